@@ -1,0 +1,3 @@
+"""The Imaging Gateway."""
+
+__version__ = "0.1.0"
