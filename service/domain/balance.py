@@ -1,0 +1,194 @@
+"""What is known of an upstream account, and what follows from it.
+
+The upstream tells its figures only in passing, late and out of order. The scripts in `service/storage/lua`
+carry these rules out on Redis; the functions here are their specification, and the model they are held
+against. All times are milliseconds of the ledger's clock, money is in fen. Functions change the state they
+are given and say what they decided.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct, field
+
+from service.domain.task import Basis, Cost, Kind
+from service.domain.tenancy import AccountPolicy, Purse
+
+PROBE_INTERVAL = 60_000
+"""An exhausted account is looked at once in this many milliseconds."""
+ONE_AT_A_TIME = 2_000
+"""When a `count_only` tenant waits for the balance to become known, it is told to come back after this."""
+
+
+class Status(StrEnum):
+    """Whether an account may be used."""
+
+    OPEN = "open"
+    EXHAUSTED = "exhausted"
+    INVALID = "invalid"
+
+
+class Figure(Struct):
+    """An observed figure, with when its request was sent and when its answer was received."""
+
+    value: int
+    sent: int
+    received: int
+
+
+class Price(Struct):
+    """What a task of some kind last cost: uses, and money in fen."""
+
+    count: int
+    money: int
+
+
+class AccountState(Struct):
+    """The ledger's knowledge of one account.
+
+    `open` counts submissions that were reserved and have not ended, `sending` those not yet settled. `seq` numbers the
+    reservations, so that a receipt can tell whether anything else happened on the account in the meantime.
+    """
+
+    status: Status = Status.OPEN
+    probe_at: int = 0
+    count: Figure | None = None
+    money: Figure | None = None
+    open: int = 0
+    sending: int = 0
+    seq: int = 0
+    unknown: int = 0
+    prices: dict[Kind, Price] = field(default_factory=dict)
+    highest: dict[Kind, int] = field(default_factory=dict)
+
+
+class Figures(Struct, frozen=True):
+    """What one answer told of the balance; a missing or mistyped figure is None. Money is in fen."""
+
+    count: int | None = None
+    money: int | None = None
+
+
+class Standing(StrEnum):
+    """Whether an account can take a submission now."""
+
+    PAYS = "pays"
+    PROBE = "probe"
+    EXHAUSTED = "exhausted"
+    INVALID = "invalid"
+
+
+class Before(Struct):
+    """The figures known when a submission was reserved."""
+
+    count: int
+    money: int
+
+
+def standing(state: AccountState, policy: AccountPolicy, purse: Purse, kind: Kind, now: int) -> tuple[Standing, int]:
+    """Whether the account can take one more submission, and when to look again if it can't."""
+    if state.status is Status.INVALID:
+        return Standing.INVALID, 0
+    if state.status is Status.EXHAUSTED:
+        if _may_probe(state, policy, purse) and now >= state.probe_at:
+            return Standing.PROBE, now
+        return Standing.EXHAUSTED, max(state.probe_at, now + ONE_AT_A_TIME)
+    if purse is Purse.COUNT_ONLY:
+        known = state.count
+        pays = state.open == 0 if known is None else known.value - state.open > policy.floor_count
+    else:
+        pays = _can_pay(state, policy, kind, state.sending)
+    return (Standing.PAYS, now) if pays else (Standing.EXHAUSTED, now + ONE_AT_A_TIME)
+
+
+def hold(state: AccountState, policy: AccountPolicy, kind: Kind) -> int | None:
+    """The money one more submission may take, in fen; None where no price is known at all."""
+    if state.count is not None and state.count.value > state.open:
+        return 0
+    return policy.max_price.get(kind, state.highest.get(kind))
+
+
+def observe(state: AccountState, policy: AccountPolicy, figures: Figures, sent: int, received: int) -> None:
+    """Take in what an answer told. A rise reopens an exhausted account, reaching the floors closes it."""
+    rose_count, state.count = _observed(state.count, figures.count, sent, received)
+    rose_money, state.money = _observed(state.money, figures.money, sent, received)
+    if state.status is Status.EXHAUSTED and (rose_count or rose_money):
+        state.status = Status.OPEN
+    if state.status is Status.OPEN and not _can_pay(state, policy, None, 0):
+        state.status, state.probe_at = Status.EXHAUSTED, received + PROBE_INTERVAL
+
+
+def refuse(state: AccountState, status: Status, sent: int, received: int) -> None:
+    """The upstream said that the account can't pay, or that it does not know it.
+
+    An answer whose request was sent before the known figures were asked for is too old to close anything.
+    """
+    newest = max((figure.sent for figure in (state.count, state.money) if figure), default=0)
+    if sent >= newest:
+        state.status, state.probe_at = status, received + PROBE_INTERVAL
+
+
+def accept(state: AccountState) -> None:
+    """The upstream took a submission, so the account is known and could pay."""
+    state.status = Status.OPEN
+
+
+def receipt(
+    state: AccountState, kind: Kind, before: Before | None, after: Figures, *, alone: bool, succeeded: bool
+) -> Cost:
+    """What an ended task cost, remembering the price if it was observed.
+
+    `before` is the balance known when it was reserved, `after` the newest figures told about it. They are a
+    receipt only if nothing else of the account was open in between (`alone`), and if the drop is one that a task can cause.
+    """
+    if alone and before and after.count is not None and after.money is not None:
+        count, money = before.count - after.count, before.money - after.money
+        if (count, money) == (1, 0) or (count == 0 and money >= 0):
+            if count or money:
+                state.prices[kind] = Price(count, money)
+                state.highest[kind] = max(state.highest.get(kind, 0), money)
+            if count or money or not succeeded:
+                return Cost(count, money, Basis.OBSERVED)
+    if kind in state.prices:
+        return Cost(state.prices[kind].count, state.prices[kind].money, Basis.ESTIMATED)
+    return Cost(0, 0, Basis.UNKNOWN)
+
+
+def _observed(known: Figure | None, value: int | None, sent: int, received: int) -> tuple[bool, Figure | None]:
+    """Whether a figure rose, and what is known of it after an observation."""
+    if value is None:
+        return False, known
+    if known is None or sent > known.received:
+        return known is not None and value > known.value, Figure(value, sent, received)
+    if value < known.value:
+        return False, Figure(value, max(sent, known.sent), max(received, known.received))
+    return False, known
+
+
+def _can_pay(state: AccountState, policy: AccountPolicy, kind: Kind | None, submissions: int) -> bool:
+    """Whether the known figures, less submissions that are not in them yet, stay above the floors."""
+    if state.count is None:
+        return True
+    beyond_count = submissions - max(state.count.value - policy.floor_count, 0)
+    if beyond_count < 0:
+        return True
+    if state.money is None:
+        return True
+    price = state.highest.get(kind, 0) if kind else 0
+    return state.money.value - beyond_count * price > policy.floor_money
+
+
+def _may_probe(state: AccountState, policy: AccountPolicy, purse: Purse) -> bool:
+    """Whether an ordinary submission may test an exhausted account.
+
+    Not where only the count may be spent, and not where the probe would eat into a floor that the figures still show.
+    """
+    if purse is Purse.COUNT_ONLY:
+        return False
+    below_floor = [
+        figure.value > 0 and floor > 0
+        for figure, floor in ((state.count, policy.floor_count), (state.money, policy.floor_money))
+        if figure
+    ]
+    return not any(below_floor)

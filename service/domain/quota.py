@@ -1,0 +1,394 @@
+"""Reserving and settling, as functions from state to decision.
+
+A submission reserves its place in every window of its tenant before anything is sent, and settles once its outcome is
+known. The Lua scripts carry the same rules out on Redis, where no other process can come between; this module is
+their specification, the model they are held against, and the ledger of the behaviour tests. Times are milliseconds
+of the ledger's clock, money is in fen. Functions change the state they are given and return what they decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+
+from msgspec import Struct, field
+
+from service.domain import balance
+from service.domain.balance import AccountState, Before, Figures, Standing, Status
+from service.domain.task import Cost, Kind
+from service.domain.tenancy import AccountPolicy, Limit, Purse, TenantPolicy, Window
+
+COUNTED_MONEY = "money"
+COUNTED_TASKS = "tasks"
+MAX_ACTIVE = "max-active"
+
+
+class Counter(Struct):
+    """What a tenant used and holds in the window that began at `period`; `overrun` is what passed its limit."""
+
+    period: int = 0
+    tasks: int = 0
+    tasks_reserved: int = 0
+    money: int = 0
+    money_reserved: int = 0
+    overrun: int = 0
+
+
+class TenantState(Struct):
+    """The ledger's counters of one tenant: every window is counted, whether or not a limit stands on it."""
+
+    active: int = 0
+    windows: dict[Window, Counter] = field(default_factory=dict)
+
+
+class ReservationState(StrEnum):
+    """What became of a reservation. `reserved` is open, `unknown` provisional, the others are final."""
+
+    RESERVED = "reserved"
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    NOT_SENT = "not-sent"
+    UNKNOWN = "unknown"
+
+
+class Reservation(Struct):
+    """A place held in the windows of a tenant and on an account, until `lease`.
+
+    `sent` is when it was last aimed at an account; `before` what was known of that account then, `alone` whether
+    nothing else was open on it, `seq` its number there. `ended` says that its task has ended and its receipt is booked.
+    """
+
+    state: ReservationState
+    tenant: int
+    account: int
+    kind: Kind
+    created: int
+    sent: int
+    lease: int
+    seq: int = 0
+    alone: bool = False
+    ended: bool = False
+    before: Before | None = None
+    after: Figures | None = None
+    periods: dict[Window, int] = field(default_factory=dict)
+    holds: dict[Window, int] = field(default_factory=dict)
+
+
+class Violation(Struct, frozen=True):
+    """A policy that refused: its name, its limit, and when it resets (None if it never does by itself)."""
+
+    policy: str
+    limit: int
+    resets_at: int | None
+
+
+class Candidate(Struct):
+    """An account that a submission may use."""
+
+    id: int
+    policy: AccountPolicy
+    state: AccountState
+
+
+class Granted(Struct, frozen=True):
+    """A place is held on `account` until `lease`."""
+
+    account: int
+    now: int
+    lease: int
+
+
+class PolicyDenied(Struct, frozen=True):
+    """Policies of the tenant refused."""
+
+    violations: tuple[Violation, ...]
+    now: int
+
+
+class NoAccount(Struct, frozen=True):
+    """No account can take it: all are exhausted until `look_at`, or (if None) none is valid."""
+
+    look_at: int | None
+    now: int
+
+
+Verdict = Granted | PolicyDenied | NoAccount
+
+
+def period_of(window: Window, now: int) -> tuple[int, int | None]:
+    """When the calendar window around `now` began and when it ends, in UTC; `total` neither began nor ends."""
+    if window is Window.TOTAL:
+        return 0, None
+    start = datetime.fromtimestamp(now // 1000, UTC).replace(second=0)
+    if window is Window.MINUTE:
+        end = start + timedelta(minutes=1)
+    elif window is Window.HOUR:
+        start = start.replace(minute=0)
+        end = start + timedelta(hours=1)
+    elif window is Window.DAY:
+        start = start.replace(minute=0, hour=0)
+        end = start + timedelta(days=1)
+    else:
+        start = start.replace(minute=0, hour=0, day=1)
+        end = (start + timedelta(days=32)).replace(day=1)
+    return int(start.timestamp()) * 1000, int(end.timestamp()) * 1000
+
+
+def counter(state: TenantState, window: Window, now: int) -> Counter:
+    """The counter of the window around `now`; what an earlier period counted is gone."""
+    period, _ = period_of(window, now)
+    found = state.windows.get(window)
+    return found if found and found.period == period else Counter(period=period)
+
+
+def roll(state: TenantState, now: int) -> None:
+    """Begin the windows anew whose period is over."""
+    state.windows = {window: counter(state, window, now) for window in Window}
+
+
+def reserve(
+    tenant: TenantState,
+    policy: TenantPolicy,
+    accounts: Sequence[Candidate],
+    reservation: Reservation,
+    now: int,
+) -> Verdict:
+    """Hold a place for `reservation`, which says tenant, kind and lease, on the first account that can pay.
+
+    The tenant's policies are asked first. A refusal changes nothing.
+    """
+    roll(tenant, now)
+    chosen, retry = choose(accounts, policy.purse, reservation.kind, now)
+    violations = _violations(tenant, policy, now)
+    holds: dict[Window, int] = {}
+    if chosen:
+        price = balance.hold(chosen.state, chosen.policy, reservation.kind)
+        refused, holds = _holds(tenant, policy.limits, price, now)
+        violations += refused
+    if violations:
+        return PolicyDenied(tuple(violations), now)
+    if chosen is None:
+        return NoAccount(retry, now)
+    reservation.periods = {window: tenant.windows[window].period for window in Window}
+    for each in tenant.windows.values():
+        each.tasks_reserved += 1
+    tenant.active += 1
+    _aim(tenant, chosen, reservation, holds, now)
+    return Granted(chosen.id, now, reservation.lease)
+
+
+def retarget(
+    tenant: TenantState,
+    policy: TenantPolicy,
+    left: Candidate,
+    why: Status | None,
+    accounts: Sequence[Candidate],
+    reservation: Reservation,
+    now: int,
+) -> Verdict:
+    """Move a reservation that `left` did not take to the next of `accounts`, keeping its place in the windows.
+
+    `why` closes the account that was left; without it there was merely no connection. A refusal moves nothing: the
+    reservation stays where it is, to be settled.
+    """
+    roll(tenant, now)
+    if why:
+        balance.refuse(left.state, why, reservation.sent, now)
+    chosen, retry = choose(accounts, policy.purse, reservation.kind, now)
+    if chosen is None:
+        return NoAccount(retry, now)
+    _book_money(tenant, reservation, reserved=-1)
+    price = balance.hold(chosen.state, chosen.policy, reservation.kind)
+    violations, holds = _holds(tenant, policy.limits, price, now)
+    if violations:
+        _book_money(tenant, reservation, reserved=1)
+        return PolicyDenied(tuple(violations), now)
+    left.state.open -= 1
+    left.state.sending -= 1
+    _aim(tenant, chosen, reservation, holds, now)
+    return Granted(chosen.id, now, reservation.lease)
+
+
+def choose(accounts: Sequence[Candidate], purse: Purse, kind: Kind, now: int) -> tuple[Candidate | None, int | None]:
+    """The first account that can take a submission; else when to look again, None if no account is valid."""
+    retries: list[int] = []
+    for candidate in accounts:
+        found, at = balance.standing(candidate.state, candidate.policy, purse, kind, now)
+        if found in {Standing.PAYS, Standing.PROBE}:
+            return candidate, now
+        if found is Standing.EXHAUSTED:
+            retries.append(at)
+    return None, min(retries, default=None)
+
+
+def adopt(tenant: TenantState, account: AccountState, reservation: Reservation, now: int) -> None:
+    """Charge a reservation the ledger has lost as unknown, in the windows of its creation, before it is settled."""
+    roll(tenant, now)
+    reservation.state = ReservationState.UNKNOWN
+    reservation.periods = {window: period_of(window, reservation.created)[0] for window in Window}
+    _book(tenant, reservation, tasks=1)
+    account.unknown += 1
+
+
+def settle(
+    tenant: TenantState,
+    account: Candidate,
+    reservation: Reservation,
+    outcome: ReservationState,
+    figures: Figures,
+    closes: Status | None,
+    now: int,
+) -> bool:
+    """Give a reservation its outcome; False if it had a final one already, and nothing changes.
+
+    `figures` is what the answer told of the balance, `closes` what a refusal said of the account.
+    """
+    roll(tenant, now)
+    was = reservation.state
+    if was not in {ReservationState.RESERVED, ReservationState.UNKNOWN} or was is outcome:
+        return False
+    if was is ReservationState.RESERVED:
+        _book(tenant, reservation, tasks_reserved=-1, active=-1)
+        _book_money(tenant, reservation, reserved=-1)
+        account.state.sending -= 1
+        account.state.open -= 1
+    else:
+        _book(tenant, reservation, tasks=-1)
+        _book_money(tenant, reservation, used=-1)
+        account.state.unknown -= 1
+    if outcome is ReservationState.ACCEPTED:
+        _book(tenant, reservation, tasks=1, active=1)
+        _book_money(tenant, reservation, reserved=1)
+        account.state.open += 1
+        reservation.after = figures
+        balance.accept(account.state)
+    elif outcome is ReservationState.UNKNOWN:
+        _book(tenant, reservation, tasks=1)
+        _book_money(tenant, reservation, used=1)
+        account.state.unknown += 1
+    elif closes:
+        balance.refuse(account.state, closes, reservation.sent, now)
+    balance.observe(account.state, account.policy, figures, reservation.sent, now)
+    reservation.state = outcome
+    return True
+
+
+def end(
+    tenant: TenantState,
+    policy: TenantPolicy,
+    account: Candidate,
+    reservation: Reservation,
+    figures: Figures,
+    sent: int,
+    now: int,
+    *,
+    succeeded: bool,
+) -> Cost:
+    """Book the receipt of an accepted submission whose task has ended; `figures` were asked for at `sent`."""
+    roll(tenant, now)
+    balance.observe(account.state, account.policy, figures, sent, now)
+    told = figures if figures.count is not None and figures.money is not None else reservation.after
+    alone = reservation.alone and account.state.seq == reservation.seq
+    cost = balance.receipt(
+        account.state,
+        reservation.kind,
+        reservation.before,
+        told or Figures(),
+        alone=alone,
+        succeeded=succeeded,
+    )
+    _book(tenant, reservation, active=-1)
+    _book_money(tenant, reservation, reserved=-1)
+    account.state.open -= 1
+    reservation.ended = True
+    limits = {limit.window: limit.money for limit in policy.limits}
+    for window, each in tenant.windows.items():
+        if reservation.periods.get(window) == each.period:
+            each.money += cost.money
+            each.overrun += _passed(limits.get(window), each.money, cost.money)
+    return cost
+
+
+def _violations(tenant: TenantState, policy: TenantPolicy, now: int) -> list[Violation]:
+    found = []
+    for limit in policy.limits:
+        if limit.tasks is None:
+            continue
+        each = tenant.windows[limit.window]
+        if each.tasks + each.tasks_reserved >= limit.tasks:
+            found.append(_violation(limit.window, COUNTED_TASKS, limit.tasks, now))
+    if policy.max_active is not None and tenant.active >= policy.max_active:
+        found.append(Violation(MAX_ACTIVE, policy.max_active, None))
+    return found
+
+
+def _holds(
+    tenant: TenantState, limits: Sequence[Limit], price: int | None, now: int
+) -> tuple[list[Violation], dict[Window, int]]:
+    """What each window on money has to hold for a price (None: all that remains), and those that can't."""
+    refused: list[Violation] = []
+    holds: dict[Window, int] = {}
+    for limit in limits:
+        if limit.money is None:
+            continue
+        each = tenant.windows[limit.window]
+        remaining = limit.money - each.money - each.money_reserved
+        wanted = max(remaining, 1) if price is None else price
+        if wanted > max(remaining, 0):
+            refused.append(_violation(limit.window, COUNTED_MONEY, limit.money, now))
+        holds[limit.window] = wanted
+    return refused, holds
+
+
+def _violation(window: Window, counted: str, limit: int, now: int) -> Violation:
+    return Violation(policy_name(window, counted), limit, period_of(window, now)[1])
+
+
+def policy_name(window: Window, counted: str) -> str:
+    """What a policy is called in answers and metrics, such as `day-tasks`."""
+    return f"{window}-{counted}"
+
+
+def _aim(tenant: TenantState, account: Candidate, reservation: Reservation, holds: dict[Window, int], now: int) -> None:
+    """Point a reservation at an account, whose figures it remembers for its receipt."""
+    state = account.state
+    if state.status is Status.EXHAUSTED:
+        state.probe_at = now + balance.PROBE_INTERVAL
+    state.seq += 1
+    reservation.account, reservation.sent, reservation.seq = account.id, now, state.seq
+    reservation.alone = state.open == 0
+    reservation.before = Before(state.count.value, state.money.value) if state.count and state.money else None
+    reservation.holds = holds
+    state.open += 1
+    state.sending += 1
+    _book_money(tenant, reservation, reserved=1)
+
+
+def _book(
+    tenant: TenantState, reservation: Reservation, *, tasks: int = 0, tasks_reserved: int = 0, active: int = 0
+) -> None:
+    """Count tasks in the windows that are still the ones of the reservation."""
+    tenant.active += active
+    for window, each in tenant.windows.items():
+        if reservation.periods.get(window) == each.period:
+            each.tasks += tasks
+            each.tasks_reserved += tasks_reserved
+
+
+def _book_money(tenant: TenantState, reservation: Reservation, *, used: int = 0, reserved: int = 0) -> None:
+    for window, amount in reservation.holds.items():
+        each = tenant.windows[window]
+        if reservation.periods.get(window) == each.period:
+            each.money += used * amount
+            each.money_reserved += reserved * amount
+
+
+def _passed(limit: int | None, used: int, added: int) -> int:
+    """How much of what was just added lies beyond the limit."""
+    return 0 if limit is None else min(max(used - limit, 0), added)
+
+
+def remaining(limit: int, used: int, reserved: int) -> int:
+    """What is left of a limit, never below zero."""
+    return max(limit - used - reserved, 0)

@@ -1,0 +1,248 @@
+"""Tasks: their kinds, the options of each with their ranges, and their states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from service.domain.errors import FieldError, InvalidOptions
+
+MAX_PROMPT = 2_000
+MAX_METADATA_BYTES = 2_048
+
+
+class Kind(StrEnum):
+    """What can be done with an image; the values are part of the HTTP contract."""
+
+    UPSCALE = "upscale"
+    VECTORIZE = "vectorize"
+    FACE_ENHANCE = "face-enhance"
+    SEAMLESS = "seamless"
+
+
+class State(StrEnum):
+    """Where a task stands: queued until the upstream was first asked about it, then running, then ended."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        """No further change can come."""
+        return self in {State.SUCCEEDED, State.FAILED}
+
+
+class ArtifactName(StrEnum):
+    """The results a task can have."""
+
+    IMAGE = "image"
+    VECTOR = "vector"
+    GRID = "grid"
+
+
+class Basis(StrEnum):
+    """How a cost is known: seen in the balance, taken from an earlier price, or not at all."""
+
+    OBSERVED = "observed"
+    ESTIMATED = "estimated"
+    UNKNOWN = "unknown"
+
+
+Colors = Annotated[int, Meta(ge=2, le=16, description="How many colours the vector image has.")]
+Prompt = Annotated[str, Meta(max_length=MAX_PROMPT)]
+
+
+class Options(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a caller may choose; one subclass per kind, its ranges in the annotations."""
+
+    kind: ClassVar[Kind]
+
+
+class UpscaleOptions(Options, frozen=True):
+    """Redraw in high definition."""
+
+    kind: ClassVar[Kind] = Kind.UPSCALE
+    model: Annotated[str, Meta(description="A name of the catalogue, or the upstream's own word for it.")] = "general"
+    style: Annotated[str, Meta(description="A name of the catalogue, or the upstream's own word for it.")] = "general"
+    scale: Annotated[float, Meta(ge=1, le=8, description="Factor by which the image grows.")] = 2.0
+    noise: Annotated[float, Meta(ge=1, le=1.1, description="Noise added before redrawing.")] = 1.003
+    steps: Annotated[int, Meta(ge=20, le=40, description="Sampling steps: more is slower.")] = 30
+    high_fidelity: Annotated[bool, Meta(description="Stay closer to the original.")] = False
+    strong_inpaint: Annotated[bool, Meta(description="Repair damaged parts strongly.")] = False
+    inpaint_strength: Annotated[float, Meta(ge=0, le=1, description="How strongly to repair.")] = 0.5
+    prompt: Annotated[Prompt, Meta(description="What the image shows.")] = ""
+    negative_prompt: Annotated[Prompt, Meta(description="What the image must not show.")] = ""
+    vector: Annotated[bool, Meta(description="Make a vector image of the result too.")] = False
+    colors: Colors = 5
+
+
+class VectorizeOptions(Options, frozen=True):
+    """Turn a bitmap of few colours into a vector image."""
+
+    kind: ClassVar[Kind] = Kind.VECTORIZE
+    colors: Colors = 5
+
+
+class FaceEnhanceOptions(Options, frozen=True):
+    """Restore the faces in an image."""
+
+    kind: ClassVar[Kind] = Kind.FACE_ENHANCE
+
+
+class SeamlessOptions(Options, frozen=True):
+    """Make an image tile without seams."""
+
+    kind: ClassVar[Kind] = Kind.SEAMLESS
+    fit: Annotated[float, Meta(ge=0.1, le=0.9, description="Larger: smoother seams, less detail of the original.")] = (
+        0.5
+    )
+
+
+OPTIONS: Mapping[Kind, type[Options]] = {
+    cls.kind: cls for cls in (UpscaleOptions, VectorizeOptions, FaceEnhanceOptions, SeamlessOptions)
+}
+
+
+class Catalogue(Struct, frozen=True):
+    """The names of models and styles, each with the upstream's own word for it."""
+
+    models: Mapping[str, str]
+    styles: Mapping[str, str]
+
+    def named(self, field: str, value: str) -> str:
+        """The catalogue's name for a name or a word of the upstream.
+
+        Raises FieldError for one it does not hold.
+        """
+        words = self._words(field)
+        if value in words:
+            return value
+        for name, word in words.items():
+            if word == value:
+                return name
+        raise FieldError(field, f"must be one of {', '.join(words)}")
+
+    def word(self, field: str, name: str) -> str:
+        """The upstream's word for a name; a name that has left the catalogue since stands for itself."""
+        return self._words(field).get(name, name)
+
+    def _words(self, field: str) -> Mapping[str, str]:
+        return self.models if field == "model" else self.styles
+
+
+DEFAULT_CATALOGUE = Catalogue(models={"general": "通用模型"}, styles={"general": "通用风格"})
+
+
+def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:
+    """Read the options of a kind from form fields, in which every value is text.
+
+    Raises InvalidOptions that names every field which is unknown, repeated, mistyped or out of range.
+    """
+    cls = OPTIONS[kind]
+    known = {field.name: field.type for field in msgspec.structs.fields(cls)}
+    values: dict[str, Any] = {}
+    errors: list[FieldError] = []
+    for name, text in fields:
+        try:
+            if name not in known:
+                options = f"this kind takes {', '.join(known)}" if known else "this kind takes no options"
+                raise FieldError(name, f"is not an option; {options}")
+            if name in values:
+                raise FieldError(name, "is given more than once")
+            values[name] = _parse(name, text, known[name])
+            if name in {"model", "style"}:
+                values[name] = catalogue.named(name, text)
+        except FieldError as error:
+            errors.append(error)
+    if errors:
+        raise InvalidOptions(errors)
+    return cls(**values)
+
+
+def parse_metadata(text: str | None) -> dict[str, str]:
+    """Read the caller's own labels: a JSON object of strings, given back untouched. Raises InvalidOptions."""
+    if text is None:
+        return {}
+    if len(text.encode()) > MAX_METADATA_BYTES:
+        raise InvalidOptions([FieldError("metadata", f"must be at most {MAX_METADATA_BYTES} bytes")])
+    try:
+        return msgspec.json.decode(text, type=dict[str, str])
+    except (msgspec.DecodeError, UnicodeError):
+        raise InvalidOptions([FieldError("metadata", "must be a JSON object of strings")]) from None
+
+
+def _parse(name: str, text: str, type_: Any) -> Any:
+    try:
+        return msgspec.convert(text, type_, strict=False)
+    except msgspec.ValidationError:
+        raise FieldError(name, f"must be {_describe(type_)}") from None
+
+
+def _describe(type_: Any) -> str:
+    """What a value must be, in words, from the annotation that checks it."""
+    info = msgspec.inspect.type_info(type_)
+    while isinstance(info, msgspec.inspect.Metadata):
+        info = info.type
+    match info:
+        case msgspec.inspect.BoolType():
+            return "true or false"
+        case msgspec.inspect.IntType(ge=low, le=high):
+            return f"a whole number from {low} to {high}"
+        case msgspec.inspect.FloatType(ge=low, le=high):
+            return f"a number from {low:g} to {high:g}"
+        case msgspec.inspect.StrType(max_length=int(most)):
+            return f"text of at most {most} characters"
+        case _:
+            return "text"
+
+
+class Artifact(Struct, frozen=True):
+    """One result of a task, where the upstream keeps it."""
+
+    name: ArtifactName
+    url: str
+
+
+class TaskError(Struct, frozen=True):
+    """Why a task failed."""
+
+    code: str
+    detail: str
+
+
+class Cost(Struct, frozen=True):
+    """What a task took from its account: prepaid uses, and money in fen."""
+
+    count: int
+    money: int
+    basis: Basis
+
+
+class Task(Struct, frozen=True, kw_only=True):
+    """A task as the gateway knows it; times in milliseconds since the epoch.
+
+    `version` grows with every visible change; `checked` is when the upstream last told of it.
+    """
+
+    id: str
+    reservation: str
+    tenant: int
+    account: int
+    kind: Kind
+    state: State
+    created: int
+    updated: int
+    finished: int | None
+    options: msgspec.Raw
+    metadata: msgspec.Raw
+    artifacts: tuple[Artifact, ...]
+    error: TaskError | None
+    cost: Cost
+    version: int
+    checked: int

@@ -1,0 +1,1 @@
+"""What the gateway does, written over ports: no HTTP, no Redis."""
