@@ -1,0 +1,44 @@
+"""Results of every kind as a good gateway gives them, made from the demo's own pictures."""
+
+import io
+
+from PIL import Image, ImageFilter
+
+from service.demo.jobs import JOBS
+
+SVG = (
+    b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="320" height="320">'
+    b'<path d="M0 0L9 9Z"/><path d="M5 5L9 0Z"/></svg>'
+)
+
+Body = tuple[str, bytes]
+"""Content type and content."""
+
+
+def real_results() -> dict[str, dict[str, Body]]:
+    """Content by kind and name of result."""
+    sent = {job.kind: Image.open(io.BytesIO(job.read())).convert("RGB") for job in JOBS}
+    photo, texture = sent["upscale"], sent["seamless"]
+    tile = mirrored(texture.resize((128, 128)))
+    return {
+        "upscale": {"image": raster(photo.resize((photo.width * 2, photo.height * 2)), "PNG")},
+        "vectorize": {"vector": ("image/svg+xml; charset=utf-8", SVG)},
+        "face-enhance": {"image": raster(sent["face-enhance"].filter(ImageFilter.MedianFilter(3)), "JPEG")},
+        "seamless": {"image": raster(tile, "PNG"), "grid": raster(mirrored(tile), "WEBP")},
+    }
+
+
+def mirrored(image: Image.Image) -> Image.Image:
+    """Lay the image and its reflections beside each other, twice as large: its edges meet by construction."""
+    whole = Image.new(image.mode, (image.width * 2, image.height * 2))
+    flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for x, part in ((0, image), (image.width, flipped)):
+        whole.paste(part, (x, 0))
+        whole.paste(part.transpose(Image.Transpose.FLIP_TOP_BOTTOM), (x, image.height))
+    return whole
+
+
+def raster(image: Image.Image, form: str) -> Body:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return f"image/{form.lower()}", buffer.getvalue()

@@ -1,0 +1,278 @@
+"""The demo as a whole, against a server that keeps the gateway's contract."""
+
+import asyncio
+import io
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from litestar import Response
+
+from service.demo import DemoOptions, run_demo
+from service.demo.jobs import JOBS
+from tests.demo.gateway import TOKEN, FakeGateway, problem
+from tests.demo.results import SVG, real_results
+
+ALL = "upscale, vectorize, face-enhance, seamless"
+
+
+def options(gateway: FakeGateway, folder: Path, **changes: Any) -> DemoOptions:
+    """Options that fit, with the changes given."""
+    usual: dict[str, Any] = {
+        "base_url": gateway.address,
+        "token": TOKEN,
+        "folder": folder / "results",
+        "output": io.StringIO(),
+        "interactive": False,
+        "timeout_seconds": 20.0,
+    }
+    return DemoOptions(**usual | changes)
+
+
+async def run(chosen: DemoOptions) -> tuple[int, list[str]]:
+    """Run the demo; its exit code and the lines it wrote, durations of less than 10 s as 0.0."""
+    code = await run_demo(chosen)
+    assert isinstance(chosen.output, io.StringIO)
+    return code, re.sub(r" \d\.\d  ", " 0.0  ", chosen.output.getvalue()).splitlines()
+
+
+async def test_table(gateway: FakeGateway, tmp_path: Path) -> None:
+    """Tasks that go well make a table of what they cost and what came back, and exit code 0."""
+    gateway.costs["vectorize"] = {"count": 0, "money": 0.5, "basis": "estimated"}
+    gateway.costs["seamless"] = {"count": 1, "money": 0, "basis": "unknown"}
+    code, lines = await run(options(gateway, tmp_path))
+    assert code == 0
+    assert lines[-8:] == [
+        "kind          state      seconds  cost    file                    pixels     check",
+        "upscale       succeeded      0.0  1 use   upscale-image.png       720 x 480  2.0 times as wide and high",
+        "vectorize     succeeded      0.0  ~¥0.50  vectorize-vector.svg    320 x 320  2 paths",
+        "face-enhance  succeeded      0.0  1 use   face-enhance-image.jpg  240 x 240  changed, none of it lost",
+        "seamless      succeeded      0.0  ?       seamless-image.png      256 x 256  edges meet (seam 0.0, was 3.7)",
+        "                                          seamless-grid.webp      512 x 512  larger than the tile",
+        "",
+        f"All results are real. They are in {tmp_path / 'results'}",
+    ]
+
+
+async def test_files(gateway: FakeGateway, tmp_path: Path) -> None:
+    """Every result is written as it came, under a name that tells its kind and what it is."""
+    await run(options(gateway, tmp_path))
+    results = real_results()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "results").iterdir()} == {
+        "upscale-image.png": results["upscale"]["image"][1],
+        "vectorize-vector.svg": SVG,
+        "face-enhance-image.jpg": results["face-enhance"]["image"][1],
+        "seamless-image.png": results["seamless"]["image"][1],
+        "seamless-grid.webp": results["seamless"]["grid"][1],
+    }
+
+
+async def test_submissions(gateway: FakeGateway, tmp_path: Path) -> None:
+    """Each kind gets its own picture and options, once, with the token."""
+    await run(options(gateway, tmp_path))
+    sent = {kind: (s.filename, s.content, s.fields) for kind, s in gateway.submissions.items()}
+    assert sent == {job.kind: (job.picture, job.read(), job.options) for job in JOBS}
+    assert set(gateway.tokens.values()) == {f"Bearer {TOKEN}"}
+
+
+async def test_changes(gateway: FakeGateway, tmp_path: Path) -> None:
+    """A log shows each state of a task once, in order."""
+    gateway.states["upscale"] = ["queued", "queued", "running", "succeeded"]
+    _, lines = await run(options(gateway, tmp_path))
+    states = [line for line in lines if line.startswith("upscale: ")]
+    assert states == [f"upscale: {state}" for state in ("submitting", "queued", "running", "succeeded")]
+
+
+async def test_pause(gateway: FakeGateway, tmp_path: Path) -> None:
+    """Looks at a task are as far apart as `Retry-After` asks."""
+    gateway.retry_after = "1"
+    await run(options(gateway, tmp_path))
+    looks = gateway.looks["upscale"]
+    assert [later - sooner >= 0.99 for sooner, later in pairwise(looks)] == [True, True]
+
+
+async def test_direct(gateway: FakeGateway, tmp_path: Path) -> None:
+    """Results are fetched from where they lie if the gateway does not offer to pass them on."""
+    gateway.artifact_address = "url"
+    code, _ = await run(options(gateway, tmp_path))
+    assert code == 0
+
+
+async def test_terminal(gateway: FakeGateway, tmp_path: Path) -> None:
+    """On a terminal the lines of the tasks give way to the table."""
+    code, lines = await run(options(gateway, tmp_path, interactive=True))
+    assert code == 0
+    assert "\x1b[4F\x1b[Jkind          state      seconds  cost" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ({"title": "Rejected", "detail": "too\nsmall", "status": 502}, "Rejected: too small"),
+        ("图片过小", "图片过小"),
+        (None, "no reason is given"),
+        ({"code": 7}, "no reason is given"),
+    ],
+)
+async def test_failed(gateway: FakeGateway, tmp_path: Path, error: object, reason: str) -> None:
+    """A task that failed is told with its reason, beside the others' results, and makes the exit code 1."""
+    gateway.states["face-enhance"] = ["running", "failed"]
+    gateway.error = error
+    code, lines = await run(options(gateway, tmp_path))
+    assert code == 1
+    assert "face-enhance  failed         0.0  1 use" in lines
+    assert lines[-1] == f"face-enhance: the task failed: {reason}"
+
+
+async def test_wrong(gateway: FakeGateway, tmp_path: Path) -> None:
+    """A result that is not what its kind promises is named, and makes the exit code 1."""
+    gateway.results["upscale"]["image"] = ("image/jpeg", JOBS[0].read())
+    code, lines = await run(options(gateway, tmp_path))
+    assert code == 1
+    assert "upscale       succeeded      0.0  1 use  upscale-image.jpg       360 x 240  wrong, see below" in lines
+    assert lines[-1] == "upscale: the image is 360 x 240, not larger than what was sent, 360 x 240"
+
+
+async def test_unknown_type(gateway: FakeGateway, tmp_path: Path) -> None:
+    """A result of a type that is not expected is kept, under a name that claims nothing."""
+    gateway.results["upscale"]["image"] = ("text/html", b"<html></html>")
+    code, lines = await run(options(gateway, tmp_path))
+    assert code == 1
+    assert (tmp_path / "results" / "upscale-image.bin").read_bytes() == b"<html></html>"
+    assert lines[-1] == "upscale: the image is XML, but no SVG"
+
+
+async def test_nobody(gateway: FakeGateway, tmp_path: Path) -> None:
+    """Where no gateway answers, one line says so and how to start one."""
+    code, lines = await run(options(gateway, tmp_path, base_url="http://127.0.0.1:1/"))
+    assert (code, lines) == (1, ["No gateway answers at http://127.0.0.1:1 — start it with `make run`"])
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8080", "http://a:b", "ftp://127.0.0.1"])
+async def test_no_address(gateway: FakeGateway, tmp_path: Path, address: str) -> None:
+    """What cannot be the address of a gateway is called so."""
+    code, lines = await run(options(gateway, tmp_path, base_url=address))
+    assert (code, lines) == (1, [f"{address} is not the address of a gateway"])
+
+
+async def test_unauthenticated(gateway: FakeGateway, tmp_path: Path) -> None:
+    """A token that the gateway does not take is told once, before anything is submitted."""
+    gateway.problems["quota"] = problem(401, "Not authenticated", "Send a valid token.")
+    code, lines = await run(options(gateway, tmp_path))
+    assert (code, lines) == (1, ["Not authenticated: Send a valid token."])
+    assert not gateway.submissions
+
+
+@pytest.mark.parametrize(
+    ("status", "title", "detail"),
+    [
+        (402, "Balance exhausted", "The account is looked at again in 60 s."),
+        (429, "Quota exceeded", "The day's quota is used up."),
+    ],
+)
+async def test_refused(gateway: FakeGateway, tmp_path: Path, status: int, title: str, detail: str) -> None:
+    """A refusal that all tasks share is told once, with its title and detail."""
+    gateway.problems |= {job.kind: problem(status, title, detail) for job in JOBS}
+    code, lines = await run(options(gateway, tmp_path))
+    assert code == 1
+    assert "vectorize     no task      0.0  ?" in lines
+    assert lines[-1] == f"{ALL}: {title}: {detail}"
+
+
+async def test_not_a_gateway(gateway: FakeGateway, tmp_path: Path) -> None:
+    """A server that answers without problem documents is suspected not to be a gateway."""
+    gateway.problems["quota"] = Response(b"<html>", status_code=404)
+    code, lines = await run(options(gateway, tmp_path))
+    assert (code, lines) == (1, ["HTTP 404 without a problem document: is this a gateway?"])
+
+
+async def test_torn(tmp_path: Path) -> None:
+    """A connection that breaks before the answer is told as that, and not as a gateway that is not there."""
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        chosen = options(FakeGateway(address=f"http://127.0.0.1:{port}"), tmp_path)
+        code, lines = await run(chosen)
+    assert code == 1
+    assert [line.startswith("The connection to the gateway broke: ") for line in lines] == [True]
+
+
+async def test_lost_while_running(gateway: FakeGateway, tmp_path: Path) -> None:
+    """A task that can no longer be looked at keeps the state it was last seen in."""
+    gateway.problems["look"] = problem(503, "Overloaded", "Come back later.")
+    code, lines = await run(options(gateway, tmp_path))
+    assert code == 1
+    assert "seamless      queued      0.0  ?" in lines
+    assert lines[-1] == f"{ALL}: Overloaded: Come back later."
+
+
+async def test_timeout(gateway: FakeGateway, tmp_path: Path) -> None:
+    """A task that takes too long is given up, and told to go on at the gateway."""
+    gateway.states["upscale"] = ["running"]
+    code, lines = await run(options(gateway, tmp_path, timeout_seconds=1.5))
+    assert code == 1
+    assert "upscale: not done after 1.5 s; the gateway goes on with task_upscale" in lines
+
+
+async def test_timeout_of_a_submission(gateway: FakeGateway, tmp_path: Path) -> None:
+    """A submission that is not answered in time is given up without claiming a task."""
+    gateway.stuck = "upscale"
+    code, lines = await run(options(gateway, tmp_path, timeout_seconds=1.5))
+    gateway.unstick.set()
+    assert code == 1
+    assert "upscale: not done after 1.5 s" in lines
+
+
+async def test_folder_taken(gateway: FakeGateway, tmp_path: Path) -> None:
+    """Results that have no place are told before anything is submitted."""
+    (tmp_path / "results").write_text("a file")
+    code, lines = await run(options(gateway, tmp_path))
+    assert (code, lines) == (1, [f"The results cannot be put into {tmp_path / 'results'}: File exists"])
+    assert not gateway.submissions
+
+
+async def test_file_taken(gateway: FakeGateway, tmp_path: Path) -> None:
+    """A result that cannot be written is told, and the others are."""
+    (tmp_path / "results" / "upscale-image.png").mkdir(parents=True)
+    code, lines = await run(options(gateway, tmp_path))
+    assert code == 1
+    assert lines[-1].startswith("upscale: the results cannot be written: ")
+    assert (tmp_path / "results" / "seamless-grid.webp").exists()
+
+
+async def test_interrupted(gateway: FakeGateway, tmp_path: Path) -> None:
+    """An interrupted demo names the tasks that go on, and ends as a cancelled coroutine does."""
+    gateway.states |= {job.kind: ["running"] for job in JOBS}
+    chosen = options(gateway, tmp_path)
+    running = asyncio.create_task(run_demo(chosen))
+    async with asyncio.timeout(20):
+        await gateway.all_running.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert isinstance(chosen.output, io.StringIO)
+    assert chosen.output.getvalue().splitlines()[-1] == (
+        "Interrupted. The gateway goes on with: task_upscale, task_vectorize, task_face-enhance, task_seamless"
+    )
+
+
+async def test_without_pillow(gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the image library one line says what to install."""
+    for name in [name for name in sys.modules if name.startswith("service.demo.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    code, lines = await run(options(gateway, tmp_path))
+    assert (code, lines) == (1, ["The demo needs Pillow: install the gateway with its `local` extra."])
+
+
+async def test_without_another_module(gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that is missing for any other reason is not taken for Pillow."""
+    monkeypatch.setitem(sys.modules, "service.demo.run", None)
+    with pytest.raises(ModuleNotFoundError):
+        await run(options(gateway, tmp_path))

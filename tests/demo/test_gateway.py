@@ -1,0 +1,97 @@
+"""The demo's client keeps its side of the contract."""
+
+import time
+from email.utils import formatdate
+
+import pytest
+from litestar import Response
+
+from service.demo.gateway import Artifact, GatewayError, connect
+from tests.demo.gateway import TOKEN, FakeGateway, problem
+from tests.demo.results import SVG
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "least", "most"),
+    [
+        ("3", 3, 3),
+        ("0", 0.1, 0.1),
+        (None, 1, 1),
+        ("soon", 1, 1),
+        (formatdate(time.time() + 3600, usegmt=True), 3400, 3600),
+        (formatdate(0, usegmt=True), 0.1, 0.1),
+    ],
+    ids=["seconds", "none", "absent", "unreadable", "a date to come", "a date gone by"],
+)
+async def test_pause(gateway: FakeGateway, retry_after: str | None, least: float, most: float) -> None:
+    """The pause between two looks is what `Retry-After` asks, in seconds or as a date, but never none."""
+    gateway.retry_after = retry_after
+    async with connect(gateway.address, TOKEN, 5) as client:
+        sighting = await client.look("task_upscale")
+    assert least <= sighting.pause_seconds <= most
+
+
+async def test_token_stays(gateway: FakeGateway) -> None:
+    """The token goes to the gateway, and not to an absolute address, which may belong to anybody."""
+    address = f"{gateway.address}/v1/tasks/task_vectorize/artifacts/vector"
+    async with connect("http://127.0.0.1:1", TOKEN, 5) as client:
+        file = await client.fetch(Artifact("vector", url=address))
+    assert (file.content, file.content_type) == (SVG, "image/svg+xml")
+    assert gateway.tokens == {"/v1/tasks/task_vectorize/artifacts/vector": None}
+
+
+async def test_href_first(gateway: FakeGateway) -> None:
+    """A result is fetched through the gateway, with the token, where the gateway offers that."""
+    path = "/v1/tasks/task_vectorize/artifacts/vector"
+    async with connect(gateway.address, TOKEN, 5) as client:
+        await client.fetch(Artifact("vector", url="http://127.0.0.1:1/", href=path))
+    assert gateway.tokens == {path: f"Bearer {TOKEN}"}
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("http://127.0.0.1:1/x", "All connection attempts failed"),
+        ("ftp://example.invalid/x", "unsupported protocol"),
+        ("http://a:b/", "Invalid port"),
+    ],
+)
+async def test_artifact_gone(address: str, reason: str) -> None:
+    """A result whose address leads nowhere is said to be out of reach, and why."""
+    async with connect("http://127.0.0.1:1", TOKEN, 5) as client:
+        with pytest.raises(GatewayError, match=f"cannot be fetched: .*{reason}"):
+            await client.fetch(Artifact("image", url=address))
+
+
+async def test_artifact_refused(gateway: FakeGateway) -> None:
+    """A result that its host refuses is said to be out of reach, with the status."""
+    gateway.problems["artifact"] = Response(b"gone", status_code=410)
+    address = f"{gateway.address}/v1/tasks/task_vectorize/artifacts/vector"
+    async with connect(gateway.address, TOKEN, 5) as client:
+        with pytest.raises(GatewayError, match="cannot be fetched: HTTP 410"):
+            await client.fetch(Artifact("vector", url=address))
+
+
+async def test_control_characters(gateway: FakeGateway) -> None:
+    """What the gateway says comes on one line and cannot steer the terminal."""
+    gateway.problems["quota"] = problem(503, "Overloaded", "Wait\n\x1b[2J a moment.")
+    async with connect(gateway.address, TOKEN, 5) as client:
+        with pytest.raises(GatewayError) as caught:
+            await client.knock()
+    assert str(caught.value) == "Overloaded: Wait [2J a moment."
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"id": "task_1"},
+        {"id": "task_1", "state": "succeeded", "artifacts": [{"name": "../../x", "url": "http://a/"}]},
+    ],
+    ids=["no state", "a name that leaves the folder"],
+)
+async def test_not_a_task(gateway: FakeGateway, answer: object) -> None:
+    """An answer that is no task of the contract is called so."""
+    gateway.problems["look"] = Response(answer)
+    async with connect(gateway.address, TOKEN, 5) as client:
+        with pytest.raises(GatewayError, match="The answer is not a task: "):
+            await client.look("task_1")

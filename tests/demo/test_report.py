@@ -1,0 +1,76 @@
+"""What the demo shows while the tasks run."""
+
+import io
+
+import pytest
+
+from service.demo.gateway import Cost
+from service.demo.progress import LineProgress, LiveProgress
+from service.demo.table import cost_text
+
+
+@pytest.mark.parametrize(
+    ("cost", "text"),
+    [
+        (Cost(count=1, money=0, basis="observed"), "1 use"),
+        (Cost(count=2, money=None, basis="observed"), "2 uses"),
+        (Cost(count=0, money=0.5, basis="observed"), "¥0.50"),
+        (Cost(count=1, money=2, basis="observed"), "1 use + ¥2.00"),
+        (Cost(count=0, money=0, basis="observed"), "nothing"),
+        (Cost(count=1, money=0, basis="estimated"), "~1 use"),
+        (Cost(count=1, money=0, basis="unknown"), "?"),
+        (None, "?"),
+    ],
+)
+def test_cost(cost: Cost | None, text: str) -> None:
+    """A cost is written as uses, yuan or both, and marked where it is not certain."""
+    assert cost_text(cost) == text
+
+
+def test_lines() -> None:
+    """A log gets one line for each change and none for a look that shows nothing new."""
+    output = io.StringIO()
+    progress = LineProgress(output)
+    for state in ("queued", "queued", "running"):
+        progress.note("upscale", state)
+    assert output.getvalue() == "upscale: queued\nupscale: running\n"
+
+
+def screen(written: str) -> list[str]:
+    """Play what was written on a terminal that knows `up n lines` and `clear below`."""
+    lines = [""]
+    for chunk in written.replace("\x1b[J", "").split("\x1b["):
+        up, found, rest = chunk.partition("F")
+        moved = bool(found) and up.isdecimal()
+        if moved:
+            lines = [*lines[: len(lines) - 1 - int(up)], ""]
+        first, *others = (rest if moved else chunk).split("\n")
+        lines[-1] += first
+        lines += others
+    return lines
+
+
+def test_live() -> None:
+    """A terminal shows one line for each task, in place, with its state and the seconds until it ended."""
+    output, now = io.StringIO(), [100.0]
+    progress = LiveProgress(output, ["upscale", "seamless"], clock=lambda: now[0])
+    progress.note("upscale", "running")
+    now[0] += 2.5
+    progress.note("upscale", "succeeded")
+    now[0] += 1
+    progress.note("seamless", "running")
+    assert screen(output.getvalue()) == [
+        "  upscale   succeeded     2.5 s",
+        "| seamless  running       3.5 s",
+        "",
+    ]
+
+
+def test_clear() -> None:
+    """The lines of a terminal make room for the table."""
+    output = io.StringIO()
+    progress = LiveProgress(output, ["upscale"])
+    progress.note("upscale", "running")
+    progress.clear()
+    output.write("table")
+    assert screen(output.getvalue()) == ["table"]
