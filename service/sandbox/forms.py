@@ -1,0 +1,168 @@
+"""The vendor's forms: a body in, its fields and its file out; then the fields of each kind, typed and within range.
+
+Whatever is wrong with a form is a `RejectedError` whose text is the reason in the vendor's language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Final, TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
+
+from service.sandbox.dials import Kind
+
+FILE: Final = "input_image"
+MOST_FILE_BYTES: Final = 64 * 1024 * 1024
+_MOST_TEXT_BYTES: Final = 256 * 1024
+_MOST_PARTS: Final = 64
+
+Number = TypeVar("Number", int, float)
+
+
+class RejectedError(Exception):
+    """A submit that the upstream does not take; the text is the reason, in Chinese."""
+
+
+class Form(msgspec.Struct):
+    """What a body held.
+
+    Attributes:
+        fields: the text fields; of several with one name, the last.
+        image: the file part; None if there was none.
+        fault: why the body could not be read to its end, in Chinese; None if it could.
+
+    """
+
+    fields: dict[str, str]
+    image: bytes | None = None
+    fault: str | None = None
+
+
+async def read_form(content_type: str, chunks: AsyncIterator[bytes]) -> Form:
+    """Read a body of form data, multipart or urlencoded, to its end.
+
+    Never fails: what was read before something was wrong with the body is in the form, beside the `fault`.
+    """
+    media_type, options = parse_options_header(content_type)
+    if media_type == "multipart/form-data":
+        return await _read_multipart(options.get("boundary", ""), chunks)
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > _MOST_TEXT_BYTES:
+            return Form({}, fault="请求内容过大")
+    if media_type != "application/x-www-form-urlencoded":
+        return Form({}, fault="不支持的请求格式")
+    try:
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=_MOST_PARTS)
+    except ValueError:
+        return Form({}, fault="请求格式错误")
+    return Form(dict(pairs))
+
+
+async def _read_multipart(boundary: str, chunks: AsyncIterator[bytes]) -> Form:
+    form = Form({})
+    try:
+        parser = PushMultipartParser(boundary, max_segment_size=MOST_FILE_BYTES, max_segment_count=_MOST_PARTS)
+        with parser:
+            part: MultipartSegment | None = None
+            content = bytearray()
+            async for chunk in chunks:
+                for event in parser.parse(chunk):
+                    if isinstance(event, MultipartSegment):
+                        part, content = event, bytearray()
+                    elif event is not None:
+                        content += event
+                    elif part is not None:
+                        _keep(form, part, content)
+    except (MultipartError, UnicodeDecodeError):
+        form.fault = "请求格式错误或文件过大"
+    return form
+
+
+def _keep(form: Form, part: MultipartSegment, content: bytearray) -> None:
+    name = part.name or ""
+    if name == FILE and part.filename is not None:
+        form.image = bytes(content)
+    elif len(content) > _MOST_TEXT_BYTES:
+        form.fault = "请求内容过大"
+    else:
+        form.fields[name] = content.decode()
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What a task was asked to do; each kind reads the ones it knows."""
+
+    upscale: float = 1.0
+    s_noise: float = 1.0
+    steps: float = 20.0
+    high_fidelity: bool = False
+    strong_inpaint: bool = False
+    strong_inpaint_intensity: float = 0.5
+    vector_switch: bool = False
+    color_count: int = 5
+    fit: float = 0.5
+
+
+def parse_options(kind: Kind, fields: Mapping[str, str]) -> Options:
+    """Read the fields that this kind of task takes; other fields are ignored.
+
+    Raises:
+        RejectedError: a field is missing that has no default, or one is not what it should be.
+
+    """
+    if kind == "vector":
+        return Options(color_count=_number(fields, "color_count", int, 2, 16, 5))
+    if kind == "seamless":
+        return Options(fit=_number(fields, "fit", float, 0.1, 0.9, 0.5))
+    if kind == "face":
+        return Options()
+    for name in ("sdxl_model_dropdown", "style_dropdown"):
+        if not fields.get(name):
+            raise RejectedError(f"缺少参数{name}")
+    return Options(
+        upscale=_number(fields, "upscale", float, 1, 8),
+        s_noise=_number(fields, "s_noise", float, 1, 1.1),
+        steps=_number(fields, "steps", float, 20, 40),
+        high_fidelity=_flag(fields, "high_fidelity"),
+        strong_inpaint=_flag(fields, "strong_inpaint"),
+        strong_inpaint_intensity=_number(fields, "strong_inpaint_intensity", float, 0, 1, 0.5),
+        vector_switch=_flag(fields, "vector_switch", "false"),
+        color_count=_number(fields, "color_count", int, 2, 16, 5),
+    )
+
+
+def _number(
+    fields: Mapping[str, str],
+    name: str,
+    number: Callable[[str], Number],
+    least: float,
+    most: float,
+    default: Number | None = None,
+) -> Number:
+    text = fields.get(name)
+    if text is None:
+        if default is None:
+            raise RejectedError(f"缺少参数{name}")
+        return default
+    try:
+        value = number(text)
+    except ValueError:
+        raise RejectedError(f"参数{name}格式错误") from None
+    if not least <= value <= most:
+        raise RejectedError(f"参数{name}超出范围({least:g}-{most:g})")
+    return value
+
+
+def _flag(fields: Mapping[str, str], name: str, default: str | None = None) -> bool:
+    text = fields.get(name, default)
+    if text is None:
+        raise RejectedError(f"缺少参数{name}")
+    if text.lower() in {"true", "1"}:
+        return True
+    if text.lower() in {"false", "0"}:
+        return False
+    raise RejectedError(f"参数{name}格式错误")
