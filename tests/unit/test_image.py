@@ -1,0 +1,238 @@
+"""What an image is, and whether it is all there, from its bytes."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+import zlib
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.domain.errors import InvalidImage, UnsupportedMediaType
+from service.domain.image import ImageInfo, inspect
+
+WAYS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "png": ("PNG", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), {}),
+    "jpeg": ("JPEG", ("L", "RGB", "CMYK"), {}),
+    "progressive jpeg": ("JPEG", ("L", "RGB"), {"progressive": True, "quality": 95}),
+    "jpeg with restarts": ("JPEG", ("RGB",), {"restart_marker_blocks": 1}),
+    "webp": ("WEBP", ("RGB",), {}),
+    "webp with transparency": ("WEBP", ("RGBA",), {}),
+    "lossless webp": ("WEBP", ("RGB", "RGBA"), {"lossless": True}),
+    "animated webp": ("WEBP", ("RGB", "RGBA"), {"save_all": True}),
+}
+
+
+def encode(picture: Image.Image, file_format: str, **options: Any) -> bytes:
+    """The bytes of a file that Pillow writes."""
+    file = io.BytesIO()
+    picture.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def noise(mode: str, width: int, height: int, seed: int) -> Image.Image:
+    """A picture without any pattern, so that it does not compress to nothing."""
+    grey = Image.frombytes("L", (width, height), _random_bytes(width * height, seed))
+    return grey.convert(mode)
+
+
+def _random_bytes(count: int, seed: int) -> bytes:
+    state, found = seed * 2 + 1, bytearray()
+    for _ in range(count):
+        state = state * 1_103_515_245 + 12_345 & 0x7FFFFFFF
+        found.append(state >> 16 & 0xFF)
+    return bytes(found)
+
+
+@st.composite
+def images(draw: st.DrawFn) -> bytes:
+    """Valid files in the three formats, in all the ways ordinary software writes them."""
+    file_format, modes, options = WAYS[draw(st.sampled_from(sorted(WAYS)))]
+    size = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    picture = noise(draw(st.sampled_from(modes)), *size, seed=draw(st.integers(0, 9)))
+    options = dict(options)
+    if options.get("save_all"):
+        options["append_images"] = [noise("RGB", *size, seed=77)]
+    if draw(st.booleans()):
+        exif = Image.Exif()
+        exif[0x010E] = "a picture"
+        options["exif"] = exif
+    return encode(picture, file_format, **options)
+
+
+def outcome(data: bytes) -> ImageInfo | type[Exception]:
+    """What inspecting the bytes gave; anything but the two errors fails the test."""
+    try:
+        return inspect(data)
+    except (InvalidImage, UnsupportedMediaType) as error:
+        return type(error)
+
+
+@given(images())
+def test_type_and_size_agree_with_pillow(data: bytes) -> None:
+    """Every image that Pillow writes is accepted, with the type and the size that Pillow reads."""
+    with Image.open(io.BytesIO(data)) as picture:
+        expected = ImageInfo(Image.MIME[picture.format or ""], *picture.size)
+    assert inspect(data) == expected
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(images())
+def test_every_proper_prefix_is_refused(data: bytes) -> None:
+    """However few bytes of its end an image lacks, it is refused."""
+    view = memoryview(data)
+    accepted = [size for size in range(len(data)) if isinstance(outcome(bytes(view[:size])), ImageInfo)]
+    assert accepted == []
+
+
+@given(images(), st.binary(max_size=64))
+def test_what_follows_the_end_does_not_matter(data: bytes, garbage: bytes) -> None:
+    """Bytes after the end, which ordinary software passes over, change nothing."""
+    assert inspect(data + garbage) == inspect(data)
+
+
+@given(images(), st.data())
+def test_mutations_raise_nothing_but_the_two_errors(data: bytes, draw: st.DataObject) -> None:
+    """A damaged image is read or refused, but never crashes the reader."""
+    mutated = bytearray(data)
+    for _ in range(draw.draw(st.integers(1, 4))):
+        at = draw.draw(st.integers(0, len(data) - 1))
+        mutated[at : at + draw.draw(st.integers(0, 3))] = draw.draw(st.binary(max_size=3))
+    outcome(bytes(mutated))
+
+
+@given(st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP", b"RIFF"]), st.binary())
+def test_random_bytes_raise_nothing_but_the_two_errors(start: bytes, rest: bytes) -> None:
+    """Bytes of no sense are refused, but never crash the reader."""
+    outcome(start + rest)
+
+
+def test_an_end_within_a_thumbnail_is_not_the_end() -> None:
+    """A photograph cut off after its thumbnail is refused, although the thumbnail is a whole image."""
+    thumbnail = encode(noise("RGB", 16, 16, 1), "JPEG")
+    whole = encode(noise("RGB", 32, 32, 2), "JPEG", exif=b"Exif\0\0" + thumbnail)
+    end = whole.index(thumbnail) + len(thumbnail)
+    assert inspect(whole) == ImageInfo("image/jpeg", 32, 32)
+    with pytest.raises(InvalidImage, match="cut off"):
+        inspect(whole[: end + 200])
+
+
+def png(*chunks: tuple[bytes, bytes], checksum: int = 0) -> bytes:
+    """A PNG file of these chunks; `checksum` is what is wrong with each checksum."""
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content) ^ checksum)
+        for kind, content in chunks
+    )
+
+
+def header(width: int, height: int) -> tuple[bytes, bytes]:
+    """The header chunk of a PNG file."""
+    return b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+
+PIXELS = b"IDAT", b"1234"
+END = b"IEND", b""
+FRAME = b"\xff\xc0\x00\x0b\x08\x00\x05\x00\x07\x01\x01\x11\x00"
+SCAN = b"\xff\xda\x00\x02scan"
+
+
+def webp(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A WebP file of these chunks."""
+    body = b"WEBP" + b"".join(kind + struct.pack("<I", len(content)) + content for kind, content in chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "empty"),
+        (png(header(3, 3), PIXELS, END, checksum=1), "checksum"),
+        (png(PIXELS, header(3, 3), END, END), "begin with its header"),
+        (png(header(0, 3), PIXELS, END), "0 x 3"),
+        (png(header(3, 3), END, END), "no pixels"),
+        (png(header(3, 3), PIXELS), "cut off"),
+        (png(header(3, 3), PIXELS, END)[:-1], "cut off"),
+        (png(header(3, 3), PIXELS, (b"IEND", b"long"))[:-4], "cut off"),
+        (png(header(3, 3)), "cut off"),
+        (b"\xff\xd8\xff\xd9", "ends before its pixels"),
+        (b"\xff\xd8" + FRAME + b"\xff\xd9", "ends before its pixels"),
+        (b"\xff\xd8" + SCAN + b"\xff\xd9", "ends before its pixels"),
+        (b"\xff\xd8" + FRAME.replace(b"\x00\x05\x00\x07", b"\x00\x00\x00\x07") + SCAN + b"\xff\xd9", "7 x 0"),
+        (b"\xff\xd8\xff\xc0\x00\x04\x08\x00" + SCAN + b"\xff\xd9", "too short"),
+        (b"\xff\xd8" + FRAME + SCAN, "cut off"),
+        (b"\xff\xd8" + FRAME + SCAN + b"\xff", "cut off"),
+        (b"\xff\xd8" + FRAME + SCAN + b"\xff\xda\x00", "cut off"),
+        (webp((b"VP8X", b"\0" * 10), (b"EXIF", b"1234")), "no pixels"),
+        (webp((b"VP8X", b"\0" * 9)), "begin with its header"),
+        (webp((b"EXIF", b"1234"), (b"VP8L", b"\x2f\0\0\0\0\0")), "begin with its header"),
+        (webp((b"VP8 ", b"\0\0\0\x9d\x01\x2a\0\0\x05\0")), "0 x 5"),
+        (webp((b"VP8L", b"\x2f\0\0\0\0\0"))[:-1], "cut off"),
+        (webp((b"VP8X", b"\0" * 10), (b"VP8L", b"\x2f\0\0\0\0\0")).replace(b"VP8L\x06", b"VP8L\x08"), "cut off"),
+    ],
+)
+def test_a_broken_image_is_refused_with_its_fault(data: bytes, why: str) -> None:
+    """An image that is broken or cut off is invalid, and the message says what is wrong with it."""
+    with pytest.raises(InvalidImage, match=why):
+        inspect(data)
+
+
+def test_stray_bytes_that_ordinary_software_passes_over_are_no_fault() -> None:
+    """Fill bytes and rubbish between JPEG markers, restarts and stuffed bytes in a scan are read past."""
+    stray = b"\xff\xd8\xff\xff\x00rubbish" + FRAME + b"\xff\xff" + SCAN + b"\xff\x00\xff\xd0\xff\x37\xff\xff\xd9"
+    assert inspect(stray) == ImageInfo("image/jpeg", 7, 5)
+
+
+def _ftyp(brand: bytes) -> bytes:
+    return b"\0\0\0\x18ftyp" + brand + b"\0" * 12
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (encode(noise("L", 3, 3, 1), "GIF"), "GIF"),
+        (encode(noise("L", 3, 3, 1), "BMP"), "BMP"),
+        (encode(noise("L", 3, 3, 1), "TIFF"), "TIFF"),
+        (encode(noise("L", 16, 16, 1), "ICO"), "icon"),
+        (encode(noise("RGB", 3, 3, 1), "JPEG2000"), "JPEG 2000"),
+        (encode(noise("RGB", 16, 16, 1), "AVIF"), "AVIF"),
+        (encode(noise("L", 3, 3, 1), "PDF"), "PDF"),
+        (_ftyp(b"heic"), "HEIC"),
+        (b"\xff\x0a1234", "JPEG XL"),
+        (b"8BPS1234", "Photoshop"),
+        (b"PK\x03\x04", "ZIP"),
+        (b'\xef\xbb\xbf\n <svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"<?xml version='1.0'?>", "XML"),
+        (b"RIFF\0\0\0\0WAVE", "not known"),
+        (b"iVBORw0KGgo", "not known"),
+    ],
+)
+def test_another_type_is_named_and_so_is_what_is_accepted(data: bytes, name: str) -> None:
+    """What is no PNG, JPEG or WebP is refused by its own name, with what to send instead."""
+    with pytest.raises(UnsupportedMediaType, match=rf"{name}.*send a PNG, JPEG or WebP"):
+        inspect(data)
+
+
+PIECES = 200_000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(header(3, 3)) + b"\0\0\0\0tEXtsum." * PIECES,
+        b"\xff\xd8" + b"\xff\xfe\x00\x02" * PIECES,
+        b"\xff\xd8" + b"\xff\xff" * PIECES,
+        b"\xff\xd8" + b"\xff\x00" * PIECES,
+        webp((b"VP8X", b"\0" * 10), *[(b"ABCD", b"")] * PIECES),
+    ],
+    ids=["png chunks", "jpeg comments", "jpeg fill", "jpeg stuffing", "webp chunks"],
+)
+def test_the_walk_is_linear(data: bytes) -> None:
+    """Very many of the smallest pieces take a few instructions each: anything quadratic would take hours."""
+    before = time.process_time()
+    outcome(data)
+    assert time.process_time() - before < 10
