@@ -67,6 +67,16 @@ class Control:
         async with asyncio.timeout(seconds):
             return await self._journal.until(holds)
 
+    async def idle(self, *, seconds: float = 30.0) -> None:
+        """Wait until every task has ended.
+
+        Raises:
+            TimeoutError: one has not ended in time.
+
+        """
+        async with asyncio.timeout(seconds):
+            await self._workshop.idle()
+
     async def reset(self) -> None:
         """Lead back to the beginning: no tasks, no requests, accounts and dials as configured."""
         self._panel.dials = self._first_dials

@@ -60,6 +60,11 @@ class Workshop:
         """Say whether a task that has not ended is being worked on, or still waits for its turn."""
         return task_id in self._started
 
+    async def idle(self) -> None:
+        """Wait until every task has ended."""
+        while self._jobs:
+            await asyncio.wait(self._jobs.values())
+
     async def take_in(self, task_id: str, image: bytes) -> None:
         """Look at an image and lay it down as the input of a task that may follow.
 

@@ -14,7 +14,7 @@ from service.sandbox.imaging import picture
 
 _CASCADE: Final = Path(cv2.__file__).parent / "data" / "haarcascade_frontalface_default.xml"
 _DETECTION_PIXELS: Final = 640_000
-_MARGIN: Final = 0.35
+_MARGIN: Final = 0.25
 
 
 def enhance_faces(image: MatLike) -> MatLike:
@@ -46,8 +46,10 @@ def _restore(colours: MatLike, face: Rect) -> None:
     rows = slice(max(0, top - round(_MARGIN * height)), top + round((1 + _MARGIN) * height))
     columns = slice(max(0, left - round(_MARGIN * width)), left + round((1 + _MARGIN) * width))
     region = colours[rows, columns]
-    clean = cv2.bilateralFilter(region, 7, 30, 5)
-    better = picture.sharpen(picture.lift_contrast(clean, 1.6), max(1.0, width / 160), 0.8)
+    clean = cv2.bilateralFilter(region, 9, 40, 4)
+    # Half of it: all of it would draw a halo around dark hair.
+    lit = cv2.addWeighted(picture.lift_contrast(clean, 1.3), 0.5, clean, 0.5, 0)
+    better = picture.sharpen(lit, max(1.0, width / 160), 0.7)
     inside = _feathered(region.shape[0], region.shape[1])
     colours[rows, columns] = cv2.blendLinear(better, np.ascontiguousarray(region), inside, 1 - inside)
 

@@ -24,6 +24,9 @@ def load(path: Path) -> MatLike:
     try:
         with Image.open(path, formats=FORMATS) as image:
             upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):
+                # Pillow would clip what is above 255 to white.
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             clear = upright.has_transparency_data
             pixels = np.asarray(upright.convert("RGBA" if clear else "RGB"))
     except (OSError, ValueError, SyntaxError, EOFError) as error:

@@ -14,7 +14,7 @@ from cv2.typing import MatLike
 
 from service.sandbox.imaging import picture
 
-_MOST_PIXELS: Final = 1_500_000
+_MOST_PIXELS: Final = 1_000_000
 _SAMPLE: Final = 20_000
 _TRACE_SECONDS: Final = 120.0
 _SEED: Final = 5

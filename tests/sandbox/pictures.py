@@ -1,0 +1,80 @@
+"""Pictures drawn for the tests: each has what its kind of task looks for."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+from cv2.typing import MatLike
+from PIL import Image
+
+RED, WHITE, BLUE = (200, 30, 40), (255, 255, 255), (20, 60, 180)
+
+
+def as_file(picture: MatLike, suffix: str = ".png") -> bytes:
+    """Encode a picture in the format of a suffix."""
+    return bytes(cv2.imencode(suffix, picture)[1])
+
+
+def png(width: int = 64, height: int = 48) -> bytes:
+    """Make a small plain picture, for tests that are not about pictures."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), RED).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def declaring(width: int, height: int) -> bytes:
+    """Make a small file that claims to be a picture of this size."""
+    content = png()
+    header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+def logo() -> MatLike:
+    """Draw three flat colours: a disc and a bar on white."""
+    picture = np.full((240, 320, 3), WHITE, np.uint8)
+    cv2.circle(picture, (110, 120), 80, RED[::-1], -1, cv2.LINE_AA)
+    cv2.rectangle(picture, (200, 60), (290, 180), BLUE[::-1], -1)
+    return picture
+
+
+def scene(height: int = 240, width: int = 320) -> MatLike:
+    """Paint a slope of colour with soft texture, whose opposite edges do not match at all."""
+    random = np.random.default_rng(3)
+    down, across = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    slope = np.dstack((255 * across, 120 + 100 * down, 255 * (1 - across)))
+    texture = cv2.GaussianBlur(random.normal(0, 60, (height, width, 1)).astype(np.float32), (0, 0), 2)
+    return np.clip(slope + 3 * texture[:, :, np.newaxis], 0, 255).astype(np.uint8)
+
+
+def face(size: int = 360) -> MatLike:
+    """Paint a face in plain light on a plain wall, with grain."""
+    picture = np.full((size, size, 3), (150, 140, 120), np.uint8)
+    scale = size / 360
+
+    def ellipse(x: float, y: float, wide: float, high: float, colour: tuple[int, int, int]) -> None:
+        centre, axes = (round(x * scale), round(y * scale)), (round(wide * scale), round(high * scale))
+        cv2.ellipse(picture, centre, axes, 0, 0, 360, colour, -1, cv2.LINE_AA)
+
+    ellipse(180, 165, 105, 135, (40, 50, 70))
+    ellipse(180, 190, 88, 118, (150, 180, 225))
+    ellipse(180, 120, 70, 34, (165, 195, 238))
+    for x in (145, 215):
+        ellipse(x, 150, 26, 7, (50, 60, 85))
+        ellipse(x, 172, 24, 15, (95, 120, 165))
+        ellipse(x, 172, 18, 8, (235, 235, 235))
+        ellipse(x, 172, 8, 8, (40, 40, 45))
+    ellipse(180, 200, 9, 42, (165, 195, 240))
+    ellipse(168, 232, 8, 5, (80, 100, 145))
+    ellipse(192, 232, 8, 5, (80, 100, 145))
+    ellipse(140, 225, 20, 22, (150, 178, 232))
+    ellipse(220, 225, 20, 22, (150, 178, 232))
+    ellipse(180, 264, 34, 11, (80, 75, 160))
+    ellipse(180, 262, 30, 2, (50, 45, 90))
+    soft = cv2.GaussianBlur(picture, (0, 0), 2.5 * scale)
+    grain = np.random.default_rng(1).normal(0, 5, soft.shape)
+    grainy: MatLike = np.clip(soft + grain, 0, 255).astype(np.uint8)
+    return grainy
