@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from service.domain.quota import Violation
+    from service.domain.quota import RateLimit, Violation
 
 
 class GatewayError(Exception):
@@ -115,11 +115,19 @@ class Denied(GatewayError):
 
 
 class QuotaDenied(Denied):
-    """At least one policy of the tenant refused; `violations` names each that did."""
+    """At least one policy of the tenant refused; `violations` names each that did, `limits` what is left of all."""
 
-    def __init__(self, detail: str, *, violations: Sequence[Violation], retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        detail: str,
+        *,
+        violations: Sequence[Violation],
+        limits: Sequence[RateLimit] = (),
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(detail, retry_after=retry_after)
         self.violations = tuple(violations)
+        self.limits = tuple(limits)
 
 
 class BalanceExhausted(Denied):

@@ -389,6 +389,32 @@ def _passed(limit: int | None, used: int, added: int) -> int:
     return 0 if limit is None else min(max(used - limit, 0), added)
 
 
+class RateLimit(Struct, frozen=True):
+    """A limit on tasks in one window as headers tell it, in seconds: the window's length, and until it resets."""
+
+    policy: str
+    limit: int
+    remaining: int
+    window: int | None
+    resets: int | None
+
+
+def rate_limits(policy: TenantPolicy, state: TenantState, now: int) -> tuple[RateLimit, ...]:
+    """What is left of each limit on tasks at `now`."""
+    found = []
+    for limit in policy.limits:
+        if limit.tasks is None:
+            continue
+        each, (start, end) = counter(state, limit.window, now), period_of(limit.window, now)
+        left = remaining(limit.tasks, each.tasks, each.tasks_reserved)
+        name = policy_name(limit.window, COUNTED_TASKS)
+        if end is None:
+            found.append(RateLimit(name, limit.tasks, left, None, None))
+        else:
+            found.append(RateLimit(name, limit.tasks, left, (end - start) // 1000, -((now - end) // 1000)))
+    return tuple(found)
+
+
 def remaining(limit: int, used: int, reserved: int) -> int:
     """What is left of a limit, never below zero."""
     return max(limit - used - reserved, 0)

@@ -15,7 +15,8 @@ from msgspec import Struct
 
 from service.domain.balance import AccountState, Figures, Status
 from service.domain.quota import ReservationState, TenantState, Verdict
-from service.domain.task import Artifact, Kind, State, Task, TaskError
+from service.domain.registry import Registry
+from service.domain.task import Artifact, Kind, Options, State, Task, TaskError
 from service.domain.tenancy import Account, Tenant, Token
 
 
@@ -145,7 +146,7 @@ class Tasks(Protocol):
         """A task and the ledger's time now; None if it is not known (any more)."""
         ...
 
-    async def list(
+    async def page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
     ) -> Page:
         """A tenant's tasks, newest first. Raises MalformedRequest for a cursor that is none."""
@@ -163,23 +164,42 @@ class Tasks(Protocol):
         ...
 
 
+class RegistryChange(Struct, frozen=True, kw_only=True):
+    """What is written over and taken out of version `version` of the registry, in one go."""
+
+    version: int
+    next_id: int
+    tenants: tuple[Tenant, ...] = ()
+    accounts: tuple[Account, ...] = ()
+    tokens: tuple[Token, ...] = ()
+    drop_tenants: tuple[Tenant, ...] = ()
+    drop_accounts: tuple[Account, ...] = ()
+    drop_tokens: tuple[Token, ...] = ()
+
+
+class RegistryStore(Protocol):
+    """Where the registry is kept."""
+
+    async def write(self, change: RegistryChange) -> bool:
+        """Carry out a change; False, with nothing done, if `change.version` is no longer the newest."""
+        ...
+
+
 class RegistryView(Protocol):
-    """Accounts, tenants and tokens as this process holds them in memory: reading never waits."""
+    """The registry as this process holds it in memory: reading `current` never waits."""
 
-    def tenant_by_token(self, digest: bytes) -> tuple[Tenant, Token] | None:
-        """Whose token this is, expired or not."""
+    @property
+    def current(self) -> Registry:
+        """The version held now."""
         ...
 
-    def tenant(self, tenant_id: int) -> Tenant | None:
-        """A tenant by its id."""
+    @property
+    def ready(self) -> bool:
+        """Whether it was loaded at all."""
         ...
 
-    def account(self, account_id: int) -> Account | None:
-        """An account by its id."""
-        ...
-
-    def account_named(self, name: str) -> Account | None:
-        """An account by its name."""
+    async def refresh(self) -> None:
+        """Take over the newest version."""
         ...
 
 
@@ -206,9 +226,7 @@ class Submitted(Struct, frozen=True, kw_only=True):
 class Upstream(Protocol):
     """The vendor's API, one verb per operation. Neither call raises for anything the network or the vendor does."""
 
-    async def submit(
-        self, account: Account, kind: Kind, fields: Mapping[str, str], image: Image, *, seconds: float
-    ) -> Submitted:
+    async def submit(self, account: Account, options: Options, image: Image, *, seconds: float) -> Submitted:
         """Send an image once, within `seconds` all told. Never sends twice; NOT_SENT only if no connection was made."""
         ...
 

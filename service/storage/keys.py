@@ -1,0 +1,59 @@
+"""The names of everything the gateway keeps in Redis.
+
+All begin with the prefix in braces, the hash tag of a Cluster: a settlement touches tenant, account, task and watch in
+one script, so they have to live on one node. Several gateways can share a Redis under different prefixes.
+"""
+
+from __future__ import annotations
+
+
+class Keys:
+    """Builds keys under one prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self._root = f"{{{prefix}}}:"
+
+    @property
+    def clock(self) -> str:
+        """The last time a script saw, so that a failover can't step time back."""
+        return self._root + "clock"
+
+    @property
+    def registry(self) -> str:
+        """Accounts, tenants and tokens, in one hash with their version."""
+        return self._root + "registry"
+
+    @property
+    def registry_channel(self) -> str:
+        """Where a change of the registry is announced."""
+        return self._root + "registry:changed"
+
+    @property
+    def leases(self) -> str:
+        """The open reservations by the end of their lease."""
+        return self._root + "leases"
+
+    @property
+    def watch(self) -> str:
+        """The running tasks by the time of their next check."""
+        return self._root + "watch"
+
+    def tenant(self, tenant: int) -> str:
+        """A tenant's limits and counters. Ids are never reused, so neither are counters."""
+        return f"{self._root}tenant:{tenant}"
+
+    def account(self, account: int) -> str:
+        """An account's floors, prices and figures."""
+        return f"{self._root}account:{account}"
+
+    def reservation(self, reservation: str) -> str:
+        """One submission's reservation and outcome."""
+        return f"{self._root}reservation:{reservation}"
+
+    def task(self, reservation: str) -> str:
+        """The task a submission became, by the id of its reservation: there is at most one."""
+        return f"{self._root}task:{reservation}"
+
+    def tasks(self, tenant: int) -> str:
+        """A tenant's tasks by the time of their creation."""
+        return f"{self._root}tasks:{tenant}"

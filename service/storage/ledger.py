@@ -1,0 +1,202 @@
+"""The ledger on Redis: the port `Ledger` over the scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from redis.asyncio import Redis
+
+from service.domain.balance import AccountState, Figures, Status
+from service.domain.errors import LedgerUnavailable
+from service.domain.quota import (
+    Granted,
+    NoAccount,
+    PolicyDenied,
+    Reservation,
+    ReservationState,
+    TenantState,
+    Verdict,
+    Violation,
+)
+from service.storage.keys import Keys
+from service.storage.scripts import Scripts, ledger_time, read
+from service.usecases.ports import Ask, Settlement, Snapshot
+
+DAY = 86_400_000
+
+
+class Spans(Struct, frozen=True):
+    """How long things last, in milliseconds: a lease, the time to the first check, and how long things are kept."""
+
+    lease: int = 180_000
+    check_after: int = 2_500
+    claim: int = 30_000
+    lost_after: int = 1_800_000
+    keep_ended: int = 30 * DAY
+
+    @property
+    def keep(self) -> int:
+        """How long a reservation and a running task are kept: longer than any task can run."""
+        return self.keep_ended + 30 * DAY
+
+
+class RedisLedger:
+    """Holds places and books outcomes, each in one call."""
+
+    def __init__(self, client: Redis, scripts: Scripts, keys: Keys, spans: Spans) -> None:
+        self._client = client
+        self._scripts = scripts
+        self._keys = keys
+        self._spans = spans
+
+    async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
+        """Hold a place, or say who refused."""
+        keys = self._keys
+        answer = await self._scripts.call(
+            "reserve",
+            [
+                keys.clock,
+                keys.tenant(ask.tenant),
+                keys.reservation(ask.reservation),
+                keys.leases,
+                *map(keys.account, ask.accounts),
+            ],
+            {
+                "reservation": ask.reservation,
+                "tenant": ask.tenant,
+                "kind": ask.kind,
+                "lease": self._spans.lease,
+                "keep": self._spans.keep,
+                "accounts": ask.accounts,
+            },
+        )
+        return _verdict(answer), Snapshot(msgspec.msgpack.decode(answer[1], type=TenantState), answer[2])
+
+    async def retarget(self, ask: Ask, left: int, closes: Status | None) -> Verdict:
+        """Move the reservation from account `left` to the next of `ask.accounts`."""
+        keys = self._keys
+        answer = await self._scripts.call(
+            "retarget",
+            [
+                keys.clock,
+                keys.tenant(ask.tenant),
+                keys.reservation(ask.reservation),
+                keys.account(left),
+                *map(keys.account, ask.accounts),
+            ],
+            {"left": left, "keep": self._spans.keep, "accounts": ask.accounts} | _given(closes=closes),
+        )
+        return _verdict(answer)
+
+    async def settle(self, settlement: Settlement) -> bool:
+        """Book an outcome; False if a final one was booked before."""
+        keys = self._keys
+        ask: dict[str, Any] = {
+            "reservation": settlement.reservation,
+            "tenant": settlement.tenant,
+            "account": settlement.account,
+            "kind": settlement.kind,
+            "created": settlement.created,
+            "outcome": settlement.outcome,
+            "figures": packed_figures(settlement.figures),
+            "keep": self._spans.keep,
+        }
+        if settlement.draft:
+            ask["draft"] = {
+                "id": settlement.draft.id,
+                "options": str(settlement.draft.options, "utf-8"),
+                "metadata": str(settlement.draft.metadata, "utf-8"),
+                "check_after": self._spans.check_after,
+            }
+        status, _, *elsewhere = await self._scripts.call(
+            "settle",
+            [
+                keys.clock,
+                keys.tenant(settlement.tenant),
+                keys.reservation(settlement.reservation),
+                keys.leases,
+                keys.account(settlement.account),
+                keys.task(settlement.reservation),
+                keys.tasks(settlement.tenant),
+                keys.watch,
+            ],
+            ask | _given(closes=settlement.closes),
+        )
+        if status == b"elsewhere":  # a retarget took place whose answer never arrived
+            return await self.settle(msgspec.structs.replace(settlement, account=elsewhere[0]))
+        return bool(status == b"settled")
+
+    async def expire(self, most: int) -> int:
+        """Settle as unknown the reservations whose process died before it could."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.get(self._keys.clock)
+        pipeline.time()
+        pipeline.zrange(self._keys.leases, 0, most - 1, withscores=True)
+        seen, time, rows = await read(pipeline)
+        ids = [str(each, "ascii") for each, lease in rows if lease <= ledger_time(seen, time)]
+        pipeline = self._client.pipeline(transaction=False)
+        for each in ids:
+            pipeline.get(self._keys.reservation(each))
+        settled = 0
+        for each, packed in zip(ids, await read(pipeline), strict=True):
+            reservation = msgspec.msgpack.decode(packed, type=Reservation)
+            settled += await self.settle(
+                Settlement(
+                    reservation=each,
+                    tenant=reservation.tenant,
+                    account=reservation.account,
+                    kind=reservation.kind,
+                    created=reservation.created,
+                    outcome=ReservationState.UNKNOWN,
+                )
+            )
+        return settled
+
+    async def counters(self, tenant: int) -> Snapshot:
+        """The counters of a tenant, and the ledger's time."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.hget(self._keys.tenant(tenant), "state")
+        pipeline.get(self._keys.clock)
+        pipeline.time()
+        packed, seen, time = await read(pipeline)
+        state = msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
+        return Snapshot(state, ledger_time(seen, time))
+
+    async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
+        """What is known of each account."""
+        pipeline = self._client.pipeline(transaction=False)
+        for each in ids:
+            pipeline.hget(self._keys.account(each), "state")
+        return {
+            each: msgspec.msgpack.decode(packed, type=AccountState) if packed else AccountState()
+            for each, packed in zip(ids, await read(pipeline), strict=True)
+        }
+
+    async def reopen(self, account: int) -> None:
+        """Let the next submission find out whether the account can pay."""
+        await self._scripts.call("reopen", [self._keys.account(account)], {"account": account})
+
+
+def _verdict(answer: list[Any]) -> Verdict:
+    status, now = answer[0], answer[2]
+    if status == b"granted":
+        return Granted(answer[3], now, answer[4])
+    if status == b"denied":
+        return PolicyDenied(
+            tuple(Violation(str(policy, "ascii"), limit, resets or None) for policy, limit, resets in answer[3:]), now
+        )
+    if status == b"no-account":
+        return NoAccount(answer[3] or None, now)
+    raise LedgerUnavailable("This submission was given up before it could be sent. Submit it again.", retry_after=1)
+
+
+def packed_figures(figures: Figures) -> dict[str, int]:
+    """Figures for a script, in which what is not known is not there."""
+    return _given(count=figures.count, money=figures.money)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,80 @@
+-- Writes what a check of a task said, and when to check again; an end is recorded once, with its receipt.
+-- KEYS     clock, tenant, reservation, account, task, watch
+-- ARGV     MessagePack {reservation, account, claimed, answered, artifacts, error, lost_error, figures,
+--          check_after, lost_after, keep_reservation, keep_running, keep_ended}
+-- RETURNS  {'recorded', now, the task's fields and values}, {'ended', now} if it had ended before, or {'gone', now}
+local ask = cmsgpack.unpack(ARGV[1])
+local now = clock(KEYS[1])
+local found = redis.call('HMGET', KEYS[5], 'state', 'silent', 'silent_at')
+local state, silent, silent_at = found[1], tonumber(found[2] or 0), tonumber(found[3])
+if not state or state == 'succeeded' or state == 'failed' then
+  redis.call('ZREM', KEYS[6], ask.reservation)
+  return {state and 'ended' or 'gone', now}
+end
+
+-- Answers that say nothing of the task end it once they add up to long enough; time without an answer does not count.
+local answered, failure = ask.answered, ask.error
+if answered == 'silent' then
+  silent = silent + (silent_at and now - silent_at or 0)
+  redis.call('HSET', KEYS[5], 'silent', silent, 'silent_at', now, 'checked', now)
+  if silent >= ask.lost_after then
+    answered, failure = 'failed', ask.lost_error
+  end
+elseif answered == 'nothing' then
+  redis.call('HDEL', KEYS[5], 'silent_at')
+elseif silent_at then
+  redis.call('HDEL', KEYS[5], 'silent', 'silent_at')
+end
+
+if answered == 'succeeded' or answered == 'failed' then
+  local cost = {count = 0, money = 0, basis = 'unknown'}
+  local reservation = load_reservation(KEYS[3])
+  if reservation and reservation.state == 'accepted' and not reservation.ended then
+    local tenant, account = load_tenant(KEYS[2]), load_account(KEYS[4], ask.account)
+    roll(tenant, now)
+    observe(account, ask.figures, ask.claimed, now)
+    local told = ask.figures.count and ask.figures.money and ask.figures or reservation.after or {}
+    local alone = reservation.alone and account.state.seq == reservation.seq
+    cost = receipt(account, reservation.kind, reservation.before, told, alone, answered == 'succeeded')
+    tenant.state.active = tenant.state.active - 1
+    book_money(tenant, reservation, 'money_reserved', -1)
+    account.state.open = account.state.open - 1
+    reservation.ended = true
+    local limits = {}
+    for _, limit in ipairs(tenant.policy.limits) do
+      limits[limit.window] = limit.money
+    end
+    for _, window in ipairs(WINDOWS) do
+      local counter, limit = tenant.state.windows[window], limits[window]
+      if reservation.periods[window] == counter.period then
+        counter.money = counter.money + cost.money
+        if limit then
+          counter.overrun = counter.overrun + math.min(math.max(counter.money - limit, 0), cost.money)
+        end
+      end
+    end
+    save(tenant)
+    save(account)
+    save_reservation(KEYS[3], reservation, ask.keep_reservation)
+  end
+  redis.call('HSET', KEYS[5],
+    'state', answered, 'updated', now, 'finished', now, 'checked', now, 'artifacts', ask.artifacts,
+    'cost_count', cost.count, 'cost_money', cost.money, 'cost_basis', cost.basis)
+  if failure then
+    redis.call('HSET', KEYS[5], 'error', failure)
+  end
+  redis.call('HINCRBY', KEYS[5], 'version', 1)
+  redis.call('PEXPIRE', KEYS[5], ask.keep_ended)
+  redis.call('ZREM', KEYS[6], ask.reservation)
+else
+  if answered == 'running' then
+    redis.call('HSET', KEYS[5], 'checked', now)
+    if state == 'queued' then
+      redis.call('HSET', KEYS[5], 'state', 'running', 'updated', now)
+      redis.call('HINCRBY', KEYS[5], 'version', 1)
+    end
+  end
+  redis.call('PEXPIRE', KEYS[5], ask.keep_running)
+  redis.call('ZADD', KEYS[6], now + ask.check_after, ask.reservation)
+end
+return {'recorded', now, redis.call('HGETALL', KEYS[5])}

@@ -1,0 +1,62 @@
+-- Holds a place for a submission in the windows of its tenant and on the first account that can pay.
+-- KEYS     clock, tenant, reservation, leases, account...
+-- ARGV     MessagePack {reservation, tenant, kind, lease, keep, accounts}
+-- RETURNS  {'granted', tenant's state, now, account, lease}
+--          {'denied', tenant's state, now, {policy, limit, resets_at or 0}...}
+--          {'no-account', tenant's state, now, look_at or 0}
+--          {'settled', tenant's state, now}: it was given up before it arrived
+local ask = cmsgpack.unpack(ARGV[1])
+local now = clock(KEYS[1])
+local tenant = load_tenant(KEYS[2])
+roll(tenant, now)
+
+local known = load_reservation(KEYS[3])
+if known then
+  if known.state == 'not-sent' or known.state == 'refused' then
+    return {'settled', cmsgpack.pack(tenant.state), now}
+  end
+  return {'granted', cmsgpack.pack(tenant.state), now, known.account, known.lease}
+end
+
+local accounts = {}
+for index, id in ipairs(ask.accounts) do
+  accounts[index] = load_account(KEYS[4 + index], id)
+end
+
+local refused, holds = {}, {}
+for _, limit in ipairs(tenant.policy.limits) do
+  local counter = tenant.state.windows[limit.window]
+  if limit.tasks and counter.tasks + counter.tasks_reserved >= limit.tasks then
+    refused[#refused + 1] = {limit.window .. '-tasks', limit.tasks, resets_at(limit.window, now) or 0}
+  end
+end
+local max_active = tenant.policy.max_active
+if max_active and tenant.state.active >= max_active then
+  refused[#refused + 1] = {'max-active', max_active, 0}
+end
+local account, retry = choose(accounts, tenant.policy.purse, ask.kind, now)
+if account then
+  holds = money_holds(tenant, price_to_hold(account, ask.kind), now, refused)
+end
+if #refused > 0 then
+  return {'denied', cmsgpack.pack(tenant.state), now, unpack(refused)}
+elseif not account then
+  return {'no-account', cmsgpack.pack(tenant.state), now, retry or 0}
+end
+
+local reservation = {
+  state = 'reserved', tenant = ask.tenant, kind = ask.kind, created = now, lease = now + ask.lease, ended = false,
+  periods = {},
+}
+for _, window in ipairs(WINDOWS) do
+  local counter = tenant.state.windows[window]
+  reservation.periods[window] = counter.period
+  counter.tasks_reserved = counter.tasks_reserved + 1
+end
+tenant.state.active = tenant.state.active + 1
+aim(tenant, account, reservation, holds, now)
+save(tenant)
+save(account)
+save_reservation(KEYS[3], reservation, ask.keep)
+redis.call('ZADD', KEYS[4], reservation.lease, ask.reservation)
+return {'granted', cmsgpack.pack(tenant.state), now, account.id, reservation.lease}

@@ -1,0 +1,43 @@
+-- Moves a reservation that an account did not take to the next account, keeping its place in the windows.
+-- KEYS     clock, tenant, reservation, account that was left, account...
+-- ARGV     MessagePack {left, closes, keep, accounts}; closes is the status the left account has earned, if any
+-- RETURNS  as reserve; after anything but 'granted' the reservation is where it was, to be settled
+local ask = cmsgpack.unpack(ARGV[1])
+local now = clock(KEYS[1])
+local tenant = load_tenant(KEYS[2])
+roll(tenant, now)
+
+local reservation = load_reservation(KEYS[3])
+if not reservation or reservation.state ~= 'reserved' then
+  return {'settled', cmsgpack.pack(tenant.state), now}
+elseif reservation.account ~= ask.left then
+  return {'granted', cmsgpack.pack(tenant.state), now, reservation.account, reservation.lease}
+end
+
+local left = load_account(KEYS[4], ask.left)
+if ask.closes then
+  refuse(left, ask.closes, reservation.sent, now)
+  save(left)
+end
+local accounts = {}
+for index, id in ipairs(ask.accounts) do
+  accounts[index] = load_account(KEYS[4 + index], id)
+end
+local account, retry = choose(accounts, tenant.policy.purse, reservation.kind, now)
+if not account then
+  return {'no-account', cmsgpack.pack(tenant.state), now, retry or 0}
+end
+book_money(tenant, reservation, 'money_reserved', -1)
+local refused = {}
+local holds = money_holds(tenant, price_to_hold(account, reservation.kind), now, refused)
+if #refused > 0 then
+  return {'denied', cmsgpack.pack(tenant.state), now, unpack(refused)}
+end
+left.state.open = left.state.open - 1
+left.state.sending = left.state.sending - 1
+aim(tenant, account, reservation, holds, now)
+save(tenant)
+save(left)
+save(account)
+save_reservation(KEYS[3], reservation, ask.keep)
+return {'granted', cmsgpack.pack(tenant.state), now, account.id, reservation.lease}

@@ -1,0 +1,129 @@
+"""The registry on Redis: one hash, written by compare-and-set and announced to every process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from service.domain.errors import LedgerUnavailable
+from service.domain.registry import Registry
+from service.domain.tenancy import Account, Tenant, Token
+from service.storage.keys import Keys
+from service.storage.scripts import Scripts, read
+from service.usecases.ports import RegistryChange
+
+_log = structlog.get_logger(__name__)
+
+REFRESH_SECONDS = 5.0
+"""A change that was announced while a process was not listening is seen after at most this long."""
+
+
+class RedisRegistry:
+    """Reads the whole registry, and writes changes that were made from the newest version."""
+
+    def __init__(self, client: Redis, scripts: Scripts, keys: Keys) -> None:
+        self._client = client
+        self._scripts = scripts
+        self._keys = keys
+
+    async def load(self) -> Registry:
+        """The registry as it is now."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.hgetall(self._keys.registry)
+        (fields,) = await read(pipeline)
+        tenants, accounts, tokens = {}, {}, {}
+        for field, packed in fields.items():
+            kind, _, name = str(field, "utf-8").partition(":")
+            if kind == "tenant":
+                tenants[name] = msgspec.msgpack.decode(packed, type=Tenant)
+            elif kind == "account":
+                accounts[name] = msgspec.msgpack.decode(packed, type=Account)
+            elif kind == "token":
+                tokens[name] = msgspec.msgpack.decode(packed, type=Token)
+        version, next_id = int(fields.get(b"version", 0)), int(fields.get(b"next_id", 1))
+        return Registry(version, next_id, tenants, accounts, tokens)
+
+    async def version(self) -> int:
+        """The number of the newest version."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.hget(self._keys.registry, "version")
+        (version,) = await read(pipeline)
+        return int(version or 0)
+
+    async def write(self, change: RegistryChange) -> bool:
+        """Carry out a change; False if the registry is no longer the version it was made from."""
+        keys, put, policies = self._keys, {}, {}
+        for tenant in change.tenants:
+            put[f"tenant:{tenant.name}"] = msgspec.msgpack.encode(tenant)
+            policies[keys.tenant(tenant.id)] = _packed_policy(tenant)
+        for account in change.accounts:
+            put[f"account:{account.name}"] = msgspec.msgpack.encode(account)
+            policies[keys.account(account.id)] = _packed_policy(account)
+        for token in change.tokens:
+            put[f"token:{token.id}"] = msgspec.msgpack.encode(token)
+        put["next_id"] = str(change.next_id).encode()
+        drop = [f"tenant:{each.name}" for each in change.drop_tenants]
+        drop += [f"account:{each.name}" for each in change.drop_accounts]
+        drop += [f"token:{each.id}" for each in change.drop_tokens]
+        forget = [keys.tenant(each.id) for each in change.drop_tenants]
+        forget += [keys.account(each.id) for each in change.drop_accounts]
+        answer = await self._scripts.call(
+            "registry",
+            [keys.registry, *policies, *forget],
+            {
+                "version": change.version,
+                "channel": keys.registry_channel,
+                "put": put,
+                "drop": drop,
+                "policies": list(policies.values()),
+                "forget": len(forget),
+            },
+        )
+        return bool(answer[0] == b"written")
+
+
+def _packed_policy(owner: Tenant | Account) -> bytes:
+    """The policy of a tenant or account as the scripts read it: what is not limited is not there."""
+    plain = msgspec.to_builtins(owner.policy)
+    if isinstance(owner, Tenant):
+        plain["limits"] = [{k: v for k, v in each.items() if v is not None} for each in plain["limits"]]
+    return msgspec.msgpack.encode({key: value for key, value in plain.items() if value is not None})
+
+
+class LiveRegistry:
+    """The registry of this process, kept up to date in the background.
+
+    Reading it never waits. Until `refresh` succeeded once it is empty and not `ready`; after that it stays what it was
+    for as long as Redis is away.
+    """
+
+    def __init__(self, store: RedisRegistry, subscriber: Callable[[], Redis], channel: str) -> None:
+        self._store = store
+        self._subscriber = subscriber
+        self._channel = channel
+        self.ready = False
+        self.current = Registry()
+
+    async def refresh(self) -> None:
+        """Take over the newest version. Raises LedgerUnavailable."""
+        if not self.ready or await self._store.version() != self.current.version:
+            self.current = await self._store.load()
+            self.ready = True
+
+    async def follow(self) -> None:
+        """Keep up with announced changes for ever, through any loss of the connection."""
+        while True:
+            try:
+                async with self._subscriber() as client, client.pubsub() as channel:
+                    await channel.subscribe(self._channel)
+                    while True:
+                        await self.refresh()
+                        await channel.get_message(ignore_subscribe_messages=True, timeout=REFRESH_SECONDS)
+            except (RedisError, OSError, LedgerUnavailable) as error:
+                _log.warning("registry.unreachable", error=type(error).__name__)
+                await asyncio.sleep(1)

@@ -1,0 +1,73 @@
+"""The Lua scripts as functions: each is loaded once, called by its hash, and its first answer names what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import msgspec
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+from redis.exceptions import NoScriptError, RedisError
+
+from service.domain.errors import LedgerUnavailable
+
+RETRY_AFTER = 2.0
+
+
+class Scripts:
+    """Calls the scripts over a client that never retries: an unanswered call may have moved money."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+        self._sources: dict[str, str] = {}
+        self._hashes: dict[str, str] = {}
+
+    async def call(self, name: str, keys: Sequence[str], arguments: Mapping[str, Any]) -> list[Any]:
+        """Run the script `name`. Raises LedgerUnavailable if Redis did not answer: it may have run or not."""
+        packed = msgspec.msgpack.encode(arguments)
+        try:
+            if name not in self._hashes:
+                await self._load(name)
+            try:
+                return await self._run(name, keys, packed)
+            except NoScriptError:  # Redis was restarted, and ran nothing
+                await self._load(name)
+                return await self._run(name, keys, packed)
+        except (RedisError, OSError) as error:
+            raise unavailable() from error
+
+    async def _run(self, name: str, keys: Sequence[str], packed: bytes) -> list[Any]:
+        result = await self._client.evalsha(self._hashes[name], len(keys), *keys, packed)
+        return list(result)
+
+    async def _load(self, name: str) -> None:
+        if name not in self._sources:
+            folder = resources.files("service.storage") / "lua"
+            self._sources[name] = "\n".join(
+                (folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", name)
+            )
+        self._hashes[name] = await self._client.script_load(self._sources[name])
+
+
+async def read(pipeline: Pipeline) -> list[Any]:
+    """The answers to some plain reads, in one round trip. Raises LedgerUnavailable if Redis does not answer."""
+    try:
+        return await pipeline.execute()
+    except (RedisError, OSError) as error:
+        raise unavailable() from error
+
+
+def ledger_time(seen: bytes | None, time: tuple[int, int]) -> int:
+    """The ledger's time in milliseconds, out of what the scripts saw last and the answer to TIME."""
+    seconds, micros = time
+    return max(int(seen or 0), seconds * 1000 + micros // 1000)
+
+
+def unavailable() -> LedgerUnavailable:
+    """What a caller is told when Redis does not answer."""
+    return LedgerUnavailable(
+        "The gateway can't reach its store just now. Nothing was sent; try again in a moment.",
+        retry_after=RETRY_AFTER,
+    )

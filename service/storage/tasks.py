@@ -1,0 +1,178 @@
+"""The accepted tasks on Redis: the port `Tasks`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from redis.asyncio import Redis
+
+from service.domain.errors import MalformedRequest
+from service.domain.task import Artifact, Basis, Cost, Kind, State, Task, TaskError
+from service.storage.keys import Keys
+from service.storage.ledger import Spans, packed_figures
+from service.storage.scripts import Scripts, ledger_time, read
+from service.usecases.ports import Check, Due, Page
+
+_BATCH = 100
+_MOST_READ = 2_000
+_LOST = TaskError("task-lost", "The upstream no longer knows this task. It may have been charged.")
+
+
+class RedisTasks:
+    """Reads tasks, lists them, and hands out those whose check is due."""
+
+    def __init__(self, client: Redis, scripts: Scripts, keys: Keys, spans: Spans) -> None:
+        self._client = client
+        self._scripts = scripts
+        self._keys = keys
+        self._spans = spans
+
+    async def get(self, reservation: str) -> tuple[Task, int] | None:
+        """A task and the time now, in one round trip."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.hgetall(self._keys.task(reservation))
+        pipeline.get(self._keys.clock)
+        pipeline.time()
+        fields, seen, time = await read(pipeline)
+        return (_task(reservation, fields), ledger_time(seen, time)) if fields else None
+
+    async def page(
+        self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
+    ) -> Page:
+        """A tenant's tasks, newest first.
+
+        Where few of many tasks match, a page may hold fewer than `limit` and still have a cursor: what one request
+        reads is bounded.
+        """
+        position = _read_cursor(cursor, tenant) if cursor else None
+        found: list[Task] = []
+        read = 0
+        while len(found) <= limit and read < _MOST_READ:
+            ids = await self._ids_after(tenant, position)
+            if not ids:
+                return Page(tuple(found), None)
+            for task in await self._get_many([each for each, _ in ids]):
+                if task and state in {None, task.state} and kind in {None, task.kind}:
+                    found.append(task)
+                    if len(found) > limit:
+                        break
+            read += len(ids)
+            position = ids[-1]
+        kept = tuple(found[:limit])
+        last = (kept[-1].reservation, kept[-1].created) if len(found) > limit else position
+        return Page(kept, _write_cursor(last, tenant) if last else None)
+
+    async def _ids_after(self, tenant: int, position: tuple[str, int] | None) -> list[tuple[str, int]]:
+        """The next batch of ids with their times, after a position in the order newest first, larger id first."""
+        top: int | str = position[1] if position else "+inf"
+        offset = 0
+        while True:
+            pipeline = self._client.pipeline(transaction=False)
+            pipeline.zrevrangebyscore(self._keys.tasks(tenant), top, "-inf", start=offset, num=_BATCH, withscores=True)
+            (rows,) = await read(pipeline)
+            ids = [(str(member, "ascii"), int(score)) for member, score in rows]
+            fresh = [each for each in ids if not position or (each[1], each[0]) < (position[1], position[0])]
+            if fresh or len(rows) < _BATCH:
+                return fresh
+            offset += _BATCH
+
+    async def _get_many(self, reservations: Sequence[str]) -> list[Task | None]:
+        pipeline = self._client.pipeline(transaction=False)
+        for each in reservations:
+            pipeline.hgetall(self._keys.task(each))
+        rows = await read(pipeline)
+        return [_task(each, fields) if fields else None for each, fields in zip(reservations, rows, strict=True)]
+
+    async def claim(self, most: int) -> Sequence[Due]:
+        """Up to `most` tasks whose check is due."""
+        now, *rows = await self._scripts.call(
+            "claim",
+            [self._keys.clock, self._keys.watch],
+            {"most": most, "lease": self._spans.claim, "task": self._keys.task("")},
+        )
+        return [Due(_task(str(member, "ascii"), _pairs(fields)), now) for member, fields in rows]
+
+    async def record(self, due: Due, check: Check) -> Task | None:
+        """Write what a check said, and when to check again; None if the task had ended or is gone."""
+        task, keys = due.task, self._keys
+        ask: dict[str, Any] = {
+            "reservation": task.reservation,
+            "account": task.account,
+            "claimed": due.claimed,
+            "answered": check.answered,
+            "artifacts": msgspec.json.encode(check.artifacts).decode(),
+            "lost_error": msgspec.json.encode(_LOST).decode(),
+            "figures": packed_figures(check.figures),
+            "check_after": self._spans.check_after,
+            "lost_after": self._spans.lost_after,
+            "keep_reservation": self._spans.keep,
+            "keep_running": self._spans.keep,
+            "keep_ended": self._spans.keep_ended,
+        }
+        if check.error:
+            ask["error"] = msgspec.json.encode(check.error).decode()
+        status, _, *rest = await self._scripts.call(
+            "record",
+            [
+                keys.clock,
+                keys.tenant(task.tenant),
+                keys.reservation(task.reservation),
+                keys.account(task.account),
+                keys.task(task.reservation),
+                keys.watch,
+            ],
+            ask,
+        )
+        return _task(task.reservation, _pairs(rest[0])) if status == b"recorded" else None
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _task(reservation: str, fields: dict[bytes, bytes]) -> Task:
+    def text(name: bytes) -> str:
+        return str(fields[name], "utf-8")
+
+    finished, error = fields.get(b"finished"), fields.get(b"error")
+    return Task(
+        id=text(b"id"),
+        reservation=reservation,
+        tenant=int(fields[b"tenant"]),
+        account=int(fields[b"account"]),
+        kind=Kind(text(b"kind")),
+        state=State(text(b"state")),
+        created=int(fields[b"created"]),
+        updated=int(fields[b"updated"]),
+        finished=int(finished) if finished else None,
+        checked=int(fields[b"checked"]),
+        options=msgspec.Raw(fields[b"options"]),
+        metadata=msgspec.Raw(fields[b"metadata"]),
+        artifacts=msgspec.json.decode(fields.get(b"artifacts", b"[]"), type=tuple[Artifact, ...]),
+        error=msgspec.json.decode(error, type=TaskError) if error else None,
+        cost=Cost(
+            int(fields.get(b"cost_count", 0)),
+            int(fields.get(b"cost_money", 0)),
+            Basis(str(fields.get(b"cost_basis", b"unknown"), "ascii")),
+        ),
+        version=int(fields[b"version"]),
+    )
+
+
+def _write_cursor(position: tuple[str, int], tenant: int) -> str:
+    return base64.urlsafe_b64encode(msgspec.msgpack.encode((tenant, *position))).rstrip(b"=").decode()
+
+
+def _read_cursor(cursor: str, tenant: int) -> tuple[str, int]:
+    try:
+        packed = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        owner, reservation, created = msgspec.msgpack.decode(packed, type=tuple[int, str, int])
+    except (binascii.Error, msgspec.DecodeError, ValueError):
+        owner, reservation, created = 0, "", 0
+    if owner != tenant:
+        raise MalformedRequest("The cursor is none of this list. Take it from `next_cursor` of the page before.")
+    return reservation, created

@@ -1,0 +1,171 @@
+"""Reading tasks.
+
+Reads cost the upstream nothing: they show what the watch recorded. Only a task that Redis no longer knows, or can't be
+asked about, is looked up at the upstream, which its sealed id makes possible.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from service.domain.errors import LedgerUnavailable, NotFound, UpstreamUnavailable
+from service.domain.quota import ReservationState
+from service.domain.task import Basis, Cost, Kind, State, Task
+from service.domain.taskid import Reference, TaskIds
+from service.domain.tenancy import Tenant
+from service.usecases.ports import (
+    Answered,
+    Check,
+    Ledger,
+    Page,
+    RegistryView,
+    Settlement,
+    TaskDraft,
+    Tasks,
+    Upstream,
+)
+
+_log = structlog.get_logger(__name__)
+
+_REMEMBERED = 10_000
+_EMPTY = msgspec.Raw(b"{}")
+
+
+class Seen(Struct, frozen=True):
+    """A task, and how many seconds ago the upstream last told of it."""
+
+    task: Task
+    age: float
+
+
+class _Asked(Struct):
+    """A look-up at the upstream, shared by all who ask within an interval."""
+
+    at: float
+    answer: asyncio.Future[Check]
+
+
+class Follow:
+    """Reads one task, or lists a tenant's."""
+
+    def __init__(
+        self,
+        *,
+        tasks: Tasks,
+        ledger: Ledger,
+        upstream: Upstream,
+        registry: RegistryView,
+        task_ids: TaskIds,
+        interval: float,
+        kept_seconds: float,
+    ) -> None:
+        self._tasks = tasks
+        self._ledger = ledger
+        self._upstream = upstream
+        self._registry = registry
+        self._task_ids = task_ids
+        self._interval = interval
+        self._kept_seconds = kept_seconds
+        self._asked: OrderedDict[str, _Asked] = OrderedDict()
+
+    async def read(self, tenant: Tenant, task_id: str) -> Seen:
+        """A task of this tenant.
+
+        Raises NotFound for a task of somebody else, an altered id, or one that nobody knows; UpstreamUnavailable if
+        neither Redis nor the upstream can tell.
+        """
+        reference = self._task_ids.open(task_id)
+        if reference.tenant != tenant.id:
+            raise _not_found()
+        try:
+            found = await self._tasks.get(reference.reservation)
+        except LedgerUnavailable:
+            return await self._look_up(reference, task_id, book=False)
+        if found:
+            task, now = found
+            return Seen(task, (now - task.checked) / 1000)
+        return await self._look_up(reference, task_id, book=True)
+
+    async def page(
+        self, tenant: Tenant, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
+    ) -> Page:
+        """A tenant's tasks, newest first. Raises LedgerUnavailable, or MalformedRequest for a wrong cursor."""
+        return await self._tasks.page(tenant.id, state=state, kind=kind, limit=limit, cursor=cursor)
+
+    async def _look_up(self, reference: Reference, task_id: str, *, book: bool) -> Seen:
+        """Ask the upstream, once per task and interval, about a task that only its id is left of."""
+        asked = self._asked.get(reference.reservation)
+        if asked is None or time.monotonic() - asked.at >= self._interval:
+            asked = _Asked(time.monotonic(), asyncio.ensure_future(self._ask(reference)))
+            self._asked[reference.reservation] = asked
+            while len(self._asked) > _REMEMBERED:
+                self._asked.popitem(last=False)
+        check = await asyncio.shield(asked.answer)
+        if check.answered is Answered.NOTHING or (check.answered is Answered.SILENT and not book):
+            raise UpstreamUnavailable("This task can't be looked up just now. Try again.", retry_after=self._interval)
+        if check.answered is Answered.SILENT:
+            raise _not_found()
+        if book:
+            await self._settle_late(reference, task_id)
+        return Seen(_task(reference, task_id, check), time.monotonic() - asked.at)
+
+    async def _ask(self, reference: Reference) -> Check:
+        account = self._registry.current.account(reference.account)
+        if account is None:
+            return Check(answered=Answered.SILENT)
+        return await self._upstream.check(account, reference.upstream_id)
+
+    async def _settle_late(self, reference: Reference, task_id: str) -> None:
+        """Book a task the ledger has lost: it was accepted, and the watch shall go on with it.
+
+        Not one that is as old as what the ledger forgets by itself, which would be booked twice.
+        """
+        if time.time() - reference.created / 1000 >= self._kept_seconds:
+            return
+        settlement = Settlement(
+            reservation=reference.reservation,
+            tenant=reference.tenant,
+            account=reference.account,
+            kind=reference.kind,
+            created=reference.created,
+            outcome=ReservationState.ACCEPTED,
+            draft=TaskDraft(task_id, _EMPTY, _EMPTY),
+        )
+        try:
+            booked = await self._ledger.settle(settlement)
+        except LedgerUnavailable:
+            return  # the next read does it
+        _log.warning("settled.late", reservation=reference.reservation, booked=booked)
+
+
+def _not_found() -> NotFound:
+    return NotFound("There is no such task.")
+
+
+def _task(reference: Reference, task_id: str, check: Check) -> Task:
+    """What an id and one answer of the upstream tell of a task: its options are not among it."""
+    state = {Answered.SUCCEEDED: State.SUCCEEDED, Answered.FAILED: State.FAILED}.get(check.answered, State.RUNNING)
+    return Task(
+        id=task_id,
+        reservation=reference.reservation,
+        tenant=reference.tenant,
+        account=reference.account,
+        kind=reference.kind,
+        state=state,
+        created=reference.created,
+        updated=reference.created,
+        finished=None,
+        options=_EMPTY,
+        metadata=_EMPTY,
+        artifacts=check.artifacts,
+        error=check.error,
+        cost=Cost(0, 0, Basis.UNKNOWN),
+        version=0,
+        checked=reference.created,
+    )

@@ -1,0 +1,75 @@
+"""What a caller is told when a submission is not accepted."""
+
+from __future__ import annotations
+
+from service.domain.balance import PROBE_INTERVAL
+from service.domain.errors import (
+    AccountMisconfigured,
+    BalanceExhausted,
+    GatewayError,
+    QuotaDenied,
+    SubmissionUnknown,
+    UpstreamRejected,
+    UpstreamUnavailable,
+)
+from service.domain.quota import NoAccount, PolicyDenied, RateLimit
+from service.usecases.ports import SubmitOutcome, Submitted
+
+CONNECT_AGAIN_AFTER = 5.0
+
+
+def denied(verdict: PolicyDenied, limits: tuple[RateLimit, ...]) -> QuotaDenied:
+    names = ", ".join(each.policy for each in verdict.violations)
+    resets = [each.resets_at for each in verdict.violations]
+    known = [each for each in resets if each is not None]
+    wait = (max(known) - verdict.now) / 1000 if known and not _never_resets(verdict) else None
+    return QuotaDenied(
+        f"Not within the limits of this tenant: {names}.",
+        violations=verdict.violations,
+        limits=limits,
+        retry_after=wait,
+    )
+
+
+def _never_resets(verdict: PolicyDenied) -> bool:
+    """Whether a policy on the total refused, which no waiting helps."""
+    return any(each.policy.startswith("total-") for each in verdict.violations)
+
+
+def no_account(verdict: NoAccount) -> GatewayError:
+    return misconfigured() if verdict.look_at is None else _exhausted((verdict.look_at - verdict.now) / 1000)
+
+
+def _exhausted(seconds: float) -> BalanceExhausted:
+    return BalanceExhausted(
+        "The upstream account behind this tenant can't pay at the moment. Its owner has to top it up; it is "
+        "looked at again after Retry-After.",
+        retry_after=seconds,
+    )
+
+
+def misconfigured() -> AccountMisconfigured:
+    return AccountMisconfigured(
+        "The upstream account behind this tenant can't be used. The operators of the gateway have to act."
+    )
+
+
+def refusal(sent: Submitted, reservation: str) -> GatewayError:
+    """What a caller is told of an outcome that is not an acceptance."""
+    if sent.outcome is SubmitOutcome.REJECTED:
+        return UpstreamRejected(
+            "The upstream refused this image or its options. Nothing was charged.", reason=sent.reason
+        )
+    if sent.outcome is SubmitOutcome.EXHAUSTED:
+        return _exhausted(PROBE_INTERVAL / 1000)
+    if sent.outcome is SubmitOutcome.INVALID_ACCOUNT:
+        return misconfigured()
+    if sent.outcome is SubmitOutcome.NOT_SENT:
+        return UpstreamUnavailable(
+            "The upstream can't be reached. Nothing was sent; try again.", retry_after=CONNECT_AGAIN_AFTER
+        )
+    return SubmissionUnknown(
+        "The image was sent, but no usable answer came. It may have been charged and is not sent again. Ask the "
+        "operators with this submission_id before you submit it anew.",
+        submission_id=reservation,
+    )

@@ -1,0 +1,60 @@
+"""Booking outcomes: at once if Redis is there, else for as long as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from service.domain.errors import LedgerUnavailable
+from service.domain.quota import ReservationState
+from service.usecases.background import Background
+from service.usecases.ports import Ask, Ledger, Settlement
+
+_log = structlog.get_logger(__name__)
+
+RETRIES = (0.1, 0.3, 1.0, 3.0, 5.0)
+"""Seconds between tries to book an outcome; the last goes on until it is booked."""
+
+
+class Settle:
+    """Books what became of reservations. An outcome that can't be written now is tried again in the background."""
+
+    def __init__(self, ledger: Ledger, background: Background) -> None:
+        self._ledger = ledger
+        self._background = background
+
+    async def __call__(self, settlement: Settlement) -> None:
+        """Book an outcome; when this returns it is booked or will be, so the caller can have its answer."""
+        try:
+            await self._book(settlement)
+        except LedgerUnavailable:
+            _log.warning("settlement.delayed", reservation=settlement.reservation, outcome=settlement.outcome)
+            self._background.spawn(self._keep_booking(settlement))
+
+    def give_up(self, ask: Ask) -> None:
+        """Leave a tombstone for a reservation whose verdict never came: it may be held, or still be on its way."""
+        settlement = Settlement(
+            reservation=ask.reservation,
+            tenant=ask.tenant,
+            account=ask.accounts[0],
+            kind=ask.kind,
+            created=0,
+            outcome=ReservationState.NOT_SENT,
+        )
+        self._background.spawn(self._keep_booking(settlement))
+
+    async def _keep_booking(self, settlement: Settlement) -> None:
+        tries = 0
+        while True:
+            await asyncio.sleep(RETRIES[min(tries, len(RETRIES) - 1)])
+            tries += 1
+            try:
+                await self._book(settlement)
+            except LedgerUnavailable:
+                continue
+            return
+
+    async def _book(self, settlement: Settlement) -> None:
+        booked = await self._ledger.settle(settlement)
+        _log.info("settled", reservation=settlement.reservation, outcome=settlement.outcome, booked=booked)

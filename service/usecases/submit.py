@@ -1,0 +1,214 @@
+"""Reserve, send, settle: the only way money is spent.
+
+The order is the safety. Nothing is sent that is not reserved; what was sent is settled, even if the caller has left or
+Redis is away by then; and only an outcome that surely cost nothing lets another account be tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from service.domain.balance import Status
+from service.domain.errors import (
+    KindNotAllowed,
+    LedgerUnavailable,
+    TenantDisabled,
+)
+from service.domain.quota import (
+    Granted,
+    NoAccount,
+    PolicyDenied,
+    RateLimit,
+    ReservationState,
+    rate_limits,
+)
+from service.domain.task import Basis, Cost, Kind, Options, State, Task
+from service.domain.taskid import Reference, TaskIds
+from service.domain.tenancy import Account, Tenant
+from service.telemetry.metrics import Metrics
+from service.usecases.background import Background
+from service.usecases.ports import (
+    Ask,
+    Image,
+    Ledger,
+    RegistryView,
+    Settlement,
+    Snapshot,
+    SubmitOutcome,
+    Submitted,
+    TaskDraft,
+    Upstream,
+)
+from service.usecases.refusals import denied, misconfigured, no_account, refusal
+from service.usecases.settle import Settle
+
+_log = structlog.get_logger(__name__)
+
+LEASE_MARGIN = 60.0
+"""Sending ends this many seconds before the lease does, so that its outcome is booked before it counts as unknown."""
+
+_CLOSES = {
+    SubmitOutcome.EXHAUSTED: Status.EXHAUSTED,
+    SubmitOutcome.INVALID_ACCOUNT: Status.INVALID,
+    SubmitOutcome.NOT_SENT: None,
+}
+_SETTLES = {
+    SubmitOutcome.ACCEPTED: ReservationState.ACCEPTED,
+    SubmitOutcome.UNKNOWN: ReservationState.UNKNOWN,
+    SubmitOutcome.NOT_SENT: ReservationState.NOT_SENT,
+}
+
+
+class Submission(Struct, frozen=True):
+    """An accepted submission: its task, and what is left of the tenant's limits."""
+
+    task: Task
+    limits: tuple[RateLimit, ...]
+
+
+class _Place(Struct, frozen=True):
+    """A reservation under way: where it stands, and by when (of the monotonic clock) sending has to end."""
+
+    ask: Ask
+    account: Account
+    created: int
+    deadline: float
+
+
+class Submit:
+    """Submits an image for a tenant."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        settle: Settle,
+        upstream: Upstream,
+        registry: RegistryView,
+        task_ids: TaskIds,
+        background: Background,
+        metrics: Metrics,
+    ) -> None:
+        self._ledger = ledger
+        self._settle = settle
+        self._upstream = upstream
+        self._registry = registry
+        self._task_ids = task_ids
+        self._background = background
+        self._metrics = metrics
+
+    def admit(self, tenant: Tenant, kind: Kind) -> None:
+        """Refuse what needs no look at the image. Raises TenantDisabled or KindNotAllowed."""
+        if tenant.disabled:
+            raise TenantDisabled("This tenant was switched off. Ask the operators of the gateway.")
+        if not tenant.may_submit(kind):
+            raise KindNotAllowed(f"This tenant may not submit {kind} tasks. Ask the operators of the gateway.")
+
+    async def __call__(self, tenant: Tenant, options: Options, metadata: dict[str, str], image: Image) -> Submission:
+        """Submit once. What has begun is finished even if the caller goes away.
+
+        Raises the errors of `Denied` and `UpstreamFault`, and LedgerUnavailable.
+        """
+        self.admit(tenant, options.kind)
+        work = self._background.spawn(self._submit(tenant, options, metadata, image))
+        return await asyncio.shield(work)
+
+    async def _submit(self, tenant: Tenant, options: Options, metadata: dict[str, str], image: Image) -> Submission:
+        accounts = self._registry.current.accounts_of(tenant)
+        if not accounts:
+            raise misconfigured()
+        place, snapshot = await self._reserve(tenant, accounts, options.kind)
+        sent, place = await self._send(place, accounts, options, image)
+        self._metrics.submission(options.kind, sent.outcome)
+        if sent.outcome is not SubmitOutcome.ACCEPTED:
+            await self._settle(self._settlement(place, sent))
+            raise refusal(sent, place.ask.reservation)
+        task = self._task(place, sent.upstream_id, options, metadata)
+        draft = TaskDraft(task.id, task.options, task.metadata)
+        await self._settle(msgspec.structs.replace(self._settlement(place, sent), draft=draft))
+        return Submission(task, rate_limits(tenant.policy, snapshot.state, snapshot.now))
+
+    async def _reserve(self, tenant: Tenant, accounts: Sequence[Account], kind: Kind) -> tuple[_Place, Snapshot]:
+        ask = Ask(secrets.token_hex(16), tenant.id, tuple(each.id for each in accounts), kind)
+        asked = time.monotonic()
+        try:
+            verdict, snapshot = await self._ledger.reserve(ask)
+        except LedgerUnavailable:
+            self._settle.give_up(ask)
+            raise
+        if isinstance(verdict, PolicyDenied):
+            for violation in verdict.violations:
+                self._metrics.denied(violation.policy)
+            raise denied(verdict, rate_limits(tenant.policy, snapshot.state, snapshot.now))
+        if isinstance(verdict, NoAccount):
+            raise no_account(verdict)
+        deadline = asked + (verdict.lease - verdict.now) / 1000 - LEASE_MARGIN
+        account = next(each for each in accounts if each.id == verdict.account)
+        return _Place(ask, account, verdict.now, deadline), snapshot
+
+    async def _send(
+        self, place: _Place, accounts: Sequence[Account], options: Options, image: Image
+    ) -> tuple[Submitted, _Place]:
+        """Send to one account after the other for as long as that surely costs nothing."""
+        while True:
+            left = place.deadline - time.monotonic()
+            sent = await self._upstream.submit(place.account, options, image, seconds=left)
+            if sent.outcome not in _CLOSES:
+                return sent, place
+            following = accounts[accounts.index(place.account) + 1 :]
+            verdict = await self._retarget(place, following, _CLOSES[sent.outcome])
+            if not isinstance(verdict, Granted):
+                return sent, place
+            account = next(each for each in following if each.id == verdict.account)
+            place = msgspec.structs.replace(place, account=account)
+
+    async def _retarget(self, place: _Place, following: Sequence[Account], closes: Status | None) -> Granted | None:
+        if not following:
+            return None
+        ask = msgspec.structs.replace(place.ask, accounts=tuple(each.id for each in following))
+        try:
+            verdict = await self._ledger.retarget(ask, place.account.id, closes)
+        except LedgerUnavailable:
+            return None  # nothing more is sent; the settlement finds out where the reservation stands
+        return verdict if isinstance(verdict, Granted) else None
+
+    def _settlement(self, place: _Place, sent: Submitted) -> Settlement:
+        return Settlement(
+            reservation=place.ask.reservation,
+            tenant=place.ask.tenant,
+            account=place.account.id,
+            kind=place.ask.kind,
+            created=place.created,
+            outcome=_SETTLES.get(sent.outcome, ReservationState.REFUSED),
+            figures=sent.figures,
+            closes=_CLOSES.get(sent.outcome),
+        )
+
+    def _task(self, place: _Place, upstream_id: str, options: Options, metadata: dict[str, str]) -> Task:
+        ask = place.ask
+        reference = Reference(ask.tenant, place.account.id, ask.kind, place.created, ask.reservation, upstream_id)
+        return Task(
+            id=self._task_ids.seal(reference),
+            reservation=ask.reservation,
+            tenant=ask.tenant,
+            account=place.account.id,
+            kind=ask.kind,
+            state=State.QUEUED,
+            created=place.created,
+            updated=place.created,
+            finished=None,
+            options=msgspec.Raw(msgspec.json.encode(options)),
+            metadata=msgspec.Raw(msgspec.json.encode(metadata)),
+            artifacts=(),
+            error=None,
+            cost=Cost(0, 0, Basis.UNKNOWN),
+            version=1,
+            checked=place.created,
+        )

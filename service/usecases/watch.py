@@ -1,0 +1,115 @@
+"""The watch: every running task is checked once per interval, by whichever process claims it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from service.domain.errors import LedgerUnavailable
+from service.domain.taskid import TaskIds
+from service.telemetry.metrics import Metrics
+from service.usecases.ports import Answered, Check, Due, Ledger, RegistryView, Tasks, Upstream
+
+_log = structlog.get_logger(__name__)
+
+TICK_SECONDS = 0.25
+"""How often due tasks are looked for. A check is late by at most this, and an idle process asks Redis this often."""
+EXPIRE_SECONDS = 5.0
+AWAY_SECONDS = 1.0
+
+
+class Watch:
+    """Checks the tasks that are due and books reservations whose process died."""
+
+    def __init__(
+        self,
+        *,
+        tasks: Tasks,
+        ledger: Ledger,
+        upstream: Upstream,
+        registry: RegistryView,
+        task_ids: TaskIds,
+        metrics: Metrics,
+        at_once: int = 16,
+    ) -> None:
+        self._tasks = tasks
+        self._ledger = ledger
+        self._upstream = upstream
+        self._registry = registry
+        self._task_ids = task_ids
+        self._metrics = metrics
+        self._at_once = at_once
+        self._checking: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Watch until cancelled; a check under way is then finished by another process once its claim runs out."""
+        try:
+            while True:
+                try:
+                    full = await self.tick()
+                except LedgerUnavailable:
+                    _log.warning("watch.store-away")
+                    await asyncio.sleep(AWAY_SECONDS)
+                    continue
+                if not full:
+                    await asyncio.sleep(TICK_SECONDS)
+        finally:
+            for check in self._checking:
+                check.cancel()
+            await asyncio.gather(*self._checking, return_exceptions=True)
+
+    async def tick(self) -> bool:
+        """Claim as many due tasks as there is room for and begin to check them; whether more may be due."""
+        room = self._at_once - len(self._checking)
+        if room <= 0:
+            await asyncio.wait(self._checking, return_when=asyncio.FIRST_COMPLETED)
+            return True
+        due = await self._tasks.claim(room)
+        for each in due:
+            check = asyncio.create_task(self._check(each))
+            self._checking.add(check)
+            check.add_done_callback(self._checking.discard)
+        return len(due) == room
+
+    async def settled(self) -> None:
+        """Wait until no check is under way."""
+        while self._checking:
+            await asyncio.wait(self._checking)
+
+    async def expire(self) -> None:
+        """Book for ever what died between reserving and settling."""
+        while True:
+            try:
+                count = await self._ledger.expire(100)
+            except LedgerUnavailable:
+                count = 0
+            if count:
+                _log.warning("reservations.expired", count=count)
+            await asyncio.sleep(EXPIRE_SECONDS)
+
+    async def _check(self, due: Due) -> None:
+        """Ask about one task and record the answer; without a record it is due again when the claim runs out."""
+        account = self._registry.current.account(due.task.account)
+        if account is None:
+            check = Check(answered=Answered.SILENT)  # its account was removed: nobody can tell any more
+        else:
+            check = await self._upstream.check(account, self._task_ids.open(due.task.id).upstream_id)
+        self._metrics.checked(check.answered)
+        try:
+            task = await self._tasks.record(due, check)
+        except LedgerUnavailable:
+            return
+        if task and task.state.ended:
+            self._metrics.finished(task.kind, task.state)
+            _log.info(
+                "task.ended",
+                reservation=task.reservation,
+                tenant=task.tenant,
+                kind=task.kind,
+                state=task.state,
+                seconds=(task.updated - task.created) / 1000,
+                count=task.cost.count,
+                money=task.cost.money,
+                basis=task.cost.basis,
+            )
