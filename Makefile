@@ -1,0 +1,104 @@
+# Everything a fresh machine needs, behind one word each. Python 3.11 or newer with its venv module is all that has
+# to be there: a pinned uv is fetched into .tools, and uv builds .venv from the lock file.
+
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+
+UV := .tools/uv-$(UV_VERSION)
+READY := .venv/.ready
+CERTIFICATES := $(wildcard /etc/ssl/certs/ca-certificates.crt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.ONESHELL:
+.SHELLFLAGS := -ec
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
+
+# Companies that inspect TLS put their authority here; neither pip nor uv looks for it by itself.
+ifneq ($(CERTIFICATES),)
+export PIP_CERT ?= $(CERTIFICATES)
+export UV_SYSTEM_CERTS ?= 1
+endif
+
+# What a step says is shown only if it fails.
+step = @said=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$said"; echo 'FAILED  $(1)'; exit 1; }
+
+.PHONY: run demo test check lint format types layers drift openapi fmt clean help
+
+run: $(READY) ## Start the gateway with all it needs on this machine
+	@exec .venv/bin/gateway serve
+
+demo: $(READY) ## Show every kind of task, end to end
+	@exec .venv/bin/gateway demo
+
+test: check ## Run all that CI runs: the static checks, then the tests with coverage
+	@exec .venv/bin/pytest --cov --cov-report=term-missing:skip-covered
+
+check: lint format types layers drift ## Run the static checks alone
+
+lint: $(READY)
+	$(call step,ruff check,.venv/bin/ruff check)
+
+format: $(READY)
+	$(call step,ruff format,.venv/bin/ruff format --check)
+
+types: $(READY)
+	$(call step,mypy,.venv/bin/mypy)
+
+layers: $(READY)
+	$(call step,import-linter,.venv/bin/lint-imports --no-logo)
+
+drift: $(READY)
+	$(call step,openapi,.venv/bin/gateway openapi --folder openapi --check)
+
+openapi: $(READY) ## Write the OpenAPI documents into openapi/
+	@exec .venv/bin/gateway openapi --folder openapi
+
+fmt: $(READY) ## Format the code and fix what can be fixed by itself
+	@.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+clean: ## Remove what was built or cached; the data in .gateway stays
+	@rm -rf .venv .tools .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+
+# A virtual environment that was interrupted, moved, or made for another Python carries no mark that fits, and is
+# built anew; one that is whole but older than the lock file is brought up to date.
+ifneq ($(file <$(READY)),$(PYTHON) $(CURDIR))
+.PHONY: $(READY)
+endif
+
+$(READY): pyproject.toml uv.lock
+	@fail() { echo "error: $$1" >&2; exit 1; }
+	command -v '$(PYTHON)' >/dev/null || fail 'there is no $(PYTHON): install Python 3.11 or newer (Debian: python3 python3-venv)'
+	'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+		fail "$$('$(PYTHON)' --version 2>&1) is too old: name Python 3.11 or newer, as in PYTHON=python3.12 make"
+	'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null ||
+		fail '$(PYTHON) has no venv module: install it (Debian: python3-venv)'
+	mkdir -p .tools
+	if ! [ -x $(UV) ]; then
+		echo 'Fetching uv $(UV_VERSION)'
+		rm -rf .tools/venv
+		'$(PYTHON)' -m venv .tools/venv >.tools/log 2>&1 ||
+			fail "no virtual environment could be made: $$(tail -n 1 .tools/log)"
+		.tools/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check --no-input --retries 1 \
+			--only-binary :all: uv==$(UV_VERSION) >.tools/log 2>&1 ||
+			fail 'uv could not be fetched from the package registry: is there a network? (more in .tools/log)'
+		mv .tools/venv/bin/uv $(UV)
+		rm -rf .tools/venv
+	fi
+	[ -w "$${HOME:-}" ] || export UV_CACHE_DIR="$${UV_CACHE_DIR:-$$PWD/.tools/cache}"
+	export UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never
+	echo 'Building .venv from uv.lock'
+	if [ "$$(cat $@ 2>/dev/null)" != "$(PYTHON) $$(pwd -P)" ]; then
+		$(UV) venv --quiet --clear --python "$$(command -v '$(PYTHON)')" .venv >.tools/log 2>&1 ||
+			fail ".venv could not be made: $$(sed 's/^error: //;q' .tools/log) (more in .tools/log)"
+	fi
+	rm -f $@
+	$(UV) sync --locked --all-extras --quiet >.tools/log 2>&1 ||
+		fail "the packages of uv.lock could not be installed: $$(sed 's/^error: //;q' .tools/log) (more in .tools/log)"
+	printf '%s' "$(PYTHON) $$(pwd -P)" >$@
