@@ -4,7 +4,7 @@ import asyncio
 import socket
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,6 @@ from litestar import Litestar, Request, Response, get, post
 from litestar.datastructures import UploadFile
 from litestar.params import FromPath
 
-from service.demo.jobs import JOBS
 from tests.demo.results import Body, real_results
 
 TOKEN = "gw_demo"
@@ -55,8 +54,14 @@ class FakeGateway:
     """When each kind was looked at, in seconds of the monotonic clock, the submission first."""
     tokens: dict[str, str | None] = field(default_factory=dict)
     """The `Authorization` of the last request to each path."""
-    all_running: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set once every kind was looked at after its submission."""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until requests have made it hold."""
+        async with asyncio.timeout(20):
+            while not holds():
+                self.asked.clear()
+                await self.asked.wait()
 
     def app(self) -> Litestar:
         return Litestar([self._quota(), self._submit(), self._look(), self._artifact()], openapi_config=None)
@@ -102,14 +107,14 @@ class FakeGateway:
 
     def _refusal(self, what: str, request: Request[Any, Any, Any]) -> Response[Any] | None:
         self.tokens[request.url.path] = request.headers.get("authorization")
+        self.asked.set()
         return self.problems.get(what)
 
     def _task(self, kind: str, status: int) -> Response[Any]:
         states = self.states[kind]
         state = states[min(len(self.looks[kind]), len(states) - 1)]
         self.looks[kind].append(time.monotonic())
-        if all(len(self.looks[job.kind]) > 1 for job in JOBS):
-            self.all_running.set()
+        self.asked.set()
         ended = state in {"succeeded", "failed"}
         task = {
             "id": f"task_{kind}",

@@ -1,6 +1,7 @@
 """Results of every kind as a good gateway gives them, made from the demo's own pictures."""
 
 import io
+from functools import cache
 
 from PIL import Image, ImageFilter
 
@@ -16,7 +17,12 @@ Body = tuple[str, bytes]
 
 
 def real_results() -> dict[str, dict[str, Body]]:
-    """Content by kind and name of result."""
+    """Content by kind and name of result, to be changed at will."""
+    return {kind: dict(results) for kind, results in _made().items()}
+
+
+@cache
+def _made() -> dict[str, dict[str, Body]]:
     sent = {job.kind: Image.open(io.BytesIO(job.read())).convert("RGB") for job in JOBS}
     photo, texture = sent["upscale"], sent["seamless"]
     tile = mirrored(texture.resize((128, 128)))
