@@ -140,7 +140,8 @@ def receipt(
     """What an ended task cost, remembering the price if it was observed.
 
     `before` is the balance known when it was reserved, `after` the newest figures told about it. They are a
-    receipt only if nothing else of the account was open in between (`alone`), and if the drop is one that a task can cause.
+    receipt only if nothing else of the account was open in between (`alone`), and if the drop is one that a task
+    can cause.
     """
     if alone and before and after.count is not None and after.money is not None:
         count, money = before.count - after.count, before.money - after.money

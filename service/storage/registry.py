@@ -78,11 +78,13 @@ class RedisRegistry:
             {
                 "version": change.version,
                 "channel": keys.registry_channel,
-                "put": put,
                 "drop": drop,
-                "policies": list(policies.values()),
+                "puts": len(put),
+                "policies": len(policies),
                 "forget": len(forget),
             },
+            *(each for pair in put.items() for each in pair),
+            *policies.values(),
         )
         return bool(answer[0] == b"written")
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from service.domain.errors import LedgerUnavailable
 
@@ -24,22 +24,27 @@ class Scripts:
         self._sources: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
 
-    async def call(self, name: str, keys: Sequence[str], arguments: Mapping[str, Any]) -> list[Any]:
-        """Run the script `name`. Raises LedgerUnavailable if Redis did not answer: it may have run or not."""
-        packed = msgspec.msgpack.encode(arguments)
+    async def call(self, name: str, keys: Sequence[str], arguments: Mapping[str, Any], *more: bytes | str) -> list[Any]:
+        """Run the script `name`; `more` are arguments that MessagePack in Lua can't hold.
+
+        Raises LedgerUnavailable if Redis did not answer: it may have run or not.
+        """
+        values = (msgspec.msgpack.encode(arguments), *more)
         try:
             if name not in self._hashes:
                 await self._load(name)
             try:
-                return await self._run(name, keys, packed)
+                return await self._run(name, keys, values)
             except NoScriptError:  # Redis was restarted, and ran nothing
                 await self._load(name)
-                return await self._run(name, keys, packed)
+                return await self._run(name, keys, values)
         except (RedisError, OSError) as error:
+            if type(error) is ResponseError and "user_script" in str(error):
+                raise  # a fault of ours, not Redis being away
             raise unavailable() from error
 
-    async def _run(self, name: str, keys: Sequence[str], packed: bytes) -> list[Any]:
-        result = await self._client.evalsha(self._hashes[name], len(keys), *keys, packed)
+    async def _run(self, name: str, keys: Sequence[str], values: Sequence[bytes | str]) -> list[Any]:
+        result = await self._client.evalsha(self._hashes[name], len(keys), *keys, *values)
         return list(result)
 
     async def _load(self, name: str) -> None:
