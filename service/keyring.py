@@ -1,0 +1,141 @@
+"""The gateway's secrets: the keys that seal, and those a machine of one's own makes for itself."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import secrets
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESSIV
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from msgspec import Struct
+
+KEY_BYTES = 32
+_DERIVED_BYTES = 64
+_ADMIN_TOKEN_BYTES = 32
+
+
+class SecretFileError(Exception):
+    """A secret in the data folder can't be read or made; the message names the file, never what it holds."""
+
+
+class PurposeSealer:
+    """Seals and opens for one purpose: what another purpose sealed stays closed."""
+
+    def __init__(self, ciphers: Sequence[AESSIV]) -> None:
+        self._ciphers = tuple(ciphers)
+
+    def seal(self, plain: bytes) -> bytes:
+        """Encrypt under the first key; the same bytes are always sealed the same."""
+        return self._ciphers[0].encrypt(plain, None)
+
+    def open(self, sealed: bytes) -> bytes | None:
+        """Decrypt under whichever key fits; None if none does or the bytes were altered."""
+        for cipher in self._ciphers:
+            with suppress(InvalidTag):
+                return cipher.decrypt(sealed, None)
+        return None
+
+
+class Keyring:
+    """Secret keys in order: the first seals, all of them open, so that a new one can be put in front.
+
+    AES-SIV needs no nonce that could be repeated, and gives the same reference the same id. Each purpose has keys of
+    its own, derived from the secret ones.
+    """
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        if not keys or any(len(key) != KEY_BYTES for key in keys):
+            raise ValueError(f"a keyring needs at least one key, each of {KEY_BYTES} bytes")
+        self._keys = tuple(keys)
+
+    def purpose(self, name: str) -> PurposeSealer:
+        """The sealer of one purpose, such as `task-id`."""
+        info = f"imaging-gateway/{name}".encode()
+        return PurposeSealer([AESSIV(_derive(key, info)) for key in self._keys])
+
+
+def _derive(key: bytes, info: bytes) -> bytes:
+    return HKDF(algorithm=SHA256(), length=_DERIVED_BYTES, salt=None, info=info).derive(key)
+
+
+class GeneratedSecrets(Struct, frozen=True):
+    """What a development gateway makes for itself and keeps in its data folder."""
+
+    secret_keys: tuple[bytes, ...]
+    admin_token: str
+
+    def __repr__(self) -> str:
+        return "GeneratedSecrets(...)"
+
+
+def generate_secret_key() -> str:
+    """A new secret key, as GATEWAY_SECRET_KEYS takes it."""
+    return base64.urlsafe_b64encode(secrets.token_bytes(KEY_BYTES)).decode()
+
+
+def parse_secret_key(text: str) -> bytes:
+    """A secret key from base64, in the standard or the URL-safe alphabet. Raises ValueError, without the text."""
+    try:
+        bare = text.translate(_STANDARD).rstrip("=")
+        key = base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("is not base64") from None
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"is {len(key)} bytes long, not {KEY_BYTES}")
+    return key
+
+
+_STANDARD = str.maketrans("-_", "+/")
+
+
+def load_or_create_secrets(folder: Path) -> GeneratedSecrets:
+    """Read `secret.key` and `admin.token` in the data folder, making those that are missing. For development only.
+
+    A file that is there is never replaced: without its key nothing that was sealed can be opened again.
+    Raises SecretFileError.
+    """
+    key_file, token_file = folder / "secret.key", folder / "admin.token"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        key_text = _load_or_create(key_file, generate_secret_key())
+        token = _load_or_create(token_file, secrets.token_urlsafe(_ADMIN_TOKEN_BYTES))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        name = getattr(error, "filename", None) or folder
+        raise SecretFileError(f"can't keep the gateway's secrets in {name}: {why}") from error
+    try:
+        key = parse_secret_key(key_text)
+    except ValueError as error:
+        raise SecretFileError(f"{key_file} is damaged: what it holds {error}") from None
+    if not token:
+        raise SecretFileError(f"{token_file} is empty")
+    return GeneratedSecrets((key,), token)
+
+
+def _load_or_create(path: Path, fresh: str) -> str:
+    """What a file holds, or `fresh`, once it is safely there under its name.
+
+    It is written aside and linked, so that of two gateways that start at once both use the one that came first, and
+    neither sees half a file.
+    """
+    with suppress(FileNotFoundError):
+        return path.read_text().strip()
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(f"{fresh}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    finally:
+        Path(aside).unlink()
+    return path.read_text().strip()

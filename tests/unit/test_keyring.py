@@ -1,0 +1,133 @@
+"""The keyring, and the secrets that a development gateway makes for itself."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.keyring import (
+    Keyring,
+    SecretFileError,
+    generate_secret_key,
+    load_or_create_secrets,
+    parse_secret_key,
+)
+
+OLD, NEW = b"o" * 32, b"n" * 32
+
+
+@given(st.binary(max_size=300))
+def test_round_trip(plain: bytes) -> None:
+    """What was sealed opens again, and is sealed the same each time."""
+    sealer = Keyring([NEW]).purpose("user-key")
+    assert sealer.open(sealer.seal(plain)) == plain
+    assert sealer.seal(plain) == sealer.seal(plain)
+
+
+@given(st.binary(max_size=100), st.data())
+def test_altered(plain: bytes, data: st.DataObject) -> None:
+    """Whatever was altered in any bit does not open."""
+    sealer = Keyring([NEW]).purpose("user-key")
+    sealed = bytearray(sealer.seal(plain))
+    sealed[data.draw(st.integers(0, len(sealed) - 1))] ^= data.draw(st.integers(1, 255))
+    assert sealer.open(bytes(sealed)) is None
+
+
+@given(st.binary(max_size=100))
+def test_foreign(sealed: bytes) -> None:
+    """Bytes that were never sealed do not open, however few they are."""
+    assert Keyring([NEW]).purpose("user-key").open(sealed) is None
+
+
+def test_purposes_apart() -> None:
+    """What was sealed for one purpose does not open for another."""
+    keyring = Keyring([NEW])
+    assert keyring.purpose("task-id").open(keyring.purpose("user-key").seal(b"x")) is None
+    assert keyring.purpose("task-id").seal(b"x") != keyring.purpose("user-key").seal(b"x")
+
+
+def test_rotation() -> None:
+    """The first key seals, all of them open, and one that was taken away no longer does."""
+    old, both, new = (Keyring(keys).purpose("task-id") for keys in ([OLD], [NEW, OLD], [NEW]))
+    assert both.open(old.seal(b"x")) == b"x"
+    assert both.seal(b"x") == new.seal(b"x")
+    assert new.open(old.seal(b"x")) is None
+
+
+@pytest.mark.parametrize("keys", [[], [b"short"], [NEW, b"n" * 33]])
+def test_unfit_keys(keys: list[bytes]) -> None:
+    """A keyring without keys, or with one of another length, is a bug of its maker."""
+    with pytest.raises(ValueError, match="needs at least one key, each of 32 bytes"):
+        Keyring(keys)
+
+
+def test_generated_key() -> None:
+    """A generated key is read back as 32 bytes, a different one each time, with or without its padding."""
+    first, second = generate_secret_key(), generate_secret_key()
+    assert len(parse_secret_key(first)) == 32
+    assert parse_secret_key(first) == parse_secret_key(first.rstrip("="))
+    assert first != second
+
+
+def test_made_once(tmp_path: Path) -> None:
+    """Secrets are made on the first start, for the owner's eyes only, and found again on the next."""
+    folder = tmp_path / "new" / "data"
+    first = load_or_create_secrets(folder)
+    assert load_or_create_secrets(folder) == first
+    assert len(first.admin_token) >= 32
+    assert sorted(file.name for file in folder.iterdir()) == ["admin.token", "secret.key"]
+    for name in ("admin.token", "secret.key"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert first.admin_token not in repr(first)
+
+
+def test_one_winner(tmp_path: Path) -> None:
+    """Gateways that start at the same moment agree on one set of secrets."""
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        found = pool.map(load_or_create_secrets, [tmp_path] * 8)
+    assert len({secrets.admin_token for secrets in found}) == 1
+    assert len({secrets.secret_keys for secrets in found}) == 1
+
+
+def test_first_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that another gateway made in the meantime is used, and left as it is."""
+
+    def overtaken(source: str, target: Path) -> None:
+        Path(target).write_text("theirs")
+        real_link(source, target)
+
+    (tmp_path / "secret.key").write_text(generate_secret_key())
+    real_link = os.link
+    monkeypatch.setattr(os, "link", overtaken)
+    assert load_or_create_secrets(tmp_path).admin_token == "theirs"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["admin.token", "secret.key"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a key", b"c2hvcnQ=", b"\xff\xff"])
+def test_damaged_key(tmp_path: Path, content: bytes) -> None:
+    """A damaged key is an error and stays where it is, since a new one could open nothing."""
+    (tmp_path / "secret.key").write_bytes(content)
+    with pytest.raises(SecretFileError, match=r"secret\.key|can't keep the gateway's secrets"):
+        load_or_create_secrets(tmp_path)
+    assert (tmp_path / "secret.key").read_bytes() == content
+
+
+def test_empty_token(tmp_path: Path) -> None:
+    """An empty token file is an error: it would let everybody in, or nobody."""
+    (tmp_path / "admin.token").write_text("\n")
+    with pytest.raises(SecretFileError, match=r"admin\.token is empty"):
+        load_or_create_secrets(tmp_path)
+
+
+def test_unusable_folder(tmp_path: Path) -> None:
+    """A data folder that can't be made is one line that names it."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SecretFileError, match=r"can't keep the gateway's secrets in .*file"):
+        load_or_create_secrets(tmp_path / "file")

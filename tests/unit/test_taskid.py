@@ -1,0 +1,137 @@
+"""Task ids: sealed references that nobody can read, alter or make."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from service.domain.errors import NotFound
+from service.domain.task import Kind
+from service.domain.taskid import PREFIX, Reference, TaskIds
+from service.keyring import Keyring
+
+OLD, NEW = b"o" * 32, b"n" * 32
+IDS = TaskIds(Keyring([NEW]).purpose("task-id"))
+REFERENCE = Reference(7, 3, Kind.SEAMLESS, 1_750_000_000_000, "r-1", "abc-123")
+ID = IDS.seal(REFERENCE)
+
+references = st.builds(
+    Reference,
+    tenant=st.integers(0, 2**53),
+    account=st.integers(0, 2**53),
+    kind=st.sampled_from(Kind),
+    created=st.integers(0, 2**53),
+    reservation=st.text(max_size=40, alphabet=st.characters(exclude_categories=["Cs"])),
+    upstream_id=st.text(max_size=256, alphabet=st.characters(exclude_categories=["Cs"])),
+)
+
+
+def refused(task_id: str) -> None:
+    with pytest.raises(NotFound):
+        IDS.open(task_id)
+
+
+@given(references)
+def test_round_trip(reference: Reference) -> None:
+    """An id stands for the reference it was made of, always the same one, and can stand in a URL."""
+    task_id = IDS.seal(reference)
+    assert IDS.open(task_id) == reference
+    assert IDS.seal(reference) == task_id
+    assert task_id.startswith(PREFIX)
+    assert task_id.replace("-", "").replace("_", "").isalnum()
+
+
+@given(references, references)
+def test_distinct(one: Reference, other: Reference) -> None:
+    """Different references have different ids."""
+    assert (IDS.seal(one) == IDS.seal(other)) == (one == other)
+
+
+@given(references, st.data())
+def test_one_character_changed(reference: Reference, data: st.DataObject) -> None:
+    """An id with any one character changed is not found."""
+    task_id = IDS.seal(reference)
+    place = data.draw(st.integers(0, len(task_id) - 1))
+    other = data.draw(st.characters().filter(lambda character: character != task_id[place]))
+    refused(task_id[:place] + other + task_id[place + 1 :])
+
+
+@pytest.mark.parametrize("place", range(len(PREFIX), len(ID)))
+def test_every_place(place: int) -> None:
+    """No place of an id takes another character of its alphabet, not even where that has unused bits."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    for character in alphabet.replace(ID[place], ""):
+        refused(ID[:place] + character + ID[place + 1 :])
+
+
+@given(references, st.data())
+def test_truncated(reference: Reference, data: st.DataObject) -> None:
+    """An id that was cut at either end is not found."""
+    task_id = IDS.seal(reference)
+    cut = data.draw(st.integers(1, len(task_id)))
+    refused(task_id[cut:])
+    refused(task_id[:-cut])
+
+
+@given(references, st.text(min_size=1, max_size=8))
+@example(REFERENCE, "=")
+@example(REFERENCE, "==")
+@example(REFERENCE, "\n")
+@example(REFERENCE, "A")
+@example(REFERENCE, PREFIX)
+def test_extended(reference: Reference, more: str) -> None:
+    """An id with anything before, behind or within it is not found, padding and blanks included."""
+    task_id = IDS.seal(reference)
+    middle = len(task_id) // 2
+    refused(task_id + more)
+    refused(more + task_id)
+    refused(task_id[:middle] + more + task_id[middle:])
+
+
+@given(references)
+def test_respelled(reference: Reference) -> None:
+    """The same bytes in another spelling are not found."""
+    task_id = IDS.seal(reference)
+    body = task_id.removeprefix(PREFIX)
+    standard = body.replace("-", "+").replace("_", "/")
+    sealed = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
+    for spelling in (standard, sealed.hex(), base64.b32encode(sealed).decode(), body.swapcase()):
+        if spelling != body:
+            refused(PREFIX + spelling)
+    refused(body)
+    refused(PREFIX.upper() + body)
+
+
+@given(st.text())
+@example("")
+@example(PREFIX)
+@example(PREFIX + "\ud800")
+@example(PREFIX + "A" * 100_000)
+def test_anything_else(text: str) -> None:
+    """No other text is an id, and none is answered in another way."""
+    refused(text)
+    refused(PREFIX + text)
+
+
+@given(st.binary(max_size=200))
+def test_sealed_something_else(plain: bytes) -> None:
+    """What was sealed by the same key but is no reference is not found."""
+    sealed = Keyring([NEW]).purpose("task-id").seal(plain)
+    refused(PREFIX + base64.urlsafe_b64encode(sealed).rstrip(b"=").decode())
+
+
+@given(references)
+def test_rotation(reference: Reference) -> None:
+    """An id outlives the key it was sealed with until that is taken off the keyring."""
+    old = TaskIds(Keyring([OLD]).purpose("task-id")).seal(reference)
+    assert TaskIds(Keyring([NEW, OLD]).purpose("task-id")).open(old) == reference
+    refused(old)
+
+
+@given(references)
+def test_other_purpose(reference: Reference) -> None:
+    """An id that was sealed for another purpose is not found."""
+    refused(TaskIds(Keyring([NEW]).purpose("user-key")).seal(reference))
