@@ -1,0 +1,126 @@
+"""The sandbox as a server: how it starts, ends and shares a process."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import threading
+
+import pytest
+
+from service.sandbox.app import Balance, SandboxConfig, create_sandbox
+from service.sandbox.asgi import Message
+from service.sandbox.dials import Dials, Fault
+from service.sandbox.server import running, serve
+from tests.sandbox.caller import calling
+
+CONFIG = SandboxConfig(accounts={"key": Balance(9, 0)}, seconds=0)
+
+
+async def test_sandboxes_share_a_process() -> None:
+    """Several sandboxes run beside each other, each with its own accounts and dials."""
+    async with running(CONFIG) as first, running(CONFIG) as second:
+        await first.control.set_account("key", Balance(1, 0))
+        await first.control.set_dials(Dials(faults=(Fault(reject="忙"),)))
+        async with calling(first.url) as caller:
+            assert (await caller.submit()).json()["err_code"] == 1
+        async with calling(second.url) as caller:
+            assert (await caller.submit()).json()["remaining_count"] == 8
+
+
+async def test_closing_cuts_what_hangs() -> None:
+    """A sandbox closes at once although requests hang, wait out a latency, or keep their connection open."""
+    threads = threading.active_count()
+    faults = (Fault(times=1, reply="hang"), Fault(times=1, latency=3600), Fault(times=1))
+    async with asyncio.timeout(10):
+        async with running(CONFIG) as sandbox, calling(sandbox.url) as caller:
+            await sandbox.control.set_dials(Dials(seconds=3600, faults=faults))
+            submits = [asyncio.ensure_future(caller.submit()) for _ in faults]
+            await asyncio.wait(submits, return_when=asyncio.FIRST_COMPLETED)
+            await sandbox.control.until(lambda entries: len(entries) == len(faults))
+        outcomes = await asyncio.gather(*submits, return_exceptions=True)
+    assert sum(isinstance(outcome, BaseException) for outcome in outcomes) == 2
+    assert threading.active_count() == threads
+
+
+async def test_running_leaves_signals_alone() -> None:
+    """A sandbox inside a process installs no handlers of signals."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    async with running(CONFIG):
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+async def test_port_can_be_chosen() -> None:
+    """A sandbox listens on the port it is told, and fails where that is taken."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            async with running(CONFIG, port=port):
+                pass
+    async with running(CONFIG, port=port) as sandbox:
+        assert sandbox.url == f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(("host", "named"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")])
+async def test_address_can_be_called(host: str, named: str) -> None:
+    """The address that is given is one that can be called, whatever is listened on."""
+    async with running(CONFIG, host) as sandbox, calling(sandbox.url) as caller:
+        assert sandbox.url.startswith(f"http://{named}:")
+        assert (await caller.check("1"))["err_code"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_serving_ends_with_a_signal(number: signal.Signals) -> None:
+    """As a process of its own the sandbox tells its address, and ends in order when it is told to."""
+    program = (
+        "import asyncio\n"
+        "from service.sandbox.app import SandboxConfig\n"
+        "from service.sandbox.server import serve\n"
+        "asyncio.run(serve(SandboxConfig(), '127.0.0.1', 0, on_ready=lambda url: print(url, flush=True)))\n"
+        "print('ended')\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-W", "error", "-c", program, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert (await process.stdout.readline()).startswith(b"http://127.0.0.1:")
+    process.send_signal(number)
+    assert await process.communicate() == (b"ended\n", b"")
+    assert process.returncode == 0
+
+
+async def test_serving_ends_when_cancelled() -> None:
+    """Serving can be cancelled, which frees its port."""
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    server = asyncio.create_task(serve(CONFIG, "127.0.0.1", 0, on_ready=ready.set_result))
+    url = await ready
+    server.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await server
+    with socket.create_server(("127.0.0.1", int(url.rpartition(":")[2]))):
+        pass
+
+
+async def test_nothing_heavy_before_the_first_image() -> None:
+    """Listening needs none of the image libraries, which take most of a second to import."""
+    program = (
+        "import sys, service.sandbox.server\nprint({'cv2', 'numpy', 'PIL', 'vtracer', 'litestar'} & set(sys.modules))\n"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert output == b"set()\n"
+
+
+async def test_any_asgi_server_can_run_it() -> None:
+    """The application opens and closes with the lifespan of whatever server runs it."""
+    sandbox = create_sandbox(CONFIG)
+    told: asyncio.Queue[Message] = asyncio.Queue()
+    asked: asyncio.Queue[Message] = asyncio.Queue()
+    life = asyncio.create_task(sandbox({"type": "lifespan"}, asked.get, told.put))
+    await asked.put({"type": "lifespan.startup"})
+    assert (await told.get())["type"] == "lifespan.startup.complete"
+    await asked.put({"type": "lifespan.shutdown"})
+    assert (await told.get())["type"] == "lifespan.shutdown.complete"
+    await life
