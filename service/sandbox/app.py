@@ -17,7 +17,7 @@ from service.sandbox.asgi import Exchange, Receive, Scope, Send
 from service.sandbox.control import CONTROL, Control, ControlRoutes
 from service.sandbox.dials import Dials, Panel
 from service.sandbox.journal import Journal
-from service.sandbox.store import Store
+from service.sandbox.store import MOST_TASKS, Store
 from service.sandbox.upstream import FILES, Upstream
 from service.sandbox.workshop import Workshop
 
@@ -42,6 +42,7 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
         accounts: made at the start, by user key; those the folder already knows keep their balance.
         dials: in force until they are replaced, and after a reset.
         seconds: that a task takes at least, where the dials don't say.
+        most_tasks: ended tasks that are kept with their results; older ones are forgotten.
 
     """
 
@@ -49,6 +50,7 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
     accounts: Mapping[str, Balance] = {}
     dials: Dials = Dials()
     seconds: float = 2.0
+    most_tasks: int = MOST_TASKS
 
 
 class Sandbox:
@@ -65,6 +67,7 @@ class Sandbox:
 
         Raises:
             OSError: the folder can't be used.
+            sqlite3.Error: likewise.
 
         """
         config = self._config
@@ -72,7 +75,8 @@ class Sandbox:
             folder = config.folder
             if folder is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-")))
-            store = stack.enter_context(contextlib.closing(Store(folder, config.accounts)))
+            store = Store(folder, config.accounts, most_tasks=config.most_tasks)
+            stack.callback(store.close)
             journal, panel = Journal(), Panel(config.dials)
             workshop = Workshop(store, panel)
             upstream = Upstream(store, workshop, journal, self._closing, panel, config.seconds)

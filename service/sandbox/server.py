@@ -72,7 +72,16 @@ async def running(config: SandboxConfig, host: str = "127.0.0.1", port: int = 0)
     """
     sandbox = create_sandbox(config)
     async with sandbox.open() as control:
-        settings = Config(sandbox, interface="asgi3", lifespan="off", ws="none", log_config=None, proxy_headers=False)
+        settings = Config(
+            sandbox,
+            interface="asgi3",
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            proxy_headers=False,
+            # Uvicorn's 5 s are just as long as common clients keep a connection: they would send into the close.
+            timeout_keep_alive=75,
+        )
         settings.load()
         state = ServerState()
         loop = asyncio.get_running_loop()

@@ -68,8 +68,29 @@ def new_task_id() -> str:
 class Store:
     """Keeps everything that outlives a restart. Not for several threads, except for `folder_of`."""
 
-    def __init__(self, folder: Path, accounts: Mapping[str, Balance]) -> None:
-        """Open the folder, making what is missing; accounts it knows already keep their balance."""
+    def __init__(
+        self,
+        folder: Path,
+        accounts: Mapping[str, Balance],
+        *,
+        most_tasks: int = MOST_TASKS,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
+        """Open the folder.
+
+        Args:
+            folder: made if it is missing.
+            accounts: to be made, except for those that the folder knows already.
+            most_tasks: ended tasks that are kept.
+            most_bytes: that their results may take together.
+
+        Raises:
+            OSError: the folder can't be used.
+            sqlite3.Error: likewise.
+
+        """
+        self._most_tasks = most_tasks
+        self._most_bytes = most_bytes
         self._tasks = folder / "tasks"
         self._tasks.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(folder / "sandbox.sqlite3")
@@ -138,13 +159,13 @@ class Store:
         rows = self._db.execute("SELECT record FROM task WHERE state = 'open' ORDER BY number")
         return [_read(record) for (record,) in rows]
 
-    def prune(self, most_tasks: int = MOST_TASKS, most_bytes: int = MOST_BYTES) -> list[Path]:
-        """Forget the oldest ended tasks beyond these bounds, and give the folders to be removed."""
+    def prune(self) -> list[Path]:
+        """Forget the oldest ended tasks beyond the bounds, but never the newest; give the folders to be removed."""
         rows = self._db.execute("SELECT id, bytes FROM task WHERE state != 'open' ORDER BY number DESC").fetchall()
         total, gone = 0, []
         for place, (task_id, size) in enumerate(rows):
             total += size
-            if place >= most_tasks or (total > most_bytes and place > 0):
+            if place > 0 and (place >= self._most_tasks or total > self._most_bytes):
                 gone.append(task_id)
         with self._db:
             self._db.executemany("DELETE FROM task WHERE id = ?", [(task_id,) for task_id in gone])

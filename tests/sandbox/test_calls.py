@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+
 import pytest
 
 from service.sandbox.app import Balance
@@ -101,6 +104,29 @@ async def test_prepaid_uses_go_before_money(sandbox: RunningSandbox, caller: Cal
     assert figures == [(0, 7), (0, 3), (None, None)]
     assert answers[-1] == {"err_code": 1, "err_msg": "账户剩余次数不足"}
     assert (await sandbox.control.accounts())["key"] == Balance(0, 3)
+
+
+async def test_nothing_is_spent_twice(sandbox: RunningSandbox, caller: Caller) -> None:
+    """Of many submits at once, an account pays for exactly as many as it holds."""
+    await sandbox.control.set_account("key", Balance(3, 4))
+    answers = [answer.json() for answer in await asyncio.gather(*(caller.submit() for _ in range(20)))]
+    accepted = [answer for answer in answers if answer["err_code"] == 0]
+    assert sorted((answer["remaining_count"], answer["remaining_money"]) for answer in accepted) == [
+        *((0, money) for money in range(5)),
+        *((count, 4) for count in (1, 2)),
+    ]
+    assert (await sandbox.control.accounts())["key"] == Balance(0, 0)
+
+
+async def test_mishap_fails_the_task(
+    sandbox: RunningSandbox, caller: Caller, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task whose work breaks down ends as failed, and the log says why."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    task_id = await caller.submitted("submit_vector_task")
+    await sandbox.control.idle()
+    assert (await caller.check(task_id))["status"] == "Failed"
+    assert "/bin/false" in caplog.text
 
 
 async def test_task_that_failed_stays_charged(sandbox: RunningSandbox, caller: Caller) -> None:

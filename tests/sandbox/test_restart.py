@@ -115,15 +115,27 @@ async def test_temporary_folder_is_removed(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(("most_tasks", "most_bytes", "kept"), [(2, 1000, {3, 4}), (9, 25, {3, 4}), (9, 5, {4})])
 def test_oldest_ended_tasks_are_forgotten(tmp_path: Path, most_tasks: int, most_bytes: int, kept: set[int]) -> None:
     """Beyond a number of tasks or bytes the oldest ended ones go; the newest and those that run stay."""
-    store = Store(tmp_path, {})
+    store = Store(tmp_path, {}, most_tasks=most_tasks, most_bytes=most_bytes)
     for number in range(5):
         store.accept(task(number), Balance(0, 0))
         if number > 0:
             store.finish(task(number, "completed"), 10)
-    folders = store.prune(most_tasks, most_bytes)
+    folders = store.prune()
     assert {number for number in range(5) if store.task(str(number))} == kept | {0}
     assert folders == [store.folder_of(str(number)) for number in (3, 2, 1) if number not in kept]
     store.close()
+
+
+async def test_files_of_forgotten_tasks_are_removed(tmp_path: Path) -> None:
+    """With its task, the files of a result go too."""
+    config = SandboxConfig(folder=tmp_path, accounts={"key": Balance(3, 0)}, seconds=0, most_tasks=1)
+    async with running(config) as sandbox, calling(sandbox.url) as caller:
+        task_ids = []
+        for _ in range(3):
+            task_ids.append(await caller.submitted())
+            await sandbox.control.idle()
+        assert [(await caller.check(task_id))["err_code"] for task_id in task_ids] == [1, 1, 0]
+    assert [folder.name for folder in (tmp_path / "tasks").iterdir()] == task_ids[-1:]
 
 
 def test_stray_files_are_swept(tmp_path: Path) -> None:
