@@ -1,0 +1,161 @@
+"""Forms, without I/O: bytes in, in chunks of any size, fields and at most one file out."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+from urllib.parse import parse_qsl
+
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
+
+from service.domain.errors import FieldError, ImageTooLarge, InvalidOptions, MalformedRequest, UnsupportedMediaType
+
+MAX_FIELDS = 64
+MAX_NAME = 128
+MAX_FIELD_BYTES = 64 * 1024
+
+MULTIPART = "multipart/form-data"
+URLENCODED = "application/x-www-form-urlencoded"
+
+_FILENAME = re.compile(r";\s*filename\*?\s*=", re.IGNORECASE)
+
+
+class MultipartForm:
+    """A multipart form as it arrives: feed it every chunk, then finish it.
+
+    The only file it takes is of at most `max_file_bytes` in the part `file_part` (None: it takes none); all else
+    together may be `max_other_bytes`. What is wrong with a form is raised as soon as it is known.
+    """
+
+    def __init__(self, boundary: str, *, file_part: str | None, max_file_bytes: int, max_other_bytes: int) -> None:
+        # Latin-1 decodes any header, so that a file's name in an odd encoding is no obstacle; names are told apart
+        # from it below. Strict parsing would depend on how the body is split into chunks.
+        self._parser: Any = PushMultipartParser(boundary, header_charset="latin-1")
+        self._file_part = file_part
+        self._max_file_bytes = max_file_bytes
+        self._max_other_bytes = max_other_bytes
+        self._received = 0
+        self._digest = hashlib.sha256()
+        self._name: str | None = None
+        self._value = bytearray()
+        self._file = bytearray()
+        self._has_file = False
+        self.fields: list[tuple[str, str]] = []
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes of the body.
+
+        Raises MalformedRequest for what is no form or exceeds its limits, InvalidOptions for a part that is not
+        welcome, ImageTooLarge.
+        """
+        if not chunk:
+            return
+        self._received += len(chunk)
+        try:
+            for event in self._parser.parse(chunk):
+                if event is None:
+                    self._end_part()
+                elif isinstance(event, MultipartSegment):
+                    self._begin_part(event)
+                else:
+                    self._take(event)
+        except MultipartError as error:
+            raise MalformedRequest(f"The multipart form can't be read: {error.args[0]}.") from None
+        if self._received - len(self._file) > self._max_other_bytes:
+            raise MalformedRequest(f"The form without its file is larger than {self._max_other_bytes} bytes.")
+
+    def finish(self) -> None:
+        """The body has ended. Raises MalformedRequest if the form has not, InvalidOptions if its file is missing."""
+        try:
+            self._parser.close()
+        except MultipartError:
+            raise MalformedRequest("The form breaks off before its end. Send it again as a whole.") from None
+        if self._file_part is not None and not self._has_file:
+            raise _refused(self._file_part, "is required: send the image as a file in this part")
+
+    def take_file(self) -> tuple[bytes, bytes]:
+        """The file of a finished form and its SHA-256; the form keeps nothing of it."""
+        data, self._file = bytes(self._file), bytearray()
+        return data, self._digest.digest()
+
+    def _begin_part(self, part: Any) -> None:
+        name = _name(part.name)
+        if not _is_file(part):
+            if name == self._file_part:
+                raise _refused(name, "must be a file, but is a text field")
+            if len(self.fields) == MAX_FIELDS:
+                raise MalformedRequest(f"The form has more than {MAX_FIELDS} fields.")
+            self._name = name
+            self._value.clear()
+            return
+        if self._file_part is None:
+            raise _refused(name, "is a file, and this call takes none")
+        if name != self._file_part:
+            raise _refused(name, f"is a file: the only file belongs into the part {self._file_part}")
+        if self._has_file:
+            raise _refused(name, "is given more than once")
+        self._name = None
+        self._has_file = True
+
+    def _take(self, content: bytes) -> None:
+        if self._name is not None:
+            if len(self._value) + len(content) > MAX_FIELD_BYTES:
+                raise _refused(self._name, f"must be at most {MAX_FIELD_BYTES} bytes")
+            self._value += content
+            return
+        if len(self._file) + len(content) > self._max_file_bytes:
+            raise ImageTooLarge(f"The image is larger than {self._max_file_bytes} bytes, which is the limit.")
+        self._file += content
+        self._digest.update(content)
+
+    def _end_part(self) -> None:
+        if self._name is None:
+            return
+        try:
+            self.fields.append((self._name, self._value.decode()))
+        except UnicodeDecodeError:
+            raise MalformedRequest(f"The field {self._name} is not UTF-8.") from None
+
+
+def parse_urlencoded(body: bytes) -> list[tuple[str, str]]:
+    """The fields of an urlencoded form. Raises MalformedRequest."""
+    try:
+        return parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
+    except UnicodeDecodeError:
+        raise MalformedRequest("The form is not UTF-8.") from None
+    except ValueError:
+        raise MalformedRequest(f"The form has more than {MAX_FIELDS} fields.") from None
+
+
+def media_type(content_type: str) -> tuple[str, str]:
+    """The media type of a form and its boundary, which is empty if there is none. Raises UnsupportedMediaType."""
+    found, options = parse_options_header(content_type)
+    boundary = options.get("boundary", "")
+    if found == MULTIPART and not boundary:
+        raise UnsupportedMediaType(f"The content type {MULTIPART} lacks its boundary.")
+    return found, boundary
+
+
+def _is_file(part: Any) -> bool:
+    """Whether a part is a file: it has a file name, or at least a type that is not text.
+
+    The parser does not know `filename*`, which is all that some clients send of a name that is not ASCII.
+    """
+    if part.filename is not None or _FILENAME.search(part.header("Content-Disposition")):
+        return True
+    return part.content_type is not None and not part.content_type.startswith("text/")
+
+
+def _name(raw: str) -> str:
+    try:
+        name = raw.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        raise MalformedRequest("The name of a field is not UTF-8.") from None
+    if not 0 < len(name) <= MAX_NAME:
+        raise MalformedRequest(f"The name of a field must have 1 to {MAX_NAME} characters.")
+    return name
+
+
+def _refused(field: str, detail: str) -> InvalidOptions:
+    return InvalidOptions([FieldError(field, detail)])

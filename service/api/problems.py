@@ -1,0 +1,272 @@
+"""The one table from errors to HTTP answers, as problem documents (RFC 9457).
+
+What is not in the table becomes a generic 500 that says nothing of its cause: a new class of error is silent until
+somebody decides what callers may know of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException, ValidationException
+from msgspec import Struct
+from structlog.typing import FilteringBoundLogger
+
+from service.api.ratelimit import rate_limit_headers
+from service.api.uploads import ClientLeft, TooSlow
+from service.domain import errors
+from service.domain.quota import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
+from service.domain.tenancy import Window
+
+MEDIA_TYPE = "application/problem+json"
+
+REQUEST_ID = "request_id"
+OUTCOME = "outcome"
+"""Where the request's id and the code of its problem stand in the state of an ASGI scope."""
+
+
+class ProblemType(Struct, frozen=True):
+    """A kind of problem: what it is called, its status and title, and when it occurs (for the API's document)."""
+
+    code: str
+    status: int
+    title: str
+    when: str
+
+
+class Problem(Struct, frozen=True):
+    """A problem that occurred: what to do about it, members beside the standard ones, and headers."""
+
+    type: ProblemType
+    detail: str
+    extras: Mapping[str, Any] = {}
+    headers: Mapping[str, str] = {}
+
+
+MALFORMED = ProblemType("malformed-request", 400, "Malformed request", "The request can't be read.")
+UNAUTHENTICATED = ProblemType("unauthenticated", 401, "Authentication required", "The token is missing or not valid.")
+FORBIDDEN = ProblemType("forbidden", 403, "Forbidden", "The token is good, but not for this.")
+NOT_FOUND = ProblemType("not-found", 404, "Not found", "There is no such thing, or it belongs to somebody else.")
+METHOD_NOT_ALLOWED = ProblemType("method-not-allowed", 405, "Method not allowed", "`Allow` names the methods.")
+IMAGE_TOO_LARGE = ProblemType("image-too-large", 413, "Image too large", "It exceeds the limit on bytes or on pixels.")
+INVALID_OPTIONS = ProblemType("invalid-options", 422, "Invalid options", "`errors` names each faulty field.")
+QUOTA_EXCEEDED = ProblemType("quota-exceeded", 429, "Quota exceeded", "A limit of the tenant is used up.")
+RATE_LIMITED = ProblemType("rate-limited", 429, "Rate limited", "The limit of the current minute is used up.")
+TOO_MANY_ACTIVE = ProblemType(
+    "too-many-active-tasks", 429, "Too many active tasks", "As many tasks as the tenant may have are running."
+)
+INTERNAL = ProblemType("internal-error", 500, "Internal error", "A fault of the gateway; its operators see why.")
+
+_TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
+    errors.MalformedRequest: MALFORMED,
+    errors.Unauthenticated: UNAUTHENTICATED,
+    errors.BalanceExhausted: ProblemType(
+        "balance-exhausted", 402, "Balance exhausted", "No upstream account of the tenant can pay at the moment."
+    ),
+    errors.Forbidden: FORBIDDEN,
+    errors.KindNotAllowed: ProblemType(
+        "kind-not-allowed", 403, "Kind not allowed", "The tenant may not submit tasks of this kind."
+    ),
+    errors.TenantDisabled: ProblemType("tenant-disabled", 403, "Tenant disabled", "An operator switched it off."),
+    errors.NotFound: NOT_FOUND,
+    errors.Conflict: ProblemType("conflict", 409, "Conflict", "What stands in the way of the change is named."),
+    errors.ImageTooLarge: IMAGE_TOO_LARGE,
+    errors.UnsupportedMediaType: ProblemType(
+        "unsupported-media-type", 415, "Unsupported media type", "Of the request, or of the image by its bytes."
+    ),
+    errors.InvalidOptions: INVALID_OPTIONS,
+    errors.InvalidImage: ProblemType("invalid-image", 422, "Invalid image", "It is broken or cut off."),
+    errors.QuotaDenied: QUOTA_EXCEEDED,
+    errors.UpstreamRejected: ProblemType(
+        "upstream-rejected", 502, "Rejected upstream", "`upstream_reason` says why; nothing was charged."
+    ),
+    errors.UpstreamInvalidResponse: ProblemType(
+        "upstream-invalid-response", 502, "Invalid upstream response", "The upstream's answer can't be used."
+    ),
+    errors.LedgerUnavailable: ProblemType(
+        "ledger-unavailable", 503, "Ledger unavailable", "Nothing can be reserved now; nothing was charged."
+    ),
+    errors.UpstreamUnavailable: ProblemType(
+        "upstream-unavailable", 503, "Upstream unavailable", "It can't be reached; nothing was charged."
+    ),
+    errors.AccountMisconfigured: ProblemType(
+        "account-misconfigured", 503, "Account misconfigured", "An operator has to mend the tenant's account."
+    ),
+    errors.Overloaded: ProblemType("overloaded", 503, "Overloaded", "Too much is in flight; nothing was charged."),
+    errors.SubmissionUnknown: ProblemType(
+        "submission-unknown", 504, "Submission unknown", "It was sent and may have been charged; never send it again."
+    ),
+}
+
+PROBLEMS: tuple[ProblemType, ...] = tuple(
+    sorted(
+        {*_TABLE.values(), METHOD_NOT_ALLOWED, RATE_LIMITED, TOO_MANY_ACTIVE, INTERNAL},
+        key=lambda each: (each.status, each.code),
+    )
+)
+"""Every kind of problem there is, by status."""
+
+CRASHED = Problem(INTERNAL, "The gateway failed. Its operators can find out why by the request id.")
+
+_PER_MINUTE = frozenset(policy_name(Window.MINUTE, counted) for counted in (COUNTED_TASKS, COUNTED_MONEY))
+
+
+def to_problem(error: errors.GatewayError) -> Problem:
+    """What the caller is told about an error: the closest class in the table decides."""
+    kind = next((_TABLE[cls] for cls in type(error).__mro__ if cls in _TABLE), None)
+    if kind is None:
+        return CRASHED
+    extras: dict[str, Any] = {}
+    headers: dict[str, str] = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(math.ceil(error.retry_after), 0))
+    match error:
+        case errors.QuotaDenied():
+            kind = _quota_problem({violation.policy for violation in error.violations})
+            extras["violated_policies"] = [
+                {"policy": each.policy, "limit": each.limit, "resets_at": _rfc3339(each.resets_at)}
+                for each in error.violations
+            ]
+            headers |= rate_limit_headers(error.limits)
+        case errors.InvalidOptions():
+            extras["errors"] = [{"field": each.field, "detail": each.detail} for each in error.errors]
+        case errors.SubmissionUnknown():
+            extras["submission_id"] = error.submission_id
+        case errors.UpstreamRejected():
+            extras["upstream_reason"] = error.reason
+        case errors.Unauthenticated():
+            headers["WWW-Authenticate"] = 'Bearer realm="imaging-gateway"'
+        case TooSlow():
+            # Else a client that trickles on keeps its connection for as long as it likes.
+            headers["Connection"] = "close"
+        case _:
+            pass
+    return Problem(kind, error.detail, extras, headers)
+
+
+def render(problem: Problem, request_id: str) -> tuple[int, dict[str, str], bytes]:
+    """The status, headers and body of the answer."""
+    document = {
+        "type": f"urn:imaging-gateway:problem:{problem.type.code}",
+        "title": problem.type.title,
+        "status": problem.type.status,
+        "detail": problem.detail,
+        "instance": request_id,
+        "code": problem.type.code,
+        **problem.extras,
+    }
+    headers = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store", **problem.headers}
+    return problem.type.status, headers, msgspec.json.encode(document)
+
+
+def exception_handlers(logger: FilteringBoundLogger) -> dict[int | type[Exception], Callable[[Any, Any], Any]]:
+    """What Litestar does with exceptions, also for addresses and methods it does not know.
+
+    A crash is logged with its traceback and answered without any of it.
+    """
+
+    def known(request: Request[Any, Any, Any], error: errors.GatewayError) -> Response[bytes]:
+        problem = to_problem(error)
+        if problem is CRASHED:
+            return crashed(request, error)
+        if problem.type is UNAUTHENTICATED and "authorization" in request.headers:
+            challenge = problem.headers["WWW-Authenticate"] + ', error="invalid_token"'
+            problem = msgspec.structs.replace(problem, headers={**problem.headers, "WWW-Authenticate": challenge})
+        return _respond(request, problem)
+
+    def framework(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+        if error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return crashed(request, error)
+        return _respond(request, _framework_problem(request, error))
+
+    def undecodable(request: Request[Any, Any, Any], error: UnicodeDecodeError) -> Response[bytes]:
+        # Litestar lets this one through for a JSON body; logged, should it ever come from elsewhere.
+        logger.warning("undecodable", exc_info=error)
+        return _respond(request, Problem(MALFORMED, "The body of the request is not UTF-8."))
+
+    def crashed(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+        logger.error("crash", exc_info=error)
+        return _respond(request, CRASHED)
+
+    def left(_: Request[Any, Any, Any], error: ClientLeft) -> NoReturn:
+        raise error
+
+    return {
+        errors.GatewayError: known,
+        HTTPException: framework,
+        UnicodeDecodeError: undecodable,
+        ClientLeft: left,
+        Exception: crashed,
+    }
+
+
+def _respond(request: Request[Any, Any, Any], problem: Problem) -> Response[bytes]:
+    state = request.scope["state"]
+    state[OUTCOME] = problem.type.code
+    status, headers, body = render(problem, state.get(REQUEST_ID, ""))
+    return Response(body, status_code=status, headers=headers, media_type=headers.pop("Content-Type"))
+
+
+_FRAMEWORK = {
+    HTTPStatus.UNAUTHORIZED: to_problem(errors.Unauthenticated("Send a bearer token.")),
+    HTTPStatus.FORBIDDEN: Problem(FORBIDDEN, "This is not allowed."),
+    HTTPStatus.NOT_FOUND: Problem(NOT_FOUND, "There is nothing at this address."),
+}
+
+
+def _framework_problem(request: Request[Any, Any, Any], error: HTTPException) -> Problem:
+    if problem := _FRAMEWORK.get(HTTPStatus(error.status_code)):
+        return problem
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("allow", "")
+        return Problem(METHOD_NOT_ALLOWED, f"Use one of {allowed}.", headers={"Allow": allowed})
+    if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        uploads = request.headers.get("content-type", "").startswith("multipart/")
+        return Problem(IMAGE_TOO_LARGE if uploads else MALFORMED, "The body of the request is too large.")
+    if not isinstance(error, ValidationException):
+        return Problem(MALFORMED, error.detail)
+    # The detail of a validation error repeats the query, which may hold anything.
+    faults = _faults(error)
+    return to_problem(errors.InvalidOptions(faults)) if faults else Problem(MALFORMED, "The request is not valid.")
+
+
+_FIELD_FAULT = re.compile(r"Object (missing required|contains unknown) field `(.*)`")
+_PARAMETER_FAULT = re.compile(r"Missing required \w+ parameter '([^']*)'")
+
+
+def _faults(error: ValidationException) -> list[errors.FieldError]:
+    """The faulty fields, from what Litestar says of them."""
+    if missing := _PARAMETER_FAULT.match(error.detail):
+        return [errors.FieldError(missing[1], "is required")]
+    found = []
+    for each in error.extra or ():
+        if isinstance(each, dict):
+            where, message = str(each.get("key", "data")), str(each.get("message", ""))
+            parent = "" if where == "data" else f"{where}."
+            if fault := _FIELD_FAULT.fullmatch(message):
+                detail = "is required" if fault[1].startswith("missing") else "is unknown"
+                found.append(errors.FieldError(parent + fault[2], detail))
+            elif message == "'data'":
+                found.append(errors.FieldError("body", "is required"))
+            else:
+                found.append(errors.FieldError("body" if where == "data" else where, message))
+    return found
+
+
+def _quota_problem(policies: set[str]) -> ProblemType:
+    if policies == {MAX_ACTIVE}:
+        return TOO_MANY_ACTIVE
+    return RATE_LIMITED if policies and policies <= _PER_MINUTE else QUOTA_EXCEEDED
+
+
+def _rfc3339(milliseconds: int | None) -> str | None:
+    if milliseconds is None:
+        return None
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

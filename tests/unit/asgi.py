@@ -1,0 +1,131 @@
+"""Drives ASGI applications: message by message, or through a real server on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import msgspec
+import uvicorn
+from msgspec import Struct
+
+Message = MutableMapping[str, Any]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class Answer(Struct):
+    """What an application answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """The body, decoded."""
+        return msgspec.json.decode(self.body)
+
+
+def http_scope(method: str = "GET", path: str = "/", headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """An HTTP scope as a server makes it."""
+    target, _, query = path.partition("?")
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": target,
+        "raw_path": target.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
+        "client": ("127.0.0.1", 50_000),
+        "server": ("127.0.0.1", 8080),
+    }
+
+
+def body_messages(chunks: Iterable[bytes]) -> list[Message]:
+    """A body as the messages of a server; the last one ends it."""
+    messages: list[Message] = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    return [*messages, {"type": "http.request", "body": b"", "more_body": False}]
+
+
+def receiving(messages: Iterable[Message], *, then_silent: bool = False) -> Callable[[], Awaitable[Message]]:
+    """An ASGI `receive` that gives these messages, then disconnects, or is silent for good."""
+    left = iter(messages)
+
+    async def receive() -> Message:
+        for message in left:
+            return message
+        if then_silent:
+            await asyncio.get_running_loop().create_future()
+        return {"type": "http.disconnect"}
+
+    return receive
+
+
+async def call(
+    app: App,
+    method: str = "GET",
+    path: str = "/",
+    *,
+    headers: Mapping[str, str] | None = None,
+    messages: Iterable[Message] = ({"type": "http.request", "body": b"", "more_body": False},),
+) -> Answer | None:
+    """One request to an application; None if it answered nothing."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app(http_scope(method, path, headers), receiving(messages), send)
+    if not sent:
+        return None
+    start, *rest = sent
+    return Answer(
+        start["status"],
+        {name.decode().lower(): value.decode() for name, value in start["headers"]},
+        b"".join(message.get("body", b"") for message in rest),
+    )
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves the signals of the test's process alone."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def serving(app: App) -> AsyncIterator[int]:
+    """Serve an application on a free port of this machine, as it is served in production; the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", http="httptools"))
+        running = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await running
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A raw connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def read_answer(reader: asyncio.StreamReader) -> Answer:
+    """Read one answer with a length from a raw connection."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
+    body = await reader.readexactly(int(headers["content-length"]))
+    return Answer(int(head[0].split()[1]), headers, body)
