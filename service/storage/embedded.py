@@ -108,12 +108,11 @@ class EmbeddedValkey:
     async def _start(self, binary: Path, lock: int) -> asyncio.subprocess.Process:
         options = {**_OPTIONS, "unixsocket": str(self._socket)}
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
-        command = [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, str(os.getpid()), str(binary), *words]
         self._log.touch(mode=0o600)
         self._logged = self._log.stat().st_size
         with self._log.open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                *tied(command),
+                *tied([str(binary), *words]),
                 cwd=self._folder,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,

@@ -1,0 +1,163 @@
+"""The operators' calls for accounts, tenants and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from litestar import delete, get, post, put
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import Parameter
+
+from service.api import openapi
+from service.api.admin_views import (
+    AccountBody,
+    AccountList,
+    AccountView,
+    NewTokenView,
+    TenantBody,
+    TenantList,
+    TenantView,
+    TokenBody,
+    account_view,
+    expiry,
+    tenant_view,
+)
+from service.domain.tenancy import Tenant
+from service.usecases.quota import Quota
+from service.usecases.registry import Operators
+
+Name = Annotated[str, Parameter(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="The name.")]
+Force = Annotated[bool, Parameter(description="Even though tasks run or others refer to it.")]
+Grace = Annotated[float, Parameter(ge=0, le=31_536_000, description="Seconds for which it stays valid.")]
+
+
+def routes(*, operators: Operators, quota: Quota) -> Sequence[HTTPRouteHandler]:
+    """The handlers under `/admin/v1`."""
+    return [*_account_routes(operators), *_tenant_routes(operators, quota), *_token_routes(operators)]
+
+
+def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
+    async def view(name: str) -> AccountView:
+        account = operators.account(name)
+        return account_view(account, (await operators.balances((account,)))[account.id])
+
+    @put(
+        "/accounts/{name:str}",
+        operation_id="put-account",
+        summary="Make or replace an account",
+        responses=openapi.problems(401, 422, 503),
+    )
+    async def put_account(name: Name, data: AccountBody) -> AccountView:
+        await operators.put_account(name, data.user_key, data.base_url, data.policy())
+        return await view(name)
+
+    @get(
+        "/accounts",
+        operation_id="list-accounts",
+        summary="List the accounts",
+        responses=openapi.problems(401, 503),
+    )
+    async def list_accounts() -> AccountList:
+        accounts = operators.accounts()
+        states = await operators.balances(accounts)
+        return AccountList([account_view(each, states[each.id]) for each in accounts])
+
+    @get(
+        "/accounts/{name:str}",
+        operation_id="read-account",
+        summary="Read an account: balance, state, what is under way",
+        responses=openapi.problems(401, 404, 503),
+    )
+    async def read_account(name: Name) -> AccountView:
+        return await view(name)
+
+    @delete(
+        "/accounts/{name:str}",
+        operation_id="delete-account",
+        summary="Delete an account",
+        responses=openapi.problems(401, 404, 409, 503),
+    )
+    async def delete_account(name: Name, force: Force = False) -> None:
+        await operators.delete_account(name, force=force)
+
+    @post(
+        "/accounts/{name:str}/reopen",
+        operation_id="reopen-account",
+        summary="Look at an exhausted or invalid account again now",
+        responses=openapi.problems(401, 404, 503),
+        status_code=200,
+    )
+    async def reopen(name: Name) -> AccountView:
+        await operators.reopen(name)
+        return await view(name)
+
+    return [put_account, list_accounts, read_account, delete_account, reopen]
+
+
+def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHandler]:
+    async def view(tenant: Tenant) -> TenantView:
+        return tenant_view(tenant, operators.tokens(tenant), await quota.report(tenant))
+
+    @put(
+        "/tenants/{name:str}",
+        operation_id="put-tenant",
+        summary="Make or replace a tenant",
+        responses=openapi.problems(401, 422, 503),
+    )
+    async def put_tenant(name: Name, data: TenantBody) -> TenantView:
+        return await view(await operators.put_tenant(data.tenant(name)))
+
+    @get(
+        "/tenants",
+        operation_id="list-tenants",
+        summary="List the tenants",
+        responses=openapi.problems(401, 503),
+    )
+    async def list_tenants() -> TenantList:
+        return TenantList([await view(tenant) for tenant in operators.tenants()])
+
+    @get(
+        "/tenants/{name:str}",
+        operation_id="read-tenant",
+        summary="Read a tenant: policies, use, tokens",
+        responses=openapi.problems(401, 404, 503),
+    )
+    async def read_tenant(name: Name) -> TenantView:
+        return await view(operators.tenant(name))
+
+    @delete(
+        "/tenants/{name:str}",
+        operation_id="delete-tenant",
+        summary="Delete a tenant and its tokens",
+        responses=openapi.problems(401, 404, 409, 503),
+    )
+    async def delete_tenant(name: Name, force: Force = False) -> None:
+        await operators.delete_tenant(name, force=force)
+
+    return [put_tenant, list_tenants, read_tenant, delete_tenant]
+
+
+def _token_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
+    @post(
+        "/tenants/{name:str}/tokens",
+        operation_id="create-token",
+        summary="Make a token for a tenant, shown once",
+        responses=openapi.problems(401, 404, 422, 503),
+    )
+    async def create_token(name: Name, data: TokenBody | None = None) -> NewTokenView:
+        body = data or TokenBody()
+        expires = body.expires_at.timestamp() if body.expires_at else None
+        made = await operators.create_token(name, body.label, expires)
+        return NewTokenView(made.token.id, made.text, expiry(made.token))
+
+    @delete(
+        "/tenants/{name:str}/tokens/{token_id:str}",
+        operation_id="revoke-token",
+        summary="Revoke a token, at once or after a grace",
+        responses=openapi.problems(401, 404, 503),
+    )
+    async def revoke_token(name: Name, token_id: str, grace: Grace = 0) -> None:
+        await operators.revoke_token(name, token_id, grace)
+
+    return [create_token, revoke_token]

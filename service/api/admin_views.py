@@ -1,0 +1,229 @@
+"""What operators send and see. Secrets can be set, never read."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from service.api.views import FEN, PolicyView, Yuan, moment, quota_view, yuan
+from service.domain.balance import AccountState, Figure, Status
+from service.domain.errors import FieldError, InvalidOptions
+from service.domain.task import Kind
+from service.domain.tenancy import (
+    Account,
+    AccountPolicy,
+    Limit,
+    Name,
+    Purse,
+    Tenant,
+    TenantPolicy,
+    Token,
+    Window,
+)
+from service.usecases.quota import QuotaReport
+
+_MOST = 10**12
+
+Whole = Annotated[int, Meta(ge=0, le=_MOST)]
+GivenYuan = Annotated[Decimal, Meta(description="Yuan, with at most two decimals.")]
+
+
+class AccountBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """An account at the upstream. What is left out gets its default; only the key is kept."""
+
+    user_key: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
+    base_url: Annotated[str, Meta(pattern=r"\Ahttps?://[^\s/?#@]+(/[^\s?#]*)?\Z", max_length=512)] | None = None
+    floor_count: Whole = 0
+    floor_money: GivenYuan = Decimal(0)
+    max_price: dict[Kind, GivenYuan] = {}
+
+    def policy(self) -> AccountPolicy:
+        """The part that the ledger goes by. Raises InvalidOptions for amounts that are none."""
+        return AccountPolicy(
+            floor_count=self.floor_count,
+            floor_money=_fen("floor_money", self.floor_money),
+            max_price={kind: _fen("max_price", price) for kind, price in self.max_price.items()},
+        )
+
+
+class LimitBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """How much may be spent in one window of calendar time in UTC."""
+
+    window: Window
+    tasks: Whole | None = None
+    money: GivenYuan | None = None
+
+
+class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """A tenant. What is left out gets its default."""
+
+    accounts: Annotated[list[Name], Meta(max_length=100, description="The accounts it may use, in order.")]
+    limits: Annotated[list[LimitBody], Meta(max_length=len(Window), description="At most one per window.")] = []
+    max_active: Whole | None = None
+    purse: Purse = Purse.COUNT_THEN_MONEY
+    kinds: Annotated[list[Kind] | None, Meta(description="The kinds it may submit; all without it.")] = None
+    disabled: bool = False
+
+    def tenant(self, name: str) -> Tenant:
+        """The tenant it describes, without its id. Raises InvalidOptions."""
+        if len({limit.window for limit in self.limits}) < len(self.limits):
+            raise InvalidOptions([FieldError("limits", "must name each window at most once")])
+        limits = tuple(
+            Limit(each.window, each.tasks, None if each.money is None else _fen("limits", each.money))
+            for each in self.limits
+        )
+        return Tenant(
+            id=0,
+            name=name,
+            accounts=tuple(dict.fromkeys(self.accounts)),
+            policy=TenantPolicy(limits=limits, max_active=self.max_active, purse=self.purse),
+            kinds=None if self.kinds is None else tuple(dict.fromkeys(self.kinds)),
+            disabled=self.disabled,
+        )
+
+
+class TokenBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """A token to be made."""
+
+    label: Annotated[str, Meta(max_length=200)] | None = None
+    expires_at: Annotated[datetime, Meta(tz=True)] | None = None
+
+
+class NewTokenView(Struct, frozen=True):
+    """A token that was just made. Its text is shown this once."""
+
+    id: str
+    token: str
+    expires_at: datetime | None
+
+
+class TokenView(Struct, frozen=True):
+    """A token of which only the hash is kept."""
+
+    id: str
+    label: str | None
+    created_at: datetime
+    expires_at: datetime | None
+
+
+class FigureView(Struct, frozen=True):
+    """A figure the upstream told, and when."""
+
+    value: int | float
+    seen_at: datetime | None
+
+
+class AccountView(Struct, frozen=True):
+    """An account: what is known of its balance, whether it is used, and what is under way on it."""
+
+    name: str
+    state: Status
+    base_url: str | None
+    floor_count: int
+    floor_money: Yuan
+    max_price: dict[Kind, Yuan]
+    remaining_count: FigureView | None
+    remaining_money: FigureView | None
+    look_again_at: datetime | None
+    in_flight: Annotated[int, Meta(description="Submissions that have not ended.")]
+    unknown: Annotated[int, Meta(description="Submissions of which nobody knows whether they were charged.")]
+
+
+class AccountList(Struct, frozen=True):
+    """All accounts, by name."""
+
+    items: list[AccountView]
+
+
+class TenantView(Struct, frozen=True):
+    """A tenant: what it may do, what it used, and its tokens."""
+
+    name: str
+    accounts: list[str]
+    limits: list[LimitView]
+    max_active: int | None
+    purse: Purse
+    kinds: list[Kind] | None
+    disabled: bool
+    policies: list[PolicyView]
+    tokens: list[TokenView]
+
+
+class LimitView(Struct, frozen=True):
+    """What may be spent in one window."""
+
+    window: Window
+    tasks: int | None
+    money: int | float | None
+
+
+class TenantList(Struct, frozen=True):
+    """All tenants, by name."""
+
+    items: list[TenantView]
+
+
+def account_view(account: Account, state: AccountState) -> AccountView:
+    """An account as operators see it."""
+    return AccountView(
+        name=account.name,
+        state=state.status,
+        base_url=account.base_url,
+        floor_count=account.policy.floor_count,
+        floor_money=yuan(account.policy.floor_money),
+        max_price={kind: yuan(price) for kind, price in account.policy.max_price.items()},
+        remaining_count=_figure(state.count, 1),
+        remaining_money=_figure(state.money, FEN),
+        look_again_at=moment(state.probe_at) if state.status is Status.EXHAUSTED else None,
+        in_flight=state.open,
+        unknown=state.unknown,
+    )
+
+
+def tenant_view(tenant: Tenant, tokens: tuple[Token, ...], report: QuotaReport) -> TenantView:
+    """A tenant as operators see it."""
+    limits = tenant.policy.limits
+    return TenantView(
+        name=tenant.name,
+        accounts=list(tenant.accounts),
+        limits=[
+            LimitView(each.window, each.tasks, None if each.money is None else yuan(each.money)) for each in limits
+        ],
+        max_active=tenant.policy.max_active,
+        purse=tenant.policy.purse,
+        kinds=None if tenant.kinds is None else list(tenant.kinds),
+        disabled=tenant.disabled,
+        policies=quota_view(report).policies,
+        tokens=[token_view(token) for token in tokens],
+    )
+
+
+def token_view(token: Token) -> TokenView:
+    """A token as operators see it."""
+    return TokenView(token.id, token.label, _moment(token.created), expiry(token))
+
+
+def expiry(token: Token) -> datetime | None:
+    """When a token expires."""
+    return None if token.expires is None else _moment(token.expires)
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _figure(figure: Figure | None, unit: int) -> FigureView | None:
+    if figure is None:
+        return None
+    return FigureView(figure.value if unit == 1 else yuan(figure.value), moment(figure.received))
+
+
+def _fen(field: str, amount: Decimal) -> int:
+    """Yuan as fen. Raises InvalidOptions for what is no amount of money."""
+    fen = amount * FEN
+    if not amount.is_finite() or not 0 <= fen <= _MOST or fen != fen.to_integral_value():
+        raise InvalidOptions([FieldError(field, "must be an amount in yuan from 0 on, with at most two decimals")])
+    return int(fen)

@@ -1,0 +1,55 @@
+"""What both ports answer about the process itself, and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+
+from litestar import Response, get
+from litestar.handlers import HTTPRouteHandler
+from msgspec import Struct
+
+from service.telemetry.metrics import Metrics
+
+
+class Health(StrEnum):
+    """Whether the process takes requests."""
+
+    OK = "ok"
+    STARTING = "starting"
+    DRAINING = "draining"
+
+
+class HealthView(Struct, frozen=True):
+    """How the process is."""
+
+    status: Health
+
+
+def health_routes(health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
+    """`/healthz` and `/readyz`.
+
+    Neither touches Redis: reads go on without it, so a Redis that went away must not take the process out of service.
+    """
+
+    @get("/healthz", operation_id="healthz", summary="Whether the process lives")
+    async def healthz() -> HealthView:
+        return HealthView(Health.OK)
+
+    @get("/readyz", operation_id="readyz", summary="Whether the process takes requests")
+    async def readyz() -> Response[HealthView]:
+        found = health()
+        return Response(HealthView(found), status_code=200 if found is Health.OK else 503)
+
+    return [healthz, readyz]
+
+
+def metrics_route(metrics: Metrics) -> HTTPRouteHandler:
+    """`/metrics`, for Prometheus."""
+
+    @get("/metrics", operation_id="metrics", summary="Metrics for Prometheus", include_in_schema=False)
+    async def scrape() -> Response[bytes]:
+        body, media_type = metrics.render()
+        return Response(body, media_type=media_type)
+
+    return scrape

@@ -1,0 +1,28 @@
+"""What the tenant may still spend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from litestar import Response, get
+from litestar.handlers import HTTPRouteHandler
+
+from service.api import openapi
+from service.api.views import PRIVATE, QuotaView, quota_view
+from service.domain.tenancy import Tenant
+from service.usecases.quota import Quota
+
+
+def routes(quota: Quota) -> Sequence[HTTPRouteHandler]:
+    """The handlers under `/v1/quota`."""
+
+    @get(
+        "/quota",
+        operation_id="read-quota",
+        summary="Read your quota",
+        responses=openapi.problems(401, 503),
+    )
+    async def read(tenant: Tenant) -> Response[QuotaView]:
+        return Response(quota_view(await quota.report(tenant)), headers=PRIVATE)
+
+    return [read]

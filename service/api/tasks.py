@@ -1,0 +1,107 @@
+"""Submitting, reading and listing tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from litestar import Request, Response, get, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import Parameter
+
+from service.api import openapi
+from service.api.ratelimit import rate_limit_headers
+from service.api.uploads import Uploads
+from service.api.views import (
+    PRIVATE,
+    TaskList,
+    TaskView,
+    etag,
+    task_headers,
+    task_path,
+    task_view,
+)
+from service.domain.errors import FieldError, InvalidOptions
+from service.domain.task import Catalogue, Kind, State, parse_metadata, parse_options
+from service.domain.tenancy import Tenant
+from service.usecases.follow import Follow
+from service.usecases.submit import Submit
+
+PART = "image"
+_METADATA = "metadata"
+_MOST_LISTED = 100
+
+
+def routes(
+    *, submit: Submit, follow: Follow, uploads: Uploads, catalogue: Catalogue, poll_seconds: float
+) -> Sequence[HTTPRouteHandler]:
+    """The handlers under `/v1/tasks`."""
+    retry_after = math.ceil(poll_seconds)
+
+    def submitting(kind: Kind) -> HTTPRouteHandler:
+        @post(
+            f"/tasks/{kind}",
+            name=f"submit-{kind}",
+            operation_id=f"submit-{kind}",
+            summary=openapi.SUBMIT_SUMMARIES[kind],
+            operation_class=openapi.submit_operation(kind, catalogue),
+            responses=openapi.problems(400, 401, 402, 403, 413, 415, 422, 429, 502, 503, 504),
+            status_code=201,
+        )
+        async def handler(request: Request[Any, Any, Any], tenant: Tenant) -> Response[TaskView]:
+            submit.admit(tenant, kind)
+            async with uploads.receive(request.scope, request.receive, part=PART) as upload:
+                metadata, fields = _metadata(upload.fields)
+                options = parse_options(kind, fields, catalogue)
+                accepted = await submit(tenant, options, parse_metadata(metadata), upload.image)
+            task = accepted.task
+            headers = PRIVATE | {"Location": task_path(task), "ETag": etag(task), "Retry-After": str(retry_after)}
+            return Response(task_view(task), headers=headers | rate_limit_headers(accepted.limits))
+
+        return handler
+
+    @get(
+        "/tasks/{task_id:str}",
+        operation_id="read-task",
+        summary="Read a task",
+        responses=openapi.problems(401, 404, 503) | openapi.NOT_MODIFIED,
+    )
+    async def read(request: Request[Any, Any, Any], tenant: Tenant, task_id: str) -> Response[TaskView | None]:
+        seen = await follow.read(tenant, task_id)
+        headers = task_headers(seen, retry_after)
+        if _matches(request.headers.get("If-None-Match", ""), headers["ETag"]):
+            return Response(None, status_code=304, headers=headers)
+        return Response(task_view(seen.task), headers=headers)
+
+    @get(
+        "/tasks",
+        operation_id="list-tasks",
+        summary="List your tasks, newest first",
+        responses=openapi.problems(400, 401, 422, 503),
+    )
+    async def page(
+        tenant: Tenant,
+        task_state: Annotated[State | None, Parameter(query="state", description="Only tasks in this state.")] = None,
+        kind: Annotated[Kind | None, Parameter(description="Only tasks of this kind.")] = None,
+        limit: Annotated[int, Parameter(ge=1, le=_MOST_LISTED, description="How many tasks at the most.")] = 20,
+        cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before.")] = None,
+    ) -> Response[TaskList]:
+        found = await follow.page(tenant, state=task_state, kind=kind, limit=limit, cursor=cursor)
+        return Response(TaskList([task_view(task) for task in found.tasks], found.cursor), headers=PRIVATE)
+
+    return [*(submitting(kind) for kind in Kind), read, page]
+
+
+def _metadata(fields: Sequence[tuple[str, str]]) -> tuple[str | None, list[tuple[str, str]]]:
+    """Take what is no option of the kind out of the form."""
+    given = [value for name, value in fields if name == _METADATA]
+    if len(given) > 1:
+        raise InvalidOptions([FieldError(_METADATA, "is given more than once")])
+    return (given[0] if given else None), [each for each in fields if each[0] != _METADATA]
+
+
+def _matches(condition: str, tag: str) -> bool:
+    """Whether an If-None-Match names this entity tag (RFC 9110, weak comparison)."""
+    tags = [each.strip().removeprefix("W/") for each in condition.split(",")]
+    return tag in tags or "*" in tags

@@ -1,0 +1,165 @@
+"""What callers see of the gateway's values: RFC 3339 times, money in yuan, names of the contract."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from service.domain.task import ArtifactName, Basis, Kind, State, Task
+from service.domain.tenancy import Window
+from service.usecases.follow import Seen
+from service.usecases.quota import PolicyReport, QuotaReport
+
+FEN = 100
+
+Yuan = Annotated[int | float, Meta(description="Money in yuan (CNY).")]
+PRIVATE = {"Cache-Control": "private, no-cache"}
+
+
+class CostView(Struct, frozen=True):
+    """What a task took from its account, and how that is known."""
+
+    count: Annotated[int, Meta(description="Prepaid uses.")]
+    money: Yuan
+    basis: Basis
+
+
+class ArtifactView(Struct, frozen=True):
+    """One result, where the upstream keeps it."""
+
+    name: ArtifactName
+    url: str
+
+
+class ErrorView(Struct, frozen=True):
+    """Why a task failed."""
+
+    code: str
+    detail: str
+
+
+class LinksView(Struct, frozen=True):
+    """Where to go from here."""
+
+    self: str
+
+
+class TaskView(Struct, frozen=True):
+    """A task."""
+
+    id: str
+    kind: Kind
+    state: State
+    created_at: datetime
+    updated_at: datetime
+    finished_at: datetime | None
+    options: dict[str, Any]
+    metadata: dict[str, str]
+    artifacts: list[ArtifactView]
+    error: ErrorView | None
+    cost: CostView
+    links: LinksView
+
+
+class TaskList(Struct, frozen=True):
+    """Tasks, newest first. Go on with `next_cursor` until it is null."""
+
+    items: list[TaskView]
+    next_cursor: str | None
+
+
+class PolicyView(Struct, frozen=True):
+    """One policy of the tenant; `window` and `resets_at` are null where nothing resets by itself."""
+
+    policy: str
+    unit: Annotated[str, Meta(description="`tasks`, `money` (yuan) or `active` (tasks at once).")]
+    window: Window | None
+    limit: int | float
+    used: int | float
+    reserved: int | float
+    remaining: int | float
+    resets_at: datetime | None
+
+
+class AccountAbility(Struct, frozen=True):
+    """Whether an upstream account of the tenant can pay for a task now, and if not when it is looked at again."""
+
+    can_pay: bool
+    look_again_at: datetime | None
+
+
+class QuotaView(Struct, frozen=True):
+    """What the tenant may still spend."""
+
+    policies: list[PolicyView]
+    account: AccountAbility
+
+
+def yuan(fen: int) -> int | float:
+    """Fen as yuan: whole where they are."""
+    return fen // FEN if fen % FEN == 0 else fen / FEN
+
+
+def moment(milliseconds: int | None) -> datetime | None:
+    """A time of the ledger."""
+    return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def task_path(task: Task) -> str:
+    """Where a task is read."""
+    return f"/v1/tasks/{task.id}"
+
+
+def task_view(task: Task) -> TaskView:
+    """A task as JSON shows it."""
+    return TaskView(
+        id=task.id,
+        kind=task.kind,
+        state=task.state,
+        created_at=datetime.fromtimestamp(task.created / 1000, UTC),
+        updated_at=datetime.fromtimestamp(task.updated / 1000, UTC),
+        finished_at=moment(task.finished),
+        options=msgspec.json.decode(task.options),
+        metadata=msgspec.json.decode(task.metadata),
+        artifacts=[ArtifactView(each.name, each.url) for each in task.artifacts],
+        error=ErrorView(task.error.code, task.error.detail) if task.error else None,
+        cost=CostView(task.cost.count, yuan(task.cost.money), task.cost.basis),
+        links=LinksView(self=task_path(task)),
+    )
+
+
+def task_headers(seen: Seen, retry_after: int) -> dict[str, str]:
+    """What a reader of a task is told beside it: its version, its age, and when to ask again while it runs."""
+    headers = PRIVATE | {"ETag": etag(seen.task), "Age": str(max(int(seen.age), 0))}
+    return headers if seen.task.state.ended else headers | {"Retry-After": str(retry_after)}
+
+
+def etag(task: Task) -> str:
+    """The version of a task as an entity tag."""
+    return f'"{task.reservation[:12]}-{task.version}"'
+
+
+def quota_view(report: QuotaReport) -> QuotaView:
+    """A tenant's quota as JSON shows it."""
+    return QuotaView(
+        policies=[_policy_view(each) for each in report.policies],
+        account=AccountAbility(report.can_pay, moment(report.look_again)),
+    )
+
+
+def _policy_view(report: PolicyReport) -> PolicyView:
+    figures = report.limit, report.used, report.reserved, report.remaining
+    limit, used, reserved, remaining = map(yuan, figures) if report.unit == "money" else figures
+    return PolicyView(
+        policy=report.policy,
+        unit=report.unit,
+        window=report.window,
+        limit=limit,
+        used=used,
+        reserved=reserved,
+        remaining=remaining,
+        resets_at=moment(report.resets_at),
+    )
