@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from service.storage import embedded
+from service import child
 from service.storage.connect import connect
 from service.storage.embedded import EmbeddedError, EmbeddedValkey, server_binary
 
@@ -117,7 +117,7 @@ async def test_ends_with_the_context(tmp_path: Path) -> None:
 
 async def test_stubborn_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that does not end when it is told to is killed."""
-    monkeypatch.setattr(embedded, "_STOP_SECONDS", 0.05)
+    monkeypatch.setattr(child, "_STOP_SECONDS", 0.05)
     server = EmbeddedValkey(tmp_path)
     async with server:
         os.kill(server.pid or 0, signal.SIGSTOP)
