@@ -238,6 +238,7 @@ def _framework_problem(request: Request[Any, Any, Any], error: HTTPException) ->
 
 
 _FIELD_FAULT = re.compile(r"Object (missing required|contains unknown) field `(.*)`")
+_FIELD_FAULTS = {"missing required": "is required", "contains unknown": "is unknown"}
 _PARAMETER_FAULT = re.compile(r"Missing required \w+ parameter '([^']*)'")
 
 
@@ -246,17 +247,15 @@ def _faults(error: ValidationException) -> list[errors.FieldError]:
     if missing := _PARAMETER_FAULT.match(error.detail):
         return [errors.FieldError(missing[1], "is required")]
     found = []
-    for each in error.extra or ():
-        if isinstance(each, dict):
-            where, message = str(each.get("key", "data")), str(each.get("message", ""))
+    for each in error.extra if isinstance(error.extra, list) else ():
+        where, message = str(each.get("key", "data")), str(each.get("message", ""))
+        if fault := _FIELD_FAULT.fullmatch(message):
             parent = "" if where == "data" else f"{where}."
-            if fault := _FIELD_FAULT.fullmatch(message):
-                detail = "is required" if fault[1].startswith("missing") else "is unknown"
-                found.append(errors.FieldError(parent + fault[2], detail))
-            elif message == "'data'":
-                found.append(errors.FieldError("body", "is required"))
-            else:
-                found.append(errors.FieldError("body" if where == "data" else where, message))
+            found.append(errors.FieldError(parent + fault[2], _FIELD_FAULTS[fault[1]]))
+        elif message == "'data'":
+            found.append(errors.FieldError("body", "is required"))
+        else:
+            found.append(errors.FieldError("body" if where == "data" else where, message))
     return found
 
 

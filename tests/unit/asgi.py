@@ -53,7 +53,7 @@ def body_messages(chunks: Iterable[bytes]) -> list[Message]:
     return [*messages, {"type": "http.request", "body": b"", "more_body": False}]
 
 
-def receiving(messages: Iterable[Message], *, then_silent: bool = False) -> Callable[[], Awaitable[Message]]:
+def receiving(messages: Iterable[Message], *, then_silent: bool = False) -> Any:
     """An ASGI `receive` that gives these messages, then disconnects, or is silent for good."""
     left = iter(messages)
 
