@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from service import child
+from service.storage import embedded
 from service.storage.connect import connect
 from service.storage.embedded import EmbeddedError, EmbeddedValkey, server_binary
 
