@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
-from redis.asyncio import Redis
 
 from service.domain.balance import AccountState, Figures, Status
 from service.domain.errors import LedgerUnavailable
@@ -22,7 +21,7 @@ from service.domain.quota import (
     Violation,
 )
 from service.storage.keys import Keys
-from service.storage.scripts import Scripts, ledger_time, read
+from service.storage.scripts import Client, Scripts, ledger_time, read, scored
 from service.usecases.ports import Ask, Settlement, Snapshot
 
 DAY = 86_400_000
@@ -46,7 +45,7 @@ class Spans(Struct, frozen=True):
 class RedisLedger:
     """Holds places and books outcomes, each in one call."""
 
-    def __init__(self, client: Redis, scripts: Scripts, keys: Keys, spans: Spans) -> None:
+    def __init__(self, client: Client, scripts: Scripts, keys: Keys, spans: Spans) -> None:
         self._client = client
         self._scripts = scripts
         self._keys = keys
@@ -131,17 +130,17 @@ class RedisLedger:
 
     async def expire(self, most: int) -> int:
         """Settle as unknown the reservations whose process died before it could."""
-        pipeline = self._client.pipeline(transaction=False)
-        pipeline.get(self._keys.clock)
-        pipeline.time()
-        pipeline.zrange(self._keys.leases, 0, most - 1, withscores=True)
-        seen, time, rows = await read(pipeline)
-        ids = [str(each, "ascii") for each, lease in rows if lease <= ledger_time(seen, time)]
-        pipeline = self._client.pipeline(transaction=False)
-        for each in ids:
-            pipeline.get(self._keys.reservation(each))
+        seen, time, rows = await read(
+            self._client,
+            ("GET", self._keys.clock),
+            ("TIME",),
+            ("ZRANGE", self._keys.leases, 0, most - 1, "WITHSCORES"),
+        )
+        now = ledger_time(seen, time)
+        ids = [reservation for reservation, lease in scored(rows) if lease <= now]
+        found = await read(self._client, *(("GET", self._keys.reservation(each)) for each in ids))
         settled = 0
-        for each, packed in zip(ids, await read(pipeline), strict=True):
+        for each, packed in zip(ids, found, strict=True):
             reservation = msgspec.msgpack.decode(packed, type=Reservation)
             settled += await self.settle(
                 Settlement(
@@ -157,22 +156,18 @@ class RedisLedger:
 
     async def counters(self, tenant: int) -> Snapshot:
         """The counters of a tenant, and the ledger's time."""
-        pipeline = self._client.pipeline(transaction=False)
-        pipeline.hget(self._keys.tenant(tenant), "state")
-        pipeline.get(self._keys.clock)
-        pipeline.time()
-        packed, seen, time = await read(pipeline)
+        packed, seen, time = await read(
+            self._client, ("HGET", self._keys.tenant(tenant), "state"), ("GET", self._keys.clock), ("TIME",)
+        )
         state = msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
         return Snapshot(state, ledger_time(seen, time))
 
     async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         """What is known of each account."""
-        pipeline = self._client.pipeline(transaction=False)
-        for each in ids:
-            pipeline.hget(self._keys.account(each), "state")
+        found = await read(self._client, *(("HGET", self._keys.account(each), "state") for each in ids))
         return {
             each: msgspec.msgpack.decode(packed, type=AccountState) if packed else AccountState()
-            for each, packed in zip(ids, await read(pipeline), strict=True)
+            for each, packed in zip(ids, found, strict=True)
         }
 
     async def reopen(self, account: int) -> None:

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 import structlog
-from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from service.domain.errors import LedgerUnavailable
 from service.domain.registry import Registry
 from service.domain.tenancy import Account, Tenant, Token
 from service.storage.keys import Keys
-from service.storage.scripts import Scripts, read
+from service.storage.scripts import Client, Scripts, read
 from service.usecases.ports import RegistryChange
 
 _log = structlog.get_logger(__name__)
 
 REFRESH_SECONDS = 5.0
 """A change that was announced while a process was not listening is seen after at most this long."""
+AWAY_SECONDS = 1.0
 
 
 class RedisRegistry:
     """Reads the whole registry, and writes changes that were made from the newest version."""
 
-    def __init__(self, client: Redis, scripts: Scripts, keys: Keys) -> None:
+    def __init__(self, client: Client, scripts: Scripts, keys: Keys) -> None:
         self._client = client
         self._scripts = scripts
         self._keys = keys
 
     async def load(self) -> Registry:
         """The registry as it is now."""
-        pipeline = self._client.pipeline(transaction=False)
-        pipeline.hgetall(self._keys.registry)
-        (fields,) = await read(pipeline)
+        (fields,) = await read(self._client, ("HGETALL", self._keys.registry))
         tenants, accounts, tokens = {}, {}, {}
         for field, packed in fields.items():
             kind, _, name = str(field, "utf-8").partition(":")
@@ -50,9 +49,7 @@ class RedisRegistry:
 
     async def version(self) -> int:
         """The number of the newest version."""
-        pipeline = self._client.pipeline(transaction=False)
-        pipeline.hget(self._keys.registry, "version")
-        (version,) = await read(pipeline)
+        (version,) = await read(self._client, ("HGET", self._keys.registry, "version"))
         return int(version or 0)
 
     async def write(self, change: RegistryChange) -> bool:
@@ -104,9 +101,9 @@ class LiveRegistry:
     for as long as Redis is away.
     """
 
-    def __init__(self, store: RedisRegistry, subscriber: Callable[[], Redis], channel: str) -> None:
+    def __init__(self, store: RedisRegistry, subscribe: Callable[[], Awaitable[PubSub]], channel: str) -> None:
         self._store = store
-        self._subscriber = subscriber
+        self._subscribe = subscribe
         self._channel = channel
         self.ready = False
         self.current = Registry()
@@ -121,11 +118,14 @@ class LiveRegistry:
         """Keep up with announced changes for ever, through any loss of the connection."""
         while True:
             try:
-                async with self._subscriber() as client, client.pubsub() as channel:
-                    await channel.subscribe(self._channel)
-                    while True:
-                        await self.refresh()
-                        await channel.get_message(ignore_subscribe_messages=True, timeout=REFRESH_SECONDS)
+                await self._listen()
             except (RedisError, OSError, LedgerUnavailable) as error:
                 _log.warning("registry.unreachable", error=type(error).__name__)
-                await asyncio.sleep(1)
+                await asyncio.sleep(AWAY_SECONDS)
+
+    async def _listen(self) -> None:
+        async with await self._subscribe() as channel:
+            await channel.subscribe(self._channel)
+            while True:
+                await self.refresh()
+                await channel.get_message(ignore_subscribe_messages=True, timeout=REFRESH_SECONDS)

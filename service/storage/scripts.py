@@ -7,11 +7,12 @@ from importlib import resources
 from typing import Any
 
 import msgspec
-from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
+from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from service.domain.errors import LedgerUnavailable
+
+Client = Redis | RedisCluster
 
 RETRY_AFTER = 2.0
 
@@ -19,7 +20,7 @@ RETRY_AFTER = 2.0
 class Scripts:
     """Calls the scripts over a client that never retries: an unanswered call may have moved money."""
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
         self._sources: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
@@ -56,8 +57,11 @@ class Scripts:
         self._hashes[name] = await self._client.script_load(self._sources[name])
 
 
-async def read(pipeline: Pipeline) -> list[Any]:
-    """The answers to some plain reads, in one round trip. Raises LedgerUnavailable if Redis does not answer."""
+async def read(client: Client, *commands: tuple[Any, ...]) -> list[Any]:
+    """The answers to some plain commands, in one round trip. Raises LedgerUnavailable if Redis does not answer."""
+    pipeline = client.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)
     try:
         return await pipeline.execute()
     except (RedisError, OSError) as error:

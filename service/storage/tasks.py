@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from redis.asyncio import Redis
 
 from service.domain.errors import MalformedRequest
 from service.domain.task import Artifact, Basis, Cost, Kind, State, Task, TaskError
 from service.storage.keys import Keys
 from service.storage.ledger import Spans, packed_figures
-from service.storage.scripts import Scripts, ledger_time, read
+from service.storage.scripts import Client, Scripts, ledger_time, read
 from service.usecases.ports import Check, Due, Page
 
 _BATCH = 100
@@ -25,7 +24,7 @@ _LOST = TaskError("task-lost", "The upstream no longer knows this task. It may h
 class RedisTasks:
     """Reads tasks, lists them, and hands out those whose check is due."""
 
-    def __init__(self, client: Redis, scripts: Scripts, keys: Keys, spans: Spans) -> None:
+    def __init__(self, client: Client, scripts: Scripts, keys: Keys, spans: Spans) -> None:
         self._client = client
         self._scripts = scripts
         self._keys = keys
@@ -33,11 +32,9 @@ class RedisTasks:
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         """A task and the time now, in one round trip."""
-        pipeline = self._client.pipeline(transaction=False)
-        pipeline.hgetall(self._keys.task(reservation))
-        pipeline.get(self._keys.clock)
-        pipeline.time()
-        fields, seen, time = await read(pipeline)
+        fields, seen, time = await read(
+            self._client, ("HGETALL", self._keys.task(reservation)), ("GET", self._keys.clock), ("TIME",)
+        )
         return (_task(reservation, fields), ledger_time(seen, time)) if fields else None
 
     async def page(
@@ -71,20 +68,20 @@ class RedisTasks:
         top: int | str = position[1] if position else "+inf"
         offset = 0
         while True:
-            pipeline = self._client.pipeline(transaction=False)
-            pipeline.zrevrangebyscore(self._keys.tasks(tenant), top, "-inf", start=offset, num=_BATCH, withscores=True)
-            (rows,) = await read(pipeline)
-            ids = [(str(member, "ascii"), int(score)) for member, score in rows]
+            page = ("LIMIT", offset, _BATCH)
+            (rows,) = await read(
+                self._client, ("ZREVRANGEBYSCORE", self._keys.tasks(tenant), top, "-inf", "WITHSCORES", *page)
+            )
+            ids = [
+                (str(member, "ascii"), int(float(score))) for member, score in zip(rows[::2], rows[1::2], strict=True)
+            ]
             fresh = [each for each in ids if not position or (each[1], each[0]) < (position[1], position[0])]
             if fresh or len(rows) < _BATCH:
                 return fresh
             offset += _BATCH
 
     async def _get_many(self, reservations: Sequence[str]) -> list[Task | None]:
-        pipeline = self._client.pipeline(transaction=False)
-        for each in reservations:
-            pipeline.hgetall(self._keys.task(each))
-        rows = await read(pipeline)
+        rows = await read(self._client, *(("HGETALL", self._keys.task(each)) for each in reservations))
         return [_task(each, fields) if fields else None for each, fields in zip(reservations, rows, strict=True)]
 
     async def claim(self, most: int) -> Sequence[Due]:
