@@ -68,6 +68,11 @@ async def read(client: Client, *commands: tuple[Any, ...]) -> list[Any]:
         raise unavailable() from error
 
 
+def scored(rows: Sequence[bytes]) -> list[tuple[str, int]]:
+    """The members of a sorted set with their scores, out of an answer WITHSCORES."""
+    return [(str(member, "ascii"), int(float(score))) for member, score in zip(rows[::2], rows[1::2], strict=True)]
+
+
 def ledger_time(seen: bytes | None, time: tuple[int, int]) -> int:
     """The ledger's time in milliseconds, out of what the scripts saw last and the answer to TIME."""
     seconds, micros = time

@@ -13,7 +13,7 @@ from service.domain.errors import MalformedRequest
 from service.domain.task import Artifact, Basis, Cost, Kind, State, Task, TaskError
 from service.storage.keys import Keys
 from service.storage.ledger import Spans, packed_figures
-from service.storage.scripts import Client, Scripts, ledger_time, read
+from service.storage.scripts import Client, Scripts, ledger_time, read, scored
 from service.usecases.ports import Check, Due, Page
 
 _BATCH = 100
@@ -72,11 +72,9 @@ class RedisTasks:
             (rows,) = await read(
                 self._client, ("ZREVRANGEBYSCORE", self._keys.tasks(tenant), top, "-inf", "WITHSCORES", *page)
             )
-            ids = [
-                (str(member, "ascii"), int(float(score))) for member, score in zip(rows[::2], rows[1::2], strict=True)
-            ]
+            ids = scored(rows)
             fresh = [each for each in ids if not position or (each[1], each[0]) < (position[1], position[0])]
-            if fresh or len(rows) < _BATCH:
+            if fresh or len(ids) < _BATCH:
                 return fresh
             offset += _BATCH
 
