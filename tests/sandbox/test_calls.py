@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from service.sandbox import forms
 from service.sandbox.app import Balance
 from service.sandbox.dials import Dials, Fault, Kind
 from service.sandbox.server import RunningSandbox
@@ -60,6 +61,19 @@ async def test_running_task_tells_its_state_alone(sandbox: RunningSandbox, calle
     answer = await caller.check(await caller.submitted())
     assert answer.pop("status") in {"Pending", "Processing"}
     assert answer == {"err_code": 0}
+
+
+async def test_task_that_waits_for_its_time_holds_nobody_up(sandbox: RunningSandbox, caller: Caller) -> None:
+    """A task takes as long as was dialled when it was submitted, while later ones overtake it."""
+    await sandbox.control.set_account("key", Balance(9, 0))
+    await sandbox.control.set_dials(Dials(seconds=3600))
+    waiting = [await caller.submitted() for _ in range(4)]
+    await sandbox.control.set_dials(Dials(seconds=0))
+    quick = await caller.submitted()
+    async with asyncio.timeout(30):
+        while (await caller.check(quick))["status"] != "Completed":
+            pass
+    assert {(await caller.check(task_id))["status"] for task_id in waiting} == {"Processing"}
 
 
 async def test_failed_task_tells_its_state_alone(sandbox: RunningSandbox, caller: Caller) -> None:
@@ -224,6 +238,13 @@ async def test_overlong_text_is_rejected(caller: Caller) -> None:
     """A text field of hundreds of kilobytes is rejected."""
     answer = (await caller.submit("submit_task", {"prompt": "x" * 300_000})).json()
     assert answer == {"err_code": 1, "err_msg": "任务提交失败:请求内容过大"}
+
+
+async def test_overlong_file_is_rejected(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file beyond the bound is rejected, and the account that sent it still named."""
+    monkeypatch.setattr(forms, "MOST_FILE_BYTES", 1_000)
+    answer = (await caller.submit(image=bytes(1_001))).json()
+    assert answer == {"err_code": 1, "err_msg": "任务提交失败:请求格式错误或文件过大"}
 
 
 async def test_other_routes_do_not_exist(caller: Caller) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Literal
 
 import msgspec
@@ -106,6 +107,16 @@ async def test_journal_over_http(caller: Caller) -> None:
         "fields": {"fit": "0.3"},
     }
     assert (check["outcome"], check["detail"]) == ("refused", "任务未找到或状态未知")
+
+
+async def test_journal_that_was_read_stands_still(sandbox: RunningSandbox, caller: Caller) -> None:
+    """Entries that were read do not change when their request goes on."""
+    await sandbox.control.set_dials(Dials(faults=(Fault(latency=0.1),)))
+    submit = asyncio.ensure_future(caller.submit())
+    (early,) = await sandbox.control.until(lambda entries: len(entries) == 1)
+    await submit
+    (late,) = await sandbox.control.requests()
+    assert (early.outcome, late.outcome) == ("arrived", "accepted")
 
 
 async def test_reset_leads_back_to_the_beginning(sandbox: RunningSandbox, caller: Caller) -> None:
