@@ -1,0 +1,291 @@
+"""The log says what happened, and no secrets."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.typing import FilteringBoundLogger
+
+from service.domain.tenancy import new_token
+from service.telemetry.logs import configure
+from service.telemetry.redaction import Redactor
+
+SECRET = "hunter2-hunter2"
+
+
+class Log:
+    """A configured log and what was written to it."""
+
+    def __init__(self, *, json_lines: bool = True, level: str = "INFO") -> None:
+        self._stream = io.BytesIO()
+        self.redactor = Redactor([SECRET])
+        self.logger: FilteringBoundLogger = configure(
+            json=json_lines, level=level, stream=self._stream, redactor=self.redactor
+        )
+
+    @property
+    def written(self) -> str:
+        """All that was written."""
+        return self._stream.getvalue().decode()
+
+    @property
+    def event(self) -> dict[str, Any]:
+        """The only event that was written."""
+        (line,) = self.written.splitlines()
+        event = json.loads(line)
+        assert isinstance(event, dict)
+        return event
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """Leave the logging of the test's process as it was."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    root.handlers.clear()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def test_an_event_is_one_json_object() -> None:
+    """In production each event is a line of JSON with its time, level and values."""
+    log = Log()
+    with structlog.contextvars.bound_contextvars(request_id="r1"):
+        log.logger.info("settled", tenant="demo", cost={"count": 1}, ratio=0.5, done=True, error=None)
+    event = log.event
+    assert event.pop("time").endswith("Z")
+    assert event == {
+        "event": "settled",
+        "level": "info",
+        "request_id": "r1",
+        "tenant": "demo",
+        "cost": {"count": 1},
+        "ratio": 0.5,
+        "done": True,
+        "error": None,
+    }
+
+
+def test_a_logger_made_before_is_configured_too() -> None:
+    """Modules that made their loggers when they were imported write to the same log, under the newest settings."""
+    early = structlog.get_logger("early")
+    early.debug("before")
+    first, second = Log(), Log()
+    early.info("after")
+    assert (first.written, second.event["event"]) == ("", "after")
+
+
+def test_lines_to_read_are_coloured_and_hold_the_traceback() -> None:
+    """In development an event is a coloured line, followed by its traceback, redacted all the same."""
+    log = Log(json_lines=False)
+    try:
+        raise ValueError(f"no {SECRET}")
+    except ValueError:
+        log.logger.exception("failed", tenant="demo", user_key="abcdef")
+    assert "\x1b[" in log.written
+    assert "failed" in log.written
+    assert "ValueError: no [redacted]" in log.written
+    assert SECRET not in log.written
+    assert "abcdef" not in log.written
+
+
+def test_the_level_is_a_threshold() -> None:
+    """What is below the level is not written."""
+    log = Log(level="WARNING")
+    log.logger.info("quiet")
+    log.logger.warning("loud")
+    assert log.event["event"] == "loud"
+
+
+class Secretive(msgspec.Struct):
+    """An object that holds a secret under a telling name."""
+
+    user_key: bytes
+    name: str
+
+
+@dataclass
+class Settings:
+    """As above, made otherwise."""
+
+    admin_token: str
+    port: int
+
+
+class Opaque:
+    """An object whose representation holds a secret."""
+
+    def __repr__(self) -> str:
+        return f"<Opaque {SECRET}>"
+
+
+class Name(StrEnum):
+    """An enum that should be written as its value."""
+
+    VALUE = "value"
+
+
+def leaks(value: str) -> list[Any]:
+    """Ways to write a value by accident that the log can know for a secret by its surroundings."""
+    return [
+        {"user_key": value},
+        {"Authorization": f"Bearer {value}"},
+        [{"deep": ({"webhook_secret": value},)}],
+        {"prompt": [value], "negative_prompt": {"text": value}},
+        {"X-Api-Key": value.encode()},
+        Secretive(value.encode(), "x"),
+        Settings(value, 1),
+        f"authorization: Bearer {value}",
+        f"POST http://upstream/api?user_key={value}&x=1",
+        f"redis://user:{value}@host:6379/0",
+        f"{{'user_key': '{value}', 'x': 1}}",
+        repr(json.dumps({"user_key": value})),
+        json.dumps({"a": json.dumps({"token": value})}),
+        f"{{'prompt': 'a cat and {value}'}}",
+        f"b'...' user_key=b'{value}'",
+        f"admin_token = {value}",
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(leaks(""))))
+def test_what_stands_under_a_telling_name_is_not_written(number: int) -> None:
+    """A value under the name of a secret is left out, in structures, in objects and in running text."""
+    value = "Zq9vKx7Lm3Tp"
+    log = Log()
+    log.logger.info("leak", data=leaks(value)[number])
+    assert value not in log.written
+    assert "[redacted]" in log.written
+
+
+@pytest.mark.parametrize("spelling", ["{}", "x{}x", "'{}'", "igw_ {}"])
+def test_a_token_is_not_written_wherever_it_stands(spelling: str) -> None:
+    """A token of the gateway is known by its prefix, in values, keys, events and exceptions."""
+    token = new_token()
+    log = Log()
+    text = spelling.format(token)
+    try:
+        raise KeyError(text) from ValueError(text)
+    except KeyError as error:
+        log.logger.exception(text, value=text, nested=[{"x": (text, {text})}], names={text: 1}, error=error)
+    assert token not in log.written
+    assert token[4:] not in log.written
+
+
+@pytest.mark.parametrize("secret", ["hunter2-hunter2", "p@ss w/rd&=é", "quo'te\"back\\slash\n"])
+def test_a_secret_the_log_was_told_is_not_written(secret: str) -> None:
+    """A known secret is left out wherever and in whatever spelling it turns up."""
+    log = Log()
+    log.redactor.learn(secret)
+    quoted = "p%40ss%20w%2Frd%26%3D%C3%A9" if secret.startswith("p@") else secret
+    try:
+        raise OSError(f"can't reach {secret} {secret!r}")
+    except OSError as error:
+        log.logger.exception(
+            "failed", a=secret, b=[repr(secret)], c={secret: secret}, d=error, e=f"x{quoted}x", f={"k": repr([secret])}
+        )
+    assert json.dumps(secret)[1:-1] not in log.written
+    assert repr(secret)[1:-1] not in log.written
+    assert quoted not in log.written
+    assert "can't reach" in log.written
+
+
+def test_a_short_secret_does_not_blank_out_words() -> None:
+    """A secret too short to be told from ordinary words is not looked for."""
+    log = Log()
+    log.redactor.learn("a", "")
+    log.logger.info("a cat")
+    assert log.event["event"] == "a cat"
+
+
+def test_what_is_not_secret_is_written() -> None:
+    """Ids, absent values and ordinary texts stay readable."""
+    log = Log()
+    log.logger.info("revoked", token_id="t-1", token=None, kind=Name.VALUE, many={1}, big=2**70, key="k", data=b"12")
+    event = log.event
+    assert {name: event[name] for name in ("token_id", "token", "kind", "many", "big", "key", "data")} == {
+        "token_id": "t-1",
+        "token": None,
+        "kind": "value",
+        "many": [1],
+        "big": str(2**70),
+        "key": "k",
+        "data": "<2 bytes>",
+    }
+
+
+def test_an_object_is_written_by_its_representation() -> None:
+    """An object of which nothing is known is written as it represents itself, without known secrets."""
+    log = Log()
+    log.logger.info("seen", thing=Opaque())
+    assert log.event["thing"] == "<Opaque [redacted]>"
+
+
+def test_a_structure_that_holds_itself_ends() -> None:
+    """A structure without an end is cut off."""
+    log = Log()
+    endless: dict[str, Any] = {}
+    endless["again"] = endless
+    log.logger.info("seen", thing=endless)
+    assert '"..."' in log.written
+
+
+@given(
+    st.recursive(st.text() | st.floats() | st.binary() | st.integers(), lambda each: st.lists(each) | st.tuples(each))
+)
+def test_anything_can_be_written(value: Any) -> None:
+    """No value makes logging fail, whatever characters or numbers it holds."""
+    event = Redactor([SECRET])(None, "info", {"event": "x", "value": value, "odd": "\ud800"})
+    assert json.loads(msgspec.json.encode(event))["event"] == "x"
+
+
+@pytest.mark.parametrize(
+    "text", ["token" * 20_000, "igw_" * 20_000, 'secret="' * 20_000, "secret=\\'" * 20_000, "://" * 20_000]
+)
+def test_redaction_of_long_texts_ends(text: str) -> None:
+    """Texts made to be hard to search take no longer than others."""
+    assert len(Redactor([SECRET]).text(text)) <= 2 * len(text)
+
+
+@pytest.mark.parametrize("library", ["uvicorn.error", "httpx2", "litestar", "redis", "asyncio", "some.other"])
+def test_libraries_are_heard_from_warnings_on(library: str) -> None:
+    """What a library logs goes through the same log and the same redaction, and below warnings nowhere."""
+    log = Log()
+    chatter = logging.getLogger(library)
+    chatter.info("GET http://upstream/?user_key=abcdef")
+    assert log.written == ""
+    try:
+        raise OSError(f"token={SECRET}")
+    except OSError:
+        chatter.exception("lost %s", f"user_key={SECRET}")
+    assert (log.event["logger"], log.event["level"]) == (library, "error")
+    assert "OSError" in log.event["exception"]
+    assert SECRET not in log.written
+
+
+def test_handlers_a_library_brought_along_are_taken_away() -> None:
+    """A library's own handler would write without redaction."""
+    own = io.StringIO()
+    logging.getLogger("uvicorn.access").addHandler(logging.StreamHandler(own))
+    log = Log()
+    logging.getLogger("uvicorn.access").warning("once")
+    assert (own.getvalue(), log.event["event"]) == ("", "once")
+
+
+def test_a_record_that_does_not_fit_its_arguments_is_written_all_the_same() -> None:
+    """A library's mistake in a log call does not lose the event, nor does a level of its own making."""
+    log = Log()
+    logging.getLogger("redis").log(35, "lost %d", "x")
+    assert (log.event["event"], log.event["level"]) == ("lost %d", "warning")
