@@ -79,7 +79,7 @@ class _Primary(Connections):
         self._sentinel: Sentinel | None = None
         if address.topology is Topology.SENTINEL:
             own = _options(address.sentinel_credentials, None, timeout) | {"socket_timeout": timeout}
-            self._sentinel = Sentinel(address.hosts, sentinel_kwargs=own)  # type: ignore[no-untyped-call] # as below
+            self._sentinel = Sentinel(address.hosts, sentinel_kwargs=own)  # type: ignore[no-untyped-call] # redis-py's own
         commands = self._place(address) | _options(address.credentials, address.tls, timeout)
         commands |= {"socket_timeout": timeout, "max_connections": POOL_SIZE, "timeout": POOL_WAIT}
         listening = self._place(address) | _listening(address, timeout)
@@ -116,7 +116,7 @@ class _SentinelPool(SentinelConnectionPool):
     """Connections to the primary that Sentinel names."""
 
     def __init__(self, service: str, sentinel: Sentinel, **options: Any) -> None:
-        super().__init__(service, sentinel, **options)  # type: ignore[no-untyped-call] # redis-py's is not annotated
+        super().__init__(service, sentinel, **options)  # type: ignore[no-untyped-call] # redis-py's own
 
 
 class _BlockingSentinelPool(_SentinelPool, BlockingConnectionPool):
@@ -168,9 +168,26 @@ class _BoundedCluster(RedisCluster):
         except TimeoutError:
             raise RedisConnectionError("No connection available.") from None
         try:
+            await self._renew_closed()
             return await super().execute_command(*args, **kwargs)
         finally:
             self._free.release()
+
+    async def _renew_closed(self) -> None:
+        """Have idle connections renewed that the other side has closed.
+
+        The pools of other clients look before they lend one. Here a command would be sent into it, and fail.
+        """
+        for node in self.get_nodes():
+            for connection in tuple(node._free):  # noqa: SLF001 - redis-py does not offer its idle connections
+                if connection.is_connected and await connection.can_read():
+                    connection.mark_for_reconnect()  # type: ignore[no-untyped-call] # redis-py's own
+
+    async def aclose(self) -> None:
+        """Close the connections to all nodes, which redis-py leaves open if it was about to look for the nodes anew."""
+        await super().aclose()
+        await self.nodes_manager.aclose()
+        await self.nodes_manager.aclose("startup_nodes")
 
 
 def _options(credentials: Credentials, tls: Mapping[str, str | bool] | None, timeout: float) -> dict[str, Any]:

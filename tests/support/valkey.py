@@ -95,7 +95,7 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], folder: Path) -> No
             client.settimeout(_START_SECONDS)
             client.connect(str(folder / "s"))
             client.sendall(b"PING\r\n")
-            if client.recv(16).startswith(b"+PONG"):
+            if client.recv(16).startswith((b"+PONG", b"-NOAUTH")):
                 return
         time.sleep(0.005)
     raise RuntimeError(f"Valkey did not start: {(folder / 'log').read_text()}")

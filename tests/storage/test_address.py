@@ -1,0 +1,108 @@
+"""Addresses of stores: what a Redis URL says, and what is said about one that can't be used."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.storage.address import Address, Credentials, InvalidRedisUrl, Topology, parse_url
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://store", Address(topology=Topology.SINGLE, hosts=(("store", 6379),))),
+        ("redis://store:1/", Address(topology=Topology.SINGLE, hosts=(("store", 1),))),
+        (
+            "redis://me:p%40ss%2F@store/3",
+            Address(
+                topology=Topology.SINGLE,
+                hosts=(("store", 6379),),
+                database=3,
+                credentials=Credentials("me", "p@ss/"),
+            ),
+        ),
+        ("redis://[::1]:7", Address(topology=Topology.SINGLE, hosts=(("::1", 7),))),
+        ("rediss://store", Address(topology=Topology.SINGLE, hosts=(("store", 6379),), tls={})),
+        (
+            "rediss://store?ssl_ca_certs=/ca.pem&ssl_check_hostname=false&ssl_cert_reqs=required",
+            Address(
+                topology=Topology.SINGLE,
+                hosts=(("store", 6379),),
+                tls={"ssl_ca_certs": "/ca.pem", "ssl_check_hostname": False, "ssl_cert_reqs": "required"},
+            ),
+        ),
+        ("unix:///run/a%20b/s", Address(topology=Topology.SINGLE, path="/run/a b/s")),
+        ("unix:///run/s?db=2", Address(topology=Topology.SINGLE, path="/run/s", database=2)),
+        (
+            "redis+sentinel://:pw@a,b:1/main/4?sentinel_username=u&sentinel_password=w",
+            Address(
+                topology=Topology.SENTINEL,
+                hosts=(("a", 26379), ("b", 1)),
+                service="main",
+                database=4,
+                credentials=Credentials(None, "pw"),
+                sentinel_credentials=Credentials("u", "w"),
+            ),
+        ),
+        ("rediss+cluster://a,b:1", Address(topology=Topology.CLUSTER, hosts=(("a", 6379), ("b", 1)), tls={})),
+    ],
+)
+def test_read(url: str, address: Address) -> None:
+    """Each kind of URL says where the store is."""
+    assert parse_url(url) == address
+
+
+@pytest.mark.parametrize(
+    ("url", "fault"),
+    [
+        ("store:6379", "must start with redis://"),
+        ("http://store", "must start with redis://"),
+        ("redis://[::1", "must be a URL"),
+        ("redis://store?x", "must be a URL"),
+        ("redis://", "must name its hosts as host or host:port"),
+        ("redis://:1", "must name its hosts as host or host:port"),
+        ("redis://store:0", "must name its hosts as host or host:port"),
+        ("redis://store:65536", "must name its hosts as host or host:port"),
+        ("redis://a b", "must name its hosts as host or host:port"),
+        ("redis+cluster://a,,b", "must name its hosts as host or host:port"),
+        ("redis://a,b", "must name one host"),
+        ("redis://store/x", "must name its database by a number"),
+        ("redis://store/²", "must name its database by a number"),
+        ("redis://store/1/2", "must have no path but"),
+        ("redis+cluster://store/1", "must have no path but"),
+        ("redis+sentinel://store", "must name the service"),
+        ("redis+sentinel://store/main/x", "must name its database by a number"),
+        ("unix://host/path", "must be like unix:///path/to/socket"),
+        ("unix://", "must be like unix:///path/to/socket"),
+        ("redis://store?socket_timeout=1", "must have no fragment and no options but"),
+        ("redis://store?ssl_ca_certs=/ca", "must have no fragment and no options but"),
+        ("redis://store#x", "must have no fragment and no options but"),
+        ("rediss://store?ssl_cert_reqs=maybe", "must have none, optional or required as ssl_cert_reqs"),
+        ("rediss://store?ssl_check_hostname=1", "must have true or false as ssl_check_hostname"),
+    ],
+)
+def test_refused(url: str, fault: str) -> None:
+    """A URL that can't be used is refused with what it must be."""
+    with pytest.raises(InvalidRedisUrl) as caught:
+        parse_url(url)
+    assert str(caught.value).startswith(fault)
+
+
+@given(
+    st.text("0123456789/@:#?%é[]", min_size=10),
+    st.sampled_from(["{}", "redis://:{}@store", "redis://{}", "rediss://store?{}={}"]),
+)
+def test_secrets_stay(secret: str, pattern: str) -> None:
+    """Whatever the text is, it is read or refused, and neither the message nor the address shows a password."""
+    try:
+        shown = repr(parse_url(f"redis://:{secret}@store").credentials)
+    except InvalidRedisUrl as error:
+        shown = str(error)
+    assert secret not in shown
+    try:
+        parse_url(pattern.format(secret, secret))
+    except InvalidRedisUrl as error:
+        shown = str(error)
+    assert secret not in shown

@@ -1,0 +1,291 @@
+"""Connecting: every kind of store behind a URL, each command sent once, and subscriptions that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from redis.utils import HIREDIS_AVAILABLE
+
+from service.storage import connect as module
+from service.storage.connect import AWAY, Connections, connect
+from tests.support.certificates import certify
+from tests.support.valkey import Valkey, free_port, running
+
+INCREMENT = "return redis.call('INCR', KEYS[1])"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store of some kind: the URL it is known by, and the server that holds its data."""
+
+    url: str
+    server: Valkey
+
+    def ask(self, *command: str) -> Any:
+        """What the server itself answers, past the clients under test."""
+        with Redis(unix_socket_path=str(self.server.path)) as client:
+            return client.execute_command(*command)
+
+
+def until(condition: bool | None) -> bool:
+    """Whether a condition that is looked at in a loop has still to come true; a moment passes if so."""
+    if not condition:
+        time.sleep(0.01)
+    return not condition
+
+
+@contextmanager
+def cluster() -> Iterator[Store]:
+    options = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--cluster-node-timeout", "1000")
+    with running(*options, port=free_port()) as server:
+        store = Store(f"redis+cluster://127.0.0.1:{server.port},127.0.0.1:1", server)
+        store.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+        while until(b"cluster_state:ok" in store.ask("CLUSTER", "INFO")):
+            pass
+        yield store
+
+
+@contextmanager
+def sentinel(server: Valkey, *options: str) -> Iterator[Valkey]:
+    monitor = f"sentinel monitor main 127.0.0.1 {server.port} 1\n"
+    with running("--sentinel", *options, port=free_port(), config=monitor) as watching:
+        yield watching
+
+
+@contextmanager
+def watched() -> Iterator[Store]:
+    with running(port=free_port()) as server, sentinel(server) as watching:
+        yield Store(f"redis+sentinel://127.0.0.1:1,127.0.0.1:{watching.port}/main", server)
+
+
+@contextmanager
+def single() -> Iterator[Store]:
+    with running(port=free_port()) as server:
+        yield Store(f"redis://127.0.0.1:{server.port}", server)
+
+
+@contextmanager
+def unix() -> Iterator[Store]:
+    with running() as server:
+        yield Store(server.url, server)
+
+
+@pytest.fixture(scope="module", params=[single, unix, watched, cluster], ids=lambda made: made.__name__)
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    """A store of each kind."""
+    with request.param() as made:
+        yield made
+
+
+@asynccontextmanager
+async def opened(url: str, *, timeout: float = 5) -> AsyncIterator[Connections]:
+    connections = connect(url, timeout=timeout)
+    try:
+        yield connections
+    finally:
+        await connections.aclose()
+
+
+async def ping(connections: Connections) -> Any:
+    return await connections.commands.execute_command("GET", "{gw}:ping")
+
+
+async def pop(connections: Connections) -> Any:
+    """Keep a connection busy until something is pushed."""
+    return await connections.commands.execute_command("BLPOP", "{gw}:list", "0")
+
+
+async def test_scripts_and_bytes(store: Store) -> None:
+    """Scripts run, and answers are bytes."""
+    store.ask("DEL", "{gw}:count")
+    async with opened(store.url) as connections:
+        assert await connections.commands.eval(INCREMENT, 1, "{gw}:count") == 1
+        assert await connections.commands.get("{gw}:count") == b"1"
+
+
+async def test_unanswered_command_is_sent_once(store: Store) -> None:
+    """A command that is not answered in time is not sent again, whatever the kind of store."""
+    store.ask("DEL", "{gw}:count")
+    store.ask("CONFIG", "RESETSTAT")
+    async with opened(store.url, timeout=0.2) as connections:
+        await ping(connections)
+        store.server.freeze()
+        try:
+            with pytest.raises(AWAY):
+                await connections.commands.eval(INCREMENT, 1, "{gw}:count")
+        finally:
+            store.server.thaw()
+        while until(store.ask("GET", "{gw}:count") is not None):
+            pass
+        assert store.ask("INFO", "commandstats")["cmdstat_eval"]["calls"] == 1
+        assert store.ask("GET", "{gw}:count") == b"1"
+        assert await connections.commands.eval(INCREMENT, 1, "{gw}:count") == 2
+
+
+async def test_broken_connections_are_replaced(store: Store) -> None:
+    """Connections that the server has closed since they were last used fail no command."""
+    async with opened(store.url) as connections:
+        await asyncio.gather(*(ping(connections) for _ in range(5)))
+        store.ask("CLIENT", "KILL", "TYPE", "normal")
+        async with opened(store.url) as others:
+            await ping(others)
+        await ping(connections)
+
+
+async def test_pool_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More commands than connections wait a while for one, and then say so."""
+    monkeypatch.setattr(module, "POOL_SIZE", 2)
+    monkeypatch.setattr(module, "POOL_WAIT", 0.1)
+    async with opened(store.url) as connections:
+        blocked = [asyncio.create_task(pop(connections)) for _ in range(2)]
+        while until(store.ask("INFO", "clients")["blocked_clients"] == 2):
+            await asyncio.sleep(0)
+        with pytest.raises(AWAY, match="No connection available"):
+            await ping(connections)
+        monkeypatch.setattr(module, "POOL_WAIT", 5)
+        store.ask("RPUSH", "{gw}:list", "a", "b")
+        await asyncio.gather(*blocked)
+
+
+async def test_waiting_for_a_connection(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that had to wait for a connection is carried out when one is free."""
+    monkeypatch.setattr(module, "POOL_SIZE", 1)
+    async with opened(store.url) as connections:
+        blocked = asyncio.create_task(pop(connections))
+        while until(store.ask("INFO", "clients")["blocked_clients"] == 1):
+            await asyncio.sleep(0)
+        waiting = asyncio.create_task(connections.commands.execute_command("SET", "{gw}:waited", "1"))
+        await asyncio.sleep(0)
+        store.ask("RPUSH", "{gw}:list", "a")
+        await asyncio.gather(blocked, waiting)
+    assert store.ask("GET", "{gw}:waited") == b"1"
+
+
+async def test_subscription(store: Store) -> None:
+    """A subscription outlasts the timeout of commands, and hears what any of them publishes."""
+    async with opened(store.url, timeout=0.1) as connections, await connections.subscriber() as subscription:
+        await subscription.subscribe("{gw}:news")
+        assert (await subscription.get_message(timeout=5) or {})["type"] == "subscribe"
+        reading = asyncio.create_task(subscription.get_message(timeout=10))
+        await asyncio.sleep(0.2)
+        await connections.commands.execute_command("PUBLISH", "{gw}:news", "hello")
+        assert (await reading or {})["data"] == b"hello"
+
+
+async def test_broken_subscription(store: Store) -> None:
+    """A subscription that broke says so, since messages were missed, and another one can be had."""
+    async with opened(store.url) as connections:
+        async with await connections.subscriber() as subscription:
+            await subscription.subscribe("{gw}:news")
+            await subscription.get_message(timeout=5)
+            store.ask("CLIENT", "KILL", "TYPE", "pubsub")
+            with pytest.raises(AWAY):
+                await subscription.get_message(timeout=5)
+        async with await connections.subscriber() as subscription:
+            await subscription.subscribe("{gw}:news")
+            assert (await subscription.get_message(timeout=5) or {})["type"] == "subscribe"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://127.0.0.1:1", "unix:///nowhere", "redis+sentinel://127.0.0.1:1/main", "redis+cluster://127.0.0.1:1"],
+)
+async def test_unreachable(url: str) -> None:
+    """A store that is not there is one of AWAY, for commands and subscriptions."""
+    async with opened(url) as connections:
+        with pytest.raises(AWAY):
+            await ping(connections)
+        with pytest.raises(AWAY):
+            async with await connections.subscriber() as subscription:
+                await subscription.subscribe("x")
+
+
+async def test_stranger_to_sentinel() -> None:
+    """A service that Sentinel does not know is one of AWAY."""
+    with watched() as store:
+        async with opened(store.url.replace("main", "other")) as connections:
+            with pytest.raises(AWAY):
+                await ping(connections)
+
+
+async def test_password() -> None:
+    """A password is used, however it is spelled, and a wrong one is one of AWAY."""
+    with running("--requirepass", "a b/c@d:e", port=free_port()) as server:
+        async with opened(f"redis://:a%20b%2Fc%40d%3Ae@127.0.0.1:{server.port}/2") as connections:
+            assert await connections.commands.client_info()
+        async with opened(f"redis://:wrong@127.0.0.1:{server.port}") as connections:
+            with pytest.raises(AWAY):
+                await ping(connections)
+
+
+async def test_sentinel_password() -> None:
+    """Sentinel has a password of its own."""
+    with running(port=free_port()) as server, sentinel(server, "--requirepass", "own") as watching:
+        address = f"redis+sentinel://127.0.0.1:{watching.port}/main/1"
+        async with opened(f"{address}?sentinel_password=own") as connections:
+            await connections.commands.set("k", "v")
+        async with opened(address) as connections:
+            with pytest.raises(AWAY):
+                await ping(connections)
+        assert Store("", server).ask("INFO", "keyspace")["db1"]["keys"] == 1
+
+
+async def test_failover() -> None:
+    """When the primary has died, commands go to the one that Sentinel made of its replica."""
+    with (
+        running("--repl-diskless-sync-delay", "0", port=free_port()) as old,
+        running("--replicaof", "127.0.0.1", str(old.port), port=free_port()) as new,
+        sentinel(old) as watching,
+    ):
+        replica, watcher = Store("", new), Store("", watching)
+        watcher.ask("SENTINEL", "DEBUG", "info-period", "50", "ping-period", "50")
+        watcher.ask("SENTINEL", "SET", "main", "down-after-milliseconds", "200")
+        while until(replica.ask("INFO", "replication")["master_link_status"] == "up"):
+            pass
+        while until(watcher.ask("INFO", "sentinel")["master0"]["slaves"] == 1):
+            pass
+        async with opened(f"redis+sentinel://127.0.0.1:{watching.port}/main") as connections:
+            await connections.commands.set("k", "before")
+            old.kill()
+            while until(replica.ask("GET", "k") == b"after"):
+                with suppress(*AWAY):
+                    await connections.commands.set("k", "after")
+
+
+async def test_tls(tmp_path: Path) -> None:
+    """Over TLS the server has to show a certificate that is trusted."""
+    trusted, context = certify(tmp_path)
+    with running() as server:
+
+        async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            inner_reader, inner_writer = await asyncio.open_unix_connection(server.path)
+
+            async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+                with suppress(OSError):
+                    while data := await source.read(65_536):
+                        target.write(data)
+                target.close()
+
+            await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+        async with await asyncio.start_server(forward, "127.0.0.1", 0, ssl=context) as listening:
+            port = listening.sockets[0].getsockname()[1]
+            async with opened(f"rediss://127.0.0.1:{port}?ssl_ca_certs={trusted}") as connections:
+                await connections.commands.set("k", "v")
+                assert await connections.commands.get("k") == b"v"
+            async with opened(f"rediss://127.0.0.1:{port}") as connections:
+                with pytest.raises(AWAY):
+                    await ping(connections)
+
+
+def test_parser() -> None:
+    """Answers are parsed by hiredis, which redis-py takes when it is installed."""
+    assert HIREDIS_AVAILABLE
