@@ -1,0 +1,124 @@
+"""The outermost layer: every request gets an id, one line in the log and its place in the metrics.
+
+It stands outside of Litestar because unknown addresses and methods, and crashes, never reach Litestar's middleware.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
+
+import structlog
+from structlog.typing import FilteringBoundLogger
+
+from service.api.problems import CRASHED, OUTCOME, REQUEST_ID, render
+from service.api.uploads import ClientLeft
+from service.telemetry.metrics import UNMATCHED, Metrics, Port
+
+TENANT = "tenant"
+"""Where the tenant's name stands in the state of an ASGI scope, once it is known."""
+
+CLIENT_LEFT = 499
+"""The status that logs and metrics show for a request whose client left before it was answered."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+"""An ASGI application, in whatever way its library types the scope."""
+
+_HEADER = b"x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_LONGEST_PATH = 500
+
+
+class Edge:
+    """Wraps an application that serves one port."""
+
+    def __init__(self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._logger = logger
+        self._port = port
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve one connection; what is not HTTP is passed through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # The server may share one state among all requests.
+        state = scope["state"] = {**scope.get("state", {})}
+        request_id = state[REQUEST_ID] = _request_id(scope)
+        with structlog.contextvars.bound_contextvars(request_id=request_id), self._metrics.in_progress(self._port):
+            await self._serve(scope, receive, _Answer(send, request_id))
+
+    async def _serve(self, scope: Message, receive: Receive, answer: _Answer) -> None:
+        method, path = scope["method"], quote(scope["path"])[:_LONGEST_PATH]  # as Litestar changes the path
+        state = scope["state"]
+        begun = time.perf_counter()
+        try:
+            await self._app(scope, receive, answer.send)
+        except ClientLeft:
+            state[OUTCOME] = "client-left"
+        except Exception:
+            self._logger.exception("crash")
+            state[OUTCOME] = CRASHED.type.code
+            # With an answer begun, returning without its end makes the server close the connection.
+            if answer.status is None:
+                await answer.crash()
+        finally:
+            seconds = time.perf_counter() - begun
+            status = answer.status or CLIENT_LEFT
+            route = scope.get("path_template") or UNMATCHED
+            self._metrics.request(self._port, method, route, status, seconds)
+            self._logger.info(
+                "request",
+                port=self._port,
+                method=method,
+                route=route,
+                path=path,
+                status=status,
+                seconds=round(seconds, 6),
+                tenant=state.get(TENANT),
+                outcome=state.get(OUTCOME, "answered"),
+            )
+
+
+class _Answer:
+    """What was answered so far."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        """Pass a message of the application on, with the request's id."""
+        if message["type"] == "http.response.start":
+            headers = [header for header in message.get("headers", ()) if header[0].lower() != _HEADER]
+            message["headers"] = [*headers, (_HEADER, self._request_id.encode())]
+            self.status = message["status"]
+        await self._send(message)
+
+    async def crash(self) -> None:
+        """Answer in place of an application that failed before it began to."""
+        status, headers, body = render(CRASHED, self._request_id)
+        sent = {**headers, "Content-Length": str(len(body))}
+        await self.send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(name.lower().encode(), value.encode()) for name, value in sent.items()],
+            }
+        )
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _request_id(scope: Message) -> str:
+    """The id the client gave if it is one that can be told on, else a new one."""
+    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == _HEADER), "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
