@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from typing import Any
 
-from litestar import Request
+from litestar.connection import ASGIConnection
 
 from service.domain import tenancy
 from service.domain.errors import Unauthenticated
@@ -24,7 +24,7 @@ class Tenants:
         self._registry = registry
         self._clock = clock
 
-    def by_request(self, request: Request[Any, Any, Any]) -> Tenant:
+    def by_request(self, request: ASGIConnection[Any, Any, Any, Any]) -> Tenant:
         """The tenant whose token the request bears. Raises Unauthenticated."""
         tenant = self.by_token(_bearer(request))
         request.scope["state"]["tenant"] = tenant.name
@@ -46,14 +46,14 @@ class AdminToken:
     def __init__(self, token: str) -> None:
         self._digest = hashlib.sha256(token.encode()).digest()
 
-    def check(self, request: Request[Any, Any, Any]) -> None:
+    def check(self, request: ASGIConnection[Any, Any, Any, Any]) -> None:
         """Raises Unauthenticated unless the request bears the admin token."""
         given = hashlib.sha256(_bearer(request).encode()).digest()
         if not hmac.compare_digest(given, self._digest):
             raise Unauthenticated("This is not the admin token.")
 
 
-def _bearer(request: Request[Any, Any, Any]) -> str:
+def _bearer(request: ASGIConnection[Any, Any, Any, Any]) -> str:
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token:

@@ -1,0 +1,87 @@
+"""The command `gateway`.
+
+What a command needs is imported when it runs, so that `gateway --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from service import __version__
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gateway")
+def main() -> None:
+    """The Imaging Gateway: tenants, quota and exact spending in front of a paid image API."""
+
+
+def load_settings() -> Settings:
+    """The settings from the environment; every fault of them ends the command."""
+    from service.settings import Settings, SettingsError
+
+    try:
+        return Settings.load(os.environ)
+    except SettingsError as error:
+        for fault in error.faults:
+            click.echo(f"gateway: {fault}", err=True)
+        sys.exit(2)
+
+
+@main.command()
+def serve() -> None:
+    """Run the gateway until it is told to end."""
+    from service.cli.serve import run
+
+    settings = load_settings()
+    sys.exit(run(settings))
+
+
+@main.command()
+@click.option("--folder", type=click.Path(path_type=Path), help="Where tasks outlive a restart.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8082, show_default=True, help="0 takes a free one.")
+def sandbox(folder: Path | None, host: str, port: int) -> None:
+    """Run the stand-in for the upstream: the vendor's API with real image processing."""
+    from service.cli.sandbox import run
+
+    sys.exit(run(folder, host, port))
+
+
+@main.command()
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True)
+@click.option("--url", help="The gateway's address.  [default: as GATEWAY_HOST and GATEWAY_PORT say]")
+@click.option("--token", envvar="GATEWAY_TOKEN", help="A tenant's token.  [default: the demo tenant's]")
+def demo(folder: Path, url: str | None, token: str | None) -> None:
+    """Submit a picture of each kind to a running gateway, and show what comes of it."""
+    from service.cli.serve import known_demo_token
+    from service.demo import DemoOptions, run_demo
+
+    settings = load_settings()
+    options = DemoOptions(
+        base_url=url or f"http://{settings.host}:{settings.port}",
+        token=token or known_demo_token(settings.data_dir) or "",
+        folder=folder,
+        output=sys.stdout,
+        interactive=sys.stdout.isatty(),
+    )
+    sys.exit(asyncio.run(run_demo(options)))
+
+
+@main.command()
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("openapi"), show_default=True)
+@click.option("--check", is_flag=True, help="Write nothing; fail if a file is not what the code says.")
+def openapi(folder: Path, *, check: bool) -> None:
+    """Write the OpenAPI documents of both ports."""
+    from service.cli.openapi import run
+
+    sys.exit(run(folder, check=check))

@@ -1,0 +1,49 @@
+"""`gateway openapi`: the documents of both ports, written from the code."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from service.app import operators_app, tenants_app
+from service.settings import Settings
+from service.wiring import assembled
+
+_NOTHING_IS_CONNECTED = {
+    "GATEWAY_REDIS_URL": "redis://localhost",
+    "GATEWAY_UPSTREAM_URL": "http://localhost",
+    "GATEWAY_SECRET_KEYS": "A" * 43 + "=",
+    "GATEWAY_ADMIN_TOKEN": "nobody listens",
+}
+
+
+def run(folder: Path, *, check: bool) -> int:
+    """Write the documents, or compare them with what is there. The exit code."""
+    drifted = []
+    for name, document in asyncio.run(_documents()).items():
+        path, text = folder / name, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        drifted.append(path)
+        if not check:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            click.echo(f"wrote {path}")
+    if check and drifted:
+        names = ", ".join(str(path) for path in drifted)
+        click.echo(f"gateway: {names} is not what the code says: run `make openapi` and commit it", err=True)
+        return 1
+    return 0
+
+
+async def _documents() -> Mapping[str, Mapping[str, Any]]:
+    async with assembled(Settings.load(_NOTHING_IS_CONNECTED)) as services:
+        return {
+            "gateway.yaml": tenants_app(services).openapi_schema.to_schema(),
+            "operators.yaml": operators_app(services).openapi_schema.to_schema(),
+        }

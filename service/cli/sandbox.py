@@ -1,0 +1,26 @@
+"""`gateway sandbox`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import click
+
+from service.local import SANDBOX_USER_KEY
+from service.sandbox.accounts import Balance
+from service.sandbox.app import SandboxConfig
+from service.sandbox.server import serve
+
+_BALANCE = Balance(count=100, money=100)
+
+
+def run(folder: Path | None, host: str, port: int) -> int:
+    """Serve until told to end; the address is printed once it listens. The exit code."""
+    config = SandboxConfig(folder=folder, accounts={SANDBOX_USER_KEY: _BALANCE})
+    try:
+        asyncio.run(serve(config, host, port, on_ready=click.echo))
+    except OSError as error:
+        click.echo(f"gateway: can't run the sandbox on {host}:{port}: {error.strerror or error}", err=True)
+        return 1
+    return 0

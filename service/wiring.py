@@ -1,0 +1,173 @@
+"""The one composition root: settings in, a running gateway's parts out, closed in reverse order.
+
+Everything else takes values and ports; only this module knows which implementation stands behind a port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+from prometheus_client import CollectorRegistry
+from structlog.typing import FilteringBoundLogger
+
+from service.api.auth import AdminToken, Tenants
+from service.api.ops import Health
+from service.api.uploads import Uploads
+from service.clients.upstream import UpstreamClient
+from service.domain.task import Catalogue
+from service.domain.taskid import TaskIds
+from service.keyring import Keyring
+from service.settings import Role, Settings
+from service.storage.connect import connect
+from service.storage.keys import Keys
+from service.storage.ledger import DAY, RedisLedger, Spans
+from service.storage.registry import LiveRegistry, RedisRegistry
+from service.storage.scripts import Scripts
+from service.storage.tasks import RedisTasks
+from service.telemetry.metrics import Metrics
+from service.usecases.background import Background
+from service.usecases.follow import Follow
+from service.usecases.quota import Quota
+from service.usecases.registry import Operators
+from service.usecases.settle import Settle
+from service.usecases.submit import Submit
+from service.usecases.watch import Watch
+
+REDIS_SECONDS = 5.0
+DRAIN_SECONDS = 150.0
+"""How long a process that ends waits for submissions under way: as long as one may take."""
+
+
+class SystemClock:
+    """The time of this machine."""
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+
+class Lifecycle:
+    """Where the process stands between its start and its end."""
+
+    def __init__(self, registry: LiveRegistry) -> None:
+        self._registry = registry
+        self._draining = False
+
+    def drain(self) -> None:
+        """From now on the process is not ready, so that no new requests come."""
+        self._draining = True
+
+    def health(self) -> Health:
+        """Whether the process takes requests."""
+        if self._draining:
+            return Health.DRAINING
+        return Health.OK if self._registry.ready else Health.STARTING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """What the two applications are made of."""
+
+    tenants: Tenants
+    admin: AdminToken
+    submit: Submit
+    follow: Follow
+    quota: Quota
+    operators: Operators
+    uploads: Uploads
+    catalogue: Catalogue
+    poll_seconds: float
+    metrics: Metrics
+    logger: FilteringBoundLogger
+    lifecycle: Lifecycle
+    registry: LiveRegistry
+    watch: Watch
+    role: Role
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """Keep the registry up to date, and if this process is a worker watch the tasks, within the block."""
+        work = [self.registry.follow()]
+        if self.role is not Role.API:
+            work += [self.watch.run(), self.watch.expire()]
+        running = [asyncio.create_task(each) for each in work]
+        try:
+            yield
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+
+@asynccontextmanager
+async def assembled(settings: Settings) -> AsyncIterator[Services]:
+    """All parts, out of settings that leave nothing open. Nothing is connected before it is first used.
+
+    At the end, submissions under way are finished before anything is closed.
+    """
+    if settings.redis_url is None or settings.upstream_url is None or settings.admin_token is None:
+        raise ValueError("the settings are not complete")
+    clock, background = SystemClock(), Background()
+    metrics = Metrics(CollectorRegistry())
+    keyring, keys = Keyring(settings.secret_keys), Keys(settings.key_prefix)
+    task_ids, user_keys = TaskIds(keyring.purpose("task-id")), keyring.purpose("user-key")
+    spans = Spans(
+        lease=settings.lease_seconds * 1000,
+        check_after=int(settings.poll_seconds * 1000),
+        keep_ended=settings.task_retention_days * DAY,
+    )
+    async with AsyncExitStack() as opened:
+        connections = connect(settings.redis_url, timeout=REDIS_SECONDS)
+        opened.push_async_callback(connections.aclose)
+        scripts = Scripts(connections.commands)
+        ledger = RedisLedger(connections.commands, scripts, keys, spans)
+        tasks = RedisTasks(connections.commands, scripts, keys, spans)
+        store = RedisRegistry(connections.commands, scripts, keys)
+        registry = LiveRegistry(store, connections.subscriber, keys.registry_channel)
+        upstream = await opened.enter_async_context(
+            UpstreamClient(settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream)
+        )
+        opened.push_async_callback(background.drain, DRAIN_SECONDS)
+        yield Services(
+            tenants=Tenants(registry, clock),
+            admin=AdminToken(settings.admin_token),
+            submit=Submit(
+                ledger=ledger,
+                settle=Settle(ledger, background),
+                upstream=upstream,
+                registry=registry,
+                task_ids=task_ids,
+                background=background,
+                metrics=metrics,
+            ),
+            follow=Follow(
+                tasks=tasks,
+                ledger=ledger,
+                upstream=upstream,
+                registry=registry,
+                task_ids=task_ids,
+                interval=settings.poll_seconds,
+                kept_seconds=spans.keep_ended / 1000,
+            ),
+            quota=Quota(ledger=ledger, registry=registry),
+            operators=Operators(store=store, registry=registry, ledger=ledger, user_keys=user_keys, clock=clock),
+            uploads=Uploads(
+                max_image_bytes=settings.max_image_bytes,
+                max_image_pixels=settings.max_image_pixels,
+            ),
+            catalogue=settings.catalogue,
+            poll_seconds=settings.poll_seconds,
+            metrics=metrics,
+            logger=structlog.get_logger("service"),
+            lifecycle=Lifecycle(registry),
+            registry=registry,
+            watch=Watch(
+                tasks=tasks, ledger=ledger, upstream=upstream, registry=registry, task_ids=task_ids, metrics=metrics
+            ),
+            role=settings.role,
+        )
