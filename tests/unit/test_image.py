@@ -187,6 +187,24 @@ def test_stray_bytes_that_ordinary_software_passes_over_are_no_fault() -> None:
     assert inspect(stray) == ImageInfo("image/jpeg", 7, 5)
 
 
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (webp((b"VP8 ", b"\0\0\0\x9d\x01\x2a\x05\x40\x07\x80")), (5, 7)),
+        (
+            webp((b"VP8X", b"\0\0\0\0\x04\0\0\x06\0\0"), (b"ICCP", b"odd\0"), (b"VP8L", b"\x2f")).replace(
+                b"\x04\0\0\0odd", b"\x03\0\0\0odd"
+            ),
+            (5, 7),
+        ),
+    ],
+    ids=["scaled", "odd profile"],
+)
+def test_the_corners_of_webp_are_known(data: bytes, size: tuple[int, int]) -> None:
+    """Hints on scaling are not part of the size, and a chunk of odd length has a byte of padding behind it."""
+    assert inspect(data) == ImageInfo("image/webp", *size)
+
+
 def _ftyp(brand: bytes) -> bytes:
     return b"\0\0\0\x18ftyp" + brand + b"\0" * 12
 
