@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LONGEST_FILE = 300
+CODE = {".css", ".js", ".lua", ".py"}
+
+
+def tree(folder: Path = ROOT) -> Iterator[Path]:
+    """The files of the repository, without those that git ignores."""
+    ignored = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split())]
+    for path in sorted(folder.iterdir()):
+        if any(fnmatch(path.name, pattern) for pattern in ignored):
+            continue
+        if path.is_dir():
+            yield from tree(path)
+        else:
+            yield path
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text()))
+
+
+def test_no_file_holds_two_subjects() -> None:
+    """No file of the service has more than 300 lines."""
+    lengths = {
+        named(path): len(path.read_text().splitlines()) for path in tree(ROOT / "service") if path.suffix in CODE
+    }
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_no_machine_shows_through() -> None:
+    """No file names a folder that only one machine has."""
+    folders = re.compile(rb"(?<![\w.*-])/(root|work|home/\w+)/")
+    texts = {named(path): path.read_bytes() for path in tree()}
+    assert [name for name, text in texts.items() if b"\0" not in text and folders.search(text)] == []
+
+
+def test_every_test_runs() -> None:
+    """No test is marked to be skipped or to fail."""
+    excuses = {"skip", "skipif", "xfail", "importorskip"}
+    found = [
+        f"{named(path)}:{node.lineno}"
+        for path in tree(ROOT / "tests")
+        if path.suffix == ".py"
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute) and node.attr in excuses
+    ]
+    assert found == []
+
+
+def test_every_test_says_what_it_claims() -> None:
+    """A test's docstring is a claim, so that a failure says what is no longer true."""
+    silent = [
+        f"{named(path)}:{node.lineno}"
+        for path in tree(ROOT / "tests")
+        if path.suffix == ".py"
+        for node in nodes(path)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+        if not ast.get_docstring(node)
+    ]
+    assert silent == []
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    """Only the command looks at the environment, and hands it to the settings; the strangers have no settings."""
+    readers = {
+        named(path)
+        for path in tree(ROOT / "service")
+        if path.suffix == ".py"
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}
+        if isinstance(node.value, ast.Name) and node.value.id == "os"
+    }
+    assert readers == {"service/cli/__init__.py"}
