@@ -29,7 +29,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
-"""An ASGI application, in whatever way its library types the scope."""
+"""An ASGI application; each library types the three in its own way, and the edge stands between all of them."""
 
 _HEADER = b"x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -45,7 +45,7 @@ class Edge:
         self._logger = logger
         self._port = port
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection; what is not HTTP is passed through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
