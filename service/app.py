@@ -11,7 +11,7 @@ from litestar.connection import ASGIConnection
 from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
-from litestar.types import ASGIApp, ControllerRouterHandler
+from litestar.types import ControllerRouterHandler
 
 from service.api import admin, legacy, openapi, ops, quota, tasks
 from service.api.docs import docs_page
@@ -35,13 +35,13 @@ _OPERATORS_DESCRIPTION = (
 _ADMIN_BODY_BYTES = 1_000_000
 
 
-def create_app(services: Services) -> ASGIApp:
+def create_app(services: Services) -> Edge:
     """The tenants' application."""
     app = tenants_app(services)
     return Edge(app, metrics=services.metrics, logger=services.logger, port=Port.TENANTS)
 
 
-def create_ops_app(services: Services) -> ASGIApp:
+def create_ops_app(services: Services) -> Edge:
     """The operators' application."""
     app = operators_app(services)
     return Edge(app, metrics=services.metrics, logger=services.logger, port=Port.OPERATORS)

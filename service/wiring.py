@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -32,11 +33,15 @@ from service.storage.tasks import RedisTasks
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
 from service.usecases.follow import Follow
+from service.usecases.ports import RegistryView
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 from service.usecases.settle import Settle
 from service.usecases.submit import Submit
 from service.usecases.watch import Watch
+
+Job = Callable[[], Coroutine[Any, Any, None]]
+"""What a process does in the background for as long as it lives."""
 
 REDIS_SECONDS = 5.0
 DRAIN_SECONDS = 150.0
@@ -54,7 +59,7 @@ class SystemClock:
 class Lifecycle:
     """Where the process stands between its start and its end."""
 
-    def __init__(self, registry: LiveRegistry) -> None:
+    def __init__(self, registry: RegistryView) -> None:
         self._registry = registry
         self._draining = False
 
@@ -85,17 +90,14 @@ class Services:
     metrics: Metrics
     logger: FilteringBoundLogger
     lifecycle: Lifecycle
-    registry: LiveRegistry
+    registry: RegistryView
     watch: Watch
-    role: Role
+    jobs: Sequence[Job]
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
-        """Keep the registry up to date, and if this process is a worker watch the tasks, within the block."""
-        work = [self.registry.follow()]
-        if self.role is not Role.API:
-            work += [self.watch.run(), self.watch.expire()]
-        running = [asyncio.create_task(each) for each in work]
+        """Do the jobs of this process within the block."""
+        running = [asyncio.create_task(job()) for job in self.jobs]
         try:
             yield
         finally:
@@ -133,6 +135,10 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
             UpstreamClient(settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream)
         )
         opened.push_async_callback(background.drain, DRAIN_SECONDS)
+        watch = Watch(
+            tasks=tasks, ledger=ledger, upstream=upstream, registry=registry, task_ids=task_ids, metrics=metrics
+        )
+        watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire]
         yield Services(
             tenants=Tenants(registry, clock),
             admin=AdminToken(settings.admin_token),
@@ -166,8 +172,6 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
             logger=structlog.get_logger("service"),
             lifecycle=Lifecycle(registry),
             registry=registry,
-            watch=Watch(
-                tasks=tasks, ledger=ledger, upstream=upstream, registry=registry, task_ids=task_ids, metrics=metrics
-            ),
-            role=settings.role,
+            watch=watch,
+            jobs=[registry.follow, *watching],
         )

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
 
 import click
 import uvicorn
 import uvloop
-from litestar.types import ASGIApp
 
+from service.api.edge import Edge
 from service.app import create_app, create_ops_app
 from service.keyring import SecretFileError
 from service.local import LocalError, completed
@@ -85,9 +84,9 @@ def _listen(host: str, port: int, name: str) -> socket.socket:
         raise PortTakenError(f"can't listen on {host}:{port}, set {name}: {error.strerror or error}") from error
 
 
-def _server(app: ASGIApp) -> uvicorn.Server:
+def _server(app: Edge) -> uvicorn.Server:
     config = uvicorn.Config(
-        cast("Any", app),
+        app,
         lifespan="off",
         ws="none",
         http="httptools",

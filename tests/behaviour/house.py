@@ -1,0 +1,344 @@
+"""A gateway to call over HTTP, with the ports in memory or with a real Valkey and the sandbox behind it."""
+
+from __future__ import annotations
+
+import base64
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from httpx2 import AsyncClient, Response
+from msgspec.structs import replace
+from prometheus_client import CollectorRegistry
+
+from service.api.auth import AdminToken, Tenants
+from service.api.uploads import Uploads
+from service.app import create_app, create_ops_app
+from service.domain.balance import Figures
+from service.domain.task import DEFAULT_CATALOGUE, TaskError
+from service.domain.taskid import TaskIds
+from service.keyring import Keyring
+from service.sandbox.accounts import Balance
+from service.sandbox.app import SandboxConfig
+from service.sandbox.control import Control
+from service.sandbox.dials import Dials, Fault
+from service.sandbox.server import running
+from service.settings import Settings
+from service.storage.connect import connect
+from service.storage.keys import Keys
+from service.telemetry.metrics import Metrics
+from service.usecases.background import Background
+from service.usecases.follow import Follow
+from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
+from service.usecases.quota import Quota
+from service.usecases.registry import Operators
+from service.usecases.settle import Settle
+from service.usecases.submit import Submit
+from service.usecases.watch import Watch
+from service.wiring import Lifecycle, Services, assembled
+from tests.fakes import FakeLedger, FakeRegistry, FakeUpstream
+from tests.support.images import png
+from tests.support.serving import serving
+from tests.support.valkey import Valkey
+
+ADMIN_TOKEN = "admin-token-of-the-tests-0123456789"
+SECRET_KEY = b"k" * 32
+USER_KEY = "upstream-key-main"
+POLL_SECONDS = 2.5
+
+PassTime = Callable[[float], Awaitable[None]]
+MAX_BYTES = 1_000_000
+MAX_PIXELS = 4_000_000
+
+
+class Upstream(ABC):
+    """What a test can make the upstream do, and what it can ask it."""
+
+    @abstractmethod
+    async def submits(self) -> int:
+        """How many submits arrived."""
+
+    @abstractmethod
+    async def checks(self) -> int:
+        """How many checks arrived."""
+
+    @abstractmethod
+    async def set_balance(self, count: int, money: int) -> None:
+        """Give the account so many uses, and so many yuan."""
+
+    @abstractmethod
+    async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
+        """Refuse the next submit: REJECTED for a reason, EXHAUSTED or INVALID_ACCOUNT."""
+
+    @abstractmethod
+    async def lose_next_answer(self) -> None:
+        """Take the next submit and let its answer be lost."""
+
+    @abstractmethod
+    async def keep_running(self) -> None:
+        """Let tasks run on from now."""
+
+    @abstractmethod
+    async def fail_next_task(self) -> None:
+        """Let the next task fail."""
+
+    @abstractmethod
+    async def idle(self) -> None:
+        """Wait until it has done its work."""
+
+
+@dataclass
+class House:
+    """A gateway with one account `main` and one tenant `shop` whose token `token` is."""
+
+    url: str
+    ops_url: str
+    http: AsyncClient
+    services: Services
+    upstream: Upstream
+    pass_time: PassTime
+    token: str = ""
+
+    async def advance(self, seconds: float) -> None:
+        """Let time pass for the ledger."""
+        await self.pass_time(seconds)
+
+    async def call(self, method: str, path: str, *, token: str | None = None, **more: Any) -> Response:
+        """Call the tenants' port as `shop`, or with another token; an empty one sends none."""
+        token = self.token if token is None else token
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return await self.http.request(method, self.url + path, headers=headers | dict(more.pop("headers", {})), **more)
+
+    async def admin(self, method: str, path: str, **more: Any) -> Response:
+        """Call the operators' port."""
+        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+        return await self.http.request(method, f"{self.ops_url}/admin/v1{path}", headers=headers, **more)
+
+    async def submit(
+        self,
+        kind: str = "face-enhance",
+        fields: Mapping[str, str] | None = None,
+        *,
+        image: bytes | None = None,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        """Submit an image."""
+        files = {"image": ("picture.png", png() if image is None else image, "image/png")}
+        return await self.call(
+            "POST", f"/v1/tasks/{kind}", token=token, files=files, data=dict(fields or {}), headers=headers or {}
+        )
+
+    async def put_tenant(self, name: str = "shop", **policy: Any) -> None:
+        """Make or replace a tenant on the account `main`."""
+        answer = await self.admin("PUT", f"/tenants/{name}", json={"accounts": ["main"]} | policy)
+        assert answer.status_code == 200, answer.text
+
+    async def new_token(self, tenant: str = "shop", **body: Any) -> str:
+        """Make a token."""
+        answer = await self.admin("POST", f"/tenants/{tenant}/tokens", json=body)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["token"])
+
+    async def watch(self) -> None:
+        """Let one poll interval pass, and everything be checked that is due then."""
+        await self.upstream.idle()
+        await self.advance(POLL_SECONDS)
+        while await self.services.watch.tick():
+            pass
+        await self.services.watch.settled()
+
+    async def finished(self, task_id: str) -> dict[str, Any]:
+        """Watch until a task has ended."""
+        for _ in range(10):
+            answer = await self.call("GET", f"/v1/tasks/{task_id}")
+            task: dict[str, Any] = answer.json()
+            if task["state"] in {"succeeded", "failed"}:
+                return task
+            await self.watch()
+        raise AssertionError("it is still running")
+
+    async def furnish(self) -> None:
+        """Make the account, the tenant and its token."""
+        answer = await self.admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
+        assert answer.status_code == 200, answer.text
+        await self.put_tenant()
+        self.token = await self.new_token()
+
+
+class FakeControl(Upstream):
+    """Steers the upstream in memory."""
+
+    def __init__(self, upstream: FakeUpstream) -> None:
+        self._upstream = upstream
+
+    async def submits(self) -> int:
+        return len(self._upstream.submits)
+
+    async def checks(self) -> int:
+        return len(self._upstream.checks)
+
+    async def set_balance(self, count: int, money: int) -> None:
+        self._upstream.count, self._upstream.money = count, money * 100
+
+    async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
+        self._upstream.next_submits.append(Submitted(outcome=outcome, reason=reason))
+
+    async def lose_next_answer(self) -> None:
+        self._upstream.next_submits.append(Submitted(outcome=SubmitOutcome.UNKNOWN))
+
+    async def keep_running(self) -> None:
+        self._upstream.next_checks += [Check(answered=Answered.RUNNING)] * 1_000
+
+    async def fail_next_task(self) -> None:
+        error = TaskError("upstream-failed", "It failed.")
+        self._upstream.next_checks.append(Check(answered=Answered.FAILED, error=error, figures=Figures()))
+
+    async def idle(self) -> None:
+        pass
+
+
+class SandboxControl(Upstream):
+    """Steers the sandbox."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._dials = Dials()
+
+    async def _add(self, **changes: Any) -> None:
+        self._dials = replace(self._dials, **changes)
+        await self._control.set_dials(self._dials)
+
+    async def _fault(self, fault: Fault) -> None:
+        await self._add(faults=(*self._dials.faults, fault))
+
+    async def submits(self) -> int:
+        return sum(each.operation == "submit" for each in await self._control.requests())
+
+    async def checks(self) -> int:
+        return sum(each.operation == "check" for each in await self._control.requests())
+
+    async def set_balance(self, count: int, money: int) -> None:
+        await self._control.set_account(USER_KEY, Balance(count=count, money=money))
+
+    async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
+        words = {SubmitOutcome.EXHAUSTED: "账户剩余次数不足", SubmitOutcome.INVALID_ACCOUNT: "账户不存在"}
+        refuse = words.get(outcome, f"任务提交失败:{reason}")
+        await self._fault(Fault(on="submit", times=1, refuse=refuse))
+
+    async def lose_next_answer(self) -> None:
+        await self._fault(Fault(on="submit", times=1, reply="reset"))
+
+    async def keep_running(self) -> None:
+        await self._add(seconds=3_600)
+
+    async def fail_next_task(self) -> None:
+        await self._fault(Fault(on="submit", times=1, fail="it could not be done"))
+
+    async def idle(self) -> None:
+        if not self._dials.seconds:
+            await self._control.idle()
+
+
+@asynccontextmanager
+async def opened(services: Services, upstream: Upstream, pass_time: PassTime) -> AsyncIterator[House]:
+    """Serve both ports, and furnish the house."""
+    async with (
+        serving(create_app(services)) as url,
+        serving(create_ops_app(services)) as ops_url,
+        AsyncClient(timeout=30, trust_env=False) as http,
+    ):
+        house = House(url, ops_url, http, services, upstream, pass_time)
+        await house.furnish()
+        yield house
+
+
+@asynccontextmanager
+async def house_of_fakes() -> AsyncIterator[tuple[House, FakeLedger, FakeUpstream]]:
+    """Everything in memory but the HTTP."""
+    ledger, upstream, background = FakeLedger(), FakeUpstream(), Background()
+    registry, metrics = FakeRegistry(ledger), Metrics(CollectorRegistry())
+    keyring = Keyring([SECRET_KEY])
+    task_ids = TaskIds(keyring.purpose("task-id"))
+    services = Services(
+        tenants=Tenants(registry, ledger.clock),
+        admin=AdminToken(ADMIN_TOKEN),
+        submit=Submit(
+            ledger=ledger,
+            settle=Settle(ledger, background),
+            upstream=upstream,
+            registry=registry,
+            task_ids=task_ids,
+            background=background,
+            metrics=metrics,
+        ),
+        follow=Follow(
+            tasks=ledger,
+            ledger=ledger,
+            upstream=upstream,
+            registry=registry,
+            task_ids=task_ids,
+            interval=POLL_SECONDS,
+            kept_seconds=ledger.spans.keep_ended / 1000,
+        ),
+        quota=Quota(ledger=ledger, registry=registry),
+        operators=Operators(
+            store=registry,
+            registry=registry,
+            ledger=ledger,
+            user_keys=keyring.purpose("user-key"),
+            clock=ledger.clock,
+        ),
+        uploads=Uploads(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS),
+        catalogue=DEFAULT_CATALOGUE,
+        poll_seconds=POLL_SECONDS,
+        metrics=metrics,
+        logger=structlog.get_logger("service"),
+        lifecycle=Lifecycle(registry),
+        registry=registry,
+        watch=Watch(
+            tasks=ledger, ledger=ledger, upstream=upstream, registry=registry, task_ids=task_ids, metrics=metrics
+        ),
+        jobs=[],
+    )
+
+    async def pass_time(seconds: float) -> None:
+        ledger.clock.at += int(seconds * 1000)
+
+    async with opened(services, FakeControl(upstream), pass_time) as house:
+        yield house, ledger, upstream
+    await background.drain(0)
+
+
+@asynccontextmanager
+async def real_house(valkey: Valkey) -> AsyncIterator[House]:
+    """A real Valkey, which is emptied first, and the sandbox."""
+    config = SandboxConfig(accounts={USER_KEY: Balance(count=10, money=300)}, seconds=0)
+    async with AsyncExitStack() as stack:
+        sandbox = await stack.enter_async_context(running(config))
+        settings = Settings.load(
+            {
+                "GATEWAY_REDIS_URL": valkey.url,
+                "GATEWAY_UPSTREAM_URL": sandbox.url,
+                "GATEWAY_SECRET_KEYS": base64.b64encode(SECRET_KEY).decode(),
+                "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
+                "GATEWAY_MAX_IMAGE_BYTES": str(MAX_BYTES),
+                "GATEWAY_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
+            }
+        )
+        connections = connect(valkey.url, timeout=5)
+        stack.push_async_callback(connections.aclose)
+        client: Any = connections.commands
+        await client.flushall()
+        clock = Keys(settings.key_prefix).clock
+
+        async def pass_time(seconds: float) -> None:
+            seconds_now, micros = await client.time()
+            now = max(int(await client.get(clock) or 0), seconds_now * 1000 + micros // 1000)
+            await client.set(clock, now + int(seconds * 1000))
+
+        services = await stack.enter_async_context(assembled(settings))
+        yield await stack.enter_async_context(opened(services, SandboxControl(sandbox.control), pass_time))
