@@ -8,20 +8,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from service.domain import quota
+from service.domain import quota, windows
 from service.domain.balance import AccountState, Figures, Status
 from service.domain.errors import LedgerUnavailable, MalformedRequest
-from service.domain.quota import (
-    Candidate,
-    Granted,
-    Reservation,
-    ReservationState,
-    TenantState,
-    Verdict,
-)
+from service.domain.quota import Candidate, Granted, Reservation, ReservationState, Verdict
 from service.domain.registry import Registry
 from service.domain.task import Artifact, ArtifactName, Basis, Cost, Kind, Options, State, Task, TaskError
 from service.domain.tenancy import Account, AccountPolicy, TenantPolicy
+from service.domain.windows import TenantState
 from service.storage.ledger import Spans
 from service.usecases.ports import (
     Answered,
@@ -71,7 +65,7 @@ class FakeLedger:
     async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
         self._answer()
         now, tenant = self.clock.at, self._tenant(ask.tenant)
-        quota.roll(tenant, now)
+        windows.roll(tenant, now)
         known = self.reservations.get(ask.reservation)
         if known:
             return self._again(known), Snapshot(copy.deepcopy(tenant), now)

@@ -22,8 +22,8 @@ from structlog.typing import FilteringBoundLogger
 from service.api.ratelimit import rate_limit_headers
 from service.api.uploads import ClientLeft, TooSlow
 from service.domain import errors
-from service.domain.quota import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
 from service.domain.tenancy import Window
+from service.domain.windows import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -37,7 +37,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from service.domain.quota import RateLimit, Violation
+    from service.domain.quota import Violation
+    from service.domain.windows import RateLimit
 
 
 class GatewayError(Exception):

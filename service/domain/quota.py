@@ -9,7 +9,6 @@ of the ledger's clock, money is in fen. Functions change the state they are give
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
 from msgspec import Struct, field
@@ -18,28 +17,7 @@ from service.domain import balance
 from service.domain.balance import AccountState, Before, Figures, Standing, Status
 from service.domain.task import Cost, Kind
 from service.domain.tenancy import AccountPolicy, Limit, Purse, TenantPolicy, Window
-
-COUNTED_MONEY = "money"
-COUNTED_TASKS = "tasks"
-MAX_ACTIVE = "max-active"
-
-
-class Counter(Struct):
-    """What a tenant used and holds in the window that began at `period`; `overrun` is what passed its limit."""
-
-    period: int = 0
-    tasks: int = 0
-    tasks_reserved: int = 0
-    money: int = 0
-    money_reserved: int = 0
-    overrun: int = 0
-
-
-class TenantState(Struct):
-    """The ledger's counters of one tenant: every window is counted, whether or not a limit stands on it."""
-
-    active: int = 0
-    windows: dict[Window, Counter] = field(default_factory=dict)
+from service.domain.windows import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, TenantState, period_of, policy_name, roll
 
 
 class ReservationState(StrEnum):
@@ -114,37 +92,6 @@ class NoAccount(Struct, frozen=True):
 
 
 Verdict = Granted | PolicyDenied | NoAccount
-
-
-def period_of(window: Window, now: int) -> tuple[int, int | None]:
-    """When the calendar window around `now` began and when it ends, in UTC; `total` neither began nor ends."""
-    if window is Window.TOTAL:
-        return 0, None
-    start = datetime.fromtimestamp(now // 1000, UTC).replace(second=0)
-    if window is Window.MINUTE:
-        end = start + timedelta(minutes=1)
-    elif window is Window.HOUR:
-        start = start.replace(minute=0)
-        end = start + timedelta(hours=1)
-    elif window is Window.DAY:
-        start = start.replace(minute=0, hour=0)
-        end = start + timedelta(days=1)
-    else:
-        start = start.replace(minute=0, hour=0, day=1)
-        end = (start + timedelta(days=32)).replace(day=1)
-    return int(start.timestamp()) * 1000, int(end.timestamp()) * 1000
-
-
-def counter(state: TenantState, window: Window, now: int) -> Counter:
-    """The counter of the window around `now`; what an earlier period counted is gone."""
-    period, _ = period_of(window, now)
-    found = state.windows.get(window)
-    return found if found and found.period == period else Counter(period=period)
-
-
-def roll(state: TenantState, now: int) -> None:
-    """Begin the windows anew whose period is over."""
-    state.windows = {window: counter(state, window, now) for window in Window}
 
 
 def reserve(
@@ -345,11 +292,6 @@ def _violation(window: Window, counted: str, limit: int, now: int) -> Violation:
     return Violation(policy_name(window, counted), limit, period_of(window, now)[1])
 
 
-def policy_name(window: Window, counted: str) -> str:
-    """What a policy is called in answers and metrics, such as `day-tasks`."""
-    return f"{window}-{counted}"
-
-
 def _aim(tenant: TenantState, account: Candidate, reservation: Reservation, holds: dict[Window, int], now: int) -> None:
     """Point a reservation at an account, whose figures it remembers for its receipt."""
     state = account.state
@@ -387,34 +329,3 @@ def _book_money(tenant: TenantState, reservation: Reservation, *, used: int = 0,
 def _passed(limit: int | None, used: int, added: int) -> int:
     """How much of what was just added lies beyond the limit."""
     return 0 if limit is None else min(max(used - limit, 0), added)
-
-
-class RateLimit(Struct, frozen=True):
-    """A limit on tasks in one window as headers tell it, in seconds: the window's length, and until it resets."""
-
-    policy: str
-    limit: int
-    remaining: int
-    window: int | None
-    resets: int | None
-
-
-def rate_limits(policy: TenantPolicy, state: TenantState, now: int) -> tuple[RateLimit, ...]:
-    """What is left of each limit on tasks at `now`."""
-    found = []
-    for limit in policy.limits:
-        if limit.tasks is None:
-            continue
-        each, (start, end) = counter(state, limit.window, now), period_of(limit.window, now)
-        left = remaining(limit.tasks, each.tasks, each.tasks_reserved)
-        name = policy_name(limit.window, COUNTED_TASKS)
-        if end is None:
-            found.append(RateLimit(name, limit.tasks, left, None, None))
-        else:
-            found.append(RateLimit(name, limit.tasks, left, (end - start) // 1000, -((now - end) // 1000)))
-    return tuple(found)
-
-
-def remaining(limit: int, used: int, reserved: int) -> int:
-    """What is left of a limit, never below zero."""
-    return max(limit - used - reserved, 0)

@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from service import __version__
-from service.domain.quota import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
 from service.domain.task import Kind, State
 from service.domain.tenancy import Window
+from service.domain.windows import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
 
 OTHER = "other"
 """Stands for a method or a policy that is not known."""

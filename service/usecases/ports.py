@@ -14,10 +14,11 @@ import msgspec
 from msgspec import Struct
 
 from service.domain.balance import AccountState, Figures, Status
-from service.domain.quota import ReservationState, TenantState, Verdict
+from service.domain.quota import ReservationState, Verdict
 from service.domain.registry import Registry
 from service.domain.task import Artifact, Kind, Options, State, Task, TaskError
 from service.domain.tenancy import Account, Tenant, Token
+from service.domain.windows import TenantState
 
 
 class Image(Struct, frozen=True):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from service.domain import quota
+from service.domain import quota, windows
 from service.domain.balance import AccountState
-from service.domain.quota import Candidate, TenantState
+from service.domain.quota import Candidate
 from service.domain.task import Kind
 from service.domain.tenancy import Tenant, Window
+from service.domain.windows import TenantState
 from service.usecases.ports import Ledger, RegistryView
 
 ACTIVE = "active"
@@ -72,8 +73,8 @@ class Quota:
         policies = _policies(tenant, snapshot.state, snapshot.now)
         states = [candidate.state for candidate in await self._candidates(tenant)]
         return Left(
-            count=_least(policies, quota.COUNTED_TASKS, _sum(states, "count")),
-            money=_least(policies, quota.COUNTED_MONEY, _sum(states, "money")),
+            count=_least(policies, windows.COUNTED_TASKS, _sum(states, "count")),
+            money=_least(policies, windows.COUNTED_MONEY, _sum(states, "money")),
         )
 
     async def _candidates(self, tenant: Tenant) -> list[Candidate]:
@@ -85,19 +86,19 @@ class Quota:
 def _policies(tenant: Tenant, state: TenantState, now: int) -> tuple[PolicyReport, ...]:
     reports = []
     for limit in tenant.policy.limits:
-        counter = quota.counter(state, limit.window, now)
-        resets_at = quota.period_of(limit.window, now)[1]
+        counter = windows.counter(state, limit.window, now)
+        resets_at = windows.period_of(limit.window, now)[1]
         for unit, most, used, reserved in (
-            (quota.COUNTED_TASKS, limit.tasks, counter.tasks, counter.tasks_reserved),
-            (quota.COUNTED_MONEY, limit.money, counter.money, counter.money_reserved),
+            (windows.COUNTED_TASKS, limit.tasks, counter.tasks, counter.tasks_reserved),
+            (windows.COUNTED_MONEY, limit.money, counter.money, counter.money_reserved),
         ):
             if most is not None:
-                name, left = quota.policy_name(limit.window, unit), quota.remaining(most, used, reserved)
+                name, left = windows.policy_name(limit.window, unit), windows.remaining(most, used, reserved)
                 reports.append(PolicyReport(name, unit, limit.window, most, used, reserved, left, resets_at))
     most = tenant.policy.max_active
     if most is not None:
-        left = quota.remaining(most, state.active, 0)
-        reports.append(PolicyReport(quota.MAX_ACTIVE, ACTIVE, None, most, state.active, 0, left, None))
+        left = windows.remaining(most, state.active, 0)
+        reports.append(PolicyReport(windows.MAX_ACTIVE, ACTIVE, None, most, state.active, 0, left, None))
     return tuple(reports)
 
 

@@ -12,7 +12,8 @@ from service.domain.errors import (
     UpstreamRejected,
     UpstreamUnavailable,
 )
-from service.domain.quota import NoAccount, PolicyDenied, RateLimit
+from service.domain.quota import NoAccount, PolicyDenied
+from service.domain.windows import RateLimit
 from service.usecases.ports import SubmitOutcome, Submitted
 
 CONNECT_AGAIN_AFTER = 5.0

@@ -21,17 +21,11 @@ from service.domain.errors import (
     LedgerUnavailable,
     TenantDisabled,
 )
-from service.domain.quota import (
-    Granted,
-    NoAccount,
-    PolicyDenied,
-    RateLimit,
-    ReservationState,
-    rate_limits,
-)
+from service.domain.quota import Granted, NoAccount, PolicyDenied, ReservationState
 from service.domain.task import Basis, Cost, Kind, Options, State, Task
 from service.domain.taskid import Reference, TaskIds
 from service.domain.tenancy import Account, Tenant
+from service.domain.windows import RateLimit, rate_limits
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
 from service.usecases.ports import (

@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
 
-from service.domain import quota
+from service.domain import windows
 from service.domain.balance import AccountState, Figures, Status
 from service.domain.errors import LedgerUnavailable
-from service.domain.quota import Granted, Reservation, ReservationState, TenantState
+from service.domain.quota import Granted, Reservation, ReservationState
 from service.domain.registry import Registry
 from service.domain.task import Artifact, ArtifactName, Kind, TaskError
 from service.domain.tenancy import Account, AccountPolicy, Limit, Purse, Tenant, TenantPolicy, Window
+from service.domain.windows import TenantState
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.storage.ledger import RedisLedger, Spans
@@ -248,7 +249,7 @@ def plain(task: Any) -> Any:
 def rolled(state: TenantState, now: int) -> TenantState:
     """A tenant's state with its windows as they are at a time, which neither side writes down before it has to."""
     state = copy.deepcopy(state)
-    quota.roll(state, now)
+    windows.roll(state, now)
     return state
 
 
