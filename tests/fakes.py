@@ -11,8 +11,8 @@ import msgspec
 from service.domain import quota, windows
 from service.domain.balance import AccountState, Figures, Status
 from service.domain.errors import LedgerUnavailable, MalformedRequest
-from service.domain.quota import Candidate, Granted, Reservation, ReservationState, Verdict
 from service.domain.registry import Registry
+from service.domain.reservation import Candidate, Granted, Reservation, ReservationState, Verdict
 from service.domain.task import Artifact, ArtifactName, Basis, Cost, Kind, Options, State, Task, TaskError
 from service.domain.tenancy import Account, AccountPolicy, TenantPolicy
 from service.domain.windows import TenantState

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from service.domain.quota import Violation
+    from service.domain.reservation import Violation
     from service.domain.windows import RateLimit
 
 

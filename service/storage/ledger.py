@@ -10,7 +10,15 @@ from msgspec import Struct
 
 from service.domain.balance import AccountState, Figures, Status
 from service.domain.errors import LedgerUnavailable
-from service.domain.quota import Granted, NoAccount, PolicyDenied, Reservation, ReservationState, Verdict, Violation
+from service.domain.reservation import (
+    Granted,
+    NoAccount,
+    PolicyDenied,
+    Reservation,
+    ReservationState,
+    Verdict,
+    Violation,
+)
 from service.domain.windows import TenantState
 from service.storage.keys import Keys
 from service.storage.scripts import Client, Scripts, ledger_time, read, scored

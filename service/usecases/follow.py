@@ -15,7 +15,7 @@ import structlog
 from msgspec import Struct
 
 from service.domain.errors import LedgerUnavailable, NotFound, UpstreamUnavailable
-from service.domain.quota import ReservationState
+from service.domain.reservation import ReservationState
 from service.domain.task import Basis, Cost, Kind, State, Task
 from service.domain.taskid import Reference, TaskIds
 from service.domain.tenancy import Tenant

@@ -14,8 +14,8 @@ import msgspec
 from msgspec import Struct
 
 from service.domain.balance import AccountState, Figures, Status
-from service.domain.quota import ReservationState, Verdict
 from service.domain.registry import Registry
+from service.domain.reservation import ReservationState, Verdict
 from service.domain.task import Artifact, Kind, Options, State, Task, TaskError
 from service.domain.tenancy import Account, Tenant, Token
 from service.domain.windows import TenantState

@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from service.domain import quota, windows
 from service.domain.balance import AccountState
-from service.domain.quota import Candidate
+from service.domain.reservation import Candidate
 from service.domain.task import Kind
 from service.domain.tenancy import Tenant, Window
 from service.domain.windows import TenantState

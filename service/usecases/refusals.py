@@ -12,7 +12,7 @@ from service.domain.errors import (
     UpstreamRejected,
     UpstreamUnavailable,
 )
-from service.domain.quota import NoAccount, PolicyDenied
+from service.domain.reservation import NoAccount, PolicyDenied
 from service.domain.windows import RateLimit
 from service.usecases.ports import SubmitOutcome, Submitted
 

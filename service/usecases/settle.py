@@ -7,7 +7,7 @@ import asyncio
 import structlog
 
 from service.domain.errors import LedgerUnavailable
-from service.domain.quota import ReservationState
+from service.domain.reservation import ReservationState
 from service.usecases.background import Background
 from service.usecases.ports import Ask, Ledger, Settlement
 

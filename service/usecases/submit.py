@@ -21,7 +21,7 @@ from service.domain.errors import (
     LedgerUnavailable,
     TenantDisabled,
 )
-from service.domain.quota import Granted, NoAccount, PolicyDenied, ReservationState
+from service.domain.reservation import Granted, NoAccount, PolicyDenied, ReservationState
 from service.domain.task import Basis, Cost, Kind, Options, State, Task
 from service.domain.taskid import Reference, TaskIds
 from service.domain.tenancy import Account, Tenant

@@ -15,8 +15,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 from service.domain import windows
 from service.domain.balance import AccountState, Figures, Status
 from service.domain.errors import LedgerUnavailable
-from service.domain.quota import Granted, Reservation, ReservationState
 from service.domain.registry import Registry
+from service.domain.reservation import Granted, Reservation, ReservationState
 from service.domain.task import Artifact, ArtifactName, Kind, TaskError
 from service.domain.tenancy import Account, AccountPolicy, Limit, Purse, Tenant, TenantPolicy, Window
 from service.domain.windows import TenantState
