@@ -152,8 +152,8 @@ def _read_task() -> Node:
         "parameters": [_TASK_ID, _PREFER],
         "responses": {
             "200": _task_answer("The task as it stands"),
-            "304": {"description": "It has not changed."},
             **_problems(s401=("unauthenticated",), s404=("not-found",)),
+            "304": {"description": "It has not changed."},
         },
     }
 
@@ -273,7 +273,7 @@ def _schemas() -> Node:
                 "finished_at": {"oneOf": [{"type": "null"}, moment]},
                 "metadata": {"type": "object", "additionalProperties": {"type": "string"}},
                 "artifacts": {"type": "array", "items": {"$ref": "#/components/schemas/Artifact"}},
-                "parent": {"oneOf": [{"$ref": "#/components/schemas/Task"}, {"type": "null"}]},
+                "parent": {"oneOf": [{"$ref": "#/components/schemas/Task"}]},
             },
             "required": ["id", "kind", "state"],
         },

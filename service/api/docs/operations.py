@@ -32,8 +32,8 @@ class Operation(Struct, frozen=True):
     @property
     def title(self) -> Html:
         """How it is called, in short, with places where a long path may break."""
-        pieces = [piece for step in self.path.removeprefix("/").split("/") for piece in (tag("wbr"), f"/{step}")]
-        return join([tag("span", self.method.upper(), class_=f"method {self.method}"), " ", tag("code", *pieces)])
+        path = join(re.split(r"(?=[/_])", self.path), tag("wbr"))
+        return join([tag("span", self.method.upper(), class_=f"method {self.method}"), " ", tag("code", path)])
 
 
 class Problem(Struct, frozen=True):
@@ -74,16 +74,19 @@ class Operations:
             id=operation.anchor,
         )
 
-    def field_list(self, fields: Iterable[Field]) -> Html:
-        """Fields with what each may hold."""
-        return tag("dl", *(self._field(field) for field in fields))
+    def described(self, fields: Iterable[Field]) -> Html:
+        """The fields of an object with what each holds, and which of them may be missing."""
+        return tag("dl", *(self._field(field, None if field.required else "optional") for field in fields))
 
-    def _field(self, field: Field) -> Html:
+    def _taken(self, fields: Iterable[Field]) -> Html:
+        """Parameters or fields with what each may hold, and which of them must be given."""
+        return tag("dl", *(self._field(field, "required" if field.required else None) for field in fields))
+
+    def _field(self, field: Field, note: str | None) -> Html:
         description = self._schemas.resolve(field.node).get("description", "")
-        required = tag("span", "required", class_="note") if field.required else None
         return tag(
             "div",
-            tag("dt", tag("code", field.name), " ", required),
+            tag("dt", tag("code", field.name), " ", tag("span", note, class_="note") if note else None),
             tag("dd", tag("span", self._schemas.words(field.node), class_="type"), prose(description)),
         )
 
@@ -92,7 +95,7 @@ class Operations:
         for place, title in _PLACES.items():
             fields = [self._as_field(parameter) for parameter in parameters if parameter["in"] == place]
             if fields:
-                yield join([tag("h4", title), self.field_list(fields)])
+                yield join([tag("h4", title), self._taken(fields)])
 
     def _as_field(self, parameter: Node) -> Field:
         schema = self._schemas.present(parameter.get("schema", {}))
@@ -107,11 +110,11 @@ class Operations:
                 fields = [structs.replace(field, node=self._schemas.present(field.node)) for field in fields]
             yield tag("h4", "Form fields" if media_type in _FORMS else "Body", " ", tag("small", media_type))
             yield prose(body.get("description", ""))
-            yield self.field_list(fields)
+            yield self._taken(fields)
 
     def _answers(self, node: Node) -> Iterator[Html]:
         rows = []
-        for status, reference in node.get("responses", {}).items():
+        for status, reference in sorted(node.get("responses", {}).items()):
             response = self._schemas.resolve(reference)
             problems = self._problems(status, response)
             what = [

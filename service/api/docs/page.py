@@ -149,7 +149,7 @@ def _objects(schemas: Schemas, operations: Operations) -> Html | None:
                 "article",
                 tag("h3", name),
                 prose(schema.get("description", "")),
-                operations.field_list(schemas.fields(schema)),
+                operations.described(schemas.fields(schema)),
                 id=anchor("schema", name),
             )
     return join(shown.values()) if shown else None

@@ -104,17 +104,16 @@ class Schemas:
     def sample(self, node: Node, within: frozenset[str] = frozenset()) -> Any:
         """A value the schema allows, for reading rather than for use: the document's own example where it has one."""
         schema = self.resolve(node)
-        reference = node.get("$ref", "")
-        if reference in within:
-            return None
-        within |= {reference} - {""}
         given = [*schema.get("examples", ()), *self.choices(schema)]
         given += [schema["default"]] if schema.get("default") is not None else []
         if given:
             return given[0]
-        options = [option for option in _options(schema) if option.get("type") != "null"]
-        if options:
-            return self.sample(options[0], within)
+        reference = node.get("$ref", "")
+        if reference in within or "null" in [*_types(schema), *(option.get("type") for option in _options(schema))]:
+            return None
+        within |= {reference} - {""}
+        if _options(schema):
+            return self.sample(_options(schema)[0], within)
         type_ = next(iter(_types(schema)), "string")
         if type_ == "object":
             return {field.name: self.sample(field.node, within) for field in self.fields(schema)}
