@@ -7,7 +7,7 @@ from typing import Annotated
 
 from litestar import delete, get, post, put
 from litestar.handlers import HTTPRouteHandler
-from litestar.params import Parameter
+from litestar.params import FromPath, JSONBody, PathParameter, QueryParameter
 
 from service.api import openapi
 from service.api.admin_views import (
@@ -27,9 +27,9 @@ from service.domain.tenancy import Tenant
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 
-Name = Annotated[str, Parameter(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="The name.")]
-Force = Annotated[bool, Parameter(description="Even though tasks run or others refer to it.")]
-Grace = Annotated[float, Parameter(ge=0, le=31_536_000, description="Seconds for which it stays valid.")]
+Name = Annotated[str, PathParameter(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="The name.")]
+Force = Annotated[bool, QueryParameter(description="Even though tasks run or others refer to it.")]
+Grace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid.")]
 
 
 def routes(*, operators: Operators, quota: Quota) -> Sequence[HTTPRouteHandler]:
@@ -48,7 +48,7 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         summary="Make or replace an account",
         responses=openapi.problems(401, 422, 503),
     )
-    async def put_account(name: Name, data: AccountBody) -> AccountView:
+    async def put_account(name: Name, data: JSONBody[AccountBody]) -> AccountView:
         await operators.put_account(name, data.user_key, data.base_url, data.policy())
         return await view(name)
 
@@ -105,7 +105,7 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         summary="Make or replace a tenant",
         responses=openapi.problems(401, 422, 503),
     )
-    async def put_tenant(name: Name, data: TenantBody) -> TenantView:
+    async def put_tenant(name: Name, data: JSONBody[TenantBody]) -> TenantView:
         return await view(await operators.put_tenant(data.tenant(name)))
 
     @get(
@@ -145,7 +145,7 @@ def _token_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         summary="Make a token for a tenant, shown once",
         responses=openapi.problems(401, 404, 422, 503),
     )
-    async def create_token(name: Name, data: TokenBody | None = None) -> NewTokenView:
+    async def create_token(name: Name, data: JSONBody[TokenBody | None] = None) -> NewTokenView:
         body = data or TokenBody()
         expires = body.expires_at.timestamp() if body.expires_at else None
         made = await operators.create_token(name, body.label, expires)
@@ -157,7 +157,7 @@ def _token_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         summary="Revoke a token, at once or after a grace",
         responses=openapi.problems(401, 404, 503),
     )
-    async def revoke_token(name: Name, token_id: str, grace: Grace = 0) -> None:
+    async def revoke_token(name: Name, token_id: FromPath[str], grace: Grace = 0) -> None:
         await operators.revoke_token(name, token_id, grace)
 
     return [create_token, revoke_token]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from litestar import Response, get
+from litestar.di import NamedDependency
 from litestar.handlers import HTTPRouteHandler
 
 from service.api import openapi
@@ -22,7 +23,7 @@ def routes(quota: Quota) -> Sequence[HTTPRouteHandler]:
         summary="Read your quota",
         responses=openapi.problems(401, 503),
     )
-    async def read(tenant: Tenant) -> Response[QuotaView]:
+    async def read(tenant: NamedDependency[Tenant]) -> Response[QuotaView]:
         return Response(quota_view(await quota.report(tenant)), headers=PRIVATE)
 
     return [read]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from litestar import Request, Response, get, post
+from litestar.di import NamedDependency
 from litestar.handlers import HTTPRouteHandler
-from litestar.params import Parameter
+from litestar.params import FromPath, QueryParameter
 
 from service.api import openapi
 from service.api.ratelimit import rate_limit_headers
@@ -49,7 +50,7 @@ def routes(
             responses=openapi.problems(400, 401, 402, 403, 413, 415, 422, 429, 502, 503, 504),
             status_code=201,
         )
-        async def handler(request: Request[Any, Any, Any], tenant: Tenant) -> Response[TaskView]:
+        async def handler(request: Request[Any, Any, Any], tenant: NamedDependency[Tenant]) -> Response[TaskView]:
             submit.admit(tenant, kind)
             async with uploads.receive(request.scope, request.receive, part=PART) as upload:
                 metadata, fields = _metadata(upload.fields)
@@ -67,7 +68,9 @@ def routes(
         summary="Read a task",
         responses=openapi.problems(401, 404, 503) | openapi.NOT_MODIFIED,
     )
-    async def read(request: Request[Any, Any, Any], tenant: Tenant, task_id: str) -> Response[TaskView | None]:
+    async def read(
+        request: Request[Any, Any, Any], tenant: NamedDependency[Tenant], task_id: FromPath[str]
+    ) -> Response[TaskView | None]:
         seen = await follow.read(tenant, task_id)
         headers = task_headers(seen, retry_after)
         if _matches(request.headers.get("If-None-Match", ""), headers["ETag"]):
@@ -81,11 +84,11 @@ def routes(
         responses=openapi.problems(400, 401, 422, 503),
     )
     async def page(
-        tenant: Tenant,
-        task_state: Annotated[State | None, Parameter(query="state", description="Only tasks in this state.")] = None,
-        kind: Annotated[Kind | None, Parameter(description="Only tasks of this kind.")] = None,
-        limit: Annotated[int, Parameter(ge=1, le=_MOST_LISTED, description="How many tasks at the most.")] = 20,
-        cursor: Annotated[str | None, Parameter(description="`next_cursor` of the page before.")] = None,
+        tenant: NamedDependency[Tenant],
+        task_state: Annotated[State | None, QueryParameter(name="state", description="Only those in it.")] = None,
+        kind: Annotated[Kind | None, QueryParameter(description="Only tasks of this kind.")] = None,
+        limit: Annotated[int, QueryParameter(ge=1, le=_MOST_LISTED, description="How many tasks at the most.")] = 20,
+        cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before.")] = None,
     ) -> Response[TaskList]:
         found = await follow.page(tenant, state=task_state, kind=kind, limit=limit, cursor=cursor)
         return Response(TaskList([task_view(task) for task in found.tasks], found.cursor), headers=PRIVATE)

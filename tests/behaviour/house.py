@@ -194,7 +194,7 @@ class FakeControl(Upstream):
         self._upstream.next_checks += [Check(answered=Answered.RUNNING)] * 1_000
 
     async def fail_next_task(self) -> None:
-        error = TaskError("upstream-failed", "It failed.")
+        error = TaskError("task-failed", "It failed.")
         self._upstream.next_checks.append(Check(answered=Answered.FAILED, error=error, figures=Figures()))
 
     async def idle(self) -> None:

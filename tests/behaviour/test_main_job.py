@@ -1,0 +1,228 @@
+"""A service submits an image, follows its task and gets the result."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import pytest
+
+from service.domain.task import Kind
+from tests.behaviour.house import House
+from tests.support.images import png
+
+OPTIONS = {
+    "upscale": {
+        "model": "通用模型",
+        "style": "general",
+        "scale": "1.5",
+        "noise": "1.01",
+        "steps": "20",
+        "high_fidelity": "true",
+        "strong_inpaint": "false",
+        "inpaint_strength": "0.25",
+        "prompt": "红色的圆",
+        "negative_prompt": "",
+        "vector": "false",
+        "colors": "4",
+    },
+    "vectorize": {"colors": "3"},
+    "face-enhance": {},
+    "seamless": {"fit": "0.3"},
+}
+AS_SHOWN = {
+    "upscale": {
+        "model": "general",
+        "style": "general",
+        "scale": 1.5,
+        "noise": 1.01,
+        "steps": 20,
+        "high_fidelity": True,
+        "strong_inpaint": False,
+        "inpaint_strength": 0.25,
+        "prompt": "红色的圆",
+        "negative_prompt": "",
+        "vector": False,
+        "colors": 4,
+    },
+    "vectorize": {"colors": 3},
+    "face-enhance": {},
+    "seamless": {"fit": 0.3},
+}
+DEFAULTS = {
+    "upscale": {
+        "model": "general",
+        "style": "general",
+        "scale": 2.0,
+        "noise": 1.003,
+        "steps": 30,
+        "high_fidelity": False,
+        "strong_inpaint": False,
+        "inpaint_strength": 0.5,
+        "prompt": "",
+        "negative_prompt": "",
+        "vector": False,
+        "colors": 5,
+    },
+    "vectorize": {"colors": 5},
+    "face-enhance": {},
+    "seamless": {"fit": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+async def test_every_kind_succeeds(house: House, kind: Kind) -> None:
+    """A task of each kind is accepted with its options, runs, and ends with its results and its cost."""
+    answer = await house.submit(kind, OPTIONS[kind] | {"metadata": '{"order": "17"}'})
+    assert answer.status_code == 201, answer.text
+    task = answer.json()
+    assert (task["kind"], task["state"], task["finished_at"], task["error"]) == (kind, "queued", None, None)
+    assert task["options"] == AS_SHOWN[kind]
+    assert task["metadata"] == {"order": "17"}
+    assert task["artifacts"] == []
+    assert answer.headers["location"] == f"/v1/tasks/{task['id']}" == task["links"]["self"]
+    assert answer.headers["retry-after"] == "3"
+
+    ended = await house.finished(task["id"])
+    assert (ended["state"], ended["error"]) == ("succeeded", None)
+    assert ended["artifacts"]
+    assert all(each["url"].startswith("http") for each in ended["artifacts"])
+    assert {**ended, "state": "queued", "artifacts": []}.keys() == task.keys()
+    assert datetime.fromisoformat(ended["finished_at"]) > datetime.fromisoformat(ended["created_at"])
+    assert ended["created_at"] == task["created_at"]
+    assert await house.upstream.submits() == 1
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+async def test_defaults(house: House, kind: Kind) -> None:
+    """Options that are not given have the defaults of the contract."""
+    assert (await house.submit(kind)).json()["options"] == DEFAULTS[kind]
+
+
+async def test_failed_task(house: House) -> None:
+    """A task that fails upstream ends as failed, with a reason and without results."""
+    await house.upstream.fail_next_task()
+    task = (await house.submit()).json()
+    ended = await house.finished(task["id"])
+    assert (ended["state"], ended["artifacts"]) == ("failed", [])
+    assert ended["error"]["code"] == "task-failed"
+
+
+async def test_state_while_it_runs(house: House) -> None:
+    """A task is queued until it was first asked about and running after that, and reads cost no check."""
+    await house.upstream.keep_running()
+    task = (await house.submit()).json()
+    for _ in range(3):
+        assert (await house.call("GET", task["links"]["self"])).json()["state"] == "queued"
+    assert await house.upstream.checks() == 0
+    await house.watch()
+    for _ in range(3):
+        answer = await house.call("GET", task["links"]["self"])
+        assert answer.json()["state"] == "running"
+        assert answer.headers["retry-after"] == "3"
+    assert await house.upstream.checks() == 1
+
+
+async def test_one_check_per_interval(house: House) -> None:
+    """The upstream is asked about a running task once per poll interval, not more often."""
+    await house.upstream.keep_running()
+    await house.submit()
+    await house.watch()
+    assert await house.upstream.checks() == 1
+    await house.advance(2.4)
+    assert await house.services.watch.tick() is False
+    await house.services.watch.settled()
+    assert await house.upstream.checks() == 1
+    await house.watch()
+    assert await house.upstream.checks() == 2
+
+
+async def test_ended_task_is_left_alone(house: House) -> None:
+    """A task that has ended is never checked again."""
+    task = (await house.submit()).json()
+    await house.finished(task["id"])
+    checks = await house.upstream.checks()
+    for _ in range(3):
+        await house.watch()
+    assert await house.upstream.checks() == checks
+
+
+async def test_entity_tag(house: House) -> None:
+    """An unchanged task is answered with 304 to whoever has it, and a change gives it another tag."""
+    task = (await house.submit()).json()
+    first = await house.call("GET", task["links"]["self"])
+    tag = first.headers["etag"]
+    again = await house.call("GET", task["links"]["self"], headers={"If-None-Match": f'"other", W/{tag}'})
+    assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    await house.finished(task["id"])
+    changed = await house.call("GET", task["links"]["self"], headers={"If-None-Match": tag})
+    assert changed.status_code == 200
+    assert changed.headers["etag"] != tag
+    assert "retry-after" not in changed.headers
+
+
+async def test_age(house: House) -> None:
+    """The age of an answer says how long ago the upstream told of the task."""
+    await house.upstream.keep_running()
+    task = (await house.submit()).json()
+    await house.watch()
+    assert (await house.call("GET", task["links"]["self"])).headers["age"] == "0"
+    await house.advance(17)
+    assert (await house.call("GET", task["links"]["self"])).headers["age"] == "17"
+
+
+async def test_listing(house: House) -> None:
+    """Tasks are listed newest first, page by page, without gaps or repeats while others are added."""
+    made = []
+    for kind in [*Kind, *Kind]:
+        made.append((await house.submit(kind)).json()["id"])
+        await house.advance(0.001)
+    seen: list[str] = []
+    cursor: str | None = None
+    while True:
+        params = {"limit": "3"} | ({"cursor": cursor} if cursor else {})
+        page = (await house.call("GET", "/v1/tasks", params=params)).json()
+        seen += [task["id"] for task in page["items"]]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+        await house.advance(0.001)
+        await house.submit()
+    assert seen == made[::-1]
+
+
+async def test_listing_filters(house: House) -> None:
+    """The list can be narrowed by kind and by state."""
+    done = (await house.submit("seamless")).json()["id"]
+    await house.finished(done)
+    await house.upstream.keep_running()
+    waiting = (await house.submit("vectorize")).json()["id"]
+
+    async def ids(**params: str) -> list[str]:
+        answer = await house.call("GET", "/v1/tasks", params=params)
+        return [task["id"] for task in answer.json()["items"]]
+
+    assert await ids(state="succeeded") == [done]
+    assert await ids(state="queued") == [waiting]
+    assert await ids(kind="vectorize") == [waiting]
+    assert await ids(kind="vectorize", state="succeeded") == []
+    assert set(await ids()) == {done, waiting}
+
+
+async def test_tenants_do_not_see_each_other(house: House) -> None:
+    """A task of another tenant is not found, and not listed, just like one that never was."""
+    await house.put_tenant("other")
+    stranger = await house.new_token("other")
+    task = (await house.submit()).json()
+    found = await house.call("GET", task["links"]["self"], token=stranger)
+    never = await house.call("GET", "/v1/tasks/task_nonsense", token=stranger)
+    assert found.status_code == never.status_code == 404
+    assert {**found.json(), "instance": ""} == {**never.json(), "instance": ""}
+    assert (await house.call("GET", "/v1/tasks", token=stranger)).json() == {"items": [], "next_cursor": None}
+
+
+async def test_part_order(house: House) -> None:
+    """The options may stand before or after the image."""
+    parts = [("image", ("a.png", png(), "image/png")), ("fit", (None, "0.4"))]
+    for order in (parts, parts[::-1]):
+        answer = await house.call("POST", "/v1/tasks/seamless", files=order)
+        assert (answer.status_code, answer.json()["options"]) == (201, {"fit": 0.4})

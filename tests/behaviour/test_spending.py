@@ -1,0 +1,246 @@
+"""What a tenant may not spend is not sent."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from service.usecases.ports import SubmitOutcome
+from tests.behaviour.house import USER_KEY, House
+
+
+async def policies(house: House) -> dict[str, dict[str, Any]]:
+    """The tenant's policies by name."""
+    report = (await house.call("GET", "/v1/quota")).json()
+    return {each["policy"]: each for each in report["policies"]}
+
+
+async def test_limit_on_tasks(house: House) -> None:
+    """A limit lets exactly so many tasks through, says which policy refused and when, and then as many again."""
+    await house.put_tenant(limits=[{"window": "minute", "tasks": 2}, {"window": "day", "tasks": 4}])
+    first = await house.submit()
+    assert first.headers["ratelimit-policy"] == '"minute-tasks";q=2;w=60, "day-tasks";q=4;w=86400'
+    assert first.headers["ratelimit"].startswith('"minute-tasks";r=1;t=')
+    assert (await house.submit()).status_code == 201
+
+    refused = await house.submit()
+    assert (refused.status_code, refused.json()["code"]) == (429, "rate-limited")
+    (violated,) = refused.json()["violated_policies"]
+    assert (violated["policy"], violated["limit"]) == ("minute-tasks", 2)
+    assert 0 < int(refused.headers["retry-after"]) <= 60
+    assert refused.headers["ratelimit"].startswith('"minute-tasks";r=0;t=')
+    assert await house.upstream.submits() == 2
+
+    await house.advance(int(refused.headers["retry-after"]))
+    assert [(await house.submit()).status_code for _ in range(2)] == [201, 201]
+    await house.advance(60)
+    refused = await house.submit()
+    assert (refused.status_code, refused.json()["code"]) == (429, "quota-exceeded")
+    assert [each["policy"] for each in refused.json()["violated_policies"]] == ["day-tasks"]
+    assert await house.upstream.submits() == 4
+
+
+async def test_total_never_resets(house: House) -> None:
+    """A limit on the total has no Retry-After, since no waiting helps."""
+    await house.put_tenant(limits=[{"window": "total", "tasks": 1}])
+    assert (await house.submit()).headers["ratelimit-policy"] == '"total-tasks";q=1'
+    refused = await house.submit()
+    assert refused.status_code == 429
+    assert refused.json()["violated_policies"] == [{"policy": "total-tasks", "limit": 1, "resets_at": None}]
+    assert "retry-after" not in refused.headers
+
+
+async def test_every_violated_policy_is_named(house: House) -> None:
+    """All policies that refuse are named, and Retry-After is the latest reset among them."""
+    await house.put_tenant(limits=[{"window": "minute", "tasks": 0}, {"window": "hour", "tasks": 0}], max_active=0)
+    refused = await house.submit()
+    body = refused.json()
+    assert [each["policy"] for each in body["violated_policies"]] == ["minute-tasks", "hour-tasks", "max-active"]
+    assert body["code"] == "quota-exceeded"
+    report = await policies(house)
+    assert report["hour-tasks"]["resets_at"][:19] == body["violated_policies"][1]["resets_at"][:19]
+
+
+async def test_concurrent_submits(house: House) -> None:
+    """Of many submits at once exactly as many get through as the limit allows."""
+    await house.upstream.set_balance(100, 0)
+    await house.put_tenant(limits=[{"window": "month", "tasks": 5}])
+    answers = await asyncio.gather(*(house.submit() for _ in range(20)))
+    statuses = sorted(answer.status_code for answer in answers)
+    assert statuses == [201] * 5 + [429] * 15
+    assert await house.upstream.submits() == 5
+
+
+async def test_active_tasks(house: House) -> None:
+    """At most so many tasks are active at once, and an ended one makes room."""
+    await house.put_tenant(max_active=2)
+    tasks = [(await house.submit()).json() for _ in range(2)]
+    refused = await house.submit()
+    assert (refused.status_code, refused.json()["code"]) == (429, "too-many-active-tasks")
+    assert "retry-after" not in refused.headers
+    for task in tasks:
+        await house.finished(task["id"])
+    assert (await house.submit()).status_code == 201
+
+
+async def test_quota_report(house: House) -> None:
+    """The report says of every policy what is used, held and left."""
+    await house.put_tenant(limits=[{"window": "day", "tasks": 10, "money": 12.5}], max_active=3)
+    await house.submit()
+    report = await policies(house)
+    day, active = report["day-tasks"], report["max-active"]
+    assert (day["limit"], day["used"], day["reserved"], day["remaining"]) == (10, 1, 0, 9)
+    assert (active["limit"], active["used"], active["remaining"], active["resets_at"]) == (3, 1, 2, None)
+    assert report["day-money"]["limit"] == 12.5
+    assert (await house.call("GET", "/v1/quota")).json()["account"] == {"can_pay": True, "look_again_at": None}
+
+
+async def test_exhausted_account(house: House) -> None:
+    """An account that can't pay refuses with 402, the next submits are refused unsent, and a probe finds a top-up."""
+    await house.upstream.set_balance(0, 0)
+    await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
+    refused = await house.submit()
+    assert (refused.status_code, refused.json()["code"]) == (402, "balance-exhausted")
+    assert int(refused.headers["retry-after"]) == 60
+    assert "账户" not in refused.text
+    refused = await house.submit()
+    assert refused.status_code == 402
+    assert 0 < int(refused.headers["retry-after"]) <= 60
+    assert await house.upstream.submits() == 1
+    account = (await house.call("GET", "/v1/quota")).json()["account"]
+    assert account["can_pay"] is False
+
+    await house.upstream.set_balance(5, 0)
+    await house.advance(60)
+    assert (await house.submit()).status_code == 201
+    assert (await house.submit()).status_code == 201
+
+
+async def test_known_balance_refuses_early(house: House) -> None:
+    """Once the known figures reach zero, submits are refused without asking the upstream."""
+    await house.upstream.set_balance(1, 0)
+    assert (await house.submit()).status_code == 201
+    assert (await house.submit()).status_code == 402
+    assert await house.upstream.submits() == 1
+
+
+async def test_floor(house: House) -> None:
+    """What shall stay in the account stays there."""
+    await house.upstream.set_balance(7, 0)
+    await house.admin("PUT", "/accounts/main", json={"floor_count": 5})
+    assert [(await house.submit()).status_code for _ in range(3)] == [201, 201, 402]
+    await house.advance(120)
+    assert (await house.submit()).status_code == 402
+    assert await house.upstream.submits() == 2
+
+
+async def test_unknown_account(house: House) -> None:
+    """An account the upstream does not know is the operators' fault, not the tenant's, and is closed."""
+    await house.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
+    for _ in range(2):
+        refused = await house.submit()
+        assert (refused.status_code, refused.json()["code"]) == (503, "account-misconfigured")
+        assert USER_KEY not in refused.text
+    assert await house.upstream.submits() == 1
+    assert (await house.admin("GET", "/accounts/main")).json()["state"] == "invalid"
+    assert (await house.admin("POST", "/accounts/main/reopen")).json()["state"] == "open"
+    assert (await house.submit()).status_code == 201
+
+
+async def test_rejected_image(house: House) -> None:
+    """A rejection tells the upstream's reason, costs nothing, and gives the place back."""
+    await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
+    await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片格式不支持")
+    refused = await house.submit()
+    assert (refused.status_code, refused.json()["code"]) == (502, "upstream-rejected")
+    assert refused.json()["upstream_reason"] == "图片格式不支持"
+    day = (await policies(house))["day-tasks"]
+    assert (day["used"], day["reserved"]) == (0, 0)
+    assert (await house.submit()).status_code == 201
+
+
+async def test_lost_answer(house: House) -> None:
+    """A submit whose answer was lost is sent once, stays charged, and holds no active place."""
+    await house.put_tenant(limits=[{"window": "day", "tasks": 2}], max_active=1)
+    await house.upstream.lose_next_answer()
+    lost = await house.submit()
+    assert (lost.status_code, lost.json()["code"]) == (504, "submission-unknown")
+    assert lost.json()["submission_id"]
+    assert await house.upstream.submits() == 1
+    report = await policies(house)
+    assert (report["day-tasks"]["used"], report["day-tasks"]["reserved"]) == (1, 0)
+    assert report["max-active"]["used"] == 0
+    assert (await house.admin("GET", "/accounts/main")).json()["unknown"] == 1
+    assert (await house.submit()).status_code == 201
+    assert (await house.submit()).status_code == 429
+
+
+async def test_money_limit(house: House) -> None:
+    """Under a limit on money the highest price is held while a task runs, and what it cost is booked at its end."""
+    await house.upstream.set_balance(0, 100)
+    await house.admin("PUT", "/accounts/main", json={"max_price": {"face-enhance": 40}})
+    await house.put_tenant(limits=[{"window": "month", "money": 100}])
+    await house.upstream.keep_running()
+    assert [(await house.submit()).status_code for _ in range(3)] == [201, 201, 429]
+    money = (await policies(house))["month-money"]
+    assert (money["used"], money["reserved"], money["remaining"]) == (0, 80, 20)
+
+
+@pytest.mark.parametrize("change", [{"disabled": True}, {"kinds": ["upscale"]}])
+async def test_not_allowed(house: House, change: dict[str, Any]) -> None:
+    """A tenant that is switched off, or may not submit this kind, is refused before its image is looked at."""
+    await house.put_tenant(**change)
+    refused = await house.submit(image=b"no image at all")
+    assert refused.status_code == 403
+    assert refused.json()["code"] in {"tenant-disabled", "kind-not-allowed"}
+    assert await house.upstream.submits() == 0
+
+
+async def test_next_account(house: House) -> None:
+    """An account that can't pay is passed over for the tenant's next one, which keeps the place in the windows."""
+    await house.admin("PUT", "/accounts/spare", json={"user_key": USER_KEY})
+    await house.put_tenant(accounts=["main", "spare"], limits=[{"window": "day", "tasks": 1}])
+    await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
+    assert (await house.submit()).status_code == 201
+    assert await house.upstream.submits() == 2
+    assert (await policies(house))["day-tasks"]["used"] == 1
+    states = {each["name"]: each for each in (await house.admin("GET", "/accounts")).json()["items"]}
+    assert (states["main"]["state"], states["main"]["in_flight"]) == ("exhausted", 0)
+    assert (states["spare"]["state"], states["spare"]["in_flight"]) == ("open", 1)
+
+
+async def test_unreachable_upstream(house: House) -> None:
+    """Where no connection can be made nothing was sent, so the next account is tried, or 503 says so."""
+    dead = {"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"}
+    await house.upstream.refuse_next(SubmitOutcome.NOT_SENT)
+    await house.admin("PUT", "/accounts/dead", json=dead)
+    await house.put_tenant(accounts=["dead"])
+    refused = await house.submit()
+    assert (refused.status_code, refused.json()["code"]) == (503, "upstream-unavailable")
+    assert refused.headers["retry-after"]
+    await house.upstream.refuse_next(SubmitOutcome.NOT_SENT)
+    await house.put_tenant(accounts=["dead", "main"])
+    assert (await house.submit()).status_code == 201
+
+
+async def test_receipts(house: House) -> None:
+    """A task that ran alone has the cost that the balance shows; the first ever can't, for nothing was known before."""
+    await house.upstream.set_balance(5, 100)
+    costs = []
+    for _ in range(2):
+        task = (await house.submit()).json()
+        costs.append((await house.finished(task["id"]))["cost"])
+    assert costs[0]["basis"] == "unknown"
+    assert costs[1] == {"count": 1, "money": 0, "basis": "observed"}
+
+
+async def test_estimates(house: House) -> None:
+    """Tasks that ran beside others are estimated at the last price seen."""
+    await house.upstream.set_balance(9, 0)
+    for _ in range(2):
+        await house.finished((await house.submit()).json()["id"])
+    beside = [(await house.submit()).json()["id"] for _ in range(2)]
+    for task in beside:
+        assert (await house.finished(task))["cost"] == {"count": 1, "money": 0, "basis": "estimated"}
