@@ -71,7 +71,7 @@ class Upstream(ABC):
 
     @abstractmethod
     async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
-        """Refuse the next submit: REJECTED for a reason, EXHAUSTED or INVALID_ACCOUNT."""
+        """Refuse the next submit: REJECTED for a reason, EXHAUSTED or INVALID_ACCOUNT, NOT_SENT at a dead address."""
 
     @abstractmethod
     async def lose_next_answer(self) -> None:
@@ -225,6 +225,8 @@ class SandboxControl(Upstream):
         await self._control.set_account(USER_KEY, Balance(count=count, money=money))
 
     async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
+        if outcome is SubmitOutcome.NOT_SENT:
+            return  # an account at a dead address does it
         words = {SubmitOutcome.EXHAUSTED: "账户剩余次数不足", SubmitOutcome.INVALID_ACCOUNT: "账户不存在"}
         refuse = words.get(outcome, f"任务提交失败:{reason}")
         await self._fault(Fault(on="submit", times=1, refuse=refuse))
