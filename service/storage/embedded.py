@@ -118,7 +118,6 @@ class EmbeddedValkey:
                 stdout=log,
                 stderr=log,
                 pass_fds=[lock],
-                umask=0o077,
                 start_new_session=True,
             )
 
