@@ -141,7 +141,8 @@ def receipt(
 
     `before` is the balance known when it was reserved, `after` the newest figures told about it. They are a
     receipt only if nothing else of the account was open in between (`alone`), and if the drop is one that a task
-    can cause.
+    can cause. Where prepaid uses are left, a task took one of them, since they are spent before money; else the last
+    price of its kind is taken.
     """
     if alone and before and after.count is not None and after.money is not None:
         count, money = before.count - after.count, before.money - after.money
@@ -151,6 +152,8 @@ def receipt(
                 state.highest[kind] = max(state.highest.get(kind, 0), money)
             if count or money or not succeeded:
                 return Cost(count, money, Basis.OBSERVED)
+    if after.count:
+        return Cost(1, 0, Basis.ESTIMATED)
     if kind in state.prices:
         return Cost(state.prices[kind].count, state.prices[kind].money, Basis.ESTIMATED)
     return Cost(0, 0, Basis.UNKNOWN)

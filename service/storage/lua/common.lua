@@ -200,6 +200,9 @@ local function receipt(account, kind, before, after, alone, succeeded)
       end
     end
   end
+  if after.count and after.count > 0 then
+    return {count = 1, money = 0, basis = 'estimated'}
+  end
   local price = state.prices and state.prices[kind]
   if price then
     return {count = price.count, money = price.money, basis = 'estimated'}
