@@ -195,7 +195,7 @@ def _named(change: RegistryChange) -> dict[str, list[str]]:
     return {
         "accounts": [each.name for each in (*change.accounts, *change.drop_accounts)],
         "tenants": [each.name for each in (*change.tenants, *change.drop_tenants)],
-        "tokens": [each.id for each in (*change.tokens, *change.drop_tokens)],
+        "credentials": [each.id for each in (*change.tokens, *change.drop_tokens)],
     }
 
 
