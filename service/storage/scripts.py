@@ -15,6 +15,7 @@ from service.domain.errors import LedgerUnavailable
 Client = Redis | RedisCluster
 
 RETRY_AFTER = 2.0
+_SHARED = ("state", "balance", "quota")
 
 
 class Scripts:
@@ -51,9 +52,8 @@ class Scripts:
     async def _load(self, name: str) -> None:
         if name not in self._sources:
             folder = resources.files("service.storage") / "lua"
-            self._sources[name] = "\n".join(
-                (folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", name)
-            )
+            parts = [*(folder / "shared" / f"{part}.lua" for part in _SHARED), folder / f"{name}.lua"]
+            self._sources[name] = "\n".join(part.read_text(encoding="utf-8") for part in parts)
         self._hashes[name] = await self._client.script_load(self._sources[name])
 
 

@@ -1,0 +1,96 @@
+-- The clock, the states, the calendar: shared by the scripts, which are put behind state, balance and quota. The rules are those of service/domain/quota.py and
+-- balance.py, name for name: there they are specified, here they are carried out where nothing can come between.
+-- Times are milliseconds, money is in fen. States are kept as MessagePack; nothing that may be empty is a table in them.
+
+local WINDOWS = {'minute', 'hour', 'day', 'month', 'total'}
+local PROBE_INTERVAL = 60000
+local ONE_AT_A_TIME = 2000
+local DAY = 86400000
+
+-- The ledger's clock: the larger of TIME and the last time seen, since a failover can step TIME back.
+local function clock(key)
+  local time = redis.call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  local seen = tonumber(redis.call('GET', key) or 0)
+  if seen >= now then
+    return seen
+  end
+  redis.call('SET', key, string.format('%d', now))
+  return now
+end
+
+local function unpacked(text)
+  return text and cmsgpack.unpack(text) or nil
+end
+
+local function load_tenant(key)
+  local found = redis.call('HMGET', key, 'policy', 'state')
+  local policy, state = unpacked(found[1]), unpacked(found[2]) or {active = 0}
+  state.windows = state.windows or {}
+  return {key = key, policy = policy or {limits = {}}, state = state, kept = policy ~= nil}
+end
+
+local function load_account(key, id)
+  local found = redis.call('HMGET', key, 'policy', 'state')
+  local policy = unpacked(found[1])
+  local state = unpacked(found[2])
+    or {status = 'open', probe_at = 0, open = 0, sending = 0, seq = 0, unknown = 0}
+  local defaults = {floor_count = 0, floor_money = 0, max_price = {}}
+  return {key = key, id = id, policy = policy or defaults, state = state, kept = policy ~= nil}
+end
+
+-- The state of a tenant or account that was deleted stays only for as long as its last tasks may need it.
+local function save(owner)
+  redis.call('HSET', owner.key, 'state', cmsgpack.pack(owner.state))
+  if not owner.kept then
+    redis.call('PEXPIRE', owner.key, 60 * DAY)
+  end
+end
+
+-- Days since the epoch of the first of the month around a day, by the civil calendar.
+local function month_start(days)
+  local z = days + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day = doy - math.floor((153 * mp + 2) / 5)
+  return days - day
+end
+
+local function period_of(window, at)
+  if window == 'minute' then
+    return at - at % 60000
+  elseif window == 'hour' then
+    return at - at % 3600000
+  elseif window == 'day' then
+    return at - at % DAY
+  elseif window == 'month' then
+    return month_start(math.floor(at / DAY)) * DAY
+  end
+  return 0
+end
+
+local function resets_at(window, at)
+  if window == 'total' then
+    return nil
+  elseif window == 'minute' then
+    return period_of(window, at) + 60000
+  elseif window == 'hour' then
+    return period_of(window, at) + 3600000
+  elseif window == 'day' then
+    return period_of(window, at) + DAY
+  end
+  return period_of(window, period_of(window, at) + 32 * DAY)
+end
+
+local function roll(tenant, now)
+  for _, window in ipairs(WINDOWS) do
+    local period, counter = period_of(window, now), tenant.state.windows[window]
+    if not counter or counter.period ~= period then
+      tenant.state.windows[window] =
+        {period = period, tasks = 0, tasks_reserved = 0, money = 0, money_reserved = 0, overrun = 0}
+    end
+  end
+end
