@@ -25,6 +25,7 @@ _ENGLISH: Mapping[str, str] = {
     "排队": "The upstream is too busy. Try again later.",
     "超时": "The upstream took too long.",
     "服务器": "The upstream has a fault of its own.",
+    "处理失败": "The image could not be processed.",
     "内部错误": "The upstream has a fault of its own.",
 }
 """By words that a reason holds; where several do, the first of them counts."""

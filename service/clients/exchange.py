@@ -1,0 +1,189 @@
+"""One request and its answer; and where there is none, whether the request may have arrived.
+
+A submit that is wrongly believed not to have been sent is paid for twice. So nothing counts as not sent unless
+httpcore2's trace shows that it was still about the connection when it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from types import TracebackType
+from typing import IO, Any, Self
+
+import httpx2
+from msgspec import Struct
+
+from service import __version__
+from service.clients.breaker import Attempt, Breaker
+
+MAX_REQUESTS = 32
+"""So many requests of a line are under way at once; the others wait."""
+LARGEST_ANSWER = 65_536
+KEEP_ALIVE_SECONDS = 15
+_TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=30, pool=None)
+
+File = tuple[str, IO[bytes], str]
+"""A file of a form: its name, its bytes, its media type."""
+
+
+class NotSent(Exception):
+    """Nothing of the request was sent."""
+
+
+class Lost(Exception):
+    """The request may have arrived, and no answer came that can be read."""
+
+
+class Answer(Struct, frozen=True):
+    """An answer; the body is empty unless the status is a success."""
+
+    status: int
+    body: bytes
+
+
+class Breakers:
+    """The breaker of each base address."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._breakers: defaultdict[str, Breaker] = defaultdict(partial(Breaker, clock))
+
+    def of(self, base_url: str) -> Breaker:
+        """The breaker that all requests to an address share."""
+        return self._breakers[base_url]
+
+
+class Line:
+    """Requests of one sort, open within its context.
+
+    Redirects, cookies and the proxies of the environment are not followed. Compression is not asked for, and what is
+    compressed all the same is not read, since a small answer could unfold into a huge one.
+    """
+
+    def __init__(self, breakers: Breakers, *, keep_alive: bool) -> None:
+        self._breakers = breakers
+        self._gate = asyncio.Semaphore(MAX_REQUESTS)
+        self._client = httpx2.AsyncClient(
+            verify=httpx2.create_ssl_context(),
+            trust_env=False,
+            follow_redirects=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            timeout=_TIMEOUTS,
+            limits=httpx2.Limits(
+                max_connections=None,
+                max_keepalive_connections=MAX_REQUESTS if keep_alive else 0,
+                keepalive_expiry=KEEP_ALIVE_SECONDS,
+            ),
+            headers={
+                "User-Agent": f"imaging-gateway/{__version__}",
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+                "Connection": "keep-alive" if keep_alive else "close",
+            },
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.__aexit__(kind, error, trace)
+
+    async def post(
+        self,
+        base_url: str,
+        path: str,
+        fields: Mapping[str, str],
+        files: Mapping[str, File] | None = None,
+        *,
+        seconds: float,
+    ) -> Answer:
+        """Send a form once, within `seconds` all told, waiting for its turn included.
+
+        Raises NotSent or Lost, whatever the network and the other side do.
+        """
+        if seconds <= 0:
+            raise NotSent("no time left")
+        sending = _Sending(self._breakers.of(base_url))
+        try:
+            async with asyncio.timeout(seconds), self._gate:
+                request = self._client.build_request(
+                    "POST", base_url + path, data=fields, files=files, extensions={"trace": sending}
+                )
+                sending.begin()
+                return await self._answer(request)
+        except Exception as error:  # noqa: BLE001 - what is below lets through more than it declares
+            raise sending.verdict(error) from None
+        finally:
+            sending.end()
+
+    async def _answer(self, request: httpx2.Request) -> Answer:
+        response = await self._client.send(request, stream=True)
+        try:
+            body = bytearray()
+            if response.is_success:
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > LARGEST_ANSWER:
+                        raise Lost("the answer is too large")
+            return Answer(response.status_code, bytes(body))
+        finally:
+            await response.aclose()
+
+
+class _Sending:
+    """Follows one request by its trace, and reports to the breaker.
+
+    Events are named for what they are about. `connection` is the only thing that comes before the request; whatever
+    else is named, or nothing at all, is taken for the request itself.
+    """
+
+    def __init__(self, breaker: Breaker) -> None:
+        self._breaker = breaker
+        self._attempt: Attempt | None = None
+        self._begun = False
+        self._connecting = False
+        self._sent = False
+        self._failed = False
+
+    def begin(self) -> None:
+        """The request is about to be sent. Raises NotSent where that is not worth trying."""
+        self._attempt = self._breaker.admit()
+        if self._attempt is None:
+            raise NotSent("the breaker is open")
+        self._begun = True
+
+    async def __call__(self, event: str, _: Mapping[str, Any]) -> None:
+        if event.startswith("connection."):
+            self._connecting = True
+        elif not self._sent:
+            self._sent = True
+            self._report(self._breaker.connected)
+
+    def verdict(self, error: Exception) -> NotSent | Lost:
+        """What an error means for the request."""
+        if isinstance(error, NotSent | Lost):
+            return error
+        if self._sent or not (self._connecting or self._is_harmless(error)):
+            return Lost(type(error).__name__)
+        self._failed = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+        return NotSent(type(error).__name__)
+
+    def _is_harmless(self, error: Exception) -> bool:
+        """Whether it comes before anything that is traced."""
+        return not self._begun or isinstance(error, httpx2.UnsupportedProtocol)
+
+    def end(self) -> None:
+        """The request has ended in whatever way."""
+        self._report(self._breaker.failed if self._failed else self._breaker.withdrawn)
+
+    def _report(self, report: Callable[[Attempt], None]) -> None:
+        if self._attempt:
+            report(self._attempt)
+            self._attempt = None

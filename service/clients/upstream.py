@@ -1,0 +1,150 @@
+"""The vendor's API, one verb per operation, over HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from enum import StrEnum
+from io import BytesIO
+from types import TracebackType
+from typing import Self
+
+import structlog
+from msgspec.structs import replace
+
+from service.clients import wire
+from service.clients.exchange import Answer, Breakers, Line, Lost, NotSent
+from service.domain.task import Catalogue, Options, TaskError
+from service.domain.taskid import Sealer
+from service.domain.tenancy import Account
+from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
+
+_log = structlog.get_logger(__name__)
+
+CHECK_SECONDS = 20.0
+"""How long a check may take, waiting for its turn included."""
+
+Observer = Callable[[StrEnum, StrEnum, float], None]
+"""Is told of every call: its operation, its outcome, and the seconds it took."""
+
+
+class Operation(StrEnum):
+    """The calls of the upstream."""
+
+    SUBMIT = "submit"
+    CHECK = "check"
+
+
+class UpstreamClient:
+    """The upstreams of all accounts: the default one, and those that accounts name. Open within its context.
+
+    `user_keys` opens the accounts' keys; none of them appears in a log, an error, or a message for tenants.
+    """
+
+    def __init__(self, base_url: str, user_keys: Sealer, catalogue: Catalogue, *, observe: Observer) -> None:
+        self._base_url = base_url
+        self._user_keys = user_keys
+        self._catalogue = catalogue
+        self._observe = observe
+        breakers = Breakers()
+        # A kept connection may be closed by the other side just as it is used. That is harmless for a check, but of a
+        # submit nobody would know any more whether it arrived.
+        self._submits = Line(breakers, keep_alive=False)
+        self._checks = Line(breakers, keep_alive=True)
+        self._closing = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as opened:
+            await opened.enter_async_context(self._submits)
+            await opened.enter_async_context(self._checks)
+            self._closing = opened.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._closing.aclose()
+
+    async def submit(self, account: Account, options: Options, image: Image, *, seconds: float) -> Submitted:
+        """Send an image once, within `seconds` all told; NOT_SENT only if no connection was made."""
+        submitted = Submitted(outcome=SubmitOutcome.UNKNOWN)
+        started = time.monotonic()
+        try:
+            submitted = await self._submit(account, options, image, seconds)
+        finally:
+            self._observe(Operation.SUBMIT, submitted.outcome, time.monotonic() - started)
+        return submitted
+
+    async def check(self, account: Account, upstream_id: str) -> Check:
+        """Ask about a task."""
+        check = Check(answered=Answered.NOTHING)
+        started = time.monotonic()
+        try:
+            check = await self._check(account, upstream_id)
+        finally:
+            self._observe(Operation.CHECK, check.answered, time.monotonic() - started)
+        return check
+
+    async def _submit(self, account: Account, options: Options, image: Image, seconds: float) -> Submitted:
+        user_key = self._user_key(account)
+        if user_key is None:
+            return Submitted(outcome=SubmitOutcome.NOT_SENT)
+        fields = {wire.USER_KEY: user_key, **wire.to_fields(options, self._catalogue)}
+        # A file is sent in pieces, each of which has the time that the whole of some bytes would have.
+        file = (f"image.{image.media_type.rpartition('/')[2]}", BytesIO(image.data), image.media_type)
+        path = wire.SUBMIT_PATHS[options.kind]
+        try:
+            answer = await self._submits.post(self._base(account), path, fields, {wire.IMAGE: file}, seconds=seconds)
+        except NotSent as fault:
+            self._say("nothing was sent to the upstream", account, fault)
+            return Submitted(outcome=SubmitOutcome.NOT_SENT)
+        except Lost as fault:
+            self._say("a submission got no usable answer", account, fault)
+            return Submitted(outcome=SubmitOutcome.UNKNOWN)
+        submitted = _submitted(answer)
+        return replace(submitted, reason=_without(user_key, submitted.reason))
+
+    async def _check(self, account: Account, upstream_id: str) -> Check:
+        user_key = self._user_key(account)
+        if user_key is None:
+            return Check(answered=Answered.NOTHING)
+        fields = {wire.USER_KEY: user_key, wire.TASK_ID: upstream_id}
+        try:
+            answer = await self._checks.post(self._base(account), wire.CHECK_PATH, fields, seconds=CHECK_SECONDS)
+        except (NotSent, Lost) as fault:
+            self._say("a check got no usable answer", account, fault)
+            return Check(answered=Answered.NOTHING)
+        check = wire.read_check(answer.body)
+        if check.error:
+            error = TaskError(check.error.code, _without(user_key, check.error.detail))
+            check = replace(check, error=error)
+        return check
+
+    def _base(self, account: Account) -> str:
+        return (account.base_url or self._base_url).rstrip("/")
+
+    def _user_key(self, account: Account) -> str | None:
+        """The key of an account, which can't be opened if the secret key that sealed it was taken away."""
+        opened = self._user_keys.open(account.user_key)
+        if opened is None:
+            _log.error("the key of an account can't be opened by any of the secret keys", account=account.name)
+            return None
+        return opened.decode()
+
+    @staticmethod
+    def _say(event: str, account: Account, fault: NotSent | Lost) -> None:
+        _log.warning(event, account=account.name, fault=str(fault))
+
+
+def _submitted(answer: Answer) -> Submitted:
+    """What an answer of any status means for the money."""
+    if 200 <= answer.status < 300:
+        return wire.read_submit(answer.body)
+    if 400 <= answer.status < 500:
+        return Submitted(outcome=SubmitOutcome.REJECTED, reason=f"HTTP {answer.status}")
+    return Submitted(outcome=SubmitOutcome.UNKNOWN)
+
+
+def _without(user_key: str, text: str) -> str:
+    return text.replace(user_key, "…") if user_key else text

@@ -1,0 +1,52 @@
+"""The upstream's client as the tests of its contract use it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from service.clients.upstream import UpstreamClient
+from service.domain.task import DEFAULT_CATALOGUE, FaceEnhanceOptions, Options
+from service.domain.tenancy import Account
+from service.keyring import Keyring
+from service.usecases.ports import Check, Image, Submitted
+
+USER_KEY = "hush-hush-key"
+SEALER = Keyring([bytes(32)]).purpose("user-key")
+ACCOUNT = Account(1, "main", SEALER.seal(USER_KEY.encode()))
+IMAGE = Image(b"\x89PNG" + bytes(range(256)) * 4, b"", "image/png", 8, 8)
+LARGE = Image(bytes(4 << 20), b"", "image/jpeg", 8, 8)
+_FACE = FaceEnhanceOptions()
+
+
+@dataclass
+class Caller:
+    """A client, and what it told its observer."""
+
+    client: UpstreamClient
+    seen: list[tuple[StrEnum, StrEnum]] = field(default_factory=list)
+
+    async def submit(
+        self, *, account: Account = ACCOUNT, options: Options = _FACE, image: Image = IMAGE, seconds: float = 10
+    ) -> Submitted:
+        """Submit something."""
+        return await self.client.submit(account, options, image, seconds=seconds)
+
+    async def check(self, upstream_id: str = "t-1", *, account: Account = ACCOUNT) -> Check:
+        """Ask about a task."""
+        return await self.client.check(account, upstream_id)
+
+
+@asynccontextmanager
+async def calling(base_url: str) -> AsyncIterator[Caller]:
+    """A client of an upstream."""
+    seen: list[tuple[StrEnum, StrEnum]] = []
+
+    def observe(operation: StrEnum, outcome: StrEnum, seconds: float) -> None:
+        assert 0 <= seconds < 60
+        seen.append((operation, outcome))
+
+    async with UpstreamClient(base_url, SEALER, DEFAULT_CATALOGUE, observe=observe) as client:
+        yield Caller(client, seen)

@@ -1,0 +1,139 @@
+"""A server that answers as badly as a test wants, and remembers what it was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+
+@dataclass
+class Peer:
+    """What a server was sent: connections made, and requests with their heads and bodies."""
+
+    url: str = ""
+    connections: int = 0
+    requests: list[tuple[bytes, bytes]] = field(default_factory=list)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass
+class Connection:
+    """One connection to a server."""
+
+    peer: Peer
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def receive(self) -> bool:
+        """Read one request; False where no other comes."""
+        try:
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            body = await self.reader.readexactly(int(length.partition(b":")[2]))
+        except (asyncio.IncompleteReadError, OSError):
+            return False
+        self.peer.requests.append((head, body))
+        self.peer.arrived.set()
+        return True
+
+    async def send(self, data: bytes) -> None:
+        """Send some bytes at once."""
+        self.writer.write(data)
+        await self.writer.drain()
+
+    def reset(self) -> None:
+        """End it by a TCP reset."""
+        linger = struct.pack("ii", 1, 0)
+        self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.writer.transport.abort()
+
+    async def wait_for_the_end(self) -> None:
+        """Answer nothing until the client goes."""
+        while await self.reader.read(65_536):
+            pass
+
+
+Serve: TypeAlias = Callable[[Connection], Awaitable[None]]
+
+
+def http(body: bytes, status: int = 200, **headers: str) -> bytes:
+    """An HTTP answer with its length."""
+    fields = {"Content-Length": str(len(body))} | {name.replace("_", "-"): text for name, text in headers.items()}
+    head = "".join(f"{name}: {text}\r\n" for name, text in fields.items())
+    return f"HTTP/1.1 {status} x\r\n{head}\r\n".encode() + body
+
+
+def told(**content: Any) -> bytes:
+    """An HTTP answer as the vendor gives it."""
+    return http(json.dumps(content).encode(), Content_Type="application/json")
+
+
+def answering(*pieces: bytes) -> Serve:
+    """Read each request, and send the pieces as the answer."""
+
+    async def serve(connection: Connection) -> None:
+        while await connection.receive():
+            for piece in pieces:
+                await connection.send(piece)
+
+    return serve
+
+
+def closing_after(data: bytes = b"") -> Serve:
+    """Read a request, send some bytes, and close."""
+
+    async def serve(connection: Connection) -> None:
+        await connection.receive()
+        await connection.send(data)
+
+    return serve
+
+
+async def resetting(connection: Connection) -> None:
+    """Read a request and reset the connection."""
+    await connection.receive()
+    connection.reset()
+
+
+async def resetting_at_once(connection: Connection) -> None:
+    """Reset the connection with nothing read."""
+    connection.reset()
+
+
+async def hanging(connection: Connection) -> None:
+    """Read a request and never answer."""
+    await connection.receive()
+    await connection.wait_for_the_end()
+
+
+@asynccontextmanager
+async def serving(serve: Serve, *, port: int = 0, tls: ssl.SSLContext | None = None) -> AsyncIterator[Peer]:
+    """A server on 127.0.0.1 that does the same with every connection; at the end all of them are cut."""
+    peer = Peer()
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer.connections += 1
+        try:
+            with suppress(OSError):
+                await serve(Connection(peer, reader, writer))
+        finally:
+            writer.close()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.create_task(handle(reader, writer)))
+
+    async with await asyncio.start_server(accept, "127.0.0.1", port, ssl=tls) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        peer.url = f"{'https' if tls else 'http'}://{address}"
+        yield peer
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
