@@ -16,6 +16,7 @@ from litestar.types import ControllerRouterHandler
 from service.api import admin, legacy, openapi, ops, quota, tasks
 from service.api.docs import docs_page
 from service.api.edge import Edge
+from service.api.head import answering_head
 from service.api.problems import exception_handlers
 from service.domain.tenancy import Tenant
 from service.telemetry.metrics import Port
@@ -38,13 +39,13 @@ _ADMIN_BODY_BYTES = 1_000_000
 def create_app(services: Services) -> Edge:
     """The tenants' application."""
     app = tenants_app(services)
-    return Edge(app, metrics=services.metrics, logger=services.logger, port=Port.TENANTS)
+    return Edge(answering_head(app), metrics=services.metrics, logger=services.logger, port=Port.TENANTS)
 
 
 def create_ops_app(services: Services) -> Edge:
     """The operators' application."""
     app = operators_app(services)
-    return Edge(app, metrics=services.metrics, logger=services.logger, port=Port.OPERATORS)
+    return Edge(answering_head(app), metrics=services.metrics, logger=services.logger, port=Port.OPERATORS)
 
 
 def tenants_app(services: Services) -> Litestar:

@@ -233,7 +233,7 @@ def _framework_problem(request: Request[Any, Any, Any], error: HTTPException) ->
     if not isinstance(error, ValidationException):
         return Problem(MALFORMED, error.detail)
     # The detail of a validation error repeats the query, which may hold anything.
-    faults = _faults(error)
+    faults = _faults(request, error)
     return to_problem(errors.InvalidOptions(faults)) if faults else Problem(MALFORMED, "The request is not valid.")
 
 
@@ -242,13 +242,13 @@ _FIELD_FAULTS = {"missing required": "is required", "contains unknown": "is unkn
 _PARAMETER_FAULT = re.compile(r"Missing required \w+ parameter '([^']*)'")
 
 
-def _faults(error: ValidationException) -> list[errors.FieldError]:
+def _faults(request: Request[Any, Any, Any], error: ValidationException) -> list[errors.FieldError]:
     """The faulty fields, from what Litestar says of them."""
     if missing := _PARAMETER_FAULT.match(error.detail):
         return [errors.FieldError(missing[1], "is required")]
     found = []
     for each in error.extra if isinstance(error.extra, list) else ():
-        where, message = str(each.get("key", "data")), str(each.get("message", ""))
+        where, message = _sent_as(request, str(each.get("key", "data"))), str(each.get("message", ""))
         if fault := _FIELD_FAULT.fullmatch(message):
             parent = "" if where == "data" else f"{where}."
             found.append(errors.FieldError(parent + fault[2], _FIELD_FAULTS[fault[1]]))
@@ -257,6 +257,12 @@ def _faults(error: ValidationException) -> list[errors.FieldError]:
         else:
             found.append(errors.FieldError("body" if where == "data" else where, message))
     return found
+
+
+def _sent_as(request: Request[Any, Any, Any], name: str) -> str:
+    """What callers call a parameter, which the handler may have to call something else."""
+    parameter = request.route_handler.parsed_fn_signature.parameters.get(name)
+    return getattr(parameter and parameter.kwarg_definition, "name", None) or name
 
 
 def _quota_problem(policies: set[str]) -> ProblemType:

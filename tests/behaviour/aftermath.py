@@ -1,0 +1,57 @@
+"""What a request that was refused is answered with, and what it leaves behind: nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from httpx2 import Response
+
+from service.storage.connect import connect
+from service.storage.keys import Keys
+from tests.behaviour.house import House, SandboxControl
+from tests.support.valkey import Valkey
+
+EVERY_POLICY: dict[str, Any] = {
+    "limits": [
+        {"window": each, "tasks": 1_000, "money": 1_000} for each in ("minute", "hour", "day", "month", "total")
+    ],
+    "max_active": 1_000,
+}
+"""Limits that nothing here reaches, so that the quota shows every counter there is."""
+
+
+def problem(answer: Response, status: int, code: str) -> dict[str, Any]:
+    """The problem document of an answer, which has to be this one, whole and consistent with its headers."""
+    assert answer.headers["content-type"] == "application/problem+json", answer.text
+    document: dict[str, Any] = answer.json()
+    assert (answer.status_code, document["code"]) == (status, code), document
+    assert document["type"] == f"urn:imaging-gateway:problem:{code}"
+    assert document["status"] == status
+    assert document["instance"] == answer.headers["x-request-id"]
+    assert document["title"]
+    assert document["detail"]
+    assert answer.headers["cache-control"] == "no-store"
+    return document
+
+
+async def nothing_happened(house: House, valkey: Valkey) -> None:
+    """No place is held, nothing was counted, recorded or sent."""
+    report = (await house.call("GET", "/v1/quota")).json()
+    assert len(report["policies"]) == 11
+    assert {(each["used"], each["reserved"]) for each in report["policies"]} == {(0, 0)}
+    assert (await house.call("GET", "/v1/tasks")).json() == {"items": [], "next_cursor": None}
+    assert await house.upstream.submits() == 0
+    if isinstance(house.upstream, SandboxControl):
+        assert await _traces(valkey) == []
+
+
+async def _traces(valkey: Valkey) -> list[str]:
+    """The keys that a submission leaves in Redis."""
+    names, connections = Keys("gw"), connect(valkey.url, timeout=5)
+    client: Any = connections.commands
+    try:
+        found = sorted([key.decode() async for key in client.scan_iter(count=1_000)])
+    finally:
+        await connections.aclose()
+    prefixes = names.reservation(""), names.task(""), f"{names.tasks(0)[:-1]}", names.leases, names.watch
+    return [key for key in found if key.startswith(prefixes)]

@@ -1,0 +1,262 @@
+"""Whatever is wrong with a request is told as the right problem, and costs nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from service.domain import tenancy
+from service.domain.task import MAX_METADATA_BYTES
+from tests.behaviour.aftermath import EVERY_POLICY, nothing_happened, problem
+from tests.behaviour.house import ADMIN_TOKEN, House
+from tests.support.images import png
+from tests.support.valkey import Valkey
+
+UPSCALE = "/v1/tasks/upscale"
+FILE = ("picture.png", png(), "image/png")
+
+FAULTY_OPTIONS = {
+    "upscale": {
+        "scale": ["", "0.99", "8.01", "-2", "nan", "inf", "-inf", "1e400", "1,5", "two", "0x2", " 2", "٢", "true"],
+        "noise": ["0.999", "1.1001", "nan"],
+        "steps": ["19", "41", "25.5", "1e9", "thirty", "", "nan", "9" * 400],
+        "inpaint_strength": ["-0.01", "1.01", "nan"],
+        "colors": ["1", "17", "2.5", ""],
+        "high_fidelity": ["yes", "", "2", "None"],
+        "strong_inpaint": ["on"],
+        "vector": ["-1"],
+        "prompt": ["x" * 2_001, "很" * 2_001],
+        "negative_prompt": ["x" * 60_000],
+        "model": ["", "通用", "General", "nobody-knows-it"],
+        "style": ["photo"],
+        "fit": ["0.5"],
+        "wait": ["5"],
+        "Scale": ["2"],
+        "user_key": ["somebody's"],
+        "": ["nameless"],
+    },
+    "vectorize": {"colors": ["1", "17", "-5", "nan", "5.5", "five", ""], "scale": ["2"], "fit": ["0.5"]},
+    "face-enhance": {"scale": ["2"], "colors": ["5"], "prompt": [""]},
+    "seamless": {"fit": ["0.09", "0.91", "nan", "inf", "", "half"], "colors": ["5"]},
+}
+
+FAULTY_METADATA = {
+    "not JSON": "{",
+    "an array": "[]",
+    "null": "null",
+    "a string": '"a"',
+    "a number as value": '{"a": 1}',
+    "null as value": '{"a": null}',
+    "an object as value": '{"a": {"b": "c"}}',
+    "half a surrogate pair": '{"a": "\\ud800"}',
+    "more after its end": "{} {}",
+    "empty": "",
+    "too deep": "[" * 1_000,
+    "too large": json.dumps({"a": "x" * MAX_METADATA_BYTES}),
+    "too large in bytes": json.dumps({"a": "很" * (MAX_METADATA_BYTES // 3)}, ensure_ascii=False),
+}
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_happens(house: House, valkey: Valkey) -> AsyncIterator[None]:
+    """Whatever a test of this module sends has no consequence."""
+    await house.put_tenant(**EVERY_POLICY)
+    yield
+    await nothing_happened(house, valkey)
+
+
+async def test_no_good_token(house: House) -> None:
+    """Without a token that is good now, every call is 401 with a challenge, even if more is wrong with it."""
+    good = house.token
+    swapped = good[:-1] + ("A" if good[-1] != "A" else "B")
+    past = "2020-02-02T20:20:20Z"
+    headers = {
+        "another scheme": "Basic c2hvcDpzZWNyZXQ=",
+        "no token": "Bearer",
+        "the bare token": good,
+        "not ours": "Bearer x",
+        "another gateway's": f"Bearer {tenancy.new_token()}",
+        "mistyped": f"Bearer {swapped}",
+        "cut off": f"Bearer {good[:-1]}",
+        "too long": f"Bearer {good}0",
+        "in small letters": f"Bearer {good.lower()}",
+        "two tokens": f"Bearer {good} {good}",
+        "not ASCII": f"Bearer {good[:-1]}é".encode("latin-1"),
+        "the operators'": f"Bearer {ADMIN_TOKEN}",
+        "expired": f"Bearer {await house.new_token(expires_at=past)}",
+    }
+    calls = [("GET", "/v1/quota"), ("GET", "/v1/tasks?limit=0"), ("GET", "/v1/tasks/task_x"), ("POST", UPSCALE)]
+    for name, value in headers.items():
+        for method, path in calls:
+            answer = await house.call(method, path, token="", headers={"Authorization": value})
+            problem(answer, 401, "unauthenticated")
+            challenge = answer.headers["www-authenticate"]
+            assert challenge == 'Bearer realm="imaging-gateway", error="invalid_token"', name
+    answer = await house.call("GET", "/v1/quota", token="")
+    problem(answer, 401, "unauthenticated")
+    assert answer.headers["www-authenticate"] == 'Bearer realm="imaging-gateway"'
+
+
+async def test_revoked_token(house: House) -> None:
+    """A token works until it is revoked, and then no more."""
+    made = (await house.admin("POST", "/tenants/shop/tokens", json={})).json()
+    assert (await house.call("GET", "/v1/quota", token=made["token"])).status_code == 200
+    answer = await house.admin("DELETE", f"/tenants/shop/tokens/{made['id']}")
+    assert answer.status_code == 204
+    problem(await house.call("GET", "/v1/quota", token=made["token"]), 401, "unauthenticated")
+    problem(await house.submit(token=made["token"]), 401, "unauthenticated")
+
+
+async def test_not_a_form(house: House) -> None:
+    """A submission that is no multipart form is 415, and the answer says what to send."""
+    multipart = "multipart/form-data"
+    cases: dict[str, dict[str, Any]] = {
+        "JSON": {"json": {"image": "..."}},
+        "urlencoded": {"data": {"image": "..."}},
+        "the bare image": {"content": FILE[1], "headers": {"Content-Type": "image/png"}},
+        "nothing": {},
+        "no boundary": {"content": b"x", "headers": {"Content-Type": multipart}},
+        "an empty boundary": {"content": b"x", "headers": {"Content-Type": f"{multipart}; boundary="}},
+        "another multipart": {"content": b"x", "headers": {"Content-Type": "multipart/mixed; boundary=x"}},
+        "nonsense": {"content": b"x", "headers": {"Content-Type": ";;;=,"}},
+    }
+    for name, request in cases.items():
+        found = problem(await house.call("POST", UPSCALE, **request), 415, "unsupported-media-type")
+        assert multipart in found["detail"], name
+
+
+async def test_not_the_form_it_says(house: House) -> None:
+    """A body that is not the multipart form its content type announces is 400."""
+    for body in (b"", b"x", b"--other\r\n", b"--b", b"--b\r\nno header\r\n\r\n--b--", b"\0" * 1_000):
+        answer = await house.call(
+            "POST", UPSCALE, content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
+        )
+        problem(answer, 400, "malformed-request")
+
+
+async def test_not_one_file(house: House) -> None:
+    """Anything but one file in the part `image` is 422 and names the part."""
+    text = (None, "an image in words")
+    cases: dict[str, tuple[list[tuple[str, Any]], str]] = {
+        "no file": ([("prompt", (None, "a cat"))], "image"),
+        "two files": ([("image", FILE), ("image", FILE)], "image"),
+        "a file beside it": ([("image", FILE), ("mask", FILE)], "mask"),
+        "another name": ([("input_image", FILE)], "input_image"),
+        "a text": ([("image", text)], "image"),
+        "a text, then a file": ([("image", text), ("image", FILE)], "image"),
+        "a file as an option": ([("image", FILE), ("prompt", ("prompt.txt", b"a cat"))], "prompt"),
+    }
+    for name, (parts, field) in cases.items():
+        found = problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+        assert [each["field"] for each in found["errors"]] == [field], name
+
+
+async def test_faulty_option(house: House) -> None:
+    """Every option of every kind that is unknown, mistyped or out of range is 422 and named, with what it must be."""
+    for kind, options in FAULTY_OPTIONS.items():
+        for option, values in options.items():
+            for value in values:
+                if not option:
+                    problem(await house.submit(kind, {option: value}), 400, "malformed-request")
+                    continue
+                found = problem(await house.submit(kind, {option: value}), 422, "invalid-options")
+                (error,) = found["errors"]
+                assert error["field"] == option, (kind, option, value)
+                assert error["detail"].startswith(("must be ", "is not an option; ")), error
+                assert "nan" not in error["detail"], error
+
+
+async def test_every_faulty_field_is_named(house: House) -> None:
+    """All faulty fields are named at once, a repeated one too."""
+    parts = [("image", FILE), *((name, (None, "99")) for name in ("scale", "colors", "vector", "fit", "fit"))]
+    parts += [("steps", (None, "30")), ("steps", (None, "30"))]
+    found = problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+    details = [(each["field"], each["detail"]) for each in found["errors"]]
+    assert [field for field, _ in details] == ["scale", "colors", "vector", "fit", "fit", "steps"]
+    assert details[0][1] == "must be a number from 1 to 8"
+    assert details[1][1] == "must be a whole number from 2 to 16"
+    assert details[2][1] == "must be true or false"
+    assert details[5][1] == "is given more than once"
+
+
+async def test_faulty_metadata(house: House) -> None:
+    """Metadata that is not a small JSON object of strings is 422, whatever the kind."""
+    for name, value in FAULTY_METADATA.items():
+        found = problem(await house.submit("face-enhance", {"metadata": value}), 422, "invalid-options")
+        assert [each["field"] for each in found["errors"]] == ["metadata"], name
+    parts = [("image", FILE), ("metadata", (None, "{}")), ("metadata", (None, "{}"))]
+    found = problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+    assert found["errors"] == [{"field": "metadata", "detail": "is given more than once"}]
+
+
+async def test_too_many_fields(house: House) -> None:
+    """A form of very many or very long fields is refused before it is understood."""
+    many = [("image", FILE), *((f"field{number}", (None, "x")) for number in range(100))]
+    problem(await house.call("POST", UPSCALE, files=many), 400, "malformed-request")
+    problem(
+        await house.call("POST", UPSCALE, files=[("image", FILE), ("x" * 200, (None, "x"))]), 400, "malformed-request"
+    )
+    found = problem(await house.submit("upscale", {"prompt": "x" * 100_000}), 422, "invalid-options")
+    assert found["errors"][0]["field"] == "prompt"
+
+
+async def test_unknown_address_or_method(house: House) -> None:
+    """What the gateway does not serve is 404 or 405, with the methods it does serve, token or not."""
+    for path in (
+        "/",
+        "/v1",
+        "/v1/",
+        "/v2/tasks",
+        "/v1/tasks/a/b",
+        "/api/submit",
+        "/admin/v1/tenants",
+        "/metrics",
+        "/%00",
+        "//",
+    ):
+        problem(await house.call("GET", path), 404, "not-found")
+        problem(await house.call("GET", path, token=""), 404, "not-found")
+    for method, path, allowed in (
+        ("GET", "/api/submit_task", {"POST", "OPTIONS"}),
+        ("HEAD", UPSCALE, {"POST", "OPTIONS"}),
+        ("DELETE", UPSCALE, {"POST", "OPTIONS"}),
+        ("PUT", "/v1/tasks", {"GET", "HEAD", "OPTIONS"}),
+        ("POST", "/v1/quota", {"GET", "HEAD", "OPTIONS"}),
+        ("PATCH", "/v1/quota", {"GET", "HEAD", "OPTIONS"}),
+    ):
+        answer = await house.call(method, path)
+        assert answer.status_code == 405
+        if method != "HEAD":
+            problem(answer, 405, "method-not-allowed")
+        assert set(answer.headers["allow"].split(", ")) == allowed
+        options = await house.call("OPTIONS", path, token="")
+        assert (options.status_code, options.content) == (204, b"")
+        assert set(options.headers["allow"].split(", ")) == allowed
+
+
+async def test_faulty_query(house: House) -> None:
+    """A list asked for with a faulty value is refused, and the parameter is named as the caller wrote it."""
+    cases = {
+        "limit": ["0", "101", "-1", "x", "", "1.5", "nan", "9" * 30, "%ff"],
+        "state": ["ended", "Queued", "", "queued,running", "%00"],
+        "kind": ["face_enhance", "", "1"],
+    }
+    for parameter, values in cases.items():
+        for value in values:
+            answer = await house.call("GET", f"/v1/tasks?{parameter}={value}")
+            found = problem(answer, 422, "invalid-options")
+            assert [each["field"] for each in found["errors"]] == [parameter], value
+    for cursor in ("x", "%00", "AAAA", "x" * 60_000, "%F0%9F%99%82"):
+        problem(await house.call("GET", f"/v1/tasks?cursor={cursor}"), 400, "malformed-request")
+
+
+async def test_oversized_address_and_headers(house: House) -> None:
+    """Very long addresses and headers are answered like any other."""
+    problem(await house.call("GET", "/v1/tasks/" + "x" * 30_000), 404, "not-found")
+    problem(await house.call("GET", "/" + "x/" * 10_000), 404, "not-found")
+    many = {f"X-Header-{number}": "x" * 500 for number in range(60)}
+    assert (await house.call("GET", "/v1/quota", headers=many)).status_code == 200
+    problem(await house.call("GET", "/v1/quota", token="x" * 30_000), 401, "unauthenticated")
