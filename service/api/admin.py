@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
-from litestar import delete, get, post, put
-from litestar.handlers import HTTPRouteHandler
+from litestar import Router, delete, get, post, put
+from litestar.connection import ASGIConnection
+from litestar.datastructures import CacheControlHeader
+from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.params import FromPath, JSONBody, PathParameter, QueryParameter
 
 from service.api import openapi
@@ -23,34 +25,46 @@ from service.api.admin_views import (
     expiry,
     tenant_view,
 )
-from service.domain.tenancy import Tenant
+from service.domain.errors import FieldError, InvalidOptions
+from service.domain.tenancy import Account, Tenant
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 
-Name = Annotated[str, PathParameter(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="The name.")]
+# Readers of the OpenAPI document don't know \Z, and Python's $ alone would let a line break through.
+_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}(?!\n)$"
+NewName = Annotated[str, PathParameter(pattern=_NAME, description="A name of your choice.")]
+Name = Annotated[str, PathParameter(description="The name.")]
 Force = Annotated[bool, QueryParameter(description="Even though tasks run or others refer to it.")]
-Grace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid.")]
+Grace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid yet.")]
 
 
-def routes(*, operators: Operators, quota: Quota) -> Sequence[HTTPRouteHandler]:
-    """The handlers under `/admin/v1`."""
-    return [*_account_routes(operators), *_tenant_routes(operators, quota), *_token_routes(operators)]
+def routes(*, operators: Operators, quota: Quota) -> Sequence[Router]:
+    """What is under `/admin/v1`. No answer may be stored: each shows how things are now, and one of them a token."""
+    handlers = [*_account_routes(operators), *_tenant_routes(operators, quota), *_token_routes(operators)]
+    return [
+        Router("/", route_handlers=handlers, guards=[_known_query], cache_control=CacheControlHeader(no_store=True))
+    ]
+
+
+def _known_query(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """Refuse mistyped parameters: a token whose grace was overlooked would be gone at once. Raises InvalidOptions."""
+    strangers = connection.query_params.keys() - handler.parsed_fn_signature.parameters.keys()
+    if strangers:
+        raise InvalidOptions([FieldError(name, "is unknown") for name in sorted(strangers)])
 
 
 def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
-    async def view(name: str) -> AccountView:
-        account = operators.account(name)
+    async def view(account: Account) -> AccountView:
         return account_view(account, (await operators.balances((account,)))[account.id])
 
     @put(
         "/accounts/{name:str}",
         operation_id="put-account",
         summary="Make or replace an account",
-        responses=openapi.problems(401, 422, 503),
+        responses=openapi.problems(400, 401, 422, 503),
     )
-    async def put_account(name: Name, data: JSONBody[AccountBody]) -> AccountView:
-        await operators.put_account(name, data.user_key, data.base_url, data.policy())
-        return await view(name)
+    async def put_account(name: NewName, data: JSONBody[AccountBody]) -> AccountView:
+        return await view(await operators.put_account(name, data.key(), data.url(), data.policy()))
 
     @get(
         "/accounts",
@@ -59,7 +73,7 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         responses=openapi.problems(401, 503),
     )
     async def list_accounts() -> AccountList:
-        accounts = operators.accounts()
+        accounts = await operators.accounts()
         states = await operators.balances(accounts)
         return AccountList([account_view(each, states[each.id]) for each in accounts])
 
@@ -70,13 +84,13 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         responses=openapi.problems(401, 404, 503),
     )
     async def read_account(name: Name) -> AccountView:
-        return await view(name)
+        return await view(await operators.account(name))
 
     @delete(
         "/accounts/{name:str}",
         operation_id="delete-account",
         summary="Delete an account",
-        responses=openapi.problems(401, 404, 409, 503),
+        responses=openapi.problems(401, 404, 409, 422, 503),
     )
     async def delete_account(name: Name, force: Force = False) -> None:
         await operators.delete_account(name, force=force)
@@ -89,8 +103,7 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         status_code=200,
     )
     async def reopen(name: Name) -> AccountView:
-        await operators.reopen(name)
-        return await view(name)
+        return await view(await operators.reopen(name))
 
     return [put_account, list_accounts, read_account, delete_account, reopen]
 
@@ -103,9 +116,9 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         "/tenants/{name:str}",
         operation_id="put-tenant",
         summary="Make or replace a tenant",
-        responses=openapi.problems(401, 422, 503),
+        responses=openapi.problems(400, 401, 422, 503),
     )
-    async def put_tenant(name: Name, data: JSONBody[TenantBody]) -> TenantView:
+    async def put_tenant(name: NewName, data: JSONBody[TenantBody]) -> TenantView:
         return await view(await operators.put_tenant(data.tenant(name)))
 
     @get(
@@ -115,7 +128,7 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         responses=openapi.problems(401, 503),
     )
     async def list_tenants() -> TenantList:
-        return TenantList([await view(tenant) for tenant in operators.tenants()])
+        return TenantList([await view(tenant) for tenant in await operators.tenants()])
 
     @get(
         "/tenants/{name:str}",
@@ -124,13 +137,13 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         responses=openapi.problems(401, 404, 503),
     )
     async def read_tenant(name: Name) -> TenantView:
-        return await view(operators.tenant(name))
+        return await view(await operators.tenant(name))
 
     @delete(
         "/tenants/{name:str}",
         operation_id="delete-tenant",
         summary="Delete a tenant and its tokens",
-        responses=openapi.problems(401, 404, 409, 503),
+        responses=openapi.problems(401, 404, 409, 422, 503),
     )
     async def delete_tenant(name: Name, force: Force = False) -> None:
         await operators.delete_tenant(name, force=force)
@@ -143,19 +156,18 @@ def _token_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         "/tenants/{name:str}/tokens",
         operation_id="create-token",
         summary="Make a token for a tenant, shown once",
-        responses=openapi.problems(401, 404, 422, 503),
+        responses=openapi.problems(400, 401, 404, 422, 503),
     )
     async def create_token(name: Name, data: JSONBody[TokenBody | None] = None) -> NewTokenView:
         body = data or TokenBody()
-        expires = body.expires_at.timestamp() if body.expires_at else None
-        made = await operators.create_token(name, body.label, expires)
+        made = await operators.create_token(name, body.label, body.expires())
         return NewTokenView(made.token.id, made.text, expiry(made.token))
 
     @delete(
         "/tenants/{name:str}/tokens/{token_id:str}",
         operation_id="revoke-token",
         summary="Revoke a token, at once or after a grace",
-        responses=openapi.problems(401, 404, 503),
+        responses=openapi.problems(401, 404, 422, 503),
     )
     async def revoke_token(name: Name, token_id: FromPath[str], grace: Grace = 0) -> None:
         await operators.revoke_token(name, token_id, grace)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
@@ -26,26 +29,43 @@ from service.domain.tenancy import (
 from service.usecases.quota import QuotaReport
 
 _MOST = 10**12
+_MOST_YUAN = 10**10
+_END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 Whole = Annotated[int, Meta(ge=0, le=_MOST)]
-GivenYuan = Annotated[Decimal, Meta(description="Yuan, with at most two decimals.")]
+GivenYuan = Annotated[float, Meta(ge=0, le=_MOST_YUAN, description="Yuan, with at most two decimals.")]
 
 
 class AccountBody(Struct, frozen=True, forbid_unknown_fields=True):
     """An account at the upstream. What is left out gets its default; only the key is kept."""
 
-    user_key: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
-    base_url: Annotated[str, Meta(pattern=r"\Ahttps?://[^\s/?#@]+(/[^\s?#]*)?\Z", max_length=512)] | None = None
+    user_key: Annotated[str, Meta(min_length=1, max_length=512, description="Of printable ASCII.")] | None = None
+    base_url: Annotated[str, Meta(max_length=512, description="Where the upstream is, if not as usual.")] | None = None
     floor_count: Whole = 0
-    floor_money: GivenYuan = Decimal(0)
-    max_price: dict[Kind, GivenYuan] = {}
+    floor_money: GivenYuan = 0
+    max_price: Annotated[dict[Kind, GivenYuan], Meta(description="The most a task of a kind can cost.")] = {}
+
+    def key(self) -> str | None:
+        """The key, if one is given. Raises InvalidOptions, without it, for what can't be one."""
+        if self.user_key is not None and not re.fullmatch(r"[!-~]+", self.user_key):
+            raise InvalidOptions([FieldError("user_key", "must be printable ASCII without spaces")])
+        return self.user_key
+
+    def url(self) -> str | None:
+        """The base address without a slash at its end. Raises InvalidOptions for what is none."""
+        if self.base_url is None:
+            return None
+        if not _is_base_url(self.base_url):
+            wanted = "must be a URL such as http://host or https://host/path, without credentials, query or fragment"
+            raise InvalidOptions([FieldError("base_url", wanted)])
+        return self.base_url.rstrip("/")
 
     def policy(self) -> AccountPolicy:
         """The part that the ledger goes by. Raises InvalidOptions for amounts that are none."""
         return AccountPolicy(
             floor_count=self.floor_count,
             floor_money=_fen("floor_money", self.floor_money),
-            max_price={kind: _fen("max_price", price) for kind, price in self.max_price.items()},
+            max_price={kind: _fen(f"max_price.{kind}", price) for kind, price in self.max_price.items()},
         )
 
 
@@ -69,18 +89,28 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
 
     def tenant(self, name: str) -> Tenant:
         """The tenant it describes, without its id. Raises InvalidOptions."""
-        if len({limit.window for limit in self.limits}) < len(self.limits):
-            raise InvalidOptions([FieldError("limits", "must name each window at most once")])
+        faults = [
+            *_repeated("accounts", "account", self.accounts),
+            *_repeated("limits", "window", [limit.window for limit in self.limits]),
+            *_repeated("kinds", "kind", self.kinds or []),
+            *(
+                FieldError(f"limits[{place}]", "must limit tasks, money or both")
+                for place, limit in enumerate(self.limits)
+                if limit.tasks is None and limit.money is None
+            ),
+        ]
+        if faults:
+            raise InvalidOptions(faults)
         limits = tuple(
-            Limit(each.window, each.tasks, None if each.money is None else _fen("limits", each.money))
-            for each in self.limits
+            Limit(each.window, each.tasks, None if each.money is None else _fen(f"limits[{place}].money", each.money))
+            for place, each in enumerate(self.limits)
         )
         return Tenant(
             id=0,
             name=name,
-            accounts=tuple(dict.fromkeys(self.accounts)),
+            accounts=tuple(self.accounts),
             policy=TenantPolicy(limits=limits, max_active=self.max_active, purse=self.purse),
-            kinds=None if self.kinds is None else tuple(dict.fromkeys(self.kinds)),
+            kinds=None if self.kinds is None else tuple(self.kinds),
             disabled=self.disabled,
         )
 
@@ -88,8 +118,17 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
 class TokenBody(Struct, frozen=True, forbid_unknown_fields=True):
     """A token to be made."""
 
-    label: Annotated[str, Meta(max_length=200)] | None = None
-    expires_at: Annotated[datetime, Meta(tz=True)] | None = None
+    label: Annotated[str, Meta(max_length=200, description="What it is for.")] | None = None
+    expires_at: Annotated[datetime, Meta(tz=True, description="In the future, with a time zone.")] | None = None
+
+    def expires(self) -> float | None:
+        """When it expires, in seconds since the epoch. Raises InvalidOptions for the end of all years."""
+        if self.expires_at is None:
+            return None
+        seconds = self.expires_at.timestamp()
+        if seconds > _END_OF_TIME:
+            raise InvalidOptions([FieldError("expires_at", "must be before the end of the year 9999")])
+        return seconds
 
 
 class NewTokenView(Struct, frozen=True):
@@ -221,9 +260,23 @@ def _figure(figure: Figure | None, unit: int) -> FigureView | None:
     return FigureView(figure.value if unit == 1 else yuan(figure.value), moment(figure.received))
 
 
-def _fen(field: str, amount: Decimal) -> int:
-    """Yuan as fen. Raises InvalidOptions for what is no amount of money."""
-    fen = amount * FEN
-    if not amount.is_finite() or not 0 <= fen <= _MOST or fen != fen.to_integral_value():
-        raise InvalidOptions([FieldError(field, "must be an amount in yuan from 0 on, with at most two decimals")])
+def _fen(field: str, amount: float) -> int:
+    """Yuan as fen. Raises InvalidOptions for fractions of a fen."""
+    fen = Decimal(repr(amount)) * FEN  # the digits that were sent, and not those of the nearest binary fraction
+    if fen != int(fen):
+        raise InvalidOptions([FieldError(field, "must be an amount in yuan with at most two decimals")])
     return int(fen)
+
+
+def _is_base_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port  # reading them is what checks them
+    except ValueError:
+        return False
+    plain = re.fullmatch(r"[!-~]+", text) and "@" not in parts.netloc and "?" not in text and "#" not in text
+    return bool(plain and host and parts.scheme in {"http", "https"})
+
+
+def _repeated(field: str, what: str, values: Sequence[str]) -> Sequence[FieldError]:
+    return [FieldError(field, f"must name each {what} at most once")] if len(set(values)) < len(values) else []

@@ -1,14 +1,17 @@
 """Operators' work on accounts, tenants and tokens.
 
 Every change is made from the newest version and written only if it still is, so that two operators never undo each
-other. `PUT` replaces: what is left out gets its default, only secrets are kept.
+other. `PUT` replaces: what is left out gets its default, only secrets are kept. Reads see the newest version too, also
+right after a change that another process made. Everything raises LedgerUnavailable while Redis is away.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -16,7 +19,7 @@ from msgspec import Struct
 
 from service.domain import tenancy
 from service.domain.balance import AccountState
-from service.domain.errors import Conflict, FieldError, InvalidOptions, NotFound, Overloaded
+from service.domain.errors import Conflict, FieldError, InvalidOptions, LedgerUnavailable, NotFound, Overloaded
 from service.domain.registry import Registry
 from service.domain.taskid import Sealer
 from service.domain.tenancy import Account, AccountPolicy, Tenant, Token
@@ -28,6 +31,7 @@ _TRIES = 10
 _TOKEN_ID_BYTES = 6
 
 R = TypeVar("R")
+Owner = TypeVar("Owner", Account, Tenant)
 
 
 class NewToken(Struct, frozen=True):
@@ -48,28 +52,32 @@ class Operators:
         self._ledger = ledger
         self._user_keys = user_keys
         self._clock = clock
+        self._changing = asyncio.Lock()
 
     async def put_account(
         self, name: str, user_key: str | None, base_url: str | None, policy: AccountPolicy
     ) -> Account:
         """Make or replace an account; without a key the one it has is kept.
 
+        What changed so that the account may be able to pay again gets it looked at anew, as `reopen` does.
         Raises InvalidOptions if a new account has no key.
         """
         sealed = self._user_keys.seal(user_key.encode()) if user_key is not None else None
 
-        def change(now: Registry) -> tuple[RegistryChange, Account]:
+        def change(now: Registry) -> tuple[RegistryChange, tuple[Account, bool]]:
             known = now.accounts.get(name)
             key = sealed or (known.user_key if known else None)
             if key is None:
                 raise InvalidOptions([FieldError("user_key", "is required for a new account")])
             account = Account(known.id if known else now.next_id, name, key, base_url, policy)
             next_id = now.next_id + (known is None)
-            return RegistryChange(version=now.version, next_id=next_id, accounts=(account,)), account
+            made = RegistryChange(version=now.version, next_id=next_id, accounts=(account,))
+            return made, (account, known is not None and _may_pay_again(known, account))
 
-        account = await self._change("account.put", change)
-        if user_key is not None:
-            await self._ledger.reopen(account.id)  # a new key deserves a new look
+        about = {"base_url": base_url, "policy": msgspec.to_builtins(policy), "key_given": user_key is not None}
+        account, reopens = await self._change("account.put", change, account=name, **about)
+        if reopens:
+            await self._ledger.reopen(account.id)
         return account
 
     async def put_tenant(self, tenant: Tenant) -> Tenant:
@@ -84,90 +92,109 @@ class Operators:
             next_id = now.next_id + (known is None)
             return RegistryChange(version=now.version, next_id=next_id, tenants=(put,)), put
 
-        return await self._change("tenant.put", change)
+        about = msgspec.to_builtins(tenant)
+        del about["id"], about["name"]
+        return await self._change("tenant.put", change, tenant=tenant.name, **about)
 
     async def delete_account(self, name: str, *, force: bool) -> None:
-        """Take an account out. Unless forced it must have nothing open and no tenant that uses it. Raises Conflict."""
-        account = self.account(name)
-        state = (await self._ledger.accounts([account.id]))[account.id]
+        """Take an account out. Unless forced it must have nothing open and no tenant that uses it.
+
+        By force it is taken from its tenants too, so that none of them spends from another account that is given the
+        name later. Raises Conflict or NotFound.
+        """
+        account = await self.account(name)
+        state = (await self.balances((account,)))[account.id]
         if state.open and not force:
             raise Conflict(f"{state.open} submissions of account {name} have not ended. Wait for them, or force it.")
 
         def change(now: Registry) -> tuple[RegistryChange, None]:
-            users = [tenant.name for tenant in now.tenants.values() if name in tenant.accounts]
+            _same(now.accounts, account, "account")
+            users = [tenant for tenant in now.tenants.values() if name in tenant.accounts]
             if users and not force:
-                raise Conflict(f"Account {name} is used by {', '.join(users)}. Change them first, or force it.")
-            drop = (now.accounts[name],) if name in now.accounts else ()
-            return RegistryChange(version=now.version, next_id=now.next_id, drop_accounts=drop), None
-
-        await self._change("account.delete", change)
-
-    async def delete_tenant(self, name: str, *, force: bool) -> None:
-        """Take a tenant and its tokens out. Unless forced it must have no active task. Raises Conflict."""
-        tenant = self.tenant(name)
-        counters = await self._ledger.counters(tenant.id)
-        if counters.state.active and not force:
-            raise Conflict(f"{counters.state.active} tasks of tenant {name} are active. Wait for them, or force it.")
-
-        def change(now: Registry) -> tuple[RegistryChange, None]:
-            drop = (now.tenants[name],) if name in now.tenants else ()
-            tokens = tuple(token for each in drop for token in now.tokens_of(each))
-            made = RegistryChange(version=now.version, next_id=now.next_id, drop_tenants=drop, drop_tokens=tokens)
+                names = ", ".join(tenant.name for tenant in users)
+                raise Conflict(f"Account {name} is used by {names}. Change them first, or force it.")
+            left = tuple(
+                msgspec.structs.replace(each, accounts=tuple(other for other in each.accounts if other != name))
+                for each in users
+            )
+            made = RegistryChange(version=now.version, next_id=now.next_id, tenants=left, drop_accounts=(account,))
             return made, None
 
-        await self._change("tenant.delete", change)
+        await self._change("account.delete", change, account=name, force=force, open=state.open)
+
+    async def delete_tenant(self, name: str, *, force: bool) -> None:
+        """Take a tenant and its tokens out. Unless forced it must have no active task. Raises Conflict or NotFound."""
+        tenant = await self.tenant(name)
+        active = (await self._ledger.counters(tenant.id)).state.active
+        if active and not force:
+            raise Conflict(f"{active} tasks of tenant {name} are active. Wait for them, or force it.")
+
+        def change(now: Registry) -> tuple[RegistryChange, None]:
+            found = _same(now.tenants, tenant, "tenant")
+            tokens = now.tokens_of(found)
+            made = RegistryChange(version=now.version, next_id=now.next_id, drop_tenants=(found,), drop_tokens=tokens)
+            return made, None
+
+        await self._change("tenant.delete", change, tenant=name, force=force, active=active)
 
     async def create_token(self, tenant_name: str, label: str | None, expires: float | None) -> NewToken:
-        """Make a token for a tenant; `expires` in seconds since the epoch. Raises NotFound."""
-        text = tenancy.new_token()
+        """Make a token for a tenant, whose expired ones go; `expires` in seconds since the epoch.
+
+        Raises NotFound, or InvalidOptions if it would have expired by now.
+        """
+        text, token_id, created = tenancy.new_token(), secrets.token_hex(_TOKEN_ID_BYTES), self._clock.now()
+        if expires is not None and expires <= created:
+            raise InvalidOptions([FieldError("expires_at", "must be in the future")])
 
         def change(now: Registry) -> tuple[RegistryChange, Token]:
             tenant = _found(now.tenants, tenant_name, "tenant")
-            token = Token(
-                id=secrets.token_hex(_TOKEN_ID_BYTES),
-                tenant=tenant.id,
-                digest=tenancy.digest(text),
-                label=label,
-                created=self._clock.now(),
-                expires=expires,
-            )
-            return RegistryChange(version=now.version, next_id=now.next_id, tokens=(token,)), token
+            expired = tuple(each for each in now.tokens_of(tenant) if not each.valid_at(created))
+            token = Token(token_id, tenant.id, tenancy.digest(text), label, created, expires)
+            made = RegistryChange(version=now.version, next_id=now.next_id, tokens=(token,), drop_tokens=expired)
+            return made, token
 
-        return NewToken(await self._change("token.create", change), text)
+        about = {"id": token_id, "label": label, "expires": expires}
+        return NewToken(await self._change("token.create", change, tenant=tenant_name, **about), text)
 
     async def revoke_token(self, tenant_name: str, token_id: str, grace: float) -> None:
-        """Let a token expire in `grace` seconds, at once if 0. Raises NotFound."""
+        """Let a token expire in `grace` seconds, at once if 0; never later than it would. Raises NotFound."""
+        end = self._clock.now() + grace
 
         def change(now: Registry) -> tuple[RegistryChange, None]:
             tenant = _found(now.tenants, tenant_name, "tenant")
             token = _found({each.id: each for each in now.tokens_of(tenant)}, token_id, "token")
             if not grace:
                 return RegistryChange(version=now.version, next_id=now.next_id, drop_tokens=(token,)), None
-            end = self._clock.now() + grace
-            left = msgspec.structs.replace(token, expires=min(end, token.expires or end))
+            left = msgspec.structs.replace(token, expires=end if token.expires is None else min(end, token.expires))
             return RegistryChange(version=now.version, next_id=now.next_id, tokens=(left,)), None
 
-        await self._change("token.revoke", change)
+        await self._change("token.revoke", change, tenant=tenant_name, id=token_id, grace=grace)
 
-    async def reopen(self, name: str) -> None:
-        """Let the next submission find out whether an exhausted or invalid account can be used again."""
-        await self._ledger.reopen(self.account(name).id)
+    async def reopen(self, name: str) -> Account:
+        """Let the next submission find out whether an exhausted or invalid account can be used. Raises NotFound."""
+        account = await self.account(name)
+        await self._ledger.reopen(account.id)
         _log.info("account.reopen", account=name)
+        return account
 
-    def account(self, name: str) -> Account:
+    async def account(self, name: str) -> Account:
         """An account by its name. Raises NotFound."""
+        await self._registry.refresh()
         return _found(self._registry.current.accounts, name, "account")
 
-    def accounts(self) -> tuple[Account, ...]:
+    async def accounts(self) -> tuple[Account, ...]:
         """All accounts, by name."""
+        await self._registry.refresh()
         return tuple(account for _, account in sorted(self._registry.current.accounts.items()))
 
-    def tenant(self, name: str) -> Tenant:
+    async def tenant(self, name: str) -> Tenant:
         """A tenant by its name. Raises NotFound."""
+        await self._registry.refresh()
         return _found(self._registry.current.tenants, name, "tenant")
 
-    def tenants(self) -> tuple[Tenant, ...]:
+    async def tenants(self) -> tuple[Tenant, ...]:
         """All tenants, by name."""
+        await self._registry.refresh()
         return tuple(tenant for _, tenant in sorted(self._registry.current.tenants.items()))
 
     def tokens(self, tenant: Tenant) -> tuple[Token, ...]:
@@ -179,27 +206,39 @@ class Operators:
         """What the ledger knows of each account, by id."""
         return await self._ledger.accounts([account.id for account in accounts])
 
-    async def _change(self, what: str, make: Callable[[Registry], tuple[RegistryChange, R]]) -> R:
-        for _ in range(_TRIES):
-            await self._registry.refresh()
-            change, result = make(self._registry.current)
-            if await self._store.write(change):
+    async def _change(self, what: str, make: Callable[[Registry], tuple[RegistryChange, R]], **about: Any) -> R:
+        """Write what `make` makes of the newest version, again if another process was faster, and log it."""
+        async with self._changing:  # those of one process need not race each other
+            for _ in range(_TRIES):
                 await self._registry.refresh()
-                _log.info(what, version=change.version + 1, **_named(change))
-                return result
+                change, result = make(self._registry.current)
+                if await self._store.write(change):
+                    _log.info(what, version=change.version + 1, **about)
+                    with suppress(LedgerUnavailable):  # it was done all the same, and is followed in the background
+                        await self._registry.refresh()
+                    return result
         raise Overloaded("The registry is being changed by others. Try again.", retry_after=1)
 
 
-def _named(change: RegistryChange) -> dict[str, list[str]]:
-    """Whom a change concerns, for the log."""
-    return {
-        "accounts": [each.name for each in (*change.accounts, *change.drop_accounts)],
-        "tenants": [each.name for each in (*change.tenants, *change.drop_tenants)],
-        "credentials": [each.id for each in (*change.tokens, *change.drop_tokens)],
-    }
+def _may_pay_again(old: Account, new: Account) -> bool:
+    """Whether an account that was found unable to pay deserves a new look: another key, place, or a lower floor."""
+    return (
+        new.user_key != old.user_key
+        or new.base_url != old.base_url
+        or new.policy.floor_count < old.policy.floor_count
+        or new.policy.floor_money < old.policy.floor_money
+    )
 
 
 def _found(table: Mapping[str, R], name: str, what: str) -> R:
     if name not in table:
         raise NotFound(f"There is no {what} {name}.")
     return table[name]
+
+
+def _same(table: Mapping[str, Owner], looked_at: Owner, what: str) -> Owner:
+    """The owner that was looked at, as it is now, and not another one that was given its name since."""
+    found = _found(table, looked_at.name, what)
+    if found.id != looked_at.id:
+        raise Conflict(f"The {what} {looked_at.name} was deleted and made anew meanwhile. Look at it again.")
+    return found
