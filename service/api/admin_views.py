@@ -119,15 +119,15 @@ class TokenBody(Struct, frozen=True, forbid_unknown_fields=True):
     """A token to be made."""
 
     label: Annotated[str, Meta(max_length=200, description="What it is for.")] | None = None
-    expires_at: Annotated[datetime, Meta(tz=True, description="In the future, with a time zone.")] | None = None
+    expires_at: Annotated[datetime, Meta(tz=True, description="With a time zone.")] | None = None
 
     def expires(self) -> float | None:
-        """When it expires, in seconds since the epoch. Raises InvalidOptions for the end of all years."""
+        """When it expires, in seconds since the epoch. Raises InvalidOptions if no clock will show it."""
         if self.expires_at is None:
             return None
         seconds = self.expires_at.timestamp()
-        if seconds > _END_OF_TIME:
-            raise InvalidOptions([FieldError("expires_at", "must be before the end of the year 9999")])
+        if not 0 <= seconds <= _END_OF_TIME:
+            raise InvalidOptions([FieldError("expires_at", "must be between the years 1970 and 9999")])
         return seconds
 
 
