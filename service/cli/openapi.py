@@ -18,7 +18,7 @@ _NOTHING_IS_CONNECTED = {
     "GATEWAY_REDIS_URL": "redis://localhost",
     "GATEWAY_UPSTREAM_URL": "http://localhost",
     "GATEWAY_SECRET_KEYS": "A" * 43 + "=",
-    "GATEWAY_ADMIN_TOKEN": "nobody listens",
+    "GATEWAY_ADMIN_TOKEN": "nobody-listens",
 }
 
 

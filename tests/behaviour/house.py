@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -315,6 +316,17 @@ async def house_of_fakes() -> AsyncIterator[tuple[House, FakeLedger, FakeUpstrea
     await background.drain(0)
 
 
+_KEPT = re.compile(r"\{gw\}:(clock|registry|leases|watch|(tenant|account):\d+)")
+"""The keys that may stay for ever: there are only so many of them, and deleting their owner deletes them."""
+
+
+async def no_key_is_left_for_ever(client: Any) -> None:
+    """Fail if a key was written that has no time to live and no reason to have none."""
+    async for key in client.scan_iter():
+        name = key.decode()
+        assert await client.pttl(key) > 0 or _KEPT.fullmatch(name), f"{name} would stay for ever"
+
+
 @asynccontextmanager
 async def real_house(valkey: Valkey) -> AsyncIterator[House]:
     """A real Valkey, which is emptied first, and the sandbox."""
@@ -343,4 +355,5 @@ async def real_house(valkey: Valkey) -> AsyncIterator[House]:
             await client.set(clock, now + int(seconds * 1000))
 
         services = await stack.enter_async_context(assembled(settings))
+        stack.push_async_callback(no_key_is_left_for_ever, client)
         yield await stack.enter_async_context(opened(services, SandboxControl(sandbox.control), pass_time))

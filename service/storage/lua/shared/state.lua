@@ -1,6 +1,8 @@
--- The clock, the states, the calendar: shared by the scripts, which are put behind state, balance and quota. The rules are those of service/domain/quota.py and
--- balance.py, name for name: there they are specified, here they are carried out where nothing can come between.
--- Times are milliseconds, money is in fen. States are kept as MessagePack; nothing that may be empty is a table in them.
+-- The clock, the states and the calendar: shared by the scripts, which are put behind state, balance and quota.
+--
+-- The rules are those of service/domain/quota.py and balance.py, name for name: there they are specified, here they are
+-- carried out where nothing can come between. Times are milliseconds, money is in fen. States are kept as MessagePack;
+-- nothing that may be empty is a table in them, since Lua does not tell an empty list from an empty map.
 
 local WINDOWS = {'minute', 'hour', 'day', 'month', 'total'}
 local PROBE_INTERVAL = 60000
