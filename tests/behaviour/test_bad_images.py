@@ -1,0 +1,118 @@
+"""An image that can't be worked on is refused before anything is spent on it."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.behaviour.aftermath import EVERY_POLICY, nothing_happened, problem
+from tests.behaviour.house import MAX_BYTES, MAX_PIXELS, House
+from tests.support.images import encoded, picture, png
+from tests.support.valkey import Valkey
+
+JPEG = encoded(picture(), "JPEG")
+WEBP = encoded(picture(), "WEBP")
+
+
+@pytest.fixture
+async def spending(house: House, valkey: Valkey) -> AsyncIterator[House]:
+    """A house in which nothing may be spent until the test has ended."""
+    await house.put_tenant(**EVERY_POLICY)
+    yield house
+    await nothing_happened(house, valkey)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A whole PNG of few bytes that would unfold into this many pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    row = b"\0" * (1 + (width + 7) // 8)
+    packer = zlib.compressobj(9)
+    pixels = b"".join(packer.compress(row) for _ in range(min(height, 10_000))) + packer.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+async def test_no_image(spending: House) -> None:
+    """A file that is no PNG, JPEG or WebP by its bytes is 415, whatever it is called, and told what would do."""
+    files = {
+        "GIF": encoded(picture(), "GIF"),
+        "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        "BMP": encoded(picture(), "BMP"),
+        "TIFF": encoded(picture(), "TIFF"),
+        "HTML": b"<!doctype html><title>Not found</title>",
+        "a text": b"data:image/png;base64,iVBORw0KGgo=",
+        "one byte": b"\x89",
+        "zeroes": b"\0" * 5_000,
+        "a PNG after a space": b" " + png(),
+    }
+    for name, image in files.items():
+        found = problem(await spending.submit(image=image), 415, "unsupported-media-type")
+        assert "PNG, JPEG or WebP" in found["detail"], name
+
+
+async def test_broken_image(spending: House) -> None:
+    """An image that is empty, cut off or broken is 422."""
+    files = {
+        "empty": b"",
+        "a PNG without its end": png()[:-12],
+        "a PNG without its last byte": png()[:-1],
+        "half a PNG": png()[: len(png()) // 2],
+        "the signature of a PNG": png()[:8],
+        "a PNG whose header was altered": png()[:17] + b"\xff" + png()[18:],
+        "a JPEG without its end": JPEG[:-2],
+        "half a JPEG": JPEG[: len(JPEG) // 2],
+        "the signature of a JPEG": JPEG[:3],
+        "half a WebP": WEBP[: len(WEBP) // 2],
+        "a PNG of no size": bomb(0, 0),
+    }
+    for name, image in files.items():
+        found = problem(await spending.submit(image=image), 422, "invalid-image")
+        assert "image" in found["detail"], name
+
+
+async def test_too_many_bytes(spending: House) -> None:
+    """An image over the limit on bytes is 413, whether its length is announced or not."""
+    image = png() + b"\0" * (MAX_BYTES + 1 - len(png()))
+    found = problem(await spending.submit(image=image), 413, "image-too-large")
+    assert str(MAX_BYTES) in found["detail"]
+    problem(await spending.submit(image=image + b"\0" * MAX_BYTES), 413, "image-too-large")
+
+    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield head
+        for start in range(0, len(image), 100_000):
+            yield image[start : start + 100_000]
+        yield b"\r\n--b--\r\n"
+
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = await spending.call("POST", "/v1/tasks/face-enhance", content=chunks(), headers=headers)
+    assert answer.request.headers["transfer-encoding"] == "chunked"
+    problem(answer, 413, "image-too-large")
+
+
+async def test_too_many_pixels(spending: House) -> None:
+    """An image over the limit on pixels is 413 by what it says of itself, however few bytes it has."""
+    for width, height in ((MAX_PIXELS + 1, 1), (2_001, 2_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)):
+        image = bomb(width, height) if width * height < 10**10 else bomb(1, 1)
+        if width == 2**31 - 1:
+            header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+            image = image[:12] + header + struct.pack(">I", zlib.crc32(header)) + image[33:]
+        assert len(image) < 200_000
+        found = problem(await spending.submit(image=image), 413, "image-too-large")
+        assert f"{width} x {height}" in found["detail"]
+
+
+async def test_just_within_the_limits(house: House) -> None:
+    """An image with exactly as many bytes, or pixels, as allowed is taken, and so are JPEG and WebP."""
+    largest = png() + b"\0" * (MAX_BYTES - len(png()))
+    for image in (largest, bomb(2_000, MAX_PIXELS // 2_000), JPEG, WEBP):
+        answer = await house.submit("seamless", image=image)
+        assert answer.status_code != 413, answer.text
+    assert await house.upstream.submits() == 4

@@ -1,0 +1,134 @@
+"""Bodies that don't come whole, or not as announced, on raw connections: answered where anybody listens, and free."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
+
+import pytest
+
+from service.api.uploads import Uploads
+from service.app import create_app
+from tests.behaviour.aftermath import EVERY_POLICY, nothing_happened
+from tests.behaviour.house import MAX_BYTES, MAX_PIXELS, House
+from tests.support.images import png
+from tests.support.serving import serving
+from tests.support.valkey import Valkey
+from tests.unit.asgi import Answer, connected, read_answer
+from tests.unit.forms import CONTENT_TYPE, field, file, form
+
+BODY = form(field("colors", "5"), file("image", png()))
+
+
+@pytest.fixture
+async def port(house: House, valkey: Valkey) -> AsyncIterator[int]:
+    """The port of a gateway that soon loses patience; until the test has ended, nothing may be spent."""
+    await house.put_tenant(**EVERY_POLICY)
+    patience = Uploads(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, idle_seconds=0.1, total_seconds=0.4)
+    async with serving(create_app(dataclasses.replace(house.services, uploads=patience))) as url:
+        yield port_of(url)
+    await nothing_happened(house, valkey)
+
+
+def port_of(url: str) -> int:
+    """The port of an address."""
+    return urlsplit(url).port or 0
+
+
+def head(house: House, *framing: str) -> bytes:
+    """The head of a submission."""
+    lines = ["POST /v1/tasks/vectorize HTTP/1.1", "Host: gateway", f"Authorization: Bearer {house.token}"]
+    return "\r\n".join([*lines, f"Content-Type: {CONTENT_TYPE}", *framing, "", ""]).encode()
+
+
+def announced(length: int) -> str:
+    """The length of a body."""
+    return f"Content-Length: {length}"
+
+
+def refused(answer: Answer, status: int, code: str) -> None:
+    """An answer that is this problem."""
+    assert (answer.status, answer.json()["code"]) == (status, code)
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["instance"] == answer.headers["x-request-id"]
+
+
+async def test_stops_half_way(house: House, port: int) -> None:
+    """A body that stops, wherever it does, is 400, and its connection is closed."""
+    for end in (0, 1, len(BODY) // 2, len(BODY) - 1):
+        async with connected(port) as (reader, writer):
+            writer.write(head(house, announced(len(BODY))) + BODY[:end])
+            answer = await read_answer(reader)
+            refused(answer, 400, "malformed-request")
+            assert answer.headers["connection"] == "close"
+            assert await reader.read() == b""
+
+
+async def test_trickles(house: House, port: int) -> None:
+    """A body that never stops coming but takes too long is 400, and its connection is closed."""
+    async with connected(port) as (reader, writer):
+        writer.write(head(house, "Transfer-Encoding: chunked"))
+        async with asyncio.timeout(10):
+            answering = asyncio.ensure_future(read_answer(reader))
+            for byte in BODY + b"\0" * 100_000:
+                writer.write(b"1\r\n%c\r\n" % byte)
+                done, _ = await asyncio.wait([answering], timeout=0.02)
+                if done:
+                    break
+            answer = await answering
+        refused(answer, 400, "malformed-request")
+        assert await reader.read() == b""
+
+
+async def test_leaves_half_way(house: House, port: int) -> None:
+    """Who hangs up within the body is counted as gone."""
+    for end in (0, len(BODY) // 2, len(BODY) - 1):
+        async with connected(port) as (_, writer):
+            writer.write(head(house, announced(len(BODY))) + BODY[:end])
+            await writer.drain()
+    async with asyncio.timeout(10):
+        while await _gone(house) < 3:
+            pass
+
+
+async def _gone(house: House) -> float:
+    """How many clients of submissions left before they were answered, by the metrics."""
+    lines = (await house.http.get(f"{house.ops_url}/metrics")).text.splitlines()
+    counted = [line for line in lines if "_requests_total{" in line and 'status="499"' in line]
+    return sum(float(line.rpartition(" ")[2]) for line in counted)
+
+
+async def test_ends_too_early(house: House, port: int) -> None:
+    """A body that is whole by its length, but whose form is not, is 400, and the connection goes on."""
+    async with connected(port) as (reader, writer):
+        for end in (len(BODY) - 5, len(BODY) // 2):
+            writer.write(head(house, announced(end)) + BODY[:end])
+            refused(await read_answer(reader), 400, "malformed-request")
+
+
+async def test_two_lengths(house: House, port: int) -> None:
+    """A request that tells its length in two ways, which two servers could read differently, is refused unread."""
+    for framing in (
+        (announced(len(BODY)), announced(3)),
+        (announced(len(BODY)), "Transfer-Encoding: chunked"),
+        ("Content-Length: -1",),
+        (f"Content-Length: {'9' * 40}",),
+        ("Content-Length: 0x10",),
+    ):
+        async with connected(port) as (reader, writer):
+            writer.write(head(house, *framing) + BODY)
+            status = (await reader.readline()).split()[1]
+            assert status == b"400", framing
+
+
+async def test_two_at_once(house: House) -> None:
+    """Two submissions sent in one go on one connection are two tasks, in their order."""
+    request = head(house, announced(len(BODY))) + BODY
+    async with connected(port_of(house.url)) as (reader, writer):
+        writer.write(request + request)
+        answers = [await read_answer(reader) for _ in range(2)]
+    assert [answer.status for answer in answers] == [201, 201]
+    assert len({answer.json()["id"] for answer in answers}) == 2
+    assert await house.upstream.submits() == 2

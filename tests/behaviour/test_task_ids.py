@@ -1,0 +1,79 @@
+"""A task is found by its tenant under its exact id, and by nobody else under nothing else."""
+
+from __future__ import annotations
+
+import string
+
+from tests.behaviour.aftermath import problem
+from tests.behaviour.house import House
+
+DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
+
+
+def alterations(task_id: str) -> list[str]:
+    """Ids that differ from this one in every way somebody might try."""
+    prefix, sealed = task_id[:5], task_id[5:]
+    altered = [
+        prefix + sealed[:place] + DIGITS[(DIGITS.index(digit) + 1) % 64] + sealed[place + 1 :]
+        for place, digit in enumerate(sealed)
+    ]
+    altered += [prefix + sealed[:end] for end in range(0, len(sealed), 7)]
+    altered += [prefix + sealed + more for more in ("A", "AAAA", "=", "==", "%20", "%0A", "%00")]
+    altered += [sealed, prefix.upper() + sealed, f"task-{sealed}", prefix + task_id, prefix + sealed[::-1]]
+    altered += [prefix + sealed.upper(), prefix + sealed.lower(), prefix + sealed[4:] + sealed[:4]]
+    # The last digit may stand for fewer bits than it could: other digits would decode to the same bytes.
+    altered += [prefix + sealed[:-1] + digit for digit in DIGITS if digit != sealed[-1]]
+    altered.append(prefix + sealed.replace("-", "%2B"))
+    return [*dict.fromkeys(each for each in altered if each != task_id)]
+
+
+async def test_altered_id(house: House) -> None:
+    """Any alteration of an id is answered exactly like an id that never was, and asks the upstream nothing."""
+    task_id = (await house.submit()).json()["id"]
+    assert (await house.call("GET", f"/v1/tasks/{task_id}")).status_code == 200
+    never = problem(await house.call("GET", "/v1/tasks/task_never"), 404, "not-found")
+    for altered in alterations(task_id):
+        found = problem(await house.call("GET", f"/v1/tasks/{altered}"), 404, "not-found")
+        assert found | {"instance": ""} == never | {"instance": ""}, altered
+    assert await house.upstream.checks() == 0
+
+
+async def test_somebody_elses_task(house: House) -> None:
+    """A task of another tenant looks exactly like one that never was: same body, same headers, not in any list."""
+    task = (await house.submit()).json()
+    await house.put_tenant("other")
+    other = await house.new_token("other")
+    foreign = await house.call("GET", f"/v1/tasks/{task['id']}", token=other)
+    never = await house.call("GET", "/v1/tasks/task_never", token=other)
+    assert problem(foreign, 404, "not-found") | {"instance": ""} == problem(never, 404, "not-found") | {"instance": ""}
+    assert {*foreign.headers} == {*never.headers}
+    tag = (await house.call("GET", task["links"]["self"])).headers["etag"]
+    condition = {"If-None-Match": tag}
+    problem(await house.call("GET", task["links"]["self"], token=other, headers=condition), 404, "not-found")
+    assert (await house.call("GET", "/v1/tasks", token=other)).json() == {"items": [], "next_cursor": None}
+    assert await house.upstream.checks() == 0
+
+
+async def test_somebody_elses_cursor(house: House) -> None:
+    """A cursor leads on in its own list only."""
+    tasks = [(await house.submit()).json()["id"] for _ in range(2)]
+    first = (await house.call("GET", "/v1/tasks?limit=1")).json()
+    following = (await house.call("GET", "/v1/tasks", params={"limit": 1, "cursor": first["next_cursor"]})).json()
+    assert sorted(each["id"] for each in first["items"] + following["items"]) == sorted(tasks)
+
+    await house.put_tenant("other")
+    other = await house.new_token("other")
+    assert (await house.submit(token=other)).status_code == 201
+    answer = await house.call("GET", "/v1/tasks", token=other, params={"cursor": first["next_cursor"]})
+    problem(answer, 400, "malformed-request")
+
+
+async def test_name_of_a_deleted_tenant(house: House) -> None:
+    """Who gets the name of a tenant that was deleted gets none of its tasks."""
+    task = (await house.submit()).json()
+    assert (await house.admin("DELETE", "/tenants/shop?force=true")).status_code == 204
+    problem(await house.call("GET", task["links"]["self"]), 401, "unauthenticated")
+    await house.put_tenant()
+    token = await house.new_token()
+    problem(await house.call("GET", task["links"]["self"], token=token), 404, "not-found")
+    assert (await house.call("GET", "/v1/tasks", token=token)).json()["items"] == []
