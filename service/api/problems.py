@@ -21,7 +21,9 @@ from structlog.typing import FilteringBoundLogger
 
 from service.api.ratelimit import rate_limit_headers
 from service.api.uploads import ClientLeft, TooSlow
+from service.api.views import yuan
 from service.domain import errors
+from service.domain.reservation import Violation
 from service.domain.tenancy import Window
 from service.domain.windows import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
 
@@ -115,6 +117,7 @@ PROBLEMS: tuple[ProblemType, ...] = tuple(
 
 CRASHED = Problem(INTERNAL, "The gateway failed. Its operators can find out why by the request id.")
 
+_IN_MONEY = frozenset(policy_name(window, COUNTED_MONEY) for window in Window)
 _PER_MINUTE = frozenset(policy_name(Window.MINUTE, counted) for counted in (COUNTED_TASKS, COUNTED_MONEY))
 
 
@@ -131,7 +134,7 @@ def to_problem(error: errors.GatewayError) -> Problem:
         case errors.QuotaDenied():
             kind = _quota_problem({violation.policy for violation in error.violations})
             extras["violated_policies"] = [
-                {"policy": each.policy, "limit": each.limit, "resets_at": _rfc3339(each.resets_at)}
+                {"policy": each.policy, "limit": _limit(each), "resets_at": _rfc3339(each.resets_at)}
                 for each in error.violations
             ]
             headers |= rate_limit_headers(error.limits)
@@ -269,6 +272,11 @@ def _quota_problem(policies: set[str]) -> ProblemType:
     if policies == {MAX_ACTIVE}:
         return TOO_MANY_ACTIVE
     return RATE_LIMITED if policies and policies <= _PER_MINUTE else QUOTA_EXCEEDED
+
+
+def _limit(violation: Violation) -> int | float:
+    """The limit in what callers count: tasks, or yuan."""
+    return yuan(violation.limit) if violation.policy in _IN_MONEY else violation.limit
 
 
 def _rfc3339(milliseconds: int | None) -> str | None:

@@ -114,10 +114,10 @@ def test_extras_carry_what_the_error_knows() -> None:
         "errors": [{"field": "scale", "detail": "must be a number"}]
     }
     assert to_problem(example(errors.UpstreamRejected)).extras == {"upstream_reason": "too dark"}
-    assert to_problem(quota(("day-tasks", 5, 1_767_312_000_000), ("total-money", 9, None))).extras == {
+    assert to_problem(quota(("day-tasks", 5, 1_767_312_000_000), ("total-money", 950, None))).extras == {
         "violated_policies": [
             {"policy": "day-tasks", "limit": 5, "resets_at": "2026-01-02T00:00:00Z"},
-            {"policy": "total-money", "limit": 9, "resets_at": None},
+            {"policy": "total-money", "limit": 9.5, "resets_at": None},
         ]
     }
 

@@ -1,0 +1,198 @@
+"""Whatever the upstream answers, a tenant gets an answer of the contract, and the money rule holds.
+
+Accepted and unknown submissions are charged, refused ones cost nothing; each is sent once; and no place stays reserved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from service.sandbox.dials import Dials, Fault, Operation
+from tests.behaviour.aftermath import problem
+from tests.behaviour.house import USER_KEY, House, SandboxControl, real_house
+from tests.contract.peer import answering, http, serving
+from tests.support.valkey import Valkey
+
+ACCEPTED = (201, None)
+UNKNOWN = (504, "submission-unknown")
+REJECTED = (502, "upstream-rejected")
+
+TAKEN_OR_NOT: dict[str, tuple[dict[str, Any], tuple[int, str | None]]] = {
+    "reset instead of an answer": ({"reply": "reset"}, UNKNOWN),
+    "reset before it was looked at": ({"reply": "reset", "when": "before"}, UNKNOWN),
+    "half the body": ({"reply": "cut"}, UNKNOWN),
+    "half the JSON": ({"reply": "garbled"}, UNKNOWN),
+    "a page with 200": ({"reply": "page"}, UNKNOWN),
+    "a page with 302": ({"reply": "page", "status": 302}, UNKNOWN),
+    "a page with 500": ({"reply": "page", "status": 500}, UNKNOWN),
+    "a page with 502, unsent by its words": ({"reply": "page", "status": 502, "when": "before"}, UNKNOWN),
+    "a page with 504": ({"reply": "page", "status": 504}, UNKNOWN),
+    "an acceptance with 500": ({"status": 500}, UNKNOWN),
+    "an acceptance with 202": ({"status": 202}, ACCEPTED),
+    "a page with 400": ({"reply": "page", "status": 400, "when": "before"}, REJECTED),
+    "a page with 404": ({"reply": "page", "status": 404, "when": "before"}, REJECTED),
+    "a page with 413": ({"reply": "page", "status": 413, "when": "before"}, REJECTED),
+    "a page with 429": ({"reply": "page", "status": 429, "when": "before"}, REJECTED),
+    "a rejection": ({"reject": "图片太小"}, REJECTED),
+    "an unknown message": ({"refuse": "系统繁忙"}, REJECTED),
+    "an empty message": ({"refuse": ""}, REJECTED),
+    "a rejection without its message": ({"reject": "图片太小", "wrong": {"err_msg": "null"}}, REJECTED),
+    "a rejection whose code is text": ({"reject": "图片太小", "wrong": {"err_code": "string"}}, REJECTED),
+    "err_code as text": ({"wrong": {"err_code": "string"}}, ACCEPTED),
+    "err_code null": ({"wrong": {"err_code": "null"}}, ACCEPTED),
+    "err_code missing": ({"wrong": {"err_code": "missing"}}, ACCEPTED),
+    "err_code negative": ({"wrong": {"err_code": "negative"}}, UNKNOWN),
+    "task_id missing": ({"wrong": {"task_id": "missing"}}, UNKNOWN),
+    "task_id null": ({"wrong": {"task_id": "null"}}, UNKNOWN),
+    "task_id a number": ({"wrong": {"task_id": "int"}}, ACCEPTED),
+    "figures missing": ({"wrong": {"remaining_count": "missing", "remaining_money": "missing"}}, ACCEPTED),
+    "figures null": ({"wrong": {"remaining_count": "null", "remaining_money": "null"}}, ACCEPTED),
+    "figures as text": ({"wrong": {"remaining_count": "string", "remaining_money": "string"}}, ACCEPTED),
+    "figures negative": ({"wrong": {"remaining_count": "negative", "remaining_money": "negative"}}, ACCEPTED),
+    "figures with fractions": ({"wrong": {"remaining_count": "float", "remaining_money": "float"}}, ACCEPTED),
+}
+"""What happens to a submit at the sandbox, and what the tenant is told."""
+
+ODD_ANSWERS: dict[str, tuple[bytes, tuple[int, str | None]]] = {
+    "nothing": (b"", UNKNOWN),
+    "null": (b"null", UNKNOWN),
+    "a list": (b'[{"err_code": 0, "task_id": "t"}]', UNKNOWN),
+    "a text": (b'"ok"', UNKNOWN),
+    "an empty object": (b"{}", UNKNOWN),
+    "success and no more": (b'{"err_code": 0}', UNKNOWN),
+    "not UTF-8": (b'{"err_code": 0, "task_id": "\xff"}', UNKNOWN),
+    "very deep": (b'{"err_code": 0, "x": ' + b"[" * 5_000 + b"]" * 5_000 + b"}", UNKNOWN),
+    "very large": (b'{"err_code": 0, "x": "' + b"x" * 500_000 + b'"}', UNKNOWN),
+    "an id that is a list": (b'{"err_code": 0, "task_id": ["t"]}', UNKNOWN),
+    "an id that is an object": (b'{"err_code": 0, "task_id": {"id": "t"}}', UNKNOWN),
+    "an id that is false": (b'{"err_code": 0, "task_id": false}', UNKNOWN),
+    "an empty id": (b'{"err_code": 0, "task_id": ""}', UNKNOWN),
+    "an id of 100,000 characters": (json.dumps({"err_code": 0, "task_id": "t" * 60_000}).encode(), UNKNOWN),
+    "error and id": (b'{"err_code": 1, "task_id": "t"}', UNKNOWN),
+    "an error code nobody knows": (b'{"err_code": 7, "err_msg": "?"}', REJECTED),
+    "a message that is an object": (b'{"err_code": 1, "err_msg": {"a": 1}}', REJECTED),
+    "a message with our secrets": (
+        json.dumps({"err_code": 1, "err_msg": f"bad key {USER_KEY} at http://10.0.0.1/x\r\nX: y"}).encode(),
+        REJECTED,
+    ),
+    "nonsense as figures": (b'{"err_code":0,"task_id":"a","remaining_count":{},"remaining_money":"1e999"}', ACCEPTED),
+    "huge figures": (
+        b'{"err_code":0,"task_id":"b","remaining_count":1e300,"remaining_money":' + b"9" * 400 + b"}",
+        ACCEPTED,
+    ),
+    "true and false": (b'{"err_code":false,"task_id":"c","remaining_count":true}', ACCEPTED),
+    "a byte order mark": (b'\xef\xbb\xbf{"err_code": 0, "task_id": "d"}', ACCEPTED),
+}
+"""What an upstream says to a submit, and what the tenant is told."""
+
+BAD_CHECKS: dict[str, dict[str, Any]] = {
+    "reset": {"reply": "reset"},
+    "half the body": {"reply": "cut"},
+    "half the JSON": {"reply": "garbled"},
+    "a page": {"reply": "page"},
+    "a page with 500": {"reply": "page", "status": 500},
+    "a page with 404": {"reply": "page", "status": 404},
+    "a page with 301": {"reply": "page", "status": 301},
+    "null status": {"wrong": {"status": "null"}},
+    "no status": {"wrong": {"status": "missing"}},
+    "a number as status": {"wrong": {"status": "int"}},
+    "no result": {"wrong": {"images_url": "missing"}},
+    "a null result": {"wrong": {"images_url": "null"}},
+    "a number as result": {"wrong": {"images_url": "int"}},
+    "unknown task": {"refuse": "任务未找到或状态未知"},
+    "unknown account": {"refuse": "账户不存在"},
+    "an unknown message": {"refuse": "系统繁忙"},
+}
+"""What happens to the check of a task that has ended well."""
+
+
+@pytest.fixture
+async def hostile(valkey: Valkey) -> AsyncIterator[House]:
+    """A house whose tenant sees what is counted, and whose account can pay for all."""
+    async with real_house(valkey) as house:
+        await house.put_tenant(limits=[{"window": "day", "tasks": 1_000}], max_active=1_000)
+        await house.upstream.set_balance(1_000, 1_000)
+        yield house
+
+
+async def strike(house: House, on: Operation, **fault: Any) -> None:
+    """Let something go wrong with the next submit, or the next check, and with nothing else."""
+    assert isinstance(house.upstream, SandboxControl)
+    await house.upstream._control.set_dials(Dials(faults=(Fault(on=on, times=1, **fault),)))
+
+
+async def counts(house: House) -> tuple[int, int, int]:
+    """Of the day's tasks: used and reserved; and how many are active."""
+    report = (await house.call("GET", "/v1/quota")).json()
+    policies: dict[str, dict[str, Any]] = {each["policy"]: each for each in report["policies"]}
+    return policies["day-tasks"]["used"], policies["day-tasks"]["reserved"], policies["max-active"]["used"]
+
+
+async def submitted(house: House, expected: tuple[int, str | None], name: str) -> str:
+    """Submit once, check what that was answered and what it was charged; the text of the answer."""
+    used, _, active = await counts(house)
+    answer = await house.submit()
+    status, code = expected
+    if code is None:
+        assert (answer.status_code, answer.json()["state"]) == (status, "queued"), (name, answer.text)
+    else:
+        found = problem(answer, status, code)
+        assert ("submission_id" in found) == (expected == UNKNOWN)
+        assert ("upstream_reason" in found) == (expected == REJECTED)
+        assert "retry-after" not in answer.headers
+    assert await counts(house) == (used + (expected != REJECTED), 0, active + (expected == ACCEPTED)), name
+    assert USER_KEY not in answer.text
+    return answer.text
+
+
+async def test_faulty_answer_to_a_submit(hostile: House) -> None:
+    """A submit whose answer went wrong is told by the money rule, sent once, and stands in nobody's way."""
+    for number, (name, (fault, expected)) in enumerate(TAKEN_OR_NOT.items(), 1):
+        await strike(hostile, "submit", **fault)
+        await submitted(hostile, expected, name)
+        assert await hostile.upstream.submits() == number
+    await submitted(hostile, ACCEPTED, "a whole answer")
+
+
+async def test_odd_answer_to_a_submit(hostile: House) -> None:
+    """No JSON, and none that is not the vendor's, makes the gateway fail, lose a task or send twice."""
+    for name, (body, expected) in ODD_ANSWERS.items():
+        async with serving(answering(http(body, Content_Type="application/json"))) as peer:
+            change = {"user_key": USER_KEY, "base_url": peer.url}
+            assert (await hostile.admin("PUT", "/accounts/main", json=change)).status_code == 200
+            text = await submitted(hostile, expected, name)
+            assert len(peer.requests) == 1, name
+            assert "10.0.0.1" not in text
+            assert peer.url not in text
+
+
+async def test_faulty_answer_to_a_check(hostile: House) -> None:
+    """A check whose answer went wrong changes nothing: the task runs on, can be read, and ends with a later check."""
+    for name, fault in BAD_CHECKS.items():
+        task = (await hostile.submit()).json()
+        checks = await hostile.upstream.checks()
+        await strike(hostile, "check", **fault)
+        await hostile.watch()
+        assert await hostile.upstream.checks() == checks + 1
+        answer = await hostile.call("GET", task["links"]["self"])
+        assert (answer.status_code, answer.json()["state"]) == (200, "queued"), (name, answer.text)
+        assert answer.json()["artifacts"] == []
+        assert (await hostile.finished(task["id"]))["state"] == "succeeded", name
+    assert (await counts(hostile))[1:] == (0, 0)
+
+
+async def test_redirect(hostile: House) -> None:
+    """A redirect is not followed, neither with the image nor with the key."""
+    async with serving(answering(http(b"{}"))) as lure:
+        for status in (301, 302, 303, 307, 308):
+            away = http(b"", status, Location=f"{lure.url}/api/submit_face_enhance_task")
+            async with serving(answering(away)) as peer:
+                change = {"user_key": USER_KEY, "base_url": peer.url}
+                assert (await hostile.admin("PUT", "/accounts/main", json=change)).status_code == 200
+                await submitted(hostile, UNKNOWN, str(status))
+                assert len(peer.requests) == 1
+        assert lure.connections == 0
