@@ -173,7 +173,7 @@ class FakeLedger:
     async def reopen(self, account: int) -> None:
         self._answer()
         state = self._account(account)
-        state.status, state.probe_at, state.count, state.money = Status.OPEN, 0, None, None
+        state.status, state.probe_at, state.closed, state.count, state.money = Status.OPEN, 0, 0, None, None
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         self._answer()

@@ -48,11 +48,13 @@ class AccountState(Struct):
     """The ledger's knowledge of one account.
 
     `open` counts submissions that were reserved and have not ended, `sending` those not yet settled. `seq` numbers the
-    reservations, so that a receipt can tell whether anything else happened on the account in the meantime.
+    reservations, so that a receipt can tell whether anything else happened on the account in the meantime. `closed` is
+    when the request was sent whose refusal closed the account.
     """
 
     status: Status = Status.OPEN
     probe_at: int = 0
+    closed: int = 0
     count: Figure | None = None
     money: Figure | None = None
     open: int = 0
@@ -126,12 +128,13 @@ def refuse(state: AccountState, status: Status, sent: int, received: int) -> Non
     """
     newest = max((figure.sent for figure in (state.count, state.money) if figure), default=0)
     if sent >= newest:
-        state.status, state.probe_at = status, received + PROBE_INTERVAL
+        state.status, state.probe_at, state.closed = status, received + PROBE_INTERVAL, sent
 
 
-def accept(state: AccountState) -> None:
-    """The upstream took a submission, so the account is known and could pay."""
-    state.status = Status.OPEN
+def accept(state: AccountState, sent: int) -> None:
+    """The upstream took a submission: the account is known and could pay, unless a later one was refused."""
+    if sent > state.closed:
+        state.status = Status.OPEN
 
 
 def receipt(

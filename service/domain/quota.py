@@ -142,7 +142,7 @@ def settle(
         _book_money(tenant, reservation, reserved=1)
         account.state.open += 1
         reservation.after = figures
-        balance.accept(account.state)
+        balance.accept(account.state, reservation.sent)
     elif outcome is ReservationState.UNKNOWN:
         _book(tenant, reservation, tasks=1)
         _book_money(tenant, reservation, used=1)

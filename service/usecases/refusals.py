@@ -12,6 +12,7 @@ from service.domain.errors import (
     UpstreamRejected,
     UpstreamUnavailable,
 )
+from service.domain.reasons import in_english
 from service.domain.reservation import NoAccount, PolicyDenied
 from service.domain.windows import RateLimit
 from service.usecases.ports import SubmitOutcome, Submitted
@@ -58,8 +59,9 @@ def misconfigured() -> AccountMisconfigured:
 def refusal(sent: Submitted, reservation: str) -> GatewayError:
     """What a caller is told of an outcome that is not an acceptance."""
     if sent.outcome is SubmitOutcome.REJECTED:
+        gist = in_english(sent.reason) or sent.reason or "It gave no reason."
         return UpstreamRejected(
-            "The upstream refused this image or its options. Nothing was charged.", reason=sent.reason
+            f"The upstream refused this submission, and nothing was charged: {gist}", reason=sent.reason
         )
     if sent.outcome is SubmitOutcome.EXHAUSTED:
         return _exhausted(PROBE_INTERVAL / 1000)

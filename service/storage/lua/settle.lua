@@ -57,7 +57,9 @@ if outcome == 'accepted' then
   book(tenant, reservation, {tasks = 1})
   book_money(tenant, reservation, 'money_reserved', 1)
   account.state.open = account.state.open + 1
-  account.state.status = 'open'
+  if reservation.sent > account.state.closed then
+    account.state.status = 'open'
+  end
   reservation.after = ask.figures
 elseif outcome == 'unknown' then
   book(tenant, reservation, {tasks = 1})

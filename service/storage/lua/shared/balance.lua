@@ -83,7 +83,7 @@ local function refuse(account, status, sent, received)
   local state = account.state
   local newest = math.max(state.count and state.count.sent or 0, state.money and state.money.sent or 0)
   if sent >= newest then
-    state.status, state.probe_at = status, received + PROBE_INTERVAL
+    state.status, state.probe_at, state.closed = status, received + PROBE_INTERVAL, sent
   end
 end
 
