@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from service import __version__
+from service.cli.lazy import LazyGroup
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -35,6 +36,27 @@ def load_settings() -> Settings:
         for fault in error.faults:
             click.echo(f"gateway: {fault}", err=True)
         sys.exit(2)
+
+
+def variable(name: str) -> str | None:
+    """An environment variable that somebody named on the command line."""
+    return os.environ.get(name)
+
+
+main.add_command(LazyGroup("account", "service.cli.accounts", "Accounts at the upstream."))
+main.add_command(LazyGroup("tenant", "service.cli.tenants", "Services that may submit tasks."))
+main.add_command(LazyGroup("token", "service.cli.tokens", "Tokens, with which tenants show who they are."))
+
+
+@main.command()
+@click.argument("tenant")
+@click.option("--url", help="The operators' port.  [default: as GATEWAY_OPS_HOST and GATEWAY_OPS_PORT say]")
+@click.option("--json", "as_json", is_flag=True, help="Print it for scripts.")
+def quota(tenant: str, url: str | None, *, as_json: bool) -> None:
+    """Show what TENANT may spend, and what it has spent."""
+    from service.cli.tenants import show_quota
+
+    show_quota(url=url, name=tenant, as_json=as_json)
 
 
 @main.command()

@@ -1,0 +1,170 @@
+"""How commands ask a running gateway, on its operators' port: there is one way to change things, and it is logged."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import click
+import httpx2
+import msgspec
+
+from service import environ
+from service.cli import load_settings
+from service.cli.shown import plain
+from service.settings import Settings
+
+T = TypeVar("T")
+
+_TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the gateway's answer as it is, for scripts.")
+
+
+class CommandError(click.ClickException):
+    """What ends a command with exit code 1; the message says to a person why."""
+
+    def show(self, file: Any = None) -> None:
+        """Print the message, without the word `Error` that Click would put in front."""
+        click.echo(self.message, file=file, err=file is None)
+
+
+class Refused(CommandError):
+    """The gateway answered with a problem document, `title: detail` and a line for each of its `errors`."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class FieldFault(msgspec.Struct, frozen=True):
+    """What is wrong with one field."""
+
+    field: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.detail}"
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """As much of a problem document as a person needs."""
+
+    title: str
+    detail: str
+    errors: tuple[FieldFault, ...] = ()
+
+    def __str__(self) -> str:
+        faults = [str(each) for each in self.errors]
+        detail = "" if self.detail == "; ".join(faults) else f" {plain(self.detail)}"
+        return "\n  ".join([f"{plain(self.title)}:{detail}", *map(plain, faults)])
+
+
+class Answer:
+    """What the gateway answered at `url`, or a part of it."""
+
+    def __init__(self, url: str, content: bytes) -> None:
+        self._url = url
+        self._content = content
+
+    def part(self, **members: Any) -> Answer:
+        """Only these members of it."""
+        return Answer(self._url, msgspec.json.encode(members))
+
+    def read(self, kind: type[T]) -> T:
+        """The answer as a value. Raises CommandError."""
+        try:
+            return msgspec.json.decode(self._content, type=kind)
+        except msgspec.DecodeError as error:
+            raise _stranger(self._url, plain(str(error))) from None
+
+    def pretty(self) -> str:
+        """The answer as indented JSON. Raises CommandError."""
+        self.read(object)
+        return msgspec.json.format(self._content, indent=2).decode()
+
+
+class OperatorsPort:
+    """The operators' port of a gateway. Every call raises CommandError, and none is sent twice."""
+
+    def __init__(self, url: str, http: httpx2.Client) -> None:
+        self._url = url
+        self._http = http
+
+    def ask(self, method: str, *path: str, body: Mapping[str, Any] | None = None, **query: Any) -> Answer:
+        """Call `/admin/v1` and the parts of a path, with a JSON body and a query."""
+        address = "/".join(["/admin/v1", *(quote(each, safe="") for each in path)])
+        content = None if body is None else msgspec.json.encode(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        try:
+            response = self._http.request(method, address, content=content, headers=headers, params=query)
+        except httpx2.RequestError as error:
+            raise CommandError(
+                f"gateway: no gateway answers at {self._url}: {plain(str(error)) or type(error).__name__}. "
+                "Start it, or name its operators' port with --url."
+            ) from None
+        if response.is_success:
+            return Answer(self._url, response.content)
+        try:
+            problem = msgspec.json.decode(response.content, type=Problem)
+        except msgspec.DecodeError:
+            raise _stranger(self._url, f"HTTP {response.status_code}") from None
+        raise Refused(response.status_code, str(problem))
+
+
+def asking(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the operators' port as its first argument, and the option that says where it is."""
+
+    @click.option("--url", help="The operators' port.  [default: as GATEWAY_OPS_HOST and GATEWAY_OPS_PORT say]")
+    @functools.wraps(command)
+    def with_port(*, url: str | None, **arguments: Any) -> None:
+        with connect(url) as port:
+            command(port, **arguments)
+
+    return with_port
+
+
+@contextmanager
+def connect(url: str | None) -> Iterator[OperatorsPort]:
+    """The operators' port at `url`, or where the settings say it is, with the operators' token. Raises CommandError."""
+    settings = load_settings()
+    base = (url or _address(settings)).rstrip("/")
+    headers = {"Authorization": f"Bearer {_admin_token(settings)}"}
+    try:
+        environ.http_url(base)
+        # A proxy out of the environment would be handed the token.
+        http = httpx2.Client(base_url=base, headers=headers, timeout=_TIMEOUT, trust_env=False)
+    except (ValueError, httpx2.InvalidURL):
+        raise CommandError(f"gateway: {plain(base)} is no address such as http://127.0.0.1:8081") from None
+    with http:
+        yield OperatorsPort(base, http)
+
+
+def _address(settings: Settings) -> str:
+    if not settings.ops_port:
+        raise CommandError("gateway: GATEWAY_OPS_PORT is 0, so that nobody knows which it became: use --url")
+    host = _EVERYWHERE.get(settings.ops_host, settings.ops_host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.ops_port}"
+
+
+def _admin_token(settings: Settings) -> str:
+    """The operators' token: as set, or the one that a gateway in development made for itself."""
+    if settings.admin_token:
+        return settings.admin_token
+    file = settings.data_dir / "admin.token"
+    try:
+        return environ.printable(Path(file).read_text().strip())
+    except (OSError, ValueError):
+        raise CommandError(
+            f"gateway: there is no operators' token: set GATEWAY_ADMIN_TOKEN or GATEWAY_ADMIN_TOKEN_FILE "
+            f"(a gateway in development keeps its own in {file})"
+        ) from None
+
+
+def _stranger(url: str, why: str) -> CommandError:
+    return CommandError(f"gateway: what answers at {url} is no operators' port of this version ({why})")

@@ -1,0 +1,94 @@
+"""What is written on the command line, as values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import click
+
+from service.domain.task import Kind
+from service.domain.tenancy import Window
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+
+
+class Yuan(click.ParamType[float]):
+    """An amount of money such as `12` or `0.50`."""
+
+    name = "yuan"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read it."""
+        if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,2})?", value):
+            self.fail(f"{value!r} is no amount in yuan such as 12 or 0.50", param, ctx)
+        return float(value)
+
+
+class Duration(click.ParamType[float]):
+    """A time such as `90d`, `12h`, `30m` or, in seconds, `45`; as seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read it."""
+        if isinstance(value, int | float):
+            return float(value)
+        found = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value))
+        if not found:
+            self.fail(f"{value!r} is no duration such as 90d, 12h, 30m or 45 (seconds)", param, ctx)
+        return float(int(found[1]) * _SECONDS[found[2]])
+
+
+class Moment(click.ParamType[datetime]):
+    """A moment such as `2030-01-31T12:00:00Z`: without a time zone it would be another one for each reader."""
+
+    name = "moment"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        """Read it."""
+        try:
+            moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+        except ValueError:
+            moment = None
+        if moment is None or moment.tzinfo is None:
+            self.fail(f"{value!r} is no moment such as 2030-01-31T12:00:00Z", param, ctx)
+        return moment
+
+
+class Price(click.ParamType[tuple[str, float]]):
+    """A kind of task and the most it can cost, such as `upscale=0.50`."""
+
+    name = "kind=yuan"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """Read it."""
+        kind, _, amount = str(value).partition("=")
+        if kind not in set(Kind):
+            self.fail(f"{kind!r} is no kind of task: {', '.join(Kind)}", param, ctx)
+        return kind, Yuan().convert(amount, param, ctx)
+
+
+class Limit(click.ParamType[Mapping[str, Any]]):
+    """What may be spent in a window, such as `day:tasks=100,money=50`; as the operators' API takes it."""
+
+    name = "window:tasks=n,money=yuan"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mapping[str, Any]:
+        """Read it."""
+        if isinstance(value, Mapping):
+            return value
+        window, _, rest = str(value).partition(":")
+        if window not in set(Window):
+            self.fail(f"{window!r} is no window: {', '.join(Window)}", param, ctx)
+        limit: dict[str, Any] = {"window": window}
+        for each in rest.split(","):
+            name, _, amount = each.partition("=")
+            if name in limit or name not in {"tasks", "money"}:
+                self.fail(f"{value!r} is no limit such as {window}:tasks=100,money=50", param, ctx)
+            if name == "tasks" and not re.fullmatch(r"[0-9]{1,13}", amount):
+                self.fail(f"{amount!r} is no number of tasks", param, ctx)
+            limit[name] = int(amount) if name == "tasks" else Yuan().convert(amount, param, ctx)
+        return limit
