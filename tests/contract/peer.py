@@ -75,6 +75,10 @@ def told(**content: Any) -> bytes:
     return http(json.dumps(content).encode(), Content_Type="application/json")
 
 
+TASK = told(err_code=0, task_id="t-1", remaining_count=4, remaining_money=2)
+"""The answer to a submit that was accepted."""
+
+
 def answering(*pieces: bytes) -> Serve:
     """Read each request, and send the pieces as the answer."""
 
@@ -105,6 +109,12 @@ async def resetting(connection: Connection) -> None:
 async def resetting_at_once(connection: Connection) -> None:
     """Reset the connection with nothing read."""
     connection.reset()
+
+
+async def redirecting(connection: Connection) -> None:
+    """Send the client to the same place again."""
+    await connection.receive()
+    await connection.send(http(b"", 307, Location=f"{connection.peer.url}/api/submit_task"))
 
 
 async def hanging(connection: Connection) -> None:

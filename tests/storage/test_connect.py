@@ -166,7 +166,7 @@ async def test_subscription(store: Store) -> None:
         await subscription.subscribe("{gw}:news")
         assert (await subscription.get_message(timeout=5) or {})["type"] == "subscribe"
         reading = asyncio.create_task(subscription.get_message(timeout=10))
-        await asyncio.sleep(0.2)
+        assert not (await asyncio.wait({reading}, timeout=0.2))[0]
         await connections.commands.execute_command("PUBLISH", "{gw}:news", "hello")
         assert (await reading or {})["data"] == b"hello"
 

@@ -1,0 +1,235 @@
+"""Submits of which nothing was sent: no connection, no turn, no use in trying."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+from structlog.testing import capture_logs
+
+from service.clients import breaker, exchange
+from service.clients.breaker import THRESHOLD
+from service.clients.upstream import Operation
+from service.domain.tenancy import Account
+from service.usecases.ports import Answered, SubmitOutcome
+from tests.contract.client import ACCOUNT, calling
+from tests.contract.peer import (
+    TASK,
+    Connection,
+    Serve,
+    answering,
+    hanging,
+    resetting,
+    resetting_at_once,
+    serving,
+    told,
+)
+from tests.support.certificates import certify
+from tests.support.valkey import free_port
+
+ACCEPTED, UNKNOWN, NOT_SENT = SubmitOutcome.ACCEPTED, SubmitOutcome.UNKNOWN, SubmitOutcome.NOT_SENT
+
+
+async def test_refused() -> None:
+    """Where nobody listens, nothing was sent."""
+    async with calling(f"http://127.0.0.1:{free_port()}") as caller:
+        assert (await caller.submit()).outcome is NOT_SENT
+        assert (await caller.check()).answered is Answered.NOTHING
+        assert caller.seen == [(Operation.SUBMIT, NOT_SENT), (Operation.CHECK, Answered.NOTHING)]
+
+
+@contextmanager
+def deaf() -> Iterator[str]:
+    """An address where connections are never made: the queue of its listener is full."""
+    with ExitStack() as sockets:
+        listener = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):
+            client = sockets.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+async def test_deadline_while_connecting() -> None:
+    """A deadline that passes before there is a connection means that nothing was sent."""
+    with deaf() as url:
+        async with calling(url) as caller:
+            assert (await caller.submit(seconds=0.2)).outcome is NOT_SENT
+
+
+async def test_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that takes too long means that nothing was sent, well before the deadline."""
+    monkeypatch.setattr(exchange, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1))
+    with deaf() as url:
+        async with calling(url) as caller, asyncio.timeout(5):
+            assert (await caller.submit(seconds=60)).outcome is NOT_SENT
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "x",
+        "http://",
+        "ftp://127.0.0.1",
+        "http://[::1",
+        "http://a..b",
+        "http://x:99999",
+        "http://\x00",
+        f"http://{'é' * 90}",
+    ],
+)
+async def test_unusable_address(url: str) -> None:
+    """An address that is none means that nothing was sent."""
+    async with calling(url) as caller:
+        assert (await caller.submit()).outcome is NOT_SENT
+        assert (await caller.check()).answered is Answered.NOTHING
+
+
+@pytest.mark.parametrize("seconds", [0, -1.5])
+async def test_no_time_left(seconds: float) -> None:
+    """Without any time left nothing is sent."""
+    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+        assert (await caller.submit(seconds=seconds)).outcome is NOT_SENT
+    assert peer.connections == 0
+
+
+async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over TLS nothing is sent to a server whose certificate is not trusted."""
+    trusted, context = certify(tmp_path)
+    async with serving(answering(TASK), tls=context) as peer:
+        async with calling(peer.url) as caller:
+            assert (await caller.submit()).outcome is NOT_SENT
+        assert peer.requests == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+        async with calling(peer.url) as caller:
+            assert (await caller.submit()).outcome is ACCEPTED
+
+
+async def speaking_plainly(connection: Connection) -> None:
+    """Answer in plain HTTP whatever comes."""
+    await connection.send(b"HTTP/1.1 400 Bad\r\n\r\n")
+
+
+@pytest.mark.parametrize("serve", [speaking_plainly, resetting_at_once])
+async def test_no_tls(serve: Serve) -> None:
+    """Where the handshake of TLS fails, nothing was sent."""
+    async with serving(serve) as peer, calling(peer.url.replace("http://", "https://")) as caller:
+        assert (await caller.submit()).outcome is NOT_SENT
+
+
+async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits in vain for a turn sent nothing; checks have turns of their own."""
+    monkeypatch.setattr(exchange, "MAX_REQUESTS", 1)
+
+    async def serve(connection: Connection) -> None:
+        await connection.receive()
+        if b"check_task_status" in connection.peer.requests[-1][0]:
+            await connection.send(told(err_code=0, status="Pending"))
+        else:
+            await connection.wait_for_the_end()
+
+    async with serving(serve) as peer, calling(peer.url) as caller:
+        first = asyncio.create_task(caller.submit(seconds=1))
+        await peer.arrived.wait()
+        assert (await caller.submit(seconds=0.1)).outcome is NOT_SENT
+        assert (await caller.check()).answered is Answered.RUNNING
+        assert len(peer.requests) == 2
+        assert (await first).outcome is UNKNOWN
+
+
+async def test_gate_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submit that was cancelled, before or after it was sent, gives its turn to the next."""
+    monkeypatch.setattr(exchange, "MAX_REQUESTS", 1)
+    async with serving(hanging) as peer, calling(peer.url) as caller:
+        sent, waiting = asyncio.create_task(caller.submit()), asyncio.create_task(caller.submit())
+        await peer.arrived.wait()
+        for task in (waiting, sent):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        peer.arrived.clear()
+        last = asyncio.create_task(caller.submit(seconds=0.2))
+        await peer.arrived.wait()
+        assert (await last).outcome is UNKNOWN
+        assert caller.seen == [(Operation.SUBMIT, UNKNOWN)] * 3
+
+
+async def test_breaker() -> None:
+    """After failures to connect in a row nobody tries for a while, neither to submit nor to check."""
+    port = free_port()
+    async with calling(f"http://127.0.0.1:{port}") as caller:
+        for _ in range(THRESHOLD):
+            await caller.submit()
+        async with serving(answering(TASK), port=port) as peer, serving(answering(TASK)) as other:
+            assert (await caller.submit()).outcome is NOT_SENT
+            assert (await caller.check()).answered is Answered.NOTHING
+            assert peer.connections == 0
+            elsewhere = Account(2, "other", ACCOUNT.user_key, base_url=other.url)
+            assert (await caller.submit(account=elsewhere)).outcome is ACCEPTED
+
+
+async def test_breaker_counts_in_a_row() -> None:
+    """A connection that was made ends the row of failures."""
+    port = free_port()
+    async with calling(f"http://127.0.0.1:{port}") as caller:
+        for _ in range(2):
+            for _ in range(THRESHOLD - 1):
+                assert (await caller.submit()).outcome is NOT_SENT
+            async with serving(answering(TASK), port=port):
+                assert (await caller.submit()).outcome is ACCEPTED
+
+
+async def test_trial_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as a trial has its connection others are admitted, however long its answer takes."""
+    monkeypatch.setattr(breaker, "FIRST_PAUSE", 0.0)
+    port = free_port()
+    async with calling(f"http://127.0.0.1:{port}") as caller:
+        for _ in range(THRESHOLD):
+            assert (await caller.submit()).outcome is NOT_SENT
+        async with serving(hanging, port=port) as peer:
+            trial = asyncio.create_task(caller.submit(seconds=0.5))
+            await peer.arrived.wait()
+            assert (await caller.submit(seconds=0.2)).outcome is UNKNOWN
+            assert (await trial).outcome is UNKNOWN
+        assert len(peer.requests) == 2
+
+
+async def test_breaker_ignores_what_was_sent() -> None:
+    """Answers that can't be used, and waits that were given up, do not open the breaker."""
+    async with serving(resetting) as peer, calling(peer.url) as caller:
+        for _ in range(2 * THRESHOLD):
+            assert (await caller.submit()).outcome is UNKNOWN
+    with deaf() as url:
+        async with calling(url) as caller:
+            for _ in range(2 * THRESHOLD):
+                await caller.submit(seconds=0.01)
+            trying = asyncio.create_task(caller.submit())
+            assert not (await asyncio.wait({trying}, timeout=0.1))[0]
+            trying.cancel()
+
+
+async def test_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies that the environment names are not used: images and keys go where they are meant to go."""
+    async with serving(answering(TASK)) as proxy, serving(answering(TASK)) as peer:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        async with calling(peer.url) as caller:
+            assert (await caller.submit()).outcome is ACCEPTED
+    assert (proxy.connections, peer.connections) == (0, 1)
+
+
+async def test_key_that_can_not_be_opened() -> None:
+    """An account whose key was sealed by a secret key that is gone sends nothing."""
+    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+        account = Account(1, "main", b"sealed by another")
+        with capture_logs() as logs:
+            assert (await caller.submit(account=account)).outcome is NOT_SENT
+            assert (await caller.check(account=account)).answered is Answered.NOTHING
+    assert peer.connections == 0
+    assert [each["log_level"] for each in logs] == ["error", "error"]

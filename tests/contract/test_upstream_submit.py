@@ -1,0 +1,184 @@
+"""Submits to servers that misbehave on the wire: sent once, and judged by whether they may have been charged."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+
+import httpx2
+import pytest
+from msgspec.structs import replace
+
+from service.clients import exchange
+from service.clients.upstream import Operation
+from service.domain.balance import Figures
+from service.domain.task import (
+    FaceEnhanceOptions,
+    Options,
+    SeamlessOptions,
+    UpscaleOptions,
+    VectorizeOptions,
+)
+from service.domain.tenancy import Account
+from service.usecases.ports import SubmitOutcome, Submitted
+from tests.contract.client import ACCOUNT, IMAGE, LARGE, USER_KEY, calling
+from tests.contract.peer import (
+    TASK,
+    Connection,
+    Serve,
+    answering,
+    closing_after,
+    hanging,
+    http,
+    redirecting,
+    resetting,
+    resetting_at_once,
+    serving,
+    told,
+)
+
+ACCEPTED, REJECTED, UNKNOWN = SubmitOutcome.ACCEPTED, SubmitOutcome.REJECTED, SubmitOutcome.UNKNOWN
+BODY = TASK.partition(b"\r\n\r\n")[2]
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+async def dripping(connection: Connection) -> None:
+    """Send an answer byte by byte, and never come to its end."""
+    await connection.receive()
+    await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n")
+    for _ in range(60_000):
+        await connection.send(b" ")
+        await asyncio.sleep(0.01)
+
+
+async def refusing_early(connection: Connection) -> None:
+    """Refuse a request before its body has come, as proxies do with large ones."""
+    await connection.reader.readuntil(b"\r\n\r\n")
+    connection.peer.requests.append((b"", b""))
+    await connection.send(http(b"too large", 413, Connection="close"))
+    await connection.wait_for_the_end()
+
+
+@pytest.mark.parametrize(
+    ("serve", "outcome"),
+    [
+        pytest.param(answering(TASK), ACCEPTED, id="whole"),
+        pytest.param(answering(*(TASK[n : n + 1] for n in range(len(TASK)))), ACCEPTED, id="in-pieces"),
+        pytest.param(answering(b"HTTP/1.1 103 Hints\r\n\r\n", TASK), ACCEPTED, id="after-an-informational-one"),
+        pytest.param(closing_after(b"HTTP/1.0 200 OK\r\n\r\n" + BODY), ACCEPTED, id="without-a-length"),
+        pytest.param(answering(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)), ACCEPTED, id="chunked"),
+        pytest.param(answering(http(b"nope", 400)), REJECTED, id="bad-request"),
+        pytest.param(answering(http(b"", 404)), REJECTED, id="not-found"),
+        pytest.param(answering(http(b"", 429)), REJECTED, id="too-many"),
+        pytest.param(refusing_early, REJECTED, id="refused-early"),
+        pytest.param(answering(told(err_code=1, err_msg="任务提交失败:坏")), REJECTED, id="rejected"),
+        pytest.param(answering(told(err_code=1, err_msg="账户不存在")), SubmitOutcome.INVALID_ACCOUNT, id="invalid"),
+        pytest.param(answering(told(err_code=1, err_msg="账户剩余次数不足")), SubmitOutcome.EXHAUSTED, id="exhausted"),
+        pytest.param(resetting, UNKNOWN, id="reset"),
+        pytest.param(closing_after(), UNKNOWN, id="closed"),
+        pytest.param(closing_after(TASK[:20]), UNKNOWN, id="half-a-head"),
+        pytest.param(closing_after(TASK[:-5]), UNKNOWN, id="half-a-body"),
+        pytest.param(closing_after(TASK.replace(b"Content-Length: ", b"Content-Length: 9")), UNKNOWN, id="too-short"),
+        pytest.param(answering(TASK.replace(b"Content-Length: ", b"Content-Length: 9-")), UNKNOWN, id="no-length"),
+        pytest.param(closing_after(CHUNKED + b"%x\r\n%s\r\n" % (len(BODY), BODY)), UNKNOWN, id="torn-chunks"),
+        pytest.param(closing_after(CHUNKED + b"nonsense\r\n"), UNKNOWN, id="broken-chunks"),
+        pytest.param(closing_after(b"SSH-2.0-x\r\n\r\n"), UNKNOWN, id="not-http"),
+        pytest.param(closing_after(b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 50_000), UNKNOWN, id="endless-head"),
+        pytest.param(answering(http(b"<html>", 502)), UNKNOWN, id="bad-gateway"),
+        pytest.param(answering(http(BODY, 500)), UNKNOWN, id="server-error-with-a-task"),
+        pytest.param(answering(http(b"<html>ok</html>")), UNKNOWN, id="html"),
+        pytest.param(answering(http(BODY[:-1])), UNKNOWN, id="torn-json"),
+        pytest.param(answering(http(b"")), UNKNOWN, id="empty"),
+        pytest.param(answering(b"HTTP/1.1 204 No\r\n\r\n"), UNKNOWN, id="no-content"),
+        pytest.param(
+            answering(b"HTTP/1.1 101 Up\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"), UNKNOWN, id="upgraded"
+        ),
+        pytest.param(answering(told(err_code=0)), UNKNOWN, id="no-task-id"),
+        pytest.param(answering(told(err_code=0, task_id="t", padding="x" * 70_000)), UNKNOWN, id="too-large"),
+        pytest.param(answering(http(gzip.compress(BODY), Content_Encoding="gzip")), UNKNOWN, id="compressed"),
+        pytest.param(redirecting, UNKNOWN, id="redirected"),
+        pytest.param(answering(http(b"", 301, Location="http://[")), UNKNOWN, id="redirected-nowhere"),
+    ],
+)
+async def test_outcomes(serve: Serve, outcome: SubmitOutcome) -> None:
+    """Whatever becomes of a submit, it is sent once, and judged by whether it may have been charged."""
+    async with serving(serve) as peer, calling(peer.url) as caller:
+        submitted = await caller.submit(image=LARGE)
+        assert submitted.outcome is outcome
+        assert caller.seen == [(Operation.SUBMIT, outcome)]
+    assert len(peer.requests) == peer.connections == 1
+
+
+async def test_accepted() -> None:
+    """An accepted submit tells the task's id and the balance."""
+    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+        assert await caller.submit() == Submitted(outcome=ACCEPTED, upstream_id="t-1", figures=Figures(4, 200))
+
+
+@pytest.mark.parametrize("serve", [resetting_at_once, closing_after()])
+async def test_reset_before_anything_was_read(serve: Serve) -> None:
+    """A connection that stood and then broke is unknown, even if the other side read nothing."""
+    async with serving(serve) as peer, calling(peer.url) as caller:
+        assert (await caller.submit(image=LARGE)).outcome is UNKNOWN
+    assert peer.connections == 1
+
+
+@pytest.mark.parametrize("serve", [hanging, dripping])
+async def test_deadline(serve: Serve) -> None:
+    """A submit ends within its time, and is unknown if it was sent by then."""
+    async with serving(serve) as peer, calling(peer.url) as caller:
+        async with asyncio.timeout(5):
+            assert (await caller.submit(seconds=0.2)).outcome is UNKNOWN
+    assert len(peer.requests) == 1
+
+
+async def test_deadline_while_sending() -> None:
+    """A submit whose body could not be sent in time is unknown."""
+
+    async def reading_nothing(_: Connection) -> None:
+        await asyncio.Event().wait()
+
+    async with serving(reading_nothing) as peer, calling(peer.url) as caller:
+        image = replace(LARGE, data=bytes(32 << 20))
+        assert (await caller.submit(image=image, seconds=0.3)).outcome is UNKNOWN
+    assert peer.connections == 1
+
+
+async def test_read_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that takes too long to begin is unknown, well before the deadline."""
+    monkeypatch.setattr(exchange, "_TIMEOUTS", httpx2.Timeout(0.1))
+    async with serving(hanging) as peer, calling(peer.url) as caller, asyncio.timeout(5):
+        assert (await caller.submit(seconds=60)).outcome is UNKNOWN
+
+
+async def test_account_elsewhere() -> None:
+    """An account's own address takes the place of the default one, with or without a slash at its end."""
+    async with serving(answering(TASK)) as peer, calling("http://127.0.0.1:1") as caller:
+        account = Account(1, "other", ACCOUNT.user_key, base_url=f"{peer.url}/deep/")
+        assert (await caller.submit(account=account)).outcome is ACCEPTED
+    assert peer.requests[0][0].startswith(b"POST /deep/api/submit_face_enhance_task HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        (UpscaleOptions(), b"/api/submit_task"),
+        (VectorizeOptions(), b"/api/submit_vector_task"),
+        (FaceEnhanceOptions(), b"/api/submit_face_enhance_task"),
+        (SeamlessOptions(), b"/api/submit_seamless_task"),
+    ],
+)
+async def test_what_is_sent(options: Options, path: bytes) -> None:
+    """A submit is a form with the key, the options, and the image as a file, on a connection of its own."""
+    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+        await caller.submit(options=options)
+        await caller.submit(options=options)
+    assert peer.connections == 2
+    head, body = peer.requests[0]
+    assert head.startswith(b"POST %s HTTP/1.1\r\n" % path)
+    assert b"content-type: multipart/form-data; boundary=" in head.lower()
+    assert b"connection: close" in head.lower()
+    assert b'name="user_key"\r\n\r\n%s\r\n' % USER_KEY.encode() in body
+    assert b'name="input_image"; filename="image.png"\r\nContent-Type: image/png\r\n\r\n%s\r\n' % IMAGE.data in body
+    if isinstance(options, UpscaleOptions):
+        assert 'name="style_dropdown"\r\n\r\n通用风格\r\n'.encode() in body

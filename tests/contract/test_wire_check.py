@@ -1,0 +1,180 @@
+"""The vendor's wire: what is made of the answer to a check, and of anything at all."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from service.clients.wire import read_check, read_submit
+from service.domain.balance import Figures
+from service.domain.task import (
+    Artifact,
+    ArtifactName,
+    TaskError,
+)
+from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
+
+texts = st.text(max_size=40)
+names = st.sampled_from(
+    [
+        *("err_code", "err_msg", "task_id", "status", "images_url", "vector_url", "grid_url"),
+        *("remaining_count", "remaining_money"),
+    ]
+)
+words = st.sampled_from(
+    [
+        *("0", "1", "completed", "FAILED", "http://x/y.png", "账户不存在", "账户剩余次数不足", "任务提交失败:"),
+        *("任务提交失败：坏", "任务未找到或状态未知", "5", "5.0", "-1", "1e9", "t-1", "\x00", "http://[", "٣"),
+    ]
+)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts | words
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3))
+answers = st.dictionaries(names, values) | values
+
+
+def check(**answer: Any) -> Check:
+    return read_check(json.dumps(answer).encode())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"{}",
+        b"<html>502</html>",
+        b'{"err_code": 0, "task_id": "t',
+        b'{"err_code": 0, "task_id": "\xff"}',
+        b"[" * 60_000,
+        b'{"a":' * 10_000,
+        b"1" * 60_000,
+        b"\x1f\x8b\x08",
+        b'{"err_code": 0, "task_id": "\\ud800"}',
+    ],
+)
+def test_unusable_bodies(body: bytes) -> None:
+    """What is no JSON object says nothing, whatever it is."""
+    assert read_submit(body) == Submitted(outcome=SubmitOutcome.UNKNOWN)
+    assert read_check(body) == Check(answered=Answered.NOTHING)
+
+
+@pytest.mark.parametrize("status", ["Completed", "COMPLETED", "completed", " completed "])
+def test_completed(status: str) -> None:
+    """A finished task has the results it names, and the figures."""
+    assert check(
+        err_code=0,
+        status=status,
+        images_url="http://x/image.png",
+        vector_url="https://x:8/v.svg",
+        grid_url="http://x/结果.png",
+        remaining_count=1,
+        remaining_money=2,
+    ) == Check(
+        answered=Answered.SUCCEEDED,
+        artifacts=(
+            Artifact(ArtifactName.IMAGE, "http://x/image.png"),
+            Artifact(ArtifactName.VECTOR, "https://x:8/v.svg"),
+            Artifact(ArtifactName.GRID, "http://x/结果.png"),
+        ),
+        figures=Figures(1, 200),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "url"),
+    [
+        (["http://x/1.png", "http://x/2.png"], "http://x/1.png"),
+        ([None, "ftp://x", " http://x/2.png "], "http://x/2.png"),
+        ("http://x/1.png,http://x/2.png", "http://x/1.png"),
+        ("http://x/1,2.png", "http://x/1,2.png"),
+        (" http://x/1.png\n", "http://x/1.png"),
+        ("HTTP://x/1.png", "HTTP://x/1.png"),
+    ],
+)
+def test_result_addresses(value: object, url: str) -> None:
+    """The first usable address is taken, whether one comes or several."""
+    assert check(err_code=0, status="completed", images_url=value).artifacts == (Artifact(ArtifactName.IMAGE, url),)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(None, "", "x.png", "/files/x.png", "ftp://x/y", "javascript:alert(1)", "http://", "http://[x", 5, [], [[]]),
+        *("http://x/" + "y" * 2_048, "http://x/a b", "http://x/\x00", "http://x:99999/", "http://x:0/", {"url": "x"}),
+    ],
+)
+def test_finished_without_results(url: object) -> None:
+    """A finished task whose results can't be had is not taken for finished yet, since an end is never undone."""
+    assert check(err_code=0, status="Completed", images_url=url, remaining_count=1).answered is Answered.NOTHING
+
+
+def test_failed() -> None:
+    """A failed task says why, as far as anybody does."""
+    assert check(err_code=0, status="Failed", remaining_count=4) == Check(
+        answered=Answered.FAILED, error=TaskError("task-failed", "The upstream gave no reason."), figures=Figures(4)
+    )
+    error = check(err_code=0, status="FAILED", err_msg="坏\x00了").error
+    assert error == TaskError("task-failed", "The upstream could not carry out this task: 坏 了")
+
+
+@pytest.mark.parametrize("status", ["Pending", "processing", "排队中", "canceled", "complete"])
+def test_unnamed_states(status: str) -> None:
+    """A state that the vendor does not name means that the task still runs."""
+    assert check(err_code=0, status=status) == Check(answered=Answered.RUNNING)
+
+
+def test_silence() -> None:
+    """A null, empty or missing state says nothing of the task, and neither does an unknown one."""
+    for answer in ({"err_code": 0}, {"err_code": 0, "status": None}, {"status": ""}, {"err_code": 0, "status": " "}):
+        assert check(**answer) == Check(answered=Answered.SILENT)
+    assert check(err_code=1, err_msg="任务未找到或状态未知") == Check(answered=Answered.SILENT)
+    assert check(err_code="1", err_msg=" 任务未找到或状态未知！") == Check(answered=Answered.SILENT)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"err_code": 1, "err_msg": "账户不存在"},
+        {"err_code": 1, "err_msg": "boom", "status": "completed", "images_url": "http://x/y"},
+        {"err_code": 1},
+        {"err_msg": "boom", "status": "failed"},
+        {"err_code": "?"},
+        {"err_code": 0, "status": 5},
+        {"err_code": 0, "status": ["completed"]},
+        {"err_code": 0, "status": True},
+    ],
+)
+def test_unusable_checks(answer: dict[str, Any]) -> None:
+    """An error, or a state that is none, is no answer about the task."""
+    assert check(**answer) == Check(answered=Answered.NOTHING)
+
+
+@given(answers)
+@example({"err_code": 0, "task_id": "t", "remaining_money": float("1e308")})
+def test_any_answer(answer: Any) -> None:
+    """Any JSON is read without an error, and all that is taken from it is within its bounds."""
+    body = json.dumps(answer).encode()
+    submitted, checked = read_submit(body), read_check(body)
+    assert (submitted.outcome is SubmitOutcome.ACCEPTED) == bool(submitted.upstream_id)
+    assert submitted.upstream_id.isprintable()
+    assert len(submitted.upstream_id) <= 256
+    assert submitted.reason.isprintable()
+    assert len(submitted.reason) <= 500
+    assert (checked.answered is Answered.SUCCEEDED) == bool(checked.artifacts)
+    assert (checked.answered is Answered.FAILED) == bool(checked.error)
+    assert all(artifact.url.lower().startswith(("http://", "https://")) for artifact in checked.artifacts)
+    for figures in (submitted.figures, checked.figures):
+        assert all(0 <= figure <= 2**53 for figure in (figures.count, figures.money) if figure is not None)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(body: bytes) -> None:
+    """Any bytes are read without an error, and are no success."""
+    assert read_submit(body).outcome is not SubmitOutcome.ACCEPTED
+    assert read_check(body).answered in {Answered.NOTHING, Answered.SILENT, Answered.RUNNING}
