@@ -91,7 +91,7 @@ class UpstreamClient:
         if user_key is None:
             return Submitted(outcome=SubmitOutcome.NOT_SENT)
         fields = {wire.USER_KEY: user_key, **wire.to_fields(options, self._catalogue)}
-        # A file is sent in pieces, each of which has the time that the whole of some bytes would have.
+        # As a file it is sent in pieces, each with the whole write timeout; as bytes it would have that only once.
         file = (f"image.{image.media_type.rpartition('/')[2]}", BytesIO(image.data), image.media_type)
         path = wire.SUBMIT_PATHS[options.kind]
         try:
