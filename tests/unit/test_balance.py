@@ -1,0 +1,186 @@
+"""What is concluded from the figures that an upstream account tells."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.domain import balance
+from service.domain.balance import PROBE_INTERVAL, AccountState, Before, Figure, Figures, Price, Standing, Status
+from service.domain.task import Basis, Cost, Kind
+from service.domain.tenancy import AccountPolicy, Purse
+
+POLICY = AccountPolicy()
+MONEY = Purse.COUNT_THEN_MONEY
+
+
+def known(count: int | None = None, money: int | None = None, sent: int = 10, received: int = 20) -> AccountState:
+    """An account of which these figures are known."""
+    return AccountState(
+        count=None if count is None else Figure(count, sent, received),
+        money=None if money is None else Figure(money, sent, received),
+    )
+
+
+def standing(state: AccountState, *, purse: Purse = MONEY, policy: AccountPolicy = POLICY, now: int = 100) -> Standing:
+    return balance.standing(state, policy, purse, Kind.UPSCALE, now)[0]
+
+
+def test_later_observation_replaces() -> None:
+    """A figure that was asked for after the known one was received replaces it, up or down."""
+    state = known(count=5, money=100)
+    balance.observe(state, POLICY, Figures(7, 50), sent=21, received=30)
+    assert (state.count, state.money) == (Figure(7, 21, 30), Figure(50, 21, 30))
+
+
+def test_overlapping_observation_only_lowers() -> None:
+    """A figure whose request overlapped the known one's is believed only if it is lower."""
+    state = known(count=5, money=100)
+    balance.observe(state, POLICY, Figures(7, 50), sent=15, received=30)
+    assert state.count == Figure(5, 10, 20)
+    assert state.money == Figure(50, 15, 30)
+
+
+def test_missing_figure_is_no_observation() -> None:
+    """What an answer does not tell stays what it was."""
+    state = known(count=5)
+    balance.observe(state, POLICY, Figures(), sent=30, received=40)
+    assert (state.count, state.money) == (Figure(5, 10, 20), None)
+
+
+def test_floors_close() -> None:
+    """An account whose figures reach its floors is exhausted until it is looked at again."""
+    state = known()
+    balance.observe(state, AccountPolicy(floor_count=2, floor_money=100), Figures(2, 100), sent=30, received=40)
+    assert (state.status, state.probe_at) == (Status.EXHAUSTED, 40 + PROBE_INTERVAL)
+
+
+def test_rise_reopens() -> None:
+    """A top-up that is seen reopens an exhausted account, and an unchanged figure does not."""
+    state = known(count=0, money=0)
+    state.status = Status.EXHAUSTED
+    balance.observe(state, POLICY, Figures(0, 0), sent=30, received=40)
+    assert state.status is Status.EXHAUSTED
+    balance.observe(state, POLICY, Figures(0, 500), sent=50, received=60)
+    assert standing(state) is Standing.PAYS
+
+
+def test_old_refusal_closes_nothing() -> None:
+    """A refusal that was asked for before the known figures were is too old to close the account."""
+    state = known(count=5, sent=10)
+    balance.refuse(state, Status.EXHAUSTED, sent=9, received=30)
+    assert standing(state) is Standing.PAYS
+    balance.refuse(state, Status.EXHAUSTED, sent=10, received=30)
+    assert state.status is Status.EXHAUSTED
+
+
+def test_old_acceptance_opens_nothing() -> None:
+    """An acceptance of what was sent before the refusal was does not reopen the account, a later one does."""
+    state = known()
+    balance.refuse(state, Status.INVALID, sent=50, received=60)
+    balance.accept(state, sent=50)
+    assert standing(state) is Standing.INVALID
+    balance.accept(state, sent=51)
+    assert state.status is Status.OPEN
+
+
+def test_probes() -> None:
+    """An exhausted account takes one probe per interval, and none from a tenant that may not spend money."""
+    state = known(count=0, money=0)
+    balance.refuse(state, Status.EXHAUSTED, sent=50, received=60)
+    assert standing(state, now=60) is Standing.EXHAUSTED
+    assert standing(state, now=60 + PROBE_INTERVAL) is Standing.PROBE
+    assert standing(state, now=60 + PROBE_INTERVAL, purse=Purse.COUNT_ONLY) is Standing.EXHAUSTED
+
+
+def test_no_probe_below_a_floor() -> None:
+    """A probe never eats into what shall stay in the account."""
+    state = known(count=0, money=300)
+    policy = AccountPolicy(floor_money=300)
+    balance.refuse(state, Status.EXHAUSTED, sent=50, received=60)
+    assert standing(state, policy=policy, now=60 + PROBE_INTERVAL) is Standing.EXHAUSTED
+
+
+def test_count_only() -> None:
+    """A tenant that may spend no money needs a use for each open submission, and with an unknown count goes alone."""
+    assert standing(known(count=1), purse=Purse.COUNT_ONLY) is Standing.PAYS
+    one_open = known(count=1)
+    one_open.open = 1
+    assert standing(one_open, purse=Purse.COUNT_ONLY) is Standing.EXHAUSTED
+    assert standing(AccountState(), purse=Purse.COUNT_ONLY) is Standing.PAYS
+    assert standing(AccountState(open=1), purse=Purse.COUNT_ONLY) is Standing.EXHAUSTED
+
+
+def test_submissions_on_their_way_count() -> None:
+    """What is being sent counts against the known figures: uses first, then money at the highest price seen."""
+    state = known(count=1, money=500)
+    state.highest[Kind.UPSCALE] = 300
+    state.sending = 2
+    assert standing(state) is Standing.PAYS
+    state.sending = 3
+    assert standing(state) is Standing.EXHAUSTED
+
+
+def test_unknown_balance_is_the_upstream_s_to_decide() -> None:
+    """With a figure missing a submission is let through."""
+    assert standing(AccountState()) is Standing.PAYS
+    assert standing(known(count=0)) is Standing.PAYS
+
+
+@pytest.mark.parametrize(
+    ("count", "is_open", "max_price", "highest", "held"),
+    [
+        (3, 2, {}, {}, 0),
+        (3, 3, {Kind.UPSCALE: 250}, {Kind.UPSCALE: 100}, 250),
+        (None, 0, {}, {Kind.UPSCALE: 100}, 100),
+        (0, 0, {}, {}, None),
+    ],
+)
+def test_what_is_held(
+    count: int | None, is_open: int, max_price: dict[Kind, int], highest: dict[Kind, int], held: int | None
+) -> None:
+    """Nothing is held while uses are left; else the operator's price, the highest seen, or all there is."""
+    state = known(count=count)
+    state.open, state.highest = is_open, highest
+    assert balance.hold(state, AccountPolicy(max_price=max_price), Kind.UPSCALE) == held
+
+
+def test_observed_receipt() -> None:
+    """A task that was alone on the account cost what the balance dropped, and its price is remembered."""
+    state = known()
+    cost = balance.receipt(state, Kind.SEAMLESS, Before(0, 900), Figures(0, 650), alone=True, succeeded=True)
+    assert cost == Cost(0, 250, Basis.OBSERVED)
+    assert (state.prices[Kind.SEAMLESS], state.highest[Kind.SEAMLESS]) == (Price(0, 250), 250)
+    balance.receipt(state, Kind.SEAMLESS, Before(0, 650), Figures(0, 550), alone=True, succeeded=True)
+    assert (state.prices[Kind.SEAMLESS], state.highest[Kind.SEAMLESS]) == (Price(0, 100), 250)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "alone"),
+    [
+        (Before(0, 900), Figures(0, 650), False),
+        (None, Figures(0, 650), True),
+        (Before(0, 900), Figures(0, None), True),
+        (Before(0, 900), Figures(0, 950), True),
+        (Before(3, 900), Figures(0, 900), True),
+    ],
+)
+def test_estimated_receipt(before: Before | None, after: Figures, alone: bool) -> None:
+    """Without a drop that only this task can have caused, the last price seen is taken."""
+    state = AccountState(prices={Kind.SEAMLESS: Price(0, 70)})
+    cost = balance.receipt(state, Kind.SEAMLESS, before, after, alone=alone, succeeded=True)
+    assert cost == Cost(0, 70, Basis.ESTIMATED)
+
+
+def test_receipt_while_uses_are_left() -> None:
+    """With uses left a task took one of them, whatever the last price was."""
+    state = AccountState(prices={Kind.SEAMLESS: Price(0, 70)})
+    cost = balance.receipt(state, Kind.SEAMLESS, None, Figures(4, 100), alone=False, succeeded=True)
+    assert cost == Cost(1, 0, Basis.ESTIMATED)
+
+
+def test_receipt_of_nothing() -> None:
+    """Without any figure or price the cost is unknown; a failed task that moved nothing cost nothing."""
+    nothing = balance.receipt(AccountState(), Kind.UPSCALE, None, Figures(), alone=True, succeeded=True)
+    assert nothing == Cost(0, 0, Basis.UNKNOWN)
+    free = balance.receipt(AccountState(), Kind.UPSCALE, Before(2, 0), Figures(2, 0), alone=True, succeeded=False)
+    assert free == Cost(0, 0, Basis.OBSERVED)

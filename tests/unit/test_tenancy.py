@@ -1,0 +1,42 @@
+"""Tokens."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.domain import tenancy
+from service.domain.tenancy import Token
+
+
+def test_tokens_differ_and_are_well_formed() -> None:
+    """Tokens are recognisable by their prefix, well formed, and never the same."""
+    tokens = {tenancy.new_token() for _ in range(100)}
+    assert len(tokens) == 100
+    assert all(token.startswith("igw_") and tenancy.well_formed(token) for token in tokens)
+
+
+@given(st.data())
+def test_typos_are_seen(data: st.DataObject) -> None:
+    """A token with one character altered, added or left out is not well formed."""
+    token = tenancy.new_token()
+    place = data.draw(st.integers(4, len(token) - 1))
+    letter = data.draw(st.sampled_from("aZ09-é").filter(lambda each: each != token[place]))
+    assert not tenancy.well_formed(token[:place] + letter + token[place + 1 :])
+    assert not tenancy.well_formed(token[:place] + token[place + 1 :])
+    assert not tenancy.well_formed(token[:place] + letter + token[place:])
+
+
+@given(st.text())
+def test_anything_can_be_asked(text: str) -> None:
+    """No text whatsoever makes the check fail."""
+    assert not tenancy.well_formed(text)
+    assert not tenancy.well_formed("igw_" + text)
+
+
+def test_expiry() -> None:
+    """A token is valid until the moment of its expiry, or for ever without one."""
+    token = Token("t", 1, b"", None, created=0, expires=100)
+    assert token.valid_at(99.9)
+    assert not token.valid_at(100)
+    assert Token("t", 1, b"", None, created=0).valid_at(1e12)

@@ -1,0 +1,92 @@
+"""Calendar windows in UTC."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.domain.tenancy import Limit, TenantPolicy, Window
+from service.domain.windows import Counter, RateLimit, TenantState, counter, period_of, rate_limits, remaining, roll
+
+CENTURY = st.integers(0, 4_102_444_800_000)
+
+
+def at(text: str) -> int:
+    """A moment in milliseconds."""
+    return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1000)
+
+
+@pytest.mark.parametrize(
+    ("window", "start", "end"),
+    [
+        (Window.MINUTE, "2028-02-29T23:59:00", "2028-03-01T00:00:00"),
+        (Window.HOUR, "2028-02-29T23:00:00", "2028-03-01T00:00:00"),
+        (Window.DAY, "2028-02-29T00:00:00", "2028-03-01T00:00:00"),
+        (Window.MONTH, "2028-02-01T00:00:00", "2028-03-01T00:00:00"),
+    ],
+)
+def test_periods(window: Window, start: str, end: str) -> None:
+    """A window is a calendar minute, hour, day or month, leap days included."""
+    assert period_of(window, at("2028-02-29T23:59:59.999")) == (at(start), at(end))
+
+
+def test_total() -> None:
+    """The total neither began nor ends."""
+    assert period_of(Window.TOTAL, at("2026-01-01T00:00:00")) == (0, None)
+
+
+@given(CENTURY, st.sampled_from([each for each in Window if each is not Window.TOTAL]))
+def test_periods_follow_each_other(moment: int, window: Window) -> None:
+    """Every moment lies in exactly one period, and the next begins where it ends."""
+    start, end = period_of(window, moment)
+    assert end is not None
+    assert start <= moment < end
+    assert period_of(window, start)[0] == start
+    assert period_of(window, end)[0] == end
+
+
+def test_rolling() -> None:
+    """When a period is over its counts are gone, and those of longer windows stay."""
+    state = TenantState()
+    roll(state, at("2026-12-31T23:59:59"))
+    for each in state.windows.values():
+        each.tasks = 1
+    roll(state, at("2027-01-01T00:00:00"))
+    assert {window: each.tasks for window, each in state.windows.items()} == {
+        Window.MINUTE: 0,
+        Window.HOUR: 0,
+        Window.DAY: 0,
+        Window.MONTH: 0,
+        Window.TOTAL: 1,
+    }
+
+
+def test_counter_of_another_period() -> None:
+    """What was counted in an earlier period is not seen, even before anything was written anew."""
+    state = TenantState(windows={Window.DAY: Counter(period=at("2026-05-01T00:00:00"), tasks=3)})
+    assert counter(state, Window.DAY, at("2026-05-01T12:00:00")).tasks == 3
+    assert counter(state, Window.DAY, at("2026-05-02T00:00:00")) == Counter(period=at("2026-05-02T00:00:00"))
+
+
+def test_rate_limits() -> None:
+    """What is left of each limit on tasks is told with the window's length and the time to its end, rounded up."""
+    policy = TenantPolicy(
+        limits=(Limit(Window.MINUTE, tasks=5), Limit(Window.DAY, money=100), Limit(Window.TOTAL, tasks=9))
+    )
+    now = at("2026-05-01T12:00:29.500")
+    state = TenantState()
+    roll(state, now)
+    state.windows[Window.MINUTE].tasks = 2
+    state.windows[Window.MINUTE].tasks_reserved = 1
+    assert rate_limits(policy, state, now) == (
+        RateLimit("minute-tasks", 5, 2, 60, 31),
+        RateLimit("total-tasks", 9, 9, None, None),
+    )
+
+
+def test_remaining_is_never_negative() -> None:
+    """A limit that was lowered below what is used leaves nothing, not less than nothing."""
+    assert remaining(3, 4, 1) == 0
