@@ -1,0 +1,170 @@
+"""Whatever is wrong with an operator's request is named, field by field, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from tests.behaviour.aftermath import problem
+from tests.behaviour.house import House
+
+FAULTY_NAMES = ["A", "-a", ".a", "a b", "商店", "a%0A", "%0Aa", "a%00", "a" * 64]
+
+FAULTY_ACCOUNTS: Mapping[str, Sequence[Any]] = {
+    "user_key": ["", " ", "a b", "a\n", "钥匙", "x" * 513, 5, ["x"]],
+    "base_url": [
+        "",
+        "upstream.example",
+        "ftp://host",
+        "//host",
+        "http://",
+        "http://:80",
+        "http://host:99999",
+        "http://host:port",
+        "http://[::1",
+        "http://user:password@host",
+        "http://host/?",
+        "http://host/?query=1",
+        "http://host/#part",
+        "http://host/\n",
+        "http://ho st",
+        "http://bücher.example",
+        "http://host/" + "x" * 501,
+        5,
+    ],
+    "floor_count": [-1, 1.5, 10**13, 10**40, "many", "nan", None, True, [], {}],
+    "floor_money": [-0.01, 0.001, 10**11, 1e308, "1e999999", "nan", "sNaN", "inf", "much", None, True, []],
+    "max_price": [None, 5, [], {"nonsense": 1}],
+    "max_price.upscale": [{"upscale": 0.005}],
+    "max_price[...]": [{"upscale": -1}, {"upscale": None}, {"upscale": "nan"}],
+    "nonsense": [1],
+    "User_key": ["x"],
+}
+
+FAULTY_TENANTS: Mapping[str, Sequence[Any]] = {
+    "accounts": [None, "main", ["nobody"], ["main", "main"], ["main"] * 101],
+    "accounts[0]": [["Main"], ["main\n"], [5], [None]],
+    "limits": [5, {"window": "day"}, [{"window": "day", "tasks": 1}, {"window": "day", "money": 1}]],
+    "limits[0]": [[{"window": "day"}], [{"window": "day", "tasks": None}], [5]],
+    "limits[0].window": [[{"tasks": 1}], [{"window": "week", "tasks": 1}], [{"window": None, "tasks": 1}]],
+    "limits[0].tasks": [[{"window": "day", "tasks": each}] for each in (-1, 0.5, 10**13, True, "few")],
+    "limits[0].money": [[{"window": "day", "money": each}] for each in (-1, 0.005, 1e11, True, "sNaN")],
+    "limits[0].nonsense": [[{"window": "day", "tasks": 1, "nonsense": 1}]],
+    "max_active": [-1, 0.5, 10**13, "many", True],
+    "purse": ["all", "", None, 5],
+    "kinds": [5, "upscale", ["upscale", "upscale"]],
+    "kinds[0]": [["nonsense"], [None]],
+    "disabled": [None, "perhaps", []],
+    "nonsense": [1],
+}
+
+FAULTY_TOKENS: Mapping[str, Sequence[Any]] = {
+    "label": ["x" * 201, 5],
+    "expires_at": [
+        "soon",
+        "2030-01-01",
+        "2030-01-01T00:00:00",
+        "0001-01-01T00:00:00+14:00",
+        "9999-12-31T23:59:59-14:00",
+        "2030-13-01T00:00:00Z",
+        True,
+    ],
+    "nonsense": [1],
+}
+
+
+async def state(house: House) -> list[Any]:
+    """All that an operator can see, and the number of changes there were."""
+    shown = [(await house.admin("GET", path)).json() for path in ("/accounts", "/tenants")]
+    return [*shown, house.services.registry.current.version]
+
+
+async def refused(house: House, method: str, path: str, field: str, body: object) -> None:
+    answer = await house.admin(method, path, json=body)
+    document = problem(answer, 422, "invalid-options")
+    assert [each["field"] for each in document["errors"]] == [field], (body, document)
+    assert all(each["detail"] for each in document["errors"])
+
+
+@pytest.mark.parametrize("field", FAULTY_ACCOUNTS)
+async def test_faulty_account(house: House, field: str) -> None:
+    """A field of an account that can't be what it must be is named, and the account stays as it was."""
+    before = await state(house)
+    for value in FAULTY_ACCOUNTS[field]:
+        body = {"user_key": "good", field.partition(".")[0].partition("[")[0]: value}
+        await refused(house, "PUT", "/accounts/main", field, body)
+    assert await state(house) == before
+
+
+@pytest.mark.parametrize("field", FAULTY_TENANTS)
+async def test_faulty_tenant(house: House, field: str) -> None:
+    """A field of a tenant that can't be what it must be is named, and the tenant stays as it was."""
+    before = await state(house)
+    for value in FAULTY_TENANTS[field]:
+        await refused(house, "PUT", "/tenants/shop", field, {"accounts": ["main"]} | {field.partition("[")[0]: value})
+    assert await state(house) == before
+
+
+@pytest.mark.parametrize("field", FAULTY_TOKENS)
+async def test_faulty_token(house: House, field: str) -> None:
+    """A field of a token that can't be what it must be is named, and no token is made."""
+    before = await state(house)
+    for value in FAULTY_TOKENS[field]:
+        await refused(house, "POST", "/tenants/shop/tokens", field, {field: value})
+    assert await state(house) == before
+
+
+async def test_faulty_name(house: House) -> None:
+    """A name is made of lower-case letters, digits, dots, dashes and underscores, and has at most 63 of them."""
+    before = await state(house)
+    for name in FAULTY_NAMES:
+        await refused(house, "PUT", f"/accounts/{name}", "name", {"user_key": "good"})
+        await refused(house, "PUT", f"/tenants/{name}", "name", {"accounts": ["main"]})
+    assert await state(house) == before
+    for name in ("0", "a.b-c_d", "a" * 63):
+        await house.put_tenant(name)
+
+
+async def test_what_is_needed(house: House) -> None:
+    """A new account needs a key, a tenant needs accounts, and both need a body."""
+    await refused(house, "PUT", "/accounts/new", "user_key", {})
+    await refused(house, "PUT", "/accounts/new", "user_key", {"user_key": None})
+    await refused(house, "PUT", "/tenants/new", "accounts", {})
+    nothing: list[Any] = [None, [], "x", 5]
+    for path in ("/accounts/new", "/tenants/new"):
+        for body in nothing:
+            await refused(house, "PUT", path, "body", body)
+        document = problem(await house.admin("PUT", path), 422, "invalid-options")
+        assert document["errors"] == [{"field": "body", "detail": "is required"}]
+
+
+async def test_not_json(house: House) -> None:
+    """A body that is not JSON is malformed."""
+    for body in (b"{", b"{} {}", b"user_key=x", b"\xff", b'{"floor_money": NaN}', b'{"floor_money": 1e999}'):
+        for method, path in (("PUT", "/accounts/main"), ("PUT", "/tenants/shop"), ("POST", "/tenants/shop/tokens")):
+            problem(await house.admin(method, path, content=body), 400, "malformed-request")
+    large = b'{"user_key": "' + b"x" * 1_000_000 + b'"}'
+    problem(await house.admin("PUT", "/accounts/main", content=large), 400, "malformed-request")
+
+
+async def test_faulty_query(house: House) -> None:
+    """A parameter that is mistyped, or can't be what it must be, is named rather than left out of account."""
+    before = await state(house)
+    (token,) = (await house.admin("GET", "/tenants/shop")).json()["tokens"]
+    queries = {
+        f"/tenants/shop/tokens/{token['id']}": {
+            "grace": ["-1", "nan", "inf", "31536001", "long", ""],
+            "grase": ["60"],
+            "force": ["true"],
+        },
+        "/tenants/shop": {"force": ["perhaps", "", "2"], "Force": ["true"], "grace": ["60"]},
+        "/accounts/main": {"force": ["perhaps"], "forced": ["true"]},
+    }
+    for path, fields in queries.items():
+        for field, values in fields.items():
+            for value in values:
+                document = problem(await house.admin("DELETE", f"{path}?{field}={value}"), 422, "invalid-options")
+                assert [each["field"] for each in document["errors"]] == [field]
+    assert await state(house) == before
