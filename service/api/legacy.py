@@ -6,25 +6,32 @@ would ignore are ignored here too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 from litestar import Request, Response, post
 from litestar.handlers import HTTPRouteHandler
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.api import openapi
 from service.api.auth import Tenants
 from service.api.uploads import Uploads
 from service.domain.errors import (
     BalanceExhausted,
+    FieldError,
     GatewayError,
+    InvalidOptions,
     NotFound,
     QuotaDenied,
+    SubmissionUnknown,
     Unauthenticated,
     UpstreamRejected,
+    UpstreamUnavailable,
 )
-from service.domain.task import ArtifactName, Catalogue, Kind, State, parse_options
+from service.domain.task import ArtifactName, Catalogue, Kind, Options, State, parse_options
 from service.domain.tenancy import Tenant
+from service.domain.windows import MAX_ACTIVE
 from service.usecases.follow import Follow
 from service.usecases.quota import Quota
 from service.usecases.submit import Submit
@@ -61,8 +68,43 @@ _FIELDS: Mapping[Kind, Mapping[str, str]] = {
     Kind.FACE_ENHANCE: {},
     Kind.SEAMLESS: {"fit": "fit"},
 }
+_STEPS = (20, 40)
 _STATES = {State.QUEUED: "Queued", State.RUNNING: "Running", State.SUCCEEDED: "Completed", State.FAILED: "Failed"}
 _URLS = {ArtifactName.IMAGE: "images_url", ArtifactName.VECTOR: "vector_url", ArtifactName.GRID: "grid_url"}
+
+Count = Annotated[int, Meta(description="The uses that are left, where that is known.")]
+Money = Annotated[int, Meta(description="The yuan that are left, where that is known.")]
+
+
+class Failure(Struct, frozen=True):
+    """What went wrong, in the words of the upstream where they fit."""
+
+    err_code: Literal[1]
+    err_msg: str
+
+
+class Submitted(Struct, frozen=True):
+    """A task was accepted."""
+
+    err_code: Literal[0]
+    task_id: str
+    remaining_count: Count | UnsetType = UNSET
+    remaining_money: Money | UnsetType = UNSET
+
+
+class Checked(Struct, frozen=True):
+    """Where a task stands; the results and what is left once it is `Completed`."""
+
+    err_code: Literal[0]
+    status: Annotated[str, Meta(description=f"{', '.join(_STATES.values())}.")]
+    images_url: str | UnsetType = UNSET
+    vector_url: str | UnsetType = UNSET
+    grid_url: str | UnsetType = UNSET
+    remaining_count: Count | UnsetType = UNSET
+    remaining_money: Money | UnsetType = UNSET
+
+
+A = TypeVar("A", Submitted, Checked)
 
 
 def routes(
@@ -77,18 +119,19 @@ def routes(
             operation_id=f"legacy-{kind}",
             summary=f"{openapi.SUBMIT_SUMMARIES[kind]}, in the upstream's protocol",
             operation_class=openapi.legacy_operation(_PART, _FIELDS[kind], kind),
+            response_description="What became of it: `err_code` tells.",
             status_code=200,
         )
-        async def handler(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
-            async def answer() -> dict[str, Any]:
+        async def handler(request: Request[Any, Any, Any]) -> Response[Submitted | Failure]:
+            async def answer() -> Submitted:
                 async with uploads.receive(request.scope, request.receive, part=_PART) as upload:
                     tenant = _tenant(request, tenants, upload.fields)
                     submit.admit(tenant, kind)
-                    options = parse_options(kind, _translated(kind, upload.fields), catalogue)
+                    options = _options(kind, upload.fields, catalogue)
                     accepted = await submit(tenant, options, {}, upload.image)
-                return {"task_id": accepted.task.id} | await _left(quota, tenant)
+                return Submitted(0, accepted.task.id, **await _left(quota, tenant))
 
-            return await _answered(answer, REJECTED)
+            return await _answered(answer, _submit_message)
 
         return handler
 
@@ -97,20 +140,20 @@ def routes(
         operation_id="legacy-check",
         summary="Check a task, in the upstream's protocol",
         operation_class=openapi.legacy_operation(None, {"task_id": "task_id"}),
+        response_description="Where it stands: `err_code` tells whether that is known.",
         status_code=200,
     )
-    async def check(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
-        async def answer() -> dict[str, Any]:
+    async def check(request: Request[Any, Any, Any]) -> Response[Checked | Failure]:
+        async def answer() -> Checked:
             fields = await uploads.read_form(request.scope, request.receive)
             tenant = _tenant(request, tenants, fields)
-            seen = await follow.read(tenant, dict(fields).get("task_id", ""))
-            told: dict[str, Any] = {"status": _STATES[seen.task.state]}
-            if seen.task.state is State.SUCCEEDED:
-                told |= {_URLS[each.name]: each.url for each in seen.task.artifacts}
-                told |= await _left(quota, tenant)
-            return told
+            task = (await follow.read(tenant, dict(fields).get("task_id", ""))).task
+            if task.state is not State.SUCCEEDED:
+                return Checked(0, _STATES[task.state])
+            urls: dict[str, Any] = {_URLS[each.name]: each.url for each in task.artifacts}
+            return Checked(0, _STATES[task.state], **urls, **await _left(quota, tenant))
 
-        return await _answered(answer, "{}")
+        return await _answered(answer, _check_message)
 
     return [*(submitting(kind) for kind in Kind), check]
 
@@ -121,15 +164,37 @@ def _tenant(request: Request[Any, Any, Any], tenants: Tenants, fields: Sequence[
     return tenant
 
 
-def _translated(kind: Kind, fields: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The upstream's fields as options; the last of a repeated field counts, an empty number is its default."""
+def _options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:
+    """The upstream's fields as options; the last of a repeated field counts, and an empty one is its default.
+
+    Raises InvalidOptions, in the names of the upstream.
+    """
     names = _FIELDS[kind]
-    return [
-        (names[name], value) for name, value in dict(fields).items() if name in names and (value or "prompt" in name)
-    ]
+    given = {names[name]: value for name, value in dict(fields).items() if name in names and value}
+    if "steps" in given:
+        given["steps"] = _whole_steps(given["steps"])
+    try:
+        return parse_options(kind, list(given.items()), catalogue)
+    except InvalidOptions as error:
+        theirs = {ours: name for name, ours in names.items()}
+        raise InvalidOptions([FieldError(theirs[each.field], each.detail) for each in error.errors]) from None
 
 
-async def _left(quota: Quota, tenant: Tenant) -> dict[str, int]:
+def _whole_steps(text: str) -> str:
+    """The nearest whole number of steps.
+
+    The upstream takes fractions here, so programs may send them, and would be refused after years for something that
+    no sampler can do half of. What is out of range, or no number, is left to be refused.
+    """
+    try:
+        steps = float(text)
+    except ValueError:
+        return text
+    least, most = _STEPS
+    return str(math.floor(steps + 0.5)) if least <= steps <= most else text
+
+
+async def _left(quota: Quota, tenant: Tenant) -> dict[str, Any]:
     """What the tenant has left: whole uses, and whole yuan; what nobody knows is left out."""
     try:
         left = await quota.left(tenant)
@@ -139,18 +204,34 @@ async def _left(quota: Quota, tenant: Tenant) -> dict[str, int]:
     return {name: value for name, value in told.items() if value is not None}
 
 
-async def _answered(answer: Callable[[], Awaitable[dict[str, Any]]], otherwise: str) -> Response[dict[str, Any]]:
+async def _answered(
+    answer: Callable[[], Awaitable[A]], message: Callable[[GatewayError], str]
+) -> Response[A | Failure]:
     """An answer, or an error in the message of the upstream that fits it best."""
     try:
-        return Response({"err_code": 0} | await answer())
+        return Response(await answer())
     except Unauthenticated:
-        message = NO_ACCOUNT
-    except (BalanceExhausted, QuotaDenied):
-        message = NOTHING_LEFT
-    except NotFound:
-        message = NOT_FOUND
-    except UpstreamRejected as error:
-        message = otherwise.format(error.reason)
+        return Response(Failure(1, NO_ACCOUNT))
     except GatewayError as error:
-        message = otherwise.format(error.detail)
-    return Response({"err_code": 1, "err_msg": message})
+        return Response(Failure(1, message(error)))
+
+
+def _submit_message(error: GatewayError) -> str:
+    match error:
+        # Too many active tasks pass by themselves, while a program told that nothing is left may never come back.
+        case BalanceExhausted() | QuotaDenied() if not _only_active(error):
+            return NOTHING_LEFT
+        case UpstreamRejected():
+            return REJECTED.format(error.reason)
+        case SubmissionUnknown():
+            return REJECTED.format(f"{error.detail} (submission_id {error.submission_id})")
+        case _:
+            return REJECTED.format(error.detail)
+
+
+def _only_active(error: GatewayError) -> bool:
+    return isinstance(error, QuotaDenied) and {each.policy for each in error.violations} == {MAX_ACTIVE}
+
+
+def _check_message(error: GatewayError) -> str:
+    return NOT_FOUND if isinstance(error, NotFound | UpstreamUnavailable) else error.detail

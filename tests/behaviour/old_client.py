@@ -1,0 +1,76 @@
+"""A program written against the upstream: it knows a base address, a key, and the vendor's document."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from httpx2 import AsyncClient, Timeout
+
+from tests.support.images import png
+
+CALLS: Mapping[str, Mapping[str, Any]] = {
+    "submit_task": {
+        "sdxl_model_dropdown": "通用模型",
+        "style_dropdown": "通用风格",
+        "prompt": "",
+        "neg_prompt": "",
+        "upscale": 1.0,
+        "s_noise": 1.003,
+        "steps": 30,
+        "high_fidelity": False,
+        "strong_inpaint": False,
+        "strong_inpaint_intensity": 0.5,
+        "vector_switch": True,
+        "color_count": 5,
+    },
+    "submit_vector_task": {"color_count": 5},
+    "submit_face_enhance_task": {},
+    "submit_seamless_task": {"fit": 0.3},
+}
+"""The four submits, each with all its fields."""
+
+ENDED = {"Completed", "Failed", None}
+
+
+@dataclass(frozen=True)
+class OldClient:
+    """Calls one base address with one key; every answer has to be HTTP 200 and a JSON object."""
+
+    http: AsyncClient
+    base: str
+    key: str
+
+    async def submit(self, call: str, fields: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        """Submit an image with the fields of the vendor's document, or with these instead."""
+        data = {"user_key": self.key} | dict(CALLS[call] if fields is None else fields)
+        request: dict[str, Any] = {"data": data, "files": {"input_image": ("picture.png", png())}} | more
+        return await self.post(call, timeout=Timeout(connect=5, read=10, write=30, pool=None), **request)
+
+    async def check(self, task_id: str) -> dict[str, Any]:
+        """Ask about a task."""
+        return await self.post("check_task_status", data={"user_key": self.key, "task_id": task_id})
+
+    async def ended(self, task_id: str, between: Callable[[], Awaitable[None]]) -> dict[str, Any]:
+        """Check a task until it has ended."""
+        for _ in range(20):
+            told = await self.check(task_id)
+            assert told["err_code"] == 0, told
+            if told["status"] in ENDED:
+                return told
+            await between()
+        raise AssertionError("it is still running")
+
+    async def post(self, call: str, **request: Any) -> dict[str, Any]:
+        """Make a call."""
+        answer = await self.http.post(f"{self.base}/api/{call}", **request)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "application/json"
+        content: dict[str, Any] = answer.json()
+        return content
+
+
+def shape(content: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of an answer with their types."""
+    return {name: type(value).__name__ for name, value in sorted(content.items())}
