@@ -33,7 +33,7 @@ from service.storage.tasks import RedisTasks
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
 from service.usecases.follow import Follow
-from service.usecases.ports import RegistryView
+from service.usecases.ports import Clock, Ledger, RegistryStore, RegistryView, Tasks, Upstream
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 from service.usecases.settle import Settle
@@ -42,6 +42,9 @@ from service.usecases.watch import Watch
 
 Job = Callable[[], Coroutine[Any, Any, None]]
 """What a process does in the background for as long as it lives."""
+
+TASK_IDS, USER_KEYS = "task-id", "user-key"
+"""What is sealed, each under keys of its own."""
 
 REDIS_SECONDS = 5.0
 DRAIN_SECONDS = 150.0
@@ -106,18 +109,87 @@ class Services:
             await asyncio.gather(*running, return_exceptions=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """An implementation of each port."""
+
+    ledger: Ledger
+    tasks: Tasks
+    store: RegistryStore
+    registry: RegistryView
+    upstream: Upstream
+    clock: Clock
+
+
+def furnished(
+    ports: Ports, settings: Settings, metrics: Metrics, background: Background, jobs: Sequence[Job] = ()
+) -> Services:
+    """The use cases over some ports, and all that stands around them. `jobs` is what the ports have to do."""
+    if settings.admin_token is None:
+        raise ValueError("the settings are not complete")
+    keyring = Keyring(settings.secret_keys)
+    task_ids = TaskIds(keyring.purpose(TASK_IDS))
+    watch = Watch(
+        tasks=ports.tasks,
+        ledger=ports.ledger,
+        upstream=ports.upstream,
+        registry=ports.registry,
+        task_ids=task_ids,
+        metrics=metrics,
+    )
+    watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire]
+    return Services(
+        tenants=Tenants(ports.registry, ports.clock),
+        admin=AdminToken(settings.admin_token),
+        submit=Submit(
+            ledger=ports.ledger,
+            settle=Settle(ports.ledger, background),
+            upstream=ports.upstream,
+            registry=ports.registry,
+            task_ids=task_ids,
+            background=background,
+            metrics=metrics,
+        ),
+        follow=Follow(
+            tasks=ports.tasks,
+            ledger=ports.ledger,
+            upstream=ports.upstream,
+            registry=ports.registry,
+            task_ids=task_ids,
+            clock=ports.clock,
+            interval=settings.poll_seconds,
+            kept_seconds=settings.task_retention_days * DAY / 1000,
+        ),
+        quota=Quota(ledger=ports.ledger, registry=ports.registry),
+        operators=Operators(
+            store=ports.store,
+            registry=ports.registry,
+            ledger=ports.ledger,
+            user_keys=keyring.purpose(USER_KEYS),
+            clock=ports.clock,
+        ),
+        uploads=Uploads(max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels),
+        catalogue=settings.catalogue,
+        poll_seconds=settings.poll_seconds,
+        metrics=metrics,
+        logger=structlog.get_logger("service"),
+        lifecycle=Lifecycle(ports.registry),
+        registry=ports.registry,
+        watch=watch,
+        jobs=[*jobs, *watching],
+    )
+
+
 @asynccontextmanager
 async def assembled(settings: Settings) -> AsyncIterator[Services]:
-    """All parts, out of settings that leave nothing open. Nothing is connected before it is first used.
+    """The real gateway, out of settings that leave nothing open. Nothing is connected before it is first used.
 
     At the end, submissions under way are finished before anything is closed.
     """
-    if settings.redis_url is None or settings.upstream_url is None or settings.admin_token is None:
+    if settings.redis_url is None or settings.upstream_url is None:
         raise ValueError("the settings are not complete")
-    clock, background = SystemClock(), Background()
-    metrics = Metrics(CollectorRegistry())
-    keyring, keys = Keyring(settings.secret_keys), Keys(settings.key_prefix)
-    task_ids, user_keys = TaskIds(keyring.purpose("task-id")), keyring.purpose("user-key")
+    background, metrics, keys = Background(), Metrics(CollectorRegistry()), Keys(settings.key_prefix)
+    user_keys = Keyring(settings.secret_keys).purpose(USER_KEYS)
     spans = Spans(
         lease=settings.lease_seconds * 1000,
         check_after=int(settings.poll_seconds * 1000),
@@ -126,52 +198,19 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
     async with AsyncExitStack() as opened:
         connections = connect(settings.redis_url, timeout=REDIS_SECONDS)
         opened.push_async_callback(connections.aclose)
-        scripts = Scripts(connections.commands)
-        ledger = RedisLedger(connections.commands, scripts, keys, spans)
-        tasks = RedisTasks(connections.commands, scripts, keys, spans)
-        store = RedisRegistry(connections.commands, scripts, keys)
+        client, scripts = connections.commands, Scripts(connections.commands)
+        store = RedisRegistry(client, scripts, keys)
         registry = LiveRegistry(store, connections.subscriber, keys.registry_channel)
         upstream = await opened.enter_async_context(
             UpstreamClient(settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream)
         )
         opened.push_async_callback(background.drain, DRAIN_SECONDS)
-        watch = Watch(
-            tasks=tasks, ledger=ledger, upstream=upstream, registry=registry, task_ids=task_ids, metrics=metrics
-        )
-        watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire]
-        yield Services(
-            tenants=Tenants(registry, clock),
-            admin=AdminToken(settings.admin_token),
-            submit=Submit(
-                ledger=ledger,
-                settle=Settle(ledger, background),
-                upstream=upstream,
-                registry=registry,
-                task_ids=task_ids,
-                background=background,
-                metrics=metrics,
-            ),
-            follow=Follow(
-                tasks=tasks,
-                ledger=ledger,
-                upstream=upstream,
-                registry=registry,
-                task_ids=task_ids,
-                interval=settings.poll_seconds,
-                kept_seconds=spans.keep_ended / 1000,
-            ),
-            quota=Quota(ledger=ledger, registry=registry),
-            operators=Operators(store=store, registry=registry, ledger=ledger, user_keys=user_keys, clock=clock),
-            uploads=Uploads(
-                max_image_bytes=settings.max_image_bytes,
-                max_image_pixels=settings.max_image_pixels,
-            ),
-            catalogue=settings.catalogue,
-            poll_seconds=settings.poll_seconds,
-            metrics=metrics,
-            logger=structlog.get_logger("service"),
-            lifecycle=Lifecycle(registry),
+        ports = Ports(
+            ledger=RedisLedger(client, scripts, keys, spans),
+            tasks=RedisTasks(client, scripts, keys, spans),
+            store=store,
             registry=registry,
-            watch=watch,
-            jobs=[registry.follow, *watching],
+            upstream=upstream,
+            clock=SystemClock(),
         )
+        yield furnished(ports, settings, metrics, background, jobs=[registry.follow])

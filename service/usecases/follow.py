@@ -22,6 +22,7 @@ from service.domain.tenancy import Tenant
 from service.usecases.ports import (
     Answered,
     Check,
+    Clock,
     Ledger,
     Page,
     RegistryView,
@@ -62,6 +63,7 @@ class Follow:
         upstream: Upstream,
         registry: RegistryView,
         task_ids: TaskIds,
+        clock: Clock,
         interval: float,
         kept_seconds: float,
     ) -> None:
@@ -70,6 +72,7 @@ class Follow:
         self._upstream = upstream
         self._registry = registry
         self._task_ids = task_ids
+        self._clock = clock
         self._interval = interval
         self._kept_seconds = kept_seconds
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
@@ -126,7 +129,7 @@ class Follow:
 
         Not one that is as old as what the ledger forgets by itself, which would be booked twice.
         """
-        if time.time() - reference.created / 1000 >= self._kept_seconds:
+        if self._clock.now() - reference.created / 1000 >= self._kept_seconds:
             return
         settlement = Settlement(
             reservation=reference.reservation,

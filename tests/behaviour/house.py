@@ -10,18 +10,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
 from httpx2 import AsyncClient, Response
 from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
-from service.api.auth import AdminToken, Tenants
-from service.api.uploads import Uploads
 from service.app import create_app, create_ops_app
 from service.domain.balance import Figures
-from service.domain.task import DEFAULT_CATALOGUE, TaskError
-from service.domain.taskid import TaskIds
-from service.keyring import Keyring
+from service.domain.task import TaskError
 from service.sandbox.accounts import Balance
 from service.sandbox.app import SandboxConfig
 from service.sandbox.control import Control
@@ -32,14 +27,8 @@ from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
-from service.usecases.follow import Follow
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
-from service.usecases.quota import Quota
-from service.usecases.registry import Operators
-from service.usecases.settle import Settle
-from service.usecases.submit import Submit
-from service.usecases.watch import Watch
-from service.wiring import Lifecycle, Services, assembled
+from service.wiring import Ports, Services, assembled, furnished
 from tests.fakes import FakeLedger, FakeRegistry, FakeUpstream
 from tests.support.images import png
 from tests.support.serving import serving
@@ -49,10 +38,18 @@ ADMIN_TOKEN = "admin-token-of-the-tests-0123456789"
 SECRET_KEY = b"k" * 32
 USER_KEY = "upstream-key-main"
 POLL_SECONDS = 2.5
-
-PassTime = Callable[[float], Awaitable[None]]
 MAX_BYTES = 1_000_000
 MAX_PIXELS = 4_000_000
+
+ENVIRONMENT = {
+    "GATEWAY_SECRET_KEYS": base64.b64encode(SECRET_KEY).decode(),
+    "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
+    "GATEWAY_MAX_IMAGE_BYTES": str(MAX_BYTES),
+    "GATEWAY_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
+    "GATEWAY_POLL_SECONDS": str(POLL_SECONDS),
+}
+
+PassTime = Callable[[float], Awaitable[None]]
 
 
 class Upstream(ABC):
@@ -263,50 +260,9 @@ async def opened(services: Services, upstream: Upstream, pass_time: PassTime) ->
 async def house_of_fakes() -> AsyncIterator[tuple[House, FakeLedger, FakeUpstream]]:
     """Everything in memory but the HTTP."""
     ledger, upstream, background = FakeLedger(), FakeUpstream(), Background()
-    registry, metrics = FakeRegistry(ledger), Metrics(CollectorRegistry())
-    keyring = Keyring([SECRET_KEY])
-    task_ids = TaskIds(keyring.purpose("task-id"))
-    services = Services(
-        tenants=Tenants(registry, ledger.clock),
-        admin=AdminToken(ADMIN_TOKEN),
-        submit=Submit(
-            ledger=ledger,
-            settle=Settle(ledger, background),
-            upstream=upstream,
-            registry=registry,
-            task_ids=task_ids,
-            background=background,
-            metrics=metrics,
-        ),
-        follow=Follow(
-            tasks=ledger,
-            ledger=ledger,
-            upstream=upstream,
-            registry=registry,
-            task_ids=task_ids,
-            interval=POLL_SECONDS,
-            kept_seconds=ledger.spans.keep_ended / 1000,
-        ),
-        quota=Quota(ledger=ledger, registry=registry),
-        operators=Operators(
-            store=registry,
-            registry=registry,
-            ledger=ledger,
-            user_keys=keyring.purpose("user-key"),
-            clock=ledger.clock,
-        ),
-        uploads=Uploads(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS),
-        catalogue=DEFAULT_CATALOGUE,
-        poll_seconds=POLL_SECONDS,
-        metrics=metrics,
-        logger=structlog.get_logger("service"),
-        lifecycle=Lifecycle(registry),
-        registry=registry,
-        watch=Watch(
-            tasks=ledger, ledger=ledger, upstream=upstream, registry=registry, task_ids=task_ids, metrics=metrics
-        ),
-        jobs=[],
-    )
+    registry = FakeRegistry(ledger)
+    ports = Ports(ledger=ledger, tasks=ledger, store=registry, registry=registry, upstream=upstream, clock=ledger.clock)
+    services = furnished(ports, Settings.load(ENVIRONMENT), Metrics(CollectorRegistry()), background)
 
     async def pass_time(seconds: float) -> None:
         ledger.clock.at += int(seconds * 1000)
@@ -333,16 +289,7 @@ async def real_house(valkey: Valkey) -> AsyncIterator[House]:
     config = SandboxConfig(accounts={USER_KEY: Balance(count=10, money=300)}, seconds=0)
     async with AsyncExitStack() as stack:
         sandbox = await stack.enter_async_context(running(config))
-        settings = Settings.load(
-            {
-                "GATEWAY_REDIS_URL": valkey.url,
-                "GATEWAY_UPSTREAM_URL": sandbox.url,
-                "GATEWAY_SECRET_KEYS": base64.b64encode(SECRET_KEY).decode(),
-                "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
-                "GATEWAY_MAX_IMAGE_BYTES": str(MAX_BYTES),
-                "GATEWAY_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
-            }
-        )
+        settings = Settings.load(ENVIRONMENT | {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": sandbox.url})
         connections = connect(valkey.url, timeout=5)
         stack.push_async_callback(connections.aclose)
         client: Any = connections.commands
