@@ -10,11 +10,10 @@ import click
 
 from service.api.admin_views import AccountList, AccountView, FigureView
 from service.cli import variable
-from service.cli.client import Answer, OperatorsPort, Refused, as_json, asking
+from service.cli.client import NOT_FOUND, Answer, OperatorsPort, Refused, as_json, asking
 from service.cli.shown import card, table
 from service.cli.values import Price, Yuan
 
-_NOT_FOUND = 404
 _LONGEST_KEY = 4_096
 
 
@@ -111,7 +110,7 @@ def _exists(port: OperatorsPort, name: str) -> bool:
     try:
         port.ask("GET", "accounts", name)
     except Refused as refusal:
-        if refusal.status != _NOT_FOUND:
+        if refusal.status != NOT_FOUND:
             raise
         return False
     return True
@@ -130,7 +129,7 @@ def _from_file(file: BinaryIO) -> str:
     except UnicodeDecodeError:
         value = ""
     if not value:
-        raise click.BadParameter(f"there is no key in {file.name}", param_hint="--user-key-file")
+        raise click.BadParameter("it holds no key", param_hint="--user-key-file")
     return value
 
 

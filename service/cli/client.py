@@ -20,6 +20,7 @@ from service.settings import Settings
 
 T = TypeVar("T")
 
+NOT_FOUND = 404
 _TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -98,6 +99,10 @@ class OperatorsPort:
 
     def ask(self, method: str, *path: str, body: Mapping[str, Any] | None = None, **query: Any) -> Answer:
         """Call `/admin/v1` and the parts of a path, with a JSON body and a query."""
+        for part in path:
+            if part in {"", ".", ".."} or "/" in part:
+                # However it is quoted, a server takes it for another path.
+                raise Refused(NOT_FOUND, f"gateway: nothing has the name {plain(part)!r}")
         address = "/".join(["/admin/v1", *(quote(each, safe="") for each in path)])
         content = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"Content-Type": "application/json"}

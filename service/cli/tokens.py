@@ -39,7 +39,10 @@ def create(
         raise click.UsageError("Say either --expires-at or --expires-in.")
     now = datetime.now(UTC)
     if expires_in is not None:
-        expires_at = now + timedelta(seconds=expires_in)
+        try:
+            expires_at = now + timedelta(seconds=expires_in)
+        except OverflowError:
+            raise click.UsageError("It would outlive every calendar: leave --expires-in out.") from None
     if expires_at and expires_at <= now:
         raise click.UsageError("It would have expired already.")
     answer = port.ask("POST", "tenants", tenant, "tokens", body={"label": label, "expires_at": expires_at})

@@ -1,0 +1,63 @@
+"""A shell in which the command `gateway` reaches a gateway that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import structlog
+from click.testing import CliRunner, Result
+
+from service.cli import main
+from tests.behaviour.house import ADMIN_TOKEN, House, house_of_fakes
+
+
+@dataclass
+class Shell:
+    """Runs commands against a gateway that has the account `main` and the tenant `shop`."""
+
+    house: House
+    environ: dict[str, str] = field(default_factory=dict)
+
+    async def run(self, *arguments: str, code: int = 0, stdin: str | bytes = "") -> Result:
+        """Run `gateway` with arguments; it has to end with this exit code, and never with a traceback."""
+        # In a thread, since the gateway it asks is served by this one's event loop.
+        result = await asyncio.to_thread(CliRunner().invoke, main, arguments, input=stdin, env=dict(self.environ))
+        assert result.exit_code == code, result.output
+        assert isinstance(result.exception, SystemExit | None), result.exception
+        return result
+
+    async def lines(self, *arguments: str) -> list[list[str]]:
+        """Run a command that prints columns; the cells of each line."""
+        printed = (await self.run(*arguments)).stdout
+        return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in printed.splitlines()]
+
+    async def json(self, *arguments: str, stdin: str = "") -> Any:
+        """Run a command with `--json`; what it prints."""
+        return json.loads((await self.run(*arguments, "--json", stdin=stdin)).stdout)
+
+    async def stored(self, path: str) -> Any:
+        """What the gateway itself says."""
+        return (await self.house.admin("GET", path)).json()
+
+
+@pytest.fixture
+async def shell() -> AsyncIterator[Shell]:
+    """A shell whose environment leads to a gateway."""
+    # What the gateway logs would else be mixed into what the command prints: they share a process here.
+    with structlog.testing.capture_logs():
+        async with house_of_fakes() as (house, _, _):
+            address = urlsplit(house.ops_url)
+            yield Shell(
+                house,
+                {
+                    "GATEWAY_OPS_HOST": str(address.hostname),
+                    "GATEWAY_OPS_PORT": str(address.port),
+                    "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
+                },
+            )

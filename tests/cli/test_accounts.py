@@ -1,0 +1,181 @@
+"""`gateway account`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.keyring import Keyring
+from tests.behaviour.house import SECRET_KEY, USER_KEY
+from tests.cli.conftest import Shell
+
+
+def key_of(shell: Shell, name: str) -> str:
+    """The key that the gateway has of an account."""
+    opened = (
+        Keyring([SECRET_KEY]).purpose("user-key").open(shell.house.services.registry.current.accounts[name].user_key)
+    )
+    assert opened is not None
+    return opened.decode()
+
+
+async def test_key_from_the_environment(shell: Shell) -> None:
+    """The key can be in an environment variable that the command line names."""
+    shell.environ["OUR_KEY"] = "key-in-a-variable"
+    await shell.run("account", "set", "new", "--user-key-env", "OUR_KEY")
+    assert key_of(shell, "new") == "key-in-a-variable"
+
+
+async def test_key_from_a_file(shell: Shell, tmp_path: Path) -> None:
+    """The key can be in a file or come from standard input, without the line break at its end."""
+    file = tmp_path / "key"
+    file.write_text("key-in-a-file\n")
+    await shell.run("account", "set", "new", "--user-key-file", str(file))
+    assert key_of(shell, "new") == "key-in-a-file"
+    await shell.run("account", "set", "new", "--user-key-file", "-", stdin="key-on-standard-input\r\n")
+    assert key_of(shell, "new") == "key-on-standard-input"
+
+
+async def test_key_is_kept(shell: Shell) -> None:
+    """Without a key an account keeps the one it has, and a new one is refused."""
+    await shell.run("account", "set", "main", "--floor-count", "3")
+    assert key_of(shell, "main") == USER_KEY
+    refused = await shell.run("account", "set", "new", code=1)
+    assert refused.stderr == "Invalid options:\n  user_key: is required for a new account\n"
+
+
+async def test_key_from_a_person(shell: Shell) -> None:
+    """On a terminal the key of a new account is asked for, and not shown when it is typed."""
+    ours, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "service", "account", "set", "new"),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, **shell.environ},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    try:
+        seen = await asyncio.to_thread(_until, ours, b"The user_key of new: ")
+        os.write(ours, b"key-of-a-person\n")
+        printed, _ = await process.communicate()
+        seen += await asyncio.to_thread(_rest, ours)
+    finally:
+        os.close(ours)
+    assert process.returncode == 0
+    assert key_of(shell, "new") == "key-of-a-person"
+    assert b"key-of-a-person" not in seen + printed
+
+
+async def test_key_asked_for_in_vain(shell: Shell) -> None:
+    """Asked for a key, one can decline, and nothing changes."""
+    result = await shell.run("account", "set", "new", "--user-key-prompt", code=1)
+    assert "Aborted" in result.stderr
+    assert "new" not in shell.house.services.registry.current.accounts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--user-key-env", "NOBODY_SET_IT"), "there is no environment variable NOBODY_SET_IT"),
+        (("--user-key-file", "/dev/null"), "it holds no key"),
+        (("--user-key-file", "no/such/file"), "No such file"),
+        (("--user-key-file", "-", "--user-key-prompt"), "Take the key from one place"),
+        (("--user-key", "sk-0123456789"), "No such option"),
+        (("--floor-count", "-1"), "-1 is not in the range"),
+        (("--floor-money", "nan"), "no amount in yuan"),
+        (("--floor-money", "0.001"), "no amount in yuan"),
+        (("--max-price", "upscale"), "no amount in yuan"),
+        (("--max-price", "enlarge=1"), "no kind of task"),
+    ],
+)
+async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+    """What can't be meant is said before the gateway is asked."""
+    before = shell.house.services.registry.current.version
+    result = await shell.run("account", "set", "main", *arguments, code=2)
+    assert says in result.stderr
+    assert shell.house.services.registry.current.version == before
+
+
+async def test_file_that_is_no_text(shell: Shell) -> None:
+    """A file of other bytes than text holds no key."""
+    result = await shell.run("account", "set", "main", "--user-key-file", "-", code=2, stdin=b"\xff\xfe\x00")
+    assert "it holds no key" in result.stderr
+
+
+async def test_everything_about_an_account(shell: Shell) -> None:
+    """Every property of an account can be given, in yuan where it is money, and is shown again."""
+    address = "http://127.0.0.1:9/api"
+    await shell.run(
+        *("account", "set", "main", "--base-url", address, "--floor-count", "3", "--floor-money", "0.50"),
+        *("--max-price", "upscale=1.25", "--max-price", "vectorize=2"),
+    )
+    stored = await shell.stored("/accounts/main")
+    assert stored["base_url"] == address
+    assert (stored["floor_count"], stored["floor_money"]) == (3, 0.5)
+    assert stored["max_price"] == {"upscale": 1.25, "vectorize": 2}
+    shown = dict(await shell.lines("account", "show", "main"))
+    assert shown["highest price:"] == "upscale 1.25 yuan, vectorize 2 yuan"
+    assert (shown["floor of uses:"], shown["floor of yuan:"], shown["base URL:"]) == ("3", "0.5", address)
+    assert shown["uses left:"] == "-"
+    assert await shell.json("account", "show", "main") == stored
+
+
+async def test_put_replaces(shell: Shell) -> None:
+    """What is left out gets its default."""
+    await shell.run("account", "set", "main", "--floor-count", "3", "--max-price", "upscale=1")
+    stored = await shell.json("account", "set", "main")
+    assert (stored["floor_count"], stored["max_price"]) == (0, {})
+
+
+async def test_list(shell: Shell) -> None:
+    """Accounts are listed with what is known of their balance, numbers under each other."""
+    assert (await shell.lines("account", "list"))[1] == ["main", "open", "-", "-", "-", "0", "0", "-"]
+    await shell.house.upstream.set_balance(count=1_000, money=7)
+    await shell.house.submit()
+    head, line = (await shell.run("account", "list")).stdout.splitlines()
+    for name, value in (("USES", "999"), ("YUAN", "7"), ("IN FLIGHT", "1")):
+        assert line[: head.index(name) + len(name)].split()[-1] == value
+    assert await shell.json("account", "list") == await shell.stored("/accounts")
+
+
+async def test_reopen(shell: Shell) -> None:
+    """An exhausted account is reopened."""
+    await shell.house.upstream.set_balance(count=1, money=0)
+    await shell.house.submit()
+    assert dict(await shell.lines("account", "show", "main"))["state:"] == "exhausted"
+    assert dict(await shell.lines("account", "reopen", "main"))["state:"] == "open"
+
+
+async def test_delete(shell: Shell) -> None:
+    """An account that is used is deleted by force only, and what stands in the way is said."""
+    refused = await shell.run("account", "delete", "main", code=1)
+    assert refused.stderr == "Conflict: Account main is used by shop. Change them first, or force it.\n"
+    assert (await shell.run("account", "delete", "main", "--force")).stdout == "The account main is deleted.\n"
+    assert (await shell.run("account", "show", "main", code=1)).stderr == "Not found: There is no account main.\n"
+
+
+def _until(terminal: int, words: bytes) -> bytes:
+    """What is written to a terminal until these words are."""
+    seen = b""
+    while words not in seen:
+        seen += os.read(terminal, 1_000)
+    return seen
+
+
+def _rest(terminal: int) -> bytes:
+    """What is left on a terminal whose other end was closed."""
+    seen = b""
+    try:
+        while part := os.read(terminal, 1_000):
+            seen += part
+    except OSError:  # so Linux says that the other end was closed
+        pass
+    return seen
