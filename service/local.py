@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from service.child import stop, tied
 from service.keyring import load_or_create_secrets
@@ -51,27 +52,42 @@ async def completed(settings: Settings) -> AsyncIterator[Settings]:
 
 @asynccontextmanager
 async def _sandbox(folder: Path, port: int) -> AsyncIterator[str]:
-    """A sandbox in a process of its own, since it works on images; its address."""
+    """A sandbox in a process of its own, since it works on images; its address. What it complains of goes to a log."""
     command = [sys.executable, "-m", "service", "sandbox", "--folder", str(folder), "--port", str(port)]
-    process = await asyncio.create_subprocess_exec(
-        *tied(command),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
+    log = folder.with_suffix(".log")
     try:
-        yield await _address(process)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with log.open("wb") as complaints:
+            log.chmod(0o600)
+            process = await asyncio.create_subprocess_exec(
+                *tied(command),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=complaints,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise LocalError(f"can't start the sandbox in {folder}: {error.strerror}") from error
+    try:
+        yield await _address(process, log)
     finally:
         await stop(process)
 
 
-async def _address(process: asyncio.subprocess.Process) -> str:
+async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
     """The address a sandbox prints once it listens."""
-    if process.stdout is None:
-        raise LocalError("the sandbox has no output")
-    with suppress(TimeoutError):
+    output = cast("asyncio.StreamReader", process.stdout)
+    try:
         async with asyncio.timeout(_START_SECONDS):
-            line = (await process.stdout.readline()).decode().strip()
-            if line.startswith("http"):
-                return line
-    raise LocalError("the sandbox did not start: set GATEWAY_SANDBOX_PORT if its port is taken")
+            line = (await output.readline()).decode().strip()
+    except TimeoutError:
+        line = ""
+    if line:
+        return line
+    raise LocalError(f"the sandbox did not start (GATEWAY_SANDBOX_PORT, {log}): {_last_line(log)}")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    last = next((line for line in reversed(lines) if line.strip()), f"it said nothing in {_START_SECONDS:g} s")
+    return last.removeprefix("gateway: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 import click
@@ -22,5 +23,8 @@ def run(folder: Path | None, host: str, port: int) -> int:
         asyncio.run(serve(config, host, port, on_ready=click.echo))
     except OSError as error:
         click.echo(f"gateway: can't run the sandbox on {host}:{port}: {error.strerror or error}", err=True)
+        return 1
+    except sqlite3.Error as error:
+        click.echo(f"gateway: can't run the sandbox in {folder}: {error}", err=True)
         return 1
     return 0

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shlex
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 
 import click
+import structlog
 import uvicorn
 import uvloop
 
+from service import __version__
 from service.api.edge import Edge
 from service.app import create_app, create_ops_app
+from service.domain.errors import Unavailable
 from service.keyring import SecretFileError
 from service.local import LocalError, completed
 from service.settings import Environment, Role, Settings
@@ -28,7 +32,12 @@ from service.telemetry.redaction import Redactor
 from service.usecases.bootstrap import demo_token
 from service.wiring import DRAIN_SECONDS, Services, assembled
 
+_log = structlog.get_logger(__name__)
+
 _TOKEN_FILE = "demo.token"  # noqa: S105 - the name of a file
+_STORE_AWAY_SECONDS = 1.0
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than clients and load balancers keep an idle connection: else they send a request into its close."""
 
 
 class PortTakenError(Exception):
@@ -43,6 +52,32 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Signals:
+    """What SIGINT and SIGTERM do: the first ends the gateway in good order, the next at once, as a kill would.
+
+    In good order means that whatever was begun is finished; while the gateway still starts there is nothing to finish.
+    Nothing can hold the second one up. What was under way then is settled when its lease runs out.
+    """
+
+    def __init__(self) -> None:
+        self._starting = asyncio.current_task()
+        self._told = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._receive)
+
+    def _receive(self) -> None:
+        if self._told.is_set():
+            os._exit(1)
+        self._told.set()
+        if self._starting:
+            self._starting.cancel()
+
+    async def first(self) -> None:
+        """The gateway has started: wait until it is told to end."""
+        self._starting = None
+        await self._told.wait()
+
+
 def run(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; the exit code. What can't be started is said in one line."""
     redactor = Redactor()
@@ -53,35 +88,51 @@ def run(settings: Settings) -> int:
     except (LocalError, EmbeddedError, SecretFileError, PortTakenError) as error:
         click.echo(f"gateway: {error}", err=True)
         return 1
+    except asyncio.CancelledError:
+        return 0  # told to end while it started
     return 0
 
 
 async def _serve(settings: Settings, redactor: Redactor) -> None:
-    operators = _listen(settings.ops_host, settings.ops_port, "GATEWAY_OPS_PORT")
-    tenants = None if settings.role is Role.WORKER else _listen(settings.host, settings.port, "GATEWAY_PORT")
+    signals = _Signals()
+    operators = _listen(settings.ops_host, settings.ops_port, "GATEWAY_OPS_")
+    tenants = None if settings.role is Role.WORKER else _listen(settings.host, settings.port, "GATEWAY_")
     async with completed(settings) as full, assembled(full) as services, services.working():
         redactor.learn(*(each for each in (full.admin_token, full.upstream_user_key) if each))
-        servers = {operators: _server(create_ops_app(services))}
-        if tenants:
-            servers[tenants] = _server(create_app(services))
-        end = _ending(services, list(servers.values()))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, end)
-        async with asyncio.TaskGroup() as serving:
-            for listening, server in servers.items():
-                serving.create_task(server.serve(sockets=[listening]))
+        # The tenants' port is closed first, so that operators can look on while the last requests are answered.
+        servers = [(_server(create_app(services)), tenants)] if tenants else []
+        servers.append((_server(create_ops_app(services)), operators))
+        async with asyncio.TaskGroup() as tasks:
+            serving = [(server, tasks.create_task(server.serve(sockets=[at]))) for server, at in servers]
+            _log.info(
+                "serving",
+                version=__version__,
+                role=settings.role,
+                tenants=_url(tenants) if tenants else None,
+                operators=_url(operators),
+            )
+            introducing = None
             if tenants and settings.env is Environment.DEVELOPMENT:
-                await _introduce(services, full, tenants)
+                introducing = tasks.create_task(_introduce(services, full, _url(tenants)))
             gc.collect()
             gc.freeze()  # what lives now lives on: later collections need not look at it
+            await signals.first()
+            _log.info("ending")
+            services.lifecycle.drain()
+            if introducing:
+                introducing.cancel()
+            for server, served in serving:
+                server.should_exit = True
+                await served
 
 
-def _listen(host: str, port: int, name: str) -> socket.socket:
+def _listen(host: str, port: int, prefix: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise PortTakenError(f"can't listen on {host}:{port}, set {name}: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise PortTakenError(f"can't listen on {host}:{port} ({prefix}HOST, {prefix}PORT): {why}") from error
 
 
 def _server(app: Edge) -> uvicorn.Server:
@@ -93,50 +144,49 @@ def _server(app: Edge) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(DRAIN_SECONDS),
     )
     return _Server(config)
 
 
-def _ending(services: Services, servers: Sequence[uvicorn.Server]) -> Callable[[], None]:
-    """What a signal does: the first ends the servers once their requests are answered, the next at once."""
-
-    def end() -> None:
-        services.lifecycle.drain()
-        for server in servers:
-            server.force_exit = server.should_exit
-            server.should_exit = True
-
-    return end
-
-
-async def _introduce(services: Services, settings: Settings, listening: socket.socket) -> None:
-    """Make the demo account and tenant, and print how to use them."""
-    path = settings.data_dir / _TOKEN_FILE
-    key = settings.upstream_user_key
-    if key is None:
-        return
-    token = await demo_token(services.operators, services.registry, key, known_demo_token(settings.data_dir))
-    path.touch(mode=0o600)
-    path.write_text(token + "\n")
-    host, port = listening.getsockname()[:2]
-    url = f"http://{_reachable(host)}:{port}"
-    click.echo(
-        f"""
-The gateway is ready: {url} (documentation: {url}/docs)
-The demo tenant's token: {token}
+async def _introduce(services: Services, settings: Settings, url: str) -> None:
+    """Make the demo account and tenant, and print how to use them; where the store is away, once it is there."""
+    hint = ""
+    if settings.upstream_user_key:
+        token = await _demo_token(services, settings.data_dir, settings.upstream_user_key)
+        image = shlex.quote(f"image=@{resources.files('service.demo') / 'pictures' / 'photo.jpg'}")
+        hint = f"""The demo tenant's token: {token}
 Try it:
 
-  curl -sS -H 'Authorization: Bearer {token}' -F image=@{_picture()} -F scale=2 {url}/v1/tasks/upscale
+  curl -sS -H 'Authorization: Bearer {token}' -F {image} -F scale=2 {url}/v1/tasks/upscale
 
-Ctrl-C ends it.
 """
-    )
+    click.echo(f"\nThe gateway is ready: {url} (documentation: {url}/docs)\n{hint}Ctrl-C ends it.\n")
 
 
-def _picture() -> str:
-    """The path of a picture to try, as short as can be from here."""
-    return os.path.relpath(str(resources.files("service.demo") / "pictures" / "photo.jpg"))
+async def _demo_token(services: Services, folder: Path, user_key: str) -> str:
+    """The demo tenant's token, kept in the data folder for the next start."""
+    known = known_demo_token(folder)
+    while True:
+        try:
+            token = await demo_token(services.operators, services.registry, user_key, known)
+        except Unavailable as error:
+            _log.warning("the demo tenant can't be made yet", why=str(error))
+            await asyncio.sleep(_STORE_AWAY_SECONDS)
+        else:
+            _keep_demo_token(folder, token)
+            return token
+
+
+def _keep_demo_token(folder: Path, token: str) -> None:
+    path = folder / _TOKEN_FILE
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(token + "\n")
+    except OSError as error:
+        _log.warning("the next start will make another demo token: this one can't be kept", why=str(error))
 
 
 def known_demo_token(data_dir: Path) -> str | None:
@@ -146,7 +196,8 @@ def known_demo_token(data_dir: Path) -> str | None:
     return None
 
 
-def _reachable(host: str) -> str:
-    """The address under which this machine reaches a host that was listened on."""
+def _url(listening: socket.socket) -> str:
+    """The address under which this machine reaches what is listened on."""
+    host, port = listening.getsockname()[:2]
     found = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{found}]" if ":" in found else found
+    return f"http://[{found}]:{port}" if ":" in found else f"http://{found}:{port}"

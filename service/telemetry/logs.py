@@ -1,4 +1,4 @@
-"""The log: one JSON object or one coloured line per event, everything redacted, on a stream of its own."""
+"""The log: one JSON object or one line to read per event, everything redacted, on a stream of its own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LIBRARIES = ("asyncio", "httpcore2", "httpx2", "litestar", "redis", "uvicorn", 
 def configure(*, json: bool, level: str, stream: BinaryIO, redactor: Redactor) -> FilteringBoundLogger:
     """Send all logging of this process through one chain, and return its logger.
 
-    `json` chooses JSON lines over lines to read. Libraries that use the standard library's logging are heard from
-    WARNING on, since below it some of them print addresses with their queries. Redaction comes after the traceback
-    was made text and before anything is rendered: earlier it would miss the exception, later it would have to take
-    rendered lines apart.
+    `json` chooses JSON lines over lines to read, which are coloured on a terminal. Libraries that use the standard
+    library's logging are heard from WARNING on, since below it some of them print addresses with their queries.
+    Redaction comes after the traceback was made text and before anything is rendered: earlier it would miss the
+    exception, later it would have to take rendered lines apart.
     """
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -28,7 +28,7 @@ def configure(*, json: bool, level: str, stream: BinaryIO, redactor: Redactor) -
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
         structlog.processors.format_exc_info,
         redactor,
-        *([_to_json] if json else [_console(), _to_bytes]),
+        *([_to_json] if json else [_console(colours=stream.isatty()), _to_bytes]),
     ]
     structlog.configure(
         processors=processors,
@@ -63,10 +63,10 @@ class _Bridge(logging.Handler):
         self._logger.log(level, message, logger=record.name, exc_info=record.exc_info)
 
 
-def _console() -> Processor:
+def _console(*, colours: bool) -> Processor:
     # The traceback is text already, which the plain formatter expects.
     return structlog.dev.ConsoleRenderer(
-        colors=True, timestamp_key="time", exception_formatter=structlog.dev.plain_traceback
+        colors=colours, timestamp_key="time", exception_formatter=structlog.dev.plain_traceback
     )
 
 

@@ -22,11 +22,18 @@ from service.telemetry.redaction import Redactor
 SECRET = "hunter2-hunter2"
 
 
+class Terminal(io.BytesIO):
+    """A stream that somebody looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 class Log:
     """A configured log and what was written to it."""
 
-    def __init__(self, *, json_lines: bool = True, level: str = "INFO") -> None:
-        self._stream = io.BytesIO()
+    def __init__(self, *, json_lines: bool = True, level: str = "INFO", terminal: bool = False) -> None:
+        self._stream = Terminal() if terminal else io.BytesIO()
         self.redactor = Redactor([SECRET])
         self.logger: FilteringBoundLogger = configure(
             json=json_lines, level=level, stream=self._stream, redactor=self.redactor
@@ -86,14 +93,15 @@ def test_a_logger_made_before_is_configured_too() -> None:
     assert (first.written, second.event["event"]) == ("", "after")
 
 
-def test_lines_to_read_are_coloured_and_hold_the_traceback() -> None:
-    """In development an event is a coloured line, followed by its traceback, redacted all the same."""
-    log = Log(json_lines=False)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_to_read_hold_the_traceback(terminal: bool) -> None:
+    """In development an event is a line, coloured on a terminal alone, followed by its traceback, all redacted."""
+    log = Log(json_lines=False, terminal=terminal)
     try:
         raise ValueError(f"no {SECRET}")
     except ValueError:
         log.logger.exception("failed", tenant="demo", user_key="abcdef")
-    assert "\x1b[" in log.written
+    assert ("\x1b[" in log.written) is terminal
     assert "failed" in log.written
     assert "ValueError: no [redacted]" in log.written
     assert SECRET not in log.written
