@@ -14,7 +14,8 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.types import ControllerRouterHandler
 
 from service.api import admin, legacy, openapi, ops, quota, tasks
-from service.api.docs import docs_page
+from service.api.docs import HEADERS, docs_page
+from service.api.document import document
 from service.api.edge import Edge
 from service.api.head import answering_head
 from service.api.problems import exception_handlers
@@ -28,11 +29,24 @@ _TENANTS_DESCRIPTION = (
     "Send your token as `Authorization: Bearer TOKEN`. Whatever goes wrong is a problem document whose `detail` says "
     "what to do."
 )
+_TENANTS_BEARER = "Your token, beginning with `igw_`. The operators of the gateway make and revoke it."
+_TENANTS_TAGS = {
+    "tasks": "Submit an image, and follow what becomes of it.",
+    "quota": "What you may still spend.",
+    "old clients": "The upstream's own protocol, for programs that were written against it: change the base address, "
+    "and the `user_key` to your token. Every answer is HTTP 200.",
+    "service": "The state of the process that answers.",
+}
 _OPERATORS_TITLE = "Imaging Gateway: operators"
 _OPERATORS_DESCRIPTION = (
     "Accounts at the upstream, the tenants that spend them, and their tokens. `PUT` replaces: what is left out gets "
     "its default, only secrets are kept. Send the admin token as `Authorization: Bearer TOKEN`."
 )
+_OPERATORS_BEARER = "The admin token."
+_OPERATORS_TAGS = {
+    "registry": "Accounts, tenants and tokens.",
+    "service": "The state of the process that answers.",
+}
 _ADMIN_BODY_BYTES = 1_000_000
 
 
@@ -50,31 +64,31 @@ def create_ops_app(services: Services) -> Edge:
 
 def tenants_app(services: Services) -> Litestar:
     """The tenants' routes, without the edge around them."""
-    document: dict[str, bytes] = {}
+    rendered: dict[str, bytes] = {}
 
     @get("/openapi.json", include_in_schema=False)
     async def schema() -> Response[bytes]:
-        return Response(document["json"], media_type=MediaType.JSON)
+        return Response(rendered["json"], media_type=MediaType.JSON, headers={"Cache-Control": "no-cache"})
 
     @get("/docs", include_in_schema=False)
     async def docs() -> Response[bytes]:
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
-        return Response(document["html"], media_type=MediaType.HTML, headers=headers)
+        return Response(rendered["html"], media_type=MediaType.HTML, headers=HEADERS)
 
     def tenant(request: Request[Any, Any, Any]) -> Tenant:
         return services.tenants.by_request(request)
 
+    task_routes = tasks.routes(
+        submit=services.submit,
+        follow=services.follow,
+        uploads=services.uploads,
+        catalogue=services.catalogue,
+        poll_seconds=services.poll_seconds,
+    )
     v1 = Router(
         "/v1",
         route_handlers=[
-            *tasks.routes(
-                submit=services.submit,
-                follow=services.follow,
-                uploads=services.uploads,
-                catalogue=services.catalogue,
-                poll_seconds=services.poll_seconds,
-            ),
-            *quota.routes(services.quota),
+            Router("/", route_handlers=task_routes, tags=["tasks"]),
+            Router("/", route_handlers=quota.routes(services.quota), tags=["quota"]),
         ],
         dependencies={"tenant": Provide(tenant, sync_to_thread=False)},
     )
@@ -92,11 +106,11 @@ def tenants_app(services: Services) -> Litestar:
         security=[{}],
     )
     health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["service"], security=[{}])
-    config = openapi.config(_TENANTS_TITLE, _TENANTS_DESCRIPTION, "A tenant's token, beginning with `igw_`.")
+    config = openapi.config(_TENANTS_TITLE, _TENANTS_DESCRIPTION, _TENANTS_BEARER, _TENANTS_TAGS)
     app = _litestar(services, [v1, old, health, schema, docs], config)
-    rendered = app.openapi_schema.to_schema()
-    document["json"] = msgspec.json.encode(rendered)
-    document["html"] = docs_page(rendered)
+    written = document(app)
+    rendered["json"] = msgspec.json.encode(written)
+    rendered["html"] = docs_page(written)
     return app
 
 
@@ -110,9 +124,10 @@ def operators_app(services: Services) -> Litestar:
         "/admin/v1",
         route_handlers=admin.routes(operators=services.operators, quota=services.quota),
         guards=[guard],
+        tags=["registry"],
     )
     health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["service"], security=[{}])
-    config = openapi.config(_OPERATORS_TITLE, _OPERATORS_DESCRIPTION, "The admin token.")
+    config = openapi.config(_OPERATORS_TITLE, _OPERATORS_DESCRIPTION, _OPERATORS_BEARER, _OPERATORS_TAGS)
     return _litestar(services, [admin_routes, health, ops.metrics_route(services.metrics)], config)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, cast
 
 import msgspec
+from litestar.datastructures import ResponseHeader
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import (
@@ -20,10 +22,11 @@ from litestar.openapi.spec import (
     SecurityScheme,
     Tag,
 )
-from msgspec import Meta, Struct
+from litestar.openapi.spec.enums import OpenAPIFormat
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service import __version__
-from service.api.problems import MEDIA_TYPE, PROBLEMS
+from service.api.problems import MEDIA_TYPE, PROBLEMS, ProblemType
 from service.domain.task import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
 
 SUBMIT_SUMMARIES: Mapping[Kind, str] = {
@@ -34,47 +37,84 @@ SUBMIT_SUMMARIES: Mapping[Kind, str] = {
 }
 
 
-class ProblemView(Struct, frozen=True):
-    """A problem document (RFC 9457)."""
+class FieldFault(Struct, frozen=True):
+    """A faulty field, and what it must be instead."""
 
-    type: str
-    title: str
+    field: str
+    detail: str
+
+
+class ViolatedPolicy(Struct, frozen=True):
+    """A policy of the tenant that refused; `resets_at` is null where nothing resets by itself."""
+
+    policy: Annotated[str, Meta(examples=["day-tasks"])]
+    limit: Annotated[float, Meta(description="In tasks, or in yuan.", examples=[100])]
+    resets_at: datetime | None
+
+
+class ProblemView(Struct, frozen=True):
+    """A problem document (RFC 9457). More members may come beside these."""
+
+    type: Annotated[str, Meta(description="Its kind, as an identifier that is not to be fetched.")]
+    title: Annotated[str, Meta(description="Its kind in words, always the same.")]
     status: int
     detail: Annotated[str, Meta(description="What to do about it.")]
     instance: Annotated[str, Meta(description="The id of the request, for questions to the operators.")]
-    code: str
+    code: Annotated[str, Meta(description="Its kind, to branch on.")]
+    errors: Annotated[list[FieldFault], Meta(description="Of `invalid-options`.")] | UnsetType = UNSET
+    violated_policies: Annotated[list[ViolatedPolicy], Meta(description="Of status 429.")] | UnsetType = UNSET
+    upstream_reason: Annotated[str, Meta(description="Of `upstream-rejected`, in its words.")] | UnsetType = UNSET
+    submission_id: Annotated[str, Meta(description="Of `submission-unknown`.")] | UnsetType = UNSET
 
+
+_EXTRAS: Mapping[str, Mapping[str, Any]] = {
+    "invalid-options": {"errors": [{"field": "scale", "detail": "must be a number from 1 to 8"}]},
+    "quota-exceeded": {
+        "violated_policies": [{"policy": "day-tasks", "limit": 100, "resets_at": "2026-02-01T00:00:00Z"}]
+    },
+    "rate-limited": {
+        "violated_policies": [{"policy": "minute-tasks", "limit": 10, "resets_at": "2026-01-31T12:01:00Z"}]
+    },
+    "too-many-active-tasks": {"violated_policies": [{"policy": "max-active", "limit": 20, "resets_at": None}]},
+    "upstream-rejected": {"upstream_reason": "图片太小"},
+    "submission-unknown": {"submission_id": "f3a1c09b6d5e4f708192a3b4c5d6e7f8"},
+}
 
 NOT_MODIFIED: dict[int, ResponseSpec] = {
     304: ResponseSpec(None, description="It is still the version named by If-None-Match.", generate_examples=False)
 }
 
 
-def problems(*statuses: int) -> dict[int, ResponseSpec]:
-    """The problems an operation may answer with, by status, each with its codes and when they occur."""
-    return {status: _problem(status) for status in statuses}
+def problems(*which: int | str) -> dict[int, ResponseSpec]:
+    """The problems an operation may answer with: those of these codes, and all those of these statuses."""
+    found = [each for each in PROBLEMS if each.code in which or each.status in which]
+    return {status: _problem([each for each in found if each.status == status]) for status in {e.status for e in found}}
 
 
-def _problem(status: int) -> ResponseSpec:
-    kinds = [each for each in PROBLEMS if each.status == status]
+def _problem(kinds: Sequence[ProblemType]) -> ResponseSpec:
     return ResponseSpec(
         ProblemView,
         description="\n".join(f"- `{each.code}`: {each.when}" for each in kinds),
         media_type=MEDIA_TYPE,
         generate_examples=False,
-        examples=[Example(value=_example(each.code, each.title, status)) for each in kinds[:1]],
+        examples=[Example(id=each.code, value=_example(each)) for each in kinds],
     )
 
 
-def _example(code: str, title: str, status: int) -> dict[str, Any]:
+def _example(kind: ProblemType) -> dict[str, Any]:
     return {
-        "type": f"urn:imaging-gateway:problem:{code}",
-        "title": title,
-        "status": status,
-        "detail": "What to do about it.",
-        "instance": "the request's id",
-        "code": code,
-    }
+        "type": f"urn:imaging-gateway:problem:{kind.code}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": kind.when,
+        "instance": "4f5c2d1e8b7a46f09d3c6b5a49382716",
+        "code": kind.code,
+    } | dict(_EXTRAS.get(kind.code, {}))
+
+
+def headers(*names: str) -> list[ResponseHeader]:
+    """The headers of an operation's success, by name; `service.api.document` says what each means."""
+    return [ResponseHeader(name=name, documentation_only=True) for name in names]
 
 
 @dataclass
@@ -94,13 +134,16 @@ def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
         type=OpenAPIType.STRING,
         content_media_type="application/json",
         description=f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, given back untouched.",
+        examples=['{"order": "4711"}'],
     )
-    return _form_operation(properties, required=["image"], media_type="multipart/form-data")
+    return _form_operation(properties, ["image"], "multipart/form-data", strict=True)
 
 
 def legacy_operation(part: str | None, names: Mapping[str, str], kind: Kind | None = None) -> type[Operation]:
     """An operation of the upstream's protocol, with its names for the options."""
-    properties = {"user_key": Schema(type=OpenAPIType.STRING, description="A token of the gateway.")}
+    # Litestar does not list this format of OpenAPI's.
+    secret = cast("OpenAPIFormat", "password")
+    properties = {"user_key": Schema(type=OpenAPIType.STRING, format=secret, description="Your token.")}
     if part is None or kind is None:
         properties |= {name: Schema(type=OpenAPIType.STRING) for name in names}
         return _form_operation(properties, ["user_key", *names], "application/x-www-form-urlencoded")
@@ -109,8 +152,16 @@ def legacy_operation(part: str | None, names: Mapping[str, str], kind: Kind | No
     return _form_operation(properties, ["user_key", part], "multipart/form-data")
 
 
-def _form_operation(properties: dict[str, Schema], required: list[str], media_type: str) -> type[Operation]:
-    schema = Schema(type=OpenAPIType.OBJECT, properties=dict(properties), required=required)
+def _form_operation(
+    properties: Mapping[str, Schema], required: list[str], media_type: str, *, strict: bool = False
+) -> type[Operation]:
+    """An operation with a form; a strict one refuses fields that it does not name."""
+    schema = Schema(
+        type=OpenAPIType.OBJECT,
+        properties=dict(properties),
+        required=required,
+        additional_properties=False if strict else None,
+    )
     body = RequestBody(required=True, content={media_type: OpenAPIMediaType(schema=schema)})
     return type("FormOperation", (_FormOperation,), {"body": body})
 
@@ -140,7 +191,7 @@ def _options(kind: Kind, catalogue: Catalogue | None) -> dict[str, Schema]:
     return schemas
 
 
-def config(title: str, description: str, bearer: str) -> OpenAPIConfig:
+def config(title: str, description: str, bearer: str, tags: Mapping[str, str]) -> OpenAPIConfig:
     """The frame of a port's document. It is served by a route of its own, so that no renderer comes with it."""
     return OpenAPIConfig(
         title=title,
@@ -150,7 +201,7 @@ def config(title: str, description: str, bearer: str) -> OpenAPIConfig:
         components=Components(
             security_schemes={"token": SecurityScheme(type="http", scheme="bearer", description=bearer)}
         ),
-        tags=[Tag(name="tasks"), Tag(name="quota")],
+        tags=[Tag(name=name, description=about) for name, about in tags.items()],
         path="/schema",
         render_plugins=[],
         use_handler_docstrings=False,

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
+from litestar.openapi.datastructures import ResponseSpec
 from msgspec import Struct
 
 from service.telemetry.metrics import Metrics
@@ -20,7 +21,7 @@ class Health(StrEnum):
     DRAINING = "draining"
 
 
-class HealthView(Struct, frozen=True):
+class HealthReport(Struct, frozen=True):
     """How the process is."""
 
     status: Health
@@ -32,14 +33,25 @@ def health_routes(health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
     Neither touches Redis: reads go on without it, so a Redis that went away must not take the process out of service.
     """
 
-    @get("/healthz", operation_id="healthz", summary="Whether the process lives")
-    async def healthz() -> HealthView:
-        return HealthView(Health.OK)
+    @get(
+        "/healthz",
+        operation_id="healthz",
+        summary="Whether the process lives",
+        response_description="It does.",
+    )
+    async def healthz() -> HealthReport:
+        return HealthReport(Health.OK)
 
-    @get("/readyz", operation_id="readyz", summary="Whether the process takes requests")
-    async def readyz() -> Response[HealthView]:
+    @get(
+        "/readyz",
+        operation_id="readyz",
+        summary="Whether the process takes requests",
+        response_description="It does.",
+        responses={503: ResponseSpec(HealthReport, description="It is starting or ending.", generate_examples=False)},
+    )
+    async def readyz() -> Response[HealthReport]:
         found = health()
-        return Response(HealthView(found), status_code=200 if found is Health.OK else 503)
+        return Response(HealthReport(found), status_code=200 if found is Health.OK else 503)
 
     return [healthz, readyz]
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from litestar import Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.handlers import HTTPRouteHandler
-from litestar.params import FromPath, QueryParameter
+from litestar.params import HeaderParameter, PathParameter, QueryParameter
 
 from service.api import openapi
 from service.api.ratelimit import rate_limit_headers
@@ -33,6 +33,20 @@ PART = "image"
 _METADATA = "metadata"
 _MOST_LISTED = 100
 
+_SUBMITTING = (
+    "The image is sent on once, and the answer comes as soon as the upstream has accepted it; then follow the task "
+    "until it has ended. Part order does not matter. A field that the kind does not know is refused, never ignored. "
+    "Only an answer of 201 or 504 may have been charged."
+)
+_READING = (
+    "Reading costs nothing: the gateway follows each task by itself. Ask again after `Retry-After` until it is gone, "
+    "with `If-None-Match` to be sent the task only if it has changed."
+)
+_SUBMIT_PROBLEMS = (
+    *(400, 401, 402, "kind-not-allowed", "tenant-disabled", 413, 415, "invalid-options", "invalid-image", 429),
+    *("upstream-rejected", 503, 504),
+)
+
 
 def routes(
     *, submit: Submit, follow: Follow, uploads: Uploads, catalogue: Catalogue, poll_seconds: float
@@ -46,8 +60,13 @@ def routes(
             name=f"submit-{kind}",
             operation_id=f"submit-{kind}",
             summary=openapi.SUBMIT_SUMMARIES[kind],
+            description=_SUBMITTING,
             operation_class=openapi.submit_operation(kind, catalogue),
-            responses=openapi.problems(400, 401, 402, 403, 413, 415, 422, 429, 502, 503, 504),
+            response_description="The upstream accepted the image: the task.",
+            response_headers=openapi.headers(
+                "Location", "ETag", "Retry-After", "RateLimit-Policy", "RateLimit", "Cache-Control"
+            ),
+            responses=openapi.problems(*_SUBMIT_PROBLEMS),
             status_code=201,
         )
         async def handler(request: Request[Any, Any, Any], tenant: NamedDependency[Tenant]) -> Response[TaskView]:
@@ -66,14 +85,21 @@ def routes(
         "/tasks/{task_id:str}",
         operation_id="read-task",
         summary="Read a task",
-        responses=openapi.problems(401, 404, 503) | openapi.NOT_MODIFIED,
+        description=_READING,
+        response_description="The task as it is known now.",
+        response_headers=openapi.headers("ETag", "Age", "Retry-After", "Cache-Control"),
+        responses=openapi.problems(401, 404, "upstream-unavailable") | openapi.NOT_MODIFIED,
     )
     async def read(
-        request: Request[Any, Any, Any], tenant: NamedDependency[Tenant], task_id: FromPath[str]
+        tenant: NamedDependency[Tenant],
+        task_id: Annotated[str, PathParameter(description="The `id` of the task.")],
+        known: Annotated[
+            str | None, HeaderParameter(name="If-None-Match", description="The `ETag` of the version you know.")
+        ] = None,
     ) -> Response[TaskView | None]:
         seen = await follow.read(tenant, task_id)
         headers = task_headers(seen, retry_after)
-        if _matches(request.headers.get("If-None-Match", ""), headers["ETag"]):
+        if _matches(known or "", headers["ETag"]):
             return Response(None, status_code=304, headers=headers)
         return Response(task_view(seen.task), headers=headers)
 
@@ -81,11 +107,16 @@ def routes(
         "/tasks",
         operation_id="list-tasks",
         summary="List your tasks, newest first",
-        responses=openapi.problems(400, 401, 422, 503),
+        description="Go on with `next_cursor` until it is null. A page may hold fewer tasks than you asked for.",
+        response_description="A page of tasks.",
+        response_headers=openapi.headers("Cache-Control"),
+        responses=openapi.problems(400, 401, "invalid-options", "ledger-unavailable"),
     )
     async def page(
         tenant: NamedDependency[Tenant],
-        task_state: Annotated[State | None, QueryParameter(name="state", description="Only those in it.")] = None,
+        task_state: Annotated[
+            State | None, QueryParameter(name="state", description="Only tasks in this state.")
+        ] = None,
         kind: Annotated[Kind | None, QueryParameter(description="Only tasks of this kind.")] = None,
         limit: Annotated[int, QueryParameter(ge=1, le=_MOST_LISTED, description="How many tasks at the most.")] = 20,
         cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before.")] = None,

@@ -31,35 +31,37 @@ class ArtifactView(Struct, frozen=True):
     """One result, where the upstream keeps it."""
 
     name: ArtifactName
-    url: str
+    url: Annotated[str, Meta(description="Of the upstream, which may remove it some day.")]
 
 
 class ErrorView(Struct, frozen=True):
     """Why a task failed."""
 
-    code: str
-    detail: str
+    code: Annotated[str, Meta(description="The kind of failure, to branch on.", examples=["task-failed", "task-lost"])]
+    detail: Annotated[str, Meta(description="The reason in words.")]
 
 
 class LinksView(Struct, frozen=True):
     """Where to go from here."""
 
-    self: str
+    self: Annotated[str, Meta(description="Where the task is read.")]
 
 
 class TaskView(Struct, frozen=True):
-    """A task."""
+    """A task: an image that the upstream accepted, and what became of it."""
 
     id: str
     kind: Kind
     state: State
     created_at: datetime
-    updated_at: datetime
-    finished_at: datetime | None
-    options: dict[str, Any]
-    metadata: dict[str, str]
-    artifacts: list[ArtifactView]
-    error: ErrorView | None
+    updated_at: Annotated[datetime, Meta(description="When anything of it last changed.")]
+    finished_at: Annotated[datetime | None, Meta(description="Null until it has ended.")]
+    options: Annotated[
+        dict[str, Any], Meta(description="All options of its kind, those you left to their defaults too.")
+    ]
+    metadata: Annotated[dict[str, str], Meta(description="What you sent, untouched.")]
+    artifacts: Annotated[list[ArtifactView], Meta(description="The results, once it has succeeded.")]
+    error: Annotated[ErrorView | None, Meta(description="Null unless it has failed.")]
     cost: CostView
     links: LinksView
 
@@ -74,12 +76,12 @@ class TaskList(Struct, frozen=True):
 class PolicyView(Struct, frozen=True):
     """One policy of the tenant; `window` and `resets_at` are null where nothing resets by itself."""
 
-    policy: str
+    policy: Annotated[str, Meta(description="Its name, as problems and the `RateLimit` header have it.")]
     unit: Annotated[str, Meta(description="`tasks`, `money` (yuan) or `active` (tasks at once).")]
     window: Window | None
     limit: int | float
     used: int | float
-    reserved: int | float
+    reserved: Annotated[int | float, Meta(description="Held by what is under way.")]
     remaining: int | float
     resets_at: datetime | None
 
@@ -139,7 +141,8 @@ def task_headers(seen: Seen, retry_after: int) -> dict[str, str]:
 
 def etag(task: Task) -> str:
     """The version of a task as an entity tag."""
-    return f'"{task.reservation[:12]}-{task.version}"'
+    # A task that Redis has lost is told by the upstream's answer alone, under one version in every state.
+    return f'"{task.reservation[:12]}-{task.version}-{task.state}"'
 
 
 def quota_view(report: QuotaReport) -> QuotaView:

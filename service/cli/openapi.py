@@ -10,6 +10,7 @@ from typing import Any
 import click
 import yaml
 
+from service.api.document import document
 from service.app import operators_app, tenants_app
 from service.settings import Settings
 from service.wiring import assembled
@@ -25,8 +26,8 @@ _NOTHING_IS_CONNECTED = {
 def run(folder: Path, *, check: bool) -> int:
     """Write the documents, or compare them with what is there. The exit code."""
     drifted = []
-    for name, document in asyncio.run(_documents()).items():
-        path, text = folder / name, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+    for name, written in asyncio.run(_documents()).items():
+        path, text = folder / name, yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=120)
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         drifted.append(path)
@@ -44,6 +45,6 @@ def run(folder: Path, *, check: bool) -> int:
 async def _documents() -> Mapping[str, Mapping[str, Any]]:
     async with assembled(Settings.load(_NOTHING_IS_CONNECTED)) as services:
         return {
-            "gateway.yaml": tenants_app(services).openapi_schema.to_schema(),
-            "operators.yaml": operators_app(services).openapi_schema.to_schema(),
+            "gateway.yaml": document(tenants_app(services)),
+            "operators.yaml": document(operators_app(services)),
         }

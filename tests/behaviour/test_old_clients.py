@@ -230,7 +230,7 @@ async def test_same_answers_as_the_upstream(vendor: RunningSandbox, valkey: Valk
             told += [shape(accepted), accepted["remaining_count"], accepted["remaining_money"]]
             ended = await client.ended(accepted["task_id"], between)
             told += [shape(ended), ended["status"], ended["remaining_count"], ended["remaining_money"]]
-            bad = await client.submit(call, {name: "bad" for name in ("color_count", "fit")}, files=None)
+            bad = await client.submit(call, dict.fromkeys(("color_count", "fit"), "bad"), files=None)
             told += [shape(bad), bad["err_msg"].partition(":")[0]]
         stranger = OldClient(client.http, client.base, "nobody")
         told += [await stranger.submit("submit_face_enhance_task"), await stranger.check("x")]

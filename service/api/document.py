@@ -1,0 +1,192 @@
+"""The OpenAPI document of an application: what Litestar writes of the code, with what the code can't say."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+from litestar import Litestar
+from msgspec import Struct
+
+from service.api import admin_views, legacy, openapi, ops, views
+from service.api.examples import EXAMPLES
+from service.api.problems import MEDIA_TYPE
+
+Node = dict[str, Any]
+
+_TEXT, _SECONDS = {"type": "string"}, {"type": "integer", "minimum": 0}
+_HEADERS: Mapping[str, Node] = {
+    "X-Request-Id": {
+        "description": "The id of the request, for questions to the operators: the one you sent in the header of this "
+        "name if it has 1 to 128 characters of `A-Za-z0-9._-`, else a new one.",
+        "schema": _TEXT | {"pattern": "^[A-Za-z0-9._-]{1,128}$"},
+    },
+    "Location": {"description": "Where the task is read.", "schema": _TEXT | {"format": "uri-reference"}},
+    "ETag": {"description": "The version of the task, for If-None-Match.", "schema": _TEXT},
+    "Age": {"description": "How many seconds ago the upstream last told of the task.", "schema": _SECONDS},
+    "Retry-After": {
+        "description": "After how many seconds to ask again. Absent where waiting does not help, and once a task has "
+        "ended.",
+        "schema": _SECONDS,
+    },
+    "Cache-Control": {"description": "Whether the answer may be kept, and by whom.", "schema": _TEXT},
+    "RateLimit-Policy": {
+        "description": "Your limits on tasks, each with its quota `q` and its window `w` in seconds. Absent without "
+        "limits.",
+        "schema": _TEXT | {"examples": ['"day-tasks";q=100;w=86400, "total-tasks";q=5000']},
+    },
+    "RateLimit": {
+        "description": "What each limit on tasks leaves (`r`), and in how many seconds it resets (`t`). Absent without "
+        "limits.",
+        "schema": _TEXT | {"examples": ['"day-tasks";r=41;t=22980, "total-tasks";r=812']},
+    },
+    "WWW-Authenticate": {"description": "How to authenticate: with a bearer token.", "schema": _TEXT},
+}
+_NAMES = {name.lower(): name for name in _HEADERS}
+_ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
+    "401": ("WWW-Authenticate",),
+    "402": ("Retry-After",),
+    "429": ("Retry-After", "RateLimit-Policy", "RateLimit"),
+    "503": ("Retry-After",),
+}
+_ON_NOT_MODIFIED = ("ETag", "Age", "Retry-After", "Cache-Control")
+_DOCSTRINGS: Mapping[str, str] = {
+    name: inspect.getdoc(found) or ""
+    for module in (admin_views, legacy, openapi, ops, views)
+    for name, found in vars(module).items()
+    if isinstance(found, type) and issubclass(found, Struct) and found.__module__ == module.__name__
+}
+"""What the code says of the objects it sends; Litestar takes over that of enumerations only."""
+_UNSAID = ("deprecated", "allowEmptyValue", "allowReserved")
+_ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "components")
+
+
+def document(app: Litestar) -> Node:
+    """The document of an application's routes, ready to be served."""
+    written = _tidy(app.openapi_schema.to_schema())
+    components = written["components"]
+    schemas = components["schemas"]
+    for name, schema in schemas.items():
+        if name in _DOCSTRINGS:
+            schema["description"] = _DOCSTRINGS[name]
+        if name in EXAMPLES:
+            schema["examples"] = [msgspec.json.decode(msgspec.json.encode(EXAMPLES[name]))]
+    components["responses"] = {"Problem": _any_problem()}
+    used = {"X-Request-Id"}
+    for operation in _operations(written):
+        operation["responses"] = dict(_responses(operation["responses"]))
+        used = used.union(*(response.get("headers", ()) for response in operation["responses"].values()))
+        for parameter in operation.get("parameters", ()):
+            _clarify(parameter)
+    components["headers"] = {name: header for name, header in _HEADERS.items() if name in used}
+    names = {name: name.removesuffix("View") for name in schemas}
+    renamed = _renamed(written, names)
+    components = renamed["components"]
+    components["schemas"] = dict(sorted((names[name], schema) for name, schema in components["schemas"].items()))
+    return {key: renamed[key] for key in _ORDER if key in renamed}
+
+
+def _operations(written: Node) -> Iterator[Node]:
+    for item in written["paths"].values():
+        yield from item.values()
+
+
+def _responses(responses: Node) -> Iterator[tuple[str, Node]]:
+    """The responses by status, without those that Litestar assumes, with the headers each comes with."""
+    for status, response in sorted(responses.items()):
+        if _is_assumed(response):
+            continue
+        names = [_NAMES[each.lower()] for each in response.get("headers", ())]
+        names += _ON_NOT_MODIFIED if status == "304" else ()
+        if MEDIA_TYPE in response.get("content", {}):
+            names += _ON_PROBLEMS.get(status, ())
+        for media in response.get("content", {}).values():
+            media["schema"] = _present(media["schema"])
+            for example in media.get("examples", {}).values():
+                del example["id"]
+        yield status, response | {"headers": _references([*names, "X-Request-Id"])}
+    yield "default", {"$ref": "#/components/responses/Problem"}
+
+
+def _is_assumed(response: Node) -> bool:
+    """Whether it is the error that Litestar would answer to a faulty parameter, were it not for our own handlers."""
+    media = response.get("content", {}).get("application/json", {})
+    return "status_code" in media.get("schema", {}).get("properties", {})
+
+
+def _any_problem() -> Node:
+    schema = {"$ref": "#/components/schemas/ProblemView"}
+    return {
+        "description": "Any other problem: an unknown address (404) or method (405), or a fault of the gateway (500).",
+        "headers": _references(["X-Request-Id"]),
+        "content": {MEDIA_TYPE: {"schema": schema}},
+    }
+
+
+def _references(names: list[str]) -> Node:
+    # In an order of their own, since Litestar has them in none.
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADERS if name in names}
+
+
+def _clarify(parameter: Node) -> None:
+    """Say things once."""
+    parameter["schema"].pop("description", None)
+    parameter["schema"] = _present(parameter["schema"])
+
+
+def _present(schema: Node) -> Node:
+    """What a value is where there is one at all: parameters and contents are never null."""
+    options: list[Node] = [each for each in schema.get("oneOf", ()) if each != {"type": "null"}]
+    if len(options) != 1:
+        return schema
+    return options[0] | {key: value for key, value in schema.items() if key != "oneOf"}
+
+
+def _tidy(node: Any) -> Any:
+    """A part of the document without what says nothing, in JSON's own types."""
+    match node:
+        case dict():
+            kept = {
+                key: _tidy(value)
+                for key, value in node.items()
+                if not (key in _UNSAID and value is False) and not (key == "headers" and value == {})
+            }
+            return _schema(kept)
+        case list():
+            return [_tidy(each) for each in node]
+        case Decimal() | float() if node == int(node):
+            return int(node)
+        case Decimal():
+            return float(node)
+        case _:
+            return node
+
+
+def _schema(node: Node) -> Node:
+    """A schema said more simply; anything else as it is."""
+    if [each.get("type") for each in node.get("oneOf", ()) if isinstance(each, dict)] == ["integer", "number"]:
+        # A whole number would be both, which `oneOf` does not allow.
+        node = {"type": "number"} | {key: value for key, value in node.items() if key != "oneOf"}
+    if len(node.get("oneOf", ())) == 1:
+        node = node["oneOf"][0] | {key: value for key, value in node.items() if key != "oneOf"}
+    properties = node.get("properties")
+    if isinstance(properties, dict) and isinstance(node.get("required"), list):
+        node["required"] = [name for name in properties if name in node["required"]]
+    if isinstance(node.get("type"), str):
+        node.pop("title", None)
+    return node
+
+
+def _renamed(node: Any, names: Mapping[str, str]) -> Any:
+    """A part of the document with its references to schemas under other names."""
+    if isinstance(node, list):
+        return [_renamed(each, names) for each in node]
+    if not isinstance(node, dict):
+        return node
+    head, _, name = str(node.get("$ref", "")).rpartition("/")
+    if head == "#/components/schemas":
+        return node | {"$ref": f"{head}/{names[name]}"}
+    return {key: _renamed(value, names) for key, value in node.items()}

@@ -1,0 +1,70 @@
+"""What answers look like, for the API's document: values of the same types that are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from msgspec import Struct
+
+from service.api.views import (
+    AccountAbility,
+    ArtifactView,
+    CostView,
+    LinksView,
+    PolicyView,
+    QuotaView,
+    TaskList,
+    TaskView,
+)
+from service.domain.task import ArtifactName, Basis, Kind, State
+from service.domain.tenancy import Window
+
+_ID = "task_Zm9yIHRoZSBkb2N1bWVudCBvbmx5"
+_CREATED = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+_ENDED = datetime(2026, 1, 31, 12, 0, 21, tzinfo=UTC)
+
+_TASK = TaskView(
+    id=_ID,
+    kind=Kind.UPSCALE,
+    state=State.SUCCEEDED,
+    created_at=_CREATED,
+    updated_at=_ENDED,
+    finished_at=_ENDED,
+    options={"model": "general", "style": "general", "scale": 2.0, "steps": 30},
+    metadata={"order": "4711"},
+    artifacts=[ArtifactView(ArtifactName.IMAGE, "https://upstream.example/files/1.png")],
+    error=None,
+    cost=CostView(count=1, money=0, basis=Basis.OBSERVED),
+    links=LinksView(self=f"/v1/tasks/{_ID}"),
+)
+_QUOTA = QuotaView(
+    policies=[
+        PolicyView(
+            policy="day-tasks",
+            unit="tasks",
+            window=Window.DAY,
+            limit=100,
+            used=58,
+            reserved=1,
+            remaining=41,
+            resets_at=datetime(2026, 2, 1, tzinfo=UTC),
+        ),
+        PolicyView(
+            policy="max-active",
+            unit="active",
+            window=None,
+            limit=20,
+            used=1,
+            reserved=0,
+            remaining=19,
+            resets_at=None,
+        ),
+    ],
+    account=AccountAbility(can_pay=True, look_again_at=None),
+)
+
+EXAMPLES: Mapping[str, Struct] = {
+    type(example).__name__: example for example in (_TASK, TaskList([_TASK], next_cursor=None), _QUOTA)
+}
+"""An example of each kind of answer that has one, by the name of its type."""
