@@ -31,11 +31,11 @@ _TENANTS_DESCRIPTION = (
 )
 _TENANTS_BEARER = "Your token, beginning with `igw_`. The operators of the gateway make and revoke it."
 _TENANTS_TAGS = {
-    "tasks": "Submit an image, and follow what becomes of it.",
-    "quota": "What you may still spend.",
-    "old clients": "The upstream's own protocol, for programs that were written against it: change the base address, "
+    "Tasks": "Submit an image, and follow what becomes of it.",
+    "Quota": "What you may still spend.",
+    "Old clients": "The upstream's own protocol, for programs that were written against it: change the base address, "
     "and the `user_key` to your token. Every answer is HTTP 200.",
-    "service": "The state of the process that answers.",
+    "Service": "The state of the process that answers.",
 }
 _OPERATORS_TITLE = "Imaging Gateway: operators"
 _OPERATORS_DESCRIPTION = (
@@ -44,8 +44,8 @@ _OPERATORS_DESCRIPTION = (
 )
 _OPERATORS_BEARER = "The admin token."
 _OPERATORS_TAGS = {
-    "registry": "Accounts, tenants and tokens.",
-    "service": "The state of the process that answers.",
+    "Registry": "Accounts, tenants and tokens.",
+    "Service": "The state of the process that answers.",
 }
 _ADMIN_BODY_BYTES = 1_000_000
 
@@ -87,8 +87,8 @@ def tenants_app(services: Services) -> Litestar:
     v1 = Router(
         "/v1",
         route_handlers=[
-            Router("/", route_handlers=task_routes, tags=["tasks"]),
-            Router("/", route_handlers=quota.routes(services.quota), tags=["quota"]),
+            Router("/", route_handlers=task_routes, tags=["Tasks"]),
+            Router("/", route_handlers=quota.routes(services.quota), tags=["Quota"]),
         ],
         dependencies={"tenant": Provide(tenant, sync_to_thread=False)},
     )
@@ -102,10 +102,10 @@ def tenants_app(services: Services) -> Litestar:
             uploads=services.uploads,
             catalogue=services.catalogue,
         ),
-        tags=["old clients"],
+        tags=["Old clients"],
         security=[{}],
     )
-    health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["service"], security=[{}])
+    health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
     config = openapi.config(_TENANTS_TITLE, _TENANTS_DESCRIPTION, _TENANTS_BEARER, _TENANTS_TAGS)
     app = _litestar(services, [v1, old, health, schema, docs], config)
     written = document(app)
@@ -124,9 +124,9 @@ def operators_app(services: Services) -> Litestar:
         "/admin/v1",
         route_handlers=admin.routes(operators=services.operators, quota=services.quota),
         guards=[guard],
-        tags=["registry"],
+        tags=["Registry"],
     )
-    health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["service"], security=[{}])
+    health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
     config = openapi.config(_OPERATORS_TITLE, _OPERATORS_DESCRIPTION, _OPERATORS_BEARER, _OPERATORS_TAGS)
     return _litestar(services, [admin_routes, health, ops.metrics_route(services.metrics)], config)
 

@@ -12,7 +12,7 @@ from litestar import Litestar
 from msgspec import Struct
 
 from service.api import admin_views, legacy, openapi, ops, views
-from service.api.examples import EXAMPLES
+from service.api.examples import ACCEPTED, EXAMPLES
 from service.api.problems import MEDIA_TYPE
 
 Node = dict[str, Any]
@@ -20,8 +20,7 @@ Node = dict[str, Any]
 _TEXT, _SECONDS = {"type": "string"}, {"type": "integer", "minimum": 0}
 _HEADERS: Mapping[str, Node] = {
     "X-Request-Id": {
-        "description": "The id of the request, for questions to the operators: the one you sent in the header of this "
-        "name if it has 1 to 128 characters of `A-Za-z0-9._-`, else a new one.",
+        "description": "The id of the request: yours, if you sent one of this form, else a new one.",
         "schema": _TEXT | {"pattern": "^[A-Za-z0-9._-]{1,128}$"},
     },
     "Location": {"description": "Where the task is read.", "schema": _TEXT | {"format": "uri-reference"}},
@@ -32,7 +31,7 @@ _HEADERS: Mapping[str, Node] = {
         "ended.",
         "schema": _SECONDS,
     },
-    "Cache-Control": {"description": "Whether the answer may be kept, and by whom.", "schema": _TEXT},
+    "Cache-Control": {"description": "For you alone.", "schema": _TEXT},
     "RateLimit-Policy": {
         "description": "Your limits on tasks, each with its quota `q` and its window `w` in seconds. Absent without "
         "limits.",
@@ -73,12 +72,15 @@ def document(app: Litestar) -> Node:
         if name in _DOCSTRINGS:
             schema["description"] = _DOCSTRINGS[name]
         if name in EXAMPLES:
-            schema["examples"] = [msgspec.json.decode(msgspec.json.encode(EXAMPLES[name]))]
+            schema["examples"] = [_json(EXAMPLES[name])]
     components["responses"] = {"Problem": _any_problem()}
     used = {"X-Request-Id"}
     for operation in _operations(written):
         operation["responses"] = dict(_responses(operation["responses"]))
         used = used.union(*(response.get("headers", ()) for response in operation["responses"].values()))
+        if accepted := ACCEPTED.get(operation["operationId"]):
+            media = operation["responses"]["201"]["content"]["application/json"]
+            media["examples"] = {"accepted": {"value": _json(accepted)}}
         for parameter in operation.get("parameters", ()):
             _clarify(parameter)
     components["headers"] = {name: header for name, header in _HEADERS.items() if name in used}
@@ -100,15 +102,21 @@ def _responses(responses: Node) -> Iterator[tuple[str, Node]]:
         if _is_assumed(response):
             continue
         names = [_NAMES[each.lower()] for each in response.get("headers", ())]
-        names += _ON_NOT_MODIFIED if status == "304" else ()
-        if MEDIA_TYPE in response.get("content", {}):
-            names += _ON_PROBLEMS.get(status, ())
+        if status == "304":
+            names += _ON_NOT_MODIFIED
+        # A problem names the request in itself.
+        is_problem = MEDIA_TYPE in response.get("content", {})
+        names += _ON_PROBLEMS.get(status, ()) if is_problem else ("X-Request-Id",)
         for media in response.get("content", {}).values():
             media["schema"] = _present(media["schema"])
             for example in media.get("examples", {}).values():
                 del example["id"]
-        yield status, response | {"headers": _references([*names, "X-Request-Id"])}
+        yield status, response | ({"headers": _references(names)} if names else {})
     yield "default", {"$ref": "#/components/responses/Problem"}
+
+
+def _json(example: Struct) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(example))
 
 
 def _is_assumed(response: Node) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
+import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from service.api.views import (
     AccountAbility,
@@ -17,7 +19,7 @@ from service.api.views import (
     TaskList,
     TaskView,
 )
-from service.domain.task import ArtifactName, Basis, Kind, State
+from service.domain.task import OPTIONS, ArtifactName, Basis, Kind, State, UpscaleOptions
 from service.domain.tenancy import Window
 
 _ID = "task_Zm9yIHRoZSBkb2N1bWVudCBvbmx5"
@@ -31,7 +33,7 @@ _TASK = TaskView(
     created_at=_CREATED,
     updated_at=_ENDED,
     finished_at=_ENDED,
-    options={"model": "general", "style": "general", "scale": 2.0, "steps": 30},
+    options=msgspec.to_builtins(UpscaleOptions(scale=4)),
     metadata={"order": "4711"},
     artifacts=[ArtifactView(ArtifactName.IMAGE, "https://upstream.example/files/1.png")],
     error=None,
@@ -68,3 +70,18 @@ EXAMPLES: Mapping[str, Struct] = {
     type(example).__name__: example for example in (_TASK, TaskList([_TASK], next_cursor=None), _QUOTA)
 }
 """An example of each kind of answer that has one, by the name of its type."""
+
+ACCEPTED: Mapping[str, Struct] = {
+    f"submit-{kind}": replace(
+        _TASK,
+        kind=kind,
+        state=State.QUEUED,
+        updated_at=_CREATED,
+        finished_at=None,
+        options=msgspec.to_builtins(OPTIONS[kind]()),
+        artifacts=[],
+        cost=CostView(count=0, money=0, basis=Basis.UNKNOWN),
+    )
+    for kind in Kind
+}
+"""The task as it is answered to each submission, by the operation's id."""

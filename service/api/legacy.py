@@ -119,7 +119,7 @@ def routes(
             operation_id=f"legacy-{kind}",
             summary=f"{openapi.SUBMIT_SUMMARIES[kind]}, in the upstream's protocol",
             operation_class=openapi.legacy_operation(_PART, _FIELDS[kind], kind),
-            response_description="What became of it: `err_code` tells.",
+            response_description="The task, or why there is none",
             status_code=200,
         )
         async def handler(request: Request[Any, Any, Any]) -> Response[Submitted | Failure]:
@@ -140,7 +140,7 @@ def routes(
         operation_id="legacy-check",
         summary="Check a task, in the upstream's protocol",
         operation_class=openapi.legacy_operation(None, {"task_id": "task_id"}),
-        response_description="Where it stands: `err_code` tells whether that is known.",
+        response_description="Where it stands, or why nobody knows",
         status_code=200,
     )
     async def check(request: Request[Any, Any, Any]) -> Response[Checked | Failure]:

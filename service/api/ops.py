@@ -37,7 +37,7 @@ def health_routes(health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
         "/healthz",
         operation_id="healthz",
         summary="Whether the process lives",
-        response_description="It does.",
+        response_description="It does",
     )
     async def healthz() -> HealthReport:
         return HealthReport(Health.OK)
@@ -46,8 +46,8 @@ def health_routes(health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
         "/readyz",
         operation_id="readyz",
         summary="Whether the process takes requests",
-        response_description="It does.",
-        responses={503: ResponseSpec(HealthReport, description="It is starting or ending.", generate_examples=False)},
+        response_description="It does",
+        responses={503: ResponseSpec(HealthReport, description="It is starting or ending", generate_examples=False)},
     )
     async def readyz() -> Response[HealthReport]:
         found = health()

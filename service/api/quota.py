@@ -21,7 +21,10 @@ def routes(quota: Quota) -> Sequence[HTTPRouteHandler]:
         "/quota",
         operation_id="read-quota",
         summary="Read your quota",
-        responses=openapi.problems(401, 503),
+        description="All your policies, as they stand now, and whether the account behind them can pay.",
+        response_description="Your policies",
+        response_headers=openapi.headers("Cache-Control"),
+        responses=openapi.problems(401, "ledger-unavailable"),
     )
     async def read(tenant: NamedDependency[Tenant]) -> Response[QuotaView]:
         return Response(quota_view(await quota.report(tenant)), headers=PRIVATE)

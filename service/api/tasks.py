@@ -62,7 +62,7 @@ def routes(
             summary=openapi.SUBMIT_SUMMARIES[kind],
             description=_SUBMITTING,
             operation_class=openapi.submit_operation(kind, catalogue),
-            response_description="The upstream accepted the image: the task.",
+            response_description="The task, now that the upstream has accepted the image",
             response_headers=openapi.headers(
                 "Location", "ETag", "Retry-After", "RateLimit-Policy", "RateLimit", "Cache-Control"
             ),
@@ -86,7 +86,7 @@ def routes(
         operation_id="read-task",
         summary="Read a task",
         description=_READING,
-        response_description="The task as it is known now.",
+        response_description="The task as it is known now",
         response_headers=openapi.headers("ETag", "Age", "Retry-After", "Cache-Control"),
         responses=openapi.problems(401, 404, "upstream-unavailable") | openapi.NOT_MODIFIED,
     )
@@ -108,7 +108,7 @@ def routes(
         operation_id="list-tasks",
         summary="List your tasks, newest first",
         description="Go on with `next_cursor` until it is null. A page may hold fewer tasks than you asked for.",
-        response_description="A page of tasks.",
+        response_description="A page of tasks",
         response_headers=openapi.headers("Cache-Control"),
         responses=openapi.problems(400, 401, "invalid-options", "ledger-unavailable"),
     )

@@ -123,7 +123,8 @@ class Operations:
                 else line(response["description"]),
                 *self._contents(response if status < "4" else {}),
             ]
-            rows.append(tag("li", tag("span", status, class_=f"status s{status[0]}"), " ", tag("div", *what)))
+            label = "else" if status == "default" else status
+            rows.append(tag("li", tag("span", label, class_=f"status s{status[0]}"), " ", tag("div", *what)))
             for name, header in response.get("headers", {}).items():
                 what_for = line(self._schemas.resolve(header).get("description", ""))
                 rows.append(tag("li", tag("div", tag("code", name), " ", what_for), class_="header"))
