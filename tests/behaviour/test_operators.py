@@ -174,6 +174,7 @@ async def test_tenant_deleted_by_force(house: House, valkey: Valkey) -> None:
     await house.admin("DELETE", "/tenants/shop?force=true")
     problem(await house.call("GET", f"/v1/tasks/{task['id']}"), 401, "unauthenticated")
     problem(await house.submit(), 401, "unauthenticated")
+    assert house.services.registry.current.tokens == {}
     with structlog.testing.capture_logs() as events:
         await house.watch()
     assert [each["state"] for each in events if each["event"] == "task.ended"] == ["succeeded"]
