@@ -6,6 +6,10 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import structlog
+
+_log = structlog.get_logger(__name__)
+
 T = TypeVar("T")
 
 
@@ -23,11 +27,21 @@ class Background:
         return task
 
     async def drain(self, seconds: float) -> int:
-        """Wait up to `seconds` for what is running, then cancel the rest; how many had to be cancelled."""
-        if not self._running:
-            return 0
-        _, pending = await asyncio.wait(self._running, timeout=seconds)
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        return len(pending)
+        """Wait up to `seconds` for what is running and what that starts, then cancel the rest.
+
+        The number of those that had to be cancelled.
+        """
+        clock = asyncio.get_running_loop().time
+        end = clock() + seconds
+        while self._running and (left := end - clock()) > 0:
+            await asyncio.wait(self._running, timeout=left)
+        cancelled: set[asyncio.Task[Any]] = set()
+        while self._running:
+            pending = tuple(self._running)
+            cancelled.update(pending)
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+        if cancelled:
+            _log.error("background.cut-short", count=len(cancelled))
+        return len(cancelled)

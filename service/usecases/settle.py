@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import chain, repeat
 
 import structlog
 
@@ -25,12 +26,19 @@ class Settle:
         self._background = background
 
     async def __call__(self, settlement: Settlement) -> None:
-        """Book an outcome; when this returns it is booked or will be, so the caller can have its answer."""
+        """Book an outcome; when this returns it is booked or will be, so the caller can have its answer.
+
+        That holds for faults of the gateway's own too: an image that was accepted is not answered with a crash.
+        """
         try:
             await self._book(settlement)
         except LedgerUnavailable:
             _log.warning("settlement.delayed", reservation=settlement.reservation, outcome=settlement.outcome)
-            self._background.spawn(self._keep_booking(settlement))
+        except Exception:  # noqa: BLE001 - whatever it is, the outcome has to be booked
+            _log.exception("settlement.delayed", reservation=settlement.reservation, outcome=settlement.outcome)
+        else:
+            return
+        self._background.spawn(self._keep_booking(settlement))
 
     def give_up(self, ask: Ask) -> None:
         """Leave a tombstone for a reservation whose verdict never came: it may be held, or still be on its way."""
@@ -45,13 +53,15 @@ class Settle:
         self._background.spawn(self._keep_booking(settlement))
 
     async def _keep_booking(self, settlement: Settlement) -> None:
-        tries = 0
-        while True:
-            await asyncio.sleep(RETRIES[min(tries, len(RETRIES) - 1)])
-            tries += 1
+        for pause in chain(RETRIES, repeat(RETRIES[-1])):
             try:
+                await asyncio.sleep(pause)
                 await self._book(settlement)
-            except LedgerUnavailable:
+            except asyncio.CancelledError:
+                # Its lease settles it as unknown; an accepted one is put right when its task is first read.
+                _log.error("settlement.abandoned", reservation=settlement.reservation, outcome=settlement.outcome)
+                raise
+            except Exception:  # noqa: BLE001, S112 - said once, and tried until it is booked
                 continue
             return
 

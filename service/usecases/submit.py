@@ -45,6 +45,7 @@ from service.usecases.settle import Settle
 
 _log = structlog.get_logger(__name__)
 
+_LOST = Submitted(outcome=SubmitOutcome.UNKNOWN)
 LEASE_MARGIN = 60.0
 """Sending ends this many seconds before the lease does, so that its outcome is booked before it counts as unknown."""
 
@@ -119,12 +120,19 @@ class Submit:
         if not accounts:
             raise misconfigured()
         place, snapshot = await self._reserve(tenant, accounts, options.kind)
-        sent, place = await self._send(place, accounts, options, image)
+        try:
+            sent, place = await self._send(place, accounts, options, image)
+            task = self._task(place, sent.upstream_id, options, metadata) if _accepted(sent) else None
+        except asyncio.CancelledError:  # the process ends, and has waited for long enough
+            await self._settle(self._settlement(place, _LOST))
+            raise
+        except Exception:  # noqa: BLE001 - a fault of our own, and it may have come after the image was sent
+            _log.exception("submission.crashed", reservation=place.ask.reservation)
+            sent, task = _LOST, None
         self._metrics.submission(options.kind, sent.outcome)
-        if sent.outcome is not SubmitOutcome.ACCEPTED:
+        if task is None:
             await self._settle(self._settlement(place, sent))
             raise refusal(sent, place.ask.reservation)
-        task = self._task(place, sent.upstream_id, options, metadata)
         draft = TaskDraft(task.id, task.options, task.metadata)
         await self._settle(msgspec.structs.replace(self._settlement(place, sent), draft=draft))
         return Submission(task, rate_limits(tenant.policy, snapshot.state, snapshot.now))
@@ -134,7 +142,7 @@ class Submit:
         asked = time.monotonic()
         try:
             verdict, snapshot = await self._ledger.reserve(ask)
-        except LedgerUnavailable:
+        except BaseException:
             self._settle.give_up(ask)
             raise
         if isinstance(verdict, PolicyDenied):
@@ -206,3 +214,7 @@ class Submit:
             version=1,
             checked=place.created,
         )
+
+
+def _accepted(sent: Submitted) -> bool:
+    return sent.outcome is SubmitOutcome.ACCEPTED

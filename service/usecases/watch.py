@@ -6,7 +6,7 @@ import asyncio
 
 import structlog
 
-from service.domain.errors import LedgerUnavailable
+from service.domain.errors import LedgerUnavailable, NotFound
 from service.domain.taskid import TaskIds
 from service.telemetry.metrics import Metrics
 from service.usecases.ports import Answered, Check, Due, Ledger, RegistryView, Tasks, Upstream
@@ -51,23 +51,31 @@ class Watch:
                 except LedgerUnavailable:
                     _log.warning("watch.store-away")
                     await asyncio.sleep(AWAY_SECONDS)
-                    continue
-                if not full:
-                    await asyncio.sleep(TICK_SECONDS)
+                except Exception:  # noqa: BLE001 - one fault must not end the watch over all tasks
+                    _log.exception("watch.crashed")
+                    await asyncio.sleep(AWAY_SECONDS)
+                else:
+                    if not full:
+                        await asyncio.sleep(TICK_SECONDS)
         finally:
             for check in self._checking:
                 check.cancel()
             await asyncio.gather(*self._checking, return_exceptions=True)
 
     async def tick(self) -> bool:
-        """Claim as many due tasks as there is room for and begin to check them; whether more may be due."""
+        """Claim as many due tasks as there is room for and begin to check them; whether more may be due.
+
+        None before the registry is there: a task whose account is not known would look as if it had been removed.
+        """
+        if not self._registry.ready:
+            return False
         room = self._at_once - len(self._checking)
         if room <= 0:
             await asyncio.wait(self._checking, return_when=asyncio.FIRST_COMPLETED)
             return True
         due = await self._tasks.claim(room)
         for each in due:
-            check = asyncio.create_task(self._check(each))
+            check = asyncio.create_task(self._guarded_check(each))
             self._checking.add(check)
             check.add_done_callback(self._checking.discard)
         return len(due) == room
@@ -84,17 +92,23 @@ class Watch:
                 count = await self._ledger.expire(100)
             except LedgerUnavailable:
                 count = 0
+            except Exception:  # noqa: BLE001 - one fault must not leave all other places held for ever
+                _log.exception("expire.crashed")
+                count = 0
             if count:
                 _log.warning("reservations.expired", count=count)
             await asyncio.sleep(EXPIRE_SECONDS)
 
+    async def _guarded_check(self, due: Due) -> None:
+        """Check one task; after a fault of ours it is due again when its claim runs out."""
+        try:
+            await self._check(due)
+        except Exception:  # noqa: BLE001 - nobody awaits it
+            _log.exception("check.crashed", reservation=due.task.reservation)
+
     async def _check(self, due: Due) -> None:
         """Ask about one task and record the answer; without a record it is due again when the claim runs out."""
-        account = self._registry.current.account(due.task.account)
-        if account is None:
-            check = Check(answered=Answered.SILENT)  # its account was removed: nobody can tell any more
-        else:
-            check = await self._upstream.check(account, self._task_ids.open(due.task.id).upstream_id)
+        check = await self._ask(due)
         self._metrics.checked(check.answered)
         try:
             task = await self._tasks.record(due, check)
@@ -113,3 +127,14 @@ class Watch:
                 money=task.cost.money,
                 basis=task.cost.basis,
             )
+
+    async def _ask(self, due: Due) -> Check:
+        account = self._registry.current.account(due.task.account)
+        if account is None:
+            return Check(answered=Answered.SILENT)  # its account was removed: nobody can tell any more
+        try:
+            upstream_id = self._task_ids.open(due.task.id).upstream_id
+        except NotFound:  # the key that sealed it was taken away, and may come back
+            _log.error("the id of a task can't be opened by any of the secret keys", reservation=due.task.reservation)
+            return Check(answered=Answered.NOTHING)
+        return await self._upstream.check(account, upstream_id)

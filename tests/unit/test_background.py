@@ -1,0 +1,75 @@
+"""What was begun is finished, whoever has stopped waiting for it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.usecases.background import Background
+
+
+async def test_outlives_who_waits() -> None:
+    """Work goes on when whoever awaited it through a shield is cancelled."""
+    background, go, done = Background(), asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        await go.wait()
+        done.set()
+
+    waiting = asyncio.create_task(asyncio.wait_for(asyncio.shield(background.spawn(work())), 5))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    go.set()
+    assert await background.drain(5) == 0
+    assert done.is_set()
+
+
+async def test_drains_what_running_work_starts() -> None:
+    """The wait at the end is also for what is started during it."""
+    background, go, done = Background(), asyncio.Event(), asyncio.Event()
+
+    async def later() -> None:
+        await asyncio.sleep(0)
+        done.set()
+
+    async def work() -> None:
+        await go.wait()
+        background.spawn(later())
+
+    background.spawn(work())
+    draining = asyncio.create_task(background.drain(5))
+    await asyncio.sleep(0)
+    go.set()
+    assert await draining == 0
+    assert done.is_set()
+
+
+async def test_cuts_short() -> None:
+    """What has not ended in time is cancelled, and so is what it starts on being cancelled."""
+    background, cancelled = Background(), []
+
+    async def work(name: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(name)
+            if name == "first":
+                background.spawn(work("second"))
+                await asyncio.sleep(0)
+            raise
+
+    background.spawn(work("first"))
+    await asyncio.sleep(0)
+    assert await background.drain(0) == 2
+    assert cancelled == ["first", "second"]
+
+
+async def test_nothing_to_drain() -> None:
+    """Where nothing runs there is nothing to wait for."""
+    background = Background()
+    assert await background.drain(5) == 0
+    await background.spawn(asyncio.sleep(0))
+    assert await background.drain(0) == 0

@@ -1,0 +1,191 @@
+"""Whatever fails between reserving and settling, the money is accounted for, and nothing is sent twice."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.domain.balance import Status
+from service.domain.errors import (
+    AccountMisconfigured,
+    BalanceExhausted,
+    LedgerUnavailable,
+    SubmissionUnknown,
+    UpstreamUnavailable,
+)
+from service.domain.reservation import ReservationState
+from service.domain.tenancy import Limit, TenantPolicy, Window
+from service.usecases import settle
+from service.usecases.ports import Ask, SubmitOutcome, Submitted
+from service.usecases.submit import LEASE_MARGIN
+from tests.unit.over_fakes import AWAY, Gateway, until
+
+ONCE = TenantPolicy(limits=(Limit(Window.DAY, tasks=1),))
+
+
+@pytest.fixture
+def gateway(monkeypatch: pytest.MonkeyPatch) -> Gateway:
+    """The use cases, with no pauses between the tries to book an outcome."""
+    monkeypatch.setattr(settle, "RETRIES", (0,))
+    return Gateway(ONCE)
+
+
+async def test_fault_of_the_client(gateway: Gateway) -> None:
+    """A crash while sending counts as sent: it stays charged, holds no active place, and is not sent again."""
+    gateway.upstream.faults.append(RuntimeError("a fault of ours"))
+    with pytest.raises(SubmissionUnknown) as told:
+        await gateway.submitted()
+    assert gateway.places == (1, 0, 0)
+    assert len(gateway.upstream.submits) == 1
+    assert gateway.ledger.reservations[told.value.submission_id].state is ReservationState.UNKNOWN
+
+
+async def test_fault_after_the_acceptance(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash after the upstream accepted is told as unknown, with the id under which it stands in the ledger."""
+    monkeypatch.setattr(gateway.task_ids, "seal", lambda _: 1 / 0)
+    with pytest.raises(SubmissionUnknown):
+        await gateway.submitted()
+    assert gateway.places == (1, 0, 0)
+
+
+@pytest.mark.parametrize("fault", [AWAY, RuntimeError("a fault of ours")])
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_unanswered_reserve(gateway: Gateway, fault: Exception, when: str) -> None:
+    """Without a verdict nothing is sent, and the place is given back whether or not it was held."""
+    getattr(gateway.ledger, when)["reserve"] = [fault]
+    gateway.ledger.before["settle"] = [AWAY, AWAY]
+    with pytest.raises(type(fault)):
+        await gateway.submitted()
+    assert await gateway.background.drain(5) == 0
+    assert gateway.upstream.submits == []
+    (given_up,) = gateway.ledger.reservations.items()
+    assert given_up[1].state is ReservationState.NOT_SENT
+    await gateway.submitted()
+    assert gateway.places == (1, 0, 1)
+    with pytest.raises(LedgerUnavailable):
+        await gateway.ledger.reserve(Ask(given_up[0], 1, (2,), given_up[1].kind))
+    assert gateway.places == (1, 0, 1)
+
+
+@pytest.mark.parametrize("fault", [AWAY, RuntimeError("a fault of ours")])
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_unanswered_settlement(gateway: Gateway, fault: Exception, when: str) -> None:
+    """The caller has its task although it could not be booked, and it is booked once, as soon as that is possible."""
+    getattr(gateway.ledger, when)["settle"] = [fault, AWAY, RuntimeError("again"), AWAY]
+    submission = await gateway.submitted()
+    assert bytes(submission.task.metadata) == b'{"order":"17"}'
+    assert await gateway.background.drain(5) == 0
+    assert gateway.places == (1, 0, 1)
+    assert gateway.ledger.tasks[submission.task.reservation].id == submission.task.id
+    assert len(gateway.upstream.submits) == 1
+
+
+async def test_settled_after_its_lease(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An acceptance that can be booked only after its lease has run out replaces the unknown outcome."""
+    monkeypatch.setattr(settle, "RETRIES", (0.1,))
+    gateway.ledger.before["settle"] = [AWAY]
+    submission = await gateway.submitted()
+    gateway.ledger.clock.at += gateway.ledger.spans.lease
+    assert await gateway.ledger.expire(10) == 1
+    assert gateway.places == (1, 0, 0)
+    assert await gateway.background.drain(5) == 0
+    assert gateway.places == (1, 0, 1)
+    assert submission.task.reservation in gateway.ledger.tasks
+
+
+async def test_caller_leaves(gateway: Gateway) -> None:
+    """A caller that goes away while its image is sent changes nothing."""
+    gateway.upstream.go.clear()
+    caller = asyncio.create_task(gateway.submitted())
+    await until(lambda: bool(gateway.upstream.submits))
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    gateway.upstream.go.set()
+    assert await gateway.background.drain(5) == 0
+    assert gateway.places == (1, 0, 1)
+    assert len(gateway.ledger.tasks) == 1
+
+
+async def test_process_ends(gateway: Gateway) -> None:
+    """A process that can't wait any longer settles what it has sent as unknown instead of leaving it to the lease."""
+    gateway.upstream.go.clear()
+    caller = asyncio.create_task(gateway.submitted())
+    await until(lambda: bool(gateway.upstream.submits))
+    assert await gateway.background.drain(0) == 1
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert gateway.places == (1, 0, 0)
+
+
+async def test_process_ends_without_the_store(gateway: Gateway) -> None:
+    """A process that can neither wait nor book ends all the same; the lease settles what it leaves."""
+    gateway.upstream.go.clear()
+    caller = asyncio.create_task(gateway.submitted())
+    await until(lambda: bool(gateway.upstream.submits))
+    gateway.ledger.away = True
+    assert await gateway.background.drain(0) == 2
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    gateway.ledger.away = False
+    gateway.ledger.clock.at += gateway.ledger.spans.lease
+    assert await gateway.ledger.expire(10) == 1
+    assert gateway.places == (1, 0, 0)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("outcome", "error"),
+    [
+        (SubmitOutcome.EXHAUSTED, BalanceExhausted),
+        (SubmitOutcome.INVALID_ACCOUNT, AccountMisconfigured),
+        (SubmitOutcome.NOT_SENT, UpstreamUnavailable),
+    ],
+)
+async def test_unanswered_retarget(gateway: Gateway, when: str, outcome: SubmitOutcome, error: type[Exception]) -> None:
+    """Without a verdict on the next account nothing more is sent, and the place is given back wherever it stands."""
+    gateway.upstream.next_submits.append(Submitted(outcome=outcome))
+    getattr(gateway.ledger, when)["retarget"] = [AWAY]
+    with pytest.raises(error):
+        await gateway.submitted()
+    assert [name for name, _, _ in gateway.upstream.submits] == ["main"]
+    assert gateway.places == (0, 0, 0)
+    assert [state.open for state in gateway.ledger.account_states.values()] == [0, 0]
+
+
+async def test_next_account_can_not_pay_either(gateway: Gateway) -> None:
+    """Each account is asked at most once, and the last one's answer is the caller's."""
+    gateway.upstream.next_submits += [Submitted(outcome=SubmitOutcome.INVALID_ACCOUNT)]
+    gateway.upstream.next_submits += [Submitted(outcome=SubmitOutcome.EXHAUSTED)]
+    with pytest.raises(BalanceExhausted):
+        await gateway.submitted()
+    assert [name for name, _, _ in gateway.upstream.submits] == ["main", "spare"]
+    assert gateway.places == (0, 0, 0)
+    states = gateway.ledger.account_states
+    assert (states[2].status, states[3].status) == (Status.INVALID, Status.EXHAUSTED)
+
+
+@pytest.mark.parametrize("outcome", [SubmitOutcome.REJECTED, SubmitOutcome.UNKNOWN])
+async def test_no_second_account(gateway: Gateway, outcome: SubmitOutcome) -> None:
+    """What may have been charged, or was refused for its image, is not sent to another account."""
+    gateway.upstream.next_submits.append(Submitted(outcome=outcome, reason="too dark"))
+    with pytest.raises(Exception, match=r"nothing was charged|no usable answer"):
+        await gateway.submitted()
+    assert [name for name, _, _ in gateway.upstream.submits] == ["main"]
+
+
+async def test_time_to_send(gateway: Gateway) -> None:
+    """Sending has what the lease lasts less its margin, on the second account only what the first has left of it."""
+    gateway.upstream.next_submits.append(Submitted(outcome=SubmitOutcome.NOT_SENT))
+    await gateway.submitted()
+    first, second = gateway.upstream.seconds
+    assert 0 < second < first <= gateway.ledger.spans.lease / 1000 - LEASE_MARGIN
+
+
+async def test_no_account(gateway: Gateway) -> None:
+    """A tenant none of whose accounts exists reserves nothing."""
+    del gateway.registry.current.accounts["main"], gateway.registry.current.accounts["spare"]
+    with pytest.raises(AccountMisconfigured):
+        await gateway.submitted()
+    assert gateway.ledger.reservations == {}
