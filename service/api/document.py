@@ -12,7 +12,7 @@ from litestar import Litestar
 from msgspec import Struct
 
 from service.api import admin_views, legacy, openapi, ops, views
-from service.api.examples import ACCEPTED, EXAMPLES
+from service.api.examples import ACCEPTED, EXAMPLES, problem
 from service.api.problems import MEDIA_TYPE
 
 Node = dict[str, Any]
@@ -69,6 +69,7 @@ def document(app: Litestar) -> Node:
     components = written["components"]
     schemas = components["schemas"]
     for name, schema in schemas.items():
+        schema.pop("title", None)
         if name in _DOCSTRINGS:
             schema["description"] = _DOCSTRINGS[name]
         if name in EXAMPLES:
@@ -109,8 +110,9 @@ def _responses(responses: Node) -> Iterator[tuple[str, Node]]:
         names += _ON_PROBLEMS.get(status, ()) if is_problem else ("X-Request-Id",)
         for media in response.get("content", {}).values():
             media["schema"] = _present(media["schema"])
-            for example in media.get("examples", {}).values():
-                del example["id"]
+            if is_problem:
+                # Litestar's own examples lack what is null in them.
+                media["examples"] = {code: {"value": problem(code)} for code in media["examples"]}
         yield status, response | ({"headers": _references(names)} if names else {})
     yield "default", {"$ref": "#/components/responses/Problem"}
 
@@ -183,8 +185,6 @@ def _schema(node: Node) -> Node:
     properties = node.get("properties")
     if isinstance(properties, dict) and isinstance(node.get("required"), list):
         node["required"] = [name for name in properties if name in node["required"]]
-    if isinstance(node.get("type"), str):
-        node.pop("title", None)
     return node
 
 

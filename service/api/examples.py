@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from service.api.problems import PROBLEMS
 from service.api.views import (
     AccountAbility,
     ArtifactView,
@@ -85,3 +87,29 @@ ACCEPTED: Mapping[str, Struct] = {
     for kind in Kind
 }
 """The task as it is answered to each submission, by the operation's id."""
+
+_EXTRAS: Mapping[str, Mapping[str, Any]] = {
+    "invalid-options": {"errors": [{"field": "scale", "detail": "must be a number from 1 to 8"}]},
+    "quota-exceeded": {
+        "violated_policies": [{"policy": "day-tasks", "limit": 100, "resets_at": "2026-02-01T00:00:00Z"}]
+    },
+    "rate-limited": {
+        "violated_policies": [{"policy": "minute-tasks", "limit": 10, "resets_at": "2026-01-31T12:01:00Z"}]
+    },
+    "too-many-active-tasks": {"violated_policies": [{"policy": "max-active", "limit": 20, "resets_at": None}]},
+    "upstream-rejected": {"upstream_reason": "图片太小"},
+    "submission-unknown": {"submission_id": "f3a1c09b6d5e4f708192a3b4c5d6e7f8"},
+}
+
+
+def problem(code: str) -> dict[str, Any]:
+    """An example of a problem."""
+    kind = next(each for each in PROBLEMS if each.code == code)
+    return {
+        "type": f"urn:imaging-gateway:problem:{code}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": kind.when,
+        "instance": "4f5c2d1e8b7a46f09d3c6b5a49382716",
+        "code": code,
+    } | dict(_EXTRAS.get(code, {}))

@@ -67,19 +67,6 @@ class ProblemView(Struct, frozen=True):
     submission_id: Annotated[str, Meta(description="Of `submission-unknown`.")] | UnsetType = UNSET
 
 
-_EXTRAS: Mapping[str, Mapping[str, Any]] = {
-    "invalid-options": {"errors": [{"field": "scale", "detail": "must be a number from 1 to 8"}]},
-    "quota-exceeded": {
-        "violated_policies": [{"policy": "day-tasks", "limit": 100, "resets_at": "2026-02-01T00:00:00Z"}]
-    },
-    "rate-limited": {
-        "violated_policies": [{"policy": "minute-tasks", "limit": 10, "resets_at": "2026-01-31T12:01:00Z"}]
-    },
-    "too-many-active-tasks": {"violated_policies": [{"policy": "max-active", "limit": 20, "resets_at": None}]},
-    "upstream-rejected": {"upstream_reason": "图片太小"},
-    "submission-unknown": {"submission_id": "f3a1c09b6d5e4f708192a3b4c5d6e7f8"},
-}
-
 NOT_MODIFIED: dict[int, ResponseSpec] = {
     304: ResponseSpec(None, description="It is still the version named by If-None-Match.", generate_examples=False)
 }
@@ -97,19 +84,8 @@ def _problem(kinds: Sequence[ProblemType]) -> ResponseSpec:
         description="\n".join(f"- `{each.code}`: {each.when}" for each in kinds),
         media_type=MEDIA_TYPE,
         generate_examples=False,
-        examples=[Example(id=each.code, value=_example(each)) for each in kinds],
+        examples=[Example(id=each.code) for each in kinds],  # shown by `service.api.document`
     )
-
-
-def _example(kind: ProblemType) -> dict[str, Any]:
-    return {
-        "type": f"urn:imaging-gateway:problem:{kind.code}",
-        "title": kind.title,
-        "status": kind.status,
-        "detail": kind.when,
-        "instance": "4f5c2d1e8b7a46f09d3c6b5a49382716",
-        "code": kind.code,
-    } | dict(_EXTRAS.get(kind.code, {}))
 
 
 def headers(*names: str) -> list[ResponseHeader]:

@@ -1,0 +1,298 @@
+"""The OpenAPI document says what the gateway does, and a page shows it without anything from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from service.api.problems import PROBLEMS
+from service.domain.task import OPTIONS, Kind
+from tests.behaviour.house import House, house_of_fakes
+from tests.support.images import png
+
+METHODS = {"get", "put", "post", "delete", "patch", "head", "options"}
+
+
+@pytest.fixture
+async def document() -> dict[str, Any]:
+    """The document as it is served."""
+    async with house_of_fakes() as (house, _, _):
+        answer = await house.call("GET", "/openapi.json", token="")
+        assert answer.headers["content-type"] == "application/json"
+        found: dict[str, Any] = answer.json()
+        return found
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every path and method with its operation."""
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            assert method in METHODS
+            yield path, method, operation
+
+
+def nodes(node: Any, *path: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Every object of the document, with where it stands."""
+    if isinstance(node, dict):
+        yield path, node
+        for key, value in node.items():
+            yield from nodes(value, *path, key)
+    elif isinstance(node, list):
+        for each in node:
+            yield from nodes(each, *path)
+
+
+def resolved(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    """What a reference points to."""
+    while "$ref" in node:
+        assert node["$ref"].startswith("#/")
+        target: Any = document
+        for step in node["$ref"].removeprefix("#/").split("/"):
+            target = target[step]
+        node = target
+    return node
+
+
+async def test_structure(document: dict[str, Any]) -> None:
+    """It is OpenAPI 3.1 with a title, a version and described tags, each of which is used."""
+    assert re.fullmatch(r"3\.1\.\d+", document["openapi"])
+    assert document["info"]["title"]
+    assert document["info"]["version"]
+    used = [operation["tags"] for _, _, operation in operations(document)]
+    assert {name for names in used for name in names} == {tag["name"] for tag in document["tags"]}
+    assert all(len(names) == 1 for names in used)
+    assert all(tag["description"] for tag in document["tags"])
+
+
+async def test_references(document: dict[str, Any]) -> None:
+    """Every reference leads somewhere, and no component is left over."""
+    targets = {node["$ref"] for _, node in nodes(document) if "$ref" in node}
+    for target in targets:
+        assert resolved(document, {"$ref": target})
+    kept = {
+        f"#/components/{section}/{name}"
+        for section, components in document["components"].items()
+        for name in components
+        if section != "securitySchemes"
+    }
+    assert kept == targets
+
+
+async def test_operations(document: dict[str, Any]) -> None:
+    """Every operation has an id of its own, a summary, a described success, and says what problems look like."""
+    found = list(operations(document))
+    ids = [operation["operationId"] for _, _, operation in found]
+    assert len(set(ids)) == len(ids)
+    for path, method, operation in found:
+        assert operation["summary"], path
+        responses = operation["responses"]
+        assert resolved(document, responses["default"])["content"].keys() == {"application/problem+json"}
+        assert any(status.startswith("2") for status in responses), path
+        for status, told in responses.items():
+            response = resolved(document, told)
+            assert response["description"] not in {"", "Request fulfilled, document follows", "Additional response"}
+            if status >= "4" and path != "/readyz":
+                assert response["content"].keys() == {"application/problem+json"}, (path, status)
+        for name in re.findall(r"\{(\w+)\}", path):
+            parameter = next(each for each in operation["parameters"] if each["name"] == name)
+            assert (parameter["in"], parameter["required"]) == ("path", True)
+        for parameter in operation.get("parameters", ()):
+            assert parameter["description"], (path, parameter)
+        assert method == "get" or "requestBody" in operation
+
+
+async def test_nothing_of_the_framework(document: dict[str, Any]) -> None:
+    """What the framework would say by itself is not in it."""
+    for path, node in nodes(document):
+        assert node.get("headers") != {}, path
+        assert "deprecated" not in node, path
+        if path[-1:] == ("examples",):
+            continue
+        if "oneOf" in node:
+            types = [each.get("type") for each in node["oneOf"]]
+            assert len(types) > 1, path
+            assert types != ["integer", "number"], path
+    assert "status_code" not in str(document)
+
+
+async def test_security(document: dict[str, Any]) -> None:
+    """A bearer token is asked for everywhere but where none is needed or it comes in the form."""
+    (scheme,) = document["components"]["securitySchemes"].values()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert document["security"] == [{"token": []}]
+    for path, _, operation in operations(document):
+        open_to_all = path in {"/healthz", "/readyz"} or path.startswith("/api/")
+        assert operation.get("security") == ([{}] if open_to_all else None), path
+        assert ("401" in operation["responses"]) == (not open_to_all), path
+
+
+async def test_options(document: dict[str, Any]) -> None:
+    """Each submission lists every option of its kind with its range and its default, as the contract has them."""
+    expected: dict[str, dict[str, tuple[Any, ...]]] = {
+        "upscale": {
+            "model": ("string", None, None, "general"),
+            "style": ("string", None, None, "general"),
+            "scale": ("number", 1, 8, 2),
+            "noise": ("number", 1, 1.1, 1.003),
+            "steps": ("integer", 20, 40, 30),
+            "high_fidelity": ("boolean", None, None, False),
+            "strong_inpaint": ("boolean", None, None, False),
+            "inpaint_strength": ("number", 0, 1, 0.5),
+            "prompt": ("string", None, None, ""),
+            "negative_prompt": ("string", None, None, ""),
+            "vector": ("boolean", None, None, False),
+            "colors": ("integer", 2, 16, 5),
+        },
+        "vectorize": {"colors": ("integer", 2, 16, 5)},
+        "face-enhance": {},
+        "seamless": {"fit": ("number", 0.1, 0.9, 0.5)},
+    }
+    for kind, options in expected.items():
+        operation = document["paths"][f"/v1/tasks/{kind}"]["post"]
+        schema = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
+        assert schema["required"] == ["image"]
+        assert schema["additionalProperties"] is False
+        properties = dict(schema["properties"])
+        assert properties.pop("image")["contentMediaType"] == "application/octet-stream"
+        assert properties.pop("metadata")["contentMediaType"] == "application/json"
+        found = {
+            name: (each["type"], each.get("minimum"), each.get("maximum"), each["default"])
+            for name, each in properties.items()
+        }
+        assert found == options
+        assert set(options) == set(OPTIONS[Kind(kind)].__struct_fields__)
+        for prompt in {"prompt", "negative_prompt"} & properties.keys():
+            assert properties[prompt]["maxLength"] == 2_000
+
+
+async def test_problems(document: dict[str, Any]) -> None:
+    """Every problem that is told has its code, and an example with that code; submissions name all theirs."""
+    statuses = {each.code: each.status for each in PROBLEMS}
+    for path, _, operation in operations(document):
+        for status, response in operation["responses"].items():
+            content = resolved(document, response).get("content", {}).get("application/problem+json")
+            if content is None or status == "default":
+                continue
+            examples = content["examples"]
+            listed = re.findall(r"^- `([^`]+)`: .", response["description"], re.MULTILINE)
+            assert list(examples) == listed, (path, status)
+            for code, example in examples.items():
+                assert example.keys() == {"value"}
+                assert (example["value"]["code"], example["value"]["status"]) == (code, int(status))
+                assert statuses[code] == int(status)
+    told = {
+        code
+        for response in document["paths"]["/v1/tasks/upscale"]["post"]["responses"].values()
+        for code in re.findall(r"^- `([^`]+)`", response.get("description", ""), re.MULTILINE)
+    }
+    assert told >= {"balance-exhausted", "quota-exceeded", "upstream-rejected", "submission-unknown", "overloaded"}
+    assert "internal-error" not in told
+
+
+def fits(document: dict[str, Any], value: Any, schema: dict[str, Any], where: str) -> None:
+    """Hold a value against its schema, as far as this document uses JSON Schema."""
+    schema = resolved(document, schema)
+    if "oneOf" in schema:
+        fitting = 0
+        for option in schema["oneOf"]:
+            try:
+                fits(document, value, option, where)
+            except AssertionError:
+                continue
+            fitting += 1
+        assert fitting == 1, (where, value)
+        return
+    assert value in schema.get("enum", [value]), (where, value)
+    assert value == schema.get("const", value), (where, value)
+    types: dict[str, Any] = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "boolean": bool,
+        "null": type(None),
+    }
+    if "type" in schema:
+        assert isinstance(value, types[schema["type"]]), (where, value)
+    if isinstance(value, dict) and "properties" in schema:
+        assert set(schema["required"]) <= value.keys() <= schema["properties"].keys(), (where, value)
+        for name, each in value.items():
+            fits(document, each, schema["properties"][name], f"{where}.{name}")
+    if isinstance(value, list):
+        for each in value:
+            fits(document, each, schema["items"], f"{where}[]")
+
+
+async def test_examples_are_true(document: dict[str, Any]) -> None:
+    """Every example fits the schema that it is an example of."""
+    checked = 0
+    for path, node in nodes(document):
+        if "schema" in node and "examples" in node:
+            for example in node["examples"].values():
+                fits(document, example["value"], node["schema"], "/".join(path))
+                checked += 1
+        elif "type" in node and isinstance(node.get("examples"), list):
+            for example in node["examples"]:
+                fits(document, example, node, "/".join(path))
+                checked += 1
+    assert checked > 50
+
+
+async def test_answers_are_as_told(house: House, document: dict[str, Any]) -> None:
+    """What the gateway really answers fits the document: status, media type, headers and content."""
+
+    async def told(operation: str, method: str, path: str, expected: int, **request: Any) -> Any:
+        answer = await house.call(method, path, **request)
+        assert answer.status_code == expected
+        (found,) = [each for _, _, each in operations(document) if each["operationId"] == operation]
+        response = resolved(document, found["responses"].get(str(expected), found["responses"]["default"]))
+        (media_type, content) = next(iter(response.get("content", {"": {}}).items()))
+        assert answer.headers.get("content-type", "") == media_type
+        optional = {"retry-after", "ratelimit", "ratelimit-policy"}
+        assert {name.lower() for name in response.get("headers", {})} - optional <= {*answer.headers}
+        if media_type:
+            fits(document, answer.json(), content["schema"], operation)
+        return answer
+
+    files = {"image": ("a.png", png(), "image/png")}
+    await house.put_tenant(limits=[{"window": "day", "tasks": 5, "money": 9.5}], max_active=3)
+    accepted = await told("submit-upscale", "POST", "/v1/tasks/upscale", 201, files=files, data={"scale": "3"})
+    await told("submit-upscale", "POST", "/v1/tasks/upscale", 422, files=files, data={"scale": "9"})
+    await told("submit-seamless", "POST", "/v1/tasks/seamless", 415, json={})
+    await told("submit-upscale", "POST", "/v1/tasks/upscale", 401, files=files, token="x")
+    path = accepted.headers["location"]
+    await told("read-task", "GET", path, 200)
+    tag = accepted.headers["etag"]
+    await told("read-task", "GET", path, 304, headers={"If-None-Match": tag})
+    await house.finished(accepted.json()["id"])
+    await told("read-task", "GET", path, 200)
+    await told("read-task", "GET", "/v1/tasks/x", 404)
+    await told("list-tasks", "GET", "/v1/tasks?limit=1", 200)
+    await told("list-tasks", "GET", "/v1/tasks?limit=0", 422)
+    await told("list-tasks", "GET", "/v1/tasks?cursor=x", 400)
+    await told("read-quota", "GET", "/v1/quota", 200)
+    await told("legacy-check", "POST", "/api/check_task_status", 200, data={"user_key": "x", "task_id": "y"})
+    old = {"input_image": ("a.png", png(), "image/png")}
+    await told("legacy-seamless", "POST", "/api/submit_seamless_task", 200, files=old, data={"user_key": house.token})
+    await told("healthz", "GET", "/healthz", 200)
+    await told("readyz", "GET", "/readyz", 200)
+
+
+async def test_page(document: dict[str, Any]) -> None:
+    """The page shows every operation, loads nothing from elsewhere, and may not."""
+    async with house_of_fakes() as (house, _, _):
+        answer = await house.call("GET", "/docs", token="")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    text = re.sub(r"<[^>]*>", "", answer.text)
+    for path, _, operation in operations(document):
+        assert path in text
+        assert operation["summary"] in text
+    assert "default-src &#x27;none&#x27;" in answer.text
+    assert not re.search(r"""(?:src|href|action)\s*=\s*["']?\s*(?:\w+:)?//""", answer.text)
+    assert not re.search(r"@import|url\(\s*[\"']?https?:", answer.text)
