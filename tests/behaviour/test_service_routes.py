@@ -1,0 +1,219 @@
+"""What both ports answer about themselves, and the headers that go with every answer."""
+
+from __future__ import annotations
+
+import re
+
+from tests.behaviour.aftermath import problem
+from tests.behaviour.house import ADMIN_TOKEN, House, house_of_fakes
+from tests.fakes import FakeRegistry
+
+
+async def test_health(house: House) -> None:
+    """Both ports say without a token that the process lives and takes requests."""
+    for url in (house.url, house.ops_url):
+        for path in ("/healthz", "/readyz"):
+            answer = await house.http.get(url + path)
+            assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+async def test_draining(house: House) -> None:
+    """A process that is ending is alive but not ready, on both ports, and still answers who comes."""
+    house.services.lifecycle.drain()
+    for url in (house.url, house.ops_url):
+        assert (await house.http.get(f"{url}/healthz")).status_code == 200
+        answer = await house.http.get(f"{url}/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"status": "draining"})
+    assert (await house.submit()).status_code == 201
+
+
+async def test_starting() -> None:
+    """A process that has not loaded its registry yet is alive but not ready."""
+    async with house_of_fakes() as (house, _, _):
+        registry = house.services.registry
+        assert isinstance(registry, FakeRegistry)
+        registry.ready = False
+        for url in (house.url, house.ops_url):
+            assert (await house.http.get(f"{url}/healthz")).status_code == 200
+            answer = await house.http.get(f"{url}/readyz")
+            assert (answer.status_code, answer.json()) == (503, {"status": "starting"})
+
+
+async def test_store_away() -> None:
+    """A store that went away does not unready the process, since reads go on."""
+    async with house_of_fakes() as (house, ledger, _):
+        task = (await house.submit()).json()
+        ledger.away = True
+        assert (await house.http.get(f"{house.url}/readyz")).status_code == 200
+        assert (await house.call("GET", task["links"]["self"])).status_code == 200
+        answer = await house.submit()
+        problem(answer, 503, "ledger-unavailable")
+        assert int(answer.headers["retry-after"]) > 0
+
+
+async def test_operators_only(house: House) -> None:
+    """Metrics and the operators' calls are on their own port, and the tenants' calls are not."""
+    metrics = await house.http.get(f"{house.ops_url}/metrics")
+    assert metrics.status_code == 200
+    assert metrics.headers["content-type"].startswith("text/plain")
+    assert re.search(r"^\w+_requests_total\{.*route=\"/admin/v1/tenants/\{name\}\"", metrics.text, re.MULTILINE)
+
+    as_operator = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    for path in ("/metrics", "/admin/v1/tenants", "/admin/v1/accounts/main", "/admin"):
+        problem(await house.call("GET", path, token="", headers=as_operator), 404, "not-found")
+    for path in ("/v1/quota", "/v1/tasks", "/docs", "/openapi.json", "/api/check_task_status", "/"):
+        answer = await house.http.get(house.ops_url + path, headers=as_operator)
+        problem(answer, 404, "not-found")
+
+
+async def test_operators_token(house: House) -> None:
+    """The operators' calls ask for the admin token, a tenant's is none."""
+    for headers in ({}, {"Authorization": f"Bearer {house.token}"}, {"Authorization": f"Bearer {ADMIN_TOKEN}x"}):
+        for method, path in (("GET", "/tenants"), ("PUT", "/tenants/x"), ("POST", "/tenants/shop/tokens")):
+            answer = await house.http.request(method, f"{house.ops_url}/admin/v1{path}", headers=headers)
+            problem(answer, 401, "unauthenticated")
+            assert answer.headers["www-authenticate"].startswith("Bearer ")
+
+
+async def test_request_id(house: House) -> None:
+    """Every answer has the id that the request came with, if it is a proper one, and else a new one."""
+    calls = [
+        ("GET", "/healthz"),
+        ("GET", "/v1/quota"),
+        ("GET", "/nowhere"),
+        ("PUT", "/v1/quota"),
+        ("POST", "/v1/tasks/upscale"),
+    ]
+    for method, path in calls:
+        for given in ("a", "Req-1_2.3", "x" * 128):
+            answer = await house.call(method, path, headers={"X-Request-Id": given})
+            assert answer.headers.get_list("x-request-id") == [given]
+        made = set()
+        for refused in ("", "x" * 129, "a b", "a/b", "é".encode(), "a\tb"):
+            answer = await house.call(method, path, headers={"X-Request-Id": refused})
+            assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
+            made.add(answer.headers["x-request-id"])
+        assert len(made) == 6
+
+
+async def test_tenant_data_is_private(house: House) -> None:
+    """Answers with a tenant's data may be kept by nobody but the caller, who has to ask again before using them."""
+    created = await house.submit()
+    path = created.headers["location"]
+    for answer in (
+        created,
+        await house.call("GET", path),
+        await house.call("GET", path, headers={"If-None-Match": created.headers["etag"]}),
+        await house.call("HEAD", path),
+        await house.call("GET", "/v1/tasks"),
+        await house.call("GET", "/v1/quota"),
+    ):
+        assert answer.headers["cache-control"] == "private, no-cache"
+
+
+async def test_location(house: House) -> None:
+    """Location is where the new task is read, and the same as its own link."""
+    created = await house.submit()
+    assert created.headers["location"] == created.json()["links"]["self"] == f"/v1/tasks/{created.json()['id']}"
+    assert (await house.call("GET", created.headers["location"])).json() == created.json()
+
+
+async def test_retry_after(house: House) -> None:
+    """Retry-After tells when to ask again while a task runs, in whole poll intervals, and is gone at its end."""
+    created = await house.submit()
+    assert created.headers["retry-after"] == "3"
+    path = created.headers["location"]
+    assert (await house.call("GET", path)).headers["retry-after"] == "3"
+    await house.finished(created.json()["id"])
+    assert "retry-after" not in (await house.call("GET", path)).headers
+
+
+async def test_age(house: House) -> None:
+    """Age is the number of seconds since the upstream last told of the task."""
+    await house.upstream.keep_running()
+    path = (await house.submit()).headers["location"]
+    assert (await house.call("GET", path)).headers["age"] == "0"
+    await house.watch()
+    await house.advance(100)
+    assert 100 <= int((await house.call("GET", path)).headers["age"]) <= 103
+    await house.watch()
+    assert int((await house.call("GET", path)).headers["age"]) <= 3
+
+
+async def test_conditional_read(house: House) -> None:
+    """A task is sent again only if it changed since the version the caller names, in any of the standard's forms."""
+    created = await house.submit()
+    path, tag = created.headers["location"], created.headers["etag"]
+    assert re.fullmatch(r'"[\x21\x23-\x7e]+"', tag)
+    for condition in (tag, f"W/{tag}", f'"other", {tag}', f'{tag},"other"', "*", f'W/"a" ,  W/{tag}'):
+        answer = await house.call("GET", path, headers={"If-None-Match": condition})
+        assert (answer.status_code, answer.content) == (304, b""), condition
+        assert answer.headers["etag"] == tag
+        assert answer.headers["retry-after"] == "3"
+        assert "content-type" not in answer.headers
+    for condition in ('"other"', "", tag.strip('"'), f'{tag[:-1]}x"', '"*"', "w/x"):
+        answer = await house.call("GET", path, headers={"If-None-Match": condition})
+        assert (answer.status_code, answer.json()["state"]) == (200, "queued"), condition
+    await house.finished(created.json()["id"])
+    answer = await house.call("GET", path, headers={"If-None-Match": tag})
+    assert (answer.status_code, answer.json()["state"]) == (200, "succeeded")
+    assert answer.headers["etag"] != tag
+    again = await house.call("GET", path, headers={"If-None-Match": answer.headers["etag"]})
+    assert again.status_code == 304
+
+
+async def test_conditional_read_without_a_store() -> None:
+    """A task that only the upstream tells of has another version when it tells of another state."""
+    async with house_of_fakes() as (house, ledger, upstream):
+        await house.upstream.keep_running()
+        path = (await house.submit()).headers["location"]
+        ledger.away = True
+        running = await house.call("GET", path)
+        assert running.json()["state"] == "running"
+        condition = {"If-None-Match": running.headers["etag"]}
+        assert (await house.call("GET", path, headers=condition)).status_code == 304
+        upstream.next_checks.clear()
+        house.services.follow._asked.clear()  # as after a poll interval
+        ended = await house.call("GET", path, headers=condition)
+        assert (ended.status_code, ended.json()["state"]) == (200, "succeeded")
+
+
+async def test_rate_limit_headers(house: House) -> None:
+    """A submission tells what is left of each limit on tasks; without limits it tells nothing."""
+    unlimited = await house.submit()
+    assert not {"ratelimit", "ratelimit-policy"} & {*unlimited.headers}
+    await house.put_tenant(
+        limits=[{"window": "hour", "tasks": 3}, {"window": "total", "tasks": 9, "money": 5}], max_active=9
+    )
+    answer = await house.submit()
+    assert answer.headers["ratelimit-policy"] == '"hour-tasks";q=3;w=3600, "total-tasks";q=9'
+    assert re.fullmatch(r'"hour-tasks";r=1;t=\d{1,4}, "total-tasks";r=7', answer.headers["ratelimit"])
+
+
+async def test_violated_limit_on_money(house: House) -> None:
+    """A limit on money that refuses is told in yuan."""
+    await house.upstream.set_balance(0, 300)
+    await house.put_tenant(limits=[{"window": "day", "money": 0.5}])
+    await house.submit()
+    found = problem(await house.submit(), 429, "quota-exceeded")
+    assert [(each["policy"], each["limit"]) for each in found["violated_policies"]] == [("day-money", 0.5)]
+
+
+async def test_head(house: House) -> None:
+    """HEAD is answered as GET is, without the content, and costs nothing either."""
+    created = await house.submit()
+    for url, path in (
+        (house.url, created.headers["location"]),
+        (house.url, "/v1/quota"),
+        (house.url, "/openapi.json"),
+        (house.url, "/nowhere"),
+        (house.ops_url, "/healthz"),
+    ):
+        headers = {"Authorization": f"Bearer {house.token}", "X-Request-Id": "same"}
+        whole = await house.http.get(url + path, headers=headers)
+        bare = await house.http.head(url + path, headers=headers)
+        assert (bare.status_code, bare.content) == (whole.status_code, b"")
+        assert dict(bare.headers) == dict(whole.headers)
+    metrics = (await house.http.get(f"{house.ops_url}/metrics")).text
+    assert re.search(r'method="HEAD".*route="/v1/quota"', metrics)
+    assert await house.upstream.submits() == 1
