@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import ADMIN_TOKEN, House, house_of_fakes
 from tests.fakes import FakeRegistry
+from tests.unit.asgi import connected, read_answer
 
 
 async def test_health(house: House) -> None:
@@ -214,6 +216,11 @@ async def test_head(house: House) -> None:
         bare = await house.http.head(url + path, headers=headers)
         assert (bare.status_code, bare.content) == (whole.status_code, b"")
         assert dict(bare.headers) == dict(whole.headers)
+    request = "{} /v1/quota HTTP/1.1\r\nHost: gateway\r\n\r\n"
+    async with connected(urlsplit(house.url).port or 0) as (reader, writer):
+        writer.write((request.format("HEAD") + request.format("GET")).encode())
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 401")
+        assert (await read_answer(reader)).json()["code"] == "unauthenticated"
     metrics = (await house.http.get(f"{house.ops_url}/metrics")).text
     assert re.search(r'method="HEAD".*route="/v1/quota"', metrics)
     assert await house.upstream.submits() == 1
