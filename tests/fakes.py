@@ -65,6 +65,8 @@ class FakeLedger:
     async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
         self._answer()
         now, tenant = self.clock.at, self._tenant(ask.tenant)
+        if ask.tenant not in self.tenant_policies:
+            raise LedgerUnavailable("gone", retry_after=2)
         windows.roll(tenant, now)
         known = self.reservations.get(ask.reservation)
         if known:
@@ -276,7 +278,7 @@ class FakeLedger:
         return Candidate(account, self.account_policies.get(account, AccountPolicy()), self._account(account))
 
     def _candidates(self, accounts: Sequence[int]) -> list[Candidate]:
-        return [self._candidate(each) for each in accounts]
+        return [self._candidate(each) for each in accounts if each in self.account_policies]
 
 
 @dataclass
@@ -305,6 +307,10 @@ class FakeRegistry:
             del accounts[account.name]
         for token in change.drop_tokens:
             del tokens[token.id]
+        for gone in change.drop_tenants:
+            self.ledger.tenant_policies.pop(gone.id, None)
+        for left in change.drop_accounts:
+            self.ledger.account_policies.pop(left.id, None)
         self.ledger.tenant_policies |= {each.id: each.policy for each in change.tenants}
         self.ledger.account_policies |= {each.id: each.policy for each in change.accounts}
         self.current = Registry(now.version + 1, change.next_id, tenants, accounts, tokens)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta, Struct
 
 from service.api.views import FEN, PolicyView, Yuan, moment, quota_view, yuan
-from service.domain.balance import AccountState, Figure, Status
+from service.domain.balance import AccountState, Figure, Source, Status
 from service.domain.errors import FieldError, InvalidOptions
 from service.domain.task import Kind
 from service.domain.tenancy import (
@@ -149,10 +149,11 @@ class TokenView(Struct, frozen=True):
 
 
 class FigureView(Struct, frozen=True):
-    """A figure the upstream told, and when."""
+    """A figure the upstream told: when, and in the answer to which call."""
 
     value: int | float
     seen_at: datetime | None
+    seen_in: Source
 
 
 class AccountView(Struct, frozen=True):
@@ -257,7 +258,7 @@ def _moment(seconds: float) -> datetime:
 def _figure(figure: Figure | None, unit: int) -> FigureView | None:
     if figure is None:
         return None
-    return FigureView(figure.value if unit == 1 else yuan(figure.value), moment(figure.received))
+    return FigureView(figure.value if unit == 1 else yuan(figure.value), moment(figure.received), figure.source)
 
 
 def _fen(field: str, amount: float) -> int:

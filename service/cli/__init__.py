@@ -82,7 +82,7 @@ def sandbox(folder: Path | None, host: str, port: int) -> None:
 @main.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True)
 @click.option("--url", help="The gateway's address.  [default: as GATEWAY_HOST and GATEWAY_PORT say]")
-@click.option("--token", envvar="GATEWAY_TOKEN", help="A tenant's token.  [default: the demo tenant's]")
+@click.option("--token", help="A tenant's token.  [default: the demo tenant's]")
 def demo(folder: Path, url: str | None, token: str | None) -> None:
     """Submit a picture of each kind to a running gateway, and show what comes of it."""
     from service.cli.serve import known_demo_token

@@ -29,12 +29,20 @@ class Status(StrEnum):
     INVALID = "invalid"
 
 
+class Source(StrEnum):
+    """The call whose answer told a figure."""
+
+    SUBMIT = "submit"
+    CHECK = "check"
+
+
 class Figure(Struct):
-    """An observed figure, with when its request was sent and when its answer was received."""
+    """An observed figure: when its request was sent, when its answer was received, and which call it was."""
 
     value: int
     sent: int
     received: int
+    source: Source
 
 
 class Price(Struct):
@@ -111,10 +119,12 @@ def hold(state: AccountState, policy: AccountPolicy, kind: Kind) -> int | None:
     return policy.max_price.get(kind, state.highest.get(kind))
 
 
-def observe(state: AccountState, policy: AccountPolicy, figures: Figures, sent: int, received: int) -> None:
+def observe(
+    state: AccountState, policy: AccountPolicy, figures: Figures, source: Source, sent: int, received: int
+) -> None:
     """Take in what an answer told. A rise reopens an exhausted account, reaching the floors closes it."""
-    rose_count, state.count = _observed(state.count, figures.count, sent, received)
-    rose_money, state.money = _observed(state.money, figures.money, sent, received)
+    rose_count, state.count = _observed(state.count, figures.count, source, sent, received)
+    rose_money, state.money = _observed(state.money, figures.money, source, sent, received)
     if state.status is Status.EXHAUSTED and (rose_count or rose_money):
         state.status = Status.OPEN
     if state.status is Status.OPEN and not _can_pay(state, policy, None, 0):
@@ -162,14 +172,16 @@ def receipt(
     return Cost(0, 0, Basis.UNKNOWN)
 
 
-def _observed(known: Figure | None, value: int | None, sent: int, received: int) -> tuple[bool, Figure | None]:
+def _observed(
+    known: Figure | None, value: int | None, source: Source, sent: int, received: int
+) -> tuple[bool, Figure | None]:
     """Whether a figure rose, and what is known of it after an observation."""
     if value is None:
         return False, known
     if known is None or sent > known.received:
-        return known is not None and value > known.value, Figure(value, sent, received)
+        return known is not None and value > known.value, Figure(value, sent, received, source)
     if value < known.value:
-        return False, Figure(value, max(sent, known.sent), max(received, known.received))
+        return False, Figure(value, max(sent, known.sent), max(received, known.received), source)
     return False, known
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.domain import balance
-from service.domain.balance import AccountState, Before, Figures, Standing, Status
+from service.domain.balance import AccountState, Before, Figures, Source, Standing, Status
 from service.domain.reservation import (
     Candidate,
     Granted,
@@ -149,7 +149,7 @@ def settle(
         account.state.unknown += 1
     elif closes:
         balance.refuse(account.state, closes, reservation.sent, now)
-    balance.observe(account.state, account.policy, figures, reservation.sent, now)
+    balance.observe(account.state, account.policy, figures, Source.SUBMIT, reservation.sent, now)
     reservation.state = outcome
     return True
 
@@ -167,7 +167,7 @@ def end(
 ) -> Cost:
     """Book the receipt of an accepted submission whose task has ended; `figures` were asked for at `sent`."""
     roll(tenant, now)
-    balance.observe(account.state, account.policy, figures, sent, now)
+    balance.observe(account.state, account.policy, figures, Source.CHECK, sent, now)
     told = figures if figures.count is not None and figures.money is not None else reservation.after
     alone = reservation.alone and account.state.seq == reservation.seq
     cost = balance.receipt(

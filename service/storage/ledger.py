@@ -21,7 +21,7 @@ from service.domain.reservation import (
 )
 from service.domain.windows import TenantState
 from service.storage.keys import Keys
-from service.storage.scripts import Client, Scripts, ledger_time, read, scored
+from service.storage.scripts import RETRY_AFTER, Client, Scripts, ledger_time, read, scored
 from service.usecases.ports import Ask, Settlement, Snapshot
 
 DAY = 86_400_000
@@ -185,6 +185,8 @@ def _verdict(answer: list[Any]) -> Verdict:
         )
     if status == b"no-account":
         return NoAccount(answer[3] or None, now)
+    if status == b"gone":
+        raise LedgerUnavailable("The gateway's store does not know this tenant. Try again.", retry_after=RETRY_AFTER)
     raise LedgerUnavailable("This submission was given up before it could be sent. Submit it again.", retry_after=1)
 
 

@@ -104,7 +104,7 @@ class Follow:
     async def _look_up(self, reference: Reference, task_id: str, *, book: bool) -> Seen:
         """Ask the upstream, once per task and interval, about a task that only its id is left of."""
         asked = self._asked.get(reference.reservation)
-        if asked is None or time.monotonic() - asked.at >= self._interval:
+        if asked is None or (asked.answer.done() and time.monotonic() - asked.at >= self._interval):
             asked = _Asked(time.monotonic(), asyncio.ensure_future(self._ask(reference)))
             self._asked[reference.reservation] = asked
             while len(self._asked) > _REMEMBERED:

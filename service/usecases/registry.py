@@ -69,8 +69,8 @@ class Operators:
             key = sealed or (known.user_key if known else None)
             if key is None:
                 raise InvalidOptions([FieldError("user_key", "is required for a new account")])
-            account = Account(known.id if known else now.next_id, name, key, base_url, policy)
-            next_id = now.next_id + (known is None)
+            account = Account(known.id if known else self._fresh_id(now), name, key, base_url, policy)
+            next_id = max(now.next_id, account.id + 1)
             made = RegistryChange(version=now.version, next_id=next_id, accounts=(account,))
             return made, (account, known is not None and _may_pay_again(known, account))
 
@@ -88,8 +88,8 @@ class Operators:
             if missing:
                 raise InvalidOptions([FieldError("accounts", f"there is no account {', '.join(missing)}")])
             known = now.tenants.get(tenant.name)
-            put = msgspec.structs.replace(tenant, id=known.id if known else now.next_id)
-            next_id = now.next_id + (known is None)
+            put = msgspec.structs.replace(tenant, id=known.id if known else self._fresh_id(now))
+            next_id = max(now.next_id, put.id + 1)
             return RegistryChange(version=now.version, next_id=next_id, tenants=(put,)), put
 
         about = msgspec.to_builtins(tenant)
@@ -203,6 +203,10 @@ class Operators:
     async def balances(self, accounts: tuple[Account, ...]) -> Mapping[int, AccountState]:
         """What the ledger knows of each account, by id."""
         return await self._ledger.accounts([account.id for account in accounts])
+
+    def _fresh_id(self, now: Registry) -> int:
+        """An id that was never used, not even by a registry that was lost with all it knew: ids follow the clock."""
+        return max(now.next_id, int(self._clock.now() * 1000))
 
     async def _change(self, what: str, make: Callable[[Registry], tuple[RegistryChange, R]], **about: Any) -> R:
         """Write what `make` makes of the newest version, again if another process was faster, and log it."""

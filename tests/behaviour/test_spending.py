@@ -244,3 +244,25 @@ async def test_estimates(house: House) -> None:
     beside = [(await house.submit()).json()["id"] for _ in range(2)]
     for task in beside:
         assert (await house.finished(task))["cost"] == {"count": 1, "money": 0, "basis": "estimated"}
+
+
+async def test_deleted_tenant_spends_nothing(house: House) -> None:
+    """A process that has not heard yet that a tenant was deleted sends nothing for it."""
+    registry: Any = house.services.registry
+    stale = registry.current
+    assert (await house.admin("DELETE", "/tenants/shop")).status_code == 204
+    registry.current = stale
+    refused = await house.submit()
+    assert (refused.status_code, refused.json()["code"]) == (503, "ledger-unavailable")
+    assert await house.upstream.submits() == 0
+
+
+async def test_how_a_balance_was_seen(house: House) -> None:
+    """Operators see what an account has left, when that was told, and in the answer to which call."""
+    task = (await house.submit()).json()
+    told = (await house.admin("GET", "/accounts/main")).json()
+    assert (told["remaining_count"]["value"], told["remaining_count"]["seen_in"]) == (9, "submit")
+    assert (told["remaining_money"]["value"], told["in_flight"]) == (300, 1)
+    await house.finished(task["id"])
+    told = (await house.admin("GET", "/accounts/main")).json()
+    assert (told["remaining_count"]["seen_in"], told["in_flight"]) == ("check", 0)

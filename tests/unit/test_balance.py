@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from service.domain import balance
-from service.domain.balance import PROBE_INTERVAL, AccountState, Before, Figure, Figures, Price, Standing, Status
+from service.domain.balance import (
+    PROBE_INTERVAL,
+    AccountState,
+    Before,
+    Figure,
+    Figures,
+    Price,
+    Source,
+    Standing,
+    Status,
+)
 from service.domain.task import Basis, Cost, Kind
 from service.domain.tenancy import AccountPolicy, Purse
 
@@ -16,8 +26,8 @@ MONEY = Purse.COUNT_THEN_MONEY
 def known(count: int | None = None, money: int | None = None, sent: int = 10, received: int = 20) -> AccountState:
     """An account of which these figures are known."""
     return AccountState(
-        count=None if count is None else Figure(count, sent, received),
-        money=None if money is None else Figure(money, sent, received),
+        count=None if count is None else Figure(count, sent, received, Source.CHECK),
+        money=None if money is None else Figure(money, sent, received, Source.CHECK),
     )
 
 
@@ -28,29 +38,31 @@ def standing(state: AccountState, *, purse: Purse = MONEY, policy: AccountPolicy
 def test_later_observation_replaces() -> None:
     """A figure that was asked for after the known one was received replaces it, up or down."""
     state = known(count=5, money=100)
-    balance.observe(state, POLICY, Figures(7, 50), sent=21, received=30)
-    assert (state.count, state.money) == (Figure(7, 21, 30), Figure(50, 21, 30))
+    balance.observe(state, POLICY, Figures(7, 50), Source.CHECK, sent=21, received=30)
+    assert (state.count, state.money) == (Figure(7, 21, 30, Source.CHECK), Figure(50, 21, 30, Source.CHECK))
 
 
 def test_overlapping_observation_only_lowers() -> None:
     """A figure whose request overlapped the known one's is believed only if it is lower."""
     state = known(count=5, money=100)
-    balance.observe(state, POLICY, Figures(7, 50), sent=15, received=30)
-    assert state.count == Figure(5, 10, 20)
-    assert state.money == Figure(50, 15, 30)
+    balance.observe(state, POLICY, Figures(7, 50), Source.CHECK, sent=15, received=30)
+    assert state.count == Figure(5, 10, 20, Source.CHECK)
+    assert state.money == Figure(50, 15, 30, Source.CHECK)
 
 
 def test_missing_figure_is_no_observation() -> None:
     """What an answer does not tell stays what it was."""
     state = known(count=5)
-    balance.observe(state, POLICY, Figures(), sent=30, received=40)
-    assert (state.count, state.money) == (Figure(5, 10, 20), None)
+    balance.observe(state, POLICY, Figures(), Source.CHECK, sent=30, received=40)
+    assert (state.count, state.money) == (Figure(5, 10, 20, Source.CHECK), None)
 
 
 def test_floors_close() -> None:
     """An account whose figures reach its floors is exhausted until it is looked at again."""
     state = known()
-    balance.observe(state, AccountPolicy(floor_count=2, floor_money=100), Figures(2, 100), sent=30, received=40)
+    balance.observe(
+        state, AccountPolicy(floor_count=2, floor_money=100), Figures(2, 100), Source.CHECK, sent=30, received=40
+    )
     assert (state.status, state.probe_at) == (Status.EXHAUSTED, 40 + PROBE_INTERVAL)
 
 
@@ -58,9 +70,9 @@ def test_rise_reopens() -> None:
     """A top-up that is seen reopens an exhausted account, and an unchanged figure does not."""
     state = known(count=0, money=0)
     state.status = Status.EXHAUSTED
-    balance.observe(state, POLICY, Figures(0, 0), sent=30, received=40)
+    balance.observe(state, POLICY, Figures(0, 0), Source.CHECK, sent=30, received=40)
     assert state.status is Status.EXHAUSTED
-    balance.observe(state, POLICY, Figures(0, 500), sent=50, received=60)
+    balance.observe(state, POLICY, Figures(0, 500), Source.CHECK, sent=50, received=60)
     assert standing(state) is Standing.PAYS
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from service.domain import quota
-from service.domain.balance import AccountState, Figure, Figures, Price, Status
+from service.domain.balance import AccountState, Figure, Figures, Price, Source, Status
 from service.domain.reservation import (
     Candidate,
     Granted,
@@ -25,6 +25,11 @@ def account(number: int = 1, *, policy: AccountPolicy | None = None, **state: ob
     return Candidate(number, policy or AccountPolicy(), AccountState(**state))  # type: ignore[arg-type] # its own fields
 
 
+def figure(value: int) -> Figure:
+    """A figure that was told long ago."""
+    return Figure(value, 0, 0, Source.SUBMIT)
+
+
 def reservation() -> Reservation:
     return Reservation(ReservationState.RESERVED, 1, 0, Kind.UPSCALE, created=NOW, sent=NOW, lease=NOW + 180_000)
 
@@ -37,12 +42,12 @@ def reserve(
 
 def test_refusal_changes_nothing() -> None:
     """A refused submission leaves no trace in the tenant's counters or the account."""
-    tenant, paying = TenantState(), account(count=Figure(5, 0, 0))
+    tenant, paying = TenantState(), account(count=figure(5))
     policy = TenantPolicy(limits=(Limit(Window.DAY, tasks=0),))
     assert reserve(tenant, policy, paying) == PolicyDenied((Violation("day-tasks", 0, DAY_ENDS),), NOW)
     assert tenant.active == 0
     assert all(each.tasks_reserved == 0 for each in tenant.windows.values())
-    assert paying.state == AccountState(count=Figure(5, 0, 0))
+    assert paying.state == AccountState(count=figure(5))
 
 
 def test_policies_come_before_accounts() -> None:
@@ -79,7 +84,7 @@ def test_one_probe_at_a_time() -> None:
 def test_unknown_price_holds_all_that_remains() -> None:
     """Where no price is known one submission holds the whole limit on money, so that a second one is refused."""
     tenant, policy = TenantState(), TenantPolicy(limits=(Limit(Window.MONTH, money=500),))
-    paying = account(count=Figure(0, 0, 0), money=Figure(10_000, 0, 0))
+    paying = account(count=figure(0), money=figure(10_000))
     made = reservation()
     assert isinstance(reserve(tenant, policy, paying, made=made), Granted)
     assert made.holds == {Window.MONTH: 500}
@@ -91,7 +96,9 @@ def test_overrun() -> None:
     policy = TenantPolicy(limits=(Limit(Window.MONTH, money=100),))
     tenant = TenantState()
     paying = account(
-        policy=AccountPolicy(max_price={Kind.UPSCALE: 80}), count=Figure(0, 0, 0), money=Figure(1_000, 0, 0)
+        policy=AccountPolicy(max_price={Kind.UPSCALE: 80}),
+        count=figure(0),
+        money=figure(1_000),
     )
     made = reservation()
     reserve(tenant, policy, paying, made=made)
@@ -105,7 +112,10 @@ def test_overrun() -> None:
 
 def test_receipt_of_one_that_was_not_alone() -> None:
     """Two tasks at once on an account can't tell whose the drop was."""
-    tenant, paying = TenantState(), account(count=Figure(0, 0, 0), money=Figure(1_000, 0, 0))
+    tenant, paying = (
+        TenantState(),
+        account(count=figure(0), money=figure(1_000)),
+    )
     paying.state.prices[Kind.UPSCALE] = Price(0, 90)
     first, second = reservation(), reservation()
     for made in (first, second):

@@ -32,7 +32,7 @@ if answered == 'succeeded' or answered == 'failed' then
   if reservation and reservation.state == 'accepted' and not reservation.ended then
     local tenant, account = load_tenant(KEYS[2]), load_account(KEYS[4], ask.account)
     roll(tenant, now)
-    observe(account, ask.figures, ask.claimed, now)
+    observe(account, ask.figures, 'check', ask.claimed, now)
     local told = ask.figures.count and ask.figures.money and ask.figures or reservation.after or {}
     local alone = reservation.alone and account.state.seq == reservation.seq
     cost = receipt(account, reservation.kind, reservation.before, told, alone, answered == 'succeeded')

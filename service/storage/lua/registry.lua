@@ -1,5 +1,6 @@
 -- Changes the registry, if nobody else did since it was read.
--- KEYS     registry, then the owner (tenant or account) of each policy, then each owner to forget
+-- KEYS     registry, then the owner (tenant or account) of each policy, then each owner to forget, whose counters stay
+--          for as long as its last tasks may need them
 -- ARGV     MessagePack {version, channel, drop, puts, policies, forget}: fields to drop, and how many there are of the
 --          others; then field and value of each put, then each policy
 -- RETURNS  {'written', version} or {'stale', version}
@@ -19,7 +20,9 @@ for index = 1, ask.policies do
   redis.call('PERSIST', KEYS[1 + index])
 end
 for index = 1, ask.forget do
-  redis.call('DEL', KEYS[1 + ask.policies + index])
+  local key = KEYS[1 + ask.policies + index]
+  redis.call('HDEL', key, 'policy')
+  redis.call('PEXPIRE', key, 60 * DAY)
 end
 redis.call('HSET', KEYS[1], 'version', version + 1)
 redis.call('PUBLISH', ask.channel, version + 1)

@@ -5,11 +5,15 @@
 --          {'denied', tenant's state, now, {policy, limit, resets_at or 0}...}
 --          {'no-account', tenant's state, now, look_at or 0}
 --          {'settled', tenant's state, now}: it was given up before it arrived
+--          {'gone', tenant's state, now}: there is no such tenant (any more)
 local ask = cmsgpack.unpack(ARGV[1])
 local now = clock(KEYS[1])
 local tenant = load_tenant(KEYS[2])
 roll(tenant, now)
 
+if not tenant.kept then
+  return {'gone', cmsgpack.pack(tenant.state), now}
+end
 local known = load_reservation(KEYS[3])
 if known then
   if known.state == 'not-sent' or known.state == 'refused' then

@@ -68,7 +68,7 @@ elseif outcome == 'unknown' then
 elseif ask.closes then
   refuse(account, ask.closes, reservation.sent, now)
 end
-observe(account, ask.figures, reservation.sent, now)
+observe(account, ask.figures, 'submit', reservation.sent, now)
 reservation.state = outcome
 save(tenant)
 save(account)

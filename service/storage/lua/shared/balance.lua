@@ -25,7 +25,7 @@ end
 
 local function standing(account, purse, kind, now)
   local state = account.state
-  if state.status == 'invalid' then
+  if state.status == 'invalid' or not account.kept then
     return 'invalid', 0
   elseif state.status == 'exhausted' then
     if may_probe(account, purse) and now >= state.probe_at then
@@ -56,21 +56,22 @@ local function price_to_hold(account, kind)
   return account.policy.max_price[kind] or (state.highest and state.highest[kind])
 end
 
-local function observed(known, value, sent, received)
+local function observed(known, value, source, sent, received)
   if not value then
     return false, known
   elseif not known or sent > known.received then
-    return known ~= nil and value > known.value, {value = value, sent = sent, received = received}
+    return known ~= nil and value > known.value, {value = value, sent = sent, received = received, source = source}
   elseif value < known.value then
-    return false, {value = value, sent = math.max(sent, known.sent), received = math.max(received, known.received)}
+    local latest = math.max(received, known.received)
+    return false, {value = value, sent = math.max(sent, known.sent), received = latest, source = source}
   end
   return false, known
 end
 
-local function observe(account, figures, sent, received)
+local function observe(account, figures, source, sent, received)
   local state, rose_count, rose_money = account.state, false, false
-  rose_count, state.count = observed(state.count, figures.count, sent, received)
-  rose_money, state.money = observed(state.money, figures.money, sent, received)
+  rose_count, state.count = observed(state.count, figures.count, source, sent, received)
+  rose_money, state.money = observed(state.money, figures.money, source, sent, received)
   if state.status == 'exhausted' and (rose_count or rose_money) then
     state.status = 'open'
   end
