@@ -118,7 +118,7 @@ def _task_answer(description: str) -> Node:
 
 def _submit(summary: str, description: str, options: Node) -> Node:
     form = {"type": "object", "properties": {**_COMMON, **options}, "required": ["image"]}
-    refused = _problems(
+    refused: Node = _problems(
         s400=("malformed-request",),
         s401=("unauthenticated",),
         s402=("balance-exhausted",),
@@ -127,6 +127,7 @@ def _submit(summary: str, description: str, options: Node) -> Node:
         s429=("quota-exceeded", "too-many-active-tasks"),
         s504=("submission-unknown",),
     )
+    refused["402"]["headers"] = {"Retry-After": {"schema": {"type": "integer"}}}
     return {
         "tags": ["Tasks"],
         "summary": summary,

@@ -113,6 +113,7 @@ def test_links_lead_somewhere(document: openapi_sample.Node) -> None:
         ("post-v1-tasks-upscale", "metadata string, application/jsonA JSON object"),
         ("post-v1-tasks-upscale", "webhook_url string, urimodel"),
         ("get-v1-tasks", "state one of queued, running, succeeded, failed"),
+        ("get-v1-tasks-task-id", "Prefer stringwait=N: wait"),
         ("schema-task", "finished_at optionalnull or string, date-time"),
         ("schema-task", "metadata optionalobject of string"),
         ("schema-task", "state one of queued"),
@@ -127,9 +128,11 @@ def test_fields_say_what_they_take(document: openapi_sample.Node, place: str, wo
     assert words in Page(document).texts[place]
 
 
-def test_optional_parameters_know_no_null(document: openapi_sample.Node) -> None:
-    """A header that may be left out is a string: null is nothing one could send."""
-    assert "Prefer stringwait=N: wait" in Page(document).texts["get-v1-tasks-task-id"]
+def test_answers_name_their_headers(document: openapi_sample.Node) -> None:
+    """An answer's headers are described, and those of a problem are named."""
+    text = Page(document).texts["post-v1-tasks-upscale"]
+    assert "Location Where the task is." in text
+    assert "402 balance-exhausted with Retry-After413 " in text
 
 
 def test_answers_stand_in_order(document: openapi_sample.Node) -> None:

@@ -116,19 +116,21 @@ class Operations:
         rows = []
         for status, reference in sorted(node.get("responses", {}).items()):
             response = self._schemas.resolve(reference)
-            problems = self._problems(status, response)
-            what = [
-                join((tag("a", code, href=f"#{anchor('problem', code)}") for code in problems), ", ")
-                if problems
-                else line(response["description"]),
-                *self._contents(response if status < "4" else {}),
-            ]
+            headers = response.get("headers", {})
+            if problems := self._problems(status, response):
+                links = join((tag("a", code, href=f"#{anchor('problem', code)}") for code in problems), ", ")
+                named = join((tag("code", name) for name in headers), ", ")
+                what = [links, tag("small", " with ", named) if headers else None]
+            else:
+                what = [line(response["description"]), *self._contents(response if status < "4" else {})]
+                what += [self._header(name, header) for name, header in headers.items()]
             label = "else" if status == "default" else status
             rows.append(tag("li", tag("span", label, class_=f"status s{status[0]}"), " ", tag("div", *what)))
-            for name, header in response.get("headers", {}).items():
-                what_for = line(self._schemas.resolve(header).get("description", ""))
-                rows.append(tag("li", tag("div", tag("code", name), " ", what_for), class_="header"))
         yield tag("ul", *rows, class_="answers")
+
+    def _header(self, name: str, header: Node) -> Html:
+        description = self._schemas.resolve(header).get("description", "")
+        return tag("div", tag("code", name), " ", line(description), class_="header")
 
     def _contents(self, response: Node) -> Iterator[Html]:
         for media_type, media in response.get("content", {}).items():
