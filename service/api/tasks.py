@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from litestar import Request, Response, get, post
+from litestar.datastructures import MultiDict
 from litestar.di import NamedDependency
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import HeaderParameter, PathParameter, QueryParameter
@@ -113,6 +114,7 @@ def routes(
         responses=openapi.problems(400, 401, "invalid-options", "ledger-unavailable"),
     )
     async def page(
+        request: Request[Any, Any, Any],
         tenant: NamedDependency[Tenant],
         task_state: Annotated[
             State | None, QueryParameter(name="state", description="Only tasks in this state.")
@@ -121,6 +123,7 @@ def routes(
         limit: Annotated[int, QueryParameter(ge=1, le=_MOST_LISTED, description="How many tasks at the most.")] = 20,
         cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before.")] = None,
     ) -> Response[TaskList]:
+        _check_query(request.query_params)
         found = await follow.page(tenant, state=task_state, kind=kind, limit=limit, cursor=cursor)
         return Response(TaskList([task_view(task) for task in found.tasks], found.cursor), headers=PRIVATE)
 
@@ -133,6 +136,14 @@ def _metadata(fields: Sequence[tuple[str, str]]) -> tuple[str | None, list[tuple
     if len(given) > 1:
         raise InvalidOptions([FieldError(_METADATA, "is given more than once")])
     return (given[0] if given else None), [each for each in fields if each[0] != _METADATA]
+
+
+def _check_query(query: MultiDict[Any]) -> None:
+    """Refuse what the framework would quietly take for something else: all but one of several values, or `null`."""
+    errors = [FieldError(name, "is given more than once") for name, values in query.dict().items() if len(values) > 1]
+    errors += [FieldError(name, "must not be null") for name, value in query.multi_items() if value == "null"]
+    if errors:
+        raise InvalidOptions(errors)
 
 
 def _matches(condition: str, tag: str) -> bool:

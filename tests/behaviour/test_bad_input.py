@@ -240,9 +240,10 @@ async def test_unknown_address_or_method(house: House) -> None:
 async def test_faulty_query(house: House) -> None:
     """A list asked for with a faulty value is refused, and the parameter is named as the caller wrote it."""
     cases = {
-        "limit": ["0", "101", "-1", "x", "", "1.5", "nan", "9" * 30, "%ff"],
-        "state": ["ended", "Queued", "", "queued,running", "%00"],
-        "kind": ["face_enhance", "", "1"],
+        "limit": ["0", "101", "-1", "x", "", "1.5", "nan", "9" * 30, "%ff", "null", "5&limit=5"],
+        "state": ["ended", "null", "queued&state=running", "Queued", "", "queued,running", "%00"],
+        "kind": ["face_enhance", "", "1", "null"],
+        "cursor": ["null", "x&cursor=y"],
     }
     for parameter, values in cases.items():
         for value in values:

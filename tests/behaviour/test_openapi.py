@@ -115,6 +115,8 @@ async def test_nothing_of_the_framework(document: dict[str, Any]) -> None:
             types = [each.get("type") for each in node["oneOf"]]
             assert len(types) > 1, path
             assert types != ["integer", "number"], path
+        for name, schema in node.get("properties", {}).items():
+            assert schema.keys() & {"type", "$ref", "oneOf"}, (path, name)
     assert "status_code" not in str(document)
 
 
