@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -52,13 +53,13 @@ _ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
     "503": ("Retry-After",),
 }
 _ON_NOT_MODIFIED = ("ETag", "Age", "Retry-After", "Cache-Control")
-_DOCSTRINGS: Mapping[str, str] = {
-    name: inspect.getdoc(found) or ""
+_OBJECTS: Mapping[str, type[Struct]] = {
+    name: found
     for module in (admin_views, legacy, openapi, ops, views)
     for name, found in vars(module).items()
     if isinstance(found, type) and issubclass(found, Struct) and found.__module__ == module.__name__
 }
-"""What the code says of the objects it sends; Litestar takes over that of enumerations only."""
+"""The objects that are sent. Litestar tells neither what the code says of them, nor that they are all there is."""
 _UNSAID = ("deprecated", "allowEmptyValue", "allowReserved")
 _ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "components")
 
@@ -70,8 +71,10 @@ def document(app: Litestar) -> Node:
     schemas = components["schemas"]
     for name, schema in schemas.items():
         schema.pop("title", None)
-        if name in _DOCSTRINGS:
-            schema["description"] = _DOCSTRINGS[name]
+        if found := _OBJECTS.get(name):
+            schema["description"] = inspect.getdoc(found)
+            if found.__struct_config__.forbid_unknown_fields:
+                schema["additionalProperties"] = False
         if name in EXAMPLES:
             schema["examples"] = [_json(EXAMPLES[name])]
     components["responses"] = {"Problem": _any_problem()}
@@ -108,6 +111,8 @@ def _responses(responses: Node) -> Iterator[tuple[str, Node]]:
         # A problem names the request in itself.
         is_problem = MEDIA_TYPE in response.get("content", {})
         names += _ON_PROBLEMS.get(status, ()) if is_problem else ("X-Request-Id",)
+        if response["description"] == _assumed_description(status):
+            response["description"] = HTTPStatus(int(status)).phrase
         for media in response.get("content", {}).values():
             media["schema"] = _present(media["schema"])
             if is_problem:
@@ -125,6 +130,11 @@ def _is_assumed(response: Node) -> bool:
     """Whether it is the error that Litestar would answer to a faulty parameter, were it not for our own handlers."""
     media = response.get("content", {}).get("application/json", {})
     return "status_code" in media.get("schema", {}).get("properties", {})
+
+
+def _assumed_description(status: str) -> str:
+    """What Litestar says of an answer of which the code says nothing."""
+    return HTTPStatus(int(status)).description
 
 
 def _any_problem() -> Node:

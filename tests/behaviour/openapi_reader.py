@@ -1,0 +1,73 @@
+"""Reads an OpenAPI document, and holds values against its schemas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+METHODS = {"get", "put", "post", "delete", "patch", "head", "options"}
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every path and method with its operation."""
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            assert method in METHODS
+            yield path, method, operation
+
+
+def nodes(node: Any, *path: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Every object of the document, with where it stands."""
+    if isinstance(node, dict):
+        yield path, node
+        for key, value in node.items():
+            yield from nodes(value, *path, key)
+    elif isinstance(node, list):
+        for each in node:
+            yield from nodes(each, *path)
+
+
+def resolved(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    """What a reference points to."""
+    while "$ref" in node:
+        assert node["$ref"].startswith("#/")
+        target: Any = document
+        for step in node["$ref"].removeprefix("#/").split("/"):
+            target = target[step]
+        node = target
+    return node
+
+
+def fits(document: dict[str, Any], value: Any, schema: dict[str, Any], where: str) -> None:
+    """Hold a value against its schema, as far as this document uses JSON Schema."""
+    schema = resolved(document, schema)
+    if "oneOf" in schema:
+        fitting = 0
+        for option in schema["oneOf"]:
+            try:
+                fits(document, value, option, where)
+            except AssertionError:
+                continue
+            fitting += 1
+        assert fitting == 1, (where, value)
+        return
+    assert value in schema.get("enum", [value]), (where, value)
+    assert value == schema.get("const", value), (where, value)
+    types: dict[str, Any] = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "boolean": bool,
+        "null": type(None),
+    }
+    if "type" in schema:
+        assert isinstance(value, types[schema["type"]]), (where, value)
+    if isinstance(value, dict) and "properties" in schema:
+        assert set(schema["required"]) <= value.keys() <= schema["properties"].keys(), (where, value)
+        for name, each in value.items():
+            fits(document, each, schema["properties"][name], f"{where}.{name}")
+    if isinstance(value, list):
+        for each in value:
+            fits(document, each, schema["items"], f"{where}[]")
