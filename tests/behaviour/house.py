@@ -232,6 +232,10 @@ class SandboxControl(Upstream):
     async def lose_next_answer(self) -> None:
         await self._fault(Fault(on="submit", times=1, reply="reset"))
 
+    async def answer_after(self, seconds: float) -> None:
+        """Take so long over the next submit."""
+        await self._fault(Fault(on="submit", times=1, latency=seconds))
+
     async def keep_running(self) -> None:
         await self._add(seconds=3_600)
 

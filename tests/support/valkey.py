@@ -7,6 +7,7 @@ data the test finds as the one before left it: `FLUSHALL` first, or keep to keys
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -35,6 +36,14 @@ class Valkey:
     def url(self) -> str:
         """Its Unix socket, as `connect` takes it."""
         return f"unix://{self.path}"
+
+    def freeze(self) -> None:
+        """Let it hold its connections open and answer nothing."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on where it was frozen."""
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it without a chance to say goodbye."""

@@ -1,0 +1,154 @@
+"""The store goes away at every step of a submission, and comes back, or comes back empty."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import msgspec
+import pytest
+from httpx2 import Response
+from redis import Redis
+
+from service import wiring
+from service.domain.reservation import Reservation, ReservationState
+from service.domain.tenancy import Window
+from service.domain.windows import TenantState
+from tests.behaviour.house import House, SandboxControl, real_house
+from tests.support.valkey import Valkey, running
+
+
+@pytest.fixture
+def store() -> Iterator[Valkey]:
+    """A server of the test's own, to be frozen."""
+    with running() as server:
+        yield server
+        server.thaw()
+
+
+@pytest.fixture
+async def house(store: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    """A gateway on that server, which is quick to take silence for absence."""
+    monkeypatch.setattr(wiring, "REDIS_SECONDS", 0.3)
+    async with real_house(store) as found:
+        yield found
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for a condition."""
+    async with asyncio.timeout(20):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+async def counters(house: House) -> TenantState:
+    """What the ledger counts for the tenant `shop`."""
+    tenant = house.services.registry.current.tenants["shop"]
+    return (await house.services.quota._ledger.counters(tenant.id)).state
+
+
+def outcomes(store: Valkey) -> list[ReservationState]:
+    """The state of every reservation there is."""
+    with Redis(unix_socket_path=str(store.path)) as client:
+        packed = [client.get(key) for key in client.scan_iter(match="*:reservation:*")]
+    return [msgspec.msgpack.decode(each, type=Reservation).state for each in packed if isinstance(each, bytes)]
+
+
+async def arrived(house: House, submits: int) -> None:
+    """Wait until so many submits have reached the upstream."""
+
+    async def enough() -> bool:
+        return await house.upstream.submits() >= submits
+
+    await until(enough)
+
+
+def control(house: House) -> SandboxControl:
+    assert isinstance(house.upstream, SandboxControl)
+    return house.upstream
+
+
+async def test_away_when_reserving(house: House, store: Valkey) -> None:
+    """Without the store nothing is sent; and the reservation that it carries out once it is back is given up."""
+    store.freeze()
+    refused = await house.submit()
+    assert (refused.status_code, refused.json()["code"]) == (503, "ledger-unavailable")
+    assert refused.headers["retry-after"]
+    store.thaw()
+
+    async def given_up() -> bool:
+        return outcomes(store) == [ReservationState.NOT_SENT]
+
+    await until(given_up)
+    state = await counters(house)
+    assert (state.active, sum(each.tasks_reserved for each in state.windows.values())) == (0, 0)
+    assert await house.upstream.submits() == 0
+    assert (await house.submit()).status_code == 201
+
+
+async def test_away_when_settling(house: House, store: Valkey) -> None:
+    """An accepted submission is answered all the same, and booked exactly once when the store is back."""
+    await control(house).answer_after(0.5)
+    submitting = asyncio.create_task(house.submit())
+    await arrived(house, 1)
+    store.freeze()
+    accepted: Response = await submitting
+    assert accepted.status_code == 201
+    store.thaw()
+
+    async def booked() -> bool:
+        total = (await counters(house)).windows[Window.TOTAL]
+        return (total.tasks, total.tasks_reserved) == (1, 0)
+
+    await until(booked)
+    ended = await house.finished(accepted.json()["id"])
+    assert ended["state"] == "succeeded"
+    assert (await counters(house)).active == 0
+    assert await house.upstream.submits() == 1
+
+
+async def test_reading_while_it_is_away(house: House, store: Valkey) -> None:
+    """A task is read from the upstream by what its id holds, once per interval, however many ask."""
+    task = (await house.submit()).json()
+    await house.upstream.idle()
+    store.freeze()
+    answers = await asyncio.gather(*(house.call("GET", task["links"]["self"]) for _ in range(5)))
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert {answer.json()["state"] for answer in answers} == {"succeeded"}
+    assert all(answer.json()["artifacts"] for answer in answers)
+    assert await house.upstream.checks() == 1
+    assert (await house.call("GET", "/v1/tasks")).status_code == 503
+    assert (await house.call("GET", "/readyz", token="")).status_code == 200
+    store.thaw()
+
+
+async def test_store_that_lost_everything(house: House, store: Valkey) -> None:
+    """A task that only its id is left of is read, booked again in full, and watched to its end."""
+    task = (await house.submit("seamless", {"fit": "0.4"})).json()
+    with Redis(unix_socket_path=str(store.path)) as client:
+        client.flushall()
+    found = await house.call("GET", task["links"]["self"])
+    assert (found.status_code, found.json()["kind"]) == (200, "seamless")
+    state = await counters(house)
+    assert (state.windows[Window.TOTAL].tasks, state.active) == (1, 1)
+    assert (await house.finished(task["id"]))["state"] == "succeeded"
+    state = await counters(house)
+    assert (state.windows[Window.TOTAL].tasks, state.active) == (1, 0)
+    assert await house.upstream.submits() == 1
+
+
+async def test_client_that_leaves(house: House) -> None:
+    """A submission whose client hung up is sent, settled and listed."""
+    await control(house).answer_after(0.3)
+    submitting = asyncio.create_task(house.submit())
+    await arrived(house, 1)
+    submitting.cancel()
+    await asyncio.gather(submitting, return_exceptions=True)
+
+    async def listed() -> bool:
+        return len((await house.call("GET", "/v1/tasks")).json()["items"]) == 1
+
+    await until(listed)
+    state = await counters(house)
+    assert (state.windows[Window.TOTAL].tasks, state.windows[Window.TOTAL].tasks_reserved, state.active) == (1, 0, 1)
+    assert await house.upstream.submits() == 1
