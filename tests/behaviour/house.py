@@ -211,7 +211,7 @@ class SandboxControl(Upstream):
         await self._control.set_dials(self._dials)
 
     async def _fault(self, fault: Fault) -> None:
-        await self._add(faults=(*self._dials.faults, fault))
+        await self._add(faults=(fault,))  # one that was set before, and may be used up, would begin anew
 
     async def submits(self) -> int:
         return sum(each.operation == "submit" for each in await self._control.requests())
