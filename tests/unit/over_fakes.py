@@ -15,7 +15,7 @@ from service.domain.registry import Registry
 from service.domain.reservation import Verdict
 from service.domain.task import FaceEnhanceOptions, Options, Task
 from service.domain.taskid import TaskIds
-from service.domain.tenancy import Account, AccountPolicy, Tenant, TenantPolicy
+from service.domain.tenancy import Account, AccountPolicy, Tenant, TenantPolicy, Window
 from service.domain.windows import Counter
 from service.keyring import Keyring
 from service.telemetry.metrics import Metrics
@@ -117,6 +117,7 @@ class Gateway:
         known = Registry(version=1, next_id=4, tenants={"shop": self.tenant}, accounts=dict(ACCOUNTS), tokens={})
         self.registry = FakeRegistry(self.ledger, known)
         self.ledger.tenant_policies[1] = self.tenant.policy
+        self.ledger.account_policies |= {each.id: each.policy for each in ACCOUNTS.values()}
         self.task_ids = TaskIds(Keyring([b"k" * 32]).purpose("task-id"))
         metrics = Metrics(CollectorRegistry())
         self.submit = Submit(
@@ -155,10 +156,14 @@ class Gateway:
         """Submit an image."""
         return await self.submit(self.tenant, FaceEnhanceOptions(), {"order": "17"}, IMAGE)
 
+    def forget_accounts(self) -> None:
+        """Take all accounts out of the registry."""
+        self.registry.current = Registry(tenants=self.registry.current.tenants)
+
     @property
     def counter(self) -> Counter:
         """What the tenant has used and holds of the current month."""
-        return self.ledger.tenants[1].windows["month"]
+        return self.ledger.tenants[1].windows[Window.MONTH]
 
     @property
     def places(self) -> tuple[int, int, int]:

@@ -185,7 +185,7 @@ async def test_time_to_send(gateway: Gateway) -> None:
 
 async def test_no_account(gateway: Gateway) -> None:
     """A tenant none of whose accounts exists reserves nothing."""
-    del gateway.registry.current.accounts["main"], gateway.registry.current.accounts["spare"]
+    gateway.forget_accounts()
     with pytest.raises(AccountMisconfigured):
         await gateway.submitted()
     assert gateway.ledger.reservations == {}
