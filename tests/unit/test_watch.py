@@ -120,7 +120,9 @@ async def test_before_the_registry_is_there(gateway: Gateway) -> None:
     """Nothing is claimed by a process that does not know the accounts yet."""
     gateway.registry.ready = False
     await due(gateway)
-    assert await gateway.watch.tick() is False
+    await gateway.watch.tick()
+    await gateway.watch.settled()
+    assert states(gateway) == [State.QUEUED]
     gateway.registry.ready = True
     await gateway.watch.tick()
     await gateway.watch.settled()
