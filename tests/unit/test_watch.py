@@ -145,12 +145,13 @@ async def test_removed_account(gateway: Gateway) -> None:
 
 async def test_missing_key(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task whose id can't be opened, since its key was taken away, waits for the key and is not given up."""
-    await due(gateway)
+    (task,) = await due(gateway)
     with monkeypatch.context() as patched:
         patched.setattr(gateway.task_ids, "open", TaskIds(Keyring([b"x" * 32]).purpose("task-id")).open)
         for _ in range(3):
             await gateway.watch.tick()
             await gateway.watch.settled()
+            assert gateway.ledger.due[task.reservation] == gateway.ledger.clock.at + gateway.ledger.spans.check_after
             gateway.ledger.clock.at += gateway.ledger.spans.lost_after
     assert states(gateway) == [State.QUEUED]
     await gateway.watch.tick()
