@@ -143,7 +143,9 @@ async def serving(serve: Serve, *, port: int = 0, tls: ssl.SSLContext | None = N
     async with await asyncio.start_server(accept, "127.0.0.1", port, ssl=tls) as server:
         address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         peer.url = f"{'https' if tls else 'http'}://{address}"
-        yield peer
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            yield peer
+        finally:  # before the server waits for its connections
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -18,7 +18,7 @@ from tests.demo.results import SVG
         ("0", 0.1, 0.1),
         (None, 1, 1),
         ("soon", 1, 1),
-        (formatdate(time.time() + 3600, usegmt=True), 3400, 3600),
+        (formatdate(time.time() + 86_400, usegmt=True), 80_000, 86_400),
         (formatdate(0, usegmt=True), 0.1, 0.1),
     ],
     ids=["seconds", "none", "absent", "unreadable", "a date to come", "a date gone by"],

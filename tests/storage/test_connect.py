@@ -61,10 +61,12 @@ async def proxied(
         forwarding.append(asyncio.create_task(forward(reader, writer)))
 
     async with await asyncio.start_server(accept, "127.0.0.1", port, ssl=tls):
-        yield proxy
-    for each in forwarding:
-        each.cancel()
-    await asyncio.gather(*forwarding, return_exceptions=True)
+        try:
+            yield proxy
+        finally:  # before the server waits for its connections
+            for each in forwarding:
+                each.cancel()
+            await asyncio.gather(*forwarding, return_exceptions=True)
 
 
 @pytest.fixture(scope="module", params=[single, unix, watched, cluster], ids=lambda made: made.__name__)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from service.domain import tenancy
 from service.domain.tenancy import Token
 
+TOKEN = tenancy.new_token()
+
 
 def test_tokens_differ_and_are_well_formed() -> None:
     """Tokens are recognisable by their prefix, well formed, and never the same."""
@@ -19,7 +21,7 @@ def test_tokens_differ_and_are_well_formed() -> None:
 @given(st.data())
 def test_typos_are_seen(data: st.DataObject) -> None:
     """A token with one character altered, added or left out is not well formed."""
-    token = tenancy.new_token()
+    token = TOKEN
     place = data.draw(st.integers(4, len(token) - 1))
     letter = data.draw(st.sampled_from("aZ09-é").filter(lambda each: each != token[place]))
     assert not tenancy.well_formed(token[:place] + letter + token[place + 1 :])

@@ -1,0 +1,145 @@
+"""The command `gateway` as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+
+from tests.support.valkey import free_port
+
+SECONDS = 30.0
+
+
+def command(*words: str) -> list[str]:
+    """A command line of `gateway`."""
+    return [sys.executable, "-m", "service", *words]
+
+
+def environment(folder: Path, **settings: str) -> dict[str, str]:
+    """The environment of a gateway with its data in a folder, on free ports, and with none of our own settings."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+    ports = {f"GATEWAY_{name}": str(free_port()) for name in ("PORT", "OPS_PORT", "SANDBOX_PORT")}
+    return own | ports | {"GATEWAY_DATA_DIR": str(folder)} | settings
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come about"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (and is no zombie)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@dataclass
+class Gateway:
+    """A `gateway serve` that was started."""
+
+    process: subprocess.Popen[bytes]
+    environ: Mapping[str, str]
+    out: Path
+    log: Path
+    token: str = ""
+    children: list[int] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.environ['GATEWAY_PORT']}"
+
+    @property
+    def ops_url(self) -> str:
+        return f"http://127.0.0.1:{self.environ['GATEWAY_OPS_PORT']}"
+
+    def ready(self) -> None:
+        """Wait until it takes requests, and in development until it has said how to try it."""
+        until(self._is_ready, "readiness")
+        found = re.search(r"token: (igw_\w+)", self.out.read_text())
+        self.token = found[1] if found else ""
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        self.children = [int(pid) for pid in listed.split()]
+
+    def _is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            if httpx2.get(f"{self.ops_url}/readyz").status_code != 200:
+                return False
+        except httpx2.TransportError:
+            return False
+        introduces = "GATEWAY_ENV" not in self.environ and self.environ.get("GATEWAY_ROLE") != "worker"
+        return not introduces or "Ctrl-C ends it." in self.out.read_text()
+
+    def tried(self) -> httpx2.Response:
+        """Send what the printed `curl` line would."""
+        (line,) = re.findall(r"^ +(curl .*)$", self.out.read_text(), re.MULTILINE)
+        words = shlex.split(line)
+        header = words[words.index("-H") + 1].split(": ", 1)
+        fields = dict(words[index + 1].split("=", 1) for index, word in enumerate(words) if word == "-F")
+        with Path(fields.pop("image").removeprefix("@")).open("rb") as image:
+            return httpx2.post(words[-1], headers=dict([header]), data=fields, files={"image": image}, timeout=30)
+
+    def call(self, method: str, path: str, **more: object) -> httpx2.Response:
+        """Call it as the demo tenant."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        return httpx2.request(method, self.url + path, headers=headers, timeout=30, **more)  # type: ignore[arg-type]
+
+    def finished(self, path: str) -> dict[str, object]:
+        """Wait until a task has ended."""
+        found: dict[str, object] = {}
+
+        def ended() -> bool:
+            found.update(self.call("GET", path).json())
+            return found.get("state") in {"succeeded", "failed"}
+
+        until(ended, "the end of the task")
+        return found
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send it a signal and wait for it; its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(SECONDS)
+
+
+@contextmanager
+def serving(folder: Path, **settings: str) -> Iterator[Gateway]:
+    """A gateway that has started; ended, whatever became of it."""
+    with started(folder, **settings) as gateway:
+        gateway.ready()
+        yield gateway
+
+
+@contextmanager
+def started(folder: Path, **settings: str) -> Iterator[Gateway]:
+    """A gateway that has not started yet."""
+    folder.mkdir(exist_ok=True, parents=True)
+    environ = environment(folder, **settings)
+    out, log = folder / "out.txt", folder / "log.txt"
+    with out.open("wb") as output, log.open("wb") as errors:
+        process = subprocess.Popen(
+            command("serve"), env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=errors
+        )
+    gateway = Gateway(process, environ, out, log)
+    try:
+        yield gateway
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(SECONDS)
+        until(lambda: not any(alive(pid) for pid in gateway.children), "the end of its children")

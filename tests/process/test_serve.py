@@ -1,0 +1,172 @@
+"""`gateway serve` as somebody starts it: on this machine alone, or with everything given."""
+
+from __future__ import annotations
+
+import base64
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service import __version__
+from tests.process.gateway import alive, command, environment, serving, started, until
+from tests.support.valkey import Valkey
+
+PROBE = """
+import sys
+from service.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print([name for name in ("cv2", "httpx2", "litestar", "numpy", "redis", "uvicorn") if name in sys.modules])
+"""
+ADMIN_TOKEN = "an-admin-token-of-forty-characters-or-so"
+
+
+def run(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(command(*words), env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_first_start_and_second(tmp_path: Path) -> None:
+    """The printed line works as pasted; a second start knows the token, the task and what was used."""
+    with serving(tmp_path) as gateway:
+        token, answer = gateway.token, gateway.tried()
+        assert answer.status_code == 201, answer.text
+        task = answer.json()["links"]["self"]
+        assert gateway.finished(task)["state"] == "succeeded"
+        ports = {name: gateway.environ[name] for name in ("GATEWAY_PORT", "GATEWAY_OPS_PORT", "GATEWAY_SANDBOX_PORT")}
+        running = gateway.tried().json()["links"]["self"]
+        assert gateway.end(signal.SIGKILL) == -signal.SIGKILL
+        until(lambda: not any(alive(pid) for pid in gateway.children), "the end of its children")
+    assert "Traceback" not in gateway.log.read_text()
+    assert "\x1b[" not in gateway.log.read_text()
+    assert token not in gateway.log.read_text()
+    with serving(tmp_path, **ports) as gateway:
+        assert gateway.token == token
+        assert gateway.call("GET", task).json()["state"] == "succeeded"
+        assert gateway.finished(running)["state"] == "succeeded"
+        assert gateway.end(signal.SIGINT) == 0
+        assert not any(alive(pid) for pid in gateway.children)
+
+
+def test_production(tmp_path: Path, valkey: Valkey) -> None:
+    """With everything given nothing is generated or started, and the log is one JSON object per line."""
+    key = base64.b64encode(b"s" * 32).decode()
+    given = {
+        "GATEWAY_ENV": "production",
+        "GATEWAY_REDIS_URL": valkey.url,
+        "GATEWAY_UPSTREAM_URL": "http://127.0.0.1:9",
+        "GATEWAY_SECRET_KEYS": key,
+        "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
+        "GATEWAY_KEY_PREFIX": "production-test",
+        "GATEWAY_ROLE": "api",
+    }
+    with serving(tmp_path, **given) as gateway:
+        assert gateway.children == []
+        env = dict(gateway.environ) | {"UPSTREAM_KEY": "the-user-key-of-the-account"}
+        for words in (
+            ("account", "set", "main", "--user-key-env", "UPSTREAM_KEY"),
+            ("tenant", "set", "shop", "--account", "main", "--limit", "day:tasks=2"),
+        ):
+            done = run(*words, env=env)
+            assert done.returncode == 0, done.stderr
+        gateway.token = run("token", "create", "shop", env=env).stdout.strip()
+        gateway.call("GET", "/v1/quota").raise_for_status()
+        assert gateway.call("GET", "/admin/v1/accounts").status_code == 404
+        assert gateway.end() == 0
+    lines = gateway.log.read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert {"serving", "account.put", "tenant.put", "token.create", "request", "ending"} <= {e["event"] for e in events}
+    for secret in (ADMIN_TOKEN, key, "the-user-key-of-the-account", gateway.token):
+        assert all(secret not in line for line in lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "out.txt"]
+
+
+def test_worker_watches_what_the_api_took(tmp_path: Path) -> None:
+    """A process that answers and one that watches do the main job together; the worker has no tenants' port."""
+    with serving(tmp_path / "all") as local:
+        sandbox = f"http://127.0.0.1:{local.environ['GATEWAY_SANDBOX_PORT']}"
+        shared = {
+            "GATEWAY_REDIS_URL": f"unix://{tmp_path / 'all' / 'valkey.sock'}",
+            "GATEWAY_UPSTREAM_URL": sandbox,
+            "GATEWAY_UPSTREAM_USER_KEY": "sandbox-demo",
+            "GATEWAY_KEY_PREFIX": "apart",
+        }
+        with serving(tmp_path / "api", GATEWAY_ROLE="api", **shared) as api:
+            task = api.tried().json()["links"]["self"]
+            for name in ("secret.key", "admin.token"):
+                (tmp_path / "worker").mkdir(exist_ok=True)
+                (tmp_path / "worker" / name).write_bytes((tmp_path / "api" / name).read_bytes())
+            with serving(tmp_path / "worker", GATEWAY_ROLE="worker", **shared) as worker:
+                assert api.finished(task)["state"] == "succeeded"
+                with pytest.raises(ConnectionRefusedError), socket.socket() as client:
+                    client.connect(("127.0.0.1", int(worker.environ["GATEWAY_PORT"])))
+                assert "task.ended" in worker.log.read_text()
+                assert "task.ended" not in api.log.read_text()
+
+
+@pytest.mark.parametrize("name", ["GATEWAY_PORT", "GATEWAY_OPS_PORT", "GATEWAY_SANDBOX_PORT"])
+def test_port_that_is_taken(tmp_path: Path, name: str) -> None:
+    """A port that somebody else has is named in one line."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with started(tmp_path, **{name: port}) as gateway:
+            assert gateway.process.wait(60) == 1
+        last = gateway.log.read_text().splitlines()[-1]
+        assert last.startswith("gateway: ")
+        assert port in last or name in last
+        assert "Traceback" not in gateway.log.read_text()
+
+
+def test_every_fault_of_the_settings_is_named(tmp_path: Path) -> None:
+    """Faulty settings are told all at once, a line each, and nothing is started."""
+    done = run("serve", env=environment(tmp_path, GATEWAY_PORT="http", GATEWAY_POLL_SECONDS="0", GATEWAY_PROT="1"))
+    assert done.returncode == 2
+    assert [line.split()[1] for line in done.stderr.splitlines()] == sorted(
+        ["GATEWAY_PROT", "GATEWAY_PORT", "GATEWAY_POLL_SECONDS"],
+        key=["GATEWAY_PROT", "GATEWAY_PORT", "GATEWAY_POLL_SECONDS"].index,
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_commands(tmp_path: Path) -> None:
+    """The version, the help, and the documents, which are what the code says."""
+    env = environment(tmp_path)
+    assert run("--version", env=env).stdout == f"gateway, version {__version__}\n"
+    for name in ("serve", "demo", "sandbox", "openapi", "account", "tenant", "token"):
+        assert name in run("--help", env=env).stdout
+    written = Path(__file__).parents[2] / "openapi"
+    assert run("openapi", "--folder", str(written), "--check", env=env).returncode == 0
+    (tmp_path / "gateway.yaml").write_text("stale")
+    stale = run("openapi", "--folder", str(tmp_path), "--check", env=env)
+    assert stale.returncode == 1
+    assert "make openapi" in stale.stderr
+
+
+def test_demo(tmp_path: Path) -> None:
+    """The demo does the whole job; without a gateway it says in one line how to start one."""
+    alone = run("demo", "--folder", str(tmp_path / "results"), env=environment(tmp_path))
+    assert alone.returncode == 1
+    assert "make run" in alone.stdout + alone.stderr
+    with serving(tmp_path / "data", GATEWAY_POLL_SECONDS="0.2") as gateway:
+        done = run("demo", "--folder", str(tmp_path / "results"), env=dict(gateway.environ))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kind in ("upscale", "vectorize", "face-enhance", "seamless"):
+        assert f"{kind}" in done.stdout
+    assert {path.name for path in (tmp_path / "results").iterdir()} >= {
+        "upscale-image.png",
+        "vectorize-vector.svg",
+        "face-enhance-image.png",
+        "seamless-grid.png",
+    }
+
+
+def test_help_is_quick() -> None:
+    """`gateway --help` imports none of what only serving needs."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
