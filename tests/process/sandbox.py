@@ -1,0 +1,76 @@
+"""`gateway sandbox` as a process of its own: an upstream that several gateways share, and that outlives them."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+from redis import Redis
+
+from service.local import SANDBOX_USER_KEY
+from tests.process.gateway import SECONDS, command
+from tests.support.valkey import Valkey
+
+ADMIN_TOKEN = "an-admin-token-of-forty-characters-or-so"
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """An upstream, and what a test can ask of it."""
+
+    url: str
+
+    def dial(self, *faults: dict[str, Any], seconds: float = 0) -> None:
+        """Replace all faults, and how long tasks take from now on."""
+        body = {"seconds": seconds, "faults": faults}
+        httpx2.put(f"{self.url}/_control/dials", json=body).raise_for_status()
+
+    def count(self, operation: str, outcome: str | None = None) -> int:
+        """How many submits or checks arrived, or of how many it has made this."""
+        found = httpx2.get(f"{self.url}/_control/requests").json()
+        return sum(each["operation"] == operation and outcome in {None, each["outcome"]} for each in found)
+
+    def shared(self, store: Valkey) -> dict[str, str]:
+        """Settings of gateways that share this upstream and a place of their own in a store."""
+        return {
+            "GATEWAY_REDIS_URL": store.url,
+            "GATEWAY_KEY_PREFIX": f"t-{secrets.token_hex(4)}",
+            "GATEWAY_UPSTREAM_URL": self.url,
+            "GATEWAY_UPSTREAM_USER_KEY": SANDBOX_USER_KEY,
+            "GATEWAY_SECRET_KEYS": base64.b64encode(b"s" * 32).decode(),
+            "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
+            "GATEWAY_POLL_SECONDS": "0.05",
+        }
+
+
+@contextmanager
+def sandbox() -> Iterator[Sandbox]:
+    """A sandbox that listens, and whose tasks take no time; it has to end well when it is told to."""
+    process = subprocess.Popen(command("sandbox", "--port", "0"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    if process.stdout is None:
+        raise AssertionError
+    with process.stdout as output:
+        try:
+            found = Sandbox(output.readline().decode().strip())
+            found.dial()
+            yield found
+        finally:
+            process.terminate()
+            ended = process.wait(SECONDS)
+    assert ended == 0
+
+
+def advance(store: Valkey, prefix: str, seconds: float) -> None:
+    """Let time pass for the ledger of a prefix, by what it last saw of it."""
+    key = f"{{{prefix}}}:clock"
+    with Redis(unix_socket_path=str(store.path)) as client:
+        seen = client.get(key)
+        now = max(int(seen) if isinstance(seen, bytes) else 0, int(time.time() * 1000))
+        client.set(key, now + int(seconds * 1000))
