@@ -33,7 +33,7 @@ demo: $(READY) ## Show every kind of task, end to end
 	@exec .venv/bin/gateway demo
 
 test: check ## Run all that CI runs: the static checks, then the tests with coverage
-	@exec .venv/bin/pytest --cov --cov-report=term-missing:skip-covered
+	@exec .venv/bin/pytest --numprocesses=auto --maxprocesses=4 --cov --cov-report=term-missing:skip-covered
 
 check: lint format types layers drift ## Run the static checks alone
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -64,15 +65,19 @@ def create_ops_app(services: Services) -> Edge:
 
 def tenants_app(services: Services) -> Litestar:
     """The tenants' routes, without the edge around them."""
-    rendered: dict[str, bytes] = {}
+
+    @cache  # rendered when somebody first asks for it
+    def rendered() -> tuple[bytes, bytes]:
+        described = document(app)
+        return msgspec.json.encode(described), docs_page(described)
 
     @get("/openapi.json", include_in_schema=False)
     async def schema() -> Response[bytes]:
-        return Response(rendered["json"], media_type=MediaType.JSON, headers={"Cache-Control": "no-cache"})
+        return Response(rendered()[0], media_type=MediaType.JSON, headers={"Cache-Control": "no-cache"})
 
     @get("/docs", include_in_schema=False)
     async def docs() -> Response[bytes]:
-        return Response(rendered["html"], media_type=MediaType.HTML, headers=HEADERS)
+        return Response(rendered()[1], media_type=MediaType.HTML, headers=HEADERS)
 
     def tenant(request: Request[Any, Any, Any]) -> Tenant:
         return services.tenants.by_request(request)
@@ -108,9 +113,6 @@ def tenants_app(services: Services) -> Litestar:
     health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
     config = openapi.config(_TENANTS_TITLE, _TENANTS_DESCRIPTION, _TENANTS_BEARER, _TENANTS_TAGS)
     app = _litestar(services, [v1, old, health, schema, docs], config)
-    written = document(app)
-    rendered["json"] = msgspec.json.encode(written)
-    rendered["html"] = docs_page(written)
     return app
 
 

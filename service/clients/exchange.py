@@ -7,6 +7,7 @@ httpcore2's trace shows that it was still about the connection when it ended.
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -64,11 +65,11 @@ class Line:
     compressed all the same is not read, since a small answer could unfold into a huge one.
     """
 
-    def __init__(self, breakers: Breakers, *, keep_alive: bool) -> None:
+    def __init__(self, breakers: Breakers, tls: ssl.SSLContext, *, keep_alive: bool) -> None:
         self._breakers = breakers
         self._gate = asyncio.Semaphore(MAX_REQUESTS)
         self._client = httpx2.AsyncClient(
-            verify=httpx2.create_ssl_context(),
+            verify=tls,
             trust_env=False,
             follow_redirects=False,
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),

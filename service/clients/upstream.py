@@ -10,6 +10,7 @@ from io import BytesIO
 from types import TracebackType
 from typing import Self
 
+import httpx2
 import structlog
 from msgspec.structs import replace
 
@@ -50,8 +51,9 @@ class UpstreamClient:
         breakers = Breakers()
         # A kept connection may be closed by the other side just as it is used. That is harmless for a check, but of a
         # submit nobody would know any more whether it arrived.
-        self._submits = Line(breakers, keep_alive=False)
-        self._checks = Line(breakers, keep_alive=True)
+        tls = httpx2.create_ssl_context()
+        self._submits = Line(breakers, tls, keep_alive=False)
+        self._checks = Line(breakers, tls, keep_alive=True)
         self._closing = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
