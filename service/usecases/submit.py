@@ -15,13 +15,13 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from service.domain.balance import Status
+from service.domain.balance import Figures, Status
 from service.domain.errors import (
     KindNotAllowed,
     LedgerUnavailable,
     TenantDisabled,
 )
-from service.domain.reservation import Granted, NoAccount, PolicyDenied, ReservationState
+from service.domain.reservation import Granted, NoAccount, PolicyDenied, ReservationState, Verdict
 from service.domain.task import Basis, Cost, Kind, Options, State, Task
 from service.domain.taskid import Reference, TaskIds
 from service.domain.tenancy import Account, Tenant
@@ -69,12 +69,16 @@ class Submission(Struct, frozen=True):
 
 
 class _Place(Struct, frozen=True):
-    """A reservation under way: where it stands, and by when (of the monotonic clock) sending has to end."""
+    """A reservation under way: where it stands, and by when (of the monotonic clock) sending has to end.
+
+    It is `astray` if a retarget was not answered: it may stand on the next account, though nothing was sent there.
+    """
 
     ask: Ask
     account: Account
     created: int
     deadline: float
+    astray: bool = False
 
 
 class Submit:
@@ -165,23 +169,23 @@ class Submit:
             if sent.outcome not in _CLOSES:
                 return sent, place
             following = accounts[accounts.index(place.account) + 1 :]
-            verdict = await self._retarget(place, following, _CLOSES[sent.outcome])
+            try:
+                verdict = await self._retarget(place, following, _CLOSES[sent.outcome])
+            except LedgerUnavailable:
+                return sent, msgspec.structs.replace(place, astray=True)
             if not isinstance(verdict, Granted):
                 return sent, place
             account = next(each for each in following if each.id == verdict.account)
             place = msgspec.structs.replace(place, account=account)
 
-    async def _retarget(self, place: _Place, following: Sequence[Account], closes: Status | None) -> Granted | None:
+    async def _retarget(self, place: _Place, following: Sequence[Account], closes: Status | None) -> Verdict | None:
         if not following:
             return None
         ask = msgspec.structs.replace(place.ask, accounts=tuple(each.id for each in following))
-        try:
-            verdict = await self._ledger.retarget(ask, place.account.id, closes)
-        except LedgerUnavailable:
-            return None  # nothing more is sent; the settlement finds out where the reservation stands
-        return verdict if isinstance(verdict, Granted) else None
+        return await self._ledger.retarget(ask, place.account.id, closes)
 
     def _settlement(self, place: _Place, sent: Submitted) -> Settlement:
+        """The outcome to book. Where nobody knows on which account, none is closed for another's refusal."""
         return Settlement(
             reservation=place.ask.reservation,
             tenant=place.ask.tenant,
@@ -189,8 +193,8 @@ class Submit:
             kind=place.ask.kind,
             created=place.created,
             outcome=_SETTLES.get(sent.outcome, ReservationState.REFUSED),
-            figures=sent.figures,
-            closes=_CLOSES.get(sent.outcome),
+            figures=Figures() if place.astray else sent.figures,
+            closes=None if place.astray else _CLOSES.get(sent.outcome),
         )
 
     def _task(self, place: _Place, upstream_id: str, options: Options, metadata: dict[str, str]) -> Task:

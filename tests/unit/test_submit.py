@@ -144,7 +144,7 @@ async def test_process_ends_without_the_store(gateway: Gateway) -> None:
     ],
 )
 async def test_unanswered_retarget(gateway: Gateway, when: str, outcome: SubmitOutcome, error: type[Exception]) -> None:
-    """Without a verdict on the next account nothing more is sent, and the place is given back wherever it stands."""
+    """Without a verdict on the next account nothing more is sent, the place is given back, and that account is open."""
     gateway.upstream.next_submits.append(Submitted(outcome=outcome))
     getattr(gateway.ledger, when)["retarget"] = [AWAY]
     with pytest.raises(error):
@@ -152,6 +152,7 @@ async def test_unanswered_retarget(gateway: Gateway, when: str, outcome: SubmitO
     assert [name for name, _, _ in gateway.upstream.submits] == ["main"]
     assert gateway.places == (0, 0, 0)
     assert [state.open for state in gateway.ledger.account_states.values()] == [0, 0]
+    assert gateway.ledger.account_states[3].status is Status.OPEN
 
 
 async def test_next_account_can_not_pay_either(gateway: Gateway) -> None:
