@@ -119,3 +119,14 @@ def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream:
             gateway.ready()
             assert gateway.tried().status_code == 201
             assert gateway.end() == 0
+
+
+def test_damaged_sandbox(tmp_path: Path) -> None:
+    """Why the sandbox can't start is told in one line, and nothing is left running."""
+    (tmp_path / "sandbox").mkdir()
+    (tmp_path / "sandbox" / "sandbox.sqlite3").write_bytes(b"no database at all" * 100)
+    with started(tmp_path) as gateway:
+        assert gateway.process.wait(30) == 1
+    (line,) = gateway.log.read_text().splitlines()
+    assert line.startswith("gateway: the sandbox did not start (GATEWAY_SANDBOX_PORT, ")
+    assert line.endswith("file is not a database")
