@@ -36,7 +36,7 @@ ACCOUNTS: Mapping[str, Account] = {
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let everything else run until something holds."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0)
 
