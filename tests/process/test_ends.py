@@ -33,11 +33,11 @@ def upstream() -> Iterator[Sandbox]:
 
 
 def refuses(url: str) -> bool:
-    """Whether nobody listens there any more."""
+    """Whether nobody listens there any more; who comes in the very moment of the close is cut off instead."""
     try:
         httpx2.get(f"{url}/healthz")
-    except httpx2.ConnectError:
-        return True
+    except httpx2.TransportError as error:
+        return isinstance(error, httpx2.ConnectError)
     return False
 
 
@@ -51,13 +51,12 @@ def test_what_was_begun_is_finished(tmp_path: Path, valkey: Valkey, upstream: Sa
     """A gateway that is told to end takes nothing new, says so to operators, and answers what it was sent before."""
     with serving(tmp_path, **upstream.shared(valkey)) as gateway, ThreadPoolExecutor() as threads:
         before = upstream.count("submit")
-        upstream.dial({"on": "submit", "times": 1, "latency": 0.7})
+        upstream.dial({"on": "submit", "times": 1, "latency": 1.2})
         submitting = threads.submit(gateway.tried)
         until(lambda: upstream.count("submit") > before, "the submit")
         gateway.process.send_signal(signal.SIGTERM)
         until(lambda: httpx2.get(f"{gateway.ops_url}/readyz").status_code == 503, "the draining")
         until(lambda: refuses(gateway.url), "the end of listening")
-        assert httpx2.get(f"{gateway.ops_url}/healthz").status_code == 200
         assert submitting.result().status_code == 201
         assert gateway.process.wait(30) == 0
     assert "Traceback" not in gateway.log.read_text()
@@ -100,9 +99,8 @@ def test_folder_in_use(tmp_path: Path) -> None:
     """A data folder that another gateway has is named in one line."""
     with (tmp_path / "valkey.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(
-            [sys.executable, "-c", IMPATIENT], env=environment(tmp_path), capture_output=True, text=True, check=False
-        )
+        env = environment(tmp_path, GATEWAY_PORT="0", GATEWAY_OPS_PORT="0")
+        done = subprocess.run([sys.executable, "-c", IMPATIENT], env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"gateway: another gateway uses the data folder {tmp_path}\n"
 
