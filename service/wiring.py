@@ -47,8 +47,7 @@ TASK_IDS, USER_KEYS = "task-id", "user-key"
 """What is sealed, each under keys of its own."""
 
 REDIS_SECONDS = 5.0
-DRAIN_SECONDS = 150.0
-"""How long a process that ends waits for submissions under way: as long as one may take."""
+JOB_RESTART_SECONDS = 1.0
 
 
 class SystemClock:
@@ -79,7 +78,10 @@ class Lifecycle:
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """What the two applications are made of."""
+    """What the two applications are made of.
+
+    `drain_seconds` is how long a process that ends waits for what is under way: as long as a submission may take.
+    """
 
     tenants: Tenants
     admin: AdminToken
@@ -96,17 +98,27 @@ class Services:
     registry: RegistryView
     watch: Watch
     jobs: Sequence[Job]
+    drain_seconds: int
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
         """Do the jobs of this process within the block."""
-        running = [asyncio.create_task(job()) for job in self.jobs]
+        running = [asyncio.create_task(self._keep(job)) for job in self.jobs]
         try:
             yield
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+
+    async def _keep(self, job: Job) -> None:
+        """Begin a job again whenever it fails: a fault of ours must not end it silently."""
+        while True:
+            try:
+                await job()
+            except Exception as error:
+                self.logger.exception("job.failed", job=job.__qualname__, exc_info=error)
+            await asyncio.sleep(JOB_RESTART_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +189,7 @@ def furnished(
         registry=ports.registry,
         watch=watch,
         jobs=[*jobs, *watching],
+        drain_seconds=settings.lease_seconds,
     )
 
 
@@ -204,7 +217,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
         upstream = await opened.enter_async_context(
             UpstreamClient(settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream)
         )
-        opened.push_async_callback(background.drain, DRAIN_SECONDS)
+        opened.push_async_callback(background.drain, settings.lease_seconds)
         ports = Ports(
             ledger=RedisLedger(client, scripts, keys, spans),
             tasks=RedisTasks(client, scripts, keys, spans),

@@ -313,7 +313,7 @@ class FakeRegistry:
             self.ledger.account_policies.pop(left.id, None)
         self.ledger.tenant_policies |= {each.id: each.policy for each in change.tenants}
         self.ledger.account_policies |= {each.id: each.policy for each in change.accounts}
-        self.current = Registry(now.version + 1, change.next_id, tenants, accounts, tokens)
+        self.current = Registry(max(now.version, change.later_than) + 1, change.next_id, tenants, accounts, tokens)
         return True
 
 

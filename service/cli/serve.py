@@ -30,7 +30,7 @@ from service.storage.embedded import EmbeddedError
 from service.telemetry import logs
 from service.telemetry.redaction import Redactor
 from service.usecases.bootstrap import demo_token
-from service.wiring import DRAIN_SECONDS, Services, assembled
+from service.wiring import Services, assembled
 
 _log = structlog.get_logger(__name__)
 
@@ -100,8 +100,8 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
     async with completed(settings) as full, assembled(full) as services, services.working():
         redactor.learn(*(each for each in (full.admin_token, full.upstream_user_key) if each))
         # The tenants' port is closed first, so that operators can look on while the last requests are answered.
-        servers = [(_server(create_app(services)), tenants)] if tenants else []
-        servers.append((_server(create_ops_app(services)), operators))
+        servers = [(_server(create_app(services), services.drain_seconds), tenants)] if tenants else []
+        servers.append((_server(create_ops_app(services), services.drain_seconds), operators))
         async with asyncio.TaskGroup() as tasks:
             serving = [(server, tasks.create_task(server.serve(sockets=[at]))) for server, at in servers]
             _log.info(
@@ -135,7 +135,7 @@ def _listen(host: str, port: int, prefix: str) -> socket.socket:
         raise PortTakenError(f"can't listen on {host}:{port} ({prefix}HOST, {prefix}PORT): {why}") from error
 
 
-def _server(app: Edge) -> uvicorn.Server:
+def _server(app: Edge, drain_seconds: int) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -145,7 +145,7 @@ def _server(app: Edge) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(DRAIN_SECONDS),
+        timeout_graceful_shutdown=drain_seconds,
     )
     return _Server(config)
 

@@ -124,8 +124,9 @@ class RedisLedger:
             ],
             ask | _given(closes=settlement.closes),
         )
-        if status == b"elsewhere":  # a retarget took place whose answer never arrived
-            return await self.settle(msgspec.structs.replace(settlement, account=elsewhere[0]))
+        if status == b"elsewhere":  # a retarget took place whose answer never arrived, and this tells of the other one
+            moved = msgspec.structs.replace(settlement, account=elsewhere[0], figures=Figures(), closes=None)
+            return await self.settle(moved)
         return bool(status == b"settled")
 
     async def expire(self, most: int) -> int:
@@ -141,6 +142,9 @@ class RedisLedger:
         found = await read(self._client, *(("GET", self._keys.reservation(each)) for each in ids))
         settled = 0
         for each, packed in zip(ids, found, strict=True):
+            if packed is None:  # it outlived its reservation, which nobody can settle any more
+                await read(self._client, ("ZREM", self._keys.leases, each))
+                continue
             reservation = msgspec.msgpack.decode(packed, type=Reservation)
             settled += await self.settle(
                 Settlement(

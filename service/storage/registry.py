@@ -74,6 +74,7 @@ class RedisRegistry:
             [keys.registry, *policies, *forget],
             {
                 "version": change.version,
+                "later_than": change.later_than,
                 "channel": keys.registry_channel,
                 "drop": drop,
                 "puts": len(put),
@@ -98,7 +99,7 @@ class LiveRegistry:
     """The registry of this process, kept up to date in the background.
 
     Reading it never waits. Until `refresh` succeeded once it is empty and not `ready`; after that it stays what it was
-    for as long as Redis is away.
+    for as long as Redis is away, and is given back to a Redis that has lost it.
     """
 
     def __init__(self, store: RedisRegistry, subscribe: Callable[[], Awaitable[PubSub]], channel: str) -> None:
@@ -110,9 +111,31 @@ class LiveRegistry:
 
     async def refresh(self) -> None:
         """Take over the newest version. Raises LedgerUnavailable."""
-        if not self.ready or await self._store.version() != self.current.version:
-            self.current = await self._store.load()
-            self.ready = True
+        if self.ready:
+            stored = await self._store.version()
+            if stored == self.current.version:
+                return
+            if stored < self.current.version:
+                await self._restore(stored)
+        self.current = await self._store.load()
+        self.ready = True
+
+    async def _restore(self, stored: int) -> None:
+        """Give back what the store has lost, so that tokens stay valid and limits in force.
+
+        Only a loss makes versions go back; of several processes that notice it, the first one does this.
+        """
+        held = self.current
+        change = RegistryChange(
+            version=stored,
+            next_id=held.next_id,
+            later_than=held.version,
+            tenants=tuple(held.tenants.values()),
+            accounts=tuple(held.accounts.values()),
+            tokens=tuple(held.tokens.values()),
+        )
+        restored = await self._store.write(change)
+        _log.error("registry.lost", stored=stored, held=held.version, restored=restored)
 
     async def follow(self) -> None:
         """Keep up with announced changes for ever, through any loss of the connection."""

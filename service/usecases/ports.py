@@ -166,10 +166,14 @@ class Tasks(Protocol):
 
 
 class RegistryChange(Struct, frozen=True, kw_only=True):
-    """What is written over and taken out of version `version` of the registry, in one go."""
+    """What is written over and taken out of version `version` of the registry, in one go.
+
+    The version that comes of it is the next one, and later than `later_than`.
+    """
 
     version: int
     next_id: int
+    later_than: int = 0
     tenants: tuple[Tenant, ...] = ()
     accounts: tuple[Account, ...] = ()
     tokens: tuple[Token, ...] = ()

@@ -137,6 +137,17 @@ async def test_store_that_lost_everything(house: House, store: Valkey) -> None:
     assert await house.upstream.submits() == 1
 
 
+async def test_registry_that_was_lost(house: House, store: Valkey) -> None:
+    """A store that lost the registry gets it back from a process that still holds it, limits and all."""
+    await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
+    with Redis(unix_socket_path=str(store.path)) as client:
+        client.flushall()
+    await house.services.registry.refresh()
+    assert [(await house.submit()).status_code for _ in range(2)] == [201, 429]
+    assert (await house.admin("GET", "/tenants/shop")).json()["limits"][0]["tasks"] == 1
+    await house.put_tenant("another")
+
+
 async def test_client_that_leaves(house: House) -> None:
     """A submission whose client hung up is sent, settled and listed."""
     await control(house).answer_after(0.3)

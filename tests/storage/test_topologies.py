@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -91,6 +92,25 @@ async def test_a_submission_from_reserve_to_receipt(store: Store) -> None:
     assert (await ledger.accounts([2]))[2].unknown == 1
     await ledger.reopen(2)
     assert (await ledger.accounts([2]))[2].count is None
+    await connections.aclose()
+
+
+async def test_a_lease_without_its_reservation(store: Store) -> None:
+    """A lease whose reservation is gone is dropped, and does not hold up the others."""
+    store.ask("FLUSHALL")
+    connections = connect(store.url, timeout=5)
+    client: Any = connections.commands
+    scripts = Scripts(client)
+    ledger = RedisLedger(client, scripts, KEYS, SPANS)
+    await RedisRegistry(client, scripts, KEYS).write(
+        RegistryChange(version=0, next_id=3, tenants=(TENANT,), accounts=(ACCOUNT,))
+    )
+    granted, _ = await ledger.reserve(Ask("r1", 1, (2,), Kind.SEAMLESS))
+    assert isinstance(granted, Granted)
+    await client.zadd(KEYS.leases, {"gone": 1})
+    await client.set(KEYS.clock, granted.lease)
+    assert await ledger.expire(5) == 1
+    assert await client.zcard(KEYS.leases) == 0
     await connections.aclose()
 
 

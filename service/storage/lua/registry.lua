@@ -1,7 +1,7 @@
 -- Changes the registry, if nobody else did since it was read.
 -- KEYS     registry, then the owner (tenant or account) of each policy, then each owner to forget, whose counters stay
 --          for as long as its last tasks may need them
--- ARGV     MessagePack {version, channel, drop, puts, policies, forget}: fields to drop, and how many there are of the
+-- ARGV     MessagePack {version, later_than, channel, drop, puts, policies, forget}: fields to drop, and how many there are of the
 --          others; then field and value of each put, then each policy
 -- RETURNS  {'written', version} or {'stale', version}
 local ask = cmsgpack.unpack(ARGV[1])
@@ -24,6 +24,7 @@ for index = 1, ask.forget do
   redis.call('HDEL', key, 'policy')
   redis.call('PEXPIRE', key, 60 * DAY)
 end
-redis.call('HSET', KEYS[1], 'version', version + 1)
-redis.call('PUBLISH', ask.channel, version + 1)
-return {'written', version + 1}
+version = math.max(version, ask.later_than) + 1
+redis.call('HSET', KEYS[1], 'version', version)
+redis.call('PUBLISH', ask.channel, version)
+return {'written', version}

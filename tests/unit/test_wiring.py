@@ -1,0 +1,54 @@
+"""The composition root."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service import wiring
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+from service.usecases.background import Background
+from service.wiring import Ports, assembled, furnished
+from tests.behaviour.house import ENVIRONMENT
+from tests.fakes import FakeLedger, FakeRegistry, FakeUpstream
+
+
+async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that fails, or ends though it should not, is begun again; at the end of the process it is ended."""
+    monkeypatch.setattr(wiring, "JOB_RESTART_SECONDS", 0)
+    begun, third = [], asyncio.Event()
+
+    async def job() -> None:
+        begun.append(1)
+        if len(begun) == 1:
+            raise ValueError("a fault of ours")
+        if len(begun) == 3:
+            third.set()
+            await asyncio.Event().wait()
+
+    ledger = FakeLedger()
+    registry = FakeRegistry(ledger)
+    ports = Ports(
+        ledger=ledger, tasks=ledger, store=registry, registry=registry, upstream=FakeUpstream(), clock=ledger.clock
+    )
+    settings = Settings.load(
+        ENVIRONMENT | {"GATEWAY_ROLE": "api", "GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_LEASE_SECONDS": "240"}
+    )
+    services = furnished(ports, settings, Metrics(CollectorRegistry()), Background(), jobs=[job])
+    assert services.drain_seconds == 240
+    async with services.working(), asyncio.timeout(10):
+        await third.wait()
+    assert len(begun) == 3
+
+
+@pytest.mark.parametrize("missing", ["GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL", "GATEWAY_ADMIN_TOKEN"])
+async def test_settings_have_to_be_complete(missing: str) -> None:
+    """What is left open by the settings has to be filled in before anything is put together."""
+    complete = ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_UPSTREAM_URL": "http://localhost"}
+    complete.pop(missing)
+    with pytest.raises(ValueError, match="not complete"):
+        async with assembled(Settings.load(complete)):
+            pass
