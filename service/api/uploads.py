@@ -23,7 +23,7 @@ FORM_ALLOWANCE = 256 * 1024
 """What a submission may have in bytes beside its image: fields, and what frames them."""
 MAX_FORM_BYTES = 64 * 1024
 """How large a form without a file may be."""
-_INSPECTED_AT_ONCE = 1024 * 1024
+_INSPECTED_AT_ONCE = 64 * 1024
 """A larger image is inspected in a thread: one made of very many tiny pieces takes a while."""
 
 

@@ -2,7 +2,8 @@
 
 A submission is paid for even if the upload was cut off, so an image is walked to its end: but only its frame, never
 its pixels. What ordinary software reads is not refused; whether the pixels make sense is for the upstream to judge.
-Each walk goes forward only, so it takes time in proportion to the bytes.
+Each walk goes forward only, so it takes time in proportion to the bytes, and only so many steps: a file made of the
+smallest pieces there are would keep the interpreter busy for seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from service.domain.errors import InvalidImage, UnsupportedMediaType
 PNG = "image/png"
 JPEG = "image/jpeg"
 WEBP = "image/webp"
+
+
+MAX_PIECES = 10_000
+"""How many segments or chunks an image may consist of: the largest files of ordinary software have about half of it."""
 
 
 class ImageInfo(Struct, frozen=True):
@@ -61,6 +66,10 @@ def _cut_off(media_type: str) -> NoReturn:
     raise InvalidImage(f"The {_NAMES[media_type]} image is cut off: its end is missing. Send the whole file.")
 
 
+def _too_many_pieces(media_type: str) -> NoReturn:
+    _broken(media_type, f"it consists of more than {MAX_PIECES} pieces")
+
+
 _NAMES = {PNG: "PNG", JPEG: "JPEG", WEBP: "WebP"}
 
 # PNG: a signature, then chunks of length, type, content and checksum, from IHDR to IEND.
@@ -82,12 +91,16 @@ def _png(data: bytes) -> ImageInfo:
     if zlib.crc32(data[at + 4 : at + 4 + 4 + 13]) != checksum:
         _broken(PNG, "the checksum of its header is wrong")
     pixels = False
-    while kind != b"IEND":
+    for _ in range(MAX_PIECES):
         at += _PNG_FRAME + length
         if at + _PNG_FRAME > len(data):
             _cut_off(PNG)
         length, kind = _PNG_CHUNK.unpack_from(data, at)
+        if kind == b"IEND":
+            break
         pixels = pixels or kind == b"IDAT"
+    else:
+        _too_many_pieces(PNG)
     if at + _PNG_FRAME + length > len(data):
         _cut_off(PNG)
     if not pixels:
@@ -105,24 +118,26 @@ _JPEG_SIZE = Layout(">HH")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xCC}
 _JPEG_SCAN = 0xDA
 _JPEG_END = 0xD9
+_JPEG_STRETCH = 1024 * 1024
+"""How many bytes are searched at a time: other threads get no turn within one search."""
 
 
 def _jpeg(data: bytes) -> ImageInfo:
     size: tuple[int, int] | None = None
     scanned = False
     at = 2
-    while found := _JPEG_MARKER.search(data, at):
-        at = found.end()
+    for _ in range(MAX_PIECES):
+        at = _jpeg_marker_end(data, at)
         marker = data[at - 1]
         if marker == _JPEG_END:
             if size is None or not scanned:
                 _broken(JPEG, "it ends before its pixels")
             return _info(JPEG, *size)
         if at + 2 > len(data):
-            break
+            _cut_off(JPEG)
         (length,) = _JPEG_LENGTH.unpack_from(data, at)
         if at + length > len(data):
-            break
+            _cut_off(JPEG)
         if marker in _JPEG_FRAMES and size is None:
             if length < 8:
                 _broken(JPEG, "the header of its frame is too short")
@@ -130,6 +145,14 @@ def _jpeg(data: bytes) -> ImageInfo:
             size = width, height
         scanned = scanned or marker == _JPEG_SCAN
         at += length
+    _too_many_pieces(JPEG)
+
+
+def _jpeg_marker_end(data: bytes, at: int) -> int:
+    """Where the next marker from `at` on ends."""
+    for start in range(at, len(data), _JPEG_STRETCH):
+        if found := _JPEG_MARKER.search(data, start, start + _JPEG_STRETCH + 1):
+            return found.end()
     _cut_off(JPEG)
 
 
@@ -144,7 +167,9 @@ def _webp(data: bytes) -> ImageInfo:
     if end > len(data):
         _cut_off(WEBP)
     at, size = 12, None
-    while at + _RIFF_CHUNK.size <= end:
+    for _ in range(MAX_PIECES):
+        if at + _RIFF_CHUNK.size > end:
+            _broken(WEBP, "it holds no pixels")
         kind, length = _RIFF_CHUNK.unpack_from(data, at)
         at += _RIFF_CHUNK.size
         if at + length > end:
@@ -154,7 +179,7 @@ def _webp(data: bytes) -> ImageInfo:
         if kind in _RIFF_PIXELS:
             return _info(WEBP, *size)
         at += length + length % 2
-    _broken(WEBP, "it holds no pixels")
+    _too_many_pieces(WEBP)
 
 
 def _webp_size(kind: bytes, head: bytes) -> tuple[int, int]:

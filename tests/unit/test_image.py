@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.domain.errors import InvalidImage, UnsupportedMediaType
-from service.domain.image import ImageInfo, inspect
+from service.domain.image import MAX_PIECES, ImageInfo, inspect
 
 WAYS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "png": ("PNG", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), {}),
@@ -233,6 +233,35 @@ def test_another_type_is_named_and_so_is_what_is_accepted(data: bytes, name: str
     """What is no PNG, JPEG or WebP is refused by its own name, with what to send instead."""
     with pytest.raises(UnsupportedMediaType, match=rf"{name}.*send a PNG, JPEG or WebP"):
         inspect(data)
+
+
+@pytest.mark.parametrize(
+    ("start", "piece", "end", "others"),
+    [
+        (png(header(3, 3), PIXELS), b"\0\0\0\0tEXtsum.", b"\0\0\0\0IENDsum.", 2),
+        (b"\xff\xd8" + FRAME + SCAN, b"\xff\xfe\x00\x02", b"\xff\xd9", 3),
+        (webp((b"VP8X", b"\0" * 10)), b"ABCD\0\0\0\0", b"VP8L\0\0\0\0", 2),
+    ],
+    ids=["png", "jpeg", "webp"],
+)
+def test_as_many_pieces_as_are_allowed_are_read_and_no_more(
+    start: bytes, piece: bytes, end: bytes, others: int
+) -> None:
+    """An image of a great many pieces is read, one of one more is invalid: each takes a moment of the interpreter."""
+
+    def image(pieces: int) -> bytes:
+        data = start + piece * (pieces - others) + end
+        return data[:4] + struct.pack("<I", len(data) - 8) + data[8:] if data.startswith(b"RIFF") else data
+
+    assert isinstance(inspect(image(MAX_PIECES)), ImageInfo)
+    with pytest.raises(InvalidImage, match="more than 10000 pieces"):
+        inspect(image(MAX_PIECES + 1))
+
+
+def test_a_marker_is_found_wherever_it_lies() -> None:
+    """A JPEG whose markers follow a scan of megabytes, at any place around a power of two, is read to its end."""
+    for length in range(1024 * 1024 - 8, 1024 * 1024 + 2):
+        assert inspect(b"\xff\xd8" + FRAME + SCAN + b"x" * length + b"\xff\xd9").width == 7
 
 
 PIECES = 200_000

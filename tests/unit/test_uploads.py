@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from service.domain.errors import (
     MalformedRequest,
     UnsupportedMediaType,
 )
+from service.domain.image import ImageInfo, inspect
 from tests.unit.asgi import Message, body_messages, http_scope, receiving
 from tests.unit.forms import (
     CONTENT_TYPE,
@@ -164,11 +166,22 @@ async def test_an_image_of_the_very_limits_is_accepted() -> None:
         await read(form(file("image", picture(100, 101))))
 
 
-async def test_an_image_of_megabytes_is_inspected() -> None:
-    """A large image, which is inspected beside the loop, is read like a small one."""
-    large = PNG + b"\0" * 2_000_000
-    submission = await read(form(file("image", large)), reader=uploads(max_image_bytes=3_000_000))
-    assert submission.image.width == 5
+async def test_only_a_small_image_is_inspected_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of up to 64 KiB is inspected at once, a larger one in a thread, with the same result."""
+    inspecting: list[threading.Thread] = []
+
+    def seen(data: bytes) -> ImageInfo:
+        inspecting.append(threading.current_thread())
+        return inspect(data)
+
+    monkeypatch.setattr("service.api.uploads.inspect", seen)
+    for size in (65_536, 65_537):
+        image = PNG + b"\0" * (size - len(PNG))
+        submission = await read(form(file("image", image)), reader=uploads(max_image_bytes=100_000))
+        assert submission.image.width == 5
+    at_once, beside = inspecting
+    assert at_once is threading.current_thread()
+    assert beside is not at_once
 
 
 @pytest.mark.parametrize("content_type", ["", "application/json", "multipart/form-data", "multipart/mixed; boundary=x"])
