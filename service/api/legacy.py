@@ -16,7 +16,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.api import openapi
 from service.api.auth import Tenants
-from service.api.uploads import Uploads
+from service.api.uploads import TooSlow, Uploads
 from service.domain.errors import (
     BalanceExhausted,
     FieldError,
@@ -212,6 +212,9 @@ async def _answered(
         return Response(await answer())
     except Unauthenticated:
         return Response(Failure(1, NO_ACCOUNT))
+    except TooSlow as error:
+        # Else a client that trickles on keeps its connection for as long as it likes.
+        return Response(Failure(1, message(error)), headers={"Connection": "close"})
     except GatewayError as error:
         return Response(Failure(1, message(error)))
 

@@ -38,9 +38,9 @@ def port_of(url: str) -> int:
     return urlsplit(url).port or 0
 
 
-def head(house: House, *framing: str) -> bytes:
+def head(house: House, *framing: str, path: str = "/v1/tasks/vectorize") -> bytes:
     """The head of a submission."""
-    lines = ["POST /v1/tasks/vectorize HTTP/1.1", "Host: gateway", f"Authorization: Bearer {house.token}"]
+    lines = [f"POST {path} HTTP/1.1", "Host: gateway", f"Authorization: Bearer {house.token}"]
     return "\r\n".join([*lines, f"Content-Type: {CONTENT_TYPE}", *framing, "", ""]).encode()
 
 
@@ -63,6 +63,18 @@ async def test_stops_half_way(house: House, port: int) -> None:
             writer.write(head(house, announced(len(BODY))) + BODY[:end])
             answer = await read_answer(reader)
             refused(answer, 400, "malformed-request")
+            assert answer.headers["connection"] == "close"
+            assert await reader.read() == b""
+
+
+async def test_old_client_stops_half_way(house: House, port: int) -> None:
+    """A body that stops is refused in the old protocol too, in any of its calls, and its connection is closed."""
+    for call in ("submit_vector_task", "check_task_status"):
+        async with connected(port) as (reader, writer):
+            writer.write(head(house, announced(len(BODY)), path=f"/api/{call}") + BODY[:50])
+            answer = await read_answer(reader)
+            assert (answer.status, answer.json()["err_code"]) == (200, 1)
+            assert "did not arrive in time" in answer.json()["err_msg"]
             assert answer.headers["connection"] == "close"
             assert await reader.read() == b""
 
