@@ -91,7 +91,7 @@ class UpstreamClient:
     async def _submit(self, account: Account, options: Options, image: Image, seconds: float) -> Submitted:
         user_key = self._user_key(account)
         if user_key is None:
-            return Submitted(outcome=SubmitOutcome.NOT_SENT)
+            return Submitted(outcome=SubmitOutcome.MISCONFIGURED)
         fields = {wire.USER_KEY: user_key, **wire.to_fields(options, self._catalogue)}
         # As a file it is sent in pieces, each with the whole write timeout; as bytes it would have that only once.
         file = (f"image.{image.media_type.rpartition('/')[2]}", BytesIO(image.data), image.media_type)

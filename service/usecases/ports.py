@@ -215,6 +215,8 @@ class SubmitOutcome(StrEnum):
     REJECTED = "rejected"
     EXHAUSTED = "exhausted"
     INVALID_ACCOUNT = "invalid-account"
+    MISCONFIGURED = "misconfigured"
+    """Nothing was sent, since the account's key can't be opened, which no waiting helps."""
     NOT_SENT = "not-sent"
     UNKNOWN = "unknown"
 

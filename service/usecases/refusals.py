@@ -65,7 +65,7 @@ def refusal(sent: Submitted, reservation: str) -> GatewayError:
         )
     if sent.outcome is SubmitOutcome.EXHAUSTED:
         return _exhausted(PROBE_INTERVAL / 1000)
-    if sent.outcome is SubmitOutcome.INVALID_ACCOUNT:
+    if sent.outcome in {SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED}:
         return misconfigured()
     if sent.outcome is SubmitOutcome.NOT_SENT:
         return UpstreamUnavailable(

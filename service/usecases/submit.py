@@ -52,11 +52,13 @@ LEASE_MARGIN = 60.0
 _CLOSES = {
     SubmitOutcome.EXHAUSTED: Status.EXHAUSTED,
     SubmitOutcome.INVALID_ACCOUNT: Status.INVALID,
+    SubmitOutcome.MISCONFIGURED: None,
     SubmitOutcome.NOT_SENT: None,
 }
 _SETTLES = {
     SubmitOutcome.ACCEPTED: ReservationState.ACCEPTED,
     SubmitOutcome.UNKNOWN: ReservationState.UNKNOWN,
+    SubmitOutcome.MISCONFIGURED: ReservationState.NOT_SENT,
     SubmitOutcome.NOT_SENT: ReservationState.NOT_SENT,
 }
 

@@ -225,11 +225,11 @@ async def test_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_key_that_can_not_be_opened() -> None:
-    """An account whose key was sealed by a secret key that is gone sends nothing."""
+    """An account whose key was sealed by a secret key that is gone sends nothing, and is told from one out of reach."""
     async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
         account = Account(1, "main", b"sealed by another")
         with capture_logs() as logs:
-            assert (await caller.submit(account=account)).outcome is NOT_SENT
+            assert (await caller.submit(account=account)).outcome is SubmitOutcome.MISCONFIGURED
             assert (await caller.check(account=account)).answered is Answered.NOTHING
     assert peer.connections == 0
     assert [each["log_level"] for each in logs] == ["error", "error"]
