@@ -46,6 +46,19 @@ class FakeClock:
         return self.at / 1000
 
 
+class Stopwatch(msgspec.Struct, frozen=True):
+    """How long something has lasted, in which only time between two moments that count in a row is counted."""
+
+    total: int = 0
+    since: int | None = None
+
+    def went_on(self, now: int, *, counts: bool) -> Stopwatch:
+        """What it shows now."""
+        if not counts:
+            return Stopwatch(self.total)
+        return Stopwatch(self.total + (0 if self.since is None else now - self.since), now)
+
+
 @dataclass
 class FakeLedger:
     """The ports Ledger and Tasks. `away` makes every call fail as when Redis does not answer."""
@@ -60,7 +73,7 @@ class FakeLedger:
     reservations: dict[str, Reservation] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     due: dict[str, int] = field(default_factory=dict)
-    silent: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    patience: dict[str, tuple[Stopwatch, Stopwatch]] = field(default_factory=dict)
 
     async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
         self._answer()
@@ -218,17 +231,16 @@ class FakeLedger:
             self.due.pop(name, None)
             return None
         answered, error = check.answered, check.error
-        silent, since = self.silent.get(name, (0, None))
-        if answered is Answered.SILENT:
-            silent += now - since if since else 0
-            self.silent[name] = (silent, now)
-            if silent >= self.spans.lost_after:
-                answered, error = Answered.FAILED, TaskError("task-lost", "")
-        elif answered is Answered.NOTHING:
-            self.silent[name] = (silent, None)
-        else:
-            self.silent.pop(name, None)
-        checked = task.checked if check.answered is Answered.NOTHING else now
+        silent, useless = self.patience.pop(name, (Stopwatch(), Stopwatch()))
+        if answered in {Answered.SILENT, Answered.UNUSABLE, Answered.NOTHING}:
+            silent = silent.went_on(now, counts=answered is Answered.SILENT)
+            useless = useless.went_on(now, counts=answered is not Answered.NOTHING)
+            self.patience[name] = (silent, useless)
+        if answered is Answered.SILENT and silent.total >= self.spans.lost_after:
+            answered, error = Answered.FAILED, TaskError("task-lost", "")
+        elif answered in {Answered.SILENT, Answered.UNUSABLE} and useless.total >= self.spans.unusable_after:
+            answered, error = Answered.FAILED, TaskError("result-unusable", "")
+        checked = task.checked if answered in {Answered.NOTHING, Answered.UNUSABLE} else now
         if answered in {Answered.SUCCEEDED, Answered.FAILED}:
             cost = self._end(name, due, check, succeeded=answered is Answered.SUCCEEDED)
             self.due.pop(name, None)

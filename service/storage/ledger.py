@@ -28,12 +28,17 @@ DAY = 86_400_000
 
 
 class Spans(Struct, frozen=True):
-    """How long things last, in milliseconds: a lease, the time to the first check, and how long things are kept."""
+    """How long things last, in milliseconds: a lease, the time to the first check, and how long things are kept.
+
+    A running task is given up once answers that do not know it add up to `lost_after`, or all that can't be used,
+    these included, to `unusable_after`.
+    """
 
     lease: int = 180_000
     check_after: int = 2_500
     claim: int = 30_000
     lost_after: int = 1_800_000
+    unusable_after: int = DAY
     keep_ended: int = 30 * DAY
 
     @property

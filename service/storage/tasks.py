@@ -19,6 +19,9 @@ from service.usecases.ports import Check, Due, Page
 _BATCH = 100
 _MOST_READ = 2_000
 _LOST = TaskError("task-lost", "The upstream no longer knows this task. It may have been charged.")
+_UNUSABLE = TaskError(
+    "result-unusable", "The upstream told nothing of this task that can be used. It may have been charged."
+)
 
 
 class RedisTasks:
@@ -101,9 +104,11 @@ class RedisTasks:
             "answered": check.answered,
             "artifacts": msgspec.json.encode(check.artifacts).decode(),
             "lost_error": msgspec.json.encode(_LOST).decode(),
+            "unusable_error": msgspec.json.encode(_UNUSABLE).decode(),
             "figures": packed_figures(check.figures),
             "check_after": self._spans.check_after,
             "lost_after": self._spans.lost_after,
+            "unusable_after": self._spans.unusable_after,
             "keep_reservation": self._spans.keep,
             "keep_running": self._spans.keep,
             "keep_ended": self._spans.keep_ended,

@@ -110,7 +110,7 @@ class Follow:
             while len(self._asked) > _REMEMBERED:
                 self._asked.popitem(last=False)
         check = await asyncio.shield(asked.answer)
-        if check.answered is Answered.NOTHING or (check.answered is Answered.SILENT and not book):
+        if check.answered in {Answered.NOTHING, Answered.UNUSABLE} or (check.answered is Answered.SILENT and not book):
             raise UpstreamUnavailable("This task can't be looked up just now. Try again.", retry_after=self._interval)
         if check.answered is Answered.SILENT:
             raise _not_found()

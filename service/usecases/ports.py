@@ -113,8 +113,10 @@ class Answered(StrEnum):
     FAILED = "failed"
     SILENT = "silent"
     """It was answered, but with nothing about the task: not found, or a null state."""
+    UNUSABLE = "unusable"
+    """It was answered, but with something that can't be used, as an end without its results."""
     NOTHING = "nothing"
-    """It was not answered in a way that can be used."""
+    """It was not answered, or not by the vendor."""
 
 
 class Check(Struct, frozen=True, kw_only=True):

@@ -58,6 +58,7 @@ checks = st.one_of(
     st.just(Check(answered=Answered.RUNNING)),
     st.just(Check(answered=Answered.SILENT)),
     st.just(Check(answered=Answered.NOTHING)),
+    st.builds(Check, answered=st.just(Answered.UNUSABLE), figures=figures),
     st.builds(
         Check,
         answered=st.just(Answered.SUCCEEDED),
@@ -79,7 +80,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self, url: str) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.spans = Spans(lost_after=90_000)
+        self.spans = Spans(lost_after=90_000, unusable_after=200_000)
         self.model = FakeLedger(clock=FakeClock(LATER), spans=self.spans)
         self.registry = FakeRegistry(self.model)
         self.keys = Keys("model")
@@ -154,9 +155,23 @@ class LedgerMachine(RuleBasedStateMachine):
             again = self.both(self.ledger.retarget(ask, left, closes), self.model.retarget(ask, left, closes))
             assert again == answer
 
-    @rule(reservation=reservations, outcome=outcomes, told=figures, closes=closings, lost=st.booleans())
+    @rule(
+        reservation=reservations,
+        outcome=outcomes,
+        told=figures,
+        closes=closings,
+        lost=st.booleans(),
+        late=st.booleans(),
+    )
     def settle(
-        self, reservation: str, outcome: ReservationState, told: Figures, closes: Status | None, *, lost: bool
+        self,
+        reservation: str,
+        outcome: ReservationState,
+        told: Figures,
+        closes: Status | None,
+        *,
+        lost: bool,
+        late: bool,
     ) -> None:
         known = self.model.reservations.get(reservation)
         if lost and known and known.state is not ReservationState.RESERVED:
@@ -176,6 +191,7 @@ class LedgerMachine(RuleBasedStateMachine):
             figures=told,
             closes=closes if outcome is ReservationState.REFUSED else None,
             draft=TaskDraft(f"task_{reservation}", msgspec.Raw(b"{}"), msgspec.Raw(b'{"a":"b"}')),
+            late=late,
         )
         self.both(self.ledger.settle(settlement), self.model.settle(settlement))
 
@@ -194,8 +210,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(due=claims, check=checks)
     def record(self, due: Due, check: Check) -> None:
         found, expected = self.run(self.tasks.record(due, check)), self.run(self.model.record(due, check))
-        if found and expected and found.error and found.error.code == "task-lost":
-            found = msgspec.structs.replace(found, error=expected.error)
+        if found and expected and found.error and found.error.code in {"task-lost", "result-unusable"}:
+            found = msgspec.structs.replace(found, error=TaskError(found.error.code, ""))
         assert plain(found) == plain(expected)
 
     @rule(most=st.integers(1, 3))

@@ -185,3 +185,36 @@ async def test_expiry_goes_on(gateway: Gateway) -> None:
     gateway.upstream.go.set()
     assert (await caller).task.reservation in gateway.ledger.tasks
     assert gateway.places == (1, 0, 1)
+
+
+async def checked(gateway: Gateway, *answers: Answered, every: int) -> None:
+    """Check the only task so many times, at such a distance of milliseconds."""
+    for answered in answers:
+        gateway.ledger.clock.at += every
+        gateway.upstream.next_checks.append(Check(answered=answered))
+        await gateway.watch.tick()
+        await gateway.watch.settled()
+
+
+@pytest.mark.parametrize("also", [Answered.UNUSABLE, Answered.SILENT])
+async def test_unusable_answers(gateway: Gateway, also: Answered) -> None:
+    """A task of which nothing usable is told ends after long enough and frees its place, even with silence between."""
+    (task,) = await due(gateway)
+    every = gateway.ledger.spans.unusable_after // 6
+    await checked(gateway, *[Answered.UNUSABLE, also] * 3, every=every)
+    assert states(gateway) == [State.QUEUED]
+    await checked(gateway, Answered.UNUSABLE, every=every)
+    ended = gateway.ledger.tasks[task.reservation]
+    assert (ended.state, ended.error and ended.error.code) == (State.FAILED, "result-unusable")
+    assert gateway.places == (1, 0, 0)
+
+
+@pytest.mark.parametrize("between", [Answered.RUNNING, Answered.NOTHING])
+async def test_answers_between_unusable_ones(gateway: Gateway, between: Answered) -> None:
+    """Neither time without an answer nor what was before a good one counts against a task."""
+    await due(gateway)
+    half = gateway.ledger.spans.unusable_after // 2
+    await checked(gateway, Answered.UNUSABLE, Answered.UNUSABLE, between, Answered.UNUSABLE, every=half)
+    assert not any(state.ended for state in states(gateway))
+    await checked(gateway, Answered.UNUSABLE, every=half)
+    assert states(gateway) == [State.RUNNING if between is Answered.RUNNING else State.FAILED]

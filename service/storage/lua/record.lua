@@ -1,29 +1,39 @@
 -- Writes what a check of a task said, and when to check again; an end is recorded once, with its receipt.
 -- KEYS     clock, tenant, reservation, account, task, watch
--- ARGV     MessagePack {reservation, account, claimed, answered, artifacts, error, lost_error, figures,
---          check_after, lost_after, keep_reservation, keep_running, keep_ended}
+-- ARGV     MessagePack {reservation, account, claimed, answered, artifacts, error, lost_error, unusable_error, figures,
+--          check_after, lost_after, unusable_after, keep_reservation, keep_running, keep_ended}
 -- RETURNS  {'recorded', now, the task's fields and values}, {'ended', now} if it had ended before, or {'gone', now}
 local ask = cmsgpack.unpack(ARGV[1])
 local now = clock(KEYS[1])
-local found = redis.call('HMGET', KEYS[5], 'state', 'silent', 'silent_at')
-local state, silent, silent_at = found[1], tonumber(found[2] or 0), tonumber(found[3])
+local found = redis.call('HMGET', KEYS[5], 'state', 'silent', 'silent_at', 'useless', 'useless_at')
+local state = found[1]
 if not state or state == 'succeeded' or state == 'failed' then
   redis.call('ZREM', KEYS[6], ask.reservation)
   return {state and 'ended' or 'gone', now}
 end
 
--- Answers that say nothing of the task end it once they add up to long enough; time without an answer does not count.
+-- Answers that tell nothing of the task end it once they add up to long enough; time without an answer does not count.
+-- All of them are useless, and those that are silent add up by themselves too, to what is much shorter.
 local answered, failure = ask.answered, ask.error
-if answered == 'silent' then
-  silent = silent + (silent_at and now - silent_at or 0)
-  redis.call('HSET', KEYS[5], 'silent', silent, 'silent_at', now, 'checked', now)
-  if silent >= ask.lost_after then
+if answered == 'silent' or answered == 'unusable' then
+  local useless = tonumber(found[4] or 0) + (found[5] and now - tonumber(found[5]) or 0)
+  local silent = tonumber(found[2] or 0)
+  if answered == 'silent' then
+    silent = silent + (found[3] and now - tonumber(found[3]) or 0)
+    redis.call('HSET', KEYS[5], 'silent', silent, 'silent_at', now, 'checked', now)
+  else
+    redis.call('HDEL', KEYS[5], 'silent_at')
+  end
+  redis.call('HSET', KEYS[5], 'useless', useless, 'useless_at', now)
+  if answered == 'silent' and silent >= ask.lost_after then
     answered, failure = 'failed', ask.lost_error
+  elseif useless >= ask.unusable_after then
+    answered, failure = 'failed', ask.unusable_error
   end
 elseif answered == 'nothing' then
-  redis.call('HDEL', KEYS[5], 'silent_at')
-elseif silent_at then
-  redis.call('HDEL', KEYS[5], 'silent', 'silent_at')
+  redis.call('HDEL', KEYS[5], 'silent_at', 'useless_at')
+elseif found[4] then
+  redis.call('HDEL', KEYS[5], 'silent', 'silent_at', 'useless', 'useless_at')
 end
 
 if answered == 'succeeded' or answered == 'failed' then
