@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from service.clients.words import is_unknown_task, plain, public, refusal
 from service.domain.balance import Figures
 from service.domain.task import Artifact, ArtifactName, Catalogue, Kind, Options, TaskError
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
@@ -51,17 +52,10 @@ _RESULTS: Mapping[str, ArtifactName] = {
     "grid_url": ArtifactName.GRID,
 }
 
-_UNKNOWN_ACCOUNT = "账户不存在"
-_NOTHING_LEFT = ("次数不足", "余额不足")
-_REJECTED = re.compile(r"任务提交失败\s*[:：]?\s*")
-_UNKNOWN_TASK = "任务未找到或状态未知"
-
-_LONGEST_TEXT = 500
 _LONGEST_ID = 256
 _LONGEST_URL = 2_048
 _LARGEST_FIGURE = 2**53
 _NUMBER = re.compile(r"\d{1,20}(\.\d{1,20})?", re.ASCII)
-_ADDRESS = re.compile(r"https?://\S+", re.IGNORECASE)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -93,31 +87,35 @@ def read_submit(body: bytes) -> Submitted:
     """What the answer to a submit amounts to.
 
     `err_code` and the rest may contradict each other. A task id is believed unless an error was declared, since it is
-    all that is left of a task that was paid for. A declared error is believed unless a task id stands beside it. What
-    remains may have been accepted: unknown.
+    all that is left of a task that was paid for. A declared error is believed, and costs nothing, unless a task id
+    stands beside it: then the task may have been accepted, whatever the message says. So may what remains: unknown.
     """
     answer = _object(body)
     said = _said(answer.get("err_code"))
     upstream_id = _identifier(answer.get("task_id"))
-    message = _text(answer.get("err_msg"))
-    if said is not _Said.ERROR and upstream_id:
+    message = plain(answer.get("err_msg"))
+    if upstream_id and said is _Said.ERROR:
+        return Submitted(outcome=SubmitOutcome.UNKNOWN)
+    if upstream_id:
         return Submitted(outcome=SubmitOutcome.ACCEPTED, upstream_id=upstream_id, figures=_figures(answer))
     if message and said is not _Said.SUCCESS:
-        return _refusal(message)
-    if said is _Said.ERROR and not upstream_id:
+        return refusal(message)
+    if said is _Said.ERROR:
         return Submitted(outcome=SubmitOutcome.REJECTED)
     return Submitted(outcome=SubmitOutcome.UNKNOWN)
 
 
 def read_check(body: bytes) -> Check:
-    """What the answer to a check amounts to."""
+    """What the answer to a check amounts to. One that holds no JSON object is not the vendor's, and so is none."""
     answer = _object(body)
     said = _said(answer.get("err_code"))
-    message = _text(answer.get("err_msg"))
-    if said is _Said.ERROR or (said is _Said.NOTHING and message):
-        return Check(answered=Answered.SILENT if message.startswith(_UNKNOWN_TASK) else Answered.NOTHING)
-    if said is _Said.NOTHING and "status" not in answer:
+    message = plain(answer.get("err_msg"))
+    if not answer:
         return Check(answered=Answered.NOTHING)
+    if said is _Said.ERROR or (said is _Said.NOTHING and message):
+        return Check(answered=Answered.SILENT if is_unknown_task(message) else Answered.UNUSABLE)
+    if said is _Said.NOTHING and "status" not in answer:
+        return Check(answered=Answered.UNUSABLE)
     return _told(answer, message)
 
 
@@ -130,33 +128,24 @@ def _told(answer: Mapping[str, Any], message: str) -> Check:
         case "completed":
             return _completed(answer, figures)
         case "failed":
-            return Check(answered=Answered.FAILED, error=TaskError("task-failed", _failure(message)), figures=figures)
+            error = TaskError("task-failed", _failure(public(message)))
+            return Check(answered=Answered.FAILED, error=error, figures=figures)
         case str():
             return Check(answered=Answered.RUNNING, figures=figures)
         case _:
-            return Check(answered=Answered.NOTHING)
+            return Check(answered=Answered.UNUSABLE, figures=figures)
 
 
 def _completed(answer: Mapping[str, Any], figures: Figures) -> Check:
     """A finished task; but one whose results can't be had is not taken for finished, since an end is never undone."""
     found = tuple(Artifact(name, url) for field, name in _RESULTS.items() if (url := _url(answer.get(field))))
     if not found:
-        return Check(answered=Answered.NOTHING)
+        return Check(answered=Answered.UNUSABLE, figures=figures)
     return Check(answered=Answered.SUCCEEDED, artifacts=found, figures=figures)
 
 
-def _failure(message: str) -> str:
-    return f"The upstream could not carry out this task: {message}" if message else "The upstream gave no reason."
-
-
-def _refusal(message: str) -> Submitted:
-    """A refusal by its message. One about the balance is nothing to tell a tenant, even as a reason within another."""
-    reason = _REJECTED.sub("", message, count=1) or message
-    if reason.startswith(_UNKNOWN_ACCOUNT):
-        return Submitted(outcome=SubmitOutcome.INVALID_ACCOUNT)
-    if any(word in reason for word in _NOTHING_LEFT):
-        return Submitted(outcome=SubmitOutcome.EXHAUSTED)
-    return Submitted(outcome=SubmitOutcome.REJECTED, reason=reason)
+def _failure(reason: str) -> str:
+    return f"The upstream could not carry out this task: {reason}" if reason else "The upstream gave no reason."
 
 
 def _object(body: bytes) -> Mapping[str, Any]:
@@ -204,14 +193,6 @@ def _identifier(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > _LONGEST_ID:
         return ""
     return value
-
-
-def _text(value: object) -> str:
-    """A message fit to be shown: one line of bounded length, without control characters and addresses."""
-    if not isinstance(value, str):
-        return ""
-    plain = "".join(character if character.isprintable() else " " for character in value[: 4 * _LONGEST_TEXT])
-    return " ".join(_ADDRESS.sub("…", plain).split())[:_LONGEST_TEXT]
 
 
 def _url(value: object) -> str:

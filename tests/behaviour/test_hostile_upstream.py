@@ -73,6 +73,14 @@ ODD_ANSWERS: dict[str, tuple[bytes, tuple[int, str | None]]] = {
     "an empty id": (b'{"err_code": 0, "task_id": ""}', UNKNOWN),
     "an id of 100,000 characters": (json.dumps({"err_code": 0, "task_id": "t" * 60_000}).encode(), UNKNOWN),
     "error and id": (b'{"err_code": 1, "task_id": "t"}', UNKNOWN),
+    "no uses left, and an id": (
+        json.dumps({"err_code": 1, "task_id": "t", "err_msg": "账户剩余次数不足"}).encode(),
+        UNKNOWN,
+    ),
+    "a rejection, and an id": (
+        json.dumps({"err_code": 1, "task_id": "t", "err_msg": "任务提交失败:图片太小"}).encode(),
+        UNKNOWN,
+    ),
     "an error code nobody knows": (b'{"err_code": 7, "err_msg": "?"}', REJECTED),
     "a message that is an object": (b'{"err_code": 1, "err_msg": {"a": 1}}', REJECTED),
     "a message with our secrets": (
@@ -182,6 +190,20 @@ async def test_faulty_answer_to_a_check(hostile: House) -> None:
         assert (answer.status_code, answer.json()["state"]) == (200, "queued"), (name, answer.text)
         assert answer.json()["artifacts"] == []
         assert (await hostile.finished(task["id"]))["state"] == "succeeded", name
+    assert (await counts(hostile))[1:] == (0, 0)
+
+
+async def test_never_usable(hostile: House) -> None:
+    """A task that ends without results at the upstream does not hold its place for ever: it ends as failed."""
+    task = (await hostile.submit()).json()
+    assert isinstance(hostile.upstream, SandboxControl)
+    fault = Fault(on="check", wrong={"images_url": "missing"})
+    await hostile.upstream._control.set_dials(Dials(faults=(fault,)))
+    await hostile.watch()
+    await hostile.advance(86_400)
+    assert (await hostile.call("GET", task["links"]["self"])).json()["state"] == "queued"
+    ended = await hostile.finished(task["id"])
+    assert (ended["state"], ended["error"]["code"]) == ("failed", "result-unusable")
     assert (await counts(hostile))[1:] == (0, 0)
 
 

@@ -134,9 +134,11 @@ def test_message_without_a_code() -> None:
     assert submit(err_code="?", err_msg="任务提交失败:坏") == Submitted(outcome=REJECTED, reason="坏")
 
 
-def test_contradiction() -> None:
-    """An error without a message, beside a task id, may have been charged."""
-    assert submit(err_code=1, task_id="t-1").outcome is UNKNOWN
+@pytest.mark.parametrize("message", [None, "账户剩余次数不足", "账户不存在", "任务提交失败:图片损坏", "?"])
+@pytest.mark.parametrize("code", [1, "1", True, -1])
+def test_contradiction(code: object, message: object) -> None:
+    """An error beside a task id may have been charged, whatever its message says."""
+    assert submit(err_code=code, task_id="t-1", err_msg=message) == Submitted(outcome=UNKNOWN)
 
 
 def test_byte_order_mark() -> None:

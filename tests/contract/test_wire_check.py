@@ -111,7 +111,9 @@ def test_result_addresses(value: object, url: str) -> None:
 )
 def test_finished_without_results(url: object) -> None:
     """A finished task whose results can't be had is not taken for finished yet, since an end is never undone."""
-    assert check(err_code=0, status="Completed", images_url=url, remaining_count=1).answered is Answered.NOTHING
+    assert check(err_code=0, status="Completed", images_url=url, remaining_count=1) == Check(
+        answered=Answered.UNUSABLE, figures=Figures(1)
+    )
 
 
 def test_failed() -> None:
@@ -134,6 +136,7 @@ def test_silence() -> None:
     for answer in ({"err_code": 0}, {"err_code": 0, "status": None}, {"status": ""}, {"err_code": 0, "status": " "}):
         assert check(**answer) == Check(answered=Answered.SILENT)
     assert check(err_code=1, err_msg="任务未找到或状态未知") == Check(answered=Answered.SILENT)
+    assert check(err_code=1, err_msg="错误:任务未找到或状态未知") == Check(answered=Answered.SILENT)
     assert check(err_code="1", err_msg=" 任务未找到或状态未知！") == Check(answered=Answered.SILENT)
 
 
@@ -151,8 +154,8 @@ def test_silence() -> None:
     ],
 )
 def test_unusable_checks(answer: dict[str, Any]) -> None:
-    """An error, or a state that is none, is no answer about the task."""
-    assert check(**answer) == Check(answered=Answered.NOTHING)
+    """An error, or a state that is none, was answered but can't be used."""
+    assert check(**answer) == Check(answered=Answered.UNUSABLE)
 
 
 @given(answers)
@@ -177,4 +180,4 @@ def test_any_answer(answer: Any) -> None:
 def test_any_bytes(body: bytes) -> None:
     """Any bytes are read without an error, and are no success."""
     assert read_submit(body).outcome is not SubmitOutcome.ACCEPTED
-    assert read_check(body).answered in {Answered.NOTHING, Answered.SILENT, Answered.RUNNING}
+    assert read_check(body).answered not in {Answered.SUCCEEDED, Answered.FAILED}

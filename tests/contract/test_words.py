@@ -1,0 +1,100 @@
+"""The vendor's messages: which of them close an account, and what of them a tenant reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from service.clients.wire import read_check, read_submit
+from service.usecases.ports import SubmitOutcome, Submitted
+
+REJECTED, EXHAUSTED, INVALID = SubmitOutcome.REJECTED, SubmitOutcome.EXHAUSTED, SubmitOutcome.INVALID_ACCOUNT
+
+PRIVATE = [
+    "账户剩余次数不足",
+    "错误:账户不存在",
+    "账户不存在的图片",
+    "处理失败:账户余额仅剩3元",
+    "重试次数不足",
+    "insufficient balance",
+    "Account main is not known",
+    "bad user_key",
+    "HTTPConnectionPool(host='10.1.2.3', port=8188): Max retries exceeded … Traceback (most recent call last)",
+    "Traceback (most recent call last): File x",
+    "host=worker",
+    "no answer on port 8188",
+    "KeyError: 'steps'",
+    "RuntimeException",
+    "[Errno 111] refused",
+    "<class Foo>",
+    "10.1.2.3",
+    "[::1]:8188",
+    "requests.exceptions.ConnectionError: refused by worker",
+    "/data/x.png",
+]
+"""Messages about the paying account, or of which nothing is left without a program's insides."""
+
+PARTS = {
+    "图片损坏10.1.2.3处理": "图片损坏…处理",
+    "at 10.1.2.3:8188.": "at ….",
+    "at fe80::1:2%eth0 now": "at … now",
+    "at ::ffff:10.1.2.3": "at …",
+    "at 2001:db8::8a2e:370:7334, twice": "at …, twice",
+    "at worker-3:8188": "at …",
+    "at localhost:80 now": "at … now",
+    "at gpu.internal.example now": "at … now",
+    "can't open /data/models/x.ckpt now": "can't open … now",
+    r"can't open C:\models\x now": "can't open … now",
+    "can't open ~/models": "can't open …",
+    "打开../models/a失败": "打开…失败",
+    "see models/sd/x.ckpt": "see …",
+    "from ftp://x/y and REDIS://z": "from … and …",
+    "支持 JPEG/PNG/WEBP,1.5 MB": "支持 JPEG/PNG/WEBP,1.5 MB",
+    "图片/视频 损坏": "图片/视频 损坏",
+    "错误:图片损坏": "图片损坏",
+    "参数steps超出范围(20-40)": "参数steps超出范围(20-40)",
+    "a ratio of 3:2": "a ratio of 3:2",
+}
+"""Messages, and what a tenant reads of them."""
+
+
+def refused(message: str) -> Submitted:
+    return read_submit(json.dumps({"err_code": 1, "err_msg": message}).encode())
+
+
+def failed(message: str) -> str:
+    check = read_check(json.dumps({"err_code": 0, "status": "Failed", "err_msg": message}).encode())
+    assert check.error
+    return check.error.detail
+
+
+@pytest.mark.parametrize("message", PRIVATE)
+def test_private(message: str) -> None:
+    """Nothing of such a message reaches a tenant, neither in a refusal nor in a failed task."""
+    assert refused(message).reason == ""
+    assert failed(message) == "The upstream gave no reason."
+
+
+@pytest.mark.parametrize(("message", "shown"), PARTS.items())
+def test_places(message: str, shown: str) -> None:
+    """Addresses, hosts and paths are taken out of a message, and the rest of it is told."""
+    assert refused(message) == Submitted(outcome=REJECTED, reason=shown)
+    assert failed(message) == f"The upstream could not carry out this task: {shown}"
+
+
+@pytest.mark.parametrize("prefix", ["", "错误:", "任务提交失败：", "任务提交失败: 错误:", "Error: "])
+@pytest.mark.parametrize("end", ["", "。", ",请联系客服"])
+@pytest.mark.parametrize(
+    ("words", "outcome"),
+    [("账户不存在", INVALID), ("账号不存在", INVALID), ("账户剩余次数不足", EXHAUSTED), ("余额不足", EXHAUSTED)],
+)
+def test_closing(prefix: str, words: str, end: str, outcome: SubmitOutcome) -> None:
+    """A message that says no more than that the account can't be used closes it."""
+    assert refused(prefix + words + end) == Submitted(outcome=outcome)
+
+
+@pytest.mark.parametrize("message", ["账户不存在的图片", "图片所属账户不存在", "重试次数不足", "采样次数不足,参数错误"])
+def test_not_closing(message: str) -> None:
+    """A sentence that has such words in it closes no account."""
+    assert refused(message).outcome is REJECTED
