@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _ENGLISH: Mapping[str, str] = {
-    "账户不存在": "The account is not known.",
-    "次数不足": "The account can't pay.",
-    "余额不足": "The account can't pay.",
     "缺少参数": "A parameter is missing.",
     "参数": "A parameter has a value that is not taken.",
     "格式": "The format of the image is not taken.",
