@@ -148,7 +148,7 @@ class Settings:
     ]
     max_image_bytes: Annotated[int, Variable(text.size, "32 MiB", "The largest image that is taken.")]
     max_image_pixels: Annotated[
-        int, Variable(text.whole(1, 1_000_000_000), "50000000", "The most pixels an image may have.")
+        int, Variable(text.whole(1, 1_000_000_000), "25000000", "The most pixels an image may have.")
     ]
     poll_seconds: Annotated[
         float, Variable(text.decimal(0.05, 60), "2.5", "How long at least between two checks of one task.")

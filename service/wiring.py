@@ -170,7 +170,6 @@ def furnished(
             task_ids=task_ids,
             clock=ports.clock,
             interval=settings.poll_seconds,
-            kept_seconds=settings.task_retention_days * DAY / 1000,
         ),
         quota=Quota(ledger=ports.ledger, registry=ports.registry),
         operators=Operators(

@@ -127,6 +127,8 @@ class FakeLedger:
             quota.adopt(tenant, self._account(settlement.account), known, now)
             if settlement.outcome is ReservationState.UNKNOWN:
                 return True
+        if settlement.late and known.state is ReservationState.RESERVED and known.lease > now:
+            return False
         account = self._candidate(known.account)
         if not quota.settle(tenant, account, known, settlement.outcome, settlement.figures, settlement.closes, now):
             return False
@@ -188,7 +190,8 @@ class FakeLedger:
     async def reopen(self, account: int) -> None:
         self._answer()
         state = self._account(account)
-        state.status, state.probe_at, state.closed, state.count, state.money = Status.OPEN, 0, 0, None, None
+        state.status, state.probe_at, state.count, state.money = Status.OPEN, 0, None, None
+        state.closed, state.reopened = 0, self.clock.at
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         self._answer()

@@ -62,6 +62,6 @@ def metrics_route(metrics: Metrics) -> HTTPRouteHandler:
     @get("/metrics", operation_id="metrics", summary="Metrics for Prometheus", include_in_schema=False)
     async def scrape() -> Response[bytes]:
         body, media_type = metrics.render()
-        return Response(body, media_type=media_type)
+        return Response(body, media_type=media_type.partition("; charset")[0])
 
     return scrape

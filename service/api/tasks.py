@@ -72,6 +72,8 @@ def routes(
         )
         async def handler(request: Request[Any, Any, Any], tenant: NamedDependency[Tenant]) -> Response[TaskView]:
             submit.admit(tenant, kind)
+            if request.query_params:
+                raise InvalidOptions([FieldError(name, "goes into the form") for name in request.query_params])
             async with uploads.receive(request.scope, request.receive, part=PART) as upload:
                 metadata, fields = _metadata(upload.fields)
                 options = parse_options(kind, fields, catalogue)

@@ -89,9 +89,15 @@ def demo(folder: Path, url: str | None, token: str | None) -> None:
     from service.demo import DemoOptions, run_demo
 
     settings = load_settings()
+    token = token or known_demo_token(settings.data_dir)
+    if token is None:
+        click.echo(
+            f"gateway: no demo token is in {settings.data_dir}: start the gateway there, or give --token", err=True
+        )
+        sys.exit(1)
     options = DemoOptions(
         base_url=url or f"http://{settings.host}:{settings.port}",
-        token=token or known_demo_token(settings.data_dir) or "",
+        token=token,
         folder=folder,
         output=sys.stdout,
         interactive=sys.stdout.isatty(),

@@ -152,7 +152,7 @@ def _server(app: Edge, drain_seconds: int) -> uvicorn.Server:
 
 async def _introduce(services: Services, settings: Settings, url: str) -> None:
     """Make the demo account and tenant, and print how to use them; where the store is away, once it is there."""
-    hint = ""
+    hint = "No account was made: give GATEWAY_UPSTREAM_USER_KEY, or use `gateway account set`.\n\n"
     if settings.upstream_user_key:
         token = await _demo_token(services, settings.data_dir, settings.upstream_user_key)
         image = shlex.quote(f"image=@{resources.files('service.demo') / 'pictures' / 'photo.jpg'}")

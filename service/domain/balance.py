@@ -57,12 +57,16 @@ class AccountState(Struct):
 
     `open` counts submissions that were reserved and have not ended, `sending` those not yet settled. `seq` numbers the
     reservations, so that a receipt can tell whether anything else happened on the account in the meantime. `closed` is
-    when the request was sent whose refusal closed the account.
+    when the request was sent whose refusal closed the account, `reopened` when an operator had it looked at again: what
+    was sent before says nothing any more. `charged_late` says that a submit was seen to leave the balance as it was, so
+    that accepted tasks are not in the figures before they end.
     """
 
     status: Status = Status.OPEN
     probe_at: int = 0
     closed: int = 0
+    reopened: int = 0
+    charged_late: bool = False
     count: Figure | None = None
     money: Figure | None = None
     open: int = 0
@@ -108,7 +112,7 @@ def standing(state: AccountState, policy: AccountPolicy, purse: Purse, kind: Kin
         known = state.count
         pays = state.open == 0 if known is None else known.value - state.open > policy.floor_count
     else:
-        pays = _can_pay(state, policy, kind, state.sending)
+        pays = _can_pay(state, policy, kind, state.open if state.charged_late else state.sending)
     return (Standing.PAYS, now) if pays else (Standing.EXHAUSTED, now + ONE_AT_A_TIME)
 
 
@@ -123,6 +127,8 @@ def observe(
     state: AccountState, policy: AccountPolicy, figures: Figures, source: Source, sent: int, received: int
 ) -> None:
     """Take in what an answer told. A rise reopens an exhausted account, reaching the floors closes it."""
+    if sent < state.reopened:
+        return
     rose_count, state.count = _observed(state.count, figures.count, source, sent, received)
     rose_money, state.money = _observed(state.money, figures.money, source, sent, received)
     if state.status is Status.EXHAUSTED and (rose_count or rose_money):
@@ -137,7 +143,7 @@ def refuse(state: AccountState, status: Status, sent: int, received: int) -> Non
     An answer whose request was sent before the known figures were asked for is too old to close anything.
     """
     newest = max((figure.sent for figure in (state.count, state.money) if figure), default=0)
-    if sent >= newest:
+    if sent >= max(newest, state.reopened):
         state.status, state.probe_at, state.closed = status, received + PROBE_INTERVAL, sent
 
 
@@ -147,19 +153,35 @@ def accept(state: AccountState, sent: int) -> None:
         state.status = Status.OPEN
 
 
+def learn(state: AccountState, before: Before | None, after: Figures, *, alone: bool) -> None:
+    """See from a submit that had the account to itself whether it is charged at once or at the task's end."""
+    if alone and before and after.count is not None and after.money is not None:
+        if (before.count, before.money) == (after.count, after.money):
+            state.charged_late = True
+        elif _is_price(before.count - after.count, before.money - after.money):
+            state.charged_late = False
+
+
 def receipt(
-    state: AccountState, kind: Kind, before: Before | None, after: Figures, *, alone: bool, succeeded: bool
+    state: AccountState,
+    policy: AccountPolicy,
+    kind: Kind,
+    before: Before | None,
+    after: Figures,
+    *,
+    alone: bool,
+    succeeded: bool,
 ) -> Cost:
     """What an ended task cost, remembering the price if it was observed.
 
     `before` is the balance known when it was reserved, `after` the newest figures told about it. They are a
     receipt only if nothing else of the account was open in between (`alone`), and if the drop is one that a task
-    can cause. Where prepaid uses are left, a task took one of them, since they are spent before money; else the last
-    price of its kind is taken.
+    can cause, not above what the operator calls the highest price. Where prepaid uses are left, a task took one of
+    them, since they are spent before money; else the last price of its kind is taken, or the operator's highest.
     """
     if alone and before and after.count is not None and after.money is not None:
         count, money = before.count - after.count, before.money - after.money
-        if (count, money) == (1, 0) or (count == 0 and money >= 0):
+        if _is_price(count, money) and money <= policy.max_price.get(kind, money):
             if count or money:
                 state.prices[kind] = Price(count, money)
                 state.highest[kind] = max(state.highest.get(kind, 0), money)
@@ -169,6 +191,8 @@ def receipt(
         return Cost(1, 0, Basis.ESTIMATED)
     if kind in state.prices:
         return Cost(state.prices[kind].count, state.prices[kind].money, Basis.ESTIMATED)
+    if after.count == 0 and kind in policy.max_price:
+        return Cost(0, policy.max_price[kind], Basis.ESTIMATED)
     return Cost(0, 0, Basis.UNKNOWN)
 
 
@@ -185,17 +209,25 @@ def _observed(
     return False, known
 
 
+def _is_price(count: int, money: int) -> bool:
+    """Whether a drop of the balance is one that a single task can cause: one use, or money, or nothing."""
+    return (count, money) == (1, 0) or (count == 0 and money >= 0)
+
+
 def _can_pay(state: AccountState, policy: AccountPolicy, kind: Kind | None, submissions: int) -> bool:
-    """Whether the known figures, less submissions that are not in them yet, stay above the floors."""
+    """Whether the known figures, less submissions that are not in them yet, stay above the floors.
+
+    Uses are spent before money, so that money is of no help while uses are left that shall stay.
+    """
     if state.count is None:
         return True
-    beyond_count = submissions - max(state.count.value - policy.floor_count, 0)
-    if beyond_count < 0:
-        return True
+    left = state.count.value - submissions
+    if left > 0:
+        return left > policy.floor_count
     if state.money is None:
         return True
     price = state.highest.get(kind, 0) if kind else 0
-    return state.money.value - beyond_count * price > policy.floor_money
+    return state.money.value + left * price > policy.floor_money
 
 
 def _may_probe(state: AccountState, policy: AccountPolicy, purse: Purse) -> bool:

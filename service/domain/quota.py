@@ -143,6 +143,8 @@ def settle(
         account.state.open += 1
         reservation.after = figures
         balance.accept(account.state, reservation.sent)
+        alone = reservation.alone and account.state.seq == reservation.seq
+        balance.learn(account.state, reservation.before, figures, alone=alone)
     elif outcome is ReservationState.UNKNOWN:
         _book(tenant, reservation, tasks=1)
         _book_money(tenant, reservation, used=1)
@@ -172,6 +174,7 @@ def end(
     alone = reservation.alone and account.state.seq == reservation.seq
     cost = balance.receipt(
         account.state,
+        account.policy,
         reservation.kind,
         reservation.before,
         told or Figures(),
@@ -226,14 +229,20 @@ def _violation(window: Window, counted: str, limit: int, now: int) -> Violation:
 
 
 def _aim(tenant: TenantState, account: Candidate, reservation: Reservation, holds: dict[Window, int], now: int) -> None:
-    """Point a reservation at an account, whose figures it remembers for its receipt."""
+    """Point a reservation at an account, whose figures it remembers for its receipt.
+
+    A probe remembers none: if it is taken, somebody has topped the account up since.
+    """
     state = account.state
-    if state.status is Status.EXHAUSTED:
+    probes = state.status is Status.EXHAUSTED
+    if probes:
         state.probe_at = now + balance.PROBE_INTERVAL
     state.seq += 1
     reservation.account, reservation.sent, reservation.seq = account.id, now, state.seq
     reservation.alone = state.open == 0
-    reservation.before = Before(state.count.value, state.money.value) if state.count and state.money else None
+    reservation.before = None
+    if state.count and state.money and not probes:
+        reservation.before = Before(state.count.value, state.money.value)
     reservation.holds = holds
     state.open += 1
     state.sending += 1

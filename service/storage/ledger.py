@@ -107,6 +107,7 @@ class RedisLedger:
             "outcome": settlement.outcome,
             "figures": packed_figures(settlement.figures),
             "keep": self._spans.keep,
+            "late": settlement.late,
         }
         if settlement.draft:
             ask["draft"] = {
@@ -181,7 +182,7 @@ class RedisLedger:
 
     async def reopen(self, account: int) -> None:
         """Let the next submission find out whether the account can pay."""
-        await self._scripts.call("reopen", [self._keys.account(account)], {"account": account})
+        await self._scripts.call("reopen", [self._keys.clock, self._keys.account(account)], {"account": account})
 
 
 def _verdict(answer: list[Any]) -> Verdict:

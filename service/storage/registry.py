@@ -112,30 +112,33 @@ class LiveRegistry:
     async def refresh(self) -> None:
         """Take over the newest version. Raises LedgerUnavailable."""
         if self.ready:
-            stored = await self._store.version()
-            if stored == self.current.version:
+            held, version = self.current, await self._store.version()
+            if version == held.version:
                 return
-            if stored < self.current.version:
-                await self._restore(stored)
+            if version < held.version:
+                await self._restore(held)
         self.current = await self._store.load()
         self.ready = True
 
-    async def _restore(self, stored: int) -> None:
-        """Give back what the store has lost, so that tokens stay valid and limits in force.
+    async def _restore(self, held: Registry) -> None:
+        """Give back what the store has lost: tokens stay valid, limits in force, and what was revoked stays revoked.
 
         Only a loss makes versions go back; of several processes that notice it, the first one does this.
         """
-        held = self.current
+        stored = await self._store.load()
         change = RegistryChange(
-            version=stored,
+            version=stored.version,
             next_id=held.next_id,
             later_than=held.version,
             tenants=tuple(held.tenants.values()),
             accounts=tuple(held.accounts.values()),
             tokens=tuple(held.tokens.values()),
+            drop_tenants=tuple(each for name, each in stored.tenants.items() if name not in held.tenants),
+            drop_accounts=tuple(each for name, each in stored.accounts.items() if name not in held.accounts),
+            drop_tokens=tuple(each for name, each in stored.tokens.items() if name not in held.tokens),
         )
         restored = await self._store.write(change)
-        _log.error("registry.lost", stored=stored, held=held.version, restored=restored)
+        _log.error("registry.lost", stored=stored.version, held=held.version, restored=restored)
 
     async def follow(self) -> None:
         """Keep up with announced changes for ever, through any loss of the connection."""

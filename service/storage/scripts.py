@@ -41,7 +41,7 @@ class Scripts:
                 await self._load(name)
                 return await self._run(name, keys, values)
         except (RedisError, OSError) as error:
-            if type(error) is ResponseError and "user_script" in str(error):
+            if type(error) is ResponseError and str(error).startswith("user_script"):
                 raise  # a fault of ours, not Redis being away
             raise unavailable() from error
 

@@ -11,12 +11,12 @@ NAME = "demo"
 
 
 async def demo_token(operators: Operators, registry: RegistryView, user_key: str, known: str | None) -> str:
-    """Make the account and the tenant `demo` if they are missing; a token that works, the `known` one if it does.
+    """Make the tenant `demo` and its account, with this key; a token that works, the `known` one if it does.
 
     Raises LedgerUnavailable.
     """
     await registry.refresh()
-    if NAME not in registry.current.accounts:
+    if not operators.has_key(NAME, user_key):
         await operators.put_account(NAME, user_key, None, AccountPolicy())
     if NAME not in registry.current.tenants:
         await operators.put_tenant(Tenant(id=0, name=NAME, accounts=(NAME,)))

@@ -35,6 +35,8 @@ from service.usecases.ports import (
 _log = structlog.get_logger(__name__)
 
 _REMEMBERED = 10_000
+BOOKED_WITHIN_SECONDS = 30 * 86_400
+"""A lost task is booked for so long after its creation: whatever the settings say, its reservation is kept longer."""
 _EMPTY = msgspec.Raw(b"{}")
 
 
@@ -65,7 +67,6 @@ class Follow:
         task_ids: TaskIds,
         clock: Clock,
         interval: float,
-        kept_seconds: float,
     ) -> None:
         self._tasks = tasks
         self._ledger = ledger
@@ -74,7 +75,6 @@ class Follow:
         self._task_ids = task_ids
         self._clock = clock
         self._interval = interval
-        self._kept_seconds = kept_seconds
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
 
     async def read(self, tenant: Tenant, task_id: str) -> Seen:
@@ -107,6 +107,7 @@ class Follow:
         if asked is None or (asked.answer.done() and time.monotonic() - asked.at >= self._interval):
             asked = _Asked(time.monotonic(), asyncio.ensure_future(self._ask(reference)))
             self._asked[reference.reservation] = asked
+            self._asked.move_to_end(reference.reservation)
             while len(self._asked) > _REMEMBERED:
                 self._asked.popitem(last=False)
         check = await asyncio.shield(asked.answer)
@@ -129,7 +130,7 @@ class Follow:
 
         Not one that is as old as what the ledger forgets by itself, which would be booked twice.
         """
-        if self._clock.now() - reference.created / 1000 >= self._kept_seconds:
+        if self._clock.now() - reference.created / 1000 >= BOOKED_WITHIN_SECONDS:
             return
         settlement = Settlement(
             reservation=reference.reservation,
@@ -139,6 +140,7 @@ class Follow:
             created=reference.created,
             outcome=ReservationState.ACCEPTED,
             draft=TaskDraft(task_id, _EMPTY, _EMPTY),
+            late=True,
         )
         try:
             booked = await self._ledger.settle(settlement)

@@ -60,6 +60,8 @@ class Settlement(Struct, frozen=True, kw_only=True):
     figures: Figures = Figures()
     closes: Status | None = None
     draft: TaskDraft | None = None
+    late: bool = False
+    """Found out by somebody else than the sender, whose own settlement goes first while its lease runs."""
 
 
 class Snapshot(Struct, frozen=True):

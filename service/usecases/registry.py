@@ -18,7 +18,7 @@ import structlog
 from msgspec import Struct
 
 from service.domain import tenancy
-from service.domain.balance import AccountState
+from service.domain.balance import AccountState, Status
 from service.domain.errors import Conflict, FieldError, InvalidOptions, LedgerUnavailable, NotFound, Overloaded
 from service.domain.registry import Registry
 from service.domain.taskid import Sealer
@@ -76,9 +76,15 @@ class Operators:
 
         about = {"base_url": base_url, "policy": msgspec.to_builtins(policy), "key_given": user_key is not None}
         account, reopens = await self._change("account.put", change, account=name, **about)
-        if reopens:
+        closed = (await self._ledger.accounts([account.id]))[account.id].status is not Status.OPEN
+        if reopens or (user_key is not None and closed):
             await self._ledger.reopen(account.id)
         return account
+
+    def has_key(self, name: str, user_key: str) -> bool:
+        """Whether there is an account of this name with this key."""
+        account = self._registry.current.accounts.get(name)
+        return account is not None and account.user_key == self._user_keys.seal(user_key.encode())
 
     async def put_tenant(self, tenant: Tenant) -> Tenant:
         """Make or replace a tenant; the id of the argument does not matter. Raises InvalidOptions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from itertools import chain, repeat
 
 import structlog
@@ -24,6 +25,8 @@ class Settle:
     def __init__(self, ledger: Ledger, background: Background) -> None:
         self._ledger = ledger
         self._background = background
+        self._late: deque[Settlement] = deque()
+        self._booking: asyncio.Task[None] | None = None
 
     async def __call__(self, settlement: Settlement) -> None:
         """Book an outcome; when this returns it is booked or will be, so the caller can have its answer.
@@ -38,7 +41,7 @@ class Settle:
             _log.exception("settlement.delayed", reservation=settlement.reservation, outcome=settlement.outcome)
         else:
             return
-        self._background.spawn(self._keep_booking(settlement))
+        self._book_later(settlement)
 
     def give_up(self, ask: Ask) -> None:
         """Leave a tombstone for a reservation whose verdict never came: it may be held, or still be on its way."""
@@ -50,20 +53,32 @@ class Settle:
             created=0,
             outcome=ReservationState.NOT_SENT,
         )
-        self._background.spawn(self._keep_booking(settlement))
+        self._book_later(settlement)
 
-    async def _keep_booking(self, settlement: Settlement) -> None:
-        for pause in chain(RETRIES, repeat(RETRIES[-1])):
-            try:
-                await asyncio.sleep(pause)
-                await self._book(settlement)
-            except asyncio.CancelledError:
-                # Its lease settles it as unknown; an accepted one is put right when its task is first read.
-                _log.error("settlement.abandoned", reservation=settlement.reservation, outcome=settlement.outcome)
-                raise
-            except Exception:  # noqa: BLE001, S112 - said once, and tried until it is booked
-                continue
-            return
+    def _book_later(self, settlement: Settlement) -> None:
+        self._late.append(settlement)
+        if self._booking is None or self._booking.done():
+            self._booking = self._background.spawn(self._book_late())
+
+    async def _book_late(self) -> None:
+        """Book what is late, one after the other: however long the store is away, this is a single task."""
+        pauses = chain(RETRIES, repeat(RETRIES[-1]))
+        try:
+            await asyncio.sleep(next(pauses))
+            while self._late:
+                try:
+                    await self._book(self._late[0])
+                except Exception:  # noqa: BLE001 - said once, and tried until it is booked
+                    self._late.rotate(-1)  # a fault that only one of them has must not hold up the others
+                    await asyncio.sleep(next(pauses))
+                else:
+                    self._late.popleft()
+                    pauses = chain(RETRIES, repeat(RETRIES[-1]))
+        except asyncio.CancelledError:
+            # Their leases settle them as unknown; an accepted one is put right when its task is first read.
+            for each in self._late:
+                _log.error("settlement.abandoned", reservation=each.reservation, outcome=each.outcome)
+            raise
 
     async def _book(self, settlement: Settlement) -> None:
         booked = await self._ledger.settle(settlement)

@@ -139,7 +139,7 @@ class Gateway:
             at_once=2,
         )
 
-    def follow(self, *, interval: float, kept_seconds: float = 1e9) -> Follow:
+    def follow(self, *, interval: float) -> Follow:
         """Reads of a process that begins."""
         return Follow(
             tasks=self.ledger,
@@ -149,7 +149,6 @@ class Gateway:
             task_ids=self.task_ids,
             clock=self.ledger.clock,
             interval=interval,
-            kept_seconds=kept_seconds,
         )
 
     async def submitted(self) -> Submission:

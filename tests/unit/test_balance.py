@@ -159,10 +159,10 @@ def test_what_is_held(
 def test_observed_receipt() -> None:
     """A task that was alone on the account cost what the balance dropped, and its price is remembered."""
     state = known()
-    cost = balance.receipt(state, Kind.SEAMLESS, Before(0, 900), Figures(0, 650), alone=True, succeeded=True)
+    cost = balance.receipt(state, POLICY, Kind.SEAMLESS, Before(0, 900), Figures(0, 650), alone=True, succeeded=True)
     assert cost == Cost(0, 250, Basis.OBSERVED)
     assert (state.prices[Kind.SEAMLESS], state.highest[Kind.SEAMLESS]) == (Price(0, 250), 250)
-    balance.receipt(state, Kind.SEAMLESS, Before(0, 650), Figures(0, 550), alone=True, succeeded=True)
+    balance.receipt(state, POLICY, Kind.SEAMLESS, Before(0, 650), Figures(0, 550), alone=True, succeeded=True)
     assert (state.prices[Kind.SEAMLESS], state.highest[Kind.SEAMLESS]) == (Price(0, 100), 250)
 
 
@@ -179,20 +179,62 @@ def test_observed_receipt() -> None:
 def test_estimated_receipt(before: Before | None, after: Figures, alone: bool) -> None:
     """Without a drop that only this task can have caused, the last price seen is taken."""
     state = AccountState(prices={Kind.SEAMLESS: Price(0, 70)})
-    cost = balance.receipt(state, Kind.SEAMLESS, before, after, alone=alone, succeeded=True)
+    cost = balance.receipt(state, POLICY, Kind.SEAMLESS, before, after, alone=alone, succeeded=True)
     assert cost == Cost(0, 70, Basis.ESTIMATED)
 
 
 def test_receipt_while_uses_are_left() -> None:
     """With uses left a task took one of them, whatever the last price was."""
     state = AccountState(prices={Kind.SEAMLESS: Price(0, 70)})
-    cost = balance.receipt(state, Kind.SEAMLESS, None, Figures(4, 100), alone=False, succeeded=True)
+    cost = balance.receipt(state, POLICY, Kind.SEAMLESS, None, Figures(4, 100), alone=False, succeeded=True)
     assert cost == Cost(1, 0, Basis.ESTIMATED)
 
 
 def test_receipt_of_nothing() -> None:
     """Without any figure or price the cost is unknown; a failed task that moved nothing cost nothing."""
-    nothing = balance.receipt(AccountState(), Kind.UPSCALE, None, Figures(), alone=True, succeeded=True)
+    nothing = balance.receipt(AccountState(), POLICY, Kind.UPSCALE, None, Figures(), alone=True, succeeded=True)
     assert nothing == Cost(0, 0, Basis.UNKNOWN)
-    free = balance.receipt(AccountState(), Kind.UPSCALE, Before(2, 0), Figures(2, 0), alone=True, succeeded=False)
+    free = balance.receipt(
+        AccountState(), POLICY, Kind.UPSCALE, Before(2, 0), Figures(2, 0), alone=True, succeeded=False
+    )
     assert free == Cost(0, 0, Basis.OBSERVED)
+
+
+def test_receipt_above_the_highest_price() -> None:
+    """A drop that no task of this kind can cause is somebody else's spending: the operator's price is the guess."""
+    state = AccountState()
+    policy = AccountPolicy(max_price={Kind.UPSCALE: 300})
+    cost = balance.receipt(state, policy, Kind.UPSCALE, Before(0, 900), Figures(0, 400), alone=True, succeeded=True)
+    assert cost == Cost(0, 300, Basis.ESTIMATED)
+    assert state.highest == {}
+
+
+def test_count_floor_is_kept_from_money_too() -> None:
+    """While uses are left that shall stay, money is of no help: the upstream would spend the uses."""
+    policy = AccountPolicy(floor_count=5)
+    assert standing(known(count=6, money=10_000), policy=policy) is Standing.PAYS
+    assert standing(known(count=4, money=10_000), policy=policy) is Standing.EXHAUSTED
+    assert standing(known(count=0, money=10_000), policy=policy) is Standing.PAYS
+
+
+def test_upstream_that_charges_at_the_end() -> None:
+    """Once a submit was seen to leave the balance as it was, running tasks count against the figures too."""
+    state, policy = known(count=0, money=1_200), AccountPolicy(floor_money=1_000)
+    state.highest[Kind.UPSCALE], state.open = 100, 5
+    assert standing(state, policy=policy) is Standing.PAYS
+    balance.learn(state, Before(0, 1_200), Figures(0, 1_200), alone=False)
+    assert standing(state, policy=policy) is Standing.PAYS
+    balance.learn(state, Before(0, 1_200), Figures(0, 1_200), alone=True)
+    assert standing(state, policy=policy) is Standing.EXHAUSTED
+    balance.learn(state, Before(0, 1_200), Figures(0, 1_100), alone=True)
+    assert standing(state, policy=policy) is Standing.PAYS
+
+
+def test_what_was_sent_before_a_reopening_is_void() -> None:
+    """A refusal or a figure that was asked for before an operator had the account looked at again says nothing."""
+    state = AccountState(reopened=100)
+    balance.refuse(state, Status.INVALID, sent=99, received=150)
+    balance.observe(state, POLICY, Figures(0, 0), Source.SUBMIT, sent=99, received=150)
+    assert (state.status, state.count, state.money) == (Status.OPEN, None, None)
+    balance.refuse(state, Status.INVALID, sent=100, received=150)
+    assert standing(state) is Standing.INVALID

@@ -7,8 +7,10 @@ import asyncio
 import pytest
 
 from service.domain.errors import NotFound, UpstreamUnavailable
+from service.domain.reservation import ReservationState
 from service.domain.task import State, Task
 from service.usecases import follow
+from service.usecases.follow import BOOKED_WITHIN_SECONDS
 from service.usecases.ports import Answered, Check
 from tests.unit.over_fakes import AWAY, Gateway, until
 
@@ -114,10 +116,23 @@ async def test_read_settles_what_a_dead_process_left(gateway: Gateway) -> None:
     assert list(gateway.ledger.tasks) == [task.reservation]
 
 
+async def test_sender_goes_first(gateway: Gateway) -> None:
+    """While the sender may still book a task, with all it knows, a read shows it but does not book it."""
+    task, reads = await paid(gateway), gateway.follow(interval=0)
+    reservation = gateway.ledger.reservations[task.reservation]
+    gateway.ledger.tasks.clear()
+    reservation.state = ReservationState.RESERVED
+    assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
+    assert gateway.ledger.tasks == {}
+    gateway.ledger.clock.at = reservation.lease
+    await reads.read(gateway.tenant, task.id)
+    assert list(gateway.ledger.tasks) == [task.reservation]
+
+
 async def test_too_old_to_be_booked(gateway: Gateway) -> None:
     """A task as old as what the ledger forgets by itself is shown, but not booked a second time."""
-    task, reads = await paid(gateway, lost=True), gateway.follow(interval=0, kept_seconds=60)
-    gateway.ledger.clock.at += 60_000
+    task, reads = await paid(gateway, lost=True), gateway.follow(interval=0)
+    gateway.ledger.clock.at += BOOKED_WITHIN_SECONDS * 1000
     assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
     assert gateway.ledger.tasks == {}
 

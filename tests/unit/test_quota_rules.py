@@ -81,6 +81,13 @@ def test_one_probe_at_a_time() -> None:
     assert isinstance(reserve(TenantState(), TenantPolicy(), exhausted), NoAccount)
 
 
+def test_probe_is_no_receipt() -> None:
+    """What was known before a probe tells nothing of its cost: if it is taken, somebody topped the account up."""
+    made, topped_up = reservation(), account(status=Status.EXHAUSTED, probe_at=NOW, count=figure(0), money=figure(0))
+    assert isinstance(reserve(TenantState(), TenantPolicy(), topped_up, made=made), Granted)
+    assert made.before is None
+
+
 def test_unknown_price_holds_all_that_remains() -> None:
     """Where no price is known one submission holds the whole limit on money, so that a second one is refused."""
     tenant, policy = TenantState(), TenantPolicy(limits=(Limit(Window.MONTH, money=500),))
@@ -95,11 +102,7 @@ def test_overrun() -> None:
     """A receipt that passes the limit is booked in full, and what passes it is counted."""
     policy = TenantPolicy(limits=(Limit(Window.MONTH, money=100),))
     tenant = TenantState()
-    paying = account(
-        policy=AccountPolicy(max_price={Kind.UPSCALE: 80}),
-        count=figure(0),
-        money=figure(1_000),
-    )
+    paying = account(count=figure(0), money=figure(1_000), highest={Kind.UPSCALE: 80})
     made = reservation()
     reserve(tenant, policy, paying, made=made)
     quota.settle(tenant, paying, made, ReservationState.ACCEPTED, Figures(0, 870), None, NOW + 5)

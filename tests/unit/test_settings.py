@@ -52,7 +52,7 @@ def test_defaults() -> None:
     assert settings.secret_keys == ()
     assert settings.key_prefix == "gw"
     assert settings.max_image_bytes == 32 << 20
-    assert settings.max_image_pixels == 50_000_000
+    assert settings.max_image_pixels == 25_000_000
     assert (settings.poll_seconds, settings.lease_seconds, settings.task_retention_days) == (2.5, 180, 30)
     assert (settings.role, settings.log_level) == (Role.ALL, LogLevel.INFO)
     assert settings.catalogue.word("model", "general") == "通用模型"

@@ -1,8 +1,8 @@
 -- Changes the registry, if nobody else did since it was read.
 -- KEYS     registry, then the owner (tenant or account) of each policy, then each owner to forget, whose counters stay
 --          for as long as its last tasks may need them
--- ARGV     MessagePack {version, later_than, channel, drop, puts, policies, forget}: fields to drop, and how many there are of the
---          others; then field and value of each put, then each policy
+-- ARGV     MessagePack {version, later_than, channel, drop, puts, policies, forget}: drop lists fields, the last three
+--          say how many there are of each; then field and value of each put, then each policy
 -- RETURNS  {'written', version} or {'stale', version}
 local ask = cmsgpack.unpack(ARGV[1])
 local version = tonumber(redis.call('HGET', KEYS[1], 'version') or 0)

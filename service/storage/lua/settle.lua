@@ -1,8 +1,9 @@
 -- Gives a reservation its outcome, by compare-and-set; an acceptance writes its task in the same breath.
 -- KEYS     clock, tenant, reservation, leases, account, task, index of the tenant's tasks, watch
--- ARGV     MessagePack {reservation, tenant, account, kind, created, outcome, figures, closes, keep, draft},
---          draft {id, options, metadata, check_after}
--- RETURNS  {'settled', now}, {'final', now} if it had a final outcome before and nothing changed, or
+-- ARGV     MessagePack {reservation, tenant, account, kind, created, outcome, figures, closes, keep, late,
+--          draft}, draft {id, options, metadata, check_after}
+-- RETURNS  {'settled', now}, {'final', now} if it had a final outcome before and nothing changed, {'pending', now} if
+--          a late one came before the sender's own, which goes first while its lease runs, or
 --          {'elsewhere', now, account} if the reservation is on another account than the caller thought
 local ask = cmsgpack.unpack(ARGV[1])
 local now = clock(KEYS[1])
@@ -37,6 +38,9 @@ elseif not reservation then
   end
 end
 
+if ask.late and reservation.state == 'reserved' and reservation.lease > now then
+  return {'pending', now}
+end
 local was = reservation.state
 if (was ~= 'reserved' and was ~= 'unknown') or was == outcome then
   return {'final', now}
@@ -57,9 +61,7 @@ if outcome == 'accepted' then
   book(tenant, reservation, {tasks = 1})
   book_money(tenant, reservation, 'money_reserved', 1)
   account.state.open = account.state.open + 1
-  if reservation.sent > account.state.closed then
-    account.state.status = 'open'
-  end
+  accept(account, reservation, ask.figures)
   reservation.after = ask.figures
 elseif outcome == 'unknown' then
   book(tenant, reservation, {tasks = 1})

@@ -1,16 +1,19 @@
 -- What is known of an account and what follows from it, as service/domain/balance.py has it.
 
+-- Uses are spent before money, so that money is of no help while uses are left that shall stay.
 local function can_pay(account, kind, submissions)
   local state, policy = account.state, account.policy
   if not state.count then
     return true
   end
-  local beyond = submissions - math.max(state.count.value - policy.floor_count, 0)
-  if beyond < 0 or not state.money then
+  local left = state.count.value - submissions
+  if left > 0 then
+    return left > policy.floor_count
+  elseif not state.money then
     return true
   end
   local price = kind and state.highest and state.highest[kind] or 0
-  return state.money.value - beyond * price > policy.floor_money
+  return state.money.value + left * price > policy.floor_money
 end
 
 local function may_probe(account, purse)
@@ -35,7 +38,7 @@ local function standing(account, purse, kind, now)
   end
   local pays
   if purse ~= 'count_only' then
-    pays = can_pay(account, kind, state.sending)
+    pays = can_pay(account, kind, state.charged_late and state.open or state.sending)
   elseif state.count then
     pays = state.count.value - state.open > account.policy.floor_count
   else
@@ -70,6 +73,9 @@ end
 
 local function observe(account, figures, source, sent, received)
   local state, rose_count, rose_money = account.state, false, false
+  if sent < state.reopened then
+    return
+  end
   rose_count, state.count = observed(state.count, figures.count, source, sent, received)
   rose_money, state.money = observed(state.money, figures.money, source, sent, received)
   if state.status == 'exhausted' and (rose_count or rose_money) then
@@ -83,8 +89,28 @@ end
 local function refuse(account, status, sent, received)
   local state = account.state
   local newest = math.max(state.count and state.count.sent or 0, state.money and state.money.sent or 0)
-  if sent >= newest then
+  if sent >= math.max(newest, state.reopened) then
     state.status, state.probe_at, state.closed = status, received + PROBE_INTERVAL, sent
+  end
+end
+
+local function is_price(count, money)
+  return (count == 1 and money == 0) or (count == 0 and money >= 0)
+end
+
+-- The upstream took a submission: the account is known and could pay, unless a later one was refused. If it had the
+-- account to itself, it shows whether it was charged at once.
+local function accept(account, reservation, after)
+  local state, before = account.state, reservation.before
+  if reservation.sent > state.closed then
+    state.status = 'open'
+  end
+  if reservation.alone and state.seq == reservation.seq and before and after.count and after.money then
+    if before.count == after.count and before.money == after.money then
+      state.charged_late = true
+    elseif is_price(before.count - after.count, before.money - after.money) then
+      state.charged_late = false
+    end
   end
 end
 
@@ -92,7 +118,7 @@ local function receipt(account, kind, before, after, alone, succeeded)
   local state = account.state
   if alone and before and after.count and after.money then
     local count, money = before.count - after.count, before.money - after.money
-    if (count == 1 and money == 0) or (count == 0 and money >= 0) then
+    if is_price(count, money) and money <= (account.policy.max_price[kind] or money) then
       local charged = count > 0 or money > 0
       if charged then
         state.prices, state.highest = state.prices or {}, state.highest or {}
@@ -110,6 +136,8 @@ local function receipt(account, kind, before, after, alone, succeeded)
   local price = state.prices and state.prices[kind]
   if price then
     return {count = price.count, money = price.money, basis = 'estimated'}
+  elseif after.count == 0 and account.policy.max_price[kind] then
+    return {count = 0, money = account.policy.max_price[kind], basis = 'estimated'}
   end
   return {count = 0, money = 0, basis = 'unknown'}
 end

@@ -74,14 +74,15 @@ end
 
 local function aim(tenant, account, reservation, holds, now)
   local state = account.state
-  if state.status == 'exhausted' then
+  local probes = state.status == 'exhausted'
+  if probes then
     state.probe_at = now + PROBE_INTERVAL
   end
   state.seq = state.seq + 1
   reservation.account, reservation.sent, reservation.seq = account.id, now, state.seq
   reservation.alone = state.open == 0
   reservation.before = nil
-  if state.count and state.money then
+  if state.count and state.money and not probes then
     reservation.before = {count = state.count.value, money = state.money.value}
   end
   reservation.holds = holds

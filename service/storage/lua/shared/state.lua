@@ -36,7 +36,7 @@ local function load_account(key, id)
   local found = redis.call('HMGET', key, 'policy', 'state')
   local policy = unpacked(found[1])
   local state = unpacked(found[2])
-    or {status = 'open', probe_at = 0, closed = 0, open = 0, sending = 0, seq = 0, unknown = 0}
+    or {status = 'open', probe_at = 0, closed = 0, reopened = 0, charged_late = false, open = 0, sending = 0, seq = 0, unknown = 0}
   local defaults = {floor_count = 0, floor_money = 0, max_price = {}}
   return {key = key, id = id, policy = policy or defaults, state = state, kept = policy ~= nil}
 end
