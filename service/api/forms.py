@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -18,6 +19,9 @@ MAX_FIELD_BYTES = 64 * 1024
 MULTIPART = "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
 
+OnField = Callable[[str, str], None]
+"""Told the name and the value of a field; what it raises ends the reading."""
+
 _FILENAME = re.compile(r";\s*filename\*?\s*=", re.IGNORECASE)
 
 
@@ -25,16 +29,26 @@ class MultipartForm:
     """A multipart form as it arrives: feed it every chunk, then finish it.
 
     The only file it takes is of at most `max_file_bytes` in the part `file_part` (None: it takes none); all else
-    together may be `max_other_bytes`. What is wrong with a form is raised as soon as it is known.
+    together may be `max_other_bytes`. What is wrong with a form is raised as soon as it is known; `on_field` is told
+    each field as soon as it is complete, and may find it wrong too.
     """
 
-    def __init__(self, boundary: str, *, file_part: str | None, max_file_bytes: int, max_other_bytes: int) -> None:
+    def __init__(
+        self,
+        boundary: str,
+        *,
+        file_part: str | None,
+        max_file_bytes: int,
+        max_other_bytes: int,
+        on_field: OnField | None = None,
+    ) -> None:
         # Latin-1 decodes any header, so that a file's name in an odd encoding is no obstacle; names are told apart
         # from it below. Strict parsing would depend on how the body is split into chunks.
         self._parser: Any = PushMultipartParser(boundary, header_charset="latin-1")
         self._file_part = file_part
         self._max_file_bytes = max_file_bytes
         self._max_other_bytes = max_other_bytes
+        self._on_field = on_field
         self._received = 0
         self._digest = hashlib.sha256()
         self._name: str | None = None
@@ -113,9 +127,12 @@ class MultipartForm:
         if self._name is None:
             return
         try:
-            self.fields.append((self._name, self._value.decode()))
+            value = self._value.decode()
         except UnicodeDecodeError:
             raise MalformedRequest(f"The field {self._name} is not UTF-8.") from None
+        self.fields.append((self._name, value))
+        if self._on_field is not None:
+            self._on_field(self._name, value)
 
 
 def parse_urlencoded(body: bytes) -> list[tuple[str, str]]:

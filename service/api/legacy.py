@@ -123,8 +123,13 @@ def routes(
             status_code=200,
         )
         async def handler(request: Request[Any, Any, Any]) -> Response[Submitted | Failure]:
+            def admit(name: str, value: str) -> None:
+                # Programs send their fields before the file, so who may not submit is told before the image is taken.
+                if name == _KEY:
+                    submit.admit(_by_key(request, tenants, value), kind)
+
             async def answer() -> Submitted:
-                async with uploads.receive(request.scope, request.receive, part=_PART) as upload:
+                async with uploads.receive(request.scope, request.receive, part=_PART, on_field=admit) as upload:
                     tenant = _tenant(request, tenants, upload.fields)
                     submit.admit(tenant, kind)
                     options = _options(kind, upload.fields, catalogue)
@@ -159,7 +164,11 @@ def routes(
 
 
 def _tenant(request: Request[Any, Any, Any], tenants: Tenants, fields: Sequence[tuple[str, str]]) -> Tenant:
-    tenant = tenants.by_token(dict(fields).get(_KEY, ""))
+    return _by_key(request, tenants, dict(fields).get(_KEY, ""))
+
+
+def _by_key(request: Request[Any, Any, Any], tenants: Tenants, key: str) -> Tenant:
+    tenant = tenants.by_token(key)
     request.scope["state"]["tenant"] = tenant.name
     return tenant
 

@@ -1,19 +1,19 @@
 """Submissions in: a multipart form is read from the connection as it comes, bounded in bytes and in time.
 
-Nothing is read before there is room for it, so that many large uploads at once queue up in the network instead of in
-memory. The room is held until the submission has been dealt with.
+What comes is kept only as far as there is room for it, so that many large uploads at once queue up in the network
+instead of in memory. The room is held until the submission has been dealt with.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from litestar.types import HTTPScope, Receive
 from msgspec import Struct
 
-from service.api.forms import MULTIPART, URLENCODED, MultipartForm, media_type, parse_urlencoded
+from service.api.forms import MULTIPART, URLENCODED, MultipartForm, OnField, media_type, parse_urlencoded
 from service.api.inflight import InFlight
 from service.domain.errors import ImageTooLarge, InvalidImage, MalformedRequest, UnsupportedMediaType
 from service.domain.image import inspect
@@ -46,7 +46,8 @@ class Uploads:
     """Reads the bodies of submissions and of small forms.
 
     `idle_seconds` may pass between two chunks, `total_seconds` until the end of the body, `wait_seconds` until there
-    is room among the `in_flight_bytes`.
+    is room among the `in_flight_bytes`. Of a submission that is not small, `least_rate` bytes a second have to come
+    once `grace_seconds` have passed. Only the time in which the client is waited for counts as its own.
     """
 
     def __init__(
@@ -58,17 +59,24 @@ class Uploads:
         idle_seconds: float = 10,
         total_seconds: float = 120,
         wait_seconds: float = 10,
+        grace_seconds: float = 5,
+        least_rate: float = 32 * 1024,
     ) -> None:
         self._max_image_bytes = max_image_bytes
         self._max_image_pixels = max_image_pixels
         self._idle_seconds = idle_seconds
         self._total_seconds = total_seconds
+        self._grace_seconds = grace_seconds
+        self._least_rate = least_rate
         self._in_flight = InFlight(in_flight_bytes, wait_seconds)
 
     @asynccontextmanager
-    async def receive(self, scope: HTTPScope, receive: Receive, *, part: str) -> AsyncIterator[Submission]:
+    async def receive(
+        self, scope: HTTPScope, receive: Receive, *, part: str, on_field: OnField | None = None
+    ) -> AsyncIterator[Submission]:
         """Read a submission whose image is in the part named `part`; its memory is accounted for within the block.
 
+        `on_field` is told each field as soon as it is there, and may refuse the rest of the body by raising.
         Raises UnsupportedMediaType, ImageTooLarge, InvalidOptions, InvalidImage, MalformedRequest for what was sent,
         Overloaded if there is no room for it, ClientLeft if the rest never came.
         """
@@ -82,10 +90,19 @@ class Uploads:
                 f"The request has {length} bytes; an image may have at most {self._max_image_bytes} bytes."
             )
         form = MultipartForm(
-            boundary, file_part=part, max_file_bytes=self._max_image_bytes, max_other_bytes=FORM_ALLOWANCE
+            boundary,
+            file_part=part,
+            max_file_bytes=self._max_image_bytes,
+            max_other_bytes=FORM_ALLOWANCE,
+            on_field=on_field,
         )
-        async with self._in_flight.hold(most if length is None else length):
-            await self._read(receive, form.feed)
+        small = length is not None and length <= MAX_FORM_BYTES
+        body = self._body(receive, least_rate=0 if small else self._least_rate)
+        with self._in_flight.share(most if length is None else length) as share:
+            while (chunk := await body.next()) is not None:
+                await self._in_flight.grow(share, body.received)
+                form.feed(chunk)
+            self._in_flight.complete(share, body.received)
             form.finish()
             image = await self._image(form, part)
             yield Submission(image, form.fields)
@@ -97,38 +114,30 @@ class Uploads:
         came.
         """
         kind, boundary = media_type(_header(scope, b"content-type"))
+        body = self._body(receive)
         if kind == MULTIPART:
             form = MultipartForm(boundary, file_part=None, max_file_bytes=0, max_other_bytes=MAX_FORM_BYTES)
-            await self._read(receive, form.feed)
+            while (chunk := await body.next()) is not None:
+                form.feed(chunk)
             form.finish()
             return form.fields
         if kind != URLENCODED:
             raise UnsupportedMediaType(f"Send the form as {URLENCODED} or {MULTIPART}.")
-        body = bytearray()
-
-        def take(chunk: bytes) -> None:
-            if len(body) + len(chunk) > MAX_FORM_BYTES:
+        text = bytearray()
+        while (chunk := await body.next()) is not None:
+            if body.received > MAX_FORM_BYTES:
                 raise MalformedRequest(f"The form is larger than {MAX_FORM_BYTES} bytes.")
-            body.extend(chunk)
+            text += chunk
+        return parse_urlencoded(bytes(text))
 
-        await self._read(receive, take)
-        return parse_urlencoded(bytes(body))
-
-    async def _read(self, receive: Receive, take: Callable[[bytes], None]) -> None:
-        """Pass the body on, chunk by chunk, as it comes."""
-        clock = asyncio.get_running_loop().time
-        end = clock() + self._total_seconds
-        more = True
-        while more:
-            try:
-                async with asyncio.timeout_at(min(end, clock() + self._idle_seconds)):
-                    message = await receive()
-            except TimeoutError:
-                raise TooSlow("The body of the request did not arrive in time. Send it again.") from None
-            if message["type"] != "http.request":
-                raise ClientLeft
-            take(message.get("body", b""))
-            more = message.get("more_body", False)
+    def _body(self, receive: Receive, least_rate: float = 0) -> _Body:
+        return _Body(
+            receive,
+            idle_seconds=self._idle_seconds,
+            total_seconds=self._total_seconds,
+            grace_seconds=self._grace_seconds,
+            least_rate=least_rate,
+        )
 
     async def _image(self, form: MultipartForm, part: str) -> Image:
         """The file of a finished form, inspected."""
@@ -142,6 +151,54 @@ class Uploads:
                 f" at most {self._max_image_pixels} are accepted."
             )
         return Image(data, sha256, info.media_type, info.width, info.height)
+
+
+class _Body:
+    """A body as it comes, given up when it comes too slowly. A `least_rate` of 0 asks for none."""
+
+    def __init__(
+        self,
+        receive: Receive,
+        *,
+        idle_seconds: float,
+        total_seconds: float,
+        grace_seconds: float,
+        least_rate: float,
+    ) -> None:
+        self._receive = receive
+        self._idle_seconds = idle_seconds
+        self._total_seconds = total_seconds
+        self._grace_seconds = grace_seconds
+        self._least_rate = least_rate
+        self._waited = 0.0
+        self._more = True
+        self.received = 0
+
+    async def next(self) -> bytes | None:
+        """The next bytes, None after the last. Raises TooSlow, ClientLeft."""
+        if not self._more:
+            return None
+        clock = asyncio.get_running_loop().time
+        asked = clock()
+        try:
+            async with asyncio.timeout(self._patience()):
+                message = await self._receive()
+        except TimeoutError:
+            raise TooSlow("The body of the request did not arrive in time. Send it again.") from None
+        if message["type"] != "http.request":
+            raise ClientLeft
+        self._waited += clock() - asked
+        chunk: bytes = message.get("body", b"")
+        self.received += len(chunk)
+        self._more = message.get("more_body", False)
+        return chunk
+
+    def _patience(self) -> float:
+        """How many seconds the next bytes may take; none if it is over already."""
+        allowed = self._total_seconds
+        if self._least_rate:
+            allowed = min(allowed, self._grace_seconds + self.received / self._least_rate)
+        return min(self._idle_seconds, allowed - self._waited)
 
 
 def _header(scope: HTTPScope, name: bytes) -> str:

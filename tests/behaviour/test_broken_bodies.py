@@ -79,6 +79,17 @@ async def test_old_client_stops_half_way(house: House, port: int) -> None:
             assert await reader.read() == b""
 
 
+async def test_old_client_without_account(house: House, port: int) -> None:
+    """An old client whose key is wrong is told before its image has come, and the connection goes on."""
+    body = form(field("user_key", "nobody"), file("input_image", png()))
+    async with connected(port) as (reader, writer):
+        for _ in range(2):
+            half = body.index(png())
+            writer.write(head(house, announced(len(body)), path="/api/submit_vector_task") + body[:half])
+            assert (await read_answer(reader)).json() == {"err_code": 1, "err_msg": "账户不存在"}
+            writer.write(body[half:])
+
+
 async def test_trickles(house: House, port: int) -> None:
     """A body that never stops coming but takes too long is 400, and its connection is closed."""
     async with connected(port) as (reader, writer):
