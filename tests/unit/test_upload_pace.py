@@ -80,12 +80,11 @@ async def test_a_small_body_may_come_slowly() -> None:
 
 async def test_waiting_for_room_is_not_the_fault_of_the_client() -> None:
     """The time until there is room does not count as the client's."""
-    limits = RATE | {"least_rate": 1e9, "idle_seconds": 0.03, "total_seconds": 0.03}
-    reader = uploads(**limits, in_flight_bytes=100_000, wait_seconds=60)
-    second: Any = reader.receive(scope_of(), receiving(body_messages([LARGE[:5_000], LARGE[5_000:]])), part="image")
+    reader = uploads(total_seconds=0.25, max_image_bytes=100_000, in_flight_bytes=100_000, wait_seconds=60)
+    second: Any = reader.receive(scope_of(), dripping(LARGE, 50_000, 0), part="image")
     async with reader.receive(scope_of(), receiving(body_messages([LARGE])), part="image"):
         waiting = asyncio.create_task(second.__aenter__())
-        done, _ = await asyncio.wait([waiting], timeout=0.1)
+        done, _ = await asyncio.wait([waiting], timeout=0.3)
         assert not done
     assert (await waiting).image.width == 5
     await second.__aexit__(None, None, None)
