@@ -92,7 +92,8 @@ def demo(folder: Path, url: str | None, token: str | None) -> None:
     token = token or known_demo_token(settings.data_dir)
     if token is None:
         click.echo(
-            f"gateway: no demo token is in {settings.data_dir}: start the gateway there, or give --token", err=True
+            f"gateway: no demo token is in {settings.data_dir}: start a gateway with `make run`, or give --token",
+            err=True,
         )
         sys.exit(1)
     options = DemoOptions(

@@ -39,15 +39,6 @@ class Port(StrEnum):
     OPERATORS = "operators"
 
 
-class RedisFault(StrEnum):
-    """How a call to Redis failed."""
-
-    UNREACHABLE = "unreachable"
-    TIMEOUT = "timeout"
-    ANSWERED = "answered"
-    """It answered with an error."""
-
-
 def _values(enum: type[Enum]) -> str:
     return ", ".join(str(each.value) for each in enum)
 
@@ -114,19 +105,11 @@ class Metrics:
             ("answer",),
             registry=registry,
         )
-        self._redis_errors = Counter(
-            "gateway_redis_errors",
-            f"Calls to Redis that failed, by how ({_values(RedisFault)}).",
-            ("fault",),
-            registry=registry,
-        )
         build = Gauge("gateway_build_info", "What runs; always 1.", ("version", "python"), registry=registry)
         build.labels(version, python_version()).set(1)
         # What is known beforehand begins at zero: an alert on an increase would miss the first event otherwise.
         self._policies = {policy: self._denied.labels(policy) for policy in (*_POLICIES, OTHER)}
         self._ports = {port: self._in_progress.labels(port.value) for port in Port}
-        for fault in RedisFault:
-            self._redis_errors.labels(fault.value)
         for kind in Kind:
             for state in State:
                 if state.ended:
@@ -170,10 +153,6 @@ class Metrics:
     def checked(self, answered: StrEnum) -> None:
         """The watch asked the upstream about a task."""
         self._checks.labels(answered.value).inc()
-
-    def redis_failed(self, fault: RedisFault) -> None:
-        """A call to Redis failed."""
-        self._redis_errors.labels(fault.value).inc()
 
     def render(self) -> tuple[bytes, str]:
         """Everything on the registry, in Prometheus' text format, and the content type of that."""

@@ -8,6 +8,7 @@ from typing import Any
 import structlog
 
 from service.storage.connect import connect
+from service.usecases.bootstrap import demo_token
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import ADMIN_TOKEN, USER_KEY, House, SandboxControl
 from tests.support.valkey import Valkey
@@ -253,3 +254,15 @@ async def _kept_for_ever(valkey: Valkey) -> set[str]:
         return {key.decode().removeprefix("{gw}:") for key in keys if await client.pttl(key) < 0}
     finally:
         await connections.aclose()
+
+
+async def test_demo_account_follows_its_key(house: House) -> None:
+    """The account that a development gateway makes gets the key that is given now, and keeps it if it is the same."""
+    services = house.services
+    token = await demo_token(services.operators, services.registry, "first-key", None)
+    made = services.registry.current.accounts["demo"]
+    assert await demo_token(services.operators, services.registry, "first-key", token) == token
+    assert services.registry.current.accounts["demo"] == made
+    await demo_token(services.operators, services.registry, "second-key", token)
+    changed = services.registry.current.accounts["demo"]
+    assert (changed.id, changed.user_key == made.user_key) == (made.id, False)

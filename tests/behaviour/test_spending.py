@@ -9,6 +9,7 @@ import pytest
 
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.house import USER_KEY, House
+from tests.support.images import png
 
 
 async def policies(house: House) -> dict[str, dict[str, Any]]:
@@ -266,3 +267,25 @@ async def test_how_a_balance_was_seen(house: House) -> None:
     await house.finished(task["id"])
     told = (await house.admin("GET", "/accounts/main")).json()
     assert (told["remaining_count"]["seen_in"], told["in_flight"]) == ("check", 0)
+
+
+async def test_options_in_the_address(house: House) -> None:
+    """An option that stands in the address instead of the form is refused by name, not silently left out."""
+    files = {"image": ("picture.png", png(), "image/png")}
+    refused = await house.call("POST", "/v1/tasks/upscale?scale=3", files=files)
+    assert (refused.status_code, refused.json()["errors"]) == (
+        422,
+        [{"field": "scale", "detail": "goes into the form"}],
+    )
+    assert await house.upstream.submits() == 0
+
+
+async def test_same_key_opens_a_closed_account(house: House) -> None:
+    """Giving an account its key has a closed one looked at again, and leaves what is known of an open one."""
+    await house.submit()
+    await house.admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
+    assert (await house.admin("GET", "/accounts/main")).json()["remaining_count"]["value"] == 9
+    await house.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
+    await house.submit()
+    assert (await house.admin("GET", "/accounts/main")).json()["state"] == "invalid"
+    assert (await house.admin("PUT", "/accounts/main", json={"user_key": USER_KEY})).json()["state"] == "open"

@@ -163,3 +163,29 @@ async def test_client_that_leaves(house: House) -> None:
     state = await counters(house)
     assert (state.windows[Window.TOTAL].tasks, state.windows[Window.TOTAL].tasks_reserved, state.active) == (1, 0, 1)
     assert await house.upstream.submits() == 1
+
+
+async def test_rolled_back_registry(house: House, store: Valkey) -> None:
+    """A store that a failover took back in time does not bring back what was revoked or deleted since."""
+    await house.put_tenant("gone")
+    revoked = await house.new_token()
+    with Redis(unix_socket_path=str(store.path)) as client:
+        before = client.dump("{gw}:registry")
+        tokens = (await house.admin("GET", "/tenants/shop")).json()["tokens"]
+        assert (await house.admin("DELETE", f"/tenants/shop/tokens/{tokens[-1]['id']}")).status_code == 204
+        assert (await house.admin("DELETE", "/tenants/gone")).status_code == 204
+        client.restore("{gw}:registry", 0, before, replace=True)
+    await house.services.registry.refresh()
+    assert (await house.call("GET", "/v1/quota", token=revoked)).status_code == 401
+    assert (await house.call("GET", "/v1/quota")).status_code == 200
+    assert (await house.admin("GET", "/tenants/gone")).status_code == 404
+
+
+async def test_store_that_refuses_writes(house: House, store: Valkey) -> None:
+    """A store that may not write, for want of replicas, is as good as away: nothing is sent, and 503 says so."""
+    with Redis(unix_socket_path=str(store.path)) as client:
+        client.config_set("min-replicas-to-write", 1)
+        refused = await house.submit()
+        assert (refused.status_code, refused.json()["code"]) == (503, "ledger-unavailable")
+        client.config_set("min-replicas-to-write", 0)
+    assert await house.upstream.submits() == 0

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.domain.task import Kind, State
-from service.telemetry.metrics import Metrics, Port, RedisFault
+from service.telemetry.metrics import Metrics, Port
 
 
 class Outcome(StrEnum):
@@ -72,14 +72,11 @@ def test_each_event_has_its_counter(metrics: Metrics) -> None:
     metrics.submission(Kind.UPSCALE, Outcome.GOOD)
     metrics.finished(Kind.SEAMLESS, State.FAILED)
     metrics.checked(Outcome.GOOD)
-    metrics.redis_failed(RedisFault.TIMEOUT)
     assert value(metrics, "gateway_upstream_requests_total", operation="good", outcome="good") == 1
     assert value(metrics, "gateway_upstream_request_duration_seconds_sum", operation="good", outcome="good") == 3
     assert value(metrics, "gateway_submissions_total", kind="upscale", outcome="good") == 1
     assert value(metrics, "gateway_tasks_finished_total", kind="seamless", state="failed") == 1
     assert value(metrics, "gateway_watch_checks_total", answer="good") == 1
-    assert value(metrics, "gateway_redis_errors_total", fault="timeout") == 1
-    assert value(metrics, "gateway_redis_errors_total", fault="unreachable") == 0
 
 
 def test_denials_are_counted_by_policy(metrics: Metrics) -> None:
