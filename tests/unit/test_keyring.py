@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.keyring import (
+from service.keyring import GeneratedSecrets, (
     Keyring,
     SecretFileError,
     generate_secret_key,
@@ -90,8 +91,14 @@ def test_made_once(tmp_path: Path) -> None:
 
 def test_one_winner(tmp_path: Path) -> None:
     """Gateways that start at the same moment agree on one set of secrets."""
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        found = pool.map(load_or_create_secrets, [tmp_path] * 8)
+    start = threading.Barrier(8)
+
+    def load(_: int) -> GeneratedSecrets:
+        start.wait()
+        return load_or_create_secrets(tmp_path)
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(load, range(8)))
     assert len({secrets.admin_token for secrets in found}) == 1
     assert len({secrets.secret_keys for secrets in found}) == 1
 
