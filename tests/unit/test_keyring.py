@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.keyring import GeneratedSecrets, (
+from service.keyring import (
+    GeneratedSecrets,
     Keyring,
     SecretFileError,
     generate_secret_key,
