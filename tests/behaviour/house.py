@@ -149,10 +149,10 @@ class House:
             pass
         await self.services.watch.settled()
 
-    async def finished(self, task_id: str) -> dict[str, Any]:
+    async def finished(self, task_id: str, *, token: str | None = None) -> dict[str, Any]:
         """Watch until a task has ended."""
         for _ in range(10):
-            answer = await self.call("GET", f"/v1/tasks/{task_id}")
+            answer = await self.call("GET", f"/v1/tasks/{task_id}", token=token)
             task: dict[str, Any] = answer.json()
             if task["state"] in {"succeeded", "failed"}:
                 return task
