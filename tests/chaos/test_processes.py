@@ -1,4 +1,4 @@
-"""Several processes on one store: what one of them promised the others keep, also when it was killed."""
+"""What one process promised, the next keeps, also when it was killed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
 
-from tests.process.gateway import Gateway, serving, started, until
-from tests.process.sandbox import ADMIN_TOKEN, Sandbox, advance, sandbox
+from tests.chaos.fleet import admin
+from tests.process.gateway import Gateway, serving, until
+from tests.process.sandbox import Sandbox, advance, sandbox
 from tests.support.images import png
 from tests.support.valkey import Valkey
 
@@ -24,14 +24,6 @@ def upstream() -> Iterator[Sandbox]:
     """An upstream for all tests of this module."""
     with sandbox() as found:
         yield found
-
-
-def admin(gateway: Gateway, method: str, path: str, **more: Any) -> Any:
-    """Call the operators' port."""
-    headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-    answer = httpx2.request(method, f"{gateway.ops_url}/admin/v1{path}", headers=headers, **more)
-    assert answer.is_success, answer.text
-    return answer.json()
 
 
 def limited(gateway: Gateway, tasks: int) -> None:
@@ -49,21 +41,6 @@ def used(gateway: Gateway) -> tuple[int, int, int]:
 def submit(gateway: Gateway) -> httpx2.Response:
     """Submit a small picture."""
     return gateway.call("POST", "/v1/tasks/face-enhance", files={"image": ("a.png", png(), "image/png")})
-
-
-def test_exact_limit(tmp_path: Path, valkey: Valkey, upstream: Sandbox) -> None:
-    """Of many submits to two processes at once exactly as many get through as the limit allows."""
-    shared, before = upstream.shared(valkey), upstream.count("submit")
-    upstream.dial()
-    with started(tmp_path / "one", **shared) as one, started(tmp_path / "two", **shared) as two:
-        one.ready()
-        two.ready()
-        limited(one, 7)
-        with ThreadPoolExecutor(20) as threads:
-            statuses = sorted(answer.status_code for answer in threads.map(submit, [one, two] * 10))
-        assert statuses == [201] * 7 + [429] * 13
-        assert upstream.count("submit") - before == 7
-        until(lambda: used(two) == (7, 0, 0), "the end of all tasks")
 
 
 def test_killed_process(tmp_path: Path, valkey: Valkey, upstream: Sandbox) -> None:

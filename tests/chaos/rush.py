@@ -1,0 +1,45 @@
+"""Many requests at the same moment.
+
+HTTP clients queue for connections and take more time than the gateways that are asked. Here every request has a
+connection of its own, made beforehand, and all are sent before the first answer is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from http import HTTPStatus
+
+import httpx2
+
+SECONDS = 60.0
+
+
+async def rush(requests: Sequence[httpx2.Request]) -> list[httpx2.Response]:
+    """The answers to requests that were all sent at once, in the same order."""
+    async with asyncio.timeout(SECONDS):
+        streams = await asyncio.gather(
+            *(asyncio.open_connection(request.url.host, request.url.port) for request in requests)
+        )
+        for (_, writer), request in zip(streams, requests, strict=True):
+            writer.write(_bytes(request))
+        try:
+            return await asyncio.gather(*(_answer(reader) for reader, _ in streams))
+        finally:
+            for _, writer in streams:
+                writer.close()
+
+
+def _bytes(request: httpx2.Request) -> bytes:
+    """A request that asks for its connection to be closed, so that its answer ends there."""
+    lines = [b"%s %s HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
+    lines += [b"%s: %s" % pair for pair in request.headers.raw if pair[0].lower() != b"connection"]
+    return b"\r\n".join([*lines, b"Connection: close", b"", request.read()])
+
+
+async def _answer(reader: asyncio.StreamReader) -> httpx2.Response:
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    status = HTTPStatus(int(first.split()[1]))
+    headers = [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
+    return httpx2.Response(status, headers=headers, content=body)
