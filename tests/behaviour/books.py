@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from httpx2 import Response
+from msgspec.structs import replace
 
 from service.sandbox.accounts import Balance
 from service.sandbox.control import Control
-from service.sandbox.dials import PRICES
+from service.sandbox.dials import PRICES, Fault
 from tests.behaviour.house import USER_KEY, House, SandboxControl, real_house
 from tests.support.valkey import Valkey
 
 KIND = "vectorize"
 PRICE = PRICES["vector"]
 """What a task of this kind costs at the sandbox once the uses are gone, in yuan."""
+TOGETHER = 0.25
+"""How long the upstream takes over submits that are to be under way together, in seconds."""
 BOUNDLESS: dict[str, Any] = {"limits": [{"window": "total", "tasks": 10**6, "money": 10**6}], "max_active": 10**6}
 """Limits that nothing here reaches, so that every counter shows."""
 
@@ -88,8 +91,14 @@ class Books:
         return await self.cost(await self.accepted(token=token, kind=kind), token=token)
 
     async def at_once(self, number: int, *, token: str | None = None) -> tuple[list[dict[str, Any]], Counter[int]]:
-        """Submit so many at once; the tasks of those that were accepted, and the statuses of the others."""
+        """Submit so many at once; the tasks of those that were accepted, and the statuses of the others.
+
+        The upstream takes its time, so that all have asked for a place before the first of them is answered.
+        """
+        faults = (await self.control.dials()).faults
+        await self.turn(faults=tuple(replace(each, latency=TOGETHER) for each in faults or (Fault(on="submit"),)))
         answers = await asyncio.gather(*(self.house.submit(KIND, token=token) for _ in range(number)))
+        await self.turn(faults=faults)
         tasks = [answer.json() for answer in answers if answer.status_code == 201]
         return tasks, Counter(answer.status_code for answer in answers if answer.status_code != 201)
 
