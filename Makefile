@@ -24,7 +24,7 @@ endif
 # What a step says is shown only if it fails.
 step = @said=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$said"; echo 'FAILED  $(1)'; exit 1; }
 
-.PHONY: run demo test check lint format types layers drift openapi fmt clean help
+.PHONY: run demo test bench check lint format types layers drift openapi fmt clean help
 
 run: $(READY) ## Start the gateway with all it needs on this machine
 	@exec .venv/bin/gateway serve
@@ -34,6 +34,9 @@ demo: $(READY) ## Show every kind of task, end to end
 
 test: check ## Run all that CI runs: the static checks, then the tests with coverage
 	@exec .venv/bin/pytest --numprocesses=auto --maxprocesses=4 --cov --cov-report=term-missing:skip-covered
+
+bench: $(READY) ## Measure what a submission costs, in time and memory of the store
+	@exec .venv/bin/python -m tests.bench
 
 check: lint format types layers drift ## Run the static checks alone
 

@@ -1,0 +1,11 @@
+"""What things cost, measured on real servers: `make bench`, or `python -m tests.bench NAME...` for some of it.
+
+    __main__.py     names the benchmarks, runs them and prints their figures
+    figures.py      a figure with its target, and the table of them
+    house.py        a ledger on a server of its own, with a tenant at work; what the server says of itself
+    ledger.py       the time the server takes for each script, and the round trips
+    memory.py       the memory a finished task takes
+
+A benchmark is an asynchronous function without arguments that gives figures. A target that is missed fails nothing:
+times depend on the machine and on what else it does.
+"""

@@ -1,0 +1,26 @@
+"""Runs all benchmarks, or those that are named."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import click
+
+from tests.bench.figures import Benchmark, table
+from tests.bench.ledger import ledger
+from tests.bench.memory import memory
+
+BENCHMARKS: Mapping[str, Benchmark] = {"ledger": ledger, "memory": memory}
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1, type=click.Choice(list(BENCHMARKS)))
+def main(names: tuple[str, ...]) -> None:
+    for name in names or BENCHMARKS:
+        click.echo(f"{name}: {(BENCHMARKS[name].__doc__ or '').splitlines()[0]}")
+        click.echo(table(asyncio.run(BENCHMARKS[name]())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""A ledger on a server of its own, and a tenant that keeps all its limits busy."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+from redis.asyncio import Redis
+
+from service.domain.balance import Figures
+from service.domain.reservation import Granted, ReservationState
+from service.domain.task import Artifact, ArtifactName, Kind, UpscaleOptions
+from service.domain.taskid import Reference, TaskIds
+from service.domain.tenancy import Account, AccountPolicy, Limit, Tenant, TenantPolicy, Window
+from service.keyring import KEY_BYTES, Keyring
+from service.storage.connect import connect
+from service.storage.keys import Keys
+from service.storage.ledger import DAY, RedisLedger, Spans
+from service.storage.registry import RedisRegistry
+from service.storage.scripts import Scripts
+from service.storage.tasks import RedisTasks
+from service.usecases.ports import Answered, Ask, Check, Due, Ledger, RegistryChange, Settlement, TaskDraft, Tasks
+from tests.support.valkey import running
+
+T = TypeVar("T")
+
+_TENANT, _ACCOUNT, _KIND = 1, 2, Kind.UPSCALE
+_PLENTY = 10**9
+_POLICY = TenantPolicy(tuple(Limit(window, _PLENTY, _PLENTY) for window in Window), max_active=_PLENTY)
+_PRICES = AccountPolicy(floor_money=10_000, max_price=dict.fromkeys(Kind, 300))
+_OPTIONS = msgspec.json.encode(UpscaleOptions(scale=4.0, prompt="a lighthouse at dusk, film grain", vector=True))
+_METADATA = msgspec.json.encode({"order": "2026-004217", "customer": "north-sea-prints"})
+_UPSTREAM_ID = "4f1c9e7a-53d8-4b02-9a6e-0c2d7be81f34"
+_RESULTS = f"https://results.example.com/output/2026/11/22/{_UPSTREAM_ID}"
+_FIGURES = Figures(count=0, money=_PLENTY)
+_ENDED = Check(
+    answered=Answered.SUCCEEDED,
+    artifacts=(
+        Artifact(ArtifactName.IMAGE, f"{_RESULTS}_upscale.png"),
+        Artifact(ArtifactName.VECTOR, f"{_RESULTS}_vector.svg"),
+    ),
+    figures=_FIGURES,
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What some calls cost, on average: microseconds of the server in scripts, and round trips."""
+
+    micros: float
+    round_trips: float
+
+
+class Server:
+    """What a server says of itself, asked on a connection that nobody else uses."""
+
+    def __init__(self, client: Redis) -> None:
+        self.client = client
+
+    async def watch(self, calls: int, doing: Coroutine[Any, Any, T]) -> tuple[T, Work]:
+        """What comes of something that makes so many calls, and what one of them costs."""
+        await self.client.config_resetstat()
+        done = await doing
+        told = await self.client.info("stats", "commandstats")
+        reads = told["total_reads_processed"] - 1  # without the question
+        return done, Work(told["cmdstat_evalsha"]["usec"] / calls, reads / calls)
+
+    async def memory(self) -> int:
+        """The bytes in use."""
+        return int((await self.client.info("memory"))["used_memory"])
+
+    async def memory_by_kind(self) -> dict[str, int]:
+        """The bytes in use by keys of each kind, which is the word behind the prefix."""
+        found: dict[str, int] = {}
+        async for key in self.client.scan_iter(count=1_000):
+            kind = str(key, "ascii").split(":")[1]
+            found[kind] = found.get(kind, 0) + (await self.client.memory_usage(key, samples=0) or 0)
+        return found
+
+
+class House:
+    """A tenant under limits on tasks and money in every window, and on active tasks; each submission goes by itself."""
+
+    def __init__(self, ledger: Ledger, tasks: Tasks, server: Server) -> None:
+        self.server = server
+        self._ledger = ledger
+        self._tasks = tasks
+        self._ids = TaskIds(Keyring([bytes(KEY_BYTES)]).purpose("bench"))
+
+    async def reserve(self, times: int) -> list[tuple[Ask, Granted]]:
+        """Hold so many places."""
+        held = []
+        for _ in range(times):
+            ask = Ask(secrets.token_hex(16), _TENANT, (_ACCOUNT,), _KIND)
+            verdict, _ = await self._ledger.reserve(ask)
+            if not isinstance(verdict, Granted):
+                raise TypeError(verdict)
+            held.append((ask, verdict))
+        return held
+
+    async def accept(self, held: list[tuple[Ask, Granted]]) -> None:
+        """Settle places as accepted, which makes them tasks."""
+        for ask, verdict in held:
+            sealed = Reference(_TENANT, _ACCOUNT, _KIND, verdict.now, ask.reservation, _UPSTREAM_ID)
+            await self._ledger.settle(
+                Settlement(
+                    reservation=ask.reservation,
+                    tenant=_TENANT,
+                    account=_ACCOUNT,
+                    kind=_KIND,
+                    created=verdict.now,
+                    outcome=ReservationState.ACCEPTED,
+                    figures=_FIGURES,
+                    draft=TaskDraft(self._ids.seal(sealed), msgspec.Raw(_OPTIONS), msgspec.Raw(_METADATA)),
+                )
+            )
+
+    async def claim(self, most: int) -> list[Due]:
+        """Take tasks to be checked, which nobody gets again."""
+        return list(await self._tasks.claim(most))
+
+    async def end(self, due: list[Due]) -> None:
+        """Record that tasks have succeeded."""
+        for each in due:
+            await self._tasks.record(each, _ENDED)
+
+
+@asynccontextmanager
+async def house() -> AsyncIterator[House]:
+    """A house on an empty server, whose tasks are due for a check at once."""
+    spans, keys = Spans(check_after=0, claim=DAY), Keys("bench")
+    with running() as store:
+        connections = connect(store.url, timeout=60)
+        client, scripts = connections.commands, Scripts(connections.commands)
+        try:
+            await RedisRegistry(client, scripts, keys).write(
+                RegistryChange(
+                    version=0,
+                    next_id=3,
+                    tenants=(Tenant(_TENANT, "shop", ("main",), _POLICY),),
+                    accounts=(Account(_ACCOUNT, "main", b"", policy=_PRICES),),
+                )
+            )
+            async with Redis(unix_socket_path=str(store.path)) as apart:
+                ledger, tasks = RedisLedger(client, scripts, keys, spans), RedisTasks(client, scripts, keys, spans)
+                yield House(ledger, tasks, Server(apart))
+        finally:
+            await connections.aclose()

@@ -1,0 +1,33 @@
+"""What a task leaves in the server once it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tests.bench.figures import Figure
+from tests.bench.house import House, house
+
+FIRST = 200
+TASKS = 2_000
+MOST_BYTES = 2_048
+
+
+async def memory() -> Sequence[Figure]:
+    """The bytes that each of many finished tasks takes, all told and by kind of key."""
+    async with house() as tenant:
+        server = tenant.server
+        await _finish(tenant, FIRST)  # what is there once is not counted
+        before, kinds_before = await server.memory(), await server.memory_by_kind()
+        await _finish(tenant, TASKS)
+        after, kinds_after = await server.memory(), await server.memory_by_kind()
+    grown = {kind: (size - kinds_before.get(kind, 0)) / TASKS for kind, size in kinds_after.items()}
+    by_kind = sorted(((size, kind) for kind, size in grown.items() if size >= 1), reverse=True)
+    return [
+        Figure("a finished task: all", (after - before) / TASKS, "bytes", most=MOST_BYTES),
+        *(Figure(f"a finished task: key {kind}", size, "bytes") for size, kind in by_kind),
+    ]
+
+
+async def _finish(tenant: House, tasks: int) -> None:
+    await tenant.accept(await tenant.reserve(tasks))
+    await tenant.end(await tenant.claim(tasks))
