@@ -24,6 +24,7 @@ from service.domain.task import Catalogue
 from service.domain.taskid import TaskIds
 from service.keyring import Keyring
 from service.settings import Role, Settings
+from service.storage.books import RedisBooks
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.storage.ledger import DAY, RedisLedger, Spans
@@ -33,7 +34,8 @@ from service.storage.tasks import RedisTasks
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
 from service.usecases.follow import Follow
-from service.usecases.ports import Clock, Ledger, RegistryStore, RegistryView, Tasks, Upstream
+from service.usecases.look import FreeLooks
+from service.usecases.ports import Books, Clock, Ledger, RegistryStore, RegistryView, Tasks, Upstream
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 from service.usecases.settle import Settle
@@ -97,6 +99,7 @@ class Services:
     lifecycle: Lifecycle
     registry: RegistryView
     watch: Watch
+    looks: FreeLooks
     jobs: Sequence[Job]
     drain_seconds: int
 
@@ -126,6 +129,7 @@ class Ports:
     """An implementation of each port."""
 
     ledger: Ledger
+    books: Books
     tasks: Tasks
     store: RegistryStore
     registry: RegistryView
@@ -149,13 +153,21 @@ def furnished(
         task_ids=task_ids,
         metrics=metrics,
     )
-    watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire]
+    looks = FreeLooks(
+        ledger=ports.ledger,
+        tasks=ports.tasks,
+        upstream=ports.upstream,
+        registry=ports.registry,
+        task_ids=task_ids,
+    )
+    watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire, looks.run]
     return Services(
         tenants=Tenants(ports.registry, ports.clock),
         admin=AdminToken(settings.admin_token),
         submit=Submit(
             ledger=ports.ledger,
             settle=Settle(ports.ledger, background),
+            tasks=ports.tasks,
             upstream=ports.upstream,
             registry=ports.registry,
             task_ids=task_ids,
@@ -187,6 +199,7 @@ def furnished(
         lifecycle=Lifecycle(ports.registry),
         registry=ports.registry,
         watch=watch,
+        looks=looks,
         jobs=[*jobs, *watching],
         drain_seconds=settings.lease_seconds,
     )
@@ -219,6 +232,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
         opened.push_async_callback(background.drain, settings.lease_seconds)
         ports = Ports(
             ledger=RedisLedger(client, scripts, keys, spans),
+            books=RedisBooks(client, scripts, keys),
             tasks=RedisTasks(client, scripts, keys, spans),
             store=store,
             registry=registry,

@@ -8,21 +8,34 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from service.domain import quota, windows
-from service.domain.balance import AccountState, Figures, Status
+from service.domain import balance, booking, quota, windows
+from service.domain.account import AccountState, Figures, Status
 from service.domain.errors import LedgerUnavailable, MalformedRequest
 from service.domain.registry import Registry
-from service.domain.reservation import Candidate, Granted, Reservation, ReservationState, Verdict
+from service.domain.reservation import (
+    Candidate,
+    Granted,
+    Idempotency,
+    InFlight,
+    KeyReused,
+    Refunding,
+    Replayed,
+    Reservation,
+    ReservationState,
+    Verdict,
+)
 from service.domain.task import Artifact, ArtifactName, Basis, Cost, Kind, Options, State, Task, TaskError
 from service.domain.tenancy import Account, AccountPolicy, TenantPolicy
+from service.domain.usage import DayUsage
 from service.domain.windows import TenantState
-from service.storage.ledger import Spans
+from service.storage.ledger import DAY, KEEP_KEY, Spans
 from service.usecases.ports import (
     Answered,
     Ask,
     Check,
     Due,
     Image,
+    Look,
     Page,
     RegistryChange,
     Settlement,
@@ -61,7 +74,7 @@ class Stopwatch(msgspec.Struct, frozen=True):
 
 @dataclass
 class FakeLedger:
-    """The ports Ledger and Tasks. `away` makes every call fail as when Redis does not answer."""
+    """The ports Ledger, Books and Tasks. `away` makes every call fail as when Redis does not answer."""
 
     clock: FakeClock = field(default_factory=FakeClock)
     spans: Spans = field(default_factory=Spans)
@@ -74,6 +87,8 @@ class FakeLedger:
     tasks: dict[str, Task] = field(default_factory=dict)
     due: dict[str, int] = field(default_factory=dict)
     patience: dict[str, tuple[Stopwatch, Stopwatch]] = field(default_factory=dict)
+    keys: dict[tuple[int, str], tuple[str, str, int]] = field(default_factory=dict)
+    days: dict[tuple[int, int], DayUsage] = field(default_factory=dict)
 
     async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
         self._answer()
@@ -84,12 +99,34 @@ class FakeLedger:
         known = self.reservations.get(ask.reservation)
         if known:
             return self._again(known), Snapshot(copy.deepcopy(tenant), now)
+        replay = self._replay(ask)
+        if replay:
+            return replay, Snapshot(copy.deepcopy(tenant), now)
         lease = now + self.spans.lease
         made = Reservation(ReservationState.RESERVED, ask.tenant, 0, ask.kind, created=now, sent=now, lease=lease)
+        made.key = ask.idempotency.key if ask.idempotency else None
         verdict = quota.reserve(tenant, self._limits(ask.tenant), self._candidates(ask.accounts), made, now)
         if isinstance(verdict, Granted):
             self.reservations[ask.reservation] = made
+            self._remember(ask.tenant, ask.reservation, ask.idempotency)
         return verdict, Snapshot(copy.deepcopy(tenant), now)
+
+    def _replay(self, ask: Ask) -> Verdict | None:
+        if ask.idempotency is None:
+            return None
+        name, content, until = self.keys.get((ask.tenant, ask.idempotency.key), ("", "", 0))
+        known = self.reservations.get(name)
+        if known is None or until <= self.clock.at:
+            return None
+        if content != ask.idempotency.content:
+            return KeyReused(self.clock.at)
+        if known.state is ReservationState.RESERVED:
+            return InFlight(self.clock.at)
+        return Replayed(name, known.state, self.clock.at)
+
+    def _remember(self, tenant: int, name: str, idempotency: Idempotency | None) -> None:
+        if idempotency:
+            self.keys[tenant, idempotency.key] = name, idempotency.content, self.clock.at + KEEP_KEY
 
     async def retarget(self, ask: Ask, left: int, closes: Status | None) -> Verdict:
         self._answer()
@@ -110,10 +147,10 @@ class FakeLedger:
 
     async def settle(self, settlement: Settlement) -> bool:
         self._answer()
-        now, tenant = self.clock.at, self._tenant(settlement.tenant)
-        known = self.reservations.get(settlement.reservation)
+        now, tenant, name = self.clock.at, self._tenant(settlement.tenant), settlement.reservation
+        known = self.reservations.get(name)
         if known is None:
-            known = self.reservations[settlement.reservation] = Reservation(
+            known = self.reservations[name] = Reservation(
                 settlement.outcome,
                 settlement.tenant,
                 settlement.account,
@@ -124,17 +161,42 @@ class FakeLedger:
             )
             if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
                 return True
-            quota.adopt(tenant, self._account(settlement.account), known, now)
+            self._keep_key(settlement, known)
+            booking.adopt(tenant, self._account(settlement.account), name, known, self._day(known), now)
             if settlement.outcome is ReservationState.UNKNOWN:
                 return True
         if settlement.late and known.state is ReservationState.RESERVED and known.lease > now:
             return False
         account = self._candidate(known.account)
-        if not quota.settle(tenant, account, known, settlement.outcome, settlement.figures, settlement.closes, now):
+        figures, closes, day = settlement.figures, settlement.closes, self._day(known)
+        if not booking.settle(tenant, account, name, known, settlement.outcome, figures, closes, day, now):
             return False
+        self._resolve(account.state)
+        if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
+            self._free_key(name, known)
         if settlement.outcome is ReservationState.ACCEPTED and settlement.draft:
             self._accept(settlement, known)
         return True
+
+    def _keep_key(self, settlement: Settlement, known: Reservation) -> None:
+        idempotency = settlement.idempotency
+        if idempotency is None:
+            return
+        known.key = idempotency.key
+        _, _, until = self.keys.get((known.tenant, idempotency.key), ("", "", 0))
+        if until <= self.clock.at:
+            self._remember(known.tenant, settlement.reservation, idempotency)
+
+    def _free_key(self, name: str, known: Reservation) -> None:
+        if known.key and self.keys.get((known.tenant, known.key), ("",))[0] == name:
+            del self.keys[known.tenant, known.key]
+
+    def _resolve(self, state: AccountState) -> None:
+        """Tell a submission in doubt what was found out of it."""
+        if state.doubt and state.doubt.suggests:
+            if state.doubt.reservation in self.reservations:
+                self.reservations[state.doubt.reservation].suggests = state.doubt.suggests
+            state.doubt = None
 
     def _accept(self, settlement: Settlement, known: Reservation) -> None:
         if settlement.draft is None:
@@ -192,6 +254,37 @@ class FakeLedger:
         state = self._account(account)
         state.status, state.probe_at, state.count, state.money = Status.OPEN, 0, None, None
         state.closed, state.reopened = 0, self.clock.at
+
+    async def look(self, account: int, *, count_only: bool) -> Look | None:
+        self._answer()
+        candidate, now = self._candidate(account), self.clock.at
+        state, policy = candidate.state, candidate.policy
+        if account not in self.account_policies or not balance.look_due(state, policy, now, count_only=count_only):
+            return None
+        state.looked = now
+        return Look(account, state.newest.reservation, now) if state.newest else None
+
+    async def looked(self, look: Look, figures: Figures) -> None:
+        self._answer()
+        candidate, now = self._candidate(look.account), self.clock.at
+        balance.looked(candidate.state, candidate.policy, look.reservation, figures, look.claimed, now)
+        self._resolve(candidate.state)
+
+    async def submission(self, reservation: str) -> Reservation | None:
+        self._answer()
+        return copy.deepcopy(self.reservations.get(reservation))
+
+    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[Refunding, Reservation] | None:
+        self._answer()
+        known = self.reservations.get(reservation)
+        if known is None or known.tenant != tenant:
+            return None
+        did = booking.refund(self._tenant(tenant), reservation, known, reason, self._day(known), self.clock.at)
+        return did, copy.deepcopy(known)
+
+    async def usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
+        self._answer()
+        return [copy.deepcopy(self.days.get((tenant, day), DayUsage())) for day in days]
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         self._answer()
@@ -260,16 +353,24 @@ class FakeLedger:
 
     def _end(self, name: str, due: Due, check: Check, *, succeeded: bool) -> Cost:
         reservation = self.reservations[name]
-        return quota.end(
+        account = self._candidate(reservation.account)
+        cost = booking.end(
             self._tenant(reservation.tenant),
             self._limits(reservation.tenant),
-            self._candidate(reservation.account),
+            account,
+            name,
             reservation,
             check.figures,
             due.claimed,
+            self._day(reservation),
             self.clock.at,
             succeeded=succeeded,
         )
+        self._resolve(account.state)
+        return cost
+
+    def _day(self, reservation: Reservation) -> DayUsage:
+        return self.days.setdefault((reservation.tenant, reservation.created // DAY), DayUsage())
 
     def _again(self, known: Reservation) -> Granted:
         if known.state in {ReservationState.REFUSED, ReservationState.NOT_SENT}:

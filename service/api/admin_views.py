@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta, Struct
 
 from service.api.views import FEN, PolicyView, Yuan, moment, quota_view, yuan
-from service.domain.balance import AccountState, Figure, Source, Status
+from service.domain.account import AccountState, Figure, Source, Status
 from service.domain.errors import FieldError, InvalidOptions
 from service.domain.task import Kind
 from service.domain.tenancy import (

@@ -43,14 +43,20 @@ _HEADERS: Mapping[str, Node] = {
         "limits.",
         "schema": _TEXT | {"examples": ['"day-tasks";r=41;t=22980, "total-tasks";r=812']},
     },
+    "Idempotent-Replayed": {
+        "description": "`true` if the answer is about what was submitted first under the same `Idempotency-Key`.",
+        "schema": _TEXT | {"const": "true"},
+    },
     "WWW-Authenticate": {"description": "How to authenticate: with a bearer token.", "schema": _TEXT},
 }
 _NAMES = {name.lower(): name for name in _HEADERS}
 _ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
     "401": ("WWW-Authenticate",),
     "402": ("Retry-After",),
+    "409": ("Retry-After",),
     "429": ("Retry-After", "RateLimit-Policy", "RateLimit"),
     "503": ("Retry-After",),
+    "504": ("Idempotent-Replayed",),
 }
 _ON_NOT_MODIFIED = ("ETag", "Age", "Retry-After", "Cache-Control")
 _OBJECTS: Mapping[str, type[Struct]] = {

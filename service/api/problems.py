@@ -21,7 +21,7 @@ from structlog.typing import FilteringBoundLogger
 
 from service.api.ratelimit import rate_limit_headers
 from service.api.uploads import ClientLeft, TooSlow
-from service.api.views import yuan
+from service.api.views import REPLAYED, yuan
 from service.domain import errors
 from service.domain.reservation import Violation
 from service.domain.tenancy import Window
@@ -85,6 +85,15 @@ _TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
     ),
     errors.InvalidOptions: INVALID_OPTIONS,
     errors.InvalidImage: ProblemType("invalid-image", 422, "Invalid image", "It is broken or cut off."),
+    errors.IdempotencyKeyInvalid: ProblemType(
+        "idempotency-key-invalid", 400, "Invalid idempotency key", "It is malformed, too long, or given twice."
+    ),
+    errors.IdempotencyInFlight: ProblemType(
+        "idempotency-in-flight", 409, "Still in flight", "What was sent first under this key has no outcome yet."
+    ),
+    errors.IdempotencyKeyReused: ProblemType(
+        "idempotency-key-reused", 422, "Idempotency key reused", "Something else was sent under this key before."
+    ),
     errors.QuotaDenied: QUOTA_EXCEEDED,
     errors.UpstreamRejected: ProblemType(
         "upstream-rejected", 502, "Rejected upstream", "`upstream_reason` says why; nothing was charged."
@@ -142,6 +151,7 @@ def to_problem(error: errors.GatewayError) -> Problem:
             extras["errors"] = [{"field": each.field, "detail": each.detail} for each in error.errors]
         case errors.SubmissionUnknown():
             extras["submission_id"] = error.submission_id
+            headers |= REPLAYED if error.replayed else {}
         case errors.UpstreamRejected():
             extras["upstream_reason"] = error.reason
         case errors.Unauthenticated():

@@ -17,6 +17,7 @@ from service.api.ratelimit import rate_limit_headers
 from service.api.uploads import Uploads
 from service.api.views import (
     PRIVATE,
+    REPLAYED,
     TaskList,
     TaskView,
     etag,
@@ -25,6 +26,7 @@ from service.api.views import (
     task_view,
 )
 from service.domain.errors import FieldError, InvalidOptions
+from service.domain.idempotency import parse_key
 from service.domain.task import Catalogue, Kind, State, parse_metadata, parse_options
 from service.domain.tenancy import Tenant
 from service.usecases.follow import Follow
@@ -37,15 +39,20 @@ _MOST_LISTED = 100
 _SUBMITTING = (
     "The image is sent on once, and the answer comes as soon as the upstream has accepted it; then follow the task "
     "until it has ended. Part order does not matter. A field that the kind does not know is refused, never ignored. "
-    "Only an answer of 201 or 504 may have been charged."
+    "Only an answer of 201 or 504 may have been charged: send it again with the same `Idempotency-Key`, and it is "
+    "charged once."
+)
+_IDEMPOTENCY_KEY = (
+    'A key of your making, best a UUID in quotes: `"8e03978e-40d5-43dd-bc93-6894a57f9324"`. Within 24 hours the same '
+    "submission under the same key is sent on once, and answered with what became of the first."
 )
 _READING = (
     "Reading costs nothing: the gateway follows each task by itself. Ask again after `Retry-After` until it is gone, "
     "with `If-None-Match` to be sent the task only if it has changed."
 )
 _SUBMIT_PROBLEMS = (
-    *(400, 401, 402, "kind-not-allowed", "tenant-disabled", 413, 415, "invalid-options", "invalid-image", 429),
-    *("upstream-rejected", 503, 504),
+    *(400, 401, 402, "kind-not-allowed", "tenant-disabled", "idempotency-in-flight", 413, 415),
+    *("invalid-options", "invalid-image", "idempotency-key-reused", 429, "upstream-rejected", 503, 504),
 )
 
 
@@ -65,22 +72,38 @@ def routes(
             operation_class=openapi.submit_operation(kind, catalogue),
             response_description="The task, now that the upstream has accepted the image",
             response_headers=openapi.headers(
-                "Location", "ETag", "Retry-After", "RateLimit-Policy", "RateLimit", "Cache-Control"
+                "Location",
+                "ETag",
+                "Retry-After",
+                "RateLimit-Policy",
+                "RateLimit",
+                "Idempotent-Replayed",
+                "Cache-Control",
             ),
             responses=openapi.problems(*_SUBMIT_PROBLEMS),
             status_code=201,
         )
-        async def handler(request: Request[Any, Any, Any], tenant: NamedDependency[Tenant]) -> Response[TaskView]:
+        async def handler(
+            request: Request[Any, Any, Any],
+            tenant: NamedDependency[Tenant],
+            idempotency_key: Annotated[
+                str | None, HeaderParameter(name="Idempotency-Key", description=_IDEMPOTENCY_KEY)
+            ] = None,
+        ) -> Response[TaskView]:
+            del idempotency_key  # declared for the API's document, which it is given to; there may be several
             submit.admit(tenant, kind)
+            key = parse_key(request.headers.getall("idempotency-key", []))
             if request.query_params:
                 raise InvalidOptions([FieldError(name, "goes into the form") for name in request.query_params])
             async with uploads.receive(request.scope, request.receive, part=PART) as upload:
                 metadata, fields = _metadata(upload.fields)
                 options = parse_options(kind, fields, catalogue)
-                accepted = await submit(tenant, options, parse_metadata(metadata), upload.image)
+                accepted = await submit(tenant, options, parse_metadata(metadata), upload.image, key=key)
             task = accepted.task
-            headers = PRIVATE | {"Location": task_path(task), "ETag": etag(task), "Retry-After": str(retry_after)}
-            return Response(task_view(task), headers=headers | rate_limit_headers(accepted.limits))
+            headers = PRIVATE | {"Location": task_path(task), "ETag": etag(task)} | rate_limit_headers(accepted.limits)
+            headers |= {} if task.state.ended else {"Retry-After": str(retry_after)}
+            headers |= REPLAYED if accepted.replayed else {}
+            return Response(task_view(task), headers=headers)
 
         return handler
 

@@ -17,6 +17,8 @@ FEN = 100
 
 Yuan = Annotated[int | float, Meta(description="Money in yuan (CNY).")]
 PRIVATE = {"Cache-Control": "private, no-cache"}
+REPLAYED = {"Idempotent-Replayed": "true"}
+"""Says that an answer is about an earlier submission under the same idempotency key."""
 
 
 class CostView(Struct, frozen=True):

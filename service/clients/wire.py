@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from service.clients.words import is_unknown_task, plain, public, refusal
-from service.domain.balance import Figures
+from service.domain.account import Figures
 from service.domain.task import Artifact, ArtifactName, Catalogue, Kind, Options, TaskError
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
 

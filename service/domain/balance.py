@@ -1,4 +1,4 @@
-"""What is known of an upstream account, and what follows from it.
+"""What follows from what is known of an upstream account.
 
 The upstream tells its figures only in passing, late and out of order. The scripts in `service/storage/lua`
 carry these rules out on Redis; the functions here are their specification, and the model they are held
@@ -10,78 +10,22 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from msgspec import Struct, field
-
-from service.domain.task import Basis, Cost, Kind
+from service.domain import charges
+from service.domain.account import (
+    AccountState,
+    Figure,
+    Figures,
+    Newest,
+    Source,
+    Status,
+)
+from service.domain.task import Kind
 from service.domain.tenancy import AccountPolicy, Purse
 
 PROBE_INTERVAL = 60_000
 """An exhausted account is looked at once in this many milliseconds."""
 ONE_AT_A_TIME = 2_000
 """When a `count_only` tenant waits for the balance to become known, it is told to come back after this."""
-
-
-class Status(StrEnum):
-    """Whether an account may be used."""
-
-    OPEN = "open"
-    EXHAUSTED = "exhausted"
-    INVALID = "invalid"
-
-
-class Source(StrEnum):
-    """The call whose answer told a figure."""
-
-    SUBMIT = "submit"
-    CHECK = "check"
-
-
-class Figure(Struct):
-    """An observed figure: when its request was sent, when its answer was received, and which call it was."""
-
-    value: int
-    sent: int
-    received: int
-    source: Source
-
-
-class Price(Struct):
-    """What a task of some kind last cost: uses, and money in fen."""
-
-    count: int
-    money: int
-
-
-class AccountState(Struct):
-    """The ledger's knowledge of one account.
-
-    `open` counts submissions that were reserved and have not ended, `sending` those not yet settled. `seq` numbers the
-    reservations, so that a receipt can tell whether anything else happened on the account in the meantime. `closed` is
-    when the request was sent whose refusal closed the account, `reopened` when an operator had it looked at again: what
-    was sent before says nothing any more. `charged_late` says that a submit was seen to leave the balance as it was, so
-    that accepted tasks are not in the figures before they end.
-    """
-
-    status: Status = Status.OPEN
-    probe_at: int = 0
-    closed: int = 0
-    reopened: int = 0
-    charged_late: bool = False
-    count: Figure | None = None
-    money: Figure | None = None
-    open: int = 0
-    sending: int = 0
-    seq: int = 0
-    unknown: int = 0
-    prices: dict[Kind, Price] = field(default_factory=dict)
-    highest: dict[Kind, int] = field(default_factory=dict)
-
-
-class Figures(Struct, frozen=True):
-    """What one answer told of the balance; a missing or mistyped figure is None. Money is in fen."""
-
-    count: int | None = None
-    money: int | None = None
 
 
 class Standing(StrEnum):
@@ -93,13 +37,6 @@ class Standing(StrEnum):
     INVALID = "invalid"
 
 
-class Before(Struct):
-    """The figures known when a submission was reserved."""
-
-    count: int
-    money: int
-
-
 def standing(state: AccountState, policy: AccountPolicy, purse: Purse, kind: Kind, now: int) -> tuple[Standing, int]:
     """Whether the account can take one more submission, and when to look again if it can't."""
     if state.status is Status.INVALID:
@@ -107,7 +44,8 @@ def standing(state: AccountState, policy: AccountPolicy, purse: Purse, kind: Kin
     if state.status is Status.EXHAUSTED:
         if _may_probe(state, policy, purse) and now >= state.probe_at:
             return Standing.PROBE, now
-        return Standing.EXHAUSTED, max(state.probe_at, now + ONE_AT_A_TIME)
+        at = state.looked + PROBE_INTERVAL if _can_look(state) else state.probe_at
+        return Standing.EXHAUSTED, max(at, now + ONE_AT_A_TIME)
     if purse is Purse.COUNT_ONLY:
         known = state.count
         pays = state.open == 0 if known is None else known.value - state.open > policy.floor_count
@@ -124,17 +62,29 @@ def hold(state: AccountState, policy: AccountPolicy, kind: Kind) -> int | None:
 
 
 def observe(
-    state: AccountState, policy: AccountPolicy, figures: Figures, source: Source, sent: int, received: int
+    state: AccountState,
+    policy: AccountPolicy,
+    figures: Figures,
+    source: Source,
+    sent: int,
+    received: int,
+    kind: Kind | None = None,
 ) -> None:
-    """Take in what an answer told. A rise reopens an exhausted account, reaching the floors closes it."""
+    """Take in what the answer to a submission of `kind`, or to a check, told.
+
+    A rise reopens an exhausted account, reaching the floors closes it. A drop that the gateway's own submissions can't
+    explain is somebody else's. What became of a submission in doubt may show.
+    """
     if sent < state.reopened:
         return
-    rose_count, state.count = _observed(state.count, figures.count, source, sent, received)
-    rose_money, state.money = _observed(state.money, figures.money, source, sent, received)
-    if state.status is Status.EXHAUSTED and (rose_count or rose_money):
+    charges.resolve(state, figures, source, sent, kind)
+    count, state.count = _observed(state.count, figures.count, source, sent, received)
+    money, state.money = _observed(state.money, figures.money, source, sent, received)
+    charges.explain(state, max(-count, 0), max(-money, 0))
+    if state.status is Status.EXHAUSTED and (count > 0 or money > 0):
         state.status = Status.OPEN
     if state.status is Status.OPEN and not _can_pay(state, policy, None, 0):
-        state.status, state.probe_at = Status.EXHAUSTED, received + PROBE_INTERVAL
+        _close(state, Status.EXHAUSTED, received)
 
 
 def refuse(state: AccountState, status: Status, sent: int, received: int) -> None:
@@ -144,7 +94,8 @@ def refuse(state: AccountState, status: Status, sent: int, received: int) -> Non
     """
     newest = max((figure.sent for figure in (state.count, state.money) if figure), default=0)
     if sent >= max(newest, state.reopened):
-        state.status, state.probe_at, state.closed = status, received + PROBE_INTERVAL, sent
+        _close(state, status, received)
+        state.closed = sent
 
 
 def accept(state: AccountState, sent: int) -> None:
@@ -153,65 +104,73 @@ def accept(state: AccountState, sent: int) -> None:
         state.status = Status.OPEN
 
 
-def learn(state: AccountState, before: Before | None, after: Figures, *, alone: bool) -> None:
-    """See from a submit that had the account to itself whether it is charged at once or at the task's end."""
-    if alone and before and after.count is not None and after.money is not None:
-        if (before.count, before.money) == (after.count, after.money):
-            state.charged_late = True
-        elif _is_price(before.count - after.count, before.money - after.money):
-            state.charged_late = False
+def look_due(state: AccountState, policy: AccountPolicy, now: int, *, count_only: bool) -> bool:
+    """Whether the newest finished task is to be checked again, which tells the balance without spending any.
+
+    That is so for an account that is exhausted, for a submission in doubt, and where a tenant that may spend nothing
+    but uses (`count_only`) waits for some: once per interval.
+    """
+    if state.newest is None or state.status is Status.INVALID or now < state.looked + PROBE_INTERVAL:
+        return False
+    starved = count_only and state.count is not None and state.count.value <= policy.floor_count
+    in_doubt = state.looks and state.open == 0 and state.doubt is not None
+    return state.status is Status.EXHAUSTED or starved or in_doubt
 
 
-def receipt(
+def looked(
     state: AccountState,
     policy: AccountPolicy,
-    kind: Kind,
-    before: Before | None,
-    after: Figures,
-    *,
-    alone: bool,
-    succeeded: bool,
-) -> Cost:
-    """What an ended task cost, remembering the price if it was observed.
+    reservation: str,
+    figures: Figures,
+    sent: int,
+    received: int,
+) -> None:
+    """Take in what a second check of a finished task told.
 
-    `before` is the balance known when it was reserved, `after` the newest figures told about it. They are a
-    receipt only if nothing else of the account was open in between (`alone`), and if the drop is one that a task
-    can cause, not above what the operator calls the highest price. Where prepaid uses are left, a task took one of
-    them, since they are spent before money; else the last price of its kind is taken, or the operator's highest.
+    Figures that differ from those of its first check are today's: from then on all such figures are believed. One that
+    tells none is not asked again.
     """
-    if alone and before and after.count is not None and after.money is not None:
-        count, money = before.count - after.count, before.money - after.money
-        if _is_price(count, money) and money <= policy.max_price.get(kind, money):
-            if count or money:
-                state.prices[kind] = Price(count, money)
-                state.highest[kind] = max(state.highest.get(kind, 0), money)
-            if count or money or not succeeded:
-                return Cost(count, money, Basis.OBSERVED)
-    if after.count:
-        return Cost(1, 0, Basis.ESTIMATED)
-    if kind in state.prices:
-        return Cost(state.prices[kind].count, state.prices[kind].money, Basis.ESTIMATED)
-    if after.count == 0 and kind in policy.max_price:
-        return Cost(0, policy.max_price[kind], Basis.ESTIMATED)
-    return Cost(0, 0, Basis.UNKNOWN)
+    newest = state.newest
+    if newest is None or newest.reservation != reservation:
+        return
+    if figures.count is None or figures.money is None:
+        state.newest = None
+        return
+    if (figures.count, figures.money) != (newest.count, newest.money):
+        state.looks = True
+    if state.looks:
+        state.newest = Newest(reservation, max(sent, newest.sent), figures.count, figures.money)
+        observe(state, policy, figures, Source.CHECK, sent, received)
+
+
+def finished(state: AccountState, reservation: str, figures: Figures, sent: int) -> None:
+    """A task has ended: if it told figures and none was checked later, it is the one to check again."""
+    if figures.count is None or figures.money is None or (state.newest and sent < state.newest.sent):
+        return
+    state.newest = Newest(reservation, sent, figures.count, figures.money)
 
 
 def _observed(
     known: Figure | None, value: int | None, source: Source, sent: int, received: int
-) -> tuple[bool, Figure | None]:
-    """Whether a figure rose, and what is known of it after an observation."""
+) -> tuple[int, Figure | None]:
+    """By how much a figure rose (or dropped, below zero), and what is known of it after an observation."""
     if value is None:
-        return False, known
+        return 0, known
     if known is None or sent > known.received:
-        return known is not None and value > known.value, Figure(value, sent, received, source)
+        return (value - known.value if known else 0), Figure(value, sent, received, source)
     if value < known.value:
-        return False, Figure(value, max(sent, known.sent), max(received, known.received), source)
-    return False, known
+        latest = max(received, known.received)
+        return value - known.value, Figure(value, max(sent, known.sent), latest, source)
+    return 0, known
 
 
-def _is_price(count: int, money: int) -> bool:
-    """Whether a drop of the balance is one that a single task can cause: one use, or money, or nothing."""
-    return (count, money) == (1, 0) or (count == 0 and money >= 0)
+def _close(state: AccountState, status: Status, received: int) -> None:
+    state.status, state.probe_at, state.looked = status, received + PROBE_INTERVAL, received
+
+
+def _can_look(state: AccountState) -> bool:
+    """Whether the balance can be read without spending any."""
+    return state.looks and state.newest is not None
 
 
 def _can_pay(state: AccountState, policy: AccountPolicy, kind: Kind | None, submissions: int) -> bool:
@@ -233,9 +192,10 @@ def _can_pay(state: AccountState, policy: AccountPolicy, kind: Kind | None, subm
 def _may_probe(state: AccountState, policy: AccountPolicy, purse: Purse) -> bool:
     """Whether an ordinary submission may test an exhausted account.
 
-    Not where only the count may be spent, and not where the probe would eat into a floor that the figures still show.
+    Not where only the count may be spent, not where the balance can be read for nothing, and not where the probe would
+    eat into a floor that the figures still show.
     """
-    if purse is Purse.COUNT_ONLY:
+    if purse is Purse.COUNT_ONLY or _can_look(state):
         return False
     below_floor = [
         figure.value > 0 and floor > 0

@@ -12,7 +12,10 @@
     │   ├── ImageTooLarge
     │   ├── UnsupportedMediaType
     │   ├── InvalidOptions          names every faulty field
-    │   └── InvalidImage
+    │   ├── InvalidImage
+    │   ├── IdempotencyKeyInvalid
+    │   ├── IdempotencyKeyReused    for something else
+    │   └── IdempotencyInFlight     the first submission under the key has no outcome yet
     ├── Denied                      the request is fine, but may not be spent on now
     │   ├── QuotaDenied             a policy of the tenant
     │   └── BalanceExhausted        the upstream account can't pay
@@ -94,6 +97,18 @@ class InvalidImage(CallerFault):
     """The bytes claim to be an image that they are not."""
 
 
+class IdempotencyKeyInvalid(CallerFault):
+    """The idempotency key is malformed, too long, or given more than once."""
+
+
+class IdempotencyKeyReused(CallerFault):
+    """The idempotency key was used before for something else."""
+
+
+class IdempotencyInFlight(CallerFault):
+    """What was submitted first under the idempotency key has no outcome yet."""
+
+
 class FieldError(Exception):
     """One faulty field, and what it must be instead."""
 
@@ -160,11 +175,15 @@ class AccountMisconfigured(UpstreamFault):
 
 
 class SubmissionUnknown(UpstreamFault):
-    """The submission was sent and no usable answer came: it may have been charged and is never sent again."""
+    """The submission was sent and no usable answer came: it may have been charged and is never sent again.
 
-    def __init__(self, detail: str, *, submission_id: str) -> None:
+    `replayed` if that is what became of an earlier one under the same idempotency key.
+    """
+
+    def __init__(self, detail: str, *, submission_id: str, replayed: bool = False) -> None:
         super().__init__(detail)
         self.submission_id = submission_id
+        self.replayed = replayed
 
 
 class Unavailable(GatewayError):

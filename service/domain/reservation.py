@@ -9,8 +9,8 @@ from enum import StrEnum
 
 from msgspec import Struct, field
 
-from service.domain.balance import AccountState, Before, Figures
-from service.domain.task import Kind
+from service.domain.account import AccountState, Before, Figures, Suggestion
+from service.domain.task import Cost, Kind
 from service.domain.tenancy import AccountPolicy, Window
 
 
@@ -24,11 +24,30 @@ class ReservationState(StrEnum):
     UNKNOWN = "unknown"
 
 
+class Idempotency(Struct, frozen=True):
+    """What makes a repeated submission known: digests of the key and of the content it was first sent with."""
+
+    key: str
+    content: str
+
+
+class Refund(Struct):
+    """What an operator gave back to the tenant's windows, when (ms) and why."""
+
+    at: int
+    reason: str
+    count: int
+    money: int
+
+
 class Reservation(Struct):
     """A place held in the windows of a tenant and on an account, until `lease`.
 
     `sent` is when it was last aimed at an account; `before` what was known of that account then, `alone` whether
-    nothing else was open on it, `seq` its number there. `ended` says that its task has ended and its receipt is booked.
+    nothing else was open on it, `seq` its number there. `settled` is when it got its outcome. `cost` is what its task
+    took and `succeeded` how it went, known once that has ended. `key` is the digest of its idempotency key. Of an
+    unknown outcome `suggests` says what the balance suggests. A `refund` makes it count for nothing in the windows,
+    whatever else becomes of it.
     """
 
     state: ReservationState
@@ -40,9 +59,14 @@ class Reservation(Struct):
     lease: int
     seq: int = 0
     alone: bool = False
-    ended: bool = False
+    settled: int = 0
     before: Before | None = None
     after: Figures | None = None
+    cost: Cost | None = None
+    succeeded: bool | None = None
+    key: str | None = None
+    suggests: Suggestion | None = None
+    refund: Refund | None = None
     periods: dict[Window, int] = field(default_factory=dict)
     holds: dict[Window, int] = field(default_factory=dict)
 
@@ -85,4 +109,36 @@ class NoAccount(Struct, frozen=True):
     now: int
 
 
-Verdict = Granted | PolicyDenied | NoAccount
+class Replayed(Struct, frozen=True):
+    """It was submitted before under the same idempotency key: `reservation` became a task, or is unknown."""
+
+    reservation: str
+    state: ReservationState
+    now: int
+
+
+class InFlight(Struct, frozen=True):
+    """It was submitted before under the same idempotency key, and nobody knows yet what became of it."""
+
+    now: int
+
+
+class KeyReused(Struct, frozen=True):
+    """Something else was submitted before under the same idempotency key."""
+
+    now: int
+
+
+Verdict = Granted | PolicyDenied | NoAccount | Replayed | InFlight | KeyReused
+
+
+class Refunding(StrEnum):
+    """What became of a wish to refund a submission."""
+
+    REFUNDED = "refunded"
+    AGAIN = "again"
+    """It was refunded before."""
+    RUNNING = "running"
+    """It has not ended, so that nobody knows yet what it costs."""
+    FREE = "free"
+    """It cost nothing."""

@@ -47,11 +47,22 @@ class Keys:
         return f"{self._root}account:{account}"
 
     def reservation(self, reservation: str) -> str:
-        """One submission's reservation and outcome."""
+        """One submission's reservation and outcome. Without an id, how all of these keys begin."""
         return f"{self._root}reservation:{reservation}"
 
+    def idempotency(self, tenant: int, key: str) -> str:
+        """What was first submitted under an idempotency key of a tenant. Without a key, how all of these begin."""
+        return f"{self._root}idempotency:{tenant}:{key}"
+
+    def usage(self, tenant: int, day: int | str) -> str:
+        """What a tenant used on a day, counted from the epoch. With an empty day, how all of these keys begin."""
+        return f"{self._root}usage:{tenant}:{day}"
+
     def task(self, reservation: str) -> str:
-        """The task a submission became, by the id of its reservation: there is at most one."""
+        """The task a submission became, by the id of its reservation: there is at most one.
+
+        Without an id, how all of these keys begin.
+        """
         return f"{self._root}task:{reservation}"
 
     def tasks(self, tenant: int) -> str:

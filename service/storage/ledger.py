@@ -8,12 +8,16 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from service.domain.balance import AccountState, Figures, Status
+from service.domain.account import AccountState, Figures, Status
 from service.domain.errors import LedgerUnavailable
 from service.domain.reservation import (
     Granted,
+    Idempotency,
+    InFlight,
+    KeyReused,
     NoAccount,
     PolicyDenied,
+    Replayed,
     Reservation,
     ReservationState,
     Verdict,
@@ -22,9 +26,13 @@ from service.domain.reservation import (
 from service.domain.windows import TenantState
 from service.storage.keys import Keys
 from service.storage.scripts import RETRY_AFTER, Client, Scripts, ledger_time, read, scored
-from service.usecases.ports import Ask, Settlement, Snapshot
+from service.usecases.ports import Ask, Look, Settlement, Snapshot
 
 DAY = 86_400_000
+KEEP_KEY = DAY
+"""For how long an idempotency key is remembered, in milliseconds."""
+KEEP_USAGE = 400 * DAY
+"""For how long the usage of a day is kept, in milliseconds: 13 months at the least."""
 
 
 class Spans(Struct, frozen=True):
@@ -75,7 +83,9 @@ class RedisLedger:
                 "lease": self._spans.lease,
                 "keep": self._spans.keep,
                 "accounts": ask.accounts,
-            },
+                "reservations": keys.reservation(""),
+            }
+            | _given(idempotency=self._idempotency(ask.tenant, ask.idempotency)),
         )
         return _verdict(answer), Snapshot(msgspec.msgpack.decode(answer[1], type=TenantState), answer[2])
 
@@ -108,7 +118,11 @@ class RedisLedger:
             "figures": packed_figures(settlement.figures),
             "keep": self._spans.keep,
             "late": settlement.late,
-        }
+            "usage": keys.usage(settlement.tenant, ""),
+            "keep_usage": KEEP_USAGE,
+            "reservations": keys.reservation(""),
+            "keys": keys.idempotency(settlement.tenant, ""),
+        } | _given(idempotency=self._idempotency(settlement.tenant, settlement.idempotency))
         if settlement.draft:
             ask["draft"] = {
                 "id": settlement.draft.id,
@@ -184,6 +198,33 @@ class RedisLedger:
         """Let the next submission find out whether the account can pay."""
         await self._scripts.call("reopen", [self._keys.clock, self._keys.account(account)], {"account": account})
 
+    async def look(self, account: int, *, count_only: bool) -> Look | None:
+        """Claim the turn to look at an account's balance, if that is due."""
+        status, now, *rest = await self._scripts.call(
+            "look", [self._keys.clock, self._keys.account(account)], {"account": account, "count_only": count_only}
+        )
+        return Look(account, str(rest[0], "ascii"), now) if status == b"due" else None
+
+    async def looked(self, look: Look, figures: Figures) -> None:
+        """Take in what a second check of a finished task told."""
+        await self._scripts.call(
+            "looked",
+            [self._keys.clock, self._keys.account(look.account)],
+            {
+                "account": look.account,
+                "reservation": look.reservation,
+                "claimed": look.claimed,
+                "figures": packed_figures(figures),
+                "reservations": self._keys.reservation(""),
+            },
+        )
+
+    def _idempotency(self, tenant: int, idempotency: Idempotency | None) -> dict[str, Any] | None:
+        if idempotency is None:
+            return None
+        at = self._keys.idempotency(tenant, idempotency.key)
+        return {"at": at, "key": idempotency.key, "content": idempotency.content, "keep": KEEP_KEY}
+
 
 def _verdict(answer: list[Any]) -> Verdict:
     status, now = answer[0], answer[2]
@@ -195,6 +236,12 @@ def _verdict(answer: list[Any]) -> Verdict:
         )
     if status == b"no-account":
         return NoAccount(answer[3] or None, now)
+    if status == b"replayed":
+        return Replayed(str(answer[3], "ascii"), ReservationState(str(answer[4], "ascii")), now)
+    if status == b"in-flight":
+        return InFlight(now)
+    if status == b"key-reused":
+        return KeyReused(now)
     if status == b"gone":
         raise LedgerUnavailable("The gateway's store does not know this tenant. Try again.", retry_after=RETRY_AFTER)
     raise LedgerUnavailable("This submission was given up before it could be sent. Submit it again.", retry_after=1)

@@ -15,7 +15,7 @@ from service.domain.errors import LedgerUnavailable
 Client = Redis | RedisCluster
 
 RETRY_AFTER = 2.0
-_SHARED = ("state", "balance", "quota")
+_SHARED = ("state", "charges", "balance", "booking", "quota")
 
 
 class Scripts:

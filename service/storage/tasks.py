@@ -12,7 +12,7 @@ import msgspec
 from service.domain.errors import MalformedRequest
 from service.domain.task import Artifact, Basis, Cost, Kind, State, Task, TaskError
 from service.storage.keys import Keys
-from service.storage.ledger import Spans, packed_figures
+from service.storage.ledger import KEEP_USAGE, Spans, packed_figures
 from service.storage.scripts import Client, Scripts, ledger_time, read, scored
 from service.usecases.ports import Check, Due, Page
 
@@ -112,6 +112,9 @@ class RedisTasks:
             "keep_reservation": self._spans.keep,
             "keep_running": self._spans.keep,
             "keep_ended": self._spans.keep_ended,
+            "usage": keys.usage(task.tenant, ""),
+            "keep_usage": KEEP_USAGE,
+            "reservations": keys.reservation(""),
         }
         if check.error:
             ask["error"] = msgspec.json.encode(check.error).decode()

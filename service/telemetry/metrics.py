@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from service import __version__
-from service.domain.task import Kind, State
+from service.domain.task import Basis, Cost, Kind, State
 from service.domain.tenancy import Window
 from service.domain.windows import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
 
@@ -99,6 +99,23 @@ class Metrics:
             ("kind", "state"),
             registry=registry,
         )
+        self._spent_count = Counter(
+            "gateway_spent_count",
+            f"Prepaid uses that ended tasks took, by kind ({_values(Kind)}) and how that is known ({_values(Basis)}).",
+            ("kind", "basis"),
+            registry=registry,
+        )
+        self._spent_money = Counter(
+            "gateway_spent_yuan",
+            f"Money that ended tasks took, by kind ({_values(Kind)}) and how that is known ({_values(Basis)}).",
+            ("kind", "basis"),
+            registry=registry,
+        )
+        self._replays = Counter(
+            "gateway_idempotent_replays",
+            "Submissions that were answered with what an earlier one under the same key became.",
+            registry=registry,
+        )
         self._checks = Counter(
             "gateway_watch_checks",
             "Checks of tasks at the upstream, by what was answered.",
@@ -114,6 +131,9 @@ class Metrics:
             for state in State:
                 if state.ended:
                     self._finished.labels(kind.value, state.value)
+            for basis in Basis:
+                self._spent_count.labels(kind.value, basis.value)
+                self._spent_money.labels(kind.value, basis.value)
         # Looking a child up by its labels costs more than counting, and these two are counted for every request.
         self._request_children: dict[tuple[Port, str, str, int], tuple[Counter, Histogram]] = {}
 
@@ -146,9 +166,15 @@ class Metrics:
         """A policy of a tenant refused a submission."""
         self._policies.get(policy, self._policies[OTHER]).inc()
 
-    def finished(self, kind: Kind, state: State) -> None:
-        """A task ended."""
+    def finished(self, kind: Kind, state: State, cost: Cost) -> None:
+        """A task ended, and took what its receipt says."""
         self._finished.labels(kind.value, state.value).inc()
+        self._spent_count.labels(kind.value, cost.basis.value).inc(cost.count)
+        self._spent_money.labels(kind.value, cost.basis.value).inc(cost.money / 100)
+
+    def replayed(self) -> None:
+        """A submission was answered with what an earlier one under the same idempotency key became."""
+        self._replays.inc()
 
     def checked(self, answered: StrEnum) -> None:
         """The watch asked the upstream about a task."""

@@ -13,11 +13,12 @@ from typing import Protocol
 import msgspec
 from msgspec import Struct
 
-from service.domain.balance import AccountState, Figures, Status
+from service.domain.account import AccountState, Figures, Status
 from service.domain.registry import Registry
-from service.domain.reservation import ReservationState, Verdict
+from service.domain.reservation import Idempotency, Refunding, Reservation, ReservationState, Verdict
 from service.domain.task import Artifact, Kind, Options, State, Task, TaskError
 from service.domain.tenancy import Account, Tenant, Token
+from service.domain.usage import DayUsage
 from service.domain.windows import TenantState
 
 
@@ -38,6 +39,7 @@ class Ask(Struct, frozen=True):
     tenant: int
     accounts: tuple[int, ...]
     kind: Kind
+    idempotency: Idempotency | None = None
 
 
 class TaskDraft(Struct, frozen=True):
@@ -60,6 +62,8 @@ class Settlement(Struct, frozen=True, kw_only=True):
     figures: Figures = Figures()
     closes: Status | None = None
     draft: TaskDraft | None = None
+    idempotency: Idempotency | None = None
+    """As it was asked for, so that the key is kept even if the reservation was lost."""
     late: bool = False
     """Found out by somebody else than the sender, whose own settlement goes first while its lease runs."""
 
@@ -71,11 +75,22 @@ class Snapshot(Struct, frozen=True):
     now: int
 
 
+class Look(Struct, frozen=True):
+    """A wish to see an account's balance: by checking the task of `reservation` again, as of `claimed`."""
+
+    account: int
+    reservation: str
+    claimed: int
+
+
 class Ledger(Protocol):
     """Holds places and books outcomes. Every call is atomic, and idempotent by the reservation's id."""
 
     async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
-        """Hold a place, or say who refused. Asking again with the same id gives the same answer and holds one place."""
+        """Hold a place, or say who refused. Asking again with the same id gives the same answer and holds one place.
+
+        An idempotency key that is known decides before anything else is asked.
+        """
         ...
 
     async def retarget(self, ask: Ask, left: int, closes: Status | None) -> Verdict:
@@ -104,6 +119,33 @@ class Ledger(Protocol):
 
     async def reopen(self, account: int) -> None:
         """Forget that an account was closed, and its figures, so that the next submission tries it."""
+        ...
+
+    async def look(self, account: int, *, count_only: bool) -> Look | None:
+        """Claim the turn to look at an account's balance, if that is due; `count_only` if such a tenant uses it."""
+        ...
+
+    async def looked(self, look: Look, figures: Figures) -> None:
+        """Take in what a second check of a finished task told; without figures it is not asked again."""
+        ...
+
+
+class Books(Protocol):
+    """What submissions became and were charged for."""
+
+    async def submission(self, reservation: str) -> Reservation | None:
+        """A submission; None if it is not known (any more)."""
+        ...
+
+    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[Refunding, Reservation] | None:
+        """Give back what a submission of a tenant was charged for, once; None if it is not known (any more).
+
+        What was refunded before, has not ended, or cost nothing is left as it is.
+        """
+        ...
+
+    async def usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
+        """What a tenant used on each of the days, which are counted from the epoch. Kept for 13 months."""
         ...
 
 

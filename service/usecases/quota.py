@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from service.domain import quota, windows
-from service.domain.balance import AccountState
+from service.domain.account import AccountState
 from service.domain.reservation import Candidate
 from service.domain.task import Kind
 from service.domain.tenancy import Tenant, Window

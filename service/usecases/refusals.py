@@ -7,6 +7,8 @@ from service.domain.errors import (
     AccountMisconfigured,
     BalanceExhausted,
     GatewayError,
+    IdempotencyInFlight,
+    IdempotencyKeyReused,
     QuotaDenied,
     SubmissionUnknown,
     UpstreamRejected,
@@ -18,6 +20,7 @@ from service.domain.windows import RateLimit
 from service.usecases.ports import SubmitOutcome, Submitted
 
 CONNECT_AGAIN_AFTER = 5.0
+IN_FLIGHT_AGAIN_AFTER = 2.0
 
 
 def denied(verdict: PolicyDenied, limits: tuple[RateLimit, ...]) -> QuotaDenied:
@@ -71,8 +74,28 @@ def refusal(sent: Submitted, reservation: str) -> GatewayError:
         return UpstreamUnavailable(
             "The upstream can't be reached. Nothing was sent; try again.", retry_after=CONNECT_AGAIN_AFTER
         )
+    return unknown(reservation)
+
+
+def unknown(reservation: str, *, replayed: bool = False) -> SubmissionUnknown:
     return SubmissionUnknown(
-        "The image was sent, but no usable answer came. It may have been charged and is not sent again. Ask the "
-        "operators with this submission_id before you submit it anew.",
+        "The image was sent, but no usable answer came. It may have been charged and is not sent again. "
+        f"GET /v1/submissions/{reservation} says what is known of it: look there before you submit it anew.",
         submission_id=reservation,
+        replayed=replayed,
+    )
+
+
+def in_flight() -> IdempotencyInFlight:
+    return IdempotencyInFlight(
+        "What was first submitted under this Idempotency-Key has no outcome yet. Send the same again after "
+        "Retry-After to be told of it.",
+        retry_after=IN_FLIGHT_AGAIN_AFTER,
+    )
+
+
+def key_reused() -> IdempotencyKeyReused:
+    return IdempotencyKeyReused(
+        "Something else was submitted under this Idempotency-Key before. Take a new key for each submission, and an "
+        "old one only to send the very same again."
     )

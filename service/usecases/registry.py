@@ -18,7 +18,7 @@ import structlog
 from msgspec import Struct
 
 from service.domain import tenancy
-from service.domain.balance import AccountState, Status
+from service.domain.account import AccountState, Status
 from service.domain.errors import Conflict, FieldError, InvalidOptions, LedgerUnavailable, NotFound, Overloaded
 from service.domain.registry import Registry
 from service.domain.taskid import Sealer

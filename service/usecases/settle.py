@@ -45,6 +45,8 @@ class Settle:
 
     def give_up(self, ask: Ask) -> None:
         """Leave a tombstone for a reservation whose verdict never came: it may be held, or still be on its way."""
+        if not ask.accounts:
+            return  # nothing can be held where there is no account
         settlement = Settlement(
             reservation=ask.reservation,
             tenant=ask.tenant,

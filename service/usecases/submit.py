@@ -15,13 +15,14 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from service.domain.balance import Figures, Status
+from service.domain.account import Figures, Status
 from service.domain.errors import (
     KindNotAllowed,
     LedgerUnavailable,
     TenantDisabled,
 )
-from service.domain.reservation import Granted, NoAccount, PolicyDenied, ReservationState, Verdict
+from service.domain.idempotency import identify
+from service.domain.reservation import Granted, InFlight, NoAccount, PolicyDenied, Replayed, ReservationState, Verdict
 from service.domain.task import Basis, Cost, Kind, Options, State, Task
 from service.domain.taskid import Reference, TaskIds
 from service.domain.tenancy import Account, Tenant
@@ -38,9 +39,10 @@ from service.usecases.ports import (
     SubmitOutcome,
     Submitted,
     TaskDraft,
+    Tasks,
     Upstream,
 )
-from service.usecases.refusals import denied, misconfigured, no_account, refusal
+from service.usecases.refusals import denied, in_flight, key_reused, no_account, refusal, unknown
 from service.usecases.settle import Settle
 
 _log = structlog.get_logger(__name__)
@@ -64,10 +66,14 @@ _SETTLES = {
 
 
 class Submission(Struct, frozen=True):
-    """An accepted submission: its task, and what is left of the tenant's limits."""
+    """An accepted submission: its task, and what is left of the tenant's limits.
+
+    `replayed` if it is an earlier one under the same idempotency key, with its task as it is now.
+    """
 
     task: Task
     limits: tuple[RateLimit, ...]
+    replayed: bool = False
 
 
 class _Place(Struct, frozen=True):
@@ -91,6 +97,7 @@ class Submit:
         *,
         ledger: Ledger,
         settle: Settle,
+        tasks: Tasks,
         upstream: Upstream,
         registry: RegistryView,
         task_ids: TaskIds,
@@ -99,6 +106,7 @@ class Submit:
     ) -> None:
         self._ledger = ledger
         self._settle = settle
+        self._tasks = tasks
         self._upstream = upstream
         self._registry = registry
         self._task_ids = task_ids
@@ -112,20 +120,29 @@ class Submit:
         if not tenant.may_submit(kind):
             raise KindNotAllowed(f"This tenant may not submit {kind} tasks. Ask the operators of the gateway.")
 
-    async def __call__(self, tenant: Tenant, options: Options, metadata: dict[str, str], image: Image) -> Submission:
-        """Submit once. What has begun is finished even if the caller goes away.
+    async def __call__(
+        self, tenant: Tenant, options: Options, metadata: dict[str, str], image: Image, *, key: str | None = None
+    ) -> Submission:
+        """Submit once, even if it is called again with the same `key`. What has begun is finished if the caller leaves.
 
-        Raises the errors of `Denied` and `UpstreamFault`, and LedgerUnavailable.
+        Raises the errors of `Denied` and `UpstreamFault`, IdempotencyKeyReused, IdempotencyInFlight and
+        LedgerUnavailable.
         """
         self.admit(tenant, options.kind)
-        work = self._background.spawn(self._submit(tenant, options, metadata, image))
+        work = self._background.spawn(self._submit(tenant, options, metadata, image, key))
         return await asyncio.shield(work)
 
-    async def _submit(self, tenant: Tenant, options: Options, metadata: dict[str, str], image: Image) -> Submission:
+    async def _submit(
+        self, tenant: Tenant, options: Options, metadata: dict[str, str], image: Image, key: str | None
+    ) -> Submission:
         accounts = self._registry.current.accounts_of(tenant)
-        if not accounts:
-            raise misconfigured()
-        place, snapshot = await self._reserve(tenant, accounts, options.kind)
+        idempotency = None if key is None else identify(key, options, metadata, image.sha256)
+        ask = Ask(secrets.token_hex(16), tenant.id, tuple(each.id for each in accounts), options.kind, idempotency)
+        verdict, snapshot, asked = await self._reserve(ask)
+        limits = rate_limits(tenant.policy, snapshot.state, snapshot.now)
+        if isinstance(verdict, Replayed):
+            return await self._replay(verdict, limits)
+        place = self._place(verdict, ask, accounts, limits, asked)
         try:
             sent, place = await self._send(place, accounts, options, image)
             task = self._task(place, sent.upstream_id, options, metadata) if _accepted(sent) else None
@@ -141,25 +158,49 @@ class Submit:
             raise refusal(sent, place.ask.reservation)
         draft = TaskDraft(task.id, task.options, task.metadata)
         await self._settle(msgspec.structs.replace(self._settlement(place, sent), draft=draft))
-        return Submission(task, rate_limits(tenant.policy, snapshot.state, snapshot.now))
+        return Submission(task, limits)
 
-    async def _reserve(self, tenant: Tenant, accounts: Sequence[Account], kind: Kind) -> tuple[_Place, Snapshot]:
-        ask = Ask(secrets.token_hex(16), tenant.id, tuple(each.id for each in accounts), kind)
+    async def _reserve(self, ask: Ask) -> tuple[Verdict, Snapshot, float]:
+        """Ask for a place; the verdict, and when (of the monotonic clock) it was asked for."""
         asked = time.monotonic()
         try:
-            verdict, snapshot = await self._ledger.reserve(ask)
+            return *await self._ledger.reserve(ask), asked
         except BaseException:
             self._settle.give_up(ask)
             raise
-        if isinstance(verdict, PolicyDenied):
-            for violation in verdict.violations:
-                self._metrics.denied(violation.policy)
-            raise denied(verdict, rate_limits(tenant.policy, snapshot.state, snapshot.now))
-        if isinstance(verdict, NoAccount):
-            raise no_account(verdict)
-        deadline = asked + (verdict.lease - verdict.now) / 1000 - LEASE_MARGIN
-        account = next(each for each in accounts if each.id == verdict.account)
-        return _Place(ask, account, verdict.now, deadline), snapshot
+
+    def _place(
+        self,
+        verdict: Verdict,
+        ask: Ask,
+        accounts: Sequence[Account],
+        limits: tuple[RateLimit, ...],
+        asked: float,
+    ) -> _Place:
+        """The place that was granted. Raises what a caller is told if none was."""
+        match verdict:
+            case PolicyDenied():
+                for violation in verdict.violations:
+                    self._metrics.denied(violation.policy)
+                raise denied(verdict, limits)
+            case NoAccount():
+                raise no_account(verdict)
+            case InFlight():
+                raise in_flight()
+            case Granted():
+                deadline = asked + (verdict.lease - verdict.now) / 1000 - LEASE_MARGIN
+                account = next(each for each in accounts if each.id == verdict.account)
+                return _Place(ask, account, verdict.now, deadline)
+            case _:
+                raise key_reused()
+
+    async def _replay(self, verdict: Replayed, limits: tuple[RateLimit, ...]) -> Submission:
+        """What became of the first submission under the key, as it is now."""
+        self._metrics.replayed()
+        found = await self._tasks.get(verdict.reservation) if verdict.state is ReservationState.ACCEPTED else None
+        if found is None:
+            raise unknown(verdict.reservation, replayed=True)
+        return Submission(found[0], limits, replayed=True)
 
     async def _send(
         self, place: _Place, accounts: Sequence[Account], options: Options, image: Image
@@ -197,6 +238,7 @@ class Submit:
             outcome=_SETTLES.get(sent.outcome, ReservationState.REFUSED),
             figures=Figures() if place.astray else sent.figures,
             closes=None if place.astray else _CLOSES.get(sent.outcome),
+            idempotency=place.ask.idempotency,
         )
 
     def _task(self, place: _Place, upstream_id: str, options: Options, metadata: dict[str, str]) -> Task:

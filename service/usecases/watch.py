@@ -7,6 +7,7 @@ import asyncio
 import structlog
 
 from service.domain.errors import LedgerUnavailable, NotFound
+from service.domain.task import Task
 from service.domain.taskid import TaskIds
 from service.telemetry.metrics import Metrics
 from service.usecases.ports import Answered, Check, Due, Ledger, RegistryView, Tasks, Upstream
@@ -108,14 +109,14 @@ class Watch:
 
     async def _check(self, due: Due) -> None:
         """Ask about one task and record the answer; without a record it is due again when the claim runs out."""
-        check = await self._ask(due)
+        check = await ask(due.task, self._registry, self._task_ids, self._upstream)
         self._metrics.checked(check.answered)
         try:
             task = await self._tasks.record(due, check)
         except LedgerUnavailable:
             return
         if task and task.state.ended:
-            self._metrics.finished(task.kind, task.state)
+            self._metrics.finished(task.kind, task.state, task.cost)
             _log.info(
                 "task.ended",
                 reservation=task.reservation,
@@ -128,13 +129,15 @@ class Watch:
                 basis=task.cost.basis,
             )
 
-    async def _ask(self, due: Due) -> Check:
-        account = self._registry.current.account(due.task.account)
-        if account is None:
-            return Check(answered=Answered.SILENT)  # its account was removed: nobody can tell any more
-        try:
-            upstream_id = self._task_ids.open(due.task.id).upstream_id
-        except NotFound:  # the key that sealed it was taken away, and may come back
-            _log.error("the id of a task can't be opened by any of the secret keys", reservation=due.task.reservation)
-            return Check(answered=Answered.NOTHING)
-        return await self._upstream.check(account, upstream_id)
+
+async def ask(task: Task, registry: RegistryView, task_ids: TaskIds, upstream: Upstream) -> Check:
+    """Ask the upstream about a task of an account of ours."""
+    account = registry.current.account(task.account)
+    if account is None:
+        return Check(answered=Answered.SILENT)  # its account was removed: nobody can tell any more
+    try:
+        upstream_id = task_ids.open(task.id).upstream_id
+    except NotFound:  # the key that sealed it was taken away, and may come back
+        _log.error("the id of a task can't be opened by any of the secret keys", reservation=task.reservation)
+        return Check(answered=Answered.NOTHING)
+    return await upstream.check(account, upstream_id)

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from service.app import create_app, create_ops_app
-from service.domain.balance import Figures
+from service.domain.account import Figures
 from service.domain.task import TaskError
 from service.sandbox.accounts import Balance
 from service.sandbox.app import SandboxConfig
@@ -265,7 +265,15 @@ async def house_of_fakes() -> AsyncIterator[tuple[House, FakeLedger, FakeUpstrea
     """Everything in memory but the HTTP."""
     ledger, upstream, background = FakeLedger(), FakeUpstream(), Background()
     registry = FakeRegistry(ledger)
-    ports = Ports(ledger=ledger, tasks=ledger, store=registry, registry=registry, upstream=upstream, clock=ledger.clock)
+    ports = Ports(
+        ledger=ledger,
+        books=ledger,
+        tasks=ledger,
+        store=registry,
+        registry=registry,
+        upstream=upstream,
+        clock=ledger.clock,
+    )
     services = furnished(ports, Settings.load(ENVIRONMENT), Metrics(CollectorRegistry()), background)
 
     async def pass_time(seconds: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from redis.asyncio import Redis
 
-from service.domain.balance import Figures
+from service.domain.account import Figures
 from service.domain.reservation import Granted, ReservationState
 from service.domain.task import Artifact, ArtifactName, Kind, UpscaleOptions
 from service.domain.taskid import Reference, TaskIds

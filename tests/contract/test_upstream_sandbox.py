@@ -8,7 +8,7 @@ import httpx2
 import msgspec
 import pytest
 
-from service.domain.balance import Figures
+from service.domain.account import Figures
 from service.domain.task import (
     ArtifactName,
     FaceEnhanceOptions,

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from service.clients import exchange
 from service.clients.upstream import Operation
-from service.domain.balance import Figures
+from service.domain.account import Figures
 from service.domain.task import (
     FaceEnhanceOptions,
     Options,

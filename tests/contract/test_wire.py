@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from service.clients.wire import read_check, read_submit, to_fields
-from service.domain.balance import Figures
+from service.domain.account import Figures
 from service.domain.reasons import in_english
 from service.domain.task import (
     DEFAULT_CATALOGUE,

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.clients.wire import read_check, read_submit
-from service.domain.balance import Figures
+from service.domain.account import Figures
 from service.domain.task import (
     Artifact,
     ArtifactName,

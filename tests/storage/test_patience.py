@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from service.domain.balance import Figures
+from service.domain.account import Figures
 from service.domain.reservation import ReservationState
 from service.domain.task import Kind
 from service.usecases.ports import Answered, Check
-from tests.storage.test_scripts_and_model import ACCOUNTS, LedgerMachine
+from tests.storage.ledger_machine import ACCOUNTS, LedgerMachine
 from tests.support.valkey import Valkey
 
 RUNNING, SILENT, UNUSABLE, NOTHING = Answered.RUNNING, Answered.SILENT, Answered.UNUSABLE, Answered.NOTHING
@@ -30,8 +30,8 @@ def test_patience(valkey: Valkey, told: list[tuple[Answered, int]]) -> None:
     """Whatever is answered when, a task ends at the same check in Redis as in the model, with the same error."""
     machine = LedgerMachine(valkey.url)
     try:
-        name = machine.reserve(Kind.UPSCALE, ACCOUNTS)
-        machine.settle(name, ReservationState.ACCEPTED, Figures(), None, lost=False, late=False)
+        name = machine.reserve(Kind.UPSCALE, ACCOUNTS, None)
+        machine.settle(name, ReservationState.ACCEPTED, Figures(), None, None, lost=False, late=False)
         machine.wait(machine.spans.check_after)
         (due,) = machine.run(machine.model.claim(1))
         for answered, milliseconds in told:

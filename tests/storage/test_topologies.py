@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from service.domain.balance import Figures
+from service.domain.account import Figures
 from service.domain.reservation import Granted, NoAccount, PolicyDenied, ReservationState
 from service.domain.task import Artifact, ArtifactName, Kind, State
 from service.domain.tenancy import Account, Limit, Tenant, TenantPolicy, Token, Window

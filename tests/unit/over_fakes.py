@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
-from service.domain.balance import Status
+from service.domain.account import Status
 from service.domain.errors import LedgerUnavailable
 from service.domain.registry import Registry
 from service.domain.reservation import Verdict
@@ -123,6 +123,7 @@ class Gateway:
         self.submit = Submit(
             ledger=self.ledger,
             settle=Settle(self.ledger, self.background),
+            tasks=self.ledger,
             upstream=self.upstream,
             registry=self.registry,
             task_ids=self.task_ids,

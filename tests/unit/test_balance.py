@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from service.domain import balance
-from service.domain.balance import (
-    PROBE_INTERVAL,
-    AccountState,
-    Before,
-    Figure,
-    Figures,
-    Price,
-    Source,
-    Standing,
-    Status,
-)
+from service.domain import balance, charges
+from service.domain.account import AccountState, Before, Figure, Figures, Price, Source, Status
+from service.domain.balance import PROBE_INTERVAL, Standing
 from service.domain.task import Basis, Cost, Kind
 from service.domain.tenancy import AccountPolicy, Purse
 
 POLICY = AccountPolicy()
+NOW = 1_790_000_000_000
 MONEY = Purse.COUNT_THEN_MONEY
 
 
@@ -159,10 +151,10 @@ def test_what_is_held(
 def test_observed_receipt() -> None:
     """A task that was alone on the account cost what the balance dropped, and its price is remembered."""
     state = known()
-    cost = balance.receipt(state, POLICY, Kind.SEAMLESS, Before(0, 900), Figures(0, 650), alone=True, succeeded=True)
+    cost = charges.receipt(state, POLICY, Kind.SEAMLESS, Before(0, 900), Figures(0, 650), alone=True, succeeded=True)
     assert cost == Cost(0, 250, Basis.OBSERVED)
     assert (state.prices[Kind.SEAMLESS], state.highest[Kind.SEAMLESS]) == (Price(0, 250), 250)
-    balance.receipt(state, POLICY, Kind.SEAMLESS, Before(0, 650), Figures(0, 550), alone=True, succeeded=True)
+    charges.receipt(state, POLICY, Kind.SEAMLESS, Before(0, 650), Figures(0, 550), alone=True, succeeded=True)
     assert (state.prices[Kind.SEAMLESS], state.highest[Kind.SEAMLESS]) == (Price(0, 100), 250)
 
 
@@ -179,22 +171,22 @@ def test_observed_receipt() -> None:
 def test_estimated_receipt(before: Before | None, after: Figures, alone: bool) -> None:
     """Without a drop that only this task can have caused, the last price seen is taken."""
     state = AccountState(prices={Kind.SEAMLESS: Price(0, 70)})
-    cost = balance.receipt(state, POLICY, Kind.SEAMLESS, before, after, alone=alone, succeeded=True)
+    cost = charges.receipt(state, POLICY, Kind.SEAMLESS, before, after, alone=alone, succeeded=True)
     assert cost == Cost(0, 70, Basis.ESTIMATED)
 
 
 def test_receipt_while_uses_are_left() -> None:
     """With uses left a task took one of them, whatever the last price was."""
     state = AccountState(prices={Kind.SEAMLESS: Price(0, 70)})
-    cost = balance.receipt(state, POLICY, Kind.SEAMLESS, None, Figures(4, 100), alone=False, succeeded=True)
+    cost = charges.receipt(state, POLICY, Kind.SEAMLESS, None, Figures(4, 100), alone=False, succeeded=True)
     assert cost == Cost(1, 0, Basis.ESTIMATED)
 
 
 def test_receipt_of_nothing() -> None:
     """Without any figure or price the cost is unknown; a failed task that moved nothing cost nothing."""
-    nothing = balance.receipt(AccountState(), POLICY, Kind.UPSCALE, None, Figures(), alone=True, succeeded=True)
+    nothing = charges.receipt(AccountState(), POLICY, Kind.UPSCALE, None, Figures(), alone=True, succeeded=True)
     assert nothing == Cost(0, 0, Basis.UNKNOWN)
-    free = balance.receipt(
+    free = charges.receipt(
         AccountState(), POLICY, Kind.UPSCALE, Before(2, 0), Figures(2, 0), alone=True, succeeded=False
     )
     assert free == Cost(0, 0, Basis.OBSERVED)
@@ -204,7 +196,7 @@ def test_receipt_above_the_highest_price() -> None:
     """A drop that no task of this kind can cause is somebody else's spending: the operator's price is the guess."""
     state = AccountState()
     policy = AccountPolicy(max_price={Kind.UPSCALE: 300})
-    cost = balance.receipt(state, policy, Kind.UPSCALE, Before(0, 900), Figures(0, 400), alone=True, succeeded=True)
+    cost = charges.receipt(state, policy, Kind.UPSCALE, Before(0, 900), Figures(0, 400), alone=True, succeeded=True)
     assert cost == Cost(0, 300, Basis.ESTIMATED)
     assert state.highest == {}
 
@@ -222,11 +214,11 @@ def test_upstream_that_charges_at_the_end() -> None:
     state, policy = known(count=0, money=1_200), AccountPolicy(floor_money=1_000)
     state.highest[Kind.UPSCALE], state.open = 100, 5
     assert standing(state, policy=policy) is Standing.PAYS
-    balance.learn(state, Before(0, 1_200), Figures(0, 1_200), alone=False)
+    charges.learn(state, POLICY, Kind.UPSCALE, Before(0, 1_200), Figures(0, 1_200), NOW, alone=False)
     assert standing(state, policy=policy) is Standing.PAYS
-    balance.learn(state, Before(0, 1_200), Figures(0, 1_200), alone=True)
+    charges.learn(state, POLICY, Kind.UPSCALE, Before(0, 1_200), Figures(0, 1_200), NOW, alone=True)
     assert standing(state, policy=policy) is Standing.EXHAUSTED
-    balance.learn(state, Before(0, 1_200), Figures(0, 1_100), alone=True)
+    charges.learn(state, POLICY, Kind.UPSCALE, Before(0, 1_200), Figures(0, 1_100), NOW, alone=True)
     assert standing(state, policy=policy) is Standing.PAYS
 
 

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.domain.task import Kind, State
+from service.domain.task import Basis, Cost, Kind, State
 from service.telemetry.metrics import Metrics, Port
 
 
@@ -70,12 +70,17 @@ def test_each_event_has_its_counter(metrics: Metrics) -> None:
     """What callers report is found under the labels they gave."""
     metrics.upstream(Outcome.GOOD, Outcome.GOOD, 3)
     metrics.submission(Kind.UPSCALE, Outcome.GOOD)
-    metrics.finished(Kind.SEAMLESS, State.FAILED)
+    metrics.finished(Kind.SEAMLESS, State.FAILED, Cost(1, 250, Basis.ESTIMATED))
+    metrics.replayed()
     metrics.checked(Outcome.GOOD)
     assert value(metrics, "gateway_upstream_requests_total", operation="good", outcome="good") == 1
     assert value(metrics, "gateway_upstream_request_duration_seconds_sum", operation="good", outcome="good") == 3
     assert value(metrics, "gateway_submissions_total", kind="upscale", outcome="good") == 1
     assert value(metrics, "gateway_tasks_finished_total", kind="seamless", state="failed") == 1
+    spent = {"kind": "seamless", "basis": "estimated"}
+    assert value(metrics, "gateway_spent_count_total", **spent) == 1
+    assert value(metrics, "gateway_spent_yuan_total", **spent) == 2.5
+    assert value(metrics, "gateway_idempotent_replays_total") == 1
     assert value(metrics, "gateway_watch_checks_total", answer="good") == 1
 
 

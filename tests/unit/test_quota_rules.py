@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from service.domain import quota
-from service.domain.balance import AccountState, Figure, Figures, Price, Source, Status
+from service.domain import booking, quota
+from service.domain.account import AccountState, Figure, Figures, Price, Source, Status
 from service.domain.reservation import (
     Candidate,
     Granted,
@@ -11,10 +11,12 @@ from service.domain.reservation import (
     PolicyDenied,
     Reservation,
     ReservationState,
+    Verdict,
     Violation,
 )
 from service.domain.task import Basis, Cost, Kind
 from service.domain.tenancy import AccountPolicy, Limit, TenantPolicy, Window
+from service.domain.usage import DayUsage
 from service.domain.windows import TenantState, period_of, roll
 
 NOW = 1_790_000_000_000
@@ -36,7 +38,7 @@ def reservation() -> Reservation:
 
 def reserve(
     tenant: TenantState, policy: TenantPolicy, *accounts: Candidate, made: Reservation | None = None
-) -> Granted | PolicyDenied | NoAccount:
+) -> Verdict:
     return quota.reserve(tenant, policy, accounts, made or reservation(), NOW)
 
 
@@ -94,7 +96,7 @@ def test_unknown_price_holds_all_that_remains() -> None:
     paying = account(count=figure(0), money=figure(10_000))
     made = reservation()
     assert isinstance(reserve(tenant, policy, paying, made=made), Granted)
-    assert made.holds == {Window.MONTH: 500}
+    assert made.holds == dict.fromkeys(Window, 500)
     assert isinstance(reserve(tenant, policy, paying), PolicyDenied)
 
 
@@ -105,8 +107,10 @@ def test_overrun() -> None:
     paying = account(count=figure(0), money=figure(1_000), highest={Kind.UPSCALE: 80})
     made = reservation()
     reserve(tenant, policy, paying, made=made)
-    quota.settle(tenant, paying, made, ReservationState.ACCEPTED, Figures(0, 870), None, NOW + 5)
-    cost = quota.end(tenant, policy, paying, made, Figures(0, 870), NOW + 10, NOW + 20, succeeded=True)
+    booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(0, 870), None, DayUsage(), NOW + 5)
+    cost = booking.end(
+        tenant, policy, paying, "r", made, Figures(0, 870), NOW + 10, DayUsage(), NOW + 20, succeeded=True
+    )
     assert cost == Cost(0, 130, Basis.OBSERVED)
     month = tenant.windows[Window.MONTH]
     assert (month.money, month.money_reserved, month.overrun) == (130, 0, 30)
@@ -123,9 +127,11 @@ def test_receipt_of_one_that_was_not_alone() -> None:
     first, second = reservation(), reservation()
     for made in (first, second):
         reserve(tenant, TenantPolicy(), paying, made=made)
-        quota.settle(tenant, paying, made, ReservationState.ACCEPTED, Figures(), None, NOW + 5)
+        booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), NOW + 5)
     for made in (first, second):
-        cost = quota.end(tenant, TenantPolicy(), paying, made, Figures(0, 800), NOW + 10, NOW + 20, succeeded=True)
+        cost = booking.end(
+            tenant, TenantPolicy(), paying, "r", made, Figures(0, 800), NOW + 10, DayUsage(), NOW + 20, succeeded=True
+        )
         assert cost == Cost(0, 90, Basis.ESTIMATED)
     assert (paying.state.open, tenant.active) == (0, 0)
 
@@ -139,7 +145,7 @@ def test_moving_on() -> None:
     reserve(tenant, policy, left, right, made=made)
     moved = quota.retarget(tenant, policy, left, Status.EXHAUSTED, [right], made, NOW + 1)
     assert isinstance(moved, Granted)
-    assert (moved.account, made.account, made.holds) == (2, 2, {Window.DAY: 90})
+    assert (moved.account, made.account, made.holds) == (2, 2, dict.fromkeys(Window, 90))
     assert (left.state.status, left.state.open, right.state.open) == (Status.EXHAUSTED, 0, 1)
     day = tenant.windows[Window.DAY]
     assert (day.tasks_reserved, day.money_reserved) == (1, 90)
@@ -162,11 +168,11 @@ def test_late_settlement_replaces_unknown() -> None:
     for late, used, active in ((ReservationState.REFUSED, 0, 0), (ReservationState.ACCEPTED, 1, 1)):
         tenant, paying, made = TenantState(), account(), reservation()
         reserve(tenant, TenantPolicy(), paying, made=made)
-        assert quota.settle(tenant, paying, made, ReservationState.UNKNOWN, Figures(), None, NOW)
+        assert booking.settle(tenant, paying, "r", made, ReservationState.UNKNOWN, Figures(), None, DayUsage(), NOW)
         assert (tenant.windows[Window.DAY].tasks, tenant.active, paying.state.unknown) == (1, 0, 1)
-        assert quota.settle(tenant, paying, made, late, Figures(), None, NOW)
+        assert booking.settle(tenant, paying, "r", made, late, Figures(), None, DayUsage(), NOW)
         assert (tenant.windows[Window.DAY].tasks, tenant.active, paying.state.unknown) == (used, active, 0)
-        assert not quota.settle(tenant, paying, made, ReservationState.UNKNOWN, Figures(), None, NOW)
+        assert not booking.settle(tenant, paying, "r", made, ReservationState.UNKNOWN, Figures(), None, DayUsage(), NOW)
 
 
 def test_settling_after_the_window() -> None:
@@ -174,7 +180,7 @@ def test_settling_after_the_window() -> None:
     tenant, paying, made = TenantState(), account(), reservation()
     reserve(tenant, TenantPolicy(), paying, made=made)
     later = NOW + 86_400_000
-    quota.settle(tenant, paying, made, ReservationState.ACCEPTED, Figures(), None, later)
+    booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), later)
     roll(tenant, later)
     used = {window: (each.tasks, each.tasks_reserved) for window, each in tenant.windows.items()}
     assert used[Window.DAY] == used[Window.MINUTE] == (0, 0)
@@ -184,7 +190,7 @@ def test_settling_after_the_window() -> None:
 def test_lost_reservation_is_charged_where_it_was_made() -> None:
     """A reservation that the ledger lost counts in the windows of its creation, not of its discovery."""
     tenant, state, made = TenantState(), AccountState(), reservation()
-    quota.adopt(tenant, state, made, NOW + 86_400_000)
+    booking.adopt(tenant, state, "r", made, DayUsage(), NOW + 86_400_000)
     assert tenant.windows[Window.DAY].tasks == 0
     assert tenant.windows[Window.TOTAL].tasks == 1
     assert (made.state, state.unknown) == (ReservationState.UNKNOWN, 1)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from service.domain.balance import Status
+from service.domain.account import Status
 from service.domain.errors import (
     AccountMisconfigured,
     BalanceExhausted,

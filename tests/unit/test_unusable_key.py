@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.domain.balance import Status
+from service.domain.account import Status
 from service.domain.errors import AccountMisconfigured
 from service.usecases.ports import SubmitOutcome, Submitted
 from tests.unit.over_fakes import Gateway

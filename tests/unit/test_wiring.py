@@ -32,7 +32,13 @@ async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = FakeLedger()
     registry = FakeRegistry(ledger)
     ports = Ports(
-        ledger=ledger, tasks=ledger, store=registry, registry=registry, upstream=FakeUpstream(), clock=ledger.clock
+        ledger=ledger,
+        books=ledger,
+        tasks=ledger,
+        store=registry,
+        registry=registry,
+        upstream=FakeUpstream(),
+        clock=ledger.clock,
     )
     settings = Settings.load(
         ENVIRONMENT | {"GATEWAY_ROLE": "api", "GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_LEASE_SECONDS": "240"}

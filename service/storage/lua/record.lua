@@ -1,7 +1,8 @@
 -- Writes what a check of a task said, and when to check again; an end is recorded once, with its receipt.
 -- KEYS     clock, tenant, reservation, account, task, watch
 -- ARGV     MessagePack {reservation, account, claimed, answered, artifacts, error, lost_error, unusable_error, figures,
---          check_after, lost_after, unusable_after, keep_reservation, keep_running, keep_ended}
+--          check_after, lost_after, unusable_after, keep_reservation, keep_running, keep_ended, usage, keep_usage,
+--          reservations}; usage and reservations are the prefixes of the keys of the tenant's days and of reservations
 -- RETURNS  {'recorded', now, the task's fields and values}, {'ended', now} if it had ended before, or {'gone', now}
 local ask = cmsgpack.unpack(ARGV[1])
 local now = clock(KEYS[1])
@@ -39,30 +40,38 @@ end
 if answered == 'succeeded' or answered == 'failed' then
   local cost = {count = 0, money = 0, basis = 'unknown'}
   local reservation = load_reservation(KEYS[3])
-  if reservation and reservation.state == 'accepted' and not reservation.ended then
+  if reservation and reservation.state == 'accepted' and not reservation.cost then
     local tenant, account = load_tenant(KEYS[2]), load_account(KEYS[4], ask.account)
+    local state, figures, succeeded = account.state, ask.figures, answered == 'succeeded'
+    local before = tally(reservation)
     roll(tenant, now)
-    observe(account, ask.figures, 'check', ask.claimed, now)
-    local told = ask.figures.count and ask.figures.money and ask.figures or reservation.after or {}
-    local alone = reservation.alone and account.state.seq == reservation.seq
-    cost = receipt(account, reservation.kind, reservation.before, told, alone, answered == 'succeeded')
-    tenant.state.active = tenant.state.active - 1
-    book_money(tenant, reservation, 'money_reserved', -1)
-    account.state.open = account.state.open - 1
-    reservation.ended = true
-    local limits = {}
-    for _, limit in ipairs(tenant.policy.limits) do
-      limits[limit.window] = limit.money
+    count(tenant, reservation, -1)
+    state.open = state.open - 1
+    local alone = reservation.alone and state.seq == reservation.seq
+    local asked = (alone or state.looks) and ask.claimed or reservation.sent
+    observe(account, figures, 'check', asked, now)
+    local complete = figures.count and figures.money
+    local told = complete and figures or reservation.after or {}
+    cost = receipt(account, reservation.kind, reservation.before, told, alone, succeeded)
+    if succeeded then
+      finished(state, ask.reservation, figures, ask.claimed)
     end
-    for _, window in ipairs(WINDOWS) do
-      local counter, limit = tenant.state.windows[window], limits[window]
-      if reservation.periods[window] == counter.period then
-        counter.money = counter.money + cost.money
-        if limit then
-          counter.overrun = counter.overrun + math.min(math.max(counter.money - limit, 0), cost.money)
+    quieten(state, figures, now, alone)
+    reservation.holds, reservation.cost, reservation.succeeded = {}, cost, succeeded
+    if reservation.refund then
+      reservation.refund.count, reservation.refund.money = cost.count, cost.money
+    end
+    count(tenant, reservation, 1)
+    book(ask.usage, ask.reservation, reservation, before, ask.keep_usage)
+    if not reservation.refund then
+      for _, limit in ipairs(tenant.policy.limits) do
+        local counter = tenant.state.windows[limit.window]
+        if limit.money and reservation.periods[limit.window] == counter.period then
+          counter.overrun = counter.overrun + math.min(math.max(counter.money - limit.money, 0), cost.money)
         end
       end
     end
+    tell(account, ask.reservations)
     save(tenant)
     save(account)
     save_reservation(KEYS[3], reservation, ask.keep_reservation)

@@ -1,9 +1,12 @@
 -- Holds a place for a submission in the windows of its tenant and on the first account that can pay.
 -- KEYS     clock, tenant, reservation, leases, account...
--- ARGV     MessagePack {reservation, tenant, kind, lease, keep, accounts}
+-- ARGV     MessagePack {reservation, tenant, kind, lease, keep, accounts, reservations, idempotency}; reservations is the
+--          prefix of their keys, idempotency {at, key, content, keep}: where that key is kept, with what, and how long
 -- RETURNS  {'granted', tenant's state, now, account, lease}
 --          {'denied', tenant's state, now, {policy, limit, resets_at or 0}...}
 --          {'no-account', tenant's state, now, look_at or 0}
+--          {'replayed', tenant's state, now, reservation, its state}, {'in-flight', tenant's state, now} or
+--          {'key-reused', tenant's state, now}: what was submitted before under the same idempotency key
 --          {'settled', tenant's state, now}: it was given up before it arrived
 --          {'gone', tenant's state, now}: there is no such tenant (any more)
 local ask = cmsgpack.unpack(ARGV[1])
@@ -20,6 +23,20 @@ if known then
     return {'settled', cmsgpack.pack(tenant.state), now}
   end
   return {'granted', cmsgpack.pack(tenant.state), now, known.account, known.lease}
+end
+
+local idempotency = ask.idempotency
+local first = idempotency and redis.call('GET', idempotency.at)
+if first then
+  local id, content = first:match('^(%S+) (%S+)$')
+  local earlier = load_reservation(ask.reservations .. id)
+  if earlier and content ~= idempotency.content then
+    return {'key-reused', cmsgpack.pack(tenant.state), now}
+  elseif earlier and earlier.state == 'reserved' then
+    return {'in-flight', cmsgpack.pack(tenant.state), now}
+  elseif earlier then
+    return {'replayed', cmsgpack.pack(tenant.state), now, id, earlier.state}
+  end
 end
 
 local accounts = {}
@@ -49,18 +66,19 @@ elseif not account then
 end
 
 local reservation = {
-  state = 'reserved', tenant = ask.tenant, kind = ask.kind, created = now, lease = now + ask.lease, ended = false,
-  periods = {},
+  state = 'reserved', tenant = ask.tenant, kind = ask.kind, created = now, lease = now + ask.lease, settled = 0,
+  key = idempotency and idempotency.key, periods = {},
 }
 for _, window in ipairs(WINDOWS) do
-  local counter = tenant.state.windows[window]
-  reservation.periods[window] = counter.period
-  counter.tasks_reserved = counter.tasks_reserved + 1
+  reservation.periods[window] = tenant.state.windows[window].period
 end
-tenant.state.active = tenant.state.active + 1
-aim(tenant, account, reservation, holds, now)
+aim(account, reservation, holds, now)
+count(tenant, reservation, 1)
 save(tenant)
 save(account)
 save_reservation(KEYS[3], reservation, ask.keep)
 redis.call('ZADD', KEYS[4], reservation.lease, ask.reservation)
+if idempotency then
+  redis.call('SET', idempotency.at, ask.reservation .. ' ' .. idempotency.content, 'PX', idempotency.keep)
+end
 return {'granted', cmsgpack.pack(tenant.state), now, account.id, reservation.lease}

@@ -16,7 +16,7 @@ end
 
 local left = load_account(KEYS[4], ask.left)
 if ask.closes then
-  refuse(left, ask.closes, reservation.sent, now)
+  refuse(left.state, ask.closes, reservation.sent, now)
   save(left)
 end
 local accounts = {}
@@ -27,7 +27,7 @@ local account, retry = choose(accounts, tenant.policy.purse, reservation.kind, n
 if not account then
   return {'no-account', cmsgpack.pack(tenant.state), now, retry or 0}
 end
-book_money(tenant, reservation, 'money_reserved', -1)
+count(tenant, reservation, -1)
 local refused = {}
 local holds = money_holds(tenant, price_to_hold(account, reservation.kind), now, refused)
 if #refused > 0 then
@@ -35,7 +35,9 @@ if #refused > 0 then
 end
 left.state.open = left.state.open - 1
 left.state.sending = left.state.sending - 1
-aim(tenant, account, reservation, holds, now)
+owe(left, reservation.kind, -1)
+aim(account, reservation, holds, now)
+count(tenant, reservation, 1)
 save(tenant)
 save(left)
 save(account)

@@ -1,7 +1,9 @@
 -- Gives a reservation its outcome, by compare-and-set; an acceptance writes its task in the same breath.
 -- KEYS     clock, tenant, reservation, leases, account, task, index of the tenant's tasks, watch
--- ARGV     MessagePack {reservation, tenant, account, kind, created, outcome, figures, closes, keep, late,
---          draft}, draft {id, options, metadata, check_after}
+-- ARGV     MessagePack {reservation, tenant, account, kind, created, outcome, figures, closes, keep, late, draft, usage,
+--          keep_usage, reservations, keys, idempotency}, draft {id, options, metadata, check_after}; usage, reservations
+--          and keys are the prefixes of the keys of the tenant's days, of all reservations, and of the tenant's
+--          idempotency keys, idempotency {key, content, keep} is kept even if the reservation was lost
 -- RETURNS  {'settled', now}, {'final', now} if it had a final outcome before and nothing changed, {'pending', now} if
 --          a late one came before the sender's own, which goes first while its lease runs, or
 --          {'elsewhere', now, account} if the reservation is on another account than the caller thought
@@ -18,18 +20,29 @@ if reservation and reservation.account ~= ask.account then
 elseif not reservation then
   reservation = {
     state = 'unknown', tenant = ask.tenant, account = ask.account, kind = ask.kind, created = ask.created,
-    sent = ask.created, lease = ask.created, seq = 0, alone = false, ended = false, periods = {}, holds = {},
+    sent = ask.created, lease = ask.created, seq = 0, alone = false, settled = 0, periods = {}, holds = {},
   }
   if outcome == 'refused' or outcome == 'not-sent' then
     reservation.state = outcome
     save_reservation(KEYS[3], reservation, ask.keep)
     return {'settled', now}
   end
+  local idempotency = ask.idempotency
+  if idempotency then
+    reservation.key = idempotency.key
+    local kept = ask.reservation .. ' ' .. idempotency.content
+    redis.call('SET', ask.keys .. idempotency.key, kept, 'NX', 'PX', idempotency.keep)
+  end
+  reservation.settled = now
   for _, window in ipairs(WINDOWS) do
     reservation.periods[window] = period_of(window, ask.created)
   end
-  book(tenant, reservation, {tasks = 1})
+  count(tenant, reservation, 1)
+  book(ask.usage, ask.reservation, reservation, {}, ask.keep_usage)
   account.state.unknown = account.state.unknown + 1
+  account.state.unknown_at = now
+  local owing = account.state.owing
+  owing.tasks, owing.unpriced = owing.tasks + 1, owing.unpriced + 1
   if outcome == 'unknown' then
     save(tenant)
     save(account)
@@ -41,37 +54,53 @@ end
 if ask.late and reservation.state == 'reserved' and reservation.lease > now then
   return {'pending', now}
 end
-local was = reservation.state
+local was, state = reservation.state, account.state
 if (was ~= 'reserved' and was ~= 'unknown') or was == outcome then
   return {'final', now}
 end
+local before = tally(reservation)
+count(tenant, reservation, -1)
 if was == 'reserved' then
-  tenant.state.active = tenant.state.active - 1
-  book(tenant, reservation, {tasks_reserved = -1})
-  book_money(tenant, reservation, 'money_reserved', -1)
-  account.state.sending = account.state.sending - 1
-  account.state.open = account.state.open - 1
+  state.sending = state.sending - 1
+  state.open = state.open - 1
 else
-  book(tenant, reservation, {tasks = -1})
-  book_money(tenant, reservation, 'money', -1)
-  account.state.unknown = account.state.unknown - 1
+  state.unknown = state.unknown - 1
+  if state.doubt and state.doubt.reservation == ask.reservation then
+    state.doubt = nil
+  end
 end
+reservation.state, reservation.settled = outcome, now
+local alone = reservation.alone and state.seq == reservation.seq
 if outcome == 'accepted' then
-  tenant.state.active = tenant.state.active + 1
-  book(tenant, reservation, {tasks = 1})
-  book_money(tenant, reservation, 'money_reserved', 1)
-  account.state.open = account.state.open + 1
-  accept(account, reservation, ask.figures)
+  state.open = state.open + 1
   reservation.after = ask.figures
+  if reservation.refund then
+    reservation.refund.count, reservation.refund.money = 0, 0
+  end
+  accept(state, reservation.sent)
 elseif outcome == 'unknown' then
-  book(tenant, reservation, {tasks = 1})
-  book_money(tenant, reservation, 'money', 1)
-  account.state.unknown = account.state.unknown + 1
-elseif ask.closes then
-  refuse(account, ask.closes, reservation.sent, now)
+  state.unknown = state.unknown + 1
+  wonder(state, ask.reservation, reservation, alone, now)
+else
+  reservation.holds, reservation.refund = {}, nil
+  owe(account, reservation.kind, -1)
+  if ask.closes then
+    refuse(state, ask.closes, reservation.sent, now)
+  end
+  if reservation.key then
+    local kept = redis.call('GET', ask.keys .. reservation.key)
+    if kept and kept:match('^%S+') == ask.reservation then
+      redis.call('DEL', ask.keys .. reservation.key)
+    end
+  end
 end
-observe(account, ask.figures, 'submit', reservation.sent, now)
-reservation.state = outcome
+count(tenant, reservation, 1)
+book(ask.usage, ask.reservation, reservation, before, ask.keep_usage)
+observe(account, ask.figures, 'submit', reservation.sent, now, reservation.kind)
+if outcome == 'accepted' then
+  learn(account, reservation.kind, reservation.before, ask.figures, now, alone)
+end
+tell(account, ask.reservations)
 save(tenant)
 save(account)
 save_reservation(KEYS[3], reservation, ask.keep)

@@ -16,9 +16,13 @@ local function can_pay(account, kind, submissions)
   return state.money.value + left * price > policy.floor_money
 end
 
+local function can_look(state)
+  return state.looks and state.newest
+end
+
 local function may_probe(account, purse)
   local state, policy = account.state, account.policy
-  if purse == 'count_only' then
+  if purse == 'count_only' or can_look(state) then
     return false
   end
   local below_count = state.count and state.count.value > 0 and policy.floor_count > 0
@@ -34,7 +38,8 @@ local function standing(account, purse, kind, now)
     if may_probe(account, purse) and now >= state.probe_at then
       return 'probe', now
     end
-    return 'exhausted', math.max(state.probe_at, now + ONE_AT_A_TIME)
+    local at = can_look(state) and state.looked + PROBE_INTERVAL or state.probe_at
+    return 'exhausted', math.max(at, now + ONE_AT_A_TIME)
   end
   local pays
   if purse ~= 'count_only' then
@@ -59,85 +64,59 @@ local function price_to_hold(account, kind)
   return account.policy.max_price[kind] or (state.highest and state.highest[kind])
 end
 
+-- By how much a figure rose (or dropped, below zero), and what is known of it after an observation.
 local function observed(known, value, source, sent, received)
   if not value then
-    return false, known
+    return 0, known
   elseif not known or sent > known.received then
-    return known ~= nil and value > known.value, {value = value, sent = sent, received = received, source = source}
+    local change = known and value - known.value or 0
+    return change, {value = value, sent = sent, received = received, source = source}
   elseif value < known.value then
     local latest = math.max(received, known.received)
-    return false, {value = value, sent = math.max(sent, known.sent), received = latest, source = source}
+    local lower = {value = value, sent = math.max(sent, known.sent), received = latest, source = source}
+    return value - known.value, lower
   end
-  return false, known
+  return 0, known
 end
 
-local function observe(account, figures, source, sent, received)
-  local state, rose_count, rose_money = account.state, false, false
+local function close(state, status, received)
+  state.status, state.probe_at, state.looked = status, received + PROBE_INTERVAL, received
+end
+
+local function observe(account, figures, source, sent, received, kind)
+  local state, count, money = account.state, 0, 0
   if sent < state.reopened then
     return
   end
-  rose_count, state.count = observed(state.count, figures.count, source, sent, received)
-  rose_money, state.money = observed(state.money, figures.money, source, sent, received)
-  if state.status == 'exhausted' and (rose_count or rose_money) then
+  resolve(state, figures, source, sent, kind)
+  count, state.count = observed(state.count, figures.count, source, sent, received)
+  money, state.money = observed(state.money, figures.money, source, sent, received)
+  explain(state, math.max(-count, 0), math.max(-money, 0))
+  if state.status == 'exhausted' and (count > 0 or money > 0) then
     state.status = 'open'
   end
   if state.status == 'open' and not can_pay(account, nil, 0) then
-    state.status, state.probe_at = 'exhausted', received + PROBE_INTERVAL
+    close(state, 'exhausted', received)
   end
 end
 
-local function refuse(account, status, sent, received)
-  local state = account.state
+local function refuse(state, status, sent, received)
   local newest = math.max(state.count and state.count.sent or 0, state.money and state.money.sent or 0)
   if sent >= math.max(newest, state.reopened) then
-    state.status, state.probe_at, state.closed = status, received + PROBE_INTERVAL, sent
+    close(state, status, received)
+    state.closed = sent
   end
 end
 
-local function is_price(count, money)
-  return (count == 1 and money == 0) or (count == 0 and money >= 0)
-end
-
--- The upstream took a submission: the account is known and could pay, unless a later one was refused. If it had the
--- account to itself, it shows whether it was charged at once.
-local function accept(account, reservation, after)
-  local state, before = account.state, reservation.before
-  if reservation.sent > state.closed then
+local function accept(state, sent)
+  if sent > state.closed then
     state.status = 'open'
   end
-  if reservation.alone and state.seq == reservation.seq and before and after.count and after.money then
-    if before.count == after.count and before.money == after.money then
-      state.charged_late = true
-    elseif is_price(before.count - after.count, before.money - after.money) then
-      state.charged_late = false
-    end
-  end
 end
 
-local function receipt(account, kind, before, after, alone, succeeded)
-  local state = account.state
-  if alone and before and after.count and after.money then
-    local count, money = before.count - after.count, before.money - after.money
-    if is_price(count, money) and money <= (account.policy.max_price[kind] or money) then
-      local charged = count > 0 or money > 0
-      if charged then
-        state.prices, state.highest = state.prices or {}, state.highest or {}
-        state.prices[kind] = {count = count, money = money}
-        state.highest[kind] = math.max(state.highest[kind] or 0, money)
-      end
-      if charged or not succeeded then
-        return {count = count, money = money, basis = 'observed'}
-      end
-    end
+local function finished(state, id, figures, sent)
+  if not figures.count or not figures.money or (state.newest and sent < state.newest.sent) then
+    return
   end
-  if after.count and after.count > 0 then
-    return {count = 1, money = 0, basis = 'estimated'}
-  end
-  local price = state.prices and state.prices[kind]
-  if price then
-    return {count = price.count, money = price.money, basis = 'estimated'}
-  elseif after.count == 0 and account.policy.max_price[kind] then
-    return {count = 0, money = account.policy.max_price[kind], basis = 'estimated'}
-  end
-  return {count = 0, money = 0, basis = 'unknown'}
+  state.newest = {reservation = id, sent = sent, count = figures.count, money = figures.money}
 end

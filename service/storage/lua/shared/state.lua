@@ -1,12 +1,13 @@
--- The clock, the states and the calendar: shared by the scripts, which are put behind state, balance and quota.
+-- The clock, the states and the calendar: shared by the scripts, which are put behind all that is in this folder.
 --
--- The rules are those of service/domain/quota.py and balance.py, name for name: there they are specified, here they are
--- carried out where nothing can come between. Times are milliseconds, money is in fen. States are kept as MessagePack;
+-- The rules are those of the modules of the same names in service/domain, name for name: there they are specified, here
+-- they are carried out where nothing can come between. Times are milliseconds, money is in fen. States are kept as MessagePack;
 -- nothing that may be empty is a table in them, since Lua does not tell an empty list from an empty map.
 
 local WINDOWS = {'minute', 'hour', 'day', 'month', 'total'}
 local PROBE_INTERVAL = 60000
 local ONE_AT_A_TIME = 2000
+local UNKNOWN_SETTLES = 3600000
 local DAY = 86400000
 
 -- The ledger's clock: the larger of TIME and the last time seen, since a failover can step TIME back.
@@ -36,7 +37,12 @@ local function load_account(key, id)
   local found = redis.call('HMGET', key, 'policy', 'state')
   local policy = unpacked(found[1])
   local state = unpacked(found[2])
-    or {status = 'open', probe_at = 0, closed = 0, reopened = 0, charged_late = false, open = 0, sending = 0, seq = 0, unknown = 0}
+    or {
+      status = 'open', probe_at = 0, closed = 0, reopened = 0, open = 0, sending = 0, seq = 0,
+      owing = {tasks = 0, money = 0, unpriced = 0}, blind = false,
+      unexplained_count = 0, unexplained_money = 0,
+      unknown = 0, unknown_at = 0, looks = false, looked = 0,
+    }
   local defaults = {floor_count = 0, floor_money = 0, max_price = {}}
   return {key = key, id = id, policy = policy or defaults, state = state, kept = policy ~= nil}
 end

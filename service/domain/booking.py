@@ -1,0 +1,186 @@
+"""Settling, as functions from state to decision: what becomes of a reservation, and what it is charged for.
+
+The Lua scripts carry the same rules out on Redis, where no other process can come between; this module is their
+specification, the model they are held against, and the ledger of the behaviour tests. Times are milliseconds of the
+ledger's clock, money is in fen. Functions change the state they are given and return what they decided.
+
+What a reservation counts for, in the windows and in the usage of its day, follows from the reservation alone. Each
+change takes out what it counted for before and puts in what it counts for then.
+"""
+
+from __future__ import annotations
+
+from service.domain import balance, charges
+from service.domain.account import AccountState, Figures, Source, Status
+from service.domain.reservation import Candidate, Refund, Refunding, Reservation, ReservationState
+from service.domain.task import Cost
+from service.domain.tenancy import TenantPolicy, Window
+from service.domain.usage import DayUsage
+from service.domain.windows import TenantState, period_of, roll
+
+_CHARGED = frozenset({ReservationState.ACCEPTED, ReservationState.UNKNOWN})
+
+
+def adopt(
+    tenant: TenantState, account: AccountState, name: str, reservation: Reservation, day: DayUsage, now: int
+) -> None:
+    """Charge a reservation the ledger has lost as unknown, in the windows of its creation, before it is settled."""
+    roll(tenant, now)
+    reservation.state, reservation.settled = ReservationState.UNKNOWN, now
+    reservation.periods = {window: period_of(window, reservation.created)[0] for window in Window}
+    count(tenant, reservation, 1)
+    day.book(name, reservation, 1)
+    account.unknown += 1
+    account.unknown_at = now
+    account.owing.tasks += 1
+    account.owing.unpriced += 1
+
+
+def settle(
+    tenant: TenantState,
+    account: Candidate,
+    name: str,
+    reservation: Reservation,
+    outcome: ReservationState,
+    figures: Figures,
+    closes: Status | None,
+    day: DayUsage,
+    now: int,
+) -> bool:
+    """Give the reservation `name` its outcome; False if it had a final one already, and nothing changes.
+
+    `figures` is what the answer told of the balance, `closes` what a refusal said of the account.
+    """
+    roll(tenant, now)
+    was, state = reservation.state, account.state
+    if was not in {ReservationState.RESERVED, ReservationState.UNKNOWN} or was is outcome:
+        return False
+    count(tenant, reservation, -1)
+    day.book(name, reservation, -1)
+    if was is ReservationState.RESERVED:
+        state.sending -= 1
+        state.open -= 1
+    else:
+        state.unknown -= 1
+        if state.doubt and state.doubt.reservation == name:
+            state.doubt = None
+    reservation.state, reservation.settled = outcome, now
+    alone = reservation.alone and state.seq == reservation.seq
+    if outcome is ReservationState.ACCEPTED:
+        state.open += 1
+        reservation.after = figures
+        if reservation.refund:
+            reservation.refund.count = reservation.refund.money = 0  # until it has ended
+        balance.accept(state, reservation.sent)
+    elif outcome is ReservationState.UNKNOWN:
+        state.unknown += 1
+        charges.wonder(state, name, reservation.seq, reservation.before, now, alone=alone)
+    else:
+        reservation.holds, reservation.refund = {}, None
+        charges.owe(state, account.policy, reservation.kind, -1)
+        if closes:
+            balance.refuse(state, closes, reservation.sent, now)
+    count(tenant, reservation, 1)
+    day.book(name, reservation, 1)
+    balance.observe(state, account.policy, figures, Source.SUBMIT, reservation.sent, now, reservation.kind)
+    if outcome is ReservationState.ACCEPTED:
+        charges.learn(state, account.policy, reservation.kind, reservation.before, figures, now, alone=alone)
+    return True
+
+
+def end(
+    tenant: TenantState,
+    policy: TenantPolicy,
+    account: Candidate,
+    name: str,
+    reservation: Reservation,
+    figures: Figures,
+    sent: int,
+    day: DayUsage,
+    now: int,
+    *,
+    succeeded: bool,
+) -> Cost:
+    """Book the receipt of an accepted submission whose task has ended; `figures` were asked for at `sent`.
+
+    A check may tell the balance as it was when the task ended, which may be as long ago as its submission: where
+    anything else has happened on the account since, its figures are as old, unless checks tell the balance of now.
+    """
+    roll(tenant, now)
+    count(tenant, reservation, -1)
+    day.book(name, reservation, -1)
+    state = account.state
+    state.open -= 1
+    alone = reservation.alone and state.seq == reservation.seq
+    asked = sent if alone or state.looks else reservation.sent
+    balance.observe(state, account.policy, figures, Source.CHECK, asked, now)
+    complete = figures.count is not None and figures.money is not None
+    cost = charges.receipt(
+        state,
+        account.policy,
+        reservation.kind,
+        reservation.before,
+        figures if complete else reservation.after or Figures(),
+        alone=alone,
+        succeeded=succeeded,
+    )
+    if succeeded:
+        balance.finished(state, name, figures, sent)
+    charges.quieten(state, figures, now, alone=alone)
+    reservation.holds, reservation.cost, reservation.succeeded = {}, cost, succeeded
+    if reservation.refund:
+        reservation.refund.count, reservation.refund.money = cost.count, cost.money
+    count(tenant, reservation, 1)
+    day.book(name, reservation, 1)
+    if not reservation.refund:
+        _pass(tenant, policy, reservation, cost.money)
+    return cost
+
+
+def refund(tenant: TenantState, name: str, reservation: Reservation, reason: str, day: DayUsage, now: int) -> Refunding:
+    """Give what a submission was charged for back to the windows of its tenant, once.
+
+    From then on it counts for nothing in them, whatever a late answer makes of it.
+    """
+    roll(tenant, now)
+    if reservation.refund:
+        return Refunding.AGAIN
+    if reservation.state in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
+        return Refunding.FREE
+    if reservation.state is ReservationState.UNKNOWN:
+        given = Refund(now, reason, 0, reservation.holds.get(Window.DAY, 0))
+    elif reservation.cost is None:
+        return Refunding.RUNNING
+    else:
+        given = Refund(now, reason, reservation.cost.count, reservation.cost.money)
+    count(tenant, reservation, -1)
+    day.book(name, reservation, -1)
+    reservation.refund = given
+    count(tenant, reservation, 1)
+    day.book(name, reservation, 1)
+    return Refunding.REFUNDED
+
+
+def count(tenant: TenantState, reservation: Reservation, sign: int) -> None:
+    """Put in what a reservation counts for in the windows that are still its own; with a sign of -1 take it out."""
+    holds_place = reservation.state is ReservationState.RESERVED
+    runs = reservation.state is ReservationState.ACCEPTED and reservation.cost is None
+    charged = reservation.state in _CHARGED and not reservation.refund
+    tenant.active += sign * (holds_place or runs)
+    for window, each in tenant.windows.items():
+        if reservation.periods.get(window) != each.period:
+            continue
+        held = reservation.holds.get(window, 0)
+        each.tasks_reserved += sign * holds_place
+        each.money_reserved += sign * held * (holds_place or runs)
+        if charged:
+            each.tasks += sign
+            each.money += sign * (reservation.cost.money if reservation.cost else held * (not runs))
+
+
+def _pass(tenant: TenantState, policy: TenantPolicy, reservation: Reservation, money: int) -> None:
+    """Count how much of what was just charged lies beyond the limits."""
+    for limit in policy.limits:
+        each = tenant.windows[limit.window]
+        if limit.money is not None and reservation.periods.get(limit.window) == each.period:
+            each.overrun += min(max(each.money - limit.money, 0), money)

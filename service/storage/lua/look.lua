@@ -1,0 +1,20 @@
+-- Claims the turn to look at an account's balance by checking its newest finished task again, if that is due.
+-- KEYS     clock, account
+-- ARGV     MessagePack {account, count_only}: whether a tenant that may spend nothing but uses has the account
+-- RETURNS  {'due', now, reservation} or {'not-due', now}
+local ask = cmsgpack.unpack(ARGV[1])
+local now = clock(KEYS[1])
+local account = load_account(KEYS[2], ask.account)
+local state = account.state
+local early = not state.newest or now < state.looked + PROBE_INTERVAL
+if not account.kept or state.status == 'invalid' or early then
+  return {'not-due', now}
+end
+local starved = ask.count_only and state.count and state.count.value <= account.policy.floor_count
+local in_doubt = state.looks and state.open == 0 and state.doubt
+if state.status ~= 'exhausted' and not starved and not in_doubt then
+  return {'not-due', now}
+end
+state.looked = now
+save(account)
+return {'due', now, state.newest.reservation}
