@@ -140,6 +140,23 @@ async def test_floors(books: Books, floors: dict[str, int], given: tuple[int, in
         await books.refused_unasked()
 
 
+@pytest.mark.parametrize(
+    ("floors", "given"), [({"floor_count": 3}, (8, 50)), ({"floor_money": 3 * PRICE}, (0, 8 * PRICE))]
+)
+async def test_floors_while_others_run(books: Books, floors: dict[str, int], given: tuple[int, int]) -> None:
+    """What running tasks will take counts against the floors, also where the figures only show it at their end."""
+    await books.house.admin("PUT", "/accounts/main", json=floors)
+    await books.give(*given)
+    for _ in range(2):
+        await books.spend()
+    await books.turn(seconds=3_600)
+    for _ in range(3):
+        await books.accepted()
+    for _ in range(2):
+        await books.refused_unasked()
+        await books.house.advance(3_600)
+
+
 async def test_count_only(books: Books) -> None:
     """A tenant that may spend uses only goes one at a time until they are known, takes them all, and no money."""
     await books.house.put_tenant(purse="count_only")
@@ -155,6 +172,22 @@ async def test_count_only(books: Books) -> None:
         await books.refused_unasked()
     assert await books.held() == (0, 50)
     assert [cost["money"] for cost in costs] == [0] * 6
+    await balanced(books, costs)
+
+
+async def test_count_only_while_others_run(books: Books) -> None:
+    """Where uses only may be spent, a running task keeps its use, whether or not the figures show it yet."""
+    await books.house.put_tenant(purse="count_only")
+    await books.give(7, 50)
+    costs = [await books.spend() for _ in range(2)]
+    while (await books.held())[0]:
+        answers = [await books.submit() for _ in range(7)]
+        tasks = [answer.json() for answer in answers if answer.status_code == 201]
+        assert tasks
+        costs += [await books.cost(task) for task in tasks]
+    await books.refused_unasked()
+    assert await books.held() == (0, 50)
+    assert len(costs) == 7
     await balanced(books, costs)
 
 

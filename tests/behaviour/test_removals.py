@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from tests.behaviour.aftermath import problem
-from tests.behaviour.books import Books, opened_books
+from tests.behaviour.books import opened_books
 from tests.behaviour.house import USER_KEY, House
 from tests.support.valkey import Valkey
 
