@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from service.sandbox.accounts import Balance
 from service.sandbox.control import Control
 from service.sandbox.dials import PRICES, Fault
+from tests.behaviour.aftermath import problem
 from tests.behaviour.house import USER_KEY, House, SandboxControl, real_house
 from tests.support.valkey import Valkey
 
@@ -106,7 +107,7 @@ class Books:
         """Submit what has to be refused with 402, and a time to come back, without asking the upstream."""
         before = await self.sandbox.submits()
         answer = await self.submit(token=token)
-        assert (answer.status_code, answer.json()["code"]) == (402, "balance-exhausted"), answer.text
+        problem(answer, 402, "balance-exhausted")
         assert 0 < int(answer.headers["retry-after"]) <= 60
         assert await self.sandbox.submits() == before
         return answer

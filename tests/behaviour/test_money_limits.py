@@ -130,17 +130,14 @@ async def test_refused_holds_nothing(books: Books) -> None:
     assert (len(tasks), refused) == (1, {429: 2})
 
 
-async def test_failed_task(books: Books) -> None:
+@pytest.mark.parametrize(("charge", "taken"), [("submit", PRICE), ("end", 0)])
+async def test_failed_task(books: Books, charge: str, taken: int) -> None:
     """A task that failed is charged what the balance dropped by, which is nothing where the upstream took nothing."""
+    await books.turn(charge=charge)
     for _ in range(2):
         await books.spend()
     await limit(books, 100)
     await books.turn(faults=(Fault(on="submit", times=1, fail="it could not be done"),))
-    cost = await books.spend()
-    assert (cost["money"], await month(books)) == (PRICE, (2 * PRICE, 0, 100 - 2 * PRICE))
-    assert await books.held() == (0, 1_000 - 3 * PRICE)
-    await books.turn(faults=(Fault(on="submit", times=1, fail="it could not be done"),), charge="end")
-    cost = await books.spend()
-    assert cost == {"count": 0, "money": 0, "basis": "observed"}
-    assert await month(books) == (2 * PRICE, 0, 100 - 2 * PRICE)
-    assert await books.shown() == await books.held()
+    assert await books.spend() == {"count": 0, "money": taken, "basis": "observed"}
+    assert await month(books) == (PRICE + taken, 0, 100 - PRICE - taken)
+    assert await books.shown() == await books.held() == (0, 1_000 - 2 * PRICE - taken)

@@ -69,6 +69,12 @@ class Server:
         reads = told["total_reads_processed"] - 1  # without the question
         return done, Work(told["cmdstat_evalsha"]["usec"] / calls, reads / calls)
 
+    async def idle(self, times: int) -> None:
+        """Run a script that does nothing so many times."""
+        script = await self.client.script_load("return 1")
+        for _ in range(times):
+            await self.client.evalsha(script, 0)
+
     async def memory(self) -> int:
         """The bytes in use."""
         return int((await self.client.info("memory"))["used_memory"])

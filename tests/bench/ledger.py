@@ -21,8 +21,10 @@ async def ledger() -> Sequence[Figure]:
         await tenant.claim(ACTIVE)
         await _round(tenant)  # loads the scripts, and is not counted
         rounds = [await _round(tenant) for _ in range(ROUNDS)]
+        nothing = [(await tenant.server.watch(BATCH, tenant.server.idle(BATCH)))[1] for _ in range(ROUNDS)]
     reserve, accept, claim, end = ([each[step] for each in rounds] for step in range(4))
     return [
+        Figure("a script that does nothing, to compare machines", _micros(nothing), "us"),
         Figure("reserve: time of the server", _micros(reserve), "us", most=MOST_MICROS),
         Figure("reserve: round trips", _round_trips(reserve), "", most=1),
         Figure("settle as accepted: time of the server", _micros(accept), "us", most=MOST_MICROS),

@@ -141,5 +141,9 @@ def started(folder: Path, **settings: str) -> Iterator[Gateway]:
     finally:
         if process.poll() is None:
             process.terminate()
-        process.wait(SECONDS)
+        try:
+            process.wait(SECONDS)
+        finally:
+            process.kill()  # one that does not end when it is told to fails its test, and is not left behind
+            process.wait()
         until(lambda: not any(alive(pid) for pid in gateway.children), "the end of its children")
