@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from service.domain import balance, booking, quota, windows
+from service.domain import balance, booking, charges, quota, windows
 from service.domain.account import AccountState, Figures, Status
 from service.domain.errors import LedgerUnavailable, MalformedRequest
 from service.domain.registry import Registry
@@ -171,7 +171,7 @@ class FakeLedger:
         figures, closes, day = settlement.figures, settlement.closes, self._day(known)
         if not booking.settle(tenant, account, name, known, settlement.outcome, figures, closes, day, now):
             return False
-        self._resolve(account.state)
+        self._resolve(account)
         if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
             self._free_key(name, known)
         if settlement.outcome is ReservationState.ACCEPTED and settlement.draft:
@@ -191,12 +191,13 @@ class FakeLedger:
         if known.key and self.keys.get((known.tenant, known.key), ("",))[0] == name:
             del self.keys[known.tenant, known.key]
 
-    def _resolve(self, state: AccountState) -> None:
+    def _resolve(self, account: Candidate) -> None:
         """Tell a submission in doubt what was found out of it."""
-        if state.doubt and state.doubt.suggests:
-            if state.doubt.reservation in self.reservations:
-                self.reservations[state.doubt.reservation].suggests = state.doubt.suggests
-            state.doubt = None
+        doubt = account.state.doubt
+        if doubt and doubt.suggests:
+            if doubt.reservation in self.reservations:
+                charges.tell(account.state, account.policy, self.reservations[doubt.reservation])
+            account.state.doubt = None
 
     def _accept(self, settlement: Settlement, known: Reservation) -> None:
         if settlement.draft is None:
@@ -268,7 +269,7 @@ class FakeLedger:
         self._answer()
         candidate, now = self._candidate(look.account), self.clock.at
         balance.looked(candidate.state, candidate.policy, look.reservation, figures, look.claimed, now)
-        self._resolve(candidate.state)
+        self._resolve(candidate)
 
     async def submission(self, reservation: str) -> Reservation | None:
         self._answer()
@@ -366,7 +367,7 @@ class FakeLedger:
             self.clock.at,
             succeeded=succeeded,
         )
-        self._resolve(account.state)
+        self._resolve(account)
         return cost
 
     def _day(self, reservation: Reservation) -> DayUsage:

@@ -58,15 +58,8 @@ class Before(Struct):
     money: int
 
 
-class Price(Struct):
-    """What a task of some kind last cost: uses, and money in fen."""
-
-    count: int
-    money: int
-
-
-class Owing(Struct):
-    """What the gateway's own submissions may take that the known figures do not show yet.
+class Expected(Struct):
+    """The drop that the gateway's own submissions may yet cause, as far as it was not seen.
 
     Each of the `tasks` takes a use or money: at most `money` fen together, but for `unpriced` ones of no known limit.
     """
@@ -108,11 +101,13 @@ class AccountState(Struct):
     was sent before says nothing any more. `charged_late` says that a submit was seen to leave the balance as it was,
     so that accepted tasks are not in the figures before they end; None until it was seen either way.
 
-    `owing` tells a drop that is the gateway's own from one that is not; the latter adds up in `unexplained_count` and
-    `unexplained_money`. It is `blind` to what a task took that ended without telling figures. `unknown` counts the
-    submissions of unknown outcome, `unknown_at` is when one last became so. `looks` says that re-checking a finished
-    task, which costs nothing, was seen to tell the balance of now; `looked` is when the account was last closed or
-    looked at.
+    `uncharged` counts the open submissions that may not be in the known figures yet, `thrifty` those of them that must
+    not take money; `astray` counts those that ended without telling figures, or whose outcome is unknown: what is asked
+    for from `astray_until` on shows them, as was last seen at `caught_up`. `expected` tells a drop that is the
+    gateway's own from one that is not; the latter adds up in `unexplained_count` and `unexplained_money`. `unknown`
+    counts the submissions of unknown outcome. `looks` says that re-checking a finished task, which costs nothing, was
+    seen to tell the balance of now; `looked` is when the account was last closed or looked at. `prices` are the last
+    that were paid in money, by kind, `highest` the highest.
     """
 
     status: Status = Status.OPEN
@@ -125,15 +120,23 @@ class AccountState(Struct):
     open: int = 0
     sending: int = 0
     seq: int = 0
-    owing: Owing = field(default_factory=Owing)
-    blind: bool = False
+    uncharged: int = 0
+    thrifty: int = 0
+    astray: int = 0
+    astray_until: int = 0
+    caught_up: int = 0
+    expected: Expected = field(default_factory=Expected)
     unexplained_count: int = 0
     unexplained_money: int = 0
     unknown: int = 0
-    unknown_at: int = 0
     doubt: Doubt | None = None
     looks: bool = False
     looked: int = 0
     newest: Newest | None = None
-    prices: dict[Kind, Price] = field(default_factory=dict)
+    prices: dict[Kind, int] = field(default_factory=dict)
     highest: dict[Kind, int] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> int:
+        """How many submissions the figures may lack."""
+        return self.uncharged + self.astray

@@ -48,15 +48,21 @@ def standing(state: AccountState, policy: AccountPolicy, purse: Purse, kind: Kin
         return Standing.EXHAUSTED, max(at, now + ONE_AT_A_TIME)
     if purse is Purse.COUNT_ONLY:
         known = state.count
-        pays = state.open == 0 if known is None else known.value - state.open > policy.floor_count
+        missing = max(state.open, state.missing)
+        pays = state.open == 0 if known is None else known.value - missing > policy.floor_count
     else:
-        pays = _can_pay(state, policy, kind, state.open if state.charged_late else state.sending)
-    return (Standing.PAYS, now) if pays else (Standing.EXHAUSTED, now + ONE_AT_A_TIME)
+        pays = _can_pay(state, policy, kind, state.missing)
+    if pays:
+        return Standing.PAYS, now
+    at = now + ONE_AT_A_TIME
+    if _is_stuck(state) and _may_probe(state, policy, purse):
+        return (Standing.PROBE, now) if now >= state.probe_at else (Standing.EXHAUSTED, max(state.probe_at, at))
+    return Standing.EXHAUSTED, at
 
 
 def hold(state: AccountState, policy: AccountPolicy, kind: Kind) -> int | None:
     """The money one more submission may take, in fen; None where no price is known at all."""
-    if state.count is not None and state.count.value > state.open:
+    if state.count is not None and state.count.value > max(state.open, state.missing):
         return 0
     return policy.max_price.get(kind, state.highest.get(kind))
 
@@ -81,6 +87,7 @@ def observe(
     count, state.count = _observed(state.count, figures.count, source, sent, received)
     money, state.money = _observed(state.money, figures.money, source, sent, received)
     charges.explain(state, max(-count, 0), max(-money, 0))
+    charges.catch_up(state, figures, sent, received)
     if state.status is Status.EXHAUSTED and (count > 0 or money > 0):
         state.status = Status.OPEN
     if state.status is Status.OPEN and not _can_pay(state, policy, None, 0):
@@ -107,14 +114,13 @@ def accept(state: AccountState, sent: int) -> None:
 def look_due(state: AccountState, policy: AccountPolicy, now: int, *, count_only: bool) -> bool:
     """Whether the newest finished task is to be checked again, which tells the balance without spending any.
 
-    That is so for an account that is exhausted, for a submission in doubt, and where a tenant that may spend nothing
-    but uses (`count_only`) waits for some: once per interval.
+    That is so for an account that is exhausted, for one whose figures may lack submissions that have ended, and where a
+    tenant that may spend nothing but uses (`count_only`) waits for some: once per interval.
     """
     if state.newest is None or state.status is Status.INVALID or now < state.looked + PROBE_INTERVAL:
         return False
-    starved = count_only and state.count is not None and state.count.value <= policy.floor_count
-    in_doubt = state.looks and state.open == 0 and state.doubt is not None
-    return state.status is Status.EXHAUSTED or starved or in_doubt
+    starved = count_only and state.count is not None and state.count.value - state.missing <= policy.floor_count
+    return state.status is Status.EXHAUSTED or starved or (state.looks and _is_stuck(state))
 
 
 def looked(
@@ -176,17 +182,25 @@ def _can_look(state: AccountState) -> bool:
 def _can_pay(state: AccountState, policy: AccountPolicy, kind: Kind | None, submissions: int) -> bool:
     """Whether the known figures, less submissions that are not in them yet, stay above the floors.
 
-    Uses are spent before money, so that money is of no help while uses are left that shall stay.
+    Uses are spent before money, so that money is of no help while uses are left that shall stay, or that one which must
+    not take money is on its way to: it might be overtaken.
     """
     if state.count is None:
         return True
     left = state.count.value - submissions
     if left > 0:
         return left > policy.floor_count
+    if kind and state.thrifty:
+        return False
     if state.money is None:
         return True
-    price = state.highest.get(kind, 0) if kind else 0
+    price = policy.max_price.get(kind, state.highest.get(kind, 0)) if kind else 0
     return state.money.value + left * price > policy.floor_money
+
+
+def _is_stuck(state: AccountState) -> bool:
+    """Whether the figures may lack submissions that have ended, so that none of these will tell any more."""
+    return state.open == 0 and state.astray > 0
 
 
 def _may_probe(state: AccountState, policy: AccountPolicy, purse: Purse) -> bool:

@@ -31,9 +31,10 @@ def adopt(
     count(tenant, reservation, 1)
     day.book(name, reservation, 1)
     account.unknown += 1
-    account.unknown_at = now
-    account.owing.tasks += 1
-    account.owing.unpriced += 1
+    account.expected.tasks += 1
+    account.expected.unpriced += 1
+    charges.owe(account, reservation)
+    charges.stray(account, reservation, now + charges.UNKNOWN_SETTLES)
 
 
 def settle(
@@ -62,29 +63,33 @@ def settle(
         state.open -= 1
     else:
         state.unknown -= 1
+        charges.found(state, reservation)
         if state.doubt and state.doubt.reservation == name:
             state.doubt = None
     reservation.state, reservation.settled = outcome, now
-    alone = reservation.alone and state.seq == reservation.seq
     if outcome is ReservationState.ACCEPTED:
         state.open += 1
         reservation.after = figures
         if reservation.refund:
             reservation.refund.count = reservation.refund.money = 0  # until it has ended
         balance.accept(state, reservation.sent)
+        if was is ReservationState.UNKNOWN:
+            charges.owe(state, reservation)
+            charges.expect(state, account.policy, reservation.kind, 1)
     elif outcome is ReservationState.UNKNOWN:
         state.unknown += 1
-        charges.wonder(state, name, reservation.seq, reservation.before, now, alone=alone)
+        charges.wonder(state, name, reservation, now)
     else:
         reservation.holds, reservation.refund = {}, None
-        charges.owe(state, account.policy, reservation.kind, -1)
+        charges.expect(state, account.policy, reservation.kind, -1)
+        charges.paid(state, reservation)
         if closes:
             balance.refuse(state, closes, reservation.sent, now)
     count(tenant, reservation, 1)
     day.book(name, reservation, 1)
     balance.observe(state, account.policy, figures, Source.SUBMIT, reservation.sent, now, reservation.kind)
     if outcome is ReservationState.ACCEPTED:
-        charges.learn(state, account.policy, reservation.kind, reservation.before, figures, now, alone=alone)
+        charges.learn(state, reservation, figures)
     return True
 
 
@@ -114,20 +119,12 @@ def end(
     alone = reservation.alone and state.seq == reservation.seq
     asked = sent if alone or state.looks else reservation.sent
     balance.observe(state, account.policy, figures, Source.CHECK, asked, now)
-    complete = figures.count is not None and figures.money is not None
-    cost = charges.receipt(
-        state,
-        account.policy,
-        reservation.kind,
-        reservation.before,
-        figures if complete else reservation.after or Figures(),
-        alone=alone,
-        succeeded=succeeded,
-    )
+    cost = charges.receipt(state, account.policy, reservation, figures, succeeded=succeeded)
     if succeeded:
         balance.finished(state, name, figures, sent)
-    charges.quieten(state, figures, now, alone=alone)
+    charges.conclude(state, reservation, figures, now)
     reservation.holds, reservation.cost, reservation.succeeded = {}, cost, succeeded
+    reservation.before = reservation.after = None
     if reservation.refund:
         reservation.refund.count, reservation.refund.money = cost.count, cost.money
     count(tenant, reservation, 1)

@@ -7,55 +7,95 @@ clock, money is in fen. Functions change the state they are given and say what t
 
 from __future__ import annotations
 
-from service.domain.account import AccountState, Before, Doubt, Figures, Owing, Price, Source, Suggestion
+from service.domain.account import AccountState, Doubt, Expected, Figures, Source, Suggestion
+from service.domain.reservation import Reservation
 from service.domain.task import Basis, Cost, Kind
 from service.domain.tenancy import AccountPolicy
 
-UNKNOWN_SETTLES = 3_600_000
-"""For so long after its outcome became unknown a submission may yet be charged."""
+UNKNOWN_SETTLES = 600_000
+"""For so long after its outcome became unknown a submission may yet be charged: ten minutes."""
 
 
-def owe(state: AccountState, policy: AccountPolicy, kind: Kind, sign: int) -> None:
-    """Count a submission among those that may yet be charged, or (with a sign of -1) no longer."""
+def expect(state: AccountState, policy: AccountPolicy, kind: Kind, sign: int) -> None:
+    """Count a submission among those that the balance may drop for, or (with a sign of -1) no longer."""
     price = policy.max_price.get(kind)
-    owing = state.owing
-    owing.tasks = max(owing.tasks + sign, 0)
+    expected = state.expected
+    expected.tasks = max(expected.tasks + sign, 0)
     if price is None:
-        owing.unpriced = max(owing.unpriced + sign, 0)
+        expected.unpriced = max(expected.unpriced + sign, 0)
     else:
-        owing.money = max(owing.money + sign * price, 0)
+        expected.money = max(expected.money + sign * price, 0)
 
 
 def explain(state: AccountState, count: int, money: int) -> None:
     """Set a drop against what the gateway's own submissions may have taken; what is left was taken by somebody else."""
-    owing = state.owing
-    state.unexplained_count += max(count - owing.tasks, 0)
-    if not owing.unpriced:
-        state.unexplained_money += max(money - owing.money, 0)
-    owing.tasks = max(owing.tasks - count, 0)
-    owing.money = max(owing.money - money, 0)
-    if owing.tasks == 0:
-        state.owing = Owing()
+    expected = state.expected
+    state.unexplained_count += max(count - expected.tasks, 0)
+    if not expected.unpriced:
+        state.unexplained_money += max(money - expected.money, 0)
+    expected.tasks = max(expected.tasks - count, 0)
+    expected.money = max(expected.money - money, 0)
+    if expected.tasks == 0:
+        state.expected = Expected()
 
 
-def quieten(state: AccountState, figures: Figures, now: int, *, alone: bool) -> None:
-    """See at the end of a task whether any submission may yet be charged.
-
-    None can once all have ended and each has told figures: the last of them to end told of all. A task that fails tells
-    none, and leaves it open until one that had the account to itself has told (`alone`). So do for a while submissions
-    of unknown outcome: they may be under way.
-    """
-    if figures.count is None or figures.money is None:
-        state.blind = state.blind or state.owing.tasks > 0
-    elif state.open == 0 and (alone or not state.blind) and now - state.unknown_at >= UNKNOWN_SETTLES:
-        state.owing, state.blind = Owing(), False
+def owe(state: AccountState, reservation: Reservation) -> None:
+    """From now on the figures may lack this submission, which is under way."""
+    state.uncharged += 1
+    state.thrifty += reservation.thrifty
+    reservation.owes = True
 
 
-def wonder(state: AccountState, reservation: str, seq: int, before: Before | None, now: int, *, alone: bool) -> None:
-    """A submission became unknown: if it had the account to itself, the next figures may tell what became of it."""
-    state.unknown_at = now
-    if alone and before:
-        state.doubt = Doubt(reservation, seq, now, before.count, before.money)
+def paid(state: AccountState, reservation: Reservation) -> None:
+    """The figures show what this submission, which was under way, took if it took anything."""
+    if reservation.owes:
+        state.uncharged -= 1
+        reservation.owes = False
+    _landed(state, reservation)
+    _balance(state)
+
+
+def stray(state: AccountState, reservation: Reservation, until: int) -> None:
+    """This submission is no longer under way, and may be missing in the figures until they are asked for at `until`."""
+    if reservation.owes:
+        state.uncharged -= 1
+        state.astray += 1
+        state.astray_until = max(state.astray_until, until)
+    _landed(state, reservation)
+
+
+def found(state: AccountState, reservation: Reservation) -> None:
+    """What became of a stray submission is known."""
+    if reservation.owes and reservation.settled > state.caught_up:
+        state.astray -= 1
+    reservation.owes = False
+    _balance(state)
+
+
+def catch_up(state: AccountState, figures: Figures, sent: int, received: int) -> None:
+    """See whether figures that were asked for at `sent` show all the strays."""
+    if state.astray and figures.count is not None and figures.money is not None and sent >= state.astray_until:
+        state.astray, state.caught_up = 0, received
+        _balance(state)
+
+
+def _landed(state: AccountState, reservation: Reservation) -> None:
+    state.thrifty -= reservation.thrifty
+    reservation.thrifty = False
+
+
+def _balance(state: AccountState) -> None:
+    """Where the figures lack nothing, no drop is to be expected any more."""
+    if state.missing == 0:
+        state.expected = Expected()
+
+
+def wonder(state: AccountState, name: str, reservation: Reservation, now: int) -> None:
+    """A submission became unknown. If it had the account to itself, the next figures may tell what became of it."""
+    stray(state, reservation, now + UNKNOWN_SETTLES)
+    before = reservation.before
+    if _by_itself(state, reservation) and reservation.clean and before:
+        state.doubt = Doubt(name, reservation.seq, now, before.count, before.money)
 
 
 def resolve(state: AccountState, figures: Figures, source: Source, sent: int, kind: Kind | None) -> None:
@@ -67,14 +107,15 @@ def resolve(state: AccountState, figures: Figures, source: Source, sent: int, ki
     if doubt is None or doubt.suggests or figures.count is None or figures.money is None or sent < doubt.since:
         return
     count, money, others = doubt.count - figures.count, doubt.money - figures.money, state.seq - doubt.seq
-    own: Price | None = Price(0, 0)
+    own: tuple[int, int] | None = (0, 0)
     if others == 1 and source is Source.SUBMIT and not state.charged_late:
-        own = Price(1, 0) if count > 0 or kind is None else state.prices.get(kind)
+        price = state.prices.get(kind) if kind else None
+        own = (1, 0) if count > 0 else None if price is None else (0, price)
     elif others > 1 or (others == 1 and source is Source.CHECK):
         own = None
-    if own is None or not _is_price(count - own.count, money - own.money):
+    if own is None or not _is_price(count - own[0], money - own[1]):
         state.doubt = None
-    elif (count, money) != (own.count, own.money):
+    elif (count, money) != own:
         doubt.suggests = Suggestion.CHARGED
     elif state.charged_late is False:
         doubt.suggests = Suggestion.NOT_CHARGED
@@ -82,64 +123,74 @@ def resolve(state: AccountState, figures: Figures, source: Source, sent: int, ki
         state.doubt = None
 
 
-def learn(
-    state: AccountState,
-    policy: AccountPolicy,
-    kind: Kind,
-    before: Before | None,
-    after: Figures,
-    now: int,
-    *,
-    alone: bool,
-) -> None:
-    """See from the answer to a submission that had the account to itself what it was charged for, once it is observed.
+def tell(state: AccountState, policy: AccountPolicy, reservation: Reservation) -> None:
+    """Write to the submission in doubt what was found out of it."""
+    if state.doubt and state.doubt.suggests:
+        reservation.suggests = state.doubt.suggests
+        if reservation.suggests is Suggestion.NOT_CHARGED:
+            expect(state, policy, reservation.kind, -1)
+        found(state, reservation)
+        state.doubt = None
 
-    If it was charged at once so are others, else at the task's end. What ended before it was sent is in the figures.
+
+def learn(state: AccountState, reservation: Reservation, after: Figures) -> None:
+    """See from the answer to a submission when it is charged, once that answer is observed.
+
+    If it took nothing it is at the task's end; if it had the account to itself and took something, at once.
     """
-    if not alone or after.count is None or after.money is None:
+    if after.count is None or after.money is None:
         return
-    count, money = (before.count - after.count, before.money - after.money) if before else (0, 0)
-    charged = (count, money) != (0, 0)
-    if before and _is_price(count, money):
-        state.charged_late = not charged
-    if now - state.unknown_at >= UNKNOWN_SETTLES:
-        state.owing, state.blind = Owing(), False
-        if not charged:
-            owe(state, policy, kind, 1)
+    before = reservation.before
+    if before:
+        count, money = before.count - after.count, before.money - after.money
+        if (count, money) == (0, 0):
+            state.charged_late = True
+        elif _by_itself(state, reservation) and reservation.clean and _is_price(count, money):
+            state.charged_late = False
+    if state.charged_late is False:
+        paid(state, reservation)
+
+
+def conclude(state: AccountState, reservation: Reservation, figures: Figures, now: int) -> None:
+    """A task has ended: its figures, which are observed, show what it took. Without them it is astray."""
+    if figures.count is None or figures.money is None:
+        stray(state, reservation, now)
+    else:
+        paid(state, reservation)
 
 
 def receipt(
-    state: AccountState,
-    policy: AccountPolicy,
-    kind: Kind,
-    before: Before | None,
-    after: Figures,
-    *,
-    alone: bool,
-    succeeded: bool,
+    state: AccountState, policy: AccountPolicy, reservation: Reservation, figures: Figures, *, succeeded: bool
 ) -> Cost:
-    """What an ended task cost, remembering the price if it was observed.
+    """What an ended task cost, remembering the price if it was observed; `figures` were told about its end.
 
-    `before` is the balance known when it was reserved, `after` the newest figures told about it. They are a
-    receipt only if nothing else of the account was open in between (`alone`), and if the drop is one that a task
-    can cause, not above what the operator calls the highest price. Where prepaid uses are left, a task took one of
-    them, since they are spent before money; else the last price of its kind is taken, or the operator's highest.
+    The drop is a receipt if nothing else of the account was open in between, if it is one that a task can cause, and
+    not above what the operator calls the highest price. A task that failed tells no figures; what it took shows in
+    those of its submission where tasks are charged at once. Else it is taken to be a use, if it was to take one, or the
+    last price of its kind, or the operator's highest.
     """
-    if alone and before and after.count is not None and after.money is not None:
-        count, money = before.count - after.count, before.money - after.money
+    kind, before, told = reservation.kind, reservation.before, figures
+    if (told.count is None or told.money is None) and not state.charged_late and reservation.after:
+        told = reservation.after
+    by_itself = _by_itself(state, reservation) and reservation.clean
+    if by_itself and before and told.count is not None and told.money is not None:
+        count, money = before.count - told.count, before.money - told.money
         if _is_price(count, money) and money <= policy.max_price.get(kind, money):
-            if count or money:
-                state.prices[kind] = Price(count, money)
+            if money:
+                state.prices[kind] = money
                 state.highest[kind] = max(state.highest.get(kind, 0), money)
             if count or money or not succeeded:
                 return Cost(count, money, Basis.OBSERVED)
-    if after.count:
+    left = told.count if told.count is not None or state.count is None else state.count.value
+    if reservation.use or (reservation.use is None and left):
         return Cost(1, 0, Basis.ESTIMATED)
-    if kind in state.prices:
-        return Cost(state.prices[kind].count, state.prices[kind].money, Basis.ESTIMATED)
-    if after.count == 0 and kind in policy.max_price:
-        return Cost(0, policy.max_price[kind], Basis.ESTIMATED)
-    return Cost(0, 0, Basis.UNKNOWN)
+    price = state.prices.get(kind, policy.max_price.get(kind) if left is not None else None)
+    return Cost(0, 0, Basis.UNKNOWN) if price is None else Cost(0, price, Basis.ESTIMATED)
+
+
+def _by_itself(state: AccountState, reservation: Reservation) -> bool:
+    """Whether nothing else was open on its account since it was sent."""
+    return reservation.alone and state.seq == reservation.seq
 
 
 def _is_price(count: int, money: int) -> bool:

@@ -45,7 +45,7 @@ def reserve(
     if chosen is None:
         return NoAccount(retry, now)
     reservation.periods = {window: tenant.windows[window].period for window in Window}
-    _aim(chosen, reservation, holds, now)
+    _aim(chosen, reservation, holds, policy.purse, now)
     count(tenant, reservation, 1)
     return Granted(chosen.id, now, reservation.lease)
 
@@ -78,8 +78,9 @@ def retarget(
         return PolicyDenied(tuple(violations), now)
     left.state.open -= 1
     left.state.sending -= 1
-    charges.owe(left.state, left.policy, reservation.kind, -1)
-    _aim(chosen, reservation, holds, now)
+    charges.expect(left.state, left.policy, reservation.kind, -1)
+    charges.paid(left.state, reservation)
+    _aim(chosen, reservation, holds, policy.purse, now)
     count(tenant, reservation, 1)
     return Granted(chosen.id, now, reservation.lease)
 
@@ -90,6 +91,7 @@ def choose(accounts: Sequence[Candidate], purse: Purse, kind: Kind, now: int) ->
     for candidate in accounts:
         found, at = balance.standing(candidate.state, candidate.policy, purse, kind, now)
         if found in {Standing.PAYS, Standing.PROBE}:
+            candidate.probes = found is Standing.PROBE
             return candidate, now
         if found is Standing.EXHAUSTED:
             retries.append(at)
@@ -137,23 +139,24 @@ def _violation(window: Window, counted: str, limit: int, now: int) -> Violation:
     return Violation(policy_name(window, counted), limit, period_of(window, now)[1])
 
 
-def _aim(account: Candidate, reservation: Reservation, holds: dict[Window, int], now: int) -> None:
+def _aim(account: Candidate, reservation: Reservation, holds: dict[Window, int], purse: Purse, now: int) -> None:
     """Point a reservation at an account, whose figures it remembers for its receipt.
 
-    Not where they may yet drop for something else. A probe remembers none either: if it is taken, somebody has topped
-    the account up since.
+    A probe remembers none: if it is taken, somebody has topped the account up since.
     """
     state = account.state
-    probes = state.status is Status.EXHAUSTED
-    if probes:
+    if account.probes:
         state.probe_at = now + balance.PROBE_INTERVAL
     state.seq += 1
     reservation.account, reservation.sent, reservation.seq = account.id, now, state.seq
-    reservation.alone = state.open == 0
+    reservation.alone, reservation.clean = state.open == 0, state.missing == 0
+    reservation.use = state.count.value > state.missing if state.count else None
+    reservation.thrifty = purse is Purse.COUNT_ONLY
     reservation.before = None
-    if state.count and state.money and not probes and state.owing.tasks == 0:
+    if state.count and state.money and not account.probes:
         reservation.before = Before(state.count.value, state.money.value)
     reservation.holds = holds
     state.open += 1
     state.sending += 1
-    charges.owe(state, account.policy, reservation.kind, 1)
+    charges.owe(state, reservation)
+    charges.expect(state, account.policy, reservation.kind, 1)

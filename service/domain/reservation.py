@@ -44,10 +44,13 @@ class Reservation(Struct):
     """A place held in the windows of a tenant and on an account, until `lease`.
 
     `sent` is when it was last aimed at an account; `before` what was known of that account then, `alone` whether
-    nothing else was open on it, `seq` its number there. `settled` is when it got its outcome. `cost` is what its task
-    took and `succeeded` how it went, known once that has ended. `key` is the digest of its idempotency key. Of an
-    unknown outcome `suggests` says what the balance suggests. A `refund` makes it count for nothing in the windows,
-    whatever else becomes of it.
+    nothing else was open on it, `clean` whether those figures lacked nothing, `seq` its number there. `use` says
+    whether it was to take a prepaid use, or money (None where nobody knew). It `owes` while it may not be in the
+    figures, and is `thrifty` while it is under way and must not take money.
+
+    `settled` is when it got its outcome. `cost` is what its task took and `succeeded` how it went, known once that has
+    ended. `key` is the digest of its idempotency key. Of an unknown outcome `suggests` says what the balance suggests.
+    A `refund` makes it count for nothing in the windows, whatever else becomes of it.
     """
 
     state: ReservationState
@@ -59,6 +62,10 @@ class Reservation(Struct):
     lease: int
     seq: int = 0
     alone: bool = False
+    clean: bool = False
+    use: bool | None = None
+    owes: bool = False
+    thrifty: bool = False
     settled: int = 0
     before: Before | None = None
     after: Figures | None = None
@@ -80,11 +87,12 @@ class Violation(Struct, frozen=True):
 
 
 class Candidate(Struct):
-    """An account that a submission may use."""
+    """An account that a submission may use; `probes` if that is to find out whether it can pay."""
 
     id: int
     policy: AccountPolicy
     state: AccountState
+    probes: bool = False
 
 
 class Granted(Struct, frozen=True):

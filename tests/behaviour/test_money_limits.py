@@ -130,14 +130,30 @@ async def test_refused_holds_nothing(books: Books) -> None:
     assert (len(tasks), refused) == (1, {429: 2})
 
 
-@pytest.mark.parametrize(("charge", "taken"), [("submit", PRICE), ("end", 0)])
-async def test_failed_task(books: Books, charge: str, taken: int) -> None:
-    """A task that failed is charged what the balance dropped by, which is nothing where the upstream took nothing."""
+@pytest.mark.parametrize(("charge", "taken", "basis"), [("submit", PRICE, "observed"), ("end", 0, "estimated")])
+async def test_failed_task(books: Books, charge: str, taken: int, basis: str) -> None:
+    """A task that failed stays charged: what its submission took, or its price where only its end would have told."""
     await books.turn(charge=charge)
     for _ in range(2):
         await books.spend()
     await limit(books, 100)
     await books.turn(faults=(Fault(on="submit", times=1, fail="it could not be done"),))
-    assert await books.spend() == {"count": 0, "money": taken, "basis": "observed"}
-    assert await month(books) == (PRICE + taken, 0, 100 - PRICE - taken)
+    assert await books.spend() == {"count": 0, "money": PRICE, "basis": basis}
+    assert await month(books) == (2 * PRICE, 0, 100 - 2 * PRICE)
     assert await books.shown() == await books.held() == (0, 1_000 - 2 * PRICE - taken)
+
+
+@pytest.mark.parametrize("checked_balance", ["now", "then"])
+async def test_price_of_tasks_side_by_side(valkey: Valkey, checked_balance: str) -> None:
+    """Tasks side by side on an account without uses are not put at a use, but at the price in money."""
+    async with opened_books(valkey, checked_balance=checked_balance) as books:
+        await books.give(2, 1_000)
+        for _ in range(3):
+            await books.spend()
+        await books.give(2, 1_000)
+        await books.house.advance(1)
+        for _ in range(2):
+            await books.spend()
+        assert await books.shown() == (0, 1_000)
+        tasks, _ = await books.at_once(3)
+        assert [(await books.cost(task))["money"] for task in tasks] == [PRICE] * 3

@@ -57,7 +57,7 @@ async def test_one_probe_per_minute(books: Books) -> None:
     await books.give(5, 0)
     await books.refused_unasked()
     await books.house.advance(60)
-    await books.accepted()
+    await books.spend()
     assert await books.shown() == (4, 0)
     tasks, refused = await books.at_once(5)
     assert (len(tasks), refused) == (4, {402: 1})

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from service.domain import balance, charges
-from service.domain.account import AccountState, Before, Figure, Figures, Price, Source, Status
+from service.domain import balance
+from service.domain.account import AccountState, Figure, Figures, Source, Status
 from service.domain.balance import PROBE_INTERVAL, Standing
-from service.domain.task import Basis, Cost, Kind
+from service.domain.task import Kind
 from service.domain.tenancy import AccountPolicy, Purse
 
 POLICY = AccountPolicy()
-NOW = 1_790_000_000_000
 MONEY = Purse.COUNT_THEN_MONEY
 
 
@@ -118,9 +117,9 @@ def test_submissions_on_their_way_count() -> None:
     """What is being sent counts against the known figures: uses first, then money at the highest price seen."""
     state = known(count=1, money=500)
     state.highest[Kind.UPSCALE] = 300
-    state.sending = 2
+    state.uncharged = 2
     assert standing(state) is Standing.PAYS
-    state.sending = 3
+    state.uncharged = 3
     assert standing(state) is Standing.EXHAUSTED
 
 
@@ -148,78 +147,12 @@ def test_what_is_held(
     assert balance.hold(state, AccountPolicy(max_price=max_price), Kind.UPSCALE) == held
 
 
-def test_observed_receipt() -> None:
-    """A task that was alone on the account cost what the balance dropped, and its price is remembered."""
-    state = known()
-    cost = charges.receipt(state, POLICY, Kind.SEAMLESS, Before(0, 900), Figures(0, 650), alone=True, succeeded=True)
-    assert cost == Cost(0, 250, Basis.OBSERVED)
-    assert (state.prices[Kind.SEAMLESS], state.highest[Kind.SEAMLESS]) == (Price(0, 250), 250)
-    charges.receipt(state, POLICY, Kind.SEAMLESS, Before(0, 650), Figures(0, 550), alone=True, succeeded=True)
-    assert (state.prices[Kind.SEAMLESS], state.highest[Kind.SEAMLESS]) == (Price(0, 100), 250)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "alone"),
-    [
-        (Before(0, 900), Figures(0, 650), False),
-        (None, Figures(0, 650), True),
-        (Before(0, 900), Figures(0, None), True),
-        (Before(0, 900), Figures(0, 950), True),
-        (Before(3, 900), Figures(0, 900), True),
-    ],
-)
-def test_estimated_receipt(before: Before | None, after: Figures, alone: bool) -> None:
-    """Without a drop that only this task can have caused, the last price seen is taken."""
-    state = AccountState(prices={Kind.SEAMLESS: Price(0, 70)})
-    cost = charges.receipt(state, POLICY, Kind.SEAMLESS, before, after, alone=alone, succeeded=True)
-    assert cost == Cost(0, 70, Basis.ESTIMATED)
-
-
-def test_receipt_while_uses_are_left() -> None:
-    """With uses left a task took one of them, whatever the last price was."""
-    state = AccountState(prices={Kind.SEAMLESS: Price(0, 70)})
-    cost = charges.receipt(state, POLICY, Kind.SEAMLESS, None, Figures(4, 100), alone=False, succeeded=True)
-    assert cost == Cost(1, 0, Basis.ESTIMATED)
-
-
-def test_receipt_of_nothing() -> None:
-    """Without any figure or price the cost is unknown; a failed task that moved nothing cost nothing."""
-    nothing = charges.receipt(AccountState(), POLICY, Kind.UPSCALE, None, Figures(), alone=True, succeeded=True)
-    assert nothing == Cost(0, 0, Basis.UNKNOWN)
-    free = charges.receipt(
-        AccountState(), POLICY, Kind.UPSCALE, Before(2, 0), Figures(2, 0), alone=True, succeeded=False
-    )
-    assert free == Cost(0, 0, Basis.OBSERVED)
-
-
-def test_receipt_above_the_highest_price() -> None:
-    """A drop that no task of this kind can cause is somebody else's spending: the operator's price is the guess."""
-    state = AccountState()
-    policy = AccountPolicy(max_price={Kind.UPSCALE: 300})
-    cost = charges.receipt(state, policy, Kind.UPSCALE, Before(0, 900), Figures(0, 400), alone=True, succeeded=True)
-    assert cost == Cost(0, 300, Basis.ESTIMATED)
-    assert state.highest == {}
-
-
 def test_count_floor_is_kept_from_money_too() -> None:
     """While uses are left that shall stay, money is of no help: the upstream would spend the uses."""
     policy = AccountPolicy(floor_count=5)
     assert standing(known(count=6, money=10_000), policy=policy) is Standing.PAYS
     assert standing(known(count=4, money=10_000), policy=policy) is Standing.EXHAUSTED
     assert standing(known(count=0, money=10_000), policy=policy) is Standing.PAYS
-
-
-def test_upstream_that_charges_at_the_end() -> None:
-    """Once a submit was seen to leave the balance as it was, running tasks count against the figures too."""
-    state, policy = known(count=0, money=1_200), AccountPolicy(floor_money=1_000)
-    state.highest[Kind.UPSCALE], state.open = 100, 5
-    assert standing(state, policy=policy) is Standing.PAYS
-    charges.learn(state, POLICY, Kind.UPSCALE, Before(0, 1_200), Figures(0, 1_200), NOW, alone=False)
-    assert standing(state, policy=policy) is Standing.PAYS
-    charges.learn(state, POLICY, Kind.UPSCALE, Before(0, 1_200), Figures(0, 1_200), NOW, alone=True)
-    assert standing(state, policy=policy) is Standing.EXHAUSTED
-    charges.learn(state, POLICY, Kind.UPSCALE, Before(0, 1_200), Figures(0, 1_100), NOW, alone=True)
-    assert standing(state, policy=policy) is Standing.PAYS
 
 
 def test_what_was_sent_before_a_reopening_is_void() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from service.domain import booking, quota
-from service.domain.account import AccountState, Figure, Figures, Price, Source, Status
+from service.domain.account import AccountState, Figure, Figures, Source, Status
 from service.domain.reservation import (
     Candidate,
     Granted,
@@ -123,7 +123,7 @@ def test_receipt_of_one_that_was_not_alone() -> None:
         TenantState(),
         account(count=figure(0), money=figure(1_000)),
     )
-    paying.state.prices[Kind.UPSCALE] = Price(0, 90)
+    paying.state.prices[Kind.UPSCALE] = 90
     first, second = reservation(), reservation()
     for made in (first, second):
         reserve(tenant, TenantPolicy(), paying, made=made)

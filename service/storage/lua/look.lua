@@ -10,9 +10,8 @@ local early = not state.newest or now < state.looked + PROBE_INTERVAL
 if not account.kept or state.status == 'invalid' or early then
   return {'not-due', now}
 end
-local starved = ask.count_only and state.count and state.count.value <= account.policy.floor_count
-local in_doubt = state.looks and state.open == 0 and state.doubt
-if state.status ~= 'exhausted' and not starved and not in_doubt then
+local starved = ask.count_only and state.count and state.count.value - missing(state) <= account.policy.floor_count
+if state.status ~= 'exhausted' and not starved and not (state.looks and is_stuck(state)) then
   return {'not-due', now}
 end
 state.looked = now

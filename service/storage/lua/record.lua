@@ -47,17 +47,15 @@ if answered == 'succeeded' or answered == 'failed' then
     roll(tenant, now)
     count(tenant, reservation, -1)
     state.open = state.open - 1
-    local alone = reservation.alone and state.seq == reservation.seq
-    local asked = (alone or state.looks) and ask.claimed or reservation.sent
+    local asked = (by_itself(state, reservation) or state.looks) and ask.claimed or reservation.sent
     observe(account, figures, 'check', asked, now)
-    local complete = figures.count and figures.money
-    local told = complete and figures or reservation.after or {}
-    cost = receipt(account, reservation.kind, reservation.before, told, alone, succeeded)
+    cost = receipt(account, reservation, figures, succeeded)
     if succeeded then
       finished(state, ask.reservation, figures, ask.claimed)
     end
-    quieten(state, figures, now, alone)
+    conclude(state, reservation, figures, now)
     reservation.holds, reservation.cost, reservation.succeeded = {}, cost, succeeded
+    reservation.before, reservation.after = nil, nil
     if reservation.refund then
       reservation.refund.count, reservation.refund.money = cost.count, cost.money
     end

@@ -72,7 +72,7 @@ local reservation = {
 for _, window in ipairs(WINDOWS) do
   reservation.periods[window] = tenant.state.windows[window].period
 end
-aim(account, reservation, holds, now)
+aim(account, reservation, holds, tenant.policy.purse, now)
 count(tenant, reservation, 1)
 save(tenant)
 save(account)

@@ -35,8 +35,9 @@ if #refused > 0 then
 end
 left.state.open = left.state.open - 1
 left.state.sending = left.state.sending - 1
-owe(left, reservation.kind, -1)
-aim(account, reservation, holds, now)
+expect(left, reservation.kind, -1)
+paid(left.state, reservation)
+aim(account, reservation, holds, tenant.policy.purse, now)
 count(tenant, reservation, 1)
 save(tenant)
 save(left)

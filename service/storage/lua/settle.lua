@@ -40,9 +40,10 @@ elseif not reservation then
   count(tenant, reservation, 1)
   book(ask.usage, ask.reservation, reservation, {}, ask.keep_usage)
   account.state.unknown = account.state.unknown + 1
-  account.state.unknown_at = now
-  local owing = account.state.owing
-  owing.tasks, owing.unpriced = owing.tasks + 1, owing.unpriced + 1
+  local expected = account.state.expected
+  expected.tasks, expected.unpriced = expected.tasks + 1, expected.unpriced + 1
+  owe(account.state, reservation)
+  stray(account.state, reservation, now + UNKNOWN_SETTLES)
   if outcome == 'unknown' then
     save(tenant)
     save(account)
@@ -65,12 +66,12 @@ if was == 'reserved' then
   state.open = state.open - 1
 else
   state.unknown = state.unknown - 1
+  found(state, reservation)
   if state.doubt and state.doubt.reservation == ask.reservation then
     state.doubt = nil
   end
 end
 reservation.state, reservation.settled = outcome, now
-local alone = reservation.alone and state.seq == reservation.seq
 if outcome == 'accepted' then
   state.open = state.open + 1
   reservation.after = ask.figures
@@ -78,12 +79,17 @@ if outcome == 'accepted' then
     reservation.refund.count, reservation.refund.money = 0, 0
   end
   accept(state, reservation.sent)
+  if was == 'unknown' then
+    owe(state, reservation)
+    expect(account, reservation.kind, 1)
+  end
 elseif outcome == 'unknown' then
   state.unknown = state.unknown + 1
-  wonder(state, ask.reservation, reservation, alone, now)
+  wonder(state, ask.reservation, reservation, now)
 else
   reservation.holds, reservation.refund = {}, nil
-  owe(account, reservation.kind, -1)
+  expect(account, reservation.kind, -1)
+  paid(state, reservation)
   if ask.closes then
     refuse(state, ask.closes, reservation.sent, now)
   end
@@ -98,7 +104,7 @@ count(tenant, reservation, 1)
 book(ask.usage, ask.reservation, reservation, before, ask.keep_usage)
 observe(account, ask.figures, 'submit', reservation.sent, now, reservation.kind)
 if outcome == 'accepted' then
-  learn(account, reservation.kind, reservation.before, ask.figures, now, alone)
+  learn(state, reservation, ask.figures)
 end
 tell(account, ask.reservations)
 save(tenant)

@@ -1,6 +1,7 @@
 -- What is known of an account and what follows from it, as service/domain/balance.py has it.
 
--- Uses are spent before money, so that money is of no help while uses are left that shall stay.
+-- Uses are spent before money, so that money is of no help while uses are left that shall stay, or that one which must not
+-- take money is on its way to.
 local function can_pay(account, kind, submissions)
   local state, policy = account.state, account.policy
   if not state.count then
@@ -9,15 +10,21 @@ local function can_pay(account, kind, submissions)
   local left = state.count.value - submissions
   if left > 0 then
     return left > policy.floor_count
+  elseif kind and state.thrifty > 0 then
+    return false
   elseif not state.money then
     return true
   end
-  local price = kind and state.highest and state.highest[kind] or 0
+  local price = kind and (policy.max_price[kind] or (state.highest and state.highest[kind])) or 0
   return state.money.value + left * price > policy.floor_money
 end
 
 local function can_look(state)
   return state.looks and state.newest
+end
+
+local function is_stuck(state)
+  return state.open == 0 and state.astray > 0
 end
 
 local function may_probe(account, purse)
@@ -43,22 +50,29 @@ local function standing(account, purse, kind, now)
   end
   local pays
   if purse ~= 'count_only' then
-    pays = can_pay(account, kind, state.charged_late and state.open or state.sending)
+    pays = can_pay(account, kind, missing(state))
   elseif state.count then
-    pays = state.count.value - state.open > account.policy.floor_count
+    pays = state.count.value - math.max(state.open, missing(state)) > account.policy.floor_count
   else
     pays = state.open == 0
   end
   if pays then
     return 'pays', now
   end
-  return 'exhausted', now + ONE_AT_A_TIME
+  local at = now + ONE_AT_A_TIME
+  if is_stuck(state) and may_probe(account, purse) then
+    if now >= state.probe_at then
+      return 'probe', now
+    end
+    return 'exhausted', math.max(state.probe_at, at)
+  end
+  return 'exhausted', at
 end
 
 -- The price one more submission may have; nil where none is known.
 local function price_to_hold(account, kind)
   local state = account.state
-  if state.count and state.count.value > state.open then
+  if state.count and state.count.value > math.max(state.open, missing(state)) then
     return 0
   end
   return account.policy.max_price[kind] or (state.highest and state.highest[kind])
@@ -92,6 +106,7 @@ local function observe(account, figures, source, sent, received, kind)
   count, state.count = observed(state.count, figures.count, source, sent, received)
   money, state.money = observed(state.money, figures.money, source, sent, received)
   explain(state, math.max(-count, 0), math.max(-money, 0))
+  catch_up(state, figures, sent, received)
   if state.status == 'exhausted' and (count > 0 or money > 0) then
     state.status = 'open'
   end

@@ -102,17 +102,3 @@ local function book(usage, id, reservation, before, keep)
   end
   redis.call('PEXPIRE', key, keep)
 end
-
--- Tells a submission in doubt what was found out of it; `prefix` is that of the reservations' keys.
-local function tell(account, prefix)
-  local doubt = account.state.doubt
-  if not doubt or not doubt.suggests then
-    return
-  end
-  local found = unpacked(redis.call('GET', prefix .. doubt.reservation))
-  if found then
-    found.suggests = doubt.suggests
-    redis.call('SET', prefix .. doubt.reservation, cmsgpack.pack(found), 'KEEPTTL')
-  end
-  account.state.doubt = nil
-end

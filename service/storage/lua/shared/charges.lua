@@ -1,40 +1,95 @@
 -- What an account was charged for, as service/domain/charges.py has it.
 
-local function owe(account, kind, sign)
-  local owing, price = account.state.owing, account.policy.max_price[kind]
-  owing.tasks = math.max(owing.tasks + sign, 0)
+local function expect(account, kind, sign)
+  local expected, price = account.state.expected, account.policy.max_price[kind]
+  expected.tasks = math.max(expected.tasks + sign, 0)
   if price then
-    owing.money = math.max(owing.money + sign * price, 0)
+    expected.money = math.max(expected.money + sign * price, 0)
   else
-    owing.unpriced = math.max(owing.unpriced + sign, 0)
+    expected.unpriced = math.max(expected.unpriced + sign, 0)
   end
 end
 
 local function explain(state, count, money)
-  local owing = state.owing
-  state.unexplained_count = state.unexplained_count + math.max(count - owing.tasks, 0)
-  if owing.unpriced == 0 then
-    state.unexplained_money = state.unexplained_money + math.max(money - owing.money, 0)
+  local expected = state.expected
+  state.unexplained_count = state.unexplained_count + math.max(count - expected.tasks, 0)
+  if expected.unpriced == 0 then
+    state.unexplained_money = state.unexplained_money + math.max(money - expected.money, 0)
   end
-  owing.tasks = math.max(owing.tasks - count, 0)
-  owing.money = math.max(owing.money - money, 0)
-  if owing.tasks == 0 then
-    owing.money, owing.unpriced = 0, 0
-  end
-end
-
-local function quieten(state, figures, now, alone)
-  if not figures.count or not figures.money then
-    state.blind = state.blind or state.owing.tasks > 0
-  elseif state.open == 0 and (alone or not state.blind) and now - state.unknown_at >= UNKNOWN_SETTLES then
-    state.owing, state.blind = {tasks = 0, money = 0, unpriced = 0}, false
+  expected.tasks = math.max(expected.tasks - count, 0)
+  expected.money = math.max(expected.money - money, 0)
+  if expected.tasks == 0 then
+    expected.money, expected.unpriced = 0, 0
   end
 end
 
-local function wonder(state, id, reservation, alone, now)
+local function missing(state)
+  return state.uncharged + state.astray
+end
+
+local function balance(state)
+  if missing(state) == 0 then
+    state.expected = {tasks = 0, money = 0, unpriced = 0}
+  end
+end
+
+local function landed(state, reservation)
+  if reservation.thrifty then
+    state.thrifty = state.thrifty - 1
+    reservation.thrifty = false
+  end
+end
+
+local function owe(state, reservation)
+  state.uncharged = state.uncharged + 1
+  if reservation.thrifty then
+    state.thrifty = state.thrifty + 1
+  end
+  reservation.owes = true
+end
+
+local function paid(state, reservation)
+  if reservation.owes then
+    state.uncharged = state.uncharged - 1
+    reservation.owes = false
+  end
+  landed(state, reservation)
+  balance(state)
+end
+
+local function stray(state, reservation, at)
+  if reservation.owes then
+    state.uncharged = state.uncharged - 1
+    state.astray = state.astray + 1
+    state.astray_until = math.max(state.astray_until, at)
+  end
+  landed(state, reservation)
+end
+
+local function found(state, reservation)
+  if reservation.owes and reservation.settled > state.caught_up then
+    state.astray = state.astray - 1
+  end
+  reservation.owes = false
+  balance(state)
+end
+
+local function catch_up(state, figures, sent, received)
+  if state.astray > 0 and figures.count and figures.money and sent >= state.astray_until then
+    state.astray, state.caught_up = 0, received
+    balance(state)
+  end
+end
+
+-- Whether nothing else was open on its account since a reservation was sent.
+local function by_itself(state, reservation)
+  return reservation.alone and state.seq == reservation.seq
+end
+
+local function wonder(state, id, reservation, now)
   local before = reservation.before
-  state.unknown_at = now
-  if alone and before then
+  stray(state, reservation, now + UNKNOWN_SETTLES)
+  if by_itself(state, reservation) and reservation.clean and before then
     state.doubt = {reservation = id, seq = reservation.seq, since = now, count = before.count, money = before.money}
   end
 end
@@ -51,7 +106,8 @@ local function resolve(state, figures, source, sent, kind)
   local count, money, others = doubt.count - figures.count, doubt.money - figures.money, state.seq - doubt.seq
   local own = {count = 0, money = 0}
   if others == 1 and source == 'submit' and not state.charged_late then
-    own = (count > 0 or not kind) and {count = 1, money = 0} or (state.prices and state.prices[kind])
+    local price = kind and state.prices and state.prices[kind]
+    own = count > 0 and {count = 1, money = 0} or (price and {count = 0, money = price})
   elseif others > 1 or (others == 1 and source == 'check') then
     own = nil
   end
@@ -66,50 +122,75 @@ local function resolve(state, figures, source, sent, kind)
   end
 end
 
-local function learn(account, kind, before, after, now, alone)
-  local state, count, money = account.state, 0, 0
-  if not alone or not after.count or not after.money then
+-- Writes to the submission in doubt what was found out of it; `prefix` is that of the reservations' keys.
+local function tell(account, prefix)
+  local state, doubt = account.state, account.state.doubt
+  if not doubt or not doubt.suggests then
+    return
+  end
+  local reservation = unpacked(redis.call('GET', prefix .. doubt.reservation))
+  if reservation then
+    reservation.suggests = doubt.suggests
+    if doubt.suggests == 'not-charged' then
+      expect(account, reservation.kind, -1)
+    end
+    found(state, reservation)
+    redis.call('SET', prefix .. doubt.reservation, cmsgpack.pack(reservation), 'KEEPTTL')
+  end
+  state.doubt = nil
+end
+
+local function learn(state, reservation, after)
+  local before = reservation.before
+  if not after.count or not after.money then
     return
   end
   if before then
-    count, money = before.count - after.count, before.money - after.money
-  end
-  local charged = count ~= 0 or money ~= 0
-  if before and is_price(count, money) then
-    state.charged_late = not charged
-  end
-  if now - state.unknown_at >= UNKNOWN_SETTLES then
-    state.owing, state.blind = {tasks = 0, money = 0, unpriced = 0}, false
-    if not charged then
-      owe(account, kind, 1)
+    local count, money = before.count - after.count, before.money - after.money
+    if count == 0 and money == 0 then
+      state.charged_late = true
+    elseif by_itself(state, reservation) and reservation.clean and is_price(count, money) then
+      state.charged_late = false
     end
+  end
+  if state.charged_late == false then
+    paid(state, reservation)
   end
 end
 
-local function receipt(account, kind, before, after, alone, succeeded)
-  local state = account.state
-  if alone and before and after.count and after.money then
-    local count, money = before.count - after.count, before.money - after.money
+local function conclude(state, reservation, figures, now)
+  if not figures.count or not figures.money then
+    stray(state, reservation, now)
+  else
+    paid(state, reservation)
+  end
+end
+
+local function receipt(account, reservation, figures, succeeded)
+  local state, kind, before, told = account.state, reservation.kind, reservation.before, figures
+  if (not told.count or not told.money) and not state.charged_late and reservation.after then
+    told = reservation.after
+  end
+  if by_itself(state, reservation) and reservation.clean and before and told.count and told.money then
+    local count, money = before.count - told.count, before.money - told.money
     if is_price(count, money) and money <= (account.policy.max_price[kind] or money) then
-      local charged = count > 0 or money > 0
-      if charged then
+      if money > 0 then
         state.prices, state.highest = state.prices or {}, state.highest or {}
-        state.prices[kind] = {count = count, money = money}
+        state.prices[kind] = money
         state.highest[kind] = math.max(state.highest[kind] or 0, money)
       end
-      if charged or not succeeded then
+      if count > 0 or money > 0 or not succeeded then
         return {count = count, money = money, basis = 'observed'}
       end
     end
   end
-  if after.count and after.count > 0 then
+  local left = told.count or (state.count and state.count.value)
+  if reservation.use or (reservation.use == nil and left and left > 0) then
     return {count = 1, money = 0, basis = 'estimated'}
   end
-  local price = state.prices and state.prices[kind]
+  local price = state.prices and state.prices[kind] or (left and account.policy.max_price[kind])
   if price then
-    return {count = price.count, money = price.money, basis = 'estimated'}
-  elseif after.count == 0 and account.policy.max_price[kind] then
-    return {count = 0, money = account.policy.max_price[kind], basis = 'estimated'}
+    return {count = 0, money = price, basis = 'estimated'}
   end
   return {count = 0, money = 0, basis = 'unknown'}
 end

@@ -29,6 +29,7 @@ local function choose(accounts, purse, kind, now)
   for _, account in ipairs(accounts) do
     local found, at = standing(account, purse, kind, now)
     if found == 'pays' or found == 'probe' then
+      account.probes = found == 'probe'
       return account, nil
     elseif found == 'exhausted' then
       retry = math.min(retry or at, at)
@@ -37,21 +38,23 @@ local function choose(accounts, purse, kind, now)
   return nil, retry
 end
 
-local function aim(account, reservation, holds, now)
+local function aim(account, reservation, holds, purse, now)
   local state = account.state
-  local probes = state.status == 'exhausted'
-  if probes then
+  if account.probes then
     state.probe_at = now + PROBE_INTERVAL
   end
   state.seq = state.seq + 1
   reservation.account, reservation.sent, reservation.seq = account.id, now, state.seq
-  reservation.alone = state.open == 0
+  reservation.alone, reservation.clean = state.open == 0, missing(state) == 0
+  reservation.use = state.count and state.count.value > missing(state)
+  reservation.thrifty = purse == 'count_only'
   reservation.before = nil
-  if state.count and state.money and not probes and state.owing.tasks == 0 then
+  if state.count and state.money and not account.probes then
     reservation.before = {count = state.count.value, money = state.money.value}
   end
   reservation.holds = holds
   state.open = state.open + 1
   state.sending = state.sending + 1
-  owe(account, reservation.kind, 1)
+  owe(state, reservation)
+  expect(account, reservation.kind, 1)
 end

@@ -1,0 +1,120 @@
+"""What an account is found to have been charged for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from service.domain import charges
+from service.domain.account import AccountState, Before, Figures
+from service.domain.reservation import Reservation, ReservationState
+from service.domain.task import Basis, Cost, Kind
+from service.domain.tenancy import AccountPolicy
+
+POLICY = AccountPolicy()
+NOW = 1_790_000_000_000
+KIND = Kind.SEAMLESS
+
+
+def sent(before: Before | None = None, *, alone: bool = True, **fields: Any) -> Reservation:
+    """A submission that was sent while these figures were known, and lacked nothing."""
+    return Reservation(
+        ReservationState.ACCEPTED,
+        tenant=1,
+        account=1,
+        kind=KIND,
+        created=NOW,
+        sent=NOW,
+        lease=NOW,
+        before=before,
+        alone=alone,
+        clean=True,
+        **fields,
+    )
+
+
+def receipt(
+    state: AccountState,
+    reservation: Reservation,
+    figures: Figures,
+    *,
+    policy: AccountPolicy = POLICY,
+    succeeded: bool = True,
+) -> Cost:
+    return charges.receipt(state, policy, reservation, figures, succeeded=succeeded)
+
+
+def test_observed_receipt() -> None:
+    """A task that was alone on the account cost what the balance dropped, and its price is remembered."""
+    state = AccountState()
+    assert receipt(state, sent(Before(0, 900)), Figures(0, 650)) == Cost(0, 250, Basis.OBSERVED)
+    assert (state.prices[KIND], state.highest[KIND]) == (250, 250)
+    receipt(state, sent(Before(0, 650)), Figures(0, 550))
+    assert (state.prices[KIND], state.highest[KIND]) == (100, 250)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "alone"),
+    [
+        (Before(0, 900), Figures(0, 650), False),
+        (None, Figures(0, 650), True),
+        (Before(0, 900), Figures(0, None), True),
+        (Before(0, 900), Figures(0, 950), True),
+        (Before(3, 900), Figures(0, 900), True),
+    ],
+)
+def test_estimated_receipt(before: Before | None, after: Figures, *, alone: bool) -> None:
+    """Without a drop that only this task can have caused, the last price seen is taken."""
+    state = AccountState(prices={KIND: 70})
+    assert receipt(state, sent(before, alone=alone), after) == Cost(0, 70, Basis.ESTIMATED)
+
+
+def test_receipt_where_the_figures_lacked_something() -> None:
+    """A drop that may be another's too is no receipt."""
+    reservation = sent(Before(0, 900))
+    reservation.clean = False
+    assert receipt(AccountState(prices={KIND: 70}), reservation, Figures(0, 650)) == Cost(0, 70, Basis.ESTIMATED)
+
+
+@pytest.mark.parametrize(
+    ("use", "left", "cost"), [(True, 0, (1, 0)), (None, 4, (1, 0)), (None, 0, (0, 70)), (False, 4, (0, 70))]
+)
+def test_receipt_of_a_use(use: bool | None, left: int, cost: tuple[int, int]) -> None:
+    """A task that was to take a use took one; where nobody knew, the uses that are left decide."""
+    reservation = sent(alone=False, use=use)
+    assert receipt(AccountState(prices={KIND: 70}), reservation, Figures(left, 100)) == Cost(*cost, Basis.ESTIMATED)
+
+
+def test_receipt_of_nothing() -> None:
+    """Without any figure or price the cost is unknown; a failed task that moved nothing cost nothing."""
+    assert receipt(AccountState(), sent(), Figures()) == Cost(0, 0, Basis.UNKNOWN)
+    free = receipt(AccountState(), sent(Before(2, 0)), Figures(2, 0), succeeded=False)
+    assert free == Cost(0, 0, Basis.OBSERVED)
+
+
+@pytest.mark.parametrize(("late", "basis"), [(False, Basis.OBSERVED), (True, Basis.ESTIMATED)])
+def test_receipt_of_a_failure(late: bool, basis: Basis) -> None:
+    """The figures of its submission are the receipt of a task that failed only where tasks are charged at once."""
+    state = AccountState(prices={KIND: 70}, charged_late=late)
+    reservation = sent(Before(0, 900), after=Figures(0, 830))
+    assert receipt(state, reservation, Figures(), succeeded=False) == Cost(0, 70, basis)
+
+
+def test_receipt_above_the_highest_price() -> None:
+    """A drop that no task of this kind can cause is somebody else's spending: the operator's price is the guess."""
+    state, policy = AccountState(), AccountPolicy(max_price={KIND: 300})
+    cost = receipt(state, sent(Before(0, 900)), Figures(0, 400), policy=policy)
+    assert cost == Cost(0, 300, Basis.ESTIMATED)
+    assert state.highest == {}
+
+
+def test_when_the_upstream_charges() -> None:
+    """A submit that leaves the balance as it was is charged later; a lone one that does not, at once."""
+    state = AccountState()
+    charges.learn(state, sent(Before(0, 1_200), alone=False), Figures(0, 1_200))
+    assert state.charged_late is True
+    charges.learn(state, sent(Before(0, 1_200), alone=False), Figures(0, 1_100))
+    assert state.charged_late is True
+    charges.learn(state, sent(Before(0, 1_200)), Figures(0, 1_100))
+    assert state.charged_late is False
