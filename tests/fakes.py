@@ -287,6 +287,10 @@ class FakeLedger:
         self._answer()
         return [copy.deepcopy(self.days.get((tenant, day), DayUsage())) for day in days]
 
+    async def today(self) -> int:
+        self._answer()
+        return self.clock.at // DAY
+
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         self._answer()
         task = self.tasks.get(reservation)
@@ -430,7 +434,10 @@ class FakeRegistry:
             self.ledger.account_policies.pop(left.id, None)
         self.ledger.tenant_policies |= {each.id: each.policy for each in change.tenants}
         self.ledger.account_policies |= {each.id: each.policy for each in change.accounts}
-        self.current = Registry(max(now.version, change.later_than) + 1, change.next_id, tenants, accounts, tokens)
+        gone = {each.id: each.name for each in change.drop_tenants}
+        former = {**now.former, **change.former, **gone}
+        version = max(now.version, change.later_than) + 1
+        self.current = Registry(version, change.next_id, tenants, accounts, tokens, former)
         return True
 
 

@@ -33,7 +33,10 @@ def parse_key(values: Sequence[str]) -> str | None:
     quoted = _QUOTED.fullmatch(text)
     key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else text
     if not key or not (quoted or _BARE.fullmatch(text)):
-        raise IdempotencyKeyInvalid('An Idempotency-Key is visible ASCII, best in quotes: "a-uuid-or-so".')
+        raise IdempotencyKeyInvalid(
+            'An Idempotency-Key is one string of visible ASCII, best in quotes: "a-uuid-or-so". Nothing may follow it; '
+            "without quotes it can't hold spaces, commas, semicolons or backslashes."
+        )
     if len(key) > MAX_KEY:
         raise IdempotencyKeyInvalid(f"An Idempotency-Key has at most {MAX_KEY} characters.")
     return key
@@ -42,10 +45,21 @@ def parse_key(values: Sequence[str]) -> str | None:
 def identify(key: str, options: Options, metadata: Mapping[str, str], image_sha256: bytes) -> Idempotency:
     """The digests under which a submission is known: its content is its kind, every field, and the image's bytes.
 
-    A field that is left out is the same as one with its default.
+    A field that is left out is the same as one with its default. Keys are kept across upgrades, so the digests must not
+    change with one: an option that is added leaves those of all who do not use it as they were.
     """
-    content = (options.kind, options, sorted(metadata.items()), image_sha256)
+    content = (options.kind, _chosen(options), sorted(metadata.items()), image_sha256)
     return Idempotency(_digest(key.encode()), _digest(msgspec.msgpack.encode(content)))
+
+
+def _chosen(options: Options) -> Sequence[tuple[str, object]]:
+    """The options that are not at their defaults, by name."""
+    chosen = []
+    for field in msgspec.structs.fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            chosen.append((field.name, value or 0))  # -0.0 is the number 0.0, but is written differently
+    return sorted(chosen)
 
 
 def _digest(data: bytes) -> str:

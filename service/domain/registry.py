@@ -8,7 +8,10 @@ from service.domain.tenancy import Account, Tenant, Token
 
 
 class Registry:
-    """One version of the registry, indexed for the questions that requests ask. Never changes."""
+    """One version of the registry, indexed for the questions that requests ask. Never changes.
+
+    `former` has the name of each deleted tenant by its id, so that what it spent stays explained.
+    """
 
     def __init__(
         self,
@@ -17,12 +20,14 @@ class Registry:
         tenants: Mapping[str, Tenant] | None = None,
         accounts: Mapping[str, Account] | None = None,
         tokens: Mapping[str, Token] | None = None,
+        former: Mapping[int, str] | None = None,
     ) -> None:
         self.version = version
         self.next_id = next_id
         self.tenants = tenants or {}
         self.accounts = accounts or {}
         self.tokens = tokens or {}
+        self.former = former or {}
         self._tenants_by_id = {tenant.id: tenant for tenant in self.tenants.values()}
         self._accounts_by_id = {account.id: account for account in self.accounts.values()}
         self._tokens_by_digest = {token.digest: token for token in self.tokens.values()}
@@ -36,6 +41,11 @@ class Registry:
     def tenant(self, tenant_id: int) -> Tenant | None:
         """A tenant by its id."""
         return self._tenants_by_id.get(tenant_id)
+
+    def tenant_name(self, tenant_id: int) -> str | None:
+        """What a tenant is or was called; None if it never was in this registry."""
+        found = self.tenant(tenant_id)
+        return found.name if found else self.former.get(tenant_id)
 
     def account(self, account_id: int) -> Account | None:
         """An account by its id."""

@@ -11,8 +11,8 @@ from service.domain.reservation import Refund, Refunding, Reservation
 from service.domain.task import Kind
 from service.domain.usage import DayUsage, Measure, Tally
 from service.storage.keys import Keys
-from service.storage.ledger import KEEP_USAGE
-from service.storage.scripts import Client, Scripts, read
+from service.storage.ledger import DAY, KEEP_USAGE
+from service.storage.scripts import Client, Scripts, ledger_time, read
 
 _UNKNOWN, _REFUND = "unknown", "refund"
 
@@ -62,6 +62,11 @@ class RedisBooks:
         """What a tenant used on each of the days."""
         found = await read(self._client, *(("HGETALL", self._keys.usage(tenant, day)) for day in days))
         return [_day(fields) for fields in found]
+
+    async def today(self) -> int:
+        """The day of the ledger's clock, counted from the epoch."""
+        seen, time = await read(self._client, ("GET", self._keys.clock), ("TIME",))
+        return ledger_time(seen, time) // DAY
 
 
 def _day(fields: Mapping[bytes, bytes]) -> DayUsage:

@@ -35,7 +35,7 @@ class RedisRegistry:
     async def load(self) -> Registry:
         """The registry as it is now."""
         (fields,) = await read(self._client, ("HGETALL", self._keys.registry))
-        tenants, accounts, tokens = {}, {}, {}
+        tenants, accounts, tokens, former = {}, {}, {}, {}
         for field, packed in fields.items():
             kind, _, name = str(field, "utf-8").partition(":")
             if kind == "tenant":
@@ -44,8 +44,10 @@ class RedisRegistry:
                 accounts[name] = msgspec.msgpack.decode(packed, type=Account)
             elif kind == "token":
                 tokens[name] = msgspec.msgpack.decode(packed, type=Token)
+            elif kind == "former":
+                former[int(name)] = str(packed, "utf-8")
         version, next_id = int(fields.get(b"version", 0)), int(fields.get(b"next_id", 1))
-        return Registry(version, next_id, tenants, accounts, tokens)
+        return Registry(version, next_id, tenants, accounts, tokens, former)
 
     async def version(self) -> int:
         """The number of the newest version."""
@@ -63,6 +65,8 @@ class RedisRegistry:
             policies[keys.account(account.id)] = _packed_policy(account)
         for token in change.tokens:
             put[f"token:{token.id}"] = msgspec.msgpack.encode(token)
+        gone = dict(change.former) | {each.id: each.name for each in change.drop_tenants}
+        put |= {f"former:{tenant_id}": name.encode() for tenant_id, name in gone.items()}
         put["next_id"] = str(change.next_id).encode()
         drop = [f"tenant:{each.name}" for each in change.drop_tenants]
         drop += [f"account:{each.name}" for each in change.drop_accounts]
@@ -126,6 +130,7 @@ class LiveRegistry:
         Only a loss makes versions go back; of several processes that notice it, the first one does this.
         """
         stored = await self._store.load()
+        replaced = {each.id: name for name, each in stored.tenants.items() if held.tenant(each.id) is None}
         change = RegistryChange(
             version=stored.version,
             next_id=held.next_id,
@@ -136,6 +141,7 @@ class LiveRegistry:
             drop_tenants=tuple(each for name, each in stored.tenants.items() if name not in held.tenants),
             drop_accounts=tuple(each for name, each in stored.accounts.items() if name not in held.accounts),
             drop_tokens=tuple(each for name, each in stored.tokens.items() if name not in held.tokens),
+            former={**replaced, **held.former},
         )
         restored = await self._store.write(change)
         _log.error("registry.lost", stored=stored.version, held=held.version, restored=restored)

@@ -148,6 +148,10 @@ class Books(Protocol):
         """What a tenant used on each of the days, which are counted from the epoch. Kept for 13 months."""
         ...
 
+    async def today(self) -> int:
+        """The day, counted from the epoch, that it is by the ledger's clock, by which submissions get theirs."""
+        ...
+
 
 class Answered(StrEnum):
     """What a check of a task amounted to."""
@@ -214,7 +218,8 @@ class Tasks(Protocol):
 class RegistryChange(Struct, frozen=True, kw_only=True):
     """What is written over and taken out of version `version` of the registry, in one go.
 
-    The version that comes of it is the next one, and later than `later_than`.
+    The version that comes of it is the next one, and later than `later_than`. The names of dropped tenants are kept by
+    their ids, beside those of `former`.
     """
 
     version: int
@@ -226,6 +231,7 @@ class RegistryChange(Struct, frozen=True, kw_only=True):
     drop_tenants: tuple[Tenant, ...] = ()
     drop_accounts: tuple[Account, ...] = ()
     drop_tokens: tuple[Token, ...] = ()
+    former: Mapping[int, str] = {}
 
 
 class RegistryStore(Protocol):

@@ -1,0 +1,172 @@
+"""How idempotency keys are read, and what makes two submissions the same."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from service.domain.errors import IdempotencyKeyInvalid
+from service.domain.idempotency import MAX_KEY, identify, parse_key
+from service.domain.reservation import Idempotency
+from service.domain.task import (
+    DEFAULT_CATALOGUE,
+    FaceEnhanceOptions,
+    Kind,
+    Options,
+    SeamlessOptions,
+    UpscaleOptions,
+    VectorizeOptions,
+    parse_options,
+)
+
+KEY = "8e03978e-40d5-43dd-bc93-6894a57f9324"
+DIGEST = bytes(range(32))
+METADATA = {"order": "17", "customer": "顾客"}
+FULL = UpscaleOptions(
+    scale=1.5,
+    noise=1.01,
+    steps=20,
+    high_fidelity=True,
+    strong_inpaint=True,
+    inpaint_strength=0,
+    prompt="红色的圆",
+    negative_prompt="text",
+    vector=True,
+    colors=4,
+)
+
+printable = st.characters(min_codepoint=0x20, max_codepoint=0x7E)
+plain = st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters='",;\\')
+
+
+def quoted(key: str) -> str:
+    """A string as RFC 8941 writes it."""
+    return '"' + key.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def content(options: Options, metadata: dict[str, str] | None = None, image: bytes = DIGEST) -> str:
+    """The digest of a submission's content."""
+    return identify(KEY, options, metadata or {}, image).content
+
+
+@given(st.text(printable, min_size=1, max_size=MAX_KEY))
+def test_quoted_key(key: str) -> None:
+    """Any printable ASCII is a key when it is quoted as the standard wants, with white space around it or not."""
+    assert parse_key([quoted(key)]) == key
+    assert parse_key([f" \t{quoted(key)} "]) == key
+
+
+@given(st.text(plain, min_size=1, max_size=MAX_KEY))
+def test_bare_key(key: str) -> None:
+    """A key without quotes is the same key as with them."""
+    assert parse_key([key]) == parse_key([quoted(key)]) == key
+
+
+@given(st.text(printable, min_size=MAX_KEY + 1, max_size=MAX_KEY + 50))
+def test_long_key(key: str) -> None:
+    """A key is at most 255 characters long, however it is written."""
+    with pytest.raises(IdempotencyKeyInvalid):
+        parse_key([quoted(key)])
+    with pytest.raises(IdempotencyKeyInvalid):
+        parse_key(["k" * len(key)])
+
+
+@given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
+@example(b'"\\')
+@example(b'"' * 300)
+@example(b"\\" * 300)
+def test_any_bytes(value: bytes) -> None:
+    """Whatever a header holds is a key of 1 to 255 printable characters, which can be written anew, or is refused."""
+    try:
+        key = parse_key([value.decode("latin-1")])
+    except IdempotencyKeyInvalid:
+        return
+    assert key is not None
+    assert 1 <= len(key) <= MAX_KEY
+    assert all(" " <= character <= "~" for character in key)
+    assert parse_key([quoted(key)]) == key
+
+
+@given(st.lists(st.text(printable), min_size=2, max_size=3))
+def test_several_headers(values: list[str]) -> None:
+    """Two headers are refused, even if they say the same."""
+    for given_twice in (values, values[:1] * 2):
+        with pytest.raises(IdempotencyKeyInvalid, match="one Idempotency-Key"):
+            parse_key(given_twice)
+
+
+def test_no_header() -> None:
+    """Without the header there is no key."""
+    assert parse_key([]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [
+        (UpscaleOptions(), "09e8c4af3f7f3caf448b93c62a820980"),
+        (FULL, "4a6bec023910d623965edd03e62f875f"),
+        (VectorizeOptions(), "70c1850d94d7e118fdb9a29f253795c8"),
+        (FaceEnhanceOptions(), "cf76a1caa575cc600105c5f516f39284"),
+        (SeamlessOptions(fit=0.3), "3df4794c9c702ba132ec8082de7094ce"),
+    ],
+)
+def test_stable(options: Options, digest: str) -> None:
+    """The digests do not change from version to version, else nothing could be replayed over an upgrade."""
+    assert identify(KEY, options, METADATA, DIGEST) == Idempotency("d77da8028f3c5a13752873cb9c7581d5", digest)
+
+
+def test_every_field_counts() -> None:
+    """Submissions that differ in their kind, in a single option, in their metadata or in their image are different."""
+    chosen = {name: getattr(FULL, name) for name in FULL.__struct_fields__}
+    changed = [UpscaleOptions(**{name: value}) for name, value in chosen.items() if name not in {"model", "style"}]
+    named = [UpscaleOptions(model="anime"), UpscaleOptions(style="anime"), UpscaleOptions(negative_prompt="红色的圆")]
+    kinds = [UpscaleOptions(), VectorizeOptions(), VectorizeOptions(colors=4), FaceEnhanceOptions(), SeamlessOptions()]
+    metadata = [{"order": "17"}, {"order": "18"}, {"17": "order"}, {"order": ""}, {"order": "17", "more": ""}]
+    images = [bytes(32), b"\1" + bytes(31), bytes(31) + b"\1"]
+    digests = [
+        *(content(each) for each in (*kinds, *named, *changed, FULL)),
+        *(content(UpscaleOptions(), each) for each in metadata),
+        *(content(UpscaleOptions(), image=each) for each in images),
+    ]
+    assert len(set(digests)) == len(digests)
+
+
+def test_defaults() -> None:
+    """Defaults that are written out, and numbers that are written differently, make no difference."""
+    written = {
+        "model": "通用模型",
+        "style": "general",
+        "scale": "2",
+        "noise": "1.0030",
+        "steps": "3e1",
+        "high_fidelity": "false",
+        "strong_inpaint": "0",
+        "inpaint_strength": "0.50",
+        "prompt": "",
+        "negative_prompt": "",
+        "vector": "FALSE",
+        "colors": "5.0",
+    }
+
+    def digest(fields: dict[str, str]) -> str:
+        return content(parse_options(Kind.UPSCALE, list(fields.items()), DEFAULT_CATALOGUE))
+
+    assert written.keys() == set(UpscaleOptions.__struct_fields__)
+    assert digest({}) == digest(written) == digest(dict(reversed(written.items())))
+    assert digest({"inpaint_strength": "0"}) == digest({"inpaint_strength": "-0.0"})
+
+
+def test_order_of_metadata() -> None:
+    """The order of the metadata makes no difference."""
+    assert content(FULL, METADATA) == content(FULL, dict(reversed(METADATA.items())))
+
+
+@given(st.text(printable, min_size=1), st.text(printable, min_size=1))
+@example("key", "Key")
+def test_digest_of_the_key(one: str, other: str) -> None:
+    """Different keys have different digests, also if only the case of a letter differs, and no digest shows its key."""
+    first, second = (identify(key, FULL, {}, DIGEST) for key in (one, other))
+    assert (first.key == second.key) == (one == other)
+    assert first.content == second.content
+    assert len(first.key) == len(first.content) == 32
