@@ -1,0 +1,130 @@
+"""Idempotency keys as they come over the wire: which are taken, which are refused, and that nobody tells of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+import pytest
+import structlog
+
+from tests.behaviour.aftermath import EVERY_POLICY, nothing_happened
+from tests.behaviour.house import House
+from tests.behaviour.keyed import keyed, made, photo, replayed
+from tests.behaviour.old_client import OldClient
+from tests.support.valkey import Valkey
+from tests.unit.asgi import Answer, connected, read_answer
+from tests.unit.forms import CONTENT_TYPE, file, form
+
+SECRET = "Qx7fT2"
+MALFORMED: Sequence[tuple[bytes, str]] = (
+    (b"", "visible ASCII"),
+    (b" \t ", "visible ASCII"),
+    (b'""', "visible ASCII"),
+    (b"Qx7fT2 Qx7fT2", "spaces"),
+    (b"Qx7fT2\tQx7fT2", "visible ASCII"),
+    (b'"Qx7fT2\tQx7fT2"', "visible ASCII"),
+    (b"Qx7fT2\xe9", "visible ASCII"),
+    ('"Qx7fT2é"'.encode(), "visible ASCII"),
+    ("Qx7fT2图".encode(), "visible ASCII"),
+    (b'"Qx7fT2', "quotes"),
+    (b'Qx7fT2"', "quotes"),
+    (b'"Qx7fT2"Qx7fT2"', "quotes"),
+    (b'"Qx7fT2\\"', "quotes"),
+    (b'"Qx7fT2\\n"', "visible ASCII"),
+    (b"Qx7fT2\\", "backslashes"),
+    (b'"Qx7fT2";q=1', "Nothing may follow"),
+    (b"Qx7fT2;q=1", "semicolons"),
+    (b'"Qx7fT2", "Qx7fT2"', "Nothing may follow"),
+    (b"Qx7fT2,Qx7fT2", "commas"),
+    (b"Qx7fT2" + b"x" * 250, "at most 255"),
+    (b'"Qx7fT2' + b"x" * 250 + b'"', "at most 255"),
+    (b'"Qx7fT2' + b"x" * 50_000, "visible ASCII"),
+)
+"""Values of the header, and a word that has to stand in what its sender is told."""
+UNSPEAKABLE = [b'"Qx7fT2%c"' % character for character in (0, 1, 0x1B, 0x1F, 0x7F)]
+"""Control characters, which no header may hold: the HTTP server refuses the whole request."""
+
+
+async def head_only(house: House, *keys: bytes) -> Answer:
+    """The answer to the head of a submission whose image never comes."""
+    body = form(file("image", photo()))
+    lines = [b"POST /v1/tasks/vectorize HTTP/1.1", b"Host: gateway", b"Authorization: Bearer " + house.token.encode()]
+    lines += [b"Content-Type: " + CONTENT_TYPE.encode(), b"Content-Length: %d" % len(body)]
+    lines += [b"Idempotency-Key: " + key for key in keys]
+    async with connected(urlsplit(house.url).port or 0) as (reader, writer):
+        writer.write(b"\r\n".join([*lines, b"", b""]))
+        return await read_answer(reader)
+
+
+def told(answer: Answer, word: str) -> None:
+    """The answer says that the key can't be used and why, and does not repeat it."""
+    assert answer.status == 400
+    document = answer.json()
+    assert document["code"] == "idempotency-key-invalid"
+    assert "Idempotency-Key" in document["detail"]
+    assert word in document["detail"]
+    assert SECRET not in repr((answer.headers, answer.body))
+
+
+async def test_malformed(house: House, valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    """A malformed key is 400 with words that help, before the image has come and with nothing reserved or logged."""
+    await house.put_tenant(**EVERY_POLICY)
+    with structlog.testing.capture_logs() as events, caplog.at_level(logging.DEBUG):
+        for key, word in MALFORMED:
+            told(await head_only(house, key), word)
+        told(await head_only(house, b"Qx7fT2", b"Qx7fT2"), "one Idempotency-Key")
+        told(await head_only(house, b'"Qx7fT2"', b""), "one Idempotency-Key")
+        for key in UNSPEAKABLE:
+            assert (await head_only(house, key)).status == 400
+    assert len([each for each in events if each.get("outcome") == "idempotency-key-invalid"]) == len(MALFORMED) + 2
+    assert SECRET not in repr(events) + caplog.text
+    await nothing_happened(house, valkey)
+
+
+async def test_not_logged(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    """No log line holds a key, whether what was sent under it is taken, replayed or refused."""
+    with structlog.testing.capture_logs() as events, caplog.at_level(logging.DEBUG):
+        task = made(await keyed(house, key=SECRET))
+        replayed(await keyed(house, key=SECRET), task)
+        assert (await keyed(house, key=SECRET, image=photo(b"b"))).status_code == 422
+        await house.upstream.lose_next_answer()
+        assert [(await keyed(house, key=f'"{SECRET} "')).status_code for _ in range(2)] == [504, 504]
+    assert {"answered", "idempotency-key-reused", "submission-unknown"} <= {each.get("outcome") for each in events}
+    assert SECRET not in repr(events) + caplog.text
+
+
+async def test_quotes(house: House) -> None:
+    """A key with quotes around it, as the standard wants it, and one without are the same key."""
+    task = made(await keyed(house, key='"a-key"'))
+    replayed(await keyed(house, key="a-key"), task)
+    spaced = made(await keyed(house, key=r'"a, \"key\"; \\"'))
+    replayed(await keyed(house, key=r'"a, \"key\"; \\"'), spaced)
+    assert await house.upstream.submits() == 2
+
+
+async def test_longest(house: House) -> None:
+    """A key of 255 characters is taken, and its last one counts; what quoting adds does not."""
+    tasks = [
+        made(await keyed(house, key=key))["id"]
+        for key in ("k" * 255, "k" * 254, "k" * 254 + "K", '"' + r"\"" * 255 + '"', '"' + r"\\" * 255 + '"')
+    ]
+    assert len(set(tasks)) == 5
+
+
+async def test_case(house: House) -> None:
+    """Keys that differ in the case of a letter, or in a space, are different keys."""
+    tasks = [made(await keyed(house, key=key))["id"] for key in ('"a-key"', '"A-key"', '"a-key "', '" a-key"')]
+    assert len(set(tasks)) == await house.upstream.submits() == 4
+
+
+async def test_not_for_old_clients(house: House) -> None:
+    """The old protocol knows no keys: whatever the header says, each submit is one of its own."""
+    client = OldClient(house.http, house.url, house.token)
+    answers = [
+        await client.submit("submit_face_enhance_task", headers={"Idempotency-Key": key})
+        for key in ('"a-key"', '"a-key"', '"never ended')
+    ]
+    assert [each["err_code"] for each in answers] == [0, 0, 0]
+    assert len({each["task_id"] for each in answers}) == await house.upstream.submits() == 3
