@@ -32,7 +32,7 @@ from service.storage.registry import LiveRegistry, RedisRegistry
 from service.storage.scripts import Scripts
 from service.storage.tasks import RedisTasks
 from service.telemetry.metrics import Metrics
-from service.usecases.background import Background
+from service.usecases.background import Background, ended
 from service.usecases.follow import Follow
 from service.usecases.look import FreeLooks
 from service.usecases.ports import Books, Clock, Ledger, RegistryStore, RegistryView, Tasks, Upstream
@@ -110,9 +110,7 @@ class Services:
         try:
             yield
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await ended(running)
 
     async def _keep(self, job: Job) -> None:
         """Begin a job again whenever it fails: a fault of ours must not end it silently."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from service.domain.errors import MalformedRequest
 from service.domain.task import Artifact, Basis, Cost, Kind, State, Task, TaskError
@@ -24,6 +25,26 @@ _UNUSABLE = TaskError(
 )
 
 
+class _Stored(Struct):
+    """A task as the scripts keep it, in which JSON is text: Lua does not tell an empty list from an empty map."""
+
+    id: str
+    tenant: int
+    account: int
+    kind: Kind
+    state: State
+    created: int
+    updated: int
+    checked: int
+    version: int
+    options: str
+    metadata: str
+    finished: int | None = None
+    artifacts: str = "[]"
+    error: str | None = None
+    cost: Cost = Cost(0, 0, Basis.UNKNOWN)
+
+
 class RedisTasks:
     """Reads tasks, lists them, and hands out those whose check is due."""
 
@@ -35,10 +56,10 @@ class RedisTasks:
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         """A task and the time now, in one round trip."""
-        fields, seen, time = await read(
-            self._client, ("HGETALL", self._keys.task(reservation)), ("GET", self._keys.clock), ("TIME",)
+        packed, seen, time = await read(
+            self._client, ("GET", self._keys.task(reservation)), ("GET", self._keys.clock), ("TIME",)
         )
-        return (_task(reservation, fields), ledger_time(seen, time)) if fields else None
+        return (_task(reservation, packed), ledger_time(seen, time)) if packed else None
 
     async def page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
@@ -82,8 +103,8 @@ class RedisTasks:
             offset += _BATCH
 
     async def _get_many(self, reservations: Sequence[str]) -> list[Task | None]:
-        rows = await read(self._client, *(("HGETALL", self._keys.task(each)) for each in reservations))
-        return [_task(each, fields) if fields else None for each, fields in zip(reservations, rows, strict=True)]
+        rows = await read(self._client, *(("GET", self._keys.task(each)) for each in reservations))
+        return [_task(each, packed) if packed else None for each, packed in zip(reservations, rows, strict=True)]
 
     async def claim(self, most: int) -> Sequence[Due]:
         """Up to `most` tasks whose check is due."""
@@ -92,7 +113,7 @@ class RedisTasks:
             [self._keys.clock, self._keys.watch],
             {"most": most, "lease": self._spans.claim, "task": self._keys.task("")},
         )
-        return [Due(_task(str(member, "ascii"), _pairs(fields)), now) for member, fields in rows]
+        return [Due(_task(str(member, "ascii"), packed), now) for member, packed in rows]
 
     async def record(self, due: Due, check: Check) -> Task | None:
         """Write what a check said, and when to check again; None if the task had ended or is gone."""
@@ -130,39 +151,28 @@ class RedisTasks:
             ],
             ask,
         )
-        return _task(task.reservation, _pairs(rest[0])) if status == b"recorded" else None
+        return _task(task.reservation, rest[0]) if status == b"recorded" else None
 
 
-def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
-    return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _task(reservation: str, fields: dict[bytes, bytes]) -> Task:
-    def text(name: bytes) -> str:
-        return str(fields[name], "utf-8")
-
-    finished, error = fields.get(b"finished"), fields.get(b"error")
+def _task(reservation: str, packed: bytes) -> Task:
+    stored = msgspec.msgpack.decode(packed, type=_Stored)
     return Task(
-        id=text(b"id"),
+        id=stored.id,
         reservation=reservation,
-        tenant=int(fields[b"tenant"]),
-        account=int(fields[b"account"]),
-        kind=Kind(text(b"kind")),
-        state=State(text(b"state")),
-        created=int(fields[b"created"]),
-        updated=int(fields[b"updated"]),
-        finished=int(finished) if finished else None,
-        checked=int(fields[b"checked"]),
-        options=msgspec.Raw(fields[b"options"]),
-        metadata=msgspec.Raw(fields[b"metadata"]),
-        artifacts=msgspec.json.decode(fields.get(b"artifacts", b"[]"), type=tuple[Artifact, ...]),
-        error=msgspec.json.decode(error, type=TaskError) if error else None,
-        cost=Cost(
-            int(fields.get(b"cost_count", 0)),
-            int(fields.get(b"cost_money", 0)),
-            Basis(str(fields.get(b"cost_basis", b"unknown"), "ascii")),
-        ),
-        version=int(fields[b"version"]),
+        tenant=stored.tenant,
+        account=stored.account,
+        kind=stored.kind,
+        state=stored.state,
+        created=stored.created,
+        updated=stored.updated,
+        finished=stored.finished,
+        checked=stored.checked,
+        options=msgspec.Raw(stored.options.encode()),
+        metadata=msgspec.Raw(stored.metadata.encode()),
+        artifacts=msgspec.json.decode(stored.artifacts, type=tuple[Artifact, ...]),
+        error=msgspec.json.decode(stored.error, type=TaskError) if stored.error else None,
+        cost=stored.cost,
+        version=stored.version,
     )
 
 

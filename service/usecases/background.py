@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 import structlog
@@ -11,6 +11,25 @@ import structlog
 _log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+
+
+AGAIN_SECONDS = 1.0
+
+
+async def ended(tasks: Iterable[asyncio.Task[Any]], *, again: float = AGAIN_SECONDS) -> None:
+    """Cancel tasks and wait for their end.
+
+    They are cancelled again until they have ended: a cancellation that comes just as what a task waits for is done is
+    lost in `asyncio.wait_for` before Python 3.12 (https://github.com/python/cpython/issues/86296), through which every
+    command to Redis goes.
+    """
+    tasks = set(tasks)
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=again)
+    await asyncio.gather(*tasks, return_exceptions=True)  # nobody else asks how they ended
 
 
 class Background:
@@ -39,9 +58,7 @@ class Background:
         while self._running:
             pending = tuple(self._running)
             cancelled.update(pending)
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+            await ended(pending)
         if cancelled:
             _log.error("background.cut-short", count=len(cancelled))
         return len(cancelled)

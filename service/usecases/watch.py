@@ -10,6 +10,7 @@ from service.domain.errors import LedgerUnavailable, NotFound
 from service.domain.task import Task
 from service.domain.taskid import TaskIds
 from service.telemetry.metrics import Metrics
+from service.usecases.background import ended
 from service.usecases.ports import Answered, Check, Due, Ledger, RegistryView, Tasks, Upstream
 
 _log = structlog.get_logger(__name__)
@@ -59,9 +60,7 @@ class Watch:
                     if not full:
                         await asyncio.sleep(TICK_SECONDS)
         finally:
-            for check in self._checking:
-                check.cancel()
-            await asyncio.gather(*self._checking, return_exceptions=True)
+            await ended(self._checking)
 
     async def tick(self) -> bool:
         """Claim as many due tasks as there is room for and begin to check them; whether more may be due.

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from service.usecases.background import Background
+from service.usecases.background import Background, ended
 
 
 async def test_outlives_who_waits() -> None:
@@ -73,3 +73,23 @@ async def test_nothing_to_drain() -> None:
     assert await background.drain(5) == 0
     await background.spawn(asyncio.sleep(0))
     assert await background.drain(0) == 0
+
+
+async def test_lost_cancellation() -> None:
+    """A task that loses its cancellation, as `asyncio.wait_for` can, is cancelled again until it ends."""
+    lost = 0
+
+    async def deaf() -> None:
+        nonlocal lost
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                lost += 1
+                if lost == 2:
+                    raise
+
+    task = asyncio.create_task(deaf())
+    await asyncio.sleep(0)
+    await ended([task], again=0.01)
+    assert (task.cancelled(), lost) == (True, 2)

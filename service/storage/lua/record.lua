@@ -3,40 +3,39 @@
 -- ARGV     MessagePack {reservation, account, claimed, answered, artifacts, error, lost_error, unusable_error, figures,
 --          check_after, lost_after, unusable_after, keep_reservation, keep_running, keep_ended, usage, keep_usage,
 --          reservations}; usage and reservations are the prefixes of the keys of the tenant's days and of reservations
--- RETURNS  {'recorded', now, the task's fields and values}, {'ended', now} if it had ended before, or {'gone', now}
+-- RETURNS  {'recorded', now, the task}, {'ended', now} if it had ended before, or {'gone', now}
 local ask = cmsgpack.unpack(ARGV[1])
 local now = clock(KEYS[1])
-local found = redis.call('HMGET', KEYS[5], 'state', 'silent', 'silent_at', 'useless', 'useless_at')
-local state = found[1]
-if not state or state == 'succeeded' or state == 'failed' then
+local task = unpacked(redis.call('GET', KEYS[5]))
+if not task or task.finished then
   redis.call('ZREM', KEYS[6], ask.reservation)
-  return {state and 'ended' or 'gone', now}
+  return {task and 'ended' or 'gone', now}
 end
 
 -- Answers that tell nothing of the task end it once they add up to long enough; time without an answer does not count.
 -- All of them are useless, and those that are silent add up by themselves too, to what is much shorter.
 local answered, failure = ask.answered, ask.error
 if answered == 'silent' or answered == 'unusable' then
-  local useless = tonumber(found[4] or 0) + (found[5] and now - tonumber(found[5]) or 0)
-  local silent = tonumber(found[2] or 0)
+  task.useless = (task.useless or 0) + (task.useless_at and now - task.useless_at or 0)
+  task.useless_at = now
   if answered == 'silent' then
-    silent = silent + (found[3] and now - tonumber(found[3]) or 0)
-    redis.call('HSET', KEYS[5], 'silent', silent, 'silent_at', now, 'checked', now)
+    task.silent = (task.silent or 0) + (task.silent_at and now - task.silent_at or 0)
+    task.silent_at, task.checked = now, now
   else
-    redis.call('HDEL', KEYS[5], 'silent_at')
+    task.silent_at = nil
   end
-  redis.call('HSET', KEYS[5], 'useless', useless, 'useless_at', now)
-  if answered == 'silent' and silent >= ask.lost_after then
+  if answered == 'silent' and task.silent >= ask.lost_after then
     answered, failure = 'failed', ask.lost_error
-  elseif useless >= ask.unusable_after then
+  elseif task.useless >= ask.unusable_after then
     answered, failure = 'failed', ask.unusable_error
   end
 elseif answered == 'nothing' then
-  redis.call('HDEL', KEYS[5], 'silent_at', 'useless_at')
-elseif found[4] then
-  redis.call('HDEL', KEYS[5], 'silent', 'silent_at', 'useless', 'useless_at')
+  task.silent_at, task.useless_at = nil, nil
+else
+  task.silent, task.silent_at, task.useless, task.useless_at = nil, nil, nil, nil
 end
 
+local keep = ask.keep_running
 if answered == 'succeeded' or answered == 'failed' then
   local cost = {count = 0, money = 0, basis = 'unknown'}
   local reservation = load_reservation(KEYS[3])
@@ -74,24 +73,20 @@ if answered == 'succeeded' or answered == 'failed' then
     save(account)
     save_reservation(KEYS[3], reservation, ask.keep_reservation)
   end
-  redis.call('HSET', KEYS[5],
-    'state', answered, 'updated', now, 'finished', now, 'checked', now, 'artifacts', ask.artifacts,
-    'cost_count', cost.count, 'cost_money', cost.money, 'cost_basis', cost.basis)
-  if failure then
-    redis.call('HSET', KEYS[5], 'error', failure)
-  end
-  redis.call('HINCRBY', KEYS[5], 'version', 1)
-  redis.call('PEXPIRE', KEYS[5], ask.keep_ended)
+  task.state, task.updated, task.finished, task.checked = answered, now, now, now
+  task.artifacts, task.error, task.cost, task.version = ask.artifacts, failure, cost, task.version + 1
+  task.silent, task.silent_at, task.useless, task.useless_at = nil, nil, nil, nil
+  keep = ask.keep_ended
   redis.call('ZREM', KEYS[6], ask.reservation)
 else
   if answered == 'running' then
-    redis.call('HSET', KEYS[5], 'checked', now)
-    if state == 'queued' then
-      redis.call('HSET', KEYS[5], 'state', 'running', 'updated', now)
-      redis.call('HINCRBY', KEYS[5], 'version', 1)
+    task.checked = now
+    if task.state == 'queued' then
+      task.state, task.updated, task.version = 'running', now, task.version + 1
     end
   end
-  redis.call('PEXPIRE', KEYS[5], ask.keep_running)
   redis.call('ZADD', KEYS[6], now + ask.check_after, ask.reservation)
 end
-return {'recorded', now, redis.call('HGETALL', KEYS[5])}
+local packed = cmsgpack.pack(task)
+redis.call('SET', KEYS[5], packed, 'PX', keep)
+return {'recorded', now, packed}

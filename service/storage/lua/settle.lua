@@ -114,11 +114,12 @@ redis.call('ZREM', KEYS[4], ask.reservation)
 
 if outcome == 'accepted' then
   local draft = ask.draft
-  redis.call('HSET', KEYS[6],
-    'id', draft.id, 'tenant', ask.tenant, 'account', ask.account, 'kind', ask.kind, 'state', 'queued',
-    'created', reservation.created, 'updated', reservation.created, 'checked', reservation.created, 'version', 1,
-    'options', draft.options, 'metadata', draft.metadata)
-  redis.call('PEXPIRE', KEYS[6], ask.keep)
+  local at = reservation.created
+  local task = {
+    id = draft.id, tenant = ask.tenant, account = ask.account, kind = ask.kind, state = 'queued', created = at,
+    updated = at, checked = at, version = 1, options = draft.options, metadata = draft.metadata,
+  }
+  redis.call('SET', KEYS[6], cmsgpack.pack(task), 'PX', ask.keep)
   redis.call('ZADD', KEYS[7], reservation.created, ask.reservation)
   redis.call('ZREMRANGEBYSCORE', KEYS[7], '-inf', now - ask.keep)
   redis.call('PEXPIRE', KEYS[7], ask.keep)
