@@ -42,8 +42,13 @@ class Background:
         """Start `work`; it is not cancelled with whoever awaits it through `asyncio.shield`."""
         task = asyncio.create_task(work)
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(self._done)
         return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever awaited it may have left, and what went wrong was dealt with in it
 
     async def drain(self, seconds: float) -> int:
         """Wait up to `seconds` for what is running and what that starts, then cancel the rest.

@@ -87,10 +87,7 @@ class Ledger(Protocol):
     """Holds places and books outcomes. Every call is atomic, and idempotent by the reservation's id."""
 
     async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
-        """Hold a place, or say who refused. Asking again with the same id gives the same answer and holds one place.
-
-        An idempotency key that is known decides before anything else is asked.
-        """
+        """Hold a place, or say who refused; a known idempotency key decides first. The same id gets one place."""
         ...
 
     async def retarget(self, ask: Ask, left: int, closes: Status | None) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 
@@ -93,3 +94,22 @@ async def test_lost_cancellation() -> None:
     await asyncio.sleep(0)
     await ended([task], again=0.01)
     assert (task.cancelled(), lost) == (True, 2)
+
+
+async def test_failure_after_the_caller_left(caplog: pytest.LogCaptureFixture) -> None:
+    """Work that fails once nobody waits for it any more is not reported as a fault of the event loop."""
+    background, go = Background(), asyncio.Event()
+
+    async def work() -> None:
+        await go.wait()
+        raise ValueError("told to nobody")
+
+    waiting = asyncio.create_task(asyncio.wait_for(asyncio.shield(background.spawn(work())), 5))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    go.set()
+    assert await background.drain(5) == 0
+    gc.collect()
+    assert caplog.records == []
