@@ -33,7 +33,7 @@ demo: $(READY) ## Show every kind of task, end to end
 	@exec .venv/bin/gateway demo
 
 test: check ## Run all that CI runs: the static checks, then the tests with coverage
-	@exec .venv/bin/pytest --numprocesses=auto --maxprocesses=4 --cov --cov-report=term-missing:skip-covered
+	@exec .venv/bin/pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup --cov --cov-report=term-missing:skip-covered
 
 bench: $(READY) ## Measure what a submission costs, in time and memory of the store
 	@exec .venv/bin/python -m tests.bench

@@ -211,6 +211,7 @@ class Submit:
             sent = await self._upstream.submit(place.account, options, image, seconds=left)
             if sent.outcome not in _CLOSES:
                 return sent, place
+            _log.warning("account.passed-over", account=place.account.name, outcome=sent.outcome)
             following = accounts[accounts.index(place.account) + 1 :]
             try:
                 verdict = await self._retarget(place, following, _CLOSES[sent.outcome])

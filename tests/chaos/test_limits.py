@@ -12,6 +12,8 @@ from service.domain.tenancy import Window
 from tests.chaos.fleet import DAY, Fleet, fleet
 from tests.process.gateway import until
 
+pytestmark = pytest.mark.xdist_group("limits")  # its processes are started once
+
 RICH = {"count": 0, "money": 10_000}
 HALF_A_DAY = DAY // 2
 

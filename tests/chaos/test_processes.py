@@ -16,6 +16,8 @@ from tests.process.sandbox import Sandbox, advance, sandbox
 from tests.support.images import png
 from tests.support.valkey import Valkey
 
+pytestmark = pytest.mark.xdist_group("processes")  # its processes are started once
+
 LEASE_SECONDS = 180
 
 
