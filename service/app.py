@@ -9,17 +9,19 @@ from typing import Any
 import msgspec
 from litestar import Litestar, MediaType, Request, Response, Router, get
 from litestar.connection import ASGIConnection
+from litestar.datastructures import CacheControlHeader
 from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.types import ControllerRouterHandler
 
-from service.api import admin, legacy, openapi, ops, quota, tasks
+from service.api import admin, legacy, openapi, ops, quota, submissions, tasks, usage
 from service.api.docs import HEADERS, docs_page
 from service.api.document import document
 from service.api.edge import Edge
 from service.api.head import answering_head
 from service.api.problems import exception_handlers
+from service.api.queries import check_query
 from service.domain.tenancy import Tenant
 from service.telemetry.metrics import Port
 from service.wiring import Services
@@ -34,6 +36,7 @@ _TENANTS_BEARER = "Your token, beginning with `igw_`. The operators of the gatew
 _TENANTS_TAGS = {
     "Tasks": "Submit an image, and follow what becomes of it.",
     "Quota": "What you may still spend.",
+    "Usage": "What you have spent, and what became of each submission.",
     "Old clients": "The upstream's own protocol, for programs that were written against it: change the base address, "
     "and the `user_key` to your token. Every answer is HTTP 200.",
     "Service": "The state of the process that answers.",
@@ -46,6 +49,7 @@ _OPERATORS_DESCRIPTION = (
 _OPERATORS_BEARER = "The admin token."
 _OPERATORS_TAGS = {
     "Registry": "Accounts, tenants and tokens.",
+    "Usage": "What tenants have spent, what became of each submission, and refunds.",
     "Service": "The state of the process that answers.",
 }
 _ADMIN_BODY_BYTES = 1_000_000
@@ -89,11 +93,13 @@ def tenants_app(services: Services) -> Litestar:
         catalogue=services.catalogue,
         poll_seconds=services.poll_seconds,
     )
+    usage_routes = [*usage.tenant_routes(services.usage), *submissions.tenant_routes(services.submissions)]
     v1 = Router(
         "/v1",
         route_handlers=[
             Router("/", route_handlers=task_routes, tags=["Tasks"]),
             Router("/", route_handlers=quota.routes(services.quota), tags=["Quota"]),
+            Router("/", route_handlers=usage_routes, tags=["Usage"]),
         ],
         dependencies={"tenant": Provide(tenant, sync_to_thread=False)},
     )
@@ -122,11 +128,17 @@ def operators_app(services: Services) -> Litestar:
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
         services.admin.check(connection)
 
+    registry_routes = admin.routes(operators=services.operators, quota=services.quota)
+    usage_routes = [*usage.operator_routes(services.usage), *submissions.operator_routes(services.submissions)]
     admin_routes = Router(
         "/admin/v1",
-        route_handlers=admin.routes(operators=services.operators, quota=services.quota),
-        guards=[guard],
-        tags=["Registry"],
+        route_handlers=[
+            Router("/", route_handlers=registry_routes, tags=["Registry"]),
+            Router("/", route_handlers=usage_routes, tags=["Usage"]),
+        ],
+        guards=[guard, check_query],
+        # Each answer shows how things are now, and one of them a token.
+        cache_control=CacheControlHeader(no_store=True),
     )
     health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
     config = openapi.config(_OPERATORS_TITLE, _OPERATORS_DESCRIPTION, _OPERATORS_BEARER, _OPERATORS_TAGS)

@@ -39,7 +39,9 @@ from service.usecases.ports import Books, Clock, Ledger, RegistryStore, Registry
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 from service.usecases.settle import Settle
+from service.usecases.submissions import Submissions
 from service.usecases.submit import Submit
+from service.usecases.usage import Usage
 from service.usecases.watch import Watch
 
 Job = Callable[[], Coroutine[Any, Any, None]]
@@ -90,6 +92,8 @@ class Services:
     submit: Submit
     follow: Follow
     quota: Quota
+    usage: Usage
+    submissions: Submissions
     operators: Operators
     uploads: Uploads
     catalogue: Catalogue
@@ -182,6 +186,8 @@ def furnished(
             interval=settings.poll_seconds,
         ),
         quota=Quota(ledger=ports.ledger, registry=ports.registry),
+        usage=Usage(books=ports.books, registry=ports.registry),
+        submissions=Submissions(books=ports.books, tasks=ports.tasks, registry=ports.registry, task_ids=task_ids),
         operators=Operators(
             store=ports.store,
             registry=ports.registry,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
-from litestar import Router, delete, get, post, put
-from litestar.connection import ASGIConnection
-from litestar.datastructures import CacheControlHeader
-from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
+from litestar import delete, get, post, put
+from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath, JSONBody, PathParameter, QueryParameter
 
 from service.api import openapi
@@ -25,7 +23,6 @@ from service.api.admin_views import (
     expiry,
     tenant_view,
 )
-from service.domain.errors import FieldError, InvalidOptions
 from service.domain.tenancy import Account, Tenant
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
@@ -37,20 +34,12 @@ Name = Annotated[str, PathParameter(description="The name.")]
 Force = Annotated[bool, QueryParameter(description="Even though tasks run or others refer to it.")]
 Grace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid yet.")]
 
-
-def routes(*, operators: Operators, quota: Quota) -> Sequence[Router]:
-    """What is under `/admin/v1`. No answer may be stored: each shows how things are now, and one of them a token."""
-    handlers = [*_account_routes(operators), *_tenant_routes(operators, quota), *_token_routes(operators)]
-    return [
-        Router("/", route_handlers=handlers, guards=[_known_query], cache_control=CacheControlHeader(no_store=True))
-    ]
+_CHANGE = ("invalid-options", "ledger-unavailable", "overloaded")
 
 
-def _known_query(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """Refuse mistyped parameters: a token whose grace was overlooked would be gone at once. Raises InvalidOptions."""
-    strangers = connection.query_params.keys() - handler.parsed_fn_signature.parameters.keys()
-    if strangers:
-        raise InvalidOptions([FieldError(name, "is unknown") for name in sorted(strangers)])
+def routes(*, operators: Operators, quota: Quota) -> Sequence[HTTPRouteHandler]:
+    """The handlers under `/admin/v1` for accounts, tenants and tokens."""
+    return [*_account_routes(operators), *_tenant_routes(operators, quota), *_token_routes(operators)]
 
 
 def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
@@ -61,7 +50,7 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         "/accounts/{name:str}",
         operation_id="put-account",
         summary="Make or replace an account",
-        responses=openapi.problems(400, 401, 422, 503),
+        responses=openapi.problems(401, "malformed-request", *_CHANGE),
     )
     async def put_account(name: NewName, data: JSONBody[AccountBody]) -> AccountView:
         return await view(await operators.put_account(name, data.key(), data.url(), data.policy()))
@@ -70,7 +59,7 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         "/accounts",
         operation_id="list-accounts",
         summary="List the accounts",
-        responses=openapi.problems(401, 503),
+        responses=openapi.problems(401, "ledger-unavailable"),
     )
     async def list_accounts() -> AccountList:
         accounts = await operators.accounts()
@@ -81,7 +70,7 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         "/accounts/{name:str}",
         operation_id="read-account",
         summary="Read an account: balance, state, what is under way",
-        responses=openapi.problems(401, 404, 503),
+        responses=openapi.problems(401, 404, "ledger-unavailable"),
     )
     async def read_account(name: Name) -> AccountView:
         return await view(await operators.account(name))
@@ -90,7 +79,7 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         "/accounts/{name:str}",
         operation_id="delete-account",
         summary="Delete an account",
-        responses=openapi.problems(401, 404, 409, 422, 503),
+        responses=openapi.problems(401, 404, "conflict", *_CHANGE),
     )
     async def delete_account(name: Name, force: Force = False) -> None:
         await operators.delete_account(name, force=force)
@@ -99,7 +88,7 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         "/accounts/{name:str}/reopen",
         operation_id="reopen-account",
         summary="Look at an exhausted or invalid account again now",
-        responses=openapi.problems(401, 404, 503),
+        responses=openapi.problems(401, 404, "ledger-unavailable"),
         status_code=200,
     )
     async def reopen(name: Name) -> AccountView:
@@ -116,7 +105,7 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         "/tenants/{name:str}",
         operation_id="put-tenant",
         summary="Make or replace a tenant",
-        responses=openapi.problems(400, 401, 422, 503),
+        responses=openapi.problems(401, "malformed-request", *_CHANGE),
     )
     async def put_tenant(name: NewName, data: JSONBody[TenantBody]) -> TenantView:
         return await view(await operators.put_tenant(data.tenant(name)))
@@ -125,7 +114,7 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         "/tenants",
         operation_id="list-tenants",
         summary="List the tenants",
-        responses=openapi.problems(401, 503),
+        responses=openapi.problems(401, "ledger-unavailable"),
     )
     async def list_tenants() -> TenantList:
         return TenantList([await view(tenant) for tenant in await operators.tenants()])
@@ -134,7 +123,7 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         "/tenants/{name:str}",
         operation_id="read-tenant",
         summary="Read a tenant: policies, use, tokens",
-        responses=openapi.problems(401, 404, 503),
+        responses=openapi.problems(401, 404, "ledger-unavailable"),
     )
     async def read_tenant(name: Name) -> TenantView:
         return await view(await operators.tenant(name))
@@ -143,7 +132,7 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         "/tenants/{name:str}",
         operation_id="delete-tenant",
         summary="Delete a tenant and its tokens",
-        responses=openapi.problems(401, 404, 409, 422, 503),
+        responses=openapi.problems(401, 404, "conflict", *_CHANGE),
     )
     async def delete_tenant(name: Name, force: Force = False) -> None:
         await operators.delete_tenant(name, force=force)
@@ -156,7 +145,7 @@ def _token_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         "/tenants/{name:str}/tokens",
         operation_id="create-token",
         summary="Make a token for a tenant, shown once",
-        responses=openapi.problems(400, 401, 404, 422, 503),
+        responses=openapi.problems(401, 404, "malformed-request", *_CHANGE),
     )
     async def create_token(name: Name, data: JSONBody[TokenBody | None] = None) -> NewTokenView:
         body = data or TokenBody()
@@ -167,7 +156,7 @@ def _token_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         "/tenants/{name:str}/tokens/{token_id:str}",
         operation_id="revoke-token",
         summary="Revoke a token, at once or after a grace",
-        responses=openapi.problems(401, 404, 422, 503),
+        responses=openapi.problems(401, 404, *_CHANGE),
     )
     async def revoke_token(name: Name, token_id: FromPath[str], grace: Grace = 0) -> None:
         await operators.revoke_token(name, token_id, grace)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
-from service.api.views import FEN, PolicyView, Yuan, moment, quota_view, yuan
+from service.api.views import FEN, AmountView, PolicyView, Yuan, moment, quota_view, yuan
 from service.domain.account import AccountState, Figure, Source, Status
 from service.domain.errors import FieldError, InvalidOptions
 from service.domain.task import Kind
@@ -170,6 +170,9 @@ class AccountView(Struct, frozen=True):
     look_again_at: datetime | None
     in_flight: Annotated[int, Meta(description="Submissions that have not ended.")]
     unknown: Annotated[int, Meta(description="Submissions of which nobody knows whether they were charged.")]
+    unexplained: Annotated[AmountView, Meta(description="Taken by no submission of the gateway: who else has the key?")]
+    prices: Annotated[dict[Kind, AmountView], Meta(description="What a task of each kind last took.")]
+    looks: Annotated[bool, Meta(description="Whether checking a finished task again tells the balance of now.")]
 
 
 class AccountList(Struct, frozen=True):
@@ -220,6 +223,9 @@ def account_view(account: Account, state: AccountState) -> AccountView:
         look_again_at=moment(state.probe_at) if state.status is Status.EXHAUSTED else None,
         in_flight=state.open,
         unknown=state.unknown,
+        unexplained=AmountView(state.unexplained_count, yuan(state.unexplained_money)),
+        prices={kind: AmountView(price.count, yuan(price.money)) for kind, price in state.prices.items()},
+        looks=state.looks,
     )
 
 

@@ -12,8 +12,8 @@ import msgspec
 from litestar import Litestar
 from msgspec import Struct
 
-from service.api import admin_views, legacy, openapi, ops, views
-from service.api.examples import ACCEPTED, EXAMPLES, problem
+from service.api import admin_views, legacy, openapi, ops, submission_views, usage_views, views
+from service.api.examples import ACCEPTED, EXAMPLES, TABLES, problem
 from service.api.problems import MEDIA_TYPE
 
 Node = dict[str, Any]
@@ -61,7 +61,7 @@ _ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
 _ON_NOT_MODIFIED = ("ETag", "Age", "Retry-After", "Cache-Control")
 _OBJECTS: Mapping[str, type[Struct]] = {
     name: found
-    for module in (admin_views, legacy, openapi, ops, views)
+    for module in (admin_views, legacy, openapi, ops, submission_views, usage_views, views)
     for name, found in vars(module).items()
     if isinstance(found, type) and issubclass(found, Struct) and found.__module__ == module.__name__
 }
@@ -91,6 +91,9 @@ def document(app: Litestar) -> Node:
         if accepted := ACCEPTED.get(operation["operationId"]):
             media = operation["responses"]["201"]["content"]["application/json"]
             media["examples"] = {"accepted": {"value": _json(accepted)}}
+        if table := TABLES.get(operation["operationId"]):
+            examples = {"usage": {"value": table}}
+            operation["responses"]["200"]["content"]["text/csv"] = {"schema": _TEXT, "examples": examples}
         for parameter in operation.get("parameters", ()):
             _clarify(parameter)
     components["headers"] = {name: header for name, header in _HEADERS.items() if name in used}
@@ -193,11 +196,12 @@ def _tidy(node: Any) -> Any:
 
 def _schema(node: Node) -> Node:
     """A schema said more simply; anything else as it is."""
-    if [each.get("type") for each in node.get("oneOf", ()) if isinstance(each, dict)] == ["integer", "number"]:
+    if {"type": "number"} in node.get("oneOf", ()):
         # A whole number would be both, which `oneOf` does not allow.
-        node = {"type": "number"} | {key: value for key, value in node.items() if key != "oneOf"}
-    if len(node.get("oneOf", ())) == 1:
-        node = node["oneOf"][0] | {key: value for key, value in node.items() if key != "oneOf"}
+        node = node | {"oneOf": [each for each in node["oneOf"] if each != {"type": "integer"}]}
+    for choice in ("oneOf", "allOf"):
+        if len(node.get(choice, ())) == 1:
+            node = node[choice][0] | {key: value for key, value in node.items() if key != choice}
     properties = node.get("properties")
     if isinstance(properties, dict) and isinstance(node.get("required"), list):
         node["required"] = [name for name in properties if name in node["required"]]

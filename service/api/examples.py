@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import msgspec
@@ -11,6 +11,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from service.api.problems import PROBLEMS
+from service.api.submission_views import SubmissionView
+from service.api.tabular import table
+from service.api.usage_views import usage_table, usage_view
 from service.api.views import (
     AccountAbility,
     ArtifactView,
@@ -21,8 +24,12 @@ from service.api.views import (
     TaskList,
     TaskView,
 )
+from service.domain.reservation import Refund, ReservationState
 from service.domain.task import OPTIONS, ArtifactName, Basis, Kind, State, UpscaleOptions
 from service.domain.tenancy import Window
+from service.domain.usage import Measure, Tally
+from service.usecases.submissions import BalanceSuggestion
+from service.usecases.usage import Group, Interval, Marked, Owner, Report, Row
 
 _ID = "task_Zm9yIHRoZSBkb2N1bWVudCBvbmx5"
 _CREATED = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
@@ -52,6 +59,7 @@ _QUOTA = QuotaView(
             used=58,
             reserved=1,
             remaining=41,
+            overrun=None,
             resets_at=datetime(2026, 2, 1, tzinfo=UTC),
         ),
         PolicyView(
@@ -62,16 +70,64 @@ _QUOTA = QuotaView(
             used=1,
             reserved=0,
             remaining=19,
+            overrun=None,
             resets_at=None,
         ),
     ],
     account=AccountAbility(can_pay=True, look_again_at=None),
 )
 
+_SUBMISSION = "f3a1c09b6d5e4f708192a3b4c5d6e7f8"
+_OWNER = Owner(1_769_860_800_000, "shop")
+_DAY = date(2026, 1, 31)
+_TALLY = Tally({Measure.SUCCEEDED: 57, Measure.UNKNOWN: 1, Measure.OBSERVED_COUNT: 55, Measure.ESTIMATED_MONEY: 100})
+_REFUND = Refund(int(_ENDED.timestamp()) * 1000, "The result was blank.", count=1, money=0)
+_TALLY.update({Measure.REFUNDED: 1, Measure.REFUNDED_COUNT: 1})
+
+
+def _report(*groups: Group) -> Report:
+    """The usage of one day, told apart by these groups."""
+    return Report(
+        _DAY.replace(day=1),
+        _DAY,
+        Interval.DAY,
+        groups,
+        rows=[Row(str(_DAY), _OWNER if Group.TENANT in groups else None, Kind.UPSCALE, _TALLY)],
+        total=_TALLY,
+        unknown=[Marked(_SUBMISSION, _OWNER, Kind.UPSCALE, _DAY)],
+        refunds=[(Marked("0c7d9f2b4a6e81c35f7092b4d6e8a1c3", _OWNER, Kind.UPSCALE, _DAY), _REFUND)],
+    )
+
+
+_UNKNOWN = SubmissionView(
+    id=_SUBMISSION,
+    outcome=ReservationState.UNKNOWN,
+    kind=Kind.UPSCALE,
+    created_at=_CREATED,
+    settled_at=_ENDED,
+    task=None,
+    cost=CostView(count=0, money=1.2, basis=Basis.UNKNOWN),
+    balance_suggests=BalanceSuggestion.NOT_CHARGED,
+    refund=None,
+)
+
 EXAMPLES: Mapping[str, Struct] = {
-    type(example).__name__: example for example in (_TASK, TaskList([_TASK], next_cursor=None), _QUOTA)
+    type(example).__name__: example
+    for example in (
+        _TASK,
+        TaskList([_TASK], next_cursor=None),
+        _QUOTA,
+        _UNKNOWN,
+        usage_view(_report(Group.KIND), for_operators=False),
+    )
 }
 """An example of each kind of answer that has one, by the name of its type."""
+
+TABLES: Mapping[str, str] = {
+    "read-usage": table(*usage_table(_report(Group.KIND), for_operators=False)).decode(),
+    "read-all-usage": table(*usage_table(_report(Group.TENANT, Group.KIND), for_operators=True)).decode(),
+}
+"""What is answered as CSV to those who want it, by the operation's id."""
 
 ACCEPTED: Mapping[str, Struct] = {
     f"submit-{kind}": replace(
@@ -98,7 +154,7 @@ _EXTRAS: Mapping[str, Mapping[str, Any]] = {
     },
     "too-many-active-tasks": {"violated_policies": [{"policy": "max-active", "limit": 20, "resets_at": None}]},
     "upstream-rejected": {"upstream_reason": "图片太小"},
-    "submission-unknown": {"submission_id": "f3a1c09b6d5e4f708192a3b4c5d6e7f8"},
+    "submission-unknown": {"submission_id": _SUBMISSION},
 }
 
 

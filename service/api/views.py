@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, overload
 
 import msgspec
 from msgspec import Meta, Struct
@@ -19,6 +19,13 @@ Yuan = Annotated[int | float, Meta(description="Money in yuan (CNY).")]
 PRIVATE = {"Cache-Control": "private, no-cache"}
 REPLAYED = {"Idempotent-Replayed": "true"}
 """Says that an answer is about an earlier submission under the same idempotency key."""
+
+
+class AmountView(Struct, frozen=True):
+    """Prepaid uses and money."""
+
+    count: Annotated[int, Meta(description="Prepaid uses.")]
+    money: Yuan
 
 
 class CostView(Struct, frozen=True):
@@ -85,6 +92,7 @@ class PolicyView(Struct, frozen=True):
     used: int | float
     reserved: Annotated[int | float, Meta(description="Held by what is under way.")]
     remaining: int | float
+    overrun: Annotated[int | float | None, Meta(description="Spent beyond a limit on money, as prices came out.")]
     resets_at: datetime | None
 
 
@@ -107,6 +115,10 @@ def yuan(fen: int) -> int | float:
     return fen // FEN if fen % FEN == 0 else fen / FEN
 
 
+@overload
+def moment(milliseconds: int) -> datetime: ...
+@overload
+def moment(milliseconds: int | None) -> datetime | None: ...
 def moment(milliseconds: int | None) -> datetime | None:
     """A time of the ledger."""
     return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
@@ -166,5 +178,6 @@ def _policy_view(report: PolicyReport) -> PolicyView:
         used=used,
         reserved=reserved,
         remaining=remaining,
+        overrun=None if report.overrun is None else yuan(report.overrun),
         resets_at=moment(report.resets_at),
     )

@@ -16,7 +16,10 @@ ACTIVE = "active"
 
 
 class PolicyReport(Struct, frozen=True):
-    """How a policy stands: in tasks, or in fen where `unit` is money; `resets_at` in milliseconds."""
+    """How a policy stands: in tasks, or in fen where `unit` is money; `resets_at` in milliseconds.
+
+    `overrun` is what was spent beyond a limit on money, since a price is known only afterwards; None for tasks.
+    """
 
     policy: str
     unit: str
@@ -25,6 +28,7 @@ class PolicyReport(Struct, frozen=True):
     used: int
     reserved: int
     remaining: int
+    overrun: int | None
     resets_at: int | None
 
 
@@ -88,17 +92,17 @@ def _policies(tenant: Tenant, state: TenantState, now: int) -> tuple[PolicyRepor
     for limit in tenant.policy.limits:
         counter = windows.counter(state, limit.window, now)
         resets_at = windows.period_of(limit.window, now)[1]
-        for unit, most, used, reserved in (
-            (windows.COUNTED_TASKS, limit.tasks, counter.tasks, counter.tasks_reserved),
-            (windows.COUNTED_MONEY, limit.money, counter.money, counter.money_reserved),
+        for unit, most, used, reserved, overrun in (
+            (windows.COUNTED_TASKS, limit.tasks, counter.tasks, counter.tasks_reserved, None),
+            (windows.COUNTED_MONEY, limit.money, counter.money, counter.money_reserved, counter.overrun),
         ):
             if most is not None:
                 name, left = windows.policy_name(limit.window, unit), windows.remaining(most, used, reserved)
-                reports.append(PolicyReport(name, unit, limit.window, most, used, reserved, left, resets_at))
+                reports.append(PolicyReport(name, unit, limit.window, most, used, reserved, left, overrun, resets_at))
     most = tenant.policy.max_active
     if most is not None:
         left = windows.remaining(most, state.active, 0)
-        reports.append(PolicyReport(windows.MAX_ACTIVE, ACTIVE, None, most, state.active, 0, left, None))
+        reports.append(PolicyReport(windows.MAX_ACTIVE, ACTIVE, None, most, state.active, 0, left, None, None))
     return tuple(reports)
 
 

@@ -1,0 +1,51 @@
+"""Queries in which nothing is left out of account."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import date
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from litestar.connection import ASGIConnection
+from litestar.handlers import BaseRouteHandler
+
+from service.domain.errors import FieldError, InvalidOptions
+
+_NONE = "none"
+
+E = TypeVar("E", bound=StrEnum)
+
+
+def check_query(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """Refuse what would quietly be taken for something else: unknown names, repeated values, and `null`.
+
+    A token whose mistyped grace was overlooked would be gone at once. Raises InvalidOptions.
+    """
+    query, parameters = connection.query_params, handler.parsed_fn_signature.parameters
+    known = {getattr(each.kwarg_definition, "name", None) or name for name, each in parameters.items()}
+    errors = [FieldError(name, "is unknown") for name in sorted(query.keys() - known)]
+    errors += [FieldError(name, "is given more than once") for name, each in query.dict().items() if len(each) > 1]
+    errors += [FieldError(name, "must not be null") for name, value in query.multi_items() if value == "null"]
+    if errors:
+        raise InvalidOptions(errors)
+
+
+def day(name: str, text: str | None) -> date | None:
+    """A day of the calendar such as 2026-01-31. Raises InvalidOptions."""
+    try:
+        found = None if text is None else date.fromisoformat(text)
+    except ValueError:
+        found = None
+    # Python takes other spellings of ISO 8601 too.
+    if text is not None and str(found) != text:
+        raise InvalidOptions([FieldError(name, "must be a day such as 2026-01-31")])
+    return found
+
+
+def some_of(name: str, text: str, choices: Collection[E]) -> tuple[E, ...]:
+    """Some choices, separated by commas, or `none` of them. Raises InvalidOptions."""
+    words = [] if text in {"", _NONE} else text.split(",")
+    if len(set(words)) < len(words) or not set(words) <= {str(each) for each in choices}:
+        raise InvalidOptions([FieldError(name, f"must be {_NONE}, or some of {', '.join(choices)}, each once")])
+    return tuple(each for each in choices if each in words)

@@ -1,0 +1,230 @@
+"""The ports Ledger and Books in memory, over the pure functions that specify them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from service.domain import balance, booking, quota, windows
+from service.domain.account import AccountState, Figures, Status
+from service.domain.errors import LedgerUnavailable
+from service.domain.reservation import (
+    Granted,
+    Idempotency,
+    InFlight,
+    KeyReused,
+    Refunding,
+    Replayed,
+    Reservation,
+    ReservationState,
+    Verdict,
+)
+from service.domain.task import Basis, Cost, State, Task
+from service.domain.usage import DayUsage
+from service.storage.ledger import DAY, KEEP_KEY
+from service.usecases.ports import Ask, Look, Settlement, Snapshot
+from tests.fakes.tasks import FakeTasks
+
+
+@dataclass
+class FakeLedger(FakeTasks):
+    """The ports Ledger, Books and Tasks: the model that Redis is held against."""
+
+    async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
+        self._answer()
+        now, tenant = self.clock.at, self._tenant(ask.tenant)
+        if ask.tenant not in self.tenant_policies:
+            raise LedgerUnavailable("gone", retry_after=2)
+        windows.roll(tenant, now)
+        known = self.reservations.get(ask.reservation)
+        if known:
+            return self._again(known), Snapshot(copy.deepcopy(tenant), now)
+        replay = self._replay(ask)
+        if replay:
+            return replay, Snapshot(copy.deepcopy(tenant), now)
+        lease = now + self.spans.lease
+        made = Reservation(ReservationState.RESERVED, ask.tenant, 0, ask.kind, created=now, sent=now, lease=lease)
+        made.key = ask.idempotency.key if ask.idempotency else None
+        verdict = quota.reserve(tenant, self._limits(ask.tenant), self._candidates(ask.accounts), made, now)
+        if isinstance(verdict, Granted):
+            self.reservations[ask.reservation] = made
+            self._remember(ask.tenant, ask.reservation, ask.idempotency)
+        return verdict, Snapshot(copy.deepcopy(tenant), now)
+
+    def _replay(self, ask: Ask) -> Verdict | None:
+        if ask.idempotency is None:
+            return None
+        name, content, until = self.keys.get((ask.tenant, ask.idempotency.key), ("", "", 0))
+        known = self.reservations.get(name)
+        if known is None or until <= self.clock.at:
+            return None
+        if content != ask.idempotency.content:
+            return KeyReused(self.clock.at)
+        if known.state is ReservationState.RESERVED:
+            return InFlight(self.clock.at)
+        return Replayed(name, known.state, self.clock.at)
+
+    def _remember(self, tenant: int, name: str, idempotency: Idempotency | None) -> None:
+        if idempotency:
+            self.keys[tenant, idempotency.key] = name, idempotency.content, self.clock.at + KEEP_KEY
+
+    async def retarget(self, ask: Ask, left: int, closes: Status | None) -> Verdict:
+        self._answer()
+        known = self.reservations.get(ask.reservation)
+        if known is None or known.state is not ReservationState.RESERVED:
+            raise LedgerUnavailable("given up")
+        if known.account != left:
+            return self._again(known)
+        return quota.retarget(
+            self._tenant(ask.tenant),
+            self._limits(ask.tenant),
+            self._candidate(left),
+            closes,
+            self._candidates(ask.accounts),
+            known,
+            self.clock.at,
+        )
+
+    async def settle(self, settlement: Settlement) -> bool:
+        self._answer()
+        now, tenant, name = self.clock.at, self._tenant(settlement.tenant), settlement.reservation
+        known = self.reservations.get(name)
+        if known is None:
+            known = self.reservations[name] = Reservation(
+                settlement.outcome,
+                settlement.tenant,
+                settlement.account,
+                settlement.kind,
+                created=settlement.created,
+                sent=settlement.created,
+                lease=settlement.created,
+            )
+            if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
+                return True
+            self._keep_key(settlement, known)
+            booking.adopt(tenant, self._account(settlement.account), name, known, self._day(known), now)
+            if settlement.outcome is ReservationState.UNKNOWN:
+                return True
+        if settlement.late and known.state is ReservationState.RESERVED and known.lease > now:
+            return False
+        account = self._candidate(known.account)
+        figures, closes, day = settlement.figures, settlement.closes, self._day(known)
+        if not booking.settle(tenant, account, name, known, settlement.outcome, figures, closes, day, now):
+            return False
+        self._resolve(account)
+        if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
+            self._free_key(name, known)
+        if settlement.outcome is ReservationState.ACCEPTED and settlement.draft:
+            self._accept(settlement, known)
+        return True
+
+    def _keep_key(self, settlement: Settlement, known: Reservation) -> None:
+        idempotency = settlement.idempotency
+        if idempotency is None:
+            return
+        known.key = idempotency.key
+        _, _, until = self.keys.get((known.tenant, idempotency.key), ("", "", 0))
+        if until <= self.clock.at:
+            self._remember(known.tenant, settlement.reservation, idempotency)
+
+    def _free_key(self, name: str, known: Reservation) -> None:
+        if known.key and self.keys.get((known.tenant, known.key), ("",))[0] == name:
+            del self.keys[known.tenant, known.key]
+
+    def _accept(self, settlement: Settlement, known: Reservation) -> None:
+        if settlement.draft is None:
+            return
+        self.tasks[settlement.reservation] = Task(
+            id=settlement.draft.id,
+            reservation=settlement.reservation,
+            tenant=known.tenant,
+            account=known.account,
+            kind=known.kind,
+            state=State.QUEUED,
+            created=known.created,
+            updated=known.created,
+            finished=None,
+            options=settlement.draft.options,
+            metadata=settlement.draft.metadata,
+            artifacts=(),
+            error=None,
+            cost=Cost(0, 0, Basis.UNKNOWN),
+            version=1,
+            checked=known.created,
+        )
+        self.due[settlement.reservation] = self.clock.at + self.spans.check_after
+
+    async def expire(self, most: int) -> int:
+        self._answer()
+        lapsed = [
+            (each.lease, name, each)
+            for name, each in self.reservations.items()
+            if each.state is ReservationState.RESERVED and each.lease <= self.clock.at
+        ]
+        for _, name, each in sorted(lapsed)[:most]:
+            await self.settle(
+                Settlement(
+                    reservation=name,
+                    tenant=each.tenant,
+                    account=each.account,
+                    kind=each.kind,
+                    created=each.created,
+                    outcome=ReservationState.UNKNOWN,
+                )
+            )
+        return len(lapsed[:most])
+
+    async def counters(self, tenant: int) -> Snapshot:
+        self._answer()
+        return Snapshot(copy.deepcopy(self._tenant(tenant)), self.clock.at)
+
+    async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
+        self._answer()
+        return {each: copy.deepcopy(self._account(each)) for each in ids}
+
+    async def reopen(self, account: int) -> None:
+        self._answer()
+        state = self._account(account)
+        state.status, state.probe_at, state.count, state.money = Status.OPEN, 0, None, None
+        state.closed, state.reopened = 0, self.clock.at
+
+    async def look(self, account: int, *, count_only: bool) -> Look | None:
+        self._answer()
+        candidate, now = self._candidate(account), self.clock.at
+        state, policy = candidate.state, candidate.policy
+        if account not in self.account_policies or not balance.look_due(state, policy, now, count_only=count_only):
+            return None
+        state.looked = now
+        return Look(account, state.newest.reservation, now) if state.newest else None
+
+    async def looked(self, look: Look, figures: Figures) -> None:
+        self._answer()
+        candidate, now = self._candidate(look.account), self.clock.at
+        balance.looked(candidate.state, candidate.policy, look.reservation, figures, look.claimed, now)
+        self._resolve(candidate)
+
+    async def submission(self, reservation: str) -> Reservation | None:
+        self._answer()
+        return copy.deepcopy(self.reservations.get(reservation))
+
+    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[Refunding, Reservation] | None:
+        self._answer()
+        known = self.reservations.get(reservation)
+        if known is None or known.tenant != tenant:
+            return None
+        did = booking.refund(self._tenant(tenant), reservation, known, reason, self._day(known), self.clock.at)
+        return did, copy.deepcopy(known)
+
+    async def usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
+        self._answer()
+        return [copy.deepcopy(self.days.get((tenant, day), DayUsage())) for day in days]
+
+    async def today(self) -> int:
+        self._answer()
+        return self.clock.at // DAY
+
+    def _again(self, known: Reservation) -> Granted:
+        if known.state in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
+            raise LedgerUnavailable("given up")
+        return Granted(known.account, self.clock.at, known.lease)

@@ -1,0 +1,49 @@
+"""The ports RegistryStore and RegistryView in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from service.domain.errors import LedgerUnavailable
+from service.domain.registry import Registry
+from service.usecases.ports import RegistryChange
+from tests.fakes.ledger import FakeLedger
+
+
+@dataclass
+class FakeRegistry:
+    """The ports RegistryStore and RegistryView; policies go to the ledger in the same breath."""
+
+    ledger: FakeLedger
+    current: Registry = field(default_factory=Registry)
+    ready: bool = True
+
+    async def refresh(self) -> None:
+        if self.ledger.away:
+            raise LedgerUnavailable("away", retry_after=2)
+
+    async def write(self, change: RegistryChange) -> bool:
+        await self.refresh()
+        now = self.current
+        if change.version != now.version:
+            return False
+        tenants = dict(now.tenants) | {each.name: each for each in change.tenants}
+        accounts = dict(now.accounts) | {each.name: each for each in change.accounts}
+        tokens = dict(now.tokens) | {each.id: each for each in change.tokens}
+        for tenant in change.drop_tenants:
+            del tenants[tenant.name]
+        for account in change.drop_accounts:
+            del accounts[account.name]
+        for token in change.drop_tokens:
+            del tokens[token.id]
+        for gone in change.drop_tenants:
+            self.ledger.tenant_policies.pop(gone.id, None)
+        for left in change.drop_accounts:
+            self.ledger.account_policies.pop(left.id, None)
+        self.ledger.tenant_policies |= {each.id: each.policy for each in change.tenants}
+        self.ledger.account_policies |= {each.id: each.policy for each in change.accounts}
+        names = {each.id: each.name for each in change.drop_tenants}
+        former = {**now.former, **change.former, **names}
+        version = max(now.version, change.later_than) + 1
+        self.current = Registry(version, change.next_id, tenants, accounts, tokens, former)
+        return True

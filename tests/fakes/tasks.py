@@ -1,0 +1,103 @@
+"""The port Tasks in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from service.domain import booking
+from service.domain.errors import MalformedRequest
+from service.domain.task import Cost, Kind, State, Task, TaskError
+from service.usecases.ports import Answered, Check, Due, Page
+from tests.fakes.clock import Stopwatch
+from tests.fakes.memory import Memory
+
+
+@dataclass
+class FakeTasks(Memory):
+    """The tasks that were accepted, their checks and their ends."""
+
+    async def get(self, reservation: str) -> tuple[Task, int] | None:
+        self._answer()
+        task = self.tasks.get(reservation)
+        return (task, self.clock.at) if task else None
+
+    async def page(
+        self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
+    ) -> Page:
+        self._answer()
+        found = sorted(
+            (
+                task
+                for task in self.tasks.values()
+                if task.tenant == tenant and state in {None, task.state} and kind in {None, task.kind}
+            ),
+            key=lambda task: (task.created, task.reservation),
+            reverse=True,
+        )
+        if cursor:
+            position = next((index for index, task in enumerate(found) if task.reservation == cursor), None)
+            if position is None:
+                raise MalformedRequest("The cursor is none of this list.")
+            found = found[position + 1 :]
+        kept = tuple(found[:limit])
+        return Page(kept, kept[-1].reservation if len(found) > limit else None)
+
+    async def claim(self, most: int) -> Sequence[Due]:
+        self._answer()
+        ready = sorted(((at, name) for name, at in self.due.items() if at <= self.clock.at))[:most]
+        for _, name in ready:
+            self.due[name] = self.clock.at + self.spans.claim
+        return [Due(self.tasks[name], self.clock.at) for _, name in ready]
+
+    async def record(self, due: Due, check: Check) -> Task | None:
+        self._answer()
+        name, now = due.task.reservation, self.clock.at
+        task = self.tasks.get(name)
+        if task is None or task.state.ended:
+            self.due.pop(name, None)
+            return None
+        answered, error = check.answered, check.error
+        silent, useless = self.patience.pop(name, (Stopwatch(), Stopwatch()))
+        if answered in {Answered.SILENT, Answered.UNUSABLE, Answered.NOTHING}:
+            silent = silent.went_on(now, counts=answered is Answered.SILENT)
+            useless = useless.went_on(now, counts=answered is not Answered.NOTHING)
+            self.patience[name] = (silent, useless)
+        if answered is Answered.SILENT and silent.total >= self.spans.lost_after:
+            answered, error = Answered.FAILED, TaskError("task-lost", "")
+        elif answered in {Answered.SILENT, Answered.UNUSABLE} and useless.total >= self.spans.unusable_after:
+            answered, error = Answered.FAILED, TaskError("result-unusable", "")
+        checked = task.checked if answered in {Answered.NOTHING, Answered.UNUSABLE} else now
+        if answered in {Answered.SUCCEEDED, Answered.FAILED}:
+            cost = self._end(name, due, check, succeeded=answered is Answered.SUCCEEDED)
+            self.due.pop(name, None)
+            changes = {"state": State(answered), "finished": now, "artifacts": check.artifacts, "error": error}
+            self.tasks[name] = msgspec.structs.replace(
+                task, updated=now, checked=checked, version=task.version + 1, cost=cost, **changes
+            )
+        else:
+            self.due[name] = now + self.spans.check_after
+            begins = answered is Answered.RUNNING and task.state is State.QUEUED
+            changes = {"state": State.RUNNING, "updated": now, "version": task.version + 1} if begins else {}
+            self.tasks[name] = msgspec.structs.replace(task, checked=checked, **changes)
+        return self.tasks[name]
+
+    def _end(self, name: str, due: Due, check: Check, *, succeeded: bool) -> Cost:
+        reservation = self.reservations[name]
+        account = self._candidate(reservation.account)
+        cost = booking.end(
+            self._tenant(reservation.tenant),
+            self._limits(reservation.tenant),
+            account,
+            name,
+            reservation,
+            check.figures,
+            due.claimed,
+            self._day(reservation),
+            self.clock.at,
+            succeeded=succeeded,
+        )
+        self._resolve(account)
+        return cost

@@ -1,0 +1,42 @@
+"""The port Upstream in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from service.domain.account import Figures
+from service.domain.task import Artifact, ArtifactName, Options
+from service.domain.tenancy import Account
+from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
+
+
+@dataclass
+class FakeUpstream:
+    """The port Upstream, told beforehand what to answer. By default it accepts, counts down, and then succeeds."""
+
+    count: int = 10
+    money: int = 30_000
+    submits: list[tuple[str, Options, Image]] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
+    next_submits: list[Submitted] = field(default_factory=list)
+    next_checks: list[Check] = field(default_factory=list)
+
+    async def submit(self, account: Account, options: Options, image: Image, *, seconds: float) -> Submitted:
+        del seconds
+        self.submits.append((account.name, options, image))
+        if self.next_submits:
+            return self.next_submits.pop(0)
+        self.count -= 1
+        figures = Figures(self.count, self.money)
+        return Submitted(outcome=SubmitOutcome.ACCEPTED, upstream_id=f"up-{len(self.submits)}", figures=figures)
+
+    async def check(self, account: Account, upstream_id: str) -> Check:
+        del account
+        self.checks.append(upstream_id)
+        if self.next_checks:
+            return self.next_checks.pop(0)
+        return Check(
+            answered=Answered.SUCCEEDED,
+            artifacts=(Artifact(ArtifactName.IMAGE, f"http://upstream.test/{upstream_id}.png"),),
+            figures=Figures(self.count, self.money),
+        )
