@@ -1,0 +1,44 @@
+"""Changes of tasks, as every process announces them to all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError
+
+from service.storage.tasks import unpacked_change
+from service.usecases.board import Board
+
+_log = structlog.get_logger(__name__)
+
+AWAY_SECONDS = 1.0
+_LISTEN_SECONDS = 5.0
+
+
+class Changes:
+    """Posts announced changes on the board of this process."""
+
+    def __init__(self, subscribe: Callable[[], Awaitable[PubSub]], channel: str, board: Board) -> None:
+        self._subscribe = subscribe
+        self._channel = channel
+        self._board = board
+
+    async def follow(self) -> None:
+        """Listen for ever, through any loss of the connection; what is missed meanwhile, waiters read by themselves."""
+        while True:
+            try:
+                await self._listen()
+            except (RedisError, OSError) as error:
+                _log.warning("changes.unreachable", error=type(error).__name__)
+                await asyncio.sleep(AWAY_SECONDS)
+
+    async def _listen(self) -> None:
+        async with await self._subscribe() as channel:
+            await channel.subscribe(self._channel)
+            while True:
+                message = await channel.get_message(ignore_subscribe_messages=True, timeout=_LISTEN_SECONDS)
+                if message:
+                    self._board.announced(*unpacked_change(message["data"]))

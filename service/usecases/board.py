@@ -1,0 +1,141 @@
+"""What this process knows of tasks without asking the store, and who waits for which.
+
+Every change of a task is announced to every process, and posted here. So a read of a task that was read before costs
+nothing, and whoever waits for one is woken by its change, however many there are. Only the newest version of a task is
+held: a waiter that is slow finds that, and no queue grows behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from msgspec import Struct
+
+from service.domain.task import Task
+
+REMEMBERED = 10_000
+"""How many tasks are held at the most, beside those that are waited for: the ones asked for last."""
+RUNNING_SECONDS = 1.0
+"""For how long a task that runs is shown from memory. One that has ended does not change any more."""
+
+
+class Seen(Struct, frozen=True):
+    """A task, the ledger's time (ms) when it was known to be so, and when that was by the monotonic clock."""
+
+    task: Task
+    now: int
+    at: float
+
+    @property
+    def age(self) -> float:
+        """How many seconds ago the upstream last told of the task."""
+        return (self.now - self.task.checked) / 1000 + time.monotonic() - self.at
+
+
+class Watcher:
+    """Waits for the changes of one task."""
+
+    def __init__(self, board: Board, reservation: str) -> None:
+        self._board = board
+        self._reservation = reservation
+        self._woken: asyncio.Future[None] | None = None
+
+    async def changed(self, version: int, seconds: float) -> Seen | None:
+        """The task in a version after `version`; None if there is none within `seconds`, or the board is closed."""
+        deadline = time.monotonic() + seconds
+        while True:
+            seen = self._board.newest(self._reservation)
+            if seen and seen.task.version > version:
+                return seen
+            left = deadline - time.monotonic()
+            if self._board.closed or left <= 0:
+                return None
+            self._woken = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(left):
+                    await self._woken
+            except TimeoutError:
+                return None
+            finally:
+                self._woken = None
+
+    def wake(self) -> None:
+        """Look again."""
+        if self._woken and not self._woken.done():
+            self._woken.set_result(None)
+
+
+class Board:
+    """Tasks by the ids of their reservations."""
+
+    def __init__(self, on_end: Callable[[Task], None] = lambda _: None) -> None:
+        self._seen: OrderedDict[str, Seen] = OrderedDict()
+        self._watchers: dict[str, set[Watcher]] = {}
+        self._on_end = on_end
+        self.closed = False
+
+    def post(self, task: Task, now: int) -> Seen:
+        """Take in what is known of a task at the ledger's time `now`; an older version changes nothing."""
+        known = self._seen.get(task.reservation)
+        if known and known.task.version > task.version:
+            return known
+        seen = self._seen[task.reservation] = Seen(task, now, time.monotonic())
+        self._seen.move_to_end(task.reservation)
+        while len(self._seen) > REMEMBERED + len(self._watchers):
+            self._forget_oldest()
+        if known is None or known.task.version < task.version:
+            for watcher in self._watchers.get(task.reservation, ()):
+                watcher.wake()
+        return seen
+
+    def announced(self, task: Task, now: int) -> None:
+        """Take in a change that was announced; one of a task that nobody has asked for here is not kept."""
+        if task.state.ended:
+            self._on_end(task)
+        if task.reservation in self._seen or task.reservation in self._watchers:
+            self.post(task, now)
+
+    def newest(self, reservation: str) -> Seen | None:
+        """What was last known of a task, however long ago."""
+        return self._seen.get(reservation)
+
+    def fresh(self, reservation: str) -> Seen | None:
+        """What is known of a task, if that is good enough to be shown."""
+        seen = self._seen.get(reservation)
+        if seen is None or (not seen.task.state.ended and time.monotonic() - seen.at > RUNNING_SECONDS):
+            return None
+        self._seen.move_to_end(reservation)
+        return seen
+
+    @contextmanager
+    def watching(self, reservation: str) -> Iterator[Watcher]:
+        """A watcher of a task: what it waits for is told to it until the end of the block."""
+        watcher = Watcher(self, reservation)
+        self._watchers.setdefault(reservation, set()).add(watcher)
+        try:
+            yield watcher
+        finally:
+            self._watchers[reservation].discard(watcher)
+            if not self._watchers[reservation]:
+                del self._watchers[reservation]
+
+    def watched(self) -> Sequence[str]:
+        """The tasks that somebody waits for."""
+        return list(self._watchers)
+
+    def close(self) -> None:
+        """Let nobody wait any longer: the process ends."""
+        self.closed = True
+        for watchers in self._watchers.values():
+            for watcher in watchers:
+                watcher.wake()
+
+    def _forget_oldest(self) -> None:
+        for reservation in self._seen:
+            if reservation not in self._watchers:
+                del self._seen[reservation]
+                return
