@@ -171,7 +171,7 @@ class AccountView(Struct, frozen=True):
     in_flight: Annotated[int, Meta(description="Submissions that have not ended.")]
     unknown: Annotated[int, Meta(description="Submissions of which nobody knows whether they were charged.")]
     unexplained: Annotated[AmountView, Meta(description="Taken by no submission of the gateway: who else has the key?")]
-    prices: Annotated[dict[Kind, AmountView], Meta(description="What a task of each kind last took.")]
+    prices: Annotated[dict[Kind, Yuan], Meta(description="What a task of each kind last took in money.")]
     looks: Annotated[bool, Meta(description="Whether checking a finished task again tells the balance of now.")]
 
 
@@ -224,7 +224,7 @@ def account_view(account: Account, state: AccountState) -> AccountView:
         in_flight=state.open,
         unknown=state.unknown,
         unexplained=AmountView(state.unexplained_count, yuan(state.unexplained_money)),
-        prices={kind: AmountView(price.count, yuan(price.money)) for kind, price in state.prices.items()},
+        prices={kind: yuan(price) for kind, price in state.prices.items()},
         looks=state.looks,
     )
 

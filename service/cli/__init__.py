@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 
+_at_url = click.option("--url", help="The operators' port.  [default: as GATEWAY_OPS_HOST and GATEWAY_OPS_PORT say]")
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print it for scripts.")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gateway")
 def main() -> None:
@@ -50,13 +54,57 @@ main.add_command(LazyGroup("token", "service.cli.tokens", "Tokens, with which te
 
 @main.command()
 @click.argument("tenant")
-@click.option("--url", help="The operators' port.  [default: as GATEWAY_OPS_HOST and GATEWAY_OPS_PORT say]")
-@click.option("--json", "as_json", is_flag=True, help="Print it for scripts.")
+@_at_url
+@_as_json
 def quota(tenant: str, url: str | None, *, as_json: bool) -> None:
     """Show what TENANT may spend, and what it has spent."""
     from service.cli.tenants import show_quota
 
     show_quota(url=url, name=tenant, as_json=as_json)
+
+
+@main.command()
+@click.option("--from", "first", metavar="DAY", help="The first day, in UTC.  [default: the first of the month]")
+@click.option("--to", "last", metavar="DAY", help="The last day, included.  [default: today]")
+@click.option("--interval", type=click.Choice(["day", "month", "total"]), help="What a line is.  [default: day]")
+@click.option("--group-by", metavar="WORDS", help="tenant, kind, both with a comma, or none.  [default: tenant,kind]")
+@click.option("--tenant", help="Only this tenant.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print it for spreadsheets.")
+@_at_url
+@_as_json
+def usage(*, first: str | None, last: str | None, as_csv: bool, as_json: bool, **options: str | None) -> None:
+    """Show what tenants have spent, those that were deleted too."""
+    from service.cli.usage import show_usage
+
+    if as_csv and as_json:
+        raise click.UsageError("Say either --csv or --json.")
+    show_usage(as_csv=as_csv, as_json=as_json, **{"from": first, "to": last}, **options)
+
+
+@main.command()
+@click.argument("submission", metavar="ID")
+@_at_url
+@_as_json
+def submission(submission: str, url: str | None, *, as_json: bool) -> None:
+    """Show what became of the submission ID."""
+    from service.cli.usage import show_submission
+
+    show_submission(url=url, submission=submission, as_json=as_json)
+
+
+@main.command()
+@click.option("--task", metavar="ID", help="The task to refund.")
+@click.option("--submission", metavar="ID", help="The submission to refund, if it has no task.")
+@click.option("--reason", required=True, help="Why: the usage shows it.")
+@_at_url
+@_as_json
+def refund(*, task: str | None, submission: str | None, reason: str, url: str | None, as_json: bool) -> None:
+    """Give what a task or a submission cost back to its tenant's limits, once."""
+    from service.cli.usage import refund as give_back
+
+    if (task is None) == (submission is None):
+        raise click.UsageError("Say either --task or --submission.")
+    give_back(url=url, task=task, submission=submission, reason=reason, as_json=as_json)
 
 
 @main.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import click
@@ -13,6 +13,7 @@ from service.cli import variable
 from service.cli.client import NOT_FOUND, Answer, OperatorsPort, Refused, as_json, asking
 from service.cli.shown import card, table
 from service.cli.values import Price, Yuan
+from service.domain.task import Kind
 
 _LONGEST_KEY = 4_096
 
@@ -148,11 +149,19 @@ def _card(account: AccountView) -> str:
         ("seen at", seen_at),
         ("in flight", account.in_flight),
         ("unknown", account.unknown),
+        ("unexplained uses", account.unexplained.count),
+        ("unexplained yuan", account.unexplained.money),
+        ("last price", _prices(account.prices)),
+        ("free looks", account.looks),
         ("base URL", account.base_url),
         ("floor of uses", account.floor_count),
         ("floor of yuan", account.floor_money),
-        ("highest price", [f"{kind} {price} yuan" for kind, price in account.max_price.items()]),
+        ("highest price", _prices(account.max_price)),
     )
+
+
+def _prices(prices: Mapping[Kind, float]) -> Sequence[str]:
+    return [f"{kind} {price} yuan" for kind, price in prices.items()]
 
 
 def _figures(account: AccountView) -> tuple[object, object, object]:

@@ -21,6 +21,7 @@ from service.settings import Settings
 T = TypeVar("T")
 
 NOT_FOUND = 404
+_JSON = "application/json"
 _TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -84,6 +85,10 @@ class Answer:
         except msgspec.DecodeError as error:
             raise _stranger(self._url, plain(str(error))) from None
 
+    def text(self) -> str:
+        """The answer as it is."""
+        return self._content.decode()
+
     def pretty(self) -> str:
         """The answer as indented JSON. Raises CommandError."""
         self.read(object)
@@ -97,15 +102,17 @@ class OperatorsPort:
         self._url = url
         self._http = http
 
-    def ask(self, method: str, *path: str, body: Mapping[str, Any] | None = None, **query: Any) -> Answer:
-        """Call `/admin/v1` and the parts of a path, with a JSON body and a query."""
+    def ask(
+        self, method: str, *path: str, body: Mapping[str, Any] | None = None, accept: str = _JSON, **query: Any
+    ) -> Answer:
+        """Call `/admin/v1` and the parts of a path, with a JSON body and a query, for an answer of a media type."""
         for part in path:
             if part in {"", ".", ".."} or "/" in part:
                 # However it is quoted, a server takes it for another path.
                 raise Refused(NOT_FOUND, f"gateway: nothing has the name {plain(part)!r}")
         address = "/".join(["/admin/v1", *(quote(each, safe="") for each in path)])
         content = None if body is None else msgspec.json.encode(body)
-        headers = {} if body is None else {"Content-Type": "application/json"}
+        headers = {"Accept": accept} | ({} if body is None else {"Content-Type": _JSON})
         try:
             response = self._http.request(method, address, content=content, headers=headers, params=query)
         except httpx2.RequestError as error:
@@ -113,6 +120,12 @@ class OperatorsPort:
                 f"gateway: no gateway answers at {self._url}: {plain(str(error)) or type(error).__name__}. "
                 "Start it, or name its operators' port with --url."
             ) from None
+        if (
+            response.is_success
+            and accept != _JSON
+            and response.headers.get("content-type", "").partition(";")[0] != accept
+        ):
+            raise _stranger(self._url, f"it has no {accept}")
         if response.is_success:
             return Answer(self._url, response.content)
         try:

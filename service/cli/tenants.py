@@ -131,11 +131,20 @@ def _whole(tenant: TenantView) -> str:
 def _policies(policies: Sequence[PolicyView]) -> str:
     if not policies:
         return "Nothing limits it."
-    head = ("policy", "unit", "limit", "used", "reserved", "remaining", "resets at")
+    head = ("policy", "unit", "limit", "used", "reserved", "remaining", "overrun", "resets at")
     return table(
         head,
         [
-            (each.policy, _unit(each), each.limit, each.used, each.reserved, each.remaining, each.resets_at)
+            (
+                each.policy,
+                _unit(each),
+                each.limit,
+                each.used,
+                each.reserved,
+                each.remaining,
+                each.overrun,
+                each.resets_at,
+            )
             for each in policies
         ],
     )

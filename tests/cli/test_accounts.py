@@ -124,7 +124,7 @@ async def test_everything_about_an_account(shell: Shell) -> None:
     shown = dict(await shell.lines("account", "show", "main"))
     assert shown["highest price:"] == "upscale 1.25 yuan, vectorize 2 yuan"
     assert (shown["floor of uses:"], shown["floor of yuan:"], shown["base URL:"]) == ("3", "0.5", address)
-    assert shown["uses left:"] == "-"
+    assert (shown["uses left:"], shown["last price:"], shown["unexplained yuan:"]) == ("-", "-", "0")
     assert await shell.json("account", "show", "main") == stored
 
 

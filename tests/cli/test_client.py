@@ -64,6 +64,14 @@ async def test_stranger(shell: Shell, kind: str, output: tuple[str, ...]) -> Non
     assert line.isprintable()
 
 
+async def test_stranger_without_tables(shell: Shell) -> None:
+    """What answers with JSON where CSV was asked for is no operators' port of this version."""
+    async with stranger(http("200 OK", b"{}", "application/json")) as url:
+        result = await shell.run("usage", "--csv", "--url", url, code=1)
+    (line,) = result.stderr.splitlines()
+    assert line.endswith("(it has no text/csv)")
+
+
 async def test_nobody_there(shell: Shell) -> None:
     """Without a gateway one line says so, and how to go on."""
     url = f"http://127.0.0.1:{free_port()}"

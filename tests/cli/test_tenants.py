@@ -67,9 +67,9 @@ async def test_quota(shell: Shell) -> None:
     await shell.run("tenant", "set", "shop", "--account", "main", *limits)
     await shell.house.submit()
     assert (await shell.lines("quota", "shop"))[1:] == [
-        ["total-tasks", "tasks", "5", "1", "0", "4", "-"],
-        ["total-money", "yuan", "0.5", "0", "0.5", "0", "-"],
-        ["max-active", "active", "3", "1", "0", "2", "-"],
+        ["total-tasks", "tasks", "5", "1", "0", "4", "-", "-"],
+        ["total-money", "yuan", "0.5", "0", "0.5", "0", "0", "-"],
+        ["max-active", "active", "3", "1", "0", "2", "-", "-"],
     ]
     stored = await shell.stored("/tenants/shop")
     assert await shell.json("quota", "shop") == {"policies": stored["policies"]}

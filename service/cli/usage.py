@@ -1,0 +1,98 @@
+"""`gateway usage`, `gateway submission` and `gateway refund`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from service.api.submission_views import SubmissionView
+from service.api.usage_views import UsageRowView, UsageSumView, UsageView
+from service.cli.client import OperatorsPort, asking
+from service.cli.shown import card, table
+
+_FIGURES = (
+    *("running", "succeeded", "failed", "unknown", "refused", "not sent"),
+    *("refunded", "charged", "charged yuan", "uses", "yuan"),
+)
+
+
+@asking
+def show_usage(port: OperatorsPort, *, as_json: bool, as_csv: bool, **asked: str | None) -> None:
+    """Show what tenants have spent; `asked` is the query."""
+    query: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if as_csv:
+        click.echo(port.ask("GET", "usage", accept="text/csv", **query).text(), nl=False)
+        return
+    answer = port.ask("GET", "usage", **query)
+    click.echo(answer.pretty() if as_json else _whole(answer.read(UsageView)))
+
+
+@asking
+def show_submission(port: OperatorsPort, *, submission: str, as_json: bool) -> None:
+    """Show what became of a submission."""
+    answer = port.ask("GET", "submissions", submission)
+    click.echo(answer.pretty() if as_json else _card(answer.read(SubmissionView)))
+
+
+@asking
+def refund(port: OperatorsPort, *, as_json: bool, **body: str | None) -> None:
+    """Give the cost of a task or a submission back."""
+    answer = port.ask("POST", "refunds", body={name: value for name, value in body.items() if value is not None})
+    click.echo(answer.pretty() if as_json else _card(answer.read(SubmissionView)))
+
+
+def _whole(usage: UsageView) -> str:
+    parts = [f"From {usage.first} to {usage.last}, in UTC.", _rows(usage)]
+    if usage.unknown_submissions:
+        rows = [(each.id, each.tenant, each.kind, each.day) for each in usage.unknown_submissions]
+        parts.append(table(("unknown submission", "tenant", "kind", "day"), rows))
+    if usage.refunds:
+        head = ("refunded submission", "tenant", "kind", "day", "uses", "yuan", "refunded at", "reason")
+        refunds = [
+            (each.submission, each.tenant, each.kind, each.day, each.count, each.money, each.refunded_at, each.reason)
+            for each in usage.refunds
+        ]
+        parts.append(table(head, refunds))
+    return "\n\n".join(parts)
+
+
+def _rows(usage: UsageView) -> str:
+    rows = [(row.period, row.tenant, row.kind, *_figures(row)) for row in usage.items]
+    total = ("total", None, None, *_figures(usage.total))
+    return table(("period", "tenant", "kind", *_FIGURES), [*rows, total])
+
+
+def _figures(row: UsageRowView | UsageSumView) -> Sequence[int | float]:
+    tasks, spent = row.tasks, row.spent
+    return (
+        *(tasks.running, tasks.succeeded, tasks.failed, tasks.unknown, tasks.refused, tasks.not_sent),
+        *(row.refunded.tasks, row.charged.tasks, row.charged.money),
+        spent.observed.count + spent.estimated.count,
+        round(spent.observed.money + spent.estimated.money, 2),
+    )
+
+
+def _card(submission: SubmissionView) -> str:
+    task, cost, given = submission.task, submission.cost, submission.refund
+    return card(
+        ("submission", submission.id),
+        ("tenant", submission.tenant),
+        ("account", submission.account),
+        ("kind", submission.kind),
+        ("outcome", submission.outcome),
+        ("balance suggests", submission.balance_suggests),
+        ("created at", submission.created_at),
+        ("settled at", submission.settled_at),
+        ("task", task and task.id),
+        ("state of the task", task and task.state),
+        ("cost", cost and f"{_amount(cost.count, cost.money)}, {cost.basis}"),
+        ("refunded", given and _amount(given.count, given.money)),
+        ("refunded at", given and given.refunded_at),
+        ("reason", given and given.reason),
+    )
+
+
+def _amount(uses: int, yuan: float) -> str:
+    return f"{uses} uses, {yuan} yuan"

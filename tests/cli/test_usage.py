@@ -1,0 +1,127 @@
+"""`gateway usage`, `gateway submission` and `gateway refund`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from service.usecases.ports import SubmitOutcome
+from tests.cli.conftest import Shell
+
+
+async def spend(shell: Shell) -> tuple[dict[str, Any], str]:
+    """A task that has ended, and a submission whose outcome nobody knows."""
+    house = shell.house
+    task = await house.finished((await house.submit()).json()["id"])
+    await house.upstream.lose_next_answer()
+    return task, (await house.submit("vectorize")).json()["submission_id"]
+
+
+async def test_usage(shell: Shell) -> None:
+    """Usage is shown by day, tenant and kind, with its sum and the submissions of unknown outcome."""
+    _, unknown = await spend(shell)
+    first, _, head, vector, face, total, _, marked_head, marked = await shell.lines("usage")
+    assert first == ["From 2026-09-01 to 2026-09-21, in UTC."]
+    assert head[:6] == ["PERIOD", "TENANT", "KIND", "RUNNING", "SUCCEEDED", "FAILED"]
+    assert head[-5:] == ["REFUNDED", "CHARGED", "CHARGED YUAN", "USES", "YUAN"]
+    assert vector == ["2026-09-21", "shop", "vectorize", *"00010001000"]
+    assert face == ["2026-09-21", "shop", "face-enhance", *"01000001010"]
+    assert total == ["total", "-", "-", *"01010002010"]
+    assert (marked_head[0], marked) == ("UNKNOWN SUBMISSION", [unknown, "shop", "vectorize", "2026-09-21"])
+
+
+async def test_usage_as_asked(shell: Shell) -> None:
+    """Days, interval, groups and tenant are passed on, and JSON is what the gateway answers."""
+    await spend(shell)
+    shown = await shell.json(
+        *("usage", "--from", "2026-09-20", "--to", "2026-09-21", "--interval", "month"),
+        *("--group-by", "tenant", "--tenant", "shop"),
+    )
+    query = "from=2026-09-20&to=2026-09-21&interval=month&group_by=tenant&tenant=shop"
+    assert shown == await shell.stored(f"/usage?{query}")
+    assert [(each["period"], each["tenant"], each["kind"]) for each in shown["items"]] == [("2026-09", "shop", None)]
+
+
+async def test_usage_as_csv(shell: Shell) -> None:
+    """CSV is printed as the gateway answers it, for spreadsheets."""
+    await spend(shell)
+    printed = (await shell.run("usage", "--csv", "--interval", "total", "--group-by", "none")).stdout_bytes
+    head, row, end = printed.split(b"\r\n")
+    assert head.startswith(b"period,tenant,tenant_id,kind,tasks_running,")
+    assert (row, end) == (b"2026-09-01/2026-09-21,,,,0,1,0,1,0,0,2,0,0,0,1,0,0,0,0,0,0", b"")
+
+
+async def test_nothing_used(shell: Shell) -> None:
+    """Without any usage there is its head and its sum."""
+    assert len(await shell.lines("usage")) == 4
+
+
+async def test_refund_of_a_task(shell: Shell) -> None:
+    """A task is refunded once, and its submission and the usage show why."""
+    task, _ = await spend(shell)
+    shown = dict(await shell.lines("refund", "--task", task["id"], "--reason", "It came out\nblank."))
+    assert (shown["task:"], shown["state of the task:"]) == (task["id"], "succeeded")
+    assert (shown["tenant:"], shown["account:"], shown["kind:"]) == ("shop", "main", "face-enhance")
+    assert (shown["cost:"], shown["refunded:"]) == ("1 uses, 0 yuan, estimated", "1 uses, 0 yuan")
+    assert shown["reason:"] == "It came out blank."
+    assert dict(await shell.lines("submission", shown["submission:"])) == shown
+    refund = (await shell.lines("usage"))[-1]
+    assert refund[:6] == [shown["submission:"], "shop", "face-enhance", "2026-09-21", "1", "0"]
+    assert refund[6:] == [shown["refunded at:"], "It came out blank."]
+    again = await shell.run("refund", "--task", task["id"], "--reason", "once more", code=1)
+    assert again.stderr.startswith(f"Conflict: Submission {shown['submission:']} was refunded before, at 2026-")
+    assert again.stderr.endswith("with this reason: It came out blank.\n")
+
+
+async def test_refund_of_a_submission(shell: Shell) -> None:
+    """A submission of unknown outcome is refunded by its id, and JSON is what the gateway answers."""
+    _, unknown = await spend(shell)
+    shown = await shell.json("refund", "--submission", unknown, "--reason", "nobody knows")
+    assert shown["refund"]["reason"] == "nobody knows"
+    assert shown == await shell.stored(f"/submissions/{unknown}") == await shell.json("submission", unknown)
+    assert dict(await shell.lines("submission", unknown))["balance suggests:"] == "cannot-tell"
+
+
+async def test_submission_that_cost_nothing(shell: Shell) -> None:
+    """A refused submission shows that it cost nothing, and can't be refunded."""
+    await shell.house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
+    await shell.house.submit()
+    ledger: Any = shell.house.services.submissions._books
+    (refused,) = ledger.reservations
+    shown = dict(await shell.lines("submission", refused))
+    assert (shown["outcome:"], shown["task:"], shown["cost:"], shown["refunded:"]) == ("refused", "-", "-", "-")
+    answer = await shell.run("refund", "--submission", refused, "--reason", "x", code=1)
+    assert answer.stderr == f"Conflict: Submission {refused} cost nothing: it is refused.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("usage", "--csv", "--json"), "Say either --csv or --json."),
+        (("usage", "--interval", "week"), "'week' is not one of"),
+        (("refund", "--reason", "x"), "Say either --task or --submission."),
+        (("refund", "--task", "a", "--submission", "b", "--reason", "x"), "Say either --task or --submission."),
+        (("refund", "--task", "a"), "Missing option '--reason'"),
+        (("submission",), "Missing argument 'ID'"),
+    ],
+)
+async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+    """What can't be meant is said before the gateway is asked."""
+    assert says in (await shell.run(*arguments, code=2)).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("usage", "--from", "yesterday"), "Invalid options:\n  from: must be a day such as 2026-01-31\n"),
+        (("usage", "--tenant", "nobody", "--csv"), "Invalid options:\n  tenant: there is and was no tenant"),
+        (("submission", "f" * 32), "Not found: There is no such submission.\n"),
+        (("refund", "--task", "task_x", "--reason", "x"), "Not found: There is no such task.\n"),
+        (("refund", "--submission", "../x", "--reason", "x"), "Not found: There is no such submission.\n"),
+        (("refund", "--submission", "x", "--reason", " "), "Invalid options:\n  reason: must say why\n"),
+    ],
+)
+async def test_refused(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+    """What the gateway refuses is told in its words."""
+    assert says in (await shell.run(*arguments, code=1)).stderr
