@@ -91,7 +91,7 @@ def tenants_app(services: Services) -> Litestar:
         follow=services.follow,
         uploads=services.uploads,
         catalogue=services.catalogue,
-        poll_seconds=services.poll_seconds,
+        pace=services.board.pace,
     )
     usage_routes = [*usage.tenant_routes(services.usage), *submissions.tenant_routes(services.submissions)]
     v1 = Router(

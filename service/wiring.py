@@ -25,6 +25,7 @@ from service.domain.taskid import TaskIds
 from service.keyring import Keyring
 from service.settings import Role, Settings
 from service.storage.books import RedisBooks
+from service.storage.changes import Changes
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.storage.ledger import DAY, RedisLedger, Spans
@@ -33,8 +34,10 @@ from service.storage.scripts import Scripts
 from service.storage.tasks import RedisTasks
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background, ended
+from service.usecases.board import Board
 from service.usecases.follow import Follow
 from service.usecases.look import FreeLooks
+from service.usecases.pace import Pace
 from service.usecases.ports import Books, Clock, Ledger, RegistryStore, RegistryView, Tasks, Upstream
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
@@ -65,13 +68,15 @@ class SystemClock:
 class Lifecycle:
     """Where the process stands between its start and its end."""
 
-    def __init__(self, registry: RegistryView) -> None:
+    def __init__(self, registry: RegistryView, board: Board) -> None:
         self._registry = registry
+        self._board = board
         self._draining = False
 
     def drain(self) -> None:
-        """From now on the process is not ready, so that no new requests come."""
+        """From now on the process is not ready, so that no new requests come, and nobody waits for a task."""
         self._draining = True
+        self._board.close()
 
     def health(self) -> Health:
         """Whether the process takes requests."""
@@ -97,7 +102,7 @@ class Services:
     operators: Operators
     uploads: Uploads
     catalogue: Catalogue
-    poll_seconds: float
+    board: Board
     metrics: Metrics
     logger: FilteringBoundLogger
     lifecycle: Lifecycle
@@ -133,6 +138,7 @@ class Ports:
     ledger: Ledger
     books: Books
     tasks: Tasks
+    board: Board
     store: RegistryStore
     registry: RegistryView
     upstream: Upstream
@@ -153,6 +159,7 @@ def furnished(
         upstream=ports.upstream,
         registry=ports.registry,
         task_ids=task_ids,
+        board=ports.board,
         metrics=metrics,
     )
     looks = FreeLooks(
@@ -162,7 +169,18 @@ def furnished(
         registry=ports.registry,
         task_ids=task_ids,
     )
+    follow = Follow(
+        tasks=ports.tasks,
+        ledger=ports.ledger,
+        upstream=ports.upstream,
+        registry=ports.registry,
+        task_ids=task_ids,
+        board=ports.board,
+        clock=ports.clock,
+        interval=settings.poll_seconds,
+    )
     watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire, looks.run]
+    answering: list[Job] = [] if settings.role is Role.WORKER else [follow.attend]
     return Services(
         tenants=Tenants(ports.registry, ports.clock),
         admin=AdminToken(settings.admin_token),
@@ -176,15 +194,7 @@ def furnished(
             background=background,
             metrics=metrics,
         ),
-        follow=Follow(
-            tasks=ports.tasks,
-            ledger=ports.ledger,
-            upstream=ports.upstream,
-            registry=ports.registry,
-            task_ids=task_ids,
-            clock=ports.clock,
-            interval=settings.poll_seconds,
-        ),
+        follow=follow,
         quota=Quota(ledger=ports.ledger, registry=ports.registry),
         usage=Usage(books=ports.books, registry=ports.registry),
         submissions=Submissions(books=ports.books, tasks=ports.tasks, registry=ports.registry, task_ids=task_ids),
@@ -197,14 +207,14 @@ def furnished(
         ),
         uploads=Uploads(max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels),
         catalogue=settings.catalogue,
-        poll_seconds=settings.poll_seconds,
+        board=ports.board,
         metrics=metrics,
         logger=structlog.get_logger("service"),
-        lifecycle=Lifecycle(ports.registry),
+        lifecycle=Lifecycle(ports.registry, ports.board),
         registry=ports.registry,
         watch=watch,
         looks=looks,
-        jobs=[*jobs, *watching],
+        jobs=[*jobs, *watching, *answering],
         drain_seconds=settings.lease_seconds,
     )
 
@@ -230,6 +240,8 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
         client, scripts = connections.commands, Scripts(connections.commands)
         store = RedisRegistry(client, scripts, keys)
         registry = LiveRegistry(store, connections.subscriber, keys.registry_channel)
+        board = Board(Pace(settings.poll_seconds))
+        changes = Changes(connections.subscriber, keys.changes_channel, board)
         upstream = await opened.enter_async_context(
             UpstreamClient(settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream)
         )
@@ -238,9 +250,10 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
             ledger=RedisLedger(client, scripts, keys, spans),
             books=RedisBooks(client, scripts, keys),
             tasks=RedisTasks(client, scripts, keys, spans),
+            board=board,
             store=store,
             registry=registry,
             upstream=upstream,
             clock=SystemClock(),
         )
-        yield furnished(ports, settings, metrics, background, jobs=[registry.follow])
+        yield furnished(ports, settings, metrics, background, jobs=[registry.follow, changes.follow])

@@ -43,6 +43,7 @@ _HEADERS: Mapping[str, Node] = {
         "limits.",
         "schema": _TEXT | {"examples": ['"day-tasks";r=41;t=22980, "total-tasks";r=812']},
     },
+    "Preference-Applied": {"description": "How long was waited for at the most.", "schema": _TEXT},
     "Idempotent-Replayed": {
         "description": "`true` if the answer is about what was submitted first under the same `Idempotency-Key`.",
         "schema": _TEXT | {"const": "true"},

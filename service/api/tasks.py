@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from litestar import Request, Response, get, post
@@ -13,6 +14,8 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import HeaderParameter, PathParameter, QueryParameter
 
 from service.api import openapi
+from service.api.leaving import unless_left
+from service.api.prefer import applied, wait_seconds
 from service.api.ratelimit import rate_limit_headers
 from service.api.uploads import Uploads
 from service.api.views import (
@@ -20,16 +23,17 @@ from service.api.views import (
     REPLAYED,
     TaskList,
     TaskView,
-    etag,
     task_headers,
     task_path,
     task_view,
 )
-from service.domain.errors import FieldError, InvalidOptions
+from service.domain.errors import FieldError, GatewayError, InvalidOptions
 from service.domain.idempotency import parse_key
 from service.domain.task import Catalogue, Kind, State, parse_metadata, parse_options
 from service.domain.tenancy import Tenant
+from service.usecases.board import Seen
 from service.usecases.follow import Follow
+from service.usecases.pace import Pace
 from service.usecases.submit import Submit
 
 PART = "image"
@@ -50,6 +54,7 @@ _READING = (
     "Reading costs nothing: the gateway follows each task by itself. Ask again after `Retry-After` until it is gone, "
     "with `If-None-Match` to be sent the task only if it has changed."
 )
+_PREFER = "`wait=N` waits for the end of the task, for N seconds from 1 to 60 at the most."
 _SUBMIT_PROBLEMS = (
     *(400, 401, 402, "kind-not-allowed", "tenant-disabled", "idempotency-in-flight", 413, 415),
     *("invalid-options", "invalid-image", "idempotency-key-reused", 429, "upstream-rejected", 503, 504),
@@ -57,10 +62,17 @@ _SUBMIT_PROBLEMS = (
 
 
 def routes(
-    *, submit: Submit, follow: Follow, uploads: Uploads, catalogue: Catalogue, poll_seconds: float
+    *, submit: Submit, follow: Follow, uploads: Uploads, catalogue: Catalogue, pace: Pace
 ) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/v1/tasks`."""
-    retry_after = math.ceil(poll_seconds)
+
+    async def waited_for(
+        request: Request[Any, Any, Any], tenant: Tenant, task_id: str, wait: int
+    ) -> tuple[Seen, dict[str, str]]:
+        """A task, and its headers, after a wait for its end if that is preferred. Raises ClientLeft."""
+        reading = follow.read(tenant, task_id, wait=wait)
+        seen = await (unless_left(request, reading) if wait else reading)
+        return seen, task_headers(seen, pace) | applied(wait)
 
     def submitting(kind: Kind) -> HTTPRouteHandler:
         @post(
@@ -78,6 +90,7 @@ def routes(
                 "RateLimit-Policy",
                 "RateLimit",
                 "Idempotent-Replayed",
+                "Preference-Applied",
                 "Cache-Control",
             ),
             responses=openapi.problems(*_SUBMIT_PROBLEMS),
@@ -89,8 +102,9 @@ def routes(
             idempotency_key: Annotated[
                 str | None, HeaderParameter(name="Idempotency-Key", description=_IDEMPOTENCY_KEY)
             ] = None,
+            prefer: Annotated[str | None, HeaderParameter(name="Prefer", description=_PREFER)] = None,
         ) -> Response[TaskView]:
-            del idempotency_key  # declared for the API's document, which it is given to; there may be several
+            del idempotency_key, prefer  # declared for the API's document; there may be several of each
             submit.admit(tenant, kind)
             key = parse_key(request.headers.getall("idempotency-key", []))
             if request.query_params:
@@ -99,11 +113,15 @@ def routes(
                 metadata, fields = _metadata(upload.fields)
                 options = parse_options(kind, fields, catalogue)
                 accepted = await submit(tenant, options, parse_metadata(metadata), upload.image, key=key)
-            task = accepted.task
-            headers = PRIVATE | {"Location": task_path(task), "ETag": etag(task)} | rate_limit_headers(accepted.limits)
-            headers |= {} if task.state.ended else {"Retry-After": str(retry_after)}
+            seen = Seen(accepted.task, accepted.now, time.monotonic())
+            headers = task_headers(seen, pace)
+            if wait := wait_seconds(request.headers.getall("prefer", [])):
+                with suppress(GatewayError):  # the image was accepted, whatever becomes of looking after it
+                    seen, headers = await waited_for(request, tenant, accepted.task.id, wait)
+            del headers["Age"]
+            headers |= {"Location": task_path(seen.task)} | rate_limit_headers(accepted.limits)
             headers |= REPLAYED if accepted.replayed else {}
-            return Response(task_view(task), headers=headers)
+            return Response(task_view(seen.task), headers=headers)
 
         return handler
 
@@ -113,18 +131,20 @@ def routes(
         summary="Read a task",
         description=_READING,
         response_description="The task as it is known now",
-        response_headers=openapi.headers("ETag", "Age", "Retry-After", "Cache-Control"),
+        response_headers=openapi.headers("ETag", "Age", "Retry-After", "Preference-Applied", "Cache-Control"),
         responses=openapi.problems(401, 404, "upstream-unavailable") | openapi.NOT_MODIFIED,
     )
     async def read(
+        request: Request[Any, Any, Any],
         tenant: NamedDependency[Tenant],
         task_id: Annotated[str, PathParameter(description="The `id` of the task.")],
         known: Annotated[
             str | None, HeaderParameter(name="If-None-Match", description="The `ETag` of the version you know.")
         ] = None,
+        prefer: Annotated[str | None, HeaderParameter(name="Prefer", description=_PREFER)] = None,
     ) -> Response[TaskView | None]:
-        seen = await follow.read(tenant, task_id)
-        headers = task_headers(seen, retry_after)
+        del prefer  # declared for the API's document; there may be several
+        seen, headers = await waited_for(request, tenant, task_id, wait_seconds(request.headers.getall("prefer", [])))
         if _matches(known or "", headers["ETag"]):
             return Response(None, status_code=304, headers=headers)
         return Response(task_view(seen.task), headers=headers)

@@ -10,7 +10,8 @@ from msgspec import Meta, Struct
 
 from service.domain.task import ArtifactName, Basis, Kind, State, Task
 from service.domain.tenancy import Window
-from service.usecases.follow import Seen
+from service.usecases.board import Seen
+from service.usecases.pace import Pace
 from service.usecases.quota import PolicyReport, QuotaReport
 
 FEN = 100
@@ -147,10 +148,10 @@ def task_view(task: Task) -> TaskView:
     )
 
 
-def task_headers(seen: Seen, retry_after: int) -> dict[str, str]:
+def task_headers(seen: Seen, pace: Pace) -> dict[str, str]:
     """What a reader of a task is told beside it: its version, its age, and when to ask again while it runs."""
     headers = PRIVATE | {"ETag": etag(seen.task), "Age": str(max(int(seen.age), 0))}
-    return headers if seen.task.state.ended else headers | {"Retry-After": str(retry_after)}
+    return headers if seen.task.state.ended else headers | {"Retry-After": str(pace.retry_after(seen.task, seen.now))}
 
 
 def etag(task: Task) -> str:

@@ -38,6 +38,20 @@ class Keys:
         """The running tasks by the time of their next check."""
         return self._root + "watch"
 
+    @property
+    def claims(self) -> str:
+        """The running tasks that a process checks just now, by the time when another one may."""
+        return self._root + "claims"
+
+    @property
+    def changes_channel(self) -> str:
+        """Where the changes of tasks are announced."""
+        return self._root + "tasks:changed"
+
+    def interest(self, reservation: str) -> str:
+        """Says that somebody looked at a task lately. Without an id, how all of these keys begin."""
+        return f"{self._root}interest:{reservation}"
+
     def tenant(self, tenant: int) -> str:
         """A tenant's limits and counters. Ids are never reused, so neither are counters."""
         return f"{self._root}tenant:{tenant}"

@@ -36,7 +36,7 @@ KEEP_USAGE = 400 * DAY
 
 
 class Spans(Struct, frozen=True):
-    """How long things last, in milliseconds: a lease, the time to the first check, and how long things are kept.
+    """How long things last, in milliseconds: a lease, the time between checks, and how long things are kept.
 
     A running task is given up once answers that do not know it add up to `lost_after`, or all that can't be used,
     these included, to `unusable_after`.
@@ -45,6 +45,7 @@ class Spans(Struct, frozen=True):
     lease: int = 180_000
     check_after: int = 2_500
     claim: int = 30_000
+    interest: int = 30_000
     lost_after: int = 1_800_000
     unusable_after: int = DAY
     keep_ended: int = 30 * DAY

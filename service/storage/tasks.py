@@ -59,7 +59,26 @@ class RedisTasks:
         packed, seen, time = await read(
             self._client, ("GET", self._keys.task(reservation)), ("GET", self._keys.clock), ("TIME",)
         )
-        return (_task(reservation, packed), ledger_time(seen, time)) if packed else None
+        return (_read(reservation, packed), ledger_time(seen, time)) if packed else None
+
+    async def attend(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
+        """Tasks that somebody looks at or waits for, each with the time now; these are checked often for a while."""
+        keys = self._keys
+        now, *found = await self._scripts.call(
+            "attend",
+            [keys.clock, keys.watch, keys.claims],
+            {
+                "reservations": reservations,
+                "task": keys.task(""),
+                "interest": keys.interest(""),
+                "interested": self._spans.interest,
+                "check_after": self._spans.check_after,
+            },
+        )
+        return [
+            (_read(reservation, packed), now) if packed else None
+            for reservation, packed in zip(reservations, found, strict=True)
+        ]
 
     async def page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
@@ -104,18 +123,18 @@ class RedisTasks:
 
     async def _get_many(self, reservations: Sequence[str]) -> list[Task | None]:
         rows = await read(self._client, *(("GET", self._keys.task(each)) for each in reservations))
-        return [_task(each, packed) if packed else None for each, packed in zip(reservations, rows, strict=True)]
+        return [_read(each, packed) if packed else None for each, packed in zip(reservations, rows, strict=True)]
 
     async def claim(self, most: int) -> Sequence[Due]:
         """Up to `most` tasks whose check is due."""
         now, *rows = await self._scripts.call(
             "claim",
-            [self._keys.clock, self._keys.watch],
+            [self._keys.clock, self._keys.watch, self._keys.claims],
             {"most": most, "lease": self._spans.claim, "task": self._keys.task("")},
         )
-        return [Due(_task(str(member, "ascii"), packed), now) for member, packed in rows]
+        return [Due(_read(str(member, "ascii"), packed), now) for member, packed in rows]
 
-    async def record(self, due: Due, check: Check) -> Task | None:
+    async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
         """Write what a check said, and when to check again; None if the task had ended or is gone."""
         task, keys = due.task, self._keys
         ask: dict[str, Any] = {
@@ -136,10 +155,11 @@ class RedisTasks:
             "usage": keys.usage(task.tenant, ""),
             "keep_usage": KEEP_USAGE,
             "reservations": keys.reservation(""),
+            "channel": keys.changes_channel,
         }
         if check.error:
             ask["error"] = msgspec.json.encode(check.error).decode()
-        status, _, *rest = await self._scripts.call(
+        status, now, *rest = await self._scripts.call(
             "record",
             [
                 keys.clock,
@@ -148,14 +168,25 @@ class RedisTasks:
                 keys.account(task.account),
                 keys.task(task.reservation),
                 keys.watch,
+                keys.claims,
+                keys.interest(task.reservation),
             ],
             ask,
         )
-        return _task(task.reservation, rest[0]) if status == b"recorded" else None
+        return (_read(task.reservation, rest[0]), now) if status == b"recorded" else None
 
 
-def _task(reservation: str, packed: bytes) -> Task:
-    stored = msgspec.msgpack.decode(packed, type=_Stored)
+def unpacked_change(message: bytes) -> tuple[Task, int]:
+    """A task and the ledger's time when it became so, as changes are announced."""
+    reservation, now, stored = msgspec.msgpack.decode(message, type=tuple[str, int, _Stored])
+    return _task(reservation, stored), now
+
+
+def _read(reservation: str, packed: bytes) -> Task:
+    return _task(reservation, msgspec.msgpack.decode(packed, type=_Stored))
+
+
+def _task(reservation: str, stored: _Stored) -> Task:
     return Task(
         id=stored.id,
         reservation=reservation,

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from msgspec import Struct
 
 from service.domain.task import Task
+from service.usecases.pace import Pace
 
 REMEMBERED = 10_000
 """How many tasks are held at the most, beside those that are waited for: the ones asked for last."""
@@ -70,13 +71,13 @@ class Watcher:
 
 
 class Board:
-    """Tasks by the ids of their reservations."""
+    """Tasks by the ids of their reservations. `pace` learns from every end, `closed` says that the process ends."""
 
-    def __init__(self, on_end: Callable[[Task], None] = lambda _: None) -> None:
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+        self.closed = False
         self._seen: OrderedDict[str, Seen] = OrderedDict()
         self._watchers: dict[str, set[Watcher]] = {}
-        self._on_end = on_end
-        self.closed = False
 
     def post(self, task: Task, now: int) -> Seen:
         """Take in what is known of a task at the ledger's time `now`; an older version changes nothing."""
@@ -95,7 +96,7 @@ class Board:
     def announced(self, task: Task, now: int) -> None:
         """Take in a change that was announced; one of a task that nobody has asked for here is not kept."""
         if task.state.ended:
-            self._on_end(task)
+            self.pace.ended(task)
         if task.reservation in self._seen or task.reservation in self._watchers:
             self.post(task, now)
 

@@ -1,7 +1,8 @@
-"""Reading tasks.
+"""Reading tasks, and waiting for them.
 
-Reads cost the upstream nothing: they show what the watch recorded. Only a task that Redis no longer knows, or can't be
-asked about, is looked up at the upstream, which its sealed id makes possible.
+Reads cost the upstream nothing: they show what the watch recorded, and who waits is woken by what it records. Only a
+task that Redis no longer knows, or can't be asked about, is looked up at the upstream, which its sealed id makes
+possible.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import AsyncIterator
 
 import msgspec
 import structlog
@@ -19,6 +21,7 @@ from service.domain.reservation import ReservationState
 from service.domain.task import Basis, Cost, Kind, State, Task
 from service.domain.taskid import Reference, TaskIds
 from service.domain.tenancy import Tenant
+from service.usecases.board import Board, Seen
 from service.usecases.ports import (
     Answered,
     Check,
@@ -34,17 +37,13 @@ from service.usecases.ports import (
 
 _log = structlog.get_logger(__name__)
 
+HEARTBEAT_SECONDS = 15.0
+"""Who follows changes is told after so many seconds that there was none."""
 _REMEMBERED = 10_000
+_BATCH = 100
 BOOKED_WITHIN_SECONDS = 30 * 86_400
 """A lost task is booked for so long after its creation: whatever the settings say, its reservation is kept longer."""
 _EMPTY = msgspec.Raw(b"{}")
-
-
-class Seen(Struct, frozen=True):
-    """A task, and how many seconds ago the upstream last told of it."""
-
-    task: Task
-    age: float
 
 
 class _Asked(Struct):
@@ -55,7 +54,7 @@ class _Asked(Struct):
 
 
 class Follow:
-    """Reads one task, or lists a tenant's."""
+    """Reads one task or waits for it, or lists a tenant's."""
 
     def __init__(
         self,
@@ -65,9 +64,11 @@ class Follow:
         upstream: Upstream,
         registry: RegistryView,
         task_ids: TaskIds,
+        board: Board,
         clock: Clock,
         interval: float,
     ) -> None:
+        self._board = board
         self._tasks = tasks
         self._ledger = ledger
         self._upstream = upstream
@@ -77,23 +78,70 @@ class Follow:
         self._interval = interval
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
 
-    async def read(self, tenant: Tenant, task_id: str) -> Seen:
-        """A task of this tenant.
+    async def read(self, tenant: Tenant, task_id: str, *, wait: float = 0) -> Seen:
+        """A task of this tenant, as soon as it has ended but after `wait` seconds at the latest.
 
         Raises NotFound for a task of somebody else, an altered id, or one that nobody knows; UpstreamUnavailable if
         neither Redis nor the upstream can tell.
         """
+        reference = self.reference(tenant, task_id)
+        if not wait:
+            return await self._read(reference, task_id)
+        with self._board.watching(reference.reservation) as watcher:
+            seen, deadline = await self._read(reference, task_id), time.monotonic() + wait
+            while not seen.task.state.ended:
+                changed = await watcher.changed(seen.task.version, deadline - time.monotonic())
+                if changed is None:
+                    break
+                seen = changed
+            return seen
+
+    async def changes(self, tenant: Tenant, task_id: str, *, after: int, seconds: float) -> AsyncIterator[Seen | None]:
+        """Each version of a task later than `after`, until its end, for so many seconds, or until the process ends.
+
+        None stands for a moment in which nothing happened for a while. Raises as `read` does.
+        """
+        reference = self.reference(tenant, task_id)
+        deadline = time.monotonic() + seconds
+        with self._board.watching(reference.reservation) as watcher:
+            seen = await self._read(reference, task_id)
+            if seen.task.version > after:
+                after = seen.task.version
+                yield seen
+            while not seen.task.state.ended and not self._board.closed and time.monotonic() < deadline:
+                changed = await watcher.changed(after, min(HEARTBEAT_SECONDS, deadline - time.monotonic()))
+                if changed:
+                    seen, after = changed, changed.task.version
+                yield changed
+
+    def reference(self, tenant: Tenant, task_id: str) -> Reference:
+        """What the id of a task of this tenant stands for. Raises NotFound for any other."""
         reference = self._task_ids.open(task_id)
         if reference.tenant != tenant.id:
             raise _not_found()
+        return reference
+
+    async def attend(self) -> None:
+        """Keep the tasks that are waited for in sight for ever: checked often, and read even if a change was missed."""
+        while True:
+            await asyncio.sleep(self._interval)
+            waited_for = self._board.watched()
+            for start in range(0, len(waited_for), _BATCH):
+                try:
+                    found = await self._tasks.attend(waited_for[start : start + _BATCH])
+                except LedgerUnavailable:
+                    break
+                for task, now in filter(None, found):
+                    self._board.post(task, now)
+
+    async def _read(self, reference: Reference, task_id: str) -> Seen:
+        if seen := self._board.fresh(reference.reservation):
+            return seen
         try:
-            found = await self._tasks.get(reference.reservation)
+            (found,) = await self._tasks.attend([reference.reservation])
         except LedgerUnavailable:
             return await self._look_up(reference, task_id, book=False)
-        if found:
-            task, now = found
-            return Seen(task, (now - task.checked) / 1000)
-        return await self._look_up(reference, task_id, book=True)
+        return self._board.post(*found) if found else await self._look_up(reference, task_id, book=True)
 
     async def page(
         self, tenant: Tenant, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
@@ -117,7 +165,7 @@ class Follow:
             raise _not_found()
         if book:
             await self._settle_late(reference, task_id)
-        return Seen(_task(reference, task_id, check), time.monotonic() - asked.at)
+        return Seen(_task(reference, task_id, check), reference.created, asked.at)
 
     async def _ask(self, reference: Reference) -> Check:
         account = self._registry.current.account(reference.account)

@@ -66,12 +66,13 @@ _SETTLES = {
 
 
 class Submission(Struct, frozen=True):
-    """An accepted submission: its task, and what is left of the tenant's limits.
+    """An accepted submission: its task as it is `now` (the ledger's time), and what is left of the tenant's limits.
 
     `replayed` if it is an earlier one under the same idempotency key, with its task as it is now.
     """
 
     task: Task
+    now: int
     limits: tuple[RateLimit, ...]
     replayed: bool = False
 
@@ -158,7 +159,7 @@ class Submit:
             raise refusal(sent, place.ask.reservation)
         draft = TaskDraft(task.id, task.options, task.metadata)
         await self._settle(msgspec.structs.replace(self._settlement(place, sent), draft=draft))
-        return Submission(task, limits)
+        return Submission(task, task.created, limits)
 
     async def _reserve(self, ask: Ask) -> tuple[Verdict, Snapshot, float]:
         """Ask for a place; the verdict, and when (of the monotonic clock) it was asked for."""
@@ -200,7 +201,7 @@ class Submit:
         found = await self._tasks.get(verdict.reservation) if verdict.state is ReservationState.ACCEPTED else None
         if found is None:
             raise unknown(verdict.reservation, replayed=True)
-        return Submission(found[0], limits, replayed=True)
+        return Submission(*found, limits, replayed=True)
 
     async def _send(
         self, place: _Place, accounts: Sequence[Account], options: Options, image: Image

@@ -11,6 +11,7 @@ from service.domain.task import Task
 from service.domain.taskid import TaskIds
 from service.telemetry.metrics import Metrics
 from service.usecases.background import ended
+from service.usecases.board import Board
 from service.usecases.ports import Answered, Check, Due, Ledger, RegistryView, Tasks, Upstream
 
 _log = structlog.get_logger(__name__)
@@ -32,6 +33,7 @@ class Watch:
         upstream: Upstream,
         registry: RegistryView,
         task_ids: TaskIds,
+        board: Board,
         metrics: Metrics,
         at_once: int = 16,
     ) -> None:
@@ -40,6 +42,7 @@ class Watch:
         self._upstream = upstream
         self._registry = registry
         self._task_ids = task_ids
+        self._board = board
         self._metrics = metrics
         self._at_once = at_once
         self._checking: set[asyncio.Task[None]] = set()
@@ -111,10 +114,14 @@ class Watch:
         check = await ask(due.task, self._registry, self._task_ids, self._upstream)
         self._metrics.checked(check.answered)
         try:
-            task = await self._tasks.record(due, check)
+            recorded = await self._tasks.record(due, check)
         except LedgerUnavailable:
             return
-        if task and task.state.ended:
+        if recorded is None:
+            return
+        task, now = recorded
+        self._board.announced(task, now)  # whoever waits in this process is spared the way over the store
+        if task.state.ended:
             self._metrics.finished(task.kind, task.state, task.cost)
             _log.info(
                 "task.ended",

@@ -101,7 +101,8 @@ class House:
     token: str = ""
 
     async def advance(self, seconds: float) -> None:
-        """Let time pass for the ledger."""
+        """Let time pass for the ledger, for which what this process remembers is as old then."""
+        self.services.board._seen.clear()
         await self.pass_time(seconds)
 
     async def call(self, method: str, path: str, *, token: str | None = None, **more: Any) -> Response:
@@ -269,6 +270,7 @@ async def house_of_fakes() -> AsyncIterator[tuple[House, FakeLedger, FakeUpstrea
         ledger=ledger,
         books=ledger,
         tasks=ledger,
+        board=ledger.board,
         store=registry,
         registry=registry,
         upstream=upstream,

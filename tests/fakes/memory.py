@@ -14,6 +14,8 @@ from service.domain.tenancy import AccountPolicy, TenantPolicy
 from service.domain.usage import DayUsage
 from service.domain.windows import TenantState
 from service.storage.ledger import DAY, Spans
+from service.usecases.board import Board
+from service.usecases.pace import Pace
 from tests.fakes.clock import FakeClock, Stopwatch
 
 
@@ -31,6 +33,10 @@ class Memory:
     reservations: dict[str, Reservation] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     due: dict[str, int] = field(default_factory=dict)
+    claims: dict[str, int] = field(default_factory=dict)
+    interest: dict[str, int] = field(default_factory=dict)
+    misses: dict[str, int] = field(default_factory=dict)
+    board: Board = field(default_factory=lambda: Board(Pace(2.5)))
     patience: dict[str, tuple[Stopwatch, Stopwatch]] = field(default_factory=dict)
     keys: dict[tuple[int, str], tuple[str, str, int]] = field(default_factory=dict)
     days: dict[tuple[int, int], DayUsage] = field(default_factory=dict)

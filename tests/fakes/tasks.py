@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from service.domain import booking
+from service.domain.checks import check_after
 from service.domain.errors import MalformedRequest
 from service.domain.task import Cost, Kind, State, Task, TaskError
 from service.usecases.ports import Answered, Check, Due, Page
@@ -23,6 +24,16 @@ class FakeTasks(Memory):
         self._answer()
         task = self.tasks.get(reservation)
         return (task, self.clock.at) if task else None
+
+    async def attend(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
+        self._answer()
+        now = self.clock.at
+        for name in reservations:
+            if name in self.due or name in self.claims:
+                self.interest[name] = now + self.spans.interest
+            if self.due.get(name, 0) > now + self.spans.check_after:
+                self.due[name] = now
+        return [(self.tasks[name], now) if name in self.tasks else None for name in reservations]
 
     async def page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
@@ -47,15 +58,20 @@ class FakeTasks(Memory):
 
     async def claim(self, most: int) -> Sequence[Due]:
         self._answer()
+        for name in [name for name, lease in self.claims.items() if lease <= self.clock.at]:
+            del self.claims[name]
+            self.due[name] = self.clock.at
         ready = sorted(((at, name) for name, at in self.due.items() if at <= self.clock.at))[:most]
         for _, name in ready:
-            self.due[name] = self.clock.at + self.spans.claim
+            del self.due[name]
+            self.claims[name] = self.clock.at + self.spans.claim
         return [Due(self.tasks[name], self.clock.at) for _, name in ready]
 
-    async def record(self, due: Due, check: Check) -> Task | None:
+    async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
         self._answer()
         name, now = due.task.reservation, self.clock.at
         task = self.tasks.get(name)
+        self.claims.pop(name, None)
         if task is None or task.state.ended:
             self.due.pop(name, None)
             return None
@@ -78,11 +94,15 @@ class FakeTasks(Memory):
                 task, updated=now, checked=checked, version=task.version + 1, cost=cost, **changes
             )
         else:
-            self.due[name] = now + self.spans.check_after
+            failed = answered in {Answered.NOTHING, Answered.UNUSABLE}
+            misses = self.misses[name] = self.misses.get(name, 0) + 1 if failed else 0
+            interesting = self.interest.get(name, 0) > now
+            poll, age = self.spans.check_after, now - task.created
+            self.due[name] = now + check_after(poll, age, misses, interesting=interesting)
             begins = answered is Answered.RUNNING and task.state is State.QUEUED
             changes = {"state": State.RUNNING, "updated": now, "version": task.version + 1} if begins else {}
             self.tasks[name] = msgspec.structs.replace(task, checked=checked, **changes)
-        return self.tasks[name]
+        return self.tasks[name], now
 
     def _end(self, name: str, due: Due, check: Check, *, succeeded: bool) -> Cost:
         reservation = self.reservations[name]

@@ -81,7 +81,7 @@ async def test_a_submission_from_reserve_to_receipt(store: Store) -> None:
     assert ended is not None
     found = await tasks.get("r1")
     assert found is not None
-    assert found[0].artifacts == ended.artifacts
+    assert found[0].artifacts == ended[0].artifacts
     page = await tasks.page(1, state=State.SUCCEEDED, kind=None, limit=5, cursor=None)
     assert [task.id for task in page.tasks] == ["task_1"]
     assert page.cursor is None

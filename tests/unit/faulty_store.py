@@ -199,11 +199,14 @@ class Line:
     async def claim(self, most: int) -> Sequence[Due]:
         return await self._call_at_once(lambda: self._store.claim(most))
 
-    async def record(self, due: Due, check: Check) -> Task | None:
+    async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
         return await self._call_at_once(lambda: self._store.record(due, check))
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         return await self._call_at_once(lambda: self._store.get(reservation))
+
+    async def attend(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
+        return await self._call_at_once(lambda: self._store.attend(reservations))
 
     async def page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None

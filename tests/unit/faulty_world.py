@@ -21,7 +21,9 @@ from service.keyring import Keyring
 from service.storage.ledger import KEEP_KEY
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
-from service.usecases.follow import Follow, Seen
+from service.usecases.board import Board, Seen
+from service.usecases.follow import Follow
+from service.usecases.pace import Pace
 from service.usecases.ports import Answered, Ask, Check, Image, RegistryView, Snapshot, SubmitOutcome, Submitted
 from service.usecases.settle import Settle
 from service.usecases.submit import LEASE_MARGIN, Submission, Submit
@@ -240,6 +242,7 @@ class Process:
             upstream=upstream,
             registry=registry,
             task_ids=task_ids,
+            board=Board(Pace(0)),
             clock=store.clock,
             interval=0,
         )
@@ -249,6 +252,7 @@ class Process:
             upstream=upstream,
             registry=registry,
             task_ids=task_ids,
+            board=Board(Pace(0)),
             metrics=_METRICS,
         )
         loop = asyncio.get_running_loop()

@@ -76,7 +76,7 @@ class FaultyLedger(FakeLedger):
         async with self._fails("claim"):
             return await super().claim(most)
 
-    async def record(self, due: Due, check: Check) -> Task | None:
+    async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
         async with self._fails("record"):
             return await super().record(due, check)
 
@@ -136,6 +136,7 @@ class Gateway:
             upstream=self.upstream,
             registry=self.registry,
             task_ids=self.task_ids,
+            board=self.ledger.board,
             metrics=metrics,
             at_once=2,
         )
@@ -148,6 +149,7 @@ class Gateway:
             upstream=self.upstream,
             registry=self.registry,
             task_ids=self.task_ids,
+            board=self.ledger.board,
             clock=self.ledger.clock,
             interval=interval,
         )

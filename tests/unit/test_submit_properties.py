@@ -22,7 +22,7 @@ from service.domain.reservation import ReservationState
 from service.domain.task import TaskError
 from service.domain.tenancy import Account, AccountPolicy, Limit, Purse, Tenant, TenantPolicy, Window
 from service.usecases import submit
-from service.usecases.follow import Seen
+from service.usecases.board import Seen
 from service.usecases.ports import Answered, Check, SubmitOutcome
 from service.usecases.submit import Submission
 from tests.fakes import FakeRegistry

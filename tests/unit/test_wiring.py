@@ -35,6 +35,7 @@ async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
         ledger=ledger,
         books=ledger,
         tasks=ledger,
+        board=ledger.board,
         store=registry,
         registry=registry,
         upstream=FakeUpstream(),

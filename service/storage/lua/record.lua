@@ -1,12 +1,26 @@
 -- Writes what a check of a task said, and when to check again; an end is recorded once, with its receipt.
--- KEYS     clock, tenant, reservation, account, task, watch
+-- KEYS     clock, tenant, reservation, account, task, watch, claims, interest
 -- ARGV     MessagePack {reservation, account, claimed, answered, artifacts, error, lost_error, unusable_error, figures,
 --          check_after, lost_after, unusable_after, keep_reservation, keep_running, keep_ended, usage, keep_usage,
---          reservations}; usage and reservations are the prefixes of the keys of the tenant's days and of reservations
+--          reservations, channel}; usage and reservations are the prefixes of the keys of the tenant's days and of
+--          reservations, channel is where what can be seen of the task is announced
 -- RETURNS  {'recorded', now, the task}, {'ended', now} if it had ended before, or {'gone', now}
+local LONGEST, LONGEST_BACKOFF, SHARE_OF_AGE = 30000, 60000, 20
+
+-- How long after a check the next one is due, as service/domain/checks.py has it.
+local function check_after(poll, age, misses, interesting)
+  if misses > 0 then
+    return math.min(poll * 2 ^ misses, math.max(LONGEST_BACKOFF, poll))
+  elseif interesting then
+    return poll
+  end
+  return math.max(math.min(math.floor(age / SHARE_OF_AGE), LONGEST), poll)
+end
+
 local ask = cmsgpack.unpack(ARGV[1])
 local now = clock(KEYS[1])
 local task = unpacked(redis.call('GET', KEYS[5]))
+redis.call('ZREM', KEYS[7], ask.reservation)
 if not task or task.finished then
   redis.call('ZREM', KEYS[6], ask.reservation)
   return {task and 'ended' or 'gone', now}
@@ -35,7 +49,7 @@ else
   task.silent, task.silent_at, task.useless, task.useless_at = nil, nil, nil, nil
 end
 
-local keep = ask.keep_running
+local keep, version = ask.keep_running, task.version
 if answered == 'succeeded' or answered == 'failed' then
   local cost = {count = 0, money = 0, basis = 'unknown'}
   local reservation = load_reservation(KEYS[3])
@@ -85,8 +99,14 @@ else
       task.state, task.updated, task.version = 'running', now, task.version + 1
     end
   end
-  redis.call('ZADD', KEYS[6], now + ask.check_after, ask.reservation)
+  local misses = (answered == 'nothing' or answered == 'unusable') and (task.misses or 0) + 1 or 0
+  task.misses = misses > 0 and misses or nil
+  local interesting = redis.call('EXISTS', KEYS[8]) == 1
+  redis.call('ZADD', KEYS[6], now + check_after(ask.check_after, now - task.created, misses, interesting), ask.reservation)
 end
 local packed = cmsgpack.pack(task)
 redis.call('SET', KEYS[5], packed, 'PX', keep)
+if task.version > version then
+  redis.call('PUBLISH', ask.channel, cmsgpack.pack({ask.reservation, now, task}))
+end
 return {'recorded', now, packed}

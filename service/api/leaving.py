@@ -1,0 +1,35 @@
+"""Clients that leave: nothing is done any longer that only they waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from litestar import Request
+
+from service.api.uploads import ClientLeft
+
+T = TypeVar("T")
+
+
+async def unless_left(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives, which is cancelled if the client leaves before. Raises ClientLeft then.
+
+    The body of the request has to be read already.
+    """
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise ClientLeft
+    finally:
+        for task in (doing, leaving):
+            task.cancel()
+        await asyncio.gather(doing, leaving, return_exceptions=True)
+
+
+async def _left(request: Request[Any, Any, Any]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,33 @@
+"""What the use cases need of the world. Each docstring says what a second implementation must keep.
+
+Everything that can't reach its store raises `LedgerUnavailable`; nothing here retries unless it says so.
+"""
+
+from service.usecases.ports.clock import Clock
+from service.usecases.ports.ledger import Ask, Books, Ledger, Look, Settlement, Snapshot, TaskDraft
+from service.usecases.ports.registry import RegistryChange, RegistryStore, RegistryView
+from service.usecases.ports.tasks import Due, Page, Tasks
+from service.usecases.ports.upstream import Answered, Check, Image, SubmitOutcome, Submitted, Upstream
+
+__all__ = [
+    "Answered",
+    "Ask",
+    "Books",
+    "Check",
+    "Clock",
+    "Due",
+    "Image",
+    "Ledger",
+    "Look",
+    "Page",
+    "RegistryChange",
+    "RegistryStore",
+    "RegistryView",
+    "Settlement",
+    "Snapshot",
+    "SubmitOutcome",
+    "Submitted",
+    "TaskDraft",
+    "Tasks",
+    "Upstream",
+]
