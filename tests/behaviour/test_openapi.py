@@ -197,7 +197,7 @@ async def test_answers_are_as_told(house: House, document: dict[str, Any]) -> No
         response = resolved(document, found["responses"].get(str(expected), found["responses"]["default"]))
         (media_type, content) = next(iter(response.get("content", {"": {}}).items()))
         assert answer.headers.get("content-type", "") == media_type
-        optional = {"retry-after", "ratelimit", "ratelimit-policy", "idempotent-replayed"}
+        optional = {"retry-after", "ratelimit", "ratelimit-policy", "idempotent-replayed", "preference-applied"}
         assert {name.lower() for name in response.get("headers", {})} - optional <= {*answer.headers}
         if media_type:
             fits(document, answer.json(), content["schema"], operation)

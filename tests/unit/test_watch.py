@@ -148,10 +148,11 @@ async def test_missing_key(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) ->
     (task,) = await due(gateway)
     with monkeypatch.context() as patched:
         patched.setattr(gateway.task_ids, "open", TaskIds(Keyring([b"x" * 32]).purpose("task-id")).open)
-        for _ in range(3):
+        for misses in (1, 2, 3):
             await gateway.watch.tick()
             await gateway.watch.settled()
-            assert gateway.ledger.due[task.reservation] == gateway.ledger.clock.at + gateway.ledger.spans.check_after
+            again = gateway.ledger.clock.at + (gateway.ledger.spans.check_after << misses)
+            assert gateway.ledger.due[task.reservation] == again
             gateway.ledger.clock.at += gateway.ledger.spans.lost_after
     assert states(gateway) == [State.QUEUED]
     await gateway.watch.tick()
