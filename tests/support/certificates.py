@@ -16,14 +16,14 @@ from cryptography.x509.oid import NameOID
 _DAY = dt.timedelta(days=1)
 
 
-def certify(folder: Path, address: str = "127.0.0.1") -> tuple[Path, ssl.SSLContext]:
-    """A self-signed certificate for an IP address, as a file to trust, and the context of a server that has it."""
+def certify(folder: Path, subject: str = "127.0.0.1") -> tuple[Path, ssl.SSLContext]:
+    """A self-signed certificate for an IP address or a name, as a file to trust, and the context of its server."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = dt.datetime.now(dt.UTC)
     certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - _DAY, now + _DAY)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_general_name(subject)]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -33,3 +33,10 @@ def certify(folder: Path, address: str = "127.0.0.1") -> tuple[Path, ssl.SSLCont
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(public, private)
     return public, context
+
+
+def _general_name(subject: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(subject))
+    except ValueError:
+        return x509.DNSName(subject)
