@@ -83,6 +83,9 @@ _TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
     errors.UnsupportedMediaType: ProblemType(
         "unsupported-media-type", 415, "Unsupported media type", "Of the request, or of the image by its bytes."
     ),
+    errors.RangeNotSatisfiable: ProblemType(
+        "range-not-satisfiable", 416, "Range not satisfiable", "The result has no bytes there."
+    ),
     errors.InvalidOptions: INVALID_OPTIONS,
     errors.InvalidImage: ProblemType("invalid-image", 422, "Invalid image", "It is broken or cut off."),
     errors.IdempotencyKeyInvalid: ProblemType(
@@ -154,6 +157,8 @@ def to_problem(error: errors.GatewayError) -> Problem:
             headers |= REPLAYED if error.replayed else {}
         case errors.UpstreamRejected():
             extras["upstream_reason"] = error.reason
+        case errors.RangeNotSatisfiable() if error.content_range:
+            headers["Content-Range"] = error.content_range
         case errors.Unauthenticated():
             headers["WWW-Authenticate"] = 'Bearer realm="imaging-gateway"'
         case TooSlow():

@@ -10,6 +10,7 @@
     │   ├── NotFound
     │   ├── Conflict                an operator's change that would strand something
     │   ├── ImageTooLarge
+    │   ├── RangeNotSatisfiable
     │   ├── UnsupportedMediaType
     │   ├── InvalidOptions          names every faulty field
     │   ├── InvalidImage
@@ -87,6 +88,14 @@ class Conflict(CallerFault):
 
 class ImageTooLarge(CallerFault):
     """The image exceeds the limit on bytes or on pixels."""
+
+
+class RangeNotSatisfiable(CallerFault):
+    """A result has no bytes in the range asked for; `content_range` says how many it has, in HTTP's words."""
+
+    def __init__(self, detail: str, *, content_range: str | None) -> None:
+        super().__init__(detail)
+        self.content_range = content_range
 
 
 class UnsupportedMediaType(CallerFault):

@@ -1,0 +1,278 @@
+"""Fetches results from wherever the upstream keeps them, and passes them on as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from enum import StrEnum
+from typing import NoReturn
+
+import httpx2
+import structlog
+from msgspec import Struct
+
+from service import __version__
+from service.clients import files
+from service.clients.addresses import Address, AddressRefused, CheckedTransport, Resolver, public, resolve
+from service.domain.artifact import BEGINNING, OPAQUE, fits, seen_type
+from service.domain.errors import (
+    GatewayError,
+    Overloaded,
+    RangeNotSatisfiable,
+    UpstreamInvalidResponse,
+    UpstreamUnavailable,
+)
+from service.domain.task import Artifact, ArtifactName
+from service.domain.tenancy import Account
+from service.usecases.ports.artifacts import Asked, BrokenOff, Fetched, Portion
+
+_log = structlog.get_logger(__name__)
+
+MOST_AT_ONCE = 100
+"""So many fetches of a process are under way at once; more are refused, since each holds two connections."""
+MOST_REDIRECTS = 5
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+Observer = Callable[[StrEnum, StrEnum, float], None]
+"""Is told of every fetch: its operation, its outcome, and the seconds it took."""
+
+
+class Operation(StrEnum):
+    """What this client does."""
+
+    FETCH = "fetch"
+
+
+class Outcome(StrEnum):
+    """What became of a fetch."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+    """The reader wanted no more of it."""
+    UNUSABLE = "unusable"
+    UNREACHABLE = "unreachable"
+    BROKEN_OFF = "broken-off"
+
+
+class Patience(Struct, frozen=True):
+    """How many seconds a connection may take, the first byte with all redirects before it, and each further chunk."""
+
+    connect: float = 5
+    first_byte: float = 30
+    idle: float = 30
+
+
+class ArtifactClient:
+    """Fetches results of at most `max_bytes`, each over a connection of its own.
+
+    Private addresses are for accounts whose own upstream is there: the one they name, else that of `upstream_url`.
+    """
+
+    def __init__(
+        self,
+        upstream_url: str,
+        *,
+        max_bytes: int,
+        observe: Observer,
+        tls: ssl.SSLContext | None = None,
+        resolver: Resolver = resolve,
+        patience: Patience | None = None,
+    ) -> None:
+        self._upstream_url = upstream_url
+        self._max_bytes = max_bytes
+        self._observe = observe
+        self._tls = tls or httpx2.create_ssl_context()
+        self._resolver = resolver
+        self._patience = patience or Patience()
+        self._under_way = 0
+
+    @asynccontextmanager
+    async def fetch(self, account: Account | None, artifact: Artifact, asked: Asked) -> AsyncIterator[Fetched]:
+        """A result, from its server as long as the block lasts.
+
+        Raises UpstreamInvalidResponse, UpstreamUnavailable, RangeNotSatisfiable or Overloaded before the block.
+        """
+        if self._under_way >= MOST_AT_ONCE:
+            raise Overloaded("Too many results are being fetched at the moment. Try again.", retry_after=1)
+        own = _host(account.base_url or self._upstream_url) if account else None
+
+        def allow(host: str, ip: Address) -> bool:
+            return host == own or public(ip)
+
+        started, fetch = time.monotonic(), _Fetch(asked, self._max_bytes, self._patience)
+        self._under_way += 1
+        try:
+            async with CheckedTransport(allow, tls=self._tls, resolver=self._resolver) as transport, fetch.opened:
+                yield await fetch.begin(transport, artifact)
+        finally:
+            self._under_way -= 1
+            self._observe(Operation.FETCH, fetch.outcome, time.monotonic() - started)
+
+
+class _Fetch:
+    """One fetch. What it opens is closed with `opened`."""
+
+    def __init__(self, asked: Asked, max_bytes: int, patience: Patience) -> None:
+        self._asked = asked
+        self._max_bytes = max_bytes
+        self._patience = patience
+        self._host = ""
+        self.opened = AsyncExitStack()
+        self.outcome = Outcome.STOPPED
+
+    async def begin(self, transport: CheckedTransport, artifact: Artifact) -> Fetched:
+        """Fetch until the first bytes are there and found good. Raises what the reader is told instead."""
+        try:
+            with _in_words():
+                async with asyncio.timeout(self._patience.first_byte):
+                    return await self._begin(transport, artifact)
+        except GatewayError as fault:
+            self.outcome = _OUTCOMES[type(fault)]
+            if self.outcome is not Outcome.DONE:
+                self._say("a result can't be fetched", fault.__cause__ or fault)
+            raise
+
+    async def _begin(self, transport: CheckedTransport, artifact: Artifact) -> Fetched:
+        response = await self._follow(transport, httpx2.URL(artifact.url))
+        head = files.read(response.status_code, response.headers, self._asked, most=self._max_bytes)
+        if head.portion is Portion.NOTHING:
+            self.outcome = Outcome.DONE
+        body = await self.opened.enter_async_context(aclosing(response.aiter_raw()))
+        beginning = await _beginning(body, BEGINNING if head.media_type == OPAQUE else 1)
+        media_type = head.media_type
+        if head.portion is not Portion.NOTHING:
+            _check_length(beginning, head, self._max_bytes)
+            media_type = _media_type(artifact.name, head, beginning)
+        chunks = await self.opened.enter_async_context(aclosing(self._chunks(beginning, body, head)))
+        return Fetched(
+            name=artifact.name,
+            portion=head.portion,
+            media_type=media_type,
+            chunks=chunks,
+            length=head.length,
+            content_range=head.content_range,
+            etag=head.etag,
+            last_modified=head.last_modified,
+            accept_ranges=head.accept_ranges,
+        )
+
+    async def _follow(self, transport: CheckedTransport, url: httpx2.URL) -> httpx2.Response:
+        """The answer at the end of the redirects, each of which is checked by the transport like the first address."""
+        for _ in range(1 + MOST_REDIRECTS):
+            response = await self._ask(transport, url)
+            if response.status_code not in _REDIRECTS:
+                return response
+            target = url.join(response.headers.get("location", ""))
+            await response.aclose()
+            if target.scheme != "https" and (url.scheme == "https" or target.scheme != "http"):
+                raise UpstreamInvalidResponse("The upstream sends on to an address that is less safe than its own.")
+            url = target
+        raise UpstreamInvalidResponse(f"The upstream sends on more than {MOST_REDIRECTS} times for this result.")
+
+    async def _ask(self, transport: CheckedTransport, url: httpx2.URL) -> httpx2.Response:
+        self._host = url.host
+        conditions = {
+            "Range": self._asked.range,
+            "If-Range": self._asked.if_range,
+            "If-None-Match": self._asked.if_none_match,
+            "If-Modified-Since": self._asked.if_modified_since,
+        }
+        patience = {"connect": self._patience.connect, "write": self._patience.connect, "read": None, "pool": None}
+        request = httpx2.Request(
+            "GET",
+            url,
+            headers=_HEADERS | {name: value for name, value in conditions.items() if value},
+            extensions={"timeout": patience},
+        )
+        response = await transport.handle_async_request(request)
+        self.opened.push_async_callback(response.aclose)
+        return response
+
+    async def _chunks(self, beginning: bytes, body: AsyncIterator[bytes], head: files.Head) -> AsyncGenerator[bytes]:
+        most = self._max_bytes if head.exact is None else head.exact
+        given, chunk = 0, beginning or None
+        while chunk is not None:
+            given += len(chunk)
+            if given > most:
+                self._break_off(f"it is longer than {most} bytes")
+            yield chunk
+            try:
+                async with asyncio.timeout(self._patience.idle):
+                    chunk = await anext(body, None)
+            except (httpx2.HTTPError, OSError) as error:
+                self._break_off(type(error).__name__)
+        if head.exact is not None and given < head.exact:
+            self._break_off(f"it has {given} of {head.exact} bytes")
+        self.outcome = Outcome.DONE
+
+    def _break_off(self, why: str) -> NoReturn:
+        self.outcome = Outcome.BROKEN_OFF
+        self._say("a result broke off", why)
+        raise BrokenOff(why)
+
+    def _say(self, event: str, why: object) -> None:
+        # Only the host: the rest of an address may be what gives access to the file.
+        fault = type(why).__name__ if isinstance(why, Exception) else None
+        _log.warning(event, host=self._host, why=str(why), fault=fault)
+
+
+_HEADERS = {
+    "User-Agent": f"imaging-gateway/{__version__}",
+    "Accept": "image/*",
+    "Accept-Encoding": "identity",
+}
+_OUTCOMES: Mapping[type[GatewayError], Outcome] = {
+    UpstreamInvalidResponse: Outcome.UNUSABLE,
+    UpstreamUnavailable: Outcome.UNREACHABLE,
+    RangeNotSatisfiable: Outcome.DONE,
+}
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Say to the reader what went wrong on the way to the first byte, without any address."""
+    try:
+        yield
+    except AddressRefused as error:
+        raise UpstreamInvalidResponse(
+            "The upstream keeps this result where the gateway does not fetch from."
+        ) from error
+    except (httpx2.ConnectError, httpx2.TimeoutException, TimeoutError) as error:
+        raise UpstreamUnavailable(
+            "Where the upstream keeps this result can't be reached just now. Try again.",
+            retry_after=files.TRY_AGAIN_AFTER,
+        ) from error
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        raise UpstreamInvalidResponse("The upstream broke off before the first byte of this result.") from error
+
+
+async def _beginning(body: AsyncIterator[bytes], least: int) -> bytes:
+    """The first bytes: at least so many, unless there are fewer."""
+    found = bytearray()
+    while len(found) < least and (chunk := await anext(body, None)) is not None:
+        found += chunk
+    return bytes(found)
+
+
+def _check_length(beginning: bytes, head: files.Head, most: int) -> None:
+    if not beginning:
+        raise UpstreamInvalidResponse("The upstream gives out nothing in place of this result.")
+    if len(beginning) > (most if head.exact is None else head.exact):
+        raise UpstreamInvalidResponse("The upstream gives out more of this result than it says, or than is passed on.")
+
+
+def _media_type(name: ArtifactName, head: files.Head, beginning: bytes) -> str:
+    """What a result is, of what it may be. From the middle of a file nothing can be seen; it is served as no type."""
+    if head.media_type == OPAQUE and not head.from_start:
+        return OPAQUE
+    found = seen_type(beginning) if head.media_type == OPAQUE else head.media_type
+    if not fits(name, found):
+        raise UpstreamInvalidResponse("The upstream gives out something else than an image in place of this result.")
+    return found
+
+
+def _host(base_url: str) -> str:
+    return httpx2.URL(base_url).raw_host.decode("ascii").lower()
