@@ -15,7 +15,7 @@ from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.types import ControllerRouterHandler
 
-from service.api import admin, legacy, openapi, ops, quota, submissions, tasks, usage
+from service.api import admin, events, legacy, openapi, ops, quota, submissions, tasks, usage
 from service.api.docs import HEADERS, docs_page
 from service.api.document import document
 from service.api.edge import Edge
@@ -93,11 +93,12 @@ def tenants_app(services: Services) -> Litestar:
         catalogue=services.catalogue,
         pace=services.board.pace,
     )
+    event_routes = events.routes(follow=services.follow, tenants=services.tenants)
     usage_routes = [*usage.tenant_routes(services.usage), *submissions.tenant_routes(services.submissions)]
     v1 = Router(
         "/v1",
         route_handlers=[
-            Router("/", route_handlers=task_routes, tags=["Tasks"]),
+            Router("/", route_handlers=[*task_routes, *event_routes], tags=["Tasks"]),
             Router("/", route_handlers=quota.routes(services.quota), tags=["Quota"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
         ],

@@ -179,6 +179,7 @@ def furnished(
         clock=ports.clock,
         interval=settings.poll_seconds,
     )
+    metrics.waiting(lambda: ports.board.waiting)
     watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire, looks.run]
     answering: list[Job] = [] if settings.role is Role.WORKER else [follow.attend]
     return Services(

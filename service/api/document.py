@@ -13,7 +13,7 @@ from litestar import Litestar
 from msgspec import Struct
 
 from service.api import admin_views, legacy, openapi, ops, submission_views, usage_views, views
-from service.api.examples import ACCEPTED, EXAMPLES, TABLES, problem
+from service.api.examples import ACCEPTED, EXAMPLES, STREAMS, TABLES, problem
 from service.api.problems import MEDIA_TYPE
 
 Node = dict[str, Any]
@@ -32,7 +32,7 @@ _HEADERS: Mapping[str, Node] = {
         "ended.",
         "schema": _SECONDS,
     },
-    "Cache-Control": {"description": "For you alone.", "schema": _TEXT},
+    "Cache-Control": {"description": "Only you may keep it, if anybody.", "schema": _TEXT},
     "RateLimit-Policy": {
         "description": "Your limits on tasks, each with its quota `q` and its window `w` in seconds. Absent without "
         "limits.",
@@ -89,12 +89,7 @@ def document(app: Litestar) -> Node:
     for operation in _operations(written):
         operation["responses"] = dict(_responses(operation["responses"]))
         used = used.union(*(response.get("headers", ()) for response in operation["responses"].values()))
-        if accepted := ACCEPTED.get(operation["operationId"]):
-            media = operation["responses"]["201"]["content"]["application/json"]
-            media["examples"] = {"accepted": {"value": _json(accepted)}}
-        if table := TABLES.get(operation["operationId"]):
-            examples = {"usage": {"value": table}}
-            operation["responses"]["200"]["content"]["text/csv"] = {"schema": _TEXT, "examples": examples}
+        _show(operation["operationId"], operation["responses"])
         for parameter in operation.get("parameters", ()):
             _clarify(parameter)
     components["headers"] = {name: header for name, header in _HEADERS.items() if name in used}
@@ -103,6 +98,18 @@ def document(app: Litestar) -> Node:
     components = renamed["components"]
     components["schemas"] = dict(sorted((names[name], schema) for name, schema in components["schemas"].items()))
     return {key: renamed[key] for key in _ORDER if key in renamed}
+
+
+def _show(operation: str, responses: Node) -> None:
+    """Give an operation's success the examples that are its own."""
+    if accepted := ACCEPTED.get(operation):
+        responses["201"]["content"]["application/json"]["examples"] = {"accepted": {"value": _json(accepted)}}
+    if table := TABLES.get(operation):
+        examples = {"usage": {"value": table}}
+        responses["200"]["content"]["text/csv"] = {"schema": _TEXT, "examples": examples}
+    if stream := STREAMS.get(operation):
+        for media in responses["200"]["content"].values():
+            media["examples"] = {"end": {"value": stream}}
 
 
 def _operations(written: Node) -> Iterator[Node]:

@@ -15,6 +15,7 @@ from uuid import uuid4
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from service.api.leaving import HELD
 from service.api.problems import CRASHED, OUTCOME, REQUEST_ID, render
 from service.api.uploads import ClientLeft
 from service.telemetry.metrics import UNMATCHED, Metrics, Port
@@ -74,7 +75,7 @@ class Edge:
             seconds = time.perf_counter() - begun
             status = answer.status or CLIENT_LEFT
             route = scope.get("path_template") or UNMATCHED
-            self._metrics.request(self._port, method, route, status, seconds)
+            self._metrics.request(self._port, method, route, status, seconds, held=HELD in state)
             self._logger.info(
                 "request",
                 port=self._port,

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from service.api.events import event
 from service.api.problems import PROBLEMS
 from service.api.submission_views import SubmissionView
 from service.api.tabular import table
@@ -47,7 +48,7 @@ _TASK = TaskView(
     artifacts=[ArtifactView(ArtifactName.IMAGE, "https://upstream.example/files/1.png")],
     error=None,
     cost=CostView(count=1, money=0, basis=Basis.OBSERVED),
-    links=LinksView(self=f"/v1/tasks/{_ID}"),
+    links=LinksView(self=f"/v1/tasks/{_ID}", events=f"/v1/tasks/{_ID}/events"),
 )
 _QUOTA = QuotaView(
     policies=[
@@ -128,6 +129,9 @@ TABLES: Mapping[str, str] = {
     "read-all-usage": table(*usage_table(_report(Group.TENANT, Group.KIND), for_operators=True)).decode(),
 }
 """What is answered as CSV to those who want it, by the operation's id."""
+
+STREAMS: Mapping[str, str] = {"follow-task": event(_TASK, 3).decode()}
+"""What is answered as a stream of events, by the operation's id."""
 
 ACCEPTED: Mapping[str, Struct] = {
     f"submit-{kind}": replace(

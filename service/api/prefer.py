@@ -6,17 +6,26 @@ import re
 from collections.abc import Sequence
 
 LONGEST = 60
-_WAIT = re.compile(r"wait[ \t]*=[ \t]*(?:([0-9]{1,9})|\"([0-9]{1,9})\")[ \t]*(?:;.*)?", re.IGNORECASE)
+"""No longer than that, in seconds, since what stands between closes connections on which nothing happens."""
+_MOST_CHARACTERS = 1_000
+_PREFERENCE = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*(?:"|$))+')
+_WAIT = re.compile(r'wait[ \t]*=[ \t]*(?:([0-9]+)|"([0-9]+)")[ \t]*(?:;.*)?', re.IGNORECASE)
+_NAMES_WAIT = re.compile(r"wait[ \t]*(?:[=;]|$)", re.IGNORECASE)
 
 
 def wait_seconds(headers: Sequence[str]) -> int:
-    """The seconds of the first `wait` in the `Prefer` headers of a request, from 1 to 60; 0 if there is none.
+    """For how many seconds the `Prefer` headers of a request want to wait, 60 at the most; 0 if they do not.
 
-    Preferences that are not known, or make no sense, are passed over, as the standard wants it.
+    As the standard wants it, only the first of several counts, and what is not known or makes no sense is passed over.
     """
-    for preference in ",".join(headers).split(","):
-        if found := _WAIT.fullmatch(preference.strip(" \t")):
-            return min(int(found[1] or found[2]), LONGEST)
+    given = ",".join(headers)
+    if len(given) > _MOST_CHARACTERS:  # nobody prefers so much, and taking it apart costs time
+        return 0
+    for preference in _PREFERENCE.findall(given):
+        stripped = preference.strip(" \t")
+        if _NAMES_WAIT.match(stripped):
+            found = _WAIT.fullmatch(stripped)
+            return min(int(found[1] or found[2]), LONGEST) if found else 0
     return 0
 
 

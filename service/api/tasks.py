@@ -14,7 +14,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import HeaderParameter, PathParameter, QueryParameter
 
 from service.api import openapi
-from service.api.leaving import unless_left
+from service.api.leaving import held_open
 from service.api.prefer import applied, wait_seconds
 from service.api.ratelimit import rate_limit_headers
 from service.api.uploads import Uploads
@@ -34,7 +34,7 @@ from service.domain.tenancy import Tenant
 from service.usecases.board import Seen
 from service.usecases.follow import Follow
 from service.usecases.pace import Pace
-from service.usecases.submit import Submit
+from service.usecases.submit import Submission, Submit
 
 PART = "image"
 _METADATA = "metadata"
@@ -71,8 +71,15 @@ def routes(
     ) -> tuple[Seen, dict[str, str]]:
         """A task, and its headers, after a wait for its end if that is preferred. Raises ClientLeft."""
         reading = follow.read(tenant, task_id, wait=wait)
-        seen = await (unless_left(request, reading) if wait else reading)
+        seen = await (held_open(request, reading) if wait else reading)
         return seen, task_headers(seen, pace) | applied(wait)
+
+    async def received(request: Request[Any, Any, Any], tenant: Tenant, kind: Kind, key: str | None) -> Submission:
+        """What became of the image that is uploaded; nothing of it is kept while its task is waited for."""
+        async with uploads.receive(request.scope, request.receive, part=PART) as upload:
+            metadata, fields = _metadata(upload.fields)
+            options = parse_options(kind, fields, catalogue)
+            return await submit(tenant, options, parse_metadata(metadata), upload.image, key=key)
 
     def submitting(kind: Kind) -> HTTPRouteHandler:
         @post(
@@ -109,10 +116,7 @@ def routes(
             key = parse_key(request.headers.getall("idempotency-key", []))
             if request.query_params:
                 raise InvalidOptions([FieldError(name, "goes into the form") for name in request.query_params])
-            async with uploads.receive(request.scope, request.receive, part=PART) as upload:
-                metadata, fields = _metadata(upload.fields)
-                options = parse_options(kind, fields, catalogue)
-                accepted = await submit(tenant, options, parse_metadata(metadata), upload.image, key=key)
+            accepted = await received(request, tenant, kind, key)
             seen = Seen(accepted.task, accepted.now, time.monotonic())
             headers = task_headers(seen, pace)
             if wait := wait_seconds(request.headers.getall("prefer", [])):
@@ -132,7 +136,7 @@ def routes(
         description=_READING,
         response_description="The task as it is known now",
         response_headers=openapi.headers("ETag", "Age", "Retry-After", "Preference-Applied", "Cache-Control"),
-        responses=openapi.problems(401, 404, "upstream-unavailable") | openapi.NOT_MODIFIED,
+        responses=openapi.problems(401, 404, "overloaded", "upstream-unavailable") | openapi.NOT_MODIFIED,
     )
     async def read(
         request: Request[Any, Any, Any],

@@ -55,6 +55,7 @@ class LinksView(Struct, frozen=True):
     """Where to go from here."""
 
     self: Annotated[str, Meta(description="Where the task is read.")]
+    events: Annotated[str, Meta(description="Where its changes are streamed.")]
 
 
 class TaskView(Struct, frozen=True):
@@ -130,6 +131,11 @@ def task_path(task: Task) -> str:
     return f"/v1/tasks/{task.id}"
 
 
+def events_path(task: Task) -> str:
+    """Where the changes of a task are streamed."""
+    return f"{task_path(task)}/events"
+
+
 def task_view(task: Task) -> TaskView:
     """A task as JSON shows it."""
     return TaskView(
@@ -144,7 +150,7 @@ def task_view(task: Task) -> TaskView:
         artifacts=[ArtifactView(each.name, each.url) for each in task.artifacts],
         error=ErrorView(task.error.code, task.error.detail) if task.error else None,
         cost=CostView(task.cost.count, yuan(task.cost.money), task.cost.basis),
-        links=LinksView(self=task_path(task)),
+        links=LinksView(self=task_path(task), events=events_path(task)),
     )
 
 

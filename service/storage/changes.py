@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import structlog
+from msgspec import MsgspecError
 from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
@@ -41,4 +42,12 @@ class Changes:
             while True:
                 message = await channel.get_message(ignore_subscribe_messages=True, timeout=_LISTEN_SECONDS)
                 if message:
-                    self._board.announced(*unpacked_change(message["data"]))
+                    self._take_in(message["data"])
+
+    def _take_in(self, message: bytes) -> None:
+        try:
+            change = unpacked_change(message)
+        except MsgspecError:  # of another version of the gateway; waiters read by themselves
+            _log.warning("changes.unreadable")
+        else:
+            self._board.announced(*change)

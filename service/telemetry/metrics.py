@@ -6,6 +6,7 @@ sent, so that their number is bounded. Durations are in seconds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from enum import Enum, StrEnum
 from platform import python_version
@@ -29,6 +30,7 @@ _POLICIES = (
     MAX_ACTIVE,
 )
 _REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_HELD_SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 600.0)
 _UPSTREAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
@@ -57,10 +59,21 @@ class Metrics:
         )
         self._request_seconds = Histogram(
             "gateway_http_request_duration_seconds",
-            "How long requests took, by port, method and template of the route.",
+            "How long requests took that were not held open, by port, method and template of the route.",
             ("port", "method", "route"),
             buckets=_REQUEST_SECONDS,
             registry=registry,
+        )
+        self._held_seconds = Histogram(
+            "gateway_http_held_duration_seconds",
+            "How long requests were held open, as streams or to wait for the end of a task, by port, method and"
+            " template of the route.",
+            ("port", "method", "route"),
+            buckets=_HELD_SECONDS,
+            registry=registry,
+        )
+        self._waiting = Gauge(
+            "gateway_waiting_clients", "Clients that wait for a task or follow one.", registry=registry
         )
         self._in_progress = Gauge(
             "gateway_http_requests_in_progress",
@@ -135,20 +148,24 @@ class Metrics:
                 self._spent_count.labels(kind.value, basis.value)
                 self._spent_money.labels(kind.value, basis.value)
         # Looking a child up by its labels costs more than counting, and these two are counted for every request.
-        self._request_children: dict[tuple[Port, str, str, int], tuple[Counter, Histogram]] = {}
+        self._request_children: dict[tuple[Port, str, str, int, bool], tuple[Counter, Histogram]] = {}
 
     def in_progress(self, port: Port) -> AbstractContextManager[None]:
         """Count a request as under way within the block."""
         return self._ports[port].track_inprogress()
 
-    def request(self, port: Port, method: str, route: str, status: int, seconds: float) -> None:
-        """A request ended; `route` is the template of its route, or UNMATCHED."""
-        key = port, method if method in _METHODS else OTHER, route, status
+    def waiting(self, count: Callable[[], int]) -> None:
+        """Have `count` say how many clients wait, whenever somebody asks."""
+        self._waiting.set_function(count)
+
+    def request(self, port: Port, method: str, route: str, status: int, seconds: float, *, held: bool = False) -> None:
+        """A request ended; `route` is the template of its route, or UNMATCHED; it was `held` open on purpose or not."""
+        key = port, method if method in _METHODS else OTHER, route, status, held
         children = self._request_children.get(key)
         if children is None:
             children = self._request_children[key] = (
                 self._requests.labels(port.value, key[1], route, str(status)),
-                self._request_seconds.labels(port.value, key[1], route),
+                (self._held_seconds if held else self._request_seconds).labels(port.value, key[1], route),
             )
         children[0].inc()
         children[1].observe(seconds)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from msgspec import Struct
 
+from service.domain.errors import Overloaded
 from service.domain.task import Task
 from service.usecases.pace import Pace
 
@@ -22,6 +23,9 @@ REMEMBERED = 10_000
 """How many tasks are held at the most, beside those that are waited for: the ones asked for last."""
 RUNNING_SECONDS = 1.0
 """For how long a task that runs is shown from memory. One that has ended does not change any more."""
+MOST_WATCHERS = 10_000
+"""How many may wait in one process, each of whom holds a connection and some memory."""
+_FULL_SECONDS = 5.0
 
 
 class Seen(Struct, frozen=True):
@@ -71,18 +75,23 @@ class Watcher:
 
 
 class Board:
-    """Tasks by the ids of their reservations. `pace` learns from every end, `closed` says that the process ends."""
+    """Tasks by the ids of their reservations, watched by at most so many at once.
 
-    def __init__(self, pace: Pace) -> None:
+    `pace` learns from every end that is announced, `closed` says that the process ends, `waiting` how many wait now.
+    """
+
+    def __init__(self, pace: Pace, *, most_watchers: int = MOST_WATCHERS) -> None:
         self.pace = pace
         self.closed = False
+        self.waiting = 0
+        self._most_watchers = most_watchers
         self._seen: OrderedDict[str, Seen] = OrderedDict()
         self._watchers: dict[str, set[Watcher]] = {}
 
     def post(self, task: Task, now: int) -> Seen:
-        """Take in what is known of a task at the ledger's time `now`; an older version changes nothing."""
+        """Take in what was known of a task at the ledger's time `now`, and give what is: it may be known better."""
         known = self._seen.get(task.reservation)
-        if known and known.task.version > task.version:
+        if known and (known.task.version, known.now) > (task.version, now):
             return known
         seen = self._seen[task.reservation] = Seen(task, now, time.monotonic())
         self._seen.move_to_end(task.reservation)
@@ -94,9 +103,13 @@ class Board:
         return seen
 
     def announced(self, task: Task, now: int) -> None:
-        """Take in a change that was announced; one of a task that nobody has asked for here is not kept."""
+        """Take in a change that every process is told, and learn from it."""
         if task.state.ended:
             self.pace.ended(task)
+        self.recorded(task, now)
+
+    def recorded(self, task: Task, now: int) -> None:
+        """Take in a change before it is announced; one of a task that nobody has asked for here is not kept."""
         if task.reservation in self._seen or task.reservation in self._watchers:
             self.post(task, now)
 
@@ -114,12 +127,19 @@ class Board:
 
     @contextmanager
     def watching(self, reservation: str) -> Iterator[Watcher]:
-        """A watcher of a task: what it waits for is told to it until the end of the block."""
+        """A watcher of a task: what it waits for is told to it until the end of the block.
+
+        Raises Overloaded if too many wait already.
+        """
+        if self.waiting >= self._most_watchers:
+            raise Overloaded("Too many wait for tasks already. Try again later.", retry_after=_FULL_SECONDS)
         watcher = Watcher(self, reservation)
         self._watchers.setdefault(reservation, set()).add(watcher)
+        self.waiting += 1
         try:
             yield watcher
         finally:
+            self.waiting -= 1
             self._watchers[reservation].discard(watcher)
             if not self._watchers[reservation]:
                 del self._watchers[reservation]

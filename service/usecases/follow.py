@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 import structlog
@@ -77,12 +77,13 @@ class Follow:
         self._clock = clock
         self._interval = interval
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
+        self._reading: dict[str, asyncio.Task[Sequence[tuple[Task, int] | None]]] = {}
 
     async def read(self, tenant: Tenant, task_id: str, *, wait: float = 0) -> Seen:
         """A task of this tenant, as soon as it has ended but after `wait` seconds at the latest.
 
         Raises NotFound for a task of somebody else, an altered id, or one that nobody knows; UpstreamUnavailable if
-        neither Redis nor the upstream can tell.
+        neither Redis nor the upstream can tell; Overloaded if too many wait already.
         """
         reference = self.reference(tenant, task_id)
         if not wait:
@@ -96,22 +97,25 @@ class Follow:
                 seen = changed
             return seen
 
-    async def changes(self, tenant: Tenant, task_id: str, *, after: int, seconds: float) -> AsyncIterator[Seen | None]:
-        """Each version of a task later than `after`, until its end, for so many seconds, or until the process ends.
+    async def changes(
+        self, tenant: Tenant, task_id: str, *, after: int, seconds: float
+    ) -> AsyncGenerator[Seen | None, None]:
+        """A task if it is later than version `after` or has ended, then each change, until its end.
 
-        None stands for a moment in which nothing happened for a while. Raises as `read` does.
+        For so many seconds at the longest, or until the process ends. None stands for a while in which nothing
+        happened; the first item comes at once in any case. Raises as `read` does, instead of the first item.
         """
         reference = self.reference(tenant, task_id)
         deadline = time.monotonic() + seconds
         with self._board.watching(reference.reservation) as watcher:
             seen = await self._read(reference, task_id)
-            if seen.task.version > after:
-                after = seen.task.version
-                yield seen
-            while not seen.task.state.ended and not self._board.closed and time.monotonic() < deadline:
-                changed = await watcher.changed(after, min(HEARTBEAT_SECONDS, deadline - time.monotonic()))
-                if changed:
-                    seen, after = changed, changed.task.version
+            yield seen if seen.task.version > after or seen.task.state.ended else None
+            while not seen.task.state.ended and not self._board.closed:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+                changed = await watcher.changed(seen.task.version, min(HEARTBEAT_SECONDS, left))
+                seen = changed or seen
                 yield changed
 
     def reference(self, tenant: Tenant, task_id: str) -> Reference:
@@ -138,10 +142,18 @@ class Follow:
         if seen := self._board.fresh(reference.reservation):
             return seen
         try:
-            (found,) = await self._tasks.attend([reference.reservation])
+            (found,) = await self._attend_once(reference.reservation)
         except LedgerUnavailable:
             return await self._look_up(reference, task_id, book=False)
         return self._board.post(*found) if found else await self._look_up(reference, task_id, book=True)
+
+    async def _attend_once(self, reservation: str) -> Sequence[tuple[Task, int] | None]:
+        """Read a task; all who ask while that is under way share it, so that a crowd costs one call."""
+        reading = self._reading.get(reservation)
+        if reading is None:
+            reading = self._reading[reservation] = asyncio.ensure_future(self._tasks.attend([reservation]))
+            reading.add_done_callback(lambda _: self._reading.pop(reservation))
+        return await asyncio.shield(reading)
 
     async def page(
         self, tenant: Tenant, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
@@ -165,7 +177,12 @@ class Follow:
             raise _not_found()
         if book:
             await self._settle_late(reference, task_id)
-        return Seen(_task(reference, task_id, check), reference.created, asked.at)
+        known = self._board.newest(reference.reservation)
+        if known is None:
+            known = Seen(_bare(reference, task_id), reference.created, asked.at)
+        if known.task.state.ended:  # it came to be known meanwhile
+            return known
+        return Seen(_told(known.task, check, known.now), known.now, asked.at)
 
     async def _ask(self, reference: Reference) -> Check:
         account = self._registry.current.account(reference.account)
@@ -201,23 +218,28 @@ def _not_found() -> NotFound:
     return NotFound("There is no such task.")
 
 
-def _task(reference: Reference, task_id: str, check: Check) -> Task:
-    """What an id and one answer of the upstream tell of a task: its options are not among it."""
+def _told(task: Task, check: Check, now: int) -> Task:
+    """A task with what an answer of the upstream tells of it. What it took is not known before the ledger books it."""
     state = {Answered.SUCCEEDED: State.SUCCEEDED, Answered.FAILED: State.FAILED}.get(check.answered, State.RUNNING)
+    return msgspec.structs.replace(task, state=state, artifacts=check.artifacts, error=check.error, checked=now)
+
+
+def _bare(reference: Reference, task_id: str) -> Task:
+    """What an id tells of a task: its options are not among it."""
     return Task(
         id=task_id,
         reservation=reference.reservation,
         tenant=reference.tenant,
         account=reference.account,
         kind=reference.kind,
-        state=state,
+        state=State.RUNNING,
         created=reference.created,
         updated=reference.created,
         finished=None,
         options=_EMPTY,
         metadata=_EMPTY,
-        artifacts=check.artifacts,
-        error=check.error,
+        artifacts=(),
+        error=None,
         cost=Cost(0, 0, Basis.UNKNOWN),
         version=0,
         checked=reference.created,

@@ -1,10 +1,10 @@
-"""How long tasks take, learned from those that end, so that callers are told when it is worth to ask again."""
+"""How long tasks take, learned from those that succeed, so that callers are told when it is worth to ask again."""
 
 from __future__ import annotations
 
 import math
 
-from service.domain.task import Kind, Task
+from service.domain.task import Kind, State, Task
 
 _WEIGHT = 0.2
 """How much the newest end counts against all before it."""
@@ -19,7 +19,9 @@ class Pace:
         self._seconds: dict[Kind, float] = {}
 
     def ended(self, task: Task) -> None:
-        """A task has ended."""
+        """A task has ended. One that failed tells nothing of how long the others take."""
+        if task.state is not State.SUCCEEDED:
+            return
         took = (task.updated - task.created) / 1000
         known = self._seconds.get(task.kind, took)
         self._seconds[task.kind] = known + _WEIGHT * (took - known)

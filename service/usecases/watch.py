@@ -120,7 +120,7 @@ class Watch:
         if recorded is None:
             return
         task, now = recorded
-        self._board.announced(task, now)  # whoever waits in this process is spared the way over the store
+        self._board.recorded(task, now)  # whoever waits in this process is spared the way over the store
         if task.state.ended:
             self._metrics.finished(task.kind, task.state, task.cost)
             _log.info(

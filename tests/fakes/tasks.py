@@ -31,7 +31,7 @@ class FakeTasks(Memory):
         for name in reservations:
             if name in self.due or name in self.claims:
                 self.interest[name] = now + self.spans.interest
-            if self.due.get(name, 0) > now + self.spans.check_after:
+            if self.due.get(name, 0) > now + self.spans.check_after and not self.misses.get(name):
                 self.due[name] = now
         return [(self.tasks[name], now) if name in self.tasks else None for name in reservations]
 
@@ -102,6 +102,8 @@ class FakeTasks(Memory):
             begins = answered is Answered.RUNNING and task.state is State.QUEUED
             changes = {"state": State.RUNNING, "updated": now, "version": task.version + 1} if begins else {}
             self.tasks[name] = msgspec.structs.replace(task, checked=checked, **changes)
+        if self.tasks[name].version > task.version:
+            self.board.announced(self.tasks[name], now)
         return self.tasks[name], now
 
     def _end(self, name: str, due: Due, check: Check, *, succeeded: bool) -> Cost:
