@@ -98,8 +98,8 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
 
 
 def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHandler]:
-    async def view(tenant: Tenant) -> TenantView:
-        return tenant_view(tenant, operators.tokens(tenant), await quota.report(tenant))
+    async def view(tenant: Tenant, secret: str | None = None) -> TenantView:
+        return tenant_view(tenant, operators.tokens(tenant), await quota.report(tenant), secret)
 
     @put(
         "/tenants/{name:str}",
@@ -108,7 +108,8 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         responses=openapi.problems(401, "malformed-request", *_CHANGE),
     )
     async def put_tenant(name: NewName, data: JSONBody[TenantBody]) -> TenantView:
-        return await view(await operators.put_tenant(data.tenant(name)))
+        put = await operators.put_tenant(data.tenant(name), data.webhook.secret if data.webhook else None)
+        return await view(put.tenant, put.secret)
 
     @get(
         "/tenants",

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta, Struct
 
 from service.api.views import FEN, AmountView, PolicyView, Yuan, moment, quota_view, yuan
+from service.api.webhook_views import WebhookBody, WebhookView, webhook_view
 from service.domain.account import AccountState, Figure, Source, Status
 from service.domain.errors import FieldError, InvalidOptions
 from service.domain.task import Kind
@@ -26,6 +27,7 @@ from service.domain.tenancy import (
     Token,
     Window,
 )
+from service.domain.webhook import Webhook
 from service.usecases.quota import QuotaReport
 
 _MOST = 10**12
@@ -85,6 +87,7 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
     max_active: Whole | None = None
     purse: Purse = Purse.COUNT_THEN_MONEY
     kinds: Annotated[list[Kind] | None, Meta(description="The kinds it may submit; all without it.")] = None
+    webhook: WebhookBody | None = None
     disabled: bool = False
 
     def tenant(self, name: str) -> Tenant:
@@ -112,6 +115,7 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
             policy=TenantPolicy(limits=limits, max_active=self.max_active, purse=self.purse),
             kinds=None if self.kinds is None else tuple(self.kinds),
             disabled=self.disabled,
+            webhook=self.webhook.webhook() if self.webhook else Webhook(),
         )
 
 
@@ -190,6 +194,7 @@ class TenantView(Struct, frozen=True):
     max_active: int | None
     purse: Purse
     kinds: list[Kind] | None
+    webhook: WebhookView | None
     disabled: bool
     policies: list[PolicyView]
     tokens: list[TokenView]
@@ -229,8 +234,10 @@ def account_view(account: Account, state: AccountState) -> AccountView:
     )
 
 
-def tenant_view(tenant: Tenant, tokens: tuple[Token, ...], report: QuotaReport) -> TenantView:
-    """A tenant as operators see it."""
+def tenant_view(
+    tenant: Tenant, tokens: tuple[Token, ...], report: QuotaReport, secret: str | None = None
+) -> TenantView:
+    """A tenant as operators see it, with the secret of its webhook if that was just made."""
     limits = tenant.policy.limits
     return TenantView(
         name=tenant.name,
@@ -241,6 +248,7 @@ def tenant_view(tenant: Tenant, tokens: tuple[Token, ...], report: QuotaReport) 
         max_active=tenant.policy.max_active,
         purse=tenant.policy.purse,
         kinds=None if tenant.kinds is None else list(tenant.kinds),
+        webhook=webhook_view(tenant.webhook, secret),
         disabled=tenant.disabled,
         policies=quota_view(report).policies,
         tokens=[token_view(token) for token in tokens],

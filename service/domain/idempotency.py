@@ -42,13 +42,18 @@ def parse_key(values: Sequence[str]) -> str | None:
     return key
 
 
-def identify(key: str, options: Options, metadata: Mapping[str, str], image_sha256: bytes) -> Idempotency:
+def identify(
+    key: str, options: Options, metadata: Mapping[str, str], image_sha256: bytes, webhook: str | None = None
+) -> Idempotency:
     """The digests under which a submission is known: its content is its kind, every field, and the image's bytes.
 
     A field that is left out is the same as one with its default. Keys are kept across upgrades, so the digests must not
-    change with one: an option that is added leaves those of all who do not use it as they were.
+    change with one: an option that is added leaves those of all who do not use it as they were. So does `webhook`, the
+    address that was given for this task.
     """
-    content = (options.kind, _chosen(options), sorted(metadata.items()), image_sha256)
+    content: tuple[object, ...] = (options.kind, _chosen(options), sorted(metadata.items()), image_sha256)
+    if webhook is not None:
+        content += (webhook,)
     return Idempotency(_digest(key.encode()), _digest(msgspec.msgpack.encode(content)))
 
 

@@ -227,7 +227,8 @@ class Cost(Struct, frozen=True):
 class Task(Struct, frozen=True, kw_only=True):
     """A task as the gateway knows it; times in milliseconds since the epoch.
 
-    `version` grows with every visible change; `checked` is when the upstream last told of it.
+    `version` grows with every visible change; `checked` is when the upstream last told of it. Its end is told to
+    `webhook`, if there is one.
     """
 
     id: str
@@ -246,3 +247,4 @@ class Task(Struct, frozen=True, kw_only=True):
     cost: Cost
     version: int
     checked: int
+    webhook: str | None = None

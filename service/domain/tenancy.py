@@ -13,6 +13,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from service.domain.task import Kind
+from service.domain.webhook import Webhook
 
 Name = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z", description="A name of your choice.")]
 
@@ -64,6 +65,7 @@ class Tenant(Struct, frozen=True):
     policy: TenantPolicy = TenantPolicy()
     kinds: tuple[Kind, ...] | None = None
     disabled: bool = False
+    webhook: Webhook = Webhook()
 
     def may_submit(self, kind: Kind) -> bool:
         """Whether the tenant is allowed this kind; without a list it is allowed all."""

@@ -52,6 +52,32 @@ class Keys:
         """Says that somebody looked at a task lately. Without an id, how all of these keys begin."""
         return f"{self._root}interest:{reservation}"
 
+    @property
+    def receivers(self) -> str:
+        """The receivers that something is to be delivered to, by the time when it is their turn."""
+        return self._root + "receivers"
+
+    @property
+    def failed_deliveries(self) -> str:
+        """The deliveries that were given up, by the time of that."""
+        return self._root + "deliveries:failed"
+
+    def delivery(self, reservation: str) -> str:
+        """How the end of a task is told to its tenant. Without an id, how all of these keys begin."""
+        return f"{self._root}delivery:{reservation}"
+
+    def deliveries_due(self, receiver: str) -> str:
+        """What waits to be delivered to a receiver, by when. Without one, how all of these keys begin."""
+        return f"{self._root}deliveries:due:{receiver}"
+
+    def deliveries_claimed(self, receiver: str) -> str:
+        """What is delivered to a receiver just now, by the time when another process may. Without one, as above."""
+        return f"{self._root}deliveries:claimed:{receiver}"
+
+    def failing(self, receiver: str) -> str:
+        """Says that a receiver failed lately. Without one, how all of these keys begin."""
+        return f"{self._root}failing:{receiver}"
+
     def tenant(self, tenant: int) -> str:
         """A tenant's limits and counters. Ids are never reused, so neither are counters."""
         return f"{self._root}tenant:{tenant}"

@@ -25,7 +25,7 @@ from service.domain.reservation import (
 )
 from service.domain.windows import TenantState
 from service.storage.keys import Keys
-from service.storage.scripts import RETRY_AFTER, Client, Scripts, ledger_time, read, scored
+from service.storage.scripts import RETRY_AFTER, Client, Scripts, given, ledger_time, read, scored
 from service.usecases.ports import Ask, Look, Settlement, Snapshot
 
 DAY = 86_400_000
@@ -86,7 +86,7 @@ class RedisLedger:
                 "accounts": ask.accounts,
                 "reservations": keys.reservation(""),
             }
-            | _given(idempotency=self._idempotency(ask.tenant, ask.idempotency)),
+            | given(idempotency=self._idempotency(ask.tenant, ask.idempotency)),
         )
         return _verdict(answer), Snapshot(msgspec.msgpack.decode(answer[1], type=TenantState), answer[2])
 
@@ -102,7 +102,7 @@ class RedisLedger:
                 keys.account(left),
                 *map(keys.account, ask.accounts),
             ],
-            {"left": left, "keep": self._spans.keep, "accounts": ask.accounts} | _given(closes=closes),
+            {"left": left, "keep": self._spans.keep, "accounts": ask.accounts} | given(closes=closes),
         )
         return _verdict(answer)
 
@@ -123,14 +123,14 @@ class RedisLedger:
             "keep_usage": KEEP_USAGE,
             "reservations": keys.reservation(""),
             "keys": keys.idempotency(settlement.tenant, ""),
-        } | _given(idempotency=self._idempotency(settlement.tenant, settlement.idempotency))
+        } | given(idempotency=self._idempotency(settlement.tenant, settlement.idempotency))
         if settlement.draft:
             ask["draft"] = {
                 "id": settlement.draft.id,
                 "options": str(settlement.draft.options, "utf-8"),
                 "metadata": str(settlement.draft.metadata, "utf-8"),
                 "check_after": self._spans.check_after,
-            }
+            } | given(webhook=settlement.draft.webhook)
         status, _, *elsewhere = await self._scripts.call(
             "settle",
             [
@@ -143,7 +143,7 @@ class RedisLedger:
                 keys.tasks(settlement.tenant),
                 keys.watch,
             ],
-            ask | _given(closes=settlement.closes),
+            ask | given(closes=settlement.closes),
         )
         if status == b"elsewhere":  # a retarget took place whose answer never arrived, and this tells of the other one
             moved = msgspec.structs.replace(settlement, account=elsewhere[0], figures=Figures(), closes=None)
@@ -250,8 +250,4 @@ def _verdict(answer: list[Any]) -> Verdict:
 
 def packed_figures(figures: Figures) -> dict[str, int]:
     """Figures for a script, in which what is not known is not there."""
-    return _given(count=figures.count, money=figures.money)
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+    return given(count=figures.count, money=figures.money)

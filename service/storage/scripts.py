@@ -15,7 +15,7 @@ from service.domain.errors import LedgerUnavailable
 Client = Redis | RedisCluster
 
 RETRY_AFTER = 2.0
-_SHARED = ("state", "charges", "balance", "booking", "quota")
+_SHARED = ("state", "charges", "balance", "booking", "quota", "agenda")
 
 
 class Scripts:
@@ -66,6 +66,11 @@ async def read(client: Client, *commands: tuple[Any, ...]) -> list[Any]:
         return await pipeline.execute()
     except (RedisError, OSError) as error:
         raise unavailable() from error
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Arguments of a script, in which what is not known is not there."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def scored(rows: Sequence[bytes]) -> list[tuple[str, int]]:

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from service.domain.errors import MalformedRequest
 from service.domain.task import Artifact, Basis, Cost, Kind, State, Task, TaskError
+from service.storage.agenda import agenda_of
 from service.storage.keys import Keys
 from service.storage.ledger import KEEP_USAGE, Spans, packed_figures
 from service.storage.scripts import Client, Scripts, ledger_time, read, scored
@@ -43,6 +44,7 @@ class _Stored(Struct):
     artifacts: str = "[]"
     error: str | None = None
     cost: Cost = Cost(0, 0, Basis.UNKNOWN)
+    webhook: str | None = None
 
 
 class RedisTasks:
@@ -156,6 +158,7 @@ class RedisTasks:
             "keep_usage": KEEP_USAGE,
             "reservations": keys.reservation(""),
             "channel": keys.changes_channel,
+            "agenda": agenda_of(keys),
         }
         if check.error:
             ask["error"] = msgspec.json.encode(check.error).decode()
@@ -204,6 +207,7 @@ def _task(reservation: str, stored: _Stored) -> Task:
         error=msgspec.json.decode(stored.error, type=TaskError) if stored.error else None,
         cost=stored.cost,
         version=stored.version,
+        webhook=stored.webhook,
     )
 
 

@@ -197,6 +197,7 @@ class Follow:
         """
         if self._clock.now() - reference.created / 1000 >= BOOKED_WITHIN_SECONDS:
             return
+        tenant = self._registry.current.tenant(reference.tenant)
         settlement = Settlement(
             reservation=reference.reservation,
             tenant=reference.tenant,
@@ -204,7 +205,7 @@ class Follow:
             kind=reference.kind,
             created=reference.created,
             outcome=ReservationState.ACCEPTED,
-            draft=TaskDraft(task_id, _EMPTY, _EMPTY),
+            draft=TaskDraft(task_id, _EMPTY, _EMPTY, tenant.webhook.url if tenant else None),
             late=True,
         )
         try:

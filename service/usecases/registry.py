@@ -1,33 +1,30 @@
 """Operators' work on accounts, tenants and tokens.
 
-Every change is made from the newest version and written only if it still is, so that two operators never undo each
-other. `PUT` replaces: what is left out gets its default, only secrets are kept. Reads see the newest version too, also
+`PUT` replaces: what is left out gets its default, only secrets are kept. Reads see the newest version too, also
 right after a change that another process made. Everything raises LedgerUnavailable while Redis is away.
 """
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 import msgspec
 import structlog
 from msgspec import Struct
 
-from service.domain import tenancy
+from service.domain import tenancy, webhook
 from service.domain.account import AccountState, Status
-from service.domain.errors import Conflict, FieldError, InvalidOptions, LedgerUnavailable, NotFound, Overloaded
+from service.domain.errors import Conflict, FieldError, InvalidOptions, NotFound
 from service.domain.registry import Registry
 from service.domain.taskid import Sealer
 from service.domain.tenancy import Account, AccountPolicy, Tenant, Token
-from service.usecases.ports import Clock, Ledger, RegistryChange, RegistryStore, RegistryView
+from service.usecases.change import Change
+from service.usecases.ports import Clock, Ledger, RegistryChange, RegistryView
 
 _log = structlog.get_logger(__name__)
 
-_TRIES = 10
 _TOKEN_ID_BYTES = 6
 
 R = TypeVar("R")
@@ -41,18 +38,32 @@ class NewToken(Struct, frozen=True):
     text: str
 
 
+class PutTenant(Struct, frozen=True):
+    """A tenant that was put, and the secret of its webhook if one was made for it: the only time it is known."""
+
+    tenant: Tenant
+    secret: str | None
+
+
 class Operators:
     """Changes the registry."""
 
     def __init__(
-        self, *, store: RegistryStore, registry: RegistryView, ledger: Ledger, user_keys: Sealer, clock: Clock
+        self,
+        *,
+        change: Change,
+        registry: RegistryView,
+        ledger: Ledger,
+        user_keys: Sealer,
+        webhook_secrets: Sealer,
+        clock: Clock,
     ) -> None:
-        self._store = store
+        self._change = change
         self._registry = registry
         self._ledger = ledger
         self._user_keys = user_keys
+        self._webhook_secrets = webhook_secrets
         self._clock = clock
-        self._changing = asyncio.Lock()
 
     async def put_account(
         self, name: str, user_key: str | None, base_url: str | None, policy: AccountPolicy
@@ -86,20 +97,31 @@ class Operators:
         account = self._registry.current.accounts.get(name)
         return account is not None and account.user_key == self._user_keys.seal(user_key.encode())
 
-    async def put_tenant(self, tenant: Tenant) -> Tenant:
-        """Make or replace a tenant; the id of the argument does not matter. Raises InvalidOptions."""
+    async def put_tenant(self, tenant: Tenant, secret: str | None = None) -> PutTenant:
+        """Make or replace a tenant; the id of the argument does not matter. Raises InvalidOptions.
 
-        def change(now: Registry) -> tuple[RegistryChange, Tenant]:
+        Its webhooks are signed with `secret`; without one, as they were, or with one that is made. Those that were
+        switched off are sent again.
+        """
+        given = None if secret is None else self._webhook_secrets.seal(webhook.parse_secret(secret))
+        made = webhook.new_secret()
+        fresh = self._webhook_secrets.seal(webhook.parse_secret(made))
+
+        def change(now: Registry) -> tuple[RegistryChange, PutTenant]:
             missing = [each for each in tenant.accounts if each not in now.accounts]
             if missing:
                 raise InvalidOptions([FieldError("accounts", f"there is no account {', '.join(missing)}")])
             known = now.tenants.get(tenant.name)
-            put = msgspec.structs.replace(tenant, id=known.id if known else self._fresh_id(now))
+            signed = tenant.webhook.signed(known.webhook.signing if known else None, given, fresh)
+            put = msgspec.structs.replace(tenant, id=known.id if known else self._fresh_id(now), webhook=signed)
+            shown = made if signed.signing and signed.signing.secret == fresh else None
             next_id = max(now.next_id, put.id + 1)
-            return RegistryChange(version=now.version, next_id=next_id, tenants=(put,)), put
+            return RegistryChange(version=now.version, next_id=next_id, tenants=(put,)), PutTenant(put, shown)
 
         about = msgspec.to_builtins(tenant)
         del about["id"], about["name"]
+        url = tenant.webhook.url and webhook.without_query(tenant.webhook.url)
+        about["webhook"] = {"url": url, "allow": tenant.webhook.allow, "key_given": given is not None}
         return await self._change("tenant.put", change, tenant=tenant.name, **about)
 
     async def delete_account(self, name: str, *, force: bool) -> None:
@@ -213,19 +235,6 @@ class Operators:
     def _fresh_id(self, now: Registry) -> int:
         """An id that was never used, not even by a registry that was lost with all it knew: ids follow the clock."""
         return max(now.next_id, int(self._clock.now() * 1000))
-
-    async def _change(self, what: str, make: Callable[[Registry], tuple[RegistryChange, R]], **about: Any) -> R:
-        """Write what `make` makes of the newest version, again if another process was faster, and log it."""
-        async with self._changing:  # those of one process need not race each other
-            for _ in range(_TRIES):
-                await self._registry.refresh()
-                change, result = make(self._registry.current)
-                if await self._store.write(change):
-                    _log.info(what, version=change.version + 1, **about)
-                    with suppress(LedgerUnavailable):  # it was done all the same, and is followed in the background
-                        await self._registry.refresh()
-                    return result
-        raise Overloaded("The registry is being changed by others. Try again.", retry_after=1)
 
 
 def _may_pay_again(old: Account, new: Account) -> bool:

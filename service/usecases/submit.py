@@ -122,22 +122,36 @@ class Submit:
             raise KindNotAllowed(f"This tenant may not submit {kind} tasks. Ask the operators of the gateway.")
 
     async def __call__(
-        self, tenant: Tenant, options: Options, metadata: dict[str, str], image: Image, *, key: str | None = None
+        self,
+        tenant: Tenant,
+        options: Options,
+        metadata: dict[str, str],
+        image: Image,
+        *,
+        key: str | None = None,
+        webhook: str | None = None,
     ) -> Submission:
         """Submit once, even if it is called again with the same `key`. What has begun is finished if the caller leaves.
 
+        The end of the task is told to `webhook`, an address that the tenant may have, else to its own.
         Raises the errors of `Denied` and `UpstreamFault`, IdempotencyKeyReused, IdempotencyInFlight and
         LedgerUnavailable.
         """
         self.admit(tenant, options.kind)
-        work = self._background.spawn(self._submit(tenant, options, metadata, image, key))
+        work = self._background.spawn(self._submit(tenant, options, metadata, image, key, webhook))
         return await asyncio.shield(work)
 
     async def _submit(
-        self, tenant: Tenant, options: Options, metadata: dict[str, str], image: Image, key: str | None
+        self,
+        tenant: Tenant,
+        options: Options,
+        metadata: dict[str, str],
+        image: Image,
+        key: str | None,
+        webhook: str | None,
     ) -> Submission:
         accounts = self._registry.current.accounts_of(tenant)
-        idempotency = None if key is None else identify(key, options, metadata, image.sha256)
+        idempotency = None if key is None else identify(key, options, metadata, image.sha256, webhook)
         ask = Ask(secrets.token_hex(16), tenant.id, tuple(each.id for each in accounts), options.kind, idempotency)
         verdict, snapshot, asked = await self._reserve(ask)
         limits = rate_limits(tenant.policy, snapshot.state, snapshot.now)
@@ -157,7 +171,7 @@ class Submit:
         if task is None:
             await self._settle(self._settlement(place, sent))
             raise refusal(sent, place.ask.reservation)
-        draft = TaskDraft(task.id, task.options, task.metadata)
+        draft = TaskDraft(task.id, task.options, task.metadata, webhook or tenant.webhook.url)
         await self._settle(msgspec.structs.replace(self._settlement(place, sent), draft=draft))
         return Submission(task, task.created, limits)
 

@@ -13,13 +13,11 @@ from service.telemetry.metrics import Metrics
 from service.usecases.background import ended
 from service.usecases.board import Board
 from service.usecases.ports import Answered, Check, Due, Ledger, RegistryView, Tasks, Upstream
+from service.usecases.rounds import rounds
 
 _log = structlog.get_logger(__name__)
 
-TICK_SECONDS = 0.25
-"""How often due tasks are looked for. A check is late by at most this, and an idle process asks Redis this often."""
 EXPIRE_SECONDS = 5.0
-AWAY_SECONDS = 1.0
 
 
 class Watch:
@@ -50,18 +48,7 @@ class Watch:
     async def run(self) -> None:
         """Watch until cancelled; a check under way is then finished by another process once its claim runs out."""
         try:
-            while True:
-                try:
-                    full = await self.tick()
-                except LedgerUnavailable:
-                    _log.warning("watch.store-away")
-                    await asyncio.sleep(AWAY_SECONDS)
-                except Exception:  # noqa: BLE001 - one fault must not end the watch over all tasks
-                    _log.exception("watch.crashed")
-                    await asyncio.sleep(AWAY_SECONDS)
-                else:
-                    if not full:
-                        await asyncio.sleep(TICK_SECONDS)
+            await rounds("watch", self.tick)
         finally:
             await ended(self._checking)
 

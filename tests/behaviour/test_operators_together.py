@@ -50,20 +50,20 @@ async def test_changes_of_two_processes(valkey: Valkey) -> None:
         )
         assert {each.name for each in await one.tenants()} == {"shop", *names}
         assert await other.tenants() == await one.tenants()
-        assert len({each.id for each in made}) == len(names)
+        assert len({each.tenant.id for each in made}) == len(names)
 
 
 async def test_forestalled(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change is made anew from what another process wrote in between, so that both stay and have ids of their own."""
     async with two_processes(valkey) as (one, other):
-        write = one._store.write
+        write = one._change._store.write
 
         async def forestalled(change: RegistryChange) -> bool:
             monkeypatch.undo()
             await other.put_tenant(tenant("theirs"))
             return await write(change)
 
-        monkeypatch.setattr(one._store, "write", forestalled)
+        monkeypatch.setattr(one._change._store, "write", forestalled)
         await one.put_tenant(tenant("ours"))
         found = await one.tenants()
         assert {each.name for each in found} == {"shop", "theirs", "ours"}

@@ -152,6 +152,7 @@ class FakeLedger(FakeTasks):
             cost=Cost(0, 0, Basis.UNKNOWN),
             version=1,
             checked=known.created,
+            webhook=settlement.draft.webhook,
         )
         self.due[settlement.reservation] = self.clock.at + self.spans.check_after
 

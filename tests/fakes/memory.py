@@ -16,6 +16,7 @@ from service.domain.windows import TenantState
 from service.storage.ledger import DAY, Spans
 from service.usecases.board import Board
 from service.usecases.pace import Pace
+from service.usecases.ports import Delivery
 from tests.fakes.clock import FakeClock, Stopwatch
 
 
@@ -39,6 +40,12 @@ class Memory:
     board: Board = field(default_factory=lambda: Board(Pace(2.5)))
     patience: dict[str, tuple[Stopwatch, Stopwatch]] = field(default_factory=dict)
     keys: dict[tuple[int, str], tuple[str, str, int]] = field(default_factory=dict)
+    deliveries: dict[str, Delivery] = field(default_factory=dict)
+    queued: dict[str, int] = field(default_factory=dict)
+    leased: dict[str, int] = field(default_factory=dict)
+    turns: dict[str, int] = field(default_factory=dict)
+    failing: dict[str, int] = field(default_factory=dict)
+    given_up: dict[str, int] = field(default_factory=dict)
     days: dict[tuple[int, int], DayUsage] = field(default_factory=dict)
 
     def _answer(self) -> None:

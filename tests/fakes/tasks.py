@@ -11,7 +11,9 @@ from service.domain import booking
 from service.domain.checks import check_after
 from service.domain.errors import MalformedRequest
 from service.domain.task import Cost, Kind, State, Task, TaskError
-from service.usecases.ports import Answered, Check, Due, Page
+from service.domain.webhook import DeliveryState
+from service.usecases.ports import Answered, Check, Delivery, Due, Page
+from tests.fakes.agenda import FakeAgenda
 from tests.fakes.clock import Stopwatch
 from tests.fakes.memory import Memory
 
@@ -93,10 +95,12 @@ class FakeTasks(Memory):
             self.tasks[name] = msgspec.structs.replace(
                 task, updated=now, checked=checked, version=task.version + 1, cost=cost, **changes
             )
+            if task.webhook is not None:
+                self._tell(task, task.webhook)
         else:
             failed = answered in {Answered.NOTHING, Answered.UNUSABLE}
             misses = self.misses[name] = self.misses.get(name, 0) + 1 if failed else 0
-            interesting = self.interest.get(name, 0) > now
+            interesting = task.webhook is not None or self.interest.get(name, 0) > now
             poll, age = self.spans.check_after, now - task.created
             self.due[name] = now + check_after(poll, age, misses, interesting=interesting)
             begins = answered is Answered.RUNNING and task.state is State.QUEUED
@@ -105,6 +109,19 @@ class FakeTasks(Memory):
         if self.tasks[name].version > task.version:
             self.board.announced(self.tasks[name], now)
         return self.tasks[name], now
+
+    def _tell(self, task: Task, url: str) -> None:
+        now, state = self.clock.at, DeliveryState.PENDING
+        delivery = Delivery(
+            reservation=task.reservation,
+            task=task.id,
+            tenant=task.tenant,
+            url=url,
+            state=state,
+            created=now,
+            updated=now,
+        )
+        FakeAgenda(self).enqueue(delivery)
 
     def _end(self, name: str, due: Due, check: Check, *, succeeded: bool) -> Cost:
         reservation = self.reservations[name]

@@ -2,7 +2,7 @@
 -- KEYS     clock, tenant, reservation, account, task, watch, claims, interest
 -- ARGV     MessagePack {reservation, account, claimed, answered, artifacts, error, lost_error, unusable_error, figures,
 --          check_after, lost_after, unusable_after, keep_reservation, keep_running, keep_ended, usage, keep_usage,
---          reservations, channel}; usage and reservations are the prefixes of the keys of the tenant's days and of
+--          reservations, channel, agenda}; usage and reservations are the prefixes of the keys of the tenant's days and of
 --          reservations, channel is where what can be seen of the task is announced
 -- RETURNS  {'recorded', now, the task}, {'ended', now} if it had ended before, or {'gone', now}
 local LONGEST, LONGEST_BACKOFF, SHARE_OF_AGE = 30000, 60000, 20
@@ -92,6 +92,10 @@ if answered == 'succeeded' or answered == 'failed' then
   task.silent, task.silent_at, task.useless, task.useless_at = nil, nil, nil, nil
   keep = ask.keep_ended
   redis.call('ZREM', KEYS[6], ask.reservation)
+  if task.webhook then
+    local delivery = {task = task.id, tenant = task.tenant, url = task.webhook, created = now, attempts = 0}
+    enqueue(ask.agenda, ask.reservation, delivery, now, now)
+  end
 else
   if answered == 'running' then
     task.checked = now
@@ -101,7 +105,7 @@ else
   end
   local misses = (answered == 'nothing' or answered == 'unusable') and (task.misses or 0) + 1 or 0
   task.misses = misses > 0 and misses or nil
-  local interesting = redis.call('EXISTS', KEYS[8]) == 1
+  local interesting = task.webhook or redis.call('EXISTS', KEYS[8]) == 1
   redis.call('ZADD', KEYS[6], now + check_after(ask.check_after, now - task.created, misses, interesting), ask.reservation)
 end
 local packed = cmsgpack.pack(task)

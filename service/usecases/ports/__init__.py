@@ -3,6 +3,8 @@
 Everything that can't reach its store raises `LedgerUnavailable`; nothing here retries unless it says so.
 """
 
+from service.usecases.ports.agenda import Agenda, Claimed, Delivery, Outcome
+from service.usecases.ports.callbacks import Callbacks, Reply
 from service.usecases.ports.clock import Clock
 from service.usecases.ports.ledger import Ask, Books, Ledger, Look, Settlement, Snapshot, TaskDraft
 from service.usecases.ports.registry import RegistryChange, RegistryStore, RegistryView
@@ -10,19 +12,25 @@ from service.usecases.ports.tasks import Due, Page, Tasks
 from service.usecases.ports.upstream import Answered, Check, Image, SubmitOutcome, Submitted, Upstream
 
 __all__ = [
+    "Agenda",
     "Answered",
     "Ask",
     "Books",
+    "Callbacks",
     "Check",
+    "Claimed",
     "Clock",
+    "Delivery",
     "Due",
     "Image",
     "Ledger",
     "Look",
+    "Outcome",
     "Page",
     "RegistryChange",
     "RegistryStore",
     "RegistryView",
+    "Reply",
     "Settlement",
     "Snapshot",
     "SubmitOutcome",

@@ -26,11 +26,12 @@ class Ask(Struct, frozen=True):
 
 
 class TaskDraft(Struct, frozen=True):
-    """What a new task is told to the ledger with its acceptance."""
+    """What a new task is told to the ledger with its acceptance; `webhook` is where its end is told."""
 
     id: str
     options: msgspec.Raw
     metadata: msgspec.Raw
+    webhook: str | None = None
 
 
 class Settlement(Struct, frozen=True, kw_only=True):

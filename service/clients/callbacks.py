@@ -1,0 +1,118 @@
+"""Calls to tenants' own servers: the port `Callbacks`.
+
+Whoever chose an address may be anybody, and so may whoever answers there: each call has one time limit for everything,
+goes only to an address that was checked for it, and reads no more of the answer than an operator may want to see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+import httpx2
+import structlog
+
+from service import __version__
+from service.clients.addresses import Address, AddressRefused, CheckedTransport, Resolver, UnknownHost, public, resolve
+from service.domain.webhook import Webhook
+from service.usecases.ports import Reply
+
+_log = structlog.get_logger(__name__)
+
+SECONDS = 15.0
+MOST_READ = 2_048
+_HEADERS = {
+    "User-Agent": f"imaging-gateway/{__version__}",
+    "Content-Type": "application/json",
+    "Accept": "*/*",
+    "Accept-Encoding": "identity",
+}
+
+
+class CallbackClient:
+    """Posts to addresses that tenants chose, each within `seconds` all told."""
+
+    def __init__(self, *, resolver: Resolver = resolve, seconds: float = SECONDS) -> None:
+        self._resolver = resolver
+        self._seconds = seconds
+        self._tls = httpx2.create_ssl_context()
+
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> Reply:
+        """Send once, to an address that is public or that `webhook` lets be reached."""
+
+        def allowed(_host: str, ip: Address) -> bool:
+            return public(ip) or webhook.may_reach(ip)
+
+        try:
+            async with asyncio.timeout(self._seconds):
+                # What may be reached is another matter for each tenant, and no connection is used twice.
+                transport = CheckedTransport(allowed, tls=self._tls, resolver=self._resolver)
+                async with self._client(transport) as client:
+                    return await _reply(client, url, headers, body)
+        except Exception as error:  # noqa: BLE001 - what is below lets through more than it declares
+            return Reply(error=_why(error, self._seconds))
+
+    def _client(self, transport: CheckedTransport) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(
+            transport=transport,
+            trust_env=False,
+            follow_redirects=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            timeout=self._seconds,
+            headers=_HEADERS,
+        )
+
+
+def _why(error: Exception, seconds: float) -> str:
+    """Why there is no answer, for operators."""
+    match error:
+        case TimeoutError() | httpx2.TimeoutException():
+            return f"It took longer than {seconds:g} seconds."
+        case AddressRefused():
+            return "Its host is at an address that may not be reached."
+        case UnknownHost():
+            return "Its host has no address."
+        case httpx2.ConnectError():
+            return "No connection could be made."
+        case httpx2.HTTPError():
+            return "The connection broke, or what came was no HTTP."
+        case _:
+            _log.error("callback.crashed", exc_info=error)
+            return "It could not be called."
+
+
+async def _reply(client: httpx2.AsyncClient, url: str, headers: Mapping[str, str], body: bytes) -> Reply:
+    async with client.stream("POST", url, content=body, headers=dict(headers)) as response:
+        retry_after = _seconds(response.headers.get("retry-after"))
+        if response.is_success:  # whatever else it says, it took it
+            return Reply(status=response.status_code)
+        return Reply(status=response.status_code, retry_after=retry_after, answer=await _beginning(response))
+
+
+async def _beginning(response: httpx2.Response) -> str | None:
+    """How an answer begins; None if it has no body that can be read."""
+    read = bytearray()
+    try:
+        async for chunk in response.aiter_raw():
+            read += chunk
+            if len(read) >= MOST_READ:
+                break
+    except httpx2.HTTPError:  # its status is known, and that is what counts
+        pass
+    return read[:MOST_READ].decode(errors="replace") or None
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """What `Retry-After` asks for: seconds, or a date."""
+    if retry_after is None:
+        return None
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:9])
+    try:
+        at = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    return max((at - datetime.now(UTC)).total_seconds(), 0) if at.tzinfo else None

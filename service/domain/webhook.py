@@ -1,0 +1,275 @@
+"""Webhooks: where a tenant is told of the end of its tasks, how that is signed, and when it is tried again.
+
+Signatures are those of Standard Webhooks 1.0.0: HMAC-SHA256 over `id.timestamp.body`, one for each secret that is in
+force. The id belongs to the event, so that it is the same whenever the event is sent again.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from service.domain.errors import FieldError, InvalidOptions
+from service.domain.task import State
+
+SECRET_PREFIX = "whsec_"  # noqa: S105 - what makes a leaked secret recognisable, not a secret
+_SECRET_BYTES = 32
+_SHORTEST_SECRET, _LONGEST_SECRET = 24, 64
+_ID_PREFIX = "msg_"
+_ID = re.compile(rf"{_ID_PREFIX}([0-9a-f]{{32}})")
+
+MAX_URL = 2_048
+MAX_ALLOWED = 100
+MAX_OFF = 100
+"""So many addresses of a tenant are remembered as switched off: the ones of the last."""
+
+RETRY_SECONDS = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800, 28_800)
+"""How long after each attempt that failed the next one comes; after the last of them the event is given up."""
+LONGEST_RETRY_AFTER = 3_600
+_JITTER = 0.2
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+_PRIVATE: tuple[Network, ...] = (
+    IPv4Network("10.0.0.0/8"),
+    IPv4Network("172.16.0.0/12"),
+    IPv4Network("192.168.0.0/16"),
+    IPv6Network("fc00::/7"),
+)
+_HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
+_GONE = 410
+_BUSY = frozenset({429, 503})
+
+
+class Event(StrEnum):
+    """What tenants are told of."""
+
+    SUCCEEDED = "task.succeeded"
+    FAILED = "task.failed"
+
+    @classmethod
+    def of(cls, state: State) -> Event:
+        """The event that a task has ended so."""
+        return cls.SUCCEEDED if state is State.SUCCEEDED else cls.FAILED
+
+
+class DeliveryState(StrEnum):
+    """Where a delivery stands."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"
+    OFF = "off"
+    """Its address has said that it is gone, and is not asked again before an operator says so."""
+
+
+class Signing(Struct, frozen=True):
+    """The sealed secrets of a tenant: the one in force, and the one before, which signs too until `until` (seconds)."""
+
+    secret: bytes
+    former: bytes | None = None
+    until: float = 0
+
+    def in_force(self, now: float) -> tuple[bytes, ...]:
+        """The sealed secrets that sign at a time, the newer one first."""
+        return (self.secret, self.former) if self.former and now < self.until else (self.secret,)
+
+
+class Webhook(Struct, frozen=True):
+    """Where a tenant is told: at `url` by default, or wherever a task says, at a host of `allow`.
+
+    Without a `url` it is told nothing; the secrets stay for the day when it has one again. `off` has the addresses
+    that have said that they are gone.
+    """
+
+    url: str | None = None
+    allow: tuple[str, ...] = ()
+    signing: Signing | None = None
+    off: tuple[str, ...] = ()
+
+    def permits(self, url: str) -> bool:
+        """Whether the tenant may be told at an address."""
+        host = _host(url)
+        if self.url is None or host is None:
+            return False
+        return host in {_host(self.url), *self.allow} or _covers(self.allow, host)
+
+    def may_reach(self, ip: Address) -> bool:
+        """Whether a host of the tenant may be at an address that is not public: a private one, or one of `allow`."""
+        return any(ip in network for network in (*_PRIVATE, *_networks(self.allow)))
+
+    def signed(self, before: Signing | None, given: bytes | None, fresh: bytes) -> Webhook:
+        """The same with the sealed secret that was given, else what it had before, else a fresh one if it needs one."""
+        if given is not None and (before is None or before.secret != given):
+            before = Signing(given)
+        elif before is None and self.url is not None:
+            before = Signing(fresh)
+        return replace(self, signing=before)
+
+    def is_off(self, url: str) -> bool:
+        """Whether an address was switched off."""
+        return without_query(url) in self.off
+
+    def switched_off(self, url: str) -> Webhook:
+        """The same with one address more that is not asked any longer."""
+        off = tuple(each for each in self.off if each != without_query(url))
+        return replace(self, off=(*off, without_query(url))[-MAX_OFF:])
+
+
+def new_secret() -> str:
+    """Make a secret."""
+    return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+
+
+def parse_secret(text: str) -> bytes:
+    """The bytes of a secret. Raises InvalidOptions, without it, for what is none."""
+    try:
+        key = base64.b64decode(text.removeprefix(SECRET_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if not text.startswith(SECRET_PREFIX) or not _SHORTEST_SECRET <= len(key) <= _LONGEST_SECRET:
+        wanted = f"must be {SECRET_PREFIX} and the base64 of {_SHORTEST_SECRET} to {_LONGEST_SECRET} random bytes"
+        raise InvalidOptions([FieldError("webhook.secret", wanted)])
+    return key
+
+
+def event_id(reservation: str) -> str:
+    """The id of the end of a task, by its reservation."""
+    return _ID_PREFIX + reservation
+
+
+def reservation_of(event: str) -> str | None:
+    """The reservation of the task whose end an id stands for; None for what is no id."""
+    found = _ID.fullmatch(event)
+    return found[1] if found else None
+
+
+def headers(event: str, now: float, body: bytes, keys: Sequence[bytes]) -> dict[str, str]:
+    """What an attempt at `now` (seconds) is sent with: whose event it is, when it was sent, and who vouches for it."""
+    at = str(int(now))
+    signed = b".".join([event.encode(), at.encode(), body])
+    signatures = [base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode() for key in keys]
+    return {
+        "webhook-id": event,
+        "webhook-timestamp": at,
+        "webhook-signature": " ".join(f"v1,{each}" for each in signatures),
+    }
+
+
+def judge(status: int | None) -> DeliveryState:
+    """What an answer means for a delivery; None is no answer. Still pending if it is to be tried again."""
+    if status is not None and 200 <= status < 300:
+        return DeliveryState.DELIVERED
+    return DeliveryState.OFF if status == _GONE else DeliveryState.PENDING
+
+
+def wait_after(
+    attempts: int, chance: float, status: int | None = None, retry_after: float | None = None
+) -> float | None:
+    """How many seconds to wait after so many attempts that failed; None if that was the last.
+
+    `chance`, from 0 to 1, makes it a little shorter, so that what failed together is not tried again together. What
+    a receiver that is busy asks for in `retry_after` is respected, up to an hour.
+    """
+    if attempts > len(RETRY_SECONDS):
+        return None
+    wait = RETRY_SECONDS[attempts - 1] * (1 - _JITTER * chance)
+    asked = min(retry_after or 0, LONGEST_RETRY_AFTER) if status in _BUSY else 0
+    return max(wait, asked)
+
+
+def parse_url(field: str, text: str) -> str:
+    """An address to send to, with its host in lower case. Raises InvalidOptions that names the field."""
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port  # reading them is what checks them
+        if host and ":" in host:
+            ip_address(host)
+    except ValueError:
+        raise _no_url(field) from None
+    plain = re.fullmatch(r"[!-~]+", text) and "\\" not in text and "@" not in parts.netloc and "#" not in text
+    if not plain or not host or parts.scheme not in {"http", "https"} or len(text) > MAX_URL:
+        raise _no_url(field)
+    if ":" not in host and not _HOST.fullmatch(host):
+        raise _no_url(field)
+    return parts._replace(netloc=parts.netloc.lower(), path=parts.path or "/").geturl()
+
+
+def parse_allowed(field: str, entries: Sequence[str]) -> tuple[str, ...]:
+    """Hosts and networks, each as it is compared. Raises InvalidOptions that names each that is neither."""
+    allowed, faults = [], []
+    for place, entry in enumerate(entries):
+        network = _network(entry)
+        if network:
+            allowed.append(str(network))
+        elif _HOST.fullmatch(entry.lower()) and "/" not in entry:
+            allowed.append(entry.lower())
+        else:
+            faults.append(FieldError(f"{field}[{place}]", "must be a host, or a network such as 10.0.0.0/8"))
+    if faults:
+        raise InvalidOptions(faults)
+    return tuple(dict.fromkeys(allowed))
+
+
+def choose(webhook: Webhook, asked: str | None) -> str | None:
+    """The address that a task asks for, if it may. Raises InvalidOptions that names the field."""
+    if asked is None:
+        return None
+    url = parse_url("webhook_url", asked)
+    if not webhook.permits(url):
+        fault = "must be at a host that the operators of the gateway have allowed you"
+        raise InvalidOptions([FieldError("webhook_url", fault)])
+    return url
+
+
+def without_query(url: str) -> str:
+    """An address as far as it may be shown: what identifies somebody tends to stand in the query."""
+    return url.partition("?")[0]
+
+
+def receiver(tenant: int, url: str) -> str:
+    """Whom the deliveries to an address may keep waiting: a tenant's others at the same server."""
+    return f"{tenant}:{'/'.join(url.split('/', 3)[:3]).partition('?')[0]}"
+
+
+def _no_url(field: str) -> InvalidOptions:
+    wanted = (
+        f"must be a URL such as https://host/path, at most {MAX_URL} characters long, without credentials or fragment"
+    )
+    return InvalidOptions([FieldError(field, wanted)])
+
+
+def _host(url: str) -> str | None:
+    return urlsplit(url).hostname
+
+
+def _network(entry: str) -> Network | None:
+    try:
+        return ip_network(entry)
+    except ValueError:
+        return None
+
+
+def _networks(allow: Sequence[str]) -> list[Network]:
+    return [network for network in map(_network, allow) if network]
+
+
+def _covers(allow: Sequence[str], host: str) -> bool:
+    """Whether a host is an address in one of the networks."""
+    try:
+        ip = ip_address(host)
+    except ValueError:
+        return False
+    return any(ip in network for network in _networks(allow))

@@ -1,0 +1,52 @@
+-- The deliveries: what tenants are told, in a queue for each receiver. Receivers take turns, and one that fails has but one
+-- delivery under way, so that none of them holds up another, however much waits for it.
+--
+-- An agenda is {receivers, queue, claims, failing, delivery, failed, keep}: keys, or how those of each receiver or
+-- delivery begin, and for how long all of that is kept.
+
+local AT_ONCE = 4
+local FAILING = 600000
+
+local function receiver_of(delivery)
+  return string.format('%d:%s', delivery.tenant, delivery.url:match('^%a+://[^/?]+'))
+end
+
+local function at_once(agenda, receiver, now)
+  local failing = tonumber(redis.call('GET', agenda.failing .. receiver) or 0)
+  return failing > now and 1 or AT_ONCE
+end
+
+local function first(key)
+  local found = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+  return found[2] and tonumber(found[2])
+end
+
+-- Has a receiver's turn come when its next delivery may be taken: one that waits, or one whose lease runs out.
+local function take_turn(agenda, receiver, now)
+  local queue, claims = agenda.queue .. receiver, agenda.claims .. receiver
+  local due, lapses = first(queue), first(claims)
+  if due and redis.call('ZCARD', claims) >= at_once(agenda, receiver, now) then
+    due = nil
+  end
+  if due or lapses then
+    redis.call('ZADD', agenda.receivers, math.min(due or lapses, lapses or due), receiver)
+  else
+    redis.call('ZREM', agenda.receivers, receiver)
+  end
+  for _, key in ipairs({agenda.receivers, queue, claims}) do
+    redis.call('PEXPIRE', key, agenda.keep)
+  end
+end
+
+local function save_delivery(agenda, id, delivery)
+  redis.call('SET', agenda.delivery .. id, cmsgpack.pack(delivery), 'PX', agenda.keep)
+end
+
+-- Has a delivery sent at a time.
+local function enqueue(agenda, id, delivery, due, now)
+  local receiver = receiver_of(delivery)
+  delivery.state, delivery.updated, delivery.due = 'pending', now, due
+  save_delivery(agenda, id, delivery)
+  redis.call('ZADD', agenda.queue .. receiver, due, id)
+  take_turn(agenda, receiver, now)
+end
