@@ -1,0 +1,221 @@
+"""Results come from their servers as they are, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from PIL import Image
+
+from service.clients import artifacts
+from service.clients.artifacts import Outcome
+from service.domain.artifact import OPAQUE, SVG
+from service.domain.errors import Overloaded, RangeNotSatisfiable, UpstreamInvalidResponse, UpstreamUnavailable
+from service.domain.image import JPEG, PNG, WEBP
+from service.domain.task import ArtifactName
+from service.usecases.ports.artifacts import Asked, Portion
+from tests.contract import origin
+from tests.contract.origin import MOST, PICTURE, chunked, fetcher, file, giving, giving_and_waiting, head
+from tests.contract.peer import serving
+from tests.support.images import encoded
+
+IMAGE, VECTOR, GRID = ArtifactName.IMAGE, ArtifactName.VECTOR, ArtifactName.GRID
+WHEN = "Sat, 31 Jan 2026 12:00:00 GMT"
+
+
+async def test_whole() -> None:
+    """A result comes whole, with its length and its version, over a plain request."""
+    content = PICTURE * 500
+    caller = fetcher()
+    answer = file(content, ETag='"v1"', Last_Modified=WHEN, Accept_Ranges="bytes", Set_Cookie="a=b")
+    async with serving(giving(answer)) as peer:
+        fetched, found = await caller.get(f"{peer.url}/files/1.png?signature=x%2Fy")
+    assert found == content
+    assert (fetched.name, fetched.portion, fetched.media_type) == (IMAGE, Portion.WHOLE, PNG)
+    assert (fetched.length, fetched.content_range) == (len(content), None)
+    assert (fetched.etag, fetched.last_modified, fetched.accept_ranges) == ('"v1"', WHEN, "bytes")
+    assert caller.outcome == Outcome.DONE
+    ((sent, _),) = peer.requests
+    assert sent.startswith(b"GET /files/1.png?signature=x%2Fy HTTP/1.1\r\n")
+    assert b"\r\naccept-encoding: identity\r\n" in sent.lower()
+    assert not {b"range", b"if-range", b"if-none-match", b"if-modified-since", b"cookie", b"authorization"} & {
+        line.partition(b":")[0].lower() for line in sent.split(b"\r\n")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "content", "media_type"),
+    [
+        (IMAGE, "image/png", PICTURE, PNG),
+        (GRID, "Image/JPG", b"whatever", JPEG),
+        (IMAGE, "image/webp", b"whatever", WEBP),
+        (VECTOR, "image/svg+xml; charset=utf-8", b"<svg/>", SVG),
+        (IMAGE, "application/octet-stream", PICTURE, PNG),
+        (IMAGE, "binary/octet-stream", encoded(Image.new("RGB", (4, 4)), "JPEG"), JPEG),
+        (GRID, "", encoded(Image.new("RGB", (4, 4)), "WEBP"), WEBP),
+        (VECTOR, "", origin.SVG, SVG),
+    ],
+)
+async def test_types(name: ArtifactName, said: str, content: bytes, media_type: str) -> None:
+    """A result is of the type its server gives, or seen to be if that says nothing, however little comes first."""
+    caller = fetcher()
+    answer = head(Content_Type=said, Transfer_Encoding="chunked")
+    pieces = chunked(content[:1], content[1:2], content[2:])
+    async with serving(giving(answer, pieces)) as peer:
+        fetched, found = await caller.get(peer.url, name)
+    assert (fetched.media_type, found, fetched.length) == (media_type, content, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        (IMAGE, file(b"<html></html>", Content_Type="text/html")),
+        (IMAGE, file(b"<html></html>", Content_Type="application/octet-stream")),
+        (IMAGE, file(b"<html></html>", Content_Type="")),
+        (VECTOR, file(b"<!DOCTYPE html><svg/>", Content_Type="")),
+        (IMAGE, file(origin.SVG, Content_Type="image/svg+xml")),
+        (IMAGE, file(origin.SVG, Content_Type="")),
+        (VECTOR, file(PICTURE)),
+        (GRID, file(b"{}", Content_Type="application/json")),
+        (IMAGE, file(b"")),
+        (IMAGE, file(PICTURE, Content_Encoding="gzip")),
+    ],
+)
+async def test_something_else(name: ArtifactName, answer: bytes) -> None:
+    """What is no image, or not the kind of image that the result is, is not passed on."""
+    caller = fetcher()
+    async with serving(giving(answer)) as peer:
+        with pytest.raises(UpstreamInvalidResponse):
+            await caller.get(peer.url, name)
+    assert caller.outcome == Outcome.UNUSABLE
+
+
+@pytest.mark.parametrize("status", [201, 204, 206, 300, 304, 401, 403, 404, 410, 416, 418])
+async def test_refused(status: int) -> None:
+    """A server that does not have the result any more, or answers out of order, gives nothing to pass on."""
+    async with serving(giving(file(PICTURE if status not in {204, 304} else b"", status))) as peer:
+        with pytest.raises(UpstreamInvalidResponse):
+            await fetcher().get(peer.url)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+async def test_not_now(status: int) -> None:
+    """A server that has trouble of its own may be asked again."""
+    caller = fetcher()
+    async with serving(giving(file(b"<html>", status))) as peer:
+        with pytest.raises(UpstreamUnavailable) as caught:
+            await caller.get(peer.url)
+    assert caught.value.retry_after
+    assert caller.outcome == Outcome.UNREACHABLE
+
+
+async def test_range() -> None:
+    """A range is asked for, and comes as a part that says where it belongs."""
+    caller = fetcher()
+    answer = file(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
+    async with serving(giving(answer)) as peer:
+        fetched, found = await caller.get(peer.url, asked=Asked(range="bytes=2-5", if_range='"v1"'))
+    assert (fetched.portion, fetched.length, fetched.content_range, found) == (Portion.PART, 4, "bytes 2-5/10", b"cdef")
+    assert fetched.media_type == PNG
+    ((sent, _),) = peer.requests
+    assert b'\r\nrange: bytes=2-5\r\nif-range: "v1"\r\n' in sent.lower()
+
+
+@pytest.mark.parametrize(
+    ("content_range", "media_type"), [("bytes 0-3/10", None), ("bytes 2-5/10", OPAQUE), ("bytes 2-5/*", OPAQUE)]
+)
+async def test_range_without_type(content_range: str, media_type: str | None) -> None:
+    """Of a part whose type is not said only the beginning of the file could tell it."""
+    answer = file(b"<htm", 206, Content_Range=content_range, Content_Type="")
+    async with serving(giving(answer)) as peer:
+        reading = fetcher().get(peer.url, asked=Asked(range="bytes=0-"))
+        if media_type is None:
+            with pytest.raises(UpstreamInvalidResponse):
+                await reading
+        else:
+            assert (await reading)[0].media_type == media_type
+
+
+@pytest.mark.parametrize(
+    "content_range",
+    ["", "bytes 2-4/10", "bytes 5-2/10", "bytes */10", "bytes 2-5", "items 2-5/10", "bytes 2-5/9999999", "bytes 2-5/x"],
+)
+async def test_wrong_ranges(content_range: str) -> None:
+    """A part that is not the one it says, says nothing, or is of too large a whole, is not passed on."""
+    async with serving(giving(file(b"cdef", 206, Content_Range=content_range))) as peer:
+        with pytest.raises(UpstreamInvalidResponse):
+            await fetcher().get(peer.url, asked=Asked(range="bytes=2-5"))
+
+
+@pytest.mark.parametrize(("told", "passed_on"), [("bytes */10", "bytes */10"), ("", None), ("x", None)])
+async def test_no_such_range(told: str, passed_on: str | None) -> None:
+    """A range beyond the end is told with the size of the whole, if that is told."""
+    caller = fetcher()
+    async with serving(giving(file(b"", 416, Content_Range=told))) as peer:
+        with pytest.raises(RangeNotSatisfiable) as caught:
+            await caller.get(peer.url, asked=Asked(range="bytes=20-"))
+    assert caught.value.content_range == passed_on
+    assert caller.outcome == Outcome.DONE
+
+
+@pytest.mark.parametrize("asked", [Asked(if_none_match='"v1"'), Asked(if_modified_since=WHEN)])
+async def test_known_already(asked: Asked) -> None:
+    """What is known already does not come again."""
+    caller = fetcher()
+    async with serving(giving(head(304, ETag='"v1"'))) as peer:
+        fetched, found = await caller.get(peer.url, asked=asked)
+    assert (fetched.portion, fetched.etag, found) == (Portion.NOTHING, '"v1"', b"")
+    assert caller.outcome == Outcome.DONE
+
+
+async def test_malformed_versions() -> None:
+    """A version that has not the form of one is not passed on."""
+    async with serving(giving(file(ETag='"a\x01"', Last_Modified="a\tb", Accept_Ranges="none"))) as peer:
+        fetched, _ = await fetcher().get(peer.url)
+    assert (fetched.etag, fetched.last_modified, fetched.accept_ranges) == (None, None, None)
+
+
+async def test_announced_as_too_large() -> None:
+    """A result that is announced as larger than allowed is refused, and not read."""
+    caller, left = fetcher(), asyncio.Event()
+    serve = giving_and_waiting(head(Content_Length=str(MOST + 1)), PICTURE, left=left)
+    async with serving(serve) as peer, asyncio.timeout(10):
+        with pytest.raises(UpstreamInvalidResponse):
+            await caller.get(peer.url)
+        await left.wait()
+
+
+async def test_leaving() -> None:
+    """Who wants no more of a result ends the fetch, and with it the connection."""
+    caller, left = fetcher(), asyncio.Event()
+    serve = giving_and_waiting(head(Content_Length="1000"), PICTURE, left=left)
+    async with serving(serve) as peer, asyncio.timeout(10):
+        async with caller.fetch(peer.url) as fetched:
+            assert await anext(fetched.chunks) == PICTURE
+        await left.wait()
+    assert caller.outcome == Outcome.STOPPED
+
+
+async def test_leaving_early() -> None:
+    """Who leaves before anything came ends the fetch, and with it the connection."""
+    caller, left = fetcher(), asyncio.Event()
+    async with serving(giving_and_waiting(left=left)) as peer, asyncio.timeout(10):
+        reading = asyncio.create_task(caller.get(peer.url))
+        await peer.arrived.wait()
+        reading.cancel()
+        await left.wait()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+    assert caller.outcome == Outcome.STOPPED
+
+
+async def test_too_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are only so many fetches at once, and each that ends makes room for another."""
+    monkeypatch.setattr(artifacts, "MOST_AT_ONCE", 1)
+    caller = fetcher()
+    async with serving(giving(file())) as peer:
+        async with caller.fetch(peer.url):
+            with pytest.raises(Overloaded):
+                await caller.get(peer.url)
+        await caller.get(peer.url)
+    assert caller.outcomes == [Outcome.STOPPED, Outcome.DONE]

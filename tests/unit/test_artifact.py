@@ -1,0 +1,88 @@
+"""What a result is said to be, and seen to be."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from PIL import Image
+
+from service.domain.artifact import BEGINNING, EXTENSIONS, OPAQUE, SVG, fits, said_type, seen_type
+from service.domain.image import JPEG, PNG, WEBP
+from service.domain.task import ArtifactName
+from tests.support.images import encoded
+
+
+@pytest.mark.parametrize(
+    ("said", "media_type"),
+    [
+        ("image/png", PNG),
+        (" IMAGE/PNG ; x=y", PNG),
+        ("image/jpg", JPEG),
+        ("image/svg+xml; charset=utf-8", SVG),
+        ("text/html", "text/html"),
+        ("", OPAQUE),
+        ("application/octet-stream", OPAQUE),
+        ("binary/octet-stream", OPAQUE),
+    ],
+)
+def test_said(said: str, media_type: str) -> None:
+    """A Content-Type counts without its parameters and its case; one that says nothing is none."""
+    assert said_type(said) == media_type
+
+
+@pytest.mark.parametrize(("form", "media_type"), [("PNG", PNG), ("JPEG", JPEG), ("WEBP", WEBP), ("GIF", OPAQUE)])
+def test_seen_bitmaps(form: str, media_type: str) -> None:
+    """A bitmap is told by its first bytes."""
+    assert seen_type(encoded(Image.new("RGB", (4, 4)), form)) == media_type
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<svg/>",
+        "<svg>",
+        "\ufeff<svg xmlns='http://www.w3.org/2000/svg'>",
+        "\n\t<?xml version='1.0'?>\n<!-- a > b --><!-- c --><svg >",
+        "<!DOCTYPE svg PUBLIC '-//W3C//DTD SVG 1.1//EN' 'x.dtd'><svg\n>",
+        "<!DOCTYPE svg [<!ENTITY a 'b'>]><svg:svg >",
+    ],
+)
+def test_seen_svg(text: str) -> None:
+    """An SVG is told by its root, whatever comes before that."""
+    assert seen_type(text.encode()) == SVG
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<html><svg/></html>",
+        "<!DOCTYPE html><svg/>",
+        "<?xml version='1.0'?><html xmlns='http://www.w3.org/1999/xhtml'><svg/></html>",
+        "<!-- <svg> -->",
+        "<svgx>",
+        "x<svg>",
+        '{"a": "<svg>"}',
+        "RIFF....WAVE",
+    ],
+)
+def test_seen_other(text: str) -> None:
+    """What only mentions an SVG is none, nor is anything else an image."""
+    assert seen_type(text.encode()) == OPAQUE
+
+
+@pytest.mark.parametrize("text", ["<!---->", "<?a?>", " ", "<!DOCTYPE svg>", "<!--", "<!DOCTYPE svg ["])
+def test_seen_in_time(text: str) -> None:
+    """A beginning that is made to be hard to read does not take long."""
+    begun = time.perf_counter()
+    assert seen_type((text * BEGINNING)[:BEGINNING].encode()) == OPAQUE
+    assert time.perf_counter() - begun < 0.5
+
+
+def test_fitting() -> None:
+    """Bitmaps are images and grids, an SVG is a vector, and nothing else is any of them."""
+    fitting = {(name.value, media_type) for name in ArtifactName for media_type in EXTENSIONS if fits(name, media_type)}
+    bitmaps = {(name, media_type) for name in ("image", "grid") for media_type in (PNG, JPEG, WEBP)}
+    assert fitting == bitmaps | {("vector", SVG)}
+    assert not fits(ArtifactName.IMAGE, "text/html")
