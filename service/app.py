@@ -15,7 +15,7 @@ from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.types import ControllerRouterHandler
 
-from service.api import admin, events, legacy, openapi, ops, quota, submissions, tasks, usage
+from service.api import admin, artifacts, events, legacy, openapi, ops, quota, submissions, tasks, usage, webhooks
 from service.api.docs import HEADERS, docs_page
 from service.api.document import document
 from service.api.edge import Edge
@@ -50,6 +50,7 @@ _OPERATORS_BEARER = "The admin token."
 _OPERATORS_TAGS = {
     "Registry": "Accounts, tenants and tokens.",
     "Usage": "What tenants have spent, what became of each submission, and refunds.",
+    "Webhooks": "The secrets that sign what tenants are told, and what could not be delivered.",
     "Service": "The state of the process that answers.",
 }
 _ADMIN_BODY_BYTES = 1_000_000
@@ -93,12 +94,13 @@ def tenants_app(services: Services) -> Litestar:
         catalogue=services.catalogue,
         pace=services.board.pace,
     )
+    artifact_routes = artifacts.routes(services.fetch)
     event_routes = events.routes(follow=services.follow, tenants=services.tenants)
     usage_routes = [*usage.tenant_routes(services.usage), *submissions.tenant_routes(services.submissions)]
     v1 = Router(
         "/v1",
         route_handlers=[
-            Router("/", route_handlers=[*task_routes, *event_routes], tags=["Tasks"]),
+            Router("/", route_handlers=[*task_routes, *event_routes, *artifact_routes], tags=["Tasks"]),
             Router("/", route_handlers=quota.routes(services.quota), tags=["Quota"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
         ],
@@ -131,11 +133,13 @@ def operators_app(services: Services) -> Litestar:
 
     registry_routes = admin.routes(operators=services.operators, quota=services.quota)
     usage_routes = [*usage.operator_routes(services.usage), *submissions.operator_routes(services.submissions)]
+    webhook_routes = webhooks.routes(services.webhooks)
     admin_routes = Router(
         "/admin/v1",
         route_handlers=[
             Router("/", route_handlers=registry_routes, tags=["Registry"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
+            Router("/", route_handlers=webhook_routes, tags=["Webhooks"]),
         ],
         guards=[guard, check_query],
         # Each answer shows how things are now, and one of them a token.

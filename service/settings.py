@@ -150,6 +150,9 @@ class Settings:
     max_image_pixels: Annotated[
         int, Variable(text.whole(1, 1_000_000_000), "25000000", "The most pixels an image may have.")
     ]
+    max_artifact_bytes: Annotated[
+        int, Variable(text.size, "256 MiB", "The largest result that is passed on to a tenant.")
+    ]
     poll_seconds: Annotated[
         float, Variable(text.decimal(0.05, 60), "2.5", "How long at least between two checks of one task.")
     ]

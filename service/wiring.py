@@ -19,11 +19,15 @@ from structlog.typing import FilteringBoundLogger
 from service.api.auth import AdminToken, Tenants
 from service.api.ops import Health
 from service.api.uploads import Uploads
+from service.api.webhook_views import task_event
+from service.clients.artifacts import ArtifactClient
+from service.clients.callbacks import CallbackClient
 from service.clients.upstream import UpstreamClient
 from service.domain.task import Catalogue
 from service.domain.taskid import TaskIds
 from service.keyring import Keyring
 from service.settings import Role, Settings
+from service.storage.agenda import RedisAgenda
 from service.storage.books import RedisBooks
 from service.storage.changes import Changes
 from service.storage.connect import connect
@@ -35,10 +39,14 @@ from service.storage.tasks import RedisTasks
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background, ended
 from service.usecases.board import Board
+from service.usecases.change import Change
+from service.usecases.deliver import Deliver
+from service.usecases.fetch import Fetch
 from service.usecases.follow import Follow
 from service.usecases.look import FreeLooks
 from service.usecases.pace import Pace
-from service.usecases.ports import Books, Clock, Ledger, RegistryStore, RegistryView, Tasks, Upstream
+from service.usecases.ports import Agenda, Books, Callbacks, Clock, Ledger, RegistryStore, RegistryView, Tasks, Upstream
+from service.usecases.ports.artifacts import Artifacts
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 from service.usecases.settle import Settle
@@ -46,11 +54,12 @@ from service.usecases.submissions import Submissions
 from service.usecases.submit import Submit
 from service.usecases.usage import Usage
 from service.usecases.watch import Watch
+from service.usecases.webhooks import Webhooks
 
 Job = Callable[[], Coroutine[Any, Any, None]]
 """What a process does in the background for as long as it lives."""
 
-TASK_IDS, USER_KEYS = "task-id", "user-key"
+TASK_IDS, USER_KEYS, WEBHOOK_SECRETS = "task-id", "user-key", "webhook-secret"
 """What is sealed, each under keys of its own."""
 
 REDIS_SECONDS = 5.0
@@ -96,10 +105,12 @@ class Services:
     admin: AdminToken
     submit: Submit
     follow: Follow
+    fetch: Fetch
     quota: Quota
     usage: Usage
     submissions: Submissions
     operators: Operators
+    webhooks: Webhooks
     uploads: Uploads
     catalogue: Catalogue
     board: Board
@@ -109,6 +120,7 @@ class Services:
     registry: RegistryView
     watch: Watch
     looks: FreeLooks
+    deliver: Deliver
     jobs: Sequence[Job]
     drain_seconds: int
 
@@ -142,6 +154,9 @@ class Ports:
     store: RegistryStore
     registry: RegistryView
     upstream: Upstream
+    artifacts: Artifacts
+    agenda: Agenda
+    callbacks: Callbacks
     clock: Clock
 
 
@@ -169,6 +184,19 @@ def furnished(
         registry=ports.registry,
         task_ids=task_ids,
     )
+    secrets, change = keyring.purpose(WEBHOOK_SECRETS), Change(ports.store, ports.registry)
+    webhooks = Webhooks(change=change, registry=ports.registry, agenda=ports.agenda, secrets=secrets, clock=ports.clock)
+    deliver = Deliver(
+        agenda=ports.agenda,
+        tasks=ports.tasks,
+        callbacks=ports.callbacks,
+        registry=ports.registry,
+        secrets=secrets,
+        switch_off=webhooks.switch_off,
+        render=task_event,
+        clock=ports.clock,
+        metrics=metrics,
+    )
     follow = Follow(
         tasks=ports.tasks,
         ledger=ports.ledger,
@@ -180,7 +208,7 @@ def furnished(
         interval=settings.poll_seconds,
     )
     metrics.waiting(lambda: ports.board.waiting)
-    watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire, looks.run]
+    watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire, looks.run, deliver.run]
     answering: list[Job] = [] if settings.role is Role.WORKER else [follow.attend]
     return Services(
         tenants=Tenants(ports.registry, ports.clock),
@@ -196,16 +224,19 @@ def furnished(
             metrics=metrics,
         ),
         follow=follow,
+        fetch=Fetch(follow=follow, artifacts=ports.artifacts, registry=ports.registry),
         quota=Quota(ledger=ports.ledger, registry=ports.registry),
         usage=Usage(books=ports.books, registry=ports.registry),
         submissions=Submissions(books=ports.books, tasks=ports.tasks, registry=ports.registry, task_ids=task_ids),
         operators=Operators(
-            store=ports.store,
+            change=change,
             registry=ports.registry,
             ledger=ports.ledger,
             user_keys=keyring.purpose(USER_KEYS),
+            webhook_secrets=secrets,
             clock=ports.clock,
         ),
+        webhooks=webhooks,
         uploads=Uploads(max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels),
         catalogue=settings.catalogue,
         board=ports.board,
@@ -215,6 +246,7 @@ def furnished(
         registry=ports.registry,
         watch=watch,
         looks=looks,
+        deliver=deliver,
         jobs=[*jobs, *watching, *answering],
         drain_seconds=settings.lease_seconds,
     )
@@ -255,6 +287,11 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
             store=store,
             registry=registry,
             upstream=upstream,
+            artifacts=ArtifactClient(
+                settings.upstream_url, max_bytes=settings.max_artifact_bytes, observe=metrics.upstream
+            ),
+            agenda=RedisAgenda(client, scripts, keys),
+            callbacks=CallbackClient(),
             clock=SystemClock(),
         )
         yield furnished(ports, settings, metrics, background, jobs=[registry.follow, changes.follow])

@@ -12,7 +12,7 @@ import msgspec
 from litestar import Litestar
 from msgspec import Struct
 
-from service.api import admin_views, legacy, openapi, ops, submission_views, usage_views, views
+from service.api import admin_views, legacy, openapi, ops, submission_views, usage_views, views, webhook_views
 from service.api.examples import ACCEPTED, EXAMPLES, STREAMS, TABLES, problem
 from service.api.problems import MEDIA_TYPE
 
@@ -25,7 +25,11 @@ _HEADERS: Mapping[str, Node] = {
         "schema": _TEXT | {"pattern": "^[A-Za-z0-9._-]{1,128}$"},
     },
     "Location": {"description": "Where the task is read.", "schema": _TEXT | {"format": "uri-reference"}},
-    "ETag": {"description": "The version of the task, for If-None-Match.", "schema": _TEXT},
+    "Content-Disposition": {"description": "A name for the file.", "schema": _TEXT},
+    "Content-Range": {"description": "Which bytes these are, and of how many.", "schema": _TEXT},
+    "ETag": {"description": "The version of what is answered, for If-None-Match.", "schema": _TEXT},
+    "Last-Modified": {"description": "When the result was made, for If-Modified-Since.", "schema": _TEXT},
+    "Accept-Ranges": {"description": "`bytes` if a part can be asked for.", "schema": _TEXT},
     "Age": {"description": "How many seconds ago the upstream last told of the task.", "schema": _SECONDS},
     "Retry-After": {
         "description": "After how many seconds to ask again. Absent where waiting does not help, and once a task has "
@@ -55,18 +59,22 @@ _ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
     "401": ("WWW-Authenticate",),
     "402": ("Retry-After",),
     "409": ("Retry-After",),
+    "416": ("Content-Range",),
     "429": ("Retry-After", "RateLimit-Policy", "RateLimit"),
     "503": ("Retry-After",),
     "504": ("Idempotent-Replayed",),
 }
-_ON_NOT_MODIFIED = ("ETag", "Age", "Retry-After", "Cache-Control")
+_ON_NOT_MODIFIED = frozenset({"ETag", "Age", "Retry-After", "Last-Modified", "Accept-Ranges", "Cache-Control"})
+"""What of a success's headers is told even if its content is not."""
 _OBJECTS: Mapping[str, type[Struct]] = {
     name: found
-    for module in (admin_views, legacy, openapi, ops, submission_views, usage_views, views)
+    for module in (admin_views, legacy, openapi, ops, submission_views, usage_views, views, webhook_views)
     for name, found in vars(module).items()
     if isinstance(found, type) and issubclass(found, Struct) and found.__module__ == module.__name__
 }
 """The objects that are sent. Litestar tells neither what the code says of them, nor that they are all there is."""
+_FILES = frozenset({"read-artifact"})
+"""The operations whose answers are files."""
 _UNSAID = ("deprecated", "allowEmptyValue", "allowReserved")
 _ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "components")
 
@@ -101,15 +109,17 @@ def document(app: Litestar) -> Node:
 
 
 def _show(operation: str, responses: Node) -> None:
-    """Give an operation's success the examples that are its own."""
+    """Show what the code can't say of the contents of an operation's successes."""
     if accepted := ACCEPTED.get(operation):
         responses["201"]["content"]["application/json"]["examples"] = {"accepted": {"value": _json(accepted)}}
     if table := TABLES.get(operation):
-        examples = {"usage": {"value": table}}
-        responses["200"]["content"]["text/csv"] = {"schema": _TEXT, "examples": examples}
+        responses["200"]["content"]["text/csv"] = {"schema": _TEXT, "examples": {"usage": {"value": table}}}
     if stream := STREAMS.get(operation):
         for media in responses["200"]["content"].values():
             media["examples"] = {"end": {"value": stream}}
+    if operation in _FILES:
+        for status in ("200", "206"):
+            responses[status]["content"] = {media_type: {} for media_type in openapi.FILE_TYPES}
 
 
 def _operations(written: Node) -> Iterator[Node]:
@@ -119,12 +129,15 @@ def _operations(written: Node) -> Iterator[Node]:
 
 def _responses(responses: Node) -> Iterator[tuple[str, Node]]:
     """The responses by status, without those that Litestar assumes, with the headers each comes with."""
+    of_success = [_NAMES[each.lower()] for each in responses.get("200", {}).get("headers", ())]
     for status, response in sorted(responses.items()):
         if _is_assumed(response):
             continue
         names = [_NAMES[each.lower()] for each in response.get("headers", ())]
+        if status == "206":
+            names += [*of_success, "Content-Range"]
         if status == "304":
-            names += _ON_NOT_MODIFIED
+            names += _ON_NOT_MODIFIED.intersection(of_success)
         # A problem names the request in itself.
         is_problem = MEDIA_TYPE in response.get("content", {})
         names += _ON_PROBLEMS.get(status, ()) if is_problem else ("X-Request-Id",)

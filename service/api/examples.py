@@ -25,10 +25,12 @@ from service.api.views import (
     TaskList,
     TaskView,
 )
+from service.api.webhook_views import DeliveryList, DeliveryView, NewSecretView, WebhookView
 from service.domain.reservation import Refund, ReservationState
 from service.domain.task import OPTIONS, ArtifactName, Basis, Kind, State, UpscaleOptions
 from service.domain.tenancy import Window
 from service.domain.usage import Measure, Tally
+from service.domain.webhook import DeliveryState
 from service.usecases.submissions import BalanceSuggestion
 from service.usecases.usage import Group, Interval, Marked, Owner, Report, Row
 
@@ -45,7 +47,9 @@ _TASK = TaskView(
     finished_at=_ENDED,
     options=msgspec.to_builtins(UpscaleOptions(scale=4)),
     metadata={"order": "4711"},
-    artifacts=[ArtifactView(ArtifactName.IMAGE, "https://upstream.example/files/1.png")],
+    artifacts=[
+        ArtifactView(ArtifactName.IMAGE, "https://upstream.example/files/1.png", f"/v1/tasks/{_ID}/artifacts/image")
+    ],
     error=None,
     cost=CostView(count=1, money=0, basis=Basis.OBSERVED),
     links=LinksView(self=f"/v1/tasks/{_ID}", events=f"/v1/tasks/{_ID}/events"),
@@ -112,6 +116,21 @@ _UNKNOWN = SubmissionView(
     refund=None,
 )
 
+_FAILED = DeliveryView(
+    id=f"msg_{_SUBMISSION}",
+    tenant="shop",
+    task=_ID,
+    url="https://hooks.example/ended",
+    state=DeliveryState.FAILED,
+    attempts=11,
+    status=500,
+    error="It answered 500.",
+    answer="no space left",
+    created_at=_ENDED,
+    updated_at=datetime(2026, 2, 1, 11, 2, tzinfo=UTC),
+    due_at=None,
+)
+
 EXAMPLES: Mapping[str, Struct] = {
     type(example).__name__: example
     for example in (
@@ -119,6 +138,10 @@ EXAMPLES: Mapping[str, Struct] = {
         TaskList([_TASK], next_cursor=None),
         _QUOTA,
         _UNKNOWN,
+        WebhookView("https://hooks.example/ended", ["hooks.example", "10.20.0.0/16"], []),
+        NewSecretView("whsec_Zm9yIHRoZSBkb2N1bWVudCBvbmx5LCBub3QgYSBrZXk=", _ENDED),
+        _FAILED,
+        DeliveryList([_FAILED]),
         usage_view(_report(Group.KIND), for_operators=False),
     )
 }

@@ -6,6 +6,9 @@ from typing import Any
 
 from service.api.edge import App, Message
 
+HEAD = "imaging_gateway.head"
+"""Stands in the scope where only the head of the answer is wanted, so that no content need be made for it."""
+
 _ALLOW = b"allow"
 
 
@@ -29,7 +32,7 @@ def answering_head(app: App) -> App:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         # The server keeps its own scope, by which it knows that no content may follow.
-        inner = {**scope, "method": "GET"} if asked_for_head else scope
+        inner = {**scope, "method": "GET", HEAD: True} if asked_for_head else scope
         try:
             await app(inner, receive, pass_on)
         finally:

@@ -27,7 +27,9 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service import __version__
 from service.api.problems import MEDIA_TYPE, PROBLEMS, ProblemType
+from service.domain.artifact import EXTENSIONS
 from service.domain.task import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
+from service.domain.webhook import MAX_URL
 
 SUBMIT_SUMMARIES: Mapping[Kind, str] = {
     Kind.UPSCALE: "Redraw an image in high definition",
@@ -72,6 +74,11 @@ NOT_MODIFIED: dict[int, ResponseSpec] = {
 }
 
 
+FILE_HEADERS = ("Content-Disposition", "ETag", "Last-Modified", "Accept-Ranges", "Cache-Control")
+FILE_TYPES = tuple(EXTENSIONS)
+"""What an answer that is a file comes with, and what it can be."""
+
+
 def problems(*which: int | str) -> dict[int, ResponseSpec]:
     """The problems an operation may answer with: those of these codes, and all those of these statuses."""
     found = [each for each in PROBLEMS if each.code in which or each.status in which]
@@ -111,6 +118,14 @@ def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
         content_media_type="application/json",
         description=f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, given back untouched.",
         examples=['{"order": "4711"}'],
+    )
+    properties["webhook_url"] = Schema(
+        type=OpenAPIType.STRING,
+        format=OpenAPIFormat.URI,
+        max_length=MAX_URL,
+        description="Where to tell the end of this task, instead of at your usual address. Its host has to be one that "
+        "the operators have allowed you.",
+        examples=["https://hooks.example/orders/4711"],
     )
     return _form_operation(properties, ["image"], "multipart/form-data", strict=True)
 

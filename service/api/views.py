@@ -38,10 +38,11 @@ class CostView(Struct, frozen=True):
 
 
 class ArtifactView(Struct, frozen=True):
-    """One result, where the upstream keeps it."""
+    """One result: where the gateway hands it out, and where the upstream keeps it."""
 
     name: ArtifactName
     url: Annotated[str, Meta(description="Of the upstream, which may remove it some day.")]
+    href: Annotated[str, Meta(description="Where to fetch it through the gateway.")]
 
 
 class ErrorView(Struct, frozen=True):
@@ -147,7 +148,9 @@ def task_view(task: Task) -> TaskView:
         finished_at=moment(task.finished),
         options=msgspec.json.decode(task.options),
         metadata=msgspec.json.decode(task.metadata),
-        artifacts=[ArtifactView(each.name, each.url) for each in task.artifacts],
+        artifacts=[
+            ArtifactView(each.name, each.url, f"{task_path(task)}/artifacts/{each.name}") for each in task.artifacts
+        ],
         error=ErrorView(task.error.code, task.error.detail) if task.error else None,
         cost=CostView(task.cost.count, yuan(task.cost.money), task.cost.basis),
         links=LinksView(self=task_path(task), events=events_path(task)),

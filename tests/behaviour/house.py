@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from service.app import create_app, create_ops_app
+from service.clients.callbacks import CallbackClient
 from service.domain.account import Figures
 from service.domain.task import TaskError
 from service.sandbox.accounts import Balance
@@ -28,8 +29,10 @@ from service.storage.keys import Keys
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
+from service.usecases.ports.artifacts import Artifacts
 from service.wiring import Ports, Services, assembled, furnished
-from tests.fakes import FakeLedger, FakeRegistry, FakeUpstream
+from tests.fakes import FakeAgenda, FakeLedger, FakeRegistry, FakeUpstream
+from tests.fakes.artifacts import FakeArtifacts
 from tests.support.images import png
 from tests.support.serving import serving
 from tests.support.valkey import Valkey
@@ -262,8 +265,10 @@ async def opened(services: Services, upstream: Upstream, pass_time: PassTime) ->
 
 
 @asynccontextmanager
-async def house_of_fakes() -> AsyncIterator[tuple[House, FakeLedger, FakeUpstream]]:
-    """Everything in memory but the HTTP."""
+async def house_of_fakes(
+    artifacts: Artifacts | None = None,
+) -> AsyncIterator[tuple[House, FakeLedger, FakeUpstream]]:
+    """Everything in memory but the HTTP, and the fetching of results if that is given."""
     ledger, upstream, background = FakeLedger(), FakeUpstream(), Background()
     registry = FakeRegistry(ledger)
     ports = Ports(
@@ -274,6 +279,9 @@ async def house_of_fakes() -> AsyncIterator[tuple[House, FakeLedger, FakeUpstrea
         store=registry,
         registry=registry,
         upstream=upstream,
+        artifacts=artifacts or FakeArtifacts(),
+        agenda=FakeAgenda(ledger),
+        callbacks=CallbackClient(),
         clock=ledger.clock,
     )
     services = furnished(ports, Settings.load(ENVIRONMENT), Metrics(CollectorRegistry()), background)

@@ -33,6 +33,8 @@ def example(cls: type[errors.GatewayError]) -> errors.GatewayError:
         return errors.UpstreamRejected("Mend it.", reason="too dark")
     if cls is errors.SubmissionUnknown:
         return errors.SubmissionUnknown("Ask.", submission_id="r1")
+    if cls is errors.RangeNotSatisfiable:
+        return errors.RangeNotSatisfiable("Mend it.", content_range="bytes */10")
     return cls("Mend it.")
 
 
@@ -50,6 +52,7 @@ STATUS = {
     "NotFound": (404, "not-found"),
     "Conflict": (409, "conflict"),
     "ImageTooLarge": (413, "image-too-large"),
+    "RangeNotSatisfiable": (416, "range-not-satisfiable"),
     "UnsupportedMediaType": (415, "unsupported-media-type"),
     "InvalidOptions": (422, "invalid-options"),
     "InvalidImage": (422, "invalid-image"),

@@ -13,7 +13,8 @@ from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
 from service.wiring import Ports, assembled, furnished
 from tests.behaviour.house import ENVIRONMENT
-from tests.fakes import FakeLedger, FakeRegistry, FakeUpstream
+from tests.fakes import FakeAgenda, FakeCallbacks, FakeLedger, FakeRegistry, FakeUpstream
+from tests.fakes.artifacts import FakeArtifacts
 
 
 async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +40,9 @@ async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
         store=registry,
         registry=registry,
         upstream=FakeUpstream(),
+        artifacts=FakeArtifacts(),
+        agenda=FakeAgenda(ledger),
+        callbacks=FakeCallbacks(),
         clock=ledger.clock,
     )
     settings = Settings.load(

@@ -1,0 +1,158 @@
+"""Results come from the sandbox with ranges, conditions and faults."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import pytest
+from httpx2 import Response
+
+from service.sandbox.dials import Fault
+from service.storage.connect import connect
+from service.storage.keys import Keys
+from tests.behaviour.aftermath import problem
+from tests.behaviour.house import House, SandboxControl, real_house
+from tests.support.images import png
+from tests.support.valkey import Valkey
+
+
+@pytest.fixture
+async def house(valkey: Valkey) -> AsyncIterator[House]:
+    """A gateway in front of the sandbox."""
+    async with real_house(valkey) as found:
+        yield found
+
+
+@pytest.fixture
+async def href(house: House) -> str:
+    """Where a result is handed out."""
+    task = await house.finished((await house.submit(image=png(200, 200))).json()["id"])
+    found: str = task["artifacts"][0]["href"]
+    return found
+
+
+async def fetch(house: House, href: str, **headers: str) -> Response:
+    """Fetch a result."""
+    return await house.call("GET", href, headers={name.replace("_", "-"): text for name, text in headers.items()})
+
+
+async def test_ranges(house: House, href: str) -> None:
+    """The parts of a result make up the whole, also when they are counted from its end."""
+    whole = await fetch(house, href)
+    size = len(whole.content)
+    assert whole.headers["accept-ranges"] == "bytes"
+    for asked, first, last in (
+        ("0-9", 0, 9),
+        ("10-", 10, size - 1),
+        ("-5", size - 5, size - 1),
+        ("0-99999999", 0, size - 1),
+    ):
+        part = await fetch(house, href, Range=f"bytes={asked}")
+        assert (part.status_code, part.headers["content-range"]) == (206, f"bytes {first}-{last}/{size}")
+        assert part.content == whole.content[first : last + 1]
+        assert part.headers["content-length"] == str(last + 1 - first)
+        same = {"content-type", "content-disposition", "etag", "x-content-type-options"}
+        assert {name: part.headers[name] for name in same} == {name: whole.headers[name] for name in same}
+
+
+async def test_document(house: House, href: str) -> None:
+    """The API's document tells with which headers and types results come."""
+    document = (await house.call("GET", "/openapi.json")).json()
+    operation = document["paths"]["/v1/tasks/{task_id}/artifacts/{name}"]["get"]
+    for status, headers in (
+        (200, {}),
+        (206, {"Range": "bytes=1-"}),
+        (416, {"Range": "bytes=999999-"}),
+    ):
+        answer = await fetch(house, href, **headers)
+        told = operation["responses"][str(status)]
+        assert answer.status_code == status
+        assert answer.headers["content-type"] in told["content"]
+        # The sandbox does not tell when it made a result, which another server may.
+        assert {name.lower() for name in told["headers"]} - {"last-modified"} <= {*answer.headers}
+    assert operation["responses"]["304"]["headers"].keys() >= {"ETag", "Cache-Control"}
+
+
+async def test_no_such_range(house: House, href: str) -> None:
+    """A range beyond the end is a problem that tells the size."""
+    size = len((await fetch(house, href)).content)
+    answer = await fetch(house, href, Range=f"bytes={size}-")
+    problem(answer, 416, "range-not-satisfiable")
+    assert answer.headers["content-range"] == f"bytes */{size}"
+
+
+async def test_several_ranges(house: House, href: str) -> None:
+    """Several ranges, or a range of anything but bytes, are answered with the whole; so is any range to HEAD."""
+    whole = await fetch(house, href)
+    for asked in ("bytes=0-1,4-5", "lines=0-1", "bytes=-", "bytes=x-"):
+        answer = await fetch(house, href, Range=asked)
+        assert (answer.status_code, answer.content) == (200, whole.content)
+    head = await house.call("HEAD", href, headers={"Range": "bytes=0-1"})
+    assert (head.status_code, head.headers["content-length"]) == (200, str(len(whole.content)))
+
+
+async def test_if_range(house: House, href: str) -> None:
+    """The rest of a result is given if it is still the same, else the whole."""
+    whole = await fetch(house, href)
+    same = await fetch(house, href, Range="bytes=10-", If_Range=whole.headers["etag"])
+    assert (same.status_code, same.content) == (206, whole.content[10:])
+    other = await fetch(house, href, Range="bytes=10-", If_Range='"other"')
+    assert (other.status_code, other.content) == (200, whole.content)
+
+
+async def test_faults(house: House, href: str) -> None:
+    """A server that fails before the first byte is told of as a problem, without its address."""
+    for fault, status, code in (
+        (Fault(on="file", times=1, reply="reset"), 502, "upstream-invalid-response"),
+        (Fault(on="file", times=1, reply="page", status=404), 502, "upstream-invalid-response"),
+        (Fault(on="file", times=1, reply="page"), 502, "upstream-invalid-response"),
+        (Fault(on="file", times=1, reply="page", status=503), 503, "upstream-unavailable"),
+    ):
+        await control(house)._fault(fault)
+        answer = await fetch(house, href)
+        problem(answer, status, code)
+        assert "127.0.0.1" not in answer.text
+        assert ("retry-after" in answer.headers) == (status == 503)
+    assert (await fetch(house, href)).status_code == 200
+
+
+async def test_latency(house: House, href: str) -> None:
+    """A server that takes its time is waited for."""
+    await control(house)._fault(Fault(on="file", times=1, latency=0.2))
+    assert (await fetch(house, href)).status_code == 200
+
+
+async def test_cut(house: House, href: str) -> None:
+    """A result that breaks off at its server breaks off at the client too, who can ask for the rest."""
+    whole = await fetch(house, href)
+    await control(house)._fault(Fault(on="file", times=1, reply="cut"))
+    with pytest.raises(httpx2.RemoteProtocolError):
+        await fetch(house, href)
+    rest = await fetch(house, href, Range="bytes=10-", If_Range=whole.headers["etag"])
+    assert rest.content == whole.content[10:]
+
+
+async def test_lost_task(house: House, href: str, valkey: Valkey) -> None:
+    """The result of a task that Redis has lost is still found by the task's id."""
+    task_id = href.split("/")[3]
+    reservation = house.services.follow._task_ids.open(task_id).reservation
+    connections = connect(valkey.url, timeout=5)
+    client: Any = connections.commands
+    await client.delete(Keys("gw").task(reservation))
+    await connections.aclose()
+    house.services.board._seen.clear()
+    assert (await fetch(house, href)).status_code == 200
+
+
+async def test_account_that_is_gone(house: House, href: str) -> None:
+    """Without its account, a result is not fetched from a private address."""
+    assert (await house.admin("DELETE", "/accounts/main?force=true")).status_code == 204
+    problem(await fetch(house, href), 502, "upstream-invalid-response")
+
+
+def control(house: House) -> SandboxControl:
+    """The sandbox's control."""
+    assert isinstance(house.upstream, SandboxControl)
+    return house.upstream

@@ -1,0 +1,232 @@
+"""Results go through the gateway as they come: nothing is kept, and nothing goes on that nobody wants."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import resource
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.api import artifacts
+from service.clients.artifacts import ArtifactClient, Outcome, Patience
+from service.domain.task import Artifact, ArtifactName
+from service.usecases.ports import Answered, Check
+from tests.behaviour.aftermath import problem
+from tests.behaviour.house import House, house_of_fakes
+from tests.contract.origin import PICTURE, asked, chunked, file, giving, giving_and_waiting, head
+from tests.contract.peer import Connection, Peer, Serve, serving
+
+MIB = 1 << 20
+LARGE = 200 * MIB
+STALLED_AFTER = 0.3
+
+
+@dataclass
+class Site:
+    """A gateway, and a server of results that it fetches from."""
+
+    house: House
+    peer: Peer
+    href: str
+    outcomes: list[str] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def reading(self, method: str = "GET") -> AsyncIterator[tuple[asyncio.StreamReader, bytes]]:
+        """Ask for the result over a connection of one's own; what comes, and its head."""
+        address = urlsplit(self.house.url)
+        reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=64 * 1024)
+        try:
+            request = f"{method} {self.href} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.house.token}\r\n\r\n"
+            writer.write(request.encode())
+            yield reader, await reader.readuntil(b"\r\n\r\n")
+        finally:
+            writer.transport.abort()
+
+
+@asynccontextmanager
+async def site(serve: Serve, *, patience: Patience | None = None) -> AsyncIterator[Site]:
+    """A task whose result is served so."""
+    outcomes: list[str] = []
+    client = ArtifactClient(
+        "http://127.0.0.1",
+        max_bytes=LARGE,
+        observe=lambda _operation, outcome, _seconds: outcomes.append(outcome),
+        patience=patience,
+    )
+    async with serving(serve) as peer, house_of_fakes(client) as (house, _, upstream):
+        result = Artifact(ArtifactName.IMAGE, f"{peer.url}/1.png")
+        upstream.next_checks = [Check(answered=Answered.SUCCEEDED, artifacts=(result,))]
+        task = await house.finished((await house.submit()).json()["id"])
+        yield Site(house, peer, task["artifacts"][0]["href"], outcomes)
+
+
+def logged(logs: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+    """The status and the outcome of the one request for a result."""
+    (line,) = [each for each in logs if each["event"] == "request" and each["path"].endswith("/artifacts/image")]
+    return line["status"], line["outcome"]
+
+
+async def test_large_result() -> None:
+    """A result of 200 MB takes no memory to speak of: who does not read on keeps its server from sending on."""
+    sent, stalled, digest = 0, asyncio.Event(), hashlib.sha256()
+
+    async def serve(connection: Connection) -> None:
+        nonlocal sent
+        await asked(connection)
+        await connection.send(head(Content_Length=str(LARGE)))
+        for number in range(LARGE // MIB):
+            piece = bytes([number % 256]) * MIB
+            digest.update(piece)
+            connection.writer.write(piece)
+            sent += MIB
+            draining = asyncio.ensure_future(connection.writer.drain())
+            if not (await asyncio.wait({draining}, timeout=STALLED_AFTER))[0]:
+                stalled.set()
+            await draining
+
+    async with asyncio.timeout(120), site(serve) as found, found.reading() as (reader, answer):
+        assert f"content-length: {LARGE}\r\n".encode() in answer
+        await stalled.wait()
+        assert sent < LARGE / 4
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        received, came = 0, hashlib.sha256()
+        while received < LARGE:
+            chunk = await reader.read(MIB)
+            received += len(chunk)
+            came.update(chunk)
+        assert came.digest() == digest.digest()
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB on Linux
+
+
+async def test_client_leaves() -> None:
+    """A client that leaves in the middle ends the fetch at once."""
+    left = asyncio.Event()
+    serve = giving_and_waiting(head(Content_Length="1000"), PICTURE, left=left)
+    with capture_logs() as logs:
+        async with asyncio.timeout(10), site(serve) as found:
+            async with found.reading() as (reader, _):
+                assert await reader.readexactly(len(PICTURE)) == PICTURE
+            await left.wait()
+    assert found.outcomes == [Outcome.STOPPED]
+    assert logged(logs) == (200, "client-left")
+
+
+async def test_client_leaves_early() -> None:
+    """A client that leaves before anything came ends the fetch at once."""
+    left = asyncio.Event()
+    async with asyncio.timeout(10), site(giving_and_waiting(left=left)) as found:
+        waiting = asyncio.create_task(found.house.call("GET", found.href))
+        await found.peer.arrived.wait()
+        waiting.cancel()
+        await left.wait()
+    assert found.outcomes == [Outcome.STOPPED]
+
+
+async def test_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes nothing for a long time does not keep the connection to the upstream."""
+    monkeypatch.setattr(artifacts, "READER_SECONDS", 0.1)
+    left = asyncio.Event()
+
+    async def serve(connection: Connection) -> None:
+        await asked(connection)
+        await connection.send(head(Content_Length=str(LARGE)))
+        try:
+            while True:
+                await connection.send(bytes(MIB))
+        except OSError:
+            left.set()
+
+    with capture_logs() as logs:
+        async with asyncio.timeout(10), site(serve) as found, found.reading():
+            await left.wait()
+    assert found.outcomes == [Outcome.STOPPED]
+    assert logged(logs) == (200, "client-too-slow")
+
+
+async def test_head() -> None:
+    """HEAD ends the fetch as soon as the head is known."""
+    left = asyncio.Event()
+    serve = giving_and_waiting(head(Content_Length="1000", ETag='"v1"'), PICTURE, left=left)
+    async with asyncio.timeout(10), site(serve) as found:
+        async with found.reading("HEAD") as (_, answer):
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b"content-length: 1000\r\n" in answer.lower()
+        await left.wait()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (head(Content_Length="1000"), PICTURE),
+        (head(Transfer_Encoding="chunked"), chunked(PICTURE, end=False)),
+        (head(Transfer_Encoding="chunked"), chunked(PICTURE, end=False), b"zz\r\n"),
+    ],
+)
+async def test_broken_off(pieces: tuple[bytes, ...]) -> None:
+    """A client notices that a result broke off: its length is not reached, or its last chunk does not come."""
+    with capture_logs() as logs:
+        async with asyncio.timeout(10), site(giving(*pieces)) as found, found.reading() as (reader, answer):
+            body = await reader.read()
+            assert PICTURE in body
+            assert b"content-length: 1000" in answer.lower() or not body.endswith(b"0\r\n\r\n")
+    assert found.outcomes == [Outcome.BROKEN_OFF]
+    assert logged(logs) == (200, "broken-off")
+
+
+async def test_idle() -> None:
+    """A server that stops in the middle is given up, and the client notices."""
+    serve = giving_and_waiting(head(Content_Length="1000"), PICTURE)
+    patience = Patience(idle=0.1)
+    async with asyncio.timeout(10), site(serve, patience=patience) as found, found.reading() as (reader, _):
+        assert await reader.read() == PICTURE
+
+
+async def test_known_already() -> None:
+    """A result that is known already is answered without content, under its version."""
+    async with site(giving(head(304, ETag='"v1"', Content_Length="5"))) as found:
+        answer = await found.house.call("GET", found.href, headers={"If-None-Match": '"v0", W/"v1"'})
+        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"v1"')
+        assert answer.headers["cache-control"] == "private, no-cache"
+        assert "content-type" not in answer.headers
+        assert b'\r\nif-none-match: "v0", w/"v1"\r\n' in found.peer.requests[0][0].lower()
+
+
+async def test_nothing_of_its_server() -> None:
+    """No header of the server is passed on that could do harm, nor its idea of a file's name."""
+    answer = file(
+        Content_Disposition='attachment; filename="x.exe"',
+        Set_Cookie="a=b",
+        ETag='"a\tb"',
+        Link="<http://x>",
+        Content_Security_Policy="default-src *",
+        Refresh="0; url=http://x",
+    )
+    async with site(giving(answer)) as found:
+        answered = await found.house.call("GET", found.href)
+        assert answered.content == PICTURE
+        assert {"set-cookie", "etag", "link", "refresh"}.isdisjoint(answered.headers)
+        assert "exe" not in answered.headers["content-disposition"]
+        assert answered.headers.get_list("content-security-policy") == ["default-src 'none'; sandbox"]
+
+
+async def test_token_stays() -> None:
+    """The server of a result is told neither the tenant's token nor who asked."""
+    async with site(giving(file())) as found:
+        await found.house.call("GET", found.href, headers={"Cookie": "a=b", "X-Forwarded-For": "10.0.0.1"})
+        ((sent, _),) = found.peer.requests
+        names = {line.partition(b":")[0].lower() for line in sent.split(b"\r\n")[1:-2]}
+        assert names == {b"host", b"user-agent", b"accept", b"accept-encoding", b"connection"}
+
+
+async def test_page_of_html() -> None:
+    """A page of HTML is never passed on as a result."""
+    for said in ("text/html", "application/octet-stream", ""):
+        async with site(giving(file(b"<html><script>", Content_Type=said))) as found:
+            problem(await found.house.call("GET", found.href), 502, "upstream-invalid-response")

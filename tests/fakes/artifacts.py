@@ -1,0 +1,39 @@
+"""The port Artifacts in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from service.domain.artifact import seen_type
+from service.domain.task import Artifact
+from service.domain.tenancy import Account
+from service.usecases.ports.artifacts import Asked, Fetched, Portion
+from tests.support.images import png
+
+
+@dataclass
+class FakeArtifacts:
+    """The port Artifacts, where every result is the same picture, and always given whole."""
+
+    content: bytes = field(default_factory=png)
+    fetched: list[tuple[str | None, str]] = field(default_factory=list)
+    """By whose account, and from where."""
+
+    @asynccontextmanager
+    async def fetch(self, account: Account | None, artifact: Artifact, asked: Asked) -> AsyncIterator[Fetched]:
+        del asked
+        self.fetched.append((account.name if account else None, artifact.url))
+        yield Fetched(
+            name=artifact.name,
+            portion=Portion.WHOLE,
+            media_type=seen_type(self.content),
+            chunks=self._chunks(),
+            length=len(self.content),
+            etag='"1"',
+        )
+
+    async def _chunks(self) -> AsyncGenerator[bytes]:
+        for start in range(0, len(self.content), 10):
+            yield self.content[start : start + 10]
