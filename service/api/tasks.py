@@ -31,13 +31,14 @@ from service.domain.errors import FieldError, GatewayError, InvalidOptions
 from service.domain.idempotency import parse_key
 from service.domain.task import Catalogue, Kind, State, parse_metadata, parse_options
 from service.domain.tenancy import Tenant
+from service.domain.webhook import choose
 from service.usecases.board import Seen
 from service.usecases.follow import Follow
 from service.usecases.pace import Pace
 from service.usecases.submit import Submission, Submit
 
 PART = "image"
-_METADATA = "metadata"
+_METADATA, _WEBHOOK = "metadata", "webhook_url"
 _MOST_LISTED = 100
 
 _SUBMITTING = (
@@ -77,9 +78,11 @@ def routes(
     async def received(request: Request[Any, Any, Any], tenant: Tenant, kind: Kind, key: str | None) -> Submission:
         """What became of the image that is uploaded; nothing of it is kept while its task is waited for."""
         async with uploads.receive(request.scope, request.receive, part=PART) as upload:
-            metadata, fields = _metadata(upload.fields)
+            beside, fields = _taken_out(upload.fields)
             options = parse_options(kind, fields, catalogue)
-            return await submit(tenant, options, parse_metadata(metadata), upload.image, key=key)
+            metadata = parse_metadata(beside.get(_METADATA))
+            webhook = choose(tenant.webhook, beside.get(_WEBHOOK))
+            return await submit(tenant, options, metadata, upload.image, key=key, webhook=webhook)
 
     def submitting(kind: Kind) -> HTTPRouteHandler:
         @post(
@@ -179,12 +182,18 @@ def routes(
     return [*(submitting(kind) for kind in Kind), read, page]
 
 
-def _metadata(fields: Sequence[tuple[str, str]]) -> tuple[str | None, list[tuple[str, str]]]:
-    """Take what is no option of the kind out of the form."""
-    given = [value for name, value in fields if name == _METADATA]
-    if len(given) > 1:
-        raise InvalidOptions([FieldError(_METADATA, "is given more than once")])
-    return (given[0] if given else None), [each for each in fields if each[0] != _METADATA]
+def _taken_out(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Take what is no option of the kind out of the form. Raises InvalidOptions for what is given more than once."""
+    taken: dict[str, str] = {}
+    errors = []
+    for name, value in fields:
+        if name in taken:
+            errors.append(FieldError(name, "is given more than once"))
+        elif name in {_METADATA, _WEBHOOK}:
+            taken[name] = value
+    if errors:
+        raise InvalidOptions(errors)
+    return taken, [each for each in fields if each[0] not in taken]
 
 
 def _check_query(query: MultiDict[Any]) -> None:

@@ -12,10 +12,8 @@ from service.api.admin_views import AccountList, AccountView, FigureView
 from service.cli import variable
 from service.cli.client import NOT_FOUND, Answer, OperatorsPort, Refused, as_json, asking
 from service.cli.shown import card, table
-from service.cli.values import Price, Yuan
+from service.cli.values import Price, Yuan, read_secret
 from service.domain.task import Kind
-
-_LONGEST_KEY = 4_096
 
 
 @click.group()
@@ -56,7 +54,7 @@ def put(
     if user_key_env:
         body["user_key"] = _from_environment(user_key_env)
     elif user_key_file:
-        body["user_key"] = _from_file(user_key_file)
+        body["user_key"] = read_secret(user_key_file, "--user-key-file")
     elif user_key_prompt or (sys.stdin.isatty() and not _exists(port, name)):
         body["user_key"] = click.prompt(f"The user_key of {name}", hide_input=True, err=True)
     _show(port.ask("PUT", "accounts", name, body=body), as_json=as_json)
@@ -121,16 +119,6 @@ def _from_environment(name: str) -> str:
     value = variable(name)
     if not value:
         raise click.BadParameter(f"there is no environment variable {name}", param_hint="--user-key-env")
-    return value
-
-
-def _from_file(file: BinaryIO) -> str:
-    try:
-        value = file.read(_LONGEST_KEY).decode().strip()
-    except UnicodeDecodeError:
-        value = ""
-    if not value:
-        raise click.BadParameter("it holds no key", param_hint="--user-key-file")
     return value
 
 

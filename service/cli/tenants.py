@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -13,6 +13,7 @@ from service.cli.client import Answer, OperatorsPort, as_json, asking
 from service.cli.shown import card, table
 from service.cli.tokens import tokens_table
 from service.cli.values import Limit
+from service.cli.webhooks import webhook_body, webhook_lines, webhook_options
 from service.domain.task import Kind
 from service.domain.tenancy import Purse
 
@@ -42,6 +43,7 @@ def tenant() -> None:
     help="A kind it may submit; repeatable.",
 )
 @click.option("--disabled", is_flag=True, help="Refuse all that it submits.")
+@webhook_options
 @as_json
 @asking
 def put(
@@ -51,13 +53,24 @@ def put(
     accounts: Sequence[str],
     limits: Sequence[Mapping[str, Any]],
     kinds: Sequence[str],
+    webhook_url: str | None,
+    webhook_allow: Sequence[str],
+    webhook_secret_file: BinaryIO | None,
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Make or replace the tenant NAME. What is left out gets its default; its tokens stay."""
+    """Make or replace the tenant NAME.
+
+    What is left out gets its default; its tokens stay, and the secret of its webhooks. One that is made is printed.
+    """
+    webhook = webhook_body(webhook_url, webhook_allow, webhook_secret_file)
     body = {field: value for field, value in given.items() if value is not None}
-    body |= {"accounts": accounts, "limits": limits, "kinds": kinds or None}
-    _show(port.ask("PUT", "tenants", name, body=body), as_json=as_json)
+    body |= {"accounts": accounts, "limits": limits, "kinds": kinds or None, "webhook": webhook}
+    answer = port.ask("PUT", "tenants", name, body=body)
+    _show(answer, as_json=as_json)
+    made = answer.read(TenantView).webhook
+    if made and made.secret and not as_json:
+        click.echo(f"\nThe secret of its webhooks, which is not shown again: {made.secret}")
 
 
 @tenant.command("list")
@@ -124,6 +137,7 @@ def _whole(tenant: TenantView) -> str:
         ("purse", tenant.purse),
         ("kinds", _kinds(tenant)),
         ("disabled", tenant.disabled),
+        *webhook_lines(tenant.webhook),
     )
     return "\n\n".join([about, _policies(tenant.policies), tokens_table(tenant.tokens)])
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
 from service.domain.task import Kind
 from service.domain.tenancy import Window
 
+_LONGEST_SECRET = 4_096
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+
+
+def read_secret(file: BinaryIO, option: str) -> str:
+    """The secret that a file holds. Raises BadParameter."""
+    try:
+        value = file.read(_LONGEST_SECRET).decode().strip()
+    except UnicodeDecodeError:
+        value = ""
+    if not value:
+        raise click.BadParameter("it holds no key", param_hint=option)
+    return value
 
 
 class Yuan(click.ParamType[float]):

@@ -23,6 +23,7 @@ from service.usecases.ports import Reply
 _log = structlog.get_logger(__name__)
 
 SECONDS = 15.0
+BODY_SECONDS = 1.0
 MOST_READ = 2_048
 _HEADERS = {
     "User-Agent": f"imaging-gateway/{__version__}",
@@ -96,11 +97,12 @@ async def _beginning(response: httpx2.Response) -> str | None:
     """How an answer begins; None if it has no body that can be read."""
     read = bytearray()
     try:
-        async for chunk in response.aiter_raw():
-            read += chunk
-            if len(read) >= MOST_READ:
-                break
-    except httpx2.HTTPError:  # its status is known, and that is what counts
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in response.aiter_raw():
+                read += chunk
+                if len(read) >= MOST_READ:
+                    break
+    except (TimeoutError, httpx2.HTTPError):  # its status is known, and that is what counts
         pass
     return read[:MOST_READ].decode(errors="replace") or None
 

@@ -195,14 +195,13 @@ def parse_url(field: str, text: str) -> str:
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port  # reading them is what checks them
-        if host and ":" in host:
-            ip_address(host)
+        bracketed = "[" in parts.netloc and IPv6Address(host or "")
     except ValueError:
         raise _no_url(field) from None
     plain = re.fullmatch(r"[!-~]+", text) and "\\" not in text and "@" not in parts.netloc and "#" not in text
     if not plain or not host or parts.scheme not in {"http", "https"} or len(text) > MAX_URL:
         raise _no_url(field)
-    if ":" not in host and not _HOST.fullmatch(host):
+    if not (_HOST.fullmatch(host) or (bracketed and not bracketed.scope_id)):
         raise _no_url(field)
     return parts._replace(netloc=parts.netloc.lower(), path=parts.path or "/").geturl()
 

@@ -17,6 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from service import __version__
 from service.domain.task import Basis, Cost, Kind, State
 from service.domain.tenancy import Window
+from service.domain.webhook import DeliveryState
 from service.domain.windows import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
 
 OTHER = "other"
@@ -135,11 +136,19 @@ class Metrics:
             ("answer",),
             registry=registry,
         )
+        self._deliveries = Counter(
+            "gateway_webhook_attempts",
+            f"Attempts to tell of the end of a task, by where its delivery stands then ({_values(DeliveryState)}).",
+            ("state",),
+            registry=registry,
+        )
         build = Gauge("gateway_build_info", "What runs; always 1.", ("version", "python"), registry=registry)
         build.labels(version, python_version()).set(1)
         # What is known beforehand begins at zero: an alert on an increase would miss the first event otherwise.
         self._policies = {policy: self._denied.labels(policy) for policy in (*_POLICIES, OTHER)}
         self._ports = {port: self._in_progress.labels(port.value) for port in Port}
+        for each in DeliveryState:
+            self._deliveries.labels(each.value)
         for kind in Kind:
             for state in State:
                 if state.ended:
@@ -196,6 +205,10 @@ class Metrics:
     def checked(self, answered: StrEnum) -> None:
         """The watch asked the upstream about a task."""
         self._checks.labels(answered.value).inc()
+
+    def delivered(self, state: DeliveryState) -> None:
+        """An attempt to tell a tenant of the end of a task left its delivery in a state."""
+        self._deliveries.labels(state.value).inc()
 
     def render(self) -> tuple[bytes, str]:
         """Everything on the registry, in Prometheus' text format, and the content type of that."""

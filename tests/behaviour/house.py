@@ -28,8 +28,7 @@ from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
-from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
-from service.usecases.ports.artifacts import Artifacts
+from service.usecases.ports import Answered, Artifacts, Check, SubmitOutcome, Submitted
 from service.wiring import Ports, Services, assembled, furnished
 from tests.fakes import FakeAgenda, FakeLedger, FakeRegistry, FakeUpstream
 from tests.fakes.artifacts import FakeArtifacts

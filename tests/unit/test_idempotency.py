@@ -132,6 +132,13 @@ def test_every_field_counts() -> None:
     assert len(set(digests)) == len(digests)
 
 
+def test_webhook() -> None:
+    """An address that was given for the task counts, and its absence changes no digest."""
+    plain, one, other = (identify(KEY, FULL, METADATA, DIGEST, url).content for url in (None, "http://a/", "http://b/"))
+    assert plain == content(FULL, METADATA)
+    assert len({plain, one, other}) == 3
+
+
 def test_defaults() -> None:
     """Defaults that are written out, and numbers that are written differently, make no difference."""
     written = {

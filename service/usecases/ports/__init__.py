@@ -4,6 +4,7 @@ Everything that can't reach its store raises `LedgerUnavailable`; nothing here r
 """
 
 from service.usecases.ports.agenda import Agenda, Claimed, Delivery, Outcome
+from service.usecases.ports.artifacts import Artifacts, Asked, BrokenOff, Fetched, Portion
 from service.usecases.ports.callbacks import Callbacks, Reply
 from service.usecases.ports.clock import Clock
 from service.usecases.ports.ledger import Ask, Books, Ledger, Look, Settlement, Snapshot, TaskDraft
@@ -14,19 +15,24 @@ from service.usecases.ports.upstream import Answered, Check, Image, SubmitOutcom
 __all__ = [
     "Agenda",
     "Answered",
+    "Artifacts",
     "Ask",
+    "Asked",
     "Books",
+    "BrokenOff",
     "Callbacks",
     "Check",
     "Claimed",
     "Clock",
     "Delivery",
     "Due",
+    "Fetched",
     "Image",
     "Ledger",
     "Look",
     "Outcome",
     "Page",
+    "Portion",
     "RegistryChange",
     "RegistryStore",
     "RegistryView",

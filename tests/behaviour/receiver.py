@@ -1,0 +1,71 @@
+"""A tenant's server, which is told of the ends of tasks."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from standardwebhooks.webhooks import Webhook as Verifier
+
+from tests.support.serving import serving
+
+
+@dataclass
+class Told:
+    """One request."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def event(self) -> dict[str, Any]:
+        event: dict[str, Any] = msgspec.json.decode(self.body)
+        return event
+
+    def signed_by(self, secret: str) -> bool:
+        """Whether one of the signatures is of this secret, as the library of the standard makes it."""
+        at = datetime.fromtimestamp(int(self.headers["webhook-timestamp"]), UTC)
+        expected = Verifier(secret).sign(self.headers["webhook-id"], at, self.body.decode())
+        return expected in self.headers["webhook-signature"].split(" ")
+
+
+@dataclass
+class Receiver:
+    """Answers with the statuses it is told to, 204 by default."""
+
+    url: str = ""
+    statuses: list[int] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        body = message["body"]
+        while message["more_body"]:
+            message = await receive()
+            body += message["body"]
+        query = "?" + scope["query_string"].decode() if scope["query_string"] else ""
+        self.told.append(Told(scope["path"] + query, headers, body))
+        status = self.statuses.pop(0) if self.statuses else 204
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"" if status == 204 else b"no"})
+
+
+@asynccontextmanager
+async def receiving() -> AsyncIterator[Receiver]:
+    """A receiver on this machine."""
+    receiver = Receiver()
+    async with serving(receiver) as url:
+        receiver.url = f"{url}/ended"
+        yield receiver
+
+
+def a_secret(letter: bytes = b"s") -> str:
+    """A secret that a tenant has chosen."""
+    return "whsec_" + base64.b64encode(letter * 32).decode()

@@ -1,0 +1,238 @@
+"""Where webhooks may go, how they are signed, and when they are tried again."""
+
+from __future__ import annotations
+
+import base64
+import time
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from standardwebhooks.webhooks import Webhook as Verifier
+from standardwebhooks.webhooks import WebhookVerificationError
+
+from service.domain import webhook
+from service.domain.errors import InvalidOptions
+from service.domain.webhook import DeliveryState, Signing, Webhook
+
+HOOK = Webhook("https://hooks.test/ended?key=1", ("other.test", "10.0.0.0/8", "127.0.0.0/8", "::1/128"))
+keys = st.binary(min_size=24, max_size=64)
+
+
+@given(st.lists(keys, min_size=1, max_size=2), st.text().map(str.encode))
+def test_signature(secrets: list[bytes], body: bytes) -> None:
+    """Whoever knows one of the secrets can verify a webhook, its id, its time and its body."""
+    headers = webhook.headers("msg_1", time.time(), body, secrets)
+    for secret in secrets:
+        Verifier(secret).verify(body, headers, json_parse=False)
+        for changed in ({"webhook-id": "msg_2"}, {"webhook-timestamp": str(int(time.time()) - 1)}):
+            with pytest.raises(WebhookVerificationError):
+                Verifier(secret).verify(body, headers | changed, json_parse=False)
+        with pytest.raises(WebhookVerificationError):
+            Verifier(secret).verify(body + b" ", headers, json_parse=False)
+    with pytest.raises(WebhookVerificationError):
+        Verifier(b"of somebody else").verify(body, headers, json_parse=False)
+
+
+def test_new_secret() -> None:
+    """A secret that is made can be verified with as it is written, and is never made twice."""
+    text = webhook.new_secret()
+    headers = webhook.headers("msg_1", time.time(), b"{}", [webhook.parse_secret(text)])
+    Verifier(text).verify(b"{}", headers)
+    assert len(webhook.parse_secret(text)) == 32
+    assert text != webhook.new_secret()
+
+
+@given(keys)
+def test_given_secret(key: bytes) -> None:
+    """A secret of 24 to 64 bytes in base64 is taken."""
+    assert webhook.parse_secret("whsec_" + base64.b64encode(key).decode()) == key
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "whsec_", "whsec_c2hvcnQ=", base64.b64encode(b"k" * 32).decode(), "whsec_" + "A" * 88, "whsec_" + "é" * 44],
+)
+def test_no_secret(text: str) -> None:
+    """What is no secret is refused without being repeated."""
+    with pytest.raises(InvalidOptions) as refused:
+        webhook.parse_secret(text)
+    assert refused.value.errors[0].field == "webhook.secret"
+    assert len(text) <= 10 or text not in str(refused.value)
+
+
+def test_rotation() -> None:
+    """Both secrets sign until the grace is over, then the new one alone."""
+    signing = Signing(b"new", b"old", until=100)
+    assert signing.in_force(99) == (b"new", b"old")
+    assert signing.in_force(100) == (b"new",)
+    assert Signing(b"new").in_force(0) == (b"new",)
+
+
+def test_secret_is_kept() -> None:
+    """A secret that is given replaces the one before; else that stays, and one is made only where there is none."""
+    before = Signing(b"old", b"older", until=100)
+    assert HOOK.signed(before, None, b"fresh").signing == before
+    assert HOOK.signed(before, b"old", b"fresh").signing == before
+    assert HOOK.signed(before, b"given", b"fresh").signing == Signing(b"given")
+    assert HOOK.signed(None, None, b"fresh").signing == Signing(b"fresh")
+    assert Webhook().signed(before, None, b"fresh").signing == before
+    assert Webhook().signed(None, None, b"fresh").signing is None
+
+
+@given(st.integers(1, 10), st.floats(0, 1))
+def test_backoff(attempts: int, chance: float) -> None:
+    """Each attempt comes later than the one before it did, by up to a fifth less than its time."""
+    wait = webhook.wait_after(attempts, chance)
+    assert wait is not None
+    assert webhook.RETRY_SECONDS[attempts - 1] * 0.8 <= wait <= webhook.RETRY_SECONDS[attempts - 1]
+
+
+def test_backoff_ends() -> None:
+    """It is tried for a day, and not longer."""
+    waits = [webhook.wait_after(attempts, 0) for attempts in range(1, 11)]
+    assert 23.5 * 3_600 < sum(filter(None, waits)) <= 24 * 3_600
+    assert webhook.wait_after(11, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "asked", "wait"),
+    [(503, 60, 60), (429, 60, 60), (503, 2, 5), (503, 10**9, 3_600), (500, 60, 5), (None, None, 5), (503, None, 5)],
+)
+def test_retry_after(status: int | None, asked: float | None, wait: float) -> None:
+    """A receiver that is busy may put it off, for an hour at the most, and never bring it forward."""
+    assert webhook.wait_after(1, 0, status, asked) == wait
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [
+        (200, DeliveryState.DELIVERED),
+        (299, DeliveryState.DELIVERED),
+        (302, DeliveryState.PENDING),
+        (400, DeliveryState.PENDING),
+        (410, DeliveryState.OFF),
+        (500, DeliveryState.PENDING),
+        (None, DeliveryState.PENDING),
+    ],
+)
+def test_answers(status: int | None, state: DeliveryState) -> None:
+    """A success delivers, 410 ends it, and anything else is tried again."""
+    assert webhook.judge(status) is state
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("https://Hooks.Test/Ended?Key=1", "https://hooks.test/Ended?Key=1"),
+        ("HTTP://hooks.test:8080", "http://hooks.test:8080/"),
+        ("http://127.0.0.1:80/x", "http://127.0.0.1:80/x"),
+        ("http://[::1]:80/x", "http://[::1]:80/x"),
+    ],
+)
+def test_addresses(text: str, url: str) -> None:
+    """An address is kept with its scheme and host in lower case."""
+    assert webhook.parse_url("webhook_url", text) == url
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "hooks.test", "//hooks.test/", "ftp://hooks.test/", "https://", "https:///x", "http://hooks.test:x/"),
+        *("http://user:secret@hooks.test/", "http://hooks.test/#x", "http://hooks.test\\@other.test/", "http://h t/"),
+        *(
+            "http://[::1",
+            "http://[v1.x]/",
+            "http://[fe80::1%eth0]/",
+            "http://hooks.test/\n",
+            "http://顾客.test/",
+            "http://-x/",
+            "http://a_/",
+        ),
+        "https://hooks.test/" + "x" * 2_048,
+    ],
+)
+def test_no_address(text: str) -> None:
+    """What is no plain address of a web server is refused, and the field named."""
+    with pytest.raises(InvalidOptions) as refused:
+        webhook.parse_url("webhook_url", text)
+    assert [each.field for each in refused.value.errors] == ["webhook_url"]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://hooks.test:81/x", "https://other.test/", "http://10.1.2.3/", "http://127.0.0.1:9/", "http://[::1]/"]
+)
+def test_permitted(url: str) -> None:
+    """A task may name a host of the list, or that of the tenant's own address, on any port and path."""
+    assert HOOK.permits(url)
+    assert webhook.choose(HOOK, url) == url
+
+
+@pytest.mark.parametrize(
+    "url", ["http://hooks.test.evil.test/", "http://sub.other.test/", "http://11.1.2.3/", "http://[::2]/", "http://0/"]
+)
+def test_not_permitted(url: str) -> None:
+    """No other host may be named, and none at all without a webhook."""
+    with pytest.raises(InvalidOptions):
+        webhook.choose(HOOK, url)
+    with pytest.raises(InvalidOptions):
+        webhook.choose(Webhook(allow=("other.test",)), "https://other.test/")
+    assert webhook.choose(HOOK, None) is None
+
+
+def test_allow_list() -> None:
+    """The list has hosts and networks; an address is a network of one, and what is neither is named."""
+    entries = ["Other.Test", "10.0.0.0/8", "127.0.0.1", "::1", "other.test"]
+    expected = ("other.test", "10.0.0.0/8", "127.0.0.1/32", "::1/128")
+    assert webhook.parse_allowed("webhook.allow", entries) == expected
+    with pytest.raises(InvalidOptions) as refused:
+        webhook.parse_allowed("webhook.allow", ["fine.test", "10.0.0.1/8", "http://x.test", "*.test", "a.test/x"])
+    assert [each.field for each in refused.value.errors] == [f"webhook.allow[{place}]" for place in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("ip", "by_default", "allowed"),
+    [
+        ("10.1.2.3", True, True),
+        ("192.168.0.1", True, True),
+        ("fd00::1", True, True),
+        ("127.0.0.1", False, True),
+        ("::1", False, True),
+        ("169.254.169.254", False, False),
+        ("fe80::1", False, False),
+        ("::ffff:127.0.0.1", False, False),
+        ("100.100.100.200", False, False),
+        ("0.0.0.0", False, False),
+    ],
+)
+def test_reach(ip: str, by_default: bool, allowed: bool) -> None:
+    """Hosts may be at private addresses; loopback, link-local and odd ones need a network of the list."""
+    assert Webhook("https://hooks.test/").may_reach(ip_address(ip)) is by_default
+    assert HOOK.may_reach(ip_address(ip)) is allowed
+
+
+def test_switched_off() -> None:
+    """An address is switched off whatever its query, apart from others of its host, and only so many are kept."""
+    off = HOOK.switched_off("https://hooks.test/ended?key=2")
+    assert off.is_off("https://hooks.test/ended?key=1")
+    assert not off.is_off("https://hooks.test/other")
+    for number in range(200):
+        off = off.switched_off(f"https://hooks.test/{number}").switched_off("https://hooks.test/again")
+    assert len(off.off) == len(set(off.off)) == webhook.MAX_OFF
+    assert off.is_off("https://hooks.test/199")
+    assert (off.url, off.allow) == (HOOK.url, HOOK.allow)
+
+
+def test_receivers() -> None:
+    """A receiver is a tenant's server, whatever the path."""
+    assert webhook.receiver(7, "https://hooks.test:81/a/b?c=/d") == "7:https://hooks.test:81"
+    assert webhook.receiver(7, "http://hooks.test/?to=http://x/") == "7:http://hooks.test"
+
+
+@given(st.text(max_size=40))
+def test_ids(text: str) -> None:
+    """The id of an event is that of its task's reservation, and nothing else is an id."""
+    reservation = "0123456789abcdef" * 2
+    assert webhook.reservation_of(webhook.event_id(reservation)) == reservation
+    assert webhook.reservation_of(text) is None
