@@ -27,7 +27,7 @@ from service.domain.artifact import EXTENSIONS
 from service.domain.task import ArtifactName, Task
 from service.domain.tenancy import Tenant
 from service.usecases.fetch import Fetch
-from service.usecases.ports.artifacts import Asked, BrokenOff, Fetched, Portion
+from service.usecases.ports import Asked, BrokenOff, Fetched, Portion
 
 READER_SECONDS = 60.0
 """A client that takes nothing for so long is given up, since it holds a connection to the upstream too."""

@@ -27,7 +27,7 @@ from service.domain.errors import (
 )
 from service.domain.task import Artifact, ArtifactName
 from service.domain.tenancy import Account
-from service.usecases.ports.artifacts import Asked, BrokenOff, Fetched, Portion
+from service.usecases.ports import Asked, BrokenOff, Fetched, Portion
 
 _log = structlog.get_logger(__name__)
 

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from service.domain.artifact import OPAQUE, said_type
 from service.domain.errors import RangeNotSatisfiable, UpstreamInvalidResponse, UpstreamUnavailable
-from service.usecases.ports.artifacts import Asked, Portion
+from service.usecases.ports import Asked, Portion
 
 TRY_AGAIN_AFTER = 5.0
 

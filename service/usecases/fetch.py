@@ -9,8 +9,7 @@ from service.domain.errors import NotFound
 from service.domain.task import Artifact, State, Task
 from service.domain.tenancy import Tenant
 from service.usecases.follow import Follow
-from service.usecases.ports import RegistryView
-from service.usecases.ports.artifacts import Artifacts, Asked, Fetched
+from service.usecases.ports import Artifacts, Asked, Fetched, RegistryView
 
 
 class Fetch:

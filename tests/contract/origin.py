@@ -16,7 +16,7 @@ from service.clients.addresses import Resolver, resolve
 from service.clients.artifacts import ArtifactClient, Patience
 from service.domain.task import Artifact, ArtifactName
 from service.domain.tenancy import Account
-from service.usecases.ports.artifacts import Asked, Fetched
+from service.usecases.ports import Asked, Fetched
 from tests.contract.client import ACCOUNT
 from tests.contract.peer import Connection, Serve
 from tests.support.images import png

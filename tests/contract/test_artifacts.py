@@ -13,7 +13,7 @@ from service.domain.artifact import OPAQUE, SVG
 from service.domain.errors import Overloaded, RangeNotSatisfiable, UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.image import JPEG, PNG, WEBP
 from service.domain.task import ArtifactName
-from service.usecases.ports.artifacts import Asked, Portion
+from service.usecases.ports import Asked, Portion
 from tests.contract import origin
 from tests.contract.origin import MOST, PICTURE, chunked, fetcher, file, giving, giving_and_waiting, head
 from tests.contract.peer import serving

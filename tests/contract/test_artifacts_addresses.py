@@ -15,7 +15,7 @@ from service.clients.addresses import Address, Resolver, UnknownHost
 from service.clients.artifacts import MOST_REDIRECTS, Outcome
 from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.tenancy import Account
-from service.usecases.ports.artifacts import Asked
+from service.usecases.ports import Asked
 from tests.contract.origin import PICTURE, asked, fetcher, file, giving
 from tests.contract.peer import Connection, Serve, http, serving
 from tests.support.certificates import certify

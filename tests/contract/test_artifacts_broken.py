@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from service.clients.artifacts import Outcome, Patience
 from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
-from service.usecases.ports.artifacts import Asked, BrokenOff
+from service.usecases.ports import Asked, BrokenOff
 from tests.contract.origin import (
     MOST,
     PICTURE,

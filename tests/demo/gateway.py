@@ -38,8 +38,6 @@ class FakeGateway:
     results: dict[str, dict[str, Body]] = field(default_factory=real_results)
     problems: dict[str, Response[Any]] = field(default_factory=dict)
     """Answers in place of the ordinary ones: by kind for a submission, else `quota`, `look` or `artifact`."""
-    artifact_address: str = "href"
-    """Under which name the results' addresses are given."""
     costs: dict[str, Any] = field(
         default_factory=lambda: defaultdict(lambda: {"count": 1, "money": 0, "basis": "observed"})
     )
@@ -128,11 +126,8 @@ class FakeGateway:
         return Response(task, status_code=status, headers=headers)
 
     def _artifacts(self, kind: str) -> list[dict[str, str]]:
-        base = {"href": "", "url": self.address}.get(self.artifact_address)
-        if base is None:
-            return [{"name": name, "url": self.artifact_address} for name in self.results[kind]]
         return [
-            {"name": name, self.artifact_address: f"{base}/v1/tasks/task_{kind}/artifacts/{name}"}
+            {"name": name, "href": f"/v1/tasks/task_{kind}/artifacts/{name}", "url": "http://127.0.0.1:1/"}
             for name in self.results[kind]
         ]
 

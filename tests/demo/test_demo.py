@@ -94,13 +94,6 @@ async def test_pause(gateway: FakeGateway, tmp_path: Path) -> None:
     assert [later - sooner >= 0.99 for sooner, later in pairwise(looks)] == [True, True]
 
 
-async def test_direct(gateway: FakeGateway, tmp_path: Path) -> None:
-    """Results are fetched from where they lie if the gateway does not offer to pass them on."""
-    gateway.artifact_address = "url"
-    code, _ = await run(options(gateway, tmp_path))
-    assert code == 0
-
-
 async def test_terminal(gateway: FakeGateway, tmp_path: Path) -> None:
     """On a terminal the lines of the tasks give way to the table."""
     code, lines = await run(options(gateway, tmp_path, interactive=True))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from service.domain.artifact import seen_type
 from service.domain.task import Artifact
 from service.domain.tenancy import Account
-from service.usecases.ports.artifacts import Asked, Fetched, Portion
+from service.usecases.ports import Asked, Fetched, Portion
 from tests.support.images import png
 
 
