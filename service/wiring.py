@@ -45,18 +45,8 @@ from service.usecases.fetch import Fetch
 from service.usecases.follow import Follow
 from service.usecases.look import FreeLooks
 from service.usecases.pace import Pace
-from service.usecases.ports import (
-    Agenda,
-    Artifacts,
-    Books,
-    Callbacks,
-    Clock,
-    Ledger,
-    RegistryStore,
-    RegistryView,
-    Tasks,
-    Upstream,
-)
+from service.usecases.ports import Agenda, Books, Callbacks, Clock, Ledger, RegistryStore, RegistryView, Tasks, Upstream
+from service.usecases.ports.artifacts import Artifacts
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 from service.usecases.settle import Settle
