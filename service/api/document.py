@@ -15,6 +15,8 @@ from msgspec import Struct
 from service.api import admin_views, legacy, openapi, ops, submission_views, usage_views, views, webhook_views
 from service.api.examples import ACCEPTED, EXAMPLES, STREAMS, TABLES, problem
 from service.api.problems import MEDIA_TYPE
+from service.api.views import TaskView
+from service.api.webhook_document import webhooks
 
 Node = dict[str, Any]
 
@@ -76,7 +78,7 @@ _OBJECTS: Mapping[str, type[Struct]] = {
 _FILES = frozenset({"read-artifact"})
 """The operations whose answers are files."""
 _UNSAID = ("deprecated", "allowEmptyValue", "allowReserved")
-_ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "components")
+_ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "webhooks", "components")
 
 
 def document(app: Litestar) -> Node:
@@ -100,6 +102,8 @@ def document(app: Litestar) -> Node:
         _show(operation["operationId"], operation["responses"])
         for parameter in operation.get("parameters", ()):
             _clarify(parameter)
+    if TaskView.__name__ in schemas:
+        written["webhooks"] = webhooks()
     components["headers"] = {name: header for name, header in _HEADERS.items() if name in used}
     names = {name: name.removesuffix("View") for name in schemas}
     renamed = _renamed(written, names)

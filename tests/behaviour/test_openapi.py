@@ -138,6 +138,7 @@ async def test_options(document: dict[str, Any]) -> None:
         properties = dict(schema["properties"])
         assert properties.pop("image")["contentMediaType"] == "application/octet-stream"
         assert properties.pop("metadata")["contentMediaType"] == "application/json"
+        assert properties.pop("webhook_url")["format"] == "uri"
         found = {
             name: (each["type"], each.get("minimum"), each.get("maximum"), each["default"])
             for name, each in properties.items()

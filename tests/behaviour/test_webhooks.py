@@ -9,6 +9,7 @@ import structlog
 from redis.asyncio import Redis
 
 from tests.behaviour.house import POLL_SECONDS, House, real_house
+from tests.behaviour.openapi_reader import fits
 from tests.behaviour.receiver import Receiver, a_secret, receiving
 from tests.support.valkey import Valkey
 
@@ -53,6 +54,18 @@ async def test_told(house: House, receiver: Receiver) -> None:
     assert told.event["data"] == (await house.call("GET", f"/v1/tasks/{task_id}")).json()
     assert told.signed_by(SECRET)
     assert not told.signed_by(a_secret(b"x"))
+
+
+async def test_documented(house: House, receiver: Receiver) -> None:
+    """What a tenant is told, and with which headers, is what the API's document says."""
+    await let_in(house, receiver)
+    await ended(house)
+    document = (await house.call("GET", "/openapi.json", token="")).json()
+    operation = document["webhooks"]["task-ended"]["post"]
+    content = operation["requestBody"]["content"]["application/json"]
+    for event in (receiver.told[0].event, content["example"]):
+        fits(document, event, content["schema"], "event")
+    assert {each["name"] for each in operation["parameters"]} <= receiver.told[0].headers.keys()
 
 
 async def test_failure(house: House, receiver: Receiver) -> None:

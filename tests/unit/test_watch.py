@@ -11,7 +11,7 @@ import pytest
 from service.domain.task import State, Task
 from service.domain.taskid import TaskIds
 from service.keyring import Keyring
-from service.usecases import watch
+from service.usecases import rounds, watch
 from service.usecases.ports import Answered, Check
 from tests.unit.over_fakes import AWAY, Gateway, until
 
@@ -21,8 +21,9 @@ CRASH = RuntimeError("a fault of ours")
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> Gateway:
     """The use cases, with a watch that never pauses."""
-    for pause in ("TICK_SECONDS", "EXPIRE_SECONDS", "AWAY_SECONDS"):
-        monkeypatch.setattr(watch, pause, 0)
+    monkeypatch.setattr(watch, "EXPIRE_SECONDS", 0)
+    monkeypatch.setattr(rounds, "TICK_SECONDS", 0)
+    monkeypatch.setattr(rounds, "AWAY_SECONDS", 0)
     return Gateway()
 
 

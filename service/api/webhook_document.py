@@ -1,0 +1,62 @@
+"""What receivers of webhooks are sent, for the API's document: these requests are the gateway's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from service.api.examples import EXAMPLES
+from service.api.views import TaskView
+from service.api.webhook_views import TaskEvent
+from service.domain.webhook import Event
+
+_DESCRIPTION = (
+    "Sent to the address you have agreed on with the operators, or to the task's `webhook_url`, once the task has "
+    "ended, signed as [Standard Webhooks](https://www.standardwebhooks.com/) 1.0.0 has it: verify it with any library "
+    "of theirs, your `whsec_` secret, and the bytes of the body as they came. Answer with a status from 200 to 299 "
+    "within 15 seconds; anything else is tried again for a day, later and later, and 410 ends it for good. It comes "
+    "at least once: what you have seen before has the same `webhook-id`."
+)
+_HEADERS = {
+    "webhook-id": "The id of the event, the same whenever it is sent again.",
+    "webhook-timestamp": "When this attempt was made, in seconds since the epoch.",
+    "webhook-signature": "A signature, or two separated by a space while your secret is replaced.",
+}
+
+
+def webhooks() -> dict[str, Any]:
+    """The webhooks, as the document has them."""
+    return {"task-ended": {"post": _operation()}}
+
+
+def _operation() -> dict[str, Any]:
+    task = msgspec.convert(EXAMPLES["TaskView"], TaskView)
+    example = TaskEvent(Event.SUCCEEDED, task.finished_at or task.updated_at, task)
+    schema: Mapping[str, Any] = {
+        "type": "object",
+        "description": "What a tenant is told when a task has ended.",
+        "properties": {
+            "type": {"type": "string", "enum": [each.value for each in Event]},
+            "timestamp": {"type": "string", "format": "date-time", "description": "When the task ended."},
+            "data": {"$ref": "#/components/schemas/TaskView"},
+        },
+        "required": ["type", "timestamp", "data"],
+    }
+    return {
+        "operationId": "task-ended",
+        "summary": "Your task has ended",
+        "description": _DESCRIPTION,
+        "tags": ["Tasks"],
+        "security": [{}],
+        "parameters": [
+            {"name": name, "in": "header", "required": True, "description": about, "schema": {"type": "string"}}
+            for name, about in _HEADERS.items()
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schema, "example": msgspec.to_builtins(example)}},
+        },
+        "responses": {"2XX": {"description": "You have it."}},
+    }
