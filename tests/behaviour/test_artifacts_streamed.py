@@ -154,11 +154,12 @@ async def test_head() -> None:
     """HEAD ends the fetch as soon as the head is known."""
     left = asyncio.Event()
     serve = giving_and_waiting(head(Content_Length="1000", ETag='"v1"'), PICTURE, left=left)
-    async with asyncio.timeout(10), site(serve) as found:
-        async with found.reading("HEAD") as (_, answer):
+    with capture_logs() as logs:
+        async with asyncio.timeout(10), site(serve) as found, found.reading("HEAD") as (_, answer):
             assert answer.startswith(b"HTTP/1.1 200")
             assert b"content-length: 1000\r\n" in answer.lower()
-        await left.wait()
+            await left.wait()
+    assert logged(logs) == (200, "answered")
 
 
 @pytest.mark.parametrize(
