@@ -49,6 +49,8 @@ _PRIVATE: tuple[Network, ...] = (
     IPv6Network("fc00::/7"),
 )
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
+_RECEIVER = re.compile(r"[a-z]+://([^/:?]+)")
+_DIGITS = re.compile(r"[0-9.]+")
 _GONE = 410
 _BUSY = frozenset({429, 503})
 
@@ -239,8 +241,14 @@ def without_query(url: str) -> str:
 
 
 def receiver(tenant: int, url: str) -> str:
-    """Whom the deliveries to an address may keep waiting: a tenant's others at the same server."""
-    return f"{tenant}:{'/'.join(url.split('/', 3)[:3]).partition('?')[0]}"
+    """Whom the deliveries to an address may keep waiting: a tenant's others at the same host.
+
+    Ports make no difference, and addresses without a name are all one, so that a tenant has no more receivers than
+    hosts on its list: each of them may occupy a part of what is sent at once.
+    """
+    host = _RECEIVER.match(url)
+    name = host[1] if host else ""
+    return f"{tenant}:{'ip' if name.startswith('[') or _DIGITS.fullmatch(name) else name}"
 
 
 def _no_url(field: str) -> InvalidOptions:

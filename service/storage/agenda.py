@@ -16,6 +16,9 @@ from service.usecases.ports import Claimed, Delivery, Outcome
 
 LEASE = 60_000
 """How long a claimed delivery is its process's, in milliseconds: longer than any attempt takes."""
+AT_ONCE = 4
+"""How many deliveries to one receiver are under way at once; one, for `FAILING` milliseconds after one has failed."""
+FAILING = 600_000
 KEEP = 30 * DAY
 KEEP_DELIVERED = 3 * DAY
 
@@ -90,6 +93,8 @@ def agenda_of(keys: Keys) -> dict[str, Any]:
         "delivery": keys.delivery(""),
         "failed": keys.failed_deliveries,
         "keep": KEEP,
+        "at_once": AT_ONCE,
+        "failing_for": FAILING,
     }
 
 

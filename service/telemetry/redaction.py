@@ -11,6 +11,7 @@ from urllib.parse import quote
 import msgspec
 
 from service.domain.tenancy import TOKEN_PREFIX
+from service.domain.webhook import SECRET_PREFIX
 
 REDACTED = "[redacted]"
 
@@ -21,7 +22,7 @@ _LARGEST_INTEGER = 2**63
 
 _NAMES = ("user[-_]?key", "api[-_]?key", "token", "authorization", "secret", "password", "prompt", "cookie")
 _SECRET_NAME = re.compile("|".join(_NAMES), re.IGNORECASE)
-_TOKEN = re.compile(rf"{TOKEN_PREFIX}\w+")
+_TOKEN = re.compile(rf"{TOKEN_PREFIX}\w+|{SECRET_PREFIX}[\w+/=-]+")
 _CREDENTIALS = re.compile(r"\b(bearer|basic)\s+[^\s,;'\"]+", re.IGNORECASE)
 _USER_INFO = re.compile(r"://[^/@\s]+@")
 # `name=value`, `"name": "value"` and the like in running text; the quotes may themselves be escaped.
@@ -35,7 +36,8 @@ _NAMED = re.compile(
 class Redactor:
     """A processor for structlog that rewrites everything which is logged into plain values without secrets.
 
-    It knows tokens of the gateway by their prefix, values by the names they stand under, and the secrets it was told.
+    It knows tokens and webhook secrets by their prefixes, values by the names they stand under, and the secrets it was
+    told.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
@@ -60,7 +62,7 @@ class Redactor:
         # Most texts are short words. What can't match is not searched for: it makes a line cost a third.
         if self._known:
             text = self._known.sub(REDACTED, text)
-        if TOKEN_PREFIX in text:
+        if TOKEN_PREFIX in text or SECRET_PREFIX in text:
             text = _TOKEN.sub(REDACTED, text)
         if len(text.split(None, 1)) > 1:
             text = _CREDENTIALS.sub(rf"\1 {REDACTED}", text)

@@ -8,12 +8,9 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from service.domain.webhook import DeliveryState, Webhook, receiver
-from service.storage.agenda import KEEP, LEASE
+from service.storage.agenda import AT_ONCE, FAILING, KEEP, LEASE
 from service.usecases.ports import Claimed, Delivery, Outcome, Reply
 from tests.fakes.memory import Memory
-
-AT_ONCE = 4
-FAILING = 600_000
 
 
 @dataclass

@@ -16,7 +16,14 @@ from service.usecases.ports import Answered, Check, Claimed, Outcome
 from tests.fakes import FakeAgenda
 from tests.storage.ledger_machine import ACCOUNTS, LedgerMachine
 
-WEBHOOKS = (None, "http://one.test/ended?for=17", "http://one.test", "https://other.test:8443/x")
+WEBHOOKS = (
+    None,
+    "http://one.test/ended?for=17",
+    "http://one.test:81/",
+    "https://other.test:8443/x",
+    "http://[fd00::1]/x",
+    "http://10.0.0.1:80/x",
+)
 
 outcomes = st.one_of(
     st.just(Outcome(state=DeliveryState.DELIVERED, status=204)),

@@ -1,112 +1,17 @@
-"""Telling tenants of the ends of their tasks, over receivers, a store and processes that fail."""
+"""Tenants are told of the ends of their tasks, until they have taken it or nobody wants it any more."""
 
 from __future__ import annotations
-
-import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 import pytest
 from msgspec.structs import replace
-from prometheus_client import CollectorRegistry
 
-from service.api.webhook_views import task_event
 from service.domain import webhook
 from service.domain.errors import Conflict, NotFound
 from service.domain.registry import Registry
 from service.domain.webhook import DeliveryState, Signing, Webhook
-from service.keyring import Keyring
-from service.storage.agenda import LEASE
-from service.telemetry.metrics import Metrics
-from service.usecases.change import Change
-from service.usecases.deliver import Deliver
-from service.usecases.ports import Answered, Check, Claimed, Delivery, Outcome, Reply
-from service.usecases.webhooks import Webhooks
-from tests.fakes import FakeAgenda, FakeCallbacks
-from tests.unit.over_fakes import Gateway, until
-
-SEALER = Keyring([b"k" * 32]).purpose("webhook-secret")
-URL = "https://hooks.test/ended"
-
-
-def sealed(key: bytes) -> bytes:
-    return SEALER.seal(key)
-
-
-@dataclass
-class Receivers(FakeCallbacks):
-    """Those at a host of `dead` never answer."""
-
-    dead: set[str] = field(default_factory=set)
-
-    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> Reply:
-        if url in self.dead:
-            await asyncio.Event().wait()
-        return await super().post(url, headers, body, webhook)
-
-
-class Teller:
-    """A gateway whose tenant has a webhook, and processes that deliver."""
-
-    def __init__(self) -> None:
-        self.gateway, self.receivers = Gateway(), Receivers()
-        self.ledger, self.registry = self.gateway.ledger, self.gateway.registry
-        self.agenda = FakeAgenda(self.ledger)
-        self.metrics = Metrics(CollectorRegistry())
-        clock = self.ledger.clock
-        change = Change(self.registry, self.registry)
-        self.webhooks = Webhooks(change=change, registry=self.registry, agenda=self.agenda, secrets=SEALER, clock=clock)
-        self.deliver = self.process()
-        self.put(Webhook(URL, ("other.test",), Signing(sealed(b"s" * 32))))
-
-    def process(self) -> Deliver:
-        """One more process that delivers."""
-        return Deliver(
-            agenda=self.agenda,
-            tasks=self.ledger,
-            callbacks=self.receivers,
-            registry=self.registry,
-            secrets=SEALER,
-            switch_off=self.webhooks.switch_off,
-            render=task_event,
-            clock=self.ledger.clock,
-            metrics=self.metrics,
-            at_once=8,
-            chance=lambda: 0.0,
-        )
-
-    def put(self, hook: Webhook) -> None:
-        """Give the tenant another webhook."""
-        self.gateway.tenant = replace(self.gateway.tenant, webhook=hook)
-        now = self.registry.current
-        self.registry.current = Registry(
-            now.version + 1, now.next_id, {"shop": self.gateway.tenant}, now.accounts, now.tokens
-        )
-
-    @property
-    def hook(self) -> Webhook:
-        return self.registry.current.tenants["shop"].webhook
-
-    async def end_a_task(self, check: Check | None = None) -> str:
-        """Submit an image and let its task end; the reservation."""
-        task = (await self.gateway.submitted()).task
-        if check:
-            self.gateway.upstream.next_checks.append(check)
-        self.ledger.clock.at += self.ledger.spans.check_after
-        while await self.gateway.watch.tick():
-            pass
-        await self.gateway.watch.settled()
-        return task.reservation
-
-    async def round(self) -> None:
-        """Deliver all that is due now."""
-        while await self.deliver.tick():
-            await self.deliver.settled()
-
-    def state(self, reservation: str) -> DeliveryState:
-        return self.ledger.deliveries[reservation].state
+from service.usecases.ports import Answered, Check, Reply
+from tests.unit.over_deliver import URL, Teller
 
 
 @pytest.fixture
@@ -197,80 +102,6 @@ async def test_unknown_delivery(teller: Teller, event: str) -> None:
         await teller.webhooks.redeliver(event)
 
 
-async def test_killed_before_it_was_recorded(teller: Teller, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process sent but did not record before it was killed is sent again once its lease is over, the same."""
-    reservation = await teller.end_a_task()
-    gone = asyncio.Event()
-
-    async def never(_claimed: Claimed, _outcome: Outcome) -> bool:
-        gone.set()
-        return await asyncio.Event().wait()
-
-    monkeypatch.setattr(teller.agenda, "record", never)
-    running = asyncio.create_task(teller.deliver.run())
-    await gone.wait()
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-    monkeypatch.undo()
-    teller.deliver = teller.process()
-    teller.ledger.clock.at += LEASE - 1
-    await teller.round()
-    assert len(teller.receivers.sent) == 1
-    teller.ledger.clock.at += 1
-    await teller.round()
-    first, second = teller.receivers.sent
-    assert (first[1]["webhook-id"], first[2]) == (second[1]["webhook-id"], second[2])
-    assert teller.state(reservation) is DeliveryState.DELIVERED
-
-
-async def test_store_away_while_sending(teller: Teller) -> None:
-    """An attempt whose outcome can't be written is made again."""
-    reservation = await teller.end_a_task()
-    await teller.deliver.tick()
-    teller.ledger.away = True
-    await teller.deliver.settled()
-    teller.ledger.away = False
-    teller.ledger.clock.at += LEASE
-    await teller.round()
-    assert teller.state(reservation) is DeliveryState.DELIVERED
-
-
-async def test_run_outlasts_the_store(teller: Teller, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job goes on through a store that is away and a fault of the gateway's own."""
-    monkeypatch.setattr("service.usecases.rounds.AWAY_SECONDS", 0)
-    monkeypatch.setattr("service.usecases.rounds.TICK_SECONDS", 0)
-    claim, tries = teller.agenda.claim, 0
-
-    async def claiming(most: int) -> Any:
-        nonlocal tries
-        tries += 1
-        teller.ledger.away = tries == 1
-        if tries == 2:
-            raise ValueError("a fault of ours")
-        return await claim(most)
-
-    monkeypatch.setattr(teller.agenda, "claim", claiming)
-    reservation = await teller.end_a_task()
-    running = asyncio.create_task(teller.deliver.run())
-    await until(lambda: teller.state(reservation) is DeliveryState.DELIVERED)
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-
-
-async def test_own_fault(teller: Teller, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault of the gateway's own loses no delivery."""
-    reservation = await teller.end_a_task()
-    monkeypatch.setattr(teller.deliver, "_render", lambda _: 1 // 0)
-    await teller.round()
-    monkeypatch.undo()
-    teller.deliver = teller.process()
-    teller.ledger.clock.at += LEASE
-    await teller.round()
-    assert teller.state(reservation) is DeliveryState.DELIVERED
-
-
 async def test_gone_receiver(teller: Teller) -> None:
     """An address that answers 410 is switched off and not called any more; what it did not get can be sent later."""
     teller.receivers.replies.append(Reply(status=410))
@@ -350,69 +181,3 @@ async def test_rotation(teller: Teller) -> None:
         await teller.webhooks.rotate("shop", 0)
     with pytest.raises(NotFound):
         await teller.webhooks.rotate("nobody", 0)
-
-
-async def test_registry_not_there_yet(teller: Teller) -> None:
-    """Nothing is claimed before the tenants are known, which would look deleted."""
-    await teller.end_a_task()
-    teller.registry.ready = False
-    assert await teller.deliver.tick() is False
-    teller.registry.ready = True
-    assert await teller.deliver.tick() is True
-    await teller.deliver.settled()
-
-
-async def test_dead_receiver(teller: Teller) -> None:
-    """A thousand deliveries to a receiver that never answers hold up nobody else's, in whichever order they came."""
-    dead = "https://other.test/dead"
-    teller.receivers.dead.add(dead)
-    for number in range(1_000):
-        teller.agenda.enqueue(delivery(f"{number:032}", dead))
-    template = teller.ledger.tasks[await teller.end_a_task()]
-    teller.ledger.tasks |= {f"{number:032}": template for number in range(1_000)}
-    running = asyncio.create_task(teller.deliver.run())
-    await until(lambda: len(teller.receivers.sent) == 1)
-    assert teller.receivers.sent[0][0] == URL
-    assert len(teller.ledger.leased) == 4
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-
-
-async def test_failing_receiver(teller: Teller) -> None:
-    """A receiver that has failed is tried by one delivery at a time until it takes one."""
-    for number in range(10):
-        teller.agenda.enqueue(delivery(f"{number:032}", URL))
-    (first, *others) = await teller.agenda.claim(100)
-    assert len(others) == 3
-    failure = Outcome(state=DeliveryState.PENDING, wait=5_000)
-    for each in (first, *others):
-        await teller.agenda.record(each, failure)
-    (alone,) = await teller.agenda.claim(100)
-    await teller.agenda.record(alone, Outcome(state=DeliveryState.DELIVERED))
-    assert len(await teller.agenda.claim(100)) == 4
-
-
-async def test_no_more_than_there_is_room_for(teller: Teller) -> None:
-    """A process that sends as much as it may waits for one of them to end."""
-    teller.receivers.dead |= {f"https://other.test:{port}/" for port in range(1, 5)}
-    template = teller.ledger.tasks[await teller.end_a_task()]
-    await teller.round()
-    for number in range(8):
-        teller.agenda.enqueue(delivery(f"{number:032}", f"https://other.test:{number % 4 + 1}/"))
-    teller.ledger.tasks |= {f"{number:032}": template for number in range(8)}
-    await teller.deliver.tick()
-    waiting = asyncio.create_task(teller.deliver.tick())
-    await asyncio.wait([waiting], timeout=0.05)
-    assert not waiting.done()
-    next(iter(teller.deliver._sending)).cancel()
-    assert await waiting
-    for each in teller.deliver._sending:
-        each.cancel()
-    await teller.deliver.settled()
-
-
-def delivery(reservation: str, url: str) -> Delivery:
-    """A delivery as it begins."""
-    state = DeliveryState.PENDING
-    return Delivery(reservation=reservation, task="task_x", tenant=1, url=url, state=state, created=0, updated=0)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.domain.webhook import new_secret
 from service.telemetry.redaction import Redactor
 
 SECRET = "hunter2-hunter2"
@@ -22,6 +23,13 @@ def test_anything_can_be_written(value: Any) -> None:
     """No value makes logging fail, whatever characters or numbers it holds."""
     event = Redactor([SECRET])(None, "info", {"event": "x", "value": value, "odd": "\ud800"})
     assert json.loads(msgspec.json.encode(event))["event"] == "x"
+
+
+@pytest.mark.parametrize("text", ["{}", "x{}x", "'{}', which"])
+def test_webhook_secrets(text: str) -> None:
+    """A webhook secret is not logged, wherever it stands."""
+    secret = new_secret()
+    assert secret.removeprefix("whsec_") not in Redactor().text(text.format(secret))
 
 
 @pytest.mark.parametrize(

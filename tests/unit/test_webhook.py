@@ -225,9 +225,11 @@ def test_switched_off() -> None:
 
 
 def test_receivers() -> None:
-    """A receiver is a tenant's server, whatever the path."""
-    assert webhook.receiver(7, "https://hooks.test:81/a/b?c=/d") == "7:https://hooks.test:81"
-    assert webhook.receiver(7, "http://hooks.test/?to=http://x/") == "7:http://hooks.test"
+    """A receiver is a host of a tenant, whatever the port and path; those without a name are one."""
+    assert webhook.receiver(7, "https://hooks.test:81/a/b?c=/d") == "7:hooks.test"
+    assert webhook.receiver(7, "http://hooks.test/?to=http://x/") == "7:hooks.test"
+    bare = ["http://10.0.0.1/", "http://10.0.0.2:80/", "https://[fd00::1]:443/"]
+    assert {webhook.receiver(7, url) for url in bare} == {"7:ip"}
 
 
 @given(st.text(max_size=40))

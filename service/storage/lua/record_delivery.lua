@@ -24,7 +24,7 @@ delivery.status, delivery.error, delivery.answer = ask.status, ask.error, ask.an
 if ask.state == 'delivered' then
   redis.call('DEL', agenda.failing .. receiver)
 elseif ask.attempts > 0 then
-  redis.call('SET', agenda.failing .. receiver, string.format('%d', now + FAILING), 'PX', FAILING)
+  redis.call('SET', agenda.failing .. receiver, string.format('%d', now + agenda.failing_for), 'PX', agenda.failing_for)
 end
 if ask.state == 'pending' then
   enqueue(agenda, id, delivery, now + ask.wait, now)

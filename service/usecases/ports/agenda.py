@@ -58,7 +58,7 @@ class Agenda(Protocol):
     async def claim(self, most: int) -> Sequence[Claimed]:
         """Up to `most` deliveries that are due, which nobody else gets until their lease runs out.
 
-        Of each receiver (a tenant's deliveries to one server) a few at a time, and one alone if it has failed lately:
+        Of each receiver (a tenant's deliveries to one host) a few at a time, and one alone if it has failed lately:
         the others never wait for it.
         """
         ...

@@ -1,19 +1,22 @@
 -- The deliveries: what tenants are told, in a queue for each receiver. Receivers take turns, and one that fails has but one
 -- delivery under way, so that none of them holds up another, however much waits for it.
 --
--- An agenda is {receivers, queue, claims, failing, delivery, failed, keep}: keys, or how those of each receiver or
--- delivery begin, and for how long all of that is kept.
+-- An agenda is {receivers, queue, claims, failing, delivery, failed, keep, at_once, failing_for}: keys, or how those of each
+-- receiver or delivery begin, for how long all of that is kept, how many a receiver has under way at once, and for how long
+-- it counts as failing.
 
-local AT_ONCE = 4
-local FAILING = 600000
-
+-- As service/domain/webhook.py has it.
 local function receiver_of(delivery)
-  return string.format('%d:%s', delivery.tenant, delivery.url:match('^%a+://[^/?]+'))
+  local host = delivery.url:match('^%a+://([^/:?]+)')
+  if host:sub(1, 1) == '[' or host:match('^[%d.]+$') then
+    host = 'ip'
+  end
+  return string.format('%d:%s', delivery.tenant, host)
 end
 
 local function at_once(agenda, receiver, now)
   local failing = tonumber(redis.call('GET', agenda.failing .. receiver) or 0)
-  return failing > now and 1 or AT_ONCE
+  return failing > now and 1 or agenda.at_once
 end
 
 local function first(key)
