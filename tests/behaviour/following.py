@@ -1,0 +1,102 @@
+"""Callers that wait for a task, or follow its events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from httpx2 import Response
+
+from service.usecases.ports import Answered, Check
+from tests.behaviour.house import House
+from tests.fakes import FakeUpstream
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let everything else run until something holds."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def waiting(house: House, path: str, seconds: int = 60, **headers: str) -> asyncio.Task[Response]:
+    """A read that waits for the end of a task; it has begun to."""
+    before = house.services.board.waiting
+    headers = {"Prefer": f"wait={seconds}"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    reading = asyncio.create_task(house.call("GET", path, headers=headers))
+    await until(lambda: house.services.board.waiting > before or reading.done())
+    return reading
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of a stream."""
+
+    name: str
+    id: str
+    task: dict[str, Any]
+
+
+@dataclass
+class Stream:
+    """A stream of events, read line by line."""
+
+    answer: Response
+    lines: AsyncIterator[str]
+    comments: int = 0
+    retry: int | None = None
+    _data: dict[str, str] = field(default_factory=dict)
+
+    async def next(self) -> Event | None:
+        """The next event; None at the end of the stream."""
+        async with asyncio.timeout(20):
+            async for line in self.lines:
+                name, _, value = line.partition(": ")
+                if line.startswith(":"):
+                    self.comments += 1
+                elif name == "retry":
+                    self.retry = int(value)
+                elif line:
+                    assert name not in self._data
+                    self._data[name] = value
+                elif self._data:
+                    data, self._data = self._data, {}
+                    return Event(data["event"], data["id"], json.loads(data["data"]))
+        return None
+
+    async def comment(self) -> None:
+        """Wait for a comment, before which there is no event."""
+        async with asyncio.timeout(20):
+            async for line in self.lines:
+                if line.startswith(":"):
+                    return
+                assert not line or line.startswith("retry")
+        raise AssertionError("the stream has ended")
+
+    async def rest(self) -> list[Event]:
+        """All that is still to come."""
+        events = []
+        while event := await self.next():
+            events.append(event)
+        return events
+
+
+@asynccontextmanager
+async def following(house: House, task: dict[str, Any], last: str | None = None) -> AsyncIterator[Stream]:
+    """The events of a task, after the last one that is known."""
+    headers = {"Authorization": f"Bearer {house.token}"} | ({} if last is None else {"Last-Event-ID": last})
+    async with house.http.stream("GET", house.url + task["links"]["events"], headers=headers) as answer:
+        yield Stream(answer, answer.aiter_lines())
+
+
+async def checked(house: House, *answers: Answered) -> None:
+    """Let an interval pass for each answer, in which the upstream answers so."""
+    for answered in answers:
+        upstream = FakeUpstream()
+        upstream.next_checks.append(Check(answered=answered))
+        house.services.watch._upstream = upstream
+        await house.watch()
