@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
 import structlog
@@ -49,7 +48,7 @@ class CallbackClient:
 
         try:
             async with asyncio.timeout(self._seconds):
-                # What may be reached is another matter for each tenant, and no connection is used twice.
+                # What may be reached is another matter for each tenant, and nothing is kept from call to call.
                 transport = CheckedTransport(allowed, tls=self._tls, resolver=self._resolver)
                 async with self._client(transport) as client:
                     return await _reply(client, url, headers, body)
@@ -61,7 +60,6 @@ class CallbackClient:
             transport=transport,
             trust_env=False,
             follow_redirects=False,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             timeout=self._seconds,
             headers=_HEADERS,
         )

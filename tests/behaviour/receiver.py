@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,11 +38,13 @@ class Told:
 
 @dataclass
 class Receiver:
-    """Answers with the statuses it is told to, 204 by default."""
+    """Answers with the statuses it is told to, 204 by default; or not at all while it is `silent`."""
 
     url: str = ""
     statuses: list[int] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
+    silent: bool = False
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
@@ -52,6 +55,10 @@ class Receiver:
             body += message["body"]
         query = "?" + scope["query_string"].decode() if scope["query_string"] else ""
         self.told.append(Told(scope["path"] + query, headers, body))
+        self.asked.set()
+        if self.silent:
+            await receive()  # the client leaves
+            return
         status = self.statuses.pop(0) if self.statuses else 204
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b"" if status == 204 else b"no"})

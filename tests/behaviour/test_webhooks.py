@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 import structlog
 from redis.asyncio import Redis
 
-from tests.behaviour.house import POLL_SECONDS, House, real_house
+from service.settings import Settings
+from service.storage.agenda import LEASE
+from service.storage.keys import Keys
+from service.wiring import assembled
+from tests.behaviour.house import ENVIRONMENT, POLL_SECONDS, House, real_house
+from tests.behaviour.old_client import OldClient
 from tests.behaviour.openapi_reader import fits
 from tests.behaviour.receiver import Receiver, a_secret, receiving
 from tests.support.valkey import Valkey
@@ -207,6 +213,55 @@ async def test_unknown_delivery(house: House) -> None:
     """What is not known can't be sent again."""
     for event in ("msg_" + "0" * 32, "nonsense"):
         assert (await house.admin("POST", f"/webhooks/{event}/redeliver")).status_code == 404
+
+
+async def test_old_clients(house: House, receiver: Receiver) -> None:
+    """Tasks that old clients submit are told to the tenant's own address."""
+    await let_in(house, receiver)
+    client = OldClient(house.http, house.url, house.token)
+    task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
+    await client.ended(task_id, house.watch)
+    await deliver(house)
+    assert [each.event["data"]["id"] for each in receiver.told] == [task_id]
+
+
+async def test_killed_process(valkey: Valkey, receiver: Receiver) -> None:
+    """What a process was killed over before it could write it down comes again from another one, the same."""
+    environment = ENVIRONMENT | {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": "http://localhost:1"}
+    async with real_house(valkey) as house, assembled(Settings.load(environment)) as other:
+        await let_in(house, receiver)
+        await other.registry.refresh()
+        task_id = (await house.submit()).json()["id"]
+        await house.finished(task_id)
+        receiver.silent = True
+        job = asyncio.create_task(house.services.deliver.run())
+        await receiver.asked.wait()
+        job.cancel()
+        await asyncio.wait([job])
+        receiver.silent = False
+        while await other.deliver.tick():
+            await other.deliver.settled()
+        assert len(receiver.told) == 1
+        await house.advance(LEASE / 1000)
+        while await other.deliver.tick():
+            await other.deliver.settled()
+    first, second = receiver.told
+    assert (first.headers["webhook-id"], first.body) == (second.headers["webhook-id"], second.body)
+
+
+async def test_store_that_lost_the_task(valkey: Valkey, receiver: Receiver) -> None:
+    """The end of a task that the store had lost is told to the tenant's own address."""
+    async with real_house(valkey) as house:
+        await let_in(house, receiver)
+        task_id = (await house.submit()).json()["id"]
+        async with Redis.from_url(valkey.url) as client:
+            gone = [key async for key in client.scan_iter() if b":task" in key or b":reservation" in key]
+            await client.delete(*gone, Keys("gw").watch)
+        await house.advance(0)
+        await house.call("GET", f"/v1/tasks/{task_id}")
+        await house.finished(task_id)
+        await deliver(house)
+    assert [each.event["data"]["id"] for each in receiver.told] == [task_id]
 
 
 async def test_awaited(house: House, receiver: Receiver) -> None:

@@ -58,6 +58,8 @@ async def test_dead_receiver(store: Store) -> None:
     assert len(claimed) == AT_ONCE + 1
     assert "alive" in claimed
     assert not await store.agenda.claim(64)
+    await store.add("newer", 3, "https://dead.test/")
+    assert [each.delivery.reservation for each in await store.agenda.claim(1)] == ["newer"]
 
 
 async def test_failing_receiver(store: Store) -> None:

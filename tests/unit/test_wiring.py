@@ -17,6 +17,33 @@ from tests.fakes import FakeAgenda, FakeCallbacks, FakeLedger, FakeRegistry, Fak
 from tests.fakes.artifacts import FakeArtifacts
 
 
+def in_memory() -> Ports:
+    """Every port in memory."""
+    ledger = FakeLedger()
+    registry = FakeRegistry(ledger)
+    return Ports(
+        ledger=ledger,
+        books=ledger,
+        tasks=ledger,
+        board=ledger.board,
+        store=registry,
+        registry=registry,
+        upstream=FakeUpstream(),
+        artifacts=FakeArtifacts(),
+        agenda=FakeAgenda(ledger),
+        callbacks=FakeCallbacks(),
+        clock=ledger.clock,
+    )
+
+
+@pytest.mark.parametrize(("role", "works"), [("api", False), ("worker", True), ("all", True)])
+async def test_roles(role: str, works: bool) -> None:
+    """Tasks are watched and webhooks delivered by workers, and by processes that do everything."""
+    settings = Settings.load(ENVIRONMENT | {"GATEWAY_ROLE": role, "GATEWAY_REDIS_URL": "redis://localhost"})
+    services = furnished(in_memory(), settings, Metrics(CollectorRegistry()), Background())
+    assert {job in services.jobs for job in (services.watch.run, services.deliver.run)} == {works}
+
+
 async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that fails, or ends though it should not, is begun again; at the end of the process it is ended."""
     monkeypatch.setattr(wiring, "JOB_RESTART_SECONDS", 0)
@@ -30,25 +57,10 @@ async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
             third.set()
             await asyncio.Event().wait()
 
-    ledger = FakeLedger()
-    registry = FakeRegistry(ledger)
-    ports = Ports(
-        ledger=ledger,
-        books=ledger,
-        tasks=ledger,
-        board=ledger.board,
-        store=registry,
-        registry=registry,
-        upstream=FakeUpstream(),
-        artifacts=FakeArtifacts(),
-        agenda=FakeAgenda(ledger),
-        callbacks=FakeCallbacks(),
-        clock=ledger.clock,
-    )
     settings = Settings.load(
         ENVIRONMENT | {"GATEWAY_ROLE": "api", "GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_LEASE_SECONDS": "240"}
     )
-    services = furnished(ports, settings, Metrics(CollectorRegistry()), Background(), jobs=[job])
+    services = furnished(in_memory(), settings, Metrics(CollectorRegistry()), Background(), jobs=[job])
     assert services.drain_seconds == 240
     async with services.working(), asyncio.timeout(10):
         await third.wait()
