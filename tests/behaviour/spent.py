@@ -110,6 +110,11 @@ async def later(house: House, window: str = "day") -> date:
     return end.astimezone(UTC).date()
 
 
+async def spend(house: House, kind: str = "face-enhance", *, token: str | None = None) -> dict[str, Any]:
+    """Have a task done."""
+    return await house.finished((await house.submit(kind, token=token)).json()["id"], token=token)
+
+
 async def lost(house: House, kind: str = "face-enhance") -> str:
     """A submission whose answer was lost."""
     await house.upstream.lose_next_answer()
