@@ -150,12 +150,14 @@ async def test_not_found(house: House, what: str) -> None:
 
 
 async def test_store_away() -> None:
-    """While the ledger is away, nothing is told about submissions rather than that there is none."""
+    """While the ledger is away, nothing is told of what may be a submission rather than that there is none."""
     async with house_of_fakes() as (house, ledger, _):
         name = submission_of(house, (await house.submit()).json())
         ledger.away = True
         problem(await house.call("GET", f"/v1/submissions/{name}"), 503, "ledger-unavailable")
         problem(await house.admin("GET", f"/submissions/{name}"), 503, "ledger-unavailable")
+        for malformed in ("x", f"{name}0", name[1:]):
+            problem(await house.call("GET", f"/v1/submissions/{malformed}"), 404, "not-found")
         refund = await house.admin("POST", "/refunds", json={"submission": name, "reason": "x"})
         problem(refund, 503, "ledger-unavailable")
         problem(await house.call("GET", "/v1/usage"), 503, "ledger-unavailable")

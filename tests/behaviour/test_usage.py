@@ -107,6 +107,22 @@ async def test_money(valkey: Valkey) -> None:
         assert await counted(house) == (4, 2 * PRICE)
 
 
+async def test_overrun(valkey: Valkey) -> None:
+    """What a price came to beyond a limit on money shows in the quota of the tenant, and nothing beyond no limit."""
+    async with opened_books(valkey) as books:
+        house = books.house
+        await books.give(0, 100)
+        await books.spend()
+        await books.spend()
+        spent = (await usage(house))["total"]["charged"]["money"]
+        await house.put_tenant(limits=[{"window": "total", "money": spent + PRICE + 0.99, "tasks": 9}])
+        await books.turn(prices={"vector": PRICE + 1})
+        await books.spend()
+        policies = shown(await house.call("GET", "/v1/quota"))["policies"]
+        assert {each["policy"]: each["overrun"] for each in policies} == {"total-tasks": None, "total-money": 0.01}
+        assert shown(await house.admin("GET", "/tenants/shop"))["policies"] == policies
+
+
 async def test_months(house: House) -> None:
     """Each day, month and whole span has its own sum; without days it is the month of now, and empty days are out."""
     first = await later(house, "month")
@@ -187,6 +203,11 @@ async def test_all_tenants(house: House) -> None:
     assert [{**each, "tenant": None, "tenant_id": None} for each in mine["items"]] == filtered["items"]
     assert "tenant" not in str(mine)
     assert (await usage(house))["total"]["charged"]["tasks"] == 1
+    await lost(house)
+    await house.upstream.lose_next_answer()
+    assert (await house.submit(token=other)).status_code == 504
+    assert [each["tenant"] for each in (await all_usage(house))["unknown_submissions"]] == ["other", "shop"]
+    assert len((await usage(house))["unknown_submissions"]) == 1
 
 
 async def test_deleted_tenants(house: House) -> None:
