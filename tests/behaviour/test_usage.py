@@ -123,6 +123,19 @@ async def test_overrun(valkey: Valkey) -> None:
         assert shown(await house.admin("GET", "/tenants/shop"))["policies"] == policies
 
 
+async def test_what_nothing_explains(valkey: Valkey) -> None:
+    """What somebody else spends with the key of an account is no tenant's: the account shows it as unexplained."""
+    async with opened_books(valkey) as books:
+        await books.give(20, 100)
+        for _ in range(2):
+            await books.spend()
+        assert (await books.account())["unexplained"] == {"count": 0, "money": 0}
+        await books.give(15, 100)
+        await books.spend()
+        assert (await books.account())["unexplained"] == {"count": 3, "money": 0}
+        assert (await usage(books.house))["total"]["charged"] == {"tasks": 3, "money": 0}
+
+
 async def test_months(house: House) -> None:
     """Each day, month and whole span has its own sum; without days it is the month of now, and empty days are out."""
     first = await later(house, "month")
