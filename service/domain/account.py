@@ -99,7 +99,8 @@ class AccountState(Struct):
     reservations, so that a receipt can tell whether anything else happened on the account in the meantime. `closed` is
     when the request was sent whose refusal closed the account, `reopened` when an operator had it looked at again: what
     was sent before says nothing any more. `charged_late` says that a submit was seen to leave the balance as it was,
-    so that accepted tasks are not in the figures before they end; None until it was seen either way.
+    so that accepted tasks are not in the figures before they end; None until it was seen either way. `rose` is when a
+    figure was first known, or last seen to rise.
 
     `uncharged` counts the open submissions that may not be in the known figures yet, `thrifty` those of them that must
     not take money; `astray` counts those that ended without telling figures, or whose outcome is unknown: what is asked
@@ -117,6 +118,7 @@ class AccountState(Struct):
     charged_late: bool | None = None
     count: Figure | None = None
     money: Figure | None = None
+    rose: int = 0
     open: int = 0
     sending: int = 0
     seq: int = 0

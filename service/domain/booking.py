@@ -122,7 +122,7 @@ def end(
     cost = charges.receipt(state, account.policy, reservation, figures, succeeded=succeeded)
     if succeeded:
         balance.finished(state, name, figures, sent)
-    charges.conclude(state, reservation, figures, now)
+    charges.conclude(state, reservation, figures, asked, now)
     reservation.holds, reservation.cost, reservation.succeeded = {}, cost, succeeded
     reservation.before = reservation.after = None
     if reservation.refund:

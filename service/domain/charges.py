@@ -138,7 +138,7 @@ def learn(state: AccountState, reservation: Reservation, after: Figures) -> None
 
     If it took nothing it is at the task's end; if it had the account to itself and took something, at once.
     """
-    if after.count is None or after.money is None:
+    if after.count is None or after.money is None or reservation.sent < state.reopened:
         return
     before = reservation.before
     if before:
@@ -151,9 +151,9 @@ def learn(state: AccountState, reservation: Reservation, after: Figures) -> None
         paid(state, reservation)
 
 
-def conclude(state: AccountState, reservation: Reservation, figures: Figures, now: int) -> None:
+def conclude(state: AccountState, reservation: Reservation, figures: Figures, asked: int, now: int) -> None:
     """A task has ended: its figures, which are observed, show what it took. Without them it is astray."""
-    if figures.count is None or figures.money is None:
+    if figures.count is None or figures.money is None or asked < state.reopened:
         stray(state, reservation, now)
     else:
         paid(state, reservation)

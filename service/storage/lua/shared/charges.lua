@@ -142,7 +142,7 @@ end
 
 local function learn(state, reservation, after)
   local before = reservation.before
-  if not after.count or not after.money then
+  if not after.count or not after.money or reservation.sent < state.reopened then
     return
   end
   if before then
@@ -158,8 +158,8 @@ local function learn(state, reservation, after)
   end
 end
 
-local function conclude(state, reservation, figures, now)
-  if not figures.count or not figures.money then
+local function conclude(state, reservation, figures, asked, now)
+  if not figures.count or not figures.money or asked < state.reopened then
     stray(state, reservation, now)
   else
     paid(state, reservation)

@@ -38,8 +38,8 @@ local function load_account(key, id)
   local policy = unpacked(found[1])
   local state = unpacked(found[2])
     or {
-      status = 'open', probe_at = 0, closed = 0, reopened = 0, open = 0, sending = 0, seq = 0, uncharged = 0, thrifty = 0,
-      astray = 0, astray_until = 0, caught_up = 0, expected = {tasks = 0, money = 0, unpriced = 0},
+      status = 'open', probe_at = 0, closed = 0, reopened = 0, rose = 0, open = 0, sending = 0, seq = 0, uncharged = 0,
+      thrifty = 0, astray = 0, astray_until = 0, caught_up = 0, expected = {tasks = 0, money = 0, unpriced = 0},
       unexplained_count = 0, unexplained_money = 0, unknown = 0, looks = false, looked = 0,
     }
   local defaults = {floor_count = 0, floor_money = 0, max_price = {}}
