@@ -110,6 +110,8 @@ class FakeLedger(FakeTasks):
             return False
         account = self._candidate(known.account)
         figures, closes, day = settlement.figures, settlement.closes, self._day(known)
+        if settlement.account != known.account:  # it was retargeted, and what is told is of the account it left
+            figures, closes = Figures(), None
         if not booking.settle(tenant, account, name, known, settlement.outcome, figures, closes, day, now):
             return False
         self._resolve(account)
