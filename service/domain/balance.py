@@ -24,6 +24,8 @@ from service.domain.tenancy import AccountPolicy, Purse
 
 PROBE_INTERVAL = 60_000
 """An exhausted account is looked at once in this many milliseconds."""
+MOST_IN_VAIN = 5
+"""After so many looks that told nothing, ordinary submissions test an exhausted account again."""
 ONE_AT_A_TIME = 2_000
 """When a `count_only` tenant waits for the balance to become known, it is told to come back after this."""
 
@@ -128,6 +130,12 @@ def look_due(state: AccountState, policy: AccountPolicy, now: int, *, count_only
     return policy.floor_money > 0 and state.open == 0 and not _can_pay(state, policy, _dearest(state, policy), 0)
 
 
+def begin_look(state: AccountState, now: int) -> None:
+    """An account is being looked at, which may tell nothing."""
+    state.looked = now
+    state.in_vain += 1
+
+
 def looked(
     state: AccountState,
     policy: AccountPolicy,
@@ -144,6 +152,7 @@ def looked(
     newest = state.newest
     if newest is None or newest.reservation != reservation:
         return
+    state.in_vain = 0
     if figures.count is None or figures.money is None:
         state.newest = None
         return
@@ -158,7 +167,7 @@ def finished(state: AccountState, reservation: str, figures: Figures, sent: int)
     """A task has ended: if it told figures and none was checked later, it is the one to check again."""
     if figures.count is None or figures.money is None or (state.newest and sent < state.newest.sent):
         return
-    state.newest = Newest(reservation, sent, figures.count, figures.money)
+    state.newest, state.in_vain = Newest(reservation, sent, figures.count, figures.money), 0
 
 
 def _observed(
@@ -181,7 +190,7 @@ def _close(state: AccountState, status: Status, received: int) -> None:
 
 def _can_look(state: AccountState) -> bool:
     """Whether the balance can be read without spending any."""
-    return state.looks and state.newest is not None
+    return state.looks and state.newest is not None and state.in_vain < MOST_IN_VAIN
 
 
 def _pays(state: AccountState, policy: AccountPolicy, purse: Purse, kind: Kind) -> bool:

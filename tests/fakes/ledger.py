@@ -197,7 +197,7 @@ class FakeLedger(FakeTasks):
         state, policy = candidate.state, candidate.policy
         if account not in self.account_policies or not balance.look_due(state, policy, now, count_only=count_only):
             return None
-        state.looked = now
+        balance.begin_look(state, now)
         return Look(account, state.newest.reservation, now) if state.newest else None
 
     async def looked(self, look: Look, figures: Figures) -> None:

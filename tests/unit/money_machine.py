@@ -37,7 +37,7 @@ class MoneyMachine(MoneyWorld):
     @rule(number=numbers)
     def answer(self, number: int) -> None:
         sent = self.some(number, arrived=True, settled=False)
-        if sent and (sent.accepted or sent.deadline is None):
+        if sent:
             self.is_answered(sent)
 
     @rule(number=numbers)

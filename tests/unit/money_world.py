@@ -124,7 +124,7 @@ class MoneyWorld(RuleBasedStateMachine):
         if sent.accepted:
             draft = TaskDraft(f"task_{sent.name}", msgspec.Raw(b"{}"), msgspec.Raw(b"{}"))
             self.settle(sent, ReservationState.ACCEPTED, figures=sent.figures, draft=draft)
-        elif not self.goes_on(sent, Status.EXHAUSTED):
+        elif sent.deadline or not self.goes_on(sent, Status.EXHAUSTED):
             self.settle(sent, ReservationState.REFUSED, closes=Status.EXHAUSTED)
 
     def goes_on(self, sent: Sent, closes: Status | None) -> bool:

@@ -15,6 +15,6 @@ local low = account.policy.floor_money > 0 and state.open == 0 and not can_pay(a
 if state.status ~= 'exhausted' and not starved and not low and not (state.looks and is_stuck(state)) then
   return {'not-due', now}
 end
-state.looked = now
+state.looked, state.in_vain = now, state.in_vain + 1
 save(account)
 return {'due', now, state.newest.reservation}

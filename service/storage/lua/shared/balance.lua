@@ -41,7 +41,7 @@ local function can_pay(account, price, submissions)
 end
 
 local function can_look(state)
-  return state.looks and state.newest
+  return state.looks and state.newest and state.in_vain < MOST_IN_VAIN
 end
 
 local function is_stuck(state)
@@ -162,4 +162,5 @@ local function finished(state, id, figures, sent)
     return
   end
   state.newest = {reservation = id, sent = sent, count = figures.count, money = figures.money}
+  state.in_vain = 0
 end
