@@ -161,6 +161,16 @@ def test_drops(tasks: int, drops: list[tuple[int, int]], unexplained: tuple[int,
     assert (state.unexplained_count, state.unexplained_money) == unexplained
 
 
+@pytest.mark.parametrize(("caught_up", "unexplained"), [(NOW + 5, 0), (0, 1)])
+def test_late_refusal(caught_up: int, unexplained: int) -> None:
+    """A late refusal takes off what is expected only if the figures had not shown by then that nothing was taken."""
+    state, late = AccountState(uncharged=1, astray=1, caught_up=caught_up), sent(owes=True, settled=NOW)
+    charges.expect(state, POLICY, KIND, 1)
+    charges.spare(state, POLICY, late, lacked=charges.found(state, late))
+    charges.explain(state, 1, 0)
+    assert state.unexplained_count == unexplained
+
+
 def test_no_price_is_known() -> None:
     """Without a highest price any drop of the money may be the gateway's own."""
     state = AccountState()

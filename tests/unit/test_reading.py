@@ -36,6 +36,22 @@ def test_answer_from_before_a_rise(rose: int, unexplained: int) -> None:
     assert state.unexplained_money == unexplained
 
 
+def test_rise_between_two_answers() -> None:
+    """Of two answers that overlap, the first from behind a top-up and the second from before it, none is suspicious."""
+    state = known(0, 600)
+    balance.observe(state, POLICY, Figures(0, 900), Source.SUBMIT, sent=31, received=40)
+    balance.observe(state, POLICY, Figures(0, 600), Source.SUBMIT, sent=30, received=50)
+    assert state.unexplained_money == 0
+    balance.observe(state, POLICY, Figures(0, 500), Source.SUBMIT, sent=60, received=70)
+    assert state.unexplained_money == 100
+
+
+def test_no_overtaking() -> None:
+    """Nobody goes on to money while one that must not take any is on its way to the last use."""
+    assert pays(known(1, 900, uncharged=1), POLICY, Kind.UPSCALE)
+    assert not pays(known(1, 900, uncharged=1, thrifty=1), POLICY, Kind.UPSCALE)
+
+
 @pytest.mark.parametrize(("money", "kind", "enough"), [(500, Kind.UPSCALE, True), (499, Kind.UPSCALE, False)])
 def test_floor_of_money(money: int, kind: Kind, *, enough: bool) -> None:
     """A task that would bring the money below its floor is not sent."""
