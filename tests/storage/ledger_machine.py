@@ -22,6 +22,7 @@ from tests.storage.ledger_strategies import (
     closings,
     counts,
     idempotencies,
+    kinds,
     likely_outcomes,
     moneys,
     numbers,
@@ -35,11 +36,11 @@ from tests.storage.ledger_strategies import (
     ticks,
     unlimited,
 )
-from tests.storage.ledger_views import is_provisional, is_reserved, is_settled
+from tests.storage.ledger_views import is_provisional, is_settled
 
 T = TypeVar("T")
 
-kinds, accounts = st.sampled_from(KINDS), st.sampled_from(ACCOUNTS)
+accounts = st.sampled_from(ACCOUNTS)
 tenants = st.sampled_from([TENANT] * 5 + [9])
 gone = st.sampled_from([""] * 9 + ["t", "a", "b"])
 rarely = st.sampled_from([False, False, False, True])
@@ -78,10 +79,13 @@ class LedgerMachine(LedgerMoves):
         if opens:
             self.both(self.ledger.reopen(account), self.model.reopen(account))
 
-    @rule(kind=kinds, order=orders, idempotency=idempotencies, after=ticks)
-    def submit(self, kind: Kind, order: tuple[int, ...], idempotency: Idempotency | None, after: int) -> None:
+    @rule(kind=kinds, order=orders, idempotency=idempotencies, after=ticks, times=st.sampled_from([1, 1, 3]))
+    def submit(
+        self, kind: Kind, order: tuple[int, ...], idempotency: Idempotency | None, after: int, times: int
+    ) -> None:
         self.wait(after)
-        self.reserve(kind, order, idempotency)
+        for _ in range(times):
+            self.reserve(kind, order, idempotency)
 
     @rule(
         account=accounts,
@@ -96,17 +100,16 @@ class LedgerMachine(LedgerMoves):
         for each in wholes:
             self.whole(account, each, after)
 
-    @precondition(lambda self: self.pick(0, is_reserved))
     @rule(number=numbers, order=orders, closes=closings, repeats=st.booleans())
     def move(self, number: int, order: tuple[int, ...], closes: Status | None, *, repeats: bool) -> None:
-        name = self.pick(number, is_reserved)
-        assert name
+        name = self.reserved(number, order)
+        if name is None:
+            return
         left = self.model.reservations[name].account
-        others = tuple(each for each in order if each != left)
+        others = tuple(each for each in (order if len(order) > 1 else ACCOUNTS) if each != left)
         for _ in range(1 + repeats):
             self.retarget(name, left, others, closes)
 
-    @precondition(lambda self: self.pick(0, is_provisional))
     @rule(
         number=numbers,
         outcome=likely_outcomes,
@@ -129,10 +132,11 @@ class LedgerMachine(LedgerMoves):
         late: bool,
         elsewhere: bool,
     ) -> None:
-        name = self.pick(number, is_provisional)
-        assert name
+        name = self.pick(number, is_provisional) or self.reserved(number, ACCOUNTS)
         self.wait(after)
-        self.settle(name, outcome, told, closes, charged=charged, late=late, elsewhere=elsewhere)
+        if name:
+            outcome = ReservationState.REFUSED if closes else outcome
+            self.settle(name, outcome, told, closes, charged=charged, late=late, elsewhere=elsewhere)
 
     @rule(number=numbers, outcome=outcomes, told=tellings, closes=closings, idempotency=idempotencies, lost=rarely)
     def repeat(

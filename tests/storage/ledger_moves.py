@@ -92,6 +92,10 @@ class LedgerMoves(LedgerBooks):
         assert self.all_state() == before, "a refusal changed something"
         return None
 
+    def reserved(self, number: int, accounts: tuple[int, ...]) -> str | None:
+        """A reservation without an outcome, a new one if there is none."""
+        return self.pick(number, is_reserved) or self.reserve(KINDS[0], accounts, None)
+
     def reserve_again(self, reservation: str, kind: Kind) -> None:
         ask = Ask(reservation, TENANT, ACCOUNTS, kind)
         before = self.all_state()
@@ -200,6 +204,9 @@ class LedgerMoves(LedgerBooks):
             self.settle(name, ReservationState.REFUSED, each.at_submit, Status.EXHAUSTED)
         else:
             self.settle(name, each.outcome, each.at_submit, charged=each.charged)
+        if each.outcome is ReservationState.UNKNOWN and each.found:
+            self.wait(milliseconds)
+            self.settle(name, each.found, each.at_submit)
         self.wait(self.spans.check_after)
         self.claim(9)
         self.wait(milliseconds)

@@ -57,7 +57,7 @@ likely_outcomes = st.sampled_from(
         ReservationState.NOT_SENT,
     ]
 )
-closings = st.sampled_from([None, None, Status.EXHAUSTED, Status.INVALID])
+closings = st.sampled_from([None, None, None, None, Status.EXHAUSTED, Status.INVALID])
 orders = st.sampled_from([(2,), (3,), (2, 3), (2, 3), (3, 2), ()])
 answers = st.sampled_from([Answered.SUCCEEDED] * 6 + [Answered.FAILED] * 2 + list(Answered))
 
@@ -69,7 +69,10 @@ steps = st.sampled_from(
 
 
 class Whole(NamedTuple):
-    """A submission after a pause: its outcome, whether it was charged if that is unknown, its end, and what is told."""
+    """A submission after a pause: its outcome, whether it was charged if that is unknown, its end, and what is told.
+
+    Of an unknown outcome `found` is what it turns out to be.
+    """
 
     pause: int
     kind: Kind
@@ -78,8 +81,24 @@ class Whole(NamedTuple):
     at_submit: Figures | None
     answered: Answered
     at_end: Figures | None
+    found: ReservationState | None = None
 
 
+def usual(kind: Kind) -> Whole:
+    """A submission that succeeds, of which all is told as it is."""
+    return Whole(1, kind, ReservationState.ACCEPTED, True, None, Answered.SUCCEEDED, None)
+
+
+kinds = st.sampled_from(KINDS)
 pauses = st.sampled_from([1, 60_000, 600_000])
-wholes = st.builds(Whole, pauses, st.sampled_from(KINDS), likely_outcomes, st.booleans(), tellings, answers, tellings)
-series = st.lists(wholes, min_size=2, max_size=8)
+finds = st.none() | outcomes
+wholes = st.builds(Whole, pauses, kinds, likely_outcomes, st.booleans(), tellings, answers, tellings, finds)
+usuals = st.builds(usual, kinds)
+unknowns = usuals.flatmap(
+    lambda each: st.builds(
+        each._replace, outcome=st.just(ReservationState.UNKNOWN), charged=st.booleans(), found=finds, pause=pauses
+    )
+)
+doubts = st.tuples(usuals, usuals, unknowns, wholes | usuals).map(list)
+series = st.lists(wholes, min_size=1, max_size=6) | doubts
+"""Submissions that do not overlap; among them such as raise a doubt, and may settle it."""
