@@ -10,7 +10,7 @@ from hypothesis.stateful import initialize, precondition, rule
 from service.domain.account import Figures, Status
 from service.domain.reservation import Idempotency, ReservationState
 from service.domain.task import Kind
-from service.domain.tenancy import AccountPolicy, TenantPolicy
+from service.domain.tenancy import AccountPolicy, Purse, TenantPolicy
 from service.usecases.ports import Answered
 from tests.storage.ledger_moves import LedgerMoves
 from tests.storage.ledger_pair import ACCOUNTS, TENANT
@@ -86,6 +86,16 @@ class LedgerMachine(LedgerMoves):
         self.wait(after)
         for _ in range(times):
             self.reserve(kind, order, idempotency)
+
+    @rule(account=accounts, kind=kinds, after=ticks)
+    def overtake(self, account: int, kind: Kind, after: int) -> None:
+        """Whoever must not take money has as many under way as there are uses, and then comes who may."""
+        self.write_purse(Purse.COUNT_ONLY)
+        for _ in range(3):
+            self.reserve(kind, (account,), None)
+        self.wait(after)
+        self.write_purse(Purse.COUNT_THEN_MONEY)
+        self.reserve(kind, (account,), None)
 
     @rule(
         account=accounts,

@@ -10,7 +10,7 @@ from service.domain.account import Figures, Status
 from service.domain.balance import PROBE_INTERVAL
 from service.domain.reservation import Granted, Idempotency, Reservation, ReservationState
 from service.domain.task import Artifact, ArtifactName, Kind, TaskError
-from service.domain.tenancy import Account, AccountPolicy, Tenant, TenantPolicy
+from service.domain.tenancy import Account, AccountPolicy, Purse, Tenant, TenantPolicy
 from service.usecases.ports import Answered, Ask, Check, Due, Look, RegistryChange, Settlement, TaskDraft
 from tests.storage.ledger_books import LedgerBooks
 from tests.storage.ledger_pair import ACCOUNTS, TENANT
@@ -47,6 +47,10 @@ class LedgerMoves(LedgerBooks):
             tenants=(Tenant(TENANT, "t", ("a", "b"), tenant),),
             accounts=(Account(2, "a", b"sealed", None, first), Account(3, "b", b"sealed", None, second)),
         )
+
+    def write_purse(self, purse: Purse) -> None:
+        """Let the tenant spend without limits, but for what of an account it may spend."""
+        self._change(tenants=(Tenant(TENANT, "t", ("a", "b"), TenantPolicy(purse=purse)),))
 
     def drop(self, name: str) -> None:
         """Remove the tenant or the account of a name."""
@@ -206,6 +210,8 @@ class LedgerMoves(LedgerBooks):
             self.settle(name, each.outcome, each.at_submit, charged=each.charged)
         if each.outcome is ReservationState.UNKNOWN and each.found:
             self.wait(milliseconds)
+            if each.given_back:
+                self.refund(TENANT, name, "")
             self.settle(name, each.found, each.at_submit)
         self.wait(self.spans.check_after)
         self.claim(9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -36,7 +35,7 @@ class LedgerPair(RuleBasedStateMachine):
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self.loop = uvloop.new_event_loop()
         self.spans = Spans(lost_after=90_000, unusable_after=200_000)
         self.model = FakeLedger(clock=FakeClock(LATER), spans=self.spans)
         self.registry = FakeRegistry(self.model)
@@ -55,11 +54,11 @@ class LedgerPair(RuleBasedStateMachine):
         await self.client.set(self.keys.clock, LATER)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.runner.run(work)
+        return self.loop.run_until_complete(work)
 
     def teardown(self) -> None:
         self.run(self.connections.aclose())
-        self.runner.close()
+        self.loop.close()
 
     def both(
         self,

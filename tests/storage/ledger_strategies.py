@@ -71,7 +71,7 @@ steps = st.sampled_from(
 class Whole(NamedTuple):
     """A submission after a pause: its outcome, whether it was charged if that is unknown, its end, and what is told.
 
-    Of an unknown outcome `found` is what it turns out to be.
+    Of an unknown outcome `found` is what it turns out to be, after it was refunded if it is `given_back`.
     """
 
     pause: int
@@ -82,6 +82,7 @@ class Whole(NamedTuple):
     answered: Answered
     at_end: Figures | None
     found: ReservationState | None = None
+    given_back: bool = False
 
 
 def usual(kind: Kind) -> Whole:
@@ -92,11 +93,18 @@ def usual(kind: Kind) -> Whole:
 kinds = st.sampled_from(KINDS)
 pauses = st.sampled_from([1, 60_000, 600_000])
 finds = st.none() | outcomes
-wholes = st.builds(Whole, pauses, kinds, likely_outcomes, st.booleans(), tellings, answers, tellings, finds)
+wholes = st.builds(
+    Whole, pauses, kinds, likely_outcomes, st.booleans(), tellings, answers, tellings, finds, st.booleans()
+)
 usuals = st.builds(usual, kinds)
 unknowns = usuals.flatmap(
     lambda each: st.builds(
-        each._replace, outcome=st.just(ReservationState.UNKNOWN), charged=st.booleans(), found=finds, pause=pauses
+        each._replace,
+        outcome=st.just(ReservationState.UNKNOWN),
+        charged=st.booleans(),
+        found=finds,
+        given_back=st.booleans(),
+        pause=pauses,
     )
 )
 doubts = st.tuples(usuals, usuals, unknowns, wholes | usuals).map(list)

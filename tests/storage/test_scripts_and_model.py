@@ -16,7 +16,7 @@ def test_scripts_do_what_the_model_says(valkey: Valkey) -> None:
     run_state_machine_as_test(
         cast("type[RuleBasedStateMachine]", lambda: LedgerMachine(valkey.url)),
         settings=settings(
-            max_examples=100,
+            max_examples=80,
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
