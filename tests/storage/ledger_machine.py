@@ -24,6 +24,7 @@ from tests.storage.ledger_strategies import (
     idempotencies,
     kinds,
     likely_outcomes,
+    limited,
     moneys,
     numbers,
     orders,
@@ -87,14 +88,24 @@ class LedgerMachine(LedgerMoves):
         for _ in range(times):
             self.reserve(kind, order, idempotency)
 
+    @rule(policy=limited, kind=kinds, order=orders, times=st.integers(2, 4), moves=st.booleans())
+    def crowd(self, policy: TenantPolicy, kind: Kind, order: tuple[int, ...], times: int, *, moves: bool) -> None:
+        """Come up against limits with all at once; what an account does not take is moved to another."""
+        self.write_tenant(policy)
+        for _ in range(times):
+            name = self.reserve(kind, order, None)
+            if name and moves:
+                left = self.model.reservations[name].account
+                self.retarget(name, left, tuple(each for each in ACCOUNTS if each != left), None)
+
     @rule(account=accounts, kind=kinds, after=ticks)
     def overtake(self, account: int, kind: Kind, after: int) -> None:
         """Whoever must not take money has as many under way as there are uses, and then comes who may."""
-        self.write_purse(Purse.COUNT_ONLY)
+        self.write_tenant(TenantPolicy(purse=Purse.COUNT_ONLY))
         for _ in range(3):
             self.reserve(kind, (account,), None)
         self.wait(after)
-        self.write_purse(Purse.COUNT_THEN_MONEY)
+        self.write_tenant(TenantPolicy())
         self.reserve(kind, (account,), None)
 
     @rule(

@@ -10,7 +10,7 @@ from service.domain.account import Figures, Status
 from service.domain.balance import PROBE_INTERVAL
 from service.domain.reservation import Granted, Idempotency, Reservation, ReservationState
 from service.domain.task import Artifact, ArtifactName, Kind, TaskError
-from service.domain.tenancy import Account, AccountPolicy, Purse, Tenant, TenantPolicy
+from service.domain.tenancy import Account, AccountPolicy, Tenant, TenantPolicy
 from service.usecases.ports import Answered, Ask, Check, Due, Look, RegistryChange, Settlement, TaskDraft
 from tests.storage.ledger_books import LedgerBooks
 from tests.storage.ledger_pair import ACCOUNTS, TENANT
@@ -48,9 +48,9 @@ class LedgerMoves(LedgerBooks):
             accounts=(Account(2, "a", b"sealed", None, first), Account(3, "b", b"sealed", None, second)),
         )
 
-    def write_purse(self, purse: Purse) -> None:
-        """Let the tenant spend without limits, but for what of an account it may spend."""
-        self._change(tenants=(Tenant(TENANT, "t", ("a", "b"), TenantPolicy(purse=purse)),))
+    def write_tenant(self, policy: TenantPolicy) -> None:
+        """Write the limits of the tenant alone."""
+        self._change(tenants=(Tenant(TENANT, "t", ("a", "b"), policy),))
 
     def drop(self, name: str) -> None:
         """Remove the tenant or the account of a name."""

@@ -23,16 +23,17 @@ idempotencies = st.none() | st.builds(
 limits = st.builds(
     Limit,
     st.sampled_from(Window),
-    tasks=st.sampled_from([None, None, None, 1, 3, 6, 12, 30]),
+    tasks=st.sampled_from([None, None, 0, 1, 2, 3, 8, 30]),
     money=st.sampled_from([None, 0, 99, 300, 700, 2_000]),
 )
 unlimited = st.builds(TenantPolicy, purse=st.sampled_from(Purse))
-tenant_policies = unlimited | st.builds(
+limited = st.builds(
     TenantPolicy,
-    limits=st.lists(limits, max_size=2, unique_by=lambda each: each.window).map(tuple),
-    max_active=st.sampled_from([None, None, None, 0, 1, 4]),
+    limits=st.lists(limits, min_size=1, max_size=2, unique_by=lambda each: each.window).map(tuple),
+    max_active=st.sampled_from([None, None, None, 0, 1, 2]),
     purse=st.sampled_from(Purse),
 )
+tenant_policies = unlimited | limited
 account_policies = st.builds(
     AccountPolicy,
     floor_count=st.sampled_from([0, 0, 0, 1, 2]),
