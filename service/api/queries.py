@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
+from litestar.params import QueryParameter
 
 from service.domain.errors import FieldError, InvalidOptions
 
@@ -22,8 +23,9 @@ def check_query(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
 
     A token whose mistyped grace was overlooked would be gone at once. Raises InvalidOptions.
     """
-    query, parameters = connection.query_params, handler.parsed_fn_signature.parameters
-    known = {getattr(each.kwarg_definition, "name", None) or name for name, each in parameters.items()}
+    query = connection.query_params
+    parameters = {name: each.kwarg_definition for name, each in handler.parsed_fn_signature.parameters.items()}
+    known = {each.name or name for name, each in parameters.items() if isinstance(each, QueryParameter)}
     errors = [FieldError(name, "is unknown") for name in sorted(query.keys() - known)]
     errors += [FieldError(name, "is given more than once") for name, each in query.dict().items() if len(each) > 1]
     errors += [FieldError(name, "must not be null") for name, value in query.multi_items() if value == "null"]

@@ -60,7 +60,8 @@ def operator_routes(submissions: Submissions) -> Sequence[HTTPRouteHandler]:
         responses=openapi.problems(401, 404, "malformed-request", "conflict", "invalid-options", "ledger-unavailable"),
     )
     async def refund(data: JSONBody[RefundBody]) -> SubmissionView:
-        fate = await submissions.refund(data.means(submissions.of_task), data.why())
+        reason = data.why()
+        fate = await submissions.refund(data.means(submissions.of_task), reason)
         return submission_view(fate, for_operators=True)
 
     return [read, refund]

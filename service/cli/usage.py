@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,18 @@ def _whole(usage: UsageView) -> str:
 
 
 def _rows(usage: UsageView) -> str:
-    rows = [(row.period, row.tenant, row.kind, *_figures(row)) for row in usage.items]
+    """The items and their sum; tenants of one name, as of one that was deleted, are told apart by their ids."""
+    tenants = {(row.tenant, row.tenant_id) for row in usage.items}
+    names = Counter(name for name, _ in tenants)
+    rows = [
+        (
+            row.period,
+            f"{row.tenant} ({row.tenant_id})" if names[row.tenant] > 1 else row.tenant,
+            row.kind,
+            *_figures(row),
+        )
+        for row in usage.items
+    ]
     total = ("total", None, None, *_figures(usage.total))
     return table(("period", "tenant", "kind", *_FIGURES), [*rows, total])
 

@@ -62,11 +62,13 @@ class Expected(Struct):
     """The drop that the gateway's own submissions may yet cause, as far as it was not seen.
 
     Each of the `tasks` takes a use or money: at most `money` fen together, but for `unpriced` ones of no known limit.
+    `taken` is the money that was put down to them so far.
     """
 
     tasks: int = 0
     money: int = 0
     unpriced: int = 0
+    taken: int = 0
 
 
 class Doubt(Struct):
@@ -99,15 +101,17 @@ class AccountState(Struct):
     reservations, so that a receipt can tell whether anything else happened on the account in the meantime. `closed` is
     when the request was sent whose refusal closed the account, `reopened` when an operator had it looked at again: what
     was sent before says nothing any more. `charged_late` says that a submit was seen to leave the balance as it was,
-    so that accepted tasks are not in the figures before they end; None until it was seen either way.
+    so that accepted tasks are not in the figures before they end; None until it was seen either way. `rose` is when a
+    figure was first known, or last seen to rise.
 
     `uncharged` counts the open submissions that may not be in the known figures yet, `thrifty` those of them that must
     not take money; `astray` counts those that ended without telling figures, or whose outcome is unknown: what is asked
     for from `astray_until` on shows them, as was last seen at `caught_up`. `expected` tells a drop that is the
     gateway's own from one that is not; the latter adds up in `unexplained_count` and `unexplained_money`. `unknown`
     counts the submissions of unknown outcome. `looks` says that re-checking a finished task, which costs nothing, was
-    seen to tell the balance of now; `looked` is when the account was last closed or looked at. `prices` are the last
-    that were paid in money, by kind, `highest` the highest.
+    seen to tell the balance of now; `looked` is when the account was last closed or looked at, `in_vain` how
+    many looks told nothing since one did. `prices` are the last that were paid in money, by kind, `highest` the
+    highest.
     """
 
     status: Status = Status.OPEN
@@ -117,6 +121,7 @@ class AccountState(Struct):
     charged_late: bool | None = None
     count: Figure | None = None
     money: Figure | None = None
+    rose: int = 0
     open: int = 0
     sending: int = 0
     seq: int = 0
@@ -132,6 +137,7 @@ class AccountState(Struct):
     doubt: Doubt | None = None
     looks: bool = False
     looked: int = 0
+    in_vain: int = 0
     newest: Newest | None = None
     prices: dict[Kind, int] = field(default_factory=dict)
     highest: dict[Kind, int] = field(default_factory=dict)

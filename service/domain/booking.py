@@ -53,7 +53,7 @@ def settle(
     `figures` is what the answer told of the balance, `closes` what a refusal said of the account.
     """
     roll(tenant, now)
-    was, state = reservation.state, account.state
+    was, state, lacked = reservation.state, account.state, True
     if was not in {ReservationState.RESERVED, ReservationState.UNKNOWN} or was is outcome:
         return False
     count(tenant, reservation, -1)
@@ -63,7 +63,7 @@ def settle(
         state.open -= 1
     else:
         state.unknown -= 1
-        charges.found(state, reservation)
+        lacked = charges.found(state, reservation)
         if state.doubt and state.doubt.reservation == name:
             state.doubt = None
     reservation.state, reservation.settled = outcome, now
@@ -81,8 +81,7 @@ def settle(
         charges.wonder(state, name, reservation, now)
     else:
         reservation.holds, reservation.refund = {}, None
-        charges.expect(state, account.policy, reservation.kind, -1)
-        charges.paid(state, reservation)
+        charges.spare(state, account.policy, reservation, lacked=lacked)
         if closes:
             balance.refuse(state, closes, reservation.sent, now)
     count(tenant, reservation, 1)
@@ -122,7 +121,7 @@ def end(
     cost = charges.receipt(state, account.policy, reservation, figures, succeeded=succeeded)
     if succeeded:
         balance.finished(state, name, figures, sent)
-    charges.conclude(state, reservation, figures, now)
+    charges.conclude(state, reservation, figures, asked, now)
     reservation.holds, reservation.cost, reservation.succeeded = {}, cost, succeeded
     reservation.before = reservation.after = None
     if reservation.refund:

@@ -28,15 +28,21 @@ def expect(state: AccountState, policy: AccountPolicy, kind: Kind, sign: int) ->
 
 
 def explain(state: AccountState, count: int, money: int) -> None:
-    """Set a drop against what the gateway's own submissions may have taken; what is left was taken by somebody else."""
+    """Set a drop against what the gateway's own submissions may have taken; what is left was taken by somebody else.
+
+    Once each of them is seen to have taken a use, none has taken money.
+    """
     expected = state.expected
     state.unexplained_count += max(count - expected.tasks, 0)
-    if not expected.unpriced:
-        state.unexplained_money += max(money - expected.money, 0)
     expected.tasks = max(expected.tasks - count, 0)
-    expected.money = max(expected.money - money, 0)
     if expected.tasks == 0:
+        state.unexplained_money += money + expected.taken
         state.expected = Expected()
+        return
+    own = money if expected.unpriced else min(money, expected.money)
+    state.unexplained_money += money - own
+    expected.money = max(expected.money - own, 0)
+    expected.taken += own
 
 
 def owe(state: AccountState, reservation: Reservation) -> None:
@@ -55,6 +61,13 @@ def paid(state: AccountState, reservation: Reservation) -> None:
     _balance(state)
 
 
+def spare(state: AccountState, policy: AccountPolicy, reservation: Reservation, *, lacked: bool) -> None:
+    """This submission takes nothing; the figures might have `lacked` it until now, so that it was still expected to."""
+    if lacked:
+        expect(state, policy, reservation.kind, -1)
+    paid(state, reservation)
+
+
 def stray(state: AccountState, reservation: Reservation, until: int) -> None:
     """This submission is no longer under way, and may be missing in the figures until they are asked for at `until`."""
     if reservation.owes:
@@ -64,12 +77,14 @@ def stray(state: AccountState, reservation: Reservation, until: int) -> None:
     _landed(state, reservation)
 
 
-def found(state: AccountState, reservation: Reservation) -> None:
-    """What became of a stray submission is known."""
-    if reservation.owes and reservation.settled > state.caught_up:
+def found(state: AccountState, reservation: Reservation) -> bool:
+    """What became of a stray submission is known; whether the figures might have lacked it until now."""
+    lacked = reservation.owes and reservation.settled > state.caught_up
+    if lacked:
         state.astray -= 1
     reservation.owes = False
     _balance(state)
+    return lacked
 
 
 def catch_up(state: AccountState, figures: Figures, sent: int, received: int) -> None:
@@ -138,22 +153,27 @@ def learn(state: AccountState, reservation: Reservation, after: Figures) -> None
 
     If it took nothing it is at the task's end; if it had the account to itself and took something, at once.
     """
-    if after.count is None or after.money is None:
+    if after.count is None or after.money is None or reservation.sent < state.reopened:
         return
     before = reservation.before
     if before:
         count, money = before.count - after.count, before.money - after.money
         if (count, money) == (0, 0):
             state.charged_late = True
-        elif _by_itself(state, reservation) and reservation.clean and _is_price(count, money):
+        elif (
+            _by_itself(state, reservation)
+            and reservation.clean
+            and _is_price(count, money)
+            and count == reservation.use
+        ):
             state.charged_late = False
     if state.charged_late is False:
         paid(state, reservation)
 
 
-def conclude(state: AccountState, reservation: Reservation, figures: Figures, now: int) -> None:
+def conclude(state: AccountState, reservation: Reservation, figures: Figures, asked: int, now: int) -> None:
     """A task has ended: its figures, which are observed, show what it took. Without them it is astray."""
-    if figures.count is None or figures.money is None:
+    if figures.count is None or figures.money is None or asked < state.reopened:
         stray(state, reservation, now)
     else:
         paid(state, reservation)

@@ -78,8 +78,7 @@ def retarget(
         return PolicyDenied(tuple(violations), now)
     left.state.open -= 1
     left.state.sending -= 1
-    charges.expect(left.state, left.policy, reservation.kind, -1)
-    charges.paid(left.state, reservation)
+    charges.spare(left.state, left.policy, reservation, lacked=True)
     _aim(chosen, reservation, holds, policy.purse, now)
     count(tenant, reservation, 1)
     return Granted(chosen.id, now, reservation.lease)

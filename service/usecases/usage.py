@@ -81,7 +81,7 @@ class Marked(Struct, frozen=True):
 
 
 class Report(Struct):
-    """What was spent from `first` to `last`. Rows in which nothing was counted are left out.
+    """What was spent from `first` to `last`. There is no row for what nothing was submitted in.
 
     Submissions of unknown outcome are named, and those that were refunded.
     """
@@ -136,7 +136,7 @@ class Usage:
                     )
                     rows.setdefault(row, Tally()).update(tally)
                     report.total.update(tally)
-        report.rows = [Row(*row, tally) for row, tally in sorted(rows.items(), key=_place) if any(tally.values())]
+        report.rows = [Row(*row, tally) for row, tally in sorted(rows.items(), key=_place)]
         return report
 
 

@@ -103,6 +103,14 @@ class Books:
         tasks = [answer.json() for answer in answers if answer.status_code == 201]
         return tasks, Counter(answer.status_code for answer in answers if answer.status_code != 201)
 
+    async def looked(self, seconds: float = 60) -> int:
+        """Let a while pass and be looked at what is due in both of two processes; the checks that took."""
+        before = await self.sandbox.checks()
+        await self.house.advance(seconds)
+        looks = self.house.services.looks
+        await asyncio.gather(looks.tick(), looks.tick())
+        return await self.sandbox.checks() - before
+
     async def refused_unasked(self, *, token: str | None = None) -> Response:
         """Submit what has to be refused with 402, and a time to come back, without asking the upstream."""
         before = await self.sandbox.submits()

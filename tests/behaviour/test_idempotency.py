@@ -190,7 +190,10 @@ async def slow() -> AsyncIterator[tuple[House, FakeUpstream, asyncio.Event]]:
                 return answer
 
             patch.setattr(upstream, "submit", held)
-            yield house, upstream, go
+            try:
+                yield house, upstream, go
+            finally:
+                go.set()  # else the house would wait for its answer for ever
 
 
 async def test_in_flight(slow: tuple[House, FakeUpstream, asyncio.Event]) -> None:

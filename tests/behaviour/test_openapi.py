@@ -221,6 +221,11 @@ async def test_answers_are_as_told(house: House, document: dict[str, Any]) -> No
     await told("list-tasks", "GET", "/v1/tasks?limit=0", 422)
     await told("list-tasks", "GET", "/v1/tasks?cursor=x", 400)
     await told("read-quota", "GET", "/v1/quota", 200)
+    await told("read-usage", "GET", "/v1/usage", 200)
+    await told("read-usage", "GET", "/v1/usage?from=x", 422)
+    name = house.services.submissions.of_task(accepted.json()["id"])
+    await told("read-submission", "GET", f"/v1/submissions/{name}", 200)
+    await told("read-submission", "GET", "/v1/submissions/x", 404)
     await told("legacy-check", "POST", "/api/check_task_status", 200, data={"user_key": "x", "task_id": "y"})
     old = {"input_image": ("a.png", png(), "image/png")}
     await told("legacy-seamless", "POST", "/api/submit_seamless_task", 200, files=old, data={"user_key": house.token})

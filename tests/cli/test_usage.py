@@ -52,6 +52,22 @@ async def test_usage_as_csv(shell: Shell) -> None:
     assert (row, end) == (b"2026-09-01/2026-09-21,,,,0,1,0,1,0,0,2,0,0,0,1,0,0,0,0,0,0", b"")
 
 
+async def test_name_given_anew(shell: Shell) -> None:
+    """Tenants of one name, of which all but one were deleted, are told apart by their ids."""
+    await shell.run("tenant", "set", "other", "--account", "main")
+    other = await shell.house.new_token("other")
+    await shell.house.submit(token=other)
+    ids = []
+    for _ in range(2):
+        await shell.house.submit()
+        ids.append(shell.house.services.registry.current.tenants["shop"].id)
+        await shell.run("tenant", "delete", "shop", "--force")
+        await shell.run("tenant", "set", "shop", "--account", "main")
+        shell.house.token = await shell.house.new_token()
+    tenants = [line[1] for line in (await shell.lines("usage"))[3:6]]
+    assert tenants == ["other", f"shop ({ids[0]})", f"shop ({ids[1]})"]
+
+
 async def test_nothing_used(shell: Shell) -> None:
     """Without any usage there is its head and its sum."""
     assert len(await shell.lines("usage")) == 4

@@ -110,6 +110,8 @@ class FakeLedger(FakeTasks):
             return False
         account = self._candidate(known.account)
         figures, closes, day = settlement.figures, settlement.closes, self._day(known)
+        if settlement.account != known.account:  # it was retargeted, and what is told is of the account it left
+            figures, closes = Figures(), None
         if not booking.settle(tenant, account, name, known, settlement.outcome, figures, closes, day, now):
             return False
         self._resolve(account)
@@ -196,7 +198,7 @@ class FakeLedger(FakeTasks):
         state, policy = candidate.state, candidate.policy
         if account not in self.account_policies or not balance.look_due(state, policy, now, count_only=count_only):
             return None
-        state.looked = now
+        balance.begin_look(state, now)
         return Look(account, state.newest.reservation, now) if state.newest else None
 
     async def looked(self, look: Look, figures: Figures) -> None:

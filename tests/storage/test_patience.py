@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from service.domain.account import Figures
 from service.domain.reservation import ReservationState
 from service.domain.task import Kind
-from service.usecases.ports import Answered, Check
-from tests.storage.ledger_machine import ACCOUNTS, LedgerMachine
+from service.usecases.ports import Answered
+from tests.storage.ledger_machine import LedgerMachine
+from tests.storage.ledger_pair import ACCOUNTS
 from tests.support.valkey import Valkey
 
 RUNNING, SILENT, UNUSABLE, NOTHING = Answered.RUNNING, Answered.SILENT, Answered.UNUSABLE, Answered.NOTHING
@@ -31,11 +32,12 @@ def test_patience(valkey: Valkey, told: list[tuple[Answered, int]]) -> None:
     machine = LedgerMachine(valkey.url)
     try:
         name = machine.reserve(Kind.UPSCALE, ACCOUNTS, None)
-        machine.settle(name, ReservationState.ACCEPTED, Figures(), None, None, lost=False, late=False)
+        assert name
+        machine.settle(name, ReservationState.ACCEPTED, Figures())
         machine.wait(machine.spans.check_after)
         (due,) = machine.run(machine.model.claim(1))
         for answered, milliseconds in told:
             machine.wait(milliseconds)
-            machine.record(due, Check(answered=answered))
+            machine.record(due, answered)
     finally:
         machine.teardown()

@@ -17,7 +17,7 @@ def test_scripts_do_what_the_model_says(valkey: Valkey) -> None:
         cast("type[RuleBasedStateMachine]", lambda: AgendaMachine(valkey.url)),
         settings=settings(
             max_examples=80,
-            stateful_step_count=30,
+            stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),

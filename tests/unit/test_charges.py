@@ -116,5 +116,64 @@ def test_when_the_upstream_charges() -> None:
     assert state.charged_late is True
     charges.learn(state, sent(Before(0, 1_200), alone=False), Figures(0, 1_100))
     assert state.charged_late is True
-    charges.learn(state, sent(Before(0, 1_200)), Figures(0, 1_100))
+    charges.learn(state, sent(Before(0, 1_200), use=False), Figures(0, 1_100))
     assert state.charged_late is False
+
+
+@pytest.mark.parametrize(("use", "after"), [(True, Figures(3, 1_100)), (False, Figures(2, 1_200))])
+def test_drop_that_is_not_its_own(use: bool, after: Figures) -> None:
+    """A submit that was to take the one tells nothing of when it is charged where the other dropped."""
+    state = AccountState()
+    charges.learn(state, sent(Before(3, 1_200), use=use), after)
+    assert state.charged_late is None
+
+
+def test_answer_from_before_a_reopening() -> None:
+    """What was sent before an operator had the account tried again is missing in the figures that are known since."""
+    state, reservation = AccountState(uncharged=1, reopened=NOW + 1, charged_late=False), sent(owes=True)
+    charges.learn(state, reservation, Figures(3, 0))
+    assert state.missing == 1
+    charges.conclude(state, reservation, Figures(3, 0), NOW, NOW + 5)
+    assert (state.missing, state.astray_until) == (1, NOW + 5)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "drops", "unexplained"),
+    [
+        (1, [(1, 0)], (0, 0)),
+        (1, [(3, 0)], (2, 0)),
+        (1, [(0, 300)], (0, 0)),
+        (1, [(0, 700)], (0, 400)),
+        (1, [(1, 700)], (0, 700)),
+        (1, [(0, 200), (1, 0)], (0, 200)),
+        (2, [(0, 200), (1, 0)], (0, 0)),
+        (2, [(1, 100), (1, 100)], (0, 200)),
+        (0, [(1, 100)], (1, 100)),
+    ],
+)
+def test_drops(tasks: int, drops: list[tuple[int, int]], unexplained: tuple[int, int]) -> None:
+    """Each task takes a use or money up to its price, never both; what is beyond that was taken by somebody else."""
+    state, policy = AccountState(), AccountPolicy(max_price={KIND: 300})
+    for _ in range(tasks):
+        charges.expect(state, policy, KIND, 1)
+    for drop in drops:
+        charges.explain(state, *drop)
+    assert (state.unexplained_count, state.unexplained_money) == unexplained
+
+
+@pytest.mark.parametrize(("caught_up", "unexplained"), [(NOW + 5, 0), (0, 1)])
+def test_late_refusal(caught_up: int, unexplained: int) -> None:
+    """A late refusal takes off what is expected only if the figures had not shown by then that nothing was taken."""
+    state, late = AccountState(uncharged=1, astray=1, caught_up=caught_up), sent(owes=True, settled=NOW)
+    charges.expect(state, POLICY, KIND, 1)
+    charges.spare(state, POLICY, late, lacked=charges.found(state, late))
+    charges.explain(state, 1, 0)
+    assert state.unexplained_count == unexplained
+
+
+def test_no_price_is_known() -> None:
+    """Without a highest price any drop of the money may be the gateway's own."""
+    state = AccountState()
+    charges.expect(state, POLICY, KIND, 1)
+    charges.explain(state, 0, 5_000)
+    assert state.unexplained_money == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.domain.errors import IdempotencyKeyInvalid
@@ -50,6 +50,7 @@ def content(options: Options, metadata: dict[str, str] | None = None, image: byt
     return identify(KEY, options, metadata or {}, image).content
 
 
+@settings(deadline=None)
 @given(st.text(printable, min_size=1, max_size=MAX_KEY))
 def test_quoted_key(key: str) -> None:
     """Any printable ASCII is a key when it is quoted as the standard wants, with white space around it or not."""
@@ -57,12 +58,14 @@ def test_quoted_key(key: str) -> None:
     assert parse_key([f" \t{quoted(key)} "]) == key
 
 
+@settings(deadline=None)
 @given(st.text(plain, min_size=1, max_size=MAX_KEY))
 def test_bare_key(key: str) -> None:
     """A key without quotes is the same key as with them."""
     assert parse_key([key]) == parse_key([quoted(key)]) == key
 
 
+@settings(deadline=None)
 @given(st.text(printable, min_size=MAX_KEY + 1, max_size=MAX_KEY + 50))
 def test_long_key(key: str) -> None:
     """A key is at most 255 characters long, however it is written."""
@@ -72,6 +75,7 @@ def test_long_key(key: str) -> None:
         parse_key(["k" * len(key)])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
 @example(b'"\\')
 @example(b'"' * 300)
@@ -88,6 +92,7 @@ def test_any_bytes(value: bytes) -> None:
     assert parse_key([quoted(key)]) == key
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(printable), min_size=2, max_size=3))
 def test_several_headers(values: list[str]) -> None:
     """Two headers are refused, even if they say the same."""
@@ -169,6 +174,7 @@ def test_order_of_metadata() -> None:
     assert content(FULL, METADATA) == content(FULL, dict(reversed(METADATA.items())))
 
 
+@settings(deadline=None)
 @given(st.text(printable, min_size=1), st.text(printable, min_size=1))
 @example("key", "Key")
 def test_digest_of_the_key(one: str, other: str) -> None:

@@ -11,9 +11,10 @@ if not account.kept or state.status == 'invalid' or early then
   return {'not-due', now}
 end
 local starved = ask.count_only and state.count and state.count.value - missing(state) <= account.policy.floor_count
-if state.status ~= 'exhausted' and not starved and not (state.looks and is_stuck(state)) then
+local low = account.policy.floor_money > 0 and state.open == 0 and not can_pay(account, dearest(account), 0)
+if state.status ~= 'exhausted' and not starved and not low and not (state.looks and is_stuck(state)) then
   return {'not-due', now}
 end
-state.looked = now
+state.looked, state.in_vain = now, state.in_vain + 1
 save(account)
 return {'due', now, state.newest.reservation}

@@ -10,6 +10,7 @@ local newest = state.newest
 if not newest or newest.reservation ~= ask.reservation then
   return {'passed', now}
 end
+state.in_vain = 0
 if not figures.count or not figures.money then
   state.newest = nil
 else

@@ -66,7 +66,7 @@ if answered == 'succeeded' or answered == 'failed' then
     if succeeded then
       finished(state, ask.reservation, figures, ask.claimed)
     end
-    conclude(state, reservation, figures, now)
+    conclude(state, reservation, figures, asked, now)
     reservation.holds, reservation.cost, reservation.succeeded = {}, cost, succeeded
     reservation.before, reservation.after = nil, nil
     if reservation.refund then

@@ -35,8 +35,7 @@ if #refused > 0 then
 end
 left.state.open = left.state.open - 1
 left.state.sending = left.state.sending - 1
-expect(left, reservation.kind, -1)
-paid(left.state, reservation)
+spare(left, reservation, true)
 aim(account, reservation, holds, tenant.policy.purse, now)
 count(tenant, reservation, 1)
 save(tenant)

@@ -55,7 +55,7 @@ end
 if ask.late and reservation.state == 'reserved' and reservation.lease > now then
   return {'pending', now}
 end
-local was, state = reservation.state, account.state
+local was, state, lacked = reservation.state, account.state, true
 if (was ~= 'reserved' and was ~= 'unknown') or was == outcome then
   return {'final', now}
 end
@@ -66,7 +66,7 @@ if was == 'reserved' then
   state.open = state.open - 1
 else
   state.unknown = state.unknown - 1
-  found(state, reservation)
+  lacked = found(state, reservation)
   if state.doubt and state.doubt.reservation == ask.reservation then
     state.doubt = nil
   end
@@ -88,8 +88,7 @@ elseif outcome == 'unknown' then
   wonder(state, ask.reservation, reservation, now)
 else
   reservation.holds, reservation.refund = {}, nil
-  expect(account, reservation.kind, -1)
-  paid(state, reservation)
+  spare(account, reservation, lacked)
   if ask.closes then
     refuse(state, ask.closes, reservation.sent, now)
   end

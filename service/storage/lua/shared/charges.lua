@@ -13,14 +13,16 @@ end
 local function explain(state, count, money)
   local expected = state.expected
   state.unexplained_count = state.unexplained_count + math.max(count - expected.tasks, 0)
-  if expected.unpriced == 0 then
-    state.unexplained_money = state.unexplained_money + math.max(money - expected.money, 0)
-  end
   expected.tasks = math.max(expected.tasks - count, 0)
-  expected.money = math.max(expected.money - money, 0)
   if expected.tasks == 0 then
-    expected.money, expected.unpriced = 0, 0
+    state.unexplained_money = state.unexplained_money + money + expected.taken
+    state.expected = nothing()
+    return
   end
+  local own = expected.unpriced > 0 and money or math.min(money, expected.money)
+  state.unexplained_money = state.unexplained_money + money - own
+  expected.money = math.max(expected.money - own, 0)
+  expected.taken = expected.taken + own
 end
 
 local function missing(state)
@@ -29,7 +31,7 @@ end
 
 local function balance(state)
   if missing(state) == 0 then
-    state.expected = {tasks = 0, money = 0, unpriced = 0}
+    state.expected = nothing()
   end
 end
 
@@ -57,6 +59,13 @@ local function paid(state, reservation)
   balance(state)
 end
 
+local function spare(account, reservation, lacked)
+  if lacked then
+    expect(account, reservation.kind, -1)
+  end
+  paid(account.state, reservation)
+end
+
 local function stray(state, reservation, at)
   if reservation.owes then
     state.uncharged = state.uncharged - 1
@@ -66,12 +75,15 @@ local function stray(state, reservation, at)
   landed(state, reservation)
 end
 
+-- Whether the figures might have lacked a stray submission until now that its outcome is known.
 local function found(state, reservation)
-  if reservation.owes and reservation.settled > state.caught_up then
+  local lacked = reservation.owes and reservation.settled > state.caught_up
+  if lacked then
     state.astray = state.astray - 1
   end
   reservation.owes = false
   balance(state)
+  return lacked
 end
 
 local function catch_up(state, figures, sent, received)
@@ -142,14 +154,15 @@ end
 
 local function learn(state, reservation, after)
   local before = reservation.before
-  if not after.count or not after.money then
+  if not after.count or not after.money or reservation.sent < state.reopened then
     return
   end
   if before then
     local count, money = before.count - after.count, before.money - after.money
     if count == 0 and money == 0 then
       state.charged_late = true
-    elseif by_itself(state, reservation) and reservation.clean and is_price(count, money) then
+    elseif by_itself(state, reservation) and reservation.clean and is_price(count, money)
+      and count == (reservation.use and 1 or 0) then
       state.charged_late = false
     end
   end
@@ -158,8 +171,8 @@ local function learn(state, reservation, after)
   end
 end
 
-local function conclude(state, reservation, figures, now)
-  if not figures.count or not figures.money then
+local function conclude(state, reservation, figures, asked, now)
+  if not figures.count or not figures.money or asked < state.reopened then
     stray(state, reservation, now)
   else
     paid(state, reservation)

@@ -6,6 +6,7 @@
 
 local WINDOWS = {'minute', 'hour', 'day', 'month', 'total'}
 local PROBE_INTERVAL = 60000
+local MOST_IN_VAIN = 5
 local ONE_AT_A_TIME = 2000
 local UNKNOWN_SETTLES = 600000
 local DAY = 86400000
@@ -20,6 +21,11 @@ local function clock(key)
   end
   redis.call('SET', key, string.format('%d', now))
   return now
+end
+
+-- No drop is expected.
+local function nothing()
+  return {tasks = 0, money = 0, unpriced = 0, taken = 0}
 end
 
 local function unpacked(text)
@@ -38,9 +44,9 @@ local function load_account(key, id)
   local policy = unpacked(found[1])
   local state = unpacked(found[2])
     or {
-      status = 'open', probe_at = 0, closed = 0, reopened = 0, open = 0, sending = 0, seq = 0, uncharged = 0, thrifty = 0,
-      astray = 0, astray_until = 0, caught_up = 0, expected = {tasks = 0, money = 0, unpriced = 0},
-      unexplained_count = 0, unexplained_money = 0, unknown = 0, looks = false, looked = 0,
+      status = 'open', probe_at = 0, closed = 0, reopened = 0, rose = 0, open = 0, sending = 0, seq = 0, uncharged = 0,
+      thrifty = 0, astray = 0, astray_until = 0, caught_up = 0, expected = nothing(),
+      unexplained_count = 0, unexplained_money = 0, unknown = 0, looks = false, looked = 0, in_vain = 0,
     }
   local defaults = {floor_count = 0, floor_money = 0, max_price = {}}
   return {key = key, id = id, policy = policy or defaults, state = state, kept = policy ~= nil}

@@ -1,0 +1,128 @@
+"""Usage is asked for by days, intervals and groups, and told in JSON or CSV."""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+from typing import Any
+
+import pytest
+
+from tests.behaviour.aftermath import problem
+from tests.behaviour.house import House
+from tests.behaviour.spent import answered, flattened, later, lost, refund, rows, shown, spend, usage
+
+PATHS = ("/v1/usage", "/admin/v1/usage")
+
+
+async def test_csv_is_json(house: House) -> None:
+    """CSV has the items of JSON, field by field, in columns that are the same whatever is asked."""
+    first = await later(house)
+    await spend(house)
+    shown(await refund(house, task=(await spend(house))["id"], reason="=1+1"), 201)
+    await lost(house, "seamless")
+    await later(house)
+    await spend(house, "vectorize")
+    heads = set()
+    for path in PATHS:
+        for groups in ("none", "kind", *(("tenant", "tenant,kind") if "admin" in path else ())):
+            for interval in ("day", "month", "total"):
+                address = f"{path}?from={first}&interval={interval}&group_by={groups}"
+                items = shown(await answered(house, address, "application/json"))["items"]
+                found = await rows(house, address)
+                assert found == [flattened(each) for each in items]
+                heads.add((path, *found[0]))
+    assert len(heads) == 2
+    nothing = await answered(house, f"{PATHS[0]}?to={first - timedelta(days=1)}", "text/csv")
+    assert (PATHS[0], *nothing.text.removesuffix("\r\n").split(",")) in heads
+
+
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("*/*", "application/json"),
+        ("application/json", "application/json"),
+        ("text/csv", "text/csv"),
+        ("TEXT/CSV", "text/csv"),
+        ("text/*", "text/csv"),
+        ("text/csv, */*", "text/csv"),
+        ("text/csv;q=0.5, application/json", "application/json"),
+        ("application/json;q=0.5, text/csv;q=0.6", "text/csv"),
+        ("text/csv;q=0", "application/json"),
+        ("text/csv;header=absent", "text/csv"),
+        ("application/json, text/csv", "application/json"),
+        ("image/png", "application/json"),
+        ("text/csv;q=inf, application/json", "application/json"),
+        (",;=", "application/json"),
+        ("", "application/json"),
+    ],
+)
+async def test_who_wants_csv(house: House, accept: str, media_type: str) -> None:
+    """CSV is for those who would rather have it; all others are served JSON. Caches are told."""
+    for path in PATHS:
+        answer = await answered(house, path, accept)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].partition(";")[0] == media_type
+        assert answer.headers["vary"] == "Accept"
+        assert answer.headers["cache-control"] == ("no-store" if "admin" in path else "private, no-cache")
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_faulty_query(house: House, path: str) -> None:
+    """A parameter that is mistyped, repeated, or can't be what it must be is named rather than left out of account."""
+    today = date.fromisoformat((await usage(house))["to"])
+    days = ["", "yesterday", "2026-1-1", "20260101", "2026-W01-1", "2026-02-30", "2026-01-01T00:00:00Z", "null"]
+    days += ["٢٠٢٦-٠١-٠١", "0000-01-01", "0001-01-01", "9999-12-31", " 2026-01-01", "2026-01-01\n"]
+    days += [str(today - timedelta(days=400)), str(today + timedelta(days=400))]
+    faulty: dict[str, list[str]] = {
+        "from": days,
+        "to": days,
+        "interval": ["", "week", "DAY", "null", "day,month"],
+        "group_by": ["week", "kind,kind", "none,kind", ",", "Kind", "null", "kind,"],
+        "form": [str(today)],
+        "From": [str(today)],
+        "limit": ["5"],
+    }
+    if "admin" in path:
+        faulty["tenant"] = ["nobody", "", "SHOP", "shop\n", "null", "*"]
+    else:
+        faulty["group_by"] += ["tenant", "tenant,kind"]
+        faulty["tenant"] = ["shop"]
+    headers = {"Authorization": (await answered(house, path, "*/*")).request.headers["authorization"]}
+    address = (house.ops_url if "admin" in path else house.url) + path
+    for field, values in faulty.items():
+        for value in values:
+            answer = await house.http.get(address, params={field: value}, headers=headers)
+            document = problem(answer, 422, "invalid-options")
+            assert [each["field"] for each in document["errors"]] == [field], value
+            assert all(each["detail"] for each in document["errors"])
+    for field, value in (("from", str(today)), ("interval", "day"), ("group_by", "kind")):
+        answer = await house.http.get(f"{address}?{field}={value}&{field}={value}", headers=headers)
+        assert problem(answer, 422, "invalid-options")["errors"] == [
+            {"field": field, "detail": "is given more than once"}
+        ]
+
+
+async def test_spans(house: House) -> None:
+    """A report goes from a day to no earlier one, and spans at most 400 days, which may lie ahead."""
+    today = date.fromisoformat((await usage(house))["to"])
+
+    async def asked(first: int, last: int) -> Any:
+        days = {"from": today + timedelta(days=first), "to": today + timedelta(days=last)}
+        return await house.call("GET", "/v1/usage", params={name: str(day) for name, day in days.items()})
+
+    for first, last in ((0, 0), (-399, 0), (0, 399), (-200, 199), (5, 9)):
+        assert shown(await asked(first, last))["items"] == []
+    for first, last in ((0, -1), (-200, 200), (1, -399)):
+        document = problem(await asked(first, last), 422, "invalid-options")
+        assert [each["field"] for each in document["errors"]] == ["from"]
+    document = problem(await asked(-400, 400), 422, "invalid-options")
+    assert [each["field"] for each in document["errors"]] == ["from", "to"]
+    assert str(today) in document["detail"]
+
+
+async def test_who_may_ask(house: House) -> None:
+    """Usage is told to nobody without a token, whatever is wrong with the query, and that of all to no tenant."""
+    for query in ("", "?form=x"):
+        problem(await house.call("GET", f"/v1/usage{query}", token=""), 401, "unauthenticated")
+        problem(await house.http.get(f"{house.ops_url}/admin/v1/usage{query}"), 401, "unauthenticated")
+    problem(await house.call("GET", "/admin/v1/usage"), 404, "not-found")
