@@ -119,7 +119,7 @@ def resolve(state: AccountState, figures: Figures, source: Source, sent: int, ki
     Nothing else may have happened since, but for the one submission (of `kind`) whose answer this is.
     """
     doubt = state.doubt
-    if doubt is None or doubt.suggests or figures.count is None or figures.money is None or sent < doubt.since:
+    if doubt is None or doubt.suggests or figures.count is None or figures.money is None or sent <= doubt.since:
         return
     count, money, others = doubt.count - figures.count, doubt.money - figures.money, state.seq - doubt.seq
     own: tuple[int, int] | None = (0, 0)

@@ -15,7 +15,6 @@ from service.usecases.ports import Answered
 from tests.storage.ledger_moves import LedgerMoves
 from tests.storage.ledger_pair import ACCOUNTS, TENANT
 from tests.storage.ledger_strategies import (
-    KINDS,
     Whole,
     account_policies,
     answers,
@@ -29,8 +28,8 @@ from tests.storage.ledger_strategies import (
     numbers,
     orders,
     outcomes,
-    prices,
     series,
+    spenders,
     steps,
     tellings,
     tenant_policies,
@@ -72,10 +71,9 @@ class LedgerMachine(LedgerMoves):
         if gone:
             self.drop(gone)
 
-    @rule(account=accounts, count=counts, money=moneys, price=prices, opens=rarely)
-    def change_balance(self, account: int, count: int, money: int, price: int, *, opens: bool) -> None:
-        """Somebody else tops the account up, or uses it; an operator may have it looked at; prices may rise."""
-        self.upstream.prices[KINDS[0]] = price
+    @rule(account=accounts, count=counts, money=moneys, opens=rarely)
+    def change_balance(self, account: int, count: int, money: int, *, opens: bool) -> None:
+        """Somebody else tops the account up, or uses it; an operator may have it looked at."""
         self.upstream.balances[account] = Figures(count, money)
         if opens:
             self.both(self.ledger.reopen(account), self.model.reopen(account))
@@ -108,16 +106,15 @@ class LedgerMachine(LedgerMoves):
         self.write_tenant(TenantPolicy())
         self.reserve(kind, (account,), None)
 
-    @rule(
-        account=accounts,
-        wholes=series,
-        after=takes,
-        quiet=ends,
-    )
-    def submit_and_follow(self, account: int, wholes: list[Whole], after: int, quiet: bool | None) -> None:
+    @rule(account=accounts, wholes=series, after=takes, quiet=ends, policy=st.none() | spenders)
+    def submit_and_follow(
+        self, account: int, wholes: list[Whole], after: int, quiet: bool | None, policy: TenantPolicy | None
+    ) -> None:
         """Submissions to one account that do not overlap, nor (if all is made to end) overlap with others."""
         if quiet is not None:
             self.end_everything(succeeds=quiet)
+        if policy:
+            self.write_tenant(policy)
         for each in wholes:
             self.whole(account, each, after)
 

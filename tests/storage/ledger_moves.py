@@ -38,8 +38,7 @@ class LedgerMoves(LedgerBooks):
 
     def set_upstream(self, *, late: bool, now: bool, count: int, money: int) -> None:
         """Let the upstream charge at the end or at once, and tell the balance of now or of then."""
-        prices = {KINDS[0]: 100, KINDS[1]: 50}
-        self.upstream = Upstream(late, now, prices, dict.fromkeys(ACCOUNTS, Figures(count, money)))
+        self.upstream = Upstream(late, now, dict.fromkeys(KINDS, 100), dict.fromkeys(ACCOUNTS, Figures(count, money)))
 
     def write(self, tenant: TenantPolicy, first: AccountPolicy, second: AccountPolicy) -> None:
         """Write limits, of a tenant and accounts that may have been gone."""
@@ -205,6 +204,7 @@ class LedgerMoves(LedgerBooks):
         Where the account can't pay it is looked at, if it can be, and tried once more.
         """
         self.wait(each.pause)
+        self.upstream.prices[each.kind] = each.price
         name = self.reserve(each.kind, (account,), None)
         if name is None:
             self.wait(PROBE_INTERVAL)

@@ -33,6 +33,9 @@ limited = st.builds(
     max_active=st.sampled_from([None, None, None, 0, 1, 2]),
     purse=st.sampled_from(Purse),
 )
+spenders = st.builds(Limit, st.sampled_from(Window), money=st.sampled_from([300, 700])).map(
+    lambda limit: TenantPolicy(limits=(limit,))
+)
 tenant_policies = unlimited | limited
 account_policies = st.builds(
     AccountPolicy,
@@ -70,12 +73,14 @@ steps = st.sampled_from(
 
 
 class Whole(NamedTuple):
-    """A submission after a pause: its outcome, whether it was charged if that is unknown, its end, and what is told.
+    """A submission after a pause, at a price: its outcome, its end, and what is told.
 
-    Of an unknown outcome `found` is what it turns out to be, after it was refunded if it is `given_back`.
+    Of an unknown outcome `charged` says whether it was taken, and `found` what it turns out to be, after it was
+    refunded if it is `given_back`.
     """
 
     pause: int
+    price: int
     kind: Kind
     outcome: ReservationState
     charged: bool
@@ -88,14 +93,14 @@ class Whole(NamedTuple):
 
 def usual(kind: Kind) -> Whole:
     """A submission that succeeds, of which all is told as it is."""
-    return Whole(1, kind, ReservationState.ACCEPTED, True, None, Answered.SUCCEEDED, None)
+    return Whole(1, 100, kind, ReservationState.ACCEPTED, True, None, Answered.SUCCEEDED, None)
 
 
 kinds = st.sampled_from(KINDS)
 pauses = st.sampled_from([1, 60_000, 600_000])
 finds = st.none() | outcomes
 wholes = st.builds(
-    Whole, pauses, kinds, likely_outcomes, st.booleans(), tellings, answers, tellings, finds, st.booleans()
+    Whole, pauses, prices, kinds, likely_outcomes, st.booleans(), tellings, answers, tellings, finds, st.booleans()
 )
 usuals = st.builds(usual, kinds)
 unknowns = usuals.flatmap(

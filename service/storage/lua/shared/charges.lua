@@ -112,7 +112,7 @@ end
 
 local function resolve(state, figures, source, sent, kind)
   local doubt = state.doubt
-  if not doubt or doubt.suggests or not figures.count or not figures.money or sent < doubt.since then
+  if not doubt or doubt.suggests or not figures.count or not figures.money or sent <= doubt.since then
     return
   end
   local count, money, others = doubt.count - figures.count, doubt.money - figures.money, state.seq - doubt.seq

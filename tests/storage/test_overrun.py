@@ -1,0 +1,36 @@
+"""What passes a limit on money since nobody knew the price: the script and the model count it alike."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from service.domain.account import Figures
+from service.domain.tenancy import Limit, TenantPolicy, Window
+from tests.storage.ledger_machine import LedgerMachine
+from tests.storage.ledger_pair import ACCOUNTS
+from tests.storage.ledger_strategies import KINDS, usual
+from tests.support.valkey import Valkey
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(window=st.sampled_from(Window), room=st.integers(100, 250), price=st.integers(50, 400))
+@example(window=Window.TOTAL, room=100, price=101)
+@example(window=Window.MONTH, room=250, price=250)
+def test_overrun(valkey: Valkey, window: Window, room: int, price: int) -> None:
+    """A price that has risen since is booked in full, and as much of it as passes the limit is called an overrun."""
+    machine = LedgerMachine(valkey.url)
+    try:
+        machine.set_upstream(late=True, now=True, count=0, money=2_000)
+        machine.wait(3_600_000)
+        machine.whole(ACCOUNTS[0], usual(KINDS[0]), 1)
+        machine.whole(ACCOUNTS[0], usual(KINDS[0]), 1)
+        spent = machine.tenant_state().windows[window].money
+        machine.write_tenant(TenantPolicy((Limit(window, money=spent + room),)))
+        machine.whole(ACCOUNTS[0], usual(KINDS[0])._replace(price=price), 1)
+        machine.they_hold_the_same()
+        counted = machine.tenant_state().windows[window]
+        assert machine.upstream.balances[ACCOUNTS[0]] == Figures(0, 2_000 - 200 - price)
+        assert (counted.money, counted.overrun) == (spent + price, max(price - room, 0))
+    finally:
+        machine.teardown()
