@@ -10,8 +10,10 @@ import click
 from tests.bench.figures import Benchmark, table
 from tests.bench.ledger import ledger
 from tests.bench.memory import memory
+from tests.bench.waiting import waiting
+from tests.bench.watching import watching
 
-BENCHMARKS: Mapping[str, Benchmark] = {"ledger": ledger, "memory": memory}
+BENCHMARKS: Mapping[str, Benchmark] = {"ledger": ledger, "memory": memory, "waiting": waiting, "watching": watching}
 
 
 @click.command(help=__doc__)

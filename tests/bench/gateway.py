@@ -1,0 +1,113 @@
+"""A gateway as a process, with a store and an upstream of its own, and many tasks that run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from httpx2 import AsyncClient
+
+from service.domain.task import Task
+from service.storage.connect import connect
+from service.storage.keys import Keys
+from service.storage.ledger import Spans
+from service.storage.scripts import Scripts
+from service.storage.tasks import RedisTasks
+from tests.bench.upstream import upstream
+from tests.process.gateway import Gateway, serving
+from tests.support.images import png
+from tests.support.valkey import running
+
+KEYS = Keys("bench")
+_AT_ONCE = 16
+_HOUR = 3_600_000
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a benchmark works with: the process, the tasks as the store has them, and what is beside them."""
+
+    gateway: Gateway
+    upstream: str
+    store: Any
+    tasks: RedisTasks
+    http: AsyncClient
+
+    async def submit(self, number: int) -> list[Task]:
+        """Submit so many images, and have their tasks checked as often as if somebody looked at each of them."""
+        headers = {"Authorization": f"Bearer {self.gateway.token}"}
+        gate = asyncio.Semaphore(_AT_ONCE)
+
+        async def one() -> None:
+            async with gate:
+                files = {"image": ("a.png", png(), "image/png")}
+                url = f"{self.gateway.url}/v1/tasks/face-enhance"
+                (await self.http.post(url, headers=headers, files=files)).raise_for_status()
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(number):
+                group.create_task(one())
+        found = []
+        async for key in self.store.scan_iter(KEYS.task("*"), count=1_000):
+            reservation = key.decode().removeprefix(KEYS.task(""))
+            await self.store.set(KEYS.interest(reservation), "", px=_HOUR)
+            task = await self.tasks.get(reservation)
+            assert task
+            found.append(task[0])
+        return found
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The time of a core that the process has used so far."""
+        fields = Path(f"/proc/{self.gateway.process.pid}/stat").read_text().rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS
+
+    @property
+    def resident_mib(self) -> float:
+        """The memory that the process has."""
+        status = Path(f"/proc/{self.gateway.process.pid}/status").read_text()
+        (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
+        return int(line.split()[1]) / 1024
+
+    async def waiting(self, number: int) -> None:
+        """Wait until so many clients wait."""
+        until = time.monotonic() + 60
+        while f"\ngateway_waiting_clients {number}.0" not in (await self.http.get(self.metrics_url)).text:
+            assert time.monotonic() < until, "the clients did not come to wait"
+            await asyncio.sleep(0.1)
+
+    @property
+    def metrics_url(self) -> str:
+        """Where the process tells of itself."""
+        return f"{self.gateway.ops_url}/metrics"
+
+
+@asynccontextmanager
+async def bench(*, role: str, latency: float, **settings: str) -> AsyncIterator[Bench]:
+    """A gateway that has started, with an upstream that takes so many seconds for each answer."""
+    async with AsyncExitStack() as stack:
+        store = stack.enter_context(running())
+        address = stack.enter_context(upstream(latency))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        given = {
+            "GATEWAY_REDIS_URL": store.url,
+            "GATEWAY_KEY_PREFIX": "bench",
+            "GATEWAY_UPSTREAM_URL": address,
+            "GATEWAY_UPSTREAM_USER_KEY": "key",
+            "GATEWAY_ROLE": role,
+            "GATEWAY_LOG_LEVEL": "warning",
+        }
+        gateway = stack.enter_context(serving(folder, **given, **settings))
+        connections = connect(store.url, timeout=60)
+        stack.push_async_callback(connections.aclose)
+        tasks = RedisTasks(connections.commands, Scripts(connections.commands), KEYS, Spans())
+        http = await stack.enter_async_context(AsyncClient(timeout=60, trust_env=False))
+        yield Bench(gateway, address, connections.commands, tasks, http)

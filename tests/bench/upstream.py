@@ -1,0 +1,103 @@
+"""An upstream that costs next to nothing, in a process of its own, and measures how late it is asked.
+
+Every task runs for ever. Only as much of HTTP is understood as the gateway speaks. `GET /lateness` tells the lateness
+of all checks since it was last asked for: by how many milliseconds the time between two checks of a task was longer
+than what the path's last part says in milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_TASK = re.compile(rb"task_id=([^&]*)")
+
+
+class _Checks:
+    """When each task was last asked about, and how late that was."""
+
+    def __init__(self) -> None:
+        self._last: dict[bytes, float] = {}
+        self._between: list[float] = []
+
+    def note(self, task: bytes) -> None:
+        """A task is asked about."""
+        now = time.monotonic()
+        if task in self._last:
+            self._between.append((now - self._last[task]) * 1000)
+        self._last[task] = now
+
+    def lateness(self, interval: float) -> list[float]:
+        """What was noted since the last time, in milliseconds."""
+        between, self._between = self._between, []
+        return [each - interval for each in between]
+
+
+class _Connection(asyncio.Protocol):
+    """Answers requests one after the other, after a latency in seconds."""
+
+    def __init__(self, checks: _Checks, latency: float) -> None:
+        self._checks = checks
+        self._latency = latency
+        self._received = b""
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, found, body = self._received.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head)
+        if not found or len(body) < (int(length[1]) if length else 0):
+            return
+        self._received = b""
+        asyncio.get_running_loop().call_later(self._latency, self._answer, head.split(b" ")[1].decode(), body)
+
+    def _answer(self, path: str, body: bytes) -> None:
+        answer = json.dumps(self._told(path, body)).encode()
+        if self._transport:
+            length = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(answer)
+            self._transport.write(length + answer)
+
+    def _told(self, path: str, body: bytes) -> object:
+        if path.startswith("/lateness/"):
+            return self._checks.lateness(float(path.rpartition("/")[2]))
+        if not path.endswith("check_task_status"):
+            return {"err_code": 0, "task_id": str(uuid.uuid4()), "remaining_count": 1_000_000, "remaining_money": 0}
+        task = _TASK.search(body)
+        self._checks.note(task[1] if task else b"")
+        return {"err_code": 0, "status": "Running"}
+
+
+@contextmanager
+def upstream(latency: float) -> Iterator[str]:
+    """Run one that takes so many seconds for each answer; its address."""
+    command = [sys.executable, "-m", __name__, str(latency)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        try:
+            yield process.stdout.readline().decode().strip()
+        finally:
+            process.kill()
+
+
+async def _serve(latency: float) -> None:
+    checks = _Checks()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: _Connection(checks, latency), "127.0.0.1", 0, backlog=1_024)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)  # noqa: T201 - its parent reads it
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(float(sys.argv[1])))

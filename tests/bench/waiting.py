@@ -1,0 +1,66 @@
+"""What it costs to let many clients wait, and how soon they are told the end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from statistics import quantiles
+from urllib.parse import urlsplit
+
+from service.domain.task import Task
+from service.usecases.ports import Answered, Check, Due
+from tests.bench.figures import Figure
+from tests.bench.gateway import Bench, bench
+
+WAITERS = 5_000
+TASKS = 500
+ENDS_PER_SECOND = 25
+"""So that 250 clients are answered each second."""
+_CONNECT_AT_ONCE = 200
+
+
+async def waiting() -> Sequence[Figure]:
+    """5,000 clients, each on a connection of its own, wait for 500 tasks of one process, whose ends another records."""
+    async with bench(role="api", latency=0) as work:
+        tasks = await work.submit(TASKS)
+        before = work.resident_mib
+        gate, ended = asyncio.Semaphore(_CONNECT_AT_ONCE), dict[str, float]()
+        clients = [asyncio.create_task(_client(work, tasks[n % TASKS], gate)) for n in range(WAITERS)]
+        await work.waiting(WAITERS)
+        during = work.resident_mib
+        for task in tasks:
+            began = time.monotonic()
+            check = Check(answered=Answered.SUCCEEDED)
+            assert await work.tasks.record(Due(task, task.created), check)
+            ended[task.id] = time.monotonic()
+            await asyncio.sleep(1 / ENDS_PER_SECOND - (ended[task.id] - began))
+        answers = await asyncio.gather(*clients)
+        after = work.resident_mib
+    cuts = quantiles(((at - ended[task]) * 1000 for task, at in answers), n=100)
+    return [
+        Figure("clients answered with the end", len(answers), ""),
+        Figure("memory of the process before", before, "MiB"),
+        Figure("memory of the process while they wait", during, "MiB"),
+        Figure("memory of the process after", max(during, after), "MiB", most=300),
+        Figure("from the recorded end to the answer: median", cuts[49], "ms", most=50),
+        Figure("from the recorded end to the answer: 99 of 100", cuts[98], "ms", most=50),
+    ]
+
+
+async def _client(work: Bench, task: Task, gate: asyncio.Semaphore) -> tuple[str, float]:
+    """Wait for a task; its id, and when the answer with its end came."""
+    url = urlsplit(work.gateway.url)
+    async with gate:
+        reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    lines = (
+        f"GET /v1/tasks/{task.id} HTTP/1.1",
+        *("Host: gateway", f"Authorization: Bearer {work.gateway.token}", "Prefer: wait=60", "", ""),
+    )
+    writer.write("\r\n".join(lines).encode())
+    head = await reader.readuntil(b"\r\n\r\n")
+    at = time.monotonic()
+    (length,) = [int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
+    assert b'"state":"succeeded"' in await reader.readexactly(length)
+    writer.close()
+    return task.id, at
