@@ -93,8 +93,9 @@ async def test_closed(board: Board) -> None:
     with board.watching("r1") as one, board.watching("r2") as other:
         waits = [await waiting(one, 1), await waiting(other, 1)]
         board.close()
-        assert await asyncio.gather(*waits) == [None, None]
-        assert await one.changed(1, LONG) is None
+        async with asyncio.timeout(20):
+            assert await asyncio.gather(*waits) == [None, None]
+            assert await one.changed(1, LONG) is None
         board.post(ENDED, CREATED)
         assert await one.changed(1, LONG) is not None
 
