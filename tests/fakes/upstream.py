@@ -9,6 +9,9 @@ from service.domain.task import Artifact, ArtifactName, Options
 from service.domain.tenancy import Account
 from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
 
+PRICE = 100
+"""What a task takes once the uses are gone, in fen."""
+
 
 @dataclass
 class FakeUpstream:
@@ -26,7 +29,10 @@ class FakeUpstream:
         self.submits.append((account.name, options, image))
         if self.next_submits:
             return self.next_submits.pop(0)
-        self.count -= 1
+        if self.count:
+            self.count -= 1
+        else:
+            self.money -= PRICE
         figures = Figures(self.count, self.money)
         return Submitted(outcome=SubmitOutcome.ACCEPTED, upstream_id=f"up-{len(self.submits)}", figures=figures)
 
