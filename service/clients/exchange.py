@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -22,11 +21,11 @@ from msgspec import Struct
 from service import __version__
 from service.clients.breaker import Attempt, Breaker
 
-MAX_REQUESTS = 32
+MAX_REQUESTS = 64
 """So many requests of a line are under way at once; the others wait."""
 LARGEST_ANSWER = 65_536
 KEEP_ALIVE_SECONDS = 15
-_TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=30, pool=None)
+_TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=30, pool=None).as_dict()
 
 File = tuple[str, IO[bytes], str]
 """A file of a form: its name, its bytes, its media type."""
@@ -63,38 +62,32 @@ class Line:
 
     Redirects, cookies and the proxies of the environment are not followed. Compression is not asked for, and what is
     compressed all the same is not read, since a small answer could unfold into a huge one.
+
+    Each request has a pool of its own while it lasts: a pool looks at all of its connections for every request, which
+    with many at once costs more than the requests themselves.
     """
 
     def __init__(self, breakers: Breakers, tls: ssl.SSLContext, *, keep_alive: bool) -> None:
         self._breakers = breakers
         self._gate = asyncio.Semaphore(MAX_REQUESTS)
-        self._client = httpx2.AsyncClient(
-            verify=tls,
-            trust_env=False,
-            follow_redirects=False,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-            timeout=_TIMEOUTS,
-            limits=httpx2.Limits(
-                max_connections=None,
-                max_keepalive_connections=MAX_REQUESTS if keep_alive else 0,
-                keepalive_expiry=KEEP_ALIVE_SECONDS,
-            ),
-            headers={
-                "User-Agent": f"imaging-gateway/{__version__}",
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",
-                "Connection": "keep-alive" if keep_alive else "close",
-            },
-        )
+        self._tls = tls
+        self._keeps = keep_alive
+        self._idle: list[httpx2.AsyncHTTPTransport] = []
+        self._headers = {
+            "User-Agent": f"imaging-gateway/{__version__}",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "Connection": "keep-alive" if keep_alive else "close",
+        }
 
     async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.__aexit__(kind, error, trace)
+        while self._idle:
+            await self._idle.pop().aclose()
 
     async def post(
         self,
@@ -114,8 +107,13 @@ class Line:
         sending = _Sending(self._breakers.of(base_url))
         try:
             async with asyncio.timeout(seconds), self._gate:
-                request = self._client.build_request(
-                    "POST", base_url + path, data=fields, files=files, extensions={"trace": sending}
+                request = httpx2.Request(
+                    "POST",
+                    base_url + path,
+                    data=fields,
+                    files=files,
+                    headers=self._headers,
+                    extensions={"trace": sending, "timeout": _TIMEOUTS},
                 )
                 sending.begin()
                 return await self._answer(request)
@@ -125,7 +123,17 @@ class Line:
             sending.end()
 
     async def _answer(self, request: httpx2.Request) -> Answer:
-        response = await self._client.send(request, stream=True)
+        # The one that was used last is the likeliest to be connected yet.
+        transport = self._idle.pop() if self._idle else self._transport()
+        try:
+            return await self._read(await transport.handle_async_request(request))
+        finally:
+            if self._keeps:
+                self._idle.append(transport)
+            else:
+                await transport.aclose()
+
+    async def _read(self, response: httpx2.Response) -> Answer:
         try:
             body = bytearray()
             if response.is_success:
@@ -136,6 +144,12 @@ class Line:
             return Answer(response.status_code, bytes(body))
         finally:
             await response.aclose()
+
+    def _transport(self) -> httpx2.AsyncHTTPTransport:
+        kept = httpx2.Limits(
+            max_connections=1, max_keepalive_connections=int(self._keeps), keepalive_expiry=KEEP_ALIVE_SECONDS
+        )
+        return httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=kept)
 
 
 class _Sending:

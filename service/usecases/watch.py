@@ -33,7 +33,7 @@ class Watch:
         task_ids: TaskIds,
         board: Board,
         metrics: Metrics,
-        at_once: int = 16,
+        at_once: int = 64,
     ) -> None:
         self._tasks = tasks
         self._ledger = ledger
