@@ -125,10 +125,14 @@ class Line:
     async def _answer(self, request: httpx2.Request) -> Answer:
         # The one that was used last is the likeliest to be connected yet.
         transport = self._idle.pop() if self._idle else self._transport()
+        keeps = False
         try:
-            return await self._read(await transport.handle_async_request(request))
+            answer = await self._read(await transport.handle_async_request(request))
+            keeps = self._keeps
+            return answer
         finally:
-            if self._keeps:
+            # What was broken off may have left its pool without a connection and without room for one.
+            if keeps:
                 self._idle.append(transport)
             else:
                 await transport.aclose()
