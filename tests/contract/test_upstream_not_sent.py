@@ -64,7 +64,7 @@ async def test_deadline_while_connecting() -> None:
 
 async def test_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that takes too long means that nothing was sent, well before the deadline."""
-    monkeypatch.setattr(exchange, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1))
+    monkeypatch.setattr(exchange, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1).as_dict())
     with deaf() as url:
         async with calling(url) as caller, asyncio.timeout(5):
             assert (await caller.submit(seconds=60)).outcome is NOT_SENT

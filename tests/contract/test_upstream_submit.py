@@ -146,7 +146,7 @@ async def test_deadline_while_sending() -> None:
 
 async def test_read_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that takes too long to begin is unknown, well before the deadline."""
-    monkeypatch.setattr(exchange, "_TIMEOUTS", httpx2.Timeout(0.1))
+    monkeypatch.setattr(exchange, "_TIMEOUTS", httpx2.Timeout(0.1).as_dict())
     async with serving(hanging) as peer, calling(peer.url) as caller, asyncio.timeout(5):
         assert (await caller.submit(seconds=60)).outcome is UNKNOWN
 
