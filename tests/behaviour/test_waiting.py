@@ -223,6 +223,8 @@ async def test_the_task_vanishes() -> None:
     async with house_of_fakes() as (house, ledger, _):
         task = (await house.submit()).json()
         reading = await waiting(house, path(task), 1)
+        board = house.services.board
+        await until(lambda: all(map(board.newest, board.watched())))  # it has seen what is about to vanish
         for kept in (ledger.tasks, ledger.reservations, ledger.due, ledger.tenants):
             kept.clear()
         answer = await reading
