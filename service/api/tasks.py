@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Annotated, Any
 
 from litestar import Request, Response, get, post
-from litestar.datastructures import MultiDict
 from litestar.di import NamedDependency
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import HeaderParameter, PathParameter, QueryParameter
@@ -16,6 +15,7 @@ from litestar.params import HeaderParameter, PathParameter, QueryParameter
 from service.api import openapi
 from service.api.leaving import held_open
 from service.api.prefer import applied, wait_seconds
+from service.api.queries import check_query
 from service.api.ratelimit import rate_limit_headers
 from service.api.uploads import Uploads
 from service.api.views import (
@@ -175,7 +175,7 @@ def routes(
         limit: Annotated[int, QueryParameter(ge=1, le=_MOST_LISTED, description="How many tasks at the most.")] = 20,
         cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the page before.")] = None,
     ) -> Response[TaskList]:
-        _check_query(request.query_params)
+        check_query(request, request.route_handler)
         found = await follow.page(tenant, state=task_state, kind=kind, limit=limit, cursor=cursor)
         return Response(TaskList([task_view(task) for task in found.tasks], found.cursor), headers=PRIVATE)
 
@@ -194,14 +194,6 @@ def _taken_out(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[
     if errors:
         raise InvalidOptions(errors)
     return taken, [each for each in fields if each[0] not in taken]
-
-
-def _check_query(query: MultiDict[Any]) -> None:
-    """Refuse what the framework would quietly take for something else: all but one of several values, or `null`."""
-    errors = [FieldError(name, "is given more than once") for name, values in query.dict().items() if len(values) > 1]
-    errors += [FieldError(name, "must not be null") for name, value in query.multi_items() if value == "null"]
-    if errors:
-        raise InvalidOptions(errors)
 
 
 def _matches(condition: str, tag: str) -> bool:
