@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
 from service.api.auth import AdminToken, Tenants
-from service.api.ops import Health
+from service.api.ops import Lifecycle
 from service.api.uploads import Uploads
 from service.api.webhook_views import task_event
 from service.clients.artifacts import ArtifactClient
@@ -37,6 +37,8 @@ from service.storage.registry import LiveRegistry, RedisRegistry
 from service.storage.scripts import Scripts
 from service.storage.tasks import RedisTasks
 from service.telemetry.metrics import Metrics
+from service.telemetry.redaction import Redactor
+from service.telemetry.tracing import UNTRACED, Tracer, tracing
 from service.usecases.background import Background, ended
 from service.usecases.board import Board
 from service.usecases.change import Change
@@ -74,26 +76,6 @@ class SystemClock:
         return time.time()
 
 
-class Lifecycle:
-    """Where the process stands between its start and its end."""
-
-    def __init__(self, registry: RegistryView, board: Board) -> None:
-        self._registry = registry
-        self._board = board
-        self._draining = False
-
-    def drain(self) -> None:
-        """From now on the process is not ready, so that no new requests come, and nobody waits for a task."""
-        self._draining = True
-        self._board.close()
-
-    def health(self) -> Health:
-        """Whether the process takes requests."""
-        if self._draining:
-            return Health.DRAINING
-        return Health.OK if self._registry.ready else Health.STARTING
-
-
 @dataclass(frozen=True, kw_only=True)
 class Services:
     """What the two applications are made of.
@@ -115,6 +97,7 @@ class Services:
     catalogue: Catalogue
     board: Board
     metrics: Metrics
+    tracer: Tracer
     logger: FilteringBoundLogger
     lifecycle: Lifecycle
     registry: RegistryView
@@ -161,7 +144,12 @@ class Ports:
 
 
 def furnished(
-    ports: Ports, settings: Settings, metrics: Metrics, background: Background, jobs: Sequence[Job] = ()
+    ports: Ports,
+    settings: Settings,
+    metrics: Metrics,
+    background: Background,
+    jobs: Sequence[Job] = (),
+    tracer: Tracer = UNTRACED,
 ) -> Services:
     """The use cases over some ports, and all that stands around them. `jobs` is what the ports have to do."""
     if settings.admin_token is None:
@@ -176,6 +164,7 @@ def furnished(
         task_ids=task_ids,
         board=ports.board,
         metrics=metrics,
+        tracer=tracer,
     )
     looks = FreeLooks(
         ledger=ports.ledger,
@@ -196,6 +185,7 @@ def furnished(
         render=task_event,
         clock=ports.clock,
         metrics=metrics,
+        tracer=tracer,
     )
     follow = Follow(
         tasks=ports.tasks,
@@ -222,6 +212,7 @@ def furnished(
             task_ids=task_ids,
             background=background,
             metrics=metrics,
+            tracer=tracer,
         ),
         follow=follow,
         fetch=Fetch(follow=follow, artifacts=ports.artifacts, registry=ports.registry),
@@ -241,6 +232,7 @@ def furnished(
         catalogue=settings.catalogue,
         board=ports.board,
         metrics=metrics,
+        tracer=tracer,
         logger=structlog.get_logger("service"),
         lifecycle=Lifecycle(ports.registry, ports.board),
         registry=ports.registry,
@@ -267,16 +259,21 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
         check_after=int(settings.poll_seconds * 1000),
         keep_ended=settings.task_retention_days * DAY,
     )
+    redactor = Redactor(each for each in (settings.admin_token, settings.upstream_user_key) if each)
     async with AsyncExitStack() as opened:
+        # First, so that it ends last, and what was under way until then is sent too.
+        tracer = await opened.enter_async_context(tracing(settings.traces_url, settings.traces_share, redactor.text))
         connections = connect(settings.redis_url, timeout=REDIS_SECONDS)
         opened.push_async_callback(connections.aclose)
-        client, scripts = connections.commands, Scripts(connections.commands)
+        client, scripts = connections.commands, Scripts(connections.commands, tracer)
         store = RedisRegistry(client, scripts, keys)
         registry = LiveRegistry(store, connections.subscriber, keys.registry_channel)
         board = Board(Pace(settings.poll_seconds))
         changes = Changes(connections.subscriber, keys.changes_channel, board)
         upstream = await opened.enter_async_context(
-            UpstreamClient(settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream)
+            UpstreamClient(
+                settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream, tracer=tracer
+            )
         )
         opened.push_async_callback(background.drain, settings.lease_seconds)
         ports = Ports(
@@ -288,10 +285,10 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
             registry=registry,
             upstream=upstream,
             artifacts=ArtifactClient(
-                settings.upstream_url, max_bytes=settings.max_artifact_bytes, observe=metrics.upstream
+                settings.upstream_url, max_bytes=settings.max_artifact_bytes, observe=metrics.upstream, tracer=tracer
             ),
             agenda=RedisAgenda(client, scripts, keys),
-            callbacks=CallbackClient(),
+            callbacks=CallbackClient(tracer=tracer),
             clock=SystemClock(),
         )
-        yield furnished(ports, settings, metrics, background, jobs=[registry.follow, changes.follow])
+        yield furnished(ports, settings, metrics, background, [registry.follow, changes.follow], tracer)

@@ -19,6 +19,7 @@ from service.api.leaving import HELD
 from service.api.problems import CRASHED, OUTCOME, REQUEST_ID, render
 from service.api.uploads import ClientLeft
 from service.telemetry.metrics import UNMATCHED, Metrics, Port
+from service.telemetry.tracing import ANSWERED, UNTRACED, RequestSpan, Tracer
 
 TENANT = "tenant"
 """Where the tenant's name stands in the state of an ASGI scope, once it is known."""
@@ -40,11 +41,14 @@ _LONGEST_PATH = 500
 class Edge:
     """Wraps an application that serves one port."""
 
-    def __init__(self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port) -> None:
+    def __init__(
+        self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port, tracer: Tracer = UNTRACED
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._logger = logger
         self._port = port
+        self._tracer = tracer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection; what is not HTTP is passed through."""
@@ -54,10 +58,12 @@ class Edge:
         # The server may share one state among all requests.
         state = scope["state"] = {**scope.get("state", {})}
         request_id = state[REQUEST_ID] = _request_id(scope)
-        with structlog.contextvars.bound_contextvars(request_id=request_id), self._metrics.in_progress(self._port):
-            await self._serve(scope, receive, _Answer(send, request_id))
+        with self._tracer.request(scope) as span, self._metrics.in_progress(self._port):
+            names = {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
+            with structlog.contextvars.bound_contextvars(**names):
+                await self._serve(scope, receive, _Answer(send, request_id), span)
 
-    async def _serve(self, scope: Message, receive: Receive, answer: _Answer) -> None:
+    async def _serve(self, scope: Message, receive: Receive, answer: _Answer, span: RequestSpan) -> None:
         method, path = scope["method"], quote(scope["path"])[:_LONGEST_PATH]  # as Litestar changes the path
         state = scope["state"]
         begun = time.perf_counter()
@@ -75,6 +81,8 @@ class Edge:
             seconds = time.perf_counter() - begun
             status = answer.status or CLIENT_LEFT
             route = scope.get("path_template") or UNMATCHED
+            outcome, tenant = state.get(OUTCOME, ANSWERED), state.get(TENANT)
+            span.answered(answer.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant)
             self._metrics.request(self._port, method, route, status, seconds, held=HELD in state)
             self._logger.info(
                 "request",
@@ -84,8 +92,8 @@ class Edge:
                 path=path,
                 status=status,
                 seconds=round(seconds, 6),
-                tenant=state.get(TENANT),
-                outcome=state.get(OUTCOME, "answered"),
+                tenant=tenant,
+                outcome=outcome,
             )
 
 

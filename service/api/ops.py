@@ -11,6 +11,8 @@ from litestar.openapi.datastructures import ResponseSpec
 from msgspec import Struct
 
 from service.telemetry.metrics import Metrics
+from service.usecases.board import Board
+from service.usecases.ports import RegistryView
 
 
 class Health(StrEnum):
@@ -25,6 +27,26 @@ class HealthReport(Struct, frozen=True):
     """How the process is."""
 
     status: Health
+
+
+class Lifecycle:
+    """Where the process stands between its start and its end."""
+
+    def __init__(self, registry: RegistryView, board: Board) -> None:
+        self._registry = registry
+        self._board = board
+        self._draining = False
+
+    def drain(self) -> None:
+        """From now on the process is not ready, so that no new requests come, and nobody waits for a task."""
+        self._draining = True
+        self._board.close()
+
+    def health(self) -> Health:
+        """Whether the process takes requests."""
+        if self._draining:
+            return Health.DRAINING
+        return Health.OK if self._registry.ready else Health.STARTING
 
 
 def health_routes(health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:

@@ -19,6 +19,7 @@ from service.clients.exchange import Answer, Breakers, Line, Lost, NotSent
 from service.domain.task import Catalogue, Options, TaskError
 from service.domain.taskid import Sealer
 from service.domain.tenancy import Account
+from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
 
 _log = structlog.get_logger(__name__)
@@ -43,7 +44,15 @@ class UpstreamClient:
     `user_keys` opens the accounts' keys; none of them appears in a log, an error, or a message for tenants.
     """
 
-    def __init__(self, base_url: str, user_keys: Sealer, catalogue: Catalogue, *, observe: Observer) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        user_keys: Sealer,
+        catalogue: Catalogue,
+        *,
+        observe: Observer,
+        tracer: Tracer = UNTRACED,
+    ) -> None:
         self._base_url = base_url
         self._user_keys = user_keys
         self._catalogue = catalogue
@@ -52,8 +61,8 @@ class UpstreamClient:
         # A kept connection may be closed by the other side just as it is used. That is harmless for a check, but of a
         # submit nobody would know any more whether it arrived.
         tls = httpx2.create_ssl_context()
-        self._submits = Line(breakers, tls, keep_alive=False)
-        self._checks = Line(breakers, tls, keep_alive=True)
+        self._submits = Line(breakers, tls, keep_alive=False, tracer=tracer)
+        self._checks = Line(breakers, tls, keep_alive=True, tracer=tracer)
         self._closing = AsyncExitStack()
 
     async def __aenter__(self) -> Self:

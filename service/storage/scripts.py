@@ -11,6 +11,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from service.domain.errors import LedgerUnavailable
+from service.telemetry.tracing import UNTRACED, Tracer
 
 Client = Redis | RedisCluster
 
@@ -21,8 +22,9 @@ _SHARED = ("state", "charges", "balance", "booking", "quota", "agenda")
 class Scripts:
     """Calls the scripts over a client that never retries: an unanswered call may have moved money."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, tracer: Tracer = UNTRACED) -> None:
         self._client = client
+        self._tracer = tracer
         self._sources: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
 
@@ -33,17 +35,21 @@ class Scripts:
         """
         values = (msgspec.msgpack.encode(arguments), *more)
         try:
-            if name not in self._hashes:
-                await self._load(name)
-            try:
-                return await self._run(name, keys, values)
-            except NoScriptError:  # Redis was restarted, and ran nothing
-                await self._load(name)
-                return await self._run(name, keys, values)
+            with self._tracer.script(name):
+                return await self._call(name, keys, values)
         except (RedisError, OSError) as error:
             if type(error) is ResponseError and str(error).startswith("user_script"):
                 raise  # a fault of ours, not Redis being away
             raise unavailable() from error
+
+    async def _call(self, name: str, keys: Sequence[str], values: Sequence[bytes | str]) -> list[Any]:
+        if name not in self._hashes:
+            await self._load(name)
+        try:
+            return await self._run(name, keys, values)
+        except NoScriptError:  # Redis was restarted, and ran nothing
+            await self._load(name)
+            return await self._run(name, keys, values)
 
     async def _run(self, name: str, keys: Sequence[str], values: Sequence[bytes | str]) -> list[Any]:
         result = await self._client.evalsha(self._hashes[name], len(keys), *keys, *values)

@@ -155,6 +155,7 @@ class FakeLedger(FakeTasks):
             version=1,
             checked=known.created,
             webhook=settlement.draft.webhook,
+            trace=settlement.draft.trace,
         )
         self.due[settlement.reservation] = self.clock.at + self.spans.check_after
 
