@@ -305,12 +305,13 @@ async def no_key_is_left_for_ever(client: Any) -> None:
 
 
 @asynccontextmanager
-async def real_house(valkey: Valkey) -> AsyncIterator[House]:
-    """A real Valkey, which is emptied first, and the sandbox."""
+async def real_house(valkey: Valkey, **more: str) -> AsyncIterator[House]:
+    """A real Valkey, which is emptied first, and the sandbox; `more` are settings."""
     config = SandboxConfig(accounts={USER_KEY: Balance(count=10, money=300)}, seconds=0)
     async with AsyncExitStack() as stack:
         sandbox = await stack.enter_async_context(running(config))
-        settings = Settings.load(ENVIRONMENT | {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": sandbox.url})
+        places = {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": sandbox.url}
+        settings = Settings.load(ENVIRONMENT | places | more)
         connections = connect(valkey.url, timeout=5)
         stack.push_async_callback(connections.aclose)
         client: Any = connections.commands

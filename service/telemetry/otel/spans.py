@@ -78,14 +78,14 @@ class OtelTracer:
         """Call another server. The query of its address is never recorded."""
         if not _recorded():
             return UNRECORDED
-        parts = urlsplit(url)
-        host, port = _host(parts.netloc, parts.scheme)
-        path = REDACTED_PATH if private else parts.path
+        scheme, authority, path = _parts(url)
+        host, port = _host(authority, scheme)
+        path = REDACTED_PATH if private else self._clean(path)
         attributes: dict[str, str | int] = {
             http.HTTP_REQUEST_METHOD: method,
             server.SERVER_ADDRESS: self._clean(host),
             server.SERVER_PORT: port,
-            addresses.URL_FULL: self._clean(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"),
+            addresses.URL_FULL: self._clean(f"{scheme}://{authority}{path}"),
         }
         if resent:
             attributes[http.HTTP_REQUEST_RESEND_COUNT] = resent
@@ -228,6 +228,13 @@ def _carrier(scope: Mapping[str, Any]) -> Mapping[str, list[str]]:
         if name in {b"traceparent", b"tracestate"}:
             carrier.setdefault(name.decode(), []).append(value.decode("latin-1"))
     return carrier
+
+
+def _parts(url: str) -> tuple[str, str, str]:
+    """Scheme, host with port, and path of what should be an address, without what identifies somebody."""
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = rest.partition("?")[0].partition("#")[0].partition("/")
+    return scheme, authority.rpartition("@")[2], slash + path
 
 
 def _host(authority: str, scheme: str) -> tuple[str, int]:
