@@ -119,12 +119,13 @@ class Collector:
         """The spans of a name."""
         return [span for span in self.spans if span.name == name]
 
-    def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait for what a condition says of what came."""
-        deadline = time.monotonic() + SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, f"{what} did not come about: {[span.name for span in self.spans]}"
-            time.sleep(0.01)
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait in a thread for a condition."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come about"
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -60,8 +60,9 @@ class OtelTracer:
         method = scope["method"] if scope["method"] in _METHODS else "HTTP"
         # Not in the current context: a server may handle one request out of another's.
         context = _W3C.extract(_carrier(scope), Context()) if given else Context()
-        attributes = dict(self._told(scope))
-        span = self._tracer.start_span(method, context, SpanKind.SERVER, attributes)
+        span = self._tracer.start_span(method, context, SpanKind.SERVER)
+        if span.is_recording():
+            span.set_attributes(dict(self._told(scope)))
         return _Request(span, method, given)
 
     def follow_up(self, what: str, cause: str | None, reservation: str) -> _Work | Untraced:
@@ -187,6 +188,8 @@ class _Request(_Work):
 
     def answered(self, status: int | None, *, route: str | None, outcome: str, tenant: str | None) -> None:
         """It has ended."""
+        if not self._span.is_recording():
+            return
         told: dict[str, str | int] = {OUTCOME: outcome}
         if route:
             told[http.HTTP_ROUTE] = route
