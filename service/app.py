@@ -15,7 +15,20 @@ from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.types import ControllerRouterHandler
 
-from service.api import admin, artifacts, events, legacy, openapi, ops, quota, submissions, tasks, usage, webhooks
+from service.api import (
+    admin,
+    artifacts,
+    events,
+    legacy,
+    openapi,
+    ops,
+    quota,
+    registry,
+    submissions,
+    tasks,
+    usage,
+    webhooks,
+)
 from service.api.docs import HEADERS, docs_page
 from service.api.document import document
 from service.api.edge import Edge
@@ -131,7 +144,10 @@ def operators_app(services: Services) -> Litestar:
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
         services.admin.check(connection)
 
-    registry_routes = admin.routes(operators=services.operators, quota=services.quota)
+    registry_routes = [
+        *admin.routes(operators=services.operators, quota=services.quota),
+        *registry.routes(services.apply),
+    ]
     usage_routes = [*usage.operator_routes(services.usage), *submissions.operator_routes(services.submissions)]
     webhook_routes = webhooks.routes(services.webhooks)
     admin_routes = Router(

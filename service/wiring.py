@@ -37,6 +37,7 @@ from service.storage.registry import LiveRegistry, RedisRegistry
 from service.storage.scripts import Scripts
 from service.storage.tasks import RedisTasks
 from service.telemetry.metrics import Metrics
+from service.usecases.apply import Apply
 from service.usecases.background import Background, ended
 from service.usecases.board import Board
 from service.usecases.change import Change
@@ -110,6 +111,7 @@ class Services:
     usage: Usage
     submissions: Submissions
     operators: Operators
+    apply: Apply
     webhooks: Webhooks
     uploads: Uploads
     catalogue: Catalogue
@@ -229,6 +231,14 @@ def furnished(
         usage=Usage(books=ports.books, registry=ports.registry),
         submissions=Submissions(books=ports.books, tasks=ports.tasks, registry=ports.registry, task_ids=task_ids),
         operators=Operators(
+            change=change,
+            registry=ports.registry,
+            ledger=ports.ledger,
+            user_keys=keyring.purpose(USER_KEYS),
+            webhook_secrets=secrets,
+            clock=ports.clock,
+        ),
+        apply=Apply(
             change=change,
             registry=ports.registry,
             ledger=ports.ledger,
