@@ -5,8 +5,11 @@ The events are counted by the recording rules in deploy/prometheus, for the aler
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec import Struct
 
+from deploy.grafana.panels import COUNT, QUARTER, SHARE, Panel, falling, figure, graph, rising
 from deploy.grafana.queries import or_zero, series
 
 PERIOD = "30d"
@@ -35,17 +38,47 @@ class Objective(Struct, frozen=True):
         """How many times faster than it may the budget is used; 1 uses it up just at the end of the period."""
         return f"({self._bad(over)}) / {self._allowed}"
 
-    @property
-    def percent(self) -> str:
-        """The objective as it is said."""
-        return f"{100 * self.share:g}%"
+    def panels(self) -> Iterable[Panel]:
+        """The promise, what is left of its budget, and how that burns away: one line of a dashboard."""
+        promise = f"Promised over 30 days: {100 * self.share:g}% of {self.meaning}."
+        yield figure(
+            f"{self.title}: good",
+            f"{promise} Yellow where that is missed, red where by as much again.",
+            SHARE,
+            {"good": self.good()},
+            width=QUARTER,
+            steps=falling(2 * self.share - 1, self.share),
+            decimals=3,
+        ).height(5)
+        yield (
+            figure(
+                f"{self.title}: budget left",
+                f"{promise} How much of what that allows to go wrong is left; below a quarter, put off what is"
+                " risky, and below zero the promise is broken.",
+                SHARE,
+                {"left": self.left()},
+                width=QUARTER,
+                steps=falling(0, 0.25),
+                decimals=1,
+            )
+            .min(-1)
+            .height(5)
+        )
+        yield graph(
+            f"{self.title}: burn rate",
+            f"{promise} 1 uses the budget up just at the end of the period. Worry when both lines are above 6, and drop"
+            " everything else when both are above 14.4: then a fiftieth of the budget goes within the hour.",
+            COUNT,
+            {FAST: self.burn(FAST), SLOW: self.burn(SLOW)},
+            steps=rising(6, 14.4),
+        ).height(5)
 
     @property
     def _allowed(self) -> str:
         return f"{1 - self.share:.4g}"
 
     def _bad(self, over: str) -> str:
-        """The share of bad events, of the worst gateway if several are chosen; without events it is not a number."""
+        """The share of bad events, of the worst gateway if there are several; 0 where there were no events."""
         ratio = f"namespace_sli:gateway_sli_bad_requests_per_requests:ratio_rate{over}"
         of_this = series(ratio, f'sli="{self.sli}"')
         return or_zero(f"max({of_this} >= 0)")
@@ -54,19 +87,19 @@ class Objective(Struct, frozen=True):
 OBJECTIVES = (
     Objective(
         "Availability",
-        "requests of tenants are answered without a fault (a status of 500 or more), whoever is to blame for it",
+        "the tenants' requests are answered without a fault (a status of 500 or more), whoever is to blame",
         0.999,
         "availability",
     ),
     Objective(
         "Submissions",
-        "submissions are answered within 10 seconds, the upload to the vendor included",
+        "the submissions are answered within 10 seconds, the upload to the vendor included",
         0.95,
         "submission-latency",
     ),
     Objective(
         "Reads",
-        "other requests that do not wait on purpose are answered within 250 milliseconds",
+        "all other requests that do not wait on purpose are answered within 250 milliseconds",
         0.99,
         "read-latency",
     ),

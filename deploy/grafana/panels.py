@@ -29,6 +29,7 @@ from grafana_foundation_sdk.models.dashboard import (
     ValueMap,
     ValueMappingResult,
 )
+from grafana_foundation_sdk.models.prometheus import QueryEditorMode
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 
@@ -158,6 +159,7 @@ def _panel(panel: _P, title: str, text: str, unit: str, queries: Queries, width:
     panel.thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(thresholds))
     for place, (legend, expression) in enumerate(queries.items()):
         query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(chr(ord("A") + place))
+        query.editor_mode(QueryEditorMode.CODE)
         panel.with_target((query.range() if past else query.instant()).datasource(SOURCE))
     if empty:
         panel.no_value(empty)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from deploy.grafana.boards import Board, Row
-from deploy.grafana.objectives import FAST, OBJECTIVES, PERIOD, SLOW, Objective
+from deploy.grafana.objectives import OBJECTIVES
 from deploy.grafana.panels import (
     BYTES,
     COUNT,
@@ -15,8 +13,6 @@ from deploy.grafana.panels import (
     SECONDS,
     SHARE,
     THIRD,
-    Panel,
-    falling,
     figure,
     graph,
     rising,
@@ -34,41 +30,6 @@ _REQUESTS = "gateway_http_requests_total"
 _DURATION = "gateway_http_request_duration_seconds"
 _QUIET = "No requests"
 _BUSY = 'state="busy"'
-
-
-def _promises(objective: Objective) -> Iterable[Panel]:
-    promise = f"Objective: {objective.percent} of {PERIOD}: {objective.meaning}."
-    yield figure(
-        f"{objective.title}: good",
-        f"{promise} Yellow when the objective is missed by a little, red when by more than as much again.",
-        SHARE,
-        {"good": objective.good()},
-        width=QUARTER,
-        steps=falling(2 * objective.share - 1, objective.share),
-        decimals=3,
-    ).height(5)
-    yield (
-        figure(
-            f"{objective.title}: budget left",
-            f"{promise} What is left of the faults it allows; below a quarter, put off what is risky."
-            " Below zero the objective is missed.",
-            SHARE,
-            {"left": objective.left()},
-            width=QUARTER,
-            steps=falling(0, 0.25),
-            decimals=1,
-        )
-        .min(-1)
-        .height(5)
-    )
-    yield graph(
-        f"{objective.title}: burn rate",
-        f"{promise} 1 uses the budget up just at the end of the period. Worry when both lines are above 6, and drop"
-        " everything else when both are above 14.4: then a fiftieth of the budget goes within the hour.",
-        COUNT,
-        {FAST: objective.burn(FAST), SLOW: objective.burn(SLOW)},
-        steps=rising(6, 14.4),
-    ).height(5)
 
 
 _DEMAND = Row(
@@ -110,8 +71,8 @@ _DEMAND = Row(
         ),
         graph(
             "Duration by route, 95%",
-            "The same by route. Reads come from memory or Redis and stay below a quarter of a second; submissions wait"
-            " for the vendor. Worry when reads are slow: Redis or the event loop is.",
+            "How long requests of tenants take on each route. Reads come from memory or Redis and stay below a quarter"
+            " of a second; submissions wait for the vendor. Worry when reads are slow: Redis or the event loop is.",
             SECONDS,
             {"{{method}} {{route}}": quantile(0.95, _DURATION, "method", "route", where=('port="tenants"',))},
             width=THIRD,
@@ -151,7 +112,7 @@ _ROOM = Row(
         graph(
             "Uploads in memory",
             "Bytes of images held until the vendor has them, in all processes, and what they may hold together. At the"
-            " limit uploads are made to wait: add processes, or see why the vendor is slow.",
+            " limit uploads wait, and get 503 if that lasts: add processes, or see why the vendor is slow.",
             BYTES,
             {
                 "held": total("gateway_upload_bytes"),
@@ -267,8 +228,8 @@ _LEDGER = Row(
         ),
         graph(
             "Duration of calls, 99%",
-            "By call. A script takes a few milliseconds; worry above 50, where submissions and reads become slow"
-            " with it.",
+            "How long calls of the ledger take. A script takes a few milliseconds; worry above 50, where submissions"
+            " and reads become slow with it.",
             SECONDS,
             {"{{call}}": quantile(0.99, "gateway_ledger_call_duration_seconds", "call")},
             width=THIRD,
@@ -292,7 +253,7 @@ SERVICE = Board(
     "Start here: whether the gateway keeps what it promises, and if not, whether it is asked too much, has too little"
     " room, or misses something it depends on.",
     (
-        Row("Objectives", tuple(panel for each in OBJECTIVES for panel in _promises(each))),
+        Row("Objectives", tuple(panel for each in OBJECTIVES for panel in each.panels())),
         _DEMAND,
         _ROOM,
         _PROCESSES,

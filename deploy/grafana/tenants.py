@@ -6,6 +6,7 @@ from deploy.grafana.boards import Board, Row, Variable
 from deploy.grafana.panels import (
     COUNT,
     PER_MINUTE,
+    QUARTER,
     SECONDS,
     SHARE,
     THIRD,
@@ -77,8 +78,8 @@ _QUOTA = Row(
         ),
         graph(
             "How full each limit was",
-            "The same over time. Windows fall back to zero when they reset; a line that reaches 100% day after day is a"
-            " limit that no longer fits.",
+            "Used and reserved as a share of the limit, over time. Windows fall back to zero when they reset; a line"
+            " that reaches 100% day after day is a limit that no longer fits.",
             SHARE,
             {"{{tenant}} {{policy}}": _burn()},
             steps=rising(0.8, 0.95),
@@ -107,13 +108,21 @@ _QUOTA = Row(
 _SPENDING = Row(
     "Spent (exact)",
     (
+        figure(
+            "Tenants",
+            "Tenants that the gateway knows, chosen or not. Worry when it falls: their tokens are refused.",
+            COUNT,
+            {"tenants": or_zero_of_ledger(latest("gateway_tenants"))},
+            width=QUARTER,
+        ),
         *(
             figure(
                 title,
-                f"Money that the chosen tenants have spent {text}. {_EXACT}",
+                f"Money that the chosen tenants have spent {text}. {_EXACT} Worry when it is more than"
+                " is meant to be spent, whatever the limits say.",
                 YUAN,
                 {"spent": _spent(window)},
-                width=THIRD,
+                width=QUARTER,
                 decimals=2,
             )
             for title, text, window in (
@@ -146,8 +155,8 @@ _PACES = Row(
         ),
         graph(
             "Money by kind",
-            f"The same by kind of task. {_PACE} Worry when a kind costs more while there are no more tasks of it: the"
-            " vendor has raised its price.",
+            f"Yuan an hour that ended tasks of each kind took. {_PACE} Worry when a kind costs more while there are no"
+            " more tasks of it: the vendor has raised its price.",
             YUAN,
             {"{{kind}}": per_hour("gateway_spent_yuan_total", "kind", where=(_TENANT,))},
             stacked=True,
@@ -155,21 +164,23 @@ _PACES = Row(
         graph(
             "Prepaid uses by tenant",
             f"Prepaid uses an hour that ended tasks took; while there are some left, tasks cost these and no money."
-            f" {_PACE}",
+            f" {_PACE} Worry about a step up that nobody announced.",
             COUNT,
             {"{{tenant}}": per_hour("gateway_spent_uses_total", "tenant", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Prepaid uses by kind",
-            f"The same by kind of task. {_PACE}",
+            f"Prepaid uses an hour that ended tasks of each kind took. {_PACE} Worry when they end sooner than"
+            " planned.",
             COUNT,
             {"{{kind}}": per_hour("gateway_spent_uses_total", "kind", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Tasks submitted",
-            "Accepted tasks a minute by tenant. Compare it with what each tenant says it sends.",
+            "Accepted tasks a minute by tenant. Worry when a tenant sends much more, or nothing, without having said"
+            " so.",
             PER_MINUTE,
             {"{{tenant}}": per_minute("gateway_tasks_submitted_total", "tenant", where=(_TENANT,))},
             width=THIRD,

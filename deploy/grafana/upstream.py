@@ -77,7 +77,8 @@ _BALANCES = Row(
         ),
         graph(
             "Money left",
-            "The same for money. Where neither uses nor money are left, tenants of that account get 402.",
+            "What the vendor last said is left of each account's money, and its floor. Where neither uses nor money"
+            " are left, tenants of that account get 402.",
             YUAN,
             {"{{account}}": _account("remaining_yuan"), "{{account}} floor": _account("floor_yuan")},
             empty=_UNSEEN,
@@ -94,7 +95,8 @@ _BALANCES = Row(
         ),
         bars(
             "Days left, money",
-            "The same for money, which is taken only when no prepaid uses are left.",
+            "For how long the money above the floor lasts, if each day is as the last 7 were in the mean. Money is"
+            " taken only when no prepaid uses are left. Top up below a week, at once below a day.",
             DAYS,
             {"{{account}}": _days_left("yuan")},
             width=QUARTER,
@@ -103,8 +105,8 @@ _BALANCES = Row(
         ),
         states(
             "State of accounts",
-            "Open, exhausted (nothing left to spend: top up, and it opens by itself), or invalid (the vendor does not"
-            " know its key: nobody can use it until an operator reopens it).",
+            "When each account was open, exhausted (nothing left to spend: top up, and it opens by itself), or invalid"
+            " (the vendor does not know its key: nobody can use it until an operator reopens it).",
             {"{{account}}": f"{_state('exhausted')} + 2 * {_state('invalid')}"},
             {0: ("open", "green"), 1: ("exhausted", "yellow"), 2: ("invalid", "red")},
         ),
@@ -116,15 +118,16 @@ _BOOKS = Row(
     (
         graph(
             "Spent by tasks",
-            "Prepaid uses an hour that ended tasks of the gateway took from each account. Compare it with the fall of"
-            " the balance.",
+            "Prepaid uses an hour that ended tasks of the gateway took from each account. Worry when the balance falls"
+            " faster than that.",
             COUNT,
             {"{{account}}": per_hour("gateway_account_spent_uses_total", "account", where=(_ACCOUNT,))},
             width=QUARTER,
         ),
         graph(
             "Money spent by tasks",
-            "The same in yuan an hour.",
+            "Yuan an hour that ended tasks of the gateway took from each account. Worry when it begins where prepaid"
+            " uses should have lasted.",
             YUAN,
             {"{{account}}": per_hour("gateway_account_spent_yuan_total", "account", where=(_ACCOUNT,))},
             width=QUARTER,
@@ -132,7 +135,7 @@ _BOOKS = Row(
         graph(
             "Unexplained uses",
             "Prepaid uses that vanished within an hour and that no task of the gateway explains. Anything above zero:"
-            " somebody else uses the key. Find out who, or have the vendor change it.",
+            " somebody else uses the key. Find out who, or have the key changed.",
             COUNT,
             {"{{account}}": _unexplained("uses")},
             width=QUARTER,
@@ -140,7 +143,8 @@ _BOOKS = Row(
         ),
         graph(
             "Unexplained money",
-            "The same in yuan; it may also be that the vendor raised its prices.",
+            "Yuan that vanished within an hour and that no task of the gateway explains. Anything above zero: somebody"
+            " else uses the key, or the vendor has raised its prices.",
             YUAN,
             {"{{account}}": _unexplained("yuan")},
             width=QUARTER,
@@ -200,7 +204,8 @@ _VENDOR = Row(
         ),
         graph(
             "Share that went wrong",
-            "The same as a share of all requests of the operation, over 10 minutes. Worry when it stays above 5%.",
+            "Requests that got no answer which can be used, as a share of all, over 10 minutes. Worry when it stays"
+            " above 5%.",
             SHARE,
             {"{{operation}}": _wrong()},
             width=THIRD,
@@ -220,7 +225,8 @@ _VENDOR = Row(
         ),
         graph(
             "Duration by outcome, 95%",
-            "The same by outcome, of all requests: a failure that takes long is a time limit, a quick one a refusal.",
+            "How long requests took by what came of them. A failure that takes long is a time limit, a quick one a"
+            " refusal; worry when both become usual.",
             SECONDS,
             {"{{operation}} {{outcome}}": quantile(0.95, _DURATION, "operation", "outcome")},
             width=THIRD,
@@ -228,7 +234,8 @@ _VENDOR = Row(
         ),
         graph(
             "Connections in use",
-            "Busy connections of all processes and how many there may be, by operation.",
+            "Busy connections of all processes and how many there may be, by operation. At the limit requests"
+            " wait for their turn.",
             COUNT,
             {
                 "{{operation}}": total("gateway_upstream_connections", "operation", where=('state="busy"',)),

@@ -7,7 +7,7 @@ just never answers. So the labels of every part of a query are worked out here, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from promql_parser import (
     AggModifierType,
@@ -36,19 +36,47 @@ _SETS = frozenset({"and", "or", "unless"})
 _LABELLING = frozenset({"label_replace", "label_join"})
 
 
+class Use(NamedTuple):
+    """One place where a query asks for a series."""
+
+    name: str
+    matched: frozenset[str]
+    """The labels that it is chosen by."""
+    within: tuple[str, ...]
+    """The functions and aggregations around it, from the innermost outwards."""
+
+
+def uses(query: str) -> list[Use]:
+    """Every place where a query asks for a series, from left to right.
+
+    Raises ValueError if it does not parse.
+    """
+    found: list[Use] = []
+    around: list[str] = []
+
+    def enter(part: Any) -> None:
+        if isinstance(part, VectorSelector):
+            matched = frozenset(each.name for each in _matchers(part))
+            found.append(Use(_name(part), matched, tuple(reversed(around))))
+        elif isinstance(part, AggregateExpr):
+            around.append(str(part.op))
+        elif isinstance(part, Call):
+            around.append(part.func.name)
+
+    def leave(part: Any) -> None:
+        if isinstance(part, AggregateExpr | Call):
+            around.pop()
+
+    walk(parse(query), enter, leave)
+    return found
+
+
 def names(query: str) -> frozenset[str]:
     """The names of all series that a query asks for.
 
     Raises ValueError if it does not parse.
     """
-    found: set[str] = set()
-
-    def visit(part: Any) -> None:
-        if isinstance(part, VectorSelector):
-            found.add(_name(part))
-
-    walk(parse(query), visit)
-    return frozenset(found)
+    return frozenset(use.name for use in uses(query))
 
 
 def complaints(query: str, exported: Mapping[str, Labels]) -> list[str]:

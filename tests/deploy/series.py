@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
+from prometheus_client import CollectorRegistry
 
 from service.telemetry.metrics import Metrics
 from tests.deploy.promql import Labels, labels_of, names
@@ -26,12 +26,17 @@ _SUFFIXES: Mapping[str, tuple[str, ...]] = {
 
 
 @cache
+def shared() -> frozenset[str]:
+    """Names of the series that all processes read from the ledger alike, so that adding them up is wrong."""
+    return frozenset(name for name, _ in _described(Metrics(CollectorRegistry()).standing))
+
+
+@cache
 def exported() -> Mapping[str, Labels]:
     """Names of series and their labels: those of the gateway, of its process, of Prometheus, and of recording rules."""
-    registry = CollectorRegistry()
-    Metrics(registry)
+    registry = Metrics(CollectorRegistry()).registry
     series = {"up": TARGET}
-    for collector in (*registry._collector_to_names, ProcessCollector(registry=None), _garbage()):
+    for collector in registry._collector_to_names:
         series.update(_described(collector))
     documents = (each for file in sorted(RULES.glob("*.y*ml")) for each in yaml.safe_load_all(file.read_text("utf-8")))
     rules = [rule for document in documents for rule in _recording(document)]
@@ -52,10 +57,6 @@ def _described(collector: Any) -> Iterator[tuple[str, Labels]]:
         labels = TARGET | set(getattr(family, "_labelnames", getattr(collector, "_labelnames", ())))
         for suffix in _SUFFIXES.get(family.type, ("",)):
             yield family.name + suffix, labels | {"le"} if suffix == "_bucket" else labels
-
-
-def _garbage() -> GCCollector:
-    return GCCollector(registry=CollectorRegistry())
 
 
 def _recording(document: Any) -> Iterator[dict[str, Any]]:
