@@ -13,6 +13,7 @@ from litestar.datastructures import CacheControlHeader
 from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
+from litestar.routes import HTTPRoute
 from litestar.types import ControllerRouterHandler
 
 from service.api import (
@@ -36,8 +37,8 @@ from service.api.head import answering_head
 from service.api.problems import exception_handlers
 from service.api.queries import check_query
 from service.domain.tenancy import Tenant
-from service.telemetry.metrics import Port
-from service.wiring import Services
+from service.services import Services
+from service.telemetry.families import Port
 
 _TENANTS_TITLE = "Imaging Gateway"
 _TENANTS_DESCRIPTION = (
@@ -72,12 +73,14 @@ _ADMIN_BODY_BYTES = 1_000_000
 def create_app(services: Services) -> Edge:
     """The tenants' application."""
     app = tenants_app(services)
+    _expect(services, app, Port.TENANTS)
     return Edge(answering_head(app), metrics=services.metrics, logger=services.logger, port=Port.TENANTS)
 
 
 def create_ops_app(services: Services) -> Edge:
     """The operators' application."""
     app = operators_app(services)
+    _expect(services, app, Port.OPERATORS)
     return Edge(answering_head(app), metrics=services.metrics, logger=services.logger, port=Port.OPERATORS)
 
 
@@ -163,7 +166,13 @@ def operators_app(services: Services) -> Litestar:
     )
     health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
     config = openapi.config(_OPERATORS_TITLE, _OPERATORS_DESCRIPTION, _OPERATORS_BEARER, _OPERATORS_TAGS)
-    return _litestar(services, [admin_routes, health, ops.metrics_route(services.metrics)], config)
+    return _litestar(services, [admin_routes, health, ops.metrics_route(services.metrics, services.survey)], config)
+
+
+def _expect(services: Services, app: Litestar, port: Port) -> None:
+    """Have the faults of each route counted from zero."""
+    routes = [route for route in app.routes if isinstance(route, HTTPRoute)]
+    services.metrics.expect_routes(port, [(str(method), route.path) for route in routes for method in route.methods])
 
 
 def _litestar(services: Services, handlers: Sequence[ControllerRouterHandler], config: OpenAPIConfig) -> Litestar:

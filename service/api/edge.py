@@ -18,7 +18,8 @@ from structlog.typing import FilteringBoundLogger
 from service.api.leaving import HELD
 from service.api.problems import CRASHED, OUTCOME, REQUEST_ID, render
 from service.api.uploads import ClientLeft
-from service.telemetry.metrics import UNMATCHED, Metrics, Port
+from service.telemetry.families import Port
+from service.telemetry.metrics import UNMATCHED, Metrics
 
 TENANT = "tenant"
 """Where the tenant's name stands in the state of an ASGI scope, once it is known."""

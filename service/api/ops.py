@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 
@@ -11,6 +12,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from msgspec import Struct
 
 from service.telemetry.metrics import Metrics
+from service.usecases.survey import Survey
 
 
 class Health(StrEnum):
@@ -56,12 +58,13 @@ def health_routes(health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
     return [healthz, readyz]
 
 
-def metrics_route(metrics: Metrics) -> HTTPRouteHandler:
-    """`/metrics`, for Prometheus."""
+def metrics_route(metrics: Metrics, survey: Survey) -> HTTPRouteHandler:
+    """`/metrics`, for Prometheus. Writing it all out takes a while, and is done where no request waits for it."""
 
     @get("/metrics", operation_id="metrics", summary="Metrics for Prometheus", include_in_schema=False)
     async def scrape() -> Response[bytes]:
-        body, media_type = metrics.render()
+        await survey()
+        body, media_type = await asyncio.to_thread(metrics.render)
         return Response(body, media_type=media_type.partition("; charset")[0])
 
     return scrape

@@ -9,6 +9,7 @@ import structlog
 from service.domain.errors import LedgerUnavailable, NotFound
 from service.domain.task import Task
 from service.domain.taskid import TaskIds
+from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
 from service.usecases.background import ended
 from service.usecases.board import Board
@@ -44,6 +45,8 @@ class Watch:
         self._metrics = metrics
         self._at_once = at_once
         self._checking: set[asyncio.Task[None]] = set()
+        metrics.levels.tell(Level.CHECKS, lambda: {(): len(self._checking)})
+        metrics.levels.tell(Level.CHECKS_LIMIT, lambda: {(): at_once})
 
     async def run(self) -> None:
         """Watch until cancelled; a check under way is then finished by another process once its claim runs out."""
@@ -64,6 +67,7 @@ class Watch:
             await asyncio.wait(self._checking, return_when=asyncio.FIRST_COMPLETED)
             return True
         due = await self._tasks.claim(room)
+        self._metrics.claimed((each.claimed - each.due) / 1000 for each in due)
         for each in due:
             check = asyncio.create_task(self._guarded_check(each))
             self._checking.add(check)
@@ -86,6 +90,7 @@ class Watch:
                 _log.exception("expire.crashed")
                 count = 0
             if count:
+                self._metrics.expired(count)
                 _log.warning("reservations.expired", count=count)
             await asyncio.sleep(EXPIRE_SECONDS)
 
@@ -109,7 +114,7 @@ class Watch:
         task, now = recorded
         self._board.recorded(task, now)  # whoever waits in this process is spared the way over the store
         if task.state.ended:
-            self._metrics.finished(task.kind, task.state, task.cost)
+            self._metrics.finished(task)
             _log.info(
                 "task.ended",
                 reservation=task.reservation,
