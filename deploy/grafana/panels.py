@@ -43,7 +43,7 @@ SHARE = units.PercentUnit
 YUAN = "prefix:¥"
 """Grafana has no unit for yuan; with a prefix of our own an amount is also shown in full, not in thousands."""
 
-SIXTH, QUARTER, THIRD, HALF, WHOLE = 4, 6, 8, 12, 24
+SIXTH, QUARTER, THIRD, HALF = 4, 6, 8, 12
 """Widths of panels, of the 24 columns of a dashboard."""
 _HIGH = 8
 _LOW = 4
@@ -148,6 +148,7 @@ def states(
     panel = _panel(statetimeline.Panel(), title, text, units.NoUnit, queries, width, PLAIN, "").height(_HIGH)
     results = {str(each): ValueMappingResult(*names[each], index=place) for place, each in enumerate(names)}
     panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS)).mappings([ValueMap(results)])
+    panel.fill_opacity(70).line_width(0)
     return panel.legend(_legend()).tooltip(_tooltip()).show_value(VisibilityMode.NEVER).merge_values(merge_values=True)
 
 

@@ -19,16 +19,14 @@ def series(name: str, *matchers: str) -> str:
     return f"{name}{{{','.join((_NAMESPACE, *matchers))}}}"
 
 
-ZERO = f"0 * max({series('gateway_build_info')})"
+_ZERO = f"0 * max({series('gateway_build_info')})"
 """0 while the gateway is seen, else nothing."""
-
-
 _ZERO_OF_LEDGER = f"0 * (max({series('gateway_ledger_up')}) == 1)"
 
 
 def or_zero(query: str, label: str = "") -> str:
     """The query, or zero if it finds nothing; a label that it is grouped by then says `none`."""
-    return _or(query, ZERO, label)
+    return _or(query, _ZERO, label)
 
 
 def or_zero_of_ledger(query: str, label: str = "") -> str:
@@ -46,14 +44,14 @@ def latest(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     return f"max{_grouped(by)} ({series(name, *where)})"
 
 
-def rate(name: str, *by: str, where: tuple[str, ...] = (), over: str = RATE) -> str:
+def rate(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     """Events per second of a counter, zero if there were none."""
-    return or_zero(bare_rate(name, *by, where=where, over=over), by[0] if by else "")
+    return or_zero(bare_rate(name, *by, where=where), by[0] if by else "")
 
 
-def bare_rate(name: str, *by: str, where: tuple[str, ...] = (), over: str = RATE) -> str:
+def bare_rate(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     """Events per second of a counter that may not have begun."""
-    return f"sum{_grouped(by)} (rate({series(name, *where)}[{over}]))"
+    return f"sum{_grouped(by)} (rate({series(name, *where)}[{RATE}]))"
 
 
 def per_minute(name: str, *by: str, where: tuple[str, ...] = ()) -> str:

@@ -18,6 +18,7 @@ from deploy.grafana.panels import (
     rising,
 )
 from deploy.grafana.queries import (
+    RATE,
     of_gateways,
     per_minute,
     quantile,
@@ -179,7 +180,7 @@ _PROCESSES = Row(
             "CPU",
             "Cores used by each process. One process uses one core at most: near 1 it is the bottleneck, so add more.",
             COUNT,
-            {"{{instance}}": of_gateways(f"rate({series('process_cpu_seconds_total')}[$__rate_interval])")},
+            {"{{instance}}": of_gateways(f"rate({series('process_cpu_seconds_total')}[{RATE}])")},
             width=QUARTER,
             steps=rising(0.7, 0.9),
         ),
