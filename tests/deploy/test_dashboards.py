@@ -23,7 +23,6 @@ from tests.deploy.series import RULES, TARGET, exported, shared
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 COLUMNS = 24
 BOARDS: dict[str, Any] = {name: json.loads(text) for name, text in rendered().items()}
-UIDS = {board["uid"] for board in BOARDS.values()}
 UNITS = {unit for name, unit in vars(units).items() if not name.startswith("_")}
 
 
@@ -37,6 +36,10 @@ class Query(NamedTuple):
     def labels(self) -> Labels:
         """The labels by which the lines of its answer differ."""
         return labels_of(self.text, exported())
+
+
+def addresses() -> set[str]:
+    return {board["uid"] for board in BOARDS.values()}
 
 
 def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
@@ -208,13 +211,13 @@ def test_leads_to_the_others_and_to_the_runbook(board: dict[str, Any]) -> None:
 
 def test_dashboards_keep_their_addresses() -> None:
     """Bookmarks find each dashboard where it has been."""
-    assert UIDS == {"gateway-service", "gateway-tenants", "gateway-upstream", "gateway-tasks"}
+    assert addresses() == {"gateway-service", "gateway-tenants", "gateway-upstream", "gateway-tasks"}
 
 
 def test_alerts_lead_to_dashboards() -> None:
     """Each dashboard that an alert names is one of these."""
     alerts = "".join(each.read_text("utf-8") for each in RULES.glob("alerts-*.yaml"))
-    assert set(re.findall(r"dashboard: .*/d/(\S+)", alerts)) <= UIDS
+    assert set(re.findall(r"dashboard: .*/d/(\S+)", alerts)) <= addresses()
     assert alerts.count("dashboard: ") == alerts.count("alert: ")
 
 
