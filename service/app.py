@@ -13,9 +13,23 @@ from litestar.datastructures import CacheControlHeader
 from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
+from litestar.routes import HTTPRoute
 from litestar.types import ControllerRouterHandler
 
-from service.api import admin, artifacts, events, legacy, openapi, ops, quota, submissions, tasks, usage, webhooks
+from service.api import (
+    admin,
+    artifacts,
+    events,
+    legacy,
+    openapi,
+    ops,
+    quota,
+    registry,
+    submissions,
+    tasks,
+    usage,
+    webhooks,
+)
 from service.api.docs import HEADERS, docs_page
 from service.api.document import document
 from service.api.edge import Edge
@@ -23,8 +37,8 @@ from service.api.head import answering_head
 from service.api.problems import exception_handlers
 from service.api.queries import check_query
 from service.domain.tenancy import Tenant
-from service.telemetry.metrics import Port
-from service.wiring import Services
+from service.services import Services
+from service.telemetry.families import Port
 
 _TENANTS_TITLE = "Imaging Gateway"
 _TENANTS_DESCRIPTION = (
@@ -69,6 +83,7 @@ def create_ops_app(services: Services) -> Edge:
 
 
 def _edge(app: Litestar, services: Services, port: Port) -> Edge:
+    _expect(services, app, port)
     return Edge(
         answering_head(app), metrics=services.metrics, logger=services.logger, port=port, tracer=services.tracer
     )
@@ -137,7 +152,10 @@ def operators_app(services: Services) -> Litestar:
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
         services.admin.check(connection)
 
-    registry_routes = admin.routes(operators=services.operators, quota=services.quota)
+    registry_routes = [
+        *admin.routes(operators=services.operators, quota=services.quota),
+        *registry.routes(services.apply),
+    ]
     usage_routes = [*usage.operator_routes(services.usage), *submissions.operator_routes(services.submissions)]
     webhook_routes = webhooks.routes(services.webhooks)
     admin_routes = Router(
@@ -153,7 +171,13 @@ def operators_app(services: Services) -> Litestar:
     )
     health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
     config = openapi.config(_OPERATORS_TITLE, _OPERATORS_DESCRIPTION, _OPERATORS_BEARER, _OPERATORS_TAGS)
-    return _litestar(services, [admin_routes, health, ops.metrics_route(services.metrics)], config)
+    return _litestar(services, [admin_routes, health, ops.metrics_route(services.metrics, services.survey)], config)
+
+
+def _expect(services: Services, app: Litestar, port: Port) -> None:
+    """Have the faults of each route counted from zero."""
+    routes = [route for route in app.routes if isinstance(route, HTTPRoute)]
+    services.metrics.expect_routes(port, [(str(method), route.path) for route in routes for method in route.methods])
 
 
 def _litestar(services: Services, handlers: Sequence[ControllerRouterHandler], config: OpenAPIConfig) -> Litestar:

@@ -173,6 +173,12 @@ class Settings:
         Mapping[str, str],
         Variable(text.words, _pairs(DEFAULT_CATALOGUE.styles), "Names of styles, each with the upstream's own."),
     ]
+    metrics_tenants: Annotated[
+        int,
+        Variable(
+            text.whole(1, 10_000), "200", "So many tenants have metrics of their own; the rest is counted as `other`."
+        ),
+    ]
     sandbox_port: Annotated[int, Variable(_PORT, "8082", "The port of the built-in sandbox; 0 takes a free one.")]
     log_level: Annotated[LogLevel, Variable(text.choice(LogLevel), "info", "The least that is logged.")]
     traces_url: Annotated[

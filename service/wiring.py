@@ -5,27 +5,23 @@ Everything else takes values and ports; only this module knows which implementat
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry
-from structlog.typing import FilteringBoundLogger
 
 from service.api.auth import AdminToken, Tenants
-from service.api.ops import Lifecycle
 from service.api.uploads import Uploads
 from service.api.webhook_views import task_event
 from service.clients.artifacts import ArtifactClient
 from service.clients.callbacks import CallbackClient
 from service.clients.upstream import UpstreamClient
-from service.domain.task import Catalogue
 from service.domain.taskid import TaskIds
 from service.keyring import Keyring
+from service.services import Job, Lifecycle, Services
 from service.settings import Role, Settings
 from service.storage.agenda import RedisAgenda
 from service.storage.books import RedisBooks
@@ -34,12 +30,15 @@ from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.storage.ledger import DAY, RedisLedger, Spans
 from service.storage.registry import LiveRegistry, RedisRegistry
-from service.storage.scripts import Scripts
+from service.storage.scripts import READ, SCRIPTS, Scripts
 from service.storage.tasks import RedisTasks
+from service.telemetry.levels import Level
+from service.telemetry.loop import LoopLag
 from service.telemetry.metrics import Metrics
 from service.telemetry.redaction import Redactor
 from service.telemetry.tracing import UNTRACED, Tracer, tracing
-from service.usecases.background import Background, ended
+from service.usecases.apply import Apply
+from service.usecases.background import Background
 from service.usecases.board import Board
 from service.usecases.change import Change
 from service.usecases.deliver import Deliver
@@ -47,25 +46,34 @@ from service.usecases.fetch import Fetch
 from service.usecases.follow import Follow
 from service.usecases.look import FreeLooks
 from service.usecases.pace import Pace
-from service.usecases.ports import Agenda, Books, Callbacks, Clock, Ledger, RegistryStore, RegistryView, Tasks, Upstream
+from service.usecases.ports import (
+    Agenda,
+    Answered,
+    Books,
+    Callbacks,
+    Clock,
+    Ledger,
+    RegistryStore,
+    RegistryView,
+    SubmitOutcome,
+    Tasks,
+    Upstream,
+)
 from service.usecases.ports.artifacts import Artifacts
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 from service.usecases.settle import Settle
 from service.usecases.submissions import Submissions
 from service.usecases.submit import Submit
+from service.usecases.survey import Survey
 from service.usecases.usage import Usage
 from service.usecases.watch import Watch
 from service.usecases.webhooks import Webhooks
-
-Job = Callable[[], Coroutine[Any, Any, None]]
-"""What a process does in the background for as long as it lives."""
 
 TASK_IDS, USER_KEYS, WEBHOOK_SECRETS = "task-id", "user-key", "webhook-secret"
 """What is sealed, each under keys of its own."""
 
 REDIS_SECONDS = 5.0
-JOB_RESTART_SECONDS = 1.0
 
 
 class SystemClock:
@@ -74,56 +82,6 @@ class SystemClock:
     def now(self) -> float:
         """Seconds since the epoch."""
         return time.time()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Services:
-    """What the two applications are made of.
-
-    `drain_seconds` is how long a process that ends waits for what is under way: as long as a submission may take.
-    """
-
-    tenants: Tenants
-    admin: AdminToken
-    submit: Submit
-    follow: Follow
-    fetch: Fetch
-    quota: Quota
-    usage: Usage
-    submissions: Submissions
-    operators: Operators
-    webhooks: Webhooks
-    uploads: Uploads
-    catalogue: Catalogue
-    board: Board
-    metrics: Metrics
-    tracer: Tracer
-    logger: FilteringBoundLogger
-    lifecycle: Lifecycle
-    registry: RegistryView
-    watch: Watch
-    looks: FreeLooks
-    deliver: Deliver
-    jobs: Sequence[Job]
-    drain_seconds: int
-
-    @asynccontextmanager
-    async def working(self) -> AsyncIterator[None]:
-        """Do the jobs of this process within the block."""
-        running = [asyncio.create_task(self._keep(job)) for job in self.jobs]
-        try:
-            yield
-        finally:
-            await ended(running)
-
-    async def _keep(self, job: Job) -> None:
-        """Begin a job again whenever it fails: a fault of ours must not end it silently."""
-        while True:
-            try:
-                await job()
-            except Exception as error:
-                self.logger.exception("job.failed", job=job.__qualname__, exc_info=error)
-            await asyncio.sleep(JOB_RESTART_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,9 +153,19 @@ def furnished(
         task_ids=task_ids,
         board=ports.board,
         clock=ports.clock,
+        metrics=metrics,
         interval=settings.poll_seconds,
     )
-    metrics.waiting(lambda: ports.board.waiting)
+    survey = Survey(
+        ledger=ports.ledger, tasks=ports.tasks, agenda=ports.agenda, registry=ports.registry, metrics=metrics
+    )
+    settle = Settle(ports.ledger, background)
+    uploads = Uploads(max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels)
+    uploads.tell(metrics.levels)
+    metrics.levels.tell(Level.WAITING, lambda: {(): ports.board.waiting})
+    metrics.levels.tell(Level.SETTLEMENTS, lambda: {(): settle.late})
+    metrics.name_tenants(lambda: ports.registry.current)
+    metrics.expect_submissions(SubmitOutcome, Answered)
     watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire, looks.run, deliver.run]
     answering: list[Job] = [] if settings.role is Role.WORKER else [follow.attend]
     return Services(
@@ -205,7 +173,7 @@ def furnished(
         admin=AdminToken(settings.admin_token),
         submit=Submit(
             ledger=ports.ledger,
-            settle=Settle(ports.ledger, background),
+            settle=settle,
             tasks=ports.tasks,
             upstream=ports.upstream,
             registry=ports.registry,
@@ -217,6 +185,7 @@ def furnished(
         follow=follow,
         fetch=Fetch(follow=follow, artifacts=ports.artifacts, registry=ports.registry),
         quota=Quota(ledger=ports.ledger, registry=ports.registry),
+        survey=survey,
         usage=Usage(books=ports.books, registry=ports.registry),
         submissions=Submissions(books=ports.books, tasks=ports.tasks, registry=ports.registry, task_ids=task_ids),
         operators=Operators(
@@ -227,8 +196,16 @@ def furnished(
             webhook_secrets=secrets,
             clock=ports.clock,
         ),
+        apply=Apply(
+            change=change,
+            registry=ports.registry,
+            ledger=ports.ledger,
+            user_keys=keyring.purpose(USER_KEYS),
+            webhook_secrets=secrets,
+            clock=ports.clock,
+        ),
         webhooks=webhooks,
-        uploads=Uploads(max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels),
+        uploads=uploads,
         catalogue=settings.catalogue,
         board=ports.board,
         metrics=metrics,
@@ -239,7 +216,7 @@ def furnished(
         watch=watch,
         looks=looks,
         deliver=deliver,
-        jobs=[*jobs, *watching, *answering],
+        jobs=[*jobs, *watching, *answering, LoopLag(metrics).run],
         drain_seconds=settings.lease_seconds,
     )
 
@@ -252,7 +229,9 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
     """
     if settings.redis_url is None or settings.upstream_url is None:
         raise ValueError("the settings are not complete")
-    background, metrics, keys = Background(), Metrics(CollectorRegistry()), Keys(settings.key_prefix)
+    background, keys = Background(), Keys(settings.key_prefix)
+    metrics = Metrics(CollectorRegistry(), most_tenants=settings.metrics_tenants)
+    metrics.expect_scripts([READ, *SCRIPTS])
     user_keys = Keyring(settings.secret_keys).purpose(USER_KEYS)
     spans = Spans(
         lease=settings.lease_seconds * 1000,
@@ -265,29 +244,32 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
         tracer = await opened.enter_async_context(tracing(settings.traces_url, settings.traces_share, redactor.text))
         connections = connect(settings.redis_url, timeout=REDIS_SECONDS)
         opened.push_async_callback(connections.aclose)
-        client, scripts = connections.commands, Scripts(connections.commands, tracer)
-        store = RedisRegistry(client, scripts, keys)
-        registry = LiveRegistry(store, connections.subscriber, keys.registry_channel)
+        scripts = Scripts(connections.commands, observe=metrics.ledger, failed=metrics.store_error, tracer=tracer)
+        store = RedisRegistry(scripts, keys)
+        registry = LiveRegistry(store, connections.subscriber, keys.registry_channel, failed=metrics.store_error)
         board = Board(Pace(settings.poll_seconds))
-        changes = Changes(connections.subscriber, keys.changes_channel, board)
+        changes = Changes(connections.subscriber, keys.changes_channel, board, failed=metrics.store_error)
         upstream = await opened.enter_async_context(
             UpstreamClient(
                 settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream, tracer=tracer
             )
         )
+        upstream.tell(metrics)
+        artifacts = ArtifactClient(
+            settings.upstream_url, max_bytes=settings.max_artifact_bytes, observe=metrics.upstream, tracer=tracer
+        )
+        artifacts.tell(metrics)
         opened.push_async_callback(background.drain, settings.lease_seconds)
         ports = Ports(
-            ledger=RedisLedger(client, scripts, keys, spans),
-            books=RedisBooks(client, scripts, keys),
-            tasks=RedisTasks(client, scripts, keys, spans),
+            ledger=RedisLedger(scripts, keys, spans),
+            books=RedisBooks(scripts, keys),
+            tasks=RedisTasks(scripts, keys, spans),
             board=board,
             store=store,
             registry=registry,
             upstream=upstream,
-            artifacts=ArtifactClient(
-                settings.upstream_url, max_bytes=settings.max_artifact_bytes, observe=metrics.upstream, tracer=tracer
-            ),
-            agenda=RedisAgenda(client, scripts, keys),
+            artifacts=artifacts,
+            agenda=RedisAgenda(scripts, keys),
             callbacks=CallbackClient(tracer=tracer),
             clock=SystemClock(),
         )

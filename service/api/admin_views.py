@@ -15,6 +15,7 @@ from service.api.views import FEN, AmountView, PolicyView, Yuan, moment, quota_v
 from service.api.webhook_views import WebhookBody, WebhookView, webhook_view
 from service.domain.account import AccountState, Figure, Source, Status
 from service.domain.errors import FieldError, InvalidOptions
+from service.domain.faults import Faults
 from service.domain.task import Kind
 from service.domain.tenancy import (
     Account,
@@ -32,7 +33,7 @@ from service.usecases.quota import QuotaReport
 
 _MOST = 10**12
 _MOST_YUAN = 10**10
-_END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 Whole = Annotated[int, Meta(ge=0, le=_MOST)]
 GivenYuan = Annotated[float, Meta(ge=0, le=_MOST_YUAN, description="Yuan, with at most two decimals.")]
@@ -64,11 +65,11 @@ class AccountBody(Struct, frozen=True, forbid_unknown_fields=True):
 
     def policy(self) -> AccountPolicy:
         """The part that the ledger goes by. Raises InvalidOptions for amounts that are none."""
-        return AccountPolicy(
-            floor_count=self.floor_count,
-            floor_money=_fen("floor_money", self.floor_money),
-            max_price={kind: _fen(f"max_price.{kind}", price) for kind, price in self.max_price.items()},
-        )
+        faults = Faults()
+        floor = faults.attempt("", 0, _fen, "floor_money", self.floor_money)
+        prices = {kind: faults.attempt("max_price", 0, _fen, kind, each) for kind, each in self.max_price.items()}
+        faults.check()
+        return AccountPolicy(self.floor_count, floor, prices)
 
 
 class LimitBody(Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,30 +93,28 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
 
     def tenant(self, name: str) -> Tenant:
         """The tenant it describes, without its id. Raises InvalidOptions."""
-        faults = [
+        faults = Faults()
+        faults.found += [
             *_repeated("accounts", "account", self.accounts),
             *_repeated("limits", "window", [limit.window for limit in self.limits]),
             *_repeated("kinds", "kind", self.kinds or []),
-            *(
-                FieldError(f"limits[{place}]", "must limit tasks, money or both")
-                for place, limit in enumerate(self.limits)
-                if limit.tasks is None and limit.money is None
-            ),
         ]
-        if faults:
-            raise InvalidOptions(faults)
-        limits = tuple(
-            Limit(each.window, each.tasks, None if each.money is None else _fen(f"limits[{place}].money", each.money))
-            for place, each in enumerate(self.limits)
-        )
+        limits = []
+        for place, each in enumerate(self.limits):
+            if each.tasks is None and each.money is None:
+                faults.add(f"limits[{place}]", "must limit tasks, money or both")
+            money = each.money and faults.attempt(f"limits[{place}]", 0, _fen, "money", each.money)
+            limits.append(Limit(each.window, each.tasks, None if money is None else int(money)))
+        webhook = faults.attempt("", Webhook(), self.webhook.webhook) if self.webhook else Webhook()
+        faults.check()
         return Tenant(
             id=0,
             name=name,
             accounts=tuple(self.accounts),
-            policy=TenantPolicy(limits=limits, max_active=self.max_active, purse=self.purse),
+            policy=TenantPolicy(limits=tuple(limits), max_active=self.max_active, purse=self.purse),
             kinds=None if self.kinds is None else tuple(self.kinds),
             disabled=self.disabled,
-            webhook=self.webhook.webhook() if self.webhook else Webhook(),
+            webhook=webhook,
         )
 
 
@@ -130,7 +129,7 @@ class TokenBody(Struct, frozen=True, forbid_unknown_fields=True):
         if self.expires_at is None:
             return None
         seconds = self.expires_at.timestamp()
-        if not 0 <= seconds <= _END_OF_TIME:
+        if not 0 <= seconds <= END_OF_TIME:
             raise InvalidOptions([FieldError("expires_at", "must be between the years 1970 and 9999")])
         return seconds
 

@@ -12,7 +12,17 @@ import msgspec
 from litestar import Litestar
 from msgspec import Struct
 
-from service.api import admin_views, legacy, openapi, ops, submission_views, usage_views, views, webhook_views
+from service.api import (
+    admin_views,
+    legacy,
+    openapi,
+    ops,
+    registry_views,
+    submission_views,
+    usage_views,
+    views,
+    webhook_views,
+)
 from service.api.examples import ACCEPTED, EXAMPLES, STREAMS, TABLES, problem
 from service.api.problems import MEDIA_TYPE
 from service.api.views import TaskView
@@ -29,7 +39,7 @@ _HEADERS: Mapping[str, Node] = {
     "Location": {"description": "Where the task is read.", "schema": _TEXT | {"format": "uri-reference"}},
     "Content-Disposition": {"description": "A name for the file.", "schema": _TEXT},
     "Content-Range": {"description": "Which bytes these are, and of how many.", "schema": _TEXT},
-    "ETag": {"description": "The version of what is answered, for If-None-Match.", "schema": _TEXT},
+    "ETag": {"description": "The version of what is answered, for If-None-Match or If-Match.", "schema": _TEXT},
     "Last-Modified": {"description": "When the result was made, for If-Modified-Since.", "schema": _TEXT},
     "Accept-Ranges": {"description": "`bytes` if a part can be asked for.", "schema": _TEXT},
     "Age": {"description": "How many seconds ago the upstream last told of the task.", "schema": _SECONDS},
@@ -68,9 +78,20 @@ _ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
 }
 _ON_NOT_MODIFIED = frozenset({"ETag", "Age", "Retry-After", "Last-Modified", "Accept-Ranges", "Cache-Control"})
 """What of a success's headers is told even if its content is not."""
+_MODULES = (
+    admin_views,
+    legacy,
+    openapi,
+    ops,
+    registry_views,
+    submission_views,
+    usage_views,
+    views,
+    webhook_views,
+)
 _OBJECTS: Mapping[str, type[Struct]] = {
     name: found
-    for module in (admin_views, legacy, openapi, ops, submission_views, usage_views, views, webhook_views)
+    for module in _MODULES
     for name, found in vars(module).items()
     if isinstance(found, type) and issubclass(found, Struct) and found.__module__ == module.__name__
 }

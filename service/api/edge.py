@@ -18,7 +18,8 @@ from structlog.typing import FilteringBoundLogger
 from service.api.leaving import HELD
 from service.api.problems import CRASHED, OUTCOME, REQUEST_ID, render
 from service.api.uploads import ClientLeft
-from service.telemetry.metrics import UNMATCHED, Metrics, Port
+from service.telemetry.families import Port
+from service.telemetry.metrics import UNMATCHED, Metrics
 from service.telemetry.tracing import ANSWERED, UNTRACED, RequestSpan, Tracer
 
 TENANT = "tenant"

@@ -44,10 +44,15 @@ class InFlight:
     """
 
     def __init__(self, total: int, wait_seconds: float) -> None:
-        self._total = self._free = total
+        self.total = self._free = total
         self._wait_seconds = wait_seconds
         self._begun: set[Share] = set()
         self._line: list[_Place] = []
+
+    @property
+    def held(self) -> int:
+        """How many bytes are held now."""
+        return self.total - self._free
 
     @contextmanager
     def share(self, need: int) -> Iterator[Share]:
@@ -55,7 +60,7 @@ class InFlight:
 
         What is larger than the whole can be whole once it holds everything.
         """
-        share = Share(min(need, self._total))
+        share = Share(min(need, self.total))
         try:
             yield share
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 
@@ -11,8 +12,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from msgspec import Struct
 
 from service.telemetry.metrics import Metrics
-from service.usecases.board import Board
-from service.usecases.ports import RegistryView
+from service.usecases.survey import Survey
 
 
 class Health(StrEnum):
@@ -27,26 +27,6 @@ class HealthReport(Struct, frozen=True):
     """How the process is."""
 
     status: Health
-
-
-class Lifecycle:
-    """Where the process stands between its start and its end."""
-
-    def __init__(self, registry: RegistryView, board: Board) -> None:
-        self._registry = registry
-        self._board = board
-        self._draining = False
-
-    def drain(self) -> None:
-        """From now on the process is not ready, so that no new requests come, and nobody waits for a task."""
-        self._draining = True
-        self._board.close()
-
-    def health(self) -> Health:
-        """Whether the process takes requests."""
-        if self._draining:
-            return Health.DRAINING
-        return Health.OK if self._registry.ready else Health.STARTING
 
 
 def health_routes(health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
@@ -78,12 +58,13 @@ def health_routes(health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
     return [healthz, readyz]
 
 
-def metrics_route(metrics: Metrics) -> HTTPRouteHandler:
-    """`/metrics`, for Prometheus."""
+def metrics_route(metrics: Metrics, survey: Survey) -> HTTPRouteHandler:
+    """`/metrics`, for Prometheus. Writing it all out takes a while, and is done where no request waits for it."""
 
     @get("/metrics", operation_id="metrics", summary="Metrics for Prometheus", include_in_schema=False)
     async def scrape() -> Response[bytes]:
-        body, media_type = metrics.render()
+        await survey()
+        body, media_type = await asyncio.to_thread(metrics.render)
         return Response(body, media_type=media_type.partition("; charset")[0])
 
     return scrape

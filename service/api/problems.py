@@ -61,9 +61,7 @@ IMAGE_TOO_LARGE = ProblemType("image-too-large", 413, "Image too large", "It exc
 INVALID_OPTIONS = ProblemType("invalid-options", 422, "Invalid options", "`errors` names each faulty field.")
 QUOTA_EXCEEDED = ProblemType("quota-exceeded", 429, "Quota exceeded", "A limit of the tenant is used up.")
 RATE_LIMITED = ProblemType("rate-limited", 429, "Rate limited", "The limit of the current minute is used up.")
-TOO_MANY_ACTIVE = ProblemType(
-    "too-many-active-tasks", 429, "Too many active tasks", "As many tasks as the tenant may have are running."
-)
+TOO_MANY_ACTIVE = ProblemType("too-many-active-tasks", 429, "Too many active tasks", "No more may run at once.")
 INTERNAL = ProblemType("internal-error", 500, "Internal error", "A fault of the gateway; its operators see why.")
 
 _TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
@@ -79,6 +77,7 @@ _TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
     errors.TenantDisabled: ProblemType("tenant-disabled", 403, "Tenant disabled", "An operator switched it off."),
     errors.NotFound: NOT_FOUND,
     errors.Conflict: ProblemType("conflict", 409, "Conflict", "What stands in the way of the change is named."),
+    errors.Outdated: ProblemType("outdated", 412, "Outdated", "It was changed since it was read: read it again."),
     errors.ImageTooLarge: IMAGE_TOO_LARGE,
     errors.UnsupportedMediaType: ProblemType(
         "unsupported-media-type", 415, "Unsupported media type", "Of the request, or of the image by its bytes."

@@ -17,6 +17,7 @@ from service.api.forms import MULTIPART, URLENCODED, MultipartForm, OnField, med
 from service.api.inflight import InFlight
 from service.domain.errors import ImageTooLarge, InvalidImage, MalformedRequest, UnsupportedMediaType
 from service.domain.image import inspect
+from service.telemetry.levels import Level, Levels
 from service.usecases.ports import Image
 
 FORM_ALLOWANCE = 256 * 1024
@@ -69,6 +70,11 @@ class Uploads:
         self._grace_seconds = grace_seconds
         self._least_rate = least_rate
         self._in_flight = InFlight(in_flight_bytes, wait_seconds)
+
+    def tell(self, levels: Levels) -> None:
+        """Show how many bytes are held in memory."""
+        levels.tell(Level.UPLOADS, lambda: {(): self._in_flight.held})
+        levels.tell(Level.UPLOADS_LIMIT, lambda: {(): self._in_flight.total})
 
     @asynccontextmanager
     async def receive(

@@ -10,6 +10,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.api.views import TaskView, moment, task_view
 from service.domain import webhook
+from service.domain.faults import Faults
 from service.domain.task import Task
 from service.domain.webhook import MAX_ALLOWED, MAX_URL, DeliveryState, Event, Webhook
 from service.usecases.webhooks import NewSecret, Owned
@@ -33,7 +34,11 @@ class WebhookBody(Struct, frozen=True, forbid_unknown_fields=True):
 
     def webhook(self) -> Webhook:
         """What it describes, without its secret. Raises InvalidOptions."""
-        return Webhook(webhook.parse_url("webhook.url", self.url), webhook.parse_allowed("webhook.allow", self.allow))
+        faults = Faults()
+        url = faults.attempt("", self.url, webhook.parse_url, "webhook.url", self.url)
+        allow = faults.attempt("", (), webhook.parse_allowed, "webhook.allow", self.allow)
+        faults.check()
+        return Webhook(url, allow)
 
 
 class WebhookView(Struct, frozen=True):

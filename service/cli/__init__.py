@@ -9,11 +9,12 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
 from service import __version__
+from service.cli.detailed import DetailedExit
 from service.cli.lazy import LazyGroup
 
 if TYPE_CHECKING:
@@ -106,6 +107,43 @@ def refund(*, task: str | None, submission: str | None, reason: str, url: str | 
     if (task is None) == (submission is None):
         raise click.UsageError("Say either --task or --submission.")
     give_back(url=url, task=task, submission=submission, reason=reason, as_json=as_json)
+
+
+@main.command()
+@_at_url
+@_as_json
+def export(url: str | None, *, as_json: bool) -> None:
+    """Print the registry as TOML: accounts, tenants and tokens.
+
+    All but history can be restored from it with `gateway apply`. It holds no secrets: of tokens their hashes, of other
+    secrets where they are.
+    """
+    from service.cli.registry import show_registry
+
+    show_registry(url=url, as_json=as_json)
+
+
+@main.command(cls=DetailedExit)
+@click.argument("file", type=click.File("rb"))
+@click.option("--dry-run", is_flag=True, help="Show what would be different, and change nothing.")
+@click.option("--prune", is_flag=True, help="Remove the accounts, tenants and tokens that are not in the file.")
+@click.option("--force", is_flag=True, help="Remove even what has tasks running.")
+@_at_url
+@_as_json
+def apply(file: BinaryIO, url: str | None, *, dry_run: bool, prune: bool, force: bool, as_json: bool) -> None:
+    """Make the registry what FILE says, all of it or nothing, and show what is different.
+
+    FILE is TOML as `gateway export` prints it, or `-`. What it names is replaced: what is left out there gets its
+    default, only ids and secrets are kept. What it does not name stays, unless --prune is given. Secrets are not in
+    it, but where this command finds them: `user_key = { env = "MAIN_USER_KEY" }`, or `{ file = "main.key" }`, beside
+    FILE.
+
+    The exit code is 0 if all is as FILE says now, 1 if something is wrong, and with --dry-run 2 if something would be
+    different.
+    """
+    from service.cli.registry import apply_file
+
+    apply_file(url=url, file=file, dry_run=dry_run, prune=prune, force=force, as_json=as_json)
 
 
 @main.command()

@@ -68,11 +68,12 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Answer:
-    """What the gateway answered at `url`, or a part of it."""
+    """What the gateway answered at `url`, or a part of it; `version` is its ETag."""
 
-    def __init__(self, url: str, content: bytes) -> None:
+    def __init__(self, url: str, content: bytes, version: str | None = None) -> None:
         self._url = url
         self._content = content
+        self.version = version
 
     def part(self, **members: Any) -> Answer:
         """Only these members of it."""
@@ -103,9 +104,18 @@ class OperatorsPort:
         self._http = http
 
     def ask(
-        self, method: str, *path: str, body: Mapping[str, Any] | None = None, accept: str = _JSON, **query: Any
+        self,
+        method: str,
+        *path: str,
+        body: Mapping[str, Any] | None = None,
+        accept: str = _JSON,
+        version: str | None = None,
+        **query: Any,
     ) -> Answer:
-        """Call `/admin/v1` and the parts of a path, with a JSON body and a query, for an answer of a media type."""
+        """Call `/admin/v1` and the parts of a path, with a JSON body and a query, for an answer of a media type.
+
+        With a `version` it is refused if there is a newer one.
+        """
         for part in path:
             if part in {"", ".", ".."} or "/" in part:
                 # However it is quoted, a server takes it for another path.
@@ -113,6 +123,7 @@ class OperatorsPort:
         address = "/".join(["/admin/v1", *(quote(each, safe="") for each in path)])
         content = None if body is None else msgspec.json.encode(body)
         headers = {"Accept": accept} | ({} if body is None else {"Content-Type": _JSON})
+        headers |= {} if version is None else {"If-Match": version}
         try:
             response = self._http.request(method, address, content=content, headers=headers, params=query)
         except httpx2.RequestError as error:
@@ -127,7 +138,7 @@ class OperatorsPort:
         ):
             raise _stranger(self._url, f"it has no {accept}")
         if response.is_success:
-            return Answer(self._url, response.content)
+            return Answer(self._url, response.content, response.headers.get("etag"))
         try:
             problem = msgspec.json.decode(response.content, type=Problem)
         except msgspec.DecodeError:

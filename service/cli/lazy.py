@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import IO, Any
 
 import click
+
+
+class ExtraMissingError(click.ClickException):
+    """A command needs what only the package's extra `local` brings, and production does without."""
+
+    def __init__(self, what: str, error: ModuleNotFoundError) -> None:
+        super().__init__(f"{what} needs {error.name}, which is not installed here: install imaging-gateway[local]")
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the message as the gateway prints its other complaints."""
+        click.echo(f"gateway: {self.message}", file=file, err=file is None)
 
 
 class LazyGroup(click.Group):

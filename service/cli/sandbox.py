@@ -8,10 +8,15 @@ from pathlib import Path
 
 import click
 
+from service.cli.lazy import ExtraMissingError
 from service.local import SANDBOX_USER_KEY
-from service.sandbox.accounts import Balance
-from service.sandbox.app import SandboxConfig
-from service.sandbox.server import serve
+
+try:
+    from service.sandbox.accounts import Balance
+    from service.sandbox.app import SandboxConfig
+    from service.sandbox.server import serve
+except ModuleNotFoundError as error:
+    raise ExtraMissingError("the sandbox", error) from error
 
 _BALANCE = Balance(count=100, money=100)
 

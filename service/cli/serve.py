@@ -25,12 +25,13 @@ from service.app import create_app, create_ops_app
 from service.domain.errors import Unavailable
 from service.keyring import SecretFileError
 from service.local import LocalError, completed
+from service.services import Services
 from service.settings import Environment, Role, Settings
 from service.storage.embedded import EmbeddedError
 from service.telemetry import logs
 from service.telemetry.redaction import Redactor
 from service.usecases.bootstrap import demo_token
-from service.wiring import Services, assembled
+from service.wiring import assembled
 
 _log = structlog.get_logger(__name__)
 

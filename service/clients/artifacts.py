@@ -27,6 +27,7 @@ from service.domain.errors import (
 )
 from service.domain.task import Artifact, ArtifactName
 from service.domain.tenancy import Account
+from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Asked, BrokenOff, Fetched, Portion
 
@@ -91,6 +92,11 @@ class ArtifactClient:
         self._patience = patience or Patience()
         self._tracer = tracer
         self._under_way = 0
+
+    @staticmethod
+    def tell(metrics: Metrics) -> None:
+        """Begin all outcomes of fetches at zero."""
+        metrics.expect_calls({Operation.FETCH: Outcome})
 
     @asynccontextmanager
     async def fetch(self, account: Account | None, artifact: Artifact, asked: Asked) -> AsyncIterator[Fetched]:

@@ -29,6 +29,11 @@ class Breaker:
         self._open_until: float | None = None
         self._trial: Attempt | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is not worth trying just now, but for a trial."""
+        return self._open_until is not None
+
     def admit(self) -> Attempt | None:
         """An attempt, to be reported once by one of the methods below; None where it is not worth trying."""
         attempt = Attempt()

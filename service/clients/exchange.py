@@ -10,7 +10,8 @@ import asyncio
 import ssl
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
 from typing import IO, Any, Self
@@ -57,6 +58,10 @@ class Breakers:
         """The breaker that all requests to an address share."""
         return self._breakers[base_url]
 
+    def open(self) -> Mapping[str, bool]:
+        """Whether the breaker is open, of each address that was called."""
+        return {base_url: breaker.is_open for base_url, breaker in list(self._breakers.items())}
+
 
 class Line:
     """Requests of one sort, open within its context.
@@ -65,10 +70,12 @@ class Line:
     compressed all the same is not read, since a small answer could unfold into a huge one.
 
     Each request has a pool of its own while it lasts: a pool looks at all of its connections for every request, which
-    with many at once costs more than the requests themselves.
+    with many at once costs more than the requests themselves. `busy` counts the requests under way, `waiting` those
+    that wait for their turn.
     """
 
     def __init__(self, breakers: Breakers, tls: ssl.SSLContext, *, keep_alive: bool, tracer: Tracer = UNTRACED) -> None:
+        self.busy = self.waiting = 0
         self._breakers = breakers
         self._tracer = tracer
         self._gate = asyncio.Semaphore(MAX_REQUESTS)
@@ -111,7 +118,7 @@ class Line:
             # The context of the trace is not passed on: it tells a third party who belongs together, and in
             # `tracestate` whatever the tools of our callers write there, for nothing that we would get of it.
             with self._tracer.call("POST", url, private=False) as span:
-                async with asyncio.timeout(seconds), self._gate:
+                async with asyncio.timeout(seconds), self._turn():
                     request = httpx2.Request(
                         "POST",
                         url,
@@ -128,6 +135,25 @@ class Line:
             raise sending.verdict(error) from None
         finally:
             sending.end()
+
+    @property
+    def idle(self) -> int:
+        """How many connections are kept to be used again."""
+        return len(self._idle)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        self.waiting += 1
+        try:
+            await self._gate.acquire()
+        finally:
+            self.waiting -= 1
+        self.busy += 1
+        try:
+            yield
+        finally:
+            self.busy -= 1
+            self._gate.release()
 
     async def _answer(self, request: httpx2.Request) -> Answer:
         # The one that was used last is the likeliest to be connected yet.

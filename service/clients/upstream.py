@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from enum import StrEnum
 from io import BytesIO
@@ -15,10 +15,12 @@ import structlog
 from msgspec.structs import replace
 
 from service.clients import wire
-from service.clients.exchange import Answer, Breakers, Line, Lost, NotSent
+from service.clients.exchange import MAX_REQUESTS, Answer, Breakers, Line, Lost, NotSent
 from service.domain.task import Catalogue, Options, TaskError
 from service.domain.taskid import Sealer
 from service.domain.tenancy import Account
+from service.telemetry.levels import Level
+from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
 
@@ -57,9 +59,10 @@ class UpstreamClient:
         self._user_keys = user_keys
         self._catalogue = catalogue
         self._observe = observe
-        breakers = Breakers()
+        breakers = self._breakers = Breakers()
         # A kept connection may be closed by the other side just as it is used. That is harmless for a check, but of a
         # submit nobody would know any more whether it arrived.
+        breakers.of(base_url)  # so that it is shown from the start
         tls = httpx2.create_ssl_context()
         self._submits = Line(breakers, tls, keep_alive=False, tracer=tracer)
         self._checks = Line(breakers, tls, keep_alive=True, tracer=tracer)
@@ -76,6 +79,24 @@ class UpstreamClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._closing.aclose()
+
+    def tell(self, metrics: Metrics) -> None:
+        """Show the connections and the breakers in the metrics, and begin all outcomes of calls at zero."""
+        metrics.expect_calls({Operation.SUBMIT: SubmitOutcome, Operation.CHECK: Answered})
+        levels = metrics.levels
+        lines = {Operation.SUBMIT.value: self._submits, Operation.CHECK.value: self._checks}
+
+        def connections() -> Mapping[tuple[str, ...], float]:
+            return {
+                (name, state): connections
+                for name, line in lines.items()
+                for state, connections in (("busy", line.busy), ("idle", line.idle))
+            }
+
+        levels.tell(Level.CONNECTIONS, connections)
+        levels.tell(Level.CONNECTIONS_LIMIT, lambda: {(name,): MAX_REQUESTS for name in lines})
+        levels.tell(Level.CONNECTIONS_WAITING, lambda: {(name,): line.waiting for name, line in lines.items()})
+        levels.tell(Level.BREAKER, lambda: {(url,): is_open for url, is_open in self._breakers.open().items()})
 
     async def submit(self, account: Account, options: Options, image: Image, *, seconds: float) -> Submitted:
         """Send an image once, within `seconds` all told; NOT_SENT only if no connection was made."""

@@ -162,7 +162,9 @@ def count(tenant: TenantState, reservation: Reservation, sign: int) -> None:
     holds_place = reservation.state is ReservationState.RESERVED
     runs = reservation.state is ReservationState.ACCEPTED and reservation.cost is None
     charged = reservation.state in _CHARGED and not reservation.refund
-    tenant.active += sign * (holds_place or runs)
+    if holds_place or runs:
+        tenant.active += sign
+        tenant.kinds[reservation.kind] = tenant.kinds.get(reservation.kind, 0) + sign
     for window, each in tenant.windows.items():
         if reservation.periods.get(window) != each.period:
             continue

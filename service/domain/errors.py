@@ -9,6 +9,7 @@
     │   │   └── TenantDisabled
     │   ├── NotFound
     │   ├── Conflict                an operator's change that would strand something
+    │   ├── Outdated                it was made for a version that is not the newest any more
     │   ├── ImageTooLarge
     │   ├── RangeNotSatisfiable
     │   ├── UnsupportedMediaType
@@ -84,6 +85,10 @@ class NotFound(CallerFault):
 
 class Conflict(CallerFault):
     """An operator's change was refused because of what stands in its way."""
+
+
+class Outdated(CallerFault):
+    """What was to be changed has been changed by somebody else since it was read."""
 
 
 class ImageTooLarge(CallerFault):

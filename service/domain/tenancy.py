@@ -12,10 +12,18 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from service.domain.origin import Origin
 from service.domain.task import Kind
 from service.domain.webhook import Webhook
 
-Name = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z", description="A name of your choice.")]
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z",
+        description="A name of your choice.",
+        extra={"must": "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"},
+    ),
+]
 
 TOKEN_PREFIX = "igw_"  # noqa: S105 - what makes a leaked token recognisable, not a secret
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -81,13 +89,17 @@ class AccountPolicy(Struct, frozen=True):
 
 
 class Account(Struct, frozen=True):
-    """An account at an upstream. `user_key` is sealed; without `base_url` it is at the default upstream."""
+    """An account at an upstream. `user_key` is sealed; without `base_url` it is at the default upstream.
+
+    `origin` is where its key came from, if the registry was applied from a file.
+    """
 
     id: int
     name: str
     user_key: bytes
     base_url: str | None = None
     policy: AccountPolicy = AccountPolicy()
+    origin: Origin | None = None
 
 
 class Token(Struct, frozen=True):

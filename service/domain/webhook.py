@@ -21,6 +21,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from service.domain.errors import FieldError, InvalidOptions
+from service.domain.origin import Origin
 from service.domain.task import State
 
 SECRET_PREFIX = "whsec_"  # noqa: S105 - what makes a leaked secret recognisable, not a secret
@@ -78,11 +79,15 @@ class DeliveryState(StrEnum):
 
 
 class Signing(Struct, frozen=True):
-    """The sealed secrets of a tenant: the one in force, and the one before, which signs too until `until` (seconds)."""
+    """The sealed secrets of a tenant: the one in force, and the one before, which signs too until `until` (seconds).
+
+    `origin` is where the one in force came from, if the registry was applied from a file.
+    """
 
     secret: bytes
     former: bytes | None = None
     until: float = 0
+    origin: Origin | None = None
 
     def in_force(self, now: float) -> tuple[bytes, ...]:
         """The sealed secrets that sign at a time, the newer one first."""

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from msgspec import Struct, field
 
+from service.domain.task import Kind
 from service.domain.tenancy import TenantPolicy, Window
 
 COUNTED_MONEY = "money"
@@ -28,9 +29,13 @@ class Counter(Struct):
 
 
 class TenantState(Struct):
-    """The ledger's counters of one tenant: every window is counted, whether or not a limit stands on it."""
+    """The ledger's counters of one tenant: every window is counted, whether or not a limit stands on it.
+
+    `active` counts what was reserved and has not ended, `kinds` the same by kind.
+    """
 
     active: int = 0
+    kinds: dict[Kind, int] = field(default_factory=dict)
     windows: dict[Window, Counter] = field(default_factory=dict)
 
 
@@ -68,6 +73,18 @@ def roll(state: TenantState, now: int) -> None:
 def policy_name(window: Window, counted: str) -> str:
     """What a policy is called in answers and metrics, such as `day-tasks`."""
     return f"{window}-{counted}"
+
+
+def policy_names(policy: TenantPolicy) -> tuple[str, ...]:
+    """The names of all limits of a tenant."""
+    counted = ((limit.window, limit.tasks, limit.money) for limit in policy.limits)
+    names = [
+        policy_name(window, unit)
+        for window, tasks, money in counted
+        for unit, most in ((COUNTED_TASKS, tasks), (COUNTED_MONEY, money))
+        if most is not None
+    ]
+    return (*names, MAX_ACTIVE) if policy.max_active is not None else tuple(names)
 
 
 class RateLimit(Struct, frozen=True):

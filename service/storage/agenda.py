@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from service.domain.backlog import Backlog
 from service.domain.webhook import DeliveryState
 from service.storage.keys import Keys
 from service.storage.ledger import DAY
-from service.storage.scripts import Client, Scripts, given, read
+from service.storage.scripts import Scripts, given, ledger_time, overdue, scored
 from service.usecases.ports import Claimed, Delivery, Outcome
 
 LEASE = 60_000
@@ -42,8 +43,7 @@ class _Stored(Struct):
 class RedisAgenda:
     """Hands out the deliveries that are due, and keeps those that failed."""
 
-    def __init__(self, client: Client, scripts: Scripts, keys: Keys) -> None:
-        self._client = client
+    def __init__(self, scripts: Scripts, keys: Keys) -> None:
         self._scripts = scripts
         self._keys = keys
 
@@ -66,11 +66,22 @@ class RedisAgenda:
         )
         return bool(status == b"recorded")
 
+    async def backlog(self) -> tuple[Backlog, int]:
+        """How many receivers wait for something, how late the first is, and how many deliveries failed in 30 days."""
+        seen, time, receivers, first, failed = await self._scripts.read(
+            ("GET", self._keys.clock),
+            ("TIME",),
+            ("ZCARD", self._keys.receivers),
+            ("ZRANGE", self._keys.receivers, 0, 0, "WITHSCORES"),
+            ("ZCARD", self._keys.failed_deliveries),
+        )
+        return Backlog(receivers, overdue(scored(first), ledger_time(seen, time))), failed
+
     async def failed(self, most: int) -> Sequence[Delivery]:
         """Up to `most` deliveries that were given up, the newest first."""
-        (rows,) = await read(self._client, ("ZRANGE", self._keys.failed_deliveries, 0, most - 1, "REV"))
+        (rows,) = await self._scripts.read(("ZRANGE", self._keys.failed_deliveries, 0, most - 1, "REV"))
         ids = [str(each, "ascii") for each in rows]
-        found = await read(self._client, *(("GET", self._keys.delivery(each)) for each in ids))
+        found = await self._scripts.read(*(("GET", self._keys.delivery(each)) for each in ids))
         return [_read(each, packed) for each, packed in zip(ids, found, strict=True) if packed]
 
     async def redeliver(self, reservation: str) -> Delivery | None:

@@ -12,7 +12,7 @@ from service.domain.task import Kind
 from service.domain.usage import DayUsage, Measure, Tally
 from service.storage.keys import Keys
 from service.storage.ledger import DAY, KEEP_USAGE
-from service.storage.scripts import Client, Scripts, ledger_time, read
+from service.storage.scripts import Scripts, ledger_time
 
 _UNKNOWN, _REFUND = "unknown", "refund"
 
@@ -30,14 +30,13 @@ class _RefundEntry(Struct):
 class RedisBooks:
     """Reads submissions and usage, and refunds."""
 
-    def __init__(self, client: Client, scripts: Scripts, keys: Keys) -> None:
-        self._client = client
+    def __init__(self, scripts: Scripts, keys: Keys) -> None:
         self._scripts = scripts
         self._keys = keys
 
     async def submission(self, reservation: str) -> Reservation | None:
         """A submission; None if it is not known (any more)."""
-        (packed,) = await read(self._client, ("GET", self._keys.reservation(reservation)))
+        (packed,) = await self._scripts.read(("GET", self._keys.reservation(reservation)))
         return msgspec.msgpack.decode(packed, type=Reservation) if packed else None
 
     async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[Refunding, Reservation] | None:
@@ -60,12 +59,12 @@ class RedisBooks:
 
     async def usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
         """What a tenant used on each of the days."""
-        found = await read(self._client, *(("HGETALL", self._keys.usage(tenant, day)) for day in days))
+        found = await self._scripts.read(*(("HGETALL", self._keys.usage(tenant, day)) for day in days))
         return [_day(fields) for fields in found]
 
     async def today(self) -> int:
         """The day of the ledger's clock, counted from the epoch."""
-        seen, time = await read(self._client, ("GET", self._keys.clock), ("TIME",))
+        seen, time = await self._scripts.read(("GET", self._keys.clock), ("TIME",))
         return ledger_time(seen, time) // DAY
 
 

@@ -10,6 +10,7 @@ from msgspec import MsgspecError
 from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
+from service.storage.scripts import Fault, sort_of
 from service.storage.tasks import unpacked_change
 from service.usecases.board import Board
 
@@ -22,7 +23,10 @@ _LISTEN_SECONDS = 5.0
 class Changes:
     """Posts announced changes on the board of this process."""
 
-    def __init__(self, subscribe: Callable[[], Awaitable[PubSub]], channel: str, board: Board) -> None:
+    def __init__(
+        self, subscribe: Callable[[], Awaitable[PubSub]], channel: str, board: Board, *, failed: Fault | None = None
+    ) -> None:
+        self._failed = failed
         self._subscribe = subscribe
         self._channel = channel
         self._board = board
@@ -33,6 +37,8 @@ class Changes:
             try:
                 await self._listen()
             except (RedisError, OSError) as error:
+                if self._failed:
+                    self._failed(sort_of(error))
                 _log.warning("changes.unreachable", error=type(error).__name__)
                 await asyncio.sleep(AWAY_SECONDS)
 

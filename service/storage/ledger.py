@@ -25,12 +25,13 @@ from service.domain.reservation import (
 )
 from service.domain.windows import TenantState
 from service.storage.keys import Keys
-from service.storage.scripts import RETRY_AFTER, Client, Scripts, given, ledger_time, read, scored
+from service.storage.scripts import RETRY_AFTER, Scripts, given, ledger_time, scored
 from service.usecases.ports import Ask, Look, Settlement, Snapshot
 
 DAY = 86_400_000
 KEEP_KEY = DAY
 """For how long an idempotency key is remembered, in milliseconds."""
+_BATCH = 100
 KEEP_USAGE = 400 * DAY
 """For how long the usage of a day is kept, in milliseconds: 13 months at the least."""
 
@@ -59,8 +60,7 @@ class Spans(Struct, frozen=True):
 class RedisLedger:
     """Holds places and books outcomes, each in one call."""
 
-    def __init__(self, client: Client, scripts: Scripts, keys: Keys, spans: Spans) -> None:
-        self._client = client
+    def __init__(self, scripts: Scripts, keys: Keys, spans: Spans) -> None:
         self._scripts = scripts
         self._keys = keys
         self._spans = spans
@@ -152,19 +152,18 @@ class RedisLedger:
 
     async def expire(self, most: int) -> int:
         """Settle as unknown the reservations whose process died before it could."""
-        seen, time, rows = await read(
-            self._client,
+        seen, time, rows = await self._scripts.read(
             ("GET", self._keys.clock),
             ("TIME",),
             ("ZRANGE", self._keys.leases, 0, most - 1, "WITHSCORES"),
         )
         now = ledger_time(seen, time)
         ids = [reservation for reservation, lease in scored(rows) if lease <= now]
-        found = await read(self._client, *(("GET", self._keys.reservation(each)) for each in ids))
+        found = await self._scripts.read(*(("GET", self._keys.reservation(each)) for each in ids))
         settled = 0
         for each, packed in zip(ids, found, strict=True):
             if packed is None:  # it outlived its reservation, which nobody can settle any more
-                await read(self._client, ("ZREM", self._keys.leases, each))
+                await self._scripts.read(("ZREM", self._keys.leases, each))
                 continue
             reservation = msgspec.msgpack.decode(packed, type=Reservation)
             settled += await self.settle(
@@ -181,15 +180,32 @@ class RedisLedger:
 
     async def counters(self, tenant: int) -> Snapshot:
         """The counters of a tenant, and the ledger's time."""
-        packed, seen, time = await read(
-            self._client, ("HGET", self._keys.tenant(tenant), "state"), ("GET", self._keys.clock), ("TIME",)
+        packed, seen, time = await self._scripts.read(
+            ("HGET", self._keys.tenant(tenant), "state"), ("GET", self._keys.clock), ("TIME",)
         )
         state = msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
         return Snapshot(state, ledger_time(seen, time))
 
+    async def counters_of(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
+        """The counters of all these tenants, and the ledger's time."""
+        seen, time = await self._scripts.read(("GET", self._keys.clock), ("TIME",))
+        found = await self._states([self._keys.tenant(each) for each in ids])
+        states = {
+            each: msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
+            for each, packed in zip(ids, found, strict=True)
+        }
+        return states, ledger_time(seen, time)
+
+    async def _states(self, keys: Sequence[str]) -> list[bytes | None]:
+        """What stands under each key, a few at a time, so that other work comes in between."""
+        found: list[bytes | None] = []
+        for start in range(0, len(keys), _BATCH):
+            found += await self._scripts.read(*(("HGET", key, "state") for key in keys[start : start + _BATCH]))
+        return found
+
     async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         """What is known of each account."""
-        found = await read(self._client, *(("HGET", self._keys.account(each), "state") for each in ids))
+        found = await self._states([self._keys.account(each) for each in ids])
         return {
             each: msgspec.msgpack.decode(packed, type=AccountState) if packed else AccountState()
             for each, packed in zip(ids, found, strict=True)

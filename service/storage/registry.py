@@ -14,7 +14,7 @@ from service.domain.errors import LedgerUnavailable
 from service.domain.registry import Registry
 from service.domain.tenancy import Account, Tenant, Token
 from service.storage.keys import Keys
-from service.storage.scripts import Client, Scripts, read
+from service.storage.scripts import Fault, Scripts, sort_of
 from service.usecases.ports import RegistryChange
 
 _log = structlog.get_logger(__name__)
@@ -27,14 +27,13 @@ AWAY_SECONDS = 1.0
 class RedisRegistry:
     """Reads the whole registry, and writes changes that were made from the newest version."""
 
-    def __init__(self, client: Client, scripts: Scripts, keys: Keys) -> None:
-        self._client = client
+    def __init__(self, scripts: Scripts, keys: Keys) -> None:
         self._scripts = scripts
         self._keys = keys
 
     async def load(self) -> Registry:
         """The registry as it is now."""
-        (fields,) = await read(self._client, ("HGETALL", self._keys.registry))
+        (fields,) = await self._scripts.read(("HGETALL", self._keys.registry))
         tenants, accounts, tokens, former = {}, {}, {}, {}
         for field, packed in fields.items():
             kind, _, name = str(field, "utf-8").partition(":")
@@ -51,7 +50,7 @@ class RedisRegistry:
 
     async def version(self) -> int:
         """The number of the newest version."""
-        (version,) = await read(self._client, ("HGET", self._keys.registry, "version"))
+        (version,) = await self._scripts.read(("HGET", self._keys.registry, "version"))
         return int(version or 0)
 
     async def write(self, change: RegistryChange) -> bool:
@@ -106,7 +105,15 @@ class LiveRegistry:
     for as long as Redis is away, and is given back to a Redis that has lost it.
     """
 
-    def __init__(self, store: RedisRegistry, subscribe: Callable[[], Awaitable[PubSub]], channel: str) -> None:
+    def __init__(
+        self,
+        store: RedisRegistry,
+        subscribe: Callable[[], Awaitable[PubSub]],
+        channel: str,
+        *,
+        failed: Fault | None = None,
+    ) -> None:
+        self._failed = failed
         self._store = store
         self._subscribe = subscribe
         self._channel = channel
@@ -152,6 +159,8 @@ class LiveRegistry:
             try:
                 await self._listen()
             except (RedisError, OSError, LedgerUnavailable) as error:
+                if self._failed and not isinstance(error, LedgerUnavailable):  # that one was counted where it came up
+                    self._failed(sort_of(error))
                 _log.warning("registry.unreachable", error=type(error).__name__)
                 await asyncio.sleep(AWAY_SECONDS)
 

@@ -2,28 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
 import msgspec
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import (
+    ClusterDownError,
+    NoScriptError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.domain.errors import LedgerUnavailable
+from service.telemetry.families import LedgerOutcome, StoreError
 from service.telemetry.tracing import UNTRACED, Tracer
 
 Client = Redis | RedisCluster
 
 RETRY_AFTER = 2.0
+_FOLDER = resources.files("service.storage") / "lua"
+SCRIPTS = tuple(sorted(each.name.removesuffix(".lua") for each in _FOLDER.iterdir() if each.name.endswith(".lua")))
+"""All scripts, by the names of their files."""
+_SORTS: Sequence[tuple[tuple[type[Exception], ...], StoreError]] = (
+    ((RedisTimeoutError, TimeoutError), StoreError.TIMEOUT),
+    ((ReadOnlyError,), StoreError.READONLY),
+    ((ClusterDownError, RedisClusterException), StoreError.CLUSTER),
+    ((RedisConnectionError, OSError), StoreError.CONNECTION),
+    ((ResponseError,), StoreError.RESPONSE),
+)
 _SHARED = ("state", "charges", "balance", "booking", "quota", "agenda")
+
+
+READ = "read"
+"""What plain commands are called where calls are counted."""
+
+Observer = Callable[[str, LedgerOutcome, float], None]
+"""Is told of every call: its script (or READ), its outcome, and the seconds it took."""
+Fault = Callable[[StoreError], None]
+"""Is told of every error of Redis."""
 
 
 class Scripts:
     """Calls the scripts over a client that never retries: an unanswered call may have moved money."""
 
-    def __init__(self, client: Client, tracer: Tracer = UNTRACED) -> None:
+    def __init__(
+        self,
+        client: Client,
+        *,
+        observe: Observer | None = None,
+        failed: Fault | None = None,
+        tracer: Tracer = UNTRACED,
+    ) -> None:
         self._client = client
+        self._observe = observe
+        self._failed = failed
         self._tracer = tracer
         self._sources: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
@@ -34,22 +74,41 @@ class Scripts:
         Raises LedgerUnavailable if Redis did not answer: it may have run or not.
         """
         values = (msgspec.msgpack.encode(arguments), *more)
+        with self._observed(name), self._tracer.store("EVALSHA", script=name):
+            if name not in self._hashes:
+                await self._load(name)
+            try:
+                return await self._run(name, keys, values)
+            except NoScriptError:  # Redis was restarted, and ran nothing
+                await self._load(name)
+                return await self._run(name, keys, values)
+
+    async def read(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """The answers to some plain commands, in one round trip. Raises LedgerUnavailable if Redis does not answer."""
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        operation = str(commands[0][0]) if len(commands) == 1 else "PIPELINE"
+        with self._observed(READ), self._tracer.store(operation, batch=len(commands)):
+            return await pipeline.execute()
+
+    @contextmanager
+    def _observed(self, call: str) -> Iterator[None]:
+        """Tell of a call, and turn the errors of Redis into LedgerUnavailable."""
+        outcome, begun = LedgerOutcome.FAULT, time.perf_counter()
         try:
-            with self._tracer.script(name):
-                return await self._call(name, keys, values)
+            yield
+            outcome = LedgerOutcome.OK
         except (RedisError, OSError) as error:
+            if self._failed:
+                self._failed(sort_of(error))
             if type(error) is ResponseError and str(error).startswith("user_script"):
                 raise  # a fault of ours, not Redis being away
+            outcome = LedgerOutcome.UNAVAILABLE
             raise unavailable() from error
-
-    async def _call(self, name: str, keys: Sequence[str], values: Sequence[bytes | str]) -> list[Any]:
-        if name not in self._hashes:
-            await self._load(name)
-        try:
-            return await self._run(name, keys, values)
-        except NoScriptError:  # Redis was restarted, and ran nothing
-            await self._load(name)
-            return await self._run(name, keys, values)
+        finally:
+            if self._observe:
+                self._observe(call, outcome, time.perf_counter() - begun)
 
     async def _run(self, name: str, keys: Sequence[str], values: Sequence[bytes | str]) -> list[Any]:
         result = await self._client.evalsha(self._hashes[name], len(keys), *keys, *values)
@@ -57,21 +116,17 @@ class Scripts:
 
     async def _load(self, name: str) -> None:
         if name not in self._sources:
-            folder = resources.files("service.storage") / "lua"
-            parts = [*(folder / "shared" / f"{part}.lua" for part in _SHARED), folder / f"{name}.lua"]
+            parts = [*(_FOLDER / "shared" / f"{part}.lua" for part in _SHARED), _FOLDER / f"{name}.lua"]
             self._sources[name] = "\n".join(part.read_text(encoding="utf-8") for part in parts)
         self._hashes[name] = await self._client.script_load(self._sources[name])
 
 
-async def read(client: Client, *commands: tuple[Any, ...]) -> list[Any]:
-    """The answers to some plain commands, in one round trip. Raises LedgerUnavailable if Redis does not answer."""
-    pipeline = client.pipeline(transaction=False)
-    for command in commands:
-        pipeline.execute_command(*command)
-    try:
-        return await pipeline.execute()
-    except (RedisError, OSError) as error:
-        raise unavailable() from error
+def sort_of(error: RedisError | OSError) -> StoreError:
+    """Which of the errors this is that are counted apart."""
+    for kinds, sort in _SORTS:
+        if isinstance(error, kinds):
+            return sort
+    return StoreError.OTHER
 
 
 def given(**values: Any) -> dict[str, Any]:
@@ -82,6 +137,11 @@ def given(**values: Any) -> dict[str, Any]:
 def scored(rows: Sequence[bytes]) -> list[tuple[str, int]]:
     """The members of a sorted set with their scores, out of an answer WITHSCORES."""
     return [(str(member, "ascii"), int(float(score))) for member, score in zip(rows[::2], rows[1::2], strict=True)]
+
+
+def overdue(first: Sequence[tuple[str, int]], now: int) -> int:
+    """For how many milliseconds the first of a queue has been due at `now`; 0 if it is not, or there is none."""
+    return max(now - first[0][1], 0) if first else 0
 
 
 def ledger_time(seen: bytes | None, time: tuple[int, int]) -> int:

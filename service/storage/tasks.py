@@ -10,12 +10,13 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from service.domain.backlog import Backlog
 from service.domain.errors import MalformedRequest
 from service.domain.task import Artifact, Basis, Cost, Kind, State, Task, TaskError
 from service.storage.agenda import agenda_of
 from service.storage.keys import Keys
 from service.storage.ledger import KEEP_USAGE, Spans, packed_figures
-from service.storage.scripts import Client, Scripts, ledger_time, read, scored
+from service.storage.scripts import Scripts, ledger_time, overdue, scored
 from service.usecases.ports import Check, Due, Page
 
 _BATCH = 100
@@ -51,16 +52,15 @@ class _Stored(Struct):
 class RedisTasks:
     """Reads tasks, lists them, and hands out those whose check is due."""
 
-    def __init__(self, client: Client, scripts: Scripts, keys: Keys, spans: Spans) -> None:
-        self._client = client
+    def __init__(self, scripts: Scripts, keys: Keys, spans: Spans) -> None:
         self._scripts = scripts
         self._keys = keys
         self._spans = spans
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         """A task and the time now, in one round trip."""
-        packed, seen, time = await read(
-            self._client, ("GET", self._keys.task(reservation)), ("GET", self._keys.clock), ("TIME",)
+        packed, seen, time = await self._scripts.read(
+            ("GET", self._keys.task(reservation)), ("GET", self._keys.clock), ("TIME",)
         )
         return (_read(reservation, packed), ledger_time(seen, time)) if packed else None
 
@@ -115,8 +115,8 @@ class RedisTasks:
         offset = 0
         while True:
             page = ("LIMIT", offset, _BATCH)
-            (rows,) = await read(
-                self._client, ("ZREVRANGEBYSCORE", self._keys.tasks(tenant), top, "-inf", "WITHSCORES", *page)
+            (rows,) = await self._scripts.read(
+                ("ZREVRANGEBYSCORE", self._keys.tasks(tenant), top, "-inf", "WITHSCORES", *page)
             )
             ids = scored(rows)
             fresh = [each for each in ids if not position or (each[1], each[0]) < (position[1], position[0])]
@@ -125,7 +125,7 @@ class RedisTasks:
             offset += _BATCH
 
     async def _get_many(self, reservations: Sequence[str]) -> list[Task | None]:
-        rows = await read(self._client, *(("GET", self._keys.task(each)) for each in reservations))
+        rows = await self._scripts.read(*(("GET", self._keys.task(each)) for each in reservations))
         return [_read(each, packed) if packed else None for each, packed in zip(reservations, rows, strict=True)]
 
     async def claim(self, most: int) -> Sequence[Due]:
@@ -135,7 +135,18 @@ class RedisTasks:
             [self._keys.clock, self._keys.watch, self._keys.claims],
             {"most": most, "lease": self._spans.claim, "task": self._keys.task("")},
         )
-        return [Due(_read(str(member, "ascii"), packed), now) for member, packed in rows]
+        return [Due(_read(str(member, "ascii"), packed), now, due) for member, packed, due in rows]
+
+    async def backlog(self) -> Backlog:
+        """How many tasks are watched, and how late the first check is that nobody has claimed."""
+        seen, time, waiting, claimed, first = await self._scripts.read(
+            ("GET", self._keys.clock),
+            ("TIME",),
+            ("ZCARD", self._keys.watch),
+            ("ZCARD", self._keys.claims),
+            ("ZRANGE", self._keys.watch, 0, 0, "WITHSCORES"),
+        )
+        return Backlog(waiting + claimed, overdue(scored(first), ledger_time(seen, time)))
 
     async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
         """Write what a check said, and when to check again; None if the task had ended or is gone."""

@@ -99,8 +99,8 @@ class Tracer(Protocol):
         """
         ...
 
-    def script(self, name: str) -> AbstractContextManager[object]:
-        """Run a script in the store, if it is for something that is recorded."""
+    def store(self, operation: str, *, script: str | None = None, batch: int = 1) -> AbstractContextManager[object]:
+        """Have the store do something, in its own words, if it is for something that is recorded."""
         ...
 
     def context(self) -> str | None:
@@ -142,7 +142,7 @@ class _NoTracer:
     def call(self, *_: object, **__: object) -> Untraced:
         return UNRECORDED
 
-    def script(self, *_: object, **__: object) -> Untraced:
+    def store(self, *_: object, **__: object) -> Untraced:
         return UNRECORDED
 
     def context(self) -> None:

@@ -108,7 +108,7 @@ class Deliver:
             await self._switch_off(delivery.tenant, delivery.url)
         if not await self._agenda.record(claimed, outcome):
             return
-        self._metrics.delivered(outcome.state)
+        self._metrics.delivered(outcome.state, self._clock.now() - delivery.created / 1000)
         log = _log.info if outcome.state is DeliveryState.DELIVERED else _log.warning
         log(
             "delivery.attempt",

@@ -21,6 +21,8 @@ from service.domain.reservation import ReservationState
 from service.domain.task import Basis, Cost, Kind, State, Task
 from service.domain.taskid import Reference, TaskIds
 from service.domain.tenancy import Tenant
+from service.telemetry.families import Source
+from service.telemetry.metrics import Metrics
 from service.usecases.board import Board, Seen
 from service.usecases.ports import (
     Answered,
@@ -66,8 +68,10 @@ class Follow:
         task_ids: TaskIds,
         board: Board,
         clock: Clock,
+        metrics: Metrics,
         interval: float,
     ) -> None:
+        self._metrics = metrics
         self._board = board
         self._tasks = tasks
         self._ledger = ledger
@@ -140,12 +144,18 @@ class Follow:
 
     async def _read(self, reference: Reference, task_id: str) -> Seen:
         if seen := self._board.fresh(reference.reservation):
+            self._metrics.read(Source.MEMORY)
             return seen
+        book = True
         try:
             (found,) = await self._attend_once(reference.reservation)
         except LedgerUnavailable:
-            return await self._look_up(reference, task_id, book=False)
-        return self._board.post(*found) if found else await self._look_up(reference, task_id, book=True)
+            found, book = None, False
+        if found:
+            self._metrics.read(Source.STORE)
+            return self._board.post(*found)
+        self._metrics.read(Source.UPSTREAM)
+        return await self._look_up(reference, task_id, book=book)
 
     async def _attend_once(self, reservation: str) -> Sequence[tuple[Task, int] | None]:
         """Read a task; all who ask while that is under way share it, so that a crowd costs one call."""

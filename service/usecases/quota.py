@@ -63,7 +63,7 @@ class Quota:
         waits = [at for chosen, at in outlooks if chosen is None and at is not None]
         can_pay = any(chosen for chosen, _ in outlooks)
         return QuotaReport(
-            policies=_policies(tenant, snapshot.state, snapshot.now),
+            policies=policies(tenant, snapshot.state, snapshot.now),
             can_pay=can_pay,
             look_again=None if can_pay else min(waits, default=None),
         )
@@ -74,11 +74,11 @@ class Quota:
         Raises LedgerUnavailable.
         """
         snapshot = await self._ledger.counters(tenant.id)
-        policies = _policies(tenant, snapshot.state, snapshot.now)
+        reports = policies(tenant, snapshot.state, snapshot.now)
         states = [candidate.state for candidate in await self._candidates(tenant)]
         return Left(
-            count=_least(policies, windows.COUNTED_TASKS, _sum(states, "count")),
-            money=_least(policies, windows.COUNTED_MONEY, _sum(states, "money")),
+            count=_least(reports, windows.COUNTED_TASKS, _sum(states, "count")),
+            money=_least(reports, windows.COUNTED_MONEY, _sum(states, "money")),
         )
 
     async def _candidates(self, tenant: Tenant) -> list[Candidate]:
@@ -87,7 +87,8 @@ class Quota:
         return [Candidate(each.id, each.policy, states[each.id]) for each in accounts]
 
 
-def _policies(tenant: Tenant, state: TenantState, now: int) -> tuple[PolicyReport, ...]:
+def policies(tenant: Tenant, state: TenantState, now: int) -> tuple[PolicyReport, ...]:
+    """How each policy of a tenant stands at `now`."""
     reports = []
     for limit in tenant.policy.limits:
         counter = windows.counter(state, limit.window, now)
@@ -106,8 +107,8 @@ def _policies(tenant: Tenant, state: TenantState, now: int) -> tuple[PolicyRepor
     return tuple(reports)
 
 
-def _least(policies: tuple[PolicyReport, ...], unit: str, otherwise: int | None) -> int | None:
-    return min((each.remaining for each in policies if each.unit == unit), default=otherwise)
+def _least(reports: tuple[PolicyReport, ...], unit: str, otherwise: int | None) -> int | None:
+    return min((each.remaining for each in reports if each.unit == unit), default=otherwise)
 
 
 def _sum(states: list[AccountState], figure: str) -> int | None:

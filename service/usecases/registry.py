@@ -80,10 +80,11 @@ class Operators:
             key = sealed or (known.user_key if known else None)
             if key is None:
                 raise InvalidOptions([FieldError("user_key", "is required for a new account")])
-            account = Account(known.id if known else self._fresh_id(now), name, key, base_url, policy)
+            origin = known.origin if known and key == known.user_key else None
+            account = Account(known.id if known else self._fresh_id(now), name, key, base_url, policy, origin)
             next_id = max(now.next_id, account.id + 1)
             made = RegistryChange(version=now.version, next_id=next_id, accounts=(account,))
-            return made, (account, known is not None and _may_pay_again(known, account))
+            return made, (account, known is not None and may_pay_again(known, account))
 
         about = {"base_url": base_url, "policy": msgspec.to_builtins(policy), "key_given": user_key is not None}
         account, reopens = await self._change("account.put", change, account=name, **about)
@@ -237,7 +238,7 @@ class Operators:
         return max(now.next_id, int(self._clock.now() * 1000))
 
 
-def _may_pay_again(old: Account, new: Account) -> bool:
+def may_pay_again(old: Account, new: Account) -> bool:
     """Whether an account that was found unable to pay deserves a new look: another key, place, or a lower floor."""
     return (
         new.user_key != old.user_key

@@ -28,6 +28,11 @@ class Settle:
         self._late: deque[Settlement] = deque()
         self._booking: asyncio.Task[None] | None = None
 
+    @property
+    def late(self) -> int:
+        """How many outcomes are still to be booked."""
+        return len(self._late)
+
     async def __call__(self, settlement: Settlement) -> None:
         """Book an outcome; when this returns it is booked or will be, so the caller can have its answer.
 

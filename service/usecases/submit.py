@@ -174,6 +174,7 @@ class Submit:
         if task is None:
             await self._settle(self._settlement(place, sent))
             raise refusal(sent, place.ask.reservation)
+        self._metrics.submitted(tenant.id, options.kind)
         draft = TaskDraft(task.id, task.options, task.metadata, webhook or tenant.webhook.url, self._tracer.context())
         await self._settle(msgspec.structs.replace(self._settlement(place, sent), draft=draft))
         return Submission(task, task.created, limits)
@@ -199,9 +200,10 @@ class Submit:
         match verdict:
             case PolicyDenied():
                 for violation in verdict.violations:
-                    self._metrics.denied(violation.policy)
+                    self._metrics.denied(ask.tenant, violation.policy)
                 raise denied(verdict, limits)
             case NoAccount():
+                self._metrics.unpaid(ask.tenant)
                 raise no_account(verdict)
             case InFlight():
                 raise in_flight()

@@ -9,6 +9,7 @@ import structlog
 from service.domain.errors import LedgerUnavailable, NotFound
 from service.domain.task import Task
 from service.domain.taskid import TaskIds
+from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.background import ended
@@ -47,6 +48,8 @@ class Watch:
         self._tracer = tracer
         self._at_once = at_once
         self._checking: set[asyncio.Task[None]] = set()
+        metrics.levels.tell(Level.CHECKS, lambda: {(): len(self._checking)})
+        metrics.levels.tell(Level.CHECKS_LIMIT, lambda: {(): at_once})
 
     async def run(self) -> None:
         """Watch until cancelled; a check under way is then finished by another process once its claim runs out."""
@@ -67,6 +70,7 @@ class Watch:
             await asyncio.wait(self._checking, return_when=asyncio.FIRST_COMPLETED)
             return True
         due = await self._tasks.claim(room)
+        self._metrics.claimed((each.claimed - each.due) / 1000 for each in due)
         for each in due:
             check = asyncio.create_task(self._guarded_check(each))
             self._checking.add(check)
@@ -89,6 +93,7 @@ class Watch:
                 _log.exception("expire.crashed")
                 count = 0
             if count:
+                self._metrics.expired(count)
                 _log.warning("reservations.expired", count=count)
             await asyncio.sleep(EXPIRE_SECONDS)
 
@@ -113,7 +118,7 @@ class Watch:
         task, now = recorded
         self._board.recorded(task, now)  # whoever waits in this process is spared the way over the store
         if task.state.ended:
-            self._metrics.finished(task.kind, task.state, task.cost)
+            self._metrics.finished(task)
             _log.info(
                 "task.ended",
                 reservation=task.reservation,

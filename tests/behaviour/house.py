@@ -23,13 +23,14 @@ from service.sandbox.app import SandboxConfig
 from service.sandbox.control import Control
 from service.sandbox.dials import Dials, Fault
 from service.sandbox.server import running
+from service.services import Services
 from service.settings import Settings
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
 from service.usecases.ports import Answered, Artifacts, Check, SubmitOutcome, Submitted
-from service.wiring import Ports, Services, assembled, furnished
+from service.wiring import Ports, assembled, furnished
 from tests.fakes import FakeAgenda, FakeLedger, FakeRegistry, FakeUpstream
 from tests.fakes.artifacts import FakeArtifacts
 from tests.support.images import png

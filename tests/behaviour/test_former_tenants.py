@@ -63,7 +63,7 @@ async def test_store_that_lost_the_registry(valkey: Valkey) -> None:
         known = house.services.registry.current
         await client.delete(KEYS.registry)
         assert await spenders(house) == [("shop", 1)]
-        stored = await RedisRegistry(client, Scripts(client), KEYS).load()
+        stored = await RedisRegistry(Scripts(client), KEYS).load()
         assert stored.former == known.former == {next(iter(known.former)): "shop"}
 
 
@@ -73,7 +73,7 @@ async def test_tenant_made_after_a_loss(valkey: Valkey) -> None:
         await house.put_tenant("shop")
         known = house.services.registry.current
         await client.restore(KEYS.registry, 0, before, replace=True)
-        store = RedisRegistry(client, Scripts(client), KEYS)
+        store = RedisRegistry(Scripts(client), KEYS)
         old = await store.load()
         (shop,) = old.tenants.values()
         others = {"shop": known.next_id + 1, "late": known.next_id + 2}

@@ -108,6 +108,6 @@ async def bench(*, role: str, latency: float, **settings: str) -> AsyncIterator[
         gateway = stack.enter_context(serving(folder, **given, **settings))
         connections = connect(store.url, timeout=60)
         stack.push_async_callback(connections.aclose)
-        tasks = RedisTasks(connections.commands, Scripts(connections.commands), KEYS, Spans())
+        tasks = RedisTasks(Scripts(connections.commands), KEYS, Spans())
         http = await stack.enter_async_context(AsyncClient(timeout=60, trust_env=False))
         yield Bench(gateway, address, connections.commands, tasks, http)

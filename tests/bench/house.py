@@ -141,9 +141,9 @@ async def house() -> AsyncIterator[House]:
     spans, keys = Spans(check_after=0, claim=DAY), Keys("bench")
     with running() as store:
         connections = connect(store.url, timeout=60)
-        client, scripts = connections.commands, Scripts(connections.commands)
+        scripts = Scripts(connections.commands)
         try:
-            await RedisRegistry(client, scripts, keys).write(
+            await RedisRegistry(scripts, keys).write(
                 RegistryChange(
                     version=0,
                     next_id=3,
@@ -152,7 +152,7 @@ async def house() -> AsyncIterator[House]:
                 )
             )
             async with Redis(unix_socket_path=str(store.path)) as apart:
-                ledger, tasks = RedisLedger(client, scripts, keys, spans), RedisTasks(client, scripts, keys, spans)
+                ledger, tasks = RedisLedger(scripts, keys, spans), RedisTasks(scripts, keys, spans)
                 yield House(ledger, tasks, Server(apart))
         finally:
             await connections.aclose()

@@ -32,7 +32,7 @@ async def waiting() -> Sequence[Figure]:
         for task in tasks:
             began = time.monotonic()
             check = Check(answered=Answered.SUCCEEDED)
-            assert await work.tasks.record(Due(task, task.created), check)
+            assert await work.tasks.record(Due(task, task.created, task.created), check)
             ended[task.id] = time.monotonic()
             await asyncio.sleep(1 / ENDS_PER_SECOND - (ended[task.id] - began))
         answers = await asyncio.gather(*clients)

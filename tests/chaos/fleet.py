@@ -80,10 +80,10 @@ class Fleet:
 
     async def _counters(self, tenant: str) -> Snapshot:
         connections, keys = connect(self.store.url, timeout=SECONDS), Keys(self.prefix)
-        client, scripts = connections.commands, Scripts(connections.commands)
+        scripts = Scripts(connections.commands)
         try:
-            registry = await RedisRegistry(client, scripts, keys).load()
-            return await RedisLedger(client, scripts, keys, Spans()).counters(registry.tenants[tenant].id)
+            registry = await RedisRegistry(scripts, keys).load()
+            return await RedisLedger(scripts, keys, Spans()).counters(registry.tenants[tenant].id)
         finally:
             await connections.aclose()
 

@@ -197,8 +197,8 @@ async def test_scripts(valkey: Valkey) -> None:
     recorder = Recorder()
     async with Redis.from_url(valkey.url) as client:
         with recorder.tracer.request(http_scope()):
-            await Scripts(client, recorder.tracer).call("reopen", ["clock", "account-key"], {"account": 77_777})
-        await Scripts(client, recorder.tracer).call("reopen", ["clock", "account-key"], {"account": 77_777})
+            await Scripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account-key"], {"account": 77_777})
+        await Scripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account-key"], {"account": 77_777})
     (span,) = children(recorder)
     assert (span.name, span.failed) == ("EVALSHA reopen", False)
     assert span.attributes == {
@@ -208,12 +208,26 @@ async def test_scripts(valkey: Valkey) -> None:
     }
 
 
+async def test_reads(valkey: Valkey) -> None:
+    """Plain commands are recorded by the name of the only one, or as so many, without what they are about."""
+    recorder = Recorder()
+    async with Redis.from_url(valkey.url) as client:
+        scripts = Scripts(client, tracer=recorder.tracer)
+        with recorder.tracer.request(http_scope()):
+            await scripts.read(("GET", "a-key"))
+            await scripts.read(("GET", "a-key"), ("TIME",))
+    one, two = children(recorder)
+    assert (one.name, one.attributes) == ("GET", {"db.system.name": "redis", "db.operation.name": "GET"})
+    assert (two.name, two.attributes["db.operation.batch.size"]) == ("PIPELINE", 2)
+    assert "a-key" not in str(recorder.spans)
+
+
 async def test_store_away() -> None:
     """A store that is away is an error of the call, by what the client met and not by what callers are told."""
     recorder = Recorder()
     async with Redis.from_url(f"redis://127.0.0.1:{free_port()}") as client:
         with recorder.tracer.request(http_scope()), pytest.raises(LedgerUnavailable):
-            await Scripts(client, recorder.tracer).call("reopen", ["clock", "account"], {"account": 1})
+            await Scripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account"], {"account": 1})
     (span,) = children(recorder)
     assert span.failed
     assert span.attributes["error.type"] == "redis.exceptions.ConnectionError"

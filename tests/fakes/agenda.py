@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from service.domain.backlog import Backlog
 from service.domain.webhook import DeliveryState, Webhook, receiver
 from service.storage.agenda import AT_ONCE, FAILING, KEEP, LEASE
 from service.usecases.ports import Claimed, Delivery, Outcome, Reply
@@ -71,6 +72,11 @@ class FakeAgenda:
             held.given_up = {each: at for each, at in held.given_up.items() if at > now - KEEP}
         self._take_turn(to)
         return True
+
+    async def backlog(self) -> tuple[Backlog, int]:
+        self.memory._answer()
+        now, turns = self.memory.clock.at, self.memory.turns
+        return Backlog(len(turns), max(now - min(turns.values(), default=now), 0)), len(self.memory.given_up)
 
     async def failed(self, most: int) -> Sequence[Delivery]:
         self.memory._answer()

@@ -22,6 +22,7 @@ from service.domain.reservation import (
 )
 from service.domain.task import Basis, Cost, State, Task
 from service.domain.usage import DayUsage
+from service.domain.windows import TenantState
 from service.storage.ledger import DAY, KEEP_KEY
 from service.usecases.ports import Ask, Look, Settlement, Snapshot
 from tests.fakes.tasks import FakeTasks
@@ -182,6 +183,10 @@ class FakeLedger(FakeTasks):
     async def counters(self, tenant: int) -> Snapshot:
         self._answer()
         return Snapshot(copy.deepcopy(self._tenant(tenant)), self.clock.at)
+
+    async def counters_of(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
+        self._answer()
+        return {each: copy.deepcopy(self._tenant(each)) for each in ids}, self.clock.at
 
     async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         self._answer()

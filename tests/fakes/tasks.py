@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from service.domain import booking
+from service.domain.backlog import Backlog
 from service.domain.checks import check_after
 from service.domain.errors import MalformedRequest
 from service.domain.task import Cost, Kind, State, Task, TaskError
@@ -67,7 +68,12 @@ class FakeTasks(Memory):
         for _, name in ready:
             del self.due[name]
             self.claims[name] = self.clock.at + self.spans.claim
-        return [Due(self.tasks[name], self.clock.at) for _, name in ready]
+        return [Due(self.tasks[name], self.clock.at, at) for at, name in ready]
+
+    async def backlog(self) -> Backlog:
+        self._answer()
+        first = min(self.due.values(), default=self.clock.at)
+        return Backlog(len(self.due) + len(self.claims), max(self.clock.at - first, 0))
 
     async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
         self._answer()

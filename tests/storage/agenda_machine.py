@@ -52,7 +52,7 @@ class AgendaMachine(LedgerMachine):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.agenda = RedisAgenda(self.client, self.tasks._scripts, self.keys)
+        self.agenda = RedisAgenda(self.tasks._scripts, self.keys)
         self.told = FakeAgenda(self.model)
 
     def webhook(self, reservation: str) -> str | None:

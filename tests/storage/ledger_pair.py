@@ -18,7 +18,7 @@ from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.storage.ledger import RedisLedger, Spans
 from service.storage.registry import RedisRegistry
-from service.storage.scripts import Scripts, read, scored
+from service.storage.scripts import Scripts, scored
 from service.storage.tasks import RedisTasks
 from tests.fakes import FakeClock, FakeLedger, FakeRegistry
 from tests.storage.ledger_views import canonical, is_reserved, plain, plain_day, rolled
@@ -46,11 +46,11 @@ class LedgerPair(RuleBasedStateMachine):
         self.connections = connect(url, timeout=5)
         self.client: Any = self.connections.commands
         await self.client.flushall()
-        scripts = Scripts(self.client)
-        self.ledger = RedisLedger(self.client, scripts, self.keys, self.spans)
-        self.tasks = RedisTasks(self.client, scripts, self.keys, self.spans)
-        self.books = RedisBooks(self.client, scripts, self.keys)
-        self.store = RedisRegistry(self.client, scripts, self.keys)
+        self.scripts = scripts = Scripts(self.client)
+        self.ledger = RedisLedger(scripts, self.keys, self.spans)
+        self.tasks = RedisTasks(scripts, self.keys, self.spans)
+        self.books = RedisBooks(scripts, self.keys)
+        self.store = RedisRegistry(scripts, self.keys)
         await self.client.set(self.keys.clock, LATER)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -100,15 +100,15 @@ class LedgerPair(RuleBasedStateMachine):
     async def _compare(self) -> None:
         model, keys = self.model, self.keys
         names, days = list(model.reservations), [day for _, day in model.days]
-        tenant, *accounts = await read(
-            self.client, *(("HGET", each, "state") for each in (keys.tenant(TENANT), *map(keys.account, ACCOUNTS)))
+        tenant, *accounts = await self.scripts.read(
+            *(("HGET", each, "state") for each in (keys.tenant(TENANT), *map(keys.account, ACCOUNTS)))
         )
         state = decoded(tenant, TenantState) or TenantState()
         assert rolled(state, model.clock.at) == rolled(model.tenants.get(TENANT, TenantState()), model.clock.at)
         for account, packed in zip(ACCOUNTS, accounts, strict=True):
             known = decoded(packed, AccountState) or AccountState()
             assert known == model.account_states.get(account, AccountState()), account
-        stored = await read(self.client, *(("GET", keys.reservation(each)) for each in names))
+        stored = await self.scripts.read(*(("GET", keys.reservation(each)) for each in names))
         for name, packed in zip(names, stored, strict=True):
             assert canonical(decoded(packed, Reservation)) == canonical(model.reservations[name]), name
         usage, expected = await self.books.usage(TENANT, days), await model.usage(TENANT, days)
@@ -127,8 +127,7 @@ class LedgerPair(RuleBasedStateMachine):
     async def _compare_indexes(self) -> None:
         """Neither a lease, a check to come nor a key is kept for longer than for what it stands."""
         model, keys = self.model, self.keys
-        leases, watch, claims, names = await read(
-            self.client,
+        leases, watch, claims, names = await self.scripts.read(
             ("ZRANGE", keys.leases, 0, -1, "WITHSCORES"),
             ("ZRANGE", keys.watch, 0, -1, "WITHSCORES"),
             ("ZRANGE", keys.claims, 0, -1, "WITHSCORES"),
@@ -142,7 +141,7 @@ class LedgerPair(RuleBasedStateMachine):
         kept = {
             keys.idempotency(TENANT, key): f"{name} {content}" for (_, key), (name, content, _) in model.keys.items()
         }
-        texts = await read(self.client, *(("GET", each) for each in names))
+        texts = await self.scripts.read(*(("GET", each) for each in names))
         assert {str(name, "utf-8"): str(text, "utf-8") for name, text in zip(names, texts, strict=True)} == kept
 
 

@@ -94,8 +94,8 @@ async def shop(url: str) -> AsyncIterator[Shop]:
             tenants=(Tenant(1, "shop", ("main",), TenantPolicy()),),
             accounts=(Account(2, "main", b"sealed"),),
         )
-        await RedisRegistry(client, scripts, KEYS).write(change)
-        ledger, tasks = RedisLedger(client, scripts, KEYS, spans), RedisTasks(client, scripts, KEYS, spans)
+        await RedisRegistry(scripts, KEYS).write(change)
+        ledger, tasks = RedisLedger(scripts, KEYS, spans), RedisTasks(scripts, KEYS, spans)
         yield Shop(connections, ledger, tasks, spans)
     finally:
         await connections.aclose()

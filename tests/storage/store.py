@@ -106,10 +106,10 @@ async def fresh(valkey: Valkey) -> AsyncIterator[Store]:
     store = Store(
         client,
         keys,
-        RedisLedger(client, scripts, keys, SPANS),
-        RedisTasks(client, scripts, keys, SPANS),
-        RedisBooks(client, scripts, keys),
-        RedisRegistry(client, scripts, keys),
+        RedisLedger(scripts, keys, SPANS),
+        RedisTasks(scripts, keys, SPANS),
+        RedisBooks(scripts, keys),
+        RedisRegistry(scripts, keys),
     )
     await client.flushall()
     await store.wait(0)

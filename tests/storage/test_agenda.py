@@ -25,7 +25,7 @@ class Store:
 
     def __init__(self, client: Any) -> None:
         self.client = client
-        self.agenda = RedisAgenda(client, Scripts(client), KEYS)
+        self.agenda = RedisAgenda(Scripts(client), KEYS)
 
     async def add(self, reservation: str, tenant: int, url: str) -> None:
         """One delivery more that is due."""

@@ -38,12 +38,12 @@ async def refuse(url: str, *clock: int) -> tuple[PolicyDenied, Snapshot, list[in
     client: Any = connections.commands
     scripts = Scripts(client)
     await client.flushall()
-    registry = RedisRegistry(client, scripts, KEYS)
+    registry = RedisRegistry(scripts, KEYS)
     assert await registry.write(RegistryChange(version=0, next_id=2, tenants=(Tenant(1, "t", (), CLOSED),)))
     for now in clock:
         await client.set(KEYS.clock, now)
     began = await client.time()
-    verdict, snapshot = await RedisLedger(client, scripts, KEYS, Spans()).reserve(Ask("r", 1, (), Kind.UPSCALE))
+    verdict, snapshot = await RedisLedger(scripts, KEYS, Spans()).reserve(Ask("r", 1, (), Kind.UPSCALE))
     ended = await client.time()
     seen = int(await client.get(KEYS.clock))
     await connections.aclose()

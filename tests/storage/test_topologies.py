@@ -40,9 +40,9 @@ async def test_a_submission_from_reserve_to_receipt(store: Store) -> None:
     store.ask("FLUSHALL")
     connections = connect(store.url, timeout=5)
     scripts = Scripts(connections.commands)
-    ledger = RedisLedger(connections.commands, scripts, KEYS, SPANS)
-    tasks = RedisTasks(connections.commands, scripts, KEYS, SPANS)
-    registry = RedisRegistry(connections.commands, scripts, KEYS)
+    ledger = RedisLedger(scripts, KEYS, SPANS)
+    tasks = RedisTasks(scripts, KEYS, SPANS)
+    registry = RedisRegistry(scripts, KEYS)
     assert await registry.write(RegistryChange(version=0, next_id=3, tenants=(TENANT,), accounts=(ACCOUNT,)))
     assert not await registry.write(RegistryChange(version=0, next_id=3))
 
@@ -101,8 +101,8 @@ async def test_a_lease_without_its_reservation(store: Store) -> None:
     connections = connect(store.url, timeout=5)
     client: Any = connections.commands
     scripts = Scripts(client)
-    ledger = RedisLedger(client, scripts, KEYS, SPANS)
-    await RedisRegistry(client, scripts, KEYS).write(
+    ledger = RedisLedger(scripts, KEYS, SPANS)
+    await RedisRegistry(scripts, KEYS).write(
         RegistryChange(version=0, next_id=3, tenants=(TENANT,), accounts=(ACCOUNT,))
     )
     granted, _ = await ledger.reserve(Ask("r1", 1, (2,), Kind.SEAMLESS))
@@ -118,7 +118,7 @@ async def test_a_change_of_the_registry_is_heard(store: Store) -> None:
     """What one process changes, another knows without being asked to look."""
     store.ask("FLUSHALL")
     connections = connect(store.url, timeout=5)
-    registry = RedisRegistry(connections.commands, Scripts(connections.commands), KEYS)
+    registry = RedisRegistry(Scripts(connections.commands), KEYS)
     live = LiveRegistry(registry, connections.subscriber, KEYS.registry_channel)
     following = asyncio.create_task(live.follow())
     async with asyncio.timeout(4):  # less than the interval at which it looks by itself

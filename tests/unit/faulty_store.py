@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from service.domain import windows
 from service.domain.account import AccountState, Figures, Status
+from service.domain.backlog import Backlog
 from service.domain.errors import LedgerUnavailable
 from service.domain.reservation import Granted, ReservationState, Verdict
 from service.domain.task import Kind, State, Task
@@ -215,6 +216,12 @@ class Line:
 
     async def counters(self, tenant: int) -> Snapshot:
         return await self._store.counters(tenant)
+
+    async def counters_of(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
+        return await self._store.counters_of(ids)
+
+    async def backlog(self) -> Backlog:
+        return await self._store.backlog()
 
     async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         return await self._store.accounts(ids)

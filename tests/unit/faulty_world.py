@@ -244,6 +244,7 @@ class Process:
             task_ids=task_ids,
             board=Board(Pace(0)),
             clock=store.clock,
+            metrics=_METRICS,
             interval=0,
         )
         watch = Watch(

@@ -119,7 +119,8 @@ class Gateway:
         self.ledger.tenant_policies[1] = self.tenant.policy
         self.ledger.account_policies |= {each.id: each.policy for each in ACCOUNTS.values()}
         self.task_ids = TaskIds(Keyring([b"k" * 32]).purpose("task-id"))
-        metrics = Metrics(CollectorRegistry())
+        self.metrics = metrics = Metrics(CollectorRegistry())
+        metrics.name_tenants(lambda: self.registry.current)
         self.submit = Submit(
             ledger=self.ledger,
             settle=Settle(self.ledger, self.background),
@@ -151,6 +152,7 @@ class Gateway:
             task_ids=self.task_ids,
             board=self.ledger.board,
             clock=self.ledger.clock,
+            metrics=self.metrics,
             interval=interval,
         )
 

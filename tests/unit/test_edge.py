@@ -19,7 +19,8 @@ from service.api.edge import Edge
 from service.api.problems import exception_handlers
 from service.api.uploads import ClientLeft
 from service.domain.errors import NotFound
-from service.telemetry.metrics import Metrics, Port
+from service.telemetry.families import Port
+from service.telemetry.metrics import Metrics
 from tests.unit.asgi import Answer, App, call, connected, http_scope, receiving, serving
 
 

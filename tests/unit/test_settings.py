@@ -282,6 +282,6 @@ def test_messages_keep_secrets(text_of_it: str) -> None:
 def test_table() -> None:
     """Each setting stands in the table once, with a default and a sentence."""
     names = [setting.name for setting in SETTINGS]
-    assert len(set(names)) == len(names) == 25
+    assert len(set(names)) == len(names) == 26
     assert all(setting.default and setting.description.endswith(".") for setting in SETTINGS)
     assert {"GATEWAY_ENV", "GATEWAY_SANDBOX_PORT"} < set(names)

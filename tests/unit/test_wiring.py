@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service import wiring
+from service import services as parts
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
@@ -46,7 +46,7 @@ async def test_roles(role: str, works: bool) -> None:
 
 async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that fails, or ends though it should not, is begun again; at the end of the process it is ended."""
-    monkeypatch.setattr(wiring, "JOB_RESTART_SECONDS", 0)
+    monkeypatch.setattr(parts, "JOB_RESTART_SECONDS", 0)
     begun, third = [], asyncio.Event()
 
     async def job() -> None:

@@ -93,16 +93,17 @@ class OtelTracer:
         name = method if private else f"{method} {path}"
         return _Call(self._tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes))
 
-    def script(self, name: str) -> _Span | Untraced:
-        """Run a script in the store, in the words of the conventions: a stored procedure, called by its hash."""
+    def store(self, operation: str, *, script: str | None = None, batch: int = 1) -> _Span | Untraced:
+        """Have the store do something; a script is a stored procedure in the words of the conventions."""
         if not _recorded():
             return UNRECORDED
-        attributes = {
-            db.DB_SYSTEM_NAME: "redis",
-            db.DB_OPERATION_NAME: "EVALSHA",
-            db.DB_STORED_PROCEDURE_NAME: name,
-        }
-        return _Span(self._tracer.start_span(f"EVALSHA {name}", kind=SpanKind.CLIENT, attributes=attributes))
+        attributes: dict[str, str | int] = {db.DB_SYSTEM_NAME: "redis", db.DB_OPERATION_NAME: operation}
+        if script:
+            attributes[db.DB_STORED_PROCEDURE_NAME] = script
+        if batch > 1:
+            attributes[db.DB_OPERATION_BATCH_SIZE] = batch
+        name = f"{operation} {script}" if script else operation
+        return _Span(self._tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes))
 
     def context(self) -> str | None:
         """The context of what is done now, as a `traceparent`."""

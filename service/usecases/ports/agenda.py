@@ -7,6 +7,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from service.domain.backlog import Backlog
 from service.domain.webhook import DeliveryState
 
 
@@ -68,6 +69,10 @@ class Agenda(Protocol):
 
         What was delivered is delivered, though, whoever has it by now.
         """
+        ...
+
+    async def backlog(self) -> tuple[Backlog, int]:
+        """How many receivers wait for something, how late the first is, and how many deliveries failed in 30 days."""
         ...
 
     async def failed(self, most: int) -> Sequence[Delivery]:

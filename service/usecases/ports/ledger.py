@@ -98,6 +98,10 @@ class Ledger(Protocol):
         """The counters of a tenant; those of an unknown one are zero."""
         ...
 
+    async def counters_of(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
+        """The counters of all these tenants, and the ledger's time."""
+        ...
+
     async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         """What is known of each account."""
         ...

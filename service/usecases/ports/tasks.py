@@ -7,15 +7,20 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from service.domain.backlog import Backlog
 from service.domain.task import Kind, State, Task
 from service.usecases.ports.upstream import Check
 
 
 class Due(Struct, frozen=True):
-    """A task claimed for a check; `claimed` is the ledger's time of the claim, and so of the check."""
+    """A task claimed for a check that was `due` then; `claimed` is the time of the claim, and so of the check.
+
+    Both are the ledger's time.
+    """
 
     task: Task
     claimed: int
+    due: int
 
 
 class Page(Struct, frozen=True):
@@ -44,6 +49,10 @@ class Tasks(Protocol):
 
     async def claim(self, most: int) -> Sequence[Due]:
         """Up to `most` tasks whose check is due, which nobody else gets until their lease runs out."""
+        ...
+
+    async def backlog(self) -> Backlog:
+        """How many tasks are watched, and how late the first check is that nobody has claimed."""
         ...
 
     async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:

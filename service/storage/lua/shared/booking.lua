@@ -27,7 +27,9 @@ local function count(tenant, reservation, sign)
   local open = state == 'reserved' or (state == 'accepted' and not cost)
   local charged = (state == 'accepted' or state == 'unknown') and not reservation.refund
   if open then
-    tenant.state.active = tenant.state.active + sign
+    local kinds = tenant.state.kinds or {}
+    kinds[reservation.kind] = (kinds[reservation.kind] or 0) + sign
+    tenant.state.kinds, tenant.state.active = kinds, tenant.state.active + sign
   end
   for _, window in ipairs(WINDOWS) do
     local counter = tenant.state.windows[window]

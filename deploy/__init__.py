@@ -1,0 +1,1 @@
+"""What runs the gateway and watches over it, as far as it is made by code."""

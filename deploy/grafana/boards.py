@@ -1,0 +1,127 @@
+"""What all dashboards share: variables, links, and how their panels are put in rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.cog.builder import Builder
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
+    DashboardLinkType,
+    VariableModel,
+    VariableOption,
+    VariableRefresh,
+    VariableSort,
+)
+from msgspec import Struct
+
+from deploy.grafana.panels import SOURCE, Panel
+from deploy.grafana.queries import series
+
+TAG = "imaging-gateway"
+"""Which dashboards belong together: each links to all that have it."""
+RUNBOOK = "https://imaging-gateway.example/RUNBOOK.md"
+"""Where deploy/RUNBOOK.md is published, until the variable `runbook` of a dashboard says otherwise."""
+
+
+class Variable(Struct, frozen=True):
+    """One more thing to choose on a dashboard: a label of a metric."""
+
+    name: str
+    metric: str
+    text: str
+
+
+class Row(Struct, frozen=True):
+    """Panels under a heading, from left to right and then downwards."""
+
+    title: str
+    panels: tuple[Panel, ...]
+
+
+class Board(Struct, frozen=True):
+    """A dashboard: `name` is that of its file and of its uid, by which alerts and bookmarks know it."""
+
+    name: str
+    title: str
+    text: str
+    rows: tuple[Row, ...]
+    variables: tuple[Variable, ...] = ()
+    since: str = "now-6h"
+
+    def render(self) -> str:
+        """The JSON that Grafana imports; the same on every machine."""
+        board = (
+            dashboard.Dashboard(f"Imaging gateway: {self.title}")
+            .uid(f"gateway-{self.name}")
+            .description(self.text)
+            .tags([TAG])
+            .time(self.since, "now")
+            .timezone("browser")
+            .refresh("1m")
+            .tooltip(DashboardCursorSync.CROSSHAIR)
+        )
+        for variable in self._variables():
+            board.with_variable(variable)
+        for link in _links():
+            board.link(link)
+        number = 0
+        for row in self.rows:
+            number += 1
+            board.with_row(dashboard.Row(row.title).id(number))
+            for panel in row.panels:
+                number += 1
+                board.with_panel(panel.id(number))
+        return json.dumps(board.build(), cls=JSONEncoder, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+    def _variables(self) -> Iterable[Builder[VariableModel]]:
+        yield dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus")
+        # All must also fit where there are no namespaces: a pattern that matches nothing matches what is not there.
+        yield (
+            _choice("namespace", "label_values(gateway_build_info, namespace)")
+            .description("The gateway to look at, where several are watched by one Prometheus.")
+            .current(VariableOption(selected=True, text="All", value="$__all"))
+        )
+        for each in self.variables:
+            yield (
+                _choice(each.name, f"label_values({series(each.metric)}, {each.name})")
+                .description(each.text)
+                .multi(multi=True)
+                .current(VariableOption(selected=True, text=["All"], value=["$__all"]))
+            )
+        yield dashboard.ConstantVariable("runbook").label("Runbook").value(RUNBOOK)
+
+
+def _choice(name: str, values: str) -> dashboard.QueryVariable:
+    return (
+        dashboard.QueryVariable(name)
+        .label(name.capitalize())
+        .datasource(SOURCE)
+        .query({"query": values, "refId": name})
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(VariableSort.ALPHABETICAL_ASC)
+        .include_all(include_all=True)
+        .all_value(".*")
+    )
+
+
+def _links() -> Iterable[dashboard.DashboardLink]:
+    yield (
+        dashboard.DashboardLink("Gateway")
+        .type(DashboardLinkType.DASHBOARDS)
+        .tags([TAG])
+        .as_dropdown(as_dropdown=False)
+        .include_vars(include_vars=True)
+        .keep_time(keep_time=True)
+    )
+    yield (
+        dashboard.DashboardLink("Runbook")
+        .type(DashboardLinkType.LINK)
+        .url("${runbook}")
+        .icon("doc")
+        .tooltip("What each alert means, and what to do then")
+        .target_blank(target_blank=True)
+    )

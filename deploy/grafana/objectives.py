@@ -1,0 +1,106 @@
+"""What the gateway promises, and how much of the room for error is used.
+
+The events are counted by the recording rules in deploy/prometheus, for the alerts and for these dashboards alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+from deploy.grafana.panels import COUNT, QUARTER, SHARE, Panel, falling, figure, graph, rising
+from deploy.grafana.queries import or_zero, series
+
+PERIOD = "30d"
+"""Over which time a promise is kept."""
+FAST, SLOW = "1h", "6h"
+"""The spans that show a budget burning away quickly, and steadily."""
+
+
+class Objective(Struct, frozen=True):
+    """Of all events this share shall be good, over the period; `sli` is what the recording rules call it."""
+
+    title: str
+    meaning: str
+    share: float
+    sli: str
+
+    def good(self) -> str:
+        """The share of good events over the period; all were good if there were none."""
+        return f"1 - ({self._bad(PERIOD)})"
+
+    def left(self) -> str:
+        """What is left of the error budget of the period: 1 if nothing is used, below 0 if it is overdrawn."""
+        return f"1 - ({self._bad(PERIOD)}) / {self._allowed}"
+
+    def burn(self, over: str) -> str:
+        """How many times faster than it may the budget is used; 1 uses it up just at the end of the period."""
+        return f"({self._bad(over)}) / {self._allowed}"
+
+    def panels(self) -> Iterable[Panel]:
+        """The promise, what is left of its budget, and how that burns away: one line of a dashboard."""
+        promise = f"Promised over 30 days: {100 * self.share:g}% of {self.meaning}."
+        yield figure(
+            f"{self.title}: good",
+            f"{promise} Yellow where that is missed, red where by as much again.",
+            SHARE,
+            {"good": self.good()},
+            width=QUARTER,
+            steps=falling(2 * self.share - 1, self.share),
+            decimals=3,
+        ).height(5)
+        yield (
+            figure(
+                f"{self.title}: budget left",
+                f"{promise} How much of what that allows to go wrong is left; below a quarter, put off what is"
+                " risky, and below zero the promise is broken.",
+                SHARE,
+                {"left": self.left()},
+                width=QUARTER,
+                steps=falling(0, 0.25),
+                decimals=1,
+            )
+            .min(-1)
+            .height(5)
+        )
+        yield graph(
+            f"{self.title}: burn rate",
+            f"{promise} 1 uses the budget up just at the end of the period. Worry when both lines are above 6, and drop"
+            " everything else when both are above 14.4: then a fiftieth of the budget goes within the hour.",
+            COUNT,
+            {FAST: self.burn(FAST), SLOW: self.burn(SLOW)},
+            steps=rising(6, 14.4),
+        ).height(5)
+
+    @property
+    def _allowed(self) -> str:
+        return f"{1 - self.share:.4g}"
+
+    def _bad(self, over: str) -> str:
+        """The share of bad events, of the worst gateway if there are several; 0 where there were no events."""
+        ratio = f"namespace_sli:gateway_sli_bad_requests_per_requests:ratio_rate{over}"
+        of_this = series(ratio, f'sli="{self.sli}"')
+        return or_zero(f"max({of_this} >= 0)")
+
+
+OBJECTIVES = (
+    Objective(
+        "Availability",
+        "the tenants' requests are answered without a fault (a status of 500 or more), whoever is to blame",
+        0.999,
+        "availability",
+    ),
+    Objective(
+        "Submissions",
+        "the submissions are answered within 10 seconds, the upload to the vendor included",
+        0.95,
+        "submission-latency",
+    ),
+    Objective(
+        "Reads",
+        "all other requests that do not wait on purpose are answered within 250 milliseconds",
+        0.99,
+        "read-latency",
+    ),
+)

@@ -1,0 +1,180 @@
+"""The few kinds of panel that the dashboards consist of, each with all that makes it readable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from grafana_foundation_sdk.builders import bargauge, common, dashboard, prometheus, stat, statetimeline, timeseries
+from grafana_foundation_sdk.models import units
+from grafana_foundation_sdk.models.common import (
+    BarGaugeDisplayMode,
+    BigValueColorMode,
+    BigValueGraphMode,
+    GraphThresholdsStyleMode,
+    LegendDisplayMode,
+    LegendPlacement,
+    SortOrder,
+    StackingMode,
+    TooltipDisplayMode,
+    VisibilityMode,
+    VizOrientation,
+)
+from grafana_foundation_sdk.models.dashboard import (
+    DataSourceRef,
+    DynamicConfigValue,
+    FieldColorModeId,
+    Threshold,
+    ThresholdsMode,
+    ValueMap,
+    ValueMappingResult,
+)
+from grafana_foundation_sdk.models.prometheus import QueryEditorMode
+
+SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+
+COUNT = units.Short
+PER_SECOND = units.RequestsPerSecond
+PER_MINUTE = units.CountsPerMinute
+SECONDS = units.Seconds
+DAYS = units.Days
+BYTES = units.BytesIEC
+SHARE = units.PercentUnit
+YUAN = "prefix:¥"
+"""Grafana has no unit for yuan; with a prefix of our own an amount is also shown in full, not in thousands."""
+
+SIXTH, QUARTER, THIRD, HALF = 4, 6, 8, 12
+"""Widths of panels, of the 24 columns of a dashboard."""
+_HIGH = 8
+_LOW = 4
+_LIMIT = "/(limit|floor)$/"
+
+Panel = timeseries.Panel | stat.Panel | bargauge.Panel | statetimeline.Panel
+Queries = Mapping[str, str]
+"""Queries by the legend of what they find; a legend that ends in `limit` or `floor` is drawn as such."""
+Steps = tuple[tuple[float | None, str], ...]
+"""From which value on which colour holds; None is below all values."""
+
+_P = TypeVar("_P", timeseries.Panel, stat.Panel, bargauge.Panel, statetimeline.Panel)
+
+
+def rising(worry: float, alarm: float) -> Steps:
+    """Green, yellow from `worry` on, and red from `alarm` on."""
+    return (None, "green"), (worry, "yellow"), (alarm, "red")
+
+
+def falling(alarm: float, worry: float) -> Steps:
+    """Red below `alarm`, yellow below `worry`, then green."""
+    return (None, "red"), (alarm, "yellow"), (worry, "green")
+
+
+PLAIN: Steps = ((None, "green"),)
+ANY_IS_BAD: Steps = ((None, "green"), (1, "red"))
+
+
+def graph(
+    title: str,
+    text: str,
+    unit: str,
+    queries: Queries,
+    *,
+    width: int = HALF,
+    steps: Steps = PLAIN,
+    stacked: bool = False,
+    most: float | None = None,
+    empty: str = "",
+) -> timeseries.Panel:
+    """Lines over time, from zero up; beyond the first of the steps there are dashed lines."""
+    panel = _panel(timeseries.Panel(), title, text, unit, queries, width, steps, empty).height(_HIGH).min(0)
+    panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC))
+    panel.legend(_legend()).tooltip(_tooltip()).show_points(VisibilityMode.NEVER).fill_opacity(8).line_width(1)
+    if len(steps) > 1:
+        panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(GraphThresholdsStyleMode.DASHED))
+    if stacked:
+        panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(40)
+    if most is not None:
+        panel.max(most)
+    if any(legend.endswith(("limit", "floor")) for legend in queries):
+        dashes = DynamicConfigValue("custom.lineStyle", {"fill": "dash", "dash": [8, 8]})
+        panel.override_by_regexp(_LIMIT, [dashes, DynamicConfigValue("custom.fillOpacity", 0)])
+    return panel
+
+
+def figure(
+    title: str,
+    text: str,
+    unit: str,
+    queries: Queries,
+    *,
+    width: int = SIXTH,
+    steps: Steps = PLAIN,
+    decimals: int | None = None,
+    empty: str = "",
+) -> stat.Panel:
+    """The latest value, large, on the colour that it has by the steps."""
+    panel = _panel(stat.Panel(), title, text, unit, queries, width, steps, empty).height(_LOW).min(0)
+    panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
+    panel.reduce_options(_last()).graph_mode(BigValueGraphMode.NONE)
+    panel.color_mode(BigValueColorMode.VALUE if steps == PLAIN else BigValueColorMode.BACKGROUND)
+    if decimals is not None:
+        panel.decimals(decimals)
+    return panel
+
+
+def bars(
+    title: str,
+    text: str,
+    unit: str,
+    queries: Queries,
+    *,
+    width: int = HALF,
+    steps: Steps = PLAIN,
+    most: float | None = None,
+    empty: str = "",
+) -> bargauge.Panel:
+    """The latest values side by side, to be compared."""
+    panel = _panel(bargauge.Panel(), title, text, unit, queries, width, steps, empty).height(_HIGH).min(0)
+    panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
+    panel.reduce_options(_last()).orientation(VizOrientation.HORIZONTAL).display_mode(BarGaugeDisplayMode.BASIC)
+    if most is not None:
+        panel.max(most)
+    return panel
+
+
+def states(
+    title: str, text: str, queries: Queries, names: Mapping[int, tuple[str, str]], *, width: int = HALF
+) -> statetimeline.Panel:
+    """Which state held when, by the numbers that stand for the states: their names and colours."""
+    panel = _panel(statetimeline.Panel(), title, text, units.NoUnit, queries, width, PLAIN, "").height(_HIGH)
+    results = {str(each): ValueMappingResult(*names[each], index=place) for place, each in enumerate(names)}
+    panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS)).mappings([ValueMap(results)])
+    panel.fill_opacity(70).line_width(0)
+    return panel.legend(_legend()).tooltip(_tooltip()).show_value(VisibilityMode.NEVER).merge_values(merge_values=True)
+
+
+def _panel(panel: _P, title: str, text: str, unit: str, queries: Queries, width: int, steps: Steps, empty: str) -> _P:
+    """What all panels have; only lines and states need more than the latest value of a query."""
+    past = isinstance(panel, timeseries.Panel | statetimeline.Panel)
+    panel.title(title).description(text).datasource(SOURCE).unit(unit).span(width)
+    thresholds = [Threshold(value, colour) for value, colour in steps]
+    panel.thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(thresholds))
+    for place, (legend, expression) in enumerate(queries.items()):
+        query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(chr(ord("A") + place))
+        query.editor_mode(QueryEditorMode.CODE)
+        panel.with_target((query.range() if past else query.instant()).datasource(SOURCE))
+    if empty:
+        panel.no_value(empty)
+    return panel
+
+
+def _legend() -> common.VizLegendOptions:
+    legend = common.VizLegendOptions().show_legend(show_legend=True).calcs([])
+    return legend.display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
+
+
+def _tooltip() -> common.VizTooltipOptions:
+    return common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.DESCENDING)
+
+
+def _last() -> common.ReduceDataOptions:
+    return common.ReduceDataOptions().calcs(["lastNotNull"]).fields("").values(values=False)

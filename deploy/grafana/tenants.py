@@ -1,0 +1,217 @@
+"""Who spends what, and who is about to be stopped by a limit."""
+
+from __future__ import annotations
+
+from deploy.grafana.boards import Board, Row, Variable
+from deploy.grafana.panels import (
+    COUNT,
+    PER_MINUTE,
+    QUARTER,
+    SECONDS,
+    SHARE,
+    THIRD,
+    YUAN,
+    bars,
+    figure,
+    graph,
+    rising,
+)
+from deploy.grafana.queries import latest, or_zero_of_ledger, per_hour, per_minute, series
+
+_TENANT = 'tenant=~"$tenant"'
+_NO_LIMITS = "No tenant has a limit"
+_SPENT = "gateway_tenant_spent_yuan"
+_EXACT = "Exact, from the ledger, refunds taken off; calendar time in UTC."
+_PACE = (
+    "Counted by the processes when tasks end, so only a pace: a restart begins anew, and the exact sums are in the row"
+    " above."
+)
+
+
+def _quota(name: str, *where: str) -> str:
+    return latest(f"gateway_quota_{name}", "tenant", "policy", where=(_TENANT, *where))
+
+
+def _burn() -> str:
+    return f"({_quota('used')} + {_quota('reserved')}) / ({_quota('limit')} > 0)"
+
+
+def _runs_out(window: str, over: str, before: str) -> str:
+    """In how many seconds the limits of a window are reached at the pace of late, where that is before they reset."""
+    where = f'policy=~"{window}-.*"'
+    left = f"clamp_min({_quota('limit', where)} - {_quota('used', where)} - {_quota('reserved', where)}, 0)"
+    used = series("gateway_quota_used", _TENANT, where)
+    pace = f"max by (tenant, policy) (deriv({used}[{over}]))"
+    return f"{left} / ({pace} > 0) < {before}"
+
+
+_RUNS = (
+    ("hour", "10m", "3600 - time() % 3600"),
+    ("day", "1h", "86400 - time() % 86400"),
+    ("month", "6h", "(scalar(days_in_month()) + 1 - scalar(day_of_month())) * 86400 - time() % 86400"),
+    ("total", "6h", "30 * 86400"),
+)
+"""Windows, over which time their pace is taken, and the seconds until they reset."""
+
+
+def _spent(window: str) -> str:
+    """What all chosen tenants have spent in the current window; zero if the ledger says of none that it has."""
+    return or_zero_of_ledger(f"sum({_per_tenant(window)})")
+
+
+def _per_tenant(window: str) -> str:
+    return latest(_SPENT, "tenant", where=(_TENANT, f'window="{window}"'))
+
+
+_QUOTA = Row(
+    "Quota",
+    (
+        bars(
+            "How full each limit is",
+            "Used and reserved, as a share of the limit, by tenant and policy. At 100% the tenant gets 429 until the"
+            " window resets; raise the limit before, or let it stop where that is what it is for.",
+            SHARE,
+            {"{{tenant}} {{policy}}": f"topk(20, {_burn()})"},
+            steps=rising(0.8, 0.95),
+            most=1,
+            empty=_NO_LIMITS,
+        ),
+        graph(
+            "How full each limit was",
+            "Used and reserved as a share of the limit, over time. Windows fall back to zero when they reset; a line"
+            " that reaches 100% day after day is a limit that no longer fits.",
+            SHARE,
+            {"{{tenant}} {{policy}}": _burn()},
+            steps=rising(0.8, 0.95),
+            empty=_NO_LIMITS,
+        ),
+        graph(
+            "Limits that run out before they reset",
+            "In how long a limit is reached at the pace of late: of the last 10 minutes for an hour's limit, of the"
+            " last hour for a day's, of the last 6 hours for a month's and for a total. Only what runs out before its"
+            " window resets is shown, and of totals what does within 30 days. Just after a reset the pace is not"
+            " known yet.",
+            SECONDS,
+            {"{{tenant}} {{policy}}": " or ".join(_runs_out(*each) for each in _RUNS)},
+            empty="No limit runs out at this pace",
+        ),
+        graph(
+            "Denials",
+            "Submissions a minute that were refused, by tenant and the policy that refused; `balance` is that no"
+            " account could pay, which is ours to mend. A tenant that stays here retries without heeding Retry-After.",
+            PER_MINUTE,
+            {"{{tenant}} {{policy}}": per_minute("gateway_quota_denials_total", "tenant", "policy", where=(_TENANT,))},
+        ),
+    ),
+)
+
+_SPENDING = Row(
+    "Spent (exact)",
+    (
+        figure(
+            "Tenants",
+            "Tenants that the gateway knows, chosen or not. Worry when it falls: their tokens are refused.",
+            COUNT,
+            {"tenants": or_zero_of_ledger(latest("gateway_tenants"))},
+            width=QUARTER,
+        ),
+        *(
+            figure(
+                title,
+                f"Money that the chosen tenants have spent {text}. {_EXACT} Worry when it is more than"
+                " is meant to be spent, whatever the limits say.",
+                YUAN,
+                {"spent": _spent(window)},
+                width=QUARTER,
+                decimals=2,
+            )
+            for title, text, window in (
+                ("Today", "since midnight", "day"),
+                ("This month", "since the first of the month", "month"),
+                ("In total", "ever", "total"),
+            )
+        ),
+        *(
+            bars(
+                f"{title} by tenant",
+                f"The 15 tenants that spent the most {text}. {_EXACT} Worry about one that is not usually here.",
+                YUAN,
+                {"{{tenant}}": or_zero_of_ledger(f"topk(15, {_per_tenant(window)})", "tenant")},
+            )
+            for title, text, window in (("Today", "today", "day"), ("This month", "this month", "month"))
+        ),
+    ),
+)
+
+_PACES = Row(
+    "Pace",
+    (
+        graph(
+            "Money by tenant",
+            f"Yuan an hour that ended tasks took. {_PACE} Worry about a step up that nobody announced.",
+            YUAN,
+            {"{{tenant}}": per_hour("gateway_spent_yuan_total", "tenant", where=(_TENANT,))},
+            stacked=True,
+        ),
+        graph(
+            "Money by kind",
+            f"Yuan an hour that ended tasks of each kind took. {_PACE} Worry when a kind costs more while there are no"
+            " more tasks of it: the vendor has raised its price.",
+            YUAN,
+            {"{{kind}}": per_hour("gateway_spent_yuan_total", "kind", where=(_TENANT,))},
+            stacked=True,
+        ),
+        graph(
+            "Prepaid uses by tenant",
+            f"Prepaid uses an hour that ended tasks took; while there are some left, tasks cost these and no money."
+            f" {_PACE} Worry about a step up that nobody announced.",
+            COUNT,
+            {"{{tenant}}": per_hour("gateway_spent_uses_total", "tenant", where=(_TENANT,))},
+            stacked=True,
+        ),
+        graph(
+            "Prepaid uses by kind",
+            f"Prepaid uses an hour that ended tasks of each kind took. {_PACE} Worry when they end sooner than"
+            " planned.",
+            COUNT,
+            {"{{kind}}": per_hour("gateway_spent_uses_total", "kind", where=(_TENANT,))},
+            stacked=True,
+        ),
+        graph(
+            "Tasks submitted",
+            "Accepted tasks a minute by tenant. Worry when a tenant sends much more, or nothing, without having said"
+            " so.",
+            PER_MINUTE,
+            {"{{tenant}}": per_minute("gateway_tasks_submitted_total", "tenant", where=(_TENANT,))},
+            width=THIRD,
+            stacked=True,
+        ),
+        graph(
+            "Receipts by basis",
+            "How the cost of ended tasks is known, of all tenants: seen in the balance, estimated from an earlier price"
+            " where tasks overlapped, or unknown. Many unknown ones: the vendor has ceased to tell its balance.",
+            PER_MINUTE,
+            {"{{basis}}": per_minute("gateway_receipts_total", "basis")},
+            width=THIRD,
+            stacked=True,
+        ),
+        graph(
+            "Idempotent replays",
+            "Submissions a minute, of all tenants, that repeated a key and were answered without paying again. Some are"
+            " clients that retry as they should; a lot is a client in a loop.",
+            PER_MINUTE,
+            {"replays": per_minute("gateway_idempotent_replays_total")},
+            width=THIRD,
+        ),
+    ),
+)
+
+TENANTS = Board(
+    "tenants",
+    "tenants and spend",
+    "Who spends what, how full their limits are, and when they run out. Tenants beyond the first 200 are together"
+    " as `other`.",
+    (_QUOTA, _SPENDING, _PACES),
+    variables=(Variable("tenant", "gateway_tenant_spent_yuan", "Which tenants to show."),),
+    since="now-24h",
+)

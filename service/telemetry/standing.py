@@ -1,0 +1,208 @@
+"""What the ledger says of all tenants and accounts, in the metrics: the same in every process, and not added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from msgspec import Struct
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service.domain.account import AccountState, Status
+from service.domain.backlog import Backlog
+from service.domain.tenancy import AccountPolicy
+
+_FEN = 100
+
+
+class QuotaStanding(Struct, frozen=True):
+    """How a policy of a tenant stands, in tasks, yuan, or tasks that are active."""
+
+    tenant: str
+    policy: str
+    unit: str
+    used: float
+    reserved: float
+    limit: float
+
+
+class AccountStanding(Struct, frozen=True):
+    """How an account stands at `now`, in milliseconds of the ledger's clock."""
+
+    name: str
+    policy: AccountPolicy
+    state: AccountState
+    now: int
+
+
+class Seen(Struct, frozen=True, kw_only=True):
+    """The ledger at one moment. Active tasks by tenant and kind, spent money (fen) by tenant and window."""
+
+    tenants: int
+    quotas: Sequence[QuotaStanding]
+    active: Mapping[tuple[str, str], int]
+    spent: Mapping[tuple[str, str], int]
+    accounts: Sequence[AccountStanding]
+    watch: Backlog
+    webhooks: Backlog
+    webhooks_failed: int
+
+
+class Standing(Collector):
+    """Shows the ledger as it was last seen; without that it shows that it could not be."""
+
+    def __init__(self) -> None:
+        self._seen: Seen | None = None
+
+    def show(self, seen: Seen | None) -> None:
+        """Show this from now on; None if the ledger can't be read."""
+        self._seen = seen
+
+    def describe(self) -> Iterable[Metric]:
+        """All families, without values."""
+        return [
+            _up(up=False),
+            *_of_tenants(0, (), {}, {}),
+            *_of_accounts(()),
+            *_of_queues(Backlog(0, 0), Backlog(0, 0), 0),
+        ]
+
+    def collect(self) -> Iterable[Metric]:
+        """What was seen."""
+        seen = self._seen
+        yield _up(up=seen is not None)
+        if seen:
+            yield from _of_tenants(seen.tenants, seen.quotas, seen.active, seen.spent)
+            yield from _of_accounts(seen.accounts)
+            yield from _of_queues(seen.watch, seen.webhooks, seen.webhooks_failed)
+
+
+def _up(*, up: bool) -> Metric:
+    text = "1 if the ledger could be read for this scrape; what is read from it is not there otherwise."
+    return GaugeMetricFamily("gateway_ledger_up", text, value=float(up))
+
+
+def _of_tenants(
+    tenants: int,
+    quotas: Sequence[QuotaStanding],
+    active: Mapping[tuple[str, str], int],
+    spent: Mapping[tuple[str, str], int],
+) -> Iterable[Metric]:
+    yield GaugeMetricFamily("gateway_tenants", "Tenants of the gateway.", value=tenants)
+    policy = ("tenant", "policy", "unit")
+    used = GaugeMetricFamily(
+        "gateway_quota_used",
+        "What of a limit is used, by tenant, policy and unit (tasks, yuan, active).",
+        labels=policy,
+    )
+    reserved = GaugeMetricFamily(
+        "gateway_quota_reserved",
+        "What of a limit is held for tasks that run, by tenant, policy and unit.",
+        labels=policy,
+    )
+    limit = GaugeMetricFamily("gateway_quota_limit", "The limits, by tenant, policy and unit.", labels=policy)
+    for each in quotas:
+        labels = (each.tenant, each.policy, each.unit)
+        used.add_metric(labels, each.used)
+        reserved.add_metric(labels, each.reserved)
+        limit.add_metric(labels, each.limit)
+    yield from (used, reserved, limit)
+    running = GaugeMetricFamily(
+        "gateway_tasks_active",
+        "Tasks that were reserved and have not ended, by tenant and kind.",
+        labels=("tenant", "kind"),
+    )
+    for of_kind, tasks in active.items():
+        running.add_metric(of_kind, tasks)
+    yield running
+    money = GaugeMetricFamily(
+        "gateway_tenant_spent_yuan",
+        "Money spent in the current window (day, month, total), by tenant, refunds taken off.",
+        labels=("tenant", "window"),
+    )
+    for of_window, fen in spent.items():
+        money.add_metric(of_window, fen / _FEN)
+    yield money
+
+
+def _of_accounts(accounts: Sequence[AccountStanding]) -> Iterable[Metric]:
+    def gauge(name: str, text: str, values: Iterable[tuple[str, float | None]]) -> Metric:
+        family = GaugeMetricFamily(f"gateway_account_{name}", text, labels=("account",))
+        for account, value in values:
+            if value is not None:
+                family.add_metric((account,), value)
+        return family
+
+    def total(name: str, text: str, values: Iterable[tuple[str, float]]) -> Metric:
+        family = CounterMetricFamily(f"gateway_account_{name}", text, labels=("account",))
+        for account, value in values:
+            family.add_metric((account,), value)
+        return family
+
+    yield gauge("remaining_uses", "Prepaid uses left, as last seen.", ((a.name, _uses(a)) for a in accounts))
+    yield gauge("remaining_yuan", "Money left, as last seen.", ((a.name, _money(a)) for a in accounts))
+    yield gauge("floor_uses", "Prepaid uses that shall stay.", ((a.name, a.policy.floor_count) for a in accounts))
+    yield gauge("floor_yuan", "Money that shall stay.", ((a.name, a.policy.floor_money / _FEN) for a in accounts))
+    yield gauge(
+        "since_seen_seconds", "How long ago the balance was last seen.", ((a.name, _since_seen(a)) for a in accounts)
+    )
+    yield gauge(
+        "open_submissions",
+        "Submissions that were reserved and have not ended.",
+        ((a.name, a.state.open) for a in accounts),
+    )
+    yield gauge(
+        "unknown_submissions", "Submissions whose outcome is unknown.", ((a.name, a.state.unknown) for a in accounts)
+    )
+    yield total(
+        "unexplained_uses",
+        "Prepaid uses that were taken, but by no task of the gateway.",
+        ((a.name, a.state.unexplained_count) for a in accounts),
+    )
+    yield total(
+        "unexplained_yuan",
+        "Money that was taken, but by no task of the gateway.",
+        ((a.name, a.state.unexplained_money / _FEN) for a in accounts),
+    )
+    states = GaugeMetricFamily(
+        "gateway_account_state",
+        f"1 for the state an account is in ({', '.join(Status)}), 0 for the others.",
+        labels=("account", "state"),
+    )
+    for each in accounts:
+        for status in Status:
+            states.add_metric((each.name, status.value), float(each.state.status is status))
+    yield states
+
+
+def _of_queues(watch: Backlog, webhooks: Backlog, failed: int) -> Iterable[Metric]:
+    yield GaugeMetricFamily("gateway_watch_tasks", "Tasks that are watched.", value=watch.length)
+    yield GaugeMetricFamily(
+        "gateway_watch_overdue_seconds",
+        "For how long the first check that nobody took has been due; 0 if none is.",
+        value=watch.overdue / 1000,
+    )
+    yield GaugeMetricFamily(
+        "gateway_webhook_receivers", "Receivers that something is to be delivered to.", value=webhooks.length
+    )
+    yield GaugeMetricFamily(
+        "gateway_webhook_overdue_seconds",
+        "For how long the first delivery that nobody took has been due; 0 if none is.",
+        value=webhooks.overdue / 1000,
+    )
+    yield GaugeMetricFamily(
+        "gateway_webhooks_failed", "Deliveries that were given up in the last 30 days.", value=failed
+    )
+
+
+def _uses(account: AccountStanding) -> float | None:
+    return account.state.count.value if account.state.count else None
+
+
+def _money(account: AccountStanding) -> float | None:
+    return account.state.money.value / _FEN if account.state.money else None
+
+
+def _since_seen(account: AccountStanding) -> float | None:
+    received = [each.received for each in (account.state.count, account.state.money) if each]
+    return max(account.now - max(received), 0) / 1000 if received else None

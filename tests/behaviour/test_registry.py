@@ -1,0 +1,308 @@
+"""The registry as one document: read, and made what is sent."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+import structlog
+from httpx2 import Response
+
+from tests.behaviour.aftermath import problem
+from tests.behaviour.house import ADMIN_TOKEN, USER_KEY, House, house_of_fakes
+
+KEY = "a-key-of-the-registry-0123"
+HOOK = "whsec_" + base64.b64encode(b"s" * 32).decode()
+FULL: dict[str, Any] = {
+    "accounts": {
+        "main": {
+            "user_key": {"env": "MAIN_KEY", "value": KEY},
+            "base_url": "http://127.0.0.1:9",
+            "floor_count": 2,
+            "floor_money": 0.5,
+            "max_price": {"upscale": 1.25},
+        },
+        "spare": {"user_key": {"file": "spare.key", "value": KEY + "-2"}},
+    },
+    "tenants": {
+        "shop": {
+            "accounts": ["spare", "main"],
+            "limits": [{"window": "day", "tasks": 5, "money": None}],
+            "max_active": 4,
+            "purse": "count_only",
+            "kinds": ["upscale"],
+            "disabled": True,
+            "webhook": {
+                "url": "https://hooks.example/a",
+                "allow": ["10.0.0.0/8"],
+                "secret": {"env": "HOOK", "value": HOOK},
+            },
+            "tokens": {"0123456789ab": {"sha256": "ab" * 32, "label": "a label", "expires_at": "2100-01-01T00:00:00Z"}},
+        },
+    },
+}
+
+
+async def registry(house: House) -> Response:
+    """The registry as it is."""
+    answer = await house.admin("GET", "/registry")
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+async def put(house: House, document: Any, tag: str) -> Response:
+    """Make the registry what is sent, if it is of a version."""
+    headers = {"Authorization": f"Bearer {ADMIN_TOKEN}", "If-Match": tag}
+    return await house.http.put(f"{house.ops_url}/admin/v1/registry", json=document, headers=headers)
+
+
+async def apply(house: House, document: Any, query: str = "") -> dict[str, Any]:
+    """Make the registry what is sent; what that changed."""
+    answer = await house.admin("PUT", f"/registry{query}", json=document)
+    assert answer.status_code == 200, answer.text
+    applied: dict[str, Any] = answer.json()
+    return applied
+
+
+async def test_read(house: House) -> None:
+    """The registry is told with ids, hashes of tokens and a version, without secrets, and not to be kept by anybody."""
+    answer = await registry(house)
+    document = answer.json()
+    current = house.services.registry.current
+    assert answer.headers["etag"] == f'"{current.version}"'
+    assert answer.headers["cache-control"] == "no-store"
+    assert document["accounts"] == {"main": {"id": current.accounts["main"].id}}
+    (token,) = current.tokens.values()
+    assert document["tenants"]["shop"]["id"] == current.tenants["shop"].id
+    assert document["tenants"]["shop"]["tokens"][token.id]["sha256"] == token.digest.hex()
+    assert USER_KEY not in answer.text
+    assert house.token not in answer.text
+
+
+async def test_applied(house: House) -> None:
+    """What was sent is what is there then, in one version, and works; ids stay."""
+    before = house.services.registry.current
+    applied = await apply(house, FULL)
+    assert applied["applied"]
+    after = house.services.registry.current
+    assert after.version == before.version + 1
+    assert after.accounts["main"].id == before.accounts["main"].id
+    told = (await registry(house)).json()
+    for token in before.tokens:  # stays, since nobody said `prune`
+        del told["tenants"]["shop"]["tokens"][token]
+    for section in ("accounts", "tenants"):
+        for name, sent in FULL[section].items():
+            known = {key: each for key, each in told[section][name].items() if key in sent}
+            assert _bare(known) == _bare(sent)
+    listed = (await house.admin("GET", "/tenants/shop")).json()
+    assert listed["accounts"] == ["spare", "main"]
+    assert {each["id"] for each in listed["tokens"]} == {"0123456789ab", *before.tokens}
+    problem(await house.submit(), 403, "tenant-disabled")
+
+
+async def test_applied_again(house: House) -> None:
+    """Sent again, or as it is told, it changes nothing and writes nothing."""
+    await apply(house, FULL)
+    version = house.services.registry.current.version
+    told = (await registry(house)).json()
+    for document, query in ((FULL, ""), (told, ""), (told, "?prune=true")):
+        applied = await apply(house, document, query)
+        assert (applied["applied"], applied["differences"], applied["secrets"]) == (False, [], {})
+    assert house.services.registry.current.version == version
+
+
+async def test_dry_run(house: House) -> None:
+    """A dry run tells every difference, before and after, and changes nothing."""
+    await apply(house, FULL)
+    version = house.services.registry.current.version
+    told = (await registry(house)).json()
+    told["accounts"]["main"]["floor_count"] = 3
+    told["accounts"]["main"]["user_key"]["value"] = "quite-another-key"
+    told["tenants"]["shop"] |= {"accounts": ["main"], "kinds": None}
+    told["tenants"]["press"] = {"accounts": ["main"], "webhook": {"url": "https://hooks.example/b"}}
+    del told["accounts"]["spare"]
+    found = await apply(house, told, "?dry_run=true&prune=true")
+    press = {"accounts": ["main"], "webhook": {"url": "https://hooks.example/b"}}
+    assert [list(each.values()) for each in found["differences"]] == [
+        ["accounts.main.floor_count", "changed", 2, 3],
+        ["accounts.main.user_key.value", "changed"],
+        ["accounts.spare", "removed", {"id": _id_of(house, "spare"), "user_key": {"file": "spare.key"}}],
+        ["tenants.press", "added", press],
+        ["tenants.press.webhook.secret.value", "added"],
+        ["tenants.shop.accounts", "changed", ["spare", "main"], ["main"]],
+        ["tenants.shop.kinds", "removed", ["upscale"]],
+    ]
+    assert (found["applied"], found["secrets"], found["kept"]) == (False, {}, [])
+    assert house.services.registry.current.version == version
+
+
+async def test_what_is_not_sent(house: House) -> None:
+    """What is not sent is told and stays, tokens too, and goes with `prune`."""
+    (token,) = house.services.registry.current.tokens
+    document = {"accounts": {"main": {}}, "tenants": {"shop": {"accounts": ["main"]}}}
+    await house.admin("PUT", "/accounts/spare", json={"user_key": KEY})
+    await house.put_tenant("press")
+    applied = await apply(house, document)
+    assert applied["kept"] == ["accounts.spare", "tenants.press", f"tenants.shop.tokens.{token}"]
+    assert (await house.call("GET", "/v1/quota")).status_code == 200
+    applied = await apply(house, document, "?prune=true")
+    assert [each["path"] for each in applied["differences"]] == [
+        "accounts.spare",
+        "tenants.press",
+        "tenants.shop.tokens",
+    ]
+    problem(await house.call("GET", "/v1/quota"), 401, "unauthenticated")
+    current = house.services.registry.current
+    assert (list(current.accounts), list(current.tenants), list(current.tokens)) == (["main"], ["shop"], [])
+
+
+async def test_tasks_that_run(house: House) -> None:
+    """What has tasks running is removed by force only; what stands in the way is told, in a dry run too."""
+    await house.upstream.keep_running()
+    task = (await house.submit()).json()
+    for query in ("?prune=true", "?prune=true&dry_run=true"):
+        answer = await house.admin("PUT", f"/registry{query}", json={})
+        problem(answer, 409, "conflict")
+        assert "1 submissions of accounts.main have not ended; 1 tasks of tenants.shop are active" in answer.text
+    assert "shop" in house.services.registry.current.tenants
+    assert (await house.call("GET", task["links"]["self"])).status_code == 200
+    await apply(house, {}, "?prune=true&force=true")
+    assert house.services.registry.current.tenants == {}
+
+
+@pytest.mark.parametrize("tag", ['"1"', 'W/"3"', "3", '"x"', '"1", "2"'])
+async def test_somebody_was_faster(house: House, tag: str) -> None:
+    """What was made for another version than the newest is refused, and changes nothing."""
+    before = house.services.registry.current
+    answer = await put(house, FULL, tag)
+    problem(answer, 412, "outdated")
+    assert house.services.registry.current is before
+
+
+async def test_nobody_was_faster(house: House) -> None:
+    """What was made for the newest version is carried out, and the answer has the version that comes of it."""
+    tag = (await registry(house)).headers["etag"]
+    answer = await put(house, FULL, f'"0", {tag}')
+    assert answer.status_code == 200
+    assert answer.headers["etag"] == (await registry(house)).headers["etag"] != tag
+    assert (await put(house, FULL, "*")).status_code == 200
+
+
+async def test_somebody_was_faster_within_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry that is changed by another process just before it is written is not overwritten."""
+    async with house_of_fakes() as (house, _, _):
+        store: Any = house.services.registry
+        write = store.write
+
+        async def forestalled(change: Any) -> bool:
+            monkeypatch.undo()
+            await write(type(change)(version=change.version, next_id=change.next_id))
+            return bool(await write(change))
+
+        monkeypatch.setattr(store, "write", forestalled)
+        answer = await house.admin("PUT", "/registry", json=FULL)
+        problem(answer, 412, "outdated")
+        assert list(house.services.registry.current.accounts) == ["main"]
+
+
+async def test_all_or_nothing(house: House) -> None:
+    """One fault, and nothing is changed; all of them are told, with where they are."""
+    before = house.services.registry.current
+    document: dict[str, Any] = {
+        "accounts": {"new": {}, "main": {"floor_money": 0.001, "user_key": {"value": "with blanks"}}},
+        "tenants": {"shop": {"accounts": ["main"], "limits": [{"window": "day"}]}, "fine": {"accounts": ["main"]}},
+    }
+    answer = await house.admin("PUT", "/registry", json=document)
+    problem(answer, 422, "invalid-options")
+    assert [each["field"] for each in answer.json()["errors"]] == [
+        "accounts.main.user_key",
+        "accounts.main.floor_money",
+        "tenants.shop.limits[0]",
+    ]
+    assert "with blanks" not in answer.text
+    document |= {"accounts": {"new": {}}, "tenants": {"shop": {"accounts": ["mian"]}}}
+    answer = await house.admin("PUT", "/registry", json=document)
+    assert [each["field"] for each in answer.json()["errors"]] == ["accounts.new.user_key", "tenants.shop.accounts[0]"]
+    problem(await house.admin("PUT", "/registry", json={"accounts": {"main": {"x": 1}}}), 422, "invalid-options")
+    problem(await house.admin("PUT", "/registry?prune=maybe", json={}), 422, "invalid-options")
+    problem(await house.admin("PUT", "/registry", content=b"{"), 400, "malformed-request")
+    assert house.services.registry.current is before
+
+
+async def test_secret_that_is_made(house: House) -> None:
+    """A webhook without a secret gets one, which is shown this once and kept from then on."""
+    document: dict[str, Any] = {
+        "tenants": {"shop": {"accounts": ["main"], "webhook": {"url": "https://hooks.example"}}}
+    }
+    applied = await apply(house, document)
+    assert applied["secrets"]["shop"].startswith("whsec_")
+    document["tenants"]["shop"]["max_active"] = 3
+    assert (await apply(house, document))["secrets"] == {}
+
+
+async def test_commands_and_references(house: House) -> None:
+    """Where a secret is stays known for as long as it is that secret, and not when a command has set another one."""
+    await apply(house, FULL)
+    await house.admin("PUT", "/accounts/main", json={"floor_count": 1})
+    await house.put_tenant(webhook={"url": "https://hooks.example/a"})
+    told = (await registry(house)).json()
+    assert told["accounts"]["main"]["user_key"] == {"env": "MAIN_KEY"}
+    assert told["tenants"]["shop"]["webhook"]["secret"] == {"env": "HOOK"}
+    await house.admin("PUT", "/accounts/main", json={"user_key": "of-a-command"})
+    await house.admin("POST", "/tenants/shop/webhook-secret")
+    told = (await registry(house)).json()
+    assert "user_key" not in told["accounts"]["main"]
+    assert "secret" not in told["tenants"]["shop"]["webhook"]
+
+
+async def test_account_that_may_pay_again(house: House) -> None:
+    """An exhausted account that gets another key is looked at again, one that stays as it was is not."""
+    await house.upstream.set_balance(count=1, money=0)
+    await house.finished((await house.submit()).json()["id"])
+    spent = (await house.admin("GET", "/accounts/main")).json()["state"]
+    await apply(house, {"accounts": {"main": {"user_key": {"value": USER_KEY}, "max_price": {"upscale": 1}}}})
+    assert (await house.admin("GET", "/accounts/main")).json()["state"] == spent == "exhausted"
+    await apply(house, {"accounts": {"main": {"user_key": {"value": KEY}}}})
+    assert (await house.admin("GET", "/accounts/main")).json()["state"] == "open"
+
+
+async def test_logged_without_secrets(house: House) -> None:
+    """What is changed is logged, each owner and token with what it now is, and no secret in any log line or answer."""
+    with structlog.testing.capture_logs() as logged:
+        answers = [
+            await house.admin("PUT", "/registry", json=FULL),
+            await house.admin("PUT", "/registry?dry_run=true&prune=true", json={}),
+            await house.admin("PUT", "/registry", json={"accounts": {"main": {"user_key": {"value": [KEY]}}}}),
+            await house.admin("PUT", "/registry?prune=true", json={}),
+            await registry(house),
+        ]
+    assert [each.status_code for each in answers] == [200, 200, 422, 200, 200]
+    events = [each for each in logged if each["event"] != "request"]
+    names = [
+        (each["event"], each.get("account") or each.get("tenant") or each.get("removed_tenants")) for each in events
+    ]
+    assert names == [
+        ("registry.apply", []),
+        ("account.put", "main"),
+        ("account.put", "spare"),
+        ("tenant.put", "shop"),
+        ("token.put", "shop"),
+        ("registry.apply", ["shop"]),
+    ]
+    assert events[1]["policy"]["floor_count"] == 2
+    assert events[3]["webhook"] == {"url": "https://hooks.example/a", "allow": ("10.0.0.0/8",), "key_given": True}
+    for secret in (KEY, HOOK, USER_KEY, house.token):
+        assert secret not in repr(logged)
+        assert not any(secret in each.text for each in answers)
+
+
+def _id_of(house: House, account: str) -> int:
+    return house.services.registry.current.accounts[account].id
+
+
+def _bare(value: Any) -> Any:
+    """What is told of what was sent: without secrets, and without when a token was made, which was not said."""
+    if isinstance(value, dict):
+        return {key: _bare(each) for key, each in value.items() if key not in {"value", "created_at"}}
+    return value

@@ -1,0 +1,153 @@
+"""What a file restores when a store has lost what it had, and no process remembers it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+from httpx2 import AsyncClient
+
+from service.app import create_app, create_ops_app
+from service.sandbox.accounts import Balance
+from service.sandbox.app import SandboxConfig
+from service.sandbox.server import running
+from service.settings import Settings
+from service.storage.connect import connect
+from service.storage.keys import Keys
+from service.wiring import assembled
+from tests.behaviour.aftermath import problem
+from tests.behaviour.house import ADMIN_TOKEN, ENVIRONMENT, USER_KEY, House, SandboxControl
+from tests.behaviour.spent import all_usage
+from tests.cli.conftest import Shell
+from tests.support.serving import serving
+from tests.support.valkey import Valkey
+
+FIRST = """
+[accounts.main]
+user_key = { env = "MAIN_USER_KEY" }
+
+[tenants.shop]
+accounts = ["main"]
+limits = [{ window = "total", tasks = 10 }]
+webhook = { url = "https://hooks.example/", secret = { file = "hook.secret" } }
+
+[tenants.press]
+accounts = ["main"]
+"""
+
+
+class World:
+    """A store, a sandbox, a folder with secrets, and one process of a gateway after another."""
+
+    def __init__(self, valkey: Valkey, upstream: str, control: SandboxControl, folder: Path) -> None:
+        self._valkey = valkey
+        self._upstream = upstream
+        self._control = control
+        self.file = folder / "registry.toml"
+        (folder / "hook.secret").write_text("whsec_" + "c" * 40)
+
+    @asynccontextmanager
+    async def process(self) -> AsyncIterator[Shell]:
+        """A process that knows nothing but what is in the store."""
+        where = {"GATEWAY_REDIS_URL": self._valkey.url, "GATEWAY_UPSTREAM_URL": self._upstream}
+
+        async def pass_time(_: float) -> None:
+            raise AssertionError("time only passes by itself here")
+
+        async with (
+            assembled(Settings.load(ENVIRONMENT | where)) as services,
+            serving(create_app(services)) as url,
+            serving(create_ops_app(services)) as ops_url,
+            AsyncClient(timeout=30, trust_env=False) as http,
+        ):
+            address = urlsplit(ops_url)
+            yield Shell(
+                House(url, ops_url, http, services, self._control, pass_time),
+                {
+                    "GATEWAY_OPS_HOST": str(address.hostname),
+                    "GATEWAY_OPS_PORT": str(address.port),
+                    "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
+                    "MAIN_USER_KEY": USER_KEY,
+                },
+            )
+
+    async def lose(self, *keys: str) -> None:
+        """Let the store lose some keys, or everything."""
+        connections = connect(self._valkey.url, timeout=5)
+        client: Any = connections.commands
+        await (client.delete(*keys) if keys else client.flushall())
+        await connections.aclose()
+
+    async def apply(self, shell: Shell) -> str:
+        """Apply the file; what is printed."""
+        return (await shell.run("apply", str(self.file))).stdout
+
+
+@asynccontextmanager
+async def world(valkey: Valkey, folder: Path) -> AsyncIterator[World]:
+    """An empty world."""
+    config = SandboxConfig(accounts={USER_KEY: Balance(count=10, money=0)}, seconds=0)
+    with structlog.testing.capture_logs():
+        async with running(config) as sandbox:
+            found = World(valkey, sandbox.url, SandboxControl(sandbox.control), folder)
+            await found.lose()
+            yield found
+
+
+async def furnished(found: World, shell: Shell) -> dict[str, str]:
+    """Two tenants, of which one has had a task; their tokens. The file is what was exported then."""
+    found.file.write_text(FIRST)
+    await found.apply(shell)
+    tokens = {name: (await shell.run("token", "create", name)).stdout.strip() for name in ("shop", "press")}
+    found.file.write_text((await shell.run("export")).stdout)
+    return tokens
+
+
+async def test_everything_lost(valkey: Valkey, tmp_path: Path) -> None:
+    """From the file alone tokens are valid again, tasks belong to whom they did, and what is spent is counted apart."""
+    async with world(valkey, tmp_path) as found:
+        async with found.process() as shell:
+            tokens = await furnished(found, shell)
+            task = (await shell.house.submit(token=tokens["shop"])).json()
+            await shell.house.upstream.idle()
+        await found.lose()
+        async with found.process() as shell:
+            problem(await shell.house.call("GET", "/v1/quota", token=tokens["shop"]), 401, "unauthenticated")
+            assert "Applied" in await found.apply(shell)
+            assert (await shell.run("export")).stdout == found.file.read_text()
+            read = await shell.house.call("GET", task["links"]["self"], token=tokens["shop"])
+            assert (read.status_code, read.json()["state"]) == (200, "succeeded")
+            foreign = await shell.house.call("GET", task["links"]["self"], token=tokens["press"])
+            problem(foreign, 404, "not-found")
+            for _ in range(3):
+                assert (await shell.house.submit(token=tokens["press"])).status_code == 201
+            assert (await shell.house.submit(token=tokens["shop"])).status_code == 201
+            spent = (await all_usage(shell.house, "interval=total&group_by=tenant"))["items"]
+            assert {each["tenant"]: each["charged"]["tasks"] for each in spent} == {"shop": 2, "press": 3}, (
+                "of shop the task that was read counts again, and the one since"
+            )
+            made = await shell.house.admin("PUT", "/tenants/late", json={"accounts": ["main"]})
+            assert made.status_code == 200
+            known = shell.house.services.registry.current
+            assert known.tenants["late"].id > max(known.tenants["shop"].id, known.tenants["press"].id)
+
+
+async def test_registry_lost(valkey: Valkey, tmp_path: Path) -> None:
+    """Where only the registry was lost, what was spent before is found under its tenant again, and its limits hold."""
+    async with world(valkey, tmp_path) as found:
+        async with found.process() as shell:
+            tokens = await furnished(found, shell)
+            await shell.house.submit(token=tokens["shop"])
+            spent = await all_usage(shell.house)
+            left = (await shell.house.call("GET", "/v1/quota", token=tokens["shop"])).json()
+        await found.lose(Keys("gw").registry)
+        async with found.process() as shell:
+            await found.apply(shell)
+            assert await all_usage(shell.house) == spent
+            assert [each["tenant"] for each in spent["items"]] == ["shop"]
+            assert (await shell.house.call("GET", "/v1/quota", token=tokens["shop"])).json() == left
+            assert "there is nothing to change" in await found.apply(shell)

@@ -1,0 +1,71 @@
+"""The reader of queries that holds rules and dashboards against what is exported knows what can't answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.deploy.promql import Use, complaints, labels_of, uses
+
+EXPORTED = {
+    "seconds_bucket": frozenset({"job", "route", "le"}),
+    "requests_total": frozenset({"job", "route"}),
+    "info": frozenset({"job", "version"}),
+}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "sum by (route) (rate(requests_total[5m]))",
+        "histogram_quantile(0.9, sum by (route, le) (rate(seconds_bucket[5m])))",
+        "sum by (route) (requests_total) / on () group_left () sum(requests_total)",
+        "sum by (version) (requests_total * on (job) group_left (version) info)",
+        'sum by (a) (label_replace(info, "a", "b", "", ""))',
+        "sum(requests_total) or vector(0)",
+        "sum without (route) (requests_total) + ignoring (version) info",
+        "time() - 1 > max(info)",
+    ],
+)
+def test_finds_nothing_wrong(query: str) -> None:
+    """A query that Prometheus answers passes."""
+    assert complaints(query, EXPORTED) == []
+
+
+@pytest.mark.parametrize(
+    ("query", "wrong"),
+    [
+        ("sum(rate(requests_total[5m])", "parse"),
+        ("rate(request_total[5m])", "request_total is not exported"),
+        ('requests_total{path="/"}', "{path}"),
+        ("sum by (path) (requests_total)", "{path}"),
+        ("sum by (route) (sum by (job) (requests_total))", "{route}"),
+        ("sum without (path) (requests_total)", "{path}"),
+        ("histogram_quantile(0.9, sum by (route) (rate(seconds_bucket[5m])))", "{le}"),
+        ("requests_total / sum by (route) (requests_total)", "never matches {job, route} with {route}"),
+        ("requests_total and on (version) info", "{version}"),
+        ("requests_total * on (job) group_left (path) info", "{path}"),
+        ("topk by (path) (3, requests_total)", "{path}"),
+    ],
+)
+def test_finds_what_is_wrong(query: str, wrong: str) -> None:
+    """A query over what is not there is complained of, by the name of what is missing."""
+    found = complaints(query, EXPORTED)
+    assert len(found) == 1
+    assert wrong in found[0]
+
+
+def test_knows_the_labels_of_an_answer() -> None:
+    """The labels that are left of what was grouped and matched are known."""
+    assert labels_of("sum by (route) (requests_total) > 1", EXPORTED) == {"route"}
+    assert labels_of("requests_total * on (job) group_left (version) info", EXPORTED) == {"job", "route", "version"}
+    assert labels_of("requests_total * on (job) info", EXPORTED) == {"job"}
+    assert labels_of("topk(3, requests_total)", EXPORTED) == {"job", "route"}
+    assert labels_of("vector(1)", EXPORTED) == set()
+
+
+def test_knows_what_is_around_a_series() -> None:
+    """Each series is found with its matchers and with what it is wrapped in, from the inside."""
+    assert uses('sum(max by (job) (rate(requests_total{route="/"}[5m]))) / info') == [
+        Use("requests_total", frozenset({"route"}), ("rate", "max", "sum")),
+        Use("info", frozenset(), ()),
+    ]

@@ -1,0 +1,93 @@
+"""The rules for Prometheus, as far as they can be checked without it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+
+from tests.deploy import rules
+from tests.deploy.promql import complaints
+from tests.deploy.rules import Rule
+from tests.deploy.series import exported
+
+ALERTS = rules.alerts()
+TEMPLATE = re.compile(r"\{\{.*?\}\}", re.DOTALL)
+DASHBOARD = re.compile(r"https://grafana\.example/d/([a-z-]+)")
+RUNBOOK = "https://imaging-gateway.example/RUNBOOK.md#"
+
+
+def name(rule: Rule) -> str:
+    return "-".join(filter(None, [rule.get("alert") or rule["record"], *rule.get("labels", {}).values()]))
+
+
+each_alert = pytest.mark.parametrize("alert", ALERTS, ids=name)
+
+
+@pytest.mark.parametrize("rule", rules.rules(), ids=name)
+def test_queries_can_answer(rule: Rule) -> None:
+    """Every rule asks only for series that there are, by labels that they have."""
+    assert complaints(rule["expr"], exported()) == []
+
+
+def test_rules_differ() -> None:
+    """No two rules make the same alert, or record the same series."""
+    made = [(rule.get("alert") or rule["record"], *sorted(rule.get("labels", {}).items())) for rule in rules.rules()]
+    assert len(made) == len(set(made))
+
+
+@each_alert
+def test_severity(alert: Rule) -> None:
+    """Every alert says whether it wants a person now."""
+    assert alert["labels"]["severity"] in {"page", "ticket"}
+
+
+@each_alert
+def test_annotations(alert: Rule) -> None:
+    """Every alert says what is going on, in a line and in sentences, and where to read on."""
+    said = alert["annotations"]
+    assert set(said) == {"summary", "description", "runbook_url", "dashboard"}
+    assert said["runbook_url"] == RUNBOOK + alert["alert"].lower()
+    assert len(TEMPLATE.sub("", said["summary"])) <= 80
+    assert "\n" not in said["summary"]
+    assert said["description"].endswith(".")
+
+
+@each_alert
+def test_values_are_readable(alert: Rule) -> None:
+    """No alert shows a bare number with all its digits."""
+    templates = TEMPLATE.findall("".join(alert["annotations"].values()))
+    assert all("humanize" in each or "printf" in each for each in templates if "$value" in each)
+
+
+@each_alert
+def test_dashboard(alert: Rule) -> None:
+    """Every alert leads to a dashboard that there is."""
+    known = {json.loads(file.read_text("utf-8"))["uid"] for file in (rules.DEPLOY / "grafana").rglob("*.json")}
+    uid = DASHBOARD.fullmatch(alert["annotations"]["dashboard"])
+    assert uid is not None
+    assert uid[1] in known
+
+
+def test_runbook() -> None:
+    """The runbook has one entry for each alert, and none for anything else."""
+    assert sorted(rules.entries()) == sorted({alert["alert"] for alert in ALERTS})
+
+
+@each_alert
+def test_cases(alert: Rule) -> None:
+    """Every alert is tested with a case in which it must fire, and with one in which it must not."""
+    own = [fired for named, fired in rules.cases() if named == alert["alert"]]
+    assert any(alert["labels"].items() <= labels.items() for fired in own for labels in fired)
+    assert [] in own
+
+
+def test_example_takes_all_rules() -> None:
+    """The example for Prometheus takes every file of rules, and finds the gateway by the job that the rules know."""
+    example = yaml.safe_load((rules.FOLDER / "prometheus.yaml").read_text("utf-8"))
+    taken = {file for pattern in example["rule_files"] for file in rules.FOLDER.glob(pattern)}
+    assert taken == set(rules.FILES)
+    known = {job for rule in rules.rules() for job in re.findall(r'job="([^"]*)"', rule["expr"])}
+    assert {each["job_name"] for each in example["scrape_configs"]} == known

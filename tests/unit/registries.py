@@ -1,0 +1,125 @@
+"""Registries of all kinds, as documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from service.api.admin_views import LimitBody
+from service.api.registry_views import AccountEntry, RegistryBody, SecretEntry, TenantEntry, TokenEntry, WebhookEntry
+from service.domain.registry import Registry
+from service.domain.task import Kind
+from service.domain.tenancy import Purse, Window
+from service.keyring import Keyring
+from service.usecases.planning import Plan, Planner
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
+USER_KEYS, WEBHOOK_SECRETS = (Keyring([b"r" * 32]).purpose(name) for name in ("user-key", "webhook-secret"))
+
+SECRETS = {"KEY_ONE": "key-one", "KEY_TWO": "key-two"}
+WEBHOOKS = {"HOOK_ONE": "whsec_" + "a" * 40, "HOOK_TWO": "whsec_" + "b" * 40}
+ENVIRONMENT = SECRETS | WEBHOOKS
+"""The variables that documents refer to."""
+
+ACCOUNTS, TENANTS = ("main", "spare", "with.dots"), ("shop", "press", "a-1", "x.y")
+
+_whole = st.integers(0, 10**12)
+_yuan = st.integers(0, 10**12).map(lambda fen: fen / 100)
+_words = st.text(st.characters(codec="utf-8"), max_size=20)
+_ended = st.datetimes(datetime(1980, 1, 1), datetime(2020, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - bounds have none
+_to_come = st.datetimes(datetime(2030, 1, 1), datetime(2090, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - as above
+
+NOT_ENDED = st.none() | _to_come
+ANY_END = NOT_ENDED | _ended
+
+
+def planned(registry: Registry, body: RegistryBody, *, prune: bool = False) -> Plan:
+    """The way from a registry to a document."""
+    planner = Planner(registry, NOW, user_keys=USER_KEYS, webhook_secrets=WEBHOOK_SECRETS)
+    return planner.plan(body.wanted(prune=prune))
+
+
+def bare(body: RegistryBody) -> RegistryBody:
+    """A document as it is told: without secrets."""
+    return RegistryBody(
+        {name: replace(each, user_key=_bare(each.user_key)) for name, each in body.accounts.items()},
+        {
+            name: replace(each, webhook=each.webhook and replace(each.webhook, secret=_bare(each.webhook.secret)))
+            for name, each in body.tenants.items()
+        },
+    )
+
+
+def _bare(entry: SecretEntry | None) -> SecretEntry | None:
+    return entry and replace(entry, value=None)
+
+
+def _secrets(choices: dict[str, str]) -> st.SearchStrategy[SecretEntry]:
+    return st.sampled_from([SecretEntry(env=name, value=value) for name, value in choices.items()])
+
+
+def _limits(windows: Sequence[Window]) -> st.SearchStrategy[list[LimitBody]]:
+    limits: list[st.SearchStrategy[LimitBody]] = [
+        st.builds(LimitBody, st.just(each), _whole, st.none() | _yuan) for each in windows
+    ]
+    return st.tuples(*limits).map(list)
+
+
+@st.composite
+def _account(draw: st.DrawFn, number: int) -> AccountEntry:
+    return AccountEntry(
+        id=number,
+        user_key=draw(_secrets(SECRETS)),
+        base_url=draw(st.sampled_from([None, "https://upstream.example/v2"])),
+        floor_count=draw(_whole),
+        floor_money=draw(_yuan),
+        max_price=draw(st.dictionaries(st.sampled_from(Kind), _yuan)),
+    )
+
+
+@st.composite
+def _tokens(draw: st.DrawFn, owner: int, ends: st.SearchStrategy[Any]) -> dict[str, TokenEntry]:
+    tokens = {}
+    for number in draw(st.sets(st.integers(0, 3))):
+        sha256 = f"{owner:x}{number:x}{draw(st.sampled_from('ab'))}".rjust(64, "0")
+        tokens[f"{owner:x}{number:x}".rjust(12, "0")] = TokenEntry(
+            sha256, draw(st.none() | _words), draw(_ended), draw(ends)
+        )
+    return tokens
+
+
+@st.composite
+def _tenant(draw: st.DrawFn, number: int, accounts: Sequence[str], ends: st.SearchStrategy[Any]) -> TenantEntry:
+    webhook = st.builds(
+        WebhookEntry,
+        st.sampled_from(["https://hooks.example/a?b=c", "https://hooks.example/d"]),
+        st.sampled_from([[], ["other.example"], ["10.0.0.0/8", "other.example"]]),
+        st.none() | _secrets(WEBHOOKS),
+    )
+    return TenantEntry(
+        id=number,
+        accounts=draw(st.lists(st.sampled_from(accounts), unique=True) if accounts else st.just([])),
+        limits=draw(st.lists(st.sampled_from(Window), unique=True).flatmap(_limits)),
+        max_active=draw(st.none() | _whole),
+        purse=draw(st.sampled_from(Purse)),
+        kinds=draw(st.none() | st.lists(st.sampled_from(Kind), unique=True)),
+        webhook=draw(st.none() | webhook),
+        disabled=draw(st.booleans()),
+        tokens=draw(_tokens(number, ends)),
+    )
+
+
+@st.composite
+def documents(draw: st.DrawFn, *, ends: st.SearchStrategy[Any] = NOT_ENDED) -> RegistryBody:
+    """Any registry, in which each name always has the same id; its tokens end as is said, by default in the future."""
+    accounts = {name: draw(_account(number)) for number, name in enumerate(ACCOUNTS, 1) if draw(st.booleans())}
+    tenants = {
+        name: draw(_tenant(number, list(accounts), ends))
+        for number, name in enumerate(TENANTS, len(ACCOUNTS) + 1)
+        if draw(st.booleans())
+    }
+    return RegistryBody(accounts, tenants)

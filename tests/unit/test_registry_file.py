@@ -1,0 +1,259 @@
+"""The registry as a TOML file."""
+
+from __future__ import annotations
+
+import io
+import os
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import given
+
+from service.api.registry_views import AccountEntry, RegistryBody, SecretEntry, TenantEntry, TokenEntry, WebhookEntry
+from service.cli.client import CommandError
+from service.cli.registry_file import HEAD, read, write
+from tests.unit.registries import ANY_END, ENVIRONMENT, bare, documents
+
+WHOLE = """
+[accounts.main]
+id = 17
+user_key = { env = "KEY_ONE" }
+base_url = "https://upstream.example"
+floor_count = 3
+floor_money = 0.5
+max_price = { upscale = 1.25, face-enhance = 2 }
+
+[tenants.shop]
+id = 18
+accounts = ["main"]
+limits = [{ window = "day", tasks = 5 }, { window = "month", money = 99.99 }]
+max_active = 4
+purse = "count_only"
+kinds = ["upscale"]
+disabled = true
+webhook = { url = "https://hooks.example/", allow = ["10.0.0.0/8"], secret = { env = "HOOK_ONE" } }
+
+[tenants.shop.tokens.0123456789ab]
+sha256 = "00000000000000000000000000000000000000000000000000000000000000ff"
+label = "web shop"
+created_at = 2026-01-02T03:04:05.678901Z
+expires_at = 2027-01-31T12:00:00+01:00
+"""
+
+
+def text_of(text: str) -> RegistryBody:
+    """What a file says, with the environment it refers to."""
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        return read(io.BytesIO(text.encode()))
+
+
+def faults(text: str) -> list[str]:
+    """What is said to be wrong with a file."""
+    with pytest.raises(CommandError) as raised:
+        text_of(text)
+    first, *lines = raised.value.message.splitlines()
+    assert first.endswith("can't be applied:")
+    return [line.strip() for line in lines]
+
+
+@given(documents(ends=ANY_END))
+def test_written_and_read(body: RegistryBody) -> None:
+    """A registry that is written is read again as it was, with its secrets from where it says they are."""
+    text = write(bare(body))
+    again = text_of(text)
+    assert again == body
+    assert write(bare(again)) == text
+    assert not any(secret in text for secret in ENVIRONMENT.values())
+
+
+def test_everything_that_can_be_said() -> None:
+    """A file says all there is about accounts, tenants and tokens."""
+    body = text_of(WHOLE)
+    assert body.accounts["main"].floor_money == 0.5
+    assert body.accounts["main"].user_key == SecretEntry(env="KEY_ONE", value="key-one")
+    shop = body.tenants["shop"]
+    assert shop.webhook
+    assert shop.webhook.secret == SecretEntry(env="HOOK_ONE", value=ENVIRONMENT["HOOK_ONE"])
+    assert shop.tokens["0123456789ab"].created_at == datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
+    assert tomllib.loads(write(bare(body))) == tomllib.loads(WHOLE)
+
+
+def test_nothing() -> None:
+    """A file may be empty."""
+    assert text_of("") == RegistryBody()
+
+
+def test_secrets_in_files(tmp_path: Path) -> None:
+    """A secret is taken from a file beside the registry's, without the line break at its end."""
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "main").write_text("key-in-a-file\n")
+    file = tmp_path / "registry.toml"
+    file.write_text('accounts.main.user_key.file = "secrets/main"')
+    with file.open("rb") as opened:
+        found = read(opened).accounts["main"].user_key
+    assert found == SecretEntry(file="secrets/main", value="key-in-a-file")
+
+
+def test_all_faults_at_once() -> None:
+    """Every fault of a file is told, with where it is, and with what was probably meant."""
+    found = faults(
+        """
+        [accounts.main]
+        user_key = { env = "NOBODY_SET_IT" }
+        max_price = { upscale = 0.001, upscal = 1, vectorize = "1" }
+        floor_cuont = 3
+        floor_count = 1.5
+        [accounts.Loud]
+        [accounts.spare]
+        user_key = { env = "A", file = "b" }
+        base_url = "ftp://x"
+        [tenants."with.dots"]
+        accounts = ["main", "main"]
+        limits = [{ window = "day", tasks = -1 }, { window = "fortnight", money = 1 }, { window = "day" }]
+        disabled = "no"
+        max_active = true
+        kinds = "upscale"
+        [tenants.shop]
+        limits = [{ window = "day" }, { window = "day", money = 0.001 }]
+        webhook = { url = "x", allow = ["-"], secret = { env = "KEY_ONE" } }
+        [tenants.shop.tokens]
+        short = { sha256 = "ff" }
+        0123456789ab = { sha256 = "g", expires_at = 2027-01-01T00:00:00, label = 3 }
+        [tenants.press]
+        accounts = []
+        tokens.0123456789ab = { sha256 = "00000000000000000000000000000000000000000000000000000000000000ff", \
+created_at = 1960-01-01T00:00:00Z }
+        [tenant.x]
+        """
+    )
+    kinds = "upscale or vectorize or face-enhance or seamless"
+    name = "must be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
+    windows = "minute or hour or day or month or total"
+    url = "must be a URL such as https://host/path, at most 2048 characters long, without credentials or fragment"
+    assert sorted(found) == sorted(
+        [
+            "accounts.main.user_key: there is no environment variable NOBODY_SET_IT",
+            "accounts.main.floor_cuont: is unknown: did you mean floor_count?",
+            "accounts.main.floor_count: must be a whole number from 0 to 1000000000000",
+            f"accounts.main.max_price.upscal: as a name must be {kinds}: did you mean upscale?",
+            "accounts.main.max_price.vectorize: must be a number from 0 to 10000000000",
+            f"accounts.Loud: {name}",
+            "accounts.spare.user_key: must say one of env and file",
+            (
+                "accounts.spare.base_url: must be a URL such as http://host or https://host/path, without credentials, "
+                "query or fragment"
+            ),
+            'tenants."with.dots".accounts: must name each account at most once',
+            'tenants."with.dots".limits[0].tasks: must be a whole number from 0 to 1000000000000',
+            f'tenants."with.dots".limits[1].window: must be {windows}',
+            'tenants."with.dots".disabled: must be true or false',
+            'tenants."with.dots".max_active: must be a whole number from 0 to 1000000000000',
+            'tenants."with.dots".kinds: must be a list',
+            "tenants.shop.accounts: is required",
+            "tenants.shop.limits: must name each window at most once",
+            "tenants.shop.limits[0]: must limit tasks, money or both",
+            "tenants.shop.limits[1].money: must be an amount in yuan with at most two decimals",
+            f"tenants.shop.webhook.url: {url}",
+            "tenants.shop.webhook.allow[0]: must be a host, or a network such as 10.0.0.0/8",
+            "tenants.shop.webhook.secret: must be whsec_ and the base64 of 24 to 64 random bytes",
+            "tenants.shop.tokens.short: as a name must be 12 hexadecimal digits in lower case",
+            "tenants.shop.tokens.short.sha256: must be 64 hexadecimal digits in lower case",
+            "tenants.shop.tokens.0123456789ab.sha256: must be 64 hexadecimal digits in lower case",
+            (
+                "tenants.shop.tokens.0123456789ab.expires_at: must be a moment with a time zone, such as "
+                "2030-01-31T12:00:00Z"
+            ),
+            "tenants.shop.tokens.0123456789ab.label: must be text of 0 to 200 characters",
+            "tenants.press.tokens.0123456789ab.created_at: must be between the years 1970 and 9999",
+            "tenant: is unknown: did you mean tenants?",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ['"sk-0123456789"', '{ value = "sk-0123456789" }', '{ env = "sk-0123456789", value = "" }', '["sk-0123456789"]'],
+)
+def test_secrets_do_not_belong_here(secret: str) -> None:
+    """A secret in the file itself is refused, and not repeated."""
+    (key, hook) = faults(
+        f"""
+        [accounts.main]
+        user_key = {secret}
+        [tenants.shop]
+        accounts = []
+        webhook = {{ url = "https://hooks.example", secret = {secret} }}
+        """
+    )
+    assert key.startswith("accounts.main.user_key: must be where the secret is")
+    assert hook.startswith("tenants.shop.webhook.secret: must be where the secret is")
+    assert "sk-" not in key + hook
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ('{ env = "" }', "accounts.main.user_key.env: must be text of 1 to 4096 characters"),
+        ("{ env = 3 }", "accounts.main.user_key.env: must be text of 1 to 4096 characters"),
+        ('{ envv = "X" }', "accounts.main.user_key.envv: is unknown: did you mean env?"),
+        ("{}", "accounts.main.user_key: must say one of env and file"),
+        ('{ file = "no/such/file" }', "accounts.main.user_key: no/such/file can't be read: No such file or directory"),
+        ('{ file = "/dev/null" }', "accounts.main.user_key: /dev/null holds no secret"),
+        ('{ env = "BLANKS" }', "accounts.main.user_key: must be printable ASCII without spaces"),
+    ],
+)
+def test_secrets_that_are_not_found(monkeypatch: pytest.MonkeyPatch, entry: str, says: str) -> None:
+    """Where a secret can't be taken from is told."""
+    monkeypatch.setenv("BLANKS", "sk 0123")
+    assert faults(f"accounts.main.user_key = {entry}") == [says]
+
+
+def test_file_that_is_no_text(tmp_path: Path) -> None:
+    """A file of other bytes than text holds no secret."""
+    (tmp_path / "key").write_bytes(b"\xff\xfe")
+    assert faults(f'accounts.main.user_key.file = "{tmp_path / "key"}"') == [
+        f"accounts.main.user_key: {tmp_path / 'key'} holds no secret"
+    ]
+
+
+@pytest.mark.parametrize("text", [b"accounts = 3\ntenants = []", b"accounts.main = 3\ntenants.shop = 'x'"])
+def test_tables(text: bytes) -> None:
+    """What has to be a table is one."""
+    assert [each.partition(": ")[2] for each in faults(text.decode())] == ["must be a table", "must be a table"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"x = ", "gateway: what was given is no TOML: Invalid value (at end of document)"),
+        (b"# \xff", "gateway: what was given is no TOML: it is not UTF-8"),
+    ],
+)
+def test_no_toml(content: bytes, says: str) -> None:
+    """What is no TOML is told as that."""
+    with pytest.raises(CommandError) as raised:
+        read(io.BytesIO(content))
+    assert raised.value.message == says
+
+
+def test_head() -> None:
+    """The head of a file names the secrets that are kept without a word of where they are, if there are any."""
+    hook = WebhookEntry("https://hooks.example/")
+    token = TokenEntry("0" * 64)
+    body = RegistryBody(
+        {"main": AccountEntry(), "spare": AccountEntry(user_key=SecretEntry(env="KEY_ONE"))},
+        {
+            "with.dots": TenantEntry(accounts=[], webhook=hook),
+            "shop": TenantEntry(accounts=[], tokens={"0" * 12: token}),
+        },
+    )
+    text = write(body)
+    assert text.startswith(HEAD)
+    assert text.removeprefix(HEAD).splitlines()[2:4] == [
+        "#   accounts.main.user_key",
+        '#   tenants."with.dots".webhook.secret',
+    ]
+    assert write(RegistryBody({"spare": body.accounts["spare"]})).removeprefix(HEAD).startswith("\n[accounts.spare.")

@@ -1,0 +1,193 @@
+"""The registry is made what a document says."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from service.api.differences import differences
+from service.api.registry_views import (
+    AccountEntry,
+    RegistryBody,
+    SecretEntry,
+    TenantEntry,
+    TokenEntry,
+    WebhookEntry,
+    registry_body,
+)
+from service.domain.errors import InvalidOptions
+from service.domain.registry import Registry
+from tests.unit.registries import ANY_END, NOW, USER_KEYS, bare, documents, planned
+
+KEY = SecretEntry(value="a-key")
+
+
+def faults(registry: Registry, body: RegistryBody, *, prune: bool = False) -> dict[str, str]:
+    """What is wrong with a document, by where."""
+    with pytest.raises(InvalidOptions) as raised:
+        planned(registry, body, prune=prune)
+    return {each.field: each.detail for each in raised.value.errors}
+
+
+def made(**tenants: TenantEntry) -> Registry:
+    """A registry with the account `main` of the id 7, and tenants."""
+    return planned(Registry(), RegistryBody({"main": AccountEntry(id=7, user_key=KEY)}, tenants)).after
+
+
+@given(documents())
+def test_made_and_told(body: RegistryBody) -> None:
+    """A registry that was made from a document is told as that document, but for secrets."""
+    assert registry_body(planned(Registry(), body).after, NOW) == bare(body)
+
+
+@given(documents(ends=ANY_END), st.booleans())
+def test_told_and_made(body: RegistryBody, prune: bool) -> None:
+    """To make a registry what it tells of itself there is nothing to do."""
+    registry = planned(Registry(), body).after
+    plan = planned(registry, registry_body(registry, NOW), prune=prune)
+    assert (plan.change, differences(plan, NOW), plan.kept) == (None, [], ())
+
+
+@given(documents(ends=ANY_END), documents(ends=ANY_END), st.booleans())
+def test_difference_is_change(one: RegistryBody, other: RegistryBody, prune: bool) -> None:
+    """Nothing changes that is not told, nor a second time, and what was not wanted is gone or told."""
+    first = planned(Registry(), one).after
+    plan = planned(first, other, prune=prune)
+    assert (plan.change is None) == (differences(plan, NOW) == [])
+    again = planned(plan.after, other, prune=prune)
+    assert (again.change, differences(again, NOW), again.made) == (None, [], {})
+    told = registry_body(plan.after, NOW)
+    strangers = [*(told.accounts.keys() - other.accounts), *(told.tenants.keys() - other.tenants)]
+    assert not (prune and strangers)
+    assert len([each for each in plan.kept if ".tokens." not in each]) == len(strangers)
+    for name, each in bare(other).accounts.items():
+        assert told.accounts[name] == each
+
+
+@given(documents(), documents())
+def test_plan_is_one_change(one: RegistryBody, other: RegistryBody) -> None:
+    """Ids stay, none is given twice, and what comes next gets a later one."""
+    plan = planned(planned(Registry(), one).after, other)
+    accounts, tenants = plan.after.accounts.values(), plan.after.tenants.values()
+    ids = {*(each.id for each in accounts), *(each.id for each in tenants)}
+    assert len(ids) == len(accounts) + len(tenants)
+    assert all(each < plan.after.next_id for each in ids)
+    assert all(plan.after.tenants[name].id == each.id for name, each in plan.before.tenants.items())
+
+
+def test_fresh_ids() -> None:
+    """What has no id gets one that was never given, each its own, and later than the clock and all that are known."""
+    later = int(NOW * 1000) + 50
+    body = RegistryBody(
+        {"main": AccountEntry(id=later, user_key=KEY), "new": AccountEntry(user_key=KEY)},
+        {"one": TenantEntry(accounts=[]), "two": TenantEntry(accounts=[])},
+    )
+    after = planned(Registry(), body).after
+    ids = [after.accounts["new"].id, after.tenants["one"].id, after.tenants["two"].id]
+    assert ids == [later + 1, later + 2, later + 3]
+    assert after.next_id == later + 4
+
+
+def test_ids_are_not_another_s() -> None:
+    """An id that belongs or belonged to another, or that nobody can have been given, is refused."""
+    registry = made(shop=TenantEntry(id=8, accounts=["main"]), gone=TenantEntry(id=9, accounts=[]))
+    kept = RegistryBody({"main": AccountEntry()}, {"shop": TenantEntry(accounts=["main"])})
+    registry = planned(registry, kept, prune=True).after
+    assert registry.former == {9: "gone"}
+    wrong = {
+        "shop": 1,
+        "store": 8,
+        "till": 7,
+        "other": 9,
+        "future": int(NOW * 1000) + 200_000_000,
+        "twin": 3,
+        "twin-2": 3,
+    }
+    body = RegistryBody({}, {name: TenantEntry(id=number, accounts=[]) for name, number in wrong.items()})
+    found = faults(registry, body)
+    assert found.keys() == {f"tenants.{name}.id" for name in wrong}
+    assert "must be 8" in found["tenants.shop.id"]
+    assert "is the id of shop" in found["tenants.store.id"]
+    assert "is the id of main" in found["tenants.till.id"]
+    assert "was the id of the tenant gone" in found["tenants.other.id"]
+    assert "no id that was ever given" in found["tenants.future.id"]
+    assert "more than once" in found["tenants.twin.id"]
+    again = planned(registry, RegistryBody({}, {"gone": TenantEntry(id=9, accounts=[])}))
+    assert again.after.tenants["gone"].id == 9
+
+
+def test_renaming_with_prune() -> None:
+    """A tenant that is removed does not leave its id to one of another name in the same document."""
+    registry = made(shop=TenantEntry(id=8, accounts=["main"]))
+    body = RegistryBody({"main": AccountEntry()}, {"store": TenantEntry(id=8, accounts=["main"])})
+    assert "A name can't be changed" in faults(registry, body, prune=True)["tenants.store.id"]
+
+
+def test_accounts_that_are_not_there() -> None:
+    """A tenant's accounts have to be there afterwards, whether the document names them or not."""
+    shop = TenantEntry(accounts=["main", "mian"])
+    assert faults(made(), RegistryBody({}, {"shop": shop})) == {
+        "tenants.shop.accounts[1]": "there is no account mian: did you mean main?"
+    }
+    assert faults(made(), RegistryBody({}, {"shop": shop}), prune=True).keys() == {
+        "tenants.shop.accounts[0]",
+        "tenants.shop.accounts[1]",
+    }
+
+
+def test_keys_kept_and_changed() -> None:
+    """Without a key the stored one stays, the same one is no change, and of another one only that is told."""
+    registry = made()
+    stored = registry.accounts["main"].user_key
+
+    def with_key(key: SecretEntry | None) -> RegistryBody:
+        return RegistryBody({"main": AccountEntry(user_key=key)})
+
+    assert planned(registry, with_key(None)).change is None
+    assert planned(registry, with_key(KEY)).change is None
+    plan = planned(registry, with_key(SecretEntry(value="another-key")))
+    assert [(each.path, each.before, each.after) for each in differences(plan, NOW)] == [
+        ("accounts.main.user_key.value", None, None)
+    ]
+    assert USER_KEYS.open(plan.after.accounts["main"].user_key) == b"another-key"
+    moved = planned(registry, with_key(SecretEntry(env="ELSEWHERE", value="a-key")))
+    assert [each.path for each in differences(moved, NOW)] == ["accounts.main.user_key"]
+    assert moved.after.accounts["main"].user_key == stored
+
+
+def test_key_that_is_missing() -> None:
+    """A new account without a key is refused, and so is a webhook whose secret is referred to and not given."""
+    told = WebhookEntry("https://hooks.example", secret=SecretEntry(env="HOOK"))
+    body = RegistryBody(
+        {"main": AccountEntry(user_key=SecretEntry(env="KEY"))}, {"shop": TenantEntry(accounts=[], webhook=told)}
+    )
+    assert faults(Registry(), body).keys() == {"accounts.main.user_key", "tenants.shop.webhook.secret"}
+
+
+def test_tokens_of_others() -> None:
+    """A token is of one tenant, and so is a hash."""
+    token = TokenEntry("a" * 64)
+    registry = made(shop=TenantEntry(id=8, accounts=[], tokens={"0" * 12: token}))
+    stolen = RegistryBody({}, {"press": TenantEntry(accounts=[], tokens={"0" * 12: TokenEntry("b" * 64)})})
+    assert faults(registry, stolen) == {"tenants.press.tokens.000000000000": "has the id of another tenant's token"}
+    copied = RegistryBody({}, {"press": TenantEntry(accounts=[], tokens={"1" * 12: token})})
+    assert faults(registry, copied).keys() == {
+        "tenants.shop.tokens.000000000000.sha256",
+        "tenants.press.tokens.111111111111.sha256",
+    }
+
+
+def test_address_that_is_gone() -> None:
+    """An address that was switched off stays off until the webhook of its tenant is another one."""
+    url = "https://hooks.example/"
+    body = RegistryBody({}, {"shop": TenantEntry(accounts=[], webhook=WebhookEntry(url))})
+    registry = planned(Registry(), body).after
+    shop = registry.tenants["shop"]
+    off = Registry(1, registry.next_id, {"shop": replace(shop, webhook=shop.webhook.switched_off(url))})
+    busy = {"shop": replace(body.tenants["shop"], max_active=3)}
+    assert planned(off, RegistryBody({}, busy)).after.tenants["shop"].webhook.is_off(url)
+    allowed = WebhookEntry(url, ["other.example"])
+    other = RegistryBody({}, {"shop": TenantEntry(accounts=[], webhook=allowed)})
+    assert not planned(off, other).after.tenants["shop"].webhook.is_off(url)
