@@ -110,6 +110,10 @@ class Collector:
         """All spans that came."""
         return [span for body in list(self.bodies) for span in read(ExportTraceServiceRequest.FromString(body))]
 
+    def tried(self, times: int) -> bool:
+        """Whether it was tried so often to send something."""
+        return len(self.requests) >= times
+
     def one(self, name: str) -> Recorded:
         """The only span of a name."""
         (span,) = self.all(name)

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from structlog.testing import capture_logs
@@ -140,13 +141,20 @@ async def test_silent_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "traces.cut-short" in [each["event"] for each in events]
 
 
-async def test_refusing_collector(collector: Collector) -> None:
-    """What a collector refuses is lost, and why is said."""
+async def test_refusing_collector(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a collector refuses is lost, and why is said: once, and in no other way."""
+    monkeypatch.setattr(export, "EVERY_SECONDS", 0.01)
     collector.status = 401
     with capture_logs() as events:
-        await sent(collector.url)
+        async with tracing.tracing(collector.url, 1.0, str) as tracer:
+            for count in (1, 2, 3):
+                record(tracer)
+                await asyncio.to_thread(until, partial(collector.tried, count), "a try")
     (event,) = events
     assert "401" in event["message"]
+    assert caplog.records == []
 
 
 async def test_more_than_fits(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
