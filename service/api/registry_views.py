@@ -142,6 +142,10 @@ class RegistryBody(Struct, frozen=True, forbid_unknown_fields=True, omit_default
         return Wanted(accounts, tenants, prune)
 
 
+Part = dict[str, Any] | list[Any] | str | bool | float | None
+"""A part of the registry, however small."""
+
+
 class DifferenceKind(StrEnum):
     """What is different somewhere."""
 
@@ -155,8 +159,8 @@ class DifferenceView(Struct, frozen=True, omit_defaults=True):
 
     path: Annotated[str, Meta(examples=["tenants.shop.max_active"])]
     what: DifferenceKind
-    before: Any = None
-    after: Any = None
+    before: Annotated[Part, Meta(description="Absent if there was nothing.")] = None
+    after: Annotated[Part, Meta(description="Absent if there is nothing any more.")] = None
 
 
 class AppliedView(Struct, frozen=True):

@@ -113,6 +113,8 @@ async def every_call(house: House) -> AsyncIterator[tuple[str, str, Any]]:
         ("DELETE", "/tenants/shop?force=true", None),
         ("POST", "/tenants/shop/tokens", {}),
         ("DELETE", f"/tenants/shop/tokens/{token['id']}", None),
+        ("GET", "/registry", None),
+        ("PUT", "/registry", {}),
     ):
         yield method, path, body
 

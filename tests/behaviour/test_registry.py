@@ -278,17 +278,17 @@ async def test_logged_without_secrets(house: House) -> None:
             await registry(house),
         ]
     assert [each.status_code for each in answers] == [200, 200, 422, 200, 200]
-    events = [each for each in logged if each["event"] != "request"]
-    names = [
-        (each["event"], each.get("account") or each.get("tenant") or each.get("removed_tenants")) for each in events
-    ]
-    assert names == [
-        ("registry.apply", []),
-        ("account.put", "main"),
-        ("account.put", "spare"),
-        ("tenant.put", "shop"),
-        ("token.put", "shop"),
-        ("registry.apply", ["shop"]),
+    events = [each for each in logged if not each["event"].startswith("request")]
+    assert [
+        (each["event"].partition(".")[0], each.get("account") or each.get("tenant") or each["removed_tenants"])
+        for each in events
+    ] == [
+        ("registry", []),
+        ("account", "main"),
+        ("account", "spare"),
+        ("tenant", "shop"),
+        ("token", "shop"),
+        ("registry", ["shop"]),
     ]
     assert events[1]["policy"]["floor_count"] == 2
     assert events[3]["webhook"] == {"url": "https://hooks.example/a", "allow": ("10.0.0.0/8",), "key_given": True}
