@@ -24,7 +24,7 @@ endif
 # What a step says is shown only if it fails.
 step = @said=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$said"; echo 'FAILED  $(1)'; exit 1; }
 
-.PHONY: run demo test bench check lint format types layers drift openapi fmt clean help
+.PHONY: run demo test bench check lint format types layers drift openapi dashboards fmt clean help
 
 run: $(READY) ## Start the gateway with all it needs on this machine
 	@exec .venv/bin/gateway serve
@@ -54,9 +54,13 @@ layers: $(READY)
 
 drift: $(READY)
 	$(call step,openapi,.venv/bin/gateway openapi --folder openapi --check)
+	$(call step,dashboards,.venv/bin/python -m deploy.grafana --check)
 
 openapi: $(READY) ## Write the OpenAPI documents into openapi/
 	@exec .venv/bin/gateway openapi --folder openapi
+
+dashboards: $(READY) ## Write the Grafana dashboards into deploy/grafana/dashboards/
+	@exec .venv/bin/python -m deploy.grafana
 
 fmt: $(READY) ## Format the code and fix what can be fixed by itself
 	@.venv/bin/ruff check --fix
