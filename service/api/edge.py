@@ -18,8 +18,10 @@ from structlog.typing import FilteringBoundLogger
 from service.api.leaving import HELD
 from service.api.problems import CRASHED, OUTCOME, REQUEST_ID, render
 from service.api.uploads import ClientLeft
+from service.telemetry import spent
 from service.telemetry.families import Port
 from service.telemetry.metrics import UNMATCHED, Metrics
+from service.telemetry.spent import Spent
 
 TENANT = "tenant"
 """Where the tenant's name stands in the state of an ASGI scope, once it is known."""
@@ -55,10 +57,14 @@ class Edge:
         # The server may share one state among all requests.
         state = scope["state"] = {**scope.get("state", {})}
         request_id = state[REQUEST_ID] = _request_id(scope)
-        with structlog.contextvars.bound_contextvars(request_id=request_id), self._metrics.in_progress(self._port):
-            await self._serve(scope, receive, _Answer(send, request_id))
+        with (
+            structlog.contextvars.bound_contextvars(request_id=request_id),
+            spent.counted() as upstream,
+            self._metrics.in_progress(self._port),
+        ):
+            await self._serve(scope, receive, _Answer(send, request_id), upstream)
 
-    async def _serve(self, scope: Message, receive: Receive, answer: _Answer) -> None:
+    async def _serve(self, scope: Message, receive: Receive, answer: _Answer, upstream: Spent) -> None:
         method, path = scope["method"], quote(scope["path"])[:_LONGEST_PATH]  # as Litestar changes the path
         state = scope["state"]
         begun = time.perf_counter()
@@ -67,7 +73,7 @@ class Edge:
         except ClientLeft:
             state[OUTCOME] = "client-left"
         except Exception:
-            self._logger.exception("crash")
+            self._logger.exception("request.crashed")
             state[OUTCOME] = CRASHED.type.code
             # With an answer begun, returning without its end makes the server close the connection.
             if answer.status is None:
@@ -78,15 +84,16 @@ class Edge:
             route = scope.get("path_template") or UNMATCHED
             self._metrics.request(self._port, method, route, status, seconds, held=HELD in state)
             self._logger.info(
-                "request",
-                port=self._port,
+                "request.ended",
                 method=method,
-                route=route,
                 path=path,
                 status=status,
                 seconds=round(seconds, 6),
+                upstream_seconds=None if upstream.seconds is None else round(upstream.seconds, 6),
                 tenant=state.get(TENANT),
                 outcome=state.get(OUTCOME, "answered"),
+                route=route,
+                port=self._port,
             )
 
 
