@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from click.testing import CliRunner
@@ -22,7 +23,8 @@ from deploy.image.tree import (
     look,
 )
 from service.cli import main
-from tests.process.gateway import free_port, serving
+from tests.process.gateway import serving
+from tests.support.valkey import free_port
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -109,7 +111,7 @@ def test_leftovers_are_refused(image: Path, name: str) -> None:
 @pytest.mark.parametrize(("mode", "group"), [(0o666, 0), (0o664, ME)])
 def test_writable_files_are_refused(image: Path, mode: int, group: int) -> None:
     """An image with a file that its user or its group can write to fails."""
-    seen = look(image) | {next(iter(look(image))): (0o100000 | mode, 0, group, 0, 0)}
+    seen = {**look(image), PurePosixPath("app/open"): (stat.S_IFREG | mode, 0, group, 0, 0)}
     with fault(f"user {ME} can write to"):
         expect_nothing_writable(seen, ME, ME)
 
@@ -144,7 +146,7 @@ def test_the_health_check(tmp_path: Path) -> None:
     with serving(tmp_path) as gateway:
         command = [sys.executable, healthcheck.__file__]
         asked = subprocess.run(command, env=dict(gateway.environ), cwd=ROOT, check=False)
-        alone = gateway.environ | {"GATEWAY_OPS_PORT": str(free_port())}
+        alone = {**gateway.environ, "GATEWAY_OPS_PORT": str(free_port())}
         unanswered = subprocess.run(command, env=alone, cwd=ROOT, check=False)
     assert (asked.returncode, unanswered.returncode) == (0, 1)
 
