@@ -23,10 +23,13 @@ _DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "u
 
 
 def enter(module: str, document: bytes) -> int:
-    """Run a module of the check in a new cell, with a document as its standard input; the exit code."""
-    unshare = shutil.which("unshare") or "unshare"
-    isolation = (unshare, "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child", "--")
-    command = [*isolation, sys.executable, "-m", module]
+    """Run a module of the check in a new cell, with a document as its standard input; the exit code.
+
+    The cell ends with the check, and all that is in it with the cell, also where the check is killed.
+    """
+    tied = (shutil.which("setpriv") or "setpriv", "--pdeathsig", "KILL")
+    isolation = ("unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child", "--")
+    command = [*tied, *isolation, sys.executable, "-m", module]
     return subprocess.run(command, input=document, check=False).returncode  # noqa: S603 - a module of our own
 
 
