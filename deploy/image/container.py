@@ -72,16 +72,19 @@ class Container:
 
         Returns its exit code, and what it printed of either kind.
         """
-        done = subprocess.run(  # noqa: S603 - words of the check's own
-            [*self._confined(), *words],
-            input=given,
-            env=self._bare if bare else self._environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=SECONDS,
-        )
+        try:
+            done = subprocess.run(  # noqa: S603 - words of the check's own
+                [*self._confined(), *words],
+                input=given,
+                env=self._bare if bare else self._environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                timeout=SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise Fault(f"`{' '.join(words)}` did not end within {SECONDS:g} s") from None
         return done.returncode, done.stdout
 
     def succeed(self, *words: str, given: str = "") -> str:

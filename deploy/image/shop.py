@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from msgspec import Struct, field, json
+from msgspec import Struct, ValidationError, field, json
 
 from deploy.image.machine import Debian, called
+from deploy.image.report import Fault
 
 _PYTHON = "python3,python3-venv,ca-certificates"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -25,7 +26,7 @@ class Healthcheck(Struct, rename="pascal"):
 
 
 class Config(Struct, rename="pascal"):
-    """An image's configuration, as far as running it needs it. Shell forms do not decode as lists of words."""
+    """An image's configuration, as far as running it needs it. A shell form would show as the words of a shell."""
 
     user: str = ""
     env: list[str] = field(default_factory=list)
@@ -83,8 +84,11 @@ class Shop:
         return _IMAGE
 
     def config(self, image: str) -> Config:
-        """An image's configuration."""
-        return json.decode(self._call("inspect", "--type", "image", image), type=_Inspected).docker.config
+        """An image's configuration. Raises Fault if it lacks what running it needs."""
+        try:
+            return json.decode(self._call("inspect", "--type", "image", image), type=_Inspected).docker.config
+        except ValidationError as error:
+            raise Fault(f"the image's configuration is not what it must be: {error}") from None
 
     def tree(self, image: str) -> Path:
         """An image's files, in a folder that is there until the shop is tidied."""
