@@ -11,7 +11,7 @@ import msgspec
 
 from service.domain.tenancy import TOKEN_PREFIX
 from service.domain.webhook import SECRET_PREFIX
-from service.telemetry.spellings import KnownSecrets, in_base64
+from service.telemetry.spellings import KnownSecrets, in_base64, in_hex
 
 REDACTED = "[redacted]"
 
@@ -31,7 +31,7 @@ _SECRET_NAME = re.compile("|".join(_NAMES), re.IGNORECASE)
 _PREFIXES = (TOKEN_PREFIX, SECRET_PREFIX)
 _BARE_PREFIXES = tuple(prefix.removesuffix("_") for prefix in _PREFIXES)
 _TOKEN = re.compile(rf"{_BARE_PREFIXES[0]}(?:_|%5[Ff])\w+|{_BARE_PREFIXES[1]}(?:_|%5[Ff])[\w+/=%-]+")
-_ENCODED_PREFIXES = {spelling for prefix in _PREFIXES for spelling in in_base64(prefix.encode())}
+_ENCODED_PREFIXES = {spelling for prefix in _PREFIXES for spelling in (*in_base64(prefix.encode()), *in_hex(prefix))}
 _ENCODED_TOKEN = re.compile(rf"(?:{'|'.join(map(re.escape, _ENCODED_PREFIXES))})[\w+/-]{{20,}}=*")
 _CREDENTIALS = re.compile(r"\b(bearer|basic)(?:\s|%20|\+)+[^\s,;'\"]+", re.IGNORECASE)
 _ADDRESS = re.compile(r"(://)([^\s\"<>\\]+)")
@@ -41,14 +41,15 @@ _LINE_END = r"(?:\\+r\\+n|\r?\n)"
 _PART = re.compile(
     rf"(name=\\*\"[^\"\\]{{0,80}}\\*\"[^\r\n]{{0,300}}?{_LINE_END}{{2}}).*?(?={_LINE_END}--|\Z)", re.DOTALL
 )
-# `name=value`, `"name": "value"`, `("name", "value")` and the like in running text; the quotes may themselves be
-# escaped, and what was cut off may have lost its last one.
-_QUOTED = r"b?\"(?:[^\"\\]|\\.)*(?:\"|\\?\Z)|b?'(?:[^'\\]|\\.)*(?:'|\\?\Z)"
+# `name=value`, `"name": "value"`, `("name", "value")` and the like in running text. What is quoted may be quoted once
+# more, which escapes its quotes, and may have lost its end; a quote that is escaped differently is not the last one.
+_QUOTED = r"b?\"(?:[^\"\\]|\\+[^\\])*+(?:\"|\\*\Z)|b?'(?:[^'\\]|\\+[^\\])*+(?:'|\\*\Z)"
+_ESCAPED = r"(?>(?P<{0}>\\+[\"']).*?(?:(?<!\\)(?P={0})|\Z))"
+_BRACED = rf"[{{\[(](?:[^{{}}()\[\]\"'\\]|{_QUOTED}|{_ESCAPED.format('inner')}|\\)*+(?:[}}\])]|\Z)|[{{\[(][^\n]*"
 _NAMED = re.compile(
     rf"((?:{'|'.join(_NAMES)})[\w-]{{0,40}}"
     r"(?:(?:\\*[\"'])?\s{0,3}[=:]\s{0,3}|\\*[\"']\s{0,3},\s{0,3}(?=b?\\*[\"'])))"
-    rf"(?:(?P<quote>\\+[\"']).*?(?:(?<!\\)(?P=quote)|\Z)|{_QUOTED}"
-    rf"|[{{\[(](?:[^{{}}()\[\]\"']|{_QUOTED})*[}}\])]|[^\s&,;)}}\]]+)",
+    rf"(?:{_ESCAPED.format('quote')}|{_QUOTED}|{_BRACED}|[^\s&,;)}}\]]+)",
     re.IGNORECASE | re.DOTALL,
 )
 _UNQUOTED_PROSE = re.compile(

@@ -67,9 +67,14 @@ def spellings(secret: str) -> Iterator[str]:
         once = literal(secret)
         yield once
         yield literal(once)
-    yield plain.hex()
-    yield plain.hex().upper()
+    yield from in_hex(secret)
     yield from in_base64(plain)
+
+
+def in_hex(text: str) -> tuple[str, str]:
+    """A text as the hexadecimal digits of its bytes."""
+    digits = text.encode(errors="surrogatepass").hex()
+    return digits, digits.upper()
 
 
 def in_base64(plain: bytes) -> Iterator[str]:
