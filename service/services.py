@@ -107,5 +107,5 @@ class Services:
             try:
                 await job()
             except Exception as error:
-                self.logger.exception("job.failed", job=job.__qualname__, exc_info=error)
+                self.logger.exception("job.crashed", job=job.__qualname__, exc_info=error)
             await asyncio.sleep(JOB_RESTART_SECONDS)

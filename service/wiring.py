@@ -5,8 +5,9 @@ Everything else takes values and ports; only this module knows which implementat
 
 from __future__ import annotations
 
+import base64
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ from service.storage.tasks import RedisTasks
 from service.telemetry.levels import Level
 from service.telemetry.loop import LoopLag
 from service.telemetry.metrics import Metrics
+from service.telemetry.overheard import Learn, Overheard, unheard
 from service.telemetry.redaction import Redactor
 from service.telemetry.tracing import UNTRACED, Tracer, tracing
 from service.usecases.apply import Apply
@@ -107,12 +109,18 @@ def furnished(
     metrics: Metrics,
     background: Background,
     jobs: Sequence[Job] = (),
+    *,
+    learn: Learn = unheard,
     tracer: Tracer = UNTRACED,
 ) -> Services:
-    """The use cases over some ports, and all that stands around them. `jobs` is what the ports have to do."""
+    """The use cases over some ports, and all that stands around them.
+
+    `jobs` is what the ports have to do, and `learn` is told of every secret that is sealed or opened.
+    """
     if settings.admin_token is None:
         raise ValueError("the settings are not complete")
     keyring = Keyring(settings.secret_keys)
+    user_keys = Overheard(keyring.purpose(USER_KEYS), learn)
     task_ids = TaskIds(keyring.purpose(TASK_IDS))
     watch = Watch(
         tasks=ports.tasks,
@@ -131,7 +139,8 @@ def furnished(
         registry=ports.registry,
         task_ids=task_ids,
     )
-    secrets, change = keyring.purpose(WEBHOOK_SECRETS), Change(ports.store, ports.registry)
+    secrets = Overheard(keyring.purpose(WEBHOOK_SECRETS), learn, lambda plain: base64.b64encode(plain).decode())
+    change = Change(ports.store, ports.registry)
     webhooks = Webhooks(change=change, registry=ports.registry, agenda=ports.agenda, secrets=secrets, clock=ports.clock)
     deliver = Deliver(
         agenda=ports.agenda,
@@ -159,7 +168,7 @@ def furnished(
     survey = Survey(
         ledger=ports.ledger, tasks=ports.tasks, agenda=ports.agenda, registry=ports.registry, metrics=metrics
     )
-    settle = Settle(ports.ledger, background)
+    settle = Settle(ports.ledger, background, ports.registry)
     uploads = Uploads(max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels)
     uploads.tell(metrics.levels)
     metrics.levels.tell(Level.WAITING, lambda: {(): ports.board.waiting})
@@ -192,7 +201,7 @@ def furnished(
             change=change,
             registry=ports.registry,
             ledger=ports.ledger,
-            user_keys=keyring.purpose(USER_KEYS),
+            user_keys=user_keys,
             webhook_secrets=secrets,
             clock=ports.clock,
         ),
@@ -200,7 +209,7 @@ def furnished(
             change=change,
             registry=ports.registry,
             ledger=ports.ledger,
-            user_keys=keyring.purpose(USER_KEYS),
+            user_keys=user_keys,
             webhook_secrets=secrets,
             clock=ports.clock,
         ),
@@ -222,26 +231,29 @@ def furnished(
 
 
 @asynccontextmanager
-async def assembled(settings: Settings) -> AsyncIterator[Services]:
+async def assembled(
+    settings: Settings, *, learn: Learn = unheard, clean: Callable[[str], str] | None = None
+) -> AsyncIterator[Services]:
     """The real gateway, out of settings that leave nothing open. Nothing is connected before it is first used.
 
-    At the end, submissions under way are finished before anything is closed.
+    `learn` is told of every secret that comes up, before anything can go wrong with it, and `clean` takes them out of
+    what is traced. At the end, submissions under way are finished before anything is closed.
     """
     if settings.redis_url is None or settings.upstream_url is None:
         raise ValueError("the settings are not complete")
     background, keys = Background(), Keys(settings.key_prefix)
     metrics = Metrics(CollectorRegistry(), most_tenants=settings.metrics_tenants)
     metrics.expect_scripts([READ, *SCRIPTS])
-    user_keys = Keyring(settings.secret_keys).purpose(USER_KEYS)
+    user_keys = Overheard(Keyring(settings.secret_keys).purpose(USER_KEYS), learn)
     spans = Spans(
         lease=settings.lease_seconds * 1000,
         check_after=int(settings.poll_seconds * 1000),
         keep_ended=settings.task_retention_days * DAY,
     )
-    redactor = Redactor(each for each in (settings.admin_token, settings.upstream_user_key) if each)
     async with AsyncExitStack() as opened:
         # First, so that it ends last, and what was under way until then is sent too.
-        tracer = await opened.enter_async_context(tracing(settings.traces_url, settings.traces_share, redactor.text))
+        traced = tracing(settings.traces_url, settings.traces_share, clean or Redactor().text)
+        tracer = await opened.enter_async_context(traced)
         connections = connect(settings.redis_url, timeout=REDIS_SECONDS)
         opened.push_async_callback(connections.aclose)
         scripts = Scripts(connections.commands, observe=metrics.ledger, failed=metrics.store_error, tracer=tracer)
@@ -273,4 +285,5 @@ async def assembled(settings: Settings) -> AsyncIterator[Services]:
             callbacks=CallbackClient(tracer=tracer),
             clock=SystemClock(),
         )
-        yield furnished(ports, settings, metrics, background, [registry.follow, changes.follow], tracer)
+        jobs = [registry.follow, changes.follow]
+        yield furnished(ports, settings, metrics, background, jobs, learn=learn, tracer=tracer)

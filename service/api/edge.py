@@ -18,8 +18,10 @@ from structlog.typing import FilteringBoundLogger
 from service.api.leaving import HELD
 from service.api.problems import CRASHED, OUTCOME, REQUEST_ID, render
 from service.api.uploads import ClientLeft
+from service.telemetry import spent
 from service.telemetry.families import Port
 from service.telemetry.metrics import UNMATCHED, Metrics
+from service.telemetry.spent import Spent
 from service.telemetry.tracing import ANSWERED, UNTRACED, RequestSpan, Tracer
 
 TENANT = "tenant"
@@ -59,12 +61,18 @@ class Edge:
         # The server may share one state among all requests.
         state = scope["state"] = {**scope.get("state", {})}
         request_id = state[REQUEST_ID] = _request_id(scope)
-        with self._tracer.request(scope) as span, self._metrics.in_progress(self._port):
+        with self._tracer.request(scope) as span:
             names = {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
-            with structlog.contextvars.bound_contextvars(**names):
-                await self._serve(scope, receive, _Answer(send, request_id), span)
+            with (
+                structlog.contextvars.bound_contextvars(**names),
+                spent.counted() as upstream,
+                self._metrics.in_progress(self._port),
+            ):
+                await self._serve(scope, receive, _Answer(send, request_id), upstream, span)
 
-    async def _serve(self, scope: Message, receive: Receive, answer: _Answer, span: RequestSpan) -> None:
+    async def _serve(
+        self, scope: Message, receive: Receive, answer: _Answer, upstream: Spent, span: RequestSpan
+    ) -> None:
         method, path = scope["method"], quote(scope["path"])[:_LONGEST_PATH]  # as Litestar changes the path
         state = scope["state"]
         begun = time.perf_counter()
@@ -73,7 +81,7 @@ class Edge:
         except ClientLeft:
             state[OUTCOME] = "client-left"
         except Exception:
-            self._logger.exception("crash")
+            self._logger.exception("request.crashed")
             state[OUTCOME] = CRASHED.type.code
             # With an answer begun, returning without its end makes the server close the connection.
             if answer.status is None:
@@ -86,15 +94,16 @@ class Edge:
             span.answered(answer.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant)
             self._metrics.request(self._port, method, route, status, seconds, held=HELD in state)
             self._logger.info(
-                "request",
-                port=self._port,
+                "request.ended",
                 method=method,
-                route=route,
                 path=path,
                 status=status,
                 seconds=round(seconds, 6),
+                upstream_seconds=None if upstream.seconds is None else round(upstream.seconds, 6),
                 tenant=tenant,
                 outcome=outcome,
+                route=route,
+                port=self._port,
             )
 
 

@@ -205,11 +205,11 @@ def exception_handlers(logger: FilteringBoundLogger) -> dict[int | type[Exceptio
 
     def undecodable(request: Request[Any, Any, Any], error: UnicodeDecodeError) -> Response[bytes]:
         # Litestar lets this one through for a JSON body; logged, should it ever come from elsewhere.
-        logger.warning("undecodable", exc_info=error)
+        logger.warning("request.garbled", exc_info=error)
         return _respond(request, Problem(MALFORMED, "The body of the request is not UTF-8."))
 
     def crashed(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-        logger.error("crash", exc_info=error)
+        logger.error("request.crashed", exc_info=error)
         return _respond(request, CRASHED)
 
     def left(_: Request[Any, Any, Any], error: ClientLeft) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -142,6 +143,10 @@ class RegistryBody(Struct, frozen=True, forbid_unknown_fields=True, omit_default
         return Wanted(accounts, tenants, prune)
 
 
+Part = dict[str, Any] | list[Any] | str | bool | float | None
+"""A part of the registry, however small."""
+
+
 class DifferenceKind(StrEnum):
     """What is different somewhere."""
 
@@ -155,8 +160,8 @@ class DifferenceView(Struct, frozen=True, omit_defaults=True):
 
     path: Annotated[str, Meta(examples=["tenants.shop.max_active"])]
     what: DifferenceKind
-    before: Any = None
-    after: Any = None
+    before: Annotated[Part, Meta(description="Absent if there was nothing.")] = None
+    after: Annotated[Part, Meta(description="Absent if there is nothing any more.")] = None
 
 
 class AppliedView(Struct, frozen=True):
@@ -172,12 +177,13 @@ class AppliedView(Struct, frozen=True):
 
 def registry_body(found: Registry, now: float) -> RegistryBody:
     """The registry as it is at a time (seconds since the epoch), by name; without tokens that have expired."""
+    tokens = defaultdict[int, list[Token]](list)
+    for token in sorted(found.tokens.values(), key=lambda each: (each.created, each.id)):
+        if token.valid_at(now):
+            tokens[token.tenant].append(token)
     return RegistryBody(
         {name: _account(each) for name, each in sorted(found.accounts.items())},
-        {
-            name: _tenant(each, [token for token in found.tokens_of(each) if token.valid_at(now)])
-            for name, each in sorted(found.tenants.items())
-        },
+        {name: _tenant(each, tokens[each.id]) for name, each in sorted(found.tenants.items())},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import os
 import shlex
@@ -10,7 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from service.keyring import SecretFileError
 from service.local import LocalError, completed
 from service.services import Services
 from service.settings import Environment, Role, Settings
+from service.storage.address import parse_url
 from service.storage.embedded import EmbeddedError
 from service.telemetry import logs
 from service.telemetry.redaction import Redactor
@@ -98,15 +100,18 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
     signals = _Signals()
     operators = _listen(settings.ops_host, settings.ops_port, "GATEWAY_OPS_")
     tenants = None if settings.role is Role.WORKER else _listen(settings.host, settings.port, "GATEWAY_")
-    async with completed(settings) as full, assembled(full) as services, services.working():
-        redactor.learn(*(each for each in (full.admin_token, full.upstream_user_key) if each))
+    async with AsyncExitStack() as opened:
+        full = await opened.enter_async_context(completed(settings))
+        redactor.learn(*_secrets(full))
+        services = await opened.enter_async_context(assembled(full, learn=redactor.learn, clean=redactor.text))
+        await opened.enter_async_context(services.working())
         # The tenants' port is closed first, so that operators can look on while the last requests are answered.
         servers = [(_server(create_app(services), services.drain_seconds), tenants)] if tenants else []
         servers.append((_server(create_ops_app(services), services.drain_seconds), operators))
         async with asyncio.TaskGroup() as tasks:
             serving = [(server, tasks.create_task(server.serve(sockets=[at]))) for server, at in servers]
             _log.info(
-                "serving",
+                "gateway.started",
                 version=__version__,
                 role=settings.role,
                 tenants=_url(tenants) if tenants else None,
@@ -118,13 +123,25 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
             gc.collect()
             gc.freeze()  # what lives now lives on: later collections need not look at it
             await signals.first()
-            _log.info("ending")
+            _log.info("shutdown.begun")
             services.lifecycle.drain()
             if introducing:
                 introducing.cancel()
             for server, served in serving:
                 server.should_exit = True
                 await served
+
+
+def _secrets(settings: Settings) -> Iterator[str]:
+    """All that the settings hold which nobody may read in the log."""
+    yield from (each for each in (settings.admin_token, settings.upstream_user_key) if each)
+    for key in settings.secret_keys:
+        yield base64.b64encode(key).decode()
+        yield base64.urlsafe_b64encode(key).decode()
+    if settings.redis_url:
+        address = parse_url(settings.redis_url)
+        for each in (address.credentials, address.sentinel_credentials):
+            yield each.password or ""
 
 
 def _listen(host: str, port: int, prefix: str) -> socket.socket:
@@ -173,7 +190,7 @@ async def _demo_token(services: Services, folder: Path, user_key: str) -> str:
         try:
             token = await demo_token(services.operators, services.registry, user_key, known)
         except Unavailable as error:
-            _log.warning("the demo tenant can't be made yet", why=str(error))
+            _log.warning("demo.delayed", detail=str(error))
             await asyncio.sleep(_STORE_AWAY_SECONDS)
         else:
             _keep_demo_token(folder, token)
@@ -187,7 +204,7 @@ def _keep_demo_token(folder: Path, token: str) -> None:
         path.touch(mode=0o600)
         path.write_text(token + "\n")
     except OSError as error:
-        _log.warning("the next start will make another demo token: this one can't be kept", why=str(error))
+        _log.warning("demo-token.lost", detail="It can't be kept: the next start makes another one.", error=str(error))
 
 
 def known_demo_token(data_dir: Path) -> str | None:

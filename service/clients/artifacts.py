@@ -28,6 +28,7 @@ from service.domain.errors import (
 from service.domain.task import Artifact, ArtifactName
 from service.domain.tenancy import Account
 from service.telemetry.metrics import Metrics
+from service.telemetry.spent import waiting
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Asked, BrokenOff, Fetched, Portion
 
@@ -129,20 +130,21 @@ class _Fetch:
         self._max_bytes = max_bytes
         self._patience = patience
         self._tracer = tracer
-        self._host = ""
+        self._host = ""  # the rest of an address may be what gives access to the file, and is not logged
         self.opened = AsyncExitStack()
         self.outcome = Outcome.STOPPED
 
     async def begin(self, transport: CheckedTransport, artifact: Artifact) -> Fetched:
         """Fetch until the first bytes are there and found good. Raises what the reader is told instead."""
         try:
-            with _in_words():
+            with _in_words(), waiting():
                 async with asyncio.timeout(self._patience.first_byte):
                     return await self._begin(transport, artifact)
         except GatewayError as fault:
             self.outcome = _OUTCOMES[type(fault)]
             if self.outcome is not Outcome.DONE:
-                self._say("a result can't be fetched", fault.__cause__ or fault)
+                why = fault.__cause__ or fault
+                _log.warning("fetch.failed", host=self._host, error=type(why).__name__, detail=str(why))
             raise
 
     async def _begin(self, transport: CheckedTransport, artifact: Artifact) -> Fetched:
@@ -213,8 +215,9 @@ class _Fetch:
                 self._break_off(f"it is longer than {most} bytes")
             yield chunk
             try:
-                async with asyncio.timeout(self._patience.idle):
-                    chunk = await anext(body, None)
+                with waiting():
+                    async with asyncio.timeout(self._patience.idle):
+                        chunk = await anext(body, None)
             except (httpx2.HTTPError, OSError) as error:
                 self._break_off(type(error).__name__)
         if head.exact is not None and given < head.exact:
@@ -223,13 +226,8 @@ class _Fetch:
 
     def _break_off(self, why: str) -> NoReturn:
         self.outcome = Outcome.BROKEN_OFF
-        self._say("a result broke off", why)
+        _log.warning("fetch.broken-off", host=self._host, detail=why)
         raise BrokenOff(why)
-
-    def _say(self, event: str, why: object) -> None:
-        # Only the host: the rest of an address may be what gives access to the file.
-        fault = type(why).__name__ if isinstance(why, Exception) else None
-        _log.warning(event, host=self._host, why=str(why), fault=fault)
 
 
 _HEADERS = {

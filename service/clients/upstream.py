@@ -21,11 +21,13 @@ from service.domain.taskid import Sealer
 from service.domain.tenancy import Account
 from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
+from service.telemetry.spent import waiting
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
 
 _log = structlog.get_logger(__name__)
 
+_KEY_LOST = "None of the secret keys opens its user_key."
 CHECK_SECONDS = 20.0
 """How long a check may take, waiting for its turn included."""
 
@@ -103,7 +105,8 @@ class UpstreamClient:
         submitted = Submitted(outcome=SubmitOutcome.UNKNOWN)
         started = time.monotonic()
         try:
-            submitted = await self._submit(account, options, image, seconds)
+            with waiting():
+                submitted = await self._submit(account, options, image, seconds)
         finally:
             self._observe(Operation.SUBMIT, submitted.outcome, time.monotonic() - started)
         return submitted
@@ -113,7 +116,8 @@ class UpstreamClient:
         check = Check(answered=Answered.NOTHING)
         started = time.monotonic()
         try:
-            check = await self._check(account, upstream_id)
+            with waiting():
+                check = await self._check(account, upstream_id)
         finally:
             self._observe(Operation.CHECK, check.answered, time.monotonic() - started)
         return check
@@ -129,10 +133,10 @@ class UpstreamClient:
         try:
             answer = await self._submits.post(self._base(account), path, fields, {wire.IMAGE: file}, seconds=seconds)
         except NotSent as fault:
-            self._say("nothing was sent to the upstream", account, fault)
+            self._say(Operation.SUBMIT, account, fault)
             return Submitted(outcome=SubmitOutcome.NOT_SENT)
         except Lost as fault:
-            self._say("a submission got no usable answer", account, fault)
+            self._say(Operation.SUBMIT, account, fault)
             return Submitted(outcome=SubmitOutcome.UNKNOWN)
         submitted = _submitted(answer)
         return replace(submitted, reason=_without(user_key, submitted.reason))
@@ -145,7 +149,7 @@ class UpstreamClient:
         try:
             answer = await self._checks.post(self._base(account), wire.CHECK_PATH, fields, seconds=CHECK_SECONDS)
         except (NotSent, Lost) as fault:
-            self._say("a check got no usable answer", account, fault)
+            self._say(Operation.CHECK, account, fault)
             return Check(answered=Answered.NOTHING)
         check = wire.read_check(answer.body)
         if check.error:
@@ -160,13 +164,14 @@ class UpstreamClient:
         """The key of an account, which can't be opened if the secret key that sealed it was taken away."""
         opened = self._user_keys.open(account.user_key)
         if opened is None:
-            _log.error("the key of an account can't be opened by any of the secret keys", account=account.name)
+            _log.error("account.key-lost", account=account.name, detail=_KEY_LOST)
             return None
         return opened.decode()
 
     @staticmethod
-    def _say(event: str, account: Account, fault: NotSent | Lost) -> None:
-        _log.warning(event, account=account.name, fault=str(fault))
+    def _say(operation: Operation, account: Account, fault: NotSent | Lost) -> None:
+        sent = isinstance(fault, Lost)
+        _log.warning("call.failed", operation=operation, account=account.name, sent=sent, error=str(fault))
 
 
 def _submitted(answer: Answer) -> Submitted:

@@ -39,7 +39,7 @@ class Changes:
             except (RedisError, OSError) as error:
                 if self._failed:
                     self._failed(sort_of(error))
-                _log.warning("changes.unreachable", error=type(error).__name__)
+                _log.warning("changes.disconnected", error=type(error).__name__)
                 await asyncio.sleep(AWAY_SECONDS)
 
     async def _listen(self) -> None:
@@ -54,6 +54,6 @@ class Changes:
         try:
             change = unpacked_change(message)
         except MsgspecError:  # of another version of the gateway; waiters read by themselves
-            _log.warning("changes.unreadable")
+            _log.warning("change.garbled")
         else:
             self._board.announced(*change)

@@ -150,7 +150,7 @@ class RedisLedger:
             return await self.settle(moved)
         return bool(status == b"settled")
 
-    async def expire(self, most: int) -> int:
+    async def expire(self, most: int) -> Sequence[Settlement]:
         """Settle as unknown the reservations whose process died before it could."""
         seen, time, rows = await self._scripts.read(
             ("GET", self._keys.clock),
@@ -160,22 +160,22 @@ class RedisLedger:
         now = ledger_time(seen, time)
         ids = [reservation for reservation, lease in scored(rows) if lease <= now]
         found = await self._scripts.read(*(("GET", self._keys.reservation(each)) for each in ids))
-        settled = 0
+        settled: list[Settlement] = []
         for each, packed in zip(ids, found, strict=True):
             if packed is None:  # it outlived its reservation, which nobody can settle any more
                 await self._scripts.read(("ZREM", self._keys.leases, each))
                 continue
             reservation = msgspec.msgpack.decode(packed, type=Reservation)
-            settled += await self.settle(
-                Settlement(
-                    reservation=each,
-                    tenant=reservation.tenant,
-                    account=reservation.account,
-                    kind=reservation.kind,
-                    created=reservation.created,
-                    outcome=ReservationState.UNKNOWN,
-                )
+            settlement = Settlement(
+                reservation=each,
+                tenant=reservation.tenant,
+                account=reservation.account,
+                kind=reservation.kind,
+                created=reservation.created,
+                outcome=ReservationState.UNKNOWN,
             )
+            if await self.settle(settlement):
+                settled.append(settlement)
         return settled
 
     async def counters(self, tenant: int) -> Snapshot:

@@ -161,7 +161,7 @@ class LiveRegistry:
             except (RedisError, OSError, LedgerUnavailable) as error:
                 if self._failed and not isinstance(error, LedgerUnavailable):  # that one was counted where it came up
                     self._failed(sort_of(error))
-                _log.warning("registry.unreachable", error=type(error).__name__)
+                _log.warning("registry.disconnected", error=type(error).__name__)
                 await asyncio.sleep(AWAY_SECONDS)
 
     async def _listen(self) -> None:

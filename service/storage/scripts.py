@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,9 @@ class Scripts:
                 raise  # a fault of ours, not Redis being away
             outcome = LedgerOutcome.UNAVAILABLE
             raise unavailable() from error
+        except asyncio.CancelledError:
+            outcome = LedgerOutcome.GIVEN_UP
+            raise
         finally:
             if self._observe:
                 self._observe(call, outcome, time.perf_counter() - begun)

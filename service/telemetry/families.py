@@ -58,6 +58,8 @@ class LedgerOutcome(StrEnum):
     UNAVAILABLE = "unavailable"
     FAULT = "fault"
     """A script failed: a fault of the gateway's own."""
+    GIVEN_UP = "given-up"
+    """Nobody waited for the answer any more."""
 
 
 class StoreError(StrEnum):
@@ -234,6 +236,8 @@ class Families:
         """Have what is known beforehand begin at zero: an increase would miss the first event otherwise."""
         for state in DeliveryState:
             self.deliveries.labels(state.value)
+            if state is not DeliveryState.PENDING:
+                self.delivery_age.labels(state.value)
         for source in Source:
             self.reads.labels(source.value)
         for error in StoreError:

@@ -1,8 +1,13 @@
-"""The log: one JSON object or one line to read per event, everything redacted, on a stream of its own."""
+"""The log: one JSON object or one line to read per event, everything redacted, on a stream of its own.
+
+`deploy/LOGS.md` tells every event.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import MutableMapping
+from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 import msgspec
@@ -12,6 +17,11 @@ from structlog.typing import FilteringBoundLogger, Processor
 from service.telemetry.redaction import Redactor
 
 _LIBRARIES = ("asyncio", "httpcore2", "httpx2", "litestar", "redis", "uvicorn", "uvicorn.access", "uvicorn.error")
+
+_LEVELS = (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO)
+_FOR_MACHINES = ("port", "route")
+
+Event = MutableMapping[str, Any]
 
 
 def configure(*, json: bool, level: str, stream: BinaryIO, redactor: Redactor) -> FilteringBoundLogger:
@@ -23,12 +33,11 @@ def configure(*, json: bool, level: str, stream: BinaryIO, redactor: Redactor) -
     exception, later it would have to take rendered lines apart.
     """
     processors: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
         structlog.processors.format_exc_info,
+        _arranged,
         redactor,
-        *([_to_json] if json else [_console(colours=stream.isatty()), _to_bytes]),
+        *([_stamped, _to_json] if json else [_shortened, _console(colours=stream.isatty()), _to_bytes]),
     ]
     structlog.configure(
         processors=processors,
@@ -59,14 +68,38 @@ class _Bridge(logging.Handler):
             message = record.getMessage()
         except (TypeError, ValueError):  # arguments that do not fit must not lose the event
             message = str(record.msg)
-        level = next(each for each in (logging.CRITICAL, logging.ERROR, logging.WARNING) if record.levelno >= each)
-        self._logger.log(level, message, logger=record.name, exc_info=record.exc_info)
+        level = next((each for each in _LEVELS if record.levelno >= each), logging.DEBUG)
+        self._logger.log(level, "library.logged", logger=record.name, detail=message, exc_info=record.exc_info)
+
+
+def _arranged(_logger: object, _method: str, event: Event) -> Event:
+    """How grave and what first, then what belongs to it, then whose request it is; what is None is not there."""
+    first = {"level": event.pop("level"), "event": event.pop("event")}
+    told = {name: value for name, value in event.items() if value is not None}
+    request = structlog.contextvars.get_contextvars()
+    return first | told | {name: value for name, value in request.items() if name not in told}
+
+
+def _stamped(_logger: object, _method: str, event: Event) -> Event:
+    return {"time": datetime.now(UTC).isoformat().replace("+00:00", "Z"), **event}
+
+
+def _shortened(_logger: object, _method: str, event: Event) -> Event:
+    """An event without what only machines look for, with the time of the clock on the wall."""
+    for name in _FOR_MACHINES:
+        event.pop(name, None)
+    event["time"] = datetime.now().astimezone().strftime("%H:%M:%S.%f")[:-3]
+    return event
 
 
 def _console(*, colours: bool) -> Processor:
     # The traceback is text already, which the plain formatter expects.
     return structlog.dev.ConsoleRenderer(
-        colors=colours, timestamp_key="time", exception_formatter=structlog.dev.plain_traceback
+        colors=colours,
+        timestamp_key="time",
+        exception_formatter=structlog.dev.plain_traceback,
+        sort_keys=False,
+        pad_event_to=20,
     )
 
 

@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
-from urllib.parse import quote
 
 import msgspec
 
 from service.domain.tenancy import TOKEN_PREFIX
 from service.domain.webhook import SECRET_PREFIX
+from service.telemetry.spellings import KnownSecrets, in_base64, in_hex
 
 REDACTED = "[redacted]"
 
-_SHORTEST = 6
-"""A shorter secret is not looked for: it would be found within ordinary words."""
 _DEEPEST = 12
+_SHORTEST_TOKEN = 20
+"""All tokens and webhook secrets are longer, and most words are shorter."""
+_NO_WORD = re.compile(r"[\s=:,?+%]")
 _LARGEST_INTEGER = 2**63
+_MOST_NAMES = 1_000
 
-_NAMES = ("user[-_]?key", "api[-_]?key", "token", "authorization", "secret", "password", "prompt", "cookie")
+_PROSE = ("prompt", "metadata")
+_NAMES = (
+    *("user[-_]?key", "api[-_]?key", "idempotency[-_]?key", "token", "authorization", "secret", "passw(?:or)?d"),
+    *("cookie", *_PROSE),
+)
 _SECRET_NAME = re.compile("|".join(_NAMES), re.IGNORECASE)
-_TOKEN = re.compile(rf"{TOKEN_PREFIX}\w+|{SECRET_PREFIX}[\w+/=-]+")
-_CREDENTIALS = re.compile(r"\b(bearer|basic)\s+[^\s,;'\"]+", re.IGNORECASE)
-_USER_INFO = re.compile(r"://[^/@\s]+@")
-# `name=value`, `"name": "value"` and the like in running text; the quotes may themselves be escaped.
+_PREFIXES = (TOKEN_PREFIX, SECRET_PREFIX)
+_BARE_PREFIXES = tuple(prefix.removesuffix("_") for prefix in _PREFIXES)
+_TOKEN = re.compile(rf"{_BARE_PREFIXES[0]}(?:_|%5[Ff])\w+|{_BARE_PREFIXES[1]}(?:_|%5[Ff])[\w+/=%-]+")
+_ENCODED_PREFIXES = {spelling for prefix in _PREFIXES for spelling in (*in_base64(prefix.encode()), *in_hex(prefix))}
+_ENCODED_TOKEN = re.compile(rf"(?:{'|'.join(map(re.escape, _ENCODED_PREFIXES))})[\w+/-]{{20,}}=*")
+_CREDENTIALS = re.compile(r"\b(bearer|basic)(?:\s|%20|\+)+[^\s,;'\"]+", re.IGNORECASE)
+_ADDRESS = re.compile(r"(://)([^\s\"<>\\]+)")
+_QUERY = re.compile(r"(?<=[\w/])\?[^\s\"<>\\=?]*=[^\s\"<>\\]*")
+# The parts of a form, as they stand in the body of a request; line ends may be escaped.
+_LINE_END = r"(?:\\+r\\+n|\r?\n)"
+_PART = re.compile(
+    rf"(name=\\*\"[^\"\\]{{0,80}}\\*\"[^\r\n]{{0,300}}?{_LINE_END}{{2}}).*?(?={_LINE_END}--|\Z)", re.DOTALL
+)
+# `name=value`, `"name": "value"`, `("name", "value")` and the like in running text. What is quoted may be quoted once
+# more, which escapes its quotes, and may have lost its end; a quote that is escaped differently is not the last one.
+_QUOTED = r"b?\"(?:[^\"\\]|\\+[^\\])*+(?:\"|\\*\Z)|b?'(?:[^'\\]|\\+[^\\])*+(?:'|\\*\Z)"
+_ESCAPED = r"(?>(?P<{0}>\\+[\"']).*?(?:(?<!\\)(?P={0})|\Z))"
+_BRACED = rf"[{{\[(](?:[^{{}}()\[\]\"'\\]|{_QUOTED}|{_ESCAPED.format('inner')}|\\)*+(?:[}}\])]|\Z)|[{{\[(][^\n]*"
 _NAMED = re.compile(
-    rf"((?:{'|'.join(_NAMES)})[\w-]{{0,40}}(?:\\*[\"'])?\s{{0,3}}[=:]\s{{0,3}})"
-    r"(\\+[\"'].*?\\+[\"']|b?\"(?:[^\"\\]|\\.)*\"|b?'(?:[^'\\]|\\.)*'|[^\s&,;)}\]]+)",
+    rf"((?:{'|'.join(_NAMES)})[\w-]{{0,40}}"
+    r"(?:(?:\\*[\"'])?\s{0,3}[=:]\s{0,3}|\\*[\"']\s{0,3},\s{0,3}(?=b?\\*[\"'])))"
+    rf"(?:{_ESCAPED.format('quote')}|{_QUOTED}|{_BRACED}|[^\s&,;)}}\]]+)",
     re.IGNORECASE | re.DOTALL,
 )
+_UNQUOTED_PROSE = re.compile(
+    rf"((?:{'|'.join(_PROSE)})[\w-]{{0,40}}\s{{0,3}}[=:]\s{{0,3}})(?!b?[\"'\\{{\[(])[^\n]+", re.IGNORECASE
+)
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 class Redactor:
@@ -41,45 +66,40 @@ class Redactor:
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        self._spellings: set[str] = set()
-        self._known: re.Pattern[str] | None = None
+        self._known = KnownSecrets()
+        self._names: dict[str, tuple[str, bool]] = {}
         self.learn(*secrets)
 
     def learn(self, *secrets: str) -> None:
         """From now on these strings are not logged, in any of the spellings they come in."""
         for secret in secrets:
-            if len(secret) >= _SHORTEST:
-                self._spellings |= {secret, quote(secret), quote(secret, safe=""), repr(secret)[1:-1]}
-        longest_first = sorted(self._spellings, key=len, reverse=True)
-        self._known = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+            if self._known.add(secret):
+                self._names.clear()
 
     def __call__(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """Rewrite one event."""
         return self._mapping(event, 0)
 
     def text(self, text: str) -> str:
-        """A text without secrets, in which every character can be encoded."""
+        """A text without secrets, in which every character can be encoded, and none of which steers a terminal."""
         # Most texts are short words. What can't match is not searched for: it makes a line cost a third.
-        if self._known:
-            text = self._known.sub(REDACTED, text)
-        if TOKEN_PREFIX in text or SECRET_PREFIX in text:
-            text = _TOKEN.sub(REDACTED, text)
-        if len(text.split(None, 1)) > 1:
-            text = _CREDENTIALS.sub(rf"\1 {REDACTED}", text)
-        if "@" in text:
-            text = _USER_INFO.sub(f"://{REDACTED}@", text)
-        if "=" in text or ":" in text:
-            text = _NAMED.sub(rf"\1{REDACTED}", text)
+        text = self._known.without(text, REDACTED)
+        if len(text) >= _SHORTEST_TOKEN:
+            text = _ENCODED_TOKEN.sub(REDACTED, _TOKEN.sub(REDACTED, text))
+        if _NO_WORD.search(text):
+            text = _running(text)
+        if not text.isprintable():
+            text = text.translate(_CONTROLS)
         return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
     def _value(self, value: Any, depth: int) -> Any:
         plain: Any
-        if value is None or isinstance(value, bool | float):
+        if isinstance(value, str):
+            plain = self.text(str(value))
+        elif value is None or isinstance(value, bool | float):
             plain = value
         elif isinstance(value, int):
             plain = int(value) if abs(value) < _LARGEST_INTEGER else str(value)
-        elif isinstance(value, str):
-            plain = self.text(str(value))
         elif isinstance(value, bytes | bytearray | memoryview):
             plain = f"<{len(value)} bytes>"
         elif depth > _DEEPEST:
@@ -87,7 +107,7 @@ class Redactor:
         elif isinstance(value, Mapping):
             plain = self._mapping(value, depth)
         elif isinstance(value, list | tuple | set | frozenset):
-            plain = [self._value(each, depth + 1) for each in value]
+            plain = self._sequence(tuple(value), depth)
         elif isinstance(value, msgspec.Struct):
             plain = self._mapping({name: getattr(value, name) for name in value.__struct_fields__}, depth)
         elif is_dataclass(value) and not isinstance(value, type):
@@ -97,14 +117,56 @@ class Redactor:
         return plain
 
     def _mapping(self, mapping: Mapping[Any, Any], depth: int) -> dict[str, Any]:
-        return {
-            self.text(str(name)): REDACTED
-            if value is not None and _is_secret(str(name))
-            else self._value(value, depth + 1)
-            for name, value in mapping.items()
-        }
+        told: dict[str, Any] = {}
+        for name, value in mapping.items():
+            shown, secret = self._name(name)
+            told[shown] = REDACTED if secret and value is not None else self._value(value, depth + 1)
+        if depth and "value" in told and self._names_secret(mapping.get("name", mapping.get("key"))):
+            told["value"] = REDACTED
+        return told
+
+    def _sequence(self, values: Sequence[Any], depth: int) -> list[Any]:
+        if len(values) == 2 and self._names_secret(values[0]):  # a header, or a field of a form
+            return [self._value(values[0], depth + 1), REDACTED]
+        return [self._value(each, depth + 1) for each in values]
+
+    def _names_secret(self, name: Any) -> bool:
+        return isinstance(name, str | bytes) and self._name(name)[1]
+
+    def _name(self, name: Any) -> tuple[str, bool]:
+        """A name as it is shown, and whether what stands under it is secret; the id of a token, say, is not."""
+        text = str(name)
+        known = self._names.get(text)
+        if known is None:
+            known = self.text(text), _SECRET_NAME.search(text) is not None and not text.endswith("_id")
+            if len(self._names) < _MOST_NAMES:
+                self._names[text] = known
+        return known
 
 
-def _is_secret(name: str) -> bool:
-    """Whether what stands under a name is secret; the id of a token, say, is not."""
-    return _SECRET_NAME.search(name) is not None and not name.endswith("_id")
+def _running(text: str) -> str:
+    """A text that is more than a word, without what its words tell to be secret."""
+    if "://" in text:
+        text = _ADDRESS.sub(_shown_address, text)
+    if "?" in text:
+        text = _QUERY.sub(f"?{REDACTED}", text)
+    text = _CREDENTIALS.sub(rf"\1 {REDACTED}", text)
+    if 'name="' in text or 'name=\\"' in text:
+        text = _PART.sub(rf"\1{REDACTED}", text)
+    if _SECRET_NAME.search(text):
+        text = _UNQUOTED_PROSE.sub(rf"\1{REDACTED}", text)
+        text = _NAMED.sub(rf"\1{REDACTED}", text)
+    return text
+
+
+def _shown_address(found: re.Match[str]) -> str:
+    """An address without its query, its fragment, and who is named before its host."""
+    address, rest = found[2], ""
+    for mark in "?#":
+        address, found_mark, more = address.partition(mark)
+        if more:
+            rest = f"{found_mark}{REDACTED}"
+    authority, slash, path = address.partition("/")
+    if "@" in authority:
+        authority = f"{REDACTED}@{authority.rpartition('@')[2]}"
+    return f"{found[1]}{authority}{slash}{path}{rest}"

@@ -13,6 +13,7 @@ from service.domain.errors import Conflict, LedgerUnavailable, Outdated
 from service.domain.faults import dotted
 from service.domain.registry import Registry
 from service.domain.taskid import Sealer
+from service.telemetry import told
 from service.usecases.change import Change
 from service.usecases.planning import Plan, Planner, Wanted
 from service.usecases.ports import Clock, Ledger, RegistryChange, RegistryView
@@ -95,7 +96,7 @@ class Apply:
             "removed_tenants": [each.name for each in change.drop_tenants],
             "removed": [each.id for each in change.drop_tokens],
         }
-        await self._change("registry.apply", make, force=force, **removed)
+        await self._change("registry.applied", make, force=force, **removed)
         self._log(plan, change)
         for account in change.accounts:
             known = plan.before.accounts.get(account.name)
@@ -107,12 +108,13 @@ class Apply:
     def _log(plan: Plan, change: RegistryChange) -> None:
         """Log what is different now, as each change alone would have been."""
         for account in change.accounts:
-            policy = msgspec.to_builtins(account.policy)
+            policy = told.account_policy(account.policy)
             given = account.name in plan.rekeyed
             _log.info("account.put", account=account.name, base_url=account.base_url, policy=policy, key_given=given)
         for tenant in change.tenants:
             about = msgspec.to_builtins(tenant)
             del about["id"], about["name"]
+            about["policy"] = told.tenant_policy(tenant.policy)
             url = tenant.webhook.url and webhook.without_query(tenant.webhook.url)
             given = tenant.name in plan.resigned
             about["webhook"] = {"url": url, "allow": tenant.webhook.allow, "key_given": given}

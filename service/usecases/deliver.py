@@ -7,6 +7,7 @@ the same id and the same body, by which the receiver knows it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 
@@ -109,11 +110,11 @@ class Deliver:
         if not await self._agenda.record(claimed, outcome):
             return
         self._metrics.delivered(outcome.state, self._clock.now() - delivery.created / 1000)
-        log = _log.info if outcome.state is DeliveryState.DELIVERED else _log.warning
-        log(
-            "delivery.attempt",
+        _log.log(
+            logging.INFO if outcome.state is DeliveryState.DELIVERED else logging.WARNING,
+            "delivery.attempted",
             delivery=_id(delivery),
-            tenant=delivery.tenant,
+            tenant=self._registry.current.tenant_name(delivery.tenant),
             address=webhook.without_query(delivery.url),
             state=outcome.state,
             status=outcome.status,

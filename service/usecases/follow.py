@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
-import structlog
 from msgspec import Struct
 
 from service.domain.errors import LedgerUnavailable, NotFound, UpstreamUnavailable
@@ -23,6 +22,7 @@ from service.domain.taskid import Reference, TaskIds
 from service.domain.tenancy import Tenant
 from service.telemetry.families import Source
 from service.telemetry.metrics import Metrics
+from service.telemetry.spent import waiting
 from service.usecases.board import Board, Seen
 from service.usecases.ports import (
     Answered,
@@ -36,8 +36,7 @@ from service.usecases.ports import (
     Tasks,
     Upstream,
 )
-
-_log = structlog.get_logger(__name__)
+from service.usecases.settle import READER, tell
 
 HEARTBEAT_SECONDS = 15.0
 """Who follows changes is told after so many seconds that there was none."""
@@ -180,7 +179,8 @@ class Follow:
             self._asked.move_to_end(reference.reservation)
             while len(self._asked) > _REMEMBERED:
                 self._asked.popitem(last=False)
-        check = await asyncio.shield(asked.answer)
+        with waiting():  # whoever began it
+            check = await asyncio.shield(asked.answer)
         if check.answered in {Answered.NOTHING, Answered.UNUSABLE} or (check.answered is Answered.SILENT and not book):
             raise UpstreamUnavailable("This task can't be looked up just now. Try again.", retry_after=self._interval)
         if check.answered is Answered.SILENT:
@@ -222,7 +222,7 @@ class Follow:
             booked = await self._ledger.settle(settlement)
         except LedgerUnavailable:
             return  # the next read does it
-        _log.warning("settled.late", reservation=reference.reservation, booked=booked)
+        tell(self._registry.current, settlement, by=READER, booked=booked)
 
 
 def _not_found() -> NotFound:

@@ -20,6 +20,7 @@ from service.domain.errors import Conflict, FieldError, InvalidOptions, NotFound
 from service.domain.registry import Registry
 from service.domain.taskid import Sealer
 from service.domain.tenancy import Account, AccountPolicy, Tenant, Token
+from service.telemetry import told
 from service.usecases.change import Change
 from service.usecases.ports import Clock, Ledger, RegistryChange, RegistryView
 
@@ -86,7 +87,7 @@ class Operators:
             made = RegistryChange(version=now.version, next_id=next_id, accounts=(account,))
             return made, (account, known is not None and may_pay_again(known, account))
 
-        about = {"base_url": base_url, "policy": msgspec.to_builtins(policy), "key_given": user_key is not None}
+        about = {"base_url": base_url, "policy": told.account_policy(policy), "key_given": user_key is not None}
         account, reopens = await self._change("account.put", change, account=name, **about)
         closed = (await self._ledger.accounts([account.id]))[account.id].status is not Status.OPEN
         if reopens or (user_key is not None and closed):
@@ -121,6 +122,7 @@ class Operators:
 
         about = msgspec.to_builtins(tenant)
         del about["id"], about["name"]
+        about["policy"] = told.tenant_policy(tenant.policy)
         url = tenant.webhook.url and webhook.without_query(tenant.webhook.url)
         about["webhook"] = {"url": url, "allow": tenant.webhook.allow, "key_given": given is not None}
         return await self._change("tenant.put", change, tenant=tenant.name, **about)
@@ -149,7 +151,7 @@ class Operators:
             made = RegistryChange(version=now.version, next_id=now.next_id, tenants=left, drop_accounts=(account,))
             return made, None
 
-        await self._change("account.delete", change, account=name, force=force, open=state.open)
+        await self._change("account.deleted", change, account=name, force=force, open=state.open)
 
     async def delete_tenant(self, name: str, *, force: bool) -> None:
         """Take a tenant and its tokens out. Unless forced it must have no active task. Raises Conflict or NotFound."""
@@ -164,7 +166,7 @@ class Operators:
             made = RegistryChange(version=now.version, next_id=now.next_id, drop_tenants=(found,), drop_tokens=tokens)
             return made, None
 
-        await self._change("tenant.delete", change, tenant=name, force=force, active=active)
+        await self._change("tenant.deleted", change, tenant=name, force=force, active=active)
 
     async def create_token(self, tenant_name: str, label: str | None, expires: float | None) -> NewToken:
         """Make a token for a tenant, whose expired ones go; `expires` in seconds since the epoch.
@@ -181,7 +183,7 @@ class Operators:
             return made, token
 
         about = {"id": token_id, "label": label, "expires": expires}
-        return NewToken(await self._change("token.create", change, tenant=tenant_name, **about), text)
+        return NewToken(await self._change("token.created", change, tenant=tenant_name, **about), text)
 
     async def revoke_token(self, tenant_name: str, token_id: str, grace: float) -> None:
         """Let a token expire in `grace` seconds, at once if 0; never later than it would. Raises NotFound."""
@@ -195,13 +197,13 @@ class Operators:
             left = msgspec.structs.replace(token, expires=end if token.expires is None else min(end, token.expires))
             return RegistryChange(version=now.version, next_id=now.next_id, tokens=(left,)), None
 
-        await self._change("token.revoke", change, tenant=tenant_name, id=token_id, grace=grace)
+        await self._change("token.revoked", change, tenant=tenant_name, id=token_id, grace=grace)
 
     async def reopen(self, name: str) -> Account:
         """Let the next submission find out whether an exhausted or invalid account can be used. Raises NotFound."""
         account = await self.account(name)
         await self._ledger.reopen(account.id)
-        _log.info("account.reopen", account=name)
+        _log.info("account.reopened", account=name)
         return account
 
     async def account(self, name: str) -> Account:

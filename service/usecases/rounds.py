@@ -26,10 +26,10 @@ async def rounds(what: str, begin: Callable[[], Awaitable[bool]]) -> NoReturn:
         try:
             more = await begin()
         except LedgerUnavailable:
-            _log.warning(f"{what}.store-away")
+            _log.warning("round.postponed", job=what, detail="The store is away.")
             await asyncio.sleep(AWAY_SECONDS)
         except Exception:  # noqa: BLE001 - one fault must not end all that is to come
-            _log.exception(f"{what}.crashed")
+            _log.exception("round.crashed", job=what)
             await asyncio.sleep(AWAY_SECONDS)
         else:
             if not more:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from itertools import chain, repeat
 
 import structlog
 
 from service.domain.errors import LedgerUnavailable
+from service.domain.registry import Registry
 from service.domain.reservation import ReservationState
+from service.telemetry.told import yuan
 from service.usecases.background import Background
-from service.usecases.ports import Ask, Ledger, Settlement
+from service.usecases.ports import Ask, Ledger, RegistryView, Settlement
 
 _log = structlog.get_logger(__name__)
 
+SENDER, READER, EXPIRY = "sender", "reader", "expiry"
+"""Who found an outcome out: who sent the submission, who read the task that came of it, or nobody before its lease."""
 RETRIES = (0.1, 0.3, 1.0, 3.0, 5.0)
 """Seconds between tries to book an outcome; the last goes on until it is booked."""
 
@@ -22,8 +27,9 @@ RETRIES = (0.1, 0.3, 1.0, 3.0, 5.0)
 class Settle:
     """Books what became of reservations. An outcome that can't be written now is tried again in the background."""
 
-    def __init__(self, ledger: Ledger, background: Background) -> None:
+    def __init__(self, ledger: Ledger, background: Background, registry: RegistryView) -> None:
         self._ledger = ledger
+        self._registry = registry
         self._background = background
         self._late: deque[Settlement] = deque()
         self._booking: asyncio.Task[None] | None = None
@@ -89,4 +95,24 @@ class Settle:
 
     async def _book(self, settlement: Settlement) -> None:
         booked = await self._ledger.settle(settlement)
-        _log.info("settled", reservation=settlement.reservation, outcome=settlement.outcome, booked=booked)
+        tell(self._registry.current, settlement, by=SENDER, booked=booked)
+
+
+def tell(registry: Registry, settlement: Settlement, *, by: str, booked: bool) -> None:
+    """Log an outcome; a warning if it has to be looked into, since nobody knows it or its sender did not tell it."""
+    account, figures = registry.account(settlement.account), settlement.figures
+    told = by == SENDER and settlement.outcome is not ReservationState.UNKNOWN
+    _log.log(
+        logging.INFO if told else logging.WARNING,
+        "reservation.settled",
+        reservation=settlement.reservation,
+        tenant=registry.tenant_name(settlement.tenant),
+        account=account and account.name,
+        kind=settlement.kind,
+        outcome=settlement.outcome,
+        booked=booked,
+        by=by,
+        remaining_uses=figures.count,
+        remaining_yuan=None if figures.money is None else yuan(figures.money),
+        closes=settlement.closes,
+    )

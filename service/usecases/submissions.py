@@ -14,6 +14,7 @@ from service.domain.reservation import Refund, Refunding, Reservation, Reservati
 from service.domain.task import Basis, Cost, Task
 from service.domain.taskid import TaskIds
 from service.domain.tenancy import Tenant, Window
+from service.telemetry.told import yuan
 from service.usecases.ports import Books, RegistryView, Tasks
 
 _log = structlog.get_logger(__name__)
@@ -103,13 +104,14 @@ class Submissions:
         fate = await self._fate(submission, known)
         given = known.refund
         _log.info(
-            "submission.refund",
+            "submission.refunded",
             tenant=fate.tenant,
-            submission=submission,
+            account=fate.account,
+            reservation=submission,
             kind=known.kind,
             reason=reason,
-            count=given and given.count,
-            money=given and given.money,
+            uses=given and given.count,
+            yuan=given and yuan(given.money),
         )
         return fate
 

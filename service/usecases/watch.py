@@ -11,15 +11,18 @@ from service.domain.task import Task
 from service.domain.taskid import TaskIds
 from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
+from service.telemetry.told import yuan
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.background import ended
 from service.usecases.board import Board
 from service.usecases.ports import Answered, Check, Due, Ledger, RegistryView, Tasks, Upstream
 from service.usecases.rounds import rounds
+from service.usecases.settle import EXPIRY, tell
 
 _log = structlog.get_logger(__name__)
 
 EXPIRE_SECONDS = 5.0
+_KEY_LOST = "None of the secret keys opens its id."
 
 
 class Watch:
@@ -86,15 +89,15 @@ class Watch:
         """Book for ever what died between reserving and settling."""
         while True:
             try:
-                count = await self._ledger.expire(100)
+                settled = await self._ledger.expire(100)
             except LedgerUnavailable:
-                count = 0
+                settled = ()
             except Exception:  # noqa: BLE001 - one fault must not leave all other places held for ever
-                _log.exception("expire.crashed")
-                count = 0
-            if count:
-                self._metrics.expired(count)
-                _log.warning("reservations.expired", count=count)
+                _log.exception("expiry.crashed")
+                settled = ()
+            self._metrics.expired(len(settled))
+            for each in settled:
+                tell(self._registry.current, each, by=EXPIRY, booked=True)
             await asyncio.sleep(EXPIRE_SECONDS)
 
     async def _guarded_check(self, due: Due) -> None:
@@ -119,17 +122,24 @@ class Watch:
         self._board.recorded(task, now)  # whoever waits in this process is spared the way over the store
         if task.state.ended:
             self._metrics.finished(task)
-            _log.info(
-                "task.ended",
-                reservation=task.reservation,
-                tenant=task.tenant,
-                kind=task.kind,
-                state=task.state,
-                seconds=(task.updated - task.created) / 1000,
-                count=task.cost.count,
-                money=task.cost.money,
-                basis=task.cost.basis,
-            )
+            self._tell(task)
+
+    def _tell(self, task: Task) -> None:
+        registry = self._registry.current
+        account = registry.account(task.account)
+        _log.info(
+            "task.ended",
+            reservation=task.reservation,
+            tenant=registry.tenant_name(task.tenant),
+            account=account and account.name,
+            kind=task.kind,
+            state=task.state,
+            seconds=(task.updated - task.created) / 1000,
+            uses=task.cost.count,
+            yuan=yuan(task.cost.money),
+            basis=task.cost.basis,
+            error=task.error and task.error.code,
+        )
 
 
 async def ask(task: Task, registry: RegistryView, task_ids: TaskIds, upstream: Upstream) -> Check:
@@ -140,6 +150,6 @@ async def ask(task: Task, registry: RegistryView, task_ids: TaskIds, upstream: U
     try:
         upstream_id = task_ids.open(task.id).upstream_id
     except NotFound:  # the key that sealed it was taken away, and may come back
-        _log.error("the id of a task can't be opened by any of the secret keys", reservation=task.reservation)
+        _log.error("task.key-lost", reservation=task.reservation, detail=_KEY_LOST)
         return Check(answered=Answered.NOTHING)
     return await upstream.check(account, upstream_id)

@@ -63,7 +63,7 @@ class Webhooks:
             signing = Signing(sealed, tenant.webhook.signing.secret if grace else None, until)
             return _put(now, replace(tenant, webhook=replace(tenant.webhook, signing=signing))), None
 
-        await self._change("webhook.rotate", change, tenant=name, grace=grace)
+        await self._change("webhook.rotated", change, tenant=name, grace=grace)
         return NewSecret(text, until)
 
     async def switch_off(self, tenant_id: int, url: str) -> None:
@@ -75,7 +75,12 @@ class Webhooks:
                 return RegistryChange(version=now.version, next_id=now.next_id), None
             return _put(now, replace(tenant, webhook=tenant.webhook.switched_off(url))), None
 
-        await self._change("webhook.off", change, tenant=tenant_id, address=webhook.without_query(url))
+        await self._change(
+            "webhook.switched-off",
+            change,
+            tenant=self._registry.current.tenant_name(tenant_id),
+            address=webhook.without_query(url),
+        )
 
     async def failed(self, most: int) -> Sequence[Owned]:
         """Up to `most` deliveries that were given up in the last 30 days, the newest first."""
@@ -88,7 +93,7 @@ class Webhooks:
         if delivery is None:
             raise NotFound(f"There is no delivery {event}, or it was forgotten since.")
         owned = self._owned(delivery)
-        _log.info("webhook.redeliver", delivery=event, tenant=owned.tenant)
+        _log.info("delivery.revived", delivery=event, tenant=owned.tenant)
         return owned
 
     def _owned(self, delivery: Delivery) -> Owned:

@@ -28,6 +28,7 @@ from service.settings import Settings
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.telemetry.metrics import Metrics
+from service.telemetry.overheard import Learn, unheard
 from service.usecases.background import Background
 from service.usecases.ports import Answered, Artifacts, Check, SubmitOutcome, Submitted
 from service.wiring import Ports, assembled, furnished
@@ -306,8 +307,10 @@ async def no_key_is_left_for_ever(client: Any) -> None:
 
 
 @asynccontextmanager
-async def real_house(valkey: Valkey, **more: str) -> AsyncIterator[House]:
-    """A real Valkey, which is emptied first, and the sandbox; `more` are settings."""
+async def real_house(
+    valkey: Valkey, learn: Learn = unheard, clean: Callable[[str], str] | None = None, **more: str
+) -> AsyncIterator[House]:
+    """A real Valkey, which is emptied first, and the sandbox; `learn` is told of secrets, `more` are settings."""
     config = SandboxConfig(accounts={USER_KEY: Balance(count=10, money=300)}, seconds=0)
     async with AsyncExitStack() as stack:
         sandbox = await stack.enter_async_context(running(config))
@@ -324,6 +327,6 @@ async def real_house(valkey: Valkey, **more: str) -> AsyncIterator[House]:
             now = max(int(await client.get(clock) or 0), seconds_now * 1000 + micros // 1000)
             await client.set(clock, now + int(seconds * 1000))
 
-        services = await stack.enter_async_context(assembled(settings))
+        services = await stack.enter_async_context(assembled(settings, learn=learn, clean=clean))
         stack.push_async_callback(no_key_is_left_for_ever, client)
         yield await stack.enter_async_context(opened(services, SandboxControl(sandbox.control), pass_time))

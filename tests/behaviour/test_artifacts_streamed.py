@@ -69,7 +69,7 @@ async def site(serve: Serve, *, patience: Patience | None = None) -> AsyncIterat
 
 def logged(logs: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
     """The status and the outcome of the one request for a result."""
-    (line,) = [each for each in logs if each["event"] == "request" and each["path"].endswith("/artifacts/image")]
+    (line,) = [each for each in logs if each["event"] == "request.ended" and each["path"].endswith("/artifacts/image")]
     return line["status"], line["outcome"]
 
 

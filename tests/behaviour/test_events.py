@@ -196,13 +196,13 @@ async def test_one_line_at_its_end(house: House, task: dict[str, Any]) -> None:
     with structlog.testing.capture_logs() as lines:
         async with following(house, task) as stream:
             await stream.next()
-            assert not [line for line in lines if line["event"] == "request"]
+            assert not [line for line in lines if line["event"] == "request.ended"]
             await checked(house, SUCCEEDED)
             await stream.rest()
         async with following(house, {"links": {"events": task["links"]["events"]}}) as stream:
             await stream.rest()
-        await until(lambda: len([line for line in lines if line["event"] == "request"]) == 2)
-    told = [line for line in lines if line["event"] == "request"]
+        await until(lambda: len([line for line in lines if line["event"] == "request.ended"]) == 2)
+    told = [line for line in lines if line["event"] == "request.ended"]
     route = "/v1/tasks/{task_id}/events"
     assert {(line["route"], line["status"], line["outcome"]) for line in told} == {(route, 200, "answered")}
     metrics = (await house.http.get(f"{house.ops_url}/metrics")).text

@@ -113,6 +113,8 @@ async def every_call(house: House) -> AsyncIterator[tuple[str, str, Any]]:
         ("DELETE", "/tenants/shop?force=true", None),
         ("POST", "/tenants/shop/tokens", {}),
         ("DELETE", f"/tenants/shop/tokens/{token['id']}", None),
+        ("GET", "/registry", None),
+        ("PUT", "/registry", {}),
     ):
         yield method, path, body
 
@@ -128,7 +130,7 @@ async def test_redis_away() -> None:
                 answer = await house.admin(method, path, json=body)
                 problem(answer, 503, "ledger-unavailable")
                 assert int(answer.headers["retry-after"]) > 0
-        assert {each["event"] for each in events} == {"request"}
+        assert {each["event"] for each in events} == {"request.ended"}
         ledger.away = False
         assert house.services.registry.current is before
 
@@ -148,7 +150,7 @@ async def test_redis_leaves_after_a_change(monkeypatch: pytest.MonkeyPatch) -> N
         with structlog.testing.capture_logs() as events:
             answer = await house.admin("POST", "/tenants/shop/tokens")
         assert answer.status_code == 201
-        assert [each["id"] for each in events if each["event"] == "token.create"] == [answer.json()["id"]]
+        assert [each["id"] for each in events if each["event"] == "token.created"] == [answer.json()["id"]]
         ledger.away = False
         assert (await house.call("GET", "/v1/quota", token=answer.json()["token"])).status_code == 200
 

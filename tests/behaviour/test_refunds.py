@@ -156,7 +156,7 @@ async def test_what_can_not_be_refunded(house: House) -> None:
     await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
     with structlog.testing.capture_logs() as events:
         problem(await house.submit(), 502, "upstream-rejected")
-    (refused,) = [each["reservation"] for each in events if each["event"] == "settled"]
+    (refused,) = [each["reservation"] for each in events if each["event"] == "reservation.settled"]
     detail = problem(await refund(house, submission=refused, reason="x"), 409, "conflict")["detail"]
     assert detail == f"Submission {refused} cost nothing: it is refused."
     assert await counted(house) == before[0]
@@ -209,9 +209,9 @@ async def test_logged(house: House) -> None:
     with structlog.testing.capture_logs() as events:
         told = shown(await refund(house, task=task["id"], reason="It came out blank."), 201)
         problem(await refund(house, task=task["id"], reason="again"), 409, "conflict")
-    (event,) = [each for each in events if each["event"] == "submission.refund"]
-    assert (event["tenant"], event["submission"]) == ("shop", told["id"])
-    assert (event["kind"], event["reason"], event["count"], event["money"]) == (
+    (event,) = [each for each in events if each["event"] == "submission.refunded"]
+    assert (event["tenant"], event["reservation"]) == ("shop", told["id"])
+    assert (event["kind"], event["reason"], event["uses"], event["yuan"]) == (
         "face-enhance",
         "It came out blank.",
         1,

@@ -53,7 +53,9 @@ async def test_no_answer_tells(house: House) -> None:
         answers = [answer async for answer in a_busy_day(house)]
     told = [repr((dict(answer.headers), answer.content)).encode() for answer in answers]
     assert {answer.status_code for answer in answers} >= {200, 201, 204, 400, 401, 404, 422}
-    assert {"account.put", "tenant.delete", "account.delete", "account.reopen"} <= {each["event"] for each in events}
+    assert {"account.put", "tenant.deleted", "account.deleted", "account.reopened"} <= {
+        each["event"] for each in events
+    }
     for secret in (*KEYS, house.token, ADMIN_TOKEN):
         for spelling in spellings(secret):
             assert [text for text in told if spelling in text] == []
@@ -75,11 +77,11 @@ async def test_changes_are_logged(house: House) -> None:
     assert [(each["event"], each.get("account") or each.get("tenant")) for each in changes] == [
         ("account.put", "main"),
         ("tenant.put", "shop"),
-        ("token.create", "shop"),
-        ("token.revoke", "shop"),
-        ("account.reopen", "main"),
-        ("tenant.delete", "shop"),
-        ("account.delete", "main"),
+        ("token.created", "shop"),
+        ("token.revoked", "shop"),
+        ("account.reopened", "main"),
+        ("tenant.deleted", "shop"),
+        ("account.deleted", "main"),
     ]
     assert changes[0]["policy"]["floor_count"] == 2
     assert changes[1]["policy"]["max_active"] == 4

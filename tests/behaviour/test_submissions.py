@@ -21,7 +21,7 @@ async def settled(house: House, status: int) -> str:
     """Submit what ends with this status; the id of the submission, which only the log tells."""
     with structlog.testing.capture_logs() as events:
         assert (await house.submit()).status_code == status
-    return str([each["reservation"] for each in events if each["event"] == "settled"][-1])
+    return str([each["reservation"] for each in events if each["event"] == "reservation.settled"][-1])
 
 
 async def test_task(house: House) -> None:

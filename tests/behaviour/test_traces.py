@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from service.telemetry.redaction import Redactor
 from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, USER_KEY, real_house
 from tests.behaviour.receiver import a_secret, receiving
 from tests.behaviour.test_secrets import KEYS, a_busy_day, spellings
@@ -89,7 +90,8 @@ async def test_idle(valkey: Valkey, collector: Collector) -> None:
 async def test_nothing_secret(valkey: Valkey, collector: Collector) -> None:
     """No key, token, prompt or label of anybody is sent to the collector, whatever is done and whatever fails."""
     private = ["a prompt", "order-of-a-customer"]
-    async with real_house(valkey, GATEWAY_TRACES_URL=collector.url) as house:
+    redactor = Redactor([ADMIN_TOKEN])
+    async with real_house(valkey, redactor.learn, redactor.text, GATEWAY_TRACES_URL=collector.url) as house:
         await house.submit("upscale", {"prompt": "a prompt", "metadata": '{"order": "order-of-a-customer"}'})
         await house.call("GET", f"/v1/tasks/{house.token}")
         await house.call("GET", f"/v1/tasks?token={house.token}", headers={"User-Agent": f"curl {house.token}"})

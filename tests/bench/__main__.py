@@ -10,10 +10,18 @@ import click
 from tests.bench.figures import Benchmark, table
 from tests.bench.ledger import ledger
 from tests.bench.memory import memory
+from tests.bench.scraping import scraping, watched
 from tests.bench.waiting import waiting
 from tests.bench.watching import watching
 
-BENCHMARKS: Mapping[str, Benchmark] = {"ledger": ledger, "memory": memory, "waiting": waiting, "watching": watching}
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "ledger": ledger,
+    "memory": memory,
+    "waiting": waiting,
+    "watching": watching,
+    "scraping": scraping,
+    "watched": watched,
+}
 
 
 @click.command(help=__doc__)

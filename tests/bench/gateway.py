@@ -91,11 +91,11 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(*, role: str, latency: float, **settings: str) -> AsyncIterator[Bench]:
-    """A gateway that has started, with an upstream that takes so many seconds for each answer."""
+async def bench(*, role: str, latency: float, state: str = "Running", **settings: str) -> AsyncIterator[Bench]:
+    """A gateway that has started, with an upstream that takes so many seconds to tell this state of each task."""
     async with AsyncExitStack() as stack:
         store = stack.enter_context(running())
-        address = stack.enter_context(upstream(latency))
+        address = stack.enter_context(upstream(latency, state))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         given = {
             "GATEWAY_REDIS_URL": store.url,

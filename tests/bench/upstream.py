@@ -1,6 +1,6 @@
 """An upstream that costs next to nothing, in a process of its own, and measures how late it is asked.
 
-Every task runs for ever. Only as much of HTTP is understood as the gateway speaks. `GET /lateness` tells the lateness
+Every task stays in the same state. Only as much of HTTP is understood as the gateway speaks. `GET /lateness` tells the lateness
 of all checks since it was last asked for: by how many milliseconds the time between two checks of a task was longer
 than what the path's last part says in milliseconds.
 """
@@ -44,8 +44,9 @@ class _Checks:
 class _Connection(asyncio.Protocol):
     """Answers requests one after the other, after a latency in seconds."""
 
-    def __init__(self, checks: _Checks, latency: float) -> None:
+    def __init__(self, checks: _Checks, latency: float, state: str) -> None:
         self._checks = checks
+        self._state = state
         self._latency = latency
         self._received = b""
         self._transport: asyncio.Transport | None = None
@@ -76,13 +77,13 @@ class _Connection(asyncio.Protocol):
             return {"err_code": 0, "task_id": str(uuid.uuid4()), "remaining_count": 1_000_000, "remaining_money": 0}
         task = _TASK.search(body)
         self._checks.note(task[1] if task else b"")
-        return {"err_code": 0, "status": "Running"}
+        return {"err_code": 0, "status": self._state}
 
 
 @contextmanager
-def upstream(latency: float) -> Iterator[str]:
-    """Run one that takes so many seconds for each answer; its address."""
-    command = [sys.executable, "-m", __name__, str(latency)]
+def upstream(latency: float, state: str) -> Iterator[str]:
+    """Run one that takes so many seconds for each answer, and shows all tasks in this state; its address."""
+    command = [sys.executable, "-m", __name__, str(latency), state]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout
         try:
@@ -91,13 +92,13 @@ def upstream(latency: float) -> Iterator[str]:
             process.kill()
 
 
-async def _serve(latency: float) -> None:
+async def _serve(latency: float, state: str) -> None:
     checks = _Checks()
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Connection(checks, latency), "127.0.0.1", 0, backlog=1_024)
+    server = await loop.create_server(lambda: _Connection(checks, latency, state), "127.0.0.1", 0, backlog=1_024)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)  # noqa: T201 - its parent reads it
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(float(sys.argv[1])))
+    asyncio.run(_serve(float(sys.argv[1]), sys.argv[2]))

@@ -37,7 +37,7 @@ async def test_dead_address() -> None:
     assert "127.0.0.1" not in str(caught.value)
     assert caller.outcome == Outcome.UNREACHABLE
     (line,) = logs
-    assert (line["host"], line["fault"]) == ("127.0.0.1", "ConnectError")
+    assert (line["host"], line["error"]) == ("127.0.0.1", "ConnectError")
     assert "secret" not in str(logs)
 
 

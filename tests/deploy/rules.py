@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ def alerts() -> Sequence[Rule]:
     return [rule for rule in rules() if "alert" in rule]
 
 
-def cases() -> Iterator[tuple[str, Sequence[Mapping[str, str]]]]:
+@cache
+def cases() -> Sequence[tuple[str, Sequence[Mapping[str, str]]]]:
     """What is expected of alerts at some moment: a name, and the labels of each that fires; none if it must not."""
-    for file in CASES:
-        for test in yaml.safe_load(file.read_text("utf-8"))["tests"]:
-            for each in test.get("alert_rule_test", ()):
-                yield each["alertname"], [fired["exp_labels"] for fired in each["exp_alerts"]]
+    tests = [test for file in CASES for test in yaml.safe_load(file.read_text("utf-8"))["tests"]]
+    moments = [each for test in tests for each in test.get("alert_rule_test", ())]
+    return [(each["alertname"], [fired["exp_labels"] for fired in each["exp_alerts"]]) for each in moments]
 
 
 def entries() -> Sequence[str]:

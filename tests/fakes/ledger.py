@@ -160,25 +160,27 @@ class FakeLedger(FakeTasks):
         )
         self.due[settlement.reservation] = self.clock.at + self.spans.check_after
 
-    async def expire(self, most: int) -> int:
+    async def expire(self, most: int) -> Sequence[Settlement]:
         self._answer()
         lapsed = [
             (each.lease, name, each)
             for name, each in self.reservations.items()
             if each.state is ReservationState.RESERVED and each.lease <= self.clock.at
         ]
-        for _, name, each in sorted(lapsed)[:most]:
-            await self.settle(
-                Settlement(
-                    reservation=name,
-                    tenant=each.tenant,
-                    account=each.account,
-                    kind=each.kind,
-                    created=each.created,
-                    outcome=ReservationState.UNKNOWN,
-                )
+        settled = [
+            Settlement(
+                reservation=name,
+                tenant=each.tenant,
+                account=each.account,
+                kind=each.kind,
+                created=each.created,
+                outcome=ReservationState.UNKNOWN,
             )
-        return len(lapsed[:most])
+            for _, name, each in sorted(lapsed)[:most]
+        ]
+        for settlement in settled:
+            await self.settle(settlement)
+        return settled
 
     async def counters(self, tenant: int) -> Snapshot:
         self._answer()

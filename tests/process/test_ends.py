@@ -75,7 +75,7 @@ def test_second_signal(tmp_path: Path, valkey: Valkey, upstream: Sandbox) -> Non
         until(lambda: upstream.count("submit") > before, "the submit")
         assert used(gateway) == (0, 1, 1)
         gateway.process.send_signal(signal.SIGTERM)
-        until(lambda: "ending" in gateway.log.read_text(), "the first signal")
+        until(lambda: "shutdown.begun" in gateway.log.read_text(), "the first signal")
         assert gateway.end(signal.SIGINT) == 1
         assert isinstance(submitting.exception(), httpx2.TransportError)
     advance(valkey, shared["GATEWAY_KEY_PREFIX"], 180)

@@ -81,7 +81,8 @@ def test_production(tmp_path: Path, valkey: Valkey) -> None:
         assert gateway.end() == 0
     lines = gateway.log.read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    assert {"serving", "account.put", "tenant.put", "token.create", "request", "ending"} <= {e["event"] for e in events}
+    told = {event["event"] for event in events}
+    assert {"gateway.started", "account.put", "tenant.put", "token.created", "request.ended", "shutdown.begun"} <= told
     for secret in (ADMIN_TOKEN, key, "the-user-key-of-the-account", gateway.token):
         assert all(secret not in line for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "out.txt"]

@@ -194,7 +194,7 @@ class Line:
     async def settle(self, settlement: Settlement) -> bool:
         return await self._call(lambda: self._store.settle(settlement))
 
-    async def expire(self, most: int) -> int:
+    async def expire(self, most: int) -> Sequence[Settlement]:
         return await self._call_at_once(lambda: self._store.expire(most))
 
     async def claim(self, most: int) -> Sequence[Due]:

@@ -228,7 +228,7 @@ class Process:
         task_ids = TaskIds(Keyring([b"k" * 32]).purpose("task-id"))
         self._submit = Submit(
             ledger=self._line,
-            settle=Settle(self._line, self.background),
+            settle=Settle(self._line, self.background, registry),
             tasks=self._line,
             upstream=upstream,
             registry=registry,

@@ -68,7 +68,7 @@ class FaultyLedger(FakeLedger):
         async with self._fails("settle"):
             return await super().settle(settlement)
 
-    async def expire(self, most: int) -> int:
+    async def expire(self, most: int) -> Sequence[Settlement]:
         async with self._fails("expire"):
             return await super().expire(most)
 
@@ -123,7 +123,7 @@ class Gateway:
         metrics.name_tenants(lambda: self.registry.current)
         self.submit = Submit(
             ledger=self.ledger,
-            settle=Settle(self.ledger, self.background),
+            settle=Settle(self.ledger, self.background, self.registry),
             tasks=self.ledger,
             upstream=self.upstream,
             registry=self.registry,

@@ -21,6 +21,7 @@ from service.api.uploads import ClientLeft
 from service.domain.errors import NotFound
 from service.telemetry.families import Port
 from service.telemetry.metrics import Metrics
+from service.telemetry.spent import waiting
 from tests.unit.asgi import Answer, App, call, connected, http_scope, receiving, serving
 
 
@@ -73,7 +74,7 @@ class Watched:
     @property
     def line(self) -> dict[str, Any]:
         """The only access line."""
-        (line,) = [event for event in self.events if event["event"] == "request"]
+        (line,) = [event for event in self.events if event["event"] == "request.ended"]
         return line
 
     def samples(self, name: str) -> dict[tuple[str, str, str], float]:
@@ -107,15 +108,41 @@ async def test_a_request_is_logged_in_one_line() -> None:
     assert len(line.pop("request_id")) == 32
     assert line == {
         "level": "info",
-        "event": "request",
+        "event": "request.ended",
         "port": "tenants",
         "method": "GET",
         "route": "/things/{thing}",
         "path": "/things/one",
         "status": 200,
+        "upstream_seconds": None,
         "tenant": "demo",
         "outcome": "answered",
     }
+
+
+async def test_what_is_bound_around_a_request_is_in_its_line() -> None:
+    """Whatever is bound to the context of a request, as the id of its trace is, stands in its line."""
+    watched = Watched()
+    with structlog.contextvars.bound_contextvars(trace_id="t1"):
+        await asked(watched, "/things/one")
+    assert watched.line["trace_id"] == "t1"
+
+
+async def test_the_time_of_the_upstream() -> None:
+    """The line tells how much of the request was spent waiting for the upstream, in whichever of its tasks."""
+
+    async def wait() -> None:
+        with waiting():
+            await asyncio.sleep(0)
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await asyncio.gather(wait(), wait())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    watched = Watched(app)
+    await asked(watched, "/")
+    assert 0 < watched.line["upstream_seconds"] <= watched.line["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +201,7 @@ async def test_requests_do_not_share_their_state() -> None:
     for path in ("/things/one", "/nowhere"):
         scope = http_scope("GET", path) | {"state": shared}
         await watched.app(scope, receiving([]), receiving_nothing)
-    assert [event["tenant"] for event in watched.events if event["event"] == "request"] == ["demo", None]
+    assert [event.get("tenant") for event in watched.events if event["event"] == "request.ended"] == ["demo", None]
     assert shared == {"pool": 1}
 
 
@@ -196,7 +223,7 @@ async def test_a_client_that_left_is_a_499() -> None:
     assert await call(watched.app, "GET", "/things/left") is None
     assert (watched.line["status"], watched.line["outcome"]) == (499, "client-left")
     assert watched.samples("gateway_http_requests_total") == {("GET", "/things/{thing}", "499"): 1}
-    assert [event["event"] for event in watched.events] == ["request"]
+    assert [event["event"] for event in watched.events] == ["request.ended"]
 
 
 async def test_a_crash_around_the_application_is_a_problem_too() -> None:
@@ -210,7 +237,7 @@ async def test_a_crash_around_the_application_is_a_problem_too() -> None:
     assert (answer.status, answer.headers["content-type"]) == (500, "application/problem+json")
     assert answer.json()["instance"] == answer.headers["x-request-id"]
     crash, line = watched.events
-    assert (crash["event"], crash["request_id"], crash["exc_info"]) == ("crash", line["request_id"], True)
+    assert (crash["event"], crash["request_id"], crash["exc_info"]) == ("request.crashed", line["request_id"], True)
     assert (line["status"], line["outcome"], line["route"]) == (500, "internal-error", "unmatched")
 
 
@@ -252,4 +279,4 @@ async def test_an_answer_that_breaks_off_closes_the_connection() -> None:
     assert b"200 OK" in received
     assert not received.endswith(b"0\r\n\r\n")
     assert (watched.line["status"], watched.line["outcome"]) == (200, "internal-error")
-    assert "crash" in [event["event"] for event in watched.events]
+    assert "request.crashed" in [event["event"] for event in watched.events]

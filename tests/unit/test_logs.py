@@ -66,21 +66,20 @@ def as_it_was() -> Iterator[None]:
 
 
 def test_an_event_is_one_json_object() -> None:
-    """In production each event is a line of JSON with its time, level and values."""
+    """In production each event is a line of JSON with its time, level and values, but for those that are None."""
     log = Log()
     with structlog.contextvars.bound_contextvars(request_id="r1"):
-        log.logger.info("settled", tenant="demo", cost={"count": 1}, ratio=0.5, done=True, error=None)
+        log.logger.info("a.told", tenant="demo", cost={"count": 1}, ratio=0.5, done=True, error=None)
     event = log.event
     assert event.pop("time").endswith("Z")
     assert event == {
-        "event": "settled",
+        "event": "a.told",
         "level": "info",
         "request_id": "r1",
         "tenant": "demo",
         "cost": {"count": 1},
         "ratio": 0.5,
         "done": True,
-        "error": None,
     }
 
 
@@ -230,13 +229,15 @@ def test_a_short_secret_does_not_blank_out_words() -> None:
 
 
 def test_what_is_not_secret_is_written() -> None:
-    """Ids, absent values and ordinary texts stay readable."""
+    """Ids, absent values within others, and ordinary texts stay readable."""
     log = Log()
-    log.logger.info("revoked", token_id="t-1", token=None, kind=Name.VALUE, many={1}, big=2**70, key="k", data=b"12")
+    log.logger.info(
+        "revoked", token_id="t-1", about={"token": None}, kind=Name.VALUE, many={1}, big=2**70, key="k", data=b"12"
+    )
     event = log.event
-    assert {name: event[name] for name in ("token_id", "token", "kind", "many", "big", "key", "data")} == {
+    assert {name: event[name] for name in ("token_id", "about", "kind", "many", "big", "key", "data")} == {
         "token_id": "t-1",
-        "token": None,
+        "about": {"token": None},
         "kind": "value",
         "many": [1],
         "big": str(2**70),
@@ -272,7 +273,7 @@ def test_libraries_are_heard_from_warnings_on(library: str) -> None:
         raise OSError(f"token={SECRET}")
     except OSError:
         chatter.exception("lost %s", f"user_key={SECRET}")
-    assert (log.event["logger"], log.event["level"]) == (library, "error")
+    assert (log.event["event"], log.event["logger"], log.event["level"]) == ("library.logged", library, "error")
     assert "OSError" in log.event["exception"]
     assert SECRET not in log.written
 
@@ -283,11 +284,11 @@ def test_handlers_a_library_brought_along_are_taken_away() -> None:
     logging.getLogger("uvicorn.access").addHandler(logging.StreamHandler(own))
     log = Log()
     logging.getLogger("uvicorn.access").warning("once")
-    assert (own.getvalue(), log.event["event"]) == ("", "once")
+    assert (own.getvalue(), log.event["detail"]) == ("", "once")
 
 
 def test_a_record_that_does_not_fit_its_arguments_is_written_all_the_same() -> None:
     """A library's mistake in a log call does not lose the event, nor does a level of its own making."""
     log = Log()
     logging.getLogger("redis").log(35, "lost %d", "x")
-    assert (log.event["event"], log.event["level"]) == ("lost %d", "warning")
+    assert (log.event["detail"], log.event["level"]) == ("lost %d", "warning")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -191,3 +193,40 @@ def test_address_that_is_gone() -> None:
     allowed = WebhookEntry(url, ["other.example"])
     other = RegistryBody({}, {"shop": TenantEntry(accounts=[], webhook=allowed)})
     assert not planned(off, other).after.tenants["shop"].webhook.is_off(url)
+
+
+def test_tokens_that_end() -> None:
+    """A token that has ended is not made, one that is there is ended or goes on as the document says, and only then."""
+    past, future = datetime(2020, 1, 1, tzinfo=UTC), datetime(2030, 1, 1, tzinfo=UTC)
+
+    def with_end(end: datetime | None) -> RegistryBody:
+        return RegistryBody(
+            {}, {"shop": TenantEntry(accounts=[], tokens={"0" * 12: TokenEntry("a" * 64, expires_at=end)})}
+        )
+
+    assert planned(made(shop=TenantEntry(accounts=[])), with_end(past)).change is None
+    registry = planned(made(), with_end(future)).after
+    ended = planned(registry, with_end(past))
+    assert [(each.path, each.what) for each in differences(ended, NOW)] == [("tenants.shop.tokens", "removed")]
+    assert not ended.after.tokens["0" * 12].valid_at(NOW)
+    assert planned(ended.after, RegistryBody({}, {"shop": TenantEntry(accounts=[])})).kept == ("accounts.main",)
+    assert planned(ended.after, with_end(None)).after.tokens["0" * 12].valid_at(NOW)
+
+
+def test_secret_of_a_webhook() -> None:
+    """Another secret is told as that and nothing else, the same one is no change, and without one it stays."""
+    one, other = (SecretEntry(value=f"whsec_{letter * 40}") for letter in "ab")
+
+    def with_secret(secret: SecretEntry | None) -> RegistryBody:
+        hook = WebhookEntry("https://hooks.example/", secret=secret)
+        return RegistryBody({}, {"shop": TenantEntry(accounts=[], webhook=hook)})
+
+    registry = planned(Registry(), with_secret(one)).after
+    assert planned(registry, with_secret(one)).change is None
+    assert planned(registry, with_secret(None)).change is None
+    plan = planned(registry, with_secret(other))
+    assert [(each.path, each.what, each.before, each.after) for each in differences(plan, NOW)] == [
+        ("tenants.shop.webhook.secret.value", "changed", None, None)
+    ]
+    assert plan.after.tenants["shop"].webhook.signing != registry.tenants["shop"].webhook.signing
+    assert plan.made == {}

@@ -11,14 +11,14 @@ from service.usecases import settle
 from service.usecases.background import Background
 from service.usecases.ports import Settlement
 from service.usecases.settle import Settle
-from tests.fakes import FakeLedger
+from tests.fakes import FakeLedger, FakeRegistry
 
 
 async def test_late_outcomes_are_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is booked late, for whichever requests, is not logged as the doing of the one that was late first."""
     monkeypatch.setattr(settle, "RETRIES", (0.0,))
     ledger, background = FakeLedger(away=True), Background()
-    book = Settle(ledger, background)
+    book = Settle(ledger, background, FakeRegistry(ledger))
     with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logged:
         for name in ("one", "two"):
             with structlog.contextvars.bound_contextvars(request_id=f"request-{name}"):
@@ -38,6 +38,6 @@ async def test_late_outcomes_are_of_no_request(monkeypatch: pytest.MonkeyPatch) 
     assert told == [
         ("settlement.delayed", "one", "request-one"),
         ("settlement.delayed", "two", "request-two"),
-        ("settled", "one", None),
-        ("settled", "two", None),
+        ("reservation.settled", "one", None),
+        ("reservation.settled", "two", None),
     ]

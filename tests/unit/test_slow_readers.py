@@ -88,5 +88,5 @@ async def test_nothing_is_taken(reader: Reader, monkeypatch: pytest.MonkeyPatch,
         reader.post(2, state=State.RUNNING)
         async with asyncio.timeout(20):
             await reading
-    assert [line["outcome"] for line in lines if line["event"] == "request"] == ["client-stuck"]
+    assert [line["outcome"] for line in lines if line["event"] == "request.ended"] == ["client-stuck"]
     assert reader.house.services.board.waiting == 0

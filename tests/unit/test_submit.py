@@ -87,7 +87,7 @@ async def test_settled_after_its_lease(gateway: Gateway, monkeypatch: pytest.Mon
     gateway.ledger.before["settle"] = [AWAY]
     submission = await gateway.submitted()
     gateway.ledger.clock.at += gateway.ledger.spans.lease
-    assert await gateway.ledger.expire(10) == 1
+    assert len(await gateway.ledger.expire(10)) == 1
     assert gateway.places == (1, 0, 0)
     assert await gateway.background.drain(5) == 0
     assert gateway.places == (1, 0, 1)
@@ -130,7 +130,7 @@ async def test_process_ends_without_the_store(gateway: Gateway) -> None:
         await caller
     gateway.ledger.away = False
     gateway.ledger.clock.at += gateway.ledger.spans.lease
-    assert await gateway.ledger.expire(10) == 1
+    assert len(await gateway.ledger.expire(10)) == 1
     assert gateway.places == (1, 0, 0)
 
 

@@ -90,8 +90,8 @@ class Ledger(Protocol):
         """
         ...
 
-    async def expire(self, most: int) -> int:
-        """Settle as unknown up to `most` reservations whose lease ran out; the number settled."""
+    async def expire(self, most: int) -> Sequence[Settlement]:
+        """Settle as unknown up to `most` reservations whose lease ran out; what was booked."""
         ...
 
     async def counters(self, tenant: int) -> Snapshot:

@@ -1,0 +1,96 @@
+# syntax=docker/dockerfile:1
+#
+# The production image: the gateway, its locked packages, and nothing of the sandbox.
+#
+#     docker build --tag imaging-gateway \
+#         --build-arg VERSION=0.1.0 --build-arg REVISION="$(git rev-parse HEAD)" \
+#         --build-arg CREATED="$(date --utc +%Y-%m-%dT%H:%M:%SZ)" --build-arg SOURCE=https://... .
+#
+# A tag moves. A release is built on a digest, which is looked up where the image is pulled from
+# (`docker buildx imagetools inspect python:3.13-slim`) and then stands in the label org.opencontainers.image.base.name:
+#
+#     --build-arg PYTHON_IMAGE=python:3.13-slim@sha256:...
+#
+# Behind a company's proxy: `--build-arg HTTPS_PROXY=...`, which no layer keeps, and where it inspects TLS its authority
+# among the certificates, which are mounted for the build and stay out of the layers as well:
+#
+#     --secret id=certificates,src=/etc/ssl/certs/ca-certificates.crt
+#
+# `make image-check` builds this file for real and does the gateway's main job with what comes of it.
+
+# Any image with Python 3.11 or newer, its venv module, and the certificates of Debian's ca-certificates.
+ARG PYTHON_IMAGE=python:3.13-slim
+
+
+FROM ${PYTHON_IMAGE} AS build
+
+# As in the Makefile.
+ARG UV_VERSION=0.13.9
+
+# Bytecode is made here, once and for good: it is not held against the times of its sources, which a copy may round.
+ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
+    PYC_INVALIDATION_MODE=UNCHECKED_HASH \
+    SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
+    UV_COMPILE_BYTECODE=1 \
+    UV_LINK_MODE=copy \
+    UV_NO_CACHE=1 \
+    UV_PROJECT_ENVIRONMENT=/app \
+    UV_PYTHON_DOWNLOADS=never
+
+RUN --mount=type=secret,id=certificates,target=/etc/ssl/certs/ca-certificates.crt \
+    python3 -m venv /uv && \
+    /uv/bin/pip install --no-cache-dir --disable-pip-version-check --no-input --only-binary :all: "uv==${UV_VERSION}"
+
+WORKDIR /source
+
+# The packages change less often than the code: their layer is built from the lock file alone.
+COPY pyproject.toml uv.lock ./
+RUN --mount=type=secret,id=certificates,target=/etc/ssl/certs/ca-certificates.crt \
+    /uv/bin/uv sync --locked --no-dev --extra otel --no-editable --no-install-project
+
+COPY README.md ./
+COPY service service
+RUN --mount=type=secret,id=certificates,target=/etc/ssl/certs/ca-certificates.crt \
+    /uv/bin/uv sync --locked --no-dev --extra otel --no-editable && \
+    rm /app/.lock
+
+
+FROM ${PYTHON_IMAGE}
+
+ENV PATH=/app/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    GATEWAY_ENV=production \
+    GATEWAY_HOST=0.0.0.0 \
+    GATEWAY_OPS_HOST=0.0.0.0
+
+# Owned by root, so that the gateway can't write to itself.
+COPY --from=build /app /app
+COPY --chmod=0444 deploy/image/healthcheck.py /app/healthcheck.py
+
+# By number: Kubernetes' runAsNonRoot knows no names, and neither does the image.
+USER 65532:65532
+WORKDIR /
+
+# The tenants' port, and the operators'.
+EXPOSE 8080 8081
+
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["python", "/app/healthcheck.py"]
+
+ENTRYPOINT ["gateway"]
+CMD ["serve"]
+
+# Last, since they differ in every build.
+ARG PYTHON_IMAGE
+ARG VERSION=unknown
+ARG REVISION=unknown
+ARG CREATED=unknown
+ARG SOURCE=unknown
+LABEL org.opencontainers.image.title="Imaging Gateway" \
+      org.opencontainers.image.description="An internal REST gateway in front of a paid image-processing API" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}" \
+      org.opencontainers.image.base.name="${PYTHON_IMAGE}"

@@ -1,0 +1,97 @@
+"""The check's first half: the image is built and looked at from outside; then it is tried in a cell."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+from msgspec import json
+
+from deploy.image import tree
+from deploy.image.cell import enter
+from deploy.image.container import numbers
+from deploy.image.machine import called, debian, require_tools
+from deploy.image.report import expect, step
+from deploy.image.shop import Config, Shop
+from deploy.image.trial import Exhibit
+from service import __version__
+
+_ROOT = Path(__file__).parents[2]
+_SHOP = _ROOT / ".tools" / "image"
+_LABEL = "org.opencontainers.image."
+_PORTS = {"8080/tcp", "8081/tcp"}
+_MEGABYTE = 1_000_000
+
+
+def main() -> int:
+    """Build the image and check it; the exit code."""
+    with step("image: the machine has what the check takes"):
+        require_tools()
+        release = debian()
+    with _open_shop() as shop:
+        with step("image: base") as figures:
+            base = shop.base(release)
+            figures.append(release.suite)
+        with step("image: build"):
+            labels = _labels(base)
+            arguments = {"VERSION": labels["version"], "REVISION": labels["revision"], "CREATED": labels["created"]}
+            image = shop.build(_ROOT, {"PYTHON_IMAGE": base, **arguments})
+        with step("image: configuration"):
+            config = shop.config(image)
+            _expect_configured(config, labels)
+        with step("image: files") as figures:
+            root = shop.tree(image)
+            figures.append(_expect_lean(config, shop.tree(base), root))
+        with TemporaryDirectory(prefix="image-check-") as folder:
+            return enter("deploy.image.trial", json.encode(Exhibit(config, str(root), folder)))
+
+
+@contextmanager
+def _open_shop() -> Iterator[Shop]:
+    shop = Shop(_SHOP)
+    shop.tidy()
+    try:
+        yield shop
+    finally:
+        shop.tidy()
+
+
+def _labels(base: str) -> dict[str, str]:
+    return {
+        "version": __version__,
+        "revision": called(["git", "-C", str(_ROOT), "rev-parse", "HEAD"]).strip(),
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "base.name": base,
+    }
+
+
+def _expect_configured(config: Config, labels: dict[str, str]) -> None:
+    numbers(config.user)
+    expect(config.entrypoint == ["gateway"], f"the entry point is {config.entrypoint}")
+    expect(config.cmd == ["serve"], f"the command is {config.cmd}")
+    expect(config.exposed_ports.keys() == _PORTS, f"the ports are {sorted(config.exposed_ports)}")
+    expect(config.stop_signal == "SIGTERM", f"the signal to stop is {config.stop_signal!r}")
+    expect("GATEWAY_ENV=production" in config.env, "the environment is not production")
+    for name, value in labels.items():
+        found = config.labels.get(_LABEL + name)
+        expect(found == value, f"the label {_LABEL}{name} is {found!r}, not {value!r}")
+    for name in ("title", "description", "source"):
+        expect(config.labels.get(_LABEL + name), f"the label {_LABEL}{name} is missing")
+
+
+def _expect_lean(config: Config, base: Path, root: Path) -> str:
+    """Check the files; what they hold, in words."""
+    before, after = tree.look(base), tree.look(root)
+    tree.expect_only_the_app(before, after)
+    tree.expect_nothing_writable(after, *numbers(config.user))
+    tree.expect_production_alone(root)
+    whole, app = (tree.size(after, folder) // _MEGABYTE for folder in (PurePosixPath(), tree.APP))
+    return f"{whole} MB, {app} MB without its base"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Namespaces of the check's own: mounts, network and processes that end with it, whatever becomes of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from deploy.image.machine import called
+
+SECRETS = Path("/run/secrets")
+"""Where a container finds its secrets, as files."""
+_SIOCSIFFLAGS = 0x8914
+_IFF_UP = 1
+_DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)}
+
+
+def enter(module: str, document: bytes) -> int:
+    """Run a module of the check in a new cell, with a document as its standard input; the exit code.
+
+    The cell ends with the check, and all that is in it with the cell, also where the check is killed.
+    """
+    tied = (shutil.which("setpriv") or "setpriv", "--pdeathsig", "KILL")
+    isolation = ("unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child", "--")
+    command = [*tied, *isolation, sys.executable, "-m", module]
+    return subprocess.run(command, input=document, check=False).returncode  # noqa: S603 - a module of our own
+
+
+def connect_loopback() -> None:
+    """Bring up the loopback interface, the only one of a new network namespace."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
+
+
+def furnish(tree: Path, root: Path, secrets: Mapping[str, str], user: int, group: int) -> None:
+    """Mount at `root`, an empty folder, what a container sees.
+
+    That is the tree, which nobody can write to, devices, secrets and a scratch folder. The mounts are
+    seen in this cell alone, and end with it: what is below `root` must not be cleared away from within.
+    """
+    called(["mount", "--bind", str(tree), str(root)])
+    called(["mount", "--options", "remount,bind,ro,nosuid,nodev", str(root)])
+    _mount(root / "tmp", "mode=1777,noexec,nosuid,nodev,size=256m")
+    _mount(root / "dev", "mode=755,noexec,nosuid,size=64k")
+    for name, (major, minor) in _DEVICES.items():
+        device = root / "dev" / name
+        os.mknod(device, stat.S_IFCHR, os.makedev(major, minor))
+        device.chmod(0o666)
+    _mount(root / "run", "mode=755,noexec,nosuid,nodev,size=1m")
+    folder = root / SECRETS.relative_to("/")
+    folder.mkdir()
+    for name, secret in secrets.items():
+        (folder / name).write_text(secret)
+        (folder / name).chmod(0o400)
+        os.chown(folder / name, user, group)
+    called(["mount", "--options", "remount,bind,ro", str(root / "run")])
+
+
+def _mount(place: Path, options: str) -> None:
+    called(["mount", "--types", "tmpfs", "--options", options, "tmpfs", str(place)])

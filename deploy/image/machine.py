@@ -1,0 +1,56 @@
+"""What the check needs of the machine it runs on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deploy.image.report import Fault, expect
+
+_PACKAGES = {
+    "buildah": "buildah",
+    "debootstrap": "debootstrap",
+    "mount": "mount",
+    "setpriv": "util-linux",
+    "unshare": "util-linux",
+}
+_TARGET = "$(ORIGIN)\t$(CODENAME)\t$(COMPONENT)\t$(REPO_URI)"
+
+
+@dataclass(frozen=True)
+class Debian:
+    """The release that the machine runs, and where it gets its packages."""
+
+    suite: str
+    mirror: str
+
+
+def called(command: Sequence[str]) -> str:
+    """What a command prints. Raises Fault with all that it said if it fails."""
+    done = subprocess.run(  # noqa: S603 - every command is the check's own
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise Fault(f"{done.stdout}{done.stderr}`{command[0]}` ended with exit code {done.returncode}")
+    return done.stdout
+
+
+def require_tools() -> None:
+    """Raise Fault unless the check can run here."""
+    expect(os.geteuid() == 0, "this check makes a base image, namespaces and mounts: run it as root")
+    missing = sorted({package for tool, package in _PACKAGES.items() if not shutil.which(tool)})
+    wanted = " ".join(missing)
+    expect(not missing, f"tools are missing: apt-get install --no-install-recommends --yes {wanted}")
+
+
+def debian() -> Debian:
+    """What apt has been told of this machine's release. Raises Fault if it is no Debian, or apt knows no packages."""
+    expect(shutil.which("apt-get"), "this check needs Debian: there is no apt-get")
+    for line in called(["apt-get", "indextargets", "--format", _TARGET, "Identifier: Packages"]).splitlines():
+        origin, suite, component, mirror = line.split("\t")
+        if (origin, component) == ("Debian", "main") and "-" not in suite:
+            return Debian(suite, mirror)
+    raise Fault("apt knows of no Debian release: run apt-get update")

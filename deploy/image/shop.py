@@ -1,0 +1,101 @@
+"""Buildah, with a store of the check's own: the base, the build, and what came of it.
+
+The store's driver is vfs and the isolation chroot: slower than others, but they work in a container too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from msgspec import Struct, ValidationError, field, json
+
+from deploy.image.machine import Debian, called
+from deploy.image.report import Fault
+
+_PYTHON = "python3,python3-venv,ca-certificates"
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+_IMAGE = "localhost/imaging-gateway:check"
+
+
+class Healthcheck(Struct, rename="pascal"):
+    """How an engine asks whether the container lives: `CMD` and its words, in exec form."""
+
+    test: list[str]
+
+
+class Config(Struct, rename="pascal"):
+    """An image's configuration, as far as running it needs it. A shell form would show as the words of a shell."""
+
+    user: str = ""
+    env: list[str] = field(default_factory=list)
+    entrypoint: list[str] = field(default_factory=list)
+    cmd: list[str] = field(default_factory=list)
+    working_dir: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    exposed_ports: dict[str, dict[str, str]] = field(default_factory=dict)
+    stop_signal: str = ""
+    healthcheck: Healthcheck | None = None
+
+
+class _Image(Struct):
+    config: Config
+
+
+class _Inspected(Struct):
+    docker: _Image = field(name="Docker")
+
+
+class Shop:
+    """A store of images in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        storage = ("--root", str(folder / "storage"), "--runroot", str(folder / "run"), "--storage-driver", "vfs")
+        self._buildah = ("buildah", *storage)
+
+    def tidy(self) -> None:
+        """Drop what a run has left but for the base, also of one that was interrupted."""
+        self._call("rm", "--all")
+        if self._knows(_IMAGE):
+            self._call("rmi", "--force", _IMAGE)
+        self._call("rmi", "--prune")
+
+    def base(self, debian: Debian) -> str:
+        """The base image's name; made once, which takes a minute."""
+        name = f"localhost/python:{debian.suite}"
+        if not self._knows(name):
+            container = self._call("from", "scratch")
+            root = self._call("mount", container)
+            called(["debootstrap", "--variant=minbase", f"--include={_PYTHON}", debian.suite, root, debian.mirror])
+            called(["rm", "--recursive", "--force", f"{root}/var/cache/apt", f"{root}/var/lib/apt/lists"])
+            self._call("config", "--env", f"PATH={_PATH}", container)
+            self._call("commit", "--quiet", "--rm", container, name)
+        return name
+
+    def build(self, context: Path, arguments: Mapping[str, str]) -> str:
+        """Build the Dockerfile of a folder; the image's name."""
+        words = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
+        if _CERTIFICATES.exists():
+            words += ["--secret", f"id=certificates,src={_CERTIFICATES}"]
+        # Docker's format, since OCI's has no health check.
+        options = ("--isolation", "chroot", "--format", "docker", "--pull-never", "--tag", _IMAGE)
+        self._call("build", *options, *words, str(context))
+        return _IMAGE
+
+    def config(self, image: str) -> Config:
+        """An image's configuration. Raises Fault if it lacks what running it needs."""
+        try:
+            return json.decode(self._call("inspect", "--type", "image", image), type=_Inspected).docker.config
+        except ValidationError as error:
+            raise Fault(f"the image's configuration is not what it must be: {error}") from None
+
+    def tree(self, image: str) -> Path:
+        """An image's files, in a folder that is there until the shop is tidied."""
+        return Path(self._call("mount", self._call("from", "--pull-never", image)))
+
+    def _knows(self, image: str) -> bool:
+        return bool(self._call("images", "--quiet", "--filter", f"reference={image}"))
+
+    def _call(self, *words: str) -> str:
+        return called([*self._buildah, *words]).strip()

@@ -1,0 +1,242 @@
+"""Whatever happens, and however freely everything speaks, no secret and nothing that callers wrote is in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any, NoReturn
+from urllib.parse import quote, quote_plus
+
+import pytest
+from httpx2 import BasicAuth
+
+from service.clients import wire
+from service.clients.callbacks import CallbackClient
+from service.clients.exchange import Line
+from service.sandbox.dials import Fault
+from service.usecases.quota import Quota
+from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, USER_KEY, House, SandboxControl, real_house
+from tests.behaviour.old_client import OldClient
+from tests.behaviour.receiver import Receiver, a_secret, receiving
+from tests.support.images import png
+from tests.support.log import Written, everything_logged
+from tests.support.valkey import Valkey
+
+OTHER_KEY = "an/odd-key+of='another'\"account\"\\"
+HOOK_SECRET = a_secret(b"h")
+QUERY = "canary-of-the-query"
+PROMPT = "canaryprompt \"with\" 'quotes', {braces} & canaryend"
+METADATA = {"order": "canarymetadata }, ) canaryend"}
+IDEMPOTENCY_KEY = "canary-of-the-idempotency-key"
+PASSWORD = "canary-of-the-password"
+SEALING = base64.b64encode(SECRET_KEY).decode()
+CANARIES = ("canaryprompt", "canarymetadata", "canaryend", QUERY, IDEMPOTENCY_KEY, PASSWORD)
+
+
+def spellings(secret: str) -> Mapping[str, str]:
+    """A secret in all the clothes in which something may bring it along, each with what of it would tell."""
+    plain = secret.encode()
+    whole = {
+        secret,
+        repr(secret)[1:-1],
+        repr(plain)[2:-1],
+        json.dumps(secret)[1:-1],
+        json.dumps(json.dumps(secret))[3:-3],
+        quote(secret, safe=""),
+        quote_plus(secret),
+        plain.hex(),
+        base64.b64encode(plain).decode(),
+    }
+    within = [base64.b64encode(b"user:"[:letters] + plain + b"end").decode() for letters in (1, 2, 3, 4, 5)]
+    return {each: each for each in whole} | {each: each[8:-8] for each in within}
+
+
+def faults(token: str) -> list[Exception]:
+    """Exceptions as they come out of libraries and faults of our own, with all that they may have had in hand."""
+    told: list[Exception] = []
+    for secret in (USER_KEY, OTHER_KEY, token, ADMIN_TOKEN, HOOK_SECRET):
+        told += [RuntimeError(f"can't use <{each}> or {each.encode()!r}") for each in spellings(secret)]
+    form = f'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{PROMPT}\r\n--x--\r\n'
+    options = {"kind": "upscale", "prompt": PROMPT, "negative_prompt": PROMPT}
+    return [
+        *told,
+        ValueError(f"no options: {options}"),
+        ValueError(f"no options: {json.dumps(options)}", json.dumps({"inner": json.dumps(options)})),
+        ValueError(f"no form: {form}", form.encode()),
+        ValueError(f"prompt: {PROMPT}"),
+        KeyError(f"metadata={METADATA!r}", {"metadata": METADATA}),
+        OSError(f"http://shop:{PASSWORD}@hooks.example/ended?key={QUERY}#x is away"),
+        OSError(f"redis://gateway:{PASSWORD}@store:6379/0"),
+        OSError(f'GET /ended?key={QUERY} HTTP/1.1" 500'),
+        OSError([(b"authorization", PASSWORD.encode()), ("cookie", PASSWORD), ["x-api-key", PASSWORD]]),
+        OSError(f"Idempotency-Key: {IDEMPOTENCY_KEY}", {"Idempotency-Key": IDEMPOTENCY_KEY}),
+    ]
+
+
+def crash(told: list[Exception]) -> NoReturn:
+    """Fail with all of them: as a group, as its cause, and in its notes."""
+    prompt, metadata, secret = PROMPT, METADATA, PASSWORD  # a traceback with its variables would tell them
+    error = ExceptionGroup(f"a crash of {len(prompt) + len(metadata) + len(secret)}", told)
+    for each in told:
+        error.add_note(str(each))
+    raise error from told[-1]
+
+
+@pytest.fixture
+def log() -> Iterator[Written]:
+    with everything_logged() as written:
+        yield written
+
+
+@pytest.fixture
+async def house(valkey: Valkey, log: Written) -> AsyncIterator[House]:
+    """The real apps, whose log is kept."""
+    log.redactor.learn(ADMIN_TOKEN, SEALING)
+    async with real_house(valkey, learn=log.redactor.learn) as found:
+        yield found
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with receiving() as found:
+        yield found
+
+
+async def operators(house: House) -> None:
+    """What operators do, by mistake too."""
+    for body in ({"user_key": OTHER_KEY}, {"user_key": OTHER_KEY, OTHER_KEY: 1}, {"user_key": [OTHER_KEY]}):
+        await house.admin("PUT", "/accounts/spare", json=body)
+    await house.admin("PUT", "/accounts/spare", content=json.dumps({"user_key": OTHER_KEY})[:-2].encode())
+    await house.admin("PUT", "/tenants/other", json={"accounts": ["main"], "webhook": {"secret": HOOK_SECRET}})
+    await house.admin("GET", f"/accounts?token={ADMIN_TOKEN}&user_key={quote(OTHER_KEY)}")
+    await house.admin("GET", f"/accounts/{quote(OTHER_KEY, safe='')}")
+    for path in (f"/{ADMIN_TOKEN}", f"/admin/v1/{house.token}?{QUERY}", f"/metrics?user={QUERY}"):
+        await house.http.get(house.ops_url + path, auth=BasicAuth("operator", ADMIN_TOKEN))
+
+
+async def tenants(house: House) -> None:
+    """What tenants do, by mistake too."""
+    fields = {"prompt": PROMPT, "metadata": json.dumps(METADATA)}
+    headers = {"Idempotency-Key": f'"{IDEMPOTENCY_KEY}"', "X-Request-Id": house.token, "Cookie": f"session={PASSWORD}"}
+    for more in (
+        {},
+        {"scale": "none"},
+        {house.token: "x"},
+        {"webhook_url": f"https://u:{PASSWORD}@h.example/?{QUERY}"},
+    ):
+        await house.submit("upscale", fields | more, headers=headers)
+    await house.submit("upscale", fields, image=PROMPT.encode())
+    body = f'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{PROMPT}'
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    await house.call("POST", "/v1/tasks/upscale", content=body.encode(), headers=form)
+    for path in (f"/v1/tasks/{house.token}", f"/v1/quota?access_token={house.token}", f"/v1/{quote(OTHER_KEY)}"):
+        await house.call("GET", path)
+    await house.call("GET", "/v1/quota", token=house.token[:-1])
+    await house.call("GET", "/v1/quota", headers={"X-Request-Id": USER_KEY})
+    old = OldClient(house.http, house.url, house.token)
+    await old.submit("submit_task", {"prompt": PROMPT})
+    await old.check(house.token)
+    await OldClient(house.http, house.url, USER_KEY).submit("submit_task", {"prompt": PROMPT})
+
+
+async def upstream(house: House, receiver: Receiver) -> None:
+    """What the upstream does, and those who are told of the end."""
+    hook = {"url": f"{receiver.url}?key={QUERY}", "secret": HOOK_SECRET, "allow": ["127.0.0.0/8"]}
+    await house.put_tenant(webhook=hook)
+    assert isinstance(house.upstream, SandboxControl)
+    echoes = [f"任务提交失败:{each}" for each in spellings(USER_KEY)]
+    faulty = [
+        *(Fault(on="submit", times=1, refuse=each) for each in echoes),
+        Fault(on="submit", times=1, fail=f"{USER_KEY} {PROMPT}"),
+        Fault(on="submit", times=1, reply="page"),
+        Fault(on="submit", times=1, reply="reset"),
+        Fault(on="check", times=1, reply="reset"),
+    ]
+    receiver.statuses += [500, 410]
+    for fault in faulty:
+        await house.upstream._fault(fault)
+        answer = await house.submit(fields={"metadata": json.dumps(METADATA)})
+        if answer.status_code == 201:
+            await house.finished(answer.json()["id"])
+            await delivered(house)
+
+
+async def delivered(house: House) -> None:
+    """Send all that is due now."""
+    while await house.services.deliver.tick():
+        await house.services.deliver.settled()
+
+
+async def crashes(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults of our own, everywhere."""
+    told = faults(house.token)
+
+    async def failing(*_: Any, **__: Any) -> NoReturn:
+        crash(told)
+
+    await house.put_tenant(webhook={"url": f"https://h.example/?{QUERY}", "secret": HOOK_SECRET})
+    task = (await house.submit()).json()["id"]
+    monkeypatch.setattr(wire, "read_check", lambda _: crash(told))
+    await house.upstream.idle()
+    await house.advance(60)
+    await house.services.watch.tick()
+    await house.services.watch.settled()
+    monkeypatch.undo()
+    monkeypatch.setattr(CallbackClient, "_client", lambda *_: crash(told))
+    await house.advance(60)
+    await house.finished(task)
+    await delivered(house)
+    monkeypatch.setattr(Line, "post", failing)
+    await house.submit("upscale", {"prompt": PROMPT})
+    monkeypatch.setattr(Quota, "report", failing)
+    await house.call("GET", "/v1/quota")
+    asyncio.get_running_loop().call_exception_handler({"message": f"lost {told}", "exception": told[0], "task": told})
+
+
+async def test_no_secret_is_logged(
+    house: House, log: Written, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither ordinary work nor any fault of callers, of the upstream or of our own brings a secret into the log."""
+    await operators(house)
+    await tenants(house)
+    await upstream(house, receiver)
+    await crashes(house, monkeypatch)
+    written = log.text
+    events = [json.loads(line) for line in written.splitlines()]
+    assert {each["event"] for each in events} >= EVENTS
+    assert {each["logger"] for each in events if each["event"] == "library.logged"} >= {"httpx2", "asyncio"}
+    for secret in (USER_KEY, OTHER_KEY, house.token, ADMIN_TOKEN, HOOK_SECRET, SEALING):
+        for spelling in spellings(secret).values():
+            assert leaks(events, spelling) == [], spelling
+    for canary in CANARIES:
+        assert leaks(events, canary) == [], canary
+
+
+EVENTS = {
+    *("request.ended", "request.crashed", "reservation.settled", "submission.crashed", "check.crashed"),
+    *("task.ended", "call.failed", "delivery.attempted", "callback.crashed", "account.put", "library.logged"),
+}
+
+
+def leaks(events: list[dict[str, Any]], text: str) -> list[str]:
+    """What is around a text wherever it was logged."""
+    lines = [line for event in events for line in texts(event)]
+    return [line[max(line.index(text) - 80, 0) :][:200] for line in lines if text in line]
+
+
+def texts(value: Any) -> list[str]:
+    """Every text within a decoded event."""
+    if isinstance(value, dict):
+        return [*value, *(text for each in value.values() for text in texts(each))]
+    if isinstance(value, list):
+        return [text for each in value for text in texts(each)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_pictures_are_not_logged() -> None:
+    """Bytes are told by their number."""
+    with everything_logged() as written:
+        written.redactor(None, "info", {"image": png()})
+        assert written.redactor(None, "info", {"image": png()})["image"] == f"<{len(png())} bytes>"

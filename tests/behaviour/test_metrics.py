@@ -1,0 +1,194 @@
+"""What operators see of the ledger at each scrape, and of what the process did."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+
+import pytest
+from httpx2 import AsyncClient
+from prometheus_client.parser import text_string_to_metric_families
+from redis.asyncio import Redis
+
+from service.usecases import survey
+from service.usecases.ports import SubmitOutcome
+from tests.behaviour.house import House, house_of_fakes, real_house
+from tests.fakes import FakeLedger
+from tests.support.valkey import Valkey, running
+
+Samples = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+class Scrape:
+    """What one scrape told."""
+
+    def __init__(self, text: str) -> None:
+        self._samples: Samples = {
+            (sample.name, frozenset(sample.labels.items())): float(sample.value)
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    def __getitem__(self, name: str) -> float:
+        """The only sample of a metric."""
+        (value,) = (value for (each, _), value in self._samples.items() if each == f"gateway_{name}")
+        return value
+
+    def of(self, name: str, **labels: str) -> float | None:
+        """The sum of the samples with these labels; None if there is none."""
+        found = [
+            value
+            for (each, told), value in self._samples.items()
+            if each == f"gateway_{name}" and labels.items() <= dict(told).items()
+        ]
+        return sum(found) if found else None
+
+
+async def scrape(house: House, http: AsyncClient | None = None) -> Scrape:
+    """Ask as Prometheus does."""
+    return Scrape((await (http or house.http).get(f"{house.ops_url}/metrics")).raise_for_status().text)
+
+
+@pytest.fixture
+async def fakes() -> AsyncIterator[tuple[House, FakeLedger]]:
+    """A gateway over a store in memory, and that store."""
+    async with house_of_fakes() as (house, ledger, _):
+        yield house, ledger
+
+
+async def test_limits_of_an_idle_tenant_are_shown(house: House) -> None:
+    """Who has not submitted anything shows its limits with nothing used, in tasks and in yuan."""
+    await house.put_tenant("idle", limits=[{"window": "month", "tasks": 7, "money": 2.5}], max_active=4)
+    seen = await scrape(house)
+    for policy, unit, limit in (("month-tasks", "tasks", 7), ("month-money", "yuan", 2.5), ("max-active", "active", 4)):
+        of = {"tenant": "idle", "policy": policy, "unit": unit}
+        shown = [seen.of(f"quota_{each}", **of) for each in ("limit", "used", "reserved")]
+        assert shown == [limit, 0, 0]
+    assert seen.of("tasks_active", tenant="idle", kind="upscale") == 0
+    assert (seen["ledger_up"], seen["tenants"]) == (1, 2)
+
+
+async def test_a_task_is_seen_from_its_submission_to_its_end(house: House) -> None:
+    """It is active and held while it runs, and used, spent and finished after it: with its tenant, kind and account."""
+    await house.put_tenant(limits=[{"window": "day", "tasks": 9, "money": 50}])
+    of_day = {"tenant": "shop", "policy": "day-tasks"}
+    task = (await house.submit()).json()["id"]
+    running = await scrape(house)
+    assert running.of("tasks_active", tenant="shop", kind="face-enhance") == 1
+    assert running.of("tasks_active", tenant="shop", kind="upscale") == 0
+    assert running.of("quota_used", **of_day) == 1
+    assert running.of("tasks_submitted_total", tenant="shop", kind="face-enhance") == 1
+    assert running.of("account_open_submissions", account="main") == 1
+    assert running["watch_tasks"] == 1
+    await house.finished(task)
+    ended = await scrape(house)
+    assert ended.of("tasks_active", tenant="shop") == 0
+    assert ended.of("tasks_finished_total", tenant="shop", kind="face-enhance", state="succeeded") == 1
+    assert ended.of("tenant_task_duration_seconds_count", tenant="shop", kind="face-enhance") == 1
+    assert ended.of("spent_uses_total", tenant="shop", kind="face-enhance") == 1
+    assert ended.of("account_spent_uses_total", account="main") == 1
+    assert ended.of("account_remaining_uses", account="main") == 9
+    assert ended.of("account_state", account="main", state="open") == 1
+    assert ended["watch_tasks"] == 0
+    assert (ended.of("watch_batch_size_sum"), ended.of("watch_lag_seconds_count")) == (1, 1)
+
+
+async def test_spent_money_is_shown_in_yuan(house: House) -> None:
+    """What a tenant spent today and this month is what its windows counted."""
+    await house.upstream.set_balance(0, 300)
+    await house.put_tenant(limits=[{"window": "day", "money": 50}])
+    for _ in range(2):  # what the first one cost is not known, as nobody had seen the balance before it
+        await house.finished((await house.submit()).json()["id"])
+    quota = (await house.call("GET", "/v1/quota")).json()
+    (used,) = (each["used"] for each in quota["policies"] if each["policy"] == "day-money")
+    assert used > 0
+    seen = await scrape(house)
+    assert seen.of("quota_used", tenant="shop", policy="day-money", unit="yuan") == used
+    assert seen.of("tenant_spent_yuan", tenant="shop", window="day") == used
+    assert seen.of("tenant_spent_yuan", tenant="shop", window="month") == used
+    assert seen.of("spent_yuan_total", tenant="shop", kind="face-enhance") == used
+    assert seen.of("account_spent_yuan_total", account="main") == used
+    assert seen.of("account_remaining_yuan", account="main") == 300 - 2 * used
+
+
+async def test_refusals_are_shown_by_tenant_and_policy(house: House) -> None:
+    """A limit that refused is counted as itself, an account that could not pay as the balance."""
+    await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
+    assert (await house.submit()).status_code == 201
+    assert (await house.submit()).status_code == 429
+    await house.put_tenant()
+    await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
+    assert (await house.submit()).status_code == 402
+    assert (await house.submit()).status_code == 402
+    seen = await scrape(house)
+    assert seen.of("quota_denials_total", tenant="shop", policy="day-tasks") == 1
+    assert seen.of("quota_denials_total", tenant="shop", policy="balance") == 1
+    assert seen.of("account_state", account="main", state="exhausted") == 1
+
+
+async def test_reads_are_counted_by_where_they_were_answered(house: House) -> None:
+    """What is fresh in memory costs the store nothing."""
+    path = (await house.submit()).headers["location"]
+    before = await scrape(house)
+    await house.advance(1)
+    for _ in range(3):
+        assert (await house.call("GET", path)).status_code == 200
+    after = await scrape(house)
+    grown = {
+        source: (after.of("task_reads_total", source=source) or 0) - (before.of("task_reads_total", source=source) or 0)
+        for source in ("memory", "store", "upstream")
+    }
+    assert grown == {"memory": 2, "store": 1, "upstream": 0}
+
+
+async def test_without_its_store_a_process_says_just_that(fakes: tuple[House, FakeLedger]) -> None:
+    """No old figure is shown for a new one; what the process itself counts is still there."""
+    house, ledger = fakes
+    assert (await scrape(house)).of("quota_denials_total", tenant="shop") == 0
+    ledger.away = True
+    seen = await scrape(house)
+    assert seen["ledger_up"] == 0
+    for name in ("tenants", "tasks_active", "account_state", "watch_tasks", "webhooks_failed"):
+        assert seen.of(name) is None
+    assert seen.of("tasks_submitted_total", tenant="shop") == 0
+    ledger.away = False
+    assert (await scrape(house))["ledger_up"] == 1
+
+
+async def test_a_store_that_does_not_answer_holds_up_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrape says that the store is away rather than nothing at all, and shows it again as soon as it is back."""
+    monkeypatch.setattr(survey, "SURVEY_SECONDS", 0.2)
+    with running() as store:
+        async with real_house(store) as house:
+            store.freeze()
+            seen = await scrape(house)
+            assert seen["ledger_up"] == 0
+            assert seen.of("ledger_calls_total", call="read", outcome="given-up") == 1
+            store.thaw()
+            assert (await scrape(house))["ledger_up"] == 1
+
+
+async def test_errors_of_the_store_are_counted(valkey: Valkey) -> None:
+    """A call that Redis did not take is counted as such, with the sort of error."""
+    async with real_house(valkey) as house, Redis(unix_socket_path=str(valkey.path)) as store:
+        await store.config_set("min-replicas-to-write", 1)
+        try:
+            assert (await house.submit()).status_code == 503
+        finally:
+            await store.config_set("min-replicas-to-write", 0)
+        seen = await scrape(house)
+        assert seen.of("ledger_calls_total", call="reserve", outcome="unavailable") == 1
+        assert seen.of("redis_errors_total", error="response") == 1
+
+
+async def test_calls_of_the_store_are_counted_by_script(valkey: Valkey) -> None:
+    """A submission costs one call to reserve and one to settle, and each has its time."""
+    async with real_house(valkey) as house:
+        before = await scrape(house)
+        await house.submit()
+        after = await scrape(house)
+        for call in ("reserve", "settle"):
+            grown = [(each.of("ledger_calls_total", call=call, outcome="ok") or 0) for each in (before, after)]
+            assert grown == [0, 1]
+            assert after.of("ledger_call_duration_seconds_count", call=call) == 1
+        assert after.of("upstream_connections_limit", operation="submit") == 64
+        assert after.of("upstream_breaker_open") == 0

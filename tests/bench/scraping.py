@@ -1,0 +1,177 @@
+"""What it costs to be watched: each scrape, and each request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from service.api.edge import Edge
+from service.domain.registry import Registry
+from service.domain.task import Kind
+from service.domain.tenancy import Tenant
+from service.telemetry.families import Port, Source
+from service.telemetry.logs import configure
+from service.telemetry.metrics import Metrics
+from service.telemetry.redaction import Redactor
+from tests.bench.figures import Figure
+from tests.bench.gateway import Bench, bench
+from tests.process.sandbox import ADMIN_TOKEN
+from tests.support.images import png
+
+TENANTS = 200
+SCRAPES = 40
+READS = 3_000
+REQUESTS = 20_000
+ROUNDS = 5
+_AT_ONCE = 8
+_LIMITS = [{"window": "day", "tasks": 1_000, "money": 100}, {"window": "month", "tasks": 10_000}]
+
+
+async def scraping() -> Sequence[Figure]:
+    """How long a scrape takes with 200 tenants who have used every kind, and what reads notice of it."""
+    async with bench(
+        role="all", latency=0, state="Failed", GATEWAY_POLL_SECONDS="0.1", GATEWAY_ADMIN_TOKEN=ADMIN_TOKEN
+    ) as work:
+        tokens = await _tenants(work)
+        task = await _use(work, tokens)
+        alone = await _read(work, tokens[0], task)
+        scrapes: list[float] = []
+        async with _scraping(work, scrapes):
+            beside = await _read(work, tokens[0], task)
+        while len(scrapes) < SCRAPES:
+            scrapes.append(await _scrape(work))
+        lines = (await work.http.get(work.metrics_url)).text.count("\n")
+    return [
+        Figure("a scrape: lines", lines, ""),
+        Figure("a scrape: median", median(scrapes) * 1000, "ms", most=100),
+        Figure("a scrape: longest", max(scrapes) * 1000, "ms"),
+        Figure("a read of a task, nobody scrapes: 99 of 100", _p99(alone) * 1000, "ms"),
+        Figure("a read of a task, scrapes without a pause: 99 of 100", _p99(beside) * 1000, "ms"),
+    ]
+
+
+async def _tenants(work: Bench) -> list[str]:
+    """Make tenants with limits; their tokens."""
+    headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    prices = {"max_price": {str(kind): 0.5 for kind in Kind}}
+    account = f"{work.gateway.ops_url}/admin/v1/accounts/demo"
+    (await work.http.put(account, headers=headers, json=prices)).raise_for_status()
+    tokens = []
+    for number in range(TENANTS):
+        url = f"{work.gateway.ops_url}/admin/v1/tenants/tenant-{number:03}"
+        body = {"accounts": ["demo"], "limits": _LIMITS, "max_active": 100}
+        (await work.http.put(url, headers=headers, json=body)).raise_for_status()
+        made = await work.http.post(f"{url}/tokens", headers=headers, json={})
+        tokens.append(made.raise_for_status().json()["token"])
+    return tokens
+
+
+async def _use(work: Bench, tokens: Sequence[str]) -> str:
+    """Have every tenant submit every kind, and wait for the ends; one of the tasks."""
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(token: str, kind: Kind) -> str:
+        async with gate:
+            headers = {"Authorization": f"Bearer {token}", "Prefer": "wait=30"}
+            files = {"image": ("a.png", png(), "image/png")}
+            answer = await work.http.post(f"{work.gateway.url}/v1/tasks/{kind}", headers=headers, files=files)
+            return str(answer.raise_for_status().json()["id"])
+
+    return (await asyncio.gather(*(one(token, kind) for token in tokens for kind in Kind)))[0]
+
+
+async def _read(work: Bench, token: str, task: str) -> list[float]:
+    """How long reads of a task take, one after the other."""
+    headers, taken = {"Authorization": f"Bearer {token}"}, []
+    for _ in range(READS):
+        begun = time.perf_counter()
+        (await work.http.get(f"{work.gateway.url}/v1/tasks/{task}", headers=headers)).raise_for_status()
+        taken.append(time.perf_counter() - begun)
+    return taken
+
+
+async def _scrape(work: Bench) -> float:
+    begun = time.perf_counter()
+    (await work.http.get(work.metrics_url)).raise_for_status()
+    return time.perf_counter() - begun
+
+
+@asynccontextmanager
+async def _scraping(work: Bench, taken: list[float]) -> AsyncIterator[None]:
+    """Scrape all the time within the block."""
+
+    async def scrape() -> None:
+        while True:
+            taken.append(await _scrape(work))
+
+    scraper = asyncio.create_task(scrape())
+    try:
+        yield
+    finally:
+        scraper.cancel()
+        await asyncio.wait([scraper])
+
+
+def _p99(taken: Sequence[float]) -> float:
+    return quantiles(taken, n=100)[98]
+
+
+async def watched() -> Sequence[Figure]:
+    """What counting, timing and logging add to a request."""
+    with Path("/dev/null").open("wb") as nowhere:
+        logger = configure(json=True, level="info", stream=nowhere, redactor=Redactor())
+        metrics = Metrics(CollectorRegistry())
+        metrics.name_tenants(lambda: Registry(tenants={"shop": Tenant(1, "shop", ())}))
+        edge = Edge(_app, metrics, logger, Port.TENANTS)
+        bare = min([await _time(_app) for _ in range(ROUNDS)])
+        whole = min([await _time(edge) for _ in range(ROUNDS)])
+    return [
+        Figure("metrics of a read, of a task", min(_count(metrics) for _ in range(ROUNDS)), "us"),
+        Figure("all that stands around a request: its id, log line and metrics", whole - bare, "us", most=50),
+    ]
+
+
+async def _app(scope: Any, _receive: Any, send: Any) -> None:
+    scope["path_template"] = "/v1/tasks/{task_id}"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": b"{}", "more_body": False})
+
+
+async def _time(app: Any) -> float:
+    """Microseconds that a request to an application takes."""
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(_message: Any) -> None:
+        pass
+
+    headers = [(b"host", b"localhost"), (b"authorization", b"Bearer t"), (b"accept", b"*/*")]
+    begun = time.perf_counter()
+    for _ in range(REQUESTS):
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/v1/tasks/t",
+            "headers": headers,
+            "state": {"tenant": "shop"},
+        }
+        await app(scope, receive, send)
+    return (time.perf_counter() - begun) / REQUESTS * 1e6
+
+
+def _count(metrics: Metrics) -> float:
+    """Microseconds that the metrics alone take."""
+    begun = time.perf_counter()
+    for _ in range(REQUESTS):
+        with metrics.in_progress(Port.TENANTS):
+            metrics.read(Source.MEMORY)
+        metrics.request(Port.TENANTS, "GET", "/v1/tasks/{task_id}", 200, 0.001)
+    return (time.perf_counter() - begun) / REQUESTS * 1e6

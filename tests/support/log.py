@@ -1,0 +1,46 @@
+"""The log of the test's own process, as the gateway writes it."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from service.telemetry import logs
+from service.telemetry.redaction import Redactor
+
+
+class Written:
+    """What was logged, and the redactor that saw it."""
+
+    def __init__(self) -> None:
+        self.stream = io.BytesIO()
+        self.redactor = Redactor()
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.stream.getvalue().decode()
+
+
+@contextmanager
+def everything_logged(*, json: bool = True) -> Iterator[Written]:
+    """Log at every level within the block, libraries too, which the gateway itself would not let speak so freely."""
+    written, manager = Written(), logging.getLogger()
+    handlers, level = list(manager.handlers), manager.level
+    levels = {name: logging.getLogger(name).level for name in logging.Logger.manager.loggerDict}
+    manager.handlers.clear()  # they would be closed
+    try:
+        logs.configure(json=json, level="DEBUG", stream=written.stream, redactor=written.redactor)
+        for each in (manager, *map(logging.getLogger, levels)):
+            each.setLevel(logging.DEBUG)
+        yield written
+    finally:
+        manager.handlers[:] = handlers
+        manager.setLevel(level)
+        for name, before in levels.items():
+            logging.getLogger(name).setLevel(before)
+        structlog.reset_defaults()

@@ -1,0 +1,84 @@
+"""How long a request waited for the upstream is told as that request lived through it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.telemetry import spent
+from service.telemetry.spent import Spent, waiting
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
+def test_without_a_wait() -> None:
+    """A request that never waited has no time to tell, rather than none."""
+    assert Spent().seconds is None
+
+
+def test_waits_add_up() -> None:
+    """One wait after the other adds up, and what is between them does not count."""
+    clock = Clock()
+    counted = Spent(clock)
+    for _ in range(2):
+        counted.begin()
+        clock.at += 3
+        counted.end()
+        clock.at += 100
+    assert counted.seconds == 6
+
+
+def test_at_once() -> None:
+    """Waits that are under way at once count once, and what is still under way counts as far as it is."""
+    clock = Clock()
+    counted = Spent(clock)
+    counted.begin()
+    clock.at = 1
+    counted.begin()
+    clock.at = 3
+    counted.end()
+    clock.at = 4
+    assert counted.seconds == 4
+    counted.end()
+    clock.at = 9
+    assert counted.seconds == 4
+
+
+async def test_tasks_of_a_request() -> None:
+    """What a request waits for in a task of its own is counted as its own, whatever others do meanwhile."""
+    go = asyncio.Event()
+
+    async def waits() -> None:
+        with waiting():
+            await go.wait()
+
+    async def request(work: list[asyncio.Task[None]]) -> float | None:
+        with spent.counted() as mine:
+            if work:
+                return mine.seconds
+            work.append(asyncio.create_task(waits()))
+            await asyncio.sleep(0)
+            go.set()
+            await work[0]
+            return mine.seconds
+
+    shared: list[asyncio.Task[None]] = []
+    first, second = await asyncio.gather(request(shared), request(shared))
+    assert first is not None
+    assert first > 0
+    assert second is None
+
+
+def test_outside_of_requests() -> None:
+    """Work that no request waits for can wait too, and what went wrong in a wait passes through."""
+    with pytest.raises(ValueError, match="mine"), waiting():
+        raise ValueError("mine")
