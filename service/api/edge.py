@@ -20,6 +20,7 @@ from service.api.problems import CRASHED, OUTCOME, REQUEST_ID, render
 from service.api.uploads import ClientLeft
 from service.telemetry import spent
 from service.telemetry.families import Port
+from service.telemetry.logs import ANSWERED
 from service.telemetry.metrics import UNMATCHED, Metrics
 from service.telemetry.spent import Spent
 
@@ -91,7 +92,7 @@ class Edge:
                 seconds=round(seconds, 6),
                 upstream_seconds=None if upstream.seconds is None else round(upstream.seconds, 6),
                 tenant=state.get(TENANT),
-                outcome=state.get(OUTCOME, "answered"),
+                outcome=state.get(OUTCOME, ANSWERED),
                 route=route,
                 port=self._port,
             )
