@@ -16,6 +16,7 @@ from service.keyring import parse_secret_key
 
 FILE = "_FILE"
 _LARGEST_FILE = 65_536
+_ACCEPTED_BY_NONE = "\0"
 _SERVICE_LINK = re.compile(r"SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+")
 _SIZE = re.compile(r"(\d{1,12}) ?(?:([KMG])iB)?")
 _SHIFTS = {None: 0, "K": 10, "M": 20, "G": 30}
@@ -41,6 +42,13 @@ def given(environ: Mapping[str, str], name: str) -> str | None:
     if len(text) > _LARGEST_FILE:
         raise ValueError(f"can't be read from {file}: it is larger than {_LARGEST_FILE} bytes")
     return text.strip() or None
+
+
+def source(environ: Mapping[str, str], name: str) -> str | None:
+    """Where the text of a variable that can be read comes from: the name of its file, or "" for itself; None if it is
+    not given or empty.
+    """
+    return environ.get(name + FILE, "") if given(environ, name) else None
 
 
 def strangers(environ: Mapping[str, str], prefix: str, names: Sequence[str]) -> Iterator[str]:
@@ -107,6 +115,13 @@ def size(text: str) -> int:
     return value
 
 
+def folder(text: str) -> Path:
+    """The path of a folder, which need not be there."""
+    if "\0" in text:
+        raise ValueError("must be the path of a folder")
+    return Path(text)
+
+
 def listening_host(text: str) -> str:
     """A host name or an IP address to listen on."""
     if not re.fullmatch(r"[A-Za-z0-9_.:-]+", text):
@@ -164,3 +179,12 @@ def words(text: str) -> Mapping[str, str]:
     if "general" not in found:
         raise ValueError("must have a pair for general, the default of a task")
     return found
+
+
+def wanted(parse: Callable[[str], object]) -> str:
+    """What a parser accepts, in the words that follow "must be" in its own complaint."""
+    try:
+        parse(_ACCEPTED_BY_NONE)
+    except ValueError as error:
+        return str(error).removeprefix("must be ").partition(": ")[0]
+    raise TypeError(f"{parse} accepts anything")

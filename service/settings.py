@@ -6,7 +6,7 @@ holds it. An empty variable counts as not given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Annotated, Any, Self, get_type_hints
 
 from service import environ as text
 from service.domain.task import DEFAULT_CATALOGUE, Catalogue
+from service.production import SHORTEST_ADMIN_TOKEN, Cleartext, refusals
 from service.storage.address import parse_url
 from service.telemetry import tracing
+from service.variables import Scope, Variable, described
 
 PREFIX = "GATEWAY_"
-_SHORTEST_ADMIN_TOKEN = 32
 
 
 class SettingsError(Exception):
@@ -53,26 +54,6 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-@dataclass(frozen=True)
-class Variable:
-    """How a field is read: `default` is text like any other, `otherwise` says what happens without one."""
-
-    parse: Callable[[str], object]
-    default: str | None
-    description: str
-    otherwise: str = "none"
-    secret: bool = False
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One line of the table of settings."""
-
-    name: str
-    default: str
-    description: str
-
-
 def _redis_url(url: str) -> str:
     parse_url(url)
     return url
@@ -94,17 +75,22 @@ class Settings:
         Variable(
             text.choice(Environment),
             "development",
-            "`production` refuses the embedded server, the sandbox and generated secrets.",
+            "`production` refuses the embedded server, the sandbox, and secrets that are generated or can be guessed.",
         ),
     ]
-    host: Annotated[str, Variable(text.listening_host, "127.0.0.1", "Where tenants are listened to.")]
-    port: Annotated[int, Variable(_PORT, "8080", "The tenants' port; 0 takes a free one.")]
+    host: Annotated[str, Variable(text.listening_host, "127.0.0.1", "Where tenants are listened to.", scope=Scope.API)]
+    port: Annotated[int, Variable(_PORT, "8080", "The tenants' port; 0 takes a free one.", scope=Scope.API)]
     ops_host: Annotated[
         str,
         Variable(text.listening_host, None, "Where operators are listened to.", otherwise="as `GATEWAY_HOST`"),
     ]
     ops_port: Annotated[int, Variable(_PORT, "8081", "The operators' port; 0 takes a free one.")]
-    data_dir: Annotated[Path, Variable(Path, ".gateway", "What the gateway keeps on this machine in development.")]
+    data_dir: Annotated[
+        Path,
+        Variable(
+            text.folder, ".gateway", "What the gateway keeps on this machine in development.", scope=Scope.DEVELOPMENT
+        ),
+    ]
     redis_url: Annotated[
         str | None,
         Variable(
@@ -125,7 +111,21 @@ class Settings:
     ]
     upstream_user_key: Annotated[
         str | None,
-        Variable(text.printable, None, "The `user_key` of the account that is made in development.", secret=True),
+        Variable(
+            text.printable,
+            None,
+            "The `user_key` of the account that is made in development.",
+            secret=True,
+            scope=Scope.DEVELOPMENT,
+        ),
+    ]
+    upstream_cleartext: Annotated[
+        Cleartext,
+        Variable(
+            text.choice(Cleartext),
+            "refuse",
+            "`allow` lets production call an upstream in another network by `http://`, for all to read.",
+        ),
     ]
     secret_keys: Annotated[
         tuple[bytes, ...],
@@ -142,17 +142,19 @@ class Settings:
         Variable(
             text.printable,
             None,
-            f"The operators' bearer token, in production of at least {_SHORTEST_ADMIN_TOKEN} characters.",
+            f"The operators' bearer token, in production of at least {SHORTEST_ADMIN_TOKEN} characters.",
             otherwise="generated into the data folder",
             secret=True,
         ),
     ]
-    max_image_bytes: Annotated[int, Variable(text.size, "32 MiB", "The largest image that is taken.")]
+    max_image_bytes: Annotated[int, Variable(text.size, "32 MiB", "The largest image that is taken.", scope=Scope.API)]
     max_image_pixels: Annotated[
-        int, Variable(text.whole(1, 1_000_000_000), "25000000", "The most pixels an image may have.")
+        int,
+        Variable(text.whole(1, 1_000_000_000), "25000000", "The most pixels an image may have.", scope=Scope.API),
     ]
     max_artifact_bytes: Annotated[
-        int, Variable(text.size, "256 MiB", "The largest result that is passed on to a tenant.")
+        int,
+        Variable(text.size, "256 MiB", "The largest result that is passed on to a tenant.", scope=Scope.API),
     ]
     poll_seconds: Annotated[
         float, Variable(text.decimal(0.05, 60), "2.5", "How long at least between two checks of one task.")
@@ -179,7 +181,10 @@ class Settings:
             text.whole(1, 10_000), "200", "So many tenants have metrics of their own; the rest is counted as `other`."
         ),
     ]
-    sandbox_port: Annotated[int, Variable(_PORT, "8082", "The port of the built-in sandbox; 0 takes a free one.")]
+    sandbox_port: Annotated[
+        int,
+        Variable(_PORT, "8082", "The port of the built-in sandbox; 0 takes a free one.", scope=Scope.DEVELOPMENT),
+    ]
     log_level: Annotated[LogLevel, Variable(text.choice(LogLevel), "info", "The least that is logged.")]
     traces_url: Annotated[
         str | None,
@@ -236,24 +241,14 @@ _VARIABLES: Mapping[str, Variable] = {
     field: hint.__metadata__[0] for field, hint in get_type_hints(Settings, include_extras=True).items()
 }
 
-SETTINGS: Sequence[Setting] = tuple(
-    Setting(_name(field), variable.default or variable.otherwise, variable.description)
-    for field, variable in _VARIABLES.items()
-)
+SETTINGS = described(PREFIX, _VARIABLES)
 """All settings, in the order in which they are best read."""
-
-_NEEDED_IN_PRODUCTION = {
-    "redis_url": "the embedded server is for development",
-    "upstream_url": "the sandbox is for development",
-    "secret_keys": "generated keys are for development",
-    "admin_token": "a generated token is for development",
-}
 
 
 def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     """What does not go together. A field whose own text was faulty is absent, and not blamed twice."""
     if values.get("env") is Environment.PRODUCTION:
-        yield from _unfit_for_production(values)
+        yield from (f"{_name(field)} {fault}" for field, fault in refusals(values))
     if values.get("role") in {Role.API, Role.WORKER} and _is_left_out(values, "redis_url"):
         yield f"GATEWAY_ROLE={values['role']} needs GATEWAY_REDIS_URL: the embedded server belongs to one process"
     if values.get("upstream_user_key") and _is_left_out(values, "upstream_url"):
@@ -265,15 +260,6 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     for other in ("port", "ops_port"):
         if _is_left_out(values, "upstream_url") and _same_port(values, "sandbox_port", other):
             yield f"GATEWAY_SANDBOX_PORT must differ from {_name(other)}"
-
-
-def _unfit_for_production(values: Mapping[str, Any]) -> Iterator[str]:
-    for field, why in _NEEDED_IN_PRODUCTION.items():
-        if _is_left_out(values, field):
-            yield f"{_name(field)} must be given in production: {why}"
-    token = values.get("admin_token")
-    if token and len(token) < _SHORTEST_ADMIN_TOKEN:
-        yield f"GATEWAY_ADMIN_TOKEN must have at least {_SHORTEST_ADMIN_TOKEN} characters in production"
 
 
 def _is_left_out(values: Mapping[str, Any], field: str) -> bool:

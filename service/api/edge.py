@@ -20,9 +20,10 @@ from service.api.problems import CRASHED, OUTCOME, REQUEST_ID, render
 from service.api.uploads import ClientLeft
 from service.telemetry import spent
 from service.telemetry.families import Port
+from service.telemetry.logs import ANSWERED
 from service.telemetry.metrics import UNMATCHED, Metrics
 from service.telemetry.spent import Spent
-from service.telemetry.tracing import ANSWERED, UNTRACED, RequestSpan, Tracer
+from service.telemetry.tracing import UNTRACED, RequestSpan, Tracer
 
 TENANT = "tenant"
 """Where the tenant's name stands in the state of an ASGI scope, once it is known."""

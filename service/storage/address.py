@@ -70,7 +70,9 @@ def parse_url(url: str) -> Address:
         raise InvalidRedisUrl("must be a URL; special characters in a password are written as %XX") from None
     scheme = _SCHEME.fullmatch(parts.scheme)
     if not scheme:
-        raise InvalidRedisUrl("must start with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://")
+        raise InvalidRedisUrl(
+            "must be a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
+        )
     userinfo, _, hosts = parts.netloc.rpartition("@")
     topology = Topology(scheme["kind"] or "single")
     sentinel = Credentials()

@@ -19,7 +19,10 @@ from service.telemetry.redaction import Redactor
 _LIBRARIES = ("asyncio", "httpcore2", "httpx2", "litestar", "redis", "uvicorn", "uvicorn.access", "uvicorn.error")
 
 _LEVELS = (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO)
-_FOR_MACHINES = ("port", "route")
+
+REQUEST_ENDED = "request.ended"
+ANSWERED = "answered"
+"""The outcome of most requests."""
 
 Event = MutableMapping[str, Any]
 
@@ -85,10 +88,13 @@ def _stamped(_logger: object, _method: str, event: Event) -> Event:
 
 
 def _shortened(_logger: object, _method: str, event: Event) -> Event:
-    """An event without what only machines look for, with the time of the clock on the wall."""
-    for name in _FOR_MACHINES:
-        event.pop(name, None)
+    """An event with the time of the clock on the wall; a request is told in the usual words, and not what is usual."""
     event["time"] = datetime.now().astimezone().strftime("%H:%M:%S.%f")[:-3]
+    if event["event"] == REQUEST_ENDED:
+        event["event"] = f"{event.pop('method')} {event.pop('path')} {event.pop('status')}"
+        del event["port"], event["route"]
+        if event["outcome"] == ANSWERED:
+            del event["outcome"]
     return event
 
 

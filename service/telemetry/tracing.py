@@ -16,8 +16,6 @@ from typing import Any, Protocol, Self
 Headers = Iterable[tuple[bytes, bytes]]
 """The headers of a request as ASGI gives them: their names in lower case."""
 
-ANSWERED = "answered"
-"""The outcome of a request that went as it should."""
 THEIR_DOING = "client-"
 """How the outcomes begin that are the client's doing."""
 

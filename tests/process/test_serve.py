@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import signal
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from service import __version__
+from service.keyring import generate_secret_key
 from tests.process.gateway import alive, command, environment, serving, started, until
 from tests.support.valkey import Valkey
 
@@ -56,7 +56,7 @@ def test_first_start_and_second(tmp_path: Path) -> None:
 
 def test_production(tmp_path: Path, valkey: Valkey) -> None:
     """With everything given nothing is generated or started, and the log is one JSON object per line."""
-    key = base64.b64encode(b"s" * 32).decode()
+    key = generate_secret_key()
     given = {
         "GATEWAY_ENV": "production",
         "GATEWAY_REDIS_URL": valkey.url,

@@ -57,8 +57,8 @@ def test_read(url: str, address: Address) -> None:
 @pytest.mark.parametrize(
     ("url", "fault"),
     [
-        ("store:6379", "must start with redis://"),
-        ("http://store", "must start with redis://"),
+        ("store:6379", "must be a URL that starts with redis://"),
+        ("http://store", "must be a URL that starts with redis://"),
         ("redis://[::1", "must be a URL"),
         ("redis://store?x", "must be a URL"),
         ("redis://", "must name its hosts as host or host:port"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import structlog
+from structlog.typing import FilteringBoundLogger
 
 from service.telemetry import logs
 from service.telemetry.redaction import Redactor
@@ -19,6 +20,7 @@ class Written:
     def __init__(self) -> None:
         self.stream = io.BytesIO()
         self.redactor = Redactor()
+        self.logger: FilteringBoundLogger = structlog.get_logger()
 
     @property
     def text(self) -> str:
@@ -34,7 +36,7 @@ def everything_logged(*, json: bool = True) -> Iterator[Written]:
     levels = {name: logging.getLogger(name).level for name in logging.Logger.manager.loggerDict}
     manager.handlers.clear()  # they would be closed
     try:
-        logs.configure(json=json, level="DEBUG", stream=written.stream, redactor=written.redactor)
+        written.logger = logs.configure(json=json, level="DEBUG", stream=written.stream, redactor=written.redactor)
         for each in (manager, *map(logging.getLogger, levels)):
             each.setLevel(logging.DEBUG)
         yield written

@@ -8,6 +8,7 @@ import pytest
 
 from service.telemetry import spent
 from service.telemetry.spent import Spent, waiting
+from tests.unit.over_fakes import Gateway, until
 
 
 class Clock:
@@ -82,3 +83,23 @@ def test_outside_of_requests() -> None:
     """Work that no request waits for can wait too, and what went wrong in a wait passes through."""
     with pytest.raises(ValueError, match="mine"), waiting():
         raise ValueError("mine")
+
+
+async def test_a_look_up_that_is_shared() -> None:
+    """Each of those who wait for one look-up at the upstream has waited for it, whoever had it made."""
+    gateway = Gateway()
+    task = (await gateway.submitted()).task
+    reads = gateway.follow(interval=60)
+    gateway.ledger.away = True
+    gateway.upstream.go.clear()
+
+    async def read() -> float:
+        with spent.counted() as mine:
+            await reads.read(gateway.tenant, task.id)
+            return mine.seconds or 0
+
+    reading = [asyncio.create_task(read()) for _ in range(3)]
+    await until(lambda: bool(gateway.upstream.checks))
+    gateway.upstream.go.set()
+    assert min(await asyncio.gather(*reading)) > 0
+    assert len(gateway.upstream.checks) == 1

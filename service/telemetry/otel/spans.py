@@ -27,7 +27,8 @@ from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from service import __version__
-from service.telemetry.tracing import ANSWERED, THEIR_DOING, UNRECORDED, Untraced, trace_id
+from service.telemetry.logs import ANSWERED
+from service.telemetry.tracing import THEIR_DOING, UNRECORDED, Untraced, trace_id
 
 Attributes = Mapping[str, str | int]
 

@@ -1,0 +1,109 @@
+"""What the code says of its settings, written down for people: all in SETTINGS.md, the first ones in the README.
+
+python -m deploy.reference
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from service.settings import SETTINGS
+from service.variables import Scope, Setting
+
+ROOT = Path(__file__).parents[1]
+_README, _REFERENCE = "README.md", "deploy/SETTINGS.md"
+_BEGIN, _END = "<!-- settings: written by `make settings` -->\n", "<!-- settings: end -->\n"
+_FIRST = (
+    "GATEWAY_ENV",
+    "GATEWAY_ROLE",
+    "GATEWAY_HOST",
+    "GATEWAY_PORT",
+    "GATEWAY_OPS_HOST",
+    "GATEWAY_OPS_PORT",
+    "GATEWAY_REDIS_URL",
+    "GATEWAY_UPSTREAM_URL",
+    "GATEWAY_SECRET_KEYS",
+    "GATEWAY_ADMIN_TOKEN",
+    "GATEWAY_DATA_DIR",
+    "GATEWAY_LOG_LEVEL",
+)
+"""What nobody gets around who installs a gateway."""
+_INTRODUCTION = """# Settings
+
+<!-- written by `make settings` from service/settings.py -->
+
+Environment variables, read once, at the start. Each can also be given as `..._FILE`, the name of a file that holds it,
+as secrets are best given; what is around it in blanks and line ends does not count. An empty variable counts as not
+given, and one that begins with `GATEWAY_` and is none of these is a fault, which is most often a misspelling.
+
+`gateway check-config` tells all faults of an environment at once, without starting anything, and of a good one what it
+amounts to; `--production` judges it as production does, and `--connect` tries the store and the upstream.
+"""
+
+
+class MarkersError(Exception):
+    """The README has no place for the settings; the message says what it needs."""
+
+
+def rendered(root: Path) -> Mapping[str, str]:
+    """The text of each file with settings, by its path below `root`, whose README is read for what surrounds them."""
+    before, begun, rest = (root / _README).read_text("utf-8").partition(_BEGIN)
+    _, ended, after = rest.partition(_END)
+    if not begun or not ended:
+        raise MarkersError(f"{_README} must have the lines {_BEGIN.strip()} and {_END.strip()}")
+    table = _table(setting for setting in SETTINGS if setting.name in _FIRST)
+    return {
+        _README: f"{before}{_BEGIN}{table}{_END}{after}",
+        _REFERENCE: "\n".join([_INTRODUCTION, *(_entry(each) for each in SETTINGS)]),
+    }
+
+
+def drifted(root: Path) -> Sequence[str]:
+    """The files that are not what would be written."""
+    return [name for name, text in rendered(root).items() if _read(root / name) != text]
+
+
+def _entry(setting: Setting) -> str:
+    lines = [f"- default: {_default(setting)}", f"- must be {setting.accepts}"]
+    if setting.scope is not Scope.ANYWHERE:
+        lines.append(f"- matters only {setting.scope}")
+    if setting.secret:
+        lines.append("- a secret: shown nowhere")
+    return "\n".join([f"## {setting.name}", "", setting.description, "", *lines, ""])
+
+
+def _default(setting: Setting) -> str:
+    """A default that could be given as it is stands as code; one that says what happens without it, as words."""
+    return f"`{setting.default}`" if setting.literal else setting.default
+
+
+def _table(settings: Iterable[Setting]) -> str:
+    rows = [(f"`{each.name}`", _default(each), each.description) for each in settings]
+    lines = [("variable", "default", "meaning"), ("---",) * 3, *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _read(path: Path) -> str:
+    return path.read_text("utf-8") if path.exists() else ""
+
+
+@click.command("python -m deploy.reference")
+@click.option("--root", type=click.Path(path_type=Path), default=ROOT, help="The folder of the repository.")
+@click.option("--check", is_flag=True, help="Write nothing; fail if anything would be written.")
+def main(*, root: Path, check: bool) -> None:
+    """Write the settings into SETTINGS.md and the README."""
+    try:
+        names = drifted(root)
+    except MarkersError as error:
+        raise click.ClickException(str(error)) from None
+    if check and names:
+        raise click.ClickException(f"not what the code says: {', '.join(names)}; `make settings` rewrites them")
+    for name in names:
+        (root / name).write_text(rendered(root)[name], "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What production refuses, what it takes with doubts, and what it must not be a nuisance about."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from service.keyring import generate_secret_key
+from service.production import doubts
+from service.settings import Settings, SettingsError
+
+ALLOWED = {"GATEWAY_UPSTREAM_CLEARTEXT": "allow"}
+MAKE_A_TOKEN = "must not be one that can be guessed in production: `openssl rand -hex 32` makes one"
+MAKE_A_KEY = "must be random bytes in production, which number 1 is not: `openssl rand -base64 32` makes one"
+
+
+def production(**settings: str) -> dict[str, str]:
+    """An environment that production takes, but for what a test gives."""
+    return {
+        "GATEWAY_ENV": "production",
+        "GATEWAY_REDIS_URL": "redis://store",
+        "GATEWAY_UPSTREAM_URL": "https://images.example",
+        "GATEWAY_SECRET_KEYS": generate_secret_key(),
+        "GATEWAY_ADMIN_TOKEN": "3f8a1c5e9b7d2046f1e3a5c7d9b80246",
+    } | settings
+
+
+def faults(**settings: str) -> tuple[str, ...]:
+    with pytest.raises(SettingsError) as caught:
+        Settings.load(production(**settings))
+    return caught.value.faults
+
+
+def doubted(**settings: str) -> list[str]:
+    """The settings that are taken with doubts."""
+    loaded = Settings.load(production(**settings))
+    return [field for field, _ in doubts(vars(loaded))]
+
+
+@pytest.mark.parametrize("token", ["t" * 40, "changeme" * 4, "0123456789abcdef" * 2, "abcde" * 8 + "abc"])
+def test_tokens_that_can_be_guessed(token: str) -> None:
+    """A token of a few characters, or of one text again and again, is refused, with the command that makes a better."""
+    assert faults(GATEWAY_ADMIN_TOKEN=token) == (f"GATEWAY_ADMIN_TOKEN {MAKE_A_TOKEN}",)
+
+
+@pytest.mark.parametrize("key", [bytes(32), b"s" * 32, bytes(range(150, 158)) * 4, b"correct horse battery staple 123"])
+def test_keys_that_can_be_guessed(key: bytes) -> None:
+    """A key of zeros, of a pattern or of a text is refused."""
+    assert faults(GATEWAY_SECRET_KEYS=base64.b64encode(key).decode()) == (f"GATEWAY_SECRET_KEYS {MAKE_A_KEY}",)
+
+
+def test_the_key_that_is_refused_is_named() -> None:
+    """Of several keys, the one that can be guessed is named by its place, and never by what it is."""
+    weak = base64.b64encode(b"s" * 32).decode()
+    (fault,) = faults(GATEWAY_SECRET_KEYS=f"{generate_secret_key()},{weak}")
+    assert "number 2 is not" in fault
+    assert weak not in fault
+
+
+def test_development_takes_them() -> None:
+    """On a machine of one's own, secrets need not hold, and nothing needs TLS."""
+    environ = production(
+        GATEWAY_ADMIN_TOKEN="t", GATEWAY_SECRET_KEYS="A" * 43, GATEWAY_UPSTREAM_URL="http://images.example"
+    )
+    Settings.load(environ | {"GATEWAY_ENV": "development", "GATEWAY_REDIS_URL": "redis://8.8.8.8"})
+
+
+@pytest.mark.parametrize("url", ["http://images.example/api", "http://8.8.8.8", "http://[2606:4700::1111]:80"])
+def test_an_upstream_in_the_clear(url: str) -> None:
+    """An upstream elsewhere needs TLS, or somebody who says that it may do without."""
+    (fault,) = faults(GATEWAY_UPSTREAM_URL=url)
+    assert fault.startswith("GATEWAY_UPSTREAM_URL must be https:// in production")
+    assert fault.endswith("GATEWAY_UPSTREAM_CLEARTEXT=allow takes the risk")
+    assert doubted(GATEWAY_UPSTREAM_URL=url, **ALLOWED) == ["upstream_url"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://images.example",
+        "http://127.0.0.1:8082",
+        "http://localhost:8082",
+        "http://10.1.2.3",
+        "http://[fd00::1]",
+        "http://egress",
+        "http://egress.shop.svc.cluster.local",
+        "http://egress.corp.internal.",
+    ],
+)
+def test_an_upstream_nearby(url: str) -> None:
+    """An upstream on this machine or in a private network may do without TLS, as one behind a proxy for egress."""
+    assert doubted(GATEWAY_UPSTREAM_URL=url) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        ("redis://8.8.8.8", ["must be rediss://", "must have a password"]),
+        ("redis://:word@8.8.8.8", ["must be rediss://"]),
+        ("rediss://8.8.8.8", ["must have a password"]),
+        ("redis+sentinel://10.0.0.1,8.8.8.8/main", ["must be rediss://", "must have a password"]),
+    ],
+)
+def test_a_store_that_everybody_reaches(url: str, wanted: list[str]) -> None:
+    """A store at a public address needs TLS and a password."""
+    found = faults(GATEWAY_REDIS_URL=url)
+    assert len(found) == len(wanted)
+    for fault, words in zip(found, wanted, strict=True):
+        assert fault.startswith(f"GATEWAY_REDIS_URL {words}")
+        assert fault.endswith("since its address is public")
+
+
+@pytest.mark.parametrize(
+    ("url", "times"),
+    [
+        ("redis://10.0.0.1", 0),
+        ("redis://store.shop.svc", 0),
+        ("unix:///run/store.sock", 0),
+        ("rediss://:word@store.example", 0),
+        ("rediss://store.example?ssl_certfile=/c&ssl_keyfile=/k", 0),
+        ("rediss://:word@8.8.8.8", 0),
+        ("redis://store.example", 2),
+        ("redis://:word@store.example", 1),
+        ("rediss://:word@store.example?ssl_cert_reqs=none", 1),
+    ],
+)
+def test_a_store_that_perhaps_everybody_reaches(url: str, times: int) -> None:
+    """A store with a public name is taken, since its address may be private, and each thing it lacks is a doubt."""
+    assert doubted(GATEWAY_REDIS_URL=url) == ["redis_url"] * times
+
+
+def test_a_loud_log_is_doubted() -> None:
+    """Whoever looks for a fault may log all there is, and is told that it is much."""
+    assert doubted(GATEWAY_LOG_LEVEL="debug") == ["log_level"]
+
+
+def test_no_refusal_shows_a_secret(tmp_path: Path) -> None:
+    """Refusals never repeat a secret, wherever it is from."""
+    (tmp_path / "token").write_text("hush!!" * 6)
+    environ = production(GATEWAY_REDIS_URL="redis://me:hush@8.8.8.8", GATEWAY_ADMIN_TOKEN="")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load(environ | {"GATEWAY_ADMIN_TOKEN_FILE": str(tmp_path / "token")})
+    assert len(caught.value.faults) == 2
+    assert "hush" not in str(caught.value)
