@@ -61,7 +61,7 @@ def test_collector_away(tmp_path: Path) -> None:
         answer = gateway.tried()
         assert answer.status_code == 201, answer.text
         gateway.finished(answer.json()["links"]["self"])
-        until(lambda: "traces.trouble" in gateway.log.read_text(), "a line in the log")
+        until(lambda: "traces.troubled" in gateway.log.read_text(), "a line in the log")
         assert gateway.end() == 0
     log = gateway.log.read_text()
     assert "Traceback" not in log

@@ -124,10 +124,10 @@ async def test_collector_away(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.to_thread(until, lambda: bool(events), "a line in the log")
             begun = time.monotonic()
         assert time.monotonic() - begun < 3
-    troubles = [each for each in events if each["event"] == "traces.trouble"]
+    troubles = [each for each in events if each["event"] == "traces.troubled"]
     assert troubles
     assert all(each["log_level"] == "warning" for each in events)
-    templates = {each["message"].split()[0] for each in troubles}
+    templates = {each["detail"].split()[0] for each in troubles}
     assert len(templates) == len(troubles)
 
 
@@ -153,7 +153,7 @@ async def test_refusing_collector(
                 record(tracer)
                 await asyncio.to_thread(until, partial(collector.tried, count), "a try")
     (event,) = events
-    assert "401" in event["message"]
+    assert "401" in event["detail"]
     assert caplog.records == []
 
 
@@ -167,5 +167,5 @@ async def test_more_than_fits(collector: Collector, monkeypatch: pytest.MonkeyPa
             record(tracer, times=100)
             collector.status = 200
     assert 8 <= len(collector.spans) < 100
-    full = [each for each in events if "full" in each.get("message", "")]
+    full = [each for each in events if "full" in each.get("detail", "")]
     assert len(full) == 1

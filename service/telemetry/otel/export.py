@@ -153,7 +153,7 @@ class _Seldom(logging.Handler):
         if record.levelno < logging.WARNING or now < self._said.get(record.msg, now):
             return
         self._said[record.msg] = now + SAID_AGAIN_SECONDS
-        _log.warning("traces.trouble", message=record.getMessage(), logger=record.name)
+        _log.warning("traces.troubled", logger=record.name, detail=record.getMessage())
 
 
 @contextmanager
