@@ -25,7 +25,7 @@ endif
 # What a step says is shown only if it fails.
 step = @said=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$said"; echo 'FAILED  $(1)'; exit 1; }
 
-.PHONY: run demo test bench check lint format types layers drift openapi dashboards settings image-check fmt clean help
+.PHONY: run demo test test-monitoring bench check lint format types layers drift openapi dashboards settings image-check fmt clean help
 
 run: $(READY) ## Start the gateway with all it needs on this machine
 	@exec .venv/bin/gateway serve
@@ -35,6 +35,9 @@ demo: $(READY) ## Show every kind of task, end to end
 
 test: check ## Run all that CI runs: the static checks, then the tests with coverage
 	@exec .venv/bin/pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup --cov --cov-report=term-missing:skip-covered
+
+test-monitoring: $(READY) ## Ask a real Prometheus all that dashboards and rules ask (needs Debian's prometheus)
+	@exec .venv/bin/pytest tests/monitoring
 
 bench: $(READY) ## Measure what a submission costs, in time and memory of the store
 	@exec .venv/bin/python -m tests.bench
@@ -80,7 +83,7 @@ clean: ## Remove what was built or cached; the data in .gateway stays
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 24
 
 # A virtual environment that was interrupted, moved, or made for another Python carries no mark that fits, and is
 # built anew; one that is whole but older than the lock file is brought up to date.

@@ -155,6 +155,19 @@ def serve() -> None:
     sys.exit(run(settings))
 
 
+@main.command("check-config")
+@click.option("--production", is_flag=True, help="Judge the settings as with GATEWAY_ENV=production.")
+@click.option("--connect", is_flag=True, help="Try the store and the upstream, at no cost: nothing is sent upstream.")
+def check_config(*, production: bool, connect: bool) -> None:
+    """Say what the settings amount to, or all that is wrong with them, and start nothing.
+
+    Secrets are not shown. The exit code is 0 if the settings can be used, else 1.
+    """
+    from service.cli.check_config import run
+
+    sys.exit(run(os.environ, production=production, connect=connect))
+
+
 @main.command()
 @click.option("--folder", type=click.Path(path_type=Path), help="Where tasks outlive a restart.")
 @click.option("--host", default="127.0.0.1", show_default=True)

@@ -24,11 +24,16 @@ _NEEDED = ("PIL", "cv2", "numpy", "vtracer")
 _BALANCE = Balance(count=100, money=100)
 
 
+def lacking() -> str | None:
+    """What is not installed that the sandbox needs, and how it is had."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    return f"the sandbox needs {', '.join(missing)}: install imaging-gateway[local]" if missing else None
+
+
 def run(folder: Path | None, host: str, port: int) -> int:
     """Serve until told to end; the address is printed once it listens. The exit code."""
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        click.echo(f"gateway: the sandbox needs {', '.join(missing)}: install imaging-gateway[local]", err=True)
+    if lack := lacking():
+        click.echo(f"gateway: {lack}", err=True)
         return 1
     config = SandboxConfig(folder=folder, accounts={SANDBOX_USER_KEY: _BALANCE})
     try:

@@ -102,6 +102,15 @@ def parse_url(url: str) -> Address:
     )
 
 
+def masked(url: str) -> str:
+    """A URL that `parse_url` takes, for people to read: its secrets are left out."""
+    parts = urlsplit(url)
+    userinfo, _, hosts = parts.netloc.rpartition("@")
+    query = [f"{name}={'***' if 'password' in name else value}" for name, value in parse_qsl(parts.query)]
+    place = f"***@{hosts}" if userinfo else hosts
+    return f"{parts.scheme}://{place}{parts.path}{'?' if query else ''}{'&'.join(query)}"
+
+
 def _credentials(userinfo: str) -> Credentials:
     username, _, password = userinfo.partition(":")
     return Credentials(unquote(username) or None, unquote(password) or None)

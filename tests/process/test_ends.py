@@ -110,7 +110,7 @@ def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream:
     port = free_port()
     shared = upstream.shared(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
     with started(tmp_path, **shared) as gateway:
-        until(lambda: "can't be made yet" in gateway.log.read_text(), "a word about the store")
+        until(lambda: "demo.delayed" in gateway.log.read_text(), "a word about the store")
         assert httpx2.get(f"{gateway.ops_url}/healthz").status_code == 200
         assert httpx2.get(f"{gateway.ops_url}/readyz").status_code == 503
         with running(port=port):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.storage.address import Address, Credentials, InvalidRedisUrl, Topology, parse_url
+from service.storage.address import Address, Credentials, InvalidRedisUrl, Topology, masked, parse_url
 
 
 @pytest.mark.parametrize(
@@ -106,3 +106,20 @@ def test_secrets_stay(secret: str, pattern: str) -> None:
     except InvalidRedisUrl as error:
         shown = str(error)
     assert secret not in shown
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://store", "redis://store"),
+        ("rediss://me:hush@store:1/2?ssl_cert_reqs=none", "rediss://***@store:1/2?ssl_cert_reqs=none"),
+        ("unix:///run/s?db=1", "unix:///run/s?db=1"),
+        (
+            "redis+sentinel://:hush@a,b:2/main?sentinel_username=me&sentinel_password=hush",
+            "redis+sentinel://***@a,b:2/main?sentinel_username=me&sentinel_password=***",
+        ),
+    ],
+)
+def test_shown_without_secrets(url: str, shown: str) -> None:
+    """A URL is shown whole but for its secrets."""
+    assert masked(url) == shown

@@ -1,0 +1,178 @@
+"""All that is looked at: two gateways that share a store and an upstream, and a receiver of webhooks."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx2
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.domain.task import Kind
+from tests.process.gateway import SECONDS, Gateway, started, until
+from tests.process.sandbox import ADMIN_TOKEN, Sandbox, advance, sandbox
+from tests.support.images import png
+from tests.support.valkey import Valkey, free_port
+from tests.support.valkey import running as store_running
+
+LOST = 502, 503
+"""What a result that can't be had is answered with."""
+
+
+class _Receiver(BaseHTTPRequestHandler):
+    """Answers with the status that the path says."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(int(self.path.removeprefix("/")))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Plant:
+    """What runs, and how it is asked. `api` takes requests, `worker` follows tasks and tells of their ends.
+
+    At `nowhere` there is no upstream.
+    """
+
+    api: Gateway
+    worker: Gateway
+    upstream: Sandbox
+    store: Valkey
+    prefix: str
+    receiver: str
+    nowhere: str
+    http: httpx2.Client
+    tokens: dict[str, str] = field(default_factory=dict)
+    restarted: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def targets(self) -> list[str]:
+        """Where both are asked for their metrics."""
+        return [f"127.0.0.1:{each.environ['GATEWAY_OPS_PORT']}" for each in (self.api, self.worker)]
+
+    def scrapes(self) -> list[str]:
+        """The metrics of both, read at the same moment or nearly so."""
+        return [self.http.get(f"http://{each}/metrics").raise_for_status().text for each in self.targets]
+
+    def counted(self, name: str, **labels: str) -> float:
+        """What both have of something, under these labels, together."""
+        families = (family for scrape in self.scrapes() for family in text_string_to_metric_families(scrape))
+        samples = (sample for family in families for sample in family.samples if sample.name == name)
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+    def admin(self, method: str, path: str, **more: Any) -> Any:
+        """Call the operators' port of the one that takes requests."""
+        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+        answer = self.http.request(method, f"{self.api.ops_url}/admin/v1{path}", headers=headers, **more)
+        assert answer.is_success, answer.text
+        return answer.json()
+
+    def account(self, name: str, count: int, money: int, **policy: Any) -> None:
+        """An account at the upstream with so many uses and yuan, of which a task costs three at the most."""
+        self.hold(name, count, money)
+        prices = dict.fromkeys(Kind, 3)
+        self.admin("PUT", f"/accounts/{name}", json={"user_key": name, "max_price": prices} | policy)
+
+    def hold(self, name: str, count: int, money: int) -> None:
+        """Have an account hold so much at the upstream."""
+        body = {"count": count, "money": money}
+        self.http.put(f"{self.upstream.url}/_control/accounts/{name}", json=body).raise_for_status()
+
+    def tenant(self, name: str, *accounts: str, **policy: Any) -> None:
+        """A tenant on some accounts, with a token."""
+        self.admin("PUT", f"/tenants/{name}", json={"accounts": accounts} | policy)
+        self.tokens[name] = self.admin("POST", f"/tenants/{name}/tokens")["token"]
+
+    def call(self, tenant: str, method: str, path: str, **more: Any) -> httpx2.Response:
+        """Call the tenants' port as a tenant; as nobody if there is no such tenant."""
+        headers = {"Authorization": f"Bearer {self.tokens.get(tenant, 'nobody')}"} | dict(more.pop("headers", {}))
+        return self.http.request(method, self.api.url + path, headers=headers, **more)
+
+    def submit(
+        self, tenant: str, kind: str = "face-enhance", headers: Mapping[str, str] | None = None
+    ) -> httpx2.Response:
+        """Submit a small picture."""
+        files = {"image": ("a.png", png(), "image/png")}
+        return self.call(tenant, "POST", f"/v1/tasks/{kind}", files=files, headers=headers or {})
+
+    def accepted(self, tenant: str, kind: str = "face-enhance") -> str:
+        """Where a submission is read that became a task."""
+        answer = self.submit(tenant, kind)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["links"]["self"])
+
+    def running(self, tenant: str, *, seconds: float = 60) -> str:
+        """Where a task is read that takes so long, as all do from now on."""
+        self.upstream.dial(seconds=seconds)
+        return self.accepted(tenant)
+
+    def ended(self, tenant: str, kind: str = "face-enhance") -> dict[str, Any]:
+        """A task that was submitted and has come to its end, for which its tenant waited."""
+        path, found = self.accepted(tenant, kind), {}
+
+        def has_ended() -> bool:
+            found.update(self.call(tenant, "GET", path, headers={"Prefer": "wait=5"}).json())
+            return found.get("state") in {"succeeded", "failed"}
+
+        until(has_ended, "the end of a task")
+        return found
+
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass for the ledger, whose clock stands still from then on."""
+        advance(self.store, self.prefix, seconds)
+
+    @contextmanager
+    def store_away(self) -> Iterator[None]:
+        """Kill the store, and start it again on its data."""
+        command = self.store.process.args
+        self.store.kill()
+        try:
+            yield
+        finally:
+            self.restarted.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Plant]:
+    """Start everything."""
+    with ExitStack() as opened:
+        store = opened.enter_context(store_running("--appendonly", "yes", "--appendfsync", "always"))
+        upstream = opened.enter_context(sandbox())
+        shared = upstream.shared(store)
+        api = opened.enter_context(started(folder / "api", GATEWAY_ROLE="api", **shared))
+        worker = opened.enter_context(started(folder / "worker", GATEWAY_ROLE="worker", **shared))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _Receiver)
+        receiving = Thread(target=server.serve_forever)
+        receiving.start()
+        plant = Plant(
+            api=api,
+            worker=worker,
+            upstream=upstream,
+            store=store,
+            prefix=shared["GATEWAY_KEY_PREFIX"],
+            receiver=f"http://127.0.0.1:{server.server_port}",
+            nowhere=f"http://127.0.0.1:{free_port()}",
+            http=opened.enter_context(httpx2.Client(timeout=SECONDS, trust_env=False)),
+        )
+        try:
+            api.ready()
+            worker.ready()
+            yield plant
+        finally:
+            server.shutdown()
+            receiving.join()
+            server.server_close()
+            for process in plant.restarted:
+                opened.callback(process.wait)
+                opened.callback(process.kill)
