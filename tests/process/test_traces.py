@@ -38,7 +38,7 @@ def without(tmp_path: Path) -> dict[str, str]:
 def test_followed(tmp_path: Path) -> None:
     """A task is followed from its submission over its checks, and what was recorded last is sent at the end."""
     with collecting() as collector:
-        with serving(tmp_path, GATEWAY_TRACES_URL=collector.url) as gateway:
+        with serving(tmp_path, GATEWAY_SANDBOX_PORT="0", GATEWAY_TRACES_URL=collector.url) as gateway:
             answer = gateway.tried()
             assert answer.status_code == 201, answer.text
             gateway.finished(answer.json()["links"]["self"])
@@ -57,7 +57,7 @@ def test_followed(tmp_path: Path) -> None:
 
 def test_collector_away(tmp_path: Path) -> None:
     """A gateway whose collector is away serves as ever, says so in few words, and ends soon."""
-    with serving(tmp_path, GATEWAY_TRACES_URL=f"http://127.0.0.1:{free_port()}") as gateway:
+    with serving(tmp_path, GATEWAY_SANDBOX_PORT="0", GATEWAY_TRACES_URL=f"http://127.0.0.1:{free_port()}") as gateway:
         answer = gateway.tried()
         assert answer.status_code == 201, answer.text
         gateway.finished(answer.json()["links"]["self"])
@@ -70,7 +70,7 @@ def test_collector_away(tmp_path: Path) -> None:
 
 def test_not_wanted(tmp_path: Path, without: dict[str, str]) -> None:
     """Without a collector nothing of what sends traces is loaded, and OpenTelemetry need not be installed."""
-    with serving(tmp_path / "data", **without) as gateway:
+    with serving(tmp_path / "data", GATEWAY_SANDBOX_PORT="0", **without) as gateway:
         answer = gateway.tried()
         assert answer.status_code == 201, answer.text
         gateway.finished(answer.json()["links"]["self"])
