@@ -73,15 +73,20 @@ _ADMIN_BODY_BYTES = 1_000_000
 def create_app(services: Services) -> Edge:
     """The tenants' application."""
     app = tenants_app(services)
-    _expect(services, app, Port.TENANTS)
-    return Edge(answering_head(app), metrics=services.metrics, logger=services.logger, port=Port.TENANTS)
+    return _edge(app, services, Port.TENANTS)
 
 
 def create_ops_app(services: Services) -> Edge:
     """The operators' application."""
     app = operators_app(services)
-    _expect(services, app, Port.OPERATORS)
-    return Edge(answering_head(app), metrics=services.metrics, logger=services.logger, port=Port.OPERATORS)
+    return _edge(app, services, Port.OPERATORS)
+
+
+def _edge(app: Litestar, services: Services, port: Port) -> Edge:
+    _expect(services, app, port)
+    return Edge(
+        answering_head(app), metrics=services.metrics, logger=services.logger, port=port, tracer=services.tracer
+    )
 
 
 def tenants_app(services: Services) -> Litestar:

@@ -15,6 +15,7 @@ from service.api.ops import Health
 from service.api.uploads import Uploads
 from service.domain.task import Catalogue
 from service.telemetry.metrics import Metrics
+from service.telemetry.tracing import Tracer
 from service.usecases.apply import Apply
 from service.usecases.background import ended
 from service.usecases.board import Board
@@ -81,6 +82,7 @@ class Services:
     catalogue: Catalogue
     board: Board
     metrics: Metrics
+    tracer: Tracer
     logger: FilteringBoundLogger
     lifecycle: Lifecycle
     registry: RegistryView

@@ -16,6 +16,7 @@ from service import environ as text
 from service.domain.task import DEFAULT_CATALOGUE, Catalogue
 from service.production import SHORTEST_ADMIN_TOKEN, Cleartext, refusals
 from service.storage.address import parse_url
+from service.telemetry import tracing
 from service.variables import Scope, Variable, described
 
 PREFIX = "GATEWAY_"
@@ -185,6 +186,18 @@ class Settings:
         Variable(_PORT, "8082", "The port of the built-in sandbox; 0 takes a free one.", scope=Scope.DEVELOPMENT),
     ]
     log_level: Annotated[LogLevel, Variable(text.choice(LogLevel), "info", "The least that is logged.")]
+    traces_url: Annotated[
+        str | None,
+        Variable(
+            text.http_url,
+            None,
+            "The collector that traces are sent to, by OTLP over HTTP, at `/v1/traces` unless it has another path.",
+        ),
+    ]
+    traces_share: Annotated[
+        float,
+        Variable(text.decimal(0, 1), "1", "The share of requests to trace; those that their clients trace always are."),
+    ]
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> Self:
@@ -242,6 +255,8 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
         yield "GATEWAY_UPSTREAM_USER_KEY needs GATEWAY_UPSTREAM_URL: the sandbox has an account of its own"
     if values.get("host") == values.get("ops_host") and _same_port(values, "ops_port", "port"):
         yield "GATEWAY_OPS_PORT must differ from GATEWAY_PORT"
+    if values.get("traces_url") and not tracing.installed():
+        yield "GATEWAY_TRACES_URL needs what sends traces: pip install 'imaging-gateway[otel]'"
     for other in ("port", "ops_port"):
         if _is_left_out(values, "upstream_url") and _same_port(values, "sandbox_port", other):
             yield f"GATEWAY_SANDBOX_PORT must differ from {_name(other)}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -37,6 +37,8 @@ from service.telemetry.levels import Level
 from service.telemetry.loop import LoopLag
 from service.telemetry.metrics import Metrics
 from service.telemetry.overheard import Learn, Overheard, unheard
+from service.telemetry.redaction import Redactor
+from service.telemetry.tracing import UNTRACED, Tracer, tracing
 from service.usecases.apply import Apply
 from service.usecases.background import Background
 from service.usecases.board import Board
@@ -109,6 +111,7 @@ def furnished(
     jobs: Sequence[Job] = (),
     *,
     learn: Learn = unheard,
+    tracer: Tracer = UNTRACED,
 ) -> Services:
     """The use cases over some ports, and all that stands around them.
 
@@ -127,6 +130,7 @@ def furnished(
         task_ids=task_ids,
         board=ports.board,
         metrics=metrics,
+        tracer=tracer,
     )
     looks = FreeLooks(
         ledger=ports.ledger,
@@ -148,6 +152,7 @@ def furnished(
         render=task_event,
         clock=ports.clock,
         metrics=metrics,
+        tracer=tracer,
     )
     follow = Follow(
         tasks=ports.tasks,
@@ -184,6 +189,7 @@ def furnished(
             task_ids=task_ids,
             background=background,
             metrics=metrics,
+            tracer=tracer,
         ),
         follow=follow,
         fetch=Fetch(follow=follow, artifacts=ports.artifacts, registry=ports.registry),
@@ -212,6 +218,7 @@ def furnished(
         catalogue=settings.catalogue,
         board=ports.board,
         metrics=metrics,
+        tracer=tracer,
         logger=structlog.get_logger("service"),
         lifecycle=Lifecycle(ports.registry, ports.board),
         registry=ports.registry,
@@ -224,11 +231,13 @@ def furnished(
 
 
 @asynccontextmanager
-async def assembled(settings: Settings, *, learn: Learn = unheard) -> AsyncIterator[Services]:
+async def assembled(
+    settings: Settings, *, learn: Learn = unheard, clean: Callable[[str], str] | None = None
+) -> AsyncIterator[Services]:
     """The real gateway, out of settings that leave nothing open. Nothing is connected before it is first used.
 
-    `learn` is told of every secret that comes up, before anything can go wrong with it. At the end, submissions under
-    way are finished before anything is closed.
+    `learn` is told of every secret that comes up, before anything can go wrong with it, and `clean` takes them out of
+    what is traced. At the end, submissions under way are finished before anything is closed.
     """
     if settings.redis_url is None or settings.upstream_url is None:
         raise ValueError("the settings are not complete")
@@ -242,19 +251,24 @@ async def assembled(settings: Settings, *, learn: Learn = unheard) -> AsyncItera
         keep_ended=settings.task_retention_days * DAY,
     )
     async with AsyncExitStack() as opened:
+        # First, so that it ends last, and what was under way until then is sent too.
+        traced = tracing(settings.traces_url, settings.traces_share, clean or Redactor().text)
+        tracer = await opened.enter_async_context(traced)
         connections = connect(settings.redis_url, timeout=REDIS_SECONDS)
         opened.push_async_callback(connections.aclose)
-        scripts = Scripts(connections.commands, observe=metrics.ledger, failed=metrics.store_error)
+        scripts = Scripts(connections.commands, observe=metrics.ledger, failed=metrics.store_error, tracer=tracer)
         store = RedisRegistry(scripts, keys)
         registry = LiveRegistry(store, connections.subscriber, keys.registry_channel, failed=metrics.store_error)
         board = Board(Pace(settings.poll_seconds))
         changes = Changes(connections.subscriber, keys.changes_channel, board, failed=metrics.store_error)
         upstream = await opened.enter_async_context(
-            UpstreamClient(settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream)
+            UpstreamClient(
+                settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream, tracer=tracer
+            )
         )
         upstream.tell(metrics)
         artifacts = ArtifactClient(
-            settings.upstream_url, max_bytes=settings.max_artifact_bytes, observe=metrics.upstream
+            settings.upstream_url, max_bytes=settings.max_artifact_bytes, observe=metrics.upstream, tracer=tracer
         )
         artifacts.tell(metrics)
         opened.push_async_callback(background.drain, settings.lease_seconds)
@@ -268,7 +282,8 @@ async def assembled(settings: Settings, *, learn: Learn = unheard) -> AsyncItera
             upstream=upstream,
             artifacts=artifacts,
             agenda=RedisAgenda(scripts, keys),
-            callbacks=CallbackClient(),
+            callbacks=CallbackClient(tracer=tracer),
             clock=SystemClock(),
         )
-        yield furnished(ports, settings, metrics, background, jobs=[registry.follow, changes.follow], learn=learn)
+        jobs = [registry.follow, changes.follow]
+        yield furnished(ports, settings, metrics, background, jobs, learn=learn, tracer=tracer)

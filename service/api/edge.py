@@ -23,6 +23,7 @@ from service.telemetry.families import Port
 from service.telemetry.logs import ANSWERED
 from service.telemetry.metrics import UNMATCHED, Metrics
 from service.telemetry.spent import Spent
+from service.telemetry.tracing import UNTRACED, RequestSpan, Tracer
 
 TENANT = "tenant"
 """Where the tenant's name stands in the state of an ASGI scope, once it is known."""
@@ -44,11 +45,14 @@ _LONGEST_PATH = 500
 class Edge:
     """Wraps an application that serves one port."""
 
-    def __init__(self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port) -> None:
+    def __init__(
+        self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port, tracer: Tracer = UNTRACED
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._logger = logger
         self._port = port
+        self._tracer = tracer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection; what is not HTTP is passed through."""
@@ -58,14 +62,18 @@ class Edge:
         # The server may share one state among all requests.
         state = scope["state"] = {**scope.get("state", {})}
         request_id = state[REQUEST_ID] = _request_id(scope)
-        with (
-            structlog.contextvars.bound_contextvars(request_id=request_id),
-            spent.counted() as upstream,
-            self._metrics.in_progress(self._port),
-        ):
-            await self._serve(scope, receive, _Answer(send, request_id), upstream)
+        with self._tracer.request(scope) as span:
+            names = {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
+            with (
+                structlog.contextvars.bound_contextvars(**names),
+                spent.counted() as upstream,
+                self._metrics.in_progress(self._port),
+            ):
+                await self._serve(scope, receive, _Answer(send, request_id), upstream, span)
 
-    async def _serve(self, scope: Message, receive: Receive, answer: _Answer, upstream: Spent) -> None:
+    async def _serve(
+        self, scope: Message, receive: Receive, answer: _Answer, upstream: Spent, span: RequestSpan
+    ) -> None:
         method, path = scope["method"], quote(scope["path"])[:_LONGEST_PATH]  # as Litestar changes the path
         state = scope["state"]
         begun = time.perf_counter()
@@ -83,6 +91,8 @@ class Edge:
             seconds = time.perf_counter() - begun
             status = answer.status or CLIENT_LEFT
             route = scope.get("path_template") or UNMATCHED
+            outcome, tenant = state.get(OUTCOME, ANSWERED), state.get(TENANT)
+            span.answered(answer.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant)
             self._metrics.request(self._port, method, route, status, seconds, held=HELD in state)
             self._logger.info(
                 "request.ended",
@@ -91,8 +101,8 @@ class Edge:
                 status=status,
                 seconds=round(seconds, 6),
                 upstream_seconds=None if upstream.seconds is None else round(upstream.seconds, 6),
-                tenant=state.get(TENANT),
-                outcome=state.get(OUTCOME, ANSWERED),
+                tenant=tenant,
+                outcome=outcome,
                 route=route,
                 port=self._port,
             )

@@ -103,7 +103,7 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
     async with AsyncExitStack() as opened:
         full = await opened.enter_async_context(completed(settings))
         redactor.learn(*_secrets(full))
-        services = await opened.enter_async_context(assembled(full, learn=redactor.learn))
+        services = await opened.enter_async_context(assembled(full, learn=redactor.learn, clean=redactor.text))
         await opened.enter_async_context(services.working())
         # The tenants' port is closed first, so that operators can look on while the last requests are answered.
         servers = [(_server(create_app(services), services.drain_seconds), tenants)] if tenants else []

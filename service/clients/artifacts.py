@@ -29,6 +29,7 @@ from service.domain.task import Artifact, ArtifactName
 from service.domain.tenancy import Account
 from service.telemetry.metrics import Metrics
 from service.telemetry.spent import waiting
+from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Asked, BrokenOff, Fetched, Portion
 
 _log = structlog.get_logger(__name__)
@@ -82,6 +83,7 @@ class ArtifactClient:
         tls: ssl.SSLContext | None = None,
         resolver: Resolver = resolve,
         patience: Patience | None = None,
+        tracer: Tracer = UNTRACED,
     ) -> None:
         self._upstream_url = upstream_url
         self._max_bytes = max_bytes
@@ -89,6 +91,7 @@ class ArtifactClient:
         self._tls = tls or httpx2.create_ssl_context()
         self._resolver = resolver
         self._patience = patience or Patience()
+        self._tracer = tracer
         self._under_way = 0
 
     @staticmethod
@@ -109,7 +112,7 @@ class ArtifactClient:
         def allow(host: str, ip: Address) -> bool:
             return host == own or public(ip)
 
-        started, fetch = time.monotonic(), _Fetch(asked, self._max_bytes, self._patience)
+        started, fetch = time.monotonic(), _Fetch(asked, self._max_bytes, self._patience, self._tracer)
         self._under_way += 1
         try:
             async with CheckedTransport(allow, tls=self._tls, resolver=self._resolver) as transport, fetch.opened:
@@ -122,10 +125,11 @@ class ArtifactClient:
 class _Fetch:
     """One fetch. What it opens is closed with `opened`."""
 
-    def __init__(self, asked: Asked, max_bytes: int, patience: Patience) -> None:
+    def __init__(self, asked: Asked, max_bytes: int, patience: Patience, tracer: Tracer) -> None:
         self._asked = asked
         self._max_bytes = max_bytes
         self._patience = patience
+        self._tracer = tracer
         self._host = ""  # the rest of an address may be what gives access to the file, and is not logged
         self.opened = AsyncExitStack()
         self.outcome = Outcome.STOPPED
@@ -169,8 +173,11 @@ class _Fetch:
 
     async def _follow(self, transport: CheckedTransport, url: httpx2.URL) -> httpx2.Response:
         """The answer at the end of the redirects, each of which is checked by the transport like the first address."""
-        for _ in range(1 + MOST_REDIRECTS):
-            response = await self._ask(transport, url)
+        for resent in range(1 + MOST_REDIRECTS):
+            # As with all that is the upstream's, the context of the trace is not passed on.
+            with self._tracer.call("GET", str(url), resent=resent) as span:
+                response = await self._ask(transport, url)
+                span.answered(response.status_code)
             if response.status_code not in _REDIRECTS:
                 return response
             target = url.join(response.headers.get("location", ""))

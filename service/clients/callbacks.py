@@ -17,6 +17,7 @@ import structlog
 from service import __version__
 from service.clients.addresses import Address, AddressRefused, CheckedTransport, Resolver, UnknownHost, public, resolve
 from service.domain.webhook import Webhook
+from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Reply
 
 _log = structlog.get_logger(__name__)
@@ -35,7 +36,8 @@ _HEADERS = {
 class CallbackClient:
     """Posts to addresses that tenants chose, each within `seconds` all told."""
 
-    def __init__(self, *, resolver: Resolver = resolve, seconds: float = SECONDS) -> None:
+    def __init__(self, *, resolver: Resolver = resolve, seconds: float = SECONDS, tracer: Tracer = UNTRACED) -> None:
+        self._tracer = tracer
         self._resolver = resolver
         self._seconds = seconds
         self._tls = httpx2.create_ssl_context()
@@ -47,11 +49,16 @@ class CallbackClient:
             return public(ip) or webhook.may_reach(ip)
 
         try:
-            async with asyncio.timeout(self._seconds):
-                # What may be reached is another matter for each tenant, and nothing is kept from call to call.
-                transport = CheckedTransport(allowed, tls=self._tls, resolver=self._resolver)
-                async with self._client(transport) as client:
-                    return await _reply(client, url, headers, body)
+            with self._tracer.call("POST", url) as span:
+                async with asyncio.timeout(self._seconds):
+                    # What may be reached is another matter for each tenant, and nothing is kept from call to call.
+                    transport = CheckedTransport(allowed, tls=self._tls, resolver=self._resolver)
+                    async with self._client(transport) as client:
+                        # Whom a tenant has told the gateway to call may see what the call is a part of.
+                        reply = await _reply(client, url, {**headers, **span.context}, body)
+                if reply.status:
+                    span.answered(reply.status)
+                return reply
         except Exception as error:  # noqa: BLE001 - what is below lets through more than it declares
             return Reply(error=_why(error, self._seconds))
 

@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from service import __version__
 from service.clients.breaker import Attempt, Breaker
+from service.telemetry.tracing import UNTRACED, Tracer
 
 MAX_REQUESTS = 64
 """So many requests of a line are under way at once; the others wait."""
@@ -73,9 +74,10 @@ class Line:
     that wait for their turn.
     """
 
-    def __init__(self, breakers: Breakers, tls: ssl.SSLContext, *, keep_alive: bool) -> None:
+    def __init__(self, breakers: Breakers, tls: ssl.SSLContext, *, keep_alive: bool, tracer: Tracer = UNTRACED) -> None:
         self.busy = self.waiting = 0
         self._breakers = breakers
+        self._tracer = tracer
         self._gate = asyncio.Semaphore(MAX_REQUESTS)
         self._tls = tls
         self._keeps = keep_alive
@@ -111,19 +113,24 @@ class Line:
         """
         if seconds <= 0:
             raise NotSent("no time left")
-        sending = _Sending(self._breakers.of(base_url))
+        sending, url = _Sending(self._breakers.of(base_url)), base_url + path
         try:
-            async with asyncio.timeout(seconds), self._turn():
-                request = httpx2.Request(
-                    "POST",
-                    base_url + path,
-                    data=fields,
-                    files=files,
-                    headers=self._headers,
-                    extensions={"trace": sending, "timeout": _TIMEOUTS},
-                )
-                sending.begin()
-                return await self._answer(request)
+            # The context of the trace is not passed on: it tells a third party who belongs together, and in
+            # `tracestate` whatever the tools of our callers write there, for nothing that we would get of it.
+            with self._tracer.call("POST", url, private=False) as span:
+                async with asyncio.timeout(seconds), self._turn():
+                    request = httpx2.Request(
+                        "POST",
+                        url,
+                        data=fields,
+                        files=files,
+                        headers=self._headers,
+                        extensions={"trace": sending, "timeout": _TIMEOUTS},
+                    )
+                    sending.begin()
+                    answer = await self._answer(request)
+                span.answered(answer.status)
+                return answer
         except Exception as error:  # noqa: BLE001 - what is below lets through more than it declares
             raise sending.verdict(error) from None
         finally:

@@ -22,6 +22,7 @@ from service.domain.tenancy import Account
 from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
 from service.telemetry.spent import waiting
+from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
 
 _log = structlog.get_logger(__name__)
@@ -47,7 +48,15 @@ class UpstreamClient:
     `user_keys` opens the accounts' keys; none of them appears in a log, an error, or a message for tenants.
     """
 
-    def __init__(self, base_url: str, user_keys: Sealer, catalogue: Catalogue, *, observe: Observer) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        user_keys: Sealer,
+        catalogue: Catalogue,
+        *,
+        observe: Observer,
+        tracer: Tracer = UNTRACED,
+    ) -> None:
         self._base_url = base_url
         self._user_keys = user_keys
         self._catalogue = catalogue
@@ -57,8 +66,8 @@ class UpstreamClient:
         # submit nobody would know any more whether it arrived.
         breakers.of(base_url)  # so that it is shown from the start
         tls = httpx2.create_ssl_context()
-        self._submits = Line(breakers, tls, keep_alive=False)
-        self._checks = Line(breakers, tls, keep_alive=True)
+        self._submits = Line(breakers, tls, keep_alive=False, tracer=tracer)
+        self._checks = Line(breakers, tls, keep_alive=True, tracer=tracer)
         self._closing = AsyncExitStack()
 
     async def __aenter__(self) -> Self:

@@ -228,7 +228,7 @@ class Task(Struct, frozen=True, kw_only=True):
     """A task as the gateway knows it; times in milliseconds since the epoch.
 
     `version` grows with every visible change; `checked` is when the upstream last told of it. Its end is told to
-    `webhook`, if there is one.
+    `webhook`, if there is one; `trace` is the context in which its submission was recorded, if it was.
     """
 
     id: str
@@ -248,3 +248,4 @@ class Task(Struct, frozen=True, kw_only=True):
     version: int
     checked: int
     webhook: str | None = None
+    trace: str | None = None

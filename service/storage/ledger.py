@@ -130,7 +130,7 @@ class RedisLedger:
                 "options": str(settlement.draft.options, "utf-8"),
                 "metadata": str(settlement.draft.metadata, "utf-8"),
                 "check_after": self._spans.check_after,
-            } | given(webhook=settlement.draft.webhook)
+            } | given(webhook=settlement.draft.webhook, trace=settlement.draft.trace)
         status, _, *elsewhere = await self._scripts.call(
             "settle",
             [

@@ -24,6 +24,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.domain.errors import LedgerUnavailable
 from service.telemetry.families import LedgerOutcome, StoreError
+from service.telemetry.tracing import UNTRACED, Tracer
 
 Client = Redis | RedisCluster
 
@@ -53,10 +54,18 @@ Fault = Callable[[StoreError], None]
 class Scripts:
     """Calls the scripts over a client that never retries: an unanswered call may have moved money."""
 
-    def __init__(self, client: Client, *, observe: Observer | None = None, failed: Fault | None = None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        *,
+        observe: Observer | None = None,
+        failed: Fault | None = None,
+        tracer: Tracer = UNTRACED,
+    ) -> None:
         self._client = client
         self._observe = observe
         self._failed = failed
+        self._tracer = tracer
         self._sources: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
 
@@ -66,7 +75,7 @@ class Scripts:
         Raises LedgerUnavailable if Redis did not answer: it may have run or not.
         """
         values = (msgspec.msgpack.encode(arguments), *more)
-        with self._observed(name):
+        with self._observed(name), self._tracer.store("EVALSHA", script=name):
             if name not in self._hashes:
                 await self._load(name)
             try:
@@ -80,7 +89,8 @@ class Scripts:
         pipeline = self._client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
-        with self._observed(READ):
+        operation = str(commands[0][0]) if len(commands) == 1 else "PIPELINE"
+        with self._observed(READ), self._tracer.store(operation, batch=len(commands)):
             return await pipeline.execute()
 
     @contextmanager

@@ -46,6 +46,7 @@ class _Stored(Struct):
     error: str | None = None
     cost: Cost = Cost(0, 0, Basis.UNKNOWN)
     webhook: str | None = None
+    trace: str | None = None
 
 
 class RedisTasks:
@@ -219,6 +220,7 @@ def _task(reservation: str, stored: _Stored) -> Task:
         cost=stored.cost,
         version=stored.version,
         webhook=stored.webhook,
+        trace=stored.trace,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
+from contextvars import Context
 from typing import Any, TypeVar
 
 import structlog
@@ -38,9 +39,12 @@ class Background:
     def __init__(self) -> None:
         self._running: set[asyncio.Task[Any]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start `work`; it is not cancelled with whoever awaits it through `asyncio.shield`."""
-        task = asyncio.create_task(work)
+    def spawn(self, work: Coroutine[Any, Any, T], *, apart: bool = False) -> asyncio.Task[T]:
+        """Start `work`; it is not cancelled with whoever awaits it through `asyncio.shield`.
+
+        It belongs to the request that starts it, in the log and in traces, unless it is set `apart`.
+        """
+        task = Context().run(asyncio.create_task, work) if apart else asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._done)
         return task

@@ -20,6 +20,7 @@ from service.domain.taskid import Sealer
 from service.domain.tenancy import Tenant
 from service.domain.webhook import DeliveryState
 from service.telemetry.metrics import Metrics
+from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.background import ended
 from service.usecases.ports import Agenda, Callbacks, Claimed, Clock, Delivery, Outcome, RegistryView, Tasks
 from service.usecases.rounds import rounds
@@ -44,6 +45,7 @@ class Deliver:
         render: Callable[[Task], bytes],
         clock: Clock,
         metrics: Metrics,
+        tracer: Tracer = UNTRACED,
         at_once: int = 64,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -56,6 +58,7 @@ class Deliver:
         self._render = render
         self._clock = clock
         self._metrics = metrics
+        self._tracer = tracer
         self._at_once = at_once
         self._chance = chance
         self._sending: set[asyncio.Task[None]] = set()
@@ -131,7 +134,9 @@ class Deliver:
         found = await self._tasks.get(delivery.reservation)
         if found is None:
             return _given_up("The task is not known any more.")
-        return await self._attempt(delivery, tenant, self._render(found[0]))
+        task = found[0]
+        with self._tracer.follow_up("deliver webhook", task.trace, delivery.reservation):
+            return await self._attempt(delivery, tenant, self._render(task))
 
     async def _attempt(self, delivery: Delivery, tenant: Tenant, body: bytes) -> Outcome:
         now, signing = self._clock.now(), tenant.webhook.signing

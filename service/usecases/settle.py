@@ -71,7 +71,7 @@ class Settle:
     def _book_later(self, settlement: Settlement) -> None:
         self._late.append(settlement)
         if self._booking is None or self._booking.done():
-            self._booking = self._background.spawn(self._book_late())
+            self._booking = self._background.spawn(self._book_late(), apart=True)  # of many requests
 
     async def _book_late(self) -> None:
         """Book what is late, one after the other: however long the store is away, this is a single task."""

@@ -28,6 +28,7 @@ from service.domain.taskid import Reference, TaskIds
 from service.domain.tenancy import Account, Tenant
 from service.domain.windows import RateLimit, rate_limits
 from service.telemetry.metrics import Metrics
+from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.background import Background
 from service.usecases.ports import (
     Ask,
@@ -104,6 +105,7 @@ class Submit:
         task_ids: TaskIds,
         background: Background,
         metrics: Metrics,
+        tracer: Tracer = UNTRACED,
     ) -> None:
         self._ledger = ledger
         self._settle = settle
@@ -113,6 +115,7 @@ class Submit:
         self._task_ids = task_ids
         self._background = background
         self._metrics = metrics
+        self._tracer = tracer
 
     def admit(self, tenant: Tenant, kind: Kind) -> None:
         """Refuse what needs no look at the image. Raises TenantDisabled or KindNotAllowed."""
@@ -172,7 +175,7 @@ class Submit:
             await self._settle(self._settlement(place, sent))
             raise refusal(sent, place.ask.reservation)
         self._metrics.submitted(tenant.id, options.kind)
-        draft = TaskDraft(task.id, task.options, task.metadata, webhook or tenant.webhook.url)
+        draft = TaskDraft(task.id, task.options, task.metadata, webhook or tenant.webhook.url, self._tracer.context())
         await self._settle(msgspec.structs.replace(self._settlement(place, sent), draft=draft))
         return Submission(task, task.created, limits)
 

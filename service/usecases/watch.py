@@ -12,6 +12,7 @@ from service.domain.taskid import TaskIds
 from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
 from service.telemetry.told import yuan
+from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.background import ended
 from service.usecases.board import Board
 from service.usecases.ports import Answered, Check, Due, Ledger, RegistryView, Tasks, Upstream
@@ -37,6 +38,7 @@ class Watch:
         task_ids: TaskIds,
         board: Board,
         metrics: Metrics,
+        tracer: Tracer = UNTRACED,
         at_once: int = 64,
     ) -> None:
         self._tasks = tasks
@@ -46,6 +48,7 @@ class Watch:
         self._task_ids = task_ids
         self._board = board
         self._metrics = metrics
+        self._tracer = tracer
         self._at_once = at_once
         self._checking: set[asyncio.Task[None]] = set()
         metrics.levels.tell(Level.CHECKS, lambda: {(): len(self._checking)})
@@ -100,7 +103,8 @@ class Watch:
     async def _guarded_check(self, due: Due) -> None:
         """Check one task; after a fault of ours it is due again when its claim runs out."""
         try:
-            await self._check(due)
+            with self._tracer.follow_up("check task", due.task.trace, due.task.reservation):
+                await self._check(due)
         except Exception:  # noqa: BLE001 - nobody awaits it
             _log.exception("check.crashed", reservation=due.task.reservation)
 

@@ -307,12 +307,15 @@ async def no_key_is_left_for_ever(client: Any) -> None:
 
 
 @asynccontextmanager
-async def real_house(valkey: Valkey, learn: Learn = unheard) -> AsyncIterator[House]:
-    """A real Valkey, which is emptied first, and the sandbox; `learn` is told of secrets."""
+async def real_house(
+    valkey: Valkey, learn: Learn = unheard, clean: Callable[[str], str] | None = None, **more: str
+) -> AsyncIterator[House]:
+    """A real Valkey, which is emptied first, and the sandbox; `learn` is told of secrets, `more` are settings."""
     config = SandboxConfig(accounts={USER_KEY: Balance(count=10, money=300)}, seconds=0)
     async with AsyncExitStack() as stack:
         sandbox = await stack.enter_async_context(running(config))
-        settings = Settings.load(ENVIRONMENT | {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": sandbox.url})
+        places = {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": sandbox.url}
+        settings = Settings.load(ENVIRONMENT | places | more)
         connections = connect(valkey.url, timeout=5)
         stack.push_async_callback(connections.aclose)
         client: Any = connections.commands
@@ -324,6 +327,6 @@ async def real_house(valkey: Valkey, learn: Learn = unheard) -> AsyncIterator[Ho
             now = max(int(await client.get(clock) or 0), seconds_now * 1000 + micros // 1000)
             await client.set(clock, now + int(seconds * 1000))
 
-        services = await stack.enter_async_context(assembled(settings, learn=learn))
+        services = await stack.enter_async_context(assembled(settings, learn=learn, clean=clean))
         stack.push_async_callback(no_key_is_left_for_ever, client)
         yield await stack.enter_async_context(opened(services, SandboxControl(sandbox.control), pass_time))

@@ -156,6 +156,7 @@ class FakeLedger(FakeTasks):
             version=1,
             checked=known.created,
             webhook=settlement.draft.webhook,
+            trace=settlement.draft.trace,
         )
         self.due[settlement.reservation] = self.clock.at + self.spans.check_after
 

@@ -139,7 +139,11 @@ class LedgerMoves(LedgerBooks):
             figures=self.upstream.balances[account] if told is None else told,
             closes=closes if outcome is ReservationState.REFUSED else None,
             draft=TaskDraft(
-                f"task_{reservation}", msgspec.Raw(b"{}"), msgspec.Raw(b'{"a":"b"}'), self.webhook(reservation)
+                f"task_{reservation}",
+                msgspec.Raw(b"{}"),
+                msgspec.Raw(b'{"a":"b"}'),
+                self.webhook(reservation),
+                f"the trace of {reservation}",
             ),
             idempotency=idempotency,
             late=late,

@@ -1,7 +1,7 @@
 -- Gives a reservation its outcome, by compare-and-set; an acceptance writes its task in the same breath.
 -- KEYS     clock, tenant, reservation, leases, account, task, index of the tenant's tasks, watch
 -- ARGV     MessagePack {reservation, tenant, account, kind, created, outcome, figures, closes, keep, late, draft, usage,
---          keep_usage, reservations, keys, idempotency}, draft {id, options, metadata, check_after, webhook}; usage, reservations
+--          keep_usage, reservations, keys, idempotency}, draft {id, options, metadata, check_after, webhook, trace}; usage, reservations
 --          and keys are the prefixes of the keys of the tenant's days, of all reservations, and of the tenant's
 --          idempotency keys, idempotency {key, content, keep} is kept even if the reservation was lost
 -- RETURNS  {'settled', now}, {'final', now} if it had a final outcome before and nothing changed, {'pending', now} if
@@ -117,7 +117,7 @@ if outcome == 'accepted' then
   local task = {
     id = draft.id, tenant = ask.tenant, account = ask.account, kind = ask.kind, state = 'queued', created = at,
     updated = at, checked = at, version = 1, options = draft.options, metadata = draft.metadata,
-    webhook = draft.webhook,
+    webhook = draft.webhook, trace = draft.trace,
   }
   redis.call('SET', KEYS[6], cmsgpack.pack(task), 'PX', ask.keep)
   redis.call('ZADD', KEYS[7], reservation.created, ask.reservation)

@@ -26,12 +26,16 @@ class Ask(Struct, frozen=True):
 
 
 class TaskDraft(Struct, frozen=True):
-    """What a new task is told to the ledger with its acceptance; `webhook` is where its end is told."""
+    """What a new task is told to the ledger with its acceptance; `webhook` is where its end is told.
+
+    `trace` is the context in which its submission was recorded, if it was.
+    """
 
     id: str
     options: msgspec.Raw
     metadata: msgspec.Raw
     webhook: str | None = None
+    trace: str | None = None
 
 
 class Settlement(Struct, frozen=True, kw_only=True):

@@ -1,0 +1,1 @@
+"""Traces by OpenTelemetry, which need not be installed: `spans.py` records them, `export.py` sends them."""

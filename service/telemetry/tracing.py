@@ -1,0 +1,173 @@
+"""Traces: what follows from a request, over processes and servers, for whoever has a collector for them.
+
+The rest of the gateway reports to a `Tracer`. Without a collector that is `UNTRACED`, which does nothing; what is sent
+to one is made in `otel/`, which alone imports OpenTelemetry: that is not there unless it was asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any, Protocol, Self
+
+Headers = Iterable[tuple[bytes, bytes]]
+"""The headers of a request as ASGI gives them: their names in lower case."""
+
+THEIR_DOING = "client-"
+"""How the outcomes begin that are the client's doing."""
+
+_TRACEPARENT = re.compile(
+    rb"(?P<version>(?!ff)[0-9a-f]{2})"
+    rb"-(?P<trace>(?!0{32})[0-9a-f]{32})"
+    rb"-(?P<span>(?!0{16})[0-9a-f]{16})"
+    rb"-(?P<flags>[0-9a-f]{2})"
+    rb"(?P<more>-.*)?"
+)
+
+
+def trace_id(headers: Headers) -> str | None:
+    """The trace a request says it belongs to, as 32 hexadecimal digits; None if it does not say so as it should.
+
+    Of a later version than ours that part is read which every version has.
+    """
+    given = [value for name, value in headers if name == b"traceparent"]
+    if len(given) != 1:  # of several nobody knows which is meant
+        return None
+    read = _TRACEPARENT.fullmatch(given[0].strip(b" \t"))
+    if read is None or (read["more"] is not None and read["version"] == b"00"):
+        return None
+    return read["trace"].decode()
+
+
+class RequestSpan(Protocol):
+    """A request that is served."""
+
+    @property
+    def trace_id(self) -> str | None:
+        """The trace it belongs to: the one it is recorded in, else the one that its client named."""
+        ...
+
+    def answered(self, status: int | None, *, route: str | None, outcome: str, tenant: str | None) -> None:
+        """It has ended; `status` is None if nothing was answered."""
+        ...
+
+
+class CallSpan(Protocol):
+    """A request to another server. Its failure is what is raised out of its block."""
+
+    @property
+    def context(self) -> Mapping[str, str]:
+        """Headers by which the other server can make its work a part of this trace."""
+        ...
+
+    def answered(self, status: int) -> None:
+        """It was answered."""
+        ...
+
+
+class Tracer(Protocol):
+    """Records what is done, as spans that last as long as a block.
+
+    Nothing here raises or waits, and what is raised in a block passes through. Nothing that was given or chosen by a
+    client, a tenant or the upstream is recorded, but for what a method says.
+    """
+
+    def request(self, scope: Mapping[str, Any]) -> AbstractContextManager[RequestSpan]:
+        """Serve a request, of an ASGI scope: all that is done in the block belongs to it.
+
+        Of what the client sent, its method, path, host and name are recorded, as far as they hold no secret.
+        """
+        ...
+
+    def follow_up(self, what: str, cause: str | None, reservation: str) -> AbstractContextManager[object]:
+        """Do what follows, later or elsewhere, from the work of which `cause` is the context.
+
+        It gets a trace of its own, with a link to that of its cause: a trace is not kept open for days. It is recorded
+        if its cause was, which otherwise is None.
+        """
+        ...
+
+    def call(self, method: str, url: str, *, private: bool = True, resent: int = 0) -> AbstractContextManager[CallSpan]:
+        """Call another server, for the `resent`th time anew, if it is for something that is recorded.
+
+        The path is recorded unless it is `private`, as where somebody else chose it and it may be what gives access.
+        """
+        ...
+
+    def store(self, operation: str, *, script: str | None = None, batch: int = 1) -> AbstractContextManager[object]:
+        """Have the store do something, in its own words, if it is for something that is recorded."""
+        ...
+
+    def context(self) -> str | None:
+        """The context of what is done now, for a later `follow_up`; None if that is not recorded."""
+        ...
+
+
+class Untraced:
+    """A span of any kind that is not recorded."""
+
+    context: Mapping[str, str] = MappingProxyType({})
+
+    def __init__(self, trace: str | None = None) -> None:
+        self.trace_id = trace
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def answered(self, *_: object, **__: object) -> None:
+        pass
+
+
+UNRECORDED = Untraced()
+
+
+class _NoTracer:
+    """The tracer of a gateway without a collector."""
+
+    def request(self, scope: Mapping[str, Any]) -> Untraced:
+        """Know which trace a request belongs to, for the log."""
+        return Untraced(trace_id(scope["headers"]))
+
+    def follow_up(self, *_: object, **__: object) -> Untraced:
+        return UNRECORDED
+
+    def call(self, *_: object, **__: object) -> Untraced:
+        return UNRECORDED
+
+    def store(self, *_: object, **__: object) -> Untraced:
+        return UNRECORDED
+
+    def context(self) -> None:
+        return None
+
+
+UNTRACED: Tracer = _NoTracer()
+
+
+def installed() -> bool:
+    """Whether that is installed which sends traces."""
+    try:
+        return find_spec("opentelemetry.exporter.otlp.proto.http.trace_exporter") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@asynccontextmanager
+async def tracing(url: str | None, share: float, clean: Callable[[str], str]) -> AsyncIterator[Tracer]:
+    """A tracer, which sends to a collector at `url` if there is one: all that clients trace, and a share of the rest.
+
+    `clean` takes the secrets out of what clients sent. What was recorded last is sent as the block ends.
+    """
+    if url is None:
+        yield UNTRACED
+        return
+    from service.telemetry.otel.export import exporting  # noqa: PLC0415 - need not be installed, and takes its time
+
+    async with exporting(url, share, clean) as tracer:
+        yield tracer

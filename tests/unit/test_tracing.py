@@ -1,0 +1,82 @@
+"""Reading which trace a request belongs to."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.telemetry.tracing import trace_id
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+SPAN = "00f067aa0ba902b7"
+GIVEN = f"00-{TRACE}-{SPAN}-01"
+
+
+def _headers(*given: str) -> list[tuple[bytes, bytes]]:
+    return [(b"host", b"gateway"), *((b"traceparent", each.encode()) for each in given)]
+
+
+@pytest.mark.parametrize("flags", ["00", "01", "02", "ff"])
+def test_flags(flags: str) -> None:
+    """A request belongs to the trace it names, whether that is sampled or not."""
+    assert trace_id(_headers(f"00-{TRACE}-{SPAN}-{flags}")) == TRACE
+
+
+@pytest.mark.parametrize(
+    "given", [f"01-{TRACE}-{SPAN}-01", f"cc-{TRACE}-{SPAN}-01-", f"fe-{TRACE}-{SPAN}-01-what-else"]
+)
+def test_later_versions(given: str) -> None:
+    """Of a later version that is read which all have in common."""
+    assert trace_id(_headers(given)) == TRACE
+
+
+def test_spaces() -> None:
+    """White space around the header is none of it."""
+    assert trace_id(_headers(f" \t{GIVEN} ")) == TRACE
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "what",
+        TRACE,
+        f"00-{TRACE}-{SPAN}",
+        f"00-{TRACE}-{SPAN}-",
+        f"00-{TRACE}-{SPAN}-1",
+        f"00-{TRACE}-{SPAN}-001",
+        f"00-{TRACE}-{SPAN}-0g",
+        f"00-{TRACE}-{SPAN}-01-",
+        f"00-{TRACE}-{SPAN}-01-more",
+        f"00-{TRACE}-{SPAN}-01more",
+        f"cc-{TRACE}-{SPAN}-01more",
+        f"ff-{TRACE}-{SPAN}-01",
+        f"0-{TRACE}-{SPAN}-01",
+        f"000-{TRACE}-{SPAN}-01",
+        f"0G-{TRACE}-{SPAN}-01",
+        f"00-{'0' * 32}-{SPAN}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"00-{TRACE.upper()}-{SPAN}-01",
+        f"00-{TRACE}-{SPAN.upper()}-01",
+        f"00-{TRACE[:-1]}-{SPAN}-01",
+        f"00-{TRACE}0-{SPAN}-01",
+        f"00-{TRACE}-{SPAN[:-1]}-01",
+        f"00-{TRACE}-{SPAN}0-01",
+        f"00_{TRACE}_{SPAN}_01",
+        f"{GIVEN},{GIVEN}",
+        f"{GIVEN}\n",
+        f"00-{'٣' * 32}-{SPAN}-01",
+    ],
+)
+def test_no_trace(given: str) -> None:
+    """What is not written as it should is no trace."""
+    assert trace_id(_headers(given)) is None
+
+
+def test_several() -> None:
+    """A request that names several traces belongs to none."""
+    assert trace_id(_headers(GIVEN, GIVEN)) is None
+
+
+def test_none() -> None:
+    """A request that names no trace belongs to none."""
+    assert trace_id(_headers()) is None
