@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tarfile
 from pathlib import Path
 
 import kubernetes_validate
@@ -150,8 +151,12 @@ def test_replicas(role: str, scales: bool) -> None:
 
 
 def test_packed(tmp_path: Path) -> None:
-    """An archive of the chart comes to the same as its folder, which has links to what lies beside it."""
+    """An archive of the chart comes to the same as its folder, with what its links lead to, and no more."""
     helm("package", CHART, f"--destination={tmp_path}")
     (archive,) = tmp_path.iterdir()
     values = f"--values={EXAMPLES['production']}"
     assert helm("template", "photos", archive, values) == helm("template", "photos", CHART, values)
+    with tarfile.open(archive) as opened:
+        names = opened.getnames()
+    assert "imaging-gateway/files/prometheus/recording.yaml" in names
+    assert not [name for name in names if "/tests/" in name]
