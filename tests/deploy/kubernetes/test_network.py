@@ -111,6 +111,15 @@ def test_not_into_the_cluster(role: str, network: str) -> None:
         assert network in [each for block in rule["to"] for each in block["ipBlock"]["except"]]
 
 
+def test_traces() -> None:
+    """The collector of traces is reached if there is one, and only where it is."""
+    for role, others in (("api", 3), ("worker", 4)):
+        assert len(rules(role, "egress")) == others
+        *_, found = rules(role, "egress", name="production")
+        assert ports(found) == [4318]
+        assert found["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "tracing"}}}]
+
+
 def test_more_egress() -> None:
     """Further rules for what goes out are added to both roles."""
     collector = '{"ports":[{"port":4318}],"to":[{"podSelector":{"matchLabels":{"app":"collector"}}}]}'

@@ -93,6 +93,8 @@ def test_settings_that_were_given(tmp_path: Path) -> None:
     assert settings.upstream_url == "https://upstream.example/api"
     assert settings.max_image_bytes == 20 << 20
     assert settings.max_image_pixels == 25_000_000
+    assert settings.traces_url == "http://collector.tracing.svc:4318"
+    assert settings.traces_share == 0.05
     assert settings.models == {"general": "通用模型", "anime": "动漫模型"}
 
 

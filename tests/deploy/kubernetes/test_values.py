@@ -142,7 +142,7 @@ def test_ranges() -> None:
         for key, each in SCHEMA["properties"]["settings"]["properties"].items()
         if "minimum" in each
     }
-    assert len(bounds) == 5
+    assert len(bounds) == 6
     for name, (least, most, step) in bounds.items():
         assert takes(name, str(least)), name
         assert takes(name, str(most)), name
@@ -168,7 +168,7 @@ def test_what_is_added(tmp_path: Path) -> None:
     """What is said beyond settings arrives in both roles: variables, volumes, where to run."""
     resources = release(
         "default",
-        'extraEnv=[{"name":"OTEL_EXPORTER_OTLP_ENDPOINT","value":"http://collector:4318"}]',
+        'extraEnv=[{"name":"OTEL_RESOURCE_ATTRIBUTES","value":"team=images"}]',
         'extraVolumes=[{"name":"ca","configMap":{"name":"ca"}}]',
         'extraVolumeMounts=[{"name":"ca","mountPath":"/etc/ca"}]',
         'worker.nodeSelector={"disk":"ssd"}',
@@ -179,7 +179,7 @@ def test_what_is_added(tmp_path: Path) -> None:
     for _, pod in pods(resources):
         (container,) = pod["spec"]["containers"]
         found = environment(pod, tmp_path, REDIS_URLS["default"])
-        assert found["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector:4318"
+        assert found["OTEL_RESOURCE_ATTRIBUTES"] == "team=images"
         assert {"name": "ca", "mountPath": "/etc/ca"} in container["volumeMounts"]
         assert {"name": "ca", "configMap": {"name": "ca"}} in pod["spec"]["volumes"]
     worker = named(resources, "Deployment", "-worker")["spec"]["template"]
