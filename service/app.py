@@ -154,7 +154,7 @@ def operators_app(services: Services) -> Litestar:
 
     registry_routes = [
         *admin.routes(operators=services.operators, quota=services.quota),
-        *registry.routes(services.apply),
+        *registry.routes(services.apply, services.reseal),
     ]
     usage_routes = [*usage.operator_routes(services.usage), *submissions.operator_routes(services.submissions)]
     webhook_routes = webhooks.routes(services.webhooks)
