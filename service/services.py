@@ -26,6 +26,7 @@ from service.usecases.look import FreeLooks
 from service.usecases.ports import RegistryView
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
+from service.usecases.reseal import Reseal
 from service.usecases.submissions import Submissions
 from service.usecases.submit import Submit
 from service.usecases.survey import Survey
@@ -77,6 +78,7 @@ class Services:
     submissions: Submissions
     operators: Operators
     apply: Apply
+    reseal: Reseal
     webhooks: Webhooks
     uploads: Uploads
     catalogue: Catalogue

@@ -64,6 +64,7 @@ from service.usecases.ports import (
 from service.usecases.ports.artifacts import Artifacts
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
+from service.usecases.reseal import Reseal
 from service.usecases.settle import Settle
 from service.usecases.submissions import Submissions
 from service.usecases.submit import Submit
@@ -209,6 +210,13 @@ def furnished(
             change=change,
             registry=ports.registry,
             ledger=ports.ledger,
+            user_keys=user_keys,
+            webhook_secrets=secrets,
+            clock=ports.clock,
+        ),
+        reseal=Reseal(
+            change=change,
+            registry=ports.registry,
             user_keys=user_keys,
             webhook_secrets=secrets,
             clock=ports.clock,

@@ -8,7 +8,11 @@ from datetime import datetime
 from typing import Annotated, Any, ClassVar, cast
 
 import msgspec
+from litestar import Router
+from litestar.connection import ASGIConnection
 from litestar.datastructures import ResponseHeader
+from litestar.exceptions import NotFoundException
+from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import (
@@ -30,6 +34,9 @@ from service.api.problems import MEDIA_TYPE, PROBLEMS, ProblemType
 from service.domain.artifact import EXTENSIONS
 from service.domain.task import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
 from service.domain.webhook import MAX_URL
+
+UNSERVED = "/schema"
+"""Where Litestar serves something of each document, whatever it is told: nothing is found there."""
 
 SUBMIT_SUMMARIES: Mapping[Kind, str] = {
     Kind.UPSCALE: "Redraw an image in high definition",
@@ -184,7 +191,7 @@ def _options(kind: Kind, catalogue: Catalogue | None) -> dict[str, Schema]:
 
 def config(title: str, description: str, bearer: str, tags: Mapping[str, str]) -> OpenAPIConfig:
     """The frame of a port's document. It is served by a route of its own, so that no renderer comes with it."""
-    return OpenAPIConfig(
+    made = OpenAPIConfig(
         title=title,
         version=__version__,
         description=description,
@@ -193,7 +200,14 @@ def config(title: str, description: str, bearer: str, tags: Mapping[str, str]) -
             security_schemes={"token": SecurityScheme(type="http", scheme="bearer", description=bearer)}
         ),
         tags=[Tag(name=name, description=about) for name, about in tags.items()],
-        path="/schema",
-        render_plugins=[],
+        openapi_router=Router(UNSERVED, route_handlers=[], include_in_schema=False, guards=[_nowhere]),
         use_handler_docstrings=False,
     )
+    made.render_plugins = []  # given an empty list, Litestar takes all that it has, whose pages load scripts of others
+    return made
+
+
+def _nowhere(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
+    """Refuse what Litestar serves of a document in any case: its JSON, and a page that says that nothing is found."""
+    connection.scope["path_template"] = ""  # it counts as unmatched, like all that is found nowhere
+    raise NotFoundException

@@ -6,14 +6,22 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
-from litestar import Response, get, put
+from litestar import Response, get, post, put
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import HeaderParameter, JSONBody, QueryParameter
 
 from service.api import openapi
 from service.api.differences import differences
-from service.api.registry_views import AppliedView, RegistryBody, applied_view, registry_body
+from service.api.registry_views import (
+    AppliedView,
+    RegistryBody,
+    ResealedView,
+    applied_view,
+    registry_body,
+    resealed_view,
+)
 from service.usecases.apply import Apply
+from service.usecases.reseal import Reseal
 
 _LARGEST_BODY = 32_000_000
 
@@ -28,7 +36,7 @@ IfMatch = Annotated[
 ]
 
 
-def routes(apply: Apply) -> Sequence[HTTPRouteHandler]:
+def routes(apply: Apply, reseal: Reseal) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/admin/v1` for the registry as a whole."""
 
     @get(
@@ -68,7 +76,19 @@ def routes(apply: Apply) -> Sequence[HTTPRouteHandler]:
         version = plan.after.version if view.applied else plan.before.version
         return Response(view, headers={"ETag": _etag(version)})
 
-    return [read_registry, put_registry]
+    @post(
+        "/registry/reseal",
+        operation_id="reseal-registry",
+        summary="Seal all secrets with the first of the secret keys",
+        description="So that the others can be taken away. Every process has to know the first one by then. The "
+        "secrets stay what they are; called again it changes nothing.",
+        responses=openapi.problems(401, "ledger-unavailable", "overloaded"),
+        status_code=200,
+    )
+    async def reseal_registry() -> ResealedView:
+        return resealed_view(await reseal())
+
+    return [read_registry, put_registry, reseal_registry]
 
 
 def _etag(version: int) -> str:

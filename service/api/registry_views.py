@@ -22,6 +22,7 @@ from service.domain.task import Kind
 from service.domain.tenancy import Account, AccountPolicy, Limit, Name, Purse, Tenant, Token, Window
 from service.domain.webhook import MAX_ALLOWED, MAX_URL
 from service.usecases.planning import Plan, Wanted, WantedAccount, WantedTenant
+from service.usecases.reseal import Resealed
 
 _Id = Annotated[int, Meta(ge=1, le=2**53, description="Behind the name: tasks and usage belong to it. As it is.")]
 _TokenId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{12}\Z", extra={"must": "be 12 hexadecimal digits in lower case"})]
@@ -175,6 +176,17 @@ class AppliedView(Struct, frozen=True):
     ]
 
 
+class ResealedView(Struct, frozen=True):
+    """What was sealed with the first of the secret keys."""
+
+    accounts: Annotated[list[str], Meta(description="Whose keys were sealed anew.")]
+    tenants: Annotated[list[str], Meta(description="Whose webhook secrets were sealed anew.")]
+    lost: Annotated[
+        list[str],
+        Meta(description="What no secret key opens, and is as it was.", examples=[["accounts.main.user_key"]]),
+    ]
+
+
 def registry_body(found: Registry, now: float) -> RegistryBody:
     """The registry as it is at a time (seconds since the epoch), by name; without tokens that have expired."""
     tokens = defaultdict[int, list[Token]](list)
@@ -191,6 +203,11 @@ def applied_view(plan: Plan, differences: list[DifferenceView], *, dry_run: bool
     """A plan as operators see it."""
     applied = plan.change is not None and not dry_run
     return AppliedView(applied, differences, list(plan.kept), dict(plan.made) if applied else {})
+
+
+def resealed_view(found: Resealed) -> ResealedView:
+    """What was sealed anew, as operators see it."""
+    return ResealedView(list(found.accounts), list(found.tenants), list(found.lost))
 
 
 def _seconds(field: str, moment: datetime | None) -> float | None:

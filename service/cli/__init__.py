@@ -147,6 +147,20 @@ def apply(file: BinaryIO, url: str | None, *, dry_run: bool, prune: bool, force:
 
 
 @main.command()
+@_at_url
+@_as_json
+def reseal(url: str | None, *, as_json: bool) -> None:
+    """Seal all secrets of the registry with the first of GATEWAY_SECRET_KEYS.
+
+    Before the others are taken away, and after every process was given the first. The exit code is 1 if there is a
+    secret that none of the keys opens.
+    """
+    from service.cli.registry import reseal as seal_anew
+
+    seal_anew(url=url, as_json=as_json)
+
+
+@main.command()
 def serve() -> None:
     """Run the gateway until it is told to end."""
     from service.cli.serve import run

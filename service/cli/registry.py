@@ -1,4 +1,4 @@
-"""`gateway export` and `gateway apply`."""
+"""`gateway export`, `gateway apply` and `gateway reseal`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 import click
 import msgspec
 
-from service.api.registry_views import AppliedView, DifferenceKind, DifferenceView, RegistryBody
+from service.api.registry_views import AppliedView, DifferenceKind, DifferenceView, RegistryBody, ResealedView
 from service.cli import registry_file
-from service.cli.client import Answer, OperatorsPort, asking
+from service.cli.client import Answer, CommandError, OperatorsPort, asking
 from service.cli.shown import plain
 from service.domain.faults import dotted
 
@@ -43,6 +43,25 @@ def apply_file(port: OperatorsPort, *, file: BinaryIO, dry_run: bool, prune: boo
         click.echo(planned.pretty())
     if found.differences:
         click.get_current_context().exit(_DIFFERENT)
+
+
+@asking
+def reseal(port: OperatorsPort, *, as_json: bool) -> None:
+    """Have all secrets sealed with the first secret key; what no key opens ends the command with 1."""
+    answer = port.ask("POST", "registry", "reseal")
+    found = answer.read(ResealedView)
+    anew = [
+        *(dotted("accounts", name, "user_key") for name in found.accounts),
+        *(dotted("tenants", name, "webhook", "secret") for name in found.tenants),
+    ]
+    if as_json:
+        click.echo(answer.pretty())
+    elif anew:
+        click.echo(f"Sealed anew, with the first secret key: {plain(', '.join(anew))}")
+    if found.lost:
+        raise CommandError(f"gateway: no secret key opens {plain(', '.join(found.lost))}: give them anew")
+    if not as_json:
+        click.echo("All secrets of the registry are sealed with the first secret key.")
 
 
 def _show(found: AppliedView) -> None:

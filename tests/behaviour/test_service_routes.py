@@ -224,3 +224,31 @@ async def test_head(house: House) -> None:
     metrics = (await house.http.get(f"{house.ops_url}/metrics")).text
     assert re.search(r'method="HEAD".*route="/v1/quota"', metrics)
     assert await house.upstream.submits() == 1
+
+
+async def test_nothing_is_served_that_nobody_meant_to(house: House) -> None:
+    """The framework's own pages about the API, which load scripts of others, are found on neither port."""
+    for url in (house.url, house.ops_url):
+        for path in ("", "/", "/openapi.json", "/openapi.yaml", "/swagger", "/redoc", "/elements", "/anything"):
+            answer = await house.http.get(f"{url}/schema{path}")
+            assert (answer.status_code, answer.json()["code"]) == (404, "not-found"), path
+    metrics = (await house.http.get(f"{house.ops_url}/metrics")).text
+    assert 'route="/schema' not in metrics
+    assert re.search(
+        r'gateway_http_requests_total\{method="GET",port="tenants",route="unmatched",status="404"\} 8.0', metrics
+    )
+
+
+async def test_the_first_fault_of_a_route_is_an_increase(house: House) -> None:
+    """Each route begins with no faults, under the name by which its requests are counted."""
+    path = (await house.submit()).headers["location"]
+    assert (await house.call("GET", path)).status_code == 200
+    metrics = (await house.http.get(f"{house.ops_url}/metrics")).text
+    routes = set(
+        re.findall(r'gateway_http_requests_total\{method="GET",port="tenants",route="([^"]+)",status="200"', metrics)
+    )
+    assert routes
+    for route in routes:
+        for status in (500, 502, 503, 504):
+            zero = f'gateway_http_requests_total{{method="GET",port="tenants",route="{route}",status="{status}"}} 0.0'
+            assert zero in metrics

@@ -1,8 +1,8 @@
 """An upstream that costs next to nothing, in a process of its own, and measures how late it is asked.
 
-Every task stays in the same state. Only as much of HTTP is understood as the gateway speaks. `GET /lateness` tells the lateness
-of all checks since it was last asked for: by how many milliseconds the time between two checks of a task was longer
-than what the path's last part says in milliseconds.
+Every task stays in the same state. Only as much of HTTP is understood as the gateway speaks. `GET /lateness` tells
+the lateness of all checks since it was last asked for: by how many milliseconds the time between two checks of a task
+was longer than what the path's last part says in milliseconds.
 """
 
 from __future__ import annotations

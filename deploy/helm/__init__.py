@@ -1,0 +1,1 @@
+"""The chart for Kubernetes, and what renders it: Helm itself, which needs no cluster for that."""

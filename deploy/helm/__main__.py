@@ -1,0 +1,81 @@
+"""Write what the chart comes to with each of its examples, or check that it is still what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import click
+import yaml
+
+from deploy.helm.chart import EXAMPLES, Resource, render
+
+FOLDER = Path(__file__).parents[2] / "tests" / "deploy" / "golden"
+_ELSEWHERE = "as in deploy/"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as such."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def rendered() -> Mapping[str, str]:
+    """The text of each file, by its name: the resources in an order of their own, not in that of the templates."""
+    return {f"{name}.yaml": _written(render(values)) for name, values in EXAMPLES.items()}
+
+
+def drifted(folder: Path, wanted: Mapping[str, str]) -> Iterable[str]:
+    """The names of files in a folder that are not what would be written: missing, different, or no longer wanted."""
+    there = {each.name: each.read_text("utf-8") for each in folder.glob("*.yaml")}
+    return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+
+
+def write(folder: Path, wanted: Mapping[str, str]) -> None:
+    """Make a folder hold these files, and no others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in drifted(folder, wanted):
+        if name in wanted:
+            (folder / name).write_text(wanted[name], "utf-8")
+        else:
+            (folder / name).unlink()
+
+
+def _written(resources: Iterable[Resource]) -> str:
+    ordered = sorted(resources, key=lambda each: (each["kind"], each["metadata"]["name"]))
+    shortened = [_without_copies(each) for each in ordered]
+    text: str = yaml.dump_all(
+        shortened, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, explicit_start=True
+    )
+    return text
+
+
+def _without_copies(resource: Resource) -> Resource:
+    """A resource without what it takes from another folder, which changes for reasons of its own."""
+    if resource["kind"] == "PrometheusRule":
+        return {**resource, "spec": f"{_ELSEWHERE}prometheus"}
+    if "-dashboard-" in resource["metadata"]["name"]:
+        return {**resource, "data": dict.fromkeys(resource["data"], f"{_ELSEWHERE}grafana/dashboards")}
+    return resource
+
+
+@click.command("python -m deploy.helm")
+@click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, help="Where the files are.")
+@click.option("--check", is_flag=True, help="Write nothing; fail if anything would be written.")
+def main(*, folder: Path, check: bool) -> None:
+    """Render the chart with each of its examples, for people to read what a change of it comes to."""
+    wanted = rendered()
+    if not check:
+        write(folder, wanted)
+        return
+    names = drifted(folder, wanted)
+    if names:
+        raise click.ClickException(f"not what the chart says: {', '.join(names)}; python -m deploy.helm rewrites them")
+
+
+if __name__ == "__main__":
+    main()

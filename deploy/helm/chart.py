@@ -1,0 +1,44 @@
+"""The chart, rendered and packed by Helm, without a cluster and without a network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).parent
+CHART = FOLDER / "imaging-gateway"
+EXAMPLES: Mapping[str, Path] = {path.stem: path for path in sorted((FOLDER / "examples").glob("*.yaml"))}
+"""Values that the chart is shown and tested with, by name."""
+RELEASE, NAMESPACE = "photos", "images"
+
+Resource = Mapping[str, Any]
+
+
+class RefusedError(Exception):
+    """Helm did not do it; the message is what it says to a person."""
+
+
+def render(values: Path, *settings: str, chart: Path = CHART) -> Sequence[Resource]:
+    """The resources of a release with these values, over which go `settings` such as `api.replicas=3`.
+
+    Raises RefusedError.
+    """
+    chosen = [f"--set-json={each}" for each in settings]
+    text = helm("template", RELEASE, chart, f"--namespace={NAMESPACE}", f"--values={values}", *chosen)
+    return [each for each in yaml.safe_load_all(text) if each]
+
+
+def helm(*arguments: str | Path) -> str:
+    """What Helm prints. It sees no environment, so that it finds no cluster and no plug-ins. Raises RefusedError."""
+    program = Path(sys.executable).with_name("helm")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, env={}, check=False)  # noqa: S603 - ours
+    if done.returncode:
+        said = f"{done.stdout}{done.stderr}".splitlines()
+        # It remarks on the links in the chart, which are meant.
+        raise RefusedError("\n".join(line for line in said if "found symbolic link" not in line).strip())
+    return done.stdout

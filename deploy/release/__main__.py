@@ -1,0 +1,116 @@
+"""The steps of the check, one line for each."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+import httpx2
+
+from deploy.image.container import until
+from deploy.image.machine import called
+from deploy.image.report import expect, step
+from deploy.release.installed import Installed, answers, install
+from deploy.release.wheel import expect_described, expect_whole
+from service import __version__
+from service.keyring import generate_secret_key
+from service.local import SANDBOX_USER_KEY
+from tests.process.sandbox import sandbox
+from tests.support.valkey import free_port, running
+
+_ROOT = Path(__file__).parents[2]
+_EXTRA = "imaging-gateway[local]"
+_WORDS: tuple[tuple[str, Mapping[str, str], int, tuple[str, ...]], ...] = (
+    ("serve", {}, 1, (_EXTRA, "GATEWAY_REDIS_URL")),
+    ("serve", {"GATEWAY_REDIS_URL": "unix:///nowhere"}, 1, (_EXTRA,)),
+    ("serve", {"GATEWAY_ENV": "production"}, 2, ("GATEWAY_REDIS_URL", "GATEWAY_SECRET_KEYS", "GATEWAY_ADMIN_TOKEN")),
+    ("check-config", {}, 1, (_EXTRA, "GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL")),
+    ("sandbox", {}, 1, (_EXTRA,)),
+    ("demo", {}, 1, ()),
+)
+"""Commands that can't do their work without extras or settings: with these settings they end with this code, and say
+these words.
+"""
+
+
+@click.command("python -m deploy.release")
+@click.option("--uv", type=click.Path(exists=True, path_type=Path), required=True, help="The program uv.")
+@click.option("--dist", type=click.Path(path_type=Path), default=_ROOT / "dist", help="Where the wheel is left.")
+def main(uv: Path, dist: Path) -> None:
+    """Build the wheel, look at it, install it elsewhere, and serve with it."""
+    with TemporaryDirectory(prefix="release-check-") as temporary:
+        folder = Path(temporary)
+        with step("release: wheel") as figures:
+            built = called([str(uv), "--quiet", "build", "--wheel", "--out-dir", str(folder / "dist"), str(_ROOT)])
+            (wheel,) = (folder / "dist").glob("*.whl")
+            expect(not built, built)
+            figures.append(f"{expect_whole(wheel, _ROOT)} files")
+            expect_described(wheel, __version__, (_ROOT / "README.md").read_text("utf-8"))
+        with step("release: installed, without extras"):
+            installed = install(wheel, uv.absolute(), _ROOT, folder)
+            said = installed.succeed("--version").strip()
+            expect(said.endswith(f" {__version__}"), f"its version is {said!r}, not {__version__}")
+            installed.succeed("openapi")
+            for name in ("gateway.yaml", "operators.yaml"):
+                same = (installed.folder / "openapi" / name).read_bytes() == (_ROOT / "openapi" / name).read_bytes()
+                expect(same, f"the {name} that it writes is not the one in openapi/")
+        with step("release: says in plain words what it lacks"):
+            for words in _WORDS:
+                _expect_plain_words(installed, *words)
+        with step("release: does the main job"):
+            _do_the_main_job(installed)
+        dist.mkdir(exist_ok=True)
+        (dist / wheel.name).write_bytes(wheel.read_bytes())
+    click.echo(f"{dist / wheel.name}")
+
+
+def _expect_plain_words(
+    installed: Installed, command: str, settings: Mapping[str, str], code: int, words: tuple[str, ...]
+) -> None:
+    found, said = installed.execute(command, **settings)
+    plain = "Traceback" not in said and all(word in said for word in words)
+    expect(found == code and plain, f"{said}`gateway {command}` ended with exit code {found}, not in plain words")
+
+
+def _do_the_main_job(installed: Installed) -> None:
+    """Serve against a real store and the checkout's sandbox, from the account to the result."""
+    port, ops_port = free_port(), free_port()
+    tenants, operators = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ops_port}"
+    with running("--appendonly", "yes") as store, sandbox() as upstream:
+        settings = {
+            "GATEWAY_ENV": "production",
+            "GATEWAY_PORT": str(port),
+            "GATEWAY_OPS_PORT": str(ops_port),
+            "GATEWAY_REDIS_URL": store.url,
+            "GATEWAY_UPSTREAM_URL": upstream.url,
+            "GATEWAY_SECRET_KEYS": generate_secret_key(),
+            "GATEWAY_ADMIN_TOKEN": secrets.token_urlsafe(32),
+            "GATEWAY_POLL_SECONDS": "0.1",
+        }
+        installed.succeed("check-config", "--connect", **settings)
+        with installed.serving(f"{operators}/readyz", **settings):
+            installed.succeed("account", "set", "main", "--user-key-file", "-", given=SANDBOX_USER_KEY, **settings)
+            installed.succeed("tenant", "set", "shop", "--account", "main", **settings)
+            token = installed.succeed("token", "create", "shop", **settings).split()[-1]
+            for path in ("/docs", "/openapi.json"):
+                expect(answers(tenants + path), f"{path} is not served")
+            _submit(tenants, token)
+
+
+def _submit(url: str, token: str) -> None:
+    picture = (_ROOT / "service" / "demo" / "pictures" / "face.jpg").read_bytes()
+    with httpx2.Client(
+        base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=30
+    ) as client:
+        task = client.post("/v1/tasks/face-enhance", files={"image": picture}).raise_for_status().json()
+        link = task["links"]["self"]
+        until(lambda: client.get(link).json()["state"] == "succeeded", "the end of the task")
+        result = client.get(f"{link}/artifacts/image").raise_for_status()
+        expect(result.content.startswith(b"\x89PNG"), "the result is no PNG")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""A wheel that was installed into a virtual environment of its own, with an empty folder to run in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+
+from deploy.image.container import SECONDS, until
+from deploy.image.machine import called
+from deploy.image.report import Fault, expect
+
+
+@dataclass(frozen=True)
+class Installed:
+    """`environ` is what its commands see beside their own settings: nothing that leads back to the checkout."""
+
+    program: Path
+    folder: Path
+    environ: Mapping[str, str]
+
+    def succeed(self, *words: str, given: str = "", **settings: str) -> str:
+        """What a command prints. Raises Fault with all that it said if it fails."""
+        code, said = self.execute(*words, given=given, **settings)
+        expect(code == 0, f"{said}`gateway {' '.join(words[:2])}` ended with exit code {code}")
+        return said
+
+    def execute(self, *words: str, given: str = "", **settings: str) -> tuple[int, str]:
+        """Run a command to its end; its exit code, and all that it said."""
+        done = subprocess.run(  # noqa: S603 - the command that was installed
+            [self.program, *words],
+            cwd=self.folder,
+            env={**self.environ, **settings},
+            input=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    @contextmanager
+    def serving(self, ready: str, **settings: str) -> Iterator[None]:
+        """`gateway serve`, from when `ready` answers; it has to end well when it is told to. Raises Fault."""
+        log = self.folder / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(  # noqa: S603 - the command that was installed
+                [self.program, "serve"],
+                cwd=self.folder,
+                env={**self.environ, **settings},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            until(lambda: process.poll() is not None or answers(ready), "readiness")
+            expect(process.poll() is None, f"{log.read_text()}it ended with exit code {process.returncode}")
+            yield
+            process.send_signal(signal.SIGTERM)
+            expect(process.wait(SECONDS) == 0, f"{log.read_text()}it ended with exit code {process.returncode}")
+        except subprocess.TimeoutExpired:
+            raise Fault(f"{log.read_text()}it still runs {SECONDS:g} s after it was told to end") from None
+        finally:
+            process.kill()
+            process.wait()
+
+
+def install(wheel: Path, uv: Path, checkout: Path, folder: Path) -> Installed:
+    """Install a wheel without extras, with the packages of the lock file, as they are in production. Raises Fault."""
+    venv, locked, empty = folder / "venv", folder / "locked.txt", folder / "empty"
+    command = [str(uv), "--quiet", "--project", str(checkout)]
+    called([*command, "export", "--locked", "--no-dev", "--no-emit-project", "--output-file", str(locked)])
+    called([*command, "venv", str(venv)])
+    # The lock file's hashes hold for all but the wheel, which has just been made.
+    called([*command, "pip", "install", "--python", str(venv), "--no-deps", "--requirements", str(locked)])
+    called([*command, "pip", "install", "--python", str(venv), "--no-deps", str(wheel)])
+    called([*command, "pip", "check", "--python", str(venv)])
+    empty.mkdir()
+    return Installed(venv / "bin" / "gateway", empty, {"PATH": os.defpath, "HOME": str(empty)})
+
+
+def answers(url: str) -> bool:
+    """Whether there is a good answer at an address."""
+    with suppress(httpx2.TransportError):
+        return httpx2.get(url, trust_env=False).status_code == 200
+    return False

@@ -1,0 +1,44 @@
+"""What a wheel holds, and says of itself."""
+
+from __future__ import annotations
+
+from email import message_from_string
+from pathlib import Path, PurePosixPath
+from zipfile import ZipFile
+
+from deploy.image.report import expect
+
+_PACKAGE = "service"
+
+
+def expect_whole(wheel: Path, checkout: Path) -> int:
+    """All files of the package are in it, and nothing else; how many there are. Raises Fault."""
+    with ZipFile(wheel) as opened:
+        held = {PurePosixPath(name) for name in opened.namelist()}
+    wanted = {
+        PurePosixPath(path.relative_to(checkout))
+        for path in (checkout / _PACKAGE).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    strange = sorted(map(str, {path for path in held - wanted if not path.parts[0].endswith(".dist-info")}))
+    missing = sorted(map(str, wanted - held))
+    expect(not strange, f"the wheel holds what is no part of the package: {', '.join(strange)}")
+    expect(not missing, f"the wheel lacks {', '.join(missing)}")
+    return len(held)
+
+
+def expect_described(wheel: Path, version: str, readme: str) -> None:
+    """It has the name, the version, the README and the command that it is known by. Raises Fault."""
+    with ZipFile(wheel) as opened:
+        names = {PurePosixPath(name).name: name for name in opened.namelist() if ".dist-info/" in name}
+        told = message_from_string(opened.read(names["METADATA"]).decode())
+        commands = opened.read(names["entry_points.txt"]).decode().split()
+    for field, wanted in (
+        ("Name", "imaging-gateway"),
+        ("Version", version),
+        ("Description-Content-Type", "text/markdown"),
+    ):
+        expect(told[field] == wanted, f"the wheel's {field} is {told[field]!r}, not {wanted!r}")
+    expect(told["Summary"], "the wheel has no summary")
+    expect(str(told.get_payload()).strip() == readme.strip(), "the wheel's description is not the README")
+    expect("gateway" in commands, "the wheel brings no command `gateway`")

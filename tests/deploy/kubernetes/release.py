@@ -1,0 +1,87 @@
+"""Releases of the chart as plain data, and what their pods find when they start."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy.helm.chart import CHART, EXAMPLES, Resource, render
+
+ROLES = ("api", "worker")
+RELEASES = tuple(EXAMPLES)
+REDIS_URLS: Mapping[str, str] = {
+    "default": "redis://:p%40ss@redis/3",
+    "production": "rediss://gateway:pass@redis.example:6380?ssl_ca_certs=/etc/redis-ca/ca.crt",
+    "sentinel": "redis+sentinel://gateway:pass@sentinel-0,sentinel-1,sentinel-2/main",
+    "cluster": "rediss+cluster://gateway:pass@node-0,node-1,node-2",
+}
+"""What the Secret of each release holds, by the name of its example."""
+
+
+@cache
+def release(name: str, *settings: str) -> Sequence[Resource]:
+    """The resources of an example, over which go `settings` such as `api.replicas=3`."""
+    return render(EXAMPLES[name], *settings)
+
+
+def kind(resources: Sequence[Resource], wanted: str) -> Sequence[Resource]:
+    """The resources of a kind."""
+    return [each for each in resources if each["kind"] == wanted]
+
+
+def named(resources: Sequence[Resource], wanted: str, suffix: str = "") -> Any:
+    """The one resource of a kind whose name is the release's, with a suffix."""
+    (found,) = [
+        each for each in kind(resources, wanted) if each["metadata"]["name"] == f"photos-imaging-gateway{suffix}"
+    ]
+    return found
+
+
+def pods(resources: Sequence[Resource]) -> Iterator[tuple[str, Any]]:
+    """The templates of all pods, with the names of what makes them."""
+    for each in resources:
+        if "template" in each.get("spec", {}):
+            yield each["metadata"]["name"], each["spec"]["template"]
+
+
+def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Whether labels are what a selector asks for; one that asks for nothing selects by mistake, and does not count."""
+    return bool(selector) and selector.items() <= labels.items()
+
+
+def environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]:
+    """What a pod's container finds in its environment; its secrets are made up, and mounted below `folder`."""
+    made_up = {
+        "redis-url": redis_url,
+        "secret-keys": base64.b64encode(secrets.token_bytes(32)).decode(),
+        "admin-token": secrets.token_hex(32),
+    }
+    (container,) = pod["spec"]["containers"]
+    volumes = {each["name"]: each for each in pod["spec"]["volumes"]}
+    mounted = {
+        f"{mount['mountPath']}/{item['path']}": made_up[item["path"]]
+        for mount in container["volumeMounts"]
+        for source in volumes[mount["name"]].get("projected", {}).get("sources", ())
+        for item in source["secret"]["items"]
+    }
+    found = {}
+    for each in container["env"]:
+        value = each.get("value", "from a Secret")
+        if value in mounted:
+            file = folder / Path(value).name
+            file.write_text(f"{mounted[value]}\n")
+            value = str(file)
+        found[each["name"]] = value
+    return found
+
+
+@cache
+def defaults() -> Any:
+    """The values of the chart itself."""
+    return yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))

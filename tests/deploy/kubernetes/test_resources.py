@@ -1,0 +1,162 @@
+"""What the chart comes to fits Kubernetes, and fits together."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from deploy.helm.__main__ import FOLDER, drifted, main, rendered
+from deploy.helm.chart import CHART, EXAMPLES, helm
+from service import __version__
+from tests.deploy.kubernetes.release import RELEASES, ROLES, kind, named, pods, release, selects
+
+ABOUT = yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))
+OLDEST = re.sub(r"^>=(\d+\.\d+)\..*", r"\1", ABOUT["kubeVersion"])
+
+
+@pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
+@pytest.mark.parametrize("name", RELEASES)
+def test_kubernetes_takes_it(name: str, version: str) -> None:
+    """Every resource is what the oldest and the newest Kubernetes know, to the last field."""
+    for each in release(name):
+        if not each["apiVersion"].startswith("monitoring.coreos.com/"):
+            assert version.startswith(kubernetes_validate.validate(dict(each), version, strict=True))
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_helm_has_nothing_to_criticise(name: str) -> None:
+    """Helm's own checks pass, warnings included."""
+    assert helm("lint", "--strict", "--quiet", CHART, f"--values={EXAMPLES[name]}") == ""
+
+
+def test_golden() -> None:
+    """What is there for people to read is what the chart comes to; `python -m deploy.helm` writes it."""
+    assert list(drifted(FOLDER, rendered())) == []
+
+
+def test_drift_is_named_and_mended(tmp_path: Path) -> None:
+    """A file that is not as it should be fails the check, which names it; files that are missing or too many do too."""
+    (tmp_path / "default.yaml").write_text("--- {}\n")
+    (tmp_path / "unwanted.yaml").write_text("--- {}\n")
+    found = CliRunner().invoke(main, ["--folder", str(tmp_path), "--check"])
+    assert found.exit_code == 1
+    assert "cluster.yaml, default.yaml, production.yaml, sentinel.yaml, unwanted.yaml" in found.output
+    assert "python -m deploy.helm" in found.output
+    assert CliRunner().invoke(main, ["--folder", str(tmp_path)]).exit_code == 0
+    assert CliRunner().invoke(main, ["--folder", str(tmp_path), "--check"]).exit_code == 0
+    assert {each.stem for each in tmp_path.iterdir()} == set(RELEASES)
+
+
+def test_version() -> None:
+    """The chart installs the version of the gateway beside which it lies."""
+    assert ABOUT["appVersion"] == __version__
+    assert named(release("default"), "Deployment", "-api")["spec"]["template"]["spec"]["containers"][0][
+        "image"
+    ].endswith(f":{__version__}")
+
+
+def test_digest_goes_before_tag() -> None:
+    """An image can be pinned by its digest, of which a tag takes nothing away."""
+    digest = f"sha256:{'0' * 64}"
+    pinned = release("default", f'image.digest="{digest}"', 'image.tag="2"')
+    assert {pod["spec"]["containers"][0]["image"] for _, pod in pods(pinned)} == {f"registry/imaging-gateway@{digest}"}
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_names(name: str) -> None:
+    """No two resources of a kind have the same name, and all belong to the release."""
+    names = [(each["kind"], each["metadata"]["name"]) for each in release(name)]
+    assert len(set(names)) == len(names)
+    assert all(each.startswith("photos-imaging-gateway") for _, each in names)
+
+
+def test_long_names() -> None:
+    """With the longest name that a release may have, no name is longer than Kubernetes takes."""
+    long = f'fullnameOverride="{"a" * 63}"'
+    assert max(len(each["metadata"]["name"]) for each in release("production", long)) <= 63
+
+
+@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize("role", ROLES)
+def test_selectors(name: str, role: str) -> None:
+    """What is there for a role selects the pods of that role, and no others."""
+    resources = release(name)
+    labels = {each: pod["metadata"]["labels"] for each, pod in pods(resources)}
+    policies = [named(resources, each, f"-{role}") for each in ("Deployment", "PodDisruptionBudget")]
+    selectors = [each["spec"]["selector"]["matchLabels"] for each in policies]
+    selectors.append(named(resources, "NetworkPolicy", f"-{role}")["spec"]["podSelector"]["matchLabels"])
+    template = named(resources, "Deployment", f"-{role}")["spec"]["template"]
+    spread = template["spec"]["topologySpreadConstraints"]
+    selectors += [each["labelSelector"]["matchLabels"] for each in spread]
+    if role == "api":
+        selectors.append(named(resources, "Service")["spec"]["selector"])
+    for selector in selectors:
+        assert [each for each, found in labels.items() if selects(selector, found)] == [
+            f"photos-imaging-gateway-{role}"
+        ]
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_operators_reach_every_replica(name: str) -> None:
+    """The operators' Service stands for the pods of both roles, and not for the Job."""
+    resources = release(name)
+    selector = named(resources, "Service", "-operators")["spec"]["selector"]
+    found = [each for each, pod in pods(resources) if selects(selector, pod["metadata"]["labels"])]
+    assert found == [f"photos-imaging-gateway-{role}" for role in ROLES]
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_ports(name: str) -> None:
+    """Every port that is named is one of the pods behind it; tenants are led to theirs alone."""
+    resources = release(name)
+    for service in kind(resources, "Service"):
+        selector = service["spec"]["selector"]
+        behind = [pod for _, pod in pods(resources) if selects(selector, pod["metadata"]["labels"])]
+        (port,) = service["spec"]["ports"]
+        for pod in behind:
+            (container,) = pod["spec"]["containers"]
+            assert port["targetPort"] in {each["name"] for each in container["ports"]}
+    assert named(resources, "Service")["spec"]["ports"][0]["targetPort"] == "tenants"
+    operators = named(resources, "Service", "-operators")["spec"]
+    assert (operators["type"], operators["ports"][0]["targetPort"]) == ("ClusterIP", "operators")
+    for ingress in kind(resources, "Ingress"):
+        (path,) = ingress["spec"]["rules"][0]["http"]["paths"]
+        assert path["backend"]["service"] == {"name": "photos-imaging-gateway", "port": {"name": "tenants"}}
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("scales", [True, False])
+def test_replicas(role: str, scales: bool) -> None:
+    """Either the autoscaler or the Deployment says how many there are, and one of them may always be taken away."""
+    flag = str(scales).lower()
+    resources = release("default", f"{role}.autoscaling.enabled={flag}")
+    deployment = named(resources, "Deployment", f"-{role}")
+    scalers = [each for each in kind(resources, "HorizontalPodAutoscaler") if each["metadata"]["name"].endswith(role)]
+    assert ("replicas" in deployment["spec"]) is not scales
+    assert len(scalers) == scales
+    least = deployment["spec"].get("replicas") or scalers[0]["spec"]["minReplicas"]
+    budget = named(resources, "PodDisruptionBudget", f"-{role}")["spec"]
+    assert 1 <= budget["maxUnavailable"] < least
+    for scaler in scalers:
+        assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+        assert scaler["spec"]["minReplicas"] <= scaler["spec"]["maxReplicas"]
+        # What the autoscaler measures is a share of what is requested.
+        assert deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]
+
+
+def test_packed(tmp_path: Path) -> None:
+    """An archive of the chart comes to the same as its folder, with what its links lead to, and no more."""
+    helm("package", CHART, f"--destination={tmp_path}")
+    (archive,) = tmp_path.iterdir()
+    values = f"--values={EXAMPLES['production']}"
+    assert helm("template", "photos", archive, values) == helm("template", "photos", CHART, values)
+    with tarfile.open(archive) as opened:
+        names = opened.getnames()
+    assert "imaging-gateway/files/prometheus/recording.yaml" in names
+    assert not [name for name in names if "/tests/" in name]

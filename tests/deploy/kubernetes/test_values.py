@@ -1,0 +1,198 @@
+"""What may be said to the chart, and what is said about values that it can't use."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.helm.chart import CHART, EXAMPLES, RefusedError, render
+from service.settings import SETTINGS, Settings, SettingsError
+from service.variables import Scope
+from tests.deploy.kubernetes.release import REDIS_URLS, defaults, environment, named, pods, release
+
+SCHEMA: Any = json.loads((CHART / "values.schema.json").read_text("utf-8"))
+OF_THE_CHART = {
+    "GATEWAY_ENV",
+    "GATEWAY_ROLE",
+    "GATEWAY_PORT",
+    "GATEWAY_OPS_HOST",
+    "GATEWAY_OPS_PORT",
+}
+FOR_DEVELOPMENT = {each.name for each in SETTINGS if each.scope is Scope.DEVELOPMENT}
+SECRETS = {each.name for each in SETTINGS if each.secret} - FOR_DEVELOPMENT
+
+
+def refusal(*settings: str) -> str:
+    """What is said about the least of values with these over them."""
+    with pytest.raises(RefusedError) as caught:
+        render(EXAMPLES["default"], *settings)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("replicas=3", "(root): Additional property replicas is not allowed"),
+        ("api.replica=3", "api: Additional property replica is not allowed"),
+        ("api.replicas=0", "api.replicas: Must be greater than or equal to 1"),
+        ('settings.role="both"', "settings: Additional property role is not allowed"),
+        ('settings.adminToken="x"', "settings: Additional property adminToken is not allowed"),
+        ("settings.leaseSeconds=5", "settings.leaseSeconds: Must be greater than or equal to 90"),
+        ('settings.leaseSeconds="180"', "settings.leaseSeconds: Invalid type. Expected: integer, given: string"),
+        ('settings.logLevel="loud"', 'settings.logLevel must be one of the following: "debug", "info"'),
+        ('settings.models={"anime":"x"}', "settings.models: general is required"),
+        ('settings.upstreamUrl="upstream.example"', "settings.upstreamUrl: Does not match pattern"),
+        ('settings.upstreamUrl=""', "settings.upstreamUrl must be the base address of the upstream"),
+        ('image.repository=""', "image.repository must say where the image is"),
+        ('image.digest="latest"', "image.digest: Does not match pattern"),
+        ('secrets.redisUrl.existingSecret=""', "secrets.redisUrl.existingSecret must name the Secret"),
+        ('secrets.redisUrl.value="redis://x"', "secrets.redisUrl: Additional property value is not allowed"),
+        ('secrets.redisUrl="redis://x"', "secrets.redisUrl: Invalid type. Expected: object, given: string"),
+        ('extraEnv=[{"name":"GATEWAY_ROLE","value":"all"}]', "extraEnv must not have GATEWAY_ROLE"),
+        ('api.podLabels={"app.kubernetes.io/name":"x"}', "api.podLabels must not have app.kubernetes.io/name"),
+        ("worker.autoscaling.minReplicas=0", "worker.autoscaling.minReplicas: Must be greater than or equal to 1"),
+        ("api.autoscaling.minReplicas=9", "api.autoscaling.minReplicas must not be more than maxReplicas"),
+        ("api.disruptionBudget.maxUnavailable=0", "maxUnavailable: Must be greater than or equal to 1"),
+        ("networkPolicy.redis.ports=[]", "networkPolicy.redis.ports: Array must have at least 1 items"),
+        ("networkPolicy.tenants=[{}]", "networkPolicy.tenants.0: Must have at least 1 properties"),
+        ("ingress.enabled=true", "ingress.hosts must name at least one host"),
+        ("monitoring.serviceMonitor.enabled=true", "networkPolicy.operators must say where Prometheus runs"),
+        ("registry.enabled=true", "registry needs either toml or existingConfigMap"),
+        ('registry={"enabled":true,"toml":"x","existingConfigMap":"x"}', "registry needs either toml or"),
+        (
+            'registry={"secretEnv":[{"name":"GATEWAY_ADMIN_TOKEN","existingSecret":"x","key":"x"}]}',
+            "registry.secretEnv must not have GATEWAY_ADMIN_TOKEN",
+        ),
+    ],
+)
+def test_refusals(setting: str, said: str) -> None:
+    """What can't be used is refused before anything is installed, in words that say where it is and what is wrong."""
+    assert said in refusal(setting)
+
+
+def places(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every part of the schema that describes a mapping, by where it is."""
+    if schema.get("type") == "object":
+        yield path, schema
+    for key in ("properties", "definitions"):
+        for name, each in schema.get(key, {}).items():
+            yield from places(each, f"{path}/{name}")
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            yield from places(schema[key], f"{path}/{key}")
+
+
+def test_nothing_is_taken_unseen() -> None:
+    """A mapping whose keys are known takes no others; the rest is Kubernetes' own to judge."""
+    closed = [(path, each) for path, each in places(SCHEMA) if "properties" in each]
+    assert len(closed) > 20
+    assert [path for path, each in closed if each.get("additionalProperties") is not False] == []
+
+
+def keys(values: Any, schema: Any) -> Iterator[tuple[set[str], set[str]]]:
+    """The keys of the values, and those that the schema knows, mapping by mapping."""
+    if "$ref" in schema:
+        schema = SCHEMA["definitions"][schema["$ref"].rsplit("/", 1)[1]]
+    if isinstance(values, dict) and "properties" in schema:
+        yield set(values), set(schema["properties"])
+        for key, each in values.items():
+            yield from keys(each, schema["properties"][key])
+
+
+def test_all_values_are_shown() -> None:
+    """All that may be said is in values.yaml with its default, but for settings, whose defaults are the gateway's."""
+    (root, *nested) = keys(defaults(), SCHEMA)
+    assert root[1] - root[0] == {"global"}
+    unsaid = [known - there for there, known in nested if known != there]
+    assert unsaid == [set(SCHEMA["properties"]["settings"]["properties"]) - defaults()["settings"].keys()]
+
+
+def name_of(key: str) -> str:
+    """The variable that a key of `settings` becomes."""
+    return "GATEWAY_" + re.sub(r"([A-Z])", r"_\1", key).upper()
+
+
+def test_every_setting() -> None:
+    """Every setting is for the values, for a Secret, for the chart itself, or for development alone."""
+    said = {name_of(key) for key in SCHEMA["properties"]["settings"]["properties"]}
+    mounted = {name_of(key) for key in SCHEMA["properties"]["secrets"]["properties"]}
+    groups = [said, mounted, OF_THE_CHART, FOR_DEVELOPMENT]
+    assert mounted == SECRETS
+    assert sorted(name for group in groups for name in group) == sorted(each.name for each in SETTINGS)
+
+
+def takes(variable: str, text: str) -> bool:
+    """Whether the gateway takes a setting so."""
+    try:
+        Settings.load({variable: text})
+    except SettingsError:
+        return False
+    return True
+
+
+def test_ranges() -> None:
+    """The chart takes the numbers that the gateway takes, and no others."""
+    bounds = {
+        name_of(key): (each["minimum"], each["maximum"], 1 if each["type"] == "integer" else 0.01)
+        for key, each in SCHEMA["properties"]["settings"]["properties"].items()
+        if "minimum" in each
+    }
+    assert len(bounds) == 6
+    for name, (least, most, step) in bounds.items():
+        assert takes(name, str(least)), name
+        assert takes(name, str(most)), name
+        assert not takes(name, str(least - step)), name
+        assert not takes(name, str(most + step)), name
+
+
+def test_choices() -> None:
+    """The chart knows the words that the gateway knows."""
+    for key in ("logLevel", "upstreamCleartext"):
+        for word in SCHEMA["properties"]["settings"]["properties"][key]["enum"]:
+            assert takes(name_of(key), word)
+
+
+def test_defaults_are_the_gateway_s() -> None:
+    """A value that the chart writes down itself is the gateway's own default, but for where it listens."""
+    told = {name_of(key): str(value) for key, value in defaults()["settings"].items() if value}
+    own = {each.name: each.default for each in SETTINGS}
+    assert told == {"GATEWAY_HOST": "0.0.0.0", "GATEWAY_LEASE_SECONDS": own["GATEWAY_LEASE_SECONDS"]}
+
+
+def test_what_is_added(tmp_path: Path) -> None:
+    """What is said beyond settings arrives in both roles: variables, volumes, where to run."""
+    resources = release(
+        "default",
+        'extraEnv=[{"name":"OTEL_RESOURCE_ATTRIBUTES","value":"team=images"}]',
+        'extraVolumes=[{"name":"ca","configMap":{"name":"ca"}}]',
+        'extraVolumeMounts=[{"name":"ca","mountPath":"/etc/ca"}]',
+        'worker.nodeSelector={"disk":"ssd"}',
+        'worker.tolerations=[{"key":"images","operator":"Exists"}]',
+        'worker.affinity={"nodeAffinity":{}}',
+        'worker.podLabels={"team":"images"}',
+    )
+    for _, pod in pods(resources):
+        (container,) = pod["spec"]["containers"]
+        found = environment(pod, tmp_path, REDIS_URLS["default"])
+        assert found["OTEL_RESOURCE_ATTRIBUTES"] == "team=images"
+        assert {"name": "ca", "mountPath": "/etc/ca"} in container["volumeMounts"]
+        assert {"name": "ca", "configMap": {"name": "ca"}} in pod["spec"]["volumes"]
+    worker = named(resources, "Deployment", "-worker")["spec"]["template"]
+    assert worker["spec"]["nodeSelector"] == {"disk": "ssd"}
+    assert worker["spec"]["tolerations"] == [{"key": "images", "operator": "Exists"}]
+    assert worker["spec"]["affinity"] == {"nodeAffinity": {}}
+    assert worker["metadata"]["labels"]["team"] == "images"
+    api = named(resources, "Deployment", "-api")["spec"]["template"]
+    assert not api["spec"].keys() & {"nodeSelector", "tolerations", "affinity"}
+
+
+def test_an_account_that_exists() -> None:
+    """Pods can run under an account that somebody else made."""
+    resources = release("default", "serviceAccount.create=false", 'serviceAccount.name="theirs"')
+    assert {pod["spec"]["serviceAccountName"] for _, pod in pods(resources)} == {"theirs"}
+    assert not [each for each in resources if each["kind"] == "ServiceAccount"]

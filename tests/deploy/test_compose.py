@@ -1,0 +1,204 @@
+"""The compose file, as far as it can be judged without an engine."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from service.cli import main
+from service.settings import Role, Settings
+from service.storage.checkup import examine
+from tests.deploy.compose import FILE, ROOT, MissingError, composed, interpolated, settings
+from tests.deploy.rules import alerts
+from tests.support.valkey import running
+
+REAL = {"GATEWAY_UPSTREAM_URL": "https://images.example", "GATEWAY_UPSTREAM_USER_KEY": "the-key-of-the-account"}
+OURS = {"gateway": Role.API, "worker": Role.WORKER}
+DEPLOY = FILE.parent
+SERVICES: Mapping[str, Any] = composed()["services"]
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((DEPLOY / name).read_text("utf-8"))
+
+
+def mounts(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is mounted, and where."""
+    for volume in service.get("volumes", ()):
+        source, target = volume.split(":")[:2]
+        yield source, target
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a", "a"),
+        ("${A:-x}${B:-y}", "1y"),
+        ("${A:+x${B:-y}z}", "xyz"),
+        ("${B:+${C:?no}}e", "e"),
+        ("-${A}-", "-1-"),
+    ],
+)
+def test_interpolation(text: str, wanted: str) -> None:
+    """Variables are put in as compose does it, so that the other tests mean something."""
+    assert interpolated(text, {"A": "1"}) == wanted
+
+
+@pytest.mark.parametrize("environ", [{}, REAL], ids=["sandbox", "real"])
+def test_the_settings_are_good(environ: dict[str, str]) -> None:
+    """Each container of the gateway has settings that it takes, whichever upstream it is."""
+    services = composed(**environ)["services"]
+    for name, role in OURS.items():
+        found = Settings.load(settings(services[name]))
+        assert (found.role, found.redis_url, found.ops_host) == (role, "redis://store:6379", "0.0.0.0")
+        assert (found.port, found.ops_port) == (8080, 8081)
+        assert found.upstream_url == environ.get("GATEWAY_UPSTREAM_URL", "http://sandbox:8082")
+        assert found.upstream_user_key == environ.get("GATEWAY_UPSTREAM_USER_KEY", "sandbox-demo")
+
+
+def test_an_upstream_needs_its_key() -> None:
+    """With an upstream of one's own but no key, compose refuses, and says what is missing."""
+    with pytest.raises(MissingError, match=r"^GATEWAY_UPSTREAM_USER_KEY is missing, the user_key that"):
+        composed(GATEWAY_UPSTREAM_URL=REAL["GATEWAY_UPSTREAM_URL"])
+
+
+def test_the_sandbox_is_where_it_is_looked_for() -> None:
+    """The sandbox listens, with a command that exists, where the gateway calls it."""
+    words = SERVICES["sandbox"]["command"]
+    assert CliRunner().invoke(main, [words[0], "--help"]).exit_code == 0
+    assert words[words.index("--port") + 1] == "8082"
+    assert words[words.index("--host") + 1] == "0.0.0.0"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_confined(name: str) -> None:
+    """No container is root, can become more than it is, or can write to its root; each is asked whether it lives."""
+    service = SERVICES[name]
+    assert re.fullmatch(r"[1-9]\d*:\d+", service["user"])
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid"}
+    assert name in OURS or service["healthcheck"]["test"][0] == "CMD"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_pinned(name: str) -> None:
+    """Each image has a version, and can be replaced by a variable; ours are built from this repository."""
+    assert not SERVICES[name]["image"].endswith(":latest")
+    assert re.fullmatch(r"[a-z/-]+:[\w.-]+", SERVICES[name]["image"])
+    raw = yaml.safe_load(FILE.read_text("utf-8"))["services"][name]
+    assert re.match(r"\$\{[A-Z_]+:-", raw["image"])
+    if "build" in raw:
+        assert (DEPLOY / raw["build"]["context"]).resolve() == ROOT
+
+
+def test_nobody_else_is_listened_to() -> None:
+    """Every port is one of this machine alone, and no two are the same."""
+    ports = [port.split(":") for service in SERVICES.values() for port in service.get("ports", ())]
+    assert {address for address, _, _ in ports} == {"127.0.0.1"}
+    assert len({published for _, published, _ in ports}) == len(ports)
+
+
+def test_only_the_gateway_reaches_the_store() -> None:
+    """The store is in a network without a way out, with the gateway alone."""
+    inside = {name for name, service in SERVICES.items() if "store" in service["networks"]}
+    assert inside == {"store", *OURS}
+    assert SERVICES["store"]["networks"] == ["store"]
+    assert composed()["networks"]["store"] == {"internal": True}
+
+
+def test_what_is_mounted_is_there() -> None:
+    """Every mounted file or folder exists and can't be written to; every volume is declared and used."""
+    used = set()
+    for service in SERVICES.values():
+        for volume in service.get("volumes", ()):
+            source, *rest = volume.split(":")
+            if source.startswith("."):
+                assert (DEPLOY / source).is_dir()
+                assert rest[-1] == "ro"
+            else:
+                used.add(source)
+    assert used == set(composed()["volumes"])
+
+
+async def test_the_store_keeps_what_it_is_told() -> None:
+    """A server with the store's own options passes the check of stores without a doubt."""
+    program, *options = SERVICES["store"]["command"]
+    place = options.index("--dir")
+    assert program == "valkey-server"
+    assert options[place + 1] in dict(mounts(SERVICES["store"])).values()
+    with running(*options[:place], *options[place + 2 :]) as store:
+        found = await examine(store.url, timeout=5)
+    assert (found.faults, found.doubts) == ([], [])
+
+
+def test_prometheus_finds_everybody() -> None:
+    """What Prometheus asks, and whom it tells, are services of the file, under names that it can look up."""
+    config = read("prometheus/prometheus.yaml")
+    (names,) = [each["names"] for job in config["scrape_configs"] for each in job["dns_sd_configs"]]
+    assert names == ["gateway"]
+    assert SERVICES["worker"]["networks"]["watch"]["aliases"] == names
+    told = [target for each in config["alerting"]["alertmanagers"] for target in each["static_configs"][0]["targets"]]
+    assert told == ["alertmanager:9093"]
+    for name in ("gateway", "worker", "prometheus", "alertmanager", "grafana"):
+        assert "watch" in SERVICES[name]["networks"]
+
+
+@pytest.mark.parametrize("name", ["prometheus", "alertmanager"])
+def test_configurations_are_where_they_are_looked_for(name: str) -> None:
+    """The file that a program is told to read is mounted there."""
+    (file,) = [word.partition("=")[2] for word in SERVICES[name]["command"] if word.startswith("--config.file=")]
+    folders = {target: source for source, target in mounts(SERVICES[name])}
+    assert (DEPLOY / folders[str(Path(file).parent)] / Path(file).name).exists()
+
+
+def test_grafana_is_provisioned() -> None:
+    """Grafana has Prometheus as its data source, and reads the dashboards from where they are mounted."""
+    (source,) = read("grafana/provisioning/datasources/prometheus.yaml")["datasources"]
+    address = urlsplit(source["url"])
+    assert (source["type"], source["isDefault"], address.hostname, address.port) == (
+        "prometheus",
+        True,
+        "prometheus",
+        9090,
+    )
+    assert source["jsonData"]["timeInterval"] == read("prometheus/prometheus.yaml")["global"]["scrape_interval"]
+    (provider,) = read("grafana/provisioning/dashboards/gateway.yaml")["providers"]
+    folders = {target: source for source, target in mounts(SERVICES["grafana"])}
+    dashboards = DEPLOY / folders[provider["options"]["path"]]
+    home = Path(SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert str(home.parent) == provider["options"]["path"]
+    assert json.loads((dashboards / home.name).read_text("utf-8"))["uid"] == "gateway-service"
+    assert folders["/etc/grafana/provisioning"] == "./grafana/provisioning"
+
+
+def test_every_severity_has_a_receiver() -> None:
+    """Each alert is sent to the receiver that is named as its severity."""
+    config = read("alertmanager/alertmanager.yaml")
+    routes = {tuple(route["matchers"]): route["receiver"] for route in config["route"]["routes"]}
+    severities = {alert["labels"]["severity"] for alert in alerts()}
+    assert routes == {(f'severity="{severity}"',): severity for severity in severities}
+    assert {each["name"] for each in config["receivers"]} == severities
+
+
+def test_inhibitions_are_of_alerts_that_exist() -> None:
+    """Each rule that mutes alerts names some that there are, and a page is muted by GatewayAbsent alone."""
+    names = {alert["alert"] for alert in alerts()}
+    for rule in read("alertmanager/alertmanager.yaml")["inhibit_rules"]:
+        matchers = [*rule["source_matchers"], *rule["target_matchers"]]
+        for pattern in re.findall(r'alertname!?=~?"(.+)"', "\n".join(matchers)):
+            for part in pattern.split("|"):
+                assert [name for name in names if re.fullmatch(part, name)], part
+        assert "namespace" in rule["equal"]
+        assert 'severity="ticket"' in rule["target_matchers"] or rule["source_matchers"] == [
+            'alertname="GatewayAbsent"'
+        ]
