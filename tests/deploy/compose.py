@@ -12,17 +12,20 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "compose.yaml"
+UPSTREAM = ROOT / "deploy" / "compose.upstream.yaml"
 
-_NAME = re.compile(r"(?P<name>[A-Z_]+)(?:(?P<how>:[-+?])(?P<rest>.*))?", re.DOTALL)
+_NAME = re.compile(r"(?P<name>[A-Z_]+)(?:(?P<how>:[-?])(?P<rest>.*))?", re.DOTALL)
 
 
 class MissingError(Exception):
     """A variable that has to be given is not; the message is what compose would say."""
 
 
-def composed(**environ: str) -> Mapping[str, Any]:
-    """The whole file. Raises MissingError."""
-    found: Mapping[str, Any] = _filled(yaml.safe_load(FILE.read_text("utf-8")), environ)
+def composed(*files: Path, **environ: str) -> Mapping[str, Any]:
+    """The whole file, with others over it. Raises MissingError."""
+    found: Mapping[str, Any] = {}
+    for file in (FILE, *files):
+        found = _over(found, _filled(yaml.safe_load(file.read_text("utf-8")), environ))
     return found
 
 
@@ -33,8 +36,9 @@ def settings(service: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def interpolated(text: str, environ: Mapping[str, str]) -> str:
-    """A text with `${NAME}`, `${NAME:-otherwise}`, `${NAME:+instead}` and `${NAME:?complaint}` replaced, also in one
-    another. Raises MissingError.
+    """A text with `${NAME}`, `${NAME:-otherwise}` and `${NAME:?complaint}` replaced, also in one another.
+
+    As in most versions of compose, what follows a name is looked at whether it is needed or not. Raises MissingError.
     """
     before, begun, rest = text.partition("${")
     if not begun:
@@ -48,15 +52,17 @@ def _value(words: str, environ: Mapping[str, str]) -> str:
     found = _NAME.fullmatch(words)
     if not found:
         raise ValueError(f"${{{words}}} is not understood")
-    given = environ.get(found["name"], "")
-    match found["how"]:
-        case ":?" if not given:
-            raise MissingError(f"{found['name']} {found['rest']}")
-        case ":-" if not given:
-            return interpolated(found["rest"], environ)
-        case ":+":
-            return interpolated(found["rest"], environ) if given else ""
-    return given
+    given, otherwise = environ.get(found["name"], ""), interpolated(found["rest"] or "", environ)
+    if found["how"] == ":?" and not given:
+        raise MissingError(f"required variable {found['name']} is missing a value: {otherwise}")
+    return given or otherwise
+
+
+def _over(below: Any, above: Any) -> Any:
+    """What compose makes of two files: tables are merged, and all else is replaced."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {name: _over(below.get(name), each) for name, each in above.items()}
 
 
 def _filled(value: Any, environ: Mapping[str, str]) -> Any:

@@ -14,9 +14,10 @@ import yaml
 from click.testing import CliRunner
 
 from service.cli import main
+from service.local import SANDBOX_USER_KEY
 from service.settings import Role, Settings
 from service.storage.checkup import examine
-from tests.deploy.compose import FILE, ROOT, MissingError, composed, interpolated, settings
+from tests.deploy.compose import FILE, ROOT, UPSTREAM, MissingError, composed, interpolated, settings
 from tests.deploy.rules import alerts
 from tests.support.valkey import running
 
@@ -39,35 +40,43 @@ def mounts(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [
-        ("a", "a"),
-        ("${A:-x}${B:-y}", "1y"),
-        ("${A:+x${B:-y}z}", "xyz"),
-        ("${B:+${C:?no}}e", "e"),
-        ("-${A}-", "-1-"),
-    ],
+    [("a", "a"), ("${A:-x}${B:-y}", "1y"), ("${B:-x${A:?no}z}", "x1z"), ("-${A}-", "-1-")],
 )
 def test_interpolation(text: str, wanted: str) -> None:
     """Variables are put in as compose does it, so that the other tests mean something."""
     assert interpolated(text, {"A": "1"}) == wanted
 
 
-@pytest.mark.parametrize("environ", [{}, REAL], ids=["sandbox", "real"])
-def test_the_settings_are_good(environ: dict[str, str]) -> None:
-    """Each container of the gateway has settings that it takes, whichever upstream it is."""
-    services = composed(**environ)["services"]
+def test_the_settings_are_good() -> None:
+    """Each container of the gateway has settings that it takes, and spends the sandbox's money."""
     for name, role in OURS.items():
-        found = Settings.load(settings(services[name]))
+        found = Settings.load(settings(SERVICES[name]))
         assert (found.role, found.redis_url, found.ops_host) == (role, "redis://store:6379", "0.0.0.0")
         assert (found.port, found.ops_port) == (8080, 8081)
-        assert found.upstream_url == environ.get("GATEWAY_UPSTREAM_URL", "http://sandbox:8082")
-        assert found.upstream_user_key == environ.get("GATEWAY_UPSTREAM_USER_KEY", "sandbox-demo")
+        assert (found.upstream_url, found.upstream_user_key) == ("http://sandbox:8082", SANDBOX_USER_KEY)
 
 
-def test_an_upstream_needs_its_key() -> None:
-    """With an upstream of one's own but no key, compose refuses, and says what is missing."""
-    with pytest.raises(MissingError, match=r"^GATEWAY_UPSTREAM_USER_KEY is missing, the user_key that"):
-        composed(GATEWAY_UPSTREAM_URL=REAL["GATEWAY_UPSTREAM_URL"])
+def test_the_real_upstream() -> None:
+    """With two variables it is the real upstream, for both roles, and no sandbox is started or waited for."""
+    services = composed(UPSTREAM, **REAL)["services"]
+    for name, role in OURS.items():
+        found = Settings.load(settings(services[name]))
+        assert (found.role, found.redis_url) == (role, "redis://store:6379")
+        assert {
+            "GATEWAY_UPSTREAM_URL": found.upstream_url,
+            "GATEWAY_UPSTREAM_USER_KEY": found.upstream_user_key,
+        } == REAL
+        assert services[name]["depends_on"]["sandbox"]["required"] is False
+    assert services["sandbox"]["profiles"] == ["sandbox"]
+    assert {name for name, service in services.items() if "profiles" in service} == {"sandbox"}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_upstream_needs_both(name: str) -> None:
+    """Without one of the variables compose refuses, and says what is missing."""
+    given = {other: text for other, text in REAL.items() if other != name}
+    with pytest.raises(MissingError, match=rf"^required variable {name} is missing a value: the "):
+        composed(UPSTREAM, **given)
 
 
 def test_the_sandbox_is_where_it_is_looked_for() -> None:
