@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
@@ -16,7 +15,7 @@ from service.environ import FILE, source
 from service.production import doubts
 from service.settings import PREFIX, SETTINGS, Settings, SettingsError
 from service.storage.address import masked
-from service.storage.checkup import examine
+from service.storage.checkup import examine, reason
 from service.storage.embedded import EmbeddedError, server_binary
 from service.variables import Scope, Setting
 
@@ -121,10 +120,10 @@ async def _try_upstream(url: str | None) -> bool:
             _, writer = await asyncio.open_connection(host, port, ssl=httpx2.create_ssl_context() if secured else None)
     except TimeoutError:
         why = f"it did not answer within {_SECONDS:g} s"
-    except ssl.SSLCertVerificationError as error:
-        why = f"its certificate is not trusted: {error.verify_message}"
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        why = reason(error)
+    except UnicodeError:
+        why = "it is no name of a host"
     else:
         writer.transport.abort()
         click.echo(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import socket
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 from redis.asyncio import RedisCluster
-from redis.exceptions import RedisError
+from redis.asyncio.sentinel import MasterNotFoundError
+from redis.exceptions import RedisClusterException, RedisError
 
 from service.storage.connect import Connections, connect
 
@@ -36,10 +40,8 @@ async def examine(url: str, *, timeout: float) -> Checkup:  # noqa: ASYNC109 - i
             told = await _told(connections)
     except TimeoutError:
         return Checkup(faults=[f"did not answer within {timeout:g} s"])
-    except RedisError as error:
-        return Checkup(faults=[f"can't be used: {str(error).rstrip('.') or type(error).__name__}"])
-    except OSError as error:
-        return Checkup(faults=[f"can't be reached: {error.strerror or error}"])
+    except (RedisError, RedisClusterException, OSError) as error:
+        return Checkup(faults=[_why(error)])
     finally:
         await connections.aclose()
     return Checkup(
@@ -47,6 +49,27 @@ async def examine(url: str, *, timeout: float) -> Checkup:  # noqa: ASYNC109 - i
         list(dict.fromkeys(fault for each in told for fault in _faults(each))),
         list(dict.fromkeys(doubt for each in told for doubt in _doubts(each))),
     )
+
+
+def reason(error: OSError) -> str:
+    """Why there is no connection, in the words that people know."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    # Asyncio and OpenSSL put words of their own in the place of the system's, and OpenSSL numbers too.
+    known = type(error) is not ssl.SSLError and not isinstance(error, socket.gaierror) and error.errno
+    return os.strerror(known) if known else error.strerror or str(error)
+
+
+def _why(error: Exception) -> str:
+    """What a client raised, or the error of the system that it hides in its own."""
+    if isinstance(error, MasterNotFoundError):
+        return "can't be reached: no Sentinel names a primary of the service"
+    below: BaseException | None = error
+    while below is not None and not isinstance(below, OSError):
+        below = below.__cause__ or below.__context__
+    if isinstance(below, OSError):
+        return f"can't be reached: {reason(below)}"
+    return f"can't be used: {str(error).rstrip('.') or type(error).__name__}"
 
 
 async def _told(connections: Connections) -> Sequence[Mapping[str, Any]]:
