@@ -262,6 +262,13 @@ def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GATEWAY_REDIS_URL" in result.stderr
 
 
+def test_an_upstream_that_can_have_no_address() -> None:
+    """A name that no host can have is told as such."""
+    result = run({"GATEWAY_UPSTREAM_URL": f"http://{'a' * 64}.example"}, "--connect")
+    assert result.exit_code == 1
+    assert result.stderr.endswith(": it is no name of a host\n")
+
+
 async def test_an_upstream_nobody_vouches_for(tmp_path: Path) -> None:
     """A certificate that is not trusted is told as such."""
     async with listening(tls=certify(tmp_path)[1]) as (port, _):

@@ -155,6 +155,7 @@ def test_faulty_files(tmp_path: Path) -> None:
             "http://x",
             "must be a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://",
         ),
+        ("DATA_DIR", "a\0b", "must be the path of a folder"),
         ("KEY_PREFIX", "a{b}", "must be 1 to 32 letters, digits, dots, dashes or underscores"),
         ("UPSTREAM_URL", "ftp://x", "must be a URL such as http://host or https://host/path"),
         ("UPSTREAM_URL", "http://", "must be a URL such as http://host or https://host/path"),
