@@ -31,15 +31,16 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is not worth trying just now, but for a trial."""
-        return self._open_until is not None
+        """Whether an attempt is not admitted just now; no longer once the pause is over, though nobody may try then."""
+        until = self._open_until  # once, as another thread asks
+        return until is not None and (self._trial is not None or self._clock() < until)
 
     def admit(self) -> Attempt | None:
         """An attempt, to be reported once by one of the methods below; None where it is not worth trying."""
+        if self.is_open:
+            return None
         attempt = Attempt()
         if self._open_until is not None:
-            if self._trial or self._clock() < self._open_until:
-                return None
             self._trial = attempt
         return attempt
 

@@ -54,6 +54,22 @@ def test_one_trial_after_the_pause() -> None:
     assert breaker.admit() is None
 
 
+def test_open_while_nobody_is_admitted() -> None:
+    """It is said to be open in a pause and during a trial, and not for ever where nobody tries any more."""
+    clock = Clock()
+    breaker = opened(clock)
+    said = [breaker.is_open]
+    clock.now += FIRST_PAUSE
+    said.append(breaker.is_open)
+    trial = admitted(breaker)
+    said.append(breaker.is_open)
+    breaker.failed(trial)
+    said.append(breaker.is_open)
+    clock.now += 2 * FIRST_PAUSE
+    said.append(breaker.is_open)
+    assert said == [True, False, True, True, False]
+
+
 def test_trial_that_connects() -> None:
     """A trial that connects closes it, and the next pause is a short one again."""
     clock = Clock()
