@@ -139,6 +139,8 @@ class UpstreamClient:
             self._say(Operation.SUBMIT, account, fault)
             return Submitted(outcome=SubmitOutcome.UNKNOWN)
         submitted = _submitted(answer)
+        if submitted.outcome is SubmitOutcome.UNKNOWN:
+            self._say(Operation.SUBMIT, account, _unread(answer))
         return replace(submitted, reason=_without(user_key, submitted.reason))
 
     async def _check(self, account: Account, upstream_id: str) -> Check:
@@ -152,6 +154,8 @@ class UpstreamClient:
             self._say(Operation.CHECK, account, fault)
             return Check(answered=Answered.NOTHING)
         check = wire.read_check(answer.body)
+        if check.answered in {Answered.NOTHING, Answered.UNUSABLE}:
+            self._say(Operation.CHECK, account, _unread(answer))
         if check.error:
             error = TaskError(check.error.code, _without(user_key, check.error.detail))
             check = replace(check, error=error)
@@ -181,6 +185,11 @@ def _submitted(answer: Answer) -> Submitted:
     if 400 <= answer.status < 500:
         return Submitted(outcome=SubmitOutcome.REJECTED, reason=f"HTTP {answer.status}")
     return Submitted(outcome=SubmitOutcome.UNKNOWN)
+
+
+def _unread(answer: Answer) -> Lost:
+    """An answer that came, and can't be used."""
+    return Lost(f"HTTP {answer.status}")
 
 
 def _without(user_key: str, text: str) -> str:

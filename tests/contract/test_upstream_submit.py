@@ -8,6 +8,7 @@ import gzip
 import httpx2
 import pytest
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from service.clients import exchange
 from service.clients.upstream import Operation
@@ -101,11 +102,14 @@ async def refusing_early(connection: Connection) -> None:
     ],
 )
 async def test_outcomes(serve: Serve, outcome: SubmitOutcome) -> None:
-    """Whatever becomes of a submit, it is sent once, and judged by whether it may have been charged."""
-    async with serving(serve) as peer, calling(peer.url) as caller:
-        submitted = await caller.submit(image=LARGE)
-        assert submitted.outcome is outcome
-        assert caller.seen == [(Operation.SUBMIT, outcome)]
+    """Whatever becomes of a submit, it is sent once, judged by whether it may have been charged, and logged if so."""
+    with capture_logs() as logs:
+        async with serving(serve) as peer, calling(peer.url) as caller:
+            submitted = await caller.submit(image=LARGE)
+            assert submitted.outcome is outcome
+            assert caller.seen == [(Operation.SUBMIT, outcome)]
+    failed = [each for each in logs if each["event"] == "call.failed"]
+    assert [each["sent"] and bool(each["error"]) for each in failed] == [True] * (outcome is UNKNOWN)
     assert len(peer.requests) == peer.connections == 1
 
 
