@@ -17,6 +17,8 @@ from msgspec import Struct
 
 from service.domain.account import Figures, Status
 from service.domain.errors import (
+    BalanceExhausted,
+    GatewayError,
     KindNotAllowed,
     LedgerUnavailable,
     TenantDisabled,
@@ -173,7 +175,7 @@ class Submit:
         self._metrics.submission(options.kind, sent.outcome)
         if task is None:
             await self._settle(self._settlement(place, sent))
-            raise refusal(sent, place.ask.reservation)
+            raise self._refused(ask, refusal(sent, ask.reservation))
         self._metrics.submitted(tenant.id, options.kind)
         draft = TaskDraft(task.id, task.options, task.metadata, webhook or tenant.webhook.url, self._tracer.context())
         await self._settle(msgspec.structs.replace(self._settlement(place, sent), draft=draft))
@@ -203,8 +205,7 @@ class Submit:
                     self._metrics.denied(ask.tenant, violation.policy)
                 raise denied(verdict, limits)
             case NoAccount():
-                self._metrics.unpaid(ask.tenant)
-                raise no_account(verdict)
+                raise self._refused(ask, no_account(verdict))
             case InFlight():
                 raise in_flight()
             case Granted():
@@ -213,6 +214,12 @@ class Submit:
                 return _Place(ask, account, verdict.now, deadline)
             case _:
                 raise key_reused()
+
+    def _refused(self, ask: Ask, error: GatewayError) -> GatewayError:
+        """What a caller is told, counted if it is that no account can pay, whoever said so."""
+        if isinstance(error, BalanceExhausted):
+            self._metrics.unpaid(ask.tenant)
+        return error
 
     async def _replay(self, verdict: Replayed, limits: tuple[RateLimit, ...]) -> Submission:
         """What became of the first submission under the key, as it is now."""

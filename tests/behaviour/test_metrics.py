@@ -111,7 +111,7 @@ async def test_spent_money_is_shown_in_yuan(house: House) -> None:
 
 
 async def test_refusals_are_shown_by_tenant_and_policy(house: House) -> None:
-    """A limit that refused is counted as itself, an account that could not pay as the balance."""
+    """A limit that refused is counted as itself, one that could not pay as the balance, whoever found out."""
     await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
     assert (await house.submit()).status_code == 201
     assert (await house.submit()).status_code == 429
@@ -121,8 +121,17 @@ async def test_refusals_are_shown_by_tenant_and_policy(house: House) -> None:
     assert (await house.submit()).status_code == 402
     seen = await scrape(house)
     assert seen.of("quota_denials_total", tenant="shop", policy="day-tasks") == 1
-    assert seen.of("quota_denials_total", tenant="shop", policy="balance") == 1
+    assert seen.of("quota_denials_total", tenant="shop", policy="balance") == 2
     assert seen.of("account_state", account="main", state="exhausted") == 1
+
+
+async def test_an_account_that_can_not_be_used_is_not_an_empty_one(house: House) -> None:
+    """Where the upstream does not know the account, the denials do not speak of its balance."""
+    await house.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
+    assert [(await house.submit()).status_code for _ in range(2)] == [503, 503]
+    seen = await scrape(house)
+    assert seen.of("quota_denials_total", tenant="shop", policy="balance") == 0
+    assert seen.of("account_state", account="main", state="invalid") == 1
 
 
 async def test_reads_are_counted_by_where_they_were_answered(house: House) -> None:
