@@ -12,6 +12,7 @@ from msgspec import Struct
 _ROOT = Path(__file__).parents[2]
 _LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error"}
 _STYLE = re.compile(r"[a-z]+(-[a-z]+)*\.[a-z]+(-[a-z]+)*")
+_FILES = (".toml", ".yaml")
 _ROW = re.compile(r"\| `(?P<event>[^`]+)` \| (?P<levels>[a-z, ]+) \| (?P<fields>[^|]*) \| (?P<means>[^|]+) \|")
 
 
@@ -88,6 +89,16 @@ def test_levels_and_fields_are_documented() -> None:
         assert known[name].levels == (event.levels or known[name].levels), name
         assert known[name].fields >= event.fields, name
         assert event.open or known[name].fields == event.fields, name
+
+
+def test_the_runbook_names_events_that_there_are() -> None:
+    """Whoever looks for an event that the runbook names can find it."""
+    text = (_ROOT / "deploy" / "RUNBOOK.md").read_text()
+    named = set(re.findall(r'event="([^"]+)"', text))
+    named |= {each for each in re.findall(r"`([a-z.-]+)`", text) if _STYLE.fullmatch(each)}
+    named = {each for each in named if not each.endswith(_FILES)}
+    assert {"request.crashed", "settlement.delayed"} <= named
+    assert named <= set(logged())
 
 
 def test_one_vocabulary() -> None:
