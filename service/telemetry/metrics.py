@@ -15,7 +15,6 @@ from enum import StrEnum
 from platform import python_version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -25,6 +24,7 @@ from service.domain.task import Kind, Task
 from service.domain.tenancy import Tenant
 from service.domain.webhook import DeliveryState
 from service.domain.windows import policy_names
+from service.telemetry import exposition
 from service.telemetry.families import BALANCE, ENDS, Families, LedgerOutcome, Port, Source, StoreError
 from service.telemetry.levels import Level, Levels
 from service.telemetry.standing import Standing
@@ -210,7 +210,7 @@ class Metrics:
 
     def render(self) -> tuple[bytes, str]:
         """Everything on the registry, in Prometheus' text format, and the content type of that; from any thread."""
-        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+        return exposition.text(self.registry), exposition.CONTENT_TYPE
 
 
 class _Named:

@@ -1,0 +1,49 @@
+"""What a scrape is sent is what the client library would write."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, Summary
+from prometheus_client.exposition import generate_latest
+
+from service.telemetry import exposition
+from service.telemetry.metrics import Metrics
+from tests.unit.test_metrics import KNOWN, SEEN
+
+TEXTS = st.text(max_size=12) | st.sampled_from(["\\", '"', "\n", '\\"\n', "é漢", "a,b=c"])
+
+
+@given(TEXTS, TEXTS, st.floats() | st.integers(-(2**60), 2**60).map(float))
+def test_any_value_is_written_as_the_library_does(documentation: str, label: str, number: float) -> None:
+    """Labels and helps of any text, and all numbers, infinite ones too."""
+    registry = CollectorRegistry()
+    Gauge("gateway_a", documentation, ("one", "two"), registry=registry).labels(label, "x").set(number)
+    assert exposition.text(registry) == generate_latest(registry)
+
+
+def test_all_types_are_written_as_the_library_does() -> None:
+    """Each with its own suffixes and its name in this format."""
+    registry = CollectorRegistry()
+    Counter("gateway_c", "A counter.", ("kind",), registry=registry).labels("a").inc(2)
+    Histogram("gateway_h_seconds", "A histogram.", ("kind",), buckets=(0.1, 1), registry=registry).labels("a").observe(
+        0.3
+    )
+    Summary("gateway_s_seconds", "A summary.", registry=registry).observe(3)
+    Info("gateway_i", "An info.", registry=registry).info({"version": "1"})
+    Enum("gateway_e", "A state.", states=["on", "off"], registry=registry).state("on")
+    assert exposition.text(registry) == generate_latest(registry)
+
+
+def test_a_whole_scrape_is_written_as_the_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything the gateway has to tell, with tenants, accounts and the ledger."""
+    metrics = Metrics(CollectorRegistry())
+    metrics.name_tenants(lambda: KNOWN)
+    metrics.standing.show(SEEN)
+    metrics.refresh()
+    told = list(metrics.registry.collect())
+    monkeypatch.setattr(metrics.registry, "collect", lambda: iter(told))
+    body = metrics.render()[0]
+    assert body == generate_latest(metrics.registry)
+    assert b"gateway_quota_used" in body
