@@ -27,6 +27,9 @@ FROM ${PYTHON_IMAGE} AS build
 # As in the Makefile.
 ARG UV_VERSION=0.13.9
 
+# What the image can do beside its job: `otel` sends traces, `local` is the sandbox, which no production needs.
+ARG EXTRAS=otel
+
 # Bytecode is made here, once and for good: it is not held against the times of its sources, which a copy may round.
 ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
     PYC_INVALIDATION_MODE=UNCHECKED_HASH \
@@ -46,12 +49,14 @@ WORKDIR /source
 # The packages change less often than the code: their layer is built from the lock file alone.
 COPY pyproject.toml uv.lock ./
 RUN --mount=type=secret,id=certificates,target=/etc/ssl/certs/ca-certificates.crt \
-    /uv/bin/uv sync --locked --no-dev --extra otel --no-editable --no-install-project
+    set -- && for extra in ${EXTRAS}; do set -- "$@" --extra "${extra}"; done && \
+    /uv/bin/uv sync --locked --no-dev "$@" --no-editable --no-install-project
 
 COPY README.md ./
 COPY service service
 RUN --mount=type=secret,id=certificates,target=/etc/ssl/certs/ca-certificates.crt \
-    /uv/bin/uv sync --locked --no-dev --extra otel --no-editable && \
+    set -- && for extra in ${EXTRAS}; do set -- "$@" --extra "${extra}"; done && \
+    /uv/bin/uv sync --locked --no-dev "$@" --no-editable && \
     rm /app/.lock
 
 

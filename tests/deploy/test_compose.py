@@ -213,3 +213,11 @@ def test_inhibitions_are_of_alerts_that_exist() -> None:
         assert 'severity="ticket"' in rule["target_matchers"] or rule["source_matchers"] == [
             'alertname="GatewayAbsent"'
         ]
+
+
+def test_build_arguments_exist() -> None:
+    """The Dockerfile knows every argument that an image is built with."""
+    known = set(re.findall(r"^ARG (\w+)", (DEPLOY.parent / "Dockerfile").read_text("utf-8"), re.MULTILINE))
+    given = {name for service in SERVICES.values() for name in service.get("build", {}).get("args", {})}
+    assert given
+    assert given <= known
