@@ -10,7 +10,7 @@ from prometheus_client.exposition import generate_latest
 
 from service.telemetry import exposition
 from service.telemetry.metrics import Metrics
-from tests.unit.test_metrics import KNOWN, SEEN
+from tests.unit.metered import KNOWN, SEEN
 
 TEXTS = st.text(max_size=12) | st.sampled_from(["\\", '"', "\n", '\\"\n', "é漢", "a,b=c"])
 
