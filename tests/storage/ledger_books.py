@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -68,6 +69,9 @@ class LedgerBooks(LedgerPair):
         if self.lossy:
             return
         assert state.active == sum(map(is_open, held))
+        assert {kind: tasks for kind, tasks in state.kinds.items() if tasks} == Counter(
+            each.kind for each in held if is_open(each)
+        )
         for window, counter in state.windows.items():
             mine = [each for each in held if each.periods.get(window) == counter.period]
             charged = [each for each in mine if is_charged(each) and not each.refund]
