@@ -1,0 +1,30 @@
+"""Rounds go on whatever happens, and do not fill the log with it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.storage.scripts import unavailable
+from service.usecases import rounds
+
+
+async def test_an_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the store is asked while it is away, that is told once, and again when it goes away anew."""
+    monkeypatch.setattr(rounds, "AWAY_SECONDS", 0)
+    monkeypatch.setattr(rounds, "TICK_SECONDS", 0)
+    answers = iter(["away", "away", "away", "here", "away", "away"])
+
+    async def begin() -> bool:
+        answer = next(answers, None)
+        if answer is None:
+            raise asyncio.CancelledError
+        if answer == "away":
+            raise unavailable()
+        return False
+
+    with capture_logs() as logs, pytest.raises(asyncio.CancelledError):
+        await rounds.rounds("watch", begin)
+    assert [each["event"] for each in logs] == ["round.postponed"] * 2
