@@ -114,6 +114,7 @@ class LiveRegistry:
         failed: Fault | None = None,
     ) -> None:
         self._failed = failed
+        self._away = False
         self._store = store
         self._subscribe = subscribe
         self._channel = channel
@@ -161,7 +162,9 @@ class LiveRegistry:
             except (RedisError, OSError, LedgerUnavailable) as error:
                 if self._failed and not isinstance(error, LedgerUnavailable):  # that one was counted where it came up
                     self._failed(sort_of(error))
-                _log.warning("registry.disconnected", error=type(error).__name__)
+                if not self._away:  # said once, as it may last for hours
+                    _log.warning("registry.disconnected", error=type(error).__name__)
+                self._away = True
                 await asyncio.sleep(AWAY_SECONDS)
 
     async def _listen(self) -> None:
@@ -169,4 +172,5 @@ class LiveRegistry:
             await channel.subscribe(self._channel)
             while True:
                 await self.refresh()
+                self._away = False
                 await channel.get_message(ignore_subscribe_messages=True, timeout=REFRESH_SECONDS)
