@@ -8,7 +8,8 @@ from httpx2 import Response
 
 from service.storage.connect import connect
 from service.storage.keys import Keys
-from tests.behaviour.house import House, SandboxControl
+from tests.behaviour.house import House
+from tests.behaviour.upstreams import SandboxControl
 from tests.support.valkey import Valkey
 
 EVERY_POLICY: dict[str, Any] = {

@@ -16,7 +16,8 @@ from service.sandbox.accounts import Balance
 from service.sandbox.control import Control
 from service.sandbox.dials import PRICES, Fault
 from tests.behaviour.aftermath import problem
-from tests.behaviour.house import USER_KEY, House, SandboxControl, real_house
+from tests.behaviour.house import House, real_house
+from tests.behaviour.upstreams import USER_KEY, SandboxControl
 from tests.support.valkey import Valkey
 
 KIND = "vectorize"

@@ -15,7 +15,8 @@ from service.domain.taskid import Reference, TaskIds
 from service.keyring import Keyring
 from service.wiring import TASK_IDS
 from tests.behaviour.aftermath import EVERY_POLICY, problem
-from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, House, SandboxControl
+from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, House
+from tests.behaviour.upstreams import SandboxControl
 
 NOBODY: Mapping[str, int] = dict.fromkeys(("running", "succeeded", "failed", "unknown", "refused", "not_sent"), 0)
 """No submission of any outcome."""

@@ -13,7 +13,8 @@ from service.sandbox.dials import Fault
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House, SandboxControl, real_house
+from tests.behaviour.house import House, real_house
+from tests.behaviour.upstreams import SandboxControl
 from tests.support.images import png
 from tests.support.valkey import Valkey
 

@@ -13,7 +13,8 @@ import pytest
 
 from service.sandbox.dials import Dials, Fault, Operation
 from tests.behaviour.aftermath import problem
-from tests.behaviour.house import USER_KEY, House, SandboxControl, real_house
+from tests.behaviour.house import House, real_house
+from tests.behaviour.upstreams import USER_KEY, SandboxControl
 from tests.contract.peer import answering, http, serving
 from tests.support.valkey import Valkey
 

@@ -14,8 +14,9 @@ from service.domain.taskid import Reference, TaskIds
 from service.keyring import Keyring
 from service.storage.keys import Keys
 from service.usecases.ports import SubmitOutcome, Submitted
-from tests.behaviour.house import SECRET_KEY, USER_KEY, House, SandboxControl, house_of_fakes, real_house
+from tests.behaviour.house import SECRET_KEY, House, house_of_fakes, real_house
 from tests.behaviour.keyed import KEY, PLENTY, counted, keyed, lost, made, photo, refused, replayed
+from tests.behaviour.upstreams import USER_KEY, SandboxControl
 from tests.fakes import FakeUpstream
 from tests.support.valkey import Valkey
 from tests.unit.over_fakes import until

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.house import MAX_BYTES, USER_KEY, House, house_of_fakes
+from tests.behaviour.house import MAX_BYTES, House, house_of_fakes
 from tests.behaviour.keyed import PLENTY, counted, keyed, lost, made, photo, refused, replayed
+from tests.behaviour.upstreams import USER_KEY
 from tests.support.images import png
 
 Change = Callable[[House], Awaitable[Any]]

@@ -17,9 +17,10 @@ from service.clients.callbacks import CallbackClient
 from service.clients.exchange import Line
 from service.sandbox.dials import Fault
 from service.usecases.quota import Quota
-from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, USER_KEY, House, SandboxControl, real_house
+from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, House, real_house
 from tests.behaviour.old_client import OldClient
 from tests.behaviour.receiver import Receiver, a_secret, receiving
+from tests.behaviour.upstreams import USER_KEY, SandboxControl
 from tests.support.images import png
 from tests.support.log import Written, everything_logged
 from tests.support.valkey import Valkey

@@ -13,8 +13,9 @@ from service.sandbox.app import SandboxConfig
 from service.sandbox.dials import Dials
 from service.sandbox.server import RunningSandbox, running
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.house import House, SandboxControl, real_house
+from tests.behaviour.house import House, real_house
 from tests.behaviour.old_client import CALLS, OldClient, shape
+from tests.behaviour.upstreams import SandboxControl
 from tests.support.images import png
 from tests.support.valkey import Valkey
 

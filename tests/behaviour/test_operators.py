@@ -10,7 +10,8 @@ import structlog
 from service.storage.connect import connect
 from service.usecases.bootstrap import demo_token
 from tests.behaviour.aftermath import problem
-from tests.behaviour.house import ADMIN_TOKEN, USER_KEY, House, SandboxControl
+from tests.behaviour.house import ADMIN_TOKEN, House
+from tests.behaviour.upstreams import USER_KEY, SandboxControl
 from tests.support.valkey import Valkey
 
 DEFAULTS = {"floor_count": 0, "floor_money": 0, "max_price": {}, "base_url": None}

@@ -8,7 +8,8 @@ import pytest
 import structlog
 
 from tests.behaviour.aftermath import problem
-from tests.behaviour.house import USER_KEY, House, house_of_fakes
+from tests.behaviour.house import House, house_of_fakes
+from tests.behaviour.upstreams import USER_KEY
 from tests.behaviour.whole_registry import FULL, HOOK, KEY, apply, put, registry
 
 

@@ -10,7 +10,8 @@ import structlog
 
 from tests.behaviour.aftermath import problem
 from tests.behaviour.books import opened_books
-from tests.behaviour.house import USER_KEY, House
+from tests.behaviour.house import House
+from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey
 
 BOUNDLESS: dict[str, Any] = {"limits": [{"window": "total", "tasks": 1_000}], "max_active": 1_000}

@@ -11,7 +11,8 @@ import structlog
 from httpx2 import Response
 
 from service.storage.connect import connect
-from tests.behaviour.house import ADMIN_TOKEN, USER_KEY, House, real_house
+from tests.behaviour.house import ADMIN_TOKEN, House, real_house
+from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey
 
 KEYS = [USER_KEY, "upstream-key-of-before-0123"]

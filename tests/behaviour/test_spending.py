@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.house import USER_KEY, House
+from tests.behaviour.house import House
+from tests.behaviour.upstreams import USER_KEY
 from tests.support.images import png
 
 

@@ -12,8 +12,9 @@ from service.domain.task import Kind
 from service.usecases.ports import Settlement, SubmitOutcome
 from tests.behaviour.aftermath import problem
 from tests.behaviour.books import opened_books
-from tests.behaviour.house import USER_KEY, House, house_of_fakes
+from tests.behaviour.house import House, house_of_fakes
 from tests.behaviour.spent import lost, shown, submission, submission_of, turned_up
+from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey
 
 

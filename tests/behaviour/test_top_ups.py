@@ -11,7 +11,7 @@ import pytest
 from service.sandbox.dials import Fault
 from tests.behaviour.aftermath import problem
 from tests.behaviour.books import KIND, PRICE, Books, opened_books
-from tests.behaviour.house import USER_KEY
+from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey
 
 SPARE_KEY = "upstream-key-spare"

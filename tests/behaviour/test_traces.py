@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from service.telemetry.redaction import Redactor
-from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, USER_KEY, real_house
+from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, real_house
 from tests.behaviour.receiver import a_secret, receiving
 from tests.behaviour.test_secrets import KEYS, a_busy_day, spellings
+from tests.behaviour.upstreams import USER_KEY
 from tests.support.traces import Collector, collecting
 from tests.support.valkey import Valkey
 from tests.unit.test_tracing import SPAN, TRACE

@@ -10,7 +10,7 @@ import pytest
 
 from service.sandbox.dials import Fault
 from tests.behaviour.books import PRICE, Books, opened_books
-from tests.behaviour.house import USER_KEY
+from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey
 
 MISSING = Fault(times=2, wrong={"remaining_count": "missing", "remaining_money": "null"})

@@ -11,7 +11,7 @@ from service.storage.keys import Keys
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.aftermath import EVERY_POLICY, problem
 from tests.behaviour.books import PRICE, opened_books
-from tests.behaviour.house import USER_KEY, House
+from tests.behaviour.house import House
 from tests.behaviour.spent import (
     NOBODY,
     all_usage,
@@ -26,6 +26,7 @@ from tests.behaviour.spent import (
     usage,
     windows,
 )
+from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey
 
 

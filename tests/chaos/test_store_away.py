@@ -14,7 +14,8 @@ from service import wiring
 from service.domain.reservation import Reservation, ReservationState
 from service.domain.tenancy import Window
 from service.domain.windows import TenantState
-from tests.behaviour.house import House, SandboxControl, real_house
+from tests.behaviour.house import House, real_house
+from tests.behaviour.upstreams import SandboxControl
 from tests.support.valkey import Valkey, running
 
 

@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tests.behaviour.house import SandboxControl, real_house
+from tests.behaviour.house import real_house
+from tests.behaviour.upstreams import SandboxControl
 from tests.chaos.test_store_away import arrived, counters, until
 from tests.support.valkey import Valkey, running
 

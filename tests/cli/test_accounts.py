@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from service.keyring import Keyring
-from tests.behaviour.house import SECRET_KEY, USER_KEY
+from tests.behaviour.house import SECRET_KEY
+from tests.behaviour.upstreams import USER_KEY
 from tests.cli.conftest import Shell
 
 

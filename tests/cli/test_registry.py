@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from service.cli.client import Answer, OperatorsPort
-from tests.behaviour.house import USER_KEY
+from tests.behaviour.upstreams import USER_KEY
 from tests.cli.conftest import Shell
 from tests.cli.test_accounts import key_of
 

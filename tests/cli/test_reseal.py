@@ -13,7 +13,8 @@ from service.domain.webhook import Signing
 from service.keyring import Keyring
 from service.usecases.ports import RegistryChange
 from service.wiring import USER_KEYS, WEBHOOK_SECRETS
-from tests.behaviour.house import ENVIRONMENT, SECRET_KEY, USER_KEY
+from tests.behaviour.house import ENVIRONMENT, SECRET_KEY
+from tests.behaviour.upstreams import USER_KEY
 from tests.cli.conftest import Shell
 
 OLD, STRANGE = b"o" * 32, b"x" * 32

@@ -20,8 +20,9 @@ from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.wiring import assembled
 from tests.behaviour.aftermath import problem
-from tests.behaviour.house import ADMIN_TOKEN, ENVIRONMENT, USER_KEY, House, SandboxControl
+from tests.behaviour.house import ADMIN_TOKEN, ENVIRONMENT, House
 from tests.behaviour.spent import all_usage
+from tests.behaviour.upstreams import USER_KEY, SandboxControl
 from tests.cli.conftest import Shell
 from tests.support.serving import serving
 from tests.support.valkey import Valkey
