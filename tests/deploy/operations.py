@@ -1,0 +1,187 @@
+"""The procedures of OPERATIONS.md, taken out of it, and a shell to carry them out in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from service.domain.tenancy import new_token
+from service.storage.embedded import server_binary
+from tests.process.sandbox import Sandbox
+from tests.support.valkey import free_port, running
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "deploy" / "OPERATIONS.md"
+RUN, SHOWN = "sh", "console"
+SECONDS = 60.0
+
+_HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+_BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+_PORT = re.compile(r"(?<=[ :=])(8080|8081|8083|8090|8091|6390)\b")
+_KEYS = ("the-user-key", "the-second-key", "the-key-of-another", "the-real-key")
+_TOKEN_ID = "0123456789ab"
+"""As in the document."""
+_STORE = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")
+
+_HELPERS = """
+used() {
+    curl -fsS -H "Authorization: Bearer $(cat shop.token)" "$TENANTS/v1/quota" | grep -o '"used":[0-9]*' | head -n 1
+}
+submit() {
+    curl -fsS -H "Authorization: Bearer $(cat shop.token)" -H "Prefer: wait=60" -F image=@photo.jpg \\
+        "$TENANTS/v1/tasks/face-enhance" >task.json && grep -q '"state":"succeeded"' task.json
+}
+read_task() {
+    curl -sS -o read.json -w '%{http_code}' -H "Authorization: Bearer $(cat shop.token)" \\
+        "$TENANTS/v1/tasks/$(sed 's/.*"id":"\\(task_[^"]*\\)".*/\\1/' "$1")"
+}
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is to be typed, and how it is marked."""
+
+    language: str
+    text: str
+
+
+def procedures() -> Mapping[str, Sequence[Block]]:
+    """The blocks of each procedure, by its heading."""
+    parts = _HEADING.split(FILE.read_text("utf-8"))[1:]
+    return {
+        heading: [Block(found[2], found[3]) for found in _BLOCK.finditer(text)]
+        for heading, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def typed(heading: str) -> Sequence[str]:
+    """The blocks of a procedure that are carried out here."""
+    return [each.text for each in procedures()[heading] if each.language == RUN]
+
+
+@dataclass
+class Shell:
+    """A folder of an installation, with a store, an upstream, and another store to move to."""
+
+    folder: Path
+    upstream: Sandbox
+    stores: tuple[int, int]
+    keys: Mapping[str, str]
+    token: str = field(default_factory=new_token)
+    ports: dict[str, str] = field(default_factory=dict)
+
+    def run(self, *parts: str) -> str:
+        """Carry parts out in one shell, which ends with the first that fails; all that is printed."""
+        begin = ["set -euo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || :; wait' EXIT"]
+        script = "\n".join([*begin, *map(self._here, parts)])
+        process = subprocess.Popen(
+            ["/bin/bash", "-c", script],
+            cwd=self.folder,
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            printed, _ = process.communicate(timeout=SECONDS)
+        finally:
+            self._end(process.pid)
+            process.wait()
+        logs = "\n".join(f"{each.name}: {each.read_text()[-2_000:]}" for each in self.folder.glob("*.log"))
+        assert process.returncode == 0, f"{script}\n\n{printed}\n\n{logs}"
+        return printed
+
+    def installed(self) -> Sequence[str]:
+        """What makes an installation, up to its first process, which has an account and a tenant by other ways."""
+        return [typed("First install")[0], *typed("Words"), _HELPERS, "start one", f"curl {self._registry()}"]
+
+    def _registry(self) -> str:
+        """The arguments of a `curl` that makes the registry what it is after the first installation."""
+        digest = hashlib.sha256(self.token.encode()).hexdigest()
+        (self.folder / "shop.token").write_text(self.token)
+        main = {"user_key": {"file": "secrets/main.key", "value": _KEYS[0]}}
+        shop = {
+            "accounts": ["main"],
+            "limits": [{"window": "day", "tasks": 200, "money": 150}],
+            "max_active": 10,
+            "tokens": {_TOKEN_ID: {"sha256": digest}},
+        }
+        body = json.dumps({"accounts": {"main": main}, "tenants": {"shop": shop}})
+        return (
+            "-fsS -o /dev/null -X PUT -H 'Content-Type: application/json' "
+            f"""-H "Authorization: Bearer $(cat secrets/admin-token)" -d '{body}' "$OPS/admin/v1/registry" """
+        )
+
+    def _here(self, text: str) -> str:
+        """Put what is on this machine in the place of what stands for it in the document."""
+        first, second = self.stores
+        for name, address in {
+            "new-redis.example:6380": f"127.0.0.1:{second}",
+            "redis.example:6379": f"127.0.0.1:{first}",
+            "redis.example 6379": f"127.0.0.1 {first}",
+            "https://upstream.example": self.upstream.url,
+            "https://vendor.example": self.upstream.url,
+            **self.keys,
+        }.items():
+            text = text.replace(name, address)
+        return _PORT.sub(lambda found: self.ports.setdefault(found[1], str(free_port())), text)
+
+    def _environment(self) -> dict[str, str]:
+        own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+        path = f"{self.folder / 'bin'}:{own['PATH']}"
+        return own | {"PATH": path, "PYTHONPATH": str(ROOT), "GATEWAY_POLL_SECONDS": "0.05"}
+
+    @staticmethod
+    def _end(session: int) -> None:
+        """End whatever the shell has left running."""
+        try:
+            os.killpg(session, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+
+@contextmanager
+def shell(folder: Path, upstream: Sandbox) -> Iterator[Shell]:
+    """A shell in a folder with what the procedures need, and with accounts at the upstream that nobody else has."""
+    commands = {
+        "gateway": f"{sys.executable} -m service",
+        "redis-cli": f"{sys.executable} -S {Path(__file__).with_name('redis_cli.py')}",
+        "redis-server": str(server_binary()),
+    }
+    (folder / "bin").mkdir()
+    for name, command in commands.items():
+        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "photo.jpg").symlink_to(ROOT / "service" / "demo" / "pictures" / "photo.jpg")
+    (folder / "deploy").symlink_to(ROOT / "deploy")
+    keys = {name: f"{name}-{folder.name}" for name in _KEYS}
+    for key in keys.values():
+        balance(upstream, key, count=10, money=0)
+    with running(*_STORE, port=free_port()) as first, running(*_STORE, port=free_port()) as second:
+        yield Shell(folder, upstream, (first.port, second.port), keys)
+
+
+def balance(upstream: Sandbox, key: str, **held: int) -> None:
+    """Let an account of the upstream hold something."""
+    httpx2.put(f"{upstream.url}/_control/accounts/{key}", json=held).raise_for_status()
+
+
+def spent_with(upstream: Sandbox, key: str) -> int:
+    """How many submits came with a key."""
+    found: list[dict[str, Any]] = httpx2.get(f"{upstream.url}/_control/requests").json()
+    return sum(each["operation"] == "submit" and each["user_key"] == key for each in found)

@@ -1,0 +1,200 @@
+"""OPERATIONS.md: each procedure is carried out as it is written, on a gateway that runs."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.operations import FILE, RUN, SHOWN, Shell, balance, procedures, shell, spent_with, typed
+from tests.process.sandbox import Sandbox, sandbox
+
+NOT_HERE = {
+    "First install": "docker: compose needs an engine; test_compose.py judges the file",
+    "Upgrade": "helm and kubectl: they need a cluster; kubernetes/ judges the chart",
+    "Monitoring": "amtool: it needs an Alertmanager",
+}
+"""The procedures with blocks that can't be carried out here, and why."""
+SEALED = "All secrets of the registry are sealed with the first secret key."
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Sandbox]:
+    """An upstream for all tests of this module, whose tasks take no time."""
+    with sandbox() as found:
+        yield found
+
+
+@pytest.fixture
+def here(tmp_path: Path, upstream: Sandbox) -> Iterator[Shell]:
+    """A machine for an installation."""
+    with shell(tmp_path, upstream) as found:
+        yield found
+
+
+def test_first_install(here: Shell) -> None:
+    """A first installation as it is written ends with a task that went through."""
+    settings, begin, trial = typed("First install")
+    printed = here.run(settings, *typed("Words"), begin, trial)
+    assert "These settings are fit for production." in printed
+    assert '"state":"succeeded"' in printed
+    assert re.search(r"^main +open +9 ", printed, re.MULTILINE)
+    assert (here.folder / "secrets" / "secret-keys").stat().st_mode & 0o077 == 0
+
+
+def test_add_a_tenant(here: Shell) -> None:
+    """A new tenant sees its limits, and is in the file."""
+    printed = here.run(*here.installed(), *typed("Add a tenant"))
+    assert '"limit":1000' in printed
+    assert "[tenants.press]" in (here.folder / "registry.toml").read_text()
+
+
+def test_rotate_a_token(here: Shell) -> None:
+    """The old token has an end, the new one is good, and the file knows both."""
+    printed = here.run(*here.installed(), *typed("Rotate a token"), "submit", "cp shop.second shop.token", "submit")
+    assert "The token 0123456789ab of shop ends in 604800 seconds." in printed
+    kept = tomllib.loads((here.folder / "registry.toml").read_text())["tenants"]["shop"]["tokens"]
+    assert [(each.get("label"), "expires_at" in each) for each in kept.values()] == [
+        (None, True),
+        ("web shop, second", False),
+    ]
+
+
+def test_rotate_a_user_key(here: Shell, upstream: Sandbox) -> None:
+    """Another key of an account is spent with at once, and another account takes over from one that is then deleted."""
+    renewed, another = typed("Rotate a user_key")
+    printed = here.run(*here.installed(), "submit", renewed, "submit", another, "submit")
+    assert "accounts.main.user_key: the secret is another one" in printed
+    assert [spent_with(upstream, each) for each in here.keys.values()] == [1, 1, 1, 0]
+    assert "[accounts.main]" not in (here.folder / "registry.toml").read_text()
+
+
+def test_rotate_the_secret_keys(here: Shell) -> None:
+    """An old secret key seals nothing any more when it goes: the account can pay, and only ids of before are lost."""
+    behind, front, alone = typed("Rotate the secret keys")
+    printed = here.run(
+        *here.installed(),
+        *("submit", "cp task.json old.json", behind, "read_task old.json", front, "read_task old.json"),
+        *("submit", "cp task.json new.json", alone, "submit", "read_task new.json", "read_task old.json"),
+    )
+    assert "Sealed anew, with the first secret key: accounts.main.user_key" in printed
+    assert printed.count(SEALED) == 2
+    assert re.findall(r"(200|404)", printed.replace(SEALED, "")) == ["200", "200", "200", "404"]
+    assert "task.key-lost" not in (here.folder / "one.log").read_text()
+
+
+def test_rotate_the_operators_token(here: Shell) -> None:
+    """The new token is taken, and the old one no longer."""
+    ask = "curl -sS -o /dev/null -w '%{http_code}' -H \"Authorization: Bearer $OLD\" $OPS/admin/v1/accounts"
+    printed = here.run(*here.installed(), "OLD=$(cat secrets/admin-token)", *typed("Rotate the operators' token"), ask)
+    assert re.search(r"^main +open ", printed, re.MULTILINE)
+    assert printed.endswith("401")
+
+
+def test_top_up_an_account(here: Shell, upstream: Sandbox) -> None:
+    """An account that was empty opens, and pays."""
+    key = here.keys["the-user-key"]
+    balance(upstream, key, count=0, money=0)
+    account = f"{upstream.url}/_control/accounts/the-user-key"
+    ordered = f'curl -fsS -o /dev/null -X PUT -d \'{{"count":5,"money":0}}\' {account}'
+    refused = "if submit; then exit 1; fi; gateway account show main"
+    printed = here.run(*here.installed(), refused, ordered, *typed("Top up an account"), "submit")
+    assert re.findall(r"^state: +(\w+)$", printed, re.MULTILINE) == ["exhausted", "open", "open"]
+
+
+def test_drain_a_replica(here: Shell) -> None:
+    """A replica that is told to end does so in good order, and the next start goes on."""
+    printed = here.run(*here.installed(), *typed("Drain a replica"), 'wait "$(cat one.pid)"', "start one", "submit")
+    assert "gateway_settlements_waiting 0" in printed
+    assert "shutdown.begun" in (here.folder / "one.log").read_text()
+
+
+def test_scale_apart(here: Shell) -> None:
+    """An api and a worker do together what one process did."""
+    here.run(*here.installed(), *typed("Scale api and worker apart"), "submit")
+    assert "task.ended" in (here.folder / "worker.log").read_text()
+    assert "task.ended" not in (here.folder / "api.log").read_text()
+
+
+def test_upgrade(here: Shell) -> None:
+    """What runs beside the old process goes on alone when that is drained."""
+    here.run(
+        *here.installed(), "submit", *typed("Upgrade"), "TENANTS=http://127.0.0.1:8090", "read_task task.json", "submit"
+    )
+
+
+def test_what_redis_needs(here: Shell) -> None:
+    """A store as it is written to be has no faults and gives no doubts."""
+    printed = here.run(typed("First install")[0], *typed("Words"), *typed("What Redis needs"))
+    assert "answers at" in printed
+    assert "warning" not in printed
+
+
+def test_back_up_and_restore(here: Shell) -> None:
+    """What was backed up is there on another store, and its secrets open."""
+    printed = here.run(*here.installed(), "submit", *typed("Back up"), *typed("Test a restore"), "submit")
+    assert SEALED in printed
+    assert re.search(r"^main +open +9 ", printed, re.MULTILINE)
+    assert re.search(r"shop +face-enhance .*\b1\b", printed)
+    assert "task.ended" not in (here.folder / "restored.log").read_text()
+
+
+def test_move_redis(here: Shell) -> None:
+    """On the new store all is as it was, tasks and what was spent, and the old one is off."""
+    first, second = here.stores
+    printed = here.run(
+        *(*here.installed(), "submit", "cp task.json old.json", *typed("Move Redis"), "submit", "read_task old.json"),
+        *("used", f"! redis-cli -p {first} ping 2>/dev/null", f"redis-cli -p {second} info replication"),
+    )
+    assert '200"used":2' in printed
+    assert "role:master" in printed
+
+
+def test_registry_file_alone(here: Shell) -> None:
+    """From the file alone a tenant reads its task, which is booked then, and limits began at zero."""
+    lost = ("submit", "keep", "stop one", f"redis-cli -p {here.stores[0]} flushall")
+    printed = here.run(
+        *(*here.installed(), *lost, *typed("Restore from the registry file alone")),
+        *("used", "read_task task.json", "used"),
+    )
+    assert printed.endswith('"used":0\n200"used":1\n')
+
+
+def test_real_upstream(here: Shell, upstream: Sandbox) -> None:
+    """With the real upstream the tenant goes on with its token, and spends with the real key."""
+    here.run(*here.installed(), "submit", *typed("From the sandbox to the real upstream"), "submit")
+    assert [spent_with(upstream, here.keys[each]) for each in ("the-user-key", "the-real-key")] == [1, 1]
+
+
+def test_monitoring(here: Shell) -> None:
+    """The gateway tells that it reads its store, and no alert leads to an address of the examples."""
+    printed = here.run(*here.installed(), *typed("Monitoring"))
+    assert "gateway_ledger_up 1" in printed
+    alerts = "".join(each.read_text() for each in (here.folder / "prometheus").glob("alerts-*.yaml"))
+    assert "https://wiki.example/RUNBOOK.md#" in alerts
+    assert not re.search(r"https://(imaging-gateway|grafana)\.example/(?!RUNBOOK.md<)", re.sub(r"^#.*", "", alerts))
+
+
+def test_every_procedure_is_tried() -> None:
+    """Every block is carried out by a test of this module, or is marked and has a reason why not."""
+    source = Path(__file__).read_text()
+    for heading, blocks in procedures().items():
+        marks = {each.language for each in blocks}
+        assert marks <= {RUN, SHOWN}, heading
+        assert (SHOWN in marks) == (heading in NOT_HERE), heading
+        assert RUN not in marks or f'typed("{heading}")' in source or heading == "Words", heading
+
+
+def test_links() -> None:
+    """Every link leads to a file that is there, and to a heading in it."""
+    for target in re.findall(r"\]\(([^)]+)\)", FILE.read_text("utf-8")):
+        name, _, anchor = target.partition("#")
+        path = (FILE.parent / name) if name else FILE
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}, (
+            target
+        )
