@@ -20,6 +20,7 @@ import httpx2
 from service.domain.tenancy import new_token
 from service.storage.embedded import server_binary
 from tests.process.sandbox import Sandbox
+from tests.support.images import png
 from tests.support.valkey import free_port, running
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +168,7 @@ def shell(folder: Path, upstream: Sandbox) -> Iterator[Shell]:
     for name, command in commands.items():
         (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (folder / "bin" / name).chmod(0o755)
-    (folder / "photo.jpg").symlink_to(ROOT / "service" / "demo" / "pictures" / "photo.jpg")
+    (folder / "photo.jpg").write_bytes(png())
     (folder / "deploy").symlink_to(ROOT / "deploy")
     keys = {name: f"{name}-{folder.name}" for name in _KEYS}
     for key in keys.values():
