@@ -27,7 +27,7 @@ _LARGEST_BODY = 32_000_000
 
 _ANY = "*"
 
-Force = Annotated[bool, QueryParameter(description="Remove even what has tasks running.")]
+Force = Annotated[bool, QueryParameter(description="Remove even what has tasks running, and even all there is.")]
 Prune = Annotated[bool, QueryParameter(description="Remove the accounts, tenants and tokens that are not sent.")]
 DryRun = Annotated[bool, QueryParameter(description="Change nothing, only say what would be different.")]
 IfMatch = Annotated[

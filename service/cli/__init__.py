@@ -127,7 +127,7 @@ def export(url: str | None, *, as_json: bool) -> None:
 @click.argument("file", type=click.File("rb"))
 @click.option("--dry-run", is_flag=True, help="Show what would be different, and change nothing.")
 @click.option("--prune", is_flag=True, help="Remove the accounts, tenants and tokens that are not in the file.")
-@click.option("--force", is_flag=True, help="Remove even what has tasks running.")
+@click.option("--force", is_flag=True, help="Remove even what has tasks running, and even all there is.")
 @_at_url
 @_as_json
 def apply(file: BinaryIO, url: str | None, *, dry_run: bool, prune: bool, force: bool, as_json: bool) -> None:

@@ -54,8 +54,8 @@ class Apply:
     async def __call__(self, wanted: Wanted, *, force: bool, dry_run: bool, fits: Callable[[int], bool]) -> Plan:
         """Make the registry what is wanted, all of it or nothing; a dry run only says what that would be.
 
-        Unless forced, nothing is removed that has tasks running. `fits` says whether a version is the one that was
-        thought of. Raises InvalidOptions with all faults, Conflict, Outdated or Overloaded.
+        Unless forced, nothing is removed that has tasks running, and never all there is. `fits` says whether a version
+        is the one that was thought of. Raises InvalidOptions with all faults, Conflict, Outdated or Overloaded.
         """
         now = await self.current()
         if not fits(now.version):
@@ -66,6 +66,7 @@ class Apply:
             return plan
         if not force:
             await self._check_idle(plan.change)
+            _check_left(plan.after)
         if not dry_run:
             await self._carry_out(plan, plan.change, force=force)
         return plan
@@ -122,3 +123,11 @@ class Apply:
         for token in change.tokens:
             owner = plan.after.tenant_name(token.tenant)
             _log.info("token.put", tenant=owner, id=token.id, label=token.label, expires=token.expires)
+
+
+def _check_left(after: Registry) -> None:
+    """Raise Conflict if nothing would be left: that is what comes of the file of an export that failed."""
+    if not after.accounts and not after.tenants:
+        raise Conflict(
+            "Nothing would be left: there is no account and no tenant in what was sent. Look why, or force it."
+        )

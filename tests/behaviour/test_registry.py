@@ -119,6 +119,19 @@ async def test_tasks_that_run(house: House) -> None:
     assert house.services.registry.current.tenants == {}
 
 
+async def test_nothing_would_be_left(house: House) -> None:
+    """A registry with nothing in it, as an export that failed leaves it, removes all there is by force only."""
+    before = house.services.registry.current
+    for query in ("?prune=true", "?prune=true&dry_run=true"):
+        answer = await house.admin("PUT", f"/registry{query}", json={"accounts": {}})
+        problem(answer, 409, "conflict")
+        assert "Nothing would be left" in answer.text
+    assert house.services.registry.current is before
+    await apply(house, {}, "?prune=true&force=true")
+    assert house.services.registry.current.accounts == {}
+    assert (await apply(house, {}, "?prune=true"))["differences"] == []
+
+
 @pytest.mark.parametrize("tag", ['"1"', 'W/"3"', "3", '"x"', '"1", "2"'])
 async def test_somebody_was_faster(house: House, tag: str) -> None:
     """What was made for another version than the newest is refused, and changes nothing."""
@@ -220,9 +233,9 @@ async def test_logged_without_secrets(house: House) -> None:
     with structlog.testing.capture_logs() as logged:
         answers = [
             await house.admin("PUT", "/registry", json=FULL),
-            await house.admin("PUT", "/registry?dry_run=true&prune=true", json={}),
+            await house.admin("PUT", "/registry?dry_run=true&prune=true&force=true", json={}),
             await house.admin("PUT", "/registry", json={"accounts": {"main": {"user_key": {"value": [KEY]}}}}),
-            await house.admin("PUT", "/registry?prune=true", json={}),
+            await house.admin("PUT", "/registry?prune=true&force=true", json={}),
             await registry(house),
         ]
     assert [each.status_code for each in answers] == [200, 200, 422, 200, 200]
