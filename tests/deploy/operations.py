@@ -30,7 +30,7 @@ SECONDS = 60.0
 
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-_PORT = re.compile(r"(?<=[ :=])(8080|8081|8083|8090|8091|6390)\b")
+_PORT = re.compile(r"(?<=[ :=])(8080|8081|8083|8090|8091|6390|6391)\b")
 _KEYS = ("the-user-key", "the-second-key", "the-key-of-another", "the-real-key")
 _TOKEN_ID = "0123456789ab"
 """As in the document."""

@@ -136,6 +136,21 @@ def test_back_up_and_restore(here: Shell) -> None:
     assert "task.ended" not in (here.folder / "restored.log").read_text()
 
 
+def test_restore_redis(here: Shell) -> None:
+    """A store that was restored has what was in the copy, and keeps it from then on; what was revoked since, is."""
+    printed = here.run(
+        *(*here.installed(), "submit", "gateway token create shop >second.token", *typed("Back up")),
+        *("gateway token revoke shop 0123456789ab", "keep", *typed("Restore Redis from a back-up")),
+        *("read_task task.json", "cp second.token shop.token", "submit"),
+        *(
+            "stop one; redis-cli -p 6391 shutdown; wait",
+            "redis-server --port 6391 --dir data --appendonly yes >data/log &",
+        ),
+        *("start one", "used"),
+    )
+    assert printed.endswith('401"used":2\n')
+
+
 def test_move_redis(here: Shell) -> None:
     """On the new store all is as it was, tasks and what was spent, and the old one is off."""
     first, second = here.stores
