@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.deploy import rules
+from tests.deploy.kubernetes.release import kind, release
 from tests.deploy.promql import complaints
 from tests.deploy.rules import Rule
 from tests.deploy.series import exported
@@ -91,3 +92,18 @@ def test_example_takes_all_rules() -> None:
     assert taken == set(rules.FILES)
     known = {job for rule in rules.rules() for job in re.findall(r'job="([^"]*)"', rule["expr"])}
     assert {each["job_name"] for each in example["scrape_configs"]} == known
+
+
+def test_example_for_kubernetes() -> None:
+    """What the example says of Kubernetes, in a comment, finds pods by the label and the port that the chart gives."""
+    text = (rules.FOLDER / "prometheus.yaml").read_text("utf-8")
+    commented = [line.removeprefix("    #   ") for line in text.splitlines() if line.startswith("    #   ")]
+    config = yaml.safe_load("\n".join(commented))
+    kept = {(each["source_labels"][0], each["regex"]) for each in config["relabel_configs"] if "regex" in each}
+    for pod in (each["spec"]["template"] for each in kind(release("default"), "Deployment")):
+        ports = [port["name"] for each in pod["spec"]["containers"] for port in each["ports"]]
+        told = {("__meta_kubernetes_pod_container_port_name", port) for port in ports}
+        for name, value in pod["metadata"]["labels"].items():
+            told.add((f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', name)}", value))
+        assert len(kept) == 2
+        assert kept <= told
