@@ -127,10 +127,7 @@ class OperatorsPort:
         try:
             response = self._http.request(method, address, content=content, headers=headers, params=query)
         except httpx2.RequestError as error:
-            raise CommandError(
-                f"gateway: no gateway answers at {self._url}: {plain(str(error)) or type(error).__name__}. "
-                "Start it, or name its operators' port with --url."
-            ) from None
+            raise self._unanswered(method, error) from None
         if (
             response.is_success
             and accept != _JSON
@@ -144,6 +141,14 @@ class OperatorsPort:
         except msgspec.DecodeError:
             raise _stranger(self._url, f"HTTP {response.status_code}") from None
         raise Refused(response.status_code, str(problem))
+
+    def _unanswered(self, method: str, error: httpx2.RequestError) -> CommandError:
+        why = plain(str(error)) or type(error).__name__
+        if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+            hint = "Start it, or name its operators' port with --url."
+            return CommandError(f"gateway: no gateway answers at {self._url}: {why}. {hint}")
+        hint = "" if method == "GET" else " It may have been done all the same: look before you repeat it."
+        return CommandError(f"gateway: no answer came from {self._url}: {why}.{hint}")
 
 
 def asking(command: Callable[..., None]) -> Callable[..., None]:

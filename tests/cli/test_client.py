@@ -81,6 +81,17 @@ async def test_nobody_there(shell: Shell) -> None:
     assert line.endswith("Start it, or name its operators' port with --url.")
 
 
+@pytest.mark.parametrize("kind", ["says nothing", "hangs up half-way"])
+async def test_may_have_been_done(shell: Shell, kind: str) -> None:
+    """Of a change to which no answer came, nobody is told that there is no gateway, but that it may have been made."""
+    async with stranger(STRANGERS[kind]) as url:
+        change = await shell.run("token", "create", "shop", "--url", url, code=1)
+        question = await shell.run("account", "list", "--url", url, code=1)
+    assert change.stderr.startswith(f"gateway: no answer came from {url}: ")
+    assert change.stderr.endswith(" It may have been done all the same: look before you repeat it.\n")
+    assert "may have been done" not in question.stderr
+
+
 @pytest.mark.parametrize("url", ["", "nonsense", "ftp://host", "http://", "http://h:99999", "http://h\n", "http://ü"])
 async def test_no_address(shell: Shell, url: str) -> None:
     """What is no address is said to be none; an empty one counts as not given."""
