@@ -36,6 +36,10 @@ _TOKEN_ID = "0123456789ab"
 """As in the document."""
 _STORE = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")
 
+_COMMANDS = Path(__file__).with_name("commands")
+_STAND_INS = {"curl": "curl", "openssl": "openssl", "redis-cli": "redis_cli"}
+"""Commands that a machine may not have, with the modules that stand in for them."""
+
 _HELPERS = """
 used() {
     curl -fsS -H "Authorization: Bearer $(cat shop.token)" "$TENANTS/v1/quota" | grep -o '"used":[0-9]*' | head -n 1
@@ -161,7 +165,7 @@ def shell(folder: Path, upstream: Sandbox) -> Iterator[Shell]:
     """A shell in a folder with what the procedures need, and with accounts at the upstream that nobody else has."""
     commands = {
         "gateway": f"{sys.executable} -m service",
-        "redis-cli": f"{sys.executable} -S {Path(__file__).with_name('redis_cli.py')}",
+        **{name: f"{sys.executable} -S {_COMMANDS / file}.py" for name, file in _STAND_INS.items()},
         "redis-server": str(server_binary()),
     }
     (folder / "bin").mkdir()
