@@ -130,6 +130,16 @@ def test_ports(name: str) -> None:
         assert path["backend"]["service"] == {"name": "photos-imaging-gateway", "port": {"name": "tenants"}}
 
 
+def test_ingress_waits_for_the_answer() -> None:
+    """The ingress of the example waits as long as a submission may take, and never sends it a second time."""
+    resources = release("production")
+    (container,) = named(resources, "Deployment", "-api")["spec"]["template"]["spec"]["containers"]
+    (lease,) = [int(each["value"]) for each in container["env"] if each["name"] == "GATEWAY_LEASE_SECONDS"]
+    annotations = named(resources, "Ingress")["metadata"]["annotations"]
+    assert int(annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"]) >= lease
+    assert annotations["nginx.ingress.kubernetes.io/proxy-next-upstream"] == "off"
+
+
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("scales", [True, False])
 def test_replicas(role: str, scales: bool) -> None:
