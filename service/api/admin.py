@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -23,13 +24,14 @@ from service.api.admin_views import (
     expiry,
     tenant_view,
 )
-from service.domain.tenancy import Account, Tenant
+from service.domain.errors import FieldError, InvalidOptions
+from service.domain.tenancy import NAME_MUST, Account, Tenant
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 
 # Readers of the OpenAPI document don't know \Z, and Python's $ alone would let a line break through.
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,62}(?!\n)$"
-NewName = Annotated[str, PathParameter(pattern=_NAME, description="A name of your choice.")]
+NewName = Annotated[str, PathParameter(schema_extra={"pattern": _NAME}, description="A name of your choice.")]
 Name = Annotated[str, PathParameter(description="The name.")]
 Force = Annotated[bool, QueryParameter(description="Even though tasks run or others refer to it.")]
 Grace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid yet.")]
@@ -53,7 +55,7 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         responses=openapi.problems(401, "malformed-request", *_CHANGE),
     )
     async def put_account(name: NewName, data: JSONBody[AccountBody]) -> AccountView:
-        return await view(await operators.put_account(name, data.key(), data.url(), data.policy()))
+        return await view(await operators.put_account(_fit(name), data.key(), data.url(), data.policy()))
 
     @get(
         "/accounts",
@@ -108,7 +110,7 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         responses=openapi.problems(401, "malformed-request", *_CHANGE),
     )
     async def put_tenant(name: NewName, data: JSONBody[TenantBody]) -> TenantView:
-        put = await operators.put_tenant(data.tenant(name), data.webhook.secret if data.webhook else None)
+        put = await operators.put_tenant(data.tenant(_fit(name)), data.webhook.secret if data.webhook else None)
         return await view(put.tenant, put.secret)
 
     @get(
@@ -163,3 +165,10 @@ def _token_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         await operators.revoke_token(name, token_id, grace)
 
     return [create_token, revoke_token]
+
+
+def _fit(name: str) -> str:
+    """A name that may be given to something new. Raises InvalidOptions."""
+    if not re.search(_NAME, name):
+        raise InvalidOptions([FieldError("name", f"must {NAME_MUST}")])
+    return name

@@ -16,13 +16,10 @@ from service.domain.origin import Origin
 from service.domain.task import Kind
 from service.domain.webhook import Webhook
 
+NAME_MUST = "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
 Name = Annotated[
     str,
-    Meta(
-        pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z",
-        description="A name of your choice.",
-        extra={"must": "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"},
-    ),
+    Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z", description="A name of your choice.", extra={"must": NAME_MUST}),
 ]
 
 TOKEN_PREFIX = "igw_"  # noqa: S105 - what makes a leaked token recognisable, not a secret

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from service.domain.tenancy import NAME_MUST
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import House
 
@@ -81,11 +82,12 @@ async def state(house: House) -> list[Any]:
     return [*shown, house.services.registry.current.version]
 
 
-async def refused(house: House, method: str, path: str, field: str, body: object) -> None:
+async def refused(house: House, method: str, path: str, field: str, body: object) -> str:
     answer = await house.admin(method, path, json=body)
     document = problem(answer, 422, "invalid-options")
     assert [each["field"] for each in document["errors"]] == [field], (body, document)
     assert all(each["detail"] for each in document["errors"])
+    return str(document["detail"])
 
 
 @pytest.mark.parametrize("field", FAULTY_ACCOUNTS)
@@ -117,11 +119,11 @@ async def test_faulty_token(house: House, field: str) -> None:
 
 
 async def test_faulty_name(house: House) -> None:
-    """A name is made of lower-case letters, digits, dots, dashes and underscores, and has at most 63 of them."""
+    """A name that has other characters than it may have, or too many, is refused in plain words."""
     before = await state(house)
     for name in FAULTY_NAMES:
-        await refused(house, "PUT", f"/accounts/{name}", "name", {"user_key": "good"})
-        await refused(house, "PUT", f"/tenants/{name}", "name", {"accounts": ["main"]})
+        for path, body in ((f"/accounts/{name}", {"user_key": "good"}), (f"/tenants/{name}", {"accounts": ["main"]})):
+            assert await refused(house, "PUT", path, "name", body) == f"name: must {NAME_MUST}"
     assert await state(house) == before
     for name in ("0", "a.b-c_d", "a" * 63):
         await house.put_tenant(name)
