@@ -59,6 +59,8 @@ def refusal(*settings: str) -> str:
         ("api.autoscaling.minReplicas=9", "api.autoscaling.minReplicas must not be more than maxReplicas"),
         ("api.disruptionBudget.maxUnavailable=0", "maxUnavailable: Must be greater than or equal to 1"),
         ("networkPolicy.redis.ports=[]", "networkPolicy.redis.ports: Array must have at least 1 items"),
+        ('settings.upstreamUrl="https://[::1]:8443/x"', "networkPolicy.upstream.ports must have 8443"),
+        ('settings.upstreamUrl="http://upstream.example"', "networkPolicy.upstream.ports must have 80"),
         ("networkPolicy.tenants=[{}]", "networkPolicy.tenants.0: Must have at least 1 properties"),
         ("ingress.enabled=true", "ingress.hosts must name at least one host"),
         ("monitoring.serviceMonitor.enabled=true", "networkPolicy.operators must say where Prometheus runs"),
@@ -73,6 +75,23 @@ def refusal(*settings: str) -> str:
 def test_refusals(setting: str, said: str) -> None:
     """What can't be used is refused before anything is installed, in words that say where it is and what is wrong."""
     assert said in refusal(setting)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"upstream": {"ports": [443, 8443]}},
+        {"upstream": {"ports": [9000], "to": [{"podSelector": {"matchLabels": {"app": "upstream"}}}]}},
+        {"upstream": {"ports": [9000], "to": []}},
+        {"extraEgress": [{"ports": [{"port": 8443}]}]},
+        {"enabled": False},
+    ],
+)
+def test_upstream_on_another_port(policy: object) -> None:
+    """An upstream on a port of its own is taken where a policy lets pods reach it, or may do so."""
+    assert release(
+        "default", 'settings.upstreamUrl="https://upstream.example:8443"', f"networkPolicy={json.dumps(policy)}"
+    )
 
 
 def places(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:

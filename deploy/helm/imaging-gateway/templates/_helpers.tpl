@@ -119,4 +119,16 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 {{- end }}
 {{- end }}
+{{- with .Values.networkPolicy }}
+{{- /* Of pods in the cluster a policy means the port behind their Service, which no URL tells. */}}
+{{- if and .enabled .upstream.to (not (contains "Selector" (toJson .upstream.to))) (not .extraEgress) $.Values.settings.upstreamUrl }}
+{{- $url := urlParse $.Values.settings.upstreamUrl }}
+{{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (eq $url.scheme "http" | ternary "80" "443") }}
+{{- $open := list }}
+{{- range .upstream.ports }}{{ $open = append $open (int . | toString) }}{{ end }}
+{{- if not (has $port $open) }}
+{{- fail (printf "networkPolicy.upstream.ports must have %s, the port of settings.upstreamUrl, or else no pod reaches it" $port) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
