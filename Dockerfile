@@ -3,7 +3,7 @@
 # The production image: the gateway, its locked packages, and nothing of the sandbox.
 #
 #     docker build --tag imaging-gateway \
-#         --build-arg VERSION=0.1.0 --build-arg REVISION="$(git rev-parse HEAD)" \
+#         --build-arg VERSION=0.2.0 --build-arg REVISION="$(git rev-parse HEAD)" \
 #         --build-arg CREATED="$(date --utc +%Y-%m-%dT%H:%M:%SZ)" --build-arg SOURCE=https://... .
 #
 # A tag moves. A release is built on a digest, which is looked up where the image is pulled from
