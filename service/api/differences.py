@@ -9,9 +9,10 @@ import msgspec
 
 from service.api.registry_views import DifferenceKind, DifferenceView, RegistryBody, registry_body
 from service.domain.faults import dotted
+from service.domain.webhook import without_query
 from service.usecases.planning import Plan
 
-_KEY, _SECRET = ("user_key", "value"), ("webhook", "secret", "value")
+_KEY, _SECRET, _ADDRESS = ("user_key", "value"), ("webhook", "secret", "value"), ("webhook", "url")
 
 
 def differences(plan: Plan, now: float) -> list[DifferenceView]:
@@ -43,8 +44,17 @@ def _between(before: Mapping[str, Any], after: Mapping[str, Any], *path: str) ->
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _between(old, new, *where)
         elif key not in before:
-            yield DifferenceView(dotted(*where), DifferenceKind.ADDED, after=new)
+            yield DifferenceView(dotted(*where), DifferenceKind.ADDED, after=_shown(new, *where))
         elif key not in after:
-            yield DifferenceView(dotted(*where), DifferenceKind.REMOVED, before=old)
+            yield DifferenceView(dotted(*where), DifferenceKind.REMOVED, before=_shown(old, *where))
         elif old != new:
-            yield DifferenceView(dotted(*where), DifferenceKind.CHANGED, old, new)
+            yield DifferenceView(dotted(*where), DifferenceKind.CHANGED, _shown(old, *where), _shown(new, *where))
+
+
+def _shown(value: Any, *path: str) -> Any:
+    """A value as it may stand in the log of whatever applies a registry: of a webhook, the address without its query."""
+    if isinstance(value, dict):
+        return {key: _shown(each, *path, key) for key, each in value.items()}
+    if path[-2:] == _ADDRESS and value is not None and without_query(value) != value:
+        return f"{without_query(value)}?…"
+    return value

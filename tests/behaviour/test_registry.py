@@ -85,6 +85,24 @@ async def test_dry_run(house: House) -> None:
     assert house.services.registry.current.version == version
 
 
+async def test_addresses_that_let_in(house: House) -> None:
+    """The query of a webhook's address may be a secret: a difference tells that there is one, and not what."""
+    hook = {"url": "https://hooks.example/a?key=first-secret"}
+    added = await apply(house, {"accounts": {}, "tenants": {"press": {"accounts": ["main"], "webhook": hook}}})
+    assert added["differences"][0]["after"]["webhook"]["url"] == "https://hooks.example/a?…"
+    told = (await registry(house)).json()
+    told["tenants"]["press"]["webhook"]["url"] = "https://hooks.example/a?key=other-secret"
+    changed = await apply(house, told)
+    (difference,) = changed["differences"]
+    assert difference == {
+        "path": "tenants.press.webhook.url",
+        "what": "changed",
+        "before": "https://hooks.example/a?…",
+        "after": "https://hooks.example/a?…",
+    }
+    assert house.services.registry.current.tenants["press"].webhook.url == told["tenants"]["press"]["webhook"]["url"]
+
+
 async def test_what_is_not_sent(house: House) -> None:
     """What is not sent is told and stays, tokens too, and goes with `prune`."""
     (token,) = house.services.registry.current.tokens
