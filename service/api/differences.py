@@ -52,7 +52,7 @@ def _between(before: Mapping[str, Any], after: Mapping[str, Any], *path: str) ->
 
 
 def _shown(value: Any, *path: str) -> Any:
-    """A value as it may stand in the log of whatever applies a registry: of a webhook, the address without its query."""
+    """A value as it may stand in the log of whatever applies a registry: of a webhook the address without its query."""
     if isinstance(value, dict):
         return {key: _shown(each, *path, key) for key, each in value.items()}
     if path[-2:] == _ADDRESS and value is not None and without_query(value) != value:

@@ -31,8 +31,8 @@ HEAD = """\
 #
 # It can be kept under version control: there are no secrets in it. Of a token there is the SHA-256 of its 190 random
 # bits, from which nobody finds them; of other secrets there is where `gateway apply` takes them from:
-# `user_key = { env = "MAIN_USER_KEY" }` or `{ file = "main.key" }`, and likewise the `secret` of a webhook. The `url` of
-# one is all there, with its query.
+# `user_key = { env = "MAIN_USER_KEY" }` or `{ file = "main.key" }`, and likewise the `secret` of a webhook. The `url`
+# of one is all there, with its query.
 #
 # Tasks and usage belong to the `id` behind a name. Leave those lines as they are, and write none for what is new.
 """
