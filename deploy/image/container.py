@@ -73,7 +73,7 @@ class Container:
         Returns its exit code, and what it printed of either kind.
         """
         try:
-            done = subprocess.run(  # noqa: S603 - words of the check's own
+            done = subprocess.run(
                 [*self._confined(), *words],
                 input=given,
                 env=self._bare if bare else self._environ,
@@ -98,7 +98,7 @@ class Container:
         """Start the image's own command, which is killed at the end if it has not ended."""
         command = [*self._confined(), *self._config.entrypoint, *self._config.cmd]
         with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: S603 - words of the image
+            process = subprocess.Popen(
                 command, env=self._environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         try:

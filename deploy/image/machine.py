@@ -30,9 +30,7 @@ class Debian:
 
 def called(command: Sequence[str]) -> str:
     """What a command prints. Raises Fault with all that it said if it fails."""
-    done = subprocess.run(  # noqa: S603 - every command is the check's own
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Fault(f"{done.stdout}{done.stderr}`{command[0]}` ended with exit code {done.returncode}")
     return done.stdout

@@ -33,7 +33,7 @@ class Installed:
 
     def execute(self, *words: str, given: str = "", **settings: str) -> tuple[int, str]:
         """Run a command to its end; its exit code, and all that it said."""
-        done = subprocess.run(  # noqa: S603 - the command that was installed
+        done = subprocess.run(
             [self.program, *words],
             cwd=self.folder,
             env={**self.environ, **settings},
@@ -51,7 +51,7 @@ class Installed:
         """`gateway serve`, from when `ready` answers; it has to end well when it is told to. Raises Fault."""
         log = self.folder / "log"
         with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: S603 - the command that was installed
+            process = subprocess.Popen(
                 [self.program, "serve"],
                 cwd=self.folder,
                 env={**self.environ, **settings},
