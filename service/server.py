@@ -1,0 +1,534 @@
+"""HTTP/1.1 server of an ASGI application: uvicorn's httptools protocol, bounded and guarded.
+
+uvicorn by itself takes the body of a request that offers an `Upgrade` for another request (Kludex/uvicorn#2722), sends
+chunks to clients of HTTP/1.0 (#1360), and bounds neither the head of a request nor its time. uvloop's own server
+accepts one connection per iteration of the loop. This module imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import resource
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import Any, cast
+from urllib.parse import unquote
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+Refuse = Callable[[int, str, str], tuple[Iterable[tuple[bytes, bytes]], bytes]]
+"""Makes the response to a request that the application never sees: from status, detail and address of the client to
+header fields, without those of the connection, and body."""
+
+_SWEEP_SECONDS = 1.0
+_ACCEPTS_AT_ONCE = 128
+_BACKLOG = 1024
+_MAX_DESCRIPTORS = 65_536
+_CANCEL_SECONDS = 5.0
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one port.
+
+    Attributes:
+        connections: so many at once; further ones replace idle ones, or wait in the kernel's queue.
+        head_bytes: of a request line and its header fields together, and of the trailer fields.
+        head_fields: the number of header fields, and of trailer fields.
+        head_seconds: from the opening of a connection, or the first byte of a further request, to the end of the head.
+        idle_seconds: between two requests. Longer than clients and load balancers keep an idle connection, which would
+            send a request into its close.
+        discard_seconds: so long the rest of a refused body is received and dropped. Closing on unread bytes would
+            reset the connection, and the client would lose the response.
+        discard_idle_seconds: so long that goes on without a byte.
+
+    """
+
+    connections: int = 10_000
+    head_bytes: int = 32 * 1024
+    head_fields: int = 100
+    head_seconds: float = 10
+    idle_seconds: float = 75
+    discard_seconds: float = 30
+    discard_idle_seconds: float = 5
+
+
+def refuse_plainly(_status: int, detail: str, _client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
+    """Refuse with a line of text."""
+    return [(b"content-type", b"text/plain; charset=utf-8")], f"{detail}\n".encode()
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the number of descriptors that this process may open as far as the system lets it; return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on an address. Raises OSError, or UnicodeError for what can't be a host name."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+
+
+def base_url(listening: socket.socket) -> str:
+    """The address under which this machine reaches a listening socket."""
+    host, port = listening.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+class HttpServer:
+    """Serves an application on one listening socket, in the running event loop."""
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        limits: Limits = Limits(),
+        refuse: Refuse = refuse_plainly,
+        protocol: type[HttpProtocol] | None = None,
+    ) -> None:
+        self.limits = limits
+        self.refuse = refuse
+        self.config = Config(
+            cast("Any", app),
+            interface="asgi3",
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+        )
+        self.config.load()
+        self.state = ServerState()
+        self.stopping = False
+        self._protocol = protocol or HttpProtocol
+        self._loop = asyncio.get_running_loop()
+        self._listening: socket.socket | None = None
+        self._accepting = False
+        self._opening: set[asyncio.Task[Any]] = set()
+        self._connection_lost = asyncio.Event()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    @property
+    def connections(self) -> set[HttpProtocol]:
+        """The open connections."""
+        return cast("set[HttpProtocol]", self.state.connections)
+
+    def start(self, listening: socket.socket) -> None:
+        """Serve on a listening socket, which belongs to the server from now on."""
+        listening.setblocking(False)
+        self._listening = listening
+        self._accept_more()
+        self._sweep()
+
+    async def stop(self, grace_seconds: float = 0) -> None:
+        """Close the socket and the idle connections; let requests end within the grace period, then cut them off."""
+        self.stopping = True
+        self._accept_no_more()
+        if self._listening:
+            self._listening.close()
+        for connection in list(self.connections):
+            connection.shutdown()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_seconds):
+                await self._ended()
+        for connection in list(self.connections):
+            connection.abort()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CANCEL_SECONDS):
+                await self._ended()
+        for task in self.state.tasks:
+            task.cancel()
+        await self._ended()
+        if self._sweeper:
+            self._sweeper.cancel()
+
+    async def _ended(self) -> None:
+        while self._opening:
+            await asyncio.wait(self._opening)
+        while self.connections:
+            self._connection_lost.clear()
+            await self._connection_lost.wait()
+        while self.state.tasks:
+            await asyncio.wait(self.state.tasks)
+
+    def on_connection_lost(self) -> None:
+        """Take note that there is room for another connection."""
+        self._connection_lost.set()
+        if not self.stopping:
+            self._accept_more()
+
+    def _accept_more(self) -> None:
+        if self._listening and not self._accepting:
+            self._accepting = True
+            self._loop.add_reader(self._listening, self._accept)
+
+    def _accept_no_more(self) -> None:
+        if self._listening and self._accepting:
+            self._accepting = False
+            self._loop.remove_reader(self._listening)
+
+    def _accept(self) -> None:
+        """Accept what waits, many at once: under load an iteration of the loop takes long."""
+        for _ in range(_ACCEPTS_AT_ONCE):
+            if len(self.connections) + len(self._opening) >= self.limits.connections and not self._close_idle():
+                self._accept_no_more()  # until a connection ends
+                return
+            try:
+                accepted, _ = cast("socket.socket", self._listening).accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in _OUT_OF_RESOURCES:
+                    raise
+                self._close_idle()
+                self._accept_no_more()  # until the next sweep: the socket stays readable
+                return
+            accepted.setblocking(False)
+            opening = self._loop.create_task(self._open(accepted))
+            self._opening.add(opening)
+            opening.add_done_callback(self._opening.discard)
+
+    async def _open(self, accepted: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(lambda: self._protocol(self), accepted)
+        except OSError:  # the client has left by now
+            accepted.close()
+
+    def _close_idle(self) -> bool:
+        """Close the connection that has been idle for longest; whether there is one."""
+        idle = min((each for each in self.connections if each.is_idle), key=lambda each: each.deadline, default=None)
+        if idle:
+            idle.transport.close()
+        return idle is not None
+
+    def _sweep(self) -> None:
+        """Once a second, so that a request sets a number and no timer."""
+        self.state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+        now = self._loop.time()
+        for connection in list(self.connections):
+            if connection.deadline <= now:
+                connection.expire()
+        if not self.stopping:
+            self._accept_more()
+        self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+
+
+class _Output:
+    """The transport as a response sees it."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
+
+
+class _GuardedCycle(RequestResponseCycle):
+    """A response to HTTP/1.0, or to a client that waits for `100 Continue`."""
+
+    _ends_with_connection = False
+
+    async def send(self, message: Any) -> None:
+        """Send a message of the application."""
+        if not self.response_started:
+            if self.waiting_for_100_continue:
+                self.keep_alive = False  # the client may send the body, or the next request
+            named = {name.lower() for name, _ in message.get("headers", ())}
+            if self.scope["http_version"] == "1.0" and b"content-length" not in named:
+                self.chunked_encoding = False
+                self._ends_with_connection = True
+        elif self._ends_with_connection:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
+
+
+class _RefusedError(Exception):
+    """Carries the refusal of a request out of a callback of the parser."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, server: HttpServer) -> None:
+        super().__init__(server.config, server.state, {})
+        self.access_log = False
+        self.deadline = float("inf")
+        """When the connection expires, in seconds of the loop's clock."""
+        self._server = server
+        self._limits = server.limits
+        self._output = cast("_Output", None)  # made with the connection
+        self._active: RequestResponseCycle | None = None
+        self._had_request = False
+        self._in_head = False
+        self._is_whole = True  # no request is being received
+        self._offers_upgrade = False
+        self._lingers = False
+        self._discards_until = float("inf")
+        self._head_bytes = self._head_fields = 0
+        self._framing_bytes = 0  # received since a head ended or a piece of a body came
+        self._refusal: tuple[int, str] | None = None  # to be sent after the responses that are under way
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits between two requests."""
+        return self._had_request and self._active is None and self._is_whole and not self.transport.is_closing()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+        super().connection_made(transport)
+        self._output = _Output(transport, self._close)
+        self.deadline = self.loop.time() + self._limits.head_seconds
+        if self._server.stopping:
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.pipeline.clear()
+        if self._active:  # uvicorn knows only the last one that was received
+            self._active.disconnected = True
+            self._active.message_event.set()
+        self._server.on_connection_lost()
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingers:
+            self._discard()
+            return
+        self._framing_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            # A callback's own error is the context of the parser's.
+            if isinstance(error.__context__, _RefusedError):
+                self._refuse(error.__context__.status, error.__context__.detail)
+            else:
+                self._refuse(400, "The request is not valid HTTP/1.1.")
+        else:
+            if self._framing_bytes > self._limits.head_bytes:
+                self._refuse(*self._too_large())
+            elif self._active is None and not self._is_whole and not self._in_head:
+                self._discard()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        self._is_whole = False
+        self._head_bytes = self._head_fields = 0
+        if self._active is None:
+            self.deadline = self.loop.time() + self._limits.head_seconds
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._head_bytes += len(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_fields += 1
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > self._limits.head_bytes or self._head_fields > self._limits.head_fields:
+            raise _RefusedError(*self._too_large())
+        if self._in_head:  # a trailer field must not become a header field
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            self._offers_upgrade = True  # and the parser raises HttpParserUpgrade behind the head
+            return
+        version, method = self.parser.get_http_version(), self.parser.get_method()
+        self._check_head(version)
+        url = httptools.parse_url(self.url)
+        raw_path = url.path or b"/"
+        path = raw_path.decode("ascii")
+        self._had_request = True
+        self._in_head = False
+        self._head_bytes = self._head_fields = self._framing_bytes = 0
+        self.scope["method"] = method.decode("ascii")
+        self.scope["http_version"] = version
+        self.scope["path"] = unquote(path) if "%" in path else path
+        self.scope["raw_path"] = raw_path
+        self.scope["query_string"] = url.query or b""
+        cycle = _GuardedCycle if version == "1.0" or self.expect_100_continue else RequestResponseCycle
+        self.cycle = cycle(
+            scope=self.scope,
+            transport=cast("Any", self._output),
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive() and not self._server.stopping,
+            on_response=self.on_response_complete,
+        )
+        if self._active:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+        else:
+            self._start_asgi_task(self.cycle, self.app)
+
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._offers_upgrade:
+            return
+        self._framing_bytes = 0
+        self._is_whole = True
+        super().on_message_complete()
+        if self._active is None:
+            self._await_client()
+
+    def on_response_complete(self) -> None:
+        self._active = None
+        self.server_state.total_requests += 1
+        if self.transport.is_closing() or self._lingers:
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._refusal:
+            self._send_refusal(*self._refusal)
+        else:
+            self._await_client()
+
+    def shutdown(self) -> None:
+        """Close as soon as no response is under way."""
+        if self._active:
+            self.cycle.keep_alive = False
+        elif self._is_whole or self._in_head:
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Drop the connection."""
+        self.transport.abort()
+
+    def expire(self) -> None:
+        """End a connection whose deadline has passed."""
+        if self._in_head and not self._lingers:
+            seconds = f"{self._limits.head_seconds:g}"
+            self._send_refusal(400, f"The head of the request did not arrive within {seconds} s.", linger=False)
+        elif self._is_whole:
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._active = cycle
+        self.deadline = float("inf")  # the application bounds the time of a body and of a response
+        super()._start_asgi_task(cycle, app)
+
+    def _await_client(self) -> None:
+        """No response is under way: set a deadline for what the client has to send."""
+        now = self.loop.time()
+        if self._in_head:
+            self.deadline = now + self._limits.head_seconds
+        elif self._is_whole:
+            self.deadline = now + self._limits.idle_seconds
+        else:
+            self._discards_until = now + self._limits.discard_seconds
+            self._discard()
+
+    def _discard(self) -> None:
+        self.deadline = min(self._discards_until, self.loop.time() + self._limits.discard_idle_seconds)
+
+    def _close(self) -> None:
+        """Close behind a response."""
+        if self._is_whole:
+            self.transport.close()
+        else:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Close behind what was written, and drop what still comes, so that the client can read that."""
+        if self.transport.is_closing():
+            return
+        self._lingers = True
+        self._discards_until = self.loop.time() + self._limits.discard_seconds
+        self._discard()
+        self.flow.resume_reading()
+        self.transport.write_eof()
+
+    def _too_large(self) -> tuple[int, str]:
+        limits = self._limits
+        return 431, f"The header fields exceed {limits.head_bytes} bytes or {limits.head_fields} fields."
+
+    def _check_head(self, version: str) -> None:
+        """Refuse what a proxy in front might frame or route in another way. Raises _RefusedError."""
+        if version not in {"1.0", "1.1"}:
+            raise _RefusedError(400, "Use HTTP/1.1.")
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (version == "1.1" and not hosts):
+            raise _RefusedError(400, "The request must have one Host field.")
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and (version == "1.0" or [each.lower() for each in codings] != [b"chunked"]):
+            raise _RefusedError(400, "The only transfer coding supported is chunked, in HTTP/1.1.")
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Read the request as one without the offer: it is an ordinary one then, with an ordinary body (RFC 9110, 7.8).
+
+        httptools takes the body for the other protocol (MagicStack/httptools#124), so the head is parsed again.
+        """
+        self._offers_upgrade = False
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self._refuse(400, "CONNECT is not supported.")
+            return
+        fields = [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+        head = b"".join([method, b" ", self.url, b" HTTP/", version, b"\r\n", *fields, b"\r\n"])
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._framing_bytes = 0
+        self.data_received(head)
+        if rest and not self.transport.is_closing():
+            self.data_received(rest)
+
+    def _refuse(self, status: int, detail: str) -> None:
+        """Respond to a faulty request in place of the application, after the responses to those before it."""
+        if self._refusal:
+            return
+        of_next = self._in_head or self._is_whole  # else the fault is in the body of the request received last
+        self._is_whole = False
+        if self._active and (of_next or self._active is not self.cycle):
+            if not of_next:
+                self.pipeline.popleft()
+            self._refusal = status, detail
+            self.flow.pause_reading()
+        elif not of_next and self.cycle.response_complete:
+            self._linger()
+        elif not of_next and self.cycle.response_started:
+            self.transport.abort()
+        else:
+            if self._active:
+                self._active.disconnected = True
+                self._active.message_event.set()
+            self._send_refusal(status, detail)
+
+    def _send_refusal(self, status: int, detail: str, *, linger: bool = True) -> None:
+        fields, body = self._server.refuse(status, detail, self.client[0] if self.client else "")
+        length = (b"content-length", str(len(body)).encode())
+        head = [*self.server_state.default_headers, *fields, length, (b"connection", b"close")]
+        self.transport.write(b"".join([STATUS_LINE[status], *(b"%s: %s\r\n" % field for field in head), b"\r\n", body]))
+        if linger:
+            self._linger()
+        else:
+            self.transport.close()

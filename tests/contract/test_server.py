@@ -1,0 +1,402 @@
+"""The HTTP server over real connections: framing, limits, deadlines, refusals, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import re
+import socket
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from service import server
+from service.server import HttpServer, Limits, base_url, listen
+from tests.support.serving import serving
+
+IDLE = Limits(head_seconds=60, idle_seconds=60, discard_seconds=60, discard_idle_seconds=60)
+HURRIED = Limits(head_seconds=0.05, idle_seconds=60, discard_seconds=0.05)
+
+
+@pytest.fixture(autouse=True)
+def _frequent_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_SWEEP_SECONDS", 0.01)
+
+
+class Application:
+    """Responds by path; `requests` are the methods and paths it was called with."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        self.called = asyncio.Event()
+        self.release = asyncio.Event()
+        self.disconnected = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.requests.append(f"{scope['method']} {scope['path']}")
+        self.called.set()
+        headers: list[tuple[bytes, bytes]] = []
+        match scope["path"]:
+            case "/body":
+                status, body = 200, await self._body(receive)
+            case "/fields":
+                await self._body(receive)
+                status, body = 200, b" ".join(name for name, _ in scope["headers"])
+            case "/refuse":
+                status, body = 413, b"too large"
+            case "/held":
+                await self.release.wait()
+                status, body = 200, b"released"
+            case "/unframed":
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                await send({"type": "http.response.body", "body": b"one ", "more_body": True})
+                await send({"type": "http.response.body", "body": b"two"})
+                return
+            case _:
+                status, body = 200, b"ok"
+        headers.append((b"content-length", str(len(body)).encode()))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _body(self, receive: Any) -> bytes:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.disconnected.set()
+                return b""
+            body += message["body"]
+            more = message["more_body"]
+        return body
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Open a raw connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def exchange(url: str, *pieces: bytes) -> bytes:
+    """Send pieces, each in a segment of its own, and read until the server closes."""
+    async with connected(url) as (reader, writer):
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+        return await reader.read()
+
+
+def request(target: str = "/", *fields: str, method: str = "GET", version: str = "1.1") -> bytes:
+    """Build the head of a request."""
+    host = () if version == "1.0" else ("Host: x",)
+    return "\r\n".join([f"{method} {target} HTTP/{version}", *host, *fields, "", ""]).encode()
+
+
+def chunked(*pieces: bytes, trailer: bytes = b"") -> bytes:
+    """Frame a body in chunks."""
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n" + trailer + b"\r\n"
+
+
+def statuses(received: bytes) -> list[int]:
+    """Find the statuses of the responses."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
+
+
+LAST = request("/last", "Connection: close")
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("target", ["/body", "/refuse", "/"])
+async def test_a_body_behind_an_offered_upgrade_is_a_body(target: str, split: bool) -> None:
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AA")
+    body = request("/within-the-body")
+    head = request(target, *offer, f"Content-Length: {len(body)}", method="POST")
+    app = Application()
+    async with serving(app) as url:
+        pieces = [*([head[:40], head[40:], body] if split else [head + body]), LAST]
+        received = await exchange(url, *pieces)
+    assert app.requests == [f"POST {target}", "GET /last"]
+    assert target != "/body" or body in received
+
+
+async def test_a_request_follows_one_that_offered_an_upgrade() -> None:
+    app = Application()
+    async with serving(app) as url:
+        received = await exchange(url, request("/", "Connection: upgrade", "Upgrade: websocket") + LAST)
+    assert statuses(received) == [200, 200]
+
+
+async def test_http_1_0_gets_no_chunks() -> None:
+    async with serving(Application()) as url:
+        head, _, body = (await exchange(url, request("/unframed", version="1.0"))).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head
+    assert body == b"one two"
+
+
+async def test_a_head_of_just_the_limit_is_served_and_a_larger_one_refused() -> None:
+    limits = Limits(head_bytes=1_000, head_fields=10)
+    room = limits.head_bytes - len("/") - len("Host: x\r\n") - len("Connection: close\r\n") - len("A: \r\n")
+    async with serving(Application(), limits=limits) as url:
+        for size, status in ((room, 200), (room + 1, 431)):
+            received = await exchange(url, request("/", "Connection: close", "A: " + "a" * size))
+            assert statuses(received) == [status]
+        for count, status in ((8, 200), (9, 431)):
+            fields = ["A: b"] * count
+            assert statuses(await exchange(url, request("/", "Connection: close", *fields))) == [status]
+
+
+@pytest.mark.parametrize("before", [b"GET /", b"GET / HTTP/1.1\r\nHost: x\r\nA: ", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+async def test_a_head_without_an_end_is_refused(before: bytes) -> None:
+    async with serving(Application(), limits=Limits(head_bytes=1_000)) as url:
+        received = await exchange(url, before, *[b"a" * 400] * 20)
+    assert statuses(received) == [431]
+
+
+async def test_trailer_fields_are_bounded_and_no_header_fields() -> None:
+    head = request("/fields", "Transfer-Encoding: chunked", method="POST")
+    app = Application()
+    async with serving(app, limits=Limits(head_bytes=1_000, head_fields=10)) as url:
+        received = await exchange(url, head + chunked(b"x", trailer=b"Admin: 1\r\n") + LAST)
+        assert statuses(received) == [200, 200]
+        assert b"admin" not in received
+        assert statuses(await exchange(url, head + chunked(b"x", trailer=b"A: b\r\n" * 11))) == [431]
+        assert statuses(await exchange(url, head, b"1\r\nx\r\n0\r\nA: ", *[b"a" * 200_000] * 10)) == [431]
+    assert app.disconnected.is_set()
+
+
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"GET / HTTP/2.0\r\nHost: x\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        request("/body", "Transfer-Encoding: gzip, chunked") + chunked(b"x"),
+        request("/body", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked") + chunked(b"x"),
+        request("/body", "Transfer-Encoding: identity", "Content-Length: 1") + b"x",
+        request("/body", "Transfer-Encoding: chunked", "Content-Length: 1") + chunked(b"x"),
+        request("/body", "Transfer-Encoding: chunked", version="1.0") + chunked(b"x"),
+        request("/body", "Content-Length: 1", "Content-Length: 2") + b"xy",
+        request("/body", "Content-Length: +1") + b"x",
+        request("/", "Spaced name: x"),
+        request("/", "A: \x00"),
+        request("/\xff"),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+)
+async def test_what_is_no_valid_http_1_1_is_refused(faulty: bytes) -> None:
+    app = Application()
+    async with serving(app) as url:
+        received = await exchange(url, faulty + LAST)
+    assert (statuses(received), app.requests) == ([400], [])
+    assert b"\r\nconnection: close\r\n" in received
+
+
+async def test_the_refusal_is_what_the_owner_of_the_port_makes_of_it() -> None:
+    def refuse(status: int, detail: str, client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
+        return [(b"content-type", b"text/x")], f"{status} {bool(detail)} {client}".encode()
+
+    async with serving(Application(), refuse=refuse) as url:
+        head, _, body = (await exchange(url, b"\x00")).partition(b"\r\n\r\n")
+    assert b"content-type: text/x" in head
+    assert body == b"400 True 127.0.0.1"
+
+
+async def test_a_refusal_comes_after_the_responses_to_the_requests_before_it() -> None:
+    app = Application()
+    async with serving(app) as url, connected(url) as (reader, writer):
+        writer.write(request("/held") + request("/second") + b"BROKEN\x00\r\n\r\n")
+        await app.called.wait()
+        app.release.set()
+        assert statuses(await reader.read()) == [200, 200, 400]
+
+
+async def test_a_body_that_breaks_is_refused_in_place_of_the_response() -> None:
+    app = Application()
+    async with serving(app) as url:
+        head = request("/body", "Transfer-Encoding: chunked", method="POST")
+        assert statuses(await exchange(url, head + b"1\r\nx\r\n", b"no chunk\r\n")) == [400]
+    assert app.disconnected.is_set()
+
+
+async def test_the_broken_body_of_a_refused_request_gets_no_second_response() -> None:
+    async with serving(Application()) as url, connected(url) as (reader, writer):
+        writer.write(request("/refuse", "Transfer-Encoding: chunked", method="POST") + b"1\r\nx\r\n")
+        assert statuses(await reader.readuntil(b"too large")) == [413]
+        writer.write(b"no chunk\r\n")
+        assert await reader.read() == b""
+
+
+async def test_silent_connections_end_and_half_heads_are_refused() -> None:
+    async with serving(Application(), limits=HURRIED) as url:
+        assert await exchange(url) == b""
+        assert statuses(await exchange(url, b"GET / HTTP/1.1\r\nHo")) == [400]
+        received = await exchange(url, request("/first") + b"GET / HTTP/1.1\r\nHo")
+        assert statuses(received) == [200, 400]
+
+
+async def test_an_idle_connection_outlives_the_time_of_a_head() -> None:
+    async with serving(Application(), limits=HURRIED) as url, connected(url) as (reader, writer):
+        writer.write(request())
+        await reader.readuntil(b"ok")
+        assert await exchange(url) == b""  # a silent connection was opened later, and has expired
+        writer.write(LAST)
+        assert statuses(await reader.read()) == [200]
+
+
+async def test_an_idle_connection_ends() -> None:
+    async with serving(Application(), limits=Limits(idle_seconds=0.05)) as url:
+        assert statuses(await exchange(url, request())) == [200]
+
+
+async def test_a_refused_body_is_discarded_within_a_deadline() -> None:
+    async with serving(Application(), limits=HURRIED) as url, connected(url) as (reader, writer):
+        writer.write(request("/refuse", "Content-Length: 1000000", method="POST") + b"x")
+        await reader.readuntil(b"too large")
+        assert await reader.read() == b""
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_a_client_that_sends_all_before_it_reads_gets_the_early_response(version: str, framing: str) -> None:
+    if (version, framing) == ("1.0", "chunked"):
+        framing = "length"
+    body = b"x" * 20_000_000
+    fields = f"Content-Length: {len(body)}" if framing == "length" else "Transfer-Encoding: chunked"
+    head = request("/refuse", fields, "Connection: close", method="POST", version=version)
+    async with serving(Application(), limits=IDLE) as url:
+        received = await exchange(url, head + (body if framing == "length" else chunked(body)))
+    assert statuses(received) == [413]
+
+
+async def test_a_kept_connection_goes_on_behind_a_refused_body() -> None:
+    body = b"x" * 1_000_000
+    async with serving(Application()) as url:
+        head = request("/refuse", f"Content-Length: {len(body)}", method="POST")
+        assert statuses(await exchange(url, head + body, LAST)) == [413, 200]
+
+
+async def test_a_client_that_expects_100_is_refused_without_it_and_the_connection_ends() -> None:
+    async with serving(Application(), limits=IDLE) as url:
+        head = request("/refuse", "Expect: 100-continue", "Content-Length: 9", method="POST")
+        received = await exchange(url, head)
+        assert (statuses(received), b"\r\nconnection: close\r\n" in received) == ([413], True)
+        head = request("/body", "Expect: 100-continue", "Content-Length: 1", "Connection: close", method="POST")
+        assert statuses(await exchange(url, head, b"x")) == [100, 200]
+
+
+async def test_connections_beyond_the_cap_replace_idle_ones_or_wait() -> None:
+    app = Application()
+    async with serving(app, limits=Limits(connections=2)) as url, AsyncExitStack() as stack:
+        held_reader, held = await stack.enter_async_context(connected(url))
+        held.write(request("/held", "Connection: close"))
+        await app.called.wait()
+        idle_reader, idle = await stack.enter_async_context(connected(url))
+        idle.write(request())
+        await idle_reader.readuntil(b"ok")
+        third_reader, third = await stack.enter_async_context(connected(url))
+        third.write(request())
+        await third_reader.readuntil(b"ok")
+        assert await idle_reader.read() == b""
+        third.write(request("/held", "Connection: close"))
+        fourth_reader, fourth = await stack.enter_async_context(connected(url))
+        fourth.write(LAST)
+        while app.requests.count("GET /held") < 2:
+            await asyncio.sleep(0)
+        assert "GET /last" not in app.requests
+        app.release.set()
+        assert statuses(await fourth_reader.read()) == [200]
+        assert statuses(await held_reader.read()) == [200]
+        assert statuses(await third_reader.read()) == [200]
+
+
+class ExhaustedSocket(socket.socket):
+    """A listening socket that twice finds no descriptor for a connection."""
+
+    faults = 2
+
+    def accept(self) -> Any:
+        if self.faults:
+            self.faults -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+async def test_connections_wait_while_descriptors_are_missing() -> None:
+    listening = ExhaustedSocket(fileno=listen("127.0.0.1", 0).detach())
+    running = HttpServer(Application())
+    running.start(listening)
+    assert statuses(await exchange(base_url(listening), LAST)) == [200]
+    assert listening.faults == 0
+    await running.stop()
+
+
+async def test_many_new_connections_are_accepted_at_once() -> None:
+    """Of connections that wait together, all are accepted before the loop turns to what they send."""
+    accepted_at_first_request = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        accepted_at_first_request.append(len(running.connections))
+        await Application()(scope, receive, send)
+
+    running = HttpServer(app)
+    listening = listen("127.0.0.1", 0)
+    url = base_url(listening)
+    clients = [socket.create_connection(listening.getsockname()) for _ in range(64)]
+    for client in clients:
+        client.sendall(LAST)
+    running.start(listening)
+    await exchange(url, LAST)
+    for client in clients:
+        client.close()
+    await running.stop()
+    assert accepted_at_first_request[0] >= 64
+
+
+async def test_a_server_that_stops_finishes_what_was_begun() -> None:
+    app = Application()
+    running = HttpServer(app, limits=IDLE)
+    listening = listen("127.0.0.1", 0)
+    url = base_url(listening)
+    running.start(listening)
+    async with connected(url) as (reader, writer), connected(url) as (silent, _):
+        writer.write(request("/held"))
+        await app.called.wait()
+        stopping = asyncio.create_task(running.stop(60))
+        assert await silent.read() == b""
+        with pytest.raises(OSError, match="Connect"):
+            await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        app.release.set()
+        received = await reader.read()
+        await stopping
+    assert statuses(received) == [200]
+
+
+async def test_a_server_that_stops_cuts_off_what_does_not_end() -> None:
+    app = Application()
+    running = HttpServer(app)
+    listening = listen("127.0.0.1", 0)
+    url = base_url(listening)
+    running.start(listening)
+    async with connected(url) as (reader, writer):
+        writer.write(request("/body", "Content-Length: 5", method="POST"))
+        await app.called.wait()
+        await running.stop()
+        assert statuses(await reader.read()) == []
+    assert app.disconnected.is_set()
+
+
+async def test_a_client_that_leaves_is_noticed_also_with_requests_behind_the_first() -> None:
+    app = Application()
+    async with serving(app) as url:
+        async with connected(url) as (_, writer):
+            writer.write(request("/body", "Content-Length: 1", method="POST"))
+            await app.called.wait()
+        await app.disconnected.wait()
