@@ -5,9 +5,10 @@ It stands outside of Litestar because unknown addresses and methods, and crashes
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
@@ -16,12 +17,12 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from service.api.leaving import HELD
-from service.api.problems import CRASHED, OUTCOME, REQUEST_ID, render
+from service.api.problems import CRASHED, HEADERS_TOO_LARGE, MALFORMED, OUTCOME, REQUEST_ID, Problem, render
 from service.api.uploads import ClientLeft
 from service.telemetry import spent
 from service.telemetry.families import Port
 from service.telemetry.logs import ANSWERED
-from service.telemetry.metrics import UNMATCHED, Metrics
+from service.telemetry.metrics import OTHER, UNMATCHED, Metrics
 from service.telemetry.spent import Spent
 from service.telemetry.tracing import UNTRACED, RequestSpan, Tracer
 
@@ -41,6 +42,10 @@ _HEADER = b"x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LONGEST_PATH = 500
 
+REFUSAL_LOG_SECONDS = 60.0
+"""Refused requests of one address are logged once in this time."""
+_LOGGED_ADDRESSES = 1_000
+
 
 class Edge:
     """Wraps an application that serves one port."""
@@ -53,6 +58,7 @@ class Edge:
         self._logger = logger
         self._port = port
         self._tracer = tracer
+        self._refusal_logged_at: dict[str, float] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection; what is not HTTP is passed through."""
@@ -70,6 +76,24 @@ class Edge:
                 self._metrics.in_progress(self._port),
             ):
                 await self._serve(scope, receive, _Answer(send, request_id), upstream, span)
+
+    def refuse(self, status: int, detail: str, client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
+        """Make the problem document for a request that the server can't parse; count it, and log one of many."""
+        request_id = uuid4().hex
+        self._metrics.request(self._port, OTHER, UNMATCHED, status, 0)
+        now, logged_at = time.monotonic(), self._refusal_logged_at
+        if now - logged_at.get(client, -math.inf) >= REFUSAL_LOG_SECONDS:
+            logged_at.pop(client, None)  # the newest are last
+            if len(logged_at) >= _LOGGED_ADDRESSES:
+                del logged_at[next(iter(logged_at))]
+            logged_at[client] = now
+            self._logger.warning(
+                "request.refused", client=client, status=status, detail=detail, port=self._port, request_id=request_id
+            )
+        kind = HEADERS_TOO_LARGE if status == HEADERS_TOO_LARGE.status else MALFORMED
+        _, headers, body = render(Problem(kind, detail), request_id)
+        fields = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        return [*fields, (_HEADER, request_id.encode())], body
 
     async def _serve(
         self, scope: Message, receive: Receive, answer: _Answer, upstream: Spent, span: RequestSpan

@@ -60,6 +60,9 @@ METHOD_NOT_ALLOWED = ProblemType("method-not-allowed", 405, "Method not allowed"
 IMAGE_TOO_LARGE = ProblemType("image-too-large", 413, "Image too large", "It exceeds the limit on bytes or on pixels.")
 INVALID_OPTIONS = ProblemType("invalid-options", 422, "Invalid options", "`errors` names each faulty field.")
 QUOTA_EXCEEDED = ProblemType("quota-exceeded", 429, "Quota exceeded", "A limit of the tenant is used up.")
+HEADERS_TOO_LARGE = ProblemType(
+    "headers-too-large", 431, "Header fields too large", "The request line and the header fields exceed the limit."
+)
 RATE_LIMITED = ProblemType("rate-limited", 429, "Rate limited", "The limit of the current minute is used up.")
 TOO_MANY_ACTIVE = ProblemType("too-many-active-tasks", 429, "Too many active tasks", "No more may run at once.")
 INTERNAL = ProblemType("internal-error", 500, "Internal error", "A fault of the gateway; its operators see why.")
@@ -120,7 +123,7 @@ _TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
 
 PROBLEMS: tuple[ProblemType, ...] = tuple(
     sorted(
-        {*_TABLE.values(), METHOD_NOT_ALLOWED, RATE_LIMITED, TOO_MANY_ACTIVE, INTERNAL},
+        {*_TABLE.values(), METHOD_NOT_ALLOWED, HEADERS_TOO_LARGE, RATE_LIMITED, TOO_MANY_ACTIVE, INTERNAL},
         key=lambda each: (each.status, each.code),
     )
 )

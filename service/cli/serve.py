@@ -11,21 +11,20 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from importlib import resources
 from pathlib import Path
 
 import click
 import structlog
-import uvicorn
 import uvloop
 
 from service import __version__
-from service.api.edge import Edge
 from service.app import create_app, create_ops_app
 from service.domain.errors import Unavailable
 from service.keyring import SecretFileError
 from service.local import LocalError, completed
+from service.server import HttpServer, Limits, base_url, listen, raise_descriptor_limit
 from service.services import Services
 from service.settings import Environment, Role, Settings
 from service.storage.address import parse_url
@@ -39,20 +38,12 @@ _log = structlog.get_logger(__name__)
 
 _TOKEN_FILE = "demo.token"  # noqa: S105 - the name of a file
 _STORE_AWAY_SECONDS = 1.0
-_KEEP_ALIVE_SECONDS = 75
-"""Longer than clients and load balancers keep an idle connection: else they send a request into its close."""
+_MAX_TENANT_CONNECTIONS = 10_000
+_MAX_OPERATOR_CONNECTIONS = 500
 
 
 class PortTakenError(Exception):
     """An address can't be listened on; the message is one line for whoever starts the gateway."""
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn without its signal handlers: two of them run in one process, which ends them together."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class _Signals:
@@ -105,21 +96,18 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
         redactor.learn(*_secrets(full))
         services = await opened.enter_async_context(assembled(full, learn=redactor.learn, clean=redactor.text))
         await opened.enter_async_context(services.working())
-        # The tenants' port is closed first, so that operators can look on while the last requests are answered.
-        servers = [(_server(create_app(services), services.drain_seconds), tenants)] if tenants else []
-        servers.append((_server(create_ops_app(services), services.drain_seconds), operators))
+        servers = _start_servers(services, tenants, operators)
         async with asyncio.TaskGroup() as tasks:
-            serving = [(server, tasks.create_task(server.serve(sockets=[at]))) for server, at in servers]
             _log.info(
                 "gateway.started",
                 version=__version__,
                 role=settings.role,
-                tenants=_url(tenants) if tenants else None,
-                operators=_url(operators),
+                tenants=base_url(tenants) if tenants else None,
+                operators=base_url(operators),
             )
             introducing = None
             if tenants and settings.env is Environment.DEVELOPMENT:
-                introducing = tasks.create_task(_introduce(services, full, _url(tenants)))
+                introducing = tasks.create_task(_introduce(services, full, base_url(tenants)))
             gc.collect()
             gc.freeze()  # what lives now lives on: later collections need not look at it
             await signals.first()
@@ -127,9 +115,29 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
             services.lifecycle.drain()
             if introducing:
                 introducing.cancel()
-            for server, served in serving:
-                server.should_exit = True
-                await served
+            for server in servers:
+                await server.stop(services.drain_seconds)
+
+
+def _start_servers(
+    services: Services, tenants: socket.socket | None, operators: socket.socket
+) -> tuple[HttpServer, ...]:
+    """Start to serve, in the order to stop in: operators can watch while the last tenants' requests end.
+
+    The rest of the descriptors is for Redis, the upstream, results and webhooks.
+    """
+    descriptors = raise_descriptor_limit()
+    started = []
+    if tenants:
+        app = create_app(services)
+        limits = Limits(connections=min(_MAX_TENANT_CONNECTIONS, descriptors // 2))
+        started.append((HttpServer(app, limits=limits, refuse=app.refuse), tenants))
+    ops_app = create_ops_app(services)
+    limits = Limits(connections=min(_MAX_OPERATOR_CONNECTIONS, descriptors // 8))
+    started.append((HttpServer(ops_app, limits=limits, refuse=ops_app.refuse), operators))
+    for server, listening in started:
+        server.start(listening)
+    return tuple(server for server, _ in started)
 
 
 def _secrets(settings: Settings) -> Iterator[str]:
@@ -145,27 +153,11 @@ def _secrets(settings: Settings) -> Iterator[str]:
 
 
 def _listen(host: str, port: int, prefix: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return listen(host, port)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise PortTakenError(f"can't listen on {host}:{port} ({prefix}HOST, {prefix}PORT): {why}") from error
-
-
-def _server(app: Edge, drain_seconds: int) -> uvicorn.Server:
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        ws="none",
-        http="httptools",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=drain_seconds,
-    )
-    return _Server(config)
 
 
 async def _introduce(services: Services, settings: Settings, url: str) -> None:
@@ -212,10 +204,3 @@ def known_demo_token(data_dir: Path) -> str | None:
     with suppress(FileNotFoundError):
         return (data_dir / _TOKEN_FILE).read_text().strip() or None
     return None
-
-
-def _url(listening: socket.socket) -> str:
-    """The address under which this machine reaches what is listened on."""
-    host, port = listening.getsockname()[:2]
-    found = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{found}]:{port}" if ":" in found else f"http://{found}:{port}"

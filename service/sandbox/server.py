@@ -11,13 +11,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
-
 from service.sandbox.app import SandboxConfig, create_sandbox
 from service.sandbox.asgi import CONNECTION
 from service.sandbox.control import Control
+from service.server import HttpProtocol, HttpServer, base_url, listen
 
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 
@@ -36,13 +33,8 @@ class RunningSandbox:
     control: Control
 
 
-class _Protocol(HttpToolsProtocol):
-    """Uvicorn's HTTP, with the connection itself within reach of the application."""
-
-    def __init__(self, config: Config, state: ServerState) -> None:
-        super().__init__(config, state, {})
-        # Its logger belongs to whoever else runs uvicorn in this process.
-        self.access_log = False
+class _Protocol(HttpProtocol):
+    """A connection that the application can reach."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -63,40 +55,21 @@ class _Protocol(HttpToolsProtocol):
 async def running(config: SandboxConfig, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[RunningSandbox]:
     """Run a sandbox in this event loop; at the end cut its connections and close it.
 
-    This takes uvicorn's protocol without its server, which would install signal handlers and take a fifth of a second
-    to stop.
-
     Raises:
         OSError: the address or the folder can't be used.
 
     """
     sandbox = create_sandbox(config)
     async with sandbox.open() as control:
-        settings = Config(
-            sandbox,
-            interface="asgi3",
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            proxy_headers=False,
-            # Uvicorn's 5 s are just as long as common clients keep a connection: they would send into the close.
-            timeout_keep_alive=75,
-        )
-        settings.load()
-        state = ServerState()
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: _Protocol(settings, state), host, port)
+        server = HttpServer(sandbox, protocol=_Protocol)
+        listening = listen(host, port)
+        url = base_url(listening)
+        server.start(listening)
         try:
-            yield RunningSandbox(_url(host, server.sockets[0].getsockname()[1]), control)
+            yield RunningSandbox(url, control)
         finally:
-            server.close()
             sandbox.hurry()
-            while state.connections or state.tasks:
-                for connection in state.connections:
-                    connection.transport.abort()
-                # Handlers end by themselves when their connection does; cancelled ones would be logged as crashes.
-                await asyncio.wait({*state.tasks, asyncio.ensure_future(asyncio.sleep(0))})
-            await server.wait_closed()
+            await server.stop()
 
 
 async def serve(config: SandboxConfig, host: str, port: int, *, on_ready: Callable[[str], None] | None = None) -> None:
@@ -124,8 +97,3 @@ async def serve(config: SandboxConfig, host: str, port: int, *, on_ready: Callab
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-
-
-def _url(host: str, port: int) -> str:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

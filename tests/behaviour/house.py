@@ -133,9 +133,10 @@ class House:
 @asynccontextmanager
 async def opened(services: Services, upstream: Upstream, pass_time: PassTime) -> AsyncIterator[House]:
     """Serve both ports, and furnish the house."""
+    app, ops_app = create_app(services), create_ops_app(services)
     async with (
-        serving(create_app(services)) as url,
-        serving(create_ops_app(services)) as ops_url,
+        serving(app, refuse=app.refuse) as url,
+        serving(ops_app, refuse=ops_app.refuse) as ops_url,
         AsyncClient(timeout=30, trust_env=False) as http,
     ):
         house = House(url, ops_url, http, services, upstream, pass_time)

@@ -1,7 +1,6 @@
 """A stand-in for the gateway that keeps its HTTP contract towards the demo, and says what it was asked."""
 
 import asyncio
-import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -9,12 +8,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from litestar import Litestar, Request, Response, get, post
 from litestar.datastructures import UploadFile
 from litestar.params import FromPath
 
 from tests.demo.results import Body, real_results
+from tests.support.serving import serving
 
 TOKEN = "gw_demo"
 
@@ -135,15 +134,8 @@ class FakeGateway:
 @asynccontextmanager
 async def serve(gateway: FakeGateway) -> AsyncIterator[FakeGateway]:
     """Serve on a free port of this machine until the block is left."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        gateway.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(gateway.app(), log_config=None, ws="none", lifespan="off"))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            yield gateway
-        finally:
-            server.should_exit = True
-            await serving
+    async with serving(gateway.app()) as gateway.address:
+        yield gateway
 
 
 def problem(status: int, title: str, detail: str) -> Response[Any]:

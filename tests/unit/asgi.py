@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
-import uvicorn
 from msgspec import Struct
+
+from tests.support import serving as support
 
 Message = MutableMapping[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -92,25 +92,11 @@ async def call(
     )
 
 
-class _Server(uvicorn.Server):
-    """A server that leaves the signals of the test's process alone."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @asynccontextmanager
 async def serving(app: App) -> AsyncIterator[int]:
-    """Serve an application on a free port of this machine, as it is served in production; the port."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", http="httptools"))
-        running = asyncio.create_task(server.serve(sockets=[listening]))
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server.should_exit = True
-            await running
+    """Serve an application on a free port of this machine; the port."""
+    async with support.serving(app) as url:
+        yield int(url.rpartition(":")[2])
 
 
 @asynccontextmanager

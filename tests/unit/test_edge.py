@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import structlog
@@ -15,6 +15,7 @@ from litestar.response import Stream
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.api import edge
 from service.api.edge import Edge
 from service.api.problems import exception_handlers
 from service.api.uploads import ClientLeft
@@ -254,6 +255,24 @@ async def test_a_cancelled_request_is_logged_and_stays_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await request
     assert watched.line["status"] == 499
+
+
+def test_refused_requests_are_logged_once_per_address_and_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that goes on sending nonsense fills no log, and does not hide others."""
+    watched = Watched()
+    refuse = cast("Edge", watched.app).refuse
+    for client in ("192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.1"):
+        refuse(400, "Nonsense.", client)
+    assert [(event["event"], event["client"]) for event in watched.events] == [
+        ("request.refused", "192.0.2.1"),
+        ("request.refused", "192.0.2.2"),
+    ]
+    monkeypatch.setattr(edge, "REFUSAL_LOG_SECONDS", 0)
+    refuse(400, "Nonsense.", "192.0.2.1")
+    assert len(watched.events) == 3
+    for number in range(3_000):
+        refuse(400, "Nonsense.", str(number))
+    assert len(cast("Edge", watched.app)._refusal_logged_at) <= 1_000
 
 
 async def test_the_lifespan_passes_through() -> None:
