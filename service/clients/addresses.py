@@ -92,7 +92,7 @@ async def resolve(host: str) -> Sequence[Address]:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise UnknownHost(f"{host} has no address: {error}") from None
+        raise UnknownHost(f"{host} has no address: {error}") from error
     return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in found))
 
 

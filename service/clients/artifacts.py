@@ -17,6 +17,7 @@ from msgspec import Struct
 from service import __version__
 from service.clients import files
 from service.clients.addresses import Address, AddressRefused, CheckedTransport, Resolver, public, resolve
+from service.clients.local_errors import local_error
 from service.domain.artifact import BEGINNING, OPAQUE, fits, seen_type
 from service.domain.errors import (
     GatewayError,
@@ -238,6 +239,7 @@ _HEADERS = {
 _OUTCOMES: Mapping[type[GatewayError], Outcome] = {
     UpstreamInvalidResponse: Outcome.UNUSABLE,
     UpstreamUnavailable: Outcome.UNREACHABLE,
+    Overloaded: Outcome.UNREACHABLE,
     RangeNotSatisfiable: Outcome.DONE,
 }
 
@@ -247,17 +249,21 @@ def _in_words() -> Iterator[None]:
     """Say to the reader what went wrong on the way to the first byte, without any address."""
     try:
         yield
-    except AddressRefused as error:
-        raise UpstreamInvalidResponse(
-            "The upstream keeps this result where the gateway does not fetch from."
-        ) from error
-    except (httpx2.ConnectError, httpx2.TimeoutException, TimeoutError) as error:
-        raise UpstreamUnavailable(
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        raise _error_for_reader(error) from error
+
+
+def _error_for_reader(error: Exception) -> GatewayError:
+    if local_error(error):
+        return Overloaded("The gateway can't fetch results just now. Try again.", retry_after=files.TRY_AGAIN_AFTER)
+    if isinstance(error, AddressRefused):
+        return UpstreamInvalidResponse("The upstream keeps this result where the gateway does not fetch from.")
+    if isinstance(error, httpx2.ConnectError | httpx2.TimeoutException | TimeoutError):
+        return UpstreamUnavailable(
             "Where the upstream keeps this result can't be reached just now. Try again.",
             retry_after=files.TRY_AGAIN_AFTER,
-        ) from error
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        raise UpstreamInvalidResponse("The upstream broke off before the first byte of this result.") from error
+        )
+    return UpstreamInvalidResponse("The upstream broke off before the first byte of this result.")
 
 
 async def _beginning(body: AsyncIterator[bytes], least: int) -> bytes:

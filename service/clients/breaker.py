@@ -16,7 +16,8 @@ class Attempt:
 
 
 class Breaker:
-    """Whether it is worth trying to connect. It counts failures to connect only, since they alone cost nothing.
+    """Whether it is worth trying to connect. It counts failures to connect only, since they alone cost nothing,
+    and of these not the ones that are the fault of this machine.
 
     While it is open nobody is admitted. After the pause one attempt is, as a trial, and no other until it is known what
     became of that. Attempts from before it opened may still be reported at any time.

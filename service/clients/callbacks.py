@@ -16,6 +16,8 @@ import structlog
 
 from service import __version__
 from service.clients.addresses import Address, AddressRefused, CheckedTransport, Resolver, UnknownHost, public, resolve
+from service.clients.local_errors import local_error
+from service.domain.errors import Overloaded
 from service.domain.webhook import Webhook
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Reply
@@ -43,7 +45,10 @@ class CallbackClient:
         self._tls = httpx2.create_ssl_context()
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> Reply:
-        """Send once, to an address that is public or that `webhook` lets be reached."""
+        """Send once, to an address that is public or that `webhook` lets be reached.
+
+        Raises Overloaded if this machine lacks what a call needs: that must not count against the receiver.
+        """
 
         def allowed(_host: str, ip: Address) -> bool:
             return public(ip) or webhook.may_reach(ip)
@@ -59,7 +64,9 @@ class CallbackClient:
                 if reply.status:
                     span.answered(reply.status)
                 return reply
-        except Exception as error:  # noqa: BLE001 - what is below lets through more than it declares
+        except Exception as error:
+            if lacking := local_error(error):
+                raise Overloaded(f"The gateway can't call others just now: {lacking}.", retry_after=1) from error
             return Reply(error=_why(error, self._seconds))
 
     def _client(self, transport: CheckedTransport) -> httpx2.AsyncClient:

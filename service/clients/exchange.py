@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from service import __version__
 from service.clients.breaker import Attempt, Breaker
+from service.clients.local_errors import local_error
 from service.telemetry.tracing import UNTRACED, Tracer
 
 MAX_REQUESTS = 64
@@ -224,12 +225,20 @@ class _Sending:
             return error
         if self._sent or not (self._connecting or self._is_harmless(error)):
             return Lost(type(error).__name__)
-        self._failed = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
-        return NotSent(type(error).__name__)
+        lacking = local_error(error)
+        # A want of this machine is no reason to stop calling the upstream.
+        self._failed = not lacking and isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+        return NotSent(lacking or type(error).__name__)
 
     def _is_harmless(self, error: Exception) -> bool:
-        """Whether it comes before anything that is traced."""
-        return not self._begun or isinstance(error, httpx2.UnsupportedProtocol)
+        """Whether it comes before anything that is traced.
+
+        What is imported at first use, before any connection, fails for want of a descriptor. Errors of the network are
+        translated by httpcore2, so that one that is not comes from elsewhere.
+        """
+        if not self._begun or isinstance(error, httpx2.UnsupportedProtocol):
+            return True
+        return not isinstance(error, httpx2.HTTPError) and local_error(error) is not None
 
     def end(self) -> None:
         """The request has ended in whatever way."""

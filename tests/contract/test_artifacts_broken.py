@@ -8,7 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.clients.artifacts import Outcome, Patience
-from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
+from service.domain.errors import Overloaded, UpstreamInvalidResponse, UpstreamUnavailable
 from service.usecases.ports import Asked, BrokenOff
 from tests.contract.origin import (
     MOST,
@@ -22,6 +22,7 @@ from tests.contract.origin import (
     head,
 )
 from tests.contract.peer import Connection, resetting_at_once, serving
+from tests.support.descriptors import no_descriptors
 from tests.support.valkey import free_port
 
 CHUNKED = head(Transfer_Encoding="chunked")
@@ -39,6 +40,16 @@ async def test_dead_address() -> None:
     (line,) = logs
     assert (line["host"], line["error"]) == ("127.0.0.1", "ConnectError")
     assert "secret" not in str(logs)
+
+
+async def test_no_descriptor() -> None:
+    """For want of a descriptor the reader is asked to come again, and the upstream is not to blame."""
+    caller = fetcher()
+    async with serving(giving(file())) as peer:
+        with no_descriptors(), pytest.raises(Overloaded) as caught:
+            await caller.get(peer.url)
+        assert caught.value.retry_after
+        assert (await caller.get(peer.url))[1] == PICTURE
 
 
 @pytest.mark.parametrize("url", ["http://two..dots/1.png", f"http://{'x' * 64}.example/1.png"])

@@ -13,9 +13,11 @@ import pytest
 from service.clients import callbacks
 from service.clients.addresses import Address, UnknownHost
 from service.clients.callbacks import MOST_READ, CallbackClient
+from service.domain.errors import Overloaded
 from service.domain.webhook import Webhook
 from service.usecases.ports import Reply
 from tests.contract.peer import Connection, Peer, Serve, answering, http, serving
+from tests.support.descriptors import no_descriptors
 
 BODY = b'{"type":"task.succeeded"}'
 HEADERS = {"webhook-id": "msg_1", "webhook-signature": "v1,x", "webhook-timestamp": "1"}
@@ -40,6 +42,16 @@ async def test_request() -> None:
     assert {"webhook-id: msg_1", "webhook-signature: v1,x", "content-type: application/json"} <= set(lines)
     assert any(line.startswith("user-agent: imaging-gateway/") for line in lines)
     assert not any(line.startswith(("cookie:", "authorization:")) for line in lines)
+
+
+async def test_no_descriptor() -> None:
+    """What this machine lacks is no failure of the receiver."""
+    async with serving(answering(http(b"thanks"))) as peer:
+        client, hook = CallbackClient(), Webhook(peer.url, ("127.0.0.0/8",))
+        with no_descriptors(), pytest.raises(Overloaded):
+            await client.post(peer.url, HEADERS, BODY, hook)
+        assert await client.post(peer.url, HEADERS, BODY, hook) == Reply(status=200)
+    assert peer.connections == 1
 
 
 async def test_redirect() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
+from anyio._backends._asyncio import SocketStream
 from structlog.testing import capture_logs
 
 from service.clients import breaker, exchange
@@ -30,6 +34,7 @@ from tests.contract.peer import (
     told,
 )
 from tests.support.certificates import certify
+from tests.support.descriptors import no_descriptors
 from tests.support.valkey import free_port
 
 ACCEPTED, UNKNOWN, NOT_SENT = SubmitOutcome.ACCEPTED, SubmitOutcome.UNKNOWN, SubmitOutcome.NOT_SENT
@@ -212,6 +217,57 @@ async def test_breaker_ignores_what_was_sent() -> None:
             trying = asyncio.create_task(caller.submit())
             assert not (await asyncio.wait({trying}, timeout=0.1))[0]
             trying.cancel()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_no_descriptor(host: str) -> None:
+    """What fails for want of a descriptor was not sent, and does not count against the upstream."""
+    async with serving(answering(TASK)) as peer, calling(peer.url.replace("127.0.0.1", host)) as caller:
+        with capture_logs() as logs, no_descriptors():
+            for _ in range(THRESHOLD + 1):
+                assert (await caller.submit()).outcome is NOT_SENT
+                assert (await caller.check()).answered is Answered.NOTHING
+        assert {(each["sent"], each["error"]) for each in logs} == {(False, os.strerror(errno.EMFILE))}
+        assert (await caller.submit()).outcome is ACCEPTED
+    assert len(peer.requests) == 1
+
+
+async def test_no_descriptor_for_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call of a process may lack the descriptor to import what it needs, before it connects."""
+    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+        for name in [name for name in sys.modules if name.startswith("anyio._backends")]:
+            monkeypatch.delitem(sys.modules, name)
+        with monkeypatch.context() as fresh:
+            fresh.setattr("anyio._core._eventloop.loaded_backends", {})
+            with no_descriptors():
+                assert (await caller.submit()).outcome is NOT_SENT
+        monkeypatch.undo()
+        assert (await caller.submit()).outcome is ACCEPTED
+    assert len(peer.requests) == 1
+
+
+async def test_no_buffer_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once sending has begun, an error of this machine leaves it unknown whether the request arrived."""
+
+    async def send(_: SocketStream, _item: bytes) -> None:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+        monkeypatch.setattr(SocketStream, "send", send)
+        assert (await caller.submit()).outcome is UNKNOWN
+
+
+async def test_no_descriptor_while_answered() -> None:
+    """A request that is under way needs no further descriptor."""
+
+    async def serve(connection: Connection) -> None:
+        with no_descriptors():
+            await connection.receive()
+            await connection.send(TASK)
+            await connection.wait_for_the_end()
+
+    async with serving(serve) as peer, calling(peer.url) as caller:
+        assert (await caller.submit()).outcome is ACCEPTED
 
 
 async def test_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from service.domain.errors import Overloaded
 from service.domain.webhook import DeliveryState
 from service.storage.agenda import LEASE
 from service.usecases.ports import Claimed, Outcome
@@ -56,6 +57,23 @@ async def test_store_away_while_sending(teller: Teller) -> None:
     teller.ledger.clock.at += LEASE
     await teller.round()
     assert teller.state(reservation) is DeliveryState.DELIVERED
+
+
+async def test_no_descriptor(teller: Teller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that this machine could not make does not count, and is made once the claim is over."""
+    reservation = await teller.end_a_task()
+
+    async def post(*_: Any) -> Any:
+        raise Overloaded("Too many open files", retry_after=1)
+
+    with monkeypatch.context() as lacking:
+        lacking.setattr(teller.receivers, "post", post)
+        await teller.round()
+    assert teller.ledger.deliveries[reservation].attempts == 0
+    teller.ledger.clock.at += LEASE
+    await teller.round()
+    assert teller.state(reservation) is DeliveryState.DELIVERED
+    assert teller.ledger.deliveries[reservation].attempts == 1
 
 
 async def test_run_outlasts_the_store(teller: Teller, monkeypatch: pytest.MonkeyPatch) -> None:

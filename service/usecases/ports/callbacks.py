@@ -28,6 +28,7 @@ class Callbacks(Protocol):
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> Reply:
         """Send once, within a time limit, to an address of the host that `webhook` lets be reached.
 
-        The host is resolved and checked anew for every call. Redirects are not followed.
+        The host is resolved and checked anew for every call. Redirects are not followed. Raises Overloaded if this
+        machine could not make the call.
         """
         ...
