@@ -28,6 +28,7 @@ from service.storage.agenda import RedisAgenda
 from service.storage.books import RedisBooks
 from service.storage.changes import Changes
 from service.storage.connect import connect
+from service.storage.data_version import DataVersion, DataVersionError
 from service.storage.keys import Keys
 from service.storage.ledger import DAY, RedisLedger, Spans
 from service.storage.registry import LiveRegistry, RedisRegistry
@@ -240,12 +241,17 @@ def furnished(
 
 @asynccontextmanager
 async def assembled(
-    settings: Settings, *, learn: Learn = unheard, clean: Callable[[str], str] | None = None
+    settings: Settings,
+    *,
+    learn: Learn = unheard,
+    clean: Callable[[str], str] | None = None,
+    refused: Callable[[DataVersionError], None] = lambda _: None,
 ) -> AsyncIterator[Services]:
     """The real gateway, out of settings that leave nothing open. Nothing is connected before it is first used.
 
     `learn` is told of every secret that comes up, before anything can go wrong with it, and `clean` takes them out of
-    what is traced. At the end, submissions under way are finished before anything is closed.
+    what is traced. `refused` is called if the store holds data of another version. At the end, submissions under way
+    are finished before anything is closed.
     """
     if settings.redis_url is None or settings.upstream_url is None:
         raise ValueError("the settings are not complete")
@@ -264,7 +270,14 @@ async def assembled(
         tracer = await opened.enter_async_context(traced)
         connections = connect(settings.redis_url, timeout=REDIS_SECONDS)
         opened.push_async_callback(connections.aclose)
-        scripts = Scripts(connections.commands, observe=metrics.ledger, failed=metrics.store_error, tracer=tracer)
+        version = DataVersion(keys.data_version, refused)
+        scripts = Scripts(
+            connections.commands,
+            version=version,
+            observe=metrics.ledger,
+            failed=metrics.store_error,
+            tracer=tracer,
+        )
         store = RedisRegistry(scripts, keys)
         registry = LiveRegistry(store, connections.subscriber, keys.registry_channel, failed=metrics.store_error)
         board = Board(Pace(settings.poll_seconds))
@@ -279,7 +292,12 @@ async def assembled(
             settings.upstream_url, max_bytes=settings.max_artifact_bytes, observe=metrics.upstream, tracer=tracer
         )
         artifacts.tell(metrics)
-        opened.push_async_callback(background.drain, settings.lease_seconds)
+
+        async def drain() -> None:
+            # In a store that is refused nothing can be booked, however long that is tried.
+            await background.drain(0 if version.is_refused else settings.lease_seconds)
+
+        opened.push_async_callback(drain)
         ports = Ports(
             ledger=RedisLedger(scripts, keys, spans),
             books=RedisBooks(scripts, keys),

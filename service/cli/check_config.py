@@ -92,14 +92,16 @@ def _doubts(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
 
 async def _try(settings: Settings) -> bool:
     """Try the store and the upstream at once, and say what came of it; whether both can be used."""
-    return all(await asyncio.gather(_try_store(settings.redis_url), _try_upstream(settings.upstream_url)))
+    return all(
+        await asyncio.gather(_try_store(settings.redis_url, settings.key_prefix), _try_upstream(settings.upstream_url))
+    )
 
 
-async def _try_store(url: str | None) -> bool:
+async def _try_store(url: str | None, prefix: str) -> bool:
     if url is None:
         click.echo("The embedded Valkey server is started by `gateway serve`.")
         return True
-    found = await examine(url, timeout=_SECONDS)
+    found = await examine(url, prefix, timeout=_SECONDS)
     _complain(f"{PREFIX}REDIS_URL {fault}" for fault in found.faults)
     _warn(f"{PREFIX}REDIS_URL {doubt}" for doubt in found.doubts)
     if not found.faults:

@@ -28,6 +28,7 @@ from service.server import HttpServer, Limits, base_url, listen, raise_descripto
 from service.services import Services
 from service.settings import Environment, Role, Settings
 from service.storage.address import parse_url
+from service.storage.data_version import DataVersionError
 from service.storage.embedded import EmbeddedError
 from service.telemetry import logs
 from service.telemetry.redaction import Redactor
@@ -55,21 +56,34 @@ class _Signals:
 
     def __init__(self) -> None:
         self._starting = asyncio.current_task()
-        self._told = asyncio.Event()
+        self._ending = asyncio.Event()
+        self._signalled = False
+        self._refusal: DataVersionError | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._receive)
 
     def _receive(self) -> None:
-        if self._told.is_set():
+        if self._signalled:
             os._exit(1)
-        self._told.set()
+        self._signalled = True
+        self._ending.set()
         if self._starting:
             self._starting.cancel()
+
+    def refuse(self, error: DataVersionError) -> None:
+        """End the gateway in good order, as a signal does, since it must not use its store."""
+        self._refusal = error
+        self._ending.set()
+
+    def raise_refusal(self) -> None:
+        """Raise the DataVersionError of `refuse`."""
+        if self._refusal:
+            raise self._refusal
 
     async def first(self) -> None:
         """The gateway has started: wait until it is told to end."""
         self._starting = None
-        await self._told.wait()
+        await self._ending.wait()
 
 
 def run(settings: Settings) -> int:
@@ -81,6 +95,9 @@ def run(settings: Settings) -> int:
             runner.run(_serve(settings, redactor))
     except (LocalError, EmbeddedError, SecretFileError, PortTakenError) as error:
         click.echo(f"gateway: {error}", err=True)
+        return 1
+    except DataVersionError as error:
+        click.echo(f"gateway: {error.reason}", err=True)
         return 1
     except asyncio.CancelledError:
         return 0  # told to end while it started
@@ -94,7 +111,13 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
     async with AsyncExitStack() as opened:
         full = await opened.enter_async_context(completed(settings))
         redactor.learn(*_secrets(full))
-        services = await opened.enter_async_context(assembled(full, learn=redactor.learn, clean=redactor.text))
+        services = await opened.enter_async_context(
+            assembled(full, learn=redactor.learn, clean=redactor.text, refused=signals.refuse)
+        )
+        with suppress(Unavailable, TimeoutError):  # a store that is away is checked when it first answers
+            async with asyncio.timeout(_STORE_AWAY_SECONDS):
+                await services.registry.refresh()
+        signals.raise_refusal()
         await opened.enter_async_context(services.working())
         servers = _start_servers(services, tenants, operators)
         async with asyncio.TaskGroup() as tasks:
@@ -117,6 +140,7 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
                 introducing.cancel()
             for server in servers:
                 await server.stop(services.drain_seconds)
+    signals.raise_refusal()
 
 
 def _start_servers(

@@ -16,6 +16,8 @@ from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import RedisClusterException, RedisError
 
 from service.storage.connect import Connections, connect
+from service.storage.data_version import version_error
+from service.storage.keys import Keys
 
 _OLDEST = (6, 2)
 """`ZRANGE` with `BYSCORE`, and scripts that may look at the clock before they write."""
@@ -32,21 +34,26 @@ class Checkup(Struct, frozen=True):
     doubts: Sequence[str] = ()
 
 
-async def examine(url: str, *, timeout: float) -> Checkup:  # noqa: ASYNC109 - it also bounds each connection
-    """Ask a store how it is, within `timeout` seconds, and change nothing. Raises InvalidRedisUrl."""
+async def examine(url: str, prefix: str, *, timeout: float) -> Checkup:  # noqa: ASYNC109 - for each connection too
+    """Examine a store and the data under a prefix within `timeout` seconds, and change nothing.
+
+    Raises InvalidRedisUrl.
+    """
     connections = connect(url, timeout=timeout)
     try:
         async with asyncio.timeout(timeout):
             told = await _told(connections)
+            other = version_error(await connections.commands.execute_command("GET", Keys(prefix).data_version))
     except TimeoutError:
         return Checkup(faults=[f"did not answer within {timeout:g} s"])
     except (RedisError, RedisClusterException, OSError) as error:
         return Checkup(faults=[_why(error)])
     finally:
         await connections.aclose()
+    faults = [fault for each in told for fault in _faults(each)]
     return Checkup(
         _server(told[0]),
-        list(dict.fromkeys(fault for each in told for fault in _faults(each))),
+        list(dict.fromkeys(faults or ([f"can't be used: {other.reason}"] if other else []))),
         list(dict.fromkeys(doubt for each in told for doubt in _doubts(each))),
     )
 

@@ -14,6 +14,11 @@ class Keys:
         self._root = f"{{{prefix}}}:"
 
     @property
+    def data_version(self) -> str:
+        """The version of all that is kept under the other keys."""
+        return self._root + "version"
+
+    @property
     def clock(self) -> str:
         """The last time a script saw, so that a failover can't step time back."""
         return self._root + "clock"

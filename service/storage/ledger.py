@@ -152,11 +152,13 @@ class RedisLedger:
 
     async def expire(self, most: int) -> Sequence[Settlement]:
         """Settle as unknown the reservations whose process died before it could."""
-        seen, time, rows = await self._scripts.read(
+        seen, time, rows, data_version = await self._scripts.read(
             ("GET", self._keys.clock),
             ("TIME",),
             ("ZRANGE", self._keys.leases, 0, most - 1, "WITHSCORES"),
+            ("GET", self._keys.data_version),
         )
+        self._scripts.compare_version(data_version)  # what follows also removes members, by no script
         now = ledger_time(seen, time)
         ids = [reservation for reservation, lease in scored(rows) if lease <= now]
         found = await self._scripts.read(*(("GET", self._keys.reservation(each)) for each in ids))

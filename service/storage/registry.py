@@ -49,8 +49,11 @@ class RedisRegistry:
         return Registry(version, next_id, tenants, accounts, tokens, former)
 
     async def version(self) -> int:
-        """The number of the newest version."""
-        (version,) = await self._scripts.read(("HGET", self._keys.registry, "version"))
+        """The number of the newest version. Raises DataVersionError where the data is of another data version."""
+        version, data_version = await self._scripts.read(
+            ("HGET", self._keys.registry, "version"), ("GET", self._keys.data_version)
+        )
+        self._scripts.compare_version(data_version)
         return int(version or 0)
 
     async def write(self, change: RegistryChange) -> bool:

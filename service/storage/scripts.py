@@ -23,6 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.domain.errors import LedgerUnavailable
+from service.storage.data_version import DataVersion
 from service.telemetry.families import LedgerOutcome, StoreError
 from service.telemetry.tracing import UNTRACED, Tracer
 
@@ -39,6 +40,7 @@ _SORTS: Sequence[tuple[tuple[type[Exception], ...], StoreError]] = (
     ((RedisConnectionError, OSError), StoreError.CONNECTION),
     ((ResponseError,), StoreError.RESPONSE),
 )
+_OTHER_VERSION = "DATAVERSION "
 _SHARED = ("state", "charges", "balance", "booking", "quota", "agenda")
 
 
@@ -52,17 +54,23 @@ Fault = Callable[[StoreError], None]
 
 
 class Scripts:
-    """Calls the scripts over a client that never retries: an unanswered call may have moved money."""
+    """Calls the scripts over a client that never retries: an unanswered call may have moved money.
+
+    Where `version` is given, nothing is read or written before the store was found to hold data of that version, and
+    no script writes to any other.
+    """
 
     def __init__(
         self,
         client: Client,
         *,
+        version: DataVersion | None = None,
         observe: Observer | None = None,
         failed: Fault | None = None,
         tracer: Tracer = UNTRACED,
     ) -> None:
         self._client = client
+        self._version = version
         self._observe = observe
         self._failed = failed
         self._tracer = tracer
@@ -75,7 +83,10 @@ class Scripts:
         Raises LedgerUnavailable if Redis did not answer: it may have run or not.
         """
         values = (msgspec.msgpack.encode(arguments), *more)
+        if self._version:
+            keys, values = (*keys, self._version.key), (*values, str(self._version.version))
         with self._observed(name), self._tracer.store("EVALSHA", script=name):
+            await self._check_version()
             if name not in self._hashes:
                 await self._load(name)
             try:
@@ -91,7 +102,17 @@ class Scripts:
             pipeline.execute_command(*command)
         operation = str(commands[0][0]) if len(commands) == 1 else "PIPELINE"
         with self._observed(READ), self._tracer.store(operation, batch=len(commands)):
+            await self._check_version()
             return await pipeline.execute()
+
+    def compare_version(self, found: bytes | None) -> None:
+        """Take in the data version, as one of the commands of a `read` returned it. Raises DataVersionError."""
+        if self._version:
+            self._version.compare(found)
+
+    async def _check_version(self) -> None:
+        if self._version and not self._version.is_checked:
+            await self._version.check(self._client)
 
     @contextmanager
     def _observed(self, call: str) -> Iterator[None]:
@@ -106,7 +127,12 @@ class Scripts:
             if type(error) is ResponseError and str(error).startswith("user_script"):
                 raise  # a fault of ours, not Redis being away
             outcome = LedgerOutcome.UNAVAILABLE
+            if type(error) is ResponseError and str(error).startswith(_OTHER_VERSION):
+                self.compare_version(str(error).removeprefix(_OTHER_VERSION).encode())
             raise unavailable() from error
+        except LedgerUnavailable:
+            outcome = LedgerOutcome.UNAVAILABLE
+            raise
         except asyncio.CancelledError:
             outcome = LedgerOutcome.GIVEN_UP
             raise
@@ -120,7 +146,8 @@ class Scripts:
 
     async def _load(self, name: str) -> None:
         if name not in self._sources:
-            parts = [*(_FOLDER / "shared" / f"{part}.lua" for part in _SHARED), _FOLDER / f"{name}.lua"]
+            shared = ("version", *_SHARED) if self._version else _SHARED
+            parts = [*(_FOLDER / "shared" / f"{part}.lua" for part in shared), _FOLDER / f"{name}.lua"]
             self._sources[name] = "\n".join(part.read_text(encoding="utf-8") for part in parts)
         self._hashes[name] = await self._client.script_load(self._sources[name])
 

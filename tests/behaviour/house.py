@@ -174,7 +174,7 @@ async def house_of_fakes(
     await background.drain(0)
 
 
-_KEPT = re.compile(r"\{gw\}:(clock|registry|leases|watch|(tenant|account):\d+)")
+_KEPT = re.compile(r"\{gw\}:(version|clock|registry|leases|watch|(tenant|account):\d+)")
 """The keys that may stay for ever: there are only so many of them, and deleting their owner deletes them."""
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from service.cli import main
 from service.keyring import generate_secret_key
 from tests.support.certificates import certify
-from tests.support.stores import Store, cluster, watched
+from tests.support.stores import Store, cluster, single, watched
 from tests.support.valkey import Valkey, free_port, running
 
 SAFE = ("--appendonly", "yes", "--maxmemory-policy", "noeviction")
@@ -203,6 +203,21 @@ async def test_an_old_store() -> None:
         result = await tried({"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"})
     assert result.exit_code == 1
     assert "must be Redis 6.2 or newer, or Valkey: it is Redis 6.0.16" in result.stderr
+
+
+@pytest.mark.parametrize("kind", [single, cluster], ids=lambda made: made.__name__)
+def test_data_of_another_version(kind: Callable[[], AbstractContextManager[Store]]) -> None:
+    """Data of another version under the prefix is a fault, under another prefix it is none, and nothing is marked."""
+    with kind() as store:
+        store.ask("SET", "{old}:version", "2")
+        refused = run({"GATEWAY_REDIS_URL": store.url, "GATEWAY_KEY_PREFIX": "old"}, "--connect")
+        passed = run({"GATEWAY_REDIS_URL": store.url, "GATEWAY_KEY_PREFIX": "new"}, "--connect")
+        assert store.ask("KEYS", "*") == [b"{old}:version"]
+    assert refused.exit_code == 1
+    (fault,) = [line for line in refused.stderr.splitlines() if "warning" not in line]
+    assert fault.startswith("gateway: GATEWAY_REDIS_URL can't be used: ")
+    assert "has version 2, and this gateway uses version 1: run `gateway export`" in fault
+    assert passed.exit_code == 0, passed.output
 
 
 def test_a_wrong_password(valkey: Valkey) -> None:

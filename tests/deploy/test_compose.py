@@ -146,7 +146,7 @@ async def test_the_store_keeps_what_it_is_told() -> None:
     assert program == "valkey-server"
     assert options[place + 1] in dict(mounts(SERVICES["store"])).values()
     with running(*options[:place], *options[place + 2 :]) as store:
-        found = await examine(store.url, timeout=5)
+        found = await examine(store.url, "gw", timeout=5)
     assert (found.faults, found.doubts) == ([], [])
 
 

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
+from redis import Redis
 
+from service.storage.keys import Keys
 from tests.process.gateway import Gateway, alive, environment, serving, started, until
 from tests.process.sandbox import Sandbox, advance, sandbox
 from tests.support.valkey import Valkey, free_port, running
@@ -117,6 +120,82 @@ def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream:
             gateway.ready()
             assert gateway.tried().status_code == 201
             assert gateway.end() == 0
+
+
+@contextmanager
+def store_of_version(version: int, prefix: str, *, port: int = 0) -> Iterator[tuple[Valkey, Redis]]:
+    """A store with data of a version under a prefix, and a client of it."""
+    with running(port=port) as store, Redis(unix_socket_path=str(store.path)) as client:
+        client.set(Keys(prefix).data_version, version)
+        client.set(f"{{{prefix}}}:registry", "of another form")
+        yield store, client
+
+
+def contents(client: Redis) -> dict[bytes, bytes]:
+    """All that a store holds."""
+    return {key: client.dump(key) for key in client.scan_iter()}  # type: ignore[misc] # redis-py's own
+
+
+def refused(line: str) -> bool:
+    """Whether a line tells which data a gateway does not use, and what to do."""
+    words = ("has version 2,", "uses version 1:", "`gateway export`", "`gateway apply`", "deploy/OPERATIONS.md")
+    return line.startswith("gateway: ") and all(each in line for each in words)
+
+
+@pytest.mark.parametrize("role", ["all", "api", "worker"])
+def test_store_of_another_version(tmp_path: Path, upstream: Sandbox, role: str) -> None:
+    """A store of another version is refused in one line before anything is served, and stays as it was."""
+    with store_of_version(2, "gw") as (store, client):
+        before = contents(client)
+        shared = upstream.shared(store) | {"GATEWAY_KEY_PREFIX": "gw", "GATEWAY_ROLE": role}
+        with started(tmp_path, **shared) as gateway:
+            assert gateway.process.wait(30) == 1
+        assert contents(client) == before
+    (line,) = gateway.log.read_text().splitlines()
+    assert refused(line)
+    assert gateway.out.read_text() == ""
+
+
+def test_store_of_another_version_that_comes_later(tmp_path: Path, valkey: Valkey, upstream: Sandbox) -> None:
+    """A store that is away at the start is refused when it answers, before anything is written to it."""
+    port = free_port()
+    shared = upstream.shared(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
+    with started(tmp_path, **shared) as gateway:
+        until(lambda: "demo.delayed" in gateway.log.read_text(), "a word about the store")
+        with store_of_version(2, shared["GATEWAY_KEY_PREFIX"], port=port) as (_, client):
+            assert gateway.process.wait(30) == 1
+            assert len(contents(client)) == 2
+    assert refused(gateway.log.read_text().splitlines()[-1])
+    assert "Traceback" not in gateway.log.read_text()
+
+
+def test_store_that_is_replaced(tmp_path: Path, upstream: Sandbox) -> None:
+    """A gateway whose store is replaced by one of another version writes nothing to it, and ends."""
+    with running() as store, Redis(unix_socket_path=str(store.path)) as client:
+        shared = upstream.shared(store)
+        mark = Keys(shared["GATEWAY_KEY_PREFIX"]).data_version
+        with serving(tmp_path, **shared) as gateway:
+            assert gateway.tried().status_code == 201
+            assert client.get(mark) == b"1"
+            sent = upstream.count("submit")
+            client.pipeline(transaction=True).flushall().set(mark, 2).execute()
+            answer = gateway.tried()
+            assert (answer.status_code, answer.json()["code"]) == (503, "ledger-unavailable")
+            assert gateway.process.wait(30) == 1
+            assert contents(client).keys() == {mark.encode()}
+            assert upstream.count("submit") == sent
+    assert refused(gateway.log.read_text().splitlines()[-1])
+
+
+def test_two_starts_at_once(tmp_path: Path, upstream: Sandbox) -> None:
+    """Gateways that start at once on an empty store take it both."""
+    with running() as store, ExitStack() as stack, Redis(unix_socket_path=str(store.path)) as client:
+        shared = upstream.shared(store)
+        gateways = [stack.enter_context(started(tmp_path / name, **shared)) for name in ("first", "second")]
+        for each in gateways:
+            each.ready()
+        assert client.get(Keys(shared["GATEWAY_KEY_PREFIX"]).data_version) == b"1"
+        assert [each.end() for each in gateways] == [0, 0]
 
 
 def test_damaged_sandbox(tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""No gateway reads or writes data of another version than its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from typing import Any, Self
+
+import pytest
+
+from service.domain.tenancy import Tenant
+from service.storage.connect import connect
+from service.storage.data_version import DATA_VERSION, DataVersion, DataVersionError
+from service.storage.keys import Keys
+from service.storage.ledger import RedisLedger, Spans
+from service.storage.registry import LiveRegistry, RedisRegistry
+from service.storage.scripts import Scripts
+from service.usecases.ports import RegistryChange
+from tests.support.stores import Store, cluster, single
+
+KEYS = Keys("versioned")
+MARK = str(DATA_VERSION)
+CHANGE = RegistryChange(version=0, next_id=2, tenants=(Tenant(1, "shop", ()),))
+
+
+@pytest.fixture(scope="module", params=[single, cluster], ids=lambda made: made.__name__)
+def server(request: pytest.FixtureRequest) -> Iterator[Store]:
+    """A server alone, and one in a Cluster."""
+    with request.param() as made:
+        yield made
+
+
+@pytest.fixture
+def store(server: Store) -> Store:
+    """An empty store."""
+    server.ask("FLUSHALL")
+    return server
+
+
+class Gateway:
+    """What a gateway has open to a store; `refusals` are the errors it would end for."""
+
+    def __init__(self, store: Store, version: int = DATA_VERSION) -> None:
+        self.refusals: list[DataVersionError] = []
+        self.connections = connect(store.url, timeout=5)
+        self.scripts = Scripts(
+            self.connections.commands,
+            version=DataVersion(KEYS.data_version, self.refusals.append, version=version),
+        )
+        self.registry = RedisRegistry(self.scripts, KEYS)
+        self.ledger = RedisLedger(self.scripts, KEYS, Spans())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.connections.aclose()
+
+
+def contents(store: Store) -> dict[bytes, Any]:
+    """All that a store holds."""
+    return {key: store.ask("DUMP", key) for key in store.ask("KEYS", "*")}
+
+
+async def test_empty_store(store: Store) -> None:
+    """An empty store is marked by the first read, and the mark is kept."""
+    async with Gateway(store) as gateway:
+        assert (await gateway.registry.load()).version == 0
+    assert contents(store).keys() == {KEYS.data_version.encode()}
+    assert store.ask("GET", KEYS.data_version) == MARK.encode()
+    assert store.ask("TTL", KEYS.data_version) == -1
+
+
+async def test_unmarked_data(store: Store) -> None:
+    """Data of a gateway that knew no versions is of version 1, and is marked."""
+    async with Gateway(store) as gateway:
+        await RedisRegistry(Scripts(gateway.connections.commands), KEYS).write(CHANGE)
+        assert store.ask("EXISTS", KEYS.data_version) == 0
+        assert (await gateway.registry.load()).version == 1
+    assert store.ask("GET", KEYS.data_version) == b"1"
+
+
+@pytest.mark.parametrize("found", ["0", "2", "11", "", "x" * 100, "\xff"])
+async def test_other_version(store: Store, found: str) -> None:
+    """Nothing is read from or written to data of another version, and the reason names both."""
+    store.ask("SET", KEYS.data_version, found)
+    before = contents(store)
+    async with Gateway(store) as gateway:
+        for call in (gateway.registry.load, lambda: gateway.registry.write(CHANGE), lambda: gateway.ledger.expire(1)):
+            with pytest.raises(DataVersionError):
+                await call()
+    assert contents(store) == before
+    (error,) = gateway.refusals
+    assert f"version {MARK}:" in error.reason
+    assert len(error.reason.splitlines()) == 1
+    if found.isdigit():
+        assert f"version {found}," in error.reason
+
+
+async def test_two_versions_at_once(store: Store) -> None:
+    """Of gateways of two versions that start on an empty store at once, those of one version go on."""
+    async with AsyncExitStack() as stack:
+        gateways = [await stack.enter_async_context(Gateway(store, version)) for version in [1, 2] * 5]
+        await asyncio.gather(*(each.registry.load() for each in gateways), return_exceptions=True)
+    marked = int(store.ask("GET", KEYS.data_version))
+    assert [not each.refusals for each in gateways] == [version == marked for version in [1, 2] * 5]
+
+
+async def test_replaced_while_it_runs(store: Store) -> None:
+    """No script writes to data of another version that took the place of its own, and the registry is not restored."""
+    async with Gateway(store) as gateway:
+        live = LiveRegistry(gateway.registry, gateway.connections.subscriber, KEYS.registry_channel)
+        await gateway.registry.write(CHANGE)
+        await live.refresh()
+        store.ask("FLUSHALL")
+        store.ask("SET", KEYS.data_version, "2")
+        before = contents(store)
+        with pytest.raises(DataVersionError):
+            await gateway.ledger.reopen(1)
+        with pytest.raises(DataVersionError):
+            await live.refresh()
+    assert contents(store) == before
+    assert len(gateway.refusals) == 1
+
+
+@pytest.mark.parametrize("job", ["refresh", "expire"])
+async def test_replaced_while_it_is_idle(store: Store, job: str) -> None:
+    """A gateway that is not called notices it too, by what it does regularly."""
+    async with Gateway(store) as gateway:
+        live = LiveRegistry(gateway.registry, gateway.connections.subscriber, KEYS.registry_channel)
+        await gateway.registry.write(CHANGE)
+        await live.refresh()
+        store.ask("FLUSHALL")
+        store.ask("SET", KEYS.data_version, "2")
+        store.ask("ZADD", KEYS.leases, "1", "r")
+        before = contents(store)
+        with pytest.raises(DataVersionError):
+            await (live.refresh() if job == "refresh" else gateway.ledger.expire(1))
+    assert contents(store) == before
+    assert len(gateway.refusals) == 1
+
+
+async def test_emptied_while_it_runs(store: Store) -> None:
+    """A store that lost everything is marked again by the first script that writes to it."""
+    async with Gateway(store) as gateway:
+        await gateway.registry.load()
+        store.ask("FLUSHALL")
+        await gateway.ledger.reopen(1)
+        assert store.ask("GET", KEYS.data_version) == MARK.encode()
+        store.ask("FLUSHALL")
+        assert await gateway.registry.version() == 0
+        await gateway.registry.load()
+        assert store.ask("GET", KEYS.data_version) == MARK.encode()
+    assert gateway.refusals == []
+
+
+async def test_store_that_refuses_writes(store: Store) -> None:
+    """Data that can't be marked now is read all the same, and marked when it can."""
+    store.ask("CONFIG", "SET", "min-replicas-to-write", "1")
+    async with Gateway(store) as gateway:
+        try:
+            assert (await gateway.registry.load()).version == 0
+            assert store.ask("EXISTS", KEYS.data_version) == 0
+        finally:
+            store.ask("CONFIG", "SET", "min-replicas-to-write", "0")
+        await gateway.registry.load()
+        assert store.ask("GET", KEYS.data_version) == MARK.encode()
+
+
+async def test_check_costs_no_command(store: Store) -> None:
+    """Once a store was checked, a call sends no further command, and a script reads the mark and the clock itself."""
+    async with Gateway(store) as gateway:
+        await gateway.ledger.reopen(1)
+        store.ask("CONFIG", "RESETSTAT")
+        await gateway.ledger.accounts([1])
+        await gateway.ledger.reopen(1)
+        statistics = store.ask("INFO", "commandstats")
+    sent = {name: statistics[f"cmdstat_{name}"]["calls"] for name in ("evalsha", "get", "hget")}
+    assert sent == {"evalsha": 1, "get": 2, "hget": 1}
