@@ -18,6 +18,8 @@ NOT_HERE = {
     "Monitoring": "amtool: it needs an Alertmanager",
 }
 """The procedures with blocks that can't be carried out here, and why."""
+LONG, SHORT = '{"seconds":3600,"faults":[]}', '{"seconds":0,"faults":[]}'
+"""How long tasks of the upstream take."""
 SEALED = "All secrets of the registry are sealed with the first secret key."
 
 
@@ -118,6 +120,35 @@ def test_upgrade(here: Shell) -> None:
     here.run(
         *here.installed(), "submit", *typed("Upgrade"), "TENANTS=http://127.0.0.1:8090", "read_task task.json", "submit"
     )
+
+
+def test_upgrade_to_another_data_version(here: Shell, upstream: Sandbox) -> None:
+    """A store of another data version is refused; under another prefix tenants read their old tasks, and spend."""
+    old, new = typed("Upgrade to another data version")
+    begin = (
+        'curl -fsS -o running.json -H "Authorization: Bearer $(cat shop.token)" -F image=@photo.jpg '
+        '"$TENANTS/v1/tasks/face-enhance"'
+    )
+    other = f"redis-cli -p {here.stores[0]} set {{gw}}:version 2"
+    refused = "if gateway check-config --connect; then exit 1; fi; if start one; then exit 1; fi"
+    printed = here.run(
+        *(*here.installed(), "submit", f"curl -fsS -X PUT -d '{LONG}' {upstream.url}/_control/dials", begin),
+        *(
+            old,
+            other,
+            refused,
+            new,
+            "used",
+            "read_task task.json; cp read.json finished.json",
+            "read_task running.json",
+        ),
+        *("used", f"curl -fsS -X PUT -d '{SHORT}' {upstream.url}/_control/dials", "submit", "used"),
+    )
+    assert printed.count("has version 2, and this gateway uses version 1: run `gateway export`") == 2
+    assert re.findall(r'"used":(\d+)', printed) == ["0", "2", "3"]
+    assert printed.count("200") >= 2
+    assert '"state":"succeeded"' in (here.folder / "finished.json").read_text()
+    assert '"state":"running"' in (here.folder / "read.json").read_text()
 
 
 def test_what_redis_needs(here: Shell) -> None:
