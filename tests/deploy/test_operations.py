@@ -133,20 +133,13 @@ def test_upgrade_to_another_data_version(here: Shell, upstream: Sandbox) -> None
     refused = "if gateway check-config --connect; then exit 1; fi; if start one; then exit 1; fi"
     printed = here.run(
         *(*here.installed(), "submit", f"curl -fsS -X PUT -d '{LONG}' {upstream.url}/_control/dials", begin),
-        *(
-            old,
-            other,
-            refused,
-            new,
-            "used",
-            "read_task task.json; cp read.json finished.json",
-            "read_task running.json",
-        ),
-        *("used", f"curl -fsS -X PUT -d '{SHORT}' {upstream.url}/_control/dials", "submit", "used"),
+        *(old, other, refused, new, "used"),
+        *("read_task task.json", "cp read.json finished.json", "read_task running.json", "used"),
+        *(f"curl -fsS -X PUT -d '{SHORT}' {upstream.url}/_control/dials", "submit", "used"),
     )
     assert printed.count("has version 2, and this gateway uses version 1: run `gateway export`") == 2
     assert re.findall(r'"used":(\d+)', printed) == ["0", "2", "3"]
-    assert printed.count("200") >= 2
+    assert '200200"used":2' in printed
     assert '"state":"succeeded"' in (here.folder / "finished.json").read_text()
     assert '"state":"running"' in (here.folder / "read.json").read_text()
 

@@ -134,6 +134,7 @@ async def test_replaced_while_it_is_idle(store: Store, job: str) -> None:
         store.ask("FLUSHALL")
         store.ask("SET", KEYS.data_version, "2")
         store.ask("ZADD", KEYS.leases, "1", "r")
+        store.ask("HSET", KEYS.registry, "version", "1")
         before = contents(store)
         with pytest.raises(DataVersionError):
             await (live.refresh() if job == "refresh" else gateway.ledger.expire(1))
