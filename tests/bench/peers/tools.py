@@ -1,0 +1,125 @@
+"""The programs that the benchmark needs beside Python, and the versions of all that takes part."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from service.storage.embedded import server_binary
+
+_PROGRAMS = {"wrk": "wrk", "nginx": "nginx", "cc": "gcc libc6-dev", "taskset": "util-linux"}
+"""Program: the Debian packages that have it."""
+_FILES = {
+    "usr/share/nginx/modules-available/mod-http-lua.conf": "libnginx-mod-http-lua",
+    "usr/lib/*/lua/5.1/cjson.so": "lua-cjson",
+}
+"""Pattern of a file: the Debian package that has it."""
+_PYTHON_PACKAGES = (
+    "fastapi",
+    "granian",
+    "hiredis",
+    "httptools",
+    "httpx",
+    "httpx2",
+    "litestar",
+    "msgspec",
+    "pydantic",
+    "python-multipart",
+    "redis",
+    "starlette",
+    "uvicorn",
+    "uvloop",
+)
+_POLICY = Path("/usr/sbin/policy-rc.d")
+
+
+def require_tools() -> None:
+    """Make sure that all programs are there: as root on Debian install what is missing, else exit naming it."""
+    missing = _missing()
+    if not missing:
+        return
+    advice = (
+        f"the benchmark needs Debian's {' '.join(missing)}: apt-get install --no-install-recommends {' '.join(missing)}"
+    )
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise SystemExit(f"error: {advice}")
+    try:
+        _install(missing)
+    except subprocess.CalledProcessError as error:
+        lines = [*error.stdout.decode(errors="replace").strip().splitlines(), ""]
+        raise SystemExit(f"error: {advice} failed: {lines[0] if len(lines) == 1 else lines[-2]}") from None
+    if _missing():
+        raise SystemExit(f"error: {advice}")
+
+
+def versions() -> dict[str, str]:
+    """Return the version of each program and Python package that takes part, and of the kernel."""
+    found = {
+        "wrk": _version("wrk", "-v"),
+        "nginx": _version("nginx", "-v"),
+        "gcc": _version("cc", "-dumpfullversion"),
+        "valkey": _version(str(server_binary()), "--version"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+    for package in _PYTHON_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _missing() -> list[str]:
+    programs = [packages for program, packages in _PROGRAMS.items() if not shutil.which(program, path=_path())]
+    files = [package for pattern, package in _FILES.items() if not any(Path("/").glob(pattern))]
+    return " ".join(programs + files).split()
+
+
+def _path() -> str:
+    """Return where programs are searched; nginx is in a folder that is not in the PATH of every user."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
+
+
+def _install(packages: list[str]) -> None:
+    apt = ["apt-get", "--quiet=2"]
+    with _services_stay_off():
+        _run([*apt, "update"])
+        _run([*apt, "install", "--yes", "--no-install-recommends", *packages])
+
+
+@contextmanager
+def _services_stay_off() -> Iterator[None]:
+    """Keep packages from starting the services that they bring, as nginx would."""
+    if _POLICY.exists():
+        yield
+        return
+    _POLICY.write_text("#!/bin/sh\nexit 101\n")
+    _POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        _POLICY.unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> None:
+    environ = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(command, check=True, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def _version(program: str, option: str) -> str:
+    """Return the first version number in what a program prints of itself, or an empty string."""
+    path = shutil.which(program, path=_path())
+    if path is None:
+        return ""
+    # wrk exits with an error after its version.
+    done = subprocess.run([path, option], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    found = re.search(r"\d+(\.\d+)+(-[\w.+~]+)?", done.stdout.decode(errors="replace"))
+    return found[0] if found else ""
