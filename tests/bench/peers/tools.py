@@ -17,7 +17,7 @@ from service.storage.embedded import server_binary
 _PROGRAMS = {"wrk": "wrk", "nginx": "nginx", "cc": "gcc libc6-dev", "taskset": "util-linux"}
 """Program: the Debian packages that have it."""
 _FILES = {
-    "usr/share/nginx/modules-available/mod-http-lua.conf": "libnginx-mod-http-lua",
+    "usr/lib/nginx/modules/ngx_http_lua_module.so": "libnginx-mod-http-lua",
     "usr/lib/*/lua/5.1/cjson.so": "lua-cjson",
 }
 """Pattern of a file: the Debian package that has it."""
