@@ -25,7 +25,7 @@ endif
 # What a step says is shown only if it fails.
 step = @said=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$said"; echo 'FAILED  $(1)'; exit 1; }
 
-.PHONY: run demo test test-monitoring bench check lint format types layers drift openapi dashboards chart settings release-check image-check fmt clean help
+.PHONY: run demo test test-monitoring bench bench-quick check lint format types layers drift openapi dashboards chart settings release-check image-check fmt clean help
 
 run: $(READY) ## Start the gateway with all it needs on this machine
 	@exec .venv/bin/gateway serve
@@ -39,8 +39,11 @@ test: check ## Run all that CI runs: the static checks, then the tests with cove
 test-monitoring: $(READY) ## Ask a real Prometheus all that dashboards and rules ask (needs Debian's prometheus)
 	@exec .venv/bin/pytest tests/monitoring
 
-bench: $(READY) ## Measure what a submission costs, in time and memory of the store
-	@exec .venv/bin/python -m tests.bench
+bench: $(READY) ## Measure the gateway beside its peers, in 25 minutes; results go into tests/bench/results/
+	@exec .venv/bin/python -m tests.bench $(or $(ARGS),--save)
+
+bench-quick: $(READY) ## Measure the main figures beside two of the peers, in 3 minutes; results are only printed
+	@exec .venv/bin/python -m tests.bench --quick $(ARGS)
 
 check: lint format types layers drift ## Run the static checks alone
 

@@ -1,18 +1,27 @@
-"""Runs all benchmarks, or those that are named."""
+"""Compares the gateway with what a team would run instead, or runs the single benchmarks that are named."""
 
 from __future__ import annotations
 
 import asyncio
+import shlex
+import signal
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import click
 
+from tests.bench.comparison import OTHER, Comparison, checkouts
 from tests.bench.figures import Benchmark, table
 from tests.bench.ledger import ledger
 from tests.bench.memory import memory
+from tests.bench.peers.tools import require_tools, versions
+from tests.bench.plot import draw
+from tests.bench.report import about, as_json, derive, results_file, tables
 from tests.bench.scraping import scraping, watched
 from tests.bench.waiting import waiting
 from tests.bench.watching import watching
+from tests.bench.workloads import QUICK, WORKLOADS, titles
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "ledger": ledger,
@@ -22,14 +31,66 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "scraping": scraping,
     "watched": watched,
 }
+RESULTS = Path(__file__).with_name("results")
+
+
+def _named(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    names = tuple(value.split(",")) if value else ()
+    if unknown := set(names) - set(WORKLOADS):
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(WORKLOADS)}")
+    return names
 
 
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1, type=click.Choice(list(BENCHMARKS)))
-def main(names: tuple[str, ...]) -> None:
-    for name in names or BENCHMARKS:
-        click.echo(f"{name}: {(BENCHMARKS[name].__doc__ or '').splitlines()[0]}")
-        click.echo(table(asyncio.run(BENCHMARKS[name]())))
+@click.option("--quick", is_flag=True, help="The main rows in three minutes, printed only.")
+@click.option("--rows", callback=_named, metavar="NAME,...", help=f"Only these of {', '.join(WORKLOADS)}.")
+@click.option(
+    "--against",
+    type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
+    help="Another checkout with its own .venv: its gateway is measured in the same rounds.",
+)
+@click.option("--rounds", type=click.IntRange(1, 99), default=3, show_default=True, help="How often servers alternate.")
+@click.option("--seconds", type=click.IntRange(1, 60), help="How long a closed loop takes: 3, in the quick one 2.")
+@click.option("--save", is_flag=True, help=f"Write the results into {RESULTS.parent.name}/{RESULTS.name}/.")
+def main(
+    names: tuple[str, ...],
+    *,
+    quick: bool,
+    rows: tuple[str, ...],
+    against: Path | None,
+    rounds: int,
+    seconds: int | None,
+    save: bool,
+) -> None:
+    if names:
+        for name in names:
+            click.echo(f"{name}: {(BENCHMARKS[name].__doc__ or '').splitlines()[0]}")
+            click.echo(table(asyncio.run(BENCHMARKS[name]())))
+        return
+    require_tools()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all that was started is ended
+    chosen = rows or (QUICK if quick else tuple(WORKLOADS))
+    comparison = Comparison(against=against, rounds=rounds, seconds=seconds or (2 if quick else 3), quick=quick)
+    with comparison:
+        for name, (workload, _) in WORKLOADS.items():
+            if name in chosen:
+                click.echo(f"{name}: {workload.__doc__}", err=True)
+                workload(comparison)
+    results = derive(comparison.results())
+    click.echo(tables(results, titles()))
+    if save:
+        facts = about(checkouts(comparison), versions(), _command(), rounds)
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "results.json").write_text(as_json(facts, results))
+        (RESULTS / "RESULTS.md").write_text(results_file(facts, results, titles(), "results.png"))
+        draw(results, f"Gateway {facts['commit']} beside its references, {facts['date']}", RESULTS / "results.png")
+
+
+def _command() -> str:
+    """The command that was given, without the path of another checkout."""
+    words = [OTHER if before == "--against" else word for before, word in zip(sys.argv, sys.argv[1:], strict=False)]
+    return shlex.join(["python", "-m", "tests.bench", *words]) if words != ["--save"] else "make bench"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""Workloads with many requests at the same time: large uploads, clients that wait, and more than the server can do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from contextlib import ExitStack
+
+import uvloop
+
+from tests.bench.comparison import Comparison, started
+from tests.bench.gateways import ALL, API, FASTAPI, LUA, Target
+from tests.bench.images import LARGE, SMALL, random_png
+from tests.bench.load import Answers, Request, at_once, closed_loop, open_loop, percentile, probe
+from tests.support.images import png
+
+AT_ONCE = {32: "32 x 10 MB", 64: "64 x 10 MB", 256: "256 x 10 MB"}
+WAITERS = "1,000 waiters"
+OVERLOAD = {SMALL: "overload, 300 KB", LARGE: "overload, 10 MB"}
+_LATER_SECONDS = 30
+_WAITERS = 1_000
+_ARRIVALS_PER_SECOND = 50
+_WAIT_SECONDS = 20
+"""When the vendor is asked for the first time, which ends a task: by then all clients wait."""
+_FACTOR = 3
+_MOST_PER_SECOND = 6_000
+_OVERLOAD_SECONDS = 8
+_PATIENCE_SECONDS = 30
+"""When a client of the overload gives up."""
+
+
+def large_at_once(comparison: Comparison) -> None:
+    """32, 64 and 256 images of 10 MB are submitted at the same moment."""
+    candidates = comparison.gateways(API, ALL) + comparison.references(LUA, FASTAPI)
+    image = random_png(LARGE)
+    for number, row in AT_ONCE.items():
+        with ExitStack() as stack:
+            measured = []
+            for candidate in candidates:
+                _, target = stack.enter_context(started(comparison, candidate))
+                idle = target.server.resident_mib()
+                target.server.reset_peak()
+                begun = time.monotonic()
+                answers = uvloop.run(at_once(target.url, target.submission(image), number, connections=number))
+                ended = time.monotonic()
+                peak = target.server.peak_mib()
+                measured.append((candidate, target, idle, peak, answers, begun, ended))
+            for candidate, target, idle, peak, answers, begun, ended in measured:
+                time.sleep(max(ended + _LATER_SECONDS - time.monotonic(), 0))
+                figures = {
+                    "per_second": len(answers.succeeded()) / (ended - begun),
+                    "idle_mib": idle,
+                    "peak_mib": peak,
+                    "later_mib": target.server.resident_mib(),
+                }
+                comparison.add(row, candidate.name, figures, answers.errors())
+
+
+def waiters(comparison: Comparison) -> None:
+    """1,000 clients submit a small image with `Prefer: wait`, and get the end that the first check finds 20 s later."""
+    for candidate in comparison.gateways(ALL):
+        with comparison.environment(tasks="finished") as env:
+            env.settings["GATEWAY_POLL_SECONDS"] = str(_WAIT_SECONDS)
+            with candidate.start(env) as target:
+                comparison.add(WAITERS, candidate.name, *_wait(target))
+
+
+def _wait(target: Target) -> tuple[dict[str, float], Counter[str]]:
+    server = target.server
+    idle = server.resident_mib()
+    server.reset_peak()
+    used = server.cpu_seconds()
+    request = target.submission(png()).with_headers(Prefer="wait=60")
+    seconds = _WAITERS / _ARRIVALS_PER_SECOND
+    answers = uvloop.run(open_loop(target.url, request, rate=_ARRIVALS_PER_SECOND, seconds=seconds, timeout=90))
+    used = server.cpu_seconds() - used
+    times = answers.succeeded()
+    figures = {
+        "late_p50_ms": (percentile(times, 50) - _WAIT_SECONDS) * 1000,
+        "late_p99_ms": (percentile(times, 99) - _WAIT_SECONDS) * 1000,
+        "cpu_ms": used * 1000 / max(len(times), 1),
+        "idle_mib": idle,
+        "peak_mib": server.peak_mib(),
+    }
+    ended = sum(b'"succeeded"' in body for body in answers.bodies)
+    return figures, +(answers.errors() + Counter({"no end": len(times) - ended}))
+
+
+def overload_small(comparison: Comparison) -> None:
+    """Images of 300 KB come three times as fast as the gateway can take them."""
+    _overload(comparison, SMALL)
+
+
+def overload_large(comparison: Comparison) -> None:
+    """Images of 10 MB come three times as fast as the gateway can take them."""
+    _overload(comparison, LARGE)
+
+
+def _overload(comparison: Comparison, size: int) -> None:
+    image = random_png(size)
+    for candidate in comparison.gateways(API):
+        with started(comparison, candidate) as (_, target):
+            request = target.submission(image)
+            capacity = closed_loop(target.url, request, connections=16, seconds=3).per_second
+            rate = min(_FACTOR * capacity, _MOST_PER_SECOND)
+            target.server.reset_peak()
+            begun = time.monotonic()
+            answers, health = uvloop.run(_offer(target, request, rate))
+            seconds = time.monotonic() - begun
+            times, counts = answers.succeeded(), answers.counts()
+            figures = {
+                "capacity_per_second": capacity,
+                "offered_per_second": counts.total() / answers.sending_seconds,
+                "per_second": len(times) / seconds,
+                "p50_ms": percentile(times, 50) * 1000,
+                "p99_ms": percentile(times, 99) * 1000,
+                "peak_mib": target.server.peak_mib(),
+                "health_max_ms": _longest_ms(health[0]),
+                "ops_health_max_ms": _longest_ms(health[1]),
+            }
+            # A refusal is what is expected here.
+            shown = {f"answers {status}": float(count) for status, count in sorted(counts.items()) if status.isdigit()}
+            errors = Counter({status: count for status, count in counts.items() if not status.isdigit()})
+            comparison.add(OVERLOAD[size], candidate.name, figures | shown, errors)
+
+
+async def _offer(target: Target, request: Request, rate: float) -> tuple[Answers, list[Answers]]:
+    """Offer more than can be taken, while both ports are asked for their health."""
+    health, done = [Answers(), Answers()], asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        for url, answers in zip((target.url, target.ops_url), health, strict=True):
+            group.create_task(probe(url, "/healthz", answers, done.is_set, timeout=_PATIENCE_SECONDS))
+        answers = await open_loop(target.url, request, rate=rate, seconds=_OVERLOAD_SECONDS, timeout=_PATIENCE_SECONDS)
+        done.set()
+    return answers, health
+
+
+def _longest_ms(answers: Answers) -> float:
+    return max((each for times in answers.seconds.values() for each in times), default=0) * 1000

@@ -1,0 +1,144 @@
+"""A run of the comparison: its servers, the CPUs they are pinned to, and the results so far."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Self
+
+import click
+
+from tests.bench.gateways import HERE, Candidate, Environment, Target, commit, environment
+from tests.bench.load import Load, Request, closed_loop
+
+_FILES = 16_384
+OTHER = "other"
+"""The label of the checkout that is compared with this one."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The medians of what was measured of a server in a workload; errors are the sum over all rounds."""
+
+    row: str
+    server: str
+    connections: int
+    figures: dict[str, float]
+    errors: dict[str, int]
+
+
+@dataclass
+class Comparison:
+    """What the workloads of one run share. Closed loops take `seconds` each, and have so many `rounds`."""
+
+    against: Path | None = None
+    rounds: int = 3
+    seconds: int = 3
+    quick: bool = False
+    server_cpu: int = 0
+    load_cpu: int = 0
+    _measured: dict[tuple[str, str, int], list[tuple[dict[str, float], Counter[str]]]] = field(default_factory=dict)
+    _opened: ExitStack = field(default_factory=ExitStack)
+    _seeded: dict[str, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        cpus = sorted(os.sched_getaffinity(0))
+        if len(cpus) < 2:
+            raise SystemExit("error: the benchmark needs two CPUs: one for the server, one for the load")
+        self.load_cpu, self.server_cpu = cpus[:2]
+        os.sched_setaffinity(0, {self.load_cpu})
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(_FILES, most) if most > 0 else _FILES, most))
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._opened.close()
+
+    def gateways(self, *roles: str) -> list[Candidate]:
+        """The gateway in these roles; that of the other checkout as well, if there is one."""
+        own = [Candidate(role, HERE) for role in roles]
+        return own + [Candidate(role, self.against, OTHER) for role in roles if self.against]
+
+    @staticmethod
+    def references(*kinds: str) -> list[Candidate]:
+        return [Candidate(kind) for kind in kinds]
+
+    def environment(self, **stub: Any) -> AbstractContextManager[Environment]:
+        """An empty store and a vendor for one server."""
+        return environment(self.server_cpu, self.load_cpu, **stub)
+
+    def enter(self, context: AbstractContextManager[Any]) -> Any:
+        """Open something that stays open until the end of the run."""
+        return self._opened.enter_context(context)
+
+    @property
+    def seeded(self) -> dict[str, Any]:
+        """Stores with many tasks, by what kind of server made them; they serve several workloads."""
+        return self._seeded
+
+    def alternate(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+        """The servers in turn, as often as there are rounds."""
+        for _ in range(self.rounds):
+            yield from candidates
+
+    def add(
+        self, row: str, server: str, figures: dict[str, float], errors: Counter[str], *, connections: int = 0
+    ) -> None:
+        """Note what was measured of a server in a workload."""
+        self._measured.setdefault((row, server, connections), []).append((figures, errors))
+        shown = "  ".join(f"{name} {value:,.5g}" for name, value in figures.items())
+        at = f" at {connections}" if connections else ""
+        failed = f"  ERRORS {dict(errors)}" if errors else ""
+        click.echo(f"  {time.strftime('%H:%M:%S')} {row:<18} {server + at:<24} {shown}{failed}", file=sys.stderr)
+
+    def results(self) -> list[Result]:
+        """The medians, in the order in which they were first measured."""
+        return [
+            Result(
+                row,
+                server,
+                connections,
+                {name: median(figures[name] for figures, _ in runs) for name in runs[0][0]},
+                dict(sum((errors for _, errors in runs), Counter[str]())),
+            )
+            for (row, server, connections), runs in self._measured.items()
+        ]
+
+    def measure(
+        self, row: str, candidate: Candidate, target: Target, request: Request, *, connections: int, seconds: int
+    ) -> Load:
+        """Load a server in a closed loop and note the figures of that."""
+        server = target.server
+        server.reset_peak()
+        used = server.cpu_seconds()
+        load = closed_loop(target.url, request, connections=connections, seconds=seconds)
+        used = server.cpu_seconds() - used
+        figures = {
+            "per_second": load.per_second,
+            "p50_ms": load.p50_ms,
+            "p99_ms": load.p99_ms,
+            "cpu_ms": used * 1000 / max(load.succeeded, 1),
+            "peak_mib": server.peak_mib(),
+        }
+        self.add(row, candidate.name, figures, load.errors, connections=connections)
+        return load
+
+
+@contextmanager
+def started(comparison: Comparison, candidate: Candidate, **stub: Any) -> Iterator[tuple[Environment, Target]]:
+    """A server with an empty store and a vendor of its own."""
+    with comparison.environment(**stub) as env, candidate.start(env) as target:
+        yield env, target
+
+
+def checkouts(comparison: Comparison) -> dict[str, str]:
+    """The commits that are compared."""
+    return {"commit": commit(HERE)} | ({OTHER: commit(comparison.against)} if comparison.against else {})

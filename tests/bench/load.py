@@ -1,0 +1,181 @@
+"""Requests, and the two ways of sending them: `wrk` in a closed loop, and asyncio where that is not enough."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+_SCRIPT = Path(__file__).with_name("wrk.lua")
+_BOUNDARY = "b3a1f0c2d4e5968778695a4b3c2d1e0f"
+_TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request; sent to several paths in turn if there are several."""
+
+    method: str
+    paths: tuple[str, ...]
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
+
+    def with_headers(self, **headers: str) -> Request:
+        """The same with more headers."""
+        return replace(self, headers=(*self.headers, *headers.items()))
+
+    def encoded(self, number: int = 0) -> tuple[bytes, bytes]:
+        """The head and the body, as they are sent on a connection of their own."""
+        lines = [f"{self.method} {self.paths[number % len(self.paths)]} HTTP/1.1", "Host: gateway", "Connection: close"]
+        lines += [f"{name}: {value}" for name, value in self.headers]
+        if self.body:
+            lines.append(f"Content-Length: {len(self.body)}")
+        return "\r\n".join((*lines, "", "")).encode(), self.body
+
+
+def form(fields: Iterable[tuple[str, str]], file: tuple[str, bytes]) -> tuple[str, bytes]:
+    """A multipart form with one PNG: its content type and its bytes."""
+    parts = [
+        f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+        for name, value in fields
+    ]
+    name, image = file
+    disposition = f'Content-Disposition: form-data; name="{name}"; filename="image.png"'
+    parts += [f"--{_BOUNDARY}\r\n{disposition}\r\nContent-Type: image/png\r\n\r\n".encode(), image]
+    return f"multipart/form-data; boundary={_BOUNDARY}", b"".join((*parts, f"\r\n--{_BOUNDARY}--\r\n".encode()))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What came of a closed loop: `succeeded` requests, their latencies in milliseconds, and what went wrong."""
+
+    seconds: float
+    succeeded: int
+    p50_ms: float
+    p99_ms: float
+    errors: Counter[str]
+
+    @property
+    def per_second(self) -> float:
+        return self.succeeded / self.seconds
+
+
+def closed_loop(url: str, request: Request, *, connections: int, seconds: int) -> Load:
+    """Have each of so many connections send its next request as soon as it has the answer to the one before."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "paths").write_text("".join(f"{path}\n" for path in request.paths))
+        (folder / "body").write_bytes(request.body)
+        command = ["wrk", "--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
+        command += ["--timeout", f"{_TIMEOUT_SECONDS}s", "--script", str(_SCRIPT), url, "--", request.method]
+        command += [str(folder / "paths"), str(folder / "body") if request.body else ""]
+        command += [f"{name}: {value}" for name, value in request.headers]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    found = json.loads(line.removeprefix("RESULT "))
+    errors = Counter({"4xx or 5xx": found["refused"], "broken connection": found["broken"]})
+    return Load(
+        found["microseconds"] / 1e6,
+        found["requests"] - found["refused"],
+        found["p50"] / 1000 if found["requests"] else float("nan"),
+        found["p99"] / 1000 if found["requests"] else float("nan"),
+        +errors,
+    )
+
+
+@dataclass
+class Answers:
+    """What came of requests that were sent one by one: by status, in how many seconds each was answered."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    bodies: list[bytes] = field(default_factory=list)
+    sending_seconds: float = 0
+    """How long it took to send all of an open loop."""
+
+    def add(self, status: str, seconds: float) -> None:
+        self.seconds.setdefault(status, []).append(seconds)
+
+    def counts(self) -> Counter[str]:
+        """How many there were of each status."""
+        return Counter({status: len(each) for status, each in self.seconds.items()})
+
+    def succeeded(self) -> Sequence[float]:
+        """In how many seconds each answer of success came, the quickest first."""
+        return sorted(each for status, times in self.seconds.items() if status.startswith("2") for each in times)
+
+    def errors(self) -> Counter[str]:
+        """How many there were of each other status."""
+        return Counter({status: count for status, count in self.counts().items() if not status.startswith("2")})
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value that so many percent of them do not exceed; NaN without any."""
+    ordered = sorted(values)
+    return ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)] if ordered else float("nan")
+
+
+async def send(url: str, request: Request, number: int, answers: Answers, *, timeout: float) -> None:
+    """Send one request on a connection of its own; what goes wrong counts as a status of that name."""
+    begun = time.perf_counter()
+    writer = None
+    status = "timeout"
+    try:
+        async with asyncio.timeout(timeout):
+            parts = urlsplit(url)
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+            head, body = request.encoded(number)
+            writer.write(head)
+            if body:
+                writer.write(body)
+            status = (await reader.readuntil(b"\r\n")).split(b" ")[1].decode()
+            answers.bodies.append(await reader.read())
+    except TimeoutError:
+        status = "timeout"
+    except (OSError, asyncio.IncompleteReadError, IndexError):
+        status = "broken connection"
+    finally:
+        answers.add(status, time.perf_counter() - begun)
+        if writer:
+            writer.transport.abort()
+
+
+async def at_once(url: str, request: Request, number: int, *, connections: int, timeout: float = 120) -> Answers:
+    """Send so many requests, never more than so many at a time."""
+    answers, gate = Answers(), asyncio.Semaphore(connections)
+
+    async def one(index: int) -> None:
+        async with gate:
+            await send(url, request, index, answers, timeout=timeout)
+
+    async with asyncio.TaskGroup() as group:
+        for index in range(number):
+            group.create_task(one(index))
+    return answers
+
+
+async def open_loop(url: str, request: Request, *, rate: float, seconds: float, timeout: float) -> Answers:
+    """Send so many requests a second for so long, whatever becomes of those before; then wait for all answers."""
+    answers = Answers()
+    begun = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for index in range(int(rate * seconds)):
+            await asyncio.sleep(max(begun + index / rate - time.perf_counter(), 0))
+            group.create_task(send(url, request, index, answers, timeout=timeout))
+        answers.sending_seconds = time.perf_counter() - begun
+    return answers
+
+
+async def probe(url: str, path: str, answers: Answers, done: Callable[[], bool], *, timeout: float) -> None:
+    """Send a GET ten times a second, one after the other, until it is done."""
+    request = Request("GET", (path,))
+    while not done():
+        begun = time.perf_counter()
+        await send(url, request, 0, answers, timeout=timeout)
+        await asyncio.sleep(max(0.1 - (time.perf_counter() - begun), 0))

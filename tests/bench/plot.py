@@ -1,0 +1,80 @@
+"""The main figures of a run as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from tests.bench.bursts import AT_ONCE
+from tests.bench.closed_loops import CONNECTIONS, DIRECT, LARGE_SUBMIT, READ, SMALL_SUBMIT
+from tests.bench.comparison import Result
+
+_MAIN = (READ, SMALL_SUBMIT, LARGE_SUBMIT)
+_AT = 16
+_COLOURS = ("#1b4f9c", "#5b8fd6", "#a9c6ec", "#9a9a9a", "#4a9a57", "#d9822b", "#7b3fa0", "#b98ad0", "#d8c2e6")
+
+
+def draw(results: Sequence[Result], title: str, path: Path) -> None:
+    """Draw throughput, CPU time, latency and memory of all servers beside each other into a PNG."""
+    mpl.use("agg")
+    measured = [each for each in results if each.row in {*_MAIN, *AT_ONCE.values()} and each.server != DIRECT]
+    servers = list(dict.fromkeys(each.server for each in measured))
+    colours = dict(zip(servers, _COLOURS * (len(servers) // len(_COLOURS) + 1), strict=False))
+    figure = Figure(figsize=(15, 9), layout="constrained", dpi=100)
+    axes = figure.subplots(2, 3)
+    at = {(each.row, each.server, each.connections): each.figures for each in results}
+    for axis, row in zip(axes[0], _MAIN, strict=True):
+        values = {
+            server: [at.get((row, server, number), {}).get("per_second") for number in CONNECTIONS]
+            for server in servers
+        }
+        _bars(axis, [str(number) for number in CONNECTIONS], values, colours)
+        axis.set(title=f"{row}: answers a second", xlabel="connections", yscale="log")
+    for axis, name, heading in (
+        (axes[1][0], "cpu_ms", f"CPU time for one, ms ({_AT} connections)"),
+        (axes[1][1], "p99_ms", f"99 of 100 are answered within, ms ({_AT} connections)"),
+    ):
+        values = {server: [at.get((row, server, _AT), {}).get(name) for row in _MAIN] for server in servers}
+        _bars(axis, _MAIN, values, colours)
+        axis.set(title=heading, yscale="log")
+    memory = {server: [at.get((row, server, 0), {}).get("peak_mib") for row in AT_ONCE.values()] for server in servers}
+    _bars(axes[1][2], list(AT_ONCE.values()), memory, colours)
+    axes[1][2].set(title="largest memory, MiB (images at once)", yscale="log")
+    handles = [mpl.patches.Patch(color=colours[server], label=server) for server in servers]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(servers), frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _bars(axis: Any, groups: Sequence[str], values: dict[str, list[float | None]], colours: dict[str, str]) -> None:
+    """Draw a group of bars for each name, one bar for each server that has a value, with the value above it."""
+    shown = {server: found for server, found in values.items() if any(found)}
+    width = 0.86 / max(len(shown), 1)
+    for place, (server, found) in enumerate(shown.items()):
+        for group, value in enumerate(found):
+            if value:
+                x = group + (place - (len(shown) - 1) / 2) * width
+                axis.bar(x, value, width * 0.94, color=colours[server])
+                axis.annotate(
+                    _short(value),
+                    (x, value),
+                    xytext=(0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                    rotation=90,
+                )
+    axis.set_xticks(range(len(groups)), groups)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.margins(y=0.18)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

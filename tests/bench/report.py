@@ -1,0 +1,170 @@
+"""What a run of the comparison found, as tables, as JSON, and as a results file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.bench.closed_loops import DIRECT
+from tests.bench.comparison import OTHER, Result
+from tests.bench.gateways import REFERENCES
+
+_HEADINGS = {
+    "per_second": "done/s",
+    "capacity_per_second": "capacity/s",
+    "offered_per_second": "offered/s",
+    "added_ms": "added ms",
+    "cpu_ms": "CPU ms each",
+    "cpu_percent": "CPU %",
+    "late_p50_ms": "late p50 ms",
+    "late_p99_ms": "late p99 ms",
+    "idle_mib": "idle MiB",
+    "peak_mib": "peak MiB",
+    "later_mib": "30 s later MiB",
+    "health_max_ms": "health max ms",
+    "ops_health_max_ms": "operators' health max ms",
+    "put_tenant_p50_ms": "PUT tenant p50 ms",
+    "start_ms": "start ms",
+}
+_METHOD = """The server under test is pinned to one CPU; the load generator, the vendor's stand-in, Valkey (with an
+append-only file) and the worker of `api + worker` share another. Servers alternate, each round starts them anew, and
+the figures are medians of {rounds} rounds where there are several. Images are PNGs of random pixels. *done/s* counts
+answers of success only; what else came is in the column *errors*, summed over all rounds. *CPU ms each* is the CPU time
+of the server for one of them. *added ms* is the median at one connection less that of the same request sent straight to
+the vendor's stand-in. *x* is the ratio of *done/s* to a reference, more is better. Times of two runs differ by up to a
+fifth on a shared machine: compare within a run only.
+"""
+
+
+def about(commits: Mapping[str, str], versions: Mapping[str, str], command: str, rounds: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        **commits,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": command,
+        "rounds": rounds,
+        "machine": _machine(),
+        "versions": {name: version for name, version in versions.items() if version and name != "kernel"},
+    }
+
+
+def derive(results: Sequence[Result]) -> list[Result]:
+    """The results with the added latency, and the ratios to the references and to the other checkout."""
+    by_key = {(each.row, each.server, each.connections): each.figures for each in results}
+    found = []
+    for each in results:
+        figures = dict(each.figures)
+        direct = by_key.get((each.row, DIRECT, 1))
+        if direct and each.connections == 1 and each.server != DIRECT:
+            figures["added_ms"] = figures["p50_ms"] - direct["p50_ms"]
+        for reference in REFERENCES:
+            other = by_key.get((each.row, reference, each.connections))
+            if other and each.server not in {*REFERENCES, DIRECT} and other.get("per_second"):
+                figures[f"x {reference}"] = figures["per_second"] / other["per_second"]
+        other = by_key.get((each.row, f"{each.server} ({OTHER})", each.connections), {})
+        figures |= {f"{name} x {OTHER}": figures[name] / value for name, value in other.items() if value}
+        found.append(Result(each.row, each.server, each.connections, figures, each.errors))
+    return found
+
+
+def tables(results: Sequence[Result], titles: Mapping[str, str]) -> str:
+    """A table for each workload, which is Markdown and can be read on a terminal."""
+    rows: dict[str, list[Result]] = {}
+    for each in results:
+        rows.setdefault(each.row, []).append(each)
+    return "\n".join(f"### {row}\n\n{titles.get(row, '')}\n\n{_table(found)}" for row, found in rows.items())
+
+
+def results_file(facts: Mapping[str, Any], results: Sequence[Result], titles: Mapping[str, str], plot: str) -> str:
+    """The results as a page in Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    others = f", compared with commit `{facts[OTHER]}` as *({OTHER})*" if OTHER in facts else ""
+    return "\n".join(
+        (
+            "# Benchmark results",
+            "",
+            f"Written by `{facts['command']}` on {facts['date']}, of commit `{facts['commit']}`{others}.",
+            "",
+            "- machine: {cpu}, {cores} cores, {memory_gib} GiB, Linux {kernel}".format(**facts["machine"]),
+            f"- versions: {versions}",
+            "",
+            _METHOD.format(rounds=facts["rounds"]),
+            f"![The main figures of this run]({plot})",
+            "",
+            tables(results, titles),
+        )
+    )
+
+
+def as_json(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """The results for programs. A figure that could not be measured is null."""
+    listed = [
+        {
+            "workload": each.row,
+            "server": each.server,
+            "connections": each.connections or None,
+            "figures": {name: None if math.isnan(value) else round(value, 4) for name, value in each.figures.items()},
+            "errors": each.errors,
+        }
+        for each in results
+    ]
+    return json.dumps({**facts, "results": listed}, indent=1) + "\n"
+
+
+def _table(results: Sequence[Result]) -> str:
+    several = any(each.connections for each in results)
+    names = list(dict.fromkeys(name for each in results for name in each.figures))
+    ordered = sorted(results, key=lambda each: each.connections)  # stable: servers stay in their order
+    lines = [["server", *(["connections"] if several else []), *(_heading(name) for name in names), "errors"]]
+    for each in ordered:
+        cells = [_number(each.figures.get(name)) for name in names]
+        errors = ", ".join(f"{count} {what}" for what, count in each.errors.items())
+        lines.append([each.server, *([str(each.connections)] if several else []), *cells, errors])
+    if not any(each.errors for each in results):
+        lines = [line[:-1] for line in lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths[:1]] + ["-" * (width - 1) + ":" for width in widths[1:]])
+    return "".join(f"| {' | '.join(_aligned(line, widths))} |\n" for line in lines)
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [
+        cell.rjust(width) if at else cell.ljust(width)
+        for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ]
+
+
+def _heading(name: str) -> str:
+    base, _, other = name.partition(f" x {OTHER}")
+    if name.endswith(f" x {OTHER}") and base:
+        return f"{_HEADINGS.get(base, base.replace('_', ' '))} x {OTHER}{other}"
+    return _HEADINGS.get(name, name.replace("_", " "))
+
+
+def _number(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"
+
+
+def _machine() -> dict[str, Any]:
+    """The machine, without anything that names it."""
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(pages / 2**30),
+        "kernel": platform.release(),
+    }

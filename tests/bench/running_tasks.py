@@ -1,0 +1,129 @@
+"""Workloads over a store with thousands of running tasks."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import uvloop
+
+from tests.bench.comparison import Comparison
+from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, Candidate, Environment, attendant
+from tests.bench.images import SMALL, random_png
+from tests.bench.load import Request, at_once, closed_loop
+from tests.bench.peers.stub import stub_stats
+from tests.support.images import png
+
+FEW, MANY = 2_000, 10_000
+POLLER = {FEW: "poller, 2,000", MANY: "poller, 10,000"}
+MANY_IDS, LIST = "read 10,000 ids", "list"
+READ_BESIDE, SUBMIT_BESIDE = "read, 10,000 run", "300 KB, 10,000 run"
+_POLL_MS = 2_500
+_AT_ONCE = 16
+_WARM_UP_SECONDS = 1
+_WATCHED_SECONDS = 12
+"""Tasks are checked at the full rate for 30 s after a read: time enough to settle and to measure."""
+_SETTLING_SECONDS = 5
+_ID = re.compile(rb'"(?:id|task_id)"\s*:\s*"([^"]+)"')
+
+
+@dataclass
+class Seeded:
+    """A store with many running tasks."""
+
+    env: Environment
+    task_ids: list[str] = field(default_factory=list)
+
+
+def poller_few(comparison: Comparison) -> None:
+    """2,000 running tasks that callers read are checked every 2.5 s."""
+    _poll(comparison, FEW)
+
+
+def poller_many(comparison: Comparison) -> None:
+    """10,000 running tasks that callers read are checked every 2.5 s, or as often as the gateway can."""
+    _poll(comparison, MANY)
+
+
+def read_many(comparison: Comparison) -> None:
+    """10,000 running tasks are read in turn."""
+    candidates = comparison.gateways(API) + comparison.references(LUA, FASTAPI)
+    for candidate in candidates:
+        _seed(comparison, candidate, MANY)
+    for candidate in comparison.alternate(candidates):
+        store = _seed(comparison, candidate, MANY)
+        with candidate.start(store.env) as target:
+            request = target.reading(*store.task_ids)
+            closed_loop(target.url, request, connections=16, seconds=_WARM_UP_SECONDS)
+            comparison.measure(MANY_IDS, candidate, target, request, connections=16, seconds=comparison.seconds)
+
+
+def list_tasks(comparison: Comparison) -> None:
+    """The newest 20 of 10,000 tasks are listed."""
+    candidates = comparison.gateways(API)
+    for candidate in comparison.alternate(candidates):
+        store = _seed(comparison, candidate, MANY)
+        with candidate.start(store.env) as target:
+            request = Request("GET", ("/v1/tasks?limit=20",), (target.authorization,))
+            closed_loop(target.url, request, connections=16, seconds=_WARM_UP_SECONDS)
+            comparison.measure(LIST, candidate, target, request, connections=16, seconds=comparison.seconds)
+
+
+def beside_running(comparison: Comparison) -> None:
+    """A task is read, and images of 300 KB are submitted, while 10,000 tasks are checked."""
+    for candidate in comparison.alternate(comparison.gateways(ALL, API_AND_WORKER)):
+        store = _seed(comparison, candidate, MANY)
+        with attendant(candidate, store.env) as aside, candidate.start(store.env) as target:
+            closed_loop(aside.url, aside.reading(*store.task_ids), connections=16, seconds=_attending(MANY))
+            request = target.reading(store.task_ids[0])
+            comparison.measure(READ_BESIDE, candidate, target, request, connections=16, seconds=comparison.seconds)
+            request = target.submission(random_png(SMALL))
+            comparison.measure(SUBMIT_BESIDE, candidate, target, request, connections=16, seconds=comparison.seconds)
+
+
+def _poll(comparison: Comparison, number: int) -> None:
+    for candidate in comparison.gateways(ALL):
+        store = _seed(comparison, candidate, number)
+        with attendant(candidate, store.env) as aside, candidate.start(store.env) as target:
+            load = closed_loop(aside.url, aside.reading(*store.task_ids), connections=16, seconds=_attending(number))
+            time.sleep(_SETTLING_SECONDS)
+            before = stub_stats(store.env.stub, reset=True)
+            begun, used = time.monotonic(), target.server.cpu_seconds()
+            time.sleep(_WATCHED_SECONDS)
+            after, seconds = stub_stats(store.env.stub), time.monotonic() - begun
+            used = target.server.cpu_seconds() - used
+        checks = after["checks"] - before["checks"]
+        between = after["check_interval_ms"]
+        figures = {
+            "per_second": checks / seconds,
+            "late_p50_ms": max(between["p50"] - _POLL_MS, 0),
+            "late_p99_ms": max(between["p99"] - _POLL_MS, 0),
+            "cpu_ms": used * 1000 / max(checks, 1),
+            "cpu_percent": used / seconds * 100,
+        }
+        errors = load.errors + Counter({"tasks not read": max(number - load.succeeded, 0)})
+        comparison.add(POLLER[number], candidate.name, figures, +errors)
+
+
+def _attending(number: int) -> int:
+    """In how many seconds all tasks are read once, at the least."""
+    return 2 if number <= FEW else 8
+
+
+def _seed(comparison: Comparison, candidate: Candidate, number: int) -> Seeded:
+    """A store with so many running tasks, which servers of this kind made through their API."""
+    store: Seeded = comparison.seeded.setdefault(candidate.data, None) or Seeded(
+        comparison.enter(comparison.environment(tasks="running"))
+    )
+    comparison.seeded[candidate.data] = store
+    missing = number - len(store.task_ids)
+    if missing > 0:
+        maker = Candidate(API, candidate.checkout, candidate.label) if candidate.checkout else candidate
+        with maker.start(store.env) as target:
+            answers = uvloop.run(at_once(target.url, target.submission(png()), missing, connections=_AT_ONCE))
+        if answers.errors():
+            raise RuntimeError(f"{maker.name} did not take all tasks: {answers.counts()}")
+        store.task_ids += [_ID.findall(body)[0].decode() for body in answers.bodies]
+    return store
