@@ -49,20 +49,19 @@ def scrape(comparison: Comparison) -> None:
 def start_and_idle(comparison: Comparison) -> None:
     """Servers start one after the other and then do nothing."""
     candidates = comparison.gateways(API, ALL, API_AND_WORKER) + comparison.references(PROXY, LUA, FASTAPI)
-    for _ in range(comparison.rounds):
-        with ExitStack() as stack:
-            targets = [stack.enter_context(started(comparison, candidate))[1] for candidate in candidates]
-            time.sleep(_SETTLING_SECONDS)
-            before = [(time.monotonic(), target.server.cpu_seconds()) for target in targets]
-            time.sleep(_IDLE_SECONDS)
-            for candidate, target, (begun, used) in zip(candidates, targets, before, strict=True):
-                share = (target.server.cpu_seconds() - used) / (time.monotonic() - begun)
-                figures = {
-                    "start_ms": target.start_seconds * 1000,
-                    "cpu_percent": share * 100,
-                    "idle_mib": target.server.resident_mib(),
-                }
-                comparison.add(IDLE, candidate.name, figures, Counter())
+    with ExitStack() as stack:
+        targets = [stack.enter_context(started(comparison, candidate))[1] for candidate in candidates]
+        time.sleep(_SETTLING_SECONDS)
+        before = [(time.monotonic(), target.server.cpu_seconds()) for target in targets]
+        time.sleep(_IDLE_SECONDS)
+        for candidate, target, (begun, used) in zip(candidates, targets, before, strict=True):
+            share = (target.server.cpu_seconds() - used) / (time.monotonic() - begun)
+            figures = {
+                "start_ms": target.start_seconds * 1000,
+                "cpu_percent": share * 100,
+                "idle_mib": target.server.resident_mib(),
+            }
+            comparison.add(IDLE, candidate.name, figures, Counter())
 
 
 class _Scraper(threading.Thread):
