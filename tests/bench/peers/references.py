@@ -38,14 +38,12 @@ def nginx_lua(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
 
     `redis_url` is `unix://PATH` or `redis://HOST:PORT`, HOST an address.
     """
-    vendor, redis = urlsplit(stub.url), urlsplit(redis_url)
+    redis = urlsplit(redis_url)
     token = secrets.token_hex(16)
     values = {
         "CODE": str(_HERE),
-        "REDIS_HOST": f"unix:{redis.path}" if redis.scheme == "unix" else str(redis.hostname),
-        "REDIS_PORT": "nil" if redis.scheme == "unix" else str(redis.port or 6379),
-        "VENDOR_HOST": str(vendor.hostname),
-        "VENDOR_PORT": str(vendor.port),
+        "REDIS": f'"unix:{redis.path}"' if redis.scheme == "unix" else f'"{redis.hostname}", {redis.port or 6379}',
+        "VENDOR": urlsplit(stub.url).netloc,
         "TOKEN": token,
     }
     with _nginx("nginx + Lua", "nginx_lua.conf", values, cpu, token=token) as server:

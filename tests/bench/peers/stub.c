@@ -46,6 +46,7 @@ struct connection {
     uint64_t left;        /* bytes of the body or chunk still to come */
     unsigned line;        /* length of the line of a chunk's size or of a trailer so far */
     uint64_t due;         /* ms, while it waits for the delay */
+    uint64_t number;      /* of the submit or check */
     struct connection *next, *previous;
     size_t head, out, sent, sample;
     char head_bytes[HEAD_BYTES + 1];
@@ -163,19 +164,17 @@ static void answer(struct connection *c)
     char body[OUT_BYTES / 2];
     switch (c->route) {
     case SUBMIT:
-        submits++;
         snprintf(body, sizeof body,
                  "{\"err_code\":0,\"task_id\":\"%08x-%010llu\",\"remaining_count\":%llu,\"remaining_money\":1000000}",
-                 run, (unsigned long long)submits, (unsigned long long)(FIRST_COUNT - submits));
+                 run, (unsigned long long)c->number, (unsigned long long)(FIRST_COUNT - c->number));
         respond_json(c, "200 OK", body);
         break;
     case CHECK:
-        checks++;
         if (finished)
             snprintf(body, sizeof body,
                      "{\"err_code\":0,\"status\":\"Completed\",\"images_url\":\"http://127.0.0.1:%d/files/%llu.png\","
                      "\"remaining_count\":%llu,\"remaining_money\":1000000}",
-                     port, (unsigned long long)checks, (unsigned long long)(FIRST_COUNT - submits));
+                     port, (unsigned long long)c->number, (unsigned long long)(FIRST_COUNT - submits));
         else
             snprintf(body, sizeof body, "{\"err_code\":0,\"status\":\"Running\"}");
         respond_json(c, "200 OK", body);
@@ -203,10 +202,14 @@ static void answer(struct connection *c)
     }
 }
 
-/* The body has been read: answer now, or after the delay. */
+/* The body has been read: answer now, or after the delay. It counts even if the client leaves meanwhile. */
 static void end_request(struct connection *c)
 {
-    if (c->route == CHECK) note_check(c);
+    if (c->route == SUBMIT) c->number = ++submits;
+    if (c->route == CHECK) {
+        c->number = ++checks;
+        note_check(c);
+    }
     if (!delay_ms || (c->route != SUBMIT && c->route != CHECK)) {
         answer(c);
         return;

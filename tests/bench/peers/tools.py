@@ -38,6 +38,7 @@ _PYTHON_PACKAGES = (
     "uvloop",
 )
 _POLICY = Path("/usr/sbin/policy-rc.d")
+_LOCK_SECONDS = 120
 
 
 def require_tools() -> None:
@@ -45,18 +46,16 @@ def require_tools() -> None:
     missing = _missing()
     if not missing:
         return
-    advice = (
-        f"the benchmark needs Debian's {' '.join(missing)}: apt-get install --no-install-recommends {' '.join(missing)}"
-    )
+    install = f"apt-get install --no-install-recommends {' '.join(missing)}"
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise SystemExit(f"error: {advice}")
+        raise SystemExit(f"error: the benchmark needs what Debian installs with: {install}")
     try:
         _install(missing)
     except subprocess.CalledProcessError as error:
-        lines = [*error.stdout.decode(errors="replace").strip().splitlines(), ""]
-        raise SystemExit(f"error: {advice} failed: {lines[0] if len(lines) == 1 else lines[-2]}") from None
-    if _missing():
-        raise SystemExit(f"error: {advice}")
+        output = error.stdout.decode(errors="replace").strip()
+        raise SystemExit(f"error: {install} failed: {output.rpartition(chr(10))[2]}") from None
+    if still := _missing():
+        raise SystemExit(f"error: the benchmark cannot find the programs and modules of Debian's {' '.join(still)}")
 
 
 def versions() -> dict[str, str]:
@@ -89,7 +88,7 @@ def _path() -> str:
 
 
 def _install(packages: list[str]) -> None:
-    apt = ["apt-get", "--quiet=2"]
+    apt = ["apt-get", "--quiet=2", f"--option=DPkg::Lock::Timeout={_LOCK_SECONDS}"]
     with _services_stay_off():
         _run([*apt, "update"])
         _run([*apt, "install", "--yes", "--no-install-recommends", *packages])
