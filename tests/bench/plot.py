@@ -43,7 +43,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
         axis.set(title=heading, yscale="log")
     memory = {server: [at.get((row, server, 0), {}).get("peak_mib") for row in AT_ONCE.values()] for server in servers}
     _bars(axes[1][2], list(AT_ONCE.values()), memory, colours)
-    axes[1][2].set(title="largest memory, MiB (images at once)", yscale="log")
+    axes[1][2].set(title="largest memory, MiB (images at once)")
     handles = [mpl.patches.Patch(color=colours[server], label=server) for server in servers]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(servers), frameon=False)
     figure.suptitle(title)

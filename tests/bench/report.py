@@ -166,5 +166,5 @@ def _machine() -> dict[str, Any]:
         "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": round(pages / 2**30),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 import uvloop
 
 from tests.bench.comparison import Comparison
-from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, Candidate, Environment, attendant
+from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, Candidate, Environment, Target, attendant
 from tests.bench.images import SMALL, random_png
 from tests.bench.load import Request, at_once, closed_loop
 from tests.bench.peers.stub import stub_stats
@@ -23,9 +24,10 @@ READ_BESIDE, SUBMIT_BESIDE = "read, 10,000 run", "300 KB, 10,000 run"
 _POLL_MS = 2_500
 _AT_ONCE = 16
 _WARM_UP_SECONDS = 1
-_WATCHED_SECONDS = 12
-"""Tasks are checked at the full rate for 30 s after a read: time enough to settle and to measure."""
+_LONGEST_READING_SECONDS = 13
 _SETTLING_SECONDS = 5
+_WATCHED_SECONDS = 12
+"""These three together are the 30 s for which a task is checked at the full rate after a read."""
 _ID = re.compile(rb'"(?:id|task_id)"\s*:\s*"([^"]+)"')
 
 
@@ -76,7 +78,7 @@ def beside_running(comparison: Comparison) -> None:
     for candidate in comparison.alternate(comparison.gateways(ALL, API_AND_WORKER)):
         store = _seed(comparison, candidate, MANY)
         with attendant(candidate, store.env) as aside, candidate.start(store.env) as target:
-            closed_loop(aside.url, aside.reading(*store.task_ids), connections=16, seconds=_attending(MANY))
+            _attend(aside, store)
             request = target.reading(store.task_ids[0])
             comparison.measure(READ_BESIDE, candidate, target, request, connections=16, seconds=comparison.seconds)
             request = target.submission(random_png(SMALL))
@@ -87,7 +89,7 @@ def _poll(comparison: Comparison, number: int) -> None:
     for candidate in comparison.gateways(ALL):
         store = _seed(comparison, candidate, number)
         with attendant(candidate, store.env) as aside, candidate.start(store.env) as target:
-            load = closed_loop(aside.url, aside.reading(*store.task_ids), connections=16, seconds=_attending(number))
+            errors = _attend(aside, store)
             time.sleep(_SETTLING_SECONDS)
             before = stub_stats(store.env.stub, reset=True)
             begun, used = time.monotonic(), target.server.cpu_seconds()
@@ -103,13 +105,16 @@ def _poll(comparison: Comparison, number: int) -> None:
             "cpu_ms": used * 1000 / max(checks, 1),
             "cpu_percent": used / seconds * 100,
         }
-        errors = load.errors + Counter({"tasks not read": max(number - load.succeeded, 0)})
-        comparison.add(POLLER[number], candidate.name, figures, +errors)
+        comparison.add(POLLER[number], candidate.name, figures, errors)
 
 
-def _attending(number: int) -> int:
-    """In how many seconds all tasks are read once, at the least."""
-    return 2 if number <= FEW else 8
+def _attend(aside: Target, store: Seeded) -> Counter[str]:
+    """Read each task once, as callers would who wait for it; how many could not be read."""
+    request, number = aside.reading(*store.task_ids), len(store.task_ids)
+    sample = closed_loop(aside.url, request, connections=_AT_ONCE, seconds=_WARM_UP_SECONDS)
+    seconds = min(math.ceil(number / max(sample.per_second, 1) * 1.2), _LONGEST_READING_SECONDS)
+    load = closed_loop(aside.url, request, connections=_AT_ONCE, seconds=seconds)
+    return +(load.errors + Counter({"tasks not read": max(number - load.succeeded, 0)}))
 
 
 def _seed(comparison: Comparison, candidate: Candidate, number: int) -> Seeded:
