@@ -427,7 +427,7 @@ static void receive(struct connection *c)
 {
     ssize_t n;
     if (c->state == BODY && c->route != CHECK && !c->head) { /* the kernel discards it without copying */
-        n = recv(c->fd, scratch, c->left < SCRATCH_BYTES * 16 ? (size_t)c->left : SCRATCH_BYTES * 16, MSG_TRUNC);
+        n = recv(c->fd, scratch, c->left < SCRATCH_BYTES ? (size_t)c->left : SCRATCH_BYTES, MSG_TRUNC);
         if (n > 0) {
             bytes += (uint64_t)n;
             c->left -= (uint64_t)n;
