@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 
 from tests.bench.peers.processes import Server, serving
 from tests.bench.peers.stub import USER_KEY
+from tests.bench.peers.tools import find_program
 from tests.support.valkey import free_port
 
 _HERE = Path(__file__).parent
@@ -77,7 +77,7 @@ def _nginx(name: str, template: str, values: Mapping[str, str], cpu: int, *, tok
     config = (_HERE / template).read_text()
     for key, value in {"PORT": str(port), "USER": user, "USER_KEY": USER_KEY, **values}.items():
         config = config.replace(f"@{key}@", value)
-    program = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])) or "nginx"
+    program = find_program("nginx") or "nginx"
     with tempfile.TemporaryDirectory(prefix="gateway-bench-") as folder:
         path = Path(folder) / "nginx.conf"
         path.write_text(config)

@@ -76,15 +76,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def find_program(name: str) -> str | None:
+    """Return the path of a program, if it is there; nginx is in a folder that is not in the PATH of every user."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
+
+
 def _missing() -> list[str]:
-    programs = [packages for program, packages in _PROGRAMS.items() if not shutil.which(program, path=_path())]
+    programs = [packages for program, packages in _PROGRAMS.items() if not find_program(program)]
     files = [package for pattern, package in _FILES.items() if not any(Path("/").glob(pattern))]
     return " ".join(programs + files).split()
-
-
-def _path() -> str:
-    """Return where programs are searched; nginx is in a folder that is not in the PATH of every user."""
-    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
 
 
 def _install(packages: list[str]) -> None:
@@ -115,7 +115,7 @@ def _run(command: list[str]) -> None:
 
 def _version(program: str, option: str) -> str:
     """Return the first version number in what a program prints of itself, or an empty string."""
-    path = shutil.which(program, path=_path())
+    path = find_program(program)
     if path is None:
         return ""
     # wrk exits with an error after its version.
