@@ -71,12 +71,17 @@ def main(
     require_tools()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all that was started is ended
     chosen = rows or (QUICK if quick else tuple(WORKLOADS))
+    failed = []
     comparison = Comparison(against=against, rounds=rounds, seconds=seconds or (2 if quick else 3), quick=quick)
     with comparison:
         for name, (workload, _) in WORKLOADS.items():
             if name in chosen:
                 click.echo(f"{name}: {workload.__doc__}", err=True)
-                workload(comparison)
+                try:
+                    workload(comparison)
+                except Exception as error:  # noqa: BLE001 - what was measured so far is not lost
+                    failed.append(name)
+                    click.echo(f"{name} FAILED: {error!r}", err=True)
     results = derive(comparison.results())
     click.echo(tables(results, titles()))
     if save:
@@ -85,6 +90,8 @@ def main(
         (RESULTS / "results.json").write_text(as_json(facts, results))
         (RESULTS / "RESULTS.md").write_text(results_file(facts, results, titles(), "results.png"))
         draw(results, f"Gateway {facts['commit']} beside its references, {facts['date']}", RESULTS / "results.png")
+    if failed:
+        raise click.ClickException(f"these workloads failed: {', '.join(failed)}")
 
 
 def _command() -> str:

@@ -32,6 +32,8 @@ _HEADINGS = {
     "put_tenant_p50_ms": "PUT tenant p50 ms",
     "start_ms": "start ms",
 }
+_COMPARED = ("per_second", "p99_ms", "late_p99_ms", "cpu_ms", "peak_mib")
+"""What is shown as ratio to the other checkout."""
 _METHOD = """The server under test is pinned to one CPU; the load generator, the vendor's stand-in, Valkey (with an
 append-only file) and the worker of `api + worker` share another. Servers alternate, each round starts them anew, and
 the figures are medians of {rounds} rounds where there are several. Images are PNGs of random pixels. *done/s* counts
@@ -68,7 +70,7 @@ def derive(results: Sequence[Result]) -> list[Result]:
             if other and each.server not in {*REFERENCES, DIRECT} and other.get("per_second"):
                 figures[f"x {reference}"] = figures["per_second"] / other["per_second"]
         other = by_key.get((each.row, f"{each.server} ({OTHER})", each.connections), {})
-        figures |= {f"{name} x {OTHER}": figures[name] / value for name, value in other.items() if value}
+        figures |= {f"{name} x {OTHER}": figures[name] / other[name] for name in _COMPARED if other.get(name)}
         found.append(Result(each.row, each.server, each.connections, figures, each.errors))
     return found
 
@@ -141,10 +143,8 @@ def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 
 def _heading(name: str) -> str:
-    base, _, other = name.partition(f" x {OTHER}")
-    if name.endswith(f" x {OTHER}") and base:
-        return f"{_HEADINGS.get(base, base.replace('_', ' '))} x {OTHER}{other}"
-    return _HEADINGS.get(name, name.replace("_", " "))
+    base, compared, _ = name.partition(f" x {OTHER}")
+    return _HEADINGS.get(base, base.replace("_", " ")) + compared
 
 
 def _number(value: float | None) -> str:
