@@ -1,0 +1,93 @@
+"""How the benchmark reports what it measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from io import BytesIO
+
+from PIL import Image
+
+from tests.bench.closed_loops import DIRECT, SMALL_SUBMIT
+from tests.bench.comparison import OTHER, Comparison, Result
+from tests.bench.gateways import API, FASTAPI, LUA
+from tests.bench.images import SMALL, random_png
+from tests.bench.load import Answers, form, percentile
+from tests.bench.report import as_json, derive, tables
+
+
+def measured(server: str, per_second: float, p50_ms: float, connections: int = 1, **errors: int) -> Result:
+    return Result(SMALL_SUBMIT, server, connections, {"per_second": per_second, "p50_ms": p50_ms}, errors)
+
+
+def test_ratios_and_added_latency_are_taken_within_a_row_and_a_number_of_connections() -> None:
+    own, *_ = derive(
+        [
+            measured(API, 100, 8),
+            measured(LUA, 1_000, 0.6),
+            measured(FASTAPI, 200, 5),
+            measured(FASTAPI, 999, 5, connections=16),
+            measured(f"{API} ({OTHER})", 50, 16),
+            measured(DIRECT, 5_000, 0.5),
+        ]
+    )
+    assert own.figures["added_ms"] == 7.5
+    assert own.figures[f"x {LUA}"] == 0.1
+    assert own.figures[f"x {FASTAPI}"] == 0.5
+    assert own.figures[f"per_second x {OTHER}"] == 2
+
+
+def test_added_latency_is_taken_at_one_connection_only() -> None:
+    several, _ = derive([measured(API, 100, 80, connections=16), measured(DIRECT, 5_000, 0.5)])
+    assert "added_ms" not in several.figures
+
+
+def test_a_result_is_the_median_of_its_rounds_with_all_their_errors() -> None:
+    comparison = Comparison()
+    for per_second, errors in ((10, 0), (30, 2), (20, 3)):
+        comparison.add("row", API, {"per_second": per_second}, Counter({"503": errors}))
+    (found,) = comparison.results()
+    assert found.figures == {"per_second": 20}
+    assert found.errors == {"503": 5}
+
+
+def test_errors_are_shown_in_their_row() -> None:
+    table = tables([measured(API, 100, 8, **{"503": 7}), measured(LUA, 1_000, 1)], {})
+    (line,) = [line for line in table.splitlines() if line.startswith("| api")]
+    assert line.endswith("7 503 |")
+
+
+def test_what_could_not_be_measured_is_null() -> None:
+    listed = json.loads(as_json({}, [measured(API, 0, math.nan)]))["results"]
+    assert listed[0]["figures"] == {"per_second": 0, "p50_ms": None}
+
+
+def test_only_answers_of_success_count_as_such() -> None:
+    answers = Answers()
+    for status, seconds in (("201", 0.3), ("503", 0.1), ("timeout", 30), ("201", 0.2)):
+        answers.add(status, seconds)
+    assert answers.succeeded() == [0.2, 0.3]
+    assert answers.errors() == {"503": 1, "timeout": 1}
+
+
+def test_a_percentile_is_a_value_that_occurred() -> None:
+    assert percentile(range(1, 101), 99) == 100
+    assert percentile([3, 1, 2], 50) == 2
+    assert math.isnan(percentile([], 50))
+
+
+def test_images_are_whole_of_the_size_wanted_and_always_the_same() -> None:
+    image = random_png(SMALL)
+    Image.open(BytesIO(image)).load()
+    assert abs(len(image) - SMALL) < SMALL / 100
+    random_png.cache_clear()
+    assert random_png(SMALL) == image
+
+
+def test_a_form_holds_its_fields_and_its_file() -> None:
+    content_type, body = form((("scale", "2"),), ("image", b"png"))
+    boundary = content_type.partition("boundary=")[2].encode()
+    assert [len(part) > 0 for part in body.split(b"--" + boundary)[1:]] == [True, True, True]
+    assert b'name="scale"\r\n\r\n2\r\n' in body
+    assert b'filename="image.png"\r\nContent-Type: image/png\r\n\r\npng\r\n' in body
