@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -32,29 +34,45 @@ _PATIENCE_SECONDS = 30
 
 def large_at_once(comparison: Comparison) -> None:
     """32, 64 and 256 images of 10 MB are submitted at the same moment."""
-    candidates = comparison.gateways(API, ALL) + comparison.references(LUA, FASTAPI)
-    image = random_png(LARGE)
     for number, row in AT_ONCE.items():
         with ExitStack() as stack:
             measured = []
-            for candidate in candidates:
+            for candidate in comparison.gateways(API, ALL) + comparison.references(LUA, FASTAPI):
                 _, target = stack.enter_context(started(comparison, candidate))
-                idle = target.server.resident_mib()
-                target.server.reset_peak()
-                begun = time.monotonic()
-                answers = uvloop.run(at_once(target.url, target.submission(image), number, connections=number))
-                ended = time.monotonic()
-                peak = target.server.peak_mib()
-                measured.append((candidate, target, idle, peak, answers, begun, ended))
-            for candidate, target, idle, peak, answers, begun, ended in measured:
-                time.sleep(max(ended + _LATER_SECONDS - time.monotonic(), 0))
-                figures = {
-                    "per_second": len(answers.succeeded()) / (ended - begun),
-                    "idle_mib": idle,
-                    "peak_mib": peak,
-                    "later_mib": target.server.resident_mib(),
-                }
-                comparison.add(row, candidate.name, figures, answers.errors())
+                figures, errors = _submit_at_once(target, number)
+                later = _Later(target)
+                later.start()
+                measured.append((candidate, figures, errors, later))
+            for candidate, figures, errors, later in measured:
+                later.join()
+                comparison.add(row, candidate.name, figures | {"later_mib": later.resident_mib}, errors)
+
+
+class _Later(threading.Timer):
+    """Reads the memory of a server some time later, while others are measured."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(_LATER_SECONDS, self._read)
+        self.daemon = True
+        self.resident_mib = math.nan
+        self._target = target
+
+    def _read(self) -> None:
+        self.resident_mib = self._target.server.resident_mib()
+
+
+def _submit_at_once(target: Target, number: int) -> tuple[dict[str, float], Counter[str]]:
+    idle = target.server.resident_mib()
+    target.server.reset_peak()
+    begun = time.monotonic()
+    request = target.submission(random_png(LARGE))
+    answers = uvloop.run(at_once(target.url, request, number, connections=number))
+    figures = {
+        "per_second": len(answers.succeeded()) / (time.monotonic() - begun),
+        "idle_mib": idle,
+        "peak_mib": target.server.peak_mib(),
+    }
+    return figures, answers.errors()
 
 
 def waiters(comparison: Comparison) -> None:
