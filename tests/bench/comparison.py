@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -125,7 +126,7 @@ class Comparison:
             "per_second": load.per_second,
             "p50_ms": load.p50_ms,
             "p99_ms": load.p99_ms,
-            "cpu_ms": used * 1000 / max(load.succeeded, 1),
+            "cpu_ms": used * 1000 / load.succeeded if load.succeeded else math.nan,
             "peak_mib": server.peak_mib(),
         }
         self.add(row, candidate.name, figures, load.errors, connections=connections)

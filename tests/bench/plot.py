@@ -11,11 +11,21 @@ from matplotlib.figure import Figure
 
 from tests.bench.bursts import AT_ONCE
 from tests.bench.closed_loops import CONNECTIONS, DIRECT, LARGE_SUBMIT, READ, SMALL_SUBMIT
-from tests.bench.comparison import Result
+from tests.bench.comparison import OTHER, Result
+from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY
 
 _MAIN = (READ, SMALL_SUBMIT, LARGE_SUBMIT)
 _AT = 16
-_COLOURS = ("#1b4f9c", "#5b8fd6", "#a9c6ec", "#9a9a9a", "#4a9a57", "#d9822b", "#7b3fa0", "#b98ad0", "#d8c2e6")
+_OTHER = f" ({OTHER})"
+_COLOURS = {
+    API: ("#1b4f9c", "#7b3fa0"),
+    ALL: ("#5b8fd6", "#b98ad0"),
+    API_AND_WORKER: ("#a9c6ec", "#d8c2e6"),
+    PROXY: ("#9a9a9a", ""),
+    LUA: ("#4a9a57", ""),
+    FASTAPI: ("#d9822b", ""),
+}
+"""Of each server, and of the same gateway of the other checkout."""
 
 
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
@@ -23,7 +33,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
     mpl.use("agg")
     measured = [each for each in results if each.row in {*_MAIN, *AT_ONCE.values()} and each.server != DIRECT]
     servers = list(dict.fromkeys(each.server for each in measured))
-    colours = dict(zip(servers, _COLOURS * (len(servers) // len(_COLOURS) + 1), strict=False))
+    colours = {server: _COLOURS[server.removesuffix(_OTHER)][server.endswith(_OTHER)] for server in servers}
     figure = Figure(figsize=(15, 9), layout="constrained", dpi=100)
     axes = figure.subplots(2, 3)
     at = {(each.row, each.server, each.connections): each.figures for each in results}
