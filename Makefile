@@ -25,6 +25,8 @@ endif
 # What a step says is shown only if it fails.
 step = @said=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$said"; echo 'FAILED  $(1)'; exit 1; }
 
+bench_packages = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --group bench --quiet
+
 .PHONY: run demo test test-monitoring bench bench-quick check lint format types layers drift openapi dashboards chart settings release-check image-check fmt clean help
 
 run: $(READY) ## Start the gateway with all it needs on this machine
@@ -40,10 +42,12 @@ test-monitoring: $(READY) ## Ask a real Prometheus all that dashboards and rules
 	@exec .venv/bin/pytest tests/monitoring
 
 bench: $(READY) ## Measure the gateway beside its peers, in 25 minutes; results go into tests/bench/results/
-	@exec .venv/bin/python -m tests.bench $(or $(ARGS),--save)
+	@$(bench_packages)
+	exec .venv/bin/python -m tests.bench $(or $(ARGS),--save)
 
 bench-quick: $(READY) ## Measure the main figures beside two of the peers, in 3 minutes; results are only printed
-	@exec .venv/bin/python -m tests.bench --quick $(ARGS)
+	@$(bench_packages)
+	exec .venv/bin/python -m tests.bench --quick $(ARGS)
 
 check: lint format types layers drift ## Run the static checks alone
 
