@@ -28,6 +28,7 @@ from service.api import (
     submissions,
     tasks,
     usage,
+    webhook_document,
     webhooks,
 )
 from service.api.docs import HEADERS, docs_page
@@ -51,6 +52,7 @@ _TENANTS_TAGS = {
     "Tasks": "Submit an image, and follow what becomes of it.",
     "Quota": "What you may still spend.",
     "Usage": "What you have spent, and what became of each submission.",
+    webhook_document.TAG: "What the gateway sends to you when a task has ended.",
     "Old clients": "The upstream's own protocol, for programs that were written against it: change the base address, "
     "and the `user_key` to your token. Every answer is HTTP 200.",
     "Service": "The state of the process that answers.",

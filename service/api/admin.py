@@ -29,8 +29,7 @@ from service.domain.tenancy import NAME_MUST, Account, Tenant
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 
-# Readers of the OpenAPI document don't know \Z, and Python's $ alone would let a line break through.
-_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}(?!\n)$"
+_NAME = r"\A[a-z0-9][a-z0-9._-]{0,62}\Z"
 NewName = Annotated[str, PathParameter(schema_extra={"pattern": _NAME}, description="A name of your choice.")]
 Name = Annotated[str, PathParameter(description="The name.")]
 Force = Annotated[bool, QueryParameter(description="Even though tasks run or others refer to it.")]

@@ -26,11 +26,12 @@ from service.api import (
 from service.api.examples import ACCEPTED, EXAMPLES, STREAMS, TABLES, problem
 from service.api.problems import MEDIA_TYPE
 from service.api.views import TaskView
-from service.api.webhook_document import webhooks
+from service.api.webhook_document import add_webhooks
 
 Node = dict[str, Any]
 
 _TEXT, _SECONDS = {"type": "string"}, {"type": "integer", "minimum": 0}
+_FILE = _TEXT | {"format": "binary"}
 _HEADERS: Mapping[str, Node] = {
     "X-Request-Id": {
         "description": "The id of the request: yours, if you sent one of this form, else a new one.",
@@ -99,6 +100,7 @@ _OBJECTS: Mapping[str, type[Struct]] = {
 _FILES = frozenset({"read-artifact"})
 """The operations whose answers are files."""
 _UNSAID = ("deprecated", "allowEmptyValue", "allowReserved")
+_TYPES = frozenset({"object", "array", "string", "boolean", "number", "null"})
 _ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "webhooks", "components")
 
 
@@ -123,8 +125,9 @@ def document(app: Litestar) -> Node:
         _show(operation["operationId"], operation["responses"])
         for parameter in operation.get("parameters", ()):
             _clarify(parameter)
+        _clarify_body(operation.get("requestBody", {}))
     if TaskView.__name__ in schemas:
-        written["webhooks"] = webhooks()
+        add_webhooks(written)
     components["headers"] = {name: header for name, header in _HEADERS.items() if name in used}
     names = {name: name.removesuffix("View") for name in schemas}
     renamed = _renamed(written, names)
@@ -144,7 +147,7 @@ def _show(operation: str, responses: Node) -> None:
             media["examples"] = {"end": {"value": stream}}
     if operation in _FILES:
         for status in ("200", "206"):
-            responses[status]["content"] = {media_type: {} for media_type in openapi.FILE_TYPES}
+            responses[status]["content"] = {media_type: {"schema": _FILE} for media_type in openapi.FILE_TYPES}
 
 
 def _operations(written: Node) -> Iterator[Node]:
@@ -212,6 +215,14 @@ def _clarify(parameter: Node) -> None:
     parameter["schema"] = _present(parameter["schema"])
 
 
+def _clarify_body(body: Node) -> None:
+    """Tell a body that may be left out from one that may be null."""
+    for media in body.get("content", {}).values():
+        present = _present(media["schema"])
+        body["required"] = present == media["schema"]
+        media["schema"] = present
+
+
 def _present(schema: Node) -> Node:
     """What a value is where there is one at all: parameters and contents are never null."""
     options: list[Node] = [each for each in schema.get("oneOf", ()) if each != {"type": "null"}]
@@ -245,9 +256,15 @@ def _schema(node: Node) -> Node:
     if {"type": "number"} in node.get("oneOf", ()):
         # A whole number would be both, which `oneOf` does not allow.
         node = node | {"oneOf": [each for each in node["oneOf"] if each != {"type": "integer"}]}
+    if {each.get("type") for each in node.get("oneOf", ())} >= _TYPES:
+        # Client generators write invalid code for a choice of all types.
+        node = {key: value for key, value in node.items() if key != "oneOf"}
     for choice in ("oneOf", "allOf"):
         if len(node.get(choice, ())) == 1:
             node = node[choice][0] | {key: value for key, value in node.items() if key != choice}
+    if isinstance(pattern := node.get("pattern"), str):
+        # Python's anchors are unknown to ECMA-262, whose `$` is the end of the text and nothing else.
+        node = node | {"pattern": pattern.replace(r"\A", "^").replace(r"\Z", "$")}
     properties = node.get("properties")
     if isinstance(properties, dict) and isinstance(node.get("required"), list):
         node["required"] = [name for name in properties if name in node["required"]]

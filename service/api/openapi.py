@@ -132,7 +132,6 @@ def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
         max_length=MAX_URL,
         description="Where to tell the end of this task, instead of at your usual address. Its host has to be one that "
         "the operators have allowed you.",
-        examples=["https://hooks.example/orders/4711"],
     )
     return _form_operation(properties, ["image"], "multipart/form-data", strict=True)
 
@@ -165,7 +164,12 @@ def _form_operation(
 
 
 def _file(description: str) -> Schema:
-    return Schema(type=OpenAPIType.STRING, content_media_type="application/octet-stream", description=description)
+    return Schema(
+        type=OpenAPIType.STRING,
+        format=OpenAPIFormat.BINARY,  # OpenAPI 3.0's mark of a file, the only one that most client generators know
+        content_media_type="application/octet-stream",
+        description=description,
+    )
 
 
 def _options(kind: Kind, catalogue: Catalogue | None) -> dict[str, Schema]:

@@ -45,7 +45,7 @@ class ArtifactView(Struct, frozen=True):
     href: Annotated[str, Meta(description="Where to fetch it through the gateway.")]
 
 
-class ErrorView(Struct, frozen=True):
+class TaskErrorView(Struct, frozen=True):
     """Why a task failed."""
 
     code: Annotated[str, Meta(description="The kind of failure, to branch on.", examples=["task-failed", "task-lost"])]
@@ -73,7 +73,7 @@ class TaskView(Struct, frozen=True):
     ]
     metadata: Annotated[dict[str, str], Meta(description="What you sent, untouched.")]
     artifacts: Annotated[list[ArtifactView], Meta(description="The results, once it has succeeded.")]
-    error: Annotated[ErrorView | None, Meta(description="Null unless it has failed.")]
+    error: Annotated[TaskErrorView | None, Meta(description="Null unless it has failed.")]
     cost: CostView
     links: LinksView
 
@@ -151,7 +151,7 @@ def task_view(task: Task) -> TaskView:
         artifacts=[
             ArtifactView(each.name, each.url, f"{task_path(task)}/artifacts/{each.name}") for each in task.artifacts
         ],
-        error=ErrorView(task.error.code, task.error.detail) if task.error else None,
+        error=TaskErrorView(task.error.code, task.error.detail) if task.error else None,
         cost=CostView(task.cost.count, yuan(task.cost.money), task.cost.basis),
         links=LinksView(self=task_path(task), events=events_path(task)),
     )

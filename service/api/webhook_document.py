@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -11,6 +10,10 @@ from service.api.examples import EXAMPLES
 from service.api.views import TaskView
 from service.api.webhook_views import TaskEvent
 from service.domain.webhook import Event
+
+TAG = "Webhooks"
+"""The tag of the webhooks alone: client generators write one file for each tag."""
+_NAME = "task-ended"
 
 _DESCRIPTION = (
     "Sent to the address you have agreed on with the operators, or to the task's `webhook_url`, once the task has "
@@ -26,15 +29,17 @@ _HEADERS = {
 }
 
 
-def webhooks() -> dict[str, Any]:
-    """The webhooks, as the document has them."""
-    return {"task-ended": {"post": _operation()}}
+def add_webhooks(document: dict[str, Any]) -> None:
+    """Add the webhooks to a document, with the components that they refer to."""
+    components = document["components"]
+    components["schemas"][TaskEvent.__name__] = _event()
+    # Behind a reference: client generators take an operation that is written here for one of the gateway's.
+    components["pathItems"] = {_NAME: {"post": _operation()}}
+    document["webhooks"] = {_NAME: {"$ref": f"#/components/pathItems/{_NAME}"}}
 
 
-def _operation() -> dict[str, Any]:
-    task = msgspec.convert(EXAMPLES["TaskView"], TaskView)
-    example = TaskEvent(Event.SUCCEEDED, task.finished_at or task.updated_at, task)
-    schema: Mapping[str, Any] = {
+def _event() -> dict[str, Any]:
+    return {
         "type": "object",
         "description": "What a tenant is told when a task has ended.",
         "properties": {
@@ -44,11 +49,17 @@ def _operation() -> dict[str, Any]:
         },
         "required": ["type", "timestamp", "data"],
     }
+
+
+def _operation() -> dict[str, Any]:
+    task = msgspec.convert(EXAMPLES["TaskView"], TaskView)
+    example = TaskEvent(Event.SUCCEEDED, task.finished_at or task.updated_at, task)
+    schema = {"$ref": f"#/components/schemas/{TaskEvent.__name__}"}
     return {
-        "operationId": "task-ended",
+        "operationId": _NAME,
         "summary": "Your task has ended",
         "description": _DESCRIPTION,
-        "tags": ["Tasks"],
+        "tags": [TAG],
         "security": [{}],
         "parameters": [
             {"name": name, "in": "header", "required": True, "description": about, "schema": {"type": "string"}}

@@ -16,6 +16,12 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, A
             yield path, method, operation
 
 
+def webhooks(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every operation that is called by the gateway."""
+    for item in document.get("webhooks", {}).values():
+        yield from resolved(document, item).values()
+
+
 def nodes(node: Any, *path: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Every object of the document, with where it stands."""
     if isinstance(node, dict):

@@ -12,7 +12,7 @@ from service.api.problems import PROBLEMS
 from service.app import operators_app, tenants_app
 from service.domain.task import OPTIONS, Kind
 from tests.behaviour.house import House, house_of_fakes
-from tests.behaviour.openapi_reader import fits, nodes, operations, resolved
+from tests.behaviour.openapi_reader import fits, nodes, operations, resolved, webhooks
 from tests.support.images import png
 
 
@@ -40,6 +40,7 @@ async def test_structure(either: dict[str, Any]) -> None:
     assert either["info"]["title"]
     assert either["info"]["version"]
     used = [operation["tags"] for _, _, operation in operations(either)]
+    used += [operation["tags"] for operation in webhooks(either)]
     assert {name for names in used for name in names} == {tag["name"] for tag in either["tags"]}
     assert all(len(names) == 1 for names in used)
     assert all(tag["description"] for tag in either["tags"])
@@ -94,8 +95,57 @@ async def test_nothing_of_the_framework(either: dict[str, Any]) -> None:
             assert len(types) > 1, path
             assert types != ["integer", "number"], path
         for name, schema in node.get("properties", {}).items():
-            assert schema.keys() & {"type", "$ref", "oneOf"}, (path, name)
+            assert schema.keys() & {"type", "$ref", "oneOf"} or path[-1] == "Difference", (path, name)
     assert "status_code" not in str(either)
+
+
+async def test_webhooks_are_no_operations(either: dict[str, Any]) -> None:
+    """They stand behind references and under tags of their own, so that no client has them among its calls."""
+    assert all(item.keys() == {"$ref"} for item in either.get("webhooks", {}).values())
+    called = {name for _, _, operation in operations(either) for name in operation["tags"]}
+    assert not called & {name for operation in webhooks(either) for name in operation["tags"]}
+
+
+async def test_files(document: dict[str, Any]) -> None:
+    """What is sent and what is fetched as a file is marked as one, by the standard's word and by its former one."""
+    images = [
+        node["properties"][name]
+        for _, node in nodes(document)
+        for name in ("image", "input_image")
+        if isinstance(node.get("properties", {}).get(name), dict)
+    ]
+    assert len(images) == 2 * len(Kind)
+    for image in images:
+        marks = image["type"], image["format"], image["contentMediaType"]
+        assert marks == ("string", "binary", "application/octet-stream")
+    responses = document["paths"]["/v1/tasks/{task_id}/artifacts/{name}"]["get"]["responses"]
+    for status in ("200", "206"):
+        content = responses[status]["content"]
+        assert {"image/png", "application/octet-stream"} <= content.keys()
+        assert all(media["schema"] == {"type": "string", "format": "binary"} for media in content.values())
+
+
+async def test_contents(either: dict[str, Any]) -> None:
+    """Every content has a schema, and none is null: a body that need not be there is not required."""
+    for path, node in nodes(either):
+        for media_type, media in node.get("content", {}).items() if isinstance(node.get("content"), dict) else ():
+            assert media["schema"], (path, media_type)
+            assert {"type": "null"} not in media["schema"].get("oneOf", ()), (path, media_type)
+    for _, _, operation in operations(either):
+        if "requestBody" in operation:
+            assert operation["requestBody"]["required"] == (operation["operationId"] != "create-token")
+
+
+async def test_schemas_for_all_languages(either: dict[str, Any]) -> None:
+    """Patterns are written as JSON Schema and every language has them; no schema bears the name of a common type."""
+    patterns = {node["pattern"] for _, node in nodes(either) if isinstance(node.get("pattern"), str)}
+    assert patterns
+    for pattern in patterns:
+        assert not re.search(r"\\[AZz]|\(\?", pattern)
+    assert not {"Error", "Object", "String", "Exception"} & either["components"]["schemas"].keys()
+    for path, node in nodes(either):
+        # Instead of a choice of all types there is none at all.
+        assert len({each.get("type") for each in node.get("oneOf", ())} - {None}) < 6, path
 
 
 async def test_security(document: dict[str, Any]) -> None:
@@ -186,6 +236,15 @@ async def test_examples_are_true(either: dict[str, Any]) -> None:
                 fits(either, example, node, "/".join(path))
                 checked += 1
     assert checked > 20
+
+
+@pytest.mark.parametrize("kind", Kind)
+async def test_example_is_accepted(house: House, document: dict[str, Any], kind: Kind) -> None:
+    """A submission of all that the document has an example for is accepted."""
+    operation = document["paths"][f"/v1/tasks/{kind}"]["post"]
+    fields = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    examples = {name: str(each["examples"][0]) for name, each in fields.items() if each.get("examples")}
+    assert (await house.submit(kind, examples)).status_code == 201
 
 
 async def test_answers_are_as_told(house: House, document: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from service.storage.keys import Keys
 from service.wiring import assembled
 from tests.behaviour.house import ENVIRONMENT, POLL_SECONDS, House, real_house
 from tests.behaviour.old_client import OldClient
-from tests.behaviour.openapi_reader import fits
+from tests.behaviour.openapi_reader import fits, resolved
 from tests.behaviour.receiver import Receiver, a_secret, receiving
 from tests.support.valkey import Valkey
 
@@ -67,7 +67,7 @@ async def test_documented(house: House, receiver: Receiver) -> None:
     await let_in(house, receiver)
     await ended(house)
     document = (await house.call("GET", "/openapi.json", token="")).json()
-    operation = document["webhooks"]["task-ended"]["post"]
+    operation = resolved(document, document["webhooks"]["task-ended"])["post"]
     content = operation["requestBody"]["content"]["application/json"]
     for event in (receiver.told[0].event, content["example"]):
         fits(document, event, content["schema"], "event")
