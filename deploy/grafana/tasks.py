@@ -91,7 +91,7 @@ _TASKS = Row(
             "Submissions by outcome",
             "What became of submissions at the vendor, a minute, of all tenants. `unknown` may have been paid for and"
             " needs an operator; `exhausted` and `invalid-account` close an account; `misconfigured` is a key that"
-            " cannot be opened.",
+            " cannot be opened, `redirected` a base address that is wrong, `busy` an HTTP 429.",
             PER_MINUTE,
             {"{{outcome}}": per_minute("gateway_submissions_total", "outcome")},
         ),

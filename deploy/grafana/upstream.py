@@ -37,7 +37,7 @@ _ACCOUNT = 'account=~"$account"'
 _UNSEEN = "No balance has been seen yet"
 _REQUESTS = "gateway_upstream_requests_total"
 _DURATION = "gateway_upstream_request_duration_seconds"
-_WRONG = "unknown|not-sent|misconfigured|nothing|unusable|silent|unreachable|broken-off"
+_WRONG = "unknown|not-sent|misconfigured|redirected|nothing|unusable|silent|unreachable|broken-off"
 """Outcomes of requests to the upstream without an answer that can be used; a refusal is one."""
 
 

@@ -99,7 +99,7 @@ def _why(error: Exception, seconds: float) -> str:
 
 async def _reply(client: httpx2.AsyncClient, url: str, headers: Mapping[str, str], body: bytes) -> Reply:
     async with client.stream("POST", url, content=body, headers=dict(headers)) as response:
-        retry_after = _seconds(response.headers.get("retry-after"))
+        retry_after = retry_seconds(response.headers.get("retry-after"))
         if response.is_success:  # whatever else it says, it took it
             return Reply(status=response.status_code)
         return Reply(status=response.status_code, retry_after=retry_after, answer=await _beginning(response))
@@ -119,8 +119,8 @@ async def _beginning(response: httpx2.Response) -> str | None:
     return read[:MOST_READ].decode(errors="replace") or None
 
 
-def _seconds(retry_after: str | None) -> float | None:
-    """What `Retry-After` asks for: seconds, or a date."""
+def retry_seconds(retry_after: str | None) -> float | None:
+    """Return what a `Retry-After` asks for, be it seconds or a date; None for anything else."""
     if retry_after is None:
         return None
     if retry_after.isascii() and retry_after.isdigit():

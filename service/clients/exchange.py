@@ -21,12 +21,15 @@ from msgspec import Struct
 
 from service import __version__
 from service.clients.breaker import Attempt, Breaker
+from service.clients.callbacks import retry_seconds
+from service.clients.decoder import LARGEST_BODY
 from service.clients.local_errors import local_error
 from service.telemetry.tracing import UNTRACED, Tracer
 
 MAX_REQUESTS = 64
 """So many requests of a line are under way at once; the others wait."""
-LARGEST_ANSWER = 65_536
+BODY_SECONDS = 5.0
+"""The body of a response whose status is no success is read for so long: it only explains the status."""
 KEEP_ALIVE_SECONDS = 15
 _TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=30, pool=None).as_dict()
 
@@ -43,10 +46,12 @@ class Lost(Exception):
 
 
 class Answer(Struct, frozen=True):
-    """An answer; the body is empty unless the status is a success."""
+    """An answer. `cut` says why its body may lack its end; `retry_after` is in seconds."""
 
     status: int
     body: bytes
+    cut: str = ""
+    retry_after: float | None = None
 
 
 class Breakers:
@@ -67,8 +72,8 @@ class Breakers:
 class Line:
     """Requests of one sort, open within its context.
 
-    Redirects, cookies and the proxies of the environment are not followed. Compression is not asked for, and what is
-    compressed all the same is not read, since a small answer could unfold into a huge one.
+    Redirects, cookies and the proxies of the environment are not followed. Compression is not requested, and bodies are
+    returned as they came.
 
     Each request has a pool of its own while it lasts: a pool looks at all of its connections for every request, which
     with many at once costs more than the requests themselves. `busy` counts the requests under way, `waiting` those
@@ -162,7 +167,7 @@ class Line:
         keeps = False
         try:
             answer = await self._read(await transport.handle_async_request(request))
-            keeps = self._keeps
+            keeps = self._keeps and not answer.cut
             return answer
         finally:
             # What was broken off may have left its pool without a connection and without room for one.
@@ -172,16 +177,20 @@ class Line:
                 await transport.aclose()
 
     async def _read(self, response: httpx2.Response) -> Answer:
+        """Read a response. What came of a body that breaks off may be all that is needed of it."""
+        status, body, cut = response.status_code, bytearray(), ""
         try:
-            body = bytearray()
-            if response.is_success:
+            async with asyncio.timeout(None if response.is_success else BODY_SECONDS):
                 async for chunk in response.aiter_raw():
                     body += chunk
-                    if len(body) > LARGEST_ANSWER:
-                        raise Lost("the answer is too large")
-            return Answer(response.status_code, bytes(body))
+                    if len(body) > LARGEST_BODY:
+                        cut = "the answer is too large"
+                        break
+        except (httpx2.HTTPError, OSError) as error:
+            cut = type(error).__name__
         finally:
             await response.aclose()
+        return Answer(status, bytes(body[:LARGEST_BODY]), cut, retry_seconds(response.headers.get("retry-after")))
 
     def _transport(self) -> httpx2.AsyncHTTPTransport:
         kept = httpx2.Limits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -21,6 +22,7 @@ from service.domain.taskid import Sealer
 from service.domain.tenancy import Account
 from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
+from service.telemetry.spellings import spellings
 from service.telemetry.spent import waiting
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
@@ -138,8 +140,8 @@ class UpstreamClient:
         except Lost as fault:
             self._say(Operation.SUBMIT, account, fault)
             return Submitted(outcome=SubmitOutcome.UNKNOWN)
-        submitted = _submitted(answer)
-        if submitted.outcome is SubmitOutcome.UNKNOWN:
+        submitted = wire.read_submit(answer.body, answer.status, answer.retry_after)
+        if submitted.outcome in {SubmitOutcome.UNKNOWN, SubmitOutcome.REDIRECTED}:
             self._say(Operation.SUBMIT, account, _unread(answer))
         return replace(submitted, reason=_without(user_key, submitted.reason))
 
@@ -153,7 +155,7 @@ class UpstreamClient:
         except (NotSent, Lost) as fault:
             self._say(Operation.CHECK, account, fault)
             return Check(answered=Answered.NOTHING)
-        check = wire.read_check(answer.body)
+        check = wire.read_check(answer.body if 200 <= answer.status < 300 else b"")
         if check.answered in {Answered.NOTHING, Answered.UNUSABLE}:
             self._say(Operation.CHECK, account, _unread(answer))
         if check.error:
@@ -178,19 +180,15 @@ class UpstreamClient:
         _log.warning("call.failed", operation=operation, account=account.name, sent=sent, error=str(fault))
 
 
-def _submitted(answer: Answer) -> Submitted:
-    """What an answer of any status means for the money."""
-    if 200 <= answer.status < 300:
-        return wire.read_submit(answer.body)
-    if 400 <= answer.status < 500:
-        return Submitted(outcome=SubmitOutcome.REJECTED, reason=f"HTTP {answer.status}")
-    return Submitted(outcome=SubmitOutcome.UNKNOWN)
-
-
 def _unread(answer: Answer) -> Lost:
     """An answer that came, and can't be used."""
-    return Lost(f"HTTP {answer.status}")
+    return Lost(f"HTTP {answer.status}{answer.cut and ', '}{answer.cut}")
 
 
 def _without(user_key: str, text: str) -> str:
-    return text.replace(user_key, "…") if user_key else text
+    """Return a text without the key, in any of its spellings that is too long to be an ordinary word's."""
+    if not user_key or not text:
+        return text
+    found = {each for each in spellings(user_key) if len(each) >= min(len(user_key), 8)}
+    patterns = (re.escape(each) for each in sorted(found, key=len, reverse=True))
+    return re.sub("|".join(patterns), "…", text, flags=re.IGNORECASE)

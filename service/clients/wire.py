@@ -10,11 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from enum import Enum
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
+from service.clients.decoder import decode_object
 from service.clients.words import is_unknown_task, plain, public, refusal
 from service.domain.account import Figures
 from service.domain.task import Artifact, ArtifactName, Catalogue, Kind, Options, TaskError
@@ -56,7 +58,10 @@ _LONGEST_ID = 256
 _LONGEST_URL = 2_048
 _LARGEST_FIGURE = 2**53
 _NUMBER = re.compile(r"\d{1,20}(\.\d{1,20})?", re.ASCII)
-_BOM = b"\xef\xbb\xbf"
+_REPLACED = "\ufffd"
+"""Stands where a byte could not be decoded."""
+_WRONG_ADDRESS = frozenset({301, 302, 307, 308})
+"""Redirects that mean that the service is elsewhere."""
 
 
 def to_fields(options: Options, catalogue: Catalogue) -> Mapping[str, str]:
@@ -83,14 +88,36 @@ class _Said(Enum):
     NOTHING = 2
 
 
-def read_submit(body: bytes) -> Submitted:
-    """What the answer to a submit amounts to.
+def read_submit(body: bytes, status: int = 200, retry_after: float | None = None) -> Submitted:
+    """Return the outcome of a submit from its response.
+
+    A body that declares success and names a task is an acceptance, whatever its status. Otherwise a status that is no
+    success decides: 4xx is a refusal, with the vendor's message if the body holds one, and so is a redirect to where
+    the service is; of any other, as of a body without an object, the outcome is unknown.
+    """
+    answer = decode_object(body)
+    if 200 <= status < 300 or _declares_task(answer):
+        return _read_submit(answer)
+    if status in _WRONG_ADDRESS:
+        return Submitted(outcome=SubmitOutcome.REDIRECTED)
+    if not 400 <= status < 500:
+        return Submitted(outcome=SubmitOutcome.UNKNOWN)
+    message = plain(answer.get("err_msg"))
+    refused = refusal(message) if message else Submitted(outcome=SubmitOutcome.REJECTED)
+    if refused.outcome is not SubmitOutcome.REJECTED:
+        return refused
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return Submitted(outcome=SubmitOutcome.BUSY, retry_after=retry_after)
+    return Submitted(outcome=SubmitOutcome.REJECTED, reason=refused.reason or f"HTTP {status}")
+
+
+def _read_submit(answer: Mapping[str, Any]) -> Submitted:
+    """Return the outcome of a submit from a response with a status of success.
 
     `err_code` and the rest may contradict each other. A task id is believed unless an error was declared, since it is
     all that is left of a task that was paid for. A declared error is believed, and costs nothing, unless a task id
     stands beside it: then the task may have been accepted, whatever the message says. So may what remains: unknown.
     """
-    answer = _object(body)
     said = _said(answer.get("err_code"))
     upstream_id = _identifier(answer.get("task_id"))
     message = plain(answer.get("err_msg"))
@@ -105,9 +132,13 @@ def read_submit(body: bytes) -> Submitted:
     return Submitted(outcome=SubmitOutcome.UNKNOWN)
 
 
+def _declares_task(answer: Mapping[str, Any]) -> bool:
+    return _said(answer.get("err_code")) is _Said.SUCCESS and bool(_identifier(answer.get("task_id")))
+
+
 def read_check(body: bytes) -> Check:
     """What the answer to a check amounts to. One that holds no JSON object is not the vendor's, and so is none."""
-    answer = _object(body)
+    answer = decode_object(body)
     said = _said(answer.get("err_code"))
     message = plain(answer.get("err_msg"))
     if not answer:
@@ -148,15 +179,6 @@ def _failure(reason: str) -> str:
     return f"The upstream could not carry out this task: {reason}" if reason else "The upstream gave no reason."
 
 
-def _object(body: bytes) -> Mapping[str, Any]:
-    """The JSON object of an answer; empty where it holds none."""
-    try:
-        answer = msgspec.json.decode(body.removeprefix(_BOM))
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        return {}
-    return answer if isinstance(answer, dict) else {}
-
-
 def _said(code: object) -> _Said:
     number = _whole(int(code) if isinstance(code, bool) else code, 1)
     if number is None:
@@ -169,30 +191,39 @@ def _figures(answer: Mapping[str, Any]) -> Figures:
 
 
 def _whole(value: object, parts: int) -> int | None:
-    """A figure in its smallest unit, of which one has so many parts; None for whatever is not exactly such a figure."""
+    """A figure in its smallest unit, of which one has so many parts; None for whatever is no such figure.
+
+    Money is rounded to that unit, since it may come out of floating-point arithmetic; a count is whole.
+    """
     number = _number(value)
-    if number is None or number * parts % 1 or number * parts > _LARGEST_FIGURE:
+    if number is None or (parts == 1 and number % 1):
         return None
-    return int(number * parts)
+    rounded = round(number * parts)
+    return rounded if 0 <= rounded <= _LARGEST_FIGURE else None
 
 
 def _number(value: object) -> Decimal | None:
-    """A number that is not negative, from a number or its decimal digits."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    if isinstance(value, int) and not 0 <= value <= _LARGEST_FIGURE:
-        return None
-    text = value.strip() if isinstance(value, str) else format(Decimal(repr(value)), "f")
-    return Decimal(text) if _NUMBER.fullmatch(text) else None
+    """A finite number of a size that a figure can have, from a number or its decimal digits."""
+    match value:
+        case bool():
+            return None
+        case int() | float() if abs(value) <= _LARGEST_FIGURE:  # neither NaN nor infinite is
+            return Decimal(repr(value))
+        case str() if _NUMBER.fullmatch(value.strip()):
+            return Decimal(value.strip())
+        case _:
+            return None
 
 
 def _identifier(value: object) -> str:
-    """A task id; empty for whatever can't be one."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1 << 64:
-        value = str(value)
+    """A task id; empty for whatever can't be one. A number that has passed through a float may have lost digits."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST_FIGURE:
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value) if abs(value) < 10**_LONGEST_ID else ""
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > _LONGEST_ID:
         return ""
-    return value
+    return "" if _REPLACED in value else value
 
 
 def _url(value: object) -> str:

@@ -20,6 +20,8 @@ from service.domain.windows import RateLimit
 from service.usecases.ports import SubmitOutcome, Submitted
 
 CONNECT_AGAIN_AFTER = 5.0
+BUSY_AGAIN_AFTER = 5.0
+"""Where the upstream itself does not say when."""
 IN_FLIGHT_AGAIN_AFTER = 2.0
 
 
@@ -68,8 +70,13 @@ def refusal(sent: Submitted, reservation: str) -> GatewayError:
         )
     if sent.outcome is SubmitOutcome.EXHAUSTED:
         return _exhausted(PROBE_INTERVAL / 1000)
-    if sent.outcome in {SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED}:
+    if sent.outcome in {SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED, SubmitOutcome.REDIRECTED}:
         return misconfigured()
+    if sent.outcome is SubmitOutcome.BUSY:
+        return UpstreamUnavailable(
+            "The upstream takes no more submissions at the moment. Nothing was charged; try again after Retry-After.",
+            retry_after=BUSY_AGAIN_AFTER if sent.retry_after is None else sent.retry_after,
+        )
     if sent.outcome is SubmitOutcome.NOT_SENT:
         return UpstreamUnavailable(
             "The upstream can't be reached. Nothing was sent; try again.", retry_after=CONNECT_AGAIN_AFTER

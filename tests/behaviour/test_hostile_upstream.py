@@ -21,6 +21,8 @@ from tests.support.valkey import Valkey
 ACCEPTED = (201, None)
 UNKNOWN = (504, "submission-unknown")
 REJECTED = (502, "upstream-rejected")
+MISCONFIGURED = (503, "account-misconfigured")
+BUSY = (503, "upstream-unavailable")
 
 TAKEN_OR_NOT: dict[str, tuple[dict[str, Any], tuple[int, str | None]]] = {
     "reset instead of an answer": ({"reply": "reset"}, UNKNOWN),
@@ -28,16 +30,18 @@ TAKEN_OR_NOT: dict[str, tuple[dict[str, Any], tuple[int, str | None]]] = {
     "half the body": ({"reply": "cut"}, UNKNOWN),
     "half the JSON": ({"reply": "garbled"}, UNKNOWN),
     "a page with 200": ({"reply": "page"}, UNKNOWN),
-    "a page with 302": ({"reply": "page", "status": 302}, UNKNOWN),
+    "a page with 302": ({"reply": "page", "status": 302, "when": "before"}, MISCONFIGURED),
+    "a page with 303": ({"reply": "page", "status": 303}, UNKNOWN),
     "a page with 500": ({"reply": "page", "status": 500}, UNKNOWN),
     "a page with 502, unsent by its words": ({"reply": "page", "status": 502, "when": "before"}, UNKNOWN),
     "a page with 504": ({"reply": "page", "status": 504}, UNKNOWN),
-    "an acceptance with 500": ({"status": 500}, UNKNOWN),
+    "an acceptance with 500": ({"status": 500}, ACCEPTED),
+    "an acceptance with 400": ({"status": 400}, ACCEPTED),
     "an acceptance with 202": ({"status": 202}, ACCEPTED),
     "a page with 400": ({"reply": "page", "status": 400, "when": "before"}, REJECTED),
     "a page with 404": ({"reply": "page", "status": 404, "when": "before"}, REJECTED),
     "a page with 413": ({"reply": "page", "status": 413, "when": "before"}, REJECTED),
-    "a page with 429": ({"reply": "page", "status": 429, "when": "before"}, REJECTED),
+    "a page with 429": ({"reply": "page", "status": 429, "when": "before"}, BUSY),
     "a rejection": ({"reject": "图片太小"}, REJECTED),
     "an unknown message": ({"refuse": "系统繁忙"}, REJECTED),
     "an empty message": ({"refuse": ""}, REJECTED),
@@ -152,8 +156,9 @@ async def submitted(house: House, expected: tuple[int, str | None], name: str) -
         found = problem(answer, status, code)
         assert ("submission_id" in found) == (expected == UNKNOWN)
         assert ("upstream_reason" in found) == (expected == REJECTED)
-        assert "retry-after" not in answer.headers
-    assert await counts(house) == (used + (expected != REJECTED), 0, active + (expected == ACCEPTED)), name
+        assert ("retry-after" in answer.headers) == (expected == BUSY)
+    charged = expected in {ACCEPTED, UNKNOWN}
+    assert await counts(house) == (used + charged, 0, active + (expected == ACCEPTED)), name
     assert USER_KEY not in answer.text
     return answer.text
 
@@ -209,13 +214,13 @@ async def test_never_usable(hostile: House) -> None:
 
 
 async def test_redirect(hostile: House) -> None:
-    """A redirect is not followed, neither with the image nor with the key."""
+    """A redirect is not followed, neither with the image nor with the key, and costs nothing unless it is a 303."""
     async with serving(answering(http(b"{}"))) as lure:
         for status in (301, 302, 303, 307, 308):
             away = http(b"", status, Location=f"{lure.url}/api/submit_face_enhance_task")
             async with serving(answering(away)) as peer:
                 change = {"user_key": USER_KEY, "base_url": peer.url}
                 assert (await hostile.admin("PUT", "/accounts/main", json=change)).status_code == 200
-                await submitted(hostile, UNKNOWN, str(status))
+                await submitted(hostile, UNKNOWN if status == 303 else MISCONFIGURED, str(status))
                 assert len(peer.requests) == 1
         assert lure.connections == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 
 import pytest
@@ -81,6 +82,8 @@ async def test_no_cookies() -> None:
     [
         answering(told(err_code=1, err_msg=f"任务提交失败:bad key {USER_KEY}!")),
         answering(told(err_code=0, status="Failed", err_msg=f"bad key {USER_KEY}!")),
+        answering(http(json.dumps({"err_code": 1, "err_msg": f"bad key {USER_KEY.upper()}"}).encode(), 400)),
+        answering(told(err_code=0, status="Failed", err_msg=f"bad key {USER_KEY.encode().hex()}!")),
         answering(TASK),
         resetting,
     ],
@@ -92,7 +95,8 @@ async def test_key_stays_secret(serve: Serve, caplog: pytest.LogCaptureFixture) 
         async with serving(serve) as peer, calling(peer.url) as caller:
             shown = [await caller.submit(), await caller.check(), vars(caller.client), logs, caplog.text]
     assert len(peer.requests) == 2
-    assert USER_KEY not in repr(shown)
+    assert USER_KEY not in repr(shown).lower()
+    assert USER_KEY.encode().hex() not in repr(shown)
 
 
 async def test_key_in_no_error() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
+import zlib
 
 import httpx2
 import pytest
@@ -40,6 +42,8 @@ from tests.contract.peer import (
 
 ACCEPTED, REJECTED, UNKNOWN = SubmitOutcome.ACCEPTED, SubmitOutcome.REJECTED, SubmitOutcome.UNKNOWN
 BODY = TASK.partition(b"\r\n\r\n")[2]
+INVALID = json.dumps({"err_code": 1, "err_msg": "账户不存在"}).encode()
+EXHAUSTED = json.dumps({"err_code": 1, "err_msg": "账户剩余次数不足"}).encode()
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -70,7 +74,12 @@ async def refusing_early(connection: Connection) -> None:
         pytest.param(answering(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)), ACCEPTED, id="chunked"),
         pytest.param(answering(http(b"nope", 400)), REJECTED, id="bad-request"),
         pytest.param(answering(http(b"", 404)), REJECTED, id="not-found"),
-        pytest.param(answering(http(b"", 429)), REJECTED, id="too-many"),
+        pytest.param(answering(http(b"", 429)), SubmitOutcome.BUSY, id="too-many"),
+        pytest.param(closing_after(http(b"nope", 400)[:-2]), REJECTED, id="bad-request-torn"),
+        pytest.param(answering(http(b"x" * 100_000, 400)), REJECTED, id="bad-request-large"),
+        pytest.param(answering(http(INVALID, 401)), SubmitOutcome.INVALID_ACCOUNT, id="invalid-by-status-too"),
+        pytest.param(answering(http(EXHAUSTED, 429)), SubmitOutcome.EXHAUSTED, id="exhausted-by-status-too"),
+        pytest.param(answering(http(BODY, 400)), ACCEPTED, id="bad-request-with-a-task"),
         pytest.param(refusing_early, REJECTED, id="refused-early"),
         pytest.param(answering(told(err_code=1, err_msg="任务提交失败:坏")), REJECTED, id="rejected"),
         pytest.param(answering(told(err_code=1, err_msg="账户不存在")), SubmitOutcome.INVALID_ACCOUNT, id="invalid"),
@@ -79,14 +88,16 @@ async def refusing_early(connection: Connection) -> None:
         pytest.param(closing_after(), UNKNOWN, id="closed"),
         pytest.param(closing_after(TASK[:20]), UNKNOWN, id="half-a-head"),
         pytest.param(closing_after(TASK[:-5]), UNKNOWN, id="half-a-body"),
-        pytest.param(closing_after(TASK.replace(b"Content-Length: ", b"Content-Length: 9")), UNKNOWN, id="too-short"),
+        pytest.param(closing_after(TASK.replace(b"Content-Length: ", b"Content-Length: 9")), ACCEPTED, id="too-short"),
         pytest.param(answering(TASK.replace(b"Content-Length: ", b"Content-Length: 9-")), UNKNOWN, id="no-length"),
-        pytest.param(closing_after(CHUNKED + b"%x\r\n%s\r\n" % (len(BODY), BODY)), UNKNOWN, id="torn-chunks"),
+        pytest.param(closing_after(CHUNKED + b"%x\r\n%s\r\n" % (len(BODY), BODY)), ACCEPTED, id="torn-chunks"),
         pytest.param(closing_after(CHUNKED + b"nonsense\r\n"), UNKNOWN, id="broken-chunks"),
         pytest.param(closing_after(b"SSH-2.0-x\r\n\r\n"), UNKNOWN, id="not-http"),
         pytest.param(closing_after(b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 50_000), UNKNOWN, id="endless-head"),
         pytest.param(answering(http(b"<html>", 502)), UNKNOWN, id="bad-gateway"),
-        pytest.param(answering(http(BODY, 500)), UNKNOWN, id="server-error-with-a-task"),
+        pytest.param(answering(http(BODY, 500)), ACCEPTED, id="server-error-with-a-task"),
+        pytest.param(answering(http(b'{"task_id": "t"}', 500)), UNKNOWN, id="server-error-with-a-task-and-no-code"),
+        pytest.param(answering(http(INVALID, 500)), UNKNOWN, id="server-error-with-a-message"),
         pytest.param(answering(http(b"<html>ok</html>")), UNKNOWN, id="html"),
         pytest.param(answering(http(BODY[:-1])), UNKNOWN, id="torn-json"),
         pytest.param(answering(http(b"")), UNKNOWN, id="empty"),
@@ -96,9 +107,17 @@ async def refusing_early(connection: Connection) -> None:
         ),
         pytest.param(answering(told(err_code=0)), UNKNOWN, id="no-task-id"),
         pytest.param(answering(told(err_code=0, task_id="t", padding="x" * 70_000)), UNKNOWN, id="too-large"),
-        pytest.param(answering(http(gzip.compress(BODY), Content_Encoding="gzip")), UNKNOWN, id="compressed"),
-        pytest.param(redirecting, UNKNOWN, id="redirected"),
-        pytest.param(answering(http(b"", 301, Location="http://[")), UNKNOWN, id="redirected-nowhere"),
+        pytest.param(answering(http(gzip.compress(BODY), Content_Encoding="gzip")), ACCEPTED, id="compressed"),
+        pytest.param(answering(http(gzip.compress(BODY))), ACCEPTED, id="compressed-without-a-header"),
+        pytest.param(answering(http(zlib.compress(BODY), Content_Encoding="deflate")), ACCEPTED, id="deflated"),
+        pytest.param(answering(http(gzip.compress(bytes(1 << 25)), Content_Encoding="gzip")), UNKNOWN, id="a-bomb"),
+        pytest.param(answering(http(BODY, Content_Encoding="br")), ACCEPTED, id="not-compressed"),
+        pytest.param(redirecting, SubmitOutcome.REDIRECTED, id="redirected"),
+        pytest.param(answering(http(b"", 301, Location="http://[")), SubmitOutcome.REDIRECTED, id="redirected-nowhere"),
+        pytest.param(answering(http(b"", 302, Location="/")), SubmitOutcome.REDIRECTED, id="redirected-by-302"),
+        pytest.param(answering(http(b"", 308, Location="/")), SubmitOutcome.REDIRECTED, id="redirected-by-308"),
+        pytest.param(answering(http(b"", 303, Location="/")), UNKNOWN, id="sent-to-see-another"),
+        pytest.param(answering(http(BODY, 301, Location="/")), ACCEPTED, id="redirected-with-a-task"),
     ],
 )
 async def test_outcomes(serve: Serve, outcome: SubmitOutcome) -> None:
@@ -109,8 +128,38 @@ async def test_outcomes(serve: Serve, outcome: SubmitOutcome) -> None:
             assert submitted.outcome is outcome
             assert caller.seen == [(Operation.SUBMIT, outcome)]
     failed = [each for each in logs if each["event"] == "call.failed"]
-    assert [each["sent"] and bool(each["error"]) for each in failed] == [True] * (outcome is UNKNOWN)
+    assert [each["sent"] and bool(each["error"]) for each in failed] == [True] * (
+        outcome in {UNKNOWN, SubmitOutcome.REDIRECTED}
+    )
     assert len(peer.requests) == peer.connections == 1
+
+
+async def test_refused_with_a_message() -> None:
+    """The body of an HTTP 4xx is read for the vendor's message, in whatever character set, but for secrets."""
+    body = json.dumps({"err_code": 1, "err_msg": f"任务提交失败:图片太小 {USER_KEY}"}, ensure_ascii=False).encode("gbk")
+    async with serving(answering(http(body, 422))) as peer, calling(peer.url) as caller:
+        submitted = await caller.submit()
+    assert (submitted.outcome, submitted.reason) == (REJECTED, "图片太小 …")
+
+
+@pytest.mark.parametrize(("retry_after", "seconds"), [("30", 30), ("0", 0), ("soon", None), ("", None)])
+async def test_busy(retry_after: str, seconds: float | None) -> None:
+    """An upstream that is busy says when to submit again, or does not."""
+    async with serving(answering(http(b"busy", 429, Retry_After=retry_after))) as peer, calling(peer.url) as caller:
+        assert await caller.submit() == Submitted(outcome=SubmitOutcome.BUSY, retry_after=seconds)
+
+
+async def test_refused_with_a_body_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal is one although its body does not come."""
+    monkeypatch.setattr(exchange, "BODY_SECONDS", 0.1)
+
+    async def stopping(connection: Connection) -> None:
+        await connection.receive()
+        await connection.send(http(b"nope", 400)[:-2])
+        await connection.wait_for_the_end()
+
+    async with serving(stopping) as peer, calling(peer.url) as caller, asyncio.timeout(5):
+        assert (await caller.submit()).outcome is REJECTED
 
 
 async def test_accepted() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from typing import Any
 
 import pytest
@@ -87,14 +89,25 @@ def test_task_id_without_a_code(code: object) -> None:
     assert submit(task_id="t-1").outcome is ACCEPTED
 
 
-@pytest.mark.parametrize(("task_id", "found"), [("a b", "a b"), (42, "42"), ("任务", "任务"), ("x" * 256, "x" * 256)])
+@pytest.mark.parametrize(
+    ("task_id", "found"),
+    [
+        ("a b", "a b"),
+        (42, "42"),
+        (7.0, "7"),
+        (1 << 65, str(1 << 65)),
+        (10**30, "1" + "0" * 30),
+        ("任务", "任务"),
+        ("x" * 256, "x" * 256),
+    ],
+)
 def test_task_ids(task_id: object, found: str) -> None:
     """A task id is any short printable text, or a number."""
     assert submit(err_code=0, task_id=task_id).upstream_id == found
 
 
 @pytest.mark.parametrize(
-    "task_id", [None, "", "  ", "a\nb", "\x00", "x" * 257, True, 1.5, [], {}, ["t"], 1 << 65, "\u202e"]
+    "task_id", [None, "", "  ", "a\nb", "\x00", "x" * 257, True, 1.5, 1e20, 10**256, [], {}, ["t"], "\u202e"]
 )
 def test_success_without_a_usable_task_id(task_id: object) -> None:
     """A success whose task id can't be used may have been charged."""
@@ -141,9 +154,53 @@ def test_contradiction(code: object, message: object) -> None:
     assert submit(err_code=code, task_id="t-1", err_msg=message) == Submitted(outcome=UNKNOWN)
 
 
-def test_byte_order_mark() -> None:
-    """A byte order mark before the JSON does no harm."""
-    assert read_submit(b'\xef\xbb\xbf {"err_code": 0, "task_id": "t"}').outcome is ACCEPTED
+TASK_TEXT = '{"err_code": 0, "task_id": "任务", "remaining_count": 4}'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(TASK_TEXT.encode(charset) for charset in ("utf-8-sig", "gb18030", "utf-16", "utf-16-le", "utf-16-be")),
+        *(gzip.compress(TASK_TEXT.encode(charset)) for charset in ("utf-8", "gbk", "utf-16")),
+        *(zlib.compress(TASK_TEXT.encode(), wbits=wbits) for wbits in (zlib.MAX_WBITS, -zlib.MAX_WBITS)),
+        b"\xef\xbb\xbf " + TASK_TEXT.encode(),
+        TASK_TEXT.encode() + b"\x00",
+    ],
+)
+def test_codings(body: bytes) -> None:
+    """A response is read in whatever character set and content coding it comes."""
+    assert read_submit(body) == Submitted(outcome=ACCEPTED, upstream_id="任务", figures=Figures(4))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'"remaining_money": NaN',
+        b'"remaining_money": -Infinity',
+        b'"remaining_money": 1e400',
+        b'"remaining_money": ' + b"9" * 10_000,
+        b'"err_msg": "\\ud83d"',
+        b'"err_msg": "a\nb\tc"',
+        b'"err_msg": "\xff"',
+        b'"err_msg": "\xe9"',
+        b'"err_msg": "caf\xe9\\""',
+    ],
+)
+def test_odd_fields(odd: bytes) -> None:
+    """A field that makes no sense is no observation, and the others count."""
+    found = read_submit(b'{"err_code": 0, "task_id": 12345678901234567890123, "remaining_count": 4, %b}' % odd)
+    assert found == Submitted(outcome=ACCEPTED, upstream_id="12345678901234567890123", figures=Figures(4))
+
+
+def test_refusal_in_another_character_set() -> None:
+    """A refusal in GBK is a refusal."""
+    body = json.dumps({"err_code": 1, "err_msg": "账户剩余次数不足"}, ensure_ascii=False).encode("gbk")
+    assert read_submit(body).outcome is EXHAUSTED
+
+
+def test_inflated_size() -> None:
+    """What inflates to more than a response may have is not read."""
+    assert read_submit(gzip.compress(TASK_TEXT.encode() + b" " * 100_000)) == Submitted(outcome=UNKNOWN)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +215,14 @@ def test_byte_order_mark() -> None:
         (12.34, None, 1234),
         ("12.3", None, 1230),
         (0.1, None, 10),
-        (1.005, None, None),
+        (99.80000000000001, None, 9980),
+        ("99.80000000000001", None, 9980),
+        (99.7999999999999, None, 9980),
+        (0.3 - 0.2 - 0.1, None, 0),
+        (1.004, None, 100),
+        (1.006, None, 101),
+        (float("nan"), None, None),
+        (float("inf"), None, None),
         (2**53, 2**53, None),
         (2**53 + 1, None, None),
         (10**40, None, None),

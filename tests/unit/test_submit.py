@@ -10,8 +10,10 @@ from service.domain.account import Status
 from service.domain.errors import (
     AccountMisconfigured,
     BalanceExhausted,
+    GatewayError,
     LedgerUnavailable,
     SubmissionUnknown,
+    UpstreamRejected,
     UpstreamUnavailable,
 )
 from service.domain.reservation import ReservationState
@@ -92,6 +94,24 @@ async def test_settled_after_its_lease(gateway: Gateway, monkeypatch: pytest.Mon
     assert await gateway.background.drain(5) == 0
     assert gateway.places == (1, 0, 1)
     assert submission.task.reservation in gateway.ledger.tasks
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error"),
+    [
+        (SubmitOutcome.REJECTED, UpstreamRejected),
+        (SubmitOutcome.REDIRECTED, AccountMisconfigured),
+        (SubmitOutcome.BUSY, UpstreamUnavailable),
+    ],
+)
+async def test_refused_for_good(gateway: Gateway, outcome: SubmitOutcome, error: type[GatewayError]) -> None:
+    """A refusal that is not about the account costs nothing, and the image is not sent to another account."""
+    gateway.upstream.next_submits.append(Submitted(outcome=outcome, retry_after=7))
+    with pytest.raises(error) as caught:
+        await gateway.submitted()
+    assert caught.value.retry_after == (7 if outcome is SubmitOutcome.BUSY else None)
+    assert len(gateway.upstream.submits) == 1
+    assert gateway.places == (0, 0, 0)
 
 
 async def test_caller_leaves(gateway: Gateway) -> None:

@@ -54,17 +54,25 @@ class SubmitOutcome(StrEnum):
     INVALID_ACCOUNT = "invalid-account"
     MISCONFIGURED = "misconfigured"
     """Nothing was sent, since the account's key can't be opened, which no waiting helps."""
+    REDIRECTED = "redirected"
+    """Refused with a redirect, which is not followed: the base address of the account is wrong."""
+    BUSY = "busy"
+    """Refused for now with HTTP 429."""
     NOT_SENT = "not-sent"
     UNKNOWN = "unknown"
 
 
 class Submitted(Struct, frozen=True, kw_only=True):
-    """The outcome of a submit, with the upstream's task id if accepted and its reason if rejected."""
+    """The outcome of a submit, with the upstream's task id if accepted and its reason if rejected.
+
+    `retry_after` is in seconds, where a busy upstream names them.
+    """
 
     outcome: SubmitOutcome
     upstream_id: str = ""
     figures: Figures = Figures()
     reason: str = ""
+    retry_after: float | None = None
 
 
 class Upstream(Protocol):
