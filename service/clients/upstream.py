@@ -30,6 +30,7 @@ from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submit
 _log = structlog.get_logger(__name__)
 
 _KEY_LOST = "None of the secret keys opens its user_key."
+_MOST_REPORTED = 1_000
 CHECK_SECONDS = 20.0
 """How long a check may take, waiting for its turn included."""
 
@@ -71,6 +72,7 @@ class UpstreamClient:
         self._submits = Line(breakers, tls, keep_alive=False, tracer=tracer)
         self._checks = Line(breakers, tls, keep_alive=True, tracer=tracer)
         self._closing = AsyncExitStack()
+        self._reported: dict[tuple[int, str, str], None] = {}
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as opened:
@@ -155,13 +157,30 @@ class UpstreamClient:
         except (NotSent, Lost) as fault:
             self._say(Operation.CHECK, account, fault)
             return Check(answered=Answered.NOTHING)
-        check = wire.read_check(answer.body if 200 <= answer.status < 300 else b"")
-        if check.answered in {Answered.NOTHING, Answered.UNUSABLE}:
+        unusable: list[str] = []
+
+        def report(field: str, value: object) -> None:
+            unusable.append(field)
+            self._report_link(account, upstream_id, field, value)
+
+        body = answer.body if 200 <= answer.status < 300 else b""
+        check = wire.read_check(body, self._base(account) + wire.CHECK_PATH, report)
+        if check.answered in {Answered.NOTHING, Answered.UNUSABLE} and not unusable:
             self._say(Operation.CHECK, account, _unread(answer))
         if check.error:
             error = TaskError(check.error.code, _without(user_key, check.error.detail))
             check = replace(check, error=error)
         return check
+
+    def _report_link(self, account: Account, upstream_id: str, field: str, value: object) -> None:
+        """Log a link that can't be used, once: its task is checked again and again."""
+        key = (account.id, upstream_id, field)
+        if key in self._reported:
+            return
+        self._reported[key] = None
+        if len(self._reported) > _MOST_REPORTED:
+            self._reported.pop(next(iter(self._reported)))
+        _log.warning("link.unusable", account=account.name, field=field, type=type(value).__name__)
 
     def _base(self, account: Account) -> str:
         return (account.base_url or self._base_url).rstrip("/")

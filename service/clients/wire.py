@@ -7,12 +7,13 @@ for a figure. Nothing here raises for anything that an answer holds.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from enum import Enum
 from http import HTTPStatus
+from itertools import chain, islice
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
@@ -58,6 +59,14 @@ _LONGEST_ID = 256
 _LONGEST_URL = 2_048
 _LARGEST_FIGURE = 2**53
 _NUMBER = re.compile(r"\d{1,20}(\.\d{1,20})?", re.ASCII)
+_MOST_LINKS = 100
+_DEEPEST_LINK = 4
+_BETWEEN_LINKS = re.compile(r"[,;\s]+(?=https?://)", re.IGNORECASE)
+_LINK_KEY = re.compile("url|uri|href|link|src|path", re.IGNORECASE)
+_LINE_BREAKS = re.compile(r"[\t\r\n]+")
+_COMPLETE = re.compile(r"\s*(?:https?:)?[/\\]{2}[^/\\]", re.IGNORECASE)
+_RELATIVE = re.compile(r"\.{0,2}[/\\][^/\\]|[^?#:]*\.\w{2,5}(?:[?#]|$)|[^\s?#:/\\]{2,}[/\\][^\s?#]")
+"""A path, or the name of a file; but neither a sentence nor a word that stands for nothing."""
 _REPLACED = "\ufffd"
 """Stands where a byte could not be decoded."""
 _WRONG_ADDRESS = frozenset({301, 302, 307, 308})
@@ -78,6 +87,14 @@ def to_fields(options: Options, catalogue: Catalogue) -> Mapping[str, str]:
             text = str(value)
         fields[_FIELDS[option]] = text
     return fields
+
+
+Report = Callable[[str, object], None]
+"""Is called with the name and the value of a field that can't be used."""
+
+
+def _ignore(_field: str, _value: object) -> None:
+    pass
 
 
 class _Said(Enum):
@@ -136,8 +153,11 @@ def _declares_task(answer: Mapping[str, Any]) -> bool:
     return _said(answer.get("err_code")) is _Said.SUCCESS and bool(_identifier(answer.get("task_id")))
 
 
-def read_check(body: bytes) -> Check:
-    """What the answer to a check amounts to. One that holds no JSON object is not the vendor's, and so is none."""
+def read_check(body: bytes, base: str = "", report: Report = _ignore) -> Check:
+    """What the answer to a check amounts to. One that holds no JSON object is not the vendor's, and so is none.
+
+    Links to results are relative to `base`; each field whose links can't be used is reported.
+    """
     answer = decode_object(body)
     said = _said(answer.get("err_code"))
     message = plain(answer.get("err_msg"))
@@ -147,17 +167,17 @@ def read_check(body: bytes) -> Check:
         return Check(answered=Answered.SILENT if is_unknown_task(message) else Answered.UNUSABLE)
     if said is _Said.NOTHING and "status" not in answer:
         return Check(answered=Answered.UNUSABLE)
-    return _told(answer, message)
+    return _told(answer, message, base, report)
 
 
-def _told(answer: Mapping[str, Any], message: str) -> Check:
+def _told(answer: Mapping[str, Any], message: str, base: str, report: Report) -> Check:
     """What an answer that is no error tells of the task. A state that has no name here means that it still runs."""
     status, figures = answer.get("status"), _figures(answer)
     match status.strip().casefold() if isinstance(status, str) else status:
         case None | "":
             return Check(answered=Answered.SILENT, figures=figures)
         case "completed":
-            return _completed(answer, figures)
+            return _completed(answer, figures, base, report)
         case "failed":
             error = TaskError("task-failed", _failure(public(message)))
             return Check(answered=Answered.FAILED, error=error, figures=figures)
@@ -167,12 +187,18 @@ def _told(answer: Mapping[str, Any], message: str) -> Check:
             return Check(answered=Answered.UNUSABLE, figures=figures)
 
 
-def _completed(answer: Mapping[str, Any], figures: Figures) -> Check:
+def _completed(answer: Mapping[str, Any], figures: Figures, base: str, report: Report) -> Check:
     """A finished task; but one whose results can't be had is not taken for finished, since an end is never undone."""
-    found = tuple(Artifact(name, url) for field, name in _RESULTS.items() if (url := _url(answer.get(field))))
+    found = []
+    for field, name in _RESULTS.items():
+        value = answer.get(field)
+        if url := _url(value, base):
+            found.append(Artifact(name, url))
+        elif value:
+            report(field, value)
     if not found:
         return Check(answered=Answered.UNUSABLE, figures=figures)
-    return Check(answered=Answered.SUCCEEDED, artifacts=found, figures=figures)
+    return Check(answered=Answered.SUCCEEDED, artifacts=tuple(found), figures=figures)
 
 
 def _failure(reason: str) -> str:
@@ -226,23 +252,49 @@ def _identifier(value: object) -> str:
     return "" if _REPLACED in value else value
 
 
-def _url(value: object) -> str:
-    """The first usable address among one, several with commas between them, or a list; empty if there is none."""
-    return next((url for url in _candidates(value) if _is_address(url)), "")
+def _url(value: object, base: str) -> str:
+    """The first usable address among those in a text, a list or an object; empty if there is none.
+
+    A relative one counts only if no other is complete: beside an address there may be a file's name.
+    """
+    links = list(islice(_links(value), _MOST_LINKS))
+    complete = (link for link in links if _COMPLETE.match(link))
+    return next(filter(None, (_resolve(link, base) for link in chain(complete, links))), "")
 
 
-def _candidates(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield from (part.strip() for part in re.split(r",(?=\s*https?://)", value))
-    elif isinstance(value, list):
-        yield from (each.strip() for each in value if isinstance(each, str))
+def _links(value: object, depth: int = 0) -> Iterator[str]:
+    match value:
+        case str():
+            yield from _BETWEEN_LINKS.split(value)
+        case list() if depth < _DEEPEST_LINK:
+            for each in value:
+                yield from _links(each, depth + 1)
+        case dict() if depth < _DEEPEST_LINK:
+            for key in sorted(value, key=lambda key: _LINK_KEY.search(key) is None):
+                yield from _links(value[key], depth + 1)
+        case _:
+            return
+
+
+def _resolve(link: str, base: str) -> str:
+    """Return a link as a browser would follow it from `base`; empty for one that leads nowhere."""
+    link = _LINE_BREAKS.sub("", link).strip()
+    if not _COMPLETE.match(link) and not _RELATIVE.match(link):
+        return ""
+    path, mark, query = link.partition("?")
+    try:
+        url = urljoin(base, f"{path.replace(chr(92), '/')}{mark}{query}".replace(" ", "%20"))
+    except ValueError:
+        return ""
+    return url if _is_address(url) else ""
 
 
 def _is_address(url: str) -> bool:
-    if len(url) > _LONGEST_URL or not url.isprintable() or " " in url:
+    if len(url) > _LONGEST_URL or not url.isprintable():
         return False
     try:
         parts = urlsplit(url)
-        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        is_reachable = bool(parts.hostname) and "%" not in (parts.hostname or "") and parts.port != 0
     except ValueError:
         return False
+    return is_reachable and parts.scheme in {"http", "https"}

@@ -179,7 +179,7 @@ async def crashes(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
 
     await house.put_tenant(webhook={"url": f"https://h.example/?{QUERY}", "secret": HOOK_SECRET})
     task = (await house.submit()).json()["id"]
-    monkeypatch.setattr(wire, "read_check", lambda _: crash(told))
+    monkeypatch.setattr(wire, "read_check", lambda *_: crash(told))
     await house.upstream.idle()
     await house.advance(60)
     await house.services.watch.tick()

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from service.clients import upstream
 from service.clients.upstream import Operation, UpstreamClient
 from service.domain.task import DEFAULT_CATALOGUE
+from service.domain.tenancy import Account
 from service.usecases.ports import Answered
 from tests.contract.client import ACCOUNT, SEALER, USER_KEY, calling
 from tests.contract.peer import (
@@ -59,6 +60,29 @@ async def test_checks(serve: Serve, answered: Answered) -> None:
         assert (await caller.check()).answered is answered
         assert caller.seen == [(Operation.CHECK, answered)]
     assert len(peer.requests) == 1
+
+
+async def test_unusable_links_are_logged_once() -> None:
+    """A link that leads nowhere is logged once per task and field, without what it is."""
+    first = told(err_code=0, status="Completed", images_url="ftp://secret/y", vector_url={"a": 1})
+    with capture_logs() as logs:
+        async with serving(answering(first)) as peer, calling(peer.url) as caller:
+            for upstream_id in ("t-1", "t-1", "t-2"):
+                assert (await caller.check(upstream_id)).answered is Answered.UNUSABLE
+    assert [(each["event"], each["field"], each["type"]) for each in logs] == [
+        ("link.unusable", "images_url", "str"),
+        ("link.unusable", "vector_url", "dict"),
+    ] * 2
+    assert "secret" not in str(logs)
+
+
+async def test_relative_links() -> None:
+    """A link is relative to the address that was called, of the account's own upstream."""
+    finished = told(err_code=0, status="Completed", images_url="/files/1.png", grid_url="2.png")
+    async with serving(answering(finished)) as peer, calling("http://127.0.0.1:1") as caller:
+        account = Account(1, "other", ACCOUNT.user_key, base_url=f"{peer.url}/deep/")
+        found = (await caller.check(account=account)).artifacts
+    assert [each.url for each in found] == [f"{peer.url}/files/1.png", f"{peer.url}/deep/api/2.png"]
 
 
 async def test_check_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

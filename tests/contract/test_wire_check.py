@@ -36,8 +36,11 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.di
 answers = st.dictionaries(names, values) | values
 
 
+BASE = "https://api.example/v/api/check_task_status"
+
+
 def check(**answer: Any) -> Check:
-    return read_check(json.dumps(answer).encode())
+    return read_check(json.dumps(answer).encode(), BASE)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,22 @@ def test_completed(status: str) -> None:
         ("http://x/1,2.png", "http://x/1,2.png"),
         (" http://x/1.png\n", "http://x/1.png"),
         ("HTTP://x/1.png", "HTTP://x/1.png"),
+        ("http://x/1.png http://x/2.png", "http://x/1.png"),
+        ("http://x/1.png\n,HTTPS://x/2.png", "http://x/1.png"),
+        ("http://x/my pic.png?a=b c", "http://x/my%20pic.png?a=b%20c"),
+        ("http://x/a\r\n\tb.png", "http://x/ab.png"),
+        (r"http:\\x\1.png?a=\b", r"http://x/1.png?a=\b"),
+        ("//x:8/1.png", "https://x:8/1.png"),
+        ("/files/my pic.png", "https://api.example/files/my%20pic.png"),
+        ("x.png", "https://api.example/v/api/x.png"),
+        ("./x.png?v=1", "https://api.example/v/api/x.png?v=1"),
+        ("../out/x", "https://api.example/v/out/x"),
+        (r"out\x.png", "https://api.example/v/api/out/x.png"),
+        ("files/0a1b2c", "https://api.example/v/api/files/0a1b2c"),
+        ({"url": "http://x/1.png"}, "http://x/1.png"),
+        ({"name": "http.png", "src": "/f/1.png"}, "https://api.example/f/1.png"),
+        ({"name": "1.png", "where": "http://x/1.png"}, "http://x/1.png"),
+        ([{"file": None}, {"file": {"href": "//x/1.png"}}], "https://x/1.png"),
     ],
 )
 def test_result_addresses(value: object, url: str) -> None:
@@ -120,8 +139,9 @@ def test_result_addresses(value: object, url: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        *(None, "", "x.png", "/files/x.png", "ftp://x/y", "javascript:alert(1)", "http://", "http://[x", 5, [], [[]]),
-        *("http://x/" + "y" * 2_048, "http://x/a b", "http://x/\x00", "http://x:99999/", "http://x:0/", {"url": "x"}),
+        *(None, "", "ftp://x/y.png", "javascript:alert(1.png)", "http://", "http://[x", "http://a b/", 5, [], [[]], {}),
+        *("http://x/" + "y" * 2_048, "http://x/\x00", "http://x:99999/", "http://x:0/", {"url": "x"}, "///", "//"),
+        *("null", "None", "N/A", "pending", "Generation failed.", "生成失败", "C:\\out\\x.png", [[[[["http://x/y"]]]]]),
     ],
 )
 def test_finished_without_results(url: object) -> None:
