@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from enum import StrEnum
+from hashlib import blake2b
 from typing import NoReturn
 
 import httpx2
@@ -18,7 +20,7 @@ from service import __version__
 from service.clients import files
 from service.clients.addresses import Address, AddressRefused, CheckedTransport, Resolver, public, resolve
 from service.clients.local_errors import local_error
-from service.domain.artifact import BEGINNING, OPAQUE, fits, seen_type
+from service.domain.artifact import BEGINNING, BITMAP_BEGINNING, OPAQUE, fits, seen_type
 from service.domain.errors import (
     GatewayError,
     Overloaded,
@@ -26,7 +28,7 @@ from service.domain.errors import (
     UpstreamInvalidResponse,
     UpstreamUnavailable,
 )
-from service.domain.task import Artifact, ArtifactName
+from service.domain.task import Artifact
 from service.domain.tenancy import Account
 from service.telemetry.metrics import Metrics
 from service.telemetry.spent import waiting
@@ -36,7 +38,9 @@ from service.usecases.ports import Asked, BrokenOff, Fetched, Portion
 _log = structlog.get_logger(__name__)
 
 MOST_AT_ONCE = 100
-"""So many fetches of a process are under way at once; more are refused, since each holds two connections."""
+"""So many fetches of a process are under way at once; more are refused, since each holds two connections or three."""
+MOST_TYPES = 10_000
+"""So many files are remembered by their types, so that a part of one is not preceded by its beginning again."""
 MOST_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
@@ -93,6 +97,7 @@ class ArtifactClient:
         self._resolver = resolver
         self._patience = patience or Patience()
         self._tracer = tracer
+        self._types = _Types()
         self._under_way = 0
 
     @staticmethod
@@ -101,8 +106,10 @@ class ArtifactClient:
         metrics.expect_calls({Operation.FETCH: Outcome})
 
     @asynccontextmanager
-    async def fetch(self, account: Account | None, artifact: Artifact, asked: Asked) -> AsyncIterator[Fetched]:
-        """A result, from its server as long as the block lasts.
+    async def fetch(
+        self, account: Account | None, artifact: Artifact, asked: Asked, *, recent: bool = False
+    ) -> AsyncIterator[Fetched]:
+        """A result, from its server as long as the block lasts; it may not be there yet if it is `recent`.
 
         Raises UpstreamInvalidResponse, UpstreamUnavailable, RangeNotSatisfiable or Overloaded before the block.
         """
@@ -113,7 +120,8 @@ class ArtifactClient:
         def allow(host: str, ip: Address) -> bool:
             return host == own or public(ip)
 
-        started, fetch = time.monotonic(), _Fetch(asked, self._max_bytes, self._patience, self._tracer)
+        started = time.monotonic()
+        fetch = _Fetch(asked, self._max_bytes, self._patience, self._tracer, self._types, recent=recent)
         self._under_way += 1
         try:
             async with CheckedTransport(allow, tls=self._tls, resolver=self._resolver) as transport, fetch.opened:
@@ -123,11 +131,36 @@ class ArtifactClient:
             self._observe(Operation.FETCH, fetch.outcome, time.monotonic() - started)
 
 
+class _Types:
+    """The media types of files whose first bytes were seen, by address and version."""
+
+    def __init__(self) -> None:
+        self._types: OrderedDict[bytes, str] = OrderedDict()
+
+    def put(self, url: str, etag: str | None, media_type: str) -> None:
+        """Remember the type of a file."""
+        self._types[_version(url, etag)] = media_type
+        if len(self._types) > MOST_TYPES:
+            self._types.popitem(last=False)
+
+    def get(self, url: str, etag: str | None) -> str | None:
+        """Return the type of a file, if it is remembered."""
+        return self._types.get(_version(url, etag))
+
+
+def _version(url: str, etag: str | None) -> bytes:
+    return blake2b(f"{url}\n{etag}".encode(), digest_size=16).digest()
+
+
 class _Fetch:
     """One fetch. What it opens is closed with `opened`."""
 
-    def __init__(self, asked: Asked, max_bytes: int, patience: Patience, tracer: Tracer) -> None:
+    def __init__(
+        self, asked: Asked, max_bytes: int, patience: Patience, tracer: Tracer, types: _Types, *, recent: bool
+    ) -> None:
         self._asked = asked
+        self._types = types
+        self._recent = recent
         self._max_bytes = max_bytes
         self._patience = patience
         self._tracer = tracer
@@ -149,16 +182,15 @@ class _Fetch:
             raise
 
     async def _begin(self, transport: CheckedTransport, artifact: Artifact) -> Fetched:
-        response = await self._follow(transport, httpx2.URL(artifact.url))
-        head = files.read(response.status_code, response.headers, self._asked, most=self._max_bytes)
+        response, head = await self._open(transport, artifact, self._asked)
+        body = await self.opened.enter_async_context(aclosing(response.aiter_raw()))
+        beginning, media_type = b"", OPAQUE
         if head.portion is Portion.NOTHING:
             self.outcome = Outcome.DONE
-        body = await self.opened.enter_async_context(aclosing(response.aiter_raw()))
-        beginning = await _beginning(body, BEGINNING if head.media_type == OPAQUE else 1)
-        media_type = head.media_type
-        if head.portion is not Portion.NOTHING:
+        else:
+            beginning = await _beginning(body, BEGINNING if head.from_start else 1)
             _check_length(beginning, head, self._max_bytes)
-            media_type = _media_type(artifact.name, head, beginning)
+            media_type = await self._judge(transport, artifact, head, beginning)
         chunks = await self.opened.enter_async_context(aclosing(self._chunks(beginning, body, head)))
         return Fetched(
             name=artifact.name,
@@ -172,12 +204,46 @@ class _Fetch:
             accept_ranges=head.accept_ranges,
         )
 
-    async def _follow(self, transport: CheckedTransport, url: httpx2.URL) -> httpx2.Response:
+    async def _open(
+        self, transport: CheckedTransport, artifact: Artifact, asked: Asked
+    ) -> tuple[httpx2.Response, files.Head]:
+        response = await self._follow(transport, httpx2.URL(artifact.url), asked)
+        return response, files.read(
+            response.status_code, response.headers, asked, most=self._max_bytes, recent=self._recent
+        )
+
+    async def _judge(self, transport: CheckedTransport, artifact: Artifact, head: files.Head, beginning: bytes) -> str:
+        """Return the type of a file by its first bytes. They are fetched for a part that lacks them.
+
+        Raises UpstreamInvalidResponse for what is no image, or not one that the result may be.
+        """
+        found = seen_type(beginning) if head.from_start else self._types.get(artifact.url, head.etag)
+        if head.portion is Portion.PART and found in {None, OPAQUE}:
+            first = await self._first_bytes(transport, artifact)
+            if head.from_start and not first.startswith(beginning[: len(first)]):
+                raise UpstreamInvalidResponse("The upstream changed this result while it was fetched.")
+            found = seen_type(first)
+        if found is None or not fits(artifact.name, found):
+            raise UpstreamInvalidResponse(
+                "The upstream gives out something else than an image in place of this result."
+            )
+        self._types.put(artifact.url, head.etag, found)
+        return found
+
+    async def _first_bytes(self, transport: CheckedTransport, artifact: Artifact) -> bytes:
+        response, head = await self._open(transport, artifact, Asked(range=f"bytes=0-{BEGINNING - 1}"))
+        try:
+            async with aclosing(response.aiter_raw()) as body:
+                return await _beginning(body, BEGINNING) if head.from_start else b""
+        finally:
+            await response.aclose()
+
+    async def _follow(self, transport: CheckedTransport, url: httpx2.URL, asked: Asked) -> httpx2.Response:
         """The answer at the end of the redirects, each of which is checked by the transport like the first address."""
         for resent in range(1 + MOST_REDIRECTS):
             # As with all that is the upstream's, the context of the trace is not passed on.
             with self._tracer.call("GET", str(url), resent=resent) as span:
-                response = await self._ask(transport, url)
+                response = await self._ask(transport, url, asked)
                 span.answered(response.status_code)
             if response.status_code not in _REDIRECTS:
                 return response
@@ -188,13 +254,13 @@ class _Fetch:
             url = target
         raise UpstreamInvalidResponse(f"The upstream sends on more than {MOST_REDIRECTS} times for this result.")
 
-    async def _ask(self, transport: CheckedTransport, url: httpx2.URL) -> httpx2.Response:
+    async def _ask(self, transport: CheckedTransport, url: httpx2.URL, asked: Asked) -> httpx2.Response:
         self._host = url.host
         conditions = {
-            "Range": self._asked.range,
-            "If-Range": self._asked.if_range,
-            "If-None-Match": self._asked.if_none_match,
-            "If-Modified-Since": self._asked.if_modified_since,
+            "Range": asked.range,
+            "If-Range": asked.if_range,
+            "If-None-Match": asked.if_none_match,
+            "If-Modified-Since": asked.if_modified_since,
         }
         patience = {"connect": self._patience.connect, "write": self._patience.connect, "read": None, "pool": None}
         request = httpx2.Request(
@@ -267,9 +333,11 @@ def _error_for_reader(error: Exception) -> GatewayError:
 
 
 async def _beginning(body: AsyncIterator[bytes], least: int) -> bytes:
-    """The first bytes: at least so many, unless there are fewer."""
+    """The first bytes: at least so many, unless there are fewer, or fewer tell what it is."""
     found = bytearray()
-    while len(found) < least and (chunk := await anext(body, None)) is not None:
+    while len(found) < least and seen_type(bytes(found[:BITMAP_BEGINNING])) == OPAQUE:
+        if (chunk := await anext(body, None)) is None:
+            break
         found += chunk
     return bytes(found)
 
@@ -279,16 +347,6 @@ def _check_length(beginning: bytes, head: files.Head, most: int) -> None:
         raise UpstreamInvalidResponse("The upstream gives out nothing in place of this result.")
     if len(beginning) > (most if head.exact is None else head.exact):
         raise UpstreamInvalidResponse("The upstream gives out more of this result than it says, or than is passed on.")
-
-
-def _media_type(name: ArtifactName, head: files.Head, beginning: bytes) -> str:
-    """What a result is, of what it may be. From the middle of a file nothing can be seen; it is served as no type."""
-    if head.media_type == OPAQUE and not head.from_start:
-        return OPAQUE
-    found = seen_type(beginning) if head.media_type == OPAQUE else head.media_type
-    if not fits(name, found):
-        raise UpstreamInvalidResponse("The upstream gives out something else than an image in place of this result.")
-    return found
 
 
 def _host(base_url: str) -> str:

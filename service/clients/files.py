@@ -7,7 +7,6 @@ import re
 from httpx2 import Headers
 from msgspec import Struct
 
-from service.domain.artifact import OPAQUE, said_type
 from service.domain.errors import RangeNotSatisfiable, UpstreamInvalidResponse, UpstreamUnavailable
 from service.usecases.ports import Asked, Portion
 
@@ -22,12 +21,11 @@ _DATE = re.compile(r"[A-Za-z0-9 ,:+-]{1,64}")
 class Head(Struct, frozen=True, kw_only=True):
     """A file that can be passed on, as far as its head tells.
 
-    `media_type` is OPAQUE where the type is not said. `length` is of what is given, `exact` says the same where no
-    Content-Length does. `from_start` says that the first byte given is the first of the file.
+    `length` is of what is given, `exact` says the same where no Content-Length does. `from_start` says that the first
+    byte given is the first of the file.
     """
 
     portion: Portion
-    media_type: str
     length: int | None
     exact: int | None
     from_start: bool
@@ -37,14 +35,15 @@ class Head(Struct, frozen=True, kw_only=True):
     accept_ranges: str | None
 
 
-def read(status: int, headers: Headers, asked: Asked, *, most: int) -> Head:
+def read(status: int, headers: Headers, asked: Asked, *, most: int, recent: bool = False) -> Head:
     """What an answer that is no redirect gives of a file, of at most so many bytes.
+
+    Labels are ignored: a Content-Encoding too, which stores replay though the bytes are plain. A `recent` file may not
+    have arrived in its store yet.
 
     Raises UpstreamInvalidResponse, UpstreamUnavailable, RangeNotSatisfiable.
     """
-    portion = _portion(status, headers, asked)
-    if headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
-        raise UpstreamInvalidResponse("The upstream gives out this result compressed, which it was not asked for.")
+    portion = _portion(status, headers, asked, recent=recent)
     # Beside a Transfer-Encoding, a Content-Length means nothing.
     length = None if "transfer-encoding" in headers else _number(headers.get("content-length"))
     exact, size, first, content_range = length, length, 0, None
@@ -57,7 +56,6 @@ def read(status: int, headers: Headers, asked: Asked, *, most: int) -> Head:
         raise UpstreamInvalidResponse(f"This result is larger than the {most} bytes that are passed on.")
     return Head(
         portion=portion,
-        media_type=said_type(headers.get("content-type", OPAQUE)),
         length=length,
         exact=exact,
         from_start=first == 0,
@@ -68,7 +66,7 @@ def read(status: int, headers: Headers, asked: Asked, *, most: int) -> Head:
     )
 
 
-def _portion(status: int, headers: Headers, asked: Asked) -> Portion:
+def _portion(status: int, headers: Headers, asked: Asked, *, recent: bool) -> Portion:
     match status:
         case 200:
             return Portion.WHOLE
@@ -81,11 +79,16 @@ def _portion(status: int, headers: Headers, asked: Asked) -> Portion:
                 "This result has no bytes in that range.",
                 content_range=_matching(_NO_RANGE, headers.get("content-range")),
             )
+        case 403 | 404 if recent:
+            raise UpstreamUnavailable(
+                f"The upstream does not give out this result yet (HTTP {status}): its task has just ended. Try again.",
+                retry_after=TRY_AGAIN_AFTER,
+            )
         case 401 | 403 | 404 | 410:
             raise UpstreamInvalidResponse(
                 f"The upstream no longer gives out this result (HTTP {status}): it keeps results for a while only."
             )
-        case 429 | 500 | 502 | 503 | 504:
+        case 408 | 425 | 429 | 500 | 502 | 503 | 504:
             raise UpstreamUnavailable(
                 f"The upstream can't give out this result just now (HTTP {status}). Try again.",
                 retry_after=TRY_AGAIN_AFTER,

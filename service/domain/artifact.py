@@ -1,4 +1,4 @@
-"""What a result may be: told from the type its server gives, or from its first bytes where that type says nothing."""
+"""The types that a result may have, by its first bytes alone: the label that its server gives it counts for nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from service.domain.task import ArtifactName
 SVG = "image/svg+xml"
 OPAQUE = "application/octet-stream"
 
-BEGINNING = 4_096
-"""So many bytes are enough to tell what a result is."""
+BEGINNING = 65_536
+"""So many bytes are enough to tell what a result is; of an SVG, comments and declarations may fill most of them."""
+BITMAP_BEGINNING = 12
+"""So many bytes are enough to tell a bitmap."""
 
 EXTENSIONS: Mapping[str, str] = {PNG: "png", JPEG: "jpg", WEBP: "webp", SVG: "svg", OPAQUE: "bin"}
 """How a file of each media type is called."""
@@ -23,8 +25,6 @@ _FITTING: Mapping[ArtifactName, frozenset[str]] = {
     ArtifactName.GRID: _BITMAPS,
     ArtifactName.VECTOR: frozenset({SVG}),
 }
-_SAYS_NOTHING = frozenset({"", OPAQUE, "binary/octet-stream"})
-_OTHER_NAMES = {"image/jpg": JPEG}
 
 # Blanks, declarations and comments in any number, then the root. Nothing is tried twice: that would take for ever.
 _SVG = re.compile(
@@ -33,12 +33,6 @@ _SVG = re.compile(
     rb"<(?:\w+:)?svg[\s>/]",
     re.DOTALL,
 )
-
-
-def said_type(content_type: str) -> str:
-    """The media type of a Content-Type, in its usual spelling; OPAQUE where it says nothing."""
-    said = content_type.partition(";")[0].strip().lower()
-    return OPAQUE if said in _SAYS_NOTHING else _OTHER_NAMES.get(said, said)
 
 
 def seen_type(beginning: bytes) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from service.domain.errors import NotFound
 from service.domain.task import Artifact, State, Task
 from service.domain.tenancy import Tenant
+from service.usecases.board import Seen
 from service.usecases.follow import Follow
 from service.usecases.ports import Artifacts, Asked, Fetched, RegistryView
+
+RECENT_SECONDS = 300.0
+"""For so long after a task's end its results may not have arrived where the upstream keeps them."""
 
 
 class Fetch:
@@ -29,11 +34,17 @@ class Fetch:
         Raises before the block: NotFound also for a task that has no such result, or none yet; else as
         `Follow.read` and `Artifacts.fetch` do.
         """
-        task = (await self._follow.read(tenant, task_id)).task
+        seen = await self._follow.read(tenant, task_id)
+        task = seen.task
         artifact = _artifact(task, name)
         account = self._registry.current.account(task.account)
-        async with self._artifacts.fetch(account, artifact, asked) as fetched:
+        async with self._artifacts.fetch(account, artifact, asked, recent=_is_recent(seen)) as fetched:
             yield task, fetched
+
+
+def _is_recent(seen: Seen) -> bool:
+    ended = seen.task.finished or seen.task.updated
+    return (seen.now - ended) / 1000 + time.monotonic() - seen.at < RECENT_SECONDS
 
 
 def _artifact(task: Task, name: str) -> Artifact:

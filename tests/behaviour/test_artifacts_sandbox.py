@@ -107,7 +107,8 @@ async def test_faults(house: House, href: str) -> None:
     """A server that fails before the first byte is told of as a problem, without its address."""
     for fault, status, code in (
         (Fault(on="file", times=1, reply="reset"), 502, "upstream-invalid-response"),
-        (Fault(on="file", times=1, reply="page", status=404), 502, "upstream-invalid-response"),
+        (Fault(on="file", times=1, reply="page", status=410), 502, "upstream-invalid-response"),
+        (Fault(on="file", times=1, reply="page", status=404), 503, "upstream-unavailable"),
         (Fault(on="file", times=1, reply="page"), 502, "upstream-invalid-response"),
         (Fault(on="file", times=1, reply="page", status=503), 503, "upstream-unavailable"),
     ):
@@ -117,6 +118,16 @@ async def test_faults(house: House, href: str) -> None:
         assert "127.0.0.1" not in answer.text
         assert ("retry-after" in answer.headers) == (status == 503)
     assert (await fetch(house, href)).status_code == 200
+
+
+async def test_not_there_yet(house: House, href: str) -> None:
+    """A result that its server lacks minutes after the end may yet come; later it is gone for good."""
+    for passed, status in ((0, 503), (299, 503), (2, 502)):
+        await house.advance(passed)
+        house.services.board._seen.clear()
+        await control(house)._fault(Fault(on="file", times=1, reply="page", status=404))
+        answer = await fetch(house, href)
+        assert (answer.status_code, "retry-after" in answer.headers) == (status, status == 503)
 
 
 async def test_latency(house: House, href: str) -> None:

@@ -82,7 +82,7 @@ async def test_large_result() -> None:
         await asked(connection)
         await connection.send(head(Content_Length=str(LARGE)))
         for number in range(LARGE // MIB):
-            piece = bytes([number % 256]) * MIB
+            piece = PICTURE.ljust(MIB, bytes([number % 256]))
             digest.update(piece)
             connection.writer.write(piece)
             sent += MIB
@@ -139,7 +139,7 @@ async def test_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) -> Non
         await connection.send(head(Content_Length=str(LARGE)))
         try:
             while True:
-                await connection.send(bytes(MIB))
+                await connection.send(PICTURE.ljust(MIB))
         except OSError:
             left.set()
 

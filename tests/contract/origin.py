@@ -76,6 +76,21 @@ def giving_and_waiting(*pieces: bytes, left: asyncio.Event | None = None) -> Ser
     return serve
 
 
+def giving_part(*pieces: bytes, content: bytes = PICTURE) -> Serve:
+    """Send the pieces to a request for a part of `content`, and its beginning to a request for that."""
+
+    async def serve(connection: Connection) -> None:
+        request = await asked(connection)
+        if "bytes=0-65535" in request:
+            size = len(content)
+            await connection.send(file(content, 206, Content_Type="", Content_Range=f"bytes 0-{size - 1}/{size}"))
+            return
+        for piece in pieces:
+            await connection.send(piece)
+
+    return serve
+
+
 @dataclass
 class Fetcher:
     """A client, and what it told its observer."""
@@ -91,16 +106,22 @@ class Fetcher:
         *,
         account: Account | None = ACCOUNT,
         asked: Asked | None = None,
+        recent: bool = False,
     ) -> AsyncIterator[Fetched]:
         """Fetch a result within the block."""
-        async with self.client.fetch(account, Artifact(name, url), asked or Asked()) as fetched:
+        async with self.client.fetch(account, Artifact(name, url), asked or Asked(), recent=recent) as fetched:
             yield fetched
 
     async def get(
-        self, url: str, name: ArtifactName = ArtifactName.IMAGE, *, asked: Asked | None = None
+        self,
+        url: str,
+        name: ArtifactName = ArtifactName.IMAGE,
+        *,
+        asked: Asked | None = None,
+        recent: bool = False,
     ) -> tuple[Fetched, bytes]:
         """Fetch a result to its end."""
-        async with self.fetch(url, name, asked=asked) as fetched:
+        async with self.fetch(url, name, asked=asked, recent=recent) as fetched:
             return fetched, b"".join([chunk async for chunk in fetched.chunks])
 
     @property

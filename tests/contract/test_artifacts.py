@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 
 import pytest
 from PIL import Image
 
 from service.clients import artifacts
 from service.clients.artifacts import Outcome
-from service.domain.artifact import OPAQUE, SVG
+from service.domain.artifact import SVG
 from service.domain.errors import Overloaded, RangeNotSatisfiable, UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.image import JPEG, PNG, WEBP
 from service.domain.task import ArtifactName
 from service.usecases.ports import Asked, Portion
 from tests.contract import origin
-from tests.contract.origin import MOST, PICTURE, chunked, fetcher, file, giving, giving_and_waiting, head
-from tests.contract.peer import serving
+from tests.contract.origin import MOST, PICTURE, chunked, fetcher, file, giving, giving_and_waiting, giving_part, head
+from tests.contract.peer import Connection, serving
 from tests.support.images import encoded
 
 IMAGE, VECTOR, GRID = ArtifactName.IMAGE, ArtifactName.VECTOR, ArtifactName.GRID
@@ -47,17 +48,18 @@ async def test_whole() -> None:
     ("name", "said", "content", "media_type"),
     [
         (IMAGE, "image/png", PICTURE, PNG),
-        (GRID, "Image/JPG", b"whatever", JPEG),
-        (IMAGE, "image/webp", b"whatever", WEBP),
         (VECTOR, "image/svg+xml; charset=utf-8", b"<svg/>", SVG),
+        (VECTOR, "text/xml", origin.SVG, SVG),
+        (VECTOR, "image/svg+xml", b"<!--" + b" " * 30_000 + b"--><svg/>", SVG),
         (IMAGE, "application/octet-stream", PICTURE, PNG),
+        *((IMAGE, label, PICTURE, PNG) for label in ("text/plain", "text/html", "image/jpeg", "image/x-png", "x")),
         (IMAGE, "binary/octet-stream", encoded(Image.new("RGB", (4, 4)), "JPEG"), JPEG),
         (GRID, "", encoded(Image.new("RGB", (4, 4)), "WEBP"), WEBP),
         (VECTOR, "", origin.SVG, SVG),
     ],
 )
 async def test_types(name: ArtifactName, said: str, content: bytes, media_type: str) -> None:
-    """A result is of the type its server gives, or seen to be if that says nothing, however little comes first."""
+    """A result is of the type of its bytes, whatever its server calls it and however little comes first."""
     caller = fetcher()
     answer = head(Content_Type=said, Transfer_Encoding="chunked")
     pieces = chunked(content[:1], content[1:2], content[2:])
@@ -70,6 +72,8 @@ async def test_types(name: ArtifactName, said: str, content: bytes, media_type: 
     ("name", "answer"),
     [
         (IMAGE, file(b"<html></html>", Content_Type="text/html")),
+        (IMAGE, file(b"<html></html>")),
+        (IMAGE, file(b"<html></html>" + PICTURE * 1_000)),
         (IMAGE, file(b"<html></html>", Content_Type="application/octet-stream")),
         (IMAGE, file(b"<html></html>", Content_Type="")),
         (VECTOR, file(b"<!DOCTYPE html><svg/>", Content_Type="")),
@@ -78,7 +82,9 @@ async def test_types(name: ArtifactName, said: str, content: bytes, media_type: 
         (VECTOR, file(PICTURE)),
         (GRID, file(b"{}", Content_Type="application/json")),
         (IMAGE, file(b"")),
-        (IMAGE, file(PICTURE, Content_Encoding="gzip")),
+        (IMAGE, file(gzip.compress(PICTURE), Content_Encoding="gzip")),
+        (IMAGE, file(b"\x0b\x02\x80" + PICTURE, Content_Encoding="br")),
+        (IMAGE, file(b"400;chunk-signature=0a\r\n" + PICTURE, Content_Encoding="aws-chunked")),
     ],
 )
 async def test_something_else(name: ArtifactName, answer: bytes) -> None:
@@ -90,6 +96,14 @@ async def test_something_else(name: ArtifactName, answer: bytes) -> None:
     assert caller.outcome == Outcome.UNUSABLE
 
 
+@pytest.mark.parametrize("coding", ["aws-chunked", "utf-8", "none", "identity", "gzip", "br, x", ""])
+async def test_codings_of_plain_bytes(coding: str) -> None:
+    """A content coding that its server names over plain bytes is ignored."""
+    async with serving(giving(file(Content_Encoding=coding))) as peer:
+        _, found = await fetcher().get(peer.url)
+    assert found == PICTURE
+
+
 @pytest.mark.parametrize("status", [201, 204, 206, 300, 304, 401, 403, 404, 410, 416, 418])
 async def test_refused(status: int) -> None:
     """A server that does not have the result any more, or answers out of order, gives nothing to pass on."""
@@ -98,13 +112,17 @@ async def test_refused(status: int) -> None:
             await fetcher().get(peer.url)
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-async def test_not_now(status: int) -> None:
-    """A server that has trouble of its own may be asked again."""
+@pytest.mark.parametrize(
+    ("status", "recent"),
+    [(status, False) for status in (408, 425, 429, 500, 502, 503, 504)]
+    + [(status, True) for status in (403, 404, 408, 425)],
+)
+async def test_not_now(status: int, recent: bool) -> None:
+    """A server that has trouble of its own may be asked again, and so may one that lacks what was just finished."""
     caller = fetcher()
     async with serving(giving(file(b"<html>", status))) as peer:
         with pytest.raises(UpstreamUnavailable) as caught:
-            await caller.get(peer.url)
+            await caller.get(peer.url, recent=recent)
     assert caught.value.retry_after
     assert caller.outcome == Outcome.UNREACHABLE
 
@@ -113,27 +131,74 @@ async def test_range() -> None:
     """A range is asked for, and comes as a part that says where it belongs."""
     caller = fetcher()
     answer = file(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
-    async with serving(giving(answer)) as peer:
+    async with serving(giving_part(answer)) as peer:
         fetched, found = await caller.get(peer.url, asked=Asked(range="bytes=2-5", if_range='"v1"'))
     assert (fetched.portion, fetched.length, fetched.content_range, found) == (Portion.PART, 4, "bytes 2-5/10", b"cdef")
     assert fetched.media_type == PNG
-    ((sent, _),) = peer.requests
+    sent = peer.requests[0][0]
     assert b'\r\nrange: bytes=2-5\r\nif-range: "v1"\r\n' in sent.lower()
 
 
-@pytest.mark.parametrize(
-    ("content_range", "media_type"), [("bytes 0-3/10", None), ("bytes 2-5/10", OPAQUE), ("bytes 2-5/*", OPAQUE)]
-)
-async def test_range_without_type(content_range: str, media_type: str | None) -> None:
-    """Of a part whose type is not said only the beginning of the file could tell it."""
-    answer = file(b"<htm", 206, Content_Range=content_range, Content_Type="")
-    async with serving(giving(answer)) as peer:
-        reading = fetcher().get(peer.url, asked=Asked(range="bytes=0-"))
-        if media_type is None:
+async def test_type_of_a_part() -> None:
+    """A part from the middle is preceded by the first bytes of the file once, and by nothing once those were seen."""
+    caller, asked = fetcher(), Asked(range="bytes=2-5")
+    answer = file(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
+    async with serving(giving_part(answer)) as peer:
+        for _ in range(3):
+            assert (await caller.get(peer.url, asked=asked))[0].media_type == PNG
+        assert len(peer.requests) == 1 + 3
+        assert b"if-range" not in peer.requests[1][0].lower()
+    changed = file(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v2"')
+    async with serving(giving_part(changed), port=int(peer.url.rpartition(":")[2])) as peer:
+        await caller.get(peer.url, asked=asked)
+        assert len(peer.requests) == 2
+    assert len(caller.client._types._types) == 2
+
+
+async def test_type_of_a_whole_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a whole file was seen to be holds for its parts, for the latest files of so many."""
+    monkeypatch.setattr(artifacts, "MOST_TYPES", 1)
+    caller, asked = fetcher(), Asked(range="bytes=2-")
+    part = file(PICTURE[2:], 206, Content_Range=f"bytes 2-{len(PICTURE) - 1}/{len(PICTURE)}")
+    first = iter([file(), part, file(), part, part])
+
+    async def serve(connection: Connection) -> None:
+        request = await origin.asked(connection)
+        await connection.send(file() if "bytes=0-65535" in request else next(first))
+
+    async with serving(serve) as peer:
+        await caller.get(f"{peer.url}/1")
+        await caller.get(f"{peer.url}/1", asked=asked)
+        assert len(peer.requests) == 2
+        await caller.get(f"{peer.url}/2")
+        await caller.get(f"{peer.url}/2", asked=asked)
+        assert len(peer.requests) == 4
+        await caller.get(f"{peer.url}/1", asked=asked)
+        assert len(peer.requests) == 6
+
+
+@pytest.mark.parametrize("content", [b"<html></html>", origin.SVG, b""])
+@pytest.mark.parametrize("content_range", ["bytes 0-3/10", "bytes 2-5/10", "bytes 2-5/*"])
+async def test_part_of_something_else(content: bytes, content_range: str) -> None:
+    """A part of what is no image by its first bytes is refused, whatever it is called, and each time."""
+    caller = fetcher()
+    async with serving(giving_part(file(b"<htm", 206, Content_Range=content_range), content=content)) as peer:
+        for _ in range(2):
             with pytest.raises(UpstreamInvalidResponse):
-                await reading
-        else:
-            assert (await reading)[0].media_type == media_type
+                await caller.get(peer.url, asked=Asked(range="bytes=0-"))
+
+
+async def test_short_part_of_the_beginning() -> None:
+    """A part that is too short to tell what it is part of is judged by more of the file, of which it has to be part."""
+    for beginning, fits in ((PICTURE[:2], True), (b"<h", False)):
+        answer = file(beginning, 206, Content_Range="bytes 0-1/10")
+        async with serving(giving_part(answer)) as peer:
+            reading = fetcher().get(peer.url, asked=Asked(range="bytes=0-1"))
+            if fits:
+                assert (await reading)[1] == beginning
+            else:
+                with pytest.raises(UpstreamInvalidResponse):
+                    await reading
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,10 @@ class FakeArtifacts:
     """By whose account, and from where."""
 
     @asynccontextmanager
-    async def fetch(self, account: Account | None, artifact: Artifact, asked: Asked) -> AsyncIterator[Fetched]:
-        del asked
+    async def fetch(
+        self, account: Account | None, artifact: Artifact, asked: Asked, *, recent: bool = False
+    ) -> AsyncIterator[Fetched]:
+        del asked, recent
         self.fetched.append((account.name if account else None, artifact.url))
         yield Fetched(
             name=artifact.name,

@@ -1,4 +1,4 @@
-"""What a result is said to be, and seen to be."""
+"""What a result is by its bytes."""
 
 from __future__ import annotations
 
@@ -7,28 +7,10 @@ import time
 import pytest
 from PIL import Image
 
-from service.domain.artifact import BEGINNING, EXTENSIONS, OPAQUE, SVG, fits, said_type, seen_type
+from service.domain.artifact import BEGINNING, EXTENSIONS, OPAQUE, SVG, fits, seen_type
 from service.domain.image import JPEG, PNG, WEBP
 from service.domain.task import ArtifactName
 from tests.support.images import encoded
-
-
-@pytest.mark.parametrize(
-    ("said", "media_type"),
-    [
-        ("image/png", PNG),
-        (" IMAGE/PNG ; x=y", PNG),
-        ("image/jpg", JPEG),
-        ("image/svg+xml; charset=utf-8", SVG),
-        ("text/html", "text/html"),
-        ("", OPAQUE),
-        ("application/octet-stream", OPAQUE),
-        ("binary/octet-stream", OPAQUE),
-    ],
-)
-def test_said(said: str, media_type: str) -> None:
-    """A Content-Type counts without its parameters and its case; one that says nothing is none."""
-    assert said_type(said) == media_type
 
 
 @pytest.mark.parametrize(("form", "media_type"), [("PNG", PNG), ("JPEG", JPEG), ("WEBP", WEBP), ("GIF", OPAQUE)])

@@ -56,8 +56,12 @@ class Fetched(Struct, frozen=True, kw_only=True):
 class Artifacts(Protocol):
     """Where results are kept."""
 
-    def fetch(self, account: Account | None, artifact: Artifact, asked: Asked) -> AbstractAsyncContextManager[Fetched]:
+    def fetch(
+        self, account: Account | None, artifact: Artifact, asked: Asked, *, recent: bool = False
+    ) -> AbstractAsyncContextManager[Fetched]:
         """A result of a task of this account, None if that is gone. The fetch ends with the block at the latest.
+
+        A result that is `recent` may not have arrived where it is kept: until it has, UpstreamUnavailable is raised.
 
         Goes to public addresses only, and to the account's own upstream. Entering raises UpstreamInvalidResponse,
         UpstreamUnavailable, RangeNotSatisfiable or Overloaded, always before anything is given.
