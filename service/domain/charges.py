@@ -186,11 +186,12 @@ def receipt(
 
     The drop is a receipt if nothing else of the account was open in between, if it is one that a task can cause, and
     not above what the operator calls the highest price. A task that failed tells no figures; what it took shows in
-    those of its submission where tasks are charged at once. Else it is taken to be a use, if it was to take one, or the
-    last price of its kind, or the operator's highest.
+    those of its submission where tasks are charged at once, but is an estimate: it may have been given back since. Else
+    it is taken to be a use, if it was to take one, or the last price of its kind, or the operator's highest.
     """
     kind, before, told = reservation.kind, reservation.before, figures
-    if (told.count is None or told.money is None) and not state.charged_late and reservation.after:
+    observed_end = figures.count is not None and figures.money is not None
+    if not observed_end and not state.charged_late and reservation.after:
         told = reservation.after
     by_itself = _by_itself(state, reservation) and reservation.clean
     if by_itself and before and told.count is not None and told.money is not None:
@@ -199,8 +200,8 @@ def receipt(
             if money:
                 state.prices[kind] = money
                 state.highest[kind] = max(state.highest.get(kind, 0), money)
-            if count or money or not succeeded:
-                return Cost(count, money, Basis.OBSERVED)
+            if count or money or (observed_end and not succeeded):
+                return Cost(count, money, Basis.OBSERVED if succeeded or observed_end else Basis.ESTIMATED)
     left = told.count if told.count is not None or state.count is None else state.count.value
     if reservation.use or (reservation.use is None and left):
         return Cost(1, 0, Basis.ESTIMATED)

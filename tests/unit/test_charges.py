@@ -93,12 +93,20 @@ def test_receipt_of_nothing() -> None:
     assert free == Cost(0, 0, Basis.OBSERVED)
 
 
-@pytest.mark.parametrize(("late", "basis"), [(False, Basis.OBSERVED), (True, Basis.ESTIMATED)])
-def test_receipt_of_a_failure(late: bool, basis: Basis) -> None:
-    """The figures of its submission are the receipt of a task that failed only where tasks are charged at once."""
+@pytest.mark.parametrize(("late", "taken"), [(False, 80), (None, 80), (True, 70)])
+def test_receipt_of_a_failure(late: bool | None, taken: int) -> None:
+    """What a failed task took shows in the answer to its submission only where that is charged; it is an estimate."""
     state = AccountState(prices={KIND: 70}, charged_late=late)
-    reservation = sent(Before(0, 900), after=Figures(0, 830))
-    assert receipt(state, reservation, Figures(), succeeded=False) == Cost(0, 70, basis)
+    reservation = sent(Before(0, 900), after=Figures(0, 820))
+    assert receipt(state, reservation, Figures(), succeeded=False) == Cost(0, taken, Basis.ESTIMATED)
+    assert receipt(state, reservation, Figures(0, 820), succeeded=False) == Cost(0, 80, Basis.OBSERVED)
+
+
+def test_receipt_of_a_failure_that_nothing_tells_of() -> None:
+    """A failed task whose submission took nothing yet stays charged: no balance was seen after its end."""
+    reservation = sent(Before(0, 900), after=Figures(0, 900))
+    state = AccountState(prices={KIND: 70})
+    assert receipt(state, reservation, Figures(), succeeded=False) == Cost(0, 70, Basis.ESTIMATED)
 
 
 def test_receipt_above_the_highest_price() -> None:

@@ -181,7 +181,8 @@ end
 
 local function receipt(account, reservation, figures, succeeded)
   local state, kind, before, told = account.state, reservation.kind, reservation.before, figures
-  if (not told.count or not told.money) and not state.charged_late and reservation.after then
+  local observed_end = figures.count and figures.money
+  if not observed_end and not state.charged_late and reservation.after then
     told = reservation.after
   end
   if by_itself(state, reservation) and reservation.clean and before and told.count and told.money then
@@ -192,8 +193,8 @@ local function receipt(account, reservation, figures, succeeded)
         state.prices[kind] = money
         state.highest[kind] = math.max(state.highest[kind] or 0, money)
       end
-      if count > 0 or money > 0 or not succeeded then
-        return {count = count, money = money, basis = 'observed'}
+      if count > 0 or money > 0 or (observed_end and not succeeded) then
+        return {count = count, money = money, basis = (succeeded or observed_end) and 'observed' or 'estimated'}
       end
     end
   end
