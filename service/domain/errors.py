@@ -24,7 +24,7 @@
     ├── UpstreamFault
     │   ├── UpstreamRejected        it refused this submission, nothing was charged
     │   ├── UpstreamInvalidResponse it answered a read with nonsense
-    │   ├── UpstreamUnavailable     it can't be reached, nothing was sent
+    │   ├── UpstreamUnavailable     it can't be reached, or not now; nothing was charged
     │   ├── AccountMisconfigured    it does not know the tenant's account
     │   └── SubmissionUnknown       it was sent, and nobody knows what became of it
     └── Unavailable                 the gateway's own trouble, it passes
@@ -181,7 +181,7 @@ class UpstreamInvalidResponse(UpstreamFault):
 
 
 class UpstreamUnavailable(UpstreamFault):
-    """The upstream could not be reached: nothing was sent."""
+    """The upstream can't be reached, or can't take or give this now: nothing was charged."""
 
 
 class AccountMisconfigured(UpstreamFault):

@@ -28,6 +28,8 @@ _BOOKED = {
     SubmitOutcome.REJECTED: ReservationState.REFUSED,
     SubmitOutcome.EXHAUSTED: ReservationState.REFUSED,
     SubmitOutcome.INVALID_ACCOUNT: ReservationState.REFUSED,
+    SubmitOutcome.REDIRECTED: ReservationState.REFUSED,
+    SubmitOutcome.BUSY: ReservationState.REFUSED,
 }
 """What is booked of each thing that can have happened."""
 
@@ -35,8 +37,8 @@ _TOLD: dict[type[BaseException], set[SubmitOutcome | None]] = {
     SubmissionUnknown: {SubmitOutcome.UNKNOWN, None},
     UpstreamRejected: {SubmitOutcome.REJECTED},
     BalanceExhausted: {SubmitOutcome.EXHAUSTED},
-    AccountMisconfigured: {SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED},
-    UpstreamUnavailable: {SubmitOutcome.NOT_SENT},
+    AccountMisconfigured: {SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED, SubmitOutcome.REDIRECTED},
+    UpstreamUnavailable: {SubmitOutcome.NOT_SENT, SubmitOutcome.BUSY},
 }
 """What may have happened where a caller is told so after a place was granted."""
 
