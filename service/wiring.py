@@ -289,7 +289,11 @@ async def assembled(
         )
         upstream.tell(metrics)
         artifacts = ArtifactClient(
-            settings.upstream_url, max_bytes=settings.max_artifact_bytes, observe=metrics.upstream, tracer=tracer
+            settings.upstream_url,
+            max_bytes=settings.max_artifact_bytes,
+            observe=metrics.upstream,
+            user_keys=user_keys,
+            tracer=tracer,
         )
         artifacts.tell(metrics)
 

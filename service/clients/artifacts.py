@@ -20,6 +20,7 @@ from service import __version__
 from service.clients import files
 from service.clients.addresses import Address, AddressRefused, CheckedTransport, Resolver, public, resolve
 from service.clients.local_errors import local_error
+from service.clients.words import unmask_key
 from service.domain.artifact import BEGINNING, BITMAP_BEGINNING, OPAQUE, fits, seen_type
 from service.domain.errors import (
     GatewayError,
@@ -29,6 +30,7 @@ from service.domain.errors import (
     UpstreamUnavailable,
 )
 from service.domain.task import Artifact
+from service.domain.taskid import Sealer
 from service.domain.tenancy import Account
 from service.telemetry.metrics import Metrics
 from service.telemetry.spent import waiting
@@ -77,6 +79,7 @@ class ArtifactClient:
     """Fetches results of at most `max_bytes`, each over a connection of its own.
 
     Private addresses are for accounts whose own upstream is there: the one they name, else that of `upstream_url`.
+    `user_keys` opens the accounts' keys, which may belong into the addresses of their results.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class ArtifactClient:
         *,
         max_bytes: int,
         observe: Observer,
+        user_keys: Sealer | None = None,
         tls: ssl.SSLContext | None = None,
         resolver: Resolver = resolve,
         patience: Patience | None = None,
@@ -93,6 +97,7 @@ class ArtifactClient:
         self._upstream_url = upstream_url
         self._max_bytes = max_bytes
         self._observe = observe
+        self._user_keys = user_keys
         self._tls = tls or httpx2.create_ssl_context()
         self._resolver = resolver
         self._patience = patience or Patience()
@@ -116,6 +121,8 @@ class ArtifactClient:
         if self._under_way >= MOST_AT_ONCE:
             raise Overloaded("Too many results are being fetched at the moment. Try again.", retry_after=1)
         own = _host(account.base_url or self._upstream_url) if account else None
+        user_key = self._user_keys.open(account.user_key) if account and self._user_keys else None
+        url = unmask_key(user_key.decode(), artifact.url) if user_key else artifact.url
 
         def allow(host: str, ip: Address) -> bool:
             return host == own or public(ip)
@@ -125,7 +132,7 @@ class ArtifactClient:
         self._under_way += 1
         try:
             async with CheckedTransport(allow, tls=self._tls, resolver=self._resolver) as transport, fetch.opened:
-                yield await fetch.begin(transport, artifact)
+                yield await fetch.begin(transport, Artifact(artifact.name, url))
         finally:
             self._under_way -= 1
             self._observe(Operation.FETCH, fetch.outcome, time.monotonic() - started)

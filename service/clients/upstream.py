@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from enum import StrEnum
+from functools import partial
 from io import BytesIO
 from types import TracebackType
 from typing import Self
@@ -17,12 +17,12 @@ from msgspec.structs import replace
 
 from service.clients import wire
 from service.clients.exchange import MAX_REQUESTS, Answer, Breakers, Line, Lost, NotSent
+from service.clients.words import mask_key, without_key
 from service.domain.task import Catalogue, Options, TaskError
 from service.domain.taskid import Sealer
 from service.domain.tenancy import Account
 from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
-from service.telemetry.spellings import spellings
 from service.telemetry.spent import waiting
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
@@ -145,7 +145,7 @@ class UpstreamClient:
         submitted = wire.read_submit(answer.body, answer.status, answer.retry_after)
         if submitted.outcome in {SubmitOutcome.UNKNOWN, SubmitOutcome.REDIRECTED}:
             self._say(Operation.SUBMIT, account, _unread(answer))
-        return replace(submitted, reason=_without(user_key, submitted.reason))
+        return replace(submitted, reason=without_key(user_key, submitted.reason))
 
     async def _check(self, account: Account, upstream_id: str) -> Check:
         user_key = self._user_key(account)
@@ -164,11 +164,12 @@ class UpstreamClient:
             self._report_link(account, upstream_id, field, value)
 
         body = answer.body if 200 <= answer.status < 300 else b""
-        check = wire.read_check(body, self._base(account) + wire.CHECK_PATH, report)
+        mask = partial(mask_key, user_key)
+        check = wire.read_check(body, self._base(account) + wire.CHECK_PATH, report, mask)
         if check.answered in {Answered.NOTHING, Answered.UNUSABLE} and not unusable:
             self._say(Operation.CHECK, account, _unread(answer))
         if check.error:
-            error = TaskError(check.error.code, _without(user_key, check.error.detail))
+            error = TaskError(check.error.code, without_key(user_key, check.error.detail))
             check = replace(check, error=error)
         return check
 
@@ -202,12 +203,3 @@ class UpstreamClient:
 def _unread(answer: Answer) -> Lost:
     """An answer that came, and can't be used."""
     return Lost(f"HTTP {answer.status}{answer.cut and ', '}{answer.cut}")
-
-
-def _without(user_key: str, text: str) -> str:
-    """Return a text without the key, in any of its spellings that is too long to be an ordinary word's."""
-    if not user_key or not text:
-        return text
-    found = {each for each in spellings(user_key) if len(each) >= min(len(user_key), 8)}
-    patterns = (re.escape(each) for each in sorted(found, key=len, reverse=True))
-    return re.sub("|".join(patterns), "…", text, flags=re.IGNORECASE)

@@ -153,10 +153,11 @@ def _declares_task(answer: Mapping[str, Any]) -> bool:
     return _said(answer.get("err_code")) is _Said.SUCCESS and bool(_identifier(answer.get("task_id")))
 
 
-def read_check(body: bytes, base: str = "", report: Report = _ignore) -> Check:
+def read_check(body: bytes, base: str = "", report: Report = _ignore, clean: Callable[[str], str] = str) -> Check:
     """What the answer to a check amounts to. One that holds no JSON object is not the vendor's, and so is none.
 
-    Links to results are relative to `base`; each field whose links can't be used is reported.
+    Links to results are relative to `base` and pass through `clean`, which returns an empty text for one that must not
+    be used; each field whose links can't be used is reported.
     """
     answer = decode_object(body)
     said = _said(answer.get("err_code"))
@@ -167,17 +168,17 @@ def read_check(body: bytes, base: str = "", report: Report = _ignore) -> Check:
         return Check(answered=Answered.SILENT if is_unknown_task(message) else Answered.UNUSABLE)
     if said is _Said.NOTHING and "status" not in answer:
         return Check(answered=Answered.UNUSABLE)
-    return _told(answer, message, base, report)
+    return _told(answer, message, lambda value: clean(_url(value, base)), report)
 
 
-def _told(answer: Mapping[str, Any], message: str, base: str, report: Report) -> Check:
+def _told(answer: Mapping[str, Any], message: str, link: Callable[[object], str], report: Report) -> Check:
     """What an answer that is no error tells of the task. A state that has no name here means that it still runs."""
     status, figures = answer.get("status"), _figures(answer)
     match status.strip().casefold() if isinstance(status, str) else status:
         case None | "":
             return Check(answered=Answered.SILENT, figures=figures)
         case "completed":
-            return _completed(answer, figures, base, report)
+            return _completed(answer, figures, link, report)
         case "failed":
             error = TaskError("task-failed", _failure(public(message)))
             return Check(answered=Answered.FAILED, error=error, figures=figures)
@@ -187,12 +188,12 @@ def _told(answer: Mapping[str, Any], message: str, base: str, report: Report) ->
             return Check(answered=Answered.UNUSABLE, figures=figures)
 
 
-def _completed(answer: Mapping[str, Any], figures: Figures, base: str, report: Report) -> Check:
+def _completed(answer: Mapping[str, Any], figures: Figures, link: Callable[[object], str], report: Report) -> Check:
     """A finished task; but one whose results can't be had is not taken for finished, since an end is never undone."""
     found = []
     for field, name in _RESULTS.items():
         value = answer.get(field)
-        if url := _url(value, base):
+        if url := link(value):
             found.append(Artifact(name, url))
         elif value:
             report(field, value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import quote, urlsplit
 
+from service.telemetry.spellings import spellings
 from service.usecases.ports import SubmitOutcome, Submitted
 
 _LONGEST = 500
@@ -37,6 +39,39 @@ _PLACE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 """A URL, IPv4, IPv6, name with a dot in it, name with a port, or path."""
+
+
+_KEY_MARK = "%7Buser_key%7D"
+"""Stands in a link for the key of the account, which the fetch of the result puts back."""
+_SHORTEST_SPELLING = 8
+"""A shorter spelling of a key may be part of an ordinary word, unless the key itself is as short."""
+
+
+def without_key(user_key: str, text: str) -> str:
+    """Return a text without the key, in whatever spelling."""
+    if not user_key or not text:
+        return text
+    found = {each for each in spellings(user_key) if len(each) >= min(len(user_key), _SHORTEST_SPELLING)}
+    patterns = (re.escape(each) for each in sorted(found, key=len, reverse=True))
+    return re.sub("|".join(patterns), "…", text, flags=re.IGNORECASE)
+
+
+def mask_key(user_key: str, url: str) -> str:
+    """Return a link with a mark in place of the key; empty if it holds the key where or as it could not be put back."""
+    if len(user_key) < _SHORTEST_SPELLING or without_key(user_key, url) == url:
+        return url
+    parts = urlsplit(url)
+    start = len(f"{parts.scheme}://{parts.netloc}")
+    rest = url[start:]
+    for spelling in (quote(user_key, safe=""), quote(user_key), user_key):
+        rest = rest.replace(spelling, _KEY_MARK)
+    masked = url[:start] + rest
+    return masked if without_key(user_key, masked) == masked else ""
+
+
+def unmask_key(user_key: str, url: str) -> str:
+    """Return a link that `mask_key` made, with the key in it again."""
+    return url.replace(_KEY_MARK, quote(user_key, safe=""))
 
 
 def plain(value: object) -> str:

@@ -17,7 +17,7 @@ from service.clients.artifacts import ArtifactClient, Patience
 from service.domain.task import Artifact, ArtifactName
 from service.domain.tenancy import Account
 from service.usecases.ports import Asked, Fetched
-from tests.contract.client import ACCOUNT
+from tests.contract.client import ACCOUNT, SEALER
 from tests.contract.peer import Connection, Serve
 from tests.support.images import png
 
@@ -153,6 +153,12 @@ def fetcher(
         outcomes.append(outcome)
 
     client = ArtifactClient(
-        upstream_url, max_bytes=MOST, observe=observe, tls=tls or _trust(), resolver=resolver, patience=patience
+        upstream_url,
+        max_bytes=MOST,
+        observe=observe,
+        user_keys=SEALER,
+        tls=tls or _trust(),
+        resolver=resolver,
+        patience=patience,
     )
     return Fetcher(client, outcomes)

@@ -16,6 +16,7 @@ from service.clients.artifacts import MOST_REDIRECTS, Outcome
 from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.tenancy import Account
 from service.usecases.ports import Asked
+from tests.contract.client import USER_KEY
 from tests.contract.origin import PICTURE, asked, fetcher, file, giving
 from tests.contract.peer import Connection, Serve, http, serving
 from tests.support.certificates import certify
@@ -133,6 +134,13 @@ async def test_redirects() -> None:
     assert [each[0].split()[1] for each in lines] == [b"/a/1.png", b"/2.png", b"/3.png?a=b", b"/4.png"]
     assert all(b'If-Range: "v1"' in each for each in lines)
     assert caller.outcome == Outcome.DONE
+
+
+async def test_key_in_the_address() -> None:
+    """The key of the account is put back into an address that is kept without it."""
+    async with serving(giving(file())) as peer:
+        await fetcher().get(f"{peer.url}/1.png?k=%7Buser_key%7D")
+    assert peer.requests[0][0].startswith(f"GET /1.png?k={USER_KEY} HTTP/1.1\r\n".encode())
 
 
 async def test_too_many_redirects() -> None:

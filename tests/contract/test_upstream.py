@@ -76,6 +76,19 @@ async def test_unusable_links_are_logged_once() -> None:
     assert "secret" not in str(logs)
 
 
+async def test_links_with_the_key() -> None:
+    """A link that holds the key of the account is returned without it, or not at all."""
+    finished = told(
+        err_code=0, status="Completed", images_url=f"/1.png?k={USER_KEY}", grid_url=f"/{USER_KEY.encode().hex()}.png"
+    )
+    with capture_logs() as logs:
+        async with serving(answering(finished)) as peer, calling(peer.url) as caller:
+            check = await caller.check()
+    assert [each.url for each in check.artifacts] == [f"{peer.url}/1.png?k=%7Buser_key%7D"]
+    assert [(each["event"], each["field"]) for each in logs] == [("link.unusable", "grid_url")]
+    assert USER_KEY not in repr(check)
+
+
 async def test_relative_links() -> None:
     """A link is relative to the address that was called, of the account's own upstream."""
     finished = told(err_code=0, status="Completed", images_url="/files/1.png", grid_url="2.png")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 
 import pytest
 
 from service.clients.wire import read_check, read_submit
+from service.clients.words import mask_key, unmask_key
 from service.usecases.ports import SubmitOutcome, Submitted
 
 REJECTED, EXHAUSTED, INVALID = SubmitOutcome.REJECTED, SubmitOutcome.EXHAUSTED, SubmitOutcome.INVALID_ACCOUNT
@@ -67,6 +69,36 @@ def failed(message: str) -> str:
     check = read_check(json.dumps({"err_code": 0, "status": "Failed", "err_msg": message}).encode())
     assert check.error
     return check.error.detail
+
+
+KEY = "hush/hush+key"
+
+
+@pytest.mark.parametrize(
+    ("link", "shown", "fetched"),
+    [
+        ("http://x/1.png?a=b", "http://x/1.png?a=b", None),
+        (f"http://x/{KEY}/1.png", "http://x/%7Buser_key%7D/1.png", "http://x/hush%2Fhush%2Bkey/1.png"),
+        (
+            "http://x/1.png?k=hush%2Fhush%2Bkey&l=hush/hush%2Bkey",
+            "http://x/1.png?k=%7Buser_key%7D&l=%7Buser_key%7D",
+            "http://x/1.png?k=hush%2Fhush%2Bkey&l=hush%2Fhush%2Bkey",
+        ),
+        (f"http://x/{KEY.upper()}/1.png", "", None),
+        (f"http://x/{KEY.encode().hex()}/1.png", "", None),
+        (f"http://x/{b64encode(KEY.encode()).decode()}/1.png", "", None),
+        ("http://hush%2Fhush%2Bkey@x/1.png", "", None),
+    ],
+)
+def test_links_with_the_key(link: str, shown: str, fetched: str | None) -> None:
+    """A link that holds the key is kept and shown without it, and followed with it; or not used at all."""
+    assert mask_key(KEY, link) == shown
+    assert unmask_key(KEY, shown) == (fetched or shown)
+
+
+def test_short_keys_in_links() -> None:
+    """A key that may be an ordinary word does not spoil a link."""
+    assert mask_key("png", "http://x/1.png") == "http://x/1.png"
 
 
 @pytest.mark.parametrize("message", PRIVATE)
