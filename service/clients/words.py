@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from urllib.parse import quote, urlsplit
 
 from service.telemetry.spellings import spellings
@@ -51,13 +52,22 @@ def without_key(user_key: str, text: str) -> str:
     """Return a text without the key, in whatever spelling."""
     if not user_key or not text:
         return text
+    return _key_pattern(user_key).sub("…", text)
+
+
+@lru_cache
+def _key_pattern(user_key: str) -> re.Pattern[str]:
     found = {each for each in spellings(user_key) if len(each) >= min(len(user_key), _SHORTEST_SPELLING)}
-    patterns = (re.escape(each) for each in sorted(found, key=len, reverse=True))
-    return re.sub("|".join(patterns), "…", text, flags=re.IGNORECASE)
+    return re.compile("|".join(re.escape(each) for each in sorted(found, key=len, reverse=True)), re.IGNORECASE)
 
 
 def mask_key(user_key: str, url: str) -> str:
-    """Return a link with a mark in place of the key; empty if it holds the key where or as it could not be put back."""
+    """Return a link with a mark in place of the key; empty if it holds the key where or as it could not be put back.
+
+    One that holds the mark itself is not used either: the key would be sent to where it does not belong.
+    """
+    if _KEY_MARK in url:
+        return ""
     if len(user_key) < _SHORTEST_SPELLING or without_key(user_key, url) == url:
         return url
     parts = urlsplit(url)

@@ -88,6 +88,7 @@ KEY = "hush/hush+key"
         (f"http://x/{KEY.encode().hex()}/1.png", "", None),
         (f"http://x/{b64encode(KEY.encode()).decode()}/1.png", "", None),
         ("http://hush%2Fhush%2Bkey@x/1.png", "", None),
+        ("http://x/%7Buser_key%7D/1.png", "", None),
     ],
 )
 def test_links_with_the_key(link: str, shown: str, fetched: str | None) -> None:
