@@ -184,6 +184,21 @@ async def test_odd_answer_to_a_submit(hostile: House) -> None:
             assert peer.url not in text
 
 
+async def test_busy(hostile: House) -> None:
+    """What an upstream that is busy says of when to come back is passed on, and the idempotency key is free again."""
+    key = {"Idempotency-Key": "once"}
+    async with serving(answering(http(b"busy", 429, Retry_After="37"))) as peer:
+        await hostile.admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
+        answer = await hostile.submit(headers=key)
+        problem(answer, *BUSY)
+        assert answer.headers["retry-after"] == "37"
+    body = json.dumps({"err_code": 1, "err_msg": "任务提交失败:图片太小"}, ensure_ascii=False).encode("gb18030")
+    async with serving(answering(http(body, 422))) as peer:
+        await hostile.admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
+        assert problem(await hostile.submit(headers=key), *REJECTED)["upstream_reason"] == "图片太小"
+    assert (await counts(hostile)) == (0, 0, 0)
+
+
 async def test_faulty_answer_to_a_check(hostile: House) -> None:
     """A check whose answer went wrong changes nothing: the task runs on, can be read, and ends with a later check."""
     for name, fault in BAD_CHECKS.items():

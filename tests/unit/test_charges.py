@@ -102,7 +102,7 @@ def test_receipt_of_a_failure(late: bool | None, taken: int) -> None:
     assert receipt(state, reservation, Figures(0, 820), succeeded=False) == Cost(0, 80, Basis.OBSERVED)
 
 
-def test_receipt_of_a_failure_that_nothing_tells_of() -> None:
+def test_receipt_of_a_failure_without_figures() -> None:
     """A failed task whose submission took nothing yet stays charged: no balance was seen after its end."""
     reservation = sent(Before(0, 900), after=Figures(0, 900))
     state = AccountState(prices={KIND: 70})
