@@ -19,6 +19,7 @@ from litestar.types import ControllerRouterHandler
 from service.api import (
     admin,
     artifacts,
+    clock,
     events,
     legacy,
     openapi,
@@ -67,7 +68,7 @@ _OPERATORS_TAGS = {
     "Registry": "Accounts, tenants and tokens.",
     "Usage": "What tenants have spent, what became of each submission, and refunds.",
     "Webhooks": "The secrets that sign what tenants are told, and what could not be delivered.",
-    "Service": "The state of the process that answers.",
+    "Service": "The state of the process that answers, and the time of the ledger.",
 }
 _ADMIN_BODY_BYTES = 1_000_000
 
@@ -166,6 +167,7 @@ def operators_app(services: Services) -> Litestar:
             Router("/", route_handlers=registry_routes, tags=["Registry"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
             Router("/", route_handlers=webhook_routes, tags=["Webhooks"]),
+            Router("/", route_handlers=clock.routes(services.operators), tags=["Service"]),
         ],
         guards=[guard, check_query],
         # Each answer shows how things are now, and one of them a token.

@@ -238,6 +238,15 @@ _LEDGER = Row(
             empty="No calls",
         ),
         graph(
+            "Clock offset",
+            "How far the ledger's time is ahead of the clock of Redis. Zero is right; more means that this clock has"
+            " stepped back. It shrinks by a tenth of the time that passes, and work goes on meanwhile.",
+            SECONDS,
+            {"offset": f"max({series('gateway_ledger_clock_offset_seconds')})"},
+            width=THIRD,
+            steps=rising(1, 60),
+        ),
+        graph(
             "Redis errors",
             "Errors a minute on the way to Redis or from it, by what was wrong. A few are a failover; `readonly` that"
             " stays is a replica taken for the primary.",

@@ -51,6 +51,7 @@ def variable(name: str) -> str | None:
 main.add_command(LazyGroup("account", "service.cli.accounts", "Accounts at the upstream."))
 main.add_command(LazyGroup("tenant", "service.cli.tenants", "Services that may submit tasks."))
 main.add_command(LazyGroup("webhook", "service.cli.webhooks", "What tenants are told when their tasks end."))
+main.add_command(LazyGroup("clock", "service.cli.clock", "The ledger's time."))
 main.add_command(LazyGroup("token", "service.cli.tokens", "Tokens, with which tenants show who they are."))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+import msgspec
 from msgspec import Struct, field
 
 from service.domain.task import Kind
@@ -146,3 +147,23 @@ class AccountState(Struct):
     def missing(self) -> int:
         """How many submissions the figures may lack."""
         return self.uncharged + self.astray
+
+    def moved(self, offset: int) -> AccountState:
+        """The same with all times earlier by so many milliseconds; 0 stands for never, and stays so."""
+
+        def figure(known: Figure | None) -> Figure | None:
+            moves = {"sent", "received"}
+            return known and msgspec.structs.replace(known, **{each: earlier(getattr(known, each)) for each in moves})
+
+        def earlier(at: int) -> int:
+            return at and max(at - offset, 1)
+
+        moves = ("probe_at", "closed", "reopened", "rose", "astray_until", "caught_up", "looked")
+        return msgspec.structs.replace(
+            self,
+            **{each: earlier(getattr(self, each)) for each in moves},
+            count=figure(self.count),
+            money=figure(self.money),
+            doubt=self.doubt and msgspec.structs.replace(self.doubt, since=earlier(self.doubt.since)),
+            newest=self.newest and msgspec.structs.replace(self.newest, sent=earlier(self.newest.sent)),
+        )

@@ -3,8 +3,8 @@
 A submission reserves its place in every window of its tenant before anything is sent, and settles once its outcome is
 known (`service.domain.booking`). The Lua scripts carry the same rules out on Redis, where no other process can come
 between; this module is their specification, the model they are held against, and the ledger of the behaviour tests.
-Times are milliseconds of the ledger's clock, money is in fen. Functions change the state they are given and return what
-they decided.
+Times are milliseconds, money is in fen. Functions change the state they are given and return what they decided; the
+times of a verdict are the server's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from service.domain import balance, charges
 from service.domain.account import Before, Status
 from service.domain.balance import Standing
 from service.domain.booking import count
+from service.domain.clock import Moment
 from service.domain.reservation import Candidate, Granted, NoAccount, PolicyDenied, Reservation, Verdict, Violation
 from service.domain.task import Kind
 from service.domain.tenancy import Limit, Purse, TenantPolicy, Window
@@ -26,28 +27,28 @@ def reserve(
     policy: TenantPolicy,
     accounts: Sequence[Candidate],
     reservation: Reservation,
-    now: int,
+    at: Moment,
 ) -> Verdict:
     """Hold a place for `reservation`, which says tenant, kind and lease, on the first account that can pay.
 
     The tenant's policies are asked first. A refusal changes nothing.
     """
-    roll(tenant, now)
-    chosen, retry = choose(accounts, policy.purse, reservation.kind, now)
-    violations = _violations(tenant, policy, now)
+    roll(tenant, at.wall)
+    chosen, retry = choose(accounts, policy.purse, reservation.kind, at.now)
+    violations = _violations(tenant, policy, at.wall)
     holds: dict[Window, int] = {}
     if chosen:
         price = balance.hold(chosen.state, chosen.policy, reservation.kind)
-        refused, holds = _holds(tenant, policy.limits, price, now)
+        refused, holds = _holds(tenant, policy.limits, price, at.wall)
         violations += refused
     if violations:
-        return PolicyDenied(tuple(violations), now)
+        return PolicyDenied(tuple(violations), at.wall)
     if chosen is None:
-        return NoAccount(retry, now)
-    reservation.periods = {window: tenant.windows[window].period for window in Window}
-    _aim(chosen, reservation, holds, policy.purse, now)
+        return NoAccount(retry and at.shown(retry), at.wall)
+    reservation.periods = {window: tenant.windows[window].key for window in Window}
+    _aim(chosen, reservation, holds, policy.purse, at.now)
     count(tenant, reservation, 1)
-    return Granted(chosen.id, now, reservation.lease)
+    return Granted(chosen.id, at.wall, at.shown(reservation.lease))
 
 
 def retarget(
@@ -57,31 +58,31 @@ def retarget(
     why: Status | None,
     accounts: Sequence[Candidate],
     reservation: Reservation,
-    now: int,
+    at: Moment,
 ) -> Verdict:
     """Move a reservation that `left` did not take to the next of `accounts`, keeping its place in the windows.
 
     `why` closes the account that was left; without it there was merely no connection. A refusal moves nothing: the
     reservation stays where it is, to be settled.
     """
-    roll(tenant, now)
+    roll(tenant, at.wall)
     if why:
-        balance.refuse(left.state, why, reservation.sent, now)
-    chosen, retry = choose(accounts, policy.purse, reservation.kind, now)
+        balance.refuse(left.state, why, reservation.sent, at.now)
+    chosen, retry = choose(accounts, policy.purse, reservation.kind, at.now)
     if chosen is None:
-        return NoAccount(retry, now)
+        return NoAccount(retry and at.shown(retry), at.wall)
     count(tenant, reservation, -1)
     price = balance.hold(chosen.state, chosen.policy, reservation.kind)
-    violations, holds = _holds(tenant, policy.limits, price, now)
+    violations, holds = _holds(tenant, policy.limits, price, at.wall)
     if violations:
         count(tenant, reservation, 1)
-        return PolicyDenied(tuple(violations), now)
+        return PolicyDenied(tuple(violations), at.wall)
     left.state.open -= 1
     left.state.sending -= 1
     charges.spare(left.state, left.policy, reservation, lacked=True)
-    _aim(chosen, reservation, holds, policy.purse, now)
+    _aim(chosen, reservation, holds, policy.purse, at.now)
     count(tenant, reservation, 1)
-    return Granted(chosen.id, now, reservation.lease)
+    return Granted(chosen.id, at.wall, at.shown(reservation.lease))
 
 
 def choose(accounts: Sequence[Candidate], purse: Purse, kind: Kind, now: int) -> tuple[Candidate | None, int | None]:

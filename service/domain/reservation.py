@@ -1,12 +1,13 @@
 """A submission's place in the books, and what can become of it.
 
-Times are milliseconds of the ledger's clock, money is in fen.
+Times are milliseconds in the ledger's time, money is in fen; `created`, the periods and a refund are in the server's.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
 
+import msgspec
 from msgspec import Struct, field
 
 from service.domain.account import AccountState, Before, Figures, Suggestion
@@ -50,7 +51,8 @@ class Reservation(Struct):
 
     `settled` is when it got its outcome. `cost` is what its task took and `succeeded` how it went, known once that has
     ended. `key` is the digest of its idempotency key. Of an unknown outcome `suggests` says what the balance suggests.
-    A `refund` makes it count for nothing in the windows, whatever else becomes of it.
+    A `refund` makes it count for nothing in the windows, whatever else becomes of it. `periods` are the keys of the
+    counters it was counted in.
     """
 
     state: ReservationState
@@ -77,6 +79,12 @@ class Reservation(Struct):
     periods: dict[Window, int] = field(default_factory=dict)
     holds: dict[Window, int] = field(default_factory=dict)
 
+    def moved(self, offset: int) -> Reservation:
+        """The same with all times of the ledger earlier by so many milliseconds; 0 stands for never, and stays so."""
+        moves = {each: getattr(self, each) for each in ("sent", "lease", "settled")}
+        earlier = {each: at and max(at - offset, 1) for each, at in moves.items()}
+        return msgspec.structs.replace(self, **earlier)
+
 
 class Violation(Struct, frozen=True):
     """A policy that refused: its name, its limit, and when it resets (None if it never does by itself)."""
@@ -96,7 +104,7 @@ class Candidate(Struct):
 
 
 class Granted(Struct, frozen=True):
-    """A place is held on `account` until `lease`."""
+    """A place is held on `account` until `lease`; both times are the server's, as in all verdicts."""
 
     account: int
     now: int

@@ -1,6 +1,6 @@
 """The calendar windows in which a tenant's spending is counted.
 
-Times are milliseconds of the ledger's clock, money is in fen.
+Times are milliseconds of the server's clock, money is in fen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ MAX_ACTIVE = "max-active"
 
 
 class Counter(Struct):
-    """What a tenant used and holds in the window that began at `period`; `overrun` is what passed its limit."""
+    """What a tenant used and holds in the window that began at `period`; `overrun` is what passed its limit.
+
+    `name` tells it from an earlier counter of the same period, where the server's clock stepped back into that.
+    """
 
     period: int = 0
     tasks: int = 0
@@ -26,17 +29,26 @@ class Counter(Struct):
     money: int = 0
     money_reserved: int = 0
     overrun: int = 0
+    name: int | None = None
+
+    @property
+    def key(self) -> int:
+        """What reservations that were counted in it know it by."""
+        return self.period if self.name is None else self.name
 
 
 class TenantState(Struct):
     """The ledger's counters of one tenant: every window is counted, whether or not a limit stands on it.
 
-    `active` counts what was reserved and has not ended, `kinds` the same by kind.
+    `active` counts what was reserved and has not ended, `kinds` the same by kind. After the server's clock has stepped
+    back, `later` keeps the counters of later periods until these come again; `names` counts those that got a name.
     """
 
     active: int = 0
     kinds: dict[Kind, int] = field(default_factory=dict)
     windows: dict[Window, Counter] = field(default_factory=dict)
+    later: dict[Window, list[Counter]] = field(default_factory=dict)
+    names: int = 0
 
 
 def period_of(window: Window, now: int) -> tuple[int, int | None]:
@@ -61,13 +73,38 @@ def period_of(window: Window, now: int) -> tuple[int, int | None]:
 def counter(state: TenantState, window: Window, now: int) -> Counter:
     """The counter of the window around `now`; what an earlier period counted is gone."""
     period, _ = period_of(window, now)
-    found = state.windows.get(window)
-    return found if found and found.period == period else Counter(period=period)
+    found = (each for each in _counters(state, window) if each.period == period)
+    return next(found, Counter(period=period))
 
 
 def roll(state: TenantState, now: int) -> None:
-    """Begin the windows anew whose period is over."""
-    state.windows = {window: counter(state, window, now) for window in Window}
+    """Begin the windows anew whose period is over.
+
+    Where the clock has stepped back into an earlier period, the counters of later ones are set aside until these come
+    again, and the earlier one, which may have been counted before, is counted under another name.
+    """
+    for window in Window:
+        period, _ = period_of(window, now)
+        if window in state.windows and state.windows[window].period == period:
+            continue
+        later = [each for each in _counters(state, window) if each.period > period]
+        begun = counter(state, window, now)
+        if later and begun not in _counters(state, window):
+            state.names += 1
+            begun.name = -state.names
+        state.windows[window] = begun
+        state.later = {each: kept for each, kept in (state.later | {window: later}).items() if kept}
+
+
+def counter_of(state: TenantState, window: Window, key: int | None) -> Counter | None:
+    """The counter of a window that reservations know by a key, if there still is one."""
+    return next((each for each in _counters(state, window) if each.key == key), None)
+
+
+def _counters(state: TenantState, window: Window) -> list[Counter]:
+    """The counters of a window: those that were set aside, then that of now."""
+    now = state.windows.get(window)
+    return [*state.later.get(window, []), *([now] if now else [])]
 
 
 def policy_name(window: Window, counted: str) -> str:

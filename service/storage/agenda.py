@@ -12,7 +12,7 @@ from service.domain.backlog import Backlog
 from service.domain.webhook import DeliveryState
 from service.storage.keys import Keys
 from service.storage.ledger import DAY
-from service.storage.scripts import Scripts, given, ledger_time, overdue, scored
+from service.storage.scripts import Scripts, given, moment, overdue, scored
 from service.usecases.ports import Claimed, Delivery, Outcome
 
 LEASE = 60_000
@@ -68,14 +68,13 @@ class RedisAgenda:
 
     async def backlog(self) -> tuple[Backlog, int]:
         """How many receivers wait for something, how late the first is, and how many deliveries failed in 30 days."""
-        seen, time, receivers, first, failed = await self._scripts.read(
-            ("GET", self._keys.clock),
-            ("TIME",),
+        *time, receivers, first, failed = await self._scripts.read(
+            *self._keys.moment,
             ("ZCARD", self._keys.receivers),
             ("ZRANGE", self._keys.receivers, 0, 0, "WITHSCORES"),
             ("ZCARD", self._keys.failed_deliveries),
         )
-        return Backlog(receivers, overdue(scored(first), ledger_time(seen, time))), failed
+        return Backlog(receivers, overdue(scored(first), moment(*time).now)), failed
 
     async def failed(self, most: int) -> Sequence[Delivery]:
         """Up to `most` deliveries that were given up, the newest first."""

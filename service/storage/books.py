@@ -12,7 +12,7 @@ from service.domain.task import Kind
 from service.domain.usage import DayUsage, Measure, Tally
 from service.storage.keys import Keys
 from service.storage.ledger import DAY, KEEP_USAGE
-from service.storage.scripts import Scripts, ledger_time
+from service.storage.scripts import Scripts, moment, server_time
 
 _UNKNOWN, _REFUND = "unknown", "refund"
 
@@ -36,8 +36,8 @@ class RedisBooks:
 
     async def submission(self, reservation: str) -> Reservation | None:
         """A submission; None if it is not known (any more)."""
-        (packed,) = await self._scripts.read(("GET", self._keys.reservation(reservation)))
-        return msgspec.msgpack.decode(packed, type=Reservation) if packed else None
+        packed, *time = await self._scripts.read(("GET", self._keys.reservation(reservation)), *self._keys.moment)
+        return _reservation(packed, moment(*time).offset) if packed else None
 
     async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[Refunding, Reservation] | None:
         """Give back what a submission was charged for, once."""
@@ -55,7 +55,7 @@ class RedisBooks:
         )
         if status == b"gone":
             return None
-        return Refunding(str(status, "ascii")), msgspec.msgpack.decode(rest[0], type=Reservation)
+        return Refunding(str(status, "ascii")), _reservation(*rest)
 
     async def usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
         """What a tenant used on each of the days."""
@@ -63,9 +63,14 @@ class RedisBooks:
         return [_day(fields) for fields in found]
 
     async def today(self) -> int:
-        """The day of the ledger's clock, counted from the epoch."""
-        seen, time = await self._scripts.read(("GET", self._keys.clock), ("TIME",))
-        return ledger_time(seen, time) // DAY
+        """The day of the server's clock, counted from the epoch."""
+        (time,) = await self._scripts.read(self._keys.time)
+        return server_time(time) // DAY
+
+
+def _reservation(packed: bytes, offset: int) -> Reservation:
+    """A reservation whose times are shown, where the ledger's time is ahead by `offset`."""
+    return msgspec.msgpack.decode(packed, type=Reservation).moved(offset)
 
 
 def _day(fields: Mapping[bytes, bytes]) -> DayUsage:

@@ -20,8 +20,23 @@ class Keys:
 
     @property
     def clock(self) -> str:
-        """The last time a script saw, so that a failover can't step time back."""
+        """The ledger's time as a script last saw it, so that a failover can't step it back."""
         return self._root + "clock"
+
+    @property
+    def clock_offset(self) -> str:
+        """By how much it was ahead of the server's time then, in tenths of a millisecond; only there while it is."""
+        return self._root + "clock:offset"
+
+    @property
+    def time(self) -> tuple[str, ...]:
+        """The command that reads the server's time."""
+        return ("TIME",)
+
+    @property
+    def moment(self) -> tuple[tuple[str, ...], ...]:
+        """The commands that read the ledger's time and the server's."""
+        return ("GET", self.clock), ("GET", self.clock_offset), self.time
 
     @property
     def registry(self) -> str:

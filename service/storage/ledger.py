@@ -25,7 +25,7 @@ from service.domain.reservation import (
 )
 from service.domain.windows import TenantState
 from service.storage.keys import Keys
-from service.storage.scripts import RETRY_AFTER, Scripts, given, ledger_time, scored
+from service.storage.scripts import RETRY_AFTER, Scripts, given, moment, scored, server_time
 from service.usecases.ports import Ask, Look, Settlement, Snapshot
 
 DAY = 86_400_000
@@ -152,14 +152,13 @@ class RedisLedger:
 
     async def expire(self, most: int) -> Sequence[Settlement]:
         """Settle as unknown the reservations whose process died before it could."""
-        seen, time, rows, data_version = await self._scripts.read(
-            ("GET", self._keys.clock),
-            ("TIME",),
+        *time, rows, data_version = await self._scripts.read(
+            *self._keys.moment,
             ("ZRANGE", self._keys.leases, 0, most - 1, "WITHSCORES"),
             ("GET", self._keys.data_version),
         )
         self._scripts.compare_version(data_version)  # what follows also removes members, by no script
-        now = ledger_time(seen, time)
+        now = moment(*time).now
         ids = [reservation for reservation, lease in scored(rows) if lease <= now]
         found = await self._scripts.read(*(("GET", self._keys.reservation(each)) for each in ids))
         settled: list[Settlement] = []
@@ -181,22 +180,20 @@ class RedisLedger:
         return settled
 
     async def counters(self, tenant: int) -> Snapshot:
-        """The counters of a tenant, and the ledger's time."""
-        packed, seen, time = await self._scripts.read(
-            ("HGET", self._keys.tenant(tenant), "state"), ("GET", self._keys.clock), ("TIME",)
-        )
+        """The counters of a tenant, and the server's time."""
+        packed, time = await self._scripts.read(("HGET", self._keys.tenant(tenant), "state"), self._keys.time)
         state = msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
-        return Snapshot(state, ledger_time(seen, time))
+        return Snapshot(state, server_time(time))
 
     async def counters_of(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
-        """The counters of all these tenants, and the ledger's time."""
-        seen, time = await self._scripts.read(("GET", self._keys.clock), ("TIME",))
+        """The counters of all these tenants, and the server's time."""
+        (time,) = await self._scripts.read(self._keys.time)
         found = await self._states([self._keys.tenant(each) for each in ids])
         states = {
             each: msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
             for each, packed in zip(ids, found, strict=True)
         }
-        return states, ledger_time(seen, time)
+        return states, server_time(time)
 
     async def _states(self, keys: Sequence[str]) -> list[bytes | None]:
         """What stands under each key, a few at a time, so that other work comes in between."""
@@ -206,12 +203,36 @@ class RedisLedger:
         return found
 
     async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
-        """What is known of each account."""
+        """What is known of each account, with all times in the server's time."""
+        offset = await self.clock_offset()
         found = await self._states([self._keys.account(each) for each in ids])
-        return {
-            each: msgspec.msgpack.decode(packed, type=AccountState) if packed else AccountState()
-            for each, packed in zip(ids, found, strict=True)
-        }
+        states = (msgspec.msgpack.decode(packed, type=AccountState) if packed else AccountState() for packed in found)
+        return {each: state.moved(offset) if offset else state for each, state in zip(ids, states, strict=True)}
+
+    async def clock_offset(self) -> int:
+        """By how many milliseconds the ledger's time is ahead of the server's."""
+        return moment(*await self._scripts.read(*self._keys.moment)).offset
+
+    async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
+        """Make the ledger's time the server's again, and all that is kept in it earlier by as much; by how much."""
+        keys = self._keys
+        (time,) = await self._scripts.read(self._keys.time)
+        today = server_time(time) // DAY
+        (offset,) = await self._scripts.call(
+            "reset_clock",
+            [keys.clock, keys.leases, keys.watch, keys.claims, keys.receivers, *map(keys.account, accounts)],
+            {
+                "accounts": accounts,
+                "reservations": keys.reservation(""),
+                "tasks": keys.task(""),
+                "usages": [keys.usage(tenant, "") for tenant in tenants],
+                "days": (today - self._spans.keep // DAY, today + 1),
+                "queues": keys.deliveries_due(""),
+                "delivery_claims": keys.deliveries_claimed(""),
+                "failing": keys.failing(""),
+            },
+        )
+        return int(offset)
 
     async def reopen(self, account: int) -> None:
         """Let the next submission find out whether the account can pay."""

@@ -22,6 +22,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from service.domain.clock import LedgerClock, Moment
 from service.domain.errors import LedgerUnavailable
 from service.storage.data_version import DataVersion
 from service.telemetry.families import LedgerOutcome, StoreError
@@ -175,10 +176,16 @@ def overdue(first: Sequence[tuple[str, int]], now: int) -> int:
     return max(now - first[0][1], 0) if first else 0
 
 
-def ledger_time(seen: bytes | None, time: tuple[int, int]) -> int:
-    """The ledger's time in milliseconds, out of what the scripts saw last and the answer to TIME."""
+def server_time(time: tuple[int, int]) -> int:
+    """The server's time in milliseconds, out of the answer to TIME."""
     seconds, micros = time
-    return max(int(seen or 0), seconds * 1000 + micros // 1000)
+    return seconds * 1000 + micros // 1000
+
+
+def moment(last: bytes | None, offset: bytes | None, time: tuple[int, int]) -> Moment:
+    """The time now, out of the answers to `Keys.moment`."""
+    wall = server_time(time)
+    return Moment(LedgerClock(int(last or 0), int(offset or 0)).advance(wall).last, wall)
 
 
 def unavailable() -> LedgerUnavailable:

@@ -16,7 +16,7 @@ from service.domain.task import Artifact, Basis, Cost, Kind, State, Task, TaskEr
 from service.storage.agenda import agenda_of
 from service.storage.keys import Keys
 from service.storage.ledger import KEEP_USAGE, Spans, packed_figures
-from service.storage.scripts import Scripts, ledger_time, overdue, scored
+from service.storage.scripts import Scripts, moment, overdue, scored, server_time
 from service.usecases.ports import Check, Due, Page
 
 _BATCH = 100
@@ -59,10 +59,8 @@ class RedisTasks:
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         """A task and the time now, in one round trip."""
-        packed, seen, time = await self._scripts.read(
-            ("GET", self._keys.task(reservation)), ("GET", self._keys.clock), ("TIME",)
-        )
-        return (_read(reservation, packed), ledger_time(seen, time)) if packed else None
+        packed, time = await self._scripts.read(("GET", self._keys.task(reservation)), self._keys.time)
+        return (_read(reservation, packed), server_time(time)) if packed else None
 
     async def attend(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
         """Tasks that somebody looks at or waits for, each with the time now; these are checked often for a while."""
@@ -139,14 +137,13 @@ class RedisTasks:
 
     async def backlog(self) -> Backlog:
         """How many tasks are watched, and how late the first check is that nobody has claimed."""
-        seen, time, waiting, claimed, first = await self._scripts.read(
-            ("GET", self._keys.clock),
-            ("TIME",),
+        *time, waiting, claimed, first = await self._scripts.read(
+            *self._keys.moment,
             ("ZCARD", self._keys.watch),
             ("ZCARD", self._keys.claims),
             ("ZRANGE", self._keys.watch, 0, 0, "WITHSCORES"),
         )
-        return Backlog(waiting + claimed, overdue(scored(first), ledger_time(seen, time)))
+        return Backlog(waiting + claimed, overdue(scored(first), moment(*time).now))
 
     async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
         """Write what a check said, and when to check again; None if the task had ended or is gone."""
@@ -192,7 +189,7 @@ class RedisTasks:
 
 
 def unpacked_change(message: bytes) -> tuple[Task, int]:
-    """A task and the ledger's time when it became so, as changes are announced."""
+    """A task and the server's time when it became so, as changes are announced."""
     reservation, now, stored = msgspec.msgpack.decode(message, type=tuple[str, int, _Stored])
     return _task(reservation, stored), now
 

@@ -27,7 +27,7 @@ class QuotaStanding(Struct, frozen=True):
 
 
 class AccountStanding(Struct, frozen=True):
-    """How an account stands at `now`, in milliseconds of the ledger's clock."""
+    """How an account stands at `now`, in milliseconds of the server's clock."""
 
     name: str
     policy: AccountPolicy
@@ -36,7 +36,10 @@ class AccountStanding(Struct, frozen=True):
 
 
 class Seen(Struct, frozen=True, kw_only=True):
-    """The ledger at one moment. Active tasks by tenant and kind, spent money (fen) by tenant and window."""
+    """The ledger at one moment. Active tasks by tenant and kind, spent money (fen) by tenant and window.
+
+    `clock_offset` is by how many milliseconds its time is ahead of the server's.
+    """
 
     tenants: int
     quotas: Sequence[QuotaStanding]
@@ -46,6 +49,7 @@ class Seen(Struct, frozen=True, kw_only=True):
     watch: Backlog
     webhooks: Backlog
     webhooks_failed: int
+    clock_offset: int
 
 
 class Standing(Collector):
@@ -62,6 +66,7 @@ class Standing(Collector):
         """All families, without values."""
         return [
             _up(up=False),
+            _clock(0),
             *_of_tenants(0, (), {}, {}),
             *_of_accounts(()),
             *_of_queues(Backlog(0, 0), Backlog(0, 0), 0),
@@ -72,6 +77,7 @@ class Standing(Collector):
         seen = self._seen
         yield _up(up=seen is not None)
         if seen:
+            yield _clock(seen.clock_offset)
             yield from _of_tenants(seen.tenants, seen.quotas, seen.active, seen.spent)
             yield from _of_accounts(seen.accounts)
             yield from _of_queues(seen.watch, seen.webhooks, seen.webhooks_failed)
@@ -80,6 +86,11 @@ class Standing(Collector):
 def _up(*, up: bool) -> Metric:
     text = "1 if the ledger could be read for this scrape; what is read from it is not there otherwise."
     return GaugeMetricFamily("gateway_ledger_up", text, value=float(up))
+
+
+def _clock(offset: int) -> Metric:
+    text = "By how much the ledger's time is ahead of the clock of Redis, which has stepped back; 0 if it has not."
+    return GaugeMetricFamily("gateway_ledger_clock_offset_seconds", text, value=offset / 1000)
 
 
 def _of_tenants(

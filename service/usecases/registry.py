@@ -206,6 +206,15 @@ class Operators:
         _log.info("account.reopened", account=name)
         return account
 
+    async def reset_clock(self, actor: str) -> int:
+        """Make the ledger's time that of Redis again, and with it all that is due; by how many milliseconds."""
+        await self._registry.refresh()
+        now = self._registry.current
+        tenants = [*(each.id for each in now.tenants.values()), *now.former]
+        offset = await self._ledger.reset_clock(tenants, [each.id for each in now.accounts.values()])
+        _log.warning("clock.reset", seconds=offset / 1000, actor=actor)
+        return offset
+
     async def account(self, name: str) -> Account:
         """An account by its name. Raises NotFound."""
         await self._registry.refresh()

@@ -75,6 +75,7 @@ class Survey:
             watch=await self._tasks.backlog(),
             webhooks=webhooks,
             webhooks_failed=failed,
+            clock_offset=await self._ledger.clock_offset(),
         )
 
     def _quotas(

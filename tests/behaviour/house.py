@@ -30,6 +30,7 @@ from tests.behaviour.upstreams import USER_KEY, FakeControl, SandboxControl, Ups
 from tests.fakes import FakeAgenda, FakeLedger, FakeRegistry, FakeUpstream
 from tests.fakes.artifacts import FakeArtifacts
 from tests.support.images import png
+from tests.support.server_time import install, read_time, set_time
 from tests.support.serving import serving
 from tests.support.valkey import Valkey
 
@@ -174,7 +175,7 @@ async def house_of_fakes(
     await background.drain(0)
 
 
-_KEPT = re.compile(r"\{gw\}:(version|clock|registry|leases|watch|(tenant|account):\d+)")
+_KEPT = re.compile(r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|watch|(tenant|account):\d+)")
 """The keys that may stay for ever: there are only so many of them, and deleting their owner deletes them."""
 
 
@@ -190,6 +191,7 @@ async def real_house(
     valkey: Valkey, learn: Learn = unheard, clean: Callable[[str], str] | None = None, **more: str
 ) -> AsyncIterator[House]:
     """A real Valkey, which is emptied first, and the sandbox; `learn` is told of secrets, `more` are settings."""
+    install()
     config = SandboxConfig(accounts={USER_KEY: Balance(count=10, money=300)}, seconds=0)
     async with AsyncExitStack() as stack:
         sandbox = await stack.enter_async_context(running(config))
@@ -199,12 +201,10 @@ async def real_house(
         stack.push_async_callback(connections.aclose)
         client: Any = connections.commands
         await client.flushall()
-        clock = Keys(settings.key_prefix).clock
+        keys = Keys(settings.key_prefix)
 
         async def pass_time(seconds: float) -> None:
-            seconds_now, micros = await client.time()
-            now = max(int(await client.get(clock) or 0), seconds_now * 1000 + micros // 1000)
-            await client.set(clock, now + int(seconds * 1000))
+            await set_time(client, keys, await read_time(client, keys) + int(seconds * 1000))
 
         services = await stack.enter_async_context(assembled(settings, learn=learn, clean=clean))
         stack.push_async_callback(no_key_is_left_for_ever, client)

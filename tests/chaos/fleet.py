@@ -29,6 +29,7 @@ from tests.chaos.rush import rush
 from tests.process.gateway import SECONDS, Gateway, started, until
 from tests.process.sandbox import ADMIN_TOKEN, Sandbox, advance, sandbox
 from tests.support.images import png
+from tests.support.server_time import install
 from tests.support.valkey import Valkey, running
 
 DAY = 86_400
@@ -66,7 +67,7 @@ class Fleet:
         """Let it become noon of the next day, exactly."""
         day = asyncio.run(self._counters("demo")).now // 1000 // DAY
         with Redis(unix_socket_path=str(self.store.path)) as client:
-            client.set(Keys(self.prefix).clock, int((day + 1.5) * DAY) * 1000)
+            client.set(Keys(self.prefix).clock + ":server", int((day + 1.5) * DAY) * 1000)
 
     def pass_by(self, seconds: float) -> None:
         """Let time pass for the ledger."""
@@ -141,6 +142,7 @@ class Shop:
 @contextmanager
 def fleet(folder: Path, size: int) -> Iterator[Fleet]:
     """So many gateways, started at once."""
+    install()
     with ExitStack() as opened:
         store, upstream = opened.enter_context(running()), opened.enter_context(sandbox())
         shared = upstream.shared(store)

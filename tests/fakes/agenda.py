@@ -22,7 +22,7 @@ class FakeAgenda:
 
     async def claim(self, most: int) -> Sequence[Claimed]:
         self.memory._answer()
-        held, now = self.memory, self.memory.clock.at
+        held, now = self.memory, self.memory.clock.moment().now
         claimed: list[Claimed] = []
         for _, each in sorted((at, name) for name, at in held.turns.items() if at <= now)[:most]:
             for name in self._of(each, held.leased):
@@ -40,7 +40,7 @@ class FakeAgenda:
 
     async def record(self, claimed: Claimed, outcome: Outcome) -> bool:
         self.memory._answer()
-        held, now, name = self.memory, self.memory.clock.at, claimed.delivery.reservation
+        held, at, name = self.memory, self.memory.clock.moment(), claimed.delivery.reservation
         delivery = held.deliveries[name]
         if delivery.state is not DeliveryState.PENDING:
             return False
@@ -53,29 +53,29 @@ class FakeAgenda:
         if delivered:
             held.failing.pop(to, None)
         elif outcome.attempted:
-            held.failing[to] = now + FAILING
+            held.failing[to] = at.now + FAILING
         pending = outcome.state is DeliveryState.PENDING
         held.deliveries[name] = replace(
             delivery,
             state=outcome.state,
-            updated=now,
-            due=now + outcome.wait if pending else None,
+            updated=at.wall,
+            due=at.wall + outcome.wait if pending else None,
             attempts=delivery.attempts + outcome.attempted,
             status=outcome.status,
             error=outcome.error,
             answer=outcome.answer,
         )
         if pending:
-            held.queued[name] = now + outcome.wait
+            held.queued[name] = at.now + outcome.wait
         elif not delivered:
-            held.given_up[name] = now
-            held.given_up = {each: at for each, at in held.given_up.items() if at > now - KEEP}
+            held.given_up[name] = at.wall
+            held.given_up = {each: when for each, when in held.given_up.items() if when > at.wall - KEEP}
         self._take_turn(to)
         return True
 
     async def backlog(self) -> tuple[Backlog, int]:
         self.memory._answer()
-        now, turns = self.memory.clock.at, self.memory.turns
+        now, turns = self.memory.clock.moment().now, self.memory.turns
         return Backlog(len(turns), max(now - min(turns.values(), default=now), 0)), len(self.memory.given_up)
 
     async def failed(self, most: int) -> Sequence[Delivery]:
@@ -93,10 +93,10 @@ class FakeAgenda:
 
     def enqueue(self, delivery: Delivery) -> None:
         """Have a delivery sent now."""
-        held, now = self.memory, self.memory.clock.at
+        held, at = self.memory, self.memory.clock.moment()
         name = delivery.reservation
-        held.deliveries[name] = replace(delivery, state=DeliveryState.PENDING, updated=now, due=now)
-        held.queued[name] = now
+        held.deliveries[name] = replace(delivery, state=DeliveryState.PENDING, updated=at.wall, due=at.wall)
+        held.queued[name] = at.now
         self._take_turn(receiver(delivery.tenant, delivery.url))
 
     def _of(self, to: str, among: Mapping[str, int]) -> list[str]:
@@ -105,7 +105,7 @@ class FakeAgenda:
         return [name for name, each in found.items() if receiver(each.tenant, each.url) == to]
 
     def _at_once(self, to: str) -> int:
-        return 1 if self.memory.failing.get(to, 0) > self.memory.clock.at else AT_ONCE
+        return 1 if self.memory.failing.get(to, 0) > self.memory.clock.moment().now else AT_ONCE
 
     def _take_turn(self, to: str) -> None:
         held = self.memory

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
+
+from service.domain.clock import LedgerClock, Moment
 
 START = 1_790_000_000_000
 """A moment to begin at, in milliseconds: 2026-09-21 14:13:20 UTC."""
@@ -12,9 +14,15 @@ START = 1_790_000_000_000
 
 @dataclass
 class FakeClock:
-    """A clock that stands until it is moved; milliseconds."""
+    """The server's clock, which stands until it is moved, and the ledger's time that follows from it; milliseconds."""
 
     at: int = START
+    kept: LedgerClock = field(default_factory=LedgerClock)
+
+    def moment(self) -> Moment:
+        """The time of both."""
+        self.kept = self.kept.advance(self.at)
+        return Moment(self.kept.last, self.at)
 
     def now(self) -> float:
         """Seconds since the epoch."""
@@ -32,3 +40,7 @@ class Stopwatch(msgspec.Struct, frozen=True):
         if not counts:
             return Stopwatch(self.total)
         return Stopwatch(self.total + (0 if self.since is None else now - self.since), now)
+
+    def moved(self, offset: int) -> Stopwatch:
+        """The same on a clock that is behind by so much."""
+        return Stopwatch(self.total, None if self.since is None else self.since - offset)

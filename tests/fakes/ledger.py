@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from service.domain import balance, booking, quota, windows
 from service.domain.account import AccountState, Figures, Status
+from service.domain.clock import LedgerClock
 from service.domain.errors import LedgerUnavailable
 from service.domain.reservation import (
     Granted,
@@ -34,7 +35,8 @@ class FakeLedger(FakeTasks):
 
     async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
         self._answer()
-        now, tenant = self.clock.at, self._tenant(ask.tenant)
+        at, tenant = self.clock.moment(), copy.deepcopy(self._tenant(ask.tenant))
+        now = at.wall
         if ask.tenant not in self.tenant_policies:
             raise LedgerUnavailable("gone", retry_after=2)
         windows.roll(tenant, now)
@@ -44,11 +46,12 @@ class FakeLedger(FakeTasks):
         replay = self._replay(ask)
         if replay:
             return replay, Snapshot(copy.deepcopy(tenant), now)
-        lease = now + self.spans.lease
-        made = Reservation(ReservationState.RESERVED, ask.tenant, 0, ask.kind, created=now, sent=now, lease=lease)
+        lease = at.now + self.spans.lease
+        made = Reservation(ReservationState.RESERVED, ask.tenant, 0, ask.kind, created=now, sent=at.now, lease=lease)
         made.key = ask.idempotency.key if ask.idempotency else None
-        verdict = quota.reserve(tenant, self._limits(ask.tenant), self._candidates(ask.accounts), made, now)
+        verdict = quota.reserve(tenant, self._limits(ask.tenant), self._candidates(ask.accounts), made, at)
         if isinstance(verdict, Granted):
+            self.tenants[ask.tenant] = tenant
             self.reservations[ask.reservation] = made
             self._remember(ask.tenant, ask.reservation, ask.idempotency)
         return verdict, Snapshot(copy.deepcopy(tenant), now)
@@ -77,19 +80,24 @@ class FakeLedger(FakeTasks):
             raise LedgerUnavailable("given up")
         if known.account != left:
             return self._again(known)
-        return quota.retarget(
-            self._tenant(ask.tenant),
+        tenant = copy.deepcopy(self._tenant(ask.tenant))
+        verdict = quota.retarget(
+            tenant,
             self._limits(ask.tenant),
             self._candidate(left),
             closes,
             self._candidates(ask.accounts),
             known,
-            self.clock.at,
+            self.clock.moment(),
         )
+        if isinstance(verdict, Granted):
+            self.tenants[ask.tenant] = tenant
+        return verdict
 
     async def settle(self, settlement: Settlement) -> bool:
         self._answer()
-        now, tenant, name = self.clock.at, self._tenant(settlement.tenant), settlement.reservation
+        at, name = self.clock.moment(), settlement.reservation
+        tenant = copy.deepcopy(self._tenant(settlement.tenant))
         known = self.reservations.get(name)
         if known is None:
             known = self.reservations[name] = Reservation(
@@ -98,23 +106,25 @@ class FakeLedger(FakeTasks):
                 settlement.account,
                 settlement.kind,
                 created=settlement.created,
-                sent=settlement.created,
+                sent=min(settlement.created, at.now),
                 lease=settlement.created,
             )
             if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
                 return True
             self._keep_key(settlement, known)
-            booking.adopt(tenant, self._account(settlement.account), name, known, self._day(known), now)
+            booking.adopt(tenant, self._account(settlement.account), name, known, self._day(known), at)
             if settlement.outcome is ReservationState.UNKNOWN:
+                self.tenants[settlement.tenant] = tenant
                 return True
-        if settlement.late and known.state is ReservationState.RESERVED and known.lease > now:
+        if settlement.late and known.state is ReservationState.RESERVED and known.lease > at.now:
             return False
         account = self._candidate(known.account)
         figures, closes, day = settlement.figures, settlement.closes, self._day(known)
         if settlement.account != known.account:  # it was retargeted, and what is told is of the account it left
             figures, closes = Figures(), None
-        if not booking.settle(tenant, account, name, known, settlement.outcome, figures, closes, day, now):
+        if not booking.settle(tenant, account, name, known, settlement.outcome, figures, closes, day, at):
             return False
+        self.tenants[settlement.tenant] = tenant
         self._resolve(account)
         if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
             self._free_key(name, known)
@@ -158,14 +168,15 @@ class FakeLedger(FakeTasks):
             webhook=settlement.draft.webhook,
             trace=settlement.draft.trace,
         )
-        self.due[settlement.reservation] = self.clock.at + self.spans.check_after
+        self.due[settlement.reservation] = self.clock.moment().now + self.spans.check_after
 
     async def expire(self, most: int) -> Sequence[Settlement]:
         self._answer()
+        now = self.clock.moment().now
         lapsed = [
             (each.lease, name, each)
             for name, each in self.reservations.items()
-            if each.state is ReservationState.RESERVED and each.lease <= self.clock.at
+            if each.state is ReservationState.RESERVED and each.lease <= now
         ]
         settled = [
             Settlement(
@@ -192,17 +203,41 @@ class FakeLedger(FakeTasks):
 
     async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         self._answer()
-        return {each: copy.deepcopy(self._account(each)) for each in ids}
+        offset = self.clock.moment().offset
+        return {each: self._account(each).moved(offset) for each in ids}
 
     async def reopen(self, account: int) -> None:
         self._answer()
         state = self._account(account)
         state.status, state.probe_at, state.count, state.money = Status.OPEN, 0, None, None
-        state.closed, state.reopened = 0, self.clock.at
+        state.closed, state.reopened = 0, self.clock.moment().now
+
+    async def clock_offset(self) -> int:
+        self._answer()
+        return self.clock.moment().offset
+
+    async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
+        self._answer()
+        offset = self.clock.moment().offset
+        for name, each in self.reservations.items():
+            reserved, runs = each.state is ReservationState.RESERVED, name in self.due or name in self.claims
+            unknown = each.state is ReservationState.UNKNOWN and each.tenant in tenants
+            if reserved or unknown or (runs and each.state is ReservationState.ACCEPTED):
+                self.reservations[name] = each.moved(offset)
+        for account in set(accounts) & self.account_states.keys():
+            self.account_states[account] = self.account_states[account].moved(offset)
+        self.patience = {name: (one.moved(offset), other.moved(offset)) for name, (one, other) in self.patience.items()}
+        for name in self.failing.keys() & self.turns.keys():
+            self.failing[name] -= offset
+        for times in (self.due, self.claims, self.turns, self.queued, self.leased):
+            for name in times:
+                times[name] -= offset
+        self.clock.kept = LedgerClock(self.clock.at)
+        return offset
 
     async def look(self, account: int, *, count_only: bool) -> Look | None:
         self._answer()
-        candidate, now = self._candidate(account), self.clock.at
+        candidate, now = self._candidate(account), self.clock.moment().now
         state, policy = candidate.state, candidate.policy
         if account not in self.account_policies or not balance.look_due(state, policy, now, count_only=count_only):
             return None
@@ -211,21 +246,26 @@ class FakeLedger(FakeTasks):
 
     async def looked(self, look: Look, figures: Figures) -> None:
         self._answer()
-        candidate, now = self._candidate(look.account), self.clock.at
-        balance.looked(candidate.state, candidate.policy, look.reservation, figures, look.claimed, now)
+        candidate, now = self._candidate(look.account), self.clock.moment().now
+        claimed = min(look.claimed, now)
+        balance.looked(candidate.state, candidate.policy, look.reservation, figures, claimed, now)
         self._resolve(candidate)
 
     async def submission(self, reservation: str) -> Reservation | None:
         self._answer()
-        return copy.deepcopy(self.reservations.get(reservation))
+        known, at = self.reservations.get(reservation), self.clock.moment()
+        return copy.deepcopy(known).moved(at.offset) if known else None
 
     async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[Refunding, Reservation] | None:
         self._answer()
         known = self.reservations.get(reservation)
         if known is None or known.tenant != tenant:
             return None
-        did = booking.refund(self._tenant(tenant), reservation, known, reason, self._day(known), self.clock.at)
-        return did, copy.deepcopy(known)
+        at, state = self.clock.moment(), copy.deepcopy(self._tenant(tenant))
+        did = booking.refund(state, reservation, known, reason, self._day(known), at)
+        if did is Refunding.REFUNDED:
+            self.tenants[tenant] = state
+        return did, copy.deepcopy(known).moved(at.offset)
 
     async def usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
         self._answer()
@@ -238,4 +278,5 @@ class FakeLedger(FakeTasks):
     def _again(self, known: Reservation) -> Granted:
         if known.state in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
             raise LedgerUnavailable("given up")
-        return Granted(known.account, self.clock.at, known.lease)
+        at = self.clock.moment()
+        return Granted(known.account, at.wall, at.shown(known.lease))

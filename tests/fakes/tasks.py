@@ -31,11 +31,12 @@ class FakeTasks(Memory):
     async def attend(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
         self._answer()
         now = self.clock.at
+        ledger_now = self.clock.moment().now
         for name in reservations:
             if name in self.due or name in self.claims:
                 self.interest[name] = now + self.spans.interest
-            if self.due.get(name, 0) > now + self.spans.check_after and not self.misses.get(name):
-                self.due[name] = now
+            if self.due.get(name, 0) > ledger_now + self.spans.check_after and not self.misses.get(name):
+                self.due[name] = ledger_now
         return [(self.tasks[name], now) if name in self.tasks else None for name in reservations]
 
     async def page(
@@ -61,23 +62,25 @@ class FakeTasks(Memory):
 
     async def claim(self, most: int) -> Sequence[Due]:
         self._answer()
-        for name in [name for name, lease in self.claims.items() if lease <= self.clock.at]:
+        now = self.clock.moment().now
+        for name in [name for name, lease in self.claims.items() if lease <= now]:
             del self.claims[name]
-            self.due[name] = self.clock.at
-        ready = sorted(((at, name) for name, at in self.due.items() if at <= self.clock.at))[:most]
+            self.due[name] = now
+        ready = sorted(((at, name) for name, at in self.due.items() if at <= now))[:most]
         for _, name in ready:
             del self.due[name]
-            self.claims[name] = self.clock.at + self.spans.claim
-        return [Due(self.tasks[name], self.clock.at, at) for at, name in ready]
+            self.claims[name] = now + self.spans.claim
+        return [Due(self.tasks[name], now, at) for at, name in ready]
 
     async def backlog(self) -> Backlog:
         self._answer()
-        first = min(self.due.values(), default=self.clock.at)
-        return Backlog(len(self.due) + len(self.claims), max(self.clock.at - first, 0))
+        now = self.clock.moment().now
+        return Backlog(len(self.due) + len(self.claims), max(now - min(self.due.values(), default=now), 0))
 
     async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
         self._answer()
-        name, now = due.task.reservation, self.clock.at
+        name, at = due.task.reservation, self.clock.moment()
+        now = at.wall
         task = self.tasks.get(name)
         self.claims.pop(name, None)
         if task is None or task.state.ended:
@@ -86,8 +89,8 @@ class FakeTasks(Memory):
         answered, error = check.answered, check.error
         silent, useless = self.patience.pop(name, (Stopwatch(), Stopwatch()))
         if answered in {Answered.SILENT, Answered.UNUSABLE, Answered.NOTHING}:
-            silent = silent.went_on(now, counts=answered is Answered.SILENT)
-            useless = useless.went_on(now, counts=answered is not Answered.NOTHING)
+            silent = silent.went_on(at.now, counts=answered is Answered.SILENT)
+            useless = useless.went_on(at.now, counts=answered is not Answered.NOTHING)
             self.patience[name] = (silent, useless)
         if answered is Answered.SILENT and silent.total >= self.spans.lost_after:
             answered, error = Answered.FAILED, TaskError("task-lost", "")
@@ -108,7 +111,7 @@ class FakeTasks(Memory):
             misses = self.misses[name] = self.misses.get(name, 0) + 1 if failed else 0
             interesting = task.webhook is not None or self.interest.get(name, 0) > now
             poll, age = self.spans.check_after, now - task.created
-            self.due[name] = now + check_after(poll, age, misses, interesting=interesting)
+            self.due[name] = at.now + check_after(poll, age, misses, interesting=interesting)
             begins = answered is Answered.RUNNING and task.state is State.QUEUED
             changes = {"state": State.RUNNING, "updated": now, "version": task.version + 1} if begins else {}
             self.tasks[name] = msgspec.structs.replace(task, checked=checked, **changes)
@@ -141,7 +144,7 @@ class FakeTasks(Memory):
             check.figures,
             due.claimed,
             self._day(reservation),
-            self.clock.at,
+            self.clock.moment(),
             succeeded=succeeded,
         )
         self._resolve(account)

@@ -22,8 +22,8 @@ SECONDS = 30.0
 
 
 def command(*words: str) -> list[str]:
-    """A command line of `gateway`."""
-    return [sys.executable, "-m", "service", *words]
+    """A command line of `gateway`, whose time can be set."""
+    return [sys.executable, "-m", "tests.support.server_time", *words]
 
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:

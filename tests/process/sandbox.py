@@ -68,9 +68,9 @@ def sandbox() -> Iterator[Sandbox]:
 
 
 def advance(store: Valkey, prefix: str, seconds: float) -> None:
-    """Let time pass for the ledger of a prefix, by what it last saw of it."""
-    key = f"{{{prefix}}}:clock"
+    """Let time pass for the ledger of a prefix, whose clock stands still from then on."""
+    key = f"{{{prefix}}}:clock:server"
     with Redis(unix_socket_path=str(store.path)) as client:
         seen = client.get(key)
-        now = max(int(seen) if isinstance(seen, bytes) else 0, int(time.time() * 1000))
+        now = int(seen) if isinstance(seen, bytes) else int(time.time() * 1000)
         client.set(key, now + int(seconds * 1000))

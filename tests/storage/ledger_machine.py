@@ -212,6 +212,19 @@ class LedgerMachine(LedgerMoves):
         if most:
             self.both(self.ledger.expire(most), self.model.expire(most))
 
+    @rule(milliseconds=st.sampled_from([1, 700, 1_200_000, 90_000_000]), forth=st.sampled_from([0, 0, 500, 1_200_000]))
+    def step_back(self, milliseconds: int, forth: int) -> None:
+        """The server's clock steps back, which the calls before and after it see."""
+        self.attend("nothing")
+        self.wait(-milliseconds)
+        self.attend("nothing")
+        self.wait(forth)
+
+    @rule(tenants=st.sampled_from([(TENANT,), ()]))
+    def reset_clock(self, tenants: tuple[int, ...]) -> None:
+        """An operator has the ledger's time be the server's again."""
+        self.both(self.ledger.reset_clock(tenants, ACCOUNTS), self.model.reset_clock(tenants, ACCOUNTS))
+
     @precondition(lambda self: self.model.reservations)
     @rule(number=numbers, tenant=tenants, reason=st.sampled_from(["", "它失败了", "a mistake"]))
     def give_back(self, number: int, tenant: int, reason: str) -> None:

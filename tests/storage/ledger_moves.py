@@ -237,13 +237,13 @@ class LedgerMoves(LedgerBooks):
         self.wait(milliseconds)
 
     def end_everything(self, *, succeeds: bool) -> None:
-        """Once all has ended nothing is held any more."""
-        self.wait(self.spans.lease)
+        """Once all has ended nothing is held any more. The ledger's time may run more slowly than the server's."""
+        self.wait(2 * self.spans.lease)
         while self.both(self.ledger.expire(3), self.model.expire(3)):
             pass
-        self.wait(self.spans.claim)
+        self.wait(2 * self.spans.claim)
         while self.model.due or self.model.claims:
-            self.wait(self.spans.claim)
+            self.wait(2 * self.spans.claim)
             self.claimed = []
             self.claim(9)
             for due in self.claimed:

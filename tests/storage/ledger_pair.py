@@ -10,6 +10,7 @@ import uvloop
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from service.domain.account import AccountState
+from service.domain.clock import LedgerClock
 from service.domain.errors import LedgerUnavailable
 from service.domain.reservation import Reservation
 from service.domain.windows import TenantState
@@ -22,12 +23,13 @@ from service.storage.scripts import Scripts, scored
 from service.storage.tasks import RedisTasks
 from tests.fakes import FakeClock, FakeLedger, FakeRegistry
 from tests.storage.ledger_views import canonical, is_reserved, plain, plain_day, rolled
+from tests.support.server_time import install, set_time
 
 T = TypeVar("T")
 
 TENANT, ACCOUNTS = 1, (2, 3)
 LATER = 2_524_607_999_000
-"""A second before the year 2050: every window ends in the next second, and the server's own clock is far behind."""
+"""The server's time at first, a second before the year 2050: every window ends in the next second."""
 
 
 class LedgerPair(RuleBasedStateMachine):
@@ -35,10 +37,12 @@ class LedgerPair(RuleBasedStateMachine):
 
     def __init__(self, url: str) -> None:
         super().__init__()
+        install()
         self.loop = uvloop.new_event_loop()
         self.spans = Spans(lost_after=90_000, unusable_after=200_000)
         self.model = FakeLedger(clock=FakeClock(LATER), spans=self.spans)
         self.registry = FakeRegistry(self.model)
+        self.latest = LATER
         self.keys = Keys("model")
         self.run(self._open(url))
 
@@ -51,7 +55,7 @@ class LedgerPair(RuleBasedStateMachine):
         self.tasks = RedisTasks(scripts, self.keys, self.spans)
         self.books = RedisBooks(scripts, self.keys)
         self.store = RedisRegistry(scripts, self.keys)
-        await self.client.set(self.keys.clock, LATER)
+        await set_time(self.client, self.keys, LATER)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(work)
@@ -79,13 +83,14 @@ class LedgerPair(RuleBasedStateMachine):
         return found
 
     def wait(self, milliseconds: int) -> None:
-        """Move the clock of both, and take away what Redis would have forgotten by then."""
+        """Move the server's clock, back too, and take away what Redis would have forgotten by then."""
         if milliseconds:
             self.model.clock.at += milliseconds
+            self.latest = max(self.latest, self.model.clock.at)
             self.run(self._wait())
 
     async def _wait(self) -> None:
-        await self.client.set(self.keys.clock, self.model.clock.at)
+        await set_time(self.client, self.keys, self.model.clock.at)
         for tenant, key in [each for each, (_, _, until) in self.model.keys.items() if until <= self.model.clock.at]:
             del self.model.keys[tenant, key]
             await self.client.delete(self.keys.idempotency(tenant, key))
@@ -99,6 +104,9 @@ class LedgerPair(RuleBasedStateMachine):
 
     async def _compare(self) -> None:
         model, keys = self.model, self.keys
+        last, offset = await self.client.mget(keys.clock, keys.clock_offset)
+        clock = LedgerClock(int(last or 0), int(offset or 0))
+        assert clock.advance(model.clock.at) == model.clock.kept.advance(model.clock.at)
         names, days = list(model.reservations), [day for _, day in model.days]
         tenant, *accounts = await self.scripts.read(
             *(("HGET", each, "state") for each in (keys.tenant(TENANT), *map(keys.account, ACCOUNTS)))
@@ -110,14 +118,14 @@ class LedgerPair(RuleBasedStateMachine):
             assert known == model.account_states.get(account, AccountState()), account
         stored = await self.scripts.read(*(("GET", keys.reservation(each)) for each in names))
         for name, packed in zip(names, stored, strict=True):
-            assert canonical(decoded(packed, Reservation)) == canonical(model.reservations[name]), name
+            assert canonical(decoded(packed, Reservation)) == canonical(model.reservations[name]), (name, decoded(packed, Reservation), model.reservations[name])
         usage, expected = await self.books.usage(TENANT, days), await model.usage(TENANT, days)
         assert list(map(plain_day, usage)) == list(map(plain_day, expected))
         await self._compare_tasks()
         await self._compare_indexes()
 
     async def _compare_tasks(self) -> None:
-        oldest = self.model.clock.at - self.spans.keep
+        oldest = self.latest - self.spans.keep
         pages = [
             await each.page(TENANT, state=None, kind=None, limit=99, cursor=None) for each in (self.tasks, self.model)
         ]

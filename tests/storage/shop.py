@@ -16,9 +16,10 @@ from service.storage.connect import Connections, connect
 from service.storage.keys import Keys
 from service.storage.ledger import RedisLedger, Spans
 from service.storage.registry import RedisRegistry
-from service.storage.scripts import Scripts, ledger_time
+from service.storage.scripts import Scripts
 from service.storage.tasks import RedisTasks
 from service.usecases.ports import Answered, Ask, Check, RegistryChange, Settlement, TaskDraft
+from tests.support.server_time import install, ledger_time, set_time
 
 KEYS = Keys("gw")
 
@@ -56,20 +57,18 @@ class Shop:
 
     async def now(self) -> int:
         """The ledger's time."""
-        seconds, micros = await self.client.time()
-        seen: bytes | None = await self.client.get(KEYS.clock)
-        return ledger_time(seen, (seconds, micros))
+        return await ledger_time(self.client, KEYS)
 
     async def advance(self, milliseconds: int) -> None:
         """Let time pass for the ledger."""
-        await self.client.set(KEYS.clock, await self.now() + milliseconds)
+        await set_time(self.client, KEYS, await self.now() + milliseconds)
 
     async def check(self, *answers: Answered) -> Task | None:
         """Check the task that is due next, again and again, each time when it is due; the last record."""
         recorded = None
         for answered in answers:
             ((_, at),) = await self.client.zrange(KEYS.watch, 0, 0, withscores=True)
-            await self.client.set(KEYS.clock, max(int(at), await self.now()))
+            await set_time(self.client, KEYS, max(int(at), await self.now()))
             (due,) = await self.tasks.claim(1)
             recorded = await self.tasks.record(due, Check(answered=answered))
         return recorded[0] if recorded else None
@@ -83,6 +82,7 @@ class Shop:
 @asynccontextmanager
 async def shop(url: str) -> AsyncIterator[Shop]:
     """A shop on an emptied store."""
+    install()
     connections, spans = connect(url, timeout=5), Spans()
     scripts: Any = Scripts(connections.commands)
     client: Any = connections.commands

@@ -21,10 +21,11 @@ from service.storage.registry import RedisRegistry
 from service.storage.scripts import Scripts
 from service.storage.tasks import RedisTasks
 from service.usecases.ports import Ask, Check, RegistryChange, Settlement, TaskDraft
+from tests.support.server_time import install, set_time
 from tests.support.valkey import Valkey
 
 LATER = 2_524_607_999_000
-"""A time that the server's own clock is far behind, so that the tests move the ledger's."""
+"""The server's time at first: a second before the year 2050."""
 SPANS = Spans()
 TENANT, FIRST, SECOND = 1, 2, 3
 TENANTS = (Tenant(TENANT, "t", ("a", "b")),)
@@ -36,6 +37,7 @@ class Store:
     """A store with a tenant and two accounts, and the ports over it."""
 
     client: Any
+    scripts: Scripts
     keys: Keys
     ledger: RedisLedger
     tasks: RedisTasks
@@ -44,9 +46,9 @@ class Store:
     now: int = LATER
 
     async def wait(self, milliseconds: int) -> None:
-        """Move the ledger's clock, but not that by which the server forgets."""
+        """Move the server's clock, but not that by which it forgets."""
         self.now += milliseconds
-        await self.client.set(self.keys.clock, self.now)
+        await set_time(self.client, self.keys, self.now)
 
     async def change(self, version: int, **changes: Any) -> None:
         assert await self.registry.write(RegistryChange(version=version, next_id=4, **changes))
@@ -62,6 +64,7 @@ class Store:
         count: int | None = None,
         idempotency: Idempotency | None = None,
         created: int | None = None,
+        webhook: str | None = None,
     ) -> None:
         """Settle with a count of uses that is left, if it is told; `created` if it was before now."""
         settlement = Settlement(
@@ -72,14 +75,14 @@ class Store:
             created=self.now if created is None else created,
             outcome=outcome,
             figures=Figures() if count is None else Figures(count, 0),
-            draft=TaskDraft(f"task-{name}", msgspec.Raw(b"{}"), msgspec.Raw(b"{}")),
+            draft=TaskDraft(f"task-{name}", msgspec.Raw(b"{}"), msgspec.Raw(b"{}"), webhook),
             idempotency=idempotency,
         )
         assert await self.ledger.settle(settlement)
 
-    async def accept(self, name: str, idempotency: Idempotency | None = None) -> None:
+    async def accept(self, name: str, idempotency: Idempotency | None = None, webhook: str | None = None) -> None:
         await self.reserve(name, idempotency)
-        await self.settle(name, ReservationState.ACCEPTED)
+        await self.settle(name, ReservationState.ACCEPTED, webhook=webhook)
 
     async def check(self, check: Check) -> None:
         await self.wait(SPANS.claim)
@@ -100,11 +103,13 @@ class Store:
 @asynccontextmanager
 async def fresh(valkey: Valkey) -> AsyncIterator[Store]:
     """The store of a server, of which nothing else is left."""
+    install()
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands
     scripts, keys = Scripts(client), Keys("plain")
     store = Store(
         client,
+        scripts,
         keys,
         RedisLedger(scripts, keys, SPANS),
         RedisTasks(scripts, keys, SPANS),

@@ -1,4 +1,4 @@
-"""The time of the scripts: a clock that never steps back, and windows that begin and end as the calendar has it."""
+"""The times of the scripts: the ledger's, which never steps back, and windows that begin and end with the calendar."""
 
 from __future__ import annotations
 
@@ -6,25 +6,32 @@ import asyncio
 from datetime import UTC, datetime
 from typing import Any
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.domain import windows
-from service.domain.reservation import PolicyDenied, Violation
+from service.domain.account import Figures
+from service.domain.reservation import PolicyDenied, ReservationState, Violation
 from service.domain.task import Kind
 from service.domain.tenancy import Limit, Tenant, TenantPolicy, Window
+from service.domain.webhook import DeliveryState
+from service.storage.agenda import RedisAgenda
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.storage.ledger import RedisLedger, Spans
 from service.storage.registry import RedisRegistry
-from service.storage.scripts import Scripts
-from service.usecases.ports import Ask, RegistryChange, Snapshot
+from service.storage.scripts import Scripts, server_time
+from service.usecases.ports import Answered, Ask, Check, Outcome, RegistryChange, Snapshot
+from tests.storage.store import FIRST, SECOND, SPANS, TENANT, Store
+from tests.support.server_time import install, set_time
 from tests.support.valkey import Valkey
 
 KEYS = Keys("time")
 CLOSED = TenantPolicy(tuple(Limit(window, tasks=0) for window in Window))
 """Limits that refuse everything, and tell when each window ends."""
+
+STEP = 20 * 60_000
+ENDED = Check(answered=Answered.SUCCEEDED, figures=Figures(8, 0))
 
 
 def at(moment: str) -> int:
@@ -32,23 +39,26 @@ def at(moment: str) -> int:
     return int(datetime.fromisoformat(moment).replace(tzinfo=UTC).timestamp()) * 1000
 
 
-async def refuse(url: str, *clock: int) -> tuple[PolicyDenied, Snapshot, list[int], int]:
-    """What a refusal tells, the server's times before and after it, and the clock then, which may be set before."""
+async def refuse(url: str, *times: int) -> tuple[PolicyDenied, Snapshot, list[int]]:
+    """What a refusal tells at the last of these times of the server, and its own times before and after it."""
+    install()
     connections = connect(url, timeout=5)
     client: Any = connections.commands
     scripts = Scripts(client)
     await client.flushall()
     registry = RedisRegistry(scripts, KEYS)
     assert await registry.write(RegistryChange(version=0, next_id=2, tenants=(Tenant(1, "t", (), CLOSED),)))
-    for now in clock:
-        await client.set(KEYS.clock, now)
     began = await client.time()
-    verdict, snapshot = await RedisLedger(scripts, KEYS, Spans()).reserve(Ask("r", 1, (), Kind.UPSCALE))
+    verdict, snapshot = None, None
+    for now in times or (None,):
+        if now is not None:
+            await set_time(client, KEYS, now)
+        verdict, snapshot = await RedisLedger(scripts, KEYS, Spans()).reserve(Ask("r", 1, (), Kind.UPSCALE))
     ended = await client.time()
-    seen = int(await client.get(KEYS.clock))
     await connections.aclose()
     assert isinstance(verdict, PolicyDenied)
-    return verdict, snapshot, [seconds * 1000 + micros // 1000 for seconds, micros in (began, ended)], seen
+    assert snapshot
+    return verdict, snapshot, [server_time(each) for each in (began, ended)]
 
 
 @settings(max_examples=50, deadline=None)
@@ -61,7 +71,7 @@ async def refuse(url: str, *clock: int) -> tuple[PolicyDenied, Snapshot, list[in
 @example(now=at("2400-02-29T23:59"))
 def test_calendar(valkey: Valkey, now: int) -> None:
     """Windows begin and end in Redis as in the domain, in every century, month and leap year."""
-    verdict, snapshot, _, _ = asyncio.run(refuse(valkey.url, now))
+    verdict, snapshot, _ = asyncio.run(refuse(valkey.url, now))
     assert verdict.violations == tuple(
         Violation(windows.policy_name(each, windows.COUNTED_TASKS), 0, windows.period_of(each, now)[1])
         for each in Window
@@ -71,16 +81,86 @@ def test_calendar(valkey: Valkey, now: int) -> None:
     }
 
 
-@pytest.mark.parametrize("behind", [(), (1,)])
-async def test_clock(valkey: Valkey, behind: tuple[int, ...]) -> None:
-    """The clock is the server's, to the millisecond, and is remembered."""
-    verdict, _, (began, ended), seen = await refuse(valkey.url, *behind)
+async def test_clock(valkey: Valkey) -> None:
+    """Verdicts tell the server's time, to the millisecond."""
+    verdict, _, (began, ended) = await refuse(valkey.url)
     assert began <= verdict.now <= ended
-    assert seen == verdict.now
 
 
-async def test_clock_ahead(valkey: Valkey) -> None:
-    """Where the clock has been ahead of the server's it stands, as after a failover to one that is behind."""
-    ahead = at("2050-01-01")
-    verdict, _, _, seen = await refuse(valkey.url, ahead)
-    assert (verdict.now, seen) == (ahead, ahead)
+async def test_windows_after_a_step_back(valkey: Valkey) -> None:
+    """After the server's clock has stepped back, windows are those of its new time."""
+    stepped = at("2050-01-01") - STEP
+    verdict, snapshot, _ = await refuse(valkey.url, at("2050-01-01"), stepped)
+    assert verdict.now == stepped
+    resets = {each.policy: each.resets_at for each in verdict.violations}
+    assert resets["day-tasks"] == at("2050-01-01")
+    assert snapshot.state.windows[Window.MINUTE].period == stepped
+
+
+async def test_work_goes_on_after_a_step_back(store: Store) -> None:
+    """Checks, leases, retries and windows go on after the server's clock has stepped back by 20 minutes."""
+    agenda = RedisAgenda(store.scripts, store.keys)
+    await store.accept("told", webhook="http://shop.test/")
+    await store.check(ENDED)
+    await store.accept("runs")
+    await store.reserve("dies")
+    (claimed,) = await agenda.claim(1)
+    assert await agenda.record(claimed, Outcome(state=DeliveryState.PENDING, wait=30_000))
+    await store.wait(-STEP)
+    assert await agenda.claim(1) == []
+    await store.wait(40_000)  # of which the ledger's time makes nine tenths
+    (again,) = await agenda.claim(1)
+    assert again.delivery.due == store.now - 40_000 + STEP + 30_000
+    assert [each.task.reservation for each in await store.tasks.claim(9)] == ["runs"]
+    await store.wait(SPANS.lease)
+    assert [each.reservation for each in await store.ledger.expire(9)] == ["dies"]
+    before = (await store.ledger.counters(TENANT)).state.windows[Window.TOTAL].tasks
+    await store.accept("later")
+    found = await store.tasks.get("later")
+    assert found
+    assert found[0].created == found[1] == store.now
+    snapshot = await store.ledger.counters(TENANT)
+    assert snapshot.state.windows[Window.MINUTE].period == windows.period_of(Window.MINUTE, store.now)[0]
+    assert snapshot.state.windows[Window.TOTAL].tasks == before + 1
+
+
+async def test_offset_shrinks(store: Store) -> None:
+    """The offset is what the clock stepped back by, less a tenth of what has passed since, and then nothing."""
+    await store.reserve("r")
+    await store.wait(-STEP)
+    await store.tasks.claim(1)
+    assert await store.ledger.clock_offset() == STEP
+    await store.wait(60_000)
+    assert await store.ledger.clock_offset() == STEP - 6_000
+    await store.wait(10 * STEP)
+    await store.tasks.claim(1)
+    assert await store.ledger.clock_offset() == 0
+    assert await store.client.exists(store.keys.clock_offset) == 0
+
+
+async def test_store_of_an_earlier_version(store: Store) -> None:
+    """A store that keeps but the last time, ahead of the server's, is one whose clock has stepped back."""
+    await store.client.set(store.keys.clock, store.now + STEP)
+    await store.tasks.claim(1)
+    assert await store.ledger.clock_offset() == STEP
+
+
+async def test_reset(store: Store) -> None:
+    """A reset moves what is due with the ledger's time: nothing is due earlier or later by the server's clock."""
+    await store.accept("runs")
+    await store.reserve("dies")
+    await store.reserve("unknown")
+    await store.settle("unknown", ReservationState.UNKNOWN)
+    await store.wait(-STEP)
+    await store.tasks.claim(0)
+    due, lease = (
+        await store.client.zscore(store.keys.watch, "runs"),
+        await store.client.zscore(store.keys.leases, "dies"),
+    )
+    known = await store.books.submission("unknown")
+    assert await store.ledger.reset_clock([TENANT], [FIRST, SECOND]) == STEP
+    assert await store.ledger.clock_offset() == 0
+    assert await store.client.zscore(store.keys.watch, "runs") == due - STEP
+    assert await store.client.zscore(store.keys.leases, "dies") == lease - STEP
+    assert await store.books.submission("unknown") == known
+    assert await store.ledger.reset_clock([TENANT], [FIRST, SECOND]) == 0

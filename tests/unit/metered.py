@@ -35,6 +35,7 @@ SEEN = Seen(
     watch=Backlog(1, 0),
     webhooks=Backlog(2, 1500),
     webhooks_failed=3,
+    clock_offset=90_000,
 )
 
 

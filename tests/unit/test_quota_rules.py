@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from service.domain import booking, quota
 from service.domain.account import AccountState, Figure, Figures, Source, Status
+from service.domain.clock import Moment
 from service.domain.reservation import (
     Candidate,
     Granted,
@@ -23,6 +24,11 @@ NOW = 1_790_000_000_000
 DAY_ENDS = period_of(Window.DAY, NOW)[1]
 
 
+def at(now: int) -> Moment:
+    """A moment at which both clocks agree."""
+    return Moment(now, now)
+
+
 def account(number: int = 1, *, policy: AccountPolicy | None = None, **state: object) -> Candidate:
     return Candidate(number, policy or AccountPolicy(), AccountState(**state))  # type: ignore[arg-type] # its own fields
 
@@ -39,7 +45,7 @@ def reservation() -> Reservation:
 def reserve(
     tenant: TenantState, policy: TenantPolicy, *accounts: Candidate, made: Reservation | None = None
 ) -> Verdict:
-    return quota.reserve(tenant, policy, accounts, made or reservation(), NOW)
+    return quota.reserve(tenant, policy, accounts, made or reservation(), at(NOW))
 
 
 def test_refusal_changes_nothing() -> None:
@@ -107,9 +113,9 @@ def test_overrun() -> None:
     paying = account(count=figure(0), money=figure(1_000), highest={Kind.UPSCALE: 80})
     made = reservation()
     reserve(tenant, policy, paying, made=made)
-    booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(0, 870), None, DayUsage(), NOW + 5)
+    booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(0, 870), None, DayUsage(), at(NOW + 5))
     cost = booking.end(
-        tenant, policy, paying, "r", made, Figures(0, 870), NOW + 10, DayUsage(), NOW + 20, succeeded=True
+        tenant, policy, paying, "r", made, Figures(0, 870), NOW + 10, DayUsage(), at(NOW + 20), succeeded=True
     )
     assert cost == Cost(0, 130, Basis.OBSERVED)
     month = tenant.windows[Window.MONTH]
@@ -127,10 +133,19 @@ def test_receipt_of_one_that_was_not_alone() -> None:
     first, second = reservation(), reservation()
     for made in (first, second):
         reserve(tenant, TenantPolicy(), paying, made=made)
-        booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), NOW + 5)
+        booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), at(NOW + 5))
     for made in (first, second):
         cost = booking.end(
-            tenant, TenantPolicy(), paying, "r", made, Figures(0, 800), NOW + 10, DayUsage(), NOW + 20, succeeded=True
+            tenant,
+            TenantPolicy(),
+            paying,
+            "r",
+            made,
+            Figures(0, 800),
+            NOW + 10,
+            DayUsage(),
+            at(NOW + 20),
+            succeeded=True,
         )
         assert cost == Cost(0, 90, Basis.ESTIMATED)
     assert (paying.state.open, tenant.active) == (0, 0)
@@ -143,7 +158,7 @@ def test_moving_on() -> None:
     left, right = account(1, policy=prices), account(2, policy=AccountPolicy(max_price={Kind.UPSCALE: 90}))
     made = reservation()
     reserve(tenant, policy, left, right, made=made)
-    moved = quota.retarget(tenant, policy, left, Status.EXHAUSTED, [right], made, NOW + 1)
+    moved = quota.retarget(tenant, policy, left, Status.EXHAUSTED, [right], made, at(NOW + 1))
     assert isinstance(moved, Granted)
     assert (moved.account, made.account, made.holds) == (2, 2, dict.fromkeys(Window, 90))
     assert (left.state.status, left.state.open, right.state.open) == (Status.EXHAUSTED, 0, 1)
@@ -158,8 +173,8 @@ def test_nowhere_to_move() -> None:
     dear = account(2, policy=AccountPolicy(max_price={Kind.UPSCALE: 101}))
     made = reservation()
     reserve(tenant, policy, left, made=made)
-    assert isinstance(quota.retarget(tenant, policy, left, None, [], made, NOW), NoAccount)
-    assert isinstance(quota.retarget(tenant, policy, left, None, [dear], made, NOW), PolicyDenied)
+    assert isinstance(quota.retarget(tenant, policy, left, None, [], made, at(NOW)), NoAccount)
+    assert isinstance(quota.retarget(tenant, policy, left, None, [dear], made, at(NOW)), PolicyDenied)
     assert (made.account, tenant.windows[Window.DAY].money_reserved, left.state.open) == (1, 60, 1)
 
 
@@ -168,11 +183,13 @@ def test_late_settlement_replaces_unknown() -> None:
     for late, used, active in ((ReservationState.REFUSED, 0, 0), (ReservationState.ACCEPTED, 1, 1)):
         tenant, paying, made = TenantState(), account(), reservation()
         reserve(tenant, TenantPolicy(), paying, made=made)
-        assert booking.settle(tenant, paying, "r", made, ReservationState.UNKNOWN, Figures(), None, DayUsage(), NOW)
+        assert booking.settle(tenant, paying, "r", made, ReservationState.UNKNOWN, Figures(), None, DayUsage(), at(NOW))
         assert (tenant.windows[Window.DAY].tasks, tenant.active, paying.state.unknown) == (1, 0, 1)
-        assert booking.settle(tenant, paying, "r", made, late, Figures(), None, DayUsage(), NOW)
+        assert booking.settle(tenant, paying, "r", made, late, Figures(), None, DayUsage(), at(NOW))
         assert (tenant.windows[Window.DAY].tasks, tenant.active, paying.state.unknown) == (used, active, 0)
-        assert not booking.settle(tenant, paying, "r", made, ReservationState.UNKNOWN, Figures(), None, DayUsage(), NOW)
+        assert not booking.settle(
+            tenant, paying, "r", made, ReservationState.UNKNOWN, Figures(), None, DayUsage(), at(NOW)
+        )
 
 
 def test_settling_after_the_window() -> None:
@@ -180,7 +197,7 @@ def test_settling_after_the_window() -> None:
     tenant, paying, made = TenantState(), account(), reservation()
     reserve(tenant, TenantPolicy(), paying, made=made)
     later = NOW + 86_400_000
-    booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), later)
+    booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), at(later))
     roll(tenant, later)
     used = {window: (each.tasks, each.tasks_reserved) for window, each in tenant.windows.items()}
     assert used[Window.DAY] == used[Window.MINUTE] == (0, 0)
@@ -190,7 +207,37 @@ def test_settling_after_the_window() -> None:
 def test_lost_reservation_is_charged_where_it_was_made() -> None:
     """A reservation that the ledger lost counts in the windows of its creation, not of its discovery."""
     tenant, state, made = TenantState(), AccountState(), reservation()
-    booking.adopt(tenant, state, "r", made, DayUsage(), NOW + 86_400_000)
+    booking.adopt(tenant, state, "r", made, DayUsage(), at(NOW + 86_400_000))
     assert tenant.windows[Window.DAY].tasks == 0
     assert tenant.windows[Window.TOTAL].tasks == 1
     assert (made.state, state.unknown) == (ReservationState.UNKNOWN, 1)
+
+
+def test_counted_where_it_was_reserved() -> None:
+    """A reservation stays in the counters it was counted in, though the server's clock has stepped back since."""
+    tenant, paying, made = TenantState(), account(), reservation()
+    reserve(tenant, TenantPolicy(), paying, made=made)
+    stepped = Moment(NOW + 1, NOW - 86_400_000)
+    other = reservation()
+    quota.reserve(tenant, TenantPolicy(), [paying], other, stepped)
+    booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), stepped)
+    assert (tenant.windows[Window.DAY].tasks, tenant.windows[Window.DAY].tasks_reserved) == (0, 1)
+    roll(tenant, NOW)
+    assert (tenant.windows[Window.DAY].tasks, tenant.windows[Window.DAY].tasks_reserved) == (1, 0)
+
+
+def test_limit_of_a_period_that_comes_again() -> None:
+    """What was counted in a period is still counted once the server's clock has stepped back and comes to it again."""
+    tenant, paying = TenantState(), account()
+    policy = TenantPolicy(limits=(Limit(Window.DAY, tasks=1),))
+    assert isinstance(reserve(tenant, policy, paying), Granted)
+    before = quota.reserve(tenant, policy, [paying], reservation(), Moment(NOW + 1, NOW - 86_400_000))
+    assert isinstance(before, Granted)
+    assert isinstance(quota.reserve(tenant, policy, [paying], reservation(), at(NOW + 2)), PolicyDenied)
+
+
+def test_verdicts_tell_the_time_of_the_server() -> None:
+    """A grant tells when it was made and when its lease ends as the server's clock shows it."""
+    made = reservation()
+    verdict = quota.reserve(TenantState(), TenantPolicy(), [account()], made, Moment(NOW, NOW - 1_000))
+    assert verdict == Granted(1, NOW - 1_000, NOW + 179_000)

@@ -3,10 +3,10 @@
 -- KEYS     clock, watch, claims
 -- ARGV     MessagePack {reservations, task, interest, interested, check_after}: how the keys of tasks and of interest
 --          begin, which share the hash tag of KEYS, for how long the interest lasts, and the time between two checks
--- RETURNS  {now, each task or false}
+-- RETURNS  {wall, each task or false}
 local ask = cmsgpack.unpack(ARGV[1])
-local now = clock(KEYS[1])
-local found = {now}
+local now, wall = clock(KEYS[1])
+local found = {wall}
 for index, id in ipairs(ask.reservations) do
   local waits = redis.call('ZSCORE', KEYS[2], id)
   if waits or redis.call('ZSCORE', KEYS[3], id) then

@@ -11,14 +11,15 @@ if not newest or newest.reservation ~= ask.reservation then
   return {'passed', now}
 end
 state.in_vain = 0
+local claimed = math.min(ask.claimed, now)
 if not figures.count or not figures.money then
   state.newest = nil
 else
   state.looks = state.looks or figures.count ~= newest.count or figures.money ~= newest.money
   if state.looks then
-    newest.sent = math.max(ask.claimed, newest.sent)
+    newest.sent = math.max(claimed, newest.sent)
     newest.count, newest.money = figures.count, figures.money
-    observe(account, figures, 'check', ask.claimed, now)
+    observe(account, figures, 'check', claimed, now)
     tell(account, ask.reservations)
   end
 end

@@ -4,7 +4,7 @@
 --          check_after, lost_after, unusable_after, keep_reservation, keep_running, keep_ended, usage, keep_usage,
 --          reservations, channel, agenda}; usage and reservations are the prefixes of the keys of the tenant's days and of
 --          reservations, channel is where what can be seen of the task is announced
--- RETURNS  {'recorded', now, the task}, {'ended', now} if it had ended before, or {'gone', now}
+-- RETURNS  {'recorded', wall, the task}, {'ended', wall} if it had ended before, or {'gone', wall}
 local LONGEST, LONGEST_BACKOFF, SHARE_OF_AGE = 30000, 60000, 20
 
 -- How long after a check the next one is due, as service/domain/checks.py has it.
@@ -18,12 +18,12 @@ local function check_after(poll, age, misses, interesting)
 end
 
 local ask = cmsgpack.unpack(ARGV[1])
-local now = clock(KEYS[1])
+local now, wall = clock(KEYS[1])
 local task = unpacked(redis.call('GET', KEYS[5]))
 redis.call('ZREM', KEYS[7], ask.reservation)
 if not task or task.finished then
   redis.call('ZREM', KEYS[6], ask.reservation)
-  return {task and 'ended' or 'gone', now}
+  return {task and 'ended' or 'gone', wall}
 end
 
 -- Answers that tell nothing of the task end it once they add up to long enough; time without an answer does not count.
@@ -34,7 +34,7 @@ if answered == 'silent' or answered == 'unusable' then
   task.useless_at = now
   if answered == 'silent' then
     task.silent = (task.silent or 0) + (task.silent_at and now - task.silent_at or 0)
-    task.silent_at, task.checked = now, now
+    task.silent_at, task.checked = now, wall
   else
     task.silent_at = nil
   end
@@ -57,14 +57,15 @@ if answered == 'succeeded' or answered == 'failed' then
     local tenant, account = load_tenant(KEYS[2]), load_account(KEYS[4], ask.account)
     local state, figures, succeeded = account.state, ask.figures, answered == 'succeeded'
     local before = tally(reservation)
-    roll(tenant, now)
+    roll(tenant, wall)
     count(tenant, reservation, -1)
     state.open = state.open - 1
-    local asked = (by_itself(state, reservation) or state.looks) and ask.claimed or reservation.sent
+    local claimed = math.min(ask.claimed, now)
+    local asked = (by_itself(state, reservation) or state.looks) and claimed or math.min(reservation.sent, now)
     observe(account, figures, 'check', asked, now)
     cost = receipt(account, reservation, figures, succeeded)
     if succeeded then
-      finished(state, ask.reservation, figures, ask.claimed)
+      finished(state, ask.reservation, figures, claimed)
     end
     conclude(state, reservation, figures, asked, now)
     reservation.holds, reservation.cost, reservation.succeeded = {}, cost, succeeded
@@ -76,8 +77,8 @@ if answered == 'succeeded' or answered == 'failed' then
     book(ask.usage, ask.reservation, reservation, before, ask.keep_usage)
     if not reservation.refund then
       for _, limit in ipairs(tenant.policy.limits) do
-        local counter = tenant.state.windows[limit.window]
-        if limit.money and reservation.periods[limit.window] == counter.period then
+        local counter = counter_of(tenant, limit.window, reservation.periods[limit.window])
+        if limit.money and counter then
           counter.overrun = counter.overrun + math.min(math.max(counter.money - limit.money, 0), cost.money)
         end
       end
@@ -87,30 +88,31 @@ if answered == 'succeeded' or answered == 'failed' then
     save(account)
     save_reservation(KEYS[3], reservation, ask.keep_reservation)
   end
-  task.state, task.updated, task.finished, task.checked = answered, now, now, now
+  task.state, task.updated, task.finished, task.checked = answered, wall, wall, wall
   task.artifacts, task.error, task.cost, task.version = ask.artifacts, failure, cost, task.version + 1
   task.silent, task.silent_at, task.useless, task.useless_at = nil, nil, nil, nil
   keep = ask.keep_ended
   redis.call('ZREM', KEYS[6], ask.reservation)
   if task.webhook then
-    local delivery = {task = task.id, tenant = task.tenant, url = task.webhook, created = now, attempts = 0}
-    enqueue(ask.agenda, ask.reservation, delivery, now, now)
+    local delivery = {task = task.id, tenant = task.tenant, url = task.webhook, created = wall, attempts = 0}
+    enqueue(ask.agenda, ask.reservation, delivery, 0, now, wall)
   end
 else
   if answered == 'running' then
-    task.checked = now
+    task.checked = wall
     if task.state == 'queued' then
-      task.state, task.updated, task.version = 'running', now, task.version + 1
+      task.state, task.updated, task.version = 'running', wall, task.version + 1
     end
   end
   local misses = (answered == 'nothing' or answered == 'unusable') and (task.misses or 0) + 1 or 0
   task.misses = misses > 0 and misses or nil
   local interesting = task.webhook or redis.call('EXISTS', KEYS[8]) == 1
-  redis.call('ZADD', KEYS[6], now + check_after(ask.check_after, now - task.created, misses, interesting), ask.reservation)
+  local wait = check_after(ask.check_after, wall - task.created, misses, interesting)
+  redis.call('ZADD', KEYS[6], now + wait, ask.reservation)
 end
 local packed = cmsgpack.pack(task)
 redis.call('SET', KEYS[5], packed, 'PX', keep)
 if task.version > version then
-  redis.call('PUBLISH', ask.channel, cmsgpack.pack({ask.reservation, now, task}))
+  redis.call('PUBLISH', ask.channel, cmsgpack.pack({ask.reservation, wall, task}))
 end
-return {'recorded', now, packed}
+return {'recorded', wall, packed}

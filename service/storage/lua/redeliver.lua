@@ -3,7 +3,7 @@
 -- ARGV     MessagePack {id, agenda}
 -- RETURNS  {'again', now, the delivery}, or {'unknown', now}
 local ask = cmsgpack.unpack(ARGV[1])
-local now = clock(KEYS[1])
+local now, wall = clock(KEYS[1])
 local agenda, id = ask.agenda, ask.id
 local delivery = unpacked(redis.call('GET', agenda.delivery .. id))
 if not delivery then
@@ -12,6 +12,6 @@ end
 if not redis.call('ZSCORE', agenda.claims .. receiver_of(delivery), id) then
   delivery.attempts = 0
   redis.call('ZREM', agenda.failed, id)
-  enqueue(agenda, id, delivery, now, now)
+  enqueue(agenda, id, delivery, 0, now, wall)
 end
 return {'again', now, cmsgpack.pack(delivery)}

@@ -2,27 +2,28 @@
 -- KEYS     clock, tenant, reservation, leases, account...
 -- ARGV     MessagePack {reservation, tenant, kind, lease, keep, accounts, reservations, idempotency}; reservations is the
 --          prefix of their keys, idempotency {at, key, content, keep}: where that key is kept, with what, and how long
--- RETURNS  {'granted', tenant's state, now, account, lease}
---          {'denied', tenant's state, now, {policy, limit, resets_at or 0}...}
---          {'no-account', tenant's state, now, look_at or 0}
---          {'replayed', tenant's state, now, reservation, its state}, {'in-flight', tenant's state, now} or
---          {'key-reused', tenant's state, now}: what was submitted before under the same idempotency key
---          {'settled', tenant's state, now}: it was given up before it arrived
---          {'gone', tenant's state, now}: there is no such tenant (any more)
+-- RETURNS  all times in the server's time:
+--          {'granted', tenant's state, wall, account, lease}
+--          {'denied', tenant's state, wall, {policy, limit, resets_at or 0}...}
+--          {'no-account', tenant's state, wall, look_at or 0}
+--          {'replayed', tenant's state, wall, reservation, its state}, {'in-flight', tenant's state, wall} or
+--          {'key-reused', tenant's state, wall}: what was submitted before under the same idempotency key
+--          {'settled', tenant's state, wall}: it was given up before it arrived
+--          {'gone', tenant's state, wall}: there is no such tenant (any more)
 local ask = cmsgpack.unpack(ARGV[1])
-local now = clock(KEYS[1])
+local now, wall = clock(KEYS[1])
 local tenant = load_tenant(KEYS[2])
-roll(tenant, now)
+roll(tenant, wall)
 
 if not tenant.kept then
-  return {'gone', cmsgpack.pack(tenant.state), now}
+  return {'gone', cmsgpack.pack(tenant.state), wall}
 end
 local known = load_reservation(KEYS[3])
 if known then
   if known.state == 'not-sent' or known.state == 'refused' then
-    return {'settled', cmsgpack.pack(tenant.state), now}
+    return {'settled', cmsgpack.pack(tenant.state), wall}
   end
-  return {'granted', cmsgpack.pack(tenant.state), now, known.account, known.lease}
+  return {'granted', cmsgpack.pack(tenant.state), wall, known.account, known.lease - now + wall}
 end
 
 local idempotency = ask.idempotency
@@ -31,11 +32,11 @@ if first then
   local id, content = first:match('^(%S+) (%S+)$')
   local earlier = load_reservation(ask.reservations .. id)
   if earlier and content ~= idempotency.content then
-    return {'key-reused', cmsgpack.pack(tenant.state), now}
+    return {'key-reused', cmsgpack.pack(tenant.state), wall}
   elseif earlier and earlier.state == 'reserved' then
-    return {'in-flight', cmsgpack.pack(tenant.state), now}
+    return {'in-flight', cmsgpack.pack(tenant.state), wall}
   elseif earlier then
-    return {'replayed', cmsgpack.pack(tenant.state), now, id, earlier.state}
+    return {'replayed', cmsgpack.pack(tenant.state), wall, id, earlier.state}
   end
 end
 
@@ -48,7 +49,7 @@ local refused, holds = {}, {}
 for _, limit in ipairs(tenant.policy.limits) do
   local counter = tenant.state.windows[limit.window]
   if limit.tasks and counter.tasks + counter.tasks_reserved >= limit.tasks then
-    refused[#refused + 1] = {limit.window .. '-tasks', limit.tasks, resets_at(limit.window, now) or 0}
+    refused[#refused + 1] = {limit.window .. '-tasks', limit.tasks, resets_at(limit.window, wall) or 0}
   end
 end
 local max_active = tenant.policy.max_active
@@ -57,20 +58,21 @@ if max_active and tenant.state.active >= max_active then
 end
 local account, retry = choose(accounts, tenant.policy.purse, ask.kind, now)
 if account then
-  holds = money_holds(tenant, price_to_hold(account, ask.kind), now, refused)
+  holds = money_holds(tenant, price_to_hold(account, ask.kind), wall, refused)
 end
 if #refused > 0 then
-  return {'denied', cmsgpack.pack(tenant.state), now, unpack(refused)}
+  return {'denied', cmsgpack.pack(tenant.state), wall, unpack(refused)}
 elseif not account then
-  return {'no-account', cmsgpack.pack(tenant.state), now, retry or 0}
+  return {'no-account', cmsgpack.pack(tenant.state), wall, retry and retry - now + wall or 0}
 end
 
 local reservation = {
-  state = 'reserved', tenant = ask.tenant, kind = ask.kind, created = now, lease = now + ask.lease, settled = 0,
+  state = 'reserved', tenant = ask.tenant, kind = ask.kind, created = wall, lease = now + ask.lease, settled = 0,
   key = idempotency and idempotency.key, periods = {},
 }
 for _, window in ipairs(WINDOWS) do
-  reservation.periods[window] = tenant.state.windows[window].period
+  local counter = tenant.state.windows[window]
+  reservation.periods[window] = counter.name or counter.period
 end
 aim(account, reservation, holds, tenant.policy.purse, now)
 count(tenant, reservation, 1)
@@ -81,4 +83,4 @@ redis.call('ZADD', KEYS[4], reservation.lease, ask.reservation)
 if idempotency then
   redis.call('SET', idempotency.at, ask.reservation .. ' ' .. idempotency.content, 'PX', idempotency.keep)
 end
-return {'granted', cmsgpack.pack(tenant.state), now, account.id, reservation.lease}
+return {'granted', cmsgpack.pack(tenant.state), wall, account.id, reservation.lease - now + wall}

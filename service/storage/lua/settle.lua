@@ -8,19 +8,19 @@
 --          a late one came before the sender's own, which goes first while its lease runs, or
 --          {'elsewhere', now, account} if the reservation is on another account than the caller thought
 local ask = cmsgpack.unpack(ARGV[1])
-local now = clock(KEYS[1])
+local now, wall = clock(KEYS[1])
 local tenant = load_tenant(KEYS[2])
 local account = load_account(KEYS[5], ask.account)
 local reservation = load_reservation(KEYS[3])
 local outcome = ask.outcome
-roll(tenant, now)
+roll(tenant, wall)
 
 if reservation and reservation.account ~= ask.account then
   return {'elsewhere', now, reservation.account}
 elseif not reservation then
   reservation = {
     state = 'unknown', tenant = ask.tenant, account = ask.account, kind = ask.kind, created = ask.created,
-    sent = ask.created, lease = ask.created, seq = 0, alone = false, settled = 0, periods = {}, holds = {},
+    sent = math.min(ask.created, now), lease = ask.created, seq = 0, alone = false, settled = 0, periods = {}, holds = {},
   }
   if outcome == 'refused' or outcome == 'not-sent' then
     reservation.state = outcome
@@ -121,7 +121,7 @@ if outcome == 'accepted' then
   }
   redis.call('SET', KEYS[6], cmsgpack.pack(task), 'PX', ask.keep)
   redis.call('ZADD', KEYS[7], reservation.created, ask.reservation)
-  redis.call('ZREMRANGEBYSCORE', KEYS[7], '-inf', now - ask.keep)
+  redis.call('ZREMRANGEBYSCORE', KEYS[7], '-inf', wall - ask.keep)
   redis.call('PEXPIRE', KEYS[7], ask.keep)
   redis.call('ZADD', KEYS[8], now + draft.check_after, ask.reservation)
 end

@@ -12,7 +12,7 @@ from service.domain.webhook import DeliveryState
 
 
 class Delivery(Struct, frozen=True, kw_only=True):
-    """The end of `task`, by its public id, to be told at `url`. Times are milliseconds of the ledger's clock.
+    """The end of `task`, by its public id, to be told at `url`. Times are milliseconds of the server's clock.
 
     `due` is when it is tried next, `attempts` counts the tries since it was last sent from the start. Of the last one:
     the `status` of its answer and how that begins, and the `error` if it was no success.

@@ -57,7 +57,7 @@ class Settlement(Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(Struct, frozen=True):
-    """A tenant's counters at a moment of the ledger's clock."""
+    """A tenant's counters at a moment of the server's clock."""
 
     state: TenantState
     now: int
@@ -99,11 +99,22 @@ class Ledger(Protocol):
         ...
 
     async def counters_of(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
-        """The counters of all these tenants, and the ledger's time."""
+        """The counters of all these tenants, and the server's time."""
         ...
 
     async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
-        """What is known of each account."""
+        """What is known of each account, with all times in the server's time."""
+        ...
+
+    async def clock_offset(self) -> int:
+        """By how many milliseconds the ledger's time is ahead of the server's: 0 unless that has stepped back."""
+        ...
+
+    async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
+        """Make the ledger's time the server's again, and with it all that is due; by how many milliseconds.
+
+        `tenants` and `accounts` are all there are: what is known of them is kept in the ledger's time too.
+        """
         ...
 
     async def reopen(self, account: int) -> None:
@@ -138,5 +149,5 @@ class Books(Protocol):
         ...
 
     async def today(self) -> int:
-        """The day, counted from the epoch, that it is by the ledger's clock, by which submissions get theirs."""
+        """The day, counted from the epoch, that it is by the server's clock, by which submissions get theirs."""
         ...

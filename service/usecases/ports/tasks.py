@@ -34,7 +34,7 @@ class Tasks(Protocol):
     """The tasks the ledger accepted, and which of them are to be checked when."""
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
-        """A task and the ledger's time now; None if it is not known (any more)."""
+        """A task and the server's time now; None if it is not known (any more)."""
         ...
 
     async def attend(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:

@@ -45,11 +45,11 @@ local function save_delivery(agenda, id, delivery)
   redis.call('SET', agenda.delivery .. id, cmsgpack.pack(delivery), 'PX', agenda.keep)
 end
 
--- Has a delivery sent at a time.
-local function enqueue(agenda, id, delivery, due, now)
+-- Has a delivery sent after a while.
+local function enqueue(agenda, id, delivery, wait, now, wall)
   local receiver = receiver_of(delivery)
-  delivery.state, delivery.updated, delivery.due = 'pending', now, due
+  delivery.state, delivery.updated, delivery.due = 'pending', wall, wall + wait
   save_delivery(agenda, id, delivery)
-  redis.call('ZADD', agenda.queue .. receiver, due, id)
+  redis.call('ZADD', agenda.queue .. receiver, now + wait, id)
   take_turn(agenda, receiver, now)
 end

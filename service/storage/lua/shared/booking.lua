@@ -21,7 +21,7 @@ local function save_reservation(key, reservation, keep)
   redis.call('SET', key, cmsgpack.pack(reservation), 'PX', keep)
 end
 
--- Puts in what a reservation counts for in the windows that are still its own; with a sign of -1 takes it out.
+-- Puts in what a reservation counts for in the windows it was counted in, if they are kept; with a sign of -1 takes it out.
 local function count(tenant, reservation, sign)
   local state, cost, holds = reservation.state, reservation.cost, reservation.holds
   local open = state == 'reserved' or (state == 'accepted' and not cost)
@@ -32,8 +32,8 @@ local function count(tenant, reservation, sign)
     tenant.state.kinds, tenant.state.active = kinds, tenant.state.active + sign
   end
   for _, window in ipairs(WINDOWS) do
-    local counter = tenant.state.windows[window]
-    if reservation.periods[window] == counter.period then
+    local counter = counter_of(tenant, window, reservation.periods[window])
+    if counter then
       local held = holds[window] or 0
       if state == 'reserved' then
         counter.tasks_reserved = counter.tasks_reserved + sign

@@ -1,6 +1,6 @@
 -- Holding and moving places, as service/domain/quota.py has it.
 
-local function money_holds(tenant, price, now, refused)
+local function money_holds(tenant, price, wall, refused)
   local holds, most = {}, 0
   for _, limit in ipairs(tenant.policy.limits) do
     if limit.money then
@@ -8,7 +8,7 @@ local function money_holds(tenant, price, now, refused)
       local remaining = limit.money - counter.money - counter.money_reserved
       local wanted = price or math.max(remaining, 1)
       if wanted > math.max(remaining, 0) then
-        refused[#refused + 1] = {limit.window .. '-money', limit.money, resets_at(limit.window, now) or 0}
+        refused[#refused + 1] = {limit.window .. '-money', limit.money, resets_at(limit.window, wall) or 0}
       end
       holds[limit.window], most = wanted, math.max(most, wanted)
     end

@@ -1,8 +1,9 @@
 -- The clock, the states and the calendar: shared by the scripts, which are put behind all that is in this folder.
 --
 -- The rules are those of the modules of the same names in service/domain, name for name: there they are specified, here
--- they are carried out where nothing can come between. Times are milliseconds, money is in fen. States are kept as MessagePack;
--- nothing that may be empty is a table in them, since Lua does not tell an empty list from an empty map.
+-- they are carried out where nothing can come between. Times are milliseconds, `now` in the ledger's time and `wall` in the
+-- server's; money is in fen. States are kept as MessagePack; nothing that may be empty is a table in them, since Lua does
+-- not tell an empty list from an empty map.
 
 local WINDOWS = {'minute', 'hour', 'day', 'month', 'total'}
 local PROBE_INTERVAL = 60000
@@ -11,16 +12,29 @@ local ONE_AT_A_TIME = 2000
 local UNKNOWN_SETTLES = 600000
 local DAY = 86400000
 
--- The ledger's clock: the larger of TIME and the last time seen, since a failover can step TIME back.
+-- The ledger's time and the server's, as service/domain/clock.py has it. What was last seen of the first is kept at `key`,
+-- by how much it was ahead beside it, in tenths of a millisecond, and only while it was.
 local function clock(key)
   local time = redis.call('TIME')
-  local now = time[1] * 1000 + math.floor(time[2] / 1000)
-  local seen = tonumber(redis.call('GET', key) or 0)
-  if seen >= now then
-    return seen
+  local wall = time[1] * 1000 + math.floor(time[2] / 1000)
+  local kept = redis.call('MGET', key, key .. ':offset')
+  local last, offset = tonumber(kept[1] or 0), tonumber(kept[2] or 0)
+  local elapsed, left = wall - last + math.ceil(offset / 10), 0
+  if elapsed < 0 then
+    left = (last - wall) * 10
+  elseif offset > 0 then
+    left = math.max(offset - elapsed, 0)
   end
-  redis.call('SET', key, string.format('%d', now))
-  return now
+  local now = wall + math.ceil(left / 10)
+  if now ~= last then
+    redis.call('SET', key, string.format('%d', now))
+  end
+  if left > 0 then
+    redis.call('SET', key .. ':offset', string.format('%d', left))
+  elseif offset > 0 then
+    redis.call('DEL', key .. ':offset')
+  end
+  return now, wall
 end
 
 -- No drop is expected.
@@ -98,12 +112,51 @@ local function resets_at(window, at)
   return period_of(window, period_of(window, at) + 32 * DAY)
 end
 
-local function roll(tenant, now)
+-- Begins the windows anew whose period is over. Where the server's time has stepped back into an earlier period, the counter
+-- of the later one is set aside until its period comes again, and the earlier one, which may have been counted before, is
+-- counted under another name.
+local function roll(tenant, wall)
+  local state = tenant.state
   for _, window in ipairs(WINDOWS) do
-    local period, counter = period_of(window, now), tenant.state.windows[window]
+    local period, counter = period_of(window, wall), state.windows[window]
     if not counter or counter.period ~= period then
-      tenant.state.windows[window] =
-        {period = period, tasks = 0, tasks_reserved = 0, money = 0, money_reserved = 0, overrun = 0}
+      local known, later, begun = state.later and state.later[window] or {}, {}, nil
+      if counter then
+        known[#known + 1] = counter
+      end
+      for _, each in ipairs(known) do
+        if each.period == period then
+          begun = each
+        elseif each.period > period then
+          later[#later + 1] = each
+        end
+      end
+      if not begun then
+        begun = {period = period, tasks = 0, tasks_reserved = 0, money = 0, money_reserved = 0, overrun = 0}
+        if later[1] then
+          state.names = (state.names or 0) + 1
+          begun.name = -state.names
+        end
+      end
+      state.windows[window] = begun
+      if later[1] or state.later then
+        state.later = state.later or {}
+        state.later[window] = later[1] and later or nil
+        state.later = next(state.later) and state.later or nil
+      end
+    end
+  end
+end
+
+-- The counter of a window in which a reservation was counted, if there still is one.
+local function counter_of(tenant, window, name)
+  local counter = tenant.state.windows[window]
+  if (counter.name or counter.period) == name then
+    return counter
+  end
+  for _, each in ipairs(tenant.state.later and tenant.state.later[window] or {}) do
+    if (each.name or each.period) == name then
+      return each
     end
   end
 end

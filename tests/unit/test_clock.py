@@ -1,0 +1,65 @@
+"""The ledger's time, whatever the server's clock does."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.domain.clock import LedgerClock, Moment
+
+START = 1_790_000_000_000
+MINUTE = 60_000
+
+
+def test_in_step() -> None:
+    """While the server's clock goes on, the ledger's time is the server's, at whatever speed that goes."""
+    clock = LedgerClock()
+    for wall in (START, START + 1, START + 1, START + 86_400_000):
+        clock = clock.advance(wall)
+        assert clock == LedgerClock(wall, 0)
+
+
+def test_step_back() -> None:
+    """After a step back the ledger's time goes on from where it was at nine tenths of its speed, until they agree."""
+    clock = LedgerClock(START, 0).advance(START - 20 * MINUTE)
+    assert clock.last == START
+    ahead = clock.advance(START - 10 * MINUTE)
+    assert ahead.last == START + 9 * MINUTE
+    level = ahead.advance(START + 180 * MINUTE)
+    assert level == LedgerClock(START + 180 * MINUTE, 0)
+
+
+def test_steps_add_up() -> None:
+    """A second step back before the first is made good adds to the offset."""
+    clock = LedgerClock(START, 0).advance(START - MINUTE).advance(START - 3 * MINUTE)
+    assert (clock.last, clock.offset) == (START, 3 * MINUTE * 10)
+
+
+@given(st.lists(st.integers(-2_000_000, 2_000_000) | st.integers(0, 30)))
+def test_never_back(steps: list[int]) -> None:
+    """It never goes back, is never behind the server's, and goes on whenever that has gone on for some time."""
+    wall, clock = START, LedgerClock(START, 0)
+    for step in steps:
+        wall += step
+        after = clock.advance(wall)
+        assert after.last >= max(clock.last, wall)
+        if step > 0:
+            assert after.last - clock.last >= step * 9 // 10
+        clock = after
+
+
+@given(st.integers(1, 10**7), st.lists(st.integers(0, 10**6)))
+def test_however_often_it_is_read(offset: int, steps: list[int]) -> None:
+    """It does not matter how often the clock is read in between."""
+    clock = one = LedgerClock(START + 1_000_000, offset)
+    wall = clock.last - -(-offset // 10)
+    for step in steps:
+        wall += step
+        clock = clock.advance(wall)
+    assert clock == one.advance(wall)
+
+
+def test_shown() -> None:
+    """A time of the ledger is shown as the server's clock has it, and never stays never."""
+    moment = Moment(START, START - MINUTE)
+    assert (moment.offset, moment.shown(START + 1), moment.shown(0)) == (MINUTE, START + 1 - MINUTE, 0)
