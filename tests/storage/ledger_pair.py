@@ -118,7 +118,7 @@ class LedgerPair(RuleBasedStateMachine):
             assert known == model.account_states.get(account, AccountState()), account
         stored = await self.scripts.read(*(("GET", keys.reservation(each)) for each in names))
         for name, packed in zip(names, stored, strict=True):
-            assert canonical(decoded(packed, Reservation)) == canonical(model.reservations[name]), (name, decoded(packed, Reservation), model.reservations[name])
+            assert canonical(decoded(packed, Reservation)) == canonical(model.reservations[name]), name
         usage, expected = await self.books.usage(TENANT, days), await model.usage(TENANT, days)
         assert list(map(plain_day, usage)) == list(map(plain_day, expected))
         await self._compare_tasks()

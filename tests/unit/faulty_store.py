@@ -229,6 +229,12 @@ class Line:
     async def reopen(self, account: int) -> None:
         await self._store.reopen(account)
 
+    async def clock_offset(self) -> int:
+        return await self._store.clock_offset()
+
+    async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
+        return await self._store.reset_clock(tenants, accounts)
+
     async def look(self, account: int, *, count_only: bool) -> Look | None:
         return await self._store.look(account, count_only=count_only)
 
