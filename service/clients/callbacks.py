@@ -16,6 +16,7 @@ import structlog
 
 from service import __version__
 from service.clients.addresses import Address, AddressRefused, CheckedTransport, Resolver, UnknownHost, public, resolve
+from service.clients.deadline import Deadline
 from service.clients.local_errors import local_error
 from service.domain.errors import Overloaded
 from service.domain.webhook import Webhook
@@ -55,7 +56,7 @@ class CallbackClient:
 
         try:
             with self._tracer.call("POST", url) as span:
-                async with asyncio.timeout(self._seconds):
+                async with Deadline(self._seconds):
                     # What may be reached is another matter for each tenant, and nothing is kept from call to call.
                     transport = CheckedTransport(allowed, tls=self._tls, resolver=self._resolver)
                     async with self._client(transport) as client:
@@ -74,7 +75,7 @@ class CallbackClient:
             transport=transport,
             trust_env=False,
             follow_redirects=False,
-            timeout=self._seconds,
+            timeout=httpx2.Timeout(self._seconds, read=None),
             headers=_HEADERS,
         )
 

@@ -11,7 +11,7 @@ import ssl
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import IO, Any, Self
@@ -22,6 +22,7 @@ from msgspec import Struct
 from service import __version__
 from service.clients.breaker import Attempt, Breaker
 from service.clients.callbacks import retry_seconds
+from service.clients.deadline import Deadline
 from service.clients.decoder import LARGEST_BODY
 from service.clients.local_errors import local_error
 from service.telemetry.tracing import UNTRACED, Tracer
@@ -31,7 +32,9 @@ MAX_REQUESTS = 64
 BODY_SECONDS = 5.0
 """The body of a response whose status is no success is read for so long: it only explains the status."""
 KEEP_ALIVE_SECONDS = 15
-_TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=30, pool=None).as_dict()
+READ_SECONDS = 30.0
+"""An answer, and each part of it, has to come within this."""
+_TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=None, pool=None).as_dict()
 
 File = tuple[str, IO[bytes], str]
 """A file of a form: its name, its bytes, its media type."""
@@ -124,7 +127,7 @@ class Line:
             # The context of the trace is not passed on: it tells a third party who belongs together, and in
             # `tracestate` whatever the tools of our callers write there, for nothing that we would get of it.
             with self._tracer.call("POST", url, private=False) as span:
-                async with asyncio.timeout(seconds), self._turn():
+                async with Deadline(seconds) as deadline, self._turn():
                     request = httpx2.Request(
                         "POST",
                         url,
@@ -133,8 +136,8 @@ class Line:
                         headers=self._headers,
                         extensions={"trace": sending, "timeout": _TIMEOUTS},
                     )
-                    sending.begin()
-                    answer = await self._answer(request)
+                    sending.begin(deadline)
+                    answer = await self._answer(request, deadline)
                 span.answered(answer.status)
                 return answer
         except Exception as error:  # noqa: BLE001 - what is below lets through more than it declares
@@ -161,12 +164,12 @@ class Line:
             self.busy -= 1
             self._gate.release()
 
-    async def _answer(self, request: httpx2.Request) -> Answer:
+    async def _answer(self, request: httpx2.Request, deadline: Deadline) -> Answer:
         # The one that was used last is the likeliest to be connected yet.
         transport = self._idle.pop() if self._idle else self._transport()
         keeps = False
         try:
-            answer = await self._read(await transport.handle_async_request(request))
+            answer = await self._read(await transport.handle_async_request(request), deadline)
             keeps = self._keeps and not answer.cut
             return answer
         finally:
@@ -176,12 +179,13 @@ class Line:
             else:
                 await transport.aclose()
 
-    async def _read(self, response: httpx2.Response) -> Answer:
+    async def _read(self, response: httpx2.Response, deadline: Deadline) -> Answer:
         """Read a response. What came of a body that breaks off may be all that is needed of it."""
         status, body, cut = response.status_code, bytearray(), ""
         try:
-            async with asyncio.timeout(None if response.is_success else BODY_SECONDS):
+            async with nullcontext() if response.is_success else Deadline(BODY_SECONDS):
                 async for chunk in response.aiter_raw():
+                    deadline.next_within(READ_SECONDS)
                     body += chunk
                     if len(body) > LARGEST_BODY:
                         cut = "the answer is too large"
@@ -209,13 +213,15 @@ class _Sending:
     def __init__(self, breaker: Breaker) -> None:
         self._breaker = breaker
         self._attempt: Attempt | None = None
+        self._deadline: Deadline | None = None
         self._begun = False
         self._connecting = False
         self._sent = False
         self._failed = False
 
-    def begin(self) -> None:
+    def begin(self, deadline: Deadline) -> None:
         """The request is about to be sent. Raises NotSent where that is not worth trying."""
+        self._deadline = deadline
         self._attempt = self._breaker.admit()
         if self._attempt is None:
             raise NotSent("the breaker is open")
@@ -227,6 +233,8 @@ class _Sending:
         elif not self._sent:
             self._sent = True
             self._report(self._breaker.connected)
+        if self._deadline and event.endswith("receive_response_headers.started"):
+            self._deadline.next_within(READ_SECONDS)
 
     def verdict(self, error: Exception) -> NotSent | Lost:
         """What an error means for the request."""

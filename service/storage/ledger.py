@@ -216,8 +216,6 @@ class RedisLedger:
     async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
         """Make the ledger's time the server's again, and all that is kept in it earlier by as much; by how much."""
         keys = self._keys
-        (time,) = await self._scripts.read(self._keys.time)
-        today = server_time(time) // DAY
         (offset,) = await self._scripts.call(
             "reset_clock",
             [keys.clock, keys.leases, keys.watch, keys.claims, keys.receivers, *map(keys.account, accounts)],
@@ -226,7 +224,7 @@ class RedisLedger:
                 "reservations": keys.reservation(""),
                 "tasks": keys.task(""),
                 "usages": [keys.usage(tenant, "") for tenant in tenants],
-                "days": (today - self._spans.keep // DAY, today + 1),
+                "keep": self._spans.keep,
                 "queues": keys.deliveries_due(""),
                 "delivery_claims": keys.deliveries_claimed(""),
                 "failing": keys.failing(""),

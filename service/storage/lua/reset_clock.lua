@@ -1,8 +1,8 @@
 -- Makes the ledger's time the server's again, and moves all that is kept in the ledger's time with it.
 -- KEYS     clock, leases, watch, claims, receivers, account...
--- ARGV     MessagePack {accounts, reservations, tasks, usages, days, queues, delivery_claims, failing}: the accounts' ids, how
---          the keys of reservations, tasks and each tenant's days of usage begin, the first and the last of these days, in
---          which unknown submissions are named, and how the keys of receivers begin; all share the hash tag of KEYS
+-- ARGV     MessagePack {accounts, reservations, tasks, usages, keep, queues, delivery_claims, failing}: the accounts' ids, how
+--          the keys of reservations, tasks and each tenant's days of usage begin, for how long reservations are kept, and how
+--          the keys of receivers begin; all share the hash tag of KEYS
 -- RETURNS  {offset}: by how much the ledger's time was ahead
 local ask = cmsgpack.unpack(ARGV[1])
 local now, wall = clock(KEYS[1])
@@ -47,16 +47,23 @@ for index = 3, 4 do
     end
   end
 end
-for _, usage in ipairs(ask.usages) do
-  for day = ask.days[1], ask.days[2] do
-    for _, field in ipairs(redis.call('HKEYS', string.format('%s%d', usage, day))) do
-      local id = field:match('^unknown (%S+)$')
-      if id then
-        move_reservation(id, 'unknown')
+-- Unknown submissions are named in the usage of the days on which they were made, by the clock before it stepped back or since.
+local function move_unknown(from, to)
+  for _, usage in ipairs(ask.usages) do
+    for day = from, to do
+      for _, field in ipairs(redis.call('HKEYS', string.format('%s%d', usage, day))) do
+        local id = field:match('^unknown (%S+)$')
+        if id then
+          move_reservation(id, 'unknown')
+        end
       end
     end
   end
 end
+
+local today, latest, kept = math.floor(wall / DAY), math.floor(now / DAY), math.ceil(ask.keep / DAY)
+move_unknown(today - kept, today)
+move_unknown(math.max(today + 1, latest - kept), latest)
 for _, receiver in ipairs(move(KEYS[5])) do
   move(ask.queues .. receiver)
   move(ask.delivery_claims .. receiver)
