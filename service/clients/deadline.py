@@ -32,10 +32,10 @@ class Deadline:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
         if self._timer:
             self._timer.cancel()
-        return await self._scope.__aexit__(kind, error, trace)
+        await self._scope.__aexit__(kind, error, trace)
 
     def next_within(self, seconds: float) -> None:
         """End already after so many seconds from now, unless this is called again before."""

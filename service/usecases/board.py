@@ -23,17 +23,25 @@ REMEMBERED = 10_000
 """How many tasks are held at the most, beside those that are waited for: the ones asked for last."""
 RUNNING_SECONDS = 1.0
 """For how long a task that runs is shown from memory. One that has ended does not change any more."""
+VERIFIED_SECONDS = 1.0
+"""For how long a task that has ended is shown from memory before the store is asked whether it still knows it."""
+_OVERTAKEN_MS = 60_000
+"""Reads overtake each other by less: what was checked longer ago was so by a clock that has stepped back since."""
 MOST_WATCHERS = 10_000
 """How many may wait in one process, each of whom holds a connection and some memory."""
 _FULL_SECONDS = 5.0
 
 
 class Seen(Struct, frozen=True):
-    """A task, the ledger's time (ms) when it was known to be so, and when that was by the monotonic clock."""
+    """A task, the server's time (ms) when it was known to be so, and when that was by the monotonic clock.
+
+    It is not `recorded` if the upstream told an end that the store has not confirmed.
+    """
 
     task: Task
     now: int
     at: float
+    recorded: bool = True
 
     @property
     def age(self) -> float:
@@ -50,11 +58,11 @@ class Watcher:
         self._woken: asyncio.Future[None] | None = None
 
     async def changed(self, version: int, seconds: float) -> Seen | None:
-        """The task in a version after `version`; None if there is none within `seconds`, or the board is closed."""
+        """The task once it has ended or is later than `version`; None if not within `seconds`, or at the close."""
         deadline = time.monotonic() + seconds
         while True:
             seen = self._board.newest(self._reservation)
-            if seen and seen.task.version > version:
+            if seen and (seen.task.version > version or seen.task.state.ended):
                 return seen
             left = deadline - time.monotonic()
             if self._board.closed or left <= 0:
@@ -88,16 +96,19 @@ class Board:
         self._seen: OrderedDict[str, Seen] = OrderedDict()
         self._watchers: dict[str, set[Watcher]] = {}
 
-    def post(self, task: Task, now: int) -> Seen:
-        """Take in what was known of a task at the ledger's time `now`, and give what is: it may be known better."""
+    def post(self, task: Task, now: int, *, recorded: bool = True) -> Seen:
+        """Take in what was known of a task at the server's time `now`, and give what is: it may be known better.
+
+        An end is never taken back, not even where the store has lost it and counts the versions anew.
+        """
         known = self._seen.get(task.reservation)
-        if known and (known.task.version, known.now) > (task.version, now):
+        if known and (_rank(known.task), _overtaken(known.task, task)) > (_rank(task), False):
             return known
-        seen = self._seen[task.reservation] = Seen(task, now, time.monotonic())
+        seen = self._seen[task.reservation] = Seen(task, now, time.monotonic(), recorded)
         self._seen.move_to_end(task.reservation)
         while len(self._seen) > REMEMBERED + len(self._watchers):
             self._forget_oldest()
-        if known is None or known.task.version < task.version:
+        if known is None or _rank(known.task) < _rank(task):
             for watcher in self._watchers.get(task.reservation, ()):
                 watcher.wake()
         return seen
@@ -120,10 +131,21 @@ class Board:
     def fresh(self, reservation: str) -> Seen | None:
         """What is known of a task, if that is good enough to be shown."""
         seen = self._seen.get(reservation)
-        if seen is None or (not seen.task.state.ended and time.monotonic() - seen.at > RUNNING_SECONDS):
+        if seen is None or not seen.recorded:
+            return None
+        if not seen.task.state.ended and time.monotonic() - seen.at > RUNNING_SECONDS:
             return None
         self._seen.move_to_end(reservation)
         return seen
+
+    def to_verify(self, reservation: str) -> bool:
+        """Whether to ask the store about a task that has ended: once per interval, for the first that asks this."""
+        seen = self._seen.get(reservation)
+        if seen is None or not seen.task.state.ended or time.monotonic() - seen.at <= VERIFIED_SECONDS:
+            return False
+        age = seen.age * 1000
+        self._seen[reservation] = Seen(seen.task, seen.task.checked + int(age), time.monotonic())
+        return True
 
     @contextmanager
     def watching(self, reservation: str) -> Iterator[Watcher]:
@@ -144,6 +166,10 @@ class Board:
             if not self._watchers[reservation]:
                 del self._watchers[reservation]
 
+    def waits(self, reservation: str) -> int:
+        """How many wait for a task."""
+        return len(self._watchers.get(reservation, ()))
+
     def watched(self) -> Sequence[str]:
         """The tasks that somebody waits for."""
         return list(self._watchers)
@@ -160,3 +186,13 @@ class Board:
             if reservation not in self._watchers:
                 del self._seen[reservation]
                 return
+
+
+def _rank(task: Task) -> tuple[bool, int]:
+    """Which of two states of a task is the later one."""
+    return task.state.ended, task.version
+
+
+def _overtaken(known: Task, task: Task) -> bool:
+    """Whether a read tells what was known before another one did."""
+    return 0 < known.checked - task.checked < _OVERTAKEN_MS

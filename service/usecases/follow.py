@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
+import structlog
 from msgspec import Struct
 
-from service.domain.errors import LedgerUnavailable, NotFound, UpstreamUnavailable
+from service.domain.errors import GatewayError, LedgerUnavailable, NotFound, UpstreamUnavailable
 from service.domain.reservation import ReservationState
 from service.domain.task import Basis, Cost, Kind, State, Task
 from service.domain.taskid import Reference, TaskIds
@@ -23,11 +25,12 @@ from service.domain.tenancy import Tenant
 from service.telemetry.families import Source
 from service.telemetry.metrics import Metrics
 from service.telemetry.spent import waiting
-from service.usecases.board import Board, Seen
+from service.usecases.board import Board, Seen, Watcher
 from service.usecases.ports import (
     Answered,
     Check,
     Clock,
+    Due,
     Ledger,
     Page,
     RegistryView,
@@ -37,6 +40,9 @@ from service.usecases.ports import (
     Upstream,
 )
 from service.usecases.settle import READER, tell
+from service.usecases.watch import report_end
+
+_log = structlog.get_logger(__name__)
 
 HEARTBEAT_SECONDS = 15.0
 """Who follows changes is told after so many seconds that there was none."""
@@ -81,6 +87,8 @@ class Follow:
         self._interval = interval
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
         self._reading: dict[str, asyncio.Task[Sequence[tuple[Task, int] | None]]] = {}
+        self._watched: dict[str, tuple[Reference, str]] = {}
+        self._verifying: dict[str, asyncio.Task[None]] = {}
 
     async def read(self, tenant: Tenant, task_id: str, *, wait: float = 0) -> Seen:
         """A task of this tenant, as soon as it has ended but after `wait` seconds at the latest.
@@ -91,7 +99,7 @@ class Follow:
         reference = self.reference(tenant, task_id)
         if not wait:
             return await self._read(reference, task_id)
-        with self._board.watching(reference.reservation) as watcher:
+        with self._watching(reference, task_id) as watcher:
             seen, deadline = await self._read(reference, task_id), time.monotonic() + wait
             while not seen.task.state.ended:
                 changed = await watcher.changed(seen.task.version, deadline - time.monotonic())
@@ -110,7 +118,7 @@ class Follow:
         """
         reference = self.reference(tenant, task_id)
         deadline = time.monotonic() + seconds
-        with self._board.watching(reference.reservation) as watcher:
+        with self._watching(reference, task_id) as watcher:
             seen = await self._read(reference, task_id)
             yield seen if seen.task.version > after or seen.task.state.ended else None
             while not seen.task.state.ended and not self._board.closed:
@@ -129,21 +137,42 @@ class Follow:
         return reference
 
     async def attend(self) -> None:
-        """Keep the tasks that are waited for in sight for ever: checked often, and read even if a change was missed."""
+        """Keep the tasks that are waited for in sight for ever: checked often, and read even if a change was missed.
+
+        Those that the store has lost are booked again, so that their end is noticed.
+        """
         while True:
             await asyncio.sleep(self._interval)
             waited_for = self._board.watched()
             for start in range(0, len(waited_for), _BATCH):
+                batch = waited_for[start : start + _BATCH]
                 try:
-                    found = await self._tasks.attend(waited_for[start : start + _BATCH])
+                    found = await self._tasks.attend(batch)
                 except LedgerUnavailable:
                     break
-                for task, now in filter(None, found):
-                    self._board.post(task, now)
+                for reservation, each in zip(batch, found, strict=True):
+                    if each:
+                        self._board.post(*each)
+                    elif reservation in self._watched:
+                        self._verify(*self._watched[reservation])
+
+    @contextmanager
+    def _watching(self, reference: Reference, task_id: str) -> Iterator[Watcher]:
+        """A watcher of a task, which is looked up if the store has lost it."""
+        reservation = reference.reservation
+        with self._board.watching(reservation) as watcher:
+            self._watched[reservation] = reference, task_id
+            try:
+                yield watcher
+            finally:
+                if self._board.waits(reservation) == 1:
+                    del self._watched[reservation]
 
     async def _read(self, reference: Reference, task_id: str) -> Seen:
         if seen := self._board.fresh(reference.reservation):
             self._metrics.read(Source.MEMORY)
+            if self._board.to_verify(reference.reservation):
+                self._verify(reference, task_id)
             return seen
         book = True
         try:
@@ -152,9 +181,31 @@ class Follow:
             found, book = None, False
         if found:
             self._metrics.read(Source.STORE)
-            return self._board.post(*found)
+            seen = self._board.post(*found)
+            if seen.task.state.ended and not found[0].state.ended:
+                self._verify(reference, task_id)
+            return seen
         self._metrics.read(Source.UPSTREAM)
         return await self._look_up(reference, task_id, book=book)
+
+    def _verify(self, reference: Reference, task_id: str) -> None:
+        """Have the store know a task again if it has lost it, or its end; in the background, once at a time."""
+        reservation = reference.reservation
+        if reservation not in self._verifying:
+            verifying = self._verifying[reservation] = asyncio.create_task(self._verified(reference, task_id))
+            verifying.add_done_callback(lambda _: self._verifying.pop(reservation))
+
+    async def _verified(self, reference: Reference, task_id: str) -> None:
+        try:
+            (found,) = await self._attend_once(reference.reservation)
+            if found:
+                self._board.post(*found)
+            if found is None or not found[0].state.ended:
+                await self._look_up(reference, task_id, book=True)
+        except GatewayError:  # the next read or look does it
+            pass
+        except Exception:  # noqa: BLE001 - nobody awaits it
+            _log.exception("task.not-verified", reservation=reference.reservation)
 
     async def _attend_once(self, reservation: str) -> Sequence[tuple[Task, int] | None]:
         """Read a task; all who ask while that is under way share it, so that a crowd costs one call."""
@@ -185,14 +236,17 @@ class Follow:
             raise UpstreamUnavailable("This task can't be looked up just now. Try again.", retry_after=self._interval)
         if check.answered is Answered.SILENT:
             raise _not_found()
-        if book:
-            await self._settle_late(reference, task_id)
+        if book and await self._settle_late(reference, task_id):
+            await self._record_end(reference, check)
         known = self._board.newest(reference.reservation)
         if known is None:
             known = Seen(_bare(reference, task_id), reference.created, asked.at)
-        if known.task.state.ended:  # it came to be known meanwhile
+        if known.task.state.ended and known.recorded:  # it came to be known meanwhile
             return known
-        return Seen(_told(known.task, check, known.now), known.now, asked.at)
+        task = _told(known.task, check, known.now)
+        if task.state.ended:  # so it stays, whatever the store says of it until it has heard of the end
+            self._board.post(task, known.now, recorded=False)
+        return Seen(task, known.now, asked.at)
 
     async def _ask(self, reference: Reference) -> Check:
         account = self._registry.current.account(reference.account)
@@ -200,13 +254,29 @@ class Follow:
             return Check(answered=Answered.SILENT)
         return await self._upstream.check(account, reference.upstream_id)
 
-    async def _settle_late(self, reference: Reference, task_id: str) -> None:
-        """Book a task the ledger has lost: it was accepted, and the watch shall go on with it.
+    async def _record_end(self, reference: Reference, check: Check) -> None:
+        """Record an end before it is shown, so that no other process shows the task as running afterwards."""
+        if check.answered not in {Answered.SUCCEEDED, Answered.FAILED}:
+            return
+        try:
+            found = await self._tasks.get(reference.reservation)
+            if found is None or found[0].state.ended:
+                return
+            # When the upstream was asked is not known in the ledger's time: certainly later than this.
+            recorded = await self._tasks.record(Due(found[0], reference.created, reference.created), check)
+        except LedgerUnavailable:
+            return  # the watch does it
+        if recorded:
+            self._board.post(*recorded)
+            report_end(recorded[0], self._registry.current, self._metrics)
+
+    async def _settle_late(self, reference: Reference, task_id: str) -> bool:
+        """Book a task the ledger has lost: it was accepted, and the watch shall go on with it. False if that fails.
 
         Not one that is as old as what the ledger forgets by itself, which would be booked twice.
         """
         if self._clock.now() - reference.created / 1000 >= BOOKED_WITHIN_SECONDS:
-            return
+            return False
         tenant = self._registry.current.tenant(reference.tenant)
         settlement = Settlement(
             reservation=reference.reservation,
@@ -221,8 +291,9 @@ class Follow:
         try:
             booked = await self._ledger.settle(settlement)
         except LedgerUnavailable:
-            return  # the next read does it
+            return False  # the next read does it
         tell(self._registry.current, settlement, by=READER, booked=booked)
+        return True
 
 
 def _not_found() -> NotFound:

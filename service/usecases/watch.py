@@ -7,6 +7,7 @@ import asyncio
 import structlog
 
 from service.domain.errors import LedgerUnavailable, NotFound
+from service.domain.registry import Registry
 from service.domain.task import Task
 from service.domain.taskid import TaskIds
 from service.telemetry.levels import Level
@@ -121,25 +122,26 @@ class Watch:
         task, now = recorded
         self._board.recorded(task, now)  # whoever waits in this process is spared the way over the store
         if task.state.ended:
-            self._metrics.finished(task)
-            self._tell(task)
+            report_end(task, self._registry.current, self._metrics)
 
-    def _tell(self, task: Task) -> None:
-        registry = self._registry.current
-        account = registry.account(task.account)
-        _log.info(
-            "task.ended",
-            reservation=task.reservation,
-            tenant=registry.tenant_name(task.tenant),
-            account=account and account.name,
-            kind=task.kind,
-            state=task.state,
-            seconds=(task.updated - task.created) / 1000,
-            uses=task.cost.count,
-            yuan=yuan(task.cost.money),
-            basis=task.cost.basis,
-            error=task.error and task.error.code,
-        )
+
+def report_end(task: Task, registry: Registry, metrics: Metrics) -> None:
+    """Count and log the end of a task, which was recorded just now."""
+    metrics.finished(task)
+    account = registry.account(task.account)
+    _log.info(
+        "task.ended",
+        reservation=task.reservation,
+        tenant=registry.tenant_name(task.tenant),
+        account=account and account.name,
+        kind=task.kind,
+        state=task.state,
+        seconds=(task.updated - task.created) / 1000,
+        uses=task.cost.count,
+        yuan=yuan(task.cost.money),
+        basis=task.cost.basis,
+        error=task.error and task.error.code,
+    )
 
 
 async def ask(task: Task, registry: RegistryView, task_ids: TaskIds, upstream: Upstream) -> Check:

@@ -36,13 +36,52 @@ async def waiting(watcher: Watcher, version: int) -> asyncio.Task[Seen | None]:
 
 def test_never_back(board: Board) -> None:
     """Once a version was seen no older one is shown, nor what was known of the same version before."""
-    board.post(RUNNING, CREATED + 9)
-    assert board.post(QUEUED, CREATED + 10).task is RUNNING
-    earlier = a_task(state=State.RUNNING, version=2, checked=1)
-    assert board.post(earlier, CREATED + 8).task is RUNNING
-    later = a_task(state=State.RUNNING, version=2, checked=2)
+    running = a_task(state=State.RUNNING, version=2, checked=CREATED + 9)
+    board.post(running, CREATED + 9)
+    assert board.post(QUEUED, CREATED + 10).task is running
+    earlier = a_task(state=State.RUNNING, version=2, checked=CREATED + 8)
+    assert board.post(earlier, CREATED + 8).task is running
+    later = a_task(state=State.RUNNING, version=2, checked=CREATED + 11)
     assert board.post(later, CREATED + 11).task is later
     assert board.newest("r1") == board.fresh("r1")
+
+
+def test_an_end_is_never_taken_back(board: Board) -> None:
+    """What has ended stays so, though the store has lost it and counts its versions anew."""
+    board.post(ENDED, CREATED)
+    assert board.post(a_task(state=State.RUNNING, version=9), CREATED + 10).task is ENDED
+    again = succeeded(7)
+    assert board.post(again, CREATED + 11).task is again
+
+
+async def test_an_end_of_the_same_version(board: Board) -> None:
+    """Who waits is woken by an end, whatever its version: the store may have lost the task and count anew."""
+    board.post(RUNNING, CREATED)
+    with board.watching("r1") as watcher:
+        wait = await waiting(watcher, 2)
+        ended = a_task(state=State.SUCCEEDED, version=2)
+        board.announced(ended, CREATED + 1)
+        seen = await wait
+    assert seen
+    assert seen.task is ended
+
+
+def test_checked_before_the_clock_stepped_back(board: Board) -> None:
+    """What is read after the server's clock has stepped back is no older than what was read before."""
+    board.post(a_task(checked=CREATED + 1_200_000), CREATED + 1_200_000)
+    later = a_task(checked=CREATED)
+    assert board.post(later, CREATED).task is later
+
+
+def test_verified_once(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all who read a task that has ended the first one per interval has the store asked; of a running one none."""
+    board.post(ENDED, CREATED)
+    assert not board.to_verify("r1")
+    monkeypatch.setattr(boards, "VERIFIED_SECONDS", -1)
+    board.post(a_task(reservation="r2"), CREATED)
+    assert (board.to_verify("r1"), board.to_verify("r2"), board.to_verify("r3")) == (True, False, False)
+    monkeypatch.undo()
+    assert not board.to_verify("r1")
 
 
 def test_how_long_it_is_shown(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:

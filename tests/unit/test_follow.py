@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 
 import pytest
 
 from service.domain.errors import NotFound, UpstreamUnavailable
 from service.domain.reservation import ReservationState
 from service.domain.task import State, Task
-from service.usecases import follow
+from service.usecases import board, follow
 from service.usecases.follow import BOOKED_WITHIN_SECONDS
 from service.usecases.ports import Answered, Check
 from tests.unit.over_fakes import AWAY, Gateway, until
@@ -158,3 +159,70 @@ async def test_bounded_memory(gateway: Gateway, monkeypatch: pytest.MonkeyPatch)
     assert len(gateway.upstream.checks) == 3
     await reads.read(gateway.tenant, tasks[0].id)
     assert len(gateway.upstream.checks) == 4
+
+
+async def lose(gateway: Gateway) -> None:
+    """Let the ledger lose all that it knows of tasks."""
+    for kept in (gateway.ledger.tasks, gateway.ledger.reservations, gateway.ledger.due, gateway.ledger.tenants):
+        kept.clear()
+
+
+async def ended(gateway: Gateway, reads: follow.Follow) -> Task:
+    """A task that has ended, as a process has it in its memory."""
+    task = (await gateway.submitted()).task
+    gateway.ledger.clock.at += gateway.ledger.spans.check_after
+    await gateway.watch.tick()
+    await gateway.watch.settled()
+    seen = await reads.read(gateway.tenant, task.id)
+    assert seen.task.state is State.SUCCEEDED
+    return seen.task
+
+
+async def test_booked_again_though_it_is_remembered(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first read of a task that the ledger lost books it and its end, though the process remembers the end."""
+    monkeypatch.setattr(board, "VERIFIED_SECONDS", -1)
+    reads = gateway.follow(interval=NEVER)
+    task = await ended(gateway, reads)
+    await lose(gateway)
+    assert (await reads.read(gateway.tenant, task.id)).task == task
+    await until(lambda: not reads._verifying)
+    assert gateway.ledger.tasks[task.reservation].state is State.SUCCEEDED
+    assert gateway.ledger.reservations[task.reservation].cost
+    assert gateway.places == (1, 0, 0)
+
+
+async def test_end_that_an_older_store_does_not_know(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end that the process remembers stays shown, and is recorded, after a restore of data from before it."""
+    monkeypatch.setattr(board, "VERIFIED_SECONDS", -1)
+    reads = gateway.follow(interval=NEVER)
+    task = (await gateway.submitted()).task
+    before = copy.deepcopy((gateway.ledger.tasks, gateway.ledger.reservations, gateway.ledger.due))
+    gateway.ledger.clock.at += gateway.ledger.spans.check_after
+    await gateway.watch.tick()
+    await gateway.watch.settled()
+    assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
+    gateway.ledger.tasks, gateway.ledger.reservations, gateway.ledger.due = before
+    for _ in range(2):
+        assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
+        await until(lambda: not reads._verifying)
+    assert gateway.ledger.tasks[task.reservation].state is State.SUCCEEDED
+
+
+async def test_end_is_recorded_before_it_is_shown(gateway: Gateway) -> None:
+    """Once a process has shown the end of a lost task, no other process shows it as running."""
+    task, reads, others = await paid(gateway, lost=True), gateway.follow(interval=0), gateway.follow(interval=0)
+    others._board = board.Board(gateway.ledger.board.pace)
+    assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
+    assert (await others.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
+    assert len(gateway.upstream.checks) == 1
+
+
+async def test_end_shown_while_the_ledger_was_away(gateway: Gateway) -> None:
+    """An end that the upstream told while the ledger was away stays shown once that is back, and is recorded."""
+    task, reads = await paid(gateway), gateway.follow(interval=0)
+    gateway.ledger.away = True
+    assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
+    gateway.ledger.away = False
+    assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
+    await until(lambda: not reads._verifying)
+    assert gateway.ledger.tasks[task.reservation].state is State.SUCCEEDED

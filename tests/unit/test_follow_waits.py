@@ -186,3 +186,29 @@ async def test_recorded_while_it_was_looked_up(gateway: Gateway) -> None:
     gateway.ledger.board.post(ended, gateway.ledger.clock.at)
     gateway.upstream.go.set()
     assert (await reading).task is ended
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_lost_while_it_is_waited_for(gateway: Gateway, ends: bool) -> None:
+    """Who waits for a task that the store loses in the meantime sees its end, be it there already or yet to come."""
+    task, follow = (await gateway.submitted()).task, gateway.follow(interval=0)
+    wait = asyncio.create_task(follow.read(gateway.tenant, task.id, wait=LONG))
+    changes = follow.changes(gateway.tenant, task.id, after=1, seconds=LONG)
+    assert await anext(changes) is None
+    stream = asyncio.create_task(anext(changes))
+    await until(lambda: gateway.ledger.board.waiting == 2)
+    ledger = gateway.ledger
+    for kept in (ledger.tasks, ledger.reservations, ledger.due, ledger.tenants):
+        kept.clear()
+    if not ends:
+        gateway.upstream.next_checks.append(Check(answered=Answered.RUNNING))
+    async with attending(follow):
+        await until(lambda: task.reservation in ledger.tasks)
+        if not ends:
+            await interval(gateway)
+        async with asyncio.timeout(20):
+            seen = await asyncio.gather(wait, stream)
+    assert [each and each.task.state for each in seen] == [State.SUCCEEDED] * 2
+    assert gateway.places == (1, 0, 0)
+    await changes.aclose()
+    assert follow._watched == {}
