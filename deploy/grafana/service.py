@@ -225,7 +225,7 @@ _LEDGER = Row(
                     "gateway_ledger_calls_total", "outcome", "call", where=('outcome!="ok"',)
                 )
             },
-            width=THIRD,
+            width=QUARTER,
         ),
         graph(
             "Duration of calls, 99%",
@@ -233,7 +233,7 @@ _LEDGER = Row(
             " and reads become slow with it.",
             SECONDS,
             {"{{call}}": quantile(0.99, "gateway_ledger_call_duration_seconds", "call")},
-            width=THIRD,
+            width=QUARTER,
             steps=rising(0.05, 0.25),
             empty="No calls",
         ),
@@ -243,7 +243,7 @@ _LEDGER = Row(
             " stepped back. It shrinks by a tenth of the time that passes, and work goes on meanwhile.",
             SECONDS,
             {"offset": f"max({series('gateway_ledger_clock_offset_seconds')})"},
-            width=THIRD,
+            width=QUARTER,
             steps=rising(1, 60),
         ),
         graph(
@@ -252,7 +252,7 @@ _LEDGER = Row(
             " stays is a replica taken for the primary.",
             PER_MINUTE,
             {"{{error}}": per_minute("gateway_redis_errors_total", "error")},
-            width=THIRD,
+            width=QUARTER,
         ),
     ),
 )

@@ -20,14 +20,14 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._end = self._due = self._loop.time() + seconds
+        self._end = self._loop.time() + seconds
         self._scope = asyncio.timeout(None)
         self._graces = 0
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
         await self._scope.__aenter__()
-        self._check_at(self._due)
+        self._check_at(self._end)
         return self
 
     async def __aexit__(
@@ -39,8 +39,10 @@ class Deadline:
 
     def next_within(self, seconds: float) -> None:
         """End already after so many seconds from now, unless this is called again before."""
-        self._due, self._graces = min(self._end, self._loop.time() + seconds), 0
-        self._check_at(self._due)
+        now = self._loop.time()
+        if now < self._end:
+            self._graces = 0
+            self._check_at(min(self._end, now + seconds))
 
     def _check_at(self, due: float) -> None:
         if self._timer:
