@@ -161,7 +161,7 @@ TASK_TEXT = '{"err_code": 0, "task_id": "任务", "remaining_count": 4}'
     "body",
     [
         *(TASK_TEXT.encode(charset) for charset in ("utf-8-sig", "gb18030", "utf-16", "utf-16-le", "utf-16-be")),
-        *(gzip.compress(TASK_TEXT.encode(charset)) for charset in ("utf-8", "gbk", "utf-16")),
+        *(gzip.compress(TASK_TEXT.encode(charset), mtime=0) for charset in ("utf-8", "gbk", "utf-16")),
         *(zlib.compress(TASK_TEXT.encode(), wbits=wbits) for wbits in (zlib.MAX_WBITS, -zlib.MAX_WBITS)),
         b"\xef\xbb\xbf " + TASK_TEXT.encode(),
         TASK_TEXT.encode() + b"\x00",
