@@ -96,7 +96,8 @@ class Settings:
         Variable(
             _redis_url,
             None,
-            "`redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `redis+cluster://`.",
+            "`redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `redis+cluster://`. `rediss+sentinel://` is "
+            "TLS to the primary, and `?sentinel_ssl=true` to the Sentinels.",
             otherwise="an embedded Valkey server that keeps its data in the data folder",
             secret=True,
         ),

@@ -32,7 +32,7 @@ from service.storage.data_version import DataVersion, DataVersionError
 from service.storage.keys import Keys
 from service.storage.ledger import DAY, RedisLedger, Spans
 from service.storage.registry import LiveRegistry, RedisRegistry
-from service.storage.scripts import READ, SCRIPTS, Scripts
+from service.storage.scripts import READ, SCRIPTS, Outages, Scripts
 from service.storage.tasks import RedisTasks
 from service.telemetry.levels import Level
 from service.telemetry.loop import LoopLag
@@ -271,17 +271,18 @@ async def assembled(
         connections = connect(settings.redis_url, timeout=REDIS_SECONDS)
         opened.push_async_callback(connections.aclose)
         version = DataVersion(keys.data_version, refused)
+        outages = Outages(metrics.ledger, metrics.store_error)
         scripts = Scripts(
             connections.commands,
             version=version,
-            observe=metrics.ledger,
-            failed=metrics.store_error,
+            observe=outages.observe,
+            failed=outages.failed,
             tracer=tracer,
         )
         store = RedisRegistry(scripts, keys)
-        registry = LiveRegistry(store, connections.subscriber, keys.registry_channel, failed=metrics.store_error)
+        registry = LiveRegistry(store, connections.subscriber, keys.registry_channel, failed=outages.failed)
         board = Board(Pace(settings.poll_seconds))
-        changes = Changes(connections.subscriber, keys.changes_channel, board, failed=metrics.store_error)
+        changes = Changes(connections.subscriber, keys.changes_channel, board, failed=outages.failed)
         upstream = await opened.enter_async_context(
             UpstreamClient(
                 settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream, tracer=tracer

@@ -6,7 +6,8 @@
     redis+cluster://[user:password@]host[:port],...               a Cluster, found through any of its nodes
 
 With `rediss` in the place of `redis` it is TLS, with `ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`, `ssl_cert_reqs` and
-`ssl_check_hostname` in the query. Sentinels have accounts of their own: `sentinel_username`, `sentinel_password`.
+`ssl_check_hostname` in the query. Sentinels have accounts of their own: `sentinel_username`, `sentinel_password`. With
+`sentinel_ssl=true` they are reached over TLS too, by the same options.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Credentials(Struct, frozen=True):
 
 
 class Address(Struct, frozen=True, kw_only=True):
-    """A store: hosts to ask, or the path of a socket; `tls` is None without TLS, else its options."""
+    """A store: its hosts, or the path of a socket; `tls` and `sentinel_tls` are None without TLS, else its options."""
 
     topology: Topology
     hosts: tuple[tuple[str, int], ...] = ()
@@ -59,6 +60,7 @@ class Address(Struct, frozen=True, kw_only=True):
     credentials: Credentials = Credentials()
     sentinel_credentials: Credentials = Credentials()
     tls: Mapping[str, str | bool] | None = None
+    sentinel_tls: Mapping[str, str | bool] | None = None
 
 
 def parse_url(url: str) -> Address:
@@ -75,7 +77,7 @@ def parse_url(url: str) -> Address:
         )
     userinfo, _, hosts = parts.netloc.rpartition("@")
     topology = Topology(scheme["kind"] or "single")
-    sentinel = Credentials()
+    sentinel, sentinel_ssl = Credentials(), False
     service = ""
     if parts.scheme == "unix":
         if hosts or not parts.path:
@@ -85,9 +87,10 @@ def parse_url(url: str) -> Address:
         service, database = _path(parts, topology)
     if topology is Topology.SENTINEL:
         sentinel = Credentials(query.pop("sentinel_username", None), query.pop("sentinel_password", None))
+        sentinel_ssl = _flag(query, "sentinel_ssl") or False
     if not re.fullmatch(r"\d{0,4}", database, re.ASCII):
         raise InvalidRedisUrl("must name its database by a number")
-    tls = _tls(query) if scheme["tls"] else None
+    tls = _tls(query) if scheme["tls"] or sentinel_ssl else None
     if query or parts.fragment:
         raise InvalidRedisUrl("must have no fragment and no options but those of TLS and Sentinel")
     return Address(
@@ -98,7 +101,8 @@ def parse_url(url: str) -> Address:
         database=int(database or 0),
         credentials=_credentials(userinfo),
         sentinel_credentials=sentinel,
-        tls=tls,
+        tls=tls if scheme["tls"] else None,
+        sentinel_tls=tls if sentinel_ssl else None,
     )
 
 
@@ -146,9 +150,14 @@ def _tls(query: dict[str, str]) -> Mapping[str, str | bool]:
         options["ssl_cert_reqs"] = query.pop("ssl_cert_reqs")
         if options["ssl_cert_reqs"] not in _CERT_REQS:
             raise InvalidRedisUrl("must have none, optional or required as ssl_cert_reqs")
-    if "ssl_check_hostname" in query:
-        check = query.pop("ssl_check_hostname")
-        if check not in {"true", "false"}:
-            raise InvalidRedisUrl("must have true or false as ssl_check_hostname")
-        options["ssl_check_hostname"] = check == "true"
+    if (check := _flag(query, "ssl_check_hostname")) is not None:
+        options["ssl_check_hostname"] = check
     return options
+
+
+def _flag(query: dict[str, str], name: str) -> bool | None:
+    """Take a boolean out of the query; None if it is not there."""
+    value = query.pop(name, None)
+    if value not in {None, "true", "false"}:
+        raise InvalidRedisUrl(f"must have true or false as {name}")
+    return None if value is None else value == "true"

@@ -27,7 +27,6 @@ class Changes:
         self, subscribe: Callable[[], Awaitable[PubSub]], channel: str, board: Board, *, failed: Fault | None = None
     ) -> None:
         self._failed = failed
-        self._away = False
         self._subscribe = subscribe
         self._channel = channel
         self._board = board
@@ -37,18 +36,14 @@ class Changes:
         while True:
             try:
                 await self._listen()
-            except (RedisError, OSError) as error:
+            except RedisError as error:
                 if self._failed:
                     self._failed(sort_of(error))
-                if not self._away:  # said once, as it may last for hours
-                    _log.warning("changes.disconnected", error=type(error).__name__)
-                self._away = True
                 await asyncio.sleep(AWAY_SECONDS)
 
     async def _listen(self) -> None:
         async with await self._subscribe() as channel:
             await channel.subscribe(self._channel)
-            self._away = False
             while True:
                 message = await channel.get_message(ignore_subscribe_messages=True, timeout=_LISTEN_SECONDS)
                 if message:

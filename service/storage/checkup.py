@@ -13,7 +13,7 @@ from typing import Any
 from msgspec import Struct
 from redis.asyncio import RedisCluster
 from redis.asyncio.sentinel import MasterNotFoundError
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import RedisError
 
 from service.storage.connect import Connections, connect
 from service.storage.data_version import version_error
@@ -46,7 +46,7 @@ async def examine(url: str, prefix: str, *, timeout: float) -> Checkup:  # noqa:
             other = version_error(await connections.commands.execute_command("GET", Keys(prefix).data_version))
     except TimeoutError:
         return Checkup(faults=[f"did not answer within {timeout:g} s"])
-    except (RedisError, RedisClusterException, OSError) as error:
+    except RedisError as error:
         return Checkup(faults=[_why(error)])
     finally:
         await connections.aclose()

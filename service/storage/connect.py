@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis, RedisCluster, Sentinel
 from redis.asyncio.client import PubSub
-from redis.asyncio.cluster import ClusterNode
-from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.cluster import ClusterNode, ClusterPipeline
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.asyncio.sentinel import SentinelConnectionPool, SentinelManagedConnection, SentinelManagedSSLConnection
 from redis.backoff import NoBackoff
-from redis.exceptions import ClusterDownError, ReadOnlyError, RedisClusterException
+from redis.exceptions import ClusterDownError, ReadOnlyError, RedisClusterException, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.storage.address import Address, Credentials, Topology, parse_url
 
-AWAY: tuple[type[Exception], ...] = (
-    RedisConnectionError,
-    RedisTimeoutError,
-    ReadOnlyError,
-    ClusterDownError,
-    RedisClusterException,
-)
+AWAY: tuple[type[Exception], ...] = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, ClusterDownError)
 """What a client raises while the store can't be reached or can't be written to."""
 
 POOL_SIZE = 64
@@ -39,6 +34,32 @@ POOL_WAIT = 1.0
 _LISTENING_PING = 15
 _CLUSTER_OWN = 4
 """Connections that a Cluster's client needs for itself, to learn which node holds what."""
+_IO = ("connect", "connect_check_health", "send_packed_command", "read_response", "can_read", "disconnect")
+
+
+def _translating(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    """A class of connections that raises a RedisError whatever the event loop raises.
+
+    A connection that was reset raises RuntimeError on uvloop (MagicStack/uvloop#506), and EOFError or others elsewhere.
+    Commands are packed before they come here, so that no fault of the gateway's own is taken for one of the network.
+    """
+
+    def translated(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return await method(*args, **kwargs)
+            except RedisError:
+                raise
+            except Exception as error:
+                raise RedisConnectionError(f"{type(error).__name__}: {error}") from error
+
+        return call
+
+    return type(kind.__name__, (kind,), {name: translated(getattr(kind, name)) for name in _IO})
+
+
+_PLAIN, _TLS, _UNIX = (_translating(each) for each in (Connection, SSLConnection, UnixDomainSocketConnection))
+_WATCHED, _WATCHED_TLS = (_translating(each) for each in (SentinelManagedConnection, SentinelManagedSSLConnection))
 
 
 class Connections(ABC):
@@ -78,8 +99,7 @@ class _Primary(Connections):
     def __init__(self, address: Address, timeout: float) -> None:
         self._sentinel: Sentinel | None = None
         if address.topology is Topology.SENTINEL:
-            own = _options(address.sentinel_credentials, None, timeout) | {"socket_timeout": timeout}
-            self._sentinel = Sentinel(address.hosts, sentinel_kwargs=own)  # type: ignore[no-untyped-call] # redis-py's own
+            self._sentinel = _sentinels(address, timeout)
         commands = self._place(address) | _options(address.credentials, address.tls, timeout)
         commands |= {"socket_timeout": timeout, "max_connections": POOL_SIZE, "timeout": POOL_WAIT}
         listening = self._place(address) | _listening(address, timeout)
@@ -104,12 +124,22 @@ class _Primary(Connections):
         """What the pool needs to know of the server's whereabouts."""
         place: dict[str, Any] = {"db": address.database}
         if address.topology is Topology.SENTINEL:
-            return place | {"ssl": address.tls is not None}
+            return place | {"connection_class": _WATCHED if address.tls is None else _WATCHED_TLS}
         if address.path:
-            return place | {"path": address.path, "connection_class": UnixDomainSocketConnection}
+            return place | {"path": address.path, "connection_class": _UNIX}
         host, port = address.hosts[0]
-        secured = SSLConnection if address.tls is not None else Connection
-        return place | {"host": host, "port": port, "connection_class": secured}
+        return place | {"host": host, "port": port, "connection_class": _PLAIN if address.tls is None else _TLS}
+
+
+def _sentinels(address: Address, timeout: float) -> Sentinel:
+    """Clients of the Sentinels."""
+    options = _options(address.sentinel_credentials, address.sentinel_tls, timeout) | {"socket_timeout": timeout}
+    options["connection_class"] = _PLAIN if address.sentinel_tls is None else _TLS
+    sentinel = Sentinel(())  # type: ignore[no-untyped-call] # redis-py's own
+    sentinel.sentinels = [
+        Redis.from_pool(ConnectionPool(host=host, port=port, **options)) for host, port in address.hosts
+    ]
+    return sentinel
 
 
 class _SentinelPool(SentinelConnectionPool):
@@ -137,7 +167,7 @@ class _Cluster(Connections):
             **_options(address.credentials, address.tls, timeout),
         )
         self._listening = _listening(address, timeout)
-        self._listening["connection_class"] = SSLConnection if address.tls is not None else Connection
+        self._listening["connection_class"] = _PLAIN if address.tls is None else _TLS
         self._nodes: dict[str, Redis] = {}
 
     async def subscriber(self) -> PubSub:
@@ -157,11 +187,47 @@ class _Cluster(Connections):
 class _BoundedCluster(RedisCluster):
     """A Cluster's client that waits for a connection when all are in use, where redis-py's own refuses at once."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, startup_nodes: list[ClusterNode], ssl: bool, socket_timeout: float, **options: Any) -> None:
+        super().__init__(startup_nodes=startup_nodes, ssl=ssl, socket_timeout=socket_timeout, **options)
+        secured: Any = _TLS if ssl else _PLAIN
+        self.connection_kwargs["connection_class"] = secured  # of the nodes that are found
+        for node in self.startup_nodes:
+            node.connection_class = secured
+        self._timeout = socket_timeout
         self._free = asyncio.Semaphore(POOL_SIZE)
+        self._finding: asyncio.Task[RedisCluster] | None = None
+
+    async def initialize(self, *args: Any, **kwargs: Any) -> RedisCluster:
+        """Find the nodes, if that is due: in one attempt that all commands share, each for as long as its timeout.
+
+        Else each would make an attempt of its own, one after the other, while a Cluster is away.
+        """
+        if not self._initialize:
+            return self
+        if self._finding is None or self._finding.done():
+            self._finding = asyncio.create_task(super().initialize(*args, **kwargs))
+            self._finding.add_done_callback(lambda found: found.cancelled() or found.exception())
+        try:
+            async with asyncio.timeout(2 * self._timeout):  # to connect, and to be answered
+                return await asyncio.shield(self._finding)
+        except TimeoutError:
+            raise RedisTimeoutError("The nodes of the Cluster were not found in time.") from None
+        except RedisError:
+            raise
+        except Exception as error:  # it takes nothing of the gateway's that could be wrong
+            raise ClusterDownError(str(error)) from error
 
     async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        async with self.place():
+            return await super().execute_command(*args, **kwargs)
+
+    def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> _BoundedPipeline:
+        del shard_hint
+        return _BoundedPipeline(self, transaction)  # type: ignore[abstract] # redis-py's own
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """A connection to use within the block, where what redis-py raises of a Cluster becomes a RedisError."""
         try:
             async with asyncio.timeout(POOL_WAIT):
                 await self._free.acquire()
@@ -169,7 +235,9 @@ class _BoundedCluster(RedisCluster):
             raise RedisConnectionError("No connection available.") from None
         try:
             await self._renew_closed()
-            return await super().execute_command(*args, **kwargs)
+            yield
+        except RedisClusterException as error:
+            raise ClusterDownError(str(error)) from error
         finally:
             self._free.release()
 
@@ -185,9 +253,22 @@ class _BoundedCluster(RedisCluster):
 
     async def aclose(self) -> None:
         """Close the connections to all nodes, which redis-py leaves open if it was about to look for the nodes anew."""
+        if self._finding:
+            self._finding.cancel()
+            await asyncio.wait([self._finding])
         await super().aclose()
         await self.nodes_manager.aclose()
         await self.nodes_manager.aclose("startup_nodes")
+
+
+class _BoundedPipeline(ClusterPipeline):
+    """Commands that are sent together, and wait for a connection as one."""
+
+    cluster_client: _BoundedCluster
+
+    async def execute(self, raise_on_error: bool = True, allow_redirections: bool = True) -> list[Any]:
+        async with self.cluster_client.place():
+            return await super().execute(raise_on_error, allow_redirections)
 
 
 def _options(credentials: Credentials, tls: Mapping[str, str | bool] | None, timeout: float) -> dict[str, Any]:

@@ -117,7 +117,6 @@ class LiveRegistry:
         failed: Fault | None = None,
     ) -> None:
         self._failed = failed
-        self._away = False
         self._store = store
         self._subscribe = subscribe
         self._channel = channel
@@ -162,12 +161,9 @@ class LiveRegistry:
         while True:
             try:
                 await self._listen()
-            except (RedisError, OSError, LedgerUnavailable) as error:
-                if self._failed and not isinstance(error, LedgerUnavailable):  # that one was counted where it came up
+            except (RedisError, LedgerUnavailable) as error:
+                if self._failed and isinstance(error, RedisError):  # the other one was counted where it came up
                     self._failed(sort_of(error))
-                if not self._away:  # said once, as it may last for hours
-                    _log.warning("registry.disconnected", error=type(error).__name__)
-                self._away = True
                 await asyncio.sleep(AWAY_SECONDS)
 
     async def _listen(self) -> None:
@@ -175,5 +171,4 @@ class LiveRegistry:
             await channel.subscribe(self._channel)
             while True:
                 await self.refresh()
-                self._away = False
                 await channel.get_message(ignore_subscribe_messages=True, timeout=REFRESH_SECONDS)

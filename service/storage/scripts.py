@@ -10,15 +10,9 @@ from importlib import resources
 from typing import Any
 
 import msgspec
+import structlog
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import (
-    ClusterDownError,
-    NoScriptError,
-    ReadOnlyError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import ClusterDownError, DataError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -28,6 +22,8 @@ from service.storage.data_version import DataVersion
 from service.telemetry.families import LedgerOutcome, StoreError
 from service.telemetry.tracing import UNTRACED, Tracer
 
+_log = structlog.get_logger(__name__)
+
 Client = Redis | RedisCluster
 
 RETRY_AFTER = 2.0
@@ -35,10 +31,10 @@ _FOLDER = resources.files("service.storage") / "lua"
 SCRIPTS = tuple(sorted(each.name.removesuffix(".lua") for each in _FOLDER.iterdir() if each.name.endswith(".lua")))
 """All scripts, by the names of their files."""
 _SORTS: Sequence[tuple[tuple[type[Exception], ...], StoreError]] = (
-    ((RedisTimeoutError, TimeoutError), StoreError.TIMEOUT),
+    ((RedisTimeoutError,), StoreError.TIMEOUT),
     ((ReadOnlyError,), StoreError.READONLY),
-    ((ClusterDownError, RedisClusterException), StoreError.CLUSTER),
-    ((RedisConnectionError, OSError), StoreError.CONNECTION),
+    ((ClusterDownError,), StoreError.CLUSTER),
+    ((RedisConnectionError,), StoreError.CONNECTION),
     ((ResponseError,), StoreError.RESPONSE),
 )
 _OTHER_VERSION = "DATAVERSION "
@@ -52,6 +48,48 @@ Observer = Callable[[str, LedgerOutcome, float], None]
 """Is told of every call: its script (or READ), its outcome, and the seconds it took."""
 Fault = Callable[[StoreError], None]
 """Is told of every error of Redis."""
+QUIET_SECONDS = 5.0
+"""An outage has ended when Redis answers and nothing has failed for so long."""
+
+
+class Outages:
+    """Logs one line when Redis goes away and one when it is back, whatever fails meanwhile in this process.
+
+    It passes on to `observe` and `failed` what it is called with.
+    """
+
+    def __init__(self, observe: Observer, failed: Fault) -> None:
+        self._observe = observe
+        self._failed = failed
+        self._begun: float | None = None
+        self._last = 0.0
+        self._failures = 0
+
+    def observe(self, call: str, outcome: LedgerOutcome, seconds: float) -> None:
+        """Take in a call."""
+        self._observe(call, outcome, seconds)
+        if outcome is LedgerOutcome.UNAVAILABLE:
+            self._failures += 1
+            self._away(StoreError.RESPONSE)
+        elif self._begun is not None and outcome is LedgerOutcome.OK:
+            self._answered()
+
+    def failed(self, error: StoreError) -> None:
+        """Take in an error of a call or of a subscription."""
+        self._failed(error)
+        if error is not StoreError.RESPONSE:  # which may be a fault of a script
+            self._away(error)
+
+    def _away(self, error: StoreError) -> None:
+        self._last = time.monotonic()
+        if self._begun is None:
+            self._begun = self._last
+            _log.warning("redis.unavailable", error=error)
+
+    def _answered(self) -> None:
+        if self._begun is not None and time.monotonic() - self._last >= QUIET_SECONDS:
+            _log.info("redis.available", seconds=round(self._last - self._begun, 3), failed_calls=self._failures)
+            self._begun, self._failures = None, 0
 
 
 class Scripts:
@@ -122,10 +160,10 @@ class Scripts:
         try:
             yield
             outcome = LedgerOutcome.OK
-        except (RedisError, OSError) as error:
+        except RedisError as error:
             if self._failed:
                 self._failed(sort_of(error))
-            if type(error) is ResponseError and str(error).startswith("user_script"):
+            if isinstance(error, DataError) or (type(error) is ResponseError and str(error).startswith("user_script")):
                 raise  # a fault of ours, not Redis being away
             outcome = LedgerOutcome.UNAVAILABLE
             if type(error) is ResponseError and str(error).startswith(_OTHER_VERSION):
@@ -153,7 +191,7 @@ class Scripts:
         self._hashes[name] = await self._client.script_load(self._sources[name])
 
 
-def sort_of(error: RedisError | OSError) -> StoreError:
+def sort_of(error: RedisError) -> StoreError:
     """Which of the errors this is that are counted apart."""
     for kinds, sort in _SORTS:
         if isinstance(error, kinds):

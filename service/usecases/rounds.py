@@ -20,21 +20,16 @@ AWAY_SECONDS = 1.0
 async def rounds(what: str, begin: Callable[[], Awaitable[bool]]) -> NoReturn:
     """Begin one round after the other until cancelled; `begin` says whether there may be more to do at once.
 
-    Neither the store being away nor a fault of ours ends it. The former is logged when it begins: it may last hours.
+    Neither the store being away, which is logged elsewhere, nor a fault of ours ends it.
     """
-    away = False
     while True:
         try:
             more = await begin()
         except LedgerUnavailable:
-            if not away:
-                _log.warning("round.postponed", job=what, detail="The store is away.")
-            away = True
             await asyncio.sleep(AWAY_SECONDS)
         except Exception:  # noqa: BLE001 - one fault must not end all that is to come
             _log.exception("round.crashed", job=what)
             await asyncio.sleep(AWAY_SECONDS)
         else:
-            away = False
             if not more:
                 await asyncio.sleep(TICK_SECONDS)

@@ -46,6 +46,23 @@ from service.storage.address import Address, Credentials, InvalidRedisUrl, Topol
                 sentinel_credentials=Credentials("u", "w"),
             ),
         ),
+        (
+            "redis+sentinel://a/main?sentinel_ssl=true&ssl_ca_certs=/ca",
+            Address(
+                topology=Topology.SENTINEL,
+                hosts=(("a", 26379),),
+                service="main",
+                sentinel_tls={"ssl_ca_certs": "/ca"},
+            ),
+        ),
+        (
+            "rediss+sentinel://a/main?sentinel_ssl=true",
+            Address(topology=Topology.SENTINEL, hosts=(("a", 26379),), service="main", tls={}, sentinel_tls={}),
+        ),
+        (
+            "rediss+sentinel://a/main?sentinel_ssl=false",
+            Address(topology=Topology.SENTINEL, hosts=(("a", 26379),), service="main", tls={}),
+        ),
         ("rediss+cluster://a,b:1", Address(topology=Topology.CLUSTER, hosts=(("a", 6379), ("b", 1)), tls={})),
     ],
 )
@@ -80,6 +97,9 @@ def test_read(url: str, address: Address) -> None:
         ("redis://store?ssl_ca_certs=/ca", "must have no fragment and no options but"),
         ("redis://store#x", "must have no fragment and no options but"),
         ("rediss://store?ssl_cert_reqs=maybe", "must have none, optional or required as ssl_cert_reqs"),
+        ("rediss://store?sentinel_ssl=true", "must have no fragment and no options but"),
+        ("redis+sentinel://a/main?sentinel_ssl=yes", "must have true or false as sentinel_ssl"),
+        ("redis+sentinel://a/main?ssl_ca_certs=/ca", "must have no fragment and no options but"),
         ("rediss://store?ssl_check_hostname=1", "must have true or false as ssl_check_hostname"),
     ],
 )

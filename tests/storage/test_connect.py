@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -11,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
+from redis.exceptions import DataError
 from redis.utils import HIREDIS_AVAILABLE
 
+from service.domain.errors import LedgerUnavailable
 from service.storage import connect as module
 from service.storage.connect import AWAY, Connections, connect
+from service.storage.scripts import Scripts
 from tests.support.certificates import certify
+from tests.support.resets import ResettingProxy, resetting
 from tests.support.stores import Store, cluster, sentinel, single, unix, until, watched
 from tests.support.valkey import Valkey, free_port, running
 
@@ -115,7 +121,7 @@ async def test_unanswered_command_is_sent_once(scheme: str) -> None:
         async with proxied(server, port, swallowed=b"EVAL") as proxy:
             if scheme == "redis+sentinel":
                 hosts = f"127.0.0.1:{servers.enter_context(sentinel(port)).port}/main"
-            async with opened(f"{scheme}://{hosts}", timeout=0.2) as connections:
+            async with opened(f"{scheme}://{hosts}", timeout=0.5) as connections:
                 await ping(connections)
                 with pytest.raises(AWAY):
                     await connections.commands.eval(INCREMENT, 1, "{gw}:count")
@@ -185,6 +191,103 @@ async def test_broken_subscription(store: Store) -> None:
         async with await connections.subscriber() as subscription:
             await subscription.subscribe("{gw}:news")
             assert (await subscription.get_message(timeout=5) or {})["type"] == "subscribe"
+
+
+@pytest.mark.parametrize("made", [single, watched, cluster], ids=lambda made: made.__name__)
+def test_reset_connections(made: Any) -> None:
+    """Whatever uvloop raises of connections that are reset is one of AWAY, and nothing is left of it afterwards."""
+
+    async def calls(connections: Connections, proxy: ResettingProxy, seen: Counter[str]) -> None:
+        while proxy.resets < 100:
+            with suppress(*AWAY):
+                await connections.commands.eval(INCREMENT, 1, "{gw}:count")
+                seen["done"] += 1
+            with suppress(*AWAY):
+                pipeline = connections.commands.pipeline(transaction=False)
+                pipeline.execute_command("GET", "{gw}:count")
+                await pipeline.execute()
+
+    async def run(url: str, proxy: ResettingProxy) -> None:
+        seen: Counter[str] = Counter()
+        async with opened(url) as connections:
+            await ping(connections)
+            proxy.share = 0.05
+            await asyncio.gather(*(calls(connections, proxy, seen) for _ in range(80)))
+            proxy.share = 0
+            await asyncio.gather(*(ping(connections) for _ in range(80)), return_exceptions=True)
+            assert int(await ping(connections) or 0) == 0
+            assert int(await connections.commands.execute_command("GET", "{gw}:count")) >= seen["done"] > 0
+
+    port = free_port()
+    with ExitStack() as servers, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if made is cluster:
+            server = servers.enter_context(cluster("--cluster-announce-port", str(port))).server
+        else:
+            server = servers.enter_context(running(port=free_port()))
+        proxy = servers.enter_context(resetting(server.port, seed=12, port=port))
+        url = f"redis://127.0.0.1:{port}"
+        if made is cluster:
+            url = f"redis+cluster://127.0.0.1:{port}"
+        elif made is watched:
+            url = f"redis+sentinel://127.0.0.1:{servers.enter_context(sentinel(port)).port}/main"
+        runner.run(run(url, proxy))
+
+
+@pytest.mark.parametrize("method", ["write", "writelines", "drain", "close"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("closed"), asyncio.IncompleteReadError(b"", 1), KeyError("of a library")]
+)
+async def test_any_error_of_a_connection(
+    store: Store, method: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the event loop raises while bytes are sent is one of AWAY, and the next command is carried out."""
+    async with opened(store.url) as connections:
+        await ping(connections)
+
+        def failing(*_: Any) -> Any:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(asyncio.StreamWriter, method, failing)
+            with suppress(*AWAY):
+                await ping(connections)
+        await asyncio.gather(*(ping(connections) for _ in range(2)), return_exceptions=True)
+        await ping(connections)
+
+
+async def test_fault_of_the_gateway(store: Store) -> None:
+    """An argument that can't be sent is not taken for a store that is away."""
+    async with opened(store.url) as connections:
+        scripts = Scripts(connections.commands)
+        with pytest.raises(DataError):
+            await scripts.read(("GET", "{gw}:x", object()))
+        with pytest.raises(LedgerUnavailable):
+            await Scripts(connect("redis://127.0.0.1:1", timeout=1).commands).read(("GET", "{gw}:x"))
+
+
+async def test_frozen_cluster() -> None:
+    """All commands to a Cluster that does not answer fail after one timeout, not one after the other."""
+    with cluster() as store:
+        async with opened(store.url, timeout=0.5) as connections:
+            await ping(connections)
+            store.server.freeze()
+            try:
+                async with asyncio.timeout(8):
+                    for _ in range(2):
+                        failed = await asyncio.gather(*(ping(connections) for _ in range(40)), return_exceptions=True)
+                        assert all(isinstance(each, AWAY) for each in failed)
+            finally:
+                store.server.thaw()
+            while until(not isinstance(*await asyncio.gather(ping(connections), return_exceptions=True), Exception)):
+                pass
+
+
+async def test_pipelines_wait_for_a_connection(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More reads than connections wait for one."""
+    monkeypatch.setattr(module, "POOL_SIZE", 1)
+    async with opened(store.url) as connections:
+        found = await asyncio.gather(*(Scripts(connections.commands).read(("GET", "{gw}:x")) for _ in range(20)))
+    assert found == [[None]] * 20
 
 
 @pytest.mark.parametrize(
@@ -263,6 +366,25 @@ async def test_tls(tmp_path: Path) -> None:
                 await connections.commands.set("k", "v")
                 assert await connections.commands.get("k") == b"v"
             async with opened(f"rediss://127.0.0.1:{port}") as connections:
+                with pytest.raises(AWAY):
+                    await ping(connections)
+
+
+@pytest.mark.parametrize("scheme", ["redis+sentinel", "rediss+sentinel"])
+async def test_sentinel_over_tls(tmp_path: Path, scheme: str) -> None:
+    """Sentinels that are reached over TLS only name the primary, be that reached over TLS or not."""
+    trusted, context = certify(tmp_path)
+    outer, announced = free_port(), free_port()
+    with running(port=free_port()) as server, sentinel(announced) as watching:
+        async with (
+            proxied(watching, outer, tls=context),
+            proxied(server, announced, tls=context if scheme == "rediss+sentinel" else None),
+        ):
+            address = f"{scheme}://127.0.0.1:{outer}/main?"
+            async with opened(f"{address}sentinel_ssl=true&ssl_ca_certs={trusted}") as connections:
+                await connections.commands.set("k", "v")
+                assert await connections.commands.get("k") == b"v"
+            async with opened(f"{address}sentinel_ssl=true") as connections:
                 with pytest.raises(AWAY):
                     await ping(connections)
 

@@ -1,4 +1,4 @@
-"""Who follows what others announce tries again for as long as the store is away, and says so once."""
+"""What is followed is tried again for as long as Redis is away, and an outage is logged once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import pytest
 from structlog.testing import capture_logs
 
-from service.storage import changes, registry
+from service.domain.errors import LedgerUnavailable
+from service.storage import changes, registry, scripts
 from service.storage.changes import Changes
 from service.storage.connect import Connections, connect
 from service.storage.registry import LiveRegistry, RedisRegistry
-from service.storage.scripts import Fault, Scripts
-from service.telemetry.families import StoreError
+from service.storage.scripts import Fault, Outages, Scripts
+from service.telemetry.families import LedgerOutcome, StoreError
 from service.usecases.board import Board
 from service.usecases.pace import Pace
 from tests.storage.shop import KEYS
@@ -42,9 +43,9 @@ def _registry(connections: Connections, failed: Fault) -> Follower:
     return LiveRegistry(store, connections.subscriber, KEYS.registry_channel, failed=failed)
 
 
-@pytest.mark.parametrize(("make", "event"), [(_changes, "changes.disconnected"), (_registry, "registry.disconnected")])
-async def test_an_outage_is_logged_once(make: Make, event: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often it is tried while the store is away, that is told once, and again when it goes away anew."""
+@pytest.mark.parametrize("make", [_changes, _registry])
+async def test_an_outage_is_followed_through(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is tried while the store is away, it is heard again when it is back, and logs nothing itself."""
     for module in (changes, registry):
         monkeypatch.setattr(module, "AWAY_SECONDS", 0.01)
     port, failures = free_port(), asyncio.Queue[StoreError]()
@@ -55,6 +56,7 @@ async def test_an_outage_is_logged_once(make: Make, event: str, monkeypatch: pyt
         try:
             async with asyncio.timeout(PATIENCE):
                 await _several(failures)
+                assert logs == []
                 with running(port=port):
                     await _heard(connections, follower, logs)
                 await _several(failures)
@@ -62,7 +64,47 @@ async def test_an_outage_is_logged_once(make: Make, event: str, monkeypatch: pyt
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
             await connections.aclose()
-    assert [each["event"] for each in logs if each["event"] == event] == [event] * 2
+
+
+async def test_an_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line when it begins and one when it ends, however much fails in between, of calls and of subscriptions."""
+    monkeypatch.setattr(scripts, "QUIET_SECONDS", 0)
+    port, counted, calls = free_port(), list[StoreError](), list[LedgerOutcome]()
+    connections = connect(f"redis://127.0.0.1:{port}", timeout=5)
+    outages = Outages(lambda _, outcome, __: calls.append(outcome), counted.append)
+    reader = Scripts(connections.commands, observe=outages.observe, failed=outages.failed)
+    with capture_logs() as logs:
+        for _ in range(2):
+            failed = await asyncio.gather(*(reader.read(("GET", "x")) for _ in range(20)), return_exceptions=True)
+            assert all(isinstance(each, LedgerUnavailable) for each in failed)
+            outages.failed(StoreError.CONNECTION)
+            with running(port=port):
+                await asyncio.gather(*(reader.read(("GET", "x")) for _ in range(20)))
+    await connections.aclose()
+    assert [each["event"] for each in logs] == ["redis.unavailable", "redis.available"] * 2
+    assert [each.get("failed_calls") for each in logs] == [None, 20, None, 20]
+    assert len(counted) == 42
+    assert calls == ([LedgerOutcome.UNAVAILABLE] * 20 + [LedgerOutcome.OK] * 20) * 2
+
+
+def test_an_outage_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that are answered among others that fail do not end an outage; a refusal by Redis begins one too."""
+    now = 0.0
+    monkeypatch.setattr(scripts.time, "monotonic", lambda: now)
+    outages = Outages(lambda *_: None, lambda _: None)
+    with capture_logs() as logs:
+        for _ in range(100):
+            outages.failed(StoreError.RESPONSE)
+            outages.observe("reserve", LedgerOutcome.UNAVAILABLE, 0)
+            outages.observe("reserve", LedgerOutcome.OK, 0)
+            now += 0.5
+        now += scripts.QUIET_SECONDS
+        outages.failed(StoreError.RESPONSE)
+        outages.observe("reserve", LedgerOutcome.FAULT, 0)
+        outages.observe("reserve", LedgerOutcome.OK, 0)
+        outages.failed(StoreError.RESPONSE)
+        outages.observe("reserve", LedgerOutcome.FAULT, 0)
+    assert [each["event"] for each in logs] == ["redis.unavailable", "redis.available"]
 
 
 async def _several(failures: asyncio.Queue[StoreError]) -> None:

@@ -1,0 +1,92 @@
+"""A TCP proxy that resets connections."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from tests.support.valkey import free_port
+
+
+class ResettingProxy:
+    """Leads to a port of 127.0.0.1, from a thread of its own, and resets connections once `share` is above 0.
+
+    That is the probability that a piece of data, of either direction, is cut off somewhere and both sides are reset.
+    """
+
+    def __init__(self, target: int, port: int, seed: int) -> None:
+        self.port = port
+        self.share = 0.0
+        self.resets = 0
+        self._target = target
+        self._random = random.Random(seed)
+        self._forwarding: set[asyncio.Task[None]] = set()
+
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a connection until either side ends it."""
+        forwarding = asyncio.create_task(self._forward(reader, writer))
+        self._forwarding.add(forwarding)
+        forwarding.add_done_callback(self._forwarding.discard)
+
+    async def close(self) -> None:
+        """End all connections."""
+        for each in self._forwarding:
+            each.cancel()
+        await asyncio.gather(*self._forwarding, return_exceptions=True)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(
+            self._copy(reader, inner_writer, writer),
+            self._copy(inner_reader, writer, inner_writer),
+            return_exceptions=True,
+        )
+
+    async def _copy(
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, back: asyncio.StreamWriter
+    ) -> None:
+        try:
+            while data := await source.read(65_536):
+                if self._random.random() < self.share:
+                    target.write(data[: self._random.randrange(len(data) + 1)])
+                    self._reset(target, back)
+                    return
+                target.write(data)
+        finally:
+            target.close()
+
+    def _reset(self, *sides: asyncio.StreamWriter) -> None:
+        self.resets += 1
+        for side in sides:
+            with suppress(OSError):
+                linger = struct.pack("ii", 1, 0)
+                side.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            side.transport.abort()
+
+
+@contextmanager
+def resetting(target: int, *, seed: int, port: int | None = None) -> Iterator[ResettingProxy]:
+    """Such a proxy in front of a port."""
+    proxy = ResettingProxy(target, port or free_port(), seed)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    listening = asyncio.start_server(proxy.accept, "127.0.0.1", proxy.port)
+    server = asyncio.run_coroutine_threadsafe(listening, loop).result()
+    try:
+        yield proxy
+    finally:
+        loop.call_soon_threadsafe(server.close)
+        asyncio.run_coroutine_threadsafe(proxy.close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
