@@ -10,6 +10,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
+import structlog
 from litestar import Request, Response, post
 from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -35,6 +36,8 @@ from service.domain.windows import MAX_ACTIVE
 from service.usecases.follow import Follow
 from service.usecases.quota import Quota
 from service.usecases.submit import Submit
+
+_log = structlog.get_logger(__name__)
 
 NO_ACCOUNT = "账户不存在"
 NOTHING_LEFT = "账户剩余次数不足"
@@ -209,6 +212,9 @@ async def _left(quota: Quota, tenant: Tenant) -> dict[str, Any]:
         left = await quota.left(tenant)
     except GatewayError:
         return {}  # the figures are not worth losing an accepted task over
+    except Exception:  # noqa: BLE001 - nor is any fault
+        _log.exception("submission.answer-crashed")
+        return {}
     told = {"remaining_count": left.count, "remaining_money": None if left.money is None else left.money // 100}
     return {name: value for name, value in told.items() if value is not None}
 

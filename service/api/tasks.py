@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 
+import structlog
 from litestar import Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.handlers import HTTPRouteHandler
@@ -17,7 +19,7 @@ from service.api.leaving import held_open
 from service.api.prefer import applied, wait_seconds
 from service.api.queries import check_query
 from service.api.ratelimit import rate_limit_headers
-from service.api.uploads import Uploads
+from service.api.uploads import ClientLeft, Uploads
 from service.api.views import (
     PRIVATE,
     REPLAYED,
@@ -36,6 +38,8 @@ from service.usecases.board import Seen
 from service.usecases.follow import Follow
 from service.usecases.pace import Pace
 from service.usecases.submit import Submission, Submit
+
+_log = structlog.get_logger(__name__)
 
 PART = "image"
 _METADATA, _WEBHOOK = "metadata", "webhook_url"
@@ -120,15 +124,7 @@ def routes(
             if request.query_params:
                 raise InvalidOptions([FieldError(name, "goes into the form") for name in request.query_params])
             accepted = await received(request, tenant, kind, key)
-            seen = Seen(accepted.task, accepted.now, time.monotonic())
-            headers = task_headers(seen, pace)
-            if wait := wait_seconds(request.headers.getall("prefer", [])):
-                with suppress(GatewayError):  # the image was accepted, whatever becomes of looking after it
-                    seen, headers = await waited_for(request, tenant, accepted.task.id, wait)
-            del headers["Age"]
-            headers |= {"Location": task_path(seen.task)} | rate_limit_headers(accepted.limits)
-            headers |= REPLAYED if accepted.replayed else {}
-            return Response(task_view(seen.task), headers=headers)
+            return await _answered(request, accepted, pace, partial(waited_for, request, tenant, accepted.task.id))
 
         return handler
 
@@ -180,6 +176,30 @@ def routes(
         return Response(TaskList([task_view(task) for task in found.tasks], found.cursor), headers=PRIVATE)
 
     return [*(submitting(kind) for kind in Kind), read, page]
+
+
+async def _answered(
+    request: Request[Any, Any, Any],
+    accepted: Submission,
+    pace: Pace,
+    wait_for: Callable[[int], Awaitable[tuple[Seen, dict[str, str]]]],
+) -> Response[TaskView]:
+    """The task of a submission that was accepted, whatever goes wrong from here: else its caller would pay again."""
+    try:
+        seen = Seen(accepted.task, accepted.now, time.monotonic())
+        headers = task_headers(seen, pace)
+        if wait := wait_seconds(request.headers.getall("prefer", [])):
+            with suppress(GatewayError):  # the image was accepted, whatever becomes of looking after it
+                seen, headers = await wait_for(wait)
+        del headers["Age"]
+        headers |= {"Location": task_path(seen.task)} | rate_limit_headers(accepted.limits)
+        headers |= REPLAYED if accepted.replayed else {}
+        return Response(task_view(seen.task), headers=headers)
+    except ClientLeft:
+        raise
+    except Exception:  # noqa: BLE001 - whatever it is
+        _log.exception("submission.answer-crashed", reservation=accepted.task.reservation)
+        return Response(task_view(accepted.task), headers=PRIVATE | {"Location": task_path(accepted.task)})
 
 
 def _taken_out(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[tuple[str, str]]]:

@@ -46,6 +46,9 @@ class Settle:
         """
         try:
             await self._book(settlement)
+        except asyncio.CancelledError:
+            self._book_later(settlement)
+            raise
         except LedgerUnavailable:
             _log.warning("settlement.delayed", reservation=settlement.reservation, outcome=settlement.outcome)
         except Exception:  # noqa: BLE001 - whatever it is, the outcome has to be booked

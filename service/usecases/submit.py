@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 import msgspec
 import structlog
@@ -84,9 +86,12 @@ class _Place(Struct, frozen=True):
     """A reservation under way: where it stands, and by when (of the monotonic clock) sending has to end.
 
     It is `astray` if a retarget was not answered: it may stand on the next account, though nothing was sent there.
+    `options` and `metadata` are JSON, made before anything is sent: what can fail fails then.
     """
 
     ask: Ask
+    options: msgspec.Raw
+    metadata: msgspec.Raw
     account: Account
     created: int
     deadline: float
@@ -158,28 +163,38 @@ class Submit:
         accounts = self._registry.current.accounts_of(tenant)
         idempotency = None if key is None else identify(key, options, metadata, image.sha256, webhook)
         ask = Ask(secrets.token_hex(16), tenant.id, tuple(each.id for each in accounts), options.kind, idempotency)
+        written = msgspec.Raw(msgspec.json.encode(options)), msgspec.Raw(msgspec.json.encode(metadata))
+        trace = self._tracer.context()
         verdict, snapshot, asked = await self._reserve(ask)
         limits = rate_limits(tenant.policy, snapshot.state, snapshot.now)
         if isinstance(verdict, Replayed):
             return await self._replay(verdict, limits)
-        place = self._place(verdict, ask, accounts, limits, asked)
+        place = self._place(verdict, ask, written, accounts, limits, asked)
         try:
             sent, place = await self._send(place, accounts, options, image)
-            task = self._task(place, sent.upstream_id, options, metadata) if _accepted(sent) else None
+            task = self._task(place, sent.upstream_id) if _accepted(sent) else None
         except asyncio.CancelledError:  # the process ends, and has waited for long enough
             await self._settle(self._settlement(place, _LOST))
             raise
         except Exception:  # noqa: BLE001 - a fault of our own, and it may have come after the image was sent
             _log.exception("submission.crashed", reservation=place.ask.reservation)
             sent, task = _LOST, None
-        self._metrics.submission(options.kind, sent.outcome)
+        self._count(ask, self._metrics.submission, options.kind, sent.outcome)
         if task is None:
             await self._settle(self._settlement(place, sent))
             raise self._refused(ask, refusal(sent, ask.reservation))
-        self._metrics.submitted(tenant.id, options.kind)
-        draft = TaskDraft(task.id, task.options, task.metadata, webhook or tenant.webhook.url, self._tracer.context())
-        await self._settle(msgspec.structs.replace(self._settlement(place, sent), draft=draft))
+        draft = TaskDraft(task.id, task.options, task.metadata, webhook or tenant.webhook.url, trace)
+        with suppress(asyncio.CancelledError):  # the process ends; what was accepted is answered all the same
+            await self._settle(msgspec.structs.replace(self._settlement(place, sent), draft=draft))
+        self._count(ask, self._metrics.submitted, tenant.id, options.kind)
         return Submission(task, task.created, limits)
+
+    def _count(self, ask: Ask, count: Callable[..., None], *labels: Any) -> None:
+        """Count an outcome. A fault in that is no reason to tell the caller of another one."""
+        try:
+            count(*labels)
+        except Exception:  # noqa: BLE001 - whatever it is
+            _log.exception("submission.answer-crashed", reservation=ask.reservation)
 
     async def _reserve(self, ask: Ask) -> tuple[Verdict, Snapshot, float]:
         """Ask for a place; the verdict, and when (of the monotonic clock) it was asked for."""
@@ -194,6 +209,7 @@ class Submit:
         self,
         verdict: Verdict,
         ask: Ask,
+        written: tuple[msgspec.Raw, msgspec.Raw],
         accounts: Sequence[Account],
         limits: tuple[RateLimit, ...],
         asked: float,
@@ -211,7 +227,7 @@ class Submit:
             case Granted():
                 deadline = asked + (verdict.lease - verdict.now) / 1000 - LEASE_MARGIN
                 account = next(each for each in accounts if each.id == verdict.account)
-                return _Place(ask, account, verdict.now, deadline)
+                return _Place(ask, *written, account, verdict.now, deadline)
             case _:
                 raise key_reused()
 
@@ -269,7 +285,7 @@ class Submit:
             idempotency=place.ask.idempotency,
         )
 
-    def _task(self, place: _Place, upstream_id: str, options: Options, metadata: dict[str, str]) -> Task:
+    def _task(self, place: _Place, upstream_id: str) -> Task:
         ask = place.ask
         reference = Reference(ask.tenant, place.account.id, ask.kind, place.created, ask.reservation, upstream_id)
         return Task(
@@ -282,8 +298,8 @@ class Submit:
             created=place.created,
             updated=place.created,
             finished=None,
-            options=msgspec.Raw(msgspec.json.encode(options)),
-            metadata=msgspec.Raw(msgspec.json.encode(metadata)),
+            options=place.options,
+            metadata=place.metadata,
             artifacts=(),
             error=None,
             cost=Cost(0, 0, Basis.UNKNOWN),

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any, NoReturn
 
 import pytest
 
+from service.api import legacy, tasks
 from service.domain.task import Kind
+from service.usecases.board import Board
+from service.usecases.follow import Follow
+from service.usecases.quota import Quota
 from tests.behaviour.house import House
+from tests.behaviour.old_client import OldClient
 from tests.support.images import png
 
 OPTIONS = {
@@ -226,3 +232,47 @@ async def test_part_order(house: House) -> None:
     for order in (parts, parts[::-1]):
         answer = await house.call("POST", "/v1/tasks/seamless", files=order)
         assert (answer.status_code, answer.json()["options"]) == (201, {"fit": 0.4})
+
+
+@pytest.mark.parametrize("error", [KeyError, OSError])
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (tasks, "task_headers"),
+        (tasks, "rate_limit_headers"),
+        (tasks, "wait_seconds"),
+        (Follow, "read"),
+        (Board, "fresh"),
+    ],
+)
+async def test_faults_after_the_acceptance(
+    house: House, where: Any, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong in the gateway once the upstream has accepted, the answer is 201 with the task."""
+
+    def failing(*_: Any, **__: Any) -> NoReturn:
+        raise error("a fault of the gateway")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, failing)
+        answer = await house.submit(headers={"Prefer": "wait=1"})
+    assert answer.status_code == 201
+    assert answer.headers["location"] == answer.json()["links"]["self"]
+    assert (await house.call("GET", answer.headers["location"])).json()["id"] == answer.json()["id"]
+    assert await house.upstream.submits() == 1
+
+
+@pytest.mark.parametrize("error", [KeyError, OSError])
+async def test_faults_after_the_acceptance_of_an_old_client(
+    house: House, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same in the old protocol, which tells the task beside what is left."""
+
+    async def failing(*_: Any, **__: Any) -> NoReturn:
+        raise error("a fault of the gateway")
+
+    monkeypatch.setattr(Quota, "left", failing)
+    answer = await OldClient(house.http, house.url, house.token).submit("submit_vector_task", {})
+    assert answer["err_code"] == 0
+    assert set(answer) == {"err_code", "task_id"}
+    assert legacy.NOTHING_LEFT not in str(answer)

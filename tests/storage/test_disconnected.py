@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -90,7 +91,7 @@ async def test_an_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_outage_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that are answered among others that fail do not end an outage; a refusal by Redis begins one too."""
     now = 0.0
-    monkeypatch.setattr(scripts.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     outages = Outages(lambda *_: None, lambda _: None)
     with capture_logs() as logs:
         for _ in range(100):

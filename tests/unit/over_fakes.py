@@ -45,8 +45,8 @@ async def until(condition: Callable[[], bool]) -> None:
 class FaultyLedger(FakeLedger):
     """Calls fail as told, each once: before they were carried out, or after, so that only the answer is lost."""
 
-    before: dict[str, list[Exception]] = field(default_factory=dict)
-    after: dict[str, list[Exception]] = field(default_factory=dict)
+    before: dict[str, list[BaseException]] = field(default_factory=dict)
+    after: dict[str, list[BaseException]] = field(default_factory=dict)
 
     @asynccontextmanager
     async def _fails(self, call: str) -> AsyncIterator[None]:

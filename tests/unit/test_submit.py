@@ -51,6 +51,47 @@ async def test_fault_after_the_acceptance(gateway: Gateway, monkeypatch: pytest.
     assert gateway.places == (1, 0, 0)
 
 
+@pytest.mark.parametrize(
+    "fault", [KeyError("x"), OSError("x"), asyncio.CancelledError(), ExceptionGroup("x", [ValueError()])]
+)
+@pytest.mark.parametrize("step", ["submission", "settle", "settled", "submitted"])
+async def test_any_exception_after_the_acceptance(
+    gateway: Gateway, step: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is raised once the upstream has accepted, the caller gets its task, and it is booked exactly once."""
+
+    def failing(*_: object) -> None:
+        raise fault
+
+    if step in {"submission", "submitted"}:
+        if isinstance(fault, asyncio.CancelledError):
+            fault = RuntimeError("what counts is never cancelled")
+        monkeypatch.setattr(gateway.metrics, step, failing)
+    else:
+        times = gateway.ledger.before if step == "settle" else gateway.ledger.after
+        times["settle"] = [fault]
+    submission = await gateway.submitted()
+    assert await gateway.background.drain(5) == 0
+    assert gateway.places == (1, 0, 1)
+    assert gateway.ledger.tasks[submission.task.reservation].id == submission.task.id
+    assert len(gateway.upstream.submits) == 1
+
+
+async def test_process_ends_while_it_books(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller whose submission was accepted has its task even if the process ends before that is booked."""
+    booking = asyncio.Event()
+
+    async def hanging(*_: object) -> bool:
+        booking.set()
+        return await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(gateway.ledger, "settle", hanging)
+    caller = asyncio.create_task(gateway.submitted())
+    await booking.wait()
+    assert await gateway.background.drain(0) == 2
+    assert (await caller).task.reservation in gateway.ledger.reservations
+
+
 @pytest.mark.parametrize("fault", [AWAY, RuntimeError("a fault of ours")])
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_unanswered_reserve(gateway: Gateway, fault: Exception, when: str) -> None:
