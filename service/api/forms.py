@@ -93,6 +93,10 @@ class MultipartForm:
         data, self._file = bytes(self._file), bytearray()
         return data, self._digest.digest()
 
+    def drop(self) -> None:
+        """Keep nothing of the body: a traceback may hold this form."""
+        self._parser, self._file, self._value = None, bytearray(), bytearray()
+
     def _begin_part(self, part: Any) -> None:
         name = _name(part.name)
         if not _is_file(part):

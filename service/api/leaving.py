@@ -32,6 +32,7 @@ async def held_open(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T
         for task in (doing, leaving):
             task.cancel()
         await asyncio.gather(doing, leaving, return_exceptions=True)
+        del doing, task  # which hold their error, whose traceback holds this frame
 
 
 async def _left(request: Request[Any, Any, Any]) -> None:

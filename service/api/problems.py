@@ -215,8 +215,9 @@ def exception_handlers(logger: FilteringBoundLogger) -> dict[int | type[Exceptio
         logger.error("request.crashed", exc_info=error)
         return _respond(request, CRASHED)
 
-    def left(_: Request[Any, Any, Any], error: ClientLeft) -> NoReturn:
-        raise error
+    def left(*_: object) -> NoReturn:
+        # A new one: frames of Litestar hold the other, which would hold them, and with them all that was uploaded.
+        raise ClientLeft from None
 
     return {
         errors.GatewayError: known,

@@ -104,14 +104,18 @@ class Uploads:
         )
         small = length is not None and length <= MAX_FORM_BYTES
         body = self._body(receive, least_rate=0 if small else self._least_rate)
-        with self._in_flight.share(most if length is None else length) as share:
-            while (chunk := await body.next()) is not None:
-                await self._in_flight.grow(share, body.received)
-                form.feed(chunk)
-            self._in_flight.complete(share, body.received)
-            form.finish()
-            image = await self._image(form, part)
-            yield Submission(image, form.fields)
+        chunk: bytes | None = b""
+        try:
+            with self._in_flight.share(most if length is None else length) as share:
+                while (chunk := await body.next()) is not None:
+                    await self._in_flight.grow(share, body.received)
+                    form.feed(chunk)
+                self._in_flight.complete(share, body.received)
+                form.finish()
+                yield Submission(await self._image(form, part), form.fields)
+        finally:
+            form.drop()
+            del chunk
 
     async def read_form(self, scope: HTTPScope, receive: Receive) -> list[tuple[str, str]]:
         """Read a form without a file, urlencoded or multipart.

@@ -158,8 +158,8 @@ def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
             values[name] = _parse(name, text, known[name])
             if name in {"model", "style"}:
                 values[name] = catalogue.named(name, text)
-        except FieldError as error:
-            errors.append(error)
+        except FieldError as error:  # whose traceback holds this frame, which would hold it
+            errors.append(FieldError(error.field, error.detail))
     if errors:
         raise InvalidOptions(errors)
     return cls(**values)

@@ -149,7 +149,10 @@ class Submit:
         """
         self.admit(tenant, options.kind)
         work = self._background.spawn(self._submit(tenant, options, metadata, image, key, webhook))
-        return await asyncio.shield(work)
+        try:
+            return await asyncio.shield(work)
+        finally:
+            del work  # it holds its error, whose traceback holds this frame, and with it the image
 
     async def _submit(
         self,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
-from contextlib import suppress
+import gc
+import tracemalloc
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 import pytest
 
 from service.api.uploads import Uploads
 from service.app import create_app
+from service.usecases.ports import SubmitOutcome
 from tests.behaviour.aftermath import EVERY_POLICY, nothing_happened
-from tests.behaviour.house import MAX_BYTES, MAX_PIXELS, House
+from tests.behaviour.house import MAX_BYTES, MAX_PIXELS, House, real_house
 from tests.support.images import png
 from tests.support.serving import serving
 from tests.support.valkey import Valkey
@@ -157,3 +160,72 @@ async def test_two_at_once(house: House) -> None:
     assert [answer.status for answer in answers] == [201, 201]
     assert len({answer.json()["id"] for answer in answers}) == 2
     assert await house.upstream.submits() == 2
+
+
+BROKEN = 60
+LARGE = MAX_BYTES - 100_000
+LEFT_AT_MOST = 15_000_000
+"""What may be left in bytes of all broken uploads together, which are four times as much; the sandbox keeps some."""
+
+
+@contextmanager
+def nothing_is_left() -> Iterator[None]:
+    """Fail if memory that is taken within the block is not given back without a collection of cycles."""
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[0] - before < LEFT_AT_MOST
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
+@pytest.mark.parametrize("path", ["/v1/tasks/vectorize", "/api/submit_vector_task"])
+async def test_who_leaves_leaves_nothing_behind(house: House, path: str) -> None:
+    """What came of an upload is given up with it: a quiet process collects no cycles for a long time."""
+    before, port = await _gone(house), port_of(house.url)
+    part = "image" if path.startswith("/v1") else "input_image"
+    body = form(field("user_key", house.token), file(part, b"x" * LARGE))
+    if path.startswith("/v1"):
+        body = form(file(part, b"x" * LARGE))
+    with nothing_is_left():
+        for count in range(BROKEN):
+            async with connected(port) as (_, writer):
+                writer.write(head(house, announced(len(body)), path=path) + body[:-1])
+                await writer.drain()
+                await _held(house, LARGE)
+            while await _gone(house) <= before + count:
+                pass
+
+
+async def _held(house: House, size: int) -> None:
+    """Wait until so many bytes of an upload have arrived."""
+    while house.services.uploads._in_flight.held < size:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"),
+    [
+        (402, SubmitOutcome.EXHAUSTED),
+        (422, None),
+        (502, SubmitOutcome.REJECTED),
+        (504, SubmitOutcome.UNKNOWN),
+    ],
+)
+async def test_who_is_refused_leaves_nothing_behind(valkey: Valkey, status: int, outcome: SubmitOutcome | None) -> None:
+    """Nor does an image whose submission is refused, by the gateway or by the upstream, or is unknown."""
+    fields = () if outcome else (field("colors", "x"),)
+    body = form(file("image", png() + b"\0" * LARGE), *fields)
+    async with real_house(valkey) as house, connected(port_of(house.url)) as (reader, writer):
+        with nothing_is_left():
+            for _ in range(BROKEN):
+                if outcome is SubmitOutcome.UNKNOWN:
+                    await house.upstream.lose_next_answer()
+                elif outcome:
+                    await house.upstream.refuse_next(outcome)
+                writer.write(head(house, announced(len(body))) + body)
+                assert (await read_answer(reader)).status == status

@@ -83,7 +83,8 @@ async def test_process_ends_while_it_books(gateway: Gateway, monkeypatch: pytest
 
     async def hanging(*_: object) -> bool:
         booking.set()
-        return await asyncio.get_running_loop().create_future()
+        await asyncio.Event().wait()
+        return False
 
     monkeypatch.setattr(gateway.ledger, "settle", hanging)
     caller = asyncio.create_task(gateway.submitted())
