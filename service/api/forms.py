@@ -75,6 +75,7 @@ class MultipartForm:
                 else:
                     self._take(event)
         except MultipartError as error:
+            error.__traceback__ = None  # the parser holds its error
             raise MalformedRequest(f"The multipart form can't be read: {error.args[0]}.") from None
         if self._received - len(self._file) > self._max_other_bytes:
             raise MalformedRequest(f"The form without its file is larger than {self._max_other_bytes} bytes.")
@@ -83,7 +84,8 @@ class MultipartForm:
         """The body has ended. Raises MalformedRequest if the form has not, InvalidOptions if its file is missing."""
         try:
             self._parser.close()
-        except MultipartError:
+        except MultipartError as error:
+            error.__traceback__ = None
             raise MalformedRequest("The form breaks off before its end. Send it again as a whole.") from None
         if self._file_part is not None and not self._has_file:
             raise _refused(self._file_part, "is required: send the image as a file in this part")
