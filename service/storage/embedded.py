@@ -15,13 +15,19 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
+import structlog
+
 from service.child import stop, tied
+from service.usecases.background import ended
+
+_log = structlog.get_logger(__name__)
 
 _SOCKET = "valkey.sock"
 _LONGEST_SOCKET_PATH = 100
 _START_SECONDS = 60.0
 _LOCK_SECONDS = 5.0
 _LOOK_SECONDS = 0.005
+_RESTART_SECONDS = 1.0
 _OPTIONS: Mapping[str, str] = {
     "port": "0",
     "unixsocketperm": "700",
@@ -42,8 +48,8 @@ class EmbeddedError(Exception):
 class EmbeddedValkey:
     """A Valkey server for as long as the context lasts, and no longer than the gateway lives.
 
-    What it has acknowledged survives a restart, a kill and a power cut. It listens on a Unix socket only, and a folder
-    serves one gateway at a time. Entering raises EmbeddedError.
+    What it has acknowledged survives a restart, a kill and a power cut. If it dies, it is started again. It listens on a
+    Unix socket only, and a folder serves one gateway at a time. Entering raises EmbeddedError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,8 +80,9 @@ class EmbeddedValkey:
                 await self._take(lock)
                 self._socket = self._place_socket(opened)
                 self._process = await self._start(binary, lock)
-                opened.push_async_callback(stop, self._process)
+                opened.push_async_callback(self._stop)
                 await self._answering(self._process)
+                opened.push_async_callback(ended, [asyncio.create_task(self._keep(binary, lock))])
             except OSError as error:
                 raise EmbeddedError(f"can't keep data in {self._folder}: {error.strerror}") from error
             self._closing = opened.pop_all()
@@ -120,6 +127,22 @@ class EmbeddedValkey:
                 pass_fds=[lock],
                 start_new_session=True,
             )
+
+    async def _keep(self, binary: Path, lock: int) -> None:
+        """Start the server again whenever it has died, until cancelled."""
+        while self._process:
+            code = await self._process.wait()
+            _log.error("valkey.restarted", exit_code=code)
+            try:
+                self._process = await self._start(binary, lock)
+                await self._answering(self._process)
+            except (OSError, EmbeddedError) as error:
+                _log.error("valkey.failed", detail=str(error))
+                await asyncio.sleep(_RESTART_SECONDS)
+
+    async def _stop(self) -> None:
+        if self._process:
+            await stop(self._process)
 
     async def _answering(self, process: asyncio.subprocess.Process) -> None:
         """Wait until it has read its data and answers."""

@@ -9,13 +9,15 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from service import child
 from service.storage import embedded
-from service.storage.connect import connect
+from service.storage.connect import AWAY, connect
 from service.storage.embedded import EmbeddedError, EmbeddedValkey, server_binary
 
 GATEWAY = """
@@ -75,14 +77,47 @@ async def test_restart(tmp_path: Path) -> None:
 
 
 async def test_killed_server(tmp_path: Path) -> None:
-    """What was acknowledged is there after the server was killed, whose gateway then closes in good order."""
+    """A server that dies is started again at once, on all that it has acknowledged, and that is logged once."""
+    async with EmbeddedValkey(tmp_path) as server:
+        for number in (b"1", b"2"):
+            await keep(server, "k", number.decode())
+            killed = server.pid or 0
+            with capture_logs() as logs:
+                os.kill(killed, signal.SIGKILL)
+                await until(lambda: server.pid != killed)  # noqa: B023 - within its round
+                await answering(server)
+            assert [(each["event"], each["exit_code"]) for each in logs] == [("valkey.restarted", -signal.SIGKILL)]
+            assert gone(killed)
+            assert await value(server, "k") == number
+    assert gone(server.pid or 0)
+    async with EmbeddedValkey(tmp_path) as server:
+        assert await value(server, "k") == b"2"
+
+
+async def test_server_that_can_not_be_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not start is tried again until it does, and the gateway can be closed meanwhile."""
+    monkeypatch.setattr(embedded, "_RESTART_SECONDS", 0.01)
     async with EmbeddedValkey(tmp_path) as server:
         await keep(server, "k", "v")
-        assert server.pid
-        os.kill(server.pid, signal.SIGKILL)
-        await until(lambda: gone(server.pid or 0))
-    async with EmbeddedValkey(tmp_path) as server:
+        (file,) = tmp_path.glob("appendonlydir/*.incr.aof")
+        whole = file.read_bytes()
+        file.write_bytes(b"*not what a server writes\r\n" * 3)
+        with capture_logs() as logs:
+            os.kill(server.pid or 0, signal.SIGKILL)
+            await until(lambda: [each["event"] for each in logs].count("valkey.failed") > 1)
+        file.write_bytes(whole)
+        await answering(server)
         assert await value(server, "k") == b"v"
+
+
+async def answering(server: EmbeddedValkey) -> None:
+    """Wait until a server answers."""
+    async with asyncio.timeout(10):
+        while True:
+            with suppress(*AWAY):
+                await value(server, "k")
+                return
+            await asyncio.sleep(0.005)
 
 
 async def test_killed_gateway(tmp_path: Path) -> None:
