@@ -41,6 +41,8 @@ _TOKEN_FILE = "demo.token"  # noqa: S105 - the name of a file
 _STORE_AWAY_SECONDS = 1.0
 _MAX_TENANT_CONNECTIONS = 10_000
 _MAX_OPERATOR_CONNECTIONS = 500
+_OVERTIME_SECONDS = 10
+"""The process ends so long after two leases, whatever hangs: platforms are told to wait for 15 s more than those."""
 
 
 class PortTakenError(Exception):
@@ -51,10 +53,12 @@ class _Signals:
     """What SIGINT and SIGTERM do: the first ends the gateway in good order, the next at once, as a kill would.
 
     In good order means that whatever was begun is finished; while the gateway still starts there is nothing to finish.
-    Nothing can hold the second one up. What was under way then is settled when its lease runs out.
+    Nothing can hold the second one up. What was under way then is settled when its lease runs out. So it is after
+    `seconds`, should something hang until then, as Redis may.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._starting = asyncio.current_task()
         self._ending = asyncio.Event()
         self._signalled = False
@@ -66,14 +70,22 @@ class _Signals:
         if self._signalled:
             os._exit(1)
         self._signalled = True
-        self._ending.set()
+        self._end()
         if self._starting:
             self._starting.cancel()
+
+    def _end(self) -> None:
+        self._ending.set()
+        asyncio.get_running_loop().call_later(self._seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        _log.error("shutdown.overdue", seconds=self._seconds)
+        os._exit(1)
 
     def refuse(self, error: DataVersionError) -> None:
         """End the gateway in good order, as a signal does, since it must not use its store."""
         self._refusal = error
-        self._ending.set()
+        self._end()
 
     def raise_refusal(self) -> None:
         """Raise the DataVersionError of `refuse`."""
@@ -105,7 +117,7 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings, redactor: Redactor) -> None:
-    signals = _Signals()
+    signals = _Signals(2 * settings.lease_seconds + _OVERTIME_SECONDS)
     operators = _listen(settings.ops_host, settings.ops_port, "GATEWAY_OPS_")
     tenants = None if settings.role is Role.WORKER else _listen(settings.host, settings.port, "GATEWAY_")
     async with AsyncExitStack() as opened:

@@ -48,8 +48,8 @@ class EmbeddedError(Exception):
 class EmbeddedValkey:
     """A Valkey server for as long as the context lasts, and no longer than the gateway lives.
 
-    What it has acknowledged survives a restart, a kill and a power cut. If it dies, it is started again. It listens on a
-    Unix socket only, and a folder serves one gateway at a time. Entering raises EmbeddedError.
+    What it has acknowledged survives a restart, a kill and a power cut. If it dies, it is started again. It listens on
+    a Unix socket only, and a folder serves one gateway at a time. Entering raises EmbeddedError.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,22 +118,22 @@ class Gateway:
 
 
 @contextmanager
-def serving(folder: Path, **settings: str) -> Iterator[Gateway]:
+def serving(folder: Path, words: Sequence[str] = (), **settings: str) -> Iterator[Gateway]:
     """A gateway that has started; ended, whatever became of it."""
-    with started(folder, **settings) as gateway:
+    with started(folder, words, **settings) as gateway:
         gateway.ready()
         yield gateway
 
 
 @contextmanager
-def started(folder: Path, **settings: str) -> Iterator[Gateway]:
-    """A gateway that has not started yet."""
+def started(folder: Path, words: Sequence[str] = (), **settings: str) -> Iterator[Gateway]:
+    """A gateway that has not started yet, by the command line of `words` if they are given."""
     folder.mkdir(exist_ok=True, parents=True)
     environ = environment(folder, **settings)
     out, log = folder / "out.txt", folder / "log.txt"
     with out.open("wb") as output, log.open("wb") as errors:
         process = subprocess.Popen(
-            command("serve"), env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=errors
+            words or command("serve"), env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=errors
         )
     gateway = Gateway(process, environ, out, log)
     try:

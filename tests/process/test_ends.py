@@ -27,6 +27,13 @@ embedded._LOCK_SECONDS = 0.1
 main(["serve"])
 """
 
+HURRIED = """
+from importlib import import_module
+from service.cli import main
+import_module("service.cli.serve")._OVERTIME_SECONDS = 1 - 2 * 90
+main(["serve"])
+"""
+
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[Sandbox]:
@@ -85,6 +92,33 @@ def test_second_signal(tmp_path: Path, valkey: Valkey, upstream: Sandbox) -> Non
     with serving(tmp_path / "second", **shared) as gateway:
         until(lambda: used(gateway) == (1, 0, 0), "the end of the lease")
         assert upstream.count("submit") == before + 1
+
+
+@pytest.mark.parametrize("away", ["dead", "hanging"])
+def test_ends_without_the_store(tmp_path: Path, upstream: Sandbox, away: str) -> None:
+    """A gateway ends in good order while its store is dead or hangs, if nothing is left to be booked."""
+    with running() as store, serving(tmp_path, **upstream.shared(store)) as gateway:
+        if away == "dead":
+            store.kill()
+        else:
+            store.freeze()
+        assert gateway.end() == 0
+        assert "Traceback" not in gateway.log.read_text()
+
+
+def test_ends_in_time(tmp_path: Path, upstream: Sandbox) -> None:
+    """What can't be booked holds up the end of a gateway for so long, and no longer."""
+    with running() as store, ThreadPoolExecutor() as threads:
+        settings = upstream.shared(store) | {"GATEWAY_LEASE_SECONDS": "90"}
+        with serving(tmp_path, [sys.executable, "-c", HURRIED], **settings) as gateway:
+            before = upstream.count("submit")
+            upstream.dial({"on": "submit", "times": 1, "latency": 0.5})
+            submitting = threads.submit(gateway.tried)
+            until(lambda: upstream.count("submit") > before, "the submit")
+            store.kill()
+            assert submitting.result().status_code == 201
+            assert gateway.end() == 1
+            assert "shutdown.overdue" in gateway.log.read_text()
 
 
 def test_told_to_end_while_it_starts(tmp_path: Path) -> None:
