@@ -214,11 +214,14 @@ Try it:
 async def _demo_token(services: Services, folder: Path, user_key: str) -> str:
     """The demo tenant's token, kept in the data folder for the next start."""
     known = known_demo_token(folder)
+    delayed = False
     while True:
         try:
             token = await demo_token(services.operators, services.registry, user_key, known)
         except Unavailable as error:
-            _log.warning("demo.delayed", detail=str(error))
+            if not delayed:  # logged once, as it may last for hours
+                _log.warning("demo.delayed", detail=str(error))
+            delayed = True
             await asyncio.sleep(_STORE_AWAY_SECONDS)
         else:
             _keep_demo_token(folder, token)

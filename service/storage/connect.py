@@ -10,6 +10,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis, RedisCluster, Sentinel
@@ -184,6 +185,9 @@ class _Cluster(Connections):
             await node.aclose()
 
 
+_placed: ContextVar[bool] = ContextVar("placed", default=False)
+
+
 class _BoundedCluster(RedisCluster):
     """A Cluster's client that waits for a connection when all are in use, where redis-py's own refuses at once."""
 
@@ -228,17 +232,22 @@ class _BoundedCluster(RedisCluster):
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """A connection to use within the block, where what redis-py raises of a Cluster becomes a RedisError."""
+        if _placed.get():  # a command of a pipeline that another node has to answer
+            yield
+            return
         try:
             async with asyncio.timeout(POOL_WAIT):
                 await self._free.acquire()
         except TimeoutError:
             raise RedisConnectionError("No connection available.") from None
+        within = _placed.set(True)
         try:
             await self._renew_closed()
             yield
         except RedisClusterException as error:
             raise ClusterDownError(str(error)) from error
         finally:
+            _placed.reset(within)
             self._free.release()
 
     async def _renew_closed(self) -> None:

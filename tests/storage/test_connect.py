@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import uvloop
-from redis.exceptions import DataError
+from redis.asyncio.cluster import ClusterNode
+from redis.crc import key_slot
+from redis.exceptions import DataError, MovedError
 from redis.utils import HIREDIS_AVAILABLE
 
 from service.domain.errors import LedgerUnavailable
@@ -368,6 +370,28 @@ async def test_tls(tmp_path: Path) -> None:
             async with opened(f"rediss://127.0.0.1:{port}") as connections:
                 with pytest.raises(AWAY):
                     await ping(connections)
+
+
+async def test_redirected_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline some of whose commands have to go to another node needs no second place for them."""
+    monkeypatch.setattr(module, "POOL_SIZE", 1)
+    monkeypatch.setattr(module, "POOL_WAIT", 0.1)
+    moved = [MovedError(f"{key_slot(b'gw')} 127.0.0.1:1")]
+
+    with cluster() as store:
+        async with opened(store.url) as connections:
+            await connections.commands.execute_command("SET", "{gw}:x", "1")
+            parse = ClusterNode.parse_response
+
+            async def parsed(node: ClusterNode, connection: Any, command: str, **kwargs: Any) -> Any:
+                answer = await parse(node, connection, command, **kwargs)
+                if moved:
+                    raise moved.pop()
+                return answer
+
+            monkeypatch.setattr(ClusterNode, "parse_response", parsed)
+            assert await Scripts(connections.commands).read(("GET", "{gw}:x")) == [b"1"]
+    assert moved == []
 
 
 @pytest.mark.parametrize("scheme", ["redis+sentinel", "rediss+sentinel"])
