@@ -38,6 +38,7 @@ from service.api.edge import Edge
 from service.api.head import answering_head
 from service.api.problems import exception_handlers
 from service.api.queries import check_query
+from service.api.uploads import check_coding
 from service.domain.tenancy import Tenant
 from service.services import Services
 from service.telemetry.families import Port
@@ -154,6 +155,7 @@ def operators_app(services: Services) -> Litestar:
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
         services.admin.check(connection)
+        check_coding(connection.scope)
 
     registry_routes = [
         *admin.routes(operators=services.operators, quota=services.quota),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from encodings.aliases import aliases
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -23,6 +24,18 @@ OnField = Callable[[str, str], None]
 """Told the name and the value of a field; what it raises ends the reading."""
 
 _FILENAME = re.compile(r";\s*filename\*?\s*=", re.IGNORECASE)
+
+_MOST_PADDING = 1_000
+_ENCODED = frozenset({"base64", "quoted-printable", "x-uuencode"})
+_CHARSETS = frozenset(
+    {
+        *("ascii", "utf_8", "utf_16", "utf_16_be", "utf_16_le", "gbk", "gb2312", "gb18030", "big5", "big5hkscs"),
+        *("euc_jp", "iso2022_jp", "shift_jis", "cp932", "euc_kr", "cp949", "latin_1", "koi8_r", "koi8_u", "cp874"),
+        *(f"iso8859_{part}" for part in (*range(2, 12), *range(13, 17))),
+        *(f"cp{page}" for page in range(1250, 1259)),
+    }
+)
+"""The codecs that a field may be in. Python knows others that are no charsets, and tries to import what it is given."""
 
 
 class MultipartForm:
@@ -44,7 +57,7 @@ class MultipartForm:
     ) -> None:
         # Latin-1 decodes any header, so that a file's name in an odd encoding is no obstacle; names are told apart
         # from it below. Strict parsing would depend on how the body is split into chunks.
-        self._parser: Any = PushMultipartParser(boundary, header_charset="latin-1")
+        self._parser = _PaddedParser(boundary, header_charset="latin-1")
         self._file_part = file_part
         self._max_file_bytes = max_file_bytes
         self._max_other_bytes = max_other_bytes
@@ -52,6 +65,7 @@ class MultipartForm:
         self._received = 0
         self._digest = hashlib.sha256()
         self._name: str | None = None
+        self._charset = ""
         self._value = bytearray()
         self._file = bytearray()
         self._has_file = False
@@ -101,12 +115,11 @@ class MultipartForm:
 
     def _begin_part(self, part: Any) -> None:
         name = _name(part.name)
-        if not _is_file(part):
-            if name == self._file_part:
-                raise _refused(name, "must be a file, but is a text field")
+        if name != self._file_part and not _has_file_name(part):
             if len(self.fields) == MAX_FIELDS:
                 raise MalformedRequest(f"The form has more than {MAX_FIELDS} fields.")
             self._name = name
+            self._charset = _charset(name, part)
             self._value.clear()
             return
         if self._file_part is None:
@@ -133,9 +146,10 @@ class MultipartForm:
         if self._name is None:
             return
         try:
-            value = self._value.decode()
+            value = self._value.decode(self._charset)
         except UnicodeDecodeError:
-            raise MalformedRequest(f"The field {self._name} is not UTF-8.") from None
+            declared = self._charset.replace("_", "-")
+            raise _refused(self._name, f"must be text in {declared}, as its part declares") from None
         self.fields.append((self._name, value))
         if self._on_field is not None:
             self._on_field(self._name, value)
@@ -160,14 +174,26 @@ def media_type(content_type: str) -> tuple[str, str]:
     return found, boundary
 
 
-def _is_file(part: Any) -> bool:
-    """Whether a part is a file: it has a file name, or at least a type that is not text.
+def _has_file_name(part: Any) -> bool:
+    """Whether a part has a file name.
 
     The parser does not know `filename*`, which is all that some clients send of a name that is not ASCII.
     """
-    if part.filename is not None or _FILENAME.search(part.header("Content-Disposition")):
-        return True
-    return part.content_type is not None and not part.content_type.startswith("text/")
+    return part.filename is not None or _FILENAME.search(part.header("Content-Disposition")) is not None
+
+
+def _charset(name: str, part: Any) -> str:
+    """The codec that decodes a field (RFC 7578, 4.5). Raises InvalidOptions for a field that can't be decoded."""
+    encoding = part.header("Content-Transfer-Encoding", "").strip().lower()
+    if encoding in _ENCODED:
+        raise _refused(name, f"must be sent as it is, without the transfer encoding {encoding}")
+    if not part.charset:
+        return "utf_8"
+    charset = part.charset.strip().lower().replace("-", "_")
+    charset = aliases.get(charset, charset)
+    if charset not in _CHARSETS:
+        raise _refused(name, "must be in a charset that is known here, best UTF-8")
+    return str(charset)
 
 
 def _name(raw: str) -> str:
@@ -182,3 +208,29 @@ def _name(raw: str) -> str:
 
 def _refused(field: str, detail: str) -> InvalidOptions:
     return InvalidOptions([FieldError(field, detail)])
+
+
+class _PaddedParser(PushMultipartParser):  # type: ignore[misc]
+    """Takes blanks after a boundary for padding (RFC 2046, 5.1.1), which the library calls an error."""
+
+    _buffer: bytes
+
+    def parse(self, chunk: bytes) -> Iterator[Any]:
+        """The events of a chunk."""
+        held = self._buffer
+        try:
+            yield from super().parse(chunk)
+        except MultipartError:
+            self.error = None  # by its traceback it would keep the parser alive, and all that was uploaded
+            delimiter = self._delimiter
+            before = rb"\r\n" if self._segment_count else rb"(?:\A|\r\n)"
+            padded = re.search(before + re.escape(delimiter[2:]) + rb"([ \t]+)", held + chunk)
+            rest = padded.string[padded.end() :] if padded else b""
+            if padded is None or len(padded[1]) > _MOST_PADDING or rest[:1] not in {b"", b"\r"}:
+                raise
+            # What came before the boundary was parsed. It is parsed again without its padding, or with more bytes.
+            self.closed = False
+            if rest:
+                yield from self.parse(delimiter + rest)
+            else:
+                self._buffer = delimiter + padded[1]

@@ -133,6 +133,11 @@ CRASHED = Problem(INTERNAL, "The gateway failed. Its operators can find out why 
 
 _IN_MONEY = frozenset(policy_name(window, COUNTED_MONEY) for window in Window)
 _PER_MINUTE = frozenset(policy_name(Window.MINUTE, counted) for counted in (COUNTED_TASKS, COUNTED_MONEY))
+_HEADERS: Mapping[type[errors.GatewayError], Mapping[str, str]] = {
+    errors.Unauthenticated: {"WWW-Authenticate": 'Bearer realm="imaging-gateway"'},
+    errors.UnsupportedCoding: {"Accept-Encoding": "identity"},
+    TooSlow: {"Connection": "close"},  # else a client that trickles on keeps its connection for as long as it likes
+}
 
 
 def to_problem(error: errors.GatewayError) -> Problem:
@@ -161,13 +166,8 @@ def to_problem(error: errors.GatewayError) -> Problem:
             extras["upstream_reason"] = error.reason
         case errors.RangeNotSatisfiable() if error.content_range:
             headers["Content-Range"] = error.content_range
-        case errors.Unauthenticated():
-            headers["WWW-Authenticate"] = 'Bearer realm="imaging-gateway"'
-        case TooSlow():
-            # Else a client that trickles on keeps its connection for as long as it likes.
-            headers["Connection"] = "close"
         case _:
-            pass
+            headers |= _HEADERS.get(type(error), {})
     return Problem(kind, error.detail, extras, headers)
 
 

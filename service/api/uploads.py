@@ -10,12 +10,12 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from litestar.types import HTTPScope, Receive
+from litestar.types import HTTPScope, Receive, Scope
 from msgspec import Struct
 
 from service.api.forms import MULTIPART, URLENCODED, MultipartForm, OnField, media_type, parse_urlencoded
 from service.api.inflight import InFlight
-from service.domain.errors import ImageTooLarge, InvalidImage, MalformedRequest, UnsupportedMediaType
+from service.domain.errors import ImageTooLarge, InvalidImage, MalformedRequest, UnsupportedCoding, UnsupportedMediaType
 from service.domain.image import inspect
 from service.telemetry.levels import Level, Levels
 from service.usecases.ports import Image
@@ -86,7 +86,7 @@ class Uploads:
         Raises UnsupportedMediaType, ImageTooLarge, InvalidOptions, InvalidImage, MalformedRequest for what was sent,
         Overloaded if there is no room for it, ClientLeft if the rest never came.
         """
-        kind, boundary = media_type(_header(scope, b"content-type"))
+        kind, boundary = _media_type(scope)
         if kind != MULTIPART:
             raise UnsupportedMediaType(f"Send the request as {MULTIPART}, with the image in the part {part}.")
         most = self._max_image_bytes + FORM_ALLOWANCE
@@ -123,7 +123,7 @@ class Uploads:
         Raises UnsupportedMediaType, MalformedRequest, InvalidOptions for what was sent, ClientLeft if the rest never
         came.
         """
-        kind, boundary = media_type(_header(scope, b"content-type"))
+        kind, boundary = _media_type(scope)
         body = self._body(receive)
         if kind == MULTIPART:
             form = MultipartForm(boundary, file_part=None, max_file_bytes=0, max_other_bytes=MAX_FORM_BYTES)
@@ -209,6 +209,19 @@ class _Body:
         if self._least_rate:
             allowed = min(allowed, self._grace_seconds + self.received / self._least_rate)
         return min(self._idle_seconds, allowed - self._waited)
+
+
+def _media_type(scope: HTTPScope) -> tuple[str, str]:
+    """The media type of a form, which is not encoded, and its boundary. Raises UnsupportedMediaType."""
+    check_coding(scope)
+    return media_type(_header(scope, b"content-type"))
+
+
+def check_coding(scope: Scope) -> None:
+    """Refuse a body that is compressed, or encoded otherwise (RFC 9110, 15.5.16). Raises UnsupportedCoding."""
+    codings = b",".join(value for key, value in scope["headers"] if key == b"content-encoding")
+    if codings and any(each.strip().lower() not in {b"", b"identity"} for each in codings.split(b",")):
+        raise UnsupportedCoding("Send the body of the request as it is, without a Content-Encoding.")
 
 
 def _header(scope: HTTPScope, name: bytes) -> str:

@@ -13,6 +13,7 @@
     │   ├── ImageTooLarge
     │   ├── RangeNotSatisfiable
     │   ├── UnsupportedMediaType
+    │   │   └── UnsupportedCoding   of the request's body
     │   ├── InvalidOptions          names every faulty field
     │   ├── InvalidImage
     │   ├── IdempotencyKeyInvalid
@@ -105,6 +106,10 @@ class RangeNotSatisfiable(CallerFault):
 
 class UnsupportedMediaType(CallerFault):
     """The request is of the wrong media type, or the image is by its bytes."""
+
+
+class UnsupportedCoding(UnsupportedMediaType):
+    """The body of the request is compressed, or encoded otherwise."""
 
 
 class InvalidImage(CallerFault):

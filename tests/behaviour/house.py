@@ -76,7 +76,7 @@ class House:
 
     async def admin(self, method: str, path: str, **more: Any) -> Response:
         """Call the operators' port."""
-        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"} | dict(more.pop("headers", {}))
         return await self.http.request(method, f"{self.ops_url}/admin/v1{path}", headers=headers, **more)
 
     async def submit(
