@@ -9,13 +9,14 @@ LONGEST = 60
 """No longer than that, in seconds, since what stands between closes connections on which nothing happens."""
 _MOST_CHARACTERS = 1_000
 _PREFERENCE = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*(?:"|$))+')
-_WAIT = re.compile(r'wait[ \t]*=[ \t]*(?:([0-9]+)|"([0-9]+)")[ \t]*(?:;.*)?', re.IGNORECASE)
+_WAIT = re.compile(r'wait[ \t]*(?:=[ \t]*(?:([0-9]+)|"([0-9]*)")?)?[ \t]*(?:;.*)?', re.IGNORECASE)
 _NAMES_WAIT = re.compile(r"wait[ \t]*(?:[=;]|$)", re.IGNORECASE)
 
 
 def wait_seconds(headers: Sequence[str]) -> int:
     """For how many seconds the `Prefer` headers of a request want to wait, 60 at the most; 0 if they do not.
 
+    `wait` without a number wants as long as there is; an empty value is the same as none.
     As the standard wants it, only the first of several counts, and what is not known or makes no sense is passed over.
     """
     given = ",".join(headers)
@@ -25,7 +26,7 @@ def wait_seconds(headers: Sequence[str]) -> int:
         stripped = preference.strip(" \t")
         if _NAMES_WAIT.match(stripped):
             found = _WAIT.fullmatch(stripped)
-            return min(int(found[1] or found[2]), LONGEST) if found else 0
+            return min(int(found[1] or found[2] or LONGEST), LONGEST) if found else 0
     return 0
 
 

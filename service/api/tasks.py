@@ -43,6 +43,7 @@ _log = structlog.get_logger(__name__)
 
 PART = "image"
 _METADATA, _WEBHOOK = "metadata", "webhook_url"
+_BESIDE = frozenset({_METADATA, _WEBHOOK})
 _MOST_LISTED = 100
 
 _SUBMITTING = (
@@ -59,7 +60,7 @@ _READING = (
     "Reading costs nothing: the gateway follows each task by itself. Ask again after `Retry-After` until it is gone, "
     "with `If-None-Match` to be sent the task only if it has changed."
 )
-_PREFER = "`wait=N` waits for the end of the task, for N seconds from 1 to 60 at the most."
+_PREFER = "`wait=N` waits for the end of the task, for N seconds from 1 to 60 at the most; bare `wait` is 60."
 _SUBMIT_PROBLEMS = (
     *(400, 401, 402, "kind-not-allowed", "tenant-disabled", "idempotency-in-flight", 413, 415),
     *("invalid-options", "invalid-image", "idempotency-key-reused", 429, "upstream-rejected", 503, 504),
@@ -203,17 +204,21 @@ async def _answered(
 
 
 def _taken_out(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Take what is no option of the kind out of the form. Raises InvalidOptions for what is given more than once."""
+    """Take what is no option of the kind out of the form; what is empty is not given.
+
+    Raises InvalidOptions for what is given more than once.
+    """
     taken: dict[str, str] = {}
     errors = []
     for name, value in fields:
+        if name not in _BESIDE or not value:
+            continue
         if name in taken:
             errors.append(FieldError(name, "is given more than once"))
-        elif name in {_METADATA, _WEBHOOK}:
-            taken[name] = value
+        taken[name] = value
     if errors:
         raise InvalidOptions(errors)
-    return taken, [each for each in fields if each[0] not in taken]
+    return taken, [each for each in fields if each[0] not in _BESIDE]
 
 
 def _matches(condition: str, tag: str) -> bool:

@@ -140,7 +140,7 @@ DEFAULT_CATALOGUE = Catalogue(models={"general": "通用模型"}, styles={"gener
 
 
 def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:
-    """Read the options of a kind from form fields, in which every value is text.
+    """Read the options of a kind from form fields, in which every value is text. An empty one is not given.
 
     Raises InvalidOptions that names every field which is unknown, repeated, mistyped or out of range.
     """
@@ -153,6 +153,8 @@ def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
             if name not in known:
                 options = f"this kind takes {', '.join(known)}" if known else "this kind takes no options"
                 raise FieldError(name, f"is not an option; {options}")
+            if not text:
+                continue
             if name in values:
                 raise FieldError(name, "is given more than once")
             values[name] = _parse(name, text, known[name])

@@ -32,7 +32,7 @@ def faults(kind: Kind, *fields: tuple[str, str]) -> dict[str, str]:
         ("scale", "0.99", "must be a number from 1 to 8"),
         ("scale", "nan", "must be a number from 1 to 8"),
         ("scale", "inf", "must be a number from 1 to 8"),
-        ("scale", "", "must be a number from 1 to 8"),
+        ("scale", " ", "must be a number from 1 to 8"),
         ("scale", "two", "must be a number from 1 to 8"),
         ("noise", "1.2", "must be a number from 1 to 1.1"),
         ("steps", "41", "must be a whole number from 20 to 40"),
@@ -71,6 +71,13 @@ def test_what_is_in_range_is_taken(*, scale: float, steps: int, flag: bool, prom
     fields = [("scale", repr(scale)), ("steps", str(steps)), ("vector", word), ("prompt", prompt)]
     options = parse_options(Kind.UPSCALE, fields, DEFAULT_CATALOGUE)
     assert options == UpscaleOptions(scale=scale, steps=steps, vector=flag, prompt=prompt)
+
+
+def test_an_empty_option_is_not_given() -> None:
+    """A field that a form sends empty has its default, and is no repetition of another; its name is still checked."""
+    fields = [("scale", ""), ("vector", ""), ("model", ""), ("steps", ""), ("steps", "20"), ("prompt", "")]
+    assert parse_options(Kind.UPSCALE, fields, DEFAULT_CATALOGUE) == UpscaleOptions(steps=20)
+    assert faults(Kind.UPSCALE, ("fit", "")).keys() == {"fit"}
 
 
 def test_edges_are_in_range() -> None:

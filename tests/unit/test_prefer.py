@@ -30,6 +30,14 @@ def test_wishes_that_are_granted(header: str, seconds: int) -> None:
     assert wait_seconds([header]) == seconds
 
 
+@pytest.mark.parametrize(
+    "header", ["wait", "WAIT", "wait=", 'wait=""', "wait ; reason=tea", "respond-async, wait", "wait, wait=5"]
+)
+def test_a_wish_without_a_number_is_for_the_longest(header: str) -> None:
+    """Bare `wait` waits as long as there is, and an empty value is the same as none."""
+    assert wait_seconds([header]) == 60
+
+
 @pytest.mark.parametrize("header", ["wait=61", "wait=100000", f"wait={'9' * 500}"])
 def test_no_longer_than_a_minute(header: str) -> None:
     """Whoever would wait longer waits for 60 seconds, and is told so."""
@@ -40,7 +48,7 @@ def test_no_longer_than_a_minute(header: str) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        *("", "wait", "wait=", "wait=0", "wait=-1", "wait=1.5", "wait=ten", "wait=1 0", "wait=0x10", "wait=٣"),
+        *("", "wait=0", "wait=-1", "wait=1.5", "wait=ten", "wait=1 0", "wait=0x10", "wait=٣", "wait 5"),
         *("waiting=5", "await=5", "respond-async", 'note="a, wait=5"', 'note="\\", wait=5', 'wait="5', "wait='5'"),
         f"wait=5, {'x' * 1000}",
     ],
