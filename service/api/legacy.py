@@ -7,6 +7,7 @@ would ignore are ignored here too.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -72,6 +73,11 @@ _FIELDS: Mapping[Kind, Mapping[str, str]] = {
     Kind.SEAMLESS: {"fit": "fit"},
 }
 _STEPS = (20, 40)
+_FLAGS = frozenset({"high_fidelity", "strong_inpaint", "vector"})
+_TEXTS = frozenset({"model", "style", "prompt", "negative_prompt"})
+_TRUE = frozenset({"true", "1", "on", "yes", "t", "y"})
+_FALSE = frozenset({"false", "0", "off", "no", "f", "n"})
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", re.ASCII)
 _STATES = {State.QUEUED: "Queued", State.RUNNING: "Running", State.SUCCEEDED: "Completed", State.FAILED: "Failed"}
 _URLS = {ArtifactName.IMAGE: "images_url", ArtifactName.VECTOR: "vector_url", ArtifactName.GRID: "grid_url"}
 
@@ -182,9 +188,7 @@ def _options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue
     Raises InvalidOptions, in the names of the upstream.
     """
     names = _FIELDS[kind]
-    given = {names[name]: value for name, value in dict(fields).items() if name in names and value}
-    if "steps" in given:
-        given["steps"] = _whole_steps(given["steps"])
+    given = {names[name]: _plain(names[name], value) for name, value in dict(fields).items() if name in names}
     try:
         return parse_options(kind, list(given.items()), catalogue)
     except InvalidOptions as error:
@@ -192,18 +196,25 @@ def _options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue
         raise InvalidOptions([FieldError(theirs[each.field], each.detail) for each in error.errors]) from None
 
 
-def _whole_steps(text: str) -> str:
-    """The nearest whole number of steps.
+def _plain(option: str, text: str) -> str:
+    """A flag or a number in the spelling of options, from any that servers of such forms read.
 
-    The upstream takes fractions here, so programs may send them, and would be refused after years for something that
-    no sampler can do half of. What is out of range, or no number, is left to be refused.
+    The upstream takes fractions of steps, so programs may send them, and would be refused after years for something
+    that no sampler can do half of. What is out of range, or no number, is left to be refused.
     """
-    try:
-        steps = float(text)
-    except ValueError:
+    if option in _TEXTS:
         return text
+    text = text.strip()
+    if option in _FLAGS:
+        word = text.lower()
+        return "true" if word in _TRUE else "false" if word in _FALSE else text
+    if not _NUMBER.fullmatch(text):
+        return text
+    number = float(text)
     least, most = _STEPS
-    return str(math.floor(steps + 0.5)) if least <= steps <= most else text
+    if option == "steps" and least <= number <= most:
+        number = float(math.floor(number + 0.5))
+    return str(int(number)) if number.is_integer() else repr(number)
 
 
 async def _left(quota: Quota, tenant: Tenant) -> dict[str, Any]:

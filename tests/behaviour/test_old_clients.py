@@ -72,14 +72,32 @@ async def test_spellings(house: House, client: OldClient) -> None:
             ("false", False),
             ("1", True),
             ("0", False),
+            ("on", True),
+            ("OFF", False),
+            ("Yes", True),
+            ("no", False),
+            (" true ", True),
         ],
-        "steps": [("30.0", 30), ("2.5e1", 25), ("25.4", 25), ("25.5", 26), ("39.9", 40), (20, 20), ("40.0", 40)],
-        "upscale": [("2", 2.0), ("2.50", 2.5), (1, 1.0), ("8.0", 8.0)],
-        "color_count": [("16", 16), ("5.0", 5)],
+        "steps": [
+            ("30.0", 30),
+            ("+30", 30),
+            (" 30 ", 30),
+            ("25.", 25),
+            ("2.5e1", 25),
+            ("25.4", 25),
+            ("25.5", 26),
+            ("39.9", 40),
+            (20, 20),
+            ("40.0", 40),
+        ],
+        "upscale": [("2", 2.0), ("2.50", 2.5), (1, 1.0), ("8.0", 8.0), ("+2", 2.0), ("02", 2.0), ("2e0", 2.0)],
+        "strong_inpaint_intensity": [(".5", 0.5), ("+.25", 0.25), ("1.", 1.0), ("-0", 0.0)],
+        "color_count": [("16", 16), ("5.0", 5), ("+5", 5), (" 7", 7), ("1e1", 10)],
         "sdxl_model_dropdown": [("通用模型", "general"), ("general", "general"), ("", "general")],
         "prompt": [("一只猫", "一只猫"), ("", ""), ("x" * 2_000, "x" * 2_000)],
     }
     names = {"upscale": "scale", "color_count": "colors", "sdxl_model_dropdown": "model"}
+    names |= {"strong_inpaint_intensity": "inpaint_strength"}
     await house.upstream.set_balance(100, 0)
     for field, spellings in cases.items():
         for sent, meant in spellings:
@@ -164,7 +182,7 @@ async def test_rejected(house: House, client: OldClient) -> None:
     refused = await client.submit("submit_task", dict(CALLS["submit_task"]) | faults)
     assert refused["err_msg"].startswith(REJECTED)
     assert [each.partition(":")[0] for each in refused["err_msg"].removeprefix(REJECTED).split("; ")] == list(faults)
-    for value in ("19.6", "nan", "thirty"):
+    for value in ("19.6", "nan", "thirty", "3_0", "٣٠", "0x1e", "1e999", "-", "."):
         refused = await client.submit("submit_task", dict(CALLS["submit_task"]) | {"steps": value})
         assert refused["err_msg"] == f"{REJECTED}steps: must be a whole number from 20 to 40"
 
@@ -173,6 +191,7 @@ async def test_rejected(house: House, client: OldClient) -> None:
         {"files": {"input_image": ("a.png", png()[:-9])}},
         {"files": {"image": ("a.png", png())}},
         {"files": {"input_image": (None, "text")}},
+        {"headers": {"Content-Encoding": "gzip"}},
         {"files": None},
     ):
         refused = await client.submit("submit_face_enhance_task", **request)
