@@ -1,16 +1,19 @@
 """What an image is, told from its bytes alone, and whether it is all there.
 
-A submission is paid for even if the upload was cut off, so an image is walked to its end: but only its frame, never
-its pixels. What ordinary software reads is not refused; whether the pixels make sense is for the upstream to judge.
-Each walk goes forward only, so it takes time in proportion to the bytes, and only so many steps: a file made of the
-smallest pieces there are would keep the interpreter busy for seconds.
+A submission is paid for even if the upload was cut off, or if no decoder reads it, so an image is walked to its end and
+its headers are checked as decoders check them: but only its frame, never its pixels. What some decoder reads is not
+refused; whether the pixels make sense is for the upstream to judge. The size is the one that decoders allocate; a
+second header that says otherwise is an error, since they differ in which one they believe.
+
+Each walk goes forward only, so it takes time in proportion to the bytes.
 """
 
 from __future__ import annotations
 
 import re
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from struct import Struct as Layout
 from typing import NoReturn
 
@@ -24,7 +27,7 @@ WEBP = "image/webp"
 
 
 MAX_PIECES = 10_000
-"""How many segments or chunks an image may consist of: the largest files of ordinary software have about half of it."""
+"""How many segments a JPEG, or chunks a WebP may consist of: ordinary software writes far fewer, whatever the size."""
 
 
 class ImageInfo(Struct, frozen=True):
@@ -79,33 +82,81 @@ _PNG_CHUNK = Layout(">I4s")
 _PNG_HEADER = Layout(">I4sIIBBBBBI")
 _PNG_FRAME = 12
 """Bytes of a chunk beside its content."""
+_PNG_DEPTHS = {0: {1, 2, 4, 8, 16}, 2: {8, 16}, 3: {1, 2, 4, 8}, 4: {8, 16}, 6: {8, 16}}
+"""Bits of a sample, by colour type."""
+_PNG_MOST = 0x7FFFFFFF
+_PNG_FILTERS = 5
+_APNG_FRAME = Layout(">IIIII")
+_TURN = 1_000
+"""After so many chunks other threads get a turn: an image may have millions, since encoders choose their size."""
 
 
 def _png(data: bytes) -> ImageInfo:
+    width, height = _png_size(data)
+    pixels = False
+    for kind, at, length in _png_chunks(data):
+        if kind == b"IDAT":
+            pixels = length > 0
+            _check_png_pixels(data[at : at + min(length, 4_096)])
+        elif kind == b"IHDR":
+            _broken(PNG, "it has two headers")
+        elif length >= _APNG_FRAME.size:
+            _, wide, high, left, top = _APNG_FRAME.unpack_from(data, at)
+            if left + wide > width or top + high > height:
+                _broken(PNG, f"it has a frame that does not lie within its {width} x {height} pixels")
+    if not pixels:
+        _broken(PNG, "it holds no pixels")
+    return _info(PNG, width, height)
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    """Width and height that the header tells."""
     at = len(_PNG_SIGNATURE)
     if len(data) < at + _PNG_HEADER.size:
         _cut_off(PNG)
-    length, kind, width, height, *_, checksum = _PNG_HEADER.unpack_from(data, at)
+    length, kind, width, height, depth, colour, *methods, checksum = _PNG_HEADER.unpack_from(data, at)
     if (length, kind) != (13, b"IHDR"):
         _broken(PNG, "it does not begin with its header")
     if zlib.crc32(data[at + 4 : at + 4 + 4 + 13]) != checksum:
         _broken(PNG, "the checksum of its header is wrong")
-    pixels = False
-    for _ in range(MAX_PIECES):
-        at += _PNG_FRAME + length
-        if at + _PNG_FRAME > len(data):
-            _cut_off(PNG)
+    if depth not in _PNG_DEPTHS.get(colour, ()) or methods not in ([0, 0, 0], [0, 0, 1]):
+        _broken(PNG, "its header describes no such image")
+    if max(width, height) > _PNG_MOST:
+        _broken(PNG, f"it says its size is {width} x {height} pixels")
+    return width, height
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The kind of each chunk that matters here, and where its content begins and how long it is."""
+    at = len(_PNG_SIGNATURE) + _PNG_HEADER.size
+    last, chunks, looked_at = len(data) - _PNG_FRAME, 0, {b"IDAT", b"IHDR", b"fcTL"}
+    while at <= last:
         length, kind = _PNG_CHUNK.unpack_from(data, at)
         if kind == b"IEND":
-            break
-        pixels = pixels or kind == b"IDAT"
-    else:
-        _too_many_pieces(PNG)
-    if at + _PNG_FRAME + length > len(data):
-        _cut_off(PNG)
-    if not pixels:
-        _broken(PNG, "it holds no pixels")
-    return _info(PNG, width, height)
+            if at + length > last:
+                break
+            return
+        if kind in looked_at:
+            yield kind, at + _PNG_CHUNK.size, length
+            if kind == b"IDAT" and length:
+                looked_at.discard(kind)
+        elif not kind.isalpha():
+            _broken(PNG, "it holds a chunk of no type")
+        at += _PNG_FRAME + length
+        chunks += 1
+        if not chunks % _TURN:
+            time.sleep(0)
+    _cut_off(PNG)
+
+
+def _check_png_pixels(start: bytes) -> None:
+    """Refuse pixels that do not begin as they must: compressed, with the filter of the first row."""
+    try:
+        first = zlib.decompressobj().decompress(start, 1)
+    except zlib.error:
+        _broken(PNG, "its pixels can't be decompressed")
+    if first and first[0] >= _PNG_FILTERS:
+        _broken(PNG, "its pixels are filtered in no known way")
 
 
 # JPEG: markers FF xx, each with a segment that begins with its own length, save the end and a few that do not matter
@@ -114,38 +165,113 @@ def _png(data: bytes) -> ImageInfo:
 
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe]")
 _JPEG_LENGTH = Layout(">H")
-_JPEG_SIZE = Layout(">HH")
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xCC}
-_JPEG_SCAN = 0xDA
+_JPEG_FRAME = Layout(">BHHB")
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_PROGRESSIVE = frozenset({0xC2, 0xCA})
+_JPEG_ARITHMETIC = frozenset({0xC9, 0xCA})
+_JPEG_LOSSLESS = 0xC3
+_JPEG_READ = _JPEG_PROGRESSIVE | {0xC0, 0xC1, 0xC9, _JPEG_LOSSLESS}
+"""The ways to code pixels that decoders know: not the hierarchical ones."""
 _JPEG_END = 0xD9
+_JPEG_LOOKED_AT = _JPEG_FRAMES | {0xDA, 0xDB, 0xDC}
+_JPEG_COMPONENTS = frozenset({1, 3, 4})
+_JPEG_SAMPLES = range(1, 5)
+_JPEG_MOST = 65_500
+_JPEG_MOST_BLOCKS = 10
 _JPEG_STRETCH = 1024 * 1024
 """How many bytes are searched at a time: other threads get no turn within one search."""
 
 
+class _JpegFrame(Struct, frozen=True):
+    """The header of a frame; of each component by its id, how many blocks it has in an unit, and its table."""
+
+    marker: int
+    width: int
+    height: int
+    components: Mapping[int, tuple[int, int]]
+
+
 def _jpeg(data: bytes) -> ImageInfo:
-    size: tuple[int, int] | None = None
+    frame: _JpegFrame | None = None
+    tables: set[int] = set()
     scanned = False
     at = 2
     for _ in range(MAX_PIECES):
         at = _jpeg_marker_end(data, at)
         marker = data[at - 1]
         if marker == _JPEG_END:
-            if size is None or not scanned:
+            if frame is None or not scanned:
                 _broken(JPEG, "it ends before its pixels")
-            return _info(JPEG, *size)
+            return _info(JPEG, frame.width, frame.height)
         if at + 2 > len(data):
             _cut_off(JPEG)
         (length,) = _JPEG_LENGTH.unpack_from(data, at)
         if at + length > len(data):
             _cut_off(JPEG)
-        if marker in _JPEG_FRAMES and size is None:
-            if length < 8:
-                _broken(JPEG, "the header of its frame is too short")
-            height, width = _JPEG_SIZE.unpack_from(data, at + 3)
-            size = width, height
-        scanned = scanned or marker == _JPEG_SCAN
+        content = data[at + 2 : at + length] if marker in _JPEG_LOOKED_AT else b""
         at += length
+        match marker:
+            case 0xDA:  # a scan
+                _check_jpeg_scan(content, frame, tables)
+                scanned = True
+            case 0xDB:  # tables of quantization
+                tables.update(_jpeg_tables(content))
+            case 0xDC if frame and content != frame.height.to_bytes(2, "big"):  # the number of lines
+                _broken(JPEG, "it says twice how high it is, and not the same")
+            case _ if marker in _JPEG_FRAMES:
+                frame = _jpeg_frame(marker, content, frame)
     _too_many_pieces(JPEG)
+
+
+def _jpeg_frame(marker: int, content: bytes, former: _JpegFrame | None) -> _JpegFrame:
+    if former:
+        _broken(JPEG, "it has two frames")
+    if len(content) < _JPEG_FRAME.size:
+        _broken(JPEG, "the header of its frame is too short")
+    bits, height, width, count = _JPEG_FRAME.unpack_from(content)
+    if marker not in _JPEG_READ or bits != 8 or count not in _JPEG_COMPONENTS:
+        _broken(JPEG, "it is coded in a way that no decoder knows")
+    described = content[_JPEG_FRAME.size :]
+    components = {
+        name: ((each >> 4) * (each & 15), table)
+        for name, each, table in zip(described[::3], described[1::3], described[2::3], strict=False)
+        if each >> 4 in _JPEG_SAMPLES and each & 15 in _JPEG_SAMPLES
+    }
+    if len(described) != 3 * count or len(components) < len(set(described[::3])):
+        _broken(JPEG, "the header of its frame contradicts itself")
+    if max(width, height) > _JPEG_MOST:
+        _broken(JPEG, f"it says its size is {width} x {height} pixels")
+    return _JpegFrame(marker, width, height, components)
+
+
+def _jpeg_tables(content: bytes) -> Iterator[int]:
+    """The numbers of the tables that a segment defines."""
+    at = 0
+    while at < len(content):
+        yield content[at] & 15
+        at += 129 if content[at] >> 4 else 65
+
+
+def _check_jpeg_scan(content: bytes, frame: _JpegFrame | None, tables: Collection[int]) -> None:
+    """Refuse a scan that does not go with its frame, as every decoder does."""
+    if frame is None:
+        _broken(JPEG, "its pixels come before the header of their frame")
+    count = content[0] if content else 0
+    names, (first, last, bits) = content[1 : 1 + 2 * count : 2], (*content[-3:], 0, 0, 0)[:3]
+    fits = 0 < count <= 4 and len(content) == 4 + 2 * count and all(each in frame.components for each in names)
+    if not fits or (count > 1 and sum(frame.components[each][0] for each in names) > _JPEG_MOST_BLOCKS):
+        _broken(JPEG, "the header of its pixels contradicts that of its frame")
+    if frame.marker == _JPEG_LOSSLESS:
+        known = 0 < first < 8 and last == 0
+    else:
+        known = all(frame.components[each][1] in tables for each in names)
+        known = known and (
+            frame.marker in _JPEG_ARITHMETIC or not any(each & 0xCC for each in content[2 : 2 + 2 * count : 2])
+        )
+        if frame.marker in _JPEG_PROGRESSIVE:
+            known = known and (last == 0 if first == 0 else first <= last < 64 and count == 1) and bits & 15 < 14
+    if not known:
+        _broken(JPEG, "it is coded in a way that no decoder knows")
 
 
 def _jpeg_marker_end(data: bytes, at: int) -> int:
@@ -156,42 +282,99 @@ def _jpeg_marker_end(data: bytes, at: int) -> int:
     _cut_off(JPEG)
 
 
-# WebP: a RIFF file whose first chunk tells the size, in one of three ways.
+# WebP: a RIFF file that begins with its pixels, or else with the size of its canvas, which a still image fills, and in
+# which the frames of an animation lie.
 
 _RIFF_CHUNK = Layout("<4sI")
-_RIFF_PIXELS = frozenset({b"VP8 ", b"VP8L", b"ANMF"})
+_WEBP_CANVAS = 10
+_WEBP_ANIMATED = 0x02
+_WEBP_RESERVED = 0xC1
+_WEBP_FRAME = 16
+_WEBP_MOST = 2**32
+_WEBP_PIXELS = frozenset({b"VP8 ", b"VP8L"})
 
 
 def _webp(data: bytes) -> ImageInfo:
     end = 8 + int.from_bytes(data[4:8], "little")
     if end > len(data):
         _cut_off(WEBP)
-    at, size = 12, None
+    canvas: tuple[int, int] | None = None
+    animated = pixels = False
+    for kind, at, length in _riff_chunks(data, 12, end):
+        if kind in _WEBP_PIXELS:
+            size = _webp_size(kind, data[at : at + min(length, 10)], length)
+            if canvas is None:
+                return _info(WEBP, *size)
+            if animated:
+                continue
+            if size != canvas:
+                _broken(WEBP, f"its canvas has {canvas[0]} x {canvas[1]} pixels, and its picture {size[0]} x {size[1]}")
+            pixels = True
+        elif canvas is None:
+            canvas, animated = _webp_canvas(kind, data[at : at + length])
+        elif kind == b"ANMF" and animated:
+            _check_webp_frame(data, at, length, canvas)
+            pixels = True
+    if canvas is None or not pixels:
+        _broken(WEBP, "it holds no pixels")
+    return _info(WEBP, *canvas)
+
+
+def _riff_chunks(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The kind of each chunk, and where its content begins and how long it is."""
     for _ in range(MAX_PIECES):
         if at + _RIFF_CHUNK.size > end:
-            _broken(WEBP, "it holds no pixels")
+            return
         kind, length = _RIFF_CHUNK.unpack_from(data, at)
         at += _RIFF_CHUNK.size
         if at + length > end:
             _cut_off(WEBP)
-        if size is None:
-            size = _webp_size(kind, data[at : at + min(length, 10)])
-        if kind in _RIFF_PIXELS:
-            return _info(WEBP, *size)
+        yield kind, at, length
         at += length + length % 2
-    _too_many_pieces(WEBP)
+    if at + _RIFF_CHUNK.size <= end:
+        _too_many_pieces(WEBP)
 
 
-def _webp_size(kind: bytes, head: bytes) -> tuple[int, int]:
-    """The size that the first chunk tells in its first ten bytes."""
-    if kind == b"VP8X" and len(head) == 10:
-        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+def _webp_canvas(kind: bytes, content: bytes) -> tuple[tuple[int, int], bool]:
+    """The size of the canvas, and whether it is one of an animation."""
+    if kind != b"VP8X" or len(content) != _WEBP_CANVAS:
+        _broken(WEBP, "it does not begin with its header")
+    width, height = 1 + int.from_bytes(content[4:7], "little"), 1 + int.from_bytes(content[7:10], "little")
+    if width * height >= _WEBP_MOST:
+        _broken(WEBP, f"it says its size is {width} x {height} pixels")
+    animated = bool(content[0] & _WEBP_ANIMATED)
+    if animated and content[0] & _WEBP_RESERVED:
+        _broken(WEBP, "its header describes no such image")
+    return (width, height), animated
+
+
+def _check_webp_frame(data: bytes, at: int, length: int, canvas: tuple[int, int]) -> None:
+    """Refuse a frame of an animation that does not lie within its canvas, or whose pixels are of another size."""
+    if length < _WEBP_FRAME:
+        _broken(WEBP, "the header of a frame is too short")
+    left, top, width, height = (int.from_bytes(data[at + each : at + each + 3], "little") for each in (0, 3, 6, 9))
+    if 2 * left + width + 1 > canvas[0] or 2 * top + height + 1 > canvas[1]:
+        _broken(WEBP, f"it has a frame that does not lie within its {canvas[0]} x {canvas[1]} pixels")
+    for kind, start, size in _riff_chunks(data, at + _WEBP_FRAME, at + length):
+        if kind in _WEBP_PIXELS:
+            if _webp_size(kind, data[start : start + min(size, 10)], size) != (width + 1, height + 1):
+                _broken(WEBP, "it has a frame of another size than its pixels")
+            return
+    _broken(WEBP, "it has a frame without pixels")
+
+
+def _webp_size(kind: bytes, head: bytes, length: int) -> tuple[int, int]:
+    """The size that the first ten bytes of compressed pixels tell."""
     if kind == b"VP8L" and len(head) >= 5 and head[0] == 0x2F:
         bits = int.from_bytes(head[1:5], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        if bits >> 29 == 0:
+            return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     if kind == b"VP8 " and len(head) == 10 and head[3:6] == b"\x9d\x01\x2a":
-        return int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF
-    _broken(WEBP, "it does not begin with its header")
+        bits = int.from_bytes(head[:3], "little")
+        # A key frame, of a known profile, that is shown, and whose first part lies within the chunk.
+        if bits & 1 == 0 and bits >> 1 & 7 < 4 and bits >> 4 & 1 and bits >> 5 < length:
+            return int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF
+    _broken(WEBP, "its pixels do not begin with their header")
 
 
 # What people send instead.

@@ -1,0 +1,95 @@
+"""What is told of an image agrees with decoders, also where its headers were altered."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.domain.errors import InvalidImage
+from service.domain.image import inspect
+from tests.unit.test_image import encode, noise
+
+SIZE = (21, 14)
+OPTIONS = {
+    "PNG": ({}, {"interlace": 1}),
+    "JPEG": ({}, {"progressive": True}, {"subsampling": 0}),
+    "WEBP": (
+        {},
+        {"lossless": True},
+        {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"},
+        {"lossless": True, "save_all": True},
+    ),
+}
+MODES = {"PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "JPEG": ("L", "RGB", "CMYK"), "WEBP": ("RGB", "RGBA")}
+
+Size = tuple[int, int]
+
+
+def ours(data: bytes) -> Size | None:
+    """The size that is told, None for an image that is refused."""
+    try:
+        info = inspect(data)
+    except InvalidImage:
+        return None
+    return info.width, info.height
+
+
+def decoded(data: bytes) -> tuple[Size | None, Size | None]:
+    """The size of what Pillow and OpenCV decode, None for what they refuse."""
+    with_pillow: Size | None = None
+    with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(io.BytesIO(data)) as picture:
+        picture.load()
+        with_pillow = picture.size
+    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    return with_pillow, None if found is None else (found.shape[1], found.shape[0])
+
+
+def places(data: bytes | bytearray) -> list[int]:
+    """The bytes of headers that tell how an image is coded and, but for those that would make it huge, its size."""
+    if data.startswith(b"\x89PNG"):
+        return [19, 23, 24, 25, 27]
+    if data.startswith(b"\xff\xd8"):
+        frame, scan = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")), data.index(b"\xff\xda")
+        parts, scanned = data[frame + 9], data[scan + 4]
+        of_frame = (frame + 1, frame + 4, frame + 6, *range(frame + 8, frame + 10 + 3 * parts))
+        return [*of_frame, scan + 4, *range(scan + 5, scan + 5 + 2 * scanned, 2)]
+    found = [20, 24, 27] if data[12:16] == b"VP8X" else []
+    for kind, coded in ((b"VP8 ", (3, 4, 5, 6, 8)), (b"VP8L", (0, 1, 4))):
+        if b"ANMF" not in data and (at := data.find(kind)) > 0:
+            found += [at + 8 + each for each in coded]
+    return found
+
+
+@st.composite
+def altered(draw: st.DrawFn) -> bytes:
+    """A valid file, of which up to two bytes of its headers were altered."""
+    form = draw(st.sampled_from(sorted(MODES)))
+    options = dict(draw(st.sampled_from(OPTIONS[form])))
+    picture = noise(draw(st.sampled_from(MODES[form])), *SIZE, seed=draw(st.integers(0, 3)))
+    if options.get("save_all"):
+        options["append_images"] = [noise("RGB", *SIZE, seed=9)]
+    data = bytearray(encode(picture, form, **options))
+    for at in draw(st.lists(st.sampled_from(places(data)), max_size=2)):
+        data[at] = draw(st.integers(0, 255))
+    if form == "PNG":
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(altered())
+def test_headers_are_judged_as_decoders_judge_them(data: bytes) -> None:
+    """What is accepted has the size that decoders allocate, and what is refused is read by none of them."""
+    told, sizes = ours(data), decoded(data)
+    assert {each for each in sizes if each} <= {told}
+    # Where a PNG says that its pixels are coded otherwise, only decoding all of them shows that they are not.
+    if told == SIZE and not data.startswith(b"\x89PNG"):
+        assert any(sizes)
