@@ -37,7 +37,7 @@ from service.api.document import document
 from service.api.edge import Edge
 from service.api.head import answering_head
 from service.api.problems import exception_handlers
-from service.api.queries import check_query
+from service.api.queries import JsonRequest, check_query
 from service.api.uploads import check_coding
 from service.domain.tenancy import Tenant
 from service.services import Services
@@ -172,6 +172,7 @@ def operators_app(services: Services) -> Litestar:
             Router("/", route_handlers=clock.routes(services.operators), tags=["Service"]),
         ],
         guards=[guard, check_query],
+        request_class=JsonRequest,
         # Each answer shows how things are now, and one of them a token.
         cache_control=CacheControlHeader(no_store=True),
     )

@@ -151,7 +151,7 @@ def _token_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
     )
     async def create_token(name: Name, data: JSONBody[TokenBody | None] = None) -> NewTokenView:
         body = data or TokenBody()
-        made = await operators.create_token(name, body.label, body.expires())
+        made = await operators.create_token(name, body.label, body.expires(operators.now()))
         return NewTokenView(made.token.id, made.text, expiry(made.token))
 
     @delete(

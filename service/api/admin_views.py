@@ -124,13 +124,15 @@ class TokenBody(Struct, frozen=True, forbid_unknown_fields=True):
     label: Annotated[str, Meta(max_length=200, description="What it is for.")] | None = None
     expires_at: Annotated[datetime, Meta(tz=True, description="With a time zone.")] | None = None
 
-    def expires(self) -> float | None:
-        """When it expires, in seconds since the epoch. Raises InvalidOptions if no clock will show it."""
+    def expires(self, now: float) -> float | None:
+        """When it expires, in seconds since the epoch. Raises InvalidOptions if it has, or if no clock will show it."""
         if self.expires_at is None:
             return None
         seconds = self.expires_at.timestamp()
         if not 0 <= seconds <= END_OF_TIME:
             raise InvalidOptions([FieldError("expires_at", "must be between the years 1970 and 9999")])
+        if seconds <= now:
+            raise InvalidOptions([FieldError("expires_at", "must lie ahead")])
         return seconds
 
 

@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
+from litestar.types import Empty
+from litestar.utils.scope.state import ScopeState
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
@@ -23,6 +25,7 @@ from service.api.ratelimit import rate_limit_headers
 from service.api.uploads import ClientLeft, TooSlow
 from service.api.views import REPLAYED, yuan
 from service.domain import errors
+from service.domain.conform import faults_of, wanted_of
 from service.domain.reservation import Violation
 from service.domain.tenancy import Window
 from service.domain.windows import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
@@ -133,7 +136,7 @@ CRASHED = Problem(INTERNAL, "The gateway failed. Its operators can find out why 
 
 _IN_MONEY = frozenset(policy_name(window, COUNTED_MONEY) for window in Window)
 _PER_MINUTE = frozenset(policy_name(Window.MINUTE, counted) for counted in (COUNTED_TASKS, COUNTED_MONEY))
-_HEADERS: Mapping[type[errors.GatewayError], Mapping[str, str]] = {
+_HEADERS: Mapping[type, Mapping[str, str]] = {
     errors.Unauthenticated: {"WWW-Authenticate": 'Bearer realm="imaging-gateway"'},
     errors.UnsupportedCoding: {"Accept-Encoding": "identity"},
     TooSlow: {"Connection": "close"},  # else a client that trickles on keeps its connection for as long as it likes
@@ -167,7 +170,7 @@ def to_problem(error: errors.GatewayError) -> Problem:
         case errors.RangeNotSatisfiable() if error.content_range:
             headers["Content-Range"] = error.content_range
         case _:
-            headers |= _HEADERS.get(type(error), {})
+            headers |= next((_HEADERS[cls] for cls in type(error).__mro__ if cls in _HEADERS), {})
     return Problem(kind, error.detail, extras, headers)
 
 
@@ -252,38 +255,54 @@ def _framework_problem(request: Request[Any, Any, Any], error: HTTPException) ->
         uploads = request.headers.get("content-type", "").startswith("multipart/")
         return Problem(IMAGE_TOO_LARGE if uploads else MALFORMED, "The body of the request is too large.")
     if not isinstance(error, ValidationException):
-        return Problem(MALFORMED, error.detail)
+        return Problem(MALFORMED, "The request can't be read.")
     # The detail of a validation error repeats the query, which may hold anything.
     faults = _faults(request, error)
     return to_problem(errors.InvalidOptions(faults)) if faults else Problem(MALFORMED, "The request is not valid.")
 
 
-_FIELD_FAULT = re.compile(r"Object (missing required|contains unknown) field `(.*)`")
-_FIELD_FAULTS = {"missing required": "is required", "contains unknown": "is unknown"}
 _PARAMETER_FAULT = re.compile(r"Missing required \w+ parameter '([^']*)'")
 
 
 def _faults(request: Request[Any, Any, Any], error: ValidationException) -> list[errors.FieldError]:
-    """The faulty fields, from what Litestar says of them."""
+    """The faulty fields and parameters, each with what it must be."""
     if missing := _PARAMETER_FAULT.match(error.detail):
         return [errors.FieldError(missing[1], "is required")]
-    found = []
+    found: dict[str, errors.FieldError] = {}
     for each in error.extra if isinstance(error.extra, list) else ():
-        where, message = _sent_as(request, str(each.get("key", "data"))), str(each.get("message", ""))
-        if fault := _FIELD_FAULT.fullmatch(message):
-            parent = "" if where == "data" else f"{where}."
-            found.append(errors.FieldError(parent + fault[2], _FIELD_FAULTS[fault[1]]))
-        elif message == "'data'":
-            found.append(errors.FieldError("body", "is required"))
+        key = str(each.get("key", _BODY))
+        if key == _BODY or each.get("source") == "body":
+            found |= {fault.field: fault for fault in _body_faults(request, key)}
         else:
-            found.append(errors.FieldError("body" if where == "data" else where, message))
-    return found
+            fault = _parameter_fault(request, key)
+            found[fault.field] = fault
+    return list(found.values())
 
 
-def _sent_as(request: Request[Any, Any, Any], name: str) -> str:
-    """What callers call a parameter, which the handler may have to call something else."""
-    parameter = request.route_handler.parsed_fn_signature.parameters.get(name)
-    return getattr(parameter and parameter.kwarg_definition, "name", None) or name
+_BODY = "data"
+
+
+def _body_faults(request: Request[Any, Any, Any], key: str) -> list[errors.FieldError]:
+    """What is wrong with a body in which something is, at `key` for one."""
+    sent = ScopeState.from_scope(request.scope).json
+    if sent is Empty or sent is None:
+        return [errors.FieldError("body", "is required" if sent is Empty else "must be an object")]
+    found = faults_of(sent, request.route_handler.parsed_fn_signature.parameters[_BODY].annotation, "")
+    return [
+        errors.FieldError(each.field or "body", each.detail.replace("must be a table", "must be an object"))
+        for each in found
+    ] or [errors.FieldError("body" if key == _BODY else key, "is not what it must be")]
+
+
+def _parameter_fault(request: Request[Any, Any, Any], name: str) -> errors.FieldError:
+    """What a parameter must be, under the name that callers know."""
+    parameter = request.route_handler.parsed_fn_signature.parameters[name]
+    about = parameter.kwarg_definition
+    least, most = (getattr(about, each, None) for each in ("ge", "le"))
+    kind = parameter.annotation
+    if least is not None or most is not None:
+        kind = Annotated[kind, msgspec.Meta(ge=least, le=most)]
+    return errors.FieldError(getattr(about, "name", None) or name, wanted_of(kind))
 
 
 def _quota_problem(policies: set[str]) -> ProblemType:

@@ -1,4 +1,4 @@
-"""Queries in which nothing is left out of account."""
+"""Queries and JSON bodies in which nothing is left out of account."""
 
 from __future__ import annotations
 
@@ -7,15 +7,34 @@ from datetime import date
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 from litestar.params import QueryParameter
 
-from service.domain.errors import FieldError, InvalidOptions
+from service.domain.conform import check_json
+from service.domain.errors import FieldError, InvalidOptions, MalformedRequest
 
 _NONE = "none"
 
 E = TypeVar("E", bound=StrEnum)
+
+
+class JsonRequest(Request[Any, Any, Any]):
+    """A request whose body, if it has one, is JSON in which each name stands once."""
+
+    async def json(self) -> Any:
+        """The decoded body. Raises MalformedRequest."""
+        try:
+            check_json((await self.body() or b"null").decode())
+        except UnicodeDecodeError:
+            raise MalformedRequest("The body of the request is not UTF-8.") from None
+        except ValueError:
+            raise MalformedRequest(
+                "The body of the request is not JSON that can be read: it must be valid, not nested deep, and have "
+                "each name once in an object."
+            ) from None
+        return await super().json()
 
 
 def check_query(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:

@@ -14,8 +14,8 @@ import tomli_w
 from service.api.registry_views import AccountEntry, RegistryBody, SecretEntry, TenantEntry
 from service.cli import variable
 from service.cli.client import CommandError
-from service.cli.conform import faults_of
 from service.cli.shown import plain
+from service.domain.conform import faults_of
 from service.domain.faults import Faults, dotted, meant
 from service.domain.tenancy import Name
 

@@ -5,6 +5,7 @@ Decoding it would end at the first fault.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -22,6 +23,24 @@ def faults_of(value: Any, kind: Any, path: str) -> list[FieldError]:
     return list(_faults(value, inspect.type_info(kind), path))
 
 
+def wanted_of(kind: Any) -> str:
+    """What a plain value that is to become one of a type must be."""
+    return faults_of(object(), kind, "")[0].detail
+
+
+def check_json(text: str) -> None:
+    """Raise ValueError for what is no JSON, nested too deep, or has a name twice in one object."""
+
+    def once(pairs: list[tuple[str, Any]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name is repeated")
+
+    try:
+        json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def _faults(value: Any, kind: inspect.Type, path: str) -> Iterator[FieldError]:
     match kind:
         case inspect.Metadata():
@@ -29,6 +48,8 @@ def _faults(value: Any, kind: inspect.Type, path: str) -> Iterator[FieldError]:
                 return
             must = (kind.extra or {}).get("must")
             yield from [FieldError(path, f"must {must}")] if must else _faults(value, kind.type, path)
+        case inspect.UnionType() if value is None and any(isinstance(each, inspect.NoneType) for each in kind.types):
+            return
         case inspect.UnionType():
             (only,) = [each for each in kind.types if not isinstance(each, inspect.NoneType)]
             yield from _faults(value, only, path)
@@ -36,7 +57,7 @@ def _faults(value: Any, kind: inspect.Type, path: str) -> Iterator[FieldError]:
             yield from _struct_faults(value, kind, path)
         case inspect.DictType():
             yield from _table_faults(value, kind, path)
-        case inspect.ListType():
+        case inspect.ListType() | inspect.VarTupleType():
             yield from _list_faults(value, kind, path)
         case _:
             if fault := _leaf_fault(value, kind):
@@ -69,7 +90,7 @@ def _table_faults(value: Any, kind: inspect.DictType, path: str) -> Iterator[Fie
         yield from _faults(each, kind.value_type, below)
 
 
-def _list_faults(value: Any, kind: inspect.ListType, path: str) -> Iterator[FieldError]:
+def _list_faults(value: Any, kind: inspect.ListType | inspect.VarTupleType, path: str) -> Iterator[FieldError]:
     if not isinstance(value, list):
         yield FieldError(path, "must be a list")
         return
@@ -92,7 +113,7 @@ def _leaf_fault(value: Any, kind: inspect.Type) -> str | None:
         case inspect.BoolType():
             fits, wanted = isinstance(value, bool), "must be true or false"
         case inspect.DateTimeType():
-            fits = isinstance(value, datetime) and value.tzinfo is not None
+            fits = _is_moment(value)
             wanted = "must be a moment with a time zone, such as 2030-01-31T12:00:00Z"
         case _:
             raise TypeError(f"nothing says what is wrong with {kind}")
@@ -103,7 +124,20 @@ def _is_number(value: Any, kind: inspect.IntType | inspect.FloatType) -> tuple[b
     least, most = kind.ge or 0, kind.le or math.inf
     whole = isinstance(kind, inspect.IntType)
     fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and least <= value <= most
-    return fits, f"must be a {'whole ' if whole else ''}number from {least} to {most}"
+    bounds = (
+        f" from {least} to {most}" if kind.le is not None else f" of at least {least}" if kind.ge is not None else ""
+    )
+    return fits, f"must be a {'whole ' if whole else ''}number{bounds}"
+
+
+def _is_moment(value: Any) -> bool:
+    """Whether it is a moment with a time zone, as TOML holds it, or as JSON writes it."""
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            return False
+    return isinstance(value, datetime) and value.tzinfo is not None
 
 
 def _is_text(value: Any, kind: inspect.StrType) -> tuple[bool, str]:

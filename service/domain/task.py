@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta, Struct
 
+from service.domain.conform import check_json
 from service.domain.errors import FieldError, InvalidOptions
 
 MAX_PROMPT = 2_000
@@ -174,9 +175,10 @@ def parse_metadata(text: str | None) -> dict[str, str]:
     if len(text.encode()) > MAX_METADATA_BYTES:
         raise InvalidOptions([FieldError("metadata", f"must be at most {MAX_METADATA_BYTES} bytes")])
     try:
+        check_json(text)
         return msgspec.json.decode(text, type=dict[str, str])
-    except (msgspec.DecodeError, UnicodeError):
-        raise InvalidOptions([FieldError("metadata", "must be a JSON object of strings")]) from None
+    except ValueError:  # also of msgspec, and of text that is no Unicode
+        raise InvalidOptions([FieldError("metadata", "must be a JSON object of strings, each name once")]) from None
 
 
 def _parse(name: str, text: str, type_: Any) -> Any:

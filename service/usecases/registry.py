@@ -235,6 +235,10 @@ class Operators:
         await self._registry.refresh()
         return tuple(tenant for _, tenant in sorted(self._registry.current.tenants.items()))
 
+    def now(self) -> float:
+        """The time, in seconds since the epoch, that tokens expire by."""
+        return self._clock.now()
+
     def tokens(self, tenant: Tenant) -> tuple[Token, ...]:
         """The tokens of a tenant that have not expired."""
         now = self._clock.now()

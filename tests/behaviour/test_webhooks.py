@@ -85,6 +85,10 @@ async def test_failure(house: House, receiver: Receiver) -> None:
 async def test_own_address(house: House, receiver: Receiver) -> None:
     """A task can name another address, at a host that is allowed."""
     await let_in(house, receiver)
+    await ended(house, webhook_url="", metadata="")  # both are optional, and not given
+    (at_the_usual,) = receiver.told
+    assert at_the_usual.event["data"]["metadata"] == {}
+    receiver.told.clear()
     async with receiving() as other:
         await ended(house, webhook_url=f"{other.url}/4711")
         assert [each.path for each in other.told] == ["/ended/4711"]
@@ -93,7 +97,7 @@ async def test_own_address(house: House, receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://169.254.169.254/latest", "https://hooks.elsewhere.test/", "ftp://127.0.0.1/", "", "/ended"]
+    "url", ["http://169.254.169.254/latest", "https://hooks.elsewhere.test/", "ftp://127.0.0.1/", " ", "/ended"]
 )
 async def test_address_that_is_not_allowed(house: House, receiver: Receiver, url: str) -> None:
     """Another address is refused by the name of its field, before anything is sent or counted."""

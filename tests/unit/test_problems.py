@@ -55,6 +55,7 @@ STATUS = {
     "ImageTooLarge": (413, "image-too-large"),
     "RangeNotSatisfiable": (416, "range-not-satisfiable"),
     "UnsupportedMediaType": (415, "unsupported-media-type"),
+    "UnsupportedCoding": (415, "unsupported-media-type"),
     "InvalidOptions": (422, "invalid-options"),
     "InvalidImage": (422, "invalid-image"),
     "IdempotencyKeyInvalid": (400, "idempotency-key-invalid"),
