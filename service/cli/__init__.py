@@ -16,6 +16,7 @@ import click
 from service import __version__
 from service.cli.detailed import DetailedExit
 from service.cli.lazy import LazyGroup
+from service.cli.usage_errors import PlainGroup
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -25,7 +26,7 @@ _at_url = click.option("--url", help="The operators' port.  [default: as GATEWAY
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print it for scripts.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=PlainGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gateway")
 def main() -> None:
     """The Imaging Gateway: tenants, quota and exact spending in front of a paid image API."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from service.cli.usage_errors import plain_errors
+
 
 class DetailedExit(click.Command):
     """A command that keeps exit code 2 for what it found: whatever is wrong ends it with 1."""
@@ -15,7 +17,8 @@ class DetailedExit(click.Command):
     ) -> click.Context:
         """Read the command line."""
         try:
-            return super().make_context(info_name, args, parent, **extra)
+            with plain_errors():
+                return super().make_context(info_name, args, parent, **extra)
         except click.UsageError as error:
             error.show()
             raise click.exceptions.Exit(1) from None

@@ -23,7 +23,7 @@ def read_secret(file: BinaryIO, option: str) -> str:
     except UnicodeDecodeError:
         value = ""
     if not value:
-        raise click.BadParameter("it holds no key", param_hint=option)
+        raise click.BadParameter("must be a file that holds a key", param_hint=option)
     return value
 
 
@@ -35,7 +35,7 @@ class Yuan(click.ParamType[float]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Read it."""
         if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,2})?", value):
-            self.fail(f"{value!r} is no amount in yuan such as 12 or 0.50", param, ctx)
+            self.fail("must be an amount in yuan such as 12 or 0.50", param, ctx)
         return float(value)
 
 
@@ -50,7 +50,7 @@ class Duration(click.ParamType[float]):
             return float(value)
         found = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value))
         if not found:
-            self.fail(f"{value!r} is no duration such as 90d, 12h, 30m or 45 (seconds)", param, ctx)
+            self.fail("must be a duration such as 90d, 12h, 30m or 45 (seconds)", param, ctx)
         return float(int(found[1]) * _SECONDS[found[2]])
 
 
@@ -66,7 +66,7 @@ class Moment(click.ParamType[datetime]):
         except ValueError:
             moment = None
         if moment is None or moment.tzinfo is None:
-            self.fail(f"{value!r} is no moment such as 2030-01-31T12:00:00Z", param, ctx)
+            self.fail("must be a moment with a time zone, such as 2030-01-31T12:00:00Z", param, ctx)
         return moment
 
 
@@ -79,7 +79,7 @@ class Price(click.ParamType[tuple[str, float]]):
         """Read it."""
         kind, _, amount = str(value).partition("=")
         if kind not in set(Kind):
-            self.fail(f"{kind!r} is no kind of task: {', '.join(Kind)}", param, ctx)
+            self.fail(f"must begin with a kind of task: {' or '.join(Kind)}", param, ctx)
         return kind, Yuan().convert(amount, param, ctx)
 
 
@@ -94,13 +94,13 @@ class Limit(click.ParamType[Mapping[str, Any]]):
             return value
         window, _, rest = str(value).partition(":")
         if window not in set(Window):
-            self.fail(f"{window!r} is no window: {', '.join(Window)}", param, ctx)
+            self.fail(f"must begin with a window: {' or '.join(Window)}", param, ctx)
         limit: dict[str, Any] = {"window": window}
         for each in rest.split(","):
             name, _, amount = each.partition("=")
             if name in limit or name not in {"tasks", "money"}:
-                self.fail(f"{value!r} is no limit such as {window}:tasks=100,money=50", param, ctx)
+                self.fail(f"must be a limit such as {window}:tasks=100,money=50", param, ctx)
             if name == "tasks" and not re.fullmatch(r"[0-9]{1,13}", amount):
-                self.fail(f"{amount!r} is no number of tasks", param, ctx)
+                self.fail("must limit tasks to a whole number", param, ctx)
             limit[name] = int(amount) if name == "tasks" else Yuan().convert(amount, param, ctx)
         return limit

@@ -86,15 +86,15 @@ async def test_key_asked_for_in_vain(shell: Shell) -> None:
     ("arguments", "says"),
     [
         (("--user-key-env", "NOBODY_SET_IT"), "there is no environment variable NOBODY_SET_IT"),
-        (("--user-key-file", "/dev/null"), "it holds no key"),
+        (("--user-key-file", "/dev/null"), "must be a file that holds a key"),
         (("--user-key-file", "no/such/file"), "No such file"),
         (("--user-key-file", "-", "--user-key-prompt"), "Take the key from one place"),
         (("--user-key", "sk-0123456789"), "No such option"),
-        (("--floor-count", "-1"), "-1 is not in the range"),
-        (("--floor-money", "nan"), "no amount in yuan"),
-        (("--floor-money", "0.001"), "no amount in yuan"),
-        (("--max-price", "upscale"), "no amount in yuan"),
-        (("--max-price", "enlarge=1"), "no kind of task"),
+        (("--floor-count", "-1"), "must be a whole number of at least 0"),
+        (("--floor-money", "nan"), "must be an amount in yuan"),
+        (("--floor-money", "0.001"), "must be an amount in yuan"),
+        (("--max-price", "upscale"), "must be an amount in yuan"),
+        (("--max-price", "enlarge=1"), "must begin with a kind of task"),
     ],
 )
 async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
@@ -108,7 +108,7 @@ async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> No
 async def test_file_that_is_no_text(shell: Shell) -> None:
     """A file of other bytes than text holds no key."""
     result = await shell.run("account", "set", "main", "--user-key-file", "-", code=2, stdin=b"\xff\xfe\x00")
-    assert "it holds no key" in result.stderr
+    assert "must be a file that holds a key" in result.stderr
 
 
 async def test_everything_about_an_account(shell: Shell) -> None:

@@ -42,15 +42,15 @@ async def test_put_replaces(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "Missing option '--account'"),
-        (("--account", "main", "--limit", "week:tasks=1"), "'week' is no window"),
-        (("--account", "main", "--limit", "day"), "is no limit such as day:tasks=100"),
-        (("--account", "main", "--limit", "day:taks=1"), "is no limit such as day:tasks=100"),
-        (("--account", "main", "--limit", "day:tasks=1,tasks=2"), "is no limit such as day:tasks=100"),
-        (("--account", "main", "--limit", "day:tasks=-1"), "'-1' is no number of tasks"),
-        (("--account", "main", "--limit", "day:money=lots"), "no amount in yuan"),
-        (("--account", "main", "--kind", "enlarge"), "'enlarge' is not one of 'upscale'"),
-        (("--account", "main", "--purse", "all"), "'all' is not one of 'count_only'"),
+        ((), "--account is required"),
+        (("--account", "main", "--limit", "week:tasks=1"), "must begin with a window"),
+        (("--account", "main", "--limit", "day"), "must be a limit such as day:tasks=100"),
+        (("--account", "main", "--limit", "day:taks=1"), "must be a limit such as day:tasks=100"),
+        (("--account", "main", "--limit", "day:tasks=1,tasks=2"), "must be a limit such as day:tasks=100"),
+        (("--account", "main", "--limit", "day:tasks=-1"), "must limit tasks to a whole number"),
+        (("--account", "main", "--limit", "day:money=lots"), "must be an amount in yuan"),
+        (("--account", "main", "--kind", "enlarge"), "must be upscale or"),
+        (("--account", "main", "--purse", "all"), "must be count_only or count_then_money"),
     ],
 )
 async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:

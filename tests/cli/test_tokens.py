@@ -34,13 +34,13 @@ async def test_create_for_a_time(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--expires-in", "soon"), "'soon' is no duration"),
-        (("--expires-in", "1.5d"), "'1.5d' is no duration"),
+        (("--expires-in", "soon"), "must be a duration"),
+        (("--expires-in", "1.5d"), "must be a duration"),
         (("--expires-in", "0"), "It would have expired already"),
         (("--expires-in", "99999999w"), "It would outlive every calendar"),
         (("--expires-at", "2020-01-01T00:00:00Z"), "It would have expired already"),
-        (("--expires-at", "2999-01-01T00:00:00"), "is no moment such as"),
-        (("--expires-at", "tomorrow"), "is no moment such as"),
+        (("--expires-at", "2999-01-01T00:00:00"), "must be a moment with a time zone"),
+        (("--expires-at", "tomorrow"), "must be a moment with a time zone"),
         (("--expires-at", "2999-01-01T00:00:00Z", "--expires-in", "1d"), "Say either"),
     ],
 )

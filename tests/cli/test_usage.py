@@ -115,11 +115,11 @@ async def test_submission_that_cost_nothing(shell: Shell) -> None:
     ("arguments", "says"),
     [
         (("usage", "--csv", "--json"), "Say either --csv or --json."),
-        (("usage", "--interval", "week"), "'week' is not one of"),
+        (("usage", "--interval", "week"), "must be day or month or total"),
         (("refund", "--reason", "x"), "Say either --task or --submission."),
         (("refund", "--task", "a", "--submission", "b", "--reason", "x"), "Say either --task or --submission."),
-        (("refund", "--task", "a"), "Missing option '--reason'"),
-        (("submission",), "Missing argument 'ID'"),
+        (("refund", "--task", "a"), "--reason is required"),
+        (("submission",), "ID is required"),
     ],
 )
 async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:

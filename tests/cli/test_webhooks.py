@@ -82,7 +82,7 @@ async def test_failed(shell: Shell, receiver: Receiver) -> None:
     [
         (("--webhook-allow", "hooks.test"), "need a --webhook-url"),
         (("--webhook-secret-file", "-"), "need a --webhook-url"),
-        (("--webhook-url", "https://hooks.test/", "--webhook-secret-file", "-"), "it holds no key"),
+        (("--webhook-url", "https://hooks.test/", "--webhook-secret-file", "-"), "must be a file that holds a key"),
     ],
 )
 async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
