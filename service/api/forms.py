@@ -57,7 +57,7 @@ class MultipartForm:
     ) -> None:
         # Latin-1 decodes any header, so that a file's name in an odd encoding is no obstacle; names are told apart
         # from it below. Strict parsing would depend on how the body is split into chunks.
-        self._parser = _PaddedParser(boundary, header_charset="latin-1")
+        self._parser: Any = _PaddedParser(boundary, header_charset="latin-1")
         self._file_part = file_part
         self._max_file_bytes = max_file_bytes
         self._max_other_bytes = max_other_bytes
