@@ -259,3 +259,33 @@ async def test_forgotten_by_the_store(valkey: Valkey) -> None:
             store.pexpire(name, 0)
             assert made(await keyed(house, image=photo(b"b")))["id"] != task["id"]
             assert await house.upstream.submits() == 2
+
+
+async def test_same_content_in_other_spellings(house: House) -> None:
+    """Empty fields, other charsets, types and orders of parts, and other spellings of values are the same content."""
+    image = ("image", ("a.jpg", photo(), "image/jpeg"))
+    spellings: list[list[tuple[str, Any]]] = [
+        [("prompt", (None, "猫")), ("scale", (None, "2.50")), image],
+        [
+            image,
+            ("scale", (None, "2.5", "application/json")),
+            ("prompt", (None, "猫".encode("gbk"), "text/plain; charset=GBK")),
+        ],
+        [
+            ("metadata", (None, "")),
+            ("webhook_url", (None, "")),
+            ("steps", (None, "")),
+            ("prompt", (None, "猫")),
+            image,
+            ("scale", (None, "25e-1")),
+            ("metadata", (None, "{}", "application/json")),
+        ],
+    ]
+    first, *others = [
+        await house.call("POST", "/v1/tasks/upscale", files=parts, headers={"Idempotency-Key": KEY})
+        for parts in spellings
+    ]
+    task = made(first)
+    for answer in others:
+        replayed(answer, task)
+    assert await house.upstream.submits() == 1
