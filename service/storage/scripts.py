@@ -165,13 +165,10 @@ class Scripts:
                 self._failed(sort_of(error))
             if isinstance(error, DataError) or (type(error) is ResponseError and str(error).startswith("user_script")):
                 raise  # a fault of ours, not Redis being away
-            outcome = LedgerOutcome.UNAVAILABLE
             if type(error) is ResponseError and str(error).startswith(_OTHER_VERSION):
                 self.compare_version(str(error).removeprefix(_OTHER_VERSION).encode())
-            raise unavailable() from error
-        except LedgerUnavailable:
             outcome = LedgerOutcome.UNAVAILABLE
-            raise
+            raise unavailable() from error
         except asyncio.CancelledError:
             outcome = LedgerOutcome.GIVEN_UP
             raise

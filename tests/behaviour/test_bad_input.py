@@ -286,7 +286,7 @@ async def test_faulty_query(house: House) -> None:
             assert [each["field"] for each in found["errors"]] == [parameter], value
             assert found["errors"][0]["detail"].startswith(("must ", "is ")), found
             assert "`" not in found["detail"], found
-    for cursor in ("x", "%00", "AAAA", "x" * 60_000, "%F0%9F%99%82"):
+    for cursor in ("x", "%00", "AAAA", "x" * 30_000, "%F0%9F%99%82"):
         problem(await house.call("GET", f"/v1/tasks?cursor={cursor}"), 400, "malformed-request")
 
 

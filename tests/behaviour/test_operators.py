@@ -186,7 +186,7 @@ async def test_tenant_deleted_by_force(house: House, valkey: Valkey) -> None:
     assert (await get(house, "/accounts/main"))["in_flight"] == 0
     if isinstance(house.upstream, SandboxControl):
         account = house.services.registry.current.accounts["main"].id
-        assert await _kept_for_ever(valkey) == {"clock", "clock:server", "registry", f"account:{account}"}
+        assert await _kept_for_ever(valkey) == {"version", "clock", "clock:server", "registry", f"account:{account}"}
 
 
 async def test_name_given_anew(house: House) -> None:

@@ -65,7 +65,7 @@ async def test_each_outcome(house: House) -> None:
     assert found["unknown_submissions"] == [{"id": name, "kind": "vectorize", "day": today}]
     await turned_up(house, name)
     found = await usage(house)
-    assert outcomes(found)[today, "vectorize"] == {"running": 1}
+    assert outcomes(found)[today, "vectorize"] == {"succeeded": 1}
     assert found["unknown_submissions"] == []
 
 

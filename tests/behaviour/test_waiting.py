@@ -197,7 +197,7 @@ async def test_the_image_is_not_kept() -> None:
         await until(lambda: house.services.board.waiting == 1)
         upstream.submits.clear()
         gc.collect()
-        assert not [each for each in gc.get_objects() if isinstance(each, Submission)]
+        assert not [each for each in gc.get_objects() if type(each) is Submission]
         await checked(house, SUCCEEDED)
         assert (await submitting).status_code == 201
 

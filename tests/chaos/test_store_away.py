@@ -131,7 +131,8 @@ async def test_store_that_lost_everything(house: House, store: Valkey) -> None:
     found = await house.call("GET", task["links"]["self"])
     assert (found.status_code, found.json()["kind"]) == (200, "seamless")
     state = await counters(house)
-    assert (state.windows[Window.TOTAL].tasks, state.active) == (1, 1)
+    runs = found.json()["state"] != "succeeded"
+    assert (state.windows[Window.TOTAL].tasks, state.active) == (1, int(runs))
     assert (await house.finished(task["id"]))["state"] == "succeeded"
     state = await counters(house)
     assert (state.windows[Window.TOTAL].tasks, state.active) == (1, 0)
