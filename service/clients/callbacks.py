@@ -128,6 +128,6 @@ def retry_seconds(retry_after: str | None) -> float | None:
         return float(retry_after[:9])
     try:
         at = parsedate_to_datetime(retry_after)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max((at - datetime.now(UTC)).total_seconds(), 0) if at.tzinfo else None

@@ -37,6 +37,11 @@ class Deadline:
             self._timer.cancel()
         await self._scope.__aexit__(kind, error, trace)
 
+    @property
+    def left(self) -> float:
+        """The seconds until its end; never below zero."""
+        return max(self._end - self._loop.time(), 0)
+
     def next_within(self, seconds: float) -> None:
         """End already after so many seconds from now, unless this is called again before."""
         now = self._loop.time()

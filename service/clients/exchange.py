@@ -11,12 +11,13 @@ import ssl
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
 from typing import IO, Any, Self
 
 import httpx2
+import structlog
 from msgspec import Struct
 
 from service import __version__
@@ -27,6 +28,8 @@ from service.clients.decoder import LARGEST_BODY
 from service.clients.local_errors import local_error
 from service.telemetry.tracing import UNTRACED, Tracer
 
+_log = structlog.get_logger(__name__)
+
 MAX_REQUESTS = 64
 """So many requests of a line are under way at once; the others wait."""
 BODY_SECONDS = 5.0
@@ -34,6 +37,8 @@ BODY_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 15
 READ_SECONDS = 30.0
 """An answer, and each part of it, has to come within this."""
+_BODY_SHARE = 0.9
+"""Reading a body ends after this share of the time that is left, so that what came of it by then is still returned."""
 _TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=None, pool=None).as_dict()
 
 File = tuple[str, IO[bytes], str]
@@ -137,11 +142,14 @@ class Line:
                         extensions={"trace": sending, "timeout": _TIMEOUTS},
                     )
                     sending.begin(deadline)
-                    answer = await self._answer(request, deadline)
+                    answer = await self._answer(request, deadline, sending)
                 span.answered(answer.status)
                 return answer
         except Exception as error:  # noqa: BLE001 - what is below lets through more than it declares
-            raise sending.verdict(error) from None
+            if sending.answer is None:
+                raise sending.verdict(error) from None
+            _log.exception("call.end-crashed")
+            return sending.answer
         finally:
             sending.end()
 
@@ -164,12 +172,12 @@ class Line:
             self.busy -= 1
             self._gate.release()
 
-    async def _answer(self, request: httpx2.Request, deadline: Deadline) -> Answer:
+    async def _answer(self, request: httpx2.Request, deadline: Deadline, sending: _Sending) -> Answer:
         # The one that was used last is the likeliest to be connected yet.
         transport = self._idle.pop() if self._idle else self._transport()
         keeps = False
         try:
-            answer = await self._read(await transport.handle_async_request(request), deadline)
+            answer = await self._read(await transport.handle_async_request(request), deadline, sending)
             keeps = self._keeps and not answer.cut
             return answer
         finally:
@@ -179,22 +187,28 @@ class Line:
             else:
                 await transport.aclose()
 
-    async def _read(self, response: httpx2.Response, deadline: Deadline) -> Answer:
-        """Read a response. What came of a body that breaks off may be all that is needed of it."""
+    async def _read(self, response: httpx2.Response, deadline: Deadline, sending: _Sending) -> Answer:
+        """Read a response. What came of a body that breaks off or stalls may be all that is needed of it."""
         status, body, cut = response.status_code, bytearray(), ""
+        limit = deadline.left * _BODY_SHARE
+        deadline.next_within(deadline.left)  # the parts of the body have a limit of their own
         try:
-            async with nullcontext() if response.is_success else Deadline(BODY_SECONDS):
-                async for chunk in response.aiter_raw():
-                    deadline.next_within(READ_SECONDS)
-                    body += chunk
-                    if len(body) > LARGEST_BODY:
-                        cut = "the answer is too large"
-                        break
-        except (httpx2.HTTPError, OSError) as error:
-            cut = type(error).__name__
+            try:
+                async with Deadline(limit if response.is_success else min(limit, BODY_SECONDS)) as parts:
+                    parts.next_within(READ_SECONDS)
+                    async for chunk in response.aiter_raw():
+                        parts.next_within(READ_SECONDS)
+                        body += chunk
+                        if len(body) > LARGEST_BODY:
+                            cut = "the answer is too large"
+                            break
+            except Exception as error:  # noqa: BLE001 - uvloop raises RuntimeError for a connection that was reset
+                cut = type(error).__name__
+            retry_after = retry_seconds(response.headers.get("retry-after"))
+            sending.answer = Answer(status, bytes(body[:LARGEST_BODY]), cut, retry_after)
         finally:
             await response.aclose()
-        return Answer(status, bytes(body[:LARGEST_BODY]), cut, retry_seconds(response.headers.get("retry-after")))
+        return sending.answer
 
     def _transport(self) -> httpx2.AsyncHTTPTransport:
         kept = httpx2.Limits(
@@ -207,8 +221,11 @@ class _Sending:
     """Follows one request by its trace, and reports to the breaker.
 
     Events are named for what they are about. `connection` is the only thing that comes before the request; whatever
-    else is named, or nothing at all, is taken for the request itself.
+    else is named, or nothing at all, is taken for the request itself. `answer` is set once it was read: what fails
+    later, such as the closing of the connection, does not undo it.
     """
+
+    answer: Answer | None = None
 
     def __init__(self, breaker: Breaker) -> None:
         self._breaker = breaker

@@ -112,7 +112,7 @@ class UpstreamClient:
             with waiting():
                 submitted = await self._submit(account, options, image, seconds)
         finally:
-            self._observe(Operation.SUBMIT, submitted.outcome, time.monotonic() - started)
+            self._count(Operation.SUBMIT, submitted.outcome, started)
         return submitted
 
     async def check(self, account: Account, upstream_id: str) -> Check:
@@ -123,8 +123,15 @@ class UpstreamClient:
             with waiting():
                 check = await self._check(account, upstream_id)
         finally:
-            self._observe(Operation.CHECK, check.answered, time.monotonic() - started)
+            self._count(Operation.CHECK, check.answered, started)
         return check
+
+    def _count(self, operation: Operation, outcome: StrEnum, started: float) -> None:
+        """Count a call. A fault in that must not lose what the call returned."""
+        try:
+            self._observe(operation, outcome, time.monotonic() - started)
+        except Exception:  # noqa: BLE001 - whatever it is
+            _log.exception("call.end-crashed")
 
     async def _submit(self, account: Account, options: Options, image: Image, seconds: float) -> Submitted:
         user_key = self._user_key(account)

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import zlib
+from typing import Any, NoReturn
 
 import httpx2
 import pytest
@@ -13,9 +14,10 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from service.clients import exchange
-from service.clients.upstream import Operation
+from service.clients.upstream import Operation, UpstreamClient
 from service.domain.account import Figures
 from service.domain.task import (
+    DEFAULT_CATALOGUE,
     FaceEnhanceOptions,
     Options,
     SeamlessOptions,
@@ -23,8 +25,9 @@ from service.domain.task import (
     VectorizeOptions,
 )
 from service.domain.tenancy import Account
+from service.telemetry.tracing import Untraced
 from service.usecases.ports import SubmitOutcome, Submitted
-from tests.contract.client import ACCOUNT, IMAGE, LARGE, USER_KEY, calling
+from tests.contract.client import ACCOUNT, IMAGE, LARGE, SEALER, USER_KEY, calling
 from tests.contract.peer import (
     TASK,
     Connection,
@@ -44,6 +47,7 @@ ACCEPTED, REJECTED, UNKNOWN = SubmitOutcome.ACCEPTED, SubmitOutcome.REJECTED, Su
 BODY = TASK.partition(b"\r\n\r\n")[2]
 INVALID = json.dumps({"err_code": 1, "err_msg": "账户不存在"}).encode()
 EXHAUSTED = json.dumps({"err_code": 1, "err_msg": "账户剩余次数不足"}).encode()
+NO_DATE = "Mon, 01 Jan 99999999999 00:00:00 GMT"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -142,7 +146,9 @@ async def test_refused_with_a_message() -> None:
     assert (submitted.outcome, submitted.reason) == (REJECTED, "图片太小 …")
 
 
-@pytest.mark.parametrize(("retry_after", "seconds"), [("30", 30), ("0", 0), ("soon", None), ("", None)])
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"), [("30", 30), ("0", 0), ("soon", None), ("", None), (NO_DATE, None)]
+)
 async def test_busy(retry_after: str, seconds: float | None) -> None:
     """An upstream that is busy says when to submit again, or does not."""
     async with serving(answering(http(b"busy", 429, Retry_After=retry_after))) as peer, calling(peer.url) as caller:
@@ -166,6 +172,67 @@ async def test_accepted() -> None:
     """An accepted submit tells the task's id and the balance."""
     async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
         assert await caller.submit() == Submitted(outcome=ACCEPTED, upstream_id="t-1", figures=Figures(4, 200))
+
+
+@pytest.mark.parametrize("status", [200, 403])
+async def test_body_without_an_end(status: int) -> None:
+    """A body that holds all that is needed counts, though the rest that was announced never comes."""
+
+    async def stalling(connection: Connection) -> None:
+        await connection.receive()
+        body = BODY if status == 200 else INVALID
+        await connection.send(f"HTTP/1.1 {status} x\r\nContent-Length: 60000\r\n\r\n".encode() + body)
+        await connection.wait_for_the_end()
+
+    async with serving(stalling) as peer, calling(peer.url) as caller, asyncio.timeout(5):
+        outcome = (await caller.submit(seconds=1)).outcome
+    assert outcome is (ACCEPTED if status == 200 else SubmitOutcome.INVALID_ACCOUNT)
+
+
+async def test_body_that_stalls_for_longer_than_a_part_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where the limit on each part ends the wait, well before the deadline."""
+    monkeypatch.setattr(exchange, "READ_SECONDS", 0.2)
+
+    async def stalling(connection: Connection) -> None:
+        await connection.receive()
+        await connection.send(TASK.replace(b"Content-Length: ", b"Content-Length: 9"))
+        await connection.wait_for_the_end()
+
+    async with serving(stalling) as peer, calling(peer.url) as caller, asyncio.timeout(5):
+        assert (await caller.submit(seconds=60)).outcome is ACCEPTED
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyError])
+@pytest.mark.parametrize(
+    ("where", "name"), [(httpx2.Response, "aclose"), (httpx2.AsyncHTTPTransport, "aclose"), (Untraced, "answered")]
+)
+async def test_faults_after_the_response(
+    where: Any, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails once the response was read, such as closing the connection, does not lose the task."""
+
+    def failing(*_: Any, **__: Any) -> NoReturn:
+        raise error("a fault after the response")
+
+    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+        with monkeypatch.context() as patched:
+            patched.setattr(where, name, failing)
+            assert (await caller.submit()).outcome is ACCEPTED
+    assert len(peer.requests) == 1
+
+
+async def test_fault_in_counting() -> None:
+    """An accepted submit is returned though it can't be counted."""
+
+    def failing(*_: Any) -> NoReturn:
+        raise KeyError("a fault of the gateway")
+
+    async with (
+        serving(answering(TASK)) as peer,
+        UpstreamClient(peer.url, SEALER, DEFAULT_CATALOGUE, observe=failing) as client,
+    ):
+        submitted = await client.submit(ACCOUNT, FaceEnhanceOptions(), IMAGE, seconds=10)
+    assert submitted.outcome is ACCEPTED
 
 
 @pytest.mark.parametrize("serve", [resetting_at_once, closing_after()])
