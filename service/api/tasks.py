@@ -23,8 +23,10 @@ from service.api.uploads import ClientLeft, Uploads
 from service.api.views import (
     PRIVATE,
     REPLAYED,
+    LinksView,
     TaskList,
     TaskView,
+    events_path,
     task_headers,
     task_path,
     task_view,
@@ -184,7 +186,7 @@ async def _answered(
     accepted: Submission,
     pace: Pace,
     wait_for: Callable[[int], Awaitable[tuple[Seen, dict[str, str]]]],
-) -> Response[TaskView]:
+) -> Response[Any]:
     """The task of a submission that was accepted, whatever goes wrong from here: else its caller would pay again."""
     try:
         seen = Seen(accepted.task, accepted.now, time.monotonic())
@@ -200,7 +202,12 @@ async def _answered(
         raise
     except Exception:  # noqa: BLE001 - whatever it is
         _log.exception("submission.answer-crashed", reservation=accepted.task.reservation)
-        return Response(task_view(accepted.task), headers=PRIVATE | {"Location": task_path(accepted.task)})
+        headers = PRIVATE | {"Location": task_path(accepted.task)}
+        try:
+            return Response(task_view(accepted.task), headers=headers)
+        except Exception:  # noqa: BLE001 - where the task itself can't be shown, its id can
+            links = LinksView(self=task_path(accepted.task), events=events_path(accepted.task))
+            return Response({"id": accepted.task.id, "links": links}, headers=headers)
 
 
 def _taken_out(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[tuple[str, str]]]:

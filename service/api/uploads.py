@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
+import structlog
 from litestar.types import HTTPScope, Receive, Scope
 from msgspec import Struct
 
@@ -19,6 +20,8 @@ from service.domain.errors import ImageTooLarge, InvalidImage, MalformedRequest,
 from service.domain.image import inspect
 from service.telemetry.levels import Level, Levels
 from service.usecases.ports import Image
+
+_log = structlog.get_logger(__name__)
 
 FORM_ALLOWANCE = 256 * 1024
 """What a submission may have in bytes beside its image: fields, and what frames them."""
@@ -105,17 +108,19 @@ class Uploads:
         small = length is not None and length <= MAX_FORM_BYTES
         body = self._body(receive, least_rate=0 if small else self._least_rate)
         chunk: bytes | None = b""
+        cleaning = ExitStack()
+        cleaning.callback(form.drop)
+        share = cleaning.enter_context(self._in_flight.share(most if length is None else length))
         try:
-            with self._in_flight.share(most if length is None else length) as share:
-                while (chunk := await body.next()) is not None:
-                    await self._in_flight.grow(share, body.received)
-                    form.feed(chunk)
-                self._in_flight.complete(share, body.received)
-                form.finish()
-                yield Submission(await self._image(form, part), form.fields)
+            while (chunk := await body.next()) is not None:
+                await self._in_flight.grow(share, body.received)
+                form.feed(chunk)
+            self._in_flight.complete(share, body.received)
+            form.finish()
+            yield Submission(await self._image(form, part), form.fields)
         finally:
-            form.drop()
             del chunk
+            _clean_up(cleaning)
 
     async def read_form(self, scope: HTTPScope, receive: Receive) -> list[tuple[str, str]]:
         """Read a form without a file, urlencoded or multipart.
@@ -161,6 +166,14 @@ class Uploads:
                 f" at most {self._max_image_pixels} are accepted."
             )
         return Image(data, sha256, info.media_type, info.width, info.height)
+
+
+def _clean_up(cleaning: ExitStack) -> None:
+    """Close it. A fault in that is no reason to answer a submission that was accepted with an error."""
+    try:
+        cleaning.close()
+    except Exception:  # noqa: BLE001 - whatever it is
+        _log.exception("upload.cleanup-crashed")
 
 
 class _Body:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import pytest
 
 from service.api import legacy, tasks
+from service.api.forms import MultipartForm
 from service.domain.task import Kind
 from service.usecases.board import Board
 from service.usecases.follow import Follow
@@ -241,6 +242,7 @@ async def test_part_order(house: House) -> None:
         (tasks, "task_headers"),
         (tasks, "rate_limit_headers"),
         (tasks, "wait_seconds"),
+        (MultipartForm, "drop"),
         (Follow, "read"),
         (Board, "fresh"),
     ],
@@ -262,6 +264,20 @@ async def test_faults_after_the_acceptance(
     assert await house.upstream.submits() == 1
 
 
+async def test_task_that_cannot_be_shown(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a fault keeps the gateway from showing an accepted task, the answer tells its id, and where to read it."""
+
+    def failing(*_: Any, **__: Any) -> NoReturn:
+        raise KeyError("a fault of the gateway")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "task_view", failing)
+        answer = await house.submit()
+    assert answer.status_code == 201
+    assert answer.headers["location"] == answer.json()["links"]["self"]
+    assert (await house.call("GET", answer.headers["location"])).json()["id"] == answer.json()["id"]
+
+
 @pytest.mark.parametrize("error", [KeyError, OSError])
 async def test_faults_after_the_acceptance_of_an_old_client(
     house: House, error: type[Exception], monkeypatch: pytest.MonkeyPatch
@@ -271,7 +287,11 @@ async def test_faults_after_the_acceptance_of_an_old_client(
     async def failing(*_: Any, **__: Any) -> NoReturn:
         raise error("a fault of the gateway")
 
+    def failing_at_once(*_: Any) -> NoReturn:
+        raise error("a fault of the gateway")
+
     monkeypatch.setattr(Quota, "left", failing)
+    monkeypatch.setattr(MultipartForm, "drop", failing_at_once)
     answer = await OldClient(house.http, house.url, house.token).submit("submit_vector_task", {})
     assert answer["err_code"] == 0
     assert set(answer) == {"err_code", "task_id"}
