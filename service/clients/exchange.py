@@ -239,6 +239,8 @@ class _Sending:
     def begin(self, deadline: Deadline) -> None:
         """The request is about to be sent. Raises NotSent where that is not worth trying."""
         self._deadline = deadline
+        if not deadline.left:  # after a pause of the process, in which the lease may have run out
+            raise NotSent("no time left")
         self._attempt = self._breaker.admit()
         if self._attempt is None:
             raise NotSent("the breaker is open")

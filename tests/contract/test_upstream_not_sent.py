@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -146,6 +147,20 @@ async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await caller.check()).answered is Answered.RUNNING
         assert len(peer.requests) == 2
         assert (await first).outcome is UNKNOWN
+
+
+async def test_turn_that_comes_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submit whose turn comes when its time is over is not sent, although what has arrived would still be read."""
+    monkeypatch.setattr(exchange, "MAX_REQUESTS", 1)
+    async with serving(hanging) as peer, calling(peer.url) as caller:
+        first = asyncio.create_task(caller.submit())
+        await peer.arrived.wait()
+        second = asyncio.create_task(caller.submit(seconds=0.05))
+        await asyncio.sleep(0)
+        time.sleep(0.2)  # a process that is stopped, as far as the event loop can tell
+        first.cancel()
+        assert (await second).outcome is NOT_SENT
+    assert peer.connections == 1
 
 
 async def test_gate_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
