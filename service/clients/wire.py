@@ -243,11 +243,16 @@ def _number(value: object) -> Decimal | None:
 
 
 def _identifier(value: object) -> str:
-    """A task id; empty for whatever can't be one. A number that has passed through a float may have lost digits."""
+    """A task id, without control characters around it; empty for whatever can't be one.
+
+    A number that has passed through a float may have lost digits. One that is not positive stands for no task.
+    """
     if isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST_FIGURE:
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value) if abs(value) < 10**_LONGEST_ID else ""
+        value = str(value) if 0 < value < 10**_LONGEST_ID else ""
+    if isinstance(value, str):
+        value = value.strip("\x00\t\r\n")
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > _LONGEST_ID:
         return ""
     return "" if _REPLACED in value else value

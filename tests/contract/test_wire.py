@@ -98,6 +98,8 @@ def test_task_id_without_a_code(code: object) -> None:
         (1 << 65, str(1 << 65)),
         (10**30, "1" + "0" * 30),
         ("任务", "任务"),
+        ("t-1\r\n", "t-1"),
+        ("\tt-1\x00", "t-1"),
         ("x" * 256, "x" * 256),
     ],
 )
@@ -107,7 +109,8 @@ def test_task_ids(task_id: object, found: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "task_id", [None, "", "  ", "a\nb", "\x00", "x" * 257, True, 1.5, 1e20, 10**256, [], {}, ["t"], "\u202e"]
+    "task_id",
+    [None, "", "  ", 0, -1, 0.0, "a\nb", "\x00", "x" * 257, True, 1.5, 1e20, 10**256, [], {}, ["t"], "\u202e"],
 )
 def test_success_without_a_usable_task_id(task_id: object) -> None:
     """A success whose task id can't be used may have been charged."""
@@ -139,6 +142,13 @@ def test_success_without_a_usable_task_id(task_id: object) -> None:
 def test_refusals(code: object, message: object, outcome: SubmitOutcome, reason: str) -> None:
     """An error is a refusal by its message, of which nothing about the balance or an address is passed on."""
     assert submit(err_code=code, err_msg=message) == Submitted(outcome=outcome, reason=reason)
+
+
+@pytest.mark.parametrize("code", [1, None])
+@pytest.mark.parametrize("task_id", [None, "", 0, -1])
+def test_refusal_with_a_task_id_that_is_none(code: object, task_id: object) -> None:
+    """What stands for no task beside a refusal does not make it a charge."""
+    assert submit(err_code=code, err_msg="账户剩余次数不足", task_id=task_id).outcome is EXHAUSTED
 
 
 def test_message_without_a_code() -> None:
