@@ -29,7 +29,7 @@ from service.domain.idempotency import identify
 from service.domain.reservation import Granted, InFlight, NoAccount, PolicyDenied, Replayed, ReservationState, Verdict
 from service.domain.task import Basis, Cost, Kind, Options, State, Task
 from service.domain.taskid import Reference, TaskIds
-from service.domain.tenancy import Account, Tenant
+from service.domain.tenancy import Account, Tenant, TenantPolicy
 from service.domain.windows import RateLimit, rate_limits
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import UNTRACED, Tracer
@@ -40,7 +40,6 @@ from service.usecases.ports import (
     Ledger,
     RegistryView,
     Settlement,
-    Snapshot,
     SubmitOutcome,
     Submitted,
     TaskDraft,
@@ -168,8 +167,7 @@ class Submit:
         ask = Ask(secrets.token_hex(16), tenant.id, tuple(each.id for each in accounts), options.kind, idempotency)
         written = msgspec.Raw(msgspec.json.encode(options)), msgspec.Raw(msgspec.json.encode(metadata))
         trace = self._tracer.context()
-        verdict, snapshot, asked = await self._reserve(ask)
-        limits = rate_limits(tenant.policy, snapshot.state, snapshot.now)
+        verdict, limits, asked = await self._reserve(ask, tenant.policy)
         if isinstance(verdict, Replayed):
             return await self._replay(verdict, limits)
         place = self._place(verdict, ask, written, accounts, limits, asked)
@@ -199,11 +197,12 @@ class Submit:
         except Exception:  # noqa: BLE001 - whatever it is
             _log.exception("submission.answer-crashed", reservation=ask.reservation)
 
-    async def _reserve(self, ask: Ask) -> tuple[Verdict, Snapshot, float]:
-        """Ask for a place; the verdict, and when (of the monotonic clock) it was asked for."""
+    async def _reserve(self, ask: Ask, policy: TenantPolicy) -> tuple[Verdict, tuple[RateLimit, ...], float]:
+        """Ask for a place; the verdict, what is left, and when (of the monotonic clock) it was asked for."""
         asked = time.monotonic()
         try:
-            return *await self._ledger.reserve(ask), asked
+            verdict, snapshot = await self._ledger.reserve(ask)
+            return verdict, rate_limits(policy, snapshot.state, snapshot.now), asked
         except BaseException:
             self._settle.give_up(ask)
             raise

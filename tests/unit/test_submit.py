@@ -18,7 +18,7 @@ from service.domain.errors import (
 )
 from service.domain.reservation import ReservationState
 from service.domain.tenancy import Limit, TenantPolicy, Window
-from service.usecases import settle
+from service.usecases import settle, submit
 from service.usecases.ports import Ask, SubmitOutcome, Submitted
 from service.usecases.submit import LEASE_MARGIN
 from tests.unit.over_fakes import AWAY, Gateway, until
@@ -110,6 +110,17 @@ async def test_unanswered_reserve(gateway: Gateway, fault: Exception, when: str)
     with pytest.raises(LedgerUnavailable):
         await gateway.ledger.reserve(Ask(given_up[0], 1, (2,), given_up[1].kind))
     assert gateway.places == (1, 0, 1)
+
+
+async def test_fault_after_the_verdict(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash between the verdict and sending gives the place back, since nothing was sent."""
+    with monkeypatch.context() as patched:
+        patched.setattr(submit, "rate_limits", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await gateway.submitted()
+    assert await gateway.background.drain(5) == 0
+    assert gateway.places == (0, 0, 0)
+    assert gateway.upstream.submits == []
 
 
 @pytest.mark.parametrize("fault", [AWAY, RuntimeError("a fault of ours")])
