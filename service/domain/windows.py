@@ -40,14 +40,15 @@ class Counter(Struct):
 class TenantState(Struct):
     """The ledger's counters of one tenant: every window is counted, whether or not a limit stands on it.
 
-    `active` counts what was reserved and has not ended, `kinds` the same by kind. After the server's clock has stepped
-    back, `later` keeps the counters of later periods until these come again; `names` counts those that got a name.
+    `active` counts what was reserved and has not ended, `kinds` the same by kind. `aside` keeps the counter of the last
+    period, as the server's clock may step back into that, and of later periods where it has, until these come again;
+    `names` counts those that got a name.
     """
 
     active: int = 0
     kinds: dict[Kind, int] = field(default_factory=dict)
     windows: dict[Window, Counter] = field(default_factory=dict)
-    later: dict[Window, list[Counter]] = field(default_factory=dict)
+    aside: dict[Window, list[Counter]] = field(default_factory=dict)
     names: int = 0
 
 
@@ -71,7 +72,7 @@ def period_of(window: Window, now: int) -> tuple[int, int | None]:
 
 
 def counter(state: TenantState, window: Window, now: int) -> Counter:
-    """The counter of the window around `now`; what an earlier period counted is gone."""
+    """The counter of the window around `now`, which what was counted in other periods is no part of."""
     period, _ = period_of(window, now)
     found = (each for each in _counters(state, window) if each.period == period)
     return next(found, Counter(period=period))
@@ -80,20 +81,24 @@ def counter(state: TenantState, window: Window, now: int) -> Counter:
 def roll(state: TenantState, now: int) -> None:
     """Begin the windows anew whose period is over.
 
-    Where the clock has stepped back into an earlier period, the counters of later ones are set aside until these come
-    again, and the earlier one, which may have been counted before, is counted under another name.
+    The clock may step back into an earlier period, so the counter of the last one is set aside, as are those of later
+    ones where it has. An earlier one whose counter is not kept, and which may have been counted before, is counted
+    under another name.
     """
     for window in Window:
         period, _ = period_of(window, now)
         if window in state.windows and state.windows[window].period == period:
             continue
-        later = [each for each in _counters(state, window) if each.period > period]
+        known = _counters(state, window)
+        later = [each for each in known if each.period > period]
+        last = max((each for each in known if each.period < period), key=lambda each: each.period, default=None)
         begun = counter(state, window, now)
-        if later and begun not in _counters(state, window):
+        if later and begun not in known:
             state.names += 1
             begun.name = -state.names
+        aside = [*later, last] if last else later
         state.windows[window] = begun
-        state.later = {each: kept for each, kept in (state.later | {window: later}).items() if kept}
+        state.aside = {each: kept for each, kept in (state.aside | {window: aside}).items() if kept}
 
 
 def counter_of(state: TenantState, window: Window, key: int | None) -> Counter | None:
@@ -104,7 +109,7 @@ def counter_of(state: TenantState, window: Window, key: int | None) -> Counter |
 def _counters(state: TenantState, window: Window) -> list[Counter]:
     """The counters of a window: those that were set aside, then that of now."""
     now = state.windows.get(window)
-    return [*state.later.get(window, []), *([now] if now else [])]
+    return [*state.aside.get(window, []), *([now] if now else [])]
 
 
 def policy_name(window: Window, counted: str) -> str:

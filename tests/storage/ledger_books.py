@@ -71,8 +71,8 @@ class LedgerBooks(LedgerPair):
         assert {kind: tasks for kind, tasks in state.kinds.items() if tasks} == Counter(
             each.kind for each in held if is_open(each)
         )
-        later = [(window, counter) for window, counters in state.later.items() for counter in counters]
-        for window, counter in (*state.windows.items(), *later):
+        aside = [(window, counter) for window, counters in state.aside.items() for counter in counters]
+        for window, counter in (*state.windows.items(), *aside):
             mine = [each for each in held if each.periods.get(window) == counter.key]
             charged = [each for each in mine if is_charged(each) and not each.refund]
             assert counter.tasks_reserved == sum(map(is_reserved, mine))

@@ -8,6 +8,7 @@ from typing import Any
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from service.domain import windows
 from service.domain.account import Figures
@@ -22,7 +23,7 @@ from service.storage.ledger import RedisLedger, Spans
 from service.storage.registry import RedisRegistry
 from service.storage.scripts import Scripts, server_time
 from service.usecases.ports import Answered, Ask, Check, Outcome, RegistryChange, Snapshot
-from tests.storage.store import FIRST, SECOND, SPANS, TENANT, Store
+from tests.storage.store import FIRST, SECOND, SPANS, TENANT, TENANTS, Store
 from tests.support.server_time import install, set_time
 from tests.support.valkey import Valkey
 
@@ -95,6 +96,32 @@ async def test_windows_after_a_step_back(valkey: Valkey) -> None:
     resets = {each.policy: each.resets_at for each in verdict.violations}
     assert resets["day-tasks"] == at("2050-01-01")
     assert snapshot.state.windows[Window.MINUTE].period == stepped
+
+
+async def test_limits_after_a_step_back(store: Store) -> None:
+    """What was used of a day still counts when the server's clock has stepped back into it, and so does the next."""
+    await store.wait(-1_000)
+    await store.change(1, tenants=(replace(TENANTS[0], policy=TenantPolicy((Limit(Window.DAY, tasks=1),))),))
+    ask = Ask("more", TENANT, (FIRST,), Kind.UPSCALE)
+    await store.accept("before midnight")
+    for name, step in (("after midnight", 2_000), (None, -2_000), (None, 2_000)):
+        await store.wait(step)
+        if name:
+            await store.accept(name)
+        verdict, _ = await store.ledger.reserve(ask)
+        assert isinstance(verdict, PolicyDenied)
+
+
+async def test_settled_after_its_day_and_before_a_step_back(store: Store) -> None:
+    """A place that was settled when its day was over is not held any more when the clock steps back into that."""
+    await store.wait(-1_000)
+    await store.reserve("r")
+    await store.wait(2_000)
+    await store.settle("r", ReservationState.REFUSED)
+    await store.wait(-2_000)
+    await store.reserve("again")
+    counter = (await store.ledger.counters(TENANT)).state.windows[Window.DAY]
+    assert (counter.tasks, counter.tasks_reserved) == (0, 1)
 
 
 async def test_work_goes_on_after_a_step_back(store: Store) -> None:

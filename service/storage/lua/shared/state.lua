@@ -112,15 +112,15 @@ local function resets_at(window, at)
   return period_of(window, period_of(window, at) + 32 * DAY)
 end
 
--- Begins the windows anew whose period is over. Where the server's time has stepped back into an earlier period, the counter
--- of the later one is set aside until its period comes again, and the earlier one, which may have been counted before, is
--- counted under another name.
+-- Begins the windows anew whose period is over. The server's time may step back into an earlier period, so the counter of
+-- the last one is set aside, as are those of later ones where it has. An earlier one whose counter is not kept, and which
+-- may have been counted before, is counted under another name.
 local function roll(tenant, wall)
   local state = tenant.state
   for _, window in ipairs(WINDOWS) do
     local period, counter = period_of(window, wall), state.windows[window]
     if not counter or counter.period ~= period then
-      local known, later, begun = state.later and state.later[window] or {}, {}, nil
+      local known, aside, begun, last = state.aside and state.aside[window] or {}, {}, nil, nil
       if counter then
         known[#known + 1] = counter
       end
@@ -128,21 +128,24 @@ local function roll(tenant, wall)
         if each.period == period then
           begun = each
         elseif each.period > period then
-          later[#later + 1] = each
+          aside[#aside + 1] = each
+        elseif not last or each.period > last.period then
+          last = each
         end
       end
       if not begun then
         begun = {period = period, tasks = 0, tasks_reserved = 0, money = 0, money_reserved = 0, overrun = 0}
-        if later[1] then
+        if aside[1] then
           state.names = (state.names or 0) + 1
           begun.name = -state.names
         end
       end
+      aside[#aside + 1] = last
       state.windows[window] = begun
-      if later[1] or state.later then
-        state.later = state.later or {}
-        state.later[window] = later[1] and later or nil
-        state.later = next(state.later) and state.later or nil
+      if aside[1] or state.aside then
+        state.aside = state.aside or {}
+        state.aside[window] = aside[1] and aside or nil
+        state.aside = next(state.aside) and state.aside or nil
       end
     end
   end
@@ -154,7 +157,7 @@ local function counter_of(tenant, window, name)
   if (counter.name or counter.period) == name then
     return counter
   end
-  for _, each in ipairs(tenant.state.later and tenant.state.later[window] or {}) do
+  for _, each in ipairs(tenant.state.aside and tenant.state.aside[window] or {}) do
     if (each.name or each.period) == name then
       return each
     end
