@@ -218,7 +218,7 @@ class HttpServer:
 
     def _sweep(self) -> None:
         """Once a second, so that a request sets a number and no timer."""
-        self.state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+        self.state.default_headers[:] = [(b"date", formatdate(usegmt=True).encode())]  # also of open responses
         now = self._loop.time()
         for connection in list(self.connections):
             if connection.deadline <= now:

@@ -118,6 +118,9 @@ def disappoint(plant: Plant) -> None:
     _with(plant, {"on": "submit", "fail": "it could not be done"}, lambda: _state(plant, "failed"))
     _with(plant, {"on": "submit", "reject": "too dark"}, lambda: _answered(plant, "steady", [502]))
     _with(plant, {"on": "submit", "reply": "reset"}, lambda: _answered(plant, "steady", [504]))
+    for status in (301, 429):
+        refused = {"on": "submit", "reply": "page", "status": status, "when": "before"}
+        _with(plant, refused, lambda: _answered(plant, "steady", [503]))
     for tenant, status in (("unknown", 503), ("two-accounts", 201)):
         plant.admin("POST", "/accounts/unknown/reopen")
         _with(plant, {"on": "submit", "refuse": "账户不存在"}, partial(_answered, plant, tenant, [status]))
