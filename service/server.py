@@ -228,15 +228,6 @@ class HttpServer:
         self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
 
 
-class _Output:
-    """The transport as a response sees it."""
-
-    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write = transport.write
-        self.is_closing = transport.is_closing
-        self.close = close
-
-
 class _GuardedCycle(RequestResponseCycle):
     """A response to HTTP/1.0, or to a client that waits for `100 Continue`."""
 
@@ -266,7 +257,7 @@ class _RefusedError(Exception):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection; to a response, its transport."""
 
     def __init__(self, server: HttpServer) -> None:
         super().__init__(server.config, server.state, {})
@@ -275,7 +266,6 @@ class HttpProtocol(HttpToolsProtocol):
         """When the connection expires, in seconds of the loop's clock."""
         self._server = server
         self._limits = server.limits
-        self._output = cast("_Output", None)  # made with the connection
         self._active: RequestResponseCycle | None = None
         self._had_request = False
         self._in_head = False
@@ -294,7 +284,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
-        self._output = _Output(transport, self._close)
+        self.write = transport.write
         self.deadline = self.loop.time() + self._limits.head_seconds
         if self._server.stopping:
             transport.close()
@@ -305,6 +295,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._active:  # uvicorn knows only the last one that was received
             self._active.disconnected = True
             self._active.message_event.set()
+        self.cycle = self._active = None  # type: ignore[assignment] # they refer to this connection
         self._server.on_connection_lost()
 
     def data_received(self, data: bytes) -> None:
@@ -368,7 +359,7 @@ class HttpProtocol(HttpToolsProtocol):
         cycle = _GuardedCycle if version == "1.0" or self.expect_100_continue else RequestResponseCycle
         self.cycle = cycle(
             scope=self.scope,
-            transport=cast("Any", self._output),
+            transport=cast("Any", self),
             flow=self.flow,
             logger=self.logger,
             access_logger=self.access_logger,
@@ -401,7 +392,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self._active = None
         self.server_state.total_requests += 1
-        if self.transport.is_closing() or self._lingers:
+        if self.is_closing():
             return
         self.flow.resume_reading()
         if self.pipeline:
@@ -417,6 +408,17 @@ class HttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
         elif self._is_whole or self._in_head:
             self.transport.close()
+
+    def is_closing(self) -> bool:
+        """Whether a response can no longer be written."""
+        return self._lingers or self.transport.is_closing()
+
+    def close(self) -> None:
+        """Close behind a response."""
+        if self._is_whole:
+            self.transport.close()
+        else:
+            self._linger()
 
     def abort(self) -> None:
         """Drop the connection."""
@@ -450,13 +452,6 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _discard(self) -> None:
         self.deadline = min(self._discards_until, self.loop.time() + self._limits.discard_idle_seconds)
-
-    def _close(self) -> None:
-        """Close behind a response."""
-        if self._is_whole:
-            self.transport.close()
-        else:
-            self._linger()
 
     def _linger(self) -> None:
         """Close behind what was written, and drop what still comes, so that the client can read that."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import re
 import socket
+import weakref
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -226,6 +228,15 @@ async def test_a_body_that_breaks_is_refused_in_place_of_the_response() -> None:
     assert app.disconnected.is_set()
 
 
+async def test_a_request_for_100_whose_body_breaks_fails_no_application(caplog: pytest.LogCaptureFixture) -> None:
+    app = Application()
+    async with serving(app) as url:
+        fields = ("Expect: 100-continue", "Transfer-Encoding: chunked")
+        received = await exchange(url, request("/body", *fields, method="POST") + b"no chunk\r\n")
+    assert (statuses(received), caplog.records) == ([400], [])
+    assert app.disconnected.is_set()
+
+
 async def test_the_broken_body_of_a_refused_request_gets_no_second_response() -> None:
     async with serving(Application()) as url, connected(url) as (reader, writer):
         writer.write(request("/refuse", "Transfer-Encoding: chunked", method="POST") + b"1\r\nx\r\n")
@@ -400,3 +411,21 @@ async def test_a_client_that_leaves_is_noticed_also_with_requests_behind_the_fir
             writer.write(request("/body", "Content-Length: 1", method="POST"))
             await app.called.wait()
         await app.disconnected.wait()
+
+
+async def test_an_ended_connection_leaves_nothing_to_the_garbage_collector() -> None:
+    running = HttpServer(Application())
+    listening = listen("127.0.0.1", 0)
+    running.start(listening)
+    gc.disable()
+    try:
+        async with connected(base_url(listening)) as (reader, writer):
+            writer.write(request())
+            await reader.readuntil(b"ok")
+            connections = [weakref.ref(each) for each in running.connections]
+        while running.connections:
+            await asyncio.sleep(0)
+        assert [each() for each in connections] == [None]
+    finally:
+        gc.enable()
+    await running.stop()
