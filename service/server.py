@@ -383,6 +383,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self._offers_upgrade:
             return
+        if self.cycle.keep_alive and not self.parser.should_keep_alive():  # the parser ignores whatever follows
+            raise _RefusedError(400, "Connection must not be a trailer field.")
         self._framing_bytes = 0
         self._is_whole = True
         super().on_message_complete()

@@ -171,6 +171,15 @@ async def test_trailer_fields_are_bounded_and_no_header_fields() -> None:
     assert app.disconnected.is_set()
 
 
+@pytest.mark.parametrize(("target", "status"), [("/body", 400), ("/refuse", 413)])
+async def test_a_trailer_field_does_not_silence_a_connection(target: str, status: int) -> None:
+    """Requests behind it would never be answered: to the parser the connection is closed."""
+    head = request(target, "Transfer-Encoding: chunked", method="POST")
+    async with serving(Application(), limits=IDLE) as url:
+        received = await exchange(url, head + chunked(b"x", trailer=b"Connection: close\r\n"), LAST)
+    assert statuses(received) == [status]
+
+
 @pytest.mark.parametrize(
     "faulty",
     [
