@@ -314,7 +314,7 @@ class HttpProtocol(HttpToolsProtocol):
             else:
                 self._refuse(400, "The request is not valid HTTP/1.1.")
         else:
-            if self._framing_bytes > self._limits.head_bytes:
+            if self._framing_bytes > 2 * self._limits.head_bytes:  # a head has more bytes than those that count
                 self._refuse(*self._too_large())
             elif self._active is None and not self._is_whole and not self._in_head:
                 self._discard()
@@ -330,6 +330,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
         self._head_bytes += len(url)
+        if self._head_bytes > self._limits.head_bytes:
+            raise _RefusedError(*self._too_large())
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head_fields += 1

@@ -145,8 +145,11 @@ async def test_a_head_of_just_the_limit_is_served_and_a_larger_one_refused() -> 
     room = limits.head_bytes - len("/") - len("Host: x\r\n") - len("Connection: close\r\n") - len("A: \r\n")
     async with serving(Application(), limits=limits) as url:
         for size, status in ((room, 200), (room + 1, 431)):
-            received = await exchange(url, request("/", "Connection: close", "A: " + "a" * size))
-            assert statuses(received) == [status]
+            head = request("/", "Connection: close", "A: " + "a" * size)
+            assert statuses(await exchange(url, head)) == [status]
+            assert statuses(await exchange(url, head[:-1], head[-1:])) == [status]
+        for size, status in ((limits.head_bytes, 200), (limits.head_bytes + 1, 431)):
+            assert statuses(await exchange(url, request("/" + "a" * (size - 1), version="1.0"))) == [status]
         for count, status in ((8, 200), (9, 431)):
             fields = ["A: b"] * count
             assert statuses(await exchange(url, request("/", "Connection: close", *fields))) == [status]
