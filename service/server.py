@@ -45,6 +45,7 @@ class Limits:
         connections: so many at once; further ones replace idle ones, or wait in the kernel's queue.
         head_bytes: of a request line and its header fields together, and of the trailer fields.
         head_fields: the number of header fields, and of trailer fields.
+        pipelined: so many requests may wait for the response to the one before them.
         head_seconds: from the opening of a connection, or the first byte of a further request, to the end of the head.
         idle_seconds: between two requests. Longer than clients and load balancers keep an idle connection, which would
             send a request into its close.
@@ -57,6 +58,7 @@ class Limits:
     connections: int = 10_000
     head_bytes: int = 32 * 1024
     head_fields: int = 100
+    pipelined: int = 100
     head_seconds: float = 10
     idle_seconds: float = 75
     discard_seconds: float = 30
@@ -472,7 +474,9 @@ class HttpProtocol(HttpToolsProtocol):
         return 431, f"The header fields exceed {limits.head_bytes} bytes or {limits.head_fields} fields."
 
     def _check_head(self, version: str) -> None:
-        """Refuse what a proxy in front might frame or route in another way. Raises _RefusedError."""
+        """Refuse what a proxy in front might frame or route in another way, and too much. Raises _RefusedError."""
+        if len(self.pipeline) >= self._limits.pipelined:
+            raise _RefusedError(400, f"More than {self._limits.pipelined} requests wait for their responses.")
         if version not in {"1.0", "1.1"}:
             raise _RefusedError(400, "Use HTTP/1.1.")
         hosts = sum(name == b"host" for name, _ in self.headers)

@@ -232,6 +232,13 @@ async def test_a_refusal_comes_after_the_responses_to_the_requests_before_it() -
         assert statuses(await reader.read()) == [200, 200, 400]
 
 
+async def test_the_requests_that_wait_for_the_first_are_bounded() -> None:
+    app = Application()
+    async with serving(app, limits=Limits(pipelined=2)) as url:
+        assert statuses(await exchange(url, request() * 3 + LAST)) == [200, 200, 200, 400]
+        assert statuses(await exchange(url, request() * 2 + LAST)) == [200, 200, 200]
+
+
 async def test_a_body_that_breaks_is_refused_in_place_of_the_response() -> None:
     app = Application()
     async with serving(app) as url:
