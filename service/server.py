@@ -113,6 +113,7 @@ class HttpServer:
             log_config=None,
             access_log=False,
             proxy_headers=False,
+            reset_contextvars=True,  # a pipelined request starts within the response to the one before it
         )
         self.config.load()
         self.state = ServerState()

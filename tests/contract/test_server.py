@@ -10,6 +10,7 @@ import socket
 import weakref
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -237,6 +238,20 @@ async def test_the_requests_that_wait_for_the_first_are_bounded() -> None:
     async with serving(app, limits=Limits(pipelined=2)) as url:
         assert statuses(await exchange(url, request() * 3 + LAST)) == [200, 200, 200, 400]
         assert statuses(await exchange(url, request() * 2 + LAST)) == [200, 200, 200]
+
+
+async def test_a_pipelined_request_inherits_no_context() -> None:
+    path = ContextVar("path", default="")
+    inherited = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        inherited.append(path.get())
+        path.set(scope["path"])
+        await Application()(scope, receive, send)
+
+    async with serving(app) as url:
+        await exchange(url, request("/first") + LAST)
+    assert inherited == ["", ""]
 
 
 async def test_a_body_that_breaks_is_refused_in_place_of_the_response() -> None:
