@@ -86,11 +86,13 @@ async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, async
 
 
 async def exchange(url: str, *pieces: bytes) -> bytes:
-    """Send pieces, each in a segment of its own, and read until the server closes."""
+    """Send pieces, each to be read on its own, and read until the server closes."""
     async with connected(url) as (reader, writer):
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
+            for _ in range(10):  # the server reads it alone
+                await asyncio.sleep(0)
         return await reader.read()
 
 
@@ -175,13 +177,17 @@ async def test_trailer_fields_are_bounded_and_no_header_fields() -> None:
     assert app.disconnected.is_set()
 
 
-@pytest.mark.parametrize(("target", "status"), [("/body", 400), ("/refuse", 413)])
-async def test_a_trailer_field_does_not_silence_a_connection(target: str, status: int) -> None:
+async def test_a_trailer_field_does_not_silence_a_connection() -> None:
     """Requests behind it would never be answered: to the parser the connection is closed."""
-    head = request(target, "Transfer-Encoding: chunked", method="POST")
+    fields = ("Transfer-Encoding: chunked",)
+    body = chunked(b"x", trailer=b"Connection: close\r\n")
     async with serving(Application(), limits=IDLE) as url:
-        received = await exchange(url, head + chunked(b"x", trailer=b"Connection: close\r\n"), LAST)
-    assert statuses(received) == [status]
+        assert statuses(await exchange(url, request("/body", *fields, method="POST") + body, LAST)) == [400]
+        async with connected(url) as (reader, writer):
+            writer.write(request("/refuse", *fields, method="POST"))
+            await reader.readuntil(b"too large")
+            writer.write(body + LAST)
+            assert await reader.read() == b""
 
 
 @pytest.mark.parametrize(
