@@ -305,6 +305,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self._lingers:
             self._discard()
             return
+        if self._refusal:
+            return
         self._framing_bytes += len(data)
         try:
             self.parser.feed_data(data)
@@ -508,8 +510,6 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, detail: str) -> None:
         """Respond to a faulty request in place of the application, after the responses to those before it."""
-        if self._refusal:
-            return
         of_next = self._in_head or self._is_whole  # else the fault is in the body of the request received last
         self._is_whole = False
         if self._active and (of_next or self._active is not self.cycle):

@@ -49,6 +49,17 @@ class Application:
                 status, body = 200, b" ".join(name for name, _ in scope["headers"])
             case "/refuse":
                 status, body = 413, b"too large"
+            case "/left":
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                self.disconnected.set()
+                return
+            case "/watched":
+                await self._body(receive)
+                leaving = asyncio.ensure_future(receive())
+                await self.release.wait()
+                leaving.cancel()
+                status, body = 200, b"watched"
             case "/held":
                 await self.release.wait()
                 status, body = 200, b"released"
@@ -260,6 +271,19 @@ async def test_a_pipelined_request_inherits_no_context() -> None:
     assert inherited == ["", ""]
 
 
+async def test_what_follows_a_refused_request_is_no_request() -> None:
+    app = Application()
+    async with serving(app) as url, connected(url) as (reader, writer):
+        writer.write(request("/watched") + b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n")
+        await app.called.wait()
+        writer.write(request("/tunnelled"))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        app.release.set()
+        assert statuses(await reader.read()) == [200, 400]
+    assert app.requests == ["GET /watched"]
+
+
 async def test_a_body_that_breaks_is_refused_in_place_of_the_response() -> None:
     app = Application()
     async with serving(app) as url:
@@ -448,7 +472,7 @@ async def test_a_client_that_leaves_is_noticed_also_with_requests_behind_the_fir
     app = Application()
     async with serving(app) as url:
         async with connected(url) as (_, writer):
-            writer.write(request("/body", "Content-Length: 1", method="POST"))
+            writer.write(request("/left") + request())
             await app.called.wait()
         await app.disconnected.wait()
 
