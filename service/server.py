@@ -34,6 +34,7 @@ _ACCEPTS_AT_ONCE = 128
 _BACKLOG = 1024
 _MAX_DESCRIPTORS = 65_536
 _CANCEL_SECONDS = 5.0
+_STALLED_MS = 60_000
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -82,7 +83,10 @@ def raise_descriptor_limit() -> int:
 def listen(host: str, port: int) -> socket.socket:
     """Listen on an address. Raises OSError, or UnicodeError for what can't be a host name."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it: one whose client reads nothing ends
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALLED_MS)
+    return listening
 
 
 def base_url(listening: socket.socket) -> str:
@@ -434,7 +438,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def expire(self) -> None:
-        """End a connection whose deadline has passed."""
+        """End a connection whose deadline has passed; once, as what was written may take its time to leave."""
+        self.deadline = float("inf")
         if self._in_head and not self._lingers:
             seconds = f"{self._limits.head_seconds:g}"
             self._send_refusal(400, f"The head of the request did not arrive within {seconds} s.", linger=False)

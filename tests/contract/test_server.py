@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from service import server
-from service.server import HttpServer, Limits, base_url, listen
+from service.server import HttpServer, Limits, base_url, listen, refuse_plainly
 from tests.support.serving import serving
 
 IDLE = Limits(head_seconds=60, idle_seconds=60, discard_seconds=60, discard_idle_seconds=60)
@@ -60,6 +60,8 @@ class Application:
                 await self.release.wait()
                 leaving.cancel()
                 status, body = 200, b"watched"
+            case "/large":
+                status, body = 200, bytes(20_000_000)
             case "/held":
                 await self.release.wait()
                 status, body = 200, b"released"
@@ -493,3 +495,25 @@ async def test_an_ended_connection_leaves_nothing_to_the_garbage_collector() -> 
     finally:
         gc.enable()
     await running.stop()
+
+
+@pytest.mark.parametrize("field", ["A: b", "Connection: close"])
+async def test_a_connection_whose_client_does_not_read_ends(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_STALLED_MS", 100)
+    refusals: list[int] = []
+
+    def refuse(status: int, detail: str, client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
+        refusals.append(status)
+        return refuse_plainly(status, detail, client)
+
+    running = HttpServer(Application(), limits=HURRIED, refuse=refuse)
+    listening = listen("127.0.0.1", 0)
+    running.start(listening)
+    with socket.create_connection(listening.getsockname()) as client:
+        client.sendall(request("/large", field) + b"GET /")
+        while not running.connections:
+            await asyncio.sleep(0)
+        while running.connections:
+            await asyncio.sleep(0)
+    await running.stop()
+    assert refusals in ([400], [])  # none behind the last response
