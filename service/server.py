@@ -191,10 +191,13 @@ class HttpServer:
 
     def _accept(self) -> None:
         """Accept what waits, many at once: under load an iteration of the loop takes long."""
-        for _ in range(_ACCEPTS_AT_ONCE):
-            if len(self.connections) + len(self._opening) >= self.limits.connections and not self._close_idle():
-                self._accept_no_more()  # until a connection ends
-                return
+        for accepted_before in range(_ACCEPTS_AT_ONCE):
+            if len(self.connections) + len(self._opening) >= self.limits.connections:
+                if accepted_before:
+                    return  # whether a further one waits, the next iteration of the loop knows
+                if not self._close_idle():
+                    self._accept_no_more()  # until a connection ends
+                    return
             try:
                 accepted, _ = cast("socket.socket", self._listening).accept()
             except (BlockingIOError, ConnectionAbortedError):

@@ -517,3 +517,13 @@ async def test_a_connection_whose_client_does_not_read_ends(field: str, monkeypa
             await asyncio.sleep(0)
     await running.stop()
     assert refusals in ([400], [])  # none behind the last response
+
+
+async def test_no_idle_connection_is_closed_while_there_is_room() -> None:
+    app = Application()
+    async with serving(app, limits=Limits(connections=2)) as url, AsyncExitStack() as stack:
+        opened = [await stack.enter_async_context(connected(url)) for _ in range(2)]
+        for _ in range(2):
+            for reader, writer in opened:
+                writer.write(request())
+                await reader.readuntil(b"ok")
