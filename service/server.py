@@ -459,6 +459,8 @@ class HttpProtocol(HttpToolsProtocol):
     def _await_client(self) -> None:
         """No response is under way: set a deadline for what the client has to send."""
         now = self.loop.time()
+        if self._server.stopping:
+            self.shutdown()
         if self._in_head:
             self.deadline = now + self._limits.head_seconds
         elif self._is_whole:

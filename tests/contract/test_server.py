@@ -527,3 +527,17 @@ async def test_no_idle_connection_is_closed_while_there_is_room() -> None:
             for reader, writer in opened:
                 writer.write(request())
                 await reader.readuntil(b"ok")
+
+
+async def test_a_server_that_stops_closes_a_connection_behind_a_refused_body() -> None:
+    running = HttpServer(Application(), limits=IDLE)
+    listening = listen("127.0.0.1", 0)
+    running.start(listening)
+    async with connected(base_url(listening)) as (reader, writer):
+        writer.write(request("/refuse", "Content-Length: 1", method="POST"))
+        await reader.readuntil(b"too large")
+        stopping = asyncio.create_task(running.stop(60))
+        await asyncio.sleep(0)
+        writer.write(b"x")
+        assert await reader.read() == b""
+        await stopping
