@@ -406,6 +406,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._await_client()
 
     def on_response_complete(self) -> None:
+        if self._active:
+            self._active.body.clear()  # which nothing will read
         self._active = None
         self.server_state.total_requests += 1
         if self.is_closing():

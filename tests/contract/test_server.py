@@ -541,3 +541,14 @@ async def test_a_server_that_stops_closes_a_connection_behind_a_refused_body() -
         writer.write(b"x")
         assert await reader.read() == b""
         await stopping
+
+
+async def test_an_idle_connection_holds_no_body() -> None:
+    running = HttpServer(Application())
+    listening = listen("127.0.0.1", 0)
+    running.start(listening)
+    async with connected(base_url(listening)) as (reader, writer):
+        writer.write(request("/refuse", "Content-Length: 50000", method="POST") + bytes(50_000))
+        await reader.readuntil(b"too large")
+        assert [len(each.cycle.body) for each in running.connections] == [0]
+    await running.stop()
