@@ -8,7 +8,6 @@ accepts one connection per iteration of the loop. This module imports nothing of
 from __future__ import annotations
 
 import asyncio
-import errno
 import resource
 import socket
 from collections.abc import Awaitable, Callable, Iterable
@@ -35,7 +34,6 @@ _BACKLOG = 1024
 _MAX_DESCRIPTORS = 65_536
 _CANCEL_SECONDS = 5.0
 _STALLED_MS = 60_000
-_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 @dataclass(frozen=True)
@@ -202,9 +200,8 @@ class HttpServer:
                 accepted, _ = cast("socket.socket", self._listening).accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError as error:
-                if error.errno not in _OUT_OF_RESOURCES:
-                    raise
+            except OSError as error:  # descriptors or memory are missing
+                self._loop.call_exception_handler({"message": "A connection can't be accepted.", "exception": error})
                 self._close_idle()
                 self._accept_no_more()  # until the next sweep: the socket stays readable
                 return
@@ -228,6 +225,7 @@ class HttpServer:
 
     def _sweep(self) -> None:
         """Once a second, so that a request sets a number and no timer."""
+        self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
         self.state.default_headers[:] = [(b"date", formatdate(usegmt=True).encode())]  # also of open responses
         now = self._loop.time()
         for connection in list(self.connections):
@@ -235,7 +233,6 @@ class HttpServer:
                 connection.expire()
         if not self.stopping:
             self._accept_more()
-        self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
 
 
 class _GuardedCycle(RequestResponseCycle):

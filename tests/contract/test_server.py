@@ -552,3 +552,17 @@ async def test_an_idle_connection_holds_no_body() -> None:
         await reader.readuntil(b"too large")
         assert [len(each.cycle.body) for each in running.connections] == [0]
     await running.stop()
+
+
+async def test_a_fault_in_a_refusal_does_not_end_the_deadlines() -> None:
+    failed = asyncio.Event()
+
+    def refuse(_status: int, _detail: str, _client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
+        failed.set()
+        raise RuntimeError
+
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
+    async with serving(Application(), limits=HURRIED, refuse=refuse) as url, connected(url) as (_, writer):
+        writer.write(b"GET /")
+        await failed.wait()
+        assert await exchange(url) == b""
