@@ -34,7 +34,7 @@ from tests.unit.faulty_store import Line, Post, Store
 IMAGE = Image(b"bytes", b"digest", "image/png", 3, 2)
 GOES_ON = {SubmitOutcome.EXHAUSTED, SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED, SubmitOutcome.NOT_SENT}
 """After these, and only these, another account may be tried."""
-_FREE = {*GOES_ON, SubmitOutcome.REJECTED}
+_FREE = {*GOES_ON, SubmitOutcome.REJECTED, SubmitOutcome.REDIRECTED, SubmitOutcome.BUSY}
 _NO_FIGURES = Figures()
 _METRICS = Metrics(CollectorRegistry())
 
@@ -175,6 +175,8 @@ class FaultyUpstream:
 
     def tell(self, request: Request, outcome: SubmitOutcome | None, told: Figures = _NO_FIGURES) -> None:
         """Answer a submission; without an outcome it meets with a fault of ours, maybe after it was sent."""
+        if request.answer.done():  # its time was over in the same moment
+            return
         self.pending.remove(request)
         request.outcome = outcome
         if outcome is None:

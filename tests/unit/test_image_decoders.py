@@ -90,6 +90,6 @@ def test_headers_are_judged_as_decoders_judge_them(data: bytes) -> None:
     """What is accepted has the size that decoders allocate, and what is refused is read by none of them."""
     told, sizes = ours(data), decoded(data)
     assert {each for each in sizes if each} <= {told}
-    # Where a PNG says that its pixels are coded otherwise, only decoding all of them shows that they are not.
-    if told == SIZE and not data.startswith(b"\x89PNG"):
+    # Where a PNG or JPEG says that its pixels are coded otherwise, only decoding all of them shows that they are not.
+    if told == SIZE and data.startswith(b"RIFF"):
         assert any(sizes)
