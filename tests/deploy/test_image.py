@@ -13,16 +13,16 @@ from pathlib import Path, PurePosixPath
 import pytest
 from click.testing import CliRunner
 
-from deploy.image import healthcheck
-from deploy.image.container import numbers
-from deploy.image.report import Fault, step
-from deploy.image.tree import (
+from deploy import healthcheck
+from service.cli import main
+from tests.image.container import numbers
+from tests.image.report import Fault, step
+from tests.image.rootfs_check import (
     expect_nothing_writable,
     expect_only_the_app,
     expect_production_alone,
     look,
 )
-from service.cli import main
 from tests.process.gateway import serving
 from tests.support.valkey import free_port
 

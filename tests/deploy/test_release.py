@@ -11,9 +11,9 @@ from zipfile import ZipFile
 
 import pytest
 
-from deploy.image.report import Fault
-from deploy.release.wheel import expect_described, expect_whole
 from service import __version__
+from tests.image.report import Fault
+from tests.release.wheel import expect_described, expect_whole
 
 ROOT = Path(__file__).parents[2]
 README = "# A gateway\n\nWith a second line.\n"

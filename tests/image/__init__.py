@@ -2,12 +2,12 @@
 
 It takes no container engine and no registry of images: the base is made on the machine by debootstrap.
 
-    __main__    builds, then goes into a cell
-    machine     what the machine has to offer
-    shop        buildah: the base, the build, an image's configuration and tree
-    tree        what may be in the image
-    cell        namespaces of the check's own, in which nothing of the machine is touched and nothing survives
-    container   the image's tree and configuration, run as an engine would
-    trial       what is done inside the cell
-    report      one line per check
+    __main__      builds, then goes into a cell
+    host          what the machine has to offer
+    buildah       the base, the build, an image's configuration and tree
+    rootfs_check  what may be in the image
+    sandbox_ns    namespaces of the check's own, in which nothing of the machine is touched and nothing survives
+    container     the image's tree and configuration, run as an engine would
+    smoke_test    what is done inside the namespaces
+    report        one line per check
 """

@@ -11,14 +11,14 @@ from tempfile import TemporaryDirectory
 
 from msgspec import json
 
-from deploy.image import tree
-from deploy.image.cell import enter
-from deploy.image.container import numbers
-from deploy.image.machine import called, debian, require_tools
-from deploy.image.report import expect, step
-from deploy.image.shop import Config, Shop
-from deploy.image.trial import Exhibit
 from service import __version__
+from tests.image import rootfs_check
+from tests.image.buildah import Config, Shop
+from tests.image.container import numbers
+from tests.image.host import called, debian, require_tools
+from tests.image.report import expect, step
+from tests.image.sandbox_ns import enter
+from tests.image.smoke_test import Exhibit
 
 _ROOT = Path(__file__).parents[2]
 _SHOP = _ROOT / ".tools" / "image"
@@ -47,7 +47,7 @@ def main() -> int:
             root = shop.tree(image)
             figures.append(_expect_lean(config, shop.tree(base), root))
         with TemporaryDirectory(prefix="image-check-") as folder:
-            return enter("deploy.image.trial", json.encode(Exhibit(config, str(root), folder)))
+            return enter("tests.image.smoke_test", json.encode(Exhibit(config, str(root), folder)))
 
 
 @contextmanager
@@ -85,11 +85,11 @@ def _expect_configured(config: Config, labels: dict[str, str]) -> None:
 
 def _expect_lean(config: Config, base: Path, root: Path) -> str:
     """Check the files; what they hold, in words."""
-    before, after = tree.look(base), tree.look(root)
-    tree.expect_only_the_app(before, after)
-    tree.expect_nothing_writable(after, *numbers(config.user))
-    tree.expect_production_alone(root)
-    whole, app = (tree.size(after, folder) // _MEGABYTE for folder in (PurePosixPath(), tree.APP))
+    before, after = rootfs_check.look(base), rootfs_check.look(root)
+    rootfs_check.expect_only_the_app(before, after)
+    rootfs_check.expect_nothing_writable(after, *numbers(config.user))
+    rootfs_check.expect_production_alone(root)
+    whole, app = (rootfs_check.size(after, folder) // _MEGABYTE for folder in (PurePosixPath(), rootfs_check.APP))
     return f"{whole} MB, {app} MB without its base"
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from msgspec import Struct, ValidationError, field, json
 
-from deploy.image.machine import Debian, called
-from deploy.image.report import Fault
+from tests.image.host import Debian, called
+from tests.image.report import Fault
 
 _PYTHON = "python3,python3-venv,ca-certificates"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.image.report import Fault, expect
-from deploy.image.shop import Config
+from tests.image.buildah import Config
+from tests.image.report import Fault, expect
 
 SECONDS = 30.0
 _LOOK_SECONDS = 0.02

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploy.image.report import Fault, expect
+from tests.image.report import Fault, expect
 
 _PACKAGES = {
     "buildah": "buildah",

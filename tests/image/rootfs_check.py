@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from deploy.image.report import expect
+from tests.image.report import expect
 
 APP = PurePosixPath("app")
 STRANGERS = frozenset(

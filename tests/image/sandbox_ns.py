@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.image.machine import called
+from tests.image.host import called
 
 SECRETS = Path("/run/secrets")
 """Where a container finds its secrets, as files."""

@@ -18,13 +18,13 @@ from pathlib import Path
 import httpx2
 from msgspec import MsgspecError, Struct, json
 
-from deploy.image.cell import SECRETS, connect_loopback, furnish
-from deploy.image.container import Container, Running, numbers, until
-from deploy.image.report import Fault, expect, step
-from deploy.image.shop import Config
 from service import __version__
 from service.demo.jobs import JOBS
 from service.local import SANDBOX_USER_KEY
+from tests.image.buildah import Config
+from tests.image.container import Container, Running, numbers, until
+from tests.image.report import Fault, expect, step
+from tests.image.sandbox_ns import SECRETS, connect_loopback, furnish
 from tests.process.sandbox import sandbox
 from tests.support.valkey import free_port, running
 

@@ -10,15 +10,15 @@ from tempfile import TemporaryDirectory
 import click
 import httpx2
 
-from deploy.image.container import until
-from deploy.image.machine import called
-from deploy.image.report import expect, step
-from deploy.release.installed import Installed, answers, install
-from deploy.release.wheel import expect_described, expect_whole
 from service import __version__
 from service.keyring import generate_secret_key
 from service.local import SANDBOX_USER_KEY
+from tests.image.container import until
+from tests.image.host import called
+from tests.image.report import expect, step
 from tests.process.sandbox import sandbox
+from tests.release.installation import Installed, answers, install
+from tests.release.wheel import expect_described, expect_whole
 from tests.support.valkey import free_port, running
 
 _ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ these words.
 """
 
 
-@click.command("python -m deploy.release")
+@click.command("python -m tests.release")
 @click.option("--uv", type=click.Path(exists=True, path_type=Path), required=True, help="The program uv.")
 @click.option("--dist", type=click.Path(path_type=Path), default=_ROOT / "dist", help="Where the wheel is left.")
 def main(uv: Path, dist: Path) -> None:

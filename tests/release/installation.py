@@ -12,9 +12,9 @@ from pathlib import Path
 
 import httpx2
 
-from deploy.image.container import SECONDS, until
-from deploy.image.machine import called
-from deploy.image.report import Fault, expect
+from tests.image.container import SECONDS, until
+from tests.image.host import called
+from tests.image.report import Fault, expect
 
 
 @dataclass(frozen=True)

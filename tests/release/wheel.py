@@ -6,7 +6,7 @@ from email import message_from_string
 from pathlib import Path, PurePosixPath
 from zipfile import ZipFile
 
-from deploy.image.report import expect
+from tests.image.report import expect
 
 _PACKAGE = "service"
 
