@@ -16,7 +16,7 @@ from service.domain.clock import Moment
 from service.domain.reservation import Candidate, Refund, Refunding, Reservation, ReservationState
 from service.domain.task import Cost
 from service.domain.tenancy import TenantPolicy, Window
-from service.domain.usage import DayUsage
+from service.domain.usage import DayUsage, book
 from service.domain.windows import TenantState, counter_of, period_of, roll
 
 _CHARGED = frozenset({ReservationState.ACCEPTED, ReservationState.UNKNOWN})
@@ -30,7 +30,7 @@ def adopt(
     reservation.state, reservation.settled = ReservationState.UNKNOWN, at.now
     reservation.periods = {window: period_of(window, reservation.created)[0] for window in Window}
     count(tenant, reservation, 1)
-    day.book(name, reservation, 1)
+    book(day, name, reservation, 1)
     account.unknown += 1
     account.expected.tasks += 1
     account.expected.unpriced += 1
@@ -58,7 +58,7 @@ def settle(
     if was not in {ReservationState.RESERVED, ReservationState.UNKNOWN} or was is outcome:
         return False
     count(tenant, reservation, -1)
-    day.book(name, reservation, -1)
+    book(day, name, reservation, -1)
     if was is ReservationState.RESERVED:
         state.sending -= 1
         state.open -= 1
@@ -86,7 +86,7 @@ def settle(
         if closes:
             balance.refuse(state, closes, reservation.sent, at.now)
     count(tenant, reservation, 1)
-    day.book(name, reservation, 1)
+    book(day, name, reservation, 1)
     balance.observe(state, account.policy, figures, Source.SUBMIT, reservation.sent, at.now, reservation.kind)
     if outcome is ReservationState.ACCEPTED:
         charges.learn(state, reservation, figures)
@@ -113,7 +113,7 @@ def end(
     """
     roll(tenant, at.wall)
     count(tenant, reservation, -1)
-    day.book(name, reservation, -1)
+    book(day, name, reservation, -1)
     state = account.state
     state.open -= 1
     alone = reservation.alone and state.seq == reservation.seq
@@ -128,7 +128,7 @@ def end(
     if reservation.refund:
         reservation.refund.count, reservation.refund.money = cost.count, cost.money
     count(tenant, reservation, 1)
-    day.book(name, reservation, 1)
+    book(day, name, reservation, 1)
     if not reservation.refund:
         _pass(tenant, policy, reservation, cost.money)
     return cost
@@ -153,10 +153,10 @@ def refund(
     else:
         given = Refund(at.wall, reason, reservation.cost.count, reservation.cost.money)
     count(tenant, reservation, -1)
-    day.book(name, reservation, -1)
+    book(day, name, reservation, -1)
     reservation.refund = given
     count(tenant, reservation, 1)
-    day.book(name, reservation, 1)
+    book(day, name, reservation, 1)
     return Refunding.REFUNDED
 
 

@@ -25,9 +25,10 @@ class Moment(Struct, frozen=True):
         """By how many milliseconds the ledger's time is ahead."""
         return self.now - self.wall
 
-    def shown(self, at: int) -> int:
-        """A time of the ledger in the server's time; 0 stands for never, and stays so."""
-        return at and at - self.offset
+
+def shown(moment: Moment, at: int) -> int:
+    """A time of the ledger in the server's time; 0 stands for never, and stays so."""
+    return at and at - moment.offset
 
 
 class LedgerClock(Struct, frozen=True):

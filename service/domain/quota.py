@@ -15,7 +15,7 @@ from service.domain import balance, charges
 from service.domain.account import Before, Status
 from service.domain.balance import Standing
 from service.domain.booking import count
-from service.domain.clock import Moment
+from service.domain.clock import Moment, shown
 from service.domain.reservation import Candidate, Granted, NoAccount, PolicyDenied, Reservation, Verdict, Violation
 from service.domain.task import Kind
 from service.domain.tenancy import Limit, Purse, TenantPolicy, Window
@@ -44,11 +44,11 @@ def reserve(
     if violations:
         return PolicyDenied(tuple(violations), at.wall)
     if chosen is None:
-        return NoAccount(retry and at.shown(retry), at.wall)
+        return NoAccount(retry and shown(at, retry), at.wall)
     reservation.periods = {window: tenant.windows[window].key for window in Window}
     _aim(chosen, reservation, holds, policy.purse, at.now)
     count(tenant, reservation, 1)
-    return Granted(chosen.id, at.wall, at.shown(reservation.lease))
+    return Granted(chosen.id, at.wall, shown(at, reservation.lease))
 
 
 def retarget(
@@ -70,7 +70,7 @@ def retarget(
         balance.refuse(left.state, why, reservation.sent, at.now)
     chosen, retry = choose(accounts, policy.purse, reservation.kind, at.now)
     if chosen is None:
-        return NoAccount(retry and at.shown(retry), at.wall)
+        return NoAccount(retry and shown(at, retry), at.wall)
     count(tenant, reservation, -1)
     price = balance.hold(chosen.state, chosen.policy, reservation.kind)
     violations, holds = _holds(tenant, policy.limits, price, at.wall)
@@ -82,7 +82,7 @@ def retarget(
     charges.spare(left.state, left.policy, reservation, lacked=True)
     _aim(chosen, reservation, holds, policy.purse, at.now)
     count(tenant, reservation, 1)
-    return Granted(chosen.id, at.wall, at.shown(reservation.lease))
+    return Granted(chosen.id, at.wall, shown(at, reservation.lease))
 
 
 def choose(accounts: Sequence[Candidate], purse: Purse, kind: Kind, now: int) -> tuple[Candidate | None, int | None]:

@@ -54,19 +54,20 @@ class DayUsage(Struct):
     unknown: dict[str, Kind] = field(default_factory=dict)
     refunds: dict[str, tuple[Kind, Refund]] = field(default_factory=dict)
 
-    def book(self, name: str, reservation: Reservation, sign: int) -> None:
-        """Put in what the reservation `name` counts for, or (with a sign of -1) take it out."""
-        tally = self.tallies.setdefault(reservation.kind, Tally())
-        for measure, change in _tally(reservation).items():
-            tally[measure] += sign * change
-        if reservation.state is ReservationState.UNKNOWN:
-            self.unknown[name] = reservation.kind
-            if sign < 0:
-                del self.unknown[name]
-        if reservation.refund:
-            self.refunds[name] = reservation.kind, msgspec.structs.replace(reservation.refund)
-            if sign < 0:
-                del self.refunds[name]
+
+def book(day: DayUsage, name: str, reservation: Reservation, sign: int) -> None:
+    """Put in what the reservation `name` counts for, or (with a sign of -1) take it out."""
+    tally = day.tallies.setdefault(reservation.kind, Tally())
+    for measure, change in _tally(reservation).items():
+        tally[measure] += sign * change
+    if reservation.state is ReservationState.UNKNOWN:
+        day.unknown[name] = reservation.kind
+        if sign < 0:
+            del day.unknown[name]
+    if reservation.refund:
+        day.refunds[name] = reservation.kind, msgspec.structs.replace(reservation.refund)
+        if sign < 0:
+            del day.refunds[name]
 
 
 def _tally(reservation: Reservation) -> Tally:

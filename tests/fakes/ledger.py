@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from service.domain import balance, booking, quota, windows
 from service.domain.account import AccountState, Figures, Status
-from service.domain.clock import LedgerClock
+from service.domain.clock import LedgerClock, shown
 from service.domain.errors import LedgerUnavailable
 from service.domain.reservation import (
     Granted,
@@ -279,4 +279,4 @@ class FakeLedger(FakeTasks):
         if known.state in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
             raise LedgerUnavailable("given up")
         at = self.clock.moment()
-        return Granted(known.account, at.wall, at.shown(known.lease))
+        return Granted(known.account, at.wall, shown(at, known.lease))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.clock import LedgerClock, Moment
+from service.domain.clock import LedgerClock, Moment, shown
 
 START = 1_790_000_000_000
 MINUTE = 60_000
@@ -62,4 +62,4 @@ def test_however_often_it_is_read(offset: int, steps: list[int]) -> None:
 def test_shown() -> None:
     """A time of the ledger is shown as the server's clock has it, and never stays never."""
     moment = Moment(START, START - MINUTE)
-    assert (moment.offset, moment.shown(START + 1), moment.shown(0)) == (MINUTE, START + 1 - MINUTE, 0)
+    assert (moment.offset, shown(moment, START + 1), shown(moment, 0)) == (MINUTE, START + 1 - MINUTE, 0)
