@@ -4,5 +4,4 @@ intake.py     is this an image that can be worked on? (Pillow alone, since every
 studio.py     one task: its image in, its results out
 picture.py    images as arrays: reading, writing, bounds
 upscale.py  vector.py  faces.py  seamless.py
-trace.py      a program of its own, which turns flat colours into paths
 """

@@ -16,6 +16,13 @@ from service.sandbox.imaging import picture
 
 _MOST_PIXELS: Final = 1_000_000
 _SAMPLE: Final = 20_000
+# vtracer holds the interpreter's lock while it works, so it runs in a process of its own. The colours are flat already:
+# all of their bits are kept apart, and no neighbours are merged.
+_TRACE_PROGRAM = """
+import sys, vtracer
+options = dict(color_precision=8, layer_difference=0, filter_speckle=4, path_precision=2)
+vtracer.convert_image_to_svg_py(*sys.argv[1:], **options)
+"""
 _TRACE_SECONDS: Final = 120.0
 _SEED: Final = 5
 _FILL: Final = re.compile(r'fill="#([0-9A-Fa-f]{6})"')
@@ -46,7 +53,7 @@ def trace(flat: MatLike, source: Path, target: Path, size: tuple[int, int]) -> N
         subprocess.SubprocessError: likewise.
 
     """
-    program = [sys.executable, "-m", "service.sandbox.imaging.trace", str(source), str(target)]
+    program = [sys.executable, "-c", _TRACE_PROGRAM, str(source), str(target)]
     # Nothing of it comes from a client: the paths are the sandbox's own.
     subprocess.run(program, check=True, timeout=_TRACE_SECONDS, stdout=subprocess.DEVNULL)  # noqa: S603
     palette = np.unique(flat.reshape(-1, flat.shape[2])[:, :3], axis=0)
