@@ -77,7 +77,7 @@ def list_all(port: OperatorsPort, *, as_json: bool) -> None:
     click.echo(table(head, rows))
 
 
-@account.command()
+@account.command("show")
 @click.argument("name")
 @as_json
 @asking
@@ -86,7 +86,7 @@ def show(port: OperatorsPort, *, name: str, as_json: bool) -> None:
     _show(port.ask("GET", "accounts", name), as_json=as_json)
 
 
-@account.command()
+@account.command("reopen")
 @click.argument("name")
 @as_json
 @asking
@@ -95,7 +95,7 @@ def reopen(port: OperatorsPort, *, name: str, as_json: bool) -> None:
     _show(port.ask("POST", "accounts", name, "reopen"), as_json=as_json)
 
 
-@account.command()
+@account.command("delete")
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Even though tasks run on it or tenants use it.")
 @asking

@@ -13,7 +13,7 @@ def clock() -> None:
     """The ledger's time."""
 
 
-@clock.command()
+@clock.command("reset")
 @as_json
 @asking
 def reset(port: OperatorsPort, *, as_json: bool) -> None:

@@ -99,7 +99,7 @@ def list_all(port: OperatorsPort, *, as_json: bool) -> None:
     click.echo(table(head, rows))
 
 
-@tenant.command()
+@tenant.command("show")
 @click.argument("name")
 @as_json
 @asking
@@ -108,7 +108,7 @@ def show(port: OperatorsPort, *, name: str, as_json: bool) -> None:
     _show(port.ask("GET", "tenants", name), as_json=as_json)
 
 
-@tenant.command()
+@tenant.command("delete")
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Even though its tasks run.")
 @asking

@@ -18,7 +18,7 @@ def token() -> None:
     """Tokens, with which tenants show who they are."""
 
 
-@token.command()
+@token.command("create")
 @click.argument("tenant")
 @click.option("--label", help="What it is for.")
 @click.option("--expires-at", type=Moment(), help="When it ends to be valid, with a time zone: 2030-01-31T12:00:00Z.")
@@ -66,7 +66,7 @@ def list_all(port: OperatorsPort, *, tenant: str, as_json: bool) -> None:
     click.echo(answer.part(items=tokens).pretty() if as_json else tokens_table(tokens))
 
 
-@token.command()
+@token.command("revoke")
 @click.argument("tenant")
 @click.argument("token_id", metavar="ID")
 @click.option("--grace", type=Duration(), default=0, help="How long it stays valid yet: 3600 (seconds), 1h, 7d.")

@@ -61,7 +61,7 @@ def webhook() -> None:
     """What tenants are told when their tasks end."""
 
 
-@webhook.command()
+@webhook.command("rotate")
 @click.argument("tenant")
 @click.option("--grace", type=Duration(), default=0, show_default=True, help="How long the one before signs too: 7d.")
 @as_json
@@ -78,7 +78,7 @@ def rotate(port: OperatorsPort, *, tenant: str, grace: float, as_json: bool) -> 
     click.echo(made.secret)
 
 
-@webhook.command()
+@webhook.command("failed")
 @click.option("--limit", type=click.IntRange(1, 1_000), default=100, show_default=True, help="How many at the most.")
 @as_json
 @asking
@@ -88,7 +88,7 @@ def failed(port: OperatorsPort, *, limit: int, as_json: bool) -> None:
     click.echo(answer.pretty() if as_json else _deliveries(answer.read(DeliveryList).items))
 
 
-@webhook.command()
+@webhook.command("redeliver")
 @click.argument("delivery", metavar="ID")
 @as_json
 @asking
