@@ -112,7 +112,7 @@ def tenants_app(services: Services) -> Litestar:
     def tenant(request: Request[Any, Any, Any]) -> Tenant:
         return services.tenants.by_request(request)
 
-    task_routes = tasks.routes(
+    task_routes = tasks.task_routes(
         submit=services.submit,
         follow=services.follow,
         uploads=services.uploads,
@@ -120,13 +120,13 @@ def tenants_app(services: Services) -> Litestar:
         pace=services.board.pace,
     )
     artifact_routes = artifacts.routes(services.fetch)
-    event_routes = events.routes(follow=services.follow, tenants=services.tenants)
-    usage_routes = [*usage.tenant_routes(services.usage), *submissions.tenant_routes(services.submissions)]
+    event_routes = events.event_routes(follow=services.follow, tenants=services.tenants)
+    usage_routes = [*usage.usage_routes(services.usage), *submissions.submission_routes(services.submissions)]
     v1 = Router(
         "/v1",
         route_handlers=[
             Router("/", route_handlers=[*task_routes, *event_routes, *artifact_routes], tags=["Tasks"]),
-            Router("/", route_handlers=quota.routes(services.quota), tags=["Quota"]),
+            Router("/", route_handlers=quota.quota_routes(services.quota), tags=["Quota"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
         ],
         dependencies={"tenant": Provide(tenant, sync_to_thread=False)},
@@ -158,18 +158,21 @@ def operators_app(services: Services) -> Litestar:
         check_coding(connection.scope)
 
     registry_routes = [
-        *admin.routes(operators=services.operators, quota=services.quota),
-        *registry.routes(services.apply, services.reseal),
+        *admin.resource_routes(operators=services.operators, quota=services.quota),
+        *registry.registry_routes(services.apply, services.reseal),
     ]
-    usage_routes = [*usage.operator_routes(services.usage), *submissions.operator_routes(services.submissions)]
-    webhook_routes = webhooks.routes(services.webhooks)
+    usage_routes = [
+        *usage.operator_usage_routes(services.usage),
+        *submissions.operator_submission_routes(services.submissions),
+    ]
+    webhook_routes = webhooks.webhook_routes(services.webhooks)
     admin_routes = Router(
         "/admin/v1",
         route_handlers=[
             Router("/", route_handlers=registry_routes, tags=["Registry"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
             Router("/", route_handlers=webhook_routes, tags=["Webhooks"]),
-            Router("/", route_handlers=clock.routes(services.operators), tags=["Service"]),
+            Router("/", route_handlers=clock.clock_routes(services.operators), tags=["Service"]),
         ],
         guards=[guard, check_query],
         request_class=JsonRequest,

@@ -20,7 +20,7 @@ from service.storage.embedded import EmbeddedValkey
 
 SANDBOX_USER_KEY = "sandbox-demo"
 """The account that the sandbox begins with; it costs nothing."""
-_START_SECONDS = 20.0
+_SANDBOX_START_SECONDS = 20.0
 
 
 class LocalError(Exception):
@@ -78,7 +78,7 @@ async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
     """The address a sandbox prints once it listens."""
     output = cast("asyncio.StreamReader", process.stdout)
     try:
-        async with asyncio.timeout(_START_SECONDS):
+        async with asyncio.timeout(_SANDBOX_START_SECONDS):
             line = (await output.readline()).decode().strip()
     except TimeoutError:
         line = ""
@@ -89,5 +89,5 @@ async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
-    last = next((line for line in reversed(lines) if line.strip()), f"it said nothing in {_START_SECONDS:g} s")
+    last = next((line for line in reversed(lines) if line.strip()), f"it said nothing in {_SANDBOX_START_SECONDS:g} s")
     return last.removeprefix("gateway: ")

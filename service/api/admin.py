@@ -32,13 +32,13 @@ from service.usecases.registry import Operators
 _NAME = r"\A[a-z0-9][a-z0-9._-]{0,62}\Z"
 NewName = Annotated[str, PathParameter(schema_extra={"pattern": _NAME}, description="A name of your choice.")]
 Name = Annotated[str, PathParameter(description="The name.")]
-Force = Annotated[bool, QueryParameter(description="Even though tasks run or others refer to it.")]
-Grace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid yet.")]
+ForceDelete = Annotated[bool, QueryParameter(description="Even though tasks run or others refer to it.")]
+TokenGrace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid yet.")]
 
 _CHANGE = ("invalid-options", "ledger-unavailable", "overloaded")
 
 
-def routes(*, operators: Operators, quota: Quota) -> Sequence[HTTPRouteHandler]:
+def resource_routes(*, operators: Operators, quota: Quota) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/admin/v1` for accounts, tenants and tokens."""
     return [*_account_routes(operators), *_tenant_routes(operators, quota), *_token_routes(operators)]
 
@@ -82,7 +82,7 @@ def _account_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         summary="Delete an account",
         responses=openapi.problems(401, 404, "conflict", *_CHANGE),
     )
-    async def delete_account(name: Name, force: Force = False) -> None:
+    async def delete_account(name: Name, force: ForceDelete = False) -> None:
         await operators.delete_account(name, force=force)
 
     @post(
@@ -136,7 +136,7 @@ def _tenant_routes(operators: Operators, quota: Quota) -> Sequence[HTTPRouteHand
         summary="Delete a tenant and its tokens",
         responses=openapi.problems(401, 404, "conflict", *_CHANGE),
     )
-    async def delete_tenant(name: Name, force: Force = False) -> None:
+    async def delete_tenant(name: Name, force: ForceDelete = False) -> None:
         await operators.delete_tenant(name, force=force)
 
     return [put_tenant, list_tenants, read_tenant, delete_tenant]
@@ -160,7 +160,7 @@ def _token_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
         summary="Revoke a token, at once or after a grace",
         responses=openapi.problems(401, 404, *_CHANGE),
     )
-    async def revoke_token(name: Name, token_id: FromPath[str], grace: Grace = 0) -> None:
+    async def revoke_token(name: Name, token_id: FromPath[str], grace: TokenGrace = 0) -> None:
         await operators.revoke_token(name, token_id, grace)
 
     return [create_token, revoke_token]

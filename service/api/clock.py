@@ -21,7 +21,7 @@ class ClockResetView(Struct, frozen=True):
     ]
 
 
-def routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
+def clock_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:
     """The handler under `/admin/v1/clock`."""
 
     @post(

@@ -32,7 +32,7 @@ Node = dict[str, Any]
 
 _TEXT, _SECONDS = {"type": "string"}, {"type": "integer", "minimum": 0}
 _FILE = _TEXT | {"format": "binary"}
-_HEADERS: Mapping[str, Node] = {
+_HEADER_COMPONENTS: Mapping[str, Node] = {
     "X-Request-Id": {
         "description": "The id of the request: yours, if you sent one of this form, else a new one.",
         "schema": _TEXT | {"pattern": "^[A-Za-z0-9._-]{1,128}$"},
@@ -67,7 +67,7 @@ _HEADERS: Mapping[str, Node] = {
     },
     "WWW-Authenticate": {"description": "How to authenticate: with a bearer token.", "schema": _TEXT},
 }
-_NAMES = {name.lower(): name for name in _HEADERS}
+_NAMES = {name.lower(): name for name in _HEADER_COMPONENTS}
 _ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
     "401": ("WWW-Authenticate",),
     "402": ("Retry-After",),
@@ -128,7 +128,7 @@ def document(app: Litestar) -> Node:
         _clarify_body(operation.get("requestBody", {}))
     if TaskView.__name__ in schemas:
         add_webhooks(written)
-    components["headers"] = {name: header for name, header in _HEADERS.items() if name in used}
+    components["headers"] = {name: header for name, header in _HEADER_COMPONENTS.items() if name in used}
     names = {name: name.removesuffix("View") for name in schemas}
     renamed = _renamed(written, names)
     components = renamed["components"]
@@ -206,7 +206,7 @@ def _any_problem() -> Node:
 
 def _references(names: list[str]) -> Node:
     # In an order of their own, since Litestar has them in none.
-    return {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADERS if name in names}
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADER_COMPONENTS if name in names}
 
 
 def _clarify(parameter: Node) -> None:

@@ -52,7 +52,7 @@ _LAST_EVENT_ID = "The `id` of the last event you got. After the last one of a ta
 _RESPONSES = {204: ResponseSpec(None, description="You know the end of the task.", generate_examples=False)}
 
 
-def routes(*, follow: Follow, tenants: Tenants) -> Sequence[HTTPRouteHandler]:
+def event_routes(*, follow: Follow, tenants: Tenants) -> Sequence[HTTPRouteHandler]:
     """The handler under `/v1/tasks/{id}/events`."""
 
     @get(

@@ -14,7 +14,7 @@ from service.domain.tenancy import Tenant
 from service.usecases.quota import Quota
 
 
-def routes(quota: Quota) -> Sequence[HTTPRouteHandler]:
+def quota_routes(quota: Quota) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/v1/quota`."""
 
     @get(

@@ -27,7 +27,7 @@ _LARGEST_BODY = 32_000_000
 
 _ANY = "*"
 
-Force = Annotated[bool, QueryParameter(description="Remove even what has tasks running, and even all there is.")]
+ForceApply = Annotated[bool, QueryParameter(description="Remove even what has tasks running, and even all there is.")]
 Prune = Annotated[bool, QueryParameter(description="Remove the accounts, tenants and tokens that are not sent.")]
 DryRun = Annotated[bool, QueryParameter(description="Change nothing, only say what would be different.")]
 IfMatch = Annotated[
@@ -36,7 +36,7 @@ IfMatch = Annotated[
 ]
 
 
-def routes(apply: Apply, reseal: Reseal) -> Sequence[HTTPRouteHandler]:
+def registry_routes(apply: Apply, reseal: Reseal) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/admin/v1` for the registry as a whole."""
 
     @get(
@@ -68,7 +68,7 @@ def routes(apply: Apply, reseal: Reseal) -> Sequence[HTTPRouteHandler]:
         known: IfMatch = None,
         dry_run: DryRun = False,
         prune: Prune = False,
-        force: Force = False,
+        force: ForceApply = False,
     ) -> Response[AppliedView]:
         wanted = data.wanted(prune=prune)
         plan = await apply(wanted, force=force, dry_run=dry_run, fits=partial(_fits, known))

@@ -19,7 +19,7 @@ from service.usecases.submissions import Submissions
 Id = Annotated[str, PathParameter(description="The `submission_id`, as the problem `submission-unknown` names it.")]
 
 
-def tenant_routes(submissions: Submissions) -> Sequence[HTTPRouteHandler]:
+def submission_routes(submissions: Submissions) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/v1/submissions`."""
 
     @get(
@@ -38,7 +38,7 @@ def tenant_routes(submissions: Submissions) -> Sequence[HTTPRouteHandler]:
     return [read]
 
 
-def operator_routes(submissions: Submissions) -> Sequence[HTTPRouteHandler]:
+def operator_submission_routes(submissions: Submissions) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/admin/v1/submissions` and `/admin/v1/refunds`."""
 
     @get(

@@ -69,7 +69,7 @@ _SUBMIT_PROBLEMS = (
 )
 
 
-def routes(
+def task_routes(
     *, submit: Submit, follow: Follow, uploads: Uploads, catalogue: Catalogue, pace: Pace
 ) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/v1/tasks`."""

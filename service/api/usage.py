@@ -41,7 +41,7 @@ Last = Annotated[
 Every = Annotated[Interval, QueryParameter(name="interval", description="How long the period of an item is.")]
 
 
-def tenant_routes(usage: Usage) -> Sequence[HTTPRouteHandler]:
+def usage_routes(usage: Usage) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/v1/usage`."""
 
     @get(
@@ -69,7 +69,7 @@ def tenant_routes(usage: Usage) -> Sequence[HTTPRouteHandler]:
     return [read]
 
 
-def operator_routes(usage: Usage) -> Sequence[HTTPRouteHandler]:
+def operator_usage_routes(usage: Usage) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/admin/v1/usage`."""
 
     @get(

@@ -22,7 +22,7 @@ _DESCRIPTION = (
     "within 15 seconds; anything else is tried again for a day, later and later, and 410 ends it for good. It comes "
     "at least once: what you have seen before has the same `webhook-id`."
 )
-_HEADERS = {
+_WEBHOOK_HEADERS = {
     "webhook-id": "The id of the event, the same whenever it is sent again.",
     "webhook-timestamp": "When this attempt was made, in seconds since the epoch.",
     "webhook-signature": "A signature, or two separated by a space while your secret is replaced.",
@@ -63,7 +63,7 @@ def _operation() -> dict[str, Any]:
         "security": [{}],
         "parameters": [
             {"name": name, "in": "header", "required": True, "description": about, "schema": {"type": "string"}}
-            for name, about in _HEADERS.items()
+            for name, about in _WEBHOOK_HEADERS.items()
         ],
         "requestBody": {
             "required": True,

@@ -22,14 +22,14 @@ from service.usecases.webhooks import Webhooks
 _MOST_LISTED = 1_000
 
 Name = Annotated[str, PathParameter(description="The name.")]
-Grace = Annotated[
+SecretGrace = Annotated[
     float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which the secret before signs too.")
 ]
 Id = Annotated[str, PathParameter(description="The `id` of the delivery, which its receiver sees as `webhook-id`.")]
 Most = Annotated[int, QueryParameter(ge=1, le=_MOST_LISTED, description="How many at the most.")]
 
 
-def routes(webhooks: Webhooks) -> Sequence[HTTPRouteHandler]:
+def webhook_routes(webhooks: Webhooks) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/admin/v1` for webhooks."""
 
     @post(
@@ -40,7 +40,7 @@ def routes(webhooks: Webhooks) -> Sequence[HTTPRouteHandler]:
         "over in between.",
         responses=openapi.problems(401, 404, "conflict", "invalid-options", "ledger-unavailable", "overloaded"),
     )
-    async def rotate(name: Name, grace: Grace = 0) -> NewSecretView:
+    async def rotate(name: Name, grace: SecretGrace = 0) -> NewSecretView:
         return new_secret_view(await webhooks.rotate(name, grace))
 
     @get(

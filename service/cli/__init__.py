@@ -190,9 +190,9 @@ def check_config(*, production: bool, connect: bool) -> None:
 @click.option("--port", default=8082, show_default=True, help="0 takes a free one.")
 def sandbox(folder: Path | None, host: str, port: int) -> None:
     """Run the stand-in for the upstream: the vendor's API with real image processing."""
-    from service.cli.sandbox import run
+    from service.cli.sandbox import run_sandbox
 
-    sys.exit(run(folder, host, port))
+    sys.exit(run_sandbox(folder, host, port))
 
 
 @main.command()
@@ -227,6 +227,6 @@ def demo(folder: Path, url: str | None, token: str | None) -> None:
 @click.option("--check", is_flag=True, help="Write nothing; fail if a file is not what the code says.")
 def openapi(folder: Path, *, check: bool) -> None:
     """Write the OpenAPI documents of both ports."""
-    from service.cli.openapi import run
+    from service.cli.openapi import write_openapi
 
-    sys.exit(run(folder, check=check))
+    sys.exit(write_openapi(folder, check=check))

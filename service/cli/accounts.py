@@ -32,7 +32,7 @@ def account() -> None:
 @click.option("--max-price", type=Price(), multiple=True, help="The most that a task of a kind can cost; repeatable.")
 @as_json
 @asking
-def put(
+def set_account(
     port: OperatorsPort,
     *,
     name: str,
@@ -57,13 +57,13 @@ def put(
         body["user_key"] = read_secret(user_key_file, "--user-key-file")
     elif user_key_prompt or (sys.stdin.isatty() and not _exists(port, name)):
         body["user_key"] = click.prompt(f"The user_key of {name}", hide_input=True, err=True)
-    _show(port.ask("PUT", "accounts", name, body=body), as_json=as_json)
+    _print_account(port.ask("PUT", "accounts", name, body=body), as_json=as_json)
 
 
 @account.command("list")
 @as_json
 @asking
-def list_all(port: OperatorsPort, *, as_json: bool) -> None:
+def list_accounts(port: OperatorsPort, *, as_json: bool) -> None:
     """List the accounts: what is known of their balance, and what is under way."""
     answer = port.ask("GET", "accounts")
     if as_json:
@@ -81,9 +81,9 @@ def list_all(port: OperatorsPort, *, as_json: bool) -> None:
 @click.argument("name")
 @as_json
 @asking
-def show(port: OperatorsPort, *, name: str, as_json: bool) -> None:
+def show_account(port: OperatorsPort, *, name: str, as_json: bool) -> None:
     """Show the account NAME."""
-    _show(port.ask("GET", "accounts", name), as_json=as_json)
+    _print_account(port.ask("GET", "accounts", name), as_json=as_json)
 
 
 @account.command("reopen")
@@ -92,14 +92,14 @@ def show(port: OperatorsPort, *, name: str, as_json: bool) -> None:
 @asking
 def reopen(port: OperatorsPort, *, name: str, as_json: bool) -> None:
     """Look at the account NAME again now, though it was exhausted or invalid."""
-    _show(port.ask("POST", "accounts", name, "reopen"), as_json=as_json)
+    _print_account(port.ask("POST", "accounts", name, "reopen"), as_json=as_json)
 
 
 @account.command("delete")
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Even though tasks run on it or tenants use it.")
 @asking
-def delete(port: OperatorsPort, *, name: str, force: bool) -> None:
+def delete_account(port: OperatorsPort, *, name: str, force: bool) -> None:
     """Delete the account NAME."""
     port.ask("DELETE", "accounts", name, force=force)
     click.echo(f"The account {name} is deleted.")
@@ -122,7 +122,7 @@ def _from_environment(name: str) -> str:
     return value
 
 
-def _show(answer: Answer, *, as_json: bool) -> None:
+def _print_account(answer: Answer, *, as_json: bool) -> None:
     click.echo(answer.pretty() if as_json else _card(answer.read(AccountView)))
 
 

@@ -23,7 +23,7 @@ _NOTHING_IS_CONNECTED = {
 }
 
 
-def run(folder: Path, *, check: bool) -> int:
+def write_openapi(folder: Path, *, check: bool) -> int:
     """Write the documents, or compare them with what is there. The exit code."""
     drifted = []
     for name, written in asyncio.run(_documents()).items():

@@ -30,7 +30,7 @@ def lacking() -> str | None:
     return f"the sandbox needs {', '.join(missing)}: install imaging-gateway[local]" if missing else None
 
 
-def run(folder: Path | None, host: str, port: int) -> int:
+def run_sandbox(folder: Path | None, host: str, port: int) -> int:
     """Serve until told to end; the address is printed once it listens. The exit code."""
     if lack := lacking():
         click.echo(f"gateway: {lack}", err=True)

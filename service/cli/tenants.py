@@ -46,7 +46,7 @@ def tenant() -> None:
 @webhook_options
 @as_json
 @asking
-def put(
+def set_tenant(
     port: OperatorsPort,
     *,
     name: str,
@@ -67,7 +67,7 @@ def put(
     body = {field: value for field, value in given.items() if value is not None}
     body |= {"accounts": accounts, "limits": limits, "kinds": kinds or None, "webhook": webhook}
     answer = port.ask("PUT", "tenants", name, body=body)
-    _show(answer, as_json=as_json)
+    _print_tenant(answer, as_json=as_json)
     made = answer.read(TenantView).webhook
     if made and made.secret and not as_json:
         click.echo(f"\nThe secret of its webhooks, which is not shown again: {made.secret}")
@@ -76,7 +76,7 @@ def put(
 @tenant.command("list")
 @as_json
 @asking
-def list_all(port: OperatorsPort, *, as_json: bool) -> None:
+def list_tenants(port: OperatorsPort, *, as_json: bool) -> None:
     """List the tenants."""
     answer = port.ask("GET", "tenants")
     if as_json:
@@ -103,16 +103,16 @@ def list_all(port: OperatorsPort, *, as_json: bool) -> None:
 @click.argument("name")
 @as_json
 @asking
-def show(port: OperatorsPort, *, name: str, as_json: bool) -> None:
+def show_tenant(port: OperatorsPort, *, name: str, as_json: bool) -> None:
     """Show the tenant NAME, what it has used, and its tokens."""
-    _show(port.ask("GET", "tenants", name), as_json=as_json)
+    _print_tenant(port.ask("GET", "tenants", name), as_json=as_json)
 
 
 @tenant.command("delete")
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Even though its tasks run.")
 @asking
-def delete(port: OperatorsPort, *, name: str, force: bool) -> None:
+def delete_tenant(port: OperatorsPort, *, name: str, force: bool) -> None:
     """Delete the tenant NAME and its tokens."""
     port.ask("DELETE", "tenants", name, force=force)
     click.echo(f"The tenant {name} is deleted.")
@@ -126,7 +126,7 @@ def show_quota(port: OperatorsPort, *, name: str, as_json: bool) -> None:
     click.echo(answer.part(policies=policies).pretty() if as_json else _policies(policies))
 
 
-def _show(answer: Answer, *, as_json: bool) -> None:
+def _print_tenant(answer: Answer, *, as_json: bool) -> None:
     click.echo(answer.pretty() if as_json else _whole(answer.read(TenantView)))
 
 

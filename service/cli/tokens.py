@@ -59,7 +59,7 @@ def create(
 @click.argument("tenant")
 @as_json
 @asking
-def list_all(port: OperatorsPort, *, tenant: str, as_json: bool) -> None:
+def list_tokens(port: OperatorsPort, *, tenant: str, as_json: bool) -> None:
     """List the tokens of TENANT that have not expired."""
     answer = port.ask("GET", "tenants", tenant)
     tokens = answer.read(TenantView).tokens

@@ -217,7 +217,7 @@ def parse_allowed(field: str, entries: Sequence[str]) -> tuple[str, ...]:
     """Hosts and networks, each as it is compared. Raises InvalidOptions that names each that is neither."""
     allowed, faults = [], []
     for place, entry in enumerate(entries):
-        network = _network(entry)
+        network = parse_network(entry)
         if network:
             allowed.append(str(network))
         elif _HOST.fullmatch(entry.lower()) and "/" not in entry:
@@ -267,7 +267,7 @@ def _host(url: str) -> str | None:
     return urlsplit(url).hostname
 
 
-def _network(entry: str) -> Network | None:
+def parse_network(entry: str) -> Network | None:
     try:
         return ip_network(entry)
     except ValueError:
@@ -275,7 +275,7 @@ def _network(entry: str) -> Network | None:
 
 
 def _networks(allow: Sequence[str]) -> list[Network]:
-    return [network for network in map(_network, allow) if network]
+    return [network for network in map(parse_network, allow) if network]
 
 
 def _covers(allow: Sequence[str], host: str) -> bool:

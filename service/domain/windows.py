@@ -17,7 +17,7 @@ COUNTED_TASKS = "tasks"
 MAX_ACTIVE = "max-active"
 
 
-class Counter(Struct):
+class WindowCounter(Struct):
     """What a tenant used and holds in the window that began at `period`; `overrun` is what passed its limit.
 
     `name` tells it from an earlier counter of the same period, where the server's clock stepped back into that.
@@ -47,8 +47,8 @@ class TenantState(Struct):
 
     active: int = 0
     kinds: dict[Kind, int] = field(default_factory=dict)
-    windows: dict[Window, Counter] = field(default_factory=dict)
-    aside: dict[Window, list[Counter]] = field(default_factory=dict)
+    windows: dict[Window, WindowCounter] = field(default_factory=dict)
+    aside: dict[Window, list[WindowCounter]] = field(default_factory=dict)
     names: int = 0
 
 
@@ -71,11 +71,11 @@ def period_of(window: Window, now: int) -> tuple[int, int | None]:
     return int(start.timestamp()) * 1000, int(end.timestamp()) * 1000
 
 
-def counter(state: TenantState, window: Window, now: int) -> Counter:
+def current_counter(state: TenantState, window: Window, now: int) -> WindowCounter:
     """The counter of the window around `now`, which what was counted in other periods is no part of."""
     period, _ = period_of(window, now)
     found = (each for each in _counters(state, window) if each.period == period)
-    return next(found, Counter(period=period))
+    return next(found, WindowCounter(period=period))
 
 
 def roll(state: TenantState, now: int) -> None:
@@ -92,7 +92,7 @@ def roll(state: TenantState, now: int) -> None:
         known = _counters(state, window)
         later = [each for each in known if each.period > period]
         last = max((each for each in known if each.period < period), key=lambda each: each.period, default=None)
-        begun = counter(state, window, now)
+        begun = current_counter(state, window, now)
         if later and begun not in known:
             state.names += 1
             begun.name = -state.names
@@ -101,12 +101,12 @@ def roll(state: TenantState, now: int) -> None:
         state.aside = {each: kept for each, kept in (state.aside | {window: aside}).items() if kept}
 
 
-def counter_of(state: TenantState, window: Window, key: int | None) -> Counter | None:
+def counter_of(state: TenantState, window: Window, key: int | None) -> WindowCounter | None:
     """The counter of a window that reservations know by a key, if there still is one."""
     return next((each for each in _counters(state, window) if each.key == key), None)
 
 
-def _counters(state: TenantState, window: Window) -> list[Counter]:
+def _counters(state: TenantState, window: Window) -> list[WindowCounter]:
     """The counters of a window: those that were set aside, then that of now."""
     now = state.windows.get(window)
     return [*state.aside.get(window, []), *([now] if now else [])]
@@ -145,8 +145,8 @@ def rate_limits(policy: TenantPolicy, state: TenantState, now: int) -> tuple[Rat
     for limit in policy.limits:
         if limit.tasks is None:
             continue
-        each, (start, end) = counter(state, limit.window, now), period_of(limit.window, now)
-        left = remaining(limit.tasks, each.tasks, each.tasks_reserved)
+        each, (start, end) = current_counter(state, limit.window, now), period_of(limit.window, now)
+        left = compute_remaining(limit.tasks, each.tasks, each.tasks_reserved)
         name = policy_name(limit.window, COUNTED_TASKS)
         if end is None:
             found.append(RateLimit(name, limit.tasks, left, None, None))
@@ -155,6 +155,6 @@ def rate_limits(policy: TenantPolicy, state: TenantState, now: int) -> tuple[Rat
     return tuple(found)
 
 
-def remaining(limit: int, used: int, reserved: int) -> int:
+def compute_remaining(limit: int, used: int, reserved: int) -> int:
     """What is left of a limit, never below zero."""
     return max(limit - used - reserved, 0)

@@ -24,7 +24,7 @@ _log = structlog.get_logger(__name__)
 
 _SOCKET = "valkey.sock"
 _LONGEST_SOCKET_PATH = 100
-_START_SECONDS = 60.0
+_VALKEY_START_SECONDS = 60.0
 _LOCK_SECONDS = 5.0
 _LOOK_SECONDS = 0.005
 _RESTART_SECONDS = 1.0
@@ -147,7 +147,7 @@ class EmbeddedValkey:
     async def _answering(self, process: asyncio.subprocess.Process) -> None:
         """Wait until it has read its data and answers."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_START_SECONDS):
+            async with asyncio.timeout(_VALKEY_START_SECONDS):
                 while process.returncode is None:
                     with suppress(OSError):
                         if await _ping(self._socket):

@@ -91,18 +91,18 @@ def policies(tenant: Tenant, state: TenantState, now: int) -> tuple[PolicyReport
     """How each policy of a tenant stands at `now`."""
     reports = []
     for limit in tenant.policy.limits:
-        counter = windows.counter(state, limit.window, now)
+        counter = windows.current_counter(state, limit.window, now)
         resets_at = windows.period_of(limit.window, now)[1]
         for unit, most, used, reserved, overrun in (
             (windows.COUNTED_TASKS, limit.tasks, counter.tasks, counter.tasks_reserved, None),
             (windows.COUNTED_MONEY, limit.money, counter.money, counter.money_reserved, counter.overrun),
         ):
             if most is not None:
-                name, left = windows.policy_name(limit.window, unit), windows.remaining(most, used, reserved)
+                name, left = windows.policy_name(limit.window, unit), windows.compute_remaining(most, used, reserved)
                 reports.append(PolicyReport(name, unit, limit.window, most, used, reserved, left, overrun, resets_at))
     most = tenant.policy.max_active
     if most is not None:
-        left = windows.remaining(most, state.active, 0)
+        left = windows.compute_remaining(most, state.active, 0)
         reports.append(PolicyReport(windows.MAX_ACTIVE, ACTIVE, None, most, state.active, 0, left, None, None))
     return tuple(reports)
 

@@ -13,7 +13,7 @@ from service.domain.errors import LedgerUnavailable
 from service.domain.registry import Registry
 from service.domain.task import Kind
 from service.domain.tenancy import Tenant, Window
-from service.domain.windows import COUNTED_MONEY, TenantState, counter
+from service.domain.windows import COUNTED_MONEY, TenantState, current_counter
 from service.telemetry.metrics import Metrics
 from service.telemetry.standing import AccountStanding, QuotaStanding, Seen
 from service.usecases.ports import Agenda, Ledger, RegistryView, Tasks
@@ -104,7 +104,7 @@ class Survey:
         found: Counter[tuple[str, str]] = Counter()
         for tenant in tenants:
             for window in _SHOWN:
-                money = counter(states[tenant.id], window, now).money
+                money = current_counter(states[tenant.id], window, now).money
                 found[self._metrics.tenant(tenant.id), window.value] += money
         return found
 

@@ -240,7 +240,7 @@ async def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
     monkeypatch.setattr(embedded, "server_binary", lambda: silent)
-    monkeypatch.setattr(embedded, "_START_SECONDS", 0.05)
+    monkeypatch.setattr(embedded, "_VALKEY_START_SECONDS", 0.05)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "valkey.log").write_text("an old story\n")
     server = EmbeddedValkey(tmp_path / "data")

@@ -16,7 +16,7 @@ from service.domain.reservation import Verdict
 from service.domain.task import FaceEnhanceOptions, Options, Task
 from service.domain.taskid import TaskIds
 from service.domain.tenancy import Account, AccountPolicy, Tenant, TenantPolicy, Window
-from service.domain.windows import Counter
+from service.domain.windows import WindowCounter
 from service.keyring import Keyring
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
@@ -165,7 +165,7 @@ class Gateway:
         self.registry.current = Registry(tenants=self.registry.current.tenants)
 
     @property
-    def counter(self) -> Counter:
+    def counter(self) -> WindowCounter:
         """What the tenant has used and holds of the current month."""
         return self.ledger.tenants[1].windows[Window.MONTH]
 

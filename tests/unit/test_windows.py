@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.domain.tenancy import Limit, TenantPolicy, Window
-from service.domain.windows import Counter, RateLimit, TenantState, counter, period_of, rate_limits, remaining, roll
+from service.domain.windows import (
+    RateLimit,
+    TenantState,
+    WindowCounter,
+    compute_remaining,
+    current_counter,
+    period_of,
+    rate_limits,
+    roll,
+)
 
 CENTURY = st.integers(0, 4_102_444_800_000)
 
@@ -66,9 +75,11 @@ def test_rolling() -> None:
 
 def test_counter_of_another_period() -> None:
     """What was counted in an earlier period is not seen, even before anything was written anew."""
-    state = TenantState(windows={Window.DAY: Counter(period=at("2026-05-01T00:00:00"), tasks=3)})
-    assert counter(state, Window.DAY, at("2026-05-01T12:00:00")).tasks == 3
-    assert counter(state, Window.DAY, at("2026-05-02T00:00:00")) == Counter(period=at("2026-05-02T00:00:00"))
+    state = TenantState(windows={Window.DAY: WindowCounter(period=at("2026-05-01T00:00:00"), tasks=3)})
+    assert current_counter(state, Window.DAY, at("2026-05-01T12:00:00")).tasks == 3
+    assert current_counter(state, Window.DAY, at("2026-05-02T00:00:00")) == WindowCounter(
+        period=at("2026-05-02T00:00:00")
+    )
 
 
 def test_rate_limits() -> None:
@@ -89,4 +100,4 @@ def test_rate_limits() -> None:
 
 def test_remaining_is_never_negative() -> None:
     """A limit that was lowered below what is used leaves nothing, not less than nothing."""
-    assert remaining(3, 4, 1) == 0
+    assert compute_remaining(3, 4, 1) == 0

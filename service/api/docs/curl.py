@@ -16,7 +16,7 @@ TOKEN = tag("i", "$TOKEN", data_fill="token")
 
 _PLACEHOLDER = re.compile(r"\{([^}]*)\}")
 _SPECIAL = re.compile(r'([\\"$`])')
-_FORMS = {"multipart/form-data": "-F", "application/x-www-form-urlencoded": "--data-urlencode"}
+_FORM_OPTIONS = {"multipart/form-data": "-F", "application/x-www-form-urlencoded": "--data-urlencode"}
 
 
 def command(schemas: Schemas, method: str, path: str, operation: Node) -> Html:
@@ -59,7 +59,7 @@ def _credentials(schemas: Schemas, operation: Node) -> Iterator[Html]:
 
 def _body(schemas: Schemas, operation: Node) -> Iterator[Html]:
     content = schemas.resolve(operation.get("requestBody", {})).get("content", {})
-    for media_type, option in _FORMS.items():
+    for media_type, option in _FORM_OPTIONS.items():
         if media_type in content:
             for field in schemas.fields(content[media_type].get("schema", {})):
                 yield from _form_field(schemas, option, field)

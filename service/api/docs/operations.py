@@ -12,7 +12,7 @@ from service.api.docs.markup import Html, join, json_lines, line, prose, tag
 from service.api.docs.schemas import Field, Node, Schemas, anchor
 
 _PLACES = {"path": "Path", "query": "Query", "header": "Headers"}
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 _PROBLEM = "application/problem+json"
 _LISTED = re.compile(r"^- `([^`]+)`: (.*)$", re.MULTILINE)
 
@@ -106,9 +106,9 @@ class Operations:
         body = self._schemas.resolve(node.get("requestBody", {}))
         for media_type, media in body.get("content", {}).items():
             fields = self._schemas.fields(media.get("schema", {}))
-            if media_type in _FORMS:
+            if media_type in _FORM_TYPES:
                 fields = [structs.replace(field, node=self._schemas.present(field.node)) for field in fields]
-            yield tag("h4", "Form fields" if media_type in _FORMS else "Body", " ", tag("small", media_type))
+            yield tag("h4", "Form fields" if media_type in _FORM_TYPES else "Body", " ", tag("small", media_type))
             yield prose(body.get("description", ""))
             yield self._taken(fields)
 

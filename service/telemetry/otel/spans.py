@@ -30,8 +30,6 @@ from service import __version__
 from service.telemetry.logs import ANSWERED
 from service.telemetry.tracing import THEIR_DOING, UNRECORDED, Untraced, trace_id
 
-Attributes = Mapping[str, str | int]
-
 OUTCOME = "gateway.outcome"
 TENANT = "gateway.tenant"
 RESERVATION = "gateway.reservation"
