@@ -39,7 +39,7 @@ from service.api.head import answering_head
 from service.api.problems import exception_handlers
 from service.api.queries import JsonRequest, check_query
 from service.api.uploads import check_coding
-from service.domain.tenancy import Tenant
+from service.domain.tenants import Tenant
 from service.services import Services
 from service.telemetry.families import Port
 

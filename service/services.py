@@ -13,7 +13,7 @@ from structlog.typing import FilteringBoundLogger
 from service.api.auth import AdminToken, Tenants
 from service.api.ops import Health
 from service.api.uploads import Uploads
-from service.domain.task import Catalogue
+from service.domain.tasks import Catalogue
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import Tracer
 from service.usecases.apply import Apply

@@ -20,7 +20,7 @@ from service.api.webhook_views import task_event
 from service.clients.artifacts import ArtifactClient
 from service.clients.callbacks import CallbackClient
 from service.clients.upstream import UpstreamClient
-from service.domain.taskid import TaskIds
+from service.domain.tasks import TaskIds
 from service.keyring import Keyring
 from service.services import Job, Lifecycle, Services
 from service.settings import Role, Settings

@@ -25,7 +25,7 @@ from service.api.admin_views import (
     tenant_view,
 )
 from service.domain.errors import FieldError, InvalidOptions
-from service.domain.tenancy import NAME_MUST, Account, Tenant
+from service.domain.tenants import NAME_MUST, Account, Tenant
 from service.usecases.quota import Quota
 from service.usecases.registry import Operators
 

@@ -13,11 +13,10 @@ from msgspec import Meta, Struct
 
 from service.api.views import FEN, AmountView, PolicyView, Yuan, moment, quota_view, yuan
 from service.api.webhook_views import WebhookBody, WebhookView, webhook_view
-from service.domain.account import AccountState, Figure, Source, Status
-from service.domain.errors import FieldError, InvalidOptions
-from service.domain.faults import Faults
-from service.domain.task import Kind
-from service.domain.tenancy import (
+from service.domain.errors import Faults, FieldError, InvalidOptions
+from service.domain.ledger import AccountState, Figure, Source, Status
+from service.domain.tasks import Kind
+from service.domain.tenants import (
     Account,
     AccountPolicy,
     Limit,
@@ -26,9 +25,9 @@ from service.domain.tenancy import (
     Tenant,
     TenantPolicy,
     Token,
+    Webhook,
     Window,
 )
-from service.domain.webhook import Webhook
 from service.usecases.quota import QuotaReport
 
 _MOST = 10**12

@@ -23,9 +23,9 @@ from service.api.leaving import held_open
 from service.api.problems import OUTCOME
 from service.api.uploads import ClientLeft
 from service.api.views import PRIVATE
-from service.domain.artifact import EXTENSIONS
-from service.domain.task import ArtifactName, Task
-from service.domain.tenancy import Tenant
+from service.domain.media import EXTENSIONS
+from service.domain.tasks import ArtifactName, Task
+from service.domain.tenants import Tenant
 from service.usecases.fetch import Fetch
 from service.usecases.ports import Asked, BrokenOff, Fetched, Portion
 

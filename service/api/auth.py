@@ -8,9 +8,9 @@ from typing import Any
 
 from litestar.connection import ASGIConnection
 
-from service.domain import tenancy
+from service.domain import tenants
 from service.domain.errors import Unauthenticated
-from service.domain.tenancy import Tenant
+from service.domain.tenants import Tenant
 from service.usecases.ports import Clock, RegistryView
 
 _MISSING = "Send your token as `Authorization: Bearer TOKEN`."
@@ -32,9 +32,9 @@ class Tenants:
 
     def by_token(self, token: str) -> Tenant:
         """The tenant of a token. Raises Unauthenticated for one that is mistyped, unknown, expired or revoked."""
-        if not tenancy.well_formed(token):
+        if not tenants.well_formed(token):
             raise Unauthenticated(_WRONG)
-        found = self._registry.current.tenant_by_token(tenancy.digest(token))
+        found = self._registry.current.tenant_by_token(tenants.digest(token))
         if found is None or not found[1].valid_at(self._clock.now()):
             raise Unauthenticated(_WRONG)
         return found[0]

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from service.api.registry_views import DifferenceKind, DifferenceView, RegistryBody, registry_body
-from service.domain.faults import dotted
-from service.domain.webhook import without_query
+from service.domain.errors import dotted
+from service.domain.tenants import without_query
 from service.usecases.planning import Plan
 
 _KEY, _SECRET, _ADDRESS = ("user_key", "value"), ("webhook", "secret", "value"), ("webhook", "url")

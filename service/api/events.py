@@ -25,8 +25,8 @@ from service.api.problems import OUTCOME
 from service.api.uploads import ClientLeft
 from service.api.views import TaskView, task_view
 from service.domain.errors import Unauthenticated
-from service.domain.task import State
-from service.domain.tenancy import Tenant
+from service.domain.tasks import State
+from service.domain.tenants import Tenant
 from service.usecases.board import Seen
 from service.usecases.follow import Follow
 

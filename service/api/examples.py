@@ -26,11 +26,10 @@ from service.api.views import (
     TaskView,
 )
 from service.api.webhook_views import DeliveryList, DeliveryView, NewSecretView, WebhookView
-from service.domain.reservation import Refund, ReservationState
-from service.domain.task import OPTIONS, ArtifactName, Basis, Kind, State, UpscaleOptions
-from service.domain.tenancy import Window
-from service.domain.usage import Measure, Tally
-from service.domain.webhook import DeliveryState
+from service.domain.ledger import Measure, Refund, ReservationState, Tally
+from service.domain.tasks import OPTIONS, ArtifactName, Basis, Kind, State, UpscaleOptions
+from service.domain.tenants import Window
+from service.domain.webhooks import DeliveryState
 from service.usecases.submissions import BalanceSuggestion
 from service.usecases.usage import Group, Interval, Marked, Owner, Report, Row
 

@@ -31,9 +31,9 @@ from service.domain.errors import (
     UpstreamRejected,
     UpstreamUnavailable,
 )
-from service.domain.task import ArtifactName, Catalogue, Kind, Options, State, parse_options
-from service.domain.tenancy import Tenant
-from service.domain.windows import MAX_ACTIVE
+from service.domain.ledger import MAX_ACTIVE
+from service.domain.tasks import ArtifactName, Catalogue, Kind, Options, State, parse_options
+from service.domain.tenants import Tenant
 from service.usecases.follow import Follow
 from service.usecases.quota import Quota
 from service.usecases.submit import Submit

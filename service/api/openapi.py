@@ -31,9 +31,9 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service import __version__
 from service.api.problems import MEDIA_TYPE, PROBLEMS, ProblemType
-from service.domain.artifact import EXTENSIONS
-from service.domain.task import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
-from service.domain.webhook import MAX_URL
+from service.domain.media import EXTENSIONS
+from service.domain.tasks import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
+from service.domain.webhooks import MAX_URL
 
 UNSERVED = "/schema"
 """Where Litestar serves something of each document, whatever it is told: nothing is found there."""

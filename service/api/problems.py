@@ -25,10 +25,9 @@ from service.api.ratelimit import rate_limit_headers
 from service.api.uploads import ClientLeft, TooSlow
 from service.api.views import REPLAYED, yuan
 from service.domain import errors
-from service.domain.conform import faults_of, wanted_of
-from service.domain.reservation import Violation
-from service.domain.tenancy import Window
-from service.domain.windows import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
+from service.domain.errors import faults_of, wanted_of
+from service.domain.ledger import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, Violation, policy_name
+from service.domain.tenants import Window
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -12,8 +12,7 @@ from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 from litestar.params import QueryParameter
 
-from service.domain.conform import check_json
-from service.domain.errors import FieldError, InvalidOptions, MalformedRequest
+from service.domain.errors import FieldError, InvalidOptions, MalformedRequest, check_json
 
 _NONE = "none"
 

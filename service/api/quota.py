@@ -10,7 +10,7 @@ from litestar.handlers import HTTPRouteHandler
 
 from service.api import openapi
 from service.api.views import PRIVATE, QuotaView, quota_view
-from service.domain.tenancy import Tenant
+from service.domain.tenants import Tenant
 from service.usecases.quota import Quota
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from service.domain.windows import RateLimit
+from service.domain.ledger import RateLimit
 
 
 def rate_limit_headers(limits: Sequence[RateLimit]) -> dict[str, str]:

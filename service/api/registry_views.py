@@ -13,14 +13,11 @@ from msgspec.structs import replace
 from service.api.admin_views import END_OF_TIME, AccountBody, GivenYuan, LimitBody, TenantBody, Whole
 from service.api.views import yuan
 from service.api.webhook_views import WebhookBody
-from service.domain import webhook
-from service.domain.errors import FieldError, InvalidOptions
-from service.domain.faults import Faults, dotted
-from service.domain.origin import Origin
-from service.domain.registry import Registry
-from service.domain.task import Kind
-from service.domain.tenancy import Account, AccountPolicy, Limit, Name, Purse, Tenant, Token, Window
-from service.domain.webhook import MAX_ALLOWED, MAX_URL
+from service.domain import webhooks
+from service.domain.errors import Faults, FieldError, InvalidOptions, dotted
+from service.domain.tasks import Kind
+from service.domain.tenants import Account, AccountPolicy, Limit, Name, Origin, Purse, Registry, Tenant, Token, Window
+from service.domain.webhooks import MAX_ALLOWED, MAX_URL
 from service.usecases.planning import Plan, Wanted, WantedAccount, WantedTenant
 from service.usecases.reseal import Resealed
 
@@ -124,7 +121,7 @@ class TenantEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
             disabled=self.disabled,
         )
         tenant = faults.attempt(where, Tenant(0, name, ()), body.tenant, name)
-        secret = faults.attempt(where, b"", webhook.parse_secret, entry.value) if entry.value is not None else None
+        secret = faults.attempt(where, b"", webhooks.parse_secret, entry.value) if entry.value is not None else None
         tokens = tuple(each.token(token_id, where, faults) for token_id, each in self.tokens.items())
         return WantedTenant(replace(tenant, id=self.id or 0), tokens, secret, entry.origin())
 

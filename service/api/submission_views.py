@@ -10,8 +10,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.api.views import CostView, Yuan, moment, task_path, yuan
 from service.domain.errors import FieldError, InvalidOptions
-from service.domain.reservation import ReservationState
-from service.domain.task import Kind, State
+from service.domain.ledger import ReservationState
+from service.domain.tasks import Kind, State
 from service.usecases.submissions import BalanceSuggestion, Fate
 
 

@@ -32,10 +32,10 @@ from service.api.views import (
     task_view,
 )
 from service.domain.errors import FieldError, GatewayError, InvalidOptions
-from service.domain.idempotency import parse_key
-from service.domain.task import Catalogue, Kind, State, parse_metadata, parse_options
-from service.domain.tenancy import Tenant
-from service.domain.webhook import choose
+from service.domain.ledger import parse_key
+from service.domain.tasks import Catalogue, Kind, State, parse_metadata, parse_options
+from service.domain.tenants import Tenant
+from service.domain.webhooks import choose
 from service.usecases.board import Seen
 from service.usecases.follow import Follow
 from service.usecases.pace import Pace

@@ -17,7 +17,7 @@ from msgspec import Struct
 from service.api.forms import MULTIPART, URLENCODED, MultipartForm, OnField, media_type, parse_urlencoded
 from service.api.inflight import InFlight
 from service.domain.errors import ImageTooLarge, InvalidImage, MalformedRequest, UnsupportedCoding, UnsupportedMediaType
-from service.domain.image import inspect
+from service.domain.media import inspect
 from service.telemetry.levels import Level, Levels
 from service.usecases.ports import Image
 

@@ -14,7 +14,7 @@ from service.api import openapi, tabular
 from service.api.queries import check_query, day, some_of
 from service.api.usage_views import UsageView, usage_table, usage_view
 from service.api.views import PRIVATE
-from service.domain.tenancy import Tenant
+from service.domain.tenants import Tenant
 from service.usecases.usage import MOST_DAYS, Group, Interval, Question, Report, Usage
 
 _DESCRIPTION = (

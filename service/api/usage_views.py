@@ -10,9 +10,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.api.tabular import flat
 from service.api.views import AmountView, Yuan, moment, yuan
-from service.domain.reservation import Refund
-from service.domain.task import Kind
-from service.domain.usage import Measure, Tally, charged_money, charged_tasks
+from service.domain.ledger import Measure, Refund, Tally, charged_money, charged_tasks
+from service.domain.tasks import Kind
 from service.usecases.usage import Group, Interval, Marked, Report, Row
 
 Uses = Annotated[int, Meta(description="Prepaid uses.")]

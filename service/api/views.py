@@ -8,8 +8,8 @@ from typing import Annotated, Any, overload
 import msgspec
 from msgspec import Meta, Struct
 
-from service.domain.task import ArtifactName, Basis, Kind, State, Task
-from service.domain.tenancy import Window
+from service.domain.tasks import ArtifactName, Basis, Kind, State, Task
+from service.domain.tenants import Window
 from service.usecases.board import Seen
 from service.usecases.pace import Pace
 from service.usecases.quota import PolicyReport, QuotaReport

@@ -9,7 +9,7 @@ import msgspec
 from service.api.examples import EXAMPLES
 from service.api.views import TaskView
 from service.api.webhook_views import TaskEvent
-from service.domain.webhook import Event
+from service.domain.webhooks import Event
 
 TAG = "Webhooks"
 """The tag of the webhooks alone: client generators write one file for each tag."""

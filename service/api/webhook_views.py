@@ -9,10 +9,11 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.api.views import TaskView, moment, task_view
-from service.domain import webhook
-from service.domain.faults import Faults
-from service.domain.task import Task
-from service.domain.webhook import MAX_ALLOWED, MAX_URL, DeliveryState, Event, Webhook
+from service.domain import tenants, webhooks
+from service.domain.errors import Faults
+from service.domain.tasks import Task
+from service.domain.tenants import Webhook
+from service.domain.webhooks import MAX_ALLOWED, MAX_URL, DeliveryState, Event
 from service.usecases.webhooks import NewSecret, Owned
 
 _Secret = Annotated[str, Meta(description="`whsec_` and base64. Shown this once.")]
@@ -35,8 +36,8 @@ class WebhookBody(Struct, frozen=True, forbid_unknown_fields=True):
     def webhook(self) -> Webhook:
         """What it describes, without its secret. Raises InvalidOptions."""
         faults = Faults()
-        url = faults.attempt("", self.url, webhook.parse_url, "webhook.url", self.url)
-        allow = faults.attempt("", (), webhook.parse_allowed, "webhook.allow", self.allow)
+        url = faults.attempt("", self.url, webhooks.parse_url, "webhook.url", self.url)
+        allow = faults.attempt("", (), webhooks.parse_allowed, "webhook.allow", self.allow)
         faults.check()
         return Webhook(url, allow)
 
@@ -110,10 +111,10 @@ def delivery_view(owned: Owned) -> DeliveryView:
     """A delivery as operators see it."""
     found = owned.delivery
     return DeliveryView(
-        id=webhook.event_id(found.reservation),
+        id=webhooks.event_id(found.reservation),
         tenant=owned.tenant,
         task=found.task,
-        url=webhook.without_query(found.url),
+        url=tenants.without_query(found.url),
         state=found.state,
         attempts=found.attempts,
         status=found.status,

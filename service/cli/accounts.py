@@ -13,7 +13,7 @@ from service.cli import variable
 from service.cli.client import NOT_FOUND, Answer, OperatorsPort, Refused, as_json, asking
 from service.cli.shown import card, table
 from service.cli.values import Price, Yuan, read_secret
-from service.domain.task import Kind
+from service.domain.tasks import Kind
 
 
 @click.group()

@@ -12,7 +12,7 @@ from service.api.registry_views import AppliedView, DifferenceKind, DifferenceVi
 from service.cli import registry_file
 from service.cli.client import Answer, CommandError, OperatorsPort, asking
 from service.cli.shown import plain
-from service.domain.faults import dotted
+from service.domain.errors import dotted
 
 _DIFFERENT = 2
 _SIGNS = {DifferenceKind.ADDED: "+", DifferenceKind.CHANGED: "~", DifferenceKind.REMOVED: "-"}

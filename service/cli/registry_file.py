@@ -15,9 +15,8 @@ from service.api.registry_views import AccountEntry, RegistryBody, SecretEntry, 
 from service.cli import variable
 from service.cli.client import CommandError
 from service.cli.shown import plain
-from service.domain.conform import faults_of
-from service.domain.faults import Faults, dotted, meant
-from service.domain.tenancy import Name
+from service.domain.errors import Faults, dotted, faults_of, meant
+from service.domain.tenants import Name
 
 _LONGEST_SECRET = 4_096
 _SECTIONS: Mapping[str, type[AccountEntry | TenantEntry]] = {"accounts": AccountEntry, "tenants": TenantEntry}

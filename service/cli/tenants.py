@@ -14,8 +14,8 @@ from service.cli.shown import card, table
 from service.cli.tokens import tokens_table
 from service.cli.values import Limit
 from service.cli.webhooks import webhook_body, webhook_lines, webhook_options
-from service.domain.task import Kind
-from service.domain.tenancy import Purse
+from service.domain.tasks import Kind
+from service.domain.tenants import Purse
 
 
 @click.group()

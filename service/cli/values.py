@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 
 import click
 
-from service.domain.task import Kind
-from service.domain.tenancy import Window
+from service.domain.tasks import Kind
+from service.domain.tenants import Window
 
 _LONGEST_SECRET = 4_096
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}

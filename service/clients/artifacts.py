@@ -21,7 +21,6 @@ from service.clients import files
 from service.clients.addresses import Address, AddressRefused, CheckedTransport, Resolver, public, resolve
 from service.clients.local_errors import local_error
 from service.clients.words import unmask_key
-from service.domain.artifact import BEGINNING, BITMAP_BEGINNING, OPAQUE, fits, seen_type
 from service.domain.errors import (
     GatewayError,
     Overloaded,
@@ -29,9 +28,9 @@ from service.domain.errors import (
     UpstreamInvalidResponse,
     UpstreamUnavailable,
 )
-from service.domain.task import Artifact
-from service.domain.taskid import Sealer
-from service.domain.tenancy import Account
+from service.domain.media import BEGINNING, BITMAP_BEGINNING, OPAQUE, fits, seen_type
+from service.domain.tasks import Artifact, Sealer
+from service.domain.tenants import Account
 from service.telemetry.metrics import Metrics
 from service.telemetry.spent import waiting
 from service.telemetry.tracing import UNTRACED, Tracer

@@ -19,7 +19,7 @@ from service.clients.addresses import Address, AddressRefused, CheckedTransport,
 from service.clients.deadline import Deadline
 from service.clients.local_errors import local_error
 from service.domain.errors import Overloaded
-from service.domain.webhook import Webhook
+from service.domain.tenants import Webhook
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Reply
 

@@ -18,9 +18,8 @@ from msgspec.structs import replace
 from service.clients import wire
 from service.clients.exchange import MAX_REQUESTS, Answer, Breakers, Line, Lost, NotSent
 from service.clients.words import mask_key, without_key
-from service.domain.task import Catalogue, Options, TaskError
-from service.domain.taskid import Sealer
-from service.domain.tenancy import Account
+from service.domain.tasks import Catalogue, Options, Sealer, TaskError
+from service.domain.tenants import Account
 from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
 from service.telemetry.spent import waiting

@@ -19,8 +19,8 @@ import msgspec
 
 from service.clients.decoder import decode_object
 from service.clients.words import is_unknown_task, plain, public, refusal
-from service.domain.account import Figures
-from service.domain.task import Artifact, ArtifactName, Catalogue, Kind, Options, TaskError
+from service.domain.ledger import Figures
+from service.domain.tasks import Artifact, ArtifactName, Catalogue, Kind, Options, TaskError
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
 
 SUBMIT_PATHS: Mapping[Kind, str] = {

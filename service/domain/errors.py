@@ -1,50 +1,21 @@
-"""Everything that can go wrong in a way a caller is told about.
-
-    GatewayError
-    ├── CallerFault                 the caller can mend the request
-    │   ├── MalformedRequest
-    │   ├── Unauthenticated
-    │   ├── Forbidden
-    │   │   ├── KindNotAllowed
-    │   │   └── TenantDisabled
-    │   ├── NotFound
-    │   ├── Conflict                an operator's change that would strand something
-    │   ├── Outdated                it was made for a version that is not the newest any more
-    │   ├── ImageTooLarge
-    │   ├── RangeNotSatisfiable
-    │   ├── UnsupportedMediaType
-    │   │   └── UnsupportedCoding   of the request's body
-    │   ├── InvalidOptions          names every faulty field
-    │   ├── InvalidImage
-    │   ├── IdempotencyKeyInvalid
-    │   ├── IdempotencyKeyReused    for something else
-    │   └── IdempotencyInFlight     the first submission under the key has no outcome yet
-    ├── Denied                      the request is fine, but may not be spent on now
-    │   ├── QuotaDenied             a policy of the tenant
-    │   └── BalanceExhausted        the upstream account can't pay
-    ├── UpstreamFault
-    │   ├── UpstreamRejected        it refused this submission, nothing was charged
-    │   ├── UpstreamInvalidResponse it answered a read with nonsense
-    │   ├── UpstreamUnavailable     it can't be reached, or not now; nothing was charged
-    │   ├── AccountMisconfigured    it does not know the tenant's account
-    │   └── SubmissionUnknown       it was sent, and nobody knows what became of it
-    └── Unavailable                 the gateway's own trouble, it passes
-        ├── LedgerUnavailable
-        └── Overloaded
-
-The message of an error is public: it says what to do. Secrets, figures of accounts and the upstream's
-addresses never belong in it. Which HTTP answer each becomes is decided in one table, `service.api.problems`.
-"""
+"""The errors of the gateway, and the collection of several in one answer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from msgspec import inspect
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from service.domain.reservation import Violation
-    from service.domain.windows import RateLimit
+    from service.domain.ledger import RateLimit, Violation
 
 
 class GatewayError(Exception):
@@ -215,3 +186,181 @@ class LedgerUnavailable(Unavailable):
 
 class Overloaded(Unavailable):
     """Too much is in flight already."""
+
+
+P = ParamSpec("P")
+
+
+R = TypeVar("R")
+
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def dotted(*keys: str) -> str:
+    """Where something stands, as TOML says it: `tenants.shop.max_active`, with quotes around what needs them."""
+    return ".".join(each if _BARE.fullmatch(each) else f'"{each}"' for each in keys)
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """A question to end a sentence with, about the word that was probably meant; empty if none comes near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+class Faults:
+    """Gathers faults, to tell them together."""
+
+    def __init__(self) -> None:
+        self.found: list[FieldError] = []
+
+    def add(self, field: str, detail: str) -> None:
+        """There is a fault."""
+        self.found.append(FieldError(field, detail))
+
+    def attempt(self, where: str, instead: R, make: Callable[P, R], *args: P.args, **more: P.kwargs) -> R:
+        """What `make` makes, or `instead` if it raises InvalidOptions, whose fields stand below `where` if given."""
+        try:
+            return make(*args, **more)
+        except InvalidOptions as error:
+            for each in error.errors:
+                self.add(f"{where}.{each.field}" if where else each.field, each.detail)
+            return instead
+
+    def check(self) -> None:
+        """Raise InvalidOptions if there is a fault."""
+        if self.found:
+            raise InvalidOptions(self.found)
+
+
+def faults_of(value: Any, kind: Any, path: str) -> list[FieldError]:
+    """What is wrong with a value, which stands at `path`, that is to become one of a type."""
+    return list(_faults(value, inspect.type_info(kind), path))
+
+
+def wanted_of(kind: Any) -> str:
+    """What a plain value that is to become one of a type must be."""
+    return faults_of(object(), kind, "")[0].detail
+
+
+def check_json(text: str) -> None:
+    """Raise ValueError for what is no JSON, nested too deep, or has a name twice in one object."""
+
+    def once(pairs: list[tuple[str, Any]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name is repeated")
+
+    try:
+        json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _faults(value: Any, kind: inspect.Type, path: str) -> Iterator[FieldError]:
+    match kind:
+        case inspect.Metadata():
+            if not any(_faults(value, kind.type, path)):
+                return
+            must = (kind.extra or {}).get("must")
+            yield from [FieldError(path, f"must {must}")] if must else _faults(value, kind.type, path)
+        case inspect.UnionType() if value is None and any(isinstance(each, inspect.NoneType) for each in kind.types):
+            return
+        case inspect.UnionType():
+            (only,) = [each for each in kind.types if not isinstance(each, inspect.NoneType)]
+            yield from _faults(value, only, path)
+        case inspect.StructType():
+            yield from _struct_faults(value, kind, path)
+        case inspect.DictType():
+            yield from _table_faults(value, kind, path)
+        case inspect.ListType() | inspect.VarTupleType():
+            yield from _list_faults(value, kind, path)
+        case _:
+            if fault := _leaf_fault(value, kind):
+                yield FieldError(path, fault)
+
+
+def _struct_faults(value: Any, kind: inspect.StructType, path: str) -> Iterator[FieldError]:
+    if not isinstance(value, dict):
+        yield FieldError(path, "must be a table")
+        return
+    fields = {each.encode_name: each for each in kind.fields}
+    for name in value:
+        if name not in fields:
+            yield FieldError(_below(path, name), f"is unknown{meant(name, fields)}")
+    for name, field in fields.items():
+        if name in value:
+            yield from _faults(value[name], field.type, _below(path, name))
+        elif field.required:
+            yield FieldError(_below(path, name), "is required")
+
+
+def _table_faults(value: Any, kind: inspect.DictType, path: str) -> Iterator[FieldError]:
+    if not isinstance(value, dict):
+        yield FieldError(path, "must be a table")
+        return
+    for name, each in value.items():
+        below = _below(path, name)
+        if wrong := list(_faults(name, kind.key_type, below)):
+            yield from (FieldError(below, f"as a name {fault.detail}") for fault in wrong)
+        yield from _faults(each, kind.value_type, below)
+
+
+def _list_faults(value: Any, kind: inspect.ListType | inspect.VarTupleType, path: str) -> Iterator[FieldError]:
+    if not isinstance(value, list):
+        yield FieldError(path, "must be a list")
+        return
+    if kind.max_length is not None and len(value) > kind.max_length:
+        yield FieldError(path, f"must have at most {kind.max_length} entries")
+    for place, each in enumerate(value):
+        yield from _faults(each, kind.item_type, f"{path}[{place}]")
+
+
+def _leaf_fault(value: Any, kind: inspect.Type) -> str | None:
+    match kind:
+        case inspect.EnumType():
+            words = [str(each.value) for each in kind.cls]
+            fits, wanted = value in words, f"must be {' or '.join(words)}"
+            wanted += "" if fits or not isinstance(value, str) else meant(value, words)
+        case inspect.IntType() | inspect.FloatType():
+            fits, wanted = _is_number(value, kind)
+        case inspect.StrType():
+            fits, wanted = _is_text(value, kind)
+        case inspect.BoolType():
+            fits, wanted = isinstance(value, bool), "must be true or false"
+        case inspect.DateTimeType():
+            fits = _is_moment(value)
+            wanted = "must be a moment with a time zone, such as 2030-01-31T12:00:00Z"
+        case _:
+            raise TypeError(f"nothing says what is wrong with {kind}")
+    return None if fits else wanted
+
+
+def _is_number(value: Any, kind: inspect.IntType | inspect.FloatType) -> tuple[bool, str]:
+    least, most = kind.ge or 0, kind.le or math.inf
+    whole = isinstance(kind, inspect.IntType)
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and least <= value <= most
+    bounds = (
+        f" from {least} to {most}" if kind.le is not None else f" of at least {least}" if kind.ge is not None else ""
+    )
+    return fits, f"must be a {'whole ' if whole else ''}number{bounds}"
+
+
+def _is_moment(value: Any) -> bool:
+    """Whether it is a moment with a time zone, as TOML holds it, or as JSON writes it."""
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            return False
+    return isinstance(value, datetime) and value.tzinfo is not None
+
+
+def _is_text(value: Any, kind: inspect.StrType) -> tuple[bool, str]:
+    least, most = kind.min_length or 0, kind.max_length or math.inf
+    fits = isinstance(value, str) and least <= len(value) <= most
+    fits = fits and (kind.pattern is None or re.search(kind.pattern, value) is not None)
+    return fits, "must be text" if most == math.inf else f"must be text of {least} to {most} characters"
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{dotted(name)}" if path else dotted(name)

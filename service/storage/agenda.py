@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from service.domain.backlog import Backlog
-from service.domain.webhook import DeliveryState
+from service.domain.tasks import Backlog
+from service.domain.webhooks import DeliveryState
 from service.storage.keys import Keys
 from service.storage.ledger import DAY
 from service.storage.scripts import Scripts, given, moment, overdue, scored

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from msgspec import Struct
 
-from service.domain.reservation import Refund, Refunding, Reservation
-from service.domain.task import Kind
-from service.domain.usage import DayUsage, Measure, Tally
+from service.domain.ledger import DayUsage, Measure, Refund, Refunding, Reservation, Tally
+from service.domain.tasks import Kind
 from service.storage.keys import Keys
 from service.storage.ledger import DAY, KEEP_USAGE
 from service.storage.scripts import Scripts, moment, server_time

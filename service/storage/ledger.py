@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from service.domain.account import AccountState, Figures, Status
 from service.domain.errors import LedgerUnavailable
-from service.domain.reservation import (
+from service.domain.ledger import (
+    AccountState,
+    Figures,
     Granted,
     Idempotency,
     InFlight,
@@ -20,10 +21,11 @@ from service.domain.reservation import (
     Replayed,
     Reservation,
     ReservationState,
+    Status,
+    TenantState,
     Verdict,
     Violation,
 )
-from service.domain.windows import TenantState
 from service.storage.keys import Keys
 from service.storage.scripts import RETRY_AFTER, Scripts, given, moment, scored, server_time
 from service.usecases.ports import Ask, Look, Settlement, Snapshot

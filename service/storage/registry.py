@@ -11,8 +11,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from service.domain.errors import LedgerUnavailable
-from service.domain.registry import Registry
-from service.domain.tenancy import Account, Tenant, Token
+from service.domain.tenants import Account, Registry, Tenant, Token
 from service.storage.keys import Keys
 from service.storage.scripts import Fault, Scripts, sort_of
 from service.usecases.ports import RegistryChange

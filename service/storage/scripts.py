@@ -16,8 +16,8 @@ from redis.exceptions import ClusterDownError, DataError, NoScriptError, ReadOnl
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from service.domain.clock import LedgerClock, Moment
 from service.domain.errors import LedgerUnavailable
+from service.domain.ledger import LedgerClock, Moment
 from service.storage.data_version import DataVersion
 from service.telemetry.families import LedgerOutcome, StoreError
 from service.telemetry.tracing import UNTRACED, Tracer

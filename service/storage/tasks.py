@@ -10,9 +10,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from service.domain.backlog import Backlog
 from service.domain.errors import MalformedRequest
-from service.domain.task import Artifact, Basis, Cost, Kind, State, Task, TaskError
+from service.domain.tasks import Artifact, Backlog, Basis, Cost, Kind, State, Task, TaskError
 from service.storage.agenda import agenda_of
 from service.storage.keys import Keys
 from service.storage.ledger import KEEP_USAGE, Spans, packed_figures

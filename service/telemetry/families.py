@@ -8,10 +8,10 @@ from enum import Enum, StrEnum
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, disable_created_metrics
 from prometheus_client.metrics import MetricWrapperBase
 
-from service.domain.task import Basis, Kind, State
-from service.domain.tenancy import Window
-from service.domain.webhook import DeliveryState
-from service.domain.windows import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
+from service.domain.ledger import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, policy_name
+from service.domain.tasks import Basis, Kind, State
+from service.domain.tenants import Window
+from service.domain.webhooks import DeliveryState
 
 # When a series began is in Prometheus already, and telling it makes every scrape half as large again.
 disable_created_metrics()  # type: ignore[no-untyped-call] # the library's own

@@ -19,11 +19,10 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from service import __version__
-from service.domain.registry import Registry
-from service.domain.task import Kind, Task
-from service.domain.tenancy import Tenant
-from service.domain.webhook import DeliveryState
-from service.domain.windows import policy_names
+from service.domain.ledger import policy_names
+from service.domain.tasks import Kind, Task
+from service.domain.tenants import Registry, Tenant
+from service.domain.webhooks import DeliveryState
 from service.telemetry import exposition
 from service.telemetry.families import BALANCE, ENDS, Families, LedgerOutcome, Port, Source, StoreError
 from service.telemetry.levels import Level, Levels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from service.domain.taskid import Sealer
+from service.domain.tasks import Sealer
 
 Learn = Callable[[str], None]
 """Has the log leave a secret out from now on."""

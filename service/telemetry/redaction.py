@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from service.domain.tenancy import TOKEN_PREFIX
-from service.domain.webhook import SECRET_PREFIX
+from service.domain.tenants import TOKEN_PREFIX
+from service.domain.webhooks import SECRET_PREFIX
 from service.telemetry.spellings import KnownSecrets, in_base64, in_hex
 
 REDACTED = "[redacted]"

@@ -8,9 +8,9 @@ from msgspec import Struct
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from service.domain.account import AccountState, Status
-from service.domain.backlog import Backlog
-from service.domain.tenancy import AccountPolicy
+from service.domain.ledger import AccountState, Status
+from service.domain.tasks import Backlog
+from service.domain.tenants import AccountPolicy
 
 _FEN = 100
 

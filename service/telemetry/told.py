@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from service.domain.tenancy import AccountPolicy, TenantPolicy
+from service.domain.tenants import AccountPolicy, TenantPolicy
 
 _FEN = 100
 

@@ -8,11 +8,10 @@ from contextlib import suppress
 import msgspec
 import structlog
 
-from service.domain import webhook
-from service.domain.errors import Conflict, LedgerUnavailable, Outdated
-from service.domain.faults import dotted
-from service.domain.registry import Registry
-from service.domain.taskid import Sealer
+from service.domain import tenants
+from service.domain.errors import Conflict, LedgerUnavailable, Outdated, dotted
+from service.domain.tasks import Sealer
+from service.domain.tenants import Registry
 from service.telemetry import told
 from service.usecases.change import Change
 from service.usecases.planning import Plan, Planner, Wanted
@@ -116,7 +115,7 @@ class Apply:
             about = msgspec.to_builtins(tenant)
             del about["id"], about["name"]
             about["policy"] = told.tenant_policy(tenant.policy)
-            url = tenant.webhook.url and webhook.without_query(tenant.webhook.url)
+            url = tenant.webhook.url and tenants.without_query(tenant.webhook.url)
             given = tenant.name in plan.resigned
             about["webhook"] = {"url": url, "allow": tenant.webhook.allow, "key_given": given}
             _log.info("tenant.put", tenant=tenant.name, **about)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from msgspec import Struct
 
 from service.domain.errors import Overloaded
-from service.domain.task import Task
+from service.domain.tasks import Task
 from service.usecases.pace import Pace
 
 REMEMBERED = 10_000

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from service.domain import tenancy
-from service.domain.tenancy import AccountPolicy, Tenant
+from service.domain import tenants
+from service.domain.tenants import AccountPolicy, Tenant
 from service.usecases.ports import RegistryView
 from service.usecases.registry import Operators
 
@@ -20,6 +20,6 @@ async def demo_token(operators: Operators, registry: RegistryView, user_key: str
         await operators.put_account(NAME, user_key, None, AccountPolicy())
     if NAME not in registry.current.tenants:
         await operators.put_tenant(Tenant(id=0, name=NAME, accounts=(NAME,)))
-    if known and registry.current.tenant_by_token(tenancy.digest(known)):
+    if known and registry.current.tenant_by_token(tenants.digest(known)):
         return known
     return (await operators.create_token(NAME, "made at the first start", None)).text

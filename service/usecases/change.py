@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import structlog
 
 from service.domain.errors import LedgerUnavailable, Overloaded
-from service.domain.registry import Registry
+from service.domain.tenants import Registry
 from service.usecases.ports import RegistryChange, RegistryStore, RegistryView
 
 _log = structlog.get_logger(__name__)

@@ -13,12 +13,11 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from service.domain import webhook
+from service.domain import tenants, webhooks
 from service.domain.errors import GatewayError
-from service.domain.task import Task
-from service.domain.taskid import Sealer
-from service.domain.tenancy import Tenant
-from service.domain.webhook import DeliveryState
+from service.domain.tasks import Sealer, Task
+from service.domain.tenants import Tenant
+from service.domain.webhooks import DeliveryState
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.background import ended
@@ -115,7 +114,7 @@ class Deliver:
             "delivery.attempted",
             delivery=_id(delivery),
             tenant=self._registry.current.tenant_name(delivery.tenant),
-            address=webhook.without_query(delivery.url),
+            address=tenants.without_query(delivery.url),
             state=outcome.state,
             status=outcome.status,
             error=outcome.error,
@@ -144,9 +143,9 @@ class Deliver:
         keys = [key for key in map(self._secrets.open, sealed) if key is not None]
         if not keys:  # what sealed them was taken away, and may come back
             return self._again(delivery, error="The secret can't be opened by any of the gateway's keys.")
-        headers = webhook.headers(_id(delivery), now, body, keys)
+        headers = webhooks.headers(_id(delivery), now, body, keys)
         reply = await self._callbacks.post(delivery.url, headers, body, tenant.webhook)
-        state = webhook.judge(reply.status)
+        state = webhooks.judge(reply.status)
         if state is DeliveryState.DELIVERED:
             return Outcome(state=state, status=reply.status)
         error = reply.error or f"It answered {reply.status}."
@@ -164,7 +163,7 @@ class Deliver:
         answer: str | None = None,
     ) -> Outcome:
         """A failure, after which it is tried again as long as that may help."""
-        wait = webhook.wait_after(delivery.attempts + 1, self._chance(), status, retry_after)
+        wait = webhooks.wait_after(delivery.attempts + 1, self._chance(), status, retry_after)
         if wait is None:
             return Outcome(state=DeliveryState.FAILED, status=status, error=error, answer=answer)
         wait_ms = int(wait * 1000)
@@ -180,7 +179,7 @@ class Deliver:
 
 
 def _id(delivery: Delivery) -> str:
-    return webhook.event_id(delivery.reservation)
+    return webhooks.event_id(delivery.reservation)
 
 
 def _given_up(error: str) -> Outcome:

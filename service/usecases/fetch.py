@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from service.domain.errors import NotFound
-from service.domain.task import Artifact, State, Task
-from service.domain.tenancy import Tenant
+from service.domain.tasks import Artifact, State, Task
+from service.domain.tenants import Tenant
 from service.usecases.board import Seen
 from service.usecases.follow import Follow
 from service.usecases.ports import Artifacts, Asked, Fetched, RegistryView

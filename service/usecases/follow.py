@@ -18,10 +18,9 @@ import structlog
 from msgspec import Struct
 
 from service.domain.errors import GatewayError, LedgerUnavailable, NotFound, UpstreamUnavailable
-from service.domain.reservation import ReservationState
-from service.domain.task import Basis, Cost, Kind, State, Task
-from service.domain.taskid import Reference, TaskIds
-from service.domain.tenancy import Tenant
+from service.domain.ledger import ReservationState
+from service.domain.tasks import Basis, Cost, Kind, Reference, State, Task, TaskIds
+from service.domain.tenants import Tenant
 from service.telemetry.families import Source
 from service.telemetry.metrics import Metrics
 from service.telemetry.spent import waiting

@@ -10,10 +10,10 @@ import asyncio
 
 import structlog
 
-from service.domain.account import Figures
 from service.domain.errors import LedgerUnavailable
-from service.domain.taskid import TaskIds
-from service.domain.tenancy import Account, Purse
+from service.domain.ledger import Figures
+from service.domain.tasks import TaskIds
+from service.domain.tenants import Account, Purse
 from service.usecases.ports import Answered, Ledger, Look, RegistryView, Tasks, Upstream
 from service.usecases.watch import ask
 

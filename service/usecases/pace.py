@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from service.domain.task import Kind, State, Task
+from service.domain.tasks import Kind, State, Task
 
 _WEIGHT = 0.2
 """How much the newest end counts against all before it."""

@@ -13,13 +13,10 @@ from collections.abc import Mapping
 from msgspec import Struct
 from msgspec.structs import replace
 
-from service.domain import webhook
-from service.domain.faults import Faults, dotted, meant
-from service.domain.origin import Origin
-from service.domain.registry import Registry
-from service.domain.taskid import Sealer
-from service.domain.tenancy import Account, Tenant, Token
-from service.domain.webhook import Signing
+from service.domain import webhooks
+from service.domain.errors import Faults, dotted, meant
+from service.domain.tasks import Sealer
+from service.domain.tenants import Account, Origin, Registry, Signing, Tenant, Token, Webhook
 from service.usecases.ports import RegistryChange
 
 _DAY_MS = 86_400_000
@@ -142,7 +139,7 @@ class Planner:
     def _tenant(self, wanted: WantedTenant) -> Tenant:
         tenant, path = wanted.tenant, dotted("tenants", wanted.tenant.name)
         known = self._now.tenants.get(tenant.name)
-        before = known.webhook if known else webhook.Webhook()
+        before = known.webhook if known else Webhook()
         signed = replace(tenant.webhook, signing=self._signing(path, wanted, before.signing))
         if signed == replace(before, off=()):
             # What has said that it is gone stays switched off, until its tenant's webhook is another one.
@@ -162,8 +159,8 @@ class Planner:
             return replace(before, origin=wanted.origin)
         if wanted.origin:
             self._faults.add(f"{path}.webhook.secret", "is required for a new webhook, which has none to keep")
-        self._made[name] = webhook.new_secret()
-        return Signing(self._webhook_secrets.seal(webhook.parse_secret(self._made[name])))
+        self._made[name] = webhooks.new_secret()
+        return Signing(self._webhook_secrets.seal(webhooks.parse_secret(self._made[name])))
 
     def _tokens(self, wanted: Wanted, tenants: Mapping[str, Tenant]) -> dict[str, Token]:
         """The tokens that are wanted, by id, without those that have ended and are not there."""

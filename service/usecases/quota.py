@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from service.domain import quota, windows
-from service.domain.account import AccountState
-from service.domain.reservation import Candidate
-from service.domain.task import Kind
-from service.domain.tenancy import Tenant, Window
-from service.domain.windows import TenantState
+from service.domain import availability
+from service.domain.ledger import (
+    COUNTED_MONEY,
+    COUNTED_TASKS,
+    MAX_ACTIVE,
+    AccountState,
+    Candidate,
+    TenantState,
+    compute_remaining,
+    current_counter,
+    period_of,
+    policy_name,
+)
+from service.domain.tasks import Kind
+from service.domain.tenants import Tenant, Window
 from service.usecases.ports import Ledger, RegistryView
 
 ACTIVE = "active"
@@ -59,7 +68,7 @@ class Quota:
         snapshot = await self._ledger.counters(tenant.id)
         candidates = await self._candidates(tenant)
         kinds = [kind for kind in Kind if tenant.may_submit(kind)]
-        outlooks = [quota.choose(candidates, tenant.policy.purse, kind, snapshot.now) for kind in kinds]
+        outlooks = [availability.choose(candidates, tenant.policy.purse, kind, snapshot.now) for kind in kinds]
         waits = [at for chosen, at in outlooks if chosen is None and at is not None]
         can_pay = any(chosen for chosen, _ in outlooks)
         return QuotaReport(
@@ -77,8 +86,8 @@ class Quota:
         reports = policies(tenant, snapshot.state, snapshot.now)
         states = [candidate.state for candidate in await self._candidates(tenant)]
         return Left(
-            count=_least(reports, windows.COUNTED_TASKS, _sum(states, "count")),
-            money=_least(reports, windows.COUNTED_MONEY, _sum(states, "money")),
+            count=_least(reports, COUNTED_TASKS, _sum(states, "count")),
+            money=_least(reports, COUNTED_MONEY, _sum(states, "money")),
         )
 
     async def _candidates(self, tenant: Tenant) -> list[Candidate]:
@@ -91,19 +100,19 @@ def policies(tenant: Tenant, state: TenantState, now: int) -> tuple[PolicyReport
     """How each policy of a tenant stands at `now`."""
     reports = []
     for limit in tenant.policy.limits:
-        counter = windows.current_counter(state, limit.window, now)
-        resets_at = windows.period_of(limit.window, now)[1]
+        counter = current_counter(state, limit.window, now)
+        resets_at = period_of(limit.window, now)[1]
         for unit, most, used, reserved, overrun in (
-            (windows.COUNTED_TASKS, limit.tasks, counter.tasks, counter.tasks_reserved, None),
-            (windows.COUNTED_MONEY, limit.money, counter.money, counter.money_reserved, counter.overrun),
+            (COUNTED_TASKS, limit.tasks, counter.tasks, counter.tasks_reserved, None),
+            (COUNTED_MONEY, limit.money, counter.money, counter.money_reserved, counter.overrun),
         ):
             if most is not None:
-                name, left = windows.policy_name(limit.window, unit), windows.compute_remaining(most, used, reserved)
+                name, left = policy_name(limit.window, unit), compute_remaining(most, used, reserved)
                 reports.append(PolicyReport(name, unit, limit.window, most, used, reserved, left, overrun, resets_at))
     most = tenant.policy.max_active
     if most is not None:
-        left = windows.compute_remaining(most, state.active, 0)
-        reports.append(PolicyReport(windows.MAX_ACTIVE, ACTIVE, None, most, state.active, 0, left, None, None))
+        left = compute_remaining(most, state.active, 0)
+        reports.append(PolicyReport(MAX_ACTIVE, ACTIVE, None, most, state.active, 0, left, None, None))
     return tuple(reports)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.domain.balance import PROBE_INTERVAL
+from service.domain.availability import PROBE_INTERVAL
 from service.domain.errors import (
     AccountMisconfigured,
     BalanceExhausted,
@@ -14,9 +14,8 @@ from service.domain.errors import (
     UpstreamRejected,
     UpstreamUnavailable,
 )
+from service.domain.ledger import NoAccount, PolicyDenied, RateLimit
 from service.domain.reasons import in_english
-from service.domain.reservation import NoAccount, PolicyDenied
-from service.domain.windows import RateLimit
 from service.usecases.ports import SubmitOutcome, Submitted
 
 CONNECT_AGAIN_AFTER = 5.0

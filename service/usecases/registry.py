@@ -14,12 +14,11 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from service.domain import tenancy, webhook
-from service.domain.account import AccountState, Status
+from service.domain import webhooks
 from service.domain.errors import Conflict, FieldError, InvalidOptions, NotFound
-from service.domain.registry import Registry
-from service.domain.taskid import Sealer
-from service.domain.tenancy import Account, AccountPolicy, Tenant, Token
+from service.domain.ledger import AccountState, Status
+from service.domain.tasks import Sealer
+from service.domain.tenants import Account, AccountPolicy, Registry, Tenant, Token, digest, new_token, without_query
 from service.telemetry import told
 from service.usecases.change import Change
 from service.usecases.ports import Clock, Ledger, RegistryChange, RegistryView
@@ -105,9 +104,9 @@ class Operators:
         Its webhooks are signed with `secret`; without one, as they were, or with one that is made. Those that were
         switched off are sent again.
         """
-        given = None if secret is None else self._webhook_secrets.seal(webhook.parse_secret(secret))
-        made = webhook.new_secret()
-        fresh = self._webhook_secrets.seal(webhook.parse_secret(made))
+        given = None if secret is None else self._webhook_secrets.seal(webhooks.parse_secret(secret))
+        made = webhooks.new_secret()
+        fresh = self._webhook_secrets.seal(webhooks.parse_secret(made))
 
         def change(now: Registry) -> tuple[RegistryChange, PutTenant]:
             missing = [each for each in tenant.accounts if each not in now.accounts]
@@ -123,7 +122,7 @@ class Operators:
         about = msgspec.to_builtins(tenant)
         del about["id"], about["name"]
         about["policy"] = told.tenant_policy(tenant.policy)
-        url = tenant.webhook.url and webhook.without_query(tenant.webhook.url)
+        url = tenant.webhook.url and without_query(tenant.webhook.url)
         about["webhook"] = {"url": url, "allow": tenant.webhook.allow, "key_given": given is not None}
         return await self._change("tenant.put", change, tenant=tenant.name, **about)
 
@@ -173,12 +172,12 @@ class Operators:
 
         Raises NotFound.
         """
-        text, token_id, created = tenancy.new_token(), secrets.token_hex(_TOKEN_ID_BYTES), self._clock.now()
+        text, token_id, created = new_token(), secrets.token_hex(_TOKEN_ID_BYTES), self._clock.now()
 
         def change(now: Registry) -> tuple[RegistryChange, Token]:
             tenant = _found(now.tenants, tenant_name, "tenant")
             expired = tuple(each for each in now.tokens_of(tenant) if not each.valid_at(created))
-            token = Token(token_id, tenant.id, tenancy.digest(text), label, created, expires)
+            token = Token(token_id, tenant.id, digest(text), label, created, expires)
             made = RegistryChange(version=now.version, next_id=now.next_id, tokens=(token,), drop_tokens=expired)
             return made, token
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from msgspec import Struct
 from msgspec.structs import replace
 
-from service.domain.faults import dotted
-from service.domain.registry import Registry
-from service.domain.taskid import Sealer
-from service.domain.tenancy import Account, Tenant
-from service.domain.webhook import Signing
+from service.domain.errors import dotted
+from service.domain.tasks import Sealer
+from service.domain.tenants import Account, Registry, Signing, Tenant
 from service.usecases.change import Change
 from service.usecases.ports import Clock, RegistryChange, RegistryView
 

@@ -10,8 +10,8 @@ from itertools import chain, repeat
 import structlog
 
 from service.domain.errors import LedgerUnavailable
-from service.domain.registry import Registry
-from service.domain.reservation import ReservationState
+from service.domain.ledger import ReservationState
+from service.domain.tenants import Registry
 from service.telemetry.told import yuan
 from service.usecases.background import Background
 from service.usecases.ports import Ask, Ledger, RegistryView, Settlement

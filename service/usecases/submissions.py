@@ -10,10 +10,9 @@ import structlog
 from msgspec import Struct
 
 from service.domain.errors import Conflict, NotFound
-from service.domain.reservation import Refund, Refunding, Reservation, ReservationState
-from service.domain.task import Basis, Cost, Task
-from service.domain.taskid import TaskIds
-from service.domain.tenancy import Tenant, Window
+from service.domain.ledger import Refund, Refunding, Reservation, ReservationState
+from service.domain.tasks import Basis, Cost, Task, TaskIds
+from service.domain.tenants import Tenant, Window
 from service.telemetry.told import yuan
 from service.usecases.ports import Books, RegistryView, Tasks
 

@@ -17,7 +17,6 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from service.domain.account import Figures, Status
 from service.domain.errors import (
     BalanceExhausted,
     GatewayError,
@@ -25,12 +24,22 @@ from service.domain.errors import (
     LedgerUnavailable,
     TenantDisabled,
 )
-from service.domain.idempotency import identify
-from service.domain.reservation import Granted, InFlight, NoAccount, PolicyDenied, Replayed, ReservationState, Verdict
-from service.domain.task import Basis, Cost, Kind, Options, State, Task
-from service.domain.taskid import Reference, TaskIds
-from service.domain.tenancy import Account, Tenant, TenantPolicy
-from service.domain.windows import RateLimit, rate_limits
+from service.domain.ledger import (
+    Figures,
+    Granted,
+    InFlight,
+    NoAccount,
+    PolicyDenied,
+    RateLimit,
+    Replayed,
+    ReservationState,
+    Status,
+    Verdict,
+    identify,
+    rate_limits,
+)
+from service.domain.tasks import Basis, Cost, Kind, Options, Reference, State, Task, TaskIds
+from service.domain.tenants import Account, Tenant, TenantPolicy
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.background import Background

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 
 import structlog
 
-from service.domain.account import AccountState
 from service.domain.errors import LedgerUnavailable
-from service.domain.registry import Registry
-from service.domain.task import Kind
-from service.domain.tenancy import Tenant, Window
-from service.domain.windows import COUNTED_MONEY, TenantState, current_counter
+from service.domain.ledger import COUNTED_MONEY, AccountState, TenantState, current_counter
+from service.domain.tasks import Kind
+from service.domain.tenants import Registry, Tenant, Window
 from service.telemetry.metrics import Metrics
 from service.telemetry.standing import AccountStanding, QuotaStanding, Seen
 from service.usecases.ports import Agenda, Ledger, RegistryView, Tasks

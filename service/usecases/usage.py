@@ -12,10 +12,9 @@ from enum import StrEnum
 from msgspec import Struct, field
 
 from service.domain.errors import FieldError, InvalidOptions
-from service.domain.reservation import Refund
-from service.domain.task import Kind
-from service.domain.tenancy import Tenant
-from service.domain.usage import DayUsage, Tally
+from service.domain.ledger import DayUsage, Refund, Tally
+from service.domain.tasks import Kind
+from service.domain.tenants import Tenant
 from service.usecases.ports import Books, RegistryView
 
 MOST_DAYS = 400

@@ -7,9 +7,8 @@ import asyncio
 import structlog
 
 from service.domain.errors import LedgerUnavailable, NotFound
-from service.domain.registry import Registry
-from service.domain.task import Task
-from service.domain.taskid import TaskIds
+from service.domain.tasks import Task, TaskIds
+from service.domain.tenants import Registry
 from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
 from service.telemetry.told import yuan

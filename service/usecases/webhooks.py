@@ -8,12 +8,10 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from service.domain import webhook
+from service.domain import tenants, webhooks
 from service.domain.errors import Conflict, NotFound
-from service.domain.registry import Registry
-from service.domain.taskid import Sealer
-from service.domain.tenancy import Tenant
-from service.domain.webhook import Signing
+from service.domain.tasks import Sealer
+from service.domain.tenants import Registry, Signing, Tenant
 from service.usecases.change import Change
 from service.usecases.ports import Agenda, Clock, Delivery, RegistryChange, RegistryView
 
@@ -51,8 +49,8 @@ class Webhooks:
 
         Raises NotFound, or Conflict if it has none.
         """
-        text, until = webhook.new_secret(), self._clock.now() + grace
-        sealed = self._secrets.seal(webhook.parse_secret(text))
+        text, until = webhooks.new_secret(), self._clock.now() + grace
+        sealed = self._secrets.seal(webhooks.parse_secret(text))
 
         def change(now: Registry) -> tuple[RegistryChange, None]:
             tenant = now.tenants.get(name)
@@ -79,7 +77,7 @@ class Webhooks:
             "webhook.switched-off",
             change,
             tenant=self._registry.current.tenant_name(tenant_id),
-            address=webhook.without_query(url),
+            address=tenants.without_query(url),
         )
 
     async def failed(self, most: int) -> Sequence[Owned]:
@@ -88,7 +86,7 @@ class Webhooks:
 
     async def redeliver(self, event: str) -> Owned:
         """Send an event again from the start, now. Raises NotFound if it is not known (any more)."""
-        reservation = webhook.reservation_of(event)
+        reservation = webhooks.reservation_of(event)
         delivery = await self._agenda.redeliver(reservation) if reservation else None
         if delivery is None:
             raise NotFound(f"There is no delivery {event}, or it was forgotten since.")

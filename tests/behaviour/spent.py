@@ -10,8 +10,7 @@ from typing import Any
 
 from httpx2 import Response
 
-from service.domain.task import Kind
-from service.domain.taskid import Reference, TaskIds
+from service.domain.tasks import Kind, Reference, TaskIds
 from service.keyring import Keyring
 from service.wiring import TASK_IDS
 from tests.behaviour.aftermath import EVERY_POLICY, problem

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from service.api import artifacts
 from service.clients.artifacts import ArtifactClient, Outcome, Patience
-from service.domain.task import Artifact, ArtifactName
+from service.domain.tasks import Artifact, ArtifactName
 from service.usecases.ports import Answered, Check
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import House, house_of_fakes

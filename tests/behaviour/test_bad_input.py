@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from service.domain import tenancy
-from service.domain.task import MAX_METADATA_BYTES
+from service.domain import tenants
+from service.domain.tasks import MAX_METADATA_BYTES
 from tests.behaviour.aftermath import EVERY_POLICY, nothing_happened, problem
 from tests.behaviour.house import ADMIN_TOKEN, House
 from tests.support.images import png
@@ -72,9 +72,9 @@ async def test_no_good_token(house: House) -> None:
     """Without a token that is good now, every call is 401 with a challenge, even if more is wrong with it."""
     good = house.token
     swapped = good[:-1] + ("A" if good[-1] != "A" else "B")
-    expired = tenancy.new_token()
+    expired = tenants.new_token()
     registry = (await house.admin("GET", "/registry")).json()
-    token = {"sha256": tenancy.digest(expired).hex(), "expires_at": "2020-02-02T20:20:20Z"}
+    token = {"sha256": tenants.digest(expired).hex(), "expires_at": "2020-02-02T20:20:20Z"}
     registry["tenants"]["shop"]["tokens"]["0123456789ab"] = token
     assert (await house.admin("PUT", "/registry", json=registry)).status_code == 200
     headers = {
@@ -82,7 +82,7 @@ async def test_no_good_token(house: House) -> None:
         "no token": "Bearer",
         "the bare token": good,
         "not ours": "Bearer x",
-        "another gateway's": f"Bearer {tenancy.new_token()}",
+        "another gateway's": f"Bearer {tenants.new_token()}",
         "mistyped": f"Bearer {swapped}",
         "cut off": f"Bearer {good[:-1]}",
         "too long": f"Bearer {good}0",

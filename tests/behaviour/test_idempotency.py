@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from service.domain.task import Kind
-from service.domain.taskid import Reference, TaskIds
+from service.domain.tasks import Kind, Reference, TaskIds
 from service.keyring import Keyring
 from service.storage.keys import Keys
 from service.usecases.ports import SubmitOutcome, Submitted

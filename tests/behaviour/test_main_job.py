@@ -9,7 +9,7 @@ import pytest
 
 from service.api import legacy, tasks
 from service.api.forms import MultipartForm
-from service.domain.task import Kind
+from service.domain.tasks import Kind
 from service.usecases.board import Board
 from service.usecases.follow import Follow
 from service.usecases.quota import Quota

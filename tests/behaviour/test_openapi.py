@@ -10,7 +10,7 @@ import pytest
 from service.api.document import document as written
 from service.api.problems import PROBLEMS
 from service.app import operators_app, tenants_app
-from service.domain.task import OPTIONS, Kind
+from service.domain.tasks import OPTIONS, Kind
 from tests.behaviour.house import House, house_of_fakes
 from tests.behaviour.openapi_reader import fits, nodes, operations, resolved, webhooks
 from tests.support.images import png

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.domain.tenancy import NAME_MUST
+from service.domain.tenants import NAME_MUST
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import House
 

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from service.domain.errors import NotFound
-from service.domain.tenancy import Tenant
+from service.domain.tenants import Tenant
 from service.settings import Settings
 from service.usecases.ports import RegistryChange
 from service.usecases.registry import Operators

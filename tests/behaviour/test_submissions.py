@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import structlog
 
-from service.domain.reservation import ReservationState
-from service.domain.task import Kind
+from service.domain.ledger import ReservationState
+from service.domain.tasks import Kind
 from service.usecases.ports import Settlement, SubmitOutcome
 from tests.behaviour.aftermath import problem
 from tests.behaviour.books import opened_books

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from service.app import create_app
-from service.domain.task import Kind
+from service.domain.tasks import Kind
 from service.settings import Settings
 from service.storage.connect import connect
 from service.storage.keys import Keys

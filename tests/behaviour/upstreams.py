@@ -7,8 +7,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from service.domain.account import Figures
-from service.domain.task import TaskError
+from service.domain.ledger import Figures
+from service.domain.tasks import TaskError
 from service.sandbox.accounts import Balance
 from service.sandbox.control import Control
 from service.sandbox.dials import Dials, Fault

@@ -14,7 +14,7 @@ from typing import Any
 
 from httpx2 import AsyncClient
 
-from service.domain.task import Task
+from service.domain.tasks import Task
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.storage.ledger import Spans

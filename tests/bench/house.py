@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 import msgspec
 from redis.asyncio import Redis
 
-from service.domain.account import Figures
-from service.domain.reservation import Granted, ReservationState
-from service.domain.task import Artifact, ArtifactName, Kind, UpscaleOptions
-from service.domain.taskid import Reference, TaskIds
-from service.domain.tenancy import Account, AccountPolicy, Limit, Tenant, TenantPolicy, Window
+from service.domain.ledger import Figures, Granted, ReservationState
+from service.domain.tasks import Artifact, ArtifactName, Kind, Reference, TaskIds, UpscaleOptions
+from service.domain.tenants import Account, AccountPolicy, Limit, Tenant, TenantPolicy, Window
 from service.keyring import KEY_BYTES, Keyring
 from service.storage.connect import connect
 from service.storage.keys import Keys

@@ -13,9 +13,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from service.api.edge import Edge
-from service.domain.registry import Registry
-from service.domain.task import Kind
-from service.domain.tenancy import Tenant
+from service.domain.tasks import Kind
+from service.domain.tenants import Registry, Tenant
 from service.telemetry.families import Port, Source
 from service.telemetry.logs import configure
 from service.telemetry.metrics import Metrics

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import quantiles
 from urllib.parse import urlsplit
 
-from service.domain.task import Task
+from service.domain.tasks import Task
 from service.usecases.ports import Answered, Check, Due
 from tests.bench.figures import Figure
 from tests.bench.gateway import Bench, bench

@@ -18,7 +18,7 @@ from typing import Any
 import httpx2
 from redis import Redis
 
-from service.domain.windows import TenantState, roll
+from service.domain.ledger import TenantState
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.storage.ledger import RedisLedger, Spans
@@ -26,6 +26,7 @@ from service.storage.registry import RedisRegistry
 from service.storage.scripts import Scripts
 from service.usecases.ports import Snapshot
 from tests.chaos.rush import rush
+from tests.model.ledger_model import roll
 from tests.process.gateway import SECONDS, Gateway, started, until
 from tests.process.sandbox import ADMIN_TOKEN, Sandbox, advance, sandbox
 from tests.support.images import png

@@ -15,8 +15,8 @@ import httpx2
 import pytest
 from redis import Redis
 
-from service.domain.tenancy import Window
-from service.domain.windows import TenantState
+from service.domain.ledger import TenantState
+from service.domain.tenants import Window
 from tests.behaviour.house import House, real_house
 from tests.behaviour.keyed import KEY, PLENTY, keyed, lost, made, photo, refused, replayed
 from tests.chaos.fleet import Fleet, Shop, fleet

@@ -8,7 +8,7 @@ from functools import partial
 import httpx2
 import pytest
 
-from service.domain.tenancy import Window
+from service.domain.tenants import Window
 from tests.chaos.fleet import DAY, Fleet, fleet
 from tests.process.gateway import until
 

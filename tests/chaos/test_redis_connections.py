@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import uvloop
 from structlog.testing import capture_logs
 
-from service.domain.tenancy import Window
+from service.domain.tenants import Window
 from tests.behaviour.house import House, real_house
 from tests.chaos.test_store_away import counters, until
 from tests.chaos.test_store_killed import answers, restarted

@@ -11,9 +11,8 @@ from httpx2 import Response
 from redis import Redis
 
 from service import wiring
-from service.domain.reservation import Reservation, ReservationState
-from service.domain.tenancy import Window
-from service.domain.windows import TenantState
+from service.domain.ledger import Reservation, ReservationState, TenantState
+from service.domain.tenants import Window
 from tests.behaviour.house import House, real_house
 from tests.behaviour.upstreams import SandboxControl
 from tests.support.valkey import Valkey, running

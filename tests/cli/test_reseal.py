@@ -9,7 +9,7 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
-from service.domain.webhook import Signing
+from service.domain.tenants import Signing
 from service.keyring import Keyring
 from service.usecases.ports import RegistryChange
 from service.wiring import USER_KEYS, WEBHOOK_SECRETS

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from service.clients.upstream import UpstreamClient
-from service.domain.task import DEFAULT_CATALOGUE, FaceEnhanceOptions, Options
-from service.domain.tenancy import Account
+from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions, Options
+from service.domain.tenants import Account
 from service.keyring import Keyring
 from service.usecases.ports import Check, Image, Submitted
 

@@ -14,8 +14,8 @@ import httpx2
 
 from service.clients.addresses import Resolver, resolve
 from service.clients.artifacts import ArtifactClient, Patience
-from service.domain.task import Artifact, ArtifactName
-from service.domain.tenancy import Account
+from service.domain.tasks import Artifact, ArtifactName
+from service.domain.tenants import Account
 from service.usecases.ports import Asked, Fetched
 from tests.contract.client import ACCOUNT, SEALER
 from tests.contract.peer import Connection, Serve

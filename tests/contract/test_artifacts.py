@@ -10,10 +10,9 @@ from PIL import Image
 
 from service.clients import artifacts
 from service.clients.artifacts import Outcome
-from service.domain.artifact import SVG
 from service.domain.errors import Overloaded, RangeNotSatisfiable, UpstreamInvalidResponse, UpstreamUnavailable
-from service.domain.image import JPEG, PNG, WEBP
-from service.domain.task import ArtifactName
+from service.domain.media import JPEG, PNG, SVG, WEBP
+from service.domain.tasks import ArtifactName
 from service.usecases.ports import Asked, Portion
 from tests.contract import origin
 from tests.contract.origin import MOST, PICTURE, chunked, fetcher, file, giving, giving_and_waiting, giving_part, head

@@ -14,7 +14,7 @@ from service.clients import artifacts
 from service.clients.addresses import Address, Resolver, UnknownHost
 from service.clients.artifacts import MOST_REDIRECTS, Outcome
 from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
-from service.domain.tenancy import Account
+from service.domain.tenants import Account
 from service.usecases.ports import Asked
 from tests.contract.client import USER_KEY
 from tests.contract.origin import PICTURE, asked, fetcher, file, giving

@@ -14,7 +14,7 @@ from service.clients import callbacks
 from service.clients.addresses import Address, UnknownHost
 from service.clients.callbacks import MOST_READ, CallbackClient
 from service.domain.errors import Overloaded
-from service.domain.webhook import Webhook
+from service.domain.tenants import Webhook
 from service.usecases.ports import Reply
 from tests.contract.peer import Connection, Peer, Serve, answering, http, serving
 from tests.support.descriptors import no_descriptors

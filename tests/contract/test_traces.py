@@ -13,8 +13,8 @@ from service.clients.artifacts import ArtifactClient
 from service.clients.callbacks import CallbackClient
 from service.clients.upstream import UpstreamClient
 from service.domain.errors import GatewayError, LedgerUnavailable
-from service.domain.task import DEFAULT_CATALOGUE, Artifact, ArtifactName, FaceEnhanceOptions
-from service.domain.webhook import Webhook
+from service.domain.tasks import DEFAULT_CATALOGUE, Artifact, ArtifactName, FaceEnhanceOptions
+from service.domain.tenants import Webhook
 from service.storage.scripts import Scripts
 from service.telemetry.tracing import Tracer
 from service.usecases.ports import Asked, Reply

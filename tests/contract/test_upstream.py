@@ -11,8 +11,8 @@ from structlog.testing import capture_logs
 
 from service.clients import upstream
 from service.clients.upstream import Operation, UpstreamClient
-from service.domain.task import DEFAULT_CATALOGUE
-from service.domain.tenancy import Account
+from service.domain.tasks import DEFAULT_CATALOGUE
+from service.domain.tenants import Account
 from service.usecases.ports import Answered
 from tests.contract.client import ACCOUNT, SEALER, USER_KEY, calling
 from tests.contract.peer import (

@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 from service.clients import breaker, exchange
 from service.clients.breaker import THRESHOLD
 from service.clients.upstream import Operation
-from service.domain.tenancy import Account
+from service.domain.tenants import Account
 from service.usecases.ports import Answered, SubmitOutcome
 from tests.contract.client import ACCOUNT, calling
 from tests.contract.peer import (

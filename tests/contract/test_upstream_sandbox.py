@@ -8,8 +8,8 @@ import httpx2
 import msgspec
 import pytest
 
-from service.domain.account import Figures
-from service.domain.task import (
+from service.domain.ledger import Figures
+from service.domain.tasks import (
     ArtifactName,
     FaceEnhanceOptions,
     Kind,
@@ -18,7 +18,7 @@ from service.domain.task import (
     UpscaleOptions,
     VectorizeOptions,
 )
-from service.domain.tenancy import Account
+from service.domain.tenants import Account
 from service.sandbox.app import Balance, SandboxConfig
 from service.sandbox.dials import Dials, Fault
 from service.sandbox.server import RunningSandbox, running

@@ -15,8 +15,8 @@ from structlog.testing import capture_logs
 
 from service.clients import exchange
 from service.clients.upstream import Operation, UpstreamClient
-from service.domain.account import Figures
-from service.domain.task import (
+from service.domain.ledger import Figures
+from service.domain.tasks import (
     DEFAULT_CATALOGUE,
     FaceEnhanceOptions,
     Options,
@@ -24,7 +24,7 @@ from service.domain.task import (
     UpscaleOptions,
     VectorizeOptions,
 )
-from service.domain.tenancy import Account
+from service.domain.tenants import Account
 from service.telemetry.tracing import Untraced
 from service.usecases.ports import SubmitOutcome, Submitted
 from tests.contract.client import ACCOUNT, IMAGE, LARGE, SEALER, USER_KEY, calling

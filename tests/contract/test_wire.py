@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from service.clients.wire import read_check, read_submit, to_fields
-from service.domain.account import Figures
+from service.domain.ledger import Figures
 from service.domain.reasons import in_english
-from service.domain.task import (
+from service.domain.tasks import (
     DEFAULT_CATALOGUE,
     Catalogue,
     FaceEnhanceOptions,

@@ -10,12 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.clients.wire import read_check, read_submit
-from service.domain.account import Figures
-from service.domain.task import (
-    Artifact,
-    ArtifactName,
-    TaskError,
-)
+from service.domain.ledger import Figures
+from service.domain.tasks import Artifact, ArtifactName, TaskError
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
 
 texts = st.text(max_size=40)

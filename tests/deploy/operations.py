@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx2
 
-from service.domain.tenancy import new_token
+from service.domain.tenants import new_token
 from service.storage.embedded import server_binary
 from tests.process.sandbox import Sandbox
 from tests.support.images import png

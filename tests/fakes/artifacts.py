@@ -6,9 +6,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from service.domain.artifact import seen_type
-from service.domain.task import Artifact
-from service.domain.tenancy import Account
+from service.domain.media import seen_type
+from service.domain.tasks import Artifact
+from service.domain.tenants import Account
 from service.usecases.ports import Asked, Fetched, Portion
 from tests.support.images import png
 

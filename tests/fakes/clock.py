@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from service.domain.clock import LedgerClock, Moment
+from service.domain.ledger import LedgerClock, Moment
 
 START = 1_790_000_000_000
 """A moment to begin at, in milliseconds: 2026-09-21 14:13:20 UTC."""

@@ -6,27 +6,30 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from service.domain import balance, booking, quota, windows
-from service.domain.account import AccountState, Figures, Status
-from service.domain.clock import LedgerClock, shown
 from service.domain.errors import LedgerUnavailable
-from service.domain.reservation import (
+from service.domain.ledger import (
+    AccountState,
+    DayUsage,
+    Figures,
     Granted,
     Idempotency,
     InFlight,
     KeyReused,
+    LedgerClock,
     Refunding,
     Replayed,
     Reservation,
     ReservationState,
+    Status,
+    TenantState,
     Verdict,
 )
-from service.domain.task import Basis, Cost, State, Task
-from service.domain.usage import DayUsage
-from service.domain.windows import TenantState
+from service.domain.tasks import Basis, Cost, State, Task
 from service.storage.ledger import DAY, KEEP_KEY
 from service.usecases.ports import Ask, Look, Settlement, Snapshot
 from tests.fakes.tasks import FakeTasks
+from tests.model import ledger_model
+from tests.model.ledger_model import shown
 
 
 @dataclass
@@ -39,7 +42,7 @@ class FakeLedger(FakeTasks):
         now = at.wall
         if ask.tenant not in self.tenant_policies:
             raise LedgerUnavailable("gone", retry_after=2)
-        windows.roll(tenant, now)
+        ledger_model.roll(tenant, now)
         known = self.reservations.get(ask.reservation)
         if known:
             return self._again(known), Snapshot(copy.deepcopy(tenant), now)
@@ -49,7 +52,7 @@ class FakeLedger(FakeTasks):
         lease = at.now + self.spans.lease
         made = Reservation(ReservationState.RESERVED, ask.tenant, 0, ask.kind, created=now, sent=at.now, lease=lease)
         made.key = ask.idempotency.key if ask.idempotency else None
-        verdict = quota.reserve(tenant, self._limits(ask.tenant), self._candidates(ask.accounts), made, at)
+        verdict = ledger_model.reserve(tenant, self._limits(ask.tenant), self._candidates(ask.accounts), made, at)
         if isinstance(verdict, Granted):
             self.tenants[ask.tenant] = tenant
             self.reservations[ask.reservation] = made
@@ -81,7 +84,7 @@ class FakeLedger(FakeTasks):
         if known.account != left:
             return self._again(known)
         tenant = copy.deepcopy(self._tenant(ask.tenant))
-        verdict = quota.retarget(
+        verdict = ledger_model.retarget(
             tenant,
             self._limits(ask.tenant),
             self._candidate(left),
@@ -112,7 +115,7 @@ class FakeLedger(FakeTasks):
             if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
                 return True
             self._keep_key(settlement, known)
-            booking.adopt(tenant, self._account(settlement.account), name, known, self._day(known), at)
+            ledger_model.adopt(tenant, self._account(settlement.account), name, known, self._day(known), at)
             if settlement.outcome is ReservationState.UNKNOWN:
                 self.tenants[settlement.tenant] = tenant
                 return True
@@ -122,7 +125,7 @@ class FakeLedger(FakeTasks):
         figures, closes, day = settlement.figures, settlement.closes, self._day(known)
         if settlement.account != known.account:  # it was retargeted, and what is told is of the account it left
             figures, closes = Figures(), None
-        if not booking.settle(tenant, account, name, known, settlement.outcome, figures, closes, day, at):
+        if not ledger_model.settle(tenant, account, name, known, settlement.outcome, figures, closes, day, at):
             return False
         self.tenants[settlement.tenant] = tenant
         self._resolve(account)
@@ -239,16 +242,16 @@ class FakeLedger(FakeTasks):
         self._answer()
         candidate, now = self._candidate(account), self.clock.moment().now
         state, policy = candidate.state, candidate.policy
-        if account not in self.account_policies or not balance.look_due(state, policy, now, count_only=count_only):
+        if account not in self.account_policies or not ledger_model.look_due(state, policy, now, count_only=count_only):
             return None
-        balance.begin_look(state, now)
+        ledger_model.begin_look(state, now)
         return Look(account, state.newest.reservation, now) if state.newest else None
 
     async def looked(self, look: Look, figures: Figures) -> None:
         self._answer()
         candidate, now = self._candidate(look.account), self.clock.moment().now
         claimed = min(look.claimed, now)
-        balance.looked(candidate.state, candidate.policy, look.reservation, figures, claimed, now)
+        ledger_model.looked(candidate.state, candidate.policy, look.reservation, figures, claimed, now)
         self._resolve(candidate)
 
     async def submission(self, reservation: str) -> Reservation | None:
@@ -262,7 +265,7 @@ class FakeLedger(FakeTasks):
         if known is None or known.tenant != tenant:
             return None
         at, state = self.clock.moment(), copy.deepcopy(self._tenant(tenant))
-        did = booking.refund(state, reservation, known, reason, self._day(known), at)
+        did = ledger_model.refund(state, reservation, known, reason, self._day(known), at)
         if did is Refunding.REFUNDED:
             self.tenants[tenant] = state
         return did, copy.deepcopy(known).moved(at.offset)

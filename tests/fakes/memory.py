@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from service.domain import charges
-from service.domain.account import AccountState
 from service.domain.errors import LedgerUnavailable
-from service.domain.reservation import Candidate, Reservation
-from service.domain.task import Task
-from service.domain.tenancy import AccountPolicy, TenantPolicy
-from service.domain.usage import DayUsage
-from service.domain.windows import TenantState
+from service.domain.ledger import AccountState, Candidate, DayUsage, Reservation, TenantState
+from service.domain.tasks import Task
+from service.domain.tenants import AccountPolicy, TenantPolicy
 from service.storage.ledger import DAY, Spans
 from service.usecases.board import Board
 from service.usecases.pace import Pace
 from service.usecases.ports import Delivery
 from tests.fakes.clock import FakeClock, Stopwatch
+from tests.model import ledger_model
 
 
 @dataclass
@@ -75,5 +72,5 @@ class Memory:
         doubt = account.state.doubt
         if doubt and doubt.suggests:
             if doubt.reservation in self.reservations:
-                charges.tell(account.state, account.policy, self.reservations[doubt.reservation])
+                ledger_model.tell(account.state, account.policy, self.reservations[doubt.reservation])
             account.state.doubt = None

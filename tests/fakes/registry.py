@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from service.domain.errors import LedgerUnavailable
-from service.domain.registry import Registry
+from service.domain.tenants import Registry
 from service.usecases.ports import RegistryChange
 from tests.fakes.ledger import FakeLedger
 

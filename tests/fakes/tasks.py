@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 import msgspec
 
-from service.domain import booking
-from service.domain.backlog import Backlog
-from service.domain.checks import check_after
 from service.domain.errors import MalformedRequest
-from service.domain.task import Cost, Kind, State, Task, TaskError
-from service.domain.webhook import DeliveryState
+from service.domain.tasks import Backlog, Cost, Kind, State, Task, TaskError
+from service.domain.webhooks import DeliveryState
 from service.usecases.ports import Answered, Check, Delivery, Due, Page
 from tests.fakes.agenda import FakeAgenda
 from tests.fakes.clock import Stopwatch
 from tests.fakes.memory import Memory
+from tests.model import ledger_model
+from tests.model.ledger_model import check_after
 
 
 @dataclass
@@ -135,7 +134,7 @@ class FakeTasks(Memory):
     def _end(self, name: str, due: Due, check: Check, *, succeeded: bool) -> Cost:
         reservation = self.reservations[name]
         account = self._candidate(reservation.account)
-        cost = booking.end(
+        cost = ledger_model.end(
             self._tenant(reservation.tenant),
             self._limits(reservation.tenant),
             account,

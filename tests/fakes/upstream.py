@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from service.domain.account import Figures
-from service.domain.task import Artifact, ArtifactName, Options
-from service.domain.tenancy import Account
+from service.domain.ledger import Figures
+from service.domain.tasks import Artifact, ArtifactName, Options
+from service.domain.tenants import Account
 from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
 
 PRICE = 100

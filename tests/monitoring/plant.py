@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.domain.task import Kind
+from service.domain.tasks import Kind
 from tests.process.gateway import SECONDS, Gateway, started, until
 from tests.process.sandbox import ADMIN_TOKEN, Sandbox, advance, sandbox
 from tests.support.images import png

@@ -14,10 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from service.clients import artifacts, upstream
-from service.domain.account import Status
-from service.domain.task import Basis, Kind
-from service.domain.tenancy import Window
-from service.domain.webhook import DeliveryState
+from service.domain.ledger import Status
+from service.domain.tasks import Basis, Kind
+from service.domain.tenants import Window
+from service.domain.webhooks import DeliveryState
 from service.telemetry.families import ENDS, POLICIES, LedgerOutcome, Port, Source, StoreError
 from service.usecases.ports import Answered, SubmitOutcome
 from tests.deploy.promql import names

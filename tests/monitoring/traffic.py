@@ -13,8 +13,8 @@ import httpx2
 from redis import Redis
 
 from service.clients.breaker import THRESHOLD
-from service.domain.task import Kind
-from service.domain.webhook import RETRY_SECONDS
+from service.domain.tasks import Kind
+from service.domain.webhooks import RETRY_SECONDS
 from tests.monitoring.plant import LOST, Plant
 from tests.process.gateway import until
 from tests.support.images import png

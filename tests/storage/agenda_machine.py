@@ -7,9 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, invariant, multiple, rule
 
-from service.domain.account import Figures
-from service.domain.reservation import ReservationState
-from service.domain.webhook import DeliveryState
+from service.domain.ledger import Figures, ReservationState
+from service.domain.webhooks import DeliveryState
 from service.storage.agenda import RedisAgenda
 from service.usecases.ports import Answered, Claimed, Outcome
 from tests.fakes import FakeAgenda

@@ -8,11 +8,16 @@ from typing import Any
 import msgspec
 from hypothesis.stateful import invariant
 
-from service.domain.account import AccountState
-from service.domain.reservation import Reservation, ReservationState
-from service.domain.tenancy import Window
-from service.domain.usage import DayUsage, charged_money, charged_tasks
-from service.domain.windows import TenantState
+from service.domain.ledger import (
+    AccountState,
+    DayUsage,
+    Reservation,
+    ReservationState,
+    TenantState,
+    charged_money,
+    charged_tasks,
+)
+from service.domain.tenants import Window
 from service.storage.ledger import DAY
 from tests.storage.ledger_pair import ACCOUNTS, TENANT, LedgerPair
 from tests.storage.ledger_views import charge, is_charged, is_open, is_provisional, is_reserved, rolled, sum_of

@@ -7,10 +7,9 @@ from typing import TypeVar
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from service.domain.account import Figures, Status
-from service.domain.reservation import Idempotency, ReservationState
-from service.domain.task import Kind
-from service.domain.tenancy import AccountPolicy, Purse, TenantPolicy
+from service.domain.ledger import Figures, Idempotency, ReservationState, Status
+from service.domain.tasks import Kind
+from service.domain.tenants import AccountPolicy, Purse, TenantPolicy
 from service.usecases.ports import Answered
 from tests.storage.ledger_moves import LedgerMoves
 from tests.storage.ledger_pair import ACCOUNTS, TENANT

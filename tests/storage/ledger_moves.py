@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from service.domain.account import Figures, Status
-from service.domain.balance import PROBE_INTERVAL
-from service.domain.reservation import Granted, Idempotency, Reservation, ReservationState
-from service.domain.task import Artifact, ArtifactName, Kind, TaskError
-from service.domain.tenancy import Account, AccountPolicy, Tenant, TenantPolicy
+from service.domain.availability import PROBE_INTERVAL
+from service.domain.ledger import Figures, Granted, Idempotency, Reservation, ReservationState, Status
+from service.domain.tasks import Artifact, ArtifactName, Kind, TaskError
+from service.domain.tenants import Account, AccountPolicy, Tenant, TenantPolicy
 from service.usecases.ports import Answered, Ask, Check, Due, Look, RegistryChange, Settlement, TaskDraft
 from tests.storage.ledger_books import LedgerBooks
 from tests.storage.ledger_pair import ACCOUNTS, TENANT

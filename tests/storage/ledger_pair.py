@@ -9,11 +9,8 @@ import msgspec
 import uvloop
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
-from service.domain.account import AccountState
-from service.domain.clock import LedgerClock
 from service.domain.errors import LedgerUnavailable
-from service.domain.reservation import Reservation
-from service.domain.windows import TenantState
+from service.domain.ledger import AccountState, LedgerClock, Reservation, TenantState
 from service.storage.books import RedisBooks
 from service.storage.connect import connect
 from service.storage.keys import Keys

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
-from service.domain.account import Figures, Status
-from service.domain.reservation import Idempotency, ReservationState
-from service.domain.task import Kind
-from service.domain.tenancy import AccountPolicy, Limit, Purse, TenantPolicy, Window
+from service.domain.ledger import Figures, Idempotency, ReservationState, Status
+from service.domain.tasks import Kind
+from service.domain.tenants import AccountPolicy, Limit, Purse, TenantPolicy, Window
 from service.usecases.ports import Answered
 
 KINDS = (Kind.UPSCALE, Kind.SEAMLESS)

@@ -8,13 +8,10 @@ from typing import Any
 
 import msgspec
 
-from service.domain import windows
-from service.domain.account import Figures
-from service.domain.reservation import Reservation, ReservationState
-from service.domain.task import Task, TaskError
-from service.domain.tenancy import Window
-from service.domain.usage import DayUsage, Tally
-from service.domain.windows import TenantState
+from service.domain.ledger import DayUsage, Figures, Reservation, ReservationState, Tally, TenantState
+from service.domain.tasks import Task, TaskError
+from service.domain.tenants import Window
+from tests.model import ledger_model
 
 PROVISIONAL = frozenset({ReservationState.RESERVED, ReservationState.UNKNOWN})
 """The outcomes that another can follow."""
@@ -34,7 +31,7 @@ def plain(task: Task | None) -> Any:
 def rolled(state: TenantState, now: int) -> TenantState:
     """A tenant's state with its windows as they are at a time, which neither side writes down before it has to."""
     state = copy.deepcopy(state)
-    windows.roll(state, now)
+    ledger_model.roll(state, now)
     return state
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from service.domain.reservation import Granted, ReservationState
-from service.domain.task import Kind, Task
-from service.domain.tenancy import Account, Tenant, TenantPolicy
+from service.domain.ledger import Granted, ReservationState
+from service.domain.tasks import Kind, Task
+from service.domain.tenants import Account, Tenant, TenantPolicy
 from service.storage.connect import Connections, connect
 from service.storage.keys import Keys
 from service.storage.ledger import RedisLedger, Spans

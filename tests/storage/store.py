@@ -9,10 +9,9 @@ from typing import Any
 
 import msgspec
 
-from service.domain.account import Figures
-from service.domain.reservation import Granted, Idempotency, ReservationState
-from service.domain.task import Kind
-from service.domain.tenancy import Account, Tenant
+from service.domain.ledger import Figures, Granted, Idempotency, ReservationState
+from service.domain.tasks import Kind
+from service.domain.tenants import Account, Tenant
 from service.storage.books import RedisBooks
 from service.storage.connect import connect
 from service.storage.keys import Keys

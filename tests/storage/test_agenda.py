@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from service.domain.webhook import DeliveryState
+from service.domain.webhooks import DeliveryState
 from service.storage.agenda import AT_ONCE, LEASE, RedisAgenda
 from service.storage.connect import connect
 from service.storage.keys import Keys

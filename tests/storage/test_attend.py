@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.domain.checks import LONGEST, LONGEST_BACKOFF
 from service.usecases.ports import Answered, Check
+from tests.model.ledger_model import LONGEST, LONGEST_BACKOFF
 from tests.storage.shop import KEYS, Shop, shop
 from tests.support.valkey import Valkey
 

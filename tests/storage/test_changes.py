@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from service.domain.task import State
+from service.domain.tasks import State
 from service.storage import changes
 from service.storage.changes import Changes
 from service.storage.connect import connect

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import pytest
 
-from service.domain.tenancy import Tenant
+from service.domain.tenants import Tenant
 from service.storage.connect import connect
 from service.storage.data_version import DATA_VERSION, DataVersion, DataVersionError
 from service.storage.keys import Keys

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from service.domain.account import Figures, Suggestion
-from service.domain.reservation import Granted, Idempotency, Refunding, ReservationState
-from service.domain.task import Kind
+from service.domain.ledger import Figures, Granted, Idempotency, Refunding, ReservationState, Suggestion
+from service.domain.tasks import Kind
 from service.storage.ledger import DAY
 from service.usecases.ports import Answered, Ask, Check
 from tests.storage.store import ACCOUNTS, FIRST, LATER, SECOND, SPANS, TENANT, TENANTS, Store

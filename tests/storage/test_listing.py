@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.domain.task import Kind, State
+from service.domain.tasks import Kind, State
 from service.usecases.ports import Answered, Page
 from tests.storage.shop import KEYS, Shop, shop
 from tests.support.valkey import Valkey

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from service.domain.account import Figures
-from service.domain.reservation import ReservationState
-from service.domain.task import Basis, Cost, State
-from service.domain.tenancy import Window
+from service.domain.ledger import Figures, ReservationState
+from service.domain.tasks import Basis, Cost, State
+from service.domain.tenants import Window
 from service.usecases.ports import Answered, Check
 from tests.storage.store import FIRST, SPANS, TENANT, Store
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from service.domain.account import Figures
-from service.domain.tenancy import Limit, TenantPolicy, Window
+from service.domain.ledger import Figures
+from service.domain.tenants import Limit, TenantPolicy, Window
 from tests.storage.ledger_machine import LedgerMachine
 from tests.storage.ledger_pair import ACCOUNTS
 from tests.storage.ledger_strategies import KINDS, usual

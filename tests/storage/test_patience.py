@@ -5,9 +5,8 @@ from __future__ import annotations
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from service.domain.account import Figures
-from service.domain.reservation import ReservationState
-from service.domain.task import Kind
+from service.domain.ledger import Figures, ReservationState
+from service.domain.tasks import Kind
 from service.usecases.ports import Answered
 from tests.storage.ledger_machine import LedgerMachine
 from tests.storage.ledger_pair import ACCOUNTS

@@ -10,12 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from service.domain import windows
-from service.domain.account import Figures
-from service.domain.reservation import PolicyDenied, ReservationState, Violation
-from service.domain.task import Kind
-from service.domain.tenancy import Limit, Tenant, TenantPolicy, Window
-from service.domain.webhook import DeliveryState
+from service.domain import ledger
+from service.domain.ledger import Figures, PolicyDenied, ReservationState, Violation
+from service.domain.tasks import Kind
+from service.domain.tenants import Limit, Tenant, TenantPolicy, Window
+from service.domain.webhooks import DeliveryState
 from service.storage.agenda import RedisAgenda
 from service.storage.connect import connect
 from service.storage.keys import Keys
@@ -74,11 +73,10 @@ def test_calendar(valkey: Valkey, now: int) -> None:
     """Windows begin and end in Redis as in the domain, in every century, month and leap year."""
     verdict, snapshot, _ = asyncio.run(refuse(valkey.url, now))
     assert verdict.violations == tuple(
-        Violation(windows.policy_name(each, windows.COUNTED_TASKS), 0, windows.period_of(each, now)[1])
-        for each in Window
+        Violation(ledger.policy_name(each, ledger.COUNTED_TASKS), 0, ledger.period_of(each, now)[1]) for each in Window
     )
     assert {window: each.period for window, each in snapshot.state.windows.items()} == {
-        each: windows.period_of(each, now)[0] for each in Window
+        each: ledger.period_of(each, now)[0] for each in Window
     }
 
 
@@ -147,7 +145,7 @@ async def test_work_goes_on_after_a_step_back(store: Store) -> None:
     assert found
     assert found[0].created == found[1] == store.now
     snapshot = await store.ledger.counters(TENANT)
-    assert snapshot.state.windows[Window.MINUTE].period == windows.period_of(Window.MINUTE, store.now)[0]
+    assert snapshot.state.windows[Window.MINUTE].period == ledger.period_of(Window.MINUTE, store.now)[0]
     assert snapshot.state.windows[Window.TOTAL].tasks == before + 1
 
 

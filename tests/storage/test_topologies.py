@@ -9,10 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from service.domain.account import Figures
-from service.domain.reservation import Granted, NoAccount, PolicyDenied, ReservationState
-from service.domain.task import Artifact, ArtifactName, Kind, State
-from service.domain.tenancy import Account, Limit, Tenant, TenantPolicy, Token, Window
+from service.domain.ledger import Figures, Granted, NoAccount, PolicyDenied, ReservationState
+from service.domain.tasks import Artifact, ArtifactName, Kind, State
+from service.domain.tenants import Account, Limit, Tenant, TenantPolicy, Token, Window
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.storage.ledger import RedisLedger, Spans

@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import Raw
 from msgspec.structs import replace
 
-from service.domain.task import Basis, Cost, Kind, State, Task
+from service.domain.tasks import Basis, Cost, Kind, State, Task
 
 CREATED = 1_790_000_000_000
 

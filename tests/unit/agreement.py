@@ -14,7 +14,7 @@ from service.domain.errors import (
     UpstreamRejected,
     UpstreamUnavailable,
 )
-from service.domain.reservation import ReservationState
+from service.domain.ledger import ReservationState
 from service.usecases.ports import SubmitOutcome
 from tests.unit.faulty_store import Store
 from tests.unit.faulty_world import Caller

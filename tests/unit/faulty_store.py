@@ -14,16 +14,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from service.domain import windows
-from service.domain.account import AccountState, Figures, Status
-from service.domain.backlog import Backlog
+from service.domain import ledger
 from service.domain.errors import LedgerUnavailable
-from service.domain.reservation import Granted, ReservationState, Verdict
-from service.domain.task import Kind, State, Task
-from service.domain.tenancy import Window
-from service.domain.windows import TenantState
+from service.domain.ledger import AccountState, Figures, Granted, ReservationState, Status, TenantState, Verdict
+from service.domain.tasks import Backlog, Kind, State, Task
+from service.domain.tenants import Window
 from service.usecases.ports import Ask, Check, Due, Look, Page, Settlement, Snapshot
 from tests.fakes import FakeLedger
+from tests.model import ledger_model
 
 T = TypeVar("T")
 
@@ -85,11 +83,11 @@ class Store(FakeLedger):
 
     def outcomes(self, tenant: int, window: Window) -> Counter[ReservationState]:
         """How many reservations that a tenant made in this window stand where."""
-        now = windows.period_of(window, self.clock.at)
+        now = ledger.period_of(window, self.clock.at)
         return Counter(
             each.state
             for each in self.reservations.values()
-            if each.tenant == tenant and windows.period_of(window, each.created) == now
+            if each.tenant == tenant and ledger.period_of(window, each.created) == now
         )
 
     def active(self, tenant: int) -> int:
@@ -104,7 +102,7 @@ class Store(FakeLedger):
     def counted(self, tenant: int) -> TenantState:
         """What the ledger itself has counted of a tenant."""
         state = copy.deepcopy(self._tenant(tenant))
-        windows.roll(state, self.clock.at)
+        ledger_model.roll(state, self.clock.at)
         return state
 
     def _within_limits(self, ask: Ask) -> bool:

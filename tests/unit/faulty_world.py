@@ -12,11 +12,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from service.domain.account import Figures
-from service.domain.reservation import Granted, ReservationState, Verdict
-from service.domain.task import FaceEnhanceOptions, Options
-from service.domain.taskid import TaskIds
-from service.domain.tenancy import Account, Tenant
+from service.domain.ledger import Figures, Granted, ReservationState, Verdict
+from service.domain.tasks import FaceEnhanceOptions, Options, TaskIds
+from service.domain.tenants import Account, Tenant
 from service.keyring import Keyring
 from service.storage.ledger import KEEP_KEY
 from service.telemetry.metrics import Metrics

@@ -8,11 +8,9 @@ import msgspec
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.domain.account import AccountState
-from service.domain.backlog import Backlog
-from service.domain.registry import Registry
-from service.domain.task import Cost, Kind, State, Task
-from service.domain.tenancy import Account, AccountPolicy, Limit, Tenant, TenantPolicy, Window
+from service.domain.ledger import AccountState
+from service.domain.tasks import Backlog, Cost, Kind, State, Task
+from service.domain.tenants import Account, AccountPolicy, Limit, Registry, Tenant, TenantPolicy, Window
 from service.telemetry.levels import Levels
 from service.telemetry.metrics import Metrics
 from service.telemetry.standing import AccountStanding, QuotaStanding, Seen, Standing

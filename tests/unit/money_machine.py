@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from service.domain.reservation import ReservationState
-from service.domain.task import Kind, TaskError
+from service.domain.ledger import ReservationState
+from service.domain.tasks import Kind, TaskError
 from service.usecases.ports import Answered, Ask, Check
 from tests.unit.money_world import ACCOUNTS, FREE, PRICES, THRIFTY, MoneyWorld, pick
 from tests.unit.vendor import UNTOLD, Progress

@@ -14,14 +14,13 @@ import msgspec
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 
-from service.domain.account import AccountState, Figures, Status, Suggestion
-from service.domain.balance import PROBE_INTERVAL
-from service.domain.charges import UNKNOWN_SETTLES
-from service.domain.reservation import Granted, ReservationState, Verdict
-from service.domain.task import Kind
-from service.domain.tenancy import AccountPolicy, Purse, TenantPolicy
+from service.domain.availability import PROBE_INTERVAL
+from service.domain.ledger import AccountState, Figures, Granted, ReservationState, Status, Suggestion, Verdict
+from service.domain.tasks import Kind
+from service.domain.tenants import AccountPolicy, Purse, TenantPolicy
 from service.usecases.ports import Ask, Check, Due, Look, Settlement, TaskDraft
 from tests.fakes import FakeLedger
+from tests.model.ledger_model import UNKNOWN_SETTLES
 from tests.unit.vendor import UNTOLD, Holding, Progress, Vendor
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from service.api.webhook_views import task_event
-from service.domain.registry import Registry
-from service.domain.webhook import DeliveryState, Signing, Webhook
+from service.domain.tenants import Registry, Signing, Webhook
+from service.domain.webhooks import DeliveryState
 from service.keyring import Keyring
 from service.telemetry.metrics import Metrics
 from service.usecases.change import Change

@@ -9,14 +9,10 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
-from service.domain.account import Status
 from service.domain.errors import LedgerUnavailable
-from service.domain.registry import Registry
-from service.domain.reservation import Verdict
-from service.domain.task import FaceEnhanceOptions, Options, Task
-from service.domain.taskid import TaskIds
-from service.domain.tenancy import Account, AccountPolicy, Tenant, TenantPolicy, Window
-from service.domain.windows import WindowCounter
+from service.domain.ledger import Status, Verdict, WindowCounter
+from service.domain.tasks import FaceEnhanceOptions, Options, Task, TaskIds
+from service.domain.tenants import Account, AccountPolicy, Registry, Tenant, TenantPolicy, Window
 from service.keyring import Keyring
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background

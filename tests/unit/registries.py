@@ -11,9 +11,8 @@ from msgspec.structs import replace
 
 from service.api.admin_views import LimitBody
 from service.api.registry_views import AccountEntry, RegistryBody, SecretEntry, TenantEntry, TokenEntry, WebhookEntry
-from service.domain.registry import Registry
-from service.domain.task import Kind
-from service.domain.tenancy import Purse, Window
+from service.domain.tasks import Kind
+from service.domain.tenants import Purse, Registry, Window
 from service.keyring import Keyring
 from service.usecases.planning import Plan, Planner
 

@@ -7,9 +7,8 @@ import time
 import pytest
 from PIL import Image
 
-from service.domain.artifact import BEGINNING, EXTENSIONS, OPAQUE, SVG, fits, seen_type
-from service.domain.image import JPEG, PNG, WEBP
-from service.domain.task import ArtifactName
+from service.domain.media import BEGINNING, EXTENSIONS, JPEG, OPAQUE, PNG, SVG, WEBP, fits, seen_type
+from service.domain.tasks import ArtifactName
 from tests.support.images import encoded
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from service.domain import balance
-from service.domain.account import AccountState, Figure, Figures, Source, Status
-from service.domain.balance import PROBE_INTERVAL, Standing
-from service.domain.task import Kind
-from service.domain.tenancy import AccountPolicy, Purse
+from service.domain import availability
+from service.domain.availability import PROBE_INTERVAL, Standing
+from service.domain.ledger import AccountState, Figure, Figures, Source, Status
+from service.domain.tasks import Kind
+from service.domain.tenants import AccountPolicy, Purse
+from tests.model import ledger_model
 
 POLICY = AccountPolicy()
 MONEY = Purse.COUNT_THEN_MONEY
@@ -23,20 +24,20 @@ def known(count: int | None = None, money: int | None = None, sent: int = 10, re
 
 
 def standing(state: AccountState, *, purse: Purse = MONEY, policy: AccountPolicy = POLICY, now: int = 100) -> Standing:
-    return balance.standing(state, policy, purse, Kind.UPSCALE, now)[0]
+    return availability.standing(state, policy, purse, Kind.UPSCALE, now)[0]
 
 
 def test_later_observation_replaces() -> None:
     """A figure that was asked for after the known one was received replaces it, up or down."""
     state = known(count=5, money=100)
-    balance.observe(state, POLICY, Figures(7, 50), Source.CHECK, sent=21, received=30)
+    ledger_model.observe(state, POLICY, Figures(7, 50), Source.CHECK, sent=21, received=30)
     assert (state.count, state.money) == (Figure(7, 21, 30, Source.CHECK), Figure(50, 21, 30, Source.CHECK))
 
 
 def test_overlapping_observation_only_lowers() -> None:
     """A figure whose request overlapped the known one's is believed only if it is lower."""
     state = known(count=5, money=100)
-    balance.observe(state, POLICY, Figures(7, 50), Source.CHECK, sent=15, received=30)
+    ledger_model.observe(state, POLICY, Figures(7, 50), Source.CHECK, sent=15, received=30)
     assert state.count == Figure(5, 10, 20, Source.CHECK)
     assert state.money == Figure(50, 15, 30, Source.CHECK)
 
@@ -44,14 +45,14 @@ def test_overlapping_observation_only_lowers() -> None:
 def test_missing_figure_is_no_observation() -> None:
     """What an answer does not tell stays what it was."""
     state = known(count=5)
-    balance.observe(state, POLICY, Figures(), Source.CHECK, sent=30, received=40)
+    ledger_model.observe(state, POLICY, Figures(), Source.CHECK, sent=30, received=40)
     assert (state.count, state.money) == (Figure(5, 10, 20, Source.CHECK), None)
 
 
 def test_floors_close() -> None:
     """An account whose figures reach its floors is exhausted until it is looked at again."""
     state = known()
-    balance.observe(
+    ledger_model.observe(
         state, AccountPolicy(floor_count=2, floor_money=100), Figures(2, 100), Source.CHECK, sent=30, received=40
     )
     assert (state.status, state.probe_at) == (Status.EXHAUSTED, 40 + PROBE_INTERVAL)
@@ -61,35 +62,35 @@ def test_rise_reopens() -> None:
     """A top-up that is seen reopens an exhausted account, and an unchanged figure does not."""
     state = known(count=0, money=0)
     state.status = Status.EXHAUSTED
-    balance.observe(state, POLICY, Figures(0, 0), Source.CHECK, sent=30, received=40)
+    ledger_model.observe(state, POLICY, Figures(0, 0), Source.CHECK, sent=30, received=40)
     assert state.status is Status.EXHAUSTED
-    balance.observe(state, POLICY, Figures(0, 500), Source.CHECK, sent=50, received=60)
+    ledger_model.observe(state, POLICY, Figures(0, 500), Source.CHECK, sent=50, received=60)
     assert standing(state) is Standing.PAYS
 
 
 def test_old_refusal_closes_nothing() -> None:
     """A refusal that was asked for before the known figures were is too old to close the account."""
     state = known(count=5, sent=10)
-    balance.refuse(state, Status.EXHAUSTED, sent=9, received=30)
+    ledger_model.refuse(state, Status.EXHAUSTED, sent=9, received=30)
     assert standing(state) is Standing.PAYS
-    balance.refuse(state, Status.EXHAUSTED, sent=10, received=30)
+    ledger_model.refuse(state, Status.EXHAUSTED, sent=10, received=30)
     assert state.status is Status.EXHAUSTED
 
 
 def test_old_acceptance_opens_nothing() -> None:
     """An acceptance of what was sent before the refusal was does not reopen the account, a later one does."""
     state = known()
-    balance.refuse(state, Status.INVALID, sent=50, received=60)
-    balance.accept(state, sent=50)
+    ledger_model.refuse(state, Status.INVALID, sent=50, received=60)
+    ledger_model.accept(state, sent=50)
     assert standing(state) is Standing.INVALID
-    balance.accept(state, sent=51)
+    ledger_model.accept(state, sent=51)
     assert state.status is Status.OPEN
 
 
 def test_probes() -> None:
     """An exhausted account takes one probe per interval, and none from a tenant that may not spend money."""
     state = known(count=0, money=0)
-    balance.refuse(state, Status.EXHAUSTED, sent=50, received=60)
+    ledger_model.refuse(state, Status.EXHAUSTED, sent=50, received=60)
     assert standing(state, now=60) is Standing.EXHAUSTED
     assert standing(state, now=60 + PROBE_INTERVAL) is Standing.PROBE
     assert standing(state, now=60 + PROBE_INTERVAL, purse=Purse.COUNT_ONLY) is Standing.EXHAUSTED
@@ -99,7 +100,7 @@ def test_no_probe_below_a_floor() -> None:
     """A probe never eats into what shall stay in the account."""
     state = known(count=0, money=300)
     policy = AccountPolicy(floor_money=300)
-    balance.refuse(state, Status.EXHAUSTED, sent=50, received=60)
+    ledger_model.refuse(state, Status.EXHAUSTED, sent=50, received=60)
     assert standing(state, policy=policy, now=60 + PROBE_INTERVAL) is Standing.EXHAUSTED
 
 
@@ -144,7 +145,7 @@ def test_what_is_held(
     """Nothing is held while uses are left; else the operator's price, the highest seen, or all there is."""
     state = known(count=count)
     state.open, state.highest = is_open, highest
-    assert balance.hold(state, AccountPolicy(max_price=max_price), Kind.UPSCALE) == held
+    assert ledger_model.hold(state, AccountPolicy(max_price=max_price), Kind.UPSCALE) == held
 
 
 def test_count_floor_is_kept_from_money_too() -> None:
@@ -158,8 +159,8 @@ def test_count_floor_is_kept_from_money_too() -> None:
 def test_what_was_sent_before_a_reopening_is_void() -> None:
     """A refusal or a figure that was asked for before an operator had the account looked at again says nothing."""
     state = AccountState(reopened=100)
-    balance.refuse(state, Status.INVALID, sent=99, received=150)
-    balance.observe(state, POLICY, Figures(0, 0), Source.SUBMIT, sent=99, received=150)
+    ledger_model.refuse(state, Status.INVALID, sent=99, received=150)
+    ledger_model.observe(state, POLICY, Figures(0, 0), Source.SUBMIT, sent=99, received=150)
     assert (state.status, state.count, state.money) == (Status.OPEN, None, None)
-    balance.refuse(state, Status.INVALID, sent=100, received=150)
+    ledger_model.refuse(state, Status.INVALID, sent=100, received=150)
     assert standing(state) is Standing.INVALID

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from service.domain.errors import Overloaded
-from service.domain.task import Kind, State, Task
+from service.domain.tasks import Kind, State, Task
 from service.usecases import board as boards
 from service.usecases.board import Board, Seen, Watcher
 from service.usecases.pace import Pace

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from service.domain import charges
-from service.domain.account import AccountState, Before, Figures
-from service.domain.reservation import Reservation, ReservationState
-from service.domain.task import Basis, Cost, Kind
-from service.domain.tenancy import AccountPolicy
+from service.domain.ledger import AccountState, Before, Figures, Reservation, ReservationState
+from service.domain.tasks import Basis, Cost, Kind
+from service.domain.tenants import AccountPolicy
+from tests.model import ledger_model
 
 POLICY = AccountPolicy()
 NOW = 1_790_000_000_000
@@ -42,7 +41,7 @@ def receipt(
     policy: AccountPolicy = POLICY,
     succeeded: bool = True,
 ) -> Cost:
-    return charges.receipt(state, policy, reservation, figures, succeeded=succeeded)
+    return ledger_model.receipt(state, policy, reservation, figures, succeeded=succeeded)
 
 
 def test_observed_receipt() -> None:
@@ -120,11 +119,11 @@ def test_receipt_above_the_highest_price() -> None:
 def test_when_the_upstream_charges() -> None:
     """A submit that leaves the balance as it was is charged later; a lone one that does not, at once."""
     state = AccountState()
-    charges.learn(state, sent(Before(0, 1_200), alone=False), Figures(0, 1_200))
+    ledger_model.learn(state, sent(Before(0, 1_200), alone=False), Figures(0, 1_200))
     assert state.charged_late is True
-    charges.learn(state, sent(Before(0, 1_200), alone=False), Figures(0, 1_100))
+    ledger_model.learn(state, sent(Before(0, 1_200), alone=False), Figures(0, 1_100))
     assert state.charged_late is True
-    charges.learn(state, sent(Before(0, 1_200), use=False), Figures(0, 1_100))
+    ledger_model.learn(state, sent(Before(0, 1_200), use=False), Figures(0, 1_100))
     assert state.charged_late is False
 
 
@@ -132,16 +131,16 @@ def test_when_the_upstream_charges() -> None:
 def test_drop_that_is_not_its_own(use: bool, after: Figures) -> None:
     """A submit that was to take the one tells nothing of when it is charged where the other dropped."""
     state = AccountState()
-    charges.learn(state, sent(Before(3, 1_200), use=use), after)
+    ledger_model.learn(state, sent(Before(3, 1_200), use=use), after)
     assert state.charged_late is None
 
 
 def test_answer_from_before_a_reopening() -> None:
     """What was sent before an operator had the account tried again is missing in the figures that are known since."""
     state, reservation = AccountState(uncharged=1, reopened=NOW + 1, charged_late=False), sent(owes=True)
-    charges.learn(state, reservation, Figures(3, 0))
+    ledger_model.learn(state, reservation, Figures(3, 0))
     assert state.missing == 1
-    charges.conclude(state, reservation, Figures(3, 0), NOW, NOW + 5)
+    ledger_model.conclude(state, reservation, Figures(3, 0), NOW, NOW + 5)
     assert (state.missing, state.astray_until) == (1, NOW + 5)
 
 
@@ -163,9 +162,9 @@ def test_drops(tasks: int, drops: list[tuple[int, int]], unexplained: tuple[int,
     """Each task takes a use or money up to its price, never both; what is beyond that was taken by somebody else."""
     state, policy = AccountState(), AccountPolicy(max_price={KIND: 300})
     for _ in range(tasks):
-        charges.expect(state, policy, KIND, 1)
+        ledger_model.expect(state, policy, KIND, 1)
     for drop in drops:
-        charges.explain(state, *drop)
+        ledger_model.explain(state, *drop)
     assert (state.unexplained_count, state.unexplained_money) == unexplained
 
 
@@ -173,15 +172,15 @@ def test_drops(tasks: int, drops: list[tuple[int, int]], unexplained: tuple[int,
 def test_late_refusal(caught_up: int, unexplained: int) -> None:
     """A late refusal takes off what is expected only if the figures had not shown by then that nothing was taken."""
     state, late = AccountState(uncharged=1, astray=1, caught_up=caught_up), sent(owes=True, settled=NOW)
-    charges.expect(state, POLICY, KIND, 1)
-    charges.spare(state, POLICY, late, lacked=charges.found(state, late))
-    charges.explain(state, 1, 0)
+    ledger_model.expect(state, POLICY, KIND, 1)
+    ledger_model.spare(state, POLICY, late, lacked=ledger_model.found(state, late))
+    ledger_model.explain(state, 1, 0)
     assert state.unexplained_count == unexplained
 
 
 def test_no_price_is_known() -> None:
     """Without a highest price any drop of the money may be the gateway's own."""
     state = AccountState()
-    charges.expect(state, POLICY, KIND, 1)
-    charges.explain(state, 0, 5_000)
+    ledger_model.expect(state, POLICY, KIND, 1)
+    ledger_model.explain(state, 0, 5_000)
     assert state.unexplained_money == 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.clock import LedgerClock, Moment, shown
+from service.domain.ledger import LedgerClock, Moment
+from tests.model.ledger_model import shown
 
 START = 1_790_000_000_000
 MINUTE = 60_000

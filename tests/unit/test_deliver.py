@@ -6,10 +6,10 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from service.domain import webhook
+from service.domain import webhooks
 from service.domain.errors import Conflict, NotFound
-from service.domain.registry import Registry
-from service.domain.webhook import DeliveryState, Signing, Webhook
+from service.domain.tenants import Registry, Signing, Webhook
+from service.domain.webhooks import DeliveryState
 from service.usecases.ports import Answered, Check, Reply
 from tests.unit.over_deliver import URL, Teller
 
@@ -30,7 +30,7 @@ async def test_told_once(teller: Teller) -> None:
     assert (event["type"], event["data"]["state"]) == ("task.succeeded", "succeeded")
     assert event["timestamp"] == event["data"]["finished_at"]
     assert headers["webhook-id"] == f"msg_{reservation}"
-    assert headers == webhook.headers(f"msg_{reservation}", teller.ledger.clock.now(), body, [b"s" * 32])
+    assert headers == webhooks.headers(f"msg_{reservation}", teller.ledger.clock.now(), body, [b"s" * 32])
     assert teller.state(reservation) is DeliveryState.DELIVERED
     assert teller.metrics.registry.get_sample_value("gateway_webhook_attempts_total", {"state": "delivered"}) == 1
 
@@ -168,13 +168,13 @@ async def test_keys_taken_away(teller: Teller) -> None:
 async def test_rotation(teller: Teller) -> None:
     """During the grace each webhook carries the signatures of both secrets, then that of the new one alone."""
     made = await teller.webhooks.rotate("shop", 60)
-    new = webhook.parse_secret(made.text)
+    new = webhooks.parse_secret(made.text)
     for keys in ([new, b"s" * 32], [new]):
         reservation = await teller.end_a_task()
         await teller.round()
         _, headers, body = teller.receivers.sent[-1]
         at = float(headers["webhook-timestamp"])
-        assert headers == webhook.headers(f"msg_{reservation}", at, body, keys)
+        assert headers == webhooks.headers(f"msg_{reservation}", at, body, keys)
         teller.ledger.clock.at += 60_000
     teller.put(Webhook())
     with pytest.raises(Conflict):

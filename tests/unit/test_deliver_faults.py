@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from service.domain.errors import Overloaded
-from service.domain.webhook import DeliveryState
+from service.domain.webhooks import DeliveryState
 from service.storage.agenda import LEASE
 from service.usecases.ports import Claimed, Outcome
 from tests.unit.over_deliver import URL, Teller, delivery

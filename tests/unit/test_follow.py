@@ -8,8 +8,8 @@ import copy
 import pytest
 
 from service.domain.errors import NotFound, UpstreamUnavailable
-from service.domain.reservation import ReservationState
-from service.domain.task import State, Task
+from service.domain.ledger import ReservationState
+from service.domain.tasks import State, Task
 from service.usecases import board, follow
 from service.usecases.follow import BOOKED_WITHIN_SECONDS
 from service.usecases.ports import Answered, Check

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from service.domain.errors import UpstreamUnavailable
-from service.domain.task import State, Task
+from service.domain.tasks import State, Task
 from service.usecases import board as boards
 from service.usecases.follow import Follow
 from service.usecases.ports import Answered, Check

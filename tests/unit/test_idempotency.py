@@ -7,9 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.domain.errors import IdempotencyKeyInvalid
-from service.domain.idempotency import MAX_KEY, identify, parse_key
-from service.domain.reservation import Idempotency
-from service.domain.task import (
+from service.domain.ledger import MAX_KEY, Idempotency, identify, parse_key
+from service.domain.tasks import (
     DEFAULT_CATALOGUE,
     FaceEnhanceOptions,
     Kind,

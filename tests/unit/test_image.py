@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.domain.errors import InvalidImage, UnsupportedMediaType
-from service.domain.image import MAX_PIECES, ImageInfo, inspect
+from service.domain.media import MAX_PIECES, ImageInfo, inspect
 
 WAYS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "png": ("PNG", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), {}),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.domain.errors import InvalidImage
-from service.domain.image import inspect
+from service.domain.media import inspect
 from tests.unit.test_image import encode, noise
 
 SIZE = (21, 14)

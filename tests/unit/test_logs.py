@@ -15,7 +15,7 @@ import pytest
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from service.domain.tenancy import new_token
+from service.domain.tenants import new_token
 from service.telemetry.logs import configure
 from service.telemetry.redaction import Redactor
 

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from service.domain.account import AccountState, Figures, Status
-from service.domain.balance import PROBE_INTERVAL
-from service.domain.task import TaskError
+from service.domain.availability import PROBE_INTERVAL
+from service.domain.ledger import AccountState, Figures, Status
+from service.domain.tasks import TaskError
 from service.usecases import look
 from service.usecases.look import FreeLooks
 from service.usecases.ports import Answered, Check

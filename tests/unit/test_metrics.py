@@ -6,11 +6,11 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from service.domain.account import AccountState, Figure
-from service.domain.account import Source as Call
-from service.domain.task import Basis, Cost, Kind
-from service.domain.tenancy import AccountPolicy
-from service.domain.webhook import DeliveryState
+from service.domain.ledger import AccountState, Figure
+from service.domain.ledger import Source as Call
+from service.domain.tasks import Basis, Cost, Kind
+from service.domain.tenants import AccountPolicy
+from service.domain.webhooks import DeliveryState
 from service.telemetry.families import LedgerOutcome, Port, Source, StoreError
 from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.domain.errors import InvalidOptions
-from service.domain.task import (
+from service.domain.tasks import (
     DEFAULT_CATALOGUE,
     Catalogue,
     Kind,

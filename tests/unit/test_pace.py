@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.domain.task import Kind, State
+from service.domain.tasks import Kind, State
 from service.usecases.pace import Pace
 from tests.support.tasks import CREATED, a_task, succeeded
 

@@ -9,8 +9,7 @@ import pytest
 from service.api.problems import PROBLEMS, render, to_problem
 from service.api.uploads import TooSlow
 from service.domain import errors
-from service.domain.reservation import Violation
-from service.domain.windows import RateLimit
+from service.domain.ledger import RateLimit, Violation
 from tests.unit.asgi import Answer
 
 

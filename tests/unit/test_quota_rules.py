@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from service.domain import booking, quota
-from service.domain.account import AccountState, Figure, Figures, Source, Status
-from service.domain.clock import Moment
-from service.domain.reservation import (
+from service.domain.ledger import (
+    AccountState,
     Candidate,
+    DayUsage,
+    Figure,
+    Figures,
     Granted,
+    Moment,
     NoAccount,
     PolicyDenied,
     Reservation,
     ReservationState,
+    Source,
+    Status,
+    TenantState,
     Verdict,
     Violation,
+    period_of,
 )
-from service.domain.task import Basis, Cost, Kind
-from service.domain.tenancy import AccountPolicy, Limit, TenantPolicy, Window
-from service.domain.usage import DayUsage
-from service.domain.windows import TenantState, period_of, roll
+from service.domain.tasks import Basis, Cost, Kind
+from service.domain.tenants import AccountPolicy, Limit, TenantPolicy, Window
+from tests.model import ledger_model
+from tests.model.ledger_model import roll
 
 NOW = 1_790_000_000_000
 DAY_ENDS = period_of(Window.DAY, NOW)[1]
@@ -45,7 +51,7 @@ def reservation() -> Reservation:
 def reserve(
     tenant: TenantState, policy: TenantPolicy, *accounts: Candidate, made: Reservation | None = None
 ) -> Verdict:
-    return quota.reserve(tenant, policy, accounts, made or reservation(), at(NOW))
+    return ledger_model.reserve(tenant, policy, accounts, made or reservation(), at(NOW))
 
 
 def test_refusal_changes_nothing() -> None:
@@ -113,8 +119,10 @@ def test_overrun() -> None:
     paying = account(count=figure(0), money=figure(1_000), highest={Kind.UPSCALE: 80})
     made = reservation()
     reserve(tenant, policy, paying, made=made)
-    booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(0, 870), None, DayUsage(), at(NOW + 5))
-    cost = booking.end(
+    ledger_model.settle(
+        tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(0, 870), None, DayUsage(), at(NOW + 5)
+    )
+    cost = ledger_model.end(
         tenant, policy, paying, "r", made, Figures(0, 870), NOW + 10, DayUsage(), at(NOW + 20), succeeded=True
     )
     assert cost == Cost(0, 130, Basis.OBSERVED)
@@ -133,9 +141,11 @@ def test_receipt_of_one_that_was_not_alone() -> None:
     first, second = reservation(), reservation()
     for made in (first, second):
         reserve(tenant, TenantPolicy(), paying, made=made)
-        booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), at(NOW + 5))
+        ledger_model.settle(
+            tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), at(NOW + 5)
+        )
     for made in (first, second):
-        cost = booking.end(
+        cost = ledger_model.end(
             tenant,
             TenantPolicy(),
             paying,
@@ -158,7 +168,7 @@ def test_moving_on() -> None:
     left, right = account(1, policy=prices), account(2, policy=AccountPolicy(max_price={Kind.UPSCALE: 90}))
     made = reservation()
     reserve(tenant, policy, left, right, made=made)
-    moved = quota.retarget(tenant, policy, left, Status.EXHAUSTED, [right], made, at(NOW + 1))
+    moved = ledger_model.retarget(tenant, policy, left, Status.EXHAUSTED, [right], made, at(NOW + 1))
     assert isinstance(moved, Granted)
     assert (moved.account, made.account, made.holds) == (2, 2, dict.fromkeys(Window, 90))
     assert (left.state.status, left.state.open, right.state.open) == (Status.EXHAUSTED, 0, 1)
@@ -173,8 +183,8 @@ def test_nowhere_to_move() -> None:
     dear = account(2, policy=AccountPolicy(max_price={Kind.UPSCALE: 101}))
     made = reservation()
     reserve(tenant, policy, left, made=made)
-    assert isinstance(quota.retarget(tenant, policy, left, None, [], made, at(NOW)), NoAccount)
-    assert isinstance(quota.retarget(tenant, policy, left, None, [dear], made, at(NOW)), PolicyDenied)
+    assert isinstance(ledger_model.retarget(tenant, policy, left, None, [], made, at(NOW)), NoAccount)
+    assert isinstance(ledger_model.retarget(tenant, policy, left, None, [dear], made, at(NOW)), PolicyDenied)
     assert (made.account, tenant.windows[Window.DAY].money_reserved, left.state.open) == (1, 60, 1)
 
 
@@ -183,11 +193,13 @@ def test_late_settlement_replaces_unknown() -> None:
     for late, used, active in ((ReservationState.REFUSED, 0, 0), (ReservationState.ACCEPTED, 1, 1)):
         tenant, paying, made = TenantState(), account(), reservation()
         reserve(tenant, TenantPolicy(), paying, made=made)
-        assert booking.settle(tenant, paying, "r", made, ReservationState.UNKNOWN, Figures(), None, DayUsage(), at(NOW))
+        assert ledger_model.settle(
+            tenant, paying, "r", made, ReservationState.UNKNOWN, Figures(), None, DayUsage(), at(NOW)
+        )
         assert (tenant.windows[Window.DAY].tasks, tenant.active, paying.state.unknown) == (1, 0, 1)
-        assert booking.settle(tenant, paying, "r", made, late, Figures(), None, DayUsage(), at(NOW))
+        assert ledger_model.settle(tenant, paying, "r", made, late, Figures(), None, DayUsage(), at(NOW))
         assert (tenant.windows[Window.DAY].tasks, tenant.active, paying.state.unknown) == (used, active, 0)
-        assert not booking.settle(
+        assert not ledger_model.settle(
             tenant, paying, "r", made, ReservationState.UNKNOWN, Figures(), None, DayUsage(), at(NOW)
         )
 
@@ -197,7 +209,7 @@ def test_settling_after_the_window() -> None:
     tenant, paying, made = TenantState(), account(), reservation()
     reserve(tenant, TenantPolicy(), paying, made=made)
     later = NOW + 86_400_000
-    booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), at(later))
+    ledger_model.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), at(later))
     roll(tenant, later)
     used = {window: (each.tasks, each.tasks_reserved) for window, each in tenant.windows.items()}
     assert used[Window.DAY] == used[Window.MINUTE] == (0, 0)
@@ -207,7 +219,7 @@ def test_settling_after_the_window() -> None:
 def test_lost_reservation_is_charged_where_it_was_made() -> None:
     """A reservation that the ledger lost counts in the windows of its creation, not of its discovery."""
     tenant, state, made = TenantState(), AccountState(), reservation()
-    booking.adopt(tenant, state, "r", made, DayUsage(), at(NOW + 86_400_000))
+    ledger_model.adopt(tenant, state, "r", made, DayUsage(), at(NOW + 86_400_000))
     assert tenant.windows[Window.DAY].tasks == 0
     assert tenant.windows[Window.TOTAL].tasks == 1
     assert (made.state, state.unknown) == (ReservationState.UNKNOWN, 1)
@@ -219,8 +231,8 @@ def test_counted_where_it_was_reserved() -> None:
     reserve(tenant, TenantPolicy(), paying, made=made)
     stepped = Moment(NOW + 1, NOW - 86_400_000)
     other = reservation()
-    quota.reserve(tenant, TenantPolicy(), [paying], other, stepped)
-    booking.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), stepped)
+    ledger_model.reserve(tenant, TenantPolicy(), [paying], other, stepped)
+    ledger_model.settle(tenant, paying, "r", made, ReservationState.ACCEPTED, Figures(), None, DayUsage(), stepped)
     assert (tenant.windows[Window.DAY].tasks, tenant.windows[Window.DAY].tasks_reserved) == (0, 1)
     roll(tenant, NOW)
     assert (tenant.windows[Window.DAY].tasks, tenant.windows[Window.DAY].tasks_reserved) == (1, 0)
@@ -231,13 +243,13 @@ def test_limit_of_a_period_that_comes_again() -> None:
     tenant, paying = TenantState(), account()
     policy = TenantPolicy(limits=(Limit(Window.DAY, tasks=1),))
     assert isinstance(reserve(tenant, policy, paying), Granted)
-    before = quota.reserve(tenant, policy, [paying], reservation(), Moment(NOW + 1, NOW - 86_400_000))
+    before = ledger_model.reserve(tenant, policy, [paying], reservation(), Moment(NOW + 1, NOW - 86_400_000))
     assert isinstance(before, Granted)
-    assert isinstance(quota.reserve(tenant, policy, [paying], reservation(), at(NOW + 2)), PolicyDenied)
+    assert isinstance(ledger_model.reserve(tenant, policy, [paying], reservation(), at(NOW + 2)), PolicyDenied)
 
 
 def test_verdicts_tell_the_time_of_the_server() -> None:
     """A grant tells when it was made and when its lease ends as the server's clock shows it."""
     made = reservation()
-    verdict = quota.reserve(TenantState(), TenantPolicy(), [account()], made, Moment(NOW, NOW - 1_000))
+    verdict = ledger_model.reserve(TenantState(), TenantPolicy(), [account()], made, Moment(NOW, NOW - 1_000))
     assert verdict == Granted(1, NOW - 1_000, NOW + 179_000)

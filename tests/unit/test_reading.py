@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from service.domain import balance
-from service.domain.account import AccountState, Figure, Figures, Newest, Source, Status
-from service.domain.balance import MOST_IN_VAIN, ONE_AT_A_TIME, PROBE_INTERVAL, Standing
-from service.domain.task import Kind
-from service.domain.tenancy import AccountPolicy, Purse
+from service.domain import availability
+from service.domain.availability import MOST_IN_VAIN, ONE_AT_A_TIME, PROBE_INTERVAL, Standing
+from service.domain.ledger import AccountState, Figure, Figures, Newest, Source, Status
+from service.domain.tasks import Kind
+from service.domain.tenants import AccountPolicy, Purse
+from tests.model import ledger_model
 
 POLICY = AccountPolicy()
 PRICED = AccountPolicy(floor_money=200, max_price={Kind.UPSCALE: 300, Kind.SEAMLESS: 100})
@@ -24,14 +25,14 @@ def known(count: int, money: int, **fields: Any) -> AccountState:
 
 
 def pays(state: AccountState, policy: AccountPolicy, kind: Kind) -> bool:
-    return balance.standing(state, policy, Purse.COUNT_THEN_MONEY, kind, 100)[0] is Standing.PAYS
+    return availability.standing(state, policy, Purse.COUNT_THEN_MONEY, kind, 100)[0] is Standing.PAYS
 
 
 @pytest.mark.parametrize(("rose", "unexplained"), [(20, 0), (14, 300)])
 def test_answer_from_before_a_rise(rose: int, unexplained: int) -> None:
     """A lower figure that may be from before the known one rose is believed, and nobody suspected of the drop."""
     state = known(0, 900, rose=rose)
-    balance.observe(state, POLICY, Figures(0, 600), Source.SUBMIT, sent=15, received=30)
+    ledger_model.observe(state, POLICY, Figures(0, 600), Source.SUBMIT, sent=15, received=30)
     assert state.money == Figure(600, 15, 30, Source.SUBMIT)
     assert state.unexplained_money == unexplained
 
@@ -39,10 +40,10 @@ def test_answer_from_before_a_rise(rose: int, unexplained: int) -> None:
 def test_rise_between_two_answers() -> None:
     """Of two answers that overlap, the first from behind a top-up and the second from before it, none is suspicious."""
     state = known(0, 600)
-    balance.observe(state, POLICY, Figures(0, 900), Source.SUBMIT, sent=31, received=40)
-    balance.observe(state, POLICY, Figures(0, 600), Source.SUBMIT, sent=30, received=50)
+    ledger_model.observe(state, POLICY, Figures(0, 900), Source.SUBMIT, sent=31, received=40)
+    ledger_model.observe(state, POLICY, Figures(0, 600), Source.SUBMIT, sent=30, received=50)
     assert state.unexplained_money == 0
-    balance.observe(state, POLICY, Figures(0, 500), Source.SUBMIT, sent=60, received=70)
+    ledger_model.observe(state, POLICY, Figures(0, 500), Source.SUBMIT, sent=60, received=70)
     assert state.unexplained_money == 100
 
 
@@ -76,12 +77,12 @@ def test_when_to_look() -> None:
     """Who is refused although nothing runs is told when the next look is; if something runs, to come back soon."""
     state = known(0, 400, looks=True, looked=90)
     state.newest = NEWEST
-    assert balance.look_due(state, PRICED, 90 + PROBE_INTERVAL, count_only=False)
-    answer = balance.standing(state, PRICED, Purse.COUNT_THEN_MONEY, Kind.UPSCALE, 100)
+    assert ledger_model.look_due(state, PRICED, 90 + PROBE_INTERVAL, count_only=False)
+    answer = availability.standing(state, PRICED, Purse.COUNT_THEN_MONEY, Kind.UPSCALE, 100)
     assert answer == (Standing.EXHAUSTED, 90 + PROBE_INTERVAL)
     state.open = state.uncharged = 1
-    assert not balance.look_due(state, PRICED, 90 + PROBE_INTERVAL, count_only=False)
-    answer = balance.standing(state, PRICED, Purse.COUNT_THEN_MONEY, Kind.UPSCALE, 100)
+    assert not ledger_model.look_due(state, PRICED, 90 + PROBE_INTERVAL, count_only=False)
+    answer = availability.standing(state, PRICED, Purse.COUNT_THEN_MONEY, Kind.UPSCALE, 100)
     assert answer == (Standing.EXHAUSTED, 100 + ONE_AT_A_TIME)
 
 
@@ -89,8 +90,8 @@ def test_looks_in_vain() -> None:
     """Submissions probe again after so many looks that told nothing, until one tells or a task has ended."""
     state = AccountState(status=Status.EXHAUSTED, looks=True, newest=NEWEST)
     for _ in range(MOST_IN_VAIN):
-        assert balance.standing(state, POLICY, Purse.COUNT_THEN_MONEY, Kind.UPSCALE, 100)[0] is Standing.EXHAUSTED
-        balance.begin_look(state, 0)
-    assert balance.standing(state, POLICY, Purse.COUNT_THEN_MONEY, Kind.UPSCALE, 100)[0] is Standing.PROBE
-    balance.looked(state, POLICY, "r1", Figures(0, 0), sent=50, received=60)
-    assert balance.standing(state, POLICY, Purse.COUNT_THEN_MONEY, Kind.UPSCALE, 100)[0] is Standing.EXHAUSTED
+        assert availability.standing(state, POLICY, Purse.COUNT_THEN_MONEY, Kind.UPSCALE, 100)[0] is Standing.EXHAUSTED
+        ledger_model.begin_look(state, 0)
+    assert availability.standing(state, POLICY, Purse.COUNT_THEN_MONEY, Kind.UPSCALE, 100)[0] is Standing.PROBE
+    ledger_model.looked(state, POLICY, "r1", Figures(0, 0), sent=50, received=60)
+    assert availability.standing(state, POLICY, Purse.COUNT_THEN_MONEY, Kind.UPSCALE, 100)[0] is Standing.EXHAUSTED

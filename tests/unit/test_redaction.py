@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.tenancy import new_token
-from service.domain.webhook import new_secret
+from service.domain.tenants import new_token
+from service.domain.webhooks import new_secret
 from service.telemetry.redaction import Redactor
 
 SECRET = "hunter2-hunter2"

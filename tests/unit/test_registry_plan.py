@@ -20,7 +20,7 @@ from service.api.registry_views import (
     registry_body,
 )
 from service.domain.errors import InvalidOptions
-from service.domain.registry import Registry
+from service.domain.tenants import Registry
 from tests.unit.registries import ANY_END, NOW, USER_KEYS, bare, documents, planned
 
 KEY = SecretEntry(value="a-key")

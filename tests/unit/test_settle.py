@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import structlog
 
-from service.domain.reservation import ReservationState
-from service.domain.task import Kind
+from service.domain.ledger import ReservationState
+from service.domain.tasks import Kind
 from service.usecases import settle
 from service.usecases.background import Background
 from service.usecases.ports import Settlement

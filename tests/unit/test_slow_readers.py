@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from service.api import events
 from service.app import create_app
-from service.domain.task import State
+from service.domain.tasks import State
 from service.usecases.board import Seen
 from tests.behaviour.house import House, house_of_fakes
 from tests.unit.asgi import Message, http_scope

@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 
-from service.domain.account import Status
 from service.domain.errors import (
     AccountMisconfigured,
     BalanceExhausted,
@@ -16,8 +15,8 @@ from service.domain.errors import (
     UpstreamRejected,
     UpstreamUnavailable,
 )
-from service.domain.reservation import ReservationState
-from service.domain.tenancy import Limit, TenantPolicy, Window
+from service.domain.ledger import ReservationState, Status
+from service.domain.tenants import Limit, TenantPolicy, Window
 from service.usecases import settle, submit
 from service.usecases.ports import Ask, SubmitOutcome, Submitted
 from service.usecases.submit import LEASE_MARGIN

@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from structlog.testing import capture_logs
 
-from service.domain.account import AccountState, Figures, Status
 from service.domain.errors import (
     UpstreamUnavailable,
 )
-from service.domain.registry import Registry
-from service.domain.reservation import ReservationState
-from service.domain.task import TaskError
-from service.domain.tenancy import Account, AccountPolicy, Limit, Purse, Tenant, TenantPolicy, Window
+from service.domain.ledger import AccountState, Figures, ReservationState, Status
+from service.domain.tasks import TaskError
+from service.domain.tenants import Account, AccountPolicy, Limit, Purse, Registry, Tenant, TenantPolicy, Window
 from service.usecases import submit
 from service.usecases.board import Seen
 from service.usecases.ports import Answered, Check, SubmitOutcome

@@ -9,8 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.domain.errors import NotFound
-from service.domain.task import Kind
-from service.domain.taskid import PREFIX, Reference, TaskIds
+from service.domain.tasks import PREFIX, Kind, Reference, TaskIds
 from service.keyring import Keyring
 
 OLD, NEW = b"o" * 32, b"n" * 32

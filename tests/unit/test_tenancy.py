@@ -5,17 +5,17 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain import tenancy
-from service.domain.tenancy import Token
+from service.domain import tenants
+from service.domain.tenants import Token
 
-TOKEN = tenancy.new_token()
+TOKEN = tenants.new_token()
 
 
 def test_tokens_differ_and_are_well_formed() -> None:
     """Tokens are recognisable by their prefix, well formed, and never the same."""
-    tokens = {tenancy.new_token() for _ in range(100)}
+    tokens = {tenants.new_token() for _ in range(100)}
     assert len(tokens) == 100
-    assert all(token.startswith("igw_") and tenancy.well_formed(token) for token in tokens)
+    assert all(token.startswith("igw_") and tenants.well_formed(token) for token in tokens)
 
 
 @given(st.data())
@@ -24,16 +24,16 @@ def test_typos_are_seen(data: st.DataObject) -> None:
     token = TOKEN
     place = data.draw(st.integers(4, len(token) - 1))
     letter = data.draw(st.sampled_from("aZ09-é").filter(lambda each: each != token[place]))
-    assert not tenancy.well_formed(token[:place] + letter + token[place + 1 :])
-    assert not tenancy.well_formed(token[:place] + token[place + 1 :])
-    assert not tenancy.well_formed(token[:place] + letter + token[place:])
+    assert not tenants.well_formed(token[:place] + letter + token[place + 1 :])
+    assert not tenants.well_formed(token[:place] + token[place + 1 :])
+    assert not tenants.well_formed(token[:place] + letter + token[place:])
 
 
 @given(st.text())
 def test_anything_can_be_asked(text: str) -> None:
     """No text whatsoever makes the check fail."""
-    assert not tenancy.well_formed(text)
-    assert not tenancy.well_formed("igw_" + text)
+    assert not tenants.well_formed(text)
+    assert not tenants.well_formed("igw_" + text)
 
 
 def test_expiry() -> None:

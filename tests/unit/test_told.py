@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from service.domain.account import Figures
-from service.domain.task import Kind
-from service.domain.tenancy import AccountPolicy, Limit, TenantPolicy, Window
+from service.domain.ledger import Figures
+from service.domain.tasks import Kind
+from service.domain.tenants import AccountPolicy, Limit, TenantPolicy, Window
 from service.telemetry import told
 from service.usecases import watch
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from service.domain.account import Status
 from service.domain.errors import AccountMisconfigured
+from service.domain.ledger import Status
 from service.usecases.ports import SubmitOutcome, Submitted
 from tests.unit.over_fakes import Gateway
 

@@ -22,7 +22,7 @@ from service.domain.errors import (
     UnsupportedCoding,
     UnsupportedMediaType,
 )
-from service.domain.image import ImageInfo, inspect
+from service.domain.media import ImageInfo, inspect
 from tests.unit.asgi import body_messages, http_scope, receiving
 from tests.unit.forms import (
     BOUNDARY,

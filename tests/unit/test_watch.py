@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from service.domain.task import State, Task
-from service.domain.taskid import TaskIds
+from service.domain.tasks import State, Task, TaskIds
 from service.keyring import Keyring
 from service.usecases import rounds, watch
 from service.usecases.ports import Answered, Check

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from standardwebhooks.webhooks import Webhook as Verifier
 from standardwebhooks.webhooks import WebhookVerificationError
 
-from service.domain import webhook
+from service.domain import tenants, webhooks
 from service.domain.errors import InvalidOptions
-from service.domain.webhook import DeliveryState, Signing, Webhook
+from service.domain.tenants import Signing, Webhook
+from service.domain.webhooks import DeliveryState
+from tests.model import ledger_model
 
 HOOK = Webhook("https://hooks.test/ended?key=1", ("other.test", "10.0.0.0/8", "127.0.0.0/8", "::1/128"))
 keys = st.binary(min_size=24, max_size=64)
@@ -23,7 +25,7 @@ keys = st.binary(min_size=24, max_size=64)
 @given(st.lists(keys, min_size=1, max_size=2), st.text().map(str.encode))
 def test_signature(secrets: list[bytes], body: bytes) -> None:
     """Whoever knows one of the secrets can verify a webhook, its id, its time and its body."""
-    headers = webhook.headers("msg_1", time.time(), body, secrets)
+    headers = webhooks.headers("msg_1", time.time(), body, secrets)
     for secret in secrets:
         Verifier(secret).verify(body, headers, json_parse=False)
         for changed in ({"webhook-id": "msg_2"}, {"webhook-timestamp": str(int(headers["webhook-timestamp"]) - 1)}):
@@ -37,17 +39,17 @@ def test_signature(secrets: list[bytes], body: bytes) -> None:
 
 def test_new_secret() -> None:
     """A secret that is made can be verified with as it is written, and is never made twice."""
-    text = webhook.new_secret()
-    headers = webhook.headers("msg_1", time.time(), b"{}", [webhook.parse_secret(text)])
+    text = webhooks.new_secret()
+    headers = webhooks.headers("msg_1", time.time(), b"{}", [webhooks.parse_secret(text)])
     Verifier(text).verify(b"{}", headers)
-    assert len(webhook.parse_secret(text)) == 32
-    assert text != webhook.new_secret()
+    assert len(webhooks.parse_secret(text)) == 32
+    assert text != webhooks.new_secret()
 
 
 @given(keys)
 def test_given_secret(key: bytes) -> None:
     """A secret of 24 to 64 bytes in base64 is taken."""
-    assert webhook.parse_secret("whsec_" + base64.b64encode(key).decode()) == key
+    assert webhooks.parse_secret("whsec_" + base64.b64encode(key).decode()) == key
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_given_secret(key: bytes) -> None:
 def test_no_secret(text: str) -> None:
     """What is no secret is refused without being repeated."""
     with pytest.raises(InvalidOptions) as refused:
-        webhook.parse_secret(text)
+        webhooks.parse_secret(text)
     assert refused.value.errors[0].field == "webhook.secret"
     assert len(text) <= 10 or text not in str(refused.value)
 
@@ -84,16 +86,16 @@ def test_secret_is_kept() -> None:
 @given(st.integers(1, 10), st.floats(0, 1))
 def test_backoff(attempts: int, chance: float) -> None:
     """Each attempt comes later than the one before it did, by up to a fifth less than its time."""
-    wait = webhook.wait_after(attempts, chance)
+    wait = webhooks.wait_after(attempts, chance)
     assert wait is not None
-    assert webhook.RETRY_SECONDS[attempts - 1] * 0.8 <= wait <= webhook.RETRY_SECONDS[attempts - 1]
+    assert webhooks.RETRY_SECONDS[attempts - 1] * 0.8 <= wait <= webhooks.RETRY_SECONDS[attempts - 1]
 
 
 def test_backoff_ends() -> None:
     """It is tried for a day, and not longer."""
-    waits = [webhook.wait_after(attempts, 0) for attempts in range(1, 11)]
+    waits = [webhooks.wait_after(attempts, 0) for attempts in range(1, 11)]
     assert 23.5 * 3_600 < sum(filter(None, waits)) <= 24 * 3_600
-    assert webhook.wait_after(11, 0) is None
+    assert webhooks.wait_after(11, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_backoff_ends() -> None:
 )
 def test_retry_after(status: int | None, asked: float | None, wait: float) -> None:
     """A receiver that is busy may put it off, for an hour at the most, and never bring it forward."""
-    assert webhook.wait_after(1, 0, status, asked) == wait
+    assert webhooks.wait_after(1, 0, status, asked) == wait
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_retry_after(status: int | None, asked: float | None, wait: float) -> No
 )
 def test_answers(status: int | None, state: DeliveryState) -> None:
     """A success delivers, 410 ends it, and anything else is tried again."""
-    assert webhook.judge(status) is state
+    assert webhooks.judge(status) is state
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_answers(status: int | None, state: DeliveryState) -> None:
 )
 def test_addresses(text: str, url: str) -> None:
     """An address is kept with its scheme and host in lower case."""
-    assert webhook.parse_url("webhook_url", text) == url
+    assert webhooks.parse_url("webhook_url", text) == url
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_addresses(text: str, url: str) -> None:
 def test_no_address(text: str) -> None:
     """What is no plain address of a web server is refused, and the field named."""
     with pytest.raises(InvalidOptions) as refused:
-        webhook.parse_url("webhook_url", text)
+        webhooks.parse_url("webhook_url", text)
     assert [each.field for each in refused.value.errors] == ["webhook_url"]
 
 
@@ -166,7 +168,7 @@ def test_no_address(text: str) -> None:
 def test_permitted(url: str) -> None:
     """A task may name a host of the list, or that of the tenant's own address, on any port and path."""
     assert HOOK.permits(url)
-    assert webhook.choose(HOOK, url) == url
+    assert webhooks.choose(HOOK, url) == url
 
 
 @pytest.mark.parametrize(
@@ -175,19 +177,19 @@ def test_permitted(url: str) -> None:
 def test_not_permitted(url: str) -> None:
     """No other host may be named, and none at all without a webhook."""
     with pytest.raises(InvalidOptions):
-        webhook.choose(HOOK, url)
+        webhooks.choose(HOOK, url)
     with pytest.raises(InvalidOptions):
-        webhook.choose(Webhook(allow=("other.test",)), "https://other.test/")
-    assert webhook.choose(HOOK, None) is None
+        webhooks.choose(Webhook(allow=("other.test",)), "https://other.test/")
+    assert webhooks.choose(HOOK, None) is None
 
 
 def test_allow_list() -> None:
     """The list has hosts and networks; an address is a network of one, and what is neither is named."""
     entries = ["Other.Test", "10.0.0.0/8", "127.0.0.1", "::1", "other.test"]
     expected = ("other.test", "10.0.0.0/8", "127.0.0.1/32", "::1/128")
-    assert webhook.parse_allowed("webhook.allow", entries) == expected
+    assert webhooks.parse_allowed("webhook.allow", entries) == expected
     with pytest.raises(InvalidOptions) as refused:
-        webhook.parse_allowed("webhook.allow", ["fine.test", "10.0.0.1/8", "http://x.test", "*.test", "a.test/x"])
+        webhooks.parse_allowed("webhook.allow", ["fine.test", "10.0.0.1/8", "http://x.test", "*.test", "a.test/x"])
     assert [each.field for each in refused.value.errors] == [f"webhook.allow[{place}]" for place in (1, 2, 3, 4)]
 
 
@@ -219,22 +221,22 @@ def test_switched_off() -> None:
     assert not off.is_off("https://hooks.test/other")
     for number in range(200):
         off = off.switched_off(f"https://hooks.test/{number}").switched_off("https://hooks.test/again")
-    assert len(off.off) == len(set(off.off)) == webhook.MAX_OFF
+    assert len(off.off) == len(set(off.off)) == tenants.MAX_OFF
     assert off.is_off("https://hooks.test/199")
     assert (off.url, off.allow) == (HOOK.url, HOOK.allow)
 
 
 def test_receivers() -> None:
     """A receiver is a host of a tenant, whatever the port and path; those without a name are one."""
-    assert webhook.receiver(7, "https://hooks.test:81/a/b?c=/d") == "7:hooks.test"
-    assert webhook.receiver(7, "http://hooks.test/?to=http://x/") == "7:hooks.test"
+    assert ledger_model.receiver(7, "https://hooks.test:81/a/b?c=/d") == "7:hooks.test"
+    assert ledger_model.receiver(7, "http://hooks.test/?to=http://x/") == "7:hooks.test"
     bare = ["http://10.0.0.1/", "http://10.0.0.2:80/", "https://[fd00::1]:443/"]
-    assert {webhook.receiver(7, url) for url in bare} == {"7:ip"}
+    assert {ledger_model.receiver(7, url) for url in bare} == {"7:ip"}
 
 
 @given(st.text(max_size=40))
 def test_ids(text: str) -> None:
     """The id of an event is that of its task's reservation, and nothing else is an id."""
     reservation = "0123456789abcdef" * 2
-    assert webhook.reservation_of(webhook.event_id(reservation)) == reservation
-    assert webhook.reservation_of(text) is None
+    assert webhooks.reservation_of(webhooks.event_id(reservation)) == reservation
+    assert webhooks.reservation_of(text) is None

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.tenancy import Limit, TenantPolicy, Window
-from service.domain.windows import (
+from service.domain.ledger import (
     RateLimit,
     TenantState,
     WindowCounter,
@@ -17,8 +16,9 @@ from service.domain.windows import (
     current_counter,
     period_of,
     rate_limits,
-    roll,
 )
+from service.domain.tenants import Limit, TenantPolicy, Window
+from tests.model.ledger_model import roll
 
 CENTURY = st.integers(0, 4_102_444_800_000)
 

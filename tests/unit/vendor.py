@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from service.domain.account import Figures
-from service.domain.task import Kind
+from service.domain.ledger import Figures
+from service.domain.tasks import Kind
 
 UNTOLD = Figures()
 """No figures."""

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from service.domain.backlog import Backlog
-from service.domain.webhook import DeliveryState
+from service.domain.tasks import Backlog
+from service.domain.webhooks import DeliveryState
 
 
 class Delivery(Struct, frozen=True, kw_only=True):

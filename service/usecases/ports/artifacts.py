@@ -9,8 +9,8 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from service.domain.task import Artifact, ArtifactName
-from service.domain.tenancy import Account
+from service.domain.tasks import Artifact, ArtifactName
+from service.domain.tenants import Account
 
 
 class BrokenOff(Exception):

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from service.domain.webhook import Webhook
+from service.domain.tenants import Webhook
 
 
 class Reply(Struct, frozen=True, kw_only=True):

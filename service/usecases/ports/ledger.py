@@ -8,11 +8,19 @@ from typing import Protocol
 import msgspec
 from msgspec import Struct
 
-from service.domain.account import AccountState, Figures, Status
-from service.domain.reservation import Idempotency, Refunding, Reservation, ReservationState, Verdict
-from service.domain.task import Kind
-from service.domain.usage import DayUsage
-from service.domain.windows import TenantState
+from service.domain.ledger import (
+    AccountState,
+    DayUsage,
+    Figures,
+    Idempotency,
+    Refunding,
+    Reservation,
+    ReservationState,
+    Status,
+    TenantState,
+    Verdict,
+)
+from service.domain.tasks import Kind
 
 
 class Ask(Struct, frozen=True):

@@ -7,8 +7,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from service.domain.registry import Registry
-from service.domain.tenancy import Account, Tenant, Token
+from service.domain.tenants import Account, Registry, Tenant, Token
 
 
 class RegistryChange(Struct, frozen=True, kw_only=True):

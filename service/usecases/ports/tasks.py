@@ -7,8 +7,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from service.domain.backlog import Backlog
-from service.domain.task import Kind, State, Task
+from service.domain.tasks import Backlog, Kind, State, Task
 from service.usecases.ports.upstream import Check
 
 

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from service.domain.account import Figures
-from service.domain.task import Artifact, Options, TaskError
-from service.domain.tenancy import Account
+from service.domain.ledger import Figures
+from service.domain.tasks import Artifact, Options, TaskError
+from service.domain.tenants import Account
 
 
 class Image(Struct, frozen=True):

@@ -1,12 +1,4 @@
-"""What an image is, told from its bytes alone, and whether it is all there.
-
-A submission is paid for even if the upload was cut off, or if no decoder reads it, so an image is walked to its end and
-its headers are checked as decoders check them: but only its frame, never its pixels. What some decoder reads is not
-refused; whether the pixels make sense is for the upstream to judge. The size is the one that decoders allocate; a
-second header that says otherwise is an error, since they differ in which one they believe.
-
-Each walk goes forward only, so it takes time in proportion to the bytes.
-"""
+"""Inspection of images and the types of artifacts."""
 
 from __future__ import annotations
 
@@ -20,9 +12,14 @@ from typing import NoReturn
 from msgspec import Struct
 
 from service.domain.errors import InvalidImage, UnsupportedMediaType
+from service.domain.tasks import ArtifactName
 
 PNG = "image/png"
+
+
 JPEG = "image/jpeg"
+
+
 WEBP = "image/webp"
 
 
@@ -75,18 +72,35 @@ def _too_many_pieces(media_type: str) -> NoReturn:
 
 _NAMES = {PNG: "PNG", JPEG: "JPEG", WEBP: "WebP"}
 
+
 # PNG: a signature, then chunks of length, type, content and checksum, from IHDR to IEND.
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
 _PNG_CHUNK = Layout(">I4s")
+
+
 _PNG_HEADER = Layout(">I4sIIBBBBBI")
+
+
 _PNG_FRAME = 12
 """Bytes of a chunk beside its content."""
+
+
 _PNG_DEPTHS = {0: {1, 2, 4, 8, 16}, 2: {8, 16}, 3: {1, 2, 4, 8}, 4: {8, 16}, 6: {8, 16}}
 """Bits of a sample, by colour type."""
+
+
 _PNG_MOST = 0x7FFFFFFF
+
+
 _PNG_FILTERS = 5
+
+
 _APNG_FRAME = Layout(">IIIII")
+
+
 _TURN = 1_000
 """After so many chunks other threads get a turn: an image may have millions, since encoders choose their size."""
 
@@ -164,20 +178,48 @@ def _check_png_pixels(start: bytes) -> None:
 # thumbnail with an end of its own may lie within a segment, hence segments are skipped by their length.
 
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe]")
+
+
 _JPEG_LENGTH = Layout(">H")
+
+
 _JPEG_FRAME = Layout(">BHHB")
+
+
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
 _JPEG_PROGRESSIVE = frozenset({0xC2, 0xCA})
+
+
 _JPEG_ARITHMETIC = frozenset({0xC9, 0xCA})
+
+
 _JPEG_LOSSLESS = 0xC3
+
+
 _JPEG_READ = _JPEG_PROGRESSIVE | {0xC0, 0xC1, 0xC9, _JPEG_LOSSLESS}
 """The ways to code pixels that decoders know: not the hierarchical ones."""
+
+
 _JPEG_END = 0xD9
+
+
 _JPEG_LOOKED_AT = _JPEG_FRAMES | {0xDA, 0xDB, 0xDC}
+
+
 _JPEG_COMPONENTS = frozenset({1, 3, 4})
+
+
 _JPEG_SAMPLES = range(1, 5)
+
+
 _JPEG_MOST = 65_500
+
+
 _JPEG_MOST_BLOCKS = 10
+
+
 _JPEG_STRETCH = 1024 * 1024
 """How many bytes are searched at a time: other threads get no turn within one search."""
 
@@ -286,11 +328,23 @@ def _jpeg_marker_end(data: bytes, at: int) -> int:
 # which the frames of an animation lie.
 
 _RIFF_CHUNK = Layout("<4sI")
+
+
 _WEBP_CANVAS = 10
+
+
 _WEBP_ANIMATED = 0x02
+
+
 _WEBP_RESERVED = 0xC1
+
+
 _WEBP_FRAME = 16
+
+
 _WEBP_MOST = 2**32
+
+
 _WEBP_PIXELS = frozenset({b"VP8 ", b"VP8L"})
 
 
@@ -413,3 +467,55 @@ _OTHERS: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
     ("a ZIP archive", _begins(b"PK\3\4")),
     ("SVG, XML or HTML", _markup),
 )
+
+SVG = "image/svg+xml"
+
+
+OPAQUE = "application/octet-stream"
+
+
+BEGINNING = 65_536
+"""So many bytes are enough to tell what a result is; of an SVG, comments and declarations may fill most of them."""
+
+
+BITMAP_BEGINNING = 12
+"""So many bytes are enough to tell a bitmap."""
+
+
+EXTENSIONS: Mapping[str, str] = {PNG: "png", JPEG: "jpg", WEBP: "webp", SVG: "svg", OPAQUE: "bin"}
+"""How a file of each media type is called."""
+
+
+_BITMAPS = frozenset({PNG, JPEG, WEBP})
+
+
+_FITTING: Mapping[ArtifactName, frozenset[str]] = {
+    ArtifactName.IMAGE: _BITMAPS,
+    ArtifactName.GRID: _BITMAPS,
+    ArtifactName.VECTOR: frozenset({SVG}),
+}
+
+
+# Blanks, declarations and comments in any number, then the root. Nothing is tried twice: that would take for ever.
+_SVG = re.compile(
+    rb"(?:\xef\xbb\xbf)?"
+    rb"(?>\s+|<\?.*?\?>|<!--.*?-->|<!DOCTYPE\s+(?:\w+:)?svg\b[^<>\[]*(?:\[.*?\]\s*)?>)*+"
+    rb"<(?:\w+:)?svg[\s>/]",
+    re.DOTALL,
+)
+
+
+def seen_type(beginning: bytes) -> str:
+    """The media type of a result that begins so; OPAQUE for any that no result may have."""
+    if beginning.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PNG
+    if beginning.startswith(b"\xff\xd8\xff"):
+        return JPEG
+    if beginning.startswith(b"RIFF") and beginning[8:12] == b"WEBP":
+        return WEBP
+    return SVG if _SVG.match(beginning) else OPAQUE
+
+
+def fits(name: ArtifactName, media_type: str) -> bool:
+    """Whether a result of this name may be of this type."""
+    return media_type in _FITTING[name]

@@ -1,8 +1,4 @@
-"""Webhooks: where a tenant is told of the end of its tasks, how that is signed, and when it is tried again.
-
-Signatures are those of Standard Webhooks 1.0.0: HMAC-SHA256 over `id.timestamp.body`, one for each secret that is in
-force. The id belongs to the event, so that it is the same whenever the event is sent again.
-"""
+"""Rules of webhooks: secrets, signatures, addresses and retries."""
 
 from __future__ import annotations
 
@@ -14,45 +10,50 @@ import re
 import secrets
 from collections.abc import Sequence
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv6Address
 from urllib.parse import urlsplit
 
-from msgspec import Struct
-from msgspec.structs import replace
-
 from service.domain.errors import FieldError, InvalidOptions
-from service.domain.origin import Origin
-from service.domain.task import State
+from service.domain.tasks import State
+from service.domain.tenants import Webhook, parse_network
 
 SECRET_PREFIX = "whsec_"  # noqa: S105 - what makes a leaked secret recognisable, not a secret
+
+
 _SECRET_BYTES = 32
+
+
 _SHORTEST_SECRET, _LONGEST_SECRET = 24, 64
+
+
 _ID_PREFIX = "msg_"
+
+
 _ID = re.compile(rf"{_ID_PREFIX}([0-9a-f]{{32}})")
 
+
 MAX_URL = 2_048
+
+
 MAX_ALLOWED = 100
-MAX_OFF = 100
-"""So many addresses of a tenant are remembered as switched off: the ones of the last."""
+
 
 RETRY_SECONDS = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800, 28_800)
 """How long after each attempt that failed the next one comes; after the last of them the event is given up."""
+
+
 LONGEST_RETRY_AFTER = 3_600
+
+
 _JITTER = 0.2
 
-Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
 
-_PRIVATE: tuple[Network, ...] = (
-    IPv4Network("10.0.0.0/8"),
-    IPv4Network("172.16.0.0/12"),
-    IPv4Network("192.168.0.0/16"),
-    IPv6Network("fc00::/7"),
-)
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
-_RECEIVER = re.compile(r"[a-z]+://([^/:?]+)")
-_DIGITS = re.compile(r"[0-9.]+")
+
+
 _GONE = 410
+
+
 _BUSY = frozenset({429, 503})
 
 
@@ -76,63 +77,6 @@ class DeliveryState(StrEnum):
     FAILED = "failed"
     OFF = "off"
     """Its address has said that it is gone, and is not asked again before an operator says so."""
-
-
-class Signing(Struct, frozen=True):
-    """The sealed secrets of a tenant: the one in force, and the one before, which signs too until `until` (seconds).
-
-    `origin` is where the one in force came from, if the registry was applied from a file.
-    """
-
-    secret: bytes
-    former: bytes | None = None
-    until: float = 0
-    origin: Origin | None = None
-
-    def in_force(self, now: float) -> tuple[bytes, ...]:
-        """The sealed secrets that sign at a time, the newer one first."""
-        return (self.secret, self.former) if self.former and now < self.until else (self.secret,)
-
-
-class Webhook(Struct, frozen=True):
-    """Where a tenant is told: at `url` by default, or wherever a task says, at a host of `allow`.
-
-    Without a `url` it is told nothing; the secrets stay for the day when it has one again. `off` has the addresses
-    that have said that they are gone.
-    """
-
-    url: str | None = None
-    allow: tuple[str, ...] = ()
-    signing: Signing | None = None
-    off: tuple[str, ...] = ()
-
-    def permits(self, url: str) -> bool:
-        """Whether the tenant may be told at an address."""
-        host = _host(url)
-        if self.url is None or host is None:
-            return False
-        return host in {_host(self.url), *self.allow} or _covers(self.allow, host)
-
-    def may_reach(self, ip: Address) -> bool:
-        """Whether a host of the tenant may be at an address that is not public: a private one, or one of `allow`."""
-        return any(ip in network for network in (*_PRIVATE, *_networks(self.allow)))
-
-    def signed(self, before: Signing | None, given: bytes | None, fresh: bytes) -> Webhook:
-        """The same with the sealed secret that was given, else what it had before, else a fresh one if it needs one."""
-        if given is not None and (before is None or before.secret != given):
-            before = Signing(given)
-        elif before is None and self.url is not None:
-            before = Signing(fresh)
-        return replace(self, signing=before)
-
-    def is_off(self, url: str) -> bool:
-        """Whether an address was switched off."""
-        return without_query(url) in self.off
-
-    def switched_off(self, url: str) -> Webhook:
-        """The same with one address more that is not asked any longer."""
-        off = tuple(each for each in self.off if each != without_query(url))
-        return replace(self, off=(*off, without_query(url))[-MAX_OFF:])
 
 
 def new_secret() -> str:
@@ -240,48 +184,8 @@ def choose(webhook: Webhook, asked: str | None) -> str | None:
     return url
 
 
-def without_query(url: str) -> str:
-    """An address as far as it may be shown: what identifies somebody tends to stand in the query."""
-    return url.partition("?")[0]
-
-
-def receiver(tenant: int, url: str) -> str:
-    """Whom the deliveries to an address may keep waiting: a tenant's others at the same host.
-
-    Ports make no difference, and addresses without a name are all one, so that a tenant has no more receivers than
-    hosts on its list: each of them may occupy a part of what is sent at once.
-    """
-    host = _RECEIVER.match(url)
-    name = host[1] if host else ""
-    return f"{tenant}:{'ip' if name.startswith('[') or _DIGITS.fullmatch(name) else name}"
-
-
 def _no_url(field: str) -> InvalidOptions:
     wanted = (
         f"must be a URL such as https://host/path, at most {MAX_URL} characters long, without credentials or fragment"
     )
     return InvalidOptions([FieldError(field, wanted)])
-
-
-def _host(url: str) -> str | None:
-    return urlsplit(url).hostname
-
-
-def parse_network(entry: str) -> Network | None:
-    try:
-        return ip_network(entry)
-    except ValueError:
-        return None
-
-
-def _networks(allow: Sequence[str]) -> list[Network]:
-    return [network for network in map(parse_network, allow) if network]
-
-
-def _covers(allow: Sequence[str], host: str) -> bool:
-    """Whether a host is an address in one of the networks."""
-    try:
-        ip = ip_address(host)
-    except ValueError:
-        return False
-    return any(ip in network for network in _networks(allow))

@@ -1,18 +1,21 @@
-"""Tasks: their kinds, the options of each with their ranges, and their states."""
+"""Tasks, their options and costs, and their encrypted ids."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import msgspec
 from msgspec import Meta, Struct
 
-from service.domain.conform import check_json
-from service.domain.errors import FieldError, InvalidOptions
+from service.domain.errors import FieldError, InvalidOptions, NotFound, check_json
 
 MAX_PROMPT = 2_000
+
+
 MAX_METADATA_BYTES = 2_048
 
 
@@ -56,6 +59,8 @@ class Basis(StrEnum):
 
 
 Colors = Annotated[int, Meta(ge=2, le=16, description="How many colours the vector image has.")]
+
+
 Prompt = Annotated[str, Meta(max_length=MAX_PROMPT)]
 
 
@@ -253,3 +258,60 @@ class Task(Struct, frozen=True, kw_only=True):
     checked: int
     webhook: str | None = None
     trace: str | None = None
+
+
+PREFIX = "task_"
+
+
+class Sealer(Protocol):
+    """Authenticated, deterministic encryption under the gateway's secret keys."""
+
+    def seal(self, plain: bytes) -> bytes:
+        """Encrypt under the first key."""
+        ...
+
+    def open(self, sealed: bytes) -> bytes | None:
+        """Decrypt under whichever key fits; None if none does or the bytes were altered."""
+        ...
+
+
+class Reference(Struct, frozen=True, array_like=True):
+    """What an id stands for: ids of tenant and account that are never reused, `created` in ms since the epoch."""
+
+    tenant: int
+    account: int
+    kind: Kind
+    created: int
+    reservation: str
+    upstream_id: str
+
+
+class TaskIds:
+    """Turns references into ids and back."""
+
+    def __init__(self, sealer: Sealer) -> None:
+        self._sealer = sealer
+
+    def seal(self, reference: Reference) -> str:
+        """The id of a reference; the same reference has the same id under the same keys."""
+        sealed = self._sealer.seal(msgspec.msgpack.encode(reference))
+        return PREFIX + base64.urlsafe_b64encode(sealed).rstrip(b"=").decode()
+
+    def open(self, task_id: str) -> Reference:
+        """The reference of an id. Raises NotFound for anything that is not exactly an id made by `seal`."""
+        text = task_id.removeprefix(PREFIX)
+        try:
+            sealed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+            plain = self._sealer.open(sealed) if PREFIX + text == task_id else None
+            if plain is not None and base64.urlsafe_b64encode(sealed).rstrip(b"=").decode() == text:
+                return msgspec.msgpack.decode(plain, type=Reference)
+        except (binascii.Error, msgspec.DecodeError, ValueError):
+            pass
+        raise NotFound("There is no such task.")
+
+
+class Backlog(Struct, frozen=True):
+    """How much waits, and for how many milliseconds the first of it has been due without being taken; 0 if none has."""
+
+    length: int
+    overdue: int
