@@ -16,23 +16,17 @@ from service.api.uploads import Uploads
 from service.domain.tasks import Catalogue
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import Tracer
-from service.usecases.apply import Apply
+from service.usecases.admin import Operators, Reseal, Webhooks
 from service.usecases.background import ended
-from service.usecases.board import Board
-from service.usecases.deliver import Deliver
-from service.usecases.fetch import Fetch
-from service.usecases.follow import Follow
-from service.usecases.look import FreeLooks
+from service.usecases.ledger_snapshot import Survey
+from service.usecases.poller import FreeLooks, Watch
 from service.usecases.ports import RegistryView
-from service.usecases.quota import Quota
-from service.usecases.registry import Operators
-from service.usecases.reseal import Reseal
-from service.usecases.submissions import Submissions
+from service.usecases.registry_apply import Apply
+from service.usecases.reports import Quota, Submissions, Usage
 from service.usecases.submit import Submit
-from service.usecases.survey import Survey
-from service.usecases.usage import Usage
-from service.usecases.watch import Watch
-from service.usecases.webhooks import Webhooks
+from service.usecases.task_cache import Board
+from service.usecases.task_status import Fetch, Follow
+from service.usecases.webhook_delivery import Deliver
 
 Job = Callable[[], Coroutine[Any, Any, None]]
 """What a process does in the background for as long as it lives."""

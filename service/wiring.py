@@ -40,18 +40,14 @@ from service.telemetry.metrics import Metrics
 from service.telemetry.overheard import Learn, Overheard, unheard
 from service.telemetry.redaction import Redactor
 from service.telemetry.tracing import UNTRACED, Tracer, tracing
-from service.usecases.apply import Apply
+from service.usecases.admin import Change, Operators, Reseal, Webhooks
 from service.usecases.background import Background
-from service.usecases.board import Board
-from service.usecases.change import Change
-from service.usecases.deliver import Deliver
-from service.usecases.fetch import Fetch
-from service.usecases.follow import Follow
-from service.usecases.look import FreeLooks
-from service.usecases.pace import Pace
+from service.usecases.ledger_snapshot import Survey
+from service.usecases.poller import FreeLooks, Watch
 from service.usecases.ports import (
     Agenda,
     Answered,
+    Artifacts,
     Books,
     Callbacks,
     Clock,
@@ -62,17 +58,13 @@ from service.usecases.ports import (
     Tasks,
     Upstream,
 )
-from service.usecases.ports.artifacts import Artifacts
-from service.usecases.quota import Quota
-from service.usecases.registry import Operators
-from service.usecases.reseal import Reseal
-from service.usecases.settle import Settle
-from service.usecases.submissions import Submissions
+from service.usecases.registry_apply import Apply
+from service.usecases.reports import Quota, Submissions, Usage
+from service.usecases.settlement import Settle
 from service.usecases.submit import Submit
-from service.usecases.survey import Survey
-from service.usecases.usage import Usage
-from service.usecases.watch import Watch
-from service.usecases.webhooks import Webhooks
+from service.usecases.task_cache import Board, Pace
+from service.usecases.task_status import Fetch, Follow
+from service.usecases.webhook_delivery import Deliver
 
 TASK_IDS, USER_KEYS, WEBHOOK_SECRETS = "task-id", "user-key", "webhook-secret"
 """What is sealed, each under keys of its own."""

@@ -26,8 +26,8 @@ from service.api.admin_views import (
 )
 from service.domain.errors import FieldError, InvalidOptions
 from service.domain.tenants import NAME_MUST, Account, Tenant
-from service.usecases.quota import Quota
-from service.usecases.registry import Operators
+from service.usecases.admin import Operators
+from service.usecases.reports import Quota
 
 _NAME = r"\A[a-z0-9][a-z0-9._-]{0,62}\Z"
 NewName = Annotated[str, PathParameter(schema_extra={"pattern": _NAME}, description="A name of your choice.")]

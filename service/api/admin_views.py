@@ -28,7 +28,7 @@ from service.domain.tenants import (
     Webhook,
     Window,
 )
-from service.usecases.quota import QuotaReport
+from service.usecases.reports import QuotaReport
 
 _MOST = 10**12
 _MOST_YUAN = 10**10

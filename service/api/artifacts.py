@@ -26,8 +26,8 @@ from service.api.views import PRIVATE
 from service.domain.media import EXTENSIONS
 from service.domain.tasks import ArtifactName, Task
 from service.domain.tenants import Tenant
-from service.usecases.fetch import Fetch
 from service.usecases.ports import Asked, BrokenOff, Fetched, Portion
+from service.usecases.task_status import Fetch
 
 READER_SECONDS = 60.0
 """A client that takes nothing for so long is given up, since it holds a connection to the upstream too."""

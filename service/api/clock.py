@@ -10,7 +10,7 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import Meta, Struct
 
 from service.api import openapi
-from service.usecases.registry import Operators
+from service.usecases.admin import Operators
 
 
 class ClockResetView(Struct, frozen=True):

@@ -10,7 +10,7 @@ import msgspec
 from service.api.registry_views import DifferenceKind, DifferenceView, RegistryBody, registry_body
 from service.domain.errors import dotted
 from service.domain.tenants import without_query
-from service.usecases.planning import Plan
+from service.usecases.registry_apply import Plan
 
 _KEY, _SECRET, _ADDRESS = ("user_key", "value"), ("webhook", "secret", "value"), ("webhook", "url")
 

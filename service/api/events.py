@@ -27,8 +27,8 @@ from service.api.views import TaskView, task_view
 from service.domain.errors import Unauthenticated
 from service.domain.tasks import State
 from service.domain.tenants import Tenant
-from service.usecases.board import Seen
-from service.usecases.follow import Follow
+from service.usecases.task_cache import Seen
+from service.usecases.task_status import Follow
 
 MEDIA_TYPE = "text/event-stream"
 LONGEST_SECONDS = 600.0

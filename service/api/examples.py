@@ -30,8 +30,7 @@ from service.domain.ledger import Measure, Refund, ReservationState, Tally
 from service.domain.tasks import OPTIONS, ArtifactName, Basis, Kind, State, UpscaleOptions
 from service.domain.tenants import Window
 from service.domain.webhooks import DeliveryState
-from service.usecases.submissions import BalanceSuggestion
-from service.usecases.usage import Group, Interval, Marked, Owner, Report, Row
+from service.usecases.reports import BalanceSuggestion, Group, Interval, Marked, Owner, Report, Row
 
 _ID = "task_Zm9yIHRoZSBkb2N1bWVudCBvbmx5"
 _CREATED = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)

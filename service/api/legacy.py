@@ -34,9 +34,9 @@ from service.domain.errors import (
 from service.domain.ledger import MAX_ACTIVE
 from service.domain.tasks import ArtifactName, Catalogue, Kind, Options, State, parse_options
 from service.domain.tenants import Tenant
-from service.usecases.follow import Follow
-from service.usecases.quota import Quota
+from service.usecases.reports import Quota
 from service.usecases.submit import Submit
+from service.usecases.task_status import Follow
 
 _log = structlog.get_logger(__name__)
 

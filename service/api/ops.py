@@ -12,7 +12,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from msgspec import Struct
 
 from service.telemetry.metrics import Metrics
-from service.usecases.survey import Survey
+from service.usecases.ledger_snapshot import Survey
 
 
 class Health(StrEnum):

@@ -11,7 +11,7 @@ from litestar.handlers import HTTPRouteHandler
 from service.api import openapi
 from service.api.views import PRIVATE, QuotaView, quota_view
 from service.domain.tenants import Tenant
-from service.usecases.quota import Quota
+from service.usecases.reports import Quota
 
 
 def quota_routes(quota: Quota) -> Sequence[HTTPRouteHandler]:

@@ -20,8 +20,8 @@ from service.api.registry_views import (
     registry_body,
     resealed_view,
 )
-from service.usecases.apply import Apply
-from service.usecases.reseal import Reseal
+from service.usecases.admin import Reseal
+from service.usecases.registry_apply import Apply
 
 _LARGEST_BODY = 32_000_000
 

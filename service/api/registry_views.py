@@ -18,8 +18,8 @@ from service.domain.errors import Faults, FieldError, InvalidOptions, dotted
 from service.domain.tasks import Kind
 from service.domain.tenants import Account, AccountPolicy, Limit, Name, Origin, Purse, Registry, Tenant, Token, Window
 from service.domain.webhooks import MAX_ALLOWED, MAX_URL
-from service.usecases.planning import Plan, Wanted, WantedAccount, WantedTenant
-from service.usecases.reseal import Resealed
+from service.usecases.admin import Resealed
+from service.usecases.registry_apply import Plan, Wanted, WantedAccount, WantedTenant
 
 _Id = Annotated[int, Meta(ge=1, le=2**53, description="Behind the name: tasks and usage belong to it. As it is.")]
 _TokenId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{12}\Z", extra={"must": "be 12 hexadecimal digits in lower case"})]

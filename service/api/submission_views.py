@@ -12,7 +12,7 @@ from service.api.views import CostView, Yuan, moment, task_path, yuan
 from service.domain.errors import FieldError, InvalidOptions
 from service.domain.ledger import ReservationState
 from service.domain.tasks import Kind, State
-from service.usecases.submissions import BalanceSuggestion, Fate
+from service.usecases.reports import BalanceSuggestion, Fate
 
 
 class TaskLinkView(Struct, frozen=True):

@@ -14,7 +14,7 @@ from service.api import openapi
 from service.api.submission_views import RefundBody, SubmissionView, submission_view
 from service.api.views import PRIVATE
 from service.domain.tenants import Tenant
-from service.usecases.submissions import Submissions
+from service.usecases.reports import Submissions
 
 Id = Annotated[str, PathParameter(description="The `submission_id`, as the problem `submission-unknown` names it.")]
 

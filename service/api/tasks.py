@@ -36,10 +36,9 @@ from service.domain.ledger import parse_key
 from service.domain.tasks import Catalogue, Kind, State, parse_metadata, parse_options
 from service.domain.tenants import Tenant
 from service.domain.webhooks import choose
-from service.usecases.board import Seen
-from service.usecases.follow import Follow
-from service.usecases.pace import Pace
 from service.usecases.submit import Submission, Submit
+from service.usecases.task_cache import Pace, Seen
+from service.usecases.task_status import Follow
 
 _log = structlog.get_logger(__name__)
 

@@ -15,7 +15,7 @@ from service.api.queries import check_query, day, some_of
 from service.api.usage_views import UsageView, usage_table, usage_view
 from service.api.views import PRIVATE
 from service.domain.tenants import Tenant
-from service.usecases.usage import MOST_DAYS, Group, Interval, Question, Report, Usage
+from service.usecases.reports import MOST_DAYS, Group, Interval, Question, Report, Usage
 
 _DESCRIPTION = (
     "A submission counts on the day on which it was made, in UTC, and `charged` is what your limits count. "

@@ -12,7 +12,7 @@ from service.api.tabular import flat
 from service.api.views import AmountView, Yuan, moment, yuan
 from service.domain.ledger import Measure, Refund, Tally, charged_money, charged_tasks
 from service.domain.tasks import Kind
-from service.usecases.usage import Group, Interval, Marked, Report, Row
+from service.usecases.reports import Group, Interval, Marked, Report, Row
 
 Uses = Annotated[int, Meta(description="Prepaid uses.")]
 Day = Annotated[date, Meta(description="When it was submitted.")]

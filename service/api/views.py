@@ -10,9 +10,8 @@ from msgspec import Meta, Struct
 
 from service.domain.tasks import ArtifactName, Basis, Kind, State, Task
 from service.domain.tenants import Window
-from service.usecases.board import Seen
-from service.usecases.pace import Pace
-from service.usecases.quota import PolicyReport, QuotaReport
+from service.usecases.reports import PolicyReport, QuotaReport
+from service.usecases.task_cache import Pace, Seen
 
 FEN = 100
 

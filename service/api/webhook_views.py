@@ -14,7 +14,7 @@ from service.domain.errors import Faults
 from service.domain.tasks import Task
 from service.domain.tenants import Webhook
 from service.domain.webhooks import MAX_ALLOWED, MAX_URL, DeliveryState, Event
-from service.usecases.webhooks import NewSecret, Owned
+from service.usecases.admin import NewSecret, Owned
 
 _Secret = Annotated[str, Meta(description="`whsec_` and base64. Shown this once.")]
 

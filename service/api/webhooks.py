@@ -17,7 +17,7 @@ from service.api.webhook_views import (
     delivery_view,
     new_secret_view,
 )
-from service.usecases.webhooks import Webhooks
+from service.usecases.admin import Webhooks
 
 _MOST_LISTED = 1_000
 

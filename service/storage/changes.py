@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 from service.storage.scripts import Fault, sort_of
 from service.storage.tasks import unpacked_change
-from service.usecases.board import Board
+from service.usecases.task_cache import Board
 
 _log = structlog.get_logger(__name__)
 

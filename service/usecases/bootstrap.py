@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from service.domain import tenants
 from service.domain.tenants import AccountPolicy, Tenant
+from service.usecases.admin import Operators
 from service.usecases.ports import RegistryView
-from service.usecases.registry import Operators
 
 NAME = "demo"
 

@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from service.api import events
-from service.usecases import follow
+from service.usecases import task_status
 from service.usecases.ports import Answered, Check
 from tests.behaviour.aftermath import problem
 from tests.behaviour.following import checked, following, until
@@ -112,7 +112,7 @@ async def test_a_version_that_is_not_known_here(house: House, task: dict[str, An
 
 async def test_heartbeat(house: House, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """While nothing changes comments come, so that all between see that the stream lives."""
-    monkeypatch.setattr(follow, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(task_status, "HEARTBEAT_SECONDS", 0.01)
     async with following(house, task, "1-queued") as stream:
         for _ in range(5):
             await stream.comment()

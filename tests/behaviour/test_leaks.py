@@ -16,7 +16,7 @@ from service.clients import wire
 from service.clients.callbacks import CallbackClient
 from service.clients.exchange import Line
 from service.sandbox.dials import Fault
-from service.usecases.quota import Quota
+from service.usecases.reports import Quota
 from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, House, real_house
 from tests.behaviour.old_client import OldClient
 from tests.behaviour.receiver import Receiver, a_secret, receiving

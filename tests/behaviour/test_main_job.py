@@ -10,9 +10,9 @@ import pytest
 from service.api import legacy, tasks
 from service.api.forms import MultipartForm
 from service.domain.tasks import Kind
-from service.usecases.board import Board
-from service.usecases.follow import Follow
-from service.usecases.quota import Quota
+from service.usecases.reports import Quota
+from service.usecases.task_cache import Board
+from service.usecases.task_status import Follow
 from tests.behaviour.house import House
 from tests.behaviour.old_client import OldClient
 from tests.support.images import png

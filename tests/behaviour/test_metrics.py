@@ -9,7 +9,7 @@ from httpx2 import AsyncClient
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
-from service.usecases import survey
+from service.usecases import ledger_snapshot
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.house import House, house_of_fakes, real_house
 from tests.fakes import FakeLedger
@@ -165,7 +165,7 @@ async def test_without_its_store_a_process_says_just_that(fakes: tuple[House, Fa
 
 async def test_a_store_that_does_not_answer_holds_up_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scrape says that the store is away rather than nothing at all, and shows it again as soon as it is back."""
-    monkeypatch.setattr(survey, "SURVEY_SECONDS", 0.2)
+    monkeypatch.setattr(ledger_snapshot, "SURVEY_SECONDS", 0.2)
     with running() as store:
         async with real_house(store) as house:
             store.freeze()

@@ -14,8 +14,8 @@ import structlog
 from service.domain.errors import NotFound
 from service.domain.tenants import Tenant
 from service.settings import Settings
+from service.usecases.admin import Operators
 from service.usecases.ports import RegistryChange
-from service.usecases.registry import Operators
 from service.wiring import assembled
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import SECRET_KEY, House, house_of_fakes, real_house

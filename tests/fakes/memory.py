@@ -10,9 +10,8 @@ from service.domain.ledger import AccountState, Candidate, DayUsage, Reservation
 from service.domain.tasks import Task
 from service.domain.tenants import AccountPolicy, TenantPolicy
 from service.storage.ledger import DAY, Spans
-from service.usecases.board import Board
-from service.usecases.pace import Pace
 from service.usecases.ports import Delivery
+from service.usecases.task_cache import Board, Pace
 from tests.fakes.clock import FakeClock, Stopwatch
 from tests.model import ledger_model
 

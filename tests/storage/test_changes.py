@@ -15,9 +15,8 @@ from service.storage import changes
 from service.storage.changes import Changes
 from service.storage.connect import connect
 from service.storage.tasks import unpacked_change
-from service.usecases.board import Board
-from service.usecases.pace import Pace
 from service.usecases.ports import Answered
+from service.usecases.task_cache import Board, Pace
 from tests.storage.shop import KEYS, Shop, shop
 from tests.support.valkey import Valkey, free_port, running
 

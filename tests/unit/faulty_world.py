@@ -19,13 +19,12 @@ from service.keyring import Keyring
 from service.storage.ledger import KEEP_KEY
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
-from service.usecases.board import Board, Seen
-from service.usecases.follow import Follow
-from service.usecases.pace import Pace
+from service.usecases.poller import Watch
 from service.usecases.ports import Answered, Ask, Check, Image, RegistryView, Snapshot, SubmitOutcome, Submitted
-from service.usecases.settle import Settle
+from service.usecases.settlement import Settle
 from service.usecases.submit import LEASE_MARGIN, Submission, Submit
-from service.usecases.watch import Watch
+from service.usecases.task_cache import Board, Pace, Seen
+from service.usecases.task_status import Follow
 from tests.fakes import START, FakeClock
 from tests.unit.faulty_store import Line, Post, Store
 

@@ -14,10 +14,9 @@ from service.domain.tenants import Registry, Signing, Webhook
 from service.domain.webhooks import DeliveryState
 from service.keyring import Keyring
 from service.telemetry.metrics import Metrics
-from service.usecases.change import Change
-from service.usecases.deliver import Deliver
+from service.usecases.admin import Change, Webhooks
 from service.usecases.ports import Check, Delivery, Reply
-from service.usecases.webhooks import Webhooks
+from service.usecases.webhook_delivery import Deliver
 from tests.fakes import FakeAgenda, FakeCallbacks
 from tests.unit.over_fakes import Gateway
 

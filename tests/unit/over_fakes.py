@@ -16,11 +16,11 @@ from service.domain.tenants import Account, AccountPolicy, Registry, Tenant, Ten
 from service.keyring import Keyring
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
-from service.usecases.follow import Follow
+from service.usecases.poller import Watch
 from service.usecases.ports import Ask, Check, Due, Image, Settlement, Snapshot, Submitted
-from service.usecases.settle import Settle
+from service.usecases.settlement import Settle
 from service.usecases.submit import Submission, Submit
-from service.usecases.watch import Watch
+from service.usecases.task_status import Follow
 from tests.fakes import FakeLedger, FakeRegistry, FakeUpstream
 
 AWAY = LedgerUnavailable("away", retry_after=1)

@@ -14,7 +14,7 @@ from service.api.registry_views import AccountEntry, RegistryBody, SecretEntry, 
 from service.domain.tasks import Kind
 from service.domain.tenants import Purse, Registry, Window
 from service.keyring import Keyring
-from service.usecases.planning import Plan, Planner
+from service.usecases.registry_apply import Plan, Planner
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 USER_KEYS, WEBHOOK_SECRETS = (Keyring([b"r" * 32]).purpose(name) for name in ("user-key", "webhook-secret"))

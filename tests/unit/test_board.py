@@ -8,9 +8,8 @@ import pytest
 
 from service.domain.errors import Overloaded
 from service.domain.tasks import Kind, State, Task
-from service.usecases import board as boards
-from service.usecases.board import Board, Seen, Watcher
-from service.usecases.pace import Pace
+from service.usecases import task_cache
+from service.usecases.task_cache import Board, Pace, Seen, Watcher
 from tests.support.tasks import CREATED, a_task, succeeded
 from tests.unit.over_fakes import until
 
@@ -77,7 +76,7 @@ def test_verified_once(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all who read a task that has ended the first one per interval has the store asked; of a running one none."""
     board.post(ENDED, CREATED)
     assert not board.to_verify("r1")
-    monkeypatch.setattr(boards, "VERIFIED_SECONDS", -1)
+    monkeypatch.setattr(task_cache, "VERIFIED_SECONDS", -1)
     board.post(a_task(reservation="r2"), CREATED)
     assert (board.to_verify("r1"), board.to_verify("r2"), board.to_verify("r3")) == (True, False, False)
     monkeypatch.undo()
@@ -88,7 +87,7 @@ def test_how_long_it_is_shown(board: Board, monkeypatch: pytest.MonkeyPatch) -> 
     """A task that runs is shown from memory for a moment, one that has ended for good."""
     board.post(RUNNING, CREATED)
     assert board.fresh("r1")
-    monkeypatch.setattr(boards, "RUNNING_SECONDS", -1)
+    monkeypatch.setattr(task_cache, "RUNNING_SECONDS", -1)
     assert board.fresh("r1") is None
     assert board.newest("r1")
     board.post(ENDED, CREATED)
@@ -206,7 +205,7 @@ def test_learns_once(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_oldest_is_forgotten(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many tasks those that were asked for last are remembered, and all that somebody waits for."""
-    monkeypatch.setattr(boards, "REMEMBERED", 2)
+    monkeypatch.setattr(task_cache, "REMEMBERED", 2)
     with board.watching("a"):
         for name in "abcd":
             board.post(succeeded(1, reservation=name), CREATED)

@@ -10,9 +10,9 @@ import pytest
 from service.domain.errors import NotFound, UpstreamUnavailable
 from service.domain.ledger import ReservationState
 from service.domain.tasks import State, Task
-from service.usecases import board, follow
-from service.usecases.follow import BOOKED_WITHIN_SECONDS
+from service.usecases import task_cache, task_status
 from service.usecases.ports import Answered, Check
+from service.usecases.task_status import BOOKED_WITHIN_SECONDS
 from tests.unit.over_fakes import AWAY, Gateway, until
 
 NEVER = 1e9
@@ -149,7 +149,7 @@ async def test_removed_account(gateway: Gateway) -> None:
 
 async def test_bounded_memory(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only so many look-ups are remembered, the latest ones."""
-    monkeypatch.setattr(follow, "_REMEMBERED", 2)
+    monkeypatch.setattr(task_status, "_REMEMBERED", 2)
     tasks = [await paid(gateway) for _ in range(3)]
     reads = gateway.follow(interval=NEVER)
     gateway.ledger.away = True
@@ -167,7 +167,7 @@ async def lose(gateway: Gateway) -> None:
         kept.clear()
 
 
-async def ended(gateway: Gateway, reads: follow.Follow) -> Task:
+async def ended(gateway: Gateway, reads: task_status.Follow) -> Task:
     """A task that has ended, as a process has it in its memory."""
     task = (await gateway.submitted()).task
     gateway.ledger.clock.at += gateway.ledger.spans.check_after
@@ -180,7 +180,7 @@ async def ended(gateway: Gateway, reads: follow.Follow) -> Task:
 
 async def test_booked_again_though_it_is_remembered(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first read of a task that the ledger lost books it and its end, though the process remembers the end."""
-    monkeypatch.setattr(board, "VERIFIED_SECONDS", -1)
+    monkeypatch.setattr(task_cache, "VERIFIED_SECONDS", -1)
     reads = gateway.follow(interval=NEVER)
     task = await ended(gateway, reads)
     await lose(gateway)
@@ -193,7 +193,7 @@ async def test_booked_again_though_it_is_remembered(gateway: Gateway, monkeypatc
 
 async def test_end_that_an_older_store_does_not_know(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """An end that the process remembers stays shown, and is recorded, after a restore of data from before it."""
-    monkeypatch.setattr(board, "VERIFIED_SECONDS", -1)
+    monkeypatch.setattr(task_cache, "VERIFIED_SECONDS", -1)
     reads = gateway.follow(interval=NEVER)
     task = (await gateway.submitted()).task
     before = copy.deepcopy((gateway.ledger.tasks, gateway.ledger.reservations, gateway.ledger.due))
@@ -211,7 +211,7 @@ async def test_end_that_an_older_store_does_not_know(gateway: Gateway, monkeypat
 async def test_end_is_recorded_before_it_is_shown(gateway: Gateway) -> None:
     """Once a process has shown the end of a lost task, no other process shows it as running."""
     task, reads, others = await paid(gateway, lost=True), gateway.follow(interval=0), gateway.follow(interval=0)
-    others._board = board.Board(gateway.ledger.board.pace)
+    others._board = task_cache.Board(gateway.ledger.board.pace)
     assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
     assert (await others.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
     assert len(gateway.upstream.checks) == 1

@@ -11,9 +11,9 @@ import pytest
 
 from service.domain.errors import UpstreamUnavailable
 from service.domain.tasks import State, Task
-from service.usecases import board as boards
-from service.usecases.follow import Follow
+from service.usecases import task_cache
 from service.usecases.ports import Answered, Check
+from service.usecases.task_status import Follow
 from tests.unit.over_fakes import Gateway, until
 
 CROWD = 2_000
@@ -24,7 +24,7 @@ LONG = 1e6
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> Gateway:
     """The use cases over the ports in memory, of a process that remembers no running task."""
-    monkeypatch.setattr(boards, "RUNNING_SECONDS", -1)
+    monkeypatch.setattr(task_cache, "RUNNING_SECONDS", -1)
     return Gateway()
 
 
@@ -124,7 +124,7 @@ async def test_what_was_not_announced(gateway: Gateway, attended: list[Sequence[
     task, follow = (await gateway.submitted()).task, gateway.follow(interval=0)
     wait = asyncio.create_task(follow.read(gateway.tenant, task.id, wait=LONG))
     await until(lambda: gateway.ledger.board.waiting == 1 and len(attended) == 1)
-    gateway.ledger.board = gateway.watch._board = boards.Board(gateway.ledger.board.pace)
+    gateway.ledger.board = gateway.watch._board = task_cache.Board(gateway.ledger.board.pace)
     await interval(gateway)
     gateway.ledger.away = True
     async with attending(follow):

@@ -9,8 +9,8 @@ import pytest
 from service.domain.availability import PROBE_INTERVAL
 from service.domain.ledger import AccountState, Figures, Status
 from service.domain.tasks import TaskError
-from service.usecases import look
-from service.usecases.look import FreeLooks
+from service.usecases import poller
+from service.usecases.poller import FreeLooks
 from service.usecases.ports import Answered, Check
 from tests.unit.over_fakes import Gateway, until
 
@@ -105,7 +105,7 @@ async def test_forgotten_task(gateway: Looking) -> None:
 
 async def test_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a store that is away nor a fault of ours ends the looking."""
-    monkeypatch.setattr(look, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(poller, "LOOK_SECONDS", 0)
     gateway = Looking()
     await gateway.run_dry()
     gateway.ledger.clock.at += PROBE_INTERVAL

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.domain.tasks import Kind, State
-from service.usecases.pace import Pace
+from service.usecases.task_cache import Pace
 from tests.support.tasks import CREATED, a_task, succeeded
 
 

@@ -8,13 +8,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.storage.scripts import unavailable
-from service.usecases import rounds
+from service.usecases import background
 
 
 async def test_an_outage_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """However often the store is asked while it is away, rounds go on, and leave it to others to log that."""
-    monkeypatch.setattr(rounds, "AWAY_SECONDS", 0)
-    monkeypatch.setattr(rounds, "TICK_SECONDS", 0)
+    monkeypatch.setattr(background, "AWAY_SECONDS", 0)
+    monkeypatch.setattr(background, "TICK_SECONDS", 0)
     answers = iter(["away", "away", "away", "here", "away", "away"])
 
     async def begin() -> bool:
@@ -26,5 +26,5 @@ async def test_an_outage_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return False
 
     with capture_logs() as logs, pytest.raises(asyncio.CancelledError):
-        await rounds.rounds("watch", begin)
+        await background.rounds("watch", begin)
     assert logs == []

@@ -7,16 +7,16 @@ import structlog
 
 from service.domain.ledger import ReservationState
 from service.domain.tasks import Kind
-from service.usecases import settle
+from service.usecases import settlement
 from service.usecases.background import Background
 from service.usecases.ports import Settlement
-from service.usecases.settle import Settle
+from service.usecases.settlement import Settle
 from tests.fakes import FakeLedger, FakeRegistry
 
 
 async def test_late_outcomes_are_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is booked late, for whichever requests, is not logged as the doing of the one that was late first."""
-    monkeypatch.setattr(settle, "RETRIES", (0.0,))
+    monkeypatch.setattr(settlement, "RETRIES", (0.0,))
     ledger, background = FakeLedger(away=True), Background()
     book = Settle(ledger, background, FakeRegistry(ledger))
     with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logged:

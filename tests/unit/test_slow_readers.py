@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from service.api import events
 from service.app import create_app
 from service.domain.tasks import State
-from service.usecases.board import Seen
+from service.usecases.task_cache import Seen
 from tests.behaviour.house import House, house_of_fakes
 from tests.unit.asgi import Message, http_scope
 from tests.unit.over_fakes import until

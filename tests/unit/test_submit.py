@@ -17,7 +17,7 @@ from service.domain.errors import (
 )
 from service.domain.ledger import ReservationState, Status
 from service.domain.tenants import Limit, TenantPolicy, Window
-from service.usecases import settle, submit
+from service.usecases import settlement, submit
 from service.usecases.ports import Ask, SubmitOutcome, Submitted
 from service.usecases.submit import LEASE_MARGIN
 from tests.unit.over_fakes import AWAY, Gateway, until
@@ -28,7 +28,7 @@ ONCE = TenantPolicy(limits=(Limit(Window.DAY, tasks=1),))
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> Gateway:
     """The use cases, with no pauses between the tries to book an outcome."""
-    monkeypatch.setattr(settle, "RETRIES", (0,))
+    monkeypatch.setattr(settlement, "RETRIES", (0,))
     return Gateway(ONCE)
 
 
@@ -137,7 +137,7 @@ async def test_unanswered_settlement(gateway: Gateway, fault: Exception, when: s
 
 async def test_settled_after_its_lease(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """An acceptance that can be booked only after its lease has run out replaces the unknown outcome."""
-    monkeypatch.setattr(settle, "RETRIES", (0.1,))
+    monkeypatch.setattr(settlement, "RETRIES", (0.1,))
     gateway.ledger.before["settle"] = [AWAY]
     submission = await gateway.submitted()
     gateway.ledger.clock.at += gateway.ledger.spans.lease

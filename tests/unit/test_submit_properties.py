@@ -19,10 +19,10 @@ from service.domain.errors import (
 from service.domain.ledger import AccountState, Figures, ReservationState, Status
 from service.domain.tasks import TaskError
 from service.domain.tenants import Account, AccountPolicy, Limit, Purse, Registry, Tenant, TenantPolicy, Window
-from service.usecases import submit
-from service.usecases.board import Seen
+from service.usecases import submit as submit_module
 from service.usecases.ports import Answered, Check, SubmitOutcome
 from service.usecases.submit import Submission
+from service.usecases.task_cache import Seen
 from tests.fakes import FakeRegistry
 from tests.unit.agreement import check_answer, check_booking
 from tests.unit.faulty_store import CHARGED, Fate, Post, Store
@@ -278,8 +278,8 @@ class SubmitMachine(RuleBasedStateMachine):
 
 def test_money_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever fails, and whoever dies or leaves, what was asked, sent, booked and told of each submission agree."""
-    monkeypatch.setattr(submit, "time", LoopTime)
-    monkeypatch.setattr(submit, "secrets", Numbers())
+    monkeypatch.setattr(submit_module, "time", LoopTime)
+    monkeypatch.setattr(submit_module, "secrets", Numbers())
     run_state_machine_as_test(
         SubmitMachine,
         settings=settings(

@@ -13,7 +13,7 @@ from service.domain.ledger import Figures
 from service.domain.tasks import Kind
 from service.domain.tenants import AccountPolicy, Limit, TenantPolicy, Window
 from service.telemetry import told
-from service.usecases import watch
+from service.usecases import poller
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
 from tests.unit.over_fakes import AWAY, Gateway, until
 
@@ -78,7 +78,7 @@ async def test_booked_late(lines: Lines) -> None:
 
 async def test_expired(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     """A submission whose process died has a line of its own when its lease runs out."""
-    monkeypatch.setattr(watch, "EXPIRE_SECONDS", 0)
+    monkeypatch.setattr(poller, "EXPIRE_SECONDS", 0)
     gateway = Gateway()
     gateway.upstream.go.clear()
     callers = [asyncio.create_task(gateway.submitted()) for _ in range(2)]

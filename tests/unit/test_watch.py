@@ -10,7 +10,7 @@ import pytest
 
 from service.domain.tasks import State, Task, TaskIds
 from service.keyring import Keyring
-from service.usecases import rounds, watch
+from service.usecases import background, poller
 from service.usecases.ports import Answered, Check
 from tests.unit.over_fakes import AWAY, Gateway, until
 
@@ -20,9 +20,9 @@ CRASH = RuntimeError("a fault of ours")
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> Gateway:
     """The use cases, with a watch that never pauses."""
-    monkeypatch.setattr(watch, "EXPIRE_SECONDS", 0)
-    monkeypatch.setattr(rounds, "TICK_SECONDS", 0)
-    monkeypatch.setattr(rounds, "AWAY_SECONDS", 0)
+    monkeypatch.setattr(poller, "EXPIRE_SECONDS", 0)
+    monkeypatch.setattr(background, "TICK_SECONDS", 0)
+    monkeypatch.setattr(background, "AWAY_SECONDS", 0)
     return Gateway()
 
 

@@ -1,4 +1,4 @@
-"""The watch: every running task is checked once per interval, by whichever process claims it."""
+"""Checks of running tasks and of account balances at the upstream."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ import asyncio
 import structlog
 
 from service.domain.errors import LedgerUnavailable, NotFound
+from service.domain.ledger import Figures
 from service.domain.tasks import Task, TaskIds
-from service.domain.tenants import Registry
+from service.domain.tenants import Account, Purse, Registry
 from service.telemetry.levels import Level
 from service.telemetry.metrics import Metrics
 from service.telemetry.told import yuan
 from service.telemetry.tracing import UNTRACED, Tracer
-from service.usecases.background import ended
-from service.usecases.board import Board
-from service.usecases.ports import Answered, Check, Due, Ledger, RegistryView, Tasks, Upstream
-from service.usecases.rounds import rounds
-from service.usecases.settle import EXPIRY, tell
+from service.usecases.background import ended, rounds
+from service.usecases.ports import Answered, Check, Due, Ledger, Look, RegistryView, Tasks, Upstream
+from service.usecases.settlement import EXPIRY, tell
+from service.usecases.task_cache import Board
 
 _log = structlog.get_logger(__name__)
 
+
 EXPIRE_SECONDS = 5.0
+
+
 _KEY_LOST = "None of the secret keys opens its id."
 
 
@@ -154,3 +157,56 @@ async def ask(task: Task, registry: RegistryView, task_ids: TaskIds, upstream: U
         _log.error("task.key-lost", reservation=task.reservation, detail=_KEY_LOST)
         return Check(answered=Answered.NOTHING)
     return await upstream.check(account, upstream_id)
+
+
+LOOK_SECONDS = 5.0
+"""How often it is asked whether a look is due: it comes late by at most this."""
+
+
+class FreeLooks:
+    """Looks at the accounts whose balance somebody waits for."""
+
+    def __init__(
+        self, *, ledger: Ledger, tasks: Tasks, upstream: Upstream, registry: RegistryView, task_ids: TaskIds
+    ) -> None:
+        self._ledger = ledger
+        self._tasks = tasks
+        self._upstream = upstream
+        self._registry = registry
+        self._task_ids = task_ids
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            try:
+                await self.tick()
+            except LedgerUnavailable:
+                pass  # there is time
+            except Exception:  # noqa: BLE001 - one fault must not leave the accounts unseen for ever
+                _log.exception("look.crashed")
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def tick(self) -> None:
+        """Look at each account for which that is due. Raises LedgerUnavailable."""
+        registry = self._registry.current
+        starving = {
+            name
+            for tenant in registry.tenants.values()
+            if tenant.policy.purse is Purse.COUNT_ONLY
+            for name in tenant.accounts
+        }
+        for account in registry.accounts.values():
+            look = await self._ledger.look(account.id, count_only=account.name in starving)
+            if look:
+                await self._look(account, look)
+
+    async def _look(self, account: Account, look: Look) -> None:
+        found = await self._tasks.get(look.reservation)
+        if found is None:
+            await self._ledger.looked(look, Figures())
+            return
+        check = await ask(found[0], self._registry, self._task_ids, self._upstream)
+        if check.answered in {Answered.NOTHING, Answered.UNUSABLE}:
+            return  # the next look may tell
+        await self._ledger.looked(look, check.figures)
+        _log.info("account.looked-at", account=account.name, answered=check.answered)

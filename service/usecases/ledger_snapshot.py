@@ -1,4 +1,4 @@
-"""Looking at the whole ledger, for those who watch the gateway: how limits, accounts and queues stand."""
+"""The numbers that `/metrics` shows of the ledger."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from service.domain.tenants import Registry, Tenant, Window
 from service.telemetry.metrics import Metrics
 from service.telemetry.standing import AccountStanding, QuotaStanding, Seen
 from service.usecases.ports import Agenda, Ledger, RegistryView, Tasks
-from service.usecases.quota import PolicyReport, policies
+from service.usecases.reports import PolicyReport, policies
 
 _log = structlog.get_logger(__name__)
 
+
 SURVEY_SECONDS = 3.0
 """A look takes no longer: a scrape without the ledger tells more than one that Prometheus gave up."""
+
+
 _SHOWN = (Window.DAY, Window.MONTH, Window.TOTAL)
+
+
 _YUAN = "yuan"
 
 

@@ -1,33 +1,140 @@
-"""Operators' work on accounts, tenants and tokens.
-
-`PUT` replaces: what is left out gets its default, only secrets are kept. Reads see the newest version too, also
-right after a change that another process made. Everything raises LedgerUnavailable while Redis is away.
-"""
+"""Changes of accounts, tenants, tokens, webhooks and secrets."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
-from service.domain import webhooks
-from service.domain.errors import Conflict, FieldError, InvalidOptions, NotFound
+from service.domain import tenants, webhooks
+from service.domain.errors import Conflict, FieldError, InvalidOptions, LedgerUnavailable, NotFound, Overloaded, dotted
 from service.domain.ledger import AccountState, Status
 from service.domain.tasks import Sealer
-from service.domain.tenants import Account, AccountPolicy, Registry, Tenant, Token, digest, new_token, without_query
+from service.domain.tenants import (
+    Account,
+    AccountPolicy,
+    Registry,
+    Signing,
+    Tenant,
+    Token,
+    digest,
+    new_token,
+    without_query,
+)
 from service.telemetry import told
-from service.usecases.change import Change
-from service.usecases.ports import Clock, Ledger, RegistryChange, RegistryView
+from service.usecases.ports import Agenda, Clock, Delivery, Ledger, RegistryChange, RegistryStore, RegistryView
 
 _log = structlog.get_logger(__name__)
 
-_TOKEN_ID_BYTES = 6
+
+_TRIES = 10
+
 
 R = TypeVar("R")
+
+
+class Change:
+    """Changes the registry. There is one of it in a process."""
+
+    def __init__(self, store: RegistryStore, registry: RegistryView) -> None:
+        self._store = store
+        self._registry = registry
+        self._changing = asyncio.Lock()
+
+    async def __call__(self, what: str, make: Callable[[Registry], tuple[RegistryChange, R]], **about: Any) -> R:
+        """Write what `make` makes of the newest version, again if another process was faster, and log it.
+
+        Raises LedgerUnavailable or Overloaded, and what `make` raises.
+        """
+        async with self._changing:  # those of one process need not race each other
+            for _ in range(_TRIES):
+                await self._registry.refresh()
+                change, result = make(self._registry.current)
+                if await self._store.write(change):
+                    _log.info(what, version=change.version + 1, **about)
+                    with suppress(LedgerUnavailable):  # it was done all the same, and is followed in the background
+                        await self._registry.refresh()
+                    return result
+        raise Overloaded("The registry is being changed by others. Try again.", retry_after=1)
+
+
+class Resealed(Struct, frozen=True):
+    """The accounts and tenants whose secrets were sealed anew, by name; and where there is what no key opens."""
+
+    accounts: tuple[str, ...]
+    tenants: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+class Reseal:
+    """Brings under the first secret key what was sealed with others."""
+
+    def __init__(
+        self, *, change: Change, registry: RegistryView, user_keys: Sealer, webhook_secrets: Sealer, clock: Clock
+    ) -> None:
+        self._change = change
+        self._registry = registry
+        self._user_keys = user_keys
+        self._webhook_secrets = webhook_secrets
+        self._clock = clock
+
+    async def __call__(self) -> Resealed:
+        """Seal anew what is not sealed with the first key, and leave what no key opens as it is.
+
+        Where all is, nothing is written. Raises LedgerUnavailable or Overloaded.
+        """
+        await self._registry.refresh()
+        change, found = self._make(self._registry.current)
+        if not change.accounts and not change.tenants:
+            return found
+        return await self._change("registry.resealed", self._make)
+
+    def _make(self, now: Registry) -> tuple[RegistryChange, Resealed]:
+        lost: list[str] = []
+        accounts, tenants = list[Account](), list[Tenant]()
+        for name, account in sorted(now.accounts.items()):
+            sealed = _anew(self._user_keys, account.user_key)
+            if sealed is None:
+                lost.append(dotted("accounts", name, "user_key"))
+            elif sealed != account.user_key:
+                accounts.append(replace(account, user_key=sealed))
+        for name, tenant in sorted(now.tenants.items()):
+            before = tenant.webhook.signing
+            signing = before and self._signing(before)
+            if before and signing is None:
+                lost.append(dotted("tenants", name, "webhook", "secret"))
+            elif signing != before:
+                tenants.append(replace(tenant, webhook=replace(tenant.webhook, signing=signing)))
+        change = RegistryChange(
+            version=now.version, next_id=now.next_id, accounts=tuple(accounts), tenants=tuple(tenants)
+        )
+        names = (tuple(each.name for each in accounts), tuple(each.name for each in tenants))
+        return change, Resealed(*names, tuple(lost))
+
+    def _signing(self, before: Signing) -> Signing | None:
+        """The secrets that are in force, sealed anew; one that is no longer goes. None if no key opens one of them."""
+        secret, *former = [_anew(self._webhook_secrets, each) for each in before.in_force(self._clock.now())]
+        if secret is None or None in former:
+            return None
+        return replace(before, secret=secret, former=former[0] if former else None)
+
+
+def _anew(sealer: Sealer, sealed: bytes) -> bytes | None:
+    """The same sealed with the first key; None if no key opens it."""
+    plain = sealer.open(sealed)
+    return None if plain is None else sealer.seal(plain)
+
+
+_TOKEN_ID_BYTES = 6
+
+
 Owner = TypeVar("Owner", Account, Tenant)
 
 
@@ -274,3 +381,87 @@ def _same(table: Mapping[str, Owner], looked_at: Owner, what: str) -> Owner:
     if found.id != looked_at.id:
         raise Conflict(f"The {what} {looked_at.name} was deleted and made anew meanwhile. Look at it again.")
     return found
+
+
+class NewSecret(Struct, frozen=True):
+    """A secret that was just made, the only time its text is known. The one before signs until `until` (seconds)."""
+
+    text: str
+    until: float
+
+
+class Owned(Struct, frozen=True):
+    """A delivery, and what its tenant is or was called; None if nobody remembers."""
+
+    delivery: Delivery
+    tenant: str | None
+
+
+class Webhooks:
+    """Everything raises LedgerUnavailable while Redis is away."""
+
+    def __init__(
+        self, *, change: Change, registry: RegistryView, agenda: Agenda, secrets: Sealer, clock: Clock
+    ) -> None:
+        self._change = change
+        self._registry = registry
+        self._agenda = agenda
+        self._secrets = secrets
+        self._clock = clock
+
+    async def rotate(self, name: str, grace: float) -> NewSecret:
+        """Give a tenant a new secret, beside which the one it has signs for `grace` seconds more.
+
+        Raises NotFound, or Conflict if it has none.
+        """
+        text, until = webhooks.new_secret(), self._clock.now() + grace
+        sealed = self._secrets.seal(webhooks.parse_secret(text))
+
+        def change(now: Registry) -> tuple[RegistryChange, None]:
+            tenant = now.tenants.get(name)
+            if tenant is None:
+                raise NotFound(f"There is no tenant {name}.")
+            if tenant.webhook.signing is None:
+                raise Conflict(f"Tenant {name} has no webhook secret. It gets one with its webhook.")
+            signing = Signing(sealed, tenant.webhook.signing.secret if grace else None, until)
+            return _put(now, replace(tenant, webhook=replace(tenant.webhook, signing=signing))), None
+
+        await self._change("webhook.rotated", change, tenant=name, grace=grace)
+        return NewSecret(text, until)
+
+    async def switch_off(self, tenant_id: int, url: str) -> None:
+        """Send no more to an address of a tenant, until the tenant is put again. Raises Overloaded."""
+
+        def change(now: Registry) -> tuple[RegistryChange, None]:
+            tenant = now.tenant(tenant_id)
+            if tenant is None:  # it was deleted meanwhile
+                return RegistryChange(version=now.version, next_id=now.next_id), None
+            return _put(now, replace(tenant, webhook=tenant.webhook.switched_off(url))), None
+
+        await self._change(
+            "webhook.switched-off",
+            change,
+            tenant=self._registry.current.tenant_name(tenant_id),
+            address=tenants.without_query(url),
+        )
+
+    async def failed(self, most: int) -> Sequence[Owned]:
+        """Up to `most` deliveries that were given up in the last 30 days, the newest first."""
+        return [self._owned(each) for each in await self._agenda.failed(most)]
+
+    async def redeliver(self, event: str) -> Owned:
+        """Send an event again from the start, now. Raises NotFound if it is not known (any more)."""
+        reservation = webhooks.reservation_of(event)
+        delivery = await self._agenda.redeliver(reservation) if reservation else None
+        if delivery is None:
+            raise NotFound(f"There is no delivery {event}, or it was forgotten since.")
+        owned = self._owned(delivery)
+        _log.info("delivery.revived", delivery=event, tenant=owned.tenant)
+        return owned
+
+    def _owned(self, delivery: Delivery) -> Owned:
+        return Owned(delivery, self._registry.current.tenant_name(delivery.tenant))
+
+
+def _put(now: Registry, tenant: Tenant) -> RegistryChange:
+    return RegistryChange(version=now.version, next_id=now.next_id, tenants=(tenant,))

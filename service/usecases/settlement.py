@@ -1,4 +1,4 @@
-"""Booking outcomes: at once if Redis is there, else for as long as it takes."""
+"""Settlement of submissions, late outcomes included."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from service.usecases.ports import Ask, Ledger, RegistryView, Settlement
 
 _log = structlog.get_logger(__name__)
 
+
 SENDER, READER, EXPIRY = "sender", "reader", "expiry"
 """Who found an outcome out: who sent the submission, who read the task that came of it, or nobody before its lease."""
+
+
 RETRIES = (0.1, 0.3, 1.0, 3.0, 5.0)
 """Seconds between tries to book an outcome; the last goes on until it is booked."""
 

@@ -1,8 +1,4 @@
-"""Telling tenants of the ends of their tasks, at least once each.
-
-An attempt that nobody recorded, since its process was killed or Redis away, is made again when its claim runs out: with
-the same id and the same body, by which the receiver knows it.
-"""
+"""Delivery of webhook events."""
 
 from __future__ import annotations
 
@@ -20,11 +16,11 @@ from service.domain.tenants import Tenant
 from service.domain.webhooks import DeliveryState
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import UNTRACED, Tracer
-from service.usecases.background import ended
+from service.usecases.background import ended, rounds
 from service.usecases.ports import Agenda, Callbacks, Claimed, Clock, Delivery, Outcome, RegistryView, Tasks
-from service.usecases.rounds import rounds
 
 _log = structlog.get_logger(__name__)
+
 
 _OFF = "This address was switched off."
 

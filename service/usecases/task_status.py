@@ -1,17 +1,12 @@
-"""Reading tasks, and waiting for them.
-
-Reads cost the upstream nothing: they show what the watch recorded, and who waits is woken by what it records. Only a
-task that Redis no longer knows, or can't be asked about, is looked up at the upstream, which its sealed id makes
-possible.
-"""
+"""Reading, waiting for and following tasks, and opening their results."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import msgspec
 import structlog
@@ -19,17 +14,20 @@ from msgspec import Struct
 
 from service.domain.errors import GatewayError, LedgerUnavailable, NotFound, UpstreamUnavailable
 from service.domain.ledger import ReservationState
-from service.domain.tasks import Basis, Cost, Kind, Reference, State, Task, TaskIds
+from service.domain.tasks import Artifact, Basis, Cost, Kind, Reference, State, Task, TaskIds
 from service.domain.tenants import Tenant
 from service.telemetry.families import Source
 from service.telemetry.metrics import Metrics
 from service.telemetry.spent import waiting
-from service.usecases.board import Board, Seen, Watcher
+from service.usecases.poller import report_end
 from service.usecases.ports import (
     Answered,
+    Artifacts,
+    Asked,
     Check,
     Clock,
     Due,
+    Fetched,
     Ledger,
     Page,
     RegistryView,
@@ -38,17 +36,26 @@ from service.usecases.ports import (
     Tasks,
     Upstream,
 )
-from service.usecases.settle import READER, tell
-from service.usecases.watch import report_end
+from service.usecases.settlement import READER, tell
+from service.usecases.task_cache import Board, Seen, Watcher
 
 _log = structlog.get_logger(__name__)
 
+
 HEARTBEAT_SECONDS = 15.0
 """Who follows changes is told after so many seconds that there was none."""
+
+
 _REMEMBERED = 10_000
+
+
 _BATCH = 100
+
+
 BOOKED_WITHIN_SECONDS = 30 * 86_400
 """A lost task is booked for so long after its creation: whatever the settings say, its reservation is kept longer."""
+
+
 _EMPTY = msgspec.Raw(b"{}")
 
 
@@ -325,3 +332,48 @@ def _bare(reference: Reference, task_id: str) -> Task:
         version=0,
         checked=reference.created,
     )
+
+
+RECENT_SECONDS = 300.0
+"""For so long after a task's end its results may not have arrived where the upstream keeps them."""
+
+
+class Fetch:
+    """Fetches a result for the tenant whose task it is of, from the address that the upstream gave for it."""
+
+    def __init__(self, *, follow: Follow, artifacts: Artifacts, registry: RegistryView) -> None:
+        self._follow = follow
+        self._artifacts = artifacts
+        self._registry = registry
+
+    @asynccontextmanager
+    async def __call__(
+        self, tenant: Tenant, task_id: str, name: str, asked: Asked
+    ) -> AsyncIterator[tuple[Task, Fetched]]:
+        """A task with one of its results, which is fetched as long as the block lasts.
+
+        Raises before the block: NotFound also for a task that has no such result, or none yet; else as
+        `Follow.read` and `Artifacts.fetch` do.
+        """
+        seen = await self._follow.read(tenant, task_id)
+        task = seen.task
+        artifact = _artifact(task, name)
+        account = self._registry.current.account(task.account)
+        async with self._artifacts.fetch(account, artifact, asked, recent=_is_recent(seen)) as fetched:
+            yield task, fetched
+
+
+def _is_recent(seen: Seen) -> bool:
+    ended = seen.task.finished or seen.task.updated
+    return (seen.now - ended) / 1000 + time.monotonic() - seen.at < RECENT_SECONDS
+
+
+def _artifact(task: Task, name: str) -> Artifact:
+    if not task.state.ended:
+        raise NotFound("This task has not ended yet, and has no results before. Follow it until it has.")
+    if task.state is State.FAILED:
+        raise NotFound("This task has failed, so it has no results.")
+    for artifact in task.artifacts:
+        if artifact.name == name:
+            return artifact
+    raise NotFound(f"This task has no result of that name; it has {', '.join(each.name for each in task.artifacts)}.")

@@ -1,13 +1,9 @@
-"""What this process knows of tasks without asking the store, and who waits for which.
-
-Every change of a task is announced to every process, and posted here. So a read of a task that was read before costs
-nothing, and whoever waits for one is woken by its change, however many there are. Only the newest version of a task is
-held: a waiter that is slow finds that, and no queue grows behind it.
-"""
+"""A cache of tasks per process, and the subscriptions to their changes."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,19 +12,56 @@ from contextlib import contextmanager
 from msgspec import Struct
 
 from service.domain.errors import Overloaded
-from service.domain.tasks import Task
-from service.usecases.pace import Pace
+from service.domain.tasks import Kind, State, Task
+
+_WEIGHT = 0.2
+"""How much the newest end counts against all before it."""
+
+
+_LONGEST = 30
+
+
+class Pace:
+    """Learns from every end that this process hears of."""
+
+    def __init__(self, poll_seconds: float) -> None:
+        self._poll_seconds = poll_seconds
+        self._seconds: dict[Kind, float] = {}
+
+    def ended(self, task: Task) -> None:
+        """A task has ended. One that failed tells nothing of how long the others take."""
+        if task.state is not State.SUCCEEDED:
+            return
+        took = (task.updated - task.created) / 1000
+        known = self._seconds.get(task.kind, took)
+        self._seconds[task.kind] = known + _WEIGHT * (took - known)
+
+    def retry_after(self, task: Task, now: int) -> int:
+        """After how many whole seconds to ask again about a task that runs, at the ledger's time `now`."""
+        left = self._seconds.get(task.kind, 0.0) - (now - task.created) / 1000
+        return math.ceil(min(max(left, self._poll_seconds), _LONGEST))
+
 
 REMEMBERED = 10_000
 """How many tasks are held at the most, beside those that are waited for: the ones asked for last."""
+
+
 RUNNING_SECONDS = 1.0
 """For how long a task that runs is shown from memory. One that has ended does not change any more."""
+
+
 VERIFIED_SECONDS = 1.0
 """For how long a task that has ended is shown from memory before the store is asked whether it still knows it."""
+
+
 _OVERTAKEN_MS = 60_000
 """Reads overtake each other by less: what was checked longer ago was so by a clock that has stepped back since."""
+
+
 MOST_WATCHERS = 10_000
 """How many may wait in one process, each of whom holds a connection and some memory."""
+
+
 _FULL_SECONDS = 5.0
 
 
