@@ -41,7 +41,7 @@ from service.api.queries import JsonRequest, check_query
 from service.api.uploads import check_coding
 from service.domain.tenants import Tenant
 from service.services import Services
-from service.telemetry.families import Port
+from service.telemetry.metrics import Port
 
 _TENANTS_TITLE = "Imaging Gateway"
 _TENANTS_DESCRIPTION = (

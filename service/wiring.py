@@ -34,11 +34,9 @@ from service.storage.ledger import DAY, RedisLedger, Spans
 from service.storage.registry import LiveRegistry, RedisRegistry
 from service.storage.scripts import READ, SCRIPTS, Outages, Scripts
 from service.storage.tasks import RedisTasks
-from service.telemetry.levels import Level
-from service.telemetry.loop import LoopLag
-from service.telemetry.metrics import Metrics
-from service.telemetry.overheard import Learn, Overheard, unheard
-from service.telemetry.redaction import Redactor
+from service.telemetry.gauges import Level
+from service.telemetry.metrics import LoopLag, Metrics
+from service.telemetry.redaction import Learn, Overheard, Redactor, unheard
 from service.telemetry.tracing import UNTRACED, Tracer, tracing
 from service.usecases.admin import Change, Operators, Reseal, Webhooks
 from service.usecases.background import Background

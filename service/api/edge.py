@@ -19,11 +19,9 @@ from structlog.typing import FilteringBoundLogger
 from service.api.leaving import HELD
 from service.api.problems import CRASHED, HEADERS_TOO_LARGE, MALFORMED, OUTCOME, REQUEST_ID, Problem, render
 from service.api.uploads import ClientLeft
-from service.telemetry import spent
-from service.telemetry.families import Port
-from service.telemetry.logs import ANSWERED
-from service.telemetry.metrics import OTHER, UNMATCHED, Metrics
-from service.telemetry.spent import Spent
+from service.telemetry import logging
+from service.telemetry.logging import ANSWERED, Spent
+from service.telemetry.metrics import OTHER, UNMATCHED, Metrics, Port
 from service.telemetry.tracing import UNTRACED, RequestSpan, Tracer
 
 TENANT = "tenant"
@@ -72,7 +70,7 @@ class Edge:
             names = {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
             with (
                 structlog.contextvars.bound_contextvars(**names),
-                spent.counted() as upstream,
+                logging.counted() as upstream,
                 self._metrics.in_progress(self._port),
             ):
                 await self._serve(scope, receive, _Answer(send, request_id), upstream, span)

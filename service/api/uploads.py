@@ -18,7 +18,7 @@ from service.api.forms import MULTIPART, URLENCODED, MultipartForm, OnField, med
 from service.api.inflight import InFlight
 from service.domain.errors import ImageTooLarge, InvalidImage, MalformedRequest, UnsupportedCoding, UnsupportedMediaType
 from service.domain.media import inspect
-from service.telemetry.levels import Level, Levels
+from service.telemetry.gauges import Level, Levels
 from service.usecases.ports import Image
 
 _log = structlog.get_logger(__name__)

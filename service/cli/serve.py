@@ -30,7 +30,7 @@ from service.settings import Environment, Role, Settings
 from service.storage.address import parse_url
 from service.storage.data_version import DataVersionError
 from service.storage.embedded import EmbeddedError
-from service.telemetry import logs
+from service.telemetry import logging
 from service.telemetry.redaction import Redactor
 from service.usecases.bootstrap import demo_token
 from service.wiring import assembled
@@ -101,7 +101,9 @@ class _Signals:
 def run(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; the exit code. What can't be started is said in one line."""
     redactor = Redactor()
-    logs.configure(json=settings.in_production, level=settings.log_level, stream=sys.stderr.buffer, redactor=redactor)
+    logging.configure(
+        json=settings.in_production, level=settings.log_level, stream=sys.stderr.buffer, redactor=redactor
+    )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, redactor))

@@ -31,8 +31,8 @@ from service.domain.errors import (
 from service.domain.media import BEGINNING, BITMAP_BEGINNING, OPAQUE, fits, seen_type
 from service.domain.tasks import Artifact, Sealer
 from service.domain.tenants import Account
+from service.telemetry.logging import waiting
 from service.telemetry.metrics import Metrics
-from service.telemetry.spent import waiting
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Asked, BrokenOff, Fetched, Portion
 

@@ -20,9 +20,9 @@ from service.clients.exchange import MAX_REQUESTS, Answer, Breakers, Line, Lost,
 from service.clients.words import mask_key, without_key
 from service.domain.tasks import Catalogue, Options, Sealer, TaskError
 from service.domain.tenants import Account
-from service.telemetry.levels import Level
+from service.telemetry.gauges import Level
+from service.telemetry.logging import waiting
 from service.telemetry.metrics import Metrics
-from service.telemetry.spent import waiting
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.ports import Answered, Check, Image, SubmitOutcome, Submitted
 

@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from urllib.parse import quote, urlsplit
 
-from service.telemetry.spellings import spellings
+from service.telemetry.redaction import spellings
 from service.usecases.ports import SubmitOutcome, Submitted
 
 _LONGEST = 500

@@ -19,7 +19,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import LedgerClock, Moment
 from service.storage.data_version import DataVersion
-from service.telemetry.families import LedgerOutcome, StoreError
+from service.telemetry.metrics import LedgerOutcome, StoreError
 from service.telemetry.tracing import UNTRACED, Tracer
 
 _log = structlog.get_logger(__name__)

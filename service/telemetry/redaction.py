@@ -1,60 +1,209 @@
-"""Keeps secrets, and what callers wrote, out of the log."""
+"""Redaction of secrets in logs and messages."""
 
 from __future__ import annotations
 
+import base64
+import html
+import json
 import re
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import msgspec
 
+from service.domain.tasks import Sealer
 from service.domain.tenants import TOKEN_PREFIX
 from service.domain.webhooks import SECRET_PREFIX
-from service.telemetry.spellings import KnownSecrets, in_base64, in_hex
+
+_SHORTEST = 8
+"""A shorter spelling is not looked for: it would be found within ordinary words."""
+
+
+_PERCENT = re.compile(r"%[0-9A-F]{2}")
+
+
+class KnownSecrets:
+    """Secrets that are known, to be cut out of texts.
+
+    A text is looked at in pieces of a fixed length, one after the other: each spelling is long enough to hold one of
+    them, wherever it stands. Only a text with such a piece is searched, so that what that costs grows neither with the
+    number of secrets nor with that of their spellings.
+    """
+
+    def __init__(self) -> None:
+        self._secrets: set[str] = set()
+        self._spellings: set[str] = set()
+        self._pieces: set[str] = set()
+        self._length = 0
+
+    def add(self, secret: str) -> bool:
+        """Know a secret from now on; False if it was known, or is too short to be told from an ordinary word."""
+        if secret in self._secrets or len(secret) < _SHORTEST:
+            return False
+        self._secrets.add(secret)
+        added = {each for each in spellings(secret) if len(each) >= _SHORTEST}
+        self._spellings |= added
+        # Of so many characters in a row, one piece that begins at a multiple of the length is whole.
+        length = (min(map(len, self._spellings)) + 1) // 2
+        if length != self._length:
+            self._length, self._pieces, added = length, set(), self._spellings
+        for each in added:
+            self._pieces.update(each[start : start + length] for start in range(len(each) - length + 1))
+        return True
+
+    def without(self, text: str, instead: str) -> str:
+        """A text with each spelling of a secret replaced."""
+        length = self._length
+        if not length or len(text) < length:
+            return text
+        if self._pieces.isdisjoint([text[start : start + length] for start in range(0, len(text), length)]):
+            return text
+        for spelling in sorted(self._spellings, key=len, reverse=True):  # a shorter one may be within a longer
+            text = text.replace(spelling, instead)
+        return text
+
+
+def spellings(secret: str) -> Iterator[str]:
+    """A secret as it is, and as it looks in addresses, in literals of JSON and Python, in HTML, base64 and hex."""
+    plain = secret.encode(errors="surrogatepass")
+    yield secret
+    yield html.escape(secret)
+    for encoded in (quote(plain), quote(plain, safe=""), quote_plus(plain)):
+        yield encoded
+        yield _PERCENT.sub(lambda found: found[0].lower(), encoded)
+    for literal in (_in_json, _in_ascii_json, _in_python, _in_ascii, _in_bytes):
+        once = literal(secret)
+        yield once
+        yield literal(once)
+    yield from in_hex(secret)
+    yield from in_base64(plain)
+
+
+def in_hex(text: str) -> tuple[str, str]:
+    """A text as the hexadecimal digits of its bytes."""
+    digits = text.encode(errors="surrogatepass").hex()
+    return digits, digits.upper()
+
+
+def in_base64(plain: bytes) -> Iterator[str]:
+    """What is sure to stand in any base64 of something that holds these bytes, wherever in it."""
+    for before in range(3):
+        text = base64.b64encode(b"\0" * before + plain).rstrip(b"=").decode()
+        first, last = -(-before * 8 // 6), (before + len(plain)) * 8 // 6
+        yield text[first:last]
+        yield text[first:last].replace("+", "-").replace("/", "_")
+
+
+def _in_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _in_ascii_json(text: str) -> str:
+    return json.dumps(text)[1:-1]
+
+
+def _in_python(text: str) -> str:
+    return repr(text)[1:-1]
+
+
+def _in_ascii(text: str) -> str:
+    return ascii(text)[1:-1]
+
+
+def _in_bytes(text: str) -> str:
+    return repr(text.encode(errors="surrogatepass"))[2:-1]
+
 
 REDACTED = "[redacted]"
 
+
 _DEEPEST = 12
+
+
 _SHORTEST_TOKEN = 20
 """All tokens and webhook secrets are longer, and most words are shorter."""
+
+
 _NO_WORD = re.compile(r"[\s=:,?+%]")
+
+
 _LARGEST_INTEGER = 2**63
+
+
 _MOST_NAMES = 1_000
 
+
 _PROSE = ("prompt", "metadata")
+
+
 _NAMES = (
     *("user[-_]?key", "api[-_]?key", "idempotency[-_]?key", "token", "authorization", "secret", "passw(?:or)?d"),
     *("cookie", *_PROSE),
 )
+
+
 _SECRET_NAME = re.compile("|".join(_NAMES), re.IGNORECASE)
+
+
 _PREFIXES = (TOKEN_PREFIX, SECRET_PREFIX)
+
+
 _BARE_PREFIXES = tuple(prefix.removesuffix("_") for prefix in _PREFIXES)
+
+
 _TOKEN = re.compile(rf"{_BARE_PREFIXES[0]}(?:_|%5[Ff])\w+|{_BARE_PREFIXES[1]}(?:_|%5[Ff])[\w+/=%-]+")
+
+
 _ENCODED_PREFIXES = {spelling for prefix in _PREFIXES for spelling in (*in_base64(prefix.encode()), *in_hex(prefix))}
+
+
 _ENCODED_TOKEN = re.compile(rf"(?:{'|'.join(map(re.escape, _ENCODED_PREFIXES))})[\w+/-]{{20,}}=*")
+
+
 _CREDENTIALS = re.compile(r"\b(bearer|basic)(?:\s|%20|\+)+[^\s,;'\"]+", re.IGNORECASE)
+
+
 _ADDRESS = re.compile(r"(://)([^\s\"<>\\]+)")
+
+
 _QUERY = re.compile(r"(?<=[\w/])\?[^\s\"<>\\=?]*=[^\s\"<>\\]*")
+
+
 # The parts of a form, as they stand in the body of a request; line ends may be escaped.
 _LINE_END = r"(?:\\+r\\+n|\r?\n)"
+
+
 _PART = re.compile(
     rf"(name=\\*\"[^\"\\]{{0,80}}\\*\"[^\r\n]{{0,300}}?{_LINE_END}{{2}}).*?(?={_LINE_END}--|\Z)", re.DOTALL
 )
+
+
 # `name=value`, `"name": "value"`, `("name", "value")` and the like in running text. What is quoted may be quoted once
 # more, which escapes its quotes, and may have lost its end; a quote that is escaped differently is not the last one.
 _QUOTED = r"b?\"(?:[^\"\\]|\\+[^\\])*+(?:\"|\\*\Z)|b?'(?:[^'\\]|\\+[^\\])*+(?:'|\\*\Z)"
+
+
 _ESCAPED = r"(?>(?P<{0}>\\+[\"']).*?(?:(?<!\\)(?P={0})|\Z))"
+
+
 _BRACED = rf"[{{\[(](?:[^{{}}()\[\]\"'\\]|{_QUOTED}|{_ESCAPED.format('inner')}|\\)*+(?:[}}\])]|\Z)|[{{\[(][^\n]*"
+
+
 _NAMED = re.compile(
     rf"((?:{'|'.join(_NAMES)})[\w-]{{0,40}}"
     r"(?:(?:\\*[\"'])?\s{0,3}[=:]\s{0,3}|\\*[\"']\s{0,3},\s{0,3}(?=b?\\*[\"'])))"
     rf"(?:{_ESCAPED.format('quote')}|{_QUOTED}|{_BRACED}|[^\s&,;)}}\]]+)",
     re.IGNORECASE | re.DOTALL,
 )
+
+
 _UNQUOTED_PROSE = re.compile(
     rf"((?:{'|'.join(_PROSE)})[\w-]{{0,40}}\s{{0,3}}[=:]\s{{0,3}})(?!b?[\"'\\{{\[(])[^\n]+", re.IGNORECASE
 )
+
+
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
@@ -170,3 +319,32 @@ def _shown_address(found: re.Match[str]) -> str:
     if "@" in authority:
         authority = f"{REDACTED}@{authority.rpartition('@')[2]}"
     return f"{found[1]}{authority}{slash}{path}{rest}"
+
+
+Learn = Callable[[str], None]
+"""Has the log leave a secret out from now on."""
+
+
+def unheard(_: str) -> None:
+    """Nobody keeps a log."""
+
+
+class Overheard:
+    """A sealer that tells of each secret it seals or opens, as the text that `spell` makes of it."""
+
+    def __init__(self, sealer: Sealer, learn: Learn, spell: Callable[[bytes], str] = bytes.decode) -> None:
+        self._sealer = sealer
+        self._learn = learn
+        self._spell = spell
+
+    def seal(self, plain: bytes) -> bytes:
+        """Encrypt under the first key."""
+        self._learn(self._spell(plain))
+        return self._sealer.seal(plain)
+
+    def open(self, sealed: bytes) -> bytes | None:
+        """Decrypt under whichever key fits; None if none does or the bytes were altered."""
+        plain = self._sealer.open(sealed)
+        if plain is not None:
+            self._learn(self._spell(plain))
+        return plain

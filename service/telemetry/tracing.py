@@ -167,7 +167,7 @@ async def tracing(url: str | None, share: float, clean: Callable[[str], str]) ->
     if url is None:
         yield UNTRACED
         return
-    from service.telemetry.otel.export import exporting  # noqa: PLC0415 - need not be installed, and takes its time
+    from service.telemetry.tracing_otel import exporting  # noqa: PLC0415 - need not be installed, and takes its time
 
     async with exporting(url, share, clean) as tracer:
         yield tracer

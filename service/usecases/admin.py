@@ -28,7 +28,7 @@ from service.domain.tenants import (
     new_token,
     without_query,
 )
-from service.telemetry import told
+from service.telemetry import logging
 from service.usecases.ports import Agenda, Clock, Delivery, Ledger, RegistryChange, RegistryStore, RegistryView
 
 _log = structlog.get_logger(__name__)
@@ -193,7 +193,7 @@ class Operators:
             made = RegistryChange(version=now.version, next_id=next_id, accounts=(account,))
             return made, (account, known is not None and may_pay_again(known, account))
 
-        about = {"base_url": base_url, "policy": told.account_policy(policy), "key_given": user_key is not None}
+        about = {"base_url": base_url, "policy": logging.account_policy(policy), "key_given": user_key is not None}
         account, reopens = await self._change("account.put", change, account=name, **about)
         closed = (await self._ledger.accounts([account.id]))[account.id].status is not Status.OPEN
         if reopens or (user_key is not None and closed):
@@ -228,7 +228,7 @@ class Operators:
 
         about = msgspec.to_builtins(tenant)
         del about["id"], about["name"]
-        about["policy"] = told.tenant_policy(tenant.policy)
+        about["policy"] = logging.tenant_policy(tenant.policy)
         url = tenant.webhook.url and without_query(tenant.webhook.url)
         about["webhook"] = {"url": url, "allow": tenant.webhook.allow, "key_given": given is not None}
         return await self._change("tenant.put", change, tenant=tenant.name, **about)

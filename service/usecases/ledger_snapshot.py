@@ -12,8 +12,8 @@ from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import COUNTED_MONEY, AccountState, TenantState, current_counter
 from service.domain.tasks import Kind
 from service.domain.tenants import Registry, Tenant, Window
+from service.telemetry.gauges import AccountStanding, QuotaStanding, Seen
 from service.telemetry.metrics import Metrics
-from service.telemetry.standing import AccountStanding, QuotaStanding, Seen
 from service.usecases.ports import Agenda, Ledger, RegistryView, Tasks
 from service.usecases.reports import PolicyReport, policies
 

@@ -10,9 +10,9 @@ from service.domain.errors import LedgerUnavailable, NotFound
 from service.domain.ledger import Figures
 from service.domain.tasks import Task, TaskIds
 from service.domain.tenants import Account, Purse, Registry
-from service.telemetry.levels import Level
+from service.telemetry.gauges import Level
+from service.telemetry.logging import yuan
 from service.telemetry.metrics import Metrics
-from service.telemetry.told import yuan
 from service.telemetry.tracing import UNTRACED, Tracer
 from service.usecases.background import ended, rounds
 from service.usecases.ports import Answered, Check, Due, Ledger, Look, RegistryView, Tasks, Upstream

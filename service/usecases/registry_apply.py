@@ -15,7 +15,7 @@ from service.domain import tenants, webhooks
 from service.domain.errors import Conflict, Faults, LedgerUnavailable, Outdated, dotted, meant
 from service.domain.tasks import Sealer
 from service.domain.tenants import Account, Origin, Registry, Signing, Tenant, Token, Webhook
-from service.telemetry import told
+from service.telemetry import logging
 from service.usecases.admin import Change, may_pay_again
 from service.usecases.ports import Clock, Ledger, RegistryChange, RegistryView
 
@@ -366,13 +366,13 @@ class Apply:
     def _log(plan: Plan, change: RegistryChange) -> None:
         """Log what is different now, as each change alone would have been."""
         for account in change.accounts:
-            policy = told.account_policy(account.policy)
+            policy = logging.account_policy(account.policy)
             given = account.name in plan.rekeyed
             _log.info("account.put", account=account.name, base_url=account.base_url, policy=policy, key_given=given)
         for tenant in change.tenants:
             about = msgspec.to_builtins(tenant)
             del about["id"], about["name"]
-            about["policy"] = told.tenant_policy(tenant.policy)
+            about["policy"] = logging.tenant_policy(tenant.policy)
             url = tenant.webhook.url and tenants.without_query(tenant.webhook.url)
             given = tenant.name in plan.resigned
             about["webhook"] = {"url": url, "allow": tenant.webhook.allow, "key_given": given}

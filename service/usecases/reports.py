@@ -32,7 +32,7 @@ from service.domain.ledger import (
 )
 from service.domain.tasks import Basis, Cost, Kind, Task, TaskIds
 from service.domain.tenants import Tenant, Window
-from service.telemetry.told import yuan
+from service.telemetry.logging import yuan
 from service.usecases.ports import Books, Ledger, RegistryView, Tasks
 
 ACTIVE = "active"

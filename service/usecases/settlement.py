@@ -12,7 +12,7 @@ import structlog
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import ReservationState
 from service.domain.tenants import Registry
-from service.telemetry.told import yuan
+from service.telemetry.logging import yuan
 from service.usecases.background import Background
 from service.usecases.ports import Ask, Ledger, RegistryView, Settlement
 

@@ -16,9 +16,8 @@ from service.domain.errors import GatewayError, LedgerUnavailable, NotFound, Ups
 from service.domain.ledger import ReservationState
 from service.domain.tasks import Artifact, Basis, Cost, Kind, Reference, State, Task, TaskIds
 from service.domain.tenants import Tenant
-from service.telemetry.families import Source
-from service.telemetry.metrics import Metrics
-from service.telemetry.spent import waiting
+from service.telemetry.logging import waiting
+from service.telemetry.metrics import Metrics, Source
 from service.usecases.poller import report_end
 from service.usecases.ports import (
     Answered,

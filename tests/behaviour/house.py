@@ -22,7 +22,7 @@ from service.settings import Settings
 from service.storage.connect import connect
 from service.storage.keys import Keys
 from service.telemetry.metrics import Metrics
-from service.telemetry.overheard import Learn, unheard
+from service.telemetry.redaction import Learn, unheard
 from service.usecases.background import Background
 from service.usecases.ports import Artifacts
 from service.wiring import Ports, assembled, furnished

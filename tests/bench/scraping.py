@@ -15,9 +15,8 @@ from prometheus_client import CollectorRegistry
 from service.api.edge import Edge
 from service.domain.tasks import Kind
 from service.domain.tenants import Registry, Tenant
-from service.telemetry.families import Port, Source
-from service.telemetry.logs import configure
-from service.telemetry.metrics import Metrics
+from service.telemetry.logging import configure
+from service.telemetry.metrics import Metrics, Port, Source
 from service.telemetry.redaction import Redactor
 from tests.bench.figures import Figure
 from tests.bench.gateway import Bench, bench

@@ -18,7 +18,7 @@ from service.domain.ledger import Status
 from service.domain.tasks import Basis, Kind
 from service.domain.tenants import Window
 from service.domain.webhooks import DeliveryState
-from service.telemetry.families import ENDS, POLICIES, LedgerOutcome, Port, Source, StoreError
+from service.telemetry.metrics import ENDS, POLICIES, LedgerOutcome, Port, Source, StoreError
 from service.usecases.ports import Answered, SubmitOutcome
 from tests.deploy.promql import names
 from tests.deploy.series import shared

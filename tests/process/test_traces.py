@@ -17,7 +17,7 @@ from pathlib import Path
 
 class Watch:
     def find_spec(self, name, path=None, target=None):
-        if name.startswith(("service.telemetry.otel", "requests")):
+        if name.startswith(("service.telemetry.tracing_otel", "requests")):
             Path(MARK).touch()
         if name.partition(".")[0] in {"opentelemetry", "requests"}:
             raise ModuleNotFoundError(name)

@@ -16,7 +16,7 @@ from service.storage.changes import Changes
 from service.storage.connect import Connections, connect
 from service.storage.registry import LiveRegistry, RedisRegistry
 from service.storage.scripts import Fault, Outages, Scripts
-from service.telemetry.families import LedgerOutcome, StoreError
+from service.telemetry.metrics import LedgerOutcome, StoreError
 from service.usecases.task_cache import Board, Pace
 from tests.storage.shop import KEYS
 from tests.support.valkey import free_port, running

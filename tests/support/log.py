@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from service.telemetry import logs
+from service.telemetry.logging import configure
 from service.telemetry.redaction import Redactor
 
 
@@ -36,7 +36,7 @@ def everything_logged(*, json: bool = True) -> Iterator[Written]:
     levels = {name: logging.getLogger(name).level for name in logging.Logger.manager.loggerDict}
     manager.handlers.clear()  # they would be closed
     try:
-        written.logger = logs.configure(json=json, level="DEBUG", stream=written.stream, redactor=written.redactor)
+        written.logger = configure(json=json, level="DEBUG", stream=written.stream, redactor=written.redactor)
         for each in (manager, *map(logging.getLogger, levels)):
             each.setLevel(logging.DEBUG)
         yield written

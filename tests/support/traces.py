@@ -18,9 +18,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from service.telemetry.otel.export import provider
-from service.telemetry.otel.spans import OtelTracer
 from service.telemetry.redaction import Redactor
+from service.telemetry.tracing_otel import OtelTracer, provider
 
 SECONDS = 20.0
 _KINDS = {1: "internal", 2: "server", 3: "client"}

@@ -11,9 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.domain.ledger import AccountState
 from service.domain.tasks import Backlog, Cost, Kind, State, Task
 from service.domain.tenants import Account, AccountPolicy, Limit, Registry, Tenant, TenantPolicy, Window
-from service.telemetry.levels import Levels
+from service.telemetry.gauges import AccountStanding, Levels, QuotaStanding, Seen, Standing
 from service.telemetry.metrics import Metrics
-from service.telemetry.standing import AccountStanding, QuotaStanding, Seen, Standing
 
 _NONE = msgspec.Raw(b"{}")
 _LIMITS = (Limit(Window.DAY, tasks=9), Limit(Window.MONTH, money=900))

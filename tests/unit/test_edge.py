@@ -20,9 +20,8 @@ from service.api.edge import Edge
 from service.api.problems import exception_handlers
 from service.api.uploads import ClientLeft
 from service.domain.errors import NotFound
-from service.telemetry.families import Port
-from service.telemetry.metrics import Metrics
-from service.telemetry.spent import waiting
+from service.telemetry.logging import waiting
+from service.telemetry.metrics import Metrics, Port
 from tests.unit.asgi import Answer, App, call, connected, http_scope, receiving, serving
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from service.telemetry.logs import ANSWERED, REQUEST_ENDED
+from service.telemetry.logging import ANSWERED, REQUEST_ENDED
 from tests.support.log import everything_logged
 from tests.unit.asgi import call
 from tests.unit.test_edge import Watched

@@ -16,7 +16,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from service.domain.tenants import new_token
-from service.telemetry.logs import configure
+from service.telemetry.logging import configure
 from service.telemetry.redaction import Redactor
 
 SECRET = "hunter2-hunter2"

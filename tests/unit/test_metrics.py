@@ -11,10 +11,8 @@ from service.domain.ledger import Source as Call
 from service.domain.tasks import Basis, Cost, Kind
 from service.domain.tenants import AccountPolicy
 from service.domain.webhooks import DeliveryState
-from service.telemetry.families import LedgerOutcome, Port, Source, StoreError
-from service.telemetry.levels import Level
-from service.telemetry.metrics import Metrics
-from service.telemetry.standing import AccountStanding
+from service.telemetry.gauges import AccountStanding, Level
+from service.telemetry.metrics import LedgerOutcome, Metrics, Port, Source, StoreError
 from tests.unit.metered import DESCRIBING, KNOWN, SEEN, Outcome, ended, registry_of, value
 
 

@@ -15,8 +15,7 @@ from service.api.edge import Edge
 from service.api.problems import OUTCOME, exception_handlers
 from service.api.uploads import ClientLeft
 from service.domain.errors import LedgerUnavailable, NotFound
-from service.telemetry.families import Port
-from service.telemetry.metrics import Metrics
+from service.telemetry.metrics import Metrics, Port
 from service.telemetry.tracing import UNTRACED, Tracer
 from tests.support.traces import Recorder
 from tests.unit.asgi import Answer, call, http_scope

@@ -12,8 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service import __version__
-from service.telemetry import tracing
-from service.telemetry.otel import export
+from service.telemetry import tracing, tracing_otel
 from service.telemetry.tracing import UNTRACED, Tracer
 from tests.support.traces import Collector, collecting, until
 from tests.support.valkey import free_port
@@ -64,7 +63,7 @@ async def test_sent_at_the_end(collector: Collector) -> None:
 
 async def test_sent_meanwhile(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was recorded is sent before the end, too."""
-    monkeypatch.setattr(export, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(tracing_otel, "EVERY_SECONDS", 0.01)
     async with tracing.tracing(collector.url, 1.0, str) as tracer:
         record(tracer)
         await asyncio.to_thread(until, lambda: bool(collector.spans), "a span")
@@ -116,11 +115,11 @@ async def test_environment(collector: Collector, monkeypatch: pytest.MonkeyPatch
 
 async def test_collector_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """A collector that is away holds up neither the work nor, for long, the end; it is said once, not for each try."""
-    monkeypatch.setattr(export, "EVERY_SECONDS", 0.01)
-    monkeypatch.setattr(export, "FLUSH_SECONDS", 0.3)
+    monkeypatch.setattr(tracing_otel, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(tracing_otel, "FLUSH_SECONDS", 0.3)
     with capture_logs() as events:
         async with tracing.tracing(f"http://127.0.0.1:{free_port()}", 1.0, str) as tracer:
-            record(tracer, times=export.BATCH * 3)
+            record(tracer, times=tracing_otel.BATCH * 3)
             await asyncio.to_thread(until, lambda: bool(events), "a line in the log")
             begun = time.monotonic()
         assert time.monotonic() - begun < 3
@@ -133,7 +132,7 @@ async def test_collector_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_silent_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     """A collector that never answers holds the end up no longer than is left for it."""
-    monkeypatch.setattr(export, "FLUSH_SECONDS", 0.2)
+    monkeypatch.setattr(tracing_otel, "FLUSH_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, capture_logs() as events:
         begun = time.monotonic()
         await sent(f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -145,7 +144,7 @@ async def test_refusing_collector(
     collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What a collector refuses is lost, and why is said: once, and in no other way."""
-    monkeypatch.setattr(export, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(tracing_otel, "EVERY_SECONDS", 0.01)
     collector.status = 401
     with capture_logs() as events:
         async with tracing.tracing(collector.url, 1.0, str) as tracer:
@@ -159,8 +158,8 @@ async def test_refusing_collector(
 
 async def test_more_than_fits(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit into the queue is lost, and costs no more than a line in the log."""
-    monkeypatch.setattr(export, "QUEUED", 8)
-    monkeypatch.setattr(export, "BATCH", 8)
+    monkeypatch.setattr(tracing_otel, "QUEUED", 8)
+    monkeypatch.setattr(tracing_otel, "BATCH", 8)
     collector.status = 503
     with capture_logs() as events:
         async with tracing.tracing(collector.url, 1.0, str) as tracer:

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from service.telemetry import spent
-from service.telemetry.spent import Spent, waiting
+from service.telemetry import logging
+from service.telemetry.logging import Spent, waiting
 from tests.unit.over_fakes import Gateway, until
 
 
@@ -63,7 +63,7 @@ async def test_tasks_of_a_request() -> None:
             await go.wait()
 
     async def request(work: list[asyncio.Task[None]]) -> float | None:
-        with spent.counted() as mine:
+        with logging.counted() as mine:
             if work:
                 return mine.seconds
             work.append(asyncio.create_task(waits()))
@@ -94,7 +94,7 @@ async def test_a_look_up_that_is_shared() -> None:
     gateway.upstream.go.clear()
 
     async def read() -> float:
-        with spent.counted() as mine:
+        with logging.counted() as mine:
             await reads.read(gateway.tenant, task.id)
             return mine.seconds or 0
 

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from service.domain.ledger import Figures
 from service.domain.tasks import Kind
 from service.domain.tenants import AccountPolicy, Limit, TenantPolicy, Window
-from service.telemetry import told
+from service.telemetry import logging
 from service.usecases import poller
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
 from tests.unit.over_fakes import AWAY, Gateway, until
@@ -125,13 +125,13 @@ async def test_ended(lines: Lines) -> None:
 
 def test_policies_are_told_in_yuan() -> None:
     """What must stay in an account, what tasks may cost, and what tenants may spend is told in yuan."""
-    assert told.account_policy(AccountPolicy(floor_count=2, floor_money=150, max_price={FACE: 30})) == {
+    assert logging.account_policy(AccountPolicy(floor_count=2, floor_money=150, max_price={FACE: 30})) == {
         "floor_count": 2,
         "floor_money": 1.5,
         "max_price": {"face-enhance": 0.3},
     }
     limits = (Limit(Window.DAY, tasks=5), Limit(Window.TOTAL, money=250))
-    shown = told.tenant_policy(TenantPolicy(limits=limits, max_active=3))
+    shown = logging.tenant_policy(TenantPolicy(limits=limits, max_active=3))
     assert (shown["max_active"], shown["purse"]) == (3, "count_then_money")
     assert [(each["window"], each["tasks"], each["money"]) for each in shown["limits"]] == [
         ("day", 5, None),

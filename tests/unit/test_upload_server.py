@@ -13,8 +13,7 @@ from prometheus_client import CollectorRegistry
 from service.api.edge import Edge
 from service.api.problems import exception_handlers
 from service.api.uploads import Uploads
-from service.telemetry.families import Port
-from service.telemetry.metrics import Metrics
+from service.telemetry.metrics import Metrics, Port
 from tests.unit.asgi import Answer, connected, read_answer, serving
 from tests.unit.forms import CONTENT_TYPE, PNG, field, file, form
 

@@ -1,12 +1,12 @@
-"""The log: one JSON object or one line to read per event, everything redacted, on a stream of its own.
-
-`deploy/LOGS.md` tells every event.
-"""
+"""Structured logs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
@@ -14,15 +14,109 @@ import msgspec
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
 
+from service.domain.tenants import AccountPolicy, TenantPolicy
 from service.telemetry.redaction import Redactor
+
+_FEN = 100
+
+
+def yuan(fen: int) -> float:
+    """Fen as yuan."""
+    return fen / _FEN
+
+
+def account_policy(policy: AccountPolicy) -> dict[str, Any]:
+    """What must stay in an account, and what its tasks cost at most."""
+    return {
+        "floor_count": policy.floor_count,
+        "floor_money": yuan(policy.floor_money),
+        "max_price": {kind.value: yuan(price) for kind, price in policy.max_price.items()},
+    }
+
+
+def tenant_policy(policy: TenantPolicy) -> dict[str, Any]:
+    """What a tenant may spend."""
+    limits = [
+        {
+            "window": each.window.value,
+            "tasks": each.tasks,
+            "money": None if each.money is None else yuan(each.money),
+        }
+        for each in policy.limits
+    ]
+    told: dict[str, Any] = msgspec.to_builtins(policy)
+    return told | {"limits": limits}
+
+
+class Spent:
+    """Adds up the time in which at least one wait was under way: what waits at once counts once."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._under_way = 0
+        self._since = 0.0
+        self._before: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """How much it is by now; None if there was no wait."""
+        if not self._under_way:
+            return self._before
+        return (self._before or 0.0) + self._clock() - self._since
+
+    def begin(self) -> None:
+        """A wait begins."""
+        if not self._under_way:
+            self._since = self._clock()
+        self._under_way += 1
+
+    def end(self) -> None:
+        """A wait ends."""
+        if self._under_way == 1:
+            self._before = self.seconds
+        self._under_way -= 1
+
+
+_SPENT: ContextVar[Spent | None] = ContextVar("spent", default=None)
+
+
+@contextmanager
+def counted() -> Iterator[Spent]:
+    """Count what is waited within the block, and in the tasks that are begun in it."""
+    spent = Spent()
+    reset = _SPENT.set(spent)
+    try:
+        yield spent
+    finally:
+        _SPENT.reset(reset)
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Within the block the upstream is waited for; nothing is counted where no request is."""
+    spent = _SPENT.get()
+    if spent is None:
+        yield
+        return
+    spent.begin()
+    try:
+        yield
+    finally:
+        spent.end()
+
 
 _LIBRARIES = ("asyncio", "httpcore2", "httpx2", "litestar", "redis", "uvicorn", "uvicorn.access", "uvicorn.error")
 
+
 _LEVELS = (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO)
 
+
 REQUEST_ENDED = "request.ended"
+
+
 ANSWERED = "answered"
 """The outcome of most requests."""
+
 
 Event = MutableMapping[str, Any]
 

@@ -1,19 +1,29 @@
-"""The tracer that records, by OpenTelemetry's semantic conventions for HTTP, databases and errors.
-
-A server's span is an error for statuses from 500 on, a client's from 400 on; what a client does, as leaving early, is
-no error of the server. Messages of exceptions are never recorded: they hold addresses, and what others wrote.
-"""
+"""Traces with OpenTelemetry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
+from uuid import uuid4
 
+import requests
+import structlog
 from opentelemetry import context as contexts
 from opentelemetry import trace
 from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http import Compression
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import SpanLimits, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, SamplingResult, TraceIdRatioBased
 from opentelemetry.semconv.attributes import client_attributes as client
 from opentelemetry.semconv.attributes import db_attributes as db
 from opentelemetry.semconv.attributes import error_attributes as errors
@@ -22,25 +32,41 @@ from opentelemetry.semconv.attributes import network_attributes as network
 from opentelemetry.semconv.attributes import server_attributes as server
 from opentelemetry.semconv.attributes import url_attributes as addresses
 from opentelemetry.semconv.attributes import user_agent_attributes as agent
+from opentelemetry.semconv.attributes.service_attributes import SERVICE_INSTANCE_ID, SERVICE_NAME, SERVICE_VERSION
 from opentelemetry.semconv.schemas import Schemas
-from opentelemetry.trace import Link, Span, SpanKind, StatusCode
+from opentelemetry.trace import Link, Span, SpanKind, StatusCode, TraceState
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import Attributes
 
 from service import __version__
-from service.telemetry.logs import ANSWERED
+from service.telemetry.logging import ANSWERED
 from service.telemetry.tracing import THEIR_DOING, UNRECORDED, Untraced, trace_id
 
 OUTCOME = "gateway.outcome"
+
+
 TENANT = "gateway.tenant"
+
+
 RESERVATION = "gateway.reservation"
+
+
 REDACTED_PATH = "/REDACTED"
+
 
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 """Machines ask for them every few seconds: they would outnumber everything else."""
 
+
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+
+
 _OTHER = "_OTHER"
+
+
 _PORTS = {"http": 80, "https": 443}
+
+
 _W3C = TraceContextTextMapPropagator()
 
 
@@ -247,3 +273,153 @@ def _host(authority: str, scheme: str) -> tuple[str, int]:
         return parts.hostname or "", parts.port or _PORTS.get(scheme, 0)
     except ValueError:
         return "", 0
+
+
+_log = structlog.get_logger(__name__)
+
+
+SEND_SECONDS = 5.0
+"""How long it is tried to send a batch."""
+
+
+FLUSH_SECONDS = 5.0
+"""How long the end of the process waits for what was recorded last to be sent."""
+
+
+EVERY_SECONDS = 2.0
+
+
+SAID_AGAIN_SECONDS = 600.0
+
+
+QUEUED, BATCH = 4_096, 512
+
+
+LONGEST_VALUE = 500
+
+
+_PATH = "/v1/traces"
+
+
+class Share(TraceIdRatioBased):
+    """Chooses, of what no client traces, a share of the requests, and with them whatever follows from those."""
+
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        """What is linked was chosen with its cause."""
+        if links:
+            return ALWAYS_ON.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+        return super().should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+
+
+def provider(share: float) -> TracerProvider:
+    """What spans are made with.
+
+    OpenTelemetry reads some dozens of environment variables by itself. What is recorded, how much of it, and where it
+    is sent is up to the gateway's own settings, so all of these are given. Left to the environment is what describes
+    the process (`OTEL_RESOURCE_ATTRIBUTES`, `OTEL_SERVICE_NAME`), since platforms set that; how to be let in by the
+    collector (`OTEL_EXPORTER_OTLP_HEADERS`, `..._CERTIFICATE`, `..._CLIENT_KEY`, `..._CLIENT_CERTIFICATE`), since these
+    are the names under which such secrets are handed out; and `OTEL_SDK_DISABLED`, which turns all of it off.
+    """
+    own = {SERVICE_NAME: "imaging-gateway", SERVICE_VERSION: __version__, SERVICE_INSTANCE_ID: str(uuid4())}
+    return TracerProvider(
+        sampler=ParentBased(Share(share)),
+        resource=Resource.create(own | dict(OTELResourceDetector().detect().attributes)),
+        shutdown_on_exit=False,
+        span_limits=SpanLimits(
+            max_attributes=32,
+            max_events=0,
+            max_links=1,
+            max_span_attributes=32,
+            max_event_attributes=0,
+            max_link_attributes=0,
+            max_attribute_length=LONGEST_VALUE,
+            max_span_attribute_length=LONGEST_VALUE,
+        ),
+    )
+
+
+@asynccontextmanager
+async def exporting(url: str, share: float, clean: Callable[[str], str]) -> AsyncIterator[OtelTracer]:
+    """A tracer whose spans are sent to a collector. What was recorded last is sent as the block ends, if that is quick.
+
+    An address without a path stands for the one that collectors have by default.
+    """
+    session = requests.Session()
+    session.trust_env = False  # as in all of the gateway, the proxies of the environment are for others
+    exporter = OTLPSpanExporter(
+        endpoint=url if urlsplit(url).path else url + _PATH,
+        timeout=SEND_SECONDS,
+        compression=Compression.Gzip,
+        session=session,
+    )
+    spans = provider(share)
+    with _seldom_heard():
+        spans.add_span_processor(
+            BatchSpanProcessor(
+                exporter,
+                max_queue_size=QUEUED,
+                max_export_batch_size=BATCH,
+                schedule_delay_millis=EVERY_SECONDS * 1000,
+                export_timeout_millis=SEND_SECONDS * 1000,
+            )
+        )
+        try:
+            yield OtelTracer(spans, clean)
+        finally:
+            await _ended(spans, exporter)
+
+
+async def _ended(spans: TracerProvider, exporter: OTLPSpanExporter) -> None:
+    """Send what is left, for a while. The provider's own end waits for half a minute, and nothing can shorten that."""
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+    def end() -> None:
+        spans.shutdown()
+        with suppress(RuntimeError):  # the loop has ended: nobody waits any more
+            loop.call_soon_threadsafe(done.set)
+
+    threading.Thread(target=end, daemon=True).start()
+    try:
+        async with asyncio.timeout(FLUSH_SECONDS):
+            await done.wait()
+    except TimeoutError:
+        _log.warning("traces.cut-short")
+        # Ends its tries; the threads are daemons, which hold no process up.
+        exporter.shutdown()  # type: ignore[no-untyped-call] # the SDK's own
+
+
+class _Seldom(logging.Handler):
+    """Says each sort of message once in a while: without a collector there is one for every batch and every try."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        if record.levelno < logging.WARNING or now < self._said.get(record.msg, now):
+            return
+        self._said[record.msg] = now + SAID_AGAIN_SECONDS
+        _log.warning("traces.troubled", logger=record.name, detail=record.getMessage())
+
+
+@contextmanager
+def _seldom_heard() -> Iterator[None]:
+    """Let OpenTelemetry log no more than it must."""
+    logger, seldom = logging.getLogger("opentelemetry"), _Seldom()
+    logger.addHandler(seldom)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = True
+        logger.removeHandler(seldom)
