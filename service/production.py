@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-from service.storage.address import Address, parse_url
+from service.storage.connections import Address, parse_url
 
 SHORTEST_ADMIN_TOKEN = 32
 _FEWEST_CHARACTERS = 6

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self, get_type_hints
 from service import environ as text
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
 from service.production import SHORTEST_ADMIN_TOKEN, Cleartext, refusals
-from service.storage.address import parse_url
+from service.storage.connections import parse_url
 from service.telemetry import tracing
 from service.variables import Scope, Variable, described
 

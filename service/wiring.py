@@ -24,16 +24,12 @@ from service.domain.tasks import TaskIds
 from service.keyring import Keyring
 from service.services import Job, Lifecycle, Services
 from service.settings import Role, Settings
-from service.storage.agenda import RedisAgenda
-from service.storage.books import RedisBooks
-from service.storage.changes import Changes
-from service.storage.connect import connect
-from service.storage.data_version import DataVersion, DataVersionError
-from service.storage.keys import Keys
-from service.storage.ledger import DAY, RedisLedger, Spans
+from service.storage.connections import connect
+from service.storage.deliveries import RedisAgenda
+from service.storage.ledger import DAY, RedisBooks, RedisLedger, Spans
+from service.storage.redis import READ, SCRIPTS, DataVersion, DataVersionError, Keys, Outages, Scripts
 from service.storage.registry import LiveRegistry, RedisRegistry
-from service.storage.scripts import READ, SCRIPTS, Outages, Scripts
-from service.storage.tasks import RedisTasks
+from service.storage.tasks import Changes, RedisTasks
 from service.telemetry.gauges import Level
 from service.telemetry.metrics import LoopLag, Metrics
 from service.telemetry.redaction import Learn, Overheard, Redactor, unheard

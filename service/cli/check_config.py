@@ -14,8 +14,7 @@ from service.cli.shown import table
 from service.environ import FILE, source
 from service.production import doubts
 from service.settings import PREFIX, SETTINGS, Settings, SettingsError
-from service.storage.address import masked
-from service.storage.checkup import examine, reason
+from service.storage.connections import examine, masked, reason
 from service.storage.embedded import EmbeddedError, server_binary
 from service.variables import Scope, Setting
 

@@ -27,9 +27,9 @@ from service.local import LocalError, completed
 from service.server import HttpServer, Limits, base_url, listen, raise_descriptor_limit
 from service.services import Services
 from service.settings import Environment, Role, Settings
-from service.storage.address import parse_url
-from service.storage.data_version import DataVersionError
+from service.storage.connections import parse_url
 from service.storage.embedded import EmbeddedError
+from service.storage.redis import DataVersionError
 from service.telemetry import logging
 from service.telemetry.redaction import Redactor
 from service.usecases.bootstrap import demo_token

@@ -12,8 +12,7 @@ from redis.exceptions import RedisError
 
 from service.domain.errors import LedgerUnavailable
 from service.domain.tenants import Account, Registry, Tenant, Token
-from service.storage.keys import Keys
-from service.storage.scripts import Fault, Scripts, sort_of
+from service.storage.redis import Fault, Keys, Scripts, sort_of
 from service.usecases.ports import RegistryChange
 
 _log = structlog.get_logger(__name__)

@@ -1,26 +1,36 @@
-"""The accepted tasks on Redis: the port `Tasks`."""
+"""Tasks in Redis, and the events of their changes."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+import structlog
+from msgspec import MsgspecError, Struct
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError
 
 from service.domain.errors import MalformedRequest
 from service.domain.tasks import Artifact, Backlog, Basis, Cost, Kind, State, Task, TaskError
-from service.storage.agenda import agenda_of
-from service.storage.keys import Keys
+from service.storage.deliveries import agenda_of
 from service.storage.ledger import KEEP_USAGE, Spans, packed_figures
-from service.storage.scripts import Scripts, moment, overdue, scored, server_time
+from service.storage.redis import Fault, Keys, Scripts, moment, overdue, scored, server_time, sort_of
 from service.usecases.ports import Check, Due, Page
+from service.usecases.task_cache import Board
 
 _BATCH = 100
+
+
 _MOST_READ = 2_000
+
+
 _LOST = TaskError("task-lost", "The upstream no longer knows this task. It may have been charged.")
+
+
 _UNUSABLE = TaskError(
     "result-unusable", "The upstream told nothing of this task that can be used. It may have been charged."
 )
@@ -233,3 +243,50 @@ def _read_cursor(cursor: str, tenant: int) -> tuple[str, int]:
     if owner != tenant:
         raise MalformedRequest("The cursor is none of this list. Take it from `next_cursor` of the page before.")
     return reservation, created
+
+
+_log = structlog.get_logger(__name__)
+
+
+AWAY_SECONDS = 1.0
+
+
+_LISTEN_SECONDS = 5.0
+
+
+class Changes:
+    """Posts announced changes on the board of this process."""
+
+    def __init__(
+        self, subscribe: Callable[[], Awaitable[PubSub]], channel: str, board: Board, *, failed: Fault | None = None
+    ) -> None:
+        self._failed = failed
+        self._subscribe = subscribe
+        self._channel = channel
+        self._board = board
+
+    async def follow(self) -> None:
+        """Listen for ever, through any loss of the connection; what is missed meanwhile, waiters read by themselves."""
+        while True:
+            try:
+                await self._listen()
+            except RedisError as error:
+                if self._failed:
+                    self._failed(sort_of(error))
+                await asyncio.sleep(AWAY_SECONDS)
+
+    async def _listen(self) -> None:
+        async with await self._subscribe() as channel:
+            await channel.subscribe(self._channel)
+            while True:
+                message = await channel.get_message(ignore_subscribe_messages=True, timeout=_LISTEN_SECONDS)
+                if message:
+                    self._take_in(message["data"])
+
+    def _take_in(self, message: bytes) -> None:
+        try:
+            change = unpacked_change(message)
+        except MsgspecError:  # of another version of the gateway; waiters read by themselves
+            _log.warning("change.garbled")
+        else:
+            self._board.announced(*change)

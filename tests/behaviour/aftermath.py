@@ -6,8 +6,8 @@ from typing import Any
 
 from httpx2 import Response
 
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
+from service.storage.redis import Keys
 from tests.behaviour.house import House
 from tests.behaviour.upstreams import SandboxControl
 from tests.support.valkey import Valkey

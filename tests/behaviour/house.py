@@ -19,8 +19,8 @@ from service.sandbox.app import SandboxConfig
 from service.sandbox.server import running
 from service.services import Services
 from service.settings import Settings
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
+from service.storage.redis import Keys
 from service.telemetry.metrics import Metrics
 from service.telemetry.redaction import Learn, unheard
 from service.usecases.background import Background

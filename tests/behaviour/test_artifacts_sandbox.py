@@ -10,8 +10,8 @@ import pytest
 from httpx2 import Response
 
 from service.sandbox.dials import Fault
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
+from service.storage.redis import Keys
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import House, real_house
 from tests.behaviour.upstreams import SandboxControl

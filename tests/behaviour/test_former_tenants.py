@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
+from service.storage.redis import Keys, Scripts
 from service.storage.registry import RedisRegistry
-from service.storage.scripts import Scripts
 from service.usecases.ports import RegistryChange
 from tests.behaviour.house import House, real_house
 from tests.behaviour.spent import all_usage, spend

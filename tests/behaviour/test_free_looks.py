@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.sandbox.dials import Fault
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
+from service.storage.redis import Keys
 from tests.behaviour.aftermath import problem
 from tests.behaviour.books import PRICE, Books, opened_books
 from tests.support.valkey import Valkey

@@ -11,7 +11,7 @@ from redis import Redis
 
 from service.domain.tasks import Kind, Reference, TaskIds
 from service.keyring import Keyring
-from service.storage.keys import Keys
+from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome, Submitted
 from tests.behaviour.house import SECRET_KEY, House, house_of_fakes, real_house
 from tests.behaviour.keyed import KEY, PLENTY, counted, keyed, lost, made, photo, refused, replayed

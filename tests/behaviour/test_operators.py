@@ -7,7 +7,7 @@ from typing import Any
 
 import structlog
 
-from service.storage.connect import connect
+from service.storage.connections import connect
 from service.usecases.bootstrap import demo_token
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import ADMIN_TOKEN, House

@@ -10,7 +10,7 @@ import pytest
 import structlog
 from httpx2 import Response
 
-from service.storage.connect import connect
+from service.storage.connections import connect
 from tests.behaviour.house import ADMIN_TOKEN, House, real_house
 from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey

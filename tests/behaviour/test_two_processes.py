@@ -13,8 +13,8 @@ import pytest
 from service.app import create_app
 from service.domain.tasks import Kind
 from service.settings import Settings
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
+from service.storage.redis import Keys
 from service.wiring import assembled
 from tests.behaviour.following import following, until, waiting
 from tests.behaviour.house import ENVIRONMENT, House, real_house

@@ -6,8 +6,8 @@ from collections import Counter
 from datetime import date
 from typing import Any
 
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
+from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.aftermath import EVERY_POLICY, problem
 from tests.behaviour.books import PRICE, opened_books

@@ -10,8 +10,8 @@ import structlog
 from redis.asyncio import Redis
 
 from service.settings import Settings
-from service.storage.agenda import LEASE
-from service.storage.keys import Keys
+from service.storage.deliveries import LEASE
+from service.storage.redis import Keys
 from service.wiring import assembled
 from tests.behaviour.house import ENVIRONMENT, POLL_SECONDS, House, real_house
 from tests.behaviour.old_client import OldClient

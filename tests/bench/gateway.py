@@ -15,10 +15,9 @@ from typing import Any
 from httpx2 import AsyncClient
 
 from service.domain.tasks import Task
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
 from service.storage.ledger import Spans
-from service.storage.scripts import Scripts
+from service.storage.redis import Keys, Scripts
 from service.storage.tasks import RedisTasks
 from tests.bench.upstream import upstream
 from tests.process.gateway import Gateway, serving

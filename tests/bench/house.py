@@ -15,11 +15,10 @@ from service.domain.ledger import Figures, Granted, ReservationState
 from service.domain.tasks import Artifact, ArtifactName, Kind, Reference, TaskIds, UpscaleOptions
 from service.domain.tenants import Account, AccountPolicy, Limit, Tenant, TenantPolicy, Window
 from service.keyring import KEY_BYTES, Keyring
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
 from service.storage.ledger import DAY, RedisLedger, Spans
+from service.storage.redis import Keys, Scripts
 from service.storage.registry import RedisRegistry
-from service.storage.scripts import Scripts
 from service.storage.tasks import RedisTasks
 from service.usecases.ports import Answered, Ask, Check, Due, Ledger, RegistryChange, Settlement, TaskDraft, Tasks
 from tests.support.valkey import running

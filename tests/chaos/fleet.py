@@ -19,11 +19,10 @@ import httpx2
 from redis import Redis
 
 from service.domain.ledger import TenantState
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
 from service.storage.ledger import RedisLedger, Spans
+from service.storage.redis import Keys, Scripts
 from service.storage.registry import RedisRegistry
-from service.storage.scripts import Scripts
 from service.usecases.ports import Snapshot
 from tests.chaos.rush import rush
 from tests.model.ledger_model import roll

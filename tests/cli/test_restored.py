@@ -16,8 +16,8 @@ from service.sandbox.accounts import Balance
 from service.sandbox.app import SandboxConfig
 from service.sandbox.server import running
 from service.settings import Settings
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
+from service.storage.redis import Keys
 from service.wiring import assembled
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import ADMIN_TOKEN, ENVIRONMENT, House

@@ -15,7 +15,7 @@ from service.clients.upstream import UpstreamClient
 from service.domain.errors import GatewayError, LedgerUnavailable
 from service.domain.tasks import DEFAULT_CATALOGUE, Artifact, ArtifactName, FaceEnhanceOptions
 from service.domain.tenants import Webhook
-from service.storage.scripts import Scripts
+from service.storage.redis import Scripts
 from service.telemetry.tracing import Tracer
 from service.usecases.ports import Asked, Reply
 from tests.contract.client import ACCOUNT, IMAGE, SEALER, USER_KEY

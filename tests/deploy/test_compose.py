@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from service.cli import main
 from service.local import SANDBOX_USER_KEY
 from service.settings import Role, Settings
-from service.storage.checkup import examine
+from service.storage.connections import examine
 from tests.deploy.compose import FILE, ROOT, UPSTREAM, MissingError, composed, interpolated, settings
 from tests.deploy.rules import alerts
 from tests.support.valkey import running

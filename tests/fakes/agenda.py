@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from service.domain.tasks import Backlog
 from service.domain.tenants import Webhook
 from service.domain.webhooks import DeliveryState
-from service.storage.agenda import AT_ONCE, FAILING, KEEP, LEASE
+from service.storage.deliveries import AT_ONCE, FAILING, KEEP, LEASE
 from service.usecases.ports import Claimed, Delivery, Outcome, Reply
 from tests.fakes.memory import Memory
 from tests.model.ledger_model import receiver

@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from redis import Redis
 
-from service.storage.keys import Keys
+from service.storage.redis import Keys
 from tests.process.gateway import Gateway, alive, environment, serving, started, until
 from tests.process.sandbox import Sandbox, advance, sandbox
 from tests.support.valkey import Valkey, free_port, running

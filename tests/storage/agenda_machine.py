@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, invariant, multiple, rule
 
 from service.domain.ledger import Figures, ReservationState
 from service.domain.webhooks import DeliveryState
-from service.storage.agenda import RedisAgenda
+from service.storage.deliveries import RedisAgenda
 from service.usecases.ports import Answered, Claimed, Outcome
 from tests.fakes import FakeAgenda
 from tests.storage.ledger_machine import LedgerMachine

@@ -11,12 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import AccountState, LedgerClock, Reservation, TenantState
-from service.storage.books import RedisBooks
-from service.storage.connect import connect
-from service.storage.keys import Keys
-from service.storage.ledger import RedisLedger, Spans
+from service.storage.connections import connect
+from service.storage.ledger import RedisBooks, RedisLedger, Spans
+from service.storage.redis import Keys, Scripts, scored
 from service.storage.registry import RedisRegistry
-from service.storage.scripts import Scripts, scored
 from service.storage.tasks import RedisTasks
 from tests.fakes import FakeClock, FakeLedger, FakeRegistry
 from tests.storage.ledger_views import canonical, is_reserved, plain, plain_day, rolled

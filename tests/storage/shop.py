@@ -12,11 +12,10 @@ import msgspec
 from service.domain.ledger import Granted, ReservationState
 from service.domain.tasks import Kind, Task
 from service.domain.tenants import Account, Tenant, TenantPolicy
-from service.storage.connect import Connections, connect
-from service.storage.keys import Keys
+from service.storage.connections import Connections, connect
 from service.storage.ledger import RedisLedger, Spans
+from service.storage.redis import Keys, Scripts
 from service.storage.registry import RedisRegistry
-from service.storage.scripts import Scripts
 from service.storage.tasks import RedisTasks
 from service.usecases.ports import Answered, Ask, Check, RegistryChange, Settlement, TaskDraft
 from tests.support.server_time import install, ledger_time, set_time

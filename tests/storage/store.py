@@ -12,12 +12,10 @@ import msgspec
 from service.domain.ledger import Figures, Granted, Idempotency, ReservationState
 from service.domain.tasks import Kind
 from service.domain.tenants import Account, Tenant
-from service.storage.books import RedisBooks
-from service.storage.connect import connect
-from service.storage.keys import Keys
-from service.storage.ledger import RedisLedger, Spans
+from service.storage.connections import connect
+from service.storage.ledger import RedisBooks, RedisLedger, Spans
+from service.storage.redis import Keys, Scripts
 from service.storage.registry import RedisRegistry
-from service.storage.scripts import Scripts
 from service.storage.tasks import RedisTasks
 from service.usecases.ports import Ask, Check, RegistryChange, Settlement, TaskDraft
 from tests.support.server_time import install, set_time

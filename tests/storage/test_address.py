@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.storage.address import Address, Credentials, InvalidRedisUrl, Topology, masked, parse_url
+from service.storage.connections import Address, Credentials, InvalidRedisUrl, Topology, masked, parse_url
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ import msgspec
 import pytest
 
 from service.domain.webhooks import DeliveryState
-from service.storage.agenda import AT_ONCE, LEASE, RedisAgenda
-from service.storage.connect import connect
-from service.storage.keys import Keys
-from service.storage.scripts import Scripts
+from service.storage.connections import connect
+from service.storage.deliveries import AT_ONCE, LEASE, RedisAgenda
+from service.storage.redis import Keys, Scripts
 from service.usecases.ports import Outcome
 from tests.behaviour.house import no_key_is_left_for_ever
 from tests.support.valkey import Valkey

@@ -11,10 +11,9 @@ import pytest
 from redis.asyncio import Redis
 
 from service.domain.tasks import State
-from service.storage import changes
-from service.storage.changes import Changes
-from service.storage.connect import connect
-from service.storage.tasks import unpacked_change
+from service.storage import tasks
+from service.storage.connections import connect
+from service.storage.tasks import Changes, unpacked_change
 from service.usecases.ports import Answered
 from service.usecases.task_cache import Board, Pace
 from tests.storage.shop import KEYS, Shop, shop
@@ -33,7 +32,7 @@ def own() -> Iterator[Valkey]:
 @pytest.fixture
 async def kept(own: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shop]:
     """A tenant with one running task."""
-    monkeypatch.setattr(changes, "AWAY_SECONDS", 0.01)
+    monkeypatch.setattr(tasks, "AWAY_SECONDS", 0.01)
     async with shop(own.url) as found:
         await found.accept("r1")
         yield found
@@ -123,7 +122,7 @@ async def test_what_can_not_be_read(own: Valkey, kept: Shop) -> None:
 
 async def test_a_store_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who begins while the store is away hears of changes as soon as it is there."""
-    monkeypatch.setattr(changes, "AWAY_SECONDS", 0.01)
+    monkeypatch.setattr(tasks, "AWAY_SECONDS", 0.01)
     port = free_port()
     url = f"redis://127.0.0.1:{port}"
     async with listening(url) as board:

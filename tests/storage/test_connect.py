@@ -19,9 +19,9 @@ from redis.exceptions import DataError, MovedError
 from redis.utils import HIREDIS_AVAILABLE
 
 from service.domain.errors import LedgerUnavailable
-from service.storage import connect as module
-from service.storage.connect import AWAY, Connections, connect
-from service.storage.scripts import Scripts
+from service.storage import connections as connections_module
+from service.storage.connections import AWAY, Connections, connect
+from service.storage.redis import Scripts
 from tests.support.certificates import certify
 from tests.support.resets import ResettingProxy, resetting
 from tests.support.stores import Store, cluster, sentinel, single, unix, until, watched
@@ -143,22 +143,22 @@ async def test_broken_connections_are_replaced(store: Store) -> None:
 
 async def test_pool_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """More commands than connections wait a while for one, and then say so."""
-    monkeypatch.setattr(module, "POOL_SIZE", 2)
-    monkeypatch.setattr(module, "POOL_WAIT", 0.1)
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 2)
+    monkeypatch.setattr(connections_module, "POOL_WAIT", 0.1)
     async with opened(store.url) as connections:
         blocked = [asyncio.create_task(pop(connections)) for _ in range(2)]
         while until(store.ask("INFO", "clients")["blocked_clients"] == 2):
             await asyncio.sleep(0)
         with pytest.raises(AWAY, match="No connection available"):
             await ping(connections)
-        monkeypatch.setattr(module, "POOL_WAIT", 5)
+        monkeypatch.setattr(connections_module, "POOL_WAIT", 5)
         store.ask("RPUSH", "{gw}:list", "a", "b")
         await asyncio.gather(*blocked)
 
 
 async def test_waiting_for_a_connection(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that had to wait for a connection is carried out when one is free."""
-    monkeypatch.setattr(module, "POOL_SIZE", 1)
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
     async with opened(store.url) as connections:
         blocked = asyncio.create_task(pop(connections))
         while until(store.ask("INFO", "clients")["blocked_clients"] == 1):
@@ -286,7 +286,7 @@ async def test_frozen_cluster() -> None:
 
 async def test_pipelines_wait_for_a_connection(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """More reads than connections wait for one."""
-    monkeypatch.setattr(module, "POOL_SIZE", 1)
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
     async with opened(store.url) as connections:
         found = await asyncio.gather(*(Scripts(connections.commands).read(("GET", "{gw}:x")) for _ in range(20)))
     assert found == [[None]] * 20
@@ -374,8 +374,8 @@ async def test_tls(tmp_path: Path) -> None:
 
 async def test_redirected_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipeline some of whose commands have to go to another node needs no second place for them."""
-    monkeypatch.setattr(module, "POOL_SIZE", 1)
-    monkeypatch.setattr(module, "POOL_WAIT", 0.1)
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
+    monkeypatch.setattr(connections_module, "POOL_WAIT", 0.1)
     moved = [MovedError(f"{key_slot(b'gw')} 127.0.0.1:1")]
 
     with cluster() as store:

@@ -10,12 +10,10 @@ from typing import Any, Self
 import pytest
 
 from service.domain.tenants import Tenant
-from service.storage.connect import connect
-from service.storage.data_version import DATA_VERSION, DataVersion, DataVersionError
-from service.storage.keys import Keys
+from service.storage.connections import connect
 from service.storage.ledger import RedisLedger, Spans
+from service.storage.redis import DATA_VERSION, DataVersion, DataVersionError, Keys, Scripts
 from service.storage.registry import LiveRegistry, RedisRegistry
-from service.storage.scripts import Scripts
 from service.usecases.ports import RegistryChange
 from tests.support.stores import Store, cluster, single
 

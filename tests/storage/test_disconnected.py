@@ -11,11 +11,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.domain.errors import LedgerUnavailable
-from service.storage import changes, registry, scripts
-from service.storage.changes import Changes
-from service.storage.connect import Connections, connect
+from service.storage import redis, registry, tasks
+from service.storage.connections import Connections, connect
+from service.storage.redis import Fault, Outages, Scripts
 from service.storage.registry import LiveRegistry, RedisRegistry
-from service.storage.scripts import Fault, Outages, Scripts
+from service.storage.tasks import Changes
 from service.telemetry.metrics import LedgerOutcome, StoreError
 from service.usecases.task_cache import Board, Pace
 from tests.storage.shop import KEYS
@@ -46,7 +46,7 @@ def _registry(connections: Connections, failed: Fault) -> Follower:
 @pytest.mark.parametrize("make", [_changes, _registry])
 async def test_an_outage_is_followed_through(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often it is tried while the store is away, it is heard again when it is back, and logs nothing itself."""
-    for module in (changes, registry):
+    for module in (tasks, registry):
         monkeypatch.setattr(module, "AWAY_SECONDS", 0.01)
     port, failures = free_port(), asyncio.Queue[StoreError]()
     connections = connect(f"redis://127.0.0.1:{port}", timeout=5)
@@ -68,7 +68,7 @@ async def test_an_outage_is_followed_through(make: Make, monkeypatch: pytest.Mon
 
 async def test_an_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line when it begins and one when it ends, however much fails in between, of calls and of subscriptions."""
-    monkeypatch.setattr(scripts, "QUIET_SECONDS", 0)
+    monkeypatch.setattr(redis, "QUIET_SECONDS", 0)
     port, counted, calls = free_port(), list[StoreError](), list[LedgerOutcome]()
     connections = connect(f"redis://127.0.0.1:{port}", timeout=5)
     outages = Outages(lambda _, outcome, __: calls.append(outcome), counted.append)
@@ -98,7 +98,7 @@ def test_an_outage_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
             outages.observe("reserve", LedgerOutcome.UNAVAILABLE, 0)
             outages.observe("reserve", LedgerOutcome.OK, 0)
             now += 0.5
-        now += scripts.QUIET_SECONDS
+        now += redis.QUIET_SECONDS
         outages.failed(StoreError.RESPONSE)
         outages.observe("reserve", LedgerOutcome.FAULT, 0)
         outages.observe("reserve", LedgerOutcome.OK, 0)

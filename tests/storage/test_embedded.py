@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from service import child
 from service.storage import embedded
-from service.storage.connect import AWAY, connect
+from service.storage.connections import AWAY, connect
 from service.storage.embedded import EmbeddedError, EmbeddedValkey, server_binary
 
 GATEWAY = """

@@ -15,12 +15,11 @@ from service.domain.ledger import Figures, PolicyDenied, ReservationState, Viola
 from service.domain.tasks import Kind
 from service.domain.tenants import Limit, Tenant, TenantPolicy, Window
 from service.domain.webhooks import DeliveryState
-from service.storage.agenda import RedisAgenda
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
+from service.storage.deliveries import RedisAgenda
 from service.storage.ledger import RedisLedger, Spans
+from service.storage.redis import Keys, Scripts, server_time
 from service.storage.registry import RedisRegistry
-from service.storage.scripts import Scripts, server_time
 from service.usecases.ports import Answered, Ask, Check, Outcome, RegistryChange, Snapshot
 from tests.storage.store import FIRST, SECOND, SPANS, TENANT, TENANTS, Store
 from tests.support.server_time import install, set_time

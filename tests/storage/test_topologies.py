@@ -12,11 +12,10 @@ import pytest
 from service.domain.ledger import Figures, Granted, NoAccount, PolicyDenied, ReservationState
 from service.domain.tasks import Artifact, ArtifactName, Kind, State
 from service.domain.tenants import Account, Limit, Tenant, TenantPolicy, Token, Window
-from service.storage.connect import connect
-from service.storage.keys import Keys
+from service.storage.connections import connect
 from service.storage.ledger import RedisLedger, Spans
+from service.storage.redis import Keys, Scripts
 from service.storage.registry import LiveRegistry, RedisRegistry
-from service.storage.scripts import Scripts
 from service.storage.tasks import RedisTasks
 from service.usecases.ports import Answered, Ask, Check, RegistryChange, Settlement, TaskDraft
 from tests.support.stores import Store, cluster, single, unix, watched

@@ -10,9 +10,8 @@ from __future__ import annotations
 import runpy
 from typing import Any
 
-from service.storage import scripts
-from service.storage.keys import Keys
-from service.storage.scripts import moment, server_time
+from service.storage import redis
+from service.storage.redis import Keys, moment, server_time
 
 _TIME = "redis.call('TIME')"
 _READ = f"""(function()
@@ -38,9 +37,9 @@ class _Sources:
 
 def install() -> None:
     """Have the time of this process's ledgers read from that key."""
-    folder: Any = scripts._FOLDER
+    folder: Any = redis._FOLDER
     if not isinstance(folder, _Sources):
-        scripts._FOLDER = _Sources(folder)  # type: ignore[assignment]
+        redis._FOLDER = _Sources(folder)  # type: ignore[assignment]
         time = property(lambda keys: ("EVAL", f"return {_READ}", 1, keys.clock))
         Keys.time = time  # type: ignore[method-assign,assignment]
 

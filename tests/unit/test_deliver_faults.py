@@ -9,7 +9,7 @@ import pytest
 
 from service.domain.errors import Overloaded
 from service.domain.webhooks import DeliveryState
-from service.storage.agenda import LEASE
+from service.storage.deliveries import LEASE
 from service.usecases.ports import Claimed, Outcome
 from tests.unit.over_deliver import URL, Teller, delivery
 from tests.unit.over_fakes import until

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from service.storage.scripts import unavailable
+from service.storage.redis import unavailable
 from service.usecases import background
 
 

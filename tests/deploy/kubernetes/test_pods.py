@@ -9,7 +9,7 @@ import pytest
 
 from service.environ import FILE
 from service.settings import SETTINGS, Role, Settings
-from service.storage.address import Topology, parse_url
+from service.storage.connections import Topology, parse_url
 from tests.deploy.kubernetes.release import REDIS_URLS, RELEASES, ROLES, environment, kind, named, pods, release
 
 NAMES = {each.name for each in SETTINGS} | {each.name + FILE for each in SETTINGS}

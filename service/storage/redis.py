@@ -1,11 +1,11 @@
-"""The Lua scripts as functions: each is loaded once, called by its hash, and its first answer names what happened."""
+"""Redis keys, script calls and the data version."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from typing import Any
 
@@ -18,18 +18,222 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import LedgerClock, Moment
-from service.storage.data_version import DataVersion
 from service.telemetry.metrics import LedgerOutcome, StoreError
 from service.telemetry.tracing import UNTRACED, Tracer
 
+
+class Keys:
+    """Builds keys under one prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self._root = f"{{{prefix}}}:"
+
+    @property
+    def data_version(self) -> str:
+        """The version of all that is kept under the other keys."""
+        return self._root + "version"
+
+    @property
+    def clock(self) -> str:
+        """The ledger's time as a script last saw it, so that a failover can't step it back."""
+        return self._root + "clock"
+
+    @property
+    def clock_offset(self) -> str:
+        """By how much it was ahead of the server's time then, in tenths of a millisecond; only there while it is."""
+        return self._root + "clock:offset"
+
+    @property
+    def time(self) -> tuple[str, ...]:
+        """The command that reads the server's time."""
+        return ("TIME",)
+
+    @property
+    def moment(self) -> tuple[tuple[str, ...], ...]:
+        """The commands that read the ledger's time and the server's."""
+        return ("GET", self.clock), ("GET", self.clock_offset), self.time
+
+    @property
+    def registry(self) -> str:
+        """Accounts, tenants and tokens, in one hash with their version."""
+        return self._root + "registry"
+
+    @property
+    def registry_channel(self) -> str:
+        """Where a change of the registry is announced."""
+        return self._root + "registry:changed"
+
+    @property
+    def leases(self) -> str:
+        """The open reservations by the end of their lease."""
+        return self._root + "leases"
+
+    @property
+    def watch(self) -> str:
+        """The running tasks by the time of their next check."""
+        return self._root + "watch"
+
+    @property
+    def claims(self) -> str:
+        """The running tasks that a process checks just now, by the time when another one may."""
+        return self._root + "claims"
+
+    @property
+    def changes_channel(self) -> str:
+        """Where the changes of tasks are announced."""
+        return self._root + "tasks:changed"
+
+    def interest(self, reservation: str) -> str:
+        """Says that somebody looked at a task lately. Without an id, how all of these keys begin."""
+        return f"{self._root}interest:{reservation}"
+
+    @property
+    def receivers(self) -> str:
+        """The receivers that something is to be delivered to, by the time when it is their turn."""
+        return self._root + "receivers"
+
+    @property
+    def failed_deliveries(self) -> str:
+        """The deliveries that were given up, by the time of that."""
+        return self._root + "deliveries:failed"
+
+    def delivery(self, reservation: str) -> str:
+        """How the end of a task is told to its tenant. Without an id, how all of these keys begin."""
+        return f"{self._root}delivery:{reservation}"
+
+    def deliveries_due(self, receiver: str) -> str:
+        """What waits to be delivered to a receiver, by when. Without one, how all of these keys begin."""
+        return f"{self._root}deliveries:due:{receiver}"
+
+    def deliveries_claimed(self, receiver: str) -> str:
+        """What is delivered to a receiver just now, by the time when another process may. Without one, as above."""
+        return f"{self._root}deliveries:claimed:{receiver}"
+
+    def failing(self, receiver: str) -> str:
+        """Says that a receiver failed lately. Without one, how all of these keys begin."""
+        return f"{self._root}failing:{receiver}"
+
+    def tenant(self, tenant: int) -> str:
+        """A tenant's limits and counters. Ids are never reused, so neither are counters."""
+        return f"{self._root}tenant:{tenant}"
+
+    def account(self, account: int) -> str:
+        """An account's floors, prices and figures."""
+        return f"{self._root}account:{account}"
+
+    def reservation(self, reservation: str) -> str:
+        """One submission's reservation and outcome. Without an id, how all of these keys begin."""
+        return f"{self._root}reservation:{reservation}"
+
+    def idempotency(self, tenant: int, key: str) -> str:
+        """What was first submitted under an idempotency key of a tenant. Without a key, how all of these begin."""
+        return f"{self._root}idempotency:{tenant}:{key}"
+
+    def usage(self, tenant: int, day: int | str) -> str:
+        """What a tenant used on a day, counted from the epoch. With an empty day, how all of these keys begin."""
+        return f"{self._root}usage:{tenant}:{day}"
+
+    def task(self, reservation: str) -> str:
+        """The task a submission became, by the id of its reservation: there is at most one.
+
+        Without an id, how all of these keys begin.
+        """
+        return f"{self._root}task:{reservation}"
+
+    def tasks(self, tenant: int) -> str:
+        """A tenant's tasks by the time of their creation."""
+        return f"{self._root}tasks:{tenant}"
+
+
+DATA_VERSION = 1
+"""Rises with every change after which an older gateway could misread the data, or this one the older data."""
+
+
+class DataVersionError(LedgerUnavailable):
+    """The store holds data of another version. `reason` is one line for operators."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("The gateway can't use its store. Nothing was sent; ask its operators.")
+        self.reason = reason
+
+
+def version_error(found: bytes | None, version: int = DATA_VERSION) -> DataVersionError | None:
+    """The error for a version as it was found in a store; None where that is this one.
+
+    Unmarked data is of version 1, as the first gateways wrote it; so is an empty store, until it is marked.
+    """
+    if found is None or found == str(version).encode():
+        return None
+    shown = found[:20].decode("ascii", "replace")
+    return DataVersionError(
+        f"the data in Redis under GATEWAY_KEY_PREFIX has version {shown}, and this gateway uses version {version}: "
+        "run `gateway export` with the gateway that wrote it, and `gateway apply` with this one under another "
+        'GATEWAY_KEY_PREFIX (see "Upgrade to another data version" in deploy/OPERATIONS.md)'
+    )
+
+
+class DataVersion:
+    """Guards a store by the key that holds its data version. `refused` is called once if that is another one."""
+
+    def __init__(
+        self,
+        key: str,
+        refused: Callable[[DataVersionError], None] = lambda _: None,
+        *,
+        version: int = DATA_VERSION,
+    ) -> None:
+        self.key = key
+        self.version = version
+        self._refused = refused
+        self._error: DataVersionError | None = None
+        self.is_checked = False
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the store is not to be used any more."""
+        return self._error is not None
+
+    async def check(self, client: Redis | RedisCluster) -> None:
+        """Compare the version, and mark a store without one; needed until `is_checked`. Raises DataVersionError."""
+        if self._error:
+            raise self._error
+        found = await client.execute_command("GET", self.key)
+        if found is None:
+            # Of several processes that start on an empty store the first one decides. Where nothing can be written, the
+            # data can be read all the same, and the first script marks it.
+            with suppress(RedisError):
+                await client.set(self.key, self.version, nx=True)
+            found = await client.execute_command("GET", self.key)
+        self.compare(found)
+
+    def compare(self, found: bytes | None) -> None:
+        """Take in the version as it was just read. Raises DataVersionError, from now on with every `check`."""
+        error = version_error(found, self.version)
+        if error:
+            self.is_checked = False
+            if self._error is None:
+                self._error = error
+                self._refused(error)
+            raise self._error
+        self.is_checked = found is not None
+
+
 _log = structlog.get_logger(__name__)
+
 
 Client = Redis | RedisCluster
 
+
 RETRY_AFTER = 2.0
+
+
 _FOLDER = resources.files("service.storage") / "lua"
+
+
 SCRIPTS = tuple(sorted(each.name.removesuffix(".lua") for each in _FOLDER.iterdir() if each.name.endswith(".lua")))
 """All scripts, by the names of their files."""
+
+
 _SORTS: Sequence[tuple[tuple[type[Exception], ...], StoreError]] = (
     ((RedisTimeoutError,), StoreError.TIMEOUT),
     ((ReadOnlyError,), StoreError.READONLY),
@@ -37,17 +241,26 @@ _SORTS: Sequence[tuple[tuple[type[Exception], ...], StoreError]] = (
     ((RedisConnectionError,), StoreError.CONNECTION),
     ((ResponseError,), StoreError.RESPONSE),
 )
+
+
 _OTHER_VERSION = "DATAVERSION "
+
+
 _SHARED = ("state", "charges", "balance", "booking", "quota", "agenda")
 
 
 READ = "read"
 """What plain commands are called where calls are counted."""
 
+
 Observer = Callable[[str, LedgerOutcome, float], None]
 """Is told of every call: its script (or READ), its outcome, and the seconds it took."""
+
+
 Fault = Callable[[StoreError], None]
 """Is told of every error of Redis."""
+
+
 QUIET_SECONDS = 5.0
 """An outage has ended when Redis answers and nothing has failed for so long."""
 

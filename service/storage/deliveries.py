@@ -1,4 +1,4 @@
-"""The deliveries on Redis: the port `Agenda`."""
+"""Webhook deliveries in Redis."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from msgspec import Struct
 
 from service.domain.tasks import Backlog
 from service.domain.webhooks import DeliveryState
-from service.storage.keys import Keys
 from service.storage.ledger import DAY
-from service.storage.scripts import Scripts, given, moment, overdue, scored
+from service.storage.redis import Keys, Scripts, given, moment, overdue, scored
 from service.usecases.ports import Claimed, Delivery, Outcome
 
 LEASE = 60_000
 """How long a claimed delivery is its process's, in milliseconds: longer than any attempt takes."""
+
+
 AT_ONCE = 4
 """How many deliveries to one receiver are under way at once; one, for `FAILING` milliseconds after one has failed."""
+
+
 FAILING = 600_000
+
+
 KEEP = 30 * DAY
+
+
 KEEP_DELIVERED = 3 * DAY
 
 
