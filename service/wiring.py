@@ -18,8 +18,8 @@ from service.api.auth import AdminToken, Tenants
 from service.api.uploads import Uploads
 from service.api.webhook_views import task_event
 from service.clients.artifacts import ArtifactClient
-from service.clients.callbacks import CallbackClient
 from service.clients.upstream import UpstreamClient
+from service.clients.webhooks import CallbackClient
 from service.domain.tasks import TaskIds
 from service.keyring import Keyring
 from service.services import Job, Lifecycle, Services

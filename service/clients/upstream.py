@@ -15,9 +15,9 @@ import httpx2
 import structlog
 from msgspec.structs import replace
 
-from service.clients import wire
-from service.clients.exchange import MAX_REQUESTS, Answer, Breakers, Line, Lost, NotSent
-from service.clients.words import mask_key, without_key
+from service.clients import vendor_api
+from service.clients.http import MAX_REQUESTS, Answer, Breakers, Line, Lost, NotSent
+from service.clients.vendor_api import mask_key, without_key
 from service.domain.tasks import Catalogue, Options, Sealer, TaskError
 from service.domain.tenants import Account
 from service.telemetry.gauges import Level
@@ -136,19 +136,21 @@ class UpstreamClient:
         user_key = self._user_key(account)
         if user_key is None:
             return Submitted(outcome=SubmitOutcome.MISCONFIGURED)
-        fields = {wire.USER_KEY: user_key, **wire.to_fields(options, self._catalogue)}
+        fields = {vendor_api.USER_KEY: user_key, **vendor_api.to_fields(options, self._catalogue)}
         # As a file it is sent in pieces, each with the whole write timeout; as bytes it would have that only once.
         file = (f"image.{image.media_type.rpartition('/')[2]}", BytesIO(image.data), image.media_type)
-        path = wire.SUBMIT_PATHS[options.kind]
+        path = vendor_api.SUBMIT_PATHS[options.kind]
         try:
-            answer = await self._submits.post(self._base(account), path, fields, {wire.IMAGE: file}, seconds=seconds)
+            answer = await self._submits.post(
+                self._base(account), path, fields, {vendor_api.IMAGE: file}, seconds=seconds
+            )
         except NotSent as fault:
             self._say(Operation.SUBMIT, account, fault)
             return Submitted(outcome=SubmitOutcome.NOT_SENT)
         except Lost as fault:
             self._say(Operation.SUBMIT, account, fault)
             return Submitted(outcome=SubmitOutcome.UNKNOWN)
-        submitted = wire.read_submit(answer.body, answer.status, answer.retry_after)
+        submitted = vendor_api.read_submit(answer.body, answer.status, answer.retry_after)
         if submitted.outcome in {SubmitOutcome.UNKNOWN, SubmitOutcome.REDIRECTED}:
             self._say(Operation.SUBMIT, account, _unread(answer))
         return replace(submitted, reason=without_key(user_key, submitted.reason))
@@ -157,9 +159,9 @@ class UpstreamClient:
         user_key = self._user_key(account)
         if user_key is None:
             return Check(answered=Answered.NOTHING)
-        fields = {wire.USER_KEY: user_key, wire.TASK_ID: upstream_id}
+        fields = {vendor_api.USER_KEY: user_key, vendor_api.TASK_ID: upstream_id}
         try:
-            answer = await self._checks.post(self._base(account), wire.CHECK_PATH, fields, seconds=CHECK_SECONDS)
+            answer = await self._checks.post(self._base(account), vendor_api.CHECK_PATH, fields, seconds=CHECK_SECONDS)
         except (NotSent, Lost) as fault:
             self._say(Operation.CHECK, account, fault)
             return Check(answered=Answered.NOTHING)
@@ -171,7 +173,7 @@ class UpstreamClient:
 
         body = answer.body if 200 <= answer.status < 300 else b""
         mask = partial(mask_key, user_key)
-        check = wire.read_check(body, self._base(account) + wire.CHECK_PATH, report, mask)
+        check = vendor_api.read_check(body, self._base(account) + vendor_api.CHECK_PATH, report, mask)
         if check.answered in {Answered.NOTHING, Answered.UNUSABLE} and not unusable:
             self._say(Operation.CHECK, account, _unread(answer))
         if check.error:

@@ -13,6 +13,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from service.clients.vendor_api import in_english
 from service.domain.availability import PROBE_INTERVAL
 from service.domain.errors import (
     AccountMisconfigured,
@@ -42,7 +43,6 @@ from service.domain.ledger import (
     identify,
     rate_limits,
 )
-from service.domain.reasons import in_english
 from service.domain.tasks import Basis, Cost, Kind, Options, Reference, State, Task, TaskIds
 from service.domain.tenants import Account, Tenant, TenantPolicy
 from service.telemetry.metrics import Metrics

@@ -13,7 +13,7 @@ from httpx2 import AsyncClient, Response
 from prometheus_client import CollectorRegistry
 
 from service.app import create_app, create_ops_app
-from service.clients.callbacks import CallbackClient
+from service.clients.webhooks import CallbackClient
 from service.sandbox.accounts import Balance
 from service.sandbox.app import SandboxConfig
 from service.sandbox.server import running

@@ -12,9 +12,9 @@ from urllib.parse import quote, quote_plus
 import pytest
 from httpx2 import BasicAuth
 
-from service.clients import wire
-from service.clients.callbacks import CallbackClient
-from service.clients.exchange import Line
+from service.clients import vendor_api
+from service.clients.http import Line
+from service.clients.webhooks import CallbackClient
 from service.sandbox.dials import Fault
 from service.usecases.reports import Quota
 from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, House, real_house
@@ -179,7 +179,7 @@ async def crashes(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
 
     await house.put_tenant(webhook={"url": f"https://h.example/?{QUERY}", "secret": HOOK_SECRET})
     task = (await house.submit()).json()["id"]
-    monkeypatch.setattr(wire, "read_check", lambda *_: crash(told))
+    monkeypatch.setattr(vendor_api, "read_check", lambda *_: crash(told))
     await house.upstream.idle()
     await house.advance(60)
     await house.services.watch.tick()

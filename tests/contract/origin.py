@@ -12,8 +12,8 @@ from functools import cache
 
 import httpx2
 
-from service.clients.addresses import Resolver, resolve
 from service.clients.artifacts import ArtifactClient, Patience
+from service.clients.egress import Resolver, resolve
 from service.domain.tasks import Artifact, ArtifactName
 from service.domain.tenants import Account
 from service.usecases.ports import Asked, Fetched

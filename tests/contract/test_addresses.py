@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from service.clients.addresses import (
+from service.clients.egress import (
     Address,
     AddressRefused,
     Allow,

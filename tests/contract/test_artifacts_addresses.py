@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from service.clients import artifacts
-from service.clients.addresses import Address, Resolver, UnknownHost
 from service.clients.artifacts import MOST_REDIRECTS, Outcome
+from service.clients.egress import Address, Resolver, UnknownHost
 from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.tenants import Account
 from service.usecases.ports import Asked

@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from service.clients import callbacks
-from service.clients.addresses import Address, UnknownHost
-from service.clients.callbacks import MOST_READ, CallbackClient
+from service.clients import webhooks
+from service.clients.egress import Address, UnknownHost
+from service.clients.webhooks import MOST_READ, CallbackClient
 from service.domain.errors import Overloaded
 from service.domain.tenants import Webhook
 from service.usecases.ports import Reply
@@ -135,7 +135,7 @@ async def test_broken_body() -> None:
 
 async def test_slow_body(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was answered counts, even if the rest never comes."""
-    monkeypatch.setattr(callbacks, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.1)
 
     async def slow(connection: Connection) -> None:
         await connection.receive()

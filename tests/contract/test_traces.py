@@ -10,8 +10,8 @@ import pytest
 from redis.asyncio import Redis
 
 from service.clients.artifacts import ArtifactClient
-from service.clients.callbacks import CallbackClient
 from service.clients.upstream import UpstreamClient
+from service.clients.webhooks import CallbackClient
 from service.domain.errors import GatewayError, LedgerUnavailable
 from service.domain.tasks import DEFAULT_CATALOGUE, Artifact, ArtifactName, FaceEnhanceOptions
 from service.domain.tenants import Webhook

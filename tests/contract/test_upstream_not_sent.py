@@ -17,8 +17,8 @@ import pytest
 from anyio._backends._asyncio import SocketStream
 from structlog.testing import capture_logs
 
-from service.clients import breaker, exchange
-from service.clients.breaker import THRESHOLD
+from service.clients import http
+from service.clients.http import THRESHOLD
 from service.clients.upstream import Operation
 from service.domain.tenants import Account
 from service.usecases.ports import Answered, SubmitOutcome
@@ -70,7 +70,7 @@ async def test_deadline_while_connecting() -> None:
 
 async def test_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that takes too long means that nothing was sent, well before the deadline."""
-    monkeypatch.setattr(exchange, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1).as_dict())
+    monkeypatch.setattr(http, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1).as_dict())
     with deaf() as url:
         async with calling(url) as caller, asyncio.timeout(5):
             assert (await caller.submit(seconds=60)).outcome is NOT_SENT
@@ -131,7 +131,7 @@ async def test_no_tls(serve: Serve) -> None:
 
 async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits in vain for a turn sent nothing; checks have turns of their own."""
-    monkeypatch.setattr(exchange, "MAX_REQUESTS", 1)
+    monkeypatch.setattr(http, "MAX_REQUESTS", 1)
 
     async def serve(connection: Connection) -> None:
         await connection.receive()
@@ -151,7 +151,7 @@ async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_turn_that_comes_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """A submit whose turn comes when its time is over is not sent, although what has arrived would still be read."""
-    monkeypatch.setattr(exchange, "MAX_REQUESTS", 1)
+    monkeypatch.setattr(http, "MAX_REQUESTS", 1)
     async with serving(hanging) as peer, calling(peer.url) as caller:
         first = asyncio.create_task(caller.submit())
         await peer.arrived.wait()
@@ -165,7 +165,7 @@ async def test_turn_that_comes_after_a_pause(monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_gate_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A submit that was cancelled, before or after it was sent, gives its turn to the next."""
-    monkeypatch.setattr(exchange, "MAX_REQUESTS", 1)
+    monkeypatch.setattr(http, "MAX_REQUESTS", 1)
     async with serving(hanging) as peer, calling(peer.url) as caller:
         sent, waiting = asyncio.create_task(caller.submit()), asyncio.create_task(caller.submit())
         await peer.arrived.wait()
@@ -207,7 +207,7 @@ async def test_breaker_counts_in_a_row() -> None:
 
 async def test_trial_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """As soon as a trial has its connection others are admitted, however long its answer takes."""
-    monkeypatch.setattr(breaker, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(http, "FIRST_PAUSE", 0.0)
     port = free_port()
     async with calling(f"http://127.0.0.1:{port}") as caller:
         for _ in range(THRESHOLD):

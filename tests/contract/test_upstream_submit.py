@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from service.clients import exchange
+from service.clients import http as http_module
 from service.clients.upstream import Operation, UpstreamClient
 from service.domain.ledger import Figures
 from service.domain.tasks import (
@@ -157,7 +157,7 @@ async def test_busy(retry_after: str, seconds: float | None) -> None:
 
 async def test_refused_with_a_body_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refusal is one although its body does not come."""
-    monkeypatch.setattr(exchange, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(http_module, "BODY_SECONDS", 0.1)
 
     async def stopping(connection: Connection) -> None:
         await connection.receive()
@@ -191,7 +191,7 @@ async def test_body_without_an_end(status: int) -> None:
 
 async def test_body_that_stalls_for_longer_than_a_part_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where the limit on each part ends the wait, well before the deadline."""
-    monkeypatch.setattr(exchange, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(http_module, "READ_SECONDS", 0.2)
 
     async def stalling(connection: Connection) -> None:
         await connection.receive()
@@ -266,7 +266,7 @@ async def test_deadline_while_sending() -> None:
 
 async def test_read_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that takes too long to begin is unknown, well before the deadline."""
-    monkeypatch.setattr(exchange, "_TIMEOUTS", httpx2.Timeout(0.1).as_dict())
+    monkeypatch.setattr(http_module, "_TIMEOUTS", httpx2.Timeout(0.1).as_dict())
     async with serving(hanging) as peer, calling(peer.url) as caller, asyncio.timeout(5):
         assert (await caller.submit(seconds=60)).outcome is UNKNOWN
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from service.clients.wire import read_check, read_submit, to_fields
+from service.clients.vendor_api import in_english, read_check, read_submit, to_fields
 from service.domain.ledger import Figures
-from service.domain.reasons import in_english
 from service.domain.tasks import (
     DEFAULT_CATALOGUE,
     Catalogue,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.clients.wire import read_check, read_submit
+from service.clients.vendor_api import read_check, read_submit
 from service.domain.ledger import Figures
 from service.domain.tasks import Artifact, ArtifactName, TaskError
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted

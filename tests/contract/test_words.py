@@ -7,8 +7,7 @@ from base64 import b64encode
 
 import pytest
 
-from service.clients.wire import read_check, read_submit
-from service.clients.words import mask_key, unmask_key
+from service.clients.vendor_api import mask_key, read_check, read_submit, unmask_key
 from service.usecases.ports import SubmitOutcome, Submitted
 
 REJECTED, EXHAUSTED, INVALID = SubmitOutcome.REJECTED, SubmitOutcome.EXHAUSTED, SubmitOutcome.INVALID_ACCOUNT

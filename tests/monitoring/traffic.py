@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 from redis import Redis
 
-from service.clients.breaker import THRESHOLD
+from service.clients.http import THRESHOLD
 from service.domain.tasks import Kind
 from service.domain.webhooks import RETRY_SECONDS
 from tests.monitoring.plant import LOST, Plant

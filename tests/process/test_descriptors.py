@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx2
 
-from service.clients.breaker import THRESHOLD
+from service.clients.http import THRESHOLD
 from tests.process.gateway import serving
 from tests.process.sandbox import sandbox
 from tests.support.descriptors import no_descriptors

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from service.clients.breaker import FIRST_PAUSE, LONGEST_PAUSE, THRESHOLD, Attempt, Breaker
+from service.clients.http import FIRST_PAUSE, LONGEST_PAUSE, THRESHOLD, Attempt, Breaker
 
 
 class Clock:

@@ -8,7 +8,7 @@ import socket
 import httpx2
 import pytest
 
-from service.clients.local_errors import local_error
+from service.clients.http import local_error
 from tests.support.descriptors import no_descriptors
 
 REFUSED = ConnectionRefusedError(errno.ECONNREFUSED, "refused")

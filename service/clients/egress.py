@@ -1,16 +1,4 @@
-"""Connections to addresses that somebody else chose, so that nobody is led into the network behind the gateway.
-
-A name is resolved once per request, its addresses are checked, and the connection goes to a checked one: a second
-answer of the name server has no say. Use it so, for one policy:
-
-    transport = CheckedTransport(lambda host, ip: public(ip), tls=httpx2.create_ssl_context())
-    async with httpx2.AsyncClient(transport=transport, trust_env=False, follow_redirects=False) as client: ...
-
-`allow(host, ip)` is asked for every address of the host of each request, and the first allowed one that takes the
-connection is used. AddressRefused: it allowed none. UnknownHost: there was none. Both are ConnectErrors: nothing was
-sent. `Host` and the name that the certificate must be for stay those of the URL. The connect timeout of the client
-holds for resolving and for all attempts together.
-"""
+"""Protection against requests to addresses that are not public."""
 
 from __future__ import annotations
 
@@ -26,10 +14,15 @@ from typing import Any, Self
 import httpx2
 
 Address = IPv4Address | IPv6Address
+
+
 Resolver = Callable[[str], Awaitable[Sequence[Address]]]
 """The addresses of a host, best first. Raises UnknownHost if there are none."""
+
+
 Allow = Callable[[str, Address], bool]
 """Whether a host, in lower case and as the URL has it, may be reached at one of its addresses."""
+
 
 _NOT_PUBLIC_4 = tuple(
     IPv4Network(network)
@@ -52,8 +45,12 @@ _NOT_PUBLIC_4 = tuple(
         "240.0.0.0/4",  # reserved, and broadcast
     )
 )
+
+
 _GLOBAL_6 = IPv6Network("2000::/3")
 """All that is handed out. Outside of it lie loopback, mapped, unique local, link-local, site-local, multicast, …"""
+
+
 _NOT_PUBLIC_6 = tuple(
     IPv6Network(network)
     for network in (
@@ -63,6 +60,8 @@ _NOT_PUBLIC_6 = tuple(
         "3fff::/20",
     )
 )
+
+
 _NAT64 = IPv6Network("64:ff9b::/96")
 """Stands for the IPv4 address in its last 32 bits; in a network without IPv4 every other host has such an address."""
 

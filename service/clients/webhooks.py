@@ -1,23 +1,16 @@
-"""Calls to tenants' own servers: the port `Callbacks`.
-
-Whoever chose an address may be anybody, and so may whoever answers there: each call has one time limit for everything,
-goes only to an address that was checked for it, and reads no more of the answer than an operator may want to see.
-"""
+"""Requests of webhook deliveries."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 import httpx2
 import structlog
 
 from service import __version__
-from service.clients.addresses import Address, AddressRefused, CheckedTransport, Resolver, UnknownHost, public, resolve
-from service.clients.deadline import Deadline
-from service.clients.local_errors import local_error
+from service.clients.egress import Address, AddressRefused, CheckedTransport, Resolver, UnknownHost, public, resolve
+from service.clients.http import Deadline, local_error, retry_seconds
 from service.domain.errors import Overloaded
 from service.domain.tenants import Webhook
 from service.telemetry.tracing import UNTRACED, Tracer
@@ -25,9 +18,16 @@ from service.usecases.ports import Reply
 
 _log = structlog.get_logger(__name__)
 
+
 SECONDS = 15.0
+
+
 BODY_SECONDS = 1.0
+
+
 MOST_READ = 2_048
+
+
 _HEADERS = {
     "User-Agent": f"imaging-gateway/{__version__}",
     "Content-Type": "application/json",
@@ -118,16 +118,3 @@ async def _beginning(response: httpx2.Response) -> str | None:
     except (TimeoutError, httpx2.HTTPError):  # its status is known, and that is what counts
         pass
     return read[:MOST_READ].decode(errors="replace") or None
-
-
-def retry_seconds(retry_after: str | None) -> float | None:
-    """Return what a `Retry-After` asks for, be it seconds or a date; None for anything else."""
-    if retry_after is None:
-        return None
-    if retry_after.isascii() and retry_after.isdigit():
-        return float(retry_after[:9])
-    try:
-        at = parsedate_to_datetime(retry_after)
-    except (ValueError, OverflowError):
-        return None
-    return max((at - datetime.now(UTC)).total_seconds(), 0) if at.tzinfo else None

@@ -1,45 +1,307 @@
-"""One request and its answer; and where there is none, whether the request may have arrived.
-
-A submit that is wrongly believed not to have been sent is paid for twice. So nothing counts as not sent unless
-httpcore2's trace shows that it was still about the connection when it ended.
-"""
+"""Bounded HTTP calls to the upstream: connections, deadlines, circuit breaker and decoding."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
+import math
+import os
+import socket
 import ssl
 import time
+import zlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from types import TracebackType
 from typing import IO, Any, Self
 
 import httpx2
+import msgspec
 import structlog
 from msgspec import Struct
 
 from service import __version__
-from service.clients.breaker import Attempt, Breaker
-from service.clients.callbacks import retry_seconds
-from service.clients.deadline import Deadline
-from service.clients.decoder import LARGEST_BODY
-from service.clients.local_errors import local_error
 from service.telemetry.tracing import UNTRACED, Tracer
+
+_ERRNOS = frozenset(
+    {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM},
+)
+
+
+def local_error(error: BaseException | None) -> str | None:
+    """The reason, where a call failed for want of something on this machine alone; None for any other failure.
+
+    Of an error with causes the outermost one with an error number counts. Of several attempts all must have failed so:
+    a machine without IPv6 has no address to call one from, while IPv4 shows whether the other side answers.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        reasons = [local_error(each) for each in error.exceptions]
+        return reasons[0] if all(reasons) else None
+    if isinstance(error, MemoryError):
+        return os.strerror(errno.ENOMEM)
+    if isinstance(error, socket.gaierror):
+        return os.strerror(errno.ENOMEM) if error.errno == socket.EAI_MEMORY else _lacking()
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno) if error.errno in _ERRNOS else None
+    return None if error is None else local_error(error.__cause__ or error.__context__)
+
+
+def _lacking() -> str | None:
+    """Why no socket can be opened just now. A resolver that lacks one may report an unknown name."""
+    try:
+        socket.socket().close()
+    except OSError as error:
+        return local_error(error)
+    return None
+
+
+GRACE_SECONDS = 0.1
+"""How long the event loop gets to read what has arrived by the end; longer if it was late for that too."""
+
+
+MOST_GRACES = 10
+
+
+class Deadline:
+    """As `asyncio.timeout`, but for a process that may be stopped for longer than its timers, or be short of CPU.
+
+    When it goes on, all timers are due at once and run before anything is read: a response that arrived in the meantime
+    would be given up unread. So the end is put off until the event loop has had time to read it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._end = self._loop.time() + seconds
+        self._scope = asyncio.timeout(None)
+        self._graces = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._scope.__aenter__()
+        self._check_at(self._end)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer:
+            self._timer.cancel()
+        await self._scope.__aexit__(kind, error, trace)
+
+    @property
+    def left(self) -> float:
+        """The seconds until its end; never below zero."""
+        return max(self._end - self._loop.time(), 0)
+
+    def next_within(self, seconds: float) -> None:
+        """End already after so many seconds from now, unless this is called again before."""
+        now = self._loop.time()
+        if now < self._end:
+            self._graces = 0
+            self._check_at(min(self._end, now + seconds))
+
+    def _check_at(self, due: float) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._check, due)
+
+    def _check(self, due: float) -> None:
+        now = self._loop.time()
+        late = now - due > GRACE_SECONDS
+        if self._graces == 0 or (late and self._graces < MOST_GRACES):
+            self._graces += 1
+            self._check_at(now + GRACE_SECONDS)
+        else:
+            self._scope.reschedule(now)
+
+
+LARGEST_BODY = 65_536
+"""A body is decoded up to this many bytes, before and after it was inflated."""
+
+
+_LONGEST_NUMBER = 300
+"""Digits of an integer; Python refuses to convert a few thousand."""
+
+
+_BOM = b"\xef\xbb\xbf"
+
+
+_GZIP = b"\x1f\x8b"
+
+
+_ZLIB, _RAW = zlib.MAX_WBITS, -zlib.MAX_WBITS
+
+
+_ANY_HEADER = zlib.MAX_WBITS | 32
+
+
+_NOISE = "\ufeff\ufffd\x00 \t\r\n"
+
+
+def decode_object(body: bytes) -> Mapping[str, Any]:
+    """Return the JSON object of a body; empty where there is none.
+
+    Only a body that is not strictly JSON takes the slow way: it is inflated if it is compressed (which a response is
+    although it was not requested, with or without a header that says so), decoded by its byte order mark, as UTF-8, as
+    GB18030 and with replacement characters, and parsed by the standard library, as the vendor's sample client does.
+    """
+    try:
+        found = msgspec.json.decode(body.removeprefix(_BOM))
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        found = _decode_leniently(body)
+    return found if isinstance(found, dict) else {}
+
+
+def _decode_leniently(body: bytes) -> Any:
+    for data in _inflated(body):
+        for text in _texts(data):
+            try:
+                # Bytes behind the object, such as a trailing NUL, do not make it less of an object.
+                return _JSON.raw_decode(text.lstrip(_NOISE))[0]
+            except (ValueError, RecursionError):
+                continue
+    return None
+
+
+def _inflated(body: bytes) -> Iterator[bytes]:
+    """Yield the body, or what it may inflate to: no JSON begins like gzip, and none inflates."""
+    if not body.startswith(_GZIP):
+        yield body
+    for window in (_ANY_HEADER, _RAW):
+        inflater = zlib.decompressobj(window)
+        try:
+            data = inflater.decompress(body, LARGEST_BODY)
+        except zlib.error:
+            continue
+        if data and not inflater.unconsumed_tail:  # a bomb is not JSON
+            yield data
+
+
+def _texts(data: bytes) -> Iterator[str]:
+    encoding = json.detect_encoding(data)
+    try:
+        yield data.decode(encoding)
+    except UnicodeDecodeError:
+        with suppress(UnicodeDecodeError):
+            yield data.decode("gb18030")
+        yield data.decode(encoding, errors="replace")
+
+
+def _to_int(digits: str) -> float:
+    return int(digits) if len(digits) <= _LONGEST_NUMBER else math.inf
+
+
+_JSON = json.JSONDecoder(strict=False, parse_int=_to_int)
+
+THRESHOLD = 5
+"""So many failures to connect in a row open it."""
+
+
+FIRST_PAUSE = 10.0
+
+
+LONGEST_PAUSE = 60.0
+"""Seconds that it stays open at first, and at most: each trial that fails doubles the pause."""
+
+
+class Attempt:
+    """One attempt to connect, for which `Breaker` wants to hear what became of it."""
+
+
+class Breaker:
+    """Whether it is worth trying to connect. It counts failures to connect only, since they alone cost nothing,
+    and of these not the ones that are the fault of this machine.
+
+    While it is open nobody is admitted. After the pause one attempt is, as a trial, and no other until it is known what
+    became of that. Attempts from before it opened may still be reported at any time.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._failures = 0
+        self._pause = FIRST_PAUSE
+        self._open_until: float | None = None
+        self._trial: Attempt | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an attempt is not admitted just now; no longer once the pause is over, though nobody may try then."""
+        until = self._open_until  # once, as another thread asks
+        return until is not None and (self._trial is not None or self._clock() < until)
+
+    def admit(self) -> Attempt | None:
+        """An attempt, to be reported once by one of the methods below; None where it is not worth trying."""
+        if self.is_open:
+            return None
+        attempt = Attempt()
+        if self._open_until is not None:
+            self._trial = attempt
+        return attempt
+
+    def connected(self, _: Attempt) -> None:
+        """A connection was made: all is well again, whoever made it."""
+        self._failures = 0
+        self._pause = FIRST_PAUSE
+        self._open_until = self._trial = None
+
+    def failed(self, attempt: Attempt) -> None:
+        """No connection could be made."""
+        self._failures += 1
+        if attempt is self._trial:
+            self._pause = min(self._pause * 2, LONGEST_PAUSE)
+            self._trial = None
+        elif self._open_until is not None or self._failures < THRESHOLD:
+            return
+        self._open_until = self._clock() + self._pause
+
+    def withdrawn(self, attempt: Attempt) -> None:
+        """It was given up before it came to a connection or a failure, so another one may be the trial."""
+        if attempt is self._trial:
+            self._trial = None
+
+
+def retry_seconds(retry_after: str | None) -> float | None:
+    """Return what a `Retry-After` asks for, be it seconds or a date; None for anything else."""
+    if retry_after is None:
+        return None
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:9])
+    try:
+        at = parsedate_to_datetime(retry_after)
+    except (ValueError, OverflowError):
+        return None
+    return max((at - datetime.now(UTC)).total_seconds(), 0) if at.tzinfo else None
+
 
 _log = structlog.get_logger(__name__)
 
+
 MAX_REQUESTS = 64
 """So many requests of a line are under way at once; the others wait."""
+
+
 BODY_SECONDS = 5.0
 """The body of a response whose status is no success is read for so long: it only explains the status."""
+
+
 KEEP_ALIVE_SECONDS = 15
+
+
 READ_SECONDS = 30.0
 """An answer, and each part of it, has to come within this."""
+
+
 _BODY_SHARE = 0.9
 """Reading a body ends after this share of the time that is left, so that what came of it by then is still returned."""
+
+
 _TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=None, pool=None).as_dict()
+
 
 File = tuple[str, IO[bytes], str]
 """A file of a form: its name, its bytes, its media type."""
