@@ -132,7 +132,8 @@ def refusal(message: str) -> Submitted:
         return Submitted(outcome=SubmitOutcome.INVALID_ACCOUNT)
     if _NOTHING_LEFT.fullmatch(gist):
         return Submitted(outcome=SubmitOutcome.EXHAUSTED)
-    return Submitted(outcome=SubmitOutcome.REJECTED, reason=public(message))
+    reason = public(message)
+    return Submitted(outcome=SubmitOutcome.REJECTED, reason=reason, reason_en=in_english(reason))
 
 
 def is_unknown_task(message: str) -> bool:
@@ -303,7 +304,9 @@ def read_submit(body: bytes, status: int = 200, retry_after: float | None = None
         return refused
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         return Submitted(outcome=SubmitOutcome.BUSY, retry_after=retry_after)
-    return Submitted(outcome=SubmitOutcome.REJECTED, reason=refused.reason or f"HTTP {status}")
+    return Submitted(
+        outcome=SubmitOutcome.REJECTED, reason=refused.reason or f"HTTP {status}", reason_en=refused.reason_en
+    )
 
 
 def _read_submit(answer: Mapping[str, Any]) -> Submitted:

@@ -424,6 +424,7 @@ class SubmitOutcome(StrEnum):
 class Submitted(Struct, frozen=True, kw_only=True):
     """The outcome of a submit, with the upstream's task id if accepted and its reason if rejected.
 
+    `reason_en` is the reason in English, for reasons that are known.
     `retry_after` is in seconds, where a busy upstream names them.
     """
 
@@ -431,6 +432,7 @@ class Submitted(Struct, frozen=True, kw_only=True):
     upstream_id: str = ""
     figures: Figures = Figures()
     reason: str = ""
+    reason_en: str | None = None
     retry_after: float | None = None
 
 

@@ -13,7 +13,6 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from service.clients.vendor_api import in_english
 from service.domain.availability import PROBE_INTERVAL
 from service.domain.errors import (
     AccountMisconfigured,
@@ -111,7 +110,7 @@ def misconfigured() -> AccountMisconfigured:
 def refusal(sent: Submitted, reservation: str) -> GatewayError:
     """What a caller is told of an outcome that is not an acceptance."""
     if sent.outcome is SubmitOutcome.REJECTED:
-        gist = in_english(sent.reason) or sent.reason or "It gave no reason."
+        gist = sent.reason_en or sent.reason or "It gave no reason."
         return UpstreamRejected(
             f"The upstream refused this submission, and nothing was charged: {gist}", reason=sent.reason
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from service.clients.vendor_api import in_english
 from service.domain.ledger import Figures
 from service.domain.tasks import TaskError
 from service.sandbox.accounts import Balance
@@ -70,7 +71,7 @@ class FakeControl(Upstream):
         self._upstream.count, self._upstream.money = count, money * 100
 
     async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
-        self._upstream.next_submits.append(Submitted(outcome=outcome, reason=reason))
+        self._upstream.next_submits.append(Submitted(outcome=outcome, reason=reason, reason_en=in_english(reason)))
 
     async def lose_next_answer(self) -> None:
         self._upstream.next_submits.append(Submitted(outcome=SubmitOutcome.UNKNOWN))

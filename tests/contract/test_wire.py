@@ -140,7 +140,8 @@ def test_success_without_a_usable_task_id(task_id: object) -> None:
 )
 def test_refusals(code: object, message: object, outcome: SubmitOutcome, reason: str) -> None:
     """An error is a refusal by its message, of which nothing about the balance or an address is passed on."""
-    assert submit(err_code=code, err_msg=message) == Submitted(outcome=outcome, reason=reason)
+    expected = Submitted(outcome=outcome, reason=reason, reason_en=in_english(reason))
+    assert submit(err_code=code, err_msg=message) == expected
 
 
 @pytest.mark.parametrize("code", [1, None])
