@@ -16,28 +16,13 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.routes import HTTPRoute
 from litestar.types import ControllerRouterHandler
 
-from service.api import (
-    admin,
-    artifacts,
-    clock,
-    events,
-    legacy,
-    openapi,
-    ops,
-    quota,
-    registry,
-    submissions,
-    tasks,
-    usage,
-    webhook_document,
-    webhooks,
-)
+from service.api import admin, artifacts, legacy, openapi, openapi_document, tasks, usage
+from service.api.asgi import Edge, answering_head
 from service.api.docs import HEADERS, docs_page
-from service.api.document import document
-from service.api.edge import Edge
-from service.api.head import answering_head
-from service.api.problems import exception_handlers
-from service.api.queries import JsonRequest, check_query
+from service.api.errors import exception_handlers
+from service.api.health import health_routes, metrics_route
+from service.api.openapi_document import document
+from service.api.params import JsonRequest, check_query
 from service.api.uploads import check_coding
 from service.domain.tenants import Tenant
 from service.services import Services
@@ -54,7 +39,7 @@ _TENANTS_TAGS = {
     "Tasks": "Submit an image, and follow what becomes of it.",
     "Quota": "What you may still spend.",
     "Usage": "What you have spent, and what became of each submission.",
-    webhook_document.TAG: "What the gateway sends to you when a task has ended.",
+    openapi_document.TAG: "What the gateway sends to you when a task has ended.",
     "Old clients": "The upstream's own protocol, for programs that were written against it: change the base address, "
     "and the `user_key` to your token. Every answer is HTTP 200.",
     "Service": "The state of the process that answers.",
@@ -120,13 +105,13 @@ def tenants_app(services: Services) -> Litestar:
         pace=services.board.pace,
     )
     artifact_routes = artifacts.routes(services.fetch)
-    event_routes = events.event_routes(follow=services.follow, tenants=services.tenants)
-    usage_routes = [*usage.usage_routes(services.usage), *submissions.submission_routes(services.submissions)]
+    event_routes = tasks.event_routes(follow=services.follow, tenants=services.tenants)
+    usage_routes = [*usage.usage_routes(services.usage), *usage.submission_routes(services.submissions)]
     v1 = Router(
         "/v1",
         route_handlers=[
             Router("/", route_handlers=[*task_routes, *event_routes, *artifact_routes], tags=["Tasks"]),
-            Router("/", route_handlers=quota.quota_routes(services.quota), tags=["Quota"]),
+            Router("/", route_handlers=usage.quota_routes(services.quota), tags=["Quota"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
         ],
         dependencies={"tenant": Provide(tenant, sync_to_thread=False)},
@@ -144,7 +129,7 @@ def tenants_app(services: Services) -> Litestar:
         tags=["Old clients"],
         security=[{}],
     )
-    health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
+    health = Router("/", route_handlers=health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
     config = openapi.config(_TENANTS_TITLE, _TENANTS_DESCRIPTION, _TENANTS_BEARER, _TENANTS_TAGS)
     app = _litestar(services, [v1, old, health, schema, docs], config)
     return app
@@ -159,29 +144,29 @@ def operators_app(services: Services) -> Litestar:
 
     registry_routes = [
         *admin.resource_routes(operators=services.operators, quota=services.quota),
-        *registry.registry_routes(services.apply, services.reseal),
+        *admin.registry_routes(services.apply, services.reseal),
     ]
     usage_routes = [
         *usage.operator_usage_routes(services.usage),
-        *submissions.operator_submission_routes(services.submissions),
+        *usage.operator_submission_routes(services.submissions),
     ]
-    webhook_routes = webhooks.webhook_routes(services.webhooks)
+    webhook_routes = admin.webhook_routes(services.webhooks)
     admin_routes = Router(
         "/admin/v1",
         route_handlers=[
             Router("/", route_handlers=registry_routes, tags=["Registry"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
             Router("/", route_handlers=webhook_routes, tags=["Webhooks"]),
-            Router("/", route_handlers=clock.clock_routes(services.operators), tags=["Service"]),
+            Router("/", route_handlers=admin.clock_routes(services.operators), tags=["Service"]),
         ],
         guards=[guard, check_query],
         request_class=JsonRequest,
         # Each answer shows how things are now, and one of them a token.
         cache_control=CacheControlHeader(no_store=True),
     )
-    health = Router("/", route_handlers=ops.health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
+    health = Router("/", route_handlers=health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
     config = openapi.config(_OPERATORS_TITLE, _OPERATORS_DESCRIPTION, _OPERATORS_BEARER, _OPERATORS_TAGS)
-    return _litestar(services, [admin_routes, health, ops.metrics_route(services.metrics, services.survey)], config)
+    return _litestar(services, [admin_routes, health, metrics_route(services.metrics, services.survey)], config)
 
 
 def _expect(services: Services, app: Litestar, port: Port) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from structlog.typing import FilteringBoundLogger
 
 from service.api.auth import AdminToken, Tenants
-from service.api.ops import Health
+from service.api.health import Health
 from service.api.uploads import Uploads
 from service.domain.tasks import Catalogue
 from service.telemetry.metrics import Metrics

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import structlog
 from prometheus_client import CollectorRegistry
 
+from service.api.admin_schemas import task_event
 from service.api.auth import AdminToken, Tenants
 from service.api.uploads import Uploads
-from service.api.webhook_views import task_event
 from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import CallbackClient

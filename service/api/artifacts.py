@@ -17,12 +17,9 @@ from litestar.params import HeaderParameter, PathParameter
 from litestar.response.base import ASGIResponse
 
 from service.api import openapi
-from service.api.edge import Send
-from service.api.head import HEAD
-from service.api.leaving import held_open
-from service.api.problems import OUTCOME
-from service.api.uploads import ClientLeft
-from service.api.views import PRIVATE
+from service.api.asgi import HEAD, Send, held_open
+from service.api.errors import OUTCOME, ClientLeft
+from service.api.schemas import PRIVATE
 from service.domain.media import EXTENSIONS
 from service.domain.tasks import ArtifactName, Task
 from service.domain.tenants import Tenant

@@ -18,7 +18,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.api import openapi
 from service.api.auth import Tenants
-from service.api.uploads import TooSlow, Uploads
+from service.api.errors import TooSlow
+from service.api.uploads import Uploads
 from service.domain.errors import (
     BalanceExhausted,
     FieldError,

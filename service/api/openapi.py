@@ -30,7 +30,7 @@ from litestar.openapi.spec.enums import OpenAPIFormat
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service import __version__
-from service.api.problems import MEDIA_TYPE, PROBLEMS, ProblemType
+from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemType
 from service.domain.media import EXTENSIONS
 from service.domain.tasks import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
 from service.domain.webhooks import MAX_URL

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from service.api.admin_views import AccountList, AccountView, FigureView
+from service.api.admin_schemas import AccountList, AccountView, FigureView
 from service.cli import variable
 from service.cli.client import NOT_FOUND, Answer, OperatorsPort, Refused, as_json, asking
 from service.cli.shown import card, table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from service.api.clock import ClockResetView
+from service.api.admin import ClockResetView
 from service.cli.client import OperatorsPort, as_json, asking
 
 

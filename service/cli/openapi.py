@@ -10,7 +10,7 @@ from typing import Any
 import click
 import yaml
 
-from service.api.document import document
+from service.api.openapi_document import document
 from service.app import operators_app, tenants_app
 from service.settings import Settings
 from service.wiring import assembled

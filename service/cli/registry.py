@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import click
 import msgspec
 
-from service.api.registry_views import AppliedView, DifferenceKind, DifferenceView, RegistryBody, ResealedView
+from service.api.admin_schemas import AppliedView, DifferenceKind, DifferenceView, RegistryBody, ResealedView
 from service.cli import registry_file
 from service.cli.client import Answer, CommandError, OperatorsPort, asking
 from service.cli.shown import plain

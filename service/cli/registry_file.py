@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import msgspec
 import tomli_w
 
-from service.api.registry_views import AccountEntry, RegistryBody, SecretEntry, TenantEntry
+from service.api.admin_schemas import AccountEntry, RegistryBody, SecretEntry, TenantEntry
 from service.cli import variable
 from service.cli.client import CommandError
 from service.cli.shown import plain

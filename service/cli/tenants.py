@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 
 import click
 
-from service.api.admin_views import LimitView, TenantList, TenantView
-from service.api.views import PolicyView
+from service.api.admin_schemas import LimitView, TenantList, TenantView
+from service.api.schemas import PolicyView
 from service.cli.client import Answer, OperatorsPort, as_json, asking
 from service.cli.shown import card, table
 from service.cli.tokens import tokens_table

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import click
 
-from service.api.admin_views import NewTokenView, TenantView, TokenView
+from service.api.admin_schemas import NewTokenView, TenantView, TokenView
 from service.cli.client import OperatorsPort, as_json, asking
 from service.cli.shown import table, text
 from service.cli.values import Duration, Moment

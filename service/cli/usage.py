@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from service.api.submission_views import SubmissionView
-from service.api.usage_views import UsageRowView, UsageSumView, UsageView
+from service.api.schemas import SubmissionView, UsageRowView, UsageSumView, UsageView
 from service.cli.client import OperatorsPort, asking
 from service.cli.shown import card, table
 

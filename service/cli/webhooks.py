@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from service.api.webhook_views import DeliveryList, DeliveryView, NewSecretView, WebhookView
+from service.api.admin_schemas import DeliveryList, DeliveryView, NewSecretView, WebhookView
 from service.cli.client import OperatorsPort, as_json, asking
 from service.cli.shown import table, text
 from service.cli.values import Duration, read_secret

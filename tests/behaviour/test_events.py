@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import structlog
 
-from service.api import events
+from service.api import tasks
 from service.usecases import task_status
 from service.usecases.ports import Answered, Check
 from tests.behaviour.aftermath import problem
@@ -122,7 +122,7 @@ async def test_heartbeat(house: House, task: dict[str, Any], monkeypatch: pytest
 
 async def test_no_longer_than_allowed(house: House, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream ends by itself after its time, in good order, and its client comes again."""
-    monkeypatch.setattr(events, "LONGEST_SECONDS", 0.05)
+    monkeypatch.setattr(tasks, "LONGEST_SECONDS", 0.05)
     async with following(house, task) as stream:
         assert [event.id for event in await stream.rest()] == ["1-queued"]
     await until(lambda: house.services.board.waiting == 0)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import pytest
 
 from service.api import legacy, tasks
-from service.api.forms import MultipartForm
+from service.api.uploads import MultipartForm
 from service.domain.tasks import Kind
 from service.usecases.reports import Quota
 from service.usecases.task_cache import Board

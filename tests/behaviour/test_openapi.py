@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from service.api.document import document as written
-from service.api.problems import PROBLEMS
+from service.api.errors import PROBLEMS
+from service.api.openapi_document import document as written
 from service.app import operators_app, tenants_app
 from service.domain.tasks import OPTIONS, Kind
 from tests.behaviour.house import House, house_of_fakes

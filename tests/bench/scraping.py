@@ -12,7 +12,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from service.api.edge import Edge
+from service.api.asgi import Edge
 from service.domain.tasks import Kind
 from service.domain.tenants import Registry, Tenant
 from service.telemetry.logging import configure

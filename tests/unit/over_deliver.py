@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
-from service.api.webhook_views import task_event
+from service.api.admin_schemas import task_event
 from service.domain.tenants import Registry, Signing, Webhook
 from service.domain.webhooks import DeliveryState
 from service.keyring import Keyring

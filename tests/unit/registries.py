@@ -9,8 +9,15 @@ from typing import Any
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from service.api.admin_views import LimitBody
-from service.api.registry_views import AccountEntry, RegistryBody, SecretEntry, TenantEntry, TokenEntry, WebhookEntry
+from service.api.admin_schemas import (
+    AccountEntry,
+    LimitBody,
+    RegistryBody,
+    SecretEntry,
+    TenantEntry,
+    TokenEntry,
+    WebhookEntry,
+)
 from service.domain.tasks import Kind
 from service.domain.tenants import Purse, Registry, Window
 from service.keyring import Keyring

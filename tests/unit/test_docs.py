@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from service.api.docs import HEADERS, docs_page
-from service.api.docs.markup import tag
+from service.api.docs import HEADERS, docs_page, tag
 from tests.unit import openapi_sample
 
 HOSTILE = """</script></style><img src=x onerror=alert(1)>'"`&amp;$(touch hacked)\\"""

@@ -15,10 +15,9 @@ from litestar.response import Stream
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.api import edge
-from service.api.edge import Edge
-from service.api.problems import exception_handlers
-from service.api.uploads import ClientLeft
+from service.api import asgi
+from service.api.asgi import Edge
+from service.api.errors import ClientLeft, exception_handlers
 from service.domain.errors import NotFound
 from service.telemetry.logging import waiting
 from service.telemetry.metrics import Metrics, Port
@@ -266,7 +265,7 @@ def test_refused_requests_are_logged_once_per_address_and_interval(monkeypatch: 
         ("request.refused", "192.0.2.1"),
         ("request.refused", "192.0.2.2"),
     ]
-    monkeypatch.setattr(edge, "REFUSAL_LOG_SECONDS", 0)
+    monkeypatch.setattr(asgi, "REFUSAL_LOG_SECONDS", 0)
     refuse(400, "Nonsense.", "192.0.2.1")
     assert len(watched.events) == 3
     for number in range(3_000):

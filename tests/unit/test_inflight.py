@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.inflight import STEP, InFlight
-from service.api.uploads import ClientLeft
+from service.api.errors import ClientLeft
+from service.api.uploads import STEP, InFlight
 from service.domain.errors import GatewayError, Overloaded
 from tests.unit.asgi import body_messages, receiving
 from tests.unit.forms import PNG, file, form, scope_of, uploads

@@ -11,9 +11,8 @@ from litestar import Litestar, Request, Response, get
 from litestar.params import FromPath
 from prometheus_client import CollectorRegistry
 
-from service.api.edge import Edge
-from service.api.problems import OUTCOME, exception_handlers
-from service.api.uploads import ClientLeft
+from service.api.asgi import Edge
+from service.api.errors import OUTCOME, ClientLeft, exception_handlers
 from service.domain.errors import LedgerUnavailable, NotFound
 from service.telemetry.metrics import Metrics, Port
 from service.telemetry.tracing import UNTRACED, Tracer

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.prefer import applied, wait_seconds
+from service.api.params import applied, wait_seconds
 
 
 @pytest.mark.parametrize(

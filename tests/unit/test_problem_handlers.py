@@ -11,8 +11,7 @@ from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from msgspec import Meta, Struct
 from structlog.testing import CapturingLogger
 
-from service.api.problems import exception_handlers
-from service.api.uploads import ClientLeft
+from service.api.errors import ClientLeft, exception_handlers
 from service.domain import errors
 from tests.unit.asgi import Answer, App, body_messages, call
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.api.problems import PROBLEMS, render, to_problem
-from service.api.uploads import TooSlow
+from service.api.errors import PROBLEMS, TooSlow, render, to_problem
 from service.domain import errors
 from service.domain.ledger import RateLimit, Violation
 from tests.unit.asgi import Answer

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 from hypothesis import given
 
-from service.api.registry_views import AccountEntry, RegistryBody, SecretEntry, TenantEntry, TokenEntry, WebhookEntry
+from service.api.admin_schemas import AccountEntry, RegistryBody, SecretEntry, TenantEntry, TokenEntry, WebhookEntry
 from service.cli.client import CommandError
 from service.cli.registry_file import HEAD, read, write
 from tests.unit.registries import ANY_END, ENVIRONMENT, bare, documents

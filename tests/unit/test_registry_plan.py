@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from service.api.differences import differences
-from service.api.registry_views import (
+from service.api.admin import differences
+from service.api.admin_schemas import (
     AccountEntry,
     RegistryBody,
     SecretEntry,

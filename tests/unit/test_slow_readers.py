@@ -11,7 +11,7 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
-from service.api import events
+from service.api import tasks
 from service.app import create_app
 from service.domain.tasks import State
 from service.usecases.task_cache import Seen
@@ -78,7 +78,7 @@ async def test_only_the_newest(reader: Reader) -> None:
 @pytest.mark.parametrize("taken", [0, 1, 2])
 async def test_nothing_is_taken(reader: Reader, monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
     """A client that takes nothing for long enough is cut off, at whatever point, and holds nothing any more."""
-    monkeypatch.setattr(events, "WRITE_SECONDS", 0.01)
+    monkeypatch.setattr(tasks, "WRITE_SECONDS", 0.01)
     for _ in range(taken):
         reader.room.release()
     with structlog.testing.capture_logs() as lines:

@@ -8,7 +8,7 @@ import io
 from hypothesis import given
 from hypothesis import strategies as some
 
-from service.api.tabular import flat, table, wants_csv
+from service.api.schemas import flat, table, wants_csv
 
 CELLS = some.text(some.characters(exclude_categories=["Cs"]), min_size=1) | some.integers() | some.none()
 

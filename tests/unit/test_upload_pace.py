@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.api.uploads import ClientLeft, TooSlow
+from service.api.errors import ClientLeft, TooSlow
 from service.domain.errors import Unauthenticated
 from tests.unit.asgi import Message, body_messages, receiving
 from tests.unit.forms import PNG, field, file, form, scope_of, uploads

@@ -10,8 +10,8 @@ import structlog
 from litestar import Litestar, Request, post
 from prometheus_client import CollectorRegistry
 
-from service.api.edge import Edge
-from service.api.problems import exception_handlers
+from service.api.asgi import Edge
+from service.api.errors import exception_handlers
 from service.api.uploads import Uploads
 from service.telemetry.metrics import Metrics, Port
 from tests.unit.asgi import Answer, connected, read_answer, serving

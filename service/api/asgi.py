@@ -1,47 +1,91 @@
-"""The outermost layer: every request gets an id, one line in the log and its place in the metrics.
-
-It stands outside of Litestar because unknown addresses and methods, and crashes, never reach Litestar's middleware.
-"""
+"""ASGI middleware: request ids, access log, metrics, HEAD, and cancellation when the client disconnects."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from typing import Any, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
 import structlog
+from litestar import Request
 from structlog.typing import FilteringBoundLogger
 
-from service.api.leaving import HELD
-from service.api.problems import CRASHED, HEADERS_TOO_LARGE, MALFORMED, OUTCOME, REQUEST_ID, Problem, render
-from service.api.uploads import ClientLeft
+from service.api.errors import CRASHED, HEADERS_TOO_LARGE, MALFORMED, OUTCOME, REQUEST_ID, ClientLeft, Problem, render
 from service.telemetry import logging
 from service.telemetry.logging import ANSWERED, Spent
 from service.telemetry.metrics import OTHER, UNMATCHED, Metrics, Port
 from service.telemetry.tracing import UNTRACED, RequestSpan, Tracer
 
+HELD = "held"
+"""Where the state of an ASGI scope says that a request was held open on purpose, which tells nothing of our speed."""
+
+
+T = TypeVar("T")
+
+
+async def held_open(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives, which may take its time and is cancelled if the client leaves before. Raises ClientLeft then.
+
+    The body of the request has to be read already.
+    """
+    request.scope["state"][HELD] = True
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise ClientLeft
+    finally:
+        for task in (doing, leaving):
+            task.cancel()
+        await asyncio.gather(doing, leaving, return_exceptions=True)
+        del doing, task  # which hold their error, whose traceback holds this frame
+
+
+async def _left(request: Request[Any, Any, Any]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 TENANT = "tenant"
 """Where the tenant's name stands in the state of an ASGI scope, once it is known."""
+
 
 CLIENT_LEFT = 499
 """The status that logs and metrics show for a request whose client left before it was answered."""
 
+
 Message = MutableMapping[str, Any]
+
+
 Receive = Callable[[], Awaitable[Message]]
+
+
 Send = Callable[[Message], Awaitable[None]]
+
+
 App = Callable[[Any, Any, Any], Awaitable[None]]
 """An ASGI application; each library types the three in its own way, and the edge stands between all of them."""
 
+
 _HEADER = b"x-request-id"
+
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
 _LONGEST_PATH = 500
+
 
 REFUSAL_LOG_SECONDS = 60.0
 """Refused requests of one address are logged once in this time."""
+
+
 _LOGGED_ADDRESSES = 1_000
 
 
@@ -164,3 +208,46 @@ def _request_id(scope: Message) -> str:
     """The id the client gave if it is one that can be told on, else a new one."""
     given = next((value.decode("latin-1") for name, value in scope["headers"] if name == _HEADER), "")
     return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+
+
+HEAD = "imaging_gateway.head"
+"""Stands in the scope where only the head of the answer is wanted, so that no content need be made for it."""
+
+
+_ALLOW = b"allow"
+
+
+def answering_head(app: App) -> App:
+    """Wrap an application that knows GET only."""
+
+    async def answering(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        asked_for_head = scope["method"] == "HEAD"
+
+        async def pass_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [_with_head(*header) for header in message["headers"]]
+            elif asked_for_head and message["type"] == "http.response.body":
+                return
+            await send(message)
+            if asked_for_head:
+                # At once, since what is streamed may take its time or never end.
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        # The server keeps its own scope, by which it knows that no content may follow.
+        inner = {**scope, "method": "GET", HEAD: True} if asked_for_head else scope
+        try:
+            await app(inner, receive, pass_on)
+        finally:
+            if "path_template" in inner:
+                scope["path_template"] = inner["path_template"]
+
+    return answering
+
+
+def _with_head(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    """A header, and if it lists the methods allowed, with HEAD where it has GET."""
+    methods = [each.strip() for each in value.split(b",")] if name.lower() == _ALLOW else []
+    return (name, b", ".join([*methods, b"HEAD"])) if b"GET" in methods and b"HEAD" not in methods else (name, value)

@@ -1,14 +1,10 @@
-"""The one table from errors to HTTP answers, as problem documents (RFC 9457).
-
-What is not in the table becomes a generic 500 that says nothing of its cause: a new class of error is silent until
-somebody decides what callers may know of it.
-"""
+"""Errors as problem details, and the rate-limit headers."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any, NoReturn
@@ -21,17 +17,45 @@ from litestar.utils.scope.state import ScopeState
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
-from service.api.ratelimit import rate_limit_headers
-from service.api.uploads import ClientLeft, TooSlow
-from service.api.views import REPLAYED, yuan
+from service.api.schemas import REPLAYED, yuan
 from service.domain import errors
-from service.domain.errors import faults_of, wanted_of
-from service.domain.ledger import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, Violation, policy_name
+from service.domain.errors import (
+    MalformedRequest,
+    faults_of,
+    wanted_of,
+)
+from service.domain.ledger import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, RateLimit, Violation, policy_name
 from service.domain.tenants import Window
+
+
+def rate_limit_headers(limits: Sequence[RateLimit]) -> dict[str, str]:
+    """Both headers, or none if nothing is limited. A limit that never resets has neither window nor reset."""
+    if not limits:
+        return {}
+    return {
+        "RateLimit-Policy": ", ".join(f'"{each.policy}";q={each.limit}{_seconds("w", each.window)}' for each in limits),
+        "RateLimit": ", ".join(f'"{each.policy}";r={each.remaining}{_seconds("t", each.resets)}' for each in limits),
+    }
+
+
+def _seconds(parameter: str, value: int | None) -> str:
+    return "" if value is None else f";{parameter}={value}"
+
+
+class ClientLeft(Exception):
+    """The client closed the connection, so there is nobody to answer."""
+
+
+class TooSlow(MalformedRequest):
+    """The body did not arrive in time; the connection is of no more use."""
+
 
 MEDIA_TYPE = "application/problem+json"
 
+
 REQUEST_ID = "request_id"
+
+
 OUTCOME = "outcome"
 """Where the request's id and the code of its problem stand in the state of an ASGI scope."""
 
@@ -55,19 +79,42 @@ class Problem(Struct, frozen=True):
 
 
 MALFORMED = ProblemType("malformed-request", 400, "Malformed request", "The request can't be read.")
+
+
 UNAUTHENTICATED = ProblemType("unauthenticated", 401, "Authentication required", "The token is missing or not valid.")
+
+
 FORBIDDEN = ProblemType("forbidden", 403, "Forbidden", "The token is good, but not for this.")
+
+
 NOT_FOUND = ProblemType("not-found", 404, "Not found", "There is no such thing, or it belongs to somebody else.")
+
+
 METHOD_NOT_ALLOWED = ProblemType("method-not-allowed", 405, "Method not allowed", "`Allow` names the methods.")
+
+
 IMAGE_TOO_LARGE = ProblemType("image-too-large", 413, "Image too large", "It exceeds the limit on bytes or on pixels.")
+
+
 INVALID_OPTIONS = ProblemType("invalid-options", 422, "Invalid options", "`errors` names each faulty field.")
+
+
 QUOTA_EXCEEDED = ProblemType("quota-exceeded", 429, "Quota exceeded", "A limit of the tenant is used up.")
+
+
 HEADERS_TOO_LARGE = ProblemType(
     "headers-too-large", 431, "Header fields too large", "The request line and the header fields exceed the limit."
 )
+
+
 RATE_LIMITED = ProblemType("rate-limited", 429, "Rate limited", "The limit of the current minute is used up.")
+
+
 TOO_MANY_ACTIVE = ProblemType("too-many-active-tasks", 429, "Too many active tasks", "No more may run at once.")
+
+
 INTERNAL = ProblemType("internal-error", 500, "Internal error", "A fault of the gateway; its operators see why.")
+
 
 _TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
     errors.MalformedRequest: MALFORMED,
@@ -123,6 +170,7 @@ _TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
     ),
 }
 
+
 PROBLEMS: tuple[ProblemType, ...] = tuple(
     sorted(
         {*_TABLE.values(), METHOD_NOT_ALLOWED, HEADERS_TOO_LARGE, RATE_LIMITED, TOO_MANY_ACTIVE, INTERNAL},
@@ -131,10 +179,16 @@ PROBLEMS: tuple[ProblemType, ...] = tuple(
 )
 """Every kind of problem there is, by status."""
 
+
 CRASHED = Problem(INTERNAL, "The gateway failed. Its operators can find out why by the request id.")
 
+
 _IN_MONEY = frozenset(policy_name(window, COUNTED_MONEY) for window in Window)
+
+
 _PER_MINUTE = frozenset(policy_name(Window.MINUTE, counted) for counted in (COUNTED_TASKS, COUNTED_MONEY))
+
+
 _HEADERS: Mapping[type, Mapping[str, str]] = {
     errors.Unauthenticated: {"WWW-Authenticate": 'Bearer realm="imaging-gateway"'},
     errors.UnsupportedCoding: {"Accept-Encoding": "identity"},

@@ -1,4 +1,4 @@
-"""What both ports answer about the process itself, and the metrics."""
+"""Probes and metrics."""
 
 from __future__ import annotations
 

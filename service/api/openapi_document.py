@@ -1,9 +1,10 @@
-"""The OpenAPI document of an application: what Litestar writes of the code, with what the code can't say."""
+"""The OpenAPI documents, with examples and webhooks."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from http import HTTPStatus
 from typing import Any
@@ -11,27 +12,297 @@ from typing import Any
 import msgspec
 from litestar import Litestar
 from msgspec import Struct
+from msgspec.structs import replace
 
-from service.api import (
-    admin_views,
-    legacy,
-    openapi,
-    ops,
-    registry_views,
-    submission_views,
-    usage_views,
-    views,
-    webhook_views,
+from service.api import admin_schemas, health, legacy, openapi
+from service.api import schemas as schemas_module
+from service.api.admin_schemas import DeliveryList, DeliveryView, NewSecretView, TaskEvent, WebhookView
+from service.api.errors import MEDIA_TYPE, PROBLEMS
+from service.api.schemas import (
+    AccountAbility,
+    ArtifactView,
+    CostView,
+    LinksView,
+    PolicyView,
+    QuotaView,
+    SubmissionView,
+    TaskList,
+    TaskView,
+    table,
+    usage_table,
+    usage_view,
 )
-from service.api.examples import ACCEPTED, EXAMPLES, STREAMS, TABLES, problem
-from service.api.problems import MEDIA_TYPE
-from service.api.views import TaskView
-from service.api.webhook_document import add_webhooks
+from service.api.tasks import event
+from service.domain.ledger import Measure, Refund, ReservationState, Tally
+from service.domain.tasks import OPTIONS, ArtifactName, Basis, Kind, State, UpscaleOptions
+from service.domain.tenants import Window
+from service.domain.webhooks import DeliveryState, Event
+from service.usecases.reports import BalanceSuggestion, Group, Interval, Marked, Owner, Report, Row
+
+_ID = "task_Zm9yIHRoZSBkb2N1bWVudCBvbmx5"
+
+
+_CREATED = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+
+
+_ENDED = datetime(2026, 1, 31, 12, 0, 21, tzinfo=UTC)
+
+
+_TASK = TaskView(
+    id=_ID,
+    kind=Kind.UPSCALE,
+    state=State.SUCCEEDED,
+    created_at=_CREATED,
+    updated_at=_ENDED,
+    finished_at=_ENDED,
+    options=msgspec.to_builtins(UpscaleOptions(scale=4)),
+    metadata={"order": "4711"},
+    artifacts=[
+        ArtifactView(ArtifactName.IMAGE, "https://upstream.example/files/1.png", f"/v1/tasks/{_ID}/artifacts/image")
+    ],
+    error=None,
+    cost=CostView(count=1, money=0, basis=Basis.OBSERVED),
+    links=LinksView(self=f"/v1/tasks/{_ID}", events=f"/v1/tasks/{_ID}/events"),
+)
+
+
+_QUOTA = QuotaView(
+    policies=[
+        PolicyView(
+            policy="day-tasks",
+            unit="tasks",
+            window=Window.DAY,
+            limit=100,
+            used=58,
+            reserved=1,
+            remaining=41,
+            overrun=None,
+            resets_at=datetime(2026, 2, 1, tzinfo=UTC),
+        ),
+        PolicyView(
+            policy="max-active",
+            unit="active",
+            window=None,
+            limit=20,
+            used=1,
+            reserved=0,
+            remaining=19,
+            overrun=None,
+            resets_at=None,
+        ),
+    ],
+    account=AccountAbility(can_pay=True, look_again_at=None),
+)
+
+
+_SUBMISSION = "f3a1c09b6d5e4f708192a3b4c5d6e7f8"
+
+
+_OWNER = Owner(1_769_860_800_000, "shop")
+
+
+_DAY = date(2026, 1, 31)
+
+
+_TALLY = Tally({Measure.SUCCEEDED: 57, Measure.UNKNOWN: 1, Measure.OBSERVED_COUNT: 55, Measure.ESTIMATED_MONEY: 100})
+
+
+_REFUND = Refund(int(_ENDED.timestamp()) * 1000, "The result was blank.", count=1, money=0)
+
+
+_TALLY.update({Measure.REFUNDED: 1, Measure.REFUNDED_COUNT: 1})
+
+
+def _report(*groups: Group) -> Report:
+    """The usage of one day, told apart by these groups."""
+    return Report(
+        _DAY.replace(day=1),
+        _DAY,
+        Interval.DAY,
+        groups,
+        rows=[Row(str(_DAY), _OWNER if Group.TENANT in groups else None, Kind.UPSCALE, _TALLY)],
+        total=_TALLY,
+        unknown=[Marked(_SUBMISSION, _OWNER, Kind.UPSCALE, _DAY)],
+        refunds=[(Marked("0c7d9f2b4a6e81c35f7092b4d6e8a1c3", _OWNER, Kind.UPSCALE, _DAY), _REFUND)],
+    )
+
+
+_UNKNOWN = SubmissionView(
+    id=_SUBMISSION,
+    outcome=ReservationState.UNKNOWN,
+    kind=Kind.UPSCALE,
+    created_at=_CREATED,
+    settled_at=_ENDED,
+    task=None,
+    cost=CostView(count=0, money=1.2, basis=Basis.UNKNOWN),
+    balance_suggests=BalanceSuggestion.NOT_CHARGED,
+    refund=None,
+)
+
+
+_FAILED = DeliveryView(
+    id=f"msg_{_SUBMISSION}",
+    tenant="shop",
+    task=_ID,
+    url="https://hooks.example/ended",
+    state=DeliveryState.FAILED,
+    attempts=11,
+    status=500,
+    error="It answered 500.",
+    answer="no space left",
+    created_at=_ENDED,
+    updated_at=datetime(2026, 2, 1, 11, 2, tzinfo=UTC),
+    due_at=None,
+)
+
+
+EXAMPLES: Mapping[str, Struct] = {
+    type(example).__name__: example
+    for example in (
+        _TASK,
+        TaskList([_TASK], next_cursor=None),
+        _QUOTA,
+        _UNKNOWN,
+        WebhookView("https://hooks.example/ended", ["hooks.example", "10.20.0.0/16"], []),
+        NewSecretView("whsec_Zm9yIHRoZSBkb2N1bWVudCBvbmx5LCBub3QgYSBrZXk=", _ENDED),
+        _FAILED,
+        DeliveryList([_FAILED]),
+        usage_view(_report(Group.KIND), for_operators=False),
+    )
+}
+"""An example of each kind of answer that has one, by the name of its type."""
+
+
+TABLES: Mapping[str, str] = {
+    "read-usage": table(*usage_table(_report(Group.KIND), for_operators=False)).decode(),
+    "read-all-usage": table(*usage_table(_report(Group.TENANT, Group.KIND), for_operators=True)).decode(),
+}
+"""What is answered as CSV to those who want it, by the operation's id."""
+
+
+STREAMS: Mapping[str, str] = {"follow-task": event(_TASK, 3).decode()}
+"""What is answered as a stream of events, by the operation's id."""
+
+
+ACCEPTED: Mapping[str, Struct] = {
+    f"submit-{kind}": replace(
+        _TASK,
+        kind=kind,
+        state=State.QUEUED,
+        updated_at=_CREATED,
+        finished_at=None,
+        options=msgspec.to_builtins(OPTIONS[kind]()),
+        artifacts=[],
+        cost=CostView(count=0, money=0, basis=Basis.UNKNOWN),
+    )
+    for kind in Kind
+}
+"""The task as it is answered to each submission, by the operation's id."""
+
+
+_EXTRAS: Mapping[str, Mapping[str, Any]] = {
+    "invalid-options": {"errors": [{"field": "scale", "detail": "must be a number from 1 to 8"}]},
+    "quota-exceeded": {
+        "violated_policies": [{"policy": "day-tasks", "limit": 100, "resets_at": "2026-02-01T00:00:00Z"}]
+    },
+    "rate-limited": {
+        "violated_policies": [{"policy": "minute-tasks", "limit": 10, "resets_at": "2026-01-31T12:01:00Z"}]
+    },
+    "too-many-active-tasks": {"violated_policies": [{"policy": "max-active", "limit": 20, "resets_at": None}]},
+    "upstream-rejected": {"upstream_reason": "图片太小"},
+    "submission-unknown": {"submission_id": _SUBMISSION},
+}
+
+
+def problem(code: str) -> dict[str, Any]:
+    """An example of a problem."""
+    kind = next(each for each in PROBLEMS if each.code == code)
+    return {
+        "type": f"urn:imaging-gateway:problem:{code}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": kind.when,
+        "instance": "4f5c2d1e8b7a46f09d3c6b5a49382716",
+        "code": code,
+    } | dict(_EXTRAS.get(code, {}))
+
+
+TAG = "Webhooks"
+"""The tag of the webhooks alone: client generators write one file for each tag."""
+
+
+_NAME = "task-ended"
+
+
+_DESCRIPTION = (
+    "Sent to the address you have agreed on with the operators, or to the task's `webhook_url`, once the task has "
+    "ended, signed as [Standard Webhooks](https://www.standardwebhooks.com/) 1.0.0 has it: verify it with any library "
+    "of theirs, your `whsec_` secret, and the bytes of the body as they came. Answer with a status from 200 to 299 "
+    "within 15 seconds; anything else is tried again for a day, later and later, and 410 ends it for good. It comes "
+    "at least once: what you have seen before has the same `webhook-id`."
+)
+
+
+_WEBHOOK_HEADERS = {
+    "webhook-id": "The id of the event, the same whenever it is sent again.",
+    "webhook-timestamp": "When this attempt was made, in seconds since the epoch.",
+    "webhook-signature": "A signature, or two separated by a space while your secret is replaced.",
+}
+
+
+def add_webhooks(document: dict[str, Any]) -> None:
+    """Add the webhooks to a document, with the components that they refer to."""
+    components = document["components"]
+    components["schemas"][TaskEvent.__name__] = _event()
+    # Behind a reference: client generators take an operation that is written here for one of the gateway's.
+    components["pathItems"] = {_NAME: {"post": _operation()}}
+    document["webhooks"] = {_NAME: {"$ref": f"#/components/pathItems/{_NAME}"}}
+
+
+def _event() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": "What a tenant is told when a task has ended.",
+        "properties": {
+            "type": {"type": "string", "enum": [each.value for each in Event]},
+            "timestamp": {"type": "string", "format": "date-time", "description": "When the task ended."},
+            "data": {"$ref": "#/components/schemas/TaskView"},
+        },
+        "required": ["type", "timestamp", "data"],
+    }
+
+
+def _operation() -> dict[str, Any]:
+    task = msgspec.convert(EXAMPLES["TaskView"], TaskView)
+    example = TaskEvent(Event.SUCCEEDED, task.finished_at or task.updated_at, task)
+    schema = {"$ref": f"#/components/schemas/{TaskEvent.__name__}"}
+    return {
+        "operationId": _NAME,
+        "summary": "Your task has ended",
+        "description": _DESCRIPTION,
+        "tags": [TAG],
+        "security": [{}],
+        "parameters": [
+            {"name": name, "in": "header", "required": True, "description": about, "schema": {"type": "string"}}
+            for name, about in _WEBHOOK_HEADERS.items()
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schema, "example": msgspec.to_builtins(example)}},
+        },
+        "responses": {"2XX": {"description": "You have it."}},
+    }
+
 
 Node = dict[str, Any]
 
+
 _TEXT, _SECONDS = {"type": "string"}, {"type": "integer", "minimum": 0}
+
+
 _FILE = _TEXT | {"format": "binary"}
+
+
 _HEADER_COMPONENTS: Mapping[str, Node] = {
     "X-Request-Id": {
         "description": "The id of the request: yours, if you sent one of this form, else a new one.",
@@ -67,7 +338,11 @@ _HEADER_COMPONENTS: Mapping[str, Node] = {
     },
     "WWW-Authenticate": {"description": "How to authenticate: with a bearer token.", "schema": _TEXT},
 }
+
+
 _NAMES = {name.lower(): name for name in _HEADER_COMPONENTS}
+
+
 _ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
     "401": ("WWW-Authenticate",),
     "402": ("Retry-After",),
@@ -77,19 +352,25 @@ _ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
     "503": ("Retry-After",),
     "504": ("Idempotent-Replayed",),
 }
+
+
 _ON_NOT_MODIFIED = frozenset({"ETag", "Age", "Retry-After", "Last-Modified", "Accept-Ranges", "Cache-Control"})
 """What of a success's headers is told even if its content is not."""
+
+
 _MODULES = (
-    admin_views,
+    admin_schemas,
     legacy,
     openapi,
-    ops,
-    registry_views,
-    submission_views,
-    usage_views,
-    views,
-    webhook_views,
+    health,
+    admin_schemas,
+    schemas_module,
+    schemas_module,
+    schemas_module,
+    admin_schemas,
 )
+
+
 _OBJECTS: Mapping[str, type[Struct]] = {
     name: found
     for module in _MODULES
@@ -97,10 +378,18 @@ _OBJECTS: Mapping[str, type[Struct]] = {
     if isinstance(found, type) and issubclass(found, Struct) and found.__module__ == module.__name__
 }
 """The objects that are sent. Litestar tells neither what the code says of them, nor that they are all there is."""
+
+
 _FILES = frozenset({"read-artifact"})
 """The operations whose answers are files."""
+
+
 _UNSAID = ("deprecated", "allowEmptyValue", "allowReserved")
+
+
 _TYPES = frozenset({"object", "array", "string", "boolean", "number", "null"})
+
+
 _ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "webhooks", "components")
 
 

@@ -1,0 +1,666 @@
+"""JSON of the operators' API."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec.structs import replace
+
+from service.api.schemas import FEN, AmountView, PolicyView, TaskView, Yuan, moment, quota_view, task_view, yuan
+from service.domain import tenants, webhooks
+from service.domain.errors import Faults, FieldError, InvalidOptions, dotted
+from service.domain.ledger import AccountState, Figure, Source, Status
+from service.domain.tasks import Kind, Task
+from service.domain.tenants import (
+    Account,
+    AccountPolicy,
+    Limit,
+    Name,
+    Origin,
+    Purse,
+    Registry,
+    Tenant,
+    TenantPolicy,
+    Token,
+    Webhook,
+    Window,
+)
+from service.domain.webhooks import MAX_ALLOWED, MAX_URL, DeliveryState, Event
+from service.usecases.admin import NewSecret, Owned, Resealed
+from service.usecases.registry_apply import Plan, Wanted, WantedAccount, WantedTenant
+from service.usecases.reports import QuotaReport
+
+_Secret = Annotated[str, Meta(description="`whsec_` and base64. Shown this once.")]
+
+
+class WebhookBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a tenant is told of the ends of its tasks. Without a secret it keeps the one it has, or one is made."""
+
+    url: Annotated[str, Meta(max_length=MAX_URL, description="By default.")]
+    secret: Annotated[str, Meta(max_length=200, description="`whsec_` and the base64 of 24 to 64 bytes.")] | None = None
+    allow: Annotated[
+        list[Annotated[str, Meta(max_length=255)]],
+        Meta(
+            max_length=MAX_ALLOWED,
+            description="Hosts that a task may name in `webhook_url`, beside that of `url`. They may be at public and "
+            "private addresses; networks such as 127.0.0.0/8 let them be at other ones.",
+        ),
+    ] = []
+
+    def webhook(self) -> Webhook:
+        """What it describes, without its secret. Raises InvalidOptions."""
+        faults = Faults()
+        url = faults.attempt("", self.url, webhooks.parse_url, "webhook.url", self.url)
+        allow = faults.attempt("", (), webhooks.parse_allowed, "webhook.allow", self.allow)
+        faults.check()
+        return Webhook(url, allow)
+
+
+class WebhookView(Struct, frozen=True):
+    """Where a tenant is told of the ends of its tasks."""
+
+    url: str
+    allow: list[str]
+    switched_off: Annotated[list[str], Meta(description="They answered 410. Put the tenant again to send there again.")]
+    secret: _Secret | UnsetType = UNSET
+
+
+class NewSecretView(Struct, frozen=True):
+    """A secret that was just made. Until `former_until` the one before signs too."""
+
+    secret: _Secret
+    former_until: datetime
+
+
+class DeliveryView(Struct, frozen=True):
+    """How the end of a task was told to its tenant."""
+
+    id: Annotated[str, Meta(description="The `webhook-id`, the same however often it is sent.")]
+    tenant: str | None
+    task: Annotated[str, Meta(description="The id of the task.")]
+    url: Annotated[str, Meta(description="Without its query.")]
+    state: DeliveryState
+    attempts: Annotated[int, Meta(description="Since it was last sent from the start.")]
+    status: Annotated[int | None, Meta(description="Of the last answer.")]
+    error: Annotated[str | None, Meta(description="Why the last attempt failed.")]
+    answer: Annotated[str | None, Meta(description="How the last answer began, if it was no success.")]
+    created_at: datetime
+    updated_at: datetime
+    due_at: Annotated[datetime | None, Meta(description="When it is tried next.")]
+
+
+class DeliveryList(Struct, frozen=True):
+    """Deliveries that were given up, the newest first."""
+
+    items: list[DeliveryView]
+
+
+class TaskEvent(Struct, frozen=True):
+    """What a tenant is told when a task has ended."""
+
+    type: Event
+    timestamp: Annotated[datetime, Meta(description="When the task ended.")]
+    data: TaskView
+
+
+def task_event(task: Task) -> bytes:
+    """The body that tells of the end of a task: the same bytes whenever it is sent."""
+    event = TaskEvent(Event.of(task.state), moment(task.finished or task.updated), task_view(task))
+    return msgspec.json.encode(event)
+
+
+def webhook_view(found: Webhook, secret: str | None) -> WebhookView | None:
+    """A webhook as operators see it, with its secret if it was just made."""
+    if found.url is None:
+        return None
+    return WebhookView(found.url, list(found.allow), list(found.off), UNSET if secret is None else secret)
+
+
+def new_secret_view(made: NewSecret) -> NewSecretView:
+    """A secret as it is shown once."""
+    return NewSecretView(made.text, datetime.fromtimestamp(made.until, UTC))
+
+
+def delivery_view(owned: Owned) -> DeliveryView:
+    """A delivery as operators see it."""
+    found = owned.delivery
+    return DeliveryView(
+        id=webhooks.event_id(found.reservation),
+        tenant=owned.tenant,
+        task=found.task,
+        url=tenants.without_query(found.url),
+        state=found.state,
+        attempts=found.attempts,
+        status=found.status,
+        error=found.error,
+        answer=found.answer,
+        created_at=moment(found.created),
+        updated_at=moment(found.updated),
+        due_at=moment(found.due),
+    )
+
+
+_MOST = 10**12
+
+
+_MOST_YUAN = 10**10
+
+
+END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+
+
+Whole = Annotated[int, Meta(ge=0, le=_MOST)]
+
+
+GivenYuan = Annotated[float, Meta(ge=0, le=_MOST_YUAN, description="Yuan, with at most two decimals.")]
+
+
+class AccountBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """An account at the upstream. What is left out gets its default; only the key is kept."""
+
+    user_key: Annotated[str, Meta(min_length=1, max_length=512, description="Of printable ASCII.")] | None = None
+    base_url: Annotated[str, Meta(max_length=512, description="Where the upstream is, if not as usual.")] | None = None
+    floor_count: Whole = 0
+    floor_money: GivenYuan = 0
+    max_price: Annotated[dict[Kind, GivenYuan], Meta(description="The most a task of a kind can cost.")] = {}
+
+    def key(self) -> str | None:
+        """The key, if one is given. Raises InvalidOptions, without it, for what can't be one."""
+        if self.user_key is not None and not re.fullmatch(r"[!-~]+", self.user_key):
+            raise InvalidOptions([FieldError("user_key", "must be printable ASCII without spaces")])
+        return self.user_key
+
+    def url(self) -> str | None:
+        """The base address without a slash at its end. Raises InvalidOptions for what is none."""
+        if self.base_url is None:
+            return None
+        if not _is_base_url(self.base_url):
+            wanted = "must be a URL such as http://host or https://host/path, without credentials, query or fragment"
+            raise InvalidOptions([FieldError("base_url", wanted)])
+        return self.base_url.rstrip("/")
+
+    def policy(self) -> AccountPolicy:
+        """The part that the ledger goes by. Raises InvalidOptions for amounts that are none."""
+        faults = Faults()
+        floor = faults.attempt("", 0, _fen, "floor_money", self.floor_money)
+        prices = {kind: faults.attempt("max_price", 0, _fen, kind, each) for kind, each in self.max_price.items()}
+        faults.check()
+        return AccountPolicy(self.floor_count, floor, prices)
+
+
+class LimitBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """How much may be spent in one window of calendar time in UTC."""
+
+    window: Window
+    tasks: Whole | None = None
+    money: GivenYuan | None = None
+
+
+class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """A tenant. What is left out gets its default."""
+
+    accounts: Annotated[list[Name], Meta(max_length=100, description="The accounts it may use, in order.")]
+    limits: Annotated[list[LimitBody], Meta(max_length=len(Window), description="At most one per window.")] = []
+    max_active: Whole | None = None
+    purse: Purse = Purse.COUNT_THEN_MONEY
+    kinds: Annotated[list[Kind] | None, Meta(description="The kinds it may submit; all without it.")] = None
+    webhook: WebhookBody | None = None
+    disabled: bool = False
+
+    def tenant(self, name: str) -> Tenant:
+        """The tenant it describes, without its id. Raises InvalidOptions."""
+        faults = Faults()
+        faults.found += [
+            *_repeated("accounts", "account", self.accounts),
+            *_repeated("limits", "window", [limit.window for limit in self.limits]),
+            *_repeated("kinds", "kind", self.kinds or []),
+        ]
+        limits = []
+        for place, each in enumerate(self.limits):
+            if each.tasks is None and each.money is None:
+                faults.add(f"limits[{place}]", "must limit tasks, money or both")
+            money = each.money and faults.attempt(f"limits[{place}]", 0, _fen, "money", each.money)
+            limits.append(Limit(each.window, each.tasks, None if money is None else int(money)))
+        webhook = faults.attempt("", Webhook(), self.webhook.webhook) if self.webhook else Webhook()
+        faults.check()
+        return Tenant(
+            id=0,
+            name=name,
+            accounts=tuple(self.accounts),
+            policy=TenantPolicy(limits=tuple(limits), max_active=self.max_active, purse=self.purse),
+            kinds=None if self.kinds is None else tuple(self.kinds),
+            disabled=self.disabled,
+            webhook=webhook,
+        )
+
+
+class TokenBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """A token to be made."""
+
+    label: Annotated[str, Meta(max_length=200, description="What it is for.")] | None = None
+    expires_at: Annotated[datetime, Meta(tz=True, description="With a time zone.")] | None = None
+
+    def expires(self, now: float) -> float | None:
+        """When it expires, in seconds since the epoch. Raises InvalidOptions if it has, or if no clock will show it."""
+        if self.expires_at is None:
+            return None
+        seconds = self.expires_at.timestamp()
+        if not 0 <= seconds <= END_OF_TIME:
+            raise InvalidOptions([FieldError("expires_at", "must be between the years 1970 and 9999")])
+        if seconds <= now:
+            raise InvalidOptions([FieldError("expires_at", "must lie ahead")])
+        return seconds
+
+
+class NewTokenView(Struct, frozen=True):
+    """A token that was just made. Its text is shown this once."""
+
+    id: str
+    token: str
+    expires_at: datetime | None
+
+
+class TokenView(Struct, frozen=True):
+    """A token of which only the hash is kept."""
+
+    id: str
+    label: str | None
+    created_at: datetime
+    expires_at: datetime | None
+
+
+class FigureView(Struct, frozen=True):
+    """A figure the upstream told: when, and in the answer to which call."""
+
+    value: int | float
+    seen_at: datetime | None
+    seen_in: Source
+
+
+class AccountView(Struct, frozen=True):
+    """An account: what is known of its balance, whether it is used, and what is under way on it."""
+
+    name: str
+    state: Status
+    base_url: str | None
+    floor_count: int
+    floor_money: Yuan
+    max_price: dict[Kind, Yuan]
+    remaining_count: FigureView | None
+    remaining_money: FigureView | None
+    look_again_at: datetime | None
+    in_flight: Annotated[int, Meta(description="Submissions that have not ended.")]
+    unknown: Annotated[int, Meta(description="Submissions of which nobody knows whether they were charged.")]
+    unexplained: Annotated[AmountView, Meta(description="Taken by no submission of the gateway: who else has the key?")]
+    prices: Annotated[dict[Kind, Yuan], Meta(description="What a task of each kind last took in money.")]
+    looks: Annotated[bool, Meta(description="Whether checking a finished task again tells the balance of now.")]
+
+
+class AccountList(Struct, frozen=True):
+    """All accounts, by name."""
+
+    items: list[AccountView]
+
+
+class TenantView(Struct, frozen=True):
+    """A tenant: what it may do, what it used, and its tokens."""
+
+    name: str
+    accounts: list[str]
+    limits: list[LimitView]
+    max_active: int | None
+    purse: Purse
+    kinds: list[Kind] | None
+    webhook: WebhookView | None
+    disabled: bool
+    policies: list[PolicyView]
+    tokens: list[TokenView]
+
+
+class LimitView(Struct, frozen=True):
+    """What may be spent in one window."""
+
+    window: Window
+    tasks: int | None
+    money: int | float | None
+
+
+class TenantList(Struct, frozen=True):
+    """All tenants, by name."""
+
+    items: list[TenantView]
+
+
+def account_view(account: Account, state: AccountState) -> AccountView:
+    """An account as operators see it."""
+    return AccountView(
+        name=account.name,
+        state=state.status,
+        base_url=account.base_url,
+        floor_count=account.policy.floor_count,
+        floor_money=yuan(account.policy.floor_money),
+        max_price={kind: yuan(price) for kind, price in account.policy.max_price.items()},
+        remaining_count=_figure(state.count, 1),
+        remaining_money=_figure(state.money, FEN),
+        look_again_at=moment(state.probe_at) if state.status is Status.EXHAUSTED else None,
+        in_flight=state.open,
+        unknown=state.unknown,
+        unexplained=AmountView(state.unexplained_count, yuan(state.unexplained_money)),
+        prices={kind: yuan(price) for kind, price in state.prices.items()},
+        looks=state.looks,
+    )
+
+
+def tenant_view(
+    tenant: Tenant, tokens: tuple[Token, ...], report: QuotaReport, secret: str | None = None
+) -> TenantView:
+    """A tenant as operators see it, with the secret of its webhook if that was just made."""
+    limits = tenant.policy.limits
+    return TenantView(
+        name=tenant.name,
+        accounts=list(tenant.accounts),
+        limits=[
+            LimitView(each.window, each.tasks, None if each.money is None else yuan(each.money)) for each in limits
+        ],
+        max_active=tenant.policy.max_active,
+        purse=tenant.policy.purse,
+        kinds=None if tenant.kinds is None else list(tenant.kinds),
+        webhook=webhook_view(tenant.webhook, secret),
+        disabled=tenant.disabled,
+        policies=quota_view(report).policies,
+        tokens=[token_view(token) for token in tokens],
+    )
+
+
+def token_view(token: Token) -> TokenView:
+    """A token as operators see it."""
+    return TokenView(token.id, token.label, _moment(token.created), expiry(token))
+
+
+def expiry(token: Token) -> datetime | None:
+    """When a token expires."""
+    return None if token.expires is None else _moment(token.expires)
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _figure(figure: Figure | None, unit: int) -> FigureView | None:
+    if figure is None:
+        return None
+    return FigureView(figure.value if unit == 1 else yuan(figure.value), moment(figure.received), figure.source)
+
+
+def _fen(field: str, amount: float) -> int:
+    """Yuan as fen. Raises InvalidOptions for fractions of a fen."""
+    fen = Decimal(repr(amount)) * FEN  # the digits that were sent, and not those of the nearest binary fraction
+    if fen != int(fen):
+        raise InvalidOptions([FieldError(field, "must be an amount in yuan with at most two decimals")])
+    return int(fen)
+
+
+def _is_base_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port  # reading them is what checks them
+    except ValueError:
+        return False
+    plain = re.fullmatch(r"[!-~]+", text) and "@" not in parts.netloc and "?" not in text and "#" not in text
+    return bool(plain and host and parts.scheme in {"http", "https"})
+
+
+def _repeated(field: str, what: str, values: Sequence[str]) -> Sequence[FieldError]:
+    return [FieldError(field, f"must name each {what} at most once")] if len(set(values)) < len(values) else []
+
+
+_Id = Annotated[int, Meta(ge=1, le=2**53, description="Behind the name: tasks and usage belong to it. As it is.")]
+
+
+_TokenId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{12}\Z", extra={"must": "be 12 hexadecimal digits in lower case"})]
+
+
+_Hash = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[0-9a-f]{64}\Z",
+        description="Of the token, in hexadecimal digits. It tells nobody the token.",
+        extra={"must": "be 64 hexadecimal digits in lower case"},
+    ),
+]
+
+
+_Moment = Annotated[datetime, Meta(tz=True)]
+
+
+_Place = Annotated[str, Meta(min_length=1, max_length=4_096)]
+
+
+class SecretEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A secret by where it is. The gateway remembers that, and takes the secret itself from `value` only."""
+
+    env: Annotated[_Place | None, Meta(description="A variable of the environment of whoever applies this.")] = None
+    file: Annotated[_Place | None, Meta(description="A file there.")] = None
+    value: (
+        Annotated[str, Meta(max_length=512, description="The secret itself; without it is kept. Never told.")] | None
+    ) = None
+
+    def origin(self) -> Origin | None:
+        """Where it is."""
+        return Origin(self.env, self.file) if self.env or self.file else None
+
+
+class AccountEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """An account at the upstream. What is left out gets its default, but for the id and the key."""
+
+    id: _Id | None = None
+    user_key: SecretEntry | None = None
+    base_url: Annotated[str, Meta(max_length=512, description="Where the upstream is, if not as usual.")] | None = None
+    floor_count: Whole = 0
+    floor_money: GivenYuan = 0
+    max_price: Annotated[dict[Kind, GivenYuan], Meta(description="The most a task of a kind can cost.")] = {}
+
+    def wanted(self, name: str, faults: Faults) -> WantedAccount:
+        """What it describes."""
+        where, entry = dotted("accounts", name), self.user_key or SecretEntry()
+        body = AccountBody(entry.value, self.base_url, self.floor_count, self.floor_money, self.max_price)
+        key = faults.attempt(where, None, body.key)
+        url = faults.attempt(where, None, body.url)
+        policy = faults.attempt(where, AccountPolicy(), body.policy)
+        account = Account(self.id or 0, name, b"", url, policy, entry.origin())
+        return WantedAccount(account, None if key is None else key.encode())
+
+
+class TokenEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A token, of which only the hash is known."""
+
+    sha256: _Hash
+    label: Annotated[str, Meta(max_length=200, description="What it is for.")] | None = None
+    created_at: _Moment | None = None
+    expires_at: _Moment | None = None
+
+    def token(self, token_id: str, where: str, faults: Faults) -> Token:
+        """What it describes. Its tenant is to be said yet."""
+        where = f"{where}.{dotted('tokens', token_id)}"
+        created = faults.attempt(where, None, _seconds, "created_at", self.created_at) or 0
+        expires = faults.attempt(where, None, _seconds, "expires_at", self.expires_at)
+        return Token(token_id, 0, bytes.fromhex(self.sha256), self.label, created, expires)
+
+
+class WebhookEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where a tenant is told of the ends of its tasks."""
+
+    url: Annotated[str, Meta(max_length=MAX_URL)]
+    allow: Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=MAX_ALLOWED)] = []
+    secret: SecretEntry | None = None
+
+
+class TenantEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A tenant and its tokens. What is left out gets its default, but for the id and the secret."""
+
+    id: _Id | None = None
+    accounts: Annotated[list[Name], Meta(max_length=100, description="The accounts it may use, in order.")]
+    limits: Annotated[list[LimitBody], Meta(max_length=len(Window), description="At most one per window.")] = []
+    max_active: Whole | None = None
+    purse: Purse = Purse.COUNT_THEN_MONEY
+    kinds: Annotated[list[Kind] | None, Meta(description="The kinds it may submit; all without it.")] = None
+    webhook: WebhookEntry | None = None
+    disabled: bool = False
+    tokens: Annotated[dict[_TokenId, TokenEntry], Meta(description="By their ids.")] = {}
+
+    def wanted(self, name: str, faults: Faults) -> WantedTenant:
+        """What it describes."""
+        where, told = dotted("tenants", name), self.webhook
+        entry = told.secret if told and told.secret else SecretEntry()
+        body = TenantBody(
+            accounts=self.accounts,
+            limits=self.limits,
+            max_active=self.max_active,
+            purse=self.purse,
+            kinds=self.kinds,
+            webhook=WebhookBody(told.url, entry.value, told.allow) if told else None,
+            disabled=self.disabled,
+        )
+        tenant = faults.attempt(where, Tenant(0, name, ()), body.tenant, name)
+        secret = faults.attempt(where, b"", webhooks.parse_secret, entry.value) if entry.value is not None else None
+        tokens = tuple(each.token(token_id, where, faults) for token_id, each in self.tokens.items())
+        return WantedTenant(replace(tenant, id=self.id or 0), tokens, secret, entry.origin())
+
+
+class RegistryBody(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The whole registry but for its history: accounts and tenants by their names."""
+
+    accounts: dict[Name, AccountEntry] = {}
+    tenants: dict[Name, TenantEntry] = {}
+
+    def wanted(self, *, prune: bool) -> Wanted:
+        """What it describes. Raises InvalidOptions with all faults."""
+        faults = Faults()
+        accounts = tuple(each.wanted(name, faults) for name, each in self.accounts.items())
+        tenants = tuple(each.wanted(name, faults) for name, each in self.tenants.items())
+        faults.check()
+        return Wanted(accounts, tenants, prune)
+
+
+Part = dict[str, Any] | list[Any] | str | bool | float | None
+"""A part of the registry, however small."""
+
+
+class DifferenceKind(StrEnum):
+    """What is different somewhere."""
+
+    ADDED = "added"
+    CHANGED = "changed"
+    REMOVED = "removed"
+
+
+class DifferenceView(Struct, frozen=True, omit_defaults=True):
+    """What is different at one place; of secrets only that they are."""
+
+    path: Annotated[str, Meta(examples=["tenants.shop.max_active"])]
+    what: DifferenceKind
+    before: Annotated[Part, Meta(description="Absent if there was nothing.")] = None
+    after: Annotated[Part, Meta(description="Absent if there is nothing any more.")] = None
+
+
+class AppliedView(Struct, frozen=True):
+    """How the registry became, or would become, what was sent."""
+
+    applied: Annotated[bool, Meta(description="False for a dry run, and if there was nothing to do.")]
+    differences: list[DifferenceView]
+    kept: Annotated[list[str], Meta(description="What was not sent and is there all the same: `prune` removes it.")]
+    secrets: Annotated[
+        dict[str, str], Meta(description="Webhook secrets that were made, by tenant. They are shown this once.")
+    ]
+
+
+class ResealedView(Struct, frozen=True):
+    """What was sealed with the first of the secret keys."""
+
+    accounts: Annotated[list[str], Meta(description="Whose keys were sealed anew.")]
+    tenants: Annotated[list[str], Meta(description="Whose webhook secrets were sealed anew.")]
+    lost: Annotated[
+        list[str],
+        Meta(description="What no secret key opens, and is as it was.", examples=[["accounts.main.user_key"]]),
+    ]
+
+
+def registry_body(found: Registry, now: float) -> RegistryBody:
+    """The registry as it is at a time (seconds since the epoch), by name; without tokens that have expired."""
+    tokens = defaultdict[int, list[Token]](list)
+    for token in sorted(found.tokens.values(), key=lambda each: (each.created, each.id)):
+        if token.valid_at(now):
+            tokens[token.tenant].append(token)
+    return RegistryBody(
+        {name: _account(each) for name, each in sorted(found.accounts.items())},
+        {name: _tenant(each, tokens[each.id]) for name, each in sorted(found.tenants.items())},
+    )
+
+
+def applied_view(plan: Plan, differences: list[DifferenceView], *, dry_run: bool) -> AppliedView:
+    """A plan as operators see it."""
+    applied = plan.change is not None and not dry_run
+    return AppliedView(applied, differences, list(plan.kept), dict(plan.made) if applied else {})
+
+
+def resealed_view(found: Resealed) -> ResealedView:
+    """What was sealed anew, as operators see it."""
+    return ResealedView(list(found.accounts), list(found.tenants), list(found.lost))
+
+
+def _seconds(field: str, moment: datetime | None) -> float | None:
+    """A moment in seconds since the epoch. Raises InvalidOptions if not every clock can show it."""
+    seconds = moment.timestamp() if moment else None
+    if seconds is not None and not 0 <= seconds <= END_OF_TIME:
+        raise InvalidOptions([FieldError(field, "must be between the years 1970 and 9999")])
+    return seconds
+
+
+def _account(account: Account) -> AccountEntry:
+    policy = account.policy
+    return AccountEntry(
+        id=account.id,
+        user_key=_secret(account.origin),
+        base_url=account.base_url,
+        floor_count=policy.floor_count,
+        floor_money=yuan(policy.floor_money),
+        max_price={kind: yuan(price) for kind, price in policy.max_price.items()},
+    )
+
+
+def _tenant(tenant: Tenant, tokens: list[Token]) -> TenantEntry:
+    told, signing = tenant.webhook, tenant.webhook.signing
+    secret = _secret(signing.origin) if signing else None
+    return TenantEntry(
+        id=tenant.id,
+        accounts=list(tenant.accounts),
+        limits=[_limit(each) for each in tenant.policy.limits],
+        max_active=tenant.policy.max_active,
+        purse=tenant.policy.purse,
+        kinds=None if tenant.kinds is None else list(tenant.kinds),
+        webhook=None if told.url is None else WebhookEntry(told.url, list(told.allow), secret),
+        disabled=tenant.disabled,
+        tokens={each.id: _token(each) for each in tokens},
+    )
+
+
+def _limit(limit: Limit) -> LimitBody:
+    return LimitBody(limit.window, limit.tasks, None if limit.money is None else yuan(limit.money))
+
+
+def _token(token: Token) -> TokenEntry:
+    expires = None if token.expires is None else datetime.fromtimestamp(token.expires, UTC)
+    return TokenEntry(token.digest.hex(), token.label, datetime.fromtimestamp(token.created, UTC), expires)
+
+
+def _secret(origin: Origin | None) -> SecretEntry | None:
+    return SecretEntry(origin.env, origin.file) if origin else None
