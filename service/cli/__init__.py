@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import click
 
 from service import __version__
-from service.cli.detailed import DetailedExit
-from service.cli.lazy import LazyGroup
-from service.cli.usage_errors import PlainGroup
+from service.cli.common import DetailedExit, LazyGroup, PlainGroup
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -49,11 +47,11 @@ def variable(name: str) -> str | None:
     return os.environ.get(name)
 
 
-main.add_command(LazyGroup("account", "service.cli.accounts", "Accounts at the upstream."))
-main.add_command(LazyGroup("tenant", "service.cli.tenants", "Services that may submit tasks."))
-main.add_command(LazyGroup("webhook", "service.cli.webhooks", "What tenants are told when their tasks end."))
-main.add_command(LazyGroup("clock", "service.cli.clock", "The ledger's time."))
-main.add_command(LazyGroup("token", "service.cli.tokens", "Tokens, with which tenants show who they are."))
+main.add_command(LazyGroup("account", "service.cli.admin", "Accounts at the upstream."))
+main.add_command(LazyGroup("tenant", "service.cli.admin", "Services that may submit tasks."))
+main.add_command(LazyGroup("webhook", "service.cli.admin", "What tenants are told when their tasks end."))
+main.add_command(LazyGroup("clock", "service.cli.admin", "The ledger's time."))
+main.add_command(LazyGroup("token", "service.cli.admin", "Tokens, with which tenants show who they are."))
 
 
 @main.command()
@@ -62,7 +60,7 @@ main.add_command(LazyGroup("token", "service.cli.tokens", "Tokens, with which te
 @_as_json
 def quota(tenant: str, url: str | None, *, as_json: bool) -> None:
     """Show what TENANT may spend, and what it has spent."""
-    from service.cli.tenants import show_quota
+    from service.cli.admin import show_quota
 
     show_quota(url=url, name=tenant, as_json=as_json)
 

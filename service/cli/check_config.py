@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import click
 import httpx2
 
+from service.cli.formatting import table
 from service.cli.sandbox import lacking
-from service.cli.shown import table
 from service.environ import FILE, source
 from service.production import doubts
 from service.settings import PREFIX, SETTINGS, Settings, SettingsError

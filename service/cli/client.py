@@ -15,7 +15,7 @@ import msgspec
 
 from service import environ
 from service.cli import load_settings
-from service.cli.shown import plain
+from service.cli.formatting import plain
 from service.settings import Settings
 
 T = TypeVar("T")

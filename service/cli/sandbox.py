@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from service.cli.lazy import ExtraMissingError
+from service.cli.common import ExtraMissingError
 from service.local import SANDBOX_USER_KEY
 
 try:

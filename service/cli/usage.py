@@ -10,7 +10,7 @@ import click
 
 from service.api.schemas import SubmissionView, UsageRowView, UsageSumView, UsageView
 from service.cli.client import OperatorsPort, asking
-from service.cli.shown import card, table
+from service.cli.formatting import card, table
 
 _FIGURES = (
     *("running", "succeeded", "failed", "unknown", "refused", "not sent"),

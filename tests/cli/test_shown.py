@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from service.cli.shown import card, table, text
+from service.cli.formatting import card, table, text
 
 
 def test_columns_are_aligned() -> None:

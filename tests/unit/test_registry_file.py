@@ -14,7 +14,7 @@ from hypothesis import given
 
 from service.api.admin_schemas import AccountEntry, RegistryBody, SecretEntry, TenantEntry, TokenEntry, WebhookEntry
 from service.cli.client import CommandError
-from service.cli.registry_file import HEAD, read, write
+from service.cli.registry import HEAD, read, write
 from tests.unit.registries import ANY_END, ENVIRONMENT, bare, documents
 
 WHOLE = """
