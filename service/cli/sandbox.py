@@ -13,9 +13,8 @@ from service.cli.common import ExtraMissingError
 from service.local import SANDBOX_USER_KEY
 
 try:
-    from service.sandbox.accounts import Balance
-    from service.sandbox.app import SandboxConfig
-    from service.sandbox.server import serve
+    from service.sandbox.app import SandboxConfig, serve
+    from service.sandbox.store import Balance
 except ModuleNotFoundError as error:
     raise ExtraMissingError("the sandbox", error) from error
 

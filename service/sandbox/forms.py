@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 import msgspec
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
-from service.sandbox.dials import Kind
+from service.sandbox.faults import Kind
 
 FILE: Final = "input_image"
 MOST_FILE_BYTES: Final = 64 * 1024 * 1024

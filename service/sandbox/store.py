@@ -1,8 +1,4 @@
-"""Accounts, tasks and their files, in one folder.
-
-A task and its charge are written in one transaction of SQLite, so that a restart finds both or neither. The calls
-take well under a millisecond and are made on the event loop; what moves whole images is left to threads.
-"""
+"""Accounts, tasks and files of the sandbox."""
 
 from __future__ import annotations
 
@@ -11,19 +7,51 @@ import shutil
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 
-from service.sandbox.accounts import Balance
-from service.sandbox.dials import Kind
+from service.sandbox.faults import Kind
 from service.sandbox.forms import Options
+
+
+class Balance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is left of an account.
+
+    Attributes:
+        count: prepaid uses.
+        money: yuan.
+
+    """
+
+    count: Annotated[int, msgspec.Meta(ge=0)]
+    money: Annotated[int, msgspec.Meta(ge=0)]
+
+    def pay(self, price: int) -> Balance | None:
+        """Give what is left after a task: a prepaid use goes first, then money; None if neither suffices.
+
+        Args:
+            price: of the task, in yuan.
+
+        """
+        if self.count > 0:
+            return Balance(self.count - 1, self.money)
+        if self.money >= price:
+            return Balance(0, self.money - price)
+        return None
+
 
 State: TypeAlias = Literal["open", "completed", "failed"]
 
+
 MOST_TASKS: Final = 1_000
+
+
 MOST_BYTES: Final = 2 * 1024**3
+
+
 INPUT: Final = "input"
+
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS account (user_key TEXT PRIMARY KEY, count INTEGER NOT NULL, money INTEGER NOT NULL);

@@ -12,9 +12,9 @@ from typing import Any
 from httpx2 import Response
 from msgspec.structs import replace
 
-from service.sandbox.accounts import Balance
-from service.sandbox.control import Control
-from service.sandbox.dials import PRICES, Fault
+from service.sandbox.app import Control
+from service.sandbox.faults import PRICES, Fault
+from service.sandbox.store import Balance
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import House, real_house
 from tests.behaviour.upstreams import USER_KEY, SandboxControl

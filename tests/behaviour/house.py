@@ -14,9 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from service.app import create_app, create_ops_app
 from service.clients.webhooks import CallbackClient
-from service.sandbox.accounts import Balance
-from service.sandbox.app import SandboxConfig
-from service.sandbox.server import running
+from service.sandbox.app import SandboxConfig, running
+from service.sandbox.store import Balance
 from service.services import Services
 from service.settings import Settings
 from service.storage.connections import connect

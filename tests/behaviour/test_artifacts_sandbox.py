@@ -9,7 +9,7 @@ import httpx2
 import pytest
 from httpx2 import Response
 
-from service.sandbox.dials import Fault
+from service.sandbox.faults import Fault
 from service.storage.connections import connect
 from service.storage.redis import Keys
 from tests.behaviour.aftermath import problem

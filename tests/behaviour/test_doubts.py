@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.sandbox.dials import Fault
+from service.sandbox.faults import Fault
 from tests.behaviour.aftermath import problem
 from tests.behaviour.books import KIND, Books, opened_books
 from tests.behaviour.spent import submission

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.sandbox.dials import Fault, Field, Wrong
+from service.sandbox.faults import Fault, Field, Wrong
 from tests.behaviour.books import PRICE, Books, opened_books
 from tests.support.valkey import Valkey
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.sandbox.dials import Fault
+from service.sandbox.faults import Fault
 from service.storage.connections import connect
 from service.storage.redis import Keys
 from tests.behaviour.aftermath import problem

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from service.sandbox.dials import Dials, Fault, Operation
+from service.sandbox.faults import Dials, Fault, Operation
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import House, real_house
 from tests.behaviour.upstreams import USER_KEY, SandboxControl

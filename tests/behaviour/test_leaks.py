@@ -15,7 +15,7 @@ from httpx2 import BasicAuth
 from service.clients import vendor_api
 from service.clients.http import Line
 from service.clients.webhooks import CallbackClient
-from service.sandbox.dials import Fault
+from service.sandbox.faults import Fault
 from service.usecases.reports import Quota
 from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, House, real_house
 from tests.behaviour.old_client import OldClient

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.sandbox.dials import Fault
+from service.sandbox.faults import Fault
 from tests.behaviour.aftermath import problem
 from tests.behaviour.books import PRICE, Books, opened_books
 from tests.support.valkey import Valkey

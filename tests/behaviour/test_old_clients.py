@@ -8,10 +8,9 @@ from urllib.parse import urlencode
 
 import pytest
 
-from service.sandbox.accounts import Balance
-from service.sandbox.app import SandboxConfig
-from service.sandbox.dials import Dials
-from service.sandbox.server import RunningSandbox, running
+from service.sandbox.app import RunningSandbox, SandboxConfig, running
+from service.sandbox.faults import Dials
+from service.sandbox.store import Balance
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.house import House, real_house
 from tests.behaviour.old_client import CALLS, OldClient, shape

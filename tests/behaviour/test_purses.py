@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from service.sandbox.dials import Fault
+from service.sandbox.faults import Fault
 from tests.behaviour.books import KIND, PRICE, Books, opened_books
 from tests.support.valkey import Valkey
 

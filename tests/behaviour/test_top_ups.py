@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.sandbox.dials import Fault
+from service.sandbox.faults import Fault
 from tests.behaviour.aftermath import problem
 from tests.behaviour.books import KIND, PRICE, Books, opened_books
 from tests.behaviour.upstreams import USER_KEY

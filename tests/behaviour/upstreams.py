@@ -10,9 +10,9 @@ from msgspec.structs import replace
 from service.clients.vendor_api import in_english
 from service.domain.ledger import Figures
 from service.domain.tasks import TaskError
-from service.sandbox.accounts import Balance
-from service.sandbox.control import Control
-from service.sandbox.dials import Dials, Fault
+from service.sandbox.app import Control
+from service.sandbox.faults import Dials, Fault
+from service.sandbox.store import Balance
 from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
 from tests.fakes import FakeUpstream
 

@@ -12,9 +12,8 @@ import structlog
 from httpx2 import AsyncClient
 
 from service.app import create_app, create_ops_app
-from service.sandbox.accounts import Balance
-from service.sandbox.app import SandboxConfig
-from service.sandbox.server import running
+from service.sandbox.app import SandboxConfig, running
+from service.sandbox.store import Balance
 from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import Keys

@@ -19,9 +19,8 @@ from service.domain.tasks import (
     VectorizeOptions,
 )
 from service.domain.tenants import Account
-from service.sandbox.app import Balance, SandboxConfig
-from service.sandbox.dials import Dials, Fault
-from service.sandbox.server import RunningSandbox, running
+from service.sandbox.app import Balance, RunningSandbox, SandboxConfig, running
+from service.sandbox.faults import Dials, Fault
 from service.usecases.ports import Answered, Image, SubmitOutcome
 from tests.contract.client import SEALER, USER_KEY, Caller, calling
 from tests.sandbox.pictures import as_file, face, logo, scene

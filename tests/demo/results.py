@@ -5,7 +5,7 @@ from functools import cache
 
 from PIL import Image, ImageFilter
 
-from service.demo.jobs import JOBS
+from service.demo.run import JOBS
 
 SVG = (
     b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="320" height="320">'

@@ -3,9 +3,8 @@
 import pytest
 from PIL import Image
 
-from service.demo.checks import Finding, examine
-from service.demo.images import UnreadableError, open_image, read_image, seam
-from service.demo.jobs import JOBS
+from service.demo.run import JOBS
+from service.demo.verify import Finding, UnreadableError, examine, open_image, read_image, seam
 from tests.demo.results import SVG, mirrored, raster, real_results
 
 SENT = {job.kind: job.read() for job in JOBS}

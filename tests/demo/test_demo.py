@@ -12,7 +12,7 @@ import pytest
 from litestar import Response
 
 from service.demo import DemoOptions, run_demo
-from service.demo.jobs import JOBS
+from service.demo.run import JOBS
 from tests.demo.gateway import TOKEN, FakeGateway, problem
 from tests.demo.results import SVG, real_results
 

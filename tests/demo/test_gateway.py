@@ -6,7 +6,7 @@ from email.utils import formatdate
 import pytest
 from litestar import Response
 
-from service.demo.gateway import Artifact, GatewayError, connect
+from service.demo.client import Artifact, GatewayError, connect
 from tests.demo.gateway import TOKEN, FakeGateway, problem
 from tests.demo.results import SVG
 

@@ -8,9 +8,8 @@ import pytest
 from cv2.data import haarcascades
 from PIL import Image
 
-from service.demo.checks import MOST_SEAM
-from service.demo.images import open_image, seam
-from service.demo.jobs import JOBS, Job
+from service.demo.run import JOBS, Job
+from service.demo.verify import MOST_SEAM, open_image, seam
 
 PICTURES = resources.files("service.demo") / "pictures"
 

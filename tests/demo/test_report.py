@@ -4,9 +4,8 @@ import io
 
 import pytest
 
-from service.demo.gateway import Cost
-from service.demo.progress import LineProgress, LiveProgress
-from service.demo.table import cost_text
+from service.demo.client import Cost
+from service.demo.run import LineProgress, LiveProgress, cost_text
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import httpx2
 from msgspec import MsgspecError, Struct, json
 
 from service import __version__
-from service.demo.jobs import JOBS
+from service.demo.run import JOBS
 from service.local import SANDBOX_USER_KEY
 from tests.image.buildah import Config
 from tests.image.container import Container, Running, numbers, until

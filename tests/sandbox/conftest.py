@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.sandbox.app import Balance, SandboxConfig
-from service.sandbox.server import RunningSandbox, running
+from service.sandbox.app import Balance, RunningSandbox, SandboxConfig, running
 from tests.sandbox.caller import Caller, calling
 
 ACCOUNTS = {"key": Balance(3, 10), "other": Balance(1, 0), "empty": Balance(0, 0)}

@@ -8,9 +8,8 @@ import sys
 import pytest
 
 from service.sandbox import forms
-from service.sandbox.app import Balance
-from service.sandbox.dials import Dials, Fault, Kind
-from service.sandbox.server import RunningSandbox
+from service.sandbox.app import Balance, RunningSandbox
+from service.sandbox.faults import Dials, Fault, Kind
 from tests.sandbox import pictures
 from tests.sandbox.caller import UPSCALE, Caller
 

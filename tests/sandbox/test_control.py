@@ -8,9 +8,8 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
-from service.sandbox.app import Balance
-from service.sandbox.dials import Dials, Fault
-from service.sandbox.server import RunningSandbox
+from service.sandbox.app import Balance, RunningSandbox
+from service.sandbox.faults import Dials, Fault
 from tests.sandbox.caller import Caller
 
 

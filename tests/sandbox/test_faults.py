@@ -9,10 +9,8 @@ import httpx2
 import msgspec
 import pytest
 
-from service.sandbox.app import Balance
-from service.sandbox.dials import Dials, Fault, Field, Wrong
-from service.sandbox.journal import Outcome
-from service.sandbox.server import RunningSandbox
+from service.sandbox.app import Balance, RunningSandbox
+from service.sandbox.faults import Dials, Fault, Field, Outcome, Wrong
 from tests.sandbox import pictures
 from tests.sandbox.caller import Caller
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import httpx2
 import pytest
 
-from service.sandbox.dials import Dials, Fault
-from service.sandbox.server import RunningSandbox
+from service.sandbox.app import RunningSandbox
+from service.sandbox.faults import Dials, Fault
 from tests.sandbox.caller import Caller
 
 

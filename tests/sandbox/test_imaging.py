@@ -13,10 +13,10 @@ import pytest
 from cv2.typing import MatLike
 from PIL import Image
 
-from service.sandbox.dials import Kind
+from service.sandbox import imaging
+from service.sandbox.faults import Kind
 from service.sandbox.forms import Options, RejectedError
-from service.sandbox.imaging import faces, seamless, upscale
-from service.sandbox.imaging.studio import produce
+from service.sandbox.imaging import produce
 from tests.sandbox import pictures
 
 PATH = "{http://www.w3.org/2000/svg}path"
@@ -47,7 +47,7 @@ def jump(first: MatLike, second: MatLike) -> float:
 def test_upscaled_picture_is_larger_and_the_same(factor: float) -> None:
     """An upscaled picture is larger by the factor and, seen small again, still the picture it was."""
     scene = pictures.scene()
-    large = upscale.upscale(scene, Options(upscale=factor))
+    large = imaging.upscale(scene, Options(upscale=factor))
     assert large.shape == (round(240 * factor), round(320 * factor), 3)
     assert jump(cv2.resize(large, (320, 240), interpolation=cv2.INTER_AREA), scene) < 8
 
@@ -56,24 +56,24 @@ def test_upscaled_picture_is_sharper_than_a_stretched_one() -> None:
     """Upscaling gives sharper edges than enlarging alone, and more steps give sharper ones."""
     logo = pictures.logo()
     stretched = cv2.resize(logo, None, fx=3, fy=3, interpolation=cv2.INTER_LANCZOS4)
-    few, many = (upscale.upscale(logo, Options(upscale=3, steps=steps)) for steps in (20, 40))
+    few, many = (imaging.upscale(logo, Options(upscale=3, steps=steps)) for steps in (20, 40))
     assert sharpness(stretched) < sharpness(few) < sharpness(many)
 
 
 def test_noise_is_taken_out_unless_fidelity_is_asked_for() -> None:
     """Upscaling smooths grain, more with a larger `s_noise`, and leaves it with `high_fidelity`."""
     grain = np.random.default_rng(2).normal(128, 6, (120, 120, 3)).astype(np.uint8)
-    strong, weak = (upscale.upscale(grain, Options(s_noise=noise)) for noise in (1.1, 1.0))
-    faithful = upscale.upscale(grain, Options(high_fidelity=True))
+    strong, weak = (imaging.upscale(grain, Options(s_noise=noise)) for noise in (1.1, 1.0))
+    faithful = imaging.upscale(grain, Options(high_fidelity=True))
     assert strong.std() < weak.std() < faithful.std()
 
 
 def test_strong_inpaint_changes_more_with_its_intensity() -> None:
     """The intensity of the strong repair is how far it goes."""
     scene = pictures.scene()
-    plain = upscale.upscale(scene, Options())
+    plain = imaging.upscale(scene, Options())
     half, full = (
-        upscale.upscale(scene, Options(strong_inpaint=True, strong_inpaint_intensity=share)) for share in (0.3, 1)
+        imaging.upscale(scene, Options(strong_inpaint=True, strong_inpaint_intensity=share)) for share in (0.3, 1)
     )
     assert 0 < jump(half, plain) < jump(full, plain)
 
@@ -119,7 +119,7 @@ def test_large_picture_is_traced_small_and_drawn_large(tmp_path: Path) -> None:
 def test_tile_continues_across_its_edges(fit: float) -> None:
     """Opposite edges of a tile follow on each other as its inner lines do, whatever the picture's edges were."""
     scene = pictures.scene()
-    tile = seamless.make_seamless(scene, fit)
+    tile = imaging.make_seamless(scene, fit)
     assert tile.shape == scene.shape
     assert jump(scene[:, 0], scene[:, -1]) > 50
     inside = np.mean([jump(scene[:, x], scene[:, x + 1]) for x in range(100, 200)])
@@ -130,7 +130,7 @@ def test_tile_continues_across_its_edges(fit: float) -> None:
 def test_wider_fit_keeps_less_of_the_picture() -> None:
     """A larger fit changes more of the picture, and its middle stays in any case."""
     scene = pictures.scene()
-    narrow, wide = (seamless.make_seamless(scene, fit) for fit in (0.1, 0.9))
+    narrow, wide = (imaging.make_seamless(scene, fit) for fit in (0.1, 0.9))
     assert jump(narrow, scene) < jump(wide, scene)
     assert jump(wide[120, 160], scene[120, 160]) <= 1
 
@@ -144,17 +144,17 @@ def test_grid_is_the_tile_laid_out(tmp_path: Path) -> None:
 
 def test_grid_of_a_large_tile_is_bounded() -> None:
     """The grid of a large tile is made smaller rather than four times as large."""
-    assert seamless.grid(np.zeros((3000, 3000, 3), np.uint8)).shape == (4000, 4000, 3)
+    assert imaging.grid(np.zeros((3000, 3000, 3), np.uint8)).shape == (4000, 4000, 3)
 
 
 def test_face_is_found_cleaned_and_sharpened() -> None:
     """A face is found; its skin becomes smoother, its eyes sharper, and what is far from it stays untouched."""
     picture = np.full((600, 800, 3), (150, 140, 120), np.uint8)
     picture[100:460, 200:560] = pictures.face()
-    ((left, top, width, height),) = faces.find_faces(picture)
+    ((left, top, width, height),) = imaging.find_faces(picture)
     assert left < 380 < left + width
     assert top < 290 < top + height
-    restored = faces.enhance_faces(picture)
+    restored = imaging.enhance_faces(picture)
     cheek, eyes = (slice(315, 335), slice(325, 345)), (slice(255, 290), slice(320, 440))
     assert restored[cheek].std(axis=(0, 1)).mean() < 0.8 * picture[cheek].std(axis=(0, 1)).mean()
     assert sharpness(cv2.GaussianBlur(restored[eyes], (0, 0), 2)) > sharpness(
@@ -167,8 +167,8 @@ def test_face_is_found_cleaned_and_sharpened() -> None:
 def test_picture_without_a_face_is_treated_gently() -> None:
     """Without a face the whole picture is sharpened a little."""
     scene = pictures.scene()
-    assert faces.find_faces(scene) == []
-    assert 0 < jump(faces.enhance_faces(scene), scene) < 10
+    assert imaging.find_faces(scene) == []
+    assert 0 < jump(imaging.enhance_faces(scene), scene) < 10
 
 
 @pytest.mark.parametrize("kind", ["upscale", "vector", "face", "seamless"])

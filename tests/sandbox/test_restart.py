@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from service.sandbox.app import Balance, SandboxConfig
-from service.sandbox.dials import Dials
+from service.sandbox.app import Balance, RunningSandbox, SandboxConfig, running
+from service.sandbox.faults import Dials
 from service.sandbox.forms import Options
-from service.sandbox.server import RunningSandbox, running
 from service.sandbox.store import State, Store, Task
 from tests.sandbox.caller import Caller, calling
 
@@ -81,7 +80,7 @@ async def test_killed_process_loses_no_accepted_task(tmp_path: Path) -> None:
     program = (
         "import asyncio, pathlib, sys\n"
         "from service.sandbox.app import Balance, SandboxConfig\n"
-        "from service.sandbox.server import serve\n"
+        "from service.sandbox.app import serve\n"
         "config = SandboxConfig(folder=pathlib.Path(sys.argv[1]), accounts={'key': Balance(3, 10)}, seconds=0)\n"
         "asyncio.run(serve(config, '127.0.0.1', 0, on_ready=lambda url: print(url, flush=True)))\n"
     )

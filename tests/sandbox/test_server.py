@@ -10,10 +10,9 @@ import threading
 
 import pytest
 
-from service.sandbox.app import Balance, SandboxConfig, create_sandbox
-from service.sandbox.asgi import Message
-from service.sandbox.dials import Dials, Fault
-from service.sandbox.server import running, serve
+from service.sandbox.app import Balance, SandboxConfig, create_sandbox, running, serve
+from service.sandbox.faults import Dials, Fault
+from service.sandbox.http import Message
 from tests.sandbox.caller import calling
 
 CONFIG = SandboxConfig(accounts={"key": Balance(9, 0)}, seconds=0)
@@ -77,7 +76,7 @@ async def test_serving_ends_with_a_signal(number: signal.Signals) -> None:
     program = (
         "import asyncio\n"
         "from service.sandbox.app import SandboxConfig\n"
-        "from service.sandbox.server import serve\n"
+        "from service.sandbox.app import serve\n"
         "asyncio.run(serve(SandboxConfig(), '127.0.0.1', 0, on_ready=lambda url: print(url, flush=True)))\n"
         "print('ended')\n"
     )
@@ -106,7 +105,7 @@ async def test_serving_ends_when_cancelled() -> None:
 async def test_nothing_heavy_before_the_first_image() -> None:
     """Listening needs none of the image libraries, which take most of a second to import."""
     program = (
-        "import sys, service.sandbox.server\nprint({'cv2', 'numpy', 'PIL', 'vtracer', 'litestar'} & set(sys.modules))\n"
+        "import sys, service.sandbox.app\nprint({'cv2', 'numpy', 'PIL', 'vtracer', 'litestar'} & set(sys.modules))\n"
     )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()

@@ -1,25 +1,180 @@
-"""What the vendor's calls do: take a task in, tell its state, hand out its files."""
+"""The vendor's calls."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import re
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Final, TypeAlias
+from http.client import responses
+from pathlib import Path
+from typing import Any, Final, TypeAlias
 
-from msgspec import UNSET
+import msgspec
+from msgspec import UNSET, UnsetType
 
-from service.sandbox.accounts import Balance
-from service.sandbox.asgi import ClientLeftError, Exchange
-from service.sandbox.delivery import deliver, deliver_file, withhold
-from service.sandbox.dials import Fault, Kind, Panel
+from service.sandbox.faults import Fault, Journal, Kind, Panel, Received, Wrong
 from service.sandbox.forms import FILE, Form, RejectedError, parse_options, read_form
-from service.sandbox.journal import Journal, Received
-from service.sandbox.store import Store, Task, new_task_id
-from service.sandbox.wire import NO_BALANCE, UNKNOWN_ACCOUNT, UNKNOWN_TASK, Answer, refusal, rejected
-from service.sandbox.workshop import Workshop
+from service.sandbox.http import JSON, ClientLeftError, Exchange
+from service.sandbox.store import Balance, Store, Task, new_task_id
+from service.sandbox.worker import Workshop
+
+UNKNOWN_ACCOUNT: Final = "账户不存在"
+
+
+NO_BALANCE: Final = "账户剩余次数不足"
+
+
+UNKNOWN_TASK: Final = "任务未找到或状态未知"
+
+
+_REJECTED: Final = "任务提交失败"
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a submit or a check answers. A field that is unset is left out of the JSON."""
+
+    err_code: int = 0
+    err_msg: str | UnsetType = UNSET
+    task_id: str | UnsetType = UNSET
+    status: str | UnsetType = UNSET
+    images_url: str | UnsetType = UNSET
+    vector_url: str | UnsetType = UNSET
+    grid_url: str | UnsetType = UNSET
+    remaining_count: int | UnsetType = UNSET
+    remaining_money: int | UnsetType = UNSET
+
+
+def refusal(message: str) -> Answer:
+    """Give the answer of a call that was refused."""
+    return Answer(err_code=1, err_msg=message)
+
+
+def rejected(reason: str, colon: str) -> str:
+    """Give the message of a submit that was rejected for a reason."""
+    return f"{_REJECTED}{colon}{reason}"
+
+
+def spoiled(answer: Answer, wrong: dict[Any, Wrong]) -> dict[str, Any]:
+    """Give the answer's JSON object with the named fields made wrong.
+
+    Only a field that the answer has is spoiled, except that `null` also puts one where there was none: a state that
+    is null stands in an answer without results.
+    """
+    content: dict[str, Any] = msgspec.to_builtins(answer)
+    for name, way in wrong.items():
+        if way == "null":
+            content[name] = None
+        elif name not in content:
+            continue
+        elif way == "missing":
+            del content[name]
+        else:
+            content[name] = _mistyped(content[name], way)
+    return content
+
+
+def _mistyped(value: str | int, way: Wrong) -> str | int | float:
+    if way == "string":
+        return str(value)
+    number = int(value) if isinstance(value, int) or value.isdecimal() else 7
+    if way == "float":
+        return number + 0.5
+    return -1 - number if way == "negative" else number
+
+
+_CHUNK: Final = 256 * 1024
+
+
+_RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
+
+
+_CONTENT_TYPES: Final = {".png": "image/png", ".svg": "image/svg+xml"}
+
+
+async def deliver(exchange: Exchange, answer: Answer, fault: Fault) -> None:
+    """Send the answer of a call in the way the fault says."""
+    if fault.reply in {"hang", "reset", "page"}:
+        await withhold(exchange, fault)
+        return
+    body = msgspec.json.encode(spoiled(answer, fault.wrong))
+    if fault.reply == "garbled":
+        body = body[: len(body) // 2]
+    await exchange.start(fault.status, JSON, len(body))
+    if fault.reply == "cut":
+        await exchange.write(body[: len(body) // 2], more=True)
+        await _hang_up(exchange)
+    else:
+        await exchange.write(body)
+
+
+async def withhold(exchange: Exchange, fault: Fault) -> None:
+    """Do what the fault says instead of answering: hang, reset, or a page of HTML."""
+    if fault.reply == "page":
+        await exchange.respond(fault.status, "text/html; charset=utf-8", _page(fault.status))
+        return
+    if fault.reply == "reset":
+        exchange.connection.reset()
+    await exchange.gone()
+
+
+async def deliver_file(exchange: Exchange, path: Path, fault: Fault) -> None:
+    """Send a file, or the range of it that was asked for (RFC 9110, one range of bytes).
+
+    Raises:
+        OSError: the file can't be read.
+
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        headers = {"accept_ranges": "bytes", "etag": f'"{path.parent.name}-{path.stem}"'}
+        content_type = _CONTENT_TYPES[path.suffix]
+        status, first, end = 200, 0, size
+        asked = _RANGE.fullmatch(exchange.header("range"))
+        if asked and exchange.method == "GET" and exchange.header("if-range") in {"", headers["etag"]}:
+            first, end = _bounds(asked, size)
+            if first >= end:
+                await exchange.start(416, content_type, 0, content_range=f"bytes */{size}")
+                await exchange.write(b"")
+                return
+            status = 206
+            headers["content_range"] = f"bytes {first}-{end - 1}/{size}"
+        await exchange.start(status, content_type, end - first, **headers)
+        if exchange.method == "GET":
+            file.seek(first)
+            left = (end - first) // 2 if fault.reply == "cut" else end - first
+            while left > 0 and (piece := file.read(min(_CHUNK, left))):
+                left -= len(piece)
+                await exchange.write(piece, more=True)
+    if fault.reply == "cut":
+        await _hang_up(exchange)
+    else:
+        await exchange.write(b"")
+
+
+def _bounds(asked: re.Match[str], size: int) -> tuple[int, int]:
+    """Give the first byte of a range and the one behind its last; they meet where no byte can be given."""
+    first, last = asked.groups()
+    if first:
+        return int(first), min(int(last) + 1, size) if last else size
+    return (max(size - int(last), 0), size) if last else (0, 0)
+
+
+async def _hang_up(exchange: Exchange) -> None:
+    exchange.connection.hang_up()
+    await exchange.gone()
+
+
+def _page(status: int) -> bytes:
+    title = f"{status} {responses.get(status, 'Error')}"
+    return (
+        f"<html>\r\n<head><title>{title}</title></head>\r\n<body>\r\n"
+        f"<center><h1>{title}</h1></center>\r\n<hr><center>nginx</center>\r\n</body>\r\n</html>\r\n"
+    ).encode()
+
 
 FILES: Final = "/files/"
 

@@ -1,55 +1,27 @@
-"""The dials: how this upstream behaves, and what goes wrong with which requests.
-
-`Dials` is the upstream's character, in force for every request until it is replaced:
-
-| dial              | values                                    | what it changes                                      |
-| ----------------- | ----------------------------------------- | ---------------------------------------------------- |
-| `seconds`         | number, or null: as configured            | a task takes at least this long                      |
-| `prices`          | yuan by kind                              | what a task costs once the prepaid uses are gone     |
-| `charge`          | `submit`, `end`                           | when a task is charged; at the end only if completed |
-| `checked_balance` | `now`, `then`                             | the figures of a finished task: today's, or its end's|
-| `spelling`        | `Completed`, `COMPLETED`, `completed`     | letter case of every state                           |
-| `colon`           | `:`, `：`                                 | in 任务提交失败:{reason}                             |
-| `faults`          | list of faults                            | see below                                            |
-
-A `Fault` says which requests it hits and what happens to them. Of all faults in the list, the first that matches a
-request applies, alone: so a list is also a script ("the first is reset, the next two get a page of HTML").
-
-| which requests | values                                      |                                                    |
-| -------------- | ------------------------------------------- | -------------------------------------------------- |
-| `on`           | `submit`, `check`, `file`, or null          | null: submits and checks                           |
-| `user_key`     | text, or null: any                          | for a file, the key of the task's owner            |
-| `times`        | number of requests, or null: for ever       | used up faults disappear from the list             |
-
-| what happens | values                                        |                                                    |
-| ------------ | --------------------------------------------- | -------------------------------------------------- |
-| `latency`    | seconds                                       | passes before the request is looked at             |
-| `reply`      | `json`                                        | the answer itself                                  |
-|              | `hang`                                        | nothing is ever answered                           |
-|              | `reset`                                       | TCP reset                                          |
-|              | `page`                                        | a web server's page of HTML, mostly with `status`  |
-|              | `cut`                                         | half the body that `Content-Length` promised       |
-|              | `garbled`                                     | a whole body that is half the JSON                 |
-| `when`       | `before`, `after`                             | `hang`, `reset` and `page` come before the request |
-|              |                                               | is carried out, or after (charged, not answered)   |
-| `status`     | HTTP status                                   | of whatever is answered                            |
-| `refuse`     | text                                          | refused with this `err_msg`, word for word         |
-| `reject`     | text                                          | submits only: 任务提交失败 for this reason         |
-| `fail`       | text                                          | submits only: the task is accepted and ends Failed |
-| `wrong`      | by field: `string`, `int`, `float`,           | the field comes with a wrong type or value         |
-|              | `negative`, `null`, `missing`                 |                                                    |
-"""
+"""Fault injection and the record of requests."""
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 
 Kind: TypeAlias = Literal["upscale", "vector", "face", "seamless"]
+
+
 Operation: TypeAlias = Literal["submit", "check", "file"]
+
+
 Reply: TypeAlias = Literal["json", "hang", "reset", "page", "cut", "garbled"]
+
+
 Wrong: TypeAlias = Literal["string", "int", "float", "negative", "null", "missing"]
+
+
 Field: TypeAlias = Literal[
     "err_code",
     "err_msg",
@@ -61,8 +33,13 @@ Field: TypeAlias = Literal[
     "remaining_count",
     "remaining_money",
 ]
+
+
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=3600)]
+
+
 Yuan: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+
 
 PRICES: Final[dict[Kind, int]] = {"upscale": 3, "vector": 2, "face": 1, "seamless": 1}
 """What a task of each kind costs in yuan unless the dials say otherwise. The vendor publishes no prices."""
@@ -161,3 +138,84 @@ class Panel:
         """Give the fault that hits this request, and count it."""
         fault, self.dials = self.dials.strike(operation, user_key)
         return fault
+
+
+_MOST: Final = 10_000
+
+
+Outcome: TypeAlias = Literal["arrived", "not_reached", "accepted", "refused", "told", "served", "broken_off"]
+"""What the upstream did with a request.
+
+- `arrived`: nothing yet, it is still being looked at;
+- `not_reached`: nothing, a fault came before;
+- `accepted`: a submit became a task;
+- `refused`: the answer is an error, and nothing else happened;
+- `told`: a check found its task;
+- `served`: a file was handed out;
+- `broken_off`: the client left in the middle of the request.
+"""
+
+
+class Received(msgspec.Struct, kw_only=True):
+    """One request.
+
+    Attributes:
+        at: when it had been read, in seconds since the epoch.
+        path: it was sent to.
+        task_id: of the task that was accepted, asked for or whose file it is; empty if there is none.
+        outcome: what the upstream did with it.
+        detail: the error message, or the state that was told.
+        reply: how it was answered.
+        image_bytes: size of the image; 0 if there was none.
+        fields: the text fields, without the `user_key`.
+
+    """
+
+    operation: Operation
+    path: str
+    at: float = msgspec.field(default_factory=time.time)
+    user_key: str = ""
+    task_id: str = ""
+    outcome: Outcome = "arrived"
+    detail: str = ""
+    reply: Reply = "json"
+    image_bytes: int = 0
+    fields: dict[str, str] = {}
+
+
+class Journal:
+    """Keeps the newest requests, oldest first."""
+
+    def __init__(self) -> None:
+        self._entries: deque[Received] = deque(maxlen=_MOST)
+        self._changed = asyncio.Event()
+
+    def add(self, entry: Received) -> None:
+        """Write a request down."""
+        self._entries.append(entry)
+        self._notify()
+
+    def update(self, entry: Received, outcome: Outcome, detail: str = "") -> None:
+        """Write down what became of a request."""
+        entry.outcome = outcome
+        entry.detail = detail
+        self._notify()
+
+    def entries(self) -> list[Received]:
+        """Give copies of all entries."""
+        return [msgspec.structs.replace(entry) for entry in self._entries]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self._notify()
+
+    async def until(self, holds: Callable[[Sequence[Received]], bool]) -> list[Received]:
+        """Wait until something holds of the entries, and give them."""
+        while not holds(entries := self.entries()):
+            await self._changed.wait()
+        return entries
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Runs the tasks: real work in threads, so that the event loop goes on answering, and again after a restart."""
+"""Runs tasks outside the event loop."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from service.sandbox.dials import Kind, Panel
+from service.sandbox.faults import Kind, Panel
 from service.sandbox.forms import Options, RejectedError
 from service.sandbox.store import INPUT, Store, Task
 
 _BENCHES: Final = 2
+
+
 _UNEXPECTED: Final = "图片处理失败"
+
+
 _log: Final = logging.getLogger(__name__)
+
 
 Results: TypeAlias = dict[str, int]
 """Size in bytes by the name of the file."""
@@ -140,7 +145,7 @@ class Workshop:
 
 def _take_in(folder: Path, image: bytes) -> None:
     # Imported when needed, as below.
-    from service.sandbox.imaging.intake import probe  # noqa: PLC0415
+    from service.sandbox.imaging import probe  # noqa: PLC0415
 
     probe(image)
     folder.mkdir()
@@ -149,7 +154,7 @@ def _take_in(folder: Path, image: bytes) -> None:
 
 def _produce(folder: Path, kind: Kind, options: Options) -> Results:
     # OpenCV and NumPy take most of a second to import, which nobody should wait for before the server listens.
-    from service.sandbox.imaging.studio import produce  # noqa: PLC0415
+    from service.sandbox.imaging import produce  # noqa: PLC0415
 
     return {path.name: path.stat().st_size for path in produce(kind, options, folder / INPUT, folder)}
 

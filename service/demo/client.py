@@ -1,4 +1,4 @@
-"""A small client of the gateway's public contract: knock, submit, look, fetch."""
+"""A client of the gateway's public API."""
 
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -10,6 +10,8 @@ import httpx2
 import msgspec
 
 DEFAULT_PAUSE_SECONDS = 1.0
+
+
 LEAST_PAUSE_SECONDS = 0.1
 
 

@@ -1,4 +1,4 @@
-"""The little of HTTP over ASGI that the sandbox needs."""
+"""The HTTP that the sandbox needs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, Final, Protocol, TypeAlias
 
 Scope: TypeAlias = MutableMapping[str, Any]
+
+
 Message: TypeAlias = MutableMapping[str, Any]
+
+
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
+
+
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
+
 
 CONNECTION: Final = "service.sandbox.connection"
 """The extension of the scope that holds the request's `Connection`."""
+
 
 JSON: Final = "application/json"
 
