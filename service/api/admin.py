@@ -11,7 +11,6 @@ import msgspec
 from litestar import Request, Response, delete, get, post, put
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath, HeaderParameter, JSONBody, PathParameter, QueryParameter
-from msgspec import Meta, Struct
 
 from service.api import openapi
 from service.api.admin_schemas import (
@@ -19,6 +18,7 @@ from service.api.admin_schemas import (
     AccountList,
     AccountView,
     AppliedView,
+    ClockResetView,
     DeliveryList,
     DeliveryView,
     DifferenceKind,
@@ -383,14 +383,6 @@ def webhook_routes(webhooks: Webhooks) -> Sequence[HTTPRouteHandler]:
         return delivery_view(await webhooks.redeliver(delivery_id))
 
     return [rotate, failed, redeliver]
-
-
-class ClockResetView(Struct, frozen=True):
-    """What a reset of the ledger's time changed."""
-
-    offset_seconds: Annotated[
-        float, Meta(ge=0, description="How far the ledger's time was ahead of the clock of Redis.")
-    ]
 
 
 def clock_routes(operators: Operators) -> Sequence[HTTPRouteHandler]:

@@ -664,3 +664,11 @@ def _token(token: Token) -> TokenEntry:
 
 def _secret(origin: Origin | None) -> SecretEntry | None:
     return SecretEntry(origin.env, origin.file) if origin else None
+
+
+class ClockResetView(Struct, frozen=True):
+    """What a reset of the ledger's time changed."""
+
+    offset_seconds: Annotated[
+        float, Meta(ge=0, description="How far the ledger's time was ahead of the clock of Redis.")
+    ]

@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 
 import click
 
-from service.api.admin import ClockResetView
 from service.api.admin_schemas import (
     AccountList,
     AccountView,
+    ClockResetView,
     DeliveryList,
     DeliveryView,
     FigureView,
