@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from http.client import HTTPConnection, HTTPException
 
-from service.cli import load_settings
+from service.cli.common import load_settings
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _SECONDS = 4.0

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import click
 
-from service.settings import SETTINGS
-from service.variables import Scope, Setting
+from service.settings import SETTINGS, Scope, Setting
 
 ROOT = Path(__file__).parents[1]
 _README, _REFERENCE = "README.md", "deploy/SETTINGS.md"

@@ -24,8 +24,8 @@ from service.api.health import health_routes, metrics_route
 from service.api.openapi_document import document
 from service.api.params import JsonRequest, check_query
 from service.api.uploads import check_coding
+from service.container import Services
 from service.domain.tenants import Tenant
-from service.services import Services
 from service.telemetry.metrics import Port
 
 _TENANTS_TITLE = "Imaging Gateway"

@@ -1,23 +1,390 @@
-"""The gateway's settings, each declared once, on the field it fills.
-
-The field `port` is the variable `GATEWAY_PORT`, which may also be given as `GATEWAY_PORT_FILE`, the name of a file that
-holds it. An empty variable counts as not given.
-"""
+"""The settings: read from the environment, checked, described."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Self, get_type_hints
+from urllib.parse import urlsplit
 
-from service import environ as text
+from msgspec import Struct
+
+from service.crypto import parse_secret_key
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
-from service.production import SHORTEST_ADMIN_TOKEN, Cleartext, refusals
-from service.storage.connections import parse_url
+from service.storage.connections import Address, parse_url
 from service.telemetry import tracing
-from service.variables import Scope, Variable, described
+
+FILE = "_FILE"
+
+
+_LARGEST_FILE = 65_536
+
+
+_ACCEPTED_BY_NONE = "\0"
+
+
+_SERVICE_LINK = re.compile(r"SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+")
+
+
+_SIZE = re.compile(r"(\d{1,12}) ?(?:([KMG])iB)?")
+
+
+_SHIFTS = {None: 0, "K": 10, "M": 20, "G": 30}
+
+
+def given(environ: Mapping[str, str], name: str) -> str | None:
+    """The text of a variable, from itself or from the file it names; None if it is not given or empty.
+
+    Raises ValueError that says what is wrong.
+    """
+    direct, file = environ.get(name, ""), environ.get(name + FILE, "")
+    if direct and file:
+        raise ValueError(f"and {name}{FILE} are both given: keep one")
+    if not file:
+        return direct or None
+    try:
+        with Path(file).open("rb") as opened:
+            text = opened.read(_LARGEST_FILE + 1).decode()
+    except OSError as error:
+        raise ValueError(f"can't be read from {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"can't be read from {file}: it is not UTF-8 text") from None
+    if len(text) > _LARGEST_FILE:
+        raise ValueError(f"can't be read from {file}: it is larger than {_LARGEST_FILE} bytes")
+    return text.strip() or None
+
+
+def source(environ: Mapping[str, str], name: str) -> str | None:
+    """Where the text of a variable that can be read comes from: the name of its file, or "" for itself; None if it is
+    not given or empty.
+    """
+    return environ.get(name + FILE, "") if given(environ, name) else None
+
+
+def strangers(environ: Mapping[str, str], prefix: str, names: Sequence[str]) -> Iterator[str]:
+    """A fault for each variable with the prefix that is none of `names`, with the one that was probably meant."""
+    known = [suffix for name in names for suffix in (name.removeprefix(prefix), name.removeprefix(prefix) + FILE)]
+    for name in sorted(environ):
+        own = name.removeprefix(prefix)
+        if own == name or own in known:
+            continue
+        near = difflib.get_close_matches(own, known, n=1)
+        if _SERVICE_LINK.fullmatch(own):
+            hint = ": Kubernetes sets it for a service of that name; set enableServiceLinks to false"
+        elif near:
+            hint = f": did you mean {prefix}{near[0]}?"
+        else:
+            hint = ""
+        yield f"{name} is not a setting{hint}"
+
+
+def choice(options: type[StrEnum]) -> Callable[[str], StrEnum]:
+    """One of the values of an enumeration."""
+
+    def parse(text: str) -> StrEnum:
+        try:
+            return options(text)
+        except ValueError:
+            raise ValueError(f"must be {' or '.join(options)}") from None
+
+    return parse
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A whole number in a range."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def decimal(low: float, high: float) -> Callable[[str], float]:
+    """A number in a range."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise ValueError(f"must be a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def size(text: str) -> int:
+    """A number of bytes, as such or in KiB, MiB or GiB."""
+    found = _SIZE.fullmatch(text)
+    value = int(found[1]) << _SHIFTS[found[2]] if found else 0
+    if not 1 << 10 <= value <= 1 << 30:
+        raise ValueError("must be a number of bytes, such as 33554432 or 32 MiB, from 1 KiB to 1 GiB")
+    return value
+
+
+def folder(text: str) -> Path:
+    """The path of a folder, which need not be there."""
+    if "\0" in text:
+        raise ValueError("must be the path of a folder")
+    return Path(text)
+
+
+def listening_host(text: str) -> str:
+    """A host name or an IP address to listen on."""
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]+", text):
+        raise ValueError("must be a host name or an IP address to listen on")
+    return text
+
+
+def key_prefix(text: str) -> str:
+    """A prefix of Redis keys, which stands in braces there."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,32}", text):
+        raise ValueError("must be 1 to 32 letters, digits, dots, dashes or underscores")
+    return text
+
+
+def http_url(text: str) -> str:
+    """The base address of an HTTP service, without a slash at its end."""
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError("must be a URL with a valid host and port") from None
+    if parts.scheme not in {"http", "https"} or not host or not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("must be a URL such as http://host or https://host/path")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("must be a URL without credentials, query or fragment")
+    return text.rstrip("/")
+
+
+def printable(text: str) -> str:
+    """A secret that goes into a header or a form field."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("must be printable ASCII without spaces")
+    return text
+
+
+def secret_keys(text: str) -> tuple[bytes, ...]:
+    """Secret keys, separated by commas or blanks."""
+    keys = []
+    for place, each in enumerate(re.findall(r"[^\s,]+", text), start=1):
+        try:
+            keys.append(parse_secret_key(each))
+        except ValueError as error:
+            raise ValueError(f"must be base64 of 32 bytes each, separated by commas: number {place} {error}") from None
+    return tuple(keys)
+
+
+def words(text: str) -> Mapping[str, str]:
+    """Names with the upstream's words for them."""
+    found: dict[str, str] = {}
+    for pair in text.split(","):
+        name, _, word = (part.strip() for part in pair.partition("="))
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) or not word or name in found:
+            raise ValueError("must be pairs such as general=通用模型,anime=…, each name once and in lower case")
+        found[name] = word
+    if "general" not in found:
+        raise ValueError("must have a pair for general, the default of a task")
+    return found
+
+
+def wanted(parse: Callable[[str], object]) -> str:
+    """What a parser accepts, in the words that follow "must be" in its own complaint."""
+    try:
+        parse(_ACCEPTED_BY_NONE)
+    except ValueError as error:
+        return str(error).removeprefix("must be ").partition(": ")[0]
+    raise TypeError(f"{parse} accepts anything")
+
+
+class Scope(StrEnum):
+    """Where a setting matters; elsewhere it may be given, and does nothing."""
+
+    ANYWHERE = "anywhere"
+    API = "where requests are answered"
+    DEVELOPMENT = "in development"
+
+
+class Variable(Struct, frozen=True):
+    """How a field is read: `default` is text like any other, `otherwise` says what happens without one."""
+
+    parse: Callable[[str], object]
+    default: str | None
+    description: str
+    otherwise: str = "none"
+    secret: bool = False
+    scope: Scope = Scope.ANYWHERE
+
+
+class Setting(Struct, frozen=True, kw_only=True):
+    """A setting as it is told to people.
+
+    `default` could be given as it is if it is `literal`, else it says what happens without one; `accepts` goes on from
+    "must be".
+    """
+
+    name: str
+    field: str
+    default: str
+    literal: bool
+    description: str
+    accepts: str
+    secret: bool
+    scope: Scope
+
+
+def described(prefix: str, variables: Mapping[str, Variable]) -> Sequence[Setting]:
+    """The settings that fields are filled from, in their order."""
+    return tuple(
+        Setting(
+            name=prefix + field.upper(),
+            field=field,
+            default=variable.default or variable.otherwise,
+            literal=variable.default is not None,
+            description=variable.description,
+            accepts=wanted(variable.parse),
+            secret=variable.secret,
+            scope=variable.scope,
+        )
+        for field, variable in variables.items()
+    )
+
+
+SHORTEST_ADMIN_TOKEN = 32
+
+
+_FEWEST_CHARACTERS = 6
+
+
+_FEWEST_BYTES = 16
+"""Of 32 random bytes, about 30 differ: fewer than 16 do not come about by chance."""
+
+
+_PRIVATE_DOMAINS = ("localhost", "local", "internal", "svc", "home.arpa")
+
+
+_NEEDED = {
+    "redis_url": "the embedded server is for development",
+    "upstream_url": "the sandbox is for development",
+    "secret_keys": "generated keys are for development",
+    "admin_token": "a generated token is for development",
+}
+
+
+_TAKE_THE_RISK = "if the upstream has no TLS, GATEWAY_UPSTREAM_CLEARTEXT=allow takes the risk"
+
+
+_NEW_KEY = "`openssl rand -base64 32` makes one"
+
+
+_NEW_TOKEN = "`openssl rand -hex 32` makes one"  # noqa: S105 - says how one is made
+
+
+class Cleartext(StrEnum):
+    """Whether production may call an upstream in another network without TLS."""
+
+    REFUSE = "refuse"
+    ALLOW = "allow"
+
+
+def refusals(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What makes settings unfit for production: the field, and what is wrong with it, without any secret.
+
+    A field that is absent was faulty by itself, and one that is None was left out.
+    """
+    for field, why in _NEEDED.items():
+        if values.get(field, "faulty") is None:
+            yield field, f"must be given in production: {why}"
+    if token := values.get("admin_token"):
+        yield from _token(token)
+    for place, key in enumerate(values.get("secret_keys") or (), start=1):
+        if _is_typed(key):
+            yield "secret_keys", f"must be random bytes in production, which number {place} is not: {_NEW_KEY}"
+    if url := values.get("upstream_url"):
+        yield from _upstream(url, values.get("upstream_cleartext"))
+    if url := values.get("redis_url"):
+        yield from _store(parse_url(url))
+
+
+def doubts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What production takes, and somebody should think about: the field, and why."""
+    if values["log_level"] == "debug":
+        yield "log_level", "is debug: many lines for each request, and of use only while somebody reads them"
+    if values["upstream_cleartext"] is Cleartext.ALLOW and _in_clear(values["upstream_url"]):
+        yield "upstream_url", "is called without TLS: whoever is on the way can read the user_keys and spend with them"
+    address = parse_url(values["redis_url"])
+    if not address.path and not all(_is_near(host) for host, _ in address.hosts):
+        if address.tls is None:
+            yield "redis_url", "has no TLS, which is well only in a private network: rediss:// has it"
+        if _is_open(address):
+            yield "redis_url", "has no password, which is well only in a private network"
+    if address.tls and address.tls.get("ssl_cert_reqs") in {"none", "optional"}:
+        yield "redis_url", "does not check the server's certificate: leave ssl_cert_reqs out"
+
+
+def _token(token: str) -> Iterator[tuple[str, str]]:
+    if len(token) < SHORTEST_ADMIN_TOKEN:
+        yield "admin_token", f"must have at least {SHORTEST_ADMIN_TOKEN} characters in production"
+    elif len(set(token)) < _FEWEST_CHARACTERS or _is_repeated(token.encode()):
+        yield "admin_token", f"must not be one that can be guessed in production: {_NEW_TOKEN}"
+
+
+def _upstream(url: str, cleartext: Cleartext | None) -> Iterator[tuple[str, str]]:
+    if cleartext is Cleartext.REFUSE and _in_clear(url):
+        yield "upstream_url", f"must be https:// in production, since every call carries a user_key: {_TAKE_THE_RISK}"
+
+
+def _store(address: Address) -> Iterator[tuple[str, str]]:
+    """Only of addresses that are surely public: behind the public name of a managed store is often a private one."""
+    if any(ip is not None and ip.is_global for ip in (_ip(host) for host, _ in address.hosts)):
+        if address.tls is None:
+            yield "redis_url", "must be rediss:// in production, since its address is public"
+        if _is_open(address):
+            yield "redis_url", "must have a password in production, since its address is public"
+
+
+def _is_open(address: Address) -> bool:
+    return not address.credentials.password and not (address.tls and "ssl_certfile" in address.tls)
+
+
+def _in_clear(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme == "http" and not _is_near(parts.hostname or "")
+
+
+def _is_near(host: str) -> bool:
+    """Whether a host is this machine or in a private network, as far as its name tells: `10.0.0.1`, `store`."""
+    ip = _ip(host)
+    if ip is not None:
+        return not ip.is_global
+    name = host.rstrip(".").lower()
+    return "." not in name or name.endswith(tuple(f".{domain}" for domain in _PRIVATE_DOMAINS))
+
+
+def _ip(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def _is_typed(key: bytes) -> bool:
+    """Whether a key was made up by somebody: a text, or a pattern. Chance makes no key a text."""
+    return len(set(key)) < _FEWEST_BYTES or (key.isascii() and key.decode().isprintable())
+
+
+def _is_repeated(text: bytes) -> bool:
+    """Whether it is some shorter text several times over."""
+    return text in (text + text)[1:-1]
+
 
 PREFIX = "GATEWAY_"
 
@@ -63,7 +430,7 @@ def _pairs(words: Mapping[str, str]) -> str:
     return ",".join(f"{name}={word}" for name, word in words.items())
 
 
-_PORT = text.whole(0, 65_535)
+_PORT = whole(0, 65_535)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -73,23 +440,21 @@ class Settings:
     env: Annotated[
         Environment,
         Variable(
-            text.choice(Environment),
+            choice(Environment),
             "development",
             "`production` refuses the embedded server, the sandbox, and secrets that are generated or can be guessed.",
         ),
     ]
-    host: Annotated[str, Variable(text.listening_host, "127.0.0.1", "Where tenants are listened to.", scope=Scope.API)]
+    host: Annotated[str, Variable(listening_host, "127.0.0.1", "Where tenants are listened to.", scope=Scope.API)]
     port: Annotated[int, Variable(_PORT, "8080", "The tenants' port; 0 takes a free one.", scope=Scope.API)]
     ops_host: Annotated[
         str,
-        Variable(text.listening_host, None, "Where operators are listened to.", otherwise="as `GATEWAY_HOST`"),
+        Variable(listening_host, None, "Where operators are listened to.", otherwise="as `GATEWAY_HOST`"),
     ]
     ops_port: Annotated[int, Variable(_PORT, "8081", "The operators' port; 0 takes a free one.")]
     data_dir: Annotated[
         Path,
-        Variable(
-            text.folder, ".gateway", "What the gateway keeps on this machine in development.", scope=Scope.DEVELOPMENT
-        ),
+        Variable(folder, ".gateway", "What the gateway keeps on this machine in development.", scope=Scope.DEVELOPMENT),
     ]
     redis_url: Annotated[
         str | None,
@@ -104,16 +469,16 @@ class Settings:
     ]
     key_prefix: Annotated[
         str,
-        Variable(text.key_prefix, "gw", "Every key is `{gw}:...`, so that one Redis can serve several gateways."),
+        Variable(key_prefix, "gw", "Every key is `{gw}:...`, so that one Redis can serve several gateways."),
     ]
     upstream_url: Annotated[
         str | None,
-        Variable(text.http_url, None, "The base address of the upstream.", otherwise="the built-in sandbox"),
+        Variable(http_url, None, "The base address of the upstream.", otherwise="the built-in sandbox"),
     ]
     upstream_user_key: Annotated[
         str | None,
         Variable(
-            text.printable,
+            printable,
             None,
             "The `user_key` of the account that is made in development.",
             secret=True,
@@ -123,7 +488,7 @@ class Settings:
     upstream_cleartext: Annotated[
         Cleartext,
         Variable(
-            text.choice(Cleartext),
+            choice(Cleartext),
             "refuse",
             "`allow` lets production call an upstream in another network by `http://`, for all to read.",
         ),
@@ -131,7 +496,7 @@ class Settings:
     secret_keys: Annotated[
         tuple[bytes, ...],
         Variable(
-            text.secret_keys,
+            secret_keys,
             None,
             "Keys of 32 bytes in base64, separated by commas: the first encrypts, all decrypt.",
             otherwise="generated into the data folder",
@@ -141,73 +506,69 @@ class Settings:
     admin_token: Annotated[
         str | None,
         Variable(
-            text.printable,
+            printable,
             None,
             f"The operators' bearer token, in production of at least {SHORTEST_ADMIN_TOKEN} characters.",
             otherwise="generated into the data folder",
             secret=True,
         ),
     ]
-    max_image_bytes: Annotated[int, Variable(text.size, "32 MiB", "The largest image that is taken.", scope=Scope.API)]
+    max_image_bytes: Annotated[int, Variable(size, "32 MiB", "The largest image that is taken.", scope=Scope.API)]
     max_image_pixels: Annotated[
         int,
-        Variable(text.whole(1, 1_000_000_000), "25000000", "The most pixels an image may have.", scope=Scope.API),
+        Variable(whole(1, 1_000_000_000), "25000000", "The most pixels an image may have.", scope=Scope.API),
     ]
     max_artifact_bytes: Annotated[
         int,
-        Variable(text.size, "256 MiB", "The largest result that is passed on to a tenant.", scope=Scope.API),
+        Variable(size, "256 MiB", "The largest result that is passed on to a tenant.", scope=Scope.API),
     ]
     poll_seconds: Annotated[
-        float, Variable(text.decimal(0.05, 60), "2.5", "How long at least between two checks of one task.")
+        float, Variable(decimal(0.05, 60), "2.5", "How long at least between two checks of one task.")
     ]
     lease_seconds: Annotated[
         int,
-        Variable(
-            text.whole(90, 3_600), "180", "How long a submission may take; sending ends 60 s before that runs out."
-        ),
+        Variable(whole(90, 3_600), "180", "How long a submission may take; sending ends 60 s before that runs out."),
     ]
-    task_retention_days: Annotated[int, Variable(text.whole(1, 365), "30", "How long a task is kept after its end.")]
-    role: Annotated[Role, Variable(text.choice(Role), "all", "`api` or `worker` to scale them apart.")]
+    task_retention_days: Annotated[int, Variable(whole(1, 365), "30", "How long a task is kept after its end.")]
+    role: Annotated[Role, Variable(choice(Role), "all", "`api` or `worker` to scale them apart.")]
     models: Annotated[
         Mapping[str, str],
-        Variable(text.words, _pairs(DEFAULT_CATALOGUE.models), "Names of models, each with the upstream's own."),
+        Variable(words, _pairs(DEFAULT_CATALOGUE.models), "Names of models, each with the upstream's own."),
     ]
     styles: Annotated[
         Mapping[str, str],
-        Variable(text.words, _pairs(DEFAULT_CATALOGUE.styles), "Names of styles, each with the upstream's own."),
+        Variable(words, _pairs(DEFAULT_CATALOGUE.styles), "Names of styles, each with the upstream's own."),
     ]
     metrics_tenants: Annotated[
         int,
-        Variable(
-            text.whole(1, 10_000), "200", "So many tenants have metrics of their own; the rest is counted as `other`."
-        ),
+        Variable(whole(1, 10_000), "200", "So many tenants have metrics of their own; the rest is counted as `other`."),
     ]
     sandbox_port: Annotated[
         int,
         Variable(_PORT, "8082", "The port of the built-in sandbox; 0 takes a free one.", scope=Scope.DEVELOPMENT),
     ]
-    log_level: Annotated[LogLevel, Variable(text.choice(LogLevel), "info", "The least that is logged.")]
+    log_level: Annotated[LogLevel, Variable(choice(LogLevel), "info", "The least that is logged.")]
     traces_url: Annotated[
         str | None,
         Variable(
-            text.http_url,
+            http_url,
             None,
             "The collector that traces are sent to, by OTLP over HTTP, at `/v1/traces` unless it has another path.",
         ),
     ]
     traces_share: Annotated[
         float,
-        Variable(text.decimal(0, 1), "1", "The share of requests to trace; those that their clients trace always are."),
+        Variable(decimal(0, 1), "1", "The share of requests to trace; those that their clients trace always are."),
     ]
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> Self:
         """Read the settings from environment variables. Raises SettingsError that names every fault."""
-        faults = list(text.strangers(environ, PREFIX, [_name(field) for field in _VARIABLES]))
+        faults = list(strangers(environ, PREFIX, [_name(field) for field in _VARIABLES]))
         values: dict[str, Any] = {}
         for field, variable in _VARIABLES.items():
             try:
-                found = text.given(environ, _name(field)) or variable.default
+                found = given(environ, _name(field)) or variable.default
                 values[field] = None if found is None else variable.parse(found)
             except ValueError as error:
                 faults.append(f"{_name(field)} {error}")
@@ -241,6 +602,7 @@ def _name(field: str) -> str:
 _VARIABLES: Mapping[str, Variable] = {
     field: hint.__metadata__[0] for field, hint in get_type_hints(Settings, include_extras=True).items()
 }
+
 
 SETTINGS = described(PREFIX, _VARIABLES)
 """All settings, in the order in which they are best read."""

@@ -358,17 +358,7 @@ _ON_NOT_MODIFIED = frozenset({"ETag", "Age", "Retry-After", "Last-Modified", "Ac
 """What of a success's headers is told even if its content is not."""
 
 
-_MODULES = (
-    admin_schemas,
-    legacy,
-    openapi,
-    health,
-    admin_schemas,
-    schemas_module,
-    schemas_module,
-    schemas_module,
-    admin_schemas,
-)
+_MODULES = (admin_schemas, health, legacy, openapi, schemas_module)
 
 
 _OBJECTS: Mapping[str, type[Struct]] = {

@@ -9,16 +9,12 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import click
 
 from service import __version__
-from service.cli.common import DetailedExit, LazyGroup, PlainGroup
-
-if TYPE_CHECKING:
-    from service.settings import Settings
-
+from service.cli.common import DetailedExit, LazyGroup, PlainGroup, load_settings
 
 _at_url = click.option("--url", help="The operators' port.  [default: as GATEWAY_OPS_HOST and GATEWAY_OPS_PORT say]")
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print it for scripts.")
@@ -28,23 +24,6 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print it for sc
 @click.version_option(__version__, prog_name="gateway")
 def main() -> None:
     """The Imaging Gateway: tenants, quota and exact spending in front of a paid image API."""
-
-
-def load_settings() -> Settings:
-    """The settings from the environment; every fault of them ends the command."""
-    from service.settings import Settings, SettingsError
-
-    try:
-        return Settings.load(os.environ)
-    except SettingsError as error:
-        for fault in error.faults:
-            click.echo(f"gateway: {fault}", err=True)
-        sys.exit(2)
-
-
-def variable(name: str) -> str | None:
-    """An environment variable that somebody named on the command line."""
-    return os.environ.get(name)
 
 
 main.add_command(LazyGroup("account", "service.cli.admin", "Accounts at the upstream."))

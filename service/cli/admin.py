@@ -26,8 +26,8 @@ from service.api.admin_schemas import (
     WebhookView,
 )
 from service.api.schemas import PolicyView
-from service.cli import variable
 from service.cli.client import NOT_FOUND, Answer, OperatorsPort, Refused, as_json, asking
+from service.cli.common import variable
 from service.cli.formatting import Duration, Limit, Moment, Price, Yuan, card, read_secret, table, text
 from service.domain.tasks import Kind
 from service.domain.tenants import Purse

@@ -11,12 +11,9 @@ import httpx2
 
 from service.cli.formatting import table
 from service.cli.sandbox import lacking
-from service.environ import FILE, source
-from service.production import doubts
-from service.settings import PREFIX, SETTINGS, Settings, SettingsError
+from service.devstack import EmbeddedError, server_binary
+from service.settings import FILE, PREFIX, SETTINGS, Scope, Setting, Settings, SettingsError, doubts, source
 from service.storage.connections import examine, masked, reason
-from service.storage.embedded import EmbeddedError, server_binary
-from service.variables import Scope, Setting
 
 _SECONDS = 5.0
 """How long the store, and the upstream, may take to answer."""

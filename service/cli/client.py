@@ -13,10 +13,9 @@ import click
 import httpx2
 import msgspec
 
-from service import environ
-from service.cli import load_settings
+from service.cli.common import load_settings
 from service.cli.formatting import plain
-from service.settings import Settings
+from service.settings import Settings, http_url, printable
 
 T = TypeVar("T")
 
@@ -170,7 +169,7 @@ def connect(url: str | None) -> Iterator[OperatorsPort]:
     base = (url or _address(settings)).rstrip("/")
     headers = {"Authorization": f"Bearer {_admin_token(settings)}"}
     try:
-        environ.http_url(base)
+        http_url(base)
         # A proxy out of the environment would be handed the token.
         http = httpx2.Client(base_url=base, headers=headers, timeout=_TIMEOUT, trust_env=False)
     except (ValueError, httpx2.InvalidURL):
@@ -192,7 +191,7 @@ def _admin_token(settings: Settings) -> str:
         return settings.admin_token
     file = settings.data_dir / "admin.token"
     try:
-        return environ.printable(Path(file).read_text().strip())
+        return printable(Path(file).read_text().strip())
     except (OSError, ValueError):
         raise CommandError(
             f"gateway: there is no operators' token: set GATEWAY_ADMIN_TOKEN or GATEWAY_ADMIN_TOKEN_FILE "

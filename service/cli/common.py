@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 
 class ExtraMissingError(click.ClickException):
@@ -111,3 +116,20 @@ class DetailedExit(click.Command):
             return super().invoke(ctx)
         except SystemExit:  # the settings are wrong, and that was said
             raise click.exceptions.Exit(1) from None
+
+
+def load_settings() -> Settings:
+    """The settings from the environment; every fault of them ends the command."""
+    from service.settings import Settings, SettingsError
+
+    try:
+        return Settings.load(os.environ)
+    except SettingsError as error:
+        for fault in error.faults:
+            click.echo(f"gateway: {fault}", err=True)
+        sys.exit(2)
+
+
+def variable(name: str) -> str | None:
+    """An environment variable that somebody named on the command line."""
+    return os.environ.get(name)

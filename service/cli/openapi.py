@@ -12,8 +12,8 @@ import yaml
 
 from service.api.openapi_document import document
 from service.app import operators_app, tenants_app
+from service.container import assembled
 from service.settings import Settings
-from service.wiring import assembled
 
 _NOTHING_IS_CONNECTED = {
     "GATEWAY_REDIS_URL": "redis://localhost",

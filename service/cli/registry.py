@@ -22,8 +22,8 @@ from service.api.admin_schemas import (
     SecretEntry,
     TenantEntry,
 )
-from service.cli import variable
 from service.cli.client import Answer, CommandError, OperatorsPort, asking
+from service.cli.common import variable
 from service.cli.formatting import plain
 from service.domain.errors import Faults, dotted, faults_of, meant
 from service.domain.tenants import Name

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from service.cli.common import ExtraMissingError
-from service.local import SANDBOX_USER_KEY
+from service.devstack import SANDBOX_USER_KEY
 
 try:
     from service.sandbox.app import SandboxConfig, serve

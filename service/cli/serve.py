@@ -21,19 +21,16 @@ import uvloop
 
 from service import __version__
 from service.app import create_app, create_ops_app
+from service.container import Services, assembled
+from service.crypto import SecretFileError
+from service.devstack import EmbeddedError, LocalError, completed, demo_token
 from service.domain.errors import Unavailable
-from service.keyring import SecretFileError
-from service.local import LocalError, completed
 from service.server import HttpServer, Limits, base_url, listen, raise_descriptor_limit
-from service.services import Services
 from service.settings import Environment, Role, Settings
 from service.storage.connections import parse_url
-from service.storage.embedded import EmbeddedError
 from service.storage.redis import DataVersionError
 from service.telemetry import logging
 from service.telemetry.redaction import Redactor
-from service.usecases.bootstrap import demo_token
-from service.wiring import assembled
 
 _log = structlog.get_logger(__name__)
 

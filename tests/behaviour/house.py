@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry
 
 from service.app import create_app, create_ops_app
 from service.clients.webhooks import CallbackClient
+from service.container import Ports, Services, assembled, furnished
 from service.sandbox.app import SandboxConfig, running
 from service.sandbox.store import Balance
-from service.services import Services
 from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import Keys
@@ -24,7 +24,6 @@ from service.telemetry.metrics import Metrics
 from service.telemetry.redaction import Learn, unheard
 from service.usecases.background import Background
 from service.usecases.ports import Artifacts
-from service.wiring import Ports, assembled, furnished
 from tests.behaviour.upstreams import USER_KEY, FakeControl, SandboxControl, Upstream
 from tests.fakes import FakeAgenda, FakeLedger, FakeRegistry, FakeUpstream
 from tests.fakes.artifacts import FakeArtifacts

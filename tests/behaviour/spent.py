@@ -10,9 +10,9 @@ from typing import Any
 
 from httpx2 import Response
 
+from service.container import TASK_IDS
+from service.crypto import Keyring
 from service.domain.tasks import Kind, Reference, TaskIds
-from service.keyring import Keyring
-from service.wiring import TASK_IDS
 from tests.behaviour.aftermath import EVERY_POLICY, problem
 from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, House
 from tests.behaviour.upstreams import SandboxControl

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from service.crypto import Keyring
 from service.domain.tasks import Kind, Reference, TaskIds
-from service.keyring import Keyring
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome, Submitted
 from tests.behaviour.house import SECRET_KEY, House, house_of_fakes, real_house

@@ -7,8 +7,8 @@ from typing import Any
 
 import structlog
 
+from service.devstack import demo_token
 from service.storage.connections import connect
-from service.usecases.bootstrap import demo_token
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import ADMIN_TOKEN, House
 from tests.behaviour.upstreams import USER_KEY, SandboxControl

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import structlog
 
+from service.container import assembled
 from service.domain.errors import NotFound
 from service.domain.tenants import Tenant
 from service.settings import Settings
 from service.usecases.admin import Operators
 from service.usecases.ports import RegistryChange
-from service.wiring import assembled
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import SECRET_KEY, House, house_of_fakes, real_house
 from tests.support.valkey import Valkey

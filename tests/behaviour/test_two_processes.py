@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import pytest
 
 from service.app import create_app
+from service.container import assembled
 from service.domain.tasks import Kind
 from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import Keys
-from service.wiring import assembled
 from tests.behaviour.following import following, until, waiting
 from tests.behaviour.house import ENVIRONMENT, House, real_house
 from tests.support.serving import serving

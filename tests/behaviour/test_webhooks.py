@@ -9,10 +9,10 @@ import pytest
 import structlog
 from redis.asyncio import Redis
 
+from service.container import assembled
 from service.settings import Settings
 from service.storage.deliveries import LEASE
 from service.storage.redis import Keys
-from service.wiring import assembled
 from tests.behaviour.house import ENVIRONMENT, POLL_SECONDS, House, real_house
 from tests.behaviour.old_client import OldClient
 from tests.behaviour.openapi_reader import fits, resolved

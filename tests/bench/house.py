@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import msgspec
 from redis.asyncio import Redis
 
+from service.crypto import KEY_BYTES, Keyring
 from service.domain.ledger import Figures, Granted, ReservationState
 from service.domain.tasks import Artifact, ArtifactName, Kind, Reference, TaskIds, UpscaleOptions
 from service.domain.tenants import Account, AccountPolicy, Limit, Tenant, TenantPolicy, Window
-from service.keyring import KEY_BYTES, Keyring
 from service.storage.connections import connect
 from service.storage.ledger import DAY, RedisLedger, Spans
 from service.storage.redis import Keys, Scripts

@@ -10,7 +10,7 @@ import pytest
 from httpx2 import Response
 from redis import Redis
 
-from service import wiring
+from service import container
 from service.domain.ledger import Reservation, ReservationState, TenantState
 from service.domain.tenants import Window
 from tests.behaviour.house import House, real_house
@@ -29,7 +29,7 @@ def store() -> Iterator[Valkey]:
 @pytest.fixture
 async def house(store: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
     """A gateway on that server, which is quick to take silence for absence."""
-    monkeypatch.setattr(wiring, "REDIS_SECONDS", 0.3)
+    monkeypatch.setattr(container, "REDIS_SECONDS", 0.3)
     async with real_house(store) as found:
         yield found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from service.keyring import Keyring
+from service.crypto import Keyring
 from tests.behaviour.house import SECRET_KEY
 from tests.behaviour.upstreams import USER_KEY
 from tests.cli.conftest import Shell

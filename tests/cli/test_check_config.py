@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from service.cli import main
-from service.keyring import generate_secret_key
+from service.crypto import generate_secret_key
 from tests.support.certificates import certify
 from tests.support.stores import Store, cluster, single, watched
 from tests.support.valkey import Valkey, free_port, running

@@ -9,10 +9,10 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
+from service.container import USER_KEYS, WEBHOOK_SECRETS
+from service.crypto import Keyring
 from service.domain.tenants import Signing
-from service.keyring import Keyring
 from service.usecases.ports import RegistryChange
-from service.wiring import USER_KEYS, WEBHOOK_SECRETS
 from tests.behaviour.house import ENVIRONMENT, SECRET_KEY
 from tests.behaviour.upstreams import USER_KEY
 from tests.cli.conftest import Shell

@@ -12,12 +12,12 @@ import structlog
 from httpx2 import AsyncClient
 
 from service.app import create_app, create_ops_app
+from service.container import assembled
 from service.sandbox.app import SandboxConfig, running
 from service.sandbox.store import Balance
 from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import Keys
-from service.wiring import assembled
 from tests.behaviour.aftermath import problem
 from tests.behaviour.house import ADMIN_TOKEN, ENVIRONMENT, House
 from tests.behaviour.spent import all_usage

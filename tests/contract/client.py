@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from service.clients.upstream import UpstreamClient
+from service.crypto import Keyring
 from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions, Options
 from service.domain.tenants import Account
-from service.keyring import Keyring
 from service.usecases.ports import Check, Image, Submitted
 
 USER_KEY = "hush-hush-key"

@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx2
 
+from service.devstack import server_binary
 from service.domain.tenants import new_token
-from service.storage.embedded import server_binary
 from tests.process.sandbox import Sandbox
 from tests.support.images import png
 from tests.support.valkey import free_port, running

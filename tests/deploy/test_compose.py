@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from service.cli import main
-from service.local import SANDBOX_USER_KEY
+from service.devstack import SANDBOX_USER_KEY
 from service.settings import Role, Settings
 from service.storage.connections import examine
 from tests.deploy.compose import FILE, ROOT, UPSTREAM, MissingError, composed, interpolated, settings

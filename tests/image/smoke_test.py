@@ -20,7 +20,7 @@ from msgspec import MsgspecError, Struct, json
 
 from service import __version__
 from service.demo.run import JOBS
-from service.local import SANDBOX_USER_KEY
+from service.devstack import SANDBOX_USER_KEY
 from tests.image.buildah import Config
 from tests.image.container import Container, Running, numbers, until
 from tests.image.report import Fault, expect, step

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 from redis import Redis
 
-from service.local import SANDBOX_USER_KEY
+from service.devstack import SANDBOX_USER_KEY
 from tests.process.gateway import SECONDS, command
 from tests.support.valkey import Valkey
 

@@ -22,8 +22,8 @@ from tests.support.valkey import Valkey, free_port, running
 
 IMPATIENT = """
 from service.cli import main
-from service.storage import embedded
-embedded._LOCK_SECONDS = 0.1
+from service import devstack
+devstack._LOCK_SECONDS = 0.1
 main(["serve"])
 """
 

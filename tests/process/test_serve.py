@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from service import __version__
-from service.keyring import generate_secret_key
+from service.crypto import generate_secret_key
 from tests.process.gateway import alive, command, environment, serving, started, until
 from tests.support.valkey import Valkey
 

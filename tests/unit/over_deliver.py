@@ -10,9 +10,9 @@ from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from service.api.admin_schemas import task_event
+from service.crypto import Keyring
 from service.domain.tenants import Registry, Signing, Webhook
 from service.domain.webhooks import DeliveryState
-from service.keyring import Keyring
 from service.telemetry.metrics import Metrics
 from service.usecases.admin import Change, Webhooks
 from service.usecases.ports import Check, Delivery, Reply

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
+from service.crypto import Keyring
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import Status, Verdict, WindowCounter
 from service.domain.tasks import FaceEnhanceOptions, Options, Task, TaskIds
 from service.domain.tenants import Account, AccountPolicy, Registry, Tenant, TenantPolicy, Window
-from service.keyring import Keyring
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
 from service.usecases.poller import Watch

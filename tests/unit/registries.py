@@ -18,9 +18,9 @@ from service.api.admin_schemas import (
     TokenEntry,
     WebhookEntry,
 )
+from service.crypto import Keyring
 from service.domain.tasks import Kind
 from service.domain.tenants import Purse, Registry, Window
-from service.keyring import Keyring
 from service.usecases.registry_apply import Plan, Planner
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()

@@ -78,8 +78,8 @@ async def test_no_descriptor(teller: Teller, monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_run_outlasts_the_store(teller: Teller, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job goes on through a store that is away and a fault of the gateway's own."""
-    monkeypatch.setattr("service.usecases.rounds.AWAY_SECONDS", 0)
-    monkeypatch.setattr("service.usecases.rounds.TICK_SECONDS", 0)
+    monkeypatch.setattr("service.usecases.background.AWAY_SECONDS", 0)
+    monkeypatch.setattr("service.usecases.background.TICK_SECONDS", 0)
     claim, tries = teller.agenda.claim, 0
 
     async def claiming(most: int) -> Any:

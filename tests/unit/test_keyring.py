@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.keyring import (
+from service.crypto import (
     GeneratedSecrets,
     Keyring,
     SecretFileError,

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.keyring import generate_secret_key
-from service.production import doubts
-from service.settings import Settings, SettingsError
+from service.crypto import generate_secret_key
+from service.settings import Settings, SettingsError, doubts
 
 ALLOWED = {"GATEWAY_UPSTREAM_CLEARTEXT": "allow"}
 MAKE_A_TOKEN = "must not be one that can be guessed in production: `openssl rand -hex 32` makes one"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.keyring import generate_secret_key
+from service.crypto import generate_secret_key
 from service.settings import SETTINGS, Environment, LogLevel, Role, Settings, SettingsError
 
 KEY = bytes(range(200, 232))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from service.crypto import Keyring
 from service.domain.errors import NotFound
 from service.domain.tasks import PREFIX, Kind, Reference, TaskIds
-from service.keyring import Keyring
 
 OLD, NEW = b"o" * 32, b"n" * 32
 IDS = TaskIds(Keyring([NEW]).purpose("task-id"))

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from service.crypto import Keyring
 from service.domain.tasks import State, Task, TaskIds
-from service.keyring import Keyring
 from service.usecases import background, poller
 from service.usecases.ports import Answered, Check
 from tests.unit.over_fakes import AWAY, Gateway, until

@@ -7,11 +7,11 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service import services as parts
+from service import container
+from service.container import Ports, assembled, furnished
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.usecases.background import Background
-from service.wiring import Ports, assembled, furnished
 from tests.behaviour.house import ENVIRONMENT
 from tests.fakes import FakeAgenda, FakeCallbacks, FakeLedger, FakeRegistry, FakeUpstream
 from tests.fakes.artifacts import FakeArtifacts
@@ -46,7 +46,7 @@ async def test_roles(role: str, works: bool) -> None:
 
 async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that fails, or ends though it should not, is begun again; at the end of the process it is ended."""
-    monkeypatch.setattr(parts, "JOB_RESTART_SECONDS", 0)
+    monkeypatch.setattr(container, "JOB_RESTART_SECONDS", 0)
     begun, third = [], asyncio.Event()
 
     async def job() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from service.child import tied
+from service.devstack import tied
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from service.storage.embedded import server_binary
+from service.devstack import server_binary
 
 _PROGRAMS = {"wrk": "wrk", "nginx": "nginx", "cc": "gcc libc6-dev", "taskset": "util-linux"}
 """Program: the Debian packages that have it."""

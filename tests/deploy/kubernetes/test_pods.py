@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.environ import FILE
-from service.settings import SETTINGS, Role, Settings
+from service.settings import FILE, SETTINGS, Role, Settings
 from service.storage.connections import Topology, parse_url
 from tests.deploy.kubernetes.release import REDIS_URLS, RELEASES, ROLES, environment, kind, named, pods, release
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from deploy.helm.chart import CHART, EXAMPLES, RefusedError, render
-from service.settings import SETTINGS, Settings, SettingsError
-from service.variables import Scope
+from service.settings import SETTINGS, Scope, Settings, SettingsError
 from tests.deploy.kubernetes.release import REDIS_URLS, defaults, environment, named, pods, release
 
 SCHEMA: Any = json.loads((CHART / "values.schema.json").read_text("utf-8"))

