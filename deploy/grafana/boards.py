@@ -32,7 +32,7 @@ class Variable(Struct, frozen=True):
 
     name: str
     metric: str
-    text: str
+    description: str
 
 
 class Row(Struct, frozen=True):
@@ -42,24 +42,24 @@ class Row(Struct, frozen=True):
     panels: tuple[Panel, ...]
 
 
-class Board(Struct, frozen=True):
+class Dashboard(Struct, frozen=True):
     """A dashboard: `name` is that of its file and of its uid, by which alerts and bookmarks know it."""
 
     name: str
     title: str
-    text: str
+    description: str
     rows: tuple[Row, ...]
     variables: tuple[Variable, ...] = ()
-    since: str = "now-6h"
+    time_from: str = "now-6h"
 
     def render(self) -> str:
         """The JSON that Grafana imports; the same on every machine."""
         board = (
             dashboard.Dashboard(f"Imaging gateway: {self.title}")
             .uid(f"gateway-{self.name}")
-            .description(self.text)
+            .description(self.description)
             .tags([TAG])
-            .time(self.since, "now")
+            .time(self.time_from, "now")
             .timezone("browser")
             .refresh("1m")
             .tooltip(DashboardCursorSync.CROSSHAIR)
@@ -81,21 +81,21 @@ class Board(Struct, frozen=True):
         yield dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus")
         # All must also fit where there are no namespaces: a pattern that matches nothing matches what is not there.
         yield (
-            _choice("namespace", "label_values(gateway_build_info, namespace)")
+            _query_variable("namespace", "label_values(gateway_build_info, namespace)")
             .description("The gateway to look at, where several are watched by one Prometheus.")
             .current(VariableOption(selected=True, text="All", value="$__all"))
         )
         for each in self.variables:
             yield (
-                _choice(each.name, f"label_values({series(each.metric)}, {each.name})")
-                .description(each.text)
+                _query_variable(each.name, f"label_values({series(each.metric)}, {each.name})")
+                .description(each.description)
                 .multi(multi=True)
                 .current(VariableOption(selected=True, text=["All"], value=["$__all"]))
             )
         yield dashboard.ConstantVariable("runbook").label("Runbook").value(RUNBOOK)
 
 
-def _choice(name: str, values: str) -> dashboard.QueryVariable:
+def _query_variable(name: str, values: str) -> dashboard.QueryVariable:
     return (
         dashboard.QueryVariable(name)
         .label(name.capitalize())

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from deploy.grafana.panels import COUNT, QUARTER, SHARE, Panel, falling, figure, graph, rising
+from deploy.grafana.panels import COUNT, QUARTER, RATIO, Panel, falling_thresholds, figure, graph, rising_thresholds
 from deploy.grafana.queries import or_zero, series
 
 PERIOD = "30d"
 """Over which time a promise is kept."""
-FAST, SLOW = "1h", "6h"
+FAST_WINDOW, SLOW_WINDOW = "1h", "6h"
 """The spans that show a budget burning away quickly, and steadily."""
 
 
@@ -22,32 +22,32 @@ class Objective(Struct, frozen=True):
     """Of all events this share shall be good, over the period; `sli` is what the recording rules call it."""
 
     title: str
-    meaning: str
-    share: float
+    description: str
+    target_ratio: float
     sli: str
 
-    def good(self) -> str:
+    def good_ratio(self) -> str:
         """The share of good events over the period; all were good if there were none."""
-        return f"1 - ({self._bad(PERIOD)})"
+        return f"1 - ({self._bad_ratio(PERIOD)})"
 
-    def left(self) -> str:
+    def budget_left(self) -> str:
         """What is left of the error budget of the period: 1 if nothing is used, below 0 if it is overdrawn."""
-        return f"1 - ({self._bad(PERIOD)}) / {self._allowed}"
+        return f"1 - ({self._bad_ratio(PERIOD)}) / {self._error_budget}"
 
-    def burn(self, over: str) -> str:
+    def burn_rate(self, over: str) -> str:
         """How many times faster than it may the budget is used; 1 uses it up just at the end of the period."""
-        return f"({self._bad(over)}) / {self._allowed}"
+        return f"({self._bad_ratio(over)}) / {self._error_budget}"
 
     def panels(self) -> Iterable[Panel]:
         """The promise, what is left of its budget, and how that burns away: one line of a dashboard."""
-        promise = f"Promised over 30 days: {100 * self.share:g}% of {self.meaning}."
+        promise = f"Promised over 30 days: {100 * self.target_ratio:g}% of {self.description}."
         yield figure(
             f"{self.title}: good",
             f"{promise} Yellow where that is missed, red where by as much again.",
-            SHARE,
-            {"good": self.good()},
+            RATIO,
+            {"good": self.good_ratio()},
             width=QUARTER,
-            steps=falling(2 * self.share - 1, self.share),
+            steps=falling_thresholds(2 * self.target_ratio - 1, self.target_ratio),
             decimals=3,
         ).height(5)
         yield (
@@ -55,10 +55,10 @@ class Objective(Struct, frozen=True):
                 f"{self.title}: budget left",
                 f"{promise} How much of what that allows to go wrong is left; below a quarter, put off what is"
                 " risky, and below zero the promise is broken.",
-                SHARE,
-                {"left": self.left()},
+                RATIO,
+                {"left": self.budget_left()},
                 width=QUARTER,
-                steps=falling(0, 0.25),
+                steps=falling_thresholds(0, 0.25),
                 decimals=1,
             )
             .min(-1)
@@ -69,15 +69,15 @@ class Objective(Struct, frozen=True):
             f"{promise} 1 uses the budget up just at the end of the period. Worry when both lines are above 6, and drop"
             " everything else when both are above 14.4: then a fiftieth of the budget goes within the hour.",
             COUNT,
-            {FAST: self.burn(FAST), SLOW: self.burn(SLOW)},
-            steps=rising(6, 14.4),
+            {FAST_WINDOW: self.burn_rate(FAST_WINDOW), SLOW_WINDOW: self.burn_rate(SLOW_WINDOW)},
+            steps=rising_thresholds(6, 14.4),
         ).height(5)
 
     @property
-    def _allowed(self) -> str:
-        return f"{1 - self.share:.4g}"
+    def _error_budget(self) -> str:
+        return f"{1 - self.target_ratio:.4g}"
 
-    def _bad(self, over: str) -> str:
+    def _bad_ratio(self, over: str) -> str:
         """The share of bad events, of the worst gateway if there are several; 0 where there were no events."""
         ratio = f"namespace_sli:gateway_sli_bad_requests_per_requests:ratio_rate{over}"
         of_this = series(ratio, f'sli="{self.sli}"')

@@ -39,14 +39,14 @@ PER_MINUTE = units.CountsPerMinute
 SECONDS = units.Seconds
 DAYS = units.Days
 BYTES = units.BytesIEC
-SHARE = units.PercentUnit
+RATIO = units.PercentUnit
 YUAN = "prefix:¥"
 """Grafana has no unit for yuan; with a prefix of our own an amount is also shown in full, not in thousands."""
 
 SIXTH, QUARTER, THIRD, HALF = 4, 6, 8, 12
 """Widths of panels, of the 24 columns of a dashboard."""
-_HIGH = 8
-_LOW = 4
+_TALL = 8
+_SHORT = 4
 _LIMIT = "/(limit|floor)$/"
 
 Panel = timeseries.Panel | stat.Panel | bargauge.Panel | statetimeline.Panel
@@ -58,18 +58,18 @@ Steps = tuple[tuple[float | None, str], ...]
 _P = TypeVar("_P", timeseries.Panel, stat.Panel, bargauge.Panel, statetimeline.Panel)
 
 
-def rising(worry: float, alarm: float) -> Steps:
+def rising_thresholds(warning: float, critical: float) -> Steps:
     """Green, yellow from `worry` on, and red from `alarm` on."""
-    return (None, "green"), (worry, "yellow"), (alarm, "red")
+    return (None, "green"), (warning, "yellow"), (critical, "red")
 
 
-def falling(alarm: float, worry: float) -> Steps:
+def falling_thresholds(critical: float, warning: float) -> Steps:
     """Red below `alarm`, yellow below `worry`, then green."""
-    return (None, "red"), (alarm, "yellow"), (worry, "green")
+    return (None, "red"), (critical, "yellow"), (warning, "green")
 
 
-PLAIN: Steps = ((None, "green"),)
-ANY_IS_BAD: Steps = ((None, "green"), (1, "red"))
+GREEN: Steps = ((None, "green"),)
+RED_FROM_ONE: Steps = ((None, "green"), (1, "red"))
 
 
 def graph(
@@ -79,21 +79,21 @@ def graph(
     queries: Queries,
     *,
     width: int = HALF,
-    steps: Steps = PLAIN,
+    steps: Steps = GREEN,
     stacked: bool = False,
-    most: float | None = None,
+    maximum: float | None = None,
     empty: str = "",
 ) -> timeseries.Panel:
     """Lines over time, from zero up; beyond the first of the steps there are dashed lines."""
-    panel = _panel(timeseries.Panel(), title, text, unit, queries, width, steps, empty).height(_HIGH).min(0)
+    panel = _panel(timeseries.Panel(), title, text, unit, queries, width, steps, empty).height(_TALL).min(0)
     panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC))
     panel.legend(_legend()).tooltip(_tooltip()).show_points(VisibilityMode.NEVER).fill_opacity(8).line_width(1)
     if len(steps) > 1:
         panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(GraphThresholdsStyleMode.DASHED))
     if stacked:
         panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(40)
-    if most is not None:
-        panel.max(most)
+    if maximum is not None:
+        panel.max(maximum)
     if any(legend.endswith(("limit", "floor")) for legend in queries):
         dashes = DynamicConfigValue("custom.lineStyle", {"fill": "dash", "dash": [8, 8]})
         panel.override_by_regexp(_LIMIT, [dashes, DynamicConfigValue("custom.fillOpacity", 0)])
@@ -107,15 +107,15 @@ def figure(
     queries: Queries,
     *,
     width: int = SIXTH,
-    steps: Steps = PLAIN,
+    steps: Steps = GREEN,
     decimals: int | None = None,
     empty: str = "",
 ) -> stat.Panel:
     """The latest value, large, on the colour that it has by the steps."""
-    panel = _panel(stat.Panel(), title, text, unit, queries, width, steps, empty).height(_LOW).min(0)
+    panel = _panel(stat.Panel(), title, text, unit, queries, width, steps, empty).height(_SHORT).min(0)
     panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
-    panel.reduce_options(_last()).graph_mode(BigValueGraphMode.NONE)
-    panel.color_mode(BigValueColorMode.VALUE if steps == PLAIN else BigValueColorMode.BACKGROUND)
+    panel.reduce_options(_last_value()).graph_mode(BigValueGraphMode.NONE)
+    panel.color_mode(BigValueColorMode.VALUE if steps == GREEN else BigValueColorMode.BACKGROUND)
     if decimals is not None:
         panel.decimals(decimals)
     return panel
@@ -128,16 +128,16 @@ def bars(
     queries: Queries,
     *,
     width: int = HALF,
-    steps: Steps = PLAIN,
-    most: float | None = None,
+    steps: Steps = GREEN,
+    maximum: float | None = None,
     empty: str = "",
 ) -> bargauge.Panel:
     """The latest values side by side, to be compared."""
-    panel = _panel(bargauge.Panel(), title, text, unit, queries, width, steps, empty).height(_HIGH).min(0)
+    panel = _panel(bargauge.Panel(), title, text, unit, queries, width, steps, empty).height(_TALL).min(0)
     panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
-    panel.reduce_options(_last()).orientation(VizOrientation.HORIZONTAL).display_mode(BarGaugeDisplayMode.BASIC)
-    if most is not None:
-        panel.max(most)
+    panel.reduce_options(_last_value()).orientation(VizOrientation.HORIZONTAL).display_mode(BarGaugeDisplayMode.BASIC)
+    if maximum is not None:
+        panel.max(maximum)
     return panel
 
 
@@ -145,7 +145,7 @@ def states(
     title: str, text: str, queries: Queries, names: Mapping[int, tuple[str, str]], *, width: int = HALF
 ) -> statetimeline.Panel:
     """Which state held when, by the numbers that stand for the states: their names and colours."""
-    panel = _panel(statetimeline.Panel(), title, text, units.NoUnit, queries, width, PLAIN, "").height(_HIGH)
+    panel = _panel(statetimeline.Panel(), title, text, units.NoUnit, queries, width, GREEN, "").height(_TALL)
     results = {str(each): ValueMappingResult(*names[each], index=place) for place, each in enumerate(names)}
     panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS)).mappings([ValueMap(results)])
     panel.fill_opacity(70).line_width(0)
@@ -176,5 +176,5 @@ def _tooltip() -> common.VizTooltipOptions:
     return common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.DESCENDING)
 
 
-def _last() -> common.ReduceDataOptions:
+def _last_value() -> common.ReduceDataOptions:
     return common.ReduceDataOptions().calcs(["lastNotNull"]).fields("").values(values=False)

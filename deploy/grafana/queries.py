@@ -21,74 +21,74 @@ def series(name: str, *matchers: str) -> str:
 
 _ZERO = f"0 * max({series('gateway_build_info')})"
 """0 while the gateway is seen, else nothing."""
-_ZERO_OF_LEDGER = f"0 * (max({series('gateway_ledger_up')}) == 1)"
+_ZERO_IF_REDIS_UP = f"0 * (max({series('gateway_redis_up')}) == 1)"
 
 
 def or_zero(query: str, label: str = "") -> str:
     """The query, or zero if it finds nothing; a label that it is grouped by then says `none`."""
-    return _or(query, _ZERO, label)
+    return _with_fallback(query, _ZERO, label)
 
 
-def or_zero_of_ledger(query: str, label: str = "") -> str:
+def or_zero_if_redis_up(query: str, label: str = "") -> str:
     """The same for what is read from the ledger: it is zero only if the ledger could be read."""
-    return _or(query, _ZERO_OF_LEDGER, label)
+    return _with_fallback(query, _ZERO_IF_REDIS_UP, label)
 
 
-def total(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
+def sum_by(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     """A gauge of each process, added up."""
-    return f"sum{_grouped(by)} ({series(name, *where)})"
+    return f"sum{_by_clause(by)} ({series(name, *where)})"
 
 
-def latest(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
+def max_by(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     """A gauge that all processes read from the ledger."""
-    return f"max{_grouped(by)} ({series(name, *where)})"
+    return f"max{_by_clause(by)} ({series(name, *where)})"
 
 
 def rate(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     """Events per second of a counter, zero if there were none."""
-    return or_zero(bare_rate(name, *by, where=where), by[0] if by else "")
+    return or_zero(raw_rate(name, *by, where=where), by[0] if by else "")
 
 
-def bare_rate(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
+def raw_rate(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     """Events per second of a counter that may not have begun."""
-    return f"sum{_grouped(by)} (rate({series(name, *where)}[{RATE}]))"
+    return f"sum{_by_clause(by)} (rate({series(name, *where)}[{RATE}]))"
 
 
 def per_minute(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     """Events per minute of a counter, zero if there were none."""
-    return or_zero(f"60 * {bare_rate(name, *by, where=where)}", by[0] if by else "")
+    return or_zero(f"60 * {raw_rate(name, *by, where=where)}", by[0] if by else "")
 
 
 def per_hour(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     """Events per hour of a counter, zero if there were none."""
-    return or_zero(f"3600 * {bare_rate(name, *by, where=where)}", by[0] if by else "")
+    return or_zero(f"3600 * {raw_rate(name, *by, where=where)}", by[0] if by else "")
 
 
-def grown(name: str, *by: str, over: str, where: tuple[str, ...] = ()) -> str:
+def increase_by(name: str, *by: str, over: str, where: tuple[str, ...] = ()) -> str:
     """By how much a counter that all processes read from the ledger has grown."""
-    return f"max{_grouped(by)} (increase({series(name, *where)}[{over}]))"
+    return f"max{_by_clause(by)} (increase({series(name, *where)}[{over}]))"
 
 
 def quantile(share: float, name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     """The value that this share of the observations of a histogram stayed below; nothing where there were none."""
-    buckets = bare_rate(f"{name}_bucket", *by, "le", where=where)
+    buckets = raw_rate(f"{name}_bucket", *by, "le", where=where)
     return f"histogram_quantile({share}, {buckets})"
 
 
 def mean(name: str, *by: str, where: tuple[str, ...] = ()) -> str:
     """The mean of what a histogram or a summary observed; nothing where there were none."""
-    return f"{bare_rate(f'{name}_sum', *by, where=where)} / ({bare_rate(f'{name}_count', *by, where=where)} > 0)"
+    return f"{raw_rate(f'{name}_sum', *by, where=where)} / ({raw_rate(f'{name}_count', *by, where=where)} > 0)"
 
 
-def of_gateways(query: str) -> str:
+def only_gateways(query: str) -> str:
     """Narrow what every process exports down to the processes of the gateway."""
     return f"{query} and on (job, instance) {series('gateway_build_info')}"
 
 
-def _or(query: str, zero: str, label: str) -> str:
+def _with_fallback(query: str, zero: str, label: str) -> str:
     named = f'label_replace({zero}, "{label}", "{_NONE}", "", "")' if label else zero
     return f"{query} or on () {named}"
 
 
-def _grouped(by: tuple[str, ...]) -> str:
+def _by_clause(by: tuple[str, ...]) -> str:
     return f" by ({', '.join(by)})" if by else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana.boards import Board, Row
+from deploy.grafana.boards import Dashboard, Row
 from deploy.grafana.objectives import OBJECTIVES
 from deploy.grafana.panels import (
     BYTES,
@@ -10,30 +10,30 @@ from deploy.grafana.panels import (
     PER_MINUTE,
     PER_SECOND,
     QUARTER,
+    RATIO,
     SECONDS,
-    SHARE,
     THIRD,
     figure,
     graph,
-    rising,
+    rising_thresholds,
 )
 from deploy.grafana.queries import (
     RATE,
-    of_gateways,
+    only_gateways,
     per_minute,
     quantile,
     rate,
     series,
-    total,
+    sum_by,
 )
 
 _REQUESTS = "gateway_http_requests_total"
 _DURATION = "gateway_http_request_duration_seconds"
-_QUIET = "No requests"
+_NO_REQUESTS = "No requests"
 _BUSY = 'state="busy"'
 
 
-_DEMAND = Row(
+_REQUESTS_ROW = Row(
     "Requests",
     (
         graph(
@@ -68,7 +68,7 @@ _DEMAND = Row(
             SECONDS,
             {f"{percent}%": quantile(percent / 100, _DURATION, where=('port="tenants"',)) for percent in (50, 95, 99)},
             width=THIRD,
-            empty=_QUIET,
+            empty=_NO_REQUESTS,
         ),
         graph(
             "Duration by route, 95%",
@@ -77,21 +77,21 @@ _DEMAND = Row(
             SECONDS,
             {"{{method}} {{route}}": quantile(0.95, _DURATION, "method", "route", where=('port="tenants"',))},
             width=THIRD,
-            empty=_QUIET,
+            empty=_NO_REQUESTS,
         ),
         graph(
             "Held open, 95%",
             "How long streams, downloads and waits for the end of a task are held. They are long on purpose; worry when"
             " they all end early, which is what a proxy does that cuts them off.",
             SECONDS,
-            {"{{route}}": quantile(0.95, "gateway_http_held_duration_seconds", "route")},
+            {"{{route}}": quantile(0.95, "gateway_http_stream_duration_seconds", "route")},
             width=THIRD,
             empty="No streams, downloads or waits",
         ),
     ),
 )
 
-_ROOM = Row(
+_SATURATION_ROW = Row(
     "Saturation",
     (
         graph(
@@ -99,7 +99,7 @@ _ROOM = Row(
             "Requests under way at once, in all processes. Worry when it climbs while the rate of requests does not:"
             " something behind the gateway got slow.",
             COUNT,
-            {"{{port}}": total("gateway_http_requests_in_progress", "port")},
+            {"{{port}}": sum_by("gateway_http_requests_in_progress", "port")},
             width=THIRD,
         ),
         graph(
@@ -107,7 +107,7 @@ _ROOM = Row(
             "Clients that wait for a task or follow one. Each costs an open connection and little else; worry when it"
             " grows without end, since then tasks do not end.",
             COUNT,
-            {"waiting": total("gateway_waiting_clients")},
+            {"waiting": sum_by("gateway_waiting_clients")},
             width=THIRD,
         ),
         graph(
@@ -116,8 +116,8 @@ _ROOM = Row(
             " limit uploads wait, and get 503 if that lasts: add processes, or see why the vendor is slow.",
             BYTES,
             {
-                "held": total("gateway_upload_bytes"),
-                "limit": total("gateway_upload_limit_bytes"),
+                "held": sum_by("gateway_upload_bytes"),
+                "limit": sum_by("gateway_upload_limit_bytes"),
             },
             width=THIRD,
         ),
@@ -125,26 +125,26 @@ _ROOM = Row(
             "Connections to the vendor in use",
             "Busy connections as a share of their limit, by operation. At 100% calls wait for their turn; if it lasts,"
             " the vendor got slow or the limit is too low.",
-            SHARE,
+            RATIO,
             {
                 "{{operation}}": (
-                    f"{total('gateway_upstream_connections', 'operation', where=(_BUSY,))}"
-                    f" / on (operation) ({total('gateway_upstream_connections_limit', 'operation')} > 0)"
+                    f"{sum_by('gateway_upstream_connections', 'operation', where=(_BUSY,))}"
+                    f" / on (operation) ({sum_by('gateway_upstream_connections_limit', 'operation')} > 0)"
                 )
             },
             width=THIRD,
-            steps=rising(0.7, 0.9),
-            most=1,
+            steps=rising_thresholds(0.7, 0.9),
+            maximum=1,
         ),
         graph(
             "Checks of tasks in use",
             "Checks under way as a share of how many may be at once. At 100% checks begin late, and so do webhooks and"
             " answers to those who wait.",
-            SHARE,
-            {"checks": (f"{total('gateway_watch_checks_in_progress')} / ({total('gateway_watch_checks_limit')} > 0)")},
+            RATIO,
+            {"checks": (f"{sum_by('gateway_poll_checks_in_progress')} / ({sum_by('gateway_poll_checks_limit')} > 0)")},
             width=THIRD,
-            steps=rising(0.7, 0.9),
-            most=1,
+            steps=rising_thresholds(0.7, 0.9),
+            maximum=1,
         ),
         graph(
             "Event loop lag, 99%",
@@ -153,12 +153,12 @@ _ROOM = Row(
             SECONDS,
             {"{{instance}}": quantile(0.99, "gateway_event_loop_lag_seconds", "instance")},
             width=THIRD,
-            steps=rising(0.1, 0.5),
+            steps=rising_thresholds(0.1, 0.5),
         ),
     ),
 )
 
-_PROCESSES = Row(
+_PROCESSES_ROW = Row(
     "Processes",
     (
         graph(
@@ -173,30 +173,30 @@ _PROCESSES = Row(
             "Memory",
             "Resident memory of each process. It follows the uploads it holds; worry when it only ever grows.",
             BYTES,
-            {"{{instance}}": of_gateways(series("process_resident_memory_bytes"))},
+            {"{{instance}}": only_gateways(series("process_resident_memory_bytes"))},
             width=QUARTER,
         ),
         graph(
             "CPU",
             "Cores used by each process. One process uses one core at most: near 1 it is the bottleneck, so add more.",
             COUNT,
-            {"{{instance}}": of_gateways(f"rate({series('process_cpu_seconds_total')}[{RATE}])")},
+            {"{{instance}}": only_gateways(f"rate({series('process_cpu_seconds_total')}[{RATE}])")},
             width=QUARTER,
-            steps=rising(0.7, 0.9),
+            steps=rising_thresholds(0.7, 0.9),
         ),
         graph(
             "Open files",
             "Files and connections of each process as a share of what it may open. At 100% it can accept no more.",
-            SHARE,
-            {"{{instance}}": of_gateways(f"{series('process_open_fds')} / {series('process_max_fds')}")},
+            RATIO,
+            {"{{instance}}": only_gateways(f"{series('process_open_fds')} / {series('process_max_fds')}")},
             width=QUARTER,
-            steps=rising(0.7, 0.9),
-            most=1,
+            steps=rising_thresholds(0.7, 0.9),
+            maximum=1,
         ),
     ),
 )
 
-_LEDGER = Row(
+_REDIS_ROW = Row(
     "Ledger (Redis)",
     (
         figure(
@@ -204,7 +204,7 @@ _LEDGER = Row(
             "1 if every process could read the ledger when last scraped. At 0 submissions are refused with 503, while"
             " reads go on; what dashboards show of quota, balances and queues is missing meanwhile.",
             COUNT,
-            {"readable": f"min({series('gateway_ledger_up')})"},
+            {"readable": f"min({series('gateway_redis_up')})"},
             steps=((None, "red"), (1, "green")),
         ).height(8),
         graph(
@@ -212,7 +212,7 @@ _LEDGER = Row(
             "Calls of the ledger by what they are for: reserve and settle for each submission, claim and record for"
             " each check, read for the rest. They follow the load; a call that alone runs away is a loop.",
             PER_SECOND,
-            {"{{call}}": rate("gateway_ledger_calls_total", "call")},
+            {"{{command}}": rate("gateway_redis_calls_total", "command")},
             width=20,
         ),
         graph(
@@ -221,8 +221,8 @@ _LEDGER = Row(
             " that failed, which is a fault of ours. Zero is right, but for a moment during a failover.",
             PER_MINUTE,
             {
-                "{{outcome}} {{call}}": per_minute(
-                    "gateway_ledger_calls_total", "outcome", "call", where=('outcome!="ok"',)
+                "{{outcome}} {{command}}": per_minute(
+                    "gateway_redis_calls_total", "outcome", "command", where=('outcome!="ok"',)
                 )
             },
             width=QUARTER,
@@ -232,9 +232,9 @@ _LEDGER = Row(
             "How long calls of the ledger take. A script takes a few milliseconds; worry above 50, where submissions"
             " and reads become slow with it.",
             SECONDS,
-            {"{{call}}": quantile(0.99, "gateway_ledger_call_duration_seconds", "call")},
+            {"{{command}}": quantile(0.99, "gateway_redis_call_duration_seconds", "command")},
             width=QUARTER,
-            steps=rising(0.05, 0.25),
+            steps=rising_thresholds(0.05, 0.25),
             empty="No calls",
         ),
         graph(
@@ -244,7 +244,7 @@ _LEDGER = Row(
             SECONDS,
             {"offset": f"max({series('gateway_ledger_clock_offset_seconds')})"},
             width=QUARTER,
-            steps=rising(1, 60),
+            steps=rising_thresholds(1, 60),
         ),
         graph(
             "Redis errors",
@@ -257,16 +257,16 @@ _LEDGER = Row(
     ),
 )
 
-SERVICE = Board(
+SERVICE = Dashboard(
     "service",
     "service",
     "Start here: whether the gateway keeps what it promises, and if not, whether it is asked too much, has too little"
     " room, or misses something it depends on.",
     (
         Row("Objectives", tuple(panel for each in OBJECTIVES for panel in each.panels())),
-        _DEMAND,
-        _ROOM,
-        _PROCESSES,
-        _LEDGER,
+        _REQUESTS_ROW,
+        _SATURATION_ROW,
+        _PROCESSES_ROW,
+        _REDIS_ROW,
     ),
 )

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from deploy.grafana.boards import Board, Row, Variable
+from deploy.grafana.boards import Dashboard, Row, Variable
 from deploy.grafana.panels import (
-    ANY_IS_BAD,
     COUNT,
     PER_MINUTE,
     PER_SECOND,
     QUARTER,
+    RED_FROM_ONE,
     SECONDS,
     THIRD,
     figure,
     graph,
-    rising,
+    rising_thresholds,
 )
 from deploy.grafana.queries import (
-    latest,
+    max_by,
     mean,
-    or_zero_of_ledger,
+    or_zero_if_redis_up,
     per_minute,
     quantile,
     rate,
-    total,
+    sum_by,
 )
 
 _TENANT = 'tenant=~"$tenant"'
 _LOW = 6
-_NO_ENDS = "No task has ended"
+_NO_FINISHED_TASKS = "No task has ended"
 
 _SUCCEEDED = 'state="succeeded"'
 
 
-def _active() -> str:
+def _active_tasks() -> str:
     """Active tasks by kind: what every process reads of each tenant, added up."""
-    return f"sum by (kind) ({latest('gateway_tasks_active', 'tenant', 'kind', where=(_TENANT,))})"
+    return f"sum by (kind) ({max_by('gateway_tasks_active', 'tenant', 'kind', where=(_TENANT,))})"
 
 
-_TASKS = Row(
+_TASKS_ROW = Row(
     "Tasks",
     (
         graph(
@@ -62,7 +62,7 @@ _TASKS = Row(
             "Tasks that were accepted and have not ended, by kind, from the ledger. Worry when it grows while no more"
             " is submitted.",
             COUNT,
-            {"{{kind}}": or_zero_of_ledger(_active(), "kind")},
+            {"{{kind}}": or_zero_if_redis_up(_active_tasks(), "kind")},
             width=THIRD,
             stacked=True,
         ),
@@ -74,7 +74,7 @@ _TASKS = Row(
                 SECONDS,
                 {"{{kind}}": quantile(percent / 100, "gateway_task_duration_seconds", "kind", where=(_SUCCEEDED,))},
                 width=THIRD,
-                empty=_NO_ENDS,
+                empty=_NO_FINISHED_TASKS,
             )
             for percent in (50, 95)
         ),
@@ -85,7 +85,7 @@ _TASKS = Row(
             SECONDS,
             {"{{tenant}}": mean("gateway_tenant_task_duration_seconds", "tenant", where=(_TENANT,))},
             width=THIRD,
-            empty=_NO_ENDS,
+            empty=_NO_FINISHED_TASKS,
         ),
         graph(
             "Submissions by outcome",
@@ -105,7 +105,7 @@ _TASKS = Row(
     ),
 )
 
-_WATCH = Row(
+_POLLER_ROW = Row(
     "Watch and settlement",
     (
         graph(
@@ -113,7 +113,7 @@ _WATCH = Row(
             "Tasks that the processes ask the vendor about in turns. Worry when it is far from the active ones: those"
             " that are not watched are not seen to end.",
             COUNT,
-            {"watched": or_zero_of_ledger(latest("gateway_watch_tasks"))},
+            {"watched": or_zero_if_redis_up(max_by("gateway_poll_tasks"))},
             width=QUARTER,
         ),
         graph(
@@ -121,16 +121,16 @@ _WATCH = Row(
             "For how long the first check that nobody took has been due. Above a minute the processes do not keep up,"
             " or none is watching.",
             SECONDS,
-            {"overdue": or_zero_of_ledger(latest("gateway_watch_overdue_seconds"))},
+            {"overdue": or_zero_if_redis_up(max_by("gateway_poll_overdue_seconds"))},
             width=QUARTER,
-            steps=rising(30, 60),
+            steps=rising_thresholds(30, 60),
         ),
         graph(
             "Lateness of checks",
             "How late checks begin after they were due. Worry above a few seconds: everybody who waits for a task"
             " waits so much longer.",
             SECONDS,
-            {f"{each}%": quantile(each / 100, "gateway_watch_lag_seconds") for each in (50, 95, 99)},
+            {f"{each}%": quantile(each / 100, "gateway_poll_lag_seconds") for each in (50, 95, 99)},
             width=QUARTER,
             empty="No checks",
         ),
@@ -139,8 +139,8 @@ _WATCH = Row(
             "Checks under way in all processes, and how many may be. At the limit they begin late.",
             COUNT,
             {
-                "checks": total("gateway_watch_checks_in_progress"),
-                "limit": total("gateway_watch_checks_limit"),
+                "checks": sum_by("gateway_poll_checks_in_progress"),
+                "limit": sum_by("gateway_poll_checks_limit"),
             },
             width=QUARTER,
         ),
@@ -149,7 +149,7 @@ _WATCH = Row(
             "What checks were answered. Most say `running`. `silent` is a task that the vendor does not know,"
             " `unusable` an end without results, `nothing` no answer at all: worry when these stay.",
             PER_MINUTE,
-            {"{{answer}}": per_minute("gateway_watch_checks_total", "answer")},
+            {"{{outcome}}": per_minute("gateway_poll_checks_total", "outcome")},
             width=THIRD,
             stacked=True,
         ),
@@ -158,7 +158,7 @@ _WATCH = Row(
             "How many checks a process takes in one call, in the mean and at the top. Always at the top: there is more"
             " to check than the processes get round to.",
             COUNT,
-            {"mean": mean("gateway_watch_batch_size"), "95%": quantile(0.95, "gateway_watch_batch_size")},
+            {"mean": mean("gateway_poll_batch_size"), "95%": quantile(0.95, "gateway_poll_batch_size")},
             width=THIRD,
             empty="No checks",
         ),
@@ -168,16 +168,16 @@ _WATCH = Row(
             " process died before it knew its outcome. Both should be zero; the latter are now of unknown outcome.",
             COUNT,
             {
-                "waiting to be booked": total("gateway_settlements_waiting"),
+                "waiting to be booked": sum_by("gateway_settlements_pending"),
                 "expired a minute": per_minute("gateway_reservations_expired_total"),
             },
             width=THIRD,
-            steps=ANY_IS_BAD,
+            steps=RED_FROM_ONE,
         ),
     ),
 )
 
-_WEBHOOKS = Row(
+_WEBHOOKS_ROW = Row(
     "Webhooks",
     (
         figure(
@@ -185,16 +185,16 @@ _WEBHOOKS = Row(
             "Deliveries that were given up in the last 30 days. Their tenants may not know that tasks ended; an"
             " operator can send them again.",
             COUNT,
-            {"given up": or_zero_of_ledger(latest("gateway_webhooks_failed"))},
+            {"given up": or_zero_if_redis_up(max_by("gateway_webhooks_failed"))},
             width=QUARTER,
-            steps=ANY_IS_BAD,
+            steps=RED_FROM_ONE,
         ).height(_LOW),
         figure(
             "Receivers waiting",
             "Receivers that something is still to be delivered to. One that stays is a tenant whose endpoint does not"
             " answer; many at once are our network.",
             COUNT,
-            {"receivers": or_zero_of_ledger(latest("gateway_webhook_receivers"))},
+            {"receivers": or_zero_if_redis_up(max_by("gateway_webhook_queues"))},
             width=QUARTER,
         ).height(_LOW),
         graph(
@@ -202,8 +202,8 @@ _WEBHOOKS = Row(
             "For how long the first delivery that nobody took has been due. Above five minutes the processes do not"
             " keep up, or none delivers.",
             SECONDS,
-            {"overdue": or_zero_of_ledger(latest("gateway_webhook_overdue_seconds"))},
-            steps=rising(60, 300),
+            {"overdue": or_zero_if_redis_up(max_by("gateway_webhook_overdue_seconds"))},
+            steps=rising_thresholds(60, 300),
         ).height(_LOW),
         graph(
             "Attempts by state",
@@ -224,11 +224,11 @@ _WEBHOOKS = Row(
     ),
 )
 
-TASKS = Board(
+TASKS = Dashboard(
     "tasks",
     "tasks and webhooks",
     "What becomes of tasks, how long they take, whether the gateway looks after them in time, and whether tenants are"
     " told.",
-    (_TASKS, _WATCH, _WEBHOOKS),
+    (_TASKS_ROW, _POLLER_ROW, _WEBHOOKS_ROW),
     variables=(Variable("tenant", "gateway_tenant_spent_yuan", "Which tenants to show, where tasks are by tenant."),),
 )

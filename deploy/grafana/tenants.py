@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from deploy.grafana.boards import Board, Row, Variable
+from deploy.grafana.boards import Dashboard, Row, Variable
 from deploy.grafana.panels import (
     COUNT,
     PER_MINUTE,
     QUARTER,
+    RATIO,
     SECONDS,
-    SHARE,
     THIRD,
     YUAN,
     bars,
     figure,
     graph,
-    rising,
+    rising_thresholds,
 )
-from deploy.grafana.queries import latest, or_zero_of_ledger, per_hour, per_minute, series
+from deploy.grafana.queries import max_by, or_zero_if_redis_up, per_hour, per_minute, series
 
 _TENANT = 'tenant=~"$tenant"'
 _NO_LIMITS = "No tenant has a limit"
-_SPENT = "gateway_tenant_spent_yuan"
-_EXACT = "Exact, from the ledger, refunds taken off; calendar time in UTC."
-_PACE = (
+_SPENT_METRIC = "gateway_tenant_spent_yuan"
+_EXACT_NOTE = "Exact, from the ledger, refunds taken off; calendar time in UTC."
+_RATE_NOTE = (
     "Counted by the processes when tasks end, so only a pace: a restart begins anew, and the exact sums are in the row"
     " above."
 )
 
 
 def _quota(name: str, *where: str) -> str:
-    return latest(f"gateway_quota_{name}", "tenant", "policy", where=(_TENANT, *where))
+    return max_by(f"gateway_quota_{name}", "tenant", "policy", where=(_TENANT, *where))
 
 
-def _burn() -> str:
+def _used_ratio() -> str:
     return f"({_quota('used')} + {_quota('reserved')}) / ({_quota('limit')} > 0)"
 
 
-def _runs_out(window: str, over: str, before: str) -> str:
+def _time_until_limit(window: str, over: str, before: str) -> str:
     """In how many seconds the limits of a window are reached at the pace of late, where that is before they reset."""
     where = f'policy=~"{window}-.*"'
     left = f"clamp_min({_quota('limit', where)} - {_quota('used', where)} - {_quota('reserved', where)}, 0)"
@@ -45,7 +45,7 @@ def _runs_out(window: str, over: str, before: str) -> str:
     return f"{left} / ({pace} > 0) < {before}"
 
 
-_RUNS = (
+_FORECASTS = (
     ("hour", "10m", "3600 - time() % 3600"),
     ("day", "1h", "86400 - time() % 86400"),
     ("month", "6h", "(scalar(days_in_month()) + 1 - scalar(day_of_month())) * 86400 - time() % 86400"),
@@ -56,33 +56,33 @@ _RUNS = (
 
 def _spent(window: str) -> str:
     """What all chosen tenants have spent in the current window; zero if the ledger says of none that it has."""
-    return or_zero_of_ledger(f"sum({_per_tenant(window)})")
+    return or_zero_if_redis_up(f"sum({_per_tenant(window)})")
 
 
 def _per_tenant(window: str) -> str:
-    return latest(_SPENT, "tenant", where=(_TENANT, f'window="{window}"'))
+    return max_by(_SPENT_METRIC, "tenant", where=(_TENANT, f'window="{window}"'))
 
 
-_QUOTA = Row(
+_QUOTA_ROW = Row(
     "Quota",
     (
         bars(
             "How full each limit is",
             "Used and reserved, as a share of the limit, by tenant and policy. At 100% the tenant gets 429 until the"
             " window resets; raise the limit before, or let it stop where that is what it is for.",
-            SHARE,
-            {"{{tenant}} {{policy}}": f"topk(20, {_burn()})"},
-            steps=rising(0.8, 0.95),
-            most=1,
+            RATIO,
+            {"{{tenant}} {{policy}}": f"topk(20, {_used_ratio()})"},
+            steps=rising_thresholds(0.8, 0.95),
+            maximum=1,
             empty=_NO_LIMITS,
         ),
         graph(
             "How full each limit was",
             "Used and reserved as a share of the limit, over time. Windows fall back to zero when they reset; a line"
             " that reaches 100% day after day is a limit that no longer fits.",
-            SHARE,
-            {"{{tenant}} {{policy}}": _burn()},
-            steps=rising(0.8, 0.95),
+            RATIO,
+            {"{{tenant}} {{policy}}": _used_ratio()},
+            steps=rising_thresholds(0.8, 0.95),
             empty=_NO_LIMITS,
         ),
         graph(
@@ -92,7 +92,7 @@ _QUOTA = Row(
             " window resets is shown, and of totals what does within 30 days. Just after a reset the pace is not"
             " known yet.",
             SECONDS,
-            {"{{tenant}} {{policy}}": " or ".join(_runs_out(*each) for each in _RUNS)},
+            {"{{tenant}} {{policy}}": " or ".join(_time_until_limit(*each) for each in _FORECASTS)},
             empty="No limit runs out at this pace",
         ),
         graph(
@@ -105,20 +105,20 @@ _QUOTA = Row(
     ),
 )
 
-_SPENDING = Row(
+_SPENDING_ROW = Row(
     "Spent (exact)",
     (
         figure(
             "Tenants",
             "Tenants that the gateway knows, chosen or not. Worry when it falls: their tokens are refused.",
             COUNT,
-            {"tenants": or_zero_of_ledger(latest("gateway_tenants"))},
+            {"tenants": or_zero_if_redis_up(max_by("gateway_tenants"))},
             width=QUARTER,
         ),
         *(
             figure(
                 title,
-                f"Money that the chosen tenants have spent {text}. {_EXACT} Worry when it is more than"
+                f"Money that the chosen tenants have spent {text}. {_EXACT_NOTE} Worry when it is more than"
                 " is meant to be spent, whatever the limits say.",
                 YUAN,
                 {"spent": _spent(window)},
@@ -134,29 +134,29 @@ _SPENDING = Row(
         *(
             bars(
                 f"{title} by tenant",
-                f"The 15 tenants that spent the most {text}. {_EXACT} Worry about one that is not usually here.",
+                f"The 15 tenants that spent the most {text}. {_EXACT_NOTE} Worry about one that is not usually here.",
                 YUAN,
-                {"{{tenant}}": or_zero_of_ledger(f"topk(15, {_per_tenant(window)})", "tenant")},
+                {"{{tenant}}": or_zero_if_redis_up(f"topk(15, {_per_tenant(window)})", "tenant")},
             )
             for title, text, window in (("Today", "today", "day"), ("This month", "this month", "month"))
         ),
     ),
 )
 
-_PACES = Row(
+_RATES_ROW = Row(
     "Pace",
     (
         graph(
             "Money by tenant",
-            f"Yuan an hour that ended tasks took. {_PACE} Worry about a step up that nobody announced.",
+            f"Yuan an hour that ended tasks took. {_RATE_NOTE} Worry about a step up that nobody announced.",
             YUAN,
             {"{{tenant}}": per_hour("gateway_spent_yuan_total", "tenant", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Money by kind",
-            f"Yuan an hour that ended tasks of each kind took. {_PACE} Worry when a kind costs more while there are no"
-            " more tasks of it: the vendor has raised its price.",
+            f"Yuan an hour that ended tasks of each kind took. {_RATE_NOTE} Worry when a kind costs more while"
+            " there are no more tasks of it: the vendor has raised its price.",
             YUAN,
             {"{{kind}}": per_hour("gateway_spent_yuan_total", "kind", where=(_TENANT,))},
             stacked=True,
@@ -164,14 +164,14 @@ _PACES = Row(
         graph(
             "Prepaid uses by tenant",
             f"Prepaid uses an hour that ended tasks took; while there are some left, tasks cost these and no money."
-            f" {_PACE} Worry about a step up that nobody announced.",
+            f" {_RATE_NOTE} Worry about a step up that nobody announced.",
             COUNT,
             {"{{tenant}}": per_hour("gateway_spent_uses_total", "tenant", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Prepaid uses by kind",
-            f"Prepaid uses an hour that ended tasks of each kind took. {_PACE} Worry when they end sooner than"
+            f"Prepaid uses an hour that ended tasks of each kind took. {_RATE_NOTE} Worry when they end sooner than"
             " planned.",
             COUNT,
             {"{{kind}}": per_hour("gateway_spent_uses_total", "kind", where=(_TENANT,))},
@@ -191,7 +191,7 @@ _PACES = Row(
             "How the cost of ended tasks is known, of all tenants: seen in the balance, estimated from an earlier price"
             " where tasks overlapped, or unknown. Many unknown ones: the vendor has ceased to tell its balance.",
             PER_MINUTE,
-            {"{{basis}}": per_minute("gateway_receipts_total", "basis")},
+            {"{{basis}}": per_minute("gateway_task_costs_total", "basis")},
             width=THIRD,
             stacked=True,
         ),
@@ -206,12 +206,12 @@ _PACES = Row(
     ),
 )
 
-TENANTS = Board(
+TENANTS = Dashboard(
     "tenants",
     "tenants and spend",
     "Who spends what, how full their limits are, and when they run out. Tenants beyond the first 200 are together"
     " as `other`.",
-    (_QUOTA, _SPENDING, _PACES),
+    (_QUOTA_ROW, _SPENDING_ROW, _RATES_ROW),
     variables=(Variable("tenant", "gateway_tenant_spent_yuan", "Which tenants to show."),),
-    since="now-24h",
+    time_from="now-24h",
 )

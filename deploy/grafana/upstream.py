@@ -2,51 +2,51 @@
 
 from __future__ import annotations
 
-from deploy.grafana.boards import Board, Row, Variable
+from deploy.grafana.boards import Dashboard, Row, Variable
 from deploy.grafana.panels import (
-    ANY_IS_BAD,
     COUNT,
     DAYS,
     PER_MINUTE,
     PER_SECOND,
     QUARTER,
+    RATIO,
+    RED_FROM_ONE,
     SECONDS,
-    SHARE,
     THIRD,
     YUAN,
     bars,
-    falling,
+    falling_thresholds,
     graph,
-    rising,
+    rising_thresholds,
     states,
 )
 from deploy.grafana.queries import (
-    grown,
-    latest,
+    increase_by,
+    max_by,
     or_zero,
-    or_zero_of_ledger,
+    or_zero_if_redis_up,
     per_hour,
     per_minute,
     quantile,
     rate,
     series,
-    total,
+    sum_by,
 )
 
 _ACCOUNT = 'account=~"$account"'
-_UNSEEN = "No balance has been seen yet"
+_NO_BALANCE = "No balance has been seen yet"
 _REQUESTS = "gateway_upstream_requests_total"
 _DURATION = "gateway_upstream_request_duration_seconds"
-_WRONG = "unknown|not-sent|misconfigured|redirected|nothing|unusable|silent|unreachable|broken-off"
+_ERROR_OUTCOMES = "unknown|not-sent|misconfigured|redirected|no_response|invalid|not_found|unreachable|transfer-aborted"
 """Outcomes of requests to the upstream without an answer that can be used; a refusal is one."""
 
 
 def _account(name: str, *where: str) -> str:
-    return latest(f"gateway_account_{name}", "account", where=(_ACCOUNT, *where))
+    return max_by(f"gateway_account_{name}", "account", where=(_ACCOUNT, *where))
 
 
 def _days_left(unit: str) -> str:
-    days = series("namespace_account_unit:gateway_account_left:days", _ACCOUNT, f'unit="{unit}"')
+    days = series("namespace_account_unit:gateway_account_remaining:days", _ACCOUNT, f'unit="{unit}"')
     return f"min by (account) ({days})"
 
 
@@ -54,17 +54,17 @@ def _state(state: str) -> str:
     return _account("state", f'state="{state}"')
 
 
-def _unexplained(unit: str) -> str:
+def _unexplained_drop(unit: str) -> str:
     name = f"gateway_account_unexplained_{unit}_total"
-    return or_zero_of_ledger(grown(name, "account", where=(_ACCOUNT,), over="1h"), "account")
+    return or_zero_if_redis_up(increase_by(name, "account", where=(_ACCOUNT,), over="1h"), "account")
 
 
-def _wrong() -> str:
+def _error_rate() -> str:
     ratio = series("namespace_operation:gateway_upstream_request_errors_per_requests:ratio_rate10m")
     return or_zero(f"max by (operation) ({ratio} >= 0)", "operation")
 
 
-_BALANCES = Row(
+_BALANCES_ROW = Row(
     "Balances",
     (
         graph(
@@ -73,7 +73,7 @@ _BALANCES = Row(
             " using it. Top up before the lines meet, unless the account may go on with money.",
             COUNT,
             {"{{account}}": _account("remaining_uses"), "{{account}} floor": _account("floor_uses")},
-            empty=_UNSEEN,
+            empty=_NO_BALANCE,
         ),
         graph(
             "Money left",
@@ -81,7 +81,7 @@ _BALANCES = Row(
             " are left, tenants of that account get 402.",
             YUAN,
             {"{{account}}": _account("remaining_yuan"), "{{account}} floor": _account("floor_yuan")},
-            empty=_UNSEEN,
+            empty=_NO_BALANCE,
         ),
         bars(
             "Days left, prepaid uses",
@@ -90,7 +90,7 @@ _BALANCES = Row(
             DAYS,
             {"{{account}}": _days_left("uses")},
             width=QUARTER,
-            steps=falling(1, 7),
+            steps=falling_thresholds(1, 7),
             empty="Nothing was taken in the last 7 days",
         ),
         bars(
@@ -100,7 +100,7 @@ _BALANCES = Row(
             DAYS,
             {"{{account}}": _days_left("yuan")},
             width=QUARTER,
-            steps=falling(1, 7),
+            steps=falling_thresholds(1, 7),
             empty="Nothing was taken in the last 7 days",
         ),
         states(
@@ -113,7 +113,7 @@ _BALANCES = Row(
     ),
 )
 
-_BOOKS = Row(
+_SPENDING_ROW = Row(
     "Books",
     (
         graph(
@@ -137,34 +137,34 @@ _BOOKS = Row(
             "Prepaid uses that vanished within an hour and that no task of the gateway explains. Anything above zero:"
             " somebody else uses the key. Find out who, or have the key changed.",
             COUNT,
-            {"{{account}}": _unexplained("uses")},
+            {"{{account}}": _unexplained_drop("uses")},
             width=QUARTER,
-            steps=ANY_IS_BAD,
+            steps=RED_FROM_ONE,
         ),
         graph(
             "Unexplained money",
             "Yuan that vanished within an hour and that no task of the gateway explains. Anything above zero: somebody"
             " else uses the key, or the vendor has raised its prices.",
             YUAN,
-            {"{{account}}": _unexplained("yuan")},
+            {"{{account}}": _unexplained_drop("yuan")},
             width=QUARTER,
-            steps=ANY_IS_BAD,
+            steps=RED_FROM_ONE,
         ),
         graph(
             "Balance last seen",
             "How long ago an answer told the balance. The vendor tells it only with tasks, so it is old when nothing is"
             " done; worry when tasks run and it grows: answers have lost their figures.",
             SECONDS,
-            {"{{account}}": _account("since_seen_seconds")},
+            {"{{account}}": _account("balance_age_seconds")},
             width=THIRD,
-            empty=_UNSEEN,
+            empty=_NO_BALANCE,
         ),
         graph(
             "Open submissions",
             "Submissions of each account that have not ended. They follow the load; worry when they stay while nothing"
             " is submitted, since each holds a use or money of its account.",
             COUNT,
-            {"{{account}}": or_zero_of_ledger(_account("open_submissions"), "account")},
+            {"{{account}}": or_zero_if_redis_up(_account("open_submissions"), "account")},
             width=THIRD,
         ),
         graph(
@@ -172,14 +172,14 @@ _BOOKS = Row(
             "Sent, but no usable answer came: nobody knows whether they were paid for. Each stays charged to its tenant"
             " until an operator looks at it; the runbook says how.",
             COUNT,
-            {"{{account}}": or_zero_of_ledger(_account("unknown_submissions"), "account")},
+            {"{{account}}": or_zero_if_redis_up(_account("unknown_submissions"), "account")},
             width=THIRD,
-            steps=ANY_IS_BAD,
+            steps=RED_FROM_ONE,
         ),
     ),
 )
 
-_VENDOR = Row(
+_VENDOR_ROW = Row(
     "Vendor",
     (
         graph(
@@ -197,7 +197,7 @@ _VENDOR = Row(
             PER_MINUTE,
             {
                 "{{operation}} {{outcome}}": per_minute(
-                    _REQUESTS, "operation", "outcome", where=(f'outcome=~"{_WRONG}"',)
+                    _REQUESTS, "operation", "outcome", where=(f'outcome=~"{_ERROR_OUTCOMES}"',)
                 )
             },
             width=THIRD,
@@ -206,10 +206,10 @@ _VENDOR = Row(
             "Share that went wrong",
             "Requests that got no answer which can be used, as a share of all, over 10 minutes. Worry when it stays"
             " above 5%.",
-            SHARE,
-            {"{{operation}}": _wrong()},
+            RATIO,
+            {"{{operation}}": _error_rate()},
             width=THIRD,
-            steps=rising(0.01, 0.05),
+            steps=rising_thresholds(0.01, 0.05),
         ),
         *(
             graph(
@@ -217,7 +217,11 @@ _VENDOR = Row(
                 "How long requests took that were answered, by operation. A submission includes the upload"
                 " and takes seconds; a check takes well under one. Worry when either doubles.",
                 SECONDS,
-                {"{{operation}}": quantile(percent / 100, _DURATION, "operation", where=(f'outcome!~"{_WRONG}"',))},
+                {
+                    "{{operation}}": quantile(
+                        percent / 100, _DURATION, "operation", where=(f'outcome!~"{_ERROR_OUTCOMES}"',)
+                    )
+                },
                 width=THIRD,
                 empty="No requests",
             )
@@ -238,8 +242,8 @@ _VENDOR = Row(
             " wait for their turn.",
             COUNT,
             {
-                "{{operation}}": total("gateway_upstream_connections", "operation", where=('state="busy"',)),
-                "{{operation}} limit": total("gateway_upstream_connections_limit", "operation"),
+                "{{operation}}": sum_by("gateway_upstream_connections", "operation", where=('state="busy"',)),
+                "{{operation}} limit": sum_by("gateway_upstream_connections_limit", "operation"),
             },
             width=THIRD,
         ),
@@ -248,7 +252,7 @@ _VENDOR = Row(
             "Requests that wait for their turn, by operation. Above zero for long: the vendor got slow, or the limit on"
             " connections is too low for the load.",
             COUNT,
-            {"{{operation}}": total("gateway_upstream_waiting", "operation")},
+            {"{{operation}}": sum_by("gateway_upstream_waiting", "operation")},
             width=THIRD,
         ),
         graph(
@@ -256,19 +260,19 @@ _VENDOR = Row(
             "Processes that give up requests to an address at once, since it could not be reached. Above zero"
             " submissions get 503 there; it closes by itself when the address answers again.",
             COUNT,
-            {"{{upstream}}": or_zero(total("gateway_upstream_breaker_open", "upstream"), "upstream")},
+            {"{{upstream}}": or_zero(sum_by("gateway_upstream_breaker_open", "upstream"), "upstream")},
             width=THIRD,
-            steps=ANY_IS_BAD,
+            steps=RED_FROM_ONE,
         ),
     ),
 )
 
-UPSTREAM = Board(
+UPSTREAM = Dashboard(
     "upstream",
     "upstream and accounts",
     "What is left to spend at the vendor and for how long, whether the books agree with the balances, and how the"
     " vendor behaves.",
-    (_BALANCES, _BOOKS, _VENDOR),
+    (_BALANCES_ROW, _SPENDING_ROW, _VENDOR_ROW),
     variables=(Variable("account", "gateway_account_open_submissions", "Which accounts to show."),),
-    since="now-24h",
+    time_from="now-24h",
 )

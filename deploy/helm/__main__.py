@@ -11,7 +11,7 @@ import yaml
 from deploy.helm.chart import EXAMPLES, Resource, render
 
 FOLDER = Path(__file__).parents[2] / "tests" / "deploy" / "golden"
-_ELSEWHERE = "as in deploy/"
+_COPIED_FROM = "as in deploy/"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -24,42 +24,42 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
-def rendered() -> Mapping[str, str]:
+def render_all() -> Mapping[str, str]:
     """The text of each file, by its name: the resources in an order of their own, not in that of the templates."""
-    return {f"{name}.yaml": _written(render(values)) for name, values in EXAMPLES.items()}
+    return {f"{name}.yaml": _format_resources(render(values)) for name, values in EXAMPLES.items()}
 
 
-def drifted(folder: Path, wanted: Mapping[str, str]) -> Iterable[str]:
+def find_drift(folder: Path, wanted: Mapping[str, str]) -> Iterable[str]:
     """The names of files in a folder that are not what would be written: missing, different, or no longer wanted."""
     there = {each.name: each.read_text("utf-8") for each in folder.glob("*.yaml")}
     return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
 
 
-def write(folder: Path, wanted: Mapping[str, str]) -> None:
+def write_examples(folder: Path, wanted: Mapping[str, str]) -> None:
     """Make a folder hold these files, and no others."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in drifted(folder, wanted):
+    for name in find_drift(folder, wanted):
         if name in wanted:
             (folder / name).write_text(wanted[name], "utf-8")
         else:
             (folder / name).unlink()
 
 
-def _written(resources: Iterable[Resource]) -> str:
+def _format_resources(resources: Iterable[Resource]) -> str:
     ordered = sorted(resources, key=lambda each: (each["kind"], each["metadata"]["name"]))
-    shortened = [_without_copies(each) for each in ordered]
+    shortened = [_omit_copies(each) for each in ordered]
     text: str = yaml.dump_all(
         shortened, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, explicit_start=True
     )
     return text
 
 
-def _without_copies(resource: Resource) -> Resource:
+def _omit_copies(resource: Resource) -> Resource:
     """A resource without what it takes from another folder, which changes for reasons of its own."""
     if resource["kind"] == "PrometheusRule":
-        return {**resource, "spec": f"{_ELSEWHERE}prometheus"}
+        return {**resource, "spec": f"{_COPIED_FROM}prometheus"}
     if "-dashboard-" in resource["metadata"]["name"]:
-        return {**resource, "data": dict.fromkeys(resource["data"], f"{_ELSEWHERE}grafana/dashboards")}
+        return {**resource, "data": dict.fromkeys(resource["data"], f"{_COPIED_FROM}grafana/dashboards")}
     return resource
 
 
@@ -68,11 +68,11 @@ def _without_copies(resource: Resource) -> Resource:
 @click.option("--check", is_flag=True, help="Write nothing; fail if anything would be written.")
 def main(*, folder: Path, check: bool) -> None:
     """Render the chart with each of its examples, for people to read what a change of it comes to."""
-    wanted = rendered()
+    wanted = render_all()
     if not check:
-        write(folder, wanted)
+        write_examples(folder, wanted)
         return
-    names = drifted(folder, wanted)
+    names = find_drift(folder, wanted)
     if names:
         raise click.ClickException(f"not what the chart says: {', '.join(names)}; python -m deploy.helm rewrites them")
 

@@ -19,7 +19,7 @@ RELEASE, NAMESPACE = "photos", "images"
 Resource = Mapping[str, Any]
 
 
-class RefusedError(Exception):
+class HelmError(Exception):
     """Helm did not do it; the message is what it says to a person."""
 
 
@@ -40,5 +40,5 @@ def helm(*arguments: str | Path) -> str:
     if done.returncode:
         said = f"{done.stdout}{done.stderr}".splitlines()
         # It remarks on the links in the chart, which are meant.
-        raise RefusedError("\n".join(line for line in said if "found symbolic link" not in line).strip())
+        raise HelmError("\n".join(line for line in said if "found symbolic link" not in line).strip())
     return done.stdout

@@ -15,53 +15,63 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import replace
 
-from service.api.schemas import FEN, AmountView, PolicyView, TaskView, Yuan, moment, quota_view, task_view, yuan
+from service.api.schemas import (
+    FEN_PER_YUAN,
+    Amount,
+    Policy,
+    TaskView,
+    Yuan,
+    render_quota,
+    render_task,
+    to_datetime,
+    to_yuan,
+)
 from service.domain import tenants, webhooks
-from service.domain.errors import Faults, FieldError, InvalidOptions, dotted
-from service.domain.ledger import AccountState, Figure, Source, Status
+from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, field_path
+from service.domain.ledger import AccountState, AccountStatus, BalanceReading, ReadingSource
 from service.domain.tasks import Kind, Task
 from service.domain.tenants import (
     Account,
     AccountPolicy,
     Limit,
     Name,
-    Origin,
-    Purse,
     Registry,
+    SecretRef,
+    SpendingMode,
     Tenant,
     TenantPolicy,
     Token,
     Webhook,
     Window,
 )
-from service.domain.webhooks import MAX_ALLOWED, MAX_URL, DeliveryState, Event
-from service.usecases.admin import NewSecret, Owned, Resealed
-from service.usecases.registry_apply import Plan, Wanted, WantedAccount, WantedTenant
+from service.domain.webhooks import MAX_ALLOW_ENTRIES, MAX_URL_CHARS, DeliveryState, WebhookEvent
+from service.usecases.admin import NewSecret, ReencryptedSecrets, TenantDelivery
+from service.usecases.registry_apply import DesiredAccount, DesiredRegistry, DesiredTenant, RegistryPlan
 from service.usecases.reports import QuotaReport
 
-_Secret = Annotated[str, Meta(description="`whsec_` and base64. Shown this once.")]
+_SecretText = Annotated[str, Meta(description="`whsec_` and base64. Shown this once.")]
 
 
 class WebhookBody(Struct, frozen=True, forbid_unknown_fields=True):
     """Where a tenant is told of the ends of its tasks. Without a secret it keeps the one it has, or one is made."""
 
-    url: Annotated[str, Meta(max_length=MAX_URL, description="By default.")]
+    url: Annotated[str, Meta(max_length=MAX_URL_CHARS, description="By default.")]
     secret: Annotated[str, Meta(max_length=200, description="`whsec_` and the base64 of 24 to 64 bytes.")] | None = None
     allow: Annotated[
         list[Annotated[str, Meta(max_length=255)]],
         Meta(
-            max_length=MAX_ALLOWED,
+            max_length=MAX_ALLOW_ENTRIES,
             description="Hosts that a task may name in `webhook_url`, beside that of `url`. They may be at public and "
             "private addresses; networks such as 127.0.0.0/8 let them be at other ones.",
         ),
     ] = []
 
-    def webhook(self) -> Webhook:
+    def to_webhook(self) -> Webhook:
         """What it describes, without its secret. Raises InvalidOptions."""
-        faults = Faults()
-        url = faults.attempt("", self.url, webhooks.parse_url, "webhook.url", self.url)
-        allow = faults.attempt("", (), webhooks.parse_allowed, "webhook.allow", self.allow)
-        faults.check()
+        faults = ErrorCollector()
+        url = faults.collect("", self.url, webhooks.parse_url, "webhook.url", self.url)
+        allow = faults.collect("", (), webhooks.parse_allow_list, "webhook.allow", self.allow)
+        faults.raise_if_any()
         return Webhook(url, allow)
 
 
@@ -71,17 +81,17 @@ class WebhookView(Struct, frozen=True):
     url: str
     allow: list[str]
     switched_off: Annotated[list[str], Meta(description="They answered 410. Put the tenant again to send there again.")]
-    secret: _Secret | UnsetType = UNSET
+    secret: _SecretText | UnsetType = UNSET
 
 
 class NewSecretView(Struct, frozen=True):
     """A secret that was just made. Until `former_until` the one before signs too."""
 
-    secret: _Secret
-    former_until: datetime
+    secret: _SecretText
+    previous_expires_at: datetime
 
 
-class DeliveryView(Struct, frozen=True):
+class Delivery(Struct, frozen=True):
     """How the end of a task was told to its tenant."""
 
     id: Annotated[str, Meta(description="The `webhook-id`, the same however often it is sent.")]
@@ -101,67 +111,71 @@ class DeliveryView(Struct, frozen=True):
 class DeliveryList(Struct, frozen=True):
     """Deliveries that were given up, the newest first."""
 
-    items: list[DeliveryView]
+    items: list[Delivery]
 
 
 class TaskEvent(Struct, frozen=True):
     """What a tenant is told when a task has ended."""
 
-    type: Event
+    type: WebhookEvent
     timestamp: Annotated[datetime, Meta(description="When the task ended.")]
     data: TaskView
 
 
-def task_event(task: Task) -> bytes:
+def encode_task_event(task: Task) -> bytes:
     """The body that tells of the end of a task: the same bytes whenever it is sent."""
-    event = TaskEvent(Event.of(task.state), moment(task.finished or task.updated), task_view(task))
+    event = TaskEvent(
+        WebhookEvent.for_state(task.state), to_datetime(task.finished_at or task.updated_at), render_task(task)
+    )
     return msgspec.json.encode(event)
 
 
-def webhook_view(found: Webhook, secret: str | None) -> WebhookView | None:
+def render_webhook(webhook: Webhook, secret: str | None) -> WebhookView | None:
     """A webhook as operators see it, with its secret if it was just made."""
-    if found.url is None:
+    if webhook.url is None:
         return None
-    return WebhookView(found.url, list(found.allow), list(found.off), UNSET if secret is None else secret)
+    return WebhookView(
+        webhook.url, list(webhook.allow), list(webhook.disabled_urls), UNSET if secret is None else secret
+    )
 
 
-def new_secret_view(made: NewSecret) -> NewSecretView:
+def render_new_secret(generated: NewSecret) -> NewSecretView:
     """A secret as it is shown once."""
-    return NewSecretView(made.text, datetime.fromtimestamp(made.until, UTC))
+    return NewSecretView(generated.text, datetime.fromtimestamp(generated.previous_expires_at, UTC))
 
 
-def delivery_view(owned: Owned) -> DeliveryView:
+def render_delivery(owned: TenantDelivery) -> Delivery:
     """A delivery as operators see it."""
     found = owned.delivery
-    return DeliveryView(
+    return Delivery(
         id=webhooks.event_id(found.reservation),
         tenant=owned.tenant,
-        task=found.task,
-        url=tenants.without_query(found.url),
+        task=found.task_id,
+        url=tenants.strip_query(found.url),
         state=found.state,
         attempts=found.attempts,
         status=found.status,
         error=found.error,
-        answer=found.answer,
-        created_at=moment(found.created),
-        updated_at=moment(found.updated),
-        due_at=moment(found.due),
+        answer=found.response_excerpt,
+        created_at=to_datetime(found.created_at),
+        updated_at=to_datetime(found.updated_at),
+        due_at=to_datetime(found.next_attempt_at),
     )
 
 
-_MOST = 10**12
+_MAX_COUNT = 10**12
 
 
-_MOST_YUAN = 10**10
+_MAX_YUAN = 10**10
 
 
-END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+MAX_TIMESTAMP = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 
-Whole = Annotated[int, Meta(ge=0, le=_MOST)]
+Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 
 
-GivenYuan = Annotated[float, Meta(ge=0, le=_MOST_YUAN, description="Yuan, with at most two decimals.")]
+YuanInput = Annotated[float, Meta(ge=0, le=_MAX_YUAN, description="Yuan, with at most two decimals.")]
 
 
 class AccountBody(Struct, frozen=True, forbid_unknown_fields=True):
@@ -169,17 +183,17 @@ class AccountBody(Struct, frozen=True, forbid_unknown_fields=True):
 
     user_key: Annotated[str, Meta(min_length=1, max_length=512, description="Of printable ASCII.")] | None = None
     base_url: Annotated[str, Meta(max_length=512, description="Where the upstream is, if not as usual.")] | None = None
-    floor_count: Whole = 0
-    floor_money: GivenYuan = 0
-    max_price: Annotated[dict[Kind, GivenYuan], Meta(description="The most a task of a kind can cost.")] = {}
+    floor_count: Count = 0
+    floor_money: YuanInput = 0
+    max_price: Annotated[dict[Kind, YuanInput], Meta(description="The most a task of a kind can cost.")] = {}
 
-    def key(self) -> str | None:
+    def checked_user_key(self) -> str | None:
         """The key, if one is given. Raises InvalidOptions, without it, for what can't be one."""
         if self.user_key is not None and not re.fullmatch(r"[!-~]+", self.user_key):
             raise InvalidOptions([FieldError("user_key", "must be printable ASCII without spaces")])
         return self.user_key
 
-    def url(self) -> str | None:
+    def checked_base_url(self) -> str | None:
         """The base address without a slash at its end. Raises InvalidOptions for what is none."""
         if self.base_url is None:
             return None
@@ -188,12 +202,12 @@ class AccountBody(Struct, frozen=True, forbid_unknown_fields=True):
             raise InvalidOptions([FieldError("base_url", wanted)])
         return self.base_url.rstrip("/")
 
-    def policy(self) -> AccountPolicy:
+    def to_policy(self) -> AccountPolicy:
         """The part that the ledger goes by. Raises InvalidOptions for amounts that are none."""
-        faults = Faults()
-        floor = faults.attempt("", 0, _fen, "floor_money", self.floor_money)
-        prices = {kind: faults.attempt("max_price", 0, _fen, kind, each) for kind, each in self.max_price.items()}
-        faults.check()
+        faults = ErrorCollector()
+        floor = faults.collect("", 0, _to_fen, "floor_money", self.floor_money)
+        prices = {kind: faults.collect("max_price", 0, _to_fen, kind, each) for kind, each in self.max_price.items()}
+        faults.raise_if_any()
         return AccountPolicy(self.floor_count, floor, prices)
 
 
@@ -201,8 +215,8 @@ class LimitBody(Struct, frozen=True, forbid_unknown_fields=True):
     """How much may be spent in one window of calendar time in UTC."""
 
     window: Window
-    tasks: Whole | None = None
-    money: GivenYuan | None = None
+    tasks: Count | None = None
+    money: YuanInput | None = None
 
 
 class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
@@ -210,33 +224,33 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
 
     accounts: Annotated[list[Name], Meta(max_length=100, description="The accounts it may use, in order.")]
     limits: Annotated[list[LimitBody], Meta(max_length=len(Window), description="At most one per window.")] = []
-    max_active: Whole | None = None
-    purse: Purse = Purse.COUNT_THEN_MONEY
+    max_active: Count | None = None
+    spending_mode: SpendingMode = SpendingMode.COUNT_THEN_MONEY
     kinds: Annotated[list[Kind] | None, Meta(description="The kinds it may submit; all without it.")] = None
     webhook: WebhookBody | None = None
     disabled: bool = False
 
-    def tenant(self, name: str) -> Tenant:
+    def to_tenant(self, name: str) -> Tenant:
         """The tenant it describes, without its id. Raises InvalidOptions."""
-        faults = Faults()
-        faults.found += [
-            *_repeated("accounts", "account", self.accounts),
-            *_repeated("limits", "window", [limit.window for limit in self.limits]),
-            *_repeated("kinds", "kind", self.kinds or []),
+        faults = ErrorCollector()
+        faults.errors += [
+            *_find_repeated("accounts", "account", self.accounts),
+            *_find_repeated("limits", "window", [limit.window for limit in self.limits]),
+            *_find_repeated("kinds", "kind", self.kinds or []),
         ]
         limits = []
         for place, each in enumerate(self.limits):
             if each.tasks is None and each.money is None:
                 faults.add(f"limits[{place}]", "must limit tasks, money or both")
-            money = each.money and faults.attempt(f"limits[{place}]", 0, _fen, "money", each.money)
+            money = each.money and faults.collect(f"limits[{place}]", 0, _to_fen, "money", each.money)
             limits.append(Limit(each.window, each.tasks, None if money is None else int(money)))
-        webhook = faults.attempt("", Webhook(), self.webhook.webhook) if self.webhook else Webhook()
-        faults.check()
+        webhook = faults.collect("", Webhook(), self.webhook.to_webhook) if self.webhook else Webhook()
+        faults.raise_if_any()
         return Tenant(
             id=0,
             name=name,
             accounts=tuple(self.accounts),
-            policy=TenantPolicy(limits=tuple(limits), max_active=self.max_active, purse=self.purse),
+            policy=TenantPolicy(limits=tuple(limits), max_active=self.max_active, spending_mode=self.spending_mode),
             kinds=None if self.kinds is None else tuple(self.kinds),
             disabled=self.disabled,
             webhook=webhook,
@@ -249,19 +263,19 @@ class TokenBody(Struct, frozen=True, forbid_unknown_fields=True):
     label: Annotated[str, Meta(max_length=200, description="What it is for.")] | None = None
     expires_at: Annotated[datetime, Meta(tz=True, description="With a time zone.")] | None = None
 
-    def expires(self, now: float) -> float | None:
+    def checked_expires_at(self, now: float) -> float | None:
         """When it expires, in seconds since the epoch. Raises InvalidOptions if it has, or if no clock will show it."""
         if self.expires_at is None:
             return None
         seconds = self.expires_at.timestamp()
-        if not 0 <= seconds <= END_OF_TIME:
+        if not 0 <= seconds <= MAX_TIMESTAMP:
             raise InvalidOptions([FieldError("expires_at", "must be between the years 1970 and 9999")])
         if seconds <= now:
             raise InvalidOptions([FieldError("expires_at", "must lie ahead")])
         return seconds
 
 
-class NewTokenView(Struct, frozen=True):
+class NewToken(Struct, frozen=True):
     """A token that was just made. Its text is shown this once."""
 
     id: str
@@ -283,14 +297,14 @@ class FigureView(Struct, frozen=True):
 
     value: int | float
     seen_at: datetime | None
-    seen_in: Source
+    source: ReadingSource
 
 
 class AccountView(Struct, frozen=True):
     """An account: what is known of its balance, whether it is used, and what is under way on it."""
 
     name: str
-    state: Status
+    state: AccountStatus
     base_url: str | None
     floor_count: int
     floor_money: Yuan
@@ -300,7 +314,7 @@ class AccountView(Struct, frozen=True):
     look_again_at: datetime | None
     in_flight: Annotated[int, Meta(description="Submissions that have not ended.")]
     unknown: Annotated[int, Meta(description="Submissions of which nobody knows whether they were charged.")]
-    unexplained: Annotated[AmountView, Meta(description="Taken by no submission of the gateway: who else has the key?")]
+    unexplained: Annotated[Amount, Meta(description="Taken by no submission of the gateway: who else has the key?")]
     prices: Annotated[dict[Kind, Yuan], Meta(description="What a task of each kind last took in money.")]
     looks: Annotated[bool, Meta(description="Whether checking a finished task again tells the balance of now.")]
 
@@ -318,11 +332,11 @@ class TenantView(Struct, frozen=True):
     accounts: list[str]
     limits: list[LimitView]
     max_active: int | None
-    purse: Purse
+    spending_mode: SpendingMode
     kinds: list[Kind] | None
     webhook: WebhookView | None
     disabled: bool
-    policies: list[PolicyView]
+    policies: list[Policy]
     tokens: list[TokenView]
 
 
@@ -340,27 +354,27 @@ class TenantList(Struct, frozen=True):
     items: list[TenantView]
 
 
-def account_view(account: Account, state: AccountState) -> AccountView:
+def render_account(account: Account, state: AccountState) -> AccountView:
     """An account as operators see it."""
     return AccountView(
         name=account.name,
         state=state.status,
         base_url=account.base_url,
         floor_count=account.policy.floor_count,
-        floor_money=yuan(account.policy.floor_money),
-        max_price={kind: yuan(price) for kind, price in account.policy.max_price.items()},
-        remaining_count=_figure(state.count, 1),
-        remaining_money=_figure(state.money, FEN),
-        look_again_at=moment(state.probe_at) if state.status is Status.EXHAUSTED else None,
-        in_flight=state.open,
-        unknown=state.unknown,
-        unexplained=AmountView(state.unexplained_count, yuan(state.unexplained_money)),
-        prices={kind: yuan(price) for kind, price in state.prices.items()},
-        looks=state.looks,
+        floor_money=to_yuan(account.policy.floor_money_fen),
+        max_price={kind: to_yuan(price) for kind, price in account.policy.max_price.items()},
+        remaining_count=_render_reading(state.count, 1),
+        remaining_money=_render_reading(state.money, FEN_PER_YUAN),
+        look_again_at=to_datetime(state.next_probe_at) if state.status is AccountStatus.EXHAUSTED else None,
+        in_flight=state.open_submissions,
+        unknown=state.unknown_outcomes,
+        unexplained=Amount(state.unexplained_count, to_yuan(state.unexplained_money_fen)),
+        prices={kind: to_yuan(price) for kind, price in state.last_price.items()},
+        looks=state.live_balance_checks,
     )
 
 
-def tenant_view(
+def render_tenant(
     tenant: Tenant, tokens: tuple[Token, ...], report: QuotaReport, secret: str | None = None
 ) -> TenantView:
     """A tenant as operators see it, with the secret of its webhook if that was just made."""
@@ -369,41 +383,46 @@ def tenant_view(
         name=tenant.name,
         accounts=list(tenant.accounts),
         limits=[
-            LimitView(each.window, each.tasks, None if each.money is None else yuan(each.money)) for each in limits
+            LimitView(each.window, each.tasks, None if each.money_fen is None else to_yuan(each.money_fen))
+            for each in limits
         ],
         max_active=tenant.policy.max_active,
-        purse=tenant.policy.purse,
+        spending_mode=tenant.policy.spending_mode,
         kinds=None if tenant.kinds is None else list(tenant.kinds),
-        webhook=webhook_view(tenant.webhook, secret),
+        webhook=render_webhook(tenant.webhook, secret),
         disabled=tenant.disabled,
-        policies=quota_view(report).policies,
-        tokens=[token_view(token) for token in tokens],
+        policies=render_quota(report).policies,
+        tokens=[render_token(token) for token in tokens],
     )
 
 
-def token_view(token: Token) -> TokenView:
+def render_token(token: Token) -> TokenView:
     """A token as operators see it."""
-    return TokenView(token.id, token.label, _moment(token.created), expiry(token))
+    return TokenView(token.id, token.label, _seconds_to_datetime(token.created_at), token_expires_at(token))
 
 
-def expiry(token: Token) -> datetime | None:
+def token_expires_at(token: Token) -> datetime | None:
     """When a token expires."""
-    return None if token.expires is None else _moment(token.expires)
+    return None if token.expires_at is None else _seconds_to_datetime(token.expires_at)
 
 
-def _moment(seconds: float) -> datetime:
+def _seconds_to_datetime(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def _figure(figure: Figure | None, unit: int) -> FigureView | None:
-    if figure is None:
+def _render_reading(reading: BalanceReading | None, divisor: int) -> FigureView | None:
+    if reading is None:
         return None
-    return FigureView(figure.value if unit == 1 else yuan(figure.value), moment(figure.received), figure.source)
+    return FigureView(
+        reading.value if divisor == 1 else to_yuan(reading.value), to_datetime(reading.received_at), reading.source
+    )
 
 
-def _fen(field: str, amount: float) -> int:
+def _to_fen(field: str, amount: float) -> int:
     """Yuan as fen. Raises InvalidOptions for fractions of a fen."""
-    fen = Decimal(repr(amount)) * FEN  # the digits that were sent, and not those of the nearest binary fraction
+    fen = (
+        Decimal(repr(amount)) * FEN_PER_YUAN
+    )  # the digits that were sent, and not those of the nearest binary fraction
     if fen != int(fen):
         raise InvalidOptions([FieldError(field, "must be an amount in yuan with at most two decimals")])
     return int(fen)
@@ -419,7 +438,7 @@ def _is_base_url(text: str) -> bool:
     return bool(plain and host and parts.scheme in {"http", "https"})
 
 
-def _repeated(field: str, what: str, values: Sequence[str]) -> Sequence[FieldError]:
+def _find_repeated(field: str, what: str, values: Sequence[str]) -> Sequence[FieldError]:
     return [FieldError(field, f"must name each {what} at most once")] if len(set(values)) < len(values) else []
 
 
@@ -439,24 +458,26 @@ _Hash = Annotated[
 ]
 
 
-_Moment = Annotated[datetime, Meta(tz=True)]
+_Timestamp = Annotated[datetime, Meta(tz=True)]
 
 
-_Place = Annotated[str, Meta(min_length=1, max_length=4_096)]
+_SecretLocation = Annotated[str, Meta(min_length=1, max_length=4_096)]
 
 
 class SecretEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A secret by where it is. The gateway remembers that, and takes the secret itself from `value` only."""
 
-    env: Annotated[_Place | None, Meta(description="A variable of the environment of whoever applies this.")] = None
-    file: Annotated[_Place | None, Meta(description="A file there.")] = None
+    env: Annotated[
+        _SecretLocation | None, Meta(description="A variable of the environment of whoever applies this.")
+    ] = None
+    file: Annotated[_SecretLocation | None, Meta(description="A file there.")] = None
     value: (
         Annotated[str, Meta(max_length=512, description="The secret itself; without it is kept. Never told.")] | None
     ) = None
 
-    def origin(self) -> Origin | None:
+    def to_secret_ref(self) -> SecretRef | None:
         """Where it is."""
-        return Origin(self.env, self.file) if self.env or self.file else None
+        return SecretRef(self.env, self.file) if self.env or self.file else None
 
 
 class AccountEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -465,19 +486,19 @@ class AccountEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_default
     id: _Id | None = None
     user_key: SecretEntry | None = None
     base_url: Annotated[str, Meta(max_length=512, description="Where the upstream is, if not as usual.")] | None = None
-    floor_count: Whole = 0
-    floor_money: GivenYuan = 0
-    max_price: Annotated[dict[Kind, GivenYuan], Meta(description="The most a task of a kind can cost.")] = {}
+    floor_count: Count = 0
+    floor_money: YuanInput = 0
+    max_price: Annotated[dict[Kind, YuanInput], Meta(description="The most a task of a kind can cost.")] = {}
 
-    def wanted(self, name: str, faults: Faults) -> WantedAccount:
+    def to_desired(self, name: str, faults: ErrorCollector) -> DesiredAccount:
         """What it describes."""
-        where, entry = dotted("accounts", name), self.user_key or SecretEntry()
+        where, entry = field_path("accounts", name), self.user_key or SecretEntry()
         body = AccountBody(entry.value, self.base_url, self.floor_count, self.floor_money, self.max_price)
-        key = faults.attempt(where, None, body.key)
-        url = faults.attempt(where, None, body.url)
-        policy = faults.attempt(where, AccountPolicy(), body.policy)
-        account = Account(self.id or 0, name, b"", url, policy, entry.origin())
-        return WantedAccount(account, None if key is None else key.encode())
+        key = faults.collect(where, None, body.checked_user_key)
+        url = faults.collect(where, None, body.checked_base_url)
+        policy = faults.collect(where, AccountPolicy(), body.to_policy)
+        account = Account(self.id or 0, name, b"", url, policy, entry.to_secret_ref())
+        return DesiredAccount(account, None if key is None else key.encode())
 
 
 class TokenEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -485,22 +506,22 @@ class TokenEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
 
     sha256: _Hash
     label: Annotated[str, Meta(max_length=200, description="What it is for.")] | None = None
-    created_at: _Moment | None = None
-    expires_at: _Moment | None = None
+    created_at: _Timestamp | None = None
+    expires_at: _Timestamp | None = None
 
-    def token(self, token_id: str, where: str, faults: Faults) -> Token:
+    def to_token(self, token_id: str, where: str, faults: ErrorCollector) -> Token:
         """What it describes. Its tenant is to be said yet."""
-        where = f"{where}.{dotted('tokens', token_id)}"
-        created = faults.attempt(where, None, _seconds, "created_at", self.created_at) or 0
-        expires = faults.attempt(where, None, _seconds, "expires_at", self.expires_at)
+        where = f"{where}.{field_path('tokens', token_id)}"
+        created = faults.collect(where, None, _to_seconds, "created_at", self.created_at) or 0
+        expires = faults.collect(where, None, _to_seconds, "expires_at", self.expires_at)
         return Token(token_id, 0, bytes.fromhex(self.sha256), self.label, created, expires)
 
 
 class WebhookEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where a tenant is told of the ends of its tasks."""
 
-    url: Annotated[str, Meta(max_length=MAX_URL)]
-    allow: Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=MAX_ALLOWED)] = []
+    url: Annotated[str, Meta(max_length=MAX_URL_CHARS)]
+    allow: Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=MAX_ALLOW_ENTRIES)] = []
     secret: SecretEntry | None = None
 
 
@@ -510,30 +531,30 @@ class TenantEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     id: _Id | None = None
     accounts: Annotated[list[Name], Meta(max_length=100, description="The accounts it may use, in order.")]
     limits: Annotated[list[LimitBody], Meta(max_length=len(Window), description="At most one per window.")] = []
-    max_active: Whole | None = None
-    purse: Purse = Purse.COUNT_THEN_MONEY
+    max_active: Count | None = None
+    spending_mode: SpendingMode = SpendingMode.COUNT_THEN_MONEY
     kinds: Annotated[list[Kind] | None, Meta(description="The kinds it may submit; all without it.")] = None
     webhook: WebhookEntry | None = None
     disabled: bool = False
     tokens: Annotated[dict[_TokenId, TokenEntry], Meta(description="By their ids.")] = {}
 
-    def wanted(self, name: str, faults: Faults) -> WantedTenant:
+    def to_desired(self, name: str, faults: ErrorCollector) -> DesiredTenant:
         """What it describes."""
-        where, told = dotted("tenants", name), self.webhook
+        where, told = field_path("tenants", name), self.webhook
         entry = told.secret if told and told.secret else SecretEntry()
         body = TenantBody(
             accounts=self.accounts,
             limits=self.limits,
             max_active=self.max_active,
-            purse=self.purse,
+            spending_mode=self.spending_mode,
             kinds=self.kinds,
             webhook=WebhookBody(told.url, entry.value, told.allow) if told else None,
             disabled=self.disabled,
         )
-        tenant = faults.attempt(where, Tenant(0, name, ()), body.tenant, name)
-        secret = faults.attempt(where, b"", webhooks.parse_secret, entry.value) if entry.value is not None else None
-        tokens = tuple(each.token(token_id, where, faults) for token_id, each in self.tokens.items())
-        return WantedTenant(replace(tenant, id=self.id or 0), tokens, secret, entry.origin())
+        tenant = faults.collect(where, Tenant(0, name, ()), body.to_tenant, name)
+        secret = faults.collect(where, b"", webhooks.parse_secret, entry.value) if entry.value is not None else None
+        tokens = tuple(each.to_token(token_id, where, faults) for token_id, each in self.tokens.items())
+        return DesiredTenant(replace(tenant, id=self.id or 0), tokens, secret, entry.to_secret_ref())
 
 
 class RegistryBody(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -542,16 +563,16 @@ class RegistryBody(Struct, frozen=True, forbid_unknown_fields=True, omit_default
     accounts: dict[Name, AccountEntry] = {}
     tenants: dict[Name, TenantEntry] = {}
 
-    def wanted(self, *, prune: bool) -> Wanted:
+    def to_desired(self, *, prune: bool) -> DesiredRegistry:
         """What it describes. Raises InvalidOptions with all faults."""
-        faults = Faults()
-        accounts = tuple(each.wanted(name, faults) for name, each in self.accounts.items())
-        tenants = tuple(each.wanted(name, faults) for name, each in self.tenants.items())
-        faults.check()
-        return Wanted(accounts, tenants, prune)
+        faults = ErrorCollector()
+        accounts = tuple(each.to_desired(name, faults) for name, each in self.accounts.items())
+        tenants = tuple(each.to_desired(name, faults) for name, each in self.tenants.items())
+        faults.raise_if_any()
+        return DesiredRegistry(accounts, tenants, prune)
 
 
-Part = dict[str, Any] | list[Any] | str | bool | float | None
+JsonValue = dict[str, Any] | list[Any] | str | bool | float | None
 """A part of the registry, however small."""
 
 
@@ -563,27 +584,29 @@ class DifferenceKind(StrEnum):
     REMOVED = "removed"
 
 
-class DifferenceView(Struct, frozen=True, omit_defaults=True):
+class Difference(Struct, frozen=True, omit_defaults=True):
     """What is different at one place; of secrets only that they are."""
 
     path: Annotated[str, Meta(examples=["tenants.shop.max_active"])]
-    what: DifferenceKind
-    before: Annotated[Part, Meta(description="Absent if there was nothing.")] = None
-    after: Annotated[Part, Meta(description="Absent if there is nothing any more.")] = None
+    action: DifferenceKind
+    before: Annotated[JsonValue, Meta(description="Absent if there was nothing.")] = None
+    after: Annotated[JsonValue, Meta(description="Absent if there is nothing any more.")] = None
 
 
-class AppliedView(Struct, frozen=True):
+class ApplyResult(Struct, frozen=True):
     """How the registry became, or would become, what was sent."""
 
     applied: Annotated[bool, Meta(description="False for a dry run, and if there was nothing to do.")]
-    differences: list[DifferenceView]
-    kept: Annotated[list[str], Meta(description="What was not sent and is there all the same: `prune` removes it.")]
-    secrets: Annotated[
+    differences: list[Difference]
+    unmanaged: Annotated[
+        list[str], Meta(description="What was not sent and is there all the same: `prune` removes it.")
+    ]
+    generated_secrets: Annotated[
         dict[str, str], Meta(description="Webhook secrets that were made, by tenant. They are shown this once.")
     ]
 
 
-class ResealedView(Struct, frozen=True):
+class ReencryptResult(Struct, frozen=True):
     """What was sealed with the first of the secret keys."""
 
     accounts: Annotated[list[str], Meta(description="Whose keys were sealed anew.")]
@@ -594,79 +617,79 @@ class ResealedView(Struct, frozen=True):
     ]
 
 
-def registry_body(found: Registry, now: float) -> RegistryBody:
+def render_registry(registry: Registry, now: float) -> RegistryBody:
     """The registry as it is at a time (seconds since the epoch), by name; without tokens that have expired."""
     tokens = defaultdict[int, list[Token]](list)
-    for token in sorted(found.tokens.values(), key=lambda each: (each.created, each.id)):
-        if token.valid_at(now):
+    for token in sorted(registry.tokens.values(), key=lambda each: (each.created_at, each.id)):
+        if token.is_valid_at(now):
             tokens[token.tenant].append(token)
     return RegistryBody(
-        {name: _account(each) for name, each in sorted(found.accounts.items())},
-        {name: _tenant(each, tokens[each.id]) for name, each in sorted(found.tenants.items())},
+        {name: _account_entry(each) for name, each in sorted(registry.accounts.items())},
+        {name: _tenant_entry(each, tokens[each.id]) for name, each in sorted(registry.tenants.items())},
     )
 
 
-def applied_view(plan: Plan, differences: list[DifferenceView], *, dry_run: bool) -> AppliedView:
+def render_apply_result(plan: RegistryPlan, differences: list[Difference], *, dry_run: bool) -> ApplyResult:
     """A plan as operators see it."""
     applied = plan.change is not None and not dry_run
-    return AppliedView(applied, differences, list(plan.kept), dict(plan.made) if applied else {})
+    return ApplyResult(applied, differences, list(plan.unmanaged), dict(plan.generated_secrets) if applied else {})
 
 
-def resealed_view(found: Resealed) -> ResealedView:
+def render_reencrypt_result(reencrypted: ReencryptedSecrets) -> ReencryptResult:
     """What was sealed anew, as operators see it."""
-    return ResealedView(list(found.accounts), list(found.tenants), list(found.lost))
+    return ReencryptResult(list(reencrypted.accounts), list(reencrypted.tenants), list(reencrypted.undecryptable))
 
 
-def _seconds(field: str, moment: datetime | None) -> float | None:
+def _to_seconds(field: str, moment: datetime | None) -> float | None:
     """A moment in seconds since the epoch. Raises InvalidOptions if not every clock can show it."""
     seconds = moment.timestamp() if moment else None
-    if seconds is not None and not 0 <= seconds <= END_OF_TIME:
+    if seconds is not None and not 0 <= seconds <= MAX_TIMESTAMP:
         raise InvalidOptions([FieldError(field, "must be between the years 1970 and 9999")])
     return seconds
 
 
-def _account(account: Account) -> AccountEntry:
+def _account_entry(account: Account) -> AccountEntry:
     policy = account.policy
     return AccountEntry(
         id=account.id,
-        user_key=_secret(account.origin),
+        user_key=_secret_entry(account.secret_ref),
         base_url=account.base_url,
         floor_count=policy.floor_count,
-        floor_money=yuan(policy.floor_money),
-        max_price={kind: yuan(price) for kind, price in policy.max_price.items()},
+        floor_money=to_yuan(policy.floor_money_fen),
+        max_price={kind: to_yuan(price) for kind, price in policy.max_price.items()},
     )
 
 
-def _tenant(tenant: Tenant, tokens: list[Token]) -> TenantEntry:
-    told, signing = tenant.webhook, tenant.webhook.signing
-    secret = _secret(signing.origin) if signing else None
+def _tenant_entry(tenant: Tenant, tokens: list[Token]) -> TenantEntry:
+    told, signing = tenant.webhook, tenant.webhook.secrets
+    secret = _secret_entry(signing.secret_ref) if signing else None
     return TenantEntry(
         id=tenant.id,
         accounts=list(tenant.accounts),
-        limits=[_limit(each) for each in tenant.policy.limits],
+        limits=[_limit_body(each) for each in tenant.policy.limits],
         max_active=tenant.policy.max_active,
-        purse=tenant.policy.purse,
+        spending_mode=tenant.policy.spending_mode,
         kinds=None if tenant.kinds is None else list(tenant.kinds),
         webhook=None if told.url is None else WebhookEntry(told.url, list(told.allow), secret),
         disabled=tenant.disabled,
-        tokens={each.id: _token(each) for each in tokens},
+        tokens={each.id: _token_entry(each) for each in tokens},
     )
 
 
-def _limit(limit: Limit) -> LimitBody:
-    return LimitBody(limit.window, limit.tasks, None if limit.money is None else yuan(limit.money))
+def _limit_body(limit: Limit) -> LimitBody:
+    return LimitBody(limit.window, limit.tasks, None if limit.money_fen is None else to_yuan(limit.money_fen))
 
 
-def _token(token: Token) -> TokenEntry:
-    expires = None if token.expires is None else datetime.fromtimestamp(token.expires, UTC)
-    return TokenEntry(token.digest.hex(), token.label, datetime.fromtimestamp(token.created, UTC), expires)
+def _token_entry(token: Token) -> TokenEntry:
+    expires = None if token.expires_at is None else datetime.fromtimestamp(token.expires_at, UTC)
+    return TokenEntry(token.digest.hex(), token.label, datetime.fromtimestamp(token.created_at, UTC), expires)
 
 
-def _secret(origin: Origin | None) -> SecretEntry | None:
+def _secret_entry(origin: SecretRef | None) -> SecretEntry | None:
     return SecretEntry(origin.env, origin.file) if origin else None
 
 
-class ClockResetView(Struct, frozen=True):
+class ClockReset(Struct, frozen=True):
     """What a reset of the ledger's time changed."""
 
     offset_seconds: Annotated[

@@ -15,31 +15,40 @@ import structlog
 from litestar import Request
 from structlog.typing import FilteringBoundLogger
 
-from service.api.errors import CRASHED, HEADERS_TOO_LARGE, MALFORMED, OUTCOME, REQUEST_ID, ClientLeft, Problem, render
+from service.api.errors import (
+    HEADERS_TOO_LARGE,
+    INTERNAL_ERROR_RESPONSE,
+    MALFORMED_REQUEST,
+    OUTCOME,
+    REQUEST_ID,
+    ClientDisconnected,
+    ProblemResponse,
+    render,
+)
 from service.telemetry import logging
-from service.telemetry.logging import ANSWERED, Spent
-from service.telemetry.metrics import OTHER, UNMATCHED, Metrics, Port
-from service.telemetry.tracing import UNTRACED, RequestSpan, Tracer
+from service.telemetry.logging import OUTCOME_ANSWERED, WaitTimer
+from service.telemetry.metrics import OTHER_LABEL, UNMATCHED_ROUTE, Metrics, Port
+from service.telemetry.tracing import NOOP_TRACER, RequestSpan, Tracer
 
-HELD = "held"
+LONG_LIVED = "held"
 """Where the state of an ASGI scope says that a request was held open on purpose, which tells nothing of our speed."""
 
 
 T = TypeVar("T")
 
 
-async def held_open(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+async def run_until_disconnect(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
     """What `work` gives, which may take its time and is cancelled if the client leaves before. Raises ClientLeft then.
 
     The body of the request has to be read already.
     """
-    request.scope["state"][HELD] = True
-    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    request.scope["state"][LONG_LIVED] = True
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
         if doing.done():
             return doing.result()
-        raise ClientLeft
+        raise ClientDisconnected
     finally:
         for task in (doing, leaving):
             task.cancel()
@@ -47,7 +56,7 @@ async def held_open(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T
         del doing, task  # which hold their error, whose traceback holds this frame
 
 
-async def _left(request: Request[Any, Any, Any]) -> None:
+async def _wait_for_disconnect(request: Request[Any, Any, Any]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -56,7 +65,7 @@ TENANT = "tenant"
 """Where the tenant's name stands in the state of an ASGI scope, once it is known."""
 
 
-CLIENT_LEFT = 499
+CLIENT_DISCONNECTED_STATUS = 499
 """The status that logs and metrics show for a request whose client left before it was answered."""
 
 
@@ -73,27 +82,27 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 """An ASGI application; each library types the three in its own way, and the edge stands between all of them."""
 
 
-_HEADER = b"x-request-id"
+_REQUEST_ID_HEADER = b"x-request-id"
 
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-_LONGEST_PATH = 500
+_MAX_PATH_CHARS = 500
 
 
 REFUSAL_LOG_SECONDS = 60.0
 """Refused requests of one address are logged once in this time."""
 
 
-_LOGGED_ADDRESSES = 1_000
+_MAX_LOGGED_ADDRESSES = 1_000
 
 
-class Edge:
+class RequestMiddleware:
     """Wraps an application that serves one port."""
 
     def __init__(
-        self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port, tracer: Tracer = UNTRACED
+        self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port, tracer: Tracer = NOOP_TRACER
     ) -> None:
         self._app = app
         self._metrics = metrics
@@ -110,63 +119,63 @@ class Edge:
         # The server may share one state among all requests.
         state = scope["state"] = {**scope.get("state", {})}
         request_id = state[REQUEST_ID] = _request_id(scope)
-        with self._tracer.request(scope) as span:
+        with self._tracer.start_request_span(scope) as span:
             names = {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
             with (
                 structlog.contextvars.bound_contextvars(**names),
-                logging.counted() as upstream,
-                self._metrics.in_progress(self._port),
+                logging.measure_upstream_wait() as upstream,
+                self._metrics.track_request(self._port),
             ):
-                await self._serve(scope, receive, _Answer(send, request_id), upstream, span)
+                await self._serve(scope, receive, _ResponseRecorder(send, request_id), upstream, span)
 
     def refuse(self, status: int, detail: str, client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
         """Make the problem document for a request that the server can't parse; count it, and log one of many."""
         request_id = uuid4().hex
-        self._metrics.request(self._port, OTHER, UNMATCHED, status, 0)
+        self._metrics.record_request(self._port, OTHER_LABEL, UNMATCHED_ROUTE, status, 0)
         now, logged_at = time.monotonic(), self._refusal_logged_at
         if now - logged_at.get(client, -math.inf) >= REFUSAL_LOG_SECONDS:
             logged_at.pop(client, None)  # the newest are last
-            if len(logged_at) >= _LOGGED_ADDRESSES:
+            if len(logged_at) >= _MAX_LOGGED_ADDRESSES:
                 del logged_at[next(iter(logged_at))]
             logged_at[client] = now
             self._logger.warning(
                 "request.refused", client=client, status=status, detail=detail, port=self._port, request_id=request_id
             )
-        kind = HEADERS_TOO_LARGE if status == HEADERS_TOO_LARGE.status else MALFORMED
-        _, headers, body = render(Problem(kind, detail), request_id)
+        kind = HEADERS_TOO_LARGE if status == HEADERS_TOO_LARGE.status else MALFORMED_REQUEST
+        _, headers, body = render(ProblemResponse(kind, detail), request_id)
         fields = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        return [*fields, (_HEADER, request_id.encode())], body
+        return [*fields, (_REQUEST_ID_HEADER, request_id.encode())], body
 
     async def _serve(
-        self, scope: Message, receive: Receive, answer: _Answer, upstream: Spent, span: RequestSpan
+        self, scope: Message, receive: Receive, recorder: _ResponseRecorder, upstream_wait: WaitTimer, span: RequestSpan
     ) -> None:
-        method, path = scope["method"], quote(scope["path"])[:_LONGEST_PATH]  # as Litestar changes the path
+        method, path = scope["method"], quote(scope["path"])[:_MAX_PATH_CHARS]  # as Litestar changes the path
         state = scope["state"]
         begun = time.perf_counter()
         try:
-            await self._app(scope, receive, answer.send)
-        except ClientLeft:
-            state[OUTCOME] = "client-left"
+            await self._app(scope, receive, recorder.send)
+        except ClientDisconnected:
+            state[OUTCOME] = "client-disconnected"
         except Exception:
-            self._logger.exception("request.crashed")
-            state[OUTCOME] = CRASHED.type.code
+            self._logger.exception("request.error")
+            state[OUTCOME] = INTERNAL_ERROR_RESPONSE.type.code
             # With an answer begun, returning without its end makes the server close the connection.
-            if answer.status is None:
-                await answer.crash()
+            if recorder.status is None:
+                await recorder.send_internal_error()
         finally:
             seconds = time.perf_counter() - begun
-            status = answer.status or CLIENT_LEFT
-            route = scope.get("path_template") or UNMATCHED
-            outcome, tenant = state.get(OUTCOME, ANSWERED), state.get(TENANT)
-            span.answered(answer.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant)
-            self._metrics.request(self._port, method, route, status, seconds, held=HELD in state)
+            status = recorder.status or CLIENT_DISCONNECTED_STATUS
+            route = scope.get("path_template") or UNMATCHED_ROUTE
+            outcome, tenant = state.get(OUTCOME, OUTCOME_ANSWERED), state.get(TENANT)
+            span.record_response(recorder.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant)
+            self._metrics.record_request(self._port, method, route, status, seconds, is_stream=LONG_LIVED in state)
             self._logger.info(
                 "request.ended",
                 method=method,
                 path=path,
                 status=status,
                 seconds=round(seconds, 6),
-                upstream_seconds=None if upstream.seconds is None else round(upstream.seconds, 6),
+                upstream_seconds=None if upstream_wait.seconds is None else round(upstream_wait.seconds, 6),
                 tenant=tenant,
                 outcome=outcome,
                 route=route,
@@ -174,7 +183,7 @@ class Edge:
             )
 
 
-class _Answer:
+class _ResponseRecorder:
     """What was answered so far."""
 
     def __init__(self, send: Send, request_id: str) -> None:
@@ -185,14 +194,14 @@ class _Answer:
     async def send(self, message: Message) -> None:
         """Pass a message of the application on, with the request's id."""
         if message["type"] == "http.response.start":
-            headers = [header for header in message.get("headers", ()) if header[0].lower() != _HEADER]
-            message["headers"] = [*headers, (_HEADER, self._request_id.encode())]
+            headers = [header for header in message.get("headers", ()) if header[0].lower() != _REQUEST_ID_HEADER]
+            message["headers"] = [*headers, (_REQUEST_ID_HEADER, self._request_id.encode())]
             self.status = message["status"]
         await self._send(message)
 
-    async def crash(self) -> None:
+    async def send_internal_error(self) -> None:
         """Answer in place of an application that failed before it began to."""
-        status, headers, body = render(CRASHED, self._request_id)
+        status, headers, body = render(INTERNAL_ERROR_RESPONSE, self._request_id)
         sent = {**headers, "Content-Length": str(len(body))}
         await self.send(
             {
@@ -206,18 +215,18 @@ class _Answer:
 
 def _request_id(scope: Message) -> str:
     """The id the client gave if it is one that can be told on, else a new one."""
-    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == _HEADER), "")
+    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID_HEADER), "")
     return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
 
 
-HEAD = "imaging_gateway.head"
+HEAD_KEY = "imaging_gateway.head"
 """Stands in the scope where only the head of the answer is wanted, so that no content need be made for it."""
 
 
-_ALLOW = b"allow"
+_ALLOW_HEADER = b"allow"
 
 
-def answering_head(app: App) -> App:
+def HeadMiddleware(app: App) -> App:  # noqa: N802 - becomes a class
     """Wrap an application that knows GET only."""
 
     async def answering(scope: Any, receive: Any, send: Any) -> None:
@@ -228,7 +237,7 @@ def answering_head(app: App) -> App:
 
         async def pass_on(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [_with_head(*header) for header in message["headers"]]
+                message["headers"] = [_add_head_to_allow(*header) for header in message["headers"]]
             elif asked_for_head and message["type"] == "http.response.body":
                 return
             await send(message)
@@ -237,7 +246,7 @@ def answering_head(app: App) -> App:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         # The server keeps its own scope, by which it knows that no content may follow.
-        inner = {**scope, "method": "GET", HEAD: True} if asked_for_head else scope
+        inner = {**scope, "method": "GET", HEAD_KEY: True} if asked_for_head else scope
         try:
             await app(inner, receive, pass_on)
         finally:
@@ -247,7 +256,7 @@ def answering_head(app: App) -> App:
     return answering
 
 
-def _with_head(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+def _add_head_to_allow(name: bytes, value: bytes) -> tuple[bytes, bytes]:
     """A header, and if it lists the methods allowed, with HEAD where it has GET."""
-    methods = [each.strip() for each in value.split(b",")] if name.lower() == _ALLOW else []
+    methods = [each.strip() for each in value.split(b",")] if name.lower() == _ALLOW_HEADER else []
     return (name, b", ".join([*methods, b"HEAD"])) if b"GET" in methods and b"HEAD" not in methods else (name, value)

@@ -24,7 +24,7 @@ _CODE = re.compile(r"`([^`]+)`")
 _BULLET = re.compile(r"\s*[-*] ")
 
 
-_KEY = re.compile(r'( *)("(?:[^"\\]|\\.)*")(: .*)')
+_JSON_KEY = re.compile(r'( *)("(?:[^"\\]|\\.)*")(: .*)')
 
 
 class Html(str):
@@ -33,9 +33,9 @@ class Html(str):
     __slots__ = ()
 
 
-def join(parts: Iterable[str | None], between: str = "") -> Html:
+def join(parts: Iterable[str | None], separator: str = "") -> Html:
     """Put parts one after the other; None is nothing."""
-    return Html(_written(between).join(_written(part) for part in parts if part is not None))
+    return Html(_escape_part(separator).join(_escape_part(part) for part in parts if part is not None))
 
 
 def tag(name: str, /, *children: str | None, **attributes: str | Literal[True]) -> Html:
@@ -55,38 +55,38 @@ def line(text: str) -> Html:
 
 def prose(text: str) -> Html:
     """Text of several paragraphs, with `code` and lists in it."""
-    return join(_block(block) for block in re.split(r"\n\s*\n", text.strip()) if block)
+    return join(_render_block(block) for block in re.split(r"\n\s*\n", text.strip()) if block)
 
 
 def json_lines(value: Any) -> Html:
     """A value as indented JSON whose keys stand out."""
     lines = json.dumps(value, indent=2, ensure_ascii=False).split("\n")
-    return join((_coloured(written) for written in lines), "\n")
+    return join((_highlight_key(written) for written in lines), "\n")
 
 
-def _block(block: str) -> Html:
+def _render_block(block: str) -> Html:
     lines = block.split("\n")
     if not all(_BULLET.match(written) for written in lines):
         return tag("p", line(" ".join(written.strip() for written in lines)))
     return tag("ul", *(tag("li", line(_BULLET.sub("", written, count=1))) for written in lines))
 
 
-def _coloured(written: str) -> Html:
-    key = _KEY.fullmatch(written)
+def _highlight_key(written: str) -> Html:
+    key = _JSON_KEY.fullmatch(written)
     return join([key[1], tag("b", key[2]), key[3]]) if key else join([written])
 
 
-def _written(part: str | None) -> str:
+def _escape_part(part: str | None) -> str:
     return part if isinstance(part, Html) else escape(part or "", quote=False)
 
 
 Node = Mapping[str, Any]
 
 
-_FORMATS = {"date-time": "2026-01-31T12:00:00Z", "date": "2026-01-31", "uri": "https://example.com/"}
+_FORMAT_SAMPLES = {"date-time": "2026-01-31T12:00:00Z", "date": "2026-01-31", "uri": "https://example.com/"}
 
 
-_WORDS = {
+_TYPE_NAMES = {
     "array": "list",
     "boolean": "true or false",
     "null": "null",
@@ -97,7 +97,7 @@ _WORDS = {
 }
 
 
-_LIMITS = (
+_LIMIT_PHRASES = (
     ("at least {}", "minimum"),
     ("above {}", "exclusiveMinimum"),
     ("at most {}", "maximum"),
@@ -128,7 +128,7 @@ class Schemas:
     def __init__(self, document: Node) -> None:
         self._document = document
         self.security: Sequence[Node] = document.get("security", ())
-        self.linked: dict[str, Node] = {}
+        self.linked_objects: dict[str, Node] = {}
 
     def resolve(self, node: Node) -> Node:
         """Follow a reference, and take the parts of an `allOf` for one."""
@@ -148,9 +148,9 @@ class Schemas:
         required = schema.get("required", ())
         return [Field(name, field, name in required) for name, field in schema.get("properties", {}).items()]
 
-    def present(self, node: Node) -> Node:
+    def without_null(self, node: Node) -> Node:
         """What a value may be where it is given at all: parameters and forms know no null."""
-        options = [option for option in _options(node) if option.get("type") != "null"]
+        options = [option for option in _list_alternatives(node) if option.get("type") != "null"]
         if len(options) != 1:
             return node
         return {**options[0], **{key: value for key, value in node.items() if key not in {"oneOf", "anyOf"}}}
@@ -160,19 +160,19 @@ class Schemas:
         schema = self.resolve(node)
         return [schema["const"]] if "const" in schema else list(schema.get("enum", ()))
 
-    def words(self, node: Node) -> Html:
+    def describe(self, node: Node) -> Html:
         """What a value may be: its type, range and default, with links to objects that are described elsewhere."""
         schema = self.resolve(node)
         name = node.get("$ref", "").rpartition("/")[2]
         if name and schema.get("properties"):
-            self.linked[name] = schema
+            self.linked_objects[name] = schema
             return tag("a", name, href=f"#{anchor('schema', name)}")
-        parts = [self._kind(schema), *_limits(schema)]
+        parts = [self._describe_kind(schema), *_describe_limits(schema)]
         if examples := [value for value in schema.get("examples", ()) if value != schema.get("default")]:
-            parts.append(join(["such as ", _listed(examples)]))
+            parts.append(join(["such as ", _render_values(examples)]))
         if schema.get("default") is not None:
             parts.append(
-                join(["default ", _listed([schema["default"]])]) if schema["default"] != "" else "default empty"
+                join(["default ", _render_values([schema["default"]])]) if schema["default"] != "" else "default empty"
             )
         return join(parts, ", ")
 
@@ -184,17 +184,20 @@ class Schemas:
         if given:
             return given[0]
         reference = node.get("$ref", "")
-        if reference in within or "null" in [*_types(schema), *(option.get("type") for option in _options(schema))]:
+        if reference in within or "null" in [
+            *_list_types(schema),
+            *(option.get("type") for option in _list_alternatives(schema)),
+        ]:
             return None
         within |= {reference} - {""}
-        if _options(schema):
-            return self.sample(_options(schema)[0], within)
-        type_ = next(iter(_types(schema)), "string")
+        if _list_alternatives(schema):
+            return self.sample(_list_alternatives(schema)[0], within)
+        type_ = next(iter(_list_types(schema)), "string")
         if type_ == "object":
             return {field.name: self.sample(field.node, within) for field in self.fields(schema)}
         if type_ == "array":
             return [self.sample(schema.get("items", {}), within)]
-        number, text = schema.get("minimum", 1), _FORMATS.get(schema.get("format", ""), "…")
+        number, text = schema.get("minimum", 1), _FORMAT_SAMPLES.get(schema.get("format", ""), "…")
         return {"boolean": True, "integer": number, "number": number}.get(type_, text)
 
     def media_sample(self, media: Node) -> Any:
@@ -203,20 +206,20 @@ class Schemas:
             return self.resolve(example)["value"]
         return self.sample(media.get("schema", {}))
 
-    def _kind(self, schema: Node) -> Html:
-        if _options(schema):
-            return join(map(self.words, _options(schema)), " or ")
+    def _describe_kind(self, schema: Node) -> Html:
+        if _list_alternatives(schema):
+            return join(map(self.describe, _list_alternatives(schema)), " or ")
         if choices := self.choices(schema):
-            return join(["one of ", _listed(choices)])
+            return join(["one of ", _render_values(choices)])
         if is_file(schema):
             return Html("file")
-        return join((self._type(type_, schema) for type_ in _types(schema)), " or ") or Html("any value")
+        return join((self._describe_type(type_, schema) for type_ in _list_types(schema)), " or ") or Html("any value")
 
-    def _type(self, type_: str, schema: Node) -> Html:
-        words = [_WORDS.get(type_, type_)]
+    def _describe_type(self, type_: str, schema: Node) -> Html:
+        words = [_TYPE_NAMES.get(type_, type_)]
         items = {"array": "items", "object": "additionalProperties"}.get(type_)
         if items and isinstance(schema.get(items), Mapping) and schema[items]:
-            return join([*words, " of ", self.words(schema[items])])
+            return join([*words, " of ", self.describe(schema[items])])
         shape = schema.get("format", schema.get("contentMediaType", "password"))
         if type_ == "string" and shape != "password":
             return join([*words, ", ", shape])
@@ -234,27 +237,27 @@ def anchor(*words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
-def _options(schema: Node) -> list[Node]:
+def _list_alternatives(schema: Node) -> list[Node]:
     return list(schema.get("oneOf", schema.get("anyOf", ())))
 
 
-def _types(schema: Node) -> list[str]:
+def _list_types(schema: Node) -> list[str]:
     type_ = schema.get("type", [])
     return [type_] if isinstance(type_, str) else list(type_)
 
 
-def _listed(values: Iterable[Any]) -> Html:
-    return join((tag("code", _plain(value)) for value in values), ", ")
+def _render_values(values: Iterable[Any]) -> Html:
+    return join((tag("code", _format_value(value)) for value in values), ", ")
 
 
-def _limits(schema: Node) -> list[str]:
+def _describe_limits(schema: Node) -> list[str]:
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
-        return [f"{_plain(low)} to {_plain(high)}"]
-    return [phrase.format(_plain(schema[key])) for phrase, key in _LIMITS if key in schema]
+        return [f"{_format_value(low)} to {_format_value(high)}"]
+    return [phrase.format(_format_value(schema[key])) for phrase, key in _LIMIT_PHRASES if key in schema]
 
 
-def _plain(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value as one writes it: a whole number without its point, with thousands apart."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -278,19 +281,22 @@ _SPECIAL = re.compile(r'([\\"$`])')
 _FORM_OPTIONS = {"multipart/form-data": "-F", "application/x-www-form-urlencoded": "--data-urlencode"}
 
 
-def command(schemas: Schemas, method: str, path: str, operation: Node) -> Html:
+def render_curl(schemas: Schemas, method: str, path: str, operation: Node) -> Html:
     """The call with its credentials and all it requires, and with whatever else the document has an example for."""
     parameters = [schemas.resolve(parameter) for parameter in operation.get("parameters", ())]
-    body = list(_body(schemas, operation))
+    body = list(_render_body(schemas, operation))
     verb = "" if method == ("post" if body else "get") else f"-X {method.upper()} "
-    options = f"{verb}{_reading(schemas, operation)}"
-    lines = [join([options, '"', ORIGIN, *_path(path), *_query(schemas, parameters), '"'])]
-    lines += _credentials(schemas, operation)
-    lines += [_header(parameter["name"], _value(schemas, parameter)) for parameter in _shown(parameters, "header")]
+    options = f"{verb}{_output_option(schemas, operation)}"
+    lines = [join([options, '"', ORIGIN, *_render_path(path), *_render_query(schemas, parameters), '"'])]
+    lines += _render_credentials(schemas, operation)
+    lines += [
+        _render_header(parameter["name"], _render_value(schemas, parameter))
+        for parameter in _example_parameters(parameters, "header")
+    ]
     return join([tag("b", "curl"), " ", join([*lines, *body], " \\\n  ")])
 
 
-def _reading(schemas: Schemas, operation: Node) -> str:
+def _output_option(schemas: Schemas, operation: Node) -> str:
     """The option for an answer that is a stream, or that is not for a terminal."""
     answers = [schemas.resolve(answer) for status, answer in operation.get("responses", {}).items() if status < "3"]
     types = {media_type for answer in answers for media_type in answer.get("content", {})}
@@ -299,49 +305,49 @@ def _reading(schemas: Schemas, operation: Node) -> str:
     return "" if all(type_.startswith("text/") or type_.endswith("json") for type_ in types) else "-O "
 
 
-def _path(path: str) -> Iterator[Html]:
+def _render_path(path: str) -> Iterator[Html]:
     for index, piece in enumerate(_PLACEHOLDER.split(path)):
-        yield _variable(piece) if index % 2 else join([_quotable(piece)])
+        yield _render_variable(piece) if index % 2 else join([_escape_quoted(piece)])
 
 
-def _query(schemas: Schemas, parameters: list[Node]) -> Iterator[Html]:
-    for index, parameter in enumerate(_shown(parameters, "query")):
-        yield join(["&" if index else "?", _quotable(parameter["name"]), "=", _value(schemas, parameter)])
+def _render_query(schemas: Schemas, parameters: list[Node]) -> Iterator[Html]:
+    for index, parameter in enumerate(_example_parameters(parameters, "query")):
+        yield join(["&" if index else "?", _escape_quoted(parameter["name"]), "=", _render_value(schemas, parameter)])
 
 
-def _credentials(schemas: Schemas, operation: Node) -> Iterator[Html]:
+def _render_credentials(schemas: Schemas, operation: Node) -> Iterator[Html]:
     for requirement in operation.get("security", schemas.security)[:1]:
         for name in requirement:
             scheme = schemas.resolve({"$ref": f"#/components/securitySchemes/{name}"})
-            yield _header("Authorization", join([f"{scheme['scheme'].capitalize()} ", TOKEN]))
+            yield _render_header("Authorization", join([f"{scheme['scheme'].capitalize()} ", TOKEN]))
 
 
-def _body(schemas: Schemas, operation: Node) -> Iterator[Html]:
+def _render_body(schemas: Schemas, operation: Node) -> Iterator[Html]:
     content = schemas.resolve(operation.get("requestBody", {})).get("content", {})
     for media_type, option in _FORM_OPTIONS.items():
         if media_type in content:
             for field in schemas.fields(content[media_type].get("schema", {})):
-                yield from _form_field(schemas, option, field)
+                yield from _render_form_field(schemas, option, field)
             return
     if "application/json" in content:
-        yield _header("Content-Type", Html("application/json"))
+        yield _render_header("Content-Type", Html("application/json"))
         written = json.dumps(schemas.media_sample(content["application/json"]), ensure_ascii=False)
         yield join(["-d ", shlex.quote(written)])
 
 
-def _form_field(schemas: Schemas, option: str, field: Field) -> Iterator[Html]:
+def _render_form_field(schemas: Schemas, option: str, field: Field) -> Iterator[Html]:
     schema = schemas.resolve(field.node)
     if is_file(schema):
         yield join([f"{option} ", shlex.quote(f"{field.name}=@{field.name}.png")])
     elif schema.get("format") == "password":
-        yield join([f'{option} "{_quotable(field.name)}=', TOKEN, '"'])
+        yield join([f'{option} "{_escape_quoted(field.name)}=', TOKEN, '"'])
     elif _has_example(schema) and schemas.sample(schema) != schema.get("default"):
-        yield join([f"{option} ", shlex.quote(f"{field.name}={_text(schemas.sample(schema))}")])
+        yield join([f"{option} ", shlex.quote(f"{field.name}={_to_text(schemas.sample(schema))}")])
     elif field.required:
-        yield join([f'{option} "{_quotable(field.name)}=', _variable(field.name), '"'])
+        yield join([f'{option} "{_escape_quoted(field.name)}=', _render_variable(field.name), '"'])
 
 
-def _shown(parameters: list[Node], place: str) -> list[Node]:
+def _example_parameters(parameters: list[Node], place: str) -> list[Node]:
     return [
         parameter
         for parameter in parameters
@@ -354,44 +360,44 @@ def _has_example(node: Node) -> bool:
     return bool(node.get("examples"))
 
 
-def _value(schemas: Schemas, parameter: Node) -> Html:
+def _render_value(schemas: Schemas, parameter: Node) -> Html:
     """A parameter's example, else a variable of its name."""
     schema = schemas.resolve(parameter.get("schema", {}))
     if parameter.get("examples"):
         first = next(iter(parameter["examples"].values()))
-        return join([_quotable(_text(schemas.resolve(first)["value"]))])
+        return join([_escape_quoted(_to_text(schemas.resolve(first)["value"]))])
     if _has_example(schema):
-        return join([_quotable(_text(schemas.sample(schema)))])
-    return _variable(parameter["name"])
+        return join([_escape_quoted(_to_text(schemas.sample(schema)))])
+    return _render_variable(parameter["name"])
 
 
-def _header(name: str, value: Html) -> Html:
-    return join(['-H "', _quotable(name), ": ", value, '"'])
+def _render_header(name: str, value: Html) -> Html:
+    return join(['-H "', _escape_quoted(name), ": ", value, '"'])
 
 
-def _variable(name: str) -> Html:
+def _render_variable(name: str) -> Html:
     return tag("i", "$" + re.sub(r"\W+", "_", name, flags=re.ASCII).upper())
 
 
-def _quotable(text: str) -> str:
+def _escape_quoted(text: str) -> str:
     """Text as it stands between a shell's double quotes."""
     return _SPECIAL.sub(r"\\\1", text)
 
 
-def _text(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-_PLACES = {"path": "Path", "query": "Query", "header": "Headers"}
+_PARAMETER_TITLES = {"path": "Path", "query": "Query", "header": "Headers"}
 
 
 _FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
-_PROBLEM = "application/problem+json"
+_PROBLEM_TYPE = "application/problem+json"
 
 
-_LISTED = re.compile(r"^- `([^`]+)`: (.*)$", re.MULTILINE)
+_PROBLEM_ITEM = re.compile(r"^- `([^`]+)`: (.*)$", re.MULTILINE)
 
 
 class Operation(Struct, frozen=True):
@@ -413,7 +419,7 @@ class Operation(Struct, frozen=True):
         return join([tag("span", self.method.upper(), class_=f"method {self.method}"), " ", tag("code", path)])
 
 
-class Problem(Struct, frozen=True):
+class ProblemEntry(Struct, frozen=True):
     """A kind of error: the status it comes with, its code, and what it means."""
 
     status: str
@@ -426,7 +432,7 @@ class Operations:
 
     def __init__(self, schemas: Schemas) -> None:
         self._schemas = schemas
-        self.problems: dict[str, Problem] = {}
+        self.problems: dict[str, ProblemEntry] = {}
 
     def render(self, operation: Operation) -> Html:
         """The whole article on one operation."""
@@ -434,12 +440,15 @@ class Operations:
         said = [
             tag("p", node["summary"], class_="summary") if "summary" in node else None,
             prose(node.get("description", "")),
-            *self._parameters(node),
-            *self._body(node),
+            *self._render_parameters(node),
+            *self._render_body(node),
             tag("h4", "Answers"),
-            *self._answers(node),
+            *self._render_responses(node),
         ]
-        shown = [panel("Call", command(self._schemas, operation.method, operation.path, node)), *self._sample(node)]
+        shown = [
+            render_panel("Call", render_curl(self._schemas, operation.method, operation.path, node)),
+            *self._render_sample(node),
+        ]
         return tag(
             "article",
             tag(
@@ -451,85 +460,85 @@ class Operations:
             id=operation.anchor,
         )
 
-    def described(self, fields: Iterable[Field]) -> Html:
+    def render_fields(self, fields: Iterable[Field]) -> Html:
         """The fields of an object with what each holds, and which of them may be missing."""
-        return tag("dl", *(self._field(field, None if field.required else "optional") for field in fields))
+        return tag("dl", *(self._render_field(field, None if field.required else "optional") for field in fields))
 
-    def _taken(self, fields: Iterable[Field]) -> Html:
+    def _render_inputs(self, fields: Iterable[Field]) -> Html:
         """Parameters or fields with what each may hold, and which of them must be given."""
-        return tag("dl", *(self._field(field, "required" if field.required else None) for field in fields))
+        return tag("dl", *(self._render_field(field, "required" if field.required else None) for field in fields))
 
-    def _field(self, field: Field, note: str | None) -> Html:
+    def _render_field(self, field: Field, note: str | None) -> Html:
         description = self._schemas.resolve(field.node).get("description", "")
         return tag(
             "div",
             tag("dt", tag("code", field.name), " ", tag("span", note, class_="note") if note else None),
-            tag("dd", tag("span", self._schemas.words(field.node), class_="type"), prose(description)),
+            tag("dd", tag("span", self._schemas.describe(field.node), class_="type"), prose(description)),
         )
 
-    def _parameters(self, node: Node) -> Iterator[Html]:
+    def _render_parameters(self, node: Node) -> Iterator[Html]:
         parameters = [self._schemas.resolve(parameter) for parameter in node.get("parameters", ())]
-        for place, title in _PLACES.items():
-            fields = [self._as_field(parameter) for parameter in parameters if parameter["in"] == place]
+        for place, title in _PARAMETER_TITLES.items():
+            fields = [self._to_field(parameter) for parameter in parameters if parameter["in"] == place]
             if fields:
-                yield join([tag("h4", title), self._taken(fields)])
+                yield join([tag("h4", title), self._render_inputs(fields)])
 
-    def _as_field(self, parameter: Node) -> Field:
-        schema = self._schemas.present(parameter.get("schema", {}))
+    def _to_field(self, parameter: Node) -> Field:
+        schema = self._schemas.without_null(parameter.get("schema", {}))
         described = {"description": parameter["description"]} if "description" in parameter else {}
         return Field(parameter["name"], {**schema, **described}, bool(parameter.get("required")))
 
-    def _body(self, node: Node) -> Iterator[Html]:
+    def _render_body(self, node: Node) -> Iterator[Html]:
         body = self._schemas.resolve(node.get("requestBody", {}))
         for media_type, media in body.get("content", {}).items():
             fields = self._schemas.fields(media.get("schema", {}))
             if media_type in _FORM_TYPES:
-                fields = [structs.replace(field, node=self._schemas.present(field.node)) for field in fields]
+                fields = [structs.replace(field, node=self._schemas.without_null(field.node)) for field in fields]
             yield tag("h4", "Form fields" if media_type in _FORM_TYPES else "Body", " ", tag("small", media_type))
             yield prose(body.get("description", ""))
-            yield self._taken(fields)
+            yield self._render_inputs(fields)
 
-    def _answers(self, node: Node) -> Iterator[Html]:
+    def _render_responses(self, node: Node) -> Iterator[Html]:
         rows = []
         for status, reference in sorted(node.get("responses", {}).items()):
             response = self._schemas.resolve(reference)
             headers = response.get("headers", {})
-            if problems := self._problems(status, response):
+            if problems := self._collect_problems(status, response):
                 links = join((tag("a", code, href=f"#{anchor('problem', code)}") for code in problems), ", ")
                 named = join((tag("code", name) for name in headers), ", ")
                 what = [links, tag("small", " with ", named) if headers else None]
             else:
-                what = [line(response["description"]), *self._contents(response if status < "4" else {})]
-                what += [self._header(name, header) for name, header in headers.items()]
+                what = [line(response["description"]), *self._render_media_types(response if status < "4" else {})]
+                what += [self._render_header(name, header) for name, header in headers.items()]
             label = "else" if status == "default" else status
             rows.append(tag("li", tag("span", label, class_=f"status s{status[0]}"), " ", tag("div", *what)))
         yield tag("ul", *rows, class_="answers")
 
-    def _header(self, name: str, header: Node) -> Html:
+    def _render_header(self, name: str, header: Node) -> Html:
         description = self._schemas.resolve(header).get("description", "")
         return tag("div", tag("code", name), " ", line(description), class_="header")
 
-    def _contents(self, response: Node) -> Iterator[Html]:
+    def _render_media_types(self, response: Node) -> Iterator[Html]:
         for media_type, media in response.get("content", {}).items():
-            words = join([": ", self._schemas.words(media["schema"])]) if media.get("schema") else None
+            words = join([": ", self._schemas.describe(media["schema"])]) if media.get("schema") else None
             yield join([words, " ", tag("small", media_type)])
 
-    def _problems(self, status: str, response: Node) -> list[str]:
+    def _collect_problems(self, status: str, response: Node) -> list[str]:
         """The codes an answer can carry: its description lists each with what it means."""
-        listed = _LISTED.findall(response["description"]) if _PROBLEM in response.get("content", {}) else []
+        listed = _PROBLEM_ITEM.findall(response["description"]) if _PROBLEM_TYPE in response.get("content", {}) else []
         for code, meaning in listed:
-            self.problems.setdefault(code, Problem(status, code, meaning))
+            self.problems.setdefault(code, ProblemEntry(status, code, meaning))
         return [code for code, _ in listed]
 
-    def _sample(self, node: Node) -> Iterator[Html]:
+    def _render_sample(self, node: Node) -> Iterator[Html]:
         for status, reference in node.get("responses", {}).items():
             media = self._schemas.resolve(reference).get("content", {}).get("application/json")
             if status < "4" and media:
-                yield panel(f"{status}", json_lines(self._schemas.media_sample(media)))
+                yield render_panel(f"{status}", json_lines(self._schemas.media_sample(media)))
                 return
 
 
-def panel(title: str, code: Html) -> Html:
+def render_panel(title: str, code: Html) -> Html:
     """A piece of code under a title, with a button that copies it where scripts run."""
     return tag(
         "figure",
@@ -538,7 +547,7 @@ def panel(title: str, code: Html) -> Html:
     )
 
 
-HEADERS: Mapping[str, str] = MappingProxyType(
+DOCS_HEADERS: Mapping[str, str] = MappingProxyType(
     {
         "Cache-Control": "no-cache",
         "Content-Security-Policy": "frame-ancestors 'none'",
@@ -555,16 +564,16 @@ _METHODS = ("get", "post", "put", "patch", "delete")
 def docs_page(document: Mapping[str, Any]) -> bytes:
     """Render an OpenAPI 3.1 document as an HTML page in UTF-8, to be served beside the document's `openapi.json`."""
     info, schemas = document["info"], Schemas(document)
-    operations, groups = Operations(schemas), _grouped(document)
+    operations, groups = Operations(schemas), _group_operations(document)
     articles = {name: [operations.render(operation) for operation in group] for name, group in groups.items()}
     # After the operations, which say as they are rendered what there is to look up.
-    reference = {"Problems": _problems(operations), "Objects": _objects(schemas, operations)}
+    reference = {"Problems": _render_problems(operations), "Objects": _render_objects(schemas, operations)}
     shown = {title: content for title, content in reference.items() if content is not None}
-    style, script = _asset("docs.css"), _asset("docs.js")
+    style, script = _read_asset("docs.css"), _read_asset("docs.js")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_policy(style, script)),
+        tag("meta", http_equiv="Content-Security-Policy", content=_security_policy(style, script)),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", info["title"]),
         tag("link", rel="icon", href="data:,"),
@@ -574,22 +583,22 @@ def docs_page(document: Mapping[str, Any]) -> bytes:
         "main",
         tag("h1", info["title"], " ", tag("small", info["version"])),
         prose(info.get("description", "")),
-        _calling(document, schemas),
-        *(_group(document, name, group) for name, group in articles.items()),
+        _render_introduction(document, schemas),
+        *(_render_group(document, name, group) for name, group in articles.items()),
         *(tag("section", tag("h2", title), content, id=anchor(title)) for title, content in shown.items()),
         id="content",
     )
     body = tag(
         "body",
         tag("a", "Skip to the content", class_="skip", href="#content"),
-        _contents(info["title"], groups, shown),
+        _render_contents(info["title"], groups, shown),
         main,
         tag("script", script),
     )
     return ("<!doctype html>\n" + tag("html", head, body, lang="en")).encode()
 
 
-def _grouped(document: Node) -> dict[str, list[Operation]]:
+def _group_operations(document: Node) -> dict[str, list[Operation]]:
     """The operations by their first tag, in the order in which the document declares the tags."""
     groups: dict[str, list[Operation]] = {each["name"]: [] for each in document.get("tags", ())}
     for path, item in document.get("paths", {}).items():
@@ -600,7 +609,7 @@ def _grouped(document: Node) -> dict[str, list[Operation]]:
     return {name: group for name, group in groups.items() if group}
 
 
-def _contents(title: str, groups: Mapping[str, Iterable[Operation]], reference: Iterable[str]) -> Html:
+def _render_contents(title: str, groups: Mapping[str, Iterable[Operation]], reference: Iterable[str]) -> Html:
     lists: dict[str, list[tuple[str, str]]] = {
         name: [(operation.title, operation.anchor) for operation in group] for name, group in groups.items()
     }
@@ -617,7 +626,7 @@ def _contents(title: str, groups: Mapping[str, Iterable[Operation]], reference: 
     )
 
 
-def _calling(document: Node, schemas: Schemas) -> Html:
+def _render_introduction(document: Node, schemas: Schemas) -> Html:
     schemes = document.get("components", {}).get("securitySchemes", {}).values()
     return tag(
         "section",
@@ -644,12 +653,12 @@ def _calling(document: Node, schemas: Schemas) -> Html:
     )
 
 
-def _group(document: Node, name: str, articles: Iterable[Html]) -> Html:
+def _render_group(document: Node, name: str, articles: Iterable[Html]) -> Html:
     about = [each.get("description", "") for each in document.get("tags", ()) if each["name"] == name]
     return tag("section", tag("h2", name), *map(prose, about), *articles, id=anchor("group", name))
 
 
-def _problems(operations: Operations) -> Html | None:
+def _render_problems(operations: Operations) -> Html | None:
     problems = sorted(operations.problems.values(), key=lambda problem: (problem.status, problem.code))
     rows = [
         tag(
@@ -665,33 +674,33 @@ def _problems(operations: Operations) -> Html | None:
     return tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows)) if rows else None
 
 
-def _objects(schemas: Schemas, operations: Operations) -> Html | None:
+def _render_objects(schemas: Schemas, operations: Operations) -> Html | None:
     """Every object that something on the page points to; describing one may point to more."""
     shown: dict[str, Html] = {}
-    while waiting := [name for name in schemas.linked if name not in shown]:
+    while waiting := [name for name in schemas.linked_objects if name not in shown]:
         for name in waiting:
-            schema = schemas.linked[name]
+            schema = schemas.linked_objects[name]
             shown[name] = tag(
                 "article",
                 tag("h3", name),
                 prose(schema.get("description", "")),
-                operations.described(schemas.fields(schema)),
+                operations.render_fields(schemas.fields(schema)),
                 id=anchor("schema", name),
             )
     return join(shown.values()) if shown else None
 
 
-def _asset(name: str) -> Html:
+def _read_asset(name: str) -> Html:
     return Html(files(__package__).joinpath(name).read_text(encoding="utf-8"))
 
 
-def _policy(style: str, script: str) -> str:
+def _security_policy(style: str, script: str) -> str:
     """Nothing may be loaded, sent or run but the style and the script of this very page."""
     return (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; base-uri 'none'; "
-        "form-action 'none'; require-trusted-types-for 'script'"
+        f"default-src 'none'; style-src {_hash_source(style)}; script-src {_hash_source(script)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
     )
 
 
-def _hash(text: str) -> str:
+def _hash_source(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

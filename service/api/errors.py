@@ -17,14 +17,14 @@ from litestar.utils.scope.state import ScopeState
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
-from service.api.schemas import REPLAYED, yuan
+from service.api.schemas import REPLAYED_HEADERS, to_yuan
 from service.domain import errors
 from service.domain.errors import (
     MalformedRequest,
-    faults_of,
-    wanted_of,
+    expected_format,
+    validate_tree,
 )
-from service.domain.ledger import COUNTED_MONEY, COUNTED_TASKS, MAX_ACTIVE, RateLimit, Violation, policy_name
+from service.domain.ledger import MAX_ACTIVE_POLICY, UNIT_MONEY, UNIT_TASKS, RateLimit, Violation, policy_name
 from service.domain.tenants import Window
 
 
@@ -33,20 +33,24 @@ def rate_limit_headers(limits: Sequence[RateLimit]) -> dict[str, str]:
     if not limits:
         return {}
     return {
-        "RateLimit-Policy": ", ".join(f'"{each.policy}";q={each.limit}{_seconds("w", each.window)}' for each in limits),
-        "RateLimit": ", ".join(f'"{each.policy}";r={each.remaining}{_seconds("t", each.resets)}' for each in limits),
+        "RateLimit-Policy": ", ".join(
+            f'"{each.policy}";q={each.limit}{_format_parameter("w", each.window_seconds)}' for each in limits
+        ),
+        "RateLimit": ", ".join(
+            f'"{each.policy}";r={each.remaining}{_format_parameter("t", each.resets_in_seconds)}' for each in limits
+        ),
     }
 
 
-def _seconds(parameter: str, value: int | None) -> str:
+def _format_parameter(parameter: str, value: int | None) -> str:
     return "" if value is None else f";{parameter}={value}"
 
 
-class ClientLeft(Exception):
+class ClientDisconnected(Exception):
     """The client closed the connection, so there is nobody to answer."""
 
 
-class TooSlow(MalformedRequest):
+class BodyTimeout(MalformedRequest):
     """The body did not arrive in time; the connection is of no more use."""
 
 
@@ -66,10 +70,10 @@ class ProblemType(Struct, frozen=True):
     code: str
     status: int
     title: str
-    when: str
+    description: str
 
 
-class Problem(Struct, frozen=True):
+class ProblemResponse(Struct, frozen=True):
     """A problem that occurred: what to do about it, members beside the standard ones, and headers."""
 
     type: ProblemType
@@ -78,7 +82,7 @@ class Problem(Struct, frozen=True):
     headers: Mapping[str, str] = {}
 
 
-MALFORMED = ProblemType("malformed-request", 400, "Malformed request", "The request can't be read.")
+MALFORMED_REQUEST = ProblemType("malformed-request", 400, "Malformed request", "The request can't be read.")
 
 
 UNAUTHENTICATED = ProblemType("unauthenticated", 401, "Authentication required", "The token is missing or not valid.")
@@ -110,14 +114,14 @@ HEADERS_TOO_LARGE = ProblemType(
 RATE_LIMITED = ProblemType("rate-limited", 429, "Rate limited", "The limit of the current minute is used up.")
 
 
-TOO_MANY_ACTIVE = ProblemType("too-many-active-tasks", 429, "Too many active tasks", "No more may run at once.")
+TOO_MANY_ACTIVE_TASKS = ProblemType("too-many-active-tasks", 429, "Too many active tasks", "No more may run at once.")
 
 
-INTERNAL = ProblemType("internal-error", 500, "Internal error", "A fault of the gateway; its operators see why.")
+INTERNAL_ERROR = ProblemType("internal-error", 500, "Internal error", "A fault of the gateway; its operators see why.")
 
 
-_TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
-    errors.MalformedRequest: MALFORMED,
+_PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
+    errors.MalformedRequest: MALFORMED_REQUEST,
     errors.Unauthenticated: UNAUTHENTICATED,
     errors.BalanceExhausted: ProblemType(
         "balance-exhausted", 402, "Balance exhausted", "No upstream account of the tenant can pay at the moment."
@@ -129,7 +133,9 @@ _TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
     errors.TenantDisabled: ProblemType("tenant-disabled", 403, "Tenant disabled", "An operator switched it off."),
     errors.NotFound: NOT_FOUND,
     errors.Conflict: ProblemType("conflict", 409, "Conflict", "What stands in the way of the change is named."),
-    errors.Outdated: ProblemType("outdated", 412, "Outdated", "It was changed since it was read: read it again."),
+    errors.VersionConflict: ProblemType(
+        "outdated", 412, "Outdated", "It was changed since it was read: read it again."
+    ),
     errors.ImageTooLarge: IMAGE_TOO_LARGE,
     errors.UnsupportedMediaType: ProblemType(
         "unsupported-media-type", 415, "Unsupported media type", "Of the request, or of the image by its bytes."
@@ -173,43 +179,52 @@ _TABLE: Mapping[type[errors.GatewayError], ProblemType] = {
 
 PROBLEMS: tuple[ProblemType, ...] = tuple(
     sorted(
-        {*_TABLE.values(), METHOD_NOT_ALLOWED, HEADERS_TOO_LARGE, RATE_LIMITED, TOO_MANY_ACTIVE, INTERNAL},
+        {
+            *_PROBLEM_TYPES.values(),
+            METHOD_NOT_ALLOWED,
+            HEADERS_TOO_LARGE,
+            RATE_LIMITED,
+            TOO_MANY_ACTIVE_TASKS,
+            INTERNAL_ERROR,
+        },
         key=lambda each: (each.status, each.code),
     )
 )
 """Every kind of problem there is, by status."""
 
 
-CRASHED = Problem(INTERNAL, "The gateway failed. Its operators can find out why by the request id.")
+INTERNAL_ERROR_RESPONSE = ProblemResponse(
+    INTERNAL_ERROR, "The gateway failed. Its operators can find out why by the request id."
+)
 
 
-_IN_MONEY = frozenset(policy_name(window, COUNTED_MONEY) for window in Window)
+_MONEY_POLICIES = frozenset(policy_name(window, UNIT_MONEY) for window in Window)
 
 
-_PER_MINUTE = frozenset(policy_name(Window.MINUTE, counted) for counted in (COUNTED_TASKS, COUNTED_MONEY))
+_MINUTE_POLICIES = frozenset(policy_name(Window.MINUTE, counted) for counted in (UNIT_TASKS, UNIT_MONEY))
 
 
-_HEADERS: Mapping[type, Mapping[str, str]] = {
+_ERROR_HEADERS: Mapping[type, Mapping[str, str]] = {
     errors.Unauthenticated: {"WWW-Authenticate": 'Bearer realm="imaging-gateway"'},
     errors.UnsupportedCoding: {"Accept-Encoding": "identity"},
-    TooSlow: {"Connection": "close"},  # else a client that trickles on keeps its connection for as long as it likes
+    BodyTimeout: {"Connection": "close"},  # else a client that trickles on keeps its connection for as long as it likes
 }
 
 
-def to_problem(error: errors.GatewayError) -> Problem:
+def to_problem(error: errors.GatewayError) -> ProblemResponse:
     """What the caller is told about an error: the closest class in the table decides."""
-    kind = next((_TABLE[cls] for cls in type(error).__mro__ if cls in _TABLE), None)
+    kind = next((_PROBLEM_TYPES[cls] for cls in type(error).__mro__ if cls in _PROBLEM_TYPES), None)
     if kind is None:
-        return CRASHED
+        return INTERNAL_ERROR_RESPONSE
     extras: dict[str, Any] = {}
     headers: dict[str, str] = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(math.ceil(error.retry_after), 0))
     match error:
         case errors.QuotaDenied():
-            kind = _quota_problem({violation.policy for violation in error.violations})
+            kind = _quota_problem_type({violation.policy for violation in error.violations})
             extras["violated_policies"] = [
-                {"policy": each.policy, "limit": _limit(each), "resets_at": _rfc3339(each.resets_at)}
+                {"policy": each.policy, "limit": _limit_in_unit(each), "resets_at": _format_rfc3339(each.resets_at)}
                 for each in error.violations
             ]
             headers |= rate_limit_headers(error.limits)
@@ -217,17 +232,17 @@ def to_problem(error: errors.GatewayError) -> Problem:
             extras["errors"] = [{"field": each.field, "detail": each.detail} for each in error.errors]
         case errors.SubmissionUnknown():
             extras["submission_id"] = error.submission_id
-            headers |= REPLAYED if error.replayed else {}
+            headers |= REPLAYED_HEADERS if error.is_replay else {}
         case errors.UpstreamRejected():
             extras["upstream_reason"] = error.reason
         case errors.RangeNotSatisfiable() if error.content_range:
             headers["Content-Range"] = error.content_range
         case _:
-            headers |= next((_HEADERS[cls] for cls in type(error).__mro__ if cls in _HEADERS), {})
-    return Problem(kind, error.detail, extras, headers)
+            headers |= next((_ERROR_HEADERS[cls] for cls in type(error).__mro__ if cls in _ERROR_HEADERS), {})
+    return ProblemResponse(kind, error.detail, extras, headers)
 
 
-def render(problem: Problem, request_id: str) -> tuple[int, dict[str, str], bytes]:
+def render(problem: ProblemResponse, request_id: str) -> tuple[int, dict[str, str], bytes]:
     """The status, headers and body of the answer."""
     document = {
         "type": f"urn:imaging-gateway:problem:{problem.type.code}",
@@ -250,7 +265,7 @@ def exception_handlers(logger: FilteringBoundLogger) -> dict[int | type[Exceptio
 
     def known(request: Request[Any, Any, Any], error: errors.GatewayError) -> Response[bytes]:
         problem = to_problem(error)
-        if problem is CRASHED:
+        if problem is INTERNAL_ERROR_RESPONSE:
             return crashed(request, error)
         if problem.type is UNAUTHENTICATED and "authorization" in request.headers:
             challenge = problem.headers["WWW-Authenticate"] + ', error="invalid_token"'
@@ -264,90 +279,96 @@ def exception_handlers(logger: FilteringBoundLogger) -> dict[int | type[Exceptio
 
     def undecodable(request: Request[Any, Any, Any], error: UnicodeDecodeError) -> Response[bytes]:
         # Litestar lets this one through for a JSON body; logged, should it ever come from elsewhere.
-        logger.warning("request.garbled", exc_info=error)
-        return _respond(request, Problem(MALFORMED, "The body of the request is not UTF-8."))
+        logger.warning("request.invalid_utf8", exc_info=error)
+        return _respond(request, ProblemResponse(MALFORMED_REQUEST, "The body of the request is not UTF-8."))
 
     def crashed(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-        logger.error("request.crashed", exc_info=error)
-        return _respond(request, CRASHED)
+        logger.error("request.error", exc_info=error)
+        return _respond(request, INTERNAL_ERROR_RESPONSE)
 
     def left(*_: object) -> NoReturn:
         # A new one: frames of Litestar hold the other, which would hold them, and with them all that was uploaded.
-        raise ClientLeft from None
+        raise ClientDisconnected from None
 
     return {
         errors.GatewayError: known,
         HTTPException: framework,
         UnicodeDecodeError: undecodable,
-        ClientLeft: left,
+        ClientDisconnected: left,
         Exception: crashed,
     }
 
 
-def _respond(request: Request[Any, Any, Any], problem: Problem) -> Response[bytes]:
+def _respond(request: Request[Any, Any, Any], problem: ProblemResponse) -> Response[bytes]:
     state = request.scope["state"]
     state[OUTCOME] = problem.type.code
     status, headers, body = render(problem, state.get(REQUEST_ID, ""))
     return Response(body, status_code=status, headers=headers, media_type=headers.pop("Content-Type"))
 
 
-_FRAMEWORK = {
+_FRAMEWORK_PROBLEMS = {
     HTTPStatus.UNAUTHORIZED: to_problem(errors.Unauthenticated("Send a bearer token.")),
-    HTTPStatus.FORBIDDEN: Problem(FORBIDDEN, "This is not allowed."),
-    HTTPStatus.NOT_FOUND: Problem(NOT_FOUND, "There is nothing at this address."),
+    HTTPStatus.FORBIDDEN: ProblemResponse(FORBIDDEN, "This is not allowed."),
+    HTTPStatus.NOT_FOUND: ProblemResponse(NOT_FOUND, "There is nothing at this address."),
 }
 
 
-def _framework_problem(request: Request[Any, Any, Any], error: HTTPException) -> Problem:
-    if problem := _FRAMEWORK.get(HTTPStatus(error.status_code)):
+def _framework_problem(request: Request[Any, Any, Any], error: HTTPException) -> ProblemResponse:
+    if problem := _FRAMEWORK_PROBLEMS.get(HTTPStatus(error.status_code)):
         return problem
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("allow", "")
-        return Problem(METHOD_NOT_ALLOWED, f"Use one of {allowed}.", headers={"Allow": allowed})
+        return ProblemResponse(METHOD_NOT_ALLOWED, f"Use one of {allowed}.", headers={"Allow": allowed})
     if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         uploads = request.headers.get("content-type", "").startswith("multipart/")
-        return Problem(IMAGE_TOO_LARGE if uploads else MALFORMED, "The body of the request is too large.")
+        return ProblemResponse(
+            IMAGE_TOO_LARGE if uploads else MALFORMED_REQUEST, "The body of the request is too large."
+        )
     if not isinstance(error, ValidationException):
-        return Problem(MALFORMED, "The request can't be read.")
+        return ProblemResponse(MALFORMED_REQUEST, "The request can't be read.")
     # The detail of a validation error repeats the query, which may hold anything.
-    faults = _faults(request, error)
-    return to_problem(errors.InvalidOptions(faults)) if faults else Problem(MALFORMED, "The request is not valid.")
+    faults = _field_errors(request, error)
+    return (
+        to_problem(errors.InvalidOptions(faults))
+        if faults
+        else ProblemResponse(MALFORMED_REQUEST, "The request is not valid.")
+    )
 
 
-_PARAMETER_FAULT = re.compile(r"Missing required \w+ parameter '([^']*)'")
+_MISSING_PARAMETER = re.compile(r"Missing required \w+ parameter '([^']*)'")
 
 
-def _faults(request: Request[Any, Any, Any], error: ValidationException) -> list[errors.FieldError]:
+def _field_errors(request: Request[Any, Any, Any], error: ValidationException) -> list[errors.FieldError]:
     """The faulty fields and parameters, each with what it must be."""
-    if missing := _PARAMETER_FAULT.match(error.detail):
+    if missing := _MISSING_PARAMETER.match(error.detail):
         return [errors.FieldError(missing[1], "is required")]
     found: dict[str, errors.FieldError] = {}
     for each in error.extra if isinstance(error.extra, list) else ():
-        key = str(each.get("key", _BODY))
-        if key == _BODY or each.get("source") == "body":
-            found |= {fault.field: fault for fault in _body_faults(request, key)}
+        key = str(each.get("key", _BODY_PARAMETER))
+        if key == _BODY_PARAMETER or each.get("source") == "body":
+            found |= {fault.field: fault for fault in _body_errors(request, key)}
         else:
-            fault = _parameter_fault(request, key)
+            fault = _parameter_error(request, key)
             found[fault.field] = fault
     return list(found.values())
 
 
-_BODY = "data"
+_BODY_PARAMETER = "data"
 
 
-def _body_faults(request: Request[Any, Any, Any], key: str) -> list[errors.FieldError]:
+def _body_errors(request: Request[Any, Any, Any], key: str) -> list[errors.FieldError]:
     """What is wrong with a body in which something is, at `key` for one."""
     sent = ScopeState.from_scope(request.scope).json
     if sent is Empty or sent is None:
         return [errors.FieldError("body", "is required" if sent is Empty else "must be an object")]
-    found = faults_of(sent, request.route_handler.parsed_fn_signature.parameters[_BODY].annotation, "")
+    found = validate_tree(sent, request.route_handler.parsed_fn_signature.parameters[_BODY_PARAMETER].annotation, "")
     return [
         errors.FieldError(each.field or "body", each.detail.replace("must be a table", "must be an object"))
         for each in found
-    ] or [errors.FieldError("body" if key == _BODY else key, "is not what it must be")]
+    ] or [errors.FieldError("body" if key == _BODY_PARAMETER else key, "is not what it must be")]
 
 
-def _parameter_fault(request: Request[Any, Any, Any], name: str) -> errors.FieldError:
+def _parameter_error(request: Request[Any, Any, Any], name: str) -> errors.FieldError:
     """What a parameter must be, under the name that callers know."""
     parameter = request.route_handler.parsed_fn_signature.parameters[name]
     about = parameter.kwarg_definition
@@ -355,21 +376,21 @@ def _parameter_fault(request: Request[Any, Any, Any], name: str) -> errors.Field
     kind = parameter.annotation
     if least is not None or most is not None:
         kind = Annotated[kind, msgspec.Meta(ge=least, le=most)]
-    return errors.FieldError(getattr(about, "name", None) or name, wanted_of(kind))
+    return errors.FieldError(getattr(about, "name", None) or name, expected_format(kind))
 
 
-def _quota_problem(policies: set[str]) -> ProblemType:
-    if policies == {MAX_ACTIVE}:
-        return TOO_MANY_ACTIVE
-    return RATE_LIMITED if policies and policies <= _PER_MINUTE else QUOTA_EXCEEDED
+def _quota_problem_type(policies: set[str]) -> ProblemType:
+    if policies == {MAX_ACTIVE_POLICY}:
+        return TOO_MANY_ACTIVE_TASKS
+    return RATE_LIMITED if policies and policies <= _MINUTE_POLICIES else QUOTA_EXCEEDED
 
 
-def _limit(violation: Violation) -> int | float:
+def _limit_in_unit(violation: Violation) -> int | float:
     """The limit in what callers count: tasks, or yuan."""
-    return yuan(violation.limit) if violation.policy in _IN_MONEY else violation.limit
+    return to_yuan(violation.limit) if violation.policy in _MONEY_POLICIES else violation.limit
 
 
-def _rfc3339(milliseconds: int | None) -> str | None:
+def _format_rfc3339(milliseconds: int | None) -> str | None:
     if milliseconds is None:
         return None
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

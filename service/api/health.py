@@ -12,7 +12,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from msgspec import Struct
 
 from service.telemetry.metrics import Metrics
-from service.usecases.ledger_snapshot import Survey
+from service.usecases.ledger_snapshot import LedgerSnapshot
 
 
 class Health(StrEnum):
@@ -29,7 +29,7 @@ class HealthReport(Struct, frozen=True):
     status: Health
 
 
-def health_routes(health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
+def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
     """`/healthz` and `/readyz`.
 
     Neither touches Redis: reads go on without it, so a Redis that went away must not take the process out of service.
@@ -52,18 +52,18 @@ def health_routes(health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
         responses={503: ResponseSpec(HealthReport, description="It is starting or ending", generate_examples=False)},
     )
     async def readyz() -> Response[HealthReport]:
-        found = health()
+        found = get_health()
         return Response(HealthReport(found), status_code=200 if found is Health.OK else 503)
 
     return [healthz, readyz]
 
 
-def metrics_route(metrics: Metrics, survey: Survey) -> HTTPRouteHandler:
+def metrics_route(metrics: Metrics, update_snapshot: LedgerSnapshot) -> HTTPRouteHandler:
     """`/metrics`, for Prometheus. Writing it all out takes a while, and is done where no request waits for it."""
 
     @get("/metrics", operation_id="metrics", summary="Metrics for Prometheus", include_in_schema=False)
     async def scrape() -> Response[bytes]:
-        await survey()
+        await update_snapshot()
         body, media_type = await asyncio.to_thread(metrics.render)
         return Response(body, media_type=media_type.partition("; charset")[0])
 

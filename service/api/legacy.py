@@ -17,9 +17,9 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.api import openapi
-from service.api.auth import Tenants
-from service.api.errors import TooSlow
-from service.api.uploads import Uploads
+from service.api.auth import TenantAuth
+from service.api.errors import BodyTimeout
+from service.api.uploads import UploadReader
 from service.domain.errors import (
     BalanceExhausted,
     FieldError,
@@ -32,12 +32,12 @@ from service.domain.errors import (
     UpstreamRejected,
     UpstreamUnavailable,
 )
-from service.domain.ledger import MAX_ACTIVE
+from service.domain.ledger import MAX_ACTIVE_POLICY
 from service.domain.tasks import ArtifactName, Catalogue, Kind, Options, State, parse_options
 from service.domain.tenants import Tenant
-from service.usecases.reports import Quota
-from service.usecases.submit import Submit
-from service.usecases.task_status import Follow
+from service.usecases.reports import QuotaReports
+from service.usecases.submit import Submitter
+from service.usecases.task_status import TaskReader
 
 _log = structlog.get_logger(__name__)
 
@@ -46,8 +46,8 @@ NOTHING_LEFT = "账户剩余次数不足"
 REJECTED = "任务提交失败:{}"
 NOT_FOUND = "任务未找到或状态未知"
 
-_PART = "input_image"
-_KEY = "user_key"
+_IMAGE_PART = "input_image"
+_USER_KEY_FIELD = "user_key"
 _ROUTES = {
     Kind.UPSCALE: "submit_task",
     Kind.VECTORIZE: "submit_vector_task",
@@ -73,14 +73,14 @@ _FIELDS: Mapping[Kind, Mapping[str, str]] = {
     Kind.FACE_ENHANCE: {},
     Kind.SEAMLESS: {"fit": "fit"},
 }
-_STEPS = (20, 40)
-_FLAGS = frozenset({"high_fidelity", "strong_inpaint", "vector"})
-_TEXTS = frozenset({"model", "style", "prompt", "negative_prompt"})
-_TRUE = frozenset({"true", "1", "on", "yes", "t", "y"})
-_FALSE = frozenset({"false", "0", "off", "no", "f", "n"})
+_STEPS_RANGE = (20, 40)
+_BOOLEAN_OPTIONS = frozenset({"high_fidelity", "strong_inpaint", "vector"})
+_TEXT_OPTIONS = frozenset({"model", "style", "prompt", "negative_prompt"})
+_TRUE_WORDS = frozenset({"true", "1", "on", "yes", "t", "y"})
+_FALSE_WORDS = frozenset({"false", "0", "off", "no", "f", "n"})
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", re.ASCII)
 _STATES = {State.QUEUED: "Queued", State.RUNNING: "Running", State.SUCCEEDED: "Completed", State.FAILED: "Failed"}
-_URLS = {ArtifactName.IMAGE: "images_url", ArtifactName.VECTOR: "vector_url", ArtifactName.GRID: "grid_url"}
+_URL_FIELDS = {ArtifactName.IMAGE: "images_url", ArtifactName.VECTOR: "vector_url", ArtifactName.GRID: "grid_url"}
 
 Count = Annotated[int, Meta(description="The uses that are left, where that is known.")]
 Money = Annotated[int, Meta(description="The yuan that are left, where that is known.")]
@@ -117,8 +117,14 @@ class Checked(Struct, frozen=True):
 A = TypeVar("A", Submitted, Checked)
 
 
-def routes(
-    *, tenants: Tenants, submit: Submit, follow: Follow, quota: Quota, uploads: Uploads, catalogue: Catalogue
+def legacy_routes(
+    *,
+    tenant_auth: TenantAuth,
+    submit: Submitter,
+    reader: TaskReader,
+    quota: QuotaReports,
+    uploads: UploadReader,
+    catalogue: Catalogue,
 ) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/api`."""
 
@@ -128,25 +134,25 @@ def routes(
             name=f"legacy-{kind}",
             operation_id=f"legacy-{kind}",
             summary=f"{openapi.SUBMIT_SUMMARIES[kind]}, in the upstream's protocol",
-            operation_class=openapi.legacy_operation(_PART, _FIELDS[kind], kind),
+            operation_class=openapi.legacy_operation(_IMAGE_PART, _FIELDS[kind], kind),
             response_description="The task, or why there is none",
             status_code=200,
         )
         async def handler(request: Request[Any, Any, Any]) -> Response[Submitted | Failure]:
             def admit(name: str, value: str) -> None:
                 # Programs send their fields before the file, so who may not submit is told before the image is taken.
-                if name == _KEY:
-                    submit.admit(_by_key(request, tenants, value), kind)
+                if name == _USER_KEY_FIELD:
+                    submit.check_allowed(_authenticate_key(request, tenant_auth, value), kind)
 
             async def answer() -> Submitted:
-                async with uploads.receive(request.scope, request.receive, part=_PART, on_field=admit) as upload:
-                    tenant = _tenant(request, tenants, upload.fields)
-                    submit.admit(tenant, kind)
-                    options = _options(kind, upload.fields, catalogue)
+                async with uploads.receive(request.scope, request.receive, part=_IMAGE_PART, on_field=admit) as upload:
+                    tenant = _authenticate_form(request, tenant_auth, upload.fields)
+                    submit.check_allowed(tenant, kind)
+                    options = _parse_fields(kind, upload.fields, catalogue)
                     accepted = await submit(tenant, options, {}, upload.image)
-                return Submitted(0, accepted.task.id, **await _left(quota, tenant))
+                return Submitted(0, accepted.task.id, **await _remaining_fields(quota, tenant))
 
-            return await _answered(answer, _submit_message)
+            return await _respond(answer, _submit_message)
 
         return handler
 
@@ -161,35 +167,37 @@ def routes(
     async def check(request: Request[Any, Any, Any]) -> Response[Checked | Failure]:
         async def answer() -> Checked:
             fields = await uploads.read_form(request.scope, request.receive)
-            tenant = _tenant(request, tenants, fields)
-            task = (await follow.read(tenant, dict(fields).get("task_id", ""))).task
+            tenant = _authenticate_form(request, tenant_auth, fields)
+            task = (await reader.read(tenant, dict(fields).get("task_id", ""))).task
             if task.state is not State.SUCCEEDED:
                 return Checked(0, _STATES[task.state])
-            urls: dict[str, Any] = {_URLS[each.name]: each.url for each in task.artifacts}
-            return Checked(0, _STATES[task.state], **urls, **await _left(quota, tenant))
+            urls: dict[str, Any] = {_URL_FIELDS[each.name]: each.url for each in task.artifacts}
+            return Checked(0, _STATES[task.state], **urls, **await _remaining_fields(quota, tenant))
 
-        return await _answered(answer, _check_message)
+        return await _respond(answer, _check_message)
 
     return [*(submitting(kind) for kind in Kind), check]
 
 
-def _tenant(request: Request[Any, Any, Any], tenants: Tenants, fields: Sequence[tuple[str, str]]) -> Tenant:
-    return _by_key(request, tenants, dict(fields).get(_KEY, ""))
+def _authenticate_form(
+    request: Request[Any, Any, Any], tenant_auth: TenantAuth, fields: Sequence[tuple[str, str]]
+) -> Tenant:
+    return _authenticate_key(request, tenant_auth, dict(fields).get(_USER_KEY_FIELD, ""))
 
 
-def _by_key(request: Request[Any, Any, Any], tenants: Tenants, key: str) -> Tenant:
-    tenant = tenants.by_token(key)
+def _authenticate_key(request: Request[Any, Any, Any], tenant_auth: TenantAuth, key: str) -> Tenant:
+    tenant = tenant_auth.authenticate_token(key)
     request.scope["state"]["tenant"] = tenant.name
     return tenant
 
 
-def _options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:
+def _parse_fields(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:
     """The upstream's fields as options; the last of a repeated field counts, and an empty one is its default.
 
     Raises InvalidOptions, in the names of the upstream.
     """
     names = _FIELDS[kind]
-    given = {names[name]: _plain(names[name], value) for name, value in dict(fields).items() if name in names}
+    given = {names[name]: _normalize_value(names[name], value) for name, value in dict(fields).items() if name in names}
     try:
         return parse_options(kind, list(given.items()), catalogue)
     except InvalidOptions as error:
@@ -197,49 +205,47 @@ def _options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue
         raise InvalidOptions([FieldError(theirs[each.field], each.detail) for each in error.errors]) from None
 
 
-def _plain(option: str, text: str) -> str:
+def _normalize_value(option: str, text: str) -> str:
     """A flag or a number in the spelling of options, from any that servers of such forms read.
 
     The upstream takes fractions of steps, so programs may send them, and would be refused after years for something
     that no sampler can do half of. What is out of range, or no number, is left to be refused.
     """
-    if option in _TEXTS:
+    if option in _TEXT_OPTIONS:
         return text
     text = text.strip()
-    if option in _FLAGS:
+    if option in _BOOLEAN_OPTIONS:
         word = text.lower()
-        return "true" if word in _TRUE else "false" if word in _FALSE else text
+        return "true" if word in _TRUE_WORDS else "false" if word in _FALSE_WORDS else text
     if not _NUMBER.fullmatch(text):
         return text
     number = float(text)
-    least, most = _STEPS
+    least, most = _STEPS_RANGE
     if option == "steps" and least <= number <= most:
         number = float(math.floor(number + 0.5))
     return str(int(number)) if number.is_integer() else repr(number)
 
 
-async def _left(quota: Quota, tenant: Tenant) -> dict[str, Any]:
+async def _remaining_fields(quota: QuotaReports, tenant: Tenant) -> dict[str, Any]:
     """What the tenant has left: whole uses, and whole yuan; what nobody knows is left out."""
     try:
-        left = await quota.left(tenant)
+        left = await quota.remaining(tenant)
     except GatewayError:
         return {}  # the figures are not worth losing an accepted task over
     except Exception:  # noqa: BLE001 - nor is any fault
-        _log.exception("submission.answer-crashed")
+        _log.exception("submission.response_error")
         return {}
-    told = {"remaining_count": left.count, "remaining_money": None if left.money is None else left.money // 100}
+    told = {"remaining_count": left.count, "remaining_money": None if left.money_fen is None else left.money_fen // 100}
     return {name: value for name, value in told.items() if value is not None}
 
 
-async def _answered(
-    answer: Callable[[], Awaitable[A]], message: Callable[[GatewayError], str]
-) -> Response[A | Failure]:
+async def _respond(answer: Callable[[], Awaitable[A]], message: Callable[[GatewayError], str]) -> Response[A | Failure]:
     """An answer, or an error in the message of the upstream that fits it best."""
     try:
         return Response(await answer())
     except Unauthenticated:
         return Response(Failure(1, NO_ACCOUNT))
-    except TooSlow as error:
+    except BodyTimeout as error:
         # Else a client that trickles on keeps its connection for as long as it likes.
         return Response(Failure(1, message(error)), headers={"Connection": "close"})
     except GatewayError as error:
@@ -249,7 +255,7 @@ async def _answered(
 def _submit_message(error: GatewayError) -> str:
     match error:
         # Too many active tasks pass by themselves, while a program told that nothing is left may never come back.
-        case BalanceExhausted() | QuotaDenied() if not _only_active(error):
+        case BalanceExhausted() | QuotaDenied() if not _is_active_limit_only(error):
             return NOTHING_LEFT
         case UpstreamRejected():
             return REJECTED.format(error.reason)
@@ -259,8 +265,8 @@ def _submit_message(error: GatewayError) -> str:
             return REJECTED.format(error.detail)
 
 
-def _only_active(error: GatewayError) -> bool:
-    return isinstance(error, QuotaDenied) and {each.policy for each in error.violations} == {MAX_ACTIVE}
+def _is_active_limit_only(error: GatewayError) -> bool:
+    return isinstance(error, QuotaDenied) and {each.policy for each in error.violations} == {MAX_ACTIVE_POLICY}
 
 
 def _check_message(error: GatewayError) -> str:

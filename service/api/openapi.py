@@ -33,9 +33,9 @@ from service import __version__
 from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemType
 from service.domain.media import EXTENSIONS
 from service.domain.tasks import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
-from service.domain.webhooks import MAX_URL
+from service.domain.webhooks import MAX_URL_CHARS
 
-UNSERVED = "/schema"
+UNSERVED_PATH = "/schema"
 """Where Litestar serves something of each document, whatever it is told: nothing is found there."""
 
 SUBMIT_SUMMARIES: Mapping[Kind, str] = {
@@ -61,7 +61,7 @@ class ViolatedPolicy(Struct, frozen=True):
     resets_at: datetime | None
 
 
-class ProblemView(Struct, frozen=True):
+class Problem(Struct, frozen=True):
     """A problem document (RFC 9457). More members may come beside these."""
 
     type: Annotated[str, Meta(description="Its kind, as an identifier that is not to be fetched.")]
@@ -86,23 +86,26 @@ FILE_TYPES = tuple(EXTENSIONS)
 """What an answer that is a file comes with, and what it can be."""
 
 
-def problems(*which: int | str) -> dict[int, ResponseSpec]:
+def problem_responses(*codes_or_statuses: int | str) -> dict[int, ResponseSpec]:
     """The problems an operation may answer with: those of these codes, and all those of these statuses."""
-    found = [each for each in PROBLEMS if each.code in which or each.status in which]
-    return {status: _problem([each for each in found if each.status == status]) for status in {e.status for e in found}}
+    found = [each for each in PROBLEMS if each.code in codes_or_statuses or each.status in codes_or_statuses]
+    return {
+        status: _problem_response([each for each in found if each.status == status])
+        for status in {e.status for e in found}
+    }
 
 
-def _problem(kinds: Sequence[ProblemType]) -> ResponseSpec:
+def _problem_response(kinds: Sequence[ProblemType]) -> ResponseSpec:
     return ResponseSpec(
-        ProblemView,
-        description="\n".join(f"- `{each.code}`: {each.when}" for each in kinds),
+        Problem,
+        description="\n".join(f"- `{each.code}`: {each.description}" for each in kinds),
         media_type=MEDIA_TYPE,
         generate_examples=False,
         examples=[Example(id=each.code) for each in kinds],  # shown by `service.api.document`
     )
 
 
-def headers(*names: str) -> list[ResponseHeader]:
+def response_headers(*names: str) -> list[ResponseHeader]:
     """The headers of an operation's success, by name; `service.api.document` says what each means."""
     return [ResponseHeader(name=name, documentation_only=True) for name in names]
 
@@ -119,7 +122,7 @@ class _FormOperation(Operation):
 
 def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
     """An operation that takes an image and the options of a kind."""
-    properties = {"image": _file("The image: PNG, JPEG or WebP.")} | _options(kind, catalogue)
+    properties = {"image": _file_schema("The image: PNG, JPEG or WebP.")} | _option_schemas(kind, catalogue)
     properties["metadata"] = Schema(
         type=OpenAPIType.STRING,
         content_media_type="application/json",
@@ -129,7 +132,7 @@ def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
     properties["webhook_url"] = Schema(
         type=OpenAPIType.STRING,
         format=OpenAPIFormat.URI,
-        max_length=MAX_URL,
+        max_length=MAX_URL_CHARS,
         description="Where to tell the end of this task, instead of at your usual address. Its host has to be one that "
         "the operators have allowed you.",
     )
@@ -144,8 +147,8 @@ def legacy_operation(part: str | None, names: Mapping[str, str], kind: Kind | No
     if part is None or kind is None:
         properties |= {name: Schema(type=OpenAPIType.STRING) for name in names}
         return _form_operation(properties, ["user_key", *names], "application/x-www-form-urlencoded")
-    ours = _options(kind, None)
-    properties |= {part: _file("The image.")} | {theirs: ours[option] for theirs, option in names.items()}
+    ours = _option_schemas(kind, None)
+    properties |= {part: _file_schema("The image.")} | {theirs: ours[option] for theirs, option in names.items()}
     return _form_operation(properties, ["user_key", part], "multipart/form-data")
 
 
@@ -163,7 +166,7 @@ def _form_operation(
     return type("FormOperation", (_FormOperation,), {"body": body})
 
 
-def _file(description: str) -> Schema:
+def _file_schema(description: str) -> Schema:
     return Schema(
         type=OpenAPIType.STRING,
         format=OpenAPIFormat.BINARY,  # OpenAPI 3.0's mark of a file, the only one that most client generators know
@@ -172,7 +175,7 @@ def _file(description: str) -> Schema:
     )
 
 
-def _options(kind: Kind, catalogue: Catalogue | None) -> dict[str, Schema]:
+def _option_schemas(kind: Kind, catalogue: Catalogue | None) -> dict[str, Schema]:
     """The options of a kind as schemas, from the annotations that check them."""
     options = OPTIONS[kind]
     (plain,), components = msgspec.json.schema_components([options])
@@ -193,7 +196,7 @@ def _options(kind: Kind, catalogue: Catalogue | None) -> dict[str, Schema]:
     return schemas
 
 
-def config(title: str, description: str, bearer: str, tags: Mapping[str, str]) -> OpenAPIConfig:
+def openapi_config(title: str, description: str, bearer: str, tags: Mapping[str, str]) -> OpenAPIConfig:
     """The frame of a port's document. It is served by a route of its own, so that no renderer comes with it."""
     made = OpenAPIConfig(
         title=title,
@@ -204,14 +207,14 @@ def config(title: str, description: str, bearer: str, tags: Mapping[str, str]) -
             security_schemes={"token": SecurityScheme(type="http", scheme="bearer", description=bearer)}
         ),
         tags=[Tag(name=name, description=about) for name, about in tags.items()],
-        openapi_router=Router(UNSERVED, route_handlers=[], include_in_schema=False, guards=[_nowhere]),
+        openapi_router=Router(UNSERVED_PATH, route_handlers=[], include_in_schema=False, guards=[_refuse_request]),
         use_handler_docstrings=False,
     )
     made.render_plugins = []  # given an empty list, Litestar takes all that it has, whose pages load scripts of others
     return made
 
 
-def _nowhere(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
+def _refuse_request(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
     """Refuse what Litestar serves of a document in any case: its JSON, and a page that says that nothing is found."""
     connection.scope["path_template"] = ""  # it counts as unmatched, like all that is found nowhere
     raise NotFoundException

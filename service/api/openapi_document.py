@@ -16,59 +16,67 @@ from msgspec.structs import replace
 
 from service.api import admin_schemas, health, legacy, openapi
 from service.api import schemas as schemas_module
-from service.api.admin_schemas import DeliveryList, DeliveryView, NewSecretView, TaskEvent, WebhookView
+from service.api.admin_schemas import Delivery, DeliveryList, NewSecretView, TaskEvent, WebhookView
 from service.api.errors import MEDIA_TYPE, PROBLEMS
 from service.api.schemas import (
-    AccountAbility,
-    ArtifactView,
-    CostView,
-    LinksView,
-    PolicyView,
+    Artifact,
+    Availability,
+    Cost,
+    Links,
+    Policy,
     QuotaView,
-    SubmissionView,
+    Submission,
     TaskList,
     TaskView,
-    table,
-    usage_table,
-    usage_view,
+    render_csv,
+    render_usage,
+    tabulate_usage,
 )
-from service.api.tasks import event
+from service.api.tasks import encode_event
 from service.domain.ledger import Measure, Refund, ReservationState, Tally
-from service.domain.tasks import OPTIONS, ArtifactName, Basis, Kind, State, UpscaleOptions
+from service.domain.tasks import OPTIONS, ArtifactName, CostBasis, Kind, State, UpscaleOptions
 from service.domain.tenants import Window
-from service.domain.webhooks import DeliveryState, Event
-from service.usecases.reports import BalanceSuggestion, Group, Interval, Marked, Owner, Report, Row
+from service.domain.webhooks import DeliveryState, WebhookEvent
+from service.usecases.reports import (
+    BalanceSuggestion,
+    FlaggedSubmission,
+    Group,
+    Interval,
+    TenantRef,
+    UsageReport,
+    UsageRow,
+)
 
-_ID = "task_Zm9yIHRoZSBkb2N1bWVudCBvbmx5"
+_TASK_ID = "task_Zm9yIHRoZSBkb2N1bWVudCBvbmx5"
 
 
-_CREATED = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+_CREATED_AT = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 
 
-_ENDED = datetime(2026, 1, 31, 12, 0, 21, tzinfo=UTC)
+_FINISHED_AT = datetime(2026, 1, 31, 12, 0, 21, tzinfo=UTC)
 
 
-_TASK = TaskView(
-    id=_ID,
+_TASK_EXAMPLE = TaskView(
+    id=_TASK_ID,
     kind=Kind.UPSCALE,
     state=State.SUCCEEDED,
-    created_at=_CREATED,
-    updated_at=_ENDED,
-    finished_at=_ENDED,
+    created_at=_CREATED_AT,
+    updated_at=_FINISHED_AT,
+    finished_at=_FINISHED_AT,
     options=msgspec.to_builtins(UpscaleOptions(scale=4)),
     metadata={"order": "4711"},
     artifacts=[
-        ArtifactView(ArtifactName.IMAGE, "https://upstream.example/files/1.png", f"/v1/tasks/{_ID}/artifacts/image")
+        Artifact(ArtifactName.IMAGE, "https://upstream.example/files/1.png", f"/v1/tasks/{_TASK_ID}/artifacts/image")
     ],
     error=None,
-    cost=CostView(count=1, money=0, basis=Basis.OBSERVED),
-    links=LinksView(self=f"/v1/tasks/{_ID}", events=f"/v1/tasks/{_ID}/events"),
+    cost=Cost(count=1, money=0, basis=CostBasis.OBSERVED),
+    links=Links(self=f"/v1/tasks/{_TASK_ID}", events=f"/v1/tasks/{_TASK_ID}/events"),
 )
 
 
-_QUOTA = QuotaView(
+_QUOTA_EXAMPLE = QuotaView(
     policies=[
-        PolicyView(
+        Policy(
             policy="day-tasks",
             unit="tasks",
             window=Window.DAY,
@@ -79,7 +87,7 @@ _QUOTA = QuotaView(
             overrun=None,
             resets_at=datetime(2026, 2, 1, tzinfo=UTC),
         ),
-        PolicyView(
+        Policy(
             policy="max-active",
             unit="active",
             window=None,
@@ -91,14 +99,14 @@ _QUOTA = QuotaView(
             resets_at=None,
         ),
     ],
-    account=AccountAbility(can_pay=True, look_again_at=None),
+    account=Availability(can_pay=True, look_again_at=None),
 )
 
 
-_SUBMISSION = "f3a1c09b6d5e4f708192a3b4c5d6e7f8"
+_SUBMISSION_ID = "f3a1c09b6d5e4f708192a3b4c5d6e7f8"
 
 
-_OWNER = Owner(1_769_860_800_000, "shop")
+_OWNER = TenantRef(1_769_860_800_000, "shop")
 
 
 _DAY = date(2026, 1, 31)
@@ -107,50 +115,50 @@ _DAY = date(2026, 1, 31)
 _TALLY = Tally({Measure.SUCCEEDED: 57, Measure.UNKNOWN: 1, Measure.OBSERVED_COUNT: 55, Measure.ESTIMATED_MONEY: 100})
 
 
-_REFUND = Refund(int(_ENDED.timestamp()) * 1000, "The result was blank.", count=1, money=0)
+_REFUND = Refund(int(_FINISHED_AT.timestamp()) * 1000, "The result was blank.", count=1, money_fen=0)
 
 
 _TALLY.update({Measure.REFUNDED: 1, Measure.REFUNDED_COUNT: 1})
 
 
-def _report(*groups: Group) -> Report:
+def _example_report(*groups: Group) -> UsageReport:
     """The usage of one day, told apart by these groups."""
-    return Report(
+    return UsageReport(
         _DAY.replace(day=1),
         _DAY,
         Interval.DAY,
         groups,
-        rows=[Row(str(_DAY), _OWNER if Group.TENANT in groups else None, Kind.UPSCALE, _TALLY)],
+        rows=[UsageRow(str(_DAY), _OWNER if Group.TENANT in groups else None, Kind.UPSCALE, _TALLY)],
         total=_TALLY,
-        unknown=[Marked(_SUBMISSION, _OWNER, Kind.UPSCALE, _DAY)],
-        refunds=[(Marked("0c7d9f2b4a6e81c35f7092b4d6e8a1c3", _OWNER, Kind.UPSCALE, _DAY), _REFUND)],
+        unknown=[FlaggedSubmission(_SUBMISSION_ID, _OWNER, Kind.UPSCALE, _DAY)],
+        refunds=[(FlaggedSubmission("0c7d9f2b4a6e81c35f7092b4d6e8a1c3", _OWNER, Kind.UPSCALE, _DAY), _REFUND)],
     )
 
 
-_UNKNOWN = SubmissionView(
-    id=_SUBMISSION,
+_SUBMISSION_EXAMPLE = Submission(
+    id=_SUBMISSION_ID,
     outcome=ReservationState.UNKNOWN,
     kind=Kind.UPSCALE,
-    created_at=_CREATED,
-    settled_at=_ENDED,
+    created_at=_CREATED_AT,
+    settled_at=_FINISHED_AT,
     task=None,
-    cost=CostView(count=0, money=1.2, basis=Basis.UNKNOWN),
+    cost=Cost(count=0, money=1.2, basis=CostBasis.UNKNOWN),
     balance_suggests=BalanceSuggestion.NOT_CHARGED,
     refund=None,
 )
 
 
-_FAILED = DeliveryView(
-    id=f"msg_{_SUBMISSION}",
+_DELIVERY_EXAMPLE = Delivery(
+    id=f"msg_{_SUBMISSION_ID}",
     tenant="shop",
-    task=_ID,
+    task=_TASK_ID,
     url="https://hooks.example/ended",
     state=DeliveryState.FAILED,
     attempts=11,
     status=500,
     error="It answered 500.",
     answer="no space left",
-    created_at=_ENDED,
+    created_at=_FINISHED_AT,
     updated_at=datetime(2026, 2, 1, 11, 2, tzinfo=UTC),
     due_at=None,
 )
@@ -159,48 +167,50 @@ _FAILED = DeliveryView(
 EXAMPLES: Mapping[str, Struct] = {
     type(example).__name__: example
     for example in (
-        _TASK,
-        TaskList([_TASK], next_cursor=None),
-        _QUOTA,
-        _UNKNOWN,
+        _TASK_EXAMPLE,
+        TaskList([_TASK_EXAMPLE], next_cursor=None),
+        _QUOTA_EXAMPLE,
+        _SUBMISSION_EXAMPLE,
         WebhookView("https://hooks.example/ended", ["hooks.example", "10.20.0.0/16"], []),
-        NewSecretView("whsec_Zm9yIHRoZSBkb2N1bWVudCBvbmx5LCBub3QgYSBrZXk=", _ENDED),
-        _FAILED,
-        DeliveryList([_FAILED]),
-        usage_view(_report(Group.KIND), for_operators=False),
+        NewSecretView("whsec_Zm9yIHRoZSBkb2N1bWVudCBvbmx5LCBub3QgYSBrZXk=", _FINISHED_AT),
+        _DELIVERY_EXAMPLE,
+        DeliveryList([_DELIVERY_EXAMPLE]),
+        render_usage(_example_report(Group.KIND), for_operators=False),
     )
 }
 """An example of each kind of answer that has one, by the name of its type."""
 
 
-TABLES: Mapping[str, str] = {
-    "read-usage": table(*usage_table(_report(Group.KIND), for_operators=False)).decode(),
-    "read-all-usage": table(*usage_table(_report(Group.TENANT, Group.KIND), for_operators=True)).decode(),
+CSV_EXAMPLES: Mapping[str, str] = {
+    "read-usage": render_csv(*tabulate_usage(_example_report(Group.KIND), for_operators=False)).decode(),
+    "read-all-usage": render_csv(
+        *tabulate_usage(_example_report(Group.TENANT, Group.KIND), for_operators=True)
+    ).decode(),
 }
 """What is answered as CSV to those who want it, by the operation's id."""
 
 
-STREAMS: Mapping[str, str] = {"follow-task": event(_TASK, 3).decode()}
+STREAM_EXAMPLES: Mapping[str, str] = {"follow-task": encode_event(_TASK_EXAMPLE, 3).decode()}
 """What is answered as a stream of events, by the operation's id."""
 
 
-ACCEPTED: Mapping[str, Struct] = {
+SUBMIT_EXAMPLES: Mapping[str, Struct] = {
     f"submit-{kind}": replace(
-        _TASK,
+        _TASK_EXAMPLE,
         kind=kind,
         state=State.QUEUED,
-        updated_at=_CREATED,
+        updated_at=_CREATED_AT,
         finished_at=None,
         options=msgspec.to_builtins(OPTIONS[kind]()),
         artifacts=[],
-        cost=CostView(count=0, money=0, basis=Basis.UNKNOWN),
+        cost=Cost(count=0, money=0, basis=CostBasis.UNKNOWN),
     )
     for kind in Kind
 }
 """The task as it is answered to each submission, by the operation's id."""
 
 
-_EXTRAS: Mapping[str, Mapping[str, Any]] = {
+_PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
     "invalid-options": {"errors": [{"field": "scale", "detail": "must be a number from 1 to 8"}]},
     "quota-exceeded": {
         "violated_policies": [{"policy": "day-tasks", "limit": 100, "resets_at": "2026-02-01T00:00:00Z"}]
@@ -210,31 +220,31 @@ _EXTRAS: Mapping[str, Mapping[str, Any]] = {
     },
     "too-many-active-tasks": {"violated_policies": [{"policy": "max-active", "limit": 20, "resets_at": None}]},
     "upstream-rejected": {"upstream_reason": "图片太小"},
-    "submission-unknown": {"submission_id": _SUBMISSION},
+    "submission-unknown": {"submission_id": _SUBMISSION_ID},
 }
 
 
-def problem(code: str) -> dict[str, Any]:
+def example_problem(code: str) -> dict[str, Any]:
     """An example of a problem."""
     kind = next(each for each in PROBLEMS if each.code == code)
     return {
         "type": f"urn:imaging-gateway:problem:{code}",
         "title": kind.title,
         "status": kind.status,
-        "detail": kind.when,
+        "detail": kind.description,
         "instance": "4f5c2d1e8b7a46f09d3c6b5a49382716",
         "code": code,
-    } | dict(_EXTRAS.get(code, {}))
+    } | dict(_PROBLEM_EXTRAS.get(code, {}))
 
 
-TAG = "Webhooks"
+WEBHOOKS_TAG = "Webhooks"
 """The tag of the webhooks alone: client generators write one file for each tag."""
 
 
-_NAME = "task-ended"
+_WEBHOOK_NAME = "task-ended"
 
 
-_DESCRIPTION = (
+_WEBHOOK_DESCRIPTION = (
     "Sent to the address you have agreed on with the operators, or to the task's `webhook_url`, once the task has "
     "ended, signed as [Standard Webhooks](https://www.standardwebhooks.com/) 1.0.0 has it: verify it with any library "
     "of theirs, your `whsec_` secret, and the bytes of the body as they came. Answer with a status from 200 to 299 "
@@ -253,18 +263,18 @@ _WEBHOOK_HEADERS = {
 def add_webhooks(document: dict[str, Any]) -> None:
     """Add the webhooks to a document, with the components that they refer to."""
     components = document["components"]
-    components["schemas"][TaskEvent.__name__] = _event()
+    components["schemas"][TaskEvent.__name__] = _event_schema()
     # Behind a reference: client generators take an operation that is written here for one of the gateway's.
-    components["pathItems"] = {_NAME: {"post": _operation()}}
-    document["webhooks"] = {_NAME: {"$ref": f"#/components/pathItems/{_NAME}"}}
+    components["pathItems"] = {_WEBHOOK_NAME: {"post": _webhook_operation()}}
+    document["webhooks"] = {_WEBHOOK_NAME: {"$ref": f"#/components/pathItems/{_WEBHOOK_NAME}"}}
 
 
-def _event() -> dict[str, Any]:
+def _event_schema() -> dict[str, Any]:
     return {
         "type": "object",
         "description": "What a tenant is told when a task has ended.",
         "properties": {
-            "type": {"type": "string", "enum": [each.value for each in Event]},
+            "type": {"type": "string", "enum": [each.value for each in WebhookEvent]},
             "timestamp": {"type": "string", "format": "date-time", "description": "When the task ended."},
             "data": {"$ref": "#/components/schemas/TaskView"},
         },
@@ -272,15 +282,15 @@ def _event() -> dict[str, Any]:
     }
 
 
-def _operation() -> dict[str, Any]:
+def _webhook_operation() -> dict[str, Any]:
     task = msgspec.convert(EXAMPLES["TaskView"], TaskView)
-    example = TaskEvent(Event.SUCCEEDED, task.finished_at or task.updated_at, task)
+    example = TaskEvent(WebhookEvent.SUCCEEDED, task.finished_at or task.updated_at, task)
     schema = {"$ref": f"#/components/schemas/{TaskEvent.__name__}"}
     return {
-        "operationId": _NAME,
+        "operationId": _WEBHOOK_NAME,
         "summary": "Your task has ended",
-        "description": _DESCRIPTION,
-        "tags": [TAG],
+        "description": _WEBHOOK_DESCRIPTION,
+        "tags": [WEBHOOKS_TAG],
         "security": [{}],
         "parameters": [
             {"name": name, "in": "header", "required": True, "description": about, "schema": {"type": "string"}}
@@ -297,53 +307,53 @@ def _operation() -> dict[str, Any]:
 Node = dict[str, Any]
 
 
-_TEXT, _SECONDS = {"type": "string"}, {"type": "integer", "minimum": 0}
+_TEXT_SCHEMA, _SECONDS_SCHEMA = {"type": "string"}, {"type": "integer", "minimum": 0}
 
 
-_FILE = _TEXT | {"format": "binary"}
+_FILE_SCHEMA = _TEXT_SCHEMA | {"format": "binary"}
 
 
 _HEADER_COMPONENTS: Mapping[str, Node] = {
     "X-Request-Id": {
         "description": "The id of the request: yours, if you sent one of this form, else a new one.",
-        "schema": _TEXT | {"pattern": "^[A-Za-z0-9._-]{1,128}$"},
+        "schema": _TEXT_SCHEMA | {"pattern": "^[A-Za-z0-9._-]{1,128}$"},
     },
-    "Location": {"description": "Where the task is read.", "schema": _TEXT | {"format": "uri-reference"}},
-    "Content-Disposition": {"description": "A name for the file.", "schema": _TEXT},
-    "Content-Range": {"description": "Which bytes these are, and of how many.", "schema": _TEXT},
-    "ETag": {"description": "The version of what is answered, for If-None-Match or If-Match.", "schema": _TEXT},
-    "Last-Modified": {"description": "When the result was made, for If-Modified-Since.", "schema": _TEXT},
-    "Accept-Ranges": {"description": "`bytes` if a part can be asked for.", "schema": _TEXT},
-    "Age": {"description": "How many seconds ago the upstream last told of the task.", "schema": _SECONDS},
+    "Location": {"description": "Where the task is read.", "schema": _TEXT_SCHEMA | {"format": "uri-reference"}},
+    "Content-Disposition": {"description": "A name for the file.", "schema": _TEXT_SCHEMA},
+    "Content-Range": {"description": "Which bytes these are, and of how many.", "schema": _TEXT_SCHEMA},
+    "ETag": {"description": "The version of what is answered, for If-None-Match or If-Match.", "schema": _TEXT_SCHEMA},
+    "Last-Modified": {"description": "When the result was made, for If-Modified-Since.", "schema": _TEXT_SCHEMA},
+    "Accept-Ranges": {"description": "`bytes` if a part can be asked for.", "schema": _TEXT_SCHEMA},
+    "Age": {"description": "How many seconds ago the upstream last told of the task.", "schema": _SECONDS_SCHEMA},
     "Retry-After": {
         "description": "After how many seconds to ask again. Absent where waiting does not help, and once a task has "
         "ended.",
-        "schema": _SECONDS,
+        "schema": _SECONDS_SCHEMA,
     },
-    "Cache-Control": {"description": "Only you may keep it, if anybody.", "schema": _TEXT},
+    "Cache-Control": {"description": "Only you may keep it, if anybody.", "schema": _TEXT_SCHEMA},
     "RateLimit-Policy": {
         "description": "Your limits on tasks, each with its quota `q` and its window `w` in seconds. Absent without "
         "limits.",
-        "schema": _TEXT | {"examples": ['"day-tasks";q=100;w=86400, "total-tasks";q=5000']},
+        "schema": _TEXT_SCHEMA | {"examples": ['"day-tasks";q=100;w=86400, "total-tasks";q=5000']},
     },
     "RateLimit": {
         "description": "What each limit on tasks leaves (`r`), and in how many seconds it resets (`t`). Absent without "
         "limits.",
-        "schema": _TEXT | {"examples": ['"day-tasks";r=41;t=22980, "total-tasks";r=812']},
+        "schema": _TEXT_SCHEMA | {"examples": ['"day-tasks";r=41;t=22980, "total-tasks";r=812']},
     },
-    "Preference-Applied": {"description": "How long was waited for at the most.", "schema": _TEXT},
+    "Preference-Applied": {"description": "How long was waited for at the most.", "schema": _TEXT_SCHEMA},
     "Idempotent-Replayed": {
         "description": "`true` if the answer is about what was submitted first under the same `Idempotency-Key`.",
-        "schema": _TEXT | {"const": "true"},
+        "schema": _TEXT_SCHEMA | {"const": "true"},
     },
-    "WWW-Authenticate": {"description": "How to authenticate: with a bearer token.", "schema": _TEXT},
+    "WWW-Authenticate": {"description": "How to authenticate: with a bearer token.", "schema": _TEXT_SCHEMA},
 }
 
 
-_NAMES = {name.lower(): name for name in _HEADER_COMPONENTS}
+_HEADER_NAMES = {name.lower(): name for name in _HEADER_COMPONENTS}
 
 
-_ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
+_PROBLEM_HEADERS: Mapping[str, tuple[str, ...]] = {
     "401": ("WWW-Authenticate",),
     "402": ("Retry-After",),
     "409": ("Retry-After",),
@@ -354,155 +364,155 @@ _ON_PROBLEMS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-_ON_NOT_MODIFIED = frozenset({"ETag", "Age", "Retry-After", "Last-Modified", "Accept-Ranges", "Cache-Control"})
+_NOT_MODIFIED_HEADERS = frozenset({"ETag", "Age", "Retry-After", "Last-Modified", "Accept-Ranges", "Cache-Control"})
 """What of a success's headers is told even if its content is not."""
 
 
-_MODULES = (admin_schemas, health, legacy, openapi, schemas_module)
+_SCHEMA_MODULES = (admin_schemas, health, legacy, openapi, schemas_module)
 
 
-_OBJECTS: Mapping[str, type[Struct]] = {
+_STRUCTS: Mapping[str, type[Struct]] = {
     name: found
-    for module in _MODULES
+    for module in _SCHEMA_MODULES
     for name, found in vars(module).items()
     if isinstance(found, type) and issubclass(found, Struct) and found.__module__ == module.__name__
 }
 """The objects that are sent. Litestar tells neither what the code says of them, nor that they are all there is."""
 
 
-_FILES = frozenset({"read-artifact"})
+_FILE_OPERATIONS = frozenset({"read-artifact"})
 """The operations whose answers are files."""
 
 
-_UNSAID = ("deprecated", "allowEmptyValue", "allowReserved")
+_FALSE_BY_DEFAULT = ("deprecated", "allowEmptyValue", "allowReserved")
 
 
-_TYPES = frozenset({"object", "array", "string", "boolean", "number", "null"})
+_JSON_TYPES = frozenset({"object", "array", "string", "boolean", "number", "null"})
 
 
-_ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "webhooks", "components")
+_KEY_ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "webhooks", "components")
 
 
-def document(app: Litestar) -> Node:
+def build_document(app: Litestar) -> Node:
     """The document of an application's routes, ready to be served."""
-    written = _tidy(app.openapi_schema.to_schema())
+    written = _normalize(app.openapi_schema.to_schema())
     components = written["components"]
     schemas = components["schemas"]
     for name, schema in schemas.items():
         schema.pop("title", None)
-        if found := _OBJECTS.get(name):
+        if found := _STRUCTS.get(name):
             schema["description"] = inspect.getdoc(found)
             if found.__struct_config__.forbid_unknown_fields:
                 schema["additionalProperties"] = False
         if name in EXAMPLES:
-            schema["examples"] = [_json(EXAMPLES[name])]
-    components["responses"] = {"Problem": _any_problem()}
+            schema["examples"] = [_to_json(EXAMPLES[name])]
+    components["responses"] = {"Problem": _default_problem()}
     used = {"X-Request-Id"}
-    for operation in _operations(written):
-        operation["responses"] = dict(_responses(operation["responses"]))
+    for operation in _list_operations(written):
+        operation["responses"] = dict(_complete_responses(operation["responses"]))
         used = used.union(*(response.get("headers", ()) for response in operation["responses"].values()))
-        _show(operation["operationId"], operation["responses"])
+        _add_examples(operation["operationId"], operation["responses"])
         for parameter in operation.get("parameters", ()):
-            _clarify(parameter)
-        _clarify_body(operation.get("requestBody", {}))
+            _normalize_parameter(parameter)
+        _normalize_body(operation.get("requestBody", {}))
     if TaskView.__name__ in schemas:
         add_webhooks(written)
     components["headers"] = {name: header for name, header in _HEADER_COMPONENTS.items() if name in used}
     names = {name: name.removesuffix("View") for name in schemas}
-    renamed = _renamed(written, names)
+    renamed = _rename_references(written, names)
     components = renamed["components"]
     components["schemas"] = dict(sorted((names[name], schema) for name, schema in components["schemas"].items()))
-    return {key: renamed[key] for key in _ORDER if key in renamed}
+    return {key: renamed[key] for key in _KEY_ORDER if key in renamed}
 
 
-def _show(operation: str, responses: Node) -> None:
+def _add_examples(operation: str, responses: Node) -> None:
     """Show what the code can't say of the contents of an operation's successes."""
-    if accepted := ACCEPTED.get(operation):
-        responses["201"]["content"]["application/json"]["examples"] = {"accepted": {"value": _json(accepted)}}
-    if table := TABLES.get(operation):
-        responses["200"]["content"]["text/csv"] = {"schema": _TEXT, "examples": {"usage": {"value": table}}}
-    if stream := STREAMS.get(operation):
+    if accepted := SUBMIT_EXAMPLES.get(operation):
+        responses["201"]["content"]["application/json"]["examples"] = {"accepted": {"value": _to_json(accepted)}}
+    if table := CSV_EXAMPLES.get(operation):
+        responses["200"]["content"]["text/csv"] = {"schema": _TEXT_SCHEMA, "examples": {"usage": {"value": table}}}
+    if stream := STREAM_EXAMPLES.get(operation):
         for media in responses["200"]["content"].values():
             media["examples"] = {"end": {"value": stream}}
-    if operation in _FILES:
+    if operation in _FILE_OPERATIONS:
         for status in ("200", "206"):
-            responses[status]["content"] = {media_type: {"schema": _FILE} for media_type in openapi.FILE_TYPES}
+            responses[status]["content"] = {media_type: {"schema": _FILE_SCHEMA} for media_type in openapi.FILE_TYPES}
 
 
-def _operations(written: Node) -> Iterator[Node]:
-    for item in written["paths"].values():
+def _list_operations(document: Node) -> Iterator[Node]:
+    for item in document["paths"].values():
         yield from item.values()
 
 
-def _responses(responses: Node) -> Iterator[tuple[str, Node]]:
+def _complete_responses(responses: Node) -> Iterator[tuple[str, Node]]:
     """The responses by status, without those that Litestar assumes, with the headers each comes with."""
-    of_success = [_NAMES[each.lower()] for each in responses.get("200", {}).get("headers", ())]
+    of_success = [_HEADER_NAMES[each.lower()] for each in responses.get("200", {}).get("headers", ())]
     for status, response in sorted(responses.items()):
-        if _is_assumed(response):
+        if _is_framework_error(response):
             continue
-        names = [_NAMES[each.lower()] for each in response.get("headers", ())]
+        names = [_HEADER_NAMES[each.lower()] for each in response.get("headers", ())]
         if status == "206":
             names += [*of_success, "Content-Range"]
         if status == "304":
-            names += _ON_NOT_MODIFIED.intersection(of_success)
+            names += _NOT_MODIFIED_HEADERS.intersection(of_success)
         # A problem names the request in itself.
         is_problem = MEDIA_TYPE in response.get("content", {})
-        names += _ON_PROBLEMS.get(status, ()) if is_problem else ("X-Request-Id",)
-        if response["description"] == _assumed_description(status):
+        names += _PROBLEM_HEADERS.get(status, ()) if is_problem else ("X-Request-Id",)
+        if response["description"] == _framework_description(status):
             response["description"] = HTTPStatus(int(status)).phrase
         for media in response.get("content", {}).values():
-            media["schema"] = _present(media["schema"])
+            media["schema"] = _without_null(media["schema"])
             if is_problem:
                 # Litestar's own examples lack what is null in them.
-                media["examples"] = {code: {"value": problem(code)} for code in media["examples"]}
-        yield status, response | ({"headers": _references(names)} if names else {})
+                media["examples"] = {code: {"value": example_problem(code)} for code in media["examples"]}
+        yield status, response | ({"headers": _header_references(names)} if names else {})
     yield "default", {"$ref": "#/components/responses/Problem"}
 
 
-def _json(example: Struct) -> Any:
+def _to_json(example: Struct) -> Any:
     return msgspec.json.decode(msgspec.json.encode(example))
 
 
-def _is_assumed(response: Node) -> bool:
+def _is_framework_error(response: Node) -> bool:
     """Whether it is the error that Litestar would answer to a faulty parameter, were it not for our own handlers."""
     media = response.get("content", {}).get("application/json", {})
     return "status_code" in media.get("schema", {}).get("properties", {})
 
 
-def _assumed_description(status: str) -> str:
+def _framework_description(status: str) -> str:
     """What Litestar says of an answer of which the code says nothing."""
     return HTTPStatus(int(status)).description
 
 
-def _any_problem() -> Node:
-    schema = {"$ref": "#/components/schemas/ProblemView"}
+def _default_problem() -> Node:
+    schema = {"$ref": "#/components/schemas/Problem"}
     return {
         "description": "Any other problem: an unknown address (404) or method (405), or a fault of the gateway (500).",
-        "headers": _references(["X-Request-Id"]),
+        "headers": _header_references(["X-Request-Id"]),
         "content": {MEDIA_TYPE: {"schema": schema}},
     }
 
 
-def _references(names: list[str]) -> Node:
+def _header_references(names: list[str]) -> Node:
     # In an order of their own, since Litestar has them in none.
     return {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADER_COMPONENTS if name in names}
 
 
-def _clarify(parameter: Node) -> None:
+def _normalize_parameter(parameter: Node) -> None:
     """Say things once."""
     parameter["schema"].pop("description", None)
-    parameter["schema"] = _present(parameter["schema"])
+    parameter["schema"] = _without_null(parameter["schema"])
 
 
-def _clarify_body(body: Node) -> None:
+def _normalize_body(body: Node) -> None:
     """Tell a body that may be left out from one that may be null."""
     for media in body.get("content", {}).values():
-        present = _present(media["schema"])
+        present = _without_null(media["schema"])
         body["required"] = present == media["schema"]
         media["schema"] = present
 
 
-def _present(schema: Node) -> Node:
+def _without_null(schema: Node) -> Node:
     """What a value is where there is one at all: parameters and contents are never null."""
     options: list[Node] = [each for each in schema.get("oneOf", ()) if each != {"type": "null"}]
     if len(options) != 1:
@@ -510,18 +520,18 @@ def _present(schema: Node) -> Node:
     return options[0] | {key: value for key, value in schema.items() if key != "oneOf"}
 
 
-def _tidy(node: Any) -> Any:
+def _normalize(node: Any) -> Any:
     """A part of the document without what says nothing, in JSON's own types."""
     match node:
         case dict():
             kept = {
-                key: _tidy(value)
+                key: _normalize(value)
                 for key, value in node.items()
-                if not (key in _UNSAID and value is False) and not (key == "headers" and value == {})
+                if not (key in _FALSE_BY_DEFAULT and value is False) and not (key == "headers" and value == {})
             }
-            return _schema(kept)
+            return _normalize_schema(kept)
         case list():
-            return [_tidy(each) for each in node]
+            return [_normalize(each) for each in node]
         case Decimal() | float() if node == int(node):
             return int(node)
         case Decimal():
@@ -530,12 +540,12 @@ def _tidy(node: Any) -> Any:
             return node
 
 
-def _schema(node: Node) -> Node:
+def _normalize_schema(node: Node) -> Node:
     """A schema said more simply; anything else as it is."""
     if {"type": "number"} in node.get("oneOf", ()):
         # A whole number would be both, which `oneOf` does not allow.
         node = node | {"oneOf": [each for each in node["oneOf"] if each != {"type": "integer"}]}
-    if {each.get("type") for each in node.get("oneOf", ())} >= _TYPES:
+    if {each.get("type") for each in node.get("oneOf", ())} >= _JSON_TYPES:
         # Client generators write invalid code for a choice of all types.
         node = {key: value for key, value in node.items() if key != "oneOf"}
     for choice in ("oneOf", "allOf"):
@@ -550,13 +560,13 @@ def _schema(node: Node) -> Node:
     return node
 
 
-def _renamed(node: Any, names: Mapping[str, str]) -> Any:
+def _rename_references(node: Any, names: Mapping[str, str]) -> Any:
     """A part of the document with its references to schemas under other names."""
     if isinstance(node, list):
-        return [_renamed(each, names) for each in node]
+        return [_rename_references(each, names) for each in node]
     if not isinstance(node, dict):
         return node
     head, _, name = str(node.get("$ref", "")).rpartition("/")
     if head == "#/components/schemas":
         return node | {"$ref": f"{head}/{names[name]}"}
-    return {key: _renamed(value, names) for key, value in node.items()}
+    return {key: _rename_references(value, names) for key, value in node.items()}

@@ -53,7 +53,7 @@ def check_query(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
         raise InvalidOptions(errors)
 
 
-def day(name: str, text: str | None) -> date | None:
+def parse_date(name: str, text: str | None) -> date | None:
     """A day of the calendar such as 2026-01-31. Raises InvalidOptions."""
     try:
         found = None if text is None else date.fromisoformat(text)
@@ -65,7 +65,7 @@ def day(name: str, text: str | None) -> date | None:
     return found
 
 
-def some_of(name: str, text: str, choices: Collection[E]) -> tuple[E, ...]:
+def parse_choices(name: str, text: str, choices: Collection[E]) -> tuple[E, ...]:
     """Some choices, separated by commas, or `none` of them. Raises InvalidOptions."""
     words = [] if text in {"", _NONE} else text.split(",")
     if len(set(words)) < len(words) or not set(words) <= {str(each) for each in choices}:
@@ -73,11 +73,11 @@ def some_of(name: str, text: str, choices: Collection[E]) -> tuple[E, ...]:
     return tuple(each for each in choices if each in words)
 
 
-LONGEST = 60
+MAX_WAIT_SECONDS = 60
 """No longer than that, in seconds, since what stands between closes connections on which nothing happens."""
 
 
-_MOST_CHARACTERS = 1_000
+_MAX_PREFER_CHARS = 1_000
 
 
 _PREFERENCE = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*(?:"|$))+')
@@ -86,26 +86,26 @@ _PREFERENCE = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*(?:"|$))+')
 _WAIT = re.compile(r'wait[ \t]*(?:=[ \t]*(?:([0-9]+)|"([0-9]*)")?)?[ \t]*(?:;.*)?', re.IGNORECASE)
 
 
-_NAMES_WAIT = re.compile(r"wait[ \t]*(?:[=;]|$)", re.IGNORECASE)
+_WAIT_NAME = re.compile(r"wait[ \t]*(?:[=;]|$)", re.IGNORECASE)
 
 
-def wait_seconds(headers: Sequence[str]) -> int:
+def parse_wait_seconds(headers: Sequence[str]) -> int:
     """For how many seconds the `Prefer` headers of a request want to wait, 60 at the most; 0 if they do not.
 
     `wait` without a number wants as long as there is; an empty value is the same as none.
     As the standard wants it, only the first of several counts, and what is not known or makes no sense is passed over.
     """
     given = ",".join(headers)
-    if len(given) > _MOST_CHARACTERS:  # nobody prefers so much, and taking it apart costs time
+    if len(given) > _MAX_PREFER_CHARS:  # nobody prefers so much, and taking it apart costs time
         return 0
     for preference in _PREFERENCE.findall(given):
         stripped = preference.strip(" \t")
-        if _NAMES_WAIT.match(stripped):
+        if _WAIT_NAME.match(stripped):
             found = _WAIT.fullmatch(stripped)
-            return min(int(found[1] or found[2] or LONGEST), LONGEST) if found else 0
+            return min(int(found[1] or found[2] or MAX_WAIT_SECONDS), MAX_WAIT_SECONDS) if found else 0
     return 0
 
 
-def applied(seconds: int) -> dict[str, str]:
+def preference_applied_header(seconds: int) -> dict[str, str]:
     """The header that says so, if it was gone by."""
     return {"Preference-Applied": f"wait={seconds}"} if seconds else {}

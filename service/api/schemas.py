@@ -13,51 +13,51 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.domain.errors import FieldError, InvalidOptions
-from service.domain.ledger import Measure, Refund, ReservationState, Tally, charged_money, charged_tasks
-from service.domain.tasks import ArtifactName, Basis, Kind, State, Task
+from service.domain.ledger import Measure, Refund, ReservationState, Tally, count_charged_tasks, sum_charged_fen
+from service.domain.tasks import ArtifactName, CostBasis, Kind, State, Task
 from service.domain.tenants import Window
 from service.usecases.reports import (
     BalanceSuggestion,
-    Fate,
+    FlaggedSubmission,
     Group,
     Interval,
-    Marked,
     PolicyReport,
     QuotaReport,
-    Report,
-    Row,
+    SubmissionStatus,
+    UsageReport,
+    UsageRow,
 )
-from service.usecases.task_cache import Pace, Seen
+from service.usecases.task_cache import CachedTask, DurationEstimator
 
-FEN = 100
+FEN_PER_YUAN = 100
 
 
 Yuan = Annotated[int | float, Meta(description="Money in yuan (CNY).")]
 
 
-PRIVATE = {"Cache-Control": "private, no-cache"}
+PRIVATE_HEADERS = {"Cache-Control": "private, no-cache"}
 
 
-REPLAYED = {"Idempotent-Replayed": "true"}
+REPLAYED_HEADERS = {"Idempotent-Replayed": "true"}
 """Says that an answer is about an earlier submission under the same idempotency key."""
 
 
-class AmountView(Struct, frozen=True):
+class Amount(Struct, frozen=True):
     """Prepaid uses and money."""
 
     count: Annotated[int, Meta(description="Prepaid uses.")]
     money: Yuan
 
 
-class CostView(Struct, frozen=True):
+class Cost(Struct, frozen=True):
     """What a task took from its account, and how that is known."""
 
     count: Annotated[int, Meta(description="Prepaid uses.")]
     money: Yuan
-    basis: Basis
+    basis: CostBasis
 
 
-class ArtifactView(Struct, frozen=True):
+class Artifact(Struct, frozen=True):
     """One result: where the gateway hands it out, and where the upstream keeps it."""
 
     name: ArtifactName
@@ -65,14 +65,14 @@ class ArtifactView(Struct, frozen=True):
     href: Annotated[str, Meta(description="Where to fetch it through the gateway.")]
 
 
-class TaskErrorView(Struct, frozen=True):
+class TaskError(Struct, frozen=True):
     """Why a task failed."""
 
     code: Annotated[str, Meta(description="The kind of failure, to branch on.", examples=["task-failed", "task-lost"])]
     detail: Annotated[str, Meta(description="The reason in words.")]
 
 
-class LinksView(Struct, frozen=True):
+class Links(Struct, frozen=True):
     """Where to go from here."""
 
     self: Annotated[str, Meta(description="Where the task is read.")]
@@ -92,10 +92,10 @@ class TaskView(Struct, frozen=True):
         dict[str, Any], Meta(description="All options of its kind, those you left to their defaults too.")
     ]
     metadata: Annotated[dict[str, str], Meta(description="What you sent, untouched.")]
-    artifacts: Annotated[list[ArtifactView], Meta(description="The results, once it has succeeded.")]
-    error: Annotated[TaskErrorView | None, Meta(description="Null unless it has failed.")]
-    cost: CostView
-    links: LinksView
+    artifacts: Annotated[list[Artifact], Meta(description="The results, once it has succeeded.")]
+    error: Annotated[TaskError | None, Meta(description="Null unless it has failed.")]
+    cost: Cost
+    links: Links
 
 
 class TaskList(Struct, frozen=True):
@@ -105,7 +105,7 @@ class TaskList(Struct, frozen=True):
     next_cursor: str | None
 
 
-class PolicyView(Struct, frozen=True):
+class Policy(Struct, frozen=True):
     """One policy of the tenant; `window` and `resets_at` are null where nothing resets by itself."""
 
     policy: Annotated[str, Meta(description="Its name, as problems and the `RateLimit` header have it.")]
@@ -119,7 +119,7 @@ class PolicyView(Struct, frozen=True):
     resets_at: datetime | None
 
 
-class AccountAbility(Struct, frozen=True):
+class Availability(Struct, frozen=True):
     """Whether an upstream account of the tenant can pay for a task now, and if not when it is looked at again."""
 
     can_pay: bool
@@ -129,24 +129,24 @@ class AccountAbility(Struct, frozen=True):
 class QuotaView(Struct, frozen=True):
     """What the tenant may still spend."""
 
-    policies: list[PolicyView]
-    account: AccountAbility
+    policies: list[Policy]
+    account: Availability
 
 
-def yuan(fen: int) -> int | float:
+def to_yuan(fen: int) -> int | float:
     """Fen as yuan: whole where they are."""
-    return fen // FEN if fen % FEN == 0 else fen / FEN
+    return fen // FEN_PER_YUAN if fen % FEN_PER_YUAN == 0 else fen / FEN_PER_YUAN
 
 
 @overload
-def moment(milliseconds: int) -> datetime: ...
+def to_datetime(milliseconds: int) -> datetime: ...
 
 
 @overload
-def moment(milliseconds: int | None) -> datetime | None: ...
+def to_datetime(milliseconds: int | None) -> datetime | None: ...
 
 
-def moment(milliseconds: int | None) -> datetime | None:
+def to_datetime(milliseconds: int | None) -> datetime | None:
     """A time of the ledger."""
     return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
 
@@ -161,50 +161,54 @@ def events_path(task: Task) -> str:
     return f"{task_path(task)}/events"
 
 
-def task_view(task: Task) -> TaskView:
+def render_task(task: Task) -> TaskView:
     """A task as JSON shows it."""
     return TaskView(
         id=task.id,
         kind=task.kind,
         state=task.state,
-        created_at=datetime.fromtimestamp(task.created / 1000, UTC),
-        updated_at=datetime.fromtimestamp(task.updated / 1000, UTC),
-        finished_at=moment(task.finished),
+        created_at=datetime.fromtimestamp(task.created_at / 1000, UTC),
+        updated_at=datetime.fromtimestamp(task.updated_at / 1000, UTC),
+        finished_at=to_datetime(task.finished_at),
         options=msgspec.json.decode(task.options),
         metadata=msgspec.json.decode(task.metadata),
         artifacts=[
-            ArtifactView(each.name, each.url, f"{task_path(task)}/artifacts/{each.name}") for each in task.artifacts
+            Artifact(each.name, each.url, f"{task_path(task)}/artifacts/{each.name}") for each in task.artifacts
         ],
-        error=TaskErrorView(task.error.code, task.error.detail) if task.error else None,
-        cost=CostView(task.cost.count, yuan(task.cost.money), task.cost.basis),
-        links=LinksView(self=task_path(task), events=events_path(task)),
+        error=TaskError(task.error.code, task.error.detail) if task.error else None,
+        cost=Cost(task.cost.count, to_yuan(task.cost.money_fen), task.cost.basis),
+        links=Links(self=task_path(task), events=events_path(task)),
     )
 
 
-def task_headers(seen: Seen, pace: Pace) -> dict[str, str]:
+def task_headers(cached: CachedTask, estimator: DurationEstimator) -> dict[str, str]:
     """What a reader of a task is told beside it: its version, its age, and when to ask again while it runs."""
-    headers = PRIVATE | {"ETag": etag(seen.task), "Age": str(max(int(seen.age), 0))}
-    return headers if seen.task.state.ended else headers | {"Retry-After": str(pace.retry_after(seen.task, seen.now))}
+    headers = PRIVATE_HEADERS | {"ETag": task_etag(cached.task), "Age": str(max(int(cached.age_seconds), 0))}
+    return (
+        headers
+        if cached.task.state.is_final
+        else headers | {"Retry-After": str(estimator.retry_after(cached.task, cached.known_at))}
+    )
 
 
-def etag(task: Task) -> str:
+def task_etag(task: Task) -> str:
     """The version of a task as an entity tag."""
     # A task that Redis has lost is told by the upstream's answer alone, under one version in every state.
     return f'"{task.reservation[:12]}-{task.version}-{task.state}"'
 
 
-def quota_view(report: QuotaReport) -> QuotaView:
+def render_quota(report: QuotaReport) -> QuotaView:
     """A tenant's quota as JSON shows it."""
     return QuotaView(
-        policies=[_policy_view(each) for each in report.policies],
-        account=AccountAbility(report.can_pay, moment(report.look_again)),
+        policies=[_render_policy(each) for each in report.policies],
+        account=Availability(report.can_pay, to_datetime(report.next_check_at)),
     )
 
 
-def _policy_view(report: PolicyReport) -> PolicyView:
+def _render_policy(report: PolicyReport) -> Policy:
     figures = report.limit, report.used, report.reserved, report.remaining
-    limit, used, reserved, remaining = map(yuan, figures) if report.unit == "money" else figures
-    return PolicyView(
+    limit, used, reserved, remaining = map(to_yuan, figures) if report.unit == "money" else figures
+    return Policy(
         policy=report.policy,
         unit=report.unit,
         window=report.window,
@@ -212,12 +216,12 @@ def _policy_view(report: PolicyReport) -> PolicyView:
         used=used,
         reserved=reserved,
         remaining=remaining,
-        overrun=None if report.overrun is None else yuan(report.overrun),
-        resets_at=moment(report.resets_at),
+        overrun=None if report.overrun is None else to_yuan(report.overrun),
+        resets_at=to_datetime(report.resets_at),
     )
 
 
-class TaskLinkView(Struct, frozen=True):
+class TaskLink(Struct, frozen=True):
     """The task that a submission became."""
 
     id: str
@@ -234,7 +238,7 @@ class RefundView(Struct, frozen=True):
     money: Yuan
 
 
-class SubmissionView(Struct, frozen=True, kw_only=True):
+class Submission(Struct, frozen=True, kw_only=True):
     """A submission, and what became of it."""
 
     id: str
@@ -244,8 +248,8 @@ class SubmissionView(Struct, frozen=True, kw_only=True):
     kind: Kind
     created_at: Annotated[datetime | None, Meta(description="Null if it was given up before it was made.")]
     settled_at: Annotated[datetime | None, Meta(description="When it got its outcome.")]
-    task: Annotated[TaskLinkView | None, Meta(description="Null if it became none, or that is not kept any more.")]
-    cost: Annotated[CostView | None, Meta(description="Null if it cost nothing. Of an `unknown` one what is held.")]
+    task: Annotated[TaskLink | None, Meta(description="Null if it became none, or that is not kept any more.")]
+    cost: Annotated[Cost | None, Meta(description="Null if it cost nothing. Of an `unknown` one what is held.")]
     balance_suggests: Annotated[
         BalanceSuggestion | None,
         Meta(description="Of an `unknown` one: whether the account seems to have been charged for it."),
@@ -260,57 +264,59 @@ class RefundBody(Struct, frozen=True, forbid_unknown_fields=True):
     task: Annotated[str, Meta(description="The `id` of a task.")] | None = None
     submission: Annotated[str, Meta(description="The `id` of a submission.")] | None = None
 
-    def means(self, of_task: Callable[[str], str]) -> str:
+    def submission_id(self, find_by_task: Callable[[str], str]) -> str:
         """The submission that is meant; `of_task` tells that of a task. Raises InvalidOptions unless it is one."""
         if self.task is not None and self.submission is None:
-            return of_task(self.task)
+            return find_by_task(self.task)
         if self.submission is None or self.task is not None:
             raise InvalidOptions([FieldError("submission", "must be given, or `task`, but not both")])
         return self.submission
 
-    def why(self) -> str:
+    def checked_reason(self) -> str:
         """The reason. Raises InvalidOptions for a blank one."""
         if not self.reason.strip():
             raise InvalidOptions([FieldError("reason", "must say why")])
         return self.reason
 
 
-def submission_view(fate: Fate, *, for_operators: bool) -> SubmissionView:
+def render_submission(status: SubmissionStatus, *, for_operators: bool) -> Submission:
     """A submission as JSON shows it; only operators are told whose it is."""
-    known, task, cost, refund = fate.reservation, fate.task, fate.cost, fate.reservation.refund
-    return SubmissionView(
-        id=fate.id,
-        tenant=fate.tenant if for_operators else UNSET,
-        account=fate.account if for_operators else UNSET,
+    known, task, cost, refund = status.reservation, status.task, status.cost, status.reservation.refund
+    return Submission(
+        id=status.id,
+        tenant=status.tenant if for_operators else UNSET,
+        account=status.account if for_operators else UNSET,
         outcome=known.state,
         kind=known.kind,
-        created_at=moment(known.created or None),
-        settled_at=moment(known.settled or None),
-        task=TaskLinkView(task.id, task.state, task_path(task)) if task else None,
-        cost=CostView(cost.count, yuan(cost.money), cost.basis) if cost else None,
-        balance_suggests=fate.balance_suggests,
-        refund=RefundView(moment(refund.at), refund.reason, refund.count, yuan(refund.money)) if refund else None,
+        created_at=to_datetime(known.created_at or None),
+        settled_at=to_datetime(known.settled_at or None),
+        task=TaskLink(task.id, task.state, task_path(task)) if task else None,
+        cost=Cost(cost.count, to_yuan(cost.money_fen), cost.basis) if cost else None,
+        balance_suggests=status.balance_suggests,
+        refund=RefundView(to_datetime(refund.refunded_at), refund.reason, refund.count, to_yuan(refund.money_fen))
+        if refund
+        else None,
     )
 
 
-MEDIA_TYPE = "text/csv; header=present"
+CSV_MEDIA_TYPE = "text/csv; header=present"
 
 
-_JSON, _CSV = "application/json", "text/csv"
+_JSON_TYPE, _CSV_TYPE = "application/json", "text/csv"
 
 
 _QUALITY = re.compile(r"(?:^|;)\s*q\s*=\s*(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)\s*(?:;|$)", re.ASCII)
 
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
-def wants_csv(accept: str) -> bool:
+def prefers_csv(accept: str) -> bool:
     """Whether an `Accept` header (RFC 9110) puts CSV before JSON: by its qualities, and else by naming it."""
-    return _rank(accept, _CSV) > _rank(accept, _JSON)
+    return _rank_media_type(accept, _CSV_TYPE) > _rank_media_type(accept, _JSON_TYPE)
 
 
-def _rank(accept: str, media_type: str) -> tuple[float, int]:
+def _rank_media_type(accept: str, media_type: str) -> tuple[float, int]:
     """The quality that the most special range for a media type gives it, and how special that is."""
     qualities = {}
     for each in accept.lower().split(","):
@@ -321,24 +327,24 @@ def _rank(accept: str, media_type: str) -> tuple[float, int]:
     return next(((qualities[each], -place) for place, each in enumerate(ranges) if each in qualities), (0.0, 0))
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+def render_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """Rows under their names. No text becomes a formula in a spreadsheet; None is an empty field."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\r\n")
-    writer.writerows([map(_cell, row) for row in (head, *rows)])
+    writer.writerows([map(_escape_cell, row) for row in (head, *rows)])
     return text.getvalue().encode()
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested objects by their paths, such as `spent_observed_count`."""
     found: dict[str, Any] = {}
     for name, each in value.items():
-        found |= flat(each, f"{prefix}{name}_") if isinstance(each, Mapping) else {prefix + name: each}
+        found |= flatten(each, f"{prefix}{name}_") if isinstance(each, Mapping) else {prefix + name: each}
     return found
 
 
-def _cell(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+def _escape_cell(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_PREFIXES) else value
 
 
 Uses = Annotated[int, Meta(description="Prepaid uses.")]
@@ -347,7 +353,7 @@ Uses = Annotated[int, Meta(description="Prepaid uses.")]
 Day = Annotated[date, Meta(description="When it was submitted.")]
 
 
-class OutcomesView(Struct, frozen=True):
+class Outcomes(Struct, frozen=True):
     """Submissions by what became of them."""
 
     running: int
@@ -358,29 +364,29 @@ class OutcomesView(Struct, frozen=True):
     not_sent: Annotated[int, Meta(description="As the upstream could not be reached, at no cost.")]
 
 
-class ChargedView(Struct, frozen=True):
+class Charged(Struct, frozen=True):
     """What the tenant's limits count of them: less than was spent, where something was refunded."""
 
     tasks: int
     money: Yuan
 
 
-class UnclearView(Struct, frozen=True):
+class Unclear(Struct, frozen=True):
     """What nobody knows."""
 
     tasks: Annotated[int, Meta(description="Ended tasks of unknown cost.")]
     money: Annotated[int | float, Meta(description="In yuan, held for submissions of unknown outcome.")]
 
 
-class SpendingView(Struct, frozen=True):
+class Spending(Struct, frozen=True):
     """What they took from the accounts, refunded or not, by how that is known."""
 
-    observed: Annotated[AmountView, Meta(description="Seen in the balance.")]
-    estimated: Annotated[AmountView, Meta(description="Taken from an earlier price.")]
-    unknown: UnclearView
+    observed: Annotated[Amount, Meta(description="Seen in the balance.")]
+    estimated: Annotated[Amount, Meta(description="Taken from an earlier price.")]
+    unknown: Unclear
 
 
-class RefundedView(Struct, frozen=True):
+class Refunded(Struct, frozen=True):
     """What operators gave back of it."""
 
     tasks: int
@@ -388,13 +394,13 @@ class RefundedView(Struct, frozen=True):
     money: Yuan
 
 
-class UsageSumView(Struct, frozen=True):
+class UsageSum(Struct, frozen=True):
     """What all submissions came to."""
 
-    tasks: OutcomesView
-    charged: ChargedView
-    spent: SpendingView
-    refunded: RefundedView
+    tasks: Outcomes
+    charged: Charged
+    spent: Spending
+    refunded: Refunded
 
 
 class UsageRowView(Struct, frozen=True, kw_only=True):
@@ -410,13 +416,13 @@ class UsageRowView(Struct, frozen=True, kw_only=True):
     tenant: Annotated[str | None, Meta(description="For operators; null unless grouped by.")] | UnsetType = UNSET
     tenant_id: Annotated[int | None, Meta(description="Never reused, as names can be.")] | UnsetType = UNSET
     kind: Annotated[Kind | None, Meta(description="Null unless grouped by.")]
-    tasks: OutcomesView
-    charged: ChargedView
-    spent: SpendingView
-    refunded: RefundedView
+    tasks: Outcomes
+    charged: Charged
+    spent: Spending
+    refunded: Refunded
 
 
-class UnknownSubmissionView(Struct, frozen=True, kw_only=True):
+class UnknownSubmission(Struct, frozen=True, kw_only=True):
     """A submission of unknown outcome."""
 
     id: Annotated[str, Meta(description="The `submission_id`.")]
@@ -426,7 +432,7 @@ class UnknownSubmissionView(Struct, frozen=True, kw_only=True):
     day: Day
 
 
-class RefundedSubmissionView(Struct, frozen=True, kw_only=True):
+class RefundedSubmission(Struct, frozen=True, kw_only=True):
     """A submission whose cost was given back to the windows of its tenant."""
 
     submission: Annotated[str, Meta(description="The `submission_id`.")]
@@ -448,15 +454,15 @@ class UsageView(Struct, frozen=True, rename={"first": "from", "last": "to"}):
     interval: Interval
     group_by: list[Group]
     items: list[UsageRowView]
-    total: UsageSumView
-    unknown_submissions: list[UnknownSubmissionView]
-    refunds: Annotated[list[RefundedSubmissionView], Meta(description="Of what was submitted on these days.")]
+    total: UsageSum
+    unknown_submissions: list[UnknownSubmission]
+    refunds: Annotated[list[RefundedSubmission], Meta(description="Of what was submitted on these days.")]
 
 
-def usage_view(report: Report, *, for_operators: bool) -> UsageView:
+def render_usage(report: UsageReport, *, for_operators: bool) -> UsageView:
     """A report as JSON shows it; only operators are told of tenants."""
     unknown = [
-        UnknownSubmissionView(id=each.submission, kind=each.kind, day=each.day, **_tenant(each, for_operators))
+        UnknownSubmission(id=each.submission, kind=each.kind, day=each.day, **_tenant_fields(each, for_operators))
         for each in report.unknown
     ]
     return UsageView(
@@ -464,50 +470,52 @@ def usage_view(report: Report, *, for_operators: bool) -> UsageView:
         last=report.last,
         interval=report.interval,
         group_by=list(report.groups),
-        items=[_row(row, for_operators) for row in report.rows],
-        total=UsageSumView(**_sums(report.total)),
+        items=[_render_row(row, for_operators) for row in report.rows],
+        total=UsageSum(**_sum_fields(report.total)),
         unknown_submissions=unknown,
-        refunds=[_refunded(marked, refund, for_operators) for marked, refund in report.refunds],
+        refunds=[_render_refund(marked, refund, for_operators) for marked, refund in report.refunds],
     )
 
 
-def usage_table(report: Report, *, for_operators: bool) -> tuple[list[str], list[list[Any]]]:
+def tabulate_usage(report: UsageReport, *, for_operators: bool) -> tuple[list[str], list[list[Any]]]:
     """The rows of a report as CSV shows them, under the names they have in JSON."""
-    head = flat(msgspec.to_builtins(_row(_NO_ROW, for_operators)))
-    rows = [flat(msgspec.to_builtins(_row(row, for_operators))) for row in report.rows]
+    head = flatten(msgspec.to_builtins(_render_row(_EMPTY_ROW, for_operators)))
+    rows = [flatten(msgspec.to_builtins(_render_row(row, for_operators))) for row in report.rows]
     return list(head), [list(row.values()) for row in rows]
 
 
-_NO_ROW = Row(period="", owner=None, kind=None, tally=Tally())
+_EMPTY_ROW = UsageRow(period="", tenant=None, kind=None, tally=Tally())
 
 
-def _row(row: Row, for_operators: bool) -> UsageRowView:
-    return UsageRowView(period=row.period, kind=row.kind, **_sums(row.tally), **_tenant(row, for_operators))
-
-
-def _tenant(whose: Row | Marked, for_operators: bool) -> dict[str, Any]:
-    if not for_operators:
-        return {}
-    owner = whose.owner
-    return {"tenant": owner and owner.name, "tenant_id": owner and owner.id}
-
-
-def _refunded(marked: Marked, refund: Refund, for_operators: bool) -> RefundedSubmissionView:
-    return RefundedSubmissionView(
-        submission=marked.submission,
-        kind=marked.kind,
-        day=marked.day,
-        count=refund.count,
-        money=yuan(refund.money),
-        reason=refund.reason,
-        refunded_at=moment(refund.at),
-        **_tenant(marked, for_operators),
+def _render_row(row: UsageRow, for_operators: bool) -> UsageRowView:
+    return UsageRowView(
+        period=row.period, kind=row.kind, **_sum_fields(row.tally), **_tenant_fields(row, for_operators)
     )
 
 
-def _sums(tally: Tally) -> dict[str, Any]:
+def _tenant_fields(source: UsageRow | FlaggedSubmission, for_operators: bool) -> dict[str, Any]:
+    if not for_operators:
+        return {}
+    owner = source.tenant
+    return {"tenant": owner and owner.name, "tenant_id": owner and owner.id}
+
+
+def _render_refund(submission: FlaggedSubmission, refund: Refund, for_operators: bool) -> RefundedSubmission:
+    return RefundedSubmission(
+        submission=submission.submission,
+        kind=submission.kind,
+        day=submission.day,
+        count=refund.count,
+        money=to_yuan(refund.money_fen),
+        reason=refund.reason,
+        refunded_at=to_datetime(refund.refunded_at),
+        **_tenant_fields(submission, for_operators),
+    )
+
+
+def _sum_fields(tally: Tally) -> dict[str, Any]:
     return {
-        "tasks": OutcomesView(
+        "tasks": Outcomes(
             running=tally[Measure.RUNNING],
             succeeded=tally[Measure.SUCCEEDED],
             failed=tally[Measure.FAILED],
@@ -515,13 +523,13 @@ def _sums(tally: Tally) -> dict[str, Any]:
             refused=tally[Measure.REFUSED],
             not_sent=tally[Measure.NOT_SENT],
         ),
-        "charged": ChargedView(charged_tasks(tally), yuan(charged_money(tally))),
-        "spent": SpendingView(
-            observed=AmountView(tally[Measure.OBSERVED_COUNT], yuan(tally[Measure.OBSERVED_MONEY])),
-            estimated=AmountView(tally[Measure.ESTIMATED_COUNT], yuan(tally[Measure.ESTIMATED_MONEY])),
-            unknown=UnclearView(tally[Measure.UNKNOWN_COST], yuan(tally[Measure.UNKNOWN_MONEY])),
+        "charged": Charged(count_charged_tasks(tally), to_yuan(sum_charged_fen(tally))),
+        "spent": Spending(
+            observed=Amount(tally[Measure.OBSERVED_COUNT], to_yuan(tally[Measure.OBSERVED_MONEY])),
+            estimated=Amount(tally[Measure.ESTIMATED_COUNT], to_yuan(tally[Measure.ESTIMATED_MONEY])),
+            unknown=Unclear(tally[Measure.UNKNOWN_COST], to_yuan(tally[Measure.UNKNOWN_MONEY])),
         ),
-        "refunded": RefundedView(
-            tally[Measure.REFUNDED], tally[Measure.REFUNDED_COUNT], yuan(tally[Measure.REFUNDED_MONEY])
+        "refunded": Refunded(
+            tally[Measure.REFUNDED], tally[Measure.REFUNDED_COUNT], to_yuan(tally[Measure.REFUNDED_MONEY])
         ),
     }

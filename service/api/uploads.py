@@ -16,7 +16,7 @@ from litestar.types import HTTPScope, Receive, Scope
 from msgspec import Struct
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
-from service.api.errors import ClientLeft, TooSlow
+from service.api.errors import BodyTimeout, ClientDisconnected
 from service.domain.errors import (
     FieldError,
     ImageTooLarge,
@@ -27,35 +27,35 @@ from service.domain.errors import (
     UnsupportedCoding,
     UnsupportedMediaType,
 )
-from service.domain.media import inspect
-from service.telemetry.gauges import Level, Levels
+from service.domain.media import inspect_image
+from service.telemetry.gauges import GaugeCollector, GaugeName
 from service.usecases.ports import Image
 
-STEP = 64 * 1024
+RESERVATION_STEP_BYTES = 64 * 1024
 """What a share grows by, in bytes: with it goes how much an upload may hold that it has not filled yet."""
 
 
-class Share(Struct, eq=False):
+class Allocation(Struct, eq=False):
     """What one upload may come to hold, and what it holds, in bytes."""
 
-    need: int
-    held: int = 0
+    needed_bytes: int
+    reserved_bytes: int = 0
 
     @property
-    def rest(self) -> int:
+    def missing_bytes(self) -> int:
         """What it lacks to be whole."""
-        return self.need - self.held
+        return self.needed_bytes - self.reserved_bytes
 
 
-class _Place(Struct, eq=False):
+class _Waiter(Struct, eq=False):
     """A place in the line: a share that waits to hold `wanted` bytes."""
 
-    share: Share
-    wanted: int
-    granted: asyncio.Future[None]
+    allocation: Allocation
+    requested_bytes: int
+    grant: asyncio.Future[None]
 
 
-class InFlight:
+class UploadMemory:
     """Bytes that uploads share. Each takes them as it arrives, so that who only announces much keeps nobody out.
 
     It must never come to all waiting for the rest of their bytes while none can get them. Hence a share grows only as
@@ -64,85 +64,87 @@ class InFlight:
     have begun and can become whole at once: by no newcomer, else a large upload would wait forever under load.
     """
 
-    def __init__(self, total: int, wait_seconds: float) -> None:
-        self.total = self._free = total
+    def __init__(self, total_bytes: int, wait_seconds: float) -> None:
+        self.total_bytes = self._free_bytes = total_bytes
         self._wait_seconds = wait_seconds
-        self._begun: set[Share] = set()
-        self._line: list[_Place] = []
+        self._active: set[Allocation] = set()
+        self._waiters: list[_Waiter] = []
 
     @property
-    def held(self) -> int:
+    def reserved_bytes(self) -> int:
         """How many bytes are held now."""
-        return self.total - self._free
+        return self.total_bytes - self._free_bytes
 
     @contextmanager
-    def share(self, need: int) -> Iterator[Share]:
+    def allocate(self, needed_bytes: int) -> Iterator[Allocation]:
         """An empty share of an upload of at most `need` bytes, given back after the block.
 
         What is larger than the whole can be whole once it holds everything.
         """
-        share = Share(min(need, self.total))
+        share = Allocation(min(needed_bytes, self.total_bytes))
         try:
             yield share
         finally:
-            self._free += share.held
-            share.held = 0
-            self._begun.discard(share)
-            self._serve()
+            self._free_bytes += share.reserved_bytes
+            share.reserved_bytes = 0
+            self._active.discard(share)
+            self._grant_waiting()
 
-    async def grow(self, share: Share, size: int) -> None:
+    async def reserve(self, allocation: Allocation, size_bytes: int) -> None:
         """Have a share hold at least `size` bytes, or all it needs.
 
         Raises Overloaded if they did not come free in time.
         """
-        wanted = min(-(-size // STEP) * STEP, share.need)
-        if wanted <= share.held:
+        wanted = min(-(-size_bytes // RESERVATION_STEP_BYTES) * RESERVATION_STEP_BYTES, allocation.needed_bytes)
+        if wanted <= allocation.reserved_bytes:
             return
-        place = _Place(share, wanted, asyncio.get_running_loop().create_future())
-        self._line.append(place)
-        self._serve()
+        place = _Waiter(allocation, wanted, asyncio.get_running_loop().create_future())
+        self._waiters.append(place)
+        self._grant_waiting()
         try:
             async with asyncio.timeout(self._wait_seconds):
-                await place.granted
+                await place.grant
         except TimeoutError:
             detail = "Too many uploads are under way. Send the image again later."
             raise Overloaded(detail, retry_after=self._wait_seconds) from None
         finally:
-            if place in self._line:
-                self._line.remove(place)
-                self._serve()
+            if place in self._waiters:
+                self._waiters.remove(place)
+                self._grant_waiting()
 
-    def complete(self, share: Share, size: int) -> None:
+    def shrink(self, allocation: Allocation, size_bytes: int) -> None:
         """The upload is whole with `size` bytes: the share keeps those at most, and needs no more."""
-        kept = min(size, share.held)
-        self._free += share.held - kept
-        share.need = share.held = kept
-        self._serve()
+        kept = min(size_bytes, allocation.reserved_bytes)
+        self._free_bytes += allocation.reserved_bytes - kept
+        allocation.needed_bytes = allocation.reserved_bytes = kept
+        self._grant_waiting()
 
-    def _serve(self) -> None:
+    def _grant_waiting(self) -> None:
         """Grant what can be granted, in the order of the line."""
-        waiting: list[_Place] = []
-        for place in self._line:
-            if self._may_grow(place, overtaking=bool(waiting)):
-                self._free -= place.wanted - place.share.held
-                place.share.held = place.wanted
-                self._begun.add(place.share)
-                if not place.granted.done():
-                    place.granted.set_result(None)
+        waiting: list[_Waiter] = []
+        for place in self._waiters:
+            if self._can_grant(place, is_overtaking=bool(waiting)):
+                self._free_bytes -= place.requested_bytes - place.allocation.reserved_bytes
+                place.allocation.reserved_bytes = place.requested_bytes
+                self._active.add(place.allocation)
+                if not place.grant.done():
+                    place.grant.set_result(None)
             else:
                 waiting.append(place)
-        self._line = waiting
+        self._waiters = waiting
 
-    def _may_grow(self, place: _Place, *, overtaking: bool) -> bool:
-        if overtaking:
-            return place.share.held > 0 and place.share.rest <= self._free
-        return place.share.rest <= self._free or self._safe_with(place)
+    def _can_grant(self, waiter: _Waiter, *, is_overtaking: bool) -> bool:
+        if is_overtaking:
+            return waiter.allocation.reserved_bytes > 0 and waiter.allocation.missing_bytes <= self._free_bytes
+        return waiter.allocation.missing_bytes <= self._free_bytes or self._is_safe_to_grant(waiter)
 
-    def _safe_with(self, place: _Place) -> bool:
+    def _is_safe_to_grant(self, waiter: _Waiter) -> bool:
         """Whether all can still become whole after this step: those who lack least go first."""
-        free = self._free - (place.wanted - place.share.held)
-        others = [(each.rest, each.held) for each in self._begun if each is not place.share]
-        for rest, held in sorted([*others, (place.share.need - place.wanted, place.wanted)]):
+        free = self._free_bytes - (waiter.requested_bytes - waiter.allocation.reserved_bytes)
+        others = [(each.missing_bytes, each.reserved_bytes) for each in self._active if each is not waiter.allocation]
+        for rest, held in sorted(
+            [*others, (waiter.allocation.needed_bytes - waiter.requested_bytes, waiter.requested_bytes)]
+        ):
             if rest > free:
                 return False
             free += held
@@ -152,7 +154,7 @@ class InFlight:
 MAX_FIELDS = 64
 
 
-MAX_NAME = 128
+MAX_NAME_CHARS = 128
 
 
 MAX_FIELD_BYTES = 64 * 1024
@@ -168,13 +170,13 @@ OnField = Callable[[str, str], None]
 """Told the name and the value of a field; what it raises ends the reading."""
 
 
-_FILENAME = re.compile(r";\s*filename\*?\s*=", re.IGNORECASE)
+_FILENAME_PARAMETER = re.compile(r";\s*filename\*?\s*=", re.IGNORECASE)
 
 
-_MOST_PADDING = 1_000
+_MAX_PADDING = 1_000
 
 
-_ENCODED = frozenset({"base64", "quoted-printable", "x-uuencode"})
+_REFUSED_TRANSFER_ENCODINGS = frozenset({"base64", "quoted-printable", "x-uuencode"})
 
 
 _CHARSETS = frozenset(
@@ -207,12 +209,12 @@ class MultipartForm:
     ) -> None:
         # Latin-1 decodes any header, so that a file's name in an odd encoding is no obstacle; names are told apart
         # from it below. Strict parsing would depend on how the body is split into chunks.
-        self._parser: Any = _PaddedParser(boundary, header_charset="latin-1")
+        self._parser: Any = _PaddingTolerantParser(boundary, header_charset="latin-1")
         self._file_part = file_part
         self._max_file_bytes = max_file_bytes
         self._max_other_bytes = max_other_bytes
         self._on_field = on_field
-        self._received = 0
+        self._received_bytes = 0
         self._digest = hashlib.sha256()
         self._name: str | None = None
         self._charset = ""
@@ -229,7 +231,7 @@ class MultipartForm:
         """
         if not chunk:
             return
-        self._received += len(chunk)
+        self._received_bytes += len(chunk)
         try:
             for event in self._parser.parse(chunk):
                 if event is None:
@@ -237,11 +239,11 @@ class MultipartForm:
                 elif isinstance(event, MultipartSegment):
                     self._begin_part(event)
                 else:
-                    self._take(event)
+                    self._append_content(event)
         except MultipartError as error:
             error.__traceback__ = None  # the parser holds its error
             raise MalformedRequest(f"The multipart form can't be read: {error.args[0]}.") from None
-        if self._received - len(self._file) > self._max_other_bytes:
+        if self._received_bytes - len(self._file) > self._max_other_bytes:
             raise MalformedRequest(f"The form without its file is larger than {self._max_other_bytes} bytes.")
 
     def finish(self) -> None:
@@ -252,39 +254,39 @@ class MultipartForm:
             error.__traceback__ = None
             raise MalformedRequest("The form breaks off before its end. Send it again as a whole.") from None
         if self._file_part is not None and not self._has_file:
-            raise _refused(self._file_part, "is required: send the image as a file in this part")
+            raise _field_error(self._file_part, "is required: send the image as a file in this part")
 
     def take_file(self) -> tuple[bytes, bytes]:
         """The file of a finished form and its SHA-256; the form keeps nothing of it."""
         data, self._file = bytes(self._file), bytearray()
         return data, self._digest.digest()
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Keep nothing of the body: a traceback may hold this form."""
         self._parser, self._file, self._value = None, bytearray(), bytearray()
 
     def _begin_part(self, part: Any) -> None:
-        name = _name(part.name)
+        name = _decode_name(part.name)
         if name != self._file_part and not _has_file_name(part):
             if len(self.fields) == MAX_FIELDS:
                 raise MalformedRequest(f"The form has more than {MAX_FIELDS} fields.")
             self._name = name
-            self._charset = _charset(name, part)
+            self._charset = _resolve_charset(name, part)
             self._value.clear()
             return
         if self._file_part is None:
-            raise _refused(name, "is a file, and this call takes none")
+            raise _field_error(name, "is a file, and this call takes none")
         if name != self._file_part:
-            raise _refused(name, f"is a file: the only file belongs into the part {self._file_part}")
+            raise _field_error(name, f"is a file: the only file belongs into the part {self._file_part}")
         if self._has_file:
-            raise _refused(name, "is given more than once")
+            raise _field_error(name, "is given more than once")
         self._name = None
         self._has_file = True
 
-    def _take(self, content: bytes) -> None:
+    def _append_content(self, content: bytes) -> None:
         if self._name is not None:
             if len(self._value) + len(content) > MAX_FIELD_BYTES:
-                raise _refused(self._name, f"must be at most {MAX_FIELD_BYTES} bytes")
+                raise _field_error(self._name, f"must be at most {MAX_FIELD_BYTES} bytes")
             self._value += content
             return
         if len(self._file) + len(content) > self._max_file_bytes:
@@ -299,7 +301,7 @@ class MultipartForm:
             value = self._value.decode(self._charset)
         except UnicodeDecodeError:
             declared = self._charset.replace("_", "-")
-            raise _refused(self._name, f"must be text in {declared}, as its part declares") from None
+            raise _field_error(self._name, f"must be text in {declared}, as its part declares") from None
         self.fields.append((self._name, value))
         if self._on_field is not None:
             self._on_field(self._name, value)
@@ -315,7 +317,7 @@ def parse_urlencoded(body: bytes) -> list[tuple[str, str]]:
         raise MalformedRequest(f"The form has more than {MAX_FIELDS} fields.") from None
 
 
-def media_type(content_type: str) -> tuple[str, str]:
+def parse_form_type(content_type: str) -> tuple[str, str]:
     """The media type of a form and its boundary, which is empty if there is none. Raises UnsupportedMediaType."""
     found, options = parse_options_header(content_type)
     boundary = options.get("boundary", "")
@@ -329,38 +331,38 @@ def _has_file_name(part: Any) -> bool:
 
     The parser does not know `filename*`, which is all that some clients send of a name that is not ASCII.
     """
-    return part.filename is not None or _FILENAME.search(part.header("Content-Disposition")) is not None
+    return part.filename is not None or _FILENAME_PARAMETER.search(part.header("Content-Disposition")) is not None
 
 
-def _charset(name: str, part: Any) -> str:
+def _resolve_charset(name: str, part: Any) -> str:
     """The codec that decodes a field (RFC 7578, 4.5). Raises InvalidOptions for a field that can't be decoded."""
     encoding = part.header("Content-Transfer-Encoding", "").strip().lower()
-    if encoding in _ENCODED:
-        raise _refused(name, f"must be sent as it is, without the transfer encoding {encoding}")
+    if encoding in _REFUSED_TRANSFER_ENCODINGS:
+        raise _field_error(name, f"must be sent as it is, without the transfer encoding {encoding}")
     if not part.charset:
         return "utf_8"
     charset = part.charset.strip().lower().replace("-", "_")
     charset = aliases.get(charset, charset)
     if charset not in _CHARSETS:
-        raise _refused(name, "must be in a charset that is known here, best UTF-8")
+        raise _field_error(name, "must be in a charset that is known here, best UTF-8")
     return str(charset)
 
 
-def _name(raw: str) -> str:
+def _decode_name(encoded: str) -> str:
     try:
-        name = raw.encode("latin-1").decode()
+        name = encoded.encode("latin-1").decode()
     except UnicodeDecodeError:
         raise MalformedRequest("The name of a field is not UTF-8.") from None
-    if not 0 < len(name) <= MAX_NAME:
-        raise MalformedRequest(f"The name of a field must have 1 to {MAX_NAME} characters.")
+    if not 0 < len(name) <= MAX_NAME_CHARS:
+        raise MalformedRequest(f"The name of a field must have 1 to {MAX_NAME_CHARS} characters.")
     return name
 
 
-def _refused(field: str, detail: str) -> InvalidOptions:
+def _field_error(field: str, detail: str) -> InvalidOptions:
     return InvalidOptions([FieldError(field, detail)])
 
 
-class _PaddedParser(PushMultipartParser):  # type: ignore[misc]
+class _PaddingTolerantParser(PushMultipartParser):  # type: ignore[misc]
     """Takes blanks after a boundary for padding (RFC 2046, 5.1.1), which the library calls an error."""
 
     _buffer: bytes
@@ -376,7 +378,7 @@ class _PaddedParser(PushMultipartParser):  # type: ignore[misc]
             before = rb"\r\n" if self._segment_count else rb"(?:\A|\r\n)"
             padded = re.search(before + re.escape(delimiter[2:]) + rb"([ \t]+)", held + chunk)
             rest = padded.string[padded.end() :] if padded else b""
-            if padded is None or len(padded[1]) > _MOST_PADDING or rest[:1] not in {b"", b"\r"}:
+            if padded is None or len(padded[1]) > _MAX_PADDING or rest[:1] not in {b"", b"\r"}:
                 raise
             # What came before the boundary was parsed. It is parsed again without its padding, or with more bytes.
             self.closed = False
@@ -389,7 +391,7 @@ class _PaddedParser(PushMultipartParser):  # type: ignore[misc]
 _log = structlog.get_logger(__name__)
 
 
-FORM_ALLOWANCE = 256 * 1024
+FORM_OVERHEAD_BYTES = 256 * 1024
 """What a submission may have in bytes beside its image: fields, and what frames them."""
 
 
@@ -397,18 +399,18 @@ MAX_FORM_BYTES = 64 * 1024
 """How large a form without a file may be."""
 
 
-_INSPECTED_AT_ONCE = 64 * 1024
+_MAX_INLINE_INSPECT_BYTES = 64 * 1024
 """A larger image is inspected in a thread: one made of very many tiny pieces takes a while."""
 
 
-class Submission(Struct, frozen=True):
+class Upload(Struct, frozen=True):
     """What was uploaded: the image, and the form's fields in their order."""
 
     image: Image
     fields: Sequence[tuple[str, str]]
 
 
-class Uploads:
+class UploadReader:
     """Reads the bodies of submissions and of small forms.
 
     `idle_seconds` may pass between two chunks, `total_seconds` until the end of the body, `wait_seconds` until there
@@ -421,41 +423,41 @@ class Uploads:
         *,
         max_image_bytes: int,
         max_image_pixels: int,
-        in_flight_bytes: int = 80_000_000,
+        memory_bytes: int = 80_000_000,
         idle_seconds: float = 10,
         total_seconds: float = 120,
         wait_seconds: float = 10,
         grace_seconds: float = 5,
-        least_rate: float = 32 * 1024,
+        min_bytes_per_second: float = 32 * 1024,
     ) -> None:
         self._max_image_bytes = max_image_bytes
         self._max_image_pixels = max_image_pixels
         self._idle_seconds = idle_seconds
         self._total_seconds = total_seconds
         self._grace_seconds = grace_seconds
-        self._least_rate = least_rate
-        self._in_flight = InFlight(in_flight_bytes, wait_seconds)
+        self._min_bytes_per_second = min_bytes_per_second
+        self._memory = UploadMemory(memory_bytes, wait_seconds)
 
-    def tell(self, levels: Levels) -> None:
+    def register_metrics(self, levels: GaugeCollector) -> None:
         """Show how many bytes are held in memory."""
-        levels.tell(Level.UPLOADS, lambda: {(): self._in_flight.held})
-        levels.tell(Level.UPLOADS_LIMIT, lambda: {(): self._in_flight.total})
+        levels.register(GaugeName.UPLOAD_BYTES, lambda: {(): self._memory.reserved_bytes})
+        levels.register(GaugeName.UPLOAD_LIMIT_BYTES, lambda: {(): self._memory.total_bytes})
 
     @asynccontextmanager
     async def receive(
         self, scope: HTTPScope, receive: Receive, *, part: str, on_field: OnField | None = None
-    ) -> AsyncIterator[Submission]:
+    ) -> AsyncIterator[Upload]:
         """Read a submission whose image is in the part named `part`; its memory is accounted for within the block.
 
         `on_field` is told each field as soon as it is there, and may refuse the rest of the body by raising.
         Raises UnsupportedMediaType, ImageTooLarge, InvalidOptions, InvalidImage, MalformedRequest for what was sent,
         Overloaded if there is no room for it, ClientLeft if the rest never came.
         """
-        kind, boundary = _media_type(scope)
+        kind, boundary = _parse_form_type(scope)
         if kind != MULTIPART:
             raise UnsupportedMediaType(f"Send the request as {MULTIPART}, with the image in the part {part}.")
-        most = self._max_image_bytes + FORM_ALLOWANCE
-        length = _content_length(scope)
+        most = self._max_image_bytes + FORM_OVERHEAD_BYTES
+        length = _parse_content_length(scope)
         if length is not None and length > most:
             raise ImageTooLarge(
                 f"The request has {length} bytes; an image may have at most {self._max_image_bytes} bytes."
@@ -464,25 +466,25 @@ class Uploads:
             boundary,
             file_part=part,
             max_file_bytes=self._max_image_bytes,
-            max_other_bytes=FORM_ALLOWANCE,
+            max_other_bytes=FORM_OVERHEAD_BYTES,
             on_field=on_field,
         )
         small = length is not None and length <= MAX_FORM_BYTES
-        body = self._body(receive, least_rate=0 if small else self._least_rate)
+        body = self._body_reader(receive, min_bytes_per_second=0 if small else self._min_bytes_per_second)
         chunk: bytes | None = b""
         cleaning = ExitStack()
-        cleaning.callback(form.drop)
-        share = cleaning.enter_context(self._in_flight.share(most if length is None else length))
+        cleaning.callback(form.discard)
+        share = cleaning.enter_context(self._memory.allocate(most if length is None else length))
         try:
-            while (chunk := await body.next()) is not None:
-                await self._in_flight.grow(share, body.received)
+            while (chunk := await body.read_chunk()) is not None:
+                await self._memory.reserve(share, body.received_bytes)
                 form.feed(chunk)
-            self._in_flight.complete(share, body.received)
+            self._memory.shrink(share, body.received_bytes)
             form.finish()
-            yield Submission(await self._image(form, part), form.fields)
+            yield Upload(await self._inspect_file(form, part), form.fields)
         finally:
             del chunk
-            _clean_up(cleaning)
+            _close_quietly(cleaning)
 
     async def read_form(self, scope: HTTPScope, receive: Receive) -> list[tuple[str, str]]:
         """Read a form without a file, urlencoded or multipart.
@@ -490,38 +492,42 @@ class Uploads:
         Raises UnsupportedMediaType, MalformedRequest, InvalidOptions for what was sent, ClientLeft if the rest never
         came.
         """
-        kind, boundary = _media_type(scope)
-        body = self._body(receive)
+        kind, boundary = _parse_form_type(scope)
+        body = self._body_reader(receive)
         if kind == MULTIPART:
             form = MultipartForm(boundary, file_part=None, max_file_bytes=0, max_other_bytes=MAX_FORM_BYTES)
-            while (chunk := await body.next()) is not None:
+            while (chunk := await body.read_chunk()) is not None:
                 form.feed(chunk)
             form.finish()
             return form.fields
         if kind != URLENCODED:
             raise UnsupportedMediaType(f"Send the form as {URLENCODED} or {MULTIPART}.")
         text = bytearray()
-        while (chunk := await body.next()) is not None:
-            if body.received > MAX_FORM_BYTES:
+        while (chunk := await body.read_chunk()) is not None:
+            if body.received_bytes > MAX_FORM_BYTES:
                 raise MalformedRequest(f"The form is larger than {MAX_FORM_BYTES} bytes.")
             text += chunk
         return parse_urlencoded(bytes(text))
 
-    def _body(self, receive: Receive, least_rate: float = 0) -> _Body:
-        return _Body(
+    def _body_reader(self, receive: Receive, min_bytes_per_second: float = 0) -> _BodyReader:
+        return _BodyReader(
             receive,
             idle_seconds=self._idle_seconds,
             total_seconds=self._total_seconds,
             grace_seconds=self._grace_seconds,
-            least_rate=least_rate,
+            min_bytes_per_second=min_bytes_per_second,
         )
 
-    async def _image(self, form: MultipartForm, part: str) -> Image:
+    async def _inspect_file(self, form: MultipartForm, part: str) -> Image:
         """The file of a finished form, inspected."""
         data, sha256 = form.take_file()
         if not data:
             raise InvalidImage(f"The file in the part {part} is empty: send the bytes of a PNG, JPEG or WebP image.")
-        info = inspect(data) if len(data) <= _INSPECTED_AT_ONCE else await asyncio.to_thread(inspect, data)
+        info = (
+            inspect_image(data)
+            if len(data) <= _MAX_INLINE_INSPECT_BYTES
+            else await asyncio.to_thread(inspect_image, data)
+        )
         if info.width * info.height > self._max_image_pixels:
             raise ImageTooLarge(
                 f"The image has {info.width} x {info.height} = {info.width * info.height} pixels;"
@@ -530,15 +536,15 @@ class Uploads:
         return Image(data, sha256, info.media_type, info.width, info.height)
 
 
-def _clean_up(cleaning: ExitStack) -> None:
+def _close_quietly(stack: ExitStack) -> None:
     """Close it. A fault in that is no reason to answer a submission that was accepted with an error."""
     try:
-        cleaning.close()
+        stack.close()
     except Exception:  # noqa: BLE001 - whatever it is
-        _log.exception("upload.cleanup-crashed")
+        _log.exception("upload.cleanup_error")
 
 
-class _Body:
+class _BodyReader:
     """A body as it comes, given up when it comes too slowly. A `least_rate` of 0 asks for none."""
 
     def __init__(
@@ -548,64 +554,64 @@ class _Body:
         idle_seconds: float,
         total_seconds: float,
         grace_seconds: float,
-        least_rate: float,
+        min_bytes_per_second: float,
     ) -> None:
         self._receive = receive
         self._idle_seconds = idle_seconds
         self._total_seconds = total_seconds
         self._grace_seconds = grace_seconds
-        self._least_rate = least_rate
-        self._waited = 0.0
-        self._more = True
-        self.received = 0
+        self._min_bytes_per_second = min_bytes_per_second
+        self._waited_seconds = 0.0
+        self._has_more = True
+        self.received_bytes = 0
 
-    async def next(self) -> bytes | None:
+    async def read_chunk(self) -> bytes | None:
         """The next bytes, None after the last. Raises TooSlow, ClientLeft."""
-        if not self._more:
+        if not self._has_more:
             return None
         clock = asyncio.get_running_loop().time
         asked = clock()
         try:
-            async with asyncio.timeout(self._patience()):
+            async with asyncio.timeout(self._chunk_timeout_seconds()):
                 message = await self._receive()
         except TimeoutError:
-            raise TooSlow("The body of the request did not arrive in time. Send it again.") from None
+            raise BodyTimeout("The body of the request did not arrive in time. Send it again.") from None
         if message["type"] != "http.request":
-            raise ClientLeft
-        self._waited += clock() - asked
+            raise ClientDisconnected
+        self._waited_seconds += clock() - asked
         chunk: bytes = message.get("body", b"")
-        self.received += len(chunk)
-        self._more = message.get("more_body", False)
+        self.received_bytes += len(chunk)
+        self._has_more = message.get("more_body", False)
         return chunk
 
-    def _patience(self) -> float:
+    def _chunk_timeout_seconds(self) -> float:
         """How many seconds the next bytes may take; none if it is over already."""
         allowed = self._total_seconds
-        if self._least_rate:
-            allowed = min(allowed, self._grace_seconds + self.received / self._least_rate)
-        return min(self._idle_seconds, allowed - self._waited)
+        if self._min_bytes_per_second:
+            allowed = min(allowed, self._grace_seconds + self.received_bytes / self._min_bytes_per_second)
+        return min(self._idle_seconds, allowed - self._waited_seconds)
 
 
-def _media_type(scope: HTTPScope) -> tuple[str, str]:
+def _parse_form_type(scope: HTTPScope) -> tuple[str, str]:
     """The media type of a form, which is not encoded, and its boundary. Raises UnsupportedMediaType."""
-    check_coding(scope)
-    return media_type(_header(scope, b"content-type"))
+    refuse_content_encoding(scope)
+    return parse_form_type(_get_header(scope, b"content-type"))
 
 
-def check_coding(scope: Scope) -> None:
+def refuse_content_encoding(scope: Scope) -> None:
     """Refuse a body that is compressed, or encoded otherwise (RFC 9110, 15.5.16). Raises UnsupportedCoding."""
     codings = b",".join(value for key, value in scope["headers"] if key == b"content-encoding")
     if codings and any(each.strip().lower() not in {b"", b"identity"} for each in codings.split(b",")):
         raise UnsupportedCoding("Send the body of the request as it is, without a Content-Encoding.")
 
 
-def _header(scope: HTTPScope, name: bytes) -> str:
+def _get_header(scope: HTTPScope, name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
-def _content_length(scope: HTTPScope) -> int | None:
+def _parse_content_length(scope: HTTPScope) -> int | None:
     """The length of the body in bytes, None if it comes in chunks. Raises MalformedRequest."""
-    text = _header(scope, b"content-length")
+    text = _get_header(scope, b"content-length")
     if text and not (text.isascii() and text.isdigit() and len(text) < 20):
         raise MalformedRequest("The Content-Length is not a number.")
     return int(text) if text else None

@@ -14,13 +14,15 @@ from typing import BinaryIO
 import click
 
 from service import __version__
-from service.cli.common import DetailedExit, LazyGroup, PlainGroup, load_settings
+from service.cli.common import DetailedExitCommand, FieldErrorGroup, LazyGroup, load_settings
 
-_at_url = click.option("--url", help="The operators' port.  [default: as GATEWAY_OPS_HOST and GATEWAY_OPS_PORT say]")
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print it for scripts.")
+_url_option = click.option(
+    "--url", help="The operators' port.  [default: as GATEWAY_OPS_HOST and GATEWAY_OPS_PORT say]"
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print it for scripts.")
 
 
-@click.group(cls=PlainGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=FieldErrorGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gateway")
 def main() -> None:
     """The Imaging Gateway: tenants, quota and exact spending in front of a paid image API."""
@@ -35,8 +37,8 @@ main.add_command(LazyGroup("token", "service.cli.admin", "Tokens, with which ten
 
 @main.command()
 @click.argument("tenant")
-@_at_url
-@_as_json
+@_url_option
+@_json_option
 def quota(tenant: str, url: str | None, *, as_json: bool) -> None:
     """Show what TENANT may spend, and what it has spent."""
     from service.cli.admin import show_quota
@@ -51,8 +53,8 @@ def quota(tenant: str, url: str | None, *, as_json: bool) -> None:
 @click.option("--group-by", metavar="WORDS", help="tenant, kind, both with a comma, or none.  [default: tenant,kind]")
 @click.option("--tenant", help="Only this tenant.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print it for spreadsheets.")
-@_at_url
-@_as_json
+@_url_option
+@_json_option
 def usage(*, first: str | None, last: str | None, as_csv: bool, as_json: bool, **options: str | None) -> None:
     """Show what tenants have spent, those that were deleted too."""
     from service.cli.usage import show_usage
@@ -64,8 +66,8 @@ def usage(*, first: str | None, last: str | None, as_csv: bool, as_json: bool, *
 
 @main.command()
 @click.argument("submission", metavar="ID")
-@_at_url
-@_as_json
+@_url_option
+@_json_option
 def submission(submission: str, url: str | None, *, as_json: bool) -> None:
     """Show what became of the submission ID."""
     from service.cli.usage import show_submission
@@ -77,11 +79,11 @@ def submission(submission: str, url: str | None, *, as_json: bool) -> None:
 @click.option("--task", metavar="ID", help="The task to refund.")
 @click.option("--submission", metavar="ID", help="The submission to refund, if it has no task.")
 @click.option("--reason", required=True, help="Why: the usage shows it.")
-@_at_url
-@_as_json
+@_url_option
+@_json_option
 def refund(*, task: str | None, submission: str | None, reason: str, url: str | None, as_json: bool) -> None:
     """Give what a task or a submission cost back to its tenant's limits, once."""
-    from service.cli.usage import refund as give_back
+    from service.cli.usage import refund_submission as give_back
 
     if (task is None) == (submission is None):
         raise click.UsageError("Say either --task or --submission.")
@@ -89,26 +91,26 @@ def refund(*, task: str | None, submission: str | None, reason: str, url: str | 
 
 
 @main.command()
-@_at_url
-@_as_json
+@_url_option
+@_json_option
 def export(url: str | None, *, as_json: bool) -> None:
     """Print the registry as TOML: accounts, tenants and tokens.
 
     All but history can be restored from it with `gateway apply`. It holds no secrets: of tokens their hashes, of other
     secrets where they are.
     """
-    from service.cli.registry import show_registry
+    from service.cli.registry import export_registry
 
-    show_registry(url=url, as_json=as_json)
+    export_registry(url=url, as_json=as_json)
 
 
-@main.command(cls=DetailedExit)
+@main.command(cls=DetailedExitCommand)
 @click.argument("file", type=click.File("rb"))
 @click.option("--dry-run", is_flag=True, help="Show what would be different, and change nothing.")
 @click.option("--prune", is_flag=True, help="Remove the accounts, tenants and tokens that are not in the file.")
 @click.option("--force", is_flag=True, help="Remove even what has tasks running, and even all there is.")
-@_at_url
-@_as_json
+@_url_option
+@_json_option
 def apply(file: BinaryIO, url: str | None, *, dry_run: bool, prune: bool, force: bool, as_json: bool) -> None:
     """Make the registry what FILE says, all of it or nothing, and show what is different.
 
@@ -126,15 +128,15 @@ def apply(file: BinaryIO, url: str | None, *, dry_run: bool, prune: bool, force:
 
 
 @main.command()
-@_at_url
-@_as_json
+@_url_option
+@_json_option
 def reseal(url: str | None, *, as_json: bool) -> None:
     """Seal all secrets of the registry with the first of GATEWAY_SECRET_KEYS.
 
     Before the others are taken away, and after every process was given the first. The exit code is 1 if there is a
     secret that none of the keys opens.
     """
-    from service.cli.registry import reseal as seal_anew
+    from service.cli.registry import rotate_keys as seal_anew
 
     seal_anew(url=url, as_json=as_json)
 
@@ -156,9 +158,9 @@ def check_config(*, production: bool, connect: bool) -> None:
 
     Secrets are not shown. The exit code is 0 if the settings can be used, else 1.
     """
-    from service.cli.check_config import run
+    from service.cli.check_config import check_settings
 
-    sys.exit(run(os.environ, production=production, connect=connect))
+    sys.exit(check_settings(os.environ, production=production, connect=connect))
 
 
 @main.command()
@@ -178,11 +180,11 @@ def sandbox(folder: Path | None, host: str, port: int) -> None:
 @click.option("--token", help="A tenant's token.  [default: the demo tenant's]")
 def demo(folder: Path, url: str | None, token: str | None) -> None:
     """Submit a picture of each kind to a running gateway, and show what comes of it."""
-    from service.cli.serve import known_demo_token
+    from service.cli.serve import read_demo_token
     from service.demo import DemoOptions, run_demo
 
     settings = load_settings()
-    token = token or known_demo_token(settings.data_dir)
+    token = token or read_demo_token(settings.data_dir)
     if token is None:
         click.echo(
             f"gateway: no demo token is in {settings.data_dir}: start a gateway with `make run`, or give --token",

@@ -13,24 +13,34 @@ import click
 from service.api.admin_schemas import (
     AccountList,
     AccountView,
-    ClockResetView,
+    ClockReset,
+    Delivery,
     DeliveryList,
-    DeliveryView,
     FigureView,
     LimitView,
     NewSecretView,
-    NewTokenView,
+    NewToken,
     TenantList,
     TenantView,
     TokenView,
     WebhookView,
 )
-from service.api.schemas import PolicyView
-from service.cli.client import NOT_FOUND, Answer, OperatorsPort, Refused, as_json, asking
-from service.cli.common import variable
-from service.cli.formatting import Duration, Limit, Moment, Price, Yuan, card, read_secret, table, text
+from service.api.schemas import Policy
+from service.cli.client import NOT_FOUND, AdminClient, AdminResponse, ProblemError, json_option, with_admin_client
+from service.cli.common import read_environment
+from service.cli.formatting import (
+    Duration,
+    Limit,
+    Price,
+    Timestamp,
+    Yuan,
+    format_record,
+    format_table,
+    format_value,
+    read_secret,
+)
 from service.domain.tasks import Kind
-from service.domain.tenants import Purse
+from service.domain.tenants import SpendingMode
 
 
 @click.group()
@@ -47,10 +57,10 @@ def account() -> None:
 @click.option("--floor-count", type=click.IntRange(min=0), help="How many uses must stay in the account.")
 @click.option("--floor-money", type=Yuan(), help="How much money must stay in it.")
 @click.option("--max-price", type=Price(), multiple=True, help="The most that a task of a kind can cost; repeatable.")
-@as_json
-@asking
+@json_option
+@with_admin_client
 def set_account(
-    port: OperatorsPort,
+    port: AdminClient,
     *,
     name: str,
     user_key_env: str | None,
@@ -69,83 +79,83 @@ def set_account(
         raise click.UsageError("Take the key from one place: --user-key-env, --user-key-file or --user-key-prompt.")
     body = {field: value for field, value in given.items() if value is not None} | {"max_price": dict(max_price)}
     if user_key_env:
-        body["user_key"] = _from_environment(user_key_env)
+        body["user_key"] = _read_key_variable(user_key_env)
     elif user_key_file:
         body["user_key"] = read_secret(user_key_file, "--user-key-file")
-    elif user_key_prompt or (sys.stdin.isatty() and not _exists(port, name)):
+    elif user_key_prompt or (sys.stdin.isatty() and not _account_exists(port, name)):
         body["user_key"] = click.prompt(f"The user_key of {name}", hide_input=True, err=True)
-    _print_account(port.ask("PUT", "accounts", name, body=body), as_json=as_json)
+    _print_account(port.request("PUT", "accounts", name, body=body), as_json=as_json)
 
 
 @account.command("list")
-@as_json
-@asking
-def list_accounts(port: OperatorsPort, *, as_json: bool) -> None:
+@json_option
+@with_admin_client
+def list_accounts(port: AdminClient, *, as_json: bool) -> None:
     """List the accounts: what is known of their balance, and what is under way."""
-    answer = port.ask("GET", "accounts")
+    answer = port.request("GET", "accounts")
     if as_json:
-        click.echo(answer.pretty())
+        click.echo(answer.format_json())
         return
     head = ("name", "state", "uses", "yuan", "seen at", "in flight", "unknown", "look again at")
     rows = [
-        (each.name, each.state, *_figures(each), each.in_flight, each.unknown, each.look_again_at)
-        for each in answer.read(AccountList).items
+        (each.name, each.state, *_latest_balance(each), each.in_flight, each.unknown, each.look_again_at)
+        for each in answer.decode(AccountList).items
     ]
-    click.echo(table(head, rows))
+    click.echo(format_table(head, rows))
 
 
 @account.command("show")
 @click.argument("name")
-@as_json
-@asking
-def show_account(port: OperatorsPort, *, name: str, as_json: bool) -> None:
+@json_option
+@with_admin_client
+def show_account(port: AdminClient, *, name: str, as_json: bool) -> None:
     """Show the account NAME."""
-    _print_account(port.ask("GET", "accounts", name), as_json=as_json)
+    _print_account(port.request("GET", "accounts", name), as_json=as_json)
 
 
 @account.command("reopen")
 @click.argument("name")
-@as_json
-@asking
-def reopen(port: OperatorsPort, *, name: str, as_json: bool) -> None:
+@json_option
+@with_admin_client
+def reopen_account(port: AdminClient, *, name: str, as_json: bool) -> None:
     """Look at the account NAME again now, though it was exhausted or invalid."""
-    _print_account(port.ask("POST", "accounts", name, "reopen"), as_json=as_json)
+    _print_account(port.request("POST", "accounts", name, "reopen"), as_json=as_json)
 
 
 @account.command("delete")
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Even though tasks run on it or tenants use it.")
-@asking
-def delete_account(port: OperatorsPort, *, name: str, force: bool) -> None:
+@with_admin_client
+def delete_account(port: AdminClient, *, name: str, force: bool) -> None:
     """Delete the account NAME."""
-    port.ask("DELETE", "accounts", name, force=force)
+    port.request("DELETE", "accounts", name, force=force)
     click.echo(f"The account {name} is deleted.")
 
 
-def _exists(port: OperatorsPort, name: str) -> bool:
+def _account_exists(port: AdminClient, name: str) -> bool:
     try:
-        port.ask("GET", "accounts", name)
-    except Refused as refusal:
+        port.request("GET", "accounts", name)
+    except ProblemError as refusal:
         if refusal.status != NOT_FOUND:
             raise
         return False
     return True
 
 
-def _from_environment(name: str) -> str:
-    value = variable(name)
+def _read_key_variable(name: str) -> str:
+    value = read_environment(name)
     if not value:
         raise click.BadParameter(f"there is no environment variable {name}", param_hint="--user-key-env")
     return value
 
 
-def _print_account(answer: Answer, *, as_json: bool) -> None:
-    click.echo(answer.pretty() if as_json else _card(answer.read(AccountView)))
+def _print_account(answer: AdminResponse, *, as_json: bool) -> None:
+    click.echo(answer.format_json() if as_json else _format_account(answer.decode(AccountView)))
 
 
-def _card(account: AccountView) -> str:
-    uses, yuan, seen_at = _figures(account)
-    return card(
+def _format_account(account: AccountView) -> str:
+    uses, yuan, seen_at = _latest_balance(account)
+    return format_record(
         ("name", account.name),
         ("state", account.state),
         ("look again at", account.look_again_at),
@@ -156,20 +166,20 @@ def _card(account: AccountView) -> str:
         ("unknown", account.unknown),
         ("unexplained uses", account.unexplained.count),
         ("unexplained yuan", account.unexplained.money),
-        ("last price", _prices(account.prices)),
+        ("last price", _format_prices(account.prices)),
         ("free looks", account.looks),
         ("base URL", account.base_url),
         ("floor of uses", account.floor_count),
         ("floor of yuan", account.floor_money),
-        ("highest price", _prices(account.max_price)),
+        ("highest price", _format_prices(account.max_price)),
     )
 
 
-def _prices(prices: Mapping[Kind, float]) -> Sequence[str]:
+def _format_prices(prices: Mapping[Kind, float]) -> Sequence[str]:
     return [f"{kind} {price} yuan" for kind, price in prices.items()]
 
 
-def _figures(account: AccountView) -> tuple[object, object, object]:
+def _latest_balance(account: AccountView) -> tuple[object, object, object]:
     """The uses and the yuan left, and when the newer of them was seen."""
     figures: list[FigureView | None] = [account.remaining_count, account.remaining_money]
     uses, yuan = (each.value if each else None for each in figures)
@@ -184,12 +194,14 @@ def token() -> None:
 @token.command("create")
 @click.argument("tenant")
 @click.option("--label", help="What it is for.")
-@click.option("--expires-at", type=Moment(), help="When it ends to be valid, with a time zone: 2030-01-31T12:00:00Z.")
+@click.option(
+    "--expires-at", type=Timestamp(), help="When it ends to be valid, with a time zone: 2030-01-31T12:00:00Z."
+)
 @click.option("--expires-in", type=Duration(), help="How long it is valid: 90d, 12h, 30m.")
-@as_json
-@asking
-def create(
-    port: OperatorsPort,
+@json_option
+@with_admin_client
+def create_token(
+    port: AdminClient,
     *,
     tenant: str,
     label: str | None,
@@ -208,48 +220,48 @@ def create(
             raise click.UsageError("It would outlive every calendar: leave --expires-in out.") from None
     if expires_at and expires_at <= now:
         raise click.UsageError("It would have expired already.")
-    answer = port.ask("POST", "tenants", tenant, "tokens", body={"label": label, "expires_at": expires_at})
+    answer = port.request("POST", "tenants", tenant, "tokens", body={"label": label, "expires_at": expires_at})
     if as_json:
-        click.echo(answer.pretty())
+        click.echo(answer.format_json())
         return
-    made = answer.read(NewTokenView)
-    until = f"valid until {text(made.expires_at)}" if made.expires_at else "valid until it is revoked"
+    made = answer.decode(NewToken)
+    until = f"valid until {format_value(made.expires_at)}" if made.expires_at else "valid until it is revoked"
     click.echo(f"Token {made.id} of {tenant}, {until}. It is not shown again.", err=True)
     click.echo(made.token)
 
 
 @token.command("list")
 @click.argument("tenant")
-@as_json
-@asking
-def list_tokens(port: OperatorsPort, *, tenant: str, as_json: bool) -> None:
+@json_option
+@with_admin_client
+def list_tokens(port: AdminClient, *, tenant: str, as_json: bool) -> None:
     """List the tokens of TENANT that have not expired."""
-    answer = port.ask("GET", "tenants", tenant)
-    tokens = answer.read(TenantView).tokens
-    click.echo(answer.part(items=tokens).pretty() if as_json else tokens_table(tokens))
+    answer = port.request("GET", "tenants", tenant)
+    tokens = answer.decode(TenantView).tokens
+    click.echo(answer.with_members(items=tokens).format_json() if as_json else format_tokens(tokens))
 
 
 @token.command("revoke")
 @click.argument("tenant")
 @click.argument("token_id", metavar="ID")
 @click.option("--grace", type=Duration(), default=0, help="How long it stays valid yet: 3600 (seconds), 1h, 7d.")
-@asking
-def revoke(port: OperatorsPort, *, tenant: str, token_id: str, grace: float) -> None:
+@with_admin_client
+def revoke_token(port: AdminClient, *, tenant: str, token_id: str, grace: float) -> None:
     """Revoke the token ID of TENANT."""
-    port.ask("DELETE", "tenants", tenant, "tokens", token_id, grace=grace)
+    port.request("DELETE", "tenants", tenant, "tokens", token_id, grace=grace)
     when = f"ends in {grace:g} seconds" if grace else "is revoked"
     click.echo(f"The token {token_id} of {tenant} {when}.")
 
 
-def tokens_table(tokens: Sequence[TokenView]) -> str:
+def format_tokens(tokens: Sequence[TokenView]) -> str:
     """The tokens of a tenant, by what is known of them."""
     if not tokens:
         return "It has no token."
     rows = [(each.id, each.label, each.created_at, each.expires_at) for each in tokens]
-    return table(("token", "label", "created at", "expires at"), rows)
+    return format_table(("token", "label", "created at", "expires at"), rows)
 
 
-_OPTIONS = (
+_WEBHOOK_OPTIONS = (
     click.option("--webhook-url", help="Where it is told of the ends of its tasks."),
     click.option(
         "--webhook-allow",
@@ -264,12 +276,12 @@ _OPTIONS = (
 )
 
 
-def webhook_options(command: Callable[..., None]) -> Callable[..., None]:
+def add_webhook_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take a webhook."""
-    return reduce(lambda wrapped, option: option(wrapped), reversed(_OPTIONS), command)
+    return reduce(lambda wrapped, option: option(wrapped), reversed(_WEBHOOK_OPTIONS), command)
 
 
-def webhook_body(url: str | None, allow: Sequence[str], secret: BinaryIO | None) -> Mapping[str, Any] | None:
+def build_webhook_body(url: str | None, allow: Sequence[str], secret: BinaryIO | None) -> Mapping[str, Any] | None:
     """A webhook as the operators' API takes it, out of what was given on the command line."""
     if url is None:
         if allow or secret:
@@ -281,7 +293,7 @@ def webhook_body(url: str | None, allow: Sequence[str], secret: BinaryIO | None)
     return body
 
 
-def webhook_lines(webhook: WebhookView | None) -> Sequence[tuple[str, object]]:
+def webhook_fields(webhook: WebhookView | None) -> Sequence[tuple[str, object]]:
     """A webhook as lines of a card."""
     if webhook is None:
         return [("webhook", None)]
@@ -300,47 +312,47 @@ def webhook() -> None:
 @webhook.command("rotate")
 @click.argument("tenant")
 @click.option("--grace", type=Duration(), default=0, show_default=True, help="How long the one before signs too: 7d.")
-@as_json
-@asking
-def rotate(port: OperatorsPort, *, tenant: str, grace: float, as_json: bool) -> None:
+@json_option
+@with_admin_client
+def rotate_webhook_secret(port: AdminClient, *, tenant: str, grace: float, as_json: bool) -> None:
     """Make a new secret for the webhooks of TENANT, and print it: it is shown this once."""
-    answer = port.ask("POST", "tenants", tenant, "webhook-secret", grace=grace)
+    answer = port.request("POST", "tenants", tenant, "webhook-secret", grace=grace)
     if as_json:
-        click.echo(answer.pretty())
+        click.echo(answer.format_json())
         return
-    made = answer.read(NewSecretView)
-    both = f" The one before signs too until {text(made.former_until)}." if grace else ""
+    made = answer.decode(NewSecretView)
+    both = f" The one before signs too until {format_value(made.previous_expires_at)}." if grace else ""
     click.echo(f"The new secret of {tenant}. It is not shown again.{both}", err=True)
     click.echo(made.secret)
 
 
 @webhook.command("failed")
 @click.option("--limit", type=click.IntRange(1, 1_000), default=100, show_default=True, help="How many at the most.")
-@as_json
-@asking
-def failed(port: OperatorsPort, *, limit: int, as_json: bool) -> None:
+@json_option
+@with_admin_client
+def list_failed_deliveries(port: AdminClient, *, limit: int, as_json: bool) -> None:
     """List what could not be delivered in the last 30 days, newest first."""
-    answer = port.ask("GET", "webhooks", "failed", limit=limit)
-    click.echo(answer.pretty() if as_json else _deliveries(answer.read(DeliveryList).items))
+    answer = port.request("GET", "webhooks", "failed", limit=limit)
+    click.echo(answer.format_json() if as_json else _format_deliveries(answer.decode(DeliveryList).items))
 
 
 @webhook.command("redeliver")
 @click.argument("delivery", metavar="ID")
-@as_json
-@asking
-def redeliver(port: OperatorsPort, *, delivery: str, as_json: bool) -> None:
+@json_option
+@with_admin_client
+def redeliver_webhook(port: AdminClient, *, delivery: str, as_json: bool) -> None:
     """Send what has the ID msg_... again, from the start."""
-    answer = port.ask("POST", "webhooks", delivery, "redeliver")
-    click.echo(answer.pretty() if as_json else _deliveries([answer.read(DeliveryView)]))
+    answer = port.request("POST", "webhooks", delivery, "redeliver")
+    click.echo(answer.format_json() if as_json else _format_deliveries([answer.decode(Delivery)]))
 
 
-def _deliveries(items: Sequence[DeliveryView]) -> str:
+def _format_deliveries(items: Sequence[Delivery]) -> str:
     head = ("id", "tenant", "state", "attempts", "status", "error", "url", "updated at")
     rows = [
         (each.id, each.tenant, each.state, each.attempts, each.status, each.error, each.url, each.updated_at)
         for each in items
     ]
-    return table(head, rows)
+    return format_table(head, rows)
 
 
 @click.group()
@@ -357,7 +369,7 @@ def tenant() -> None:
 @click.option("--max-active", type=click.IntRange(min=0), help="How many tasks may run at once.")
 @click.option(
     "--purse",
-    type=click.Choice([each.value for each in Purse]),
+    type=click.Choice([each.value for each in SpendingMode]),
     help="Whether it may go on to money after the prepaid uses.",
 )
 @click.option(
@@ -368,11 +380,11 @@ def tenant() -> None:
     help="A kind it may submit; repeatable.",
 )
 @click.option("--disabled", is_flag=True, help="Refuse all that it submits.")
-@webhook_options
-@as_json
-@asking
+@add_webhook_options
+@json_option
+@with_admin_client
 def set_tenant(
-    port: OperatorsPort,
+    port: AdminClient,
     *,
     name: str,
     accounts: Sequence[str],
@@ -388,95 +400,95 @@ def set_tenant(
 
     What is left out gets its default; its tokens stay, and the secret of its webhooks. One that is made is printed.
     """
-    webhook = webhook_body(webhook_url, webhook_allow, webhook_secret_file)
+    webhook = build_webhook_body(webhook_url, webhook_allow, webhook_secret_file)
     body = {field: value for field, value in given.items() if value is not None}
     body |= {"accounts": accounts, "limits": limits, "kinds": kinds or None, "webhook": webhook}
-    answer = port.ask("PUT", "tenants", name, body=body)
+    answer = port.request("PUT", "tenants", name, body=body)
     _print_tenant(answer, as_json=as_json)
-    made = answer.read(TenantView).webhook
+    made = answer.decode(TenantView).webhook
     if made and made.secret and not as_json:
         click.echo(f"\nThe secret of its webhooks, which is not shown again: {made.secret}")
 
 
 @tenant.command("list")
-@as_json
-@asking
-def list_tenants(port: OperatorsPort, *, as_json: bool) -> None:
+@json_option
+@with_admin_client
+def list_tenants(port: AdminClient, *, as_json: bool) -> None:
     """List the tenants."""
-    answer = port.ask("GET", "tenants")
+    answer = port.request("GET", "tenants")
     if as_json:
-        click.echo(answer.pretty())
+        click.echo(answer.format_json())
         return
     head = ("name", "accounts", "limits", "max active", "purse", "kinds", "tokens", "disabled")
     rows = [
         (
             each.name,
             each.accounts,
-            _limits(each),
+            _format_limits(each),
             each.max_active,
-            each.purse,
-            _kinds(each),
+            each.spending_mode,
+            _format_kinds(each),
             len(each.tokens),
             each.disabled,
         )
-        for each in answer.read(TenantList).items
+        for each in answer.decode(TenantList).items
     ]
-    click.echo(table(head, rows))
+    click.echo(format_table(head, rows))
 
 
 @tenant.command("show")
 @click.argument("name")
-@as_json
-@asking
-def show_tenant(port: OperatorsPort, *, name: str, as_json: bool) -> None:
+@json_option
+@with_admin_client
+def show_tenant(port: AdminClient, *, name: str, as_json: bool) -> None:
     """Show the tenant NAME, what it has used, and its tokens."""
-    _print_tenant(port.ask("GET", "tenants", name), as_json=as_json)
+    _print_tenant(port.request("GET", "tenants", name), as_json=as_json)
 
 
 @tenant.command("delete")
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Even though its tasks run.")
-@asking
-def delete_tenant(port: OperatorsPort, *, name: str, force: bool) -> None:
+@with_admin_client
+def delete_tenant(port: AdminClient, *, name: str, force: bool) -> None:
     """Delete the tenant NAME and its tokens."""
-    port.ask("DELETE", "tenants", name, force=force)
+    port.request("DELETE", "tenants", name, force=force)
     click.echo(f"The tenant {name} is deleted.")
 
 
-@asking
-def show_quota(port: OperatorsPort, *, name: str, as_json: bool) -> None:
+@with_admin_client
+def show_quota(port: AdminClient, *, name: str, as_json: bool) -> None:
     """Show how the policies of a tenant stand."""
-    answer = port.ask("GET", "tenants", name)
-    policies = answer.read(TenantView).policies
-    click.echo(answer.part(policies=policies).pretty() if as_json else _policies(policies))
+    answer = port.request("GET", "tenants", name)
+    policies = answer.decode(TenantView).policies
+    click.echo(answer.with_members(policies=policies).format_json() if as_json else _format_policies(policies))
 
 
-def _print_tenant(answer: Answer, *, as_json: bool) -> None:
-    click.echo(answer.pretty() if as_json else _whole(answer.read(TenantView)))
+def _print_tenant(answer: AdminResponse, *, as_json: bool) -> None:
+    click.echo(answer.format_json() if as_json else _format_tenant(answer.decode(TenantView)))
 
 
-def _whole(tenant: TenantView) -> str:
-    about = card(
+def _format_tenant(tenant: TenantView) -> str:
+    about = format_record(
         ("name", tenant.name),
         ("accounts", tenant.accounts),
-        ("purse", tenant.purse),
-        ("kinds", _kinds(tenant)),
+        ("purse", tenant.spending_mode),
+        ("kinds", _format_kinds(tenant)),
         ("disabled", tenant.disabled),
-        *webhook_lines(tenant.webhook),
+        *webhook_fields(tenant.webhook),
     )
-    return "\n\n".join([about, _policies(tenant.policies), tokens_table(tenant.tokens)])
+    return "\n\n".join([about, _format_policies(tenant.policies), format_tokens(tenant.tokens)])
 
 
-def _policies(policies: Sequence[PolicyView]) -> str:
+def _format_policies(policies: Sequence[Policy]) -> str:
     if not policies:
         return "Nothing limits it."
     head = ("policy", "unit", "limit", "used", "reserved", "remaining", "overrun", "resets at")
-    return table(
+    return format_table(
         head,
         [
             (
                 each.policy,
-                _unit(each),
+                _display_unit(each),
                 each.limit,
                 each.used,
                 each.reserved,
@@ -489,20 +501,20 @@ def _policies(policies: Sequence[PolicyView]) -> str:
     )
 
 
-def _unit(policy: PolicyView) -> str:
+def _display_unit(policy: Policy) -> str:
     return "yuan" if policy.unit == "money" else policy.unit
 
 
-def _limits(tenant: TenantView) -> Sequence[str]:
-    return [_limit(each) for each in tenant.limits]
+def _format_limits(tenant: TenantView) -> Sequence[str]:
+    return [_format_limit(each) for each in tenant.limits]
 
 
-def _limit(limit: LimitView) -> str:
+def _format_limit(limit: LimitView) -> str:
     parts = {"tasks": limit.tasks, "yuan": limit.money}
     return f"{limit.window} " + " + ".join(f"{most} {unit}" for unit, most in parts.items() if most is not None)
 
 
-def _kinds(tenant: TenantView) -> object:
+def _format_kinds(tenant: TenantView) -> object:
     return "all" if tenant.kinds is None else tenant.kinds or "none"
 
 
@@ -512,13 +524,13 @@ def clock() -> None:
 
 
 @clock.command("reset")
-@as_json
-@asking
-def reset(port: OperatorsPort, *, as_json: bool) -> None:
+@json_option
+@with_admin_client
+def reset_clock(port: AdminClient, *, as_json: bool) -> None:
     """Set the ledger's time back to the clock of Redis, with all that is due by it.
 
     It is ahead after that clock has stepped back, and makes it good by itself, ten times as slowly.
     """
-    answer = port.ask("POST", "clock", "reset")
-    seconds = answer.read(ClockResetView).offset_seconds
-    click.echo(answer.pretty() if as_json else f"The ledger's time was {seconds:g} s ahead of the clock of Redis.")
+    answer = port.request("POST", "clock", "reset")
+    seconds = answer.decode(ClockReset).offset_seconds
+    click.echo(answer.format_json() if as_json else f"The ledger's time was {seconds:g} s ahead of the clock of Redis.")

@@ -14,17 +14,17 @@ import httpx2
 import msgspec
 
 from service.cli.common import load_settings
-from service.cli.formatting import plain
-from service.settings import Settings, http_url, printable
+from service.cli.formatting import single_line
+from service.settings import Settings, parse_http_url, parse_printable
 
 T = TypeVar("T")
 
 NOT_FOUND = 404
-_JSON = "application/json"
-_TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_JSON_TYPE = "application/json"
+_HTTP_TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
+_LOOPBACK_BY_WILDCARD = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the gateway's answer as it is, for scripts.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the gateway's answer as it is, for scripts.")
 
 
 class CommandError(click.ClickException):
@@ -35,7 +35,7 @@ class CommandError(click.ClickException):
         click.echo(self.message, file=file, err=file is None)
 
 
-class Refused(CommandError):
+class ProblemError(CommandError):
     """The gateway answered with a problem document, `title: detail` and a line for each of its `errors`."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -43,7 +43,7 @@ class Refused(CommandError):
         self.status = status
 
 
-class FieldFault(msgspec.Struct, frozen=True):
+class FieldError(msgspec.Struct, frozen=True):
     """What is wrong with one field."""
 
     field: str
@@ -53,20 +53,20 @@ class FieldFault(msgspec.Struct, frozen=True):
         return f"{self.field}: {self.detail}"
 
 
-class Problem(msgspec.Struct, frozen=True):
+class ProblemDocument(msgspec.Struct, frozen=True):
     """As much of a problem document as a person needs."""
 
     title: str
     detail: str
-    errors: tuple[FieldFault, ...] = ()
+    errors: tuple[FieldError, ...] = ()
 
     def __str__(self) -> str:
         faults = [str(each) for each in self.errors]
-        detail = "" if self.detail == "; ".join(faults) else f" {plain(self.detail)}"
-        return "\n  ".join([f"{plain(self.title)}:{detail}", *map(plain, faults)])
+        detail = "" if self.detail == "; ".join(faults) else f" {single_line(self.detail)}"
+        return "\n  ".join([f"{single_line(self.title)}:{detail}", *map(single_line, faults)])
 
 
-class Answer:
+class AdminResponse:
     """What the gateway answered at `url`, or a part of it; `version` is its ETag."""
 
     def __init__(self, url: str, content: bytes, version: str | None = None) -> None:
@@ -74,43 +74,43 @@ class Answer:
         self._content = content
         self.version = version
 
-    def part(self, **members: Any) -> Answer:
+    def with_members(self, **members: Any) -> AdminResponse:
         """Only these members of it."""
-        return Answer(self._url, msgspec.json.encode(members))
+        return AdminResponse(self._url, msgspec.json.encode(members))
 
-    def read(self, kind: type[T]) -> T:
+    def decode(self, kind: type[T]) -> T:
         """The answer as a value. Raises CommandError."""
         try:
             return msgspec.json.decode(self._content, type=kind)
         except msgspec.DecodeError as error:
-            raise _stranger(self._url, plain(str(error))) from None
+            raise _unexpected_response(self._url, single_line(str(error))) from None
 
     def text(self) -> str:
         """The answer as it is."""
         return self._content.decode()
 
-    def pretty(self) -> str:
+    def format_json(self) -> str:
         """The answer as indented JSON. Raises CommandError."""
-        self.read(object)
+        self.decode(object)
         return msgspec.json.format(self._content, indent=2).decode()
 
 
-class OperatorsPort:
+class AdminClient:
     """The operators' port of a gateway. Every call raises CommandError, and none is sent twice."""
 
     def __init__(self, url: str, http: httpx2.Client) -> None:
         self._url = url
         self._http = http
 
-    def ask(
+    def request(
         self,
         method: str,
         *path: str,
         body: Mapping[str, Any] | None = None,
-        accept: str = _JSON,
+        accept: str = _JSON_TYPE,
         version: str | None = None,
         **query: Any,
-    ) -> Answer:
+    ) -> AdminResponse:
         """Call `/admin/v1` and the parts of a path, with a JSON body and a query, for an answer of a media type.
 
         With a `version` it is refused if there is a newer one.
@@ -118,31 +118,31 @@ class OperatorsPort:
         for part in path:
             if part in {"", ".", ".."} or "/" in part:
                 # However it is quoted, a server takes it for another path.
-                raise Refused(NOT_FOUND, f"gateway: nothing has the name {plain(part)!r}")
+                raise ProblemError(NOT_FOUND, f"gateway: nothing has the name {single_line(part)!r}")
         address = "/".join(["/admin/v1", *(quote(each, safe="") for each in path)])
         content = None if body is None else msgspec.json.encode(body)
-        headers = {"Accept": accept} | ({} if body is None else {"Content-Type": _JSON})
+        headers = {"Accept": accept} | ({} if body is None else {"Content-Type": _JSON_TYPE})
         headers |= {} if version is None else {"If-Match": version}
         try:
             response = self._http.request(method, address, content=content, headers=headers, params=query)
         except httpx2.RequestError as error:
-            raise self._unanswered(method, error) from None
+            raise self._map_transport_error(method, error) from None
         if (
             response.is_success
-            and accept != _JSON
+            and accept != _JSON_TYPE
             and response.headers.get("content-type", "").partition(";")[0] != accept
         ):
-            raise _stranger(self._url, f"it has no {accept}")
+            raise _unexpected_response(self._url, f"it has no {accept}")
         if response.is_success:
-            return Answer(self._url, response.content, response.headers.get("etag"))
+            return AdminResponse(self._url, response.content, response.headers.get("etag"))
         try:
-            problem = msgspec.json.decode(response.content, type=Problem)
+            problem = msgspec.json.decode(response.content, type=ProblemDocument)
         except msgspec.DecodeError:
-            raise _stranger(self._url, f"HTTP {response.status_code}") from None
-        raise Refused(response.status_code, str(problem))
+            raise _unexpected_response(self._url, f"HTTP {response.status_code}") from None
+        raise ProblemError(response.status_code, str(problem))
 
-    def _unanswered(self, method: str, error: httpx2.RequestError) -> CommandError:
-        why = plain(str(error)) or type(error).__name__
+    def _map_transport_error(self, method: str, error: httpx2.RequestError) -> CommandError:
+        why = single_line(str(error)) or type(error).__name__
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
             hint = "Start it, or name its operators' port with --url."
             return CommandError(f"gateway: no gateway answers at {self._url}: {why}. {hint}")
@@ -150,48 +150,48 @@ class OperatorsPort:
         return CommandError(f"gateway: no answer came from {self._url}: {why}.{hint}")
 
 
-def asking(command: Callable[..., None]) -> Callable[..., None]:
+def with_admin_client(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the operators' port as its first argument, and the option that says where it is."""
 
     @click.option("--url", help="The operators' port.  [default: as GATEWAY_OPS_HOST and GATEWAY_OPS_PORT say]")
     @functools.wraps(command)
     def with_port(*, url: str | None, **arguments: Any) -> None:
-        with connect(url) as port:
+        with open_admin_client(url) as port:
             command(port, **arguments)
 
     return with_port
 
 
 @contextmanager
-def connect(url: str | None) -> Iterator[OperatorsPort]:
+def open_admin_client(url: str | None) -> Iterator[AdminClient]:
     """The operators' port at `url`, or where the settings say it is, with the operators' token. Raises CommandError."""
     settings = load_settings()
-    base = (url or _address(settings)).rstrip("/")
-    headers = {"Authorization": f"Bearer {_admin_token(settings)}"}
+    base = (url or _admin_url(settings)).rstrip("/")
+    headers = {"Authorization": f"Bearer {_read_admin_token(settings)}"}
     try:
-        http_url(base)
+        parse_http_url(base)
         # A proxy out of the environment would be handed the token.
-        http = httpx2.Client(base_url=base, headers=headers, timeout=_TIMEOUT, trust_env=False)
+        http = httpx2.Client(base_url=base, headers=headers, timeout=_HTTP_TIMEOUT, trust_env=False)
     except (ValueError, httpx2.InvalidURL):
-        raise CommandError(f"gateway: {plain(base)} is no address such as http://127.0.0.1:8081") from None
+        raise CommandError(f"gateway: {single_line(base)} is no address such as http://127.0.0.1:8081") from None
     with http:
-        yield OperatorsPort(base, http)
+        yield AdminClient(base, http)
 
 
-def _address(settings: Settings) -> str:
+def _admin_url(settings: Settings) -> str:
     if not settings.ops_port:
         raise CommandError("gateway: GATEWAY_OPS_PORT is 0, so that nobody knows which it became: use --url")
-    host = _EVERYWHERE.get(settings.ops_host, settings.ops_host)
+    host = _LOOPBACK_BY_WILDCARD.get(settings.ops_host, settings.ops_host)
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.ops_port}"
 
 
-def _admin_token(settings: Settings) -> str:
+def _read_admin_token(settings: Settings) -> str:
     """The operators' token: as set, or the one that a gateway in development made for itself."""
     if settings.admin_token:
         return settings.admin_token
     file = settings.data_dir / "admin.token"
     try:
-        return printable(Path(file).read_text().strip())
+        return parse_printable(Path(file).read_text().strip())
     except (OSError, ValueError):
         raise CommandError(
             f"gateway: there is no operators' token: set GATEWAY_ADMIN_TOKEN or GATEWAY_ADMIN_TOKEN_FILE "
@@ -199,5 +199,5 @@ def _admin_token(settings: Settings) -> str:
         ) from None
 
 
-def _stranger(url: str, why: str) -> CommandError:
+def _unexpected_response(url: str, why: str) -> CommandError:
     return CommandError(f"gateway: what answers at {url} is no operators' port of this version ({why})")

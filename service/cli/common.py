@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class ExtraMissingError(click.ClickException):
     """A command needs what only the package's extra `local` brings, and production does without."""
 
-    def __init__(self, what: str, error: ModuleNotFoundError) -> None:
-        super().__init__(f"{what} needs {error.name}, which is not installed here: install imaging-gateway[local]")
+    def __init__(self, feature: str, error: ModuleNotFoundError) -> None:
+        super().__init__(f"{feature} needs {error.name}, which is not installed here: install imaging-gateway[local]")
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the message as the gateway prints its other complaints."""
@@ -38,45 +38,45 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of the commands."""
-        return self._defined().list_commands(ctx)
+        return self._load_group().list_commands(ctx)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A command by its name."""
-        return self._defined().get_command(ctx, cmd_name)
+        return self._load_group().get_command(ctx, cmd_name)
 
-    def _defined(self) -> click.Group:
+    def _load_group(self) -> click.Group:
         found = getattr(import_module(self._module), str(self.name))
         if not isinstance(found, click.Group):
             raise TypeError(f"{self._module}.{self.name} is no group of commands")
         return found
 
 
-class PlainGroup(click.Group):
+class FieldErrorGroup(click.Group):
     """A group whose commands, at any depth, tell what a value must be."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         """Read the command line up to the name of the command."""
-        with plain_errors():
+        with translate_errors():
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Read the rest of the command line, and run the command."""
-        with plain_errors():
+        with translate_errors():
             return super().invoke(ctx)
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Translate errors of values. Raises UsageError."""
     try:
         yield
     except click.BadParameter as error:
-        raise click.UsageError(_told(error), error.ctx) from None
+        raise click.UsageError(_describe_error(error), error.ctx) from None
 
 
-def _told(error: click.BadParameter) -> str:
+def _describe_error(error: click.BadParameter) -> str:
     name = error.param_hint or (error.param.get_error_hint(error.ctx) if error.param else "")
     name = (name if isinstance(name, str) else " ".join(name)).replace("'", "")
     if isinstance(error, click.MissingParameter):
@@ -96,7 +96,7 @@ def _told(error: click.BadParameter) -> str:
             return f"{name} {error.message}"
 
 
-class DetailedExit(click.Command):
+class DetailedExitCommand(click.Command):
     """A command that keeps exit code 2 for what it found: whatever is wrong ends it with 1."""
 
     def make_context(
@@ -104,7 +104,7 @@ class DetailedExit(click.Command):
     ) -> click.Context:
         """Read the command line."""
         try:
-            with plain_errors():
+            with translate_errors():
                 return super().make_context(info_name, args, parent, **extra)
         except click.UsageError as error:
             error.show()
@@ -125,11 +125,11 @@ def load_settings() -> Settings:
     try:
         return Settings.load(os.environ)
     except SettingsError as error:
-        for fault in error.faults:
+        for fault in error.errors:
             click.echo(f"gateway: {fault}", err=True)
         sys.exit(2)
 
 
-def variable(name: str) -> str | None:
+def read_environment(name: str) -> str | None:
     """An environment variable that somebody named on the command line."""
     return os.environ.get(name)

@@ -13,72 +13,74 @@ import click
 from service.domain.tasks import Kind
 from service.domain.tenants import Window
 
-NOTHING = "-"
+EMPTY_CELL = "-"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def format_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns under their names. A column is aligned to the right if all that is known in it are numbers."""
     columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in head]
-    return "\n".join(_lines([_column(name.upper(), cells) for name, cells in zip(head, columns, strict=True)]))
+    return "\n".join(
+        _join_columns([_format_column(name.upper(), cells) for name, cells in zip(head, columns, strict=True)])
+    )
 
 
-def card(*pairs: tuple[str, object]) -> str:
+def format_record(*pairs: tuple[str, object]) -> str:
     """One thing: a line for each of its properties."""
     names = [f"{name}:" for name, _ in pairs]
-    return "\n".join(_lines([_padded(names, right=False), [text(value) for _, value in pairs]]))
+    return "\n".join(_join_columns([_pad_column(names, right=False), [format_value(value) for _, value in pairs]]))
 
 
-def text(value: object) -> str:
+def format_value(value: object) -> str:
     """A value on one line."""
     match value:
         case None | "" | () | []:
-            return NOTHING
+            return EMPTY_CELL
         case bool():
             return "yes" if value else "no"
         case datetime():
             return value.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         case list() | tuple():
-            return ", ".join(map(text, value))
+            return ", ".join(map(format_value, value))
         case _:
-            return plain(str(value))
+            return single_line(str(value))
 
 
-def plain(words: str) -> str:
+def single_line(words: str) -> str:
     """Words from elsewhere on one line, without anything that steers a terminal."""
     return " ".join("".join(each if each.isprintable() else " " for each in words).split())
 
 
-def _lines(columns: Sequence[Sequence[str]]) -> Iterable[str]:
+def _join_columns(columns: Sequence[Sequence[str]]) -> Iterable[str]:
     return ("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
-def _column(name: str, cells: Sequence[object]) -> Sequence[str]:
+def _format_column(name: str, cells: Sequence[object]) -> Sequence[str]:
     known = [each for each in cells if each is not None]
     numbers = bool(known) and all(isinstance(each, int | float) and not isinstance(each, bool) for each in known)
-    return _padded([name, *map(text, cells)], right=numbers)
+    return _pad_column([name, *map(format_value, cells)], right=numbers)
 
 
-def _padded(cells: Sequence[str], *, right: bool) -> Sequence[str]:
-    width = max(map(_width, cells))
-    blanks = [" " * (width - _width(each)) for each in cells]
+def _pad_column(cells: Sequence[str], *, right: bool) -> Sequence[str]:
+    width = max(map(_display_width, cells))
+    blanks = [" " * (width - _display_width(each)) for each in cells]
     return [blank + each if right else each + blank for each, blank in zip(cells, blanks, strict=True)]
 
 
-def _width(words: str) -> int:
+def _display_width(words: str) -> int:
     """How many cells of a terminal words take: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in words)
 
 
-_LONGEST_SECRET = 4_096
+MAX_SECRET_BYTES = 4_096
 
 
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+_SECONDS_BY_UNIT = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 def read_secret(file: BinaryIO, option: str) -> str:
     """The secret that a file holds. Raises BadParameter."""
     try:
-        value = file.read(_LONGEST_SECRET).decode().strip()
+        value = file.read(MAX_SECRET_BYTES).decode().strip()
     except UnicodeDecodeError:
         value = ""
     if not value:
@@ -110,10 +112,10 @@ class Duration(click.ParamType[float]):
         found = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value))
         if not found:
             self.fail("must be a duration such as 90d, 12h, 30m or 45 (seconds)", param, ctx)
-        return float(int(found[1]) * _SECONDS[found[2]])
+        return float(int(found[1]) * _SECONDS_BY_UNIT[found[2]])
 
 
-class Moment(click.ParamType[datetime]):
+class Timestamp(click.ParamType[datetime]):
     """A moment such as `2030-01-31T12:00:00Z`: without a time zone it would be another one for each reader."""
 
     name = "moment"

@@ -10,12 +10,12 @@ from typing import Any
 import click
 import yaml
 
-from service.api.openapi_document import document
+from service.api.openapi_document import build_document
 from service.app import operators_app, tenants_app
-from service.container import assembled
+from service.container import open_container
 from service.settings import Settings
 
-_NOTHING_IS_CONNECTED = {
+_OFFLINE_SETTINGS = {
     "GATEWAY_REDIS_URL": "redis://localhost",
     "GATEWAY_UPSTREAM_URL": "http://localhost",
     "GATEWAY_SECRET_KEYS": "A" * 43 + "=",
@@ -26,7 +26,7 @@ _NOTHING_IS_CONNECTED = {
 def write_openapi(folder: Path, *, check: bool) -> int:
     """Write the documents, or compare them with what is there. The exit code."""
     drifted = []
-    for name, written in asyncio.run(_documents()).items():
+    for name, written in asyncio.run(_build_documents()).items():
         path, text = folder / name, yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=120)
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
@@ -42,9 +42,9 @@ def write_openapi(folder: Path, *, check: bool) -> int:
     return 0
 
 
-async def _documents() -> Mapping[str, Mapping[str, Any]]:
-    async with assembled(Settings.load(_NOTHING_IS_CONNECTED)) as services:
+async def _build_documents() -> Mapping[str, Mapping[str, Any]]:
+    async with open_container(Settings.load(_OFFLINE_SETTINGS)) as services:
         return {
-            "gateway.yaml": document(tenants_app(services)),
-            "operators.yaml": document(operators_app(services)),
+            "gateway.yaml": build_document(tenants_app(services)),
+            "operators.yaml": build_document(operators_app(services)),
         }

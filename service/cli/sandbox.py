@@ -14,27 +14,27 @@ from service.devstack import SANDBOX_USER_KEY
 
 try:
     from service.sandbox.app import SandboxConfig, serve
-    from service.sandbox.store import Balance
+    from service.sandbox.store import AccountBalance
 except ModuleNotFoundError as error:
     raise ExtraMissingError("the sandbox", error) from error
 
-_NEEDED = ("PIL", "cv2", "numpy", "vtracer")
+_REQUIRED_PACKAGES = ("PIL", "cv2", "numpy", "vtracer")
 """What works on images. The sandbox loads it for the first task: without it, each would fail, one by one."""
-_BALANCE = Balance(count=100, money=100)
+_INITIAL_BALANCE = AccountBalance(count=100, money=100)
 
 
-def lacking() -> str | None:
+def missing_packages_error() -> str | None:
     """What is not installed that the sandbox needs, and how it is had."""
-    missing = [name for name in _NEEDED if find_spec(name) is None]
+    missing = [name for name in _REQUIRED_PACKAGES if find_spec(name) is None]
     return f"the sandbox needs {', '.join(missing)}: install imaging-gateway[local]" if missing else None
 
 
 def run_sandbox(folder: Path | None, host: str, port: int) -> int:
     """Serve until told to end; the address is printed once it listens. The exit code."""
-    if lack := lacking():
+    if lack := missing_packages_error():
         click.echo(f"gateway: {lack}", err=True)
         return 1
-    config = SandboxConfig(folder=folder, accounts={SANDBOX_USER_KEY: _BALANCE})
+    config = SandboxConfig(folder=folder, accounts={SANDBOX_USER_KEY: _INITIAL_BALANCE})
     try:
         asyncio.run(serve(config, host, port, on_ready=click.echo))
     except OSError as error:

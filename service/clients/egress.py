@@ -13,18 +13,18 @@ from typing import Any, Self
 
 import httpx2
 
-Address = IPv4Address | IPv6Address
+IpAddress = IPv4Address | IPv6Address
 
 
-Resolver = Callable[[str], Awaitable[Sequence[Address]]]
+Resolver = Callable[[str], Awaitable[Sequence[IpAddress]]]
 """The addresses of a host, best first. Raises UnknownHost if there are none."""
 
 
-Allow = Callable[[str, Address], bool]
+AllowAddress = Callable[[str, IpAddress], bool]
 """Whether a host, in lower case and as the URL has it, may be reached at one of its addresses."""
 
 
-_NOT_PUBLIC_4 = tuple(
+_NON_PUBLIC_IPV4 = tuple(
     IPv4Network(network)
     for network in (
         "0.0.0.0/8",  # this network
@@ -47,11 +47,11 @@ _NOT_PUBLIC_4 = tuple(
 )
 
 
-_GLOBAL_6 = IPv6Network("2000::/3")
+_GLOBAL_IPV6 = IPv6Network("2000::/3")
 """All that is handed out. Outside of it lie loopback, mapped, unique local, link-local, site-local, multicast, …"""
 
 
-_NOT_PUBLIC_6 = tuple(
+_NON_PUBLIC_IPV6 = tuple(
     IPv6Network(network)
     for network in (
         "2001::/23",  # for protocols, with Teredo among them
@@ -74,16 +74,16 @@ class AddressRefused(httpx2.ConnectError):
     """None of the addresses of the host may be reached."""
 
 
-def public(ip: Address) -> bool:
+def is_public(ip: IpAddress) -> bool:
     """Whether an address is one of the public internet, and leads nowhere else."""
     if isinstance(ip, IPv4Address):
-        return not any(ip in network for network in _NOT_PUBLIC_4)
+        return not any(ip in network for network in _NON_PUBLIC_IPV4)
     if ip in _NAT64:
-        return public(IPv4Address(ip.packed[-4:]))
-    return ip in _GLOBAL_6 and not any(ip in network for network in _NOT_PUBLIC_6)
+        return is_public(IPv4Address(ip.packed[-4:]))
+    return ip in _GLOBAL_IPV6 and not any(ip in network for network in _NON_PUBLIC_IPV6)
 
 
-async def resolve(host: str) -> Sequence[Address]:
+async def resolve_host(host: str) -> Sequence[IpAddress]:
     """The addresses of a name, or of an address as text, in the order in which the system would try them.
 
     Raises UnknownHost.
@@ -95,13 +95,13 @@ async def resolve(host: str) -> Sequence[Address]:
     return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in found))
 
 
-class CheckedTransport(httpx2.AsyncBaseTransport):
+class GuardedTransport(httpx2.AsyncBaseTransport):
     """Sends requests to allowed addresses only, each over a connection of its own.
 
     A kept connection would be used again without a check, and for another name at the same address.
     """
 
-    def __init__(self, allow: Allow, *, tls: ssl.SSLContext, resolver: Resolver = resolve) -> None:
+    def __init__(self, allow: AllowAddress, *, tls: ssl.SSLContext, resolver: Resolver = resolve_host) -> None:
         self._allow = allow
         self._resolve = resolver
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
@@ -142,14 +142,18 @@ class CheckedTransport(httpx2.AsyncBaseTransport):
             # An address that swallows all packets must leave time for those after it.
             share = None if deadline is None else max(deadline - time.monotonic(), 0) / len(allowed)
             try:
-                return await self._inner.handle_async_request(_to(ip, host, request, timeout | {"connect": share}))
+                return await self._inner.handle_async_request(
+                    _build_address_request(ip, host, request, timeout | {"connect": share})
+                )
             except (httpx2.ConnectError, httpx2.ConnectTimeout):
                 if not others:
                     raise
                 allowed = others
 
 
-def _to(ip: Address, host: str, request: httpx2.Request, timeout: dict[str, Any]) -> httpx2.Request:
+def _build_address_request(
+    ip: IpAddress, host: str, request: httpx2.Request, timeout: dict[str, Any]
+) -> httpx2.Request:
     """A request as it goes to one address of its host."""
     headers = request.headers.copy()
     # Without this a connection is free for the next request for a moment, before it is closed.

@@ -9,23 +9,31 @@ import httpx2
 import structlog
 
 from service import __version__
-from service.clients.egress import Address, AddressRefused, CheckedTransport, Resolver, UnknownHost, public, resolve
-from service.clients.http import Deadline, local_error, retry_seconds
+from service.clients.egress import (
+    AddressRefused,
+    GuardedTransport,
+    IpAddress,
+    Resolver,
+    UnknownHost,
+    is_public,
+    resolve_host,
+)
+from service.clients.http import Deadline, local_error_reason, parse_retry_after
 from service.domain.errors import Overloaded
 from service.domain.tenants import Webhook
-from service.telemetry.tracing import UNTRACED, Tracer
-from service.usecases.ports import Reply
+from service.telemetry.tracing import NOOP_TRACER, Tracer
+from service.usecases.ports import WebhookResponse
 
 _log = structlog.get_logger(__name__)
 
 
-SECONDS = 15.0
+TIMEOUT_SECONDS = 15.0
 
 
 BODY_SECONDS = 1.0
 
 
-MOST_READ = 2_048
+MAX_BODY_BYTES = 2_048
 
 
 _HEADERS = {
@@ -36,51 +44,57 @@ _HEADERS = {
 }
 
 
-class CallbackClient:
+class WebhookClient:
     """Posts to addresses that tenants chose, each within `seconds` all told."""
 
-    def __init__(self, *, resolver: Resolver = resolve, seconds: float = SECONDS, tracer: Tracer = UNTRACED) -> None:
+    def __init__(
+        self,
+        *,
+        resolver: Resolver = resolve_host,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        tracer: Tracer = NOOP_TRACER,
+    ) -> None:
         self._tracer = tracer
         self._resolver = resolver
-        self._seconds = seconds
+        self._timeout_seconds = timeout_seconds
         self._tls = httpx2.create_ssl_context()
 
-    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> Reply:
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> WebhookResponse:
         """Send once, to an address that is public or that `webhook` lets be reached.
 
         Raises Overloaded if this machine lacks what a call needs: that must not count against the receiver.
         """
 
-        def allowed(_host: str, ip: Address) -> bool:
-            return public(ip) or webhook.may_reach(ip)
+        def allowed(_host: str, ip: IpAddress) -> bool:
+            return is_public(ip) or webhook.allows_address(ip)
 
         try:
-            with self._tracer.call("POST", url) as span:
-                async with Deadline(self._seconds):
+            with self._tracer.start_client_span("POST", url) as span:
+                async with Deadline(self._timeout_seconds):
                     # What may be reached is another matter for each tenant, and nothing is kept from call to call.
-                    transport = CheckedTransport(allowed, tls=self._tls, resolver=self._resolver)
-                    async with self._client(transport) as client:
+                    transport = GuardedTransport(allowed, tls=self._tls, resolver=self._resolver)
+                    async with self._create_client(transport) as client:
                         # Whom a tenant has told the gateway to call may see what the call is a part of.
-                        reply = await _reply(client, url, {**headers, **span.context}, body)
+                        reply = await _send(client, url, {**headers, **span.propagation_headers}, body)
                 if reply.status:
-                    span.answered(reply.status)
+                    span.record_response(reply.status)
                 return reply
         except Exception as error:
-            if lacking := local_error(error):
+            if lacking := local_error_reason(error):
                 raise Overloaded(f"The gateway can't call others just now: {lacking}.", retry_after=1) from error
-            return Reply(error=_why(error, self._seconds))
+            return WebhookResponse(error=_describe_error(error, self._timeout_seconds))
 
-    def _client(self, transport: CheckedTransport) -> httpx2.AsyncClient:
+    def _create_client(self, transport: GuardedTransport) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(
             transport=transport,
             trust_env=False,
             follow_redirects=False,
-            timeout=httpx2.Timeout(self._seconds, read=None),
+            timeout=httpx2.Timeout(self._timeout_seconds, read=None),
             headers=_HEADERS,
         )
 
 
-def _why(error: Exception, seconds: float) -> str:
+def _describe_error(error: Exception, seconds: float) -> str:
     """Why there is no answer, for operators."""
     match error:
         case TimeoutError() | httpx2.TimeoutException():
@@ -94,27 +108,29 @@ def _why(error: Exception, seconds: float) -> str:
         case httpx2.HTTPError():
             return "The connection broke, or what came was no HTTP."
         case _:
-            _log.error("callback.crashed", exc_info=error)
+            _log.error("webhook.client_error", exc_info=error)
             return "It could not be called."
 
 
-async def _reply(client: httpx2.AsyncClient, url: str, headers: Mapping[str, str], body: bytes) -> Reply:
+async def _send(client: httpx2.AsyncClient, url: str, headers: Mapping[str, str], body: bytes) -> WebhookResponse:
     async with client.stream("POST", url, content=body, headers=dict(headers)) as response:
-        retry_after = retry_seconds(response.headers.get("retry-after"))
+        retry_after = parse_retry_after(response.headers.get("retry-after"))
         if response.is_success:  # whatever else it says, it took it
-            return Reply(status=response.status_code)
-        return Reply(status=response.status_code, retry_after=retry_after, answer=await _beginning(response))
+            return WebhookResponse(status=response.status_code)
+        return WebhookResponse(
+            status=response.status_code, retry_after_seconds=retry_after, excerpt=await _read_excerpt(response)
+        )
 
 
-async def _beginning(response: httpx2.Response) -> str | None:
+async def _read_excerpt(response: httpx2.Response) -> str | None:
     """How an answer begins; None if it has no body that can be read."""
     read = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in response.aiter_raw():
                 read += chunk
-                if len(read) >= MOST_READ:
+                if len(read) >= MAX_BODY_BYTES:
                     break
     except (TimeoutError, httpx2.HTTPError):  # its status is known, and that is what counts
         pass
-    return read[:MOST_READ].decode(errors="replace") or None
+    return read[:MAX_BODY_BYTES].decode(errors="replace") or None

@@ -34,10 +34,10 @@ async def run_demo(options: DemoOptions) -> int:
     the tasks that the gateway goes on with, then raises `CancelledError` like any coroutine.
     """
     try:
-        from service.demo.run import run  # noqa: PLC0415 - the command line must not wait for an image library
+        from service.demo.run import run_tasks  # noqa: PLC0415 - the command line must not wait for an image library
     except ModuleNotFoundError as missing:
         if missing.name != "PIL":
             raise
         options.output.write("The demo needs Pillow: install the gateway with its `local` extra.\n")
         return 1
-    return await run(options)
+    return await run_tasks(options)

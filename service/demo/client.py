@@ -12,7 +12,7 @@ import msgspec
 DEFAULT_PAUSE_SECONDS = 1.0
 
 
-LEAST_PAUSE_SECONDS = 0.1
+MIN_PAUSE_SECONDS = 0.1
 
 
 class GatewayError(Exception):
@@ -41,101 +41,103 @@ class Task(msgspec.Struct, frozen=True):
     cost: Cost | None = None
 
     @property
-    def ended(self) -> bool:
+    def is_finished(self) -> bool:
         return self.state in {"succeeded", "failed"}
 
 
-class Sighting(msgspec.Struct, frozen=True):
+class PollResult(msgspec.Struct, frozen=True):
     """A task as one answer showed it, and how long to wait before asking again."""
 
     task: Task
     pause_seconds: float
 
 
-class File(msgspec.Struct, frozen=True):
+class ResultFile(msgspec.Struct, frozen=True):
     content: bytes
     content_type: str
     """Without parameters, in lower case."""
 
 
-class _Problem(msgspec.Struct, frozen=True):
+class _ProblemDocument(msgspec.Struct, frozen=True):
     title: str
     detail: str = ""
 
 
-class Gateway:
+class GatewayClient:
     """One tenant's view of a gateway. Every method raises `GatewayError`; none sends anything twice."""
 
     def __init__(self, http: httpx2.AsyncClient, token: str) -> None:
         self._http = http
         self._authorization = {"Authorization": f"Bearer {token}"}
 
-    async def knock(self) -> None:
+    async def ping(self) -> None:
         """Find out, before anything is paid for, whether a gateway answers and takes the token."""
-        await self._ask("GET", "/v1/quota")
+        await self._request("GET", "/v1/quota")
 
-    async def submit(self, kind: str, picture: tuple[str, bytes], options: Mapping[str, str]) -> Sighting:
+    async def submit(self, kind: str, picture: tuple[str, bytes], options: Mapping[str, str]) -> PollResult:
         """Submit a picture, given as its file name and content. This is what costs."""
-        return _sighting(await self._ask("POST", f"/v1/tasks/{kind}", data=dict(options), files={"image": picture}))
+        return _parse_task(
+            await self._request("POST", f"/v1/tasks/{kind}", data=dict(options), files={"image": picture})
+        )
 
-    async def look(self, task_id: str) -> Sighting:
-        return _sighting(await self._ask("GET", f"/v1/tasks/{task_id}"))
+    async def get_task(self, task_id: str) -> PollResult:
+        return _parse_task(await self._request("GET", f"/v1/tasks/{task_id}"))
 
-    async def fetch(self, artifact: Artifact) -> File:
+    async def fetch_artifact(self, artifact: Artifact) -> ResultFile:
         """Fetch a result through the gateway."""
-        response = await self._ask("GET", artifact.href)
+        response = await self._request("GET", artifact.href)
         content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        return File(response.content, content_type)
+        return ResultFile(response.content, content_type)
 
-    async def _ask(self, method: str, address: str, **content: Any) -> httpx2.Response:
+    async def _request(self, method: str, address: str, **content: Any) -> httpx2.Response:
         try:
             response = await self._http.request(method, address, headers=self._authorization, **content)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise GatewayError(
-                f"No gateway answers at {_shown(self._http.base_url)} — start it with `make run`"
+                f"No gateway answers at {_format_url(self._http.base_url)} — start it with `make run`"
             ) from error
         except httpx2.UnsupportedProtocol as error:
-            raise GatewayError(f"{_shown(self._http.base_url)} is not the address of a gateway") from error
+            raise GatewayError(f"{_format_url(self._http.base_url)} is not the address of a gateway") from error
         except httpx2.RequestError as error:
-            raise GatewayError(f"The connection to the gateway broke: {_reason(error)}") from error
+            raise GatewayError(f"The connection to the gateway broke: {_error_text(error)}") from error
         if not response.is_success:
-            raise GatewayError(_refusal(response))
+            raise GatewayError(_problem_text(response))
         return response
 
 
 @asynccontextmanager
-async def connect(base_url: str, token: str, timeout_seconds: float) -> AsyncIterator[Gateway]:
+async def open_client(base_url: str, token: str, timeout_seconds: float) -> AsyncIterator[GatewayClient]:
     """Open a client of the gateway at `base_url`; no single answer may take longer than `timeout_seconds`."""
     try:
         http = httpx2.AsyncClient(base_url=base_url, timeout=httpx2.Timeout(timeout_seconds, connect=5.0))
     except httpx2.InvalidURL as error:
-        raise GatewayError(f"{plain(base_url)} is not the address of a gateway") from error
+        raise GatewayError(f"{single_line(base_url)} is not the address of a gateway") from error
     async with http:
-        yield Gateway(http, token)
+        yield GatewayClient(http, token)
 
 
-def plain(text: str) -> str:
+def single_line(text: str) -> str:
     """Bring text from elsewhere onto one line, without anything that steers a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _shown(base_url: httpx2.URL) -> str:
-    return plain(str(base_url)).rstrip("/")
+def _format_url(base_url: httpx2.URL) -> str:
+    return single_line(str(base_url)).rstrip("/")
 
 
-def _reason(error: Exception) -> str:
-    return plain(str(error)) or type(error).__name__
+def _error_text(error: Exception) -> str:
+    return single_line(str(error)) or type(error).__name__
 
 
-def _sighting(response: httpx2.Response) -> Sighting:
+def _parse_task(response: httpx2.Response) -> PollResult:
     try:
         task = msgspec.json.decode(response.content, type=Task)
     except msgspec.DecodeError as error:
-        raise GatewayError(f"The answer is not a task: {_reason(error)}") from error
-    return Sighting(task, _pause(response.headers.get("retry-after")))
+        raise GatewayError(f"The answer is not a task: {_error_text(error)}") from error
+    return PollResult(task, _parse_retry_after(response.headers.get("retry-after")))
 
 
-def _pause(retry_after: str | None) -> float:
+def _parse_retry_after(retry_after: str | None) -> float:
     """Read `Retry-After`, which is a number of seconds or a date; unreadable is as good as absent."""
     if retry_after is None:
         return DEFAULT_PAUSE_SECONDS
@@ -147,12 +149,12 @@ def _pause(retry_after: str | None) -> float:
         )
     except ValueError:
         return DEFAULT_PAUSE_SECONDS
-    return max(seconds, LEAST_PAUSE_SECONDS)
+    return max(seconds, MIN_PAUSE_SECONDS)
 
 
-def _refusal(response: httpx2.Response) -> str:
+def _problem_text(response: httpx2.Response) -> str:
     try:
-        problem = msgspec.json.decode(response.content, type=_Problem)
+        problem = msgspec.json.decode(response.content, type=_ProblemDocument)
     except msgspec.DecodeError:
         return f"HTTP {response.status_code} without a problem document: is this a gateway?"
-    return plain(": ".join(filter(None, (problem.title, problem.detail))))
+    return single_line(": ".join(filter(None, (problem.title, problem.detail))))

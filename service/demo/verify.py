@@ -13,10 +13,10 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 
-_SVG = "http://www.w3.org/2000/svg"
+_SVG_NAMESPACE = "http://www.w3.org/2000/svg"
 
 
-_LENGTH = re.compile(r"\s*([0-9.]+)(?:px)?\s*")
+_LENGTH_PATTERN = re.compile(r"\s*([0-9.]+)(?:px)?\s*")
 
 
 class UnreadableError(Exception):
@@ -49,26 +49,26 @@ def open_image(content: bytes) -> Image.Image:
     return image
 
 
-def difference(one: Image.Image, other: Image.Image) -> float:
+def mean_difference(one: Image.Image, other: Image.Image) -> float:
     """Mean difference of two images in levels of grey (0 to 255), the first brought to the second's size."""
     grey = one.convert("L").resize(other.size)
     return float(ImageStat.Stat(ImageChops.difference(grey, other.convert("L"))).mean[0])
 
 
-def seam(tile: Image.Image) -> float:
+def seam_strength(tile: Image.Image) -> float:
     """How much harder the step across the border is than the steps inside, when the tile is laid beside itself.
 
     About 1 for a seamless tile; the worse of the two directions counts.
     """
-    return max(_seam_of_sides(tile), _seam_of_sides(tile.transpose(Image.Transpose.ROTATE_90)))
+    return max(_side_seam_strength(tile), _side_seam_strength(tile.transpose(Image.Transpose.ROTATE_90)))
 
 
-def _seam_of_sides(tile: Image.Image) -> float:
+def _side_seam_strength(tile: Image.Image) -> float:
     width, height = tile.size
-    across = difference(tile.crop((width - 1, 0, width, height)), tile.crop((0, 0, 1, height)))
+    across = mean_difference(tile.crop((width - 1, 0, width, height)), tile.crop((0, 0, 1, height)))
     if width == 1:
         return across
-    inside = difference(tile.crop((1, 0, width, height)), tile.crop((0, 0, width - 1, height)))
+    inside = mean_difference(tile.crop((1, 0, width, height)), tile.crop((0, 0, width - 1, height)))
     # A flat picture has no steps inside: one level of grey is what rounding alone may cause.
     return across / max(inside, 1.0)
 
@@ -78,8 +78,8 @@ class _SvgReader:
 
     def __init__(self) -> None:
         self._parser = expat.ParserCreate(namespace_separator=" ")
-        self._parser.StartElementHandler = self._element
-        self._parser.EntityDeclHandler = self._entity
+        self._parser.StartElementHandler = self._on_element
+        self._parser.EntityDeclHandler = self._on_entity
         self._root: Mapping[str, str] | None = None
         self._paths = 0
 
@@ -88,23 +88,23 @@ class _SvgReader:
             self._parser.Parse(content, True)
         except expat.ExpatError as error:
             raise UnreadableError("not well-formed XML") from error
-        return Drawing(_drawing_size(self._root or {}), self._paths)
+        return Drawing(_parse_drawing_size(self._root or {}), self._paths)
 
-    def _element(self, name: str, attributes: Mapping[str, str]) -> None:
+    def _on_element(self, name: str, attributes: Mapping[str, str]) -> None:
         if self._root is None:
-            if name != f"{_SVG} svg":
+            if name != f"{_SVG_NAMESPACE} svg":
                 raise UnreadableError("XML, but no SVG")
             self._root = attributes
-        if name == f"{_SVG} path" and attributes.get("d", "").strip():
+        if name == f"{_SVG_NAMESPACE} path" and attributes.get("d", "").strip():
             self._paths += 1
 
-    def _entity(self, *_: object) -> NoReturn:
+    def _on_entity(self, *_: object) -> NoReturn:
         raise UnreadableError("an SVG that declares entities")
 
 
-def _drawing_size(root: Mapping[str, str]) -> Size | None:
+def _parse_drawing_size(root: Mapping[str, str]) -> Size | None:
     lengths = [root.get("width", ""), root.get("height", "")]
-    if not all(map(_LENGTH.fullmatch, lengths)):
+    if not all(map(_LENGTH_PATTERN.fullmatch, lengths)):
         lengths = root.get("viewBox", "").replace(",", " ").split()[2:]
     try:
         width, height = (round(float(length.strip().removesuffix("px"))) for length in lengths)
@@ -113,23 +113,23 @@ def _drawing_size(root: Mapping[str, str]) -> Size | None:
     return width, height
 
 
-MOST_SEAM = 1.5
+MAX_SEAM = 1.5
 """A border this much harder than the inside of the tile is seen as a line."""
 
 
-LEAST_CHANGE = 0.1
+MIN_CHANGE = 0.1
 """In levels of grey. Compressing a picture again changes it by more; sending it back as it was, by nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """What was seen in one result, or that it is missing."""
 
     name: str
     size: Size | None
     text: str
     """What makes it real, or a sentence on what is wrong."""
-    real: bool
+    is_valid: bool
 
 
 class _MismatchError(Exception):
@@ -137,23 +137,23 @@ class _MismatchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Evidence:
-    sent: Image.Image
+class _TaskFiles:
+    original: Image.Image
     files: Mapping[str, bytes]
 
-    def image(self, name: str) -> Image.Image:
-        seen = self.see(name)
+    def read_raster(self, name: str) -> Image.Image:
+        seen = self.read(name)
         if isinstance(seen, Drawing):
             raise _MismatchError(f"the {name} is a drawing, not made of pixels")
         return seen
 
-    def drawing(self, name: str) -> Drawing:
-        seen = self.see(name)
+    def read_drawing(self, name: str) -> Drawing:
+        seen = self.read(name)
         if not isinstance(seen, Drawing):
             raise _MismatchError(f"the {name} is made of pixels, not a drawing")
         return seen
 
-    def see(self, name: str) -> Image.Image | Drawing:
+    def read(self, name: str) -> Image.Image | Drawing:
         if name not in self.files:
             raise _MismatchError(f"no {name} came back")
         try:
@@ -162,76 +162,79 @@ class _Evidence:
             raise _MismatchError(f"the {name} is {error}") from error
 
 
-def _upscaled(evidence: _Evidence) -> str:
-    width, height = evidence.image("image").size
-    least = min(width / evidence.sent.width, height / evidence.sent.height)
+def _check_upscale(evidence: _TaskFiles) -> str:
+    width, height = evidence.read_raster("image").size
+    least = min(width / evidence.original.width, height / evidence.original.height)
     if least <= 1:
         raise _MismatchError(
-            f"the image is {size_text((width, height))}, not larger than what was sent, {size_text(evidence.sent.size)}"
+            f"the image is {format_size((width, height))}, not larger than what was sent,"
+            f" {format_size(evidence.original.size)}"
         )
     return f"{least:.1f} times as wide and high"
 
 
-def _vectorized(evidence: _Evidence) -> str:
-    paths = evidence.drawing("vector").paths
+def _check_vector(evidence: _TaskFiles) -> str:
+    paths = evidence.read_drawing("vector").paths
     if not paths:
         raise _MismatchError("the vector holds no path")
     return f"{paths} path{'' if paths == 1 else 's'}"
 
 
-def _restored(evidence: _Evidence) -> str:
-    image = evidence.image("image")
-    if image.width < evidence.sent.width or image.height < evidence.sent.height:
+def _check_face(evidence: _TaskFiles) -> str:
+    image = evidence.read_raster("image")
+    if image.width < evidence.original.width or image.height < evidence.original.height:
         raise _MismatchError(
-            f"the image is {size_text(image.size)}, smaller than what was sent, {size_text(evidence.sent.size)}"
+            f"the image is {format_size(image.size)}, smaller than what was sent, {format_size(evidence.original.size)}"
         )
-    if difference(image, evidence.sent) < LEAST_CHANGE:
+    if mean_difference(image, evidence.original) < MIN_CHANGE:
         raise _MismatchError("the image is what was sent, nothing is restored")
     return "changed, none of it lost"
 
 
-def _seamless(evidence: _Evidence) -> str:
-    strength = seam(evidence.image("image"))
-    if strength > MOST_SEAM:
+def _check_tile(evidence: _TaskFiles) -> str:
+    strength = seam_strength(evidence.read_raster("image"))
+    if strength > MAX_SEAM:
         raise _MismatchError(f"the tile's edges do not meet: the seam is {strength:.1f} times as hard as the inside")
-    return f"edges meet (seam {strength:.1f}, was {seam(evidence.sent):.1f})"
+    return f"edges meet (seam {strength:.1f}, was {seam_strength(evidence.original):.1f})"
 
 
-def _gridded(evidence: _Evidence) -> str:
-    grid, tile = evidence.image("grid"), evidence.image("image")
+def _check_grid(evidence: _TaskFiles) -> str:
+    grid, tile = evidence.read_raster("grid"), evidence.read_raster("image")
     if grid.width <= tile.width or grid.height <= tile.height:
-        raise _MismatchError(f"the grid is {size_text(grid.size)}, not larger than the tile, {size_text(tile.size)}")
+        raise _MismatchError(
+            f"the grid is {format_size(grid.size)}, not larger than the tile, {format_size(tile.size)}"
+        )
     return "larger than the tile"
 
 
-_PROMISES: Mapping[str, Mapping[str, Callable[[_Evidence], str]]] = {
-    "upscale": {"image": _upscaled},
-    "vectorize": {"vector": _vectorized},
-    "face-enhance": {"image": _restored},
-    "seamless": {"image": _seamless, "grid": _gridded},
+_CHECKS: Mapping[str, Mapping[str, Callable[[_TaskFiles], str]]] = {
+    "upscale": {"image": _check_upscale},
+    "vectorize": {"vector": _check_vector},
+    "face-enhance": {"image": _check_face},
+    "seamless": {"image": _check_tile, "grid": _check_grid},
 }
 """For each kind the results that must come, with what says or denies that they are real."""
 
 
-def examine(kind: str, picture: bytes, files: Mapping[str, bytes]) -> tuple[Finding, ...]:
+def verify_results(kind: str, picture: bytes, files: Mapping[str, bytes]) -> tuple[CheckResult, ...]:
     """Look at the results of a task, given by their names, against the picture that was sent.
 
     A promised result that did not come gets a finding too. One that was not promised need only be readable.
     """
-    promises = _PROMISES[kind]
-    evidence = _Evidence(open_image(picture), files)
-    return tuple(_judge(name, promises.get(name), evidence) for name in dict.fromkeys((*promises, *files)))
+    promises = _CHECKS[kind]
+    evidence = _TaskFiles(open_image(picture), files)
+    return tuple(_check_result(name, promises.get(name), evidence) for name in dict.fromkeys((*promises, *files)))
 
 
-def size_text(size: Size | None) -> str:
+def format_size(size: Size | None) -> str:
     return "" if size is None else f"{size[0]} x {size[1]}"
 
 
-def _judge(name: str, promise: Callable[[_Evidence], str] | None, evidence: _Evidence) -> Finding:
+def _check_result(name: str, promise: Callable[[_TaskFiles], str] | None, evidence: _TaskFiles) -> CheckResult:
     size = None
     try:
-        size = evidence.see(name).size
+        size = evidence.read(name).size
         text = promise(evidence) if promise else "readable"
     except _MismatchError as error:
-        return Finding(name, size, str(error), real=False)
-    return Finding(name, size, text, real=True)
+        return CheckResult(name, size, str(error), is_valid=False)
+    return CheckResult(name, size, text, is_valid=True)

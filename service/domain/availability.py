@@ -7,66 +7,72 @@ from enum import StrEnum
 
 from service.domain.ledger import (
     AccountState,
+    AccountStatus,
     Candidate,
-    Status,
 )
 from service.domain.tasks import Kind
-from service.domain.tenants import AccountPolicy, Purse
+from service.domain.tenants import AccountPolicy, SpendingMode
 
-PROBE_INTERVAL = 60_000
+PROBE_INTERVAL_MS = 60_000
 """An exhausted account is looked at once in this many milliseconds."""
 
 
-MOST_IN_VAIN = 5
+MAX_FAILED_BALANCE_CHECKS = 5
 """After so many looks that told nothing, ordinary submissions test an exhausted account again."""
 
 
-ONE_AT_A_TIME = 2_000
+EXCLUSIVE_RETRY_MS = 2_000
 """When a `count_only` tenant waits for the balance to become known, it is told to come back after this."""
 
 
-class Standing(StrEnum):
+class Availability(StrEnum):
     """Whether an account can take a submission now."""
 
-    PAYS = "pays"
+    AVAILABLE = "pays"
     PROBE = "probe"
     EXHAUSTED = "exhausted"
     INVALID = "invalid"
 
 
-def standing(state: AccountState, policy: AccountPolicy, purse: Purse, kind: Kind, now: int) -> tuple[Standing, int]:
+def account_availability(
+    state: AccountState, policy: AccountPolicy, spending_mode: SpendingMode, kind: Kind, now: int
+) -> tuple[Availability, int]:
     """Whether the account can take one more submission, and when to look again if it can't."""
-    if state.status is Status.INVALID:
-        return Standing.INVALID, 0
-    exhausted = state.status is Status.EXHAUSTED
-    if not exhausted and _pays(state, policy, purse, kind):
-        return Standing.PAYS, now
-    waits = exhausted or _is_stuck(state)
-    if waits and _may_probe(state, policy, purse) and now >= state.probe_at:
-        return Standing.PROBE, now
-    at = now + ONE_AT_A_TIME
-    if _can_look(state) and (exhausted or state.open == 0):
-        at = max(state.looked + PROBE_INTERVAL, at)
+    if state.status is AccountStatus.INVALID:
+        return Availability.INVALID, 0
+    exhausted = state.status is AccountStatus.EXHAUSTED
+    if not exhausted and _can_pay(state, policy, spending_mode, kind):
+        return Availability.AVAILABLE, now
+    waits = exhausted or _needs_balance_check(state)
+    if waits and _can_probe(state, policy, spending_mode) and now >= state.next_probe_at:
+        return Availability.PROBE, now
+    at = now + EXCLUSIVE_RETRY_MS
+    if _has_live_balance_check(state) and (exhausted or state.open_submissions == 0):
+        at = max(state.last_balance_check_at + PROBE_INTERVAL_MS, at)
     elif waits:
-        at = max(state.probe_at, at)
-    return Standing.EXHAUSTED, at
+        at = max(state.next_probe_at, at)
+    return Availability.EXHAUSTED, at
 
 
-def _can_look(state: AccountState) -> bool:
+def _has_live_balance_check(state: AccountState) -> bool:
     """Whether the balance can be read without spending any."""
-    return state.looks and state.newest is not None and state.in_vain < MOST_IN_VAIN
+    return (
+        state.live_balance_checks
+        and state.last_finished_task is not None
+        and state.failed_balance_checks < MAX_FAILED_BALANCE_CHECKS
+    )
 
 
-def _pays(state: AccountState, policy: AccountPolicy, purse: Purse, kind: Kind) -> bool:
+def _can_pay(state: AccountState, policy: AccountPolicy, spending_mode: SpendingMode, kind: Kind) -> bool:
     """Whether an open account can pay for one more submission out of this purse."""
-    if purse is not Purse.COUNT_ONLY:
-        return _can_pay(state, policy, _price(state, policy, kind), state.missing)
+    if spending_mode is not SpendingMode.COUNT_ONLY:
+        return _stays_above_floors(state, policy, _max_price_of_kind(state, policy, kind), state.unaccounted_charges)
     if state.count is None:
-        return state.open == 0
-    return state.count.value - max(state.open, state.missing) > policy.floor_count
+        return state.open_submissions == 0
+    return state.count.value - max(state.open_submissions, state.unaccounted_charges) > policy.floor_count
 
 
-def _can_pay(state: AccountState, policy: AccountPolicy, price: int | None, submissions: int) -> bool:
+def _stays_above_floors(state: AccountState, policy: AccountPolicy, price: int | None, submissions: int) -> bool:
     """Whether the known figures, less submissions that are not in them yet, stay above the floors.
 
     One more at this price (0 if nobody knows it; None to ask about no other) is not to take them below either: of those
@@ -78,56 +84,58 @@ def _can_pay(state: AccountState, policy: AccountPolicy, price: int | None, subm
     left = state.count.value - submissions
     if left > 0 or (state.count.value > 0 and policy.floor_count > 0):
         return left > policy.floor_count
-    if price is not None and state.thrifty:
+    if price is not None and state.pending_prepaid_only:
         return False
     if state.money is None:
         return True
     price = price or 0
-    each = _dearest(state, policy) if submissions else price
-    if policy.floor_money and state.money.value + (left - 1) * each < policy.floor_money:
+    each = _max_price_any_kind(state, policy) if submissions else price
+    if policy.floor_money_fen and state.money.value + (left - 1) * each < policy.floor_money_fen:
         return False
-    return state.money.value + left * price > policy.floor_money
+    return state.money.value + left * price > policy.floor_money_fen
 
 
-def _price(state: AccountState, policy: AccountPolicy, kind: Kind) -> int:
+def _max_price_of_kind(state: AccountState, policy: AccountPolicy, kind: Kind) -> int:
     """What a task of a kind takes at the most, in fen; 0 where nobody knows."""
-    return policy.max_price.get(kind, state.highest.get(kind, 0))
+    return policy.max_price.get(kind, state.max_observed_price.get(kind, 0))
 
 
-def _dearest(state: AccountState, policy: AccountPolicy) -> int:
+def _max_price_any_kind(state: AccountState, policy: AccountPolicy) -> int:
     """What a task of any kind takes at the most, in fen."""
-    return max((*policy.max_price.values(), *state.highest.values()), default=0)
+    return max((*policy.max_price.values(), *state.max_observed_price.values()), default=0)
 
 
-def _is_stuck(state: AccountState) -> bool:
+def _needs_balance_check(state: AccountState) -> bool:
     """Whether the figures may lack submissions that have ended, so that none of these will tell any more."""
-    return state.open == 0 and state.astray > 0
+    return state.open_submissions == 0 and state.untracked_charges > 0
 
 
-def _may_probe(state: AccountState, policy: AccountPolicy, purse: Purse) -> bool:
+def _can_probe(state: AccountState, policy: AccountPolicy, spending_mode: SpendingMode) -> bool:
     """Whether an ordinary submission may test an exhausted account.
 
     Not where only the count may be spent, not where the balance can be read for nothing, and not where the probe would
     eat into a floor that the figures still show.
     """
-    if purse is Purse.COUNT_ONLY or _can_look(state):
+    if spending_mode is SpendingMode.COUNT_ONLY or _has_live_balance_check(state):
         return False
     below_floor = [
         figure.value > 0 and floor > 0
-        for figure, floor in ((state.count, policy.floor_count), (state.money, policy.floor_money))
+        for figure, floor in ((state.count, policy.floor_count), (state.money, policy.floor_money_fen))
         if figure
     ]
     return not any(below_floor)
 
 
-def choose(accounts: Sequence[Candidate], purse: Purse, kind: Kind, now: int) -> tuple[Candidate | None, int | None]:
+def choose_account(
+    accounts: Sequence[Candidate], spending_mode: SpendingMode, kind: Kind, now: int
+) -> tuple[Candidate | None, int | None]:
     """The first account that can take a submission; else when to look again, None if no account is valid."""
     retries: list[int] = []
     for candidate in accounts:
-        found, at = standing(candidate.state, candidate.policy, purse, kind, now)
-        if found in {Standing.PAYS, Standing.PROBE}:
-            candidate.probes = found is Standing.PROBE
+        found, at = account_availability(candidate.state, candidate.policy, spending_mode, kind, now)
+        if found in {Availability.AVAILABLE, Availability.PROBE}:
+            candidate.is_probe = found is Availability.PROBE
             return candidate, now
-        if found is Standing.EXHAUSTED:
+        if found is Availability.EXHAUSTED:
             retries.append(at)
     return None, min(retries, default=None)

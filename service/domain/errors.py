@@ -59,7 +59,7 @@ class Conflict(CallerFault):
     """An operator's change was refused because of what stands in its way."""
 
 
-class Outdated(CallerFault):
+class VersionConflict(CallerFault):
     """What was to be changed has been changed by somebody else since it was read."""
 
 
@@ -116,11 +116,11 @@ class InvalidOptions(CallerFault):
         self.errors = tuple(errors)
 
 
-class Denied(GatewayError):
+class Denial(GatewayError):
     """The request is in order, but may not be spent on now."""
 
 
-class QuotaDenied(Denied):
+class QuotaDenied(Denial):
     """At least one policy of the tenant refused; `violations` names each that did, `limits` what is left of all."""
 
     def __init__(
@@ -136,7 +136,7 @@ class QuotaDenied(Denied):
         self.limits = tuple(limits)
 
 
-class BalanceExhausted(Denied):
+class BalanceExhausted(Denial):
     """No account of the tenant can pay at the moment."""
 
 
@@ -170,10 +170,10 @@ class SubmissionUnknown(UpstreamFault):
     `replayed` if that is what became of an earlier one under the same idempotency key.
     """
 
-    def __init__(self, detail: str, *, submission_id: str, replayed: bool = False) -> None:
+    def __init__(self, detail: str, *, submission_id: str, is_replay: bool = False) -> None:
         super().__init__(detail)
         self.submission_id = submission_id
-        self.replayed = replayed
+        self.is_replay = is_replay
 
 
 class Unavailable(GatewayError):
@@ -194,53 +194,53 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def dotted(*keys: str) -> str:
+def field_path(*keys: str) -> str:
     """Where something stands, as TOML says it: `tenants.shop.max_active`, with quotes around what needs them."""
-    return ".".join(each if _BARE.fullmatch(each) else f'"{each}"' for each in keys)
+    return ".".join(each if _BARE_KEY.fullmatch(each) else f'"{each}"' for each in keys)
 
 
-def meant(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     """A question to end a sentence with, about the word that was probably meant; empty if none comes near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f": did you mean {near[0]}?" if near else ""
 
 
-class Faults:
+class ErrorCollector:
     """Gathers faults, to tell them together."""
 
     def __init__(self) -> None:
-        self.found: list[FieldError] = []
+        self.errors: list[FieldError] = []
 
     def add(self, field: str, detail: str) -> None:
         """There is a fault."""
-        self.found.append(FieldError(field, detail))
+        self.errors.append(FieldError(field, detail))
 
-    def attempt(self, where: str, instead: R, make: Callable[P, R], *args: P.args, **more: P.kwargs) -> R:
+    def collect(self, prefix: str, default: R, make: Callable[P, R], *args: P.args, **more: P.kwargs) -> R:
         """What `make` makes, or `instead` if it raises InvalidOptions, whose fields stand below `where` if given."""
         try:
             return make(*args, **more)
         except InvalidOptions as error:
             for each in error.errors:
-                self.add(f"{where}.{each.field}" if where else each.field, each.detail)
-            return instead
+                self.add(f"{prefix}.{each.field}" if prefix else each.field, each.detail)
+            return default
 
-    def check(self) -> None:
+    def raise_if_any(self) -> None:
         """Raise InvalidOptions if there is a fault."""
-        if self.found:
-            raise InvalidOptions(self.found)
+        if self.errors:
+            raise InvalidOptions(self.errors)
 
 
-def faults_of(value: Any, kind: Any, path: str) -> list[FieldError]:
+def validate_tree(value: Any, type_: Any, path: str) -> list[FieldError]:
     """What is wrong with a value, which stands at `path`, that is to become one of a type."""
-    return list(_faults(value, inspect.type_info(kind), path))
+    return list(_find_errors(value, inspect.type_info(type_), path))
 
 
-def wanted_of(kind: Any) -> str:
+def expected_format(type_: Any) -> str:
     """What a plain value that is to become one of a type must be."""
-    return faults_of(object(), kind, "")[0].detail
+    return validate_tree(object(), type_, "")[0].detail
 
 
 def check_json(text: str) -> None:
@@ -256,86 +256,86 @@ def check_json(text: str) -> None:
         raise ValueError("it is nested too deep") from None
 
 
-def _faults(value: Any, kind: inspect.Type, path: str) -> Iterator[FieldError]:
+def _find_errors(value: Any, kind: inspect.Type, path: str) -> Iterator[FieldError]:
     match kind:
         case inspect.Metadata():
-            if not any(_faults(value, kind.type, path)):
+            if not any(_find_errors(value, kind.type, path)):
                 return
             must = (kind.extra or {}).get("must")
-            yield from [FieldError(path, f"must {must}")] if must else _faults(value, kind.type, path)
+            yield from [FieldError(path, f"must {must}")] if must else _find_errors(value, kind.type, path)
         case inspect.UnionType() if value is None and any(isinstance(each, inspect.NoneType) for each in kind.types):
             return
         case inspect.UnionType():
             (only,) = [each for each in kind.types if not isinstance(each, inspect.NoneType)]
-            yield from _faults(value, only, path)
+            yield from _find_errors(value, only, path)
         case inspect.StructType():
-            yield from _struct_faults(value, kind, path)
+            yield from _struct_errors(value, kind, path)
         case inspect.DictType():
-            yield from _table_faults(value, kind, path)
+            yield from _mapping_errors(value, kind, path)
         case inspect.ListType() | inspect.VarTupleType():
-            yield from _list_faults(value, kind, path)
+            yield from _list_errors(value, kind, path)
         case _:
-            if fault := _leaf_fault(value, kind):
+            if fault := _scalar_error(value, kind):
                 yield FieldError(path, fault)
 
 
-def _struct_faults(value: Any, kind: inspect.StructType, path: str) -> Iterator[FieldError]:
+def _struct_errors(value: Any, kind: inspect.StructType, path: str) -> Iterator[FieldError]:
     if not isinstance(value, dict):
         yield FieldError(path, "must be a table")
         return
     fields = {each.encode_name: each for each in kind.fields}
     for name in value:
         if name not in fields:
-            yield FieldError(_below(path, name), f"is unknown{meant(name, fields)}")
+            yield FieldError(_child_path(path, name), f"is unknown{suggest(name, fields)}")
     for name, field in fields.items():
         if name in value:
-            yield from _faults(value[name], field.type, _below(path, name))
+            yield from _find_errors(value[name], field.type, _child_path(path, name))
         elif field.required:
-            yield FieldError(_below(path, name), "is required")
+            yield FieldError(_child_path(path, name), "is required")
 
 
-def _table_faults(value: Any, kind: inspect.DictType, path: str) -> Iterator[FieldError]:
+def _mapping_errors(value: Any, kind: inspect.DictType, path: str) -> Iterator[FieldError]:
     if not isinstance(value, dict):
         yield FieldError(path, "must be a table")
         return
     for name, each in value.items():
-        below = _below(path, name)
-        if wrong := list(_faults(name, kind.key_type, below)):
+        below = _child_path(path, name)
+        if wrong := list(_find_errors(name, kind.key_type, below)):
             yield from (FieldError(below, f"as a name {fault.detail}") for fault in wrong)
-        yield from _faults(each, kind.value_type, below)
+        yield from _find_errors(each, kind.value_type, below)
 
 
-def _list_faults(value: Any, kind: inspect.ListType | inspect.VarTupleType, path: str) -> Iterator[FieldError]:
+def _list_errors(value: Any, kind: inspect.ListType | inspect.VarTupleType, path: str) -> Iterator[FieldError]:
     if not isinstance(value, list):
         yield FieldError(path, "must be a list")
         return
     if kind.max_length is not None and len(value) > kind.max_length:
         yield FieldError(path, f"must have at most {kind.max_length} entries")
     for place, each in enumerate(value):
-        yield from _faults(each, kind.item_type, f"{path}[{place}]")
+        yield from _find_errors(each, kind.item_type, f"{path}[{place}]")
 
 
-def _leaf_fault(value: Any, kind: inspect.Type) -> str | None:
+def _scalar_error(value: Any, kind: inspect.Type) -> str | None:
     match kind:
         case inspect.EnumType():
             words = [str(each.value) for each in kind.cls]
             fits, wanted = value in words, f"must be {' or '.join(words)}"
-            wanted += "" if fits or not isinstance(value, str) else meant(value, words)
+            wanted += "" if fits or not isinstance(value, str) else suggest(value, words)
         case inspect.IntType() | inspect.FloatType():
-            fits, wanted = _is_number(value, kind)
+            fits, wanted = _check_number(value, kind)
         case inspect.StrType():
-            fits, wanted = _is_text(value, kind)
+            fits, wanted = _check_text(value, kind)
         case inspect.BoolType():
             fits, wanted = isinstance(value, bool), "must be true or false"
         case inspect.DateTimeType():
-            fits = _is_moment(value)
+            fits = _is_timestamp(value)
             wanted = "must be a moment with a time zone, such as 2030-01-31T12:00:00Z"
         case _:
             raise TypeError(f"nothing says what is wrong with {kind}")
     return None if fits else wanted
 
 
-def _is_number(value: Any, kind: inspect.IntType | inspect.FloatType) -> tuple[bool, str]:
+def _check_number(value: Any, kind: inspect.IntType | inspect.FloatType) -> tuple[bool, str]:
     least, most = kind.ge or 0, kind.le or math.inf
     whole = isinstance(kind, inspect.IntType)
     fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and least <= value <= most
@@ -345,7 +345,7 @@ def _is_number(value: Any, kind: inspect.IntType | inspect.FloatType) -> tuple[b
     return fits, f"must be a {'whole ' if whole else ''}number{bounds}"
 
 
-def _is_moment(value: Any) -> bool:
+def _is_timestamp(value: Any) -> bool:
     """Whether it is a moment with a time zone, as TOML holds it, or as JSON writes it."""
     if isinstance(value, str):
         try:
@@ -355,12 +355,12 @@ def _is_moment(value: Any) -> bool:
     return isinstance(value, datetime) and value.tzinfo is not None
 
 
-def _is_text(value: Any, kind: inspect.StrType) -> tuple[bool, str]:
+def _check_text(value: Any, kind: inspect.StrType) -> tuple[bool, str]:
     least, most = kind.min_length or 0, kind.max_length or math.inf
     fits = isinstance(value, str) and least <= len(value) <= most
     fits = fits and (kind.pattern is None or re.search(kind.pattern, value) is not None)
     return fits, "must be text" if most == math.inf else f"must be text of {least} to {most} characters"
 
 
-def _below(path: str, name: str) -> str:
-    return f"{path}.{dotted(name)}" if path else dotted(name)
+def _child_path(path: str, name: str) -> str:
+    return f"{path}.{field_path(name)}" if path else field_path(name)

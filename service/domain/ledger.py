@@ -16,47 +16,49 @@ from service.domain.errors import IdempotencyKeyInvalid
 from service.domain.tasks import Cost, Kind, Options
 from service.domain.tenants import AccountPolicy, TenantPolicy, Window
 
-OFFSET_UNITS = 10
+OFFSET_UNITS_PER_MS = 10
 """The offset is counted in so many parts of a millisecond: it loses one part in each millisecond."""
 
 
-class Moment(Struct, frozen=True):
+class ClockReading(Struct, frozen=True):
     """The same moment in the ledger's time (`now`) and in the server's (`wall`)."""
 
-    now: int
-    wall: int
+    ledger_ms: int
+    server_ms: int
 
     @property
-    def offset(self) -> int:
+    def offset_ms(self) -> int:
         """By how many milliseconds the ledger's time is ahead."""
-        return self.now - self.wall
+        return self.ledger_ms - self.server_ms
 
 
 class LedgerClock(Struct, frozen=True):
     """The ledger's time when it was last read, and its offset then, in parts of a millisecond."""
 
-    last: int = 0
-    offset: int = 0
+    last_ms: int = 0
+    offset_units: int = 0
 
-    def advance(self, wall: int) -> LedgerClock:
+    def advance(self, server_ms: int) -> LedgerClock:
         """The clock when the server's time is `wall`."""
-        elapsed = wall - (self.last - _whole(self.offset))
-        offset = max(self.offset - elapsed, 0) if elapsed >= 0 else (self.last - wall) * OFFSET_UNITS
-        return LedgerClock(wall + _whole(offset), offset)
+        elapsed = server_ms - (self.last_ms - _to_ms(self.offset_units))
+        offset = (
+            max(self.offset_units - elapsed, 0) if elapsed >= 0 else (self.last_ms - server_ms) * OFFSET_UNITS_PER_MS
+        )
+        return LedgerClock(server_ms + _to_ms(offset), offset)
 
 
-def _whole(offset: int) -> int:
+def _to_ms(offset_units: int) -> int:
     """An offset in milliseconds, rounded up, so that the ledger's time does not go back where the offset shrinks."""
-    return -(-offset // OFFSET_UNITS)
+    return -(-offset_units // OFFSET_UNITS_PER_MS)
 
 
-COUNTED_MONEY = "money"
+UNIT_MONEY = "money"
 
 
-COUNTED_TASKS = "tasks"
+UNIT_TASKS = "tasks"
 
 
-MAX_ACTIVE = "max-active"
+MAX_ACTIVE_POLICY = "max-active"
 
 
 class WindowCounter(Struct):
@@ -65,18 +67,18 @@ class WindowCounter(Struct):
     `name` tells it from an earlier counter of the same period, where the server's clock stepped back into that.
     """
 
-    period: int = 0
+    window_start: int = 0
     tasks: int = 0
     tasks_reserved: int = 0
-    money: int = 0
-    money_reserved: int = 0
-    overrun: int = 0
-    name: int | None = None
+    money_fen: int = 0
+    money_reserved_fen: int = 0
+    overrun_fen: int = 0
+    replacement_key: int | None = None
 
     @property
     def key(self) -> int:
         """What reservations that were counted in it know it by."""
-        return self.period if self.name is None else self.name
+        return self.window_start if self.replacement_key is None else self.replacement_key
 
 
 class TenantState(Struct):
@@ -87,14 +89,14 @@ class TenantState(Struct):
     `names` counts those that got a name.
     """
 
-    active: int = 0
-    kinds: dict[Kind, int] = field(default_factory=dict)
+    active_tasks: int = 0
+    active_by_kind: dict[Kind, int] = field(default_factory=dict)
     windows: dict[Window, WindowCounter] = field(default_factory=dict)
-    aside: dict[Window, list[WindowCounter]] = field(default_factory=dict)
-    names: int = 0
+    retained_counters: dict[Window, list[WindowCounter]] = field(default_factory=dict)
+    replacement_key_seq: int = 0
 
 
-def period_of(window: Window, now: int) -> tuple[int, int | None]:
+def window_bounds(window: Window, now: int) -> tuple[int, int | None]:
     """When the calendar window around `now` began and when it ends, in UTC; `total` neither began nor ends."""
     if window is Window.TOTAL:
         return 0, None
@@ -115,32 +117,32 @@ def period_of(window: Window, now: int) -> tuple[int, int | None]:
 
 def current_counter(state: TenantState, window: Window, now: int) -> WindowCounter:
     """The counter of the window around `now`, which what was counted in other periods is no part of."""
-    period, _ = period_of(window, now)
-    found = (each for each in _counters(state, window) if each.period == period)
-    return next(found, WindowCounter(period=period))
+    period, _ = window_bounds(window, now)
+    found = (each for each in _all_counters(state, window) if each.window_start == period)
+    return next(found, WindowCounter(window_start=period))
 
 
-def _counters(state: TenantState, window: Window) -> list[WindowCounter]:
+def _all_counters(state: TenantState, window: Window) -> list[WindowCounter]:
     """The counters of a window: those that were set aside, then that of now."""
     now = state.windows.get(window)
-    return [*state.aside.get(window, []), *([now] if now else [])]
+    return [*state.retained_counters.get(window, []), *([now] if now else [])]
 
 
-def policy_name(window: Window, counted: str) -> str:
+def policy_name(window: Window, unit: str) -> str:
     """What a policy is called in answers and metrics, such as `day-tasks`."""
-    return f"{window}-{counted}"
+    return f"{window}-{unit}"
 
 
 def policy_names(policy: TenantPolicy) -> tuple[str, ...]:
     """The names of all limits of a tenant."""
-    counted = ((limit.window, limit.tasks, limit.money) for limit in policy.limits)
+    counted = ((limit.window, limit.tasks, limit.money_fen) for limit in policy.limits)
     names = [
         policy_name(window, unit)
         for window, tasks, money in counted
-        for unit, most in ((COUNTED_TASKS, tasks), (COUNTED_MONEY, money))
+        for unit, most in ((UNIT_TASKS, tasks), (UNIT_MONEY, money))
         if most is not None
     ]
-    return (*names, MAX_ACTIVE) if policy.max_active is not None else tuple(names)
+    return (*names, MAX_ACTIVE_POLICY) if policy.max_active is not None else tuple(names)
 
 
 class RateLimit(Struct, frozen=True):
@@ -149,19 +151,19 @@ class RateLimit(Struct, frozen=True):
     policy: str
     limit: int
     remaining: int
-    window: int | None
-    resets: int | None
+    window_seconds: int | None
+    resets_in_seconds: int | None
 
 
-def rate_limits(policy: TenantPolicy, state: TenantState, now: int) -> tuple[RateLimit, ...]:
+def compute_rate_limits(policy: TenantPolicy, state: TenantState, now: int) -> tuple[RateLimit, ...]:
     """What is left of each limit on tasks at `now`."""
     found = []
     for limit in policy.limits:
         if limit.tasks is None:
             continue
-        each, (start, end) = current_counter(state, limit.window, now), period_of(limit.window, now)
+        each, (start, end) = current_counter(state, limit.window, now), window_bounds(limit.window, now)
         left = compute_remaining(limit.tasks, each.tasks, each.tasks_reserved)
-        name = policy_name(limit.window, COUNTED_TASKS)
+        name = policy_name(limit.window, UNIT_TASKS)
         if end is None:
             found.append(RateLimit(name, limit.tasks, left, None, None))
         else:
@@ -174,7 +176,7 @@ def compute_remaining(limit: int, used: int, reserved: int) -> int:
     return max(limit - used - reserved, 0)
 
 
-class Status(StrEnum):
+class AccountStatus(StrEnum):
     """Whether an account may be used."""
 
     OPEN = "open"
@@ -182,77 +184,77 @@ class Status(StrEnum):
     INVALID = "invalid"
 
 
-class Source(StrEnum):
+class ReadingSource(StrEnum):
     """The call whose answer told a figure."""
 
     SUBMIT = "submit"
     CHECK = "check"
 
 
-class Suggestion(StrEnum):
+class InferredCharge(StrEnum):
     """What the balance suggests of a submission whose outcome is unknown."""
 
     CHARGED = "charged"
     NOT_CHARGED = "not-charged"
 
 
-class Figures(Struct, frozen=True):
+class Balance(Struct, frozen=True):
     """What one answer told of the balance; a missing or mistyped figure is None. Money is in fen."""
 
     count: int | None = None
-    money: int | None = None
+    money_fen: int | None = None
 
 
-class Figure(Struct):
+class BalanceReading(Struct):
     """An observed figure: when its request was sent, when its answer was received, and which call it was."""
 
     value: int
-    sent: int
-    received: int
-    source: Source
+    sent_at: int
+    received_at: int
+    source: ReadingSource
 
 
-class Before(Struct):
+class BalanceSnapshot(Struct):
     """The figures known when a submission was reserved."""
 
     count: int
-    money: int
+    money_fen: int
 
 
-class Expected(Struct):
+class ExpectedDrop(Struct):
     """The drop that the gateway's own submissions may yet cause, as far as it was not seen.
 
     Each of the `tasks` takes a use or money: at most `money` fen together, but for `unpriced` ones of no known limit.
     `taken` is the money that was put down to them so far.
     """
 
-    tasks: int = 0
-    money: int = 0
+    charges: int = 0
+    max_fen: int = 0
     unpriced: int = 0
-    taken: int = 0
+    attributed_fen: int = 0
 
 
-class Doubt(Struct):
+class ChargeInference(Struct):
     """A submission of unknown outcome that had the account to itself, with the figures known before it.
 
     `seq` is its number on the account, `since` when it became unknown. `suggests` is what was found out.
     """
 
     reservation: str
-    seq: int
-    since: int
+    submission_seq: int
+    unknown_at: int
     count: int
-    money: int
-    suggests: Suggestion | None = None
+    money_fen: int
+    inferred_charge: InferredCharge | None = None
 
 
-class Newest(Struct):
+class FinishedTaskCheck(Struct):
     """The finished task that was checked last: when that check was sent, and what it told."""
 
     reservation: str
-    sent: int
+    sent_at: int
     count: int
-    money: int
+    money_fen: int
 
 
 class AccountState(Struct):
@@ -275,57 +277,67 @@ class AccountState(Struct):
     highest.
     """
 
-    status: Status = Status.OPEN
-    probe_at: int = 0
-    closed: int = 0
-    reopened: int = 0
-    charged_late: bool | None = None
-    count: Figure | None = None
-    money: Figure | None = None
-    rose: int = 0
-    open: int = 0
-    sending: int = 0
-    seq: int = 0
-    uncharged: int = 0
-    thrifty: int = 0
-    astray: int = 0
-    astray_until: int = 0
-    caught_up: int = 0
-    expected: Expected = field(default_factory=Expected)
+    status: AccountStatus = AccountStatus.OPEN
+    next_probe_at: int = 0
+    closed_at: int = 0
+    reopened_at: int = 0
+    charges_on_completion: bool | None = None
+    count: BalanceReading | None = None
+    money: BalanceReading | None = None
+    last_increase_at: int = 0
+    open_submissions: int = 0
+    unsettled: int = 0
+    submission_seq: int = 0
+    pending_charges: int = 0
+    pending_prepaid_only: int = 0
+    untracked_charges: int = 0
+    untracked_until: int = 0
+    reconciled_at: int = 0
+    expected_drop: ExpectedDrop = field(default_factory=ExpectedDrop)
     unexplained_count: int = 0
-    unexplained_money: int = 0
-    unknown: int = 0
-    doubt: Doubt | None = None
-    looks: bool = False
-    looked: int = 0
-    in_vain: int = 0
-    newest: Newest | None = None
-    prices: dict[Kind, int] = field(default_factory=dict)
-    highest: dict[Kind, int] = field(default_factory=dict)
+    unexplained_money_fen: int = 0
+    unknown_outcomes: int = 0
+    pending_inference: ChargeInference | None = None
+    live_balance_checks: bool = False
+    last_balance_check_at: int = 0
+    failed_balance_checks: int = 0
+    last_finished_task: FinishedTaskCheck | None = None
+    last_price: dict[Kind, int] = field(default_factory=dict)
+    max_observed_price: dict[Kind, int] = field(default_factory=dict)
 
     @property
-    def missing(self) -> int:
+    def unaccounted_charges(self) -> int:
         """How many submissions the figures may lack."""
-        return self.uncharged + self.astray
+        return self.pending_charges + self.untracked_charges
 
-    def moved(self, offset: int) -> AccountState:
+    def to_server_time(self, offset_ms: int) -> AccountState:
         """The same with all times earlier by so many milliseconds; 0 stands for never, and stays so."""
 
-        def figure(known: Figure | None) -> Figure | None:
-            moves = {"sent", "received"}
+        def figure(known: BalanceReading | None) -> BalanceReading | None:
+            moves = {"sent_at", "received_at"}
             return known and msgspec.structs.replace(known, **{each: earlier(getattr(known, each)) for each in moves})
 
         def earlier(at: int) -> int:
-            return at and max(at - offset, 1)
+            return at and max(at - offset_ms, 1)
 
-        moves = ("probe_at", "closed", "reopened", "rose", "astray_until", "caught_up", "looked")
+        moves = (
+            "next_probe_at",
+            "closed_at",
+            "reopened_at",
+            "last_increase_at",
+            "untracked_until",
+            "reconciled_at",
+            "last_balance_check_at",
+        )
         return msgspec.structs.replace(
             self,
             **{each: earlier(getattr(self, each)) for each in moves},
             count=figure(self.count),
             money=figure(self.money),
-            doubt=self.doubt and msgspec.structs.replace(self.doubt, since=earlier(self.doubt.since)),
-            newest=self.newest and msgspec.structs.replace(self.newest, sent=earlier(self.newest.sent)),
+            pending_inference=self.pending_inference
+            and msgspec.structs.replace(self.pending_inference, unknown_at=earlier(self.pending_inference.unknown_at)),
+            last_finished_task=self.last_finished_task
+            and msgspec.structs.replace(self.last_finished_task, sent_at=earlier(self.last_finished_task.sent_at)),
         )
 
 
@@ -342,17 +354,17 @@ class ReservationState(StrEnum):
 class Idempotency(Struct, frozen=True):
     """What makes a repeated submission known: digests of the key and of the content it was first sent with."""
 
-    key: str
-    content: str
+    key_digest: str
+    content_digest: str
 
 
 class Refund(Struct):
     """What an operator gave back to the tenant's windows, when (ms) and why."""
 
-    at: int
+    refunded_at: int
     reason: str
     count: int
-    money: int
+    money_fen: int
 
 
 class Reservation(Struct):
@@ -373,30 +385,30 @@ class Reservation(Struct):
     tenant: int
     account: int
     kind: Kind
-    created: int
-    sent: int
-    lease: int
-    seq: int = 0
-    alone: bool = False
-    clean: bool = False
-    use: bool | None = None
-    owes: bool = False
-    thrifty: bool = False
-    settled: int = 0
-    before: Before | None = None
-    after: Figures | None = None
+    created_at: int
+    dispatched_at: int
+    lease_expires_at: int
+    submission_seq: int = 0
+    exclusive: bool = False
+    balance_exact: bool = False
+    expects_prepaid: bool | None = None
+    charge_pending: bool = False
+    prepaid_only: bool = False
+    settled_at: int = 0
+    balance_before: BalanceSnapshot | None = None
+    balance_after: Balance | None = None
     cost: Cost | None = None
     succeeded: bool | None = None
-    key: str | None = None
-    suggests: Suggestion | None = None
+    key_digest: str | None = None
+    inferred_charge: InferredCharge | None = None
     refund: Refund | None = None
-    periods: dict[Window, int] = field(default_factory=dict)
-    holds: dict[Window, int] = field(default_factory=dict)
+    window_starts: dict[Window, int] = field(default_factory=dict)
+    money_holds: dict[Window, int] = field(default_factory=dict)
 
-    def moved(self, offset: int) -> Reservation:
+    def to_server_time(self, offset_ms: int) -> Reservation:
         """The same with all times of the ledger earlier by so many milliseconds; 0 stands for never, and stays so."""
-        moves = {each: getattr(self, each) for each in ("sent", "lease", "settled")}
-        earlier = {each: at and max(at - offset, 1) for each, at in moves.items()}
+        moves = {each: getattr(self, each) for each in ("dispatched_at", "lease_expires_at", "settled_at")}
+        earlier = {each: at and max(at - offset_ms, 1) for each, at in moves.items()}
         return msgspec.structs.replace(self, **earlier)
 
 
@@ -414,18 +426,18 @@ class Candidate(Struct):
     id: int
     policy: AccountPolicy
     state: AccountState
-    probes: bool = False
+    is_probe: bool = False
 
 
-class Granted(Struct, frozen=True):
+class Grant(Struct, frozen=True):
     """A place is held on `account` until `lease`; both times are the server's, as in all verdicts."""
 
     account: int
     now: int
-    lease: int
+    lease_expires_at: int
 
 
-class PolicyDenied(Struct, frozen=True):
+class PolicyDenial(Struct, frozen=True):
     """Policies of the tenant refused."""
 
     violations: tuple[Violation, ...]
@@ -435,11 +447,11 @@ class PolicyDenied(Struct, frozen=True):
 class NoAccount(Struct, frozen=True):
     """No account can take it: all are exhausted until `look_at`, or (if None) none is valid."""
 
-    look_at: int | None
+    retry_at: int | None
     now: int
 
 
-class Replayed(Struct, frozen=True):
+class Replay(Struct, frozen=True):
     """It was submitted before under the same idempotency key: `reservation` became a task, or is unknown."""
 
     reservation: str
@@ -453,24 +465,24 @@ class InFlight(Struct, frozen=True):
     now: int
 
 
-class KeyReused(Struct, frozen=True):
+class KeyReuse(Struct, frozen=True):
     """Something else was submitted before under the same idempotency key."""
 
     now: int
 
 
-Verdict = Granted | PolicyDenied | NoAccount | Replayed | InFlight | KeyReused
+Verdict = Grant | PolicyDenial | NoAccount | Replay | InFlight | KeyReuse
 
 
-class Refunding(StrEnum):
+class RefundResult(StrEnum):
     """What became of a wish to refund a submission."""
 
     REFUNDED = "refunded"
-    AGAIN = "again"
+    ALREADY_REFUNDED = "again"
     """It was refunded before."""
     RUNNING = "running"
     """It has not ended, so that nobody knows yet what it costs."""
-    FREE = "free"
+    NOTHING_CHARGED = "free"
     """It cost nothing."""
 
 
@@ -507,7 +519,7 @@ class DayUsage(Struct):
     refunds: dict[str, tuple[Kind, Refund]] = field(default_factory=dict)
 
 
-def charged_tasks(tally: Tally) -> int:
+def count_charged_tasks(tally: Tally) -> int:
     """How many submissions the tenant's windows count."""
     return (
         tally[Measure.RUNNING]
@@ -518,7 +530,7 @@ def charged_tasks(tally: Tally) -> int:
     )
 
 
-def charged_money(tally: Tally) -> int:
+def sum_charged_fen(tally: Tally) -> int:
     """How much money the tenant's windows count."""
     return (
         tally[Measure.OBSERVED_MONEY]
@@ -528,40 +540,40 @@ def charged_money(tally: Tally) -> int:
     )
 
 
-MAX_KEY = 255
+MAX_IDEMPOTENCY_KEY_CHARS = 255
 
 
-_DIGEST_CHARACTERS = 32
+_DIGEST_CHARS = 32
 
 
-_QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
+_QUOTED_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 
 
-_BARE = re.compile(r"[!#-+\--:<-\[\]-~]+")
+_BARE_KEY = re.compile(r"[!#-+\--:<-\[\]-~]+")
 """Visible ASCII, but for what would make it more than one plain string: quotes, backslashes, commas and semicolons."""
 
 
-def parse_key(values: Sequence[str]) -> str | None:
+def parse_idempotency_key(values: Sequence[str]) -> str | None:
     """The key that the header was given with; None without one. Raises IdempotencyKeyInvalid."""
     if not values:
         return None
     if len(values) > 1:
         raise IdempotencyKeyInvalid("Send one Idempotency-Key only.")
     text = values[0].strip(" \t")
-    quoted = _QUOTED.fullmatch(text)
+    quoted = _QUOTED_KEY.fullmatch(text)
     key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else text
-    if not key or not (quoted or _BARE.fullmatch(text)):
+    if not key or not (quoted or _BARE_KEY.fullmatch(text)):
         raise IdempotencyKeyInvalid(
             'An Idempotency-Key is one string of visible ASCII, best in quotes: "a-uuid-or-so". Nothing may follow it; '
             "without quotes it can't hold spaces, commas, semicolons or backslashes."
         )
-    if len(key) > MAX_KEY:
-        raise IdempotencyKeyInvalid(f"An Idempotency-Key has at most {MAX_KEY} characters.")
+    if len(key) > MAX_IDEMPOTENCY_KEY_CHARS:
+        raise IdempotencyKeyInvalid(f"An Idempotency-Key has at most {MAX_IDEMPOTENCY_KEY_CHARS} characters.")
     return key
 
 
-def identify(
-    key: str, options: Options, metadata: Mapping[str, str], image_sha256: bytes, webhook: str | None = None
+def digest_submission(
+    key: str, options: Options, metadata: Mapping[str, str], image_sha256: bytes, webhook_url: str | None = None
 ) -> Idempotency:
     """The digests under which a submission is known: its content is its kind, every field, and the image's bytes.
 
@@ -569,13 +581,13 @@ def identify(
     change with one: an option that is added leaves those of all who do not use it as they were. So does `webhook`, the
     address that was given for this task.
     """
-    content: tuple[object, ...] = (options.kind, _chosen(options), sorted(metadata.items()), image_sha256)
-    if webhook is not None:
-        content += (webhook,)
-    return Idempotency(_digest(key.encode()), _digest(msgspec.msgpack.encode(content)))
+    content: tuple[object, ...] = (options.kind, _non_default_options(options), sorted(metadata.items()), image_sha256)
+    if webhook_url is not None:
+        content += (webhook_url,)
+    return Idempotency(_short_digest(key.encode()), _short_digest(msgspec.msgpack.encode(content)))
 
 
-def _chosen(options: Options) -> Sequence[tuple[str, object]]:
+def _non_default_options(options: Options) -> Sequence[tuple[str, object]]:
     """The options that are not at their defaults, by name."""
     chosen = []
     for option in msgspec.structs.fields(options):
@@ -585,5 +597,5 @@ def _chosen(options: Options) -> Sequence[tuple[str, object]]:
     return sorted(chosen)
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:_DIGEST_CHARACTERS]
+def _short_digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:_DIGEST_CHARS]

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 
 from service.domain.errors import FieldError, InvalidOptions, NotFound, check_json
 
-MAX_PROMPT = 2_000
+MAX_PROMPT_CHARS = 2_000
 
 
 MAX_METADATA_BYTES = 2_048
@@ -37,7 +37,7 @@ class State(StrEnum):
     FAILED = "failed"
 
     @property
-    def ended(self) -> bool:
+    def is_final(self) -> bool:
         """No further change can come."""
         return self in {State.SUCCEEDED, State.FAILED}
 
@@ -50,7 +50,7 @@ class ArtifactName(StrEnum):
     GRID = "grid"
 
 
-class Basis(StrEnum):
+class CostBasis(StrEnum):
     """How a cost is known: seen in the balance, taken from an earlier price, or not at all."""
 
     OBSERVED = "observed"
@@ -61,7 +61,7 @@ class Basis(StrEnum):
 Colors = Annotated[int, Meta(ge=2, le=16, description="How many colours the vector image has.")]
 
 
-Prompt = Annotated[str, Meta(max_length=MAX_PROMPT)]
+Prompt = Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)]
 
 
 class Options(Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,12 +121,12 @@ class Catalogue(Struct, frozen=True):
     models: Mapping[str, str]
     styles: Mapping[str, str]
 
-    def named(self, field: str, value: str) -> str:
+    def find_name(self, field: str, value: str) -> str:
         """The catalogue's name for a name or a word of the upstream.
 
         Raises FieldError for one it does not hold.
         """
-        words = self._words(field)
+        words = self._vendor_words(field)
         if value in words:
             return value
         for name, word in words.items():
@@ -134,11 +134,11 @@ class Catalogue(Struct, frozen=True):
                 return name
         raise FieldError(field, f"must be one of {', '.join(words)}")
 
-    def word(self, field: str, name: str) -> str:
+    def vendor_word(self, field: str, name: str) -> str:
         """The upstream's word for a name; a name that has left the catalogue since stands for itself."""
-        return self._words(field).get(name, name)
+        return self._vendor_words(field).get(name, name)
 
-    def _words(self, field: str) -> Mapping[str, str]:
+    def _vendor_words(self, field: str) -> Mapping[str, str]:
         return self.models if field == "model" else self.styles
 
 
@@ -163,9 +163,9 @@ def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
                 continue
             if name in values:
                 raise FieldError(name, "is given more than once")
-            values[name] = _parse(name, text, known[name])
+            values[name] = _parse_value(name, text, known[name])
             if name in {"model", "style"}:
-                values[name] = catalogue.named(name, text)
+                values[name] = catalogue.find_name(name, text)
         except FieldError as error:  # whose traceback holds this frame, which would hold it
             errors.append(FieldError(error.field, error.detail))
     if errors:
@@ -186,14 +186,14 @@ def parse_metadata(text: str | None) -> dict[str, str]:
         raise InvalidOptions([FieldError("metadata", "must be a JSON object of strings, each name once")]) from None
 
 
-def _parse(name: str, text: str, type_: Any) -> Any:
+def _parse_value(name: str, text: str, type_: Any) -> Any:
     try:
         return msgspec.convert(text, type_, strict=False)
     except msgspec.ValidationError:
-        raise FieldError(name, f"must be {_describe(type_)}") from None
+        raise FieldError(name, f"must be {_expected_format(type_)}") from None
 
 
-def _describe(type_: Any) -> str:
+def _expected_format(type_: Any) -> str:
     """What a value must be, in words, from the annotation that checks it."""
     info = msgspec.inspect.type_info(type_)
     while isinstance(info, msgspec.inspect.Metadata):
@@ -229,8 +229,8 @@ class Cost(Struct, frozen=True):
     """What a task took from its account: prepaid uses, and money in fen."""
 
     count: int
-    money: int
-    basis: Basis
+    money_fen: int
+    basis: CostBasis
 
 
 class Task(Struct, frozen=True, kw_only=True):
@@ -246,65 +246,65 @@ class Task(Struct, frozen=True, kw_only=True):
     account: int
     kind: Kind
     state: State
-    created: int
-    updated: int
-    finished: int | None
+    created_at: int
+    updated_at: int
+    finished_at: int | None
     options: msgspec.Raw
     metadata: msgspec.Raw
     artifacts: tuple[Artifact, ...]
     error: TaskError | None
     cost: Cost
     version: int
-    checked: int
-    webhook: str | None = None
-    trace: str | None = None
+    last_checked_at: int
+    webhook_url: str | None = None
+    trace_context: str | None = None
 
 
-PREFIX = "task_"
+TASK_ID_PREFIX = "task_"
 
 
-class Sealer(Protocol):
+class Cipher(Protocol):
     """Authenticated, deterministic encryption under the gateway's secret keys."""
 
-    def seal(self, plain: bytes) -> bytes:
+    def encrypt(self, plaintext: bytes) -> bytes:
         """Encrypt under the first key."""
         ...
 
-    def open(self, sealed: bytes) -> bytes | None:
+    def decrypt(self, ciphertext: bytes) -> bytes | None:
         """Decrypt under whichever key fits; None if none does or the bytes were altered."""
         ...
 
 
-class Reference(Struct, frozen=True, array_like=True):
+class TaskReference(Struct, frozen=True, array_like=True):
     """What an id stands for: ids of tenant and account that are never reused, `created` in ms since the epoch."""
 
     tenant: int
     account: int
     kind: Kind
-    created: int
+    created_at: int
     reservation: str
     upstream_id: str
 
 
-class TaskIds:
+class TaskIdCodec:
     """Turns references into ids and back."""
 
-    def __init__(self, sealer: Sealer) -> None:
-        self._sealer = sealer
+    def __init__(self, cipher: Cipher) -> None:
+        self._cipher = cipher
 
-    def seal(self, reference: Reference) -> str:
+    def encode(self, reference: TaskReference) -> str:
         """The id of a reference; the same reference has the same id under the same keys."""
-        sealed = self._sealer.seal(msgspec.msgpack.encode(reference))
-        return PREFIX + base64.urlsafe_b64encode(sealed).rstrip(b"=").decode()
+        sealed = self._cipher.encrypt(msgspec.msgpack.encode(reference))
+        return TASK_ID_PREFIX + base64.urlsafe_b64encode(sealed).rstrip(b"=").decode()
 
-    def open(self, task_id: str) -> Reference:
+    def decode(self, task_id: str) -> TaskReference:
         """The reference of an id. Raises NotFound for anything that is not exactly an id made by `seal`."""
-        text = task_id.removeprefix(PREFIX)
+        text = task_id.removeprefix(TASK_ID_PREFIX)
         try:
             sealed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-            plain = self._sealer.open(sealed) if PREFIX + text == task_id else None
+            plain = self._cipher.decrypt(sealed) if TASK_ID_PREFIX + text == task_id else None
             if plain is not None and base64.urlsafe_b64encode(sealed).rstrip(b"=").decode() == text:
-                return msgspec.msgpack.decode(plain, type=Reference)
+                return msgspec.msgpack.decode(plain, type=TaskReference)
         except (binascii.Error, msgspec.DecodeError, ValueError):
             pass
         raise NotFound("There is no such task.")
@@ -314,4 +314,4 @@ class Backlog(Struct, frozen=True):
     """How much waits, and for how many milliseconds the first of it has been due without being taken; 0 if none has."""
 
     length: int
-    overdue: int
+    overdue_ms: int

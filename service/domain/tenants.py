@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from service.domain.tasks import Kind
 
 
-class Origin(Struct, frozen=True, omit_defaults=True):
+class SecretRef(Struct, frozen=True, omit_defaults=True):
     """Where whoever applies the registry finds a secret: in a variable of the environment, or in a file.
 
     The gateway never looks there: it only remembers, so that the registry it writes out can be applied again.
@@ -28,17 +28,17 @@ class Origin(Struct, frozen=True, omit_defaults=True):
     file: str | None = None
 
 
-MAX_OFF = 100
+MAX_DISABLED_URLS = 100
 """So many addresses of a tenant are remembered as switched off: the ones of the last."""
 
 
-Address = IPv4Address | IPv6Address
+IPAddress = IPv4Address | IPv6Address
 
 
-Network = IPv4Network | IPv6Network
+IPNetwork = IPv4Network | IPv6Network
 
 
-_PRIVATE: tuple[Network, ...] = (
+_PRIVATE_NETWORKS: tuple[IPNetwork, ...] = (
     IPv4Network("10.0.0.0/8"),
     IPv4Network("172.16.0.0/12"),
     IPv4Network("192.168.0.0/16"),
@@ -46,20 +46,20 @@ _PRIVATE: tuple[Network, ...] = (
 )
 
 
-class Signing(Struct, frozen=True):
+class WebhookSecrets(Struct, frozen=True):
     """The sealed secrets of a tenant: the one in force, and the one before, which signs too until `until` (seconds).
 
     `origin` is where the one in force came from, if the registry was applied from a file.
     """
 
-    secret: bytes
-    former: bytes | None = None
-    until: float = 0
-    origin: Origin | None = None
+    current: bytes
+    previous: bytes | None = None
+    previous_expires_at: float = 0
+    secret_ref: SecretRef | None = None
 
-    def in_force(self, now: float) -> tuple[bytes, ...]:
+    def active_secrets(self, now: float) -> tuple[bytes, ...]:
         """The sealed secrets that sign at a time, the newer one first."""
-        return (self.secret, self.former) if self.former and now < self.until else (self.secret,)
+        return (self.current, self.previous) if self.previous and now < self.previous_expires_at else (self.current,)
 
 
 class Webhook(Struct, frozen=True):
@@ -71,86 +71,86 @@ class Webhook(Struct, frozen=True):
 
     url: str | None = None
     allow: tuple[str, ...] = ()
-    signing: Signing | None = None
-    off: tuple[str, ...] = ()
+    secrets: WebhookSecrets | None = None
+    disabled_urls: tuple[str, ...] = ()
 
-    def permits(self, url: str) -> bool:
+    def allows_url(self, url: str) -> bool:
         """Whether the tenant may be told at an address."""
-        host = _host(url)
+        host = _host_of(url)
         if self.url is None or host is None:
             return False
-        return host in {_host(self.url), *self.allow} or _covers(self.allow, host)
+        return host in {_host_of(self.url), *self.allow} or _covers_host(self.allow, host)
 
-    def may_reach(self, ip: Address) -> bool:
+    def allows_address(self, ip: IPAddress) -> bool:
         """Whether a host of the tenant may be at an address that is not public: a private one, or one of `allow`."""
-        return any(ip in network for network in (*_PRIVATE, *_networks(self.allow)))
+        return any(ip in network for network in (*_PRIVATE_NETWORKS, *_parse_networks(self.allow)))
 
-    def signed(self, before: Signing | None, given: bytes | None, fresh: bytes) -> Webhook:
+    def with_secret(self, current: WebhookSecrets | None, new_secret: bytes | None, generated_secret: bytes) -> Webhook:
         """The same with the sealed secret that was given, else what it had before, else a fresh one if it needs one."""
-        if given is not None and (before is None or before.secret != given):
-            before = Signing(given)
-        elif before is None and self.url is not None:
-            before = Signing(fresh)
-        return replace(self, signing=before)
+        if new_secret is not None and (current is None or current.current != new_secret):
+            current = WebhookSecrets(new_secret)
+        elif current is None and self.url is not None:
+            current = WebhookSecrets(generated_secret)
+        return replace(self, secrets=current)
 
-    def is_off(self, url: str) -> bool:
+    def is_disabled(self, url: str) -> bool:
         """Whether an address was switched off."""
-        return without_query(url) in self.off
+        return strip_query(url) in self.disabled_urls
 
-    def switched_off(self, url: str) -> Webhook:
+    def with_disabled_url(self, url: str) -> Webhook:
         """The same with one address more that is not asked any longer."""
-        off = tuple(each for each in self.off if each != without_query(url))
-        return replace(self, off=(*off, without_query(url))[-MAX_OFF:])
+        off = tuple(each for each in self.disabled_urls if each != strip_query(url))
+        return replace(self, disabled_urls=(*off, strip_query(url))[-MAX_DISABLED_URLS:])
 
 
-def without_query(url: str) -> str:
+def strip_query(url: str) -> str:
     """An address as far as it may be shown: what identifies somebody tends to stand in the query."""
     return url.partition("?")[0]
 
 
-def _host(url: str) -> str | None:
+def _host_of(url: str) -> str | None:
     return urlsplit(url).hostname
 
 
-def parse_network(entry: str) -> Network | None:
+def parse_network(entry: str) -> IPNetwork | None:
     try:
         return ip_network(entry)
     except ValueError:
         return None
 
 
-def _networks(allow: Sequence[str]) -> list[Network]:
+def _parse_networks(allow: Sequence[str]) -> list[IPNetwork]:
     return [network for network in map(parse_network, allow) if network]
 
 
-def _covers(allow: Sequence[str], host: str) -> bool:
+def _covers_host(allow: Sequence[str], host: str) -> bool:
     """Whether a host is an address in one of the networks."""
     try:
         ip = ip_address(host)
     except ValueError:
         return False
-    return any(ip in network for network in _networks(allow))
+    return any(ip in network for network in _parse_networks(allow))
 
 
-NAME_MUST = "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
+NAME_RULE = "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
 
 
 Name = Annotated[
     str,
-    Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z", description="A name of your choice.", extra={"must": NAME_MUST}),
+    Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z", description="A name of your choice.", extra={"must": NAME_RULE}),
 ]
 
 
 TOKEN_PREFIX = "igw_"  # noqa: S105 - what makes a leaked token recognisable, not a secret
 
 
-_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_TOKEN_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # noqa: S105 - an alphabet
 
 
-_SECRET_DIGITS = 32
+_TOKEN_SECRET_CHARS = 32
 
 
-_CHECK_DIGITS = 6
+_TOKEN_CHECKSUM_CHARS = 6
 
 
 class Window(StrEnum):
@@ -163,7 +163,7 @@ class Window(StrEnum):
     TOTAL = "total"
 
 
-class Purse(StrEnum):
+class SpendingMode(StrEnum):
     """What of an account a tenant may spend."""
 
     COUNT_ONLY = "count_only"
@@ -175,7 +175,7 @@ class Limit(Struct, frozen=True):
 
     window: Window
     tasks: int | None = None
-    money: int | None = None
+    money_fen: int | None = None
 
 
 class TenantPolicy(Struct, frozen=True):
@@ -183,7 +183,7 @@ class TenantPolicy(Struct, frozen=True):
 
     limits: tuple[Limit, ...] = ()
     max_active: int | None = None
-    purse: Purse = Purse.COUNT_THEN_MONEY
+    spending_mode: SpendingMode = SpendingMode.COUNT_THEN_MONEY
 
 
 class Tenant(Struct, frozen=True):
@@ -197,7 +197,7 @@ class Tenant(Struct, frozen=True):
     disabled: bool = False
     webhook: Webhook = Webhook()
 
-    def may_submit(self, kind: Kind) -> bool:
+    def can_submit(self, kind: Kind) -> bool:
         """Whether the tenant is allowed this kind; without a list it is allowed all."""
         return self.kinds is None or kind in self.kinds
 
@@ -206,7 +206,7 @@ class AccountPolicy(Struct, frozen=True):
     """What must stay in an account, and the highest price of each kind, in fen."""
 
     floor_count: int = 0
-    floor_money: int = 0
+    floor_money_fen: int = 0
     max_price: Mapping[Kind, int] = {}
 
 
@@ -221,7 +221,7 @@ class Account(Struct, frozen=True):
     user_key: bytes
     base_url: str | None = None
     policy: AccountPolicy = AccountPolicy()
-    origin: Origin | None = None
+    secret_ref: SecretRef | None = None
 
 
 class Token(Struct, frozen=True):
@@ -231,39 +231,39 @@ class Token(Struct, frozen=True):
     tenant: int
     digest: bytes
     label: str | None
-    created: float
-    expires: float | None = None
+    created_at: float
+    expires_at: float | None = None
 
-    def valid_at(self, now: float) -> bool:
+    def is_valid_at(self, now: float) -> bool:
         """Whether it has not expired yet; revoking with a grace sets the expiry too."""
-        return self.expires is None or now < self.expires
+        return self.expires_at is None or now < self.expires_at
 
 
-def new_token() -> str:
+def generate_token() -> str:
     """Make a token: a recognisable prefix, 190 random bits, and a checksum that tells a typo from a guess."""
-    secret = "".join(secrets.choice(_ALPHABET) for _ in range(_SECRET_DIGITS))
-    return f"{TOKEN_PREFIX}{secret}{_checksum(secret)}"
+    secret = "".join(secrets.choice(_TOKEN_ALPHABET) for _ in range(_TOKEN_SECRET_CHARS))
+    return f"{TOKEN_PREFIX}{secret}{_token_checksum(secret)}"
 
 
-def well_formed(token: str) -> bool:
+def has_valid_checksum(token: str) -> bool:
     """Whether the prefix and the checksum fit, which needs no look-up."""
     body = token.removeprefix(TOKEN_PREFIX)
-    secret, check = body[:_SECRET_DIGITS], body[_SECRET_DIGITS:]
-    if body == token or len(body) != _SECRET_DIGITS + _CHECK_DIGITS or not body.isascii():
+    secret, check = body[:_TOKEN_SECRET_CHARS], body[_TOKEN_SECRET_CHARS:]
+    if body == token or len(body) != _TOKEN_SECRET_CHARS + _TOKEN_CHECKSUM_CHARS or not body.isascii():
         return False
-    return hmac.compare_digest(check, _checksum(secret))
+    return hmac.compare_digest(check, _token_checksum(secret))
 
 
-def digest(token: str) -> bytes:
+def hash_token(token: str) -> bytes:
     """The hash under which a token is kept. It has enough entropy of its own to need no salt."""
     return hashlib.sha256(token.encode()).digest()
 
 
-def _checksum(secret: str) -> str:
+def _token_checksum(secret: str) -> str:
     number, digits = zlib.crc32(secret.encode()), ""
-    for _ in range(_CHECK_DIGITS):
-        number, digit = divmod(number, len(_ALPHABET))
-        digits = _ALPHABET[digit] + digits
+    for _ in range(_TOKEN_CHECKSUM_CHARS):
+        number, digit = divmod(number, len(_TOKEN_ALPHABET))
+        digits = _TOKEN_ALPHABET[digit] + digits
     return digits
 
 
@@ -280,14 +280,14 @@ class Registry:
         tenants: Mapping[str, Tenant] | None = None,
         accounts: Mapping[str, Account] | None = None,
         tokens: Mapping[str, Token] | None = None,
-        former: Mapping[int, str] | None = None,
+        deleted_tenant_names: Mapping[int, str] | None = None,
     ) -> None:
         self.version = version
         self.next_id = next_id
         self.tenants = tenants or {}
         self.accounts = accounts or {}
         self.tokens = tokens or {}
-        self.former = former or {}
+        self.deleted_tenant_names = deleted_tenant_names or {}
         self._tenants_by_id = {tenant.id: tenant for tenant in self.tenants.values()}
         self._accounts_by_id = {account.id: account for account in self.accounts.values()}
         self._tokens_by_digest = {token.digest: token for token in self.tokens.values()}
@@ -298,16 +298,16 @@ class Registry:
         tenant = self._tenants_by_id.get(token.tenant) if token else None
         return (tenant, token) if tenant and token else None
 
-    def tenant(self, tenant_id: int) -> Tenant | None:
+    def tenant_by_id(self, tenant_id: int) -> Tenant | None:
         """A tenant by its id."""
         return self._tenants_by_id.get(tenant_id)
 
     def tenant_name(self, tenant_id: int) -> str | None:
         """What a tenant is or was called; None if it never was in this registry."""
-        found = self.tenant(tenant_id)
-        return found.name if found else self.former.get(tenant_id)
+        found = self.tenant_by_id(tenant_id)
+        return found.name if found else self.deleted_tenant_names.get(tenant_id)
 
-    def account(self, account_id: int) -> Account | None:
+    def account_by_id(self, account_id: int) -> Account | None:
         """An account by its id."""
         return self._accounts_by_id.get(account_id)
 
@@ -318,5 +318,5 @@ class Registry:
     def tokens_of(self, tenant: Tenant) -> tuple[Token, ...]:
         """The tokens of a tenant, oldest first."""
         return tuple(
-            sorted((t for t in self.tokens.values() if t.tenant == tenant.id), key=lambda t: (t.created, t.id))
+            sorted((t for t in self.tokens.values() if t.tenant == tenant.id), key=lambda t: (t.created_at, t.id))
         )

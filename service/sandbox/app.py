@@ -16,147 +16,157 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from service.sandbox.faults import Dials, Journal, Panel, Received
-from service.sandbox.http import CONNECTION, JSON, ClientLeftError, Exchange, Receive, Scope, Send
-from service.sandbox.store import MOST_TASKS, Balance, Store
-from service.sandbox.vendor_api import FILES, Upstream
-from service.sandbox.worker import Workshop
+from service.sandbox.faults import Behaviour, FaultInjector, RequestLog, RequestRecord
+from service.sandbox.http import (
+    CONNECTION_EXTENSION,
+    JSON_TYPE,
+    ClientDisconnectedError,
+    Exchange,
+    Receive,
+    Scope,
+    Send,
+)
+from service.sandbox.store import MAX_TASKS, AccountBalance, Store
+from service.sandbox.vendor_api import FILES_PATH, VendorApi
+from service.sandbox.worker import Worker
 from service.server import HttpProtocol, HttpServer, base_url, listen
 
-CONTROL: Final = "/_control/"
+CONTROL_PATH: Final = "/_control/"
 
 
-class Control:
+class SandboxControl:
     """Turns the dials, sets the accounts, reads the journal."""
 
     def __init__(
         self,
-        panel: Panel,
+        panel: FaultInjector,
         store: Store,
-        workshop: Workshop,
-        journal: Journal,
-        accounts: Mapping[str, Balance],
+        workshop: Worker,
+        journal: RequestLog,
+        accounts: Mapping[str, AccountBalance],
     ) -> None:
         """Take hold of the parts of a sandbox, and of what `reset` leads back to."""
-        self._panel = panel
+        self._fault_injector = panel
         self._store = store
-        self._workshop = workshop
-        self._journal = journal
-        self._first_accounts = accounts
-        self._first_dials = panel.dials
+        self._worker = workshop
+        self._request_log = journal
+        self._initial_accounts = accounts
+        self._initial_behaviour = panel.behaviour
 
-    async def dials(self) -> Dials:
+    async def get_behaviour(self) -> Behaviour:
         """Give the dials in force, with the faults that are left."""
-        return self._panel.dials
+        return self._fault_injector.behaviour
 
-    async def set_dials(self, dials: Dials) -> None:
+    async def set_behaviour(self, dials: Behaviour) -> None:
         """Replace all dials, faults included, from the next request on."""
-        self._panel.dials = dials
+        self._fault_injector.behaviour = dials
 
-    async def accounts(self) -> dict[str, Balance]:
+    async def list_accounts(self) -> dict[str, AccountBalance]:
         """Give what every account holds."""
-        return self._store.accounts()
+        return self._store.list_accounts()
 
-    async def set_account(self, user_key: str, balance: Balance) -> None:
+    async def set_account(self, user_key: str, balance: AccountBalance) -> None:
         """Make an account, or replace what it holds."""
         self._store.set_account(user_key, balance)
 
-    async def requests(self) -> list[Received]:
+    async def list_requests(self) -> list[RequestRecord]:
         """Give the requests received since the start or the last reset, oldest first."""
-        return self._journal.entries()
+        return self._request_log.records()
 
-    async def until(self, holds: Callable[[Sequence[Received]], bool], *, seconds: float = 10.0) -> list[Received]:
+    async def wait_for_requests(
+        self, predicate: Callable[[Sequence[RequestRecord]], bool], *, timeout_seconds: float = 10.0
+    ) -> list[RequestRecord]:
         """Wait until something holds of the requests received, and give them.
 
         Raises:
             TimeoutError: it does not hold in time.
 
         """
-        async with asyncio.timeout(seconds):
-            return await self._journal.until(holds)
+        async with asyncio.timeout(timeout_seconds):
+            return await self._request_log.wait_until(predicate)
 
-    async def idle(self, *, seconds: float = 30.0) -> None:
+    async def wait_until_idle(self, *, timeout_seconds: float = 30.0) -> None:
         """Wait until every task has ended.
 
         Raises:
             TimeoutError: one has not ended in time.
 
         """
-        async with asyncio.timeout(seconds):
-            await self._workshop.idle()
+        async with asyncio.timeout(timeout_seconds):
+            await self._worker.wait_until_idle()
 
     async def reset(self) -> None:
         """Lead back to the beginning: no tasks, no requests, accounts and dials as configured."""
-        self._panel.dials = self._first_dials
-        await self._workshop.drop()
-        self._store.clear(self._first_accounts)
-        self._journal.clear()
+        self._fault_injector.behaviour = self._initial_behaviour
+        await self._worker.cancel_all()
+        self._store.clear(self._initial_accounts)
+        self._request_log.clear()
 
 
 class ControlRoutes:
     """The same over HTTP. A body that can't be read is answered 400, with a sentence that says why."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: SandboxControl) -> None:
         self._control = control
         self._routes: dict[tuple[str, str], Callable[[Exchange], Awaitable[Any]]] = {
-            ("GET", "dials"): self._dials,
-            ("PUT", "dials"): self._set_dials,
-            ("GET", "accounts"): self._accounts,
-            ("GET", "requests"): self._requests,
+            ("GET", "dials"): self._get_behaviour,
+            ("PUT", "dials"): self._set_behaviour,
+            ("GET", "accounts"): self._list_accounts,
+            ("GET", "requests"): self._list_requests,
             ("POST", "reset"): self._reset,
         }
 
     async def handle(self, exchange: Exchange) -> None:
         """Answer a request to the control side."""
-        resource = exchange.path.removeprefix(CONTROL)
+        resource = exchange.path.removeprefix(CONTROL_PATH)
         route = self._routes.get((exchange.method, resource))
         if exchange.method == "PUT" and resource.startswith("accounts/"):
             route = self._set_account
         if route is None:
-            await exchange.respond(404, JSON, b'{"error":"no such control"}')
+            await exchange.respond(404, JSON_TYPE, b'{"error":"no such control"}')
             return
         try:
             status, content = 200, await route(exchange)
-        except ClientLeftError:
+        except ClientDisconnectedError:
             return
         except msgspec.DecodeError as error:
             status, content = 400, {"error": str(error)}
-        await exchange.respond(status, JSON, msgspec.json.encode(content))
+        await exchange.respond(status, JSON_TYPE, msgspec.json.encode(content))
 
-    async def _dials(self, _: Exchange) -> Dials:
-        return await self._control.dials()
+    async def _get_behaviour(self, _: Exchange) -> Behaviour:
+        return await self._control.get_behaviour()
 
-    async def _set_dials(self, exchange: Exchange) -> Dials:
-        await self._control.set_dials(msgspec.json.decode(await _body(exchange), type=Dials))
-        return await self._control.dials()
+    async def _set_behaviour(self, exchange: Exchange) -> Behaviour:
+        await self._control.set_behaviour(msgspec.json.decode(await _read_body(exchange), type=Behaviour))
+        return await self._control.get_behaviour()
 
-    async def _accounts(self, _: Exchange) -> dict[str, Balance]:
-        return await self._control.accounts()
+    async def _list_accounts(self, _: Exchange) -> dict[str, AccountBalance]:
+        return await self._control.list_accounts()
 
-    async def _set_account(self, exchange: Exchange) -> Balance:
-        balance = msgspec.json.decode(await _body(exchange), type=Balance)
-        await self._control.set_account(exchange.path.removeprefix(f"{CONTROL}accounts/"), balance)
+    async def _set_account(self, exchange: Exchange) -> AccountBalance:
+        balance = msgspec.json.decode(await _read_body(exchange), type=AccountBalance)
+        await self._control.set_account(exchange.path.removeprefix(f"{CONTROL_PATH}accounts/"), balance)
         return balance
 
-    async def _requests(self, _: Exchange) -> list[Received]:
-        return await self._control.requests()
+    async def _list_requests(self, _: Exchange) -> list[RequestRecord]:
+        return await self._control.list_requests()
 
-    async def _reset(self, _: Exchange) -> dict[str, Balance]:
+    async def _reset(self, _: Exchange) -> dict[str, AccountBalance]:
         await self._control.reset()
-        return await self._control.accounts()
+        return await self._control.list_accounts()
 
 
-async def _body(exchange: Exchange) -> bytes:
+async def _read_body(exchange: Exchange) -> bytes:
     return b"".join([chunk async for chunk in exchange.body()])
 
 
-__all__ = ["Balance", "Sandbox", "SandboxConfig", "create_sandbox"]
+__all__ = ["AccountBalance", "Sandbox", "SandboxConfig", "create_sandbox"]
 
 
-_TEXT: Final = "text/plain; charset=utf-8"
+_TEXT_TYPE: Final = "text/plain; charset=utf-8"
 
 
-_POST: Final = frozenset({"POST"})
+_POST_ONLY: Final = frozenset({"POST"})
 
 
 class _Route(NamedTuple):
@@ -179,10 +189,10 @@ class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     folder: Path | None = None
-    accounts: Mapping[str, Balance] = {}
-    dials: Dials = Dials()
+    accounts: Mapping[str, AccountBalance] = {}
+    behaviour: Behaviour = Behaviour()
     seconds: float = 2.0
-    most_tasks: int = MOST_TASKS
+    max_tasks: int = MAX_TASKS
 
 
 class Sandbox:
@@ -190,11 +200,11 @@ class Sandbox:
 
     def __init__(self, config: SandboxConfig) -> None:
         self._config = config
-        self._closing = asyncio.Event()
+        self._shutdown_event = asyncio.Event()
         self._routes: dict[str, _Route] = {}
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[Control]:
+    async def open(self) -> AsyncIterator[SandboxControl]:
         """Open the folder and take up its unfinished tasks; at the end leave them and close everything.
 
         Raises:
@@ -207,20 +217,20 @@ class Sandbox:
             folder = config.folder
             if folder is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-")))
-            store = Store(folder, config.accounts, most_tasks=config.most_tasks)
+            store = Store(folder, config.accounts, max_tasks=config.max_tasks)
             stack.callback(store.close)
-            journal, panel = Journal(), Panel(config.dials)
-            workshop = Workshop(store, panel)
-            upstream = Upstream(store, workshop, journal, self._closing, panel, config.seconds)
-            control = Control(panel, store, workshop, journal, config.accounts)
+            journal, panel = RequestLog(), FaultInjector(config.behaviour)
+            workshop = Worker(store, panel)
+            upstream = VendorApi(store, workshop, journal, self._shutdown_event, panel, config.seconds)
+            control = SandboxControl(panel, store, workshop, journal, config.accounts)
             self._routes = {
-                "/api/submit_task": _Route(_POST, partial(upstream.submit, "upscale")),
-                "/api/submit_vector_task": _Route(_POST, partial(upstream.submit, "vector")),
-                "/api/submit_face_enhance_task": _Route(_POST, partial(upstream.submit, "face")),
-                "/api/submit_seamless_task": _Route(_POST, partial(upstream.submit, "seamless")),
-                "/api/check_task_status": _Route(_POST, upstream.check),
-                FILES: _Route(frozenset({"GET", "HEAD"}), upstream.file),
-                CONTROL: _Route(frozenset({"GET", "PUT", "POST"}), ControlRoutes(control).handle),
+                "/api/submit_task": _Route(_POST_ONLY, partial(upstream.submit, "upscale")),
+                "/api/submit_vector_task": _Route(_POST_ONLY, partial(upstream.submit, "vector")),
+                "/api/submit_face_enhance_task": _Route(_POST_ONLY, partial(upstream.submit, "face")),
+                "/api/submit_seamless_task": _Route(_POST_ONLY, partial(upstream.submit, "seamless")),
+                "/api/check_task_status": _Route(_POST_ONLY, upstream.check),
+                FILES_PATH: _Route(frozenset({"GET", "HEAD"}), upstream.serve_file),
+                CONTROL_PATH: _Route(frozenset({"GET", "PUT", "POST"}), ControlRoutes(control).handle),
             }
             workshop.resume()
             try:
@@ -228,26 +238,26 @@ class Sandbox:
             finally:
                 await workshop.close()
 
-    def hurry(self) -> None:
+    def begin_shutdown(self) -> None:
         """Let no request wait any longer: the connections are gone, and the sandbox is about to be closed."""
-        self._closing.set()
+        self._shutdown_event.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the life of a server."""
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await self._run_lifespan(receive, send)
             return
         exchange = Exchange(scope, receive, send)
         folder = exchange.path[: exchange.path.find("/", 1) + 1]
         route = self._routes.get(exchange.path) or self._routes.get(folder)
         if route is None:
-            await exchange.respond(404, _TEXT, b"not found\n")
+            await exchange.respond(404, _TEXT_TYPE, b"not found\n")
         elif exchange.method not in route.methods:
-            await exchange.respond(405, _TEXT, b"method not allowed\n")
+            await exchange.respond(405, _TEXT_TYPE, b"method not allowed\n")
         else:
             await route.handler(exchange)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
+    async def _run_lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         async with self.open():
             await send({"type": "lifespan.startup.complete"})
@@ -277,15 +287,15 @@ class RunningSandbox:
     """
 
     url: str
-    control: Control
+    control: SandboxControl
 
 
-class _Protocol(HttpProtocol):
+class _SandboxProtocol(HttpProtocol):
     """A connection that the application can reach."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        extensions: dict[str, Any] = {CONNECTION: self}
+        extensions: dict[str, Any] = {CONNECTION_EXTENSION: self}
         self.scope["extensions"] = extensions
 
     def reset(self) -> None:
@@ -293,13 +303,13 @@ class _Protocol(HttpProtocol):
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         self.transport.abort()
 
-    def hang_up(self) -> None:
+    def close_gracefully(self) -> None:
         """Close the connection after what was written so far."""
         self.transport.close()
 
 
 @contextlib.asynccontextmanager
-async def running(config: SandboxConfig, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[RunningSandbox]:
+async def open_sandbox(config: SandboxConfig, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[RunningSandbox]:
     """Run a sandbox in this event loop; at the end cut its connections and close it.
 
     Raises:
@@ -308,14 +318,14 @@ async def running(config: SandboxConfig, host: str = "127.0.0.1", port: int = 0)
     """
     sandbox = create_sandbox(config)
     async with sandbox.open() as control:
-        server = HttpServer(sandbox, protocol=_Protocol)
+        server = HttpServer(sandbox, protocol=_SandboxProtocol)
         listening = listen(host, port)
         url = base_url(listening)
         server.start(listening)
         try:
             yield RunningSandbox(url, control)
         finally:
-            sandbox.hurry()
+            sandbox.begin_shutdown()
             await server.stop()
 
 
@@ -337,7 +347,7 @@ async def serve(config: SandboxConfig, host: str, port: int, *, on_ready: Callab
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
     try:
-        async with running(config, host, port) as sandbox:
+        async with open_sandbox(config, host, port) as sandbox:
             if on_ready is not None:
                 on_ready(sandbox.url)
             await ended.wait()

@@ -13,13 +13,13 @@ import msgspec
 Kind: TypeAlias = Literal["upscale", "vector", "face", "seamless"]
 
 
-Operation: TypeAlias = Literal["submit", "check", "file"]
+RequestType: TypeAlias = Literal["submit", "check", "file"]
 
 
 Reply: TypeAlias = Literal["json", "hang", "reset", "page", "cut", "garbled"]
 
 
-Wrong: TypeAlias = Literal["string", "int", "float", "negative", "null", "missing"]
+FieldDefect: TypeAlias = Literal["string", "int", "float", "negative", "null", "missing"]
 
 
 Field: TypeAlias = Literal[
@@ -41,14 +41,14 @@ Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 Yuan: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
 
-PRICES: Final[dict[Kind, int]] = {"upscale": 3, "vector": 2, "face": 1, "seamless": 1}
+DEFAULT_PRICES: Final[dict[Kind, int]] = {"upscale": 3, "vector": 2, "face": 1, "seamless": 1}
 """What a task of each kind costs in yuan unless the dials say otherwise. The vendor publishes no prices."""
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What goes wrong, and with which requests; the module's docstring explains every field."""
 
-    on: Operation | None = None
+    on: RequestType | None = None
     user_key: str | None = None
     times: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
@@ -59,7 +59,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     refuse: str | None = None
     reject: str | None = None
     fail: str | None = None
-    wrong: dict[Field, Wrong] = {}
+    wrong: dict[Field, FieldDefect] = {}
 
     def __post_init__(self) -> None:
         """Refuse combinations that would silently do nothing.
@@ -77,7 +77,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if self.on == "file" and self.status != 200 and self.reply != "page":
             raise ValueError("a file with another `status` is a `page`")
 
-    def matches(self, operation: Operation, user_key: str) -> bool:
+    def matches(self, operation: RequestType, user_key: str) -> bool:
         """Say whether this fault is about such a request."""
         concerns = operation != "file" if self.on is None else operation == self.on
         return concerns and self.user_key in {None, user_key}
@@ -86,7 +86,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 NO_FAULT: Final = Fault()
 
 
-class Dials(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the upstream behaves; the module's docstring explains every dial."""
 
     seconds: Seconds | None = None
@@ -100,17 +100,17 @@ class Dials(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = ":"
     faults: tuple[Fault, ...] = ()
 
-    def price(self, kind: Kind) -> int:
+    def price_of(self, kind: Kind) -> int:
         """Give the price of a task in yuan."""
-        return self.prices.get(kind, PRICES[kind])
+        return self.prices.get(kind, DEFAULT_PRICES[kind])
 
-    def spell(self, state: str) -> str:
+    def format_state(self, state: str) -> str:
         """Write a state in the letter case that is set."""
         if self.spelling == "COMPLETED":
             return state.upper()
         return state.lower() if self.spelling == "completed" else state.capitalize()
 
-    def strike(self, operation: Operation, user_key: str) -> tuple[Fault, Dials]:
+    def next_fault(self, operation: RequestType, user_key: str) -> tuple[Fault, Behaviour]:
         """Give the fault that hits this request, and the dials as they are after it."""
         for place, fault in enumerate(self.faults):
             if not fault.matches(operation, user_key):
@@ -123,7 +123,7 @@ class Dials(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return NO_FAULT, self
 
 
-class Panel:
+class FaultInjector:
     """Holds the dials in force.
 
     Attributes:
@@ -131,19 +131,19 @@ class Panel:
 
     """
 
-    def __init__(self, dials: Dials) -> None:
-        self.dials = dials
+    def __init__(self, behaviour: Behaviour) -> None:
+        self.behaviour = behaviour
 
-    def strike(self, operation: Operation, user_key: str) -> Fault:
+    def next_fault(self, operation: RequestType, user_key: str) -> Fault:
         """Give the fault that hits this request, and count it."""
-        fault, self.dials = self.dials.strike(operation, user_key)
+        fault, self.behaviour = self.behaviour.next_fault(operation, user_key)
         return fault
 
 
-_MOST: Final = 10_000
+_MAX_RECORDS: Final = 10_000
 
 
-Outcome: TypeAlias = Literal["arrived", "not_reached", "accepted", "refused", "told", "served", "broken_off"]
+RequestOutcome: TypeAlias = Literal["arrived", "not_reached", "accepted", "refused", "told", "served", "broken_off"]
 """What the upstream did with a request.
 
 - `arrived`: nothing yet, it is still being looked at;
@@ -156,7 +156,7 @@ Outcome: TypeAlias = Literal["arrived", "not_reached", "accepted", "refused", "t
 """
 
 
-class Received(msgspec.Struct, kw_only=True):
+class RequestRecord(msgspec.Struct, kw_only=True):
     """One request.
 
     Attributes:
@@ -171,51 +171,51 @@ class Received(msgspec.Struct, kw_only=True):
 
     """
 
-    operation: Operation
+    operation: RequestType
     path: str
-    at: float = msgspec.field(default_factory=time.time)
+    received_at: float = msgspec.field(default_factory=time.time)
     user_key: str = ""
     task_id: str = ""
-    outcome: Outcome = "arrived"
+    outcome: RequestOutcome = "arrived"
     detail: str = ""
     reply: Reply = "json"
     image_bytes: int = 0
     fields: dict[str, str] = {}
 
 
-class Journal:
+class RequestLog:
     """Keeps the newest requests, oldest first."""
 
     def __init__(self) -> None:
-        self._entries: deque[Received] = deque(maxlen=_MOST)
-        self._changed = asyncio.Event()
+        self._records: deque[RequestRecord] = deque(maxlen=_MAX_RECORDS)
+        self._change_event = asyncio.Event()
 
-    def add(self, entry: Received) -> None:
+    def add(self, entry: RequestRecord) -> None:
         """Write a request down."""
-        self._entries.append(entry)
+        self._records.append(entry)
         self._notify()
 
-    def update(self, entry: Received, outcome: Outcome, detail: str = "") -> None:
+    def record_outcome(self, entry: RequestRecord, outcome: RequestOutcome, detail: str = "") -> None:
         """Write down what became of a request."""
         entry.outcome = outcome
         entry.detail = detail
         self._notify()
 
-    def entries(self) -> list[Received]:
+    def records(self) -> list[RequestRecord]:
         """Give copies of all entries."""
-        return [msgspec.structs.replace(entry) for entry in self._entries]
+        return [msgspec.structs.replace(entry) for entry in self._records]
 
     def clear(self) -> None:
         """Forget everything."""
-        self._entries.clear()
+        self._records.clear()
         self._notify()
 
-    async def until(self, holds: Callable[[Sequence[Received]], bool]) -> list[Received]:
+    async def wait_until(self, predicate: Callable[[Sequence[RequestRecord]], bool]) -> list[RequestRecord]:
         """Wait until something holds of the entries, and give them."""
-        while not holds(entries := self.entries()):
-            await self._changed.wait()
+        while not predicate(entries := self.records()):
+            await self._change_event.wait()
         return entries
 
     def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._change_event.set()
+        self._change_event = asyncio.Event()

@@ -14,10 +14,10 @@ from multipart import MultipartError, MultipartSegment, PushMultipartParser, par
 
 from service.sandbox.faults import Kind
 
-FILE: Final = "input_image"
-MOST_FILE_BYTES: Final = 64 * 1024 * 1024
-_MOST_TEXT_BYTES: Final = 256 * 1024
-_MOST_PARTS: Final = 64
+FILE_FIELD: Final = "input_image"
+MAX_FILE_BYTES: Final = 64 * 1024 * 1024
+_MAX_TEXT_BYTES: Final = 256 * 1024
+_MAX_PARTS: Final = 64
 
 Number = TypeVar("Number", int, float)
 
@@ -38,7 +38,7 @@ class Form(msgspec.Struct):
 
     fields: dict[str, str]
     image: bytes | None = None
-    fault: str | None = None
+    error: str | None = None
 
 
 async def read_form(content_type: str, chunks: AsyncIterator[bytes]) -> Form:
@@ -52,21 +52,21 @@ async def read_form(content_type: str, chunks: AsyncIterator[bytes]) -> Form:
     body = bytearray()
     async for chunk in chunks:
         body += chunk
-        if len(body) > _MOST_TEXT_BYTES:
-            return Form({}, fault="请求内容过大")
+        if len(body) > _MAX_TEXT_BYTES:
+            return Form({}, error="请求内容过大")
     if media_type != "application/x-www-form-urlencoded":
-        return Form({}, fault="不支持的请求格式")
+        return Form({}, error="不支持的请求格式")
     try:
-        pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=_MOST_PARTS)
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=_MAX_PARTS)
     except ValueError:
-        return Form({}, fault="请求格式错误")
+        return Form({}, error="请求格式错误")
     return Form(dict(pairs))
 
 
 async def _read_multipart(boundary: str, chunks: AsyncIterator[bytes]) -> Form:
     form = Form({})
     try:
-        parser = PushMultipartParser(boundary, max_segment_size=MOST_FILE_BYTES, max_segment_count=_MOST_PARTS)
+        parser = PushMultipartParser(boundary, max_segment_size=MAX_FILE_BYTES, max_segment_count=_MAX_PARTS)
         with parser:
             part: MultipartSegment | None = None
             content = bytearray()
@@ -77,18 +77,18 @@ async def _read_multipart(boundary: str, chunks: AsyncIterator[bytes]) -> Form:
                     elif event is not None:
                         content += event
                     elif part is not None:
-                        _keep(form, part, content)
+                        _add_part(form, part, content)
     except (MultipartError, UnicodeDecodeError):
-        form.fault = "请求格式错误或文件过大"
+        form.error = "请求格式错误或文件过大"
     return form
 
 
-def _keep(form: Form, part: MultipartSegment, content: bytearray) -> None:
+def _add_part(form: Form, part: MultipartSegment, content: bytearray) -> None:
     name = part.name or ""
-    if name == FILE and part.filename is not None:
+    if name == FILE_FIELD and part.filename is not None:
         form.image = bytes(content)
-    elif len(content) > _MOST_TEXT_BYTES:
-        form.fault = "请求内容过大"
+    elif len(content) > _MAX_TEXT_BYTES:
+        form.error = "请求内容过大"
     else:
         form.fields[name] = content.decode()
 
@@ -115,27 +115,27 @@ def parse_options(kind: Kind, fields: Mapping[str, str]) -> Options:
 
     """
     if kind == "vector":
-        return Options(color_count=_number(fields, "color_count", int, 2, 16, 5))
+        return Options(color_count=_parse_number(fields, "color_count", int, 2, 16, 5))
     if kind == "seamless":
-        return Options(fit=_number(fields, "fit", float, 0.1, 0.9, 0.5))
+        return Options(fit=_parse_number(fields, "fit", float, 0.1, 0.9, 0.5))
     if kind == "face":
         return Options()
     for name in ("sdxl_model_dropdown", "style_dropdown"):
         if not fields.get(name):
             raise RejectedError(f"缺少参数{name}")
     return Options(
-        upscale=_number(fields, "upscale", float, 1, 8),
-        s_noise=_number(fields, "s_noise", float, 1, 1.1),
-        steps=_number(fields, "steps", float, 20, 40),
-        high_fidelity=_flag(fields, "high_fidelity"),
-        strong_inpaint=_flag(fields, "strong_inpaint"),
-        strong_inpaint_intensity=_number(fields, "strong_inpaint_intensity", float, 0, 1, 0.5),
-        vector_switch=_flag(fields, "vector_switch", "false"),
-        color_count=_number(fields, "color_count", int, 2, 16, 5),
+        upscale=_parse_number(fields, "upscale", float, 1, 8),
+        s_noise=_parse_number(fields, "s_noise", float, 1, 1.1),
+        steps=_parse_number(fields, "steps", float, 20, 40),
+        high_fidelity=_parse_flag(fields, "high_fidelity"),
+        strong_inpaint=_parse_flag(fields, "strong_inpaint"),
+        strong_inpaint_intensity=_parse_number(fields, "strong_inpaint_intensity", float, 0, 1, 0.5),
+        vector_switch=_parse_flag(fields, "vector_switch", "false"),
+        color_count=_parse_number(fields, "color_count", int, 2, 16, 5),
     )
 
 
-def _number(
+def _parse_number(
     fields: Mapping[str, str],
     name: str,
     number: Callable[[str], Number],
@@ -157,7 +157,7 @@ def _number(
     return value
 
 
-def _flag(fields: Mapping[str, str], name: str, default: str | None = None) -> bool:
+def _parse_flag(fields: Mapping[str, str], name: str, default: str | None = None) -> bool:
     text = fields.get(name, default)
     if text is None:
         raise RejectedError(f"缺少参数{name}")

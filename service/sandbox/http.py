@@ -18,11 +18,11 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
-CONNECTION: Final = "service.sandbox.connection"
+CONNECTION_EXTENSION: Final = "service.sandbox.connection"
 """The extension of the scope that holds the request's `Connection`."""
 
 
-JSON: Final = "application/json"
+JSON_TYPE: Final = "application/json"
 
 
 class Connection(Protocol):
@@ -31,11 +31,11 @@ class Connection(Protocol):
     def reset(self) -> None:
         """Drop it so that the other side sees a reset."""
 
-    def hang_up(self) -> None:
+    def close_gracefully(self) -> None:
         """Close it in order, after what was written so far."""
 
 
-class ClientLeftError(Exception):
+class ClientDisconnectedError(Exception):
     """The connection ended in the middle of the request."""
 
 
@@ -68,7 +68,7 @@ class Exchange:
             KeyError: the server is not that of `service.sandbox.server`.
 
         """
-        connection: Connection = self._scope["extensions"][CONNECTION]
+        connection: Connection = self._scope["extensions"][CONNECTION_EXTENSION]
         return connection
 
     async def body(self) -> AsyncIterator[bytes]:
@@ -82,28 +82,28 @@ class Exchange:
         while more:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                raise ClientLeftError
+                raise ClientDisconnectedError
             yield message.get("body", b"")
             more = message.get("more_body", False)
 
-    async def gone(self) -> None:
+    async def wait_closed(self) -> None:
         """Wait until the connection has ended."""
-        with contextlib.suppress(ClientLeftError):
+        with contextlib.suppress(ClientDisconnectedError):
             while True:
                 async for _ in self.body():
                     pass
 
-    async def start(self, status: int, content_type: str, length: int, **headers: str) -> None:
+    async def send_head(self, status: int, content_type: str, length: int, **headers: str) -> None:
         """Send the head of the answer; an underscore in a header's name stands for a hyphen."""
         fields = {"content-type": content_type, "content-length": str(length), **headers}
         raw = [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in fields.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
-    async def write(self, body: bytes, *, more: bool = False) -> None:
+    async def send_body(self, body: bytes, *, more: bool = False) -> None:
         """Send a piece of the answer's body, by default the last."""
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def respond(self, status: int, content_type: str, body: bytes) -> None:
         """Send a whole answer."""
-        await self.start(status, content_type, len(body))
-        await self.write(body)
+        await self.send_head(status, content_type, len(body))
+        await self.send_body(body)

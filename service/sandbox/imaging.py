@@ -22,13 +22,13 @@ from service.sandbox.forms import Options, RejectedError
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
-MOST_PIXELS: Final = 25_000_000
+MAX_PIXELS: Final = 25_000_000
 
 
-_TOO_MANY_PIXELS: Final = f"图片像素过大(最多{MOST_PIXELS // 1_000_000}百万像素)"
+_TOO_MANY_PIXELS_ERROR: Final = f"图片像素过大(最多{MAX_PIXELS // 1_000_000}百万像素)"
 
 
-def probe(image: bytes) -> None:
+def check_image(image: bytes) -> None:
     """Check that this is an image of a bearable size.
 
     Raises:
@@ -41,15 +41,15 @@ def probe(image: bytes) -> None:
         with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
             width, height = picture.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise RejectedError(_TOO_MANY_PIXELS) from None
+        raise RejectedError(_TOO_MANY_PIXELS_ERROR) from None
     # Pillow's readers let their own mishaps with broken files through.
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, struct.error, TypeError, KeyError):
         raise RejectedError("无法识别的图片格式") from None
-    if width * height > MOST_PIXELS:
-        raise RejectedError(_TOO_MANY_PIXELS)
+    if width * height > MAX_PIXELS:
+        raise RejectedError(_TOO_MANY_PIXELS_ERROR)
 
 
-def load(path: Path) -> MatLike:
+def load_image(path: Path) -> MatLike:
     """Decode an image, upright as its camera meant it.
 
     Raises:
@@ -69,7 +69,7 @@ def load(path: Path) -> MatLike:
     return cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA if clear else cv2.COLOR_RGB2BGR)
 
 
-def save(picture: MatLike, path: Path) -> Path:
+def save_image(picture: MatLike, path: Path) -> Path:
     """Write an image in the format that the path's suffix names, and give the path back.
 
     Raises:
@@ -125,25 +125,25 @@ def lift_contrast(colours: MatLike, limit: float) -> MatLike:
     return cv2.cvtColor(lab, cv2.COLOR_LAB2BGR)
 
 
-def bounded(width: float, height: float) -> tuple[int, int]:
+def check_size(width: float, height: float) -> tuple[int, int]:
     """Round a size that is to be made.
 
     Raises:
         RejectedError: it has more pixels than can be worked on.
 
     """
-    if width * height > MOST_PIXELS:
-        raise RejectedError(f"放大后的图片像素过大(最多{MOST_PIXELS // 1_000_000}百万像素)")
+    if width * height > MAX_PIXELS:
+        raise RejectedError(f"放大后的图片像素过大(最多{MAX_PIXELS // 1_000_000}百万像素)")
     return max(1, round(width)), max(1, round(height))
 
 
-_CASCADE: Final = Path(cv2.__file__).parent / "data" / "haarcascade_frontalface_default.xml"
+_CASCADE_PATH: Final = Path(cv2.__file__).parent / "data" / "haarcascade_frontalface_default.xml"
 
 
-_DETECTION_PIXELS: Final = 640_000
+_MAX_DETECTION_PIXELS: Final = 640_000
 
 
-_MARGIN: Final = 0.25
+_FACE_MARGIN: Final = 0.25
 
 
 def enhance_faces(image: MatLike) -> MatLike:
@@ -154,36 +154,36 @@ def enhance_faces(image: MatLike) -> MatLike:
         return join_alpha(sharpen(cv2.bilateralFilter(colours, 5, 15, 3), 1.2, 0.4), alpha)
     restored = colours.copy()
     for face in faces:
-        _restore(restored, face)
+        _restore_face(restored, face)
     return join_alpha(restored, alpha)
 
 
 def find_faces(colours: MatLike) -> list[Rect]:
     """Give the faces as left, top, width, height."""
-    small = shrink(colours, _DETECTION_PIXELS)
+    small = shrink(colours, _MAX_DETECTION_PIXELS)
     grey = cv2.equalizeHist(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY))
     # A classifier keeps state while it runs, so that each thread needs its own.
-    cascade = cv2.CascadeClassifier(str(_CASCADE))
+    cascade = cv2.CascadeClassifier(str(_CASCADE_PATH))
     found = cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5, minSize=(32, 32))
     factor = math.sqrt(colours.shape[0] * colours.shape[1] / (small.shape[0] * small.shape[1]))
     return [tuple(round(factor * int(length)) for length in face) for face in found]
 
 
-def _restore(colours: MatLike, face: Rect) -> None:
+def _restore_face(colours: MatLike, face: Rect) -> None:
     """Restore one face in place, fading into what surrounds it."""
     left, top, width, height = face
-    rows = slice(max(0, top - round(_MARGIN * height)), top + round((1 + _MARGIN) * height))
-    columns = slice(max(0, left - round(_MARGIN * width)), left + round((1 + _MARGIN) * width))
+    rows = slice(max(0, top - round(_FACE_MARGIN * height)), top + round((1 + _FACE_MARGIN) * height))
+    columns = slice(max(0, left - round(_FACE_MARGIN * width)), left + round((1 + _FACE_MARGIN) * width))
     region = colours[rows, columns]
     clean = cv2.bilateralFilter(region, 9, 40, 4)
     # Half of it: all of it would draw a halo around dark hair.
     lit = cv2.addWeighted(lift_contrast(clean, 1.3), 0.5, clean, 0.5, 0)
     better = sharpen(lit, max(1.0, width / 160), 0.7)
-    inside = _feathered(region.shape[0], region.shape[1])
+    inside = _ellipse_weights(region.shape[0], region.shape[1])
     colours[rows, columns] = cv2.blendLinear(better, np.ascontiguousarray(region), inside, 1 - inside)
 
 
-def _feathered(height: int, width: int) -> MatLike:
+def _ellipse_weights(height: int, width: int) -> MatLike:
     """Give the weights of an ellipse that reaches the middle of each side and fades out before it."""
     down = np.linspace(-1, 1, height, dtype=np.float32)[:, np.newaxis]
     across = np.linspace(-1, 1, width, dtype=np.float32)[np.newaxis, :]
@@ -191,7 +191,7 @@ def _feathered(height: int, width: int) -> MatLike:
     return np.clip((1 - distance) / 0.35, 0, 1).astype(np.float32)
 
 
-_MOST_GRID_PIXELS: Final = 16_000_000
+_MAX_GRID_PIXELS: Final = 16_000_000
 
 
 def make_seamless(image: MatLike, fit: float) -> MatLike:
@@ -205,16 +205,16 @@ def make_seamless(image: MatLike, fit: float) -> MatLike:
         fit: share of the half image that fades: more hides the seam better and loses more of the image.
 
     """
-    return _blend(_blend(image, fit, axis=1), fit, axis=0)
+    return _blend_edges(_blend_edges(image, fit, axis=1), fit, axis=0)
 
 
-def grid(tile: MatLike) -> MatLike:
+def make_grid(tile: MatLike) -> MatLike:
     """Lay the tile out two by two, smaller if the whole would grow too large."""
-    small = shrink(tile, _MOST_GRID_PIXELS // 4)
+    small = shrink(tile, _MAX_GRID_PIXELS // 4)
     return np.tile(small, (2, 2, 1))
 
 
-def _blend(image: MatLike, fit: float, *, axis: int) -> MatLike:
+def _blend_edges(image: MatLike, fit: float, *, axis: int) -> MatLike:
     length = image.shape[axis]
     shifted = np.roll(image, length // 2, axis=axis)
     from_edge = np.minimum(np.arange(length), np.arange(length)[::-1])
@@ -237,7 +237,7 @@ def upscale(image: MatLike, options: Options) -> MatLike:
 
     """
     height, width = image.shape[:2]
-    size = bounded(width * options.upscale, height * options.upscale)
+    size = check_size(width * options.upscale, height * options.upscale)
     colours, alpha = split_alpha(image)
     if not options.high_fidelity:
         colours = cv2.bilateralFilter(colours, 5, 12 + 200 * (options.s_noise - 1), 3)
@@ -252,10 +252,10 @@ def upscale(image: MatLike, options: Options) -> MatLike:
     return join_alpha(colours, alpha)
 
 
-_MOST_PIXELS: Final = 1_000_000
+_MAX_VECTOR_PIXELS: Final = 1_000_000
 
 
-_SAMPLE: Final = 20_000
+_SAMPLE_PIXELS: Final = 20_000
 
 
 # vtracer holds the interpreter's lock while it works, so it runs in a process of its own. The colours are flat already:
@@ -267,29 +267,29 @@ vtracer.convert_image_to_svg_py(*sys.argv[1:], **options)
 """
 
 
-_TRACE_SECONDS: Final = 120.0
+_TRACE_TIMEOUT_SECONDS: Final = 120.0
 
 
 _SEED: Final = 5
 
 
-_FILL: Final = re.compile(r'fill="#([0-9A-Fa-f]{6})"')
+_FILL_PATTERN: Final = re.compile(r'fill="#([0-9A-Fa-f]{6})"')
 
 
-_SIZE: Final = re.compile(r'width="(\d+)" height="(\d+)"')
+_SIZE_PATTERN: Final = re.compile(r'width="(\d+)" height="(\d+)"')
 
 
-def flatten(image: MatLike, color_count: int) -> MatLike:
+def reduce_colors(image: MatLike, color_count: int) -> MatLike:
     """Give the image in at most so many colours, each pixel opaque or clear, and no larger than can be traced."""
-    colours, alpha = split_alpha(shrink(image, _MOST_PIXELS))
+    colours, alpha = split_alpha(shrink(image, _MAX_VECTOR_PIXELS))
     pixels = cv2.bilateralFilter(colours, 5, 25, 3).reshape(-1, 3)
     opaque = None if alpha is None else np.where(alpha > 127, 255, 0).astype(np.uint8)
     shown = pixels if opaque is None or not opaque.any() else pixels[opaque.reshape(-1) > 0]
-    flat = _nearest(pixels, _palette(shown, color_count)).reshape(colours.shape)
+    flat = _nearest_colors(pixels, _choose_palette(shown, color_count)).reshape(colours.shape)
     return join_alpha(flat, opaque)
 
 
-def trace(flat: MatLike, source: Path, target: Path, size: tuple[int, int]) -> None:
+def trace_paths(flat: MatLike, source: Path, target: Path, size: tuple[int, int]) -> None:
     """Draw a flattened image as paths, each filled with one of its colours.
 
     Args:
@@ -305,23 +305,23 @@ def trace(flat: MatLike, source: Path, target: Path, size: tuple[int, int]) -> N
     """
     program = [sys.executable, "-c", _TRACE_PROGRAM, str(source), str(target)]
     # Nothing of it comes from a client: the paths are the sandbox's own.
-    subprocess.run(program, check=True, timeout=_TRACE_SECONDS, stdout=subprocess.DEVNULL)  # noqa: S603
+    subprocess.run(program, check=True, timeout=_TRACE_TIMEOUT_SECONDS, stdout=subprocess.DEVNULL)  # noqa: S603
     palette = np.unique(flat.reshape(-1, flat.shape[2])[:, :3], axis=0)
 
     def to_palette(fill: re.Match[str]) -> str:
         # Where specks were swallowed, the tracer fills with a mean colour.
         red, green, blue = bytes.fromhex(fill[1])
-        nearest = _nearest(np.array([[blue, green, red]], np.uint8), palette)[0]
+        nearest = _nearest_colors(np.array([[blue, green, red]], np.uint8), palette)[0]
         return 'fill="#{:02x}{:02x}{:02x}"'.format(*nearest[::-1])
 
-    svg = _FILL.sub(to_palette, target.read_text())
+    svg = _FILL_PATTERN.sub(to_palette, target.read_text())
     width, height = size
-    svg = _SIZE.sub(rf'width="{width}" height="{height}" viewBox="0 0 \1 \2"', svg, count=1)
+    svg = _SIZE_PATTERN.sub(rf'width="{width}" height="{height}" viewBox="0 0 \1 \2"', svg, count=1)
     target.write_text(svg)
 
 
-def _palette(pixels: MatLike, color_count: int) -> MatLike:
-    chosen = np.random.default_rng(_SEED).integers(0, len(pixels), min(_SAMPLE, len(pixels)))
+def _choose_palette(pixels: MatLike, color_count: int) -> MatLike:
+    chosen = np.random.default_rng(_SEED).integers(0, len(pixels), min(_SAMPLE_PIXELS, len(pixels)))
     sample = pixels[chosen]
     distinct = np.unique(sample, axis=0)
     if len(distinct) <= color_count:
@@ -333,7 +333,7 @@ def _palette(pixels: MatLike, color_count: int) -> MatLike:
     return centres.round().astype(np.uint8)
 
 
-def _nearest(pixels: MatLike, palette: MatLike) -> MatLike:
+def _nearest_colors(pixels: MatLike, palette: MatLike) -> MatLike:
     """Give for each pixel the nearest colour of the palette, one colour at a time to save memory."""
     signed = pixels.astype(np.int32)
     best = np.full(len(pixels), np.iinfo(np.int32).max, np.int32)
@@ -346,7 +346,7 @@ def _nearest(pixels: MatLike, palette: MatLike) -> MatLike:
     return palette[index]
 
 
-def produce(kind: Kind, options: Options, image: Path, folder: Path) -> list[Path]:
+def apply_operation(kind: Kind, options: Options, image: Path, folder: Path) -> list[Path]:
     """Do the work of a task and give the files of its results, all in this folder.
 
     Raises:
@@ -354,17 +354,17 @@ def produce(kind: Kind, options: Options, image: Path, folder: Path) -> list[Pat
         OSError: a file can't be read or written.
 
     """
-    source = load(image)
+    source = load_image(image)
     if kind == "vector":
         return _vectorise(source, options, preview=folder / "image.png", target=folder / "vector.svg")
     if kind == "face":
-        return [save(enhance_faces(source), folder / "image.png")]
+        return [save_image(enhance_faces(source), folder / "image.png")]
     if kind == "seamless":
         tile = make_seamless(source, options.fit)
-        laid = grid(tile)
-        return [save(tile, folder / "image.png"), save(laid, folder / "grid.png")]
+        laid = make_grid(tile)
+        return [save_image(tile, folder / "image.png"), save_image(laid, folder / "grid.png")]
     enlarged = upscale(source, options)
-    results = [save(enlarged, folder / "image.png")]
+    results = [save_image(enlarged, folder / "image.png")]
     if options.vector_switch:
         scratch = folder / "flat.png"
         results += _vectorise(enlarged, options, preview=scratch, target=folder / "vector.svg")[1:]
@@ -373,8 +373,8 @@ def produce(kind: Kind, options: Options, image: Path, folder: Path) -> list[Pat
 
 
 def _vectorise(source: MatLike, options: Options, *, preview: Path, target: Path) -> list[Path]:
-    flat = flatten(source, options.color_count)
+    flat = reduce_colors(source, options.color_count)
     height, width = source.shape[:2]
-    save(flat, preview)
-    trace(flat, preview, target, (width, height))
+    save_image(flat, preview)
+    trace_paths(flat, preview, target, (width, height))
     return [preview, target]

@@ -15,7 +15,7 @@ from service.sandbox.faults import Kind
 from service.sandbox.forms import Options
 
 
-class Balance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AccountBalance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is left of an account.
 
     Attributes:
@@ -27,7 +27,7 @@ class Balance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: Annotated[int, msgspec.Meta(ge=0)]
     money: Annotated[int, msgspec.Meta(ge=0)]
 
-    def pay(self, price: int) -> Balance | None:
+    def charge(self, price: int) -> AccountBalance | None:
         """Give what is left after a task: a prepaid use goes first, then money; None if neither suffices.
 
         Args:
@@ -35,22 +35,22 @@ class Balance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         """
         if self.count > 0:
-            return Balance(self.count - 1, self.money)
+            return AccountBalance(self.count - 1, self.money)
         if self.money >= price:
-            return Balance(0, self.money - price)
+            return AccountBalance(0, self.money - price)
         return None
 
 
 State: TypeAlias = Literal["open", "completed", "failed"]
 
 
-MOST_TASKS: Final = 1_000
+MAX_TASKS: Final = 1_000
 
 
-MOST_BYTES: Final = 2 * 1024**3
+MAX_BYTES: Final = 2 * 1024**3
 
 
-INPUT: Final = "input"
+INPUT_NAME: Final = "input"
 
 
 _SCHEMA: Final = """
@@ -79,13 +79,13 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     user_key: str
     kind: Kind
     options: Options
-    ready: float
-    charged: bool
-    doomed: str | None = None
+    ready_at: float
+    is_charged: bool
+    planned_failure: str | None = None
     state: State = "open"
     reason: str | None = None
     files: tuple[str, ...] = ()
-    balance: Balance | None = None
+    balance: AccountBalance | None = None
 
 
 def new_task_id() -> str:
@@ -99,10 +99,10 @@ class Store:
     def __init__(
         self,
         folder: Path,
-        accounts: Mapping[str, Balance],
+        accounts: Mapping[str, AccountBalance],
         *,
-        most_tasks: int = MOST_TASKS,
-        most_bytes: int = MOST_BYTES,
+        max_tasks: int = MAX_TASKS,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         """Open the folder.
 
@@ -117,42 +117,42 @@ class Store:
             sqlite3.Error: likewise.
 
         """
-        self._most_tasks = most_tasks
-        self._most_bytes = most_bytes
-        self._tasks = folder / "tasks"
-        self._tasks.mkdir(parents=True, exist_ok=True)
+        self._max_tasks = max_tasks
+        self._max_bytes = max_bytes
+        self._tasks_folder = folder / "tasks"
+        self._tasks_folder.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(folder / "sandbox.sqlite3")
         self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
-        known = self.accounts()
+        known = self.list_accounts()
         for user_key, balance in accounts.items():
             if user_key not in known:
                 self.set_account(user_key, balance)
-        self._sweep()
+        self._remove_orphans()
 
     def close(self) -> None:
         """Let go of the folder."""
         self._db.close()
 
-    def folder_of(self, task_id: str) -> Path:
+    def task_folder(self, task_id: str) -> Path:
         """Name the folder of a task's files."""
-        return self._tasks / task_id
+        return self._tasks_folder / task_id
 
-    def accounts(self) -> dict[str, Balance]:
+    def list_accounts(self) -> dict[str, AccountBalance]:
         """Give all accounts."""
         rows = self._db.execute("SELECT user_key, count, money FROM account ORDER BY user_key")
-        return {user_key: Balance(count, money) for user_key, count, money in rows}
+        return {user_key: AccountBalance(count, money) for user_key, count, money in rows}
 
-    def balance(self, user_key: str) -> Balance | None:
+    def get_balance(self, user_key: str) -> AccountBalance | None:
         """Give what an account holds; None if there is no such account."""
         row = self._db.execute("SELECT count, money FROM account WHERE user_key = ?", (user_key,)).fetchone()
-        return None if row is None else Balance(*row)
+        return None if row is None else AccountBalance(*row)
 
-    def set_account(self, user_key: str, balance: Balance) -> None:
+    def set_account(self, user_key: str, balance: AccountBalance) -> None:
         """Make or replace an account."""
         with self._db:
             self._write_account(user_key, balance)
 
-    def accept(self, task: Task, balance: Balance) -> None:
+    def add_task(self, task: Task, balance: AccountBalance) -> None:
         """Write a new task and what its account holds from now on."""
         with self._db:
             self._db.execute(
@@ -161,7 +161,7 @@ class Store:
             )
             self._write_account(task.user_key, balance)
 
-    def finish(self, task: Task, size: int) -> None:
+    def finish_task(self, task: Task, size: int) -> None:
         """Write the end of a task, and the balance it ended with to its account.
 
         Args:
@@ -177,50 +177,50 @@ class Store:
             if task.balance is not None:
                 self._write_account(task.user_key, task.balance)
 
-    def task(self, task_id: str) -> Task | None:
+    def get_task(self, task_id: str) -> Task | None:
         """Give a task; None if there is none of this id, or it was pruned."""
         row = self._db.execute("SELECT record FROM task WHERE id = ?", (task_id,)).fetchone()
-        return None if row is None else _read(row[0])
+        return None if row is None else _decode_task(row[0])
 
-    def open_tasks(self) -> list[Task]:
+    def list_open_tasks(self) -> list[Task]:
         """Give the tasks that have not ended, oldest first."""
         rows = self._db.execute("SELECT record FROM task WHERE state = 'open' ORDER BY number")
-        return [_read(record) for (record,) in rows]
+        return [_decode_task(record) for (record,) in rows]
 
-    def prune(self) -> list[Path]:
+    def prune_tasks(self) -> list[Path]:
         """Forget the oldest ended tasks beyond the bounds, but never the newest; give the folders to be removed."""
         rows = self._db.execute("SELECT id, bytes FROM task WHERE state != 'open' ORDER BY number DESC").fetchall()
         total, gone = 0, []
         for place, (task_id, size) in enumerate(rows):
             total += size
-            if place > 0 and (place >= self._most_tasks or total > self._most_bytes):
+            if place > 0 and (place >= self._max_tasks or total > self._max_bytes):
                 gone.append(task_id)
         with self._db:
             self._db.executemany("DELETE FROM task WHERE id = ?", [(task_id,) for task_id in gone])
-        return [self.folder_of(task_id) for task_id in gone]
+        return [self.task_folder(task_id) for task_id in gone]
 
-    def clear(self, accounts: Mapping[str, Balance]) -> None:
+    def clear(self, accounts: Mapping[str, AccountBalance]) -> None:
         """Forget all tasks and their files, and set the accounts to these."""
         with self._db:
             self._db.execute("DELETE FROM task")
             self._db.execute("DELETE FROM account")
             for user_key, balance in accounts.items():
                 self._write_account(user_key, balance)
-        self._sweep()
+        self._remove_orphans()
 
-    def _write_account(self, user_key: str, balance: Balance) -> None:
+    def _write_account(self, user_key: str, balance: AccountBalance) -> None:
         self._db.execute(
             "INSERT OR REPLACE INTO account (user_key, count, money) VALUES (?, ?, ?)",
             (user_key, balance.count, balance.money),
         )
 
-    def _sweep(self) -> None:
+    def _remove_orphans(self) -> None:
         """Remove the files of submits that were cut off before their task was written."""
         known = {task_id for (task_id,) in self._db.execute("SELECT id FROM task")}
-        for folder in self._tasks.iterdir():
+        for folder in self._tasks_folder.iterdir():
             if folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read(record: bytes) -> Task:
+def _decode_task(record: bytes) -> Task:
     return msgspec.json.decode(record, type=Task)

@@ -16,11 +16,11 @@ from typing import Any, Final, TypeAlias
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from service.sandbox.faults import Fault, Journal, Kind, Panel, Received, Wrong
-from service.sandbox.forms import FILE, Form, RejectedError, parse_options, read_form
-from service.sandbox.http import JSON, ClientLeftError, Exchange
-from service.sandbox.store import Balance, Store, Task, new_task_id
-from service.sandbox.worker import Workshop
+from service.sandbox.faults import Fault, FaultInjector, FieldDefect, Kind, RequestLog, RequestRecord
+from service.sandbox.forms import FILE_FIELD, Form, RejectedError, parse_options, read_form
+from service.sandbox.http import JSON_TYPE, ClientDisconnectedError, Exchange
+from service.sandbox.store import AccountBalance, Store, Task, new_task_id
+from service.sandbox.worker import Worker
 
 UNKNOWN_ACCOUNT: Final = "账户不存在"
 
@@ -31,10 +31,10 @@ NO_BALANCE: Final = "账户剩余次数不足"
 UNKNOWN_TASK: Final = "任务未找到或状态未知"
 
 
-_REJECTED: Final = "任务提交失败"
+_REJECTION_PREFIX: Final = "任务提交失败"
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class VendorResponse(msgspec.Struct, frozen=True, kw_only=True):
     """What a submit or a check answers. A field that is unset is left out of the JSON."""
 
     err_code: int = 0
@@ -48,17 +48,17 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     remaining_money: int | UnsetType = UNSET
 
 
-def refusal(message: str) -> Answer:
+def refusal_response(message: str) -> VendorResponse:
     """Give the answer of a call that was refused."""
-    return Answer(err_code=1, err_msg=message)
+    return VendorResponse(err_code=1, err_msg=message)
 
 
-def rejected(reason: str, colon: str) -> str:
+def rejection_message(reason: str, colon: str) -> str:
     """Give the message of a submit that was rejected for a reason."""
-    return f"{_REJECTED}{colon}{reason}"
+    return f"{_REJECTION_PREFIX}{colon}{reason}"
 
 
-def spoiled(answer: Answer, wrong: dict[Any, Wrong]) -> dict[str, Any]:
+def corrupt_fields(answer: VendorResponse, wrong: dict[Any, FieldDefect]) -> dict[str, Any]:
     """Give the answer's JSON object with the named fields made wrong.
 
     Only a field that the answer has is spoiled, except that `null` also puts one where there was none: a state that
@@ -73,11 +73,11 @@ def spoiled(answer: Answer, wrong: dict[Any, Wrong]) -> dict[str, Any]:
         elif way == "missing":
             del content[name]
         else:
-            content[name] = _mistyped(content[name], way)
+            content[name] = _corrupt_value(content[name], way)
     return content
 
 
-def _mistyped(value: str | int, way: Wrong) -> str | int | float:
+def _corrupt_value(value: str | int, way: FieldDefect) -> str | int | float:
     if way == "string":
         return str(value)
     number = int(value) if isinstance(value, int) or value.isdecimal() else 7
@@ -86,42 +86,42 @@ def _mistyped(value: str | int, way: Wrong) -> str | int | float:
     return -1 - number if way == "negative" else number
 
 
-_CHUNK: Final = 256 * 1024
+_CHUNK_BYTES: Final = 256 * 1024
 
 
-_RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
+_RANGE_PATTERN: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 _CONTENT_TYPES: Final = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
-async def deliver(exchange: Exchange, answer: Answer, fault: Fault) -> None:
+async def send_response(exchange: Exchange, answer: VendorResponse, fault: Fault) -> None:
     """Send the answer of a call in the way the fault says."""
     if fault.reply in {"hang", "reset", "page"}:
-        await withhold(exchange, fault)
+        await break_response(exchange, fault)
         return
-    body = msgspec.json.encode(spoiled(answer, fault.wrong))
+    body = msgspec.json.encode(corrupt_fields(answer, fault.wrong))
     if fault.reply == "garbled":
         body = body[: len(body) // 2]
-    await exchange.start(fault.status, JSON, len(body))
+    await exchange.send_head(fault.status, JSON_TYPE, len(body))
     if fault.reply == "cut":
-        await exchange.write(body[: len(body) // 2], more=True)
-        await _hang_up(exchange)
+        await exchange.send_body(body[: len(body) // 2], more=True)
+        await _close_connection(exchange)
     else:
-        await exchange.write(body)
+        await exchange.send_body(body)
 
 
-async def withhold(exchange: Exchange, fault: Fault) -> None:
+async def break_response(exchange: Exchange, fault: Fault) -> None:
     """Do what the fault says instead of answering: hang, reset, or a page of HTML."""
     if fault.reply == "page":
-        await exchange.respond(fault.status, "text/html; charset=utf-8", _page(fault.status))
+        await exchange.respond(fault.status, "text/html; charset=utf-8", _error_page(fault.status))
         return
     if fault.reply == "reset":
         exchange.connection.reset()
-    await exchange.gone()
+    await exchange.wait_closed()
 
 
-async def deliver_file(exchange: Exchange, path: Path, fault: Fault) -> None:
+async def send_file(exchange: Exchange, path: Path, fault: Fault) -> None:
     """Send a file, or the range of it that was asked for (RFC 9110, one range of bytes).
 
     Raises:
@@ -133,29 +133,29 @@ async def deliver_file(exchange: Exchange, path: Path, fault: Fault) -> None:
         headers = {"accept_ranges": "bytes", "etag": f'"{path.parent.name}-{path.stem}"'}
         content_type = _CONTENT_TYPES[path.suffix]
         status, first, end = 200, 0, size
-        asked = _RANGE.fullmatch(exchange.header("range"))
+        asked = _RANGE_PATTERN.fullmatch(exchange.header("range"))
         if asked and exchange.method == "GET" and exchange.header("if-range") in {"", headers["etag"]}:
-            first, end = _bounds(asked, size)
+            first, end = _resolve_range(asked, size)
             if first >= end:
-                await exchange.start(416, content_type, 0, content_range=f"bytes */{size}")
-                await exchange.write(b"")
+                await exchange.send_head(416, content_type, 0, content_range=f"bytes */{size}")
+                await exchange.send_body(b"")
                 return
             status = 206
             headers["content_range"] = f"bytes {first}-{end - 1}/{size}"
-        await exchange.start(status, content_type, end - first, **headers)
+        await exchange.send_head(status, content_type, end - first, **headers)
         if exchange.method == "GET":
             file.seek(first)
             left = (end - first) // 2 if fault.reply == "cut" else end - first
-            while left > 0 and (piece := file.read(min(_CHUNK, left))):
+            while left > 0 and (piece := file.read(min(_CHUNK_BYTES, left))):
                 left -= len(piece)
-                await exchange.write(piece, more=True)
+                await exchange.send_body(piece, more=True)
     if fault.reply == "cut":
-        await _hang_up(exchange)
+        await _close_connection(exchange)
     else:
-        await exchange.write(b"")
+        await exchange.send_body(b"")
 
 
-def _bounds(asked: re.Match[str], size: int) -> tuple[int, int]:
+def _resolve_range(asked: re.Match[str], size: int) -> tuple[int, int]:
     """Give the first byte of a range and the one behind its last; they meet where no byte can be given."""
     first, last = asked.groups()
     if first:
@@ -163,12 +163,12 @@ def _bounds(asked: re.Match[str], size: int) -> tuple[int, int]:
     return (max(size - int(last), 0), size) if last else (0, 0)
 
 
-async def _hang_up(exchange: Exchange) -> None:
-    exchange.connection.hang_up()
-    await exchange.gone()
+async def _close_connection(exchange: Exchange) -> None:
+    exchange.connection.close_gracefully()
+    await exchange.wait_closed()
 
 
-def _page(status: int) -> bytes:
+def _error_page(status: int) -> bytes:
     title = f"{status} {responses.get(status, 'Error')}"
     return (
         f"<html>\r\n<head><title>{title}</title></head>\r\n<body>\r\n"
@@ -176,26 +176,26 @@ def _page(status: int) -> bytes:
     ).encode()
 
 
-FILES: Final = "/files/"
+FILES_PATH: Final = "/files/"
 
 
-class RefusedError(Exception):
+class CallRefusedError(Exception):
     """A call that is answered with an error; the text is the vendor's message."""
 
 
-_Deed: TypeAlias = Callable[[Exchange, Form, Fault, Received], Awaitable[Answer]]
+_CallHandler: TypeAlias = Callable[[Exchange, Form, Fault, RequestRecord], Awaitable[VendorResponse]]
 
 
-class Upstream:
+class VendorApi:
     """The vendor's side of the sandbox."""
 
     def __init__(
         self,
         store: Store,
-        workshop: Workshop,
-        journal: Journal,
+        workshop: Worker,
+        journal: RequestLog,
         closing: asyncio.Event,
-        panel: Panel,
+        panel: FaultInjector,
         seconds: float,
     ) -> None:
         """Bind the calls to what they work on.
@@ -210,134 +210,142 @@ class Upstream:
 
         """
         self._store = store
-        self._workshop = workshop
-        self._journal = journal
-        self._closing = closing
+        self._worker = workshop
+        self._request_log = journal
+        self._shutdown_event = closing
         self._seconds = seconds
-        self._panel = panel
+        self._fault_injector = panel
 
     async def submit(self, kind: Kind, exchange: Exchange) -> None:
         """Answer one of the four submits."""
-        await self._call(Received(operation="submit", path=exchange.path), exchange, partial(self._accept, kind))
+        await self._handle_call(
+            RequestRecord(operation="submit", path=exchange.path), exchange, partial(self._accept_submit, kind)
+        )
 
     async def check(self, exchange: Exchange) -> None:
         """Answer a check of a task."""
-        await self._call(Received(operation="check", path=exchange.path), exchange, self._tell)
+        await self._handle_call(RequestRecord(operation="check", path=exchange.path), exchange, self._report_status)
 
-    async def file(self, exchange: Exchange) -> None:
+    async def serve_file(self, exchange: Exchange) -> None:
         """Hand out a result."""
-        task_id, _, name = exchange.path.removeprefix(FILES).partition("/")
-        task = self._store.task(task_id)
+        task_id, _, name = exchange.path.removeprefix(FILES_PATH).partition("/")
+        task = self._store.get_task(task_id)
         if task is None or name not in task.files:
             await exchange.respond(404, "text/plain; charset=utf-8", b"no such file\n")
             return
-        entry = Received(operation="file", path=exchange.path, user_key=task.user_key, task_id=task_id)
-        fault = self._strike(entry)
-        if not await self._begins(exchange, fault, entry):
+        entry = RequestRecord(operation="file", path=exchange.path, user_key=task.user_key, task_id=task_id)
+        fault = self._next_fault(entry)
+        if not await self._apply_early_fault(exchange, fault, entry):
             return
-        self._journal.update(entry, "served")
+        self._request_log.record_outcome(entry, "served")
         if fault.reply in {"json", "cut"}:
-            await deliver_file(exchange, self._store.folder_of(task_id) / name, fault)
+            await send_file(exchange, self._store.task_folder(task_id) / name, fault)
         else:
-            await withhold(exchange, fault)
+            await break_response(exchange, fault)
 
-    async def _call(self, entry: Received, exchange: Exchange, deed: _Deed) -> None:
+    async def _handle_call(self, entry: RequestRecord, exchange: Exchange, deed: _CallHandler) -> None:
         try:
             form = await read_form(exchange.header("content-type"), exchange.body())
-        except ClientLeftError:
-            self._journal.add(entry)
-            self._journal.update(entry, "broken_off")
+        except ClientDisconnectedError:
+            self._request_log.add(entry)
+            self._request_log.record_outcome(entry, "broken_off")
             return
         entry.user_key = form.fields.pop("user_key", "")
         entry.fields = form.fields
         entry.image_bytes = len(form.image or b"")
-        fault = self._strike(entry)
-        if not await self._begins(exchange, fault, entry):
+        fault = self._next_fault(entry)
+        if not await self._apply_early_fault(exchange, fault, entry):
             return
         try:
             answer = await deed(exchange, form, fault, entry)
-        except RefusedError as error:
-            self._journal.update(entry, "refused", str(error))
-            answer = refusal(str(error))
-        await deliver(exchange, answer, fault)
+        except CallRefusedError as error:
+            self._request_log.record_outcome(entry, "refused", str(error))
+            answer = refusal_response(str(error))
+        await send_response(exchange, answer, fault)
 
-    def _strike(self, entry: Received) -> Fault:
-        fault = self._panel.strike(entry.operation, entry.user_key)
+    def _next_fault(self, entry: RequestRecord) -> Fault:
+        fault = self._fault_injector.next_fault(entry.operation, entry.user_key)
         entry.reply = fault.reply
-        self._journal.add(entry)
+        self._request_log.add(entry)
         return fault
 
-    async def _begins(self, exchange: Exchange, fault: Fault, entry: Received) -> bool:
+    async def _apply_early_fault(self, exchange: Exchange, fault: Fault, entry: RequestRecord) -> bool:
         """Wait as the fault says, and say whether the request is to be carried out.
 
         It is even if its client has left meanwhile: a server that is slow does not notice.
         """
         if fault.latency > 0:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), fault.latency)
-                await exchange.gone()
+                await asyncio.wait_for(self._shutdown_event.wait(), fault.latency)
+                await exchange.wait_closed()
                 return False
         if fault.when == "before":
-            self._journal.update(entry, "not_reached")
-            await withhold(exchange, fault)
+            self._request_log.record_outcome(entry, "not_reached")
+            await break_response(exchange, fault)
             return False
         return True
 
-    async def _accept(self, kind: Kind, _: Exchange, form: Form, fault: Fault, entry: Received) -> Answer:
-        self._account(entry.user_key, fault)
+    async def _accept_submit(
+        self, kind: Kind, _: Exchange, form: Form, fault: Fault, entry: RequestRecord
+    ) -> VendorResponse:
+        self._require_account(entry.user_key, fault)
         task_id = new_task_id()
         try:
             if fault.reject is not None:
                 raise RejectedError(fault.reject)
-            if form.fault is not None:
-                raise RejectedError(form.fault)
+            if form.error is not None:
+                raise RejectedError(form.error)
             options = parse_options(kind, form.fields)
             if form.image is None:
-                raise RejectedError(f"缺少参数{FILE}")
-            await self._workshop.take_in(task_id, form.image)
+                raise RejectedError(f"缺少参数{FILE_FIELD}")
+            await self._worker.store_image(task_id, form.image)
         except RejectedError as error:
-            raise RefusedError(rejected(str(error), self._panel.dials.colon)) from None
+            raise CallRefusedError(rejection_message(str(error), self._fault_injector.behaviour.colon)) from None
         # From here to the transaction nothing is awaited: no other submit can spend the same balance.
-        balance = self._account(entry.user_key, fault)
-        paid = balance.pay(self._panel.dials.price(kind))
+        balance = self._require_account(entry.user_key, fault)
+        paid = balance.charge(self._fault_injector.behaviour.price_of(kind))
         if paid is None:
-            await self._workshop.throw_away(task_id)
-            raise RefusedError(NO_BALANCE)
-        charged = self._panel.dials.charge == "submit"
-        seconds = self._seconds if self._panel.dials.seconds is None else self._panel.dials.seconds
+            await self._worker.discard_files(task_id)
+            raise CallRefusedError(NO_BALANCE)
+        charged = self._fault_injector.behaviour.charge == "submit"
+        seconds = (
+            self._seconds if self._fault_injector.behaviour.seconds is None else self._fault_injector.behaviour.seconds
+        )
         task = Task(
             id=task_id,
             user_key=entry.user_key,
             kind=kind,
             options=options,
-            ready=time.time() + seconds,
-            charged=charged,
-            doomed=fault.fail,
+            ready_at=time.time() + seconds,
+            is_charged=charged,
+            planned_failure=fault.fail,
         )
         left = paid if charged else balance
-        self._store.accept(task, left)
-        self._workshop.start(task)
+        self._store.add_task(task, left)
+        self._worker.start(task)
         entry.task_id = task_id
-        self._journal.update(entry, "accepted")
-        return Answer(task_id=task_id, remaining_count=left.count, remaining_money=left.money)
+        self._request_log.record_outcome(entry, "accepted")
+        return VendorResponse(task_id=task_id, remaining_count=left.count, remaining_money=left.money)
 
-    async def _tell(self, exchange: Exchange, form: Form, fault: Fault, entry: Received) -> Answer:
-        balance = self._account(entry.user_key, fault)
+    async def _report_status(
+        self, exchange: Exchange, form: Form, fault: Fault, entry: RequestRecord
+    ) -> VendorResponse:
+        balance = self._require_account(entry.user_key, fault)
         entry.task_id = form.fields.get("task_id", "")
-        task = self._store.task(entry.task_id)
+        task = self._store.get_task(entry.task_id)
         if task is None or task.user_key != entry.user_key:
-            raise RefusedError(UNKNOWN_TASK)
+            raise CallRefusedError(UNKNOWN_TASK)
         detail, word = task.reason or "", str(task.state)
         if task.state == "open":
-            word = "processing" if self._workshop.started(task.id) else "pending"
-        status = self._panel.dials.spell(word)
-        self._journal.update(entry, "told", f"{status}: {detail}" if detail else status)
+            word = "processing" if self._worker.is_running(task.id) else "pending"
+        status = self._fault_injector.behaviour.format_state(word)
+        self._request_log.record_outcome(entry, "told", f"{status}: {detail}" if detail else status)
         if task.state != "completed":
-            return Answer(status=status)
-        if self._panel.dials.checked_balance == "then" and task.balance is not None:
+            return VendorResponse(status=status)
+        if self._fault_injector.behaviour.checked_balance == "then" and task.balance is not None:
             balance = task.balance
-        found = {name: f"{exchange.base_url}{FILES}{task.id}/{name}" for name in task.files}
-        return Answer(
+        found = {name: f"{exchange.base_url}{FILES_PATH}{task.id}/{name}" for name in task.files}
+        return VendorResponse(
             status=status,
             images_url=found.get("image.png", UNSET),
             vector_url=found.get("vector.svg", UNSET),
@@ -346,10 +354,10 @@ class Upstream:
             remaining_money=balance.money,
         )
 
-    def _account(self, user_key: str, fault: Fault) -> Balance:
-        balance = self._store.balance(user_key)
+    def _require_account(self, user_key: str, fault: Fault) -> AccountBalance:
+        balance = self._store.get_balance(user_key)
         if balance is None:
-            raise RefusedError(UNKNOWN_ACCOUNT)
+            raise CallRefusedError(UNKNOWN_ACCOUNT)
         if fault.refuse is not None:
-            raise RefusedError(fault.refuse)
+            raise CallRefusedError(fault.refuse)
         return balance

@@ -13,27 +13,27 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from service.sandbox.faults import Kind, Panel
+from service.sandbox.faults import FaultInjector, Kind
 from service.sandbox.forms import Options, RejectedError
-from service.sandbox.store import INPUT, Store, Task
+from service.sandbox.store import INPUT_NAME, Store, Task
 
-_BENCHES: Final = 2
+_MAX_PARALLEL: Final = 2
 
 
-_UNEXPECTED: Final = "图片处理失败"
+_INTERNAL_ERROR: Final = "图片处理失败"
 
 
 _log: Final = logging.getLogger(__name__)
 
 
-Results: TypeAlias = dict[str, int]
+ResultSizes: TypeAlias = dict[str, int]
 """Size in bytes by the name of the file."""
 
 
-class Workshop:
+class Worker:
     """Works on the tasks of a store, two at a time, in the order of their submission."""
 
-    def __init__(self, store: Store, panel: Panel) -> None:
+    def __init__(self, store: Store, panel: FaultInjector) -> None:
         """Bind the workshop to its store.
 
         Args:
@@ -42,48 +42,48 @@ class Workshop:
 
         """
         self._store = store
-        self._panel = panel
+        self._fault_injector = panel
         # One thread more than benches: taking in a new image never waits for a task.
-        self._threads = ThreadPoolExecutor(_BENCHES + 1, thread_name_prefix="sandbox")
-        self._benches = asyncio.Semaphore(_BENCHES)
+        self._executor = ThreadPoolExecutor(_MAX_PARALLEL + 1, thread_name_prefix="sandbox")
+        self._slots = asyncio.Semaphore(_MAX_PARALLEL)
         self._jobs: dict[str, asyncio.Task[None]] = {}
-        self._calls: set[asyncio.Future[Results]] = set()
-        self._started: set[str] = set()
+        self._calls: set[asyncio.Future[ResultSizes]] = set()
+        self._running_ids: set[str] = set()
 
     def resume(self) -> None:
         """Take up every task that has not ended."""
-        for task in self._store.open_tasks():
+        for task in self._store.list_open_tasks():
             self.start(task)
 
     def start(self, task: Task) -> None:
         """Work on a task whose input lies in its folder."""
-        job = asyncio.create_task(self._run(task), name=f"sandbox task {task.id}")
+        job = asyncio.create_task(self._run_task(task), name=f"sandbox task {task.id}")
         self._jobs[task.id] = job
         job.add_done_callback(lambda _: self._jobs.pop(task.id, None))
 
-    def started(self, task_id: str) -> bool:
+    def is_running(self, task_id: str) -> bool:
         """Say whether a task that has not ended is being worked on, or still waits for its turn."""
-        return task_id in self._started
+        return task_id in self._running_ids
 
-    async def idle(self) -> None:
+    async def wait_until_idle(self) -> None:
         """Wait until every task has ended."""
         while self._jobs:
             await asyncio.wait(self._jobs.values())
 
-    async def take_in(self, task_id: str, image: bytes) -> None:
+    async def store_image(self, task_id: str, image: bytes) -> None:
         """Look at an image and lay it down as the input of a task that may follow.
 
         Raises:
             RejectedError: it is no image that could be worked on.
 
         """
-        await self._call(lambda: _take_in(self._store.folder_of(task_id), image))
+        await self._run_in_thread(lambda: _store_image(self._store.task_folder(task_id), image))
 
-    async def throw_away(self, task_id: str) -> None:
+    async def discard_files(self, task_id: str) -> None:
         """Remove the files of a task that does not exist."""
-        await self._call(lambda: shutil.rmtree(self._store.folder_of(task_id), ignore_errors=True))
+        await self._run_in_thread(lambda: shutil.rmtree(self._store.task_folder(task_id), ignore_errors=True))
 
-    async def drop(self) -> None:
+    async def cancel_all(self) -> None:
         """Leave all tasks where they are. Waits for threads in the middle of their work, which nothing can stop."""
         jobs = [*self._jobs.values()]
         for job in jobs:
@@ -92,29 +92,31 @@ class Workshop:
 
     async def close(self) -> None:
         """Leave all tasks where they are; a later workshop on the same store resumes them."""
-        await self.drop()
-        self._threads.shutdown()
+        await self.cancel_all()
+        self._executor.shutdown()
 
-    async def _run(self, task: Task) -> None:
-        folder = self._store.folder_of(task.id)
+    async def _run_task(self, task: Task) -> None:
+        folder = self._store.task_folder(task.id)
         try:
-            async with self._benches:
-                self._started.add(task.id)
-                results, reason = await self._work(task, folder)
-            await asyncio.sleep(task.ready - time.time())
+            async with self._slots:
+                self._running_ids.add(task.id)
+                results, reason = await self._process_task(task, folder)
+            await asyncio.sleep(task.ready_at - time.time())
         finally:
-            self._started.discard(task.id)
-        self._finish(task, results, reason)
-        outdated = self._store.prune()
-        await self._call(lambda: _remove(folder / INPUT, outdated))
+            self._running_ids.discard(task.id)
+        self._finish_task(task, results, reason)
+        outdated = self._store.prune_tasks()
+        await self._run_in_thread(lambda: _remove_files(folder / INPUT_NAME, outdated))
 
-    async def _call(self, function: Callable[[], None]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._threads, function)
+    async def _run_in_thread(self, function: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
-    async def _work(self, task: Task, folder: Path) -> tuple[Results, str | None]:
-        if task.doomed is not None:
-            return {}, task.doomed
-        call = asyncio.get_running_loop().run_in_executor(self._threads, _produce, folder, task.kind, task.options)
+    async def _process_task(self, task: Task, folder: Path) -> tuple[ResultSizes, str | None]:
+        if task.planned_failure is not None:
+            return {}, task.planned_failure
+        call = asyncio.get_running_loop().run_in_executor(
+            self._executor, _process_image, folder, task.kind, task.options
+        )
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
         # Unlike awaiting the call, this leaves it alone when the job is cancelled: `drop` waits for it.
@@ -125,14 +127,14 @@ class Workshop:
         if isinstance(error, RejectedError):
             return {}, str(error)
         _log.warning("a sandbox task failed", exc_info=error)
-        return {}, _UNEXPECTED
+        return {}, _INTERNAL_ERROR
 
-    def _finish(self, task: Task, results: Results, reason: str | None) -> None:
+    def _finish_task(self, task: Task, results: ResultSizes, reason: str | None) -> None:
         """Write the end of a task. Awaits nothing: the balance that is read must still be the one that is replaced."""
-        balance = self._store.balance(task.user_key)
-        if balance is not None and reason is None and not task.charged:
+        balance = self._store.get_balance(task.user_key)
+        if balance is not None and reason is None and not task.is_charged:
             # An account that ran dry since the submit keeps the little it has.
-            balance = balance.pay(self._panel.dials.price(task.kind)) or balance
+            balance = balance.charge(self._fault_injector.behaviour.price_of(task.kind)) or balance
         ended = msgspec.structs.replace(
             task,
             state="completed" if reason is None else "failed",
@@ -140,26 +142,26 @@ class Workshop:
             files=tuple(results),
             balance=balance,
         )
-        self._store.finish(ended, sum(results.values()))
+        self._store.finish_task(ended, sum(results.values()))
 
 
-def _take_in(folder: Path, image: bytes) -> None:
+def _store_image(folder: Path, image: bytes) -> None:
     # Imported when needed, as below.
-    from service.sandbox.imaging import probe  # noqa: PLC0415
+    from service.sandbox.imaging import check_image  # noqa: PLC0415
 
-    probe(image)
+    check_image(image)
     folder.mkdir()
-    (folder / INPUT).write_bytes(image)
+    (folder / INPUT_NAME).write_bytes(image)
 
 
-def _produce(folder: Path, kind: Kind, options: Options) -> Results:
+def _process_image(folder: Path, kind: Kind, options: Options) -> ResultSizes:
     # OpenCV and NumPy take most of a second to import, which nobody should wait for before the server listens.
-    from service.sandbox.imaging import produce  # noqa: PLC0415
+    from service.sandbox.imaging import apply_operation  # noqa: PLC0415
 
-    return {path.name: path.stat().st_size for path in produce(kind, options, folder / INPUT, folder)}
+    return {path.name: path.stat().st_size for path in apply_operation(kind, options, folder / INPUT_NAME, folder)}
 
 
-def _remove(image: Path, folders: Iterable[Path]) -> None:
+def _remove_files(image: Path, folders: Iterable[Path]) -> None:
     image.unlink(missing_ok=True)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

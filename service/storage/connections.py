@@ -32,24 +32,24 @@ from redis.exceptions import ClusterDownError, ReadOnlyError, RedisClusterExcept
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from service.storage.redis import Keys, version_error
+from service.storage.redis import Keys, find_version_error
 
-_SCHEME = re.compile(r"redis(?P<tls>s)?(\+(?P<kind>sentinel|cluster))?|unix")
-
-
-_HOST = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?")
+_SCHEME_PATTERN = re.compile(r"redis(?P<tls>s)?(\+(?P<kind>sentinel|cluster))?|unix")
 
 
-_TLS_FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
+_HOST_PATTERN = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?")
 
 
-_CERT_REQS = frozenset({"none", "optional", "required"})
+_TLS_FILE_OPTIONS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 
-_SENTINEL_PORT = 26379
+_CERT_REQ_VALUES = frozenset({"none", "optional", "required"})
 
 
-_PORT = 6379
+_DEFAULT_SENTINEL_PORT = 26379
+
+
+_DEFAULT_PORT = 6379
 
 
 class InvalidRedisUrl(ValueError):
@@ -74,28 +74,28 @@ class Credentials(Struct, frozen=True):
         return "Credentials(...)"
 
 
-class Address(Struct, frozen=True, kw_only=True):
+class RedisAddress(Struct, frozen=True, kw_only=True):
     """A store: its hosts, or the path of a socket; `tls` and `sentinel_tls` are None without TLS, else its options."""
 
     topology: Topology
     hosts: tuple[tuple[str, int], ...] = ()
     path: str = ""
-    service: str = ""
+    sentinel_service: str = ""
     database: int = 0
     credentials: Credentials = Credentials()
     sentinel_credentials: Credentials = Credentials()
-    tls: Mapping[str, str | bool] | None = None
-    sentinel_tls: Mapping[str, str | bool] | None = None
+    tls_options: Mapping[str, str | bool] | None = None
+    sentinel_tls_options: Mapping[str, str | bool] | None = None
 
 
-def parse_url(url: str) -> Address:
+def parse_redis_url(url: str) -> RedisAddress:
     """Read a Redis URL. Raises InvalidRedisUrl."""
     try:
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
     except ValueError:
         raise InvalidRedisUrl("must be a URL; special characters in a password are written as %XX") from None
-    scheme = _SCHEME.fullmatch(parts.scheme)
+    scheme = _SCHEME_PATTERN.fullmatch(parts.scheme)
     if not scheme:
         raise InvalidRedisUrl(
             "must be a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
@@ -109,29 +109,29 @@ def parse_url(url: str) -> Address:
             raise InvalidRedisUrl("must be like unix:///path/to/socket")
         database = query.pop("db", "")
     else:
-        service, database = _path(parts, topology)
+        service, database = _parse_path(parts, topology)
     if topology is Topology.SENTINEL:
         sentinel = Credentials(query.pop("sentinel_username", None), query.pop("sentinel_password", None))
-        sentinel_ssl = _flag(query, "sentinel_ssl") or False
+        sentinel_ssl = _pop_bool(query, "sentinel_ssl") or False
     if not re.fullmatch(r"\d{0,4}", database, re.ASCII):
         raise InvalidRedisUrl("must name its database by a number")
-    tls = _tls(query) if scheme["tls"] or sentinel_ssl else None
+    tls = _pop_tls_options(query) if scheme["tls"] or sentinel_ssl else None
     if query or parts.fragment:
         raise InvalidRedisUrl("must have no fragment and no options but those of TLS and Sentinel")
-    return Address(
+    return RedisAddress(
         topology=topology,
-        hosts=() if parts.scheme == "unix" else _hosts(hosts, topology),
+        hosts=() if parts.scheme == "unix" else _parse_hosts(hosts, topology),
         path=unquote(parts.path) if parts.scheme == "unix" else "",
-        service=service,
+        sentinel_service=service,
         database=int(database or 0),
-        credentials=_credentials(userinfo),
+        credentials=_parse_credentials(userinfo),
         sentinel_credentials=sentinel,
-        tls=tls if scheme["tls"] else None,
-        sentinel_tls=tls if sentinel_ssl else None,
+        tls_options=tls if scheme["tls"] else None,
+        sentinel_tls_options=tls if sentinel_ssl else None,
     )
 
 
-def masked(url: str) -> str:
+def redact_url(url: str) -> str:
     """A URL that `parse_url` takes, for people to read: its secrets are left out."""
     parts = urlsplit(url)
     userinfo, _, hosts = parts.netloc.rpartition("@")
@@ -140,14 +140,14 @@ def masked(url: str) -> str:
     return f"{parts.scheme}://{place}{parts.path}{'?' if query else ''}{'&'.join(query)}"
 
 
-def _credentials(userinfo: str) -> Credentials:
+def _parse_credentials(userinfo: str) -> Credentials:
     username, _, password = userinfo.partition(":")
     return Credentials(unquote(username) or None, unquote(password) or None)
 
 
-def _hosts(text: str, topology: Topology) -> tuple[tuple[str, int], ...]:
-    found = [_HOST.fullmatch(each) for each in text.split(",")]
-    default = _SENTINEL_PORT if topology is Topology.SENTINEL else _PORT
+def _parse_hosts(text: str, topology: Topology) -> tuple[tuple[str, int], ...]:
+    found = [_HOST_PATTERN.fullmatch(each) for each in text.split(",")]
+    default = _DEFAULT_SENTINEL_PORT if topology is Topology.SENTINEL else _DEFAULT_PORT
     hosts = tuple((each["host"].strip("[]"), int(each["port"] or default)) for each in found if each)
     if len(hosts) < len(found) or any(not 0 < port < 1 << 16 for _, port in hosts):
         raise InvalidRedisUrl("must name its hosts as host or host:port")
@@ -156,7 +156,7 @@ def _hosts(text: str, topology: Topology) -> tuple[tuple[str, int], ...]:
     return hosts
 
 
-def _path(parts: SplitResult, topology: Topology) -> tuple[str, str]:
+def _parse_path(parts: SplitResult, topology: Topology) -> tuple[str, str]:
     """The service and the database that the path names."""
     first, _, rest = parts.path.removeprefix("/").partition("/")
     if topology is Topology.SENTINEL:
@@ -168,19 +168,19 @@ def _path(parts: SplitResult, topology: Topology) -> tuple[str, str]:
     return "", first
 
 
-def _tls(query: dict[str, str]) -> Mapping[str, str | bool]:
+def _pop_tls_options(query: dict[str, str]) -> Mapping[str, str | bool]:
     """Take the options of TLS out of the query."""
-    options: dict[str, str | bool] = {name: query.pop(name) for name in sorted(_TLS_FILES & query.keys())}
+    options: dict[str, str | bool] = {name: query.pop(name) for name in sorted(_TLS_FILE_OPTIONS & query.keys())}
     if "ssl_cert_reqs" in query:
         options["ssl_cert_reqs"] = query.pop("ssl_cert_reqs")
-        if options["ssl_cert_reqs"] not in _CERT_REQS:
+        if options["ssl_cert_reqs"] not in _CERT_REQ_VALUES:
             raise InvalidRedisUrl("must have none, optional or required as ssl_cert_reqs")
-    if (check := _flag(query, "ssl_check_hostname")) is not None:
+    if (check := _pop_bool(query, "ssl_check_hostname")) is not None:
         options["ssl_check_hostname"] = check
     return options
 
 
-def _flag(query: dict[str, str], name: str) -> bool | None:
+def _pop_bool(query: dict[str, str], name: str) -> bool | None:
     """Take a boolean out of the query; None if it is not there."""
     value = query.pop(name, None)
     if value not in {None, "true", "false"}:
@@ -188,28 +188,33 @@ def _flag(query: dict[str, str], name: str) -> bool | None:
     return None if value is None else value == "true"
 
 
-AWAY: tuple[type[Exception], ...] = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, ClusterDownError)
+UNAVAILABLE_ERRORS: tuple[type[Exception], ...] = (
+    RedisConnectionError,
+    RedisTimeoutError,
+    ReadOnlyError,
+    ClusterDownError,
+)
 """What a client raises while the store can't be reached or can't be written to."""
 
 
 POOL_SIZE = 64
 
 
-POOL_WAIT = 1.0
+POOL_WAIT_SECONDS = 1.0
 """Seconds that a command waits for a connection when all are in use, before it raises one of AWAY."""
 
 
-_LISTENING_PING = 15
+_PUBSUB_PING_SECONDS = 15
 
 
-_CLUSTER_OWN = 4
+_CLUSTER_OWN_CONNECTIONS = 4
 """Connections that a Cluster's client needs for itself, to learn which node holds what."""
 
 
-_IO = ("connect", "connect_check_health", "send_packed_command", "read_response", "can_read", "disconnect")
+_IO_METHODS = ("connect", "connect_check_health", "send_packed_command", "read_response", "can_read", "disconnect")
 
 
-def _translating(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+def _with_translated_errors(kind: type[AbstractConnection]) -> type[AbstractConnection]:
     """A class of connections that raises a RedisError whatever the event loop raises.
 
     A connection that was reset raises RuntimeError on uvloop (MagicStack/uvloop#506), and EOFError or others elsewhere.
@@ -227,13 +232,17 @@ def _translating(kind: type[AbstractConnection]) -> type[AbstractConnection]:
 
         return call
 
-    return type(kind.__name__, (kind,), {name: translated(getattr(kind, name)) for name in _IO})
+    return type(kind.__name__, (kind,), {name: translated(getattr(kind, name)) for name in _IO_METHODS})
 
 
-_PLAIN, _TLS, _UNIX = (_translating(each) for each in (Connection, SSLConnection, UnixDomainSocketConnection))
+_PLAIN, _TLS, _UNIX = (
+    _with_translated_errors(each) for each in (Connection, SSLConnection, UnixDomainSocketConnection)
+)
 
 
-_WATCHED, _WATCHED_TLS = (_translating(each) for each in (SentinelManagedConnection, SentinelManagedSSLConnection))
+_SENTINEL_PLAIN, _SENTINEL_TLS = (
+    _with_translated_errors(each) for each in (SentinelManagedConnection, SentinelManagedSSLConnection)
+)
 
 
 class Connections(ABC):
@@ -246,7 +255,7 @@ class Connections(ABC):
     commands: Redis | RedisCluster
 
     @abstractmethod
-    async def subscriber(self) -> PubSub:
+    async def open_pubsub(self) -> PubSub:
         """A new subscription, for the caller to close; it waits for messages as long as it takes.
 
         A connection that breaks raises one of AWAY instead of being mended silently: messages were missed, and only
@@ -263,52 +272,60 @@ def connect(url: str, *, timeout: float) -> Connections:
 
     `timeout`, in seconds, bounds connecting, and the answer to each command. Raises InvalidRedisUrl.
     """
-    address = parse_url(url)
-    return _Cluster(address, timeout) if address.topology is Topology.CLUSTER else _Primary(address, timeout)
+    address = parse_redis_url(url)
+    return (
+        _ClusterConnections(address, timeout)
+        if address.topology is Topology.CLUSTER
+        else _PrimaryConnections(address, timeout)
+    )
 
 
-class _Primary(Connections):
+class _PrimaryConnections(Connections):
     """One server, named by its address or by Sentinel."""
 
-    def __init__(self, address: Address, timeout: float) -> None:
+    def __init__(self, address: RedisAddress, timeout: float) -> None:
         self._sentinel: Sentinel | None = None
         if address.topology is Topology.SENTINEL:
-            self._sentinel = _sentinels(address, timeout)
-        commands = self._place(address) | _options(address.credentials, address.tls, timeout)
-        commands |= {"socket_timeout": timeout, "max_connections": POOL_SIZE, "timeout": POOL_WAIT}
-        listening = self._place(address) | _listening(address, timeout)
+            self._sentinel = _create_sentinel(address, timeout)
+        commands = self._server_options(address) | _connection_options(
+            address.credentials, address.tls_options, timeout
+        )
+        commands |= {"socket_timeout": timeout, "max_connections": POOL_SIZE, "timeout": POOL_WAIT_SECONDS}
+        listening = self._server_options(address) | _pubsub_connection_options(address, timeout)
         if self._sentinel:
-            self.commands = Redis.from_pool(_BlockingSentinelPool(address.service, self._sentinel, **commands))
-            self._listening = Redis.from_pool(_SentinelPool(address.service, self._sentinel, **listening))
+            self.commands = Redis.from_pool(_BlockingSentinelPool(address.sentinel_service, self._sentinel, **commands))
+            self._pubsub_client = Redis.from_pool(_SentinelPool(address.sentinel_service, self._sentinel, **listening))
         else:
             self.commands = Redis.from_pool(BlockingConnectionPool(**commands))
-            self._listening = Redis.from_pool(ConnectionPool(**listening))
+            self._pubsub_client = Redis.from_pool(ConnectionPool(**listening))
 
-    async def subscriber(self) -> PubSub:
-        return self._listening.pubsub()
+    async def open_pubsub(self) -> PubSub:
+        return self._pubsub_client.pubsub()
 
     async def aclose(self) -> None:
         await self.commands.aclose()
-        await self._listening.aclose()
+        await self._pubsub_client.aclose()
         if self._sentinel:
             await self._sentinel.aclose()
 
     @staticmethod
-    def _place(address: Address) -> dict[str, Any]:
+    def _server_options(address: RedisAddress) -> dict[str, Any]:
         """What the pool needs to know of the server's whereabouts."""
         place: dict[str, Any] = {"db": address.database}
         if address.topology is Topology.SENTINEL:
-            return place | {"connection_class": _WATCHED if address.tls is None else _WATCHED_TLS}
+            return place | {"connection_class": _SENTINEL_PLAIN if address.tls_options is None else _SENTINEL_TLS}
         if address.path:
             return place | {"path": address.path, "connection_class": _UNIX}
         host, port = address.hosts[0]
-        return place | {"host": host, "port": port, "connection_class": _PLAIN if address.tls is None else _TLS}
+        return place | {"host": host, "port": port, "connection_class": _PLAIN if address.tls_options is None else _TLS}
 
 
-def _sentinels(address: Address, timeout: float) -> Sentinel:
+def _create_sentinel(address: RedisAddress, timeout: float) -> Sentinel:
     """Clients of the Sentinels."""
-    options = _options(address.sentinel_credentials, address.sentinel_tls, timeout) | {"socket_timeout": timeout}
-    options["connection_class"] = _PLAIN if address.sentinel_tls is None else _TLS
+    options = _connection_options(address.sentinel_credentials, address.sentinel_tls_options, timeout) | {
+        "socket_timeout": timeout
+    }
+    options["connection_class"] = _PLAIN if address.sentinel_tls_options is None else _TLS
     sentinel = Sentinel(())  # type: ignore[no-untyped-call] # redis-py's own
     sentinel.sentinels = [
         Redis.from_pool(ConnectionPool(host=host, port=port, **options)) for host, port in address.hosts
@@ -327,38 +344,38 @@ class _BlockingSentinelPool(_SentinelPool, BlockingConnectionPool):
     """Connections to the primary that Sentinel names, waited for when all are in use."""
 
 
-class _Cluster(Connections):
+class _ClusterConnections(Connections):
     """A Cluster. A published message arrives on all of its nodes, so that one of them is enough to listen to."""
 
     commands: _BoundedCluster
 
-    def __init__(self, address: Address, timeout: float) -> None:
+    def __init__(self, address: RedisAddress, timeout: float) -> None:
         self.commands = _BoundedCluster(
             startup_nodes=[ClusterNode(host, port) for host, port in address.hosts],
-            max_connections=POOL_SIZE + _CLUSTER_OWN,
+            max_connections=POOL_SIZE + _CLUSTER_OWN_CONNECTIONS,
             socket_timeout=timeout,
-            ssl=address.tls is not None,
-            **_options(address.credentials, address.tls, timeout),
+            ssl=address.tls_options is not None,
+            **_connection_options(address.credentials, address.tls_options, timeout),
         )
-        self._listening = _listening(address, timeout)
-        self._listening["connection_class"] = _PLAIN if address.tls is None else _TLS
-        self._nodes: dict[str, Redis] = {}
+        self._pubsub_options = _pubsub_connection_options(address, timeout)
+        self._pubsub_options["connection_class"] = _PLAIN if address.tls_options is None else _TLS
+        self._pubsub_clients: dict[str, Redis] = {}
 
-    async def subscriber(self) -> PubSub:
+    async def open_pubsub(self) -> PubSub:
         await self.commands.initialize()
         node = self.commands.get_random_primary_node()
-        if node.name not in self._nodes:
-            pool = ConnectionPool(host=node.host, port=node.port, **self._listening)
-            self._nodes[node.name] = Redis.from_pool(pool)
-        return self._nodes[node.name].pubsub()
+        if node.name not in self._pubsub_clients:
+            pool = ConnectionPool(host=node.host, port=node.port, **self._pubsub_options)
+            self._pubsub_clients[node.name] = Redis.from_pool(pool)
+        return self._pubsub_clients[node.name].pubsub()
 
     async def aclose(self) -> None:
         await self.commands.aclose()
-        for node in self._nodes.values():
+        for node in self._pubsub_clients.values():
             await node.aclose()
 
 
-_placed: ContextVar[bool] = ContextVar("placed", default=False)
+_holds_slot: ContextVar[bool] = ContextVar("placed", default=False)
 
 
 class _BoundedCluster(RedisCluster):
@@ -371,8 +388,8 @@ class _BoundedCluster(RedisCluster):
         for node in self.startup_nodes:
             node.connection_class = secured
         self._timeout = socket_timeout
-        self._free = asyncio.Semaphore(POOL_SIZE)
-        self._finding: asyncio.Task[RedisCluster] | None = None
+        self._slots = asyncio.Semaphore(POOL_SIZE)
+        self._initialization: asyncio.Task[RedisCluster] | None = None
 
     async def initialize(self, *args: Any, **kwargs: Any) -> RedisCluster:
         """Find the nodes, if that is due: in one attempt that all commands share, each for as long as its timeout.
@@ -381,12 +398,12 @@ class _BoundedCluster(RedisCluster):
         """
         if not self._initialize:
             return self
-        if self._finding is None or self._finding.done():
-            self._finding = asyncio.create_task(super().initialize(*args, **kwargs))
-            self._finding.add_done_callback(lambda found: found.cancelled() or found.exception())
+        if self._initialization is None or self._initialization.done():
+            self._initialization = asyncio.create_task(super().initialize(*args, **kwargs))
+            self._initialization.add_done_callback(lambda found: found.cancelled() or found.exception())
         try:
             async with asyncio.timeout(2 * self._timeout):  # to connect, and to be answered
-                return await asyncio.shield(self._finding)
+                return await asyncio.shield(self._initialization)
         except TimeoutError:
             raise RedisTimeoutError("The nodes of the Cluster were not found in time.") from None
         except RedisError:
@@ -395,7 +412,7 @@ class _BoundedCluster(RedisCluster):
             raise ClusterDownError(str(error)) from error
 
     async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
-        async with self.place():
+        async with self.acquire_slot():
             return await super().execute_command(*args, **kwargs)
 
     def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> _BoundedPipeline:
@@ -403,27 +420,27 @@ class _BoundedCluster(RedisCluster):
         return _BoundedPipeline(self, transaction)  # type: ignore[abstract] # redis-py's own
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
+    async def acquire_slot(self) -> AsyncIterator[None]:
         """A connection to use within the block, where what redis-py raises of a Cluster becomes a RedisError."""
-        if _placed.get():  # a command of a pipeline that another node has to answer
+        if _holds_slot.get():  # a command of a pipeline that another node has to answer
             yield
             return
         try:
-            async with asyncio.timeout(POOL_WAIT):
-                await self._free.acquire()
+            async with asyncio.timeout(POOL_WAIT_SECONDS):
+                await self._slots.acquire()
         except TimeoutError:
             raise RedisConnectionError("No connection available.") from None
-        within = _placed.set(True)
+        within = _holds_slot.set(True)
         try:
-            await self._renew_closed()
+            await self._renew_closed_connections()
             yield
         except RedisClusterException as error:
             raise ClusterDownError(str(error)) from error
         finally:
-            _placed.reset(within)
-            self._free.release()
+            _holds_slot.reset(within)
+            self._slots.release()
 
-    async def _renew_closed(self) -> None:
+    async def _renew_closed_connections(self) -> None:
         """Have idle connections renewed that the other side has closed.
 
         The pools of other clients look before they lend one. Here a command would be sent into it, and fail.
@@ -435,9 +452,9 @@ class _BoundedCluster(RedisCluster):
 
     async def aclose(self) -> None:
         """Close the connections to all nodes, which redis-py leaves open if it was about to look for the nodes anew."""
-        if self._finding:
-            self._finding.cancel()
-            await asyncio.wait([self._finding])
+        if self._initialization:
+            self._initialization.cancel()
+            await asyncio.wait([self._initialization])
         await super().aclose()
         await self.nodes_manager.aclose()
         await self.nodes_manager.aclose("startup_nodes")
@@ -449,11 +466,13 @@ class _BoundedPipeline(ClusterPipeline):
     cluster_client: _BoundedCluster
 
     async def execute(self, raise_on_error: bool = True, allow_redirections: bool = True) -> list[Any]:
-        async with self.cluster_client.place():
+        async with self.cluster_client.acquire_slot():
             return await super().execute(raise_on_error, allow_redirections)
 
 
-def _options(credentials: Credentials, tls: Mapping[str, str | bool] | None, timeout: float) -> dict[str, Any]:
+def _connection_options(
+    credentials: Credentials, tls: Mapping[str, str | bool] | None, timeout: float
+) -> dict[str, Any]:
     """What all connections have in common.
 
     RESP2, since with RESP3 redis-py begins each connection with a handshake that only its own vendor's server answers.
@@ -468,28 +487,28 @@ def _options(credentials: Credentials, tls: Mapping[str, str | bool] | None, tim
     }
 
 
-def _listening(address: Address, timeout: float) -> dict[str, Any]:
+def _pubsub_connection_options(address: RedisAddress, timeout: float) -> dict[str, Any]:
     """What connections have that wait for messages; a ping now and then tells whether somebody is still there."""
-    options = _options(address.credentials, address.tls, timeout)
-    return options | {"socket_timeout": None, "health_check_interval": _LISTENING_PING}
+    options = _connection_options(address.credentials, address.tls_options, timeout)
+    return options | {"socket_timeout": None, "health_check_interval": _PUBSUB_PING_SECONDS}
 
 
-_OLDEST = (6, 2)
+_MIN_REDIS_VERSION = (6, 2)
 """`ZRANGE` with `BYSCORE`, and scripts that may look at the clock before they write."""
 
 
-class Checkup(Struct, frozen=True):
+class ServerCheck(Struct, frozen=True):
     """What came of it: `server` is its name and version, if it said so; for its `faults` it can't be used.
 
     For its `doubts` it can, but could lose what it acknowledged: in this ledger that is money.
     """
 
     server: str = ""
-    faults: Sequence[str] = ()
-    doubts: Sequence[str] = ()
+    errors: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
 
-async def examine(url: str, prefix: str, *, timeout: float) -> Checkup:  # noqa: ASYNC109 - for each connection too
+async def check_server(url: str, prefix: str, *, timeout: float) -> ServerCheck:  # noqa: ASYNC109 - for each connection too
     """Examine a store and the data under a prefix within `timeout` seconds, and change nothing.
 
     Raises InvalidRedisUrl.
@@ -497,23 +516,23 @@ async def examine(url: str, prefix: str, *, timeout: float) -> Checkup:  # noqa:
     connections = connect(url, timeout=timeout)
     try:
         async with asyncio.timeout(timeout):
-            told = await _told(connections)
-            other = version_error(await connections.commands.execute_command("GET", Keys(prefix).data_version))
+            told = await _read_server_info(connections)
+            other = find_version_error(await connections.commands.execute_command("GET", Keys(prefix).data_version))
     except TimeoutError:
-        return Checkup(faults=[f"did not answer within {timeout:g} s"])
+        return ServerCheck(errors=[f"did not answer within {timeout:g} s"])
     except RedisError as error:
-        return Checkup(faults=[_why(error)])
+        return ServerCheck(errors=[_describe_error(error)])
     finally:
         await connections.aclose()
-    faults = [fault for each in told for fault in _faults(each)]
-    return Checkup(
-        _server(told[0]),
+    faults = [fault for each in told for fault in _find_errors(each)]
+    return ServerCheck(
+        _server_name(told[0]),
         list(dict.fromkeys(faults or ([f"can't be used: {other.reason}"] if other else []))),
-        list(dict.fromkeys(doubt for each in told for doubt in _doubts(each))),
+        list(dict.fromkeys(doubt for each in told for doubt in _find_warnings(each))),
     )
 
 
-def reason(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """Why there is no connection, in the words that people know."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
@@ -522,7 +541,7 @@ def reason(error: OSError) -> str:
     return os.strerror(known) if known else error.strerror or str(error)
 
 
-def _why(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """What a client raised, or the error of the system that it hides in its own."""
     if isinstance(error, MasterNotFoundError):
         return "can't be reached: no Sentinel names a primary of the service"
@@ -530,11 +549,11 @@ def _why(error: Exception) -> str:
     while below is not None and not isinstance(below, OSError):
         below = below.__cause__ or below.__context__
     if isinstance(below, OSError):
-        return f"can't be reached: {reason(below)}"
+        return f"can't be reached: {describe_os_error(below)}"
     return f"can't be used: {str(error).rstrip('.') or type(error).__name__}"
 
 
-async def _told(connections: Connections) -> Sequence[Mapping[str, Any]]:
+async def _read_server_info(connections: Connections) -> Sequence[Mapping[str, Any]]:
     """What each server that holds data says of itself."""
     if isinstance(connections.commands, RedisCluster):
         found = await connections.commands.execute_command("INFO", "everything", target_nodes=RedisCluster.PRIMARIES)
@@ -542,23 +561,23 @@ async def _told(connections: Connections) -> Sequence[Mapping[str, Any]]:
     return [await connections.commands.info("everything")]
 
 
-def _server(told: Mapping[str, Any]) -> str:
-    if "valkey_version" in told:
-        return f"Valkey {told['valkey_version']}"
-    return f"Redis {told['redis_version']}" if "redis_version" in told else ""
+def _server_name(info: Mapping[str, Any]) -> str:
+    if "valkey_version" in info:
+        return f"Valkey {info['valkey_version']}"
+    return f"Redis {info['redis_version']}" if "redis_version" in info else ""
 
 
-def _faults(told: Mapping[str, Any]) -> Iterator[str]:
-    version = tuple(map(int, re.findall(r"\d+", str(told.get("redis_version", "")))[:2]))
-    if version and version < _OLDEST:
-        yield f"must be Redis {'.'.join(map(str, _OLDEST))} or newer, or Valkey: it is {_server(told)}"
-    if told.get("role") == "slave":
+def _find_errors(info: Mapping[str, Any]) -> Iterator[str]:
+    version = tuple(map(int, re.findall(r"\d+", str(info.get("redis_version", "")))[:2]))
+    if version and version < _MIN_REDIS_VERSION:
+        yield f"must be Redis {'.'.join(map(str, _MIN_REDIS_VERSION))} or newer, or Valkey: it is {_server_name(info)}"
+    if info.get("role") == "slave":
         yield "must be a primary: it is a replica, which takes no writes; redis+sentinel:// finds the primary"
 
 
-def _doubts(told: Mapping[str, Any]) -> Iterator[str]:
-    policy = told.get("maxmemory_policy", "noeviction")
+def _find_warnings(info: Mapping[str, Any]) -> Iterator[str]:
+    policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         yield f"drops what tenants spent when its memory is full: set maxmemory-policy noeviction, not {policy}"
-    if told.get("aof_enabled") == 0:
+    if info.get("aof_enabled") == 0:
         yield "keeps no append-only file, so that a crash loses what it acknowledged: set appendonly yes"

@@ -10,111 +10,113 @@ from msgspec import Struct
 
 from service.domain.tasks import Backlog
 from service.domain.webhooks import DeliveryState
-from service.storage.ledger import DAY
-from service.storage.redis import Keys, Scripts, given, moment, overdue, scored
-from service.usecases.ports import Claimed, Delivery, Outcome
+from service.storage.ledger import DAY_MS
+from service.storage.redis import Keys, RedisScripts, drop_none, overdue_ms, parse_ledger_time, parse_withscores
+from service.usecases.ports import ClaimedDelivery, Delivery, DeliveryResult
 
-LEASE = 60_000
+LEASE_MS = 60_000
 """How long a claimed delivery is its process's, in milliseconds: longer than any attempt takes."""
 
 
-AT_ONCE = 4
+MAX_CONCURRENT = 4
 """How many deliveries to one receiver are under way at once; one, for `FAILING` milliseconds after one has failed."""
 
 
-FAILING = 600_000
+FAILING_MS = 600_000
 
 
-KEEP = 30 * DAY
+KEEP_MS = 30 * DAY_MS
 
 
-KEEP_DELIVERED = 3 * DAY
+KEEP_DELIVERED_MS = 3 * DAY_MS
 
 
-class _Stored(Struct):
+class _StoredDelivery(Struct):
     """A delivery as the scripts keep it."""
 
-    task: str
+    task_id: str
     tenant: int
     url: str
     state: DeliveryState
-    created: int
-    updated: int
+    created_at: int
+    updated_at: int
     attempts: int
-    due: int | None = None
+    next_attempt_at: int | None = None
     status: int | None = None
     error: str | None = None
-    answer: str | None = None
+    response_excerpt: str | None = None
 
 
-class RedisAgenda:
+class RedisDeliveryQueue:
     """Hands out the deliveries that are due, and keeps those that failed."""
 
-    def __init__(self, scripts: Scripts, keys: Keys) -> None:
+    def __init__(self, scripts: RedisScripts, keys: Keys) -> None:
         self._scripts = scripts
         self._keys = keys
 
-    async def claim(self, most: int) -> Sequence[Claimed]:
+    async def claim(self, limit: int) -> Sequence[ClaimedDelivery]:
         """Up to `most` deliveries that are due, of all receivers in turn."""
-        now, *rows = await self._call("claim_deliveries", most=most, lease=LEASE)
-        return [Claimed(_read(str(member, "ascii"), packed), now + LEASE) for member, packed in rows]
+        now, *rows = await self._call_script("claim_deliveries", most=limit, lease=LEASE_MS)
+        return [
+            ClaimedDelivery(_decode_delivery(str(member, "ascii"), packed), now + LEASE_MS) for member, packed in rows
+        ]
 
-    async def record(self, claimed: Claimed, outcome: Outcome) -> bool:
+    async def record_attempt(self, claimed: ClaimedDelivery, result: DeliveryResult) -> bool:
         """Write what became of an attempt; False if it had its outcome, or is somebody else's by now."""
-        status, _ = await self._call(
+        status, _ = await self._call_script(
             "record_delivery",
             id=claimed.delivery.reservation,
-            leased=claimed.leased,
-            state=outcome.state,
-            attempts=int(outcome.attempted),
-            wait=outcome.wait,
-            keep_delivered=KEEP_DELIVERED,
-            **given(status=outcome.status, error=outcome.error, answer=outcome.answer),
+            leased=claimed.lease_expires_at,
+            state=result.state,
+            attempts=int(result.attempted),
+            wait=result.retry_delay_ms,
+            keep_delivered=KEEP_DELIVERED_MS,
+            **drop_none(status=result.status, error=result.error, answer=result.response_excerpt),
         )
         return bool(status == b"recorded")
 
     async def backlog(self) -> tuple[Backlog, int]:
         """How many receivers wait for something, how late the first is, and how many deliveries failed in 30 days."""
         *time, receivers, first, failed = await self._scripts.read(
-            *self._keys.moment,
-            ("ZCARD", self._keys.receivers),
-            ("ZRANGE", self._keys.receivers, 0, 0, "WITHSCORES"),
+            *self._keys.clock_commands,
+            ("ZCARD", self._keys.webhook_queues),
+            ("ZRANGE", self._keys.webhook_queues, 0, 0, "WITHSCORES"),
             ("ZCARD", self._keys.failed_deliveries),
         )
-        return Backlog(receivers, overdue(scored(first), moment(*time).now)), failed
+        return Backlog(receivers, overdue_ms(parse_withscores(first), parse_ledger_time(*time).ledger_ms)), failed
 
-    async def failed(self, most: int) -> Sequence[Delivery]:
+    async def list_failed(self, limit: int) -> Sequence[Delivery]:
         """Up to `most` deliveries that were given up, the newest first."""
-        (rows,) = await self._scripts.read(("ZRANGE", self._keys.failed_deliveries, 0, most - 1, "REV"))
+        (rows,) = await self._scripts.read(("ZRANGE", self._keys.failed_deliveries, 0, limit - 1, "REV"))
         ids = [str(each, "ascii") for each in rows]
         found = await self._scripts.read(*(("GET", self._keys.delivery(each)) for each in ids))
-        return [_read(each, packed) for each, packed in zip(ids, found, strict=True) if packed]
+        return [_decode_delivery(each, packed) for each, packed in zip(ids, found, strict=True) if packed]
 
     async def redeliver(self, reservation: str) -> Delivery | None:
         """Begin a delivery anew; None if it is not known (any more)."""
-        status, _, *rest = await self._call("redeliver", id=reservation)
-        return _read(reservation, rest[0]) if status == b"again" else None
+        status, _, *rest = await self._call_script("redeliver", id=reservation)
+        return _decode_delivery(reservation, rest[0]) if status == b"again" else None
 
-    async def _call(self, script: str, **ask: Any) -> list[Any]:
-        keys = [self._keys.clock, self._keys.receivers]
-        return await self._scripts.call(script, keys, ask | {"agenda": agenda_of(self._keys)})
+    async def _call_script(self, script: str, **ask: Any) -> list[Any]:
+        keys = [self._keys.clock, self._keys.webhook_queues]
+        return await self._scripts.call(script, keys, ask | {"agenda": delivery_arguments(self._keys)})
 
 
-def agenda_of(keys: Keys) -> dict[str, Any]:
+def delivery_arguments(keys: Keys) -> dict[str, Any]:
     """Where the scripts keep deliveries, and for how long."""
     return {
-        "receivers": keys.receivers,
+        "receivers": keys.webhook_queues,
         "queue": keys.deliveries_due(""),
         "claims": keys.deliveries_claimed(""),
-        "failing": keys.failing(""),
+        "failing": keys.webhook_failing(""),
         "delivery": keys.delivery(""),
         "failed": keys.failed_deliveries,
-        "keep": KEEP,
-        "at_once": AT_ONCE,
-        "failing_for": FAILING,
+        "keep": KEEP_MS,
+        "at_once": MAX_CONCURRENT,
+        "failing_for": FAILING_MS,
     }
 
 
-def _read(reservation: str, packed: bytes) -> Delivery:
-    stored = msgspec.msgpack.decode(packed, type=_Stored)
+def _decode_delivery(reservation: str, packed: bytes) -> Delivery:
+    stored = msgspec.msgpack.decode(packed, type=_StoredDelivery)
     return Delivery(reservation=reservation, **msgspec.structs.asdict(stored))

@@ -11,113 +11,124 @@ from msgspec import Struct
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import (
     AccountState,
+    AccountStatus,
+    Balance,
     DayUsage,
-    Figures,
-    Granted,
+    Grant,
     Idempotency,
     InFlight,
-    KeyReused,
+    KeyReuse,
     Measure,
     NoAccount,
-    PolicyDenied,
+    PolicyDenial,
     Refund,
-    Refunding,
-    Replayed,
+    RefundResult,
+    Replay,
     Reservation,
     ReservationState,
-    Status,
     Tally,
     TenantState,
     Verdict,
     Violation,
 )
 from service.domain.tasks import Kind
-from service.storage.redis import RETRY_AFTER, Keys, Scripts, given, moment, scored, server_time
-from service.usecases.ports import Ask, Look, Settlement, Snapshot
+from service.storage.redis import (
+    RETRY_AFTER_SECONDS,
+    Keys,
+    RedisScripts,
+    drop_none,
+    parse_ledger_time,
+    parse_server_time,
+    parse_withscores,
+)
+from service.usecases.ports import BalanceCheck, ReserveRequest, Settlement, TenantSnapshot
 
-DAY = 86_400_000
+DAY_MS = 86_400_000
 
 
-KEEP_KEY = DAY
+KEEP_IDEMPOTENCY_KEY_MS = DAY_MS
 """For how long an idempotency key is remembered, in milliseconds."""
 
 
-_BATCH = 100
+_BATCH_SIZE = 100
 
 
-KEEP_USAGE = 400 * DAY
+KEEP_USAGE_MS = 400 * DAY_MS
 """For how long the usage of a day is kept, in milliseconds: 13 months at the least."""
 
 
-class Spans(Struct, frozen=True):
+class Retention(Struct, frozen=True):
     """How long things last, in milliseconds: a lease, the time between checks, and how long things are kept.
 
     A running task is given up once answers that do not know it add up to `lost_after`, or all that can't be used,
     these included, to `unusable_after`.
     """
 
-    lease: int = 180_000
-    check_after: int = 2_500
-    claim: int = 30_000
-    interest: int = 30_000
-    lost_after: int = 1_800_000
-    unusable_after: int = DAY
-    keep_ended: int = 30 * DAY
+    lease_ms: int = 180_000
+    check_interval_ms: int = 2_500
+    claim_lease_ms: int = 30_000
+    watched_ms: int = 30_000
+    lost_after_ms: int = 1_800_000
+    unusable_after_ms: int = DAY_MS
+    keep_finished_ms: int = 30 * DAY_MS
 
     @property
-    def keep(self) -> int:
+    def keep_ms(self) -> int:
         """How long a reservation and a running task are kept: longer than any task can run."""
-        return self.keep_ended + 30 * DAY
+        return self.keep_finished_ms + 30 * DAY_MS
 
 
 class RedisLedger:
     """Holds places and books outcomes, each in one call."""
 
-    def __init__(self, scripts: Scripts, keys: Keys, spans: Spans) -> None:
+    def __init__(self, scripts: RedisScripts, keys: Keys, retention: Retention) -> None:
         self._scripts = scripts
         self._keys = keys
-        self._spans = spans
+        self._retention = retention
 
-    async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
+    async def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
         """Hold a place, or say who refused."""
         keys = self._keys
         answer = await self._scripts.call(
             "reserve",
             [
                 keys.clock,
-                keys.tenant(ask.tenant),
-                keys.reservation(ask.reservation),
+                keys.tenant(request.tenant),
+                keys.reservation(request.reservation),
                 keys.leases,
-                *map(keys.account, ask.accounts),
+                *map(keys.account, request.accounts),
             ],
             {
-                "reservation": ask.reservation,
-                "tenant": ask.tenant,
-                "kind": ask.kind,
-                "lease": self._spans.lease,
-                "keep": self._spans.keep,
-                "accounts": ask.accounts,
+                "reservation": request.reservation,
+                "tenant": request.tenant,
+                "kind": request.kind,
+                "lease": self._retention.lease_ms,
+                "keep": self._retention.keep_ms,
+                "accounts": request.accounts,
                 "reservations": keys.reservation(""),
             }
-            | given(idempotency=self._idempotency(ask.tenant, ask.idempotency)),
+            | drop_none(idempotency=self._idempotency_argument(request.tenant, request.idempotency)),
         )
-        return _verdict(answer), Snapshot(msgspec.msgpack.decode(answer[1], type=TenantState), answer[2])
+        return _parse_verdict(answer), TenantSnapshot(msgspec.msgpack.decode(answer[1], type=TenantState), answer[2])
 
-    async def retarget(self, ask: Ask, left: int, closes: Status | None) -> Verdict:
+    async def change_account(
+        self, request: ReserveRequest, previous: int, account_status: AccountStatus | None
+    ) -> Verdict:
         """Move the reservation from account `left` to the next of `ask.accounts`."""
         keys = self._keys
         answer = await self._scripts.call(
             "retarget",
             [
                 keys.clock,
-                keys.tenant(ask.tenant),
-                keys.reservation(ask.reservation),
-                keys.account(left),
-                *map(keys.account, ask.accounts),
+                keys.tenant(request.tenant),
+                keys.reservation(request.reservation),
+                keys.account(previous),
+                *map(keys.account, request.accounts),
             ],
-            {"left": left, "keep": self._spans.keep, "accounts": ask.accounts} | given(closes=closes),
+            {"left": previous, "keep": self._retention.keep_ms, "accounts": request.accounts}
+            | drop_none(closes=account_status),
         )
-        return _verdict(answer)
+        return _parse_verdict(answer)
 
     async def settle(self, settlement: Settlement) -> bool:
         """Book an outcome; False if a final one was booked before."""
@@ -127,23 +138,23 @@ class RedisLedger:
             "tenant": settlement.tenant,
             "account": settlement.account,
             "kind": settlement.kind,
-            "created": settlement.created,
+            "created": settlement.created_at,
             "outcome": settlement.outcome,
-            "figures": packed_figures(settlement.figures),
-            "keep": self._spans.keep,
-            "late": settlement.late,
+            "figures": pack_balance(settlement.balance),
+            "keep": self._retention.keep_ms,
+            "late": settlement.is_late,
             "usage": keys.usage(settlement.tenant, ""),
-            "keep_usage": KEEP_USAGE,
+            "keep_usage": KEEP_USAGE_MS,
             "reservations": keys.reservation(""),
             "keys": keys.idempotency(settlement.tenant, ""),
-        } | given(idempotency=self._idempotency(settlement.tenant, settlement.idempotency))
-        if settlement.draft:
+        } | drop_none(idempotency=self._idempotency_argument(settlement.tenant, settlement.idempotency))
+        if settlement.new_task:
             ask["draft"] = {
-                "id": settlement.draft.id,
-                "options": str(settlement.draft.options, "utf-8"),
-                "metadata": str(settlement.draft.metadata, "utf-8"),
-                "check_after": self._spans.check_after,
-            } | given(webhook=settlement.draft.webhook, trace=settlement.draft.trace)
+                "id": settlement.new_task.id,
+                "options": str(settlement.new_task.options, "utf-8"),
+                "metadata": str(settlement.new_task.metadata, "utf-8"),
+                "check_after": self._retention.check_interval_ms,
+            } | drop_none(webhook=settlement.new_task.webhook_url, trace=settlement.new_task.trace_context)
         status, _, *elsewhere = await self._scripts.call(
             "settle",
             [
@@ -153,26 +164,26 @@ class RedisLedger:
                 keys.leases,
                 keys.account(settlement.account),
                 keys.task(settlement.reservation),
-                keys.tasks(settlement.tenant),
-                keys.watch,
+                keys.tenant_tasks(settlement.tenant),
+                keys.poll_due,
             ],
-            ask | given(closes=settlement.closes),
+            ask | drop_none(closes=settlement.account_status),
         )
         if status == b"elsewhere":  # a retarget took place whose answer never arrived, and this tells of the other one
-            moved = msgspec.structs.replace(settlement, account=elsewhere[0], figures=Figures(), closes=None)
+            moved = msgspec.structs.replace(settlement, account=elsewhere[0], balance=Balance(), account_status=None)
             return await self.settle(moved)
         return bool(status == b"settled")
 
-    async def expire(self, most: int) -> Sequence[Settlement]:
+    async def settle_expired(self, limit: int) -> Sequence[Settlement]:
         """Settle as unknown the reservations whose process died before it could."""
         *time, rows, data_version = await self._scripts.read(
-            *self._keys.moment,
-            ("ZRANGE", self._keys.leases, 0, most - 1, "WITHSCORES"),
+            *self._keys.clock_commands,
+            ("ZRANGE", self._keys.leases, 0, limit - 1, "WITHSCORES"),
             ("GET", self._keys.data_version),
         )
         self._scripts.compare_version(data_version)  # what follows also removes members, by no script
-        now = moment(*time).now
-        ids = [reservation for reservation, lease in scored(rows) if lease <= now]
+        now = parse_ledger_time(*time).ledger_ms
+        ids = [reservation for reservation, lease in parse_withscores(rows) if lease <= now]
         found = await self._scripts.read(*(("GET", self._keys.reservation(each)) for each in ids))
         settled: list[Settlement] = []
         for each, packed in zip(ids, found, strict=True):
@@ -185,150 +196,170 @@ class RedisLedger:
                 tenant=reservation.tenant,
                 account=reservation.account,
                 kind=reservation.kind,
-                created=reservation.created,
+                created_at=reservation.created_at,
                 outcome=ReservationState.UNKNOWN,
             )
             if await self.settle(settlement):
                 settled.append(settlement)
         return settled
 
-    async def counters(self, tenant: int) -> Snapshot:
+    async def tenant_snapshot(self, tenant: int) -> TenantSnapshot:
         """The counters of a tenant, and the server's time."""
-        packed, time = await self._scripts.read(("HGET", self._keys.tenant(tenant), "state"), self._keys.time)
+        packed, time = await self._scripts.read(
+            ("HGET", self._keys.tenant(tenant), "state"), self._keys.server_time_command
+        )
         state = msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
-        return Snapshot(state, server_time(time))
+        return TenantSnapshot(state, parse_server_time(time))
 
-    async def counters_of(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
+    async def tenant_states(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
         """The counters of all these tenants, and the server's time."""
-        (time,) = await self._scripts.read(self._keys.time)
-        found = await self._states([self._keys.tenant(each) for each in ids])
+        (time,) = await self._scripts.read(self._keys.server_time_command)
+        found = await self._read_states([self._keys.tenant(each) for each in ids])
         states = {
             each: msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
             for each, packed in zip(ids, found, strict=True)
         }
-        return states, server_time(time)
+        return states, parse_server_time(time)
 
-    async def _states(self, keys: Sequence[str]) -> list[bytes | None]:
+    async def _read_states(self, keys: Sequence[str]) -> list[bytes | None]:
         """What stands under each key, a few at a time, so that other work comes in between."""
         found: list[bytes | None] = []
-        for start in range(0, len(keys), _BATCH):
-            found += await self._scripts.read(*(("HGET", key, "state") for key in keys[start : start + _BATCH]))
+        for start in range(0, len(keys), _BATCH_SIZE):
+            found += await self._scripts.read(*(("HGET", key, "state") for key in keys[start : start + _BATCH_SIZE]))
         return found
 
-    async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
+    async def account_states(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         """What is known of each account, with all times in the server's time."""
         offset = await self.clock_offset()
-        found = await self._states([self._keys.account(each) for each in ids])
+        found = await self._read_states([self._keys.account(each) for each in ids])
         states = (msgspec.msgpack.decode(packed, type=AccountState) if packed else AccountState() for packed in found)
-        return {each: state.moved(offset) if offset else state for each, state in zip(ids, states, strict=True)}
+        return {
+            each: state.to_server_time(offset) if offset else state for each, state in zip(ids, states, strict=True)
+        }
 
     async def clock_offset(self) -> int:
         """By how many milliseconds the ledger's time is ahead of the server's."""
-        return moment(*await self._scripts.read(*self._keys.moment)).offset
+        return parse_ledger_time(*await self._scripts.read(*self._keys.clock_commands)).offset_ms
 
     async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
         """Make the ledger's time the server's again, and all that is kept in it earlier by as much; by how much."""
         keys = self._keys
         (offset,) = await self._scripts.call(
             "reset_clock",
-            [keys.clock, keys.leases, keys.watch, keys.claims, keys.receivers, *map(keys.account, accounts)],
+            [
+                keys.clock,
+                keys.leases,
+                keys.poll_due,
+                keys.poll_claimed,
+                keys.webhook_queues,
+                *map(keys.account, accounts),
+            ],
             {
                 "accounts": accounts,
                 "reservations": keys.reservation(""),
                 "tasks": keys.task(""),
                 "usages": [keys.usage(tenant, "") for tenant in tenants],
-                "keep": self._spans.keep,
+                "keep": self._retention.keep_ms,
                 "queues": keys.deliveries_due(""),
                 "delivery_claims": keys.deliveries_claimed(""),
-                "failing": keys.failing(""),
+                "failing": keys.webhook_failing(""),
             },
         )
         return int(offset)
 
-    async def reopen(self, account: int) -> None:
+    async def reopen_account(self, account: int) -> None:
         """Let the next submission find out whether the account can pay."""
         await self._scripts.call("reopen", [self._keys.clock, self._keys.account(account)], {"account": account})
 
-    async def look(self, account: int, *, count_only: bool) -> Look | None:
+    async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
         """Claim the turn to look at an account's balance, if that is due."""
         status, now, *rest = await self._scripts.call(
             "look", [self._keys.clock, self._keys.account(account)], {"account": account, "count_only": count_only}
         )
-        return Look(account, str(rest[0], "ascii"), now) if status == b"due" else None
+        return BalanceCheck(account, str(rest[0], "ascii"), now) if status == b"due" else None
 
-    async def looked(self, look: Look, figures: Figures) -> None:
+    async def record_balance_check(self, check: BalanceCheck, balance: Balance) -> None:
         """Take in what a second check of a finished task told."""
         await self._scripts.call(
             "looked",
-            [self._keys.clock, self._keys.account(look.account)],
+            [self._keys.clock, self._keys.account(check.account)],
             {
-                "account": look.account,
-                "reservation": look.reservation,
-                "claimed": look.claimed,
-                "figures": packed_figures(figures),
+                "account": check.account,
+                "reservation": check.reservation,
+                "claimed": check.claimed_at,
+                "figures": pack_balance(balance),
                 "reservations": self._keys.reservation(""),
             },
         )
 
-    def _idempotency(self, tenant: int, idempotency: Idempotency | None) -> dict[str, Any] | None:
+    def _idempotency_argument(self, tenant: int, idempotency: Idempotency | None) -> dict[str, Any] | None:
         if idempotency is None:
             return None
-        at = self._keys.idempotency(tenant, idempotency.key)
-        return {"at": at, "key": idempotency.key, "content": idempotency.content, "keep": KEEP_KEY}
+        at = self._keys.idempotency(tenant, idempotency.key_digest)
+        return {
+            "at": at,
+            "key": idempotency.key_digest,
+            "content": idempotency.content_digest,
+            "keep": KEEP_IDEMPOTENCY_KEY_MS,
+        }
 
 
-def _verdict(answer: list[Any]) -> Verdict:
+def _parse_verdict(answer: list[Any]) -> Verdict:
     status, now = answer[0], answer[2]
     if status == b"granted":
-        return Granted(answer[3], now, answer[4])
+        return Grant(answer[3], now, answer[4])
     if status == b"denied":
-        return PolicyDenied(
+        return PolicyDenial(
             tuple(Violation(str(policy, "ascii"), limit, resets or None) for policy, limit, resets in answer[3:]), now
         )
     if status == b"no-account":
         return NoAccount(answer[3] or None, now)
     if status == b"replayed":
-        return Replayed(str(answer[3], "ascii"), ReservationState(str(answer[4], "ascii")), now)
+        return Replay(str(answer[3], "ascii"), ReservationState(str(answer[4], "ascii")), now)
     if status == b"in-flight":
         return InFlight(now)
     if status == b"key-reused":
-        return KeyReused(now)
+        return KeyReuse(now)
     if status == b"gone":
-        raise LedgerUnavailable("The gateway's store does not know this tenant. Try again.", retry_after=RETRY_AFTER)
+        raise LedgerUnavailable(
+            "The gateway's store does not know this tenant. Try again.", retry_after=RETRY_AFTER_SECONDS
+        )
     raise LedgerUnavailable("This submission was given up before it could be sent. Submit it again.", retry_after=1)
 
 
-def packed_figures(figures: Figures) -> dict[str, int]:
+def pack_balance(balance: Balance) -> dict[str, int]:
     """Figures for a script, in which what is not known is not there."""
-    return given(count=figures.count, money=figures.money)
+    return drop_none(count=balance.count, money=balance.money_fen)
 
 
-_UNKNOWN, _REFUND = "unknown", "refund"
+_UNKNOWN_FIELD, _REFUND_FIELD = "unknown", "refund"
 
 
-class _RefundEntry(Struct):
+class _StoredRefund(Struct):
     """A refund as the scripts write it into the usage of a day."""
 
     kind: Kind
-    at: int
+    refunded_at: int
     reason: str
     count: int
-    money: int
+    money_fen: int
 
 
 class RedisBooks:
     """Reads submissions and usage, and refunds."""
 
-    def __init__(self, scripts: Scripts, keys: Keys) -> None:
+    def __init__(self, scripts: RedisScripts, keys: Keys) -> None:
         self._scripts = scripts
         self._keys = keys
 
-    async def submission(self, reservation: str) -> Reservation | None:
+    async def get_reservation(self, reservation: str) -> Reservation | None:
         """A submission; None if it is not known (any more)."""
-        packed, *time = await self._scripts.read(("GET", self._keys.reservation(reservation)), *self._keys.moment)
-        return _reservation(packed, moment(*time).offset) if packed else None
+        packed, *time = await self._scripts.read(
+            ("GET", self._keys.reservation(reservation)), *self._keys.clock_commands
+        )
+        return _decode_reservation(packed, parse_ledger_time(*time).offset_ms) if packed else None
 
-    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[Refunding, Reservation] | None:
+    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
         """Give back what a submission was charged for, once."""
         keys = self._keys
         status, *rest = await self._scripts.call(
@@ -339,38 +370,38 @@ class RedisBooks:
                 "tenant": tenant,
                 "reason": reason,
                 "usage": keys.usage(tenant, ""),
-                "keep_usage": KEEP_USAGE,
+                "keep_usage": KEEP_USAGE_MS,
             },
         )
         if status == b"gone":
             return None
-        return Refunding(str(status, "ascii")), _reservation(*rest)
+        return RefundResult(str(status, "ascii")), _decode_reservation(*rest)
 
-    async def usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
+    async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
         """What a tenant used on each of the days."""
         found = await self._scripts.read(*(("HGETALL", self._keys.usage(tenant, day)) for day in days))
-        return [_day(fields) for fields in found]
+        return [_parse_day_usage(fields) for fields in found]
 
-    async def today(self) -> int:
+    async def current_day(self) -> int:
         """The day of the server's clock, counted from the epoch."""
-        (time,) = await self._scripts.read(self._keys.time)
-        return server_time(time) // DAY
+        (time,) = await self._scripts.read(self._keys.server_time_command)
+        return parse_server_time(time) // DAY_MS
 
 
-def _reservation(packed: bytes, offset: int) -> Reservation:
+def _decode_reservation(packed: bytes, offset: int) -> Reservation:
     """A reservation whose times are shown, where the ledger's time is ahead by `offset`."""
-    return msgspec.msgpack.decode(packed, type=Reservation).moved(offset)
+    return msgspec.msgpack.decode(packed, type=Reservation).to_server_time(offset)
 
 
-def _day(fields: Mapping[bytes, bytes]) -> DayUsage:
+def _parse_day_usage(fields: Mapping[bytes, bytes]) -> DayUsage:
     day = DayUsage()
     for name, value in fields.items():
         first, _, second = str(name, "ascii").partition(" ")
-        if first == _UNKNOWN:
+        if first == _UNKNOWN_FIELD:
             day.unknown[second] = Kind(str(value, "ascii"))
-        elif first == _REFUND:
-            entry = msgspec.msgpack.decode(value, type=_RefundEntry)
-            day.refunds[second] = entry.kind, Refund(entry.at, entry.reason, entry.count, entry.money)
+        elif first == _REFUND_FIELD:
+            entry = msgspec.msgpack.decode(value, type=_StoredRefund)
+            day.refunds[second] = entry.kind, Refund(entry.refunded_at, entry.reason, entry.count, entry.money_fen)
         else:
             day.tallies.setdefault(Kind(first), Tally())[Measure(second)] = int(value)
     return day

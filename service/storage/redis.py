@@ -17,9 +17,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.domain.errors import LedgerUnavailable
-from service.domain.ledger import LedgerClock, Moment
-from service.telemetry.metrics import LedgerOutcome, StoreError
-from service.telemetry.tracing import UNTRACED, Tracer
+from service.domain.ledger import ClockReading, LedgerClock
+from service.telemetry.metrics import RedisErrorKind, RedisOutcome
+from service.telemetry.tracing import NOOP_TRACER, Tracer
 
 
 class Keys:
@@ -44,14 +44,14 @@ class Keys:
         return self._root + "clock:offset"
 
     @property
-    def time(self) -> tuple[str, ...]:
+    def server_time_command(self) -> tuple[str, ...]:
         """The command that reads the server's time."""
         return ("TIME",)
 
     @property
-    def moment(self) -> tuple[tuple[str, ...], ...]:
+    def clock_commands(self) -> tuple[tuple[str, ...], ...]:
         """The commands that read the ledger's time and the server's."""
-        return ("GET", self.clock), ("GET", self.clock_offset), self.time
+        return ("GET", self.clock), ("GET", self.clock_offset), self.server_time_command
 
     @property
     def registry(self) -> str:
@@ -69,26 +69,26 @@ class Keys:
         return self._root + "leases"
 
     @property
-    def watch(self) -> str:
+    def poll_due(self) -> str:
         """The running tasks by the time of their next check."""
         return self._root + "watch"
 
     @property
-    def claims(self) -> str:
+    def poll_claimed(self) -> str:
         """The running tasks that a process checks just now, by the time when another one may."""
         return self._root + "claims"
 
     @property
-    def changes_channel(self) -> str:
+    def task_events_channel(self) -> str:
         """Where the changes of tasks are announced."""
         return self._root + "tasks:changed"
 
-    def interest(self, reservation: str) -> str:
+    def poll_watched(self, reservation: str) -> str:
         """Says that somebody looked at a task lately. Without an id, how all of these keys begin."""
         return f"{self._root}interest:{reservation}"
 
     @property
-    def receivers(self) -> str:
+    def webhook_queues(self) -> str:
         """The receivers that something is to be delivered to, by the time when it is their turn."""
         return self._root + "receivers"
 
@@ -101,17 +101,17 @@ class Keys:
         """How the end of a task is told to its tenant. Without an id, how all of these keys begin."""
         return f"{self._root}delivery:{reservation}"
 
-    def deliveries_due(self, receiver: str) -> str:
+    def deliveries_due(self, queue: str) -> str:
         """What waits to be delivered to a receiver, by when. Without one, how all of these keys begin."""
-        return f"{self._root}deliveries:due:{receiver}"
+        return f"{self._root}deliveries:due:{queue}"
 
-    def deliveries_claimed(self, receiver: str) -> str:
+    def deliveries_claimed(self, queue: str) -> str:
         """What is delivered to a receiver just now, by the time when another process may. Without one, as above."""
-        return f"{self._root}deliveries:claimed:{receiver}"
+        return f"{self._root}deliveries:claimed:{queue}"
 
-    def failing(self, receiver: str) -> str:
+    def webhook_failing(self, queue: str) -> str:
         """Says that a receiver failed lately. Without one, how all of these keys begin."""
-        return f"{self._root}failing:{receiver}"
+        return f"{self._root}failing:{queue}"
 
     def tenant(self, tenant: int) -> str:
         """A tenant's limits and counters. Ids are never reused, so neither are counters."""
@@ -140,7 +140,7 @@ class Keys:
         """
         return f"{self._root}task:{reservation}"
 
-    def tasks(self, tenant: int) -> str:
+    def tenant_tasks(self, tenant: int) -> str:
         """A tenant's tasks by the time of their creation."""
         return f"{self._root}tasks:{tenant}"
 
@@ -157,14 +157,14 @@ class DataVersionError(LedgerUnavailable):
         self.reason = reason
 
 
-def version_error(found: bytes | None, version: int = DATA_VERSION) -> DataVersionError | None:
+def find_version_error(stored: bytes | None, version: int = DATA_VERSION) -> DataVersionError | None:
     """The error for a version as it was found in a store; None where that is this one.
 
     Unmarked data is of version 1, as the first gateways wrote it; so is an empty store, until it is marked.
     """
-    if found is None or found == str(version).encode():
+    if stored is None or stored == str(version).encode():
         return None
-    shown = found[:20].decode("ascii", "replace")
+    shown = stored[:20].decode("ascii", "replace")
     return DataVersionError(
         f"the data in Redis under GATEWAY_KEY_PREFIX has version {shown}, and this gateway uses version {version}: "
         "run `gateway export` with the gateway that wrote it, and `gateway apply` with this one under another "
@@ -172,24 +172,24 @@ def version_error(found: bytes | None, version: int = DATA_VERSION) -> DataVersi
     )
 
 
-class DataVersion:
+class DataVersionGuard:
     """Guards a store by the key that holds its data version. `refused` is called once if that is another one."""
 
     def __init__(
         self,
         key: str,
-        refused: Callable[[DataVersionError], None] = lambda _: None,
+        on_mismatch: Callable[[DataVersionError], None] = lambda _: None,
         *,
         version: int = DATA_VERSION,
     ) -> None:
         self.key = key
         self.version = version
-        self._refused = refused
+        self._on_mismatch = on_mismatch
         self._error: DataVersionError | None = None
         self.is_checked = False
 
     @property
-    def is_refused(self) -> bool:
+    def is_mismatched(self) -> bool:
         """Whether the store is not to be used any more."""
         return self._error is not None
 
@@ -206,16 +206,16 @@ class DataVersion:
             found = await client.execute_command("GET", self.key)
         self.compare(found)
 
-    def compare(self, found: bytes | None) -> None:
+    def compare(self, stored: bytes | None) -> None:
         """Take in the version as it was just read. Raises DataVersionError, from now on with every `check`."""
-        error = version_error(found, self.version)
+        error = find_version_error(stored, self.version)
         if error:
             self.is_checked = False
             if self._error is None:
                 self._error = error
-                self._refused(error)
+                self._on_mismatch(error)
             raise self._error
-        self.is_checked = found is not None
+        self.is_checked = stored is not None
 
 
 _log = structlog.get_logger(__name__)
@@ -224,40 +224,42 @@ _log = structlog.get_logger(__name__)
 Client = Redis | RedisCluster
 
 
-RETRY_AFTER = 2.0
+RETRY_AFTER_SECONDS = 2.0
 
 
-_FOLDER = resources.files("service.storage") / "lua"
+_LUA_FOLDER = resources.files("service.storage") / "lua"
 
 
-SCRIPTS = tuple(sorted(each.name.removesuffix(".lua") for each in _FOLDER.iterdir() if each.name.endswith(".lua")))
+SCRIPT_NAMES = tuple(
+    sorted(each.name.removesuffix(".lua") for each in _LUA_FOLDER.iterdir() if each.name.endswith(".lua"))
+)
 """All scripts, by the names of their files."""
 
 
-_SORTS: Sequence[tuple[tuple[type[Exception], ...], StoreError]] = (
-    ((RedisTimeoutError,), StoreError.TIMEOUT),
-    ((ReadOnlyError,), StoreError.READONLY),
-    ((ClusterDownError,), StoreError.CLUSTER),
-    ((RedisConnectionError,), StoreError.CONNECTION),
-    ((ResponseError,), StoreError.RESPONSE),
+_ERROR_KINDS: Sequence[tuple[tuple[type[Exception], ...], RedisErrorKind]] = (
+    ((RedisTimeoutError,), RedisErrorKind.TIMEOUT),
+    ((ReadOnlyError,), RedisErrorKind.READONLY),
+    ((ClusterDownError,), RedisErrorKind.CLUSTER),
+    ((RedisConnectionError,), RedisErrorKind.CONNECTION),
+    ((ResponseError,), RedisErrorKind.RESPONSE),
 )
 
 
-_OTHER_VERSION = "DATAVERSION "
+_VERSION_ERROR_PREFIX = "DATAVERSION "
 
 
 _SHARED = ("state", "charges", "balance", "booking", "quota", "agenda")
 
 
-READ = "read"
+READ_COMMAND = "read"
 """What plain commands are called where calls are counted."""
 
 
-Observer = Callable[[str, LedgerOutcome, float], None]
+OnCall = Callable[[str, RedisOutcome, float], None]
 """Is told of every call: its script (or READ), its outcome, and the seconds it took."""
 
 
-Fault = Callable[[StoreError], None]
+OnError = Callable[[RedisErrorKind], None]
 """Is told of every error of Redis."""
 
 
@@ -265,47 +267,51 @@ QUIET_SECONDS = 5.0
 """An outage has ended when Redis answers and nothing has failed for so long."""
 
 
-class Outages:
+class OutageLogger:
     """Logs one line when Redis goes away and one when it is back, whatever fails meanwhile in this process.
 
     It passes on to `observe` and `failed` what it is called with.
     """
 
-    def __init__(self, observe: Observer, failed: Fault) -> None:
-        self._observe = observe
-        self._failed = failed
-        self._begun: float | None = None
-        self._last = 0.0
-        self._failures = 0
+    def __init__(self, on_call: OnCall, on_error: OnError) -> None:
+        self._on_call = on_call
+        self._on_error = on_error
+        self._started_at: float | None = None
+        self._last_failure_at = 0.0
+        self._failure_count = 0
 
-    def observe(self, call: str, outcome: LedgerOutcome, seconds: float) -> None:
+    def on_call(self, call: str, outcome: RedisOutcome, seconds: float) -> None:
         """Take in a call."""
-        self._observe(call, outcome, seconds)
-        if outcome is LedgerOutcome.UNAVAILABLE:
-            self._failures += 1
-            self._away(StoreError.RESPONSE)
-        elif self._begun is not None and outcome is LedgerOutcome.OK:
-            self._answered()
+        self._on_call(call, outcome, seconds)
+        if outcome is RedisOutcome.UNAVAILABLE:
+            self._failure_count += 1
+            self._mark_unavailable(RedisErrorKind.RESPONSE)
+        elif self._started_at is not None and outcome is RedisOutcome.OK:
+            self._mark_available()
 
-    def failed(self, error: StoreError) -> None:
+    def on_error(self, error: RedisErrorKind) -> None:
         """Take in an error of a call or of a subscription."""
-        self._failed(error)
-        if error is not StoreError.RESPONSE:  # which may be a fault of a script
-            self._away(error)
+        self._on_error(error)
+        if error is not RedisErrorKind.RESPONSE:  # which may be a fault of a script
+            self._mark_unavailable(error)
 
-    def _away(self, error: StoreError) -> None:
-        self._last = time.monotonic()
-        if self._begun is None:
-            self._begun = self._last
+    def _mark_unavailable(self, error: RedisErrorKind) -> None:
+        self._last_failure_at = time.monotonic()
+        if self._started_at is None:
+            self._started_at = self._last_failure_at
             _log.warning("redis.unavailable", error=error)
 
-    def _answered(self) -> None:
-        if self._begun is not None and time.monotonic() - self._last >= QUIET_SECONDS:
-            _log.info("redis.available", seconds=round(self._last - self._begun, 3), failed_calls=self._failures)
-            self._begun, self._failures = None, 0
+    def _mark_available(self) -> None:
+        if self._started_at is not None and time.monotonic() - self._last_failure_at >= QUIET_SECONDS:
+            _log.info(
+                "redis.available",
+                seconds=round(self._last_failure_at - self._started_at, 3),
+                failed_calls=self._failure_count,
+            )
+            self._started_at, self._failure_count = None, 0
 
 
-class Scripts:
+class RedisScripts:
     """Calls the scripts over a client that never retries: an unanswered call may have moved money.
 
     Where `version` is given, nothing is read or written before the store was found to hold data of that version, and
@@ -316,15 +322,15 @@ class Scripts:
         self,
         client: Client,
         *,
-        version: DataVersion | None = None,
-        observe: Observer | None = None,
-        failed: Fault | None = None,
-        tracer: Tracer = UNTRACED,
+        version_guard: DataVersionGuard | None = None,
+        on_call: OnCall | None = None,
+        on_error: OnError | None = None,
+        tracer: Tracer = NOOP_TRACER,
     ) -> None:
         self._client = client
-        self._version = version
-        self._observe = observe
-        self._failed = failed
+        self._version_guard = version_guard
+        self._on_call = on_call
+        self._on_error = on_error
         self._tracer = tracer
         self._sources: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
@@ -335,9 +341,9 @@ class Scripts:
         Raises LedgerUnavailable if Redis did not answer: it may have run or not.
         """
         values = (msgspec.msgpack.encode(arguments), *more)
-        if self._version:
-            keys, values = (*keys, self._version.key), (*values, str(self._version.version))
-        with self._observed(name), self._tracer.store("EVALSHA", script=name):
+        if self._version_guard:
+            keys, values = (*keys, self._version_guard.key), (*values, str(self._version_guard.version))
+        with self._observe_call(name), self._tracer.start_redis_span("EVALSHA", script=name):
             await self._check_version()
             if name not in self._hashes:
                 await self._load(name)
@@ -353,41 +359,41 @@ class Scripts:
         for command in commands:
             pipeline.execute_command(*command)
         operation = str(commands[0][0]) if len(commands) == 1 else "PIPELINE"
-        with self._observed(READ), self._tracer.store(operation, batch=len(commands)):
+        with self._observe_call(READ_COMMAND), self._tracer.start_redis_span(operation, batch_size=len(commands)):
             await self._check_version()
             return await pipeline.execute()
 
-    def compare_version(self, found: bytes | None) -> None:
+    def compare_version(self, stored: bytes | None) -> None:
         """Take in the data version, as one of the commands of a `read` returned it. Raises DataVersionError."""
-        if self._version:
-            self._version.compare(found)
+        if self._version_guard:
+            self._version_guard.compare(stored)
 
     async def _check_version(self) -> None:
-        if self._version and not self._version.is_checked:
-            await self._version.check(self._client)
+        if self._version_guard and not self._version_guard.is_checked:
+            await self._version_guard.check(self._client)
 
     @contextmanager
-    def _observed(self, call: str) -> Iterator[None]:
+    def _observe_call(self, call: str) -> Iterator[None]:
         """Tell of a call, and turn the errors of Redis into LedgerUnavailable."""
-        outcome, begun = LedgerOutcome.FAULT, time.perf_counter()
+        outcome, begun = RedisOutcome.ERROR, time.perf_counter()
         try:
             yield
-            outcome = LedgerOutcome.OK
+            outcome = RedisOutcome.OK
         except RedisError as error:
-            if self._failed:
-                self._failed(sort_of(error))
+            if self._on_error:
+                self._on_error(classify_error(error))
             if isinstance(error, DataError) or (type(error) is ResponseError and str(error).startswith("user_script")):
                 raise  # a fault of ours, not Redis being away
-            if type(error) is ResponseError and str(error).startswith(_OTHER_VERSION):
-                self.compare_version(str(error).removeprefix(_OTHER_VERSION).encode())
-            outcome = LedgerOutcome.UNAVAILABLE
-            raise unavailable() from error
+            if type(error) is ResponseError and str(error).startswith(_VERSION_ERROR_PREFIX):
+                self.compare_version(str(error).removeprefix(_VERSION_ERROR_PREFIX).encode())
+            outcome = RedisOutcome.UNAVAILABLE
+            raise make_unavailable_error() from error
         except asyncio.CancelledError:
-            outcome = LedgerOutcome.GIVEN_UP
+            outcome = RedisOutcome.CANCELLED
             raise
         finally:
-            if self._observe:
-                self._observe(call, outcome, time.perf_counter() - begun)
+            if self._on_call:
+                self._on_call(call, outcome, time.perf_counter() - begun)
 
     async def _run(self, name: str, keys: Sequence[str], values: Sequence[bytes | str]) -> list[Any]:
         result = await self._client.evalsha(self._hashes[name], len(keys), *keys, *values)
@@ -395,50 +401,50 @@ class Scripts:
 
     async def _load(self, name: str) -> None:
         if name not in self._sources:
-            shared = ("version", *_SHARED) if self._version else _SHARED
-            parts = [*(_FOLDER / "shared" / f"{part}.lua" for part in shared), _FOLDER / f"{name}.lua"]
+            shared = ("version", *_SHARED) if self._version_guard else _SHARED
+            parts = [*(_LUA_FOLDER / "shared" / f"{part}.lua" for part in shared), _LUA_FOLDER / f"{name}.lua"]
             self._sources[name] = "\n".join(part.read_text(encoding="utf-8") for part in parts)
         self._hashes[name] = await self._client.script_load(self._sources[name])
 
 
-def sort_of(error: RedisError) -> StoreError:
+def classify_error(error: RedisError) -> RedisErrorKind:
     """Which of the errors this is that are counted apart."""
-    for kinds, sort in _SORTS:
+    for kinds, sort in _ERROR_KINDS:
         if isinstance(error, kinds):
             return sort
-    return StoreError.OTHER
+    return RedisErrorKind.OTHER
 
 
-def given(**values: Any) -> dict[str, Any]:
+def drop_none(**values: Any) -> dict[str, Any]:
     """Arguments of a script, in which what is not known is not there."""
     return {name: value for name, value in values.items() if value is not None}
 
 
-def scored(rows: Sequence[bytes]) -> list[tuple[str, int]]:
+def parse_withscores(rows: Sequence[bytes]) -> list[tuple[str, int]]:
     """The members of a sorted set with their scores, out of an answer WITHSCORES."""
     return [(str(member, "ascii"), int(float(score))) for member, score in zip(rows[::2], rows[1::2], strict=True)]
 
 
-def overdue(first: Sequence[tuple[str, int]], now: int) -> int:
+def overdue_ms(first: Sequence[tuple[str, int]], now: int) -> int:
     """For how many milliseconds the first of a queue has been due at `now`; 0 if it is not, or there is none."""
     return max(now - first[0][1], 0) if first else 0
 
 
-def server_time(time: tuple[int, int]) -> int:
+def parse_server_time(time: tuple[int, int]) -> int:
     """The server's time in milliseconds, out of the answer to TIME."""
     seconds, micros = time
     return seconds * 1000 + micros // 1000
 
 
-def moment(last: bytes | None, offset: bytes | None, time: tuple[int, int]) -> Moment:
+def parse_ledger_time(last: bytes | None, offset: bytes | None, time: tuple[int, int]) -> ClockReading:
     """The time now, out of the answers to `Keys.moment`."""
-    wall = server_time(time)
-    return Moment(LedgerClock(int(last or 0), int(offset or 0)).advance(wall).last, wall)
+    wall = parse_server_time(time)
+    return ClockReading(LedgerClock(int(last or 0), int(offset or 0)).advance(wall).last_ms, wall)
 
 
-def unavailable() -> LedgerUnavailable:
+def make_unavailable_error() -> LedgerUnavailable:
     """What a caller is told when Redis does not answer."""
     return LedgerUnavailable(
         "The gateway can't reach its store just now. Nothing was sent; try again in a moment.",
-        retry_after=RETRY_AFTER,
+        retry_after=RETRY_AFTER_SECONDS,
     )

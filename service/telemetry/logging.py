@@ -17,30 +17,30 @@ from structlog.typing import FilteringBoundLogger, Processor
 from service.domain.tenants import AccountPolicy, TenantPolicy
 from service.telemetry.redaction import Redactor
 
-_FEN = 100
+_FEN_PER_YUAN = 100
 
 
-def yuan(fen: int) -> float:
+def fen_to_yuan(fen: int) -> float:
     """Fen as yuan."""
-    return fen / _FEN
+    return fen / _FEN_PER_YUAN
 
 
-def account_policy(policy: AccountPolicy) -> dict[str, Any]:
+def log_account_policy(policy: AccountPolicy) -> dict[str, Any]:
     """What must stay in an account, and what its tasks cost at most."""
     return {
         "floor_count": policy.floor_count,
-        "floor_money": yuan(policy.floor_money),
-        "max_price": {kind.value: yuan(price) for kind, price in policy.max_price.items()},
+        "floor_money": fen_to_yuan(policy.floor_money_fen),
+        "max_price": {kind.value: fen_to_yuan(price) for kind, price in policy.max_price.items()},
     }
 
 
-def tenant_policy(policy: TenantPolicy) -> dict[str, Any]:
+def log_tenant_policy(policy: TenantPolicy) -> dict[str, Any]:
     """What a tenant may spend."""
     limits = [
         {
             "window": each.window.value,
             "tasks": each.tasks,
-            "money": None if each.money is None else yuan(each.money),
+            "money": None if each.money_fen is None else fen_to_yuan(each.money_fen),
         }
         for each in policy.limits
     ]
@@ -48,61 +48,61 @@ def tenant_policy(policy: TenantPolicy) -> dict[str, Any]:
     return told | {"limits": limits}
 
 
-class Spent:
+class WaitTimer:
     """Adds up the time in which at least one wait was under way: what waits at once counts once."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._under_way = 0
-        self._since = 0.0
-        self._before: float | None = None
+        self._active_waits = 0
+        self._started_at = 0.0
+        self._total_seconds: float | None = None
 
     @property
     def seconds(self) -> float | None:
         """How much it is by now; None if there was no wait."""
-        if not self._under_way:
-            return self._before
-        return (self._before or 0.0) + self._clock() - self._since
+        if not self._active_waits:
+            return self._total_seconds
+        return (self._total_seconds or 0.0) + self._clock() - self._started_at
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """A wait begins."""
-        if not self._under_way:
-            self._since = self._clock()
-        self._under_way += 1
+        if not self._active_waits:
+            self._started_at = self._clock()
+        self._active_waits += 1
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """A wait ends."""
-        if self._under_way == 1:
-            self._before = self.seconds
-        self._under_way -= 1
+        if self._active_waits == 1:
+            self._total_seconds = self.seconds
+        self._active_waits -= 1
 
 
-_SPENT: ContextVar[Spent | None] = ContextVar("spent", default=None)
+_CURRENT_TIMER: ContextVar[WaitTimer | None] = ContextVar("spent", default=None)
 
 
 @contextmanager
-def counted() -> Iterator[Spent]:
+def measure_upstream_wait() -> Iterator[WaitTimer]:
     """Count what is waited within the block, and in the tasks that are begun in it."""
-    spent = Spent()
-    reset = _SPENT.set(spent)
+    spent = WaitTimer()
+    reset = _CURRENT_TIMER.set(spent)
     try:
         yield spent
     finally:
-        _SPENT.reset(reset)
+        _CURRENT_TIMER.reset(reset)
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
+def upstream_wait() -> Iterator[None]:
     """Within the block the upstream is waited for; nothing is counted where no request is."""
-    spent = _SPENT.get()
+    spent = _CURRENT_TIMER.get()
     if spent is None:
         yield
         return
-    spent.begin()
+    spent.start()
     try:
         yield
     finally:
-        spent.end()
+        spent.stop()
 
 
 _LIBRARIES = ("asyncio", "httpcore2", "httpx2", "litestar", "redis", "uvicorn", "uvicorn.access", "uvicorn.error")
@@ -111,17 +111,17 @@ _LIBRARIES = ("asyncio", "httpcore2", "httpx2", "litestar", "redis", "uvicorn", 
 _LEVELS = (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO)
 
 
-REQUEST_ENDED = "request.ended"
+REQUEST_EVENT = "request.ended"
 
 
-ANSWERED = "answered"
+OUTCOME_ANSWERED = "answered"
 """The outcome of most requests."""
 
 
 Event = MutableMapping[str, Any]
 
 
-def configure(*, json: bool, level: str, stream: BinaryIO, redactor: Redactor) -> FilteringBoundLogger:
+def configure_logging(*, json: bool, level: str, stream: BinaryIO, redactor: Redactor) -> FilteringBoundLogger:
     """Send all logging of this process through one chain, and return its logger.
 
     `json` chooses JSON lines over lines to read, which are coloured on a terminal. Libraries that use the standard
@@ -132,9 +132,13 @@ def configure(*, json: bool, level: str, stream: BinaryIO, redactor: Redactor) -
     processors: list[Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.format_exc_info,
-        _arranged,
+        _order_fields,
         redactor,
-        *([_stamped, _to_json] if json else [_shortened, _console(colours=stream.isatty()), _to_bytes]),
+        *(
+            [_add_timestamp, _to_json]
+            if json
+            else [_format_for_console, _create_console_renderer(colours=stream.isatty()), _to_bytes]
+        ),
     ]
     structlog.configure(
         processors=processors,
@@ -144,7 +148,7 @@ def configure(*, json: bool, level: str, stream: BinaryIO, redactor: Redactor) -
         cache_logger_on_first_use=False,
     )
     logger: FilteringBoundLogger = structlog.get_logger()
-    logging.basicConfig(handlers=[_Bridge(logger)], level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[_StructlogHandler(logger)], level=logging.WARNING, force=True)
     for name in _LIBRARIES:
         library = logging.getLogger(name)
         library.handlers.clear()
@@ -153,7 +157,7 @@ def configure(*, json: bool, level: str, stream: BinaryIO, redactor: Redactor) -
     return logger
 
 
-class _Bridge(logging.Handler):
+class _StructlogHandler(logging.Handler):
     """Passes the records of the standard library on to structlog."""
 
     def __init__(self, logger: FilteringBoundLogger) -> None:
@@ -169,7 +173,7 @@ class _Bridge(logging.Handler):
         self._logger.log(level, "library.logged", logger=record.name, detail=message, exc_info=record.exc_info)
 
 
-def _arranged(_logger: object, _method: str, event: Event) -> Event:
+def _order_fields(_logger: object, _method: str, event: Event) -> Event:
     """How grave and what first, then what belongs to it, then whose request it is; what is None is not there."""
     first = {"level": event.pop("level"), "event": event.pop("event")}
     told = {name: value for name, value in event.items() if value is not None}
@@ -177,22 +181,22 @@ def _arranged(_logger: object, _method: str, event: Event) -> Event:
     return first | told | {name: value for name, value in request.items() if name not in told}
 
 
-def _stamped(_logger: object, _method: str, event: Event) -> Event:
+def _add_timestamp(_logger: object, _method: str, event: Event) -> Event:
     return {"time": datetime.now(UTC).isoformat().replace("+00:00", "Z"), **event}
 
 
-def _shortened(_logger: object, _method: str, event: Event) -> Event:
+def _format_for_console(_logger: object, _method: str, event: Event) -> Event:
     """An event with the time of the clock on the wall; a request is told in the usual words, and not what is usual."""
     event["time"] = datetime.now().astimezone().strftime("%H:%M:%S.%f")[:-3]
-    if event["event"] == REQUEST_ENDED:
+    if event["event"] == REQUEST_EVENT:
         event["event"] = f"{event.pop('method')} {event.pop('path')} {event.pop('status')}"
         del event["port"], event["route"]
-        if event["outcome"] == ANSWERED:
+        if event["outcome"] == OUTCOME_ANSWERED:
             del event["outcome"]
     return event
 
 
-def _console(*, colours: bool) -> Processor:
+def _create_console_renderer(*, colours: bool) -> Processor:
     # The traceback is text already, which the plain formatter expects.
     return structlog.dev.ConsoleRenderer(
         colors=colours,

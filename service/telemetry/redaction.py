@@ -13,15 +13,15 @@ from urllib.parse import quote, quote_plus
 
 import msgspec
 
-from service.domain.tasks import Sealer
+from service.domain.tasks import Cipher
 from service.domain.tenants import TOKEN_PREFIX
 from service.domain.webhooks import SECRET_PREFIX
 
-_SHORTEST = 8
+_MIN_SECRET_LENGTH = 8
 """A shorter spelling is not looked for: it would be found within ordinary words."""
 
 
-_PERCENT = re.compile(r"%[0-9A-F]{2}")
+_PERCENT_ESCAPE = re.compile(r"%[0-9A-F]{2}")
 
 
 class KnownSecrets:
@@ -34,60 +34,60 @@ class KnownSecrets:
 
     def __init__(self) -> None:
         self._secrets: set[str] = set()
-        self._spellings: set[str] = set()
-        self._pieces: set[str] = set()
-        self._length = 0
+        self._encodings: set[str] = set()
+        self._fragments: set[str] = set()
+        self._fragment_length = 0
 
     def add(self, secret: str) -> bool:
         """Know a secret from now on; False if it was known, or is too short to be told from an ordinary word."""
-        if secret in self._secrets or len(secret) < _SHORTEST:
+        if secret in self._secrets or len(secret) < _MIN_SECRET_LENGTH:
             return False
         self._secrets.add(secret)
-        added = {each for each in spellings(secret) if len(each) >= _SHORTEST}
-        self._spellings |= added
+        added = {each for each in encodings(secret) if len(each) >= _MIN_SECRET_LENGTH}
+        self._encodings |= added
         # Of so many characters in a row, one piece that begins at a multiple of the length is whole.
-        length = (min(map(len, self._spellings)) + 1) // 2
-        if length != self._length:
-            self._length, self._pieces, added = length, set(), self._spellings
+        length = (min(map(len, self._encodings)) + 1) // 2
+        if length != self._fragment_length:
+            self._fragment_length, self._fragments, added = length, set(), self._encodings
         for each in added:
-            self._pieces.update(each[start : start + length] for start in range(len(each) - length + 1))
+            self._fragments.update(each[start : start + length] for start in range(len(each) - length + 1))
         return True
 
-    def without(self, text: str, instead: str) -> str:
+    def replace_secrets(self, text: str, replacement: str) -> str:
         """A text with each spelling of a secret replaced."""
-        length = self._length
+        length = self._fragment_length
         if not length or len(text) < length:
             return text
-        if self._pieces.isdisjoint([text[start : start + length] for start in range(0, len(text), length)]):
+        if self._fragments.isdisjoint([text[start : start + length] for start in range(0, len(text), length)]):
             return text
-        for spelling in sorted(self._spellings, key=len, reverse=True):  # a shorter one may be within a longer
-            text = text.replace(spelling, instead)
+        for spelling in sorted(self._encodings, key=len, reverse=True):  # a shorter one may be within a longer
+            text = text.replace(spelling, replacement)
         return text
 
 
-def spellings(secret: str) -> Iterator[str]:
+def encodings(secret: str) -> Iterator[str]:
     """A secret as it is, and as it looks in addresses, in literals of JSON and Python, in HTML, base64 and hex."""
     plain = secret.encode(errors="surrogatepass")
     yield secret
     yield html.escape(secret)
     for encoded in (quote(plain), quote(plain, safe=""), quote_plus(plain)):
         yield encoded
-        yield _PERCENT.sub(lambda found: found[0].lower(), encoded)
-    for literal in (_in_json, _in_ascii_json, _in_python, _in_ascii, _in_bytes):
+        yield _PERCENT_ESCAPE.sub(lambda found: found[0].lower(), encoded)
+    for literal in (_json_literal, _ascii_json_literal, _python_literal, _ascii_literal, _bytes_literal):
         once = literal(secret)
         yield once
         yield literal(once)
-    yield from in_hex(secret)
-    yield from in_base64(plain)
+    yield from hex_encodings(secret)
+    yield from base64_encodings(plain)
 
 
-def in_hex(text: str) -> tuple[str, str]:
+def hex_encodings(text: str) -> tuple[str, str]:
     """A text as the hexadecimal digits of its bytes."""
     digits = text.encode(errors="surrogatepass").hex()
     return digits, digits.upper()
 
 
-def in_base64(plain: bytes) -> Iterator[str]:
+def base64_encodings(plain: bytes) -> Iterator[str]:
     """What is sure to stand in any base64 of something that holds these bytes, wherever in it."""
     for before in range(3):
         text = base64.b64encode(b"\0" * before + plain).rstrip(b"=").decode()
@@ -96,76 +96,78 @@ def in_base64(plain: bytes) -> Iterator[str]:
         yield text[first:last].replace("+", "-").replace("/", "_")
 
 
-def _in_json(text: str) -> str:
+def _json_literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _in_ascii_json(text: str) -> str:
+def _ascii_json_literal(text: str) -> str:
     return json.dumps(text)[1:-1]
 
 
-def _in_python(text: str) -> str:
+def _python_literal(text: str) -> str:
     return repr(text)[1:-1]
 
 
-def _in_ascii(text: str) -> str:
+def _ascii_literal(text: str) -> str:
     return ascii(text)[1:-1]
 
 
-def _in_bytes(text: str) -> str:
+def _bytes_literal(text: str) -> str:
     return repr(text.encode(errors="surrogatepass"))[2:-1]
 
 
 REDACTED = "[redacted]"
 
 
-_DEEPEST = 12
+_MAX_DEPTH = 12
 
 
-_SHORTEST_TOKEN = 20
+_MIN_TOKEN_LENGTH = 20
 """All tokens and webhook secrets are longer, and most words are shorter."""
 
 
-_NO_WORD = re.compile(r"[\s=:,?+%]")
+_NON_WORD = re.compile(r"[\s=:,?+%]")
 
 
-_LARGEST_INTEGER = 2**63
+_MAX_INTEGER = 2**63
 
 
-_MOST_NAMES = 1_000
+_MAX_CACHED_NAMES = 1_000
 
 
-_PROSE = ("prompt", "metadata")
+_FREE_TEXT_NAMES = ("prompt", "metadata")
 
 
-_NAMES = (
+_SECRET_NAMES = (
     *("user[-_]?key", "api[-_]?key", "idempotency[-_]?key", "token", "authorization", "secret", "passw(?:or)?d"),
-    *("cookie", *_PROSE),
+    *("cookie", *_FREE_TEXT_NAMES),
 )
 
 
-_SECRET_NAME = re.compile("|".join(_NAMES), re.IGNORECASE)
+_SECRET_NAME = re.compile("|".join(_SECRET_NAMES), re.IGNORECASE)
 
 
-_PREFIXES = (TOKEN_PREFIX, SECRET_PREFIX)
+_TOKEN_PREFIXES = (TOKEN_PREFIX, SECRET_PREFIX)
 
 
-_BARE_PREFIXES = tuple(prefix.removesuffix("_") for prefix in _PREFIXES)
+_BARE_TOKEN_PREFIXES = tuple(prefix.removesuffix("_") for prefix in _TOKEN_PREFIXES)
 
 
-_TOKEN = re.compile(rf"{_BARE_PREFIXES[0]}(?:_|%5[Ff])\w+|{_BARE_PREFIXES[1]}(?:_|%5[Ff])[\w+/=%-]+")
+_TOKEN = re.compile(rf"{_BARE_TOKEN_PREFIXES[0]}(?:_|%5[Ff])\w+|{_BARE_TOKEN_PREFIXES[1]}(?:_|%5[Ff])[\w+/=%-]+")
 
 
-_ENCODED_PREFIXES = {spelling for prefix in _PREFIXES for spelling in (*in_base64(prefix.encode()), *in_hex(prefix))}
+_ENCODED_TOKEN_PREFIXES = {
+    spelling for prefix in _TOKEN_PREFIXES for spelling in (*base64_encodings(prefix.encode()), *hex_encodings(prefix))
+}
 
 
-_ENCODED_TOKEN = re.compile(rf"(?:{'|'.join(map(re.escape, _ENCODED_PREFIXES))})[\w+/-]{{20,}}=*")
+_ENCODED_TOKEN = re.compile(rf"(?:{'|'.join(map(re.escape, _ENCODED_TOKEN_PREFIXES))})[\w+/-]{{20,}}=*")
 
 
 _CREDENTIALS = re.compile(r"\b(bearer|basic)(?:\s|%20|\+)+[^\s,;'\"]+", re.IGNORECASE)
 
 
-_ADDRESS = re.compile(r"(://)([^\s\"<>\\]+)")
+_URL = re.compile(r"(://)([^\s\"<>\\]+)")
 
 
 _QUERY = re.compile(r"(?<=[\w/])\?[^\s\"<>\\=?]*=[^\s\"<>\\]*")
@@ -175,36 +177,38 @@ _QUERY = re.compile(r"(?<=[\w/])\?[^\s\"<>\\=?]*=[^\s\"<>\\]*")
 _LINE_END = r"(?:\\+r\\+n|\r?\n)"
 
 
-_PART = re.compile(
+_FORM_PART = re.compile(
     rf"(name=\\*\"[^\"\\]{{0,80}}\\*\"[^\r\n]{{0,300}}?{_LINE_END}{{2}}).*?(?={_LINE_END}--|\Z)", re.DOTALL
 )
 
 
 # `name=value`, `"name": "value"`, `("name", "value")` and the like in running text. What is quoted may be quoted once
 # more, which escapes its quotes, and may have lost its end; a quote that is escaped differently is not the last one.
-_QUOTED = r"b?\"(?:[^\"\\]|\\+[^\\])*+(?:\"|\\*\Z)|b?'(?:[^'\\]|\\+[^\\])*+(?:'|\\*\Z)"
+_QUOTED_VALUE = r"b?\"(?:[^\"\\]|\\+[^\\])*+(?:\"|\\*\Z)|b?'(?:[^'\\]|\\+[^\\])*+(?:'|\\*\Z)"
 
 
-_ESCAPED = r"(?>(?P<{0}>\\+[\"']).*?(?:(?<!\\)(?P={0})|\Z))"
+_ESCAPED_VALUE = r"(?>(?P<{0}>\\+[\"']).*?(?:(?<!\\)(?P={0})|\Z))"
 
 
-_BRACED = rf"[{{\[(](?:[^{{}}()\[\]\"'\\]|{_QUOTED}|{_ESCAPED.format('inner')}|\\)*+(?:[}}\])]|\Z)|[{{\[(][^\n]*"
+_BRACED_VALUE = (
+    rf"[{{\[(](?:[^{{}}()\[\]\"'\\]|{_QUOTED_VALUE}|{_ESCAPED_VALUE.format('inner')}|\\)*+(?:[}}\])]|\Z)|[{{\[(][^\n]*"
+)
 
 
-_NAMED = re.compile(
-    rf"((?:{'|'.join(_NAMES)})[\w-]{{0,40}}"
+_NAMED_VALUE = re.compile(
+    rf"((?:{'|'.join(_SECRET_NAMES)})[\w-]{{0,40}}"
     r"(?:(?:\\*[\"'])?\s{0,3}[=:]\s{0,3}|\\*[\"']\s{0,3},\s{0,3}(?=b?\\*[\"'])))"
-    rf"(?:{_ESCAPED.format('quote')}|{_QUOTED}|{_BRACED}|[^\s&,;)}}\]]+)",
+    rf"(?:{_ESCAPED_VALUE.format('quote')}|{_QUOTED_VALUE}|{_BRACED_VALUE}|[^\s&,;)}}\]]+)",
     re.IGNORECASE | re.DOTALL,
 )
 
 
-_UNQUOTED_PROSE = re.compile(
-    rf"((?:{'|'.join(_PROSE)})[\w-]{{0,40}}\s{{0,3}}[=:]\s{{0,3}})(?!b?[\"'\\{{\[(])[^\n]+", re.IGNORECASE
+_UNQUOTED_FREE_TEXT = re.compile(
+    rf"((?:{'|'.join(_FREE_TEXT_NAMES)})[\w-]{{0,40}}\s{{0,3}}[=:]\s{{0,3}})(?!b?[\"'\\{{\[(])[^\n]+", re.IGNORECASE
 )
 
 
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_CONTROL_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 class Redactor:
@@ -215,100 +219,100 @@ class Redactor:
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        self._known = KnownSecrets()
-        self._names: dict[str, tuple[str, bool]] = {}
-        self.learn(*secrets)
+        self._known_secrets = KnownSecrets()
+        self._name_cache: dict[str, tuple[str, bool]] = {}
+        self.register_secrets(*secrets)
 
-    def learn(self, *secrets: str) -> None:
+    def register_secrets(self, *secrets: str) -> None:
         """From now on these strings are not logged, in any of the spellings they come in."""
         for secret in secrets:
-            if self._known.add(secret):
-                self._names.clear()
+            if self._known_secrets.add(secret):
+                self._name_cache.clear()
 
     def __call__(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """Rewrite one event."""
-        return self._mapping(event, 0)
+        return self._redact_mapping(event, 0)
 
-    def text(self, text: str) -> str:
+    def redact_text(self, text: str) -> str:
         """A text without secrets, in which every character can be encoded, and none of which steers a terminal."""
         # Most texts are short words. What can't match is not searched for: it makes a line cost a third.
-        text = self._known.without(text, REDACTED)
-        if len(text) >= _SHORTEST_TOKEN:
+        text = self._known_secrets.replace_secrets(text, REDACTED)
+        if len(text) >= _MIN_TOKEN_LENGTH:
             text = _ENCODED_TOKEN.sub(REDACTED, _TOKEN.sub(REDACTED, text))
-        if _NO_WORD.search(text):
-            text = _running(text)
+        if _NON_WORD.search(text):
+            text = _redact_running_text(text)
         if not text.isprintable():
-            text = text.translate(_CONTROLS)
+            text = text.translate(_CONTROL_ESCAPES)
         return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
-    def _value(self, value: Any, depth: int) -> Any:
+    def _redact_value(self, value: Any, depth: int) -> Any:
         plain: Any
         if isinstance(value, str):
-            plain = self.text(str(value))
+            plain = self.redact_text(str(value))
         elif value is None or isinstance(value, bool | float):
             plain = value
         elif isinstance(value, int):
-            plain = int(value) if abs(value) < _LARGEST_INTEGER else str(value)
+            plain = int(value) if abs(value) < _MAX_INTEGER else str(value)
         elif isinstance(value, bytes | bytearray | memoryview):
             plain = f"<{len(value)} bytes>"
-        elif depth > _DEEPEST:
+        elif depth > _MAX_DEPTH:
             plain = "..."
         elif isinstance(value, Mapping):
-            plain = self._mapping(value, depth)
+            plain = self._redact_mapping(value, depth)
         elif isinstance(value, list | tuple | set | frozenset):
-            plain = self._sequence(tuple(value), depth)
+            plain = self._redact_sequence(tuple(value), depth)
         elif isinstance(value, msgspec.Struct):
-            plain = self._mapping({name: getattr(value, name) for name in value.__struct_fields__}, depth)
+            plain = self._redact_mapping({name: getattr(value, name) for name in value.__struct_fields__}, depth)
         elif is_dataclass(value) and not isinstance(value, type):
-            plain = self._mapping({each.name: getattr(value, each.name) for each in fields(value)}, depth)
+            plain = self._redact_mapping({each.name: getattr(value, each.name) for each in fields(value)}, depth)
         else:
-            plain = self.text(repr(value))
+            plain = self.redact_text(repr(value))
         return plain
 
-    def _mapping(self, mapping: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+    def _redact_mapping(self, mapping: Mapping[Any, Any], depth: int) -> dict[str, Any]:
         told: dict[str, Any] = {}
         for name, value in mapping.items():
-            shown, secret = self._name(name)
-            told[shown] = REDACTED if secret and value is not None else self._value(value, depth + 1)
-        if depth and "value" in told and self._names_secret(mapping.get("name", mapping.get("key"))):
+            shown, secret = self._redact_name(name)
+            told[shown] = REDACTED if secret and value is not None else self._redact_value(value, depth + 1)
+        if depth and "value" in told and self._is_secret_name(mapping.get("name", mapping.get("key"))):
             told["value"] = REDACTED
         return told
 
-    def _sequence(self, values: Sequence[Any], depth: int) -> list[Any]:
-        if len(values) == 2 and self._names_secret(values[0]):  # a header, or a field of a form
-            return [self._value(values[0], depth + 1), REDACTED]
-        return [self._value(each, depth + 1) for each in values]
+    def _redact_sequence(self, values: Sequence[Any], depth: int) -> list[Any]:
+        if len(values) == 2 and self._is_secret_name(values[0]):  # a header, or a field of a form
+            return [self._redact_value(values[0], depth + 1), REDACTED]
+        return [self._redact_value(each, depth + 1) for each in values]
 
-    def _names_secret(self, name: Any) -> bool:
-        return isinstance(name, str | bytes) and self._name(name)[1]
+    def _is_secret_name(self, name: Any) -> bool:
+        return isinstance(name, str | bytes) and self._redact_name(name)[1]
 
-    def _name(self, name: Any) -> tuple[str, bool]:
+    def _redact_name(self, name: Any) -> tuple[str, bool]:
         """A name as it is shown, and whether what stands under it is secret; the id of a token, say, is not."""
         text = str(name)
-        known = self._names.get(text)
+        known = self._name_cache.get(text)
         if known is None:
-            known = self.text(text), _SECRET_NAME.search(text) is not None and not text.endswith("_id")
-            if len(self._names) < _MOST_NAMES:
-                self._names[text] = known
+            known = self.redact_text(text), _SECRET_NAME.search(text) is not None and not text.endswith("_id")
+            if len(self._name_cache) < _MAX_CACHED_NAMES:
+                self._name_cache[text] = known
         return known
 
 
-def _running(text: str) -> str:
+def _redact_running_text(text: str) -> str:
     """A text that is more than a word, without what its words tell to be secret."""
     if "://" in text:
-        text = _ADDRESS.sub(_shown_address, text)
+        text = _URL.sub(_redact_url, text)
     if "?" in text:
         text = _QUERY.sub(f"?{REDACTED}", text)
     text = _CREDENTIALS.sub(rf"\1 {REDACTED}", text)
     if 'name="' in text or 'name=\\"' in text:
-        text = _PART.sub(rf"\1{REDACTED}", text)
+        text = _FORM_PART.sub(rf"\1{REDACTED}", text)
     if _SECRET_NAME.search(text):
-        text = _UNQUOTED_PROSE.sub(rf"\1{REDACTED}", text)
-        text = _NAMED.sub(rf"\1{REDACTED}", text)
+        text = _UNQUOTED_FREE_TEXT.sub(rf"\1{REDACTED}", text)
+        text = _NAMED_VALUE.sub(rf"\1{REDACTED}", text)
     return text
 
 
-def _shown_address(found: re.Match[str]) -> str:
+def _redact_url(found: re.Match[str]) -> str:
     """An address without its query, its fragment, and who is named before its host."""
     address, rest = found[2], ""
     for mark in "?#":
@@ -321,30 +325,32 @@ def _shown_address(found: re.Match[str]) -> str:
     return f"{found[1]}{authority}{slash}{path}{rest}"
 
 
-Learn = Callable[[str], None]
+RegisterSecret = Callable[[str], None]
 """Has the log leave a secret out from now on."""
 
 
-def unheard(_: str) -> None:
+def noop(_: str) -> None:
     """Nobody keeps a log."""
 
 
-class Overheard:
+class RecordingCipher:
     """A sealer that tells of each secret it seals or opens, as the text that `spell` makes of it."""
 
-    def __init__(self, sealer: Sealer, learn: Learn, spell: Callable[[bytes], str] = bytes.decode) -> None:
-        self._sealer = sealer
-        self._learn = learn
-        self._spell = spell
+    def __init__(
+        self, cipher: Cipher, register_secret: RegisterSecret, to_text: Callable[[bytes], str] = bytes.decode
+    ) -> None:
+        self._cipher = cipher
+        self._register_secret = register_secret
+        self._to_text = to_text
 
-    def seal(self, plain: bytes) -> bytes:
+    def encrypt(self, plaintext: bytes) -> bytes:
         """Encrypt under the first key."""
-        self._learn(self._spell(plain))
-        return self._sealer.seal(plain)
+        self._register_secret(self._to_text(plaintext))
+        return self._cipher.encrypt(plaintext)
 
-    def open(self, sealed: bytes) -> bytes | None:
+    def decrypt(self, ciphertext: bytes) -> bytes | None:
         """Decrypt under whichever key fits; None if none does or the bytes were altered."""
-        plain = self._sealer.open(sealed)
+        plain = self._cipher.decrypt(ciphertext)
         if plain is not None:
-            self._learn(self._spell(plain))
+            self._register_secret(self._to_text(plain))
         return plain

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 Headers = Iterable[tuple[bytes, bytes]]
 """The headers of a request as ASGI gives them: their names in lower case."""
 
-THEIR_DOING = "client-"
+CLIENT_OUTCOME_PREFIX = "client-"
 """How the outcomes begin that are the client's doing."""
 
 _TRACEPARENT = re.compile(
@@ -28,7 +28,7 @@ _TRACEPARENT = re.compile(
 )
 
 
-def trace_id(headers: Headers) -> str | None:
+def parse_trace_id(headers: Headers) -> str | None:
     """The trace a request says it belongs to, as 32 hexadecimal digits; None if it does not say so as it should.
 
     Of a later version than ours that part is read which every version has.
@@ -50,7 +50,7 @@ class RequestSpan(Protocol):
         """The trace it belongs to: the one it is recorded in, else the one that its client named."""
         ...
 
-    def answered(self, status: int | None, *, route: str | None, outcome: str, tenant: str | None) -> None:
+    def record_response(self, status: int | None, *, route: str | None, outcome: str, tenant: str | None) -> None:
         """It has ended; `status` is None if nothing was answered."""
         ...
 
@@ -59,11 +59,11 @@ class CallSpan(Protocol):
     """A request to another server. Its failure is what is raised out of its block."""
 
     @property
-    def context(self) -> Mapping[str, str]:
+    def propagation_headers(self) -> Mapping[str, str]:
         """Headers by which the other server can make its work a part of this trace."""
         ...
 
-    def answered(self, status: int) -> None:
+    def record_response(self, status: int) -> None:
         """It was answered."""
         ...
 
@@ -75,14 +75,14 @@ class Tracer(Protocol):
     client, a tenant or the upstream is recorded, but for what a method says.
     """
 
-    def request(self, scope: Mapping[str, Any]) -> AbstractContextManager[RequestSpan]:
+    def start_request_span(self, scope: Mapping[str, Any]) -> AbstractContextManager[RequestSpan]:
         """Serve a request, of an ASGI scope: all that is done in the block belongs to it.
 
         Of what the client sent, its method, path, host and name are recorded, as far as they hold no secret.
         """
         ...
 
-    def follow_up(self, what: str, cause: str | None, reservation: str) -> AbstractContextManager[object]:
+    def start_linked_span(self, name: str, cause: str | None, reservation: str) -> AbstractContextManager[object]:
         """Do what follows, later or elsewhere, from the work of which `cause` is the context.
 
         It gets a trace of its own, with a link to that of its cause: a trace is not kept open for days. It is recorded
@@ -90,26 +90,30 @@ class Tracer(Protocol):
         """
         ...
 
-    def call(self, method: str, url: str, *, private: bool = True, resent: int = 0) -> AbstractContextManager[CallSpan]:
+    def start_client_span(
+        self, method: str, url: str, *, hide_path: bool = True, resend_count: int = 0
+    ) -> AbstractContextManager[CallSpan]:
         """Call another server, for the `resent`th time anew, if it is for something that is recorded.
 
         The path is recorded unless it is `private`, as where somebody else chose it and it may be what gives access.
         """
         ...
 
-    def store(self, operation: str, *, script: str | None = None, batch: int = 1) -> AbstractContextManager[object]:
+    def start_redis_span(
+        self, operation: str, *, script: str | None = None, batch_size: int = 1
+    ) -> AbstractContextManager[object]:
         """Have the store do something, in its own words, if it is for something that is recorded."""
         ...
 
-    def context(self) -> str | None:
+    def current_traceparent(self) -> str | None:
         """The context of what is done now, for a later `follow_up`; None if that is not recorded."""
         ...
 
 
-class Untraced:
+class NoopSpan:
     """A span of any kind that is not recorded."""
 
-    context: Mapping[str, str] = MappingProxyType({})
+    propagation_headers: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, trace: str | None = None) -> None:
         self.trace_id = trace
@@ -120,37 +124,37 @@ class Untraced:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def answered(self, *_: object, **__: object) -> None:
+    def record_response(self, *_: object, **__: object) -> None:
         pass
 
 
-UNRECORDED = Untraced()
+NOOP_SPAN = NoopSpan()
 
 
-class _NoTracer:
+class _NoopTracer:
     """The tracer of a gateway without a collector."""
 
-    def request(self, scope: Mapping[str, Any]) -> Untraced:
+    def start_request_span(self, scope: Mapping[str, Any]) -> NoopSpan:
         """Know which trace a request belongs to, for the log."""
-        return Untraced(trace_id(scope["headers"]))
+        return NoopSpan(parse_trace_id(scope["headers"]))
 
-    def follow_up(self, *_: object, **__: object) -> Untraced:
-        return UNRECORDED
+    def start_linked_span(self, *_: object, **__: object) -> NoopSpan:
+        return NOOP_SPAN
 
-    def call(self, *_: object, **__: object) -> Untraced:
-        return UNRECORDED
+    def start_client_span(self, *_: object, **__: object) -> NoopSpan:
+        return NOOP_SPAN
 
-    def store(self, *_: object, **__: object) -> Untraced:
-        return UNRECORDED
+    def start_redis_span(self, *_: object, **__: object) -> NoopSpan:
+        return NOOP_SPAN
 
-    def context(self) -> None:
+    def current_traceparent(self) -> None:
         return None
 
 
-UNTRACED: Tracer = _NoTracer()
+NOOP_TRACER: Tracer = _NoopTracer()
 
 
-def installed() -> bool:
+def is_exporter_installed() -> bool:
     """Whether that is installed which sends traces."""
     try:
         return find_spec("opentelemetry.exporter.otlp.proto.http.trace_exporter") is not None
@@ -159,15 +163,15 @@ def installed() -> bool:
 
 
 @asynccontextmanager
-async def tracing(url: str | None, share: float, clean: Callable[[str], str]) -> AsyncIterator[Tracer]:
+async def open_tracer(url: str | None, sample_ratio: float, redact: Callable[[str], str]) -> AsyncIterator[Tracer]:
     """A tracer, which sends to a collector at `url` if there is one: all that clients trace, and a share of the rest.
 
     `clean` takes the secrets out of what clients sent. What was recorded last is sent as the block ends.
     """
     if url is None:
-        yield UNTRACED
+        yield NOOP_TRACER
         return
-    from service.telemetry.tracing_otel import exporting  # noqa: PLC0415 - need not be installed, and takes its time
+    from service.telemetry.tracing_otel import open_exporting_tracer  # noqa: PLC0415 - need not be installed, and takes its time
 
-    async with exporting(url, share, clean) as tracer:
+    async with open_exporting_tracer(url, sample_ratio, redact) as tracer:
         yield tracer

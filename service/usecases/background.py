@@ -17,10 +17,10 @@ _log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
-AGAIN_SECONDS = 1.0
+CANCEL_RETRY_SECONDS = 1.0
 
 
-async def ended(tasks: Iterable[asyncio.Task[Any]], *, again: float = AGAIN_SECONDS) -> None:
+async def cancel_and_wait(tasks: Iterable[asyncio.Task[Any]], *, retry_seconds: float = CANCEL_RETRY_SECONDS) -> None:
     """Cancel tasks and wait for their end.
 
     They are cancelled again until they have ended: a cancellation that comes just as what a task waits for is done is
@@ -32,28 +32,28 @@ async def ended(tasks: Iterable[asyncio.Task[Any]], *, again: float = AGAIN_SECO
     while pending:
         for task in pending:
             task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=again)
+        _, pending = await asyncio.wait(pending, timeout=retry_seconds)
     await asyncio.gather(*tasks, return_exceptions=True)  # nobody else asks how they ended
 
 
-class Background:
+class TaskSupervisor:
     """Keeps hold of tasks until they are done, so that none is lost when its request goes away."""
 
     def __init__(self) -> None:
-        self._running: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, T], *, apart: bool = False) -> asyncio.Task[T]:
+    def spawn(self, work: Coroutine[Any, Any, T], *, detached: bool = False) -> asyncio.Task[T]:
         """Start `work`; it is not cancelled with whoever awaits it through `asyncio.shield`.
 
         It belongs to the request that starts it, in the log and in traces, unless it is set `apart`.
         """
-        task = Context().run(asyncio.create_task, work) if apart else asyncio.create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._done)
+        task = Context().run(asyncio.create_task, work) if detached else asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
         return task
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # whoever awaited it may have left, and what went wrong was dealt with in it
 
@@ -64,38 +64,38 @@ class Background:
         """
         clock = asyncio.get_running_loop().time
         end = clock() + seconds
-        while self._running and (left := end - clock()) > 0:
-            await asyncio.wait(self._running, timeout=left)
+        while self._tasks and (left := end - clock()) > 0:
+            await asyncio.wait(self._tasks, timeout=left)
         cancelled: set[asyncio.Task[Any]] = set()
-        while self._running:
-            pending = tuple(self._running)
+        while self._tasks:
+            pending = tuple(self._tasks)
             cancelled.update(pending)
-            await ended(pending)
+            await cancel_and_wait(pending)
         if cancelled:
-            _log.error("background.cut-short", count=len(cancelled))
+            _log.error("shutdown.tasks_cancelled", count=len(cancelled))
         return len(cancelled)
 
 
-TICK_SECONDS = 0.25
+IDLE_SECONDS = 0.25
 """How long a round waits that found nothing more to do. What is due is late by at most this."""
 
 
-AWAY_SECONDS = 1.0
+UNAVAILABLE_SECONDS = 1.0
 
 
-async def rounds(what: str, begin: Callable[[], Awaitable[bool]]) -> NoReturn:
+async def run_periodically(job: str, run_once: Callable[[], Awaitable[bool]]) -> NoReturn:
     """Begin one round after the other until cancelled; `begin` says whether there may be more to do at once.
 
     Neither the store being away, which is logged elsewhere, nor a fault of ours ends it.
     """
     while True:
         try:
-            more = await begin()
+            more = await run_once()
         except LedgerUnavailable:
-            await asyncio.sleep(AWAY_SECONDS)
+            await asyncio.sleep(UNAVAILABLE_SECONDS)
         except Exception:  # noqa: BLE001 - one fault must not end all that is to come
-            _log.exception("round.crashed", job=what)
-            await asyncio.sleep(AWAY_SECONDS)
+            _log.exception("job.error", job=job)
+            await asyncio.sleep(UNAVAILABLE_SECONDS)
         else:
             if not more:
-                await asyncio.sleep(TICK_SECONDS)
+                await asyncio.sleep(IDLE_SECONDS)

@@ -12,13 +12,13 @@ from msgspec import Struct
 
 from service.domain.ledger import (
     AccountState,
+    AccountStatus,
+    Balance,
     DayUsage,
-    Figures,
     Idempotency,
-    Refunding,
+    RefundResult,
     Reservation,
     ReservationState,
-    Status,
     TenantState,
     Verdict,
 )
@@ -35,27 +35,27 @@ class Delivery(Struct, frozen=True, kw_only=True):
     """
 
     reservation: str
-    task: str
+    task_id: str
     tenant: int
     url: str
     state: DeliveryState
-    created: int
-    updated: int
+    created_at: int
+    updated_at: int
     attempts: int = 0
-    due: int | None = None
+    next_attempt_at: int | None = None
     status: int | None = None
     error: str | None = None
-    answer: str | None = None
+    response_excerpt: str | None = None
 
 
-class Claimed(Struct, frozen=True):
+class ClaimedDelivery(Struct, frozen=True):
     """A delivery that is this process's until `leased`, the ledger's time when its lease ends."""
 
     delivery: Delivery
-    leased: int
+    lease_expires_at: int
 
 
-class Outcome(Struct, frozen=True, kw_only=True):
+class DeliveryResult(Struct, frozen=True, kw_only=True):
     """What became of a delivery. If it is still pending, it is tried again after `wait` milliseconds.
 
     It was `attempted` if something was sent, or should have been.
@@ -63,16 +63,16 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
     state: DeliveryState
     attempted: bool = True
-    wait: int = 0
+    retry_delay_ms: int = 0
     status: int | None = None
     error: str | None = None
-    answer: str | None = None
+    response_excerpt: str | None = None
 
 
-class Agenda(Protocol):
+class DeliveryQueue(Protocol):
     """The deliveries: each end of a task that has a webhook begins one, in the call that records the end."""
 
-    async def claim(self, most: int) -> Sequence[Claimed]:
+    async def claim(self, limit: int) -> Sequence[ClaimedDelivery]:
         """Up to `most` deliveries that are due, which nobody else gets until their lease runs out.
 
         Of each receiver (a tenant's deliveries to one host) a few at a time, and one alone if it has failed lately:
@@ -80,7 +80,7 @@ class Agenda(Protocol):
         """
         ...
 
-    async def record(self, claimed: Claimed, outcome: Outcome) -> bool:
+    async def record_attempt(self, claimed: ClaimedDelivery, result: DeliveryResult) -> bool:
         """Write what became of an attempt; False if it had its outcome, or is somebody else's by now.
 
         What was delivered is delivered, though, whoever has it by now.
@@ -91,7 +91,7 @@ class Agenda(Protocol):
         """How many receivers wait for something, how late the first is, and how many deliveries failed in 30 days."""
         ...
 
-    async def failed(self, most: int) -> Sequence[Delivery]:
+    async def list_failed(self, limit: int) -> Sequence[Delivery]:
         """Up to `most` deliveries that were given up in the last 30 days, the newest first."""
         ...
 
@@ -100,11 +100,11 @@ class Agenda(Protocol):
         ...
 
 
-class BrokenOff(Exception):
+class TransferAborted(Exception):
     """The rest of a result can't be had, or there is more of it than there may be: what came is not the result."""
 
 
-class Asked(Struct, frozen=True, kw_only=True):
+class RangeRequest(Struct, frozen=True, kw_only=True):
     """What of a file is asked for, in HTTP's own words (RFC 9110); `range` is one range of bytes."""
 
     range: str | None = None
@@ -113,16 +113,16 @@ class Asked(Struct, frozen=True, kw_only=True):
     if_modified_since: str | None = None
 
 
-class Portion(StrEnum):
+class Coverage(StrEnum):
     """How much of a file is given."""
 
-    WHOLE = "whole"
-    PART = "part"
-    NOTHING = "nothing"
+    FULL = "whole"
+    PARTIAL = "part"
+    NOT_MODIFIED = "nothing"
     """It is still the one that is known."""
 
 
-class Fetched(Struct, frozen=True, kw_only=True):
+class ArtifactStream(Struct, frozen=True, kw_only=True):
     """A file as it comes. `length` in bytes is of what is given, where it is known beforehand.
 
     What has no description here is in HTTP's own words. `chunks` never holds more than a few of them, so that who reads
@@ -130,7 +130,7 @@ class Fetched(Struct, frozen=True, kw_only=True):
     """
 
     name: ArtifactName
-    portion: Portion
+    coverage: Coverage
     media_type: str
     chunks: AsyncIterator[bytes]
     length: int | None = None
@@ -144,8 +144,8 @@ class Artifacts(Protocol):
     """Where results are kept."""
 
     def fetch(
-        self, account: Account | None, artifact: Artifact, asked: Asked, *, recent: bool = False
-    ) -> AbstractAsyncContextManager[Fetched]:
+        self, account: Account | None, artifact: Artifact, range_request: RangeRequest, *, is_recent: bool = False
+    ) -> AbstractAsyncContextManager[ArtifactStream]:
         """A result of a task of this account, None if that is gone. The fetch ends with the block at the latest.
 
         A result that is `recent` may not have arrived where it is kept: until it has, UpstreamUnavailable is raised.
@@ -156,22 +156,22 @@ class Artifacts(Protocol):
         ...
 
 
-class Reply(Struct, frozen=True, kw_only=True):
+class WebhookResponse(Struct, frozen=True, kw_only=True):
     """What came of a call: the status of the answer and how that begins, or in `error` why there is none.
 
     `retry_after` is in how many seconds the receiver wants to be called again.
     """
 
     status: int | None = None
-    retry_after: float | None = None
+    retry_after_seconds: float | None = None
     error: str | None = None
-    answer: str | None = None
+    excerpt: str | None = None
 
 
-class Callbacks(Protocol):
+class WebhookSender(Protocol):
     """Calls addresses that tenants chose. Never raises for anything that the network or a receiver does."""
 
-    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> Reply:
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> WebhookResponse:
         """Send once, within a time limit, to an address of the host that `webhook` lets be reached.
 
         The host is resolved and checked anew for every call. Redirects are not followed. Raises Overloaded if this
@@ -188,7 +188,7 @@ class Clock(Protocol):
         ...
 
 
-class Ask(Struct, frozen=True):
+class ReserveRequest(Struct, frozen=True):
     """A wish to reserve: made once per submission, under an id of the caller's making."""
 
     reservation: str
@@ -198,7 +198,7 @@ class Ask(Struct, frozen=True):
     idempotency: Idempotency | None = None
 
 
-class TaskDraft(Struct, frozen=True):
+class NewTask(Struct, frozen=True):
     """What a new task is told to the ledger with its acceptance; `webhook` is where its end is told.
 
     `trace` is the context in which its submission was recorded, if it was.
@@ -207,8 +207,8 @@ class TaskDraft(Struct, frozen=True):
     id: str
     options: msgspec.Raw
     metadata: msgspec.Raw
-    webhook: str | None = None
-    trace: str | None = None
+    webhook_url: str | None = None
+    trace_context: str | None = None
 
 
 class Settlement(Struct, frozen=True, kw_only=True):
@@ -218,40 +218,42 @@ class Settlement(Struct, frozen=True, kw_only=True):
     tenant: int
     account: int
     kind: Kind
-    created: int
+    created_at: int
     outcome: ReservationState
-    figures: Figures = Figures()
-    closes: Status | None = None
-    draft: TaskDraft | None = None
+    balance: Balance = Balance()
+    account_status: AccountStatus | None = None
+    new_task: NewTask | None = None
     idempotency: Idempotency | None = None
     """As it was asked for, so that the key is kept even if the reservation was lost."""
-    late: bool = False
+    is_late: bool = False
     """Found out by somebody else than the sender, whose own settlement goes first while its lease runs."""
 
 
-class Snapshot(Struct, frozen=True):
+class TenantSnapshot(Struct, frozen=True):
     """A tenant's counters at a moment of the server's clock."""
 
     state: TenantState
     now: int
 
 
-class Look(Struct, frozen=True):
+class BalanceCheck(Struct, frozen=True):
     """A wish to see an account's balance: by checking the task of `reservation` again, as of `claimed`."""
 
     account: int
     reservation: str
-    claimed: int
+    claimed_at: int
 
 
 class Ledger(Protocol):
     """Holds places and books outcomes. Every call is atomic, and idempotent by the reservation's id."""
 
-    async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
+    async def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
         """Hold a place, or say who refused; a known idempotency key decides first. The same id gets one place."""
         ...
 
-    async def retarget(self, ask: Ask, left: int, closes: Status | None) -> Verdict:
+    async def change_account(
+        self, request: ReserveRequest, previous: int, account_status: AccountStatus | None
+    ) -> Verdict:
         """Move the reservation from account `left` to the next of `ask.accounts`; a refusal leaves it there."""
         ...
 
@@ -263,19 +265,19 @@ class Ledger(Protocol):
         """
         ...
 
-    async def expire(self, most: int) -> Sequence[Settlement]:
+    async def settle_expired(self, limit: int) -> Sequence[Settlement]:
         """Settle as unknown up to `most` reservations whose lease ran out; what was booked."""
         ...
 
-    async def counters(self, tenant: int) -> Snapshot:
+    async def tenant_snapshot(self, tenant: int) -> TenantSnapshot:
         """The counters of a tenant; those of an unknown one are zero."""
         ...
 
-    async def counters_of(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
+    async def tenant_states(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
         """The counters of all these tenants, and the server's time."""
         ...
 
-    async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
+    async def account_states(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         """What is known of each account, with all times in the server's time."""
         ...
 
@@ -290,38 +292,38 @@ class Ledger(Protocol):
         """
         ...
 
-    async def reopen(self, account: int) -> None:
+    async def reopen_account(self, account: int) -> None:
         """Forget that an account was closed, and its figures, so that the next submission tries it."""
         ...
 
-    async def look(self, account: int, *, count_only: bool) -> Look | None:
+    async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
         """Claim the turn to look at an account's balance, if that is due; `count_only` if such a tenant uses it."""
         ...
 
-    async def looked(self, look: Look, figures: Figures) -> None:
+    async def record_balance_check(self, check: BalanceCheck, balance: Balance) -> None:
         """Take in what a second check of a finished task told; without figures it is not asked again."""
         ...
 
 
-class Books(Protocol):
+class LedgerRecords(Protocol):
     """What submissions became and were charged for."""
 
-    async def submission(self, reservation: str) -> Reservation | None:
+    async def get_reservation(self, reservation: str) -> Reservation | None:
         """A submission; None if it is not known (any more)."""
         ...
 
-    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[Refunding, Reservation] | None:
+    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
         """Give back what a submission of a tenant was charged for, once; None if it is not known (any more).
 
         What was refunded before, has not ended, or cost nothing is left as it is.
         """
         ...
 
-    async def usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
+    async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
         """What a tenant used on each of the days, which are counted from the epoch. Kept for 13 months."""
         ...
 
-    async def today(self) -> int:
+    async def current_day(self) -> int:
         """The day, counted from the epoch, that it is by the server's clock, by which submissions get theirs."""
         ...
 
@@ -335,14 +337,14 @@ class RegistryChange(Struct, frozen=True, kw_only=True):
 
     version: int
     next_id: int
-    later_than: int = 0
+    newer_than: int = 0
     tenants: tuple[Tenant, ...] = ()
     accounts: tuple[Account, ...] = ()
     tokens: tuple[Token, ...] = ()
     drop_tenants: tuple[Tenant, ...] = ()
     drop_accounts: tuple[Account, ...] = ()
     drop_tokens: tuple[Token, ...] = ()
-    former: Mapping[int, str] = {}
+    deleted_tenant_names: Mapping[int, str] = {}
 
 
 class RegistryStore(Protocol):
@@ -362,7 +364,7 @@ class RegistryView(Protocol):
         ...
 
     @property
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether it was loaded at all."""
         ...
 
@@ -381,27 +383,27 @@ class Image(Struct, frozen=True):
     height: int
 
 
-class Answered(StrEnum):
+class CheckOutcome(StrEnum):
     """What a check of a task amounted to."""
 
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    SILENT = "silent"
+    NOT_FOUND = "not_found"
     """It was answered, but with nothing about the task: not found, or a null state."""
-    UNUSABLE = "unusable"
+    INVALID = "invalid"
     """It was answered, but with something that can't be used, as an end without its results."""
-    NOTHING = "nothing"
+    NO_RESPONSE = "no_response"
     """It was not answered, or not by the vendor."""
 
 
-class Check(Struct, frozen=True, kw_only=True):
+class CheckResult(Struct, frozen=True, kw_only=True):
     """The result of asking the upstream about a task. Settling its balance is part of recording it."""
 
-    answered: Answered
+    outcome: CheckOutcome
     artifacts: tuple[Artifact, ...] = ()
     error: TaskError | None = None
-    figures: Figures = Figures()
+    balance: Balance = Balance()
 
 
 class SubmitOutcome(StrEnum):
@@ -421,7 +423,7 @@ class SubmitOutcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-class Submitted(Struct, frozen=True, kw_only=True):
+class SubmitResult(Struct, frozen=True, kw_only=True):
     """The outcome of a submit, with the upstream's task id if accepted and its reason if rejected.
 
     `reason_en` is the reason in English, for reasons that are known.
@@ -430,60 +432,60 @@ class Submitted(Struct, frozen=True, kw_only=True):
 
     outcome: SubmitOutcome
     upstream_id: str = ""
-    figures: Figures = Figures()
+    balance: Balance = Balance()
     reason: str = ""
     reason_en: str | None = None
-    retry_after: float | None = None
+    retry_after_seconds: float | None = None
 
 
 class Upstream(Protocol):
     """The vendor's API, one verb per operation. Neither call raises for anything the network or the vendor does."""
 
-    async def submit(self, account: Account, options: Options, image: Image, *, seconds: float) -> Submitted:
+    async def submit(self, account: Account, options: Options, image: Image, *, timeout_seconds: float) -> SubmitResult:
         """Send an image once, within `seconds` all told. Never sends twice; NOT_SENT only if no connection was made."""
         ...
 
-    async def check(self, account: Account, upstream_id: str) -> Check:
+    async def check(self, account: Account, upstream_id: str) -> CheckResult:
         """Ask about a task."""
         ...
 
 
-class Due(Struct, frozen=True):
+class ClaimedCheck(Struct, frozen=True):
     """A task claimed for a check that was `due` then; `claimed` is the time of the claim, and so of the check.
 
     Both are the ledger's time.
     """
 
     task: Task
-    claimed: int
-    due: int
+    claimed_at: int
+    due_at: int
 
 
-class Page(Struct, frozen=True):
+class TaskPage(Struct, frozen=True):
     """Tasks, newest first, and where to go on (None at the end)."""
 
     tasks: tuple[Task, ...]
-    cursor: str | None
+    next_cursor: str | None
 
 
-class Tasks(Protocol):
+class TaskStore(Protocol):
     """The tasks the ledger accepted, and which of them are to be checked when."""
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         """A task and the server's time now; None if it is not known (any more)."""
         ...
 
-    async def attend(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
+    async def touch(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
         """As `get`, for somebody who looks at tasks or waits for them: they are checked often for a while."""
         ...
 
-    async def page(
+    async def list_page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
-    ) -> Page:
+    ) -> TaskPage:
         """A tenant's tasks, newest first. Raises MalformedRequest for a cursor that is none."""
         ...
 
-    async def claim(self, most: int) -> Sequence[Due]:
+    async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
         """Up to `most` tasks whose check is due, which nobody else gets until their lease runs out."""
         ...
 
@@ -491,7 +493,7 @@ class Tasks(Protocol):
         """How many tasks are watched, and how late the first check is that nobody has claimed."""
         ...
 
-    async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
+    async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
         """Write what a check said, and when to check again; the task and the time now, None if it had ended or is gone.
 
         An end is recorded once, with its receipt, and never undone. What can be seen of a task is announced.

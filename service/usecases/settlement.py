@@ -12,9 +12,9 @@ import structlog
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import ReservationState
 from service.domain.tenants import Registry
-from service.telemetry.logging import yuan
-from service.usecases.background import Background
-from service.usecases.ports import Ask, Ledger, RegistryView, Settlement
+from service.telemetry.logging import fen_to_yuan
+from service.usecases.background import TaskSupervisor
+from service.usecases.ports import Ledger, RegistryView, ReserveRequest, Settlement
 
 _log = structlog.get_logger(__name__)
 
@@ -23,24 +23,24 @@ SENDER, READER, EXPIRY = "sender", "reader", "expiry"
 """Who found an outcome out: who sent the submission, who read the task that came of it, or nobody before its lease."""
 
 
-RETRIES = (0.1, 0.3, 1.0, 3.0, 5.0)
+RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0, 5.0)
 """Seconds between tries to book an outcome; the last goes on until it is booked."""
 
 
-class Settle:
+class SettlementQueue:
     """Books what became of reservations. An outcome that can't be written now is tried again in the background."""
 
-    def __init__(self, ledger: Ledger, background: Background, registry: RegistryView) -> None:
+    def __init__(self, ledger: Ledger, supervisor: TaskSupervisor, registry: RegistryView) -> None:
         self._ledger = ledger
         self._registry = registry
-        self._background = background
-        self._late: deque[Settlement] = deque()
-        self._booking: asyncio.Task[None] | None = None
+        self._supervisor = supervisor
+        self._pending: deque[Settlement] = deque()
+        self._retry_task: asyncio.Task[None] | None = None
 
     @property
-    def late(self) -> int:
+    def pending_count(self) -> int:
         """How many outcomes are still to be booked."""
-        return len(self._late)
+        return len(self._pending)
 
     async def __call__(self, settlement: Settlement) -> None:
         """Book an outcome; when this returns it is booked or will be, so the caller can have its answer.
@@ -48,66 +48,66 @@ class Settle:
         That holds for faults of the gateway's own too: an image that was accepted is not answered with a crash.
         """
         try:
-            await self._book(settlement)
+            await self._write(settlement)
         except asyncio.CancelledError:
-            self._book_later(settlement)
+            self._retry_later(settlement)
             raise
         except LedgerUnavailable:
-            _log.warning("settlement.delayed", reservation=settlement.reservation, outcome=settlement.outcome)
+            _log.warning("settlement.retrying", reservation=settlement.reservation, outcome=settlement.outcome)
         except Exception:  # noqa: BLE001 - whatever it is, the outcome has to be booked
-            _log.exception("settlement.delayed", reservation=settlement.reservation, outcome=settlement.outcome)
+            _log.exception("settlement.retrying", reservation=settlement.reservation, outcome=settlement.outcome)
         else:
             return
-        self._book_later(settlement)
+        self._retry_later(settlement)
 
-    def give_up(self, ask: Ask) -> None:
+    def write_tombstone(self, request: ReserveRequest) -> None:
         """Leave a tombstone for a reservation whose verdict never came: it may be held, or still be on its way."""
-        if not ask.accounts:
+        if not request.accounts:
             return  # nothing can be held where there is no account
         settlement = Settlement(
-            reservation=ask.reservation,
-            tenant=ask.tenant,
-            account=ask.accounts[0],
-            kind=ask.kind,
-            created=0,
+            reservation=request.reservation,
+            tenant=request.tenant,
+            account=request.accounts[0],
+            kind=request.kind,
+            created_at=0,
             outcome=ReservationState.NOT_SENT,
         )
-        self._book_later(settlement)
+        self._retry_later(settlement)
 
-    def _book_later(self, settlement: Settlement) -> None:
-        self._late.append(settlement)
-        if self._booking is None or self._booking.done():
-            self._booking = self._background.spawn(self._book_late(), apart=True)  # of many requests
+    def _retry_later(self, settlement: Settlement) -> None:
+        self._pending.append(settlement)
+        if self._retry_task is None or self._retry_task.done():
+            self._retry_task = self._supervisor.spawn(self._retry_pending(), detached=True)  # of many requests
 
-    async def _book_late(self) -> None:
+    async def _retry_pending(self) -> None:
         """Book what is late, one after the other: however long the store is away, this is a single task."""
-        pauses = chain(RETRIES, repeat(RETRIES[-1]))
+        pauses = chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1]))
         try:
             await asyncio.sleep(next(pauses))
-            while self._late:
+            while self._pending:
                 try:
-                    await self._book(self._late[0])
+                    await self._write(self._pending[0])
                 except Exception:  # noqa: BLE001 - said once, and tried until it is booked
-                    self._late.rotate(-1)  # a fault that only one of them has must not hold up the others
+                    self._pending.rotate(-1)  # a fault that only one of them has must not hold up the others
                     await asyncio.sleep(next(pauses))
                 else:
-                    self._late.popleft()
-                    pauses = chain(RETRIES, repeat(RETRIES[-1]))
+                    self._pending.popleft()
+                    pauses = chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1]))
         except asyncio.CancelledError:
             # Their leases settle them as unknown; an accepted one is put right when its task is first read.
-            for each in self._late:
+            for each in self._pending:
                 _log.error("settlement.abandoned", reservation=each.reservation, outcome=each.outcome)
             raise
 
-    async def _book(self, settlement: Settlement) -> None:
+    async def _write(self, settlement: Settlement) -> None:
         booked = await self._ledger.settle(settlement)
-        tell(self._registry.current, settlement, by=SENDER, booked=booked)
+        log_settlement(self._registry.current, settlement, source=SENDER, booked=booked)
 
 
-def tell(registry: Registry, settlement: Settlement, *, by: str, booked: bool) -> None:
+def log_settlement(registry: Registry, settlement: Settlement, *, source: str, booked: bool) -> None:
     """Log an outcome; a warning if it has to be looked into, since nobody knows it or its sender did not tell it."""
-    account, figures = registry.account(settlement.account), settlement.figures
-    told = by == SENDER and settlement.outcome is not ReservationState.UNKNOWN
+    account, figures = registry.account_by_id(settlement.account), settlement.balance
+    told = source == SENDER and settlement.outcome is not ReservationState.UNKNOWN
     _log.log(
         logging.INFO if told else logging.WARNING,
         "reservation.settled",
@@ -117,8 +117,8 @@ def tell(registry: Registry, settlement: Settlement, *, by: str, booked: bool) -
         kind=settlement.kind,
         outcome=settlement.outcome,
         booked=booked,
-        by=by,
+        by=source,
         remaining_uses=figures.count,
-        remaining_yuan=None if figures.money is None else yuan(figures.money),
-        closes=settlement.closes,
+        remaining_yuan=None if figures.money_fen is None else fen_to_yuan(figures.money_fen),
+        closes=settlement.account_status,
     )

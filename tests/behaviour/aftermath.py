@@ -8,11 +8,11 @@ from httpx2 import Response
 
 from service.storage.connections import connect
 from service.storage.redis import Keys
-from tests.behaviour.house import House
-from tests.behaviour.upstreams import SandboxControl
+from tests.behaviour.house import RunningGateway
+from tests.behaviour.upstreams import SandboxUpstreamControl
 from tests.support.valkey import Valkey
 
-EVERY_POLICY: dict[str, Any] = {
+UNREACHABLE_POLICIES: dict[str, Any] = {
     "limits": [
         {"window": each, "tasks": 1_000, "money": 1_000} for each in ("minute", "hour", "day", "month", "total")
     ],
@@ -21,7 +21,7 @@ EVERY_POLICY: dict[str, Any] = {
 """Limits that nothing here reaches, so that the quota shows every counter there is."""
 
 
-def problem(answer: Response, status: int, code: str) -> dict[str, Any]:
+def expect_problem(answer: Response, status: int, code: str) -> dict[str, Any]:
     """The problem document of an answer, which has to be this one, whole and consistent with its headers."""
     assert answer.headers["content-type"] == "application/problem+json", answer.text
     document: dict[str, Any] = answer.json()
@@ -35,18 +35,18 @@ def problem(answer: Response, status: int, code: str) -> dict[str, Any]:
     return document
 
 
-async def nothing_happened(house: House, valkey: Valkey) -> None:
+async def assert_nothing_happened(house: RunningGateway, valkey: Valkey) -> None:
     """No place is held, nothing was counted, recorded or sent."""
     report = (await house.call("GET", "/v1/quota")).json()
     assert len(report["policies"]) == 11
     assert {(each["used"], each["reserved"]) for each in report["policies"]} == {(0, 0)}
     assert (await house.call("GET", "/v1/tasks")).json() == {"items": [], "next_cursor": None}
-    assert await house.upstream.submits() == 0
-    if isinstance(house.upstream, SandboxControl):
-        assert await _traces(valkey) == []
+    assert await house.upstream.count_submits() == 0
+    if isinstance(house.upstream, SandboxUpstreamControl):
+        assert await _submission_keys(valkey) == []
 
 
-async def _traces(valkey: Valkey) -> list[str]:
+async def _submission_keys(valkey: Valkey) -> list[str]:
     """The keys that a submission leaves in Redis."""
     names, connections = Keys("gw"), connect(valkey.url, timeout=5)
     client: Any = connections.commands
@@ -54,5 +54,5 @@ async def _traces(valkey: Valkey) -> list[str]:
         found = sorted([key.decode() async for key in client.scan_iter(count=1_000)])
     finally:
         await connections.aclose()
-    prefixes = names.reservation(""), names.task(""), f"{names.tasks(0)[:-1]}", names.leases, names.watch
+    prefixes = names.reservation(""), names.task(""), f"{names.tenant_tasks(0)[:-1]}", names.leases, names.poll_due
     return [key for key in found if key.startswith(prefixes)]

@@ -6,16 +6,16 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.behaviour.house import House, house_of_fakes, real_house
+from tests.behaviour.house import RunningGateway, run_fake_gateway, run_real_gateway
 from tests.support.valkey import Valkey
 
 
 @pytest.fixture(params=["fakes", "real"])
-async def house(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[House]:
+async def gateway(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[RunningGateway]:
     """A gateway, twice: with everything behind it in memory, and with a real Valkey and the sandbox."""
     if request.param == "fakes":
-        async with house_of_fakes() as (found, _, _):
+        async with run_fake_gateway() as (found, _, _):
             yield found
     else:
-        async with real_house(valkey) as found:
+        async with run_real_gateway(valkey) as found:
             yield found

@@ -13,23 +13,23 @@ from httpx2 import AsyncClient, Response
 from prometheus_client import CollectorRegistry
 
 from service.app import create_app, create_ops_app
-from service.clients.webhooks import CallbackClient
-from service.container import Ports, Services, assembled, furnished
-from service.sandbox.app import SandboxConfig, running
-from service.sandbox.store import Balance
+from service.clients.webhooks import WebhookClient
+from service.container import Adapters, Container, build_services, open_container
+from service.sandbox.app import SandboxConfig, open_sandbox
+from service.sandbox.store import AccountBalance
 from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import Keys
 from service.telemetry.metrics import Metrics
-from service.telemetry.redaction import Learn, unheard
-from service.usecases.background import Background
+from service.telemetry.redaction import RegisterSecret, noop
+from service.usecases.background import TaskSupervisor
 from service.usecases.ports import Artifacts
-from tests.behaviour.upstreams import USER_KEY, FakeControl, SandboxControl, Upstream
-from tests.fakes import FakeAgenda, FakeLedger, FakeRegistry, FakeUpstream
+from tests.behaviour.upstreams import USER_KEY, FakeUpstreamControl, SandboxUpstreamControl, UpstreamControl
+from tests.fakes import FakeDeliveryQueue, FakeLedger, FakeRegistry, FakeUpstream
 from tests.fakes.artifacts import FakeArtifacts
-from tests.support.images import png
-from tests.support.server_time import install, read_time, set_time
-from tests.support.serving import serving
+from tests.support.images import make_png
+from tests.support.server_time import install_server_time, read_server_time, set_server_time
+from tests.support.serving import serve_app
 from tests.support.valkey import Valkey
 
 ADMIN_TOKEN = "admin-token-of-the-tests-0123456789"
@@ -46,25 +46,25 @@ ENVIRONMENT = {
     "GATEWAY_POLL_SECONDS": str(POLL_SECONDS),
 }
 
-PassTime = Callable[[float], Awaitable[None]]
+AdvanceTime = Callable[[float], Awaitable[None]]
 
 
 @dataclass
-class House:
+class RunningGateway:
     """A gateway with one account `main` and one tenant `shop` whose token `token` is."""
 
     url: str
     ops_url: str
     http: AsyncClient
-    services: Services
-    upstream: Upstream
-    pass_time: PassTime
+    services: Container
+    upstream: UpstreamControl
+    advance_time: AdvanceTime
     token: str = ""
 
     async def advance(self, seconds: float) -> None:
         """Let time pass for the ledger, for which what this process remembers is as old then."""
-        self.services.board._seen.clear()
-        await self.pass_time(seconds)
+        self.services.task_cache._tasks.clear()
+        await self.advance_time(seconds)
 
     async def call(self, method: str, path: str, *, token: str | None = None, **more: Any) -> Response:
         """Call the tenants' port as `shop`, or with another token; an empty one sends none."""
@@ -72,7 +72,7 @@ class House:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return await self.http.request(method, self.url + path, headers=headers | dict(more.pop("headers", {})), **more)
 
-    async def admin(self, method: str, path: str, **more: Any) -> Response:
+    async def call_admin(self, method: str, path: str, **more: Any) -> Response:
         """Call the operators' port."""
         headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"} | dict(more.pop("headers", {}))
         return await self.http.request(method, f"{self.ops_url}/admin/v1{path}", headers=headers, **more)
@@ -87,112 +87,114 @@ class House:
         headers: Mapping[str, str] | None = None,
     ) -> Response:
         """Submit an image."""
-        files = {"image": ("picture.png", png() if image is None else image, "image/png")}
+        files = {"image": ("picture.png", make_png() if image is None else image, "image/png")}
         return await self.call(
             "POST", f"/v1/tasks/{kind}", token=token, files=files, data=dict(fields or {}), headers=headers or {}
         )
 
     async def put_tenant(self, name: str = "shop", **policy: Any) -> None:
         """Make or replace a tenant on the account `main`."""
-        answer = await self.admin("PUT", f"/tenants/{name}", json={"accounts": ["main"]} | policy)
+        answer = await self.call_admin("PUT", f"/tenants/{name}", json={"accounts": ["main"]} | policy)
         assert answer.status_code == 200, answer.text
 
     async def new_token(self, tenant: str = "shop", **body: Any) -> str:
         """Make a token."""
-        answer = await self.admin("POST", f"/tenants/{tenant}/tokens", json=body)
+        answer = await self.call_admin("POST", f"/tenants/{tenant}/tokens", json=body)
         assert answer.status_code == 201, answer.text
         return str(answer.json()["token"])
 
-    async def watch(self) -> None:
+    async def poll_due_tasks(self) -> None:
         """Let one poll interval pass, and everything be checked that is due then."""
-        await self.upstream.idle()
+        await self.upstream.wait_until_idle()
         await self.advance(POLL_SECONDS)
-        while await self.services.watch.tick():
+        while await self.services.task_poller.start_due():
             pass
-        await self.services.watch.settled()
+        await self.services.task_poller.wait_idle()
 
-    async def finished(self, task_id: str, *, token: str | None = None) -> dict[str, Any]:
+    async def wait_for_task(self, task_id: str, *, token: str | None = None) -> dict[str, Any]:
         """Watch until a task has ended."""
         for _ in range(10):
             answer = await self.call("GET", f"/v1/tasks/{task_id}", token=token)
             task: dict[str, Any] = answer.json()
             if task["state"] in {"succeeded", "failed"}:
                 return task
-            await self.watch()
+            await self.poll_due_tasks()
         raise AssertionError("it is still running")
 
-    async def furnish(self) -> None:
+    async def create_demo_tenant(self) -> None:
         """Make the account, the tenant and its token."""
-        answer = await self.admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
+        answer = await self.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
         assert answer.status_code == 200, answer.text
         await self.put_tenant()
         self.token = await self.new_token()
 
 
 @asynccontextmanager
-async def opened(services: Services, upstream: Upstream, pass_time: PassTime) -> AsyncIterator[House]:
+async def serve_gateway(
+    services: Container, upstream: UpstreamControl, pass_time: AdvanceTime
+) -> AsyncIterator[RunningGateway]:
     """Serve both ports, and furnish the house."""
     app, ops_app = create_app(services), create_ops_app(services)
     async with (
-        serving(app, refuse=app.refuse) as url,
-        serving(ops_app, refuse=ops_app.refuse) as ops_url,
+        serve_app(app, refuse=app.refuse) as url,
+        serve_app(ops_app, refuse=ops_app.refuse) as ops_url,
         AsyncClient(timeout=30, trust_env=False) as http,
     ):
-        house = House(url, ops_url, http, services, upstream, pass_time)
-        await house.furnish()
+        house = RunningGateway(url, ops_url, http, services, upstream, pass_time)
+        await house.create_demo_tenant()
         yield house
 
 
 @asynccontextmanager
-async def house_of_fakes(
+async def run_fake_gateway(
     artifacts: Artifacts | None = None,
-) -> AsyncIterator[tuple[House, FakeLedger, FakeUpstream]]:
+) -> AsyncIterator[tuple[RunningGateway, FakeLedger, FakeUpstream]]:
     """Everything in memory but the HTTP, and the fetching of results if that is given."""
-    ledger, upstream, background = FakeLedger(), FakeUpstream(), Background()
+    ledger, upstream, background = FakeLedger(), FakeUpstream(), TaskSupervisor()
     registry = FakeRegistry(ledger)
-    ports = Ports(
+    ports = Adapters(
         ledger=ledger,
         books=ledger,
-        tasks=ledger,
-        board=ledger.board,
-        store=registry,
+        task_store=ledger,
+        task_cache=ledger.cache,
+        registry_store=registry,
         registry=registry,
         upstream=upstream,
-        artifacts=artifacts or FakeArtifacts(),
-        agenda=FakeAgenda(ledger),
-        callbacks=CallbackClient(),
+        artifact_client=artifacts or FakeArtifacts(),
+        delivery_queue=FakeDeliveryQueue(ledger),
+        webhook_client=WebhookClient(),
         clock=ledger.clock,
     )
-    services = furnished(ports, Settings.load(ENVIRONMENT), Metrics(CollectorRegistry()), background)
+    services = build_services(ports, Settings.load(ENVIRONMENT), Metrics(CollectorRegistry()), background)
 
     async def pass_time(seconds: float) -> None:
-        ledger.clock.at += int(seconds * 1000)
+        ledger.clock.now_ms += int(seconds * 1000)
 
-    async with opened(services, FakeControl(upstream), pass_time) as house:
+    async with serve_gateway(services, FakeUpstreamControl(upstream), pass_time) as house:
         yield house, ledger, upstream
     await background.drain(0)
 
 
-_KEPT = re.compile(r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|watch|(tenant|account):\d+)")
+_PERMANENT_KEYS = re.compile(r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|watch|(tenant|account):\d+)")
 """The keys that may stay for ever: there are only so many of them, and deleting their owner deletes them."""
 
 
-async def no_key_is_left_for_ever(client: Any) -> None:
+async def assert_keys_expire(client: Any) -> None:
     """Fail if a key was written that has no time to live and no reason to have none."""
     async for key in client.scan_iter():
         name = key.decode()
-        assert await client.pttl(key) > 0 or _KEPT.fullmatch(name), f"{name} would stay for ever"
+        assert await client.pttl(key) > 0 or _PERMANENT_KEYS.fullmatch(name), f"{name} would stay for ever"
 
 
 @asynccontextmanager
-async def real_house(
-    valkey: Valkey, learn: Learn = unheard, clean: Callable[[str], str] | None = None, **more: str
-) -> AsyncIterator[House]:
+async def run_real_gateway(
+    valkey: Valkey, register_secret: RegisterSecret = noop, redact: Callable[[str], str] | None = None, **more: str
+) -> AsyncIterator[RunningGateway]:
     """A real Valkey, which is emptied first, and the sandbox; `learn` is told of secrets, `more` are settings."""
-    install()
-    config = SandboxConfig(accounts={USER_KEY: Balance(count=10, money=300)}, seconds=0)
+    install_server_time()
+    config = SandboxConfig(accounts={USER_KEY: AccountBalance(count=10, money=300)}, seconds=0)
     async with AsyncExitStack() as stack:
-        sandbox = await stack.enter_async_context(running(config))
+        sandbox = await stack.enter_async_context(open_sandbox(config))
         places = {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": sandbox.url}
         settings = Settings.load(ENVIRONMENT | places | more)
         connections = connect(valkey.url, timeout=5)
@@ -202,8 +204,12 @@ async def real_house(
         keys = Keys(settings.key_prefix)
 
         async def pass_time(seconds: float) -> None:
-            await set_time(client, keys, await read_time(client, keys) + int(seconds * 1000))
+            await set_server_time(client, keys, await read_server_time(client, keys) + int(seconds * 1000))
 
-        services = await stack.enter_async_context(assembled(settings, learn=learn, clean=clean))
-        stack.push_async_callback(no_key_is_left_for_ever, client)
-        yield await stack.enter_async_context(opened(services, SandboxControl(sandbox.control), pass_time))
+        services = await stack.enter_async_context(
+            open_container(settings, register_secret=register_secret, redact=redact)
+        )
+        stack.push_async_callback(assert_keys_expire, client)
+        yield await stack.enter_async_context(
+            serve_gateway(services, SandboxUpstreamControl(sandbox.control), pass_time)
+        )

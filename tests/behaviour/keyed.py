@@ -8,24 +8,24 @@ from typing import Any
 
 from httpx2 import Response
 
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House
-from tests.support.images import picture
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import RunningGateway
+from tests.support.images import draw_image
 
 KEY = '"8e03978e-40d5-43dd-bc93-6894a57f9324"'
-PLENTY: dict[str, Any] = {"limits": [{"window": "total", "tasks": 100}], "max_active": 100}
+UNREACHABLE_LIMITS: dict[str, Any] = {"limits": [{"window": "total", "tasks": 100}], "max_active": 100}
 """Limits that nothing here reaches, so that the counters show."""
 
 
-def photo(comment: bytes = b"a") -> bytes:
+def make_jpeg(comment: bytes = b"a") -> bytes:
     """A valid image; with another comment of the same length, only those bytes of it differ."""
     buffer = BytesIO()
-    picture().save(buffer, "JPEG", comment=comment)
+    draw_image().save(buffer, "JPEG", comment=comment)
     return buffer.getvalue()
 
 
-async def keyed(
-    house: House,
+async def submit_with_key(
+    house: RunningGateway,
     kind: str = "seamless",
     fields: Mapping[str, str] | None = None,
     *,
@@ -35,10 +35,10 @@ async def keyed(
 ) -> Response:
     """Submit under a key."""
     headers = {"Idempotency-Key": key}
-    return await house.submit(kind, fields, token=token, image=image or photo(), headers=headers)
+    return await house.submit(kind, fields, token=token, image=image or make_jpeg(), headers=headers)
 
 
-def made(answer: Response) -> dict[str, Any]:
+def expect_created(answer: Response) -> dict[str, Any]:
     """The task of a submission that was not made before."""
     assert answer.status_code == 201, answer.text
     assert "idempotent-replayed" not in answer.headers
@@ -46,7 +46,7 @@ def made(answer: Response) -> dict[str, Any]:
     return task
 
 
-def replayed(answer: Response, first: Mapping[str, Any]) -> dict[str, Any]:
+def expect_replayed(answer: Response, first: Mapping[str, Any]) -> dict[str, Any]:
     """The task of a submission that was made before, and led to a certain task."""
     assert answer.status_code == 201, answer.text
     assert answer.headers["idempotent-replayed"] == "true"
@@ -56,21 +56,21 @@ def replayed(answer: Response, first: Mapping[str, Any]) -> dict[str, Any]:
     return task
 
 
-def refused(answer: Response, status: int, code: str) -> dict[str, Any]:
+def expect_refused(answer: Response, status: int, code: str) -> dict[str, Any]:
     """The problem of a submission that was refused, and is not said to be an earlier one."""
     assert "idempotent-replayed" not in answer.headers
-    return problem(answer, status, code)
+    return expect_problem(answer, status, code)
 
 
-def lost(answer: Response, first: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def expect_unknown(answer: Response, first: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The problem of a submission whose answer was lost, now or, if it is given, when it was made before."""
-    document = problem(answer, 504, "submission-unknown")
+    document = expect_problem(answer, 504, "submission-unknown")
     assert answer.headers.get("idempotent-replayed") == ("true" if first else None)
     assert document["submission_id"] == (first or document)["submission_id"]
     return document
 
 
-async def counted(house: House) -> tuple[float, float, float]:
+async def read_counts(house: RunningGateway) -> tuple[float, float, float]:
     """Of a tenant that has plenty: used, held, and how many are active."""
     report = (await house.call("GET", "/v1/quota")).json()
     policies = {each["policy"]: each for each in report["policies"]}

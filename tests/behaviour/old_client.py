@@ -8,9 +8,9 @@ from typing import Any
 
 from httpx2 import AsyncClient, Timeout
 
-from tests.support.images import png
+from tests.support.images import make_png
 
-CALLS: Mapping[str, Mapping[str, Any]] = {
+SUBMIT_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "submit_task": {
         "sdxl_model_dropdown": "通用模型",
         "style_dropdown": "通用风格",
@@ -31,11 +31,11 @@ CALLS: Mapping[str, Mapping[str, Any]] = {
 }
 """The four submits, each with all its fields."""
 
-ENDED = {"Completed", "Failed", None}
+FINAL_STATUSES = {"Completed", "Failed", None}
 
 
 @dataclass(frozen=True)
-class OldClient:
+class LegacyClient:
     """Calls one base address with one key; every answer has to be HTTP 200 and a JSON object."""
 
     http: AsyncClient
@@ -44,22 +44,22 @@ class OldClient:
 
     async def submit(self, call: str, fields: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
         """Submit an image with the fields of the vendor's document, or with these instead."""
-        data = {"user_key": self.key} | dict(CALLS[call] if fields is None else fields)
-        request: dict[str, Any] = {"data": data, "files": {"input_image": ("picture.png", png())}} | more
+        data = {"user_key": self.key} | dict(SUBMIT_FIELDS[call] if fields is None else fields)
+        request: dict[str, Any] = {"data": data, "files": {"input_image": ("picture.png", make_png())}} | more
         return await self.post(call, timeout=Timeout(connect=5, read=10, write=30, pool=None), **request)
 
     async def check(self, task_id: str) -> dict[str, Any]:
         """Ask about a task."""
         return await self.post("check_task_status", data={"user_key": self.key, "task_id": task_id})
 
-    async def ended(self, task_id: str, between: Callable[[], Awaitable[None]]) -> dict[str, Any]:
+    async def wait_for_end(self, task_id: str, pause: Callable[[], Awaitable[None]]) -> dict[str, Any]:
         """Check a task until it has ended."""
         for _ in range(20):
             told = await self.check(task_id)
             assert told["err_code"] == 0, told
-            if told["status"] in ENDED:
+            if told["status"] in FINAL_STATUSES:
                 return told
-            await between()
+            await pause()
         raise AssertionError("it is still running")
 
     async def post(self, call: str, **request: Any) -> dict[str, Any]:
@@ -71,6 +71,6 @@ class OldClient:
         return content
 
 
-def shape(content: Mapping[str, Any]) -> dict[str, str]:
+def field_types(content: Mapping[str, Any]) -> dict[str, str]:
     """The keys of an answer with their types."""
     return {name: type(value).__name__ for name, value in sorted(content.items())}

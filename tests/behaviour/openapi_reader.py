@@ -8,7 +8,7 @@ from typing import Any
 METHODS = {"get", "put", "post", "delete", "patch", "head", "options"}
 
 
-def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def iter_operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Every path and method with its operation."""
     for path, item in document["paths"].items():
         for method, operation in item.items():
@@ -16,24 +16,24 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, A
             yield path, method, operation
 
 
-def webhooks(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def iter_webhooks(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every operation that is called by the gateway."""
     for item in document.get("webhooks", {}).values():
-        yield from resolved(document, item).values()
+        yield from resolve_reference(document, item).values()
 
 
-def nodes(node: Any, *path: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+def iter_objects(node: Any, *path: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Every object of the document, with where it stands."""
     if isinstance(node, dict):
         yield path, node
         for key, value in node.items():
-            yield from nodes(value, *path, key)
+            yield from iter_objects(value, *path, key)
     elif isinstance(node, list):
         for each in node:
-            yield from nodes(each, *path)
+            yield from iter_objects(each, *path)
 
 
-def resolved(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+def resolve_reference(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     """What a reference points to."""
     while "$ref" in node:
         assert node["$ref"].startswith("#/")
@@ -44,14 +44,14 @@ def resolved(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-def fits(document: dict[str, Any], value: Any, schema: dict[str, Any], where: str) -> None:
+def assert_matches_schema(document: dict[str, Any], value: Any, schema: dict[str, Any], where: str) -> None:
     """Hold a value against its schema, as far as this document uses JSON Schema."""
-    schema = resolved(document, schema)
+    schema = resolve_reference(document, schema)
     if "oneOf" in schema:
         fitting = 0
         for option in schema["oneOf"]:
             try:
-                fits(document, value, option, where)
+                assert_matches_schema(document, value, option, where)
             except AssertionError:
                 continue
             fitting += 1
@@ -73,7 +73,7 @@ def fits(document: dict[str, Any], value: Any, schema: dict[str, Any], where: st
     if isinstance(value, dict) and "properties" in schema:
         assert set(schema["required"]) <= value.keys() <= schema["properties"].keys(), (where, value)
         for name, each in value.items():
-            fits(document, each, schema["properties"][name], f"{where}.{name}")
+            assert_matches_schema(document, each, schema["properties"][name], f"{where}.{name}")
     if isinstance(value, list):
         for each in value:
-            fits(document, each, schema["items"], f"{where}[]")
+            assert_matches_schema(document, each, schema["items"], f"{where}[]")

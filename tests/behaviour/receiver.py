@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 from standardwebhooks.webhooks import Webhook as Verifier
 
-from tests.support.serving import serving
+from tests.support.serving import serve_app
 
 
 @dataclass
-class Told:
+class ReceivedWebhook:
     """One request."""
 
     path: str
@@ -29,7 +29,7 @@ class Told:
         event: dict[str, Any] = msgspec.json.decode(self.body)
         return event
 
-    def signed_by(self, secret: str) -> bool:
+    def is_signed_with(self, secret: str) -> bool:
         """Whether one of the signatures is of this secret, as the library of the standard makes it."""
         at = datetime.fromtimestamp(int(self.headers["webhook-timestamp"]), UTC)
         expected = Verifier(secret).sign(self.headers["webhook-id"], at, self.body.decode())
@@ -37,14 +37,14 @@ class Told:
 
 
 @dataclass
-class Receiver:
+class WebhookReceiver:
     """Answers with the statuses it is told to, 204 by default; or not at all while it is `silent`."""
 
     url: str = ""
     statuses: list[int] = field(default_factory=list)
-    told: list[Told] = field(default_factory=list)
-    silent: bool = False
-    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    requests: list[ReceivedWebhook] = field(default_factory=list)
+    is_silent: bool = False
+    request_received: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
@@ -54,9 +54,9 @@ class Receiver:
             message = await receive()
             body += message["body"]
         query = "?" + scope["query_string"].decode() if scope["query_string"] else ""
-        self.told.append(Told(scope["path"] + query, headers, body))
-        self.asked.set()
-        if self.silent:
+        self.requests.append(ReceivedWebhook(scope["path"] + query, headers, body))
+        self.request_received.set()
+        if self.is_silent:
             await receive()  # the client leaves
             return
         status = self.statuses.pop(0) if self.statuses else 204
@@ -65,14 +65,14 @@ class Receiver:
 
 
 @asynccontextmanager
-async def receiving() -> AsyncIterator[Receiver]:
+async def run_receiver() -> AsyncIterator[WebhookReceiver]:
     """A receiver on this machine."""
-    receiver = Receiver()
-    async with serving(receiver) as url:
+    receiver = WebhookReceiver()
+    async with serve_app(receiver) as url:
         receiver.url = f"{url}/ended"
         yield receiver
 
 
-def a_secret(letter: bytes = b"s") -> str:
+def make_secret(letter: bytes = b"s") -> str:
     """A secret that a tenant has chosen."""
     return "whsec_" + base64.b64encode(letter * 32).decode()

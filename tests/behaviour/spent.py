@@ -10,58 +10,60 @@ from typing import Any
 
 from httpx2 import Response
 
-from service.container import TASK_IDS
+from service.container import TASK_ID_PURPOSE
 from service.crypto import Keyring
-from service.domain.tasks import Kind, Reference, TaskIds
-from tests.behaviour.aftermath import EVERY_POLICY, problem
-from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, House
-from tests.behaviour.upstreams import SandboxControl
+from service.domain.tasks import Kind, TaskIdCodec, TaskReference
+from tests.behaviour.aftermath import UNREACHABLE_POLICIES, expect_problem
+from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, RunningGateway
+from tests.behaviour.upstreams import SandboxUpstreamControl
 
-NOBODY: Mapping[str, int] = dict.fromkeys(("running", "succeeded", "failed", "unknown", "refused", "not_sent"), 0)
+NO_SUBMISSIONS: Mapping[str, int] = dict.fromkeys(
+    ("running", "succeeded", "failed", "unknown", "refused", "not_sent"), 0
+)
 """No submission of any outcome."""
 
 
-async def usage(house: House, query: str = "", *, token: str | None = None) -> dict[str, Any]:
+async def read_usage(house: RunningGateway, query: str = "", *, token: str | None = None) -> dict[str, Any]:
     """A tenant's own usage."""
-    return shown(await house.call("GET", f"/v1/usage?{query}", token=token))
+    return expect_json(await house.call("GET", f"/v1/usage?{query}", token=token))
 
 
-async def all_usage(house: House, query: str = "") -> dict[str, Any]:
+async def read_all_usage(house: RunningGateway, query: str = "") -> dict[str, Any]:
     """The operators' usage."""
-    return shown(await house.admin("GET", f"/usage?{query}"))
+    return expect_json(await house.call_admin("GET", f"/usage?{query}"))
 
 
-async def submission(house: House, name: str) -> dict[str, Any]:
+async def read_submission(house: RunningGateway, name: str) -> dict[str, Any]:
     """What a tenant is told of its submission."""
-    return shown(await house.call("GET", f"/v1/submissions/{name}"))
+    return expect_json(await house.call("GET", f"/v1/submissions/{name}"))
 
 
-async def refund(house: House, **body: object) -> Response:
+async def post_refund(house: RunningGateway, **body: object) -> Response:
     """Refund a task or a submission."""
-    return await house.admin("POST", "/refunds", json=body)
+    return await house.call_admin("POST", "/refunds", json=body)
 
 
-def submission_of(house: House, task: Mapping[str, Any]) -> str:
+def submission_id_of(house: RunningGateway, task: Mapping[str, Any]) -> str:
     """The submission that became a task; only the gateway can read it out of the task's id."""
-    return house.services.submissions.of_task(task["id"])
+    return house.services.submissions.submission_of_task(task["id"])
 
 
-def shown(answer: Response, status: int = 200) -> dict[str, Any]:
+def expect_json(answer: Response, status: int = 200) -> dict[str, Any]:
     """What an answer shows, which has to be good."""
     assert answer.status_code == status, answer.text
     content: dict[str, Any] = answer.json()
     return content
 
 
-async def answered(house: House, path: str, accept: str) -> Response:
+async def request_media_type(house: RunningGateway, path: str, accept: str) -> Response:
     """The answer of either port to somebody who wants certain media types."""
     port, token = (house.ops_url, ADMIN_TOKEN) if path.startswith("/admin/") else (house.url, house.token)
     return await house.http.get(port + path, headers={"Authorization": f"Bearer {token}", "Accept": accept})
 
 
-async def rows(house: House, path: str) -> list[dict[str, str]]:
+async def read_csv_rows(house: RunningGateway, path: str) -> list[dict[str, str]]:
     """The usage of either port as CSV, read by somebody else's reader."""
-    answer = await answered(house, path, "text/csv")
+    answer = await request_media_type(house, path, "text/csv")
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].startswith("text/csv; header=present")
     text = answer.content.decode()
@@ -69,69 +71,69 @@ async def rows(house: House, path: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
 
 
-def flattened(item: Mapping[str, Any]) -> dict[str, str]:
+def flatten_item(item: Mapping[str, Any]) -> dict[str, str]:
     """An item of the usage as CSV has to show it."""
     flat: dict[str, str] = {}
     for name, value in item.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}_{inner}": each for inner, each in flattened(value).items()}
+            flat |= {f"{name}_{inner}": each for inner, each in flatten_item(value).items()}
         else:
             flat[name] = "" if value is None else str(value)
     return flat
 
 
-async def windows(house: House) -> dict[str, tuple[float, float]]:
+async def read_windows(house: RunningGateway) -> dict[str, tuple[float, float]]:
     """What the windows of `shop` count, in tasks and in yuan, which limits have to show."""
-    policies = shown(await house.call("GET", "/v1/quota"))["policies"]
+    policies = expect_json(await house.call("GET", "/v1/quota"))["policies"]
     used = {each["policy"]: each["used"] for each in policies}
     return {name: (used[f"{name}-tasks"], used[f"{name}-money"]) for name in ("day", "month", "total")}
 
 
-async def counted(house: House) -> tuple[float, float]:
+async def read_charged_today(house: RunningGateway) -> tuple[float, float]:
     """What the usage of today says is charged; it has to be what the windows of today count, and so for the month."""
-    today = (await usage(house))["to"]
+    today = (await read_usage(house))["to"]
     charged = [
-        (await usage(house, query))["total"]["charged"]
+        (await read_usage(house, query))["total"]["charged"]
         for query in (f"from={today}", f"from={today}&interval=total&group_by=none", "interval=month")
     ]
     found = [(each["tasks"], each["money"]) for each in charged]
-    in_windows = await windows(house)
+    in_windows = await read_windows(house)
     assert found == [in_windows["day"], in_windows["day"], in_windows["month"]]
     return found[0]
 
 
-async def later(house: House, window: str = "day") -> date:
+async def advance_to_next_window(house: RunningGateway, window: str = "day") -> date:
     """Wait until noon of the first day of the next window; that day."""
-    await house.put_tenant(**EVERY_POLICY)
-    policies = shown(await house.call("GET", "/v1/quota"))["policies"]
+    await house.put_tenant(**UNREACHABLE_POLICIES)
+    policies = expect_json(await house.call("GET", "/v1/quota"))["policies"]
     ends = {each["policy"]: each["resets_at"] for each in policies}
     end, minute = (datetime.fromisoformat(ends[f"{name}-tasks"]) for name in (window, "minute"))
     await house.advance((end - minute + timedelta(hours=12)).total_seconds())
     return end.astimezone(UTC).date()
 
 
-async def spend(house: House, kind: str = "face-enhance", *, token: str | None = None) -> dict[str, Any]:
+async def run_task(house: RunningGateway, kind: str = "face-enhance", *, token: str | None = None) -> dict[str, Any]:
     """Have a task done."""
-    return await house.finished((await house.submit(kind, token=token)).json()["id"], token=token)
+    return await house.wait_for_task((await house.submit(kind, token=token)).json()["id"], token=token)
 
 
-async def lost(house: House, kind: str = "face-enhance") -> str:
+async def submit_and_lose_response(house: RunningGateway, kind: str = "face-enhance") -> str:
     """A submission whose answer was lost."""
-    await house.upstream.lose_next_answer()
-    return str(problem(await house.submit(kind), 504, "submission-unknown")["submission_id"])
+    await house.upstream.lose_next_response()
+    return str(expect_problem(await house.submit(kind), 504, "submission-unknown")["submission_id"])
 
 
-async def turned_up(house: House, name: str) -> str:
+async def recover_task(house: RunningGateway, name: str) -> str:
     """Let somebody read the task of a submission whose answer was lost, by the id that it would have; that id."""
     known = house.services.registry.current
     tenant, account = known.tenants["shop"], known.accounts["main"]
-    told = await submission(house, name)
+    told = await read_submission(house, name)
     created = int(datetime.fromisoformat(told["created_at"]).timestamp() * 1000)
     upstream_id = "up"
-    if isinstance(house.upstream, SandboxControl):
-        upstream_id = [each.task_id for each in await house.upstream._control.requests() if each.task_id][-1]
-    reference = Reference(tenant.id, account.id, Kind(told["kind"]), created, name, upstream_id)
-    task_id = TaskIds(Keyring([SECRET_KEY]).purpose(TASK_IDS)).seal(reference)
-    await house.upstream.idle()
-    shown(await house.call("GET", f"/v1/tasks/{task_id}"))
+    if isinstance(house.upstream, SandboxUpstreamControl):
+        upstream_id = [each.task_id for each in await house.upstream.control.list_requests() if each.task_id][-1]
+    reference = TaskReference(tenant.id, account.id, Kind(told["kind"]), created, name, upstream_id)
+    task_id = TaskIdCodec(Keyring([SECRET_KEY]).derive(TASK_ID_PURPOSE)).encode(reference)
+    await house.upstream.wait_until_idle()
+    expect_json(await house.call("GET", f"/v1/tasks/{task_id}"))
     return task_id

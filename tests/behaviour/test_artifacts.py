@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House, house_of_fakes
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import RunningGateway, run_fake_gateway
 from tests.fakes.artifacts import FakeArtifacts
 
 
-async def done(house: House) -> dict[str, Any]:
+async def run_task(house: RunningGateway) -> dict[str, Any]:
     """A task that has succeeded."""
-    return await house.finished((await house.submit()).json()["id"])
+    return await house.wait_for_task((await house.submit()).json()["id"])
 
 
-async def test_fetching(house: House) -> None:
+async def test_fetching(house: RunningGateway) -> None:
     """A result is handed out at its `href`, so that no browser shows it and only its tenant keeps it."""
-    task = await done(house)
+    task = await run_task(house)
     (artifact,) = task["artifacts"]
     assert artifact["href"] == f"/v1/tasks/{task['id']}/artifacts/image"
     answer = await house.call("GET", artifact["href"])
@@ -35,9 +35,9 @@ async def test_fetching(house: House) -> None:
     assert name, answer.headers["content-disposition"]
 
 
-async def test_head(house: House) -> None:
+async def test_head(house: RunningGateway) -> None:
     """HEAD is answered as GET is, without the bytes, and the connection can be used again."""
-    href = (await done(house))["artifacts"][0]["href"]
+    href = (await run_task(house))["artifacts"][0]["href"]
     whole = await house.call("GET", href)
     for _ in range(2):
         head = await house.call("HEAD", href)
@@ -46,50 +46,50 @@ async def test_head(house: House) -> None:
         assert {name: head.headers[name] for name in same} == {name: whole.headers[name] for name in same}
 
 
-async def test_not_yet(house: House) -> None:
+async def test_not_yet(house: RunningGateway) -> None:
     """A task that runs has no results yet, and one that has failed never has any."""
     await house.upstream.fail_next_task()
     task_id = (await house.submit()).json()["id"]
     href = f"/v1/tasks/{task_id}/artifacts/image"
-    assert "not ended" in problem(await house.call("GET", href), 404, "not-found")["detail"]
-    assert (await house.finished(task_id))["state"] == "failed"
-    assert "failed" in problem(await house.call("GET", href), 404, "not-found")["detail"]
+    assert "not ended" in expect_problem(await house.call("GET", href), 404, "not-found")["detail"]
+    assert (await house.wait_for_task(task_id))["state"] == "failed"
+    assert "failed" in expect_problem(await house.call("GET", href), 404, "not-found")["detail"]
 
 
-async def test_no_such_result(house: House) -> None:
+async def test_no_such_result(house: RunningGateway) -> None:
     """A result that a task has not got is named by those it has."""
-    task = await done(house)
+    task = await run_task(house)
     for name in ("grid", "IMAGE", "x", "..%2fimage"):
         answer = await house.call("GET", f"/v1/tasks/{task['id']}/artifacts/{name}")
-        problem(answer, 404, "not-found")
+        expect_problem(answer, 404, "not-found")
     answer = await house.call("GET", f"/v1/tasks/{task['id']}/artifacts/vector")
-    assert problem(answer, 404, "not-found")["detail"].endswith("it has image.")
+    assert expect_problem(answer, 404, "not-found")["detail"].endswith("it has image.")
 
 
-async def test_of_another_tenant(house: House) -> None:
+async def test_of_another_tenant(house: RunningGateway) -> None:
     """Results of others are not found, nor are those of a task whose id was altered; without a token there are none."""
-    href = (await done(house))["artifacts"][0]["href"]
+    href = (await run_task(house))["artifacts"][0]["href"]
     await house.put_tenant("other")
     other = await house.new_token("other")
-    stranger = problem(await house.call("GET", href, token=other), 404, "not-found")
-    altered = problem(await house.call("GET", href.replace("task_", "task_A")), 404, "not-found")
+    stranger = expect_problem(await house.call("GET", href, token=other), 404, "not-found")
+    altered = expect_problem(await house.call("GET", href.replace("task_", "task_A")), 404, "not-found")
     assert stranger["detail"] == altered["detail"]
-    problem(await house.call("GET", href, token=""), 401, "unauthenticated")
-    problem(await house.call("POST", href), 405, "method-not-allowed")
+    expect_problem(await house.call("GET", href, token=""), 401, "unauthenticated")
+    expect_problem(await house.call("POST", href), 405, "method-not-allowed")
 
 
 async def test_account() -> None:
     """A result is fetched by the account that paid for it, from the address that the upstream gave."""
     fake = FakeArtifacts()
-    async with house_of_fakes(fake) as (house, _, _):
-        task = await done(house)
+    async with run_fake_gateway(fake) as (house, _, _):
+        task = await run_task(house)
         await house.call("GET", task["artifacts"][0]["href"])
-        assert fake.fetched == [("main", task["artifacts"][0]["url"])]
+        assert fake.requests == [("main", task["artifacts"][0]["url"])]
 
 
-async def test_malformed_conditions(house: House) -> None:
+async def test_malformed_conditions(house: RunningGateway) -> None:
     """A condition that can't be understood counts as none, as HTTP has it."""
-    href = (await done(house))["artifacts"][0]["href"]
+    href = (await run_task(house))["artifacts"][0]["href"]
     values: list[str | bytes] = ["null", "\u00e4".encode("latin-1"), "x" * 1_000, "bytes=0-1,4-5", 'bytes=1-"']
     for value in values:
         headers = dict.fromkeys(("Range", "If-Range", "If-None-Match", "If-Modified-Since"), value)

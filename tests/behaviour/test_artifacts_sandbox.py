@@ -12,36 +12,36 @@ from httpx2 import Response
 from service.sandbox.faults import Fault
 from service.storage.connections import connect
 from service.storage.redis import Keys
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House, real_house
-from tests.behaviour.upstreams import SandboxControl
-from tests.support.images import png
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import RunningGateway, run_real_gateway
+from tests.behaviour.upstreams import SandboxUpstreamControl
+from tests.support.images import make_png
 from tests.support.valkey import Valkey
 
 
 @pytest.fixture
-async def house(valkey: Valkey) -> AsyncIterator[House]:
+async def house(valkey: Valkey) -> AsyncIterator[RunningGateway]:
     """A gateway in front of the sandbox."""
-    async with real_house(valkey) as found:
+    async with run_real_gateway(valkey) as found:
         yield found
 
 
 @pytest.fixture
-async def href(house: House) -> str:
+async def href(house: RunningGateway) -> str:
     """Where a result is handed out."""
-    task = await house.finished((await house.submit(image=png(200, 200))).json()["id"])
+    task = await house.wait_for_task((await house.submit(image=make_png(200, 200))).json()["id"])
     found: str = task["artifacts"][0]["href"]
     return found
 
 
-async def fetch(house: House, href: str, **headers: str) -> Response:
+async def fetch_artifact(house: RunningGateway, href: str, **headers: str) -> Response:
     """Fetch a result."""
     return await house.call("GET", href, headers={name.replace("_", "-"): text for name, text in headers.items()})
 
 
-async def test_ranges(house: House, href: str) -> None:
+async def test_ranges(house: RunningGateway, href: str) -> None:
     """The parts of a result make up the whole, also when they are counted from its end."""
-    whole = await fetch(house, href)
+    whole = await fetch_artifact(house, href)
     size = len(whole.content)
     assert whole.headers["accept-ranges"] == "bytes"
     for asked, first, last in (
@@ -50,7 +50,7 @@ async def test_ranges(house: House, href: str) -> None:
         ("-5", size - 5, size - 1),
         ("0-99999999", 0, size - 1),
     ):
-        part = await fetch(house, href, Range=f"bytes={asked}")
+        part = await fetch_artifact(house, href, Range=f"bytes={asked}")
         assert (part.status_code, part.headers["content-range"]) == (206, f"bytes {first}-{last}/{size}")
         assert part.content == whole.content[first : last + 1]
         assert part.headers["content-length"] == str(last + 1 - first)
@@ -58,7 +58,7 @@ async def test_ranges(house: House, href: str) -> None:
         assert {name: part.headers[name] for name in same} == {name: whole.headers[name] for name in same}
 
 
-async def test_document(house: House, href: str) -> None:
+async def test_document(house: RunningGateway, href: str) -> None:
     """The API's document tells with which headers and types results come."""
     document = (await house.call("GET", "/openapi.json")).json()
     operation = document["paths"]["/v1/tasks/{task_id}/artifacts/{name}"]["get"]
@@ -67,7 +67,7 @@ async def test_document(house: House, href: str) -> None:
         (206, {"Range": "bytes=1-"}),
         (416, {"Range": "bytes=999999-"}),
     ):
-        answer = await fetch(house, href, **headers)
+        answer = await fetch_artifact(house, href, **headers)
         told = operation["responses"][str(status)]
         assert answer.status_code == status
         assert answer.headers["content-type"] in told["content"]
@@ -76,34 +76,34 @@ async def test_document(house: House, href: str) -> None:
     assert operation["responses"]["304"]["headers"].keys() >= {"ETag", "Cache-Control"}
 
 
-async def test_no_such_range(house: House, href: str) -> None:
+async def test_no_such_range(house: RunningGateway, href: str) -> None:
     """A range beyond the end is a problem that tells the size."""
-    size = len((await fetch(house, href)).content)
-    answer = await fetch(house, href, Range=f"bytes={size}-")
-    problem(answer, 416, "range-not-satisfiable")
+    size = len((await fetch_artifact(house, href)).content)
+    answer = await fetch_artifact(house, href, Range=f"bytes={size}-")
+    expect_problem(answer, 416, "range-not-satisfiable")
     assert answer.headers["content-range"] == f"bytes */{size}"
 
 
-async def test_several_ranges(house: House, href: str) -> None:
+async def test_several_ranges(house: RunningGateway, href: str) -> None:
     """Several ranges, or a range of anything but bytes, are answered with the whole; so is any range to HEAD."""
-    whole = await fetch(house, href)
+    whole = await fetch_artifact(house, href)
     for asked in ("bytes=0-1,4-5", "lines=0-1", "bytes=-", "bytes=x-"):
-        answer = await fetch(house, href, Range=asked)
+        answer = await fetch_artifact(house, href, Range=asked)
         assert (answer.status_code, answer.content) == (200, whole.content)
     head = await house.call("HEAD", href, headers={"Range": "bytes=0-1"})
     assert (head.status_code, head.headers["content-length"]) == (200, str(len(whole.content)))
 
 
-async def test_if_range(house: House, href: str) -> None:
+async def test_if_range(house: RunningGateway, href: str) -> None:
     """The rest of a result is given if it is still the same, else the whole."""
-    whole = await fetch(house, href)
-    same = await fetch(house, href, Range="bytes=10-", If_Range=whole.headers["etag"])
+    whole = await fetch_artifact(house, href)
+    same = await fetch_artifact(house, href, Range="bytes=10-", If_Range=whole.headers["etag"])
     assert (same.status_code, same.content) == (206, whole.content[10:])
-    other = await fetch(house, href, Range="bytes=10-", If_Range='"other"')
+    other = await fetch_artifact(house, href, Range="bytes=10-", If_Range='"other"')
     assert (other.status_code, other.content) == (200, whole.content)
 
 
-async def test_faults(house: House, href: str) -> None:
+async def test_faults(house: RunningGateway, href: str) -> None:
     """A server that fails before the first byte is told of as a problem, without its address."""
     for fault, status, code in (
         (Fault(on="file", times=1, reply="reset"), 502, "upstream-invalid-response"),
@@ -112,59 +112,59 @@ async def test_faults(house: House, href: str) -> None:
         (Fault(on="file", times=1, reply="page"), 502, "upstream-invalid-response"),
         (Fault(on="file", times=1, reply="page", status=503), 503, "upstream-unavailable"),
     ):
-        await control(house)._fault(fault)
-        answer = await fetch(house, href)
-        problem(answer, status, code)
+        await sandbox_control(house)._set_fault(fault)
+        answer = await fetch_artifact(house, href)
+        expect_problem(answer, status, code)
         assert "127.0.0.1" not in answer.text
         assert ("retry-after" in answer.headers) == (status == 503)
-    assert (await fetch(house, href)).status_code == 200
+    assert (await fetch_artifact(house, href)).status_code == 200
 
 
-async def test_not_there_yet(house: House, href: str) -> None:
+async def test_not_there_yet(house: RunningGateway, href: str) -> None:
     """A result that its server lacks minutes after the end may yet come; later it is gone for good."""
     for passed, status in ((0, 503), (299, 503), (2, 502)):
         await house.advance(passed)
-        house.services.board._seen.clear()
-        await control(house)._fault(Fault(on="file", times=1, reply="page", status=404))
-        answer = await fetch(house, href)
+        house.services.task_cache._tasks.clear()
+        await sandbox_control(house)._set_fault(Fault(on="file", times=1, reply="page", status=404))
+        answer = await fetch_artifact(house, href)
         assert (answer.status_code, "retry-after" in answer.headers) == (status, status == 503)
 
 
-async def test_latency(house: House, href: str) -> None:
+async def test_latency(house: RunningGateway, href: str) -> None:
     """A server that takes its time is waited for."""
-    await control(house)._fault(Fault(on="file", times=1, latency=0.2))
-    assert (await fetch(house, href)).status_code == 200
+    await sandbox_control(house)._set_fault(Fault(on="file", times=1, latency=0.2))
+    assert (await fetch_artifact(house, href)).status_code == 200
 
 
-async def test_cut(house: House, href: str) -> None:
+async def test_cut(house: RunningGateway, href: str) -> None:
     """A result that breaks off at its server breaks off at the client too, who can ask for the rest."""
-    whole = await fetch(house, href)
-    await control(house)._fault(Fault(on="file", times=1, reply="cut"))
+    whole = await fetch_artifact(house, href)
+    await sandbox_control(house)._set_fault(Fault(on="file", times=1, reply="cut"))
     with pytest.raises(httpx2.RemoteProtocolError):
-        await fetch(house, href)
-    rest = await fetch(house, href, Range="bytes=10-", If_Range=whole.headers["etag"])
+        await fetch_artifact(house, href)
+    rest = await fetch_artifact(house, href, Range="bytes=10-", If_Range=whole.headers["etag"])
     assert rest.content == whole.content[10:]
 
 
-async def test_lost_task(house: House, href: str, valkey: Valkey) -> None:
+async def test_lost_task(house: RunningGateway, href: str, valkey: Valkey) -> None:
     """The result of a task that Redis has lost is still found by the task's id."""
     task_id = href.split("/")[3]
-    reservation = house.services.follow._task_ids.open(task_id).reservation
+    reservation = house.services.task_reader._task_ids.decode(task_id).reservation
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands
     await client.delete(Keys("gw").task(reservation))
     await connections.aclose()
-    house.services.board._seen.clear()
-    assert (await fetch(house, href)).status_code == 200
+    house.services.task_cache._tasks.clear()
+    assert (await fetch_artifact(house, href)).status_code == 200
 
 
-async def test_account_that_is_gone(house: House, href: str) -> None:
+async def test_account_that_is_gone(house: RunningGateway, href: str) -> None:
     """Without its account, a result is not fetched from a private address."""
-    assert (await house.admin("DELETE", "/accounts/main?force=true")).status_code == 204
-    problem(await fetch(house, href), 502, "upstream-invalid-response")
+    assert (await house.call_admin("DELETE", "/accounts/main?force=true")).status_code == 204
+    expect_problem(await fetch_artifact(house, href), 502, "upstream-invalid-response")
 
 
-def control(house: House) -> SandboxControl:
+def sandbox_control(house: RunningGateway) -> SandboxUpstreamControl:
     """The sandbox's control."""
-    assert isinstance(house.upstream, SandboxControl)
+    assert isinstance(house.upstream, SandboxUpstreamControl)
     return house.upstream

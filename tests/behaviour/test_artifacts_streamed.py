@@ -15,35 +15,43 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.api import artifacts
-from service.clients.artifacts import ArtifactClient, Outcome, Patience
+from service.clients.artifacts import ArtifactClient, FetchOutcome, FetchTimeouts
 from service.domain.tasks import Artifact, ArtifactName
-from service.usecases.ports import Answered, Check
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House, house_of_fakes
-from tests.contract.origin import PICTURE, asked, chunked, file, giving, giving_and_waiting, head
-from tests.contract.peer import Connection, Peer, Serve, serving
+from service.usecases.ports import CheckOutcome, CheckResult
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import RunningGateway, run_fake_gateway
+from tests.contract.origin import (
+    PNG_IMAGE,
+    chunked_body,
+    file_response,
+    read_request,
+    response_head,
+    send_and_hold,
+    send_pieces,
+)
+from tests.contract.peer import Connection, Handler, ScriptedServer, run_server
 
 MIB = 1 << 20
 LARGE = 200 * MIB
-STALLED_AFTER = 0.3
+STALL_SECONDS = 0.3
 
 
 @dataclass
-class Site:
+class ArtifactSetup:
     """A gateway, and a server of results that it fetches from."""
 
-    house: House
-    peer: Peer
+    gateway: RunningGateway
+    artifact_server: ScriptedServer
     href: str
     outcomes: list[str] = field(default_factory=list)
 
     @asynccontextmanager
-    async def reading(self, method: str = "GET") -> AsyncIterator[tuple[asyncio.StreamReader, bytes]]:
+    async def open_download(self, method: str = "GET") -> AsyncIterator[tuple[asyncio.StreamReader, bytes]]:
         """Ask for the result over a connection of one's own; what comes, and its head."""
-        address = urlsplit(self.house.url)
+        address = urlsplit(self.gateway.url)
         reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=64 * 1024)
         try:
-            request = f"{method} {self.href} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.house.token}\r\n\r\n"
+            request = f"{method} {self.href} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.gateway.token}\r\n\r\n"
             writer.write(request.encode())
             yield reader, await reader.readuntil(b"\r\n\r\n")
         finally:
@@ -51,23 +59,23 @@ class Site:
 
 
 @asynccontextmanager
-async def site(serve: Serve, *, patience: Patience | None = None) -> AsyncIterator[Site]:
+async def run_artifact_setup(serve: Handler, *, timeouts: FetchTimeouts | None = None) -> AsyncIterator[ArtifactSetup]:
     """A task whose result is served so."""
     outcomes: list[str] = []
     client = ArtifactClient(
         "http://127.0.0.1",
         max_bytes=LARGE,
-        observe=lambda _operation, outcome, _seconds: outcomes.append(outcome),
-        patience=patience,
+        on_call=lambda _operation, outcome, _seconds: outcomes.append(outcome),
+        timeouts=timeouts,
     )
-    async with serving(serve) as peer, house_of_fakes(client) as (house, _, upstream):
+    async with run_server(serve) as peer, run_fake_gateway(client) as (house, _, upstream):
         result = Artifact(ArtifactName.IMAGE, f"{peer.url}/1.png")
-        upstream.next_checks = [Check(answered=Answered.SUCCEEDED, artifacts=(result,))]
-        task = await house.finished((await house.submit()).json()["id"])
-        yield Site(house, peer, task["artifacts"][0]["href"], outcomes)
+        upstream.next_checks = [CheckResult(outcome=CheckOutcome.SUCCEEDED, artifacts=(result,))]
+        task = await house.wait_for_task((await house.submit()).json()["id"])
+        yield ArtifactSetup(house, peer, task["artifacts"][0]["href"], outcomes)
 
 
-def logged(logs: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+def artifact_log_fields(logs: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
     """The status and the outcome of the one request for a result."""
     (line,) = [each for each in logs if each["event"] == "request.ended" and each["path"].endswith("/artifacts/image")]
     return line["status"], line["outcome"]
@@ -79,19 +87,19 @@ async def test_large_result() -> None:
 
     async def serve(connection: Connection) -> None:
         nonlocal sent
-        await asked(connection)
-        await connection.send(head(Content_Length=str(LARGE)))
+        await read_request(connection)
+        await connection.send(response_head(Content_Length=str(LARGE)))
         for number in range(LARGE // MIB):
-            piece = PICTURE.ljust(MIB, bytes([number % 256]))
+            piece = PNG_IMAGE.ljust(MIB, bytes([number % 256]))
             digest.update(piece)
             connection.writer.write(piece)
             sent += MIB
             draining = asyncio.ensure_future(connection.writer.drain())
-            if not (await asyncio.wait({draining}, timeout=STALLED_AFTER))[0]:
+            if not (await asyncio.wait({draining}, timeout=STALL_SECONDS))[0]:
                 stalled.set()
             await draining
 
-    async with asyncio.timeout(120), site(serve) as found, found.reading() as (reader, answer):
+    async with asyncio.timeout(120), run_artifact_setup(serve) as found, found.open_download() as (reader, answer):
         assert f"content-length: {LARGE}\r\n".encode() in answer
         await stalled.wait()
         assert sent < LARGE / 4
@@ -108,100 +116,108 @@ async def test_large_result() -> None:
 async def test_client_leaves() -> None:
     """A client that leaves in the middle ends the fetch at once."""
     left = asyncio.Event()
-    serve = giving_and_waiting(head(Content_Length="1000"), PICTURE, left=left)
+    serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=left)
     with capture_logs() as logs:
-        async with asyncio.timeout(10), site(serve) as found:
-            async with found.reading() as (reader, _):
-                assert await reader.readexactly(len(PICTURE)) == PICTURE
+        async with asyncio.timeout(10), run_artifact_setup(serve) as found:
+            async with found.open_download() as (reader, _):
+                assert await reader.readexactly(len(PNG_IMAGE)) == PNG_IMAGE
             await left.wait()
-    assert found.outcomes == [Outcome.STOPPED]
-    assert logged(logs) == (200, "client-left")
+    assert found.outcomes == [FetchOutcome.CANCELLED]
+    assert artifact_log_fields(logs) == (200, "client-disconnected")
 
 
 async def test_client_leaves_early() -> None:
     """A client that leaves before anything came ends the fetch at once."""
     left = asyncio.Event()
-    async with asyncio.timeout(10), site(giving_and_waiting(left=left)) as found:
-        waiting = asyncio.create_task(found.house.call("GET", found.href))
-        await found.peer.arrived.wait()
+    async with asyncio.timeout(10), run_artifact_setup(send_and_hold(disconnected=left)) as found:
+        waiting = asyncio.create_task(found.gateway.call("GET", found.href))
+        await found.artifact_server.request_received.wait()
         waiting.cancel()
         await left.wait()
-    assert found.outcomes == [Outcome.STOPPED]
+    assert found.outcomes == [FetchOutcome.CANCELLED]
 
 
 async def test_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that takes nothing for a long time does not keep the connection to the upstream."""
-    monkeypatch.setattr(artifacts, "READER_SECONDS", 0.1)
+    monkeypatch.setattr(artifacts, "READER_TIMEOUT_SECONDS", 0.1)
     left = asyncio.Event()
 
     async def serve(connection: Connection) -> None:
-        await asked(connection)
-        await connection.send(head(Content_Length=str(LARGE)))
+        await read_request(connection)
+        await connection.send(response_head(Content_Length=str(LARGE)))
         try:
             while True:
-                await connection.send(PICTURE.ljust(MIB))
+                await connection.send(PNG_IMAGE.ljust(MIB))
         except OSError:
             left.set()
 
     with capture_logs() as logs:
-        async with asyncio.timeout(10), site(serve) as found, found.reading():
+        async with asyncio.timeout(10), run_artifact_setup(serve) as found, found.open_download():
             await left.wait()
-    assert found.outcomes == [Outcome.STOPPED]
-    assert logged(logs) == (200, "client-too-slow")
+    assert found.outcomes == [FetchOutcome.CANCELLED]
+    assert artifact_log_fields(logs) == (200, "client-too-slow")
 
 
 async def test_head() -> None:
     """HEAD ends the fetch as soon as the head is known."""
     left = asyncio.Event()
-    serve = giving_and_waiting(head(Content_Length="1000", ETag='"v1"'), PICTURE, left=left)
+    serve = send_and_hold(response_head(Content_Length="1000", ETag='"v1"'), PNG_IMAGE, disconnected=left)
     with capture_logs() as logs:
-        async with asyncio.timeout(10), site(serve) as found, found.reading("HEAD") as (_, answer):
+        async with asyncio.timeout(10), run_artifact_setup(serve) as found, found.open_download("HEAD") as (_, answer):
             assert answer.startswith(b"HTTP/1.1 200")
             assert b"content-length: 1000\r\n" in answer.lower()
             await left.wait()
-    assert logged(logs) == (200, "answered")
+    assert artifact_log_fields(logs) == (200, "answered")
 
 
 @pytest.mark.parametrize(
     "pieces",
     [
-        (head(Content_Length="1000"), PICTURE),
-        (head(Transfer_Encoding="chunked"), chunked(PICTURE, end=False)),
-        (head(Transfer_Encoding="chunked"), chunked(PICTURE, end=False), b"zz\r\n"),
+        (response_head(Content_Length="1000"), PNG_IMAGE),
+        (response_head(Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE, end=False)),
+        (response_head(Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE, end=False), b"zz\r\n"),
     ],
 )
 async def test_broken_off(pieces: tuple[bytes, ...]) -> None:
     """A client notices that a result broke off: its length is not reached, or its last chunk does not come."""
     with capture_logs() as logs:
-        async with asyncio.timeout(10), site(giving(*pieces)) as found, found.reading() as (reader, answer):
+        async with (
+            asyncio.timeout(10),
+            run_artifact_setup(send_pieces(*pieces)) as found,
+            found.open_download() as (reader, answer),
+        ):
             body = await reader.read()
-            assert PICTURE in body
+            assert PNG_IMAGE in body
             assert b"content-length: 1000" in answer.lower() or not body.endswith(b"0\r\n\r\n")
-    assert found.outcomes == [Outcome.BROKEN_OFF]
-    assert logged(logs) == (200, "broken-off")
+    assert found.outcomes == [FetchOutcome.ABORTED]
+    assert artifact_log_fields(logs) == (200, "transfer-aborted")
 
 
 async def test_idle() -> None:
     """A server that stops in the middle is given up, and the client notices."""
-    serve = giving_and_waiting(head(Content_Length="1000"), PICTURE)
-    patience = Patience(idle=0.1)
-    async with asyncio.timeout(10), site(serve, patience=patience) as found, found.reading() as (reader, _):
-        assert await reader.read() == PICTURE
+    serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE)
+    patience = FetchTimeouts(idle_seconds=0.1)
+    async with (
+        asyncio.timeout(10),
+        run_artifact_setup(serve, timeouts=patience) as found,
+        found.open_download() as (reader, _),
+    ):
+        assert await reader.read() == PNG_IMAGE
 
 
 async def test_known_already() -> None:
     """A result that is known already is answered without content, under its version."""
-    async with site(giving(head(304, ETag='"v1"', Content_Length="5"))) as found:
-        answer = await found.house.call("GET", found.href, headers={"If-None-Match": '"v0", W/"v1"'})
+    async with run_artifact_setup(send_pieces(response_head(304, ETag='"v1"', Content_Length="5"))) as found:
+        answer = await found.gateway.call("GET", found.href, headers={"If-None-Match": '"v0", W/"v1"'})
         assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"v1"')
         assert answer.headers["cache-control"] == "private, no-cache"
         assert "content-type" not in answer.headers
-        assert b'\r\nif-none-match: "v0", w/"v1"\r\n' in found.peer.requests[0][0].lower()
+        assert b'\r\nif-none-match: "v0", w/"v1"\r\n' in found.artifact_server.requests[0][0].lower()
 
 
 async def test_nothing_of_its_server() -> None:
     """No header of the server is passed on that could do harm, nor its idea of a file's name."""
-    answer = file(
+    answer = file_response(
         Content_Disposition='attachment; filename="x.exe"',
         Set_Cookie="a=b",
         ETag='"a\tb"',
@@ -209,9 +225,9 @@ async def test_nothing_of_its_server() -> None:
         Content_Security_Policy="default-src *",
         Refresh="0; url=http://x",
     )
-    async with site(giving(answer)) as found:
-        answered = await found.house.call("GET", found.href)
-        assert answered.content == PICTURE
+    async with run_artifact_setup(send_pieces(answer)) as found:
+        answered = await found.gateway.call("GET", found.href)
+        assert answered.content == PNG_IMAGE
         assert {"set-cookie", "etag", "link", "refresh"}.isdisjoint(answered.headers)
         assert "exe" not in answered.headers["content-disposition"]
         assert answered.headers.get_list("content-security-policy") == ["default-src 'none'; sandbox"]
@@ -219,9 +235,9 @@ async def test_nothing_of_its_server() -> None:
 
 async def test_token_stays() -> None:
     """The server of a result is told neither the tenant's token nor who asked."""
-    async with site(giving(file())) as found:
-        await found.house.call("GET", found.href, headers={"Cookie": "a=b", "X-Forwarded-For": "10.0.0.1"})
-        ((sent, _),) = found.peer.requests
+    async with run_artifact_setup(send_pieces(file_response())) as found:
+        await found.gateway.call("GET", found.href, headers={"Cookie": "a=b", "X-Forwarded-For": "10.0.0.1"})
+        ((sent, _),) = found.artifact_server.requests
         names = {line.partition(b":")[0].lower() for line in sent.split(b"\r\n")[1:-2]}
         assert names == {b"host", b"user-agent", b"accept", b"accept-encoding", b"connection"}
 
@@ -229,5 +245,5 @@ async def test_token_stays() -> None:
 async def test_page_of_html() -> None:
     """A page of HTML is never passed on as a result."""
     for said in ("text/html", "application/octet-stream", ""):
-        async with site(giving(file(b"<html><script>", Content_Type=said))) as found:
-            problem(await found.house.call("GET", found.href), 502, "upstream-invalid-response")
+        async with run_artifact_setup(send_pieces(file_response(b"<html><script>", Content_Type=said))) as found:
+            expect_problem(await found.gateway.call("GET", found.href), 502, "upstream-invalid-response")

@@ -8,24 +8,24 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.behaviour.aftermath import EVERY_POLICY, nothing_happened, problem
-from tests.behaviour.house import MAX_BYTES, MAX_PIXELS, House
-from tests.support.images import encoded, picture, png
+from tests.behaviour.aftermath import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
+from tests.behaviour.house import MAX_BYTES, MAX_PIXELS, RunningGateway
+from tests.support.images import draw_image, encode_image, make_png
 from tests.support.valkey import Valkey
 
-JPEG = encoded(picture(), "JPEG")
-WEBP = encoded(picture(), "WEBP")
+JPEG = encode_image(draw_image(), "JPEG")
+WEBP = encode_image(draw_image(), "WEBP")
 
 
 @pytest.fixture
-async def spending(house: House, valkey: Valkey) -> AsyncIterator[House]:
+async def spending(house: RunningGateway, valkey: Valkey) -> AsyncIterator[RunningGateway]:
     """A house in which nothing may be spent until the test has ended."""
-    await house.put_tenant(**EVERY_POLICY)
+    await house.put_tenant(**UNREACHABLE_POLICIES)
     yield house
-    await nothing_happened(house, valkey)
+    await assert_nothing_happened(house, valkey)
 
 
-def bomb(width: int, height: int) -> bytes:
+def make_decompression_bomb(width: int, height: int) -> bytes:
     """A whole PNG of few bytes that would unfold into this many pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -38,50 +38,50 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-async def test_no_image(spending: House) -> None:
+async def test_no_image(spending: RunningGateway) -> None:
     """A file that is no PNG, JPEG or WebP by its bytes is 415, whatever it is called, and told what would do."""
     files = {
-        "GIF": encoded(picture(), "GIF"),
+        "GIF": encode_image(draw_image(), "GIF"),
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
-        "BMP": encoded(picture(), "BMP"),
-        "TIFF": encoded(picture(), "TIFF"),
+        "BMP": encode_image(draw_image(), "BMP"),
+        "TIFF": encode_image(draw_image(), "TIFF"),
         "HTML": b"<!doctype html><title>Not found</title>",
         "a text": b"data:image/png;base64,iVBORw0KGgo=",
         "one byte": b"\x89",
         "zeroes": b"\0" * 5_000,
-        "a PNG after a space": b" " + png(),
+        "a PNG after a space": b" " + make_png(),
     }
     for name, image in files.items():
-        found = problem(await spending.submit(image=image), 415, "unsupported-media-type")
+        found = expect_problem(await spending.submit(image=image), 415, "unsupported-media-type")
         assert "PNG, JPEG or WebP" in found["detail"], name
 
 
-async def test_broken_image(spending: House) -> None:
+async def test_broken_image(spending: RunningGateway) -> None:
     """An image that is empty, cut off or broken is 422."""
     files = {
         "empty": b"",
-        "a PNG without its end": png()[:-12],
-        "a PNG without its last byte": png()[:-1],
-        "half a PNG": png()[: len(png()) // 2],
-        "the signature of a PNG": png()[:8],
-        "a PNG whose header was altered": png()[:17] + b"\xff" + png()[18:],
+        "a PNG without its end": make_png()[:-12],
+        "a PNG without its last byte": make_png()[:-1],
+        "half a PNG": make_png()[: len(make_png()) // 2],
+        "the signature of a PNG": make_png()[:8],
+        "a PNG whose header was altered": make_png()[:17] + b"\xff" + make_png()[18:],
         "a JPEG without its end": JPEG[:-2],
         "half a JPEG": JPEG[: len(JPEG) // 2],
         "the signature of a JPEG": JPEG[:3],
         "half a WebP": WEBP[: len(WEBP) // 2],
-        "a PNG of no size": bomb(0, 0),
+        "a PNG of no size": make_decompression_bomb(0, 0),
     }
     for name, image in files.items():
-        found = problem(await spending.submit(image=image), 422, "invalid-image")
+        found = expect_problem(await spending.submit(image=image), 422, "invalid-image")
         assert "image" in found["detail"], name
 
 
-async def test_too_many_bytes(spending: House) -> None:
+async def test_too_many_bytes(spending: RunningGateway) -> None:
     """An image over the limit on bytes is 413, whether its length is announced or not."""
-    image = png() + b"\0" * (MAX_BYTES + 1 - len(png()))
-    found = problem(await spending.submit(image=image), 413, "image-too-large")
+    image = make_png() + b"\0" * (MAX_BYTES + 1 - len(make_png()))
+    found = expect_problem(await spending.submit(image=image), 413, "image-too-large")
     assert str(MAX_BYTES) in found["detail"]
-    problem(await spending.submit(image=image + b"\0" * MAX_BYTES), 413, "image-too-large")
+    expect_problem(await spending.submit(image=image + b"\0" * MAX_BYTES), 413, "image-too-large")
 
     head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
 
@@ -94,25 +94,25 @@ async def test_too_many_bytes(spending: House) -> None:
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     answer = await spending.call("POST", "/v1/tasks/face-enhance", content=chunks(), headers=headers)
     assert answer.request.headers["transfer-encoding"] == "chunked"
-    problem(answer, 413, "image-too-large")
+    expect_problem(answer, 413, "image-too-large")
 
 
-async def test_too_many_pixels(spending: House) -> None:
+async def test_too_many_pixels(spending: RunningGateway) -> None:
     """An image over the limit on pixels is 413 by what it says of itself, however few bytes it has."""
     for width, height in ((MAX_PIXELS + 1, 1), (2_001, 2_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)):
-        image = bomb(width, height) if width * height < 10**10 else bomb(1, 1)
+        image = make_decompression_bomb(width, height) if width * height < 10**10 else make_decompression_bomb(1, 1)
         if width == 2**31 - 1:
             header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
             image = image[:12] + header + struct.pack(">I", zlib.crc32(header)) + image[33:]
         assert len(image) < 200_000
-        found = problem(await spending.submit(image=image), 413, "image-too-large")
+        found = expect_problem(await spending.submit(image=image), 413, "image-too-large")
         assert f"{width} x {height}" in found["detail"]
 
 
-async def test_just_within_the_limits(house: House) -> None:
+async def test_just_within_the_limits(house: RunningGateway) -> None:
     """An image with exactly as many bytes, or pixels, as allowed is taken, and so are JPEG and WebP."""
-    largest = png() + b"\0" * (MAX_BYTES - len(png()))
-    for image in (largest, bomb(2_000, MAX_PIXELS // 2_000), JPEG, WEBP):
+    largest = make_png() + b"\0" * (MAX_BYTES - len(make_png()))
+    for image in (largest, make_decompression_bomb(2_000, MAX_PIXELS // 2_000), JPEG, WEBP):
         answer = await house.submit("seamless", image=image)
         assert answer.status_code != 413, answer.text
-    assert await house.upstream.submits() == 4
+    assert await house.upstream.count_submits() == 4

@@ -10,13 +10,13 @@ import pytest
 
 from service.domain import tenants
 from service.domain.tasks import MAX_METADATA_BYTES
-from tests.behaviour.aftermath import EVERY_POLICY, nothing_happened, problem
-from tests.behaviour.house import ADMIN_TOKEN, House
-from tests.support.images import png
+from tests.behaviour.aftermath import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
+from tests.behaviour.house import ADMIN_TOKEN, RunningGateway
+from tests.support.images import make_png
 from tests.support.valkey import Valkey
 
 UPSCALE = "/v1/tasks/upscale"
-FILE = ("picture.png", png(), "image/png")
+FILE = ("picture.png", make_png(), "image/png")
 
 FAULTY_OPTIONS = {
     "upscale": {
@@ -61,28 +61,28 @@ FAULTY_METADATA = {
 
 
 @pytest.fixture(autouse=True)
-async def _nothing_happens(house: House, valkey: Valkey) -> AsyncIterator[None]:
+async def _assert_nothing_happened(house: RunningGateway, valkey: Valkey) -> AsyncIterator[None]:
     """Whatever a test of this module sends has no consequence."""
-    await house.put_tenant(**EVERY_POLICY)
+    await house.put_tenant(**UNREACHABLE_POLICIES)
     yield
-    await nothing_happened(house, valkey)
+    await assert_nothing_happened(house, valkey)
 
 
-async def test_no_good_token(house: House) -> None:
+async def test_no_good_token(house: RunningGateway) -> None:
     """Without a token that is good now, every call is 401 with a challenge, even if more is wrong with it."""
     good = house.token
     swapped = good[:-1] + ("A" if good[-1] != "A" else "B")
-    expired = tenants.new_token()
-    registry = (await house.admin("GET", "/registry")).json()
-    token = {"sha256": tenants.digest(expired).hex(), "expires_at": "2020-02-02T20:20:20Z"}
+    expired = tenants.generate_token()
+    registry = (await house.call_admin("GET", "/registry")).json()
+    token = {"sha256": tenants.hash_token(expired).hex(), "expires_at": "2020-02-02T20:20:20Z"}
     registry["tenants"]["shop"]["tokens"]["0123456789ab"] = token
-    assert (await house.admin("PUT", "/registry", json=registry)).status_code == 200
+    assert (await house.call_admin("PUT", "/registry", json=registry)).status_code == 200
     headers = {
         "another scheme": "Basic c2hvcDpzZWNyZXQ=",
         "no token": "Bearer",
         "the bare token": good,
         "not ours": "Bearer x",
-        "another gateway's": f"Bearer {tenants.new_token()}",
+        "another gateway's": f"Bearer {tenants.generate_token()}",
         "mistyped": f"Bearer {swapped}",
         "cut off": f"Bearer {good[:-1]}",
         "too long": f"Bearer {good}0",
@@ -96,25 +96,25 @@ async def test_no_good_token(house: House) -> None:
     for name, value in headers.items():
         for method, path in calls:
             answer = await house.call(method, path, token="", headers={"Authorization": value})
-            problem(answer, 401, "unauthenticated")
+            expect_problem(answer, 401, "unauthenticated")
             challenge = answer.headers["www-authenticate"]
             assert challenge == 'Bearer realm="imaging-gateway", error="invalid_token"', name
     answer = await house.call("GET", "/v1/quota", token="")
-    problem(answer, 401, "unauthenticated")
+    expect_problem(answer, 401, "unauthenticated")
     assert answer.headers["www-authenticate"] == 'Bearer realm="imaging-gateway"'
 
 
-async def test_revoked_token(house: House) -> None:
+async def test_revoked_token(house: RunningGateway) -> None:
     """A token works until it is revoked, and then no more."""
-    made = (await house.admin("POST", "/tenants/shop/tokens", json={})).json()
+    made = (await house.call_admin("POST", "/tenants/shop/tokens", json={})).json()
     assert (await house.call("GET", "/v1/quota", token=made["token"])).status_code == 200
-    answer = await house.admin("DELETE", f"/tenants/shop/tokens/{made['id']}")
+    answer = await house.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}")
     assert answer.status_code == 204
-    problem(await house.call("GET", "/v1/quota", token=made["token"]), 401, "unauthenticated")
-    problem(await house.submit(token=made["token"]), 401, "unauthenticated")
+    expect_problem(await house.call("GET", "/v1/quota", token=made["token"]), 401, "unauthenticated")
+    expect_problem(await house.submit(token=made["token"]), 401, "unauthenticated")
 
 
-async def test_not_a_form(house: House) -> None:
+async def test_not_a_form(house: RunningGateway) -> None:
     """A submission that is no multipart form is 415, and the answer says what to send."""
     multipart = "multipart/form-data"
     cases: dict[str, dict[str, Any]] = {
@@ -128,20 +128,20 @@ async def test_not_a_form(house: House) -> None:
         "nonsense": {"content": b"x", "headers": {"Content-Type": ";;;=,"}},
     }
     for name, request in cases.items():
-        found = problem(await house.call("POST", UPSCALE, **request), 415, "unsupported-media-type")
+        found = expect_problem(await house.call("POST", UPSCALE, **request), 415, "unsupported-media-type")
         assert multipart in found["detail"], name
 
 
-async def test_not_the_form_it_says(house: House) -> None:
+async def test_not_the_form_it_says(house: RunningGateway) -> None:
     """A body that is not the multipart form its content type announces is 400."""
     for body in (b"", b"x", b"--other\r\n", b"--b", b"--b\r\nno header\r\n\r\n--b--", b"\0" * 1_000):
         answer = await house.call(
             "POST", UPSCALE, content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
         )
-        problem(answer, 400, "malformed-request")
+        expect_problem(answer, 400, "malformed-request")
 
 
-async def test_not_one_file(house: House) -> None:
+async def test_not_one_file(house: RunningGateway) -> None:
     """Anything but one file in the part `image` is 422 and names the part."""
     text = (None, "an image in words")
     cases: dict[str, tuple[list[tuple[str, Any]], str]] = {
@@ -153,11 +153,11 @@ async def test_not_one_file(house: House) -> None:
         "a file as an option": ([("image", FILE), ("prompt", ("prompt.txt", b"a cat"))], "prompt"),
     }
     for name, (parts, field) in cases.items():
-        found = problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+        found = expect_problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
         assert [each["field"] for each in found["errors"]] == [field], name
 
 
-async def test_field_that_is_not_what_it_declares(house: House) -> None:
+async def test_field_that_is_not_what_it_declares(house: RunningGateway) -> None:
     """A field that is not text in the charset of its part is 422 and named; a text is no image, in any charset."""
     for value, media_type in (
         (b"\xff", None),
@@ -166,48 +166,48 @@ async def test_field_that_is_not_what_it_declares(house: House) -> None:
     ):
         prompt = (None, value, media_type) if media_type else (None, value)
         parts: list[tuple[str, Any]] = [("image", FILE), ("prompt", prompt)]
-        found = problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+        found = expect_problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
         assert [each["field"] for each in found["errors"]] == ["prompt"]
     answer = await house.call("POST", UPSCALE, files=[("image", (None, "an image in words"))])
-    problem(answer, 415, "unsupported-media-type")
+    expect_problem(answer, 415, "unsupported-media-type")
 
 
-async def test_encoded_body(house: House) -> None:
+async def test_encoded_body(house: RunningGateway) -> None:
     """A body with a content coding is 415 on every route that takes one, and the answer says which is taken."""
     for coding in ("gzip", "br", "deflate", "identity, zstd", "aws-chunked"):
         headers = {"Content-Encoding": coding, "Content-Type": "application/json"}
         for answer in (
             *[await house.submit(kind, headers={"Content-Encoding": coding}) for kind in FAULTY_OPTIONS],
-            await house.admin("PUT", "/accounts/main", content=b"{}", headers=headers),
-            await house.admin("PUT", "/tenants/shop", content=b"{}", headers=headers),
-            await house.admin("POST", "/tenants/shop/tokens", content=b"{}", headers=headers),
-            await house.admin("PUT", "/registry", content=b"{}", headers=headers),
-            await house.admin("POST", "/refunds", content=b"{}", headers=headers),
+            await house.call_admin("PUT", "/accounts/main", content=b"{}", headers=headers),
+            await house.call_admin("PUT", "/tenants/shop", content=b"{}", headers=headers),
+            await house.call_admin("POST", "/tenants/shop/tokens", content=b"{}", headers=headers),
+            await house.call_admin("PUT", "/registry", content=b"{}", headers=headers),
+            await house.call_admin("POST", "/refunds", content=b"{}", headers=headers),
         ):
-            problem(answer, 415, "unsupported-media-type")
+            expect_problem(answer, 415, "unsupported-media-type")
             assert answer.headers["accept-encoding"] == "identity"
 
 
-async def test_faulty_option(house: House) -> None:
+async def test_faulty_option(house: RunningGateway) -> None:
     """Every option of every kind that is unknown, mistyped or out of range is 422 and named, with what it must be."""
     for kind, options in FAULTY_OPTIONS.items():
         for option, values in options.items():
             for value in values:
                 if not option:
-                    problem(await house.submit(kind, {option: value}), 400, "malformed-request")
+                    expect_problem(await house.submit(kind, {option: value}), 400, "malformed-request")
                     continue
-                found = problem(await house.submit(kind, {option: value}), 422, "invalid-options")
+                found = expect_problem(await house.submit(kind, {option: value}), 422, "invalid-options")
                 (error,) = found["errors"]
                 assert error["field"] == option, (kind, option, value)
                 assert error["detail"].startswith(("must be ", "is not an option; ")), error
                 assert "nan" not in error["detail"], error
 
 
-async def test_every_faulty_field_is_named(house: House) -> None:
+async def test_every_faulty_field_is_named(house: RunningGateway) -> None:
     """All faulty fields are named at once, a repeated one too."""
     parts = [("image", FILE), *((name, (None, "99")) for name in ("scale", "colors", "vector", "fit", "fit"))]
     parts += [("steps", (None, "30")), ("steps", (None, "30"))]
-    found = problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+    found = expect_problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
     details = [(each["field"], each["detail"]) for each in found["errors"]]
     assert [field for field, _ in details] == ["scale", "colors", "vector", "fit", "fit", "steps"]
     assert details[0][1] == "must be a number from 1 to 8"
@@ -216,28 +216,28 @@ async def test_every_faulty_field_is_named(house: House) -> None:
     assert details[5][1] == "is given more than once"
 
 
-async def test_faulty_metadata(house: House) -> None:
+async def test_faulty_metadata(house: RunningGateway) -> None:
     """Metadata that is not a small JSON object of strings is 422, whatever the kind."""
     for name, value in FAULTY_METADATA.items():
-        found = problem(await house.submit("face-enhance", {"metadata": value}), 422, "invalid-options")
+        found = expect_problem(await house.submit("face-enhance", {"metadata": value}), 422, "invalid-options")
         assert [each["field"] for each in found["errors"]] == ["metadata"], name
     parts = [("image", FILE), ("metadata", (None, "{}")), ("metadata", (None, "{}"))]
-    found = problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+    found = expect_problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
     assert found["errors"] == [{"field": "metadata", "detail": "is given more than once"}]
 
 
-async def test_too_many_fields(house: House) -> None:
+async def test_too_many_fields(house: RunningGateway) -> None:
     """A form of very many or very long fields is refused before it is understood."""
     many = [("image", FILE), *((f"field{number}", (None, "x")) for number in range(100))]
-    problem(await house.call("POST", UPSCALE, files=many), 400, "malformed-request")
-    problem(
+    expect_problem(await house.call("POST", UPSCALE, files=many), 400, "malformed-request")
+    expect_problem(
         await house.call("POST", UPSCALE, files=[("image", FILE), ("x" * 200, (None, "x"))]), 400, "malformed-request"
     )
-    found = problem(await house.submit("upscale", {"prompt": "x" * 100_000}), 422, "invalid-options")
+    found = expect_problem(await house.submit("upscale", {"prompt": "x" * 100_000}), 422, "invalid-options")
     assert found["errors"][0]["field"] == "prompt"
 
 
-async def test_unknown_address_or_method(house: House) -> None:
+async def test_unknown_address_or_method(house: RunningGateway) -> None:
     """What the gateway does not serve is 404 or 405, with the methods it does serve, token or not."""
     for path in (
         "/",
@@ -251,8 +251,8 @@ async def test_unknown_address_or_method(house: House) -> None:
         "/%00",
         "//",
     ):
-        problem(await house.call("GET", path), 404, "not-found")
-        problem(await house.call("GET", path, token=""), 404, "not-found")
+        expect_problem(await house.call("GET", path), 404, "not-found")
+        expect_problem(await house.call("GET", path, token=""), 404, "not-found")
     for method, path, allowed in (
         ("GET", "/api/submit_task", {"POST", "OPTIONS"}),
         ("HEAD", UPSCALE, {"POST", "OPTIONS"}),
@@ -264,14 +264,14 @@ async def test_unknown_address_or_method(house: House) -> None:
         answer = await house.call(method, path)
         assert answer.status_code == 405
         if method != "HEAD":
-            problem(answer, 405, "method-not-allowed")
+            expect_problem(answer, 405, "method-not-allowed")
         assert set(answer.headers["allow"].split(", ")) == allowed
         options = await house.call("OPTIONS", path, token="")
         assert (options.status_code, options.content) == (204, b"")
         assert set(options.headers["allow"].split(", ")) == allowed
 
 
-async def test_faulty_query(house: House) -> None:
+async def test_faulty_query(house: RunningGateway) -> None:
     """A list asked for with a faulty value is refused, and the parameter is named as the caller wrote it."""
     cases = {
         "limit": ["0", "101", "-1", "x", "", "1.5", "nan", "9" * 30, "%ff", "null", "5&limit=5"],
@@ -282,18 +282,18 @@ async def test_faulty_query(house: House) -> None:
     for parameter, values in cases.items():
         for value in values:
             answer = await house.call("GET", f"/v1/tasks?{parameter}={value}")
-            found = problem(answer, 422, "invalid-options")
+            found = expect_problem(answer, 422, "invalid-options")
             assert [each["field"] for each in found["errors"]] == [parameter], value
             assert found["errors"][0]["detail"].startswith(("must ", "is ")), found
             assert "`" not in found["detail"], found
     for cursor in ("x", "%00", "AAAA", "x" * 30_000, "%F0%9F%99%82"):
-        problem(await house.call("GET", f"/v1/tasks?cursor={cursor}"), 400, "malformed-request")
+        expect_problem(await house.call("GET", f"/v1/tasks?cursor={cursor}"), 400, "malformed-request")
 
 
-async def test_oversized_address_and_headers(house: House) -> None:
+async def test_oversized_address_and_headers(house: RunningGateway) -> None:
     """Very long addresses and headers are answered like any other."""
-    problem(await house.call("GET", "/v1/tasks/" + "x" * 30_000), 404, "not-found")
-    problem(await house.call("GET", "/" + "x/" * 10_000), 404, "not-found")
+    expect_problem(await house.call("GET", "/v1/tasks/" + "x" * 30_000), 404, "not-found")
+    expect_problem(await house.call("GET", "/" + "x/" * 10_000), 404, "not-found")
     many = {f"X-Header-{number}": "x" * 500 for number in range(60)}
     assert (await house.call("GET", "/v1/quota", headers=many)).status_code == 200
-    problem(await house.call("GET", "/v1/quota", token="x" * 30_000), 401, "unauthenticated")
+    expect_problem(await house.call("GET", "/v1/quota", token="x" * 30_000), 401, "unauthenticated")

@@ -12,164 +12,166 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from service.api.uploads import Uploads
+from service.api.uploads import UploadReader
 from service.app import create_app
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.aftermath import EVERY_POLICY, nothing_happened
-from tests.behaviour.house import MAX_BYTES, MAX_PIXELS, House, real_house
-from tests.support.images import png
-from tests.support.serving import serving
+from tests.behaviour.aftermath import UNREACHABLE_POLICIES, assert_nothing_happened
+from tests.behaviour.house import MAX_BYTES, MAX_PIXELS, RunningGateway, run_real_gateway
+from tests.support.images import make_png
+from tests.support.serving import serve_app
 from tests.support.valkey import Valkey
-from tests.unit.asgi import Answer, connected, read_answer
-from tests.unit.forms import CONTENT_TYPE, field, file, form
+from tests.unit.asgi import AsgiResponse, open_raw_connection, read_response
+from tests.unit.forms import CONTENT_TYPE, encode_field, encode_file, encode_form
 
-BODY = form(field("colors", "5"), file("image", png()))
+BODY = encode_form(encode_field("colors", "5"), encode_file("image", make_png()))
 
 
 @pytest.fixture
-async def port(house: House, valkey: Valkey) -> AsyncIterator[int]:
+async def port(house: RunningGateway, valkey: Valkey) -> AsyncIterator[int]:
     """The port of a gateway that soon loses patience; until the test has ended, nothing may be spent."""
-    await house.put_tenant(**EVERY_POLICY)
-    patience = Uploads(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, idle_seconds=0.1, total_seconds=0.4)
-    async with serving(create_app(dataclasses.replace(house.services, uploads=patience))) as url:
-        yield port_of(url)
-    await nothing_happened(house, valkey)
+    await house.put_tenant(**UNREACHABLE_POLICIES)
+    patience = UploadReader(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, idle_seconds=0.1, total_seconds=0.4)
+    async with serve_app(create_app(dataclasses.replace(house.services, uploads=patience))) as url:
+        yield get_port(url)
+    await assert_nothing_happened(house, valkey)
 
 
-def port_of(url: str) -> int:
+def get_port(url: str) -> int:
     """The port of an address."""
     return urlsplit(url).port or 0
 
 
-def head(house: House, *framing: str, path: str = "/v1/tasks/vectorize") -> bytes:
+def make_request_head(house: RunningGateway, *framing: str, path: str = "/v1/tasks/vectorize") -> bytes:
     """The head of a submission."""
     lines = [f"POST {path} HTTP/1.1", "Host: gateway", f"Authorization: Bearer {house.token}"]
     return "\r\n".join([*lines, f"Content-Type: {CONTENT_TYPE}", *framing, "", ""]).encode()
 
 
-def announced(length: int) -> str:
+def content_length_header(length: int) -> str:
     """The length of a body."""
     return f"Content-Length: {length}"
 
 
-def refused(answer: Answer, status: int, code: str) -> None:
+def assert_problem(answer: AsgiResponse, status: int, code: str) -> None:
     """An answer that is this problem."""
     assert (answer.status, answer.json()["code"]) == (status, code)
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["instance"] == answer.headers["x-request-id"]
 
 
-async def test_stops_half_way(house: House, port: int) -> None:
+async def test_stops_half_way(house: RunningGateway, port: int) -> None:
     """A body that stops, wherever it does, is 400, and its connection is closed."""
     for end in (0, 1, len(BODY) // 2, len(BODY) - 1):
-        async with connected(port) as (reader, writer):
-            writer.write(head(house, announced(len(BODY))) + BODY[:end])
-            answer = await read_answer(reader)
-            refused(answer, 400, "malformed-request")
+        async with open_raw_connection(port) as (reader, writer):
+            writer.write(make_request_head(house, content_length_header(len(BODY))) + BODY[:end])
+            answer = await read_response(reader)
+            assert_problem(answer, 400, "malformed-request")
             assert answer.headers["connection"] == "close"
             assert await reader.read() == b""
 
 
-async def test_old_client_stops_half_way(house: House, port: int) -> None:
+async def test_old_client_stops_half_way(house: RunningGateway, port: int) -> None:
     """A body that stops is refused in the old protocol too, in any of its calls, and its connection is closed."""
     for call in ("submit_vector_task", "check_task_status"):
-        async with connected(port) as (reader, writer):
-            writer.write(head(house, announced(len(BODY)), path=f"/api/{call}") + BODY[:50])
-            answer = await read_answer(reader)
+        async with open_raw_connection(port) as (reader, writer):
+            writer.write(make_request_head(house, content_length_header(len(BODY)), path=f"/api/{call}") + BODY[:50])
+            answer = await read_response(reader)
             assert (answer.status, answer.json()["err_code"]) == (200, 1)
             assert "did not arrive in time" in answer.json()["err_msg"]
             assert answer.headers["connection"] == "close"
             assert await reader.read() == b""
 
 
-async def test_old_client_without_account(house: House, port: int) -> None:
+async def test_old_client_without_account(house: RunningGateway, port: int) -> None:
     """An old client whose key is wrong is told before its image has come, and the connection goes on."""
-    body = form(field("user_key", "nobody"), file("input_image", png()))
-    async with connected(port) as (reader, writer):
+    body = encode_form(encode_field("user_key", "nobody"), encode_file("input_image", make_png()))
+    async with open_raw_connection(port) as (reader, writer):
         for _ in range(2):
-            half = body.index(png())
-            writer.write(head(house, announced(len(body)), path="/api/submit_vector_task") + body[:half])
-            assert (await read_answer(reader)).json() == {"err_code": 1, "err_msg": "账户不存在"}
+            half = body.index(make_png())
+            writer.write(
+                make_request_head(house, content_length_header(len(body)), path="/api/submit_vector_task") + body[:half]
+            )
+            assert (await read_response(reader)).json() == {"err_code": 1, "err_msg": "账户不存在"}
             writer.write(body[half:])
 
 
-async def test_trickles(house: House, port: int) -> None:
+async def test_trickles(house: RunningGateway, port: int) -> None:
     """A body that never stops coming but takes too long is 400, and its connection is closed."""
-    async with connected(port) as (reader, writer):
-        writer.write(head(house, "Transfer-Encoding: chunked"))
+    async with open_raw_connection(port) as (reader, writer):
+        writer.write(make_request_head(house, "Transfer-Encoding: chunked"))
         async with asyncio.timeout(10):
-            answering = asyncio.ensure_future(read_answer(reader))
+            answering = asyncio.ensure_future(read_response(reader))
             for byte in BODY + b"\0" * 100_000:
                 writer.write(b"1\r\n%c\r\n" % byte)
                 done, _ = await asyncio.wait([answering], timeout=0.02)
                 if done:
                     break
             answer = await answering
-        refused(answer, 400, "malformed-request")
+        assert_problem(answer, 400, "malformed-request")
         with suppress(ConnectionResetError):  # of a byte that met the closed connection
             assert await reader.read() == b""
 
 
-async def test_leaves_half_way(house: House, port: int) -> None:
+async def test_leaves_half_way(house: RunningGateway, port: int) -> None:
     """Who hangs up within the body is counted as gone."""
     for end in (0, len(BODY) // 2, len(BODY) - 1):
-        async with connected(port) as (_, writer):
-            writer.write(head(house, announced(len(BODY))) + BODY[:end])
+        async with open_raw_connection(port) as (_, writer):
+            writer.write(make_request_head(house, content_length_header(len(BODY))) + BODY[:end])
             await writer.drain()
     async with asyncio.timeout(10):
-        while await _gone(house) < 3:
+        while await count_client_disconnects(house) < 3:
             pass
 
 
-async def _gone(house: House) -> float:
+async def count_client_disconnects(house: RunningGateway) -> float:
     """How many clients of submissions left before they were answered, by the metrics."""
     lines = (await house.http.get(f"{house.ops_url}/metrics")).text.splitlines()
     counted = [line for line in lines if "_requests_total{" in line and 'status="499"' in line]
     return sum(float(line.rpartition(" ")[2]) for line in counted)
 
 
-async def test_ends_too_early(house: House, port: int) -> None:
+async def test_ends_too_early(house: RunningGateway, port: int) -> None:
     """A body that is whole by its length, but whose form is not, is 400, and the connection goes on."""
-    async with connected(port) as (reader, writer):
+    async with open_raw_connection(port) as (reader, writer):
         for end in (len(BODY) - 5, len(BODY) // 2):
-            writer.write(head(house, announced(end)) + BODY[:end])
-            refused(await read_answer(reader), 400, "malformed-request")
+            writer.write(make_request_head(house, content_length_header(end)) + BODY[:end])
+            assert_problem(await read_response(reader), 400, "malformed-request")
 
 
-async def test_two_lengths(house: House, port: int) -> None:
+async def test_two_lengths(house: RunningGateway, port: int) -> None:
     """A request that tells its length in two ways, which two servers could read differently, is refused unread."""
     for framing in (
-        (announced(len(BODY)), announced(3)),
-        (announced(len(BODY)), "Transfer-Encoding: chunked"),
+        (content_length_header(len(BODY)), content_length_header(3)),
+        (content_length_header(len(BODY)), "Transfer-Encoding: chunked"),
         ("Content-Length: -1",),
         (f"Content-Length: {'9' * 40}",),
         ("Content-Length: 0x10",),
     ):
-        async with connected(port) as (reader, writer):
-            writer.write(head(house, *framing) + BODY)
+        async with open_raw_connection(port) as (reader, writer):
+            writer.write(make_request_head(house, *framing) + BODY)
             status = (await reader.readline()).split()[1]
             assert status == b"400", framing
 
 
-async def test_two_at_once(house: House) -> None:
+async def test_two_at_once(house: RunningGateway) -> None:
     """Two submissions sent in one go on one connection are two tasks, in their order."""
-    request = head(house, announced(len(BODY))) + BODY
-    async with connected(port_of(house.url)) as (reader, writer):
+    request = make_request_head(house, content_length_header(len(BODY))) + BODY
+    async with open_raw_connection(get_port(house.url)) as (reader, writer):
         writer.write(request + request)
-        answers = [await read_answer(reader) for _ in range(2)]
+        answers = [await read_response(reader) for _ in range(2)]
     assert [answer.status for answer in answers] == [201, 201]
     assert len({answer.json()["id"] for answer in answers}) == 2
-    assert await house.upstream.submits() == 2
+    assert await house.upstream.count_submits() == 2
 
 
 BROKEN = 60
 LARGE = MAX_BYTES - 100_000
-LEFT_AT_MOST = 15_000_000
+MAX_RETAINED_BYTES = 15_000_000
 """What may be left in bytes of all broken uploads together, which are four times as much; the sandbox keeps some."""
 
 
 @contextmanager
-def nothing_is_left() -> Iterator[None]:
+def assert_memory_released() -> Iterator[None]:
     """Fail if memory that is taken within the block is not given back without a collection of cycles."""
     gc.collect()
     gc.disable()
@@ -177,33 +179,33 @@ def nothing_is_left() -> Iterator[None]:
     before = tracemalloc.get_traced_memory()[0]
     try:
         yield
-        assert tracemalloc.get_traced_memory()[0] - before < LEFT_AT_MOST
+        assert tracemalloc.get_traced_memory()[0] - before < MAX_RETAINED_BYTES
     finally:
         tracemalloc.stop()
         gc.enable()
 
 
 @pytest.mark.parametrize("path", ["/v1/tasks/vectorize", "/api/submit_vector_task"])
-async def test_who_leaves_leaves_nothing_behind(house: House, path: str) -> None:
+async def test_who_leaves_leaves_nothing_behind(house: RunningGateway, path: str) -> None:
     """What came of an upload is given up with it: a quiet process collects no cycles for a long time."""
-    before, port = await _gone(house), port_of(house.url)
+    before, port = await count_client_disconnects(house), get_port(house.url)
     part = "image" if path.startswith("/v1") else "input_image"
-    body = form(field("user_key", house.token), file(part, b"x" * LARGE))
+    body = encode_form(encode_field("user_key", house.token), encode_file(part, b"x" * LARGE))
     if path.startswith("/v1"):
-        body = form(file(part, b"x" * LARGE))
-    with nothing_is_left():
+        body = encode_form(encode_file(part, b"x" * LARGE))
+    with assert_memory_released():
         for count in range(BROKEN):
-            async with connected(port) as (_, writer):
-                writer.write(head(house, announced(len(body)), path=path) + body[:-1])
+            async with open_raw_connection(port) as (_, writer):
+                writer.write(make_request_head(house, content_length_header(len(body)), path=path) + body[:-1])
                 await writer.drain()
-                await _held(house, LARGE)
-            while await _gone(house) <= before + count:
+                await _wait_for_upload_bytes(house, LARGE)
+            while await count_client_disconnects(house) <= before + count:
                 pass
 
 
-async def _held(house: House, size: int) -> None:
+async def _wait_for_upload_bytes(house: RunningGateway, size: int) -> None:
     """Wait until so many bytes of an upload have arrived."""
-    while house.services.uploads._in_flight.held < size:
+    while house.services.uploads._memory.reserved_bytes < size:
         await asyncio.sleep(0)
 
 
@@ -218,14 +220,14 @@ async def _held(house: House, size: int) -> None:
 )
 async def test_who_is_refused_leaves_nothing_behind(valkey: Valkey, status: int, outcome: SubmitOutcome | None) -> None:
     """Nor does an image whose submission is refused, by the gateway or by the upstream, or is unknown."""
-    fields = () if outcome else (field("colors", "x"),)
-    body = form(file("image", png() + b"\0" * LARGE), *fields)
-    async with real_house(valkey) as house, connected(port_of(house.url)) as (reader, writer):
-        with nothing_is_left():
+    fields = () if outcome else (encode_field("colors", "x"),)
+    body = encode_form(encode_file("image", make_png() + b"\0" * LARGE), *fields)
+    async with run_real_gateway(valkey) as house, open_raw_connection(get_port(house.url)) as (reader, writer):
+        with assert_memory_released():
             for _ in range(BROKEN):
                 if outcome is SubmitOutcome.UNKNOWN:
-                    await house.upstream.lose_next_answer()
+                    await house.upstream.lose_next_response()
                 elif outcome:
                     await house.upstream.refuse_next(outcome)
-                writer.write(head(house, announced(len(body))) + body)
-                assert (await read_answer(reader)).status == status
+                writer.write(make_request_head(house, content_length_header(len(body))) + body)
+                assert (await read_response(reader)).status == status

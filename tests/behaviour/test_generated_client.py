@@ -12,22 +12,22 @@ from types import ModuleType
 
 import pytest
 
-from tests.behaviour.house import ADMIN_TOKEN, House, real_house
-from tests.support.images import png
+from tests.behaviour.house import ADMIN_TOKEN, RunningGateway, run_real_gateway
+from tests.support.images import make_png
 from tests.support.valkey import Valkey
 
 DOCUMENTS = Path(__file__).parents[2] / "openapi"
-Of = Callable[[str], ModuleType]
+ImportModule = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-async def house(valkey: Valkey) -> AsyncIterator[House]:
+async def house(valkey: Valkey) -> AsyncIterator[RunningGateway]:
     """A gateway in front of the sandbox."""
-    async with real_house(valkey) as found:
+    async with run_real_gateway(valkey) as found:
         yield found
 
 
-def generated(document: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Of:
+def generate_client(document: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ImportModule:
     """What imports the modules of the package that openapi-python-client makes of a document."""
     package = f"{document}_client"
     config = folder / "config.yaml"
@@ -41,20 +41,20 @@ def generated(document: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> O
     return lambda module: importlib.import_module(f"{package}.{module}")
 
 
-async def test_tenants(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tenants(house: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It submits an image, reads the task until its end, fetches the result, and understands a refusal."""
-    of = generated("gateway", tmp_path, monkeypatch)
+    of = generate_client("gateway", tmp_path, monkeypatch)
     models = of("models")
 
     def body(scale: float) -> object:
-        image = of("types").File(io.BytesIO(png(64, 64)), "a.png", "image/png")
+        image = of("types").File(io.BytesIO(make_png(64, 64)), "a.png", "image/png")
         return models.SubmitUpscaleBody(image=image, scale=scale, metadata='{"order": "4711"}')
 
     async with of("client").AuthenticatedClient(base_url=house.url, token=house.token) as client:
         submit = of("api.tasks.submit_upscale").asyncio
         task = await submit(client=client, body=body(3), idempotency_key='"4711"')
         assert (task.kind, task.state, task.options["scale"]) == (models.Kind.UPSCALE, models.State.QUEUED, 3)
-        await house.finished(task.id)
+        await house.wait_for_task(task.id)
         task = await of("api.tasks.read_task").asyncio(task.id, client=client)
         assert task.state is models.State.SUCCEEDED
         (artifact,) = task.artifacts
@@ -64,9 +64,9 @@ async def test_tenants(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert [each.field for each in (await submit(client=client, body=body(9))).errors] == ["scale"]
 
 
-async def test_operators(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_operators(house: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It makes a tenant, and a token for it by a request without a body."""
-    of = generated("operators", tmp_path, monkeypatch)
+    of = generate_client("operators", tmp_path, monkeypatch)
     models = of("models")
     body = models.TenantBody(accounts=["main"], limits=[models.LimitBody(window=models.Window.DAY, tasks=5)])
     async with of("client").AuthenticatedClient(base_url=house.ops_url, token=ADMIN_TOKEN) as client:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from service.sandbox.faults import Dials, Fault, Operation
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House, real_house
-from tests.behaviour.upstreams import USER_KEY, SandboxControl
-from tests.contract.peer import answering, http, serving
+from service.sandbox.faults import Behaviour, Fault, RequestType
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import RunningGateway, run_real_gateway
+from tests.behaviour.upstreams import USER_KEY, SandboxUpstreamControl
+from tests.contract.peer import http_response, reply_with, run_server
 from tests.support.valkey import Valkey
 
 ACCEPTED = (201, None)
@@ -24,7 +24,7 @@ REJECTED = (502, "upstream-rejected")
 MISCONFIGURED = (503, "account-misconfigured")
 BUSY = (503, "upstream-unavailable")
 
-TAKEN_OR_NOT: dict[str, tuple[dict[str, Any], tuple[int, str | None]]] = {
+SUBMIT_FAULTS: dict[str, tuple[dict[str, Any], tuple[int, str | None]]] = {
     "reset instead of an answer": ({"reply": "reset"}, UNKNOWN),
     "reset before it was looked at": ({"reply": "reset", "when": "before"}, UNKNOWN),
     "half the body": ({"reply": "cut"}, UNKNOWN),
@@ -62,7 +62,7 @@ TAKEN_OR_NOT: dict[str, tuple[dict[str, Any], tuple[int, str | None]]] = {
 }
 """What happens to a submit at the sandbox, and what the tenant is told."""
 
-ODD_ANSWERS: dict[str, tuple[bytes, tuple[int, str | None]]] = {
+UNUSUAL_RESPONSES: dict[str, tuple[bytes, tuple[int, str | None]]] = {
     "nothing": (b"", UNKNOWN),
     "null": (b"null", UNKNOWN),
     "a list": (b'[{"err_code": 0, "task_id": "t"}]', UNKNOWN),
@@ -102,7 +102,7 @@ ODD_ANSWERS: dict[str, tuple[bytes, tuple[int, str | None]]] = {
 }
 """What an upstream says to a submit, and what the tenant is told."""
 
-BAD_CHECKS: dict[str, dict[str, Any]] = {
+CHECK_FAULTS: dict[str, dict[str, Any]] = {
     "reset": {"reply": "reset"},
     "half the body": {"reply": "cut"},
     "half the JSON": {"reply": "garbled"},
@@ -124,118 +124,118 @@ BAD_CHECKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-async def hostile(valkey: Valkey) -> AsyncIterator[House]:
+async def hostile(valkey: Valkey) -> AsyncIterator[RunningGateway]:
     """A house whose tenant sees what is counted, and whose account can pay for all."""
-    async with real_house(valkey) as house:
+    async with run_real_gateway(valkey) as house:
         await house.put_tenant(limits=[{"window": "day", "tasks": 1_000}], max_active=1_000)
         await house.upstream.set_balance(1_000, 1_000)
         yield house
 
 
-async def strike(house: House, on: Operation, **fault: Any) -> None:
+async def inject_fault(house: RunningGateway, on: RequestType, **fault: Any) -> None:
     """Let something go wrong with the next submit, or the next check, and with nothing else."""
-    assert isinstance(house.upstream, SandboxControl)
-    await house.upstream._control.set_dials(Dials(faults=(Fault(on=on, times=1, **fault),)))
+    assert isinstance(house.upstream, SandboxUpstreamControl)
+    await house.upstream.control.set_behaviour(Behaviour(faults=(Fault(on=on, times=1, **fault),)))
 
 
-async def counts(house: House) -> tuple[int, int, int]:
+async def read_counts(house: RunningGateway) -> tuple[int, int, int]:
     """Of the day's tasks: used and reserved; and how many are active."""
     report = (await house.call("GET", "/v1/quota")).json()
     policies: dict[str, dict[str, Any]] = {each["policy"]: each for each in report["policies"]}
     return policies["day-tasks"]["used"], policies["day-tasks"]["reserved"], policies["max-active"]["used"]
 
 
-async def submitted(house: House, expected: tuple[int, str | None], name: str) -> str:
+async def submit_and_check(house: RunningGateway, expected: tuple[int, str | None], name: str) -> str:
     """Submit once, check what that was answered and what it was charged; the text of the answer."""
-    used, _, active = await counts(house)
+    used, _, active = await read_counts(house)
     answer = await house.submit()
     status, code = expected
     if code is None:
         assert (answer.status_code, answer.json()["state"]) == (status, "queued"), (name, answer.text)
     else:
-        found = problem(answer, status, code)
+        found = expect_problem(answer, status, code)
         assert ("submission_id" in found) == (expected == UNKNOWN)
         assert ("upstream_reason" in found) == (expected == REJECTED)
         assert ("retry-after" in answer.headers) == (expected == BUSY)
     charged = expected in {ACCEPTED, UNKNOWN}
-    assert await counts(house) == (used + charged, 0, active + (expected == ACCEPTED)), name
+    assert await read_counts(house) == (used + charged, 0, active + (expected == ACCEPTED)), name
     assert USER_KEY not in answer.text
     return answer.text
 
 
-async def test_faulty_answer_to_a_submit(hostile: House) -> None:
+async def test_faulty_answer_to_a_submit(hostile: RunningGateway) -> None:
     """A submit whose answer went wrong is told by the money rule, sent once, and stands in nobody's way."""
-    for number, (name, (fault, expected)) in enumerate(TAKEN_OR_NOT.items(), 1):
-        await strike(hostile, "submit", **fault)
-        await submitted(hostile, expected, name)
-        assert await hostile.upstream.submits() == number
-    await submitted(hostile, ACCEPTED, "a whole answer")
+    for number, (name, (fault, expected)) in enumerate(SUBMIT_FAULTS.items(), 1):
+        await inject_fault(hostile, "submit", **fault)
+        await submit_and_check(hostile, expected, name)
+        assert await hostile.upstream.count_submits() == number
+    await submit_and_check(hostile, ACCEPTED, "a whole answer")
 
 
-async def test_odd_answer_to_a_submit(hostile: House) -> None:
+async def test_odd_answer_to_a_submit(hostile: RunningGateway) -> None:
     """No JSON, and none that is not the vendor's, makes the gateway fail, lose a task or send twice."""
-    for name, (body, expected) in ODD_ANSWERS.items():
-        async with serving(answering(http(body, Content_Type="application/json"))) as peer:
+    for name, (body, expected) in UNUSUAL_RESPONSES.items():
+        async with run_server(reply_with(http_response(body, Content_Type="application/json"))) as peer:
             change = {"user_key": USER_KEY, "base_url": peer.url}
-            assert (await hostile.admin("PUT", "/accounts/main", json=change)).status_code == 200
-            text = await submitted(hostile, expected, name)
+            assert (await hostile.call_admin("PUT", "/accounts/main", json=change)).status_code == 200
+            text = await submit_and_check(hostile, expected, name)
             assert len(peer.requests) == 1, name
             assert "10.0.0.1" not in text
             assert peer.url not in text
 
 
-async def test_busy(hostile: House) -> None:
+async def test_busy(hostile: RunningGateway) -> None:
     """What an upstream that is busy says of when to come back is passed on, and the idempotency key is free again."""
     key = {"Idempotency-Key": "once"}
-    async with serving(answering(http(b"busy", 429, Retry_After="37"))) as peer:
-        await hostile.admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
+    async with run_server(reply_with(http_response(b"busy", 429, Retry_After="37"))) as peer:
+        await hostile.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
         answer = await hostile.submit(headers=key)
-        problem(answer, *BUSY)
+        expect_problem(answer, *BUSY)
         assert answer.headers["retry-after"] == "37"
     body = json.dumps({"err_code": 1, "err_msg": "任务提交失败:图片太小"}, ensure_ascii=False).encode("gb18030")
-    async with serving(answering(http(body, 422))) as peer:
-        await hostile.admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
-        assert problem(await hostile.submit(headers=key), *REJECTED)["upstream_reason"] == "图片太小"
-    assert (await counts(hostile)) == (0, 0, 0)
+    async with run_server(reply_with(http_response(body, 422))) as peer:
+        await hostile.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
+        assert expect_problem(await hostile.submit(headers=key), *REJECTED)["upstream_reason"] == "图片太小"
+    assert (await read_counts(hostile)) == (0, 0, 0)
 
 
-async def test_faulty_answer_to_a_check(hostile: House) -> None:
+async def test_faulty_answer_to_a_check(hostile: RunningGateway) -> None:
     """A check whose answer went wrong changes nothing: the task runs on, can be read, and ends with a later check."""
-    for name, fault in BAD_CHECKS.items():
+    for name, fault in CHECK_FAULTS.items():
         task = (await hostile.submit()).json()
-        checks = await hostile.upstream.checks()
-        await strike(hostile, "check", **fault)
-        await hostile.watch()
-        assert await hostile.upstream.checks() == checks + 1
+        checks = await hostile.upstream.count_checks()
+        await inject_fault(hostile, "check", **fault)
+        await hostile.poll_due_tasks()
+        assert await hostile.upstream.count_checks() == checks + 1
         answer = await hostile.call("GET", task["links"]["self"])
         assert (answer.status_code, answer.json()["state"]) == (200, "queued"), (name, answer.text)
         assert answer.json()["artifacts"] == []
-        assert (await hostile.finished(task["id"]))["state"] == "succeeded", name
-    assert (await counts(hostile))[1:] == (0, 0)
+        assert (await hostile.wait_for_task(task["id"]))["state"] == "succeeded", name
+    assert (await read_counts(hostile))[1:] == (0, 0)
 
 
-async def test_never_usable(hostile: House) -> None:
+async def test_never_usable(hostile: RunningGateway) -> None:
     """A task that ends without results at the upstream does not hold its place for ever: it ends as failed."""
     task = (await hostile.submit()).json()
-    assert isinstance(hostile.upstream, SandboxControl)
+    assert isinstance(hostile.upstream, SandboxUpstreamControl)
     fault = Fault(on="check", wrong={"images_url": "missing"})
-    await hostile.upstream._control.set_dials(Dials(faults=(fault,)))
-    await hostile.watch()
+    await hostile.upstream.control.set_behaviour(Behaviour(faults=(fault,)))
+    await hostile.poll_due_tasks()
     await hostile.advance(86_400)
     assert (await hostile.call("GET", task["links"]["self"])).json()["state"] == "queued"
-    ended = await hostile.finished(task["id"])
+    ended = await hostile.wait_for_task(task["id"])
     assert (ended["state"], ended["error"]["code"]) == ("failed", "result-unusable")
-    assert (await counts(hostile))[1:] == (0, 0)
+    assert (await read_counts(hostile))[1:] == (0, 0)
 
 
-async def test_redirect(hostile: House) -> None:
+async def test_redirect(hostile: RunningGateway) -> None:
     """A redirect is not followed, neither with the image nor with the key, and costs nothing unless it is a 303."""
-    async with serving(answering(http(b"{}"))) as lure:
+    async with run_server(reply_with(http_response(b"{}"))) as lure:
         for status in (301, 302, 303, 307, 308):
-            away = http(b"", status, Location=f"{lure.url}/api/submit_face_enhance_task")
-            async with serving(answering(away)) as peer:
+            away = http_response(b"", status, Location=f"{lure.url}/api/submit_face_enhance_task")
+            async with run_server(reply_with(away)) as peer:
                 change = {"user_key": USER_KEY, "base_url": peer.url}
-                assert (await hostile.admin("PUT", "/accounts/main", json=change)).status_code == 200
-                await submitted(hostile, UNKNOWN if status == 303 else MISCONFIGURED, str(status))
+                assert (await hostile.call_admin("PUT", "/accounts/main", json=change)).status_code == 200
+                await submit_and_check(hostile, UNKNOWN if status == 303 else MISCONFIGURED, str(status))
                 assert len(peer.requests) == 1
         assert lure.connections == 0

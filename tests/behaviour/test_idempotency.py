@@ -10,67 +10,77 @@ import pytest
 from redis import Redis
 
 from service.crypto import Keyring
-from service.domain.tasks import Kind, Reference, TaskIds
+from service.domain.tasks import Kind, TaskIdCodec, TaskReference
 from service.storage.redis import Keys
-from service.usecases.ports import SubmitOutcome, Submitted
-from tests.behaviour.house import SECRET_KEY, House, house_of_fakes, real_house
-from tests.behaviour.keyed import KEY, PLENTY, counted, keyed, lost, made, photo, refused, replayed
-from tests.behaviour.upstreams import USER_KEY, SandboxControl
+from service.usecases.ports import SubmitOutcome, SubmitResult
+from tests.behaviour.house import SECRET_KEY, RunningGateway, run_fake_gateway, run_real_gateway
+from tests.behaviour.keyed import (
+    KEY,
+    UNREACHABLE_LIMITS,
+    expect_created,
+    expect_refused,
+    expect_replayed,
+    expect_unknown,
+    make_jpeg,
+    read_counts,
+    submit_with_key,
+)
+from tests.behaviour.upstreams import USER_KEY, SandboxUpstreamControl
 from tests.fakes import FakeUpstream
 from tests.support.valkey import Valkey
-from tests.unit.over_fakes import until
+from tests.unit.over_fakes import wait_until
 
 DAY = 86_400
 
 
-async def test_replay(house: House) -> None:
+async def test_replay(house: RunningGateway) -> None:
     """Sent again it is the same answer, said to be an earlier one; the upstream got one submit, and one is counted."""
-    await house.put_tenant(**PLENTY)
-    first = await keyed(house)
-    task = made(first)
+    await house.put_tenant(**UNREACHABLE_LIMITS)
+    first = await submit_with_key(house)
+    task = expect_created(first)
     for _ in range(2):
-        again = await keyed(house)
-        assert replayed(again, task) == task
+        again = await submit_with_key(house)
+        assert expect_replayed(again, task) == task
         told = {"etag", "location", "retry-after", "ratelimit", "ratelimit-policy", "cache-control"}
         assert {name: again.headers[name] for name in told} == {name: first.headers[name] for name in told}
     assert first.headers["ratelimit"] == '"total-tasks";r=99'
-    assert await house.upstream.submits() == 1
-    assert await counted(house) == (1, 0, 1)
+    assert await house.upstream.count_submits() == 1
+    assert await read_counts(house) == (1, 0, 1)
 
 
-async def test_replay_while_it_runs(house: House) -> None:
+async def test_replay_while_it_runs(house: RunningGateway) -> None:
     """A replay shows the task as it is now: running, with the entity tag of that."""
     await house.upstream.keep_running()
-    task = made(await keyed(house))
-    await house.watch()
+    task = expect_created(await submit_with_key(house))
+    await house.poll_due_tasks()
     read = await house.call("GET", task["links"]["self"])
-    again = await keyed(house)
-    assert replayed(again, task) == read.json()
+    again = await submit_with_key(house)
+    assert expect_replayed(again, task) == read.json()
     assert (again.json()["state"], again.headers["etag"]) == ("running", read.headers["etag"])
     assert again.headers["retry-after"] == "3"
 
 
 @pytest.mark.parametrize("state", ["succeeded", "failed"])
-async def test_replay_of_what_has_ended(house: House, state: str) -> None:
+async def test_replay_of_what_has_ended(house: RunningGateway, state: str) -> None:
     """A replay of what has ended shows how, and does not ask to come again; to fail frees no key."""
-    await house.put_tenant(**PLENTY)
+    await house.put_tenant(**UNREACHABLE_LIMITS)
     if state == "failed":
         await house.upstream.fail_next_task()
-    task = made(await keyed(house))
-    ended = await house.finished(task["id"])
-    again = await keyed(house)
-    assert replayed(again, task) == ended
+    task = expect_created(await submit_with_key(house))
+    ended = await house.wait_for_task(task["id"])
+    again = await submit_with_key(house)
+    assert expect_replayed(again, task) == ended
     assert ended["state"] == state
     assert "retry-after" not in again.headers
     assert again.headers["etag"] == (await house.call("GET", task["links"]["self"])).headers["etag"]
-    assert await counted(house) == (1, 0, 0)
-    assert await house.upstream.submits() == 1
+    assert await read_counts(house) == (1, 0, 0)
+    assert await house.upstream.count_submits() == 1
 
 
-async def test_same_content(house: House) -> None:
+async def test_same_content(house: RunningGateway) -> None:
     """What is only written differently is the same: defaults, numbers, the order of parts and metadata, file names."""
-    image = ("image", ("a.jpg", photo(), "image/jpeg"))
-    renamed = ("image", ("b", photo(), "application/octet-stream"))
+    image = ("image", ("a.jpg", make_jpeg(), "image/jpeg"))
+    renamed = ("image", ("b", make_jpeg(), "application/octet-stream"))
     scale, prompt = ("scale", (None, "2")), ("prompt", (None, "红"))
     metadata = ("metadata", (None, '{"a": "1", "b": "2"}'))
     reordered = ("metadata", (None, '{"b":"2",\n"a":"1"}'))
@@ -92,99 +102,102 @@ async def test_same_content(house: House) -> None:
     ]
     headers = {"Idempotency-Key": KEY}
     first, *others = [await house.call("POST", "/v1/tasks/upscale", files=form, headers=headers) for form in forms]
-    task = made(first)
-    assert [replayed(other, task) for other in others] == [task] * 4
-    assert await house.upstream.submits() == 1
+    task = expect_created(first)
+    assert [expect_replayed(other, task) for other in others] == [task] * 4
+    assert await house.upstream.count_submits() == 1
 
 
-async def test_other_content(house: House) -> None:
+async def test_other_content(house: RunningGateway) -> None:
     """Anything else under the same key is refused unsent: other options, kind, metadata, or one byte of the image."""
-    await house.put_tenant(**PLENTY)
-    task = made(await keyed(house, fields={"metadata": '{"a": "1"}'}))
+    await house.put_tenant(**UNREACHABLE_LIMITS)
+    task = expect_created(await submit_with_key(house, fields={"metadata": '{"a": "1"}'}))
     for answer in (
-        await keyed(house, fields={"metadata": '{"a": "1"}', "fit": "0.6"}),
-        await keyed(house, "face-enhance", {"metadata": '{"a": "1"}'}),
-        await keyed(house, fields={"metadata": '{"a": "2"}'}),
-        await keyed(house),
-        await keyed(house, fields={"metadata": '{"a": "1"}'}, image=photo(b"b")),
+        await submit_with_key(house, fields={"metadata": '{"a": "1"}', "fit": "0.6"}),
+        await submit_with_key(house, "face-enhance", {"metadata": '{"a": "1"}'}),
+        await submit_with_key(house, fields={"metadata": '{"a": "2"}'}),
+        await submit_with_key(house),
+        await submit_with_key(house, fields={"metadata": '{"a": "1"}'}, image=make_jpeg(b"b")),
     ):
-        refused(answer, 422, "idempotency-key-reused")
-    assert len(photo(b"b")) == len(photo())
-    assert await house.upstream.submits() == 1
-    assert await counted(house) == (1, 0, 1)
-    replayed(await keyed(house, fields={"metadata": '{"a": "1"}'}), task)
+        expect_refused(answer, 422, "idempotency-key-reused")
+    assert len(make_jpeg(b"b")) == len(make_jpeg())
+    assert await house.upstream.count_submits() == 1
+    assert await read_counts(house) == (1, 0, 1)
+    expect_replayed(await submit_with_key(house, fields={"metadata": '{"a": "1"}'}), task)
 
 
-async def test_tenants_have_keys_of_their_own(house: House) -> None:
+async def test_tenants_have_keys_of_their_own(house: RunningGateway) -> None:
     """Another tenant that submits the same under the same key submits for itself."""
     await house.put_tenant("other")
     stranger = await house.new_token("other")
-    ours, theirs = made(await keyed(house)), made(await keyed(house, token=stranger))
+    ours, theirs = (
+        expect_created(await submit_with_key(house)),
+        expect_created(await submit_with_key(house, token=stranger)),
+    )
     assert ours["id"] != theirs["id"]
-    replayed(await keyed(house), ours)
-    replayed(await keyed(house, token=stranger), theirs)
-    assert await house.upstream.submits() == 2
+    expect_replayed(await submit_with_key(house), ours)
+    expect_replayed(await submit_with_key(house, token=stranger), theirs)
+    assert await house.upstream.count_submits() == 2
 
 
-async def test_other_account(house: House) -> None:
+async def test_other_account(house: RunningGateway) -> None:
     """What went to the next account, since the first could not pay, is replayed like any other."""
-    await house.admin("PUT", "/accounts/spare", json={"user_key": USER_KEY})
-    await house.put_tenant(accounts=["main", "spare"], **PLENTY)
+    await house.call_admin("PUT", "/accounts/spare", json={"user_key": USER_KEY})
+    await house.put_tenant(accounts=["main", "spare"], **UNREACHABLE_LIMITS)
     await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
-    task = made(await keyed(house))
-    replayed(await keyed(house), task)
-    assert await house.upstream.submits() == 2
-    assert await counted(house) == (1, 0, 1)
+    task = expect_created(await submit_with_key(house))
+    expect_replayed(await submit_with_key(house), task)
+    assert await house.upstream.count_submits() == 2
+    assert await read_counts(house) == (1, 0, 1)
 
 
-async def test_lost_answer(house: House) -> None:
+async def test_lost_answer(house: RunningGateway) -> None:
     """An unknown outcome is kept: the same 504 again, with the same submission, and nothing is sent a second time."""
-    await house.put_tenant(**PLENTY)
-    await house.upstream.lose_next_answer()
-    first = lost(await keyed(house))
-    again = lost(await keyed(house), first)
+    await house.put_tenant(**UNREACHABLE_LIMITS)
+    await house.upstream.lose_next_response()
+    first = expect_unknown(await submit_with_key(house))
+    again = expect_unknown(await submit_with_key(house), first)
     assert {**again, "instance": ""} == {**first, "instance": ""}
-    refused(await keyed(house, image=photo(b"b")), 422, "idempotency-key-reused")
-    assert await house.upstream.submits() == 1
-    assert await counted(house) == (1, 0, 0)
+    expect_refused(await submit_with_key(house, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
+    assert await house.upstream.count_submits() == 1
+    assert await read_counts(house) == (1, 0, 0)
 
 
-async def test_lost_answer_that_was_found(house: House) -> None:
+async def test_lost_answer_that_was_found(house: RunningGateway) -> None:
     """Once its task is known after all, an unknown outcome is replayed as that task."""
-    await house.put_tenant(**PLENTY)
-    await house.upstream.lose_next_answer()
-    first = lost(await keyed(house))
+    await house.put_tenant(**UNREACHABLE_LIMITS)
+    await house.upstream.lose_next_response()
+    first = expect_unknown(await submit_with_key(house))
     task_id = await _task_id_of(house, first["submission_id"])
     read = await house.call("GET", f"/v1/tasks/{task_id}")
     assert read.status_code == 200, read.text
-    replayed(await keyed(house), {"id": task_id})
-    refused(await keyed(house, image=photo(b"b")), 422, "idempotency-key-reused")
-    ended = await house.finished(task_id)
-    assert replayed(await keyed(house), ended) == ended
-    assert await house.upstream.submits() == 1
-    assert (await counted(house))[0] == 1
+    expect_replayed(await submit_with_key(house), {"id": task_id})
+    expect_refused(await submit_with_key(house, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
+    ended = await house.wait_for_task(task_id)
+    assert expect_replayed(await submit_with_key(house), ended) == ended
+    assert await house.upstream.count_submits() == 1
+    assert (await read_counts(house))[0] == 1
 
 
-async def _task_id_of(house: House, reservation: str) -> str:
+async def _task_id_of(house: RunningGateway, reservation: str) -> str:
     """The id that a submission's task has, if the upstream accepted it."""
     services, upstream_id = house.services, "up-1"
-    if isinstance(house.upstream, SandboxControl):
-        (received,) = await house.upstream._control.requests()
+    if isinstance(house.upstream, SandboxUpstreamControl):
+        (received,) = await house.upstream.control.list_requests()
         upstream_id = received.task_id
     tenant, account = services.registry.current.tenants["shop"], services.registry.current.accounts["main"]
-    created = int(services.follow._clock.now() * 1000)
-    reference = Reference(tenant.id, account.id, Kind.SEAMLESS, created, reservation, upstream_id)
-    return TaskIds(Keyring([SECRET_KEY]).purpose("task-id")).seal(reference)
+    created = int(services.task_reader._clock.now() * 1000)
+    reference = TaskReference(tenant.id, account.id, Kind.SEAMLESS, created, reservation, upstream_id)
+    return TaskIdCodec(Keyring([SECRET_KEY]).derive("task-id")).encode(reference)
 
 
 @pytest.fixture
-async def slow() -> AsyncIterator[tuple[House, FakeUpstream, asyncio.Event]]:
+async def slow() -> AsyncIterator[tuple[RunningGateway, FakeUpstream, asyncio.Event]]:
     """A house, and an upstream that answers submits only once an event is set."""
     with pytest.MonkeyPatch.context() as patch:
-        async with house_of_fakes() as (house, _, upstream):
+        async with run_fake_gateway() as (house, _, upstream):
             go, submit = asyncio.Event(), upstream.submit
 
-            async def held(*arguments: Any, **more: Any) -> Submitted:
+            async def held(*arguments: Any, **more: Any) -> SubmitResult:
                 answer = await submit(*arguments, **more)
                 await go.wait()
                 return answer
@@ -196,73 +209,73 @@ async def slow() -> AsyncIterator[tuple[House, FakeUpstream, asyncio.Event]]:
                 go.set()  # else the house would wait for its answer for ever
 
 
-async def test_in_flight(slow: tuple[House, FakeUpstream, asyncio.Event]) -> None:
+async def test_in_flight(slow: tuple[RunningGateway, FakeUpstream, asyncio.Event]) -> None:
     """What has no outcome yet is 409 with a time to come back, other content 422; then it is replayed."""
     house, upstream, go = slow
-    await house.put_tenant(**PLENTY)
-    first = asyncio.create_task(keyed(house))
-    await until(lambda: bool(upstream.submits))
+    await house.put_tenant(**UNREACHABLE_LIMITS)
+    first = asyncio.create_task(submit_with_key(house))
+    await wait_until(lambda: bool(upstream.submits))
     for _ in range(2):
-        waiting = await keyed(house)
-        refused(waiting, 409, "idempotency-in-flight")
+        waiting = await submit_with_key(house)
+        expect_refused(waiting, 409, "idempotency-in-flight")
         assert int(waiting.headers["retry-after"]) > 0
-        refused(await keyed(house, image=photo(b"b")), 422, "idempotency-key-reused")
-    assert await counted(house) == (0, 1, 1)
+        expect_refused(await submit_with_key(house, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
+    assert await read_counts(house) == (0, 1, 1)
     go.set()
-    replayed(await keyed(house), made(await first))
+    expect_replayed(await submit_with_key(house), expect_created(await first))
     assert len(upstream.submits) == 1
 
 
-async def test_client_that_left(slow: tuple[House, FakeUpstream, asyncio.Event]) -> None:
+async def test_client_that_left(slow: tuple[RunningGateway, FakeUpstream, asyncio.Event]) -> None:
     """Who hung up before there was an answer learns by sending it again what it led to."""
     house, upstream, go = slow
-    leaving = asyncio.create_task(keyed(house))
-    await until(lambda: bool(upstream.submits))
+    leaving = asyncio.create_task(submit_with_key(house))
+    await wait_until(lambda: bool(upstream.submits))
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
-    refused(await keyed(house), 409, "idempotency-in-flight")
+    expect_refused(await submit_with_key(house), 409, "idempotency-in-flight")
     go.set()
     async with asyncio.timeout(10):
-        while (again := await keyed(house)).status_code == 409:
+        while (again := await submit_with_key(house)).status_code == 409:
             pass
     (listed,) = (await house.call("GET", "/v1/tasks")).json()["items"]
-    assert replayed(again, listed) == listed
+    assert expect_replayed(again, listed) == listed
     assert len(upstream.submits) == 1
 
 
 async def test_forgotten() -> None:
     """A key is known for 24 hours from when it was first used, however often it is used; then it is new."""
-    async with house_of_fakes() as (house, _, upstream):
-        task = made(await keyed(house))
+    async with run_fake_gateway() as (house, _, upstream):
+        task = expect_created(await submit_with_key(house))
         for seconds in (DAY - 3_600, 3_599.999):
             await house.advance(seconds)
-            replayed(await keyed(house), task)
+            expect_replayed(await submit_with_key(house), task)
         await house.advance(0.001)
-        assert made(await keyed(house, image=photo(b"b")))["id"] != task["id"]
+        assert expect_created(await submit_with_key(house, image=make_jpeg(b"b")))["id"] != task["id"]
         assert len(upstream.submits) == 2
 
 
 async def test_forgotten_by_the_store(valkey: Valkey) -> None:
     """The store forgets a key 24 hours after its first use, which no replay puts off; and it never sees it in clear."""
-    async with real_house(valkey) as house:
-        with Redis(unix_socket_path=str(valkey.path), decode_responses=True) as store:
-            task = made(await keyed(house))
+    async with run_real_gateway(valkey) as house:
+        with Redis(unix_socket_path=str(valkey.socket_path), decode_responses=True) as store:
+            task = expect_created(await submit_with_key(house))
             tenant = house.services.registry.current.tenants["shop"]
             (name,) = store.scan_iter(match=Keys("gw").idempotency(tenant.id, "*"))
             assert DAY - 60 < store.pttl(name) / 1000 <= DAY
             assert KEY.strip('"') not in name + str(store.get(name))
             store.pexpire(name, 60_000)
-            await house.finished(task["id"])
-            replayed(await keyed(house), task)
+            await house.wait_for_task(task["id"])
+            expect_replayed(await submit_with_key(house), task)
             assert 0 < store.pttl(name) <= 60_000
             store.pexpire(name, 0)
-            assert made(await keyed(house, image=photo(b"b")))["id"] != task["id"]
-            assert await house.upstream.submits() == 2
+            assert expect_created(await submit_with_key(house, image=make_jpeg(b"b")))["id"] != task["id"]
+            assert await house.upstream.count_submits() == 2
 
 
-async def test_same_content_in_other_spellings(house: House) -> None:
+async def test_same_content_in_other_spellings(house: RunningGateway) -> None:
     """Empty fields, other charsets, types and orders of parts, and other spellings of values are the same content."""
-    image = ("image", ("a.jpg", photo(), "image/jpeg"))
+    image = ("image", ("a.jpg", make_jpeg(), "image/jpeg"))
     spellings: list[list[tuple[str, Any]]] = [
         [("prompt", (None, "猫")), ("scale", (None, "2.50")), image],
         [
@@ -284,7 +297,7 @@ async def test_same_content_in_other_spellings(house: House) -> None:
         await house.call("POST", "/v1/tasks/upscale", files=parts, headers={"Idempotency-Key": KEY})
         for parts in spellings
     ]
-    task = made(first)
+    task = expect_created(first)
     for answer in others:
-        replayed(answer, task)
-    assert await house.upstream.submits() == 1
+        expect_replayed(answer, task)
+    assert await house.upstream.count_submits() == 1

@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 import pytest
 import structlog
 
-from tests.behaviour.aftermath import EVERY_POLICY, nothing_happened
-from tests.behaviour.house import House
-from tests.behaviour.keyed import keyed, made, photo, replayed
-from tests.behaviour.old_client import OldClient
+from tests.behaviour.aftermath import UNREACHABLE_POLICIES, assert_nothing_happened
+from tests.behaviour.house import RunningGateway
+from tests.behaviour.keyed import expect_created, expect_replayed, make_jpeg, submit_with_key
+from tests.behaviour.old_client import LegacyClient
 from tests.support.valkey import Valkey
-from tests.unit.asgi import Answer, connected, read_answer
-from tests.unit.forms import CONTENT_TYPE, file, form
+from tests.unit.asgi import AsgiResponse, open_raw_connection, read_response
+from tests.unit.forms import CONTENT_TYPE, encode_file, encode_form
 
 SECRET = "Qx7fT2"
 MALFORMED: Sequence[tuple[bytes, str]] = (
@@ -43,22 +43,22 @@ MALFORMED: Sequence[tuple[bytes, str]] = (
     (b'"Qx7fT2' + b"x" * 20_000, "visible ASCII"),
 )
 """Values of the header, and a word that has to stand in what its sender is told."""
-UNSPEAKABLE = [b'"Qx7fT2%c"' % character for character in (0, 1, 0x1B, 0x1F, 0x7F)]
+UNPRINTABLE = [b'"Qx7fT2%c"' % character for character in (0, 1, 0x1B, 0x1F, 0x7F)]
 """Control characters, which no header may hold: the HTTP server refuses the whole request."""
 
 
-async def head_only(house: House, *keys: bytes) -> Answer:
+async def send_head_only(house: RunningGateway, *keys: bytes) -> AsgiResponse:
     """The answer to the head of a submission whose image never comes."""
-    body = form(file("image", photo()))
+    body = encode_form(encode_file("image", make_jpeg()))
     lines = [b"POST /v1/tasks/vectorize HTTP/1.1", b"Host: gateway", b"Authorization: Bearer " + house.token.encode()]
     lines += [b"Content-Type: " + CONTENT_TYPE.encode(), b"Content-Length: %d" % len(body)]
     lines += [b"Idempotency-Key: " + key for key in keys]
-    async with connected(urlsplit(house.url).port or 0) as (reader, writer):
+    async with open_raw_connection(urlsplit(house.url).port or 0) as (reader, writer):
         writer.write(b"\r\n".join([*lines, b"", b""]))
-        return await read_answer(reader)
+        return await read_response(reader)
 
 
-def told(answer: Answer, word: str) -> None:
+def assert_key_refused(answer: AsgiResponse, word: str) -> None:
     """The answer says that the key can't be used and why, and does not repeat it."""
     assert answer.status == 400
     document = answer.json()
@@ -68,63 +68,66 @@ def told(answer: Answer, word: str) -> None:
     assert SECRET not in repr((answer.headers, answer.body))
 
 
-async def test_malformed(house: House, valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+async def test_malformed(house: RunningGateway, valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
     """A malformed key is 400 with words that help, before the image has come and with nothing reserved or logged."""
-    await house.put_tenant(**EVERY_POLICY)
+    await house.put_tenant(**UNREACHABLE_POLICIES)
     with structlog.testing.capture_logs() as events, caplog.at_level(logging.DEBUG):
         for key, word in MALFORMED:
-            told(await head_only(house, key), word)
-        told(await head_only(house, b"Qx7fT2", b"Qx7fT2"), "one Idempotency-Key")
-        told(await head_only(house, b'"Qx7fT2"', b""), "one Idempotency-Key")
-        for key in UNSPEAKABLE:
-            assert (await head_only(house, key)).status == 400
+            assert_key_refused(await send_head_only(house, key), word)
+        assert_key_refused(await send_head_only(house, b"Qx7fT2", b"Qx7fT2"), "one Idempotency-Key")
+        assert_key_refused(await send_head_only(house, b'"Qx7fT2"', b""), "one Idempotency-Key")
+        for key in UNPRINTABLE:
+            assert (await send_head_only(house, key)).status == 400
     assert len([each for each in events if each.get("outcome") == "idempotency-key-invalid"]) == len(MALFORMED) + 2
     assert SECRET not in repr(events) + caplog.text
-    await nothing_happened(house, valkey)
+    await assert_nothing_happened(house, valkey)
 
 
-async def test_not_logged(house: House, caplog: pytest.LogCaptureFixture) -> None:
+async def test_not_logged(house: RunningGateway, caplog: pytest.LogCaptureFixture) -> None:
     """No log line holds a key, whether what was sent under it is taken, replayed or refused."""
     with structlog.testing.capture_logs() as events, caplog.at_level(logging.DEBUG):
-        task = made(await keyed(house, key=SECRET))
-        replayed(await keyed(house, key=SECRET), task)
-        assert (await keyed(house, key=SECRET, image=photo(b"b"))).status_code == 422
-        await house.upstream.lose_next_answer()
-        assert [(await keyed(house, key=f'"{SECRET} "')).status_code for _ in range(2)] == [504, 504]
+        task = expect_created(await submit_with_key(house, key=SECRET))
+        expect_replayed(await submit_with_key(house, key=SECRET), task)
+        assert (await submit_with_key(house, key=SECRET, image=make_jpeg(b"b"))).status_code == 422
+        await house.upstream.lose_next_response()
+        assert [(await submit_with_key(house, key=f'"{SECRET} "')).status_code for _ in range(2)] == [504, 504]
     assert {"answered", "idempotency-key-reused", "submission-unknown"} <= {each.get("outcome") for each in events}
     assert SECRET not in repr(events) + caplog.text
 
 
-async def test_quotes(house: House) -> None:
+async def test_quotes(house: RunningGateway) -> None:
     """A key with quotes around it, as the standard wants it, and one without are the same key."""
-    task = made(await keyed(house, key='"a-key"'))
-    replayed(await keyed(house, key="a-key"), task)
-    spaced = made(await keyed(house, key=r'"a, \"key\"; \\"'))
-    replayed(await keyed(house, key=r'"a, \"key\"; \\"'), spaced)
-    assert await house.upstream.submits() == 2
+    task = expect_created(await submit_with_key(house, key='"a-key"'))
+    expect_replayed(await submit_with_key(house, key="a-key"), task)
+    spaced = expect_created(await submit_with_key(house, key=r'"a, \"key\"; \\"'))
+    expect_replayed(await submit_with_key(house, key=r'"a, \"key\"; \\"'), spaced)
+    assert await house.upstream.count_submits() == 2
 
 
-async def test_longest(house: House) -> None:
+async def test_longest(house: RunningGateway) -> None:
     """A key of 255 characters is taken, and its last one counts; what quoting adds does not."""
     tasks = [
-        made(await keyed(house, key=key))["id"]
+        expect_created(await submit_with_key(house, key=key))["id"]
         for key in ("k" * 255, "k" * 254, "k" * 254 + "K", '"' + r"\"" * 255 + '"', '"' + r"\\" * 255 + '"')
     ]
     assert len(set(tasks)) == 5
 
 
-async def test_case(house: House) -> None:
+async def test_case(house: RunningGateway) -> None:
     """Keys that differ in the case of a letter, or in a space, are different keys."""
-    tasks = [made(await keyed(house, key=key))["id"] for key in ('"a-key"', '"A-key"', '"a-key "', '" a-key"')]
-    assert len(set(tasks)) == await house.upstream.submits() == 4
+    tasks = [
+        expect_created(await submit_with_key(house, key=key))["id"]
+        for key in ('"a-key"', '"A-key"', '"a-key "', '" a-key"')
+    ]
+    assert len(set(tasks)) == await house.upstream.count_submits() == 4
 
 
-async def test_not_for_old_clients(house: House) -> None:
+async def test_not_for_old_clients(house: RunningGateway) -> None:
     """The old protocol knows no keys: whatever the header says, each submit is one of its own."""
-    client = OldClient(house.http, house.url, house.token)
+    client = LegacyClient(house.http, house.url, house.token)
     answers = [
         await client.submit("submit_face_enhance_task", headers={"Idempotency-Key": key})
         for key in ('"a-key"', '"a-key"', '"never ended')
     ]
     assert [each["err_code"] for each in answers] == [0, 0, 0]
-    assert len({each["task_id"] for each in answers}) == await house.upstream.submits() == 3
+    assert len({each["task_id"] for each in answers}) == await house.upstream.count_submits() == 3

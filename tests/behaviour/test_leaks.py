@@ -13,30 +13,30 @@ import pytest
 from httpx2 import BasicAuth
 
 from service.clients import vendor_api
-from service.clients.http import Line
-from service.clients.webhooks import CallbackClient
+from service.clients.http import UpstreamPool
+from service.clients.webhooks import WebhookClient
 from service.sandbox.faults import Fault
-from service.usecases.reports import Quota
-from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, House, real_house
-from tests.behaviour.old_client import OldClient
-from tests.behaviour.receiver import Receiver, a_secret, receiving
-from tests.behaviour.upstreams import USER_KEY, SandboxControl
-from tests.support.images import png
-from tests.support.log import Written, everything_logged
+from service.usecases.reports import QuotaReports
+from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, RunningGateway, run_real_gateway
+from tests.behaviour.old_client import LegacyClient
+from tests.behaviour.receiver import WebhookReceiver, make_secret, run_receiver
+from tests.behaviour.upstreams import USER_KEY, SandboxUpstreamControl
+from tests.support.images import make_png
+from tests.support.log import CapturedLog, capture_log
 from tests.support.valkey import Valkey
 
 OTHER_KEY = "an/odd-key+of='another'\"account\"\\"
-HOOK_SECRET = a_secret(b"h")
+HOOK_SECRET = make_secret(b"h")
 QUERY = "canary-of-the-query"
 PROMPT = "canaryprompt \"with\" 'quotes', {braces} & canaryend"
 METADATA = {"order": "canarymetadata }, ) canaryend"}
 IDEMPOTENCY_KEY = "canary-of-the-idempotency-key"
 PASSWORD = "canary-of-the-password"
-SEALING = base64.b64encode(SECRET_KEY).decode()
+ENCODED_SECRET_KEY = base64.b64encode(SECRET_KEY).decode()
 CANARIES = ("canaryprompt", "canarymetadata", "canaryend", QUERY, IDEMPOTENCY_KEY, PASSWORD)
 
 
-def spellings(secret: str) -> Mapping[str, str]:
+def encode_secret(secret: str) -> Mapping[str, str]:
     """A secret in all the clothes in which something may bring it along, each with what of it would tell."""
     plain = secret.encode()
     whole = {
@@ -54,11 +54,11 @@ def spellings(secret: str) -> Mapping[str, str]:
     return {each: each for each in whole} | {each: each[8:-8] for each in within}
 
 
-def faults(token: str) -> list[Exception]:
+def make_exceptions(token: str) -> list[Exception]:
     """Exceptions as they come out of libraries and faults of our own, with all that they may have had in hand."""
     told: list[Exception] = []
     for secret in (USER_KEY, OTHER_KEY, token, ADMIN_TOKEN, HOOK_SECRET):
-        told += [RuntimeError(f"can't use <{each}> or {each.encode()!r}") for each in spellings(secret)]
+        told += [RuntimeError(f"can't use <{each}> or {each.encode()!r}") for each in encode_secret(secret)]
     form = f'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{PROMPT}\r\n--x--\r\n'
     options = {"kind": "upscale", "prompt": PROMPT, "negative_prompt": PROMPT}
     return [
@@ -76,7 +76,7 @@ def faults(token: str) -> list[Exception]:
     ]
 
 
-def crash(told: list[Exception]) -> NoReturn:
+def raise_all(told: list[Exception]) -> NoReturn:
     """Fail with all of them: as a group, as its cause, and in its notes."""
     prompt, metadata, secret = PROMPT, METADATA, PASSWORD  # a traceback with its variables would tell them
     error = ExceptionGroup(f"a crash of {len(prompt) + len(metadata) + len(secret)}", told)
@@ -86,38 +86,38 @@ def crash(told: list[Exception]) -> NoReturn:
 
 
 @pytest.fixture
-def log() -> Iterator[Written]:
-    with everything_logged() as written:
+def log() -> Iterator[CapturedLog]:
+    with capture_log() as written:
         yield written
 
 
 @pytest.fixture
-async def house(valkey: Valkey, log: Written) -> AsyncIterator[House]:
+async def house(valkey: Valkey, log: CapturedLog) -> AsyncIterator[RunningGateway]:
     """The real apps, whose log is kept."""
-    log.redactor.learn(ADMIN_TOKEN, SEALING)
-    async with real_house(valkey, learn=log.redactor.learn) as found:
+    log.redactor.register_secrets(ADMIN_TOKEN, ENCODED_SECRET_KEY)
+    async with run_real_gateway(valkey, register_secret=log.redactor.register_secrets) as found:
         yield found
 
 
 @pytest.fixture
-async def receiver() -> AsyncIterator[Receiver]:
-    async with receiving() as found:
+async def receiver() -> AsyncIterator[WebhookReceiver]:
+    async with run_receiver() as found:
         yield found
 
 
-async def operators(house: House) -> None:
+async def call_as_operator(house: RunningGateway) -> None:
     """What operators do, by mistake too."""
     for body in ({"user_key": OTHER_KEY}, {"user_key": OTHER_KEY, OTHER_KEY: 1}, {"user_key": [OTHER_KEY]}):
-        await house.admin("PUT", "/accounts/spare", json=body)
-    await house.admin("PUT", "/accounts/spare", content=json.dumps({"user_key": OTHER_KEY})[:-2].encode())
-    await house.admin("PUT", "/tenants/other", json={"accounts": ["main"], "webhook": {"secret": HOOK_SECRET}})
-    await house.admin("GET", f"/accounts?token={ADMIN_TOKEN}&user_key={quote(OTHER_KEY)}")
-    await house.admin("GET", f"/accounts/{quote(OTHER_KEY, safe='')}")
+        await house.call_admin("PUT", "/accounts/spare", json=body)
+    await house.call_admin("PUT", "/accounts/spare", content=json.dumps({"user_key": OTHER_KEY})[:-2].encode())
+    await house.call_admin("PUT", "/tenants/other", json={"accounts": ["main"], "webhook": {"secret": HOOK_SECRET}})
+    await house.call_admin("GET", f"/accounts?token={ADMIN_TOKEN}&user_key={quote(OTHER_KEY)}")
+    await house.call_admin("GET", f"/accounts/{quote(OTHER_KEY, safe='')}")
     for path in (f"/{ADMIN_TOKEN}", f"/admin/v1/{house.token}?{QUERY}", f"/metrics?user={QUERY}"):
         await house.http.get(house.ops_url + path, auth=BasicAuth("operator", ADMIN_TOKEN))
 
 
-async def tenants(house: House) -> None:
+async def call_as_tenant(house: RunningGateway) -> None:
     """What tenants do, by mistake too."""
     fields = {"prompt": PROMPT, "metadata": json.dumps(METADATA)}
     headers = {"Idempotency-Key": f'"{IDEMPOTENCY_KEY}"', "X-Request-Id": house.token, "Cookie": f"session={PASSWORD}"}
@@ -136,18 +136,18 @@ async def tenants(house: House) -> None:
         await house.call("GET", path)
     await house.call("GET", "/v1/quota", token=house.token[:-1])
     await house.call("GET", "/v1/quota", headers={"X-Request-Id": USER_KEY})
-    old = OldClient(house.http, house.url, house.token)
+    old = LegacyClient(house.http, house.url, house.token)
     await old.submit("submit_task", {"prompt": PROMPT})
     await old.check(house.token)
-    await OldClient(house.http, house.url, USER_KEY).submit("submit_task", {"prompt": PROMPT})
+    await LegacyClient(house.http, house.url, USER_KEY).submit("submit_task", {"prompt": PROMPT})
 
 
-async def upstream(house: House, receiver: Receiver) -> None:
+async def provoke_upstream_faults(house: RunningGateway, receiver: WebhookReceiver) -> None:
     """What the upstream does, and those who are told of the end."""
     hook = {"url": f"{receiver.url}?key={QUERY}", "secret": HOOK_SECRET, "allow": ["127.0.0.0/8"]}
     await house.put_tenant(webhook=hook)
-    assert isinstance(house.upstream, SandboxControl)
-    echoes = [f"任务提交失败:{each}" for each in spellings(USER_KEY)]
+    assert isinstance(house.upstream, SandboxUpstreamControl)
+    echoes = [f"任务提交失败:{each}" for each in encode_secret(USER_KEY)]
     faulty = [
         *(Fault(on="submit", times=1, refuse=each) for each in echoes),
         Fault(on="submit", times=1, fail=f"{USER_KEY} {PROMPT}"),
@@ -157,87 +157,94 @@ async def upstream(house: House, receiver: Receiver) -> None:
     ]
     receiver.statuses += [500, 410]
     for fault in faulty:
-        await house.upstream._fault(fault)
+        await house.upstream._set_fault(fault)
         answer = await house.submit(fields={"metadata": json.dumps(METADATA)})
         if answer.status_code == 201:
-            await house.finished(answer.json()["id"])
-            await delivered(house)
+            await house.wait_for_task(answer.json()["id"])
+            await deliver_due(house)
 
 
-async def delivered(house: House) -> None:
+async def deliver_due(house: RunningGateway) -> None:
     """Send all that is due now."""
-    while await house.services.deliver.tick():
-        await house.services.deliver.settled()
+    while await house.services.webhook_dispatcher.start_due():
+        await house.services.webhook_dispatcher.wait_idle()
 
 
-async def crashes(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def provoke_crashes(house: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Faults of our own, everywhere."""
-    told = faults(house.token)
+    told = make_exceptions(house.token)
 
     async def failing(*_: Any, **__: Any) -> NoReturn:
-        crash(told)
+        raise_all(told)
 
     await house.put_tenant(webhook={"url": f"https://h.example/?{QUERY}", "secret": HOOK_SECRET})
     task = (await house.submit()).json()["id"]
-    monkeypatch.setattr(vendor_api, "read_check", lambda *_: crash(told))
-    await house.upstream.idle()
+    monkeypatch.setattr(vendor_api, "parse_check_response", lambda *_: raise_all(told))
+    await house.upstream.wait_until_idle()
     await house.advance(60)
-    await house.services.watch.tick()
-    await house.services.watch.settled()
+    await house.services.task_poller.start_due()
+    await house.services.task_poller.wait_idle()
     monkeypatch.undo()
-    monkeypatch.setattr(CallbackClient, "_client", lambda *_: crash(told))
+    monkeypatch.setattr(WebhookClient, "_create_client", lambda *_: raise_all(told))
     await house.advance(60)
-    await house.finished(task)
-    await delivered(house)
-    monkeypatch.setattr(Line, "post", failing)
+    await house.wait_for_task(task)
+    await deliver_due(house)
+    monkeypatch.setattr(UpstreamPool, "post", failing)
     await house.submit("upscale", {"prompt": PROMPT})
-    monkeypatch.setattr(Quota, "report", failing)
+    monkeypatch.setattr(QuotaReports, "for_tenant", failing)
     await house.call("GET", "/v1/quota")
     asyncio.get_running_loop().call_exception_handler({"message": f"lost {told}", "exception": told[0], "task": told})
 
 
 async def test_no_secret_is_logged(
-    house: House, log: Written, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    house: RunningGateway, log: CapturedLog, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither ordinary work nor any fault of callers, of the upstream or of our own brings a secret into the log."""
-    await operators(house)
-    await tenants(house)
-    await upstream(house, receiver)
-    await crashes(house, monkeypatch)
+    await call_as_operator(house)
+    await call_as_tenant(house)
+    await provoke_upstream_faults(house, receiver)
+    await provoke_crashes(house, monkeypatch)
     written = log.text
     events = [json.loads(line) for line in written.splitlines()]
     assert {each["event"] for each in events} >= EVENTS
     assert {each["logger"] for each in events if each["event"] == "library.logged"} >= {"httpx2", "asyncio"}
-    for secret in (USER_KEY, OTHER_KEY, house.token, ADMIN_TOKEN, HOOK_SECRET, SEALING):
-        for spelling in spellings(secret).values():
-            assert leaks(events, spelling) == [], spelling
+    for secret in (USER_KEY, OTHER_KEY, house.token, ADMIN_TOKEN, HOOK_SECRET, ENCODED_SECRET_KEY):
+        for spelling in encode_secret(secret).values():
+            assert find_leaks(events, spelling) == [], spelling
     for canary in CANARIES:
-        assert leaks(events, canary) == [], canary
+        assert find_leaks(events, canary) == [], canary
 
 
 EVENTS = {
-    *("request.ended", "request.crashed", "reservation.settled", "submission.crashed", "check.crashed"),
-    *("task.ended", "call.failed", "delivery.attempted", "callback.crashed", "account.put", "library.logged"),
+    *("request.ended", "request.error", "reservation.settled", "submission.error", "check.error"),
+    *(
+        "task.finished",
+        "upstream.request_failed",
+        "webhook.attempted",
+        "webhook.client_error",
+        "account.updated",
+        "library.logged",
+    ),
 }
 
 
-def leaks(events: list[dict[str, Any]], text: str) -> list[str]:
+def find_leaks(events: list[dict[str, Any]], text: str) -> list[str]:
     """What is around a text wherever it was logged."""
-    lines = [line for event in events for line in texts(event)]
+    lines = [line for event in events for line in iter_texts(event)]
     return [line[max(line.index(text) - 80, 0) :][:200] for line in lines if text in line]
 
 
-def texts(value: Any) -> list[str]:
+def iter_texts(value: Any) -> list[str]:
     """Every text within a decoded event."""
     if isinstance(value, dict):
-        return [*value, *(text for each in value.values() for text in texts(each))]
+        return [*value, *(text for each in value.values() for text in iter_texts(each))]
     if isinstance(value, list):
-        return [text for each in value for text in texts(each)]
+        return [text for each in value for text in iter_texts(each)]
     return [value] if isinstance(value, str) else []
 
 
 def test_pictures_are_not_logged() -> None:
     """Bytes are told by their number."""
-    with everything_logged() as written:
-        written.redactor(None, "info", {"image": png()})
-        assert written.redactor(None, "info", {"image": png()})["image"] == f"<{len(png())} bytes>"
+    with capture_log() as written:
+        written.redactor(None, "info", {"image": make_png()})
+        assert written.redactor(None, "info", {"image": make_png()})["image"] == f"<{len(make_png())} bytes>"

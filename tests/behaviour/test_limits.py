@@ -9,119 +9,121 @@ from typing import Any
 
 import pytest
 
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import RunningGateway
 
-MOST, MOST_YUAN = 10**12, 10**10
-HUGE = (MOST + 1, 2**53 - 1, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**18, 10**30, 10**400)
+MAX_COUNT, MAX_YUAN = 10**12, 10**10
+OVERSIZED_NUMBERS = (MAX_COUNT + 1, 2**53 - 1, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**18, 10**30, 10**400)
 
-BY_FIELD: Mapping[str, tuple[str, Any]] = {
+BODIES_BY_FIELD: Mapping[str, tuple[str, Any]] = {
     "tasks": ("limits[0].tasks", lambda value: {"limits": [{"window": "total", "tasks": value}]}),
     "money": ("limits[0].money", lambda value: {"limits": [{"window": "total", "money": value}]}),
     "max_active": ("max_active", lambda value: {"max_active": value}),
 }
 
 
-async def policies(house: House) -> dict[str, dict[str, Any]]:
+async def read_policies(house: RunningGateway) -> dict[str, dict[str, Any]]:
     """The tenant's policies by name."""
     report = (await house.call("GET", "/v1/quota")).json()
     return {each["policy"]: each for each in report["policies"]}
 
 
-async def at_once(house: House, number: int) -> Counter[int]:
+async def submit_concurrently(house: RunningGateway, number: int) -> Counter[int]:
     """What so many submits at once are answered."""
     answers = await asyncio.gather(*(house.submit() for _ in range(number)))
     return Counter(answer.status_code for answer in answers)
 
 
-@pytest.mark.parametrize("name", BY_FIELD)
-async def test_too_much(house: House, name: str) -> None:
+@pytest.mark.parametrize("name", BODIES_BY_FIELD)
+async def test_too_much(house: RunningGateway, name: str) -> None:
     """A limit too large to be exact is refused by name rather than rounded, a negative one too."""
-    field, policy = BY_FIELD[name]
-    for value in (*HUGE, -1, -(2**53), -(10**30)):
-        answer = await house.admin("PUT", "/tenants/shop", json={"accounts": ["main"]} | policy(value))
-        document = problem(answer, 422, "invalid-options")
+    field, policy = BODIES_BY_FIELD[name]
+    for value in (*OVERSIZED_NUMBERS, -1, -(2**53), -(10**30)):
+        answer = await house.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"]} | policy(value))
+        document = expect_problem(answer, 422, "invalid-options")
         assert [each["field"] for each in document["errors"]] == [field], value
-    assert (await house.admin("GET", "/tenants/shop")).json()["policies"] == []
+    assert (await house.call_admin("GET", "/tenants/shop")).json()["policies"] == []
 
 
-async def test_largest_limits(house: House) -> None:
+async def test_largest_limits(house: RunningGateway) -> None:
     """The largest limits there can be are counted down one by one, and to the fen."""
-    largest = {"window": "total", "tasks": MOST, "money": MOST_YUAN}
-    finest = {"window": "month", "tasks": MOST - 1, "money": MOST_YUAN - 0.01}
-    await house.put_tenant(limits=[largest, finest], max_active=MOST)
+    largest = {"window": "total", "tasks": MAX_COUNT, "money": MAX_YUAN}
+    finest = {"window": "month", "tasks": MAX_COUNT - 1, "money": MAX_YUAN - 0.01}
+    await house.put_tenant(limits=[largest, finest], max_active=MAX_COUNT)
     answer = await house.submit()
-    assert answer.headers["ratelimit-policy"].startswith(f'"total-tasks";q={MOST}, "month-tasks";q={MOST - 1};')
-    assert answer.headers["ratelimit"].startswith(f'"total-tasks";r={MOST - 1}, "month-tasks";r={MOST - 2};')
-    found = await policies(house)
+    assert answer.headers["ratelimit-policy"].startswith(
+        f'"total-tasks";q={MAX_COUNT}, "month-tasks";q={MAX_COUNT - 1};'
+    )
+    assert answer.headers["ratelimit"].startswith(f'"total-tasks";r={MAX_COUNT - 1}, "month-tasks";r={MAX_COUNT - 2};')
+    found = await read_policies(house)
     assert {name: each["limit"] - each["remaining"] for name, each in found.items() if "tasks" in name} == {
         "total-tasks": 1,
         "month-tasks": 1,
     }
-    assert (found["max-active"]["limit"], found["max-active"]["remaining"]) == (MOST, MOST - 1)
-    assert (found["total-money"]["limit"], found["month-money"]["limit"]) == (MOST_YUAN, MOST_YUAN - 0.01)
-    await house.finished(answer.json()["id"])
+    assert (found["max-active"]["limit"], found["max-active"]["remaining"]) == (MAX_COUNT, MAX_COUNT - 1)
+    assert (found["total-money"]["limit"], found["month-money"]["limit"]) == (MAX_YUAN, MAX_YUAN - 0.01)
+    await house.wait_for_task(answer.json()["id"])
     assert (await house.submit()).status_code == 201
-    found = await policies(house)
-    assert (found["total-tasks"]["remaining"], found["total-money"]["reserved"]) == (MOST - 2, 0)
+    found = await read_policies(house)
+    assert (found["total-tasks"]["remaining"], found["total-money"]["reserved"]) == (MAX_COUNT - 2, 0)
 
 
-async def test_lowered_and_raised(house: House) -> None:
+async def test_lowered_and_raised(house: RunningGateway) -> None:
     """Below what is used a limit leaves nothing, and raised again it lets exactly the difference through."""
     await house.upstream.set_balance(100, 0)
     await house.put_tenant(limits=[{"window": "month", "tasks": 4}])
-    assert await at_once(house, 6) == {201: 4, 429: 2}
+    assert await submit_concurrently(house, 6) == {201: 4, 429: 2}
     for limit in (3, 0):
         await house.put_tenant(limits=[{"window": "month", "tasks": limit}])
-        assert await at_once(house, 3) == {429: 3}
-        month = (await policies(house))["month-tasks"]
+        assert await submit_concurrently(house, 3) == {429: 3}
+        month = (await read_policies(house))["month-tasks"]
         assert (month["limit"], month["used"], month["reserved"], month["remaining"]) == (limit, 4, 0, 0)
         refused = await house.submit()
         assert refused.headers["ratelimit"].startswith('"month-tasks";r=0;t=')
     await house.put_tenant(limits=[{"window": "month", "tasks": 4}])
-    assert await at_once(house, 2) == {429: 2}
+    assert await submit_concurrently(house, 2) == {429: 2}
     await house.put_tenant(limits=[{"window": "month", "tasks": 7}])
-    assert await at_once(house, 6) == {201: 3, 429: 3}
-    assert await house.upstream.submits() == 7
+    assert await submit_concurrently(house, 6) == {201: 3, 429: 3}
+    assert await house.upstream.count_submits() == 7
 
 
-async def test_lowered_until_the_reset(house: House) -> None:
+async def test_lowered_until_the_reset(house: RunningGateway) -> None:
     """What was used before a limit was lowered counts until the window resets, and not beyond."""
     await house.upstream.set_balance(100, 0)
     await house.put_tenant(limits=[{"window": "hour", "tasks": 5}])
-    assert await at_once(house, 4) == {201: 4}
+    assert await submit_concurrently(house, 4) == {201: 4}
     await house.put_tenant(limits=[{"window": "hour", "tasks": 2}])
     refused = await house.submit()
-    problem(refused, 429, "quota-exceeded")
+    expect_problem(refused, 429, "quota-exceeded")
     await house.advance(int(refused.headers["retry-after"]))
-    assert await at_once(house, 4) == {201: 2, 429: 2}
+    assert await submit_concurrently(house, 4) == {201: 2, 429: 2}
 
 
-async def test_limit_added_later(house: House) -> None:
+async def test_limit_added_later(house: RunningGateway) -> None:
     """What was used before there was any limit on a window counts once there is one."""
     await house.upstream.set_balance(100, 0)
-    assert await at_once(house, 3) == {201: 3}
+    assert await submit_concurrently(house, 3) == {201: 3}
     await house.put_tenant(limits=[{"window": "day", "tasks": 5}, {"window": "total", "tasks": 6}])
-    assert await at_once(house, 4) == {201: 2, 429: 2}
+    assert await submit_concurrently(house, 4) == {201: 2, 429: 2}
 
 
-async def test_fewer_active_than_are(house: House) -> None:
+async def test_fewer_active_than_are(house: RunningGateway) -> None:
     """Where fewer tasks may be active than are, none begins before enough have ended."""
     await house.upstream.set_balance(100, 0)
     running = [(await house.submit()).json() for _ in range(3)]
     await house.put_tenant(max_active=2)
-    active = (await policies(house))["max-active"]
+    active = (await read_policies(house))["max-active"]
     assert (active["limit"], active["used"], active["remaining"]) == (2, 3, 0)
-    problem(await house.submit(), 429, "too-many-active-tasks")
+    expect_problem(await house.submit(), 429, "too-many-active-tasks")
     await house.put_tenant(max_active=5)
-    assert await at_once(house, 4) == {201: 2, 429: 2}
+    assert await submit_concurrently(house, 4) == {201: 2, 429: 2}
     for task in running:
-        await house.finished(task["id"])
+        await house.wait_for_task(task["id"])
     await house.put_tenant(max_active=2)
-    assert await at_once(house, 4) == {201: 2, 429: 2}
+    assert await submit_concurrently(house, 4) == {201: 2, 429: 2}
 
 
-async def test_changed_while_many_submit(house: House) -> None:
+async def test_changed_while_many_submit(house: RunningGateway) -> None:
     """A limit that goes up and down while many submit is never passed where it was highest."""
     await house.upstream.set_balance(100, 0)
     await house.put_tenant(limits=[{"window": "day", "tasks": 3}])
@@ -130,8 +132,8 @@ async def test_changed_while_many_submit(house: House) -> None:
         for limit in (1, 4, 0, 3, 5, 2):
             await house.put_tenant(limits=[{"window": "day", "tasks": limit}])
 
-    found, _ = await asyncio.gather(at_once(house, 20), change())
-    day = (await policies(house))["day-tasks"]
+    found, _ = await asyncio.gather(submit_concurrently(house, 20), change())
+    day = (await read_policies(house))["day-tasks"]
     assert set(found) <= {201, 429}
-    assert found[201] == day["used"] == await house.upstream.submits() <= 5
+    assert found[201] == day["used"] == await house.upstream.count_submits() <= 5
     assert (day["reserved"], day["remaining"]) == (0, max(2 - found[201], 0))

@@ -10,12 +10,12 @@ import pytest
 from service.api import legacy, tasks
 from service.api.uploads import MultipartForm
 from service.domain.tasks import Kind
-from service.usecases.reports import Quota
-from service.usecases.task_cache import Board
-from service.usecases.task_status import Follow
-from tests.behaviour.house import House
-from tests.behaviour.old_client import OldClient
-from tests.support.images import png
+from service.usecases.reports import QuotaReports
+from service.usecases.task_cache import TaskCache
+from service.usecases.task_status import TaskReader
+from tests.behaviour.house import RunningGateway
+from tests.behaviour.old_client import LegacyClient
+from tests.support.images import make_png
 
 OPTIONS = {
     "upscale": {
@@ -36,7 +36,7 @@ OPTIONS = {
     "face-enhance": {},
     "seamless": {"fit": "0.3"},
 }
-AS_SHOWN = {
+SHOWN_OPTIONS = {
     "upscale": {
         "model": "general",
         "style": "general",
@@ -77,107 +77,107 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-async def test_every_kind_succeeds(house: House, kind: Kind) -> None:
+async def test_every_kind_succeeds(house: RunningGateway, kind: Kind) -> None:
     """A task of each kind is accepted with its options, runs, and ends with its results and its cost."""
     answer = await house.submit(kind, OPTIONS[kind] | {"metadata": '{"order": "17"}'})
     assert answer.status_code == 201, answer.text
     task = answer.json()
     assert (task["kind"], task["state"], task["finished_at"], task["error"]) == (kind, "queued", None, None)
-    assert task["options"] == AS_SHOWN[kind]
+    assert task["options"] == SHOWN_OPTIONS[kind]
     assert task["metadata"] == {"order": "17"}
     assert task["artifacts"] == []
     assert answer.headers["location"] == f"/v1/tasks/{task['id']}" == task["links"]["self"]
     assert answer.headers["retry-after"] == "3"
 
-    ended = await house.finished(task["id"])
+    ended = await house.wait_for_task(task["id"])
     assert (ended["state"], ended["error"]) == ("succeeded", None)
     assert ended["artifacts"]
     assert all(each["url"].startswith("http") for each in ended["artifacts"])
     assert {**ended, "state": "queued", "artifacts": []}.keys() == task.keys()
     assert datetime.fromisoformat(ended["finished_at"]) > datetime.fromisoformat(ended["created_at"])
     assert ended["created_at"] == task["created_at"]
-    assert await house.upstream.submits() == 1
+    assert await house.upstream.count_submits() == 1
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-async def test_defaults(house: House, kind: Kind) -> None:
+async def test_defaults(house: RunningGateway, kind: Kind) -> None:
     """Options that are not given have the defaults of the contract."""
     assert (await house.submit(kind)).json()["options"] == DEFAULTS[kind]
 
 
-async def test_failed_task(house: House) -> None:
+async def test_failed_task(house: RunningGateway) -> None:
     """A task that fails upstream ends as failed, with a reason and without results."""
     await house.upstream.fail_next_task()
     task = (await house.submit()).json()
-    ended = await house.finished(task["id"])
+    ended = await house.wait_for_task(task["id"])
     assert (ended["state"], ended["artifacts"]) == ("failed", [])
     assert ended["error"]["code"] == "task-failed"
 
 
-async def test_state_while_it_runs(house: House) -> None:
+async def test_state_while_it_runs(house: RunningGateway) -> None:
     """A task is queued until it was first asked about and running after that, and reads cost no check."""
     await house.upstream.keep_running()
     task = (await house.submit()).json()
     for _ in range(3):
         assert (await house.call("GET", task["links"]["self"])).json()["state"] == "queued"
-    assert await house.upstream.checks() == 0
-    await house.watch()
+    assert await house.upstream.count_checks() == 0
+    await house.poll_due_tasks()
     for _ in range(3):
         answer = await house.call("GET", task["links"]["self"])
         assert answer.json()["state"] == "running"
         assert answer.headers["retry-after"] == "3"
-    assert await house.upstream.checks() == 1
+    assert await house.upstream.count_checks() == 1
 
 
-async def test_one_check_per_interval(house: House) -> None:
+async def test_one_check_per_interval(house: RunningGateway) -> None:
     """The upstream is asked about a running task once per poll interval, not more often."""
     await house.upstream.keep_running()
     await house.submit()
-    await house.watch()
-    assert await house.upstream.checks() == 1
+    await house.poll_due_tasks()
+    assert await house.upstream.count_checks() == 1
     await house.advance(2.4)
-    assert await house.services.watch.tick() is False
-    await house.services.watch.settled()
-    assert await house.upstream.checks() == 1
-    await house.watch()
-    assert await house.upstream.checks() == 2
+    assert await house.services.task_poller.start_due() is False
+    await house.services.task_poller.wait_idle()
+    assert await house.upstream.count_checks() == 1
+    await house.poll_due_tasks()
+    assert await house.upstream.count_checks() == 2
 
 
-async def test_ended_task_is_left_alone(house: House) -> None:
+async def test_ended_task_is_left_alone(house: RunningGateway) -> None:
     """A task that has ended is never checked again."""
     task = (await house.submit()).json()
-    await house.finished(task["id"])
-    checks = await house.upstream.checks()
+    await house.wait_for_task(task["id"])
+    checks = await house.upstream.count_checks()
     for _ in range(3):
-        await house.watch()
-    assert await house.upstream.checks() == checks
+        await house.poll_due_tasks()
+    assert await house.upstream.count_checks() == checks
 
 
-async def test_entity_tag(house: House) -> None:
+async def test_entity_tag(house: RunningGateway) -> None:
     """An unchanged task is answered with 304 to whoever has it, and a change gives it another tag."""
     task = (await house.submit()).json()
     first = await house.call("GET", task["links"]["self"])
     tag = first.headers["etag"]
     again = await house.call("GET", task["links"]["self"], headers={"If-None-Match": f'"other", W/{tag}'})
     assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
-    await house.finished(task["id"])
+    await house.wait_for_task(task["id"])
     changed = await house.call("GET", task["links"]["self"], headers={"If-None-Match": tag})
     assert changed.status_code == 200
     assert changed.headers["etag"] != tag
     assert "retry-after" not in changed.headers
 
 
-async def test_age(house: House) -> None:
+async def test_age(house: RunningGateway) -> None:
     """The age of an answer says how long ago the upstream told of the task."""
     await house.upstream.keep_running()
     task = (await house.submit()).json()
-    await house.watch()
+    await house.poll_due_tasks()
     assert (await house.call("GET", task["links"]["self"])).headers["age"] == "0"
     await house.advance(17)
     assert (await house.call("GET", task["links"]["self"])).headers["age"] == "17"
 
 
-async def test_listing(house: House) -> None:
+async def test_listing(house: RunningGateway) -> None:
     """Tasks are listed newest first, page by page, without gaps or repeats while others are added."""
     made = []
     for kind in [*Kind, *Kind]:
@@ -197,10 +197,10 @@ async def test_listing(house: House) -> None:
     assert seen == made[::-1]
 
 
-async def test_listing_filters(house: House) -> None:
+async def test_listing_filters(house: RunningGateway) -> None:
     """The list can be narrowed by kind and by state."""
     done = (await house.submit("seamless")).json()["id"]
-    await house.finished(done)
+    await house.wait_for_task(done)
     await house.upstream.keep_running()
     waiting = (await house.submit("vectorize")).json()["id"]
 
@@ -215,7 +215,7 @@ async def test_listing_filters(house: House) -> None:
     assert set(await ids()) == {done, waiting}
 
 
-async def test_tenants_do_not_see_each_other(house: House) -> None:
+async def test_tenants_do_not_see_each_other(house: RunningGateway) -> None:
     """A task of another tenant is not found, and not listed, just like one that never was."""
     await house.put_tenant("other")
     stranger = await house.new_token("other")
@@ -227,9 +227,9 @@ async def test_tenants_do_not_see_each_other(house: House) -> None:
     assert (await house.call("GET", "/v1/tasks", token=stranger)).json() == {"items": [], "next_cursor": None}
 
 
-async def test_part_order(house: House) -> None:
+async def test_part_order(house: RunningGateway) -> None:
     """The options may stand before or after the image."""
-    parts = [("image", ("a.png", png(), "image/png")), ("fit", (None, "0.4"))]
+    parts = [("image", ("a.png", make_png(), "image/png")), ("fit", (None, "0.4"))]
     for order in (parts, parts[::-1]):
         answer = await house.call("POST", "/v1/tasks/seamless", files=order)
         assert (answer.status_code, answer.json()["options"]) == (201, {"fit": 0.4})
@@ -243,12 +243,12 @@ async def test_part_order(house: House) -> None:
         (tasks, "rate_limit_headers"),
         (tasks, "wait_seconds"),
         (MultipartForm, "drop"),
-        (Follow, "read"),
-        (Board, "fresh"),
+        (TaskReader, "read"),
+        (TaskCache, "fresh"),
     ],
 )
 async def test_faults_after_the_acceptance(
-    house: House, where: Any, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    house: RunningGateway, where: Any, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever goes wrong in the gateway once the upstream has accepted, the answer is 201 with the task."""
 
@@ -261,17 +261,17 @@ async def test_faults_after_the_acceptance(
     assert answer.status_code == 201
     assert answer.headers["location"] == answer.json()["links"]["self"]
     assert (await house.call("GET", answer.headers["location"])).json()["id"] == answer.json()["id"]
-    assert await house.upstream.submits() == 1
+    assert await house.upstream.count_submits() == 1
 
 
-async def test_task_that_cannot_be_shown(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_task_that_cannot_be_shown(house: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a fault keeps the gateway from showing an accepted task, the answer tells its id, and where to read it."""
 
     def failing(*_: Any, **__: Any) -> NoReturn:
         raise KeyError("a fault of the gateway")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tasks, "task_view", failing)
+        patched.setattr(tasks, "render_task", failing)
         answer = await house.submit()
     assert answer.status_code == 201
     assert answer.headers["location"] == answer.json()["links"]["self"]
@@ -280,7 +280,7 @@ async def test_task_that_cannot_be_shown(house: House, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("error", [KeyError, OSError])
 async def test_faults_after_the_acceptance_of_an_old_client(
-    house: House, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    house: RunningGateway, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same in the old protocol, which tells the task beside what is left."""
 
@@ -290,9 +290,9 @@ async def test_faults_after_the_acceptance_of_an_old_client(
     def failing_at_once(*_: Any) -> NoReturn:
         raise error("a fault of the gateway")
 
-    monkeypatch.setattr(Quota, "left", failing)
-    monkeypatch.setattr(MultipartForm, "drop", failing_at_once)
-    answer = await OldClient(house.http, house.url, house.token).submit("submit_vector_task", {})
+    monkeypatch.setattr(QuotaReports, "remaining", failing)
+    monkeypatch.setattr(MultipartForm, "discard", failing_at_once)
+    answer = await LegacyClient(house.http, house.url, house.token).submit("submit_vector_task", {})
     assert answer["err_code"] == 0
     assert set(answer) == {"err_code", "task_id"}
     assert legacy.NOTHING_LEFT not in str(answer)

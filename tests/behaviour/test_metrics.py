@@ -11,9 +11,9 @@ from redis.asyncio import Redis
 
 from service.usecases import ledger_snapshot
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.house import House, house_of_fakes, real_house
+from tests.behaviour.house import RunningGateway, run_fake_gateway, run_real_gateway
 from tests.fakes import FakeLedger
-from tests.support.valkey import Valkey, running
+from tests.support.valkey import Valkey, run_valkey
 
 Samples = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -33,7 +33,7 @@ class Scrape:
         (value,) = (value for (each, _), value in self._samples.items() if each == f"gateway_{name}")
         return value
 
-    def of(self, name: str, **labels: str) -> float | None:
+    def get_sample(self, name: str, **labels: str) -> float | None:
         """The sum of the samples with these labels; None if there is none."""
         found = [
             value
@@ -43,74 +43,74 @@ class Scrape:
         return sum(found) if found else None
 
 
-async def scrape(house: House, http: AsyncClient | None = None) -> Scrape:
+async def scrape_metrics(house: RunningGateway, http: AsyncClient | None = None) -> Scrape:
     """Ask as Prometheus does."""
     return Scrape((await (http or house.http).get(f"{house.ops_url}/metrics")).raise_for_status().text)
 
 
 @pytest.fixture
-async def fakes() -> AsyncIterator[tuple[House, FakeLedger]]:
+async def fake_gateway() -> AsyncIterator[tuple[RunningGateway, FakeLedger]]:
     """A gateway over a store in memory, and that store."""
-    async with house_of_fakes() as (house, ledger, _):
+    async with run_fake_gateway() as (house, ledger, _):
         yield house, ledger
 
 
-async def test_limits_of_an_idle_tenant_are_shown(house: House) -> None:
+async def test_limits_of_an_idle_tenant_are_shown(house: RunningGateway) -> None:
     """Who has not submitted anything shows its limits with nothing used, in tasks and in yuan."""
     await house.put_tenant("idle", limits=[{"window": "month", "tasks": 7, "money": 2.5}], max_active=4)
-    seen = await scrape(house)
+    seen = await scrape_metrics(house)
     for policy, unit, limit in (("month-tasks", "tasks", 7), ("month-money", "yuan", 2.5), ("max-active", "active", 4)):
         of = {"tenant": "idle", "policy": policy, "unit": unit}
-        shown = [seen.of(f"quota_{each}", **of) for each in ("limit", "used", "reserved")]
+        shown = [seen.get_sample(f"quota_{each}", **of) for each in ("limit", "used", "reserved")]
         assert shown == [limit, 0, 0]
-    assert seen.of("tasks_active", tenant="idle", kind="upscale") == 0
-    assert (seen["ledger_up"], seen["tenants"]) == (1, 2)
+    assert seen.get_sample("tasks_active", tenant="idle", kind="upscale") == 0
+    assert (seen["redis_up"], seen["tenants"]) == (1, 2)
 
 
-async def test_a_task_is_seen_from_its_submission_to_its_end(house: House) -> None:
+async def test_a_task_is_seen_from_its_submission_to_its_end(house: RunningGateway) -> None:
     """It is active and held while it runs, and used, spent and finished after it: with its tenant, kind and account."""
     await house.put_tenant(limits=[{"window": "day", "tasks": 9, "money": 50}])
     of_day = {"tenant": "shop", "policy": "day-tasks"}
     task = (await house.submit()).json()["id"]
-    running = await scrape(house)
-    assert running.of("tasks_active", tenant="shop", kind="face-enhance") == 1
-    assert running.of("tasks_active", tenant="shop", kind="upscale") == 0
-    assert running.of("quota_used", **of_day) == 1
-    assert running.of("tasks_submitted_total", tenant="shop", kind="face-enhance") == 1
-    assert running.of("account_open_submissions", account="main") == 1
-    assert running["watch_tasks"] == 1
-    await house.finished(task)
-    ended = await scrape(house)
-    assert ended.of("tasks_active", tenant="shop") == 0
-    assert ended.of("tasks_finished_total", tenant="shop", kind="face-enhance", state="succeeded") == 1
-    assert ended.of("tenant_task_duration_seconds_count", tenant="shop", kind="face-enhance") == 1
-    assert ended.of("spent_uses_total", tenant="shop", kind="face-enhance") == 1
-    assert ended.of("account_spent_uses_total", account="main") == 1
-    assert ended.of("account_remaining_uses", account="main") == 9
-    assert ended.of("account_state", account="main", state="open") == 1
-    assert ended["watch_tasks"] == 0
-    assert (ended.of("watch_batch_size_sum"), ended.of("watch_lag_seconds_count")) == (1, 1)
+    running = await scrape_metrics(house)
+    assert running.get_sample("tasks_active", tenant="shop", kind="face-enhance") == 1
+    assert running.get_sample("tasks_active", tenant="shop", kind="upscale") == 0
+    assert running.get_sample("quota_used", **of_day) == 1
+    assert running.get_sample("tasks_submitted_total", tenant="shop", kind="face-enhance") == 1
+    assert running.get_sample("account_open_submissions", account="main") == 1
+    assert running["poll_tasks"] == 1
+    await house.wait_for_task(task)
+    ended = await scrape_metrics(house)
+    assert ended.get_sample("tasks_active", tenant="shop") == 0
+    assert ended.get_sample("tasks_finished_total", tenant="shop", kind="face-enhance", state="succeeded") == 1
+    assert ended.get_sample("tenant_task_duration_seconds_count", tenant="shop", kind="face-enhance") == 1
+    assert ended.get_sample("spent_uses_total", tenant="shop", kind="face-enhance") == 1
+    assert ended.get_sample("account_spent_uses_total", account="main") == 1
+    assert ended.get_sample("account_remaining_uses", account="main") == 9
+    assert ended.get_sample("account_state", account="main", state="open") == 1
+    assert ended["poll_tasks"] == 0
+    assert (ended.get_sample("poll_batch_size_sum"), ended.get_sample("poll_lag_seconds_count")) == (1, 1)
 
 
-async def test_spent_money_is_shown_in_yuan(house: House) -> None:
+async def test_spent_money_is_shown_in_yuan(house: RunningGateway) -> None:
     """What a tenant spent today and this month is what its windows counted."""
     await house.upstream.set_balance(0, 300)
     await house.put_tenant(limits=[{"window": "day", "money": 50}])
     for _ in range(2):  # what the first one cost is not known, as nobody had seen the balance before it
-        await house.finished((await house.submit()).json()["id"])
+        await house.wait_for_task((await house.submit()).json()["id"])
     quota = (await house.call("GET", "/v1/quota")).json()
     (used,) = (each["used"] for each in quota["policies"] if each["policy"] == "day-money")
     assert used > 0
-    seen = await scrape(house)
-    assert seen.of("quota_used", tenant="shop", policy="day-money", unit="yuan") == used
-    assert seen.of("tenant_spent_yuan", tenant="shop", window="day") == used
-    assert seen.of("tenant_spent_yuan", tenant="shop", window="month") == used
-    assert seen.of("spent_yuan_total", tenant="shop", kind="face-enhance") == used
-    assert seen.of("account_spent_yuan_total", account="main") == used
-    assert seen.of("account_remaining_yuan", account="main") == 300 - 2 * used
+    seen = await scrape_metrics(house)
+    assert seen.get_sample("quota_used", tenant="shop", policy="day-money", unit="yuan") == used
+    assert seen.get_sample("tenant_spent_yuan", tenant="shop", window="day") == used
+    assert seen.get_sample("tenant_spent_yuan", tenant="shop", window="month") == used
+    assert seen.get_sample("spent_yuan_total", tenant="shop", kind="face-enhance") == used
+    assert seen.get_sample("account_spent_yuan_total", account="main") == used
+    assert seen.get_sample("account_remaining_yuan", account="main") == 300 - 2 * used
 
 
-async def test_refusals_are_shown_by_tenant_and_policy(house: House) -> None:
+async def test_refusals_are_shown_by_tenant_and_policy(house: RunningGateway) -> None:
     """A limit that refused is counted as itself, one that could not pay as the balance, whoever found out."""
     await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
     assert (await house.submit()).status_code == 201
@@ -119,85 +119,88 @@ async def test_refusals_are_shown_by_tenant_and_policy(house: House) -> None:
     await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
     assert (await house.submit()).status_code == 402
     assert (await house.submit()).status_code == 402
-    seen = await scrape(house)
-    assert seen.of("quota_denials_total", tenant="shop", policy="day-tasks") == 1
-    assert seen.of("quota_denials_total", tenant="shop", policy="balance") == 2
-    assert seen.of("account_state", account="main", state="exhausted") == 1
+    seen = await scrape_metrics(house)
+    assert seen.get_sample("quota_denials_total", tenant="shop", policy="day-tasks") == 1
+    assert seen.get_sample("balance_denials_total", tenant="shop") == 2
+    assert seen.get_sample("account_state", account="main", state="exhausted") == 1
 
 
-async def test_an_account_that_can_not_be_used_is_not_an_empty_one(house: House) -> None:
+async def test_an_account_that_can_not_be_used_is_not_an_empty_one(house: RunningGateway) -> None:
     """Where the upstream does not know the account, the denials do not speak of its balance."""
     await house.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
     assert [(await house.submit()).status_code for _ in range(2)] == [503, 503]
-    seen = await scrape(house)
-    assert seen.of("quota_denials_total", tenant="shop", policy="balance") == 0
-    assert seen.of("account_state", account="main", state="invalid") == 1
+    seen = await scrape_metrics(house)
+    assert seen.get_sample("balance_denials_total", tenant="shop") == 0
+    assert seen.get_sample("account_state", account="main", state="invalid") == 1
 
 
-async def test_reads_are_counted_by_where_they_were_answered(house: House) -> None:
+async def test_reads_are_counted_by_where_they_were_answered(house: RunningGateway) -> None:
     """What is fresh in memory costs the store nothing."""
     path = (await house.submit()).headers["location"]
-    before = await scrape(house)
+    before = await scrape_metrics(house)
     await house.advance(1)
     for _ in range(3):
         assert (await house.call("GET", path)).status_code == 200
-    after = await scrape(house)
+    after = await scrape_metrics(house)
     grown = {
-        source: (after.of("task_reads_total", source=source) or 0) - (before.of("task_reads_total", source=source) or 0)
+        source: (after.get_sample("task_reads_total", source=source) or 0)
+        - (before.get_sample("task_reads_total", source=source) or 0)
         for source in ("memory", "store", "upstream")
     }
     assert grown == {"memory": 2, "store": 1, "upstream": 0}
 
 
-async def test_without_its_store_a_process_says_just_that(fakes: tuple[House, FakeLedger]) -> None:
+async def test_without_its_store_a_process_says_just_that(fakes: tuple[RunningGateway, FakeLedger]) -> None:
     """No old figure is shown for a new one; what the process itself counts is still there."""
     house, ledger = fakes
-    assert (await scrape(house)).of("quota_denials_total", tenant="shop") == 0
-    ledger.away = True
-    seen = await scrape(house)
-    assert seen["ledger_up"] == 0
-    for name in ("tenants", "tasks_active", "account_state", "watch_tasks", "webhooks_failed"):
-        assert seen.of(name) is None
-    assert seen.of("tasks_submitted_total", tenant="shop") == 0
-    ledger.away = False
-    assert (await scrape(house))["ledger_up"] == 1
+    assert (await scrape_metrics(house)).get_sample("quota_denials_total", tenant="shop") == 0
+    ledger.is_unavailable = True
+    seen = await scrape_metrics(house)
+    assert seen["redis_up"] == 0
+    for name in ("tenants", "tasks_active", "account_state", "poll_tasks", "webhooks_failed"):
+        assert seen.get_sample(name) is None
+    assert seen.get_sample("tasks_submitted_total", tenant="shop") == 0
+    ledger.is_unavailable = False
+    assert (await scrape_metrics(house))["redis_up"] == 1
 
 
 async def test_a_store_that_does_not_answer_holds_up_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scrape says that the store is away rather than nothing at all, and shows it again as soon as it is back."""
-    monkeypatch.setattr(ledger_snapshot, "SURVEY_SECONDS", 0.2)
-    with running() as store:
-        async with real_house(store) as house:
-            store.freeze()
-            seen = await scrape(house)
-            assert seen["ledger_up"] == 0
-            assert seen.of("ledger_calls_total", call="read", outcome="given-up") == 1
-            store.thaw()
-            assert (await scrape(house))["ledger_up"] == 1
+    monkeypatch.setattr(ledger_snapshot, "SNAPSHOT_TIMEOUT_SECONDS", 0.2)
+    with run_valkey() as store:
+        async with run_real_gateway(store) as house:
+            store.suspend()
+            seen = await scrape_metrics(house)
+            assert seen["redis_up"] == 0
+            assert seen.get_sample("redis_calls_total", command="read", outcome="abandoned") == 1
+            store.resume()
+            assert (await scrape_metrics(house))["redis_up"] == 1
 
 
 async def test_errors_of_the_store_are_counted(valkey: Valkey) -> None:
     """A call that Redis did not take is counted as such, with the sort of error."""
-    async with real_house(valkey) as house, Redis(unix_socket_path=str(valkey.path)) as store:
+    async with run_real_gateway(valkey) as house, Redis(unix_socket_path=str(valkey.socket_path)) as store:
         await store.config_set("min-replicas-to-write", 1)
         try:
             assert (await house.submit()).status_code == 503
         finally:
             await store.config_set("min-replicas-to-write", 0)
-        seen = await scrape(house)
-        assert seen.of("ledger_calls_total", call="reserve", outcome="unavailable") == 1
-        assert seen.of("redis_errors_total", error="response") == 1
+        seen = await scrape_metrics(house)
+        assert seen.get_sample("redis_calls_total", command="reserve", outcome="unavailable") == 1
+        assert seen.get_sample("redis_errors_total", error="response") == 1
 
 
 async def test_calls_of_the_store_are_counted_by_script(valkey: Valkey) -> None:
     """A submission costs one call to reserve and one to settle, and each has its time."""
-    async with real_house(valkey) as house:
-        before = await scrape(house)
+    async with run_real_gateway(valkey) as house:
+        before = await scrape_metrics(house)
         await house.submit()
-        after = await scrape(house)
+        after = await scrape_metrics(house)
         for call in ("reserve", "settle"):
-            grown = [(each.of("ledger_calls_total", call=call, outcome="ok") or 0) for each in (before, after)]
+            grown = [
+                (each.get_sample("redis_calls_total", command=call, outcome="ok") or 0) for each in (before, after)
+            ]
             assert grown == [0, 1]
-            assert after.of("ledger_call_duration_seconds_count", call=call) == 1
-        assert after.of("upstream_connections_limit", operation="submit") == 64
-        assert after.of("upstream_breaker_open") == 0
+            assert after.get_sample("redis_call_duration_seconds_count", command=call) == 1
+        assert after.get_sample("upstream_connections_limit", operation="submit") == 64
+        assert after.get_sample("upstream_breaker_open") == 0

@@ -8,152 +8,152 @@ from typing import Any
 import pytest
 
 from service.sandbox.faults import Fault
-from tests.behaviour.aftermath import problem
-from tests.behaviour.books import PRICE, Books, opened_books
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.books import PRICE_YUAN, BalanceHarness, open_balance_harness
 from tests.support.valkey import Valkey
 
 
 @pytest.fixture
-async def books(valkey: Valkey) -> AsyncIterator[Books]:
+async def books(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
     """Books of an account without uses, whose money pays for all."""
-    async with opened_books(valkey) as found:
-        await found.give(0, 1_000)
+    async with open_balance_harness(valkey) as found:
+        await found.set_balance(0, 1_000)
         yield found
 
 
-async def limit(books: Books, money: float) -> None:
+async def set_month_limit(books: BalanceHarness, money: float) -> None:
     """Put a limit on the money of the month, in yuan."""
-    await books.house.put_tenant(limits=[{"window": "month", "money": money}])
+    await books.gateway.put_tenant(limits=[{"window": "month", "money": money}])
 
 
-async def month(books: Books) -> tuple[float, float, float]:
+async def read_month_money(books: BalanceHarness) -> tuple[float, float, float]:
     """Of the month's money: used, held, and left."""
-    (policy,) = (await books.house.call("GET", "/v1/quota")).json()["policies"]
+    (policy,) = (await books.gateway.call("GET", "/v1/quota")).json()["policies"]
     return policy["used"], policy["reserved"], policy["remaining"]
 
 
-async def costs(books: Books, tasks: Sequence[dict[str, Any]]) -> list[float]:
+async def wait_for_costs(books: BalanceHarness, tasks: Sequence[dict[str, Any]]) -> list[float]:
     """What tasks cost in the end."""
-    return [(await books.cost(task))["money"] for task in tasks]
+    return [(await books.wait_for_cost(task))["money"] for task in tasks]
 
 
-async def test_price_of_the_operator(books: Books) -> None:
+async def test_price_of_the_operator(books: BalanceHarness) -> None:
     """With a price that the operators named, exactly so many run at once as fit, and each is held at that price."""
-    await books.house.admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE}})
-    await limit(books, 3 * PRICE + 1.99)
-    tasks, refused = await books.at_once(6)
+    await books.gateway.call_admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE_YUAN}})
+    await set_month_limit(books, 3 * PRICE_YUAN + 1.99)
+    tasks, refused = await books.submit_concurrently(6)
     assert (len(tasks), refused) == (3, {429: 3})
-    assert await month(books) == (0, 3 * PRICE, 1.99)
-    assert await costs(books, tasks) == [PRICE] * 3
-    assert await month(books) == (3 * PRICE, 0, 1.99)
-    problem(await books.submit(), 429, "quota-exceeded")
-    assert await books.held() == (0, 1_000 - 3 * PRICE)
+    assert await read_month_money(books) == (0, 3 * PRICE_YUAN, 1.99)
+    assert await wait_for_costs(books, tasks) == [PRICE_YUAN] * 3
+    assert await read_month_money(books) == (3 * PRICE_YUAN, 0, 1.99)
+    expect_problem(await books.submit(), 429, "quota-exceeded")
+    assert await books.upstream_balance() == (0, 1_000 - 3 * PRICE_YUAN)
 
 
-async def test_price_of_receipts(books: Books) -> None:
+async def test_price_of_receipts(books: BalanceHarness) -> None:
     """With a price that was only seen in receipts, exactly so many run at once as fit."""
     for _ in range(2):
-        await books.spend()
-    await limit(books, 5 * PRICE)
-    assert await month(books) == (PRICE, 0, 4 * PRICE)
-    tasks, refused = await books.at_once(8)
+        await books.run_task()
+    await set_month_limit(books, 5 * PRICE_YUAN)
+    assert await read_month_money(books) == (PRICE_YUAN, 0, 4 * PRICE_YUAN)
+    tasks, refused = await books.submit_concurrently(8)
     assert (len(tasks), refused) == (4, {429: 4})
-    assert await month(books) == (PRICE, 4 * PRICE, 0)
-    assert await costs(books, tasks) == [PRICE] * 4
-    assert await month(books) == (5 * PRICE, 0, 0)
+    assert await read_month_money(books) == (PRICE_YUAN, 4 * PRICE_YUAN, 0)
+    assert await wait_for_costs(books, tasks) == [PRICE_YUAN] * 4
+    assert await read_month_money(books) == (5 * PRICE_YUAN, 0, 0)
 
 
-async def test_price_of_another_kind(books: Books) -> None:
+async def test_price_of_another_kind(books: BalanceHarness) -> None:
     """The price of one kind says nothing of another's."""
     for _ in range(2):
-        await books.spend()
-    await limit(books, 100)
+        await books.run_task()
+    await set_month_limit(books, 100)
     assert (await books.submit(kind="upscale")).status_code == 201
-    assert await month(books) == (PRICE, 100 - PRICE, 0)
-    problem(await books.submit(), 429, "quota-exceeded")
+    assert await read_month_money(books) == (PRICE_YUAN, 100 - PRICE_YUAN, 0)
+    expect_problem(await books.submit(), 429, "quota-exceeded")
 
 
-async def test_price_unknown(books: Books) -> None:
+async def test_price_unknown(books: BalanceHarness) -> None:
     """While no price is known one submission holds all that remains, so that they go one by one."""
-    await limit(books, 100)
-    tasks, refused = await books.at_once(4)
+    await set_month_limit(books, 100)
+    tasks, refused = await books.submit_concurrently(4)
     assert (len(tasks), refused) == (1, {429: 3})
-    assert await month(books) == (0, 100, 0)
+    assert await read_month_money(books) == (0, 100, 0)
     (found,) = (await books.submit()).json()["violated_policies"]
     assert (found["policy"], found["limit"]) == ("month-money", 100)
-    await costs(books, tasks)
-    assert (await month(books))[1:] == (0, 100)
-    assert (await books.spend())["money"] == PRICE
-    assert await month(books) == (PRICE, 0, 100 - PRICE)
+    await wait_for_costs(books, tasks)
+    assert (await read_month_money(books))[1:] == (0, 100)
+    assert (await books.run_task())["money"] == PRICE_YUAN
+    assert await read_month_money(books) == (PRICE_YUAN, 0, 100 - PRICE_YUAN)
 
 
-async def test_beyond_the_limit(books: Books) -> None:
+async def test_beyond_the_limit(books: BalanceHarness) -> None:
     """A task that cost more than was held is booked in full, and leaves nothing rather than less than nothing."""
     for _ in range(2):
-        await books.spend()
-    await limit(books, 2 * PRICE)
-    await books.turn(prices={"vector": 7 * PRICE})
-    assert await books.spend() == {"count": 0, "money": 7 * PRICE, "basis": "observed"}
-    assert await month(books) == (8 * PRICE, 0, 0)
-    problem(await books.submit(), 429, "quota-exceeded")
-    await limit(books, 15 * PRICE - 0.01)
-    problem(await books.submit(), 429, "quota-exceeded")
-    await limit(books, 15 * PRICE)
-    assert (await books.spend())["money"] == 7 * PRICE
-    assert await month(books) == (15 * PRICE, 0, 0)
+        await books.run_task()
+    await set_month_limit(books, 2 * PRICE_YUAN)
+    await books.set_behaviour(prices={"vector": 7 * PRICE_YUAN})
+    assert await books.run_task() == {"count": 0, "money": 7 * PRICE_YUAN, "basis": "observed"}
+    assert await read_month_money(books) == (8 * PRICE_YUAN, 0, 0)
+    expect_problem(await books.submit(), 429, "quota-exceeded")
+    await set_month_limit(books, 15 * PRICE_YUAN - 0.01)
+    expect_problem(await books.submit(), 429, "quota-exceeded")
+    await set_month_limit(books, 15 * PRICE_YUAN)
+    assert (await books.run_task())["money"] == 7 * PRICE_YUAN
+    assert await read_month_money(books) == (15 * PRICE_YUAN, 0, 0)
 
 
-async def test_uses_are_not_money(books: Books) -> None:
+async def test_uses_are_not_money(books: BalanceHarness) -> None:
     """A limit on money that leaves nothing lets all through that known uses pay for, and no more."""
-    await books.give(4, 1_000)
-    await books.spend()
-    await limit(books, 0)
-    tasks, refused = await books.at_once(5)
+    await books.set_balance(4, 1_000)
+    await books.run_task()
+    await set_month_limit(books, 0)
+    tasks, refused = await books.submit_concurrently(5)
     assert (len(tasks), refused) == (3, {429: 2})
-    assert await costs(books, tasks) == [0] * 3
-    assert await month(books) == (0, 0, 0)
-    problem(await books.submit(), 429, "quota-exceeded")
-    assert await books.held() == (0, 1_000)
+    assert await wait_for_costs(books, tasks) == [0] * 3
+    assert await read_month_money(books) == (0, 0, 0)
+    expect_problem(await books.submit(), 429, "quota-exceeded")
+    assert await books.upstream_balance() == (0, 1_000)
 
 
-async def test_refused_holds_nothing(books: Books) -> None:
+async def test_refused_holds_nothing(books: BalanceHarness) -> None:
     """What the upstream rejected gives its money back, and what became of nobody knows what keeps it."""
-    await books.house.admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE}})
-    await limit(books, 2 * PRICE)
-    await books.turn(faults=(Fault(on="submit", times=1, reject="图片太小"),))
-    problem(await books.submit(), 502, "upstream-rejected")
-    assert await month(books) == (0, 0, 2 * PRICE)
-    await books.turn(faults=(Fault(on="submit", times=1, reply="reset"),))
-    problem(await books.submit(), 504, "submission-unknown")
-    assert await month(books) == (PRICE, 0, PRICE)
-    tasks, refused = await books.at_once(3)
+    await books.gateway.call_admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE_YUAN}})
+    await set_month_limit(books, 2 * PRICE_YUAN)
+    await books.set_behaviour(faults=(Fault(on="submit", times=1, reject="图片太小"),))
+    expect_problem(await books.submit(), 502, "upstream-rejected")
+    assert await read_month_money(books) == (0, 0, 2 * PRICE_YUAN)
+    await books.set_behaviour(faults=(Fault(on="submit", times=1, reply="reset"),))
+    expect_problem(await books.submit(), 504, "submission-unknown")
+    assert await read_month_money(books) == (PRICE_YUAN, 0, PRICE_YUAN)
+    tasks, refused = await books.submit_concurrently(3)
     assert (len(tasks), refused) == (1, {429: 2})
 
 
-@pytest.mark.parametrize(("charge", "taken"), [("submit", PRICE), ("end", 0)])
-async def test_failed_task(books: Books, charge: str, taken: int) -> None:
+@pytest.mark.parametrize(("charge", "taken"), [("submit", PRICE_YUAN), ("end", 0)])
+async def test_failed_task(books: BalanceHarness, charge: str, taken: int) -> None:
     """A failed task stays charged, by an estimate: what its submission took, or else its price. It may be refunded."""
-    await books.turn(charge=charge)
+    await books.set_behaviour(charge=charge)
     for _ in range(2):
-        await books.spend()
-    await limit(books, 100)
-    await books.turn(faults=(Fault(on="submit", times=1, fail="it could not be done"),))
-    assert await books.spend() == {"count": 0, "money": PRICE, "basis": "estimated"}
-    assert await month(books) == (2 * PRICE, 0, 100 - 2 * PRICE)
-    assert await books.shown() == await books.held() == (0, 1_000 - 2 * PRICE - taken)
+        await books.run_task()
+    await set_month_limit(books, 100)
+    await books.set_behaviour(faults=(Fault(on="submit", times=1, fail="it could not be done"),))
+    assert await books.run_task() == {"count": 0, "money": PRICE_YUAN, "basis": "estimated"}
+    assert await read_month_money(books) == (2 * PRICE_YUAN, 0, 100 - 2 * PRICE_YUAN)
+    assert await books.shown_balance() == await books.upstream_balance() == (0, 1_000 - 2 * PRICE_YUAN - taken)
 
 
 @pytest.mark.parametrize("checked_balance", ["now", "then"])
 async def test_price_of_tasks_side_by_side(valkey: Valkey, checked_balance: str) -> None:
     """Tasks side by side on an account without uses are not put at a use, but at the price in money."""
-    async with opened_books(valkey, checked_balance=checked_balance) as books:
-        await books.give(2, 1_000)
+    async with open_balance_harness(valkey, checked_balance=checked_balance) as books:
+        await books.set_balance(2, 1_000)
         for _ in range(3):
-            await books.spend()
-        await books.give(2, 1_000)
-        await books.house.advance(1)
+            await books.run_task()
+        await books.set_balance(2, 1_000)
+        await books.gateway.advance(1)
         for _ in range(2):
-            await books.spend()
-        assert await books.shown() == (0, 1_000)
-        tasks, _ = await books.at_once(3)
-        assert [(await books.cost(task))["money"] for task in tasks] == [PRICE] * 3
+            await books.run_task()
+        assert await books.shown_balance() == (0, 1_000)
+        tasks, _ = await books.submit_concurrently(3)
+        assert [(await books.wait_for_cost(task))["money"] for task in tasks] == [PRICE_YUAN] * 3

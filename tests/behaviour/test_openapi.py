@@ -8,18 +8,24 @@ from typing import Any
 import pytest
 
 from service.api.errors import PROBLEMS
-from service.api.openapi_document import document as written
+from service.api.openapi_document import build_document as written
 from service.app import operators_app, tenants_app
 from service.domain.tasks import OPTIONS, Kind
-from tests.behaviour.house import House, house_of_fakes
-from tests.behaviour.openapi_reader import fits, nodes, operations, resolved, webhooks
-from tests.support.images import png
+from tests.behaviour.house import RunningGateway, run_fake_gateway
+from tests.behaviour.openapi_reader import (
+    assert_matches_schema,
+    iter_objects,
+    iter_operations,
+    iter_webhooks,
+    resolve_reference,
+)
+from tests.support.images import make_png
 
 
 @pytest.fixture
 async def document() -> dict[str, Any]:
     """The document as it is served."""
-    async with house_of_fakes() as (house, _, _):
+    async with run_fake_gateway() as (house, _, _):
         answer = await house.call("GET", "/openapi.json", token="")
         assert answer.headers["content-type"] == "application/json"
         found: dict[str, Any] = answer.json()
@@ -29,7 +35,7 @@ async def document() -> dict[str, Any]:
 @pytest.fixture(params=["tenants", "operators"])
 async def either(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The document of each port."""
-    async with house_of_fakes() as (house, _, _):
+    async with run_fake_gateway() as (house, _, _):
         make = tenants_app if request.param == "tenants" else operators_app
         return written(make(house.services))
 
@@ -39,8 +45,8 @@ async def test_structure(either: dict[str, Any]) -> None:
     assert re.fullmatch(r"3\.1\.\d+", either["openapi"])
     assert either["info"]["title"]
     assert either["info"]["version"]
-    used = [operation["tags"] for _, _, operation in operations(either)]
-    used += [operation["tags"] for operation in webhooks(either)]
+    used = [operation["tags"] for _, _, operation in iter_operations(either)]
+    used += [operation["tags"] for operation in iter_webhooks(either)]
     assert {name for names in used for name in names} == {tag["name"] for tag in either["tags"]}
     assert all(len(names) == 1 for names in used)
     assert all(tag["description"] for tag in either["tags"])
@@ -48,9 +54,9 @@ async def test_structure(either: dict[str, Any]) -> None:
 
 async def test_references(either: dict[str, Any]) -> None:
     """Every reference leads somewhere, and no component is left over."""
-    targets = {node["$ref"] for _, node in nodes(either) if "$ref" in node}
+    targets = {node["$ref"] for _, node in iter_objects(either) if "$ref" in node}
     for target in targets:
-        assert resolved(either, {"$ref": target})
+        assert resolve_reference(either, {"$ref": target})
     kept = {
         f"#/components/{section}/{name}"
         for section, components in either["components"].items()
@@ -62,16 +68,16 @@ async def test_references(either: dict[str, Any]) -> None:
 
 async def test_operations(either: dict[str, Any]) -> None:
     """Every operation has an id of its own, a summary, a described success, and says what problems look like."""
-    found = list(operations(either))
+    found = list(iter_operations(either))
     ids = [operation["operationId"] for _, _, operation in found]
     assert len(set(ids)) == len(ids)
     for path, _, operation in found:
         assert operation["summary"], path
         responses = operation["responses"]
-        assert resolved(either, responses["default"])["content"].keys() == {"application/problem+json"}
+        assert resolve_reference(either, responses["default"])["content"].keys() == {"application/problem+json"}
         assert any(status.startswith("2") for status in responses), path
         for status, told in responses.items():
-            response = resolved(either, told)
+            response = resolve_reference(either, told)
             assert response["description"] not in {"", "Additional response"}
             assert not response["description"].endswith(" follows")
             if status >= "4" and path != "/readyz":
@@ -85,7 +91,7 @@ async def test_operations(either: dict[str, Any]) -> None:
 
 async def test_nothing_of_the_framework(either: dict[str, Any]) -> None:
     """What the framework would say by itself is not in it."""
-    for path, node in nodes(either):
+    for path, node in iter_objects(either):
         assert node.get("headers") != {}, path
         assert "deprecated" not in node, path
         if path[-1:] == ("examples",):
@@ -102,15 +108,15 @@ async def test_nothing_of_the_framework(either: dict[str, Any]) -> None:
 async def test_webhooks_are_no_operations(either: dict[str, Any]) -> None:
     """They stand behind references and under tags of their own, so that no client has them among its calls."""
     assert all(item.keys() == {"$ref"} for item in either.get("webhooks", {}).values())
-    called = {name for _, _, operation in operations(either) for name in operation["tags"]}
-    assert not called & {name for operation in webhooks(either) for name in operation["tags"]}
+    called = {name for _, _, operation in iter_operations(either) for name in operation["tags"]}
+    assert not called & {name for operation in iter_webhooks(either) for name in operation["tags"]}
 
 
 async def test_files(document: dict[str, Any]) -> None:
     """What is sent and what is fetched as a file is marked as one, by the standard's word and by its former one."""
     images = [
         node["properties"][name]
-        for _, node in nodes(document)
+        for _, node in iter_objects(document)
         for name in ("image", "input_image")
         if isinstance(node.get("properties", {}).get(name), dict)
     ]
@@ -127,23 +133,23 @@ async def test_files(document: dict[str, Any]) -> None:
 
 async def test_contents(either: dict[str, Any]) -> None:
     """Every content has a schema, and none is null: a body that need not be there is not required."""
-    for path, node in nodes(either):
+    for path, node in iter_objects(either):
         for media_type, media in node.get("content", {}).items() if isinstance(node.get("content"), dict) else ():
             assert media["schema"], (path, media_type)
             assert {"type": "null"} not in media["schema"].get("oneOf", ()), (path, media_type)
-    for _, _, operation in operations(either):
+    for _, _, operation in iter_operations(either):
         if "requestBody" in operation:
             assert operation["requestBody"]["required"] == (operation["operationId"] != "create-token")
 
 
 async def test_schemas_for_all_languages(either: dict[str, Any]) -> None:
     """Patterns are written as JSON Schema and every language has them; no schema bears the name of a common type."""
-    patterns = {node["pattern"] for _, node in nodes(either) if isinstance(node.get("pattern"), str)}
+    patterns = {node["pattern"] for _, node in iter_objects(either) if isinstance(node.get("pattern"), str)}
     assert patterns
     for pattern in patterns:
         assert not re.search(r"\\[AZz]|\(\?", pattern)
     assert not {"Error", "Object", "String", "Exception"} & either["components"]["schemas"].keys()
-    for path, node in nodes(either):
+    for path, node in iter_objects(either):
         # Instead of a choice of all types there is none at all.
         assert len({each.get("type") for each in node.get("oneOf", ())} - {None}) < 6, path
 
@@ -153,7 +159,7 @@ async def test_security(document: dict[str, Any]) -> None:
     (scheme,) = document["components"]["securitySchemes"].values()
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
     assert document["security"] == [{"token": []}]
-    for path, _, operation in operations(document):
+    for path, _, operation in iter_operations(document):
         open_to_all = path in {"/healthz", "/readyz"} or path.startswith("/api/")
         assert operation.get("security") == ([{}] if open_to_all else None), path
         assert ("401" in operation["responses"]) == (not open_to_all), path
@@ -202,9 +208,9 @@ async def test_options(document: dict[str, Any]) -> None:
 async def test_problems(document: dict[str, Any]) -> None:
     """Every problem that is told has its code, and an example with that code; submissions name all theirs."""
     statuses = {each.code: each.status for each in PROBLEMS}
-    for path, _, operation in operations(document):
+    for path, _, operation in iter_operations(document):
         for status, response in operation["responses"].items():
-            content = resolved(document, response).get("content", {}).get("application/problem+json")
+            content = resolve_reference(document, response).get("content", {}).get("application/problem+json")
             if content is None or status == "default":
                 continue
             examples = content["examples"]
@@ -226,20 +232,20 @@ async def test_problems(document: dict[str, Any]) -> None:
 async def test_examples_are_true(either: dict[str, Any]) -> None:
     """Every example fits the schema that it is an example of."""
     checked = 0
-    for path, node in nodes(either):
+    for path, node in iter_objects(either):
         if "schema" in node and "examples" in node:
             for example in node["examples"].values():
-                fits(either, example["value"], node["schema"], "/".join(path))
+                assert_matches_schema(either, example["value"], node["schema"], "/".join(path))
                 checked += 1
         elif "type" in node and isinstance(node.get("examples"), list):
             for example in node["examples"]:
-                fits(either, example, node, "/".join(path))
+                assert_matches_schema(either, example, node, "/".join(path))
                 checked += 1
     assert checked > 20
 
 
 @pytest.mark.parametrize("kind", Kind)
-async def test_example_is_accepted(house: House, document: dict[str, Any], kind: Kind) -> None:
+async def test_example_is_accepted(house: RunningGateway, document: dict[str, Any], kind: Kind) -> None:
     """A submission of all that the document has an example for is accepted."""
     operation = document["paths"][f"/v1/tasks/{kind}"]["post"]
     fields = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
@@ -247,23 +253,23 @@ async def test_example_is_accepted(house: House, document: dict[str, Any], kind:
     assert (await house.submit(kind, examples)).status_code == 201
 
 
-async def test_answers_are_as_told(house: House, document: dict[str, Any]) -> None:
+async def test_answers_are_as_told(house: RunningGateway, document: dict[str, Any]) -> None:
     """What the gateway really answers fits the document: status, media type, headers and content."""
 
     async def told(operation: str, method: str, path: str, expected: int, **request: Any) -> Any:
         answer = await house.call(method, path, **request)
         assert answer.status_code == expected
-        (found,) = [each for _, _, each in operations(document) if each["operationId"] == operation]
-        response = resolved(document, found["responses"].get(str(expected), found["responses"]["default"]))
+        (found,) = [each for _, _, each in iter_operations(document) if each["operationId"] == operation]
+        response = resolve_reference(document, found["responses"].get(str(expected), found["responses"]["default"]))
         (media_type, content) = next(iter(response.get("content", {"": {}}).items()))
         assert answer.headers.get("content-type", "") == media_type
         optional = {"retry-after", "ratelimit", "ratelimit-policy", "idempotent-replayed", "preference-applied"}
         assert {name.lower() for name in response.get("headers", {})} - optional <= {*answer.headers}
         if media_type:
-            fits(document, answer.json(), content["schema"], operation)
+            assert_matches_schema(document, answer.json(), content["schema"], operation)
         return answer
 
-    files = {"image": ("a.png", png(), "image/png")}
+    files = {"image": ("a.png", make_png(), "image/png")}
     await house.put_tenant(limits=[{"window": "day", "tasks": 5, "money": 9.5}], max_active=3)
     accepted = await told("submit-upscale", "POST", "/v1/tasks/upscale", 201, files=files, data={"scale": "3"})
     await told("submit-upscale", "POST", "/v1/tasks/upscale", 422, files=files, data={"scale": "9"})
@@ -273,7 +279,7 @@ async def test_answers_are_as_told(house: House, document: dict[str, Any]) -> No
     await told("read-task", "GET", path, 200)
     tag = accepted.headers["etag"]
     await told("read-task", "GET", path, 304, headers={"If-None-Match": tag})
-    await house.finished(accepted.json()["id"])
+    await house.wait_for_task(accepted.json()["id"])
     await told("read-task", "GET", path, 200)
     await told("read-task", "GET", "/v1/tasks/x", 404)
     await told("list-tasks", "GET", "/v1/tasks?limit=1", 200)
@@ -282,11 +288,11 @@ async def test_answers_are_as_told(house: House, document: dict[str, Any]) -> No
     await told("read-quota", "GET", "/v1/quota", 200)
     await told("read-usage", "GET", "/v1/usage", 200)
     await told("read-usage", "GET", "/v1/usage?from=x", 422)
-    name = house.services.submissions.of_task(accepted.json()["id"])
+    name = house.services.submissions.submission_of_task(accepted.json()["id"])
     await told("read-submission", "GET", f"/v1/submissions/{name}", 200)
     await told("read-submission", "GET", "/v1/submissions/x", 404)
     await told("legacy-check", "POST", "/api/check_task_status", 200, data={"user_key": "x", "task_id": "y"})
-    old = {"input_image": ("a.png", png(), "image/png")}
+    old = {"input_image": ("a.png", make_png(), "image/png")}
     await told("legacy-seamless", "POST", "/api/submit_seamless_task", 200, files=old, data={"user_key": house.token})
     await told("healthz", "GET", "/healthz", 200)
     await told("readyz", "GET", "/readyz", 200)
@@ -294,13 +300,13 @@ async def test_answers_are_as_told(house: House, document: dict[str, Any]) -> No
 
 async def test_page(document: dict[str, Any]) -> None:
     """The page shows every operation, loads nothing from elsewhere, and may not."""
-    async with house_of_fakes() as (house, _, _):
+    async with run_fake_gateway() as (house, _, _):
         answer = await house.call("GET", "/docs", token="")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
     text = re.sub(r"<[^>]*>", "", answer.text)
-    for path, _, operation in operations(document):
+    for path, _, operation in iter_operations(document):
         assert path in text
         assert operation["summary"] in text
     assert "default-src &#x27;none&#x27;" in answer.text
@@ -310,11 +316,11 @@ async def test_page(document: dict[str, Any]) -> None:
 
 async def test_bodies_that_take_no_more() -> None:
     """Where unknown members of a body are refused, the document says that there are no others."""
-    async with house_of_fakes() as (house, _, _):
+    async with run_fake_gateway() as (house, _, _):
         document = written(operators_app(house.services))
     bodies = [
-        resolved(document, media["schema"])
-        for _, _, operation in operations(document)
+        resolve_reference(document, media["schema"])
+        for _, _, operation in iter_operations(document)
         for media in operation.get("requestBody", {}).get("content", {}).values()
     ]
     assert sum(each.get("additionalProperties") is False for each in bodies) >= 2

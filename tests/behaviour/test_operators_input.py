@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from service.domain.tenants import NAME_MUST
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House
+from service.domain.tenants import NAME_RULE
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import RunningGateway
 
-FAULTY_NAMES = ["A", "-a", ".a", "a b", "商店", "a%0A", "%0Aa", "a%00", "a" * 64]
+INVALID_NAMES = ["A", "-a", ".a", "a b", "商店", "a%0A", "%0Aa", "a%00", "a" * 64]
 
-FAULTY_ACCOUNTS: Mapping[str, Sequence[Any]] = {
+INVALID_ACCOUNTS: Mapping[str, Sequence[Any]] = {
     "user_key": ["", " ", "a b", "a\n", "钥匙", "x" * 513, 5, ["x"]],
     "base_url": [
         "",
@@ -44,7 +44,7 @@ FAULTY_ACCOUNTS: Mapping[str, Sequence[Any]] = {
     "User_key": ["x"],
 }
 
-FAULTY_TENANTS: Mapping[str, Sequence[Any]] = {
+INVALID_TENANTS: Mapping[str, Sequence[Any]] = {
     "accounts": [None, "main", ["nobody"], ["main", "main"], ["main"] * 101],
     "accounts[0]": [["Main"], ["main\n"], [5], [None]],
     "limits": [5, {"window": "day"}, [{"window": "day", "tasks": 1}, {"window": "day", "money": 1}]],
@@ -61,7 +61,7 @@ FAULTY_TENANTS: Mapping[str, Sequence[Any]] = {
     "nonsense": [1],
 }
 
-FAULTY_TOKENS: Mapping[str, Sequence[Any]] = {
+INVALID_TOKENS: Mapping[str, Sequence[Any]] = {
     "label": ["x" * 201, 5],
     "expires_at": [
         "soon",
@@ -77,101 +77,103 @@ FAULTY_TOKENS: Mapping[str, Sequence[Any]] = {
 }
 
 
-async def state(house: House) -> list[Any]:
+async def read_state(house: RunningGateway) -> list[Any]:
     """All that an operator can see, and the number of changes there were."""
-    shown = [(await house.admin("GET", path)).json() for path in ("/accounts", "/tenants")]
+    shown = [(await house.call_admin("GET", path)).json() for path in ("/accounts", "/tenants")]
     return [*shown, house.services.registry.current.version]
 
 
-def assert_plain(document: Mapping[str, Any]) -> None:
+def assert_own_wording(document: Mapping[str, Any]) -> None:
     """Fail if a fault is not told in the gateway's own words."""
     for each in document["errors"]:
         assert each["detail"].startswith(("must ", "is ", "as a name must ", "there is no ")), each
         assert "`" not in each["detail"], each
 
 
-async def refused(house: House, method: str, path: str, field: str, body: object) -> str:
-    answer = await house.admin(method, path, json=body)
-    document = problem(answer, 422, "invalid-options")
+async def assert_field_error(house: RunningGateway, method: str, path: str, field: str, body: object) -> str:
+    answer = await house.call_admin(method, path, json=body)
+    document = expect_problem(answer, 422, "invalid-options")
     assert [each["field"] for each in document["errors"]] == [field], (body, document)
-    assert_plain(document)
+    assert_own_wording(document)
     return str(document["detail"])
 
 
-@pytest.mark.parametrize("field", FAULTY_ACCOUNTS)
-async def test_faulty_account(house: House, field: str) -> None:
+@pytest.mark.parametrize("field", INVALID_ACCOUNTS)
+async def test_faulty_account(house: RunningGateway, field: str) -> None:
     """A field of an account that can't be what it must be is named, and the account stays as it was."""
-    before = await state(house)
-    for value in FAULTY_ACCOUNTS[field]:
+    before = await read_state(house)
+    for value in INVALID_ACCOUNTS[field]:
         body = {"user_key": "good", field.partition(".")[0].partition("[")[0]: value}
-        await refused(house, "PUT", "/accounts/main", field, body)
-    assert await state(house) == before
+        await assert_field_error(house, "PUT", "/accounts/main", field, body)
+    assert await read_state(house) == before
 
 
-@pytest.mark.parametrize("field", FAULTY_TENANTS)
-async def test_faulty_tenant(house: House, field: str) -> None:
+@pytest.mark.parametrize("field", INVALID_TENANTS)
+async def test_faulty_tenant(house: RunningGateway, field: str) -> None:
     """A field of a tenant that can't be what it must be is named, and the tenant stays as it was."""
-    before = await state(house)
-    for value in FAULTY_TENANTS[field]:
-        await refused(house, "PUT", "/tenants/shop", field, {"accounts": ["main"]} | {field.partition("[")[0]: value})
-    assert await state(house) == before
+    before = await read_state(house)
+    for value in INVALID_TENANTS[field]:
+        await assert_field_error(
+            house, "PUT", "/tenants/shop", field, {"accounts": ["main"]} | {field.partition("[")[0]: value}
+        )
+    assert await read_state(house) == before
 
 
-@pytest.mark.parametrize("field", FAULTY_TOKENS)
-async def test_faulty_token(house: House, field: str) -> None:
+@pytest.mark.parametrize("field", INVALID_TOKENS)
+async def test_faulty_token(house: RunningGateway, field: str) -> None:
     """A field of a token that can't be what it must be is named, and no token is made."""
-    before = await state(house)
-    for value in FAULTY_TOKENS[field]:
-        await refused(house, "POST", "/tenants/shop/tokens", field, {field: value})
-    assert await state(house) == before
+    before = await read_state(house)
+    for value in INVALID_TOKENS[field]:
+        await assert_field_error(house, "POST", "/tenants/shop/tokens", field, {field: value})
+    assert await read_state(house) == before
 
 
-async def test_faulty_name(house: House) -> None:
+async def test_faulty_name(house: RunningGateway) -> None:
     """A name that has other characters than it may have, or too many, is refused in plain words."""
-    before = await state(house)
-    for name in FAULTY_NAMES:
+    before = await read_state(house)
+    for name in INVALID_NAMES:
         for path, body in ((f"/accounts/{name}", {"user_key": "good"}), (f"/tenants/{name}", {"accounts": ["main"]})):
-            assert await refused(house, "PUT", path, "name", body) == f"name: must {NAME_MUST}"
-    assert await state(house) == before
+            assert await assert_field_error(house, "PUT", path, "name", body) == f"name: must {NAME_RULE}"
+    assert await read_state(house) == before
     for name in ("0", "a.b-c_d", "a" * 63):
         await house.put_tenant(name)
 
 
-async def test_what_is_needed(house: House) -> None:
+async def test_what_is_needed(house: RunningGateway) -> None:
     """A new account needs a key, a tenant needs accounts, and both need a body."""
-    await refused(house, "PUT", "/accounts/new", "user_key", {})
-    await refused(house, "PUT", "/accounts/new", "user_key", {"user_key": None})
-    await refused(house, "PUT", "/tenants/new", "accounts", {})
+    await assert_field_error(house, "PUT", "/accounts/new", "user_key", {})
+    await assert_field_error(house, "PUT", "/accounts/new", "user_key", {"user_key": None})
+    await assert_field_error(house, "PUT", "/tenants/new", "accounts", {})
     nothing: list[Any] = [None, [], "x", 5]
     for path in ("/accounts/new", "/tenants/new"):
         for body in nothing:
-            await refused(house, "PUT", path, "body", body)
-        document = problem(await house.admin("PUT", path), 422, "invalid-options")
+            await assert_field_error(house, "PUT", path, "body", body)
+        document = expect_problem(await house.call_admin("PUT", path), 422, "invalid-options")
         assert document["errors"] == [{"field": "body", "detail": "is required"}]
 
 
-async def test_not_json(house: House) -> None:
+async def test_not_json(house: RunningGateway) -> None:
     """A body that is not JSON is malformed."""
     for body in (b"{", b"{} {}", b"user_key=x", b"\xff", b'{"floor_money": NaN}', b'{"floor_money": 1e999}'):
         for method, path in (("PUT", "/accounts/main"), ("PUT", "/tenants/shop"), ("POST", "/tenants/shop/tokens")):
-            problem(await house.admin(method, path, content=body), 400, "malformed-request")
+            expect_problem(await house.call_admin(method, path, content=body), 400, "malformed-request")
     again = b'{"accounts": ["main"], "accounts": ["other"]}'
     deep = b'{"accounts": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     deeper = b'{"limits": [{"window": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}]}"
     nested = b'{"webhook": {"url": "https://a.example/", "url": "https://b.example/"}, "accounts": ["main"]}'
     for body in (again, deep, deeper, nested, b'{"user_key": "a", "user_key": "b"}'):
         for path in ("/accounts/main", "/tenants/shop", "/registry"):
-            problem(await house.admin("PUT", path, content=body), 400, "malformed-request")
+            expect_problem(await house.call_admin("PUT", path, content=body), 400, "malformed-request")
         for path in ("/tenants/shop/tokens", "/refunds"):
-            problem(await house.admin("POST", path, content=body), 400, "malformed-request")
+            expect_problem(await house.call_admin("POST", path, content=body), 400, "malformed-request")
     large = b'{"user_key": "' + b"x" * 1_000_000 + b'"}'
-    problem(await house.admin("PUT", "/accounts/main", content=large), 400, "malformed-request")
+    expect_problem(await house.call_admin("PUT", "/accounts/main", content=large), 400, "malformed-request")
 
 
-async def test_faulty_query(house: House) -> None:
+async def test_faulty_query(house: RunningGateway) -> None:
     """A parameter that is mistyped, or can't be what it must be, is named rather than left out of account."""
-    before = await state(house)
-    (token,) = (await house.admin("GET", "/tenants/shop")).json()["tokens"]
+    before = await read_state(house)
+    (token,) = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
     queries = {
         f"/tenants/shop/tokens/{token['id']}": {
             "grace": ["-1", "nan", "inf", "31536001", "long", ""],
@@ -184,7 +186,9 @@ async def test_faulty_query(house: House) -> None:
     for path, fields in queries.items():
         for field, values in fields.items():
             for value in values:
-                document = problem(await house.admin("DELETE", f"{path}?{field}={value}"), 422, "invalid-options")
+                document = expect_problem(
+                    await house.call_admin("DELETE", f"{path}?{field}={value}"), 422, "invalid-options"
+                )
                 assert [each["field"] for each in document["errors"]] == [field]
-                assert_plain(document)
-    assert await state(house) == before
+                assert_own_wording(document)
+    assert await read_state(house) == before

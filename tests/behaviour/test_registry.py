@@ -7,15 +7,22 @@ from typing import Any
 import pytest
 import structlog
 
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House, house_of_fakes
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import RunningGateway, run_fake_gateway
 from tests.behaviour.upstreams import USER_KEY
-from tests.behaviour.whole_registry import FULL, HOOK, KEY, apply, put, registry
+from tests.behaviour.whole_registry import (
+    ACCOUNT_KEY,
+    FULL_REGISTRY,
+    HOOK_SECRET,
+    apply_registry,
+    get_registry,
+    put_registry,
+)
 
 
-async def test_read(house: House) -> None:
+async def test_read(house: RunningGateway) -> None:
     """The registry is told with ids, hashes of tokens and a version, without secrets, and not to be kept by anybody."""
-    answer = await registry(house)
+    answer = await get_registry(house)
     document = answer.json()
     current = house.services.registry.current
     assert answer.headers["etag"] == f'"{current.version}"'
@@ -28,54 +35,54 @@ async def test_read(house: House) -> None:
     assert house.token not in answer.text
 
 
-async def test_applied(house: House) -> None:
+async def test_applied(house: RunningGateway) -> None:
     """What was sent is what is there then, in one version, and works; ids stay."""
     before = house.services.registry.current
-    applied = await apply(house, FULL)
+    applied = await apply_registry(house, FULL_REGISTRY)
     assert applied["applied"]
     after = house.services.registry.current
     assert after.version == before.version + 1
     assert after.accounts["main"].id == before.accounts["main"].id
-    told = (await registry(house)).json()
+    told = (await get_registry(house)).json()
     for token in before.tokens:  # stays, since nobody said `prune`
         del told["tenants"]["shop"]["tokens"][token]
     for section in ("accounts", "tenants"):
-        for name, sent in FULL[section].items():
+        for name, sent in FULL_REGISTRY[section].items():
             known = {key: each for key, each in told[section][name].items() if key in sent}
-            assert _bare(known) == _bare(sent)
-    listed = (await house.admin("GET", "/tenants/shop")).json()
+            assert _without_secrets(known) == _without_secrets(sent)
+    listed = (await house.call_admin("GET", "/tenants/shop")).json()
     assert listed["accounts"] == ["spare", "main"]
     assert {each["id"] for each in listed["tokens"]} == {"0123456789ab", *before.tokens}
-    problem(await house.submit(), 403, "tenant-disabled")
+    expect_problem(await house.submit(), 403, "tenant-disabled")
 
 
-async def test_applied_again(house: House) -> None:
+async def test_applied_again(house: RunningGateway) -> None:
     """Sent again, or as it is told, it changes nothing and writes nothing."""
-    await apply(house, FULL)
+    await apply_registry(house, FULL_REGISTRY)
     version = house.services.registry.current.version
-    told = (await registry(house)).json()
-    for document, query in ((FULL, ""), (told, ""), (told, "?prune=true")):
-        applied = await apply(house, document, query)
+    told = (await get_registry(house)).json()
+    for document, query in ((FULL_REGISTRY, ""), (told, ""), (told, "?prune=true")):
+        applied = await apply_registry(house, document, query)
         assert (applied["applied"], applied["differences"], applied["secrets"]) == (False, [], {})
     assert house.services.registry.current.version == version
 
 
-async def test_dry_run(house: House) -> None:
+async def test_dry_run(house: RunningGateway) -> None:
     """A dry run tells every difference, before and after, and changes nothing."""
-    await apply(house, FULL)
+    await apply_registry(house, FULL_REGISTRY)
     version = house.services.registry.current.version
-    told = (await registry(house)).json()
+    told = (await get_registry(house)).json()
     told["accounts"]["main"]["floor_count"] = 3
     told["accounts"]["main"]["user_key"]["value"] = "quite-another-key"
     told["tenants"]["shop"] |= {"accounts": ["main"], "kinds": None}
     told["tenants"]["press"] = {"accounts": ["main"], "webhook": {"url": "https://hooks.example/b"}}
     del told["accounts"]["spare"]
-    found = await apply(house, told, "?dry_run=true&prune=true")
+    found = await apply_registry(house, told, "?dry_run=true&prune=true")
     press = {"accounts": ["main"], "webhook": {"url": "https://hooks.example/b"}}
     assert [list(each.values()) for each in found["differences"]] == [
         ["accounts.main.floor_count", "changed", 2, 3],
         ["accounts.main.user_key.value", "changed"],
-        ["accounts.spare", "removed", {"id": _id_of(house, "spare"), "user_key": {"file": "spare.key"}}],
+        ["accounts.spare", "removed", {"id": _account_id(house, "spare"), "user_key": {"file": "spare.key"}}],
         ["tenants.press", "added", press],
         ["tenants.press.webhook.secret.value", "added"],
         ["tenants.shop.accounts", "changed", ["spare", "main"], ["main"]],
@@ -85,14 +92,14 @@ async def test_dry_run(house: House) -> None:
     assert house.services.registry.current.version == version
 
 
-async def test_addresses_that_let_in(house: House) -> None:
+async def test_addresses_that_let_in(house: RunningGateway) -> None:
     """The query of a webhook's address may be a secret: a difference tells that there is one, and not what."""
     hook = {"url": "https://hooks.example/a?key=first-secret"}
-    added = await apply(house, {"accounts": {}, "tenants": {"press": {"accounts": ["main"], "webhook": hook}}})
+    added = await apply_registry(house, {"accounts": {}, "tenants": {"press": {"accounts": ["main"], "webhook": hook}}})
     assert added["differences"][0]["after"]["webhook"]["url"] == "https://hooks.example/a?…"
-    told = (await registry(house)).json()
+    told = (await get_registry(house)).json()
     told["tenants"]["press"]["webhook"]["url"] = "https://hooks.example/a?key=other-secret"
-    changed = await apply(house, told)
+    changed = await apply_registry(house, told)
     (difference,) = changed["differences"]
     assert difference == {
         "path": "tenants.press.webhook.url",
@@ -103,74 +110,74 @@ async def test_addresses_that_let_in(house: House) -> None:
     assert house.services.registry.current.tenants["press"].webhook.url == told["tenants"]["press"]["webhook"]["url"]
 
 
-async def test_what_is_not_sent(house: House) -> None:
+async def test_what_is_not_sent(house: RunningGateway) -> None:
     """What is not sent is told and stays, tokens too, and goes with `prune`."""
     (token,) = house.services.registry.current.tokens
     document = {"accounts": {"main": {}}, "tenants": {"shop": {"accounts": ["main"]}}}
-    await house.admin("PUT", "/accounts/spare", json={"user_key": KEY})
+    await house.call_admin("PUT", "/accounts/spare", json={"user_key": ACCOUNT_KEY})
     await house.put_tenant("press")
-    applied = await apply(house, document)
+    applied = await apply_registry(house, document)
     assert applied["kept"] == ["accounts.spare", "tenants.press", f"tenants.shop.tokens.{token}"]
     assert (await house.call("GET", "/v1/quota")).status_code == 200
-    applied = await apply(house, document, "?prune=true")
+    applied = await apply_registry(house, document, "?prune=true")
     assert [each["path"] for each in applied["differences"]] == [
         "accounts.spare",
         "tenants.press",
         "tenants.shop.tokens",
     ]
-    problem(await house.call("GET", "/v1/quota"), 401, "unauthenticated")
+    expect_problem(await house.call("GET", "/v1/quota"), 401, "unauthenticated")
     current = house.services.registry.current
     assert (list(current.accounts), list(current.tenants), list(current.tokens)) == (["main"], ["shop"], [])
 
 
-async def test_tasks_that_run(house: House) -> None:
+async def test_tasks_that_run(house: RunningGateway) -> None:
     """What has tasks running is removed by force only; what stands in the way is told, in a dry run too."""
     await house.upstream.keep_running()
     task = (await house.submit()).json()
     for query in ("?prune=true", "?prune=true&dry_run=true"):
-        answer = await house.admin("PUT", f"/registry{query}", json={})
-        problem(answer, 409, "conflict")
+        answer = await house.call_admin("PUT", f"/registry{query}", json={})
+        expect_problem(answer, 409, "conflict")
         assert "1 submissions of accounts.main have not ended; 1 tasks of tenants.shop are active" in answer.text
     assert "shop" in house.services.registry.current.tenants
     assert (await house.call("GET", task["links"]["self"])).status_code == 200
-    await apply(house, {}, "?prune=true&force=true")
+    await apply_registry(house, {}, "?prune=true&force=true")
     assert house.services.registry.current.tenants == {}
 
 
-async def test_nothing_would_be_left(house: House) -> None:
+async def test_nothing_would_be_left(house: RunningGateway) -> None:
     """A registry with nothing in it, as an export that failed leaves it, removes all there is by force only."""
     before = house.services.registry.current
     for query in ("?prune=true", "?prune=true&dry_run=true"):
-        answer = await house.admin("PUT", f"/registry{query}", json={"accounts": {}})
-        problem(answer, 409, "conflict")
+        answer = await house.call_admin("PUT", f"/registry{query}", json={"accounts": {}})
+        expect_problem(answer, 409, "conflict")
         assert "Nothing would be left" in answer.text
     assert house.services.registry.current is before
-    await apply(house, {}, "?prune=true&force=true")
+    await apply_registry(house, {}, "?prune=true&force=true")
     assert house.services.registry.current.accounts == {}
-    assert (await apply(house, {}, "?prune=true"))["differences"] == []
+    assert (await apply_registry(house, {}, "?prune=true"))["differences"] == []
 
 
 @pytest.mark.parametrize("tag", ['"1"', 'W/"3"', "3", '"x"', '"1", "2"'])
-async def test_somebody_was_faster(house: House, tag: str) -> None:
+async def test_somebody_was_faster(house: RunningGateway, tag: str) -> None:
     """What was made for another version than the newest is refused, and changes nothing."""
     before = house.services.registry.current
-    answer = await put(house, FULL, tag)
-    problem(answer, 412, "outdated")
+    answer = await put_registry(house, FULL_REGISTRY, tag)
+    expect_problem(answer, 412, "outdated")
     assert house.services.registry.current is before
 
 
-async def test_nobody_was_faster(house: House) -> None:
+async def test_nobody_was_faster(house: RunningGateway) -> None:
     """What was made for the newest version is carried out, and the answer has the version that comes of it."""
-    tag = (await registry(house)).headers["etag"]
-    answer = await put(house, FULL, f'"0", {tag}')
+    tag = (await get_registry(house)).headers["etag"]
+    answer = await put_registry(house, FULL_REGISTRY, f'"0", {tag}')
     assert answer.status_code == 200
-    assert answer.headers["etag"] == (await registry(house)).headers["etag"] != tag
-    assert (await put(house, FULL, "*")).status_code == 200
+    assert answer.headers["etag"] == (await get_registry(house)).headers["etag"] != tag
+    assert (await put_registry(house, FULL_REGISTRY, "*")).status_code == 200
 
 
 async def test_somebody_was_faster_within_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry that is changed by another process just before it is written is not overwritten."""
-    async with house_of_fakes() as (house, _, _):
+    async with run_fake_gateway() as (house, _, _):
         store: Any = house.services.registry
         write = store.write
 
@@ -180,20 +187,20 @@ async def test_somebody_was_faster_within_the_call(monkeypatch: pytest.MonkeyPat
             return bool(await write(change))
 
         monkeypatch.setattr(store, "write", forestalled)
-        answer = await house.admin("PUT", "/registry", json=FULL)
-        problem(answer, 412, "outdated")
+        answer = await house.call_admin("PUT", "/registry", json=FULL_REGISTRY)
+        expect_problem(answer, 412, "outdated")
         assert list(house.services.registry.current.accounts) == ["main"]
 
 
-async def test_all_or_nothing(house: House) -> None:
+async def test_all_or_nothing(house: RunningGateway) -> None:
     """One fault, and nothing is changed; all of them are told, with where they are."""
     before = house.services.registry.current
     document: dict[str, Any] = {
         "accounts": {"new": {}, "main": {"floor_money": 0.001, "user_key": {"value": "with blanks"}}},
         "tenants": {"shop": {"accounts": ["main"], "limits": [{"window": "day"}]}, "fine": {"accounts": ["main"]}},
     }
-    answer = await house.admin("PUT", "/registry", json=document)
-    problem(answer, 422, "invalid-options")
+    answer = await house.call_admin("PUT", "/registry", json=document)
+    expect_problem(answer, 422, "invalid-options")
     assert [each["field"] for each in answer.json()["errors"]] == [
         "accounts.main.user_key",
         "accounts.main.floor_money",
@@ -201,60 +208,64 @@ async def test_all_or_nothing(house: House) -> None:
     ]
     assert "with blanks" not in answer.text
     document |= {"accounts": {"new": {}}, "tenants": {"shop": {"accounts": ["mian"]}}}
-    answer = await house.admin("PUT", "/registry", json=document)
+    answer = await house.call_admin("PUT", "/registry", json=document)
     assert [each["field"] for each in answer.json()["errors"]] == ["accounts.new.user_key", "tenants.shop.accounts[0]"]
-    problem(await house.admin("PUT", "/registry", json={"accounts": {"main": {"x": 1}}}), 422, "invalid-options")
-    problem(await house.admin("PUT", "/registry?prune=maybe", json={}), 422, "invalid-options")
-    problem(await house.admin("PUT", "/registry", content=b"{"), 400, "malformed-request")
+    expect_problem(
+        await house.call_admin("PUT", "/registry", json={"accounts": {"main": {"x": 1}}}), 422, "invalid-options"
+    )
+    expect_problem(await house.call_admin("PUT", "/registry?prune=maybe", json={}), 422, "invalid-options")
+    expect_problem(await house.call_admin("PUT", "/registry", content=b"{"), 400, "malformed-request")
     assert house.services.registry.current is before
 
 
-async def test_secret_that_is_made(house: House) -> None:
+async def test_secret_that_is_made(house: RunningGateway) -> None:
     """A webhook without a secret gets one, which is shown this once and kept from then on."""
     document: dict[str, Any] = {
         "tenants": {"shop": {"accounts": ["main"], "webhook": {"url": "https://hooks.example"}}}
     }
-    applied = await apply(house, document)
+    applied = await apply_registry(house, document)
     assert applied["secrets"]["shop"].startswith("whsec_")
     document["tenants"]["shop"]["max_active"] = 3
-    assert (await apply(house, document))["secrets"] == {}
+    assert (await apply_registry(house, document))["secrets"] == {}
 
 
-async def test_commands_and_references(house: House) -> None:
+async def test_commands_and_references(house: RunningGateway) -> None:
     """Where a secret is stays known for as long as it is that secret, and not when a command has set another one."""
-    await apply(house, FULL)
-    await house.admin("PUT", "/accounts/main", json={"floor_count": 1})
+    await apply_registry(house, FULL_REGISTRY)
+    await house.call_admin("PUT", "/accounts/main", json={"floor_count": 1})
     await house.put_tenant(webhook={"url": "https://hooks.example/a"})
-    told = (await registry(house)).json()
+    told = (await get_registry(house)).json()
     assert told["accounts"]["main"]["user_key"] == {"env": "MAIN_KEY"}
     assert told["tenants"]["shop"]["webhook"]["secret"] == {"env": "HOOK"}
-    await house.admin("PUT", "/accounts/main", json={"user_key": "of-a-command"})
-    await house.admin("POST", "/tenants/shop/webhook-secret")
-    told = (await registry(house)).json()
+    await house.call_admin("PUT", "/accounts/main", json={"user_key": "of-a-command"})
+    await house.call_admin("POST", "/tenants/shop/webhook-secret")
+    told = (await get_registry(house)).json()
     assert "user_key" not in told["accounts"]["main"]
     assert "secret" not in told["tenants"]["shop"]["webhook"]
 
 
-async def test_account_that_may_pay_again(house: House) -> None:
+async def test_account_that_may_pay_again(house: RunningGateway) -> None:
     """An exhausted account that gets another key is looked at again, one that stays as it was is not."""
     await house.upstream.set_balance(count=1, money=0)
-    await house.finished((await house.submit()).json()["id"])
-    spent = (await house.admin("GET", "/accounts/main")).json()["state"]
-    await apply(house, {"accounts": {"main": {"user_key": {"value": USER_KEY}, "max_price": {"upscale": 1}}}})
-    assert (await house.admin("GET", "/accounts/main")).json()["state"] == spent == "exhausted"
-    await apply(house, {"accounts": {"main": {"user_key": {"value": KEY}}}})
-    assert (await house.admin("GET", "/accounts/main")).json()["state"] == "open"
+    await house.wait_for_task((await house.submit()).json()["id"])
+    spent = (await house.call_admin("GET", "/accounts/main")).json()["state"]
+    await apply_registry(house, {"accounts": {"main": {"user_key": {"value": USER_KEY}, "max_price": {"upscale": 1}}}})
+    assert (await house.call_admin("GET", "/accounts/main")).json()["state"] == spent == "exhausted"
+    await apply_registry(house, {"accounts": {"main": {"user_key": {"value": ACCOUNT_KEY}}}})
+    assert (await house.call_admin("GET", "/accounts/main")).json()["state"] == "open"
 
 
-async def test_logged_without_secrets(house: House) -> None:
+async def test_logged_without_secrets(house: RunningGateway) -> None:
     """What is changed is logged, each owner and token with what it now is, and no secret in any log line or answer."""
     with structlog.testing.capture_logs() as logged:
         answers = [
-            await house.admin("PUT", "/registry", json=FULL),
-            await house.admin("PUT", "/registry?dry_run=true&prune=true&force=true", json={}),
-            await house.admin("PUT", "/registry", json={"accounts": {"main": {"user_key": {"value": [KEY]}}}}),
-            await house.admin("PUT", "/registry?prune=true&force=true", json={}),
-            await registry(house),
+            await house.call_admin("PUT", "/registry", json=FULL_REGISTRY),
+            await house.call_admin("PUT", "/registry?dry_run=true&prune=true&force=true", json={}),
+            await house.call_admin(
+                "PUT", "/registry", json={"accounts": {"main": {"user_key": {"value": [ACCOUNT_KEY]}}}}
+            ),
+            await house.call_admin("PUT", "/registry?prune=true&force=true", json={}),
+            await get_registry(house),
         ]
     assert [each.status_code for each in answers] == [200, 200, 422, 200, 200]
     events = [each for each in logged if not each["event"].startswith("request")]
@@ -271,17 +282,17 @@ async def test_logged_without_secrets(house: House) -> None:
     ]
     assert events[1]["policy"]["floor_count"] == 2
     assert events[3]["webhook"] == {"url": "https://hooks.example/a", "allow": ("10.0.0.0/8",), "key_given": True}
-    for secret in (KEY, HOOK, USER_KEY, house.token):
+    for secret in (ACCOUNT_KEY, HOOK_SECRET, USER_KEY, house.token):
         assert secret not in repr(logged)
         assert not any(secret in each.text for each in answers)
 
 
-def _id_of(house: House, account: str) -> int:
+def _account_id(house: RunningGateway, account: str) -> int:
     return house.services.registry.current.accounts[account].id
 
 
-def _bare(value: Any) -> Any:
+def _without_secrets(value: Any) -> Any:
     """What is told of what was sent: without secrets, and without when a token was made, which was not said."""
     if isinstance(value, dict):
-        return {key: _bare(each) for key, each in value.items() if key not in {"value", "created_at"}}
+        return {key: _without_secrets(each) for key, each in value.items() if key not in {"value", "created_at"}}
     return value

@@ -11,73 +11,73 @@ import structlog
 from httpx2 import Response
 
 from service.storage.connections import connect
-from tests.behaviour.house import ADMIN_TOKEN, House, real_house
+from tests.behaviour.house import ADMIN_TOKEN, RunningGateway, run_real_gateway
 from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey
 
 KEYS = [USER_KEY, "upstream-key-of-before-0123"]
 
 
-async def a_busy_day(house: House) -> AsyncIterator[Response]:
+async def call_every_operation(house: RunningGateway) -> AsyncIterator[Response]:
     """All that operators and tenants do, faults included; the answers, but for those that make a token."""
     for key in (*KEYS, KEYS[0]):
-        yield await house.admin("PUT", "/accounts/main", json={"user_key": key})
-        yield await house.admin("PUT", "/accounts/main", json={"user_key": key, "nonsense": key})
-    yield await house.admin("PUT", "/accounts/main", json={"user_key": KEYS[0], "floor_count": "x"})
-    yield await house.admin("PUT", "/accounts/main", content=b'{"user_key": "' + KEYS[0].encode())
-    yield await house.admin("PUT", "/accounts/main", json={"user_key": [KEYS[0]]})
+        yield await house.call_admin("PUT", "/accounts/main", json={"user_key": key})
+        yield await house.call_admin("PUT", "/accounts/main", json={"user_key": key, "nonsense": key})
+    yield await house.call_admin("PUT", "/accounts/main", json={"user_key": KEYS[0], "floor_count": "x"})
+    yield await house.call_admin("PUT", "/accounts/main", content=b'{"user_key": "' + KEYS[0].encode())
+    yield await house.call_admin("PUT", "/accounts/main", json={"user_key": [KEYS[0]]})
     for path in ("/accounts", "/accounts/main", "/tenants", "/tenants/shop"):
-        yield await house.admin("GET", path)
-    yield await house.admin("POST", "/accounts/main/reopen")
+        yield await house.call_admin("GET", path)
+    yield await house.call_admin("POST", "/accounts/main/reopen")
     submitted = await house.submit("upscale", {"prompt": "a prompt"})
     yield submitted
-    await house.finished(submitted.json()["id"])
+    await house.wait_for_task(submitted.json()["id"])
     for path in ("/v1/tasks", f"/v1/tasks/{submitted.json()['id']}", "/v1/quota", "/v1/nowhere", "/openapi.json"):
         yield await house.call("GET", path)
     yield await house.call("GET", "/v1/quota", token=house.token[:-1])
     yield await house.http.get(f"{house.ops_url}/metrics")
-    yield await house.admin("GET", "/nowhere")
-    yield await house.admin("DELETE", "/tenants/shop?force=true")
+    yield await house.call_admin("GET", "/nowhere")
+    yield await house.call_admin("DELETE", "/tenants/shop?force=true")
     yield await house.call("GET", "/v1/quota")
-    yield await house.admin("DELETE", "/accounts/main")
+    yield await house.call_admin("DELETE", "/accounts/main")
 
 
-def spellings(secret: str) -> set[bytes]:
+def encode_secret(secret: str) -> set[bytes]:
     """A secret as it is and as it may look in other clothes."""
     plain = secret.encode()
     return {plain, base64.b64encode(plain).rstrip(b"="), plain.hex().encode(), plain[:-1]}
 
 
-async def test_no_answer_tells(house: House) -> None:
+async def test_no_answer_tells(house: RunningGateway) -> None:
     """No answer repeats an upstream's key, a token or the admin token, and no log line holds one, even unredacted."""
     with structlog.testing.capture_logs() as events:
-        answers = [answer async for answer in a_busy_day(house)]
+        answers = [answer async for answer in call_every_operation(house)]
     told = [repr((dict(answer.headers), answer.content)).encode() for answer in answers]
     assert {answer.status_code for answer in answers} >= {200, 201, 204, 400, 401, 404, 422}
-    assert {"account.put", "tenant.deleted", "account.deleted", "account.reopened"} <= {
+    assert {"account.updated", "tenant.deleted", "account.deleted", "account.reopened"} <= {
         each["event"] for each in events
     }
     for secret in (*KEYS, house.token, ADMIN_TOKEN):
-        for spelling in spellings(secret):
+        for spelling in encode_secret(secret):
             assert [text for text in told if spelling in text] == []
             assert [event for event in events if spelling in repr(event).encode()] == []
 
 
-async def test_changes_are_logged(house: House) -> None:
+async def test_changes_are_logged(house: RunningGateway) -> None:
     """Every change is logged, with whom it concerns and what it now is, and what was refused is no change."""
     with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logged:
-        await house.admin("PUT", "/accounts/main", json={"floor_count": 2})
+        await house.call_admin("PUT", "/accounts/main", json={"floor_count": 2})
         await house.put_tenant(max_active=4)
-        made = (await house.admin("POST", "/tenants/shop/tokens", json={"label": "a label"})).json()
-        await house.admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=60")
-        await house.admin("POST", "/accounts/main/reopen")
-        await house.admin("DELETE", "/accounts/main")
-        await house.admin("DELETE", "/tenants/shop")
-        await house.admin("DELETE", "/accounts/main")
+        made = (await house.call_admin("POST", "/tenants/shop/tokens", json={"label": "a label"})).json()
+        await house.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=60")
+        await house.call_admin("POST", "/accounts/main/reopen")
+        await house.call_admin("DELETE", "/accounts/main")
+        await house.call_admin("DELETE", "/tenants/shop")
+        await house.call_admin("DELETE", "/accounts/main")
     changes = [each for each in logged if each["event"].partition(".")[0] in {"account", "tenant", "token"}]
     assert [(each["event"], each.get("account") or each.get("tenant")) for each in changes] == [
-        ("account.put", "main"),
-        ("tenant.put", "shop"),
+        ("account.updated", "main"),
+        ("tenant.updated", "shop"),
         ("token.created", "shop"),
         ("token.revoked", "shop"),
         ("account.reopened", "main"),
@@ -94,21 +94,21 @@ async def test_changes_are_logged(house: House) -> None:
 @pytest.mark.parametrize("moment", ["while it runs", "once it has ended"])
 async def test_redis_holds_no_secret(valkey: Valkey, moment: str) -> None:
     """No key and no value in Redis holds an upstream's key or a token in clear."""
-    async with real_house(valkey) as house:
+    async with run_real_gateway(valkey) as house:
         other = await house.new_token(label="another")
-        await house.admin("PUT", "/accounts/spare", json={"user_key": KEYS[1]})
+        await house.call_admin("PUT", "/accounts/spare", json={"user_key": KEYS[1]})
         task = (await house.submit("upscale", {"prompt": "a prompt"})).json()
         if moment == "once it has ended":
-            await house.finished(task["id"])
-        found = [each async for each in _all_of(valkey)]
+            await house.wait_for_task(task["id"])
+        found = [each async for each in _dump_keys(valkey)]
         assert any(b"spare" in each for each in found), "the registry was not looked at"
         assert any(b"a prompt" in each for each in found), "the tasks were not looked at"
         for secret in (*KEYS, house.token, other, ADMIN_TOKEN):
-            for spelling in spellings(secret):
+            for spelling in encode_secret(secret):
                 assert [each for each in found if spelling in each] == []
 
 
-async def _all_of(valkey: Valkey) -> AsyncIterator[bytes]:
+async def _dump_keys(valkey: Valkey) -> AsyncIterator[bytes]:
     """The name and the content of every key."""
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands
@@ -123,13 +123,13 @@ async def _all_of(valkey: Valkey) -> AsyncIterator[bytes]:
         async for key in client.scan_iter():
             yield key
             content = await readers[await client.type(key)](key)
-            for each in _flat(content):
+            for each in _flatten(content):
                 yield each
     finally:
         await connections.aclose()
 
 
-def _flat(content: Any) -> list[bytes]:
+def _flatten(content: Any) -> list[bytes]:
     if isinstance(content, dict):
         return [part for pair in content.items() for part in pair]
     return [content] if isinstance(content, bytes) else list(content)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import ADMIN_TOKEN, House, house_of_fakes
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import ADMIN_TOKEN, RunningGateway, run_fake_gateway
 from tests.fakes import FakeRegistry
-from tests.unit.asgi import connected, read_answer
+from tests.unit.asgi import open_raw_connection, read_response
 
 
-async def test_health(house: House) -> None:
+async def test_health(house: RunningGateway) -> None:
     """Both ports say without a token that the process lives and takes requests."""
     for url in (house.url, house.ops_url):
         for path in ("/healthz", "/readyz"):
@@ -19,9 +19,9 @@ async def test_health(house: House) -> None:
             assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
-async def test_draining(house: House) -> None:
+async def test_draining(house: RunningGateway) -> None:
     """A process that is ending is alive but not ready, on both ports, and still answers who comes."""
-    house.services.lifecycle.drain()
+    house.services.lifecycle.start_draining()
     for url in (house.url, house.ops_url):
         assert (await house.http.get(f"{url}/healthz")).status_code == 200
         answer = await house.http.get(f"{url}/readyz")
@@ -31,10 +31,10 @@ async def test_draining(house: House) -> None:
 
 async def test_starting() -> None:
     """A process that has not loaded its registry yet is alive but not ready."""
-    async with house_of_fakes() as (house, _, _):
+    async with run_fake_gateway() as (house, _, _):
         registry = house.services.registry
         assert isinstance(registry, FakeRegistry)
-        registry.ready = False
+        registry.is_ready = False
         for url in (house.url, house.ops_url):
             assert (await house.http.get(f"{url}/healthz")).status_code == 200
             answer = await house.http.get(f"{url}/readyz")
@@ -43,17 +43,17 @@ async def test_starting() -> None:
 
 async def test_store_away() -> None:
     """A store that went away does not unready the process, since reads go on."""
-    async with house_of_fakes() as (house, ledger, _):
+    async with run_fake_gateway() as (house, ledger, _):
         task = (await house.submit()).json()
-        ledger.away = True
+        ledger.is_unavailable = True
         assert (await house.http.get(f"{house.url}/readyz")).status_code == 200
         assert (await house.call("GET", task["links"]["self"])).status_code == 200
         answer = await house.submit()
-        problem(answer, 503, "ledger-unavailable")
+        expect_problem(answer, 503, "ledger-unavailable")
         assert int(answer.headers["retry-after"]) > 0
 
 
-async def test_operators_only(house: House) -> None:
+async def test_operators_only(house: RunningGateway) -> None:
     """Metrics and the operators' calls are on their own port, and the tenants' calls are not."""
     metrics = await house.http.get(f"{house.ops_url}/metrics")
     assert metrics.status_code == 200
@@ -62,22 +62,22 @@ async def test_operators_only(house: House) -> None:
 
     as_operator = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
     for path in ("/metrics", "/admin/v1/tenants", "/admin/v1/accounts/main", "/admin"):
-        problem(await house.call("GET", path, token="", headers=as_operator), 404, "not-found")
+        expect_problem(await house.call("GET", path, token="", headers=as_operator), 404, "not-found")
     for path in ("/v1/quota", "/v1/tasks", "/docs", "/openapi.json", "/api/check_task_status", "/"):
         answer = await house.http.get(house.ops_url + path, headers=as_operator)
-        problem(answer, 404, "not-found")
+        expect_problem(answer, 404, "not-found")
 
 
-async def test_operators_token(house: House) -> None:
+async def test_operators_token(house: RunningGateway) -> None:
     """The operators' calls ask for the admin token, a tenant's is none."""
     for headers in ({}, {"Authorization": f"Bearer {house.token}"}, {"Authorization": f"Bearer {ADMIN_TOKEN}x"}):
         for method, path in (("GET", "/tenants"), ("PUT", "/tenants/x"), ("POST", "/tenants/shop/tokens")):
             answer = await house.http.request(method, f"{house.ops_url}/admin/v1{path}", headers=headers)
-            problem(answer, 401, "unauthenticated")
+            expect_problem(answer, 401, "unauthenticated")
             assert answer.headers["www-authenticate"].startswith("Bearer ")
 
 
-async def test_request_id(house: House) -> None:
+async def test_request_id(house: RunningGateway) -> None:
     """Every answer has the id that the request came with, if it is a proper one, and else a new one."""
     calls = [
         ("GET", "/healthz"),
@@ -98,7 +98,7 @@ async def test_request_id(house: House) -> None:
         assert len(made) == 6
 
 
-async def test_tenant_data_is_private(house: House) -> None:
+async def test_tenant_data_is_private(house: RunningGateway) -> None:
     """Answers with a tenant's data may be kept by nobody but the caller, who has to ask again before using them."""
     created = await house.submit()
     path = created.headers["location"]
@@ -113,36 +113,36 @@ async def test_tenant_data_is_private(house: House) -> None:
         assert answer.headers["cache-control"] == "private, no-cache"
 
 
-async def test_location(house: House) -> None:
+async def test_location(house: RunningGateway) -> None:
     """Location is where the new task is read, and the same as its own link."""
     created = await house.submit()
     assert created.headers["location"] == created.json()["links"]["self"] == f"/v1/tasks/{created.json()['id']}"
     assert (await house.call("GET", created.headers["location"])).json() == created.json()
 
 
-async def test_retry_after(house: House) -> None:
+async def test_retry_after(house: RunningGateway) -> None:
     """Retry-After tells when to ask again while a task runs, in whole poll intervals, and is gone at its end."""
     created = await house.submit()
     assert created.headers["retry-after"] == "3"
     path = created.headers["location"]
     assert (await house.call("GET", path)).headers["retry-after"] == "3"
-    await house.finished(created.json()["id"])
+    await house.wait_for_task(created.json()["id"])
     assert "retry-after" not in (await house.call("GET", path)).headers
 
 
-async def test_age(house: House) -> None:
+async def test_age(house: RunningGateway) -> None:
     """Age is the number of seconds since the upstream last told of the task."""
     await house.upstream.keep_running()
     path = (await house.submit()).headers["location"]
     assert (await house.call("GET", path)).headers["age"] == "0"
-    await house.watch()
+    await house.poll_due_tasks()
     await house.advance(100)
     assert 100 <= int((await house.call("GET", path)).headers["age"]) <= 103
-    await house.watch()
+    await house.poll_due_tasks()
     assert int((await house.call("GET", path)).headers["age"]) <= 3
 
 
-async def test_conditional_read(house: House) -> None:
+async def test_conditional_read(house: RunningGateway) -> None:
     """A task is sent again only if it changed since the version the caller names, in any of the standard's forms."""
     created = await house.submit()
     path, tag = created.headers["location"], created.headers["etag"]
@@ -156,7 +156,7 @@ async def test_conditional_read(house: House) -> None:
     for condition in ('"other"', "", tag.strip('"'), f'{tag[:-1]}x"', '"*"', "w/x"):
         answer = await house.call("GET", path, headers={"If-None-Match": condition})
         assert (answer.status_code, answer.json()["state"]) == (200, "queued"), condition
-    await house.finished(created.json()["id"])
+    await house.wait_for_task(created.json()["id"])
     answer = await house.call("GET", path, headers={"If-None-Match": tag})
     assert (answer.status_code, answer.json()["state"]) == (200, "succeeded")
     assert answer.headers["etag"] != tag
@@ -166,21 +166,21 @@ async def test_conditional_read(house: House) -> None:
 
 async def test_conditional_read_without_a_store() -> None:
     """A task that only the upstream tells of has another version when it tells of another state."""
-    async with house_of_fakes() as (house, ledger, upstream):
+    async with run_fake_gateway() as (house, ledger, upstream):
         await house.upstream.keep_running()
         path = (await house.submit()).headers["location"]
-        ledger.away = True
+        ledger.is_unavailable = True
         running = await house.call("GET", path)
         assert running.json()["state"] == "running"
         condition = {"If-None-Match": running.headers["etag"]}
         assert (await house.call("GET", path, headers=condition)).status_code == 304
         upstream.next_checks.clear()
-        house.services.follow._asked.clear()  # as after a poll interval
+        house.services.task_reader._queries.clear()  # as after a poll interval
         ended = await house.call("GET", path, headers=condition)
         assert (ended.status_code, ended.json()["state"]) == (200, "succeeded")
 
 
-async def test_rate_limit_headers(house: House) -> None:
+async def test_rate_limit_headers(house: RunningGateway) -> None:
     """A submission tells what is left of each limit on tasks; without limits it tells nothing."""
     unlimited = await house.submit()
     assert not {"ratelimit", "ratelimit-policy"} & {*unlimited.headers}
@@ -192,16 +192,16 @@ async def test_rate_limit_headers(house: House) -> None:
     assert re.fullmatch(r'"hour-tasks";r=1;t=\d{1,4}, "total-tasks";r=7', answer.headers["ratelimit"])
 
 
-async def test_violated_limit_on_money(house: House) -> None:
+async def test_violated_limit_on_money(house: RunningGateway) -> None:
     """A limit on money that refuses is told in yuan."""
     await house.upstream.set_balance(0, 300)
     await house.put_tenant(limits=[{"window": "day", "money": 0.5}])
     await house.submit()
-    found = problem(await house.submit(), 429, "quota-exceeded")
+    found = expect_problem(await house.submit(), 429, "quota-exceeded")
     assert [(each["policy"], each["limit"]) for each in found["violated_policies"]] == [("day-money", 0.5)]
 
 
-async def test_head(house: House) -> None:
+async def test_head(house: RunningGateway) -> None:
     """HEAD is answered as GET is, without the content, and costs nothing either."""
     created = await house.submit()
     for url, path in (
@@ -217,16 +217,16 @@ async def test_head(house: House) -> None:
         assert (bare.status_code, bare.content) == (whole.status_code, b"")
         assert {**bare.headers, "date": ""} == {**whole.headers, "date": ""}
     request = "{} /v1/quota HTTP/1.1\r\nHost: gateway\r\n\r\n"
-    async with connected(urlsplit(house.url).port or 0) as (reader, writer):
+    async with open_raw_connection(urlsplit(house.url).port or 0) as (reader, writer):
         writer.write((request.format("HEAD") + request.format("GET")).encode())
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 401")
-        assert (await read_answer(reader)).json()["code"] == "unauthenticated"
+        assert (await read_response(reader)).json()["code"] == "unauthenticated"
     metrics = (await house.http.get(f"{house.ops_url}/metrics")).text
     assert re.search(r'method="HEAD".*route="/v1/quota"', metrics)
-    assert await house.upstream.submits() == 1
+    assert await house.upstream.count_submits() == 1
 
 
-async def test_nothing_is_served_that_nobody_meant_to(house: House) -> None:
+async def test_nothing_is_served_that_nobody_meant_to(house: RunningGateway) -> None:
     """The framework's own pages about the API, which load scripts of others, are found on neither port."""
     for url in (house.url, house.ops_url):
         for path in ("", "/", "/openapi.json", "/openapi.yaml", "/swagger", "/redoc", "/elements", "/anything"):
@@ -239,7 +239,7 @@ async def test_nothing_is_served_that_nobody_meant_to(house: House) -> None:
     )
 
 
-async def test_the_first_fault_of_a_route_is_an_increase(house: House) -> None:
+async def test_the_first_fault_of_a_route_is_an_increase(house: RunningGateway) -> None:
     """Each route begins with no faults, under the name by which its requests are counted."""
     path = (await house.submit()).headers["location"]
     assert (await house.call("GET", path)).status_code == 200
@@ -254,7 +254,7 @@ async def test_the_first_fault_of_a_route_is_an_increase(house: House) -> None:
             assert zero in metrics
 
 
-async def test_a_request_that_the_server_can_not_parse_gets_a_problem_document(house: House) -> None:
+async def test_a_request_that_the_server_can_not_parse_gets_a_problem_document(house: RunningGateway) -> None:
     """On both ports; it has an id, and is counted."""
     faults = {
         b"GET / HTTP/1.1\r\n\r\n": (400, "malformed-request"),
@@ -262,9 +262,9 @@ async def test_a_request_that_the_server_can_not_parse_gets_a_problem_document(h
     }
     for url in (house.url, house.ops_url):
         for fault, (status, code) in faults.items():
-            async with connected(urlsplit(url).port or 0) as (reader, writer):
+            async with open_raw_connection(urlsplit(url).port or 0) as (reader, writer):
                 writer.write(fault)
-                answer = await read_answer(reader)
+                answer = await read_response(reader)
                 assert (answer.status, answer.json()["code"], answer.json()["status"]) == (status, code, status)
                 assert answer.headers["content-type"] == "application/problem+json"
                 assert answer.json()["instance"] == answer.headers["x-request-id"]

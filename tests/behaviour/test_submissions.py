@@ -10,29 +10,29 @@ import structlog
 from service.domain.ledger import ReservationState
 from service.domain.tasks import Kind
 from service.usecases.ports import Settlement, SubmitOutcome
-from tests.behaviour.aftermath import problem
-from tests.behaviour.books import opened_books
-from tests.behaviour.house import House, house_of_fakes
-from tests.behaviour.spent import lost, shown, submission, submission_of, turned_up
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.books import open_balance_harness
+from tests.behaviour.house import RunningGateway, run_fake_gateway
+from tests.behaviour.spent import expect_json, read_submission, recover_task, submission_id_of, submit_and_lose_response
 from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey
 
 
-async def settled(house: House, status: int) -> str:
+async def submit_with_status(house: RunningGateway, status: int) -> str:
     """Submit what ends with this status; the id of the submission, which only the log tells."""
     with structlog.testing.capture_logs() as events:
         assert (await house.submit()).status_code == status
     return str([each["reservation"] for each in events if each["event"] == "reservation.settled"][-1])
 
 
-async def test_task(house: House) -> None:
+async def test_task(house: RunningGateway) -> None:
     """An accepted submission leads to its task, and has its cost once that has ended."""
     await house.upstream.keep_running()
     task = (await house.submit()).json()
-    name = submission_of(house, task)
+    name = submission_id_of(house, task)
     answer = await house.call("GET", f"/v1/submissions/{name}")
     assert answer.headers["cache-control"] == "private, no-cache"
-    told = shown(answer)
+    told = expect_json(answer)
     settled_at = told.pop("settled_at")
     assert settled_at >= task["created_at"]
     expected: dict[str, Any] = {
@@ -46,50 +46,50 @@ async def test_task(house: House) -> None:
         "refund": None,
     }
     assert told == expected
-    operators = shown(await house.admin("GET", f"/submissions/{name}"))
+    operators = expect_json(await house.call_admin("GET", f"/submissions/{name}"))
     assert operators == expected | {"settled_at": settled_at, "tenant": "shop", "account": "main"}
 
 
-async def test_ended_task(house: House) -> None:
+async def test_ended_task(house: RunningGateway) -> None:
     """The submission of an ended task shows the cost that the task shows, on the same basis."""
     for _ in range(2):
-        task = await house.finished((await house.submit()).json()["id"])
-        told = await submission(house, submission_of(house, task))
+        task = await house.wait_for_task((await house.submit()).json()["id"])
+        told = await read_submission(house, submission_id_of(house, task))
         assert (told["task"]["state"], told["cost"]) == ("succeeded", task["cost"])
 
 
-async def test_unknown_outcome(house: House) -> None:
+async def test_unknown_outcome(house: RunningGateway) -> None:
     """A submission whose answer was lost is found by the id that its problem names, and becomes its task if it can."""
-    name = await lost(house)
-    told = await submission(house, name)
+    name = await submit_and_lose_response(house)
+    told = await read_submission(house, name)
     assert (told["outcome"], told["task"], told["refund"]) == ("unknown", None, None)
     assert told["cost"] == {"count": 0, "money": 0, "basis": "unknown"}
     assert told["balance_suggests"] == "cannot-tell"
-    task_id = await turned_up(house, name)
-    told = await submission(house, name)
+    task_id = await recover_task(house, name)
+    told = await read_submission(house, name)
     assert (told["outcome"], told["balance_suggests"]) == ("accepted", None)
     assert told["task"] == {"id": task_id, "state": "succeeded", "link": f"/v1/tasks/{task_id}"}
 
 
-async def test_outcomes_that_cost_nothing(house: House) -> None:
+async def test_outcomes_that_cost_nothing(house: RunningGateway) -> None:
     """A submission that was refused, or not sent, cost nothing and has no task."""
     await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
-    refused = await settled(house, 502)
+    refused = await submit_with_status(house, 502)
     dead = {"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"}
-    await house.admin("PUT", "/accounts/dead", json=dead)
+    await house.call_admin("PUT", "/accounts/dead", json=dead)
     await house.put_tenant(accounts=["dead"])
     await house.upstream.refuse_next(SubmitOutcome.NOT_SENT)
-    not_sent = await settled(house, 503)
+    not_sent = await submit_with_status(house, 503)
     for name, outcome in ((refused, "refused"), (not_sent, "not-sent")):
-        told = await submission(house, name)
+        told = await read_submission(house, name)
         assert (told["outcome"], told["task"], told["cost"], told["balance_suggests"]) == (outcome, None, None, None)
         assert told["settled_at"] >= told["created_at"]
     await house.put_tenant()
-    await house.admin("DELETE", "/accounts/dead")
-    assert shown(await house.admin("GET", f"/submissions/{not_sent}"))["account"] is None
+    await house.call_admin("DELETE", "/accounts/dead")
+    assert expect_json(await house.call_admin("GET", f"/submissions/{not_sent}"))["account"] is None
 
 
-async def test_what_was_given_up(house: House) -> None:
+async def test_what_was_given_up(house: RunningGateway) -> None:
     """Of a submission that was given up before it was made there is an outcome, and no time at which it was made."""
     registry = house.services.registry.current
     name = "5" * 32
@@ -100,66 +100,66 @@ async def test_what_was_given_up(house: House) -> None:
             tenant=registry.tenants["shop"].id,
             account=registry.accounts["main"].id,
             kind=Kind.SEAMLESS,
-            created=0,
+            created_at=0,
             outcome=ReservationState.NOT_SENT,
         )
     )
-    told = await submission(house, name)
+    told = await read_submission(house, name)
     assert (told["outcome"], told["created_at"], told["settled_at"], told["cost"]) == ("not-sent", None, None, None)
 
 
 async def test_what_the_balance_suggests(valkey: Valkey) -> None:
     """Of a lost answer whose submission was charged, the balance suggests so once another answer tells it."""
-    async with opened_books(valkey) as books:
-        await books.spend()
-        await books.spend()
-        name = await lost(books.house, "vectorize")
-        assert (await submission(books.house, name))["balance_suggests"] == "cannot-tell"
-        await books.accepted()
-        assert (await submission(books.house, name))["balance_suggests"] == "charged"
+    async with open_balance_harness(valkey) as books:
+        await books.run_task()
+        await books.run_task()
+        name = await submit_and_lose_response(books.gateway, "vectorize")
+        assert (await read_submission(books.gateway, name))["balance_suggests"] == "cannot-tell"
+        await books.expect_accepted()
+        assert (await read_submission(books.gateway, name))["balance_suggests"] == "charged"
 
 
 async def test_what_the_balance_rules_out() -> None:
     """Of a lost answer whose submission was not charged, the balance suggests that."""
-    async with house_of_fakes() as (house, _, _):
+    async with run_fake_gateway() as (house, _, _):
         for _ in range(2):
-            await house.finished((await house.submit()).json()["id"])
-        name = await lost(house)
+            await house.wait_for_task((await house.submit()).json()["id"])
+        name = await submit_and_lose_response(house)
         await house.advance(1)
         assert (await house.submit()).status_code == 201
-        assert (await submission(house, name))["balance_suggests"] == "not-charged"
+        assert (await read_submission(house, name))["balance_suggests"] == "not-charged"
 
 
 @pytest.mark.parametrize("what", ["another's", "none", "malformed"])
-async def test_not_found(house: House, what: str) -> None:
+async def test_not_found(house: RunningGateway, what: str) -> None:
     """The submission of another tenant, one that never was, and what can't be an id are answered alike."""
-    name = submission_of(house, (await house.submit()).json())
+    name = submission_id_of(house, (await house.submit()).json())
     await house.put_tenant("other")
     other = await house.new_token("other")
-    never = problem(await house.call("GET", f"/v1/submissions/{'0' * 32}", token=other), 404, "not-found")
+    never = expect_problem(await house.call("GET", f"/v1/submissions/{'0' * 32}", token=other), 404, "not-found")
     wrong = {
         "another's": [name],
         "none": ["f" * 32],
         "malformed": ["x", name[:-1], f"{name}0", name.upper(), f"{name}%0A", f"%00{name}", "%E5%95%86", "*", "%2E%2E"],
     }
     for each in wrong[what]:
-        found = problem(await house.call("GET", f"/v1/submissions/{each}", token=other), 404, "not-found")
+        found = expect_problem(await house.call("GET", f"/v1/submissions/{each}", token=other), 404, "not-found")
         assert found | {"instance": ""} == never | {"instance": ""}, each
         if what != "another's":
-            problem(await house.admin("GET", f"/submissions/{each}"), 404, "not-found")
-    assert shown(await house.admin("GET", f"/submissions/{name}"))["tenant"] == "shop"
+            expect_problem(await house.call_admin("GET", f"/submissions/{each}"), 404, "not-found")
+    assert expect_json(await house.call_admin("GET", f"/submissions/{name}"))["tenant"] == "shop"
 
 
 async def test_store_away() -> None:
     """While the ledger is away, nothing is told of what may be a submission rather than that there is none."""
-    async with house_of_fakes() as (house, ledger, _):
-        name = submission_of(house, (await house.submit()).json())
-        ledger.away = True
-        problem(await house.call("GET", f"/v1/submissions/{name}"), 503, "ledger-unavailable")
-        problem(await house.admin("GET", f"/submissions/{name}"), 503, "ledger-unavailable")
+    async with run_fake_gateway() as (house, ledger, _):
+        name = submission_id_of(house, (await house.submit()).json())
+        ledger.is_unavailable = True
+        expect_problem(await house.call("GET", f"/v1/submissions/{name}"), 503, "ledger-unavailable")
+        expect_problem(await house.call_admin("GET", f"/submissions/{name}"), 503, "ledger-unavailable")
         for malformed in ("x", f"{name}0", name[1:]):
-            problem(await house.call("GET", f"/v1/submissions/{malformed}"), 404, "not-found")
-        refund = await house.admin("POST", "/refunds", json={"submission": name, "reason": "x"})
-        problem(refund, 503, "ledger-unavailable")
-        problem(await house.call("GET", "/v1/usage"), 503, "ledger-unavailable")
-        problem(await house.admin("GET", "/usage"), 503, "ledger-unavailable")
+            expect_problem(await house.call("GET", f"/v1/submissions/{malformed}"), 404, "not-found")
+        refund = await house.call_admin("POST", "/refunds", json={"submission": name, "reason": "x"})
+        expect_problem(refund, 503, "ledger-unavailable")
+        expect_problem(await house.call("GET", "/v1/usage"), 503, "ledger-unavailable")
+        expect_problem(await house.call_admin("GET", "/usage"), 503, "ledger-unavailable")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import string
 
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import RunningGateway
 
 DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
 
 
-def alterations(task_id: str) -> list[str]:
+def iter_alterations(task_id: str) -> list[str]:
     """Ids that differ from this one in every way somebody might try."""
     prefix, sealed = task_id[:5], task_id[5:]
     altered = [
@@ -27,34 +27,36 @@ def alterations(task_id: str) -> list[str]:
     return [*dict.fromkeys(each for each in altered if each != task_id)]
 
 
-async def test_altered_id(house: House) -> None:
+async def test_altered_id(house: RunningGateway) -> None:
     """Any alteration of an id is answered exactly like an id that never was, and asks the upstream nothing."""
     task_id = (await house.submit()).json()["id"]
     assert (await house.call("GET", f"/v1/tasks/{task_id}")).status_code == 200
-    never = problem(await house.call("GET", "/v1/tasks/task_never"), 404, "not-found")
-    for altered in alterations(task_id):
-        found = problem(await house.call("GET", f"/v1/tasks/{altered}"), 404, "not-found")
+    never = expect_problem(await house.call("GET", "/v1/tasks/task_never"), 404, "not-found")
+    for altered in iter_alterations(task_id):
+        found = expect_problem(await house.call("GET", f"/v1/tasks/{altered}"), 404, "not-found")
         assert found | {"instance": ""} == never | {"instance": ""}, altered
-    assert await house.upstream.checks() == 0
+    assert await house.upstream.count_checks() == 0
 
 
-async def test_somebody_elses_task(house: House) -> None:
+async def test_somebody_elses_task(house: RunningGateway) -> None:
     """A task of another tenant looks exactly like one that never was: same body, same headers, not in any list."""
     task = (await house.submit()).json()
     await house.put_tenant("other")
     other = await house.new_token("other")
     foreign = await house.call("GET", f"/v1/tasks/{task['id']}", token=other)
     never = await house.call("GET", "/v1/tasks/task_never", token=other)
-    assert problem(foreign, 404, "not-found") | {"instance": ""} == problem(never, 404, "not-found") | {"instance": ""}
+    assert expect_problem(foreign, 404, "not-found") | {"instance": ""} == expect_problem(never, 404, "not-found") | {
+        "instance": ""
+    }
     assert {*foreign.headers} == {*never.headers}
     tag = (await house.call("GET", task["links"]["self"])).headers["etag"]
     condition = {"If-None-Match": tag}
-    problem(await house.call("GET", task["links"]["self"], token=other, headers=condition), 404, "not-found")
+    expect_problem(await house.call("GET", task["links"]["self"], token=other, headers=condition), 404, "not-found")
     assert (await house.call("GET", "/v1/tasks", token=other)).json() == {"items": [], "next_cursor": None}
-    assert await house.upstream.checks() == 0
+    assert await house.upstream.count_checks() == 0
 
 
-async def test_somebody_elses_cursor(house: House) -> None:
+async def test_somebody_elses_cursor(house: RunningGateway) -> None:
     """A cursor leads on in its own list only."""
     tasks = [(await house.submit()).json()["id"] for _ in range(2)]
     first = (await house.call("GET", "/v1/tasks?limit=1")).json()
@@ -65,15 +67,15 @@ async def test_somebody_elses_cursor(house: House) -> None:
     other = await house.new_token("other")
     assert (await house.submit(token=other)).status_code == 201
     answer = await house.call("GET", "/v1/tasks", token=other, params={"cursor": first["next_cursor"]})
-    problem(answer, 400, "malformed-request")
+    expect_problem(answer, 400, "malformed-request")
 
 
-async def test_name_of_a_deleted_tenant(house: House) -> None:
+async def test_name_of_a_deleted_tenant(house: RunningGateway) -> None:
     """Who gets the name of a tenant that was deleted gets none of its tasks."""
     task = (await house.submit()).json()
-    assert (await house.admin("DELETE", "/tenants/shop?force=true")).status_code == 204
-    problem(await house.call("GET", task["links"]["self"]), 401, "unauthenticated")
+    assert (await house.call_admin("DELETE", "/tenants/shop?force=true")).status_code == 204
+    expect_problem(await house.call("GET", task["links"]["self"]), 401, "unauthenticated")
     await house.put_tenant()
     token = await house.new_token()
-    problem(await house.call("GET", task["links"]["self"], token=token), 404, "not-found")
+    expect_problem(await house.call("GET", task["links"]["self"], token=token), 404, "not-found")
     assert (await house.call("GET", "/v1/tasks", token=token)).json()["items"] == []

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import pytest
 
 from service.app import create_app
-from service.container import assembled
+from service.container import open_container
 from service.domain.tasks import Kind
 from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import Keys
-from tests.behaviour.following import following, until, waiting
-from tests.behaviour.house import ENVIRONMENT, House, real_house
-from tests.support.serving import serving
+from tests.behaviour.following import open_event_stream, start_waiting_read, wait_until
+from tests.behaviour.house import ENVIRONMENT, RunningGateway, run_real_gateway
+from tests.support.serving import serve_app
 from tests.support.valkey import Valkey
 
 POLL_SECONDS = 60
@@ -26,60 +26,62 @@ POLL_SECONDS = 60
 
 
 @dataclass
-class Pair:
+class TwoProcesses:
     """A process that watches, and one that only answers."""
 
-    watching: House
-    answering: House
+    poller: RunningGateway
+    reader: RunningGateway
 
 
 @pytest.fixture
-async def pair(valkey: Valkey) -> AsyncIterator[Pair]:
+async def pair(valkey: Valkey) -> AsyncIterator[TwoProcesses]:
     """Both processes at work over one store."""
     async with AsyncExitStack() as stack:
-        own = await stack.enter_async_context(real_house(valkey))
+        own = await stack.enter_async_context(run_real_gateway(valkey))
         given = {
             "GATEWAY_REDIS_URL": valkey.url,
             "GATEWAY_UPSTREAM_URL": "http://127.0.0.1:9",
             "GATEWAY_ROLE": "api",
             "GATEWAY_POLL_SECONDS": str(POLL_SECONDS),
         }
-        apart = await stack.enter_async_context(assembled(Settings.load(ENVIRONMENT | given)))
-        url = await stack.enter_async_context(serving(create_app(apart)))
-        await stack.enter_async_context(apart.working())
+        apart = await stack.enter_async_context(open_container(Settings.load(ENVIRONMENT | given)))
+        url = await stack.enter_async_context(serve_app(create_app(apart)))
+        await stack.enter_async_context(apart.run_jobs())
         connections = connect(valkey.url, timeout=5)
         stack.push_async_callback(connections.aclose)
-        channel = Keys("gw").changes_channel
+        channel = Keys("gw").task_events_channel
         async with asyncio.timeout(20):
-            while not apart.registry.ready or dict(await connections.commands.pubsub_numsub(channel)) != {
+            while not apart.registry.is_ready or dict(await connections.commands.pubsub_numsub(channel)) != {
                 channel.encode(): 1
             }:
                 await asyncio.sleep(0.001)
-        yield Pair(own, House(url, own.ops_url, own.http, apart, own.upstream, own.pass_time, own.token))
+        yield TwoProcesses(
+            own, RunningGateway(url, own.ops_url, own.http, apart, own.upstream, own.advance_time, own.token)
+        )
 
 
-async def test_woken_from_elsewhere(pair: Pair) -> None:
+async def test_woken_from_elsewhere(pair: TwoProcesses) -> None:
     """A wait and a stream are told the end that another process records, at once."""
-    task = (await pair.watching.submit()).json()
-    reading = await waiting(pair.answering, task["links"]["self"])
-    async with following(pair.answering, task) as stream:
-        await stream.next()
-        assert pair.answering.services.board.waiting == 2
-        await pair.watching.watch()
+    task = (await pair.poller.submit()).json()
+    reading = await start_waiting_read(pair.reader, task["links"]["self"])
+    async with open_event_stream(pair.reader, task) as stream:
+        await stream.next_event()
+        assert pair.reader.services.task_cache.subscription_count == 2
+        await pair.poller.poll_due_tasks()
         recorded = time.monotonic()
-        assert [event.task["state"] for event in await stream.rest()] == ["succeeded"]
+        assert [event.task["state"] for event in await stream.read_remaining()] == ["succeeded"]
     assert (await reading).json()["state"] == "succeeded"
     assert time.monotonic() - recorded < POLL_SECONDS / 10
 
 
-async def test_known_from_elsewhere(pair: Pair) -> None:
+async def test_known_from_elsewhere(pair: TwoProcesses) -> None:
     """What a process remembers of a task is brought up to date by what another one records."""
-    task = (await pair.watching.submit()).json()
-    read = await pair.answering.call("GET", task["links"]["self"])
+    task = (await pair.poller.submit()).json()
+    read = await pair.reader.call("GET", task["links"]["self"])
     assert read.json()["state"] == "queued"
-    board = pair.answering.services.board
-    (reservation,) = board._seen
-    await pair.watching.watch()
-    await until(lambda: board._seen[reservation].task.state.ended)
-    assert (await pair.answering.call("GET", task["links"]["self"])).json()["state"] == "succeeded"
-    assert list(board.pace._seconds) == [Kind.FACE_ENHANCE]
+    board = pair.reader.services.task_cache
+    (reservation,) = board._tasks
+    await pair.poller.poll_due_tasks()
+    await wait_until(lambda: board._tasks[reservation].task.state.is_final)
+    assert (await pair.reader.call("GET", task["links"]["self"])).json()["state"] == "succeeded"
+    assert list(board.durations._seconds) == [Kind.FACE_ENHANCE]

@@ -9,28 +9,28 @@ from typing import Any
 from service.storage.connections import connect
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.aftermath import EVERY_POLICY, problem
-from tests.behaviour.books import PRICE, opened_books
-from tests.behaviour.house import House
+from tests.behaviour.aftermath import UNREACHABLE_POLICIES, expect_problem
+from tests.behaviour.books import PRICE_YUAN, open_balance_harness
+from tests.behaviour.house import RunningGateway
 from tests.behaviour.spent import (
-    NOBODY,
-    all_usage,
-    counted,
-    later,
-    lost,
-    refund,
-    shown,
-    spend,
-    submission_of,
-    turned_up,
-    usage,
-    windows,
+    NO_SUBMISSIONS,
+    advance_to_next_window,
+    expect_json,
+    post_refund,
+    read_all_usage,
+    read_charged_today,
+    read_usage,
+    read_windows,
+    recover_task,
+    run_task,
+    submission_id_of,
+    submit_and_lose_response,
 )
 from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey
 
 
-def outcomes(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, int]]:
+def count_outcomes(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, int]]:
     """The submissions of each period and kind by outcome, without those that there are none of."""
     return {
         (each["period"], each["kind"]): {name: number for name, number in each["tasks"].items() if number}
@@ -38,238 +38,238 @@ def outcomes(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, int]]:
     }
 
 
-async def test_each_outcome(house: House) -> None:
+async def test_each_outcome(house: RunningGateway) -> None:
     """Every submission is counted once, under what became of it and its kind, also when that changes."""
-    assert (await usage(house))["items"] == []
-    today = (await usage(house))["to"]
-    await spend(house)
+    assert (await read_usage(house))["items"] == []
+    today = (await read_usage(house))["to"]
+    await run_task(house)
     await house.upstream.fail_next_task()
-    await spend(house)
+    await run_task(house)
     await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
-    problem(await house.submit("seamless"), 502, "upstream-rejected")
-    await house.admin("PUT", "/accounts/dead", json={"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"})
+    expect_problem(await house.submit("seamless"), 502, "upstream-rejected")
+    await house.call_admin("PUT", "/accounts/dead", json={"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"})
     await house.put_tenant(accounts=["dead"])
     await house.upstream.refuse_next(SubmitOutcome.NOT_SENT)
-    problem(await house.submit("seamless"), 503, "upstream-unavailable")
+    expect_problem(await house.submit("seamless"), 503, "upstream-unavailable")
     await house.put_tenant()
-    name = await lost(house, "vectorize")
+    name = await submit_and_lose_response(house, "vectorize")
     await house.submit()
-    found = await usage(house)
-    assert outcomes(found) == {
+    found = await read_usage(house)
+    assert count_outcomes(found) == {
         (today, "vectorize"): {"unknown": 1},
         (today, "face-enhance"): {"running": 1, "succeeded": 1, "failed": 1},
         (today, "seamless"): {"refused": 1, "not_sent": 1},
     }
-    assert found["total"]["tasks"] == dict.fromkeys(NOBODY, 1)
+    assert found["total"]["tasks"] == dict.fromkeys(NO_SUBMISSIONS, 1)
     assert found["total"]["charged"]["tasks"] == 4
     assert found["unknown_submissions"] == [{"id": name, "kind": "vectorize", "day": today}]
-    await turned_up(house, name)
-    found = await usage(house)
-    assert outcomes(found)[today, "vectorize"] == {"succeeded": 1}
+    await recover_task(house, name)
+    found = await read_usage(house)
+    assert count_outcomes(found)[today, "vectorize"] == {"succeeded": 1}
     assert found["unknown_submissions"] == []
 
 
-async def test_usage_is_what_the_windows_count(house: House) -> None:
+async def test_usage_is_what_the_windows_count(house: RunningGateway) -> None:
     """The usage of today equals its window, after every kind of change."""
-    await house.put_tenant(**EVERY_POLICY)
-    tasks = [await counted(house)]
-    task = await spend(house)
-    tasks.append(await counted(house))
+    await house.put_tenant(**UNREACHABLE_POLICIES)
+    tasks = [await read_charged_today(house)]
+    task = await run_task(house)
+    tasks.append(await read_charged_today(house))
     await house.upstream.fail_next_task()
-    await spend(house)
-    tasks.append(await counted(house))
-    name = await lost(house)
-    tasks.append(await counted(house))
-    await turned_up(house, name)
-    tasks.append(await counted(house))
-    shown(await refund(house, task=task["id"], reason="x"), 201)
-    tasks.append(await counted(house))
-    shown(await refund(house, submission=await lost(house, "seamless"), reason="y"), 201)
-    tasks.append(await counted(house))
+    await run_task(house)
+    tasks.append(await read_charged_today(house))
+    name = await submit_and_lose_response(house)
+    tasks.append(await read_charged_today(house))
+    await recover_task(house, name)
+    tasks.append(await read_charged_today(house))
+    expect_json(await post_refund(house, task=task["id"], reason="x"), 201)
+    tasks.append(await read_charged_today(house))
+    expect_json(await post_refund(house, submission=await submit_and_lose_response(house, "seamless"), reason="y"), 201)
+    tasks.append(await read_charged_today(house))
     await house.upstream.keep_running()
     await house.submit()
-    tasks.append(await counted(house))
+    tasks.append(await read_charged_today(house))
     assert [number for number, _ in tasks] == [0, 1, 2, 3, 3, 2, 2, 3]
 
 
 async def test_money(valkey: Valkey) -> None:
     """Uses and yuan add up to what the upstream took, by how they are known, and to what the windows count."""
-    async with opened_books(valkey) as books:
-        house = books.house
-        await books.give(2, 100)
-        await house.put_tenant(**EVERY_POLICY)
+    async with open_balance_harness(valkey) as books:
+        house = books.gateway
+        await books.set_balance(2, 100)
+        await house.put_tenant(**UNREACHABLE_POLICIES)
         for _ in range(4):
-            await books.spend()
-        spent = (await usage(house))["total"]["spent"]
-        assert spent["observed"] == {"count": 1, "money": 2 * PRICE}
+            await books.run_task()
+        spent = (await read_usage(house))["total"]["spent"]
+        assert spent["observed"] == {"count": 1, "money": 2 * PRICE_YUAN}
         assert spent["estimated"] == {"count": 1, "money": 0}
-        count, money = await books.held()
-        assert (2 - count, 100 - money) == (2, 2 * PRICE)
-        assert await counted(house) == (4, 2 * PRICE)
+        count, money = await books.upstream_balance()
+        assert (2 - count, 100 - money) == (2, 2 * PRICE_YUAN)
+        assert await read_charged_today(house) == (4, 2 * PRICE_YUAN)
 
 
 async def test_overrun(valkey: Valkey) -> None:
     """What a price came to beyond a limit on money shows in the quota of the tenant, and nothing beyond no limit."""
-    async with opened_books(valkey) as books:
-        house = books.house
-        await books.give(0, 100)
-        await books.spend()
-        await books.spend()
-        spent = (await usage(house))["total"]["charged"]["money"]
-        await house.put_tenant(limits=[{"window": "total", "money": spent + PRICE + 0.99, "tasks": 9}])
-        await books.turn(prices={"vector": PRICE + 1})
-        await books.spend()
-        policies = shown(await house.call("GET", "/v1/quota"))["policies"]
+    async with open_balance_harness(valkey) as books:
+        house = books.gateway
+        await books.set_balance(0, 100)
+        await books.run_task()
+        await books.run_task()
+        spent = (await read_usage(house))["total"]["charged"]["money"]
+        await house.put_tenant(limits=[{"window": "total", "money": spent + PRICE_YUAN + 0.99, "tasks": 9}])
+        await books.set_behaviour(prices={"vector": PRICE_YUAN + 1})
+        await books.run_task()
+        policies = expect_json(await house.call("GET", "/v1/quota"))["policies"]
         assert {each["policy"]: each["overrun"] for each in policies} == {"total-tasks": None, "total-money": 0.01}
-        assert shown(await house.admin("GET", "/tenants/shop"))["policies"] == policies
+        assert expect_json(await house.call_admin("GET", "/tenants/shop"))["policies"] == policies
 
 
 async def test_what_nothing_explains(valkey: Valkey) -> None:
     """What somebody else spends with the key of an account is no tenant's: the account shows it as unexplained."""
-    async with opened_books(valkey) as books:
-        await books.give(20, 100)
+    async with open_balance_harness(valkey) as books:
+        await books.set_balance(20, 100)
         for _ in range(2):
-            await books.spend()
-        assert (await books.account())["unexplained"] == {"count": 0, "money": 0}
-        await books.give(15, 100)
-        await books.spend()
-        assert (await books.account())["unexplained"] == {"count": 3, "money": 0}
-        assert (await usage(books.house))["total"]["charged"] == {"tasks": 3, "money": 0}
+            await books.run_task()
+        assert (await books.get_account())["unexplained"] == {"count": 0, "money": 0}
+        await books.set_balance(15, 100)
+        await books.run_task()
+        assert (await books.get_account())["unexplained"] == {"count": 3, "money": 0}
+        assert (await read_usage(books.gateway))["total"]["charged"] == {"tasks": 3, "money": 0}
 
 
-async def test_months(house: House) -> None:
+async def test_months(house: RunningGateway) -> None:
     """Each day, month and whole span has its own sum; without days it is the month of now, and empty days are out."""
-    first = await later(house, "month")
-    await spend(house)
-    second = await later(house)
-    await spend(house)
-    await spend(house, "seamless")
-    third = await later(house, "month")
-    await spend(house)
-    assert outcomes(await usage(house)) == {(str(third), "face-enhance"): {"succeeded": 1}}
-    assert (await usage(house))["from"] == (await usage(house))["to"] == str(third)
+    first = await advance_to_next_window(house, "month")
+    await run_task(house)
+    second = await advance_to_next_window(house)
+    await run_task(house)
+    await run_task(house, "seamless")
+    third = await advance_to_next_window(house, "month")
+    await run_task(house)
+    assert count_outcomes(await read_usage(house)) == {(str(third), "face-enhance"): {"succeeded": 1}}
+    assert (await read_usage(house))["from"] == (await read_usage(house))["to"] == str(third)
     since = f"from={first}"
-    assert Counter(each["period"] for each in (await usage(house, since))["items"]) == {
+    assert Counter(each["period"] for each in (await read_usage(house, since))["items"]) == {
         str(first): 1,
         str(second): 2,
         str(third): 1,
     }
-    by_month = await usage(house, f"{since}&interval=month&group_by=none")
+    by_month = await read_usage(house, f"{since}&interval=month&group_by=none")
     assert [(each["period"], each["charged"]["tasks"]) for each in by_month["items"]] == [
         (f"{first:%Y-%m}", 3),
         (f"{third:%Y-%m}", 1),
     ]
     assert {each["kind"] for each in by_month["items"]} == {None}
-    (whole,) = (await usage(house, f"{since}&interval=total&group_by=none"))["items"]
+    (whole,) = (await read_usage(house, f"{since}&interval=total&group_by=none"))["items"]
     assert (whole["period"], whole["charged"]["tasks"]) == (f"{first}/{third}", 4)
-    (only,) = (await usage(house, f"{since}&to={first}&interval=month"))["items"]
+    (only,) = (await read_usage(house, f"{since}&to={first}&interval=month"))["items"]
     assert only["charged"]["tasks"] == 1
-    in_its_month = await usage(house, f"to={second}")
+    in_its_month = await read_usage(house, f"to={second}")
     assert (in_its_month["from"], in_its_month["total"]["charged"]["tasks"]) == (str(first), 3)
     for query in (since, f"{since}&interval=month", f"{since}&interval=total", f"{since}&group_by=none"):
-        found = await usage(house, query)
+        found = await read_usage(house, query)
         assert sum(each["charged"]["tasks"] for each in found["items"]) == found["total"]["charged"]["tasks"] == 4
-    assert await windows(house) == {"day": (1, 0), "month": (1, 0), "total": (4, 0)}
+    assert await read_windows(house) == {"day": (1, 0), "month": (1, 0), "total": (4, 0)}
 
 
-async def test_midnight(house: House) -> None:
+async def test_midnight(house: RunningGateway) -> None:
     """A submission belongs to the day on which it was made, whenever it ends."""
-    before = await later(house)
+    before = await advance_to_next_window(house)
     await house.upstream.keep_running()
     task = (await house.submit()).json()
-    name = await lost(house, "seamless")
-    await later(house)
-    found = await usage(house, f"from={before}")
+    name = await submit_and_lose_response(house, "seamless")
+    await advance_to_next_window(house)
+    found = await read_usage(house, f"from={before}")
     expected = {(str(before), "face-enhance"): {"running": 1}, (str(before), "seamless"): {"unknown": 1}}
-    assert outcomes(found) == expected
+    assert count_outcomes(found) == expected
     assert found["unknown_submissions"][0] == {"id": name, "kind": "seamless", "day": str(before)}
     assert task["created_at"][:10] == str(before)
 
 
-async def test_all_tenants(house: House) -> None:
+async def test_all_tenants(house: RunningGateway) -> None:
     """Operators see each tenant with its id, or one of them, or the sum of all; a tenant sees its own alone."""
     await house.put_tenant("other")
     other = await house.new_token("other")
-    await spend(house)
-    await spend(house, token=other)
-    await spend(house, "seamless", token=other)
+    await run_task(house)
+    await run_task(house, token=other)
+    await run_task(house, "seamless", token=other)
     known = house.services.registry.current.tenants
-    found = (await all_usage(house))["items"]
+    found = (await read_all_usage(house))["items"]
     assert [(each["tenant"], each["tenant_id"], each["kind"]) for each in found] == [
         ("other", known["other"].id, "face-enhance"),
         ("other", known["other"].id, "seamless"),
         ("shop", known["shop"].id, "face-enhance"),
     ]
-    found = (await all_usage(house, "group_by=tenant"))["items"]
+    found = (await read_all_usage(house, "group_by=tenant"))["items"]
     assert [(each["tenant"], each["kind"], each["charged"]["tasks"]) for each in found] == [
         ("other", None, 2),
         ("shop", None, 1),
     ]
-    found = (await all_usage(house, "group_by=kind"))["items"]
+    found = (await read_all_usage(house, "group_by=kind"))["items"]
     assert [(each["tenant_id"], each["kind"], each["charged"]["tasks"]) for each in found] == [
         (None, "face-enhance", 2),
         (None, "seamless", 1),
     ]
-    filtered = await all_usage(house, "tenant=other&group_by=kind")
-    mine = await usage(house, token=other)
+    filtered = await read_all_usage(house, "tenant=other&group_by=kind")
+    mine = await read_usage(house, token=other)
     for report in (filtered, mine):
         assert report["total"]["charged"]["tasks"] == 2
     assert [{**each, "tenant": None, "tenant_id": None} for each in mine["items"]] == filtered["items"]
     assert "tenant" not in str(mine)
-    assert (await usage(house))["total"]["charged"]["tasks"] == 1
-    await lost(house)
-    await house.upstream.lose_next_answer()
+    assert (await read_usage(house))["total"]["charged"]["tasks"] == 1
+    await submit_and_lose_response(house)
+    await house.upstream.lose_next_response()
     assert (await house.submit(token=other)).status_code == 504
-    assert [each["tenant"] for each in (await all_usage(house))["unknown_submissions"]] == ["other", "shop"]
-    assert len((await usage(house))["unknown_submissions"]) == 1
+    assert [each["tenant"] for each in (await read_all_usage(house))["unknown_submissions"]] == ["other", "shop"]
+    assert len((await read_usage(house))["unknown_submissions"]) == 1
 
 
-async def test_deleted_tenants(house: House) -> None:
+async def test_deleted_tenants(house: RunningGateway) -> None:
     """What deleted tenants spent stays in the sums, under their names and ids, also when a name is given anew."""
-    await spend(house)
-    name = await lost(house)
+    await run_task(house)
+    name = await submit_and_lose_response(house)
     old = house.services.registry.current.tenants["shop"].id
-    before = await all_usage(house)
-    await house.admin("DELETE", "/tenants/shop")
-    assert await all_usage(house) == before
+    before = await read_all_usage(house)
+    await house.call_admin("DELETE", "/tenants/shop")
+    assert await read_all_usage(house) == before
     await house.put_tenant()
     house.token = await house.new_token()
-    assert (await usage(house))["total"]["charged"]["tasks"] == 0
-    await spend(house)
+    assert (await read_usage(house))["total"]["charged"]["tasks"] == 0
+    await run_task(house)
     new = house.services.registry.current.tenants["shop"].id
-    found = await all_usage(house, "tenant=shop")
+    found = await read_all_usage(house, "tenant=shop")
     assert [(each["tenant_id"], each["charged"]["tasks"]) for each in found["items"]] == [(old, 2), (new, 1)]
     assert found["total"]["charged"]["tasks"] == 3
     (unknown,) = found["unknown_submissions"]
     assert (unknown["id"], unknown["tenant"], unknown["tenant_id"]) == (name, "shop", old)
 
 
-async def test_deleted_while_running(house: House) -> None:
+async def test_deleted_while_running(house: RunningGateway) -> None:
     """What ends after its tenant was deleted is counted all the same."""
     task = (await house.submit()).json()
-    await house.admin("DELETE", "/tenants/shop?force=true")
-    await house.watch()
-    (row,) = (await all_usage(house))["items"]
+    await house.call_admin("DELETE", "/tenants/shop?force=true")
+    await house.poll_due_tasks()
+    (row,) = (await read_all_usage(house))["items"]
     assert (row["tenant"], row["tasks"]["succeeded"]) == ("shop", 1)
-    told = shown(await house.admin("GET", f"/submissions/{submission_of(house, task)}"))
+    told = expect_json(await house.call_admin("GET", f"/submissions/{submission_id_of(house, task)}"))
     assert (told["tenant"], told["task"]["state"]) == ("shop", "succeeded")
 
 
-async def test_kept_for_13_months(house: House) -> None:
+async def test_kept_for_13_months(house: RunningGateway) -> None:
     """Usage can be read for 13 months."""
-    day = await later(house)
-    await spend(house)
+    day = await advance_to_next_window(house)
+    await run_task(house)
     await house.advance(396 * 86_400)
-    found = await usage(house, f"from={day}&interval=total")
+    found = await read_usage(house, f"from={day}&interval=total")
     assert [each["charged"]["tasks"] for each in found["items"]] == [1]
 
 
 async def test_stored_for_13_months(valkey: Valkey) -> None:
     """What Redis keeps of a day stays for 13 months, and not for ever."""
-    async with opened_books(valkey) as books:
-        await books.spend()
-        today = (date.fromisoformat((await usage(books.house))["to"]) - date(1970, 1, 1)).days
-        tenant = books.house.services.registry.current.tenants["shop"].id
+    async with open_balance_harness(valkey) as books:
+        await books.run_task()
+        today = (date.fromisoformat((await read_usage(books.gateway))["to"]) - date(1970, 1, 1)).days
+        tenant = books.gateway.services.registry.current.tenants["shop"].id
         connections = connect(valkey.url, timeout=5)
         try:
             client: Any = connections.commands

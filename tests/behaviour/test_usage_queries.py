@@ -7,32 +7,42 @@ from typing import Any
 
 import pytest
 
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import House
-from tests.behaviour.spent import answered, flattened, later, lost, refund, rows, shown, spend, usage
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import RunningGateway
+from tests.behaviour.spent import (
+    advance_to_next_window,
+    expect_json,
+    flatten_item,
+    post_refund,
+    read_csv_rows,
+    read_usage,
+    request_media_type,
+    run_task,
+    submit_and_lose_response,
+)
 
 PATHS = ("/v1/usage", "/admin/v1/usage")
 
 
-async def test_csv_is_json(house: House) -> None:
+async def test_csv_is_json(house: RunningGateway) -> None:
     """CSV has the items of JSON, field by field, in columns that are the same whatever is asked."""
-    first = await later(house)
-    await spend(house)
-    shown(await refund(house, task=(await spend(house))["id"], reason="=1+1"), 201)
-    await lost(house, "seamless")
-    await later(house)
-    await spend(house, "vectorize")
+    first = await advance_to_next_window(house)
+    await run_task(house)
+    expect_json(await post_refund(house, task=(await run_task(house))["id"], reason="=1+1"), 201)
+    await submit_and_lose_response(house, "seamless")
+    await advance_to_next_window(house)
+    await run_task(house, "vectorize")
     heads = set()
     for path in PATHS:
         for groups in ("none", "kind", *(("tenant", "tenant,kind") if "admin" in path else ())):
             for interval in ("day", "month", "total"):
                 address = f"{path}?from={first}&interval={interval}&group_by={groups}"
-                items = shown(await answered(house, address, "application/json"))["items"]
-                found = await rows(house, address)
-                assert found == [flattened(each) for each in items]
+                items = expect_json(await request_media_type(house, address, "application/json"))["items"]
+                found = await read_csv_rows(house, address)
+                assert found == [flatten_item(each) for each in items]
                 heads.add((path, *found[0]))
     assert len(heads) == 2
-    nothing = await answered(house, f"{PATHS[0]}?to={first - timedelta(days=1)}", "text/csv")
+    nothing = await request_media_type(house, f"{PATHS[0]}?to={first - timedelta(days=1)}", "text/csv")
     assert (PATHS[0], *nothing.text.removesuffix("\r\n").split(",")) in heads
 
 
@@ -56,10 +66,10 @@ async def test_csv_is_json(house: House) -> None:
         ("", "application/json"),
     ],
 )
-async def test_who_wants_csv(house: House, accept: str, media_type: str) -> None:
+async def test_who_wants_csv(house: RunningGateway, accept: str, media_type: str) -> None:
     """CSV is for those who would rather have it; all others are served JSON. Caches are told."""
     for path in PATHS:
-        answer = await answered(house, path, accept)
+        answer = await request_media_type(house, path, accept)
         assert answer.status_code == 200
         assert answer.headers["content-type"].partition(";")[0] == media_type
         assert answer.headers["vary"] == "Accept"
@@ -67,9 +77,9 @@ async def test_who_wants_csv(house: House, accept: str, media_type: str) -> None
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_faulty_query(house: House, path: str) -> None:
+async def test_faulty_query(house: RunningGateway, path: str) -> None:
     """A parameter that is mistyped, repeated, or can't be what it must be is named rather than left out of account."""
-    today = date.fromisoformat((await usage(house))["to"])
+    today = date.fromisoformat((await read_usage(house))["to"])
     days = ["", "yesterday", "2026-1-1", "20260101", "2026-W01-1", "2026-02-30", "2026-01-01T00:00:00Z", "null"]
     days += ["٢٠٢٦-٠١-٠١", "0000-01-01", "0001-01-01", "9999-12-31", " 2026-01-01", "2026-01-01\n"]
     days += [str(today - timedelta(days=400)), str(today + timedelta(days=400))]
@@ -87,42 +97,42 @@ async def test_faulty_query(house: House, path: str) -> None:
     else:
         faulty["group_by"] += ["tenant", "tenant,kind"]
         faulty["tenant"] = ["shop"]
-    headers = {"Authorization": (await answered(house, path, "*/*")).request.headers["authorization"]}
+    headers = {"Authorization": (await request_media_type(house, path, "*/*")).request.headers["authorization"]}
     address = (house.ops_url if "admin" in path else house.url) + path
     for field, values in faulty.items():
         for value in values:
             answer = await house.http.get(address, params={field: value}, headers=headers)
-            document = problem(answer, 422, "invalid-options")
+            document = expect_problem(answer, 422, "invalid-options")
             assert [each["field"] for each in document["errors"]] == [field], value
             assert all(each["detail"] for each in document["errors"])
     for field, value in (("from", str(today)), ("interval", "day"), ("group_by", "kind")):
         answer = await house.http.get(f"{address}?{field}={value}&{field}={value}", headers=headers)
-        assert problem(answer, 422, "invalid-options")["errors"] == [
+        assert expect_problem(answer, 422, "invalid-options")["errors"] == [
             {"field": field, "detail": "is given more than once"}
         ]
 
 
-async def test_spans(house: House) -> None:
+async def test_spans(house: RunningGateway) -> None:
     """A report goes from a day to no earlier one, and spans at most 400 days, which may lie ahead."""
-    today = date.fromisoformat((await usage(house))["to"])
+    today = date.fromisoformat((await read_usage(house))["to"])
 
     async def asked(first: int, last: int) -> Any:
         days = {"from": today + timedelta(days=first), "to": today + timedelta(days=last)}
         return await house.call("GET", "/v1/usage", params={name: str(day) for name, day in days.items()})
 
     for first, last in ((0, 0), (-399, 0), (0, 399), (-200, 199), (5, 9)):
-        assert shown(await asked(first, last))["items"] == []
+        assert expect_json(await asked(first, last))["items"] == []
     for first, last in ((0, -1), (-200, 200), (1, -399)):
-        document = problem(await asked(first, last), 422, "invalid-options")
+        document = expect_problem(await asked(first, last), 422, "invalid-options")
         assert [each["field"] for each in document["errors"]] == ["from"]
-    document = problem(await asked(-400, 400), 422, "invalid-options")
+    document = expect_problem(await asked(-400, 400), 422, "invalid-options")
     assert [each["field"] for each in document["errors"]] == ["from", "to"]
     assert str(today) in document["detail"]
 
 
-async def test_who_may_ask(house: House) -> None:
+async def test_who_may_ask(house: RunningGateway) -> None:
     """Usage is told to nobody without a token, whatever is wrong with the query, and that of all to no tenant."""
     for query in ("", "?form=x"):
-        problem(await house.call("GET", f"/v1/usage{query}", token=""), 401, "unauthenticated")
-        problem(await house.http.get(f"{house.ops_url}/admin/v1/usage{query}"), 401, "unauthenticated")
-    problem(await house.call("GET", "/admin/v1/usage"), 404, "not-found")
+        expect_problem(await house.call("GET", f"/v1/usage{query}", token=""), 401, "unauthenticated")
+        expect_problem(await house.http.get(f"{house.ops_url}/admin/v1/usage{query}"), 401, "unauthenticated")
+    expect_problem(await house.call("GET", "/admin/v1/usage"), 404, "not-found")

@@ -8,59 +8,59 @@ from typing import Any
 
 import pytest
 
-from service.api.uploads import Submission
-from service.usecases.ports import Answered
-from tests.behaviour.aftermath import problem
-from tests.behaviour.following import checked, until, waiting
-from tests.behaviour.house import House, house_of_fakes
+from service.api.uploads import Upload
+from service.usecases.ports import CheckOutcome
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.following import poll_with_outcomes, start_waiting_read, wait_until
+from tests.behaviour.house import RunningGateway, run_fake_gateway
 from tests.behaviour.keyed import KEY
-from tests.support.images import png
+from tests.support.images import make_png
 
-RUNNING, SUCCEEDED = Answered.RUNNING, Answered.SUCCEEDED
+RUNNING, SUCCEEDED = CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED
 PREFERS = {"Prefer": "wait=60"}
 
 
 @pytest.fixture
-async def task(house: House) -> dict[str, Any]:
+async def task(house: RunningGateway) -> dict[str, Any]:
     """A task that runs."""
     task: dict[str, Any] = (await house.submit()).json()
     return task
 
 
-def path(task: dict[str, Any]) -> str:
+def task_path(task: dict[str, Any]) -> str:
     """Where a task is read."""
     found: str = task["links"]["self"]
     return found
 
 
-async def test_woken_by_the_end(house: House, task: dict[str, Any]) -> None:
+async def test_woken_by_the_end(house: RunningGateway, task: dict[str, Any]) -> None:
     """A read that waits is answered with the end when that is recorded, and by no change before it."""
-    reading = await waiting(house, path(task))
-    await checked(house, RUNNING)
+    reading = await start_waiting_read(house, task_path(task))
+    await poll_with_outcomes(house, RUNNING)
     assert not reading.done()
-    await checked(house, SUCCEEDED)
+    await poll_with_outcomes(house, SUCCEEDED)
     answer = await reading
     assert (answer.status_code, answer.json()["state"]) == (200, "succeeded")
     assert answer.headers["preference-applied"] == "wait=60"
     assert "retry-after" not in answer.headers
-    assert answer.json() == (await house.call("GET", path(task))).json()
-    assert house.services.board.waiting == 0
+    assert answer.json() == (await house.call("GET", task_path(task))).json()
+    assert house.services.task_cache.subscription_count == 0
 
 
-async def test_ended_already(house: House, task: dict[str, Any]) -> None:
+async def test_ended_already(house: RunningGateway, task: dict[str, Any]) -> None:
     """Nobody waits for a task that has ended."""
-    await checked(house, SUCCEEDED)
+    await poll_with_outcomes(house, SUCCEEDED)
     async with asyncio.timeout(20):
-        answer = await house.call("GET", path(task), headers=PREFERS)
+        answer = await house.call("GET", task_path(task), headers=PREFERS)
     assert answer.json()["state"] == "succeeded"
     assert answer.headers["preference-applied"] == "wait=60"
 
 
-async def test_time_over(house: House, task: dict[str, Any]) -> None:
+async def test_time_over(house: RunningGateway, task: dict[str, Any]) -> None:
     """When the time is over the task is told as it is then, and when to ask again."""
-    await checked(house, RUNNING)
-    tag = (await house.call("GET", path(task))).headers["etag"]
-    reading = await waiting(house, path(task), 1)
+    await poll_with_outcomes(house, RUNNING)
+    tag = (await house.call("GET", task_path(task))).headers["etag"]
+    reading = await start_waiting_read(house, task_path(task), 1)
     answer = await reading
     assert (answer.status_code, answer.json()["state"]) == (200, "running")
     assert answer.headers["preference-applied"] == "wait=1"
@@ -69,163 +69,163 @@ async def test_time_over(house: House, task: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("prefer", ["wait=0", "wait=soon", "respond-async"])
-async def test_no_wish_to_wait(house: House, task: dict[str, Any], prefer: str) -> None:
+async def test_no_wish_to_wait(house: RunningGateway, task: dict[str, Any], prefer: str) -> None:
     """Another preference, or one that makes no sense, changes nothing."""
-    answer = await house.call("GET", path(task), headers={"Prefer": prefer})
+    answer = await house.call("GET", task_path(task), headers={"Prefer": prefer})
     assert (answer.status_code, answer.json()["state"]) == (200, "queued")
     assert "preference-applied" not in answer.headers
 
 
-async def test_not_changed_after_a_wait(house: House, task: dict[str, Any]) -> None:
+async def test_not_changed_after_a_wait(house: RunningGateway, task: dict[str, Any]) -> None:
     """Who knows the version that is current after the wait is told that with 304, and else gets the task."""
-    tag = (await house.call("GET", path(task))).headers["etag"]
-    readings = [await waiting(house, path(task), 1, if_none_match=tag) for _ in range(2)]
+    tag = (await house.call("GET", task_path(task))).headers["etag"]
+    readings = [await start_waiting_read(house, task_path(task), 1, if_none_match=tag) for _ in range(2)]
     for reading in readings:
         answer = await reading
         assert (answer.status_code, answer.content) == (304, b"")
         assert answer.headers["preference-applied"] == "wait=1"
-    reading = await waiting(house, path(task), if_none_match=tag)
-    await checked(house, SUCCEEDED)
+    reading = await start_waiting_read(house, task_path(task), if_none_match=tag)
+    await poll_with_outcomes(house, SUCCEEDED)
     assert (await reading).status_code == 200
 
 
-async def test_submission_that_waits(house: House) -> None:
+async def test_submission_that_waits(house: RunningGateway) -> None:
     """A submission can be answered with the end of its task; it is still a 201 with all that belongs to it."""
     submitting = asyncio.create_task(house.submit(headers=PREFERS))
-    await until(lambda: house.services.board.waiting == 1)
-    await checked(house, SUCCEEDED)
+    await wait_until(lambda: house.services.task_cache.subscription_count == 1)
+    await poll_with_outcomes(house, SUCCEEDED)
     answer = await submitting
     task = answer.json()
     assert (answer.status_code, task["state"]) == (201, "succeeded")
-    assert answer.headers["location"] == path(task)
+    assert answer.headers["location"] == task_path(task)
     assert answer.headers["preference-applied"] == "wait=60"
-    assert answer.headers["etag"] == (await house.call("GET", path(task))).headers["etag"]
+    assert answer.headers["etag"] == (await house.call("GET", task_path(task))).headers["etag"]
     assert not {"retry-after", "age"} & answer.headers.keys()
 
 
-async def test_replay_obeys_its_own_wish(house: House) -> None:
+async def test_replay_obeys_its_own_wish(house: RunningGateway) -> None:
     """A repeated submission waits if it wants to itself, whatever the first wanted."""
     key = {"Idempotency-Key": KEY}
     first = await house.submit(headers=key)
     assert first.json()["state"] == "queued"
     repeating = asyncio.create_task(house.submit(headers=key | PREFERS))
-    await until(lambda: house.services.board.waiting == 1)
+    await wait_until(lambda: house.services.task_cache.subscription_count == 1)
     assert (await house.submit(headers=key)).json()["state"] == "queued"
-    await checked(house, SUCCEEDED)
+    await poll_with_outcomes(house, SUCCEEDED)
     answer = await repeating
     assert (answer.status_code, answer.json()["state"]) == (201, "succeeded")
     assert answer.headers["idempotent-replayed"] == "true"
     assert answer.headers["preference-applied"] == "wait=60"
 
 
-async def test_the_process_ends(house: House, task: dict[str, Any]) -> None:
+async def test_the_process_ends(house: RunningGateway, task: dict[str, Any]) -> None:
     """When the process ends all who wait are told at once what is known, and nobody begins to wait any more."""
-    readings = [await waiting(house, path(task)) for _ in range(3)]
-    house.services.lifecycle.drain()
+    readings = [await start_waiting_read(house, task_path(task)) for _ in range(3)]
+    house.services.lifecycle.start_draining()
     async with asyncio.timeout(20):
-        answers = [*await asyncio.gather(*readings), await house.call("GET", path(task), headers=PREFERS)]
+        answers = [*await asyncio.gather(*readings), await house.call("GET", task_path(task), headers=PREFERS)]
     for answer in answers:
         assert (answer.status_code, answer.json()["state"]) == (200, "queued")
         assert answer.headers["preference-applied"] == "wait=60"
         assert answer.headers["retry-after"] == "3"
 
 
-async def test_who_leaves_is_forgotten(house: House, task: dict[str, Any]) -> None:
+async def test_who_leaves_is_forgotten(house: RunningGateway, task: dict[str, Any]) -> None:
     """A client that leaves holds nothing any more, be it that it read or that it submitted."""
-    reading = await waiting(house, path(task))
+    reading = await start_waiting_read(house, task_path(task))
     submitting = asyncio.create_task(house.submit(headers=PREFERS))
-    await until(lambda: house.services.board.waiting == 2)
+    await wait_until(lambda: house.services.task_cache.subscription_count == 2)
     for call in (reading, submitting):
         call.cancel()
     await asyncio.gather(reading, submitting, return_exceptions=True)
-    await until(lambda: house.services.board.waiting == 0)
-    assert house.services.board.watched() == []
+    await wait_until(lambda: house.services.task_cache.subscription_count == 0)
+    assert house.services.task_cache.subscribed_ids() == []
 
 
-async def test_no_more_than_so_many(house: House, task: dict[str, Any]) -> None:
+async def test_no_more_than_so_many(house: RunningGateway, task: dict[str, Any]) -> None:
     """Beyond so many nobody waits: a read is refused for now, a submission is accepted and answered at once."""
-    house.services.board._most_watchers = 1
-    reading = await waiting(house, path(task))
-    refused = await house.call("GET", path(task), headers=PREFERS)
-    problem(refused, 503, "overloaded")
+    house.services.task_cache._max_subscriptions = 1
+    reading = await start_waiting_read(house, task_path(task))
+    refused = await house.call("GET", task_path(task), headers=PREFERS)
+    expect_problem(refused, 503, "overloaded")
     assert int(refused.headers["retry-after"]) > 0
     accepted = await house.submit(headers=PREFERS)
     assert (accepted.status_code, accepted.json()["state"]) == (201, "queued")
     assert "preference-applied" not in accepted.headers
-    assert (await house.call("GET", path(task))).status_code == 200
-    await checked(house, SUCCEEDED)
+    assert (await house.call("GET", task_path(task))).status_code == 200
+    await poll_with_outcomes(house, SUCCEEDED)
     assert (await reading).json()["state"] == "succeeded"
 
 
-async def test_tenant_removed_meanwhile(house: House, task: dict[str, Any]) -> None:
+async def test_tenant_removed_meanwhile(house: RunningGateway, task: dict[str, Any]) -> None:
     """Who waits for a task when its tenant is removed is answered all the same."""
-    reading = await waiting(house, path(task))
-    assert (await house.admin("DELETE", "/tenants/shop?force=true")).status_code == 204
-    await checked(house, SUCCEEDED)
+    reading = await start_waiting_read(house, task_path(task))
+    assert (await house.call_admin("DELETE", "/tenants/shop?force=true")).status_code == 204
+    await poll_with_outcomes(house, SUCCEEDED)
     assert (await reading).status_code == 200
 
 
 @pytest.mark.parametrize("head", [False, True])
-async def test_others_are_told_nothing(house: House, task: dict[str, Any], head: bool) -> None:
+async def test_others_are_told_nothing(house: RunningGateway, task: dict[str, Any], head: bool) -> None:
     """A wait for somebody else's task, or without a token, is refused at once."""
     await house.put_tenant("other")
     method = "HEAD" if head else "GET"
     async with asyncio.timeout(20):
-        other = await house.call(method, path(task), token=await house.new_token("other"), headers=PREFERS)
-        nobody = await house.call(method, path(task), token="", headers=PREFERS)
+        other = await house.call(method, task_path(task), token=await house.new_token("other"), headers=PREFERS)
+        nobody = await house.call(method, task_path(task), token="", headers=PREFERS)
     assert (other.status_code, nobody.status_code) == (404, 401)
 
 
-async def test_counted_apart(house: House, task: dict[str, Any]) -> None:
+async def test_counted_apart(house: RunningGateway, task: dict[str, Any]) -> None:
     """Waits are counted while they last, and their time is not mixed with that of other requests."""
-    reading = await waiting(house, path(task))
+    reading = await start_waiting_read(house, task_path(task))
     assert "gateway_waiting_clients 1.0" in (await house.http.get(f"{house.ops_url}/metrics")).text
-    await checked(house, SUCCEEDED)
+    await poll_with_outcomes(house, SUCCEEDED)
     await reading
-    await house.call("GET", path(task))
+    await house.call("GET", task_path(task))
     metrics = (await house.http.get(f"{house.ops_url}/metrics")).text
     labels = '{method="GET",port="tenants",route="/v1/tasks/{task_id}"}'
-    for name in ("gateway_http_held_duration_seconds", "gateway_http_request_duration_seconds"):
+    for name in ("gateway_http_stream_duration_seconds", "gateway_http_request_duration_seconds"):
         assert f"{name}_count{labels} 1.0" in metrics
     assert "gateway_waiting_clients 0.0" in metrics
 
 
 async def test_the_image_is_not_kept() -> None:
     """While a submission waits for the end of its task nothing of its image is held any more."""
-    async with house_of_fakes() as (house, _, upstream):
-        submitting = asyncio.create_task(house.submit(image=png(), headers=PREFERS))
-        await until(lambda: house.services.board.waiting == 1)
+    async with run_fake_gateway() as (house, _, upstream):
+        submitting = asyncio.create_task(house.submit(image=make_png(), headers=PREFERS))
+        await wait_until(lambda: house.services.task_cache.subscription_count == 1)
         upstream.submits.clear()
         gc.collect()
-        assert not [each for each in gc.get_objects() if type(each) is Submission]
-        await checked(house, SUCCEEDED)
+        assert not [each for each in gc.get_objects() if type(each) is Upload]
+        await poll_with_outcomes(house, SUCCEEDED)
         assert (await submitting).status_code == 201
 
 
 async def test_the_store_is_away() -> None:
     """Who waits when the store goes away waits on, and is answered when it is back and has the end."""
-    async with house_of_fakes() as (house, ledger, _):
+    async with run_fake_gateway() as (house, ledger, _):
         task = (await house.submit()).json()
-        reading = await waiting(house, path(task))
-        in_vain = await waiting(house, path(task), 1)
-        ledger.away = True
+        reading = await start_waiting_read(house, task_path(task))
+        in_vain = await start_waiting_read(house, task_path(task), 1)
+        ledger.is_unavailable = True
         answer = await in_vain
         assert (answer.status_code, answer.json()["state"]) == (200, "queued")
         assert answer.headers["preference-applied"] == "wait=1"
         assert not reading.done()
-        ledger.away = False
-        await checked(house, SUCCEEDED)
+        ledger.is_unavailable = False
+        await poll_with_outcomes(house, SUCCEEDED)
         assert (await reading).json()["state"] == "succeeded"
 
 
 async def test_the_task_vanishes() -> None:
     """Who waits for a task that the store loses is told in time what was known of it."""
-    async with house_of_fakes() as (house, ledger, _):
+    async with run_fake_gateway() as (house, ledger, _):
         task = (await house.submit()).json()
-        reading = await waiting(house, path(task), 1)
-        board = house.services.board
-        await until(lambda: all(map(board.newest, board.watched())))  # it has seen what is about to vanish
-        for kept in (ledger.tasks, ledger.reservations, ledger.due, ledger.tenants):
+        reading = await start_waiting_read(house, task_path(task), 1)
+        board = house.services.task_cache
+        await wait_until(lambda: all(map(board.latest, board.subscribed_ids())))  # it has seen what is about to vanish
+        for kept in (ledger.tasks, ledger.reservations, ledger.due_checks, ledger.tenants):
             kept.clear()
         answer = await reading
         assert (answer.status_code, answer.json()["state"]) == (200, "queued")

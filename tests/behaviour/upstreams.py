@@ -7,27 +7,27 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from service.clients.vendor_api import in_english
-from service.domain.ledger import Figures
+from service.clients.vendor_api import translate_reason
+from service.domain.ledger import Balance
 from service.domain.tasks import TaskError
-from service.sandbox.app import Control
-from service.sandbox.faults import Dials, Fault
-from service.sandbox.store import Balance
-from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
+from service.sandbox.app import SandboxControl
+from service.sandbox.faults import Behaviour, Fault
+from service.sandbox.store import AccountBalance
+from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome, SubmitResult
 from tests.fakes import FakeUpstream
 
 USER_KEY = "upstream-key-main"
 
 
-class Upstream(ABC):
+class UpstreamControl(ABC):
     """What a test can make the upstream do, and what it can ask it."""
 
     @abstractmethod
-    async def submits(self) -> int:
+    async def count_submits(self) -> int:
         """How many submits arrived."""
 
     @abstractmethod
-    async def checks(self) -> int:
+    async def count_checks(self) -> int:
         """How many checks arrived."""
 
     @abstractmethod
@@ -39,7 +39,7 @@ class Upstream(ABC):
         """Refuse the next submit: REJECTED for a reason, EXHAUSTED or INVALID_ACCOUNT, NOT_SENT at a dead address."""
 
     @abstractmethod
-    async def lose_next_answer(self) -> None:
+    async def lose_next_response(self) -> None:
         """Take the next submit and let its answer be lost."""
 
     @abstractmethod
@@ -51,85 +51,87 @@ class Upstream(ABC):
         """Let the next task fail."""
 
     @abstractmethod
-    async def idle(self) -> None:
+    async def wait_until_idle(self) -> None:
         """Wait until it has done its work."""
 
 
-class FakeControl(Upstream):
+class FakeUpstreamControl(UpstreamControl):
     """Steers the upstream in memory."""
 
     def __init__(self, upstream: FakeUpstream) -> None:
         self._upstream = upstream
 
-    async def submits(self) -> int:
+    async def count_submits(self) -> int:
         return len(self._upstream.submits)
 
-    async def checks(self) -> int:
+    async def count_checks(self) -> int:
         return len(self._upstream.checks)
 
     async def set_balance(self, count: int, money: int) -> None:
         self._upstream.count, self._upstream.money = count, money * 100
 
     async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
-        self._upstream.next_submits.append(Submitted(outcome=outcome, reason=reason, reason_en=in_english(reason)))
+        self._upstream.next_submits.append(
+            SubmitResult(outcome=outcome, reason=reason, reason_en=translate_reason(reason))
+        )
 
-    async def lose_next_answer(self) -> None:
-        self._upstream.next_submits.append(Submitted(outcome=SubmitOutcome.UNKNOWN))
+    async def lose_next_response(self) -> None:
+        self._upstream.next_submits.append(SubmitResult(outcome=SubmitOutcome.UNKNOWN))
 
     async def keep_running(self) -> None:
-        self._upstream.next_checks += [Check(answered=Answered.RUNNING)] * 1_000
+        self._upstream.next_checks += [CheckResult(outcome=CheckOutcome.RUNNING)] * 1_000
 
     async def fail_next_task(self) -> None:
         error = TaskError("task-failed", "It failed.")
-        self._upstream.next_checks.append(Check(answered=Answered.FAILED, error=error, figures=Figures()))
+        self._upstream.next_checks.append(CheckResult(outcome=CheckOutcome.FAILED, error=error, balance=Balance()))
 
-    async def idle(self) -> None:
+    async def wait_until_idle(self) -> None:
         pass
 
 
-class SandboxControl(Upstream):
+class SandboxUpstreamControl(UpstreamControl):
     """Steers the sandbox."""
 
-    def __init__(self, control: Control) -> None:
-        self._control = control
-        self._dials = Dials()
+    def __init__(self, control: SandboxControl) -> None:
+        self.control = control
+        self._behaviour = Behaviour()
 
-    async def _add(self, **changes: Any) -> None:
-        self._dials = replace(self._dials, **changes)
-        await self._control.set_dials(self._dials)
+    async def update_behaviour(self, **changes: Any) -> None:
+        self._behaviour = replace(self._behaviour, **changes)
+        await self.control.set_behaviour(self._behaviour)
 
-    async def _fault(self, fault: Fault) -> None:
-        await self._add(faults=(fault,))  # one that was set before, and may be used up, would begin anew
+    async def _set_fault(self, fault: Fault) -> None:
+        await self.update_behaviour(faults=(fault,))  # one that was set before, and may be used up, would begin anew
 
-    async def submits(self) -> int:
-        return sum(each.operation == "submit" for each in await self._control.requests())
+    async def count_submits(self) -> int:
+        return sum(each.operation == "submit" for each in await self.control.list_requests())
 
-    async def checks(self) -> int:
-        return sum(each.operation == "check" for each in await self._control.requests())
+    async def count_checks(self) -> int:
+        return sum(each.operation == "check" for each in await self.control.list_requests())
 
     async def set_balance(self, count: int, money: int) -> None:
-        await self._control.set_account(USER_KEY, Balance(count=count, money=money))
+        await self.control.set_account(USER_KEY, AccountBalance(count=count, money=money))
 
     async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
         if outcome is SubmitOutcome.NOT_SENT:
             return  # an account at a dead address does it
         words = {SubmitOutcome.EXHAUSTED: "账户剩余次数不足", SubmitOutcome.INVALID_ACCOUNT: "账户不存在"}
         refuse = words.get(outcome, f"任务提交失败:{reason}")
-        await self._fault(Fault(on="submit", times=1, refuse=refuse))
+        await self._set_fault(Fault(on="submit", times=1, refuse=refuse))
 
-    async def lose_next_answer(self) -> None:
-        await self._fault(Fault(on="submit", times=1, reply="reset"))
+    async def lose_next_response(self) -> None:
+        await self._set_fault(Fault(on="submit", times=1, reply="reset"))
 
-    async def answer_after(self, seconds: float) -> None:
+    async def delay_next_response(self, seconds: float) -> None:
         """Take so long over the next submit."""
-        await self._fault(Fault(on="submit", times=1, latency=seconds))
+        await self._set_fault(Fault(on="submit", times=1, latency=seconds))
 
     async def keep_running(self) -> None:
-        await self._add(seconds=3_600)
+        await self.update_behaviour(seconds=3_600)
 
     async def fail_next_task(self) -> None:
-        await self._fault(Fault(on="submit", times=1, fail="it could not be done"))
+        await self._set_fault(Fault(on="submit", times=1, fail="it could not be done"))
 
-    async def idle(self) -> None:
-        if not self._dials.seconds:
-            await self._control.idle()
+    async def wait_until_idle(self) -> None:
+        if not self._behaviour.seconds:
+            await self.control.wait_until_idle()

@@ -11,30 +11,30 @@ from pathlib import Path
 
 import click
 
-from tests.bench.comparison import OTHER, Comparison, checkouts
-from tests.bench.figures import Benchmark, table
+from tests.bench.comparison import OTHER, Comparison, commit_ids
+from tests.bench.figures import Benchmark, format_table
 from tests.bench.ledger import ledger
 from tests.bench.memory import memory
 from tests.bench.peers.tools import require_tools, versions
 from tests.bench.plot import draw
-from tests.bench.report import about, as_json, derive, results_file, tables
-from tests.bench.scraping import scraping, watched
+from tests.bench.report import add_ratios, describe_run, format_json, format_results, format_tables
+from tests.bench.scraping import request_overhead, scraping
 from tests.bench.waiting import waiting
-from tests.bench.watching import watching
-from tests.bench.workloads import QUICK, WORKLOADS, titles
+from tests.bench.watching import polling
+from tests.bench.workloads import QUICK, WORKLOADS, row_titles
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "ledger": ledger,
     "memory": memory,
     "waiting": waiting,
-    "watching": watching,
+    "watching": polling,
     "scraping": scraping,
-    "watched": watched,
+    "watched": request_overhead,
 }
 RESULTS = Path(__file__).with_name("results")
 
 
-def _named(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+def _parse_rows(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     names = tuple(value.split(",")) if value else ()
     if unknown := set(names) - set(WORKLOADS):
         raise click.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(WORKLOADS)}")
@@ -44,7 +44,7 @@ def _named(_context: click.Context, _parameter: click.Parameter, value: str | No
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1, type=click.Choice(list(BENCHMARKS)))
 @click.option("--quick", is_flag=True, help="The main rows in three minutes, printed only.")
-@click.option("--rows", callback=_named, metavar="NAME,...", help=f"Only these of {', '.join(WORKLOADS)}.")
+@click.option("--rows", callback=_parse_rows, metavar="NAME,...", help=f"Only these of {', '.join(WORKLOADS)}.")
 @click.option(
     "--against",
     type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
@@ -66,7 +66,7 @@ def main(
     if names:
         for name in names:
             click.echo(f"{name}: {(BENCHMARKS[name].__doc__ or '').splitlines()[0]}")
-            click.echo(table(asyncio.run(BENCHMARKS[name]())))
+            click.echo(format_table(asyncio.run(BENCHMARKS[name]())))
         return
     require_tools()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all that was started is ended
@@ -82,13 +82,13 @@ def main(
                 except Exception as error:  # noqa: BLE001 - what was measured so far is not lost
                     failed.append(name)
                     click.echo(f"{name} FAILED: {error!r}", err=True)
-    results = derive(comparison.results())
-    click.echo(tables(results, titles()))
+    results = add_ratios(comparison.results())
+    click.echo(format_tables(results, row_titles()))
     if save:
-        facts = about(checkouts(comparison), versions(), _command(), rounds)
+        facts = describe_run(commit_ids(comparison), versions(), _command(), rounds)
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "results.json").write_text(as_json(facts, results))
-        (RESULTS / "RESULTS.md").write_text(results_file(facts, results, titles(), "results.png"))
+        (RESULTS / "results.json").write_text(format_json(facts, results))
+        (RESULTS / "RESULTS.md").write_text(format_results(facts, results, row_titles(), "results.png"))
         draw(results, f"Gateway {facts['commit']} beside its references, {facts['date']}", RESULTS / "results.png")
     if failed:
         raise click.ClickException(f"these workloads failed: {', '.join(failed)}")

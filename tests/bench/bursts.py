@@ -11,36 +11,36 @@ from contextlib import ExitStack
 
 import uvloop
 
-from tests.bench.comparison import Comparison, started
+from tests.bench.comparison import Comparison, run_candidate
 from tests.bench.gateways import ALL, API, FASTAPI, LUA, Target
 from tests.bench.images import LARGE, SMALL, random_png
-from tests.bench.load import Answers, Request, at_once, closed_loop, open_loop, percentile, probe
-from tests.support.images import png
+from tests.bench.load import Answers, Request, closed_loop, open_loop, percentile, probe, send_all
+from tests.support.images import make_png
 
-AT_ONCE = {32: "32 x 10 MB", 64: "64 x 10 MB", 256: "256 x 10 MB"}
-WAITERS = "1,000 waiters"
-OVERLOAD = {SMALL: "overload, 300 KB", LARGE: "overload, 10 MB"}
-_LATER_SECONDS = 30
+LARGE_ROWS = {32: "32 x 10 MB", 64: "64 x 10 MB", 256: "256 x 10 MB"}
+WAITERS_ROW = "1,000 waiters"
+OVERLOAD_ROWS = {SMALL: "overload, 300 KB", LARGE: "overload, 10 MB"}
+_SAMPLE_DELAY_SECONDS = 30
 _WAITERS = 1_000
 _ARRIVALS_PER_SECOND = 50
 _WAIT_SECONDS = 20
 """When the vendor is asked for the first time, which ends a task: by then all clients wait."""
-_FACTOR = 3
-_MOST_PER_SECOND = 6_000
+_OVERLOAD_FACTOR = 3
+_MAX_PER_SECOND = 6_000
 _OVERLOAD_SECONDS = 8
-_PATIENCE_SECONDS = 30
+_TIMEOUT_SECONDS = 30
 """When a client of the overload gives up."""
 
 
 def large_at_once(comparison: Comparison) -> None:
     """32, 64 and 256 images of 10 MB are submitted at the same moment."""
-    for number, row in AT_ONCE.items():
+    for number, row in LARGE_ROWS.items():
         with ExitStack() as stack:
             measured = []
             for candidate in comparison.gateways(API, ALL) + comparison.references(LUA, FASTAPI):
-                _, target = stack.enter_context(started(comparison, candidate))
+                _, target = stack.enter_context(run_candidate(comparison, candidate))
                 figures, errors = _submit_at_once(target, number)
-                later = _Later(target)
+                later = _MemorySampler(target)
                 later.start()
                 measured.append((candidate, figures, errors, later))
             for candidate, figures, errors, later in measured:
@@ -48,11 +48,11 @@ def large_at_once(comparison: Comparison) -> None:
                 comparison.add(row, candidate.name, figures | {"later_mib": later.resident_mib}, errors)
 
 
-class _Later(threading.Timer):
+class _MemorySampler(threading.Timer):
     """Reads the memory of a server some time later, while others are measured."""
 
     def __init__(self, target: Target) -> None:
-        super().__init__(_LATER_SECONDS, self._read)
+        super().__init__(_SAMPLE_DELAY_SECONDS, self._read)
         self.daemon = True
         self.resident_mib = math.nan
         self._target = target
@@ -65,8 +65,8 @@ def _submit_at_once(target: Target, number: int) -> tuple[dict[str, float], Coun
     idle = target.server.resident_mib()
     target.server.reset_peak()
     begun = time.monotonic()
-    request = target.submission(random_png(LARGE))
-    answers = uvloop.run(at_once(target.url, request, number, connections=number))
+    request = target.submit_request(random_png(LARGE))
+    answers = uvloop.run(send_all(target.url, request, number, connections=number))
     figures = {
         "per_second": len(answers.succeeded()) / (time.monotonic() - begun),
         "idle_mib": idle,
@@ -81,15 +81,15 @@ def waiters(comparison: Comparison) -> None:
         with comparison.environment(tasks="finished") as env:
             env.settings["GATEWAY_POLL_SECONDS"] = str(_WAIT_SECONDS)
             with candidate.start(env) as target:
-                comparison.add(WAITERS, candidate.name, *_wait(target))
+                comparison.add(WAITERS_ROW, candidate.name, *_measure_waiters(target))
 
 
-def _wait(target: Target) -> tuple[dict[str, float], Counter[str]]:
+def _measure_waiters(target: Target) -> tuple[dict[str, float], Counter[str]]:
     server = target.server
     idle = server.resident_mib()
     server.reset_peak()
     used = server.cpu_seconds()
-    request = target.submission(png()).with_headers(Prefer="wait=60")
+    request = target.submit_request(make_png()).with_headers(Prefer="wait=60")
     seconds = _WAITERS / _ARRIVALS_PER_SECOND
     answers = uvloop.run(open_loop(target.url, request, rate=_ARRIVALS_PER_SECOND, seconds=seconds, timeout=90))
     used = server.cpu_seconds() - used
@@ -107,24 +107,24 @@ def _wait(target: Target) -> tuple[dict[str, float], Counter[str]]:
 
 def overload_small(comparison: Comparison) -> None:
     """Images of 300 KB come three times as fast as the gateway can take them."""
-    _overload(comparison, SMALL)
+    _measure_overload(comparison, SMALL)
 
 
 def overload_large(comparison: Comparison) -> None:
     """Images of 10 MB come three times as fast as the gateway can take them."""
-    _overload(comparison, LARGE)
+    _measure_overload(comparison, LARGE)
 
 
-def _overload(comparison: Comparison, size: int) -> None:
+def _measure_overload(comparison: Comparison, size: int) -> None:
     image = random_png(size)
     for candidate in comparison.gateways(API):
-        with started(comparison, candidate) as (_, target):
-            request = target.submission(image)
+        with run_candidate(comparison, candidate) as (_, target):
+            request = target.submit_request(image)
             capacity = closed_loop(target.url, request, connections=16, seconds=3).per_second
-            rate = min(_FACTOR * capacity, _MOST_PER_SECOND)
+            rate = min(_OVERLOAD_FACTOR * capacity, _MAX_PER_SECOND)
             target.server.reset_peak()
             begun = time.monotonic()
-            answers, health = uvloop.run(_offer(target, request, rate))
+            answers, health = uvloop.run(_send_overload(target, request, rate))
             seconds = time.monotonic() - begun
             times, counts = answers.succeeded(), answers.counts()
             figures = {
@@ -140,16 +140,16 @@ def _overload(comparison: Comparison, size: int) -> None:
             # A refusal is what is expected here.
             shown = {f"answers {status}": float(count) for status, count in sorted(counts.items()) if status.isdigit()}
             errors = Counter({status: count for status, count in counts.items() if not status.isdigit()})
-            comparison.add(OVERLOAD[size], candidate.name, figures | shown, errors)
+            comparison.add(OVERLOAD_ROWS[size], candidate.name, figures | shown, errors)
 
 
-async def _offer(target: Target, request: Request, rate: float) -> tuple[Answers, list[Answers]]:
+async def _send_overload(target: Target, request: Request, rate: float) -> tuple[Answers, list[Answers]]:
     """Offer more than can be taken, while both ports are asked for their health."""
     health, done = [Answers(), Answers()], asyncio.Event()
     async with asyncio.TaskGroup() as group:
         for url, answers in zip((target.url, target.ops_url), health, strict=True):
-            group.create_task(probe(url, "/healthz", answers, done.is_set, timeout=_PATIENCE_SECONDS))
-        answers = await open_loop(target.url, request, rate=rate, seconds=_OVERLOAD_SECONDS, timeout=_PATIENCE_SECONDS)
+            group.create_task(probe(url, "/healthz", answers, done.is_set, timeout=_TIMEOUT_SECONDS))
+        answers = await open_loop(target.url, request, rate=rate, seconds=_OVERLOAD_SECONDS, timeout=_TIMEOUT_SECONDS)
         done.set()
     return answers, health
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tests.bench.comparison import Comparison, started
-from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY, Candidate, Target, upscale
+from tests.bench.comparison import Comparison, run_candidate
+from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY, Candidate, Target, upscale_request
 from tests.bench.images import LARGE, SMALL, random_png
 from tests.bench.load import Request, closed_loop
 from tests.bench.peers.stub import SUBMIT_PATHS
-from tests.support.images import png
+from tests.support.images import make_png
 
 CONNECTIONS = (1, 16, 64)
 QUICK_CONNECTIONS = (1, 16)
@@ -21,7 +21,7 @@ _SLOW_SECONDS = 2.0
 
 def read(comparison: Comparison) -> None:
     """One running task is read again and again."""
-    _load(comparison, READ, _candidates(comparison), lambda target: target.reading(target.submit(png())))
+    _load(comparison, READ, _candidates(comparison), lambda target: target.read_request(target.submit(make_png())))
 
 
 def submit_small(comparison: Comparison) -> None:
@@ -38,9 +38,9 @@ def slow_vendor(comparison: Comparison) -> None:
     """Images of 300 KB are submitted to a vendor that takes 2 s for each answer."""
     image = random_png(SMALL)
     for candidate in comparison.gateways(API, ALL) + comparison.references(LUA, FASTAPI):
-        with started(comparison, candidate, delay_seconds=_SLOW_SECONDS) as (_, target):
+        with run_candidate(comparison, candidate, delay_seconds=_SLOW_SECONDS) as (_, target):
             seconds = max(comparison.seconds * 3, 5)
-            request = target.submission(image)
+            request = target.submit_request(image)
             comparison.measure(SLOW_VENDOR, candidate, target, request, connections=64, seconds=seconds)
 
 
@@ -53,11 +53,11 @@ def _candidates(comparison: Comparison) -> list[Candidate]:
 def _submit(comparison: Comparison, row: str, image: bytes, seconds: int) -> None:
     for _ in range(comparison.rounds):
         with comparison.environment() as env:
-            request = upscale(SUBMIT_PATHS["upscale"], image)
+            request = upscale_request(SUBMIT_PATHS["upscale"], image)
             load = closed_loop(env.stub.url, request, connections=1, seconds=_WARM_UP_SECONDS)
         figures = {"per_second": load.per_second, "p50_ms": load.p50_ms, "p99_ms": load.p99_ms}
         comparison.add(row, DIRECT, figures, load.errors, connections=1)
-    _load(comparison, row, _candidates(comparison), lambda target: target.submission(image), seconds)
+    _load(comparison, row, _candidates(comparison), lambda target: target.submit_request(image), seconds)
 
 
 def _load(
@@ -70,7 +70,7 @@ def _load(
     """Load each server with more and more connections; a server is started anew for each round."""
     seconds = seconds or comparison.seconds
     for candidate in comparison.alternate(candidates):
-        with started(comparison, candidate) as (_, target):
+        with run_candidate(comparison, candidate) as (_, target):
             request = prepare(target)
             closed_loop(target.url, request, connections=16, seconds=_WARM_UP_SECONDS)
             for connections in QUICK_CONNECTIONS if comparison.quick else CONNECTIONS:

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import click
 
-from tests.bench.gateways import HERE, Candidate, Environment, Target, commit, environment
+from tests.bench.gateways import HERE, Candidate, Environment, Target, describe_commit, open_environment
 from tests.bench.load import Load, Request, closed_loop
 
 _FILES = 16_384
@@ -46,8 +46,8 @@ class Comparison:
     quick: bool = False
     server_cpu: int = 0
     load_cpu: int = 0
-    _measured: dict[tuple[str, str, int], list[tuple[dict[str, float], Counter[str]]]] = field(default_factory=dict)
-    _opened: ExitStack = field(default_factory=ExitStack)
+    _runs: dict[tuple[str, str, int], list[tuple[dict[str, float], Counter[str]]]] = field(default_factory=dict)
+    _stack: ExitStack = field(default_factory=ExitStack)
     _seeded: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -61,7 +61,7 @@ class Comparison:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._opened.close()
+        self._stack.close()
 
     def gateways(self, *roles: str) -> list[Candidate]:
         """The gateway in these roles; that of the other checkout as well, if there is one."""
@@ -74,11 +74,11 @@ class Comparison:
 
     def environment(self, **stub: Any) -> AbstractContextManager[Environment]:
         """An empty store and a vendor for one server."""
-        return environment(self.server_cpu, self.load_cpu, **stub)
+        return open_environment(self.server_cpu, self.load_cpu, **stub)
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:
         """Open something that stays open until the end of the run."""
-        return self._opened.enter_context(context)
+        return self._stack.enter_context(context)
 
     @property
     def seeded(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Comparison:
         self, row: str, server: str, figures: dict[str, float], errors: Counter[str], *, connections: int = 0
     ) -> None:
         """Note what was measured of a server in a workload."""
-        self._measured.setdefault((row, server, connections), []).append((figures, errors))
+        self._runs.setdefault((row, server, connections), []).append((figures, errors))
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in figures.items())
         at = f" at {connections}" if connections else ""
         failed = f"  ERRORS {dict(errors)}" if errors else ""
@@ -110,7 +110,7 @@ class Comparison:
                 {name: median(figures[name] for figures, _ in runs) for name in runs[0][0]},
                 dict(sum((errors for _, errors in runs), Counter[str]())),
             )
-            for (row, server, connections), runs in self._measured.items()
+            for (row, server, connections), runs in self._runs.items()
         ]
 
     def measure(
@@ -134,12 +134,14 @@ class Comparison:
 
 
 @contextmanager
-def started(comparison: Comparison, candidate: Candidate, **stub: Any) -> Iterator[tuple[Environment, Target]]:
+def run_candidate(comparison: Comparison, candidate: Candidate, **stub: Any) -> Iterator[tuple[Environment, Target]]:
     """A server with an empty store and a vendor of its own."""
     with comparison.environment(**stub) as env, candidate.start(env) as target:
         yield env, target
 
 
-def checkouts(comparison: Comparison) -> dict[str, str]:
+def commit_ids(comparison: Comparison) -> dict[str, str]:
     """The commits that are compared."""
-    return {"commit": commit(HERE)} | ({OTHER: commit(comparison.against)} if comparison.against else {})
+    return {"commit": describe_commit(HERE)} | (
+        {OTHER: describe_commit(comparison.against)} if comparison.against else {}
+    )

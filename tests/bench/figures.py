@@ -11,29 +11,29 @@ from typing import Any
 class Figure:
     """Something that was measured; `most` is the target, which it may reach but not pass, if there is one."""
 
-    what: str
+    name: str
     value: float
     unit: str
-    most: float | None = None
+    target: float | None = None
 
     @property
-    def reached(self) -> bool | None:
+    def is_reached(self) -> bool | None:
         """Whether the target is reached; None without one."""
-        return None if self.most is None else self.value <= self.most
+        return None if self.target is None else self.value <= self.target
 
 
 Benchmark = Callable[[], Coroutine[Any, Any, Sequence[Figure]]]
 
 
-def table(figures: Sequence[Figure]) -> str:
+def format_table(figures: Sequence[Figure]) -> str:
     """The figures below each other, with their targets beside them."""
-    width = max(len(each.what) for each in figures)
+    width = max(len(each.name) for each in figures)
     return "\n".join(
-        f"  {each.what:<{width}} {each.value:>9,.1f} {each.unit:<6} {_verdict(each)}".rstrip() for each in figures
+        f"  {each.name:<{width}} {each.value:>9,.1f} {each.unit:<6} {_format_target(each)}".rstrip() for each in figures
     )
 
 
-def _verdict(figure: Figure) -> str:
-    if figure.most is None:
+def _format_target(figure: Figure) -> str:
+    if figure.target is None:
         return ""
-    return f"target {figure.most:,.0f}: {'reached' if figure.reached else 'MISSED'}"
+    return f"target {figure.target:,.0f}: {'reached' if figure.is_reached else 'MISSED'}"

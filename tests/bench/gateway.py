@@ -16,38 +16,38 @@ from httpx2 import AsyncClient
 
 from service.domain.tasks import Task
 from service.storage.connections import connect
-from service.storage.ledger import Spans
-from service.storage.redis import Keys, Scripts
-from service.storage.tasks import RedisTasks
-from tests.bench.upstream import upstream
-from tests.process.gateway import Gateway, serving
-from tests.support.images import png
-from tests.support.valkey import running
+from service.storage.ledger import Retention
+from service.storage.redis import Keys, RedisScripts
+from service.storage.tasks import RedisTaskStore
+from tests.bench.upstream import run_upstream
+from tests.process.gateway import GatewayProcess, run_gateway
+from tests.support.images import make_png
+from tests.support.valkey import run_valkey
 
 KEYS = Keys("bench")
-_AT_ONCE = 16
-_HOUR = 3_600_000
+_CONCURRENCY = 16
+_HOUR_MS = 3_600_000
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchGateway:
     """What a benchmark works with: the process, the tasks as the store has them, and what is beside them."""
 
-    gateway: Gateway
+    gateway: GatewayProcess
     upstream: str
     store: Any
-    tasks: RedisTasks
+    tasks: RedisTaskStore
     http: AsyncClient
 
     async def submit(self, number: int) -> list[Task]:
         """Submit so many images, and have their tasks checked as often as if somebody looked at each of them."""
         headers = {"Authorization": f"Bearer {self.gateway.token}"}
-        gate = asyncio.Semaphore(_AT_ONCE)
+        gate = asyncio.Semaphore(_CONCURRENCY)
 
         async def one() -> None:
             async with gate:
-                files = {"image": ("a.png", png(), "image/png")}
+                files = {"image": ("a.png", make_png(), "image/png")}
                 url = f"{self.gateway.url}/v1/tasks/face-enhance"
                 (await self.http.post(url, headers=headers, files=files)).raise_for_status()
 
@@ -57,7 +57,7 @@ class Bench:
         found = []
         async for key in self.store.scan_iter(KEYS.task("*"), count=1_000):
             reservation = key.decode().removeprefix(KEYS.task(""))
-            await self.store.set(KEYS.interest(reservation), "", px=_HOUR)
+            await self.store.set(KEYS.poll_watched(reservation), "", px=_HOUR_MS)
             task = await self.tasks.get(reservation)
             assert task
             found.append(task[0])
@@ -76,7 +76,7 @@ class Bench:
         (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
         return int(line.split()[1]) / 1024
 
-    async def waiting(self, number: int) -> None:
+    async def wait_for_waiters(self, number: int) -> None:
         """Wait until so many clients wait."""
         until = time.monotonic() + 60
         while f"\ngateway_waiting_clients {number}.0" not in (await self.http.get(self.metrics_url)).text:
@@ -90,11 +90,13 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(*, role: str, latency: float, state: str = "Running", **settings: str) -> AsyncIterator[Bench]:
+async def run_bench_gateway(
+    *, role: str, latency: float, state: str = "Running", **settings: str
+) -> AsyncIterator[BenchGateway]:
     """A gateway that has started, with an upstream that takes so many seconds to tell this state of each task."""
     async with AsyncExitStack() as stack:
-        store = stack.enter_context(running())
-        address = stack.enter_context(upstream(latency, state))
+        store = stack.enter_context(run_valkey())
+        address = stack.enter_context(run_upstream(latency, state))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         given = {
             "GATEWAY_REDIS_URL": store.url,
@@ -104,9 +106,9 @@ async def bench(*, role: str, latency: float, state: str = "Running", **settings
             "GATEWAY_ROLE": role,
             "GATEWAY_LOG_LEVEL": "warning",
         }
-        gateway = stack.enter_context(serving(folder, **given, **settings))
+        gateway = stack.enter_context(run_gateway(folder, **given, **settings))
         connections = connect(store.url, timeout=60)
         stack.push_async_callback(connections.aclose)
-        tasks = RedisTasks(Scripts(connections.commands), KEYS, Spans())
+        tasks = RedisTaskStore(RedisScripts(connections.commands), KEYS, Retention())
         http = await stack.enter_async_context(AsyncClient(timeout=60, trust_env=False))
-        yield Bench(gateway, address, connections.commands, tasks, http)
+        yield BenchGateway(gateway, address, connections.commands, tasks, http)

@@ -16,21 +16,21 @@ from typing import Any
 
 import httpx2
 
-from tests.bench.load import Request, form
+from tests.bench.load import Request, encode_form
 from tests.bench.peers.processes import Server, serving
 from tests.bench.peers.references import fastapi_gateway, nginx_lua, nginx_proxy
 from tests.bench.peers.stub import USER_KEY, vendor_stub
-from tests.support.valkey import free_port, running
+from tests.support.valkey import find_free_port, run_valkey
 
 HERE = Path(__file__).parents[2]
 API, ALL, API_AND_WORKER = "api", "all", "api + worker"
 PROXY, LUA, FASTAPI = "nginx proxy", "nginx+Lua", "FastAPI"
 REFERENCES = (PROXY, LUA, FASTAPI)
-_PLENTY = 10**9
+_UNLIMITED = 10**9
 _TENANT = {
     "accounts": ["main"],
-    "limits": [{"window": "day", "tasks": _PLENTY}, {"window": "month", "tasks": _PLENTY}],
-    "max_active": _PLENTY,
+    "limits": [{"window": "day", "tasks": _UNLIMITED}, {"window": "month", "tasks": _UNLIMITED}],
+    "max_active": _UNLIMITED,
 }
 _OPTIONS = (("scale", "2"), ("prompt", "a lighthouse at dusk, film grain"), ("metadata", '{"order": "2026-004217"}'))
 _START_SECONDS = 30.0
@@ -52,9 +52,9 @@ class Environment:
 
 
 @contextmanager
-def environment(server_cpu: int, load_cpu: int, **stub: Any) -> Iterator[Environment]:
+def open_environment(server_cpu: int, load_cpu: int, **stub: Any) -> Iterator[Environment]:
     """A vendor and an empty store that keeps what it acknowledged, both on the CPU of the load."""
-    with running("--appendonly", "yes") as store, vendor_stub(load_cpu, **stub) as vendor:
+    with run_valkey("--appendonly", "yes") as store, vendor_stub(load_cpu, **stub) as vendor:
         for thread in Path(f"/proc/{store.process.pid}/task").iterdir():
             os.sched_setaffinity(int(thread.name), {load_cpu})
         yield Environment(server_cpu, load_cpu, vendor, store.url)
@@ -77,25 +77,25 @@ class Target:
     def authorization(self) -> tuple[str, str]:
         return ("Authorization", f"Bearer {self.server.token or 'none'}")  # the plain proxy checks no token
 
-    def submission(self, image: bytes) -> Request:
+    def submit_request(self, image: bytes) -> Request:
         """A submission of an image, with options as callers give them."""
-        return upscale("/v1/tasks/upscale", image, self.authorization)
+        return upscale_request("/v1/tasks/upscale", image, self.authorization)
 
-    def reading(self, *task_ids: str) -> Request:
+    def read_request(self, *task_ids: str) -> Request:
         """Reads of these tasks in turn."""
         return Request("GET", tuple(f"/v1/tasks/{each}" for each in task_ids), (self.authorization,))
 
     def submit(self, image: bytes) -> str:
         """Submit an image; the id of its task."""
-        request = self.submission(image)
+        request = self.submit_request(image)
         answer = httpx2.post(self.url + request.paths[0], headers=dict(request.headers), content=request.body)
         found = answer.raise_for_status().json()
         return str(found.get("id") or found["task_id"])
 
 
-def upscale(path: str, image: bytes, *headers: tuple[str, str]) -> Request:
+def upscale_request(path: str, image: bytes, *headers: tuple[str, str]) -> Request:
     """The form of a submission, to whichever server."""
-    content_type, body = form(_OPTIONS, ("image", image))
+    content_type, body = encode_form(_OPTIONS, ("image", image))
     return Request("POST", (path,), (*headers, ("Content-Type", content_type)), body)
 
 
@@ -112,17 +112,17 @@ class Candidate:
         return f"{self.kind} ({self.label})" if self.label else self.kind
 
     @property
-    def data(self) -> str:
+    def data_format(self) -> str:
         """What servers have in common that can take over each other's stores."""
         return f"gateway {self.label}" if self.checkout else self.kind
 
     def start(self, env: Environment) -> AbstractContextManager[Target]:
         """Run it until the context ends."""
-        return _gateway(self, env) if self.checkout else _reference(self.kind, env)
+        return _run_gateway(self, env) if self.checkout else _run_reference(self.kind, env)
 
 
 @contextmanager
-def _reference(kind: str, env: Environment) -> Iterator[Target]:
+def _run_reference(kind: str, env: Environment) -> Iterator[Target]:
     begun = time.monotonic()
     if kind == PROXY:
         started = nginx_proxy(env.stub, env.server_cpu)
@@ -135,34 +135,34 @@ def _reference(kind: str, env: Environment) -> Iterator[Target]:
 
 
 @contextmanager
-def _gateway(candidate: Candidate, env: Environment) -> Iterator[Target]:
+def _run_gateway(candidate: Candidate, env: Environment) -> Iterator[Target]:
     with ExitStack() as stack:
         role = candidate.kind if candidate.kind != API_AND_WORKER else API
         begun = time.monotonic()
-        server, ops_url = stack.enter_context(_process(candidate, role, env, env.server_cpu))
+        server, ops_url = stack.enter_context(_run_process(candidate, role, env, env.server_cpu))
         taken = time.monotonic() - begun
         if role != "worker":
             env.token = env.token or _make_tenant(ops_url, env)
             _wait_for_token(server.url, env.token)
         if candidate.kind == API_AND_WORKER:
-            stack.enter_context(_process(candidate, "worker", env, env.load_cpu))
+            stack.enter_context(_run_process(candidate, "worker", env, env.load_cpu))
         yield Target(Server(candidate.name, server.url, server.pids, env.token), taken, ops_url, env.admin_token)
 
 
 @contextmanager
-def attendant(candidate: Candidate, env: Environment) -> Iterator[Target]:
+def run_reader_gateway(candidate: Candidate, env: Environment) -> Iterator[Target]:
     """A gateway in role `api` on the same store, but on the CPU of the load: it makes and reads tasks for others."""
     aside = Environment(env.load_cpu, env.load_cpu, env.stub, env.redis_url, env.admin_token, env.secret_key, env.token)
-    with _gateway(Candidate(API, candidate.checkout, candidate.label), aside) as target:
+    with _run_gateway(Candidate(API, candidate.checkout, candidate.label), aside) as target:
         env.token = aside.token
         yield target
 
 
 @contextmanager
-def _process(candidate: Candidate, role: str, env: Environment, cpu: int) -> Iterator[tuple[Server, str]]:
+def _run_process(candidate: Candidate, role: str, env: Environment, cpu: int) -> Iterator[tuple[Server, str]]:
     """One process of the gateway, and the address of its operators' port."""
     assert candidate.checkout
-    port, ops_port = free_port(), free_port()
+    port, ops_port = find_free_port(), find_free_port()
     url, ops_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ops_port}"
     settings = {
         "GATEWAY_ENV": "production",
@@ -204,7 +204,7 @@ def _wait_for_token(url: str, token: str) -> None:
         time.sleep(0.05)
 
 
-def commit(checkout: Path) -> str:
+def describe_commit(checkout: Path) -> str:
     """The commit of a checkout, marked if its files differ from it."""
     head = _git(checkout, "rev-parse", "--short=12", "HEAD")
     results = ":(exclude)tests/bench/results"  # what the run before this one wrote

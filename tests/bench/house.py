@@ -12,61 +12,71 @@ import msgspec
 from redis.asyncio import Redis
 
 from service.crypto import KEY_BYTES, Keyring
-from service.domain.ledger import Figures, Granted, ReservationState
-from service.domain.tasks import Artifact, ArtifactName, Kind, Reference, TaskIds, UpscaleOptions
+from service.domain.ledger import Balance, Grant, ReservationState
+from service.domain.tasks import Artifact, ArtifactName, Kind, TaskIdCodec, TaskReference, UpscaleOptions
 from service.domain.tenants import Account, AccountPolicy, Limit, Tenant, TenantPolicy, Window
 from service.storage.connections import connect
-from service.storage.ledger import DAY, RedisLedger, Spans
-from service.storage.redis import Keys, Scripts
+from service.storage.ledger import DAY_MS, RedisLedger, Retention
+from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
-from service.storage.tasks import RedisTasks
-from service.usecases.ports import Answered, Ask, Check, Due, Ledger, RegistryChange, Settlement, TaskDraft, Tasks
-from tests.support.valkey import running
+from service.storage.tasks import RedisTaskStore
+from service.usecases.ports import (
+    CheckOutcome,
+    CheckResult,
+    ClaimedCheck,
+    Ledger,
+    NewTask,
+    RegistryChange,
+    ReserveRequest,
+    Settlement,
+    TaskStore,
+)
+from tests.support.valkey import run_valkey
 
 T = TypeVar("T")
 
 _TENANT, _ACCOUNT, _KIND = 1, 2, Kind.UPSCALE
-_PLENTY = 10**9
-_POLICY = TenantPolicy(tuple(Limit(window, _PLENTY, _PLENTY) for window in Window), max_active=_PLENTY)
-_PRICES = AccountPolicy(floor_money=10_000, max_price=dict.fromkeys(Kind, 300))
+_UNLIMITED = 10**9
+_POLICY = TenantPolicy(tuple(Limit(window, _UNLIMITED, _UNLIMITED) for window in Window), max_active=_UNLIMITED)
+_PRICES = AccountPolicy(floor_money_fen=10_000, max_price=dict.fromkeys(Kind, 300))
 _OPTIONS = msgspec.json.encode(UpscaleOptions(scale=4.0, prompt="a lighthouse at dusk, film grain", vector=True))
 _METADATA = msgspec.json.encode({"order": "2026-004217", "customer": "north-sea-prints"})
 _UPSTREAM_ID = "4f1c9e7a-53d8-4b02-9a6e-0c2d7be81f34"
-_RESULTS = f"https://results.example.com/output/2026/11/22/{_UPSTREAM_ID}"
-_FIGURES = Figures(count=0, money=_PLENTY)
-_ENDED = Check(
-    answered=Answered.SUCCEEDED,
+_RESULT_URL = f"https://results.example.com/output/2026/11/22/{_UPSTREAM_ID}"
+_BALANCE = Balance(count=0, money_fen=_UNLIMITED)
+_SUCCEEDED_CHECK = CheckResult(
+    outcome=CheckOutcome.SUCCEEDED,
     artifacts=(
-        Artifact(ArtifactName.IMAGE, f"{_RESULTS}_upscale.png"),
-        Artifact(ArtifactName.VECTOR, f"{_RESULTS}_vector.svg"),
+        Artifact(ArtifactName.IMAGE, f"{_RESULT_URL}_upscale.png"),
+        Artifact(ArtifactName.VECTOR, f"{_RESULT_URL}_vector.svg"),
     ),
-    figures=_FIGURES,
+    balance=_BALANCE,
 )
 
 
 @dataclass(frozen=True)
-class Work:
+class CallCost:
     """What some calls cost, on average: microseconds of the server in scripts, and round trips."""
 
     micros: float
     round_trips: float
 
 
-class Server:
+class MeasuredServer:
     """What a server says of itself, asked on a connection that nobody else uses."""
 
     def __init__(self, client: Redis) -> None:
         self.client = client
 
-    async def watch(self, calls: int, doing: Coroutine[Any, Any, T]) -> tuple[T, Work]:
+    async def measure(self, calls: int, work: Coroutine[Any, Any, T]) -> tuple[T, CallCost]:
         """What comes of something that makes so many calls, and what one of them costs."""
         await self.client.config_resetstat()
-        done = await doing
+        done = await work
         told = await self.client.info("stats", "commandstats")
         reads = told["total_reads_processed"] - 1  # without the question
-        return done, Work(told["cmdstat_evalsha"]["usec"] / calls, reads / calls)
+        return done, CallCost(told["cmdstat_evalsha"]["usec"] / calls, reads / calls)
 
-    async def idle(self, times: int) -> None:
+    async def run_noop(self, times: int) -> None:
         """Run a script that does nothing so many times."""
         script = await self.client.script_load("return 1")
         for _ in range(times):
@@ -85,60 +95,60 @@ class Server:
         return found
 
 
-class House:
+class BusyTenant:
     """A tenant under limits on tasks and money in every window, and on active tasks; each submission goes by itself."""
 
-    def __init__(self, ledger: Ledger, tasks: Tasks, server: Server) -> None:
+    def __init__(self, ledger: Ledger, tasks: TaskStore, server: MeasuredServer) -> None:
         self.server = server
         self._ledger = ledger
         self._tasks = tasks
-        self._ids = TaskIds(Keyring([bytes(KEY_BYTES)]).purpose("bench"))
+        self._ids = TaskIdCodec(Keyring([bytes(KEY_BYTES)]).derive("bench"))
 
-    async def reserve(self, times: int) -> list[tuple[Ask, Granted]]:
+    async def reserve(self, times: int) -> list[tuple[ReserveRequest, Grant]]:
         """Hold so many places."""
         held = []
         for _ in range(times):
-            ask = Ask(secrets.token_hex(16), _TENANT, (_ACCOUNT,), _KIND)
+            ask = ReserveRequest(secrets.token_hex(16), _TENANT, (_ACCOUNT,), _KIND)
             verdict, _ = await self._ledger.reserve(ask)
-            if not isinstance(verdict, Granted):
+            if not isinstance(verdict, Grant):
                 raise TypeError(verdict)
             held.append((ask, verdict))
         return held
 
-    async def accept(self, held: list[tuple[Ask, Granted]]) -> None:
+    async def accept(self, held: list[tuple[ReserveRequest, Grant]]) -> None:
         """Settle places as accepted, which makes them tasks."""
         for ask, verdict in held:
-            sealed = Reference(_TENANT, _ACCOUNT, _KIND, verdict.now, ask.reservation, _UPSTREAM_ID)
+            sealed = TaskReference(_TENANT, _ACCOUNT, _KIND, verdict.now, ask.reservation, _UPSTREAM_ID)
             await self._ledger.settle(
                 Settlement(
                     reservation=ask.reservation,
                     tenant=_TENANT,
                     account=_ACCOUNT,
                     kind=_KIND,
-                    created=verdict.now,
+                    created_at=verdict.now,
                     outcome=ReservationState.ACCEPTED,
-                    figures=_FIGURES,
-                    draft=TaskDraft(self._ids.seal(sealed), msgspec.Raw(_OPTIONS), msgspec.Raw(_METADATA)),
+                    balance=_BALANCE,
+                    new_task=NewTask(self._ids.encode(sealed), msgspec.Raw(_OPTIONS), msgspec.Raw(_METADATA)),
                 )
             )
 
-    async def claim(self, most: int) -> list[Due]:
+    async def claim(self, most: int) -> list[ClaimedCheck]:
         """Take tasks to be checked, which nobody gets again."""
-        return list(await self._tasks.claim(most))
+        return list(await self._tasks.claim_checks(most))
 
-    async def end(self, due: list[Due]) -> None:
+    async def finish(self, due: list[ClaimedCheck]) -> None:
         """Record that tasks have succeeded."""
         for each in due:
-            await self._tasks.record(each, _ENDED)
+            await self._tasks.record_check(each, _SUCCEEDED_CHECK)
 
 
 @asynccontextmanager
-async def house() -> AsyncIterator[House]:
+async def open_busy_tenant() -> AsyncIterator[BusyTenant]:
     """A house on an empty server, whose tasks are due for a check at once."""
-    spans, keys = Spans(check_after=0, claim=DAY), Keys("bench")
-    with running() as store:
+    spans, keys = Retention(check_interval_ms=0, claim_lease_ms=DAY_MS), Keys("bench")
+    with run_valkey() as store:
         connections = connect(store.url, timeout=60)
-        scripts = Scripts(connections.commands)
+        scripts = RedisScripts(connections.commands)
         try:
             await RedisRegistry(scripts, keys).write(
                 RegistryChange(
@@ -148,8 +158,8 @@ async def house() -> AsyncIterator[House]:
                     accounts=(Account(_ACCOUNT, "main", b"", policy=_PRICES),),
                 )
             )
-            async with Redis(unix_socket_path=str(store.path)) as apart:
-                ledger, tasks = RedisLedger(scripts, keys, spans), RedisTasks(scripts, keys, spans)
-                yield House(ledger, tasks, Server(apart))
+            async with Redis(unix_socket_path=str(store.socket_path)) as apart:
+                ledger, tasks = RedisLedger(scripts, keys, spans), RedisTaskStore(scripts, keys, spans)
+                yield BusyTenant(ledger, tasks, MeasuredServer(apart))
         finally:
             await connections.aclose()

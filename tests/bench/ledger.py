@@ -6,49 +6,49 @@ from collections.abc import Sequence
 from statistics import median
 
 from tests.bench.figures import Figure
-from tests.bench.house import House, Work, house
+from tests.bench.house import BusyTenant, CallCost, open_busy_tenant
 
 ACTIVE = 1_000
 BATCH = 250
 ROUNDS = 9
-MOST_MICROS = 100
+MAX_MICROS = 100
 
 
 async def ledger() -> Sequence[Figure]:
     """The time in each script, and the round trips of the two that a client waits for."""
-    async with house() as tenant:
+    async with open_busy_tenant() as tenant:
         await tenant.accept(await tenant.reserve(ACTIVE))
         await tenant.claim(ACTIVE)
-        await _round(tenant)  # loads the scripts, and is not counted
-        rounds = [await _round(tenant) for _ in range(ROUNDS)]
-        nothing = [(await tenant.server.watch(BATCH, tenant.server.idle(BATCH)))[1] for _ in range(ROUNDS)]
+        await _measure_round(tenant)  # loads the scripts, and is not counted
+        rounds = [await _measure_round(tenant) for _ in range(ROUNDS)]
+        nothing = [(await tenant.server.measure(BATCH, tenant.server.run_noop(BATCH)))[1] for _ in range(ROUNDS)]
     reserve, accept, claim, end = ([each[step] for each in rounds] for step in range(4))
     return [
         Figure("a script that does nothing, to compare machines", _micros(nothing), "us"),
-        Figure("reserve: time of the server", _micros(reserve), "us", most=MOST_MICROS),
-        Figure("reserve: round trips", _round_trips(reserve), "", most=1),
-        Figure("settle as accepted: time of the server", _micros(accept), "us", most=MOST_MICROS),
-        Figure("settle as accepted: round trips", _round_trips(accept), "", most=1),
+        Figure("reserve: time of the server", _micros(reserve), "us", target=MAX_MICROS),
+        Figure("reserve: round trips", _round_trips(reserve), "", target=1),
+        Figure("settle as accepted: time of the server", _micros(accept), "us", target=MAX_MICROS),
+        Figure("settle as accepted: round trips", _round_trips(accept), "", target=1),
         Figure("claim a task for a check: time of the server", _micros(claim), "us"),
         Figure("record its end: time of the server", _micros(end), "us"),
-        Figure("record its end: round trips", _round_trips(end), "", most=1),
+        Figure("record its end: round trips", _round_trips(end), "", target=1),
     ]
 
 
-async def _round(tenant: House) -> tuple[Work, Work, Work, Work]:
+async def _measure_round(tenant: BusyTenant) -> tuple[CallCost, CallCost, CallCost, CallCost]:
     """What a batch of submissions costs at each step; they have all ended when it is over."""
-    watch = tenant.server.watch
+    watch = tenant.server.measure
     held, reserve = await watch(BATCH, tenant.reserve(BATCH))
     _, accept = await watch(BATCH, tenant.accept(held))
     due, claim = await watch(BATCH, tenant.claim(BATCH))
-    _, end = await watch(BATCH, tenant.end(due))
+    _, end = await watch(BATCH, tenant.finish(due))
     return reserve, accept, claim, end
 
 
-def _micros(batches: Sequence[Work]) -> float:
+def _micros(batches: Sequence[CallCost]) -> float:
     """What is usual: a batch during which the machine did something else is left out of account."""
     return median(each.micros for each in batches)
 
 
-def _round_trips(batches: Sequence[Work]) -> float:
+def _round_trips(batches: Sequence[CallCost]) -> float:
     return max(each.round_trips for each in batches)

@@ -31,7 +31,7 @@ class Request:
         """The same with more headers."""
         return replace(self, headers=(*self.headers, *headers.items()))
 
-    def encoded(self, number: int = 0) -> tuple[bytes, bytes]:
+    def encode(self, number: int = 0) -> tuple[bytes, bytes]:
         """The head and the body, as they are sent on a connection of their own."""
         lines = [f"{self.method} {self.paths[number % len(self.paths)]} HTTP/1.1", "Host: gateway", "Connection: close"]
         lines += [f"{name}: {value}" for name, value in self.headers]
@@ -40,7 +40,7 @@ class Request:
         return "\r\n".join((*lines, "", "")).encode(), self.body
 
 
-def form(fields: Iterable[tuple[str, str]], file: tuple[str, bytes]) -> tuple[str, bytes]:
+def encode_form(fields: Iterable[tuple[str, str]], file: tuple[str, bytes]) -> tuple[str, bytes]:
     """A multipart form with one PNG: its content type and its bytes."""
     parts = [
         f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
@@ -121,7 +121,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)] if ordered else float("nan")
 
 
-async def send(url: str, request: Request, number: int, answers: Answers, *, timeout: float) -> None:
+async def send_request(url: str, request: Request, number: int, answers: Answers, *, timeout: float) -> None:
     """Send one request on a connection of its own; what goes wrong counts as a status of that name."""
     begun = time.perf_counter()
     writer = None
@@ -130,7 +130,7 @@ async def send(url: str, request: Request, number: int, answers: Answers, *, tim
         async with asyncio.timeout(timeout):
             parts = urlsplit(url)
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-            head, body = request.encoded(number)
+            head, body = request.encode(number)
             writer.write(head)
             if body:
                 writer.write(body)
@@ -146,13 +146,13 @@ async def send(url: str, request: Request, number: int, answers: Answers, *, tim
             writer.transport.abort()
 
 
-async def at_once(url: str, request: Request, number: int, *, connections: int, timeout: float = 120) -> Answers:
+async def send_all(url: str, request: Request, number: int, *, connections: int, timeout: float = 120) -> Answers:
     """Send so many requests, never more than so many at a time."""
     answers, gate = Answers(), asyncio.Semaphore(connections)
 
     async def one(index: int) -> None:
         async with gate:
-            await send(url, request, index, answers, timeout=timeout)
+            await send_request(url, request, index, answers, timeout=timeout)
 
     async with asyncio.TaskGroup() as group:
         for index in range(number):
@@ -167,7 +167,7 @@ async def open_loop(url: str, request: Request, *, rate: float, seconds: float, 
     async with asyncio.TaskGroup() as group:
         for index in range(int(rate * seconds)):
             await asyncio.sleep(max(begun + index / rate - time.perf_counter(), 0))
-            group.create_task(send(url, request, index, answers, timeout=timeout))
+            group.create_task(send_request(url, request, index, answers, timeout=timeout))
         answers.sending_seconds = time.perf_counter() - begun
     return answers
 
@@ -177,5 +177,5 @@ async def probe(url: str, path: str, answers: Answers, done: Callable[[], bool],
     request = Request("GET", (path,))
     while not done():
         begun = time.perf_counter()
-        await send(url, request, 0, answers, timeout=timeout)
+        await send_request(url, request, 0, answers, timeout=timeout)
         await asyncio.sleep(max(0.1 - (time.perf_counter() - begun), 0))

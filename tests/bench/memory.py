@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.bench.figures import Figure
-from tests.bench.house import House, house
+from tests.bench.house import BusyTenant, open_busy_tenant
 
 FIRST = 200
 TASKS = 2_000
-MOST_BYTES = 2_048
+MAX_BYTES = 2_048
 
 
 async def memory() -> Sequence[Figure]:
     """The bytes that each of many finished tasks takes, all told and by kind of key."""
-    async with house() as tenant:
+    async with open_busy_tenant() as tenant:
         server = tenant.server
-        await _finish(tenant, FIRST)  # what is there once is not counted
+        await _finish_tasks(tenant, FIRST)  # what is there once is not counted
         before, kinds_before = await server.memory(), await server.memory_by_kind()
-        await _finish(tenant, TASKS)
+        await _finish_tasks(tenant, TASKS)
         after, kinds_after = await server.memory(), await server.memory_by_kind()
     grown = {kind: (size - kinds_before.get(kind, 0)) / TASKS for kind, size in kinds_after.items()}
     by_kind = sorted(((size, kind) for kind, size in grown.items() if size >= 1), reverse=True)
     return [
-        Figure("a finished task: all", (after - before) / TASKS, "bytes", most=MOST_BYTES),
+        Figure("a finished task: all", (after - before) / TASKS, "bytes", target=MAX_BYTES),
         *(Figure(f"a finished task: key {kind}", size, "bytes") for size, kind in by_kind),
     ]
 
 
-async def _finish(tenant: House, tasks: int) -> None:
+async def _finish_tasks(tenant: BusyTenant, tasks: int) -> None:
     await tenant.accept(await tenant.reserve(tasks))
-    await tenant.end(await tenant.claim(tasks))
+    await tenant.finish(await tenant.claim(tasks))

@@ -9,13 +9,13 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from tests.bench.bursts import AT_ONCE
+from tests.bench.bursts import LARGE_ROWS
 from tests.bench.closed_loops import CONNECTIONS, DIRECT, LARGE_SUBMIT, READ, SMALL_SUBMIT
 from tests.bench.comparison import OTHER, Result
 from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY
 
 _MAIN = (READ, SMALL_SUBMIT, LARGE_SUBMIT)
-_AT = 16
+_CONNECTIONS = 16
 _OTHER = f" ({OTHER})"
 _COLOURS = {
     API: ("#1b4f9c", "#7b3fa0"),
@@ -31,7 +31,7 @@ _COLOURS = {
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
     """Draw throughput, CPU time, latency and memory of all servers beside each other into a PNG."""
     mpl.use("agg")
-    measured = [each for each in results if each.row in {*_MAIN, *AT_ONCE.values()} and each.server != DIRECT]
+    measured = [each for each in results if each.row in {*_MAIN, *LARGE_ROWS.values()} and each.server != DIRECT]
     servers = list(dict.fromkeys(each.server for each in measured))
     colours = {server: _COLOURS[server.removesuffix(_OTHER)][server.endswith(_OTHER)] for server in servers}
     figure = Figure(figsize=(15, 9), layout="constrained", dpi=100)
@@ -45,14 +45,16 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
         _bars(axis, [str(number) for number in CONNECTIONS], values, colours)
         axis.set(title=f"{row}: answers a second", xlabel="connections", yscale="log")
     for axis, name, heading in (
-        (axes[1][0], "cpu_ms", f"CPU time for one, ms ({_AT} connections)"),
-        (axes[1][1], "p99_ms", f"99 of 100 are answered within, ms ({_AT} connections)"),
+        (axes[1][0], "cpu_ms", f"CPU time for one, ms ({_CONNECTIONS} connections)"),
+        (axes[1][1], "p99_ms", f"99 of 100 are answered within, ms ({_CONNECTIONS} connections)"),
     ):
-        values = {server: [at.get((row, server, _AT), {}).get(name) for row in _MAIN] for server in servers}
+        values = {server: [at.get((row, server, _CONNECTIONS), {}).get(name) for row in _MAIN] for server in servers}
         _bars(axis, _MAIN, values, colours)
         axis.set(title=heading, yscale="log")
-    memory = {server: [at.get((row, server, 0), {}).get("peak_mib") for row in AT_ONCE.values()] for server in servers}
-    _bars(axes[1][2], list(AT_ONCE.values()), memory, colours)
+    memory = {
+        server: [at.get((row, server, 0), {}).get("peak_mib") for row in LARGE_ROWS.values()] for server in servers
+    }
+    _bars(axes[1][2], list(LARGE_ROWS.values()), memory, colours)
     axes[1][2].set(title="largest memory, MiB (images at once)")
     handles = [mpl.patches.Patch(color=colours[server], label=server) for server in servers]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(servers), frameon=False)
@@ -70,7 +72,7 @@ def _bars(axis: Any, groups: Sequence[str], values: dict[str, list[float | None]
                 x = group + (place - (len(shown) - 1) / 2) * width
                 axis.bar(x, value, width * 0.94, color=colours[server])
                 axis.annotate(
-                    _short(value),
+                    _format_value(value),
                     (x, value),
                     xytext=(0, 2),
                     textcoords="offset points",
@@ -86,5 +88,5 @@ def _bars(axis: Any, groups: Sequence[str], values: dict[str, list[float | None]
     axis.margins(y=0.18)
 
 
-def _short(value: float) -> str:
+def _format_value(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -32,7 +32,7 @@ _HEADINGS = {
     "put_tenant_p50_ms": "PUT tenant p50 ms",
     "start_ms": "start ms",
 }
-_COMPARED = ("per_second", "p99_ms", "late_p99_ms", "cpu_ms", "peak_mib")
+_COMPARED_FIGURES = ("per_second", "p99_ms", "late_p99_ms", "cpu_ms", "peak_mib")
 """What is shown as ratio to the other checkout."""
 _METHOD = """The server under test is pinned to one CPU; the load generator, the vendor's stand-in, Valkey (with an
 append-only file) and the worker of `api + worker` share another. Servers alternate, each round starts them anew, and
@@ -44,19 +44,19 @@ fifth on a shared machine: compare within a run only.
 """
 
 
-def about(commits: Mapping[str, str], versions: Mapping[str, str], command: str, rounds: int) -> dict[str, Any]:
+def describe_run(commits: Mapping[str, str], versions: Mapping[str, str], command: str, rounds: int) -> dict[str, Any]:
     """What the figures depend on."""
     return {
         **commits,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": command,
         "rounds": rounds,
-        "machine": _machine(),
+        "machine": _describe_machine(),
         "versions": {name: version for name, version in versions.items() if version and name != "kernel"},
     }
 
 
-def derive(results: Sequence[Result]) -> list[Result]:
+def add_ratios(results: Sequence[Result]) -> list[Result]:
     """The results with the added latency, and the ratios to the references and to the other checkout."""
     by_key = {(each.row, each.server, each.connections): each.figures for each in results}
     found = []
@@ -70,20 +70,20 @@ def derive(results: Sequence[Result]) -> list[Result]:
             if other and each.server not in {*REFERENCES, DIRECT} and other.get("per_second"):
                 figures[f"x {reference}"] = figures["per_second"] / other["per_second"]
         other = by_key.get((each.row, f"{each.server} ({OTHER})", each.connections), {})
-        figures |= {f"{name} x {OTHER}": figures[name] / other[name] for name in _COMPARED if other.get(name)}
+        figures |= {f"{name} x {OTHER}": figures[name] / other[name] for name in _COMPARED_FIGURES if other.get(name)}
         found.append(Result(each.row, each.server, each.connections, figures, each.errors))
     return found
 
 
-def tables(results: Sequence[Result], titles: Mapping[str, str]) -> str:
+def format_tables(results: Sequence[Result], titles: Mapping[str, str]) -> str:
     """A table for each workload, which is Markdown and can be read on a terminal."""
     rows: dict[str, list[Result]] = {}
     for each in results:
         rows.setdefault(each.row, []).append(each)
-    return "\n".join(f"### {row}\n\n{titles.get(row, '')}\n\n{_table(found)}" for row, found in rows.items())
+    return "\n".join(f"### {row}\n\n{titles.get(row, '')}\n\n{_format_table(found)}" for row, found in rows.items())
 
 
-def results_file(facts: Mapping[str, Any], results: Sequence[Result], titles: Mapping[str, str], plot: str) -> str:
+def format_results(facts: Mapping[str, Any], results: Sequence[Result], titles: Mapping[str, str], plot: str) -> str:
     """The results as a page in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     others = f", compared with commit `{facts[OTHER]}` as *({OTHER})*" if OTHER in facts else ""
@@ -99,12 +99,12 @@ def results_file(facts: Mapping[str, Any], results: Sequence[Result], titles: Ma
             _METHOD.format(rounds=facts["rounds"]),
             f"![The main figures of this run]({plot})",
             "",
-            tables(results, titles),
+            format_tables(results, titles),
         )
     )
 
 
-def as_json(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
+def format_json(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
     """The results for programs. A figure that could not be measured is null."""
     listed = [
         {
@@ -119,42 +119,42 @@ def as_json(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
     return json.dumps({**facts, "results": listed}, indent=1) + "\n"
 
 
-def _table(results: Sequence[Result]) -> str:
+def _format_table(results: Sequence[Result]) -> str:
     several = any(each.connections for each in results)
     names = list(dict.fromkeys(name for each in results for name in each.figures))
     ordered = sorted(results, key=lambda each: each.connections)  # stable: servers stay in their order
-    lines = [["server", *(["connections"] if several else []), *(_heading(name) for name in names), "errors"]]
+    lines = [["server", *(["connections"] if several else []), *(_format_heading(name) for name in names), "errors"]]
     for each in ordered:
-        cells = [_number(each.figures.get(name)) for name in names]
+        cells = [_format_number(each.figures.get(name)) for name in names]
         errors = ", ".join(f"{count} {what}" for what, count in each.errors.items())
         lines.append([each.server, *([str(each.connections)] if several else []), *cells, errors])
     if not any(each.errors for each in results):
         lines = [line[:-1] for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths[:1]] + ["-" * (width - 1) + ":" for width in widths[1:]])
-    return "".join(f"| {' | '.join(_aligned(line, widths))} |\n" for line in lines)
+    return "".join(f"| {' | '.join(_align_cells(line, widths))} |\n" for line in lines)
 
 
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+def _align_cells(line: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [
         cell.rjust(width) if at else cell.ljust(width)
         for at, (cell, width) in enumerate(zip(line, widths, strict=True))
     ]
 
 
-def _heading(name: str) -> str:
+def _format_heading(name: str) -> str:
     base, compared, _ = name.partition(f" x {OTHER}")
     return _HEADINGS.get(base, base.replace("_", " ")) + compared
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:,.{digits}f}"
 
 
-def _machine() -> dict[str, Any]:
+def _describe_machine() -> dict[str, Any]:
     """The machine, without anything that names it."""
     models = [
         line.partition(":")[2].strip()

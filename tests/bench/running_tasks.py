@@ -11,28 +11,38 @@ from dataclasses import dataclass, field
 import uvloop
 
 from tests.bench.comparison import Comparison
-from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, Candidate, Environment, Target, attendant
+from tests.bench.gateways import (
+    ALL,
+    API,
+    API_AND_WORKER,
+    FASTAPI,
+    LUA,
+    Candidate,
+    Environment,
+    Target,
+    run_reader_gateway,
+)
 from tests.bench.images import SMALL, random_png
-from tests.bench.load import Request, at_once, closed_loop
+from tests.bench.load import Request, closed_loop, send_all
 from tests.bench.peers.stub import stub_stats
-from tests.support.images import png
+from tests.support.images import make_png
 
 FEW, MANY = 2_000, 10_000
 POLLER = {FEW: "poller, 2,000", MANY: "poller, 10,000"}
 MANY_IDS, LIST = "read 10,000 ids", "list"
 READ_BESIDE, SUBMIT_BESIDE = "read, 10,000 run", "300 KB, 10,000 run"
 _POLL_MS = 2_500
-_AT_ONCE = 16
+_CONCURRENCY = 16
 _WARM_UP_SECONDS = 1
 _LONGEST_READING_SECONDS = 13
 _SETTLING_SECONDS = 5
-_WATCHED_SECONDS = 12
+_MEASURED_SECONDS = 12
 """These three together are the 30 s for which a task is checked at the full rate after a read."""
 _ID = re.compile(rb'"(?:id|task_id)"\s*:\s*"([^"]+)"')
 
 
 @dataclass
-class Seeded:
+class SeededStore:
     """A store with many running tasks."""
 
     env: Environment
@@ -41,12 +51,12 @@ class Seeded:
 
 def poller_few(comparison: Comparison) -> None:
     """2,000 running tasks that callers read are checked every 2.5 s."""
-    _poll(comparison, FEW)
+    _measure_poller(comparison, FEW)
 
 
 def poller_many(comparison: Comparison) -> None:
     """10,000 running tasks that callers read are checked every 2.5 s, or as often as the gateway can."""
-    _poll(comparison, MANY)
+    _measure_poller(comparison, MANY)
 
 
 def read_many(comparison: Comparison) -> None:
@@ -57,7 +67,7 @@ def read_many(comparison: Comparison) -> None:
     for candidate in comparison.alternate(candidates):
         store = _seed(comparison, candidate, MANY)
         with candidate.start(store.env) as target:
-            request = target.reading(*store.task_ids)
+            request = target.read_request(*store.task_ids)
             closed_loop(target.url, request, connections=16, seconds=_WARM_UP_SECONDS)
             comparison.measure(MANY_IDS, candidate, target, request, connections=16, seconds=comparison.seconds)
 
@@ -77,23 +87,23 @@ def beside_running(comparison: Comparison) -> None:
     """A task is read, and images of 300 KB are submitted, while 10,000 tasks are checked."""
     for candidate in comparison.alternate(comparison.gateways(ALL, API_AND_WORKER)):
         store = _seed(comparison, candidate, MANY)
-        with attendant(candidate, store.env) as aside, candidate.start(store.env) as target:
-            _attend(aside, store)
-            request = target.reading(store.task_ids[0])
+        with run_reader_gateway(candidate, store.env) as aside, candidate.start(store.env) as target:
+            _read_all_once(aside, store)
+            request = target.read_request(store.task_ids[0])
             comparison.measure(READ_BESIDE, candidate, target, request, connections=16, seconds=comparison.seconds)
-            request = target.submission(random_png(SMALL))
+            request = target.submit_request(random_png(SMALL))
             comparison.measure(SUBMIT_BESIDE, candidate, target, request, connections=16, seconds=comparison.seconds)
 
 
-def _poll(comparison: Comparison, number: int) -> None:
+def _measure_poller(comparison: Comparison, number: int) -> None:
     for candidate in comparison.gateways(ALL):
         store = _seed(comparison, candidate, number)
-        with attendant(candidate, store.env) as aside, candidate.start(store.env) as target:
-            errors = _attend(aside, store)
+        with run_reader_gateway(candidate, store.env) as aside, candidate.start(store.env) as target:
+            errors = _read_all_once(aside, store)
             time.sleep(_SETTLING_SECONDS)
             before = stub_stats(store.env.stub, reset=True)
             begun, used = time.monotonic(), target.server.cpu_seconds()
-            time.sleep(_WATCHED_SECONDS)
+            time.sleep(_MEASURED_SECONDS)
             after, seconds = stub_stats(store.env.stub), time.monotonic() - begun
             used = target.server.cpu_seconds() - used
         checks = after["checks"] - before["checks"]
@@ -108,26 +118,28 @@ def _poll(comparison: Comparison, number: int) -> None:
         comparison.add(POLLER[number], candidate.name, figures, errors)
 
 
-def _attend(aside: Target, store: Seeded) -> Counter[str]:
+def _read_all_once(aside: Target, store: SeededStore) -> Counter[str]:
     """Read each task once, as callers would who wait for it; how many could not be read."""
-    request, number = aside.reading(*store.task_ids), len(store.task_ids)
-    sample = closed_loop(aside.url, request, connections=_AT_ONCE, seconds=_WARM_UP_SECONDS)
+    request, number = aside.read_request(*store.task_ids), len(store.task_ids)
+    sample = closed_loop(aside.url, request, connections=_CONCURRENCY, seconds=_WARM_UP_SECONDS)
     seconds = min(math.ceil(number / max(sample.per_second, 1) * 1.2), _LONGEST_READING_SECONDS)
-    load = closed_loop(aside.url, request, connections=_AT_ONCE, seconds=seconds)
+    load = closed_loop(aside.url, request, connections=_CONCURRENCY, seconds=seconds)
     return +(load.errors + Counter({"tasks not read": max(number - load.succeeded, 0)}))
 
 
-def _seed(comparison: Comparison, candidate: Candidate, number: int) -> Seeded:
+def _seed(comparison: Comparison, candidate: Candidate, number: int) -> SeededStore:
     """A store with so many running tasks, which servers of this kind made through their API."""
-    store: Seeded = comparison.seeded.setdefault(candidate.data, None) or Seeded(
+    store: SeededStore = comparison.seeded.setdefault(candidate.data_format, None) or SeededStore(
         comparison.enter(comparison.environment(tasks="running"))
     )
-    comparison.seeded[candidate.data] = store
+    comparison.seeded[candidate.data_format] = store
     missing = number - len(store.task_ids)
     if missing > 0:
         maker = Candidate(API, candidate.checkout, candidate.label) if candidate.checkout else candidate
         with maker.start(store.env) as target:
-            answers = uvloop.run(at_once(target.url, target.submission(png()), missing, connections=_AT_ONCE))
+            answers = uvloop.run(
+                send_all(target.url, target.submit_request(make_png()), missing, connections=_CONCURRENCY)
+            )
         if answers.errors():
             raise RuntimeError(f"{maker.name} did not take all tasks: {answers.counts()}")
         store.task_ids += [_ID.findall(body)[0].decode() for body in answers.bodies]

@@ -12,42 +12,42 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from service.api.asgi import Edge
+from service.api.asgi import RequestMiddleware
 from service.domain.tasks import Kind
 from service.domain.tenants import Registry, Tenant
-from service.telemetry.logging import configure
-from service.telemetry.metrics import Metrics, Port, Source
+from service.telemetry.logging import configure_logging
+from service.telemetry.metrics import Metrics, Port, ReadSource
 from service.telemetry.redaction import Redactor
 from tests.bench.figures import Figure
-from tests.bench.gateway import Bench, bench
+from tests.bench.gateway import BenchGateway, run_bench_gateway
 from tests.process.sandbox import ADMIN_TOKEN
-from tests.support.images import png
+from tests.support.images import make_png
 
 TENANTS = 200
 SCRAPES = 40
 READS = 3_000
 REQUESTS = 20_000
 ROUNDS = 5
-_AT_ONCE = 8
+_CONCURRENCY = 8
 _LIMITS = [{"window": "day", "tasks": 1_000, "money": 100}, {"window": "month", "tasks": 10_000}]
 
 
 async def scraping() -> Sequence[Figure]:
     """How long a scrape takes with 200 tenants who have used every kind, and what reads notice of it."""
-    async with bench(
+    async with run_bench_gateway(
         role="all", latency=0, state="Failed", GATEWAY_POLL_SECONDS="0.1", GATEWAY_ADMIN_TOKEN=ADMIN_TOKEN
     ) as work:
-        tokens = await _tenants(work)
-        task = await _use(work, tokens)
-        alone = await _read(work, tokens[0], task)
-        scrapes = [await _scrape(work) for _ in range(SCRAPES)]
+        tokens = await _create_tenants(work)
+        task = await _submit_all_kinds(work, tokens)
+        alone = await _time_reads(work, tokens[0], task)
+        scrapes = [await _time_scrape(work) for _ in range(SCRAPES)]
         busy: list[float] = []
-        async with _scraping(work, busy):
-            beside = await _read(work, tokens[0], task)
+        async with _scrape_continuously(work, busy):
+            beside = await _time_reads(work, tokens[0], task)
         lines = (await work.http.get(work.metrics_url)).text.count("\n")
     return [
         Figure("a scrape: lines", lines, ""),
-        Figure("a scrape: median", median(scrapes) * 1000, "ms", most=100),
+        Figure("a scrape: median", median(scrapes) * 1000, "ms", target=100),
         Figure("a scrape: longest", max(scrapes) * 1000, "ms"),
         Figure("a scrape while tasks are read without a pause: median", median(busy) * 1000, "ms"),
         Figure("a read of a task, nobody scrapes: 99 of 100", _p99(alone) * 1000, "ms"),
@@ -55,7 +55,7 @@ async def scraping() -> Sequence[Figure]:
     ]
 
 
-async def _tenants(work: Bench) -> list[str]:
+async def _create_tenants(work: BenchGateway) -> list[str]:
     """Make tenants with limits; their tokens."""
     headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
     prices = {"max_price": {str(kind): 0.5 for kind in Kind}}
@@ -71,21 +71,21 @@ async def _tenants(work: Bench) -> list[str]:
     return tokens
 
 
-async def _use(work: Bench, tokens: Sequence[str]) -> str:
+async def _submit_all_kinds(work: BenchGateway, tokens: Sequence[str]) -> str:
     """Have every tenant submit every kind, and wait for the ends; one of the tasks."""
-    gate = asyncio.Semaphore(_AT_ONCE)
+    gate = asyncio.Semaphore(_CONCURRENCY)
 
     async def one(token: str, kind: Kind) -> str:
         async with gate:
             headers = {"Authorization": f"Bearer {token}", "Prefer": "wait=30"}
-            files = {"image": ("a.png", png(), "image/png")}
+            files = {"image": ("a.png", make_png(), "image/png")}
             answer = await work.http.post(f"{work.gateway.url}/v1/tasks/{kind}", headers=headers, files=files)
             return str(answer.raise_for_status().json()["id"])
 
     return (await asyncio.gather(*(one(token, kind) for token in tokens for kind in Kind)))[0]
 
 
-async def _read(work: Bench, token: str, task: str) -> list[float]:
+async def _time_reads(work: BenchGateway, token: str, task: str) -> list[float]:
     """How long reads of a task take, one after the other."""
     headers, taken = {"Authorization": f"Bearer {token}"}, []
     for _ in range(READS):
@@ -95,19 +95,19 @@ async def _read(work: Bench, token: str, task: str) -> list[float]:
     return taken
 
 
-async def _scrape(work: Bench) -> float:
+async def _time_scrape(work: BenchGateway) -> float:
     begun = time.perf_counter()
     (await work.http.get(work.metrics_url)).raise_for_status()
     return time.perf_counter() - begun
 
 
 @asynccontextmanager
-async def _scraping(work: Bench, taken: list[float]) -> AsyncIterator[None]:
+async def _scrape_continuously(work: BenchGateway, taken: list[float]) -> AsyncIterator[None]:
     """Scrape all the time within the block."""
 
     async def scrape() -> None:
         while True:
-            taken.append(await _scrape(work))
+            taken.append(await _time_scrape(work))
 
     scraper = asyncio.create_task(scrape())
     try:
@@ -121,18 +121,18 @@ def _p99(taken: Sequence[float]) -> float:
     return quantiles(taken, n=100)[98]
 
 
-async def watched() -> Sequence[Figure]:
+async def request_overhead() -> Sequence[Figure]:
     """What counting, timing and logging add to a request."""
     with Path("/dev/null").open("wb") as nowhere:
-        logger = configure(json=True, level="info", stream=nowhere, redactor=Redactor())
+        logger = configure_logging(json=True, level="info", stream=nowhere, redactor=Redactor())
         metrics = Metrics(CollectorRegistry())
-        metrics.name_tenants(lambda: Registry(tenants={"shop": Tenant(1, "shop", ())}))
-        edge = Edge(_app, metrics, logger, Port.TENANTS)
-        bare = min([await _time(_app) for _ in range(ROUNDS)])
-        whole = min([await _time(edge) for _ in range(ROUNDS)])
+        metrics.set_registry_source(lambda: Registry(tenants={"shop": Tenant(1, "shop", ())}))
+        edge = RequestMiddleware(_app, metrics, logger, Port.TENANTS)
+        bare = min([await _time_request(_app) for _ in range(ROUNDS)])
+        whole = min([await _time_request(edge) for _ in range(ROUNDS)])
     return [
-        Figure("metrics of a read, of a task", min(_count(metrics) for _ in range(ROUNDS)), "us"),
-        Figure("all that stands around a request: its id, log line and metrics", whole - bare, "us", most=50),
+        Figure("metrics of a read, of a task", min(_time_metrics(metrics) for _ in range(ROUNDS)), "us"),
+        Figure("all that stands around a request: its id, log line and metrics", whole - bare, "us", target=50),
     ]
 
 
@@ -142,7 +142,7 @@ async def _app(scope: Any, _receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"{}", "more_body": False})
 
 
-async def _time(app: Any) -> float:
+async def _time_request(app: Any) -> float:
     """Microseconds that a request to an application takes."""
 
     async def receive() -> Any:
@@ -165,11 +165,11 @@ async def _time(app: Any) -> float:
     return (time.perf_counter() - begun) / REQUESTS * 1e6
 
 
-def _count(metrics: Metrics) -> float:
+def _time_metrics(metrics: Metrics) -> float:
     """Microseconds that the metrics alone take."""
     begun = time.perf_counter()
     for _ in range(REQUESTS):
-        with metrics.in_progress(Port.TENANTS):
-            metrics.read(Source.MEMORY)
-        metrics.request(Port.TENANTS, "GET", "/v1/tasks/{task_id}", 200, 0.001)
+        with metrics.track_request(Port.TENANTS):
+            metrics.record_task_read(ReadSource.MEMORY)
+        metrics.record_request(Port.TENANTS, "GET", "/v1/tasks/{task_id}", 200, 0.001)
     return (time.perf_counter() - begun) / REQUESTS * 1e6

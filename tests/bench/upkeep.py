@@ -9,12 +9,12 @@ from contextlib import ExitStack
 
 import httpx2
 
-from tests.bench.comparison import Comparison, started
+from tests.bench.comparison import Comparison, run_candidate
 from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY, Target
 from tests.bench.load import closed_loop, percentile
-from tests.support.images import png
+from tests.support.images import make_png
 
-SCRAPE, SCRAPED = "scrape", "read, scraped"
+SCRAPE, READ_SCRAPED = "scrape", "read, scraped"
 IDLE = "start and idle"
 TENANTS = 1_000
 _SCRAPES = 20
@@ -26,11 +26,11 @@ _IDLE_SECONDS = 10
 def scrape(comparison: Comparison) -> None:
     """The metrics of 1,000 tenants with limits are scraped, and a task is read while that happens twice a second."""
     for candidate in comparison.gateways(API):
-        with started(comparison, candidate) as (_, target):
+        with run_candidate(comparison, candidate) as (_, target):
             tenants = _make_tenants(target)
             with httpx2.Client(timeout=30, trust_env=False) as http:
                 used = target.server.cpu_seconds()
-                times = [_scrape(http, target) for _ in range(_SCRAPES)]
+                times = [_time_scrape(http, target) for _ in range(_SCRAPES)]
                 used = target.server.cpu_seconds() - used
             figures = {
                 "p50_ms": percentile(times, 50) * 1000,
@@ -40,17 +40,19 @@ def scrape(comparison: Comparison) -> None:
                 "peak_mib": target.server.peak_mib(),
             }
             comparison.add(SCRAPE, candidate.name, figures, Counter())
-            request = target.reading(target.submit(png()))
+            request = target.read_request(target.submit(make_png()))
             closed_loop(target.url, request, connections=16, seconds=1)
             with _Scraper(target):
-                comparison.measure(SCRAPED, candidate, target, request, connections=16, seconds=comparison.seconds * 2)
+                comparison.measure(
+                    READ_SCRAPED, candidate, target, request, connections=16, seconds=comparison.seconds * 2
+                )
 
 
 def start_and_idle(comparison: Comparison) -> None:
     """Servers start one after the other and then do nothing."""
     candidates = comparison.gateways(API, ALL, API_AND_WORKER) + comparison.references(PROXY, LUA, FASTAPI)
     with ExitStack() as stack:
-        targets = [stack.enter_context(started(comparison, candidate))[1] for candidate in candidates]
+        targets = [stack.enter_context(run_candidate(comparison, candidate))[1] for candidate in candidates]
         time.sleep(_SETTLING_SECONDS)
         before = [(time.monotonic(), target.server.cpu_seconds()) for target in targets]
         time.sleep(_IDLE_SECONDS)
@@ -70,14 +72,14 @@ class _Scraper(threading.Thread):
     def __init__(self, target: Target) -> None:
         super().__init__()
         self._target = target
-        self._ended = threading.Event()
+        self._stop_event = threading.Event()
         self.failure: Exception | None = None
 
     def __enter__(self) -> None:
         self.start()
 
     def __exit__(self, *failure: object) -> None:
-        self._ended.set()
+        self._stop_event.set()
         self.join()
         if self.failure and not any(failure):
             raise self.failure
@@ -85,13 +87,13 @@ class _Scraper(threading.Thread):
     def run(self) -> None:
         try:
             with httpx2.Client(timeout=30, trust_env=False) as http:
-                while not self._ended.wait(_SCRAPE_EVERY_SECONDS):
-                    _scrape(http, self._target)
+                while not self._stop_event.wait(_SCRAPE_EVERY_SECONDS):
+                    _time_scrape(http, self._target)
         except httpx2.HTTPError as error:
             self.failure = error
 
 
-def _scrape(http: httpx2.Client, target: Target) -> float:
+def _time_scrape(http: httpx2.Client, target: Target) -> float:
     begun = time.perf_counter()
     http.get(f"{target.ops_url}/metrics").raise_for_status()
     return time.perf_counter() - begun

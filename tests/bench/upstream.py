@@ -21,30 +21,30 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _TASK = re.compile(rb"task_id=([^&]*)")
 
 
-class _Checks:
+class _CheckTimes:
     """When each task was last asked about, and how late that was."""
 
     def __init__(self) -> None:
-        self._last: dict[bytes, float] = {}
-        self._between: list[float] = []
+        self._last_checked_at: dict[bytes, float] = {}
+        self._intervals_ms: list[float] = []
 
-    def note(self, task: bytes) -> None:
+    def record(self, task: bytes) -> None:
         """A task is asked about."""
         now = time.monotonic()
-        if task in self._last:
-            self._between.append((now - self._last[task]) * 1000)
-        self._last[task] = now
+        if task in self._last_checked_at:
+            self._intervals_ms.append((now - self._last_checked_at[task]) * 1000)
+        self._last_checked_at[task] = now
 
-    def lateness(self, interval: float) -> list[float]:
+    def take_lateness(self, interval: float) -> list[float]:
         """What was noted since the last time, in milliseconds."""
-        between, self._between = self._between, []
+        between, self._intervals_ms = self._intervals_ms, []
         return [each - interval for each in between]
 
 
 class _Connection(asyncio.Protocol):
     """Answers requests one after the other, after a latency in seconds."""
 
-    def __init__(self, checks: _Checks, latency: float, state: str) -> None:
+    def __init__(self, checks: _CheckTimes, latency: float, state: str) -> None:
         self._checks = checks
         self._state = state
         self._latency = latency
@@ -62,26 +62,26 @@ class _Connection(asyncio.Protocol):
         if not found or len(body) < (int(length[1]) if length else 0):
             return
         self._received = b""
-        asyncio.get_running_loop().call_later(self._latency, self._answer, head.split(b" ")[1].decode(), body)
+        asyncio.get_running_loop().call_later(self._latency, self._send_answer, head.split(b" ")[1].decode(), body)
 
-    def _answer(self, path: str, body: bytes) -> None:
-        answer = json.dumps(self._told(path, body)).encode()
+    def _send_answer(self, path: str, body: bytes) -> None:
+        answer = json.dumps(self._build_answer(path, body)).encode()
         if self._transport:
             length = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(answer)
             self._transport.write(length + answer)
 
-    def _told(self, path: str, body: bytes) -> object:
+    def _build_answer(self, path: str, body: bytes) -> object:
         if path.startswith("/lateness/"):
-            return self._checks.lateness(float(path.rpartition("/")[2]))
+            return self._checks.take_lateness(float(path.rpartition("/")[2]))
         if not path.endswith("check_task_status"):
             return {"err_code": 0, "task_id": str(uuid.uuid4()), "remaining_count": 1_000_000, "remaining_money": 0}
         task = _TASK.search(body)
-        self._checks.note(task[1] if task else b"")
+        self._checks.record(task[1] if task else b"")
         return {"err_code": 0, "status": self._state}
 
 
 @contextmanager
-def upstream(latency: float, state: str) -> Iterator[str]:
+def run_upstream(latency: float, state: str) -> Iterator[str]:
     """Run one that takes so many seconds for each answer, and shows all tasks in this state; its address."""
     command = [sys.executable, "-m", __name__, str(latency), state]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -93,7 +93,7 @@ def upstream(latency: float, state: str) -> Iterator[str]:
 
 
 async def _serve(latency: float, state: str) -> None:
-    checks = _Checks()
+    checks = _CheckTimes()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: _Connection(checks, latency, state), "127.0.0.1", 0, backlog=1_024)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)  # noqa: T201 - its parent reads it

@@ -9,30 +9,30 @@ from statistics import quantiles
 from urllib.parse import urlsplit
 
 from service.domain.tasks import Task
-from service.usecases.ports import Answered, Check, Due
+from service.usecases.ports import CheckOutcome, CheckResult, ClaimedCheck
 from tests.bench.figures import Figure
-from tests.bench.gateway import Bench, bench
+from tests.bench.gateway import BenchGateway, run_bench_gateway
 
 WAITERS = 5_000
 TASKS = 500
 ENDS_PER_SECOND = 25
 """So that 250 clients are answered each second."""
-_CONNECT_AT_ONCE = 200
+_CONNECT_CONCURRENCY = 200
 
 
 async def waiting() -> Sequence[Figure]:
     """5,000 clients, each on a connection of its own, wait for 500 tasks of one process, whose ends another records."""
-    async with bench(role="api", latency=0) as work:
+    async with run_bench_gateway(role="api", latency=0) as work:
         tasks = await work.submit(TASKS)
         before = work.resident_mib
-        gate, ended = asyncio.Semaphore(_CONNECT_AT_ONCE), dict[str, float]()
-        clients = [asyncio.create_task(_client(work, tasks[n % TASKS], gate)) for n in range(WAITERS)]
-        await work.waiting(WAITERS)
+        gate, ended = asyncio.Semaphore(_CONNECT_CONCURRENCY), dict[str, float]()
+        clients = [asyncio.create_task(_wait_for_task(work, tasks[n % TASKS], gate)) for n in range(WAITERS)]
+        await work.wait_for_waiters(WAITERS)
         during = work.resident_mib
         for task in tasks:
             began = time.monotonic()
-            check = Check(answered=Answered.SUCCEEDED)
-            assert await work.tasks.record(Due(task, task.created, task.created), check)
+            check = CheckResult(outcome=CheckOutcome.SUCCEEDED)
+            assert await work.tasks.record_check(ClaimedCheck(task, task.created_at, task.created_at), check)
             ended[task.id] = time.monotonic()
             await asyncio.sleep(1 / ENDS_PER_SECOND - (ended[task.id] - began))
         answers = await asyncio.gather(*clients)
@@ -42,13 +42,13 @@ async def waiting() -> Sequence[Figure]:
         Figure("clients answered with the end", len(answers), ""),
         Figure("memory of the process before", before, "MiB"),
         Figure("memory of the process while they wait", during, "MiB"),
-        Figure("memory of the process after", max(during, after), "MiB", most=300),
-        Figure("from the recorded end to the answer: median", cuts[49], "ms", most=50),
-        Figure("from the recorded end to the answer: 99 of 100", cuts[98], "ms", most=50),
+        Figure("memory of the process after", max(during, after), "MiB", target=300),
+        Figure("from the recorded end to the answer: median", cuts[49], "ms", target=50),
+        Figure("from the recorded end to the answer: 99 of 100", cuts[98], "ms", target=50),
     ]
 
 
-async def _client(work: Bench, task: Task, gate: asyncio.Semaphore) -> tuple[str, float]:
+async def _wait_for_task(work: BenchGateway, task: Task, gate: asyncio.Semaphore) -> tuple[str, float]:
     """Wait for a task; its id, and when the answer with its end came."""
     url = urlsplit(work.gateway.url)
     async with gate:

@@ -12,32 +12,32 @@ from http import HTTPStatus
 
 import httpx2
 
-SECONDS = 60.0
+TIMEOUT_SECONDS = 60.0
 
 
-async def rush(requests: Sequence[httpx2.Request]) -> list[httpx2.Response]:
+async def send_concurrently(requests: Sequence[httpx2.Request]) -> list[httpx2.Response]:
     """The answers to requests that were all sent at once, in the same order."""
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         streams = await asyncio.gather(
             *(asyncio.open_connection(request.url.host, request.url.port) for request in requests)
         )
         for (_, writer), request in zip(streams, requests, strict=True):
-            writer.write(_bytes(request))
+            writer.write(_encode_request(request))
         try:
-            return await asyncio.gather(*(_answer(reader) for reader, _ in streams))
+            return await asyncio.gather(*(_read_response(reader) for reader, _ in streams))
         finally:
             for _, writer in streams:
                 writer.close()
 
 
-def _bytes(request: httpx2.Request) -> bytes:
+def _encode_request(request: httpx2.Request) -> bytes:
     """A request that asks for its connection to be closed, so that its answer ends there."""
     lines = [b"%s %s HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
     lines += [b"%s: %s" % pair for pair in request.headers.raw if pair[0].lower() != b"connection"]
     return b"\r\n".join([*lines, b"Connection: close", b"", request.read()])
 
 
-async def _answer(reader: asyncio.StreamReader) -> httpx2.Response:
+async def _read_response(reader: asyncio.StreamReader) -> httpx2.Response:
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     first, *lines = head.split(b"\r\n")
     status = HTTPStatus(int(first.split()[1]))

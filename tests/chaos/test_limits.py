@@ -9,38 +9,38 @@ import httpx2
 import pytest
 
 from service.domain.tenants import Window
-from tests.chaos.fleet import DAY, Fleet, fleet
-from tests.process.gateway import until
+from tests.chaos.fleet import DAY_SECONDS, ProcessCluster, run_cluster
+from tests.process.gateway import wait_until
 
 pytestmark = pytest.mark.xdist_group("limits")  # its processes are started once
 
-RICH = {"count": 0, "money": 10_000}
-HALF_A_DAY = DAY // 2
+MONEY_ONLY = {"count": 0, "money": 10_000}
+HALF_DAY_SECONDS = DAY_SECONDS // 2
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
     """Three gateways, for all tests of this module."""
-    with fleet(tmp_path_factory.mktemp("fleet"), 3) as found:
+    with run_cluster(tmp_path_factory.mktemp("fleet"), 3) as found:
         yield found
 
 
 @pytest.fixture
-def gateways(three: Fleet) -> Fleet:
+def gateways(three: ProcessCluster) -> ProcessCluster:
     """The same, at noon, with an upstream that does all at once."""
-    three.upstream.dial()
-    three.noon()
+    three.upstream.set_faults()
+    three.set_clock_to_noon()
     return three
 
 
-def parted(answers: list[httpx2.Response]) -> tuple[list[httpx2.Response], list[httpx2.Response]]:
+def split_by_status(answers: list[httpx2.Response]) -> tuple[list[httpx2.Response], list[httpx2.Response]]:
     """Those that were taken, and those that a limit refused: there must be no others."""
     taken, refused = ([each for each in answers if each.status_code == status] for status in (201, 429))
     assert len(taken) + len(refused) == len(answers), {each.status_code: each.text for each in answers}
     return taken, refused
 
 
-def same(answers: list[httpx2.Response], code: str, policy: str, limit: int) -> None:
+def expect_same_policy(answers: list[httpx2.Response], code: str, policy: str, limit: int) -> None:
     """See that all refusals name one policy."""
     assert {each.json()["code"] for each in answers} == {code}
     violated = [violation for each in answers for violation in each.json()["violated_policies"]]
@@ -48,102 +48,104 @@ def same(answers: list[httpx2.Response], code: str, policy: str, limit: int) -> 
     assert len(violated) == len(answers)
 
 
-def checked(gateways: Fleet, times: int) -> bool:
+def has_checked(gateways: ProcessCluster, times: int) -> bool:
     """Whether the upstream was asked about tasks so many times."""
-    return gateways.upstream.count("check") >= times
+    return gateways.upstream.count_requests("check") >= times
 
 
-def test_tasks_per_window(gateways: Fleet) -> None:
+def test_tasks_per_window(gateways: ProcessCluster) -> None:
     """Of 500 submits exactly 20 get through a limit of 20 per day; the next day, and not before, 20 more."""
-    shop = gateways.shop({"limits": [{"window": "day", "tasks": 20}]}, RICH, {})
-    taken, refused = parted(shop.submit(500))
-    assert (len(taken), len(refused), shop.reached()) == (20, 480, 20)
-    same(refused, "quota-exceeded", "day-tasks", 20)
-    assert {each.headers["retry-after"] for each in refused} == {str(HALF_A_DAY)}
-    assert {each.headers["ratelimit"] for each in refused} == {f'"day-tasks";r=0;t={HALF_A_DAY}'}
+    shop = gateways.create_tenant({"limits": [{"window": "day", "tasks": 20}]}, MONEY_ONLY, {})
+    taken, refused = split_by_status(shop.submit(500))
+    assert (len(taken), len(refused), shop.count_submits()) == (20, 480, 20)
+    expect_same_policy(refused, "quota-exceeded", "day-tasks", 20)
+    assert {each.headers["retry-after"] for each in refused} == {str(HALF_DAY_SECONDS)}
+    assert {each.headers["ratelimit"] for each in refused} == {f'"day-tasks";r=0;t={HALF_DAY_SECONDS}'}
     left = {each.headers["ratelimit"] for each in taken}
-    assert left == {f'"day-tasks";r={number};t={HALF_A_DAY}' for number in range(20)}
-    assert {each.headers["ratelimit-policy"] for each in taken + refused} == {f'"day-tasks";q=20;w={DAY}'}
+    assert left == {f'"day-tasks";r={number};t={HALF_DAY_SECONDS}' for number in range(20)}
+    assert {each.headers["ratelimit-policy"] for each in taken + refused} == {f'"day-tasks";q=20;w={DAY_SECONDS}'}
     (resets,) = {each.json()["violated_policies"][0]["resets_at"] for each in refused}
     assert resets.endswith("T00:00:00Z")
 
-    gateways.pass_by(HALF_A_DAY - 1)
-    taken, refused = parted(shop.submit(20))
+    gateways.advance_clock(HALF_DAY_SECONDS - 1)
+    taken, refused = split_by_status(shop.submit(20))
     assert (len(taken), {each.headers["retry-after"] for each in refused}) == (0, {"1"})
-    gateways.pass_by(1)
-    taken, refused = parted(shop.submit(500))
-    assert (len(taken), len(refused), shop.reached()) == (20, 480, 40)
-    assert {each.headers["retry-after"] for each in refused} == {str(DAY)}
-    windows = shop.finish().windows
+    gateways.advance_clock(1)
+    taken, refused = split_by_status(shop.submit(500))
+    assert (len(taken), len(refused), shop.count_submits()) == (20, 480, 40)
+    assert {each.headers["retry-after"] for each in refused} == {str(DAY_SECONDS)}
+    windows = shop.finish_tasks().windows
     assert (windows[Window.DAY].tasks, windows[Window.TOTAL].tasks) == (20, 40)
     assert {each.tasks_reserved for each in windows.values()} == {0}
 
 
-def test_active_tasks(gateways: Fleet) -> None:
+def test_active_tasks(gateways: ProcessCluster) -> None:
     """Of 500 submits exactly as many get through as may be active; once those have ended, as many again."""
-    shop = gateways.shop({"max_active": 8}, RICH, {})
+    shop = gateways.create_tenant({"max_active": 8}, MONEY_ONLY, {})
     for reached in (8, 16):
-        gateways.upstream.dial({"on": "check", "reply": "page", "status": 503})
-        checks = gateways.upstream.count("check")
-        taken, refused = parted(shop.submit(500))
-        assert (len(taken), len(refused), shop.reached()) == (8, 492, reached)
-        same(refused, "too-many-active-tasks", "max-active", 8)
+        gateways.upstream.set_faults({"on": "check", "reply": "page", "status": 503})
+        checks = gateways.upstream.count_requests("check")
+        taken, refused = split_by_status(shop.submit(500))
+        assert (len(taken), len(refused), shop.count_submits()) == (8, 492, reached)
+        expect_same_policy(refused, "too-many-active-tasks", "max-active", 8)
         assert not any("retry-after" in each.headers for each in refused)
-        gateways.pass_by(60)
-        until(partial(checked, gateways, checks + 8), "a check of every task")
-        assert (parted(shop.submit(20))[0], shop.counters().active) == ([], 8)
-        gateways.upstream.dial()
-        assert shop.finish().windows[Window.TOTAL].tasks == reached
+        gateways.advance_clock(60)
+        wait_until(partial(has_checked, gateways, checks + 8), "a check of every task")
+        assert (split_by_status(shop.submit(20))[0], shop.read_counters().active_tasks) == ([], 8)
+        gateways.upstream.set_faults()
+        assert shop.finish_tasks().windows[Window.TOTAL].tasks == reached
 
 
-def test_known_price(gateways: Fleet) -> None:
+def test_known_price(gateways: ProcessCluster) -> None:
     """A limit on money lets exactly as many through as it could pay for at the highest price; so again the next day."""
-    shop = gateways.shop({"limits": [{"window": "day", "money": 10}]}, RICH, {"face-enhance": 3})
+    shop = gateways.create_tenant({"limits": [{"window": "day", "money": 10}]}, MONEY_ONLY, {"face-enhance": 3})
     for reached in (3, 6):
-        taken, refused = parted(shop.submit(100))
-        assert (len(taken), shop.reached()) == (3, reached)
-        same(refused, "quota-exceeded", "day-money", 10)
-        day = shop.finish().windows[Window.DAY]
-        assert (day.money, day.money_reserved, day.overrun) == (900, 0, 0)
-        assert parted(shop.submit(20))[0] == []
-        gateways.noon()
+        taken, refused = split_by_status(shop.submit(100))
+        assert (len(taken), shop.count_submits()) == (3, reached)
+        expect_same_policy(refused, "quota-exceeded", "day-money", 10)
+        day = shop.finish_tasks().windows[Window.DAY]
+        assert (day.money_fen, day.money_reserved_fen, day.overrun_fen) == (900, 0, 0)
+        assert split_by_status(shop.submit(20))[0] == []
+        gateways.set_clock_to_noon()
 
 
-def test_unknown_price(gateways: Fleet) -> None:
+def test_unknown_price(gateways: ProcessCluster) -> None:
     """Until a price was seen, a limit on money lets one through at a time; then as many as what remains can pay for."""
-    shop = gateways.shop({"limits": [{"window": "month", "money": 10}]}, RICH, {})
+    shop = gateways.create_tenant({"limits": [{"window": "month", "money": 10}]}, MONEY_ONLY, {})
     for reached in (1, 2):
-        assert (len(parted(shop.submit(60))[0]), shop.reached()) == (1, reached)
-        shop.finish()
-    assert shop.counters().windows[Window.MONTH].money == 100
-    taken, refused = parted(shop.submit(60))
-    assert (len(taken), shop.reached()) == (9, 11)
-    same(refused, "quota-exceeded", "month-money", 10)
-    month = shop.finish().windows[Window.MONTH]
-    assert (month.money, month.money_reserved, month.overrun) == (1_000, 0, 0)
+        assert (len(split_by_status(shop.submit(60))[0]), shop.count_submits()) == (1, reached)
+        shop.finish_tasks()
+    assert shop.read_counters().windows[Window.MONTH].money_fen == 100
+    taken, refused = split_by_status(shop.submit(60))
+    assert (len(taken), shop.count_submits()) == (9, 11)
+    expect_same_policy(refused, "quota-exceeded", "month-money", 10)
+    month = shop.finish_tasks().windows[Window.MONTH]
+    assert (month.money_fen, month.money_reserved_fen, month.overrun_fen) == (1_000, 0, 0)
 
 
-def test_price_that_rose(gateways: Fleet) -> None:
+def test_price_that_rose(gateways: ProcessCluster) -> None:
     """A receipt above what was held is booked in full; what passes the limit is overrun, and no more gets through."""
-    shop = gateways.shop({"limits": [{"window": "month", "money": 2}]}, RICH, {})
+    shop = gateways.create_tenant({"limits": [{"window": "month", "money": 2}]}, MONEY_ONLY, {})
     for _ in range(2):
-        assert len(parted(shop.submit(1))[0]) == 1
-        shop.finish()
+        assert len(split_by_status(shop.submit(1))[0]) == 1
+        shop.finish_tasks()
     httpx2.put(f"{gateways.upstream.url}/_control/dials", json={"seconds": 0, "prices": {"face": 5}}).raise_for_status()
-    assert len(parted(shop.submit(60))[0]) == 1
-    month = shop.finish().windows[Window.MONTH]
-    assert (month.money, month.money_reserved, month.overrun) == (600, 0, 400)
-    assert (len(parted(shop.submit(60))[0]), shop.reached()) == (0, 3)
+    assert len(split_by_status(shop.submit(60))[0]) == 1
+    month = shop.finish_tasks().windows[Window.MONTH]
+    assert (month.money_fen, month.money_reserved_fen, month.overrun_fen) == (600, 0, 400)
+    assert (len(split_by_status(shop.submit(60))[0]), shop.count_submits()) == (0, 3)
 
 
-def test_prepaid_uses(gateways: Fleet) -> None:
+def test_prepaid_uses(gateways: ProcessCluster) -> None:
     """Prepaid uses are spent whatever the limit on money, and of the money no more than the limit."""
-    shop = gateways.shop({"limits": [{"window": "month", "money": 2}]}, {"count": 9, "money": 100}, {"face-enhance": 1})
-    assert len(parted(shop.submit(1))[0]) == 1
-    shop.finish()
-    while parted(shop.submit(60))[0]:
-        shop.finish()
-    left = shop.balance()
+    shop = gateways.create_tenant(
+        {"limits": [{"window": "month", "money": 2}]}, {"count": 9, "money": 100}, {"face-enhance": 1}
+    )
+    assert len(split_by_status(shop.submit(1))[0]) == 1
+    shop.finish_tasks()
+    while split_by_status(shop.submit(60))[0]:
+        shop.finish_tasks()
+    left = shop.read_balance()
     assert left["count"] == 0
     assert left["money"] >= 98
-    assert shop.reached() == 9 + 100 - left["money"]
+    assert shop.count_submits() == 9 + 100 - left["money"]

@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.chaos.fleet import admin
-from tests.process.gateway import Gateway, serving, until
-from tests.process.sandbox import Sandbox, advance, sandbox
-from tests.support.images import png
+from tests.chaos.fleet import call_admin
+from tests.process.gateway import GatewayProcess, run_gateway, wait_until
+from tests.process.sandbox import SandboxProcess, advance_clock, run_sandbox
+from tests.support.images import make_png
 from tests.support.valkey import Valkey
 
 pytestmark = pytest.mark.xdist_group("processes")  # its processes are started once
@@ -22,49 +22,49 @@ LEASE_SECONDS = 180
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Iterator[Sandbox]:
+def upstream() -> Iterator[SandboxProcess]:
     """An upstream for all tests of this module."""
-    with sandbox() as found:
+    with run_sandbox() as found:
         yield found
 
 
-def limited(gateway: Gateway, tasks: int) -> None:
+def limit_tenant(gateway: GatewayProcess, tasks: int) -> None:
     """Let the demo tenant submit so many tasks."""
     body = {"accounts": ["demo"], "limits": [{"window": "total", "tasks": tasks}], "max_active": 50}
-    admin(gateway, "PUT", "/tenants/demo", json=body)
+    call_admin(gateway, "PUT", "/tenants/demo", json=body)
 
 
-def used(gateway: Gateway) -> tuple[int, int, int]:
+def read_usage(gateway: GatewayProcess) -> tuple[int, int, int]:
     """What the demo tenant has used, holds and has active."""
     tasks, active = gateway.call("GET", "/v1/quota").json()["policies"]
     return tasks["used"], tasks["reserved"], active["used"]
 
 
-def submit(gateway: Gateway) -> httpx2.Response:
+def submit(gateway: GatewayProcess) -> httpx2.Response:
     """Submit a small picture."""
-    return gateway.call("POST", "/v1/tasks/face-enhance", files={"image": ("a.png", png(), "image/png")})
+    return gateway.call("POST", "/v1/tasks/face-enhance", files={"image": ("a.png", make_png(), "image/png")})
 
 
-def test_killed_process(tmp_path: Path, valkey: Valkey, upstream: Sandbox) -> None:
+def test_killed_process(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     """What a killed process was sending is settled as unknown, and what it watched is watched by the next."""
-    shared, before = upstream.shared(valkey), upstream.count("submit")
-    with serving(tmp_path / "victim", **shared) as victim, ThreadPoolExecutor() as threads:
-        limited(victim, 7)
-        checked = upstream.count("check")
-        upstream.dial({"on": "check", "reply": "hang"})
+    shared, before = upstream.gateway_settings(valkey), upstream.count_requests("submit")
+    with run_gateway(tmp_path / "victim", **shared) as victim, ThreadPoolExecutor() as threads:
+        limit_tenant(victim, 7)
+        checked = upstream.count_requests("check")
+        upstream.set_faults({"on": "check", "reply": "hang"})
         watched = submit(victim).json()["links"]["self"]
-        until(lambda: upstream.count("check") > checked, "a check")
-        upstream.dial({"on": "submit", "reply": "hang"})
+        wait_until(lambda: upstream.count_requests("check") > checked, "a check")
+        upstream.set_faults({"on": "submit", "reply": "hang"})
         lost = threads.submit(submit, victim)
-        until(lambda: upstream.count("submit", "accepted") == before + 2, "the acceptance")
-        assert used(victim) == (1, 1, 2)
-        victim.end(signal.SIGKILL)
+        wait_until(lambda: upstream.count_requests("submit", "accepted") == before + 2, "the acceptance")
+        assert read_usage(victim) == (1, 1, 2)
+        victim.stop(signal.SIGKILL)
         assert isinstance(lost.exception(), httpx2.TransportError)
-    upstream.dial()
-    advance(valkey, shared["GATEWAY_KEY_PREFIX"], LEASE_SECONDS)
-    with serving(tmp_path / "next", **shared) as survivor:
-        assert survivor.finished(watched)["state"] == "succeeded"
-        until(lambda: used(survivor) == (2, 0, 0), "the settlement")
-        account = admin(survivor, "GET", "/accounts/demo")
+    upstream.set_faults()
+    advance_clock(valkey, shared["GATEWAY_KEY_PREFIX"], LEASE_SECONDS)
+    with run_gateway(tmp_path / "next", **shared) as survivor:
+        assert survivor.wait_finished(watched)["state"] == "succeeded"
+        wait_until(lambda: read_usage(survivor) == (2, 0, 0), "the settlement")
+        account = call_admin(survivor, "GET", "/accounts/demo")
         assert (account["unknown"], account["in_flight"]) == (1, 0)
-        assert upstream.count("submit") == before + 2
+        assert upstream.count_requests("submit") == before + 2

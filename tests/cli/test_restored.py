@@ -12,21 +12,21 @@ import structlog
 from httpx2 import AsyncClient
 
 from service.app import create_app, create_ops_app
-from service.container import assembled
-from service.sandbox.app import SandboxConfig, running
-from service.sandbox.store import Balance
+from service.container import open_container
+from service.sandbox.app import SandboxConfig, open_sandbox
+from service.sandbox.store import AccountBalance
 from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import Keys
-from tests.behaviour.aftermath import problem
-from tests.behaviour.house import ADMIN_TOKEN, ENVIRONMENT, House
-from tests.behaviour.spent import all_usage
-from tests.behaviour.upstreams import USER_KEY, SandboxControl
+from tests.behaviour.aftermath import expect_problem
+from tests.behaviour.house import ADMIN_TOKEN, ENVIRONMENT, RunningGateway
+from tests.behaviour.spent import read_all_usage
+from tests.behaviour.upstreams import USER_KEY, SandboxUpstreamControl
 from tests.cli.conftest import Shell
-from tests.support.serving import serving
+from tests.support.serving import serve_app
 from tests.support.valkey import Valkey
 
-FIRST = """
+INITIAL_FILE = """
 [accounts.main]
 user_key = { env = "MAIN_USER_KEY" }
 
@@ -40,10 +40,10 @@ accounts = ["main"]
 """
 
 
-class World:
+class Deployment:
     """A store, a sandbox, a folder with secrets, and one process of a gateway after another."""
 
-    def __init__(self, valkey: Valkey, upstream: str, control: SandboxControl, folder: Path) -> None:
+    def __init__(self, valkey: Valkey, upstream: str, control: SandboxUpstreamControl, folder: Path) -> None:
         self._valkey = valkey
         self._upstream = upstream
         self._control = control
@@ -51,7 +51,7 @@ class World:
         (folder / "hook.secret").write_text("whsec_" + "c" * 40)
 
     @asynccontextmanager
-    async def process(self) -> AsyncIterator[Shell]:
+    async def run_process(self) -> AsyncIterator[Shell]:
         """A process that knows nothing but what is in the store."""
         where = {"GATEWAY_REDIS_URL": self._valkey.url, "GATEWAY_UPSTREAM_URL": self._upstream}
 
@@ -59,14 +59,14 @@ class World:
             raise AssertionError("time only passes by itself here")
 
         async with (
-            assembled(Settings.load(ENVIRONMENT | where)) as services,
-            serving(create_app(services)) as url,
-            serving(create_ops_app(services)) as ops_url,
+            open_container(Settings.load(ENVIRONMENT | where)) as services,
+            serve_app(create_app(services)) as url,
+            serve_app(create_ops_app(services)) as ops_url,
             AsyncClient(timeout=30, trust_env=False) as http,
         ):
             address = urlsplit(ops_url)
             yield Shell(
-                House(url, ops_url, http, services, self._control, pass_time),
+                RunningGateway(url, ops_url, http, services, self._control, pass_time),
                 {
                     "GATEWAY_OPS_HOST": str(address.hostname),
                     "GATEWAY_OPS_PORT": str(address.port),
@@ -75,79 +75,79 @@ class World:
                 },
             )
 
-    async def lose(self, *keys: str) -> None:
+    async def delete_keys(self, *keys: str) -> None:
         """Let the store lose some keys, or everything."""
         connections = connect(self._valkey.url, timeout=5)
         client: Any = connections.commands
         await (client.delete(*keys) if keys else client.flushall())
         await connections.aclose()
 
-    async def apply(self, shell: Shell) -> str:
+    async def apply_file(self, shell: Shell) -> str:
         """Apply the file; what is printed."""
         return (await shell.run("apply", str(self.file))).stdout
 
 
 @asynccontextmanager
-async def world(valkey: Valkey, folder: Path) -> AsyncIterator[World]:
+async def open_deployment(valkey: Valkey, folder: Path) -> AsyncIterator[Deployment]:
     """An empty world."""
-    config = SandboxConfig(accounts={USER_KEY: Balance(count=10, money=0)}, seconds=0)
+    config = SandboxConfig(accounts={USER_KEY: AccountBalance(count=10, money=0)}, seconds=0)
     with structlog.testing.capture_logs():
-        async with running(config) as sandbox:
-            found = World(valkey, sandbox.url, SandboxControl(sandbox.control), folder)
-            await found.lose()
+        async with open_sandbox(config) as sandbox:
+            found = Deployment(valkey, sandbox.url, SandboxUpstreamControl(sandbox.control), folder)
+            await found.delete_keys()
             yield found
 
 
-async def furnished(found: World, shell: Shell) -> dict[str, str]:
+async def create_tenants(deployment: Deployment, shell: Shell) -> dict[str, str]:
     """Two tenants, of which one has had a task; their tokens. The file is what was exported then."""
-    found.file.write_text(FIRST)
-    await found.apply(shell)
+    deployment.file.write_text(INITIAL_FILE)
+    await deployment.apply_file(shell)
     tokens = {name: (await shell.run("token", "create", name)).stdout.strip() for name in ("shop", "press")}
-    found.file.write_text((await shell.run("export")).stdout)
+    deployment.file.write_text((await shell.run("export")).stdout)
     return tokens
 
 
 async def test_everything_lost(valkey: Valkey, tmp_path: Path) -> None:
     """From the file alone tokens are valid again, tasks belong to whom they did, and what is spent is counted apart."""
-    async with world(valkey, tmp_path) as found:
-        async with found.process() as shell:
-            tokens = await furnished(found, shell)
-            task = (await shell.house.submit(token=tokens["shop"])).json()
-            await shell.house.upstream.idle()
-        await found.lose()
-        async with found.process() as shell:
-            problem(await shell.house.call("GET", "/v1/quota", token=tokens["shop"]), 401, "unauthenticated")
-            assert "Applied" in await found.apply(shell)
+    async with open_deployment(valkey, tmp_path) as found:
+        async with found.run_process() as shell:
+            tokens = await create_tenants(found, shell)
+            task = (await shell.gateway.submit(token=tokens["shop"])).json()
+            await shell.gateway.upstream.wait_until_idle()
+        await found.delete_keys()
+        async with found.run_process() as shell:
+            expect_problem(await shell.gateway.call("GET", "/v1/quota", token=tokens["shop"]), 401, "unauthenticated")
+            assert "Applied" in await found.apply_file(shell)
             assert (await shell.run("export")).stdout == found.file.read_text()
-            read = await shell.house.call("GET", task["links"]["self"], token=tokens["shop"])
+            read = await shell.gateway.call("GET", task["links"]["self"], token=tokens["shop"])
             assert (read.status_code, read.json()["state"]) == (200, "succeeded")
-            foreign = await shell.house.call("GET", task["links"]["self"], token=tokens["press"])
-            problem(foreign, 404, "not-found")
+            foreign = await shell.gateway.call("GET", task["links"]["self"], token=tokens["press"])
+            expect_problem(foreign, 404, "not-found")
             for _ in range(3):
-                assert (await shell.house.submit(token=tokens["press"])).status_code == 201
-            assert (await shell.house.submit(token=tokens["shop"])).status_code == 201
-            spent = (await all_usage(shell.house, "interval=total&group_by=tenant"))["items"]
+                assert (await shell.gateway.submit(token=tokens["press"])).status_code == 201
+            assert (await shell.gateway.submit(token=tokens["shop"])).status_code == 201
+            spent = (await read_all_usage(shell.gateway, "interval=total&group_by=tenant"))["items"]
             assert {each["tenant"]: each["charged"]["tasks"] for each in spent} == {"shop": 2, "press": 3}, (
                 "of shop the task that was read counts again, and the one since"
             )
-            made = await shell.house.admin("PUT", "/tenants/late", json={"accounts": ["main"]})
+            made = await shell.gateway.call_admin("PUT", "/tenants/late", json={"accounts": ["main"]})
             assert made.status_code == 200
-            known = shell.house.services.registry.current
+            known = shell.gateway.services.registry.current
             assert known.tenants["late"].id > max(known.tenants["shop"].id, known.tenants["press"].id)
 
 
 async def test_registry_lost(valkey: Valkey, tmp_path: Path) -> None:
     """Where only the registry was lost, what was spent before is found under its tenant again, and its limits hold."""
-    async with world(valkey, tmp_path) as found:
-        async with found.process() as shell:
-            tokens = await furnished(found, shell)
-            await shell.house.submit(token=tokens["shop"])
-            spent = await all_usage(shell.house)
-            left = (await shell.house.call("GET", "/v1/quota", token=tokens["shop"])).json()
-        await found.lose(Keys("gw").registry)
-        async with found.process() as shell:
-            await found.apply(shell)
-            assert await all_usage(shell.house) == spent
+    async with open_deployment(valkey, tmp_path) as found:
+        async with found.run_process() as shell:
+            tokens = await create_tenants(found, shell)
+            await shell.gateway.submit(token=tokens["shop"])
+            spent = await read_all_usage(shell.gateway)
+            left = (await shell.gateway.call("GET", "/v1/quota", token=tokens["shop"])).json()
+        await found.delete_keys(Keys("gw").registry)
+        async with found.run_process() as shell:
+            await found.apply_file(shell)
+            assert await read_all_usage(shell.gateway) == spent
             assert [each["tenant"] for each in spent["items"]] == ["shop"]
-            assert (await shell.house.call("GET", "/v1/quota", token=tokens["shop"])).json() == left
-            assert "there is nothing to change" in await found.apply(shell)
+            assert (await shell.gateway.call("GET", "/v1/quota", token=tokens["shop"])).json() == left
+            assert "there is nothing to change" in await found.apply_file(shell)

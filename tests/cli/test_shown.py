@@ -6,13 +6,13 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from service.cli.formatting import card, table, text
+from service.cli.formatting import format_record, format_table, format_value
 
 
 def test_columns_are_aligned() -> None:
     """Words begin under each other and numbers end under each other, also after Chinese characters."""
     rows = [("main", 5, "生产服务", "x"), ("a-longer-name", 1_000, "web", "y"), ("b", None, None, "z")]
-    assert table(("name", "uses", "label", "end"), rows).splitlines() == [
+    assert format_table(("name", "uses", "label", "end"), rows).splitlines() == [
         "NAME           USES  LABEL     END",
         "main              5  生产服务  x",
         "a-longer-name  1000  web       y",
@@ -22,12 +22,12 @@ def test_columns_are_aligned() -> None:
 
 def test_nothing_to_show() -> None:
     """A table without rows is its head."""
-    assert table(("name", "state"), []) == "NAME  STATE"
+    assert format_table(("name", "state"), []) == "NAME  STATE"
 
 
 def test_card() -> None:
     """Properties stand under each other."""
-    assert card(("name", "main"), ("seen at", None)) == "name:     main\nseen at:  -"
+    assert format_record(("name", "main"), ("seen at", None)) == "name:     main\nseen at:  -"
 
 
 @pytest.mark.parametrize(
@@ -48,4 +48,4 @@ def test_card() -> None:
 )
 def test_values(value: object, shown: str) -> None:
     """A value takes one line and steers no terminal."""
-    assert text(value) == shown
+    assert format_value(value) == shown

@@ -15,7 +15,7 @@ async def test_everything_about_a_tenant(shell: Shell) -> None:
         *("--limit", "day:tasks=100,money=50.5", "--limit", "total:tasks=0", "--max-active", "20"),
         *("--purse", "count_only", "--kind", "upscale", "--kind", "face-enhance", "--disabled"),
     )
-    stored = await shell.stored("/tenants/shop")
+    stored = await shell.get_admin("/tenants/shop")
     assert stored["accounts"] == ["spare", "main"]
     assert stored["limits"] == [
         {"window": "day", "tasks": 100, "money": 50.5},
@@ -23,8 +23,8 @@ async def test_everything_about_a_tenant(shell: Shell) -> None:
     ]
     assert (stored["max_active"], stored["purse"], stored["disabled"]) == (20, "count_only", True)
     assert stored["kinds"] == ["upscale", "face-enhance"]
-    assert await shell.json("tenant", "show", "shop") == stored
-    (_, line) = await shell.lines("tenant", "list")
+    assert await shell.run_json("tenant", "show", "shop") == stored
+    (_, line) = await shell.run_table("tenant", "list")
     limits, kinds = "day 100 tasks + 50.5 yuan, total 0 tasks", "upscale, face-enhance"
     assert line == ["shop", "spare, main", limits, "20", "count_only", kinds, "1", "yes"]
 
@@ -34,7 +34,7 @@ async def test_put_replaces(shell: Shell) -> None:
     await shell.run(
         "tenant", "set", "shop", "--account", "main", "--max-active", "0", "--kind", "upscale", "--disabled"
     )
-    stored = await shell.json("tenant", "set", "shop", "--account", "main")
+    stored = await shell.run_json("tenant", "set", "shop", "--account", "main")
     assert (stored["max_active"], stored["kinds"], stored["disabled"]) == (None, None, False)
     assert len(stored["tokens"]) == 1
 
@@ -55,9 +55,9 @@ async def test_put_replaces(shell: Shell) -> None:
 )
 async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
     """What can't be meant is said before the gateway is asked."""
-    before = shell.house.services.registry.current.version
+    before = shell.gateway.services.registry.current.version
     assert says in (await shell.run("tenant", "set", "shop", *arguments, code=2)).stderr
-    assert shell.house.services.registry.current.version == before
+    assert shell.gateway.services.registry.current.version == before
 
 
 async def test_quota(shell: Shell) -> None:
@@ -65,29 +65,29 @@ async def test_quota(shell: Shell) -> None:
     assert (await shell.run("quota", "shop")).stdout == "Nothing limits it.\n"
     limits = ("--limit", "total:tasks=5,money=0.5", "--max-active", "3")
     await shell.run("tenant", "set", "shop", "--account", "main", *limits)
-    await shell.house.submit()
-    assert (await shell.lines("quota", "shop"))[1:] == [
+    await shell.gateway.submit()
+    assert (await shell.run_table("quota", "shop"))[1:] == [
         ["total-tasks", "tasks", "5", "1", "0", "4", "-", "-"],
         ["total-money", "yuan", "0.5", "0", "0.5", "0", "0", "-"],
         ["max-active", "active", "3", "1", "0", "2", "-", "-"],
     ]
-    stored = await shell.stored("/tenants/shop")
-    assert await shell.json("quota", "shop") == {"policies": stored["policies"]}
+    stored = await shell.get_admin("/tenants/shop")
+    assert await shell.run_json("quota", "shop") == {"policies": stored["policies"]}
 
 
 async def test_show(shell: Shell) -> None:
     """A tenant is shown with its policies and its tokens."""
     await shell.run("tenant", "set", "shop", "--account", "main", "--max-active", "3")
     shown = (await shell.run("tenant", "show", "shop")).stdout
-    (token,) = (await shell.stored("/tenants/shop"))["tokens"]
+    (token,) = (await shell.get_admin("/tenants/shop"))["tokens"]
     assert all(each in shown for each in ("max-active", token["id"], "kinds:     all\n"))
 
 
 async def test_delete(shell: Shell) -> None:
     """A tenant whose tasks run is deleted by force only, and then neither it nor its token is there."""
-    await shell.house.submit()
+    await shell.gateway.submit()
     refused = await shell.run("tenant", "delete", "shop", code=1)
     assert refused.stderr == "Conflict: 1 tasks of tenant shop are active. Wait for them, or force it.\n"
     assert (await shell.run("tenant", "delete", "shop", "--force")).stdout == "The tenant shop is deleted.\n"
-    assert await shell.json("tenant", "list") == {"items": []}
-    assert (await shell.house.call("GET", "/v1/quota")).status_code == 401
+    assert await shell.run_json("tenant", "list") == {"items": []}
+    assert (await shell.gateway.call("GET", "/v1/quota")).status_code == 401

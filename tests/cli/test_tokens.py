@@ -9,22 +9,22 @@ import pytest
 from tests.cli.conftest import Shell
 
 
-async def works(shell: Shell, token: str) -> bool:
-    return (await shell.house.call("GET", "/v1/quota", token=token)).status_code == 200
+async def is_accepted(shell: Shell, token: str) -> bool:
+    return (await shell.gateway.call("GET", "/v1/quota", token=token)).status_code == 200
 
 
 async def test_create(shell: Shell) -> None:
     """The token alone is printed on standard output, so that a script can take it, and the rest beside it."""
     result = await shell.run("token", "create", "shop", "--label", "生产")
     token = result.stdout.removesuffix("\n")
-    assert await works(shell, token)
-    (made,) = [each for each in (await shell.stored("/tenants/shop"))["tokens"] if each["label"] == "生产"]
+    assert await is_accepted(shell, token)
+    (made,) = [each for each in (await shell.get_admin("/tenants/shop"))["tokens"] if each["label"] == "生产"]
     assert result.stderr == f"Token {made['id']} of shop, valid until it is revoked. It is not shown again.\n"
 
 
 async def test_create_for_a_time(shell: Shell) -> None:
     """A token can be made for a time, given as a duration or as a moment in any time zone."""
-    made = await shell.json("token", "create", "shop", "--expires-in", "90d")
+    made = await shell.run_json("token", "create", "shop", "--expires-in", "90d")
     left = datetime.fromisoformat(made["expires_at"]) - datetime.now(UTC)
     assert timedelta(days=90) - timedelta(minutes=1) < left <= timedelta(days=90)
     result = await shell.run("token", "create", "shop", "--expires-at", "2999-12-31T23:30:00+08:00")
@@ -46,38 +46,38 @@ async def test_create_for_a_time(shell: Shell) -> None:
 )
 async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
     """What can't be meant is said before the gateway is asked."""
-    before = shell.house.services.registry.current.version
+    before = shell.gateway.services.registry.current.version
     assert says in (await shell.run("token", "create", "shop", *arguments, code=2)).stderr
-    assert shell.house.services.registry.current.version == before
+    assert shell.gateway.services.registry.current.version == before
 
 
 async def test_list(shell: Shell) -> None:
     """Tokens are listed by what is known of them, on one line each whatever their label."""
     await shell.run("token", "create", "shop", "--label", "two\nlines \x1b[31mred", "--expires-at", "2999-01-01T00:00Z")
-    stored = (await shell.stored("/tenants/shop"))["tokens"]
-    lines = {line[0]: line for line in await shell.lines("token", "list", "shop")}
+    stored = (await shell.get_admin("/tenants/shop"))["tokens"]
+    lines = {line[0]: line for line in await shell.run_table("token", "list", "shop")}
     assert lines.keys() == {"TOKEN", *(each["id"] for each in stored)}
     (labelled,) = (each for each in stored if each["label"])
     line = lines[labelled["id"]]
     assert (line[1], line[3]) == ("two lines [31mred", "2999-01-01T00:00:00Z")
-    assert await shell.json("token", "list", "shop") == {"items": stored}
+    assert await shell.run_json("token", "list", "shop") == {"items": stored}
 
 
 async def test_revoke(shell: Shell) -> None:
     """A token is revoked at once, or after a grace."""
-    first, second = [await shell.json("token", "create", "shop") for _ in range(2)]
+    first, second = [await shell.run_json("token", "create", "shop") for _ in range(2)]
     result = await shell.run("token", "revoke", "shop", first["id"])
     assert result.stdout == f"The token {first['id']} of shop is revoked.\n"
-    assert not await works(shell, first["token"])
+    assert not await is_accepted(shell, first["token"])
     result = await shell.run("token", "revoke", "shop", second["id"], "--grace", "1h")
     assert result.stdout == f"The token {second['id']} of shop ends in 3600 seconds.\n"
-    assert await works(shell, second["token"])
+    assert await is_accepted(shell, second["token"])
     refused = await shell.run("token", "revoke", "shop", first["id"], code=1)
     assert refused.stderr == f"Not found: There is no token {first['id']}.\n"
 
 
 async def test_none_left(shell: Shell) -> None:
     """A tenant without a token is said to have none."""
-    (token,) = (await shell.stored("/tenants/shop"))["tokens"]
+    (token,) = (await shell.get_admin("/tenants/shop"))["tokens"]
     await shell.run("token", "revoke", "shop", token["id"])
     assert (await shell.run("token", "list", "shop")).stdout == "It has no token.\n"

@@ -10,18 +10,18 @@ from service.usecases.ports import SubmitOutcome
 from tests.cli.conftest import Shell
 
 
-async def spend(shell: Shell) -> tuple[dict[str, Any], str]:
+async def create_usage(shell: Shell) -> tuple[dict[str, Any], str]:
     """A task that has ended, and a submission whose outcome nobody knows."""
-    house = shell.house
-    task = await house.finished((await house.submit()).json()["id"])
-    await house.upstream.lose_next_answer()
+    house = shell.gateway
+    task = await house.wait_for_task((await house.submit()).json()["id"])
+    await house.upstream.lose_next_response()
     return task, (await house.submit("vectorize")).json()["submission_id"]
 
 
 async def test_usage(shell: Shell) -> None:
     """Usage is shown by day, tenant and kind, with its sum and the submissions of unknown outcome."""
-    _, unknown = await spend(shell)
-    first, _, head, vector, face, total, _, marked_head, marked = await shell.lines("usage")
+    _, unknown = await create_usage(shell)
+    first, _, head, vector, face, total, _, marked_head, marked = await shell.run_table("usage")
     assert first == ["From 2026-09-01 to 2026-09-21, in UTC."]
     assert head[:6] == ["PERIOD", "TENANT", "KIND", "RUNNING", "SUCCEEDED", "FAILED"]
     assert head[-5:] == ["REFUNDED", "CHARGED", "CHARGED YUAN", "USES", "YUAN"]
@@ -33,19 +33,19 @@ async def test_usage(shell: Shell) -> None:
 
 async def test_usage_as_asked(shell: Shell) -> None:
     """Days, interval, groups and tenant are passed on, and JSON is what the gateway answers."""
-    await spend(shell)
-    shown = await shell.json(
+    await create_usage(shell)
+    shown = await shell.run_json(
         *("usage", "--from", "2026-09-20", "--to", "2026-09-21", "--interval", "month"),
         *("--group-by", "tenant", "--tenant", "shop"),
     )
     query = "from=2026-09-20&to=2026-09-21&interval=month&group_by=tenant&tenant=shop"
-    assert shown == await shell.stored(f"/usage?{query}")
+    assert shown == await shell.get_admin(f"/usage?{query}")
     assert [(each["period"], each["tenant"], each["kind"]) for each in shown["items"]] == [("2026-09", "shop", None)]
 
 
 async def test_usage_as_csv(shell: Shell) -> None:
     """CSV is printed as the gateway answers it, for spreadsheets."""
-    await spend(shell)
+    await create_usage(shell)
     printed = (await shell.run("usage", "--csv", "--interval", "total", "--group-by", "none")).stdout_bytes
     head, row, end = printed.split(b"\r\n")
     assert head.startswith(b"period,tenant,tenant_id,kind,tasks_running,")
@@ -55,34 +55,34 @@ async def test_usage_as_csv(shell: Shell) -> None:
 async def test_name_given_anew(shell: Shell) -> None:
     """Tenants of one name, of which all but one were deleted, are told apart by their ids."""
     await shell.run("tenant", "set", "other", "--account", "main")
-    other = await shell.house.new_token("other")
-    await shell.house.submit(token=other)
+    other = await shell.gateway.new_token("other")
+    await shell.gateway.submit(token=other)
     ids = []
     for _ in range(2):
-        await shell.house.submit()
-        ids.append(shell.house.services.registry.current.tenants["shop"].id)
+        await shell.gateway.submit()
+        ids.append(shell.gateway.services.registry.current.tenants["shop"].id)
         await shell.run("tenant", "delete", "shop", "--force")
         await shell.run("tenant", "set", "shop", "--account", "main")
-        shell.house.token = await shell.house.new_token()
-    tenants = [line[1] for line in (await shell.lines("usage"))[3:6]]
+        shell.gateway.token = await shell.gateway.new_token()
+    tenants = [line[1] for line in (await shell.run_table("usage"))[3:6]]
     assert tenants == ["other", f"shop ({ids[0]})", f"shop ({ids[1]})"]
 
 
 async def test_nothing_used(shell: Shell) -> None:
     """Without any usage there is its head and its sum."""
-    assert len(await shell.lines("usage")) == 4
+    assert len(await shell.run_table("usage")) == 4
 
 
 async def test_refund_of_a_task(shell: Shell) -> None:
     """A task is refunded once, and its submission and the usage show why."""
-    task, _ = await spend(shell)
-    shown = dict(await shell.lines("refund", "--task", task["id"], "--reason", "It came out\nblank."))
+    task, _ = await create_usage(shell)
+    shown = dict(await shell.run_table("refund", "--task", task["id"], "--reason", "It came out\nblank."))
     assert (shown["task:"], shown["state of the task:"]) == (task["id"], "succeeded")
     assert (shown["tenant:"], shown["account:"], shown["kind:"]) == ("shop", "main", "face-enhance")
     assert (shown["cost:"], shown["refunded:"]) == ("1 uses, 0 yuan, estimated", "1 uses, 0 yuan")
     assert shown["reason:"] == "It came out blank."
-    assert dict(await shell.lines("submission", shown["submission:"])) == shown
-    refund = (await shell.lines("usage"))[-1]
+    assert dict(await shell.run_table("submission", shown["submission:"])) == shown
+    refund = (await shell.run_table("usage"))[-1]
     assert refund[:6] == [shown["submission:"], "shop", "face-enhance", "2026-09-21", "1", "0"]
     assert refund[6:] == [shown["refunded at:"], "It came out blank."]
     again = await shell.run("refund", "--task", task["id"], "--reason", "once more", code=1)
@@ -92,20 +92,20 @@ async def test_refund_of_a_task(shell: Shell) -> None:
 
 async def test_refund_of_a_submission(shell: Shell) -> None:
     """A submission of unknown outcome is refunded by its id, and JSON is what the gateway answers."""
-    _, unknown = await spend(shell)
-    shown = await shell.json("refund", "--submission", unknown, "--reason", "nobody knows")
+    _, unknown = await create_usage(shell)
+    shown = await shell.run_json("refund", "--submission", unknown, "--reason", "nobody knows")
     assert shown["refund"]["reason"] == "nobody knows"
-    assert shown == await shell.stored(f"/submissions/{unknown}") == await shell.json("submission", unknown)
-    assert dict(await shell.lines("submission", unknown))["balance suggests:"] == "cannot-tell"
+    assert shown == await shell.get_admin(f"/submissions/{unknown}") == await shell.run_json("submission", unknown)
+    assert dict(await shell.run_table("submission", unknown))["balance suggests:"] == "cannot-tell"
 
 
 async def test_submission_that_cost_nothing(shell: Shell) -> None:
     """A refused submission shows that it cost nothing, and can't be refunded."""
-    await shell.house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
-    await shell.house.submit()
-    ledger: Any = shell.house.services.submissions._books
+    await shell.gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
+    await shell.gateway.submit()
+    ledger: Any = shell.gateway.services.submissions._books
     (refused,) = ledger.reservations
-    shown = dict(await shell.lines("submission", refused))
+    shown = dict(await shell.run_table("submission", refused))
     assert (shown["outcome:"], shown["task:"], shown["cost:"], shown["refunded:"]) == ("refused", "-", "-", "-")
     answer = await shell.run("refund", "--submission", refused, "--reason", "x", code=1)
     assert answer.stderr == f"Conflict: Submission {refused} cost nothing: it is refused.\n"

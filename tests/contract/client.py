@@ -11,11 +11,11 @@ from service.clients.upstream import UpstreamClient
 from service.crypto import Keyring
 from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions, Options
 from service.domain.tenants import Account
-from service.usecases.ports import Check, Image, Submitted
+from service.usecases.ports import CheckResult, Image, SubmitResult
 
 USER_KEY = "hush-hush-key"
-SEALER = Keyring([bytes(32)]).purpose("user-key")
-ACCOUNT = Account(1, "main", SEALER.seal(USER_KEY.encode()))
+CIPHER = Keyring([bytes(32)]).derive("user-key")
+ACCOUNT = Account(1, "main", CIPHER.encrypt(USER_KEY.encode()))
 IMAGE = Image(b"\x89PNG" + bytes(range(256)) * 4, b"", "image/png", 8, 8)
 LARGE = Image(bytes(4 << 20), b"", "image/jpeg", 8, 8)
 _FACE = FaceEnhanceOptions()
@@ -26,21 +26,21 @@ class Caller:
     """A client, and what it told its observer."""
 
     client: UpstreamClient
-    seen: list[tuple[StrEnum, StrEnum]] = field(default_factory=list)
+    observations: list[tuple[StrEnum, StrEnum]] = field(default_factory=list)
 
     async def submit(
         self, *, account: Account = ACCOUNT, options: Options = _FACE, image: Image = IMAGE, seconds: float = 10
-    ) -> Submitted:
+    ) -> SubmitResult:
         """Submit something."""
-        return await self.client.submit(account, options, image, seconds=seconds)
+        return await self.client.submit(account, options, image, timeout_seconds=seconds)
 
-    async def check(self, upstream_id: str = "t-1", *, account: Account = ACCOUNT) -> Check:
+    async def check(self, upstream_id: str = "t-1", *, account: Account = ACCOUNT) -> CheckResult:
         """Ask about a task."""
         return await self.client.check(account, upstream_id)
 
 
 @asynccontextmanager
-async def calling(base_url: str) -> AsyncIterator[Caller]:
+async def open_caller(base_url: str) -> AsyncIterator[Caller]:
     """A client of an upstream."""
     seen: list[tuple[StrEnum, StrEnum]] = []
 
@@ -48,5 +48,5 @@ async def calling(base_url: str) -> AsyncIterator[Caller]:
         assert 0 <= seconds < 60
         seen.append((operation, outcome))
 
-    async with UpstreamClient(base_url, SEALER, DEFAULT_CATALOGUE, observe=observe) as client:
+    async with UpstreamClient(base_url, CIPHER, DEFAULT_CATALOGUE, on_call=observe) as client:
         yield Caller(client, seen)

@@ -12,78 +12,80 @@ from functools import cache
 
 import httpx2
 
-from service.clients.artifacts import ArtifactClient, Patience
-from service.clients.egress import Resolver, resolve
+from service.clients.artifacts import ArtifactClient, FetchTimeouts
+from service.clients.egress import Resolver, resolve_host
 from service.domain.tasks import Artifact, ArtifactName
 from service.domain.tenants import Account
-from service.usecases.ports import Asked, Fetched
-from tests.contract.client import ACCOUNT, SEALER
-from tests.contract.peer import Connection, Serve
-from tests.support.images import png
+from service.usecases.ports import ArtifactStream, RangeRequest
+from tests.contract.client import ACCOUNT, CIPHER
+from tests.contract.peer import Connection, Handler
+from tests.support.images import make_png
 
-MOST = 1_000_000
-PICTURE = png()
+MAX_BYTES = 1_000_000
+PNG_IMAGE = make_png()
 SVG = b'<?xml version="1.0"?>\n<!-- made -->\n<svg xmlns="http://www.w3.org/2000/svg"/>'
 
 
-def head(status: int = 200, **headers: str) -> bytes:
+def response_head(status: int = 200, **headers: str) -> bytes:
     """The head of an answer; without other words a PNG of unknown length."""
     fields = {"Content-Type": "image/png"} | {name.replace("_", "-"): text for name, text in headers.items()}
     lines = "".join(f"{name}: {text}\r\n" for name, text in fields.items() if text)
     return f"HTTP/1.1 {status} x\r\n{lines}\r\n".encode()
 
 
-def file(content: bytes = PICTURE, status: int = 200, **headers: str) -> bytes:
+def file_response(content: bytes = PNG_IMAGE, status: int = 200, **headers: str) -> bytes:
     """An answer with its length."""
-    return head(status, **({"Content_Length": str(len(content))} | headers)) + content
+    return response_head(status, **({"Content_Length": str(len(content))} | headers)) + content
 
 
-def chunked(*pieces: bytes, end: bool = True) -> bytes:
+def chunked_body(*chunks: bytes, end: bool = True) -> bytes:
     """Content in chunks."""
-    return b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in pieces) + (b"0\r\n\r\n" if end else b"")
+    return b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in chunks) + (b"0\r\n\r\n" if end else b"")
 
 
-async def asked(connection: Connection) -> str:
+async def read_request(connection: Connection) -> str:
     """Read one request without content; its head."""
     found = await connection.reader.readuntil(b"\r\n\r\n")
-    connection.peer.requests.append((found, b""))
-    connection.peer.arrived.set()
+    connection.server.requests.append((found, b""))
+    connection.server.request_received.set()
     return found.decode()
 
 
-def giving(*pieces: bytes) -> Serve:
+def send_pieces(*pieces: bytes) -> Handler:
     """Send the pieces to each who asks, and close."""
 
     async def serve(connection: Connection) -> None:
-        await asked(connection)
+        await read_request(connection)
         for piece in pieces:
             await connection.send(piece)
 
     return serve
 
 
-def giving_and_waiting(*pieces: bytes, left: asyncio.Event | None = None) -> Serve:
+def send_and_hold(*pieces: bytes, disconnected: asyncio.Event | None = None) -> Handler:
     """Send the pieces, and then nothing until the client goes, which `left` tells."""
 
     async def serve(connection: Connection) -> None:
-        await asked(connection)
+        await read_request(connection)
         for piece in pieces:
             await connection.send(piece)
-        await connection.wait_for_the_end()
-        if left:
-            left.set()
+        await connection.wait_closed()
+        if disconnected:
+            disconnected.set()
 
     return serve
 
 
-def giving_part(*pieces: bytes, content: bytes = PICTURE) -> Serve:
+def send_range(*pieces: bytes, content: bytes = PNG_IMAGE) -> Handler:
     """Send the pieces to a request for a part of `content`, and its beginning to a request for that."""
 
     async def serve(connection: Connection) -> None:
-        request = await asked(connection)
+        request = await read_request(connection)
         if "bytes=0-65535" in request:
             size = len(content)
-            await connection.send(file(content, 206, Content_Type="", Content_Range=f"bytes 0-{size - 1}/{size}"))
+            await connection.send(
+                file_response(content, 206, Content_Type="", Content_Range=f"bytes 0-{size - 1}/{size}")
+            )
             return
         for piece in pieces:
             await connection.send(piece)
@@ -105,23 +107,25 @@ class Fetcher:
         name: ArtifactName = ArtifactName.IMAGE,
         *,
         account: Account | None = ACCOUNT,
-        asked: Asked | None = None,
+        requested: RangeRequest | None = None,
         recent: bool = False,
-    ) -> AsyncIterator[Fetched]:
+    ) -> AsyncIterator[ArtifactStream]:
         """Fetch a result within the block."""
-        async with self.client.fetch(account, Artifact(name, url), asked or Asked(), recent=recent) as fetched:
+        async with self.client.fetch(
+            account, Artifact(name, url), requested or RangeRequest(), is_recent=recent
+        ) as fetched:
             yield fetched
 
-    async def get(
+    async def fetch_all(
         self,
         url: str,
         name: ArtifactName = ArtifactName.IMAGE,
         *,
-        asked: Asked | None = None,
+        requested: RangeRequest | None = None,
         recent: bool = False,
-    ) -> tuple[Fetched, bytes]:
+    ) -> tuple[ArtifactStream, bytes]:
         """Fetch a result to its end."""
-        async with self.fetch(url, name, asked=asked, recent=recent) as fetched:
+        async with self.fetch(url, name, requested=requested, recent=recent) as fetched:
             return fetched, b"".join([chunk async for chunk in fetched.chunks])
 
     @property
@@ -132,16 +136,16 @@ class Fetcher:
 
 
 @cache
-def _trust() -> ssl.SSLContext:
+def _tls_context() -> ssl.SSLContext:
     """Made once, since it takes a while."""
     return httpx2.create_ssl_context()
 
 
-def fetcher(
+def make_fetcher(
     upstream_url: str = "http://127.0.0.1",
     *,
-    resolver: Resolver = resolve,
-    patience: Patience | None = None,
+    resolver: Resolver = resolve_host,
+    timeouts: FetchTimeouts | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> Fetcher:
     """A client whose upstream is this machine."""
@@ -154,11 +158,11 @@ def fetcher(
 
     client = ArtifactClient(
         upstream_url,
-        max_bytes=MOST,
-        observe=observe,
-        user_keys=SEALER,
-        tls=tls or _trust(),
+        max_bytes=MAX_BYTES,
+        on_call=observe,
+        user_keys=CIPHER,
+        tls=tls or _tls_context(),
         resolver=resolver,
-        patience=patience,
+        timeouts=timeouts,
     )
     return Fetcher(client, outcomes)

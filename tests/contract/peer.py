@@ -14,20 +14,20 @@ from typing import Any, TypeAlias
 
 
 @dataclass
-class Peer:
+class ScriptedServer:
     """What a server was sent: connections made, and requests with their heads and bodies."""
 
     url: str = ""
     connections: int = 0
     requests: list[tuple[bytes, bytes]] = field(default_factory=list)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    request_received: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass
 class Connection:
     """One connection to a server."""
 
-    peer: Peer
+    server: ScriptedServer
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
@@ -39,8 +39,8 @@ class Connection:
             body = await self.reader.readexactly(int(length.partition(b":")[2]))
         except (asyncio.IncompleteReadError, OSError):
             return False
-        self.peer.requests.append((head, body))
-        self.peer.arrived.set()
+        self.server.requests.append((head, body))
+        self.server.request_received.set()
         return True
 
     async def send(self, data: bytes) -> None:
@@ -54,32 +54,32 @@ class Connection:
         self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.writer.transport.abort()
 
-    async def wait_for_the_end(self) -> None:
+    async def wait_closed(self) -> None:
         """Answer nothing until the client goes."""
         while await self.reader.read(65_536):
             pass
 
 
-Serve: TypeAlias = Callable[[Connection], Awaitable[None]]
+Handler: TypeAlias = Callable[[Connection], Awaitable[None]]
 
 
-def http(body: bytes, status: int = 200, **headers: str) -> bytes:
+def http_response(body: bytes, status: int = 200, **headers: str) -> bytes:
     """An HTTP answer with its length."""
     fields = {"Content-Length": str(len(body))} | {name.replace("_", "-"): text for name, text in headers.items()}
     head = "".join(f"{name}: {text}\r\n" for name, text in fields.items())
     return f"HTTP/1.1 {status} x\r\n{head}\r\n".encode() + body
 
 
-def told(**content: Any) -> bytes:
+def vendor_response(**content: Any) -> bytes:
     """An HTTP answer as the vendor gives it."""
-    return http(json.dumps(content).encode(), Content_Type="application/json")
+    return http_response(json.dumps(content).encode(), Content_Type="application/json")
 
 
-TASK = told(err_code=0, task_id="t-1", remaining_count=4, remaining_money=2)
+ACCEPTED_RESPONSE = vendor_response(err_code=0, task_id="t-1", remaining_count=4, remaining_money=2)
 """The answer to a submit that was accepted."""
 
 
-def answering(*pieces: bytes) -> Serve:
+def reply_with(*pieces: bytes) -> Handler:
     """Read each request, and send the pieces as the answer."""
 
     async def serve(connection: Connection) -> None:
@@ -90,7 +90,7 @@ def answering(*pieces: bytes) -> Serve:
     return serve
 
 
-def closing_after(data: bytes = b"") -> Serve:
+def reply_and_close(data: bytes = b"") -> Handler:
     """Read a request, send some bytes, and close."""
 
     async def serve(connection: Connection) -> None:
@@ -100,33 +100,35 @@ def closing_after(data: bytes = b"") -> Serve:
     return serve
 
 
-async def resetting(connection: Connection) -> None:
+async def reset_after_request(connection: Connection) -> None:
     """Read a request and reset the connection."""
     await connection.receive()
     connection.reset()
 
 
-async def resetting_at_once(connection: Connection) -> None:
+async def reset_immediately(connection: Connection) -> None:
     """Reset the connection with nothing read."""
     connection.reset()
 
 
-async def redirecting(connection: Connection) -> None:
+async def redirect_to_self(connection: Connection) -> None:
     """Send the client to the same place again."""
     await connection.receive()
-    await connection.send(http(b"", 307, Location=f"{connection.peer.url}/api/submit_task"))
+    await connection.send(http_response(b"", 307, Location=f"{connection.server.url}/api/submit_task"))
 
 
-async def hanging(connection: Connection) -> None:
+async def never_reply(connection: Connection) -> None:
     """Read a request and never answer."""
     await connection.receive()
-    await connection.wait_for_the_end()
+    await connection.wait_closed()
 
 
 @asynccontextmanager
-async def serving(serve: Serve, *, port: int = 0, tls: ssl.SSLContext | None = None) -> AsyncIterator[Peer]:
+async def run_server(
+    serve: Handler, *, port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[ScriptedServer]:
     """A server on 127.0.0.1 that does the same with every connection; at the end all of them are cut."""
-    peer = Peer()
+    peer = ScriptedServer()
     tasks: set[asyncio.Task[None]] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -14,27 +14,27 @@ import httpx2
 import pytest
 
 from service.clients.egress import (
-    Address,
     AddressRefused,
-    Allow,
-    CheckedTransport,
+    AllowAddress,
+    GuardedTransport,
+    IpAddress,
     Resolver,
     UnknownHost,
-    public,
-    resolve,
+    is_public,
+    resolve_host,
 )
-from tests.contract.peer import answering, http, serving
-from tests.support.certificates import certify
+from tests.contract.peer import http_response, reply_with, run_server
+from tests.support.certificates import create_certificate
 
-HERE = ip_address("127.0.0.1")
-NOBODY = ip_address("127.0.0.2")
+LOOPBACK = ip_address("127.0.0.1")
+UNUSED_ADDRESS = ip_address("127.0.0.2")
 """Belongs to this machine too, but the servers of these tests do not listen there."""
 
 
 @pytest.mark.parametrize("text", ["8.8.8.8", "1.1.1.1", "172.32.0.1", "2606:4700::1111", "64:ff9b::808:808"])
 def test_public(text: str) -> None:
     """Addresses of the internet are public, also as IPv4 seen from an IPv6 network."""
-    assert public(ip_address(text))
+    assert is_public(ip_address(text))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_public(text: str) -> None:
 )
 def test_not_public(text: str) -> None:
     """Addresses of this machine or its network are not public, nor such that lead to IPv4, nor reserved ones."""
-    assert not public(ip_address(text))
+    assert not is_public(ip_address(text))
 
 
 @pytest.mark.parametrize(
@@ -94,60 +94,63 @@ def test_not_public(text: str) -> None:
 )
 async def test_literals(host: str, address: str) -> None:
     """An address in any of its spellings resolves to itself."""
-    assert await resolve(host) == [ip_address(address)]
+    assert await resolve_host(host) == [ip_address(address)]
 
 
 @pytest.mark.parametrize("host", ["", "two..dots", f"{'x' * 64}.example"])
 async def test_unknown_hosts(host: str) -> None:
     """A host without an address is unknown."""
     with pytest.raises(UnknownHost):
-        await resolve(host)
+        await resolve_host(host)
 
 
-def resolving(*answers: Sequence[Address]) -> Resolver:
+def make_resolver(*answers: Sequence[IpAddress]) -> Resolver:
     """A name server that gives other answers each time."""
     left = iter(answers)
 
-    async def resolver(_: str) -> Sequence[Address]:
+    async def resolver(_: str) -> Sequence[IpAddress]:
         return next(left)
 
     return resolver
 
 
-def anywhere(_host: str, _ip: Address) -> bool:
+def allow_any(_host: str, _ip: IpAddress) -> bool:
     """Allow everything."""
     return True
 
 
 @asynccontextmanager
-async def client(
-    resolver: Resolver, allow: Allow = anywhere, *, tls: ssl.SSLContext | None = None, seconds: float = 10
+async def open_client(
+    resolver: Resolver, allow: AllowAddress = allow_any, *, tls: ssl.SSLContext | None = None, seconds: float = 10
 ) -> AsyncIterator[httpx2.AsyncClient]:
     """A client that resolves names so."""
-    transport = CheckedTransport(allow, tls=tls or httpx2.create_ssl_context(), resolver=resolver)
+    transport = GuardedTransport(allow, tls=tls or httpx2.create_ssl_context(), resolver=resolver)
     timeout = httpx2.Timeout(10, connect=seconds)
     async with httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout) as found:
         yield found
 
 
-def named(url: str) -> str:
+def with_hostname(url: str) -> str:
     """The URL of a server under a name."""
     return url.replace("127.0.0.1", "Files.Example")
 
 
 async def test_resolved_once() -> None:
     """What was checked is what is connected to, though the name server would say something else by then."""
-    asked: list[tuple[str, Address]] = []
+    asked: list[tuple[str, IpAddress]] = []
 
-    def allow(host: str, ip: Address) -> bool:
+    def allow(host: str, ip: IpAddress) -> bool:
         asked.append((host, ip))
-        return ip == HERE
+        return ip == LOOPBACK
 
-    async with serving(answering(http(b"fine"))) as peer, client(resolving([HERE], [NOBODY]), allow) as caller:
-        assert (await caller.post(named(peer.url), content=b"x")).content == b"fine"
+    async with (
+        run_server(reply_with(http_response(b"fine"))) as peer,
+        open_client(make_resolver([LOOPBACK], [UNUSED_ADDRESS]), allow) as caller,
+    ):
+        assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
         with pytest.raises(AddressRefused):
-            await caller.post(named(peer.url), content=b"x")
-        assert asked == [("files.example", HERE), ("files.example", NOBODY)]
+            await caller.post(with_hostname(peer.url), content=b"x")
+        assert asked == [("files.example", LOOPBACK), ("files.example", UNUSED_ADDRESS)]
         assert peer.connections == 1
 
 
@@ -155,12 +158,12 @@ async def test_each_request_is_checked() -> None:
     """Nothing is sent over a connection that an earlier request was allowed to make."""
     verdicts = iter([True, False])
     async with (
-        serving(answering(http(b""))) as peer,
-        client(resolving([HERE], [HERE]), lambda _host, _ip: next(verdicts)) as caller,
+        run_server(reply_with(http_response(b""))) as peer,
+        open_client(make_resolver([LOOPBACK], [LOOPBACK]), lambda _host, _ip: next(verdicts)) as caller,
     ):
-        await caller.post(named(peer.url), content=b"x")
+        await caller.post(with_hostname(peer.url), content=b"x")
         with pytest.raises(AddressRefused):
-            await caller.post(named(peer.url), content=b"x")
+            await caller.post(with_hostname(peer.url), content=b"x")
         assert b"\r\nconnection: close\r\n" in peer.requests[0][0].lower()
         assert len(peer.requests) == 1
 
@@ -168,18 +171,21 @@ async def test_each_request_is_checked() -> None:
 async def test_only_allowed_ones() -> None:
     """Of several addresses only those are tried which are allowed."""
     async with (
-        serving(answering(http(b""))) as peer,
-        client(resolving([HERE, NOBODY]), lambda _host, ip: ip == NOBODY) as caller,
+        run_server(reply_with(http_response(b""))) as peer,
+        open_client(make_resolver([LOOPBACK, UNUSED_ADDRESS]), lambda _host, ip: ip == UNUSED_ADDRESS) as caller,
     ):
         with pytest.raises(httpx2.ConnectError):
-            await caller.post(named(peer.url), content=b"x")
+            await caller.post(with_hostname(peer.url), content=b"x")
         assert peer.connections == 0
 
 
 async def test_next_address() -> None:
     """Where one address does not take the connection, the next one gets the whole request, under the name."""
-    async with serving(answering(http(b"fine"))) as peer, client(resolving([NOBODY, HERE])) as caller:
-        answer = await caller.post(f"{named(peer.url)}/a?b=c", content=b"content")
+    async with (
+        run_server(reply_with(http_response(b"fine"))) as peer,
+        open_client(make_resolver([UNUSED_ADDRESS, LOOPBACK])) as caller,
+    ):
+        answer = await caller.post(f"{with_hostname(peer.url)}/a?b=c", content=b"content")
         ((head, body),) = peer.requests
         assert answer.content == b"fine"
         assert head.startswith(b"POST /a?b=c HTTP/1.1\r\n")
@@ -189,19 +195,19 @@ async def test_next_address() -> None:
 
 async def test_address_that_swallows() -> None:
     """An address at which connections never come about leaves time for the others."""
-    with socket.create_server((str(NOBODY), 0), backlog=0) as deaf:
+    with socket.create_server((str(UNUSED_ADDRESS), 0), backlog=0) as deaf:
         port = deaf.getsockname()[1]
         waiting = [socket.socket() for _ in range(3)]
         try:
             for each in waiting:
                 each.setblocking(False)
-                each.connect_ex((str(NOBODY), port))
-            async with serving(answering(http(b"fine")), port=port) as peer:
-                async with client(resolving([NOBODY, HERE]), seconds=0.4) as caller:
-                    assert (await caller.post(named(peer.url), content=b"x")).content == b"fine"
-                async with client(resolving([NOBODY]), seconds=0.1) as caller:
+                each.connect_ex((str(UNUSED_ADDRESS), port))
+            async with run_server(reply_with(http_response(b"fine")), port=port) as peer:
+                async with open_client(make_resolver([UNUSED_ADDRESS, LOOPBACK]), seconds=0.4) as caller:
+                    assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
+                async with open_client(make_resolver([UNUSED_ADDRESS]), seconds=0.1) as caller:
                     with pytest.raises(httpx2.ConnectTimeout):
-                        await caller.post(named(peer.url), content=b"x")
+                        await caller.post(with_hostname(peer.url), content=b"x")
         finally:
             for each in waiting:
                 each.close()
@@ -210,11 +216,11 @@ async def test_address_that_swallows() -> None:
 async def test_slow_name_server() -> None:
     """A name server that does not answer is waited for no longer than for a connection."""
 
-    async def resolver(_: str) -> Sequence[Address]:
+    async def resolver(_: str) -> Sequence[IpAddress]:
         await asyncio.Event().wait()
         return []
 
-    async with client(resolver, seconds=0.05) as caller:
+    async with open_client(resolver, seconds=0.05) as caller:
         with pytest.raises(httpx2.ConnectTimeout):
             await caller.get("http://files.example")
 
@@ -222,7 +228,7 @@ async def test_slow_name_server() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "localhost", "2130706433"])
 async def test_this_machine(host: str) -> None:
     """This machine is not public under any of its names."""
-    async with client(resolve, lambda _host, ip: public(ip)) as caller:
+    async with open_client(resolve_host, lambda _host, ip: is_public(ip)) as caller:
         with pytest.raises(AddressRefused):
             await caller.get(f"http://{host}:1/")
 
@@ -230,14 +236,14 @@ async def test_this_machine(host: str) -> None:
 async def test_certificates(tmp_path: Path) -> None:
     """A server shows a certificate for its name; one for its address is not enough."""
     for subject, trusted in (("files.example", True), ("127.0.0.1", False)):
-        public_part, context = certify(tmp_path, subject)
+        public_part, context = create_certificate(tmp_path, subject)
         tls = ssl.create_default_context(cafile=str(public_part))
         async with (
-            serving(answering(http(b"fine")), tls=context) as peer,
-            client(resolving([HERE]), tls=tls) as caller,
+            run_server(reply_with(http_response(b"fine")), tls=context) as peer,
+            open_client(make_resolver([LOOPBACK]), tls=tls) as caller,
         ):
             if trusted:
-                assert (await caller.post(named(peer.url), content=b"x")).content == b"fine"
+                assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
             else:
                 with pytest.raises(httpx2.ConnectError, match=r"not valid for .files\.example"):
-                    await caller.post(named(peer.url), content=b"x")
+                    await caller.post(with_hostname(peer.url), content=b"x")

@@ -9,32 +9,42 @@ import pytest
 from PIL import Image
 
 from service.clients import artifacts
-from service.clients.artifacts import Outcome
+from service.clients.artifacts import FetchOutcome
 from service.domain.errors import Overloaded, RangeNotSatisfiable, UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.media import JPEG, PNG, SVG, WEBP
 from service.domain.tasks import ArtifactName
-from service.usecases.ports import Asked, Portion
+from service.usecases.ports import Coverage, RangeRequest
 from tests.contract import origin
-from tests.contract.origin import MOST, PICTURE, chunked, fetcher, file, giving, giving_and_waiting, giving_part, head
-from tests.contract.peer import Connection, serving
-from tests.support.images import encoded
+from tests.contract.origin import (
+    MAX_BYTES,
+    PNG_IMAGE,
+    chunked_body,
+    file_response,
+    make_fetcher,
+    response_head,
+    send_and_hold,
+    send_pieces,
+    send_range,
+)
+from tests.contract.peer import Connection, run_server
+from tests.support.images import encode_image
 
 IMAGE, VECTOR, GRID = ArtifactName.IMAGE, ArtifactName.VECTOR, ArtifactName.GRID
-WHEN = "Sat, 31 Jan 2026 12:00:00 GMT"
+LAST_MODIFIED = "Sat, 31 Jan 2026 12:00:00 GMT"
 
 
 async def test_whole() -> None:
     """A result comes whole, with its length and its version, over a plain request."""
-    content = PICTURE * 500
-    caller = fetcher()
-    answer = file(content, ETag='"v1"', Last_Modified=WHEN, Accept_Ranges="bytes", Set_Cookie="a=b")
-    async with serving(giving(answer)) as peer:
-        fetched, found = await caller.get(f"{peer.url}/files/1.png?signature=x%2Fy")
+    content = PNG_IMAGE * 500
+    caller = make_fetcher()
+    answer = file_response(content, ETag='"v1"', Last_Modified=LAST_MODIFIED, Accept_Ranges="bytes", Set_Cookie="a=b")
+    async with run_server(send_pieces(answer)) as peer:
+        fetched, found = await caller.fetch_all(f"{peer.url}/files/1.png?signature=x%2Fy")
     assert found == content
-    assert (fetched.name, fetched.portion, fetched.media_type) == (IMAGE, Portion.WHOLE, PNG)
+    assert (fetched.name, fetched.coverage, fetched.media_type) == (IMAGE, Coverage.FULL, PNG)
     assert (fetched.length, fetched.content_range) == (len(content), None)
-    assert (fetched.etag, fetched.last_modified, fetched.accept_ranges) == ('"v1"', WHEN, "bytes")
-    assert caller.outcome == Outcome.DONE
+    assert (fetched.etag, fetched.last_modified, fetched.accept_ranges) == ('"v1"', LAST_MODIFIED, "bytes")
+    assert caller.outcome == FetchOutcome.DONE
     ((sent, _),) = peer.requests
     assert sent.startswith(b"GET /files/1.png?signature=x%2Fy HTTP/1.1\r\n")
     assert b"\r\naccept-encoding: identity\r\n" in sent.lower()
@@ -46,69 +56,69 @@ async def test_whole() -> None:
 @pytest.mark.parametrize(
     ("name", "said", "content", "media_type"),
     [
-        (IMAGE, "image/png", PICTURE, PNG),
+        (IMAGE, "image/png", PNG_IMAGE, PNG),
         (VECTOR, "image/svg+xml; charset=utf-8", b"<svg/>", SVG),
         (VECTOR, "text/xml", origin.SVG, SVG),
         (VECTOR, "image/svg+xml", b"<!--" + b" " * 30_000 + b"--><svg/>", SVG),
-        (IMAGE, "application/octet-stream", PICTURE, PNG),
-        *((IMAGE, label, PICTURE, PNG) for label in ("text/plain", "text/html", "image/jpeg", "image/x-png", "x")),
-        (IMAGE, "binary/octet-stream", encoded(Image.new("RGB", (4, 4)), "JPEG"), JPEG),
-        (GRID, "", encoded(Image.new("RGB", (4, 4)), "WEBP"), WEBP),
+        (IMAGE, "application/octet-stream", PNG_IMAGE, PNG),
+        *((IMAGE, label, PNG_IMAGE, PNG) for label in ("text/plain", "text/html", "image/jpeg", "image/x-png", "x")),
+        (IMAGE, "binary/octet-stream", encode_image(Image.new("RGB", (4, 4)), "JPEG"), JPEG),
+        (GRID, "", encode_image(Image.new("RGB", (4, 4)), "WEBP"), WEBP),
         (VECTOR, "", origin.SVG, SVG),
     ],
 )
 async def test_types(name: ArtifactName, said: str, content: bytes, media_type: str) -> None:
     """A result is of the type of its bytes, whatever its server calls it and however little comes first."""
-    caller = fetcher()
-    answer = head(Content_Type=said, Transfer_Encoding="chunked")
-    pieces = chunked(content[:1], content[1:2], content[2:])
-    async with serving(giving(answer, pieces)) as peer:
-        fetched, found = await caller.get(peer.url, name)
+    caller = make_fetcher()
+    answer = response_head(Content_Type=said, Transfer_Encoding="chunked")
+    pieces = chunked_body(content[:1], content[1:2], content[2:])
+    async with run_server(send_pieces(answer, pieces)) as peer:
+        fetched, found = await caller.fetch_all(peer.url, name)
     assert (fetched.media_type, found, fetched.length) == (media_type, content, None)
 
 
 @pytest.mark.parametrize(
     ("name", "answer"),
     [
-        (IMAGE, file(b"<html></html>", Content_Type="text/html")),
-        (IMAGE, file(b"<html></html>")),
-        (IMAGE, file(b"<html></html>" + PICTURE * 1_000)),
-        (IMAGE, file(b"<html></html>", Content_Type="application/octet-stream")),
-        (IMAGE, file(b"<html></html>", Content_Type="")),
-        (VECTOR, file(b"<!DOCTYPE html><svg/>", Content_Type="")),
-        (IMAGE, file(origin.SVG, Content_Type="image/svg+xml")),
-        (IMAGE, file(origin.SVG, Content_Type="")),
-        (VECTOR, file(PICTURE)),
-        (GRID, file(b"{}", Content_Type="application/json")),
-        (IMAGE, file(b"")),
-        (IMAGE, file(gzip.compress(PICTURE, mtime=0), Content_Encoding="gzip")),
-        (IMAGE, file(b"\x0b\x02\x80" + PICTURE, Content_Encoding="br")),
-        (IMAGE, file(b"400;chunk-signature=0a\r\n" + PICTURE, Content_Encoding="aws-chunked")),
+        (IMAGE, file_response(b"<html></html>", Content_Type="text/html")),
+        (IMAGE, file_response(b"<html></html>")),
+        (IMAGE, file_response(b"<html></html>" + PNG_IMAGE * 1_000)),
+        (IMAGE, file_response(b"<html></html>", Content_Type="application/octet-stream")),
+        (IMAGE, file_response(b"<html></html>", Content_Type="")),
+        (VECTOR, file_response(b"<!DOCTYPE html><svg/>", Content_Type="")),
+        (IMAGE, file_response(origin.SVG, Content_Type="image/svg+xml")),
+        (IMAGE, file_response(origin.SVG, Content_Type="")),
+        (VECTOR, file_response(PNG_IMAGE)),
+        (GRID, file_response(b"{}", Content_Type="application/json")),
+        (IMAGE, file_response(b"")),
+        (IMAGE, file_response(gzip.compress(PNG_IMAGE, mtime=0), Content_Encoding="gzip")),
+        (IMAGE, file_response(b"\x0b\x02\x80" + PNG_IMAGE, Content_Encoding="br")),
+        (IMAGE, file_response(b"400;chunk-signature=0a\r\n" + PNG_IMAGE, Content_Encoding="aws-chunked")),
     ],
 )
 async def test_something_else(name: ArtifactName, answer: bytes) -> None:
     """What is no image, or not the kind of image that the result is, is not passed on."""
-    caller = fetcher()
-    async with serving(giving(answer)) as peer:
+    caller = make_fetcher()
+    async with run_server(send_pieces(answer)) as peer:
         with pytest.raises(UpstreamInvalidResponse):
-            await caller.get(peer.url, name)
-    assert caller.outcome == Outcome.UNUSABLE
+            await caller.fetch_all(peer.url, name)
+    assert caller.outcome == FetchOutcome.INVALID
 
 
 @pytest.mark.parametrize("coding", ["aws-chunked", "utf-8", "none", "identity", "gzip", "br, x", ""])
 async def test_codings_of_plain_bytes(coding: str) -> None:
     """A content coding that its server names over plain bytes is ignored."""
-    async with serving(giving(file(Content_Encoding=coding))) as peer:
-        _, found = await fetcher().get(peer.url)
-    assert found == PICTURE
+    async with run_server(send_pieces(file_response(Content_Encoding=coding))) as peer:
+        _, found = await make_fetcher().fetch_all(peer.url)
+    assert found == PNG_IMAGE
 
 
 @pytest.mark.parametrize("status", [201, 204, 206, 300, 304, 401, 403, 404, 410, 416, 418])
 async def test_refused(status: int) -> None:
     """A server that does not have the result any more, or answers out of order, gives nothing to pass on."""
-    async with serving(giving(file(PICTURE if status not in {204, 304} else b"", status))) as peer:
+    async with run_server(send_pieces(file_response(PNG_IMAGE if status not in {204, 304} else b"", status))) as peer:
         with pytest.raises(UpstreamInvalidResponse):
-            await fetcher().get(peer.url)
+            await make_fetcher().fetch_all(peer.url)
 
 
 @pytest.mark.parametrize(
@@ -118,21 +128,26 @@ async def test_refused(status: int) -> None:
 )
 async def test_not_now(status: int, recent: bool) -> None:
     """A server that has trouble of its own may be asked again, and so may one that lacks what was just finished."""
-    caller = fetcher()
-    async with serving(giving(file(b"<html>", status))) as peer:
+    caller = make_fetcher()
+    async with run_server(send_pieces(file_response(b"<html>", status))) as peer:
         with pytest.raises(UpstreamUnavailable) as caught:
-            await caller.get(peer.url, recent=recent)
+            await caller.fetch_all(peer.url, recent=recent)
     assert caught.value.retry_after
-    assert caller.outcome == Outcome.UNREACHABLE
+    assert caller.outcome == FetchOutcome.UNREACHABLE
 
 
 async def test_range() -> None:
     """A range is asked for, and comes as a part that says where it belongs."""
-    caller = fetcher()
-    answer = file(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
-    async with serving(giving_part(answer)) as peer:
-        fetched, found = await caller.get(peer.url, asked=Asked(range="bytes=2-5", if_range='"v1"'))
-    assert (fetched.portion, fetched.length, fetched.content_range, found) == (Portion.PART, 4, "bytes 2-5/10", b"cdef")
+    caller = make_fetcher()
+    answer = file_response(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
+    async with run_server(send_range(answer)) as peer:
+        fetched, found = await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=2-5", if_range='"v1"'))
+    assert (fetched.coverage, fetched.length, fetched.content_range, found) == (
+        Coverage.PARTIAL,
+        4,
+        "bytes 2-5/10",
+        b"cdef",
+    )
     assert fetched.media_type == PNG
     sent = peer.requests[0][0]
     assert b'\r\nrange: bytes=2-5\r\nif-range: "v1"\r\n' in sent.lower()
@@ -140,39 +155,39 @@ async def test_range() -> None:
 
 async def test_type_of_a_part() -> None:
     """A part from the middle is preceded by the first bytes of the file once, and by nothing once those were seen."""
-    caller, asked = fetcher(), Asked(range="bytes=2-5")
-    answer = file(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
-    async with serving(giving_part(answer)) as peer:
+    caller, asked = make_fetcher(), RangeRequest(range="bytes=2-5")
+    answer = file_response(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
+    async with run_server(send_range(answer)) as peer:
         for _ in range(3):
-            assert (await caller.get(peer.url, asked=asked))[0].media_type == PNG
+            assert (await caller.fetch_all(peer.url, requested=asked))[0].media_type == PNG
         assert len(peer.requests) == 1 + 3
         assert b"if-range" not in peer.requests[1][0].lower()
-    changed = file(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v2"')
-    async with serving(giving_part(changed), port=int(peer.url.rpartition(":")[2])) as peer:
-        await caller.get(peer.url, asked=asked)
+    changed = file_response(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v2"')
+    async with run_server(send_range(changed), port=int(peer.url.rpartition(":")[2])) as peer:
+        await caller.fetch_all(peer.url, requested=asked)
         assert len(peer.requests) == 2
-    assert len(caller.client._types._types) == 2
+    assert len(caller.client._type_cache._types) == 2
 
 
 async def test_type_of_a_whole_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a whole file was seen to be holds for its parts, for the latest files of so many."""
-    monkeypatch.setattr(artifacts, "MOST_TYPES", 1)
-    caller, asked = fetcher(), Asked(range="bytes=2-")
-    part = file(PICTURE[2:], 206, Content_Range=f"bytes 2-{len(PICTURE) - 1}/{len(PICTURE)}")
-    first = iter([file(), part, file(), part, part])
+    monkeypatch.setattr(artifacts, "MAX_CACHED_TYPES", 1)
+    caller, asked = make_fetcher(), RangeRequest(range="bytes=2-")
+    part = file_response(PNG_IMAGE[2:], 206, Content_Range=f"bytes 2-{len(PNG_IMAGE) - 1}/{len(PNG_IMAGE)}")
+    first = iter([file_response(), part, file_response(), part, part])
 
     async def serve(connection: Connection) -> None:
-        request = await origin.asked(connection)
-        await connection.send(file() if "bytes=0-65535" in request else next(first))
+        request = await origin.read_request(connection)
+        await connection.send(file_response() if "bytes=0-65535" in request else next(first))
 
-    async with serving(serve) as peer:
-        await caller.get(f"{peer.url}/1")
-        await caller.get(f"{peer.url}/1", asked=asked)
+    async with run_server(serve) as peer:
+        await caller.fetch_all(f"{peer.url}/1")
+        await caller.fetch_all(f"{peer.url}/1", requested=asked)
         assert len(peer.requests) == 2
-        await caller.get(f"{peer.url}/2")
-        await caller.get(f"{peer.url}/2", asked=asked)
+        await caller.fetch_all(f"{peer.url}/2")
+        await caller.fetch_all(f"{peer.url}/2", requested=asked)
         assert len(peer.requests) == 4
-        await caller.get(f"{peer.url}/1", asked=asked)
+        await caller.fetch_all(f"{peer.url}/1", requested=asked)
         assert len(peer.requests) == 6
 
 
@@ -180,19 +195,21 @@ async def test_type_of_a_whole_is_remembered(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("content_range", ["bytes 0-3/10", "bytes 2-5/10", "bytes 2-5/*"])
 async def test_part_of_something_else(content: bytes, content_range: str) -> None:
     """A part of what is no image by its first bytes is refused, whatever it is called, and each time."""
-    caller = fetcher()
-    async with serving(giving_part(file(b"<htm", 206, Content_Range=content_range), content=content)) as peer:
+    caller = make_fetcher()
+    async with run_server(
+        send_range(file_response(b"<htm", 206, Content_Range=content_range), content=content)
+    ) as peer:
         for _ in range(2):
             with pytest.raises(UpstreamInvalidResponse):
-                await caller.get(peer.url, asked=Asked(range="bytes=0-"))
+                await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=0-"))
 
 
 async def test_short_part_of_the_beginning() -> None:
     """A part that is too short to tell what it is part of is judged by more of the file, of which it has to be part."""
-    for beginning, fits in ((PICTURE[:2], True), (b"<h", False)):
-        answer = file(beginning, 206, Content_Range="bytes 0-1/10")
-        async with serving(giving_part(answer)) as peer:
-            reading = fetcher().get(peer.url, asked=Asked(range="bytes=0-1"))
+    for beginning, fits in ((PNG_IMAGE[:2], True), (b"<h", False)):
+        answer = file_response(beginning, 206, Content_Range="bytes 0-1/10")
+        async with run_server(send_range(answer)) as peer:
+            reading = make_fetcher().fetch_all(peer.url, requested=RangeRequest(range="bytes=0-1"))
             if fits:
                 assert (await reading)[1] == beginning
             else:
@@ -216,80 +233,82 @@ async def test_short_part_of_the_beginning() -> None:
 )
 async def test_wrong_ranges(content_range: str) -> None:
     """A part that is not the one it says, says nothing, or is of too large a whole, is not passed on."""
-    async with serving(giving(file(b"cdef", 206, Content_Range=content_range))) as peer:
+    async with run_server(send_pieces(file_response(b"cdef", 206, Content_Range=content_range))) as peer:
         with pytest.raises(UpstreamInvalidResponse):
-            await fetcher().get(peer.url, asked=Asked(range="bytes=2-5"))
+            await make_fetcher().fetch_all(peer.url, requested=RangeRequest(range="bytes=2-5"))
 
 
 @pytest.mark.parametrize(("told", "passed_on"), [("bytes */10", "bytes */10"), ("", None), ("x", None)])
 async def test_no_such_range(told: str, passed_on: str | None) -> None:
     """A range beyond the end is told with the size of the whole, if that is told."""
-    caller = fetcher()
-    async with serving(giving(file(b"", 416, Content_Range=told))) as peer:
+    caller = make_fetcher()
+    async with run_server(send_pieces(file_response(b"", 416, Content_Range=told))) as peer:
         with pytest.raises(RangeNotSatisfiable) as caught:
-            await caller.get(peer.url, asked=Asked(range="bytes=20-"))
+            await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=20-"))
     assert caught.value.content_range == passed_on
-    assert caller.outcome == Outcome.DONE
+    assert caller.outcome == FetchOutcome.DONE
 
 
-@pytest.mark.parametrize("asked", [Asked(if_none_match='"v1"'), Asked(if_modified_since=WHEN)])
-async def test_known_already(asked: Asked) -> None:
+@pytest.mark.parametrize("asked", [RangeRequest(if_none_match='"v1"'), RangeRequest(if_modified_since=LAST_MODIFIED)])
+async def test_known_already(asked: RangeRequest) -> None:
     """What is known already does not come again."""
-    caller = fetcher()
-    async with serving(giving(head(304, ETag='"v1"'))) as peer:
-        fetched, found = await caller.get(peer.url, asked=asked)
-    assert (fetched.portion, fetched.etag, found) == (Portion.NOTHING, '"v1"', b"")
-    assert caller.outcome == Outcome.DONE
+    caller = make_fetcher()
+    async with run_server(send_pieces(response_head(304, ETag='"v1"'))) as peer:
+        fetched, found = await caller.fetch_all(peer.url, requested=asked)
+    assert (fetched.coverage, fetched.etag, found) == (Coverage.NOT_MODIFIED, '"v1"', b"")
+    assert caller.outcome == FetchOutcome.DONE
 
 
 async def test_malformed_versions() -> None:
     """A version that has not the form of one is not passed on."""
-    async with serving(giving(file(ETag='"a\x01"', Last_Modified="a\tb", Accept_Ranges="none"))) as peer:
-        fetched, _ = await fetcher().get(peer.url)
+    async with run_server(
+        send_pieces(file_response(ETag='"a\x01"', Last_Modified="a\tb", Accept_Ranges="none"))
+    ) as peer:
+        fetched, _ = await make_fetcher().fetch_all(peer.url)
     assert (fetched.etag, fetched.last_modified, fetched.accept_ranges) == (None, None, None)
 
 
 async def test_announced_as_too_large() -> None:
     """A result that is announced as larger than allowed is refused, and not read."""
-    caller, left = fetcher(), asyncio.Event()
-    serve = giving_and_waiting(head(Content_Length=str(MOST + 1)), PICTURE, left=left)
-    async with serving(serve) as peer, asyncio.timeout(10):
+    caller, left = make_fetcher(), asyncio.Event()
+    serve = send_and_hold(response_head(Content_Length=str(MAX_BYTES + 1)), PNG_IMAGE, disconnected=left)
+    async with run_server(serve) as peer, asyncio.timeout(10):
         with pytest.raises(UpstreamInvalidResponse):
-            await caller.get(peer.url)
+            await caller.fetch_all(peer.url)
         await left.wait()
 
 
 async def test_leaving() -> None:
     """Who wants no more of a result ends the fetch, and with it the connection."""
-    caller, left = fetcher(), asyncio.Event()
-    serve = giving_and_waiting(head(Content_Length="1000"), PICTURE, left=left)
-    async with serving(serve) as peer, asyncio.timeout(10):
+    caller, left = make_fetcher(), asyncio.Event()
+    serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=left)
+    async with run_server(serve) as peer, asyncio.timeout(10):
         async with caller.fetch(peer.url) as fetched:
-            assert await anext(fetched.chunks) == PICTURE
+            assert await anext(fetched.chunks) == PNG_IMAGE
         await left.wait()
-    assert caller.outcome == Outcome.STOPPED
+    assert caller.outcome == FetchOutcome.CANCELLED
 
 
 async def test_leaving_early() -> None:
     """Who leaves before anything came ends the fetch, and with it the connection."""
-    caller, left = fetcher(), asyncio.Event()
-    async with serving(giving_and_waiting(left=left)) as peer, asyncio.timeout(10):
-        reading = asyncio.create_task(caller.get(peer.url))
-        await peer.arrived.wait()
+    caller, left = make_fetcher(), asyncio.Event()
+    async with run_server(send_and_hold(disconnected=left)) as peer, asyncio.timeout(10):
+        reading = asyncio.create_task(caller.fetch_all(peer.url))
+        await peer.request_received.wait()
         reading.cancel()
         await left.wait()
         with pytest.raises(asyncio.CancelledError):
             await reading
-    assert caller.outcome == Outcome.STOPPED
+    assert caller.outcome == FetchOutcome.CANCELLED
 
 
 async def test_too_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """There are only so many fetches at once, and each that ends makes room for another."""
-    monkeypatch.setattr(artifacts, "MOST_AT_ONCE", 1)
-    caller = fetcher()
-    async with serving(giving(file())) as peer:
+    monkeypatch.setattr(artifacts, "MAX_CONCURRENT_FETCHES", 1)
+    caller = make_fetcher()
+    async with run_server(send_pieces(file_response())) as peer:
         async with caller.fetch(peer.url):
             with pytest.raises(Overloaded):
-                await caller.get(peer.url)
-        await caller.get(peer.url)
-    assert caller.outcomes == [Outcome.STOPPED, Outcome.DONE]
+                await caller.fetch_all(peer.url)
+        await caller.fetch_all(peer.url)
+    assert caller.outcomes == [FetchOutcome.CANCELLED, FetchOutcome.DONE]

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from service.clients import artifacts
-from service.clients.artifacts import MOST_REDIRECTS, Outcome
-from service.clients.egress import Address, Resolver, UnknownHost
+from service.clients.artifacts import MAX_REDIRECTS, FetchOutcome
+from service.clients.egress import IpAddress, Resolver, UnknownHost
 from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.tenants import Account
-from service.usecases.ports import Asked
+from service.usecases.ports import RangeRequest
 from tests.contract.client import USER_KEY
-from tests.contract.origin import PICTURE, asked, fetcher, file, giving
-from tests.contract.peer import Connection, Serve, http, serving
-from tests.support.certificates import certify
+from tests.contract.origin import PNG_IMAGE, file_response, make_fetcher, read_request, send_pieces
+from tests.contract.peer import Connection, Handler, http_response, run_server
+from tests.support.certificates import create_certificate
 
-HERE, ELSEWHERE = ip_address("127.0.0.1"), ip_address("127.0.0.2")
-PRIVATE = [
+LOOPBACK, OTHER_LOOPBACK = ip_address("127.0.0.1"), ip_address("127.0.0.2")
+PRIVATE_URLS = [
     "http://127.0.0.1:{port}/1.png",
     "http://localhost:{port}/1.png",
     "http://[::1]:{port}/1.png",
@@ -34,10 +34,10 @@ PRIVATE = [
 ]
 
 
-def resolving(names: Mapping[str, Sequence[Address]]) -> Resolver:
+def make_resolver(names: Mapping[str, Sequence[IpAddress]]) -> Resolver:
     """A name server that knows these."""
 
-    async def resolver(host: str) -> Sequence[Address]:
+    async def resolver(host: str) -> Sequence[IpAddress]:
         if host not in names:
             raise UnknownHost(host)
         return names[host]
@@ -45,58 +45,62 @@ def resolving(names: Mapping[str, Sequence[Address]]) -> Resolver:
     return resolver
 
 
-def sending_on(*locations: str) -> Serve:
+def redirect_through(*locations: str) -> Handler:
     """Send who asks on to one location after the other, and then give the result."""
     left = iter(locations)
 
     async def serve(connection: Connection) -> None:
-        await asked(connection)
+        await read_request(connection)
         location = next(left, None)
         await connection.send(
-            file() if location is None else http(b"moved", 302, Location=location.format(url=connection.peer.url))
+            file_response()
+            if location is None
+            else http_response(b"moved", 302, Location=location.format(url=connection.server.url))
         )
 
     return serve
 
 
-@pytest.mark.parametrize("url", PRIVATE)
+@pytest.mark.parametrize("url", PRIVATE_URLS)
 async def test_private_address(url: str) -> None:
     """A result at a private address is not fetched for an account whose upstream is elsewhere."""
-    caller = fetcher("http://upstream.example")
-    async with serving(giving(file())) as peer:
+    caller = make_fetcher("http://upstream.example")
+    async with run_server(send_pieces(file_response())) as peer:
         with pytest.raises(UpstreamInvalidResponse) as caught:
-            await caller.get(url.format(port=peer.url.rpartition(":")[2]))
+            await caller.fetch_all(url.format(port=peer.url.rpartition(":")[2]))
         assert peer.connections == 0
     assert "127.0.0.1" not in str(caught.value)
-    assert caller.outcome == Outcome.UNUSABLE
+    assert caller.outcome == FetchOutcome.INVALID
 
 
-@pytest.mark.parametrize("url", PRIVATE[:-1])
+@pytest.mark.parametrize("url", PRIVATE_URLS[:-1])
 async def test_redirect_to_private_address(url: str) -> None:
     """A server can't send the gateway on to a private address."""
-    resolver = resolving(
-        {"upstream.example": [HERE], "localhost": [HERE], "2130706433": [HERE]}
+    resolver = make_resolver(
+        {"upstream.example": [LOOPBACK], "localhost": [LOOPBACK], "2130706433": [LOOPBACK]}
         | {text: [ip_address(text)] for text in ("127.0.0.1", "::1", "::ffff:127.0.0.1", "10.0.0.1", "169.254.169.254")}
     )
-    caller = fetcher("http://upstream.example", resolver=resolver)
-    async with serving(giving(file())) as inside:
+    caller = make_fetcher("http://upstream.example", resolver=resolver)
+    async with run_server(send_pieces(file_response())) as inside:
         target = url.format(port=inside.url.rpartition(":")[2])
-        async with serving(sending_on(target)) as peer:
+        async with run_server(redirect_through(target)) as peer:
             with pytest.raises(UpstreamInvalidResponse):
-                await caller.get(peer.url.replace("127.0.0.1", "upstream.example"))
+                await caller.fetch_all(peer.url.replace("127.0.0.1", "upstream.example"))
             assert len(peer.requests) == 1
         assert inside.connections == 0
 
 
 async def test_own_upstream() -> None:
     """A private address is fetched from for the account whose own upstream is there, and for no other."""
-    caller = fetcher("http://other.example", resolver=resolving({"files.internal": [HERE], "other.example": [HERE]}))
+    caller = make_fetcher(
+        "http://other.example", resolver=make_resolver({"files.internal": [LOOPBACK], "other.example": [LOOPBACK]})
+    )
     own = Account(1, "own", b"", base_url="http://FILES.internal:9000/base")
     other = Account(2, "other", b"")
-    async with serving(giving(file())) as peer:
+    async with run_server(send_pieces(file_response())) as peer:
         url = peer.url.replace("127.0.0.1", "files.internal")
         async with caller.fetch(url, account=own) as fetched:
-            assert await anext(fetched.chunks) == PICTURE
+            assert await anext(fetched.chunks) == PNG_IMAGE
         for account in (other, None):
             with pytest.raises(UpstreamInvalidResponse):
                 async with caller.fetch(url, account=account):
@@ -111,46 +115,48 @@ async def test_own_upstream() -> None:
 
 async def test_changing_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that means a private address the second time is not followed there."""
-    monkeypatch.setattr(artifacts, "public", lambda ip: ip == HERE)
-    answers = iter([[HERE], [ELSEWHERE]])
+    monkeypatch.setattr(artifacts, "is_public", lambda ip: ip == LOOPBACK)
+    answers = iter([[LOOPBACK], [OTHER_LOOPBACK]])
 
-    async def resolver(_: str) -> Sequence[Address]:
+    async def resolver(_: str) -> Sequence[IpAddress]:
         return next(answers)
 
-    caller = fetcher("http://upstream.example", resolver=resolver)
-    async with serving(sending_on("/again")) as peer:
+    caller = make_fetcher("http://upstream.example", resolver=resolver)
+    async with run_server(redirect_through("/again")) as peer:
         with pytest.raises(UpstreamInvalidResponse):
-            await caller.get(peer.url.replace("127.0.0.1", "files.example"))
+            await caller.fetch_all(peer.url.replace("127.0.0.1", "files.example"))
         assert peer.connections == 1
 
 
 async def test_redirects() -> None:
     """Redirects are followed, relative ones too, with what was asked for; each connection is closed before the next."""
-    caller = fetcher()
-    async with serving(sending_on("/2.png", "{url}/3.png?a=b", "4.png")) as peer:
-        _, found = await caller.get(f"{peer.url}/a/1.png", asked=Asked(range="bytes=0-", if_range='"v1"'))
+    caller = make_fetcher()
+    async with run_server(redirect_through("/2.png", "{url}/3.png?a=b", "4.png")) as peer:
+        _, found = await caller.fetch_all(
+            f"{peer.url}/a/1.png", requested=RangeRequest(range="bytes=0-", if_range='"v1"')
+        )
     lines = [sent.split(b"\r\n") for sent, _ in peer.requests]
-    assert found == PICTURE
+    assert found == PNG_IMAGE
     assert [each[0].split()[1] for each in lines] == [b"/a/1.png", b"/2.png", b"/3.png?a=b", b"/4.png"]
     assert all(b'If-Range: "v1"' in each for each in lines)
-    assert caller.outcome == Outcome.DONE
+    assert caller.outcome == FetchOutcome.DONE
 
 
 async def test_key_in_the_address() -> None:
     """The key of the account is put back into an address that is kept without it."""
-    async with serving(giving(file())) as peer:
-        await fetcher().get(f"{peer.url}/1.png?k=%7Buser_key%7D")
+    async with run_server(send_pieces(file_response())) as peer:
+        await make_fetcher().fetch_all(f"{peer.url}/1.png?k=%7Buser_key%7D")
     assert peer.requests[0][0].startswith(f"GET /1.png?k={USER_KEY} HTTP/1.1\r\n".encode())
 
 
 async def test_too_many_redirects() -> None:
     """Who is sent on too often gives up."""
-    async with serving(sending_on(*["/"] * MOST_REDIRECTS)) as peer:
-        await fetcher().get(peer.url)
-    async with serving(sending_on(*["/"] * (MOST_REDIRECTS + 1))) as peer:
+    async with run_server(redirect_through(*["/"] * MAX_REDIRECTS)) as peer:
+        await make_fetcher().fetch_all(peer.url)
+    async with run_server(redirect_through(*["/"] * (MAX_REDIRECTS + 1))) as peer:
         with pytest.raises(UpstreamInvalidResponse):
-            await fetcher().get(peer.url)
-        assert len(peer.requests) == MOST_REDIRECTS + 1
+            await make_fetcher().fetch_all(peer.url)
+        assert len(peer.requests) == MAX_REDIRECTS + 1
 
 
 @pytest.mark.parametrize(
@@ -168,34 +174,40 @@ async def test_too_many_redirects() -> None:
 )
 async def test_redirects_to_nowhere(location: str) -> None:
     """A redirect to what can't be fetched over HTTP leads to nothing, or back to where it came from."""
-    async with serving(sending_on(*[location] * 9)) as peer:
+    async with run_server(redirect_through(*[location] * 9)) as peer:
         with pytest.raises((UpstreamInvalidResponse, UpstreamUnavailable)):
-            await fetcher().get(peer.url)
+            await make_fetcher().fetch_all(peer.url)
 
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/1.png", "http://", "http://[/", "x", "http://a:b/"])
 async def test_no_address(url: str) -> None:
     """What is no address of HTTP is not fetched."""
     with pytest.raises((UpstreamInvalidResponse, UpstreamUnavailable)):
-        await fetcher().get(url)
+        await make_fetcher().fetch_all(url)
 
 
 async def test_downgrade(tmp_path: Path) -> None:
     """From a safe connection nobody is sent on to one that is not safe; the other way round is welcome."""
-    trusted, context = certify(tmp_path)
+    trusted, context = create_certificate(tmp_path)
     tls = ssl.create_default_context(cafile=str(trusted))
-    async with serving(giving(file())) as plain, serving(sending_on(plain.url), tls=context) as safe:
+    async with (
+        run_server(send_pieces(file_response())) as plain,
+        run_server(redirect_through(plain.url), tls=context) as safe,
+    ):
         with pytest.raises(UpstreamInvalidResponse):
-            await fetcher(tls=tls).get(safe.url)
+            await make_fetcher(tls=tls).fetch_all(safe.url)
         assert plain.connections == 0
-    async with serving(giving(file()), tls=context) as safe, serving(sending_on(safe.url)) as plain:
-        assert (await fetcher(tls=tls).get(plain.url))[1] == PICTURE
+    async with (
+        run_server(send_pieces(file_response()), tls=context) as safe,
+        run_server(redirect_through(safe.url)) as plain,
+    ):
+        assert (await make_fetcher(tls=tls).fetch_all(plain.url))[1] == PNG_IMAGE
 
 
 async def test_certificate(tmp_path: Path) -> None:
     """A server with a certificate that is not trusted gives nothing."""
-    _, context = certify(tmp_path)
-    async with serving(giving(file()), tls=context) as peer, asyncio.timeout(10):
+    _, context = create_certificate(tmp_path)
+    async with run_server(send_pieces(file_response()), tls=context) as peer, asyncio.timeout(10):
         with pytest.raises(UpstreamUnavailable):
-            await fetcher().get(peer.url)
+            await make_fetcher().fetch_all(peer.url)
         assert not peer.requests

@@ -7,37 +7,37 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from service.clients.artifacts import Outcome, Patience
+from service.clients.artifacts import FetchOutcome, FetchTimeouts
 from service.domain.errors import Overloaded, UpstreamInvalidResponse, UpstreamUnavailable
-from service.usecases.ports import Asked, BrokenOff
+from service.usecases.ports import RangeRequest, TransferAborted
 from tests.contract.origin import (
-    MOST,
-    PICTURE,
-    asked,
-    chunked,
-    fetcher,
-    file,
-    giving,
-    giving_and_waiting,
-    giving_part,
-    head,
+    MAX_BYTES,
+    PNG_IMAGE,
+    chunked_body,
+    file_response,
+    make_fetcher,
+    read_request,
+    response_head,
+    send_and_hold,
+    send_pieces,
+    send_range,
 )
-from tests.contract.peer import Connection, resetting_at_once, serving
-from tests.support.descriptors import no_descriptors
-from tests.support.valkey import free_port
+from tests.contract.peer import Connection, reset_immediately, run_server
+from tests.support.descriptors import exhaust_descriptors
+from tests.support.valkey import find_free_port
 
-CHUNKED = head(Transfer_Encoding="chunked")
-IMPATIENT = Patience(first_byte=0.2, idle=0.2)
+CHUNKED = response_head(Transfer_Encoding="chunked")
+SHORT_TIMEOUTS = FetchTimeouts(first_byte_seconds=0.2, idle_seconds=0.2)
 
 
 async def test_dead_address() -> None:
     """Where nobody listens, the reader is told to try again, and not where that is."""
-    caller, port = fetcher(), free_port()
+    caller, port = make_fetcher(), find_free_port()
     with capture_logs() as logs, pytest.raises(UpstreamUnavailable) as caught:
-        await caller.get(f"http://127.0.0.1:{port}/secret?signature=secret")
+        await caller.fetch_all(f"http://127.0.0.1:{port}/secret?signature=secret")
     assert caught.value.retry_after
     assert "127.0.0.1" not in str(caught.value)
-    assert caller.outcome == Outcome.UNREACHABLE
+    assert caller.outcome == FetchOutcome.UNREACHABLE
     (line,) = logs
     assert (line["host"], line["error"]) == ("127.0.0.1", "ConnectError")
     assert "secret" not in str(logs)
@@ -45,30 +45,30 @@ async def test_dead_address() -> None:
 
 async def test_no_descriptor() -> None:
     """For want of a descriptor the reader is asked to come again, and the upstream is not to blame."""
-    caller = fetcher()
-    async with serving(giving(file())) as peer:
-        with no_descriptors(), pytest.raises(Overloaded) as caught:
-            await caller.get(peer.url)
+    caller = make_fetcher()
+    async with run_server(send_pieces(file_response())) as peer:
+        with exhaust_descriptors(), pytest.raises(Overloaded) as caught:
+            await caller.fetch_all(peer.url)
         assert caught.value.retry_after
-        assert (await caller.get(peer.url))[1] == PICTURE
+        assert (await caller.fetch_all(peer.url))[1] == PNG_IMAGE
 
 
 @pytest.mark.parametrize("url", ["http://two..dots/1.png", f"http://{'x' * 64}.example/1.png"])
 async def test_unknown_host(url: str) -> None:
     """A name without an address can't be reached either."""
     with pytest.raises((UpstreamUnavailable, UpstreamInvalidResponse)):
-        await fetcher().get(url)
+        await make_fetcher().fetch_all(url)
 
 
-@pytest.mark.parametrize("pieces", [(), (CHUNKED,), (head(Content_Length="9", Content_Type=""), b"12345678")])
+@pytest.mark.parametrize("pieces", [(), (CHUNKED,), (response_head(Content_Length="9", Content_Type=""), b"12345678")])
 async def test_slow_first_byte(pieces: tuple[bytes, ...]) -> None:
     """A server that does not come to the point is given up, and let go."""
-    caller, left = fetcher(patience=IMPATIENT), asyncio.Event()
-    async with serving(giving_and_waiting(*pieces, left=left)) as peer, asyncio.timeout(10):
+    caller, left = make_fetcher(timeouts=SHORT_TIMEOUTS), asyncio.Event()
+    async with run_server(send_and_hold(*pieces, disconnected=left)) as peer, asyncio.timeout(10):
         with pytest.raises(UpstreamUnavailable):
-            await caller.get(peer.url)
+            await caller.fetch_all(peer.url)
         await left.wait()
-    assert caller.outcome == Outcome.UNREACHABLE
+    assert caller.outcome == FetchOutcome.UNREACHABLE
 
 
 @pytest.mark.parametrize(
@@ -77,92 +77,94 @@ async def test_slow_first_byte(pieces: tuple[bytes, ...]) -> None:
         b"",
         b"nonsense\r\n\r\n",
         b"HTTP/1.1 200 x\r\nContent-",
-        head(Content_Length="5"),
-        head(Content_Length="-1"),
+        response_head(Content_Length="5"),
+        response_head(Content_Length="-1"),
         CHUNKED + b"zz\r\n",
-        file(b"cde", 206, Content_Range="bytes 2-5/10"),
+        file_response(b"cde", 206, Content_Range="bytes 2-5/10"),
     ],
 )
 async def test_broken_before_the_first_byte(answer: bytes) -> None:
     """A server that breaks off before the first byte gives nothing to pass on."""
-    async with serving(giving(answer)) as peer:
+    async with run_server(send_pieces(answer)) as peer:
         with pytest.raises(UpstreamInvalidResponse):
-            await fetcher().get(peer.url, asked=Asked(range="bytes=2-5"))
+            await make_fetcher().fetch_all(peer.url, requested=RangeRequest(range="bytes=2-5"))
 
 
 async def test_reset() -> None:
     """A connection that is reset gives nothing to pass on."""
-    async with serving(resetting_at_once) as peer:
+    async with run_server(reset_immediately) as peer:
         with pytest.raises(UpstreamInvalidResponse):
-            await fetcher().get(peer.url)
+            await make_fetcher().fetch_all(peer.url)
 
 
 @pytest.mark.parametrize(
     "pieces",
     [
-        (head(Content_Length="1000"), PICTURE),
-        (CHUNKED, chunked(PICTURE, end=False)),
-        (CHUNKED, chunked(PICTURE, end=False), b"zz\r\n"),
-        (head(206, Content_Range="bytes 0-9/10", Transfer_Encoding="chunked"), chunked(PICTURE[:8])),
-        (head(206, Content_Range="bytes 0-9/10"), PICTURE[:8]),
+        (response_head(Content_Length="1000"), PNG_IMAGE),
+        (CHUNKED, chunked_body(PNG_IMAGE, end=False)),
+        (CHUNKED, chunked_body(PNG_IMAGE, end=False), b"zz\r\n"),
+        (response_head(206, Content_Range="bytes 0-9/10", Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE[:8])),
+        (response_head(206, Content_Range="bytes 0-9/10"), PNG_IMAGE[:8]),
     ],
     ids=["length", "chunked", "nonsense", "short part", "short part until the end of the connection"],
 )
 async def test_cut_off(pieces: tuple[bytes, ...]) -> None:
     """A result of which the end is missing is not taken for whole."""
-    caller = fetcher()
-    async with serving(giving(*pieces)) as peer:
-        with pytest.raises(BrokenOff):
-            await caller.get(peer.url, asked=Asked(range="bytes=0-"))
-    assert caller.outcome == Outcome.BROKEN_OFF
+    caller = make_fetcher()
+    async with run_server(send_pieces(*pieces)) as peer:
+        with pytest.raises(TransferAborted):
+            await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=0-"))
+    assert caller.outcome == FetchOutcome.ABORTED
 
 
 async def test_idle() -> None:
     """A server that stops in the middle is given up, and let go."""
-    caller, left = fetcher(patience=IMPATIENT), asyncio.Event()
-    serve = giving_and_waiting(head(Content_Length="1000"), PICTURE, left=left)
-    async with serving(serve) as peer, asyncio.timeout(10):
-        with pytest.raises(BrokenOff):
-            await caller.get(peer.url)
+    caller, left = make_fetcher(timeouts=SHORT_TIMEOUTS), asyncio.Event()
+    serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=left)
+    async with run_server(serve) as peer, asyncio.timeout(10):
+        with pytest.raises(TransferAborted):
+            await caller.fetch_all(peer.url)
         await left.wait()
 
 
 async def test_endless() -> None:
     """A result that does not end is broken off at the limit."""
-    caller, left = fetcher(), asyncio.Event()
+    caller, left = make_fetcher(), asyncio.Event()
 
     async def serve(connection: Connection) -> None:
-        await asked(connection)
+        await read_request(connection)
         await connection.send(CHUNKED)
         try:
             while True:
-                await connection.send(chunked(PICTURE * 100, end=False))
+                await connection.send(chunked_body(PNG_IMAGE * 100, end=False))
         except OSError:
             left.set()
 
     received = 0
-    async with serving(serve) as peer, asyncio.timeout(30):
-        with pytest.raises(BrokenOff):  # noqa: PT012 - what came before it counts
+    async with run_server(serve) as peer, asyncio.timeout(30):
+        with pytest.raises(TransferAborted):  # noqa: PT012 - what came before it counts
             async with caller.fetch(peer.url) as fetched:
                 async for chunk in fetched.chunks:
                     received += len(chunk)
         await left.wait()
-    assert MOST / 2 < received <= MOST
+    assert MAX_BYTES / 2 < received <= MAX_BYTES
 
 
 async def test_longer_part() -> None:
     """Of a part that goes on beyond its range nothing more is passed on."""
-    answer = head(206, Content_Range="bytes 2-5/10", Transfer_Encoding="chunked")
-    async with serving(giving_part(answer, chunked(b"cd", b"efgh"))) as peer:
-        with pytest.raises(BrokenOff):
-            await fetcher().get(peer.url, asked=Asked(range="bytes=2-5"))
-    async with serving(giving(answer, chunked(b"cdefg"))) as peer:
+    answer = response_head(206, Content_Range="bytes 2-5/10", Transfer_Encoding="chunked")
+    async with run_server(send_range(answer, chunked_body(b"cd", b"efgh"))) as peer:
+        with pytest.raises(TransferAborted):
+            await make_fetcher().fetch_all(peer.url, requested=RangeRequest(range="bytes=2-5"))
+    async with run_server(send_pieces(answer, chunked_body(b"cdefg"))) as peer:
         with pytest.raises(UpstreamInvalidResponse):
-            await fetcher().get(peer.url, asked=Asked(range="bytes=2-5"))
+            await make_fetcher().fetch_all(peer.url, requested=RangeRequest(range="bytes=2-5"))
 
 
 async def test_two_lengths() -> None:
     """Where content comes in chunks, a length beside it is not passed on, for it means nothing."""
-    async with serving(giving(head(Content_Length="3", Transfer_Encoding="chunked"), chunked(PICTURE))) as peer:
-        fetched, found = await fetcher().get(peer.url)
-    assert (fetched.length, found) == (None, PICTURE)
+    async with run_server(
+        send_pieces(response_head(Content_Length="3", Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE))
+    ) as peer:
+        fetched, found = await make_fetcher().fetch_all(peer.url)
+    assert (fetched.length, found) == (None, PNG_IMAGE)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from service.usecases.ports import SubmitOutcome
-from tests.contract.peer import TASK, Connection, serving
-from tests.process.gateway import alive
+from tests.contract.peer import ACCEPTED_RESPONSE, Connection, run_server
+from tests.process.gateway import is_alive
 
 PROGRAM = """
 import asyncio, sys, uvloop
@@ -26,7 +26,7 @@ async def main(url, loop, read, seconds):
 
 (uvloop if sys.argv[2] == "uvloop" else asyncio).run(main(*sys.argv[1:]))
 """
-LIMIT = 0.4
+LIMIT_SECONDS = 0.4
 
 
 def is_stopped(pid: int) -> bool:
@@ -35,7 +35,7 @@ def is_stopped(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-@pytest.mark.parametrize(("read", "seconds"), [(LIMIT, 30), (30, LIMIT)])
+@pytest.mark.parametrize(("read", "seconds"), [(LIMIT_SECONDS, 30), (30, LIMIT_SECONDS)])
 async def test_response_that_arrived_in_a_pause(loop: str, read: float, seconds: float) -> None:
     """A response that arrived while the process was stopped counts, whichever time limit has passed meanwhile."""
     child: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -46,12 +46,12 @@ async def test_response_that_arrived_in_a_pause(loop: str, read: float, seconds:
         os.kill(pid, signal.SIGSTOP)
         while not is_stopped(pid):
             await asyncio.sleep(0)
-        await connection.send(TASK)
-        await asyncio.sleep(2 * LIMIT)  # the limit itself, which passes while nothing can be read
+        await connection.send(ACCEPTED_RESPONSE)
+        await asyncio.sleep(2 * LIMIT_SECONDS)  # the limit itself, which passes while nothing can be read
         os.kill(pid, signal.SIGCONT)
-        await connection.wait_for_the_end()
+        await connection.wait_closed()
 
-    async with serving(stopping) as peer:
+    async with run_server(stopping) as peer:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", PROGRAM, peer.url, loop, str(read), str(seconds)), stdout=asyncio.subprocess.PIPE
         )
@@ -59,6 +59,6 @@ async def test_response_that_arrived_in_a_pause(loop: str, read: float, seconds:
         try:
             printed, _ = await process.communicate()
         finally:
-            if alive(process.pid):
+            if is_alive(process.pid):
                 process.kill()
     assert (printed.decode().strip(), len(peer.requests)) == (SubmitOutcome.ACCEPTED, 1)

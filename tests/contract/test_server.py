@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from service import server
-from service.server import HttpServer, Limits, base_url, listen, refuse_plainly
-from tests.support.serving import serving
+from service.server import HttpServer, Limits, base_url, build_text_refusal, listen
+from tests.support.serving import serve_app
 
-IDLE = Limits(head_seconds=60, idle_seconds=60, discard_seconds=60, discard_idle_seconds=60)
-HURRIED = Limits(head_seconds=0.05, idle_seconds=60, discard_seconds=0.05)
+IDLE_LIMITS = Limits(head_seconds=60, idle_seconds=60, discard_seconds=60, discard_idle_seconds=60)
+SHORT_LIMITS = Limits(head_seconds=0.05, idle_seconds=60, discard_seconds=0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +33,13 @@ class Application:
 
     def __init__(self) -> None:
         self.requests: list[str] = []
-        self.called = asyncio.Event()
+        self.call_started = asyncio.Event()
         self.release = asyncio.Event()
         self.disconnected = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.requests.append(f"{scope['method']} {scope['path']}")
-        self.called.set()
+        self.call_started.set()
         headers: list[tuple[bytes, bytes]] = []
         match scope["path"]:
             case "/body":
@@ -89,7 +89,7 @@ class Application:
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def open_connection(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """Open a raw connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
     try:
@@ -100,7 +100,7 @@ async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, async
 
 async def exchange(url: str, *pieces: bytes) -> bytes:
     """Send pieces, each to be read on its own, and read until the server closes."""
-    async with connected(url) as (reader, writer):
+    async with open_connection(url) as (reader, writer):
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
@@ -109,34 +109,34 @@ async def exchange(url: str, *pieces: bytes) -> bytes:
         return await reader.read()
 
 
-def request(target: str = "/", *fields: str, method: str = "GET", version: str = "1.1") -> bytes:
+def build_request(target: str = "/", *fields: str, method: str = "GET", version: str = "1.1") -> bytes:
     """Build the head of a request."""
     host = () if version == "1.0" else ("Host: x",)
     return "\r\n".join([f"{method} {target} HTTP/{version}", *host, *fields, "", ""]).encode()
 
 
-def chunked(*pieces: bytes, trailer: bytes = b"") -> bytes:
+def chunked_body(*pieces: bytes, trailer: bytes = b"") -> bytes:
     """Frame a body in chunks."""
     return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n" + trailer + b"\r\n"
 
 
-def statuses(received: bytes) -> list[int]:
+def parse_statuses(received: bytes) -> list[int]:
     """Find the statuses of the responses."""
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
 
 
-LAST = request("/last", "Connection: close")
+LAST_REQUEST = build_request("/last", "Connection: close")
 
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("target", ["/body", "/refuse", "/"])
 async def test_a_body_behind_an_offered_upgrade_is_a_body(target: str, split: bool) -> None:
     offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AA")
-    body = request("/within-the-body")
-    head = request(target, *offer, f"Content-Length: {len(body)}", method="POST")
+    body = build_request("/within-the-body")
+    head = build_request(target, *offer, f"Content-Length: {len(body)}", method="POST")
     app = Application()
-    async with serving(app) as url:
-        pieces = [*([head[:40], head[40:], body] if split else [head + body]), LAST]
+    async with serve_app(app) as url:
+        pieces = [*([head[:40], head[40:], body] if split else [head + body]), LAST_REQUEST]
         received = await exchange(url, *pieces)
     assert app.requests == [f"POST {target}", "GET /last"]
     assert target != "/body" or body in received
@@ -144,14 +144,14 @@ async def test_a_body_behind_an_offered_upgrade_is_a_body(target: str, split: bo
 
 async def test_a_request_follows_one_that_offered_an_upgrade() -> None:
     app = Application()
-    async with serving(app) as url:
-        received = await exchange(url, request("/", "Connection: upgrade", "Upgrade: websocket") + LAST)
-    assert statuses(received) == [200, 200]
+    async with serve_app(app) as url:
+        received = await exchange(url, build_request("/", "Connection: upgrade", "Upgrade: websocket") + LAST_REQUEST)
+    assert parse_statuses(received) == [200, 200]
 
 
 async def test_http_1_0_gets_no_chunks() -> None:
-    async with serving(Application()) as url:
-        head, _, body = (await exchange(url, request("/unframed", version="1.0"))).partition(b"\r\n\r\n")
+    async with serve_app(Application()) as url:
+        head, _, body = (await exchange(url, build_request("/unframed", version="1.0"))).partition(b"\r\n\r\n")
     assert b"transfer-encoding" not in head
     assert body == b"one two"
 
@@ -159,47 +159,49 @@ async def test_http_1_0_gets_no_chunks() -> None:
 async def test_a_head_of_just_the_limit_is_served_and_a_larger_one_refused() -> None:
     limits = Limits(head_bytes=1_000, head_fields=10)
     room = limits.head_bytes - len("/") - len("Host: x\r\n") - len("Connection: close\r\n") - len("A: \r\n")
-    async with serving(Application(), limits=limits) as url:
+    async with serve_app(Application(), limits=limits) as url:
         for size, status in ((room, 200), (room + 1, 431)):
-            head = request("/", "Connection: close", "A: " + "a" * size)
-            assert statuses(await exchange(url, head)) == [status]
-            assert statuses(await exchange(url, head[:-1], head[-1:])) == [status]
+            head = build_request("/", "Connection: close", "A: " + "a" * size)
+            assert parse_statuses(await exchange(url, head)) == [status]
+            assert parse_statuses(await exchange(url, head[:-1], head[-1:])) == [status]
         for size, status in ((limits.head_bytes, 200), (limits.head_bytes + 1, 431)):
-            assert statuses(await exchange(url, request("/" + "a" * (size - 1), version="1.0"))) == [status]
+            assert parse_statuses(await exchange(url, build_request("/" + "a" * (size - 1), version="1.0"))) == [status]
         for count, status in ((8, 200), (9, 431)):
             fields = ["A: b"] * count
-            assert statuses(await exchange(url, request("/", "Connection: close", *fields))) == [status]
+            assert parse_statuses(await exchange(url, build_request("/", "Connection: close", *fields))) == [status]
 
 
 @pytest.mark.parametrize("before", [b"GET /", b"GET / HTTP/1.1\r\nHost: x\r\nA: ", b"GET / HTTP/1.1\r\nHost: x\r\n"])
 async def test_a_head_without_an_end_is_refused(before: bytes) -> None:
-    async with serving(Application(), limits=Limits(head_bytes=1_000)) as url:
+    async with serve_app(Application(), limits=Limits(head_bytes=1_000)) as url:
         received = await exchange(url, before, *[b"a" * 400] * 20)
-    assert statuses(received) == [431]
+    assert parse_statuses(received) == [431]
 
 
 async def test_trailer_fields_are_bounded_and_no_header_fields() -> None:
-    head = request("/fields", "Transfer-Encoding: chunked", method="POST")
+    head = build_request("/fields", "Transfer-Encoding: chunked", method="POST")
     app = Application()
-    async with serving(app, limits=Limits(head_bytes=1_000, head_fields=10)) as url:
-        received = await exchange(url, head + chunked(b"x", trailer=b"Admin: 1\r\n") + LAST)
-        assert statuses(received) == [200, 200]
+    async with serve_app(app, limits=Limits(head_bytes=1_000, head_fields=10)) as url:
+        received = await exchange(url, head + chunked_body(b"x", trailer=b"Admin: 1\r\n") + LAST_REQUEST)
+        assert parse_statuses(received) == [200, 200]
         assert b"admin" not in received
-        assert statuses(await exchange(url, head + chunked(b"x", trailer=b"A: b\r\n" * 11))) == [431]
-        assert statuses(await exchange(url, head, b"1\r\nx\r\n0\r\nA: ", *[b"a" * 200_000] * 10)) == [431]
+        assert parse_statuses(await exchange(url, head + chunked_body(b"x", trailer=b"A: b\r\n" * 11))) == [431]
+        assert parse_statuses(await exchange(url, head, b"1\r\nx\r\n0\r\nA: ", *[b"a" * 200_000] * 10)) == [431]
     assert app.disconnected.is_set()
 
 
 async def test_a_trailer_field_does_not_silence_a_connection() -> None:
     """Requests behind it would never be answered: to the parser the connection is closed."""
     fields = ("Transfer-Encoding: chunked",)
-    body = chunked(b"x", trailer=b"Connection: close\r\n")
-    async with serving(Application(), limits=IDLE) as url:
-        assert statuses(await exchange(url, request("/body", *fields, method="POST") + body, LAST)) == [400]
-        async with connected(url) as (reader, writer):
-            writer.write(request("/refuse", *fields, method="POST"))
+    body = chunked_body(b"x", trailer=b"Connection: close\r\n")
+    async with serve_app(Application(), limits=IDLE_LIMITS) as url:
+        assert parse_statuses(
+            await exchange(url, build_request("/body", *fields, method="POST") + body, LAST_REQUEST)
+        ) == [400]
+        async with open_connection(url) as (reader, writer):
+            writer.write(build_request("/refuse", *fields, method="POST"))
             await reader.readuntil(b"too large")
-            writer.write(body + LAST)
+            writer.write(body + LAST_REQUEST)
             assert await reader.read() == b""
 
 
@@ -212,24 +214,24 @@ async def test_a_trailer_field_does_not_silence_a_connection() -> None:
         b"GET / HTTP/2.0\r\nHost: x\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
-        request("/body", "Transfer-Encoding: gzip, chunked") + chunked(b"x"),
-        request("/body", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked") + chunked(b"x"),
-        request("/body", "Transfer-Encoding: identity", "Content-Length: 1") + b"x",
-        request("/body", "Transfer-Encoding: chunked", "Content-Length: 1") + chunked(b"x"),
-        request("/body", "Transfer-Encoding: chunked", version="1.0") + chunked(b"x"),
-        request("/body", "Content-Length: 1", "Content-Length: 2") + b"xy",
-        request("/body", "Content-Length: +1") + b"x",
-        request("/", "Spaced name: x"),
-        request("/", "A: \x00"),
-        request("/\xff"),
+        build_request("/body", "Transfer-Encoding: gzip, chunked") + chunked_body(b"x"),
+        build_request("/body", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked") + chunked_body(b"x"),
+        build_request("/body", "Transfer-Encoding: identity", "Content-Length: 1") + b"x",
+        build_request("/body", "Transfer-Encoding: chunked", "Content-Length: 1") + chunked_body(b"x"),
+        build_request("/body", "Transfer-Encoding: chunked", version="1.0") + chunked_body(b"x"),
+        build_request("/body", "Content-Length: 1", "Content-Length: 2") + b"xy",
+        build_request("/body", "Content-Length: +1") + b"x",
+        build_request("/", "Spaced name: x"),
+        build_request("/", "A: \x00"),
+        build_request("/\xff"),
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
 )
 async def test_what_is_no_valid_http_1_1_is_refused(faulty: bytes) -> None:
     app = Application()
-    async with serving(app) as url:
-        received = await exchange(url, faulty + LAST)
-    assert (statuses(received), app.requests) == ([400], [])
+    async with serve_app(app) as url:
+        received = await exchange(url, faulty + LAST_REQUEST)
+    assert (parse_statuses(received), app.requests) == ([400], [])
     assert b"\r\nconnection: close\r\n" in received
 
 
@@ -237,7 +239,7 @@ async def test_the_refusal_is_what_the_owner_of_the_port_makes_of_it() -> None:
     def refuse(status: int, detail: str, client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
         return [(b"content-type", b"text/x")], f"{status} {bool(detail)} {client}".encode()
 
-    async with serving(Application(), refuse=refuse) as url:
+    async with serve_app(Application(), refuse=refuse) as url:
         head, _, body = (await exchange(url, b"\x00")).partition(b"\r\n\r\n")
     assert b"content-type: text/x" in head
     assert body == b"400 True 127.0.0.1"
@@ -245,18 +247,18 @@ async def test_the_refusal_is_what_the_owner_of_the_port_makes_of_it() -> None:
 
 async def test_a_refusal_comes_after_the_responses_to_the_requests_before_it() -> None:
     app = Application()
-    async with serving(app) as url, connected(url) as (reader, writer):
-        writer.write(request("/held") + request("/second") + b"BROKEN\x00\r\n\r\n")
-        await app.called.wait()
+    async with serve_app(app) as url, open_connection(url) as (reader, writer):
+        writer.write(build_request("/held") + build_request("/second") + b"BROKEN\x00\r\n\r\n")
+        await app.call_started.wait()
         app.release.set()
-        assert statuses(await reader.read()) == [200, 200, 400]
+        assert parse_statuses(await reader.read()) == [200, 200, 400]
 
 
 async def test_the_requests_that_wait_for_the_first_are_bounded() -> None:
     app = Application()
-    async with serving(app, limits=Limits(pipelined=2)) as url:
-        assert statuses(await exchange(url, request() * 3 + LAST)) == [200, 200, 200, 400]
-        assert statuses(await exchange(url, request() * 2 + LAST)) == [200, 200, 200]
+    async with serve_app(app, limits=Limits(pipelined_requests=2)) as url:
+        assert parse_statuses(await exchange(url, build_request() * 3 + LAST_REQUEST)) == [200, 200, 200, 400]
+        assert parse_statuses(await exchange(url, build_request() * 2 + LAST_REQUEST)) == [200, 200, 200]
 
 
 async def test_a_pipelined_request_inherits_no_context() -> None:
@@ -268,74 +270,74 @@ async def test_a_pipelined_request_inherits_no_context() -> None:
         path.set(scope["path"])
         await Application()(scope, receive, send)
 
-    async with serving(app) as url:
-        await exchange(url, request("/first") + LAST)
+    async with serve_app(app) as url:
+        await exchange(url, build_request("/first") + LAST_REQUEST)
     assert inherited == ["", ""]
 
 
 async def test_what_follows_a_refused_request_is_no_request() -> None:
     app = Application()
-    async with serving(app) as url, connected(url) as (reader, writer):
-        writer.write(request("/watched") + b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n")
-        await app.called.wait()
-        writer.write(request("/tunnelled"))
+    async with serve_app(app) as url, open_connection(url) as (reader, writer):
+        writer.write(build_request("/watched") + b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n")
+        await app.call_started.wait()
+        writer.write(build_request("/tunnelled"))
         for _ in range(10):
             await asyncio.sleep(0)
         app.release.set()
-        assert statuses(await reader.read()) == [200, 400]
+        assert parse_statuses(await reader.read()) == [200, 400]
     assert app.requests == ["GET /watched"]
 
 
 async def test_a_body_that_breaks_is_refused_in_place_of_the_response() -> None:
     app = Application()
-    async with serving(app) as url:
-        head = request("/body", "Transfer-Encoding: chunked", method="POST")
-        assert statuses(await exchange(url, head + b"1\r\nx\r\n", b"no chunk\r\n")) == [400]
+    async with serve_app(app) as url:
+        head = build_request("/body", "Transfer-Encoding: chunked", method="POST")
+        assert parse_statuses(await exchange(url, head + b"1\r\nx\r\n", b"no chunk\r\n")) == [400]
     assert app.disconnected.is_set()
 
 
 async def test_a_request_for_100_whose_body_breaks_fails_no_application(caplog: pytest.LogCaptureFixture) -> None:
     app = Application()
-    async with serving(app) as url:
+    async with serve_app(app) as url:
         fields = ("Expect: 100-continue", "Transfer-Encoding: chunked")
-        received = await exchange(url, request("/body", *fields, method="POST") + b"no chunk\r\n")
-    assert (statuses(received), caplog.records) == ([400], [])
+        received = await exchange(url, build_request("/body", *fields, method="POST") + b"no chunk\r\n")
+    assert (parse_statuses(received), caplog.records) == ([400], [])
     assert app.disconnected.is_set()
 
 
 async def test_the_broken_body_of_a_refused_request_gets_no_second_response() -> None:
-    async with serving(Application()) as url, connected(url) as (reader, writer):
-        writer.write(request("/refuse", "Transfer-Encoding: chunked", method="POST") + b"1\r\nx\r\n")
-        assert statuses(await reader.readuntil(b"too large")) == [413]
+    async with serve_app(Application()) as url, open_connection(url) as (reader, writer):
+        writer.write(build_request("/refuse", "Transfer-Encoding: chunked", method="POST") + b"1\r\nx\r\n")
+        assert parse_statuses(await reader.readuntil(b"too large")) == [413]
         writer.write(b"no chunk\r\n")
         assert await reader.read() == b""
 
 
 async def test_silent_connections_end_and_half_heads_are_refused() -> None:
-    async with serving(Application(), limits=HURRIED) as url:
+    async with serve_app(Application(), limits=SHORT_LIMITS) as url:
         assert await exchange(url) == b""
-        assert statuses(await exchange(url, b"GET / HTTP/1.1\r\nHo")) == [400]
-        received = await exchange(url, request("/first") + b"GET / HTTP/1.1\r\nHo")
-        assert statuses(received) == [200, 400]
+        assert parse_statuses(await exchange(url, b"GET / HTTP/1.1\r\nHo")) == [400]
+        received = await exchange(url, build_request("/first") + b"GET / HTTP/1.1\r\nHo")
+        assert parse_statuses(received) == [200, 400]
 
 
 async def test_an_idle_connection_outlives_the_time_of_a_head() -> None:
-    async with serving(Application(), limits=HURRIED) as url, connected(url) as (reader, writer):
-        writer.write(request())
+    async with serve_app(Application(), limits=SHORT_LIMITS) as url, open_connection(url) as (reader, writer):
+        writer.write(build_request())
         await reader.readuntil(b"ok")
         assert await exchange(url) == b""  # a silent connection was opened later, and has expired
-        writer.write(LAST)
-        assert statuses(await reader.read()) == [200]
+        writer.write(LAST_REQUEST)
+        assert parse_statuses(await reader.read()) == [200]
 
 
 async def test_an_idle_connection_ends() -> None:
-    async with serving(Application(), limits=Limits(idle_seconds=0.05)) as url:
-        assert statuses(await exchange(url, request())) == [200]
+    async with serve_app(Application(), limits=Limits(idle_seconds=0.05)) as url:
+        assert parse_statuses(await exchange(url, build_request())) == [200]
 
 
 async def test_a_refused_body_is_discarded_within_a_deadline() -> None:
-    async with serving(Application(), limits=HURRIED) as url, connected(url) as (reader, writer):
-        writer.write(request("/refuse", "Content-Length: 1000000", method="POST") + b"x")
+    async with serve_app(Application(), limits=SHORT_LIMITS) as url, open_connection(url) as (reader, writer):
+        writer.write(build_request("/refuse", "Content-Length: 1000000", method="POST") + b"x")
         await reader.readuntil(b"too large")
         assert await reader.read() == b""
 
@@ -347,51 +349,51 @@ async def test_a_client_that_sends_all_before_it_reads_gets_the_early_response(v
         framing = "length"
     body = b"x" * 20_000_000
     fields = f"Content-Length: {len(body)}" if framing == "length" else "Transfer-Encoding: chunked"
-    head = request("/refuse", fields, "Connection: close", method="POST", version=version)
-    async with serving(Application(), limits=IDLE) as url:
-        received = await exchange(url, head + (body if framing == "length" else chunked(body)))
-    assert statuses(received) == [413]
+    head = build_request("/refuse", fields, "Connection: close", method="POST", version=version)
+    async with serve_app(Application(), limits=IDLE_LIMITS) as url:
+        received = await exchange(url, head + (body if framing == "length" else chunked_body(body)))
+    assert parse_statuses(received) == [413]
 
 
 async def test_a_kept_connection_goes_on_behind_a_refused_body() -> None:
     body = b"x" * 1_000_000
-    async with serving(Application()) as url:
-        head = request("/refuse", f"Content-Length: {len(body)}", method="POST")
-        assert statuses(await exchange(url, head + body, LAST)) == [413, 200]
+    async with serve_app(Application()) as url:
+        head = build_request("/refuse", f"Content-Length: {len(body)}", method="POST")
+        assert parse_statuses(await exchange(url, head + body, LAST_REQUEST)) == [413, 200]
 
 
 async def test_a_client_that_expects_100_is_refused_without_it_and_the_connection_ends() -> None:
-    async with serving(Application(), limits=IDLE) as url:
-        head = request("/refuse", "Expect: 100-continue", "Content-Length: 9", method="POST")
+    async with serve_app(Application(), limits=IDLE_LIMITS) as url:
+        head = build_request("/refuse", "Expect: 100-continue", "Content-Length: 9", method="POST")
         received = await exchange(url, head)
-        assert (statuses(received), b"\r\nconnection: close\r\n" in received) == ([413], True)
-        head = request("/body", "Expect: 100-continue", "Content-Length: 1", "Connection: close", method="POST")
-        assert statuses(await exchange(url, head, b"x")) == [100, 200]
+        assert (parse_statuses(received), b"\r\nconnection: close\r\n" in received) == ([413], True)
+        head = build_request("/body", "Expect: 100-continue", "Content-Length: 1", "Connection: close", method="POST")
+        assert parse_statuses(await exchange(url, head, b"x")) == [100, 200]
 
 
 async def test_connections_beyond_the_cap_replace_idle_ones_or_wait() -> None:
     app = Application()
-    async with serving(app, limits=Limits(connections=2)) as url, AsyncExitStack() as stack:
-        held_reader, held = await stack.enter_async_context(connected(url))
-        held.write(request("/held", "Connection: close"))
-        await app.called.wait()
-        idle_reader, idle = await stack.enter_async_context(connected(url))
-        idle.write(request())
+    async with serve_app(app, limits=Limits(connections=2)) as url, AsyncExitStack() as stack:
+        held_reader, held = await stack.enter_async_context(open_connection(url))
+        held.write(build_request("/held", "Connection: close"))
+        await app.call_started.wait()
+        idle_reader, idle = await stack.enter_async_context(open_connection(url))
+        idle.write(build_request())
         await idle_reader.readuntil(b"ok")
-        third_reader, third = await stack.enter_async_context(connected(url))
-        third.write(request())
+        third_reader, third = await stack.enter_async_context(open_connection(url))
+        third.write(build_request())
         await third_reader.readuntil(b"ok")
         assert await idle_reader.read() == b""
-        third.write(request("/held", "Connection: close"))
-        fourth_reader, fourth = await stack.enter_async_context(connected(url))
-        fourth.write(LAST)
+        third.write(build_request("/held", "Connection: close"))
+        fourth_reader, fourth = await stack.enter_async_context(open_connection(url))
+        fourth.write(LAST_REQUEST)
         while app.requests.count("GET /held") < 2:
             await asyncio.sleep(0)
         assert "GET /last" not in app.requests
         app.release.set()
-        assert statuses(await fourth_reader.read()) == [200]
-        assert statuses(await held_reader.read()) == [200]
-        assert statuses(await third_reader.read()) == [200]
+        assert parse_statuses(await fourth_reader.read()) == [200]
+        assert parse_statuses(await held_reader.read()) == [200]
+        assert parse_statuses(await third_reader.read()) == [200]
 
 
 class ExhaustedSocket(socket.socket):
@@ -410,7 +412,7 @@ async def test_connections_wait_while_descriptors_are_missing() -> None:
     listening = ExhaustedSocket(fileno=listen("127.0.0.1", 0).detach())
     running = HttpServer(Application())
     running.start(listening)
-    assert statuses(await exchange(base_url(listening), LAST)) == [200]
+    assert parse_statuses(await exchange(base_url(listening), LAST_REQUEST)) == [200]
     assert listening.faults == 0
     await running.stop()
 
@@ -428,9 +430,9 @@ async def test_many_new_connections_are_accepted_at_once() -> None:
     url = base_url(listening)
     clients = [socket.create_connection(listening.getsockname()) for _ in range(64)]
     for client in clients:
-        client.sendall(LAST)
+        client.sendall(LAST_REQUEST)
     running.start(listening)
-    await exchange(url, LAST)
+    await exchange(url, LAST_REQUEST)
     for client in clients:
         client.close()
     await running.stop()
@@ -439,13 +441,13 @@ async def test_many_new_connections_are_accepted_at_once() -> None:
 
 async def test_a_server_that_stops_finishes_what_was_begun() -> None:
     app = Application()
-    running = HttpServer(app, limits=IDLE)
+    running = HttpServer(app, limits=IDLE_LIMITS)
     listening = listen("127.0.0.1", 0)
     url = base_url(listening)
     running.start(listening)
-    async with connected(url) as (reader, writer), connected(url) as (silent, _):
-        writer.write(request("/held"))
-        await app.called.wait()
+    async with open_connection(url) as (reader, writer), open_connection(url) as (silent, _):
+        writer.write(build_request("/held"))
+        await app.call_started.wait()
         stopping = asyncio.create_task(running.stop(60))
         assert await silent.read() == b""
         with pytest.raises(OSError, match="Connect"):
@@ -453,7 +455,7 @@ async def test_a_server_that_stops_finishes_what_was_begun() -> None:
         app.release.set()
         received = await reader.read()
         await stopping
-    assert statuses(received) == [200]
+    assert parse_statuses(received) == [200]
 
 
 async def test_a_server_that_stops_cuts_off_what_does_not_end() -> None:
@@ -462,20 +464,20 @@ async def test_a_server_that_stops_cuts_off_what_does_not_end() -> None:
     listening = listen("127.0.0.1", 0)
     url = base_url(listening)
     running.start(listening)
-    async with connected(url) as (reader, writer):
-        writer.write(request("/body", "Content-Length: 5", method="POST"))
-        await app.called.wait()
+    async with open_connection(url) as (reader, writer):
+        writer.write(build_request("/body", "Content-Length: 5", method="POST"))
+        await app.call_started.wait()
         await running.stop()
-        assert statuses(await reader.read()) == []
+        assert parse_statuses(await reader.read()) == []
     assert app.disconnected.is_set()
 
 
 async def test_a_client_that_leaves_is_noticed_also_with_requests_behind_the_first() -> None:
     app = Application()
-    async with serving(app) as url:
-        async with connected(url) as (_, writer):
-            writer.write(request("/left") + request())
-            await app.called.wait()
+    async with serve_app(app) as url:
+        async with open_connection(url) as (_, writer):
+            writer.write(build_request("/left") + build_request())
+            await app.call_started.wait()
         await app.disconnected.wait()
 
 
@@ -485,8 +487,8 @@ async def test_an_ended_connection_leaves_nothing_to_the_garbage_collector() -> 
     running.start(listening)
     gc.disable()
     try:
-        async with connected(base_url(listening)) as (reader, writer):
-            writer.write(request())
+        async with open_connection(base_url(listening)) as (reader, writer):
+            writer.write(build_request())
             await reader.readuntil(b"ok")
             connections = [weakref.ref(each) for each in running.connections]
         while running.connections:
@@ -499,18 +501,18 @@ async def test_an_ended_connection_leaves_nothing_to_the_garbage_collector() -> 
 
 @pytest.mark.parametrize("field", ["A: b", "Connection: close"])
 async def test_a_connection_whose_client_does_not_read_ends(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_STALLED_MS", 100)
+    monkeypatch.setattr(server, "_USER_TIMEOUT_MS", 100)
     refusals: list[int] = []
 
     def refuse(status: int, detail: str, client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
         refusals.append(status)
-        return refuse_plainly(status, detail, client)
+        return build_text_refusal(status, detail, client)
 
-    running = HttpServer(Application(), limits=HURRIED, refuse=refuse)
+    running = HttpServer(Application(), limits=SHORT_LIMITS, build_refusal=refuse)
     listening = listen("127.0.0.1", 0)
     running.start(listening)
     with socket.create_connection(listening.getsockname()) as client:
-        client.sendall(request("/large", field) + b"GET /")
+        client.sendall(build_request("/large", field) + b"GET /")
         while not running.connections:
             await asyncio.sleep(0)
         while running.connections:
@@ -521,20 +523,20 @@ async def test_a_connection_whose_client_does_not_read_ends(field: str, monkeypa
 
 async def test_no_idle_connection_is_closed_while_there_is_room() -> None:
     app = Application()
-    async with serving(app, limits=Limits(connections=2)) as url, AsyncExitStack() as stack:
-        opened = [await stack.enter_async_context(connected(url)) for _ in range(2)]
+    async with serve_app(app, limits=Limits(connections=2)) as url, AsyncExitStack() as stack:
+        opened = [await stack.enter_async_context(open_connection(url)) for _ in range(2)]
         for _ in range(2):
             for reader, writer in opened:
-                writer.write(request())
+                writer.write(build_request())
                 await reader.readuntil(b"ok")
 
 
 async def test_a_server_that_stops_closes_a_connection_behind_a_refused_body() -> None:
-    running = HttpServer(Application(), limits=IDLE)
+    running = HttpServer(Application(), limits=IDLE_LIMITS)
     listening = listen("127.0.0.1", 0)
     running.start(listening)
-    async with connected(base_url(listening)) as (reader, writer):
-        writer.write(request("/refuse", "Content-Length: 1", method="POST"))
+    async with open_connection(base_url(listening)) as (reader, writer):
+        writer.write(build_request("/refuse", "Content-Length: 1", method="POST"))
         await reader.readuntil(b"too large")
         stopping = asyncio.create_task(running.stop(60))
         await asyncio.sleep(0)
@@ -547,8 +549,8 @@ async def test_an_idle_connection_holds_no_body() -> None:
     running = HttpServer(Application())
     listening = listen("127.0.0.1", 0)
     running.start(listening)
-    async with connected(base_url(listening)) as (reader, writer):
-        writer.write(request("/refuse", "Content-Length: 50000", method="POST") + bytes(50_000))
+    async with open_connection(base_url(listening)) as (reader, writer):
+        writer.write(build_request("/refuse", "Content-Length: 50000", method="POST") + bytes(50_000))
         await reader.readuntil(b"too large")
         assert [len(each.cycle.body) for each in running.connections] == [0]
     await running.stop()
@@ -562,7 +564,7 @@ async def test_a_fault_in_a_refusal_does_not_end_the_deadlines() -> None:
         raise RuntimeError
 
     asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
-    async with serving(Application(), limits=HURRIED, refuse=refuse) as url, connected(url) as (_, writer):
+    async with serve_app(Application(), limits=SHORT_LIMITS, refuse=refuse) as url, open_connection(url) as (_, writer):
         writer.write(b"GET /")
         await failed.wait()
         assert await exchange(url) == b""

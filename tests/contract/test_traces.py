@@ -11,48 +11,59 @@ from redis.asyncio import Redis
 
 from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
-from service.clients.webhooks import CallbackClient
+from service.clients.webhooks import WebhookClient
 from service.domain.errors import GatewayError, LedgerUnavailable
 from service.domain.tasks import DEFAULT_CATALOGUE, Artifact, ArtifactName, FaceEnhanceOptions
 from service.domain.tenants import Webhook
-from service.storage.redis import Scripts
+from service.storage.redis import RedisScripts
 from service.telemetry.tracing import Tracer
-from service.usecases.ports import Asked, Reply
-from tests.contract.client import ACCOUNT, IMAGE, SEALER, USER_KEY
-from tests.contract.origin import file, giving, head
-from tests.contract.peer import TASK, Peer, Serve, answering, hanging, http, resetting, serving
-from tests.support.traces import Recorded, Recorder
-from tests.support.valkey import Valkey, free_port
-from tests.unit.asgi import http_scope
+from service.usecases.ports import RangeRequest, WebhookResponse
+from tests.contract.client import ACCOUNT, CIPHER, IMAGE, USER_KEY
+from tests.contract.origin import file_response, response_head, send_pieces
+from tests.contract.peer import (
+    ACCEPTED_RESPONSE,
+    Handler,
+    ScriptedServer,
+    http_response,
+    never_reply,
+    reply_with,
+    reset_after_request,
+    run_server,
+)
+from tests.support.traces import RecordedSpan, SpanRecorder
+from tests.support.valkey import Valkey, find_free_port
+from tests.unit.asgi import make_http_scope
 
 RECEIVER_QUERY = "key=of-the-tenant"
 
 
-def _observe(*_: object) -> None:
+def _ignore(*_: object) -> None:
     pass
 
 
 async def submit(url: str, tracer: Tracer, *, seconds: float = 10) -> None:
     """Submit an image."""
-    async with UpstreamClient(url, SEALER, DEFAULT_CATALOGUE, observe=_observe, tracer=tracer) as client:
-        await client.submit(ACCOUNT, FaceEnhanceOptions(), IMAGE, seconds=seconds)
+    async with UpstreamClient(url, CIPHER, DEFAULT_CATALOGUE, on_call=_ignore, tracer=tracer) as client:
+        await client.submit(ACCOUNT, FaceEnhanceOptions(), IMAGE, timeout_seconds=seconds)
 
 
-async def call_back(url: str, tracer: Tracer) -> Reply:
+async def send_webhook(url: str, tracer: Tracer) -> WebhookResponse:
     """Tell a tenant's server something."""
     hook = Webhook(url, ("127.0.0.0/8",))
-    return await CallbackClient(tracer=tracer, seconds=5).post(f"{url}/secret-path?{RECEIVER_QUERY}", {}, b"{}", hook)
+    return await WebhookClient(tracer=tracer, timeout_seconds=5).post(
+        f"{url}/secret-path?{RECEIVER_QUERY}", {}, b"{}", hook
+    )
 
 
 async def fetch(url: str, tracer: Tracer) -> None:
     """Fetch a result."""
-    client = ArtifactClient(url, max_bytes=1_000_000, observe=_observe, tracer=tracer)
+    client = ArtifactClient(url, max_bytes=1_000_000, on_call=_ignore, tracer=tracer)
     artifact = Artifact(ArtifactName.IMAGE, f"{url}/files/secret-path.png?signature=of-the-file")
-    async with client.fetch(ACCOUNT, artifact, Asked()) as fetched:
+    async with client.fetch(ACCOUNT, artifact, RangeRequest()) as fetched:
         assert [chunk async for chunk in fetched.chunks]
 
 
-def headers(peer: Peer) -> list[dict[str, str]]:
+def request_headers(peer: ScriptedServer) -> list[dict[str, str]]:
     """The headers of the requests that a server got."""
     return [
         {name.lower(): value for name, _, value in (line.partition(": ") for line in sent.decode().split("\r\n")[1:])}
@@ -60,24 +71,24 @@ def headers(peer: Peer) -> list[dict[str, str]]:
     ]
 
 
-def children(recorder: Recorder) -> list[Recorded]:
+def child_spans(recorder: SpanRecorder) -> list[RecordedSpan]:
     """All spans but the request's own, whose parts they have to be."""
     *found, request = recorder.spans
-    assert {each.parent for each in found} <= {request.id}
-    assert {each.trace for each in found} <= {request.trace}
+    assert {each.parent_id for each in found} <= {request.span_id}
+    assert {each.trace_id for each in found} <= {request.trace_id}
     assert {each.kind for each in found} <= {"client"}
     return found
 
 
 async def test_submit() -> None:
     """A submit is recorded as a request to the upstream, which is told nothing of the trace."""
-    recorder = Recorder()
-    async with serving(answering(TASK)) as peer:
-        with recorder.tracer.request(http_scope()):
+    recorder = SpanRecorder()
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer:
+        with recorder.tracer.start_request_span(make_http_scope()):
             await submit(peer.url, recorder.tracer)
-    (span,) = children(recorder)
+    (span,) = child_spans(recorder)
     port = int(peer.url.rpartition(":")[2])
-    assert (span.name, span.failed) == ("POST /api/submit_face_enhance_task", False)
+    assert (span.name, span.is_error) == ("POST /api/submit_face_enhance_task", False)
     assert span.attributes == {
         "http.request.method": "POST",
         "http.response.status_code": 200,
@@ -85,122 +96,124 @@ async def test_submit() -> None:
         "server.port": port,
         "url.full": f"{peer.url}/api/submit_face_enhance_task",
     }
-    assert not {"traceparent", "tracestate"} & headers(peer)[0].keys()
+    assert not {"traceparent", "tracestate"} & request_headers(peer)[0].keys()
     assert USER_KEY not in str(recorder.spans)
 
 
 @pytest.mark.parametrize(
     ("serve", "seconds", "attributes"),
     [
-        (answering(http(b"", 404)), 10, {"http.response.status_code": 404, "error.type": "404"}),
-        (answering(http(b"", 502)), 10, {"http.response.status_code": 502, "error.type": "502"}),
-        (resetting, 10, {"error.type": "httpx2.ReadError"}),
-        (hanging, 0.2, {"error.type": "TimeoutError"}),
+        (reply_with(http_response(b"", 404)), 10, {"http.response.status_code": 404, "error.type": "404"}),
+        (reply_with(http_response(b"", 502)), 10, {"http.response.status_code": 502, "error.type": "502"}),
+        (reset_after_request, 10, {"error.type": "httpx2.ReadError"}),
+        (never_reply, 0.2, {"error.type": "TimeoutError"}),
     ],
 )
-async def test_failures(serve: Serve, seconds: float, attributes: Mapping[str, Any]) -> None:
+async def test_failures(serve: Handler, seconds: float, attributes: Mapping[str, Any]) -> None:
     """A call that fails tells how, by a status or the sort of the fault, without its words."""
-    recorder = Recorder()
-    async with serving(serve) as peer:
-        with recorder.tracer.request(http_scope()):
+    recorder = SpanRecorder()
+    async with run_server(serve) as peer:
+        with recorder.tracer.start_request_span(make_http_scope()):
             await submit(peer.url, recorder.tracer, seconds=seconds)
-    (span,) = children(recorder)
-    assert (span.failed, span.said, span.events) == (True, "", 0)
+    (span,) = child_spans(recorder)
+    assert (span.is_error, span.status_message, span.event_count) == (True, "", 0)
     assert {name: span.attributes.get(name) for name in attributes} == attributes
 
 
 async def test_nobody_there() -> None:
     """A call that makes no connection is recorded as well."""
-    recorder = Recorder()
-    with recorder.tracer.request(http_scope()):
-        await submit(f"http://127.0.0.1:{free_port()}", recorder.tracer)
-    (span,) = children(recorder)
+    recorder = SpanRecorder()
+    with recorder.tracer.start_request_span(make_http_scope()):
+        await submit(f"http://127.0.0.1:{find_free_port()}", recorder.tracer)
+    (span,) = child_spans(recorder)
     assert span.attributes["error.type"] == "httpx2.ConnectError"
 
 
 async def test_receivers_are_told() -> None:
     """A tenant's server is told the trace, and of its address no more than the host is recorded."""
-    recorder = Recorder()
-    async with serving(answering(http(b"", 204))) as peer:
-        with recorder.tracer.request(http_scope()):
-            assert (await call_back(peer.url, recorder.tracer)).status == 204
-    (span,) = children(recorder)
+    recorder = SpanRecorder()
+    async with run_server(reply_with(http_response(b"", 204))) as peer:
+        with recorder.tracer.start_request_span(make_http_scope()):
+            assert (await send_webhook(peer.url, recorder.tracer)).status == 204
+    (span,) = child_spans(recorder)
     assert (span.name, span.attributes["url.full"]) == ("POST", f"{peer.url}/REDACTED")
     assert span.attributes["http.response.status_code"] == 204
-    assert headers(peer)[0]["traceparent"] == f"{span.context}-03"
+    assert request_headers(peer)[0]["traceparent"] == f"{span.traceparent}-03"
     assert "secret-path" not in str(recorder.spans)
     assert RECEIVER_QUERY not in str(recorder.spans)
 
 
 async def test_receivers_of_what_is_not_recorded() -> None:
     """Where nothing is recorded nothing is told."""
-    recorder = Recorder()
-    async with serving(answering(http(b"", 204))) as peer:
-        await call_back(peer.url, recorder.tracer)
-    assert "traceparent" not in headers(peer)[0]
+    recorder = SpanRecorder()
+    async with run_server(reply_with(http_response(b"", 204))) as peer:
+        await send_webhook(peer.url, recorder.tracer)
+    assert "traceparent" not in request_headers(peer)[0]
     assert recorder.spans == []
 
 
 async def test_results() -> None:
     """Each hop to a result is recorded; where it is kept is not told of it, and recorded by its host alone."""
-    recorder = Recorder()
-    async with serving(giving(file())) as there:
-        moved = giving(head(302, Location=f"{there.url}/secret-path", Content_Length="0"))
-        with recorder.tracer.request(http_scope()):
-            async with serving(moved) as here:
+    recorder = SpanRecorder()
+    async with run_server(send_pieces(file_response())) as there:
+        moved = send_pieces(response_head(302, Location=f"{there.url}/secret-path", Content_Length="0"))
+        with recorder.tracer.start_request_span(make_http_scope()):
+            async with run_server(moved) as here:
                 await fetch(here.url, recorder.tracer)
-    first, second = children(recorder)
+    first, second = child_spans(recorder)
     assert [each.attributes["url.full"] for each in (first, second)] == [
         f"{here.url}/REDACTED",
         f"{there.url}/REDACTED",
     ]
     assert [each.attributes["http.response.status_code"] for each in (first, second)] == [302, 200]
     assert [each.attributes.get("http.request.resend_count") for each in (first, second)] == [None, 1]
-    assert not {"traceparent", "tracestate"} & {name for peer in (here, there) for name in headers(peer)[0]}
+    assert not {"traceparent", "tracestate"} & {name for peer in (here, there) for name in request_headers(peer)[0]}
     assert "secret-path" not in str(recorder.spans)
     assert "signature" not in str(recorder.spans)
 
 
 async def test_missing_result() -> None:
     """A result that is not there is an error of the call."""
-    recorder = Recorder()
-    async with serving(giving(head(404, Content_Length="0"))) as peer:
-        with recorder.tracer.request(http_scope()), pytest.raises(GatewayError):
+    recorder = SpanRecorder()
+    async with run_server(send_pieces(response_head(404, Content_Length="0"))) as peer:
+        with recorder.tracer.start_request_span(make_http_scope()), pytest.raises(GatewayError):
             await fetch(peer.url, recorder.tracer)
-    (span,) = children(recorder)
+    (span,) = child_spans(recorder)
     assert span.attributes["error.type"] == "404"
 
 
 async def test_work_goes_on() -> None:
     """What goes on when its request has ended, as when a client has left, is recorded as a part of it all the same."""
-    recorder = Recorder()
+    recorder = SpanRecorder()
     go = asyncio.Event()
 
     async def work(url: str) -> str | None:
         await go.wait()
         await submit(url, recorder.tracer)
-        return recorder.tracer.context()
+        return recorder.tracer.current_traceparent()
 
-    async with serving(answering(TASK)) as peer:
-        with recorder.tracer.request(http_scope()):
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer:
+        with recorder.tracer.start_request_span(make_http_scope()):
             working = asyncio.create_task(work(peer.url))
             await asyncio.sleep(0)
         go.set()
         context = await working
     request, call = recorder.spans
-    assert (call.parent, call.trace) == (request.id, request.trace)
-    assert context == f"{request.context}-03"
+    assert (call.parent_id, call.trace_id) == (request.span_id, request.trace_id)
+    assert context == f"{request.traceparent}-03"
 
 
 async def test_scripts(valkey: Valkey) -> None:
     """A script of the store is recorded by its name, and nothing that it was given is."""
-    recorder = Recorder()
+    recorder = SpanRecorder()
     async with Redis.from_url(valkey.url) as client:
-        with recorder.tracer.request(http_scope()):
-            await Scripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account-key"], {"account": 77_777})
-        await Scripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account-key"], {"account": 77_777})
-    (span,) = children(recorder)
-    assert (span.name, span.failed) == ("EVALSHA reopen", False)
+        with recorder.tracer.start_request_span(make_http_scope()):
+            await RedisScripts(client, tracer=recorder.tracer).call(
+                "reopen", ["clock", "account-key"], {"account": 77_777}
+            )
+        await RedisScripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account-key"], {"account": 77_777})
+    (span,) = child_spans(recorder)
+    assert (span.name, span.is_error) == ("EVALSHA reopen", False)
     assert span.attributes == {
         "db.system.name": "redis",
         "db.operation.name": "EVALSHA",
@@ -210,13 +223,13 @@ async def test_scripts(valkey: Valkey) -> None:
 
 async def test_reads(valkey: Valkey) -> None:
     """Plain commands are recorded by the name of the only one, or as so many, without what they are about."""
-    recorder = Recorder()
+    recorder = SpanRecorder()
     async with Redis.from_url(valkey.url) as client:
-        scripts = Scripts(client, tracer=recorder.tracer)
-        with recorder.tracer.request(http_scope()):
+        scripts = RedisScripts(client, tracer=recorder.tracer)
+        with recorder.tracer.start_request_span(make_http_scope()):
             await scripts.read(("GET", "a-key"))
             await scripts.read(("GET", "a-key"), ("TIME",))
-    one, two = children(recorder)
+    one, two = child_spans(recorder)
     assert (one.name, one.attributes) == ("GET", {"db.system.name": "redis", "db.operation.name": "GET"})
     assert (two.name, two.attributes["db.operation.batch.size"]) == ("PIPELINE", 2)
     assert "a-key" not in str(recorder.spans)
@@ -224,42 +237,45 @@ async def test_reads(valkey: Valkey) -> None:
 
 async def test_store_away() -> None:
     """A store that is away is an error of the call, by what the client met and not by what callers are told."""
-    recorder = Recorder()
-    async with Redis.from_url(f"redis://127.0.0.1:{free_port()}") as client:
-        with recorder.tracer.request(http_scope()), pytest.raises(LedgerUnavailable):
-            await Scripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account"], {"account": 1})
-    (span,) = children(recorder)
-    assert span.failed
+    recorder = SpanRecorder()
+    async with Redis.from_url(f"redis://127.0.0.1:{find_free_port()}") as client:
+        with recorder.tracer.start_request_span(make_http_scope()), pytest.raises(LedgerUnavailable):
+            await RedisScripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account"], {"account": 1})
+    (span,) = child_spans(recorder)
+    assert span.is_error
     assert span.attributes["error.type"] == "redis.exceptions.ConnectionError"
 
 
 async def test_follow_up() -> None:
     """What follows later has a trace of its own that points to its cause, whatever the share, or is not recorded."""
-    recorder, none = Recorder(), Recorder(share=0.0)
-    with recorder.tracer.request(http_scope()):
-        cause = recorder.tracer.context()
+    recorder, none = SpanRecorder(), SpanRecorder(share=0.0)
+    with recorder.tracer.start_request_span(make_http_scope()):
+        cause = recorder.tracer.current_traceparent()
     request = recorder.span
-    async with serving(answering(TASK)) as peer:
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer:
         for context in (cause, None, "00-nothing"):
-            with none.tracer.follow_up("check task", context, "r1"):
+            with none.tracer.start_linked_span("check task", context, "r1"):
                 await submit(peer.url, none.tracer)
     call, work = none.spans
-    assert (work.name, work.kind, work.parent, work.links) == (
+    assert (work.name, work.kind, work.parent_id, work.links) == (
         "check task",
         "internal",
         "",
-        [(request.trace, request.id)],
+        [(request.trace_id, request.span_id)],
     )
     assert work.attributes == {"gateway.reservation": "r1"}
-    assert (call.trace, call.parent) == (work.trace, work.id)
-    assert work.trace != request.trace
+    assert (call.trace_id, call.parent_id) == (work.trace_id, work.span_id)
+    assert work.trace_id != request.trace_id
 
 
 async def test_unusable_addresses() -> None:
     """Whatever an address looks like, recording it never fails, and what identifies somebody in it is left out."""
-    recorder = Recorder()
+    recorder = SpanRecorder()
     for url in ("http://user:password@host:1/x?y#z", "http://[::1/x", "http://host:port/", "", "http://höst/\ud800"):
-        with recorder.tracer.request(http_scope()), recorder.tracer.call("GET", url, private=False):
+        with (
+            recorder.tracer.start_request_span(make_http_scope()),
+            recorder.tracer.start_client_span("GET", url, hide_path=False),
+        ):
             pass
     assert "password" not in str(recorder.spans)
     assert recorder.spans[0].attributes["url.full"] == "http://host:1/x"

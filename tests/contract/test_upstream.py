@@ -10,30 +10,33 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.clients import upstream
-from service.clients.upstream import Operation, UpstreamClient
+from service.clients.upstream import UpstreamClient, UpstreamOperation
 from service.domain.tasks import DEFAULT_CATALOGUE
 from service.domain.tenants import Account
-from service.usecases.ports import Answered
-from tests.contract.client import ACCOUNT, SEALER, USER_KEY, calling
+from service.usecases.ports import CheckOutcome
+from tests.contract.client import ACCOUNT, CIPHER, USER_KEY, open_caller
 from tests.contract.peer import (
-    TASK,
-    Serve,
-    answering,
-    closing_after,
-    hanging,
-    http,
-    redirecting,
-    resetting,
-    serving,
-    told,
+    ACCEPTED_RESPONSE,
+    Handler,
+    http_response,
+    never_reply,
+    redirect_to_self,
+    reply_and_close,
+    reply_with,
+    reset_after_request,
+    run_server,
+    vendor_response,
 )
 
 
 async def test_checks_keep_their_connection() -> None:
     """Checks are small forms, and share a connection."""
-    async with serving(answering(told(err_code=0, status="Pending"))) as peer, calling(peer.url) as caller:
+    async with (
+        run_server(reply_with(vendor_response(err_code=0, status="Pending"))) as peer,
+        open_caller(peer.url) as caller,
+    ):
         for _ in range(3):
-            assert (await caller.check()).answered is Answered.RUNNING
+            assert (await caller.check()).outcome is CheckOutcome.RUNNING
     assert peer.connections == 1
     head, body = peer.requests[0]
     assert head.startswith(b"POST /api/check_task_status HTTP/1.1\r\n")
@@ -43,56 +46,56 @@ async def test_checks_keep_their_connection() -> None:
 @pytest.mark.parametrize(
     ("serve", "answered"),
     [
-        (answering(told(err_code=0, status="Completed", images_url="http://x/y")), Answered.SUCCEEDED),
-        (answering(told(err_code=0, status="Failed")), Answered.FAILED),
-        (answering(told(err_code=1, err_msg="任务未找到或状态未知")), Answered.SILENT),
-        (answering(http(b"<html>", 502)), Answered.NOTHING),
-        (answering(http(b"", 404)), Answered.NOTHING),
-        (answering(http(b"x" * 70_000)), Answered.NOTHING),
-        (resetting, Answered.NOTHING),
-        (closing_after(TASK[:20]), Answered.NOTHING),
-        (redirecting, Answered.NOTHING),
+        (reply_with(vendor_response(err_code=0, status="Completed", images_url="http://x/y")), CheckOutcome.SUCCEEDED),
+        (reply_with(vendor_response(err_code=0, status="Failed")), CheckOutcome.FAILED),
+        (reply_with(vendor_response(err_code=1, err_msg="任务未找到或状态未知")), CheckOutcome.NOT_FOUND),
+        (reply_with(http_response(b"<html>", 502)), CheckOutcome.NO_RESPONSE),
+        (reply_with(http_response(b"", 404)), CheckOutcome.NO_RESPONSE),
+        (reply_with(http_response(b"x" * 70_000)), CheckOutcome.NO_RESPONSE),
+        (reset_after_request, CheckOutcome.NO_RESPONSE),
+        (reply_and_close(ACCEPTED_RESPONSE[:20]), CheckOutcome.NO_RESPONSE),
+        (redirect_to_self, CheckOutcome.NO_RESPONSE),
     ],
 )
-async def test_checks(serve: Serve, answered: Answered) -> None:
+async def test_checks(serve: Handler, answered: CheckOutcome) -> None:
     """A check tells what was answered, or that nothing was, and is made once."""
-    async with serving(serve) as peer, calling(peer.url) as caller:
-        assert (await caller.check()).answered is answered
-        assert caller.seen == [(Operation.CHECK, answered)]
+    async with run_server(serve) as peer, open_caller(peer.url) as caller:
+        assert (await caller.check()).outcome is answered
+        assert caller.observations == [(UpstreamOperation.CHECK, answered)]
     assert len(peer.requests) == 1
 
 
 async def test_unusable_links_are_logged_once() -> None:
     """A link that leads nowhere is logged once per task and field, without what it is."""
-    first = told(err_code=0, status="Completed", images_url="ftp://secret/y", vector_url={"a": 1})
+    first = vendor_response(err_code=0, status="Completed", images_url="ftp://secret/y", vector_url={"a": 1})
     with capture_logs() as logs:
-        async with serving(answering(first)) as peer, calling(peer.url) as caller:
+        async with run_server(reply_with(first)) as peer, open_caller(peer.url) as caller:
             for upstream_id in ("t-1", "t-1", "t-2"):
-                assert (await caller.check(upstream_id)).answered is Answered.UNUSABLE
+                assert (await caller.check(upstream_id)).outcome is CheckOutcome.INVALID
     assert [(each["event"], each["field"], each["type"]) for each in logs] == [
-        ("link.unusable", "images_url", "str"),
-        ("link.unusable", "vector_url", "dict"),
+        ("artifact.invalid_link", "images_url", "str"),
+        ("artifact.invalid_link", "vector_url", "dict"),
     ] * 2
     assert "secret" not in str(logs)
 
 
 async def test_links_with_the_key() -> None:
     """A link that holds the key of the account is returned without it, or not at all."""
-    finished = told(
+    finished = vendor_response(
         err_code=0, status="Completed", images_url=f"/1.png?k={USER_KEY}", grid_url=f"/{USER_KEY.encode().hex()}.png"
     )
     with capture_logs() as logs:
-        async with serving(answering(finished)) as peer, calling(peer.url) as caller:
+        async with run_server(reply_with(finished)) as peer, open_caller(peer.url) as caller:
             check = await caller.check()
     assert [each.url for each in check.artifacts] == [f"{peer.url}/1.png?k=%7Buser_key%7D"]
-    assert [(each["event"], each["field"]) for each in logs] == [("link.unusable", "grid_url")]
+    assert [(each["event"], each["field"]) for each in logs] == [("artifact.invalid_link", "grid_url")]
     assert USER_KEY not in repr(check)
 
 
 async def test_relative_links() -> None:
     """A link is relative to the address that was called, of the account's own upstream."""
-    finished = told(err_code=0, status="Completed", images_url="/files/1.png", grid_url="2.png")
-    async with serving(answering(finished)) as peer, calling("http://127.0.0.1:1") as caller:
+    finished = vendor_response(err_code=0, status="Completed", images_url="/files/1.png", grid_url="2.png")
+    async with run_server(reply_with(finished)) as peer, open_caller("http://127.0.0.1:1") as caller:
         account = Account(1, "other", ACCOUNT.user_key, base_url=f"{peer.url}/deep/")
         found = (await caller.check(account=account)).artifacts
     assert [each.url for each in found] == [f"{peer.url}/files/1.png", f"{peer.url}/deep/api/2.png"]
@@ -101,14 +104,14 @@ async def test_relative_links() -> None:
 async def test_check_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that is not answered ends by itself."""
     monkeypatch.setattr(upstream, "CHECK_SECONDS", 0.1)
-    async with serving(hanging) as peer, calling(peer.url) as caller, asyncio.timeout(5):
-        assert (await caller.check()).answered is Answered.NOTHING
+    async with run_server(never_reply) as peer, open_caller(peer.url) as caller, asyncio.timeout(5):
+        assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
 
 
 async def test_no_cookies() -> None:
     """Cookies that the other side sets are not sent back."""
-    pending = http(b'{"err_code": 0, "status": "x"}', Set_Cookie="a=b; Path=/")
-    async with serving(answering(pending)) as peer, calling(peer.url) as caller:
+    pending = http_response(b'{"err_code": 0, "status": "x"}', Set_Cookie="a=b; Path=/")
+    async with run_server(reply_with(pending)) as peer, open_caller(peer.url) as caller:
         await caller.check()
         await caller.check()
     assert b"cookie" not in peer.requests[1][0].lower()
@@ -117,19 +120,19 @@ async def test_no_cookies() -> None:
 @pytest.mark.parametrize(
     "serve",
     [
-        answering(told(err_code=1, err_msg=f"任务提交失败:bad key {USER_KEY}!")),
-        answering(told(err_code=0, status="Failed", err_msg=f"bad key {USER_KEY}!")),
-        answering(http(json.dumps({"err_code": 1, "err_msg": f"bad key {USER_KEY.upper()}"}).encode(), 400)),
-        answering(told(err_code=0, status="Failed", err_msg=f"bad key {USER_KEY.encode().hex()}!")),
-        answering(TASK),
-        resetting,
+        reply_with(vendor_response(err_code=1, err_msg=f"任务提交失败:bad key {USER_KEY}!")),
+        reply_with(vendor_response(err_code=0, status="Failed", err_msg=f"bad key {USER_KEY}!")),
+        reply_with(http_response(json.dumps({"err_code": 1, "err_msg": f"bad key {USER_KEY.upper()}"}).encode(), 400)),
+        reply_with(vendor_response(err_code=0, status="Failed", err_msg=f"bad key {USER_KEY.encode().hex()}!")),
+        reply_with(ACCEPTED_RESPONSE),
+        reset_after_request,
     ],
 )
-async def test_key_stays_secret(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+async def test_key_stays_secret(serve: Handler, caplog: pytest.LogCaptureFixture) -> None:
     """The key is in no log, not even at the finest level, in no result, and in nothing that can be printed."""
     caplog.set_level(logging.DEBUG)
     with capture_logs() as logs:
-        async with serving(serve) as peer, calling(peer.url) as caller:
+        async with run_server(serve) as peer, open_caller(peer.url) as caller:
             shown = [await caller.submit(), await caller.check(), vars(caller.client), logs, caplog.text]
     assert len(peer.requests) == 2
     assert USER_KEY not in repr(shown).lower()
@@ -142,5 +145,5 @@ async def test_broken_observer() -> None:
     def observe(*_: object) -> None:
         raise RuntimeError("a broken observer")
 
-    async with UpstreamClient("http://127.0.0.1:1", SEALER, DEFAULT_CATALOGUE, observe=observe) as client:
-        assert (await client.check(ACCOUNT, "t-1")).answered is Answered.NOTHING
+    async with UpstreamClient("http://127.0.0.1:1", CIPHER, DEFAULT_CATALOGUE, on_call=observe) as client:
+        assert (await client.check(ACCOUNT, "t-1")).outcome is CheckOutcome.NO_RESPONSE

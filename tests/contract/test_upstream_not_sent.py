@@ -18,39 +18,42 @@ from anyio._backends._asyncio import SocketStream
 from structlog.testing import capture_logs
 
 from service.clients import http
-from service.clients.http import THRESHOLD
-from service.clients.upstream import Operation
+from service.clients.http import BREAKER_THRESHOLD
+from service.clients.upstream import UpstreamOperation
 from service.domain.tenants import Account
-from service.usecases.ports import Answered, SubmitOutcome
-from tests.contract.client import ACCOUNT, calling
+from service.usecases.ports import CheckOutcome, SubmitOutcome
+from tests.contract.client import ACCOUNT, open_caller
 from tests.contract.peer import (
-    TASK,
+    ACCEPTED_RESPONSE,
     Connection,
-    Serve,
-    answering,
-    hanging,
-    resetting,
-    resetting_at_once,
-    serving,
-    told,
+    Handler,
+    never_reply,
+    reply_with,
+    reset_after_request,
+    reset_immediately,
+    run_server,
+    vendor_response,
 )
-from tests.support.certificates import certify
-from tests.support.descriptors import no_descriptors
-from tests.support.valkey import free_port
+from tests.support.certificates import create_certificate
+from tests.support.descriptors import exhaust_descriptors
+from tests.support.valkey import find_free_port
 
 ACCEPTED, UNKNOWN, NOT_SENT = SubmitOutcome.ACCEPTED, SubmitOutcome.UNKNOWN, SubmitOutcome.NOT_SENT
 
 
 async def test_refused() -> None:
     """Where nobody listens, nothing was sent."""
-    async with calling(f"http://127.0.0.1:{free_port()}") as caller:
+    async with open_caller(f"http://127.0.0.1:{find_free_port()}") as caller:
         assert (await caller.submit()).outcome is NOT_SENT
-        assert (await caller.check()).answered is Answered.NOTHING
-        assert caller.seen == [(Operation.SUBMIT, NOT_SENT), (Operation.CHECK, Answered.NOTHING)]
+        assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
+        assert caller.observations == [
+            (UpstreamOperation.SUBMIT, NOT_SENT),
+            (UpstreamOperation.CHECK, CheckOutcome.NO_RESPONSE),
+        ]
 
 
 @contextmanager
-def deaf() -> Iterator[str]:
+def unreachable_address() -> Iterator[str]:
     """An address where connections are never made: the queue of its listener is full."""
     with ExitStack() as sockets:
         listener = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
@@ -63,16 +66,16 @@ def deaf() -> Iterator[str]:
 
 async def test_deadline_while_connecting() -> None:
     """A deadline that passes before there is a connection means that nothing was sent."""
-    with deaf() as url:
-        async with calling(url) as caller:
+    with unreachable_address() as url:
+        async with open_caller(url) as caller:
             assert (await caller.submit(seconds=0.2)).outcome is NOT_SENT
 
 
 async def test_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that takes too long means that nothing was sent, well before the deadline."""
     monkeypatch.setattr(http, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1).as_dict())
-    with deaf() as url:
-        async with calling(url) as caller, asyncio.timeout(5):
+    with unreachable_address() as url:
+        async with open_caller(url) as caller, asyncio.timeout(5):
             assert (await caller.submit(seconds=60)).outcome is NOT_SENT
 
 
@@ -92,40 +95,40 @@ async def test_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 async def test_unusable_address(url: str) -> None:
     """An address that is none means that nothing was sent."""
-    async with calling(url) as caller:
+    async with open_caller(url) as caller:
         assert (await caller.submit()).outcome is NOT_SENT
-        assert (await caller.check()).answered is Answered.NOTHING
+        assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
 
 
 @pytest.mark.parametrize("seconds", [0, -1.5])
 async def test_no_time_left(seconds: float) -> None:
     """Without any time left nothing is sent."""
-    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         assert (await caller.submit(seconds=seconds)).outcome is NOT_SENT
     assert peer.connections == 0
 
 
 async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over TLS nothing is sent to a server whose certificate is not trusted."""
-    trusted, context = certify(tmp_path)
-    async with serving(answering(TASK), tls=context) as peer:
-        async with calling(peer.url) as caller:
+    trusted, context = create_certificate(tmp_path)
+    async with run_server(reply_with(ACCEPTED_RESPONSE), tls=context) as peer:
+        async with open_caller(peer.url) as caller:
             assert (await caller.submit()).outcome is NOT_SENT
         assert peer.requests == []
         monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
-        async with calling(peer.url) as caller:
+        async with open_caller(peer.url) as caller:
             assert (await caller.submit()).outcome is ACCEPTED
 
 
-async def speaking_plainly(connection: Connection) -> None:
+async def reply_in_plain_http(connection: Connection) -> None:
     """Answer in plain HTTP whatever comes."""
     await connection.send(b"HTTP/1.1 400 Bad\r\n\r\n")
 
 
-@pytest.mark.parametrize("serve", [speaking_plainly, resetting_at_once])
-async def test_no_tls(serve: Serve) -> None:
+@pytest.mark.parametrize("serve", [reply_in_plain_http, reset_immediately])
+async def test_no_tls(serve: Handler) -> None:
     """Where the handshake of TLS fails, nothing was sent."""
-    async with serving(serve) as peer, calling(peer.url.replace("http://", "https://")) as caller:
+    async with run_server(serve) as peer, open_caller(peer.url.replace("http://", "https://")) as caller:
         assert (await caller.submit()).outcome is NOT_SENT
 
 
@@ -135,16 +138,16 @@ async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def serve(connection: Connection) -> None:
         await connection.receive()
-        if b"check_task_status" in connection.peer.requests[-1][0]:
-            await connection.send(told(err_code=0, status="Pending"))
+        if b"check_task_status" in connection.server.requests[-1][0]:
+            await connection.send(vendor_response(err_code=0, status="Pending"))
         else:
-            await connection.wait_for_the_end()
+            await connection.wait_closed()
 
-    async with serving(serve) as peer, calling(peer.url) as caller:
+    async with run_server(serve) as peer, open_caller(peer.url) as caller:
         first = asyncio.create_task(caller.submit(seconds=1))
-        await peer.arrived.wait()
+        await peer.request_received.wait()
         assert (await caller.submit(seconds=0.1)).outcome is NOT_SENT
-        assert (await caller.check()).answered is Answered.RUNNING
+        assert (await caller.check()).outcome is CheckOutcome.RUNNING
         assert len(peer.requests) == 2
         assert (await first).outcome is UNKNOWN
 
@@ -152,9 +155,9 @@ async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_turn_that_comes_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """A submit whose turn comes when its time is over is not sent, although what has arrived would still be read."""
     monkeypatch.setattr(http, "MAX_REQUESTS", 1)
-    async with serving(hanging) as peer, calling(peer.url) as caller:
+    async with run_server(never_reply) as peer, open_caller(peer.url) as caller:
         first = asyncio.create_task(caller.submit())
-        await peer.arrived.wait()
+        await peer.request_received.wait()
         second = asyncio.create_task(caller.submit(seconds=0.05))
         await asyncio.sleep(0)
         time.sleep(0.2)  # a process that is stopped, as far as the event loop can tell
@@ -166,29 +169,32 @@ async def test_turn_that_comes_after_a_pause(monkeypatch: pytest.MonkeyPatch) ->
 async def test_gate_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A submit that was cancelled, before or after it was sent, gives its turn to the next."""
     monkeypatch.setattr(http, "MAX_REQUESTS", 1)
-    async with serving(hanging) as peer, calling(peer.url) as caller:
+    async with run_server(never_reply) as peer, open_caller(peer.url) as caller:
         sent, waiting = asyncio.create_task(caller.submit()), asyncio.create_task(caller.submit())
-        await peer.arrived.wait()
+        await peer.request_received.wait()
         for task in (waiting, sent):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        peer.arrived.clear()
+        peer.request_received.clear()
         last = asyncio.create_task(caller.submit(seconds=0.2))
-        await peer.arrived.wait()
+        await peer.request_received.wait()
         assert (await last).outcome is UNKNOWN
-        assert caller.seen == [(Operation.SUBMIT, UNKNOWN)] * 3
+        assert caller.observations == [(UpstreamOperation.SUBMIT, UNKNOWN)] * 3
 
 
 async def test_breaker() -> None:
     """After failures to connect in a row nobody tries for a while, neither to submit nor to check."""
-    port = free_port()
-    async with calling(f"http://127.0.0.1:{port}") as caller:
-        for _ in range(THRESHOLD):
+    port = find_free_port()
+    async with open_caller(f"http://127.0.0.1:{port}") as caller:
+        for _ in range(BREAKER_THRESHOLD):
             await caller.submit()
-        async with serving(answering(TASK), port=port) as peer, serving(answering(TASK)) as other:
+        async with (
+            run_server(reply_with(ACCEPTED_RESPONSE), port=port) as peer,
+            run_server(reply_with(ACCEPTED_RESPONSE)) as other,
+        ):
             assert (await caller.submit()).outcome is NOT_SENT
-            assert (await caller.check()).answered is Answered.NOTHING
+            assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
             assert peer.connections == 0
             elsewhere = Account(2, "other", ACCOUNT.user_key, base_url=other.url)
             assert (await caller.submit(account=elsewhere)).outcome is ACCEPTED
@@ -196,25 +202,25 @@ async def test_breaker() -> None:
 
 async def test_breaker_counts_in_a_row() -> None:
     """A connection that was made ends the row of failures."""
-    port = free_port()
-    async with calling(f"http://127.0.0.1:{port}") as caller:
+    port = find_free_port()
+    async with open_caller(f"http://127.0.0.1:{port}") as caller:
         for _ in range(2):
-            for _ in range(THRESHOLD - 1):
+            for _ in range(BREAKER_THRESHOLD - 1):
                 assert (await caller.submit()).outcome is NOT_SENT
-            async with serving(answering(TASK), port=port):
+            async with run_server(reply_with(ACCEPTED_RESPONSE), port=port):
                 assert (await caller.submit()).outcome is ACCEPTED
 
 
 async def test_trial_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """As soon as a trial has its connection others are admitted, however long its answer takes."""
-    monkeypatch.setattr(http, "FIRST_PAUSE", 0.0)
-    port = free_port()
-    async with calling(f"http://127.0.0.1:{port}") as caller:
-        for _ in range(THRESHOLD):
+    monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.0)
+    port = find_free_port()
+    async with open_caller(f"http://127.0.0.1:{port}") as caller:
+        for _ in range(BREAKER_THRESHOLD):
             assert (await caller.submit()).outcome is NOT_SENT
-        async with serving(hanging, port=port) as peer:
+        async with run_server(never_reply, port=port) as peer:
             trial = asyncio.create_task(caller.submit(seconds=0.5))
-            await peer.arrived.wait()
+            await peer.request_received.wait()
             assert (await caller.submit(seconds=0.2)).outcome is UNKNOWN
             assert (await trial).outcome is UNKNOWN
         assert len(peer.requests) == 2
@@ -222,12 +228,12 @@ async def test_trial_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_breaker_ignores_what_was_sent() -> None:
     """Answers that can't be used, and waits that were given up, do not open the breaker."""
-    async with serving(resetting) as peer, calling(peer.url) as caller:
-        for _ in range(2 * THRESHOLD):
+    async with run_server(reset_after_request) as peer, open_caller(peer.url) as caller:
+        for _ in range(2 * BREAKER_THRESHOLD):
             assert (await caller.submit()).outcome is UNKNOWN
-    with deaf() as url:
-        async with calling(url) as caller:
-            for _ in range(2 * THRESHOLD):
+    with unreachable_address() as url:
+        async with open_caller(url) as caller:
+            for _ in range(2 * BREAKER_THRESHOLD):
                 await caller.submit(seconds=0.01)
             trying = asyncio.create_task(caller.submit())
             assert not (await asyncio.wait({trying}, timeout=0.1))[0]
@@ -237,11 +243,14 @@ async def test_breaker_ignores_what_was_sent() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 async def test_no_descriptor(host: str) -> None:
     """What fails for want of a descriptor was not sent, and does not count against the upstream."""
-    async with serving(answering(TASK)) as peer, calling(peer.url.replace("127.0.0.1", host)) as caller:
-        with capture_logs() as logs, no_descriptors():
-            for _ in range(THRESHOLD + 1):
+    async with (
+        run_server(reply_with(ACCEPTED_RESPONSE)) as peer,
+        open_caller(peer.url.replace("127.0.0.1", host)) as caller,
+    ):
+        with capture_logs() as logs, exhaust_descriptors():
+            for _ in range(BREAKER_THRESHOLD + 1):
                 assert (await caller.submit()).outcome is NOT_SENT
-                assert (await caller.check()).answered is Answered.NOTHING
+                assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
         assert {(each["sent"], each["error"]) for each in logs} == {(False, os.strerror(errno.EMFILE))}
         assert (await caller.submit()).outcome is ACCEPTED
     assert len(peer.requests) == 1
@@ -249,12 +258,12 @@ async def test_no_descriptor(host: str) -> None:
 
 async def test_no_descriptor_for_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call of a process may lack the descriptor to import what it needs, before it connects."""
-    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         for name in [name for name in sys.modules if name.startswith("anyio._backends")]:
             monkeypatch.delitem(sys.modules, name)
         with monkeypatch.context() as fresh:
             fresh.setattr("anyio._core._eventloop.loaded_backends", {})
-            with no_descriptors():
+            with exhaust_descriptors():
                 assert (await caller.submit()).outcome is NOT_SENT
         monkeypatch.undo()
         assert (await caller.submit()).outcome is ACCEPTED
@@ -267,7 +276,7 @@ async def test_no_buffer_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
     async def send(_: SocketStream, _item: bytes) -> None:
         raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
 
-    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         monkeypatch.setattr(SocketStream, "send", send)
         assert (await caller.submit()).outcome is UNKNOWN
 
@@ -276,31 +285,31 @@ async def test_no_descriptor_while_answered() -> None:
     """A request that is under way needs no further descriptor."""
 
     async def serve(connection: Connection) -> None:
-        with no_descriptors():
+        with exhaust_descriptors():
             await connection.receive()
-            await connection.send(TASK)
-            await connection.wait_for_the_end()
+            await connection.send(ACCEPTED_RESPONSE)
+            await connection.wait_closed()
 
-    async with serving(serve) as peer, calling(peer.url) as caller:
+    async with run_server(serve) as peer, open_caller(peer.url) as caller:
         assert (await caller.submit()).outcome is ACCEPTED
 
 
 async def test_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proxies that the environment names are not used: images and keys go where they are meant to go."""
-    async with serving(answering(TASK)) as proxy, serving(answering(TASK)) as peer:
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as proxy, run_server(reply_with(ACCEPTED_RESPONSE)) as peer:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         monkeypatch.setenv("ALL_PROXY", proxy.url)
-        async with calling(peer.url) as caller:
+        async with open_caller(peer.url) as caller:
             assert (await caller.submit()).outcome is ACCEPTED
     assert (proxy.connections, peer.connections) == (0, 1)
 
 
 async def test_key_that_can_not_be_opened() -> None:
     """An account whose key was sealed by a secret key that is gone sends nothing, and is told from one out of reach."""
-    async with serving(answering(TASK)) as peer, calling(peer.url) as caller:
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         account = Account(1, "main", b"sealed by another")
         with capture_logs() as logs:
             assert (await caller.submit(account=account)).outcome is SubmitOutcome.MISCONFIGURED
-            assert (await caller.check(account=account)).answered is Answered.NOTHING
+            assert (await caller.check(account=account)).outcome is CheckOutcome.NO_RESPONSE
     assert peer.connections == 0
     assert [each["log_level"] for each in logs] == ["error", "error"]

@@ -8,7 +8,7 @@ import httpx2
 import msgspec
 import pytest
 
-from service.domain.ledger import Figures
+from service.domain.ledger import Balance
 from service.domain.tasks import (
     ArtifactName,
     FaceEnhanceOptions,
@@ -19,73 +19,73 @@ from service.domain.tasks import (
     VectorizeOptions,
 )
 from service.domain.tenants import Account
-from service.sandbox.app import Balance, RunningSandbox, SandboxConfig, running
-from service.sandbox.faults import Dials, Fault
-from service.usecases.ports import Answered, Image, SubmitOutcome
-from tests.contract.client import SEALER, USER_KEY, Caller, calling
-from tests.sandbox.pictures import as_file, face, logo, scene
+from service.sandbox.app import AccountBalance, RunningSandbox, SandboxConfig, open_sandbox
+from service.sandbox.faults import Behaviour, Fault
+from service.usecases.ports import CheckOutcome, Image, SubmitOutcome
+from tests.contract.client import CIPHER, USER_KEY, Caller, open_caller
+from tests.sandbox.pictures import draw_face, draw_logo, draw_scene, encode_image
 
-EMPTY = Account(2, "empty", SEALER.seal(b"empty"))
-STRANGER = Account(3, "stranger", SEALER.seal(b"stranger"))
+EMPTY = Account(2, "empty", CIPHER.encrypt(b"empty"))
+UNKNOWN_ACCOUNT = Account(3, "stranger", CIPHER.encrypt(b"stranger"))
 IMAGE, VECTOR, GRID = ArtifactName.IMAGE, ArtifactName.VECTOR, ArtifactName.GRID
 
 
 @pytest.fixture
 async def sandbox() -> AsyncIterator[RunningSandbox]:
     """An upstream that works at once."""
-    accounts = {USER_KEY: Balance(2, 10), "empty": Balance(0, 0)}
-    async with running(SandboxConfig(accounts=accounts, seconds=0)) as sandbox:
+    accounts = {USER_KEY: AccountBalance(2, 10), "empty": AccountBalance(0, 0)}
+    async with open_sandbox(SandboxConfig(accounts=accounts, seconds=0)) as sandbox:
         yield sandbox
 
 
 @pytest.fixture
 async def caller(sandbox: RunningSandbox) -> AsyncIterator[Caller]:
-    async with calling(sandbox.url) as caller:
+    async with open_caller(sandbox.url) as caller:
         yield caller
 
 
-def png(content: bytes) -> Image:
+def png_image(content: bytes) -> Image:
     return Image(content, b"", "image/png", 320, 240)
 
 
-LOGO = png(as_file(logo()))
+LOGO = png_image(encode_image(draw_logo()))
 
 
 @pytest.mark.parametrize(
     ("options", "content", "artifacts"),
     [
-        (UpscaleOptions(scale=1.5, prompt="a cat"), as_file(scene()), {IMAGE}),
-        (UpscaleOptions(scale=1, vector=True), as_file(logo()), {IMAGE, VECTOR}),
-        (VectorizeOptions(colors=3), as_file(logo()), {VECTOR}),
-        (FaceEnhanceOptions(), as_file(face()), {IMAGE}),
-        (SeamlessOptions(fit=0.3), as_file(scene()), {IMAGE, GRID}),
+        (UpscaleOptions(scale=1.5, prompt="a cat"), encode_image(draw_scene()), {IMAGE}),
+        (UpscaleOptions(scale=1, vector=True), encode_image(draw_logo()), {IMAGE, VECTOR}),
+        (VectorizeOptions(colors=3), encode_image(draw_logo()), {VECTOR}),
+        (FaceEnhanceOptions(), encode_image(draw_face()), {IMAGE}),
+        (SeamlessOptions(fit=0.3), encode_image(draw_scene()), {IMAGE, GRID}),
     ],
 )
 async def test_kinds(
     sandbox: RunningSandbox, caller: Caller, options: Options, content: bytes, artifacts: set[ArtifactName]
 ) -> None:
     """Each kind is accepted, paid for, carried out, and its results can be fetched."""
-    submitted = await caller.submit(options=options, image=png(content))
+    submitted = await caller.submit(options=options, image=png_image(content))
     assert submitted.outcome is SubmitOutcome.ACCEPTED
-    assert submitted.figures == Figures(1, 1000)
-    await sandbox.control.idle()
+    assert submitted.balance == Balance(1, 1000)
+    await sandbox.control.wait_until_idle()
     check = await caller.check(submitted.upstream_id)
-    assert check.answered is Answered.SUCCEEDED
-    assert check.figures == Figures(1, 1000)
+    assert check.outcome is CheckOutcome.SUCCEEDED
+    assert check.balance == Balance(1, 1000)
     assert artifacts <= {artifact.name for artifact in check.artifacts}
     async with httpx2.AsyncClient(trust_env=False) as http:
         for artifact in check.artifacts:
             assert (await http.get(artifact.url)).status_code == 200
-    (received, _) = (each for each in await sandbox.control.requests() if each.operation != "file")
+    (received, _) = (each for each in await sandbox.control.list_requests() if each.operation != "file")
     assert received.image_bytes == len(content)
     assert options.kind is not Kind.UPSCALE or len(received.fields) == 12
 
 
 async def test_refusals(caller: Caller) -> None:
     """The three refusals of a submit are told apart."""
-    assert (await caller.submit(account=STRANGER)).outcome is SubmitOutcome.INVALID_ACCOUNT
+    assert (await caller.submit(account=UNKNOWN_ACCOUNT)).outcome is SubmitOutcome.INVALID_ACCOUNT
     assert (await caller.submit(account=EMPTY, image=LOGO)).outcome is SubmitOutcome.EXHAUSTED
-    broken = await caller.submit(image=png(b"no image at all"))
+    broken = await caller.submit(image=png_image(b"no image at all"))
     assert broken.outcome is SubmitOutcome.REJECTED
     assert broken.reason
 
@@ -93,20 +93,20 @@ async def test_refusals(caller: Caller) -> None:
 @pytest.mark.parametrize("spelling", ["Completed", "COMPLETED", "completed"])
 async def test_spellings(sandbox: RunningSandbox, caller: Caller, spelling: str) -> None:
     """States are read in every spelling, those of running, finished, failed and unknown tasks."""
-    dials = msgspec.convert({"spelling": spelling, "faults": [{"on": "submit", "fail": "x", "times": 1}]}, Dials)
-    await sandbox.control.set_dials(dials)
+    dials = msgspec.convert({"spelling": spelling, "faults": [{"on": "submit", "fail": "x", "times": 1}]}, Behaviour)
+    await sandbox.control.set_behaviour(dials)
     failed, finished = [(await caller.submit(image=LOGO)).upstream_id for _ in range(2)]
-    await sandbox.control.idle()
-    await sandbox.control.set_dials(msgspec.structs.replace(dials, seconds=60, faults=()))
+    await sandbox.control.wait_until_idle()
+    await sandbox.control.set_behaviour(msgspec.structs.replace(dials, seconds=60, faults=()))
     still = (await caller.submit(image=LOGO)).upstream_id
-    answered = [(await caller.check(each)).answered for each in (failed, finished, still, "never-was")]
-    assert answered == [Answered.FAILED, Answered.SUCCEEDED, Answered.RUNNING, Answered.SILENT]
+    answered = [(await caller.check(each)).outcome for each in (failed, finished, still, "never-was")]
+    assert answered == [CheckOutcome.FAILED, CheckOutcome.SUCCEEDED, CheckOutcome.RUNNING, CheckOutcome.NOT_FOUND]
 
 
 @pytest.mark.parametrize("colon", [":", "："])
 async def test_colons(sandbox: RunningSandbox, caller: Caller, colon: str) -> None:
     """The reason of a rejection is read behind a colon of either width."""
-    await sandbox.control.set_dials(msgspec.convert({"colon": colon, "faults": [{"reject": "坏"}]}, Dials))
+    await sandbox.control.set_behaviour(msgspec.convert({"colon": colon, "faults": [{"reject": "坏"}]}, Behaviour))
     rejected = await caller.submit(image=LOGO)
     assert (rejected.outcome, rejected.reason) == (SubmitOutcome.REJECTED, "坏")
 
@@ -135,34 +135,34 @@ async def test_faults(
     sandbox: RunningSandbox, caller: Caller, fault: Fault, outcome: SubmitOutcome, charged: bool
 ) -> None:
     """Whatever goes wrong with a submit, it arrives once, and is called free only where nothing was charged."""
-    await sandbox.control.set_dials(Dials(faults=(fault,)))
+    await sandbox.control.set_behaviour(Behaviour(faults=(fault,)))
     submitted = await caller.submit(image=LOGO, seconds=1)
     assert submitted.outcome is outcome
-    assert len(await sandbox.control.requests()) == 1
-    assert ((await sandbox.control.accounts())[USER_KEY] != Balance(2, 10)) is charged
+    assert len(await sandbox.control.list_requests()) == 1
+    assert ((await sandbox.control.list_accounts())[USER_KEY] != AccountBalance(2, 10)) is charged
 
 
 @pytest.mark.parametrize(
     ("way", "figures"),
     [
-        ("string", Figures(1, 1000)),
-        ("float", Figures(None, 1050)),
-        ("int", Figures(1, 1000)),
-        ("negative", Figures()),
-        ("null", Figures()),
-        ("missing", Figures()),
+        ("string", Balance(1, 1000)),
+        ("float", Balance(None, 1050)),
+        ("int", Balance(1, 1000)),
+        ("negative", Balance()),
+        ("null", Balance()),
+        ("missing", Balance()),
     ],
 )
-async def test_figures(sandbox: RunningSandbox, caller: Caller, way: str, figures: Figures) -> None:
+async def test_figures(sandbox: RunningSandbox, caller: Caller, way: str, figures: Balance) -> None:
     """Figures of a wrong type are read where they can be, and are none otherwise."""
     fault = msgspec.convert({"wrong": {"remaining_count": way, "remaining_money": way}}, Fault)
-    await sandbox.control.set_dials(Dials(faults=(fault,)))
+    await sandbox.control.set_behaviour(Behaviour(faults=(fault,)))
     submitted = await caller.submit(image=LOGO)
-    assert (submitted.outcome, submitted.figures) == (SubmitOutcome.ACCEPTED, figures)
+    assert (submitted.outcome, submitted.balance) == (SubmitOutcome.ACCEPTED, figures)
 
 
 async def test_null_state(sandbox: RunningSandbox, caller: Caller) -> None:
     """A state that is null says nothing about the task."""
     submitted = await caller.submit(image=LOGO)
-    await sandbox.control.set_dials(Dials(faults=(Fault(on="check", wrong={"status": "null"}, times=1),)))
-    assert (await caller.check(submitted.upstream_id)).answered is Answered.SILENT
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(on="check", wrong={"status": "null"}, times=1),)))
+    assert (await caller.check(submitted.upstream_id)).outcome is CheckOutcome.NOT_FOUND

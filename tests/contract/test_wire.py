@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from service.clients.vendor_api import in_english, read_check, read_submit, to_fields
-from service.domain.ledger import Figures
+from service.clients.vendor_api import build_form_fields, parse_check_response, parse_submit_response, translate_reason
+from service.domain.ledger import Balance
 from service.domain.tasks import (
     DEFAULT_CATALOGUE,
     Catalogue,
@@ -19,23 +19,23 @@ from service.domain.tasks import (
     UpscaleOptions,
     VectorizeOptions,
 )
-from service.usecases.ports import Check, SubmitOutcome, Submitted
+from service.usecases.ports import CheckResult, SubmitOutcome, SubmitResult
 
 ACCEPTED, REJECTED, UNKNOWN = SubmitOutcome.ACCEPTED, SubmitOutcome.REJECTED, SubmitOutcome.UNKNOWN
 EXHAUSTED, INVALID = SubmitOutcome.EXHAUSTED, SubmitOutcome.INVALID_ACCOUNT
 
 
-def submit(**answer: Any) -> Submitted:
-    return read_submit(json.dumps(answer).encode())
+def parse_submit(**answer: Any) -> SubmitResult:
+    return parse_submit_response(json.dumps(answer).encode())
 
 
-def check(**answer: Any) -> Check:
-    return read_check(json.dumps(answer).encode())
+def parse_check(**answer: Any) -> CheckResult:
+    return parse_check_response(json.dumps(answer).encode())
 
 
 def test_upscale_fields() -> None:
     """Every option of an upscale has its field, in the vendor's words and spelling."""
-    assert to_fields(UpscaleOptions(), DEFAULT_CATALOGUE) == {
+    assert build_form_fields(UpscaleOptions(), DEFAULT_CATALOGUE) == {
         "sdxl_model_dropdown": "通用模型",
         "style_dropdown": "通用风格",
         "upscale": "2.0",
@@ -57,7 +57,7 @@ def test_chosen_fields() -> None:
     options = UpscaleOptions(
         model="anime", style="gone", steps=20, high_fidelity=True, inpaint_strength=1e-05, prompt="猫\n", vector=True
     )
-    fields = to_fields(options, catalogue)
+    fields = build_form_fields(options, catalogue)
     assert fields["sdxl_model_dropdown"] == "动漫"
     assert fields["style_dropdown"] == "gone"
     assert fields["steps"] == "20"
@@ -68,24 +68,24 @@ def test_chosen_fields() -> None:
 
 def test_other_fields() -> None:
     """The other kinds have the fields that the vendor names, and no more."""
-    assert to_fields(VectorizeOptions(colors=16), DEFAULT_CATALOGUE) == {"color_count": "16"}
-    assert to_fields(FaceEnhanceOptions(), DEFAULT_CATALOGUE) == {}
-    assert to_fields(SeamlessOptions(fit=0.9), DEFAULT_CATALOGUE) == {"fit": "0.9"}
+    assert build_form_fields(VectorizeOptions(colors=16), DEFAULT_CATALOGUE) == {"color_count": "16"}
+    assert build_form_fields(FaceEnhanceOptions(), DEFAULT_CATALOGUE) == {}
+    assert build_form_fields(SeamlessOptions(fit=0.9), DEFAULT_CATALOGUE) == {"fit": "0.9"}
 
 
 @pytest.mark.parametrize("code", [0, "0", 0.0, "0.0", False, " 0 "])
 def test_accepted(code: object) -> None:
     """A success with a task id is accepted, in whatever type its code comes."""
-    assert submit(err_code=code, task_id="t-1", remaining_count=5, remaining_money=300) == Submitted(
-        outcome=ACCEPTED, upstream_id="t-1", figures=Figures(5, 30_000)
+    assert parse_submit(err_code=code, task_id="t-1", remaining_count=5, remaining_money=300) == SubmitResult(
+        outcome=ACCEPTED, upstream_id="t-1", balance=Balance(5, 30_000)
     )
 
 
 @pytest.mark.parametrize("code", [None, "ok", [], 0.5, {}])
 def test_task_id_without_a_code(code: object) -> None:
     """A task id is believed where no error is declared: it is all that is left of a task that was paid for."""
-    assert submit(err_code=code, task_id="t-1").upstream_id == "t-1"
-    assert submit(task_id="t-1").outcome is ACCEPTED
+    assert parse_submit(err_code=code, task_id="t-1").upstream_id == "t-1"
+    assert parse_submit(task_id="t-1").outcome is ACCEPTED
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_task_id_without_a_code(code: object) -> None:
 )
 def test_task_ids(task_id: object, found: str) -> None:
     """A task id is any short printable text, or a number."""
-    assert submit(err_code=0, task_id=task_id).upstream_id == found
+    assert parse_submit(err_code=0, task_id=task_id).upstream_id == found
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_task_ids(task_id: object, found: str) -> None:
 )
 def test_success_without_a_usable_task_id(task_id: object) -> None:
     """A success whose task id can't be used may have been charged."""
-    assert submit(err_code=0, task_id=task_id) == Submitted(outcome=UNKNOWN)
-    assert submit(err_code=0, err_msg="任务提交失败:坏", task_id=task_id).outcome is UNKNOWN
+    assert parse_submit(err_code=0, task_id=task_id) == SubmitResult(outcome=UNKNOWN)
+    assert parse_submit(err_code=0, err_msg="任务提交失败:坏", task_id=task_id).outcome is UNKNOWN
 
 
 @pytest.mark.parametrize("code", [1, "1", True, 2, -1, 1.0])
@@ -140,28 +140,28 @@ def test_success_without_a_usable_task_id(task_id: object) -> None:
 )
 def test_refusals(code: object, message: object, outcome: SubmitOutcome, reason: str) -> None:
     """An error is a refusal by its message, of which nothing about the balance or an address is passed on."""
-    expected = Submitted(outcome=outcome, reason=reason, reason_en=in_english(reason))
-    assert submit(err_code=code, err_msg=message) == expected
+    expected = SubmitResult(outcome=outcome, reason=reason, reason_en=translate_reason(reason))
+    assert parse_submit(err_code=code, err_msg=message) == expected
 
 
 @pytest.mark.parametrize("code", [1, None])
 @pytest.mark.parametrize("task_id", [None, "", 0, -1])
 def test_refusal_with_a_task_id_that_is_none(code: object, task_id: object) -> None:
     """What stands for no task beside a refusal does not make it a charge."""
-    assert submit(err_code=code, err_msg="账户剩余次数不足", task_id=task_id).outcome is EXHAUSTED
+    assert parse_submit(err_code=code, err_msg="账户剩余次数不足", task_id=task_id).outcome is EXHAUSTED
 
 
 def test_message_without_a_code() -> None:
     """A message stands for an error where no code says otherwise."""
-    assert submit(err_msg="账户不存在").outcome is INVALID
-    assert submit(err_code="?", err_msg="任务提交失败:坏") == Submitted(outcome=REJECTED, reason="坏")
+    assert parse_submit(err_msg="账户不存在").outcome is INVALID
+    assert parse_submit(err_code="?", err_msg="任务提交失败:坏") == SubmitResult(outcome=REJECTED, reason="坏")
 
 
 @pytest.mark.parametrize("message", [None, "账户剩余次数不足", "账户不存在", "任务提交失败:图片损坏", "?"])
 @pytest.mark.parametrize("code", [1, "1", True, -1])
 def test_contradiction(code: object, message: object) -> None:
     """An error beside a task id may have been charged, whatever its message says."""
-    assert submit(err_code=code, task_id="t-1", err_msg=message) == Submitted(outcome=UNKNOWN)
+    assert parse_submit(err_code=code, task_id="t-1", err_msg=message) == SubmitResult(outcome=UNKNOWN)
 
 
 TASK_TEXT = '{"err_code": 0, "task_id": "任务", "remaining_count": 4}'
@@ -179,7 +179,7 @@ TASK_TEXT = '{"err_code": 0, "task_id": "任务", "remaining_count": 4}'
 )
 def test_codings(body: bytes) -> None:
     """A response is read in whatever character set and content coding it comes."""
-    assert read_submit(body) == Submitted(outcome=ACCEPTED, upstream_id="任务", figures=Figures(4))
+    assert parse_submit_response(body) == SubmitResult(outcome=ACCEPTED, upstream_id="任务", balance=Balance(4))
 
 
 @pytest.mark.parametrize(
@@ -198,19 +198,21 @@ def test_codings(body: bytes) -> None:
 )
 def test_odd_fields(odd: bytes) -> None:
     """A field that makes no sense is no observation, and the others count."""
-    found = read_submit(b'{"err_code": 0, "task_id": 12345678901234567890123, "remaining_count": 4, %b}' % odd)
-    assert found == Submitted(outcome=ACCEPTED, upstream_id="12345678901234567890123", figures=Figures(4))
+    found = parse_submit_response(
+        b'{"err_code": 0, "task_id": 12345678901234567890123, "remaining_count": 4, %b}' % odd
+    )
+    assert found == SubmitResult(outcome=ACCEPTED, upstream_id="12345678901234567890123", balance=Balance(4))
 
 
 def test_refusal_in_another_character_set() -> None:
     """A refusal in GBK is a refusal."""
     body = json.dumps({"err_code": 1, "err_msg": "账户剩余次数不足"}, ensure_ascii=False).encode("gbk")
-    assert read_submit(body).outcome is EXHAUSTED
+    assert parse_submit_response(body).outcome is EXHAUSTED
 
 
 def test_inflated_size() -> None:
     """What inflates to more than a response may have is not read."""
-    assert read_submit(gzip.compress(TASK_TEXT.encode() + b" " * 100_000)) == Submitted(outcome=UNKNOWN)
+    assert parse_submit_response(gzip.compress(TASK_TEXT.encode() + b" " * 100_000)) == SubmitResult(outcome=UNKNOWN)
 
 
 @pytest.mark.parametrize(
@@ -253,19 +255,19 @@ def test_inflated_size() -> None:
 )
 def test_figures(value: object, count: int | None, money: int | None) -> None:
     """A figure is taken only if it is exactly one: never guessed, and never zero for want of better."""
-    figures = Figures(count, money)
-    assert submit(err_code=0, task_id="t", remaining_count=value, remaining_money=value).figures == figures
-    assert check(err_code=0, status="x", remaining_count=value, remaining_money=value).figures == figures
+    figures = Balance(count, money)
+    assert parse_submit(err_code=0, task_id="t", remaining_count=value, remaining_money=value).balance == figures
+    assert parse_check(err_code=0, status="x", remaining_count=value, remaining_money=value).balance == figures
 
 
 @pytest.mark.parametrize("reason", ["图片文件已损坏", "无法识别的图片格式", "参数steps超出范围(20-40)"])
 def test_english(reason: str) -> None:
     """Reasons that are known are told in English too."""
-    english = in_english(reason)
+    english = translate_reason(reason)
     assert english
     assert english.isascii()
 
 
 def test_no_english() -> None:
     """A reason that is not known is left in its own words."""
-    assert in_english("天气不好") is None
+    assert translate_reason("天气不好") is None

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.clients.vendor_api import read_check, read_submit
-from service.domain.ledger import Figures
+from service.clients.vendor_api import parse_check_response, parse_submit_response
+from service.domain.ledger import Balance
 from service.domain.tasks import Artifact, ArtifactName, TaskError
-from service.usecases.ports import Answered, Check, SubmitOutcome, Submitted
+from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome, SubmitResult
 
 texts = st.text(max_size=40)
 names = st.sampled_from(
@@ -35,8 +35,8 @@ answers = st.dictionaries(names, values) | values
 BASE = "https://api.example/v/api/check_task_status"
 
 
-def check(**answer: Any) -> Check:
-    return read_check(json.dumps(answer).encode(), BASE)
+def parse_check(**answer: Any) -> CheckResult:
+    return parse_check_response(json.dumps(answer).encode(), BASE)
 
 
 @pytest.mark.parametrize(
@@ -57,31 +57,31 @@ def check(**answer: Any) -> Check:
 )
 def test_unusable_bodies(body: bytes) -> None:
     """What is no JSON object says nothing, whatever it is."""
-    assert read_submit(body) == Submitted(outcome=SubmitOutcome.UNKNOWN)
-    assert read_check(body) == Check(answered=Answered.NOTHING)
+    assert parse_submit_response(body) == SubmitResult(outcome=SubmitOutcome.UNKNOWN)
+    assert parse_check_response(body) == CheckResult(outcome=CheckOutcome.NO_RESPONSE)
 
 
 @pytest.mark.parametrize("task_id", [b"\xff", b"t\xff", b"\\ud800"])
 def test_undecodable_ids(task_id: bytes) -> None:
     """A task id that can't be decoded is none."""
     body = b'{"err_code": 0, "status": "Pending", "task_id": "%b"}' % task_id
-    assert read_submit(body) == Submitted(outcome=SubmitOutcome.UNKNOWN)
-    assert read_check(body) == Check(answered=Answered.RUNNING)
+    assert parse_submit_response(body) == SubmitResult(outcome=SubmitOutcome.UNKNOWN)
+    assert parse_check_response(body) == CheckResult(outcome=CheckOutcome.RUNNING)
 
 
 @pytest.mark.parametrize("odd", [b"NaN", b"-Infinity", b'"\\ud83d"', b'"\xd5\xcb"', b'"a\nb"'])
 def test_odd_fields(odd: bytes) -> None:
     """A field that makes no sense does not keep a task from ending."""
     body = b'{"err_code": 0, "status": "Completed", "images_url": "http://x/y.png", "remaining_count": %b}' % odd
-    assert read_check(body) == Check(
-        answered=Answered.SUCCEEDED, artifacts=(Artifact(ArtifactName.IMAGE, "http://x/y.png"),)
+    assert parse_check_response(body) == CheckResult(
+        outcome=CheckOutcome.SUCCEEDED, artifacts=(Artifact(ArtifactName.IMAGE, "http://x/y.png"),)
     )
 
 
 @pytest.mark.parametrize("status", ["Completed", "COMPLETED", "completed", " completed "])
 def test_completed(status: str) -> None:
     """A finished task has the results it names, and the figures."""
-    assert check(
+    assert parse_check(
         err_code=0,
         status=status,
         images_url="http://x/image.png",
@@ -89,14 +89,14 @@ def test_completed(status: str) -> None:
         grid_url="http://x/结果.png",
         remaining_count=1,
         remaining_money=2,
-    ) == Check(
-        answered=Answered.SUCCEEDED,
+    ) == CheckResult(
+        outcome=CheckOutcome.SUCCEEDED,
         artifacts=(
             Artifact(ArtifactName.IMAGE, "http://x/image.png"),
             Artifact(ArtifactName.VECTOR, "https://x:8/v.svg"),
             Artifact(ArtifactName.GRID, "http://x/结果.png"),
         ),
-        figures=Figures(1, 200),
+        balance=Balance(1, 200),
     )
 
 
@@ -129,7 +129,9 @@ def test_completed(status: str) -> None:
 )
 def test_result_addresses(value: object, url: str) -> None:
     """The first usable address is taken, whether one comes or several."""
-    assert check(err_code=0, status="completed", images_url=value).artifacts == (Artifact(ArtifactName.IMAGE, url),)
+    assert parse_check(err_code=0, status="completed", images_url=value).artifacts == (
+        Artifact(ArtifactName.IMAGE, url),
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,33 +144,33 @@ def test_result_addresses(value: object, url: str) -> None:
 )
 def test_finished_without_results(url: object) -> None:
     """A finished task whose results can't be had is not taken for finished yet, since an end is never undone."""
-    assert check(err_code=0, status="Completed", images_url=url, remaining_count=1) == Check(
-        answered=Answered.UNUSABLE, figures=Figures(1)
+    assert parse_check(err_code=0, status="Completed", images_url=url, remaining_count=1) == CheckResult(
+        outcome=CheckOutcome.INVALID, balance=Balance(1)
     )
 
 
 def test_failed() -> None:
     """A failed task says why, as far as anybody does."""
-    assert check(err_code=0, status="Failed", remaining_count=4) == Check(
-        answered=Answered.FAILED, error=TaskError("task-failed", "The upstream gave no reason."), figures=Figures(4)
+    assert parse_check(err_code=0, status="Failed", remaining_count=4) == CheckResult(
+        outcome=CheckOutcome.FAILED, error=TaskError("task-failed", "The upstream gave no reason."), balance=Balance(4)
     )
-    error = check(err_code=0, status="FAILED", err_msg="坏\x00了").error
+    error = parse_check(err_code=0, status="FAILED", err_msg="坏\x00了").error
     assert error == TaskError("task-failed", "The upstream could not carry out this task: 坏 了")
 
 
 @pytest.mark.parametrize("status", ["Pending", "processing", "排队中", "canceled", "complete"])
 def test_unnamed_states(status: str) -> None:
     """A state that the vendor does not name means that the task still runs."""
-    assert check(err_code=0, status=status) == Check(answered=Answered.RUNNING)
+    assert parse_check(err_code=0, status=status) == CheckResult(outcome=CheckOutcome.RUNNING)
 
 
 def test_silence() -> None:
     """A null, empty or missing state says nothing of the task, and neither does an unknown one."""
     for answer in ({"err_code": 0}, {"err_code": 0, "status": None}, {"status": ""}, {"err_code": 0, "status": " "}):
-        assert check(**answer) == Check(answered=Answered.SILENT)
-    assert check(err_code=1, err_msg="任务未找到或状态未知") == Check(answered=Answered.SILENT)
-    assert check(err_code=1, err_msg="错误:任务未找到或状态未知") == Check(answered=Answered.SILENT)
-    assert check(err_code="1", err_msg=" 任务未找到或状态未知！") == Check(answered=Answered.SILENT)
+        assert parse_check(**answer) == CheckResult(outcome=CheckOutcome.NOT_FOUND)
+    assert parse_check(err_code=1, err_msg="任务未找到或状态未知") == CheckResult(outcome=CheckOutcome.NOT_FOUND)
+    assert parse_check(err_code=1, err_msg="错误:任务未找到或状态未知") == CheckResult(outcome=CheckOutcome.NOT_FOUND)
+    assert parse_check(err_code="1", err_msg=" 任务未找到或状态未知！") == CheckResult(outcome=CheckOutcome.NOT_FOUND)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_silence() -> None:
 )
 def test_unusable_checks(answer: dict[str, Any]) -> None:
     """An error, or a state that is none, was answered but can't be used."""
-    assert check(**answer) == Check(answered=Answered.UNUSABLE)
+    assert parse_check(**answer) == CheckResult(outcome=CheckOutcome.INVALID)
 
 
 @given(answers)
@@ -194,21 +196,21 @@ def test_unusable_checks(answer: dict[str, Any]) -> None:
 def test_any_answer(answer: Any) -> None:
     """Any JSON is read without an error, and all that is taken from it is within its bounds."""
     body = json.dumps(answer).encode()
-    submitted, checked = read_submit(body), read_check(body)
+    submitted, checked = parse_submit_response(body), parse_check_response(body)
     assert (submitted.outcome is SubmitOutcome.ACCEPTED) == bool(submitted.upstream_id)
     assert submitted.upstream_id.isprintable()
     assert len(submitted.upstream_id) <= 256
     assert submitted.reason.isprintable()
     assert len(submitted.reason) <= 500
-    assert (checked.answered is Answered.SUCCEEDED) == bool(checked.artifacts)
-    assert (checked.answered is Answered.FAILED) == bool(checked.error)
+    assert (checked.outcome is CheckOutcome.SUCCEEDED) == bool(checked.artifacts)
+    assert (checked.outcome is CheckOutcome.FAILED) == bool(checked.error)
     assert all(artifact.url.lower().startswith(("http://", "https://")) for artifact in checked.artifacts)
-    for figures in (submitted.figures, checked.figures):
-        assert all(0 <= figure <= 2**53 for figure in (figures.count, figures.money) if figure is not None)
+    for figures in (submitted.balance, checked.balance):
+        assert all(0 <= figure <= 2**53 for figure in (figures.count, figures.money_fen) if figure is not None)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes(body: bytes) -> None:
     """Any bytes are read without an error, and are no success."""
-    assert read_submit(body).outcome is not SubmitOutcome.ACCEPTED
-    assert read_check(body).answered not in {Answered.SUCCEEDED, Answered.FAILED}
+    assert parse_submit_response(body).outcome is not SubmitOutcome.ACCEPTED
+    assert parse_check_response(body).outcome not in {CheckOutcome.SUCCEEDED, CheckOutcome.FAILED}

@@ -7,12 +7,12 @@ from base64 import b64encode
 
 import pytest
 
-from service.clients.vendor_api import mask_key, read_check, read_submit, unmask_key
-from service.usecases.ports import SubmitOutcome, Submitted
+from service.clients.vendor_api import mask_key, parse_check_response, parse_submit_response, unmask_key
+from service.usecases.ports import SubmitOutcome, SubmitResult
 
 REJECTED, EXHAUSTED, INVALID = SubmitOutcome.REJECTED, SubmitOutcome.EXHAUSTED, SubmitOutcome.INVALID_ACCOUNT
 
-PRIVATE = [
+PRIVATE_MESSAGES = [
     "账户剩余次数不足",
     "错误:账户不存在",
     "账户不存在的图片",
@@ -60,12 +60,12 @@ PARTS = {
 """Messages, and what a tenant reads of them."""
 
 
-def refused(message: str) -> Submitted:
-    return read_submit(json.dumps({"err_code": 1, "err_msg": message}).encode())
+def parse_rejection(message: str) -> SubmitResult:
+    return parse_submit_response(json.dumps({"err_code": 1, "err_msg": message}).encode())
 
 
-def failed(message: str) -> str:
-    check = read_check(json.dumps({"err_code": 0, "status": "Failed", "err_msg": message}).encode())
+def parse_failure(message: str) -> str:
+    check = parse_check_response(json.dumps({"err_code": 0, "status": "Failed", "err_msg": message}).encode())
     assert check.error
     return check.error.detail
 
@@ -101,18 +101,18 @@ def test_short_keys_in_links() -> None:
     assert mask_key("png", "http://x/1.png") == "http://x/1.png"
 
 
-@pytest.mark.parametrize("message", PRIVATE)
+@pytest.mark.parametrize("message", PRIVATE_MESSAGES)
 def test_private(message: str) -> None:
     """Nothing of such a message reaches a tenant, neither in a refusal nor in a failed task."""
-    assert refused(message).reason == ""
-    assert failed(message) == "The upstream gave no reason."
+    assert parse_rejection(message).reason == ""
+    assert parse_failure(message) == "The upstream gave no reason."
 
 
 @pytest.mark.parametrize(("message", "shown"), PARTS.items())
 def test_places(message: str, shown: str) -> None:
     """Addresses, hosts and paths are taken out of a message, and the rest of it is told."""
-    assert refused(message) == Submitted(outcome=REJECTED, reason=shown)
-    assert failed(message) == f"The upstream could not carry out this task: {shown}"
+    assert parse_rejection(message) == SubmitResult(outcome=REJECTED, reason=shown)
+    assert parse_failure(message) == f"The upstream could not carry out this task: {shown}"
 
 
 @pytest.mark.parametrize("prefix", ["", "错误:", "任务提交失败：", "任务提交失败: 错误:", "Error: "])
@@ -123,10 +123,10 @@ def test_places(message: str, shown: str) -> None:
 )
 def test_closing(prefix: str, words: str, end: str, outcome: SubmitOutcome) -> None:
     """A message that says no more than that the account can't be used closes it."""
-    assert refused(prefix + words + end) == Submitted(outcome=outcome)
+    assert parse_rejection(prefix + words + end) == SubmitResult(outcome=outcome)
 
 
 @pytest.mark.parametrize("message", ["账户不存在的图片", "图片所属账户不存在", "重试次数不足", "采样次数不足,参数错误"])
 def test_not_closing(message: str) -> None:
     """A sentence that has such words in it closes no account."""
-    assert refused(message).outcome is REJECTED
+    assert parse_rejection(message).outcome is REJECTED

@@ -12,14 +12,14 @@ from litestar import Litestar, Request, Response, get, post
 from litestar.datastructures import UploadFile
 from litestar.params import FromPath
 
-from tests.demo.results import Body, real_results
-from tests.support.serving import serving
+from tests.demo.results import Body, good_results
+from tests.support.serving import serve_app
 
 TOKEN = "gw_demo"
 
 
 @dataclass(frozen=True)
-class Submission:
+class ReceivedSubmission:
     kind: str
     filename: str
     content: bytes
@@ -34,7 +34,7 @@ class FakeGateway:
         default_factory=lambda: defaultdict(lambda: ["queued", "running", "succeeded"])
     )
     """What each look shows, the answer to the submission first; the last state stays."""
-    results: dict[str, dict[str, Body]] = field(default_factory=real_results)
+    results: dict[str, dict[str, Body]] = field(default_factory=good_results)
     problems: dict[str, Response[Any]] = field(default_factory=dict)
     """Answers in place of the ordinary ones: by kind for a submission, else `quota`, `look` or `artifact`."""
     costs: dict[str, Any] = field(
@@ -43,30 +43,30 @@ class FakeGateway:
     error: Any = None
     retry_after: str | None = "0"
     address: str = ""
-    stuck: str | None = None
+    blocked_kind: str | None = None
     """A kind whose submission is answered only once `unstick` is set."""
-    unstick: asyncio.Event = field(default_factory=asyncio.Event)
-    submissions: dict[str, Submission] = field(default_factory=dict)
-    looks: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    unblock: asyncio.Event = field(default_factory=asyncio.Event)
+    submissions: dict[str, ReceivedSubmission] = field(default_factory=dict)
+    polls: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """When each kind was looked at, in seconds of the monotonic clock, the submission first."""
     tokens: dict[str, str | None] = field(default_factory=dict)
     """The `Authorization` of the last request to each path."""
-    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    request_received: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def until(self, holds: Callable[[], bool]) -> None:
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until requests have made it hold."""
         async with asyncio.timeout(20):
-            while not holds():
-                self.asked.clear()
-                await self.asked.wait()
+            while not condition():
+                self.request_received.clear()
+                await self.request_received.wait()
 
-    def app(self) -> Litestar:
-        return Litestar([self._quota(), self._submit(), self._look(), self._artifact()], openapi_config=None)
+    def create_app(self) -> Litestar:
+        return Litestar([self._quota(), self._submit(), self._read_task(), self._artifact()], openapi_config=None)
 
     def _quota(self) -> Any:
         @get("/v1/quota")
         async def quota(request: Request[Any, Any, Any]) -> Response[Any]:
-            return self._refusal("quota", request) or Response({"policies": []})
+            return self._problem_for("quota", request) or Response({"policies": []})
 
         return quota
 
@@ -77,17 +77,17 @@ class FakeGateway:
             upload = form["image"]
             assert isinstance(upload, UploadFile)
             fields = {name: value for name, value in form.items() if name != "image"}
-            self.submissions[kind] = Submission(kind, upload.filename, await upload.read(), fields)
-            if kind == self.stuck:
-                await self.unstick.wait()
-            return self._refusal(kind, request) or self._task(kind, 201)
+            self.submissions[kind] = ReceivedSubmission(kind, upload.filename, await upload.read(), fields)
+            if kind == self.blocked_kind:
+                await self.unblock.wait()
+            return self._problem_for(kind, request) or self._task(kind, 201)
 
         return submit
 
-    def _look(self) -> Any:
+    def _read_task(self) -> Any:
         @get("/v1/tasks/{task_id:str}")
         async def look(request: Request[Any, Any, Any], task_id: FromPath[str]) -> Response[Any]:
-            return self._refusal("look", request) or self._task(task_id.removeprefix("task_"), 200)
+            return self._problem_for("look", request) or self._task(task_id.removeprefix("task_"), 200)
 
         return look
 
@@ -97,21 +97,21 @@ class FakeGateway:
             request: Request[Any, Any, Any], task_id: FromPath[str], name: FromPath[str]
         ) -> Response[Any]:
             content_type, content = self.results[task_id.removeprefix("task_")][name]
-            refusal = self._refusal("artifact", request)
+            refusal = self._problem_for("artifact", request)
             return refusal or Response(content, headers={"Content-Type": content_type})
 
         return artifact
 
-    def _refusal(self, what: str, request: Request[Any, Any, Any]) -> Response[Any] | None:
+    def _problem_for(self, what: str, request: Request[Any, Any, Any]) -> Response[Any] | None:
         self.tokens[request.url.path] = request.headers.get("authorization")
-        self.asked.set()
+        self.request_received.set()
         return self.problems.get(what)
 
     def _task(self, kind: str, status: int) -> Response[Any]:
         states = self.states[kind]
-        state = states[min(len(self.looks[kind]), len(states) - 1)]
-        self.looks[kind].append(time.monotonic())
-        self.asked.set()
+        state = states[min(len(self.polls[kind]), len(states) - 1)]
+        self.polls[kind].append(time.monotonic())
+        self.request_received.set()
         ended = state in {"succeeded", "failed"}
         task = {
             "id": f"task_{kind}",
@@ -134,10 +134,10 @@ class FakeGateway:
 @asynccontextmanager
 async def serve(gateway: FakeGateway) -> AsyncIterator[FakeGateway]:
     """Serve on a free port of this machine until the block is left."""
-    async with serving(gateway.app()) as gateway.address:
+    async with serve_app(gateway.create_app()) as gateway.address:
         yield gateway
 
 
-def problem(status: int, title: str, detail: str) -> Response[Any]:
+def problem_response(status: int, title: str, detail: str) -> Response[Any]:
     document = {"type": "urn:x", "title": title, "status": status, "detail": detail, "code": "x"}
     return Response(document, status_code=status, headers={"Content-Type": "application/problem+json"})

@@ -16,25 +16,25 @@ Body = tuple[str, bytes]
 """Content type and content."""
 
 
-def real_results() -> dict[str, dict[str, Body]]:
+def good_results() -> dict[str, dict[str, Body]]:
     """Content by kind and name of result, to be changed at will."""
-    return {kind: dict(results) for kind, results in _made().items()}
+    return {kind: dict(results) for kind, results in _make_results().items()}
 
 
 @cache
-def _made() -> dict[str, dict[str, Body]]:
-    sent = {job.kind: Image.open(io.BytesIO(job.read())).convert("RGB") for job in JOBS}
+def _make_results() -> dict[str, dict[str, Body]]:
+    sent = {job.kind: Image.open(io.BytesIO(job.read_image())).convert("RGB") for job in JOBS}
     photo, texture = sent["upscale"], sent["seamless"]
-    tile = mirrored(texture.resize((128, 128)))
+    tile = tile_mirrored(texture.resize((128, 128)))
     return {
-        "upscale": {"image": raster(photo.resize((photo.width * 2, photo.height * 2)), "PNG")},
+        "upscale": {"image": encode_image(photo.resize((photo.width * 2, photo.height * 2)), "PNG")},
         "vectorize": {"vector": ("image/svg+xml; charset=utf-8", SVG)},
-        "face-enhance": {"image": raster(sent["face-enhance"].filter(ImageFilter.MedianFilter(3)), "JPEG")},
-        "seamless": {"image": raster(tile, "PNG"), "grid": raster(mirrored(tile), "WEBP")},
+        "face-enhance": {"image": encode_image(sent["face-enhance"].filter(ImageFilter.MedianFilter(3)), "JPEG")},
+        "seamless": {"image": encode_image(tile, "PNG"), "grid": encode_image(tile_mirrored(tile), "WEBP")},
     }
 
 
-def mirrored(image: Image.Image) -> Image.Image:
+def tile_mirrored(image: Image.Image) -> Image.Image:
     """Lay the image and its reflections beside each other, twice as large: its edges meet by construction."""
     whole = Image.new(image.mode, (image.width * 2, image.height * 2))
     flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -44,7 +44,7 @@ def mirrored(image: Image.Image) -> Image.Image:
     return whole
 
 
-def raster(image: Image.Image, form: str) -> Body:
+def encode_image(image: Image.Image, form: str) -> Body:
     buffer = io.BytesIO()
     image.save(buffer, form)
     return f"image/{form.lower()}", buffer.getvalue()

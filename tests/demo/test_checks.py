@@ -4,42 +4,42 @@ import pytest
 from PIL import Image
 
 from service.demo.run import JOBS
-from service.demo.verify import Finding, UnreadableError, examine, open_image, read_image, seam
-from tests.demo.results import SVG, mirrored, raster, real_results
+from service.demo.verify import CheckResult, UnreadableError, open_image, read_image, seam_strength, verify_results
+from tests.demo.results import SVG, encode_image, good_results, tile_mirrored
 
-SENT = {job.kind: job.read() for job in JOBS}
+SENT = {job.kind: job.read_image() for job in JOBS}
 
 
-def bare(results: dict[str, tuple[str, bytes]]) -> dict[str, bytes]:
+def contents_only(results: dict[str, tuple[str, bytes]]) -> dict[str, bytes]:
     return {name: content for name, (_, content) in results.items()}
 
 
-def flat(width: int, height: int, grey: int = 90) -> bytes:
-    return raster(Image.new("L", (width, height), grey), "PNG")[1]
+def flat_image(width: int, height: int, grey: int = 90) -> bytes:
+    return encode_image(Image.new("L", (width, height), grey), "PNG")[1]
 
 
-def svg(attributes: str, inner: str = "") -> bytes:
+def make_svg(attributes: str, inner: str = "") -> bytes:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {attributes}>{inner}</svg>'.encode()
 
 
 @pytest.mark.parametrize(
     ("kind", "findings"),
     [
-        ("upscale", [Finding("image", (720, 480), "2.0 times as wide and high", real=True)]),
-        ("vectorize", [Finding("vector", (320, 320), "2 paths", real=True)]),
-        ("face-enhance", [Finding("image", (240, 240), "changed, none of it lost", real=True)]),
+        ("upscale", [CheckResult("image", (720, 480), "2.0 times as wide and high", is_valid=True)]),
+        ("vectorize", [CheckResult("vector", (320, 320), "2 paths", is_valid=True)]),
+        ("face-enhance", [CheckResult("image", (240, 240), "changed, none of it lost", is_valid=True)]),
         (
             "seamless",
             [
-                Finding("image", (256, 256), "edges meet (seam 0.0, was 3.7)", real=True),
-                Finding("grid", (512, 512), "larger than the tile", real=True),
+                CheckResult("image", (256, 256), "edges meet (seam 0.0, was 3.7)", is_valid=True),
+                CheckResult("grid", (512, 512), "larger than the tile", is_valid=True),
             ],
         ),
     ],
 )
-def test_real(kind: str, findings: list[Finding]) -> None:
+def test_real(kind: str, findings: list[CheckResult]) -> None:
     """Real results of every kind pass, with what makes them real."""
-    assert list(examine(kind, SENT[kind], bare(real_results()[kind]))) == findings
+    assert list(verify_results(kind, SENT[kind], contents_only(good_results()[kind]))) == findings
 
 
 @pytest.mark.parametrize(
@@ -52,49 +52,49 @@ def test_real(kind: str, findings: list[Finding]) -> None:
         ),
         (
             "upscale",
-            {"image": flat(720, 240)},
+            {"image": flat_image(720, 240)},
             ["the image is 720 x 240, not larger than what was sent, 360 x 240"],
         ),
         ("upscale", {}, ["no image came back"]),
         ("upscale", {"image": b"<html></html>"}, ["the image is XML, but no SVG"]),
         ("upscale", {"image": b"OK"}, ["the image is not an image, or not a whole one"]),
         ("upscale", {"image": SVG}, ["the image is a drawing, not made of pixels"]),
-        ("vectorize", {"vector": flat(9, 9)}, ["the vector is made of pixels, not a drawing"]),
-        ("vectorize", {"vector": svg("", '<path d=" "/>')}, ["the vector holds no path"]),
+        ("vectorize", {"vector": flat_image(9, 9)}, ["the vector is made of pixels, not a drawing"]),
+        ("vectorize", {"vector": make_svg("", '<path d=" "/>')}, ["the vector holds no path"]),
         ("vectorize", {"vector": SVG[:-6]}, ["the vector is not well-formed XML"]),
         ("face-enhance", {"image": SENT["face-enhance"]}, ["the image is what was sent, nothing is restored"]),
         (
             "face-enhance",
-            {"image": flat(240, 100)},
+            {"image": flat_image(240, 100)},
             ["the image is 240 x 100, smaller than what was sent, 240 x 240"],
         ),
         (
             "face-enhance",
-            {"image": flat(100, 240)},
+            {"image": flat_image(100, 240)},
             ["the image is 100 x 240, smaller than what was sent, 240 x 240"],
         ),
         (
             "seamless",
-            {"image": SENT["seamless"], "grid": flat(512, 512)},
+            {"image": SENT["seamless"], "grid": flat_image(512, 512)},
             ["the tile's edges do not meet: the seam is 3.7 times as hard as the inside"],
         ),
         (
             "seamless",
-            {"image": flat(64, 64), "grid": flat(128, 64)},
+            {"image": flat_image(64, 64), "grid": flat_image(128, 64)},
             ["the grid is 128 x 64, not larger than the tile, 64 x 64"],
         ),
         (
             "seamless",
-            {"image": flat(64, 64), "grid": flat(64, 128)},
+            {"image": flat_image(64, 64), "grid": flat_image(64, 128)},
             ["the grid is 64 x 128, not larger than the tile, 64 x 64"],
         ),
-        ("seamless", {"image": flat(64, 64)}, ["no grid came back"]),
+        ("seamless", {"image": flat_image(64, 64)}, ["no grid came back"]),
     ],
 )
 def test_wrong(kind: str, files: dict[str, bytes], complaints: list[str]) -> None:
     """A result that breaks the promise of its kind is called wrong, and why."""
-    findings = examine(kind, SENT[kind], files)
-    assert [finding.text for finding in findings if not finding.real] == complaints
+    findings = verify_results(kind, SENT[kind], files)
+    assert [finding.text for finding in findings if not finding.is_valid] == complaints
 
 
 def test_cut_short() -> None:
@@ -105,13 +105,15 @@ def test_cut_short() -> None:
 
 def test_beside() -> None:
     """A result beyond the promised ones passes if it can be read."""
-    files = {"image": flat(720, 480), "vector": SVG}
-    assert examine("upscale", SENT["upscale"], files)[1] == Finding("vector", (320, 320), "readable", real=True)
+    files = {"image": flat_image(720, 480), "vector": SVG}
+    assert verify_results("upscale", SENT["upscale"], files)[1] == CheckResult(
+        "vector", (320, 320), "readable", is_valid=True
+    )
 
 
 def test_one_path() -> None:
     """A single path is counted in the singular."""
-    finding = examine("vectorize", SENT["vectorize"], {"vector": svg("", '<path d="M0 0"/>')})[0]
+    finding = verify_results("vectorize", SENT["vectorize"], {"vector": make_svg("", '<path d="M0 0"/>')})[0]
     assert (finding.text, finding.size) == ("1 path", None)
 
 
@@ -128,7 +130,7 @@ def test_one_path() -> None:
 )
 def test_drawing_size(attributes: str, size: tuple[int, int] | None) -> None:
     """A drawing's size is its width and height in pixels, else that of its view box, else unknown."""
-    assert read_image(svg(attributes)).size == size
+    assert read_image(make_svg(attributes)).size == size
 
 
 def test_entities() -> None:
@@ -141,11 +143,11 @@ def test_entities() -> None:
 def test_seam() -> None:
     """The seam is that of the worse direction, and none where the edges meet."""
     ramp = Image.linear_gradient("L")
-    assert seam(ramp) > 100
-    assert seam(ramp.transpose(Image.Transpose.ROTATE_90)) > 100
-    assert seam(mirrored(ramp)) == 0
+    assert seam_strength(ramp) > 100
+    assert seam_strength(ramp.transpose(Image.Transpose.ROTATE_90)) > 100
+    assert seam_strength(tile_mirrored(ramp)) == 0
 
 
 def test_thin_tile() -> None:
     """A tile of one pixel's width has no inside and meets itself."""
-    assert seam(Image.new("L", (1, 8), 90)) == 0
+    assert seam_strength(Image.new("L", (1, 8), 90)) == 0

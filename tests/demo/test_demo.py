@@ -13,13 +13,13 @@ from litestar import Response
 
 from service.demo import DemoOptions, run_demo
 from service.demo.run import JOBS
-from tests.demo.gateway import TOKEN, FakeGateway, problem
-from tests.demo.results import SVG, real_results
+from tests.demo.gateway import TOKEN, FakeGateway, problem_response
+from tests.demo.results import SVG, good_results
 
 ALL = "upscale, vectorize, face-enhance, seamless"
 
 
-def options(gateway: FakeGateway, folder: Path, **changes: Any) -> DemoOptions:
+def make_options(gateway: FakeGateway, folder: Path, **changes: Any) -> DemoOptions:
     """Options that fit, with the changes given."""
     usual: dict[str, Any] = {
         "base_url": gateway.address,
@@ -32,7 +32,7 @@ def options(gateway: FakeGateway, folder: Path, **changes: Any) -> DemoOptions:
     return DemoOptions(**usual | changes)
 
 
-async def run(chosen: DemoOptions) -> tuple[int, list[str]]:
+async def run_and_capture(chosen: DemoOptions) -> tuple[int, list[str]]:
     """Run the demo; its exit code and the lines it wrote, durations of less than 10 s as 0.0."""
     code = await run_demo(chosen)
     assert isinstance(chosen.output, io.StringIO)
@@ -43,7 +43,7 @@ async def test_table(gateway: FakeGateway, tmp_path: Path) -> None:
     """Tasks that go well make a table of what they cost and what came back, and exit code 0."""
     gateway.costs["vectorize"] = {"count": 0, "money": 0.5, "basis": "estimated"}
     gateway.costs["seamless"] = {"count": 1, "money": 0, "basis": "unknown"}
-    code, lines = await run(options(gateway, tmp_path))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 0
     assert lines[-8:] == [
         "kind          state      seconds  cost    file                    pixels     check",
@@ -59,8 +59,8 @@ async def test_table(gateway: FakeGateway, tmp_path: Path) -> None:
 
 async def test_files(gateway: FakeGateway, tmp_path: Path) -> None:
     """Every result is written as it came, under a name that tells its kind and what it is."""
-    await run(options(gateway, tmp_path))
-    results = real_results()
+    await run_and_capture(make_options(gateway, tmp_path))
+    results = good_results()
     assert {file.name: file.read_bytes() for file in (tmp_path / "results").iterdir()} == {
         "upscale-image.png": results["upscale"]["image"][1],
         "vectorize-vector.svg": SVG,
@@ -72,16 +72,16 @@ async def test_files(gateway: FakeGateway, tmp_path: Path) -> None:
 
 async def test_submissions(gateway: FakeGateway, tmp_path: Path) -> None:
     """Each kind gets its own picture and options, once, with the token."""
-    await run(options(gateway, tmp_path))
+    await run_and_capture(make_options(gateway, tmp_path))
     sent = {kind: (s.filename, s.content, s.fields) for kind, s in gateway.submissions.items()}
-    assert sent == {job.kind: (job.picture, job.read(), job.options) for job in JOBS}
+    assert sent == {job.kind: (job.image_name, job.read_image(), job.options) for job in JOBS}
     assert set(gateway.tokens.values()) == {f"Bearer {TOKEN}"}
 
 
 async def test_changes(gateway: FakeGateway, tmp_path: Path) -> None:
     """A log shows each state of a task once, in order."""
     gateway.states["upscale"] = ["queued", "queued", "running", "succeeded"]
-    _, lines = await run(options(gateway, tmp_path))
+    _, lines = await run_and_capture(make_options(gateway, tmp_path))
     states = [line for line in lines if line.startswith("upscale: ")]
     assert states == [f"upscale: {state}" for state in ("submitting", "queued", "running", "succeeded")]
 
@@ -89,14 +89,14 @@ async def test_changes(gateway: FakeGateway, tmp_path: Path) -> None:
 async def test_pause(gateway: FakeGateway, tmp_path: Path) -> None:
     """Looks at a task are as far apart as `Retry-After` asks."""
     gateway.retry_after = "1"
-    await run(options(gateway, tmp_path))
-    looks = gateway.looks["upscale"]
+    await run_and_capture(make_options(gateway, tmp_path))
+    looks = gateway.polls["upscale"]
     assert [later - sooner >= 0.99 for sooner, later in pairwise(looks)] == [True, True]
 
 
 async def test_terminal(gateway: FakeGateway, tmp_path: Path) -> None:
     """On a terminal the lines of the tasks give way to the table."""
-    code, lines = await run(options(gateway, tmp_path, interactive=True))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path, interactive=True))
     assert code == 0
     assert "\x1b[4F\x1b[Jkind          state      seconds  cost" in "\n".join(lines)
 
@@ -114,7 +114,7 @@ async def test_failed(gateway: FakeGateway, tmp_path: Path, error: object, reaso
     """A task that failed is told with its reason, beside the others' results, and makes the exit code 1."""
     gateway.states["face-enhance"] = ["running", "failed"]
     gateway.error = error
-    code, lines = await run(options(gateway, tmp_path))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
     assert "face-enhance  failed         0.0  1 use" in lines
     assert lines[-1] == f"face-enhance: the task failed: {reason}"
@@ -122,8 +122,8 @@ async def test_failed(gateway: FakeGateway, tmp_path: Path, error: object, reaso
 
 async def test_wrong(gateway: FakeGateway, tmp_path: Path) -> None:
     """A result that is not what its kind promises is named, and makes the exit code 1."""
-    gateway.results["upscale"]["image"] = ("image/jpeg", JOBS[0].read())
-    code, lines = await run(options(gateway, tmp_path))
+    gateway.results["upscale"]["image"] = ("image/jpeg", JOBS[0].read_image())
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
     assert "upscale       succeeded      0.0  1 use  upscale-image.jpg       360 x 240  wrong, see below" in lines
     assert lines[-1] == "upscale: the image is 360 x 240, not larger than what was sent, 360 x 240"
@@ -132,7 +132,7 @@ async def test_wrong(gateway: FakeGateway, tmp_path: Path) -> None:
 async def test_unknown_type(gateway: FakeGateway, tmp_path: Path) -> None:
     """A result of a type that is not expected is kept, under a name that claims nothing."""
     gateway.results["upscale"]["image"] = ("text/html", b"<html></html>")
-    code, lines = await run(options(gateway, tmp_path))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
     assert (tmp_path / "results" / "upscale-image.bin").read_bytes() == b"<html></html>"
     assert lines[-1] == "upscale: the image is XML, but no SVG"
@@ -140,21 +140,21 @@ async def test_unknown_type(gateway: FakeGateway, tmp_path: Path) -> None:
 
 async def test_nobody(gateway: FakeGateway, tmp_path: Path) -> None:
     """Where no gateway answers, one line says so and how to start one."""
-    code, lines = await run(options(gateway, tmp_path, base_url="http://127.0.0.1:1/"))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path, base_url="http://127.0.0.1:1/"))
     assert (code, lines) == (1, ["No gateway answers at http://127.0.0.1:1 — start it with `make run`"])
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8080", "http://a:b", "ftp://127.0.0.1"])
 async def test_no_address(gateway: FakeGateway, tmp_path: Path, address: str) -> None:
     """What cannot be the address of a gateway is called so."""
-    code, lines = await run(options(gateway, tmp_path, base_url=address))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path, base_url=address))
     assert (code, lines) == (1, [f"{address} is not the address of a gateway"])
 
 
 async def test_unauthenticated(gateway: FakeGateway, tmp_path: Path) -> None:
     """A token that the gateway does not take is told once, before anything is submitted."""
-    gateway.problems["quota"] = problem(401, "Not authenticated", "Send a valid token.")
-    code, lines = await run(options(gateway, tmp_path))
+    gateway.problems["quota"] = problem_response(401, "Not authenticated", "Send a valid token.")
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert (code, lines) == (1, ["Not authenticated: Send a valid token."])
     assert not gateway.submissions
 
@@ -168,8 +168,8 @@ async def test_unauthenticated(gateway: FakeGateway, tmp_path: Path) -> None:
 )
 async def test_refused(gateway: FakeGateway, tmp_path: Path, status: int, title: str, detail: str) -> None:
     """A refusal that all tasks share is told once, with its title and detail."""
-    gateway.problems |= {job.kind: problem(status, title, detail) for job in JOBS}
-    code, lines = await run(options(gateway, tmp_path))
+    gateway.problems |= {job.kind: problem_response(status, title, detail) for job in JOBS}
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
     assert "vectorize     no task      0.0  ?" in lines
     assert lines[-1] == f"{ALL}: {title}: {detail}"
@@ -178,7 +178,7 @@ async def test_refused(gateway: FakeGateway, tmp_path: Path, status: int, title:
 async def test_not_a_gateway(gateway: FakeGateway, tmp_path: Path) -> None:
     """A server that answers without problem documents is suspected not to be a gateway."""
     gateway.problems["quota"] = Response(b"<html>", status_code=404)
-    code, lines = await run(options(gateway, tmp_path))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert (code, lines) == (1, ["HTTP 404 without a problem document: is this a gateway?"])
 
 
@@ -190,16 +190,16 @@ async def test_torn(tmp_path: Path) -> None:
 
     async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        chosen = options(FakeGateway(address=f"http://127.0.0.1:{port}"), tmp_path)
-        code, lines = await run(chosen)
+        chosen = make_options(FakeGateway(address=f"http://127.0.0.1:{port}"), tmp_path)
+        code, lines = await run_and_capture(chosen)
     assert code == 1
     assert [line.startswith("The connection to the gateway broke: ") for line in lines] == [True]
 
 
 async def test_lost_while_running(gateway: FakeGateway, tmp_path: Path) -> None:
     """A task that can no longer be looked at keeps the state it was last seen in."""
-    gateway.problems["look"] = problem(503, "Overloaded", "Come back later.")
-    code, lines = await run(options(gateway, tmp_path))
+    gateway.problems["look"] = problem_response(503, "Overloaded", "Come back later.")
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
     assert "seamless      queued      0.0  ?" in lines
     assert lines[-1] == f"{ALL}: Overloaded: Come back later."
@@ -208,16 +208,16 @@ async def test_lost_while_running(gateway: FakeGateway, tmp_path: Path) -> None:
 async def test_timeout(gateway: FakeGateway, tmp_path: Path) -> None:
     """A task that takes too long is given up, and told to go on at the gateway."""
     gateway.states["upscale"] = ["running"]
-    code, lines = await run(options(gateway, tmp_path, timeout_seconds=1.5))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path, timeout_seconds=1.5))
     assert code == 1
     assert "upscale: not done after 1.5 s; the gateway goes on with task_upscale" in lines
 
 
 async def test_timeout_of_a_submission(gateway: FakeGateway, tmp_path: Path) -> None:
     """A submission that is not answered in time is given up without claiming a task."""
-    gateway.stuck = "upscale"
-    code, lines = await run(options(gateway, tmp_path, timeout_seconds=1.5))
-    gateway.unstick.set()
+    gateway.blocked_kind = "upscale"
+    code, lines = await run_and_capture(make_options(gateway, tmp_path, timeout_seconds=1.5))
+    gateway.unblock.set()
     assert code == 1
     assert "upscale: not done after 1.5 s" in lines
 
@@ -225,7 +225,7 @@ async def test_timeout_of_a_submission(gateway: FakeGateway, tmp_path: Path) -> 
 async def test_folder_taken(gateway: FakeGateway, tmp_path: Path) -> None:
     """Results that have no place are told before anything is submitted."""
     (tmp_path / "results").write_text("a file")
-    code, lines = await run(options(gateway, tmp_path))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert (code, lines) == (1, [f"The results cannot be put into {tmp_path / 'results'}: File exists"])
     assert not gateway.submissions
 
@@ -233,7 +233,7 @@ async def test_folder_taken(gateway: FakeGateway, tmp_path: Path) -> None:
 async def test_file_taken(gateway: FakeGateway, tmp_path: Path) -> None:
     """A result that cannot be written is told, and the others are."""
     (tmp_path / "results" / "upscale-image.png").mkdir(parents=True)
-    code, lines = await run(options(gateway, tmp_path))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
     assert lines[-1].startswith("upscale: the results cannot be written: ")
     assert (tmp_path / "results" / "seamless-grid.webp").exists()
@@ -242,11 +242,11 @@ async def test_file_taken(gateway: FakeGateway, tmp_path: Path) -> None:
 async def test_interrupted(gateway: FakeGateway, tmp_path: Path) -> None:
     """An interrupted demo names the tasks that go on, and no others, and ends as a cancelled coroutine does."""
     gateway.states |= {job.kind: ["running"] for job in JOBS} | {"vectorize": ["succeeded"]}
-    chosen = options(gateway, tmp_path)
+    chosen = make_options(gateway, tmp_path)
     running = asyncio.create_task(run_demo(chosen))
     fetched = "/v1/tasks/task_vectorize/artifacts/vector"
-    await gateway.until(lambda: sum(len(looks) > 1 for looks in gateway.looks.values()) == 3)
-    await gateway.until(lambda: fetched in gateway.tokens)
+    await gateway.wait_until(lambda: sum(len(looks) > 1 for looks in gateway.polls.values()) == 3)
+    await gateway.wait_until(lambda: fetched in gateway.tokens)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
@@ -261,7 +261,7 @@ async def test_without_pillow(gateway: FakeGateway, tmp_path: Path, monkeypatch:
     for name in [name for name in sys.modules if name.startswith("service.demo.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    code, lines = await run(options(gateway, tmp_path))
+    code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert (code, lines) == (1, ["The demo needs Pillow: install the gateway with its `local` extra."])
 
 
@@ -269,4 +269,4 @@ async def test_without_another_module(gateway: FakeGateway, tmp_path: Path, monk
     """A module that is missing for any other reason is not taken for Pillow."""
     monkeypatch.setitem(sys.modules, "service.demo.run", None)
     with pytest.raises(ModuleNotFoundError):
-        await run(options(gateway, tmp_path))
+        await run_and_capture(make_options(gateway, tmp_path))

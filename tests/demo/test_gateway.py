@@ -6,8 +6,8 @@ from email.utils import formatdate
 import pytest
 from litestar import Response
 
-from service.demo.client import Artifact, GatewayError, connect
-from tests.demo.gateway import TOKEN, FakeGateway, problem
+from service.demo.client import Artifact, GatewayError, open_client
+from tests.demo.gateway import TOKEN, FakeGateway, problem_response
 from tests.demo.results import SVG
 
 
@@ -26,34 +26,34 @@ from tests.demo.results import SVG
 async def test_pause(gateway: FakeGateway, retry_after: str | None, least: float, most: float) -> None:
     """The pause between two looks is what `Retry-After` asks, in seconds or as a date, but never none."""
     gateway.retry_after = retry_after
-    async with connect(gateway.address, TOKEN, 5) as client:
-        sighting = await client.look("task_upscale")
+    async with open_client(gateway.address, TOKEN, 5) as client:
+        sighting = await client.get_task("task_upscale")
     assert least <= sighting.pause_seconds <= most
 
 
 async def test_fetch(gateway: FakeGateway) -> None:
     """A result is fetched through the gateway, with the token."""
     path = "/v1/tasks/task_vectorize/artifacts/vector"
-    async with connect(gateway.address, TOKEN, 5) as client:
-        file = await client.fetch(Artifact("vector", path))
+    async with open_client(gateway.address, TOKEN, 5) as client:
+        file = await client.fetch_artifact(Artifact("vector", path))
     assert (file.content, file.content_type) == (SVG, "image/svg+xml")
     assert gateway.tokens == {path: f"Bearer {TOKEN}"}
 
 
 async def test_artifact_refused(gateway: FakeGateway) -> None:
     """A result that the gateway can't get hold of is told with the gateway's reason."""
-    gateway.problems["artifact"] = problem(502, "Invalid upstream response", "It is gone.")
-    async with connect(gateway.address, TOKEN, 5) as client:
+    gateway.problems["artifact"] = problem_response(502, "Invalid upstream response", "It is gone.")
+    async with open_client(gateway.address, TOKEN, 5) as client:
         with pytest.raises(GatewayError, match=r"^Invalid upstream response: It is gone\.$"):
-            await client.fetch(Artifact("vector", "/v1/tasks/task_vectorize/artifacts/vector"))
+            await client.fetch_artifact(Artifact("vector", "/v1/tasks/task_vectorize/artifacts/vector"))
 
 
 async def test_control_characters(gateway: FakeGateway) -> None:
     """What the gateway says comes on one line and cannot steer the terminal."""
-    gateway.problems["quota"] = problem(503, "Overloaded", "Wait\n\x1b[2J a moment.")
-    async with connect(gateway.address, TOKEN, 5) as client:
+    gateway.problems["quota"] = problem_response(503, "Overloaded", "Wait\n\x1b[2J a moment.")
+    async with open_client(gateway.address, TOKEN, 5) as client:
         with pytest.raises(GatewayError) as caught:
-            await client.knock()
+            await client.ping()
     assert str(caught.value) == "Overloaded: Wait [2J a moment."
 
 
@@ -70,6 +70,6 @@ async def test_control_characters(gateway: FakeGateway) -> None:
 async def test_not_a_task(gateway: FakeGateway, answer: object) -> None:
     """An answer that is no task of the contract is called so."""
     gateway.problems["look"] = Response(answer)
-    async with connect(gateway.address, TOKEN, 5) as client:
+    async with open_client(gateway.address, TOKEN, 5) as client:
         with pytest.raises(GatewayError, match="The answer is not a task: "):
-            await client.look("task_1")
+            await client.get_task("task_1")

@@ -9,39 +9,39 @@ from cv2.data import haarcascades
 from PIL import Image
 
 from service.demo.run import JOBS, Job
-from service.demo.verify import MOST_SEAM, open_image, seam
+from service.demo.verify import MAX_SEAM, open_image, seam_strength
 
-PICTURES = resources.files("service.demo") / "pictures"
+IMAGES = resources.files("service.demo") / "pictures"
 
 
-def picture(name: str) -> Image.Image:
-    return open_image((PICTURES / name).read_bytes())
+def open_example(name: str) -> Image.Image:
+    return open_image((IMAGES / name).read_bytes())
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.kind)
 def test_small(job: Job) -> None:
     """A picture weighs less than 120 KB, so that the demo is quick and the package light."""
-    assert len(job.read()) < 120_000
+    assert len(job.read_image()) < 120_000
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.kind)
 def test_origin(job: Job) -> None:
     """Every picture has its origin and licence told beside it."""
-    told = (PICTURES / "PICTURES.md").read_text(encoding="utf-8")
-    lines = [line for line in told.splitlines() if line.startswith(f"| `{job.picture}`")]
+    told = (IMAGES / "PICTURES.md").read_text(encoding="utf-8")
+    lines = [line for line in told.splitlines() if line.startswith(f"| `{job.image_name}`")]
     assert [f"`{job.kind}`" in line and ("CC0" in line or "public domain" in line) for line in lines] == [True]
 
 
 def test_face() -> None:
     """OpenCV's frontal cascade finds exactly one face in the portrait."""
     cascade = cv2.CascadeClassifier(haarcascades + "haarcascade_frontalface_default.xml")
-    grey = np.asarray(picture("face.jpg").convert("L"))
+    grey = np.asarray(open_example("face.jpg").convert("L"))
     assert len(cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5)) == 1
 
 
 def test_logo() -> None:
     """Five colours cover the logo but for the smoothing of its edges."""
-    logo = picture("logo.png").convert("RGB")
+    logo = open_example("logo.png").convert("RGB")
     counts = sorted((count for count, _ in logo.getcolors() or []), reverse=True)
     assert sum(counts[:5]) / (logo.width * logo.height) > 0.98
     assert len(counts) <= 32
@@ -49,14 +49,14 @@ def test_logo() -> None:
 
 def test_texture() -> None:
     """The texture does not tile by itself: its seam is far harder than the demo lets pass."""
-    assert seam(picture("texture.jpg")) > 2 * MOST_SEAM
+    assert seam_strength(open_example("texture.jpg")) > 2 * MAX_SEAM
 
 
 def test_photo() -> None:
     """The photograph has the many colours of a photograph."""
-    assert len(picture("photo.jpg").getcolors(maxcolors=1 << 24) or []) > 10_000
+    assert len(open_example("photo.jpg").getcolors(maxcolors=1 << 24) or []) > 10_000
 
 
 def test_nothing_else() -> None:
     """Only the pictures that are used, and their description, are shipped."""
-    assert {item.name for item in PICTURES.iterdir()} == {job.picture for job in JOBS} | {"PICTURES.md"}
+    assert {item.name for item in IMAGES.iterdir()} == {job.image_name for job in JOBS} | {"PICTURES.md"}

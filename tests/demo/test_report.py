@@ -5,7 +5,7 @@ import io
 import pytest
 
 from service.demo.client import Cost
-from service.demo.run import LineProgress, LiveProgress, cost_text
+from service.demo.run import LineProgress, LiveProgress, format_cost
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from service.demo.run import LineProgress, LiveProgress, cost_text
 )
 def test_cost(cost: Cost | None, text: str) -> None:
     """A cost is written as uses, yuan or both, and marked where it is not certain."""
-    assert cost_text(cost) == text
+    assert format_cost(cost) == text
 
 
 def test_lines() -> None:
@@ -31,11 +31,11 @@ def test_lines() -> None:
     output = io.StringIO()
     progress = LineProgress(output)
     for state in ("queued", "queued", "running"):
-        progress.note("upscale", state)
+        progress.set_state("upscale", state)
     assert output.getvalue() == "upscale: queued\nupscale: running\n"
 
 
-def screen(written: str) -> list[str]:
+def render_terminal(written: str) -> list[str]:
     """Play what was written on a terminal that knows `up n lines` and `clear below`."""
     lines = [""]
     for chunk in written.replace("\x1b[J", "").split("\x1b["):
@@ -53,12 +53,12 @@ def test_live() -> None:
     """A terminal shows one line for each task, in place, with its state and the seconds until it ended."""
     output, now = io.StringIO(), [100.0]
     progress = LiveProgress(output, ["upscale", "seamless"], clock=lambda: now[0])
-    progress.note("upscale", "running")
+    progress.set_state("upscale", "running")
     now[0] += 2.5
-    progress.note("upscale", "succeeded")
+    progress.set_state("upscale", "succeeded")
     now[0] += 1
-    progress.note("seamless", "running")
-    assert screen(output.getvalue()) == [
+    progress.set_state("seamless", "running")
+    assert render_terminal(output.getvalue()) == [
         "  upscale   succeeded     2.5 s",
         "| seamless  running       3.5 s",
         "",
@@ -69,7 +69,7 @@ def test_clear() -> None:
     """The lines of a terminal make room for the table."""
     output = io.StringIO()
     progress = LiveProgress(output, ["upscale"])
-    progress.note("upscale", "running")
+    progress.set_state("upscale", "running")
     progress.clear()
     output.write("table")
-    assert screen(output.getvalue()) == ["table"]
+    assert render_terminal(output.getvalue()) == ["table"]

@@ -17,25 +17,25 @@ UPSTREAM = ROOT / "deploy" / "compose.upstream.yaml"
 _NAME = re.compile(r"(?P<name>[A-Z_]+)(?:(?P<how>:[-?])(?P<rest>.*))?", re.DOTALL)
 
 
-class MissingError(Exception):
+class MissingVariableError(Exception):
     """A variable that has to be given is not; the message is what compose would say."""
 
 
-def composed(*files: Path, **environ: str) -> Mapping[str, Any]:
+def load_compose(*files: Path, **environ: str) -> Mapping[str, Any]:
     """The whole file, with others over it. Raises MissingError."""
     found: Mapping[str, Any] = {}
     for file in (FILE, *files):
-        found = _over(found, _filled(yaml.safe_load(file.read_text("utf-8")), environ))
+        found = _merge(found, _interpolate_all(yaml.safe_load(file.read_text("utf-8")), environ))
     return found
 
 
-def settings(service: Mapping[str, Any]) -> Mapping[str, str]:
+def container_settings(service: Mapping[str, Any]) -> Mapping[str, str]:
     """The environment of a container of our image: what the image has, and what the file puts over it."""
     image = re.findall(r"(GATEWAY_\w+)=(\S+)", (ROOT / "Dockerfile").read_text("utf-8"))
     return {**dict(image), **service.get("environment", {})}
 
 
-def interpolated(text: str, environ: Mapping[str, str]) -> str:
+def interpolate(text: str, environ: Mapping[str, str]) -> str:
     """A text with `${NAME}`, `${NAME:-otherwise}` and `${NAME:?complaint}` replaced, also in one another.
 
     As in most versions of compose, what follows a name is looked at whether it is needed or not. Raises MissingError.
@@ -45,32 +45,32 @@ def interpolated(text: str, environ: Mapping[str, str]) -> str:
         return text
     depths = accumulate(({"{": 1, "}": -1}.get(each, 0) for each in rest), initial=1)
     end = list(depths).index(0) - 1
-    return before + _value(rest[:end], environ) + interpolated(rest[end + 1 :], environ)
+    return before + _resolve(rest[:end], environ) + interpolate(rest[end + 1 :], environ)
 
 
-def _value(words: str, environ: Mapping[str, str]) -> str:
+def _resolve(words: str, environ: Mapping[str, str]) -> str:
     found = _NAME.fullmatch(words)
     if not found:
         raise ValueError(f"${{{words}}} is not understood")
-    given, otherwise = environ.get(found["name"], ""), interpolated(found["rest"] or "", environ)
+    given, otherwise = environ.get(found["name"], ""), interpolate(found["rest"] or "", environ)
     if found["how"] == ":?" and not given:
-        raise MissingError(f"required variable {found['name']} is missing a value: {otherwise}")
+        raise MissingVariableError(f"required variable {found['name']} is missing a value: {otherwise}")
     return given or otherwise
 
 
-def _over(below: Any, above: Any) -> Any:
+def _merge(below: Any, above: Any) -> Any:
     """What compose makes of two files: tables are merged, and all else is replaced."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    return below | {name: _over(below.get(name), each) for name, each in above.items()}
+    return below | {name: _merge(below.get(name), each) for name, each in above.items()}
 
 
-def _filled(value: Any, environ: Mapping[str, str]) -> Any:
+def _interpolate_all(value: Any, environ: Mapping[str, str]) -> Any:
     match value:
         case str():
-            return interpolated(value, environ)
+            return interpolate(value, environ)
         case list():
-            return [_filled(each, environ) for each in value]
+            return [_interpolate_all(each, environ) for each in value]
         case dict():
-            return {name: _filled(each, environ) for name, each in value.items()}
+            return {name: _interpolate_all(each, environ) for name, each in value.items()}
     return value

@@ -17,16 +17,16 @@ from typing import Any
 
 import httpx2
 
-from service.devstack import server_binary
-from service.domain.tenants import new_token
-from tests.process.sandbox import Sandbox
-from tests.support.images import png
-from tests.support.valkey import free_port, running
+from service.devstack import find_server_binary
+from service.domain.tenants import generate_token
+from tests.process.sandbox import SandboxProcess
+from tests.support.images import make_png
+from tests.support.valkey import find_free_port, run_valkey
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "OPERATIONS.md"
-RUN, SHOWN = "sh", "console"
-SECONDS = 60.0
+RUN, OUTPUT = "sh", "console"
+TIMEOUT_SECONDS = 60.0
 
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -37,7 +37,7 @@ _TOKEN_ID = "0123456789ab"
 _STORE = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")
 
 _COMMANDS = Path(__file__).with_name("commands")
-_STAND_INS = {"curl": "curl", "openssl": "openssl", "redis-cli": "redis_cli"}
+_REPLACEMENTS = {"curl": "curl", "openssl": "openssl", "redis-cli": "redis_cli"}
 """Commands that a machine may not have, with the modules that stand in for them."""
 
 _HELPERS = """
@@ -63,7 +63,7 @@ class Block:
     text: str
 
 
-def procedures() -> Mapping[str, Sequence[Block]]:
+def read_procedures() -> Mapping[str, Sequence[Block]]:
     """The blocks of each procedure, by its heading."""
     parts = _HEADING.split(FILE.read_text("utf-8"))[1:]
     return {
@@ -72,26 +72,26 @@ def procedures() -> Mapping[str, Sequence[Block]]:
     }
 
 
-def typed(heading: str) -> Sequence[str]:
+def shell_blocks(heading: str) -> Sequence[str]:
     """The blocks of a procedure that are carried out here."""
-    return [each.text for each in procedures()[heading] if each.language == RUN]
+    return [each.text for each in read_procedures()[heading] if each.language == RUN]
 
 
 @dataclass
-class Shell:
+class ProcedureShell:
     """A folder of an installation, with a store, an upstream, and another store to move to."""
 
     folder: Path
-    upstream: Sandbox
+    upstream: SandboxProcess
     stores: tuple[int, int]
     keys: Mapping[str, str]
-    token: str = field(default_factory=new_token)
+    token: str = field(default_factory=generate_token)
     ports: dict[str, str] = field(default_factory=dict)
 
     def run(self, *parts: str) -> str:
         """Carry parts out in one shell, which ends with the first that fails; all that is printed."""
         begin = ["set -euo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || :; wait' EXIT"]
-        script = "\n".join([*begin, *map(self._here, parts)])
+        script = "\n".join([*begin, *map(self._localize, parts)])
         process = subprocess.Popen(
             ["/bin/bash", "-c", script],
             cwd=self.folder,
@@ -103,19 +103,25 @@ class Shell:
             start_new_session=True,
         )
         try:
-            printed, _ = process.communicate(timeout=SECONDS)
+            printed, _ = process.communicate(timeout=TIMEOUT_SECONDS)
         finally:
-            self._end(process.pid)
+            self._kill_session(process.pid)
             process.wait()
         logs = "\n".join(f"{each.name}: {each.read_text()[-2_000:]}" for each in self.folder.glob("*.log"))
         assert process.returncode == 0, f"{script}\n\n{printed}\n\n{logs}"
         return printed
 
-    def installed(self) -> Sequence[str]:
+    def installation_steps(self) -> Sequence[str]:
         """What makes an installation, up to its first process, which has an account and a tenant by other ways."""
-        return [typed("First install")[0], *typed("Words"), _HELPERS, "start one", f"curl {self._registry()}"]
+        return [
+            shell_blocks("First install")[0],
+            *shell_blocks("Words"),
+            _HELPERS,
+            "start one",
+            f"curl {self._registry_request()}",
+        ]
 
-    def _registry(self) -> str:
+    def _registry_request(self) -> str:
         """The arguments of a `curl` that makes the registry what it is after the first installation."""
         digest = hashlib.sha256(self.token.encode()).hexdigest()
         (self.folder / "shop.token").write_text(self.token)
@@ -132,7 +138,7 @@ class Shell:
             f"""-H "Authorization: Bearer $(cat secrets/admin-token)" -d '{body}' "$OPS/admin/v1/registry" """
         )
 
-    def _here(self, text: str) -> str:
+    def _localize(self, text: str) -> str:
         """Put what is on this machine in the place of what stands for it in the document."""
         first, second = self.stores
         for name, address in {
@@ -144,7 +150,7 @@ class Shell:
             **self.keys,
         }.items():
             text = text.replace(name, address)
-        return _PORT.sub(lambda found: self.ports.setdefault(found[1], str(free_port())), text)
+        return _PORT.sub(lambda found: self.ports.setdefault(found[1], str(find_free_port())), text)
 
     def _environment(self) -> dict[str, str]:
         own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
@@ -152,7 +158,7 @@ class Shell:
         return own | {"PATH": path, "PYTHONPATH": str(ROOT), "GATEWAY_POLL_SECONDS": "0.05"}
 
     @staticmethod
-    def _end(session: int) -> None:
+    def _kill_session(session: int) -> None:
         """End whatever the shell has left running."""
         try:
             os.killpg(session, signal.SIGKILL)
@@ -161,32 +167,32 @@ class Shell:
 
 
 @contextmanager
-def shell(folder: Path, upstream: Sandbox) -> Iterator[Shell]:
+def open_shell(folder: Path, upstream: SandboxProcess) -> Iterator[ProcedureShell]:
     """A shell in a folder with what the procedures need, and with accounts at the upstream that nobody else has."""
     commands = {
         "gateway": f"{sys.executable} -m service",
-        **{name: f"{sys.executable} -S {_COMMANDS / file}.py" for name, file in _STAND_INS.items()},
-        "redis-server": str(server_binary()),
+        **{name: f"{sys.executable} -S {_COMMANDS / file}.py" for name, file in _REPLACEMENTS.items()},
+        "redis-server": str(find_server_binary()),
     }
     (folder / "bin").mkdir()
     for name, command in commands.items():
         (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (folder / "bin" / name).chmod(0o755)
-    (folder / "photo.jpg").write_bytes(png())
+    (folder / "photo.jpg").write_bytes(make_png())
     (folder / "deploy").symlink_to(ROOT / "deploy")
     keys = {name: f"{name}-{folder.name}" for name in _KEYS}
     for key in keys.values():
-        balance(upstream, key, count=10, money=0)
-    with running(*_STORE, port=free_port()) as first, running(*_STORE, port=free_port()) as second:
-        yield Shell(folder, upstream, (first.port, second.port), keys)
+        set_balance(upstream, key, count=10, money=0)
+    with run_valkey(*_STORE, port=find_free_port()) as first, run_valkey(*_STORE, port=find_free_port()) as second:
+        yield ProcedureShell(folder, upstream, (first.port, second.port), keys)
 
 
-def balance(upstream: Sandbox, key: str, **held: int) -> None:
+def set_balance(upstream: SandboxProcess, key: str, **held: int) -> None:
     """Let an account of the upstream hold something."""
     httpx2.put(f"{upstream.url}/_control/accounts/{key}", json=held).raise_for_status()
 
 
-def spent_with(upstream: Sandbox, key: str) -> int:
+def count_submits(upstream: SandboxProcess, key: str) -> int:
     """How many submits came with a key."""
     found: list[dict[str, Any]] = httpx2.get(f"{upstream.url}/_control/requests").json()
     return sum(each["operation"] == "submit" and each["user_key"] == key for each in found)

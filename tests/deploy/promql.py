@@ -36,28 +36,28 @@ _SETS = frozenset({"and", "or", "unless"})
 _LABELLING = frozenset({"label_replace", "label_join"})
 
 
-class Use(NamedTuple):
+class SeriesUse(NamedTuple):
     """One place where a query asks for a series."""
 
     name: str
-    matched: frozenset[str]
+    matched_labels: frozenset[str]
     """The labels that it is chosen by."""
-    within: tuple[str, ...]
+    enclosing: tuple[str, ...]
     """The functions and aggregations around it, from the innermost outwards."""
 
 
-def uses(query: str) -> list[Use]:
+def series_uses(query: str) -> list[SeriesUse]:
     """Every place where a query asks for a series, from left to right.
 
     Raises ValueError if it does not parse.
     """
-    found: list[Use] = []
+    found: list[SeriesUse] = []
     around: list[str] = []
 
     def enter(part: Any) -> None:
         if isinstance(part, VectorSelector):
             matched = frozenset(each.name for each in _matchers(part))
-            found.append(Use(_name(part), matched, tuple(reversed(around))))
+            found.append(SeriesUse(_series_name(part), matched, tuple(reversed(around))))
         elif isinstance(part, AggregateExpr):
             around.append(str(part.op))
         elif isinstance(part, Call):
@@ -71,39 +71,39 @@ def uses(query: str) -> list[Use]:
     return found
 
 
-def names(query: str) -> frozenset[str]:
+def series_names(query: str) -> frozenset[str]:
     """The names of all series that a query asks for.
 
     Raises ValueError if it does not parse.
     """
-    return frozenset(use.name for use in uses(query))
+    return frozenset(use.name for use in series_uses(query))
 
 
-def complaints(query: str, exported: Mapping[str, Labels]) -> list[str]:
+def find_errors(query: str, exported: Mapping[str, Labels]) -> list[str]:
     """Why a query can't answer, or not as it was meant; empty if nothing is wrong with it."""
     try:
         part = parse(query)
     except ValueError as error:
         return [f"does not parse: {error}"]
-    reader = _Reader(exported)
+    reader = _LabelChecker(exported)
     reader.labels(part)
-    return reader.complaints
+    return reader.errors
 
 
-def labels_of(query: str, exported: Mapping[str, Labels]) -> Labels:
+def result_labels(query: str, exported: Mapping[str, Labels]) -> Labels:
     """The labels that what a query answers may have.
 
     Raises ValueError if it does not parse.
     """
-    return _Reader(exported).labels(parse(query)) or _NONE
+    return _LabelChecker(exported).labels(parse(query)) or _NONE
 
 
-class _Reader:
+class _LabelChecker:
     """Works out the labels of each part of one query, and collects what is wrong on the way."""
 
     def __init__(self, exported: Mapping[str, Labels]) -> None:
         self._exported = exported
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
 
     def labels(self, part: Any) -> Labels | None:
         """The labels of a vector, or None for a number or a string."""
@@ -112,21 +112,21 @@ class _Reader:
         if isinstance(part, ParenExpr | UnaryExpr | SubqueryExpr):
             return self.labels(part.expr)
         if isinstance(part, MatrixSelector | VectorSelector):
-            return self._selected(part.vector_selector if isinstance(part, MatrixSelector) else part)
+            return self._selector_labels(part.vector_selector if isinstance(part, MatrixSelector) else part)
         if isinstance(part, Call):
-            return self._called(part)
-        return self._aggregated(part) if isinstance(part, AggregateExpr) else self._combined(part)
+            return self._call_labels(part)
+        return self._aggregate_labels(part) if isinstance(part, AggregateExpr) else self._binary_labels(part)
 
-    def _selected(self, part: VectorSelector) -> Labels:
-        name = _name(part)
+    def _selector_labels(self, part: VectorSelector) -> Labels:
+        name = _series_name(part)
         if name not in self._exported:
-            self.complaints.append(f"{name} is not exported")
+            self.errors.append(f"{name} is not exported")
             return _NONE
         labels = self._exported[name]
-        self._need({each.name for each in _matchers(part)} - {"__name__"}, labels, f"matcher of {name}")
+        self._require_labels({each.name for each in _matchers(part)} - {"__name__"}, labels, f"matcher of {name}")
         return labels
 
-    def _called(self, part: Call) -> Labels | None:
+    def _call_labels(self, part: Call) -> Labels | None:
         of_arguments = [self.labels(each) for each in part.args]
         labels = next((each for each in of_arguments if each is not None), None)
         name = part.func.name
@@ -135,7 +135,7 @@ class _Reader:
         if name == "scalar":
             return None
         if name == "histogram_quantile":
-            self._need({"le"}, labels, name)
+            self._require_labels({"le"}, labels, name)
             return labels - {"le"}
         if name in _LABELLING:
             return labels | {part.args[1].val}
@@ -143,23 +143,23 @@ class _Reader:
             return _NONE
         return labels
 
-    def _aggregated(self, part: AggregateExpr) -> Labels:
+    def _aggregate_labels(self, part: AggregateExpr) -> Labels:
         labels = self.labels(part.expr) or _NONE
         how = str(part.op)
         if part.modifier is None:
             return labels if how in _KEEP_ALL_LABELS else _NONE
         named = frozenset(part.modifier.labels)
-        self._need(named, labels, f"grouping of {how}")
+        self._require_labels(named, labels, f"grouping of {how}")
         if how in _KEEP_ALL_LABELS:
             return labels
         return named if part.modifier.type == AggModifierType.By else labels - named
 
-    def _combined(self, part: BinaryExpr) -> Labels | None:
+    def _binary_labels(self, part: BinaryExpr) -> Labels | None:
         left, right = self.labels(part.lhs), self.labels(part.rhs)
         if left is None or right is None:
             return right if left is None else left
         how = str(part.op)
-        self._match(how, part.modifier, left, right)
+        self._check_matching(how, part.modifier, left, right)
         if how == "or":
             return left | right
         if how in _SETS or part.modifier is None:
@@ -167,30 +167,32 @@ class _Reader:
         extra = frozenset(part.modifier.group_labels or ())
         match part.modifier.card:
             case VectorMatchCardinality.ManyToOne:
-                self._need(extra, right, f"group_left of {how}")
+                self._require_labels(extra, right, f"group_left of {how}")
                 return left | extra
             case VectorMatchCardinality.OneToMany:
-                self._need(extra, left, f"group_right of {how}")
+                self._require_labels(extra, left, f"group_right of {how}")
                 return right | extra
-        return _matched(part.modifier, left)
+        return _matching_labels(part.modifier, left)
 
-    def _match(self, how: str, modifier: BinModifier | None, left: Labels, right: Labels) -> None:
+    def _check_matching(self, how: str, modifier: BinModifier | None, left: Labels, right: Labels) -> None:
         matching = modifier.matching if modifier is not None else None
         if matching is not None and matching.type == LabelModifierType.Include:
-            self._need(matching.labels, left, f"left of {how} on")
-            self._need(matching.labels, right, f"right of {how} on")
+            self._require_labels(matching.labels, left, f"left of {how} on")
+            self._require_labels(matching.labels, right, f"right of {how} on")
             return
         ignored = frozenset(matching.labels if matching is not None else ())
         if left - ignored != right - ignored:
-            self.complaints.append(f"{how} never matches {_listed(left - ignored)} with {_listed(right - ignored)}")
+            self.errors.append(
+                f"{how} never matches {_format_labels(left - ignored)} with {_format_labels(right - ignored)}"
+            )
 
-    def _need(self, wanted: frozenset[str] | set[str] | list[str], there: Labels, what: str) -> None:
+    def _require_labels(self, wanted: frozenset[str] | set[str] | list[str], there: Labels, what: str) -> None:
         missing = frozenset(wanted) - there
         if missing:
-            self.complaints.append(f"{what}: no label {_listed(missing)} among {_listed(there)}")
+            self.errors.append(f"{what}: no label {_format_labels(missing)} among {_format_labels(there)}")
 
 
-def _matched(modifier: BinModifier, labels: Labels) -> Labels:
+def _matching_labels(modifier: BinModifier, labels: Labels) -> Labels:
     """What one-to-one matching leaves of the labels."""
     if modifier.matching is None:
         return labels
@@ -204,10 +206,10 @@ def _matchers(part: VectorSelector) -> Iterator[Any]:
         yield from group
 
 
-def _name(part: VectorSelector) -> str:
+def _series_name(part: VectorSelector) -> str:
     named = (each.value for each in _matchers(part) if each.name == "__name__")
     return part.name or next(named, "a series of any name")
 
 
-def _listed(labels: frozenset[str]) -> str:
+def _format_labels(labels: frozenset[str]) -> str:
     return "{" + ", ".join(sorted(labels)) + "}"

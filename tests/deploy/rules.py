@@ -39,6 +39,6 @@ def cases() -> Sequence[tuple[str, Sequence[Mapping[str, str]]]]:
     return [(each["alertname"], [fired["exp_labels"] for fired in each["exp_alerts"]]) for each in moments]
 
 
-def entries() -> Sequence[str]:
+def runbook_entries() -> Sequence[str]:
     """The names of the runbook's entries, in order."""
     return _ENTRY.findall((DEPLOY / "RUNBOOK.md").read_text("utf-8"))

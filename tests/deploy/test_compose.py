@@ -16,22 +16,33 @@ from click.testing import CliRunner
 from service.cli import main
 from service.devstack import SANDBOX_USER_KEY
 from service.settings import Role, Settings
-from service.storage.connections import examine
-from tests.deploy.compose import FILE, ROOT, UPSTREAM, MissingError, composed, interpolated, settings
+from service.storage.connections import check_server
+from tests.deploy.compose import (
+    FILE,
+    ROOT,
+    UPSTREAM,
+    MissingVariableError,
+    container_settings,
+    interpolate,
+    load_compose,
+)
 from tests.deploy.rules import alerts
-from tests.support.valkey import running
+from tests.support.valkey import run_valkey
 
-REAL = {"GATEWAY_UPSTREAM_URL": "https://images.example", "GATEWAY_UPSTREAM_USER_KEY": "the-key-of-the-account"}
-OURS = {"gateway": Role.API, "worker": Role.WORKER}
+REQUIRED_VARIABLES = {
+    "GATEWAY_UPSTREAM_URL": "https://images.example",
+    "GATEWAY_UPSTREAM_USER_KEY": "the-key-of-the-account",
+}
+GATEWAY_ROLES = {"gateway": Role.API, "worker": Role.WORKER}
 DEPLOY = FILE.parent
-SERVICES: Mapping[str, Any] = composed()["services"]
+SERVICES: Mapping[str, Any] = load_compose()["services"]
 
 
-def read(name: str) -> Any:
+def read_yaml(name: str) -> Any:
     return yaml.safe_load((DEPLOY / name).read_text("utf-8"))
 
 
-def mounts(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def list_mounts(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What is mounted, and where."""
     for volume in service.get("volumes", ()):
         source, target = volume.split(":")[:2]
@@ -44,13 +55,13 @@ def mounts(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 )
 def test_interpolation(text: str, wanted: str) -> None:
     """Variables are put in as compose does it, so that the other tests mean something."""
-    assert interpolated(text, {"A": "1"}) == wanted
+    assert interpolate(text, {"A": "1"}) == wanted
 
 
 def test_the_settings_are_good() -> None:
     """Each container of the gateway has settings that it takes, and spends the sandbox's money."""
-    for name, role in OURS.items():
-        found = Settings.load(settings(SERVICES[name]))
+    for name, role in GATEWAY_ROLES.items():
+        found = Settings.load(container_settings(SERVICES[name]))
         assert (found.role, found.redis_url, found.ops_host) == (role, "redis://store:6379", "0.0.0.0")
         assert (found.port, found.ops_port) == (8080, 8081)
         assert (found.upstream_url, found.upstream_user_key) == ("http://sandbox:8082", SANDBOX_USER_KEY)
@@ -58,25 +69,25 @@ def test_the_settings_are_good() -> None:
 
 def test_the_real_upstream() -> None:
     """With two variables it is the real upstream, for both roles, and no sandbox is started or waited for."""
-    services = composed(UPSTREAM, **REAL)["services"]
-    for name, role in OURS.items():
-        found = Settings.load(settings(services[name]))
+    services = load_compose(UPSTREAM, **REQUIRED_VARIABLES)["services"]
+    for name, role in GATEWAY_ROLES.items():
+        found = Settings.load(container_settings(services[name]))
         assert (found.role, found.redis_url) == (role, "redis://store:6379")
         assert {
             "GATEWAY_UPSTREAM_URL": found.upstream_url,
             "GATEWAY_UPSTREAM_USER_KEY": found.upstream_user_key,
-        } == REAL
+        } == REQUIRED_VARIABLES
         assert services[name]["depends_on"]["sandbox"]["required"] is False
     assert services["sandbox"]["profiles"] == ["sandbox"]
     assert {name for name, service in services.items() if "profiles" in service} == {"sandbox"}
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REQUIRED_VARIABLES)
 def test_the_real_upstream_needs_both(name: str) -> None:
     """Without one of the variables compose refuses, and says what is missing."""
-    given = {other: text for other, text in REAL.items() if other != name}
-    with pytest.raises(MissingError, match=rf"^required variable {name} is missing a value: the "):
-        composed(UPSTREAM, **given)
+    given = {other: text for other, text in REQUIRED_VARIABLES.items() if other != name}
+    with pytest.raises(MissingVariableError, match=rf"^required variable {name} is missing a value: the "):
+        load_compose(UPSTREAM, **given)
 
 
 def test_the_sandbox_is_where_it_is_looked_for() -> None:
@@ -96,7 +107,7 @@ def test_confined(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid"}
-    assert name in OURS or service["healthcheck"]["test"][0] == "CMD"
+    assert name in GATEWAY_ROLES or service["healthcheck"]["test"][0] == "CMD"
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -120,9 +131,9 @@ def test_nobody_else_is_listened_to() -> None:
 def test_only_the_gateway_reaches_the_store() -> None:
     """The store is in a network without a way out, with the gateway alone."""
     inside = {name for name, service in SERVICES.items() if "store" in service["networks"]}
-    assert inside == {"store", *OURS}
+    assert inside == {"store", *GATEWAY_ROLES}
     assert SERVICES["store"]["networks"] == ["store"]
-    assert composed()["networks"]["store"] == {"internal": True}
+    assert load_compose()["networks"]["store"] == {"internal": True}
 
 
 def test_what_is_mounted_is_there() -> None:
@@ -136,7 +147,7 @@ def test_what_is_mounted_is_there() -> None:
                 assert rest[-1] == "ro"
             else:
                 used.add(source)
-    assert used == set(composed()["volumes"])
+    assert used == set(load_compose()["volumes"])
 
 
 async def test_the_store_keeps_what_it_is_told() -> None:
@@ -144,15 +155,15 @@ async def test_the_store_keeps_what_it_is_told() -> None:
     program, *options = SERVICES["store"]["command"]
     place = options.index("--dir")
     assert program == "valkey-server"
-    assert options[place + 1] in dict(mounts(SERVICES["store"])).values()
-    with running(*options[:place], *options[place + 2 :]) as store:
-        found = await examine(store.url, "gw", timeout=5)
-    assert (found.faults, found.doubts) == ([], [])
+    assert options[place + 1] in dict(list_mounts(SERVICES["store"])).values()
+    with run_valkey(*options[:place], *options[place + 2 :]) as store:
+        found = await check_server(store.url, "gw", timeout=5)
+    assert (found.errors, found.warnings) == ([], [])
 
 
 def test_prometheus_finds_everybody() -> None:
     """What Prometheus asks, and whom it tells, are services of the file, under names that it can look up."""
-    config = read("prometheus/prometheus.yaml")
+    config = read_yaml("prometheus/prometheus.yaml")
     (names,) = [each["names"] for job in config["scrape_configs"] for each in job["dns_sd_configs"]]
     assert names == ["gateway"]
     assert SERVICES["worker"]["networks"]["watch"]["aliases"] == names
@@ -166,13 +177,13 @@ def test_prometheus_finds_everybody() -> None:
 def test_configurations_are_where_they_are_looked_for(name: str) -> None:
     """The file that a program is told to read is mounted there."""
     (file,) = [word.partition("=")[2] for word in SERVICES[name]["command"] if word.startswith("--config.file=")]
-    folders = {target: source for source, target in mounts(SERVICES[name])}
+    folders = {target: source for source, target in list_mounts(SERVICES[name])}
     assert (DEPLOY / folders[str(Path(file).parent)] / Path(file).name).exists()
 
 
 def test_grafana_is_provisioned() -> None:
     """Grafana has Prometheus as its data source, and reads the dashboards from where they are mounted."""
-    (source,) = read("grafana/provisioning/datasources/prometheus.yaml")["datasources"]
+    (source,) = read_yaml("grafana/provisioning/datasources/prometheus.yaml")["datasources"]
     address = urlsplit(source["url"])
     assert (source["type"], source["isDefault"], address.hostname, address.port) == (
         "prometheus",
@@ -180,9 +191,9 @@ def test_grafana_is_provisioned() -> None:
         "prometheus",
         9090,
     )
-    assert source["jsonData"]["timeInterval"] == read("prometheus/prometheus.yaml")["global"]["scrape_interval"]
-    (provider,) = read("grafana/provisioning/dashboards/gateway.yaml")["providers"]
-    folders = {target: source for source, target in mounts(SERVICES["grafana"])}
+    assert source["jsonData"]["timeInterval"] == read_yaml("prometheus/prometheus.yaml")["global"]["scrape_interval"]
+    (provider,) = read_yaml("grafana/provisioning/dashboards/gateway.yaml")["providers"]
+    folders = {target: source for source, target in list_mounts(SERVICES["grafana"])}
     dashboards = DEPLOY / folders[provider["options"]["path"]]
     home = Path(SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
     assert str(home.parent) == provider["options"]["path"]
@@ -192,7 +203,7 @@ def test_grafana_is_provisioned() -> None:
 
 def test_every_severity_has_a_receiver() -> None:
     """Each alert is sent to the receiver that is named as its severity."""
-    config = read("alertmanager/alertmanager.yaml")
+    config = read_yaml("alertmanager/alertmanager.yaml")
     routes = {tuple(route["matchers"]): route["receiver"] for route in config["route"]["routes"]}
     severities = {alert["labels"]["severity"] for alert in alerts()}
     assert routes == {(f'severity="{severity}"',): severity for severity in severities}
@@ -202,7 +213,7 @@ def test_every_severity_has_a_receiver() -> None:
 def test_inhibitions_are_of_alerts_that_exist() -> None:
     """Each rule that mutes alerts names some of ours and no others', and a page is muted by GatewayAbsent alone."""
     names = {alert["alert"] for alert in alerts()}
-    for rule in read("alertmanager/alertmanager.yaml")["inhibit_rules"]:
+    for rule in read_yaml("alertmanager/alertmanager.yaml")["inhibit_rules"]:
         matchers = [*rule["source_matchers"], *rule["target_matchers"]]
         for pattern in re.findall(r'alertname!?=~?"(.+)"', "\n".join(matchers)):
             for part in pattern.split("|"):

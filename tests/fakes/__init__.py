@@ -1,9 +1,9 @@
 """The ports in memory, over the pure functions that specify them: the model that Redis is held against."""
 
-from tests.fakes.agenda import FakeAgenda, FakeCallbacks
+from tests.fakes.agenda import FakeDeliveryQueue, FakeWebhookClient
 from tests.fakes.clock import START, FakeClock
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.registry import FakeRegistry
 from tests.fakes.upstream import FakeUpstream
 
-__all__ = ["START", "FakeAgenda", "FakeCallbacks", "FakeClock", "FakeLedger", "FakeRegistry", "FakeUpstream"]
+__all__ = ["START", "FakeClock", "FakeDeliveryQueue", "FakeLedger", "FakeRegistry", "FakeUpstream", "FakeWebhookClient"]

@@ -10,124 +10,137 @@ from msgspec.structs import replace
 from service.domain.tasks import Backlog
 from service.domain.tenants import Webhook
 from service.domain.webhooks import DeliveryState
-from service.storage.deliveries import AT_ONCE, FAILING, KEEP, LEASE
-from service.usecases.ports import Claimed, Delivery, Outcome, Reply
-from tests.fakes.memory import Memory
-from tests.model.ledger_model import receiver
+from service.storage.deliveries import FAILING_MS, KEEP_MS, LEASE_MS, MAX_CONCURRENT
+from service.usecases.ports import ClaimedDelivery, Delivery, DeliveryResult, WebhookResponse
+from tests.fakes.memory import InMemoryStore
+from tests.model.ledger_model import queue_name
 
 
 @dataclass
-class FakeAgenda:
+class FakeDeliveryQueue:
     """The deliveries, in a queue for each receiver; the receivers take turns."""
 
-    memory: Memory
+    store: InMemoryStore
 
-    async def claim(self, most: int) -> Sequence[Claimed]:
-        self.memory._answer()
-        held, now = self.memory, self.memory.clock.moment().now
-        claimed: list[Claimed] = []
-        for _, each in sorted((at, name) for name, at in held.turns.items() if at <= now)[:most]:
-            for name in self._of(each, held.leased):
-                if held.leased[name] <= now:
-                    del held.leased[name]
-                    held.queued[name] = now
-            room = min(self._at_once(each) - len(self._of(each, held.leased)), most - len(claimed))
-            waiting = sorted((held.queued[name], name) for name in self._of(each, held.queued))
+    async def claim(self, limit: int) -> Sequence[ClaimedDelivery]:
+        self.store._raise_if_unavailable()
+        held, now = self.store, self.store.clock.read_times().ledger_ms
+        claimed: list[ClaimedDelivery] = []
+        for _, each in sorted((at, name) for name, at in held.receiver_turns.items() if at <= now)[:limit]:
+            for name in self._select_for_receiver(each, held.leased_deliveries):
+                if held.leased_deliveries[name] <= now:
+                    del held.leased_deliveries[name]
+                    held.queued_deliveries[name] = now
+            room = min(
+                self._max_parallel(each) - len(self._select_for_receiver(each, held.leased_deliveries)),
+                limit - len(claimed),
+            )
+            waiting = sorted(
+                (held.queued_deliveries[name], name) for name in self._select_for_receiver(each, held.queued_deliveries)
+            )
             for _, name in [pair for pair in waiting if pair[0] <= now][: max(room, 0)]:
-                del held.queued[name]
-                held.leased[name] = now + LEASE
-                claimed.append(Claimed(held.deliveries[name], now + LEASE))
-            self._take_turn(each)
+                del held.queued_deliveries[name]
+                held.leased_deliveries[name] = now + LEASE_MS
+                claimed.append(ClaimedDelivery(held.deliveries[name], now + LEASE_MS))
+            self._schedule_receiver(each)
         return claimed
 
-    async def record(self, claimed: Claimed, outcome: Outcome) -> bool:
-        self.memory._answer()
-        held, at, name = self.memory, self.memory.clock.moment(), claimed.delivery.reservation
+    async def record_attempt(self, claimed: ClaimedDelivery, result: DeliveryResult) -> bool:
+        self.store._raise_if_unavailable()
+        held, at, name = self.store, self.store.clock.read_times(), claimed.delivery.reservation
         delivery = held.deliveries[name]
         if delivery.state is not DeliveryState.PENDING:
             return False
-        delivered = outcome.state is DeliveryState.DELIVERED
-        if not delivered and held.leased.get(name) != claimed.leased:
+        delivered = result.state is DeliveryState.DELIVERED
+        if not delivered and held.leased_deliveries.get(name) != claimed.lease_expires_at:
             return False
-        held.leased.pop(name, None)
-        held.queued.pop(name, None)
-        to = receiver(delivery.tenant, delivery.url)
+        held.leased_deliveries.pop(name, None)
+        held.queued_deliveries.pop(name, None)
+        to = queue_name(delivery.tenant, delivery.url)
         if delivered:
-            held.failing.pop(to, None)
-        elif outcome.attempted:
-            held.failing[to] = at.now + FAILING
-        pending = outcome.state is DeliveryState.PENDING
+            held.failing_until.pop(to, None)
+        elif result.attempted:
+            held.failing_until[to] = at.ledger_ms + FAILING_MS
+        pending = result.state is DeliveryState.PENDING
         held.deliveries[name] = replace(
             delivery,
-            state=outcome.state,
-            updated=at.wall,
-            due=at.wall + outcome.wait if pending else None,
-            attempts=delivery.attempts + outcome.attempted,
-            status=outcome.status,
-            error=outcome.error,
-            answer=outcome.answer,
+            state=result.state,
+            updated_at=at.server_ms,
+            next_attempt_at=at.server_ms + result.retry_delay_ms if pending else None,
+            attempts=delivery.attempts + result.attempted,
+            status=result.status,
+            error=result.error,
+            answer=result.response_excerpt,
         )
         if pending:
-            held.queued[name] = at.now + outcome.wait
+            held.queued_deliveries[name] = at.ledger_ms + result.retry_delay_ms
         elif not delivered:
-            held.given_up[name] = at.wall
-            held.given_up = {each: when for each, when in held.given_up.items() if when > at.wall - KEEP}
-        self._take_turn(to)
+            held.failed_deliveries[name] = at.server_ms
+            held.failed_deliveries = {
+                each: when for each, when in held.failed_deliveries.items() if when > at.server_ms - KEEP_MS
+            }
+        self._schedule_receiver(to)
         return True
 
     async def backlog(self) -> tuple[Backlog, int]:
-        self.memory._answer()
-        now, turns = self.memory.clock.moment().now, self.memory.turns
-        return Backlog(len(turns), max(now - min(turns.values(), default=now), 0)), len(self.memory.given_up)
+        self.store._raise_if_unavailable()
+        now, turns = self.store.clock.read_times().ledger_ms, self.store.receiver_turns
+        return Backlog(len(turns), max(now - min(turns.values(), default=now), 0)), len(self.store.failed_deliveries)
 
-    async def failed(self, most: int) -> Sequence[Delivery]:
-        self.memory._answer()
-        newest = sorted(((at, name) for name, at in self.memory.given_up.items()), reverse=True)
-        return [self.memory.deliveries[name] for _, name in newest[:most]]
+    async def list_failed(self, limit: int) -> Sequence[Delivery]:
+        self.store._raise_if_unavailable()
+        newest = sorted(((at, name) for name, at in self.store.failed_deliveries.items()), reverse=True)
+        return [self.store.deliveries[name] for _, name in newest[:limit]]
 
     async def redeliver(self, reservation: str) -> Delivery | None:
-        self.memory._answer()
-        delivery = self.memory.deliveries.get(reservation)
-        if delivery and reservation not in self.memory.leased:
-            self.memory.given_up.pop(reservation, None)
+        self.store._raise_if_unavailable()
+        delivery = self.store.deliveries.get(reservation)
+        if delivery and reservation not in self.store.leased_deliveries:
+            self.store.failed_deliveries.pop(reservation, None)
             self.enqueue(replace(delivery, attempts=0))
-        return self.memory.deliveries.get(reservation)
+        return self.store.deliveries.get(reservation)
 
     def enqueue(self, delivery: Delivery) -> None:
         """Have a delivery sent now."""
-        held, at = self.memory, self.memory.clock.moment()
+        held, at = self.store, self.store.clock.read_times()
         name = delivery.reservation
-        held.deliveries[name] = replace(delivery, state=DeliveryState.PENDING, updated=at.wall, due=at.wall)
-        held.queued[name] = at.now
-        self._take_turn(receiver(delivery.tenant, delivery.url))
+        held.deliveries[name] = replace(
+            delivery, state=DeliveryState.PENDING, updated_at=at.server_ms, next_attempt_at=at.server_ms
+        )
+        held.queued_deliveries[name] = at.ledger_ms
+        self._schedule_receiver(queue_name(delivery.tenant, delivery.url))
 
-    def _of(self, to: str, among: Mapping[str, int]) -> list[str]:
+    def _select_for_receiver(self, to: str, among: Mapping[str, int]) -> list[str]:
         """Which of the deliveries are to this receiver."""
-        found = {name: self.memory.deliveries[name] for name in among}
-        return [name for name, each in found.items() if receiver(each.tenant, each.url) == to]
+        found = {name: self.store.deliveries[name] for name in among}
+        return [name for name, each in found.items() if queue_name(each.tenant, each.url) == to]
 
-    def _at_once(self, to: str) -> int:
-        return 1 if self.memory.failing.get(to, 0) > self.memory.clock.moment().now else AT_ONCE
+    def _max_parallel(self, to: str) -> int:
+        return 1 if self.store.failing_until.get(to, 0) > self.store.clock.read_times().ledger_ms else MAX_CONCURRENT
 
-    def _take_turn(self, to: str) -> None:
-        held = self.memory
-        leases = sorted(held.leased[name] for name in self._of(to, held.leased))
-        waiting = [] if len(leases) >= self._at_once(to) else [held.queued[name] for name in self._of(to, held.queued)]
+    def _schedule_receiver(self, to: str) -> None:
+        held = self.store
+        leases = sorted(held.leased_deliveries[name] for name in self._select_for_receiver(to, held.leased_deliveries))
+        waiting = (
+            []
+            if len(leases) >= self._max_parallel(to)
+            else [held.queued_deliveries[name] for name in self._select_for_receiver(to, held.queued_deliveries)]
+        )
         turns = leases[:1] + waiting
         if turns:
-            held.turns[to] = min(turns)
+            held.receiver_turns[to] = min(turns)
         else:
-            held.turns.pop(to, None)
+            held.receiver_turns.pop(to, None)
 
 
 @dataclass
-class FakeCallbacks:
+class FakeWebhookClient:
     """Receivers that answer what they are told to, 204 by default, and remember what they were sent."""
 
     sent: list[tuple[str, Mapping[str, str], bytes]] = field(default_factory=list)
-    replies: list[Reply] = field(default_factory=list)
+    replies: list[WebhookResponse] = field(default_factory=list)
 
-    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> Reply:
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> WebhookResponse:
         del webhook
         self.sent.append((url, headers, body))
-        return self.replies.pop(0) if self.replies else Reply(status=204)
+        return self.replies.pop(0) if self.replies else WebhookResponse(status=204)

@@ -6,31 +6,31 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from service.domain.media import seen_type
+from service.domain.media import sniff_type
 from service.domain.tasks import Artifact
 from service.domain.tenants import Account
-from service.usecases.ports import Asked, Fetched, Portion
-from tests.support.images import png
+from service.usecases.ports import ArtifactStream, Coverage, RangeRequest
+from tests.support.images import make_png
 
 
 @dataclass
 class FakeArtifacts:
     """The port Artifacts, where every result is the same picture, and always given whole."""
 
-    content: bytes = field(default_factory=png)
-    fetched: list[tuple[str | None, str]] = field(default_factory=list)
+    content: bytes = field(default_factory=make_png)
+    requests: list[tuple[str | None, str]] = field(default_factory=list)
     """By whose account, and from where."""
 
     @asynccontextmanager
     async def fetch(
-        self, account: Account | None, artifact: Artifact, asked: Asked, *, recent: bool = False
-    ) -> AsyncIterator[Fetched]:
-        del asked, recent
-        self.fetched.append((account.name if account else None, artifact.url))
-        yield Fetched(
+        self, account: Account | None, artifact: Artifact, range_request: RangeRequest, *, is_recent: bool = False
+    ) -> AsyncIterator[ArtifactStream]:
+        del range_request, is_recent
+        self.requests.append((account.name if account else None, artifact.url))
+        yield ArtifactStream(
             name=artifact.name,
-            portion=Portion.WHOLE,
-            media_type=seen_type(self.content),
+            coverage=Coverage.FULL,
+            media_type=sniff_type(self.content),
             chunks=self._chunks(),
             length=len(self.content),
             etag='"1"',

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from service.domain.ledger import LedgerClock, Moment
+from service.domain.ledger import ClockReading, LedgerClock
 
 START = 1_790_000_000_000
 """A moment to begin at, in milliseconds: 2026-09-21 14:13:20 UTC."""
@@ -16,31 +16,31 @@ START = 1_790_000_000_000
 class FakeClock:
     """The server's clock, which stands until it is moved, and the ledger's time that follows from it; milliseconds."""
 
-    at: int = START
-    kept: LedgerClock = field(default_factory=LedgerClock)
+    now_ms: int = START
+    ledger_clock: LedgerClock = field(default_factory=LedgerClock)
 
-    def moment(self) -> Moment:
+    def read_times(self) -> ClockReading:
         """The time of both."""
-        self.kept = self.kept.advance(self.at)
-        return Moment(self.kept.last, self.at)
+        self.ledger_clock = self.ledger_clock.advance(self.now_ms)
+        return ClockReading(self.ledger_clock.last_ms, self.now_ms)
 
     def now(self) -> float:
         """Seconds since the epoch."""
-        return self.at / 1000
+        return self.now_ms / 1000
 
 
 class Stopwatch(msgspec.Struct, frozen=True):
     """How long something has lasted, in which only time between two moments that count in a row is counted."""
 
-    total: int = 0
-    since: int | None = None
+    total_ms: int = 0
+    running_since: int | None = None
 
-    def went_on(self, now: int, *, counts: bool) -> Stopwatch:
+    def advance(self, now: int, *, counts: bool) -> Stopwatch:
         """What it shows now."""
         if not counts:
-            return Stopwatch(self.total)
-        return Stopwatch(self.total + (0 if self.since is None else now - self.since), now)
+            return Stopwatch(self.total_ms)
+        return Stopwatch(self.total_ms + (0 if self.running_since is None else now - self.running_since), now)
 
-    def moved(self, offset: int) -> Stopwatch:
+    def shift(self, offset: int) -> Stopwatch:
         """The same on a clock that is behind by so much."""
-        return Stopwatch(self.total, None if self.since is None else self.since - offset)
+        return Stopwatch(self.total_ms, None if self.running_since is None else self.running_since - offset)

@@ -9,98 +9,114 @@ from dataclasses import dataclass
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import (
     AccountState,
+    AccountStatus,
+    Balance,
     DayUsage,
-    Figures,
-    Granted,
+    Grant,
     Idempotency,
     InFlight,
-    KeyReused,
+    KeyReuse,
     LedgerClock,
-    Refunding,
-    Replayed,
+    RefundResult,
+    Replay,
     Reservation,
     ReservationState,
-    Status,
     TenantState,
     Verdict,
 )
-from service.domain.tasks import Basis, Cost, State, Task
-from service.storage.ledger import DAY, KEEP_KEY
-from service.usecases.ports import Ask, Look, Settlement, Snapshot
-from tests.fakes.tasks import FakeTasks
+from service.domain.tasks import Cost, CostBasis, State, Task
+from service.storage.ledger import DAY_MS, KEEP_IDEMPOTENCY_KEY_MS
+from service.usecases.ports import BalanceCheck, ReserveRequest, Settlement, TenantSnapshot
+from tests.fakes.tasks import FakeTaskStore
 from tests.model import ledger_model
-from tests.model.ledger_model import shown
+from tests.model.ledger_model import to_server_time
 
 
 @dataclass
-class FakeLedger(FakeTasks):
+class FakeLedger(FakeTaskStore):
     """The ports Ledger, Books and Tasks: the model that Redis is held against."""
 
-    async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
-        self._answer()
-        at, tenant = self.clock.moment(), copy.deepcopy(self._tenant(ask.tenant))
-        now = at.wall
-        if ask.tenant not in self.tenant_policies:
+    async def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
+        self._raise_if_unavailable()
+        at, tenant = self.clock.read_times(), copy.deepcopy(self._tenant_state(request.tenant))
+        now = at.server_ms
+        if request.tenant not in self.tenant_policies:
             raise LedgerUnavailable("gone", retry_after=2)
-        ledger_model.roll(tenant, now)
-        known = self.reservations.get(ask.reservation)
+        ledger_model.roll_windows(tenant, now)
+        known = self.reservations.get(request.reservation)
         if known:
-            return self._again(known), Snapshot(copy.deepcopy(tenant), now)
-        replay = self._replay(ask)
+            return self._regrant(known), TenantSnapshot(copy.deepcopy(tenant), now)
+        replay = self._find_replay(request)
         if replay:
-            return replay, Snapshot(copy.deepcopy(tenant), now)
-        lease = at.now + self.spans.lease
-        made = Reservation(ReservationState.RESERVED, ask.tenant, 0, ask.kind, created=now, sent=at.now, lease=lease)
-        made.key = ask.idempotency.key if ask.idempotency else None
-        verdict = ledger_model.reserve(tenant, self._limits(ask.tenant), self._candidates(ask.accounts), made, at)
-        if isinstance(verdict, Granted):
-            self.tenants[ask.tenant] = tenant
-            self.reservations[ask.reservation] = made
-            self._remember(ask.tenant, ask.reservation, ask.idempotency)
-        return verdict, Snapshot(copy.deepcopy(tenant), now)
+            return replay, TenantSnapshot(copy.deepcopy(tenant), now)
+        lease = at.ledger_ms + self.retention.lease_ms
+        made = Reservation(
+            ReservationState.RESERVED,
+            request.tenant,
+            0,
+            request.kind,
+            created_at=now,
+            dispatched_at=at.ledger_ms,
+            lease_expires_at=lease,
+        )
+        made.key_digest = request.idempotency.key_digest if request.idempotency else None
+        verdict = ledger_model.reserve_place(
+            tenant, self._tenant_policy(request.tenant), self._candidates(request.accounts), made, at
+        )
+        if isinstance(verdict, Grant):
+            self.tenants[request.tenant] = tenant
+            self.reservations[request.reservation] = made
+            self._store_key(request.tenant, request.reservation, request.idempotency)
+        return verdict, TenantSnapshot(copy.deepcopy(tenant), now)
 
-    def _replay(self, ask: Ask) -> Verdict | None:
+    def _find_replay(self, ask: ReserveRequest) -> Verdict | None:
         if ask.idempotency is None:
             return None
-        name, content, until = self.keys.get((ask.tenant, ask.idempotency.key), ("", "", 0))
+        name, content, until = self.idempotency_keys.get((ask.tenant, ask.idempotency.key_digest), ("", "", 0))
         known = self.reservations.get(name)
-        if known is None or until <= self.clock.at:
+        if known is None or until <= self.clock.now_ms:
             return None
-        if content != ask.idempotency.content:
-            return KeyReused(self.clock.at)
+        if content != ask.idempotency.content_digest:
+            return KeyReuse(self.clock.now_ms)
         if known.state is ReservationState.RESERVED:
-            return InFlight(self.clock.at)
-        return Replayed(name, known.state, self.clock.at)
+            return InFlight(self.clock.now_ms)
+        return Replay(name, known.state, self.clock.now_ms)
 
-    def _remember(self, tenant: int, name: str, idempotency: Idempotency | None) -> None:
+    def _store_key(self, tenant: int, name: str, idempotency: Idempotency | None) -> None:
         if idempotency:
-            self.keys[tenant, idempotency.key] = name, idempotency.content, self.clock.at + KEEP_KEY
+            self.idempotency_keys[tenant, idempotency.key_digest] = (
+                name,
+                idempotency.content_digest,
+                self.clock.now_ms + KEEP_IDEMPOTENCY_KEY_MS,
+            )
 
-    async def retarget(self, ask: Ask, left: int, closes: Status | None) -> Verdict:
-        self._answer()
-        known = self.reservations.get(ask.reservation)
+    async def change_account(
+        self, request: ReserveRequest, previous: int, account_status: AccountStatus | None
+    ) -> Verdict:
+        self._raise_if_unavailable()
+        known = self.reservations.get(request.reservation)
         if known is None or known.state is not ReservationState.RESERVED:
             raise LedgerUnavailable("given up")
-        if known.account != left:
-            return self._again(known)
-        tenant = copy.deepcopy(self._tenant(ask.tenant))
-        verdict = ledger_model.retarget(
+        if known.account != previous:
+            return self._regrant(known)
+        tenant = copy.deepcopy(self._tenant_state(request.tenant))
+        verdict = ledger_model.change_account(
             tenant,
-            self._limits(ask.tenant),
-            self._candidate(left),
-            closes,
-            self._candidates(ask.accounts),
+            self._tenant_policy(request.tenant),
+            self._candidate(previous),
+            account_status,
+            self._candidates(request.accounts),
             known,
-            self.clock.moment(),
+            self.clock.read_times(),
         )
-        if isinstance(verdict, Granted):
-            self.tenants[ask.tenant] = tenant
+        if isinstance(verdict, Grant):
+            self.tenants[request.tenant] = tenant
         return verdict
 
     async def settle(self, settlement: Settlement) -> bool:
-        self._answer()
-        at, name = self.clock.moment(), settlement.reservation
-        tenant = copy.deepcopy(self._tenant(settlement.tenant))
+        self._raise_if_unavailable()
+        at, name = self.clock.read_times(), settlement.reservation
+        tenant = copy.deepcopy(self._tenant_state(settlement.tenant))
         known = self.reservations.get(name)
         if known is None:
             known = self.reservations[name] = Reservation(
@@ -108,78 +124,82 @@ class FakeLedger(FakeTasks):
                 settlement.tenant,
                 settlement.account,
                 settlement.kind,
-                created=settlement.created,
-                sent=min(settlement.created, at.now),
-                lease=settlement.created,
+                created_at=settlement.created_at,
+                dispatched_at=min(settlement.created_at, at.ledger_ms),
+                lease_expires_at=settlement.created_at,
             )
             if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
                 return True
-            self._keep_key(settlement, known)
-            ledger_model.adopt(tenant, self._account(settlement.account), name, known, self._day(known), at)
+            self._restore_key(settlement, known)
+            ledger_model.recreate_reservation(
+                tenant, self._account_state(settlement.account), name, known, self._usage_day(known), at
+            )
             if settlement.outcome is ReservationState.UNKNOWN:
                 self.tenants[settlement.tenant] = tenant
                 return True
-        if settlement.late and known.state is ReservationState.RESERVED and known.lease > at.now:
+        if settlement.is_late and known.state is ReservationState.RESERVED and known.lease_expires_at > at.ledger_ms:
             return False
         account = self._candidate(known.account)
-        figures, closes, day = settlement.figures, settlement.closes, self._day(known)
+        figures, closes, day = settlement.balance, settlement.account_status, self._usage_day(known)
         if settlement.account != known.account:  # it was retargeted, and what is told is of the account it left
-            figures, closes = Figures(), None
-        if not ledger_model.settle(tenant, account, name, known, settlement.outcome, figures, closes, day, at):
+            figures, closes = Balance(), None
+        if not ledger_model.settle_reservation(
+            tenant, account, name, known, settlement.outcome, figures, closes, day, at
+        ):
             return False
         self.tenants[settlement.tenant] = tenant
-        self._resolve(account)
+        self._store_inference(account)
         if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
             self._free_key(name, known)
-        if settlement.outcome is ReservationState.ACCEPTED and settlement.draft:
-            self._accept(settlement, known)
+        if settlement.outcome is ReservationState.ACCEPTED and settlement.new_task:
+            self._create_task(settlement, known)
         return True
 
-    def _keep_key(self, settlement: Settlement, known: Reservation) -> None:
+    def _restore_key(self, settlement: Settlement, known: Reservation) -> None:
         idempotency = settlement.idempotency
         if idempotency is None:
             return
-        known.key = idempotency.key
-        _, _, until = self.keys.get((known.tenant, idempotency.key), ("", "", 0))
-        if until <= self.clock.at:
-            self._remember(known.tenant, settlement.reservation, idempotency)
+        known.key_digest = idempotency.key_digest
+        _, _, until = self.idempotency_keys.get((known.tenant, idempotency.key_digest), ("", "", 0))
+        if until <= self.clock.now_ms:
+            self._store_key(known.tenant, settlement.reservation, idempotency)
 
     def _free_key(self, name: str, known: Reservation) -> None:
-        if known.key and self.keys.get((known.tenant, known.key), ("",))[0] == name:
-            del self.keys[known.tenant, known.key]
+        if known.key_digest and self.idempotency_keys.get((known.tenant, known.key_digest), ("",))[0] == name:
+            del self.idempotency_keys[known.tenant, known.key_digest]
 
-    def _accept(self, settlement: Settlement, known: Reservation) -> None:
-        if settlement.draft is None:
+    def _create_task(self, settlement: Settlement, known: Reservation) -> None:
+        if settlement.new_task is None:
             return
         self.tasks[settlement.reservation] = Task(
-            id=settlement.draft.id,
+            id=settlement.new_task.id,
             reservation=settlement.reservation,
             tenant=known.tenant,
             account=known.account,
             kind=known.kind,
             state=State.QUEUED,
-            created=known.created,
-            updated=known.created,
-            finished=None,
-            options=settlement.draft.options,
-            metadata=settlement.draft.metadata,
+            created_at=known.created_at,
+            updated_at=known.created_at,
+            finished_at=None,
+            options=settlement.new_task.options,
+            metadata=settlement.new_task.metadata,
             artifacts=(),
             error=None,
-            cost=Cost(0, 0, Basis.UNKNOWN),
+            cost=Cost(0, 0, CostBasis.UNKNOWN),
             version=1,
-            checked=known.created,
-            webhook=settlement.draft.webhook,
-            trace=settlement.draft.trace,
+            last_checked_at=known.created_at,
+            webhook_url=settlement.new_task.webhook_url,
+            trace_context=settlement.new_task.trace_context,
         )
-        self.due[settlement.reservation] = self.clock.moment().now + self.spans.check_after
+        self.due_checks[settlement.reservation] = self.clock.read_times().ledger_ms + self.retention.check_interval_ms
 
-    async def expire(self, most: int) -> Sequence[Settlement]:
-        self._answer()
-        now = self.clock.moment().now
+    async def settle_expired(self, limit: int) -> Sequence[Settlement]:
+        self._raise_if_unavailable()
+        now = self.clock.read_times().ledger_ms
         lapsed = [
-            (each.lease, name, each)
+            (each.lease_expires_at, name, each)
             for name, each in self.reservations.items()
-            if each.state is ReservationState.RESERVED and each.lease <= now
+            if each.state is ReservationState.RESERVED and each.lease_expires_at <= now
         ]
         settled = [
             Settlement(
@@ -187,99 +207,112 @@ class FakeLedger(FakeTasks):
                 tenant=each.tenant,
                 account=each.account,
                 kind=each.kind,
-                created=each.created,
+                created_at=each.created_at,
                 outcome=ReservationState.UNKNOWN,
             )
-            for _, name, each in sorted(lapsed)[:most]
+            for _, name, each in sorted(lapsed)[:limit]
         ]
         for settlement in settled:
             await self.settle(settlement)
         return settled
 
-    async def counters(self, tenant: int) -> Snapshot:
-        self._answer()
-        return Snapshot(copy.deepcopy(self._tenant(tenant)), self.clock.at)
+    async def tenant_snapshot(self, tenant: int) -> TenantSnapshot:
+        self._raise_if_unavailable()
+        return TenantSnapshot(copy.deepcopy(self._tenant_state(tenant)), self.clock.now_ms)
 
-    async def counters_of(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
-        self._answer()
-        return {each: copy.deepcopy(self._tenant(each)) for each in ids}, self.clock.at
+    async def tenant_states(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
+        self._raise_if_unavailable()
+        return {each: copy.deepcopy(self._tenant_state(each)) for each in ids}, self.clock.now_ms
 
-    async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
-        self._answer()
-        offset = self.clock.moment().offset
-        return {each: self._account(each).moved(offset) for each in ids}
+    async def account_states(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
+        self._raise_if_unavailable()
+        offset = self.clock.read_times().offset_ms
+        return {each: self._account_state(each).to_server_time(offset) for each in ids}
 
-    async def reopen(self, account: int) -> None:
-        self._answer()
-        state = self._account(account)
-        state.status, state.probe_at, state.count, state.money = Status.OPEN, 0, None, None
-        state.closed, state.reopened = 0, self.clock.moment().now
+    async def reopen_account(self, account: int) -> None:
+        self._raise_if_unavailable()
+        state = self._account_state(account)
+        state.status, state.next_probe_at, state.count, state.money = AccountStatus.OPEN, 0, None, None
+        state.closed_at, state.reopened_at = 0, self.clock.read_times().ledger_ms
 
     async def clock_offset(self) -> int:
-        self._answer()
-        return self.clock.moment().offset
+        self._raise_if_unavailable()
+        return self.clock.read_times().offset_ms
 
     async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
-        self._answer()
-        offset = self.clock.moment().offset
+        self._raise_if_unavailable()
+        offset = self.clock.read_times().offset_ms
         for name, each in self.reservations.items():
-            reserved, runs = each.state is ReservationState.RESERVED, name in self.due or name in self.claims
+            reserved, runs = (
+                each.state is ReservationState.RESERVED,
+                name in self.due_checks or name in self.claimed_checks,
+            )
             unknown = each.state is ReservationState.UNKNOWN and each.tenant in tenants
             if reserved or unknown or (runs and each.state is ReservationState.ACCEPTED):
-                self.reservations[name] = each.moved(offset)
-        for account in set(accounts) & self.account_states.keys():
-            self.account_states[account] = self.account_states[account].moved(offset)
-        self.patience = {name: (one.moved(offset), other.moved(offset)) for name, (one, other) in self.patience.items()}
-        for name in self.failing.keys() & self.turns.keys():
-            self.failing[name] -= offset
-        for times in (self.due, self.claims, self.turns, self.queued, self.leased):
+                self.reservations[name] = each.to_server_time(offset)
+        for account in set(accounts) & self.states_by_account.keys():
+            self.states_by_account[account] = self.states_by_account[account].to_server_time(offset)
+        self.failure_stopwatches = {
+            name: (one.shift(offset), other.shift(offset)) for name, (one, other) in self.failure_stopwatches.items()
+        }
+        for name in self.failing_until.keys() & self.receiver_turns.keys():
+            self.failing_until[name] -= offset
+        for times in (
+            self.due_checks,
+            self.claimed_checks,
+            self.receiver_turns,
+            self.queued_deliveries,
+            self.leased_deliveries,
+        ):
             for name in times:
                 times[name] -= offset
-        self.clock.kept = LedgerClock(self.clock.at)
+        self.clock.ledger_clock = LedgerClock(self.clock.now_ms)
         return offset
 
-    async def look(self, account: int, *, count_only: bool) -> Look | None:
-        self._answer()
-        candidate, now = self._candidate(account), self.clock.moment().now
+    async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
+        self._raise_if_unavailable()
+        candidate, now = self._candidate(account), self.clock.read_times().ledger_ms
         state, policy = candidate.state, candidate.policy
-        if account not in self.account_policies or not ledger_model.look_due(state, policy, now, count_only=count_only):
+        if account not in self.account_policies or not ledger_model.is_balance_check_due(
+            state, policy, now, count_only=count_only
+        ):
             return None
-        ledger_model.begin_look(state, now)
-        return Look(account, state.newest.reservation, now) if state.newest else None
+        ledger_model.start_balance_check(state, now)
+        return BalanceCheck(account, state.last_finished_task.reservation, now) if state.last_finished_task else None
 
-    async def looked(self, look: Look, figures: Figures) -> None:
-        self._answer()
-        candidate, now = self._candidate(look.account), self.clock.moment().now
-        claimed = min(look.claimed, now)
-        ledger_model.looked(candidate.state, candidate.policy, look.reservation, figures, claimed, now)
-        self._resolve(candidate)
+    async def record_balance_check(self, check: BalanceCheck, balance: Balance) -> None:
+        self._raise_if_unavailable()
+        candidate, now = self._candidate(check.account), self.clock.read_times().ledger_ms
+        claimed = min(check.claimed_at, now)
+        ledger_model.record_balance_check(candidate.state, candidate.policy, check.reservation, balance, claimed, now)
+        self._store_inference(candidate)
 
-    async def submission(self, reservation: str) -> Reservation | None:
-        self._answer()
-        known, at = self.reservations.get(reservation), self.clock.moment()
-        return copy.deepcopy(known).moved(at.offset) if known else None
+    async def get_reservation(self, reservation: str) -> Reservation | None:
+        self._raise_if_unavailable()
+        known, at = self.reservations.get(reservation), self.clock.read_times()
+        return copy.deepcopy(known).to_server_time(at.offset_ms) if known else None
 
-    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[Refunding, Reservation] | None:
-        self._answer()
+    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
+        self._raise_if_unavailable()
         known = self.reservations.get(reservation)
         if known is None or known.tenant != tenant:
             return None
-        at, state = self.clock.moment(), copy.deepcopy(self._tenant(tenant))
-        did = ledger_model.refund(state, reservation, known, reason, self._day(known), at)
-        if did is Refunding.REFUNDED:
+        at, state = self.clock.read_times(), copy.deepcopy(self._tenant_state(tenant))
+        did = ledger_model.refund_reservation(state, reservation, known, reason, self._usage_day(known), at)
+        if did is RefundResult.REFUNDED:
             self.tenants[tenant] = state
-        return did, copy.deepcopy(known).moved(at.offset)
+        return did, copy.deepcopy(known).to_server_time(at.offset_ms)
 
-    async def usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
-        self._answer()
-        return [copy.deepcopy(self.days.get((tenant, day), DayUsage())) for day in days]
+    async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
+        self._raise_if_unavailable()
+        return [copy.deepcopy(self.usage_days.get((tenant, day), DayUsage())) for day in days]
 
-    async def today(self) -> int:
-        self._answer()
-        return self.clock.at // DAY
+    async def current_day(self) -> int:
+        self._raise_if_unavailable()
+        return self.clock.now_ms // DAY_MS
 
-    def _again(self, known: Reservation) -> Granted:
+    def _regrant(self, known: Reservation) -> Grant:
         if known.state in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
             raise LedgerUnavailable("given up")
-        at = self.clock.moment()
-        return Granted(known.account, at.wall, shown(at, known.lease))
+        at = self.clock.read_times()
+        return Grant(known.account, at.server_ms, to_server_time(at, known.lease_expires_at))

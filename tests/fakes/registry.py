@@ -16,10 +16,10 @@ class FakeRegistry:
 
     ledger: FakeLedger
     current: Registry = field(default_factory=Registry)
-    ready: bool = True
+    is_ready: bool = True
 
     async def refresh(self) -> None:
-        if self.ledger.away:
+        if self.ledger.is_unavailable:
             raise LedgerUnavailable("away", retry_after=2)
 
     async def write(self, change: RegistryChange) -> bool:
@@ -43,7 +43,7 @@ class FakeRegistry:
         self.ledger.tenant_policies |= {each.id: each.policy for each in change.tenants}
         self.ledger.account_policies |= {each.id: each.policy for each in change.accounts}
         names = {each.id: each.name for each in change.drop_tenants}
-        former = {**now.former, **change.former, **names}
-        version = max(now.version, change.later_than) + 1
+        former = {**now.deleted_tenant_names, **change.deleted_tenant_names, **names}
+        version = max(now.version, change.newer_than) + 1
         self.current = Registry(version, change.next_id, tenants, accounts, tokens, former)
         return True

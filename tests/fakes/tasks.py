@@ -10,45 +10,47 @@ import msgspec
 from service.domain.errors import MalformedRequest
 from service.domain.tasks import Backlog, Cost, Kind, State, Task, TaskError
 from service.domain.webhooks import DeliveryState
-from service.usecases.ports import Answered, Check, Delivery, Due, Page
-from tests.fakes.agenda import FakeAgenda
+from service.usecases.ports import CheckOutcome, CheckResult, ClaimedCheck, Delivery, TaskPage
+from tests.fakes.agenda import FakeDeliveryQueue
 from tests.fakes.clock import Stopwatch
-from tests.fakes.memory import Memory
+from tests.fakes.memory import InMemoryStore
 from tests.model import ledger_model
-from tests.model.ledger_model import check_after
+from tests.model.ledger_model import next_check_delay
 
 
 @dataclass
-class FakeTasks(Memory):
+class FakeTaskStore(InMemoryStore):
     """The tasks that were accepted, their checks and their ends."""
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
-        self._answer()
+        self._raise_if_unavailable()
         task = self.tasks.get(reservation)
-        return (task, self.clock.at) if task else None
+        return (task, self.clock.now_ms) if task else None
 
-    async def attend(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
-        self._answer()
-        now = self.clock.at
-        ledger_now = self.clock.moment().now
+    async def touch(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
+        self._raise_if_unavailable()
+        now = self.clock.now_ms
+        ledger_now = self.clock.read_times().ledger_ms
         for name in reservations:
-            if name in self.due or name in self.claims:
-                self.interest[name] = now + self.spans.interest
-            if self.due.get(name, 0) > ledger_now + self.spans.check_after and not self.misses.get(name):
-                self.due[name] = ledger_now
+            if name in self.due_checks or name in self.claimed_checks:
+                self.watched_until[name] = now + self.retention.watched_ms
+            if self.due_checks.get(
+                name, 0
+            ) > ledger_now + self.retention.check_interval_ms and not self.failed_checks.get(name):
+                self.due_checks[name] = ledger_now
         return [(self.tasks[name], now) if name in self.tasks else None for name in reservations]
 
-    async def page(
+    async def list_page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
-    ) -> Page:
-        self._answer()
+    ) -> TaskPage:
+        self._raise_if_unavailable()
         found = sorted(
             (
                 task
                 for task in self.tasks.values()
                 if task.tenant == tenant and state in {None, task.state} and kind in {None, task.kind}
             ),
-            key=lambda task: (task.created, task.reservation),
+            key=lambda task: (task.created_at, task.reservation),
             reverse=True,
         )
         if cursor:
@@ -57,94 +59,99 @@ class FakeTasks(Memory):
                 raise MalformedRequest("The cursor is none of this list.")
             found = found[position + 1 :]
         kept = tuple(found[:limit])
-        return Page(kept, kept[-1].reservation if len(found) > limit else None)
+        return TaskPage(kept, kept[-1].reservation if len(found) > limit else None)
 
-    async def claim(self, most: int) -> Sequence[Due]:
-        self._answer()
-        now = self.clock.moment().now
-        for name in [name for name, lease in self.claims.items() if lease <= now]:
-            del self.claims[name]
-            self.due[name] = now
-        ready = sorted(((at, name) for name, at in self.due.items() if at <= now))[:most]
+    async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
+        self._raise_if_unavailable()
+        now = self.clock.read_times().ledger_ms
+        for name in [name for name, lease in self.claimed_checks.items() if lease <= now]:
+            del self.claimed_checks[name]
+            self.due_checks[name] = now
+        ready = sorted(((at, name) for name, at in self.due_checks.items() if at <= now))[:limit]
         for _, name in ready:
-            del self.due[name]
-            self.claims[name] = now + self.spans.claim
-        return [Due(self.tasks[name], now, at) for at, name in ready]
+            del self.due_checks[name]
+            self.claimed_checks[name] = now + self.retention.claim_lease_ms
+        return [ClaimedCheck(self.tasks[name], now, at) for at, name in ready]
 
     async def backlog(self) -> Backlog:
-        self._answer()
-        now = self.clock.moment().now
-        return Backlog(len(self.due) + len(self.claims), max(now - min(self.due.values(), default=now), 0))
+        self._raise_if_unavailable()
+        now = self.clock.read_times().ledger_ms
+        return Backlog(
+            len(self.due_checks) + len(self.claimed_checks), max(now - min(self.due_checks.values(), default=now), 0)
+        )
 
-    async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
-        self._answer()
-        name, at = due.task.reservation, self.clock.moment()
-        now = at.wall
+    async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
+        self._raise_if_unavailable()
+        name, at = claimed.task.reservation, self.clock.read_times()
+        now = at.server_ms
         task = self.tasks.get(name)
-        self.claims.pop(name, None)
-        if task is None or task.state.ended:
-            self.due.pop(name, None)
+        self.claimed_checks.pop(name, None)
+        if task is None or task.state.is_final:
+            self.due_checks.pop(name, None)
             return None
-        answered, error = check.answered, check.error
-        silent, useless = self.patience.pop(name, (Stopwatch(), Stopwatch()))
-        if answered in {Answered.SILENT, Answered.UNUSABLE, Answered.NOTHING}:
-            silent = silent.went_on(at.now, counts=answered is Answered.SILENT)
-            useless = useless.went_on(at.now, counts=answered is not Answered.NOTHING)
-            self.patience[name] = (silent, useless)
-        if answered is Answered.SILENT and silent.total >= self.spans.lost_after:
-            answered, error = Answered.FAILED, TaskError("task-lost", "")
-        elif answered in {Answered.SILENT, Answered.UNUSABLE} and useless.total >= self.spans.unusable_after:
-            answered, error = Answered.FAILED, TaskError("result-unusable", "")
-        checked = task.checked if answered in {Answered.NOTHING, Answered.UNUSABLE} else now
-        if answered in {Answered.SUCCEEDED, Answered.FAILED}:
-            cost = self._end(name, due, check, succeeded=answered is Answered.SUCCEEDED)
-            self.due.pop(name, None)
-            changes = {"state": State(answered), "finished": now, "artifacts": check.artifacts, "error": error}
+        answered, error = result.outcome, result.error
+        silent, useless = self.failure_stopwatches.pop(name, (Stopwatch(), Stopwatch()))
+        if answered in {CheckOutcome.NOT_FOUND, CheckOutcome.INVALID, CheckOutcome.NO_RESPONSE}:
+            silent = silent.advance(at.ledger_ms, counts=answered is CheckOutcome.NOT_FOUND)
+            useless = useless.advance(at.ledger_ms, counts=answered is not CheckOutcome.NO_RESPONSE)
+            self.failure_stopwatches[name] = (silent, useless)
+        if answered is CheckOutcome.NOT_FOUND and silent.total_ms >= self.retention.lost_after_ms:
+            answered, error = CheckOutcome.FAILED, TaskError("task-lost", "")
+        elif (
+            answered in {CheckOutcome.NOT_FOUND, CheckOutcome.INVALID}
+            and useless.total_ms >= self.retention.unusable_after_ms
+        ):
+            answered, error = CheckOutcome.FAILED, TaskError("result-unusable", "")
+        checked = task.last_checked_at if answered in {CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID} else now
+        if answered in {CheckOutcome.SUCCEEDED, CheckOutcome.FAILED}:
+            cost = self._complete_task(name, claimed, result, succeeded=answered is CheckOutcome.SUCCEEDED)
+            self.due_checks.pop(name, None)
+            changes = {"state": State(answered), "finished": now, "artifacts": result.artifacts, "error": error}
             self.tasks[name] = msgspec.structs.replace(
                 task, updated=now, checked=checked, version=task.version + 1, cost=cost, **changes
             )
-            if task.webhook is not None:
-                self._tell(task, task.webhook)
+            if task.webhook_url is not None:
+                self._enqueue_delivery(task, task.webhook_url)
         else:
-            failed = answered in {Answered.NOTHING, Answered.UNUSABLE}
-            misses = self.misses[name] = self.misses.get(name, 0) + 1 if failed else 0
-            interesting = task.webhook is not None or self.interest.get(name, 0) > now
-            poll, age = self.spans.check_after, now - task.created
-            self.due[name] = at.now + check_after(poll, age, misses, interesting=interesting)
-            begins = answered is Answered.RUNNING and task.state is State.QUEUED
+            failed = answered in {CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID}
+            misses = self.failed_checks[name] = self.failed_checks.get(name, 0) + 1 if failed else 0
+            interesting = task.webhook_url is not None or self.watched_until.get(name, 0) > now
+            poll, age = self.retention.check_interval_ms, now - task.created_at
+            self.due_checks[name] = at.ledger_ms + next_check_delay(poll, age, misses, is_watched=interesting)
+            begins = answered is CheckOutcome.RUNNING and task.state is State.QUEUED
             changes = {"state": State.RUNNING, "updated": now, "version": task.version + 1} if begins else {}
             self.tasks[name] = msgspec.structs.replace(task, checked=checked, **changes)
         if self.tasks[name].version > task.version:
-            self.board.announced(self.tasks[name], now)
+            self.cache.on_published(self.tasks[name], now)
         return self.tasks[name], now
 
-    def _tell(self, task: Task, url: str) -> None:
-        now, state = self.clock.at, DeliveryState.PENDING
+    def _enqueue_delivery(self, task: Task, url: str) -> None:
+        now, state = self.clock.now_ms, DeliveryState.PENDING
         delivery = Delivery(
             reservation=task.reservation,
-            task=task.id,
+            task_id=task.id,
             tenant=task.tenant,
             url=url,
             state=state,
-            created=now,
-            updated=now,
+            created_at=now,
+            updated_at=now,
         )
-        FakeAgenda(self).enqueue(delivery)
+        FakeDeliveryQueue(self).enqueue(delivery)
 
-    def _end(self, name: str, due: Due, check: Check, *, succeeded: bool) -> Cost:
+    def _complete_task(self, name: str, due: ClaimedCheck, check: CheckResult, *, succeeded: bool) -> Cost:
         reservation = self.reservations[name]
         account = self._candidate(reservation.account)
-        cost = ledger_model.end(
-            self._tenant(reservation.tenant),
-            self._limits(reservation.tenant),
+        cost = ledger_model.complete_task(
+            self._tenant_state(reservation.tenant),
+            self._tenant_policy(reservation.tenant),
             account,
             name,
             reservation,
-            check.figures,
-            due.claimed,
-            self._day(reservation),
-            self.clock.moment(),
+            check.balance,
+            due.claimed_at,
+            self._usage_day(reservation),
+            self.clock.read_times(),
             succeeded=succeeded,
         )
-        self._resolve(account)
+        self._store_inference(account)
         return cost

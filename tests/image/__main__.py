@@ -13,15 +13,15 @@ from msgspec import json
 
 from service import __version__
 from tests.image import rootfs_check
-from tests.image.buildah import Config, Shop
-from tests.image.container import numbers
-from tests.image.host import called, debian, require_tools
+from tests.image.buildah import Config, ImageStore
+from tests.image.container import parse_user
+from tests.image.host import detect_debian, require_tools, run_command
 from tests.image.report import expect, step
-from tests.image.sandbox_ns import enter
-from tests.image.smoke_test import Exhibit
+from tests.image.sandbox_ns import run_in_namespaces
+from tests.image.smoke_test import SmokeTestInput
 
 _ROOT = Path(__file__).parents[2]
-_SHOP = _ROOT / ".tools" / "image"
+_STORE = _ROOT / ".tools" / "image"
 _LABEL = "org.opencontainers.image."
 _PORTS = {"8080/tcp", "8081/tcp"}
 _MEGABYTE = 1_000_000
@@ -31,46 +31,46 @@ def main() -> int:
     """Build the image and check it; the exit code."""
     with step("image: the machine has what the check takes"):
         require_tools()
-        release = debian()
-    with _open_shop() as shop:
+        release = detect_debian()
+    with _open_store() as shop:
         with step("image: base") as figures:
-            base = shop.base(release)
+            base = shop.build_base(release)
             figures.append(release.suite)
         with step("image: build"):
             labels = _labels(base)
             arguments = {"VERSION": labels["version"], "REVISION": labels["revision"], "CREATED": labels["created"]}
             image = shop.build(_ROOT, {"PYTHON_IMAGE": base, **arguments})
         with step("image: configuration"):
-            config = shop.config(image)
-            _expect_configured(config, labels)
+            config = shop.read_config(image)
+            _expect_configuration(config, labels)
         with step("image: files") as figures:
-            root = shop.tree(image)
-            figures.append(_expect_lean(config, shop.tree(base), root))
+            root = shop.mount(image)
+            figures.append(_expect_files(config, shop.mount(base), root))
         with TemporaryDirectory(prefix="image-check-") as folder:
-            return enter("tests.image.smoke_test", json.encode(Exhibit(config, str(root), folder)))
+            return run_in_namespaces("tests.image.smoke_test", json.encode(SmokeTestInput(config, str(root), folder)))
 
 
 @contextmanager
-def _open_shop() -> Iterator[Shop]:
-    shop = Shop(_SHOP)
-    shop.tidy()
+def _open_store() -> Iterator[ImageStore]:
+    shop = ImageStore(_STORE)
+    shop.clean_up()
     try:
         yield shop
     finally:
-        shop.tidy()
+        shop.clean_up()
 
 
 def _labels(base: str) -> dict[str, str]:
     return {
         "version": __version__,
-        "revision": called(["git", "-C", str(_ROOT), "rev-parse", "HEAD"]).strip(),
+        "revision": run_command(["git", "-C", str(_ROOT), "rev-parse", "HEAD"]).strip(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "base.name": base,
     }
 
 
-def _expect_configured(config: Config, labels: dict[str, str]) -> None:
-    numbers(config.user)
+def _expect_configuration(config: Config, labels: dict[str, str]) -> None:
+    parse_user(config.user)
     expect(config.entrypoint == ["gateway"], f"the entry point is {config.entrypoint}")
     expect(config.cmd == ["serve"], f"the command is {config.cmd}")
     expect(config.exposed_ports.keys() == _PORTS, f"the ports are {sorted(config.exposed_ports)}")
@@ -83,13 +83,13 @@ def _expect_configured(config: Config, labels: dict[str, str]) -> None:
         expect(config.labels.get(_LABEL + name), f"the label {_LABEL}{name} is missing")
 
 
-def _expect_lean(config: Config, base: Path, root: Path) -> str:
+def _expect_files(config: Config, base: Path, root: Path) -> str:
     """Check the files; what they hold, in words."""
-    before, after = rootfs_check.look(base), rootfs_check.look(root)
-    rootfs_check.expect_only_the_app(before, after)
-    rootfs_check.expect_nothing_writable(after, *numbers(config.user))
-    rootfs_check.expect_production_alone(root)
-    whole, app = (rootfs_check.size(after, folder) // _MEGABYTE for folder in (PurePosixPath(), rootfs_check.APP))
+    before, after = rootfs_check.scan_tree(base), rootfs_check.scan_tree(root)
+    rootfs_check.expect_only_app_added(before, after)
+    rootfs_check.expect_nothing_writable(after, *parse_user(config.user))
+    rootfs_check.expect_production_only(root)
+    whole, app = (rootfs_check.total_size(after, folder) // _MEGABYTE for folder in (PurePosixPath(), rootfs_check.APP))
     return f"{whole} MB, {app} MB without its base"
 
 

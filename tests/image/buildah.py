@@ -10,8 +10,8 @@ from pathlib import Path
 
 from msgspec import Struct, ValidationError, field, json
 
-from tests.image.host import Debian, called
-from tests.image.report import Fault
+from tests.image.host import Debian, run_command
+from tests.image.report import CheckFailed
 
 _PYTHON = "python3,python3-venv,ca-certificates"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -43,34 +43,34 @@ class _Image(Struct):
     config: Config
 
 
-class _Inspected(Struct):
+class _Inspection(Struct):
     docker: _Image = field(name="Docker")
 
 
-class Shop:
+class ImageStore:
     """A store of images in a folder."""
 
     def __init__(self, folder: Path) -> None:
         storage = ("--root", str(folder / "storage"), "--runroot", str(folder / "run"), "--storage-driver", "vfs")
         self._buildah = ("buildah", *storage)
 
-    def tidy(self) -> None:
+    def clean_up(self) -> None:
         """Drop what a run has left but for the base, also of one that was interrupted."""
-        self._call("rm", "--all")
-        if self._knows(_IMAGE):
-            self._call("rmi", "--force", _IMAGE)
-        self._call("rmi", "--prune")
+        self._run("rm", "--all")
+        if self._has_image(_IMAGE):
+            self._run("rmi", "--force", _IMAGE)
+        self._run("rmi", "--prune")
 
-    def base(self, debian: Debian) -> str:
+    def build_base(self, debian: Debian) -> str:
         """The base image's name; made once, which takes a minute."""
         name = f"localhost/python:{debian.suite}"
-        if not self._knows(name):
-            container = self._call("from", "scratch")
-            root = self._call("mount", container)
-            called(["debootstrap", "--variant=minbase", f"--include={_PYTHON}", debian.suite, root, debian.mirror])
-            called(["rm", "--recursive", "--force", f"{root}/var/cache/apt", f"{root}/var/lib/apt/lists"])
-            self._call("config", "--env", f"PATH={_PATH}", container)
-            self._call("commit", "--quiet", "--rm", container, name)
+        if not self._has_image(name):
+            container = self._run("from", "scratch")
+            root = self._run("mount", container)
+            run_command(["debootstrap", "--variant=minbase", f"--include={_PYTHON}", debian.suite, root, debian.mirror])
+            run_command(["rm", "--recursive", "--force", f"{root}/var/cache/apt", f"{root}/var/lib/apt/lists"])
+            self._run("config", "--env", f"PATH={_PATH}", container)
+            self._run("commit", "--quiet", "--rm", container, name)
         return name
 
     def build(self, context: Path, arguments: Mapping[str, str]) -> str:
@@ -80,22 +80,22 @@ class Shop:
             words += ["--secret", f"id=certificates,src={_CERTIFICATES}"]
         # Docker's format, since OCI's has no health check.
         options = ("--isolation", "chroot", "--format", "docker", "--pull-never", "--tag", _IMAGE)
-        self._call("build", *options, *words, str(context))
+        self._run("build", *options, *words, str(context))
         return _IMAGE
 
-    def config(self, image: str) -> Config:
+    def read_config(self, image: str) -> Config:
         """An image's configuration. Raises Fault if it lacks what running it needs."""
         try:
-            return json.decode(self._call("inspect", "--type", "image", image), type=_Inspected).docker.config
+            return json.decode(self._run("inspect", "--type", "image", image), type=_Inspection).docker.config
         except ValidationError as error:
-            raise Fault(f"the image's configuration is not what it must be: {error}") from None
+            raise CheckFailed(f"the image's configuration is not what it must be: {error}") from None
 
-    def tree(self, image: str) -> Path:
+    def mount(self, image: str) -> Path:
         """An image's files, in a folder that is there until the shop is tidied."""
-        return Path(self._call("mount", self._call("from", "--pull-never", image)))
+        return Path(self._run("mount", self._run("from", "--pull-never", image)))
 
-    def _knows(self, image: str) -> bool:
-        return bool(self._call("images", "--quiet", "--filter", f"reference={image}"))
+    def _has_image(self, image: str) -> bool:
+        return bool(self._run("images", "--quiet", "--filter", f"reference={image}"))
 
-    def _call(self, *words: str) -> str:
-        return called([*self._buildah, *words]).strip()
+    def _run(self, *words: str) -> str:
+        return run_command([*self._buildah, *words]).strip()

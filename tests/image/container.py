@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.image.buildah import Config
-from tests.image.report import Fault, expect
+from tests.image.report import CheckFailed, expect
 
-SECONDS = 30.0
-_LOOK_SECONDS = 0.02
+TIMEOUT_SECONDS = 30.0
+_POLL_SECONDS = 0.02
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT_SECONDS) -> None:
     """Wait for a condition. Raises Fault if it does not come about."""
     deadline = time.monotonic() + seconds
     while not condition():
         expect(time.monotonic() < deadline, f"{what} did not come about within {seconds:g} s")
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
-def numbers(user: str) -> tuple[int, int]:
+def parse_user(user: str) -> tuple[int, int]:
     """An image's user and group. Raises Fault if they are root's, or names, which Kubernetes can't judge."""
     uid, _, gid = user.partition(":")
     expect(uid.isdecimal() and gid.isdecimal(), f"the image's user must be two numbers, not {user!r}")
@@ -36,7 +36,7 @@ def numbers(user: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningContainer:
     """A container's command under way."""
 
     process: subprocess.Popen[bytes]
@@ -45,16 +45,16 @@ class Running:
     def expect_alive(self) -> None:
         """Raise Fault with its log if it has ended."""
         if self.process.poll() is not None:
-            raise Fault(f"{self.log.read_text()}the container ended with exit code {self.process.returncode}")
+            raise CheckFailed(f"{self.log.read_text()}the container ended with exit code {self.process.returncode}")
 
-    def stop(self, number: signal.Signals) -> int:
+    def stop(self, signal_number: signal.Signals) -> int:
         """Send a signal to process 1 of the container, and wait for its end; the exit code."""
         (child,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        os.kill(int(child), number)  # not `unshare`, whose child it is, and which would not pass it on
+        os.kill(int(child), signal_number)  # not `unshare`, whose child it is, and which would not pass it on
         try:
-            return self.process.wait(SECONDS)
+            return self.process.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
-            raise Fault(f"{self.log.read_text()}it still runs {SECONDS:g} s after the signal") from None
+            raise CheckFailed(f"{self.log.read_text()}it still runs {TIMEOUT_SECONDS:g} s after the signal") from None
 
 
 class Container:
@@ -63,51 +63,51 @@ class Container:
     def __init__(self, root: Path, config: Config, settings: Mapping[str, str]) -> None:
         self._root = root
         self._config = config
-        self._user, self._group = numbers(config.user)
-        self._bare = dict(each.split("=", 1) for each in config.env)
-        self._environ = {**self._bare, **settings}
+        self._user, self._group = parse_user(config.user)
+        self._image_environ = dict(each.split("=", 1) for each in config.env)
+        self._environ = {**self._image_environ, **settings}
 
-    def execute(self, *words: str, given: str = "", bare: bool = False) -> tuple[int, str]:
+    def execute(self, *words: str, stdin: str = "", without_settings: bool = False) -> tuple[int, str]:
         """Run another command in the container, bare of all settings or with them.
 
         Returns its exit code, and what it printed of either kind.
         """
         try:
             done = subprocess.run(
-                [*self._confined(), *words],
-                input=given,
-                env=self._bare if bare else self._environ,
+                [*self._confined_command(), *words],
+                input=stdin,
+                env=self._image_environ if without_settings else self._environ,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 check=False,
-                timeout=SECONDS,
+                timeout=TIMEOUT_SECONDS,
             )
         except subprocess.TimeoutExpired:
-            raise Fault(f"`{' '.join(words)}` did not end within {SECONDS:g} s") from None
+            raise CheckFailed(f"`{' '.join(words)}` did not end within {TIMEOUT_SECONDS:g} s") from None
         return done.returncode, done.stdout
 
-    def succeed(self, *words: str, given: str = "") -> str:
+    def check_output(self, *words: str, stdin: str = "") -> str:
         """Run another command in the container that has to succeed; what it printed."""
-        code, said = self.execute(*words, given=given)
+        code, said = self.execute(*words, stdin=stdin)
         expect(code == 0, f"{said}`{' '.join(words)}` ended with exit code {code}")
         return said
 
     @contextmanager
-    def running(self, log: Path) -> Iterator[Running]:
+    def start(self, log: Path) -> Iterator[RunningContainer]:
         """Start the image's own command, which is killed at the end if it has not ended."""
-        command = [*self._confined(), *self._config.entrypoint, *self._config.cmd]
+        command = [*self._confined_command(), *self._config.entrypoint, *self._config.cmd]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, env=self._environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         try:
-            yield Running(process, log)
+            yield RunningContainer(process, log)
         finally:
             process.kill()
             process.wait()
 
-    def _confined(self) -> list[str]:
+    def _confined_command(self) -> list[str]:
         setpriv, unshare = shutil.which("setpriv") or "setpriv", shutil.which("unshare") or "unshare"
         namespaces = ("--pid", "--fork", "--kill-child", "--mount-proc=/proc")
         place = ("--root", str(self._root), "--wd", self._config.working_dir or "/")

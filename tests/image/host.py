@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.image.report import Fault, expect
+from tests.image.report import CheckFailed, expect
 
 _PACKAGES = {
     "buildah": "buildah",
@@ -28,11 +28,11 @@ class Debian:
     mirror: str
 
 
-def called(command: Sequence[str]) -> str:
+def run_command(command: Sequence[str]) -> str:
     """What a command prints. Raises Fault with all that it said if it fails."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Fault(f"{done.stdout}{done.stderr}`{command[0]}` ended with exit code {done.returncode}")
+        raise CheckFailed(f"{done.stdout}{done.stderr}`{command[0]}` ended with exit code {done.returncode}")
     return done.stdout
 
 
@@ -44,11 +44,11 @@ def require_tools() -> None:
     expect(not missing, f"tools are missing: apt-get install --no-install-recommends --yes {wanted}")
 
 
-def debian() -> Debian:
+def detect_debian() -> Debian:
     """What apt has been told of this machine's release. Raises Fault if it is no Debian, or apt knows no packages."""
     expect(shutil.which("apt-get"), "this check needs Debian: there is no apt-get")
-    for line in called(["apt-get", "indextargets", "--format", _TARGET, "Identifier: Packages"]).splitlines():
+    for line in run_command(["apt-get", "indextargets", "--format", _TARGET, "Identifier: Packages"]).splitlines():
         origin, suite, component, mirror = line.split("\t")
         if (origin, component) == ("Debian", "main") and "-" not in suite:
             return Debian(suite, mirror)
-    raise Fault("apt knows of no Debian release: run apt-get update")
+    raise CheckFailed("apt knows of no Debian release: run apt-get update")

@@ -9,17 +9,17 @@ from contextlib import contextmanager
 
 import click
 
-_WORTH_TELLING_SECONDS = 1.0
+_MIN_SHOWN_SECONDS = 1.0
 
 
-class Fault(Exception):
+class CheckFailed(Exception):
     """A check has failed; the message says to a person what was found."""
 
 
-def expect(condition: object, otherwise: str) -> None:
+def expect(condition: object, message: str) -> None:
     """Raise Fault unless the condition holds."""
     if not condition:
-        raise Fault(otherwise)
+        raise CheckFailed(message)
 
 
 @contextmanager
@@ -32,10 +32,10 @@ def step(name: str) -> Iterator[list[str]]:
     began = time.monotonic()
     try:
         yield figures
-    except Fault as fault:
+    except CheckFailed as fault:
         click.echo(f"{fault}\nFAILED  {name}")
         sys.exit(1)
     took = time.monotonic() - began
-    if took >= _WORTH_TELLING_SECONDS:
+    if took >= _MIN_SHOWN_SECONDS:
         figures.append(f"{took:.0f} s")
     click.echo(f"ok      {name}: {', '.join(figures)}" if figures else f"ok      {name}")

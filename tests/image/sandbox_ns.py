@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.image.host import called
+from tests.image.host import run_command
 
 SECRETS = Path("/run/secrets")
 """Where a container finds its secrets, as files."""
@@ -22,7 +22,7 @@ _IFF_UP = 1
 _DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)}
 
 
-def enter(module: str, document: bytes) -> int:
+def run_in_namespaces(module: str, document: bytes) -> int:
     """Run a module of the check in a new cell, with a document as its standard input; the exit code.
 
     The cell ends with the check, and all that is in it with the cell, also where the check is killed.
@@ -39,14 +39,14 @@ def connect_loopback() -> None:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
 
 
-def furnish(tree: Path, root: Path, secrets: Mapping[str, str], user: int, group: int) -> None:
+def mount_rootfs(tree: Path, root: Path, secrets: Mapping[str, str], user: int, group: int) -> None:
     """Mount at `root`, an empty folder, what a container sees.
 
     That is the tree, which nobody can write to, devices, secrets and a scratch folder. The mounts are
     seen in this cell alone, and end with it: what is below `root` must not be cleared away from within.
     """
-    called(["mount", "--bind", str(tree), str(root)])
-    called(["mount", "--options", "remount,bind,ro,nosuid,nodev", str(root)])
+    run_command(["mount", "--bind", str(tree), str(root)])
+    run_command(["mount", "--options", "remount,bind,ro,nosuid,nodev", str(root)])
     _mount(root / "tmp", "mode=1777,noexec,nosuid,nodev,size=256m")
     _mount(root / "dev", "mode=755,noexec,nosuid,size=64k")
     for name, (major, minor) in _DEVICES.items():
@@ -60,8 +60,8 @@ def furnish(tree: Path, root: Path, secrets: Mapping[str, str], user: int, group
         (folder / name).write_text(secret)
         (folder / name).chmod(0o400)
         os.chown(folder / name, user, group)
-    called(["mount", "--options", "remount,bind,ro", str(root / "run")])
+    run_command(["mount", "--options", "remount,bind,ro", str(root / "run")])
 
 
 def _mount(place: Path, options: str) -> None:
-    called(["mount", "--types", "tmpfs", "--options", options, "tmpfs", str(place)])
+    run_command(["mount", "--types", "tmpfs", "--options", options, "tmpfs", str(place)])

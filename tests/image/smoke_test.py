@@ -22,24 +22,24 @@ from service import __version__
 from service.demo.run import JOBS
 from service.devstack import SANDBOX_USER_KEY
 from tests.image.buildah import Config
-from tests.image.container import Container, Running, numbers, until
-from tests.image.report import Fault, expect, step
-from tests.image.sandbox_ns import SECRETS, connect_loopback, furnish
-from tests.process.sandbox import sandbox
-from tests.support.valkey import free_port, running
+from tests.image.container import Container, RunningContainer, parse_user, wait_until
+from tests.image.report import CheckFailed, expect, step
+from tests.image.sandbox_ns import SECRETS, connect_loopback, mount_rootfs
+from tests.process.sandbox import run_sandbox
+from tests.support.valkey import find_free_port, run_valkey
 
 _TENANTS = "http://127.0.0.1:8080"
 _OPERATORS = "http://127.0.0.1:8081"
-_WHO = (
+_IDENTITY_PROGRAM = (
     "import os, pathlib; status = pathlib.Path('/proc/self/status').read_text();"
     "print(os.getuid(), os.getgid(), os.getgroups(), *(line.split()[1] for line in status.splitlines()"
     " if line.startswith(('CapEff', 'NoNewPrivs'))))"
 )
-_LOAD = "import service.cli.serve"
-_END_SECONDS = 10.0
+_IMPORT_PROGRAM = "import service.cli.serve"
+_STOP_SECONDS = 10.0
 
 
-class Exhibit(Struct):
+class SmokeTestInput(Struct):
     """What is tried.
 
     Attributes:
@@ -73,41 +73,43 @@ class _Line(Struct):
 
 def main() -> None:
     """Read an Exhibit from standard input and try it; exit code 1 at the first check that fails."""
-    exhibit = json.decode(sys.stdin.buffer.read(), type=Exhibit)
+    exhibit = json.decode(sys.stdin.buffer.read(), type=SmokeTestInput)
     with ExitStack() as opened:
         folder = Path(exhibit.folder)
         root = folder / "root"
         root.mkdir()
         with step("image: a cell without a network, a store and an upstream beside it"):
             connect_loopback()
-            furnish(Path(exhibit.tree), root, _secrets(), *numbers(exhibit.config.user))
-            store = opened.enter_context(running(port=free_port()))
-            upstream = opened.enter_context(sandbox())
+            mount_rootfs(Path(exhibit.tree), root, _secrets(), *parse_user(exhibit.config.user))
+            store = opened.enter_context(run_valkey(port=find_free_port()))
+            upstream = opened.enter_context(run_sandbox())
         container = Container(root, exhibit.config, _settings(store.port, upstream.url))
         with step("image: runs as its user, on a root that nobody can write to"):
             _expect_confined(container, root, exhibit.config)
         with step("image: loads bytecode alone"):
-            _expect_compiled(container)
+            _expect_bytecode(container)
         with step("image: says in plain words what is missing"):
-            _expect_plain_words(container)
+            _expect_clear_errors(container)
         with step("image: starts, and its health check tells"):
-            expect(_health(container, exhibit.config) == 1, "the health check does not fail without a gateway")
-            gateway = opened.enter_context(container.running(folder / "log"))
-            until(lambda: _ready(gateway), "readiness")
-            expect(_health(container, exhibit.config) == 0, f"{_log(gateway)}the health check fails")
-            expect(_get(f"{_TENANTS}/healthz") == 200, "the tenants' port has no /healthz")
+            expect(_run_healthcheck(container, exhibit.config) == 1, "the health check does not fail without a gateway")
+            gateway = opened.enter_context(container.start(folder / "log"))
+            wait_until(lambda: _is_ready(gateway), "readiness")
+            expect(_run_healthcheck(container, exhibit.config) == 0, f"{_read_log(gateway)}the health check fails")
+            expect(_get_status(f"{_TENANTS}/healthz") == 200, "the tenants' port has no /healthz")
         with step("image: does the main job") as figures:
             figures.append(f"{len(JOBS)} pictures")
-            _do_the_main_job(container, gateway, folder / "results")
+            _run_main_job(container, gateway, folder / "results")
         with step("image: leaves nothing behind"):
             left = [path.name for path in (root / "tmp").iterdir()]
             expect(not left, f"left in the scratch folder: {', '.join(left)}")
         with step("image: ends in good order when told to"), _idle_connection():
             began = time.monotonic()
             code = gateway.stop(signal.Signals[exhibit.config.stop_signal])
-            expect(code == 0, f"{_log(gateway)}it ended with exit code {code}")
-            expect(time.monotonic() - began < _END_SECONDS, f"{_log(gateway)}it took more than {_END_SECONDS:g} s")
-            _expect_calm(gateway)
+            expect(code == 0, f"{_read_log(gateway)}it ended with exit code {code}")
+            expect(
+                time.monotonic() - began < _STOP_SECONDS, f"{_read_log(gateway)}it took more than {_STOP_SECONDS:g} s"
+            )
+            _expect_clean_log(gateway)
 
 
 def _secrets() -> Mapping[str, str]:
@@ -129,8 +131,8 @@ def _settings(store: int, upstream: str) -> Mapping[str, str]:
 
 def _expect_confined(container: Container, root: Path, config: Config) -> None:
     """The confinement is what it claims to be: the other checks mean nothing otherwise."""
-    user, group = numbers(config.user)
-    seen = container.succeed("python", "-c", _WHO).split()
+    user, group = parse_user(config.user)
+    seen = container.check_output("python", "-c", _IDENTITY_PROGRAM).split()
     expected = [str(user), str(group), "[]", "0000000000000000", "1"]
     expect(seen == expected, f"user, group, groups, capabilities and no-new-privileges are {seen}, not {expected}")
     try:
@@ -138,70 +140,70 @@ def _expect_confined(container: Container, root: Path, config: Config) -> None:
     except OSError as error:
         expect(error.errno == errno.EROFS, f"the root can't be written to, but not for being read-only: {error}")
     else:
-        raise Fault("the root can be written to")
+        raise CheckFailed("the root can be written to")
 
 
-def _expect_compiled(container: Container) -> None:
+def _expect_bytecode(container: Container) -> None:
     """Where the root is read-only, a module without bytecode that fits is compiled at every start."""
-    said = container.succeed("python", "-v", "-c", _LOAD)
+    said = container.check_output("python", "-v", "-c", _IMPORT_PROGRAM)
     loaded = re.findall(r"^# code object from '?(/app/.*?)'?$", said, re.MULTILINE)
     compiled = [path for path in loaded if path.endswith(".py")]
     expect(loaded, "Python tells of no module that it loads")
     expect(not compiled, f"{len(compiled)} modules are compiled at the start, such as {compiled[:1]}")
 
 
-def _expect_plain_words(container: Container) -> None:
-    said = container.succeed("gateway", "--version").strip()
+def _expect_clear_errors(container: Container) -> None:
+    said = container.check_output("gateway", "--version").strip()
     expect(said.endswith(f" {__version__}"), f"its version is {said!r}, not {__version__}")
     for words, code, names in (
         (("serve",), 2, ("GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL", "GATEWAY_SECRET_KEYS", "GATEWAY_ADMIN_TOKEN")),
         (("sandbox",), 1, ("imaging-gateway[local]",)),
     ):
-        found, said = container.execute("gateway", *words, bare=True)
+        found, said = container.execute("gateway", *words, without_settings=True)
         plain = all(name in said for name in names) and "Traceback" not in said
         expect(found == code and plain, f"{said}`gateway {words[0]}` ended with exit code {found}, not in plain words")
 
 
-def _do_the_main_job(container: Container, gateway: Running, results: Path) -> None:
+def _run_main_job(container: Container, gateway: RunningContainer, results: Path) -> None:
     """Make an account, a tenant and a token with the image's own command, and let the demo spend them."""
-    container.succeed("gateway", "account", "set", "main", "--user-key-file", "-", given=SANDBOX_USER_KEY)
+    container.check_output("gateway", "account", "set", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY)
     limit = f"total:tasks={len(JOBS)}"
-    container.succeed("gateway", "tenant", "set", "shop", "--account", "main", "--limit", limit)
-    made = json.decode(container.succeed("gateway", "token", "create", "shop", "--json"), type=_Token)
+    container.check_output("gateway", "tenant", "set", "shop", "--account", "main", "--limit", limit)
+    made = json.decode(container.check_output("gateway", "token", "create", "shop", "--json"), type=_Token)
     own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
     # The demo judges the results by looking at them, for which it needs what the image does not have.
     demo = [sys.executable, "-m", "service", "demo", "--url", _TENANTS, "--token", made.token, "--folder", str(results)]
     done = subprocess.run(demo, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    expect(done.returncode == 0, f"{_log(gateway)}{done.stdout}the demo ended with exit code {done.returncode}")
-    quota = json.decode(container.succeed("gateway", "quota", "shop", "--json"), type=_Quota)
+    expect(done.returncode == 0, f"{_read_log(gateway)}{done.stdout}the demo ended with exit code {done.returncode}")
+    quota = json.decode(container.check_output("gateway", "quota", "shop", "--json"), type=_Quota)
     left = [policy.remaining for policy in quota.policies if policy.unit == "tasks"]
     expect(left == [0], f"of a limit of {len(JOBS)} tasks, {left} are left")
 
 
-def _expect_calm(gateway: Running) -> None:
+def _expect_clean_log(gateway: RunningContainer) -> None:
     """Each line of the log is JSON, and none complains."""
     for line in gateway.log.read_text().splitlines():
         try:
             said = json.decode(line, type=_Line)
         except MsgspecError:
-            raise Fault(f"{_log(gateway)}a line of the log is not JSON: {line}") from None
+            raise CheckFailed(f"{_read_log(gateway)}a line of the log is not JSON: {line}") from None
         expect(said.level in {"debug", "info"}, f"the log complains: {line}")
 
 
-def _health(container: Container, config: Config) -> int:
+def _run_healthcheck(container: Container, config: Config) -> int:
     words = config.healthcheck.test if config.healthcheck else []
     expect(words[:1] == ["CMD"], f"the health check must be in exec form, not {words}")
     return container.execute(*words[1:])[0]
 
 
-def _ready(gateway: Running) -> bool:
+def _is_ready(gateway: RunningContainer) -> bool:
     gateway.expect_alive()
     with suppress(httpx2.TransportError):
-        return _get(f"{_OPERATORS}/readyz") == 200
+        return _get_status(f"{_OPERATORS}/readyz") == 200
     return False
 
 
-def _get(url: str) -> int:
+def _get_status(url: str) -> int:
     return httpx2.get(url, trust_env=False).status_code
 
 
@@ -213,7 +215,7 @@ def _idle_connection() -> Iterator[None]:
         yield
 
 
-def _log(gateway: Running) -> str:
+def _read_log(gateway: RunningContainer) -> str:
     return gateway.log.read_text()
 
 

@@ -19,21 +19,21 @@ RATE_INTERVAL = "10s"
 """What Grafana would take for scrapes as frequent as here, and somewhat more for a machine that is busy."""
 
 _OPERATORS = {"MatchOp.Equal": "=", "MatchOp.NotEqual": "!=", "MatchOp.Re": "=~", "MatchOp.NotRe": "!~"}
-_CHOSEN = {"=", "=~"}
+_POSITIVE_OPERATORS = {"=", "=~"}
 
 
 class Query(NamedTuple):
     """A query, and where it stands. An `instant` one is shown as it is now, others over a time."""
 
-    place: str
+    location: str
     text: str
     instant: bool = False
 
 
-class Choice(NamedTuple):
+class VariableQuery(NamedTuple):
     """A variable of a dashboard: the values of a label of some series."""
 
-    place: str
+    location: str
     series: str
     label: str
 
@@ -43,49 +43,51 @@ class Rule(NamedTuple):
 
     name: str
     text: str
-    recorded: str | None
+    recorded_series: str | None
 
 
-def panels() -> list[Query]:
+def panel_queries() -> list[Query]:
     """The queries of all panels, with everything chosen that can be."""
     return [
-        Query(f"{board['title']}: {panel['title']} ({number})", filled(board, target["expr"]), target["instant"])
-        for board in _boards()
+        Query(
+            f"{board['title']}: {panel['title']} ({number})", fill_variables(board, target["expr"]), target["instant"]
+        )
+        for board in _load_dashboards()
         for panel in board["panels"]
         for number, target in enumerate(panel.get("targets", ()), 1)
     ]
 
 
-def choices() -> list[Choice]:
+def variable_queries() -> list[VariableQuery]:
     """The variables of all dashboards that are read from series."""
     found = []
-    for board in _boards():
+    for board in _load_dashboards():
         for variable in board["templating"]["list"]:
             if variable["type"] != "query":
                 continue
-            asked = re.fullmatch(r"label_values\((.+), (\w+)\)", filled(board, variable["query"]["query"]))
+            asked = re.fullmatch(r"label_values\((.+), (\w+)\)", fill_variables(board, variable["query"]["query"]))
             if asked is None:
                 raise AssertionError(variable)
-            found.append(Choice(f"{board['title']}: {variable['name']}", asked[1], asked[2]))
+            found.append(VariableQuery(f"{board['title']}: {variable['name']}", asked[1], asked[2]))
     return found
 
 
 def rules() -> list[Rule]:
     """All rules."""
     return [
-        _rule(rule)
+        _parse_rule(rule)
         for file in RULES
         for group in yaml.safe_load(file.read_text("utf-8")).get("groups", ())
         for rule in group["rules"]
     ]
 
 
-def texts() -> list[str]:
+def all_query_texts() -> list[str]:
     """The text of every query, wherever it stands."""
-    return [each.text for each in panels()] + [each.text for each in rules()]
+    return [each.text for each in panel_queries()] + [each.text for each in rules()]
 
 
-def filled(board: Mapping[str, Any], query: str) -> str:
+def fill_variables(board: Mapping[str, Any], query: str) -> str:
     """A query as Grafana sends it where all is chosen for each variable."""
     query = query.replace("$__rate_interval", RATE_INTERVAL)
     for variable in board["templating"]["list"]:
@@ -94,7 +96,7 @@ def filled(board: Mapping[str, Any], query: str) -> str:
     return query
 
 
-def arms(query: str) -> Iterator[str]:
+def split_or(query: str) -> Iterator[str]:
     """A query, and each side of every `or` in it: what stands in for something else would hide that it is missing."""
     yield query
     found: list[str] = []
@@ -107,7 +109,7 @@ def arms(query: str) -> Iterator[str]:
     yield from found
 
 
-def selectors(query: str) -> Iterator[str]:
+def list_selectors(query: str) -> Iterator[str]:
     """What a query selects, once for each of the values that it names for a label."""
     found: list[VectorSelector] = []
 
@@ -119,33 +121,33 @@ def selectors(query: str) -> Iterator[str]:
     for part in found:
         matchers = [(each.name, _OPERATORS[str(each.op)], each.value) for each in part.matchers.matchers]
         name = part.name or ""
-        yield _selector(name, matchers)
+        yield _format_selector(name, matchers)
         for place, (label, operator, value) in enumerate(matchers):
-            for each in alternatives(value) if operator in _CHOSEN else ():
-                yield _selector(name, [*matchers[:place], (label, operator, each), *matchers[place + 1 :]])
+            for each in expand_alternatives(value) if operator in _POSITIVE_OPERATORS else ():
+                yield _format_selector(name, [*matchers[:place], (label, operator, each), *matchers[place + 1 :]])
 
 
-def alternatives(pattern: str) -> list[str]:
+def expand_alternatives(pattern: str) -> list[str]:
     """What a regular expression lets one choose from, such as both of `a-.+` and `b-.+` for `(a|b)-.+`."""
     group = re.search(r"\(([^()]*)\)", pattern)
     if group is None:
         return pattern.split("|")
     before, after = pattern[: group.start()], pattern[group.end() :]
-    return [each for choice in group[1].split("|") for each in alternatives(before + choice + after)]
+    return [each for choice in group[1].split("|") for each in expand_alternatives(before + choice + after)]
 
 
-def _rule(rule: Mapping[str, Any]) -> Rule:
+def _parse_rule(rule: Mapping[str, Any]) -> Rule:
     if "alert" in rule:
         return Rule(rule["alert"], rule["expr"], None)
     labels: Mapping[str, str] = rule.get("labels", {})
-    recorded = _selector(rule["record"], [(name, "=", value) for name, value in labels.items()])
+    recorded = _format_selector(rule["record"], [(name, "=", value) for name, value in labels.items()])
     return Rule(recorded, rule["expr"], recorded)
 
 
-def _selector(name: str, matchers: list[tuple[str, str, str]]) -> str:
+def _format_selector(name: str, matchers: list[tuple[str, str, str]]) -> str:
     texts = (f"{label}{operator}{json.dumps(value)}" for label, operator, value in matchers)
     return f"{name}{{{', '.join(texts)}}}"
 
 
-def _boards() -> list[Any]:
+def _load_dashboards() -> list[Any]:
     return [json.loads(file.read_text("utf-8")) for file in DASHBOARDS]

@@ -18,9 +18,9 @@ import httpx2
 import yaml
 
 from tests.monitoring.queries import DEPLOY, RULES
-from tests.monitoring.tools import prometheus
-from tests.process.gateway import SECONDS, until
-from tests.support.valkey import free_port
+from tests.monitoring.tools import find_prometheus
+from tests.process.gateway import TIMEOUT_SECONDS, wait_until
+from tests.support.valkey import find_free_port
 
 NAMESPACE = "imaging"
 SCRAPE_SECONDS = 1
@@ -37,27 +37,27 @@ class Prometheus:
 
     url: str
     http: httpx2.Client
-    began: float
+    started_at: float
     targets: int
-    seen: float = 0
+    evaluated_at: float = 0
 
-    def then(self, query: str) -> list[Sample]:
+    def query_final(self, query: str) -> list[Sample]:
         """What a query answered at the last moment that matters."""
-        return self._at(self.seen, query)
+        return self._query_at(self.evaluated_at, query)
 
-    def value(self, query: str) -> float | None:
+    def query_value(self, query: str) -> float | None:
         """The one value that a query answers now, if any."""
-        found = self._at(time.time(), query)
+        found = self._query_at(time.time(), query)
         assert len(found) <= 1, found
         return float(found[0]["value"][1]) if found else None
 
-    def ever(self, query: str) -> list[float]:
+    def query_history(self, query: str) -> list[float]:
         """All that a query has answered at any second until then, but for what is not a number."""
-        found = self._get("query_range", query=query, start=self.began, end=self.seen, step=1)["result"]
+        found = self._get("query_range", query=query, start=self.started_at, end=self.evaluated_at, step=1)["result"]
         values = (float(value) for series in found for _, value in series["values"])
         return [value for value in values if not math.isnan(value)]
 
-    def values(self, label: str, series: str) -> list[str]:
+    def label_values(self, label: str, series: str) -> list[str]:
         """The values that a label of some series has."""
         return cast("list[str]", self._get(f"label/{label}/values", **{"match[]": series}))
 
@@ -65,25 +65,25 @@ class Prometheus:
         """All rules as they went when they were last evaluated."""
         return [rule for group in self._get("rules")["groups"] for rule in group["rules"]]
 
-    def scrape(self) -> None:
+    def wait_for_scrape(self) -> None:
         """Wait until all targets have told how they are after now."""
         since = time.time() + SCRAPE_SECONDS
         last = "min(timestamp(gateway_build_info)) and on () count(up == 1) == "
-        until(lambda: (self.value(f"{last}{self.targets}") or 0) > since, "a scrape of all targets")
+        wait_until(lambda: (self.query_value(f"{last}{self.targets}") or 0) > since, "a scrape of all targets")
 
-    def catch_up(self) -> None:
+    def wait_for_rules(self) -> None:
         """Wait until all is scraped, and every rule is evaluated on that: this is then the moment that matters."""
-        self.scrape()
+        self.wait_for_scrape()
         for _ in range(_LONGEST_CHAIN):
-            until(partial(self._evaluated, time.time()), "an evaluation of all rules")
-        self.scrape()
-        self.seen = time.time()
+            wait_until(partial(self._is_evaluated, time.time()), "an evaluation of all rules")
+        self.wait_for_scrape()
+        self.evaluated_at = time.time()
 
-    def _evaluated(self, since: float) -> bool:
+    def _is_evaluated(self, since: float) -> bool:
         groups = self._get("rules")["groups"]
         return all(datetime.fromisoformat(group["lastEvaluation"]).timestamp() > since for group in groups)
 
-    def _at(self, moment: float, query: str) -> list[Sample]:
+    def _query_at(self, moment: float, query: str) -> list[Sample]:
         return cast("list[Sample]", self._get("query", query=query, time=moment)["result"])
 
     def _get(self, path: str, **query: Any) -> Any:
@@ -94,28 +94,28 @@ class Prometheus:
 
 
 @contextmanager
-def running(folder: Path, targets: list[str]) -> Iterator[Prometheus]:
+def run_prometheus(folder: Path, targets: list[str]) -> Iterator[Prometheus]:
     """A server that scrapes these targets, as the shipped example has it set up."""
     folder.mkdir()
     for file in RULES:
-        (folder / file.name).write_text(hastened(file.read_text("utf-8")))
+        (folder / file.name).write_text(speed_up_rules(file.read_text("utf-8")))
     (folder / "prometheus.yaml").write_text(_configuration(targets))
-    address = f"127.0.0.1:{free_port()}"
-    command = [str(prometheus()), f"--config.file={folder / 'prometheus.yaml'}", f"--web.listen-address={address}"]
+    address = f"127.0.0.1:{find_free_port()}"
+    command = [str(find_prometheus()), f"--config.file={folder / 'prometheus.yaml'}", f"--web.listen-address={address}"]
     command += [f"--storage.tsdb.path={folder / 'data'}", "--log.level=warn"]
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        with httpx2.Client(timeout=SECONDS, trust_env=False) as http:
+        with httpx2.Client(timeout=TIMEOUT_SECONDS, trust_env=False) as http:
             found = Prometheus(f"http://{address}", http, time.time(), len(targets))
-            until(lambda: _answers(found, process, folder / "log.txt"), "the start of Prometheus")
+            wait_until(lambda: _is_ready(found, process, folder / "log.txt"), "the start of Prometheus")
             yield found
     finally:
         process.kill()
         process.wait()
 
 
-def hastened(rules: str) -> str:
+def speed_up_rules(rules: str) -> str:
     """Rules that do not wait: all are evaluated at once, and what is looked at hourly is so every few seconds."""
     return re.sub(r":1h\]", ":5s]", re.sub(r"^ +interval: \w+\n", "", rules, flags=re.MULTILINE))
 
@@ -129,7 +129,7 @@ def _configuration(targets: list[str]) -> str:
     return yaml.safe_dump(configuration)
 
 
-def _answers(server: Prometheus, process: subprocess.Popen[bytes], log: Path) -> bool:
+def _is_ready(server: Prometheus, process: subprocess.Popen[bytes], log: Path) -> bool:
     assert process.poll() is None, log.read_text()
     try:
         return server.http.get(f"{server.url}/-/ready").status_code == 200

@@ -14,35 +14,48 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from service.clients import artifacts, upstream
-from service.domain.ledger import Status
-from service.domain.tasks import Basis, Kind
+from service.domain.ledger import AccountStatus
+from service.domain.tasks import CostBasis, Kind
 from service.domain.tenants import Window
 from service.domain.webhooks import DeliveryState
-from service.telemetry.metrics import ENDS, POLICIES, LedgerOutcome, Port, Source, StoreError
-from service.usecases.ports import Answered, SubmitOutcome
-from tests.deploy.promql import names
-from tests.deploy.series import shared
-from tests.monitoring.conftest import SERIES, Seen
-from tests.monitoring.queries import texts
-from tests.monitoring.tools import promtool
-from tests.process.gateway import until
+from service.telemetry.metrics import FINAL_STATES, POLICIES, Port, ReadSource, RedisErrorKind, RedisOutcome
+from service.usecases.ports import CheckOutcome, SubmitOutcome
+from tests.deploy.promql import series_names
+from tests.deploy.series import ledger_series
+from tests.monitoring.conftest import SERIES, MonitoredSystem
+from tests.monitoring.queries import all_query_texts
+from tests.monitoring.tools import find_promtool
+from tests.process.gateway import wait_until
 
 OPENAPI = Path(__file__).parents[2] / "openapi"
-MOST_SERIES = 4_000
+MAX_SERIES = 4_000
 """For a score of tenants, eight accounts, and all that can happen."""
 
-FREE = {"le", "version", "python", "call", "generation", "implementation", "major", "minor", "patchlevel"}
+UNBOUNDED_LABELS = {
+    "le",
+    "version",
+    "python",
+    "command",
+    "generation",
+    "implementation",
+    "major",
+    "minor",
+    "patchlevel",
+}
 """Labels whose values are those of the code itself: buckets, versions and the names of scripts."""
 _OUTCOMES = {
     "gateway_submissions": frozenset(SubmitOutcome),
-    "gateway_upstream_requests": frozenset[str]({*SubmitOutcome, *Answered, *artifacts.Outcome}),
-    "gateway_upstream_request_duration_seconds": frozenset[str]({*SubmitOutcome, *Answered, *artifacts.Outcome}),
-    "gateway_ledger_calls": frozenset(LedgerOutcome),
+    "gateway_upstream_requests": frozenset[str]({*SubmitOutcome, *CheckOutcome, *artifacts.FetchOutcome}),
+    "gateway_upstream_request_duration_seconds": frozenset[str](
+        {*SubmitOutcome, *CheckOutcome, *artifacts.FetchOutcome}
+    ),
+    "gateway_redis_calls": frozenset(RedisOutcome),
+    "gateway_poll_checks": frozenset(CheckOutcome),
 }
 _STATES = {
-    "gateway_tasks_finished": frozenset(ENDS),
-    "gateway_task_duration_seconds": frozenset(ENDS),
-    "gateway_account_state": frozenset(Status),
+    "gateway_tasks_finished": frozenset(FINAL_STATES),
+    "gateway_task_duration_seconds": frozenset(FINAL_STATES),
+    "gateway_account_state": frozenset(AccountStatus),
     "gateway_webhook_attempts": frozenset(DeliveryState),
     "gateway_webhook_age_seconds": frozenset(DeliveryState) - {DeliveryState.PENDING},
     "gateway_upstream_connections": frozenset({"busy", "idle"}),
@@ -54,15 +67,14 @@ _VALUES = {
     "policy": frozenset(POLICIES),
     "unit": frozenset({"tasks", "yuan", "active"}),
     "window": frozenset(Window),
-    "basis": frozenset(Basis),
-    "answer": frozenset(Answered),
-    "source": frozenset(Source),
-    "error": frozenset(StoreError),
-    "operation": frozenset[str]({*upstream.Operation, *artifacts.Operation}),
+    "basis": frozenset(CostBasis),
+    "source": frozenset(ReadSource),
+    "error": frozenset(RedisErrorKind),
+    "operation": frozenset[str]({*upstream.UpstreamOperation, *artifacts.ArtifactOperation}),
 }
-NEVER: Mapping[tuple[str, str, str], str] = {
-    ("gateway_ledger_calls", "outcome", "fault"): "it would be a fault of a script",
-    ("gateway_ledger_calls", "outcome", "given-up"): "it takes a caller that leaves within a millisecond",
+UNREACHED_VALUES: Mapping[tuple[str, str, str], str] = {
+    ("gateway_redis_calls", "outcome", "fault"): "it would be a fault of a script",
+    ("gateway_redis_calls", "outcome", "abandoned"): "it takes a caller that leaves within a millisecond",
     ("gateway_redis_errors", "error", "cluster"): "the store is no cluster",
     ("gateway_redis_errors", "error", "readonly"): "the store has no replica to be made one of",
     ("gateway_redis_errors", "error", "timeout"): "it takes a store that is silent for seconds",
@@ -72,19 +84,19 @@ NEVER: Mapping[tuple[str, str, str], str] = {
     ("gateway_upstream_requests", "outcome", "stopped"): "it takes a result that no buffer can hold",
 }
 """What the traffic does not bring about: a family, a label, its value, and why."""
-UNUSED: Mapping[str, str] = {}
+UNUSED_METRICS: Mapping[str, str] = {}
 """Families that no panel and no rule asks for, and why they are exported."""
 
 
 @pytest.fixture(scope="session")
-def scrapes(seen: Seen, pytestconfig: pytest.Config) -> Sequence[str]:
+def scrapes(seen: MonitoredSystem, pytestconfig: pytest.Config) -> Sequence[str]:
     """What both export in the end."""
-    found = seen.plant.scrapes()
-    pytestconfig.stash[SERIES] = [len(list(samples(each))) for each in found]
+    found = seen.gateway.scrape_all()
+    pytestconfig.stash[SERIES] = [len(list(parse_samples(each))) for each in found]
     return found
 
 
-def samples(scrape: str) -> Iterator[tuple[str, Sample]]:
+def parse_samples(scrape: str) -> Iterator[tuple[str, Sample]]:
     """All samples of a scrape, each with the name of its family."""
     for family in text_string_to_metric_families(scrape):
         for sample in family.samples:
@@ -95,7 +107,7 @@ def test_promtool_has_nothing_to_criticise(scrapes: Sequence[str]) -> None:
     """The names, types and texts of help are as Prometheus wants them."""
     for scrape in scrapes:
         done = subprocess.run(
-            [promtool(), "check", "metrics"], input=scrape, capture_output=True, text=True, check=False
+            [find_promtool(), "check", "metrics"], input=scrape, capture_output=True, text=True, check=False
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -103,27 +115,28 @@ def test_promtool_has_nothing_to_criticise(scrapes: Sequence[str]) -> None:
 def test_each_series_once(scrapes: Sequence[str]) -> None:
     """No series is told twice in a scrape, and there are not too many."""
     for scrape in scrapes:
-        told = Counter((sample.name, tuple(sorted(sample.labels.items()))) for _, sample in samples(scrape))
+        told = Counter((sample.name, tuple(sorted(sample.labels.items()))) for _, sample in parse_samples(scrape))
         assert max(told.values()) == 1
-        assert len(told) < MOST_SERIES
+        assert len(told) < MAX_SERIES
 
 
-def test_values_of_labels(seen: Seen, scrapes: Sequence[str]) -> None:
+def test_values_of_labels(seen: MonitoredSystem, scrapes: Sequence[str]) -> None:
     """Labels have only values that are known beforehand, or that operators have made."""
     known = _VALUES | {
         "status": frozenset(map(str, range(200, 600))),
         "route": _routes(),
-        "upstream": frozenset({seen.plant.upstream.url, seen.plant.nowhere}),
-        "tenant": frozenset({*seen.plant.tokens, "demo"}),
-        "account": frozenset(each["name"] for each in seen.plant.admin("GET", "/accounts")["items"]),
+        "upstream": frozenset({seen.gateway.upstream.url, seen.gateway.unreachable_url}),
+        "tenant": frozenset({*seen.gateway.tokens, "demo"}),
+        "account": frozenset(each["name"] for each in seen.gateway.call_admin("GET", "/accounts")["items"]),
     }
     by_family = {"outcome": _OUTCOMES, "state": _STATES}
     strange = {
         (family, label, value)
         for scrape in scrapes
-        for family, sample in samples(scrape)
+        for family, sample in parse_samples(scrape)
         for label, value in sample.labels.items()
-        if label not in FREE and value not in (by_family[label][family] if label in by_family else known[label])
+        if label not in UNBOUNDED_LABELS
+        and value not in (by_family[label][family] if label in by_family else known[label])
     }
     assert strange == set()
 
@@ -138,48 +151,53 @@ def _routes() -> frozenset[str]:
 def test_everything_happened(scrapes: Sequence[str]) -> None:
     """Each way that things can go was gone at least once, so that it is known to be counted."""
     counted: Counter[tuple[str, str, str]] = Counter()
-    for family, sample in (each for scrape in scrapes for each in samples(scrape)):
+    for family, sample in (each for scrape in scrapes for each in parse_samples(scrape)):
         if sample.name == f"{family}_total" and family.startswith("gateway_"):
             counted[family, "", ""] += int(sample.value > 0)
             for label in sample.labels.keys() & (_VALUES.keys() | {"outcome", "state"}) - {"method"}:
                 counted[family, label, sample.labels[label]] += int(sample.value > 0)
-    assert {each for each, times in counted.items() if not times} == NEVER.keys()
+    assert {each for each, times in counted.items() if not times} == UNREACHED_VALUES.keys()
 
 
 def test_none_is_dead(scrapes: Sequence[str]) -> None:
     """Each family is on a panel or in a rule."""
-    asked = {name for text in texts() for name in names(text)}
+    asked = {name for text in all_query_texts() for name in series_names(text)}
     asked |= {re.sub("_(total|bucket|sum|count)$", "", name) for name in asked}
-    there = {family for scrape in scrapes for family, _ in samples(scrape) if family.startswith("gateway_")}
-    assert there - asked == UNUSED.keys()
+    there = {family for scrape in scrapes for family, _ in parse_samples(scrape) if family.startswith("gateway_")}
+    assert there - asked == UNUSED_METRICS.keys()
 
 
-def test_what_is_read_from_the_ledger_is_the_same(seen: Seen) -> None:
+def test_what_is_read_from_the_ledger_is_the_same(seen: MonitoredSystem) -> None:
     """Both processes tell the same of the ledger, whichever of them did the work."""
 
     def read(scrape: str) -> Mapping[tuple[str, str], float]:
-        return {(each.name, str(each.labels)): each.value for _, each in samples(scrape) if each.name in shared()}
+        return {
+            (each.name, str(each.labels)): each.value
+            for _, each in parse_samples(scrape)
+            if each.name in ledger_series()
+        }
 
     def agree() -> bool:
-        one, other = map(read, seen.plant.scrapes())
-        return one == other and len({name for name, _ in one}) == len(shared())
+        one, other = map(read, seen.gateway.scrape_all())
+        return one == other and len({name for name, _ in one}) == len(ledger_series())
 
-    until(agree, "agreement of both processes")
+    wait_until(agree, "agreement of both processes")
 
 
-def test_what_each_counts_adds_up(seen: Seen) -> None:
+def test_what_each_counts_adds_up(seen: MonitoredSystem) -> None:
     """The tasks that both processes have counted are, added up, those that there are."""
 
     def add_up() -> bool:
-        tasks = seen.plant.call("steady", "GET", "/v1/tasks?limit=100").json()
+        tasks = seen.gateway.call("steady", "GET", "/v1/tasks?limit=100").json()
         assert tasks["next_cursor"] is None
         states = Counter(each["state"] for each in tasks["items"])
         counted = {
-            state: seen.plant.counted("gateway_tasks_finished_total", tenant="steady", state=state) for state in ENDS
+            state: seen.gateway.sum_samples("gateway_tasks_finished_total", tenant="steady", state=state)
+            for state in FINAL_STATES
         }
-        submitted = seen.plant.counted("gateway_tasks_submitted_total", tenant="steady")
-        return submitted == states.total() and counted == {state: states[state] for state in ENDS}
+        submitted = seen.gateway.sum_samples("gateway_tasks_submitted_total", tenant="steady")
+        return submitted == states.total() and counted == {state: states[state] for state in FINAL_STATES}
 
-    until(add_up, "agreement of what is counted with what there is")
-    total = seen.prometheus.value('sum(gateway_tasks_submitted_total{tenant="steady"})')
-    assert total == seen.plant.counted("gateway_tasks_submitted_total", tenant="steady")
+    wait_until(add_up, "agreement of what is counted with what there is")
+    total = seen.prometheus.query_value('sum(gateway_tasks_submitted_total{tenant="steady"})')
+    assert total == seen.gateway.sum_samples("gateway_tasks_submitted_total", tenant="steady")

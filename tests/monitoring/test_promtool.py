@@ -8,27 +8,27 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.rules import CASES, FILES, FOLDER
-from tests.monitoring.tools import promtool
+from tests.monitoring.tools import find_promtool
 
 
-def check(*arguments: str | Path) -> None:
+def run_promtool(*arguments: str | Path) -> None:
     """Have promtool check something, and fail with all that it says."""
-    done = subprocess.run([promtool(), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([find_promtool(), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_rules(file: Path) -> None:
     """Prometheus takes each file of rules, and finds nothing to criticise."""
-    check("check", "rules", "--lint=all", "--lint-fatal", file)
+    run_promtool("check", "rules", "--lint=all", "--lint-fatal", file)
 
 
 def test_config() -> None:
     """Prometheus takes the example of its configuration, with all the rules that it names."""
-    check("check", "config", "--lint=all", "--lint-fatal", FOLDER / "prometheus.yaml")
+    run_promtool("check", "config", "--lint=all", "--lint-fatal", FOLDER / "prometheus.yaml")
 
 
 @pytest.mark.parametrize("file", CASES, ids=lambda file: file.name)
 def test_cases(file: Path) -> None:
     """Each alert fires when it must, says what it must, and is quiet when it must be."""
-    check("test", "rules", file)
+    run_promtool("test", "rules", file)

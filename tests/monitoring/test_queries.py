@@ -6,41 +6,51 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.monitoring.conftest import Seen
-from tests.monitoring.queries import Choice, Query, Rule, arms, choices, panels, rules, selectors, texts
+from tests.monitoring.conftest import MonitoredSystem
+from tests.monitoring.queries import (
+    Query,
+    Rule,
+    VariableQuery,
+    all_query_texts,
+    list_selectors,
+    panel_queries,
+    rules,
+    split_or,
+    variable_queries,
+)
 
-SILENT: Mapping[str, str] = {}
+EMPTY_QUERIES: Mapping[str, str] = {}
 """Queries that may have no answer though all is well, and why."""
 
 
-@pytest.mark.parametrize("query", panels(), ids=lambda query: query.place)
-def test_panel(seen: Seen, query: Query) -> None:
+@pytest.mark.parametrize("query", panel_queries(), ids=lambda query: query.place)
+def test_panel(seen: MonitoredSystem, query: Query) -> None:
     """A panel shows something, and so does each part of it that another one stands in for."""
-    for part in arms(query.text):
-        answer = seen.prometheus.then(part) if query.instant else seen.prometheus.ever(part)
-        assert answer or part in SILENT, part
+    for part in split_or(query.text):
+        answer = seen.prometheus.query_final(part) if query.instant else seen.prometheus.query_history(part)
+        assert answer or part in EMPTY_QUERIES, part
 
 
-@pytest.mark.parametrize("query", sorted(set(texts())), ids=lambda text: text[:100])
-def test_names(seen: Seen, query: str) -> None:
+@pytest.mark.parametrize("query", sorted(set(all_query_texts())), ids=lambda text: text[:100])
+def test_names(seen: MonitoredSystem, query: str) -> None:
     """Each series that is asked for is there, with every value of a label that is named."""
-    for each in selectors(query):
-        assert seen.prometheus.ever(f"count({each})") or each in SILENT, each
+    for each in list_selectors(query):
+        assert seen.prometheus.query_history(f"count({each})") or each in EMPTY_QUERIES, each
 
 
-@pytest.mark.parametrize("choice", choices(), ids=lambda choice: choice.place)
-def test_choice(seen: Seen, choice: Choice) -> None:
+@pytest.mark.parametrize("choice", variable_queries(), ids=lambda choice: choice.place)
+def test_choice(seen: MonitoredSystem, choice: VariableQuery) -> None:
     """A variable of a dashboard gives something to choose from."""
-    assert seen.prometheus.values(choice.label, choice.series)
+    assert seen.prometheus.label_values(choice.label, choice.series)
 
 
-@pytest.mark.parametrize("rule", [each for each in rules() if each.recorded], ids=lambda rule: rule.name)
-def test_record(seen: Seen, rule: Rule) -> None:
+@pytest.mark.parametrize("rule", [each for each in rules() if each.recorded_series], ids=lambda rule: rule.name)
+def test_record(seen: MonitoredSystem, rule: Rule) -> None:
     """What a rule records is there."""
-    assert seen.prometheus.ever(str(rule.recorded))
+    assert seen.prometheus.query_history(str(rule.recorded_series))
 
 
-def test_rules_are_evaluated(seen: Seen) -> None:
+def test_rules_are_evaluated(seen: MonitoredSystem) -> None:
     """No rule has failed on what two replicas tell, and none is missing."""
     found = seen.prometheus.rules()
     assert {each["name"]: each["lastError"] for each in found if each["health"] != "ok"} == {}
@@ -49,6 +59,6 @@ def test_rules_are_evaluated(seen: Seen) -> None:
 
 def test_silent_ones_are_asked() -> None:
     """No excuse is kept for what nobody asks."""
-    asked = {part for query in panels() for part in arms(query.text)}
-    asked |= {each for text in texts() for each in selectors(text)}
-    assert SILENT.keys() <= asked
+    asked = {part for query in panel_queries() for part in split_or(query.text)}
+    asked |= {each for text in all_query_texts() for each in list_selectors(text)}
+    assert EMPTY_QUERIES.keys() <= asked

@@ -7,17 +7,17 @@ import shutil
 from pathlib import Path
 
 
-def promtool() -> Path:
+def find_promtool() -> Path:
     """What checks configuration and rules. Raises FileNotFoundError that says how to install it."""
-    return _found("promtool")
+    return _find_program("promtool")
 
 
-def prometheus() -> Path:
+def find_prometheus() -> Path:
     """The server. Raises FileNotFoundError that says how to install it."""
-    return _found("prometheus")
+    return _find_program("prometheus")
 
 
-def _found(name: str) -> Path:
+def _find_program(name: str) -> Path:
     """A program, at the place that the variable of its name in capitals says, else on the path."""
     found = shutil.which(os.environ.get(name.upper(), name))
     if found is None:

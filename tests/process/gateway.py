@@ -16,32 +16,32 @@ from pathlib import Path
 
 import httpx2
 
-from tests.support.valkey import free_port
+from tests.support.valkey import find_free_port
 
-SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 
 
-def command(*words: str) -> list[str]:
+def gateway_command(*words: str) -> list[str]:
     """A command line of `gateway`, whose time can be set."""
     return [sys.executable, "-m", "tests.support.server_time", *words]
 
 
-def environment(folder: Path, **settings: str) -> dict[str, str]:
+def gateway_environment(folder: Path, **settings: str) -> dict[str, str]:
     """The environment of a gateway with its data in a folder, on free ports, and with none of our own settings."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-    ports = {f"GATEWAY_{name}": str(free_port()) for name in ("PORT", "OPS_PORT", "SANDBOX_PORT")}
+    ports = {f"GATEWAY_{name}": str(find_free_port()) for name in ("PORT", "OPS_PORT", "SANDBOX_PORT")}
     return own | ports | {"GATEWAY_DATA_DIR": str(folder)} | settings
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Wait for a condition."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come about"
         time.sleep(0.01)
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process runs (and is no zombie)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
@@ -50,15 +50,15 @@ def alive(pid: int) -> bool:
 
 
 @dataclass
-class Gateway:
+class GatewayProcess:
     """A `gateway serve` that was started."""
 
     process: subprocess.Popen[bytes]
     environ: Mapping[str, str]
-    out: Path
-    log: Path
+    stdout_path: Path
+    log_path: Path
     token: str = ""
-    children: list[int] = field(default_factory=list)
+    child_pids: list[int] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -68,27 +68,27 @@ class Gateway:
     def ops_url(self) -> str:
         return f"http://127.0.0.1:{self.environ['GATEWAY_OPS_PORT']}"
 
-    def ready(self) -> None:
+    def wait_ready(self) -> None:
         """Wait until it takes requests, and in development until it has said how to try it."""
-        until(self._is_ready, "readiness")
-        found = re.search(r"token: (igw_\w+)", self.out.read_text())
+        wait_until(self._is_ready, "readiness")
+        found = re.search(r"token: (igw_\w+)", self.stdout_path.read_text())
         self.token = found[1] if found else ""
         listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        self.children = [int(pid) for pid in listed.split()]
+        self.child_pids = [int(pid) for pid in listed.split()]
 
     def _is_ready(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()
+        assert self.process.poll() is None, self.log_path.read_text()
         try:
             if httpx2.get(f"{self.ops_url}/readyz").status_code != 200:
                 return False
         except httpx2.TransportError:
             return False
         introduces = "GATEWAY_ENV" not in self.environ and self.environ.get("GATEWAY_ROLE") != "worker"
-        return not introduces or "Ctrl-C ends it." in self.out.read_text()
+        return not introduces or "Ctrl-C ends it." in self.stdout_path.read_text()
 
-    def tried(self) -> httpx2.Response:
+    def run_curl_example(self) -> httpx2.Response:
         """Send what the printed `curl` line would."""
-        (line,) = re.findall(r"^ +(curl .*)$", self.out.read_text(), re.MULTILINE)
+        (line,) = re.findall(r"^ +(curl .*)$", self.stdout_path.read_text(), re.MULTILINE)
         words = shlex.split(line)
         header = words[words.index("-H") + 1].split(": ", 1)
         fields = dict(words[index + 1].split("=", 1) for index, word in enumerate(words) if word == "-F")
@@ -100,7 +100,7 @@ class Gateway:
         headers = {"Authorization": f"Bearer {self.token}"}
         return httpx2.request(method, self.url + path, headers=headers, timeout=30, **more)  # type: ignore[arg-type]
 
-    def finished(self, path: str) -> dict[str, object]:
+    def wait_finished(self, path: str) -> dict[str, object]:
         """Wait until a task has ended."""
         found: dict[str, object] = {}
 
@@ -108,42 +108,42 @@ class Gateway:
             found.update(self.call("GET", path).json())
             return found.get("state") in {"succeeded", "failed"}
 
-        until(ended, "the end of the task")
+        wait_until(ended, "the end of the task")
         return found
 
-    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send it a signal and wait for it; its exit code."""
         self.process.send_signal(number)
-        return self.process.wait(SECONDS)
+        return self.process.wait(TIMEOUT_SECONDS)
 
 
 @contextmanager
-def serving(folder: Path, words: Sequence[str] = (), **settings: str) -> Iterator[Gateway]:
+def run_gateway(folder: Path, words: Sequence[str] = (), **settings: str) -> Iterator[GatewayProcess]:
     """A gateway that has started; ended, whatever became of it."""
-    with started(folder, words, **settings) as gateway:
-        gateway.ready()
+    with start_gateway(folder, words, **settings) as gateway:
+        gateway.wait_ready()
         yield gateway
 
 
 @contextmanager
-def started(folder: Path, words: Sequence[str] = (), **settings: str) -> Iterator[Gateway]:
+def start_gateway(folder: Path, words: Sequence[str] = (), **settings: str) -> Iterator[GatewayProcess]:
     """A gateway that has not started yet, by the command line of `words` if they are given."""
     folder.mkdir(exist_ok=True, parents=True)
-    environ = environment(folder, **settings)
+    environ = gateway_environment(folder, **settings)
     out, log = folder / "out.txt", folder / "log.txt"
     with out.open("wb") as output, log.open("wb") as errors:
         process = subprocess.Popen(
-            words or command("serve"), env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=errors
+            words or gateway_command("serve"), env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=errors
         )
-    gateway = Gateway(process, environ, out, log)
+    gateway = GatewayProcess(process, environ, out, log)
     try:
         yield gateway
     finally:
         if process.poll() is None:
             process.terminate()
         try:
-            process.wait(SECONDS)
+            process.wait(TIMEOUT_SECONDS)
         finally:
             process.kill()  # one that does not end when it is told to fails its test, and is not left behind
             process.wait()
-        until(lambda: not any(alive(pid) for pid in gateway.children), "the end of its children")
+        wait_until(lambda: not any(is_alive(pid) for pid in gateway.child_pids), "the end of its children")

@@ -15,29 +15,29 @@ import httpx2
 from redis import Redis
 
 from service.devstack import SANDBOX_USER_KEY
-from tests.process.gateway import SECONDS, command
+from tests.process.gateway import TIMEOUT_SECONDS, gateway_command
 from tests.support.valkey import Valkey
 
 ADMIN_TOKEN = "an-admin-token-of-forty-characters-or-so"
 
 
 @dataclass(frozen=True)
-class Sandbox:
+class SandboxProcess:
     """An upstream, and what a test can ask of it."""
 
     url: str
 
-    def dial(self, *faults: dict[str, Any], seconds: float = 0) -> None:
+    def set_faults(self, *faults: dict[str, Any], seconds: float = 0) -> None:
         """Replace all faults, and how long tasks take from now on."""
         body = {"seconds": seconds, "faults": faults}
         httpx2.put(f"{self.url}/_control/dials", json=body).raise_for_status()
 
-    def count(self, operation: str, outcome: str | None = None) -> int:
+    def count_requests(self, operation: str, outcome: str | None = None) -> int:
         """How many submits or checks arrived, or of how many it has made this."""
         found = httpx2.get(f"{self.url}/_control/requests").json()
         return sum(each["operation"] == operation and outcome in {None, each["outcome"]} for each in found)
 
-    def shared(self, store: Valkey) -> dict[str, str]:
+    def gateway_settings(self, store: Valkey) -> dict[str, str]:
         """Settings of gateways that share this upstream and a place of their own in a store."""
         return {
             "GATEWAY_REDIS_URL": store.url,
@@ -51,26 +51,28 @@ class Sandbox:
 
 
 @contextmanager
-def sandbox() -> Iterator[Sandbox]:
+def run_sandbox() -> Iterator[SandboxProcess]:
     """A sandbox that listens, and whose tasks take no time; it has to end well when it is told to."""
-    process = subprocess.Popen(command("sandbox", "--port", "0"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        gateway_command("sandbox", "--port", "0"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
     if process.stdout is None:
         raise AssertionError
     with process.stdout as output:
         try:
-            found = Sandbox(output.readline().decode().strip())
-            found.dial()
+            found = SandboxProcess(output.readline().decode().strip())
+            found.set_faults()
             yield found
         finally:
             process.terminate()
-            ended = process.wait(SECONDS)
+            ended = process.wait(TIMEOUT_SECONDS)
     assert ended == 0
 
 
-def advance(store: Valkey, prefix: str, seconds: float) -> None:
+def advance_clock(store: Valkey, prefix: str, seconds: float) -> None:
     """Let time pass for the ledger of a prefix, whose clock stands still from then on."""
     key = f"{{{prefix}}}:clock:server"
-    with Redis(unix_socket_path=str(store.path)) as client:
+    with Redis(unix_socket_path=str(store.socket_path)) as client:
         seen = client.get(key)
         now = int(seen) if isinstance(seen, bytes) else int(time.time() * 1000)
         client.set(key, now + int(seconds * 1000))

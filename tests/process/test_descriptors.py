@@ -7,38 +7,43 @@ from pathlib import Path
 
 import httpx2
 
-from service.clients.http import THRESHOLD
-from tests.process.gateway import serving
-from tests.process.sandbox import sandbox
-from tests.support.descriptors import no_descriptors
-from tests.support.images import png
+from service.clients.http import BREAKER_THRESHOLD
+from tests.process.gateway import run_gateway
+from tests.process.sandbox import run_sandbox
+from tests.support.descriptors import exhaust_descriptors
+from tests.support.images import make_png
 from tests.support.valkey import Valkey
 
-AT_ONCE = 8
+CONCURRENT_REQUESTS = 8
 
 
 def test_submissions(tmp_path: Path, valkey: Valkey) -> None:
     """What can't be sent for want of a descriptor costs nothing, frees its key, and is sent as soon as there is one."""
-    with sandbox() as upstream, serving(tmp_path, **upstream.shared(valkey)) as gateway:
+    with run_sandbox() as upstream, run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway:
         headers = {"Authorization": f"Bearer {gateway.environ['GATEWAY_ADMIN_TOKEN']}"}
         policy = {"accounts": ["demo"], "limits": [{"window": "total", "tasks": 100}]}
         httpx2.put(f"{gateway.ops_url}/admin/v1/tenants/demo", json=policy, headers=headers).raise_for_status()
-        with ThreadPoolExecutor(AT_ONCE) as threads, httpx2.Client(base_url=gateway.url, timeout=30) as client:
+        with (
+            ThreadPoolExecutor(CONCURRENT_REQUESTS) as threads,
+            httpx2.Client(base_url=gateway.url, timeout=30) as client,
+        ):
             client.headers = {"Authorization": f"Bearer {gateway.token}"}
 
             def submit() -> httpx2.Response:
                 key = {"Idempotency-Key": '"the-same"'}
-                return client.post("/v1/tasks/face-enhance", files={"image": ("image.png", png())}, headers=key)
+                return client.post("/v1/tasks/face-enhance", files={"image": ("image.png", make_png())}, headers=key)
 
-            assert gateway.tried().status_code == 201  # so that the scripts are loaded
-            list(threads.map(lambda _: gateway.call("GET", "/v1/quota"), range(AT_ONCE)))  # connections to the store
+            assert gateway.run_curl_example().status_code == 201  # so that the scripts are loaded
+            list(
+                threads.map(lambda _: gateway.call("GET", "/v1/quota"), range(CONCURRENT_REQUESTS))
+            )  # connections to the store
             client.get("/v1/quota").raise_for_status()
-            with no_descriptors(gateway.process.pid):
-                refused = [submit() for _ in range(THRESHOLD + 1)]
+            with exhaust_descriptors(gateway.process.pid):
+                refused = [submit() for _ in range(BREAKER_THRESHOLD + 1)]
             assert {(each.status_code, each.json()["code"]) for each in refused} == {(503, "upstream-unavailable")}
             assert all("retry-after" in each.headers for each in refused)
             (tasks,) = client.get("/v1/quota").json()["policies"]
             assert (tasks["used"], tasks["reserved"]) == (1, 0)
             accepted = submit()
             assert (accepted.status_code, "idempotent-replayed" in accepted.headers) == (201, False)
-            assert upstream.count("submit") == 2
+            assert upstream.count_requests("submit") == 2

@@ -16,18 +16,18 @@ import pytest
 from redis import Redis
 
 from service.storage.redis import Keys
-from tests.process.gateway import Gateway, alive, environment, serving, started, until
-from tests.process.sandbox import Sandbox, advance, sandbox
-from tests.support.valkey import Valkey, free_port, running
+from tests.process.gateway import GatewayProcess, gateway_environment, is_alive, run_gateway, start_gateway, wait_until
+from tests.process.sandbox import SandboxProcess, advance_clock, run_sandbox
+from tests.support.valkey import Valkey, find_free_port, run_valkey
 
-IMPATIENT = """
+SHORT_LOCK_PROGRAM = """
 from service.cli import main
 from service import devstack
 devstack._LOCK_SECONDS = 0.1
 main(["serve"])
 """
 
-HURRIED = """
+SHORT_SHUTDOWN_PROGRAM = """
 from importlib import import_module
 from service.cli import main
 import_module("service.cli.serve")._OVERTIME_SECONDS = 1 - 2 * 90
@@ -36,13 +36,13 @@ main(["serve"])
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Iterator[Sandbox]:
+def upstream() -> Iterator[SandboxProcess]:
     """An upstream for all tests of this module."""
-    with sandbox() as found:
+    with run_sandbox() as found:
         yield found
 
 
-def refuses(url: str) -> bool:
+def is_closed(url: str) -> bool:
     """Whether nobody listens there any more; who comes in the very moment of the close is cut off instead."""
     try:
         httpx2.get(f"{url}/healthz")
@@ -51,194 +51,196 @@ def refuses(url: str) -> bool:
     return False
 
 
-def used(gateway: Gateway) -> tuple[int, int, int]:
+def read_usage(gateway: GatewayProcess) -> tuple[int, int, int]:
     """What the demo tenant has used, holds and has active, where its policies are those of `limited`."""
     tasks, active = gateway.call("GET", "/v1/quota").json()["policies"]
     return tasks["used"], tasks["reserved"], active["used"]
 
 
-def test_what_was_begun_is_finished(tmp_path: Path, valkey: Valkey, upstream: Sandbox) -> None:
+def test_what_was_begun_is_finished(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     """A gateway that is told to end takes nothing new, says so to operators, and answers what it was sent before."""
-    with serving(tmp_path, **upstream.shared(valkey)) as gateway, ThreadPoolExecutor() as threads:
-        before = upstream.count("submit")
-        upstream.dial({"on": "submit", "times": 1, "latency": 1.2})
-        submitting = threads.submit(gateway.tried)
-        until(lambda: upstream.count("submit") > before, "the submit")
+    with run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway, ThreadPoolExecutor() as threads:
+        before = upstream.count_requests("submit")
+        upstream.set_faults({"on": "submit", "times": 1, "latency": 1.2})
+        submitting = threads.submit(gateway.run_curl_example)
+        wait_until(lambda: upstream.count_requests("submit") > before, "the submit")
         gateway.process.send_signal(signal.SIGTERM)
-        until(lambda: httpx2.get(f"{gateway.ops_url}/readyz").status_code == 503, "the draining")
-        until(lambda: refuses(gateway.url), "the end of listening")
+        wait_until(lambda: httpx2.get(f"{gateway.ops_url}/readyz").status_code == 503, "the draining")
+        wait_until(lambda: is_closed(gateway.url), "the end of listening")
         assert submitting.result().status_code == 201
         assert gateway.process.wait(30) == 0
-    assert "Traceback" not in gateway.log.read_text()
+    assert "Traceback" not in gateway.log_path.read_text()
 
 
-def test_second_signal(tmp_path: Path, valkey: Valkey, upstream: Sandbox) -> None:
+def test_second_signal(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     """The second signal ends a gateway at once, and the lease settles as unknown what was under way."""
-    shared = upstream.shared(valkey)
-    with serving(tmp_path / "first", **shared) as gateway, ThreadPoolExecutor() as threads:
+    shared = upstream.gateway_settings(valkey)
+    with run_gateway(tmp_path / "first", **shared) as gateway, ThreadPoolExecutor() as threads:
         limits = {"accounts": ["demo"], "limits": [{"window": "total", "tasks": 5}], "max_active": 5}
         headers = {"Authorization": f"Bearer {shared['GATEWAY_ADMIN_TOKEN']}"}
         httpx2.put(f"{gateway.ops_url}/admin/v1/tenants/demo", json=limits, headers=headers).raise_for_status()
-        before = upstream.count("submit")
-        upstream.dial({"on": "submit", "times": 1, "reply": "hang"})
-        submitting = threads.submit(gateway.tried)
-        until(lambda: upstream.count("submit") > before, "the submit")
-        assert used(gateway) == (0, 1, 1)
+        before = upstream.count_requests("submit")
+        upstream.set_faults({"on": "submit", "times": 1, "reply": "hang"})
+        submitting = threads.submit(gateway.run_curl_example)
+        wait_until(lambda: upstream.count_requests("submit") > before, "the submit")
+        assert read_usage(gateway) == (0, 1, 1)
         gateway.process.send_signal(signal.SIGTERM)
-        until(lambda: "shutdown.begun" in gateway.log.read_text(), "the first signal")
-        assert gateway.end(signal.SIGINT) == 1
+        wait_until(lambda: "shutdown.begun" in gateway.log_path.read_text(), "the first signal")
+        assert gateway.stop(signal.SIGINT) == 1
         assert isinstance(submitting.exception(), httpx2.TransportError)
-    advance(valkey, shared["GATEWAY_KEY_PREFIX"], 180)
-    with serving(tmp_path / "second", **shared) as gateway:
-        until(lambda: used(gateway) == (1, 0, 0), "the end of the lease")
-        assert upstream.count("submit") == before + 1
+    advance_clock(valkey, shared["GATEWAY_KEY_PREFIX"], 180)
+    with run_gateway(tmp_path / "second", **shared) as gateway:
+        wait_until(lambda: read_usage(gateway) == (1, 0, 0), "the end of the lease")
+        assert upstream.count_requests("submit") == before + 1
 
 
 @pytest.mark.parametrize("away", ["dead", "hanging"])
-def test_ends_without_the_store(tmp_path: Path, upstream: Sandbox, away: str) -> None:
+def test_ends_without_the_store(tmp_path: Path, upstream: SandboxProcess, away: str) -> None:
     """A gateway ends in good order while its store is dead or hangs, if nothing is left to be booked."""
-    with running() as store, serving(tmp_path, **upstream.shared(store)) as gateway:
+    with run_valkey() as store, run_gateway(tmp_path, **upstream.gateway_settings(store)) as gateway:
         if away == "dead":
             store.kill()
         else:
-            store.freeze()
-        assert gateway.end() == 0
-        assert "Traceback" not in gateway.log.read_text()
+            store.suspend()
+        assert gateway.stop() == 0
+        assert "Traceback" not in gateway.log_path.read_text()
 
 
-def test_ends_in_time(tmp_path: Path, upstream: Sandbox) -> None:
+def test_ends_in_time(tmp_path: Path, upstream: SandboxProcess) -> None:
     """What can't be booked holds up the end of a gateway for so long, and no longer."""
-    with running() as store, ThreadPoolExecutor() as threads:
-        settings = upstream.shared(store) | {"GATEWAY_LEASE_SECONDS": "90"}
-        with serving(tmp_path, [sys.executable, "-c", HURRIED], **settings) as gateway:
-            before = upstream.count("submit")
-            upstream.dial({"on": "submit", "times": 1, "latency": 0.5})
-            submitting = threads.submit(gateway.tried)
-            until(lambda: upstream.count("submit") > before, "the submit")
+    with run_valkey() as store, ThreadPoolExecutor() as threads:
+        settings = upstream.gateway_settings(store) | {"GATEWAY_LEASE_SECONDS": "90"}
+        with run_gateway(tmp_path, [sys.executable, "-c", SHORT_SHUTDOWN_PROGRAM], **settings) as gateway:
+            before = upstream.count_requests("submit")
+            upstream.set_faults({"on": "submit", "times": 1, "latency": 0.5})
+            submitting = threads.submit(gateway.run_curl_example)
+            wait_until(lambda: upstream.count_requests("submit") > before, "the submit")
             store.kill()
             assert submitting.result().status_code == 201
-            assert gateway.end() == 1
-            assert "shutdown.overdue" in gateway.log.read_text()
+            assert gateway.stop() == 1
+            assert "shutdown.overdue" in gateway.log_path.read_text()
 
 
 def test_told_to_end_while_it_starts(tmp_path: Path) -> None:
     """A gateway that is told to end before it serves ends without a word, with what it has started by then."""
-    with started(tmp_path) as gateway:
+    with start_gateway(tmp_path) as gateway:
         listed = Path(f"/proc/{gateway.process.pid}/task/{gateway.process.pid}/children")
-        until(lambda: bool(listed.read_text()), "a child")
+        wait_until(lambda: bool(listed.read_text()), "a child")
         children = [int(pid) for pid in listed.read_text().split()]
-        assert gateway.end() == 0
-        assert not any(alive(child) for child in children)
-    assert (gateway.out.read_text(), gateway.log.read_text()) == ("", "")
+        assert gateway.stop() == 0
+        assert not any(is_alive(child) for child in children)
+    assert (gateway.stdout_path.read_text(), gateway.log_path.read_text()) == ("", "")
 
 
 def test_folder_in_use(tmp_path: Path) -> None:
     """A data folder that another gateway has is named in one line."""
     with (tmp_path / "valkey.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        env = environment(tmp_path, GATEWAY_PORT="0", GATEWAY_OPS_PORT="0")
-        done = subprocess.run([sys.executable, "-c", IMPATIENT], env=env, capture_output=True, text=True, check=False)
+        env = gateway_environment(tmp_path, GATEWAY_PORT="0", GATEWAY_OPS_PORT="0")
+        done = subprocess.run(
+            [sys.executable, "-c", SHORT_LOCK_PROGRAM], env=env, capture_output=True, text=True, check=False
+        )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"gateway: another gateway uses the data folder {tmp_path}\n"
 
 
-def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream: Sandbox) -> None:
+def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     """A first start waits for a store that is away, and introduces itself once it is there."""
-    port = free_port()
-    shared = upstream.shared(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
-    with started(tmp_path, **shared) as gateway:
-        until(lambda: "demo.delayed" in gateway.log.read_text(), "a word about the store")
+    port = find_free_port()
+    shared = upstream.gateway_settings(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
+    with start_gateway(tmp_path, **shared) as gateway:
+        wait_until(lambda: "demo.delayed" in gateway.log_path.read_text(), "a word about the store")
         assert httpx2.get(f"{gateway.ops_url}/healthz").status_code == 200
         assert httpx2.get(f"{gateway.ops_url}/readyz").status_code == 503
-        with running(port=port):
-            gateway.ready()
-            assert gateway.tried().status_code == 201
-            assert gateway.end() == 0
+        with run_valkey(port=port):
+            gateway.wait_ready()
+            assert gateway.run_curl_example().status_code == 201
+            assert gateway.stop() == 0
 
 
 @contextmanager
-def store_of_version(version: int, prefix: str, *, port: int = 0) -> Iterator[tuple[Valkey, Redis]]:
+def run_store_with_version(version: int, prefix: str, *, port: int = 0) -> Iterator[tuple[Valkey, Redis]]:
     """A store with data of a version under a prefix, and a client of it."""
-    with running(port=port) as store, Redis(unix_socket_path=str(store.path)) as client:
+    with run_valkey(port=port) as store, Redis(unix_socket_path=str(store.socket_path)) as client:
         client.set(Keys(prefix).data_version, version)
         client.set(f"{{{prefix}}}:registry", "of another form")
         yield store, client
 
 
-def contents(client: Redis) -> dict[bytes, bytes]:
+def read_all_keys(client: Redis) -> dict[bytes, bytes]:
     """All that a store holds."""
     return {key: client.dump(key) for key in client.scan_iter()}  # type: ignore[misc] # redis-py's own
 
 
-def refused(line: str) -> bool:
+def is_version_error(line: str) -> bool:
     """Whether a line tells which data a gateway does not use, and what to do."""
     words = ("has version 2,", "uses version 1:", "`gateway export`", "`gateway apply`", "deploy/OPERATIONS.md")
     return line.startswith("gateway: ") and all(each in line for each in words)
 
 
 @pytest.mark.parametrize("role", ["all", "api", "worker"])
-def test_store_of_another_version(tmp_path: Path, upstream: Sandbox, role: str) -> None:
+def test_store_of_another_version(tmp_path: Path, upstream: SandboxProcess, role: str) -> None:
     """A store of another version is refused in one line before anything is served, and stays as it was."""
-    with store_of_version(2, "gw") as (store, client):
-        before = contents(client)
-        shared = upstream.shared(store) | {"GATEWAY_KEY_PREFIX": "gw", "GATEWAY_ROLE": role}
-        with started(tmp_path, **shared) as gateway:
+    with run_store_with_version(2, "gw") as (store, client):
+        before = read_all_keys(client)
+        shared = upstream.gateway_settings(store) | {"GATEWAY_KEY_PREFIX": "gw", "GATEWAY_ROLE": role}
+        with start_gateway(tmp_path, **shared) as gateway:
             assert gateway.process.wait(30) == 1
-        assert contents(client) == before
-    (line,) = gateway.log.read_text().splitlines()
-    assert refused(line)
-    assert gateway.out.read_text() == ""
+        assert read_all_keys(client) == before
+    (line,) = gateway.log_path.read_text().splitlines()
+    assert is_version_error(line)
+    assert gateway.stdout_path.read_text() == ""
 
 
-def test_store_of_another_version_that_comes_later(tmp_path: Path, valkey: Valkey, upstream: Sandbox) -> None:
+def test_store_of_another_version_that_comes_later(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     """A store that is away at the start is refused when it answers, before anything is written to it."""
-    port = free_port()
-    shared = upstream.shared(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
-    with started(tmp_path, **shared) as gateway:
-        until(lambda: "demo.delayed" in gateway.log.read_text(), "a word about the store")
-        with store_of_version(2, shared["GATEWAY_KEY_PREFIX"], port=port) as (_, client):
+    port = find_free_port()
+    shared = upstream.gateway_settings(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
+    with start_gateway(tmp_path, **shared) as gateway:
+        wait_until(lambda: "demo.delayed" in gateway.log_path.read_text(), "a word about the store")
+        with run_store_with_version(2, shared["GATEWAY_KEY_PREFIX"], port=port) as (_, client):
             assert gateway.process.wait(30) == 1
-            assert len(contents(client)) == 2
-    assert refused(gateway.log.read_text().splitlines()[-1])
-    assert "Traceback" not in gateway.log.read_text()
+            assert len(read_all_keys(client)) == 2
+    assert is_version_error(gateway.log_path.read_text().splitlines()[-1])
+    assert "Traceback" not in gateway.log_path.read_text()
 
 
-def test_store_that_is_replaced(tmp_path: Path, upstream: Sandbox) -> None:
+def test_store_that_is_replaced(tmp_path: Path, upstream: SandboxProcess) -> None:
     """A gateway whose store is replaced by one of another version writes nothing to it, and ends."""
-    with running() as store, Redis(unix_socket_path=str(store.path)) as client:
-        shared = upstream.shared(store)
+    with run_valkey() as store, Redis(unix_socket_path=str(store.socket_path)) as client:
+        shared = upstream.gateway_settings(store)
         mark = Keys(shared["GATEWAY_KEY_PREFIX"]).data_version
-        with serving(tmp_path, **shared) as gateway:
-            assert gateway.tried().status_code == 201
+        with run_gateway(tmp_path, **shared) as gateway:
+            assert gateway.run_curl_example().status_code == 201
             assert client.get(mark) == b"1"
-            sent = upstream.count("submit")
+            sent = upstream.count_requests("submit")
             client.pipeline(transaction=True).flushall().set(mark, 2).execute()
             with suppress(httpx2.TransportError):  # a job in the background may have ended it by now
-                answer = gateway.tried()
+                answer = gateway.run_curl_example()
                 assert (answer.status_code, answer.json()["code"]) == (503, "ledger-unavailable")
             assert gateway.process.wait(30) == 1
-            assert contents(client).keys() == {mark.encode()}
-            assert upstream.count("submit") == sent
-    assert refused(gateway.log.read_text().splitlines()[-1])
+            assert read_all_keys(client).keys() == {mark.encode()}
+            assert upstream.count_requests("submit") == sent
+    assert is_version_error(gateway.log_path.read_text().splitlines()[-1])
 
 
-def test_two_starts_at_once(tmp_path: Path, upstream: Sandbox) -> None:
+def test_two_starts_at_once(tmp_path: Path, upstream: SandboxProcess) -> None:
     """Gateways that start at once on an empty store take it both."""
-    with running() as store, ExitStack() as stack, Redis(unix_socket_path=str(store.path)) as client:
-        shared = upstream.shared(store)
-        gateways = [stack.enter_context(started(tmp_path / name, **shared)) for name in ("first", "second")]
+    with run_valkey() as store, ExitStack() as stack, Redis(unix_socket_path=str(store.socket_path)) as client:
+        shared = upstream.gateway_settings(store)
+        gateways = [stack.enter_context(start_gateway(tmp_path / name, **shared)) for name in ("first", "second")]
         for each in gateways:
-            each.ready()
+            each.wait_ready()
         assert client.get(Keys(shared["GATEWAY_KEY_PREFIX"]).data_version) == b"1"
-        assert [each.end() for each in gateways] == [0, 0]
+        assert [each.stop() for each in gateways] == [0, 0]
 
 
 def test_damaged_sandbox(tmp_path: Path) -> None:
     """Why the sandbox can't start is told in one line, and nothing is left running."""
     (tmp_path / "sandbox").mkdir()
     (tmp_path / "sandbox" / "sandbox.sqlite3").write_bytes(b"no database at all" * 100)
-    with started(tmp_path) as gateway:
+    with start_gateway(tmp_path) as gateway:
         assert gateway.process.wait(30) == 1
-    (line,) = gateway.log.read_text().splitlines()
+    (line,) = gateway.log_path.read_text().splitlines()
     assert line.startswith("gateway: the sandbox did not start (GATEWAY_SANDBOX_PORT, ")
     assert line.endswith("file is not a database")

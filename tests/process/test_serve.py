@@ -13,7 +13,7 @@ import pytest
 
 from service import __version__
 from service.crypto import generate_secret_key
-from tests.process.gateway import alive, command, environment, serving, started, until
+from tests.process.gateway import gateway_command, gateway_environment, is_alive, run_gateway, start_gateway, wait_until
 from tests.support.valkey import Valkey
 
 PROBE = """
@@ -27,31 +27,31 @@ except SystemExit:
 ADMIN_TOKEN = "an-admin-token-of-forty-characters-or-so"
 
 
-def run(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run_command(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
-    return subprocess.run(command(*words), env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(gateway_command(*words), env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_first_start_and_second(tmp_path: Path) -> None:
     """The printed line works as pasted; a second start knows the token, the task and what was used."""
-    with serving(tmp_path) as gateway:
-        token, answer = gateway.token, gateway.tried()
+    with run_gateway(tmp_path) as gateway:
+        token, answer = gateway.token, gateway.run_curl_example()
         assert answer.status_code == 201, answer.text
         task = answer.json()["links"]["self"]
-        assert gateway.finished(task)["state"] == "succeeded"
+        assert gateway.wait_finished(task)["state"] == "succeeded"
         ports = {name: gateway.environ[name] for name in ("GATEWAY_PORT", "GATEWAY_OPS_PORT", "GATEWAY_SANDBOX_PORT")}
-        running = gateway.tried().json()["links"]["self"]
-        assert gateway.end(signal.SIGKILL) == -signal.SIGKILL
-        until(lambda: not any(alive(pid) for pid in gateway.children), "the end of its children")
-    assert "Traceback" not in gateway.log.read_text()
-    assert "\x1b[" not in gateway.log.read_text()
-    assert token not in gateway.log.read_text()
-    with serving(tmp_path, **ports) as gateway:
+        running = gateway.run_curl_example().json()["links"]["self"]
+        assert gateway.stop(signal.SIGKILL) == -signal.SIGKILL
+        wait_until(lambda: not any(is_alive(pid) for pid in gateway.child_pids), "the end of its children")
+    assert "Traceback" not in gateway.log_path.read_text()
+    assert "\x1b[" not in gateway.log_path.read_text()
+    assert token not in gateway.log_path.read_text()
+    with run_gateway(tmp_path, **ports) as gateway:
         assert gateway.token == token
         assert gateway.call("GET", task).json()["state"] == "succeeded"
-        assert gateway.finished(running)["state"] == "succeeded"
-        assert gateway.end(signal.SIGINT) == 0
-        assert not any(alive(pid) for pid in gateway.children)
+        assert gateway.wait_finished(running)["state"] == "succeeded"
+        assert gateway.stop(signal.SIGINT) == 0
+        assert not any(is_alive(pid) for pid in gateway.child_pids)
 
 
 def test_production(tmp_path: Path, valkey: Valkey) -> None:
@@ -66,23 +66,30 @@ def test_production(tmp_path: Path, valkey: Valkey) -> None:
         "GATEWAY_KEY_PREFIX": "production-test",
         "GATEWAY_ROLE": "api",
     }
-    with serving(tmp_path, **given) as gateway:
-        assert gateway.children == []
+    with run_gateway(tmp_path, **given) as gateway:
+        assert gateway.child_pids == []
         env = dict(gateway.environ) | {"UPSTREAM_KEY": "the-user-key-of-the-account"}
         for words in (
             ("account", "set", "main", "--user-key-env", "UPSTREAM_KEY"),
             ("tenant", "set", "shop", "--account", "main", "--limit", "day:tasks=2"),
         ):
-            done = run(*words, env=env)
+            done = run_command(*words, env=env)
             assert done.returncode == 0, done.stderr
-        gateway.token = run("token", "create", "shop", env=env).stdout.strip()
+        gateway.token = run_command("token", "create", "shop", env=env).stdout.strip()
         gateway.call("GET", "/v1/quota").raise_for_status()
         assert gateway.call("GET", "/admin/v1/accounts").status_code == 404
-        assert gateway.end() == 0
-    lines = gateway.log.read_text().splitlines()
+        assert gateway.stop() == 0
+    lines = gateway.log_path.read_text().splitlines()
     events = [json.loads(line) for line in lines]
     told = {event["event"] for event in events}
-    assert {"gateway.started", "account.put", "tenant.put", "token.created", "request.ended", "shutdown.begun"} <= told
+    assert {
+        "gateway.started",
+        "account.updated",
+        "tenant.updated",
+        "token.created",
+        "request.ended",
+        "shutdown.begun",
+    } <= told
     for secret in (ADMIN_TOKEN, key, "the-user-key-of-the-account", gateway.token):
         assert all(secret not in line for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "out.txt"]
@@ -90,7 +97,7 @@ def test_production(tmp_path: Path, valkey: Valkey) -> None:
 
 def test_worker_watches_what_the_api_took(tmp_path: Path) -> None:
     """A process that answers and one that watches do the main job together; the worker has no tenants' port."""
-    with serving(tmp_path / "all") as local:
+    with run_gateway(tmp_path / "all") as local:
         sandbox = f"http://127.0.0.1:{local.environ['GATEWAY_SANDBOX_PORT']}"
         shared = {
             "GATEWAY_REDIS_URL": f"unix://{tmp_path / 'all' / 'valkey.sock'}",
@@ -98,17 +105,17 @@ def test_worker_watches_what_the_api_took(tmp_path: Path) -> None:
             "GATEWAY_UPSTREAM_USER_KEY": "sandbox-demo",
             "GATEWAY_KEY_PREFIX": "apart",
         }
-        with serving(tmp_path / "api", GATEWAY_ROLE="api", **shared) as api:
-            task = api.tried().json()["links"]["self"]
+        with run_gateway(tmp_path / "api", GATEWAY_ROLE="api", **shared) as api:
+            task = api.run_curl_example().json()["links"]["self"]
             for name in ("secret.key", "admin.token"):
                 (tmp_path / "worker").mkdir(exist_ok=True)
                 (tmp_path / "worker" / name).write_bytes((tmp_path / "api" / name).read_bytes())
-            with serving(tmp_path / "worker", GATEWAY_ROLE="worker", **shared) as worker:
-                assert api.finished(task)["state"] == "succeeded"
+            with run_gateway(tmp_path / "worker", GATEWAY_ROLE="worker", **shared) as worker:
+                assert api.wait_finished(task)["state"] == "succeeded"
                 with pytest.raises(ConnectionRefusedError), socket.socket() as client:
                     client.connect(("127.0.0.1", int(worker.environ["GATEWAY_PORT"])))
-                assert "task.ended" in worker.log.read_text()
-                assert "task.ended" not in api.log.read_text()
+                assert "task.finished" in worker.log_path.read_text()
+                assert "task.finished" not in api.log_path.read_text()
 
 
 @pytest.mark.parametrize("name", ["GATEWAY_PORT", "GATEWAY_OPS_PORT", "GATEWAY_SANDBOX_PORT"])
@@ -116,17 +123,19 @@ def test_port_that_is_taken(tmp_path: Path, name: str) -> None:
     """A port that somebody else has is named in one line."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        with started(tmp_path, **{name: port}) as gateway:
+        with start_gateway(tmp_path, **{name: port}) as gateway:
             assert gateway.process.wait(60) == 1
-        last = gateway.log.read_text().splitlines()[-1]
+        last = gateway.log_path.read_text().splitlines()[-1]
         assert last.startswith("gateway: ")
         assert port in last or name in last
-        assert "Traceback" not in gateway.log.read_text()
+        assert "Traceback" not in gateway.log_path.read_text()
 
 
 def test_every_fault_of_the_settings_is_named(tmp_path: Path) -> None:
     """Faulty settings are told all at once, a line each, and nothing is started."""
-    done = run("serve", env=environment(tmp_path, GATEWAY_PORT="http", GATEWAY_POLL_SECONDS="0", GATEWAY_PROT="1"))
+    done = run_command(
+        "serve", env=gateway_environment(tmp_path, GATEWAY_PORT="http", GATEWAY_POLL_SECONDS="0", GATEWAY_PROT="1")
+    )
     assert done.returncode == 2
     assert [line.split()[1] for line in done.stderr.splitlines()] == sorted(
         ["GATEWAY_PROT", "GATEWAY_PORT", "GATEWAY_POLL_SECONDS"],
@@ -137,25 +146,25 @@ def test_every_fault_of_the_settings_is_named(tmp_path: Path) -> None:
 
 def test_small_commands(tmp_path: Path) -> None:
     """The version, the help, and the documents, which are what the code says."""
-    env = environment(tmp_path)
-    assert run("--version", env=env).stdout == f"gateway, version {__version__}\n"
+    env = gateway_environment(tmp_path)
+    assert run_command("--version", env=env).stdout == f"gateway, version {__version__}\n"
     for name in ("serve", "demo", "sandbox", "openapi", "account", "tenant", "token"):
-        assert name in run("--help", env=env).stdout
+        assert name in run_command("--help", env=env).stdout
     written = Path(__file__).parents[2] / "openapi"
-    assert run("openapi", "--folder", str(written), "--check", env=env).returncode == 0
+    assert run_command("openapi", "--folder", str(written), "--check", env=env).returncode == 0
     (tmp_path / "gateway.yaml").write_text("stale")
-    stale = run("openapi", "--folder", str(tmp_path), "--check", env=env)
+    stale = run_command("openapi", "--folder", str(tmp_path), "--check", env=env)
     assert stale.returncode == 1
     assert "make openapi" in stale.stderr
 
 
 def test_demo(tmp_path: Path) -> None:
     """The demo does the whole job; without a gateway it says in one line how to start one."""
-    alone = run("demo", "--folder", str(tmp_path / "results"), env=environment(tmp_path))
+    alone = run_command("demo", "--folder", str(tmp_path / "results"), env=gateway_environment(tmp_path))
     assert alone.returncode == 1
     assert "make run" in alone.stdout + alone.stderr
-    with serving(tmp_path / "data", GATEWAY_POLL_SECONDS="0.2") as gateway:
-        done = run("demo", "--folder", str(tmp_path / "results"), env=dict(gateway.environ))
+    with run_gateway(tmp_path / "data", GATEWAY_POLL_SECONDS="0.2") as gateway:
+        done = run_command("demo", "--folder", str(tmp_path / "results"), env=dict(gateway.environ))
     assert done.returncode == 0, done.stdout + done.stderr
     for kind in ("upscale", "vectorize", "face-enhance", "seamless"):
         assert f"{kind}" in done.stdout

@@ -13,17 +13,17 @@ import httpx2
 from service import __version__
 from service.crypto import generate_secret_key
 from service.devstack import SANDBOX_USER_KEY
-from tests.image.container import until
-from tests.image.host import called
+from tests.image.container import wait_until
+from tests.image.host import run_command
 from tests.image.report import expect, step
-from tests.process.sandbox import sandbox
-from tests.release.installation import Installed, answers, install
-from tests.release.wheel import expect_described, expect_whole
-from tests.support.valkey import free_port, running
+from tests.process.sandbox import run_sandbox
+from tests.release.installation import Installation, install, is_reachable
+from tests.release.wheel import expect_complete, expect_metadata
+from tests.support.valkey import find_free_port, run_valkey
 
 _ROOT = Path(__file__).parents[2]
 _EXTRA = "imaging-gateway[local]"
-_WORDS: tuple[tuple[str, Mapping[str, str], int, tuple[str, ...]], ...] = (
+_FAILING_COMMANDS: tuple[tuple[str, Mapping[str, str], int, tuple[str, ...]], ...] = (
     ("serve", {}, 1, (_EXTRA, "GATEWAY_REDIS_URL")),
     ("serve", {"GATEWAY_REDIS_URL": "unix:///nowhere"}, 1, (_EXTRA,)),
     ("serve", {"GATEWAY_ENV": "production"}, 2, ("GATEWAY_REDIS_URL", "GATEWAY_SECRET_KEYS", "GATEWAY_ADMIN_TOKEN")),
@@ -44,42 +44,42 @@ def main(uv: Path, dist: Path) -> None:
     with TemporaryDirectory(prefix="release-check-") as temporary:
         folder = Path(temporary)
         with step("release: wheel") as figures:
-            built = called([str(uv), "--quiet", "build", "--wheel", "--out-dir", str(folder / "dist"), str(_ROOT)])
+            built = run_command([str(uv), "--quiet", "build", "--wheel", "--out-dir", str(folder / "dist"), str(_ROOT)])
             (wheel,) = (folder / "dist").glob("*.whl")
             expect(not built, built)
-            figures.append(f"{expect_whole(wheel, _ROOT)} files")
-            expect_described(wheel, __version__, (_ROOT / "README.md").read_text("utf-8"))
+            figures.append(f"{expect_complete(wheel, _ROOT)} files")
+            expect_metadata(wheel, __version__, (_ROOT / "README.md").read_text("utf-8"))
         with step("release: installed, without extras"):
             installed = install(wheel, uv.absolute(), _ROOT, folder)
-            said = installed.succeed("--version").strip()
+            said = installed.check_output("--version").strip()
             expect(said.endswith(f" {__version__}"), f"its version is {said!r}, not {__version__}")
-            installed.succeed("openapi")
+            installed.check_output("openapi")
             for name in ("gateway.yaml", "operators.yaml"):
                 same = (installed.folder / "openapi" / name).read_bytes() == (_ROOT / "openapi" / name).read_bytes()
                 expect(same, f"the {name} that it writes is not the one in openapi/")
         with step("release: says in plain words what it lacks"):
-            for words in _WORDS:
-                _expect_plain_words(installed, *words)
+            for words in _FAILING_COMMANDS:
+                _expect_clear_error(installed, *words)
         with step("release: does the main job"):
-            _do_the_main_job(installed)
+            _run_main_job(installed)
         dist.mkdir(exist_ok=True)
         (dist / wheel.name).write_bytes(wheel.read_bytes())
     click.echo(f"{dist / wheel.name}")
 
 
-def _expect_plain_words(
-    installed: Installed, command: str, settings: Mapping[str, str], code: int, words: tuple[str, ...]
+def _expect_clear_error(
+    installed: Installation, command: str, settings: Mapping[str, str], code: int, words: tuple[str, ...]
 ) -> None:
     found, said = installed.execute(command, **settings)
     plain = "Traceback" not in said and all(word in said for word in words)
     expect(found == code and plain, f"{said}`gateway {command}` ended with exit code {found}, not in plain words")
 
 
-def _do_the_main_job(installed: Installed) -> None:
+def _run_main_job(installed: Installation) -> None:
     """Serve against a real store and the checkout's sandbox, from the account to the result."""
-    port, ops_port = free_port(), free_port()
+    port, ops_port = find_free_port(), find_free_port()
     tenants, operators = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ops_port}"
-    with running("--appendonly", "yes") as store, sandbox() as upstream:
+    with run_valkey("--appendonly", "yes") as store, run_sandbox() as upstream:
         settings = {
             "GATEWAY_ENV": "production",
             "GATEWAY_PORT": str(port),
@@ -90,13 +90,13 @@ def _do_the_main_job(installed: Installed) -> None:
             "GATEWAY_ADMIN_TOKEN": secrets.token_urlsafe(32),
             "GATEWAY_POLL_SECONDS": "0.1",
         }
-        installed.succeed("check-config", "--connect", **settings)
-        with installed.serving(f"{operators}/readyz", **settings):
-            installed.succeed("account", "set", "main", "--user-key-file", "-", given=SANDBOX_USER_KEY, **settings)
-            installed.succeed("tenant", "set", "shop", "--account", "main", **settings)
-            token = installed.succeed("token", "create", "shop", **settings).split()[-1]
+        installed.check_output("check-config", "--connect", **settings)
+        with installed.serve(f"{operators}/readyz", **settings):
+            installed.check_output("account", "set", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY, **settings)
+            installed.check_output("tenant", "set", "shop", "--account", "main", **settings)
+            token = installed.check_output("token", "create", "shop", **settings).split()[-1]
             for path in ("/docs", "/openapi.json"):
-                expect(answers(tenants + path), f"{path} is not served")
+                expect(is_reachable(tenants + path), f"{path} is not served")
             _submit(tenants, token)
 
 
@@ -107,7 +107,7 @@ def _submit(url: str, token: str) -> None:
     ) as client:
         task = client.post("/v1/tasks/face-enhance", files={"image": picture}).raise_for_status().json()
         link = task["links"]["self"]
-        until(lambda: client.get(link).json()["state"] == "succeeded", "the end of the task")
+        wait_until(lambda: client.get(link).json()["state"] == "succeeded", "the end of the task")
         result = client.get(f"{link}/artifacts/image").raise_for_status()
         expect(result.content.startswith(b"\x89PNG"), "the result is no PNG")
 

@@ -12,42 +12,42 @@ from pathlib import Path
 
 import httpx2
 
-from tests.image.container import SECONDS, until
-from tests.image.host import called
-from tests.image.report import Fault, expect
+from tests.image.container import TIMEOUT_SECONDS, wait_until
+from tests.image.host import run_command
+from tests.image.report import CheckFailed, expect
 
 
 @dataclass(frozen=True)
-class Installed:
+class Installation:
     """`environ` is what its commands see beside their own settings: nothing that leads back to the checkout."""
 
     program: Path
     folder: Path
     environ: Mapping[str, str]
 
-    def succeed(self, *words: str, given: str = "", **settings: str) -> str:
+    def check_output(self, *words: str, stdin: str = "", **settings: str) -> str:
         """What a command prints. Raises Fault with all that it said if it fails."""
-        code, said = self.execute(*words, given=given, **settings)
+        code, said = self.execute(*words, stdin=stdin, **settings)
         expect(code == 0, f"{said}`gateway {' '.join(words[:2])}` ended with exit code {code}")
         return said
 
-    def execute(self, *words: str, given: str = "", **settings: str) -> tuple[int, str]:
+    def execute(self, *words: str, stdin: str = "", **settings: str) -> tuple[int, str]:
         """Run a command to its end; its exit code, and all that it said."""
         done = subprocess.run(
             [self.program, *words],
             cwd=self.folder,
             env={**self.environ, **settings},
-            input=given,
+            input=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=SECONDS,
+            timeout=TIMEOUT_SECONDS,
             check=False,
         )
         return done.returncode, done.stdout
 
     @contextmanager
-    def serving(self, ready: str, **settings: str) -> Iterator[None]:
+    def serve(self, ready: str, **settings: str) -> Iterator[None]:
         """`gateway serve`, from when `ready` answers; it has to end well when it is told to. Raises Fault."""
         log = self.folder / "log"
         with log.open("wb") as output:
@@ -60,33 +60,35 @@ class Installed:
                 stderr=output,
             )
         try:
-            until(lambda: process.poll() is not None or answers(ready), "readiness")
+            wait_until(lambda: process.poll() is not None or is_reachable(ready), "readiness")
             expect(process.poll() is None, f"{log.read_text()}it ended with exit code {process.returncode}")
             yield
             process.send_signal(signal.SIGTERM)
-            expect(process.wait(SECONDS) == 0, f"{log.read_text()}it ended with exit code {process.returncode}")
+            expect(process.wait(TIMEOUT_SECONDS) == 0, f"{log.read_text()}it ended with exit code {process.returncode}")
         except subprocess.TimeoutExpired:
-            raise Fault(f"{log.read_text()}it still runs {SECONDS:g} s after it was told to end") from None
+            raise CheckFailed(
+                f"{log.read_text()}it still runs {TIMEOUT_SECONDS:g} s after it was told to end"
+            ) from None
         finally:
             process.kill()
             process.wait()
 
 
-def install(wheel: Path, uv: Path, checkout: Path, folder: Path) -> Installed:
+def install(wheel: Path, uv: Path, checkout: Path, folder: Path) -> Installation:
     """Install a wheel without extras, with the packages of the lock file, as they are in production. Raises Fault."""
     venv, locked, empty = folder / "venv", folder / "locked.txt", folder / "empty"
     command = [str(uv), "--quiet", "--project", str(checkout)]
-    called([*command, "export", "--locked", "--no-dev", "--no-emit-project", "--output-file", str(locked)])
-    called([*command, "venv", str(venv)])
+    run_command([*command, "export", "--locked", "--no-dev", "--no-emit-project", "--output-file", str(locked)])
+    run_command([*command, "venv", str(venv)])
     # The lock file's hashes hold for all but the wheel, which has just been made.
-    called([*command, "pip", "install", "--python", str(venv), "--no-deps", "--requirements", str(locked)])
-    called([*command, "pip", "install", "--python", str(venv), "--no-deps", str(wheel)])
-    called([*command, "pip", "check", "--python", str(venv)])
+    run_command([*command, "pip", "install", "--python", str(venv), "--no-deps", "--requirements", str(locked)])
+    run_command([*command, "pip", "install", "--python", str(venv), "--no-deps", str(wheel)])
+    run_command([*command, "pip", "check", "--python", str(venv)])
     empty.mkdir()
-    return Installed(venv / "bin" / "gateway", empty, {"PATH": os.defpath, "HOME": str(empty)})
+    return Installation(venv / "bin" / "gateway", empty, {"PATH": os.defpath, "HOME": str(empty)})
 
 
-def answers(url: str) -> bool:
+def is_reachable(url: str) -> bool:
     """Whether there is a good answer at an address."""
     with suppress(httpx2.TransportError):
         return httpx2.get(url, trust_env=False).status_code == 200

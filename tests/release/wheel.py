@@ -11,7 +11,7 @@ from tests.image.report import expect
 _PACKAGE = "service"
 
 
-def expect_whole(wheel: Path, checkout: Path) -> int:
+def expect_complete(wheel: Path, checkout: Path) -> int:
     """All files of the package are in it, and nothing else; how many there are. Raises Fault."""
     with ZipFile(wheel) as opened:
         held = {PurePosixPath(name) for name in opened.namelist()}
@@ -27,7 +27,7 @@ def expect_whole(wheel: Path, checkout: Path) -> int:
     return len(held)
 
 
-def expect_described(wheel: Path, version: str, readme: str) -> None:
+def expect_metadata(wheel: Path, version: str, readme: str) -> None:
     """It has the name, the version, the README and the command that it is known by. Raises Fault."""
     with ZipFile(wheel) as opened:
         names = {PurePosixPath(name).name: name for name in opened.namelist() if ".dist-info/" in name}

@@ -22,11 +22,11 @@ UPSCALE: dict[str, Any] = {
 }
 
 
-class Caller:
+class SandboxClient:
     """Calls one sandbox."""
 
     def __init__(self, client: httpx2.AsyncClient) -> None:
-        self.client = client
+        self.http = client
 
     async def submit(
         self,
@@ -37,11 +37,11 @@ class Caller:
         user_key: str = "key",
     ) -> httpx2.Response:
         """Submit a task, by default the quickest, and give the raw answer."""
-        content = pictures.png() if image is None else image
+        content = pictures.plain_png() if image is None else image
         data = {"user_key": user_key, **(UPSCALE if call == "submit_task" else {}), **fields}
-        return await self.client.post(f"/api/{call}", data=data, files={"input_image": ("x.png", content)})
+        return await self.http.post(f"/api/{call}", data=data, files={"input_image": ("x.png", content)})
 
-    async def submitted(
+    async def submit_accepted(
         self,
         call: str = "submit_seamless_task",
         fields: Mapping[str, str] = MappingProxyType({}),
@@ -58,13 +58,13 @@ class Caller:
 
     async def check(self, task_id: str, user_key: str = "key") -> dict[str, Any]:
         """Check a task."""
-        response = await self.client.post("/api/check_task_status", data={"user_key": user_key, "task_id": task_id})
+        response = await self.http.post("/api/check_task_status", data={"user_key": user_key, "task_id": task_id})
         answer: dict[str, Any] = response.json()
         return answer
 
 
 @contextlib.asynccontextmanager
-async def calling(url: str) -> AsyncIterator[Caller]:
+async def open_client(url: str) -> AsyncIterator[SandboxClient]:
     """Open a caller of the sandbox at this address."""
     async with httpx2.AsyncClient(base_url=url, timeout=10) as client:
-        yield Caller(client)
+        yield SandboxClient(client)

@@ -6,19 +6,19 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.sandbox.app import Balance, RunningSandbox, SandboxConfig, running
-from tests.sandbox.caller import Caller, calling
+from service.sandbox.app import AccountBalance, RunningSandbox, SandboxConfig, open_sandbox
+from tests.sandbox.caller import SandboxClient, open_client
 
-ACCOUNTS = {"key": Balance(3, 10), "other": Balance(1, 0), "empty": Balance(0, 0)}
+ACCOUNTS = {"key": AccountBalance(3, 10), "other": AccountBalance(1, 0), "empty": AccountBalance(0, 0)}
 
 
 @pytest.fixture
 async def sandbox() -> AsyncIterator[RunningSandbox]:
-    async with running(SandboxConfig(accounts=ACCOUNTS, seconds=0)) as sandbox:
+    async with open_sandbox(SandboxConfig(accounts=ACCOUNTS, seconds=0)) as sandbox:
         yield sandbox
 
 
 @pytest.fixture
-async def caller(sandbox: RunningSandbox) -> AsyncIterator[Caller]:
-    async with calling(sandbox.url) as caller:
+async def caller(sandbox: RunningSandbox) -> AsyncIterator[SandboxClient]:
+    async with open_client(sandbox.url) as caller:
         yield caller

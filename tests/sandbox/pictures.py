@@ -14,26 +14,26 @@ from PIL import Image
 RED, WHITE, BLUE = (200, 30, 40), (255, 255, 255), (20, 60, 180)
 
 
-def as_file(picture: MatLike, suffix: str = ".png") -> bytes:
+def encode_image(image: MatLike, suffix: str = ".png") -> bytes:
     """Encode a picture in the format of a suffix."""
-    return bytes(cv2.imencode(suffix, picture)[1])
+    return bytes(cv2.imencode(suffix, image)[1])
 
 
-def png(width: int = 64, height: int = 48) -> bytes:
+def plain_png(width: int = 64, height: int = 48) -> bytes:
     """Make a small plain picture, for tests that are not about pictures."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), RED).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def declaring(width: int, height: int) -> bytes:
+def png_claiming_size(width: int, height: int) -> bytes:
     """Make a small file that claims to be a picture of this size."""
-    content = png()
+    content = plain_png()
     header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
     return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
 
 
-def logo() -> MatLike:
+def draw_logo() -> MatLike:
     """Draw three flat colours: a disc and a bar on white."""
     picture = np.full((240, 320, 3), WHITE, np.uint8)
     cv2.circle(picture, (110, 120), 80, RED[::-1], -1, cv2.LINE_AA)
@@ -41,7 +41,7 @@ def logo() -> MatLike:
     return picture
 
 
-def scene(height: int = 240, width: int = 320) -> MatLike:
+def draw_scene(height: int = 240, width: int = 320) -> MatLike:
     """Paint a slope of colour with soft texture, whose opposite edges do not match at all."""
     random = np.random.default_rng(3)
     down, across = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
@@ -50,7 +50,7 @@ def scene(height: int = 240, width: int = 320) -> MatLike:
     return np.clip(slope + 3 * texture[:, :, np.newaxis], 0, 255).astype(np.uint8)
 
 
-def face(size: int = 360) -> MatLike:
+def draw_face(size: int = 360) -> MatLike:
     """Paint a face in plain light on a plain wall, with grain."""
     picture = np.full((size, size, 3), (150, 140, 120), np.uint8)
     scale = size / 360

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from service.sandbox import forms
-from service.sandbox.app import Balance, RunningSandbox
-from service.sandbox.faults import Dials, Fault, Kind
+from service.sandbox.app import AccountBalance, RunningSandbox
+from service.sandbox.faults import Behaviour, Fault, Kind
 from tests.sandbox import pictures
-from tests.sandbox.caller import UPSCALE, Caller
+from tests.sandbox.caller import UPSCALE, SandboxClient
 
 SUBMITS: dict[str, Kind] = {
     "submit_task": "upscale",
@@ -22,7 +22,7 @@ SUBMITS: dict[str, Kind] = {
 
 
 @pytest.mark.parametrize("call", SUBMITS)
-async def test_submit_answers_an_id_and_what_is_left(caller: Caller, call: str) -> None:
+async def test_submit_answers_an_id_and_what_is_left(caller: SandboxClient, call: str) -> None:
     """A submit is answered with the id as text and both figures as numbers, and with nothing else."""
     response = await caller.submit(call)
     answer = response.json()
@@ -42,11 +42,11 @@ async def test_submit_answers_an_id_and_what_is_left(caller: Caller, call: str) 
     ],
 )
 async def test_finished_task_has_its_own_results(
-    sandbox: RunningSandbox, caller: Caller, call: str, fields: dict[str, str], urls: set[str]
+    sandbox: RunningSandbox, caller: SandboxClient, call: str, fields: dict[str, str], urls: set[str]
 ) -> None:
     """A finished task names the results of its kind, each at an absolute address of the sandbox, and the figures."""
-    task_id = await caller.submitted(call, fields)
-    await sandbox.control.idle()
+    task_id = await caller.submit_accepted(call, fields)
+    await sandbox.control.wait_until_idle()
     answer = await caller.check(task_id)
     found = {name: answer.pop(name) for name in list(answer) if name.endswith("_url")}
     assert set(found) == urls
@@ -54,101 +54,101 @@ async def test_finished_task_has_its_own_results(
     assert answer == {"err_code": 0, "status": "Completed", "remaining_count": 2, "remaining_money": 10}
 
 
-async def test_running_task_tells_its_state_alone(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_running_task_tells_its_state_alone(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A task that still runs is neither finished nor failed, and carries neither results nor figures."""
-    await sandbox.control.set_dials(Dials(seconds=3600))
-    answer = await caller.check(await caller.submitted())
+    await sandbox.control.set_behaviour(Behaviour(seconds=3600))
+    answer = await caller.check(await caller.submit_accepted())
     assert answer.pop("status") in {"Pending", "Processing"}
     assert answer == {"err_code": 0}
 
 
-async def test_task_that_waits_for_its_time_holds_nobody_up(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_task_that_waits_for_its_time_holds_nobody_up(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A task takes as long as was dialled when it was submitted, while later ones overtake it."""
-    await sandbox.control.set_account("key", Balance(9, 0))
-    await sandbox.control.set_dials(Dials(seconds=3600))
-    waiting = [await caller.submitted() for _ in range(4)]
-    await sandbox.control.set_dials(Dials(seconds=0))
-    quick = await caller.submitted()
+    await sandbox.control.set_account("key", AccountBalance(9, 0))
+    await sandbox.control.set_behaviour(Behaviour(seconds=3600))
+    waiting = [await caller.submit_accepted() for _ in range(4)]
+    await sandbox.control.set_behaviour(Behaviour(seconds=0))
+    quick = await caller.submit_accepted()
     async with asyncio.timeout(30):
         while (await caller.check(quick))["status"] != "Completed":
             pass
     assert {(await caller.check(task_id))["status"] for task_id in waiting} == {"Processing"}
 
 
-async def test_failed_task_tells_its_state_alone(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_failed_task_tells_its_state_alone(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A task that failed carries neither results nor figures."""
-    task_id = await caller.submitted(image=pictures.png(400, 400)[:100])
-    await sandbox.control.idle()
+    task_id = await caller.submit_accepted(image=pictures.plain_png(400, 400)[:100])
+    await sandbox.control.wait_until_idle()
     assert await caller.check(task_id) == {"err_code": 0, "status": "Failed"}
 
 
-async def test_check_takes_multipart_too(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_check_takes_multipart_too(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A check may be sent as multipart form data."""
-    task_id = await caller.submitted()
-    await sandbox.control.idle()
+    task_id = await caller.submit_accepted()
+    await sandbox.control.wait_until_idle()
     parts = {"user_key": (None, b"key"), "task_id": (None, task_id.encode())}
-    response = await caller.client.post("/api/check_task_status", files=parts)
+    response = await caller.http.post("/api/check_task_status", files=parts)
     assert response.json()["status"] == "Completed"
 
 
-async def test_unknown_account(caller: Caller) -> None:
+async def test_unknown_account(caller: SandboxClient) -> None:
     """Every call without a known account is refused with the vendor's words."""
     refused = {"err_code": 1, "err_msg": "账户不存在"}
     assert (await caller.submit(user_key="nobody")).json() == refused
     assert await caller.check("1", user_key="nobody") == refused
-    assert (await caller.client.post("/api/check_task_status")).json() == refused
+    assert (await caller.http.post("/api/check_task_status")).json() == refused
 
 
-async def test_task_of_another_account_is_unknown(caller: Caller) -> None:
+async def test_task_of_another_account_is_unknown(caller: SandboxClient) -> None:
     """An account sees its own tasks only; all others look like those that never were."""
     unknown = {"err_code": 1, "err_msg": "任务未找到或状态未知"}
-    task_id = await caller.submitted(user_key="other")
+    task_id = await caller.submit_accepted(user_key="other")
     assert await caller.check(task_id) == unknown
     assert await caller.check("1") == unknown
 
 
 @pytest.mark.parametrize("call", SUBMITS)
-async def test_prepaid_uses_go_before_money(sandbox: RunningSandbox, caller: Caller, call: str) -> None:
+async def test_prepaid_uses_go_before_money(sandbox: RunningSandbox, caller: SandboxClient, call: str) -> None:
     """A prepaid use is taken first, then the price of the kind, then the account is refused and keeps what it has."""
-    await sandbox.control.set_dials(Dials(prices={SUBMITS[call]: 4}))
-    await sandbox.control.set_account("key", Balance(1, 7))
+    await sandbox.control.set_behaviour(Behaviour(prices={SUBMITS[call]: 4}))
+    await sandbox.control.set_account("key", AccountBalance(1, 7))
     answers = [(await caller.submit(call)).json() for _ in range(3)]
     figures = [(answer.get("remaining_count"), answer.get("remaining_money")) for answer in answers]
     assert figures == [(0, 7), (0, 3), (None, None)]
     assert answers[-1] == {"err_code": 1, "err_msg": "账户剩余次数不足"}
-    assert (await sandbox.control.accounts())["key"] == Balance(0, 3)
+    assert (await sandbox.control.list_accounts())["key"] == AccountBalance(0, 3)
 
 
-async def test_nothing_is_spent_twice(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_nothing_is_spent_twice(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """Of many submits at once, an account pays for exactly as many as it holds."""
-    await sandbox.control.set_account("key", Balance(3, 4))
+    await sandbox.control.set_account("key", AccountBalance(3, 4))
     answers = [answer.json() for answer in await asyncio.gather(*(caller.submit() for _ in range(20)))]
     accepted = [answer for answer in answers if answer["err_code"] == 0]
     assert sorted((answer["remaining_count"], answer["remaining_money"]) for answer in accepted) == [
         *((0, money) for money in range(5)),
         *((count, 4) for count in (1, 2)),
     ]
-    assert (await sandbox.control.accounts())["key"] == Balance(0, 0)
+    assert (await sandbox.control.list_accounts())["key"] == AccountBalance(0, 0)
 
 
 async def test_mishap_fails_the_task(
-    sandbox: RunningSandbox, caller: Caller, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    sandbox: RunningSandbox, caller: SandboxClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A task whose work breaks down ends as failed, and the log says why."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    task_id = await caller.submitted("submit_vector_task")
-    await sandbox.control.idle()
+    task_id = await caller.submit_accepted("submit_vector_task")
+    await sandbox.control.wait_until_idle()
     assert (await caller.check(task_id))["status"] == "Failed"
     assert "/bin/false" in caplog.text
 
 
-async def test_task_that_failed_stays_charged(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_task_that_failed_stays_charged(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A task charged at its submit is not paid back when it fails."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(fail="内部错误"),)))
-    task_id = await caller.submitted()
-    await sandbox.control.idle()
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(fail="内部错误"),)))
+    task_id = await caller.submit_accepted()
+    await sandbox.control.wait_until_idle()
     assert (await caller.check(task_id))["status"] == "Failed"
-    assert (await sandbox.control.accounts())["key"] == Balance(2, 10)
+    assert (await sandbox.control.list_accounts())["key"] == AccountBalance(2, 10)
 
 
 @pytest.mark.parametrize(
@@ -170,42 +170,50 @@ async def test_task_that_failed_stays_charged(sandbox: RunningSandbox, caller: C
     ],
 )
 async def test_field_out_of_range_is_rejected(
-    sandbox: RunningSandbox, caller: Caller, call: str, field: str, value: str
+    sandbox: RunningSandbox, caller: SandboxClient, call: str, field: str, value: str
 ) -> None:
     """A field outside its range is rejected by name, and costs nothing."""
     answer = (await caller.submit(call, {field: value})).json()
     assert answer["err_code"] == 1
     assert answer["err_msg"].startswith(f"任务提交失败:参数{field}")
-    assert (await sandbox.control.accounts())["key"] == Balance(3, 10)
+    assert (await sandbox.control.list_accounts())["key"] == AccountBalance(3, 10)
 
 
 @pytest.mark.parametrize("name", UPSCALE)
-async def test_field_without_default_is_required(caller: Caller, name: str) -> None:
+async def test_field_without_default_is_required(caller: SandboxClient, name: str) -> None:
     """A field for which the document names no default must be there."""
     fields = {"user_key": "key", **UPSCALE}
     del fields[name]
-    response = await caller.client.post("/api/submit_task", data=fields, files={"input_image": pictures.png()})
+    response = await caller.http.post("/api/submit_task", data=fields, files={"input_image": pictures.plain_png()})
     assert response.json() == {"err_code": 1, "err_msg": f"任务提交失败:缺少参数{name}"}
 
 
 @pytest.mark.parametrize(
     "image",
-    [b"", b"GIF89a\xff\xff\xff\xff\x00", b"<svg/>", pictures.declaring(6000, 5000), pictures.declaring(30000, 30000)],
+    [
+        b"",
+        b"GIF89a\xff\xff\xff\xff\x00",
+        b"<svg/>",
+        pictures.png_claiming_size(6000, 5000),
+        pictures.png_claiming_size(30000, 30000),
+    ],
 )
-async def test_what_is_no_bearable_image_is_rejected(sandbox: RunningSandbox, caller: Caller, image: bytes) -> None:
+async def test_what_is_no_bearable_image_is_rejected(
+    sandbox: RunningSandbox, caller: SandboxClient, image: bytes
+) -> None:
     """Empty files, files that are no image and images of too many pixels are rejected and cost nothing."""
     answer = (await caller.submit(image=image)).json()
     assert answer["err_code"] == 1
     assert answer["err_msg"].startswith("任务提交失败:图片") or answer["err_msg"] == "任务提交失败:无法识别的图片格式"
-    assert (await sandbox.control.accounts())["key"] == Balance(3, 10)
+    assert (await sandbox.control.list_accounts())["key"] == AccountBalance(3, 10)
 
 
-async def test_submit_without_a_file_is_rejected(caller: Caller) -> None:
+async def test_submit_without_a_file_is_rejected(caller: SandboxClient) -> None:
     """A submit without its file part is rejected, be it multipart or not."""
     missing = {"err_code": 1, "err_msg": "任务提交失败:缺少参数input_image"}
-    response = await caller.client.post("/api/submit_seamless_task", data={"user_key": "key"})
+    response = await caller.http.post("/api/submit_seamless_task", data={"user_key": "key"})
     assert response.json() == missing
-    response = await caller.client.post("/api/submit_seamless_task", files={"user_key": (None, b"key")})
+    response = await caller.http.post("/api/submit_seamless_task", files={"user_key": (None, b"key")})
     assert response.json() == missing
 
 
@@ -224,30 +232,28 @@ async def test_submit_without_a_file_is_rejected(caller: Caller) -> None:
         ("application/x-www-form-urlencoded", b"user_key=key&x=" + b"x" * 300_000, "账户不存在"),
     ],
 )
-async def test_malformed_body_is_refused(caller: Caller, content_type: str, body: bytes, message: str) -> None:
+async def test_malformed_body_is_refused(caller: SandboxClient, content_type: str, body: bytes, message: str) -> None:
     """A body that is no form is answered like any other mistake: 200 and a message."""
-    response = await caller.client.post(
-        "/api/submit_seamless_task", content=body, headers={"content-type": content_type}
-    )
+    response = await caller.http.post("/api/submit_seamless_task", content=body, headers={"content-type": content_type})
     assert response.status_code == 200
     assert response.json() == {"err_code": 1, "err_msg": message}
 
 
-async def test_overlong_text_is_rejected(caller: Caller) -> None:
+async def test_overlong_text_is_rejected(caller: SandboxClient) -> None:
     """A text field of hundreds of kilobytes is rejected."""
     answer = (await caller.submit("submit_task", {"prompt": "x" * 300_000})).json()
     assert answer == {"err_code": 1, "err_msg": "任务提交失败:请求内容过大"}
 
 
-async def test_overlong_file_is_rejected(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_overlong_file_is_rejected(caller: SandboxClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file beyond the bound is rejected, and the account that sent it still named."""
-    monkeypatch.setattr(forms, "MOST_FILE_BYTES", 1_000)
+    monkeypatch.setattr(forms, "MAX_FILE_BYTES", 1_000)
     answer = (await caller.submit(image=bytes(1_001))).json()
     assert answer == {"err_code": 1, "err_msg": "任务提交失败:请求格式错误或文件过大"}
 
 
-async def test_other_routes_do_not_exist(caller: Caller) -> None:
+async def test_other_routes_do_not_exist(caller: SandboxClient) -> None:
     """What the vendor does not offer is 404, and a call by another method 405."""
-    assert (await caller.client.get("/")).status_code == 404
-    assert (await caller.client.post("/api/cancel_task")).status_code == 404
-    assert (await caller.client.get("/api/submit_task")).status_code == 405
+    assert (await caller.http.get("/")).status_code == 404
+    assert (await caller.http.post("/api/cancel_task")).status_code == 404
+    assert (await caller.http.get("/api/submit_task")).status_code == 405

@@ -9,22 +9,22 @@ import httpx2
 import msgspec
 import pytest
 
-from service.sandbox.app import Balance, RunningSandbox
-from service.sandbox.faults import Dials, Fault, Field, Outcome, Wrong
+from service.sandbox.app import AccountBalance, RunningSandbox
+from service.sandbox.faults import Behaviour, Fault, Field, FieldDefect, RequestOutcome
 from tests.sandbox import pictures
-from tests.sandbox.caller import Caller
+from tests.sandbox.caller import SandboxClient
 
 When = Literal["before", "after"]
-WHEN: list[tuple[When, Outcome, Balance]] = [
-    ("before", "not_reached", Balance(3, 10)),
-    ("after", "accepted", Balance(2, 10)),
+FAULT_TIMINGS: list[tuple[When, RequestOutcome, AccountBalance]] = [
+    ("before", "not_reached", AccountBalance(3, 10)),
+    ("after", "accepted", AccountBalance(2, 10)),
 ]
 
 
-async def raw_submit(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def send_raw_submit(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Send a submit over a bare connection and leave its answer to be read."""
     request = httpx2.Request(
-        "POST", f"{url}/api/submit_seamless_task", data={"user_key": "key"}, files={"input_image": pictures.png()}
+        "POST", f"{url}/api/submit_seamless_task", data={"user_key": "key"}, files={"input_image": pictures.plain_png()}
     )
     body = request.read()
     reader, writer = await asyncio.open_connection(request.url.host, request.url.port)
@@ -33,28 +33,32 @@ async def raw_submit(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWrit
     return reader, writer
 
 
-@pytest.mark.parametrize(("when", "outcome", "left"), WHEN)
-async def test_reset_is_one_on_the_wire(sandbox: RunningSandbox, when: When, outcome: Outcome, left: Balance) -> None:
+@pytest.mark.parametrize(("when", "outcome", "left"), FAULT_TIMINGS)
+async def test_reset_is_one_on_the_wire(
+    sandbox: RunningSandbox, when: When, outcome: RequestOutcome, left: AccountBalance
+) -> None:
     """A reset reaches the client as a TCP reset, and comes before the account is charged or after, as dialled."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(reply="reset", when=when),)))
-    reader, writer = await raw_submit(sandbox.url)
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="reset", when=when),)))
+    reader, writer = await send_raw_submit(sandbox.url)
     with pytest.raises(ConnectionResetError):
         await reader.read()
     writer.close()
     with pytest.raises(ConnectionResetError):
         await writer.wait_closed()
-    entries = await sandbox.control.until(lambda entries: [entry.outcome for entry in entries] == [outcome])
+    entries = await sandbox.control.wait_for_requests(lambda entries: [entry.outcome for entry in entries] == [outcome])
     assert entries[0].reply == "reset"
-    assert (await sandbox.control.accounts())["key"] == left
+    assert (await sandbox.control.list_accounts())["key"] == left
 
 
-@pytest.mark.parametrize(("when", "outcome", "left"), WHEN)
-async def test_hang_never_answers(sandbox: RunningSandbox, when: When, outcome: Outcome, left: Balance) -> None:
+@pytest.mark.parametrize(("when", "outcome", "left"), FAULT_TIMINGS)
+async def test_hang_never_answers(
+    sandbox: RunningSandbox, when: When, outcome: RequestOutcome, left: AccountBalance
+) -> None:
     """A request that hangs shows in the journal while it does, charged or not, and its connection stays open."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(reply="hang", when=when),)))
-    reader, writer = await raw_submit(sandbox.url)
-    await sandbox.control.until(lambda entries: [entry.outcome for entry in entries] == [outcome])
-    assert (await sandbox.control.accounts())["key"] == left
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="hang", when=when),)))
+    reader, writer = await send_raw_submit(sandbox.url)
+    await sandbox.control.wait_for_requests(lambda entries: [entry.outcome for entry in entries] == [outcome])
+    assert (await sandbox.control.list_accounts())["key"] == left
     answer = asyncio.ensure_future(reader.read())
     await asyncio.wait({answer}, timeout=0.1)
     assert not answer.done()
@@ -63,25 +67,30 @@ async def test_hang_never_answers(sandbox: RunningSandbox, when: When, outcome: 
     await answer
 
 
-@pytest.mark.parametrize(("when", "outcome", "left"), WHEN)
+@pytest.mark.parametrize(("when", "outcome", "left"), FAULT_TIMINGS)
 @pytest.mark.parametrize("status", [200, 500, 502])
 async def test_page_is_html(
-    sandbox: RunningSandbox, caller: Caller, status: int, when: When, outcome: Outcome, left: Balance
+    sandbox: RunningSandbox,
+    caller: SandboxClient,
+    status: int,
+    when: When,
+    outcome: RequestOutcome,
+    left: AccountBalance,
 ) -> None:
     """A page is HTML with the status that was dialled, in place of an answer."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(reply="page", when=when, status=status),)))
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="page", when=when, status=status),)))
     response = await caller.submit()
     assert response.status_code == status
     assert response.headers["content-type"].startswith("text/html")
     assert response.text.startswith("<html>")
-    assert [entry.outcome for entry in await sandbox.control.requests()] == [outcome]
-    assert (await sandbox.control.accounts())["key"] == left
+    assert [entry.outcome for entry in await sandbox.control.list_requests()] == [outcome]
+    assert (await sandbox.control.list_accounts())["key"] == left
 
 
 async def test_cut_answer_ends_early(sandbox: RunningSandbox) -> None:
     """A cut answer closes the connection, in order, halfway through the length it announced."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(reply="cut"),)))
-    reader, writer = await raw_submit(sandbox.url)
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="cut"),)))
+    reader, writer = await send_raw_submit(sandbox.url)
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     await writer.wait_closed()
@@ -90,9 +99,9 @@ async def test_cut_answer_ends_early(sandbox: RunningSandbox) -> None:
     assert len(body) == announced // 2
 
 
-async def test_garbled_answer_is_whole_but_no_json(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_garbled_answer_is_whole_but_no_json(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A garbled answer has the length it announced, calls itself JSON, and is none."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(reply="garbled"),)))
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="garbled"),)))
     response = await caller.submit()
     assert response.headers["content-type"] == "application/json"
     with pytest.raises(msgspec.DecodeError):
@@ -116,10 +125,10 @@ async def test_garbled_answer_is_whole_but_no_json(sandbox: RunningSandbox, call
     ],
 )
 async def test_field_comes_wrong(
-    sandbox: RunningSandbox, caller: Caller, field: Field, wrong: Wrong, expected: object
+    sandbox: RunningSandbox, caller: SandboxClient, field: Field, wrong: FieldDefect, expected: object
 ) -> None:
     """A field is spoiled in the way that was dialled, and the fields beside it stay right."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(wrong={field: wrong}),)))
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(wrong={field: wrong}),)))
     answer: dict[str, Any] = (await caller.submit()).json()
     assert answer.pop(field, msgspec.UNSET) == expected
     assert answer.items() <= {
@@ -127,57 +136,59 @@ async def test_field_comes_wrong(
     }.items()  # fmt: skip
 
 
-async def test_id_as_a_number_can_be_asked_for(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_id_as_a_number_can_be_asked_for(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A task id that comes as a number is the number that its digits say, exact even as a double."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(on="submit", wrong={"task_id": "int"}),)))
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(on="submit", wrong={"task_id": "int"}),)))
     number = (await caller.submit()).json()["task_id"]
     assert isinstance(number, int)
-    await sandbox.control.idle()
+    await sandbox.control.wait_until_idle()
     assert (await caller.check(str(int(float(number)))))["status"] == "Completed"
 
 
-async def test_status_without_a_task(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_status_without_a_task(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A check can be made to tell that a state is null."""
-    await sandbox.control.set_dials(Dials(seconds=3600, faults=(Fault(on="check", wrong={"status": "null"}),)))
-    assert await caller.check(await caller.submitted()) == {"err_code": 0, "status": None}
+    await sandbox.control.set_behaviour(Behaviour(seconds=3600, faults=(Fault(on="check", wrong={"status": "null"}),)))
+    assert await caller.check(await caller.submit_accepted()) == {"err_code": 0, "status": None}
 
 
-async def test_refusal_word_for_word(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_refusal_word_for_word(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A check or submit can be refused with any message, although nothing is wrong with it."""
-    task_id = await caller.submitted()
-    await sandbox.control.set_dials(Dials(faults=(Fault(refuse="任务未找到或状态未知", times=1),)))
+    task_id = await caller.submit_accepted()
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(refuse="任务未找到或状态未知", times=1),)))
     assert await caller.check(task_id) == {"err_code": 1, "err_msg": "任务未找到或状态未知"}
     assert (await caller.check(task_id))["err_code"] == 0
 
 
 @pytest.mark.parametrize("colon", [":", "："])
-async def test_rejection_for_a_reason(sandbox: RunningSandbox, caller: Caller, colon: Literal[":", "："]) -> None:
+async def test_rejection_for_a_reason(
+    sandbox: RunningSandbox, caller: SandboxClient, colon: Literal[":", "："]
+) -> None:
     """A submit can be rejected for any reason, behind either colon, and is not charged."""
-    await sandbox.control.set_dials(Dials(colon=colon, faults=(Fault(reject="图片内容违规"),)))
+    await sandbox.control.set_behaviour(Behaviour(colon=colon, faults=(Fault(reject="图片内容违规"),)))
     answer = (await caller.submit()).json()
     assert answer == {"err_code": 1, "err_msg": f"任务提交失败{colon}图片内容违规"}
-    assert (await sandbox.control.accounts())["key"] == Balance(3, 10)
+    assert (await sandbox.control.list_accounts())["key"] == AccountBalance(3, 10)
 
 
-async def test_status_of_an_answer(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_status_of_an_answer(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """An answer keeps its JSON when only its HTTP status is dialled."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(status=503),)))
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(status=503),)))
     response = await caller.submit()
     assert response.status_code == 503
     assert response.json()["err_code"] == 0
 
 
-async def test_latency_outlasts_the_client(sandbox: RunningSandbox, caller: Caller) -> None:
+async def test_latency_outlasts_the_client(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A slow upstream carries out the request of a client that has given up meanwhile."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(latency=0.5),)))
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(latency=0.5),)))
     with pytest.raises(httpx2.ReadTimeout):
-        await caller.client.post(
+        await caller.http.post(
             "/api/submit_seamless_task",
             data={"user_key": "key"},
-            files={"input_image": pictures.png()},
+            files={"input_image": pictures.plain_png()},
             timeout=httpx2.Timeout(5, read=0.05),
         )
-    await sandbox.control.until(lambda entries: entries[0].outcome == "accepted")
+    await sandbox.control.wait_for_requests(lambda entries: entries[0].outcome == "accepted")
 
 
 async def test_client_that_leaves_midway(sandbox: RunningSandbox) -> None:
@@ -188,5 +199,7 @@ async def test_client_that_leaves_midway(sandbox: RunningSandbox) -> None:
     await writer.drain()
     writer.close()
     await writer.wait_closed()
-    entries = await sandbox.control.until(lambda entries: [entry.outcome for entry in entries] == ["broken_off"])
+    entries = await sandbox.control.wait_for_requests(
+        lambda entries: [entry.outcome for entry in entries] == ["broken_off"]
+    )
     assert entries[0].path == "/api/submit_task"

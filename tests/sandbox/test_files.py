@@ -6,24 +6,24 @@ import httpx2
 import pytest
 
 from service.sandbox.app import RunningSandbox
-from service.sandbox.faults import Dials, Fault
-from tests.sandbox.caller import Caller
+from service.sandbox.faults import Behaviour, Fault
+from tests.sandbox.caller import SandboxClient
 
 
 @pytest.fixture
-async def urls(sandbox: RunningSandbox, caller: Caller) -> dict[str, str]:
-    task_id = await caller.submitted("submit_vector_task")
-    await sandbox.control.idle()
+async def urls(sandbox: RunningSandbox, caller: SandboxClient) -> dict[str, str]:
+    task_id = await caller.submit_accepted("submit_vector_task")
+    await sandbox.control.wait_until_idle()
     answer = await caller.check(task_id)
     return {"image/png": answer["images_url"], "image/svg+xml": answer["vector_url"]}
 
 
 @pytest.mark.parametrize("content_type", ["image/png", "image/svg+xml"])
-async def test_result_is_whole(caller: Caller, urls: dict[str, str], content_type: str) -> None:
+async def test_result_is_whole(caller: SandboxClient, urls: dict[str, str], content_type: str) -> None:
     """A result comes with its type and length, and HEAD tells the same without the bytes."""
     url = urls[content_type]
-    response = await caller.client.get(url)
-    head = await caller.client.head(url)
+    response = await caller.http.get(url)
+    head = await caller.http.head(url)
     assert response.status_code == head.status_code == 200
     assert response.headers["content-type"] == head.headers["content-type"] == content_type
     assert int(head.headers["content-length"]) == len(response.content) > 0
@@ -41,10 +41,10 @@ async def test_result_is_whole(caller: Caller, urls: dict[str, str], content_typ
         ("-999999999", 0, None),
     ],
 )
-async def test_range(caller: Caller, urls: dict[str, str], asked: str, first: int, end: int | None) -> None:
+async def test_range(caller: SandboxClient, urls: dict[str, str], asked: str, first: int, end: int | None) -> None:
     """A range of bytes is answered 206 with those bytes and their place."""
-    whole = (await caller.client.get(urls["image/png"])).content
-    response = await caller.client.get(urls["image/png"], headers={"range": f"bytes={asked}"})
+    whole = (await caller.http.get(urls["image/png"])).content
+    response = await caller.http.get(urls["image/png"], headers={"range": f"bytes={asked}"})
     assert response.status_code == 206
     assert response.content == whole[first:end]
     start = whole.index(response.content) if first != -7 else len(whole) - 7
@@ -52,38 +52,38 @@ async def test_range(caller: Caller, urls: dict[str, str], asked: str, first: in
 
 
 @pytest.mark.parametrize("asked", ["999999999-", "9-5", "-0", "-"])
-async def test_range_that_holds_no_byte(caller: Caller, urls: dict[str, str], asked: str) -> None:
+async def test_range_that_holds_no_byte(caller: SandboxClient, urls: dict[str, str], asked: str) -> None:
     """A range without a byte of the file is answered 416 with the file's length."""
-    length = (await caller.client.head(urls["image/png"])).headers["content-length"]
-    response = await caller.client.get(urls["image/png"], headers={"range": f"bytes={asked}"})
+    length = (await caller.http.head(urls["image/png"])).headers["content-length"]
+    response = await caller.http.get(urls["image/png"], headers={"range": f"bytes={asked}"})
     assert response.status_code == 416
     assert response.headers["content-range"] == f"bytes */{length}"
 
 
-async def test_range_that_is_not_understood(caller: Caller, urls: dict[str, str]) -> None:
+async def test_range_that_is_not_understood(caller: SandboxClient, urls: dict[str, str]) -> None:
     """A range of another kind, several ranges, and one of another version get the whole file."""
     for headers in ({"range": "lines=1-2"}, {"range": "bytes=0-1,4-5"}, {"range": "bytes=0-1", "if-range": '"old"'}):
-        assert (await caller.client.get(urls["image/png"], headers=headers)).status_code == 200
+        assert (await caller.http.get(urls["image/png"], headers=headers)).status_code == 200
 
 
-async def test_range_of_the_same_version(caller: Caller, urls: dict[str, str]) -> None:
+async def test_range_of_the_same_version(caller: SandboxClient, urls: dict[str, str]) -> None:
     """A range under the condition that the file is the same is given."""
-    etag = (await caller.client.head(urls["image/png"])).headers["etag"]
+    etag = (await caller.http.head(urls["image/png"])).headers["etag"]
     headers = {"range": "bytes=0-1", "if-range": etag}
-    assert (await caller.client.get(urls["image/png"], headers=headers)).status_code == 206
+    assert (await caller.http.get(urls["image/png"], headers=headers)).status_code == 206
 
 
 @pytest.mark.parametrize("name", ["grid.png", "input", "../../sandbox.sqlite3", "%2e%2e/input", ""])
-async def test_only_results_are_handed_out(caller: Caller, urls: dict[str, str], name: str) -> None:
+async def test_only_results_are_handed_out(caller: SandboxClient, urls: dict[str, str], name: str) -> None:
     """Nothing but the results of a task is handed out."""
     folder = urls["image/png"].rpartition("/")[0]
-    assert (await caller.client.get(f"{folder}/{name}")).status_code == 404
+    assert (await caller.http.get(f"{folder}/{name}")).status_code == 404
 
 
-async def test_address_follows_the_client(caller: Caller, urls: dict[str, str]) -> None:
+async def test_address_follows_the_client(caller: SandboxClient, urls: dict[str, str]) -> None:
     """Results are named at the host by which the client reached the sandbox."""
     task_id = urls["image/png"].split("/")[-2]
-    response = await caller.client.post(
+    response = await caller.http.post(
         "/api/check_task_status",
         data={"user_key": "key", "task_id": task_id},
         headers={"host": "upstream.example:81"},
@@ -91,23 +91,25 @@ async def test_address_follows_the_client(caller: Caller, urls: dict[str, str]) 
     assert response.json()["images_url"] == f"http://upstream.example:81/files/{task_id}/image.png"
 
 
-async def test_faults_of_files(sandbox: RunningSandbox, caller: Caller, urls: dict[str, str]) -> None:
+async def test_faults_of_files(sandbox: RunningSandbox, caller: SandboxClient, urls: dict[str, str]) -> None:
     """A file can be cut off or replaced by a page, and then comes whole again."""
     faults = (
         Fault(on="file", times=1, reply="cut"),
         Fault(on="file", times=1, reply="page", when="before", status=503),
     )
-    await sandbox.control.set_dials(Dials(faults=faults))
+    await sandbox.control.set_behaviour(Behaviour(faults=faults))
     with pytest.raises(httpx2.RemoteProtocolError):
-        await caller.client.get(urls["image/png"])
-    assert (await caller.client.get(urls["image/png"])).status_code == 503
-    assert (await caller.client.get(urls["image/png"])).status_code == 200
-    served = [entry.outcome for entry in await sandbox.control.requests() if entry.operation == "file"]
+        await caller.http.get(urls["image/png"])
+    assert (await caller.http.get(urls["image/png"])).status_code == 503
+    assert (await caller.http.get(urls["image/png"])).status_code == 200
+    served = [entry.outcome for entry in await sandbox.control.list_requests() if entry.operation == "file"]
     assert served == ["served", "not_reached", "served"]
 
 
-async def test_page_after_a_file_was_found(sandbox: RunningSandbox, caller: Caller, urls: dict[str, str]) -> None:
+async def test_page_after_a_file_was_found(
+    sandbox: RunningSandbox, caller: SandboxClient, urls: dict[str, str]
+) -> None:
     """A page in place of a file that was found is written down as served."""
-    await sandbox.control.set_dials(Dials(faults=(Fault(on="file", reply="page", status=500),)))
-    assert (await caller.client.get(urls["image/svg+xml"])).status_code == 500
-    assert (await sandbox.control.requests())[-1].outcome == "served"
+    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(on="file", reply="page", status=500),)))
+    assert (await caller.http.get(urls["image/svg+xml"])).status_code == 500
+    assert (await sandbox.control.list_requests())[-1].outcome == "served"

@@ -11,64 +11,66 @@ from pathlib import Path
 
 import pytest
 
-from service.sandbox.app import Balance, RunningSandbox, SandboxConfig, running
-from service.sandbox.faults import Dials
+from service.sandbox.app import AccountBalance, RunningSandbox, SandboxConfig, open_sandbox
+from service.sandbox.faults import Behaviour
 from service.sandbox.forms import Options
 from service.sandbox.store import State, Store, Task
-from tests.sandbox.caller import Caller, calling
+from tests.sandbox.caller import SandboxClient, open_client
 
 
 @asynccontextmanager
-async def opened(folder: Path, seconds: float = 0) -> AsyncIterator[tuple[RunningSandbox, Caller]]:
-    config = SandboxConfig(folder=folder, accounts={"key": Balance(3, 10)}, seconds=seconds)
-    async with running(config) as sandbox, calling(sandbox.url) as caller:
+async def run_sandbox(folder: Path, seconds: float = 0) -> AsyncIterator[tuple[RunningSandbox, SandboxClient]]:
+    config = SandboxConfig(folder=folder, accounts={"key": AccountBalance(3, 10)}, seconds=seconds)
+    async with open_sandbox(config) as sandbox, open_client(sandbox.url) as caller:
         yield sandbox, caller
 
 
-def task(number: int, state: State = "open") -> Task:
-    return Task(id=str(number), user_key="key", kind="face", options=Options(), ready=0, charged=True, state=state)
+def make_task(number: int, state: State = "open") -> Task:
+    return Task(
+        id=str(number), user_key="key", kind="face", options=Options(), ready_at=0, is_charged=True, state=state
+    )
 
 
 async def test_finished_task_outlives_a_restart(tmp_path: Path) -> None:
     """After a restart a finished task, its results and the balance are what they were."""
-    async with opened(tmp_path) as (sandbox, caller):
-        task_id = await caller.submitted()
-        await sandbox.control.idle()
-        whole = (await caller.client.get((await caller.check(task_id))["grid_url"])).content
-    async with opened(tmp_path) as (_, caller):
+    async with run_sandbox(tmp_path) as (sandbox, caller):
+        task_id = await caller.submit_accepted()
+        await sandbox.control.wait_until_idle()
+        whole = (await caller.http.get((await caller.check(task_id))["grid_url"])).content
+    async with run_sandbox(tmp_path) as (_, caller):
         answer = await caller.check(task_id)
         assert (answer["status"], answer["remaining_count"]) == ("Completed", 2)
-        assert (await caller.client.get(answer["grid_url"])).content == whole
+        assert (await caller.http.get(answer["grid_url"])).content == whole
 
 
 async def test_unfinished_task_is_taken_up_again(tmp_path: Path) -> None:
     """A task that a restart interrupted ends after it, and is charged once."""
-    async with opened(tmp_path) as (sandbox, caller):
-        await sandbox.control.set_dials(Dials(seconds=0.3))
-        task_id = await caller.submitted()
-    async with opened(tmp_path) as (sandbox, caller):
-        await sandbox.control.idle()
+    async with run_sandbox(tmp_path) as (sandbox, caller):
+        await sandbox.control.set_behaviour(Behaviour(seconds=0.3))
+        task_id = await caller.submit_accepted()
+    async with run_sandbox(tmp_path) as (sandbox, caller):
+        await sandbox.control.wait_until_idle()
         answer = await caller.check(task_id)
         assert (answer["status"], answer["remaining_count"]) == ("Completed", 2)
 
 
 async def test_task_without_its_input_fails(tmp_path: Path) -> None:
     """A task whose files were lost fails instead of running for ever."""
-    async with opened(tmp_path, seconds=0.1) as (_, caller):
-        task_id = await caller.submitted()
+    async with run_sandbox(tmp_path, seconds=0.1) as (_, caller):
+        task_id = await caller.submit_accepted()
     (tmp_path / "tasks" / task_id / "input").unlink()
-    async with opened(tmp_path) as (sandbox, caller):
-        await sandbox.control.idle()
+    async with run_sandbox(tmp_path) as (sandbox, caller):
+        await sandbox.control.wait_until_idle()
         assert (await caller.check(task_id))["status"] == "Failed"
 
 
 async def test_input_goes_when_the_task_ends(tmp_path: Path) -> None:
     """Of an ended task only the results are kept, and of a refused submit nothing."""
-    async with opened(tmp_path) as (sandbox, caller):
-        task_id = await caller.submitted()
-        await sandbox.control.set_account("key", Balance(0, 0))
+    async with run_sandbox(tmp_path) as (sandbox, caller):
+        task_id = await caller.submit_accepted()
+        await sandbox.control.set_account("key", AccountBalance(0, 0))
         assert (await caller.submit()).json()["err_msg"] == "账户剩余次数不足"
-        await sandbox.control.idle()
+        await sandbox.control.wait_until_idle()
         files = {
             str(path.relative_to(tmp_path / "tasks")) for path in (tmp_path / "tasks").rglob("*") if path.is_file()
         }
@@ -89,12 +91,12 @@ async def test_killed_process_loses_no_accepted_task(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     url = (await process.stdout.readline()).decode().strip()
-    async with calling(url) as caller:
-        task_id = await caller.submitted("submit_vector_task")
+    async with open_client(url) as caller:
+        task_id = await caller.submit_accepted("submit_vector_task")
         process.kill()
         await process.wait()
-    async with opened(tmp_path) as (sandbox, caller):
-        await sandbox.control.idle()
+    async with run_sandbox(tmp_path) as (sandbox, caller):
+        await sandbox.control.wait_until_idle()
         answer = await caller.check(task_id)
         assert (answer["status"], answer["remaining_count"]) == ("Completed", 2)
 
@@ -103,11 +105,11 @@ async def test_temporary_folder_is_removed(tmp_path: Path, monkeypatch: pytest.M
     """Without a folder a temporary one is used, and nothing is left behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     async with (
-        running(SandboxConfig(accounts={"key": Balance(1, 0)}, seconds=0)) as sandbox,
-        calling(sandbox.url) as caller,
+        open_sandbox(SandboxConfig(accounts={"key": AccountBalance(1, 0)}, seconds=0)) as sandbox,
+        open_client(sandbox.url) as caller,
     ):
-        await caller.submitted()
-        await sandbox.control.idle()
+        await caller.submit_accepted()
+        await sandbox.control.wait_until_idle()
         assert list(tmp_path.rglob("image.png"))
     assert list(tmp_path.iterdir()) == []
 
@@ -115,25 +117,25 @@ async def test_temporary_folder_is_removed(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(("most_tasks", "most_bytes", "kept"), [(2, 1000, {3, 4}), (9, 25, {3, 4}), (9, 5, {4})])
 def test_oldest_ended_tasks_are_forgotten(tmp_path: Path, most_tasks: int, most_bytes: int, kept: set[int]) -> None:
     """Beyond a number of tasks or bytes the oldest ended ones go; the newest and those that run stay."""
-    store = Store(tmp_path, {}, most_tasks=most_tasks, most_bytes=most_bytes)
+    store = Store(tmp_path, {}, max_tasks=most_tasks, max_bytes=most_bytes)
     for number in range(5):
-        store.accept(task(number), Balance(0, 0))
+        store.add_task(make_task(number), AccountBalance(0, 0))
         if number > 0:
-            store.finish(task(number, "completed"), 10)
-    folders = store.prune()
-    assert {number for number in range(5) if store.task(str(number))} == kept | {0}
-    assert folders == [store.folder_of(str(number)) for number in (3, 2, 1) if number not in kept]
+            store.finish_task(make_task(number, "completed"), 10)
+    folders = store.prune_tasks()
+    assert {number for number in range(5) if store.get_task(str(number))} == kept | {0}
+    assert folders == [store.task_folder(str(number)) for number in (3, 2, 1) if number not in kept]
     store.close()
 
 
 async def test_files_of_forgotten_tasks_are_removed(tmp_path: Path) -> None:
     """With its task, the files of a result go too."""
-    config = SandboxConfig(folder=tmp_path, accounts={"key": Balance(3, 0)}, seconds=0, most_tasks=1)
-    async with running(config) as sandbox, calling(sandbox.url) as caller:
+    config = SandboxConfig(folder=tmp_path, accounts={"key": AccountBalance(3, 0)}, seconds=0, max_tasks=1)
+    async with open_sandbox(config) as sandbox, open_client(sandbox.url) as caller:
         task_ids = []
         for _ in range(3):
-            task_ids.append(await caller.submitted())
-            await sandbox.control.idle()
+            task_ids.append(await caller.submit_accepted())
+            await sandbox.control.wait_until_idle()
         assert [(await caller.check(task_id))["err_code"] for task_id in task_ids] == [1, 1, 0]
     assert [folder.name for folder in (tmp_path / "tasks").iterdir()] == task_ids[-1:]
 
@@ -142,7 +144,7 @@ def test_stray_files_are_swept(tmp_path: Path) -> None:
     """Files of a submit that never became a task are removed at the next start."""
     stray, kept = tmp_path / "tasks" / "9", tmp_path / "tasks" / "1"
     store = Store(tmp_path, {})
-    store.accept(task(1), Balance(0, 0))
+    store.add_task(make_task(1), AccountBalance(0, 0))
     store.close()
     for folder in (stray, kept):
         folder.mkdir()

@@ -10,22 +10,22 @@ import threading
 
 import pytest
 
-from service.sandbox.app import Balance, SandboxConfig, create_sandbox, running, serve
-from service.sandbox.faults import Dials, Fault
+from service.sandbox.app import AccountBalance, SandboxConfig, create_sandbox, open_sandbox, serve
+from service.sandbox.faults import Behaviour, Fault
 from service.sandbox.http import Message
-from tests.sandbox.caller import calling
+from tests.sandbox.caller import open_client
 
-CONFIG = SandboxConfig(accounts={"key": Balance(9, 0)}, seconds=0)
+CONFIG = SandboxConfig(accounts={"key": AccountBalance(9, 0)}, seconds=0)
 
 
 async def test_sandboxes_share_a_process() -> None:
     """Several sandboxes run beside each other, each with its own accounts and dials."""
-    async with running(CONFIG) as first, running(CONFIG) as second:
-        await first.control.set_account("key", Balance(1, 0))
-        await first.control.set_dials(Dials(faults=(Fault(reject="忙"),)))
-        async with calling(first.url) as caller:
+    async with open_sandbox(CONFIG) as first, open_sandbox(CONFIG) as second:
+        await first.control.set_account("key", AccountBalance(1, 0))
+        await first.control.set_behaviour(Behaviour(faults=(Fault(reject="忙"),)))
+        async with open_client(first.url) as caller:
             assert (await caller.submit()).json()["err_code"] == 1
-        async with calling(second.url) as caller:
+        async with open_client(second.url) as caller:
             assert (await caller.submit()).json()["remaining_count"] == 8
 
 
@@ -34,11 +34,11 @@ async def test_closing_cuts_what_hangs() -> None:
     threads = threading.active_count()
     faults = (Fault(times=1, reply="hang"), Fault(times=1, latency=3600), Fault(times=1))
     async with asyncio.timeout(10):
-        async with running(CONFIG) as sandbox, calling(sandbox.url) as caller:
-            await sandbox.control.set_dials(Dials(seconds=3600, faults=faults))
+        async with open_sandbox(CONFIG) as sandbox, open_client(sandbox.url) as caller:
+            await sandbox.control.set_behaviour(Behaviour(seconds=3600, faults=faults))
             submits = [asyncio.ensure_future(caller.submit()) for _ in faults]
             await asyncio.wait(submits, return_when=asyncio.FIRST_COMPLETED)
-            await sandbox.control.until(lambda entries: len(entries) == len(faults))
+            await sandbox.control.wait_for_requests(lambda entries: len(entries) == len(faults))
         outcomes = await asyncio.gather(*submits, return_exceptions=True)
     assert sum(isinstance(outcome, BaseException) for outcome in outcomes) == 2
     assert threading.active_count() == threads
@@ -47,7 +47,7 @@ async def test_closing_cuts_what_hangs() -> None:
 async def test_running_leaves_signals_alone() -> None:
     """A sandbox inside a process installs no handlers of signals."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    async with running(CONFIG):
+    async with open_sandbox(CONFIG):
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -56,16 +56,16 @@ async def test_port_can_be_chosen() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match="in use"):
-            async with running(CONFIG, port=port):
+            async with open_sandbox(CONFIG, port=port):
                 pass
-    async with running(CONFIG, port=port) as sandbox:
+    async with open_sandbox(CONFIG, port=port) as sandbox:
         assert sandbox.url == f"http://127.0.0.1:{port}"
 
 
 @pytest.mark.parametrize(("host", "named"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")])
 async def test_address_can_be_called(host: str, named: str) -> None:
     """The address that is given is one that can be called, whatever is listened on."""
-    async with running(CONFIG, host) as sandbox, calling(sandbox.url) as caller:
+    async with open_sandbox(CONFIG, host) as sandbox, open_client(sandbox.url) as caller:
         assert sandbox.url.startswith(f"http://{named}:")
         assert (await caller.check("1"))["err_code"] == 1
 

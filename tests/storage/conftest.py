@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.storage.store import Store, fresh
+from tests.storage.store import SeededStore, open_seeded_store
 from tests.support.valkey import Valkey
 
 
 @pytest.fixture
-async def store(valkey: Valkey) -> AsyncIterator[Store]:
+async def store(valkey: Valkey) -> AsyncIterator[SeededStore]:
     """A store with a tenant and two accounts."""
-    async with fresh(valkey) as found:
+    async with open_seeded_store(valkey) as found:
         yield found

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
-from service.domain.ledger import Figures, Idempotency, ReservationState, Status
+from service.domain.ledger import AccountStatus, Balance, Idempotency, ReservationState
 from service.domain.tasks import Kind
-from service.domain.tenants import AccountPolicy, Limit, Purse, TenantPolicy, Window
-from service.usecases.ports import Answered
+from service.domain.tenants import AccountPolicy, Limit, SpendingMode, TenantPolicy, Window
+from service.usecases.ports import CheckOutcome
 
 KINDS = (Kind.UPSCALE, Kind.SEAMLESS)
 
@@ -25,17 +25,17 @@ limits = st.builds(
     tasks=st.sampled_from([None, None, 0, 1, 2, 3, 8, 30]),
     money=st.sampled_from([None, 0, 99, 300, 700, 2_000]),
 )
-unlimited = st.builds(TenantPolicy, purse=st.sampled_from(Purse))
-limited = st.builds(
+unlimited_policies = st.builds(TenantPolicy, purse=st.sampled_from(SpendingMode))
+limited_policies = st.builds(
     TenantPolicy,
     limits=st.lists(limits, min_size=1, max_size=2, unique_by=lambda each: each.window).map(tuple),
     max_active=st.sampled_from([None, None, None, 0, 1, 2]),
-    purse=st.sampled_from(Purse),
+    purse=st.sampled_from(SpendingMode),
 )
-spenders = st.builds(Limit, st.sampled_from(Window), money=st.sampled_from([300, 700])).map(
+money_limited_policies = st.builds(Limit, st.sampled_from(Window), money=st.sampled_from([300, 700])).map(
     lambda limit: TenantPolicy(limits=(limit,))
 )
-tenant_policies = unlimited | limited
+tenant_policies = unlimited_policies | limited_policies
 account_policies = st.builds(
     AccountPolicy,
     floor_count=st.sampled_from([0, 0, 0, 1, 2]),
@@ -43,11 +43,11 @@ account_policies = st.builds(
     max_price=st.dictionaries(st.sampled_from(KINDS), st.sampled_from([0, 100, 250]), max_size=2),
 )
 counts = st.sampled_from([9, 3, 1, 0, 0])
-moneys = st.sampled_from([2_000, 2_000, 2_000, 300, 100, 50, 0])
+amounts = st.sampled_from([2_000, 2_000, 2_000, 300, 100, 50, 0])
 prices = st.sampled_from([100, 100, 250])
-figures = st.builds(Figures, count=st.none() | counts, money=st.none() | moneys)
-tellings: st.SearchStrategy[Figures | None] = st.integers(0, 11).flatmap(
-    lambda number: st.none() if number < 10 else st.just(Figures()) if number == 10 else figures
+balances = st.builds(Balance, count=st.none() | counts, money=st.none() | amounts)
+reported_balances: st.SearchStrategy[Balance | None] = st.integers(0, 11).flatmap(
+    lambda number: st.none() if number < 10 else st.just(Balance()) if number == 10 else balances
 )
 """What an answer tells of the balance: mostly (None) what it is."""
 
@@ -60,58 +60,68 @@ likely_outcomes = st.sampled_from(
         ReservationState.NOT_SENT,
     ]
 )
-closings = st.sampled_from([None, None, None, None, Status.EXHAUSTED, Status.INVALID])
-orders = st.sampled_from([(2,), (3,), (2, 3), (2, 3), (3, 2), ()])
-answers = st.sampled_from([Answered.SUCCEEDED] * 6 + [Answered.FAILED] * 2 + list(Answered))
+close_statuses = st.sampled_from([None, None, None, None, AccountStatus.EXHAUSTED, AccountStatus.INVALID])
+account_orders = st.sampled_from([(2,), (3,), (2, 3), (2, 3), (3, 2), ()])
+answers = st.sampled_from([CheckOutcome.SUCCEEDED] * 6 + [CheckOutcome.FAILED] * 2 + list(CheckOutcome))
 
-ticks = st.sampled_from([0, 1, 1, 700])
+answer_delays = st.sampled_from([0, 1, 1, 700])
 """How long an answer takes, in milliseconds."""
-steps = st.sampled_from(
+clock_steps = st.sampled_from(
     [1, 999, 2_500, 30_000, 60_000, 180_000, 600_000, 600_000, 3_600_000, 86_400_000, 31 * 86_400_000]
 )
 
 
-class Whole(NamedTuple):
+class SubmissionPlan(NamedTuple):
     """A submission after a pause, at a price: its outcome, its end, and what is told.
 
     Of an unknown outcome `charged` says whether it was taken, and `found` what it turns out to be, after it was
     refunded if it is `given_back`.
     """
 
-    pause: int
-    price: int
+    pause_ms: int
+    price_fen: int
     kind: Kind
     outcome: ReservationState
-    charged: bool
-    at_submit: Figures | None
-    answered: Answered
-    at_end: Figures | None
-    found: ReservationState | None = None
-    given_back: bool = False
+    is_charged: bool
+    balance_at_submit: Balance | None
+    answered: CheckOutcome
+    balance_at_end: Balance | None
+    later_outcome: ReservationState | None = None
+    is_refunded: bool = False
 
 
-def usual(kind: Kind) -> Whole:
+def usual_plan(kind: Kind) -> SubmissionPlan:
     """A submission that succeeds, of which all is told as it is."""
-    return Whole(1, 100, kind, ReservationState.ACCEPTED, True, None, Answered.SUCCEEDED, None)
+    return SubmissionPlan(1, 100, kind, ReservationState.ACCEPTED, True, None, CheckOutcome.SUCCEEDED, None)
 
 
 kinds = st.sampled_from(KINDS)
 pauses = st.sampled_from([1, 60_000, 600_000])
-finds = st.none() | outcomes
-wholes = st.builds(
-    Whole, pauses, prices, kinds, likely_outcomes, st.booleans(), tellings, answers, tellings, finds, st.booleans()
+later_outcomes = st.none() | outcomes
+plans = st.builds(
+    SubmissionPlan,
+    pauses,
+    prices,
+    kinds,
+    likely_outcomes,
+    st.booleans(),
+    reported_balances,
+    answers,
+    reported_balances,
+    later_outcomes,
+    st.booleans(),
 )
-usuals = st.builds(usual, kinds)
-unknowns = usuals.flatmap(
+usual_plans = st.builds(usual_plan, kinds)
+unknown_plans = usual_plans.flatmap(
     lambda each: st.builds(
         each._replace,
         outcome=st.just(ReservationState.UNKNOWN),
         charged=st.booleans(),
-        found=finds,
+        found=later_outcomes,
         given_back=st.booleans(),
         pause=pauses,
     )
 )
-doubts = st.tuples(usuals, usuals, unknowns, wholes | usuals).map(list)
-series = st.lists(wholes, min_size=1, max_size=6) | doubts
+inference_sequences = st.tuples(usual_plans, usual_plans, unknown_plans, plans | usual_plans).map(list)
+plan_sequences = st.lists(plans, min_size=1, max_size=6) | inference_sequences
 """Submissions that do not overlap; among them such as raise a doubt, and may settle it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from service.domain.ledger import DayUsage, Figures, Reservation, ReservationState, Tally, TenantState
+from service.domain.ledger import Balance, DayUsage, Reservation, ReservationState, Tally, TenantState
 from service.domain.tasks import Task, TaskError
 from service.domain.tenants import Window
 from tests.model import ledger_model
@@ -17,7 +17,7 @@ PROVISIONAL = frozenset({ReservationState.RESERVED, ReservationState.UNKNOWN})
 """The outcomes that another can follow."""
 
 
-def plain(task: Task | None) -> Any:
+def normalize_task(task: Task | None) -> Any:
     """A task whose raw JSON can be compared, without what a patience that ran out says of it."""
     if task is None:
         return None
@@ -28,29 +28,29 @@ def plain(task: Task | None) -> Any:
     )
 
 
-def rolled(state: TenantState, now: int) -> TenantState:
+def roll_state(state: TenantState, now: int) -> TenantState:
     """A tenant's state with its windows as they are at a time, which neither side writes down before it has to."""
     state = copy.deepcopy(state)
-    ledger_model.roll(state, now)
+    ledger_model.roll_windows(state, now)
     return state
 
 
-def canonical(found: Any) -> Any:
+def normalize_reservation(found: Any) -> Any:
     """A reservation, alone or in an answer, without what stands for nothing."""
     if isinstance(found, tuple):
-        return tuple(map(canonical, found))
-    if not isinstance(found, Reservation) or found.after != Figures():
+        return tuple(map(normalize_reservation, found))
+    if not isinstance(found, Reservation) or found.balance_after != Balance():
         return found
-    return msgspec.structs.replace(found, after=None)
+    return msgspec.structs.replace(found, balance_after=None)
 
 
-def plain_day(day: DayUsage) -> Any:
+def normalize_day(day: DayUsage) -> Any:
     """A day's usage without what counts nothing."""
     tallies = {kind: {each: number for each, number in tally.items() if number} for kind, tally in day.tallies.items()}
     return {kind: tally for kind, tally in tallies.items() if tally}, day.unknown, day.refunds
 
 
-def sum_of(charged: Callable[[Tally], int], days: Iterable[DayUsage]) -> int:
+def sum_charges(charged: Callable[[Tally], int], days: Iterable[DayUsage]) -> int:
     """What some days come to, over all kinds."""
     return sum(charged(tally) for day in days for tally in day.tallies.values())
 
@@ -81,6 +81,6 @@ def is_charged(reservation: Reservation) -> bool:
     return reservation.state in {ReservationState.ACCEPTED, ReservationState.UNKNOWN}
 
 
-def charge(reservation: Reservation, window: Window) -> int:
+def charge_in_window(reservation: Reservation, window: Window) -> int:
     """The money it counts for in a window, used or held."""
-    return reservation.cost.money if reservation.cost else reservation.holds.get(window, 0)
+    return reservation.cost.money_fen if reservation.cost else reservation.money_holds.get(window, 0)

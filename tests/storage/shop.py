@@ -9,81 +9,81 @@ from typing import Any
 
 import msgspec
 
-from service.domain.ledger import Granted, ReservationState
+from service.domain.ledger import Grant, ReservationState
 from service.domain.tasks import Kind, Task
 from service.domain.tenants import Account, Tenant, TenantPolicy
 from service.storage.connections import Connections, connect
-from service.storage.ledger import RedisLedger, Spans
-from service.storage.redis import Keys, Scripts
+from service.storage.ledger import RedisLedger, Retention
+from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
-from service.storage.tasks import RedisTasks
-from service.usecases.ports import Answered, Ask, Check, RegistryChange, Settlement, TaskDraft
-from tests.support.server_time import install, ledger_time, set_time
+from service.storage.tasks import RedisTaskStore
+from service.usecases.ports import CheckOutcome, CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
+from tests.support.server_time import install_server_time, read_ledger_time, set_server_time
 
 KEYS = Keys("gw")
 
 
 @dataclass
-class Shop:
+class StoreFixture:
     """The tenant 1 on the account 2, and the store it is kept in."""
 
     connections: Connections
     ledger: RedisLedger
-    tasks: RedisTasks
-    spans: Spans
+    tasks: RedisTaskStore
+    retention: Retention
 
     @property
     def client(self) -> Any:
         """The store itself."""
         return self.connections.commands
 
-    async def accept(self, *names: str) -> None:
+    async def accept_tasks(self, *names: str) -> None:
         """Make these tasks."""
         for name in names:
-            granted, _ = await self.ledger.reserve(Ask(name, 1, (2,), Kind.SEAMLESS))
-            assert isinstance(granted, Granted)
+            granted, _ = await self.ledger.reserve(ReserveRequest(name, 1, (2,), Kind.SEAMLESS))
+            assert isinstance(granted, Grant)
             await self.ledger.settle(
                 Settlement(
                     reservation=name,
                     tenant=1,
                     account=2,
                     kind=Kind.SEAMLESS,
-                    created=granted.now,
+                    created_at=granted.now,
                     outcome=ReservationState.ACCEPTED,
-                    draft=TaskDraft(f"task_{name}", msgspec.Raw(b"{}"), msgspec.Raw(b"{}")),
+                    new_task=NewTask(f"task_{name}", msgspec.Raw(b"{}"), msgspec.Raw(b"{}")),
                 )
             )
 
     async def now(self) -> int:
         """The ledger's time."""
-        return await ledger_time(self.client, KEYS)
+        return await read_ledger_time(self.client, KEYS)
 
     async def advance(self, milliseconds: int) -> None:
         """Let time pass for the ledger."""
-        await set_time(self.client, KEYS, await self.now() + milliseconds)
+        await set_server_time(self.client, KEYS, await self.now() + milliseconds)
 
-    async def check(self, *answers: Answered) -> Task | None:
+    async def check_due_task(self, *answers: CheckOutcome) -> Task | None:
         """Check the task that is due next, again and again, each time when it is due; the last record."""
         recorded = None
         for answered in answers:
-            ((_, at),) = await self.client.zrange(KEYS.watch, 0, 0, withscores=True)
-            await set_time(self.client, KEYS, max(int(at), await self.now()))
-            (due,) = await self.tasks.claim(1)
-            recorded = await self.tasks.record(due, Check(answered=answered))
+            ((_, at),) = await self.client.zrange(KEYS.poll_due, 0, 0, withscores=True)
+            await set_server_time(self.client, KEYS, max(int(at), await self.now()))
+            (due,) = await self.tasks.claim_checks(1)
+            recorded = await self.tasks.record_check(due, CheckResult(outcome=answered))
         return recorded[0] if recorded else None
 
-    async def due_in(self, name: str) -> int | None:
+    async def next_check_ms(self, name: str) -> int | None:
         """In how many milliseconds the next check of a task is due; None if it does not wait for one."""
-        at = await self.client.zscore(KEYS.watch, name)
+        at = await self.client.zscore(KEYS.poll_due, name)
         return None if at is None else int(at) - await self.now()
 
 
 @asynccontextmanager
-async def shop(url: str) -> AsyncIterator[Shop]:
+async def open_store(url: str) -> AsyncIterator[StoreFixture]:
     """A shop on an emptied store."""
-    install()
-    connections, spans = connect(url, timeout=5), Spans()
-    scripts: Any = Scripts(connections.commands)
+    install_server_time()
+    connections, spans = connect(url, timeout=5), Retention()
+    scripts: Any = RedisScripts(connections.commands)
     client: Any = connections.commands
     try:
         await client.flushall()
@@ -94,7 +94,7 @@ async def shop(url: str) -> AsyncIterator[Shop]:
             accounts=(Account(2, "main", b"sealed"),),
         )
         await RedisRegistry(scripts, KEYS).write(change)
-        ledger, tasks = RedisLedger(scripts, KEYS, spans), RedisTasks(scripts, KEYS, spans)
-        yield Shop(connections, ledger, tasks, spans)
+        ledger, tasks = RedisLedger(scripts, KEYS, spans), RedisTaskStore(scripts, KEYS, spans)
+        yield StoreFixture(connections, ledger, tasks, spans)
     finally:
         await connections.aclose()

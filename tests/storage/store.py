@@ -9,50 +9,50 @@ from typing import Any
 
 import msgspec
 
-from service.domain.ledger import Figures, Granted, Idempotency, ReservationState
+from service.domain.ledger import Balance, Grant, Idempotency, ReservationState
 from service.domain.tasks import Kind
 from service.domain.tenants import Account, Tenant
 from service.storage.connections import connect
-from service.storage.ledger import RedisBooks, RedisLedger, Spans
-from service.storage.redis import Keys, Scripts
+from service.storage.ledger import RedisBooks, RedisLedger, Retention
+from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
-from service.storage.tasks import RedisTasks
-from service.usecases.ports import Ask, Check, RegistryChange, Settlement, TaskDraft
-from tests.support.server_time import install, set_time
+from service.storage.tasks import RedisTaskStore
+from service.usecases.ports import CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
+from tests.support.server_time import install_server_time, set_server_time
 from tests.support.valkey import Valkey
 
-LATER = 2_524_607_999_000
+START_MS = 2_524_607_999_000
 """The server's time at first: a second before the year 2050."""
-SPANS = Spans()
+RETENTION = Retention()
 TENANT, FIRST, SECOND = 1, 2, 3
 TENANTS = (Tenant(TENANT, "t", ("a", "b")),)
 ACCOUNTS = (Account(FIRST, "a", b"sealed"), Account(SECOND, "b", b"sealed"))
 
 
 @dataclass
-class Store:
+class SeededStore:
     """A store with a tenant and two accounts, and the ports over it."""
 
     client: Any
-    scripts: Scripts
+    scripts: RedisScripts
     keys: Keys
     ledger: RedisLedger
-    tasks: RedisTasks
+    tasks: RedisTaskStore
     books: RedisBooks
     registry: RedisRegistry
-    now: int = LATER
+    now: int = START_MS
 
-    async def wait(self, milliseconds: int) -> None:
+    async def advance_clock(self, milliseconds: int) -> None:
         """Move the server's clock, but not that by which it forgets."""
         self.now += milliseconds
-        await set_time(self.client, self.keys, self.now)
+        await set_server_time(self.client, self.keys, self.now)
 
-    async def change(self, version: int, **changes: Any) -> None:
+    async def write_registry(self, version: int, **changes: Any) -> None:
         assert await self.registry.write(RegistryChange(version=version, next_id=4, **changes))
 
     async def reserve(self, name: str, idempotency: Idempotency | None = None) -> None:
-        verdict, _ = await self.ledger.reserve(Ask(name, TENANT, (FIRST,), Kind.UPSCALE, idempotency))
-        assert isinstance(verdict, Granted)
+        verdict, _ = await self.ledger.reserve(ReserveRequest(name, TENANT, (FIRST,), Kind.UPSCALE, idempotency))
+        assert isinstance(verdict, Grant)
 
     async def settle(
         self,
@@ -69,10 +69,10 @@ class Store:
             tenant=TENANT,
             account=FIRST,
             kind=Kind.UPSCALE,
-            created=self.now if created is None else created,
+            created_at=self.now if created is None else created,
             outcome=outcome,
-            figures=Figures() if count is None else Figures(count, 0),
-            draft=TaskDraft(f"task-{name}", msgspec.Raw(b"{}"), msgspec.Raw(b"{}"), webhook),
+            balance=Balance() if count is None else Balance(count, 0),
+            new_task=NewTask(f"task-{name}", msgspec.Raw(b"{}"), msgspec.Raw(b"{}"), webhook),
             idempotency=idempotency,
         )
         assert await self.ledger.settle(settlement)
@@ -81,40 +81,40 @@ class Store:
         await self.reserve(name, idempotency)
         await self.settle(name, ReservationState.ACCEPTED, webhook=webhook)
 
-    async def check(self, check: Check) -> None:
-        await self.wait(SPANS.claim)
-        (due,) = await self.tasks.claim(1)
-        assert await self.tasks.record(due, check)
+    async def record_check(self, check: CheckResult) -> None:
+        await self.advance_clock(RETENTION.claim_lease_ms)
+        (due,) = await self.tasks.claim_checks(1)
+        assert await self.tasks.record_check(due, check)
 
-    async def left(self, key: str) -> int | None:
+    async def ttl_ms(self, key: str) -> int | None:
         """For how long a key is still kept, to the minute; None if for ever."""
         found = int(await self.client.pttl(key))
         assert found != -2, f"{key} is gone"
         return None if found < 0 else -(-found // 60_000) * 60_000
 
-    async def shorten(self, key: str) -> None:
+    async def shorten_ttl(self, key: str) -> None:
         """Let a key be kept for a minute only, as if the rest had passed."""
         assert await self.client.pexpire(key, 60_000)
 
 
 @asynccontextmanager
-async def fresh(valkey: Valkey) -> AsyncIterator[Store]:
+async def open_seeded_store(valkey: Valkey) -> AsyncIterator[SeededStore]:
     """The store of a server, of which nothing else is left."""
-    install()
+    install_server_time()
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands
-    scripts, keys = Scripts(client), Keys("plain")
-    store = Store(
+    scripts, keys = RedisScripts(client), Keys("plain")
+    store = SeededStore(
         client,
         scripts,
         keys,
-        RedisLedger(scripts, keys, SPANS),
-        RedisTasks(scripts, keys, SPANS),
+        RedisLedger(scripts, keys, RETENTION),
+        RedisTaskStore(scripts, keys, RETENTION),
         RedisBooks(scripts, keys),
         RedisRegistry(scripts, keys),
     )
     await client.flushall()
-    await store.wait(0)
-    await store.change(0, tenants=TENANTS, accounts=ACCOUNTS)
+    await store.advance_clock(0)
+    await store.write_registry(0, tenants=TENANTS, accounts=ACCOUNTS)
     yield store
     await connections.aclose()

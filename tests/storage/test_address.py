@@ -6,41 +6,48 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.storage.connections import Address, Credentials, InvalidRedisUrl, Topology, masked, parse_url
+from service.storage.connections import (
+    Credentials,
+    InvalidRedisUrl,
+    RedisAddress,
+    Topology,
+    parse_redis_url,
+    redact_url,
+)
 
 
 @pytest.mark.parametrize(
     ("url", "address"),
     [
-        ("redis://store", Address(topology=Topology.SINGLE, hosts=(("store", 6379),))),
-        ("redis://store:1/", Address(topology=Topology.SINGLE, hosts=(("store", 1),))),
+        ("redis://store", RedisAddress(topology=Topology.SINGLE, hosts=(("store", 6379),))),
+        ("redis://store:1/", RedisAddress(topology=Topology.SINGLE, hosts=(("store", 1),))),
         (
             "redis://me:p%40ss%2F@store/3",
-            Address(
+            RedisAddress(
                 topology=Topology.SINGLE,
                 hosts=(("store", 6379),),
                 database=3,
                 credentials=Credentials("me", "p@ss/"),
             ),
         ),
-        ("redis://[::1]:7", Address(topology=Topology.SINGLE, hosts=(("::1", 7),))),
-        ("rediss://store", Address(topology=Topology.SINGLE, hosts=(("store", 6379),), tls={})),
+        ("redis://[::1]:7", RedisAddress(topology=Topology.SINGLE, hosts=(("::1", 7),))),
+        ("rediss://store", RedisAddress(topology=Topology.SINGLE, hosts=(("store", 6379),), tls_options={})),
         (
             "rediss://store?ssl_ca_certs=/ca.pem&ssl_check_hostname=false&ssl_cert_reqs=required",
-            Address(
+            RedisAddress(
                 topology=Topology.SINGLE,
                 hosts=(("store", 6379),),
-                tls={"ssl_ca_certs": "/ca.pem", "ssl_check_hostname": False, "ssl_cert_reqs": "required"},
+                tls_options={"ssl_ca_certs": "/ca.pem", "ssl_check_hostname": False, "ssl_cert_reqs": "required"},
             ),
         ),
-        ("unix:///run/a%20b/s", Address(topology=Topology.SINGLE, path="/run/a b/s")),
-        ("unix:///run/s?db=2", Address(topology=Topology.SINGLE, path="/run/s", database=2)),
+        ("unix:///run/a%20b/s", RedisAddress(topology=Topology.SINGLE, path="/run/a b/s")),
+        ("unix:///run/s?db=2", RedisAddress(topology=Topology.SINGLE, path="/run/s", database=2)),
         (
             "redis+sentinel://:pw@a,b:1/main/4?sentinel_username=u&sentinel_password=w",
-            Address(
+            RedisAddress(
                 topology=Topology.SENTINEL,
                 hosts=(("a", 26379), ("b", 1)),
-                service="main",
+                sentinel_service="main",
                 database=4,
                 credentials=Credentials(None, "pw"),
                 sentinel_credentials=Credentials("u", "w"),
@@ -48,27 +55,36 @@ from service.storage.connections import Address, Credentials, InvalidRedisUrl, T
         ),
         (
             "redis+sentinel://a/main?sentinel_ssl=true&ssl_ca_certs=/ca",
-            Address(
+            RedisAddress(
                 topology=Topology.SENTINEL,
                 hosts=(("a", 26379),),
-                service="main",
-                sentinel_tls={"ssl_ca_certs": "/ca"},
+                sentinel_service="main",
+                sentinel_tls_options={"ssl_ca_certs": "/ca"},
             ),
         ),
         (
             "rediss+sentinel://a/main?sentinel_ssl=true",
-            Address(topology=Topology.SENTINEL, hosts=(("a", 26379),), service="main", tls={}, sentinel_tls={}),
+            RedisAddress(
+                topology=Topology.SENTINEL,
+                hosts=(("a", 26379),),
+                sentinel_service="main",
+                tls_options={},
+                sentinel_tls_options={},
+            ),
         ),
         (
             "rediss+sentinel://a/main?sentinel_ssl=false",
-            Address(topology=Topology.SENTINEL, hosts=(("a", 26379),), service="main", tls={}),
+            RedisAddress(topology=Topology.SENTINEL, hosts=(("a", 26379),), sentinel_service="main", tls_options={}),
         ),
-        ("rediss+cluster://a,b:1", Address(topology=Topology.CLUSTER, hosts=(("a", 6379), ("b", 1)), tls={})),
+        (
+            "rediss+cluster://a,b:1",
+            RedisAddress(topology=Topology.CLUSTER, hosts=(("a", 6379), ("b", 1)), tls_options={}),
+        ),
     ],
 )
-def test_read(url: str, address: Address) -> None:
+def test_read(url: str, address: RedisAddress) -> None:
     """Each kind of URL says where the store is."""
-    assert parse_url(url) == address
+    assert parse_redis_url(url) == address
 
 
 @pytest.mark.parametrize(
@@ -106,7 +122,7 @@ def test_read(url: str, address: Address) -> None:
 def test_refused(url: str, fault: str) -> None:
     """A URL that can't be used is refused with what it must be."""
     with pytest.raises(InvalidRedisUrl) as caught:
-        parse_url(url)
+        parse_redis_url(url)
     assert str(caught.value).startswith(fault)
 
 
@@ -117,12 +133,12 @@ def test_refused(url: str, fault: str) -> None:
 def test_secrets_stay(secret: str, pattern: str) -> None:
     """Whatever the text is, it is read or refused, and neither the message nor the address shows a password."""
     try:
-        shown = repr(parse_url(f"redis://:{secret}@store").credentials)
+        shown = repr(parse_redis_url(f"redis://:{secret}@store").credentials)
     except InvalidRedisUrl as error:
         shown = str(error)
     assert secret not in shown
     try:
-        parse_url(pattern.format(secret, secret))
+        parse_redis_url(pattern.format(secret, secret))
     except InvalidRedisUrl as error:
         shown = str(error)
     assert secret not in shown
@@ -142,4 +158,4 @@ def test_secrets_stay(secret: str, pattern: str) -> None:
 )
 def test_shown_without_secrets(url: str, shown: str) -> None:
     """A URL is shown whole but for its secrets."""
-    assert masked(url) == shown
+    assert redact_url(url) == shown

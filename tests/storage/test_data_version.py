@@ -11,43 +11,43 @@ import pytest
 
 from service.domain.tenants import Tenant
 from service.storage.connections import connect
-from service.storage.ledger import RedisLedger, Spans
-from service.storage.redis import DATA_VERSION, DataVersion, DataVersionError, Keys, Scripts
-from service.storage.registry import LiveRegistry, RedisRegistry
+from service.storage.ledger import RedisLedger, Retention
+from service.storage.redis import DATA_VERSION, DataVersionError, DataVersionGuard, Keys, RedisScripts
+from service.storage.registry import CachedRegistry, RedisRegistry
 from service.usecases.ports import RegistryChange
-from tests.support.stores import Store, cluster, single
+from tests.support.stores import RunningStore, run_cluster, run_single
 
 KEYS = Keys("versioned")
 MARK = str(DATA_VERSION)
 CHANGE = RegistryChange(version=0, next_id=2, tenants=(Tenant(1, "shop", ()),))
 
 
-@pytest.fixture(scope="module", params=[single, cluster], ids=lambda made: made.__name__)
-def server(request: pytest.FixtureRequest) -> Iterator[Store]:
+@pytest.fixture(scope="module", params=[run_single, run_cluster], ids=lambda made: made.__name__)
+def server(request: pytest.FixtureRequest) -> Iterator[RunningStore]:
     """A server alone, and one in a Cluster."""
     with request.param() as made:
         yield made
 
 
 @pytest.fixture
-def store(server: Store) -> Store:
+def store(server: RunningStore) -> RunningStore:
     """An empty store."""
-    server.ask("FLUSHALL")
+    server.execute("FLUSHALL")
     return server
 
 
 class Gateway:
     """What a gateway has open to a store; `refusals` are the errors it would end for."""
 
-    def __init__(self, store: Store, version: int = DATA_VERSION) -> None:
-        self.refusals: list[DataVersionError] = []
+    def __init__(self, store: RunningStore, version: int = DATA_VERSION) -> None:
+        self.errors: list[DataVersionError] = []
         self.connections = connect(store.url, timeout=5)
-        self.scripts = Scripts(
+        self.scripts = RedisScripts(
             self.connections.commands,
-            version=DataVersion(KEYS.data_version, self.refusals.append, version=version),
+            version_guard=DataVersionGuard(KEYS.data_version, self.errors.append, version=version),
         )
         self.registry = RedisRegistry(self.scripts, KEYS)
-        self.ledger = RedisLedger(self.scripts, KEYS, Spans())
+        self.ledger = RedisLedger(self.scripts, KEYS, Retention())
 
     async def __aenter__(self) -> Self:
         return self
@@ -56,129 +56,133 @@ class Gateway:
         await self.connections.aclose()
 
 
-def contents(store: Store) -> dict[bytes, Any]:
+def read_all_keys(store: RunningStore) -> dict[bytes, Any]:
     """All that a store holds."""
-    return {key: store.ask("DUMP", key) for key in store.ask("KEYS", "*")}
+    return {key: store.execute("DUMP", key) for key in store.execute("KEYS", "*")}
 
 
-async def test_empty_store(store: Store) -> None:
+async def test_empty_store(store: RunningStore) -> None:
     """An empty store is marked by the first read, and the mark is kept."""
     async with Gateway(store) as gateway:
         assert (await gateway.registry.load()).version == 0
-    assert contents(store).keys() == {KEYS.data_version.encode()}
-    assert store.ask("GET", KEYS.data_version) == MARK.encode()
-    assert store.ask("TTL", KEYS.data_version) == -1
+    assert read_all_keys(store).keys() == {KEYS.data_version.encode()}
+    assert store.execute("GET", KEYS.data_version) == MARK.encode()
+    assert store.execute("TTL", KEYS.data_version) == -1
 
 
-async def test_unmarked_data(store: Store) -> None:
+async def test_unmarked_data(store: RunningStore) -> None:
     """Data of a gateway that knew no versions is of version 1, and is marked."""
     async with Gateway(store) as gateway:
-        await RedisRegistry(Scripts(gateway.connections.commands), KEYS).write(CHANGE)
-        assert store.ask("EXISTS", KEYS.data_version) == 0
+        await RedisRegistry(RedisScripts(gateway.connections.commands), KEYS).write(CHANGE)
+        assert store.execute("EXISTS", KEYS.data_version) == 0
         assert (await gateway.registry.load()).version == 1
-    assert store.ask("GET", KEYS.data_version) == b"1"
+    assert store.execute("GET", KEYS.data_version) == b"1"
 
 
 @pytest.mark.parametrize("found", ["0", "2", "11", "", "x" * 100, "\xff"])
-async def test_other_version(store: Store, found: str) -> None:
+async def test_other_version(store: RunningStore, found: str) -> None:
     """Nothing is read from or written to data of another version, and the reason names both."""
-    store.ask("SET", KEYS.data_version, found)
-    before = contents(store)
+    store.execute("SET", KEYS.data_version, found)
+    before = read_all_keys(store)
     async with Gateway(store) as gateway:
-        for call in (gateway.registry.load, lambda: gateway.registry.write(CHANGE), lambda: gateway.ledger.expire(1)):
+        for call in (
+            gateway.registry.load,
+            lambda: gateway.registry.write(CHANGE),
+            lambda: gateway.ledger.settle_expired(1),
+        ):
             with pytest.raises(DataVersionError):
                 await call()
-    assert contents(store) == before
-    (error,) = gateway.refusals
+    assert read_all_keys(store) == before
+    (error,) = gateway.errors
     assert f"version {MARK}:" in error.reason
     assert len(error.reason.splitlines()) == 1
     if found.isdigit():
         assert f"version {found}," in error.reason
 
 
-async def test_two_versions_at_once(store: Store) -> None:
+async def test_two_versions_at_once(store: RunningStore) -> None:
     """Of gateways of two versions that start on an empty store at once, those of one version go on."""
     async with AsyncExitStack() as stack:
         gateways = [await stack.enter_async_context(Gateway(store, version)) for version in [1, 2] * 5]
         await asyncio.gather(*(each.registry.load() for each in gateways), return_exceptions=True)
-    marked = int(store.ask("GET", KEYS.data_version))
-    assert [not each.refusals for each in gateways] == [version == marked for version in [1, 2] * 5]
+    marked = int(store.execute("GET", KEYS.data_version))
+    assert [not each.errors for each in gateways] == [version == marked for version in [1, 2] * 5]
 
 
-async def test_replaced_while_it_runs(store: Store) -> None:
+async def test_replaced_while_it_runs(store: RunningStore) -> None:
     """No script writes to data of another version that took the place of its own, and the registry is not restored."""
     async with Gateway(store) as gateway:
-        live = LiveRegistry(gateway.registry, gateway.connections.subscriber, KEYS.registry_channel)
+        live = CachedRegistry(gateway.registry, gateway.connections.open_pubsub, KEYS.registry_channel)
         await gateway.registry.write(CHANGE)
         await live.refresh()
-        store.ask("FLUSHALL")
-        store.ask("SET", KEYS.data_version, "2")
-        before = contents(store)
+        store.execute("FLUSHALL")
+        store.execute("SET", KEYS.data_version, "2")
+        before = read_all_keys(store)
         with pytest.raises(DataVersionError):
-            await gateway.ledger.reopen(1)
+            await gateway.ledger.reopen_account(1)
         with pytest.raises(DataVersionError):
             await live.refresh()
-    assert contents(store) == before
-    assert len(gateway.refusals) == 1
+    assert read_all_keys(store) == before
+    assert len(gateway.errors) == 1
 
 
 @pytest.mark.parametrize("job", ["refresh", "expire"])
-async def test_replaced_while_it_is_idle(store: Store, job: str) -> None:
+async def test_replaced_while_it_is_idle(store: RunningStore, job: str) -> None:
     """A gateway that is not called notices it too, by what it does regularly."""
     async with Gateway(store) as gateway:
-        live = LiveRegistry(gateway.registry, gateway.connections.subscriber, KEYS.registry_channel)
+        live = CachedRegistry(gateway.registry, gateway.connections.open_pubsub, KEYS.registry_channel)
         await gateway.registry.write(CHANGE)
         await live.refresh()
-        store.ask("FLUSHALL")
-        store.ask("SET", KEYS.data_version, "2")
-        store.ask("ZADD", KEYS.leases, "1", "r")
-        store.ask("HSET", KEYS.registry, "version", "1")
-        before = contents(store)
+        store.execute("FLUSHALL")
+        store.execute("SET", KEYS.data_version, "2")
+        store.execute("ZADD", KEYS.leases, "1", "r")
+        store.execute("HSET", KEYS.registry, "version", "1")
+        before = read_all_keys(store)
         with pytest.raises(DataVersionError):
-            await (live.refresh() if job == "refresh" else gateway.ledger.expire(1))
-    assert contents(store) == before
-    assert len(gateway.refusals) == 1
+            await (live.refresh() if job == "refresh" else gateway.ledger.settle_expired(1))
+    assert read_all_keys(store) == before
+    assert len(gateway.errors) == 1
 
 
-async def test_emptied_while_it_runs(store: Store) -> None:
+async def test_emptied_while_it_runs(store: RunningStore) -> None:
     """A store that lost everything is marked again by the first script that writes to it."""
     async with Gateway(store) as gateway:
         await gateway.registry.load()
-        store.ask("FLUSHALL")
-        await gateway.ledger.reopen(1)
-        assert store.ask("GET", KEYS.data_version) == MARK.encode()
-        store.ask("FLUSHALL")
-        assert await gateway.registry.version() == 0
+        store.execute("FLUSHALL")
+        await gateway.ledger.reopen_account(1)
+        assert store.execute("GET", KEYS.data_version) == MARK.encode()
+        store.execute("FLUSHALL")
+        assert await gateway.registry.read_version() == 0
         await gateway.registry.load()
-        assert store.ask("GET", KEYS.data_version) == MARK.encode()
-    assert gateway.refusals == []
+        assert store.execute("GET", KEYS.data_version) == MARK.encode()
+    assert gateway.errors == []
 
 
-async def test_store_that_refuses_writes(store: Store) -> None:
+async def test_store_that_refuses_writes(store: RunningStore) -> None:
     """Data that can't be marked now is read all the same, and marked when it can."""
-    store.ask("CONFIG", "SET", "min-replicas-to-write", "1")
+    store.execute("CONFIG", "SET", "min-replicas-to-write", "1")
     async with Gateway(store) as gateway:
         try:
             assert (await gateway.registry.load()).version == 0
-            assert store.ask("EXISTS", KEYS.data_version) == 0
+            assert store.execute("EXISTS", KEYS.data_version) == 0
         finally:
-            store.ask("CONFIG", "SET", "min-replicas-to-write", "0")
+            store.execute("CONFIG", "SET", "min-replicas-to-write", "0")
         await gateway.registry.load()
-        assert store.ask("GET", KEYS.data_version) == MARK.encode()
+        assert store.execute("GET", KEYS.data_version) == MARK.encode()
 
 
-async def test_check_costs_no_command(store: Store) -> None:
+async def test_check_costs_no_command(store: RunningStore) -> None:
     """Once a store was checked, a call sends no further command, and a script reads the mark itself."""
 
     async def commands(ledger: RedisLedger) -> dict[str, int]:
-        await ledger.reopen(1)
-        store.ask("CONFIG", "RESETSTAT")
-        await ledger.accounts([1])
-        await ledger.reopen(1)
-        statistics = store.ask("INFO", "commandstats")
+        await ledger.reopen_account(1)
+        store.execute("CONFIG", "RESETSTAT")
+        await ledger.account_states([1])
+        await ledger.reopen_account(1)
+        statistics = store.execute("INFO", "commandstats")
         return {name: statistics[f"cmdstat_{name}"]["calls"] for name in ("evalsha", "get", "hget")}
 
     async with Gateway(store) as gateway:
-        unguarded = await commands(RedisLedger(Scripts(gateway.connections.commands), KEYS, Spans()))
+        unguarded = await commands(RedisLedger(RedisScripts(gateway.connections.commands), KEYS, Retention()))
         guarded = await commands(gateway.ledger)
     assert guarded == unguarded | {"get": unguarded["get"] + 1}

@@ -16,8 +16,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from service import devstack
-from service.devstack import EmbeddedError, EmbeddedValkey, server_binary
-from service.storage.connections import AWAY, connect
+from service.devstack import EmbeddedValkey, EmbeddedValkeyError, find_server_binary
+from service.storage.connections import UNAVAILABLE_ERRORS, connect
 
 GATEWAY = """
 import asyncio, sys, uvloop
@@ -36,7 +36,7 @@ uvloop.run(main())
 """
 
 
-async def value(server: EmbeddedValkey, key: str) -> bytes | None:
+async def read_value(server: EmbeddedValkey, key: str) -> bytes | None:
     store = connect(server.url, timeout=5)
     try:
         found = await store.commands.get(key)
@@ -46,13 +46,13 @@ async def value(server: EmbeddedValkey, key: str) -> bytes | None:
     return found
 
 
-async def keep(server: EmbeddedValkey, key: str, text: str) -> None:
+async def write_value(server: EmbeddedValkey, key: str, text: str) -> None:
     store = connect(server.url, timeout=5)
     await store.commands.set(key, text)
     await store.aclose()
 
 
-def gone(pid: int) -> bool:
+def has_exited(pid: int) -> bool:
     """Whether a process has ended; one that nobody has collected yet counts as ended."""
     try:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
@@ -60,7 +60,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def wait_until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.005)
@@ -70,51 +70,51 @@ async def test_restart(tmp_path: Path) -> None:
     """What was written is there after an orderly restart, in a folder that was not there at first."""
     folder = tmp_path / "new" / "data"
     async with EmbeddedValkey(folder) as server:
-        await keep(server, "k", "v")
+        await write_value(server, "k", "v")
     async with EmbeddedValkey(folder) as server:
-        assert await value(server, "k") == b"v"
+        assert await read_value(server, "k") == b"v"
 
 
 async def test_killed_server(tmp_path: Path) -> None:
     """A server that dies is started again at once, on all that it has acknowledged, and that is logged once."""
     async with EmbeddedValkey(tmp_path) as server:
         for number in (b"1", b"2"):
-            await keep(server, "k", number.decode())
+            await write_value(server, "k", number.decode())
             killed = server.pid or 0
             with capture_logs() as logs:
                 os.kill(killed, signal.SIGKILL)
-                await until(lambda: server.pid != killed)  # noqa: B023 - within its round
-                await answering(server)
+                await wait_until(lambda: server.pid != killed)  # noqa: B023 - within its round
+                await wait_for_answer(server)
             assert [(each["event"], each["exit_code"]) for each in logs] == [("valkey.restarted", -signal.SIGKILL)]
-            assert gone(killed)
-            assert await value(server, "k") == number
-    assert gone(server.pid or 0)
+            assert has_exited(killed)
+            assert await read_value(server, "k") == number
+    assert has_exited(server.pid or 0)
     async with EmbeddedValkey(tmp_path) as server:
-        assert await value(server, "k") == b"2"
+        assert await read_value(server, "k") == b"2"
 
 
 async def test_server_that_can_not_be_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that does not start is tried again until it does, and the gateway can be closed meanwhile."""
     monkeypatch.setattr(devstack, "_RESTART_SECONDS", 0.01)
     async with EmbeddedValkey(tmp_path) as server:
-        await keep(server, "k", "v")
+        await write_value(server, "k", "v")
         (file,) = tmp_path.glob("appendonlydir/*.incr.aof")
         whole = file.read_bytes()
         file.write_bytes(b"*not what a server writes\r\n" * 3)
         with capture_logs() as logs:
             os.kill(server.pid or 0, signal.SIGKILL)
-            await until(lambda: [each["event"] for each in logs].count("valkey.failed") > 1)
+            await wait_until(lambda: [each["event"] for each in logs].count("valkey.failed") > 1)
         file.write_bytes(whole)
-        await answering(server)
-        assert await value(server, "k") == b"v"
+        await wait_for_answer(server)
+        assert await read_value(server, "k") == b"v"
 
 
-async def answering(server: EmbeddedValkey) -> None:
+async def wait_for_answer(server: EmbeddedValkey) -> None:
     """Wait until a server answers."""
     async with asyncio.timeout(10):
         while True:
-            with suppress(*AWAY):
-                await value(server, "k")
+            with suppress(*UNAVAILABLE_ERRORS):
+                await read_value(server, "k")
                 return
             await asyncio.sleep(0.005)
 
@@ -126,11 +126,11 @@ async def test_killed_gateway(tmp_path: Path) -> None:
     )
     assert gateway.stdout
     pid = int(await gateway.stdout.readline())
-    assert not gone(pid)
+    assert not has_exited(pid)
     gateway.kill()
     async with EmbeddedValkey(tmp_path) as server:
-        assert gone(pid)
-        assert await value(server, "k") == b"v"
+        assert has_exited(pid)
+        assert await read_value(server, "k") == b"v"
     await gateway.wait()
 
 
@@ -147,16 +147,16 @@ async def test_ends_with_the_context(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         async with server:
             raise ZeroDivisionError
-    assert gone(server.pid or 0)
+    assert has_exited(server.pid or 0)
 
 
 async def test_stubborn_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that does not end when it is told to is killed."""
-    monkeypatch.setattr(devstack, "_STOP_SECONDS", 0.05)
+    monkeypatch.setattr(devstack, "_TERMINATE_SECONDS", 0.05)
     server = EmbeddedValkey(tmp_path)
     async with server:
         os.kill(server.pid or 0, signal.SIGSTOP)
-    assert gone(server.pid or 0)
+    assert has_exited(server.pid or 0)
 
 
 async def test_settings_of_the_server(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ async def test_private_files(tmp_path: Path) -> None:
     """Nobody else on the machine can read its data, its log, or connect to it."""
     tmp_path.chmod(0o755)
     async with EmbeddedValkey(tmp_path) as server:
-        await keep(server, "k", "v")
+        await write_value(server, "k", "v")
         for file in tmp_path.rglob("*"):
             assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0, file
 
@@ -187,20 +187,20 @@ async def test_one_gateway_per_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     """A second gateway on the same folder is refused in one line, and the first is not disturbed."""
     monkeypatch.setattr(devstack, "_LOCK_SECONDS", 0.05)
     async with EmbeddedValkey(tmp_path) as first:
-        with pytest.raises(EmbeddedError, match="another gateway uses the data folder"):
+        with pytest.raises(EmbeddedValkeyError, match="another gateway uses the data folder"):
             async with EmbeddedValkey(tmp_path):
                 pass
-        assert await value(first, "k") is None
+        assert await read_value(first, "k") is None
 
 
 @pytest.mark.parametrize("name", ["a folder with \"quotes' and blanks", "数据 {x} %41 --port", "long" * 40])
 async def test_odd_folders(tmp_path: Path, name: str) -> None:
     """Any folder will do: with blanks, quotes, other scripts, or a path too long for a Unix socket."""
     async with EmbeddedValkey(tmp_path / name) as server:
-        await keep(server, "k", "v")
+        await write_value(server, "k", "v")
         assert len(server.url) < 300
     async with EmbeddedValkey(tmp_path / name) as server:
-        assert await value(server, "k") == b"v"
+        assert await read_value(server, "k") == b"v"
 
 
 async def test_aside_socket_is_removed(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ async def test_aside_socket_is_removed(tmp_path: Path) -> None:
 async def test_folder_that_is_a_file(tmp_path: Path) -> None:
     """A data folder that can't be used is one line that names it."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(EmbeddedError, match=r"^can't keep data in .*/file: File exists$"):
+    with pytest.raises(EmbeddedValkeyError, match=r"^can't keep data in .*/file: File exists$"):
         async with EmbeddedValkey(tmp_path / "file"):
             pass
 
@@ -222,15 +222,17 @@ async def test_folder_that_is_a_file(tmp_path: Path) -> None:
 async def test_damaged_data(tmp_path: Path) -> None:
     """A server that can't read its data is one line with what it said last, and leaves nothing behind."""
     async with EmbeddedValkey(tmp_path) as server:
-        await keep(server, "k", "v")
+        await write_value(server, "k", "v")
     (damaged,) = tmp_path.glob("appendonlydir/*.incr.aof")
     damaged.write_bytes(b"*not what a server writes\r\n" * 3)
     server = EmbeddedValkey(tmp_path)
-    with pytest.raises(EmbeddedError, match=r"^the embedded Valkey server did not start, see .*\.log: .*AOF") as caught:
+    with pytest.raises(
+        EmbeddedValkeyError, match=r"^the embedded Valkey server did not start, see .*\.log: .*AOF"
+    ) as caught:
         async with server:
             pass
     assert "\n" not in str(caught.value)
-    assert gone(server.pid or 0)
+    assert has_exited(server.pid or 0)
 
 
 async def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,15 +240,15 @@ async def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
-    monkeypatch.setattr(devstack, "server_binary", lambda: silent)
+    monkeypatch.setattr(devstack, "find_server_binary", lambda: silent)
     monkeypatch.setattr(devstack, "_VALKEY_START_SECONDS", 0.05)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "valkey.log").write_text("an old story\n")
     server = EmbeddedValkey(tmp_path / "data")
-    with pytest.raises(EmbeddedError, match=r"did not start, see .*: it says nothing$"):
+    with pytest.raises(EmbeddedValkeyError, match=r"did not start, see .*: it says nothing$"):
         async with server:
             pass
-    assert gone(server.pid or 0)
+    assert has_exited(server.pid or 0)
 
 
 async def test_cancelled_while_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,22 +258,22 @@ async def test_cancelled_while_starting(tmp_path: Path, monkeypatch: pytest.Monk
     silent.chmod(0o755)
     server = EmbeddedValkey(tmp_path / "data")
     with monkeypatch.context() as patched:
-        patched.setattr(devstack, "server_binary", lambda: silent)
+        patched.setattr(devstack, "find_server_binary", lambda: silent)
         starting = asyncio.create_task(server.__aenter__())
-        await until(lambda: server.pid is not None)
+        await wait_until(lambda: server.pid is not None)
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-    assert gone(server.pid or 0)
+    assert has_exited(server.pid or 0)
     async with EmbeddedValkey(tmp_path / "data") as other:
-        assert await value(other, "k") is None
+        assert await read_value(other, "k") is None
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package that brings the server, one line says what to do."""
     monkeypatch.setattr(devstack, "find_spec", lambda _: None)
-    with pytest.raises(EmbeddedError, match=r"install imaging-gateway\[local\], or set GATEWAY_REDIS_URL$"):
-        server_binary()
+    with pytest.raises(EmbeddedValkeyError, match=r"install imaging-gateway\[local\], or set GATEWAY_REDIS_URL$"):
+        find_server_binary()
 
 
 def test_package_is_not_imported() -> None:

@@ -7,77 +7,77 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.domain.tasks import Kind, State
-from service.usecases.ports import Answered, Page
-from tests.storage.shop import KEYS, Shop, shop
+from service.usecases.ports import CheckOutcome, TaskPage
+from tests.storage.shop import KEYS, StoreFixture, open_store
 from tests.support.valkey import Valkey
 
-AT_ONCE = 230
+TASKS = 230
 """More than are read in one go."""
 
 
 @pytest.fixture
-async def kept(valkey: Valkey) -> AsyncIterator[Shop]:
+async def kept(valkey: Valkey) -> AsyncIterator[StoreFixture]:
     """A tenant whose tasks were all created in the same millisecond."""
-    async with shop(valkey.url) as found:
+    async with open_store(valkey.url) as found:
         await found.advance(3_600_000)
-        await found.accept(*(f"r{number:03}" for number in range(AT_ONCE)))
+        await found.accept_tasks(*(f"r{number:03}" for number in range(TASKS)))
         yield found
 
 
-async def page(kept: Shop, cursor: str | None, limit: int, state: State | None = None) -> Page:
+async def read_page(kept: StoreFixture, cursor: str | None, limit: int, state: State | None = None) -> TaskPage:
     """A page of the list."""
-    return await kept.tasks.page(1, state=state, kind=None, limit=limit, cursor=cursor)
+    return await kept.tasks.list_page(1, state=state, kind=None, limit=limit, cursor=cursor)
 
 
-async def whole(kept: Shop, limit: int, state: State | None = None) -> list[str]:
+async def read_all_pages(kept: StoreFixture, limit: int, state: State | None = None) -> list[str]:
     """The whole list, page by page."""
     names, cursor = list[str](), None
     while True:
-        found = await page(kept, cursor, limit, state)
+        found = await read_page(kept, cursor, limit, state)
         assert len(found.tasks) <= limit
         names += [task.reservation for task in found.tasks]
-        cursor = found.cursor
+        cursor = found.next_cursor
         if cursor is None:
             return names
 
 
-@pytest.mark.parametrize("limit", [1, 7, 100, AT_ONCE - 1, AT_ONCE, AT_ONCE + 1])
-async def test_one_moment(kept: Shop, limit: int) -> None:
+@pytest.mark.parametrize("limit", [1, 7, 100, TASKS - 1, TASKS, TASKS + 1])
+async def test_one_moment(kept: StoreFixture, limit: int) -> None:
     """Tasks of the same millisecond have an order too, on whatever pages they come to stand."""
-    assert await whole(kept, limit) == [f"r{number:03}" for number in reversed(range(AT_ONCE))]
+    assert await read_all_pages(kept, limit) == [f"r{number:03}" for number in reversed(range(TASKS))]
 
 
-async def test_added_meanwhile(kept: Shop) -> None:
+async def test_added_meanwhile(kept: StoreFixture) -> None:
     """Tasks that are added move none of the others to another page, be they newer or of the same moment."""
     names, cursor = list[str](), None
-    for added in range(AT_ONCE):
-        found = await page(kept, cursor, 10)
+    for added in range(TASKS):
+        found = await read_page(kept, cursor, 10)
         names += [task.reservation for task in found.tasks]
-        cursor = found.cursor
+        cursor = found.next_cursor
         if cursor is None:
             break
-        await kept.accept(f"z{added:03}", f"a{added:03}")
+        await kept.accept_tasks(f"z{added:03}", f"a{added:03}")
     old = [name for name in names if name.startswith("r")]
-    assert old == [f"r{number:03}" for number in reversed(range(AT_ONCE))]
+    assert old == [f"r{number:03}" for number in reversed(range(TASKS))]
     assert not [name for name in names if name.startswith("z")]
     assert len(names) == len(set(names))
 
 
-async def test_lost_meanwhile(kept: Shop) -> None:
+async def test_lost_meanwhile(kept: StoreFixture) -> None:
     """Where a page has ended is found again though that very task and its neighbours are gone."""
-    first = await page(kept, None, 10)
+    first = await read_page(kept, None, 10)
     for name in [task.reservation for task in first.tasks] + ["r219", "r218"]:
         await kept.client.delete(KEYS.task(name))
-        await kept.client.zrem(KEYS.tasks(1), name)
-    following = await page(kept, first.cursor, 2)
+        await kept.client.zrem(KEYS.tenant_tasks(1), name)
+    following = await read_page(kept, first.next_cursor, 2)
     assert [task.reservation for task in following.tasks] == ["r217", "r216"]
 
 
-async def test_few_that_match(kept: Shop) -> None:
+async def test_few_that_match(kept: StoreFixture) -> None:
     """What does not match is passed over, however much it is."""
-    assert await whole(kept, 5, State.SUCCEEDED) == []
-    ended = await kept.check(Answered.SUCCEEDED)
+    assert await read_all_pages(kept, 5, State.SUCCEEDED) == []
+    ended = await kept.check_due_task(CheckOutcome.SUCCEEDED)
     assert ended
     assert ended.kind is Kind.SEAMLESS
-    assert await whole(kept, 5, State.SUCCEEDED) == [ended.reservation]
-    assert len(await whole(kept, 50, State.QUEUED)) == AT_ONCE - 1
+    assert await read_all_pages(kept, 5, State.SUCCEEDED) == [ended.reservation]
+    assert len(await read_all_pages(kept, 50, State.QUEUED)) == TASKS - 1

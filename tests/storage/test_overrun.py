@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from service.domain.ledger import Figures
+from service.domain.ledger import Balance
 from service.domain.tenants import Limit, TenantPolicy, Window
 from tests.storage.ledger_machine import LedgerMachine
 from tests.storage.ledger_pair import ACCOUNTS
-from tests.storage.ledger_strategies import KINDS, usual
+from tests.storage.ledger_strategies import KINDS, usual_plan
 from tests.support.valkey import Valkey
 
 
@@ -22,15 +22,15 @@ def test_overrun(valkey: Valkey, window: Window, room: int, price: int) -> None:
     machine = LedgerMachine(valkey.url)
     try:
         machine.set_upstream(late=True, now=True, count=0, money=2_000)
-        machine.wait(3_600_000)
-        machine.whole(ACCOUNTS[0], usual(KINDS[0]), 1)
-        machine.whole(ACCOUNTS[0], usual(KINDS[0]), 1)
-        spent = machine.tenant_state().windows[window].money
-        machine.write_tenant(TenantPolicy((Limit(window, money=spent + room),)))
-        machine.whole(ACCOUNTS[0], usual(KINDS[0])._replace(price=price), 1)
-        machine.they_hold_the_same()
+        machine.advance_clock(3_600_000)
+        machine.run_submission(ACCOUNTS[0], usual_plan(KINDS[0]), 1)
+        machine.run_submission(ACCOUNTS[0], usual_plan(KINDS[0]), 1)
+        spent = machine.tenant_state().windows[window].money_fen
+        machine.write_tenant_policy(TenantPolicy((Limit(window, money_fen=spent + room),)))
+        machine.run_submission(ACCOUNTS[0], usual_plan(KINDS[0])._replace(price_fen=price), 1)
+        machine.stored_data_matches()
         counted = machine.tenant_state().windows[window]
-        assert machine.upstream.balances[ACCOUNTS[0]] == Figures(0, 2_000 - 200 - price)
-        assert (counted.money, counted.overrun) == (spent + price, max(price - room, 0))
+        assert machine.upstream.balances[ACCOUNTS[0]] == Balance(0, 2_000 - 200 - price)
+        assert (counted.money_fen, counted.overrun_fen) == (spent + price, max(price - room, 0))
     finally:
         machine.teardown()

@@ -9,120 +9,122 @@ from typing import Any
 import msgspec
 import pytest
 
-from service.domain.ledger import Figures, Granted, NoAccount, PolicyDenied, ReservationState
+from service.domain.ledger import Balance, Grant, NoAccount, PolicyDenial, ReservationState
 from service.domain.tasks import Artifact, ArtifactName, Kind, State
 from service.domain.tenants import Account, Limit, Tenant, TenantPolicy, Token, Window
 from service.storage.connections import connect
-from service.storage.ledger import RedisLedger, Spans
-from service.storage.redis import Keys, Scripts
-from service.storage.registry import LiveRegistry, RedisRegistry
-from service.storage.tasks import RedisTasks
-from service.usecases.ports import Answered, Ask, Check, RegistryChange, Settlement, TaskDraft
-from tests.support.stores import Store, cluster, single, unix, watched
+from service.storage.ledger import RedisLedger, Retention
+from service.storage.redis import Keys, RedisScripts
+from service.storage.registry import CachedRegistry, RedisRegistry
+from service.storage.tasks import RedisTaskStore
+from service.usecases.ports import CheckOutcome, CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
+from tests.support.stores import RunningStore, run_cluster, run_on_socket, run_single, run_with_sentinel
 
 KEYS = Keys("gw")
-SPANS = Spans(check_after=0)
+RETENTION = Retention(check_interval_ms=0)
 TENANT = Tenant(1, "shop", ("main",), TenantPolicy(limits=(Limit(Window.DAY, tasks=2),)))
 ACCOUNT = Account(2, "main", b"sealed")
 
 
-@pytest.fixture(scope="module", params=[single, unix, watched, cluster], ids=lambda made: made.__name__)
-def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+@pytest.fixture(
+    scope="module", params=[run_single, run_on_socket, run_with_sentinel, run_cluster], ids=lambda made: made.__name__
+)
+def store(request: pytest.FixtureRequest) -> Iterator[RunningStore]:
     """A store of each kind."""
     with request.param() as made:
         yield made
 
 
-async def test_a_submission_from_reserve_to_receipt(store: Store) -> None:
+async def test_a_submission_from_reserve_to_receipt(store: RunningStore) -> None:
     """Every script and every read does its work on every kind of store."""
-    store.ask("FLUSHALL")
+    store.execute("FLUSHALL")
     connections = connect(store.url, timeout=5)
-    scripts = Scripts(connections.commands)
-    ledger = RedisLedger(scripts, KEYS, SPANS)
-    tasks = RedisTasks(scripts, KEYS, SPANS)
+    scripts = RedisScripts(connections.commands)
+    ledger = RedisLedger(scripts, KEYS, RETENTION)
+    tasks = RedisTaskStore(scripts, KEYS, RETENTION)
     registry = RedisRegistry(scripts, KEYS)
     assert await registry.write(RegistryChange(version=0, next_id=3, tenants=(TENANT,), accounts=(ACCOUNT,)))
     assert not await registry.write(RegistryChange(version=0, next_id=3))
 
-    first, _ = await ledger.reserve(Ask("r1", 1, (2,), Kind.SEAMLESS))
-    second, snapshot = await ledger.reserve(Ask("r2", 1, (2,), Kind.SEAMLESS))
-    third, _ = await ledger.reserve(Ask("r3", 1, (2,), Kind.SEAMLESS))
-    assert isinstance(first, Granted)
-    assert isinstance(second, Granted)
-    assert isinstance(third, PolicyDenied)
-    assert snapshot.state.active == 2
-    assert isinstance(await ledger.retarget(Ask("r2", 1, (), Kind.SEAMLESS), 2, None), NoAccount)
+    first, _ = await ledger.reserve(ReserveRequest("r1", 1, (2,), Kind.SEAMLESS))
+    second, snapshot = await ledger.reserve(ReserveRequest("r2", 1, (2,), Kind.SEAMLESS))
+    third, _ = await ledger.reserve(ReserveRequest("r3", 1, (2,), Kind.SEAMLESS))
+    assert isinstance(first, Grant)
+    assert isinstance(second, Grant)
+    assert isinstance(third, PolicyDenial)
+    assert snapshot.state.active_tasks == 2
+    assert isinstance(await ledger.change_account(ReserveRequest("r2", 1, (), Kind.SEAMLESS), 2, None), NoAccount)
 
-    draft = TaskDraft("task_1", msgspec.Raw(b'{"fit":0.5}'), msgspec.Raw(b"{}"))
+    draft = NewTask("task_1", msgspec.Raw(b'{"fit":0.5}'), msgspec.Raw(b"{}"))
     accepted = Settlement(
         reservation="r1",
         tenant=1,
         account=2,
         kind=Kind.SEAMLESS,
-        created=first.now,
+        created_at=first.now,
         outcome=ReservationState.ACCEPTED,
-        figures=Figures(9, 100),
-        draft=draft,
+        balance=Balance(9, 100),
+        new_task=draft,
     )
     assert await ledger.settle(accepted)
     assert not await ledger.settle(accepted)
 
-    (due,) = await tasks.claim(5)
-    ended = await tasks.record(
+    (due,) = await tasks.claim_checks(5)
+    ended = await tasks.record_check(
         due,
-        Check(
-            answered=Answered.SUCCEEDED,
+        CheckResult(
+            outcome=CheckOutcome.SUCCEEDED,
             artifacts=(Artifact(ArtifactName.GRID, "http://up.test/grid.png"),),
-            figures=Figures(9, 100),
+            balance=Balance(9, 100),
         ),
     )
     assert ended is not None
     found = await tasks.get("r1")
     assert found is not None
     assert found[0].artifacts == ended[0].artifacts
-    page = await tasks.page(1, state=State.SUCCEEDED, kind=None, limit=5, cursor=None)
+    page = await tasks.list_page(1, state=State.SUCCEEDED, kind=None, limit=5, cursor=None)
     assert [task.id for task in page.tasks] == ["task_1"]
-    assert page.cursor is None
+    assert page.next_cursor is None
 
-    await connections.commands.set(KEYS.clock, second.lease)
-    assert len(await ledger.expire(5)) == 1
-    assert (await ledger.counters(1)).state.windows[Window.TOTAL].tasks == 2
-    assert (await ledger.accounts([2]))[2].unknown == 1
-    await ledger.reopen(2)
-    assert (await ledger.accounts([2]))[2].count is None
+    await connections.commands.set(KEYS.clock, second.lease_expires_at)
+    assert len(await ledger.settle_expired(5)) == 1
+    assert (await ledger.tenant_snapshot(1)).state.windows[Window.TOTAL].tasks == 2
+    assert (await ledger.account_states([2]))[2].unknown_outcomes == 1
+    await ledger.reopen_account(2)
+    assert (await ledger.account_states([2]))[2].count is None
     await connections.aclose()
 
 
-async def test_a_lease_without_its_reservation(store: Store) -> None:
+async def test_a_lease_without_its_reservation(store: RunningStore) -> None:
     """A lease whose reservation is gone is dropped, and does not hold up the others."""
-    store.ask("FLUSHALL")
+    store.execute("FLUSHALL")
     connections = connect(store.url, timeout=5)
     client: Any = connections.commands
-    scripts = Scripts(client)
-    ledger = RedisLedger(scripts, KEYS, SPANS)
+    scripts = RedisScripts(client)
+    ledger = RedisLedger(scripts, KEYS, RETENTION)
     await RedisRegistry(scripts, KEYS).write(
         RegistryChange(version=0, next_id=3, tenants=(TENANT,), accounts=(ACCOUNT,))
     )
-    granted, _ = await ledger.reserve(Ask("r1", 1, (2,), Kind.SEAMLESS))
-    assert isinstance(granted, Granted)
+    granted, _ = await ledger.reserve(ReserveRequest("r1", 1, (2,), Kind.SEAMLESS))
+    assert isinstance(granted, Grant)
     await client.zadd(KEYS.leases, {"gone": 1})
-    await client.set(KEYS.clock, granted.lease)
-    assert len(await ledger.expire(5)) == 1
+    await client.set(KEYS.clock, granted.lease_expires_at)
+    assert len(await ledger.settle_expired(5)) == 1
     assert await client.zcard(KEYS.leases) == 0
     await connections.aclose()
 
 
-async def test_a_change_of_the_registry_is_heard(store: Store) -> None:
+async def test_a_change_of_the_registry_is_heard(store: RunningStore) -> None:
     """What one process changes, another knows without being asked to look."""
-    store.ask("FLUSHALL")
+    store.execute("FLUSHALL")
     connections = connect(store.url, timeout=5)
-    registry = RedisRegistry(Scripts(connections.commands), KEYS)
-    live = LiveRegistry(registry, connections.subscriber, KEYS.registry_channel)
-    following = asyncio.create_task(live.follow())
+    registry = RedisRegistry(RedisScripts(connections.commands), KEYS)
+    live = CachedRegistry(registry, connections.open_pubsub, KEYS.registry_channel)
+    following = asyncio.create_task(live.run())
     async with asyncio.timeout(4):  # less than the interval at which it looks by itself
-        while not live.ready:
+        while not live.is_ready:
             await asyncio.sleep(0)
-        token = Token("t1", 1, b"digest", None, created=0)
+        token = Token("t1", 1, b"digest", None, created_at=0)
         await registry.write(RegistryChange(version=0, next_id=3, tenants=(TENANT,), tokens=(token,)))
         while live.current.version == 0:
             await asyncio.sleep(0)

@@ -16,7 +16,7 @@ from cryptography.x509.oid import NameOID
 _DAY = dt.timedelta(days=1)
 
 
-def certify(folder: Path, subject: str = "127.0.0.1") -> tuple[Path, ssl.SSLContext]:
+def create_certificate(folder: Path, subject: str = "127.0.0.1") -> tuple[Path, ssl.SSLContext]:
     """A self-signed certificate for an IP address or a name, as a file to trust, and the context of its server."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def no_descriptors(pid: int | None = None) -> Iterator[None]:
+def exhaust_descriptors(pid: int | None = None) -> Iterator[None]:
     """Let a process, by default this one, run out of file descriptors within the block."""
     process = os.getpid() if pid is None else pid
     soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)

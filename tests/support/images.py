@@ -7,20 +7,20 @@ from io import BytesIO
 from PIL import Image, ImageDraw
 
 
-def picture(width: int = 24, height: int = 16) -> Image.Image:
+def draw_image(width: int = 24, height: int = 16) -> Image.Image:
     """A few flat colours."""
     image = Image.new("RGB", (width, height), "white")
     ImageDraw.Draw(image).ellipse((2, 2, width - 3, height - 3), fill="crimson", outline="navy")
     return image
 
 
-def encoded(image: Image.Image, form: str) -> bytes:
+def encode_image(image: Image.Image, file_format: str) -> bytes:
     """An image in a file format of Pillow's."""
     buffer = BytesIO()
-    image.save(buffer, form)
+    image.save(buffer, file_format)
     return buffer.getvalue()
 
 
-def png(width: int = 24, height: int = 16) -> bytes:
+def make_png(width: int = 24, height: int = 16) -> bytes:
     """A small PNG."""
-    return encoded(picture(width, height), "PNG")
+    return encode_image(draw_image(width, height), "PNG")

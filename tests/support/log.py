@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from service.telemetry.logging import configure
+from service.telemetry.logging import configure_logging
 from service.telemetry.redaction import Redactor
 
 
-class Written:
+class CapturedLog:
     """What was logged, and the redactor that saw it."""
 
     def __init__(self) -> None:
@@ -29,14 +29,14 @@ class Written:
 
 
 @contextmanager
-def everything_logged(*, json: bool = True) -> Iterator[Written]:
+def capture_log(*, json: bool = True) -> Iterator[CapturedLog]:
     """Log at every level within the block, libraries too, which the gateway itself would not let speak so freely."""
-    written, manager = Written(), logging.getLogger()
+    written, manager = CapturedLog(), logging.getLogger()
     handlers, level = list(manager.handlers), manager.level
     levels = {name: logging.getLogger(name).level for name in logging.Logger.manager.loggerDict}
     manager.handlers.clear()  # they would be closed
     try:
-        written.logger = configure(json=json, level="DEBUG", stream=written.stream, redactor=written.redactor)
+        written.logger = configure_logging(json=json, level="DEBUG", stream=written.stream, redactor=written.redactor)
         for each in (manager, *map(logging.getLogger, levels)):
             each.setLevel(logging.DEBUG)
         yield written

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from tests.support.valkey import free_port
+from tests.support.valkey import find_free_port
 
 
 class ResettingProxy:
@@ -21,23 +21,23 @@ class ResettingProxy:
 
     def __init__(self, target: int, port: int, seed: int) -> None:
         self.port = port
-        self.share = 0.0
+        self.reset_probability = 0.0
         self.resets = 0
         self._target = target
         self._random = random.Random(seed)
-        self._forwarding: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.Task[None]] = set()
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve a connection until either side ends it."""
         forwarding = asyncio.create_task(self._forward(reader, writer))
-        self._forwarding.add(forwarding)
-        forwarding.add_done_callback(self._forwarding.discard)
+        self._connections.add(forwarding)
+        forwarding.add_done_callback(self._connections.discard)
 
     async def close(self) -> None:
         """End all connections."""
-        for each in self._forwarding:
+        for each in self._connections:
             each.cancel()
-        await asyncio.gather(*self._forwarding, return_exceptions=True)
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -56,7 +56,7 @@ class ResettingProxy:
     ) -> None:
         try:
             while data := await source.read(65_536):
-                if self._random.random() < self.share:
+                if self._random.random() < self.reset_probability:
                     target.write(data[: self._random.randrange(len(data) + 1)])
                     self._reset(target, back)
                     return
@@ -74,9 +74,9 @@ class ResettingProxy:
 
 
 @contextmanager
-def resetting(target: int, *, seed: int, port: int | None = None) -> Iterator[ResettingProxy]:
+def run_resetting_proxy(target: int, *, seed: int, port: int | None = None) -> Iterator[ResettingProxy]:
     """Such a proxy in front of a port."""
-    proxy = ResettingProxy(target, port or free_port(), seed)
+    proxy = ResettingProxy(target, port or find_free_port(), seed)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

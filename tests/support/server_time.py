@@ -11,55 +11,55 @@ import runpy
 from typing import Any
 
 from service.storage import redis
-from service.storage.redis import Keys, moment, server_time
+from service.storage.redis import Keys, parse_ledger_time, parse_server_time
 
-_TIME = "redis.call('TIME')"
-_READ = f"""(function()
+_TIME_CALL = "redis.call('TIME')"
+_TIME_OVERRIDE = f"""(function()
   local set = redis.call('GET', KEYS[1] .. ':server')
-  local time = set and {{math.floor(set / 1000), set % 1000 * 1000}} or {_TIME}
+  local time = set and {{math.floor(set / 1000), set % 1000 * 1000}} or {_TIME_CALL}
   return {{tonumber(time[1]), tonumber(time[2])}}
 end)()"""
 
 
-class _Sources:
+class _PatchedScripts:
     """A folder of scripts, or one of them, in which the time is read from that key."""
 
     def __init__(self, place: Any) -> None:
-        self._place = place
+        self._path = place
 
-    def __truediv__(self, name: str) -> _Sources:
-        return _Sources(self._place / name)
+    def __truediv__(self, name: str) -> _PatchedScripts:
+        return _PatchedScripts(self._path / name)
 
     def read_text(self, encoding: str) -> str:
-        text: str = self._place.read_text(encoding)
-        return text.replace(_TIME, _READ)
+        text: str = self._path.read_text(encoding)
+        return text.replace(_TIME_CALL, _TIME_OVERRIDE)
 
 
-def install() -> None:
+def install_server_time() -> None:
     """Have the time of this process's ledgers read from that key."""
-    folder: Any = redis._FOLDER
-    if not isinstance(folder, _Sources):
-        redis._FOLDER = _Sources(folder)  # type: ignore[assignment]
-        time = property(lambda keys: ("EVAL", f"return {_READ}", 1, keys.clock))
-        Keys.time = time  # type: ignore[method-assign,assignment]
+    folder: Any = redis._LUA_FOLDER
+    if not isinstance(folder, _PatchedScripts):
+        redis._LUA_FOLDER = _PatchedScripts(folder)  # type: ignore[assignment]
+        time = property(lambda keys: ("EVAL", f"return {_TIME_OVERRIDE}", 1, keys.clock))
+        Keys.server_time_command = time  # type: ignore[method-assign,assignment]
 
 
-async def set_time(client: Any, keys: Keys, milliseconds: int) -> None:
+async def set_server_time(client: Any, keys: Keys, milliseconds: int) -> None:
     """Let it be this time by the server's clock from now on."""
     await client.set(keys.clock + ":server", milliseconds)
 
 
-async def read_time(client: Any, keys: Keys) -> int:
+async def read_server_time(client: Any, keys: Keys) -> int:
     """The server's time."""
-    return server_time(await client.execute_command(*keys.time))
+    return parse_server_time(await client.execute_command(*keys.server_time_command))
 
 
-async def ledger_time(client: Any, keys: Keys) -> int:
+async def read_ledger_time(client: Any, keys: Keys) -> int:
     """The ledger's time."""
     last, offset = await client.mget(keys.clock, keys.clock_offset)
-    return moment(last, offset, await client.execute_command(*keys.time)).now
+    return parse_ledger_time(last, offset, await client.execute_command(*keys.server_time_command)).ledger_ms
 
 
 if __name__ == "__main__":
-    install()
+    install_server_time()
     runpy.run_module("service", run_name="__main__", alter_sys=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from service.server import App, HttpServer, Limits, Refuse, base_url, listen, refuse_plainly
+from service.server import App, BuildRefusal, HttpServer, Limits, base_url, build_text_refusal, listen
 
 
 @asynccontextmanager
-async def serving(app: App, *, limits: Limits = Limits(), refuse: Refuse = refuse_plainly) -> AsyncIterator[str]:
+async def serve_app(
+    app: App, *, limits: Limits = Limits(), refuse: BuildRefusal = build_text_refusal
+) -> AsyncIterator[str]:
     """Serve an application on a free port of 127.0.0.1, by the server of the gateway; the base address."""
-    server = HttpServer(app, limits=limits, refuse=refuse)
+    server = HttpServer(app, limits=limits, build_refusal=refuse)
     listening = listen("127.0.0.1", 0)
     address = base_url(listening)
     server.start(listening)

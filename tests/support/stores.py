@@ -10,23 +10,23 @@ from typing import Any
 
 from redis import Redis
 
-from tests.support.valkey import Valkey, free_port, running
+from tests.support.valkey import Valkey, find_free_port, run_valkey
 
 
 @dataclass(frozen=True)
-class Store:
+class RunningStore:
     """A store of some kind: the URL it is known by, and the server that holds its data."""
 
     url: str
     server: Valkey
 
-    def ask(self, *command: str) -> Any:
+    def execute(self, *command: str) -> Any:
         """What the server itself answers, past the clients under test."""
-        with Redis(unix_socket_path=str(self.server.path)) as client:
+        with Redis(unix_socket_path=str(self.server.socket_path)) as client:
             return client.execute_command(*command)
 
 
-def until(condition: bool | None) -> bool:
+def pause_unless(condition: bool | None) -> bool:
     """Whether a condition that is looked at in a loop has still to come true; a moment passes if so."""
     if not condition:
         time.sleep(0.01)
@@ -34,36 +34,36 @@ def until(condition: bool | None) -> bool:
 
 
 @contextmanager
-def cluster(*options: str) -> Iterator[Store]:
-    own = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--cluster-node-timeout", "1000")
-    with running(*own, *options, port=free_port()) as server:
-        store = Store(f"redis+cluster://127.0.0.1:{server.port},127.0.0.1:1", server)
-        store.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-        while until(b"cluster_state:ok" in store.ask("CLUSTER", "INFO")):
+def run_cluster(*options: str) -> Iterator[RunningStore]:
+    own = ("--cluster-enabled", "yes", "--cluster-port", str(find_free_port()), "--cluster-node-timeout", "1000")
+    with run_valkey(*own, *options, port=find_free_port()) as server:
+        store = RunningStore(f"redis+cluster://127.0.0.1:{server.port},127.0.0.1:1", server)
+        store.execute("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+        while pause_unless(b"cluster_state:ok" in store.execute("CLUSTER", "INFO")):
             pass
         yield store
 
 
 @contextmanager
-def sentinel(primary: int, *options: str) -> Iterator[Valkey]:
+def run_sentinel(primary: int, *options: str) -> Iterator[Valkey]:
     monitor = f"sentinel monitor main 127.0.0.1 {primary} 1\n"
-    with running("--sentinel", *options, port=free_port(), config=monitor) as watching:
+    with run_valkey("--sentinel", *options, port=find_free_port(), config=monitor) as watching:
         yield watching
 
 
 @contextmanager
-def watched() -> Iterator[Store]:
-    with running(port=free_port()) as server, sentinel(server.port) as watching:
-        yield Store(f"redis+sentinel://127.0.0.1:1,127.0.0.1:{watching.port}/main", server)
+def run_with_sentinel() -> Iterator[RunningStore]:
+    with run_valkey(port=find_free_port()) as server, run_sentinel(server.port) as watching:
+        yield RunningStore(f"redis+sentinel://127.0.0.1:1,127.0.0.1:{watching.port}/main", server)
 
 
 @contextmanager
-def single() -> Iterator[Store]:
-    with running(port=free_port()) as server:
-        yield Store(f"redis://127.0.0.1:{server.port}", server)
+def run_single() -> Iterator[RunningStore]:
+    with run_valkey(port=find_free_port()) as server:
+        yield RunningStore(f"redis://127.0.0.1:{server.port}", server)
 
 
 @contextmanager
-def unix() -> Iterator[Store]:
-    with running() as server:
-        yield Store(server.url, server)
+def run_on_socket() -> Iterator[RunningStore]:
+    with run_valkey() as server:
+        yield RunningStore(server.url, server)

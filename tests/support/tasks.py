@@ -7,9 +7,9 @@ from typing import Any
 from msgspec import Raw
 from msgspec.structs import replace
 
-from service.domain.tasks import Basis, Cost, Kind, State, Task
+from service.domain.tasks import Cost, CostBasis, Kind, State, Task
 
-CREATED = 1_790_000_000_000
+CREATED_AT = 1_790_000_000_000
 
 _TASK = Task(
     id="task_1",
@@ -18,25 +18,25 @@ _TASK = Task(
     account=2,
     kind=Kind.UPSCALE,
     state=State.QUEUED,
-    created=CREATED,
-    updated=CREATED,
-    finished=None,
+    created_at=CREATED_AT,
+    updated_at=CREATED_AT,
+    finished_at=None,
     options=Raw(b"{}"),
     metadata=Raw(b"{}"),
     artifacts=(),
     error=None,
-    cost=Cost(0, 0, Basis.UNKNOWN),
+    cost=Cost(0, 0, CostBasis.UNKNOWN),
     version=1,
-    checked=CREATED,
+    last_checked_at=CREATED_AT,
 )
 
 
-def a_task(**changes: Any) -> Task:
+def make_task(**changes: Any) -> Task:
     """A task that was just accepted, in version 1, but for some changes."""
     return replace(_TASK, **changes)
 
 
-def succeeded(seconds: float, **changes: Any) -> Task:
+def make_succeeded_task(seconds: float, **changes: Any) -> Task:
     """A task that took so long."""
-    end = CREATED + int(seconds * 1000)
-    return a_task(state=State.SUCCEEDED, updated=end, finished=end, version=3, **changes)
+    end = CREATED_AT + int(seconds * 1000)
+    return make_task(state=State.SUCCEEDED, updated=end, finished=end, version=3, **changes)

@@ -19,84 +19,84 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from service.telemetry.redaction import Redactor
-from service.telemetry.tracing_otel import OtelTracer, provider
+from service.telemetry.tracing_otel import OtelTracer, create_provider
 
-SECONDS = 20.0
+TIMEOUT_SECONDS = 20.0
 _KINDS = {1: "internal", 2: "server", 3: "client"}
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedSpan:
     """A span; ids are hexadecimal, and `links` are the ids of traces and spans."""
 
     name: str
     kind: str
-    trace: str
-    id: str
-    parent: str
-    state: str
+    trace_id: str
+    span_id: str
+    parent_id: str
+    trace_state: str
     attributes: Mapping[str, Any]
     links: Sequence[tuple[str, str]]
-    failed: bool
-    said: str
-    events: int
+    is_error: bool
+    status_message: str
+    event_count: int
     resource: Mapping[str, Any]
 
     @property
-    def context(self) -> str:
+    def traceparent(self) -> str:
         """It as a `traceparent`, without the flags."""
-        return f"00-{self.trace}-{self.id}"
+        return f"00-{self.trace_id}-{self.span_id}"
 
 
-def read(request: ExportTraceServiceRequest) -> Iterator[Recorded]:
+def read_spans(request: ExportTraceServiceRequest) -> Iterator[RecordedSpan]:
     """The spans of a message."""
     for whose in request.resource_spans:
-        resource = _plain(whose.resource.attributes)
+        resource = _attribute_values(whose.resource.attributes)
         for scope in whose.scope_spans:
             for span in scope.spans:
-                yield Recorded(
+                yield RecordedSpan(
                     name=span.name,
                     kind=_KINDS[span.kind],
-                    trace=span.trace_id.hex(),
-                    id=span.span_id.hex(),
-                    parent=span.parent_span_id.hex(),
-                    state=span.trace_state,
-                    attributes=_plain(span.attributes),
+                    trace_id=span.trace_id.hex(),
+                    span_id=span.span_id.hex(),
+                    parent_id=span.parent_span_id.hex(),
+                    trace_state=span.trace_state,
+                    attributes=_attribute_values(span.attributes),
                     links=[(each.trace_id.hex(), each.span_id.hex()) for each in span.links],
-                    failed=span.status.code == 2,
-                    said=span.status.message,
-                    events=len(span.events),
+                    is_error=span.status.code == 2,
+                    status_message=span.status.message,
+                    event_count=len(span.events),
                     resource=resource,
                 )
 
 
-def _plain(attributes: Sequence[KeyValue]) -> dict[str, Any]:
+def _attribute_values(attributes: Sequence[KeyValue]) -> dict[str, Any]:
     return {each.key: getattr(each.value, str(each.value.WhichOneof("value"))) for each in attributes}
 
 
-class Recorder:
+class SpanRecorder:
     """A tracer with what it recorded."""
 
     def __init__(self, share: float = 1.0, secrets: Sequence[str] = ()) -> None:
-        self._kept = InMemorySpanExporter()
-        made: TracerProvider = provider(share)
-        made.add_span_processor(SimpleSpanProcessor(self._kept))
-        self.tracer = OtelTracer(made, Redactor(secrets).text)
+        self._exporter = InMemorySpanExporter()
+        made: TracerProvider = create_provider(share)
+        made.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self.tracer = OtelTracer(made, Redactor(secrets).redact_text)
 
     @property
-    def spans(self) -> list[Recorded]:
+    def spans(self) -> list[RecordedSpan]:
         """What has ended, in the order of its end."""
-        return list(read(encode_spans(self._kept.get_finished_spans())))
+        return list(read_spans(encode_spans(self._exporter.get_finished_spans())))
 
     @property
-    def span(self) -> Recorded:
+    def span(self) -> RecordedSpan:
         """The only one."""
         (span,) = self.spans
         return span
 
 
 @dataclass
-class Collector:
+class TraceCollector:
     """A server that collects traces, and answers with `status`."""
 
     url: str = ""
@@ -105,36 +105,36 @@ class Collector:
     requests: list[tuple[str, Mapping[str, str]]] = field(default_factory=list)
 
     @property
-    def spans(self) -> list[Recorded]:
+    def spans(self) -> list[RecordedSpan]:
         """All spans that came."""
-        return [span for body in list(self.bodies) for span in read(ExportTraceServiceRequest.FromString(body))]
+        return [span for body in list(self.bodies) for span in read_spans(ExportTraceServiceRequest.FromString(body))]
 
-    def tried(self, times: int) -> bool:
+    def has_received(self, times: int) -> bool:
         """Whether it was tried so often to send something."""
         return len(self.requests) >= times
 
-    def one(self, name: str) -> Recorded:
+    def get_span(self, name: str) -> RecordedSpan:
         """The only span of a name."""
-        (span,) = self.all(name)
+        (span,) = self.find_spans(name)
         return span
 
-    def all(self, name: str) -> list[Recorded]:
+    def find_spans(self, name: str) -> list[RecordedSpan]:
         """The spans of a name."""
         return [span for span in self.spans if span.name == name]
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Wait in a thread for a condition."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come about"
         time.sleep(0.01)
 
 
 @contextmanager
-def collecting() -> Iterator[Collector]:
+def run_collector() -> Iterator[TraceCollector]:
     """A collector on this machine, in a thread of its own."""
-    collector = Collector()
+    collector = TraceCollector()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from service.devstack import server_binary
+from service.devstack import find_server_binary
 
 _START_SECONDS = 10.0
 
@@ -28,20 +28,20 @@ _START_SECONDS = 10.0
 class Valkey:
     """A server that runs: `port` is 0 if it listens on its Unix socket only."""
 
-    path: Path
+    socket_path: Path
     port: int
     process: subprocess.Popen[bytes]
 
     @property
     def url(self) -> str:
         """Its Unix socket, as `connect` takes it."""
-        return f"unix://{self.path}"
+        return f"unix://{self.socket_path}"
 
-    def freeze(self) -> None:
+    def suspend(self) -> None:
         """Let it hold its connections open and answer nothing."""
         self.process.send_signal(signal.SIGSTOP)
 
-    def thaw(self) -> None:
+    def resume(self) -> None:
         """Let it go on where it was frozen."""
         self.process.send_signal(signal.SIGCONT)
 
@@ -52,13 +52,13 @@ class Valkey:
 
 
 @contextmanager
-def running(*options: str, port: int = 0, config: str = "") -> Iterator[Valkey]:
+def run_valkey(*options: str, port: int = 0, config: str = "") -> Iterator[Valkey]:
     """A server without persistence in a folder of its own, on a Unix socket, and on a TCP port of 127.0.0.1 if given.
 
     `options` follow on its command line; `config` is the content of a file that it may rewrite, as Sentinel does.
     """
     folder = Path(tempfile.mkdtemp(prefix="valkey-"))
-    command = [str(server_binary())]
+    command = [str(find_server_binary())]
     if config:
         (folder / "valkey.conf").write_text(config)
         command.append(str(folder / "valkey.conf"))
@@ -67,7 +67,7 @@ def running(*options: str, port: int = 0, config: str = "") -> Iterator[Valkey]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        _wait_until_it_answers(process, folder)
+        _wait_until_ready(process, folder)
         yield Valkey(folder / "s", port, process)
     finally:
         process.kill()
@@ -75,7 +75,7 @@ def running(*options: str, port: int = 0, config: str = "") -> Iterator[Valkey]:
         shutil.rmtree(folder)
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody uses now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
@@ -84,11 +84,11 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def valkey() -> Iterator[Valkey]:
     """The server of the whole test session, on a Unix socket."""
-    with running() as server:
+    with run_valkey() as server:
         yield server
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], folder: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], folder: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with suppress(OSError), socket.socket(socket.AF_UNIX) as client:

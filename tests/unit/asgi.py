@@ -16,7 +16,7 @@ Message = MutableMapping[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
-class Answer(Struct):
+class AsgiResponse(Struct):
     """What an application answered."""
 
     status: int
@@ -28,7 +28,7 @@ class Answer(Struct):
         return msgspec.json.decode(self.body)
 
 
-def http_scope(method: str = "GET", path: str = "/", headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+def make_http_scope(method: str = "GET", path: str = "/", headers: Mapping[str, str] | None = None) -> dict[str, Any]:
     """An HTTP scope as a server makes it."""
     target, _, query = path.partition("?")
     return {
@@ -47,45 +47,45 @@ def http_scope(method: str = "GET", path: str = "/", headers: Mapping[str, str] 
     }
 
 
-def body_messages(chunks: Iterable[bytes]) -> list[Message]:
+def make_body_messages(chunks: Iterable[bytes]) -> list[Message]:
     """A body as the messages of a server; the last one ends it."""
     messages: list[Message] = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
     return [*messages, {"type": "http.request", "body": b"", "more_body": False}]
 
 
-def receiving(messages: Iterable[Message], *, then_silent: bool = False) -> Any:
+def make_receive(messages: Iterable[Message], *, stay_open: bool = False) -> Any:
     """An ASGI `receive` that gives these messages, then disconnects, or is silent for good."""
     left = iter(messages)
 
     async def receive() -> Message:
         for message in left:
             return message
-        if then_silent:
+        if stay_open:
             await asyncio.get_running_loop().create_future()
         return {"type": "http.disconnect"}
 
     return receive
 
 
-async def call(
+async def call_app(
     app: App,
     method: str = "GET",
     path: str = "/",
     *,
     headers: Mapping[str, str] | None = None,
     messages: Iterable[Message] = ({"type": "http.request", "body": b"", "more_body": False},),
-) -> Answer | None:
+) -> AsgiResponse | None:
     """One request to an application; None if it answered nothing."""
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    await app(http_scope(method, path, headers), receiving(messages), send)
+    await app(make_http_scope(method, path, headers), make_receive(messages), send)
     if not sent:
         return None
     start, *rest = sent
-    return Answer(
+    return AsgiResponse(
         start["status"],
         {name.decode().lower(): value.decode() for name, value in start["headers"]},
         b"".join(message.get("body", b"") for message in rest),
@@ -93,14 +93,14 @@ async def call(
 
 
 @asynccontextmanager
-async def serving(app: App) -> AsyncIterator[int]:
+async def serve_on_port(app: App) -> AsyncIterator[int]:
     """Serve an application on a free port of this machine; the port."""
-    async with support.serving(app) as url:
+    async with support.serve_app(app) as url:
         yield int(url.rpartition(":")[2])
 
 
 @asynccontextmanager
-async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def open_raw_connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A raw connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -109,9 +109,9 @@ async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyn
         writer.close()
 
 
-async def read_answer(reader: asyncio.StreamReader) -> Answer:
+async def read_response(reader: asyncio.StreamReader) -> AsgiResponse:
     """Read one answer with a length from a raw connection."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
     body = await reader.readexactly(int(headers["content-length"]))
-    return Answer(int(head[0].split()[1]), headers, body)
+    return AsgiResponse(int(head[0].split()[1]), headers, body)

@@ -16,10 +16,18 @@ from typing import Any, TypeVar
 
 from service.domain import ledger
 from service.domain.errors import LedgerUnavailable
-from service.domain.ledger import AccountState, Figures, Granted, ReservationState, Status, TenantState, Verdict
+from service.domain.ledger import AccountState, AccountStatus, Balance, Grant, ReservationState, TenantState, Verdict
 from service.domain.tasks import Backlog, Kind, State, Task
 from service.domain.tenants import Window
-from service.usecases.ports import Ask, Check, Due, Look, Page, Settlement, Snapshot
+from service.usecases.ports import (
+    BalanceCheck,
+    CheckResult,
+    ClaimedCheck,
+    ReserveRequest,
+    Settlement,
+    TaskPage,
+    TenantSnapshot,
+)
 from tests.fakes import FakeLedger
 from tests.model import ledger_model
 
@@ -30,11 +38,11 @@ COUNTED = (ReservationState.RESERVED, *CHARGED)
 _PROVISIONAL = {None, ReservationState.RESERVED, ReservationState.UNKNOWN}
 
 
-class Fate(StrEnum):
+class CallOutcome(StrEnum):
     """What becomes of a call."""
 
     DONE = "done"
-    TWICE = "twice"
+    REPEATED = "twice"
     LOST = "lost"
     """It never arrives, and the caller learns that it failed."""
     UNANSWERED = "unanswered"
@@ -44,53 +52,53 @@ class Fate(StrEnum):
 
 
 @dataclass
-class Store(FakeLedger):
+class FaultyStore(FakeLedger):
     """The model ledger; `breaches` are the rules that were broken, by reckoning that does not use its counters.
 
     `doubted` are the reservations that were unknown at some time.
     """
 
-    breaches: list[str] = field(default_factory=list)
-    doubted: set[str] = field(default_factory=set)
+    violations: list[str] = field(default_factory=list)
+    unknown_reservations: set[str] = field(default_factory=set)
 
-    async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
-        known, before = ask.reservation in self.reservations, self._books(ask.tenant)
-        verdict, snapshot = await super().reserve(ask)
-        if not isinstance(verdict, Granted):
-            self.expect(self._books(ask.tenant) == before, "a refusal changed the books")
+    async def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
+        known, before = request.reservation in self.reservations, self._snapshot(request.tenant)
+        verdict, snapshot = await super().reserve(request)
+        if not isinstance(verdict, Grant):
+            self.check_rule(self._snapshot(request.tenant) == before, "a refusal changed the books")
         elif not known:
-            self.expect(self._within_limits(ask), "a place was granted past a limit")
+            self.check_rule(self._is_within_limits(request), "a place was granted past a limit")
         return verdict, snapshot
 
     async def settle(self, settlement: Settlement) -> bool:
-        before = self.state(settlement.reservation)
+        before = self.state_of(settlement.reservation)
         booked = await super().settle(settlement)
-        after = self.state(settlement.reservation)
+        after = self.state_of(settlement.reservation)
         if after is ReservationState.UNKNOWN:
-            self.doubted.add(settlement.reservation)
-        self.expect(before in _PROVISIONAL or before is after, f"an outcome was final, but {before} became {after}")
+            self.unknown_reservations.add(settlement.reservation)
+        self.check_rule(before in _PROVISIONAL or before is after, f"an outcome was final, but {before} became {after}")
         return booked
 
-    def expect(self, kept: bool, breach: str) -> None:
+    def check_rule(self, holds: bool, violation: str) -> None:
         """Keep in mind that a rule was broken; raised here, it would be taken for a fault of the store's."""
-        if not kept:
-            self.breaches.append(breach)
+        if not holds:
+            self.violations.append(violation)
 
-    def state(self, reservation: str) -> ReservationState | None:
+    def state_of(self, reservation: str) -> ReservationState | None:
         """What became of a reservation."""
         known = self.reservations.get(reservation)
         return known.state if known else None
 
-    def outcomes(self, tenant: int, window: Window) -> Counter[ReservationState]:
+    def count_states(self, tenant: int, window: Window) -> Counter[ReservationState]:
         """How many reservations that a tenant made in this window stand where."""
-        now = ledger.period_of(window, self.clock.at)
+        now = ledger.window_bounds(window, self.clock.now_ms)
         return Counter(
             each.state
             for each in self.reservations.values()
-            if each.tenant == tenant and ledger.period_of(window, each.created) == now
+            if each.tenant == tenant and ledger.window_bounds(window, each.created_at) == now
         )
 
-    def active(self, tenant: int) -> int:
+    def count_active(self, tenant: int) -> int:
         """How many submissions of a tenant are being sent or have a running task."""
         return sum(
             each.tenant == tenant
@@ -99,133 +107,136 @@ class Store(FakeLedger):
             for each in self.reservations.values()
         )
 
-    def counted(self, tenant: int) -> TenantState:
+    def tenant_counters(self, tenant: int) -> TenantState:
         """What the ledger itself has counted of a tenant."""
-        state = copy.deepcopy(self._tenant(tenant))
-        ledger_model.roll(state, self.clock.at)
+        state = copy.deepcopy(self._tenant_state(tenant))
+        ledger_model.roll_windows(state, self.clock.now_ms)
         return state
 
-    def _within_limits(self, ask: Ask) -> bool:
-        policy, holds = self._limits(ask.tenant), self.reservations[ask.reservation].holds
+    def _is_within_limits(self, ask: ReserveRequest) -> bool:
+        policy, holds = self._tenant_policy(ask.tenant), self.reservations[ask.reservation].money_holds
         for limit in policy.limits:
-            outcomes, counter = self.outcomes(ask.tenant, limit.window), self.counted(ask.tenant).windows[limit.window]
+            outcomes, counter = (
+                self.count_states(ask.tenant, limit.window),
+                self.tenant_counters(ask.tenant).windows[limit.window],
+            )
             if limit.tasks is not None and sum(outcomes[each] for each in COUNTED) > limit.tasks:
                 return False
-            spent = counter.money + counter.money_reserved
-            if limit.money is not None and holds.get(limit.window) and spent > limit.money:
+            spent = counter.money_fen + counter.money_reserved_fen
+            if limit.money_fen is not None and holds.get(limit.window) and spent > limit.money_fen:
                 return False
-        return policy.max_active is None or self.active(ask.tenant) <= policy.max_active
+        return policy.max_active is None or self.count_active(ask.tenant) <= policy.max_active
 
-    def _books(self, tenant: int) -> tuple[TenantState, dict[int, AccountState], int]:
-        accounts = {each: copy.deepcopy(self._account(each)) for each in self.account_policies}
-        return self.counted(tenant), accounts, len(self.reservations)
+    def _snapshot(self, tenant: int) -> tuple[TenantState, dict[int, AccountState], int]:
+        accounts = {each: copy.deepcopy(self._account_state(each)) for each in self.account_policies}
+        return self.tenant_counters(tenant), accounts, len(self.reservations)
 
 
 @dataclass(eq=False)
-class Letter:
+class PendingCall:
     """A call on its way."""
 
-    carry_out: Callable[[], Coroutine[Any, Any, Any]]
-    answer: asyncio.Future[Any]
+    execute: Callable[[], Coroutine[Any, Any, Any]]
+    result: asyncio.Future[Any]
 
 
-class Post:
+class CallQueue:
     """The calls of all processes: those under way, and the strays, for whose answers nobody waits any more.
 
     `upsets` are the fates of the next calls that are carried out at once.
     """
 
     def __init__(self) -> None:
-        self.letters: list[Letter] = []
-        self.strays: list[Letter] = []
-        self.upsets: list[Fate] = []
+        self.pending: list[PendingCall] = []
+        self.delayed: list[PendingCall] = []
+        self.next_outcomes: list[CallOutcome] = []
 
-    async def deliver(self, letter: Letter, fate: Fate) -> None:
+    async def resolve(self, letter: PendingCall, fate: CallOutcome) -> None:
         """Let a call have its fate."""
-        self.letters.remove(letter)
+        self.pending.remove(letter)
         try:
-            if fate in {Fate.LOST, Fate.LATE}:
+            if fate in {CallOutcome.LOST, CallOutcome.LATE}:
                 raise LedgerUnavailable("no connection", retry_after=1)
-            answer = await letter.carry_out()
-            if fate is Fate.TWICE:
-                answer = await letter.carry_out()
-            if fate is Fate.UNANSWERED:
+            answer = await letter.execute()
+            if fate is CallOutcome.REPEATED:
+                answer = await letter.execute()
+            if fate is CallOutcome.UNANSWERED:
                 raise LedgerUnavailable("no answer", retry_after=1)
         except LedgerUnavailable as error:
-            letter.answer.set_exception(error)
+            letter.result.set_exception(error)
         else:
-            letter.answer.set_result(answer)
-        if fate is Fate.LATE:
-            self.strays.append(letter)
+            letter.result.set_result(answer)
+        if fate is CallOutcome.LATE:
+            self.delayed.append(letter)
 
-    async def arrive(self, letter: Letter) -> None:
+    async def execute_delayed(self, letter: PendingCall) -> None:
         """Carry out a call that was given up."""
-        self.strays.remove(letter)
+        self.delayed.remove(letter)
         try:
-            await letter.carry_out()
+            await letter.execute()
         except LedgerUnavailable:
             return
 
 
-class Line:
+class StoreConnection:
     """The ports Ledger and Tasks as one process has them: its way to the store."""
 
-    def __init__(self, store: Store, post: Post) -> None:
+    def __init__(self, store: FaultyStore, post: CallQueue) -> None:
         self._store = store
-        self._post = post
-        self._waiting: list[Letter] = []
-        self._cut = False
-        self._heard = True
+        self._queue = post
+        self._open_calls: list[PendingCall] = []
+        self._is_closed = False
+        self._runs_pending = True
 
-    def cut(self, *, heard: bool) -> None:
+    def close(self, *, runs_pending: bool) -> None:
         """The process is no more: it asks for nothing, and what it has asked for is lost unless it was `heard`."""
-        self._cut, self._heard = True, heard
-        for letter in self._waiting:
-            letter.answer.cancel()
+        self._is_closed, self._runs_pending = True, runs_pending
+        for letter in self._open_calls:
+            letter.result.cancel()
 
-    async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
+    async def reserve(self, ask: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
         return await self._call(lambda: self._store.reserve(ask))
 
-    async def retarget(self, ask: Ask, left: int, closes: Status | None) -> Verdict:
-        return await self._call(lambda: self._store.retarget(ask, left, closes))
+    async def change_account(self, ask: ReserveRequest, left: int, closes: AccountStatus | None) -> Verdict:
+        return await self._call(lambda: self._store.change_account(ask, left, closes))
 
     async def settle(self, settlement: Settlement) -> bool:
         return await self._call(lambda: self._store.settle(settlement))
 
-    async def expire(self, most: int) -> Sequence[Settlement]:
-        return await self._call_at_once(lambda: self._store.expire(most))
+    async def settle_expired(self, most: int) -> Sequence[Settlement]:
+        return await self._call_immediately(lambda: self._store.settle_expired(most))
 
-    async def claim(self, most: int) -> Sequence[Due]:
-        return await self._call_at_once(lambda: self._store.claim(most))
+    async def claim_checks(self, most: int) -> Sequence[ClaimedCheck]:
+        return await self._call_immediately(lambda: self._store.claim_checks(most))
 
-    async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
-        return await self._call_at_once(lambda: self._store.record(due, check))
+    async def record_check(self, due: ClaimedCheck, check: CheckResult) -> tuple[Task, int] | None:
+        return await self._call_immediately(lambda: self._store.record_check(due, check))
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
-        return await self._call_at_once(lambda: self._store.get(reservation))
+        return await self._call_immediately(lambda: self._store.get(reservation))
 
-    async def attend(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
-        return await self._call_at_once(lambda: self._store.attend(reservations))
+    async def touch(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
+        return await self._call_immediately(lambda: self._store.touch(reservations))
 
-    async def page(
+    async def list_page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
-    ) -> Page:
-        return await self._store.page(tenant, state=state, kind=kind, limit=limit, cursor=cursor)
+    ) -> TaskPage:
+        return await self._store.list_page(tenant, state=state, kind=kind, limit=limit, cursor=cursor)
 
-    async def counters(self, tenant: int) -> Snapshot:
-        return await self._store.counters(tenant)
+    async def tenant_snapshot(self, tenant: int) -> TenantSnapshot:
+        return await self._store.tenant_snapshot(tenant)
 
-    async def counters_of(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
-        return await self._store.counters_of(ids)
+    async def tenant_states(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
+        return await self._store.tenant_states(ids)
 
     async def backlog(self) -> Backlog:
         return await self._store.backlog()
 
-    async def accounts(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
-        return await self._store.accounts(ids)
+    async def account_states(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
+        return await self._store.account_states(ids)
 
-    async def reopen(self, account: int) -> None:
-        await self._store.reopen(account)
+    async def reopen_account(self, account: int) -> None:
+        await self._store.reopen_account(account)
 
     async def clock_offset(self) -> int:
         return await self._store.clock_offset()
@@ -233,30 +244,32 @@ class Line:
     async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
         return await self._store.reset_clock(tenants, accounts)
 
-    async def look(self, account: int, *, count_only: bool) -> Look | None:
-        return await self._store.look(account, count_only=count_only)
+    async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
+        return await self._store.claim_balance_check(account, count_only=count_only)
 
-    async def looked(self, look: Look, figures: Figures) -> None:
-        await self._store.looked(look, figures)
+    async def record_balance_check(self, look: BalanceCheck, figures: Balance) -> None:
+        await self._store.record_balance_check(look, figures)
 
-    async def _call(self, work: Callable[[], Coroutine[Any, Any, T]], fate: Fate | None = None) -> T:
-        if self._cut:
+    async def _call(self, work: Callable[[], Coroutine[Any, Any, T]], fate: CallOutcome | None = None) -> T:
+        if self._is_closed:
             raise asyncio.CancelledError
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        letter = Letter(work, answer)
-        self._post.letters.append(letter)
+        letter = PendingCall(work, answer)
+        self._queue.pending.append(letter)
         if fate:
-            await self._post.deliver(letter, fate)
-        self._waiting.append(letter)
+            await self._queue.resolve(letter, fate)
+        self._open_calls.append(letter)
         try:
             return await answer
         except asyncio.CancelledError:  # whoever asked has gone, but not what was asked for
-            if letter in self._post.letters:
-                self._post.letters.remove(letter)
-                self._post.strays += [letter] if self._heard else []
+            if letter in self._queue.pending:
+                self._queue.pending.remove(letter)
+                self._queue.delayed += [letter] if self._runs_pending else []
             raise
         finally:
-            self._waiting.remove(letter)
+            self._open_calls.remove(letter)
 
-    async def _call_at_once(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        return await self._call(work, self._post.upsets.pop() if self._post.upsets else Fate.DONE)
+    async def _call_immediately(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return await self._call(
+            work, self._queue.next_outcomes.pop() if self._queue.next_outcomes else CallOutcome.DONE
+        )

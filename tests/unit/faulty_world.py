@@ -13,37 +13,51 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from service.crypto import Keyring
-from service.domain.ledger import Figures, Granted, ReservationState, Verdict
-from service.domain.tasks import FaceEnhanceOptions, Options, TaskIds
+from service.domain.ledger import Balance, Grant, ReservationState, Verdict
+from service.domain.tasks import FaceEnhanceOptions, Options, TaskIdCodec
 from service.domain.tenants import Account, Tenant
-from service.storage.ledger import KEEP_KEY
+from service.storage.ledger import KEEP_IDEMPOTENCY_KEY_MS
 from service.telemetry.metrics import Metrics
-from service.usecases.background import Background
-from service.usecases.poller import Watch
-from service.usecases.ports import Answered, Ask, Check, Image, RegistryView, Snapshot, SubmitOutcome, Submitted
-from service.usecases.settlement import Settle
-from service.usecases.submit import LEASE_MARGIN, Submission, Submit
-from service.usecases.task_cache import Board, Pace, Seen
-from service.usecases.task_status import Follow
+from service.usecases.background import TaskSupervisor
+from service.usecases.poller import TaskPoller
+from service.usecases.ports import (
+    CheckOutcome,
+    CheckResult,
+    Image,
+    RegistryView,
+    ReserveRequest,
+    SubmitOutcome,
+    SubmitResult,
+    TenantSnapshot,
+)
+from service.usecases.settlement import SettlementQueue
+from service.usecases.submit import LEASE_MARGIN_SECONDS, Submission, Submitter
+from service.usecases.task_cache import CachedTask, DurationEstimator, TaskCache
+from service.usecases.task_status import TaskReader
 from tests.fakes import START, FakeClock
-from tests.unit.faulty_store import Line, Post, Store
+from tests.unit.faulty_store import CallQueue, FaultyStore, StoreConnection
 
 IMAGE = Image(b"bytes", b"digest", "image/png", 3, 2)
-GOES_ON = {SubmitOutcome.EXHAUSTED, SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED, SubmitOutcome.NOT_SENT}
+FAILOVER_OUTCOMES = {
+    SubmitOutcome.EXHAUSTED,
+    SubmitOutcome.INVALID_ACCOUNT,
+    SubmitOutcome.MISCONFIGURED,
+    SubmitOutcome.NOT_SENT,
+}
 """After these, and only these, another account may be tried."""
-_FREE = {*GOES_ON, SubmitOutcome.REJECTED, SubmitOutcome.REDIRECTED, SubmitOutcome.BUSY}
-_NO_FIGURES = Figures()
+_UNCHARGED_OUTCOMES = {*FAILOVER_OUTCOMES, SubmitOutcome.REJECTED, SubmitOutcome.REDIRECTED, SubmitOutcome.BUSY}
+_NO_BALANCE = Balance()
 _METRICS = Metrics(CollectorRegistry())
 
 
-class _NoWaiting(selectors.SelectSelector):
+class _NonBlockingSelector(selectors.SelectSelector):
     """Calls `idle` instead of waiting."""
 
-    idle: Callable[[], None]
+    on_idle: Callable[[], None]
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None or timeout > 0:
-            self.idle()
+            self.on_idle()
         return super().select(0)
 
 
@@ -58,22 +72,22 @@ class _NumberedTask(asyncio.Task[Any]):
         return self._number
 
 
-class StandingLoop(asyncio.SelectorEventLoop):
+class ManualClockLoop(asyncio.SelectorEventLoop):
     """An event loop by a clock that stands: `run_forever` ends once nothing is left to do at this time."""
 
     def __init__(self, clock: FakeClock) -> None:
-        self._standing = clock
-        selector = _NoWaiting()
-        selector.idle = self.stop
+        self._manual_clock = clock
+        selector = _NonBlockingSelector()
+        selector.on_idle = self.stop
         super().__init__(selector)
         numbers = count()
         self.set_task_factory(lambda loop, work: _NumberedTask(next(numbers), work, loop))
 
     def time(self) -> float:
-        return (self._standing.at - START) / 1000
+        return (self._manual_clock.now_ms - START) / 1000
 
 
-class LoopTime:
+class LoopClock:
     """Stands in for the module `time` where deadlines are reckoned."""
 
     @staticmethod
@@ -81,22 +95,22 @@ class LoopTime:
         return asyncio.get_running_loop().time()
 
 
-class Numbers:
+class SequentialTokens:
     """Stands in for the module `secrets` where reservations are named, so that they sort alike in every run."""
 
     def __init__(self) -> None:
-        self._made = count()
+        self._counter = count()
 
     def token_hex(self, size: int) -> str:
-        return f"{next(self._made):0{2 * size}x}"
+        return f"{next(self._counter):0{2 * size}x}"
 
 
 @dataclass(eq=False)
-class Request:
+class UpstreamRequest:
     """An image that was handed to the client of the upstream; without an outcome nobody knows what became of it."""
 
     account: Account
-    answer: asyncio.Future[Submitted]
+    response: asyncio.Future[SubmitResult]
     outcome: SubmitOutcome | None = None
 
 
@@ -105,12 +119,12 @@ class Caller:
     """Somebody who submits once: what was asked of the ledger and sent for it, and how it was answered."""
 
     tenant: Tenant
-    process: Process
+    process: GatewayProcess
     key: str | None = None
-    asked: list[str] = field(default_factory=list)
-    refused: bool = False
-    requests: list[Request] = field(default_factory=list)
-    answer: asyncio.Task[Submission] = field(init=False)
+    reservation_ids: list[str] = field(default_factory=list)
+    was_refused: bool = False
+    requests: list[UpstreamRequest] = field(default_factory=list)
+    response: asyncio.Task[Submission] = field(init=False)
 
     @property
     def outcome(self) -> SubmitOutcome | None:
@@ -122,167 +136,171 @@ _CALLER: ContextVar[Caller] = ContextVar("caller")
 """For whom a submission is at work: whatever it starts inherits it."""
 
 
-class CallersLine(Line):
+class CallerConnection(StoreConnection):
     """Keeps in mind for whom was asked."""
 
-    async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
+    async def reserve(self, ask: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
         caller = _CALLER.get()
-        caller.asked.append(ask.reservation)
+        caller.reservation_ids.append(ask.reservation)
         verdict, snapshot = await super().reserve(ask)
-        caller.refused = not isinstance(verdict, Granted)
+        caller.was_refused = not isinstance(verdict, Grant)
         return verdict, snapshot
 
 
 class FaultyUpstream:
     """The port Upstream for all processes: submissions wait until told what becomes of them, checks tell `ends`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: FaultyStore) -> None:
         self._store = store
-        self.pending: list[Request] = []
-        self._keys: dict[tuple[int, str], list[tuple[int, Request]]] = {}
-        self.accepted: list[str] = []
-        self.ends: dict[str, Check] = {}
+        self.pending: list[UpstreamRequest] = []
+        self._sent_by_key: dict[tuple[int, str], list[tuple[int, UpstreamRequest]]] = {}
+        self.accepted_ids: list[str] = []
+        self.check_results: dict[str, CheckResult] = {}
 
-    async def submit(self, account: Account, options: Options, image: Image, *, seconds: float) -> Submitted:
+    async def submit(self, account: Account, options: Options, image: Image, *, timeout_seconds: float) -> SubmitResult:
         del options, image
         caller = _CALLER.get()
-        caller.process.hang_if_dead()
-        request = Request(account, asyncio.get_running_loop().create_future())
-        self._check(caller, request, seconds)
+        caller.process.cancel_if_dead()
+        request = UpstreamRequest(account, asyncio.get_running_loop().create_future())
+        self._check_send(caller, request, timeout_seconds)
         caller.requests.append(request)
-        if seconds <= 0:
+        if timeout_seconds <= 0:
             request.outcome = SubmitOutcome.NOT_SENT
-            return Submitted(outcome=SubmitOutcome.NOT_SENT)
+            return SubmitResult(outcome=SubmitOutcome.NOT_SENT)
         self._check_key(caller, request)
         self.pending.append(request)
-        caller.process.sending.append(request)
+        caller.process.open_requests.append(request)
         try:
-            async with asyncio.timeout(seconds):
-                return await request.answer
+            async with asyncio.timeout(timeout_seconds):
+                return await request.response
         except TimeoutError:
             request.outcome = SubmitOutcome.UNKNOWN
-            return Submitted(outcome=SubmitOutcome.UNKNOWN)
+            return SubmitResult(outcome=SubmitOutcome.UNKNOWN)
         except asyncio.CancelledError:
-            self._store.expect(caller.process.stopping, "sending was broken off though the process goes on")
+            self._store.check_rule(caller.process.is_stopping, "sending was broken off though the process goes on")
             raise
         finally:
-            caller.process.sending.remove(request)
+            caller.process.open_requests.remove(request)
             if request in self.pending:
                 self.pending.remove(request)
 
-    def tell(self, request: Request, outcome: SubmitOutcome | None, told: Figures = _NO_FIGURES) -> None:
+    def respond(self, request: UpstreamRequest, outcome: SubmitOutcome | None, balance: Balance = _NO_BALANCE) -> None:
         """Answer a submission; without an outcome it meets with a fault of ours, maybe after it was sent."""
-        if request.answer.done():  # its time was over in the same moment
+        if request.response.done():  # its time was over in the same moment
             return
         self.pending.remove(request)
         request.outcome = outcome
         if outcome is None:
-            request.answer.set_exception(RuntimeError("a fault of ours"))
+            request.response.set_exception(RuntimeError("a fault of ours"))
             return
         upstream_id = ""
         if outcome is SubmitOutcome.ACCEPTED:
-            upstream_id = f"up-{len(self.accepted)}"
-            self.accepted.append(upstream_id)
-        request.answer.set_result(Submitted(outcome=outcome, upstream_id=upstream_id, figures=told))
+            upstream_id = f"up-{len(self.accepted_ids)}"
+            self.accepted_ids.append(upstream_id)
+        request.response.set_result(SubmitResult(outcome=outcome, upstream_id=upstream_id, balance=balance))
 
-    def _check(self, caller: Caller, request: Request, seconds: float) -> None:
+    def _check_send(self, caller: Caller, request: UpstreamRequest, seconds: float) -> None:
         """Sending is in order: it has a place on that account for as long as it may take, and nothing was charged."""
-        expect = self._store.expect
-        held = self._store.reservations.get(caller.asked[-1])
+        expect = self._store.check_rule
+        held = self._store.reservations.get(caller.reservation_ids[-1])
         expect(request.account not in [each.account for each in caller.requests], "an account was asked twice")
-        expect({each.outcome for each in caller.requests} <= GOES_ON, "sent again although it may have been charged")
+        expect(
+            {each.outcome for each in caller.requests} <= FAILOVER_OUTCOMES,
+            "sent again although it may have been charged",
+        )
         if seconds > 0:
             place = (held.state, held.account) if held else None
             expect(place == (ReservationState.RESERVED, request.account.id), f"sent with a place on {place}")
-            latest = self._store.clock.at + (seconds + LEASE_MARGIN) * 1000
-            expect(held is None or latest <= held.lease + 1, "sending may outlast its lease")
+            latest = self._store.clock.now_ms + (seconds + LEASE_MARGIN_SECONDS) * 1000
+            expect(held is None or latest <= held.lease_expires_at + 1, "sending may outlast its lease")
 
-    def _check_key(self, caller: Caller, request: Request) -> None:
+    def _check_key(self, caller: Caller, request: UpstreamRequest) -> None:
         """For as long as an idempotency key is kept, nothing is sent under it after what may have been charged."""
         if caller.key is None:
             return
-        now, sent = self._store.clock.at, self._keys.setdefault((caller.tenant.id, caller.key), [])
+        now, sent = self._store.clock.now_ms, self._sent_by_key.setdefault((caller.tenant.id, caller.key), [])
         charged = [
             each.outcome
             for at, each in sent
-            if each.outcome not in _FREE and now < at + KEEP_KEY - self._store.spans.lease
+            if each.outcome not in _UNCHARGED_OUTCOMES
+            and now < at + KEEP_IDEMPOTENCY_KEY_MS - self._store.retention.lease_ms
         ]
-        self._store.expect(charged == [], "a key was sent again although it may have been charged")
+        self._store.check_rule(charged == [], "a key was sent again although it may have been charged")
         sent.append((now, request))
 
-    async def check(self, account: Account, upstream_id: str) -> Check:
+    async def check(self, account: Account, upstream_id: str) -> CheckResult:
         del account
-        return self.ends.get(upstream_id, Check(answered=Answered.RUNNING))
+        return self.check_results.get(upstream_id, CheckResult(outcome=CheckOutcome.RUNNING))
 
 
-class Process:
+class GatewayProcess:
     """A process of the gateway. Once `gone` it does nothing more; it may have been told to stop before."""
 
-    def __init__(self, store: Store, post: Post, upstream: FaultyUpstream, registry: RegistryView) -> None:
-        self.gone = False
-        self.stopping = False
-        self.sending: list[Request] = []
-        self.background = Background()
-        self._line = CallersLine(store, post)
-        task_ids = TaskIds(Keyring([b"k" * 32]).purpose("task-id"))
-        self._submit = Submit(
-            ledger=self._line,
-            settle=Settle(self._line, self.background, registry),
-            tasks=self._line,
+    def __init__(self, store: FaultyStore, post: CallQueue, upstream: FaultyUpstream, registry: RegistryView) -> None:
+        self.is_dead = False
+        self.is_stopping = False
+        self.open_requests: list[UpstreamRequest] = []
+        self.background = TaskSupervisor()
+        self._connection = CallerConnection(store, post)
+        task_ids = TaskIdCodec(Keyring([b"k" * 32]).derive("task-id"))
+        self._submit = Submitter(
+            ledger=self._connection,
+            settlements=SettlementQueue(self._connection, self.background, registry),
+            tasks=self._connection,
             upstream=upstream,
             registry=registry,
             task_ids=task_ids,
-            background=self.background,
+            supervisor=self.background,
             metrics=_METRICS,
         )
-        self._follow = Follow(
-            tasks=self._line,
-            ledger=self._line,
+        self._reader = TaskReader(
+            tasks=self._connection,
+            ledger=self._connection,
             upstream=upstream,
             registry=registry,
             task_ids=task_ids,
-            board=Board(Pace(0)),
+            cache=TaskCache(DurationEstimator(0)),
             clock=store.clock,
             metrics=_METRICS,
-            interval=0,
+            interval_seconds=0,
         )
-        watch = Watch(
-            tasks=self._line,
-            ledger=self._line,
+        watch = TaskPoller(
+            tasks=self._connection,
+            ledger=self._connection,
             upstream=upstream,
             registry=registry,
             task_ids=task_ids,
-            board=Board(Pace(0)),
+            cache=TaskCache(DurationEstimator(0)),
             metrics=_METRICS,
         )
         loop = asyncio.get_running_loop()
-        self._watching = [loop.create_task(watch.run()), loop.create_task(watch.expire())]
+        self._poll_loops = [loop.create_task(watch.run()), loop.create_task(watch.expire_leases())]
 
     async def submit(self, caller: Caller) -> Submission:
         """Submit for a caller."""
         _CALLER.set(caller)
-        return await self._submit(caller.tenant, FaceEnhanceOptions(), {}, IMAGE, key=caller.key)
+        return await self._submit(caller.tenant, FaceEnhanceOptions(), {}, IMAGE, idempotency_key=caller.key)
 
-    async def read(self, tenant: Tenant, task_id: str) -> Seen:
+    async def read(self, tenant: Tenant, task_id: str) -> CachedTask:
         """Read a task."""
-        return await self._follow.read(tenant, task_id)
+        return await self._reader.read(tenant, task_id)
 
-    def die(self, *, heard: bool) -> None:
+    def kill(self, *, runs_pending: bool) -> None:
         """End without finishing anything; what it has asked for may still be carried out if it was `heard`."""
-        self.gone = self.stopping = True
-        self._line.cut(heard=heard)
-        for request in self.sending:
-            request.answer.cancel()
-        for task in self._watching:
+        self.is_dead = self.is_stopping = True
+        self._connection.close(runs_pending=runs_pending)
+        for request in self.open_requests:
+            request.response.cancel()
+        for task in self._poll_loops:
             task.cancel()
 
     async def stop(self, seconds: float) -> None:
         """End in good order: take nothing new, and finish what can be finished in that time."""
-        self.stopping = True
+        self.is_stopping = True
         await self.background.drain(seconds)
-        self.die(heard=True)
+        self.kill(runs_pending=True)
 
-    def hang_if_dead(self) -> None:
+    def cancel_if_dead(self) -> None:
         """Raises CancelledError in what goes on after the process has died."""
-        if self.gone:
+        if self.is_dead:
             raise asyncio.CancelledError

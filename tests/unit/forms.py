@@ -10,60 +10,60 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from service.api.uploads import Uploads
-from tests.unit.asgi import Message, http_scope
+from service.api.uploads import UploadReader
+from tests.unit.asgi import Message, make_http_scope
 
 MAX_BYTES = 50_000
 BOUNDARY = "----FormBoundary7MA4YWxk"
 CONTENT_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 
 
-def field(name: str, value: str | bytes) -> bytes:
+def encode_field(name: str, value: str | bytes) -> bytes:
     """A text field."""
     content = value.encode() if isinstance(value, str) else value
-    return part(f'name="{name}"', content)
+    return encode_part(f'name="{name}"', content)
 
 
-def file(name: str, content: bytes, disposition: str = 'filename="a.png"') -> bytes:
+def encode_file(name: str, content: bytes, disposition: str = 'filename="a.png"') -> bytes:
     """A file."""
-    return part(f'name="{name}"; {disposition}', content, "application/octet-stream")
+    return encode_part(f'name="{name}"; {disposition}', content, "application/octet-stream")
 
 
-def part(disposition: str, content: bytes, content_type: str | None = None) -> bytes:
+def encode_part(disposition: str, content: bytes, content_type: str | None = None) -> bytes:
     """A part as it is told."""
     more = f"Content-Type: {content_type}\r\n" if content_type else ""
     return f"Content-Disposition: form-data; {disposition}\r\n{more}\r\n".encode() + content
 
 
-def form(*parts: bytes, closed: bool = True) -> bytes:
+def encode_form(*parts: bytes, is_closed: bool = True) -> bytes:
     """A multipart body of these parts."""
     delimiter = f"--{BOUNDARY}".encode()
     body = b"".join(delimiter + b"\r\n" + each + b"\r\n" for each in parts)
-    return body + (delimiter + b"--\r\n" if closed else b"")
+    return body + (delimiter + b"--\r\n" if is_closed else b"")
 
 
-def split(body: bytes, cuts: Iterable[int]) -> list[bytes]:
+def split_body(body: bytes, cuts: Iterable[int]) -> list[bytes]:
     """The body in chunks, cut at these places."""
     places = [0, *sorted({min(cut, len(body)) for cut in cuts}), len(body)]
     return [body[start:end] for start, end in itertools.pairwise(places)]
 
 
-def picture(width: int = 5, height: int = 3) -> bytes:
+def make_png(width: int = 5, height: int = 3) -> bytes:
     """A small PNG image."""
     target = io.BytesIO()
     Image.new("RGB", (width, height), "red").save(target, "PNG")
     return target.getvalue()
 
 
-PNG = picture()
+PNG = make_png()
 
 
-def uploads(**limits: Any) -> Uploads:
+def make_uploads(**limits: Any) -> UploadReader:
     """A reader with small limits."""
-    return Uploads(**({"max_image_bytes": MAX_BYTES, "max_image_pixels": 10_000, "wait_seconds": 0.01} | limits))
+    return UploadReader(**({"max_image_bytes": MAX_BYTES, "max_image_pixels": 10_000, "wait_seconds": 0.01} | limits))
 
 
-def unread() -> Any:
+def make_failing_receive() -> Any:
     """A `receive` that must not be called."""
 
     async def receive() -> Message:
@@ -72,7 +72,7 @@ def unread() -> Any:
     return receive
 
 
-def scope_of(length: int | None = None, content_type: str = CONTENT_TYPE) -> Any:
+def make_upload_scope(length: int | None = None, content_type: str = CONTENT_TYPE) -> Any:
     """The scope of a submission that announces its length, or does not."""
     announced = {} if length is None else {"content-length": str(length)}
-    return http_scope("POST", "/", {"content-type": content_type} | announced)
+    return make_http_scope("POST", "/", {"content-type": content_type} | announced)

@@ -14,18 +14,18 @@ import msgspec
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 
-from service.domain.availability import PROBE_INTERVAL
-from service.domain.ledger import AccountState, Figures, Granted, ReservationState, Status, Suggestion, Verdict
+from service.domain.availability import PROBE_INTERVAL_MS
+from service.domain.ledger import AccountState, AccountStatus, Balance, Grant, InferredCharge, ReservationState, Verdict
 from service.domain.tasks import Kind
-from service.domain.tenants import AccountPolicy, Purse, TenantPolicy
-from service.usecases.ports import Ask, Check, Due, Look, Settlement, TaskDraft
+from service.domain.tenants import AccountPolicy, SpendingMode, TenantPolicy
+from service.usecases.ports import BalanceCheck, CheckResult, ClaimedCheck, NewTask, ReserveRequest, Settlement
 from tests.fakes import FakeLedger
-from tests.model.ledger_model import UNKNOWN_SETTLES
-from tests.unit.vendor import UNTOLD, Holding, Progress, Vendor
+from tests.model.ledger_model import LATE_CHARGE_MS
+from tests.unit.vendor import NO_BALANCE, Progress, VendorAccount, VendorModel
 
 T = TypeVar("T")
 
-FREE, THRIFTY = 1, 2
+MONEY_TENANT, PREPAID_TENANT = 1, 2
 """A tenant that may go on to money, and one that may not."""
 ACCOUNTS = (3, 4)
 PRICES = {Kind.UPSCALE: 300, Kind.SEAMLESS: 100}
@@ -34,7 +34,7 @@ floors = st.sampled_from([0, 0, 2])
 
 
 @dataclass
-class Sent:
+class SimulatedSubmission:
     """A submission under way: `arrived` once the upstream had it, with its answer, `deadline` if that was given up.
 
     `bound` says that the ledger knew enough to keep it from the floors, `thrifty` that it must not take money.
@@ -49,17 +49,17 @@ class Sent:
     thrifty: bool
     arrived: bool = False
     accepted: bool = False
-    figures: Figures = UNTOLD
+    figures: Balance = NO_BALANCE
     deadline: int | None = None
     settled: bool = False
 
 
-def pick(items: list[T], number: int) -> T | None:
+def pick_item(items: list[T], number: int) -> T | None:
     """One of some items, if there are any."""
     return items[number % len(items)] if items else None
 
 
-class MoneyWorld(RuleBasedStateMachine):
+class LedgerModelBase(RuleBasedStateMachine):
     """What becomes of a submission, and what must hold whatever does."""
 
     @initialize(
@@ -71,23 +71,26 @@ class MoneyWorld(RuleBasedStateMachine):
         floor_money=floors,
         priced=st.booleans(),
     )
-    def begin(
+    def initialize_ledger(
         self, count: int, money: int, floor_count: int, floor_money: int, *, late: bool, now: bool, priced: bool
     ) -> None:
-        self.vendor = Vendor(late, now, PRICES, {each: Holding(count, money * 100) for each in ACCOUNTS})
+        self.vendor = VendorModel(late, now, PRICES, {each: VendorAccount(count, money * 100) for each in ACCOUNTS})
         self.ledger = FakeLedger()
-        self.ledger.tenant_policies = {FREE: TenantPolicy(), THRIFTY: TenantPolicy(purse=Purse.COUNT_ONLY)}
+        self.ledger.tenant_policies = {
+            MONEY_TENANT: TenantPolicy(),
+            PREPAID_TENANT: TenantPolicy(spending_mode=SpendingMode.COUNT_ONLY),
+        }
         self.policy = AccountPolicy(floor_count, floor_money * 100, PRICES if priced else {})
         self.ledger.account_policies = dict.fromkeys(ACCOUNTS, self.policy)
-        self.sent: dict[str, Sent] = {}
-        self.dues: list[tuple[Due, Check | None]] = []
-        self.looks: list[tuple[Look, Figures | None]] = []
-        self.blurred: set[int] = set()
-        self.topped_up: set[int] = set()
+        self.submissions: dict[str, SimulatedSubmission] = {}
+        self.claimed_checks: list[tuple[ClaimedCheck, CheckResult | None]] = []
+        self.balance_checks: list[tuple[BalanceCheck, Balance | None]] = []
+        self.uncertain_accounts: set[int] = set()
+        self.topped_up_accounts: set[int] = set()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
+    def run_call(self, work: Coroutine[Any, Any, T]) -> T:
         """What a call of the ledger in memory answers, which never waits; time goes on."""
-        self.ledger.clock.at += 1
+        self.ledger.clock.now_ms += 1
         try:
             work.send(None)
         except StopIteration as done:
@@ -95,115 +98,132 @@ class MoneyWorld(RuleBasedStateMachine):
             return answer
         raise AssertionError("it waited")
 
-    def state(self, account: int) -> AccountState:
-        return self.ledger.account_states.get(account, AccountState())
+    def account_state(self, account: int) -> AccountState:
+        return self.ledger.states_by_account.get(account, AccountState())
 
-    def some(self, number: int, **wanted: bool) -> Sent | None:
+    def pick_submission(self, number: int, **wanted: bool) -> SimulatedSubmission | None:
         """One of the submissions that are so."""
-        found = [each for each in self.sent.values() if all(getattr(each, k) == v for k, v in wanted.items())]
-        return pick(found, number)
+        found = [each for each in self.submissions.values() if all(getattr(each, k) == v for k, v in wanted.items())]
+        return pick_item(found, number)
 
-    def is_aimed(self, name: str, tenant: int, kind: Kind, verdict: Verdict) -> None:
-        if isinstance(verdict, Granted):
-            state = self.state(verdict.account)
-            probes = state.probe_at == self.ledger.clock.at + PROBE_INTERVAL
-            bound = bool(state.count and state.money) and not probes and verdict.account not in self.blurred
-            created = self.ledger.reservations[name].created
-            self.sent[name] = Sent(name, tenant, verdict.account, kind, created, bound, tenant == THRIFTY)
+    def record_grant(self, name: str, tenant: int, kind: Kind, verdict: Verdict) -> None:
+        if isinstance(verdict, Grant):
+            state = self.account_state(verdict.account)
+            probes = state.next_probe_at == self.ledger.clock.now_ms + PROBE_INTERVAL_MS
+            bound = bool(state.count and state.money) and not probes and verdict.account not in self.uncertain_accounts
+            created = self.ledger.reservations[name].created_at
+            self.submissions[name] = SimulatedSubmission(
+                name, tenant, verdict.account, kind, created, bound, tenant == PREPAID_TENANT
+            )
 
-    def arrives(self, sent: Sent, tells: tuple[bool, bool] = (True, True)) -> None:
-        self.ledger.clock.at += 1
-        with self.nothing_that_shall_stay_is_taken(sent):
+    def deliver_to_vendor(self, sent: SimulatedSubmission, tells: tuple[bool, bool] = (True, True)) -> None:
+        self.ledger.clock.now_ms += 1
+        with self.assert_floors_kept(sent):
             accepted = self.vendor.submit(sent.name, sent.account, sent.kind)
-        told = self.vendor.holdings[sent.account].figures() if accepted else Figures()
+        told = self.vendor.accounts[sent.account].balance() if accepted else Balance()
         sent.arrived, sent.accepted = True, accepted
-        sent.figures = Figures(told.count if tells[0] else None, told.money if tells[1] else None)
+        sent.figures = Balance(told.count if tells[0] else None, told.money_fen if tells[1] else None)
 
-    def is_answered(self, sent: Sent) -> None:
+    def settle_with_response(self, sent: SimulatedSubmission) -> None:
         if sent.accepted:
-            draft = TaskDraft(f"task_{sent.name}", msgspec.Raw(b"{}"), msgspec.Raw(b"{}"))
-            self.settle(sent, ReservationState.ACCEPTED, figures=sent.figures, draft=draft)
-        elif sent.deadline or not self.goes_on(sent, Status.EXHAUSTED):
-            self.settle(sent, ReservationState.REFUSED, closes=Status.EXHAUSTED)
+            draft = NewTask(f"task_{sent.name}", msgspec.Raw(b"{}"), msgspec.Raw(b"{}"))
+            self.settle_submission(sent, ReservationState.ACCEPTED, figures=sent.figures, draft=draft)
+        elif sent.deadline or not self.try_failover(sent, AccountStatus.EXHAUSTED):
+            self.settle_submission(sent, ReservationState.REFUSED, closes=AccountStatus.EXHAUSTED)
 
-    def goes_on(self, sent: Sent, closes: Status | None) -> bool:
+    def try_failover(self, sent: SimulatedSubmission, closes: AccountStatus | None) -> bool:
         """Whether the submission was taken to the other account."""
         other = tuple(each for each in ACCOUNTS if each != sent.account)
-        verdict = self.run(self.ledger.retarget(Ask(sent.name, sent.tenant, other, sent.kind), sent.account, closes))
-        self.is_aimed(sent.name, sent.tenant, sent.kind, verdict)
-        return isinstance(verdict, Granted)
+        verdict = self.run_call(
+            self.ledger.change_account(ReserveRequest(sent.name, sent.tenant, other, sent.kind), sent.account, closes)
+        )
+        self.record_grant(sent.name, sent.tenant, sent.kind, verdict)
+        return isinstance(verdict, Grant)
 
-    def is_given_up(self, sent: Sent) -> None:
+    def settle_as_unknown(self, sent: SimulatedSubmission) -> None:
         """A submission has arrived by now, or never does: it was sent minutes ago, over a connection that is gone.
 
         One that must not take money is no longer waited for by those that may, and might be overtaken.
         """
         sent.arrived = True
-        self.settle(sent, ReservationState.UNKNOWN)
-        sent.settled, sent.deadline = False, self.ledger.clock.at + UNKNOWN_SETTLES
+        self.settle_submission(sent, ReservationState.UNKNOWN)
+        sent.settled, sent.deadline = False, self.ledger.clock.now_ms + LATE_CHARGE_MS
         sent.thrifty = False
 
-    def settle(self, sent: Sent, outcome: ReservationState, **more: Any) -> None:
+    def settle_submission(self, sent: SimulatedSubmission, outcome: ReservationState, **more: Any) -> None:
         settlement = Settlement(
             reservation=sent.name,
             tenant=sent.tenant,
             account=sent.account,
             kind=sent.kind,
-            created=sent.created,
+            created_at=sent.created,
             outcome=outcome,
             **more,
         )
-        assert self.run(self.ledger.settle(settlement))
+        assert self.run_call(self.ledger.settle(settlement))
         sent.settled = True
         if not sent.arrived and outcome is ReservationState.NOT_SENT:
-            del self.sent[sent.name]
+            del self.submissions[sent.name]
 
-    def ends(self, name: str, *, succeeds: bool) -> None:
-        self.ledger.clock.at += 1
-        with self.nothing_that_shall_stay_is_taken(self.sent[name]):
+    def finish_task(self, name: str, *, succeeds: bool) -> None:
+        self.ledger.clock.now_ms += 1
+        with self.assert_floors_kept(self.submissions[name]):
             self.vendor.finish(name, succeeds=succeeds)
 
-    def comes_to_an_end(self, sent: Sent) -> None:
-        job = self.vendor.jobs.get(sent.name)
+    def finish_unsettled_task(self, sent: SimulatedSubmission) -> None:
+        job = self.vendor.tasks.get(sent.name)
         if not sent.settled and job and job.progress is Progress.RUNNING:
-            self.ends(sent.name, succeeds=True)
+            self.finish_task(sent.name, succeeds=True)
 
     @contextmanager
-    def nothing_that_shall_stay_is_taken(self, sent: Sent) -> Iterator[None]:
+    def assert_floors_kept(self, sent: SimulatedSubmission) -> Iterator[None]:
         """See that a submission which is charged in the block keeps to the floors and to its purse."""
-        holding = self.vendor.holdings[sent.account]
-        before = holding.figures()
+        holding = self.vendor.accounts[sent.account]
+        before = holding.balance()
         yield
         if not sent.bound:
             return
         assert holding.count == before.count or holding.count >= self.policy.floor_count
-        if holding.money != before.money:
+        if holding.money != before.money_fen:
             assert not sent.thrifty
-            assert holding.money >= self.policy.floor_money or not self.policy.max_price
+            assert holding.money >= self.policy.floor_money_fen or not self.policy.max_price
 
     @invariant()
-    def nobody_else_is_suspected(self) -> None:
+    def no_unexplained_spending(self) -> None:
         """All that the balances dropped by is known to be the gateway's own."""
         for account in ACCOUNTS:
-            state = self.state(account)
-            assert (state.unexplained_count, state.unexplained_money) == (0, 0)
+            state = self.account_state(account)
+            assert (state.unexplained_count, state.unexplained_money_fen) == (0, 0)
 
     @invariant()
-    def figures_are_possible(self) -> None:
+    def balances_are_possible(self) -> None:
         """The accounts hold what is known of them, less what the submissions may have taken that the figures lack."""
         for account in ACCOUNTS:
-            state, holding = self.state(account), self.vendor.holdings[account]
-            assert min(state.open, state.sending, state.uncharged, state.thrifty, state.astray, state.unknown) >= 0
-            if account in self.blurred and state.missing:
+            state, holding = self.account_state(account), self.vendor.accounts[account]
+            assert (
+                min(
+                    state.open_submissions,
+                    state.unsettled,
+                    state.pending_charges,
+                    state.pending_prepaid_only,
+                    state.untracked_charges,
+                    state.unknown_outcomes,
+                )
+                >= 0
+            )
+            if account in self.uncertain_accounts and state.unaccounted_charges:
                 continue
-            self.blurred.discard(account)
-            assert state.count is None or state.count.value - state.missing <= holding.count
-            assert state.money is None or state.money.value - max(PRICES.values()) * state.missing <= holding.money
+            self.uncertain_accounts.discard(account)
+            assert state.count is None or state.count.value - state.unaccounted_charges <= holding.count
+            assert (
+                state.money is None
+                or state.money.value - max(PRICES.values()) * state.unaccounted_charges <= holding.money
+            )
 
     @invariant()
-    def suggestions_are_right(self) -> None:
+    def inferred_charges_are_right(self) -> None:
         """What is suggested of a submission in doubt is what became of it, unless a top-up looked like its opposite."""
-        for name, sent in self.sent.items():
-            suggests, job = self.ledger.reservations[name].suggests, self.vendor.jobs.get(name)
-            if suggests and sent.account not in self.topped_up:
-                assert suggests is (Suggestion.CHARGED if job and job.charged else Suggestion.NOT_CHARGED)
+        for name, sent in self.submissions.items():
+            suggests, job = self.ledger.reservations[name].inferred_charge, self.vendor.tasks.get(name)
+            if suggests and sent.account not in self.topped_up_accounts:
+                assert suggests is (InferredCharge.CHARGED if job and job.was_charged else InferredCharge.NOT_CHARGED)

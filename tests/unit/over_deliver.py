@@ -9,68 +9,70 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
-from service.api.admin_schemas import task_event
+from service.api.admin_schemas import encode_task_event
 from service.crypto import Keyring
-from service.domain.tenants import Registry, Signing, Webhook
+from service.domain.tenants import Registry, Webhook, WebhookSecrets
 from service.domain.webhooks import DeliveryState
 from service.telemetry.metrics import Metrics
-from service.usecases.admin import Change, Webhooks
-from service.usecases.ports import Check, Delivery, Reply
-from service.usecases.webhook_delivery import Deliver
-from tests.fakes import FakeAgenda, FakeCallbacks
-from tests.unit.over_fakes import Gateway
+from service.usecases.admin import RegistryUpdater, WebhookAdmin
+from service.usecases.ports import CheckResult, Delivery, WebhookResponse
+from service.usecases.webhook_delivery import WebhookDispatcher
+from tests.fakes import FakeDeliveryQueue, FakeWebhookClient
+from tests.unit.over_fakes import FakeGateway
 
-SEALER = Keyring([b"k" * 32]).purpose("webhook-secret")
+CIPHER = Keyring([b"k" * 32]).derive("webhook-secret")
 URL = "https://hooks.test/ended"
 
 
-def sealed(key: bytes) -> bytes:
-    return SEALER.seal(key)
+def encrypt_secret(key: bytes) -> bytes:
+    return CIPHER.encrypt(key)
 
 
 @dataclass
-class Receivers(FakeCallbacks):
+class FakeReceivers(FakeWebhookClient):
     """Those at a host of `dead` never answer."""
 
-    dead: set[str] = field(default_factory=set)
+    unresponsive_urls: set[str] = field(default_factory=set)
 
-    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> Reply:
-        if url in self.dead:
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> WebhookResponse:
+        if url in self.unresponsive_urls:
             await asyncio.Event().wait()
         return await super().post(url, headers, body, webhook)
 
 
-class Teller:
+class WebhookGateway:
     """A gateway whose tenant has a webhook, and processes that deliver."""
 
     def __init__(self) -> None:
-        self.gateway, self.receivers = Gateway(), Receivers()
+        self.gateway, self.receivers = FakeGateway(), FakeReceivers()
         self.ledger, self.registry = self.gateway.ledger, self.gateway.registry
-        self.agenda = FakeAgenda(self.ledger)
+        self.deliveries = FakeDeliveryQueue(self.ledger)
         self.metrics = Metrics(CollectorRegistry())
         clock = self.ledger.clock
-        change = Change(self.registry, self.registry)
-        self.webhooks = Webhooks(change=change, registry=self.registry, agenda=self.agenda, secrets=SEALER, clock=clock)
-        self.deliver = self.process()
-        self.put(Webhook(URL, ("other.test",), Signing(sealed(b"s" * 32))))
+        change = RegistryUpdater(self.registry, self.registry)
+        self.webhooks = WebhookAdmin(
+            update_registry=change, registry=self.registry, deliveries=self.deliveries, cipher=CIPHER, clock=clock
+        )
+        self.dispatcher = self.make_dispatcher()
+        self.set_webhook(Webhook(URL, ("other.test",), WebhookSecrets(encrypt_secret(b"s" * 32))))
 
-    def process(self) -> Deliver:
+    def make_dispatcher(self) -> WebhookDispatcher:
         """One more process that delivers."""
-        return Deliver(
-            agenda=self.agenda,
+        return WebhookDispatcher(
+            deliveries=self.deliveries,
             tasks=self.ledger,
-            callbacks=self.receivers,
+            webhooks=self.receivers,
             registry=self.registry,
-            secrets=SEALER,
-            switch_off=self.webhooks.switch_off,
-            render=task_event,
+            cipher=CIPHER,
+            disable_url=self.webhooks.disable_url,
+            render=encode_task_event,
             clock=self.ledger.clock,
             metrics=self.metrics,
-            at_once=8,
-            chance=lambda: 0.0,
+            max_concurrent=8,
+            jitter=lambda: 0.0,
         )
 
-    def put(self, hook: Webhook) -> None:
+    def set_webhook(self, hook: Webhook) -> None:
         """Give the tenant another webhook."""
         self.gateway.tenant = replace(self.gateway.tenant, webhook=hook)
         now = self.registry.current
@@ -79,30 +81,32 @@ class Teller:
         )
 
     @property
-    def hook(self) -> Webhook:
+    def webhook(self) -> Webhook:
         return self.registry.current.tenants["shop"].webhook
 
-    async def end_a_task(self, check: Check | None = None) -> str:
+    async def finish_task(self, check: CheckResult | None = None) -> str:
         """Submit an image and let its task end; the reservation."""
-        task = (await self.gateway.submitted()).task
+        task = (await self.gateway.submit_image()).task
         if check:
             self.gateway.upstream.next_checks.append(check)
-        self.ledger.clock.at += self.ledger.spans.check_after
-        while await self.gateway.watch.tick():
+        self.ledger.clock.now_ms += self.ledger.retention.check_interval_ms
+        while await self.gateway.poller.start_due():
             pass
-        await self.gateway.watch.settled()
+        await self.gateway.poller.wait_idle()
         return task.reservation
 
-    async def round(self) -> None:
+    async def deliver_due(self) -> None:
         """Deliver all that is due now."""
-        while await self.deliver.tick():
-            await self.deliver.settled()
+        while await self.dispatcher.start_due():
+            await self.dispatcher.wait_idle()
 
-    def state(self, reservation: str) -> DeliveryState:
+    def delivery_state(self, reservation: str) -> DeliveryState:
         return self.ledger.deliveries[reservation].state
 
 
-def delivery(reservation: str, url: str) -> Delivery:
+def make_delivery(reservation: str, url: str) -> Delivery:
     """A delivery as it begins."""
     state = DeliveryState.PENDING
-    return Delivery(reservation=reservation, task="task_x", tenant=1, url=url, state=state, created=0, updated=0)
+    return Delivery(
+        reservation=reservation, task_id="task_x", tenant=1, url=url, state=state, created_at=0, updated_at=0
+    )

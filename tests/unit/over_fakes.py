@@ -11,26 +11,34 @@ from prometheus_client import CollectorRegistry
 
 from service.crypto import Keyring
 from service.domain.errors import LedgerUnavailable
-from service.domain.ledger import Status, Verdict, WindowCounter
-from service.domain.tasks import FaceEnhanceOptions, Options, Task, TaskIds
+from service.domain.ledger import AccountStatus, Verdict, WindowCounter
+from service.domain.tasks import FaceEnhanceOptions, Options, Task, TaskIdCodec
 from service.domain.tenants import Account, AccountPolicy, Registry, Tenant, TenantPolicy, Window
 from service.telemetry.metrics import Metrics
-from service.usecases.background import Background
-from service.usecases.poller import Watch
-from service.usecases.ports import Ask, Check, Due, Image, Settlement, Snapshot, Submitted
-from service.usecases.settlement import Settle
-from service.usecases.submit import Submission, Submit
-from service.usecases.task_status import Follow
+from service.usecases.background import TaskSupervisor
+from service.usecases.poller import TaskPoller
+from service.usecases.ports import (
+    CheckResult,
+    ClaimedCheck,
+    Image,
+    ReserveRequest,
+    Settlement,
+    SubmitResult,
+    TenantSnapshot,
+)
+from service.usecases.settlement import SettlementQueue
+from service.usecases.submit import Submission, Submitter
+from service.usecases.task_status import TaskReader
 from tests.fakes import FakeLedger, FakeRegistry, FakeUpstream
 
-AWAY = LedgerUnavailable("away", retry_after=1)
+UNAVAILABLE = LedgerUnavailable("away", retry_after=1)
 IMAGE = Image(b"bytes", b"digest", "image/png", 3, 2)
 ACCOUNTS: Mapping[str, Account] = {
     name: Account(number, name, b"sealed", None, AccountPolicy()) for number, name in ((2, "main"), (3, "spare"))
 }
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def wait_until(condition: Callable[[], bool]) -> None:
     """Let everything else run until something holds."""
     async with asyncio.timeout(30):
         while not condition():
@@ -41,131 +49,133 @@ async def until(condition: Callable[[], bool]) -> None:
 class FaultyLedger(FakeLedger):
     """Calls fail as told, each once: before they were carried out, or after, so that only the answer is lost."""
 
-    before: dict[str, list[BaseException]] = field(default_factory=dict)
-    after: dict[str, list[BaseException]] = field(default_factory=dict)
+    errors_before: dict[str, list[BaseException]] = field(default_factory=dict)
+    errors_after: dict[str, list[BaseException]] = field(default_factory=dict)
 
     @asynccontextmanager
-    async def _fails(self, call: str) -> AsyncIterator[None]:
-        if self.before.get(call):
-            raise self.before[call].pop(0)
+    async def _inject_errors(self, call: str) -> AsyncIterator[None]:
+        if self.errors_before.get(call):
+            raise self.errors_before[call].pop(0)
         yield
-        if self.after.get(call):
-            raise self.after[call].pop(0)
+        if self.errors_after.get(call):
+            raise self.errors_after[call].pop(0)
 
-    async def reserve(self, ask: Ask) -> tuple[Verdict, Snapshot]:
-        async with self._fails("reserve"):
-            return await super().reserve(ask)
+    async def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
+        async with self._inject_errors("reserve"):
+            return await super().reserve(request)
 
-    async def retarget(self, ask: Ask, left: int, closes: Status | None) -> Verdict:
-        async with self._fails("retarget"):
-            return await super().retarget(ask, left, closes)
+    async def change_account(
+        self, request: ReserveRequest, previous: int, account_status: AccountStatus | None
+    ) -> Verdict:
+        async with self._inject_errors("retarget"):
+            return await super().change_account(request, previous, account_status)
 
     async def settle(self, settlement: Settlement) -> bool:
-        async with self._fails("settle"):
+        async with self._inject_errors("settle"):
             return await super().settle(settlement)
 
-    async def expire(self, most: int) -> Sequence[Settlement]:
-        async with self._fails("expire"):
-            return await super().expire(most)
+    async def settle_expired(self, limit: int) -> Sequence[Settlement]:
+        async with self._inject_errors("expire"):
+            return await super().settle_expired(limit)
 
-    async def claim(self, most: int) -> Sequence[Due]:
-        async with self._fails("claim"):
-            return await super().claim(most)
+    async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
+        async with self._inject_errors("claim"):
+            return await super().claim_checks(limit)
 
-    async def record(self, due: Due, check: Check) -> tuple[Task, int] | None:
-        async with self._fails("record"):
-            return await super().record(due, check)
+    async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
+        async with self._inject_errors("record"):
+            return await super().record_check(claimed, result)
 
 
 @dataclass
 class SlowUpstream(FakeUpstream):
     """Answers when `go` is set, if at all; `faults` are raised instead of answers, as only a fault of ours would."""
 
-    go: asyncio.Event = field(default_factory=asyncio.Event)
-    faults: list[Exception] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    may_respond: asyncio.Event = field(default_factory=asyncio.Event)
+    errors: list[Exception] = field(default_factory=list)
+    timeouts: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.go.set()
+        self.may_respond.set()
 
-    async def submit(self, account: Account, options: Options, image: Image, *, seconds: float) -> Submitted:
-        self.seconds.append(seconds)
-        answer = await super().submit(account, options, image, seconds=seconds)
-        if self.faults:
-            raise self.faults.pop(0)
-        await self.go.wait()
+    async def submit(self, account: Account, options: Options, image: Image, *, timeout_seconds: float) -> SubmitResult:
+        self.timeouts.append(timeout_seconds)
+        answer = await super().submit(account, options, image, timeout_seconds=timeout_seconds)
+        if self.errors:
+            raise self.errors.pop(0)
+        await self.may_respond.wait()
         return answer
 
-    async def check(self, account: Account, upstream_id: str) -> Check:
+    async def check(self, account: Account, upstream_id: str) -> CheckResult:
         answer = await super().check(account, upstream_id)
-        if self.faults:
-            raise self.faults.pop(0)
-        await self.go.wait()
+        if self.errors:
+            raise self.errors.pop(0)
+        await self.may_respond.wait()
         return answer
 
 
-class Gateway:
+class FakeGateway:
     """The use cases with a tenant that has two accounts."""
 
     def __init__(self, policy: TenantPolicy | None = None) -> None:
-        self.ledger, self.upstream, self.background = FaultyLedger(), SlowUpstream(), Background()
+        self.ledger, self.upstream, self.background = FaultyLedger(), SlowUpstream(), TaskSupervisor()
         self.tenant = Tenant(id=1, name="shop", accounts=("main", "spare"), policy=policy or TenantPolicy())
         known = Registry(version=1, next_id=4, tenants={"shop": self.tenant}, accounts=dict(ACCOUNTS), tokens={})
         self.registry = FakeRegistry(self.ledger, known)
         self.ledger.tenant_policies[1] = self.tenant.policy
         self.ledger.account_policies |= {each.id: each.policy for each in ACCOUNTS.values()}
-        self.task_ids = TaskIds(Keyring([b"k" * 32]).purpose("task-id"))
+        self.task_ids = TaskIdCodec(Keyring([b"k" * 32]).derive("task-id"))
         self.metrics = metrics = Metrics(CollectorRegistry())
-        metrics.name_tenants(lambda: self.registry.current)
-        self.submit = Submit(
+        metrics.set_registry_source(lambda: self.registry.current)
+        self.submit = Submitter(
             ledger=self.ledger,
-            settle=Settle(self.ledger, self.background, self.registry),
+            settlements=SettlementQueue(self.ledger, self.background, self.registry),
             tasks=self.ledger,
             upstream=self.upstream,
             registry=self.registry,
             task_ids=self.task_ids,
-            background=self.background,
+            supervisor=self.background,
             metrics=metrics,
         )
-        self.watch = Watch(
+        self.poller = TaskPoller(
             tasks=self.ledger,
             ledger=self.ledger,
             upstream=self.upstream,
             registry=self.registry,
             task_ids=self.task_ids,
-            board=self.ledger.board,
+            cache=self.ledger.cache,
             metrics=metrics,
-            at_once=2,
+            max_concurrent=2,
         )
 
-    def follow(self, *, interval: float) -> Follow:
+    def make_reader(self, *, interval: float) -> TaskReader:
         """Reads of a process that begins."""
-        return Follow(
+        return TaskReader(
             tasks=self.ledger,
             ledger=self.ledger,
             upstream=self.upstream,
             registry=self.registry,
             task_ids=self.task_ids,
-            board=self.ledger.board,
+            cache=self.ledger.cache,
             clock=self.ledger.clock,
             metrics=self.metrics,
-            interval=interval,
+            interval_seconds=interval,
         )
 
-    async def submitted(self) -> Submission:
+    async def submit_image(self) -> Submission:
         """Submit an image."""
         return await self.submit(self.tenant, FaceEnhanceOptions(), {"order": "17"}, IMAGE)
 
-    def forget_accounts(self) -> None:
+    def remove_accounts(self) -> None:
         """Take all accounts out of the registry."""
         self.registry.current = Registry(tenants=self.registry.current.tenants)
 
     @property
-    def counter(self) -> WindowCounter:
+    def month_counter(self) -> WindowCounter:
         """What the tenant has used and holds of the current month."""
         return self.ledger.tenants[1].windows[Window.MONTH]
 
     @property
-    def places(self) -> tuple[int, int, int]:
+    def task_counts(self) -> tuple[int, int, int]:
         """The tenant's used and reserved tasks, and the active ones."""
-        return self.counter.tasks, self.counter.tasks_reserved, self.ledger.tenants[1].active
+        return self.month_counter.tasks, self.month_counter.tasks_reserved, self.ledger.tenants[1].active_tasks

@@ -20,47 +20,49 @@ from service.api.admin_schemas import (
 )
 from service.crypto import Keyring
 from service.domain.tasks import Kind
-from service.domain.tenants import Purse, Registry, Window
-from service.usecases.registry_apply import Plan, Planner
+from service.domain.tenants import Registry, SpendingMode, Window
+from service.usecases.registry_apply import RegistryPlan, RegistryPlanner
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
-USER_KEYS, WEBHOOK_SECRETS = (Keyring([b"r" * 32]).purpose(name) for name in ("user-key", "webhook-secret"))
+USER_KEYS, WEBHOOK_SECRETS = (Keyring([b"r" * 32]).derive(name) for name in ("user-key", "webhook-secret"))
 
-SECRETS = {"KEY_ONE": "key-one", "KEY_TWO": "key-two"}
-WEBHOOKS = {"HOOK_ONE": "whsec_" + "a" * 40, "HOOK_TWO": "whsec_" + "b" * 40}
-ENVIRONMENT = SECRETS | WEBHOOKS
+KEY_VARIABLES = {"KEY_ONE": "key-one", "KEY_TWO": "key-two"}
+WEBHOOK_VARIABLES = {"HOOK_ONE": "whsec_" + "a" * 40, "HOOK_TWO": "whsec_" + "b" * 40}
+ENVIRONMENT = KEY_VARIABLES | WEBHOOK_VARIABLES
 """The variables that documents refer to."""
 
 ACCOUNTS, TENANTS = ("main", "spare", "with.dots"), ("shop", "press", "a-1", "x.y")
 
-_whole = st.integers(0, 10**12)
+_counts = st.integers(0, 10**12)
 _yuan = st.integers(0, 10**12).map(lambda fen: fen / 100)
-_words = st.text(st.characters(codec="utf-8"), max_size=20)
-_ended = st.datetimes(datetime(1980, 1, 1), datetime(2020, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - bounds have none
-_to_come = st.datetimes(datetime(2030, 1, 1), datetime(2090, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - as above
+_labels = st.text(st.characters(codec="utf-8"), max_size=20)
+_past_dates = st.datetimes(datetime(1980, 1, 1), datetime(2020, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - bounds have none
+_future_dates = st.datetimes(datetime(2030, 1, 1), datetime(2090, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - as above
 
-NOT_ENDED = st.none() | _to_come
-ANY_END = NOT_ENDED | _ended
+NOT_EXPIRED = st.none() | _future_dates
+ANY_EXPIRY = NOT_EXPIRED | _past_dates
 
 
-def planned(registry: Registry, body: RegistryBody, *, prune: bool = False) -> Plan:
+def plan_document(registry: Registry, body: RegistryBody, *, prune: bool = False) -> RegistryPlan:
     """The way from a registry to a document."""
-    planner = Planner(registry, NOW, user_keys=USER_KEYS, webhook_secrets=WEBHOOK_SECRETS)
-    return planner.plan(body.wanted(prune=prune))
+    planner = RegistryPlanner(registry, NOW, user_key_cipher=USER_KEYS, webhook_cipher=WEBHOOK_SECRETS)
+    return planner.plan(body.to_desired(prune=prune))
 
 
-def bare(body: RegistryBody) -> RegistryBody:
+def without_secrets(body: RegistryBody) -> RegistryBody:
     """A document as it is told: without secrets."""
     return RegistryBody(
-        {name: replace(each, user_key=_bare(each.user_key)) for name, each in body.accounts.items()},
+        {name: replace(each, user_key=_without_value(each.user_key)) for name, each in body.accounts.items()},
         {
-            name: replace(each, webhook=each.webhook and replace(each.webhook, secret=_bare(each.webhook.secret)))
+            name: replace(
+                each, webhook=each.webhook and replace(each.webhook, secret=_without_value(each.webhook.secret))
+            )
             for name, each in body.tenants.items()
         },
     )
 
 
-def _bare(entry: SecretEntry | None) -> SecretEntry | None:
+def _without_value(entry: SecretEntry | None) -> SecretEntry | None:
     return entry and replace(entry, value=None)
 
 
@@ -70,7 +72,7 @@ def _secrets(choices: dict[str, str]) -> st.SearchStrategy[SecretEntry]:
 
 def _limits(windows: Sequence[Window]) -> st.SearchStrategy[list[LimitBody]]:
     limits: list[st.SearchStrategy[LimitBody]] = [
-        st.builds(LimitBody, st.just(each), _whole, st.none() | _yuan) for each in windows
+        st.builds(LimitBody, st.just(each), _counts, st.none() | _yuan) for each in windows
     ]
     return st.tuples(*limits).map(list)
 
@@ -79,9 +81,9 @@ def _limits(windows: Sequence[Window]) -> st.SearchStrategy[list[LimitBody]]:
 def _account(draw: st.DrawFn, number: int) -> AccountEntry:
     return AccountEntry(
         id=number,
-        user_key=draw(_secrets(SECRETS)),
+        user_key=draw(_secrets(KEY_VARIABLES)),
         base_url=draw(st.sampled_from([None, "https://upstream.example/v2"])),
-        floor_count=draw(_whole),
+        floor_count=draw(_counts),
         floor_money=draw(_yuan),
         max_price=draw(st.dictionaries(st.sampled_from(Kind), _yuan)),
     )
@@ -93,7 +95,7 @@ def _tokens(draw: st.DrawFn, owner: int, ends: st.SearchStrategy[Any]) -> dict[s
     for number in draw(st.sets(st.integers(0, 3))):
         sha256 = f"{owner:x}{number:x}{draw(st.sampled_from('ab'))}".rjust(64, "0")
         tokens[f"{owner:x}{number:x}".rjust(12, "0")] = TokenEntry(
-            sha256, draw(st.none() | _words), draw(_ended), draw(ends)
+            sha256, draw(st.none() | _labels), draw(_past_dates), draw(ends)
         )
     return tokens
 
@@ -104,14 +106,14 @@ def _tenant(draw: st.DrawFn, number: int, accounts: Sequence[str], ends: st.Sear
         WebhookEntry,
         st.sampled_from(["https://hooks.example/a?b=c", "https://hooks.example/d"]),
         st.sampled_from([[], ["other.example"], ["10.0.0.0/8", "other.example"]]),
-        st.none() | _secrets(WEBHOOKS),
+        st.none() | _secrets(WEBHOOK_VARIABLES),
     )
     return TenantEntry(
         id=number,
         accounts=draw(st.lists(st.sampled_from(accounts), unique=True) if accounts else st.just([])),
         limits=draw(st.lists(st.sampled_from(Window), unique=True).flatmap(_limits)),
-        max_active=draw(st.none() | _whole),
-        purse=draw(st.sampled_from(Purse)),
+        max_active=draw(st.none() | _counts),
+        spending_mode=draw(st.sampled_from(SpendingMode)),
         kinds=draw(st.none() | st.lists(st.sampled_from(Kind), unique=True)),
         webhook=draw(st.none() | webhook),
         disabled=draw(st.booleans()),
@@ -120,11 +122,11 @@ def _tenant(draw: st.DrawFn, number: int, accounts: Sequence[str], ends: st.Sear
 
 
 @st.composite
-def documents(draw: st.DrawFn, *, ends: st.SearchStrategy[Any] = NOT_ENDED) -> RegistryBody:
+def registry_documents(draw: st.DrawFn, *, expiries: st.SearchStrategy[Any] = NOT_EXPIRED) -> RegistryBody:
     """Any registry, in which each name always has the same id; its tokens end as is said, by default in the future."""
     accounts = {name: draw(_account(number)) for number, name in enumerate(ACCOUNTS, 1) if draw(st.booleans())}
     tenants = {
-        name: draw(_tenant(number, list(accounts), ends))
+        name: draw(_tenant(number, list(accounts), expiries))
         for number, name in enumerate(TENANTS, len(ACCOUNTS) + 1)
         if draw(st.booleans())
     }

@@ -7,12 +7,12 @@ import gc
 
 import pytest
 
-from service.usecases.background import Background, ended
+from service.usecases.background import TaskSupervisor, cancel_and_wait
 
 
 async def test_outlives_who_waits() -> None:
     """Work goes on when whoever awaited it through a shield is cancelled."""
-    background, go, done = Background(), asyncio.Event(), asyncio.Event()
+    background, go, done = TaskSupervisor(), asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
         await go.wait()
@@ -30,7 +30,7 @@ async def test_outlives_who_waits() -> None:
 
 async def test_drains_what_running_work_starts() -> None:
     """The wait at the end is also for what is started during it."""
-    background, go, done = Background(), asyncio.Event(), asyncio.Event()
+    background, go, done = TaskSupervisor(), asyncio.Event(), asyncio.Event()
 
     async def later() -> None:
         await asyncio.sleep(0)
@@ -50,7 +50,7 @@ async def test_drains_what_running_work_starts() -> None:
 
 async def test_cuts_short() -> None:
     """What has not ended in time is cancelled, and so is what it starts on being cancelled."""
-    background, cancelled = Background(), []
+    background, cancelled = TaskSupervisor(), []
 
     async def work(name: str) -> None:
         try:
@@ -70,7 +70,7 @@ async def test_cuts_short() -> None:
 
 async def test_nothing_to_drain() -> None:
     """Where nothing runs there is nothing to wait for."""
-    background = Background()
+    background = TaskSupervisor()
     assert await background.drain(5) == 0
     await background.spawn(asyncio.sleep(0))
     assert await background.drain(0) == 0
@@ -92,13 +92,13 @@ async def test_lost_cancellation() -> None:
 
     task = asyncio.create_task(deaf())
     await asyncio.sleep(0)
-    await ended([task], again=0.01)
+    await cancel_and_wait([task], retry_seconds=0.01)
     assert (task.cancelled(), lost) == (True, 2)
 
 
 async def test_failure_after_the_caller_left(caplog: pytest.LogCaptureFixture) -> None:
     """Work that fails once nobody waits for it any more is not reported as a fault of the event loop."""
-    background, go = Background(), asyncio.Event()
+    background, go = TaskSupervisor(), asyncio.Event()
 
     async def work() -> None:
         await go.wait()

@@ -13,23 +13,23 @@ from tests.bench.closed_loops import DIRECT, SMALL_SUBMIT
 from tests.bench.comparison import OTHER, Comparison, Result
 from tests.bench.gateways import API, FASTAPI, LUA
 from tests.bench.images import SMALL, random_png
-from tests.bench.load import Answers, form, percentile
-from tests.bench.report import as_json, derive, tables
+from tests.bench.load import Answers, encode_form, percentile
+from tests.bench.report import add_ratios, format_json, format_tables
 
 
-def measured(server: str, per_second: float, p50_ms: float, connections: int = 1, **errors: int) -> Result:
+def make_result(server: str, per_second: float, p50_ms: float, connections: int = 1, **errors: int) -> Result:
     return Result(SMALL_SUBMIT, server, connections, {"per_second": per_second, "p50_ms": p50_ms}, errors)
 
 
 def test_ratios_and_added_latency_are_taken_within_a_row_and_a_number_of_connections() -> None:
-    own, *_ = derive(
+    own, *_ = add_ratios(
         [
-            measured(API, 100, 8),
-            measured(LUA, 1_000, 0.6),
-            measured(FASTAPI, 200, 5),
-            measured(FASTAPI, 999, 5, connections=16),
-            measured(f"{API} ({OTHER})", 50, 16),
-            measured(DIRECT, 5_000, 0.5),
+            make_result(API, 100, 8),
+            make_result(LUA, 1_000, 0.6),
+            make_result(FASTAPI, 200, 5),
+            make_result(FASTAPI, 999, 5, connections=16),
+            make_result(f"{API} ({OTHER})", 50, 16),
+            make_result(DIRECT, 5_000, 0.5),
         ]
     )
     assert own.figures["added_ms"] == 7.5
@@ -39,7 +39,7 @@ def test_ratios_and_added_latency_are_taken_within_a_row_and_a_number_of_connect
 
 
 def test_added_latency_is_taken_at_one_connection_only() -> None:
-    several, _ = derive([measured(API, 100, 80, connections=16), measured(DIRECT, 5_000, 0.5)])
+    several, _ = add_ratios([make_result(API, 100, 80, connections=16), make_result(DIRECT, 5_000, 0.5)])
     assert "added_ms" not in several.figures
 
 
@@ -53,13 +53,13 @@ def test_a_result_is_the_median_of_its_rounds_with_all_their_errors() -> None:
 
 
 def test_errors_are_shown_in_their_row() -> None:
-    table = tables([measured(API, 100, 8, **{"503": 7}), measured(LUA, 1_000, 1)], {})
+    table = format_tables([make_result(API, 100, 8, **{"503": 7}), make_result(LUA, 1_000, 1)], {})
     (line,) = [line for line in table.splitlines() if line.startswith("| api")]
     assert line.endswith("7 503 |")
 
 
 def test_what_could_not_be_measured_is_null() -> None:
-    listed = json.loads(as_json({}, [measured(API, 0, math.nan)]))["results"]
+    listed = json.loads(format_json({}, [make_result(API, 0, math.nan)]))["results"]
     assert listed[0]["figures"] == {"per_second": 0, "p50_ms": None}
 
 
@@ -86,7 +86,7 @@ def test_images_are_whole_of_the_size_wanted_and_always_the_same() -> None:
 
 
 def test_a_form_holds_its_fields_and_its_file() -> None:
-    content_type, body = form((("scale", "2"),), ("image", b"png"))
+    content_type, body = encode_form((("scale", "2"),), ("image", b"png"))
     boundary = content_type.partition("boundary=")[2].encode()
     assert [len(part) > 0 for part in body.split(b"--" + boundary)[1:]] == [True, True, True]
     assert b'name="scale"\r\n\r\n2\r\n' in body

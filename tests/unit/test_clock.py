@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.ledger import LedgerClock, Moment
-from tests.model.ledger_model import shown
+from service.domain.ledger import ClockReading, LedgerClock
+from tests.model.ledger_model import to_server_time
 
 START = 1_790_000_000_000
 MINUTE = 60_000
@@ -23,9 +23,9 @@ def test_in_step() -> None:
 def test_step_back() -> None:
     """After a step back the ledger's time goes on from where it was at nine tenths of its speed, until they agree."""
     clock = LedgerClock(START, 0).advance(START - 20 * MINUTE)
-    assert clock.last == START
+    assert clock.last_ms == START
     ahead = clock.advance(START - 10 * MINUTE)
-    assert ahead.last == START + 9 * MINUTE
+    assert ahead.last_ms == START + 9 * MINUTE
     level = ahead.advance(START + 180 * MINUTE)
     assert level == LedgerClock(START + 180 * MINUTE, 0)
 
@@ -33,7 +33,7 @@ def test_step_back() -> None:
 def test_steps_add_up() -> None:
     """A second step back before the first is made good adds to the offset."""
     clock = LedgerClock(START, 0).advance(START - MINUTE).advance(START - 3 * MINUTE)
-    assert (clock.last, clock.offset) == (START, 3 * MINUTE * 10)
+    assert (clock.last_ms, clock.offset_units) == (START, 3 * MINUTE * 10)
 
 
 @given(st.lists(st.integers(-2_000_000, 2_000_000) | st.integers(0, 30)))
@@ -43,9 +43,9 @@ def test_never_back(steps: list[int]) -> None:
     for step in steps:
         wall += step
         after = clock.advance(wall)
-        assert after.last >= max(clock.last, wall)
+        assert after.last_ms >= max(clock.last_ms, wall)
         if step > 0:
-            assert after.last - clock.last >= step * 9 // 10
+            assert after.last_ms - clock.last_ms >= step * 9 // 10
         clock = after
 
 
@@ -53,7 +53,7 @@ def test_never_back(steps: list[int]) -> None:
 def test_however_often_it_is_read(offset: int, steps: list[int]) -> None:
     """It does not matter how often the clock is read in between."""
     clock = one = LedgerClock(START + 1_000_000, offset)
-    wall = clock.last - -(-offset // 10)
+    wall = clock.last_ms - -(-offset // 10)
     for step in steps:
         wall += step
         clock = clock.advance(wall)
@@ -62,5 +62,9 @@ def test_however_often_it_is_read(offset: int, steps: list[int]) -> None:
 
 def test_shown() -> None:
     """A time of the ledger is shown as the server's clock has it, and never stays never."""
-    moment = Moment(START, START - MINUTE)
-    assert (moment.offset, shown(moment, START + 1), shown(moment, 0)) == (MINUTE, START + 1 - MINUTE, 0)
+    moment = ClockReading(START, START - MINUTE)
+    assert (moment.offset_ms, to_server_time(moment, START + 1), to_server_time(moment, 0)) == (
+        MINUTE,
+        START + 1 - MINUTE,
+        0,
+    )

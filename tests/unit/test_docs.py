@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from service.api.docs import HEADERS, docs_page, tag
+from service.api.docs import DOCS_HEADERS, docs_page, tag
 from tests.unit import openapi_sample
 
 HOSTILE = """</script></style><img src=x onerror=alert(1)>'"`&amp;$(touch hacked)\\"""
@@ -68,7 +68,7 @@ def document() -> openapi_sample.Node:
     return openapi_sample.document()
 
 
-def arguments(command: str) -> list[str]:
+def curl_arguments(command: str) -> list[str]:
     """What a shell hands to curl, where the variables hold their own names in lower case."""
     variables = {name: name.lower() for name in ("GATEWAY", "TOKEN", "TASK_ID", "NAME", "FORCE")}
     script = f"""curl() {{ printf '%s\\0' "$@"; }}\n{command}"""
@@ -205,7 +205,7 @@ def test_objects_lead_to_their_parts(document: openapi_sample.Node) -> None:
 )
 def test_examples_can_be_pasted(document: openapi_sample.Node, place: str, expected: list[str]) -> None:
     """A shell turns an example into the call that it documents, with the caller's own values for its variables."""
-    assert arguments(Page(document).codes[place][0]) == expected
+    assert curl_arguments(Page(document).codes[place][0]) == expected
 
 
 def test_examples_hold_no_surprise_for_a_shell(document: openapi_sample.Node) -> None:
@@ -217,7 +217,7 @@ def test_examples_hold_no_surprise_for_a_shell(document: openapi_sample.Node) ->
     put = document["paths"]["/admin/v1/tenants/{name}"]["put"]
     put["requestBody"]["content"]["application/json"]["examples"]["plain"]["value"] = HOSTILE
     document["paths"] = {f"/{HOSTILE}": {"post": submit}, "/put": {"put": put}}
-    submission, replacement = (arguments(codes[0]) for codes in Page(document).codes.values())
+    submission, replacement = (curl_arguments(codes[0]) for codes in Page(document).codes.values())
     assert submission[0] == f"gateway/{HOSTILE}"
     assert f"Idempotency-Key: {HOSTILE}" in submission
     assert submission[-2:] == ["-F", f"{HOSTILE}={HOSTILE}"]
@@ -263,7 +263,7 @@ def test_policy_allows_this_page_alone(document: openapi_sample.Node) -> None:
     assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
     assert policy["style-src"] == _hash(page.texts["style"])
     assert policy["script-src"] == _hash(page.texts["script"])
-    assert HEADERS["Content-Security-Policy"] == "frame-ancestors 'none'"
+    assert DOCS_HEADERS["Content-Security-Policy"] == "frame-ancestors 'none'"
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith(("on", "style"))]
 
 

@@ -16,12 +16,20 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.api import asgi
-from service.api.asgi import Edge
-from service.api.errors import ClientLeft, exception_handlers
+from service.api.asgi import RequestMiddleware
+from service.api.errors import ClientDisconnected, exception_handlers
 from service.domain.errors import NotFound
-from service.telemetry.logging import waiting
+from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, Port
-from tests.unit.asgi import Answer, App, call, connected, http_scope, receiving, serving
+from tests.unit.asgi import (
+    App,
+    AsgiResponse,
+    call_app,
+    make_http_scope,
+    make_receive,
+    open_raw_connection,
+    serve_on_port,
+)
 
 
 @get("/things/{thing:str}")
@@ -34,7 +42,7 @@ async def thing(request: Request[Any, Any, Any], thing: FromPath[str]) -> Respon
         case "crash":
             raise ZeroDivisionError
         case "left":
-            raise ClientLeft
+            raise ClientDisconnected
         case _:
             bound = structlog.contextvars.get_contextvars()["request_id"]
             return Response(bound, headers={"X-Request-Id": "mine"})
@@ -51,7 +59,7 @@ async def torn() -> Stream:
     return Stream(body())
 
 
-class Watched:
+class ObservedApp:
     """An application behind its edge, with all that is seen of it."""
 
     def __init__(self, app: App | None = None) -> None:
@@ -64,14 +72,14 @@ class Watched:
         inner: Any = app or Litestar(
             [thing, torn], exception_handlers=handlers, openapi_config=None, logging_config=None
         )
-        self.app: App = Edge(inner, self._metrics, logger, Port.TENANTS)
+        self.app: App = RequestMiddleware(inner, self._metrics, logger, Port.TENANTS)
 
     def _collect(self, _logger: object, method: str, event: Any) -> Any:
         self.events.append({"level": method, **structlog.contextvars.merge_contextvars(None, method, event)})
         raise structlog.DropEvent
 
     @property
-    def line(self) -> dict[str, Any]:
+    def access_line(self) -> dict[str, Any]:
         """The only access line."""
         (line,) = [event for event in self.events if event["event"] == "request.ended"]
         return line
@@ -91,18 +99,20 @@ class Watched:
         }
 
 
-async def asked(watched: Watched, path: str, method: str = "GET", **headers: str) -> Answer:
+async def send_request(watched: ObservedApp, path: str, method: str = "GET", **headers: str) -> AsgiResponse:
     """The answer to one request."""
-    answer = await call(watched.app, method, path, headers={name.replace("_", "-"): headers[name] for name in headers})
+    answer = await call_app(
+        watched.app, method, path, headers={name.replace("_", "-"): headers[name] for name in headers}
+    )
     assert answer is not None
     return answer
 
 
 async def test_a_request_is_logged_in_one_line() -> None:
     """The line tells who asked for what, how it ended and how long it took, and nothing of the query."""
-    watched = Watched()
-    await asked(watched, "/things/one?key=hunter2")
-    line = watched.line
+    watched = ObservedApp()
+    await send_request(watched, "/things/one?key=hunter2")
+    line = watched.access_line
     assert 0 <= line.pop("seconds") < 10
     assert len(line.pop("request_id")) == 32
     assert line == {
@@ -121,17 +131,17 @@ async def test_a_request_is_logged_in_one_line() -> None:
 
 async def test_what_is_bound_around_a_request_is_in_its_line() -> None:
     """Whatever is bound to the context of a request, as the id of its trace is, stands in its line."""
-    watched = Watched()
+    watched = ObservedApp()
     with structlog.contextvars.bound_contextvars(trace_id="t1"):
-        await asked(watched, "/things/one")
-    assert watched.line["trace_id"] == "t1"
+        await send_request(watched, "/things/one")
+    assert watched.access_line["trace_id"] == "t1"
 
 
 async def test_the_time_of_the_upstream() -> None:
     """The line tells how much of the request was spent waiting for the upstream, in whichever of its tasks."""
 
     async def wait() -> None:
-        with waiting():
+        with upstream_wait():
             await asyncio.sleep(0)
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
@@ -139,9 +149,9 @@ async def test_the_time_of_the_upstream() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    watched = Watched(app)
-    await asked(watched, "/")
-    assert 0 < watched.line["upstream_seconds"] <= watched.line["seconds"]
+    watched = ObservedApp(app)
+    await send_request(watched, "/")
+    assert 0 < watched.access_line["upstream_seconds"] <= watched.access_line["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -158,9 +168,9 @@ async def test_every_way_to_end_is_counted_and_logged(
     method: str, path: str, route: str, status: int, outcome: str
 ) -> None:
     """Known and unknown addresses, wrong methods and crashes all have their line and their counter."""
-    watched = Watched()
-    answer = await asked(watched, path, method)
-    line = watched.line
+    watched = ObservedApp()
+    answer = await send_request(watched, path, method)
+    line = watched.access_line
     assert answer.status == status
     assert (line["route"], line["status"], line["outcome"]) == (route, status, outcome)
     assert watched.samples("gateway_http_requests_total") == {(method, route, str(status)): 1}
@@ -171,16 +181,16 @@ async def test_every_way_to_end_is_counted_and_logged(
 @pytest.mark.parametrize("path", ["/things/one", "/things/missing", "/things/crash", "/nowhere"])
 async def test_the_id_of_the_client_is_taken_over(path: str) -> None:
     """A fitting X-Request-Id is in the answer, in the problem and in the log; there is no other one."""
-    watched = Watched()
-    sent = http_scope("GET", path, {"x-request-id": "Req.1_a-b"})
+    watched = ObservedApp()
+    sent = make_http_scope("GET", path, {"x-request-id": "Req.1_a-b"})
     messages: list[Any] = []
 
     async def send(message: Any) -> None:
         messages.append(message)
 
-    await watched.app(sent, receiving([{"type": "http.request", "body": b"", "more_body": False}]), send)
+    await watched.app(sent, make_receive([{"type": "http.request", "body": b"", "more_body": False}]), send)
     assert [value for name, value in messages[0]["headers"] if name.lower() == b"x-request-id"] == [b"Req.1_a-b"]
-    assert watched.line["request_id"] == "Req.1_a-b"
+    assert watched.access_line["request_id"] == "Req.1_a-b"
     if messages[0]["status"] >= 400:
         assert json.loads(messages[1]["body"])["instance"] == "Req.1_a-b"
 
@@ -188,39 +198,39 @@ async def test_the_id_of_the_client_is_taken_over(path: str) -> None:
 @pytest.mark.parametrize("given", ["", "a b", "a" * 129, "x\r\ny", "{}", "é"])
 async def test_an_id_that_does_not_fit_is_replaced(given: str) -> None:
     """An id with other characters, or too long, could do harm in logs and headers."""
-    answer = await asked(Watched(), "/things/one", x_request_id=given)
+    answer = await send_request(ObservedApp(), "/things/one", x_request_id=given)
     assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
     assert answer.body.decode() == answer.headers["x-request-id"]
 
 
 async def test_requests_do_not_share_their_state() -> None:
     """What one request leaves in its state is not seen by the next, even if the server hands out one object."""
-    watched = Watched()
+    watched = ObservedApp()
     shared: dict[str, Any] = {"pool": 1}
     for path in ("/things/one", "/nowhere"):
-        scope = http_scope("GET", path) | {"state": shared}
-        await watched.app(scope, receiving([]), receiving_nothing)
+        scope = make_http_scope("GET", path) | {"state": shared}
+        await watched.app(scope, make_receive([]), ignore_messages)
     assert [event.get("tenant") for event in watched.events if event["event"] == "request.ended"] == ["demo", None]
     assert shared == {"pool": 1}
 
 
-async def receiving_nothing(_: Any) -> None:
+async def ignore_messages(_: Any) -> None:
     """An ASGI `send` that nobody listens to."""
 
 
 async def test_a_path_can_not_forge_a_line() -> None:
     """Control characters of a path are logged as they were sent, encoded, and a long path is cut."""
-    watched = Watched()
-    await asked(watched, "/nowhere\n{}\x1b" + "x" * 1000)
-    assert watched.line["path"].startswith("/nowhere%0A%7B%7D%1Bxxx")
-    assert len(watched.line["path"]) == 500
+    watched = ObservedApp()
+    await send_request(watched, "/nowhere\n{}\x1b" + "x" * 1000)
+    assert watched.access_line["path"].startswith("/nowhere%0A%7B%7D%1Bxxx")
+    assert len(watched.access_line["path"]) == 500
 
 
 async def test_a_client_that_left_is_a_499() -> None:
     """A request without an answer, because its client is gone, is logged and counted as such, not as a crash."""
-    watched = Watched()
-    assert await call(watched.app, "GET", "/things/left") is None
-    assert (watched.line["status"], watched.line["outcome"]) == (499, "client-left")
+    watched = ObservedApp()
+    assert await call_app(watched.app, "GET", "/things/left") is None
+    assert (watched.access_line["status"], watched.access_line["outcome"]) == (499, "client-disconnected")
     assert watched.samples("gateway_http_requests_total") == {("GET", "/things/{thing}", "499"): 1}
     assert [event["event"] for event in watched.events] == ["request.ended"]
 
@@ -231,12 +241,12 @@ async def test_a_crash_around_the_application_is_a_problem_too() -> None:
     async def broken(_scope: Any, _receive: Any, _send: Any) -> None:
         raise ZeroDivisionError
 
-    watched = Watched(broken)
-    answer = await asked(watched, "/")
+    watched = ObservedApp(broken)
+    answer = await send_request(watched, "/")
     assert (answer.status, answer.headers["content-type"]) == (500, "application/problem+json")
     assert answer.json()["instance"] == answer.headers["x-request-id"]
     crash, line = watched.events
-    assert (crash["event"], crash["request_id"], crash["exc_info"]) == ("request.crashed", line["request_id"], True)
+    assert (crash["event"], crash["request_id"], crash["exc_info"]) == ("request.error", line["request_id"], True)
     assert (line["status"], line["outcome"], line["route"]) == (500, "internal-error", "unmatched")
 
 
@@ -246,19 +256,19 @@ async def test_a_cancelled_request_is_logged_and_stays_cancelled() -> None:
     async def endless(_scope: Any, _receive: Any, _send: Any) -> None:
         await asyncio.get_running_loop().create_future()
 
-    watched = Watched(endless)
-    request = asyncio.create_task(call(watched.app))
+    watched = ObservedApp(endless)
+    request = asyncio.create_task(call_app(watched.app))
     await asyncio.sleep(0)
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request
-    assert watched.line["status"] == 499
+    assert watched.access_line["status"] == 499
 
 
 def test_refused_requests_are_logged_once_per_address_and_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that goes on sending nonsense fills no log, and does not hide others."""
-    watched = Watched()
-    refuse = cast("Edge", watched.app).refuse
+    watched = ObservedApp()
+    refuse = cast("RequestMiddleware", watched.app).refuse
     for client in ("192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.1"):
         refuse(400, "Nonsense.", client)
     assert [(event["event"], event["client"]) for event in watched.events] == [
@@ -270,7 +280,7 @@ def test_refused_requests_are_logged_once_per_address_and_interval(monkeypatch: 
     assert len(watched.events) == 3
     for number in range(3_000):
         refuse(400, "Nonsense.", str(number))
-    assert len(cast("Edge", watched.app)._refusal_logged_at) <= 1_000
+    assert len(cast("RequestMiddleware", watched.app)._refusal_logged_at) <= 1_000
 
 
 async def test_the_lifespan_passes_through() -> None:
@@ -280,8 +290,8 @@ async def test_the_lifespan_passes_through() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append((scope, receive, send))
 
-    watched = Watched(app)
-    arguments: tuple[Any, Any, Any] = {"type": "lifespan"}, receiving([]), receiving_nothing
+    watched = ObservedApp(app)
+    arguments: tuple[Any, Any, Any] = {"type": "lifespan"}, make_receive([]), ignore_messages
     await watched.app(*arguments)
     assert seen == [arguments]
     assert watched.events == []
@@ -289,11 +299,11 @@ async def test_the_lifespan_passes_through() -> None:
 
 async def test_an_answer_that_breaks_off_closes_the_connection() -> None:
     """A client can tell half an answer from a whole one, and the cause is in the log."""
-    watched = Watched()
-    async with serving(watched.app) as port, connected(port) as (reader, writer):
+    watched = ObservedApp()
+    async with serve_on_port(watched.app) as port, open_raw_connection(port) as (reader, writer):
         writer.write(b"GET /torn HTTP/1.1\r\nHost: x\r\n\r\n")
         received = await reader.read()
     assert b"200 OK" in received
     assert not received.endswith(b"0\r\n\r\n")
-    assert (watched.line["status"], watched.line["outcome"]) == (200, "internal-error")
-    assert "request.crashed" in [event["event"] for event in watched.events]
+    assert (watched.access_line["status"], watched.access_line["outcome"]) == (200, "internal-error")
+    assert "request.error" in [event["event"] for event in watched.events]

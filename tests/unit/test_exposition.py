@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, Summary
 from prometheus_client.exposition import generate_latest
 
-from service.telemetry.metrics import Metrics, text
-from tests.unit.metered import KNOWN, SEEN
+from service.telemetry.metrics import Metrics, format_exposition
+from tests.unit.metered import REGISTRY, SNAPSHOT
 
 TEXTS = st.text(max_size=12) | st.sampled_from(["\\", '"', "\n", '\\"\n', "é漢", "a,b=c"])
 
@@ -19,7 +19,7 @@ def test_any_value_is_written_as_the_library_does(documentation: str, label: str
     """Labels and helps of any text, and all numbers, infinite ones too."""
     registry = CollectorRegistry()
     Gauge("gateway_a", documentation, ("one", "two"), registry=registry).labels(label, "x").set(number)
-    assert text(registry) == generate_latest(registry)
+    assert format_exposition(registry) == generate_latest(registry)
 
 
 def test_all_types_are_written_as_the_library_does() -> None:
@@ -32,15 +32,15 @@ def test_all_types_are_written_as_the_library_does() -> None:
     Summary("gateway_s_seconds", "A summary.", registry=registry).observe(3)
     Info("gateway_i", "An info.", registry=registry).info({"version": "1"})
     Enum("gateway_e", "A state.", states=["on", "off"], registry=registry).state("on")
-    assert text(registry) == generate_latest(registry)
+    assert format_exposition(registry) == generate_latest(registry)
 
 
 def test_a_whole_scrape_is_written_as_the_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything the gateway has to tell, with tenants, accounts and the ledger."""
     metrics = Metrics(CollectorRegistry())
-    metrics.name_tenants(lambda: KNOWN)
-    metrics.standing.show(SEEN)
-    metrics.refresh()
+    metrics.set_registry_source(lambda: REGISTRY)
+    metrics.ledger_collector.set_snapshot(SNAPSHOT)
+    metrics.refresh_labels()
     told = list(metrics.registry.collect())
     monkeypatch.setattr(metrics.registry, "collect", lambda: iter(told))
     body = metrics.render()[0]

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.domain.errors import IdempotencyKeyInvalid
-from service.domain.ledger import MAX_KEY, Idempotency, identify, parse_key
+from service.domain.ledger import MAX_IDEMPOTENCY_KEY_CHARS, Idempotency, digest_submission, parse_idempotency_key
 from service.domain.tasks import (
     DEFAULT_CATALOGUE,
     FaceEnhanceOptions,
@@ -39,39 +39,39 @@ printable = st.characters(min_codepoint=0x20, max_codepoint=0x7E)
 plain = st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters='",;\\')
 
 
-def quoted(key: str) -> str:
+def quote_key(key: str) -> str:
     """A string as RFC 8941 writes it."""
     return '"' + key.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def content(options: Options, metadata: dict[str, str] | None = None, image: bytes = DIGEST) -> str:
+def content_digest(options: Options, metadata: dict[str, str] | None = None, image: bytes = DIGEST) -> str:
     """The digest of a submission's content."""
-    return identify(KEY, options, metadata or {}, image).content
+    return digest_submission(KEY, options, metadata or {}, image).content_digest
 
 
 @settings(deadline=None)
-@given(st.text(printable, min_size=1, max_size=MAX_KEY))
+@given(st.text(printable, min_size=1, max_size=MAX_IDEMPOTENCY_KEY_CHARS))
 def test_quoted_key(key: str) -> None:
     """Any printable ASCII is a key when it is quoted as the standard wants, with white space around it or not."""
-    assert parse_key([quoted(key)]) == key
-    assert parse_key([f" \t{quoted(key)} "]) == key
+    assert parse_idempotency_key([quote_key(key)]) == key
+    assert parse_idempotency_key([f" \t{quote_key(key)} "]) == key
 
 
 @settings(deadline=None)
-@given(st.text(plain, min_size=1, max_size=MAX_KEY))
+@given(st.text(plain, min_size=1, max_size=MAX_IDEMPOTENCY_KEY_CHARS))
 def test_bare_key(key: str) -> None:
     """A key without quotes is the same key as with them."""
-    assert parse_key([key]) == parse_key([quoted(key)]) == key
+    assert parse_idempotency_key([key]) == parse_idempotency_key([quote_key(key)]) == key
 
 
 @settings(deadline=None)
-@given(st.text(printable, min_size=MAX_KEY + 1, max_size=MAX_KEY + 50))
+@given(st.text(printable, min_size=MAX_IDEMPOTENCY_KEY_CHARS + 1, max_size=MAX_IDEMPOTENCY_KEY_CHARS + 50))
 def test_long_key(key: str) -> None:
     """A key is at most 255 characters long, however it is written."""
     with pytest.raises(IdempotencyKeyInvalid):
-        parse_key([quoted(key)])
+        parse_idempotency_key([quote_key(key)])
     with pytest.raises(IdempotencyKeyInvalid):
-        parse_key(["k" * len(key)])
+        parse_idempotency_key(["k" * len(key)])
 
 
 @settings(deadline=None)
@@ -82,13 +82,13 @@ def test_long_key(key: str) -> None:
 def test_any_bytes(value: bytes) -> None:
     """Whatever a header holds is a key of 1 to 255 printable characters, which can be written anew, or is refused."""
     try:
-        key = parse_key([value.decode("latin-1")])
+        key = parse_idempotency_key([value.decode("latin-1")])
     except IdempotencyKeyInvalid:
         return
     assert key is not None
-    assert 1 <= len(key) <= MAX_KEY
+    assert 1 <= len(key) <= MAX_IDEMPOTENCY_KEY_CHARS
     assert all(" " <= character <= "~" for character in key)
-    assert parse_key([quoted(key)]) == key
+    assert parse_idempotency_key([quote_key(key)]) == key
 
 
 @settings(deadline=None)
@@ -97,12 +97,12 @@ def test_several_headers(values: list[str]) -> None:
     """Two headers are refused, even if they say the same."""
     for given_twice in (values, values[:1] * 2):
         with pytest.raises(IdempotencyKeyInvalid, match="one Idempotency-Key"):
-            parse_key(given_twice)
+            parse_idempotency_key(given_twice)
 
 
 def test_no_header() -> None:
     """Without the header there is no key."""
-    assert parse_key([]) is None
+    assert parse_idempotency_key([]) is None
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_no_header() -> None:
 )
 def test_stable(options: Options, digest: str) -> None:
     """The digests do not change from version to version, else nothing could be replayed over an upgrade."""
-    assert identify(KEY, options, METADATA, DIGEST) == Idempotency("d77da8028f3c5a13752873cb9c7581d5", digest)
+    assert digest_submission(KEY, options, METADATA, DIGEST) == Idempotency("d77da8028f3c5a13752873cb9c7581d5", digest)
 
 
 def test_every_field_counts() -> None:
@@ -129,17 +129,19 @@ def test_every_field_counts() -> None:
     metadata = [{"order": "17"}, {"order": "18"}, {"17": "order"}, {"order": ""}, {"order": "17", "more": ""}]
     images = [bytes(32), b"\1" + bytes(31), bytes(31) + b"\1"]
     digests = [
-        *(content(each) for each in (*kinds, *named, *changed, FULL)),
-        *(content(UpscaleOptions(), each) for each in metadata),
-        *(content(UpscaleOptions(), image=each) for each in images),
+        *(content_digest(each) for each in (*kinds, *named, *changed, FULL)),
+        *(content_digest(UpscaleOptions(), each) for each in metadata),
+        *(content_digest(UpscaleOptions(), image=each) for each in images),
     ]
     assert len(set(digests)) == len(digests)
 
 
 def test_webhook() -> None:
     """An address that was given for the task counts, and its absence changes no digest."""
-    plain, one, other = (identify(KEY, FULL, METADATA, DIGEST, url).content for url in (None, "http://a/", "http://b/"))
-    assert plain == content(FULL, METADATA)
+    plain, one, other = (
+        digest_submission(KEY, FULL, METADATA, DIGEST, url).content_digest for url in (None, "http://a/", "http://b/")
+    )
+    assert plain == content_digest(FULL, METADATA)
     assert len({plain, one, other}) == 3
 
 
@@ -161,7 +163,7 @@ def test_defaults() -> None:
     }
 
     def digest(fields: dict[str, str]) -> str:
-        return content(parse_options(Kind.UPSCALE, list(fields.items()), DEFAULT_CATALOGUE))
+        return content_digest(parse_options(Kind.UPSCALE, list(fields.items()), DEFAULT_CATALOGUE))
 
     assert written.keys() == set(UpscaleOptions.__struct_fields__)
     assert digest({}) == digest(written) == digest(dict(reversed(written.items())))
@@ -170,7 +172,7 @@ def test_defaults() -> None:
 
 def test_order_of_metadata() -> None:
     """The order of the metadata makes no difference."""
-    assert content(FULL, METADATA) == content(FULL, dict(reversed(METADATA.items())))
+    assert content_digest(FULL, METADATA) == content_digest(FULL, dict(reversed(METADATA.items())))
 
 
 @settings(deadline=None)
@@ -178,7 +180,7 @@ def test_order_of_metadata() -> None:
 @example("key", "Key")
 def test_digest_of_the_key(one: str, other: str) -> None:
     """Different keys have different digests, also if only the case of a letter differs, and no digest shows its key."""
-    first, second = (identify(key, FULL, {}, DIGEST) for key in (one, other))
-    assert (first.key == second.key) == (one == other)
-    assert first.content == second.content
-    assert len(first.key) == len(first.content) == 32
+    first, second = (digest_submission(key, FULL, {}, DIGEST) for key in (one, other))
+    assert (first.key_digest == second.key_digest) == (one == other)
+    assert first.content_digest == second.content_digest
+    assert len(first.key_digest) == len(first.content_digest) == 32

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.domain.errors import InvalidImage, UnsupportedMediaType
-from service.domain.media import MAX_PIECES, ImageInfo, inspect
+from service.domain.media import MAX_SEGMENTS, ImageInfo, inspect_image
 
-WAYS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+ENCODINGS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "png": ("PNG", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), {}),
     "jpeg": ("JPEG", ("L", "RGB", "CMYK"), {}),
     "progressive jpeg": ("JPEG", ("L", "RGB"), {"progressive": True, "quality": 95}),
@@ -35,7 +35,7 @@ def encode(picture: Image.Image, file_format: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def noise(mode: str, width: int, height: int, seed: int) -> Image.Image:
+def make_noise(mode: str, width: int, height: int, seed: int) -> Image.Image:
     """A picture without any pattern, so that it does not compress to nothing."""
     grey = Image.frombytes("L", (width, height), _random_bytes(width * height, seed))
     return grey.convert(mode)
@@ -52,12 +52,12 @@ def _random_bytes(count: int, seed: int) -> bytes:
 @st.composite
 def images(draw: st.DrawFn) -> bytes:
     """Valid files in the three formats, in all the ways ordinary software writes them."""
-    file_format, modes, options = WAYS[draw(st.sampled_from(sorted(WAYS)))]
+    file_format, modes, options = ENCODINGS[draw(st.sampled_from(sorted(ENCODINGS)))]
     size = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    picture = noise(draw(st.sampled_from(modes)), *size, seed=draw(st.integers(0, 9)))
+    picture = make_noise(draw(st.sampled_from(modes)), *size, seed=draw(st.integers(0, 9)))
     options = dict(options)
     if options.get("save_all"):
-        options["append_images"] = [noise("RGB", *size, seed=77)]
+        options["append_images"] = [make_noise("RGB", *size, seed=77)]
     if draw(st.booleans()):
         exif = Image.Exif()
         exif[0x010E] = "a picture"
@@ -65,10 +65,10 @@ def images(draw: st.DrawFn) -> bytes:
     return encode(picture, file_format, **options)
 
 
-def outcome(data: bytes) -> ImageInfo | type[Exception]:
+def inspect_outcome(data: bytes) -> ImageInfo | type[Exception]:
     """What inspecting the bytes gave; anything but the two errors fails the test."""
     try:
-        return inspect(data)
+        return inspect_image(data)
     except (InvalidImage, UnsupportedMediaType) as error:
         return type(error)
 
@@ -78,7 +78,7 @@ def test_type_and_size_agree_with_pillow(data: bytes) -> None:
     """Every image that Pillow writes is accepted, with the type and the size that Pillow reads."""
     with Image.open(io.BytesIO(data)) as picture:
         expected = ImageInfo(Image.MIME[picture.format or ""], *picture.size)
-    assert inspect(data) == expected
+    assert inspect_image(data) == expected
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -86,14 +86,14 @@ def test_type_and_size_agree_with_pillow(data: bytes) -> None:
 def test_every_proper_prefix_is_refused(data: bytes) -> None:
     """However few bytes of its end an image lacks, it is refused."""
     view = memoryview(data)
-    accepted = [size for size in range(len(data)) if isinstance(outcome(bytes(view[:size])), ImageInfo)]
+    accepted = [size for size in range(len(data)) if isinstance(inspect_outcome(bytes(view[:size])), ImageInfo)]
     assert accepted == []
 
 
 @given(images(), st.binary(max_size=64))
 def test_what_follows_the_end_does_not_matter(data: bytes, garbage: bytes) -> None:
     """Bytes after the end, which ordinary software passes over, change nothing."""
-    assert inspect(data + garbage) == inspect(data)
+    assert inspect_image(data + garbage) == inspect_image(data)
 
 
 @given(images(), st.data())
@@ -103,23 +103,23 @@ def test_mutations_raise_nothing_but_the_two_errors(data: bytes, draw: st.DataOb
     for _ in range(draw.draw(st.integers(1, 4))):
         at = draw.draw(st.integers(0, len(data) - 1))
         mutated[at : at + draw.draw(st.integers(0, 3))] = draw.draw(st.binary(max_size=3))
-    outcome(bytes(mutated))
+    inspect_outcome(bytes(mutated))
 
 
 @given(st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP", b"RIFF"]), st.binary())
 def test_random_bytes_raise_nothing_but_the_two_errors(start: bytes, rest: bytes) -> None:
     """Bytes of no sense are refused, but never crash the reader."""
-    outcome(start + rest)
+    inspect_outcome(start + rest)
 
 
 def test_an_end_within_a_thumbnail_is_not_the_end() -> None:
     """A photograph cut off after its thumbnail is refused, although the thumbnail is a whole image."""
-    thumbnail = encode(noise("RGB", 16, 16, 1), "JPEG")
-    whole = encode(noise("RGB", 32, 32, 2), "JPEG", exif=b"Exif\0\0" + thumbnail)
+    thumbnail = encode(make_noise("RGB", 16, 16, 1), "JPEG")
+    whole = encode(make_noise("RGB", 32, 32, 2), "JPEG", exif=b"Exif\0\0" + thumbnail)
     end = whole.index(thumbnail) + len(thumbnail)
-    assert inspect(whole) == ImageInfo("image/jpeg", 32, 32)
+    assert inspect_image(whole) == ImageInfo("image/jpeg", 32, 32)
     with pytest.raises(InvalidImage, match="cut off"):
-        inspect(whole[: end + 200])
+        inspect_image(whole[: end + 200])
 
 
 def png(*chunks: tuple[bytes, bytes], checksum: int = 0) -> bytes:
@@ -258,7 +258,7 @@ UNREADABLE = {
 def test_what_no_decoder_reads_is_refused(data: bytes) -> None:
     """A header that decoders refuse, and a second one that contradicts the first, are invalid."""
     with pytest.raises(InvalidImage):
-        inspect(data)
+        inspect_image(data)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_what_no_decoder_reads_is_refused(data: bytes) -> None:
 )
 def test_headers_that_agree_are_no_fault(data: bytes, size: tuple[int, int]) -> None:
     """Frames within an image, a height that is repeated, and what decoders never come to, leave the size as it is."""
-    info = inspect(data)
+    info = inspect_image(data)
     assert (info.width, info.height) == size
 
 
@@ -309,13 +309,13 @@ def test_headers_that_agree_are_no_fault(data: bytes, size: tuple[int, int]) -> 
 def test_a_broken_image_is_refused_with_its_fault(data: bytes, why: str) -> None:
     """An image that is broken or cut off is invalid, and the message says what is wrong with it."""
     with pytest.raises(InvalidImage, match=why):
-        inspect(data)
+        inspect_image(data)
 
 
 def test_stray_bytes_that_ordinary_software_passes_over_are_no_fault() -> None:
     """Fill bytes and rubbish between JPEG markers, restarts and stuffed bytes in a scan are read past."""
     stray = b"\xff\xd8\xff\xff\x00rubbish" + FRAME + b"\xff\xff" + SCAN + b"\xff\x00\xff\xd0\xff\x37\xff\xff\xd9"
-    assert inspect(stray) == ImageInfo("image/jpeg", 7, 5)
+    assert inspect_image(stray) == ImageInfo("image/jpeg", 7, 5)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_stray_bytes_that_ordinary_software_passes_over_are_no_fault() -> None:
 )
 def test_the_corners_of_webp_are_known(data: bytes, size: tuple[int, int]) -> None:
     """Hints on scaling are not part of the size, and a chunk of odd length has a byte of padding behind it."""
-    assert inspect(data) == ImageInfo("image/webp", *size)
+    assert inspect_image(data) == ImageInfo("image/webp", *size)
 
 
 def _ftyp(brand: bytes) -> bytes:
@@ -343,13 +343,13 @@ def _ftyp(brand: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (encode(noise("L", 3, 3, 1), "GIF"), "GIF"),
-        (encode(noise("L", 3, 3, 1), "BMP"), "BMP"),
-        (encode(noise("L", 3, 3, 1), "TIFF"), "TIFF"),
-        (encode(noise("L", 16, 16, 1), "ICO"), "icon"),
-        (encode(noise("RGB", 3, 3, 1), "JPEG2000"), "JPEG 2000"),
-        (encode(noise("RGB", 16, 16, 1), "AVIF"), "AVIF"),
-        (encode(noise("L", 3, 3, 1), "PDF"), "PDF"),
+        (encode(make_noise("L", 3, 3, 1), "GIF"), "GIF"),
+        (encode(make_noise("L", 3, 3, 1), "BMP"), "BMP"),
+        (encode(make_noise("L", 3, 3, 1), "TIFF"), "TIFF"),
+        (encode(make_noise("L", 16, 16, 1), "ICO"), "icon"),
+        (encode(make_noise("RGB", 3, 3, 1), "JPEG2000"), "JPEG 2000"),
+        (encode(make_noise("RGB", 16, 16, 1), "AVIF"), "AVIF"),
+        (encode(make_noise("L", 3, 3, 1), "PDF"), "PDF"),
         (_ftyp(b"heic"), "HEIC"),
         (b"\xff\x0a1234", "JPEG XL"),
         (b"8BPS1234", "Photoshop"),
@@ -363,7 +363,7 @@ def _ftyp(brand: bytes) -> bytes:
 def test_another_type_is_named_and_so_is_what_is_accepted(data: bytes, name: str) -> None:
     """What is no PNG, JPEG or WebP is refused by its own name, with what to send instead."""
     with pytest.raises(UnsupportedMediaType, match=rf"{name}.*send a PNG, JPEG or WebP"):
-        inspect(data)
+        inspect_image(data)
 
 
 @pytest.mark.parametrize(
@@ -383,46 +383,46 @@ def test_as_many_pieces_as_are_allowed_are_read_and_no_more(
         data = start + piece * (pieces - others) + end
         return data[:4] + struct.pack("<I", len(data) - 8) + data[8:] if data.startswith(b"RIFF") else data
 
-    assert isinstance(inspect(image(MAX_PIECES)), ImageInfo)
+    assert isinstance(inspect_image(image(MAX_SEGMENTS)), ImageInfo)
     with pytest.raises(InvalidImage, match="more than 10000 pieces"):
-        inspect(image(MAX_PIECES + 1))
+        inspect_image(image(MAX_SEGMENTS + 1))
 
 
 def test_a_png_may_have_any_number_of_chunks() -> None:
     """Encoders write the pixels of a PNG in chunks as small as they like, so their number is no fault."""
-    whole = encode(noise("RGB", 80, 80, 1), "PNG")
+    whole = encode(make_noise("RGB", 80, 80, 1), "PNG")
     at = whole.index(b"IDAT") + 4
     pixels = whole[at : at + struct.unpack(">I", whole[at - 8 : at - 4])[0]]
     split = png(header(80, 80), *((b"IDAT", pixels[each : each + 1]) for each in range(len(pixels))), END)
     assert split.count(b"IDAT") > 10_000
     with Image.open(io.BytesIO(split)) as picture:
         picture.load()
-    assert inspect(split) == ImageInfo("image/png", 80, 80)
+    assert inspect_image(split) == ImageInfo("image/png", 80, 80)
 
 
 def test_a_marker_is_found_wherever_it_lies() -> None:
     """A JPEG whose markers follow a scan of megabytes, at any place around a power of two, is read to its end."""
     for length in range(1024 * 1024 - 8, 1024 * 1024 + 2):
-        assert inspect(b"\xff\xd8" + FRAME + SCAN + b"x" * length + b"\xff\xd9").width == 7
+        assert inspect_image(b"\xff\xd8" + FRAME + SCAN + b"x" * length + b"\xff\xd9").width == 7
 
 
-PIECES = 200_000
+SEGMENTS = 200_000
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        png(header(3, 3)) + b"\0\0\0\0tEXtsum." * PIECES,
-        b"\xff\xd8" + b"\xff\xfe\x00\x02" * PIECES,
-        b"\xff\xd8" + b"\xff\xff" * PIECES,
-        b"\xff\xd8" + b"\xff\x00" * PIECES,
-        webp((b"VP8X", b"\0" * 10), *[(b"ABCD", b"")] * PIECES),
-        png(header(3, 3), *[(b"IDAT", b"")] * PIECES),
+        png(header(3, 3)) + b"\0\0\0\0tEXtsum." * SEGMENTS,
+        b"\xff\xd8" + b"\xff\xfe\x00\x02" * SEGMENTS,
+        b"\xff\xd8" + b"\xff\xff" * SEGMENTS,
+        b"\xff\xd8" + b"\xff\x00" * SEGMENTS,
+        webp((b"VP8X", b"\0" * 10), *[(b"ABCD", b"")] * SEGMENTS),
+        png(header(3, 3), *[(b"IDAT", b"")] * SEGMENTS),
     ],
     ids=["png chunks", "jpeg comments", "jpeg fill", "jpeg stuffing", "webp chunks", "empty pixels"],
 )
 def test_the_walk_is_linear(data: bytes) -> None:
     """Very many of the smallest pieces take a few instructions each: anything quadratic would take hours."""
     before = time.process_time()
-    outcome(data)
+    inspect_outcome(data)
     assert time.process_time() - before < 10

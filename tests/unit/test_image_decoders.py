@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.domain.errors import InvalidImage
-from service.domain.media import inspect
-from tests.unit.test_image import encode, noise
+from service.domain.media import inspect_image
+from tests.unit.test_image import encode, make_noise
 
 SIZE = (21, 14)
 OPTIONS = {
@@ -33,16 +33,16 @@ MODES = {"PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "JPEG": ("L", "RGB
 Size = tuple[int, int]
 
 
-def ours(data: bytes) -> Size | None:
+def inspected_size(data: bytes) -> Size | None:
     """The size that is told, None for an image that is refused."""
     try:
-        info = inspect(data)
+        info = inspect_image(data)
     except InvalidImage:
         return None
     return info.width, info.height
 
 
-def decoded(data: bytes) -> tuple[Size | None, Size | None]:
+def decoded_sizes(data: bytes) -> tuple[Size | None, Size | None]:
     """The size of what Pillow and OpenCV decode, None for what they refuse."""
     with_pillow: Size | None = None
     with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(io.BytesIO(data)) as picture:
@@ -52,7 +52,7 @@ def decoded(data: bytes) -> tuple[Size | None, Size | None]:
     return with_pillow, None if found is None else (found.shape[1], found.shape[0])
 
 
-def places(data: bytes | bytearray) -> list[int]:
+def header_offsets(data: bytes | bytearray) -> list[int]:
     """The bytes of headers that tell how an image is coded and, but for those that would make it huge, its size."""
     if data.startswith(b"\x89PNG"):
         return [19, 23, 24, 25, 27]
@@ -69,15 +69,15 @@ def places(data: bytes | bytearray) -> list[int]:
 
 
 @st.composite
-def altered(draw: st.DrawFn) -> bytes:
+def altered_images(draw: st.DrawFn) -> bytes:
     """A valid file, of which up to two bytes of its headers were altered."""
     form = draw(st.sampled_from(sorted(MODES)))
     options = dict(draw(st.sampled_from(OPTIONS[form])))
-    picture = noise(draw(st.sampled_from(MODES[form])), *SIZE, seed=draw(st.integers(0, 3)))
+    picture = make_noise(draw(st.sampled_from(MODES[form])), *SIZE, seed=draw(st.integers(0, 3)))
     if options.get("save_all"):
-        options["append_images"] = [noise("RGB", *SIZE, seed=9)]
+        options["append_images"] = [make_noise("RGB", *SIZE, seed=9)]
     data = bytearray(encode(picture, form, **options))
-    for at in draw(st.lists(st.sampled_from(places(data)), max_size=2)):
+    for at in draw(st.lists(st.sampled_from(header_offsets(data)), max_size=2)):
         data[at] = draw(st.integers(0, 255))
     if form == "PNG":
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -85,10 +85,10 @@ def altered(draw: st.DrawFn) -> bytes:
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
-@given(altered())
+@given(altered_images())
 def test_headers_are_judged_as_decoders_judge_them(data: bytes) -> None:
     """What is accepted has the size that decoders allocate, and what is refused is read by none of them."""
-    told, sizes = ours(data), decoded(data)
+    told, sizes = inspected_size(data), decoded_sizes(data)
     assert {each for each in sizes if each} <= {told}
     # Where a PNG or JPEG says that its pixels are coded otherwise, only decoding all of them shows that they are not.
     if told == SIZE and data.startswith(b"RIFF"):

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import re
 
-from service.telemetry.logging import ANSWERED, REQUEST_ENDED
-from tests.support.log import everything_logged
-from tests.unit.asgi import call
-from tests.unit.test_edge import Watched
+from service.telemetry.logging import OUTCOME_ANSWERED, REQUEST_EVENT
+from tests.support.log import capture_log
+from tests.unit.asgi import call_app
+from tests.unit.test_edge import ObservedApp
 
 
-def shown(event: str, **fields: object) -> str:
+def render_line(event: str, **fields: object) -> str:
     """An event as a line to read, without its time."""
-    with everything_logged(json=False) as written:
+    with capture_log(json=False) as written:
         written.logger.info(event, **fields)
         return re.sub(r"^[\d:.]{12} \[info +\] ", "", written.text.rstrip())
 
 
 def test_a_request_reads_as_usual() -> None:
     """A request is told as everybody tells requests, then with what matters, and without what is as always."""
-    line = shown(
-        REQUEST_ENDED,
+    line = render_line(
+        REQUEST_EVENT,
         method="GET",
         path="/v1/quota",
         status=200,
         seconds=0.25,
         tenant="shop",
-        outcome=ANSWERED,
+        outcome=OUTCOME_ANSWERED,
         route="/v1/quota",
         port="tenants",
     )
@@ -35,15 +35,15 @@ def test_a_request_reads_as_usual() -> None:
 
 async def test_what_the_edge_tells_can_be_shown() -> None:
     """The line that the edge writes has all that a line to read is made of, and its outcome where it is unusual."""
-    watched = Watched()
-    await call(watched.app, "GET", "/nowhere")
-    told = watched.line
+    watched = ObservedApp()
+    await call_app(watched.app, "GET", "/nowhere")
+    told = watched.access_line
     told.pop("level")
-    line = shown(told.pop("event"), **told)
+    line = render_line(told.pop("event"), **told)
     assert line.startswith("GET /nowhere 404 ")
     assert "outcome=not-found" in line
 
 
 def test_fields_stand_in_the_order_of_their_telling() -> None:
     """Fields are not sorted: what is told first matters most."""
-    assert shown("thing.done", zebra=1, ape=2, none=None).split() == ["thing.done", "zebra=1", "ape=2"]
+    assert render_line("thing.done", zebra=1, ape=2, none=None).split() == ["thing.done", "zebra=1", "ape=2"]

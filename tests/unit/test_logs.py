@@ -15,8 +15,8 @@ import pytest
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from service.domain.tenants import new_token
-from service.telemetry.logging import configure
+from service.domain.tenants import generate_token
+from service.telemetry.logging import configure_logging
 from service.telemetry.redaction import Redactor
 
 SECRET = "hunter2-hunter2"
@@ -29,32 +29,32 @@ class Terminal(io.BytesIO):
         return True
 
 
-class Log:
+class LogSetup:
     """A configured log and what was written to it."""
 
     def __init__(self, *, json_lines: bool = True, level: str = "INFO", terminal: bool = False) -> None:
         self._stream = Terminal() if terminal else io.BytesIO()
         self.redactor = Redactor([SECRET])
-        self.logger: FilteringBoundLogger = configure(
+        self.logger: FilteringBoundLogger = configure_logging(
             json=json_lines, level=level, stream=self._stream, redactor=self.redactor
         )
 
     @property
-    def written(self) -> str:
+    def output(self) -> str:
         """All that was written."""
         return self._stream.getvalue().decode()
 
     @property
     def event(self) -> dict[str, Any]:
         """The only event that was written."""
-        (line,) = self.written.splitlines()
+        (line,) = self.output.splitlines()
         event = json.loads(line)
         assert isinstance(event, dict)
         return event
 
 
 @pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
+def restore_logging() -> Iterator[None]:
     """Leave the logging of the test's process as it was."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -67,7 +67,7 @@ def as_it_was() -> Iterator[None]:
 
 def test_an_event_is_one_json_object() -> None:
     """In production each event is a line of JSON with its time, level and values, but for those that are None."""
-    log = Log()
+    log = LogSetup()
     with structlog.contextvars.bound_contextvars(request_id="r1"):
         log.logger.info("a.told", tenant="demo", cost={"count": 1}, ratio=0.5, done=True, error=None)
     event = log.event
@@ -87,29 +87,29 @@ def test_a_logger_made_before_is_configured_too() -> None:
     """Modules that made their loggers when they were imported write to the same log, under the newest settings."""
     early = structlog.get_logger("early")
     early.debug("before")
-    first, second = Log(), Log()
+    first, second = LogSetup(), LogSetup()
     early.info("after")
-    assert (first.written, second.event["event"]) == ("", "after")
+    assert (first.output, second.event["event"]) == ("", "after")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_lines_to_read_hold_the_traceback(terminal: bool) -> None:
     """In development an event is a line, coloured on a terminal alone, followed by its traceback, all redacted."""
-    log = Log(json_lines=False, terminal=terminal)
+    log = LogSetup(json_lines=False, terminal=terminal)
     try:
         raise ValueError(f"no {SECRET}")
     except ValueError:
         log.logger.exception("failed", tenant="demo", user_key="abcdef")
-    assert ("\x1b[" in log.written) is terminal
-    assert "failed" in log.written
-    assert "ValueError: no [redacted]" in log.written
-    assert SECRET not in log.written
-    assert "abcdef" not in log.written
+    assert ("\x1b[" in log.output) is terminal
+    assert "failed" in log.output
+    assert "ValueError: no [redacted]" in log.output
+    assert SECRET not in log.output
+    assert "abcdef" not in log.output
 
 
 def test_the_level_is_a_threshold() -> None:
     """What is below the level is not written."""
-    log = Log(level="WARNING")
+    log = LogSetup(level="WARNING")
     log.logger.info("quiet")
     log.logger.warning("loud")
     assert log.event["event"] == "loud"
@@ -143,7 +143,7 @@ class Name(StrEnum):
     VALUE = "value"
 
 
-def leaks(value: str) -> list[Any]:
+def spell_secret(value: str) -> list[Any]:
     """Ways to write a value by accident that the log can know for a secret by its surroundings."""
     return [
         {"user_key": value},
@@ -166,38 +166,38 @@ def leaks(value: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("number", range(len(leaks(""))))
+@pytest.mark.parametrize("number", range(len(spell_secret(""))))
 def test_what_stands_under_a_telling_name_is_not_written(number: int) -> None:
     """A value under the name of a secret is left out, in structures, in objects and in running text."""
     value = "Zq9vKx7Lm3Tp"
-    log = Log()
-    log.logger.info("leak", data=leaks(value)[number])
-    assert value not in log.written
-    assert "[redacted]" in log.written
+    log = LogSetup()
+    log.logger.info("leak", data=spell_secret(value)[number])
+    assert value not in log.output
+    assert "[redacted]" in log.output
 
 
 @pytest.mark.parametrize("spelling", ["{}", "x{}x", "'{}'", "igw_ {}"])
 def test_a_token_is_not_written_wherever_it_stands(spelling: str) -> None:
     """A token of the gateway is known by its prefix, in values, keys, events and exceptions."""
-    token = new_token()
-    log = Log()
+    token = generate_token()
+    log = LogSetup()
     text = spelling.format(token)
     try:
         raise KeyError(text) from ValueError(text)
     except KeyError as error:
         log.logger.exception(text, value=text, nested=[{"x": (text, {text})}], names={text: 1}, error=error)
-    assert token not in log.written
-    assert token[4:] not in log.written
+    assert token not in log.output
+    assert token[4:] not in log.output
 
 
-def texts(value: Any) -> Iterator[str]:
+def iter_texts(value: Any) -> Iterator[str]:
     """Every text within a decoded event."""
     if isinstance(value, dict):
         yield from value
         value = list(value.values())
     if isinstance(value, list):
         for each in value:
-            yield from texts(each)
+            yield from iter_texts(each)
     if isinstance(value, str):
         yield value
 
@@ -205,8 +205,8 @@ def texts(value: Any) -> Iterator[str]:
 @pytest.mark.parametrize("secret", ["hunter2-hunter2", "p@ss w/rd&=é", "quo'te\"back\\slash\n"])
 def test_a_secret_the_log_was_told_is_not_written(secret: str) -> None:
     """A known secret is left out wherever and in whatever spelling it turns up."""
-    log = Log()
-    log.redactor.learn(secret)
+    log = LogSetup()
+    log.redactor.register_secrets(secret)
     quoted = "p%40ss%20w%2Frd%26%3D%C3%A9" if secret.startswith("p@") else secret
     try:
         raise OSError(f"can't reach {secret} {secret!r}")
@@ -214,23 +214,23 @@ def test_a_secret_the_log_was_told_is_not_written(secret: str) -> None:
         log.logger.exception(
             "failed", a=secret, b=[repr(secret)], c={secret: secret}, d=error, e=f"x{quoted}x", f={"k": repr([secret])}
         )
-    words = list(texts(log.event))
+    words = list(iter_texts(log.event))
     for spelling in (secret, repr(secret)[1:-1], quoted):
         assert [word for word in words if spelling in word] == []
-    assert "can't reach" in log.written
+    assert "can't reach" in log.output
 
 
 def test_a_short_secret_does_not_blank_out_words() -> None:
     """A secret too short to be told from ordinary words is not looked for."""
-    log = Log()
-    log.redactor.learn("a", "")
+    log = LogSetup()
+    log.redactor.register_secrets("a", "")
     log.logger.info("a cat")
     assert log.event["event"] == "a cat"
 
 
 def test_what_is_not_secret_is_written() -> None:
     """Ids, absent values within others, and ordinary texts stay readable."""
-    log = Log()
+    log = LogSetup()
     log.logger.info(
         "revoked", token_id="t-1", about={"token": None}, kind=Name.VALUE, many={1}, big=2**70, key="k", data=b"12"
     )
@@ -248,47 +248,47 @@ def test_what_is_not_secret_is_written() -> None:
 
 def test_an_object_is_written_by_its_representation() -> None:
     """An object of which nothing is known is written as it represents itself, without known secrets."""
-    log = Log()
+    log = LogSetup()
     log.logger.info("seen", thing=Opaque())
     assert log.event["thing"] == "<Opaque [redacted]>"
 
 
 def test_a_structure_that_holds_itself_ends() -> None:
     """A structure without an end is cut off."""
-    log = Log()
+    log = LogSetup()
     endless: dict[str, Any] = {}
     endless["again"] = endless
     log.logger.info("seen", thing=endless)
-    assert '"..."' in log.written
+    assert '"..."' in log.output
 
 
 @pytest.mark.parametrize("library", ["uvicorn.error", "httpx2", "litestar", "redis", "asyncio", "some.other"])
 def test_libraries_are_heard_from_warnings_on(library: str) -> None:
     """What a library logs goes through the same log and the same redaction, and below warnings nowhere."""
-    log = Log()
+    log = LogSetup()
     chatter = logging.getLogger(library)
     chatter.info("GET http://upstream/?user_key=abcdef")
-    assert log.written == ""
+    assert log.output == ""
     try:
         raise OSError(f"token={SECRET}")
     except OSError:
         chatter.exception("lost %s", f"user_key={SECRET}")
     assert (log.event["event"], log.event["logger"], log.event["level"]) == ("library.logged", library, "error")
     assert "OSError" in log.event["exception"]
-    assert SECRET not in log.written
+    assert SECRET not in log.output
 
 
 def test_handlers_a_library_brought_along_are_taken_away() -> None:
     """A library's own handler would write without redaction."""
     own = io.StringIO()
     logging.getLogger("uvicorn.access").addHandler(logging.StreamHandler(own))
-    log = Log()
+    log = LogSetup()
     logging.getLogger("uvicorn.access").warning("once")
     assert (own.getvalue(), log.event["detail"]) == ("", "once")
 
 
 def test_a_record_that_does_not_fit_its_arguments_is_written_all_the_same() -> None:
     """A library's mistake in a log call does not lose the event, nor does a level of its own making."""
-    log = Log()
+    log = LogSetup()
     logging.getLogger("redis").log(35, "lost %d", "x")
     assert (log.event["detail"], log.event["level"]) == ("lost %d", "warning")

@@ -18,7 +18,7 @@ from service.domain.tasks import (
 )
 
 
-def faults(kind: Kind, *fields: tuple[str, str]) -> dict[str, str]:
+def option_errors(kind: Kind, *fields: tuple[str, str]) -> dict[str, str]:
     """What is said of each faulty field."""
     with pytest.raises(InvalidOptions) as caught:
         parse_options(kind, fields, DEFAULT_CATALOGUE)
@@ -47,15 +47,15 @@ def faults(kind: Kind, *fields: tuple[str, str]) -> dict[str, str]:
 )
 def test_faults(name: str, text: str, detail: str) -> None:
     """A value out of range, of another type or unknown is named with what it must be."""
-    assert faults(Kind.UPSCALE, (name, text))[name].startswith(detail)
+    assert option_errors(Kind.UPSCALE, (name, text))[name].startswith(detail)
 
 
 def test_every_fault_is_named() -> None:
     """All faulty fields are named at once, a repeated one among them."""
-    found = faults(Kind.SEAMLESS, ("fit", "0.05"), ("colors", "5"), ("fit", "0.5"))
+    found = option_errors(Kind.SEAMLESS, ("fit", "0.05"), ("colors", "5"), ("fit", "0.5"))
     assert set(found) == {"fit", "colors"}
-    assert faults(Kind.SEAMLESS, ("fit", "0.5"), ("fit", "0.5")) == {"fit": "is given more than once"}
-    assert faults(Kind.FACE_ENHANCE, ("fit", "0.5")) == {"fit": "is not an option; this kind takes no options"}
+    assert option_errors(Kind.SEAMLESS, ("fit", "0.5"), ("fit", "0.5")) == {"fit": "is given more than once"}
+    assert option_errors(Kind.FACE_ENHANCE, ("fit", "0.5")) == {"fit": "is not an option; this kind takes no options"}
 
 
 @given(
@@ -77,7 +77,7 @@ def test_an_empty_option_is_not_given() -> None:
     """A field that a form sends empty has its default, and is no repetition of another; its name is still checked."""
     fields = [("scale", ""), ("vector", ""), ("model", ""), ("steps", ""), ("steps", "20"), ("prompt", "")]
     assert parse_options(Kind.UPSCALE, fields, DEFAULT_CATALOGUE) == UpscaleOptions(steps=20)
-    assert faults(Kind.UPSCALE, ("fit", "")).keys() == {"fit"}
+    assert option_errors(Kind.UPSCALE, ("fit", "")).keys() == {"fit"}
 
 
 def test_edges_are_in_range() -> None:
@@ -93,8 +93,8 @@ def test_catalogue() -> None:
         options = parse_options(Kind.UPSCALE, [("model", given_as)], catalogue)
         assert isinstance(options, UpscaleOptions)
         assert options.model == "anime"
-    assert catalogue.word("model", "anime") == "动漫模型"
-    assert catalogue.word("style", "gone") == "gone"
+    assert catalogue.vendor_word("model", "anime") == "动漫模型"
+    assert catalogue.vendor_word("style", "gone") == "gone"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": null}', '"a"', '{"a": "' + "x" * 2_048 + '"}'])

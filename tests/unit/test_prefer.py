@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.params import applied, wait_seconds
+from service.api.params import parse_wait_seconds, preference_applied_header
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from service.api.params import applied, wait_seconds
 )
 def test_wishes_that_are_granted(header: str, seconds: int) -> None:
     """Names in any case, quotes, spaces, parameters and other preferences make no difference."""
-    assert wait_seconds([header]) == seconds
+    assert parse_wait_seconds([header]) == seconds
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ def test_wishes_that_are_granted(header: str, seconds: int) -> None:
 )
 def test_a_wish_without_a_number_is_for_the_longest(header: str) -> None:
     """Bare `wait` waits as long as there is, and an empty value is the same as none."""
-    assert wait_seconds([header]) == 60
+    assert parse_wait_seconds([header]) == 60
 
 
 @pytest.mark.parametrize("header", ["wait=61", "wait=100000", f"wait={'9' * 500}"])
 def test_no_longer_than_a_minute(header: str) -> None:
     """Whoever would wait longer waits for 60 seconds, and is told so."""
-    assert wait_seconds([header]) == 60
-    assert applied(60) == {"Preference-Applied": "wait=60"}
+    assert parse_wait_seconds([header]) == 60
+    assert preference_applied_header(60) == {"Preference-Applied": "wait=60"}
 
 
 @pytest.mark.parametrize(
@@ -55,19 +55,19 @@ def test_no_longer_than_a_minute(header: str) -> None:
 )
 def test_wishes_that_are_passed_over(header: str) -> None:
     """What is malformed, zero, unknown, quoted within something else, or endless is as if it were not there."""
-    assert wait_seconds([header]) == 0
-    assert applied(0) == {}
+    assert parse_wait_seconds([header]) == 0
+    assert preference_applied_header(0) == {}
 
 
 def test_several() -> None:
     """Of several the first counts, in one header or in many, even if it makes no sense."""
-    assert wait_seconds(["wait=5, wait=10"]) == 5
-    assert wait_seconds(["respond-async", "wait=5", "wait=10"]) == 5
-    assert wait_seconds(["wait=soon", "wait=10"]) == 0
-    assert wait_seconds([]) == 0
+    assert parse_wait_seconds(["wait=5, wait=10"]) == 5
+    assert parse_wait_seconds(["respond-async", "wait=5", "wait=10"]) == 5
+    assert parse_wait_seconds(["wait=soon", "wait=10"]) == 0
+    assert parse_wait_seconds([]) == 0
 
 
 @given(st.lists(st.text(alphabet=st.sampled_from('wait=5,;"\\ \tx')), max_size=4))
 def test_anything(headers: list[str]) -> None:
     """Nothing that a client sends is an error."""
-    assert 0 <= wait_seconds(headers) <= 60
+    assert 0 <= parse_wait_seconds(headers) <= 60

@@ -11,9 +11,9 @@ from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from msgspec import Meta, Struct
 from structlog.testing import CapturingLogger
 
-from service.api.errors import ClientLeft, exception_handlers
+from service.api.errors import ClientDisconnected, exception_handlers
 from service.domain import errors
-from tests.unit.asgi import Answer, App, body_messages, call
+from tests.unit.asgi import App, AsgiResponse, call_app, make_body_messages
 
 
 class Limit(Struct, forbid_unknown_fields=True):
@@ -55,7 +55,7 @@ async def fault(name: FromPath[str]) -> None:
         "crash": ZeroDivisionError("hunter2"),
         "framework": ImproperlyConfiguredException("hunter2"),
         "forbidden": PermissionDeniedException("hunter2"),
-        "left": ClientLeft(),
+        "left": ClientDisconnected(),
     }[name]
 
 
@@ -78,10 +78,10 @@ def app(logger: CapturingLogger) -> App:
     )
 
 
-async def asked(app: App, method: str, path: str, body: bytes = b"", **headers: str) -> Answer:
+async def send_request(app: App, method: str, path: str, body: bytes = b"", **headers: str) -> AsgiResponse:
     """The answer to one request."""
     sent = {"content-type": "application/json", "content-length": str(len(body)), **headers}
-    answer = await call(app, method, path, headers=sent, messages=body_messages([body]))
+    answer = await call_app(app, method, path, headers=sent, messages=make_body_messages([body]))
     assert answer is not None
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["status"] == answer.status
@@ -105,19 +105,19 @@ async def test_the_handlers_cover_all_of_the_application(
     app: App, method: str, path: str, status: int, code: str
 ) -> None:
     """Unknown addresses, unknown methods, errors of the domain and crashes are all answered as problems."""
-    answer = await asked(app, method, path)
+    answer = await send_request(app, method, path)
     assert (answer.status, answer.json()["code"]) == (status, code)
 
 
 async def test_a_wrong_method_is_told_the_right_ones(app: App) -> None:
     """A 405 names the methods there are."""
-    assert "GET" in (await asked(app, "DELETE", "/queries")).headers["allow"]
+    assert "GET" in (await send_request(app, "DELETE", "/queries")).headers["allow"]
 
 
 @pytest.mark.parametrize("name", ["crash", "base", "framework"])
 async def test_a_crash_is_logged_and_not_told(app: App, logger: CapturingLogger, name: str) -> None:
     """The cause of a 500 is in the log, with its exception, and nowhere in the answer."""
-    answer = await asked(app, "GET", f"/faults/{name}")
+    answer = await send_request(app, "GET", f"/faults/{name}")
     assert b"hunter2" not in answer.body
     ((logged),) = logger.calls
     assert logged.method_name == "error"
@@ -126,8 +126,8 @@ async def test_a_crash_is_logged_and_not_told(app: App, logger: CapturingLogger,
 
 async def test_a_missing_token_and_a_wrong_one_are_challenged_differently(app: App) -> None:
     """Who sent a token is told that it is invalid, who sent none only how to authenticate."""
-    missing = await asked(app, "GET", "/faults/token")
-    wrong = await asked(app, "GET", "/faults/token", authorization="Bearer x")
+    missing = await send_request(app, "GET", "/faults/token")
+    wrong = await send_request(app, "GET", "/faults/token", authorization="Bearer x")
     assert missing.headers["www-authenticate"] == 'Bearer realm="imaging-gateway"'
     assert wrong.headers["www-authenticate"] == 'Bearer realm="imaging-gateway", error="invalid_token"'
 
@@ -146,7 +146,7 @@ async def test_a_missing_token_and_a_wrong_one_are_challenged_differently(app: A
 )
 async def test_faults_of_a_body_are_named(app: App, body: bytes, expected: dict[str, str]) -> None:
     """A JSON body that does not fit is a 422 that names the field at fault."""
-    answer = await asked(app, "PUT", "/bodies", body)
+    answer = await send_request(app, "PUT", "/bodies", body)
     assert (answer.status, answer.json()["code"]) == (422, "invalid-options")
     assert {each["field"]: each["detail"] for each in answer.json()["errors"]} == expected
 
@@ -156,7 +156,7 @@ async def test_faults_of_a_body_are_named(app: App, body: bytes, expected: dict[
 )
 async def test_faults_of_a_query_are_named(app: App, path: str, field: str) -> None:
     """A query that does not fit is a 422 that names the parameter, and does not repeat the query."""
-    answer = await asked(app, "GET", f"{path}{'&' if '?' in path else '?'}key=hunter2")
+    answer = await send_request(app, "GET", f"{path}{'&' if '?' in path else '?'}key=hunter2")
     assert (answer.status, [each["field"] for each in answer.json()["errors"]]) == (422, [field])
     assert b"hunter2" not in answer.body
 
@@ -164,18 +164,20 @@ async def test_faults_of_a_query_are_named(app: App, path: str, field: str) -> N
 @pytest.mark.parametrize("body", [b"{", b'{"accounts": ["\xff"]}', b"x" * 2000])
 async def test_a_body_that_cannot_be_read_is_malformed(app: App, body: bytes) -> None:
     """Broken JSON, broken UTF-8 and too long a body are a 400."""
-    answer = await asked(app, "PUT", "/bodies", body)
+    answer = await send_request(app, "PUT", "/bodies", body)
     assert (answer.status, answer.json()["code"]) == (400, "malformed-request")
 
 
 async def test_a_form_beyond_the_limit_of_the_server_is_too_large(app: App) -> None:
     """A multipart body that the framework refuses for its size is a 413."""
-    answer = await asked(app, "POST", "/forms", b"x" * 2000, **{"content-type": "multipart/form-data; boundary=x"})
+    answer = await send_request(
+        app, "POST", "/forms", b"x" * 2000, **{"content-type": "multipart/form-data; boundary=x"}
+    )
     assert (answer.status, answer.json()["code"]) == (413, "image-too-large")
 
 
 async def test_a_client_that_left_is_answered_nothing(app: App, logger: CapturingLogger) -> None:
     """That the client is gone passes through to whoever serves the application, unanswered and unlogged."""
-    with pytest.raises(ClientLeft):
-        await call(app, "GET", "/faults/left")
+    with pytest.raises(ClientDisconnected):
+        await call_app(app, "GET", "/faults/left")
     assert logger.calls == []

@@ -6,27 +6,27 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.api.errors import PROBLEMS, TooSlow, render, to_problem
+from service.api.errors import PROBLEMS, BodyTimeout, render, to_problem
 from service.domain import errors
 from service.domain.ledger import RateLimit, Violation
-from tests.unit.asgi import Answer
+from tests.unit.asgi import AsgiResponse
 
 
-def leaves(cls: type[errors.GatewayError]) -> Iterator[type[errors.GatewayError]]:
+def leaf_errors(cls: type[errors.GatewayError]) -> Iterator[type[errors.GatewayError]]:
     """The classes of the tree of errors that stand for one thing that went wrong."""
     children = [each for each in cls.__subclasses__() if each.__module__ == errors.__name__]
     if not children:
         yield cls
     for each in children:
-        yield from leaves(each)
+        yield from leaf_errors(each)
 
 
-def example(cls: type[errors.GatewayError]) -> errors.GatewayError:
+def make_error(cls: type[errors.GatewayError]) -> errors.GatewayError:
     """An error of a class."""
     if cls is errors.InvalidOptions:
         return errors.InvalidOptions([errors.FieldError("scale", "must be a number")])
     if cls is errors.QuotaDenied:
-        return quota(("day-tasks", 5, 1_767_312_000_000))
+        return make_quota_error(("day-tasks", 5, 1_767_312_000_000))
     if cls is errors.UpstreamRejected:
         return errors.UpstreamRejected("Mend it.", reason="too dark")
     if cls is errors.SubmissionUnknown:
@@ -36,7 +36,7 @@ def example(cls: type[errors.GatewayError]) -> errors.GatewayError:
     return cls("Mend it.")
 
 
-def quota(*violations: tuple[str, int, int | None], retry_after: float | None = None) -> errors.QuotaDenied:
+def make_quota_error(*violations: tuple[str, int, int | None], retry_after: float | None = None) -> errors.QuotaDenied:
     """A denial by policies."""
     return errors.QuotaDenied("Later.", violations=[Violation(*each) for each in violations], retry_after=retry_after)
 
@@ -70,10 +70,10 @@ STATUS = {
 }
 
 
-@pytest.mark.parametrize("cls", list(leaves(errors.GatewayError)), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", list(leaf_errors(errors.GatewayError)), ids=lambda cls: cls.__name__)
 def test_every_error_has_its_place_in_the_table(cls: type[errors.GatewayError]) -> None:
     """Each error of the domain becomes the status and code that the contract gives it."""
-    problem = to_problem(example(cls))
+    problem = to_problem(make_error(cls))
     assert (problem.type.status, problem.type.code) == STATUS[cls.__name__]
     assert problem.type in PROBLEMS
 
@@ -89,7 +89,7 @@ def test_a_subclass_is_told_as_its_closest_known_class() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [errors.GatewayError("secret"), errors.UpstreamFault("secret"), errors.Denied("secret")]
+    "error", [errors.GatewayError("secret"), errors.UpstreamFault("secret"), errors.Denial("secret")]
 )
 def test_what_is_not_in_the_table_says_nothing(error: errors.GatewayError) -> None:
     """An error without a place in the table is a 500 that does not tell its detail."""
@@ -100,8 +100,8 @@ def test_what_is_not_in_the_table_says_nothing(error: errors.GatewayError) -> No
 
 def test_the_document_has_the_members_of_the_contract() -> None:
     """A problem is rendered with its standard members, and the extras beside them."""
-    _, headers, body = render(to_problem(example(errors.SubmissionUnknown)), "req-1")
-    answer = Answer(504, headers, body)
+    _, headers, body = render(to_problem(make_error(errors.SubmissionUnknown)), "req-1")
+    answer = AsgiResponse(504, headers, body)
     assert headers["Content-Type"] == "application/problem+json"
     assert answer.json() == {
         "type": "urn:imaging-gateway:problem:submission-unknown",
@@ -116,11 +116,11 @@ def test_the_document_has_the_members_of_the_contract() -> None:
 
 def test_extras_carry_what_the_error_knows() -> None:
     """Faulty fields, refusing policies and the upstream's reason are told member by member."""
-    assert to_problem(example(errors.InvalidOptions)).extras == {
+    assert to_problem(make_error(errors.InvalidOptions)).extras == {
         "errors": [{"field": "scale", "detail": "must be a number"}]
     }
-    assert to_problem(example(errors.UpstreamRejected)).extras == {"upstream_reason": "too dark"}
-    assert to_problem(quota(("day-tasks", 5, 1_767_312_000_000), ("total-money", 950, None))).extras == {
+    assert to_problem(make_error(errors.UpstreamRejected)).extras == {"upstream_reason": "too dark"}
+    assert to_problem(make_quota_error(("day-tasks", 5, 1_767_312_000_000), ("total-money", 950, None))).extras == {
         "violated_policies": [
             {"policy": "day-tasks", "limit": 5, "resets_at": "2026-01-02T00:00:00Z"},
             {"policy": "total-money", "limit": 9.5, "resets_at": None},
@@ -141,7 +141,7 @@ def test_extras_carry_what_the_error_knows() -> None:
 )
 def test_the_code_of_a_denial_follows_from_its_policies(policies: list[str], code: str) -> None:
     """Only full slots are too many active tasks, only a full minute is a rate; anything else is a quota."""
-    assert to_problem(quota(*[(policy, 1, None) for policy in policies])).type.code == code
+    assert to_problem(make_quota_error(*[(policy, 1, None) for policy in policies])).type.code == code
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (2.0, "2"), (-3.5, "0")])
@@ -162,5 +162,5 @@ def test_a_denial_tells_what_is_left_of_each_limit() -> None:
 
 def test_a_slow_client_loses_its_connection() -> None:
     """After a body that did not arrive in time the server closes the connection."""
-    problem = to_problem(TooSlow("Too slow."))
+    problem = to_problem(BodyTimeout("Too slow."))
     assert (problem.type.code, problem.headers) == ("malformed-request", {"Connection": "close"})

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from service.crypto import generate_secret_key
-from service.settings import Settings, SettingsError, doubts
+from service.settings import Settings, SettingsError, production_warnings
 
 ALLOWED = {"GATEWAY_UPSTREAM_CLEARTEXT": "allow"}
-MAKE_A_TOKEN = "must not be one that can be guessed in production: `openssl rand -hex 32` makes one"
-MAKE_A_KEY = "must be random bytes in production, which number 1 is not: `openssl rand -base64 32` makes one"
+TOKEN_HINT = "must not be one that can be guessed in production: `openssl rand -hex 32` makes one"
+KEY_HINT = "must be random bytes in production, which number 1 is not: `openssl rand -base64 32` makes one"
 
 
-def production(**settings: str) -> dict[str, str]:
+def make_environment(**settings: str) -> dict[str, str]:
     """An environment that production takes, but for what a test gives."""
     return {
         "GATEWAY_ENV": "production",
@@ -26,41 +26,41 @@ def production(**settings: str) -> dict[str, str]:
     } | settings
 
 
-def faults(**settings: str) -> tuple[str, ...]:
+def read_errors(**settings: str) -> tuple[str, ...]:
     with pytest.raises(SettingsError) as caught:
-        Settings.load(production(**settings))
-    return caught.value.faults
+        Settings.load(make_environment(**settings))
+    return caught.value.errors
 
 
-def doubted(**settings: str) -> list[str]:
+def read_warned_settings(**settings: str) -> list[str]:
     """The settings that are taken with doubts."""
-    loaded = Settings.load(production(**settings))
-    return [field for field, _ in doubts(vars(loaded))]
+    loaded = Settings.load(make_environment(**settings))
+    return [field for field, _ in production_warnings(vars(loaded))]
 
 
 @pytest.mark.parametrize("token", ["t" * 40, "changeme" * 4, "0123456789abcdef" * 2, "abcde" * 8 + "abc"])
 def test_tokens_that_can_be_guessed(token: str) -> None:
     """A token of a few characters, or of one text again and again, is refused, with the command that makes a better."""
-    assert faults(GATEWAY_ADMIN_TOKEN=token) == (f"GATEWAY_ADMIN_TOKEN {MAKE_A_TOKEN}",)
+    assert read_errors(GATEWAY_ADMIN_TOKEN=token) == (f"GATEWAY_ADMIN_TOKEN {TOKEN_HINT}",)
 
 
 @pytest.mark.parametrize("key", [bytes(32), b"s" * 32, bytes(range(150, 158)) * 4, b"correct horse battery staple 123"])
 def test_keys_that_can_be_guessed(key: bytes) -> None:
     """A key of zeros, of a pattern or of a text is refused."""
-    assert faults(GATEWAY_SECRET_KEYS=base64.b64encode(key).decode()) == (f"GATEWAY_SECRET_KEYS {MAKE_A_KEY}",)
+    assert read_errors(GATEWAY_SECRET_KEYS=base64.b64encode(key).decode()) == (f"GATEWAY_SECRET_KEYS {KEY_HINT}",)
 
 
 def test_the_key_that_is_refused_is_named() -> None:
     """Of several keys, the one that can be guessed is named by its place, and never by what it is."""
     weak = base64.b64encode(b"s" * 32).decode()
-    (fault,) = faults(GATEWAY_SECRET_KEYS=f"{generate_secret_key()},{weak}")
+    (fault,) = read_errors(GATEWAY_SECRET_KEYS=f"{generate_secret_key()},{weak}")
     assert "number 2 is not" in fault
     assert weak not in fault
 
 
 def test_development_takes_them() -> None:
     """On a machine of one's own, secrets need not hold, and nothing needs TLS."""
-    environ = production(
+    environ = make_environment(
         GATEWAY_ADMIN_TOKEN="t", GATEWAY_SECRET_KEYS="A" * 43, GATEWAY_UPSTREAM_URL="http://images.example"
     )
     Settings.load(environ | {"GATEWAY_ENV": "development", "GATEWAY_REDIS_URL": "redis://8.8.8.8"})
@@ -69,10 +69,10 @@ def test_development_takes_them() -> None:
 @pytest.mark.parametrize("url", ["http://images.example/api", "http://8.8.8.8", "http://[2606:4700::1111]:80"])
 def test_an_upstream_in_the_clear(url: str) -> None:
     """An upstream elsewhere needs TLS, or somebody who says that it may do without."""
-    (fault,) = faults(GATEWAY_UPSTREAM_URL=url)
+    (fault,) = read_errors(GATEWAY_UPSTREAM_URL=url)
     assert fault.startswith("GATEWAY_UPSTREAM_URL must be https:// in production")
     assert fault.endswith("GATEWAY_UPSTREAM_CLEARTEXT=allow takes the risk")
-    assert doubted(GATEWAY_UPSTREAM_URL=url, **ALLOWED) == ["upstream_url"]
+    assert read_warned_settings(GATEWAY_UPSTREAM_URL=url, **ALLOWED) == ["upstream_url"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_an_upstream_in_the_clear(url: str) -> None:
 )
 def test_an_upstream_nearby(url: str) -> None:
     """An upstream on this machine or in a private network may do without TLS, as one behind a proxy for egress."""
-    assert doubted(GATEWAY_UPSTREAM_URL=url) == []
+    assert read_warned_settings(GATEWAY_UPSTREAM_URL=url) == []
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_an_upstream_nearby(url: str) -> None:
 )
 def test_a_store_that_everybody_reaches(url: str, wanted: list[str]) -> None:
     """A store at a public address needs TLS and a password."""
-    found = faults(GATEWAY_REDIS_URL=url)
+    found = read_errors(GATEWAY_REDIS_URL=url)
     assert len(found) == len(wanted)
     for fault, words in zip(found, wanted, strict=True):
         assert fault.startswith(f"GATEWAY_REDIS_URL {words}")
@@ -127,19 +127,19 @@ def test_a_store_that_everybody_reaches(url: str, wanted: list[str]) -> None:
 )
 def test_a_store_that_perhaps_everybody_reaches(url: str, times: int) -> None:
     """A store with a public name is taken, since its address may be private, and each thing it lacks is a doubt."""
-    assert doubted(GATEWAY_REDIS_URL=url) == ["redis_url"] * times
+    assert read_warned_settings(GATEWAY_REDIS_URL=url) == ["redis_url"] * times
 
 
 def test_a_loud_log_is_doubted() -> None:
     """Whoever looks for a fault may log all there is, and is told that it is much."""
-    assert doubted(GATEWAY_LOG_LEVEL="debug") == ["log_level"]
+    assert read_warned_settings(GATEWAY_LOG_LEVEL="debug") == ["log_level"]
 
 
 def test_no_refusal_shows_a_secret(tmp_path: Path) -> None:
     """Refusals never repeat a secret, wherever it is from."""
     (tmp_path / "token").write_text("hush!!" * 6)
-    environ = production(GATEWAY_REDIS_URL="redis://me:hush@8.8.8.8", GATEWAY_ADMIN_TOKEN="")
+    environ = make_environment(GATEWAY_REDIS_URL="redis://me:hush@8.8.8.8", GATEWAY_ADMIN_TOKEN="")
     with pytest.raises(SettingsError) as caught:
         Settings.load(environ | {"GATEWAY_ADMIN_TOKEN_FILE": str(tmp_path / "token")})
-    assert len(caught.value.faults) == 2
+    assert len(caught.value.errors) == 2
     assert "hush" not in str(caught.value)

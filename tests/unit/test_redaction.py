@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.tenants import new_token
-from service.domain.webhooks import new_secret
+from service.domain.tenants import generate_token
+from service.domain.webhooks import generate_secret
 from service.telemetry.redaction import Redactor
 
 SECRET = "hunter2-hunter2"
 OTHERS = tuple(f"{number:04}-another-secret" for number in range(20))
-WORDS = st.text("abc xyz.,-/", max_size=8)
+PLAIN_WORDS = st.text("abc xyz.,-/", max_size=8)
 
 
-def clothed(secret: str) -> st.SearchStrategy[str]:
+def encoded_secrets(secret: str) -> st.SearchStrategy[str]:
     """A secret in some spelling, within some text."""
     plain = secret.encode()
     spelling = st.sampled_from(
@@ -36,35 +36,37 @@ def clothed(secret: str) -> st.SearchStrategy[str]:
             base64.urlsafe_b64encode(b"###" + plain).decode(),
         ]
     )
-    return st.builds(lambda before, it, after: f"{before}<{it}>{after}", WORDS, spelling, WORDS)
+    return st.builds(lambda before, it, after: f"{before}<{it}>{after}", PLAIN_WORDS, spelling, PLAIN_WORDS)
 
 
-def hidden(secrets: list[str]) -> st.SearchStrategy[Any]:
+def structures_with_secrets(secrets: list[str]) -> st.SearchStrategy[Any]:
     """Any structure with secrets somewhere in it: as values, names, parts of texts and of objects."""
-    leaf: st.SearchStrategy[Any] = WORDS | st.integers() | st.none() | st.sampled_from(secrets).flatmap(clothed)
-    leaf |= st.sampled_from(secrets).flatmap(clothed).map(ValueError)
+    leaf: st.SearchStrategy[Any] = (
+        PLAIN_WORDS | st.integers() | st.none() | st.sampled_from(secrets).flatmap(encoded_secrets)
+    )
+    leaf |= st.sampled_from(secrets).flatmap(encoded_secrets).map(ValueError)
     return st.recursive(
         leaf,
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.tuples(inner, inner)
-            | st.dictionaries(st.sampled_from(secrets).flatmap(clothed) | WORDS, inner, max_size=3)
+            | st.dictionaries(st.sampled_from(secrets).flatmap(encoded_secrets) | PLAIN_WORDS, inner, max_size=3)
             | st.lists(inner, max_size=3).map(repr)
-            | st.dictionaries(WORDS, inner.map(str), max_size=3).map(json.dumps)
+            | st.dictionaries(PLAIN_WORDS, inner.map(str), max_size=3).map(json.dumps)
         ),
         max_leaves=8,
     )
 
 
-TOKENS = [new_token(), new_token()]
+TOKENS = [generate_token(), generate_token()]
 
 
-@given(hidden([*OTHERS[:3], SECRET, "p@ss w/rd&='\"\\", *TOKENS]))
+@given(structures_with_secrets([*OTHERS[:3], SECRET, "p@ss w/rd&='\"\\", *TOKENS]))
 def test_no_secret_is_found_again(value: Any) -> None:
     """Neither a known secret nor a token is found again, however it is spelled and wherever it stands."""
     told = ["p@ss w/rd&='\"\\", SECRET, *OTHERS]
     event = Redactor(told)(None, "info", {"event": "x", "value": value})
-    written = json.dumps(event, ensure_ascii=False) + "".join(texts(event))
+    written = json.dumps(event, ensure_ascii=False) + "".join(iter_texts(event))
     for secret in (*told, *TOKENS):
         plain = secret.encode()
         assert secret not in written
@@ -82,7 +84,7 @@ def test_nothing_is_told_of_what_stands_under_a_telling_name(name: str, value: s
     for _ in range(depth):
         about = {"inner": json.dumps(about)}
     for text in (json.dumps(about), repr(about), repr(json.dumps(about)), json.dumps(repr(about))):
-        assert "canary" not in Redactor().text(text)
+        assert "canary" not in Redactor().redact_text(text)
 
 
 @pytest.mark.parametrize("pair", [("prompt", "a cat"), [b"cookie", "a cat"], {"name": "user_key", "value": "a cat"}])
@@ -106,15 +108,15 @@ def test_names_beside_their_values(pair: Any) -> None:
 )
 def test_running_text(text: str, shown: str) -> None:
     """Of an address its host and path stay, of a prompt nothing, and of all else whatever is no secret."""
-    assert Redactor().text(text) == shown
+    assert Redactor().redact_text(text) == shown
 
 
-def texts(value: Any) -> list[str]:
+def iter_texts(value: Any) -> list[str]:
     """Every text within an event."""
     if isinstance(value, dict):
-        return [*value, *(text for each in value.values() for text in texts(each))]
+        return [*value, *(text for each in value.values() for text in iter_texts(each))]
     if isinstance(value, list):
-        return [text for each in value for text in texts(each)]
+        return [text for each in value for text in iter_texts(each)]
     return [value] if isinstance(value, str) else []
 
 
@@ -130,8 +132,8 @@ def test_anything_can_be_written(value: Any) -> None:
 @pytest.mark.parametrize("text", ["{}", "x{}x", "'{}', which"])
 def test_webhook_secrets(text: str) -> None:
     """A webhook secret is not logged, wherever it stands."""
-    secret = new_secret()
-    assert secret.removeprefix("whsec_") not in Redactor().text(text.format(secret))
+    secret = generate_secret()
+    assert secret.removeprefix("whsec_") not in Redactor().redact_text(text.format(secret))
 
 
 @pytest.mark.parametrize(
@@ -144,4 +146,4 @@ def test_webhook_secrets(text: str) -> None:
 )
 def test_redaction_of_long_texts_ends(text: str) -> None:
     """Texts made to be hard to search take no longer than others."""
-    assert len(Redactor([SECRET]).text(text)) <= 2 * len(text)
+    assert len(Redactor([SECRET]).redact_text(text)) <= 2 * len(text)

@@ -14,8 +14,8 @@ from hypothesis import given
 
 from service.api.admin_schemas import AccountEntry, RegistryBody, SecretEntry, TenantEntry, TokenEntry, WebhookEntry
 from service.cli.client import CommandError
-from service.cli.registry import HEAD, read, write
-from tests.unit.registries import ANY_END, ENVIRONMENT, bare, documents
+from service.cli.registry import FILE_HEADER, format_registry_file, read_registry_file
+from tests.unit.registries import ANY_EXPIRY, ENVIRONMENT, registry_documents, without_secrets
 
 WHOLE = """
 [accounts.main]
@@ -44,46 +44,46 @@ expires_at = 2027-01-31T12:00:00+01:00
 """
 
 
-def text_of(text: str) -> RegistryBody:
+def read_text(text: str) -> RegistryBody:
     """What a file says, with the environment it refers to."""
     with mock.patch.dict(os.environ, ENVIRONMENT):
-        return read(io.BytesIO(text.encode()))
+        return read_registry_file(io.BytesIO(text.encode()))
 
 
-def faults(text: str) -> list[str]:
+def read_errors(text: str) -> list[str]:
     """What is said to be wrong with a file."""
     with pytest.raises(CommandError) as raised:
-        text_of(text)
+        read_text(text)
     first, *lines = raised.value.message.splitlines()
     assert first.endswith("can't be applied:")
     return [line.strip() for line in lines]
 
 
-@given(documents(ends=ANY_END))
+@given(registry_documents(expiries=ANY_EXPIRY))
 def test_written_and_read(body: RegistryBody) -> None:
     """A registry that is written is read again as it was, with its secrets from where it says they are."""
-    text = write(bare(body))
-    again = text_of(text)
+    text = format_registry_file(without_secrets(body))
+    again = read_text(text)
     assert again == body
-    assert write(bare(again)) == text
+    assert format_registry_file(without_secrets(again)) == text
     assert not any(secret in text for secret in ENVIRONMENT.values())
 
 
 def test_everything_that_can_be_said() -> None:
     """A file says all there is about accounts, tenants and tokens."""
-    body = text_of(WHOLE)
+    body = read_text(WHOLE)
     assert body.accounts["main"].floor_money == 0.5
     assert body.accounts["main"].user_key == SecretEntry(env="KEY_ONE", value="key-one")
     shop = body.tenants["shop"]
     assert shop.webhook
     assert shop.webhook.secret == SecretEntry(env="HOOK_ONE", value=ENVIRONMENT["HOOK_ONE"])
     assert shop.tokens["0123456789ab"].created_at == datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
-    assert tomllib.loads(write(bare(body))) == tomllib.loads(WHOLE)
+    assert tomllib.loads(format_registry_file(without_secrets(body))) == tomllib.loads(WHOLE)
 
 
 def test_nothing() -> None:
     """A file may be empty."""
-    assert text_of("") == RegistryBody()
+    assert read_text("") == RegistryBody()
 
 
 def test_secrets_in_files(tmp_path: Path) -> None:
@@ -93,13 +93,13 @@ def test_secrets_in_files(tmp_path: Path) -> None:
     file = tmp_path / "registry.toml"
     file.write_text('accounts.main.user_key.file = "secrets/main"')
     with file.open("rb") as opened:
-        found = read(opened).accounts["main"].user_key
+        found = read_registry_file(opened).accounts["main"].user_key
     assert found == SecretEntry(file="secrets/main", value="key-in-a-file")
 
 
 def test_all_faults_at_once() -> None:
     """Every fault of a file is told, with where it is, and with what was probably meant."""
-    found = faults(
+    found = read_errors(
         """
         [accounts.main]
         user_key = { env = "NOBODY_SET_IT" }
@@ -179,7 +179,7 @@ created_at = 1960-01-01T00:00:00Z }
 )
 def test_secrets_do_not_belong_here(secret: str) -> None:
     """A secret in the file itself is refused, and not repeated."""
-    (key, hook) = faults(
+    (key, hook) = read_errors(
         f"""
         [accounts.main]
         user_key = {secret}
@@ -208,13 +208,13 @@ def test_secrets_do_not_belong_here(secret: str) -> None:
 def test_secrets_that_are_not_found(monkeypatch: pytest.MonkeyPatch, entry: str, says: str) -> None:
     """Where a secret can't be taken from is told."""
     monkeypatch.setenv("BLANKS", "sk 0123")
-    assert faults(f"accounts.main.user_key = {entry}") == [says]
+    assert read_errors(f"accounts.main.user_key = {entry}") == [says]
 
 
 def test_file_that_is_no_text(tmp_path: Path) -> None:
     """A file of other bytes than text holds no secret."""
     (tmp_path / "key").write_bytes(b"\xff\xfe")
-    assert faults(f'accounts.main.user_key.file = "{tmp_path / "key"}"') == [
+    assert read_errors(f'accounts.main.user_key.file = "{tmp_path / "key"}"') == [
         f"accounts.main.user_key: {tmp_path / 'key'} holds no secret"
     ]
 
@@ -222,7 +222,7 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [b"accounts = 3\ntenants = []", b"accounts.main = 3\ntenants.shop = 'x'"])
 def test_tables(text: bytes) -> None:
     """What has to be a table is one."""
-    assert [each.partition(": ")[2] for each in faults(text.decode())] == ["must be a table", "must be a table"]
+    assert [each.partition(": ")[2] for each in read_errors(text.decode())] == ["must be a table", "must be a table"]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_tables(text: bytes) -> None:
 def test_no_toml(content: bytes, says: str) -> None:
     """What is no TOML is told as that."""
     with pytest.raises(CommandError) as raised:
-        read(io.BytesIO(content))
+        read_registry_file(io.BytesIO(content))
     assert raised.value.message == says
 
 
@@ -250,10 +250,14 @@ def test_head() -> None:
             "shop": TenantEntry(accounts=[], tokens={"0" * 12: token}),
         },
     )
-    text = write(body)
-    assert text.startswith(HEAD)
-    assert text.removeprefix(HEAD).splitlines()[2:4] == [
+    text = format_registry_file(body)
+    assert text.startswith(FILE_HEADER)
+    assert text.removeprefix(FILE_HEADER).splitlines()[2:4] == [
         "#   accounts.main.user_key",
         '#   tenants."with.dots".webhook.secret',
     ]
-    assert write(RegistryBody({"spare": body.accounts["spare"]})).removeprefix(HEAD).startswith("\n[accounts.spare.")
+    assert (
+        format_registry_file(RegistryBody({"spare": body.accounts["spare"]}))
+        .removeprefix(FILE_HEADER)
+        .startswith("\n[accounts.spare.")
+    )

@@ -11,30 +11,30 @@ from service import __version__
 ROOT = Path(__file__).parents[2]
 
 
-def tree(folder: Path = ROOT) -> Iterator[Path]:
+def list_files(folder: Path = ROOT) -> Iterator[Path]:
     """The files of the repository, without those that git ignores."""
     ignored = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split())]
     for path in sorted(folder.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in ignored):
             continue
         if path.is_dir():
-            yield from tree(path)
+            yield from list_files(path)
         else:
             yield path
 
 
-def named(path: Path) -> str:
+def public_names(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def nodes(path: Path) -> Iterator[ast.AST]:
+def iter_nodes(path: Path) -> Iterator[ast.AST]:
     return ast.walk(ast.parse(path.read_text()))
 
 
 def test_no_machine_shows_through() -> None:
     """No file names a folder that only one machine has."""
     folders = re.compile(rb"(?<![\w.*-])/(root|work|home/\w+)/")
-    texts = {named(path): path.read_bytes() for path in tree()}
+    texts = {public_names(path): path.read_bytes() for path in list_files()}
     assert [name for name, text in texts.items() if b"\0" not in text and folders.search(text)] == []
 
 
@@ -42,10 +42,10 @@ def test_every_test_runs() -> None:
     """No test is marked to be skipped or to fail."""
     excuses = {"skip", "skipif", "xfail", "importorskip"}
     found = [
-        f"{named(path)}:{node.lineno}"
-        for path in tree(ROOT / "tests")
+        f"{public_names(path)}:{node.lineno}"
+        for path in list_files(ROOT / "tests")
         if path.suffix == ".py"
-        for node in nodes(path)
+        for node in iter_nodes(path)
         if isinstance(node, ast.Attribute) and node.attr in excuses
     ]
     assert found == []
@@ -54,10 +54,10 @@ def test_every_test_runs() -> None:
 def test_the_environment_is_read_in_one_place() -> None:
     """Only the command looks at the environment, and hands it to the settings; the strangers have no settings."""
     readers = {
-        named(path)
-        for path in tree(ROOT / "service")
+        public_names(path)
+        for path in list_files(ROOT / "service")
         if path.suffix == ".py"
-        for node in nodes(path)
+        for node in iter_nodes(path)
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}
         if isinstance(node.value, ast.Name) and node.value.id == "os"
     }

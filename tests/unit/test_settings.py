@@ -24,14 +24,14 @@ PRODUCTION = {
 }
 
 
-def faults(environ: Mapping[str, str]) -> tuple[str, ...]:
+def read_errors(environ: Mapping[str, str]) -> tuple[str, ...]:
     with pytest.raises(SettingsError) as caught:
         Settings.load(environ)
-    assert str(caught.value) == "\n".join(caught.value.faults)
-    return caught.value.faults
+    assert str(caught.value) == "\n".join(caught.value.errors)
+    return caught.value.errors
 
 
-def message(environ: Mapping[str, str]) -> str:
+def error_message(environ: Mapping[str, str]) -> str:
     try:
         Settings.load(environ)
     except SettingsError as error:
@@ -43,7 +43,7 @@ def test_defaults() -> None:
     """An empty environment gives a gateway for this machine alone."""
     settings = Settings.load({"HOME": "/somewhere"})
     assert settings.env is Environment.DEVELOPMENT
-    assert not settings.in_production
+    assert not settings.is_production
     assert (settings.host, settings.port) == ("127.0.0.1", 8080)
     assert (settings.ops_host, settings.ops_port) == ("127.0.0.1", 8081)
     assert settings.sandbox_port == 8082
@@ -55,8 +55,8 @@ def test_defaults() -> None:
     assert settings.max_image_pixels == 25_000_000
     assert (settings.poll_seconds, settings.lease_seconds, settings.task_retention_days) == (2.5, 180, 30)
     assert (settings.role, settings.log_level) == (Role.ALL, LogLevel.INFO)
-    assert settings.catalogue.word("model", "general") == "通用模型"
-    assert settings.catalogue.word("style", "general") == "通用风格"
+    assert settings.catalogue.vendor_word("model", "general") == "通用模型"
+    assert settings.catalogue.vendor_word("style", "general") == "通用风格"
 
 
 def test_given() -> None:
@@ -75,7 +75,7 @@ def test_given() -> None:
             "GATEWAY_LOG_LEVEL": "warning",
         }
     )
-    assert settings.in_production
+    assert settings.is_production
     assert (settings.host, settings.port, settings.ops_host, settings.ops_port) == ("::", 80, "10.0.0.1", 0)
     assert settings.redis_url == "redis://store"
     assert settings.upstream_url == "https://images.example"
@@ -126,7 +126,7 @@ def test_faulty_files(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"x" * 70_000)
     (tmp_path / "port").write_text("8080")
     missing, data, large = (str(tmp_path / name) for name in ("missing", "bytes", "large"))
-    assert faults(
+    assert read_errors(
         {
             "GATEWAY_HOST_FILE": missing,
             "GATEWAY_PORT": "1",
@@ -192,12 +192,12 @@ def test_faulty_files(tmp_path: Path) -> None:
 )
 def test_faulty_values(variable: str, text: str, fault: str) -> None:
     """A value that can't be used is a fault that says what it must be."""
-    assert faults({f"GATEWAY_{variable}": text}) == (f"GATEWAY_{variable} {fault}",)
+    assert read_errors({f"GATEWAY_{variable}": text}) == (f"GATEWAY_{variable} {fault}",)
 
 
 def test_unknown_variables() -> None:
     """A variable of the gateway's that it does not know is a fault, with the name that was probably meant."""
-    assert faults({"GATEWAY_PROT": "1", "GATEWAY_REDIS_ULR_FILE": "x", "GATEWAY_ZZZ": "", "PATH": "/bin"}) == (
+    assert read_errors({"GATEWAY_PROT": "1", "GATEWAY_REDIS_ULR_FILE": "x", "GATEWAY_ZZZ": "", "PATH": "/bin"}) == (
         "GATEWAY_PROT is not a setting: did you mean GATEWAY_PORT?",
         "GATEWAY_REDIS_ULR_FILE is not a setting: did you mean GATEWAY_REDIS_URL_FILE?",
         "GATEWAY_ZZZ is not a setting",
@@ -208,48 +208,50 @@ def test_service_links() -> None:
     """Variables that Kubernetes makes up for a service called `gateway` are explained."""
     hint = "is not a setting: Kubernetes sets it for a service of that name; set enableServiceLinks to false"
     environ = {"GATEWAY_SERVICE_HOST": "10.0.0.1", "GATEWAY_PORT_8080_TCP": "tcp://10.0.0.1:8080"}
-    assert faults(environ) == (f"GATEWAY_PORT_8080_TCP {hint}", f"GATEWAY_SERVICE_HOST {hint}")
+    assert read_errors(environ) == (f"GATEWAY_PORT_8080_TCP {hint}", f"GATEWAY_SERVICE_HOST {hint}")
 
 
 @pytest.mark.parametrize("missing", ["REDIS_URL", "UPSTREAM_URL", "SECRET_KEYS", "ADMIN_TOKEN"])
 def test_production_refuses_what_is_for_development(missing: str) -> None:
     """In production nothing is embedded, simulated or generated."""
     environ = {name: text for name, text in PRODUCTION.items() if name != f"GATEWAY_{missing}"}
-    (fault,) = faults(environ)
+    (fault,) = read_errors(environ)
     assert fault.startswith(f"GATEWAY_{missing} must be given in production: ")
 
 
 def test_production_refuses_a_short_token() -> None:
     """In production the operators' token can't be guessed."""
-    (fault,) = faults(PRODUCTION | {"GATEWAY_ADMIN_TOKEN": "t" * 31})
+    (fault,) = read_errors(PRODUCTION | {"GATEWAY_ADMIN_TOKEN": "t" * 31})
     assert fault == "GATEWAY_ADMIN_TOKEN must have at least 32 characters in production"
 
 
 @pytest.mark.parametrize("role", ["api", "worker"])
 def test_roles_need_a_common_store(role: str) -> None:
     """Processes with different roles can't share an embedded server."""
-    (fault,) = faults({"GATEWAY_ROLE": role})
+    (fault,) = read_errors({"GATEWAY_ROLE": role})
     assert fault == f"GATEWAY_ROLE={role} needs GATEWAY_REDIS_URL: the embedded server belongs to one process"
 
 
 def test_user_key_needs_an_upstream() -> None:
     """A key without the upstream that knows it is a fault."""
-    (fault,) = faults({"GATEWAY_UPSTREAM_USER_KEY": "mine"})
+    (fault,) = read_errors({"GATEWAY_UPSTREAM_USER_KEY": "mine"})
     assert fault == "GATEWAY_UPSTREAM_USER_KEY needs GATEWAY_UPSTREAM_URL: the sandbox has an account of its own"
 
 
 def test_ports_differ() -> None:
     """Two listeners of one host can't have the same port, unless each takes a free one."""
-    assert faults({"GATEWAY_OPS_PORT": "8080"}) == ("GATEWAY_OPS_PORT must differ from GATEWAY_PORT",)
-    assert faults({"GATEWAY_PORT": "8082"}) == ("GATEWAY_SANDBOX_PORT must differ from GATEWAY_PORT",)
-    assert faults({"GATEWAY_OPS_PORT": "8082"}) == ("GATEWAY_SANDBOX_PORT must differ from GATEWAY_OPS_PORT",)
+    assert read_errors({"GATEWAY_OPS_PORT": "8080"}) == ("GATEWAY_OPS_PORT must differ from GATEWAY_PORT",)
+    assert read_errors({"GATEWAY_PORT": "8082"}) == ("GATEWAY_SANDBOX_PORT must differ from GATEWAY_PORT",)
+    assert read_errors({"GATEWAY_OPS_PORT": "8082"}) == ("GATEWAY_SANDBOX_PORT must differ from GATEWAY_OPS_PORT",)
     Settings.load({"GATEWAY_PORT": "0", "GATEWAY_OPS_PORT": "0", "GATEWAY_SANDBOX_PORT": "0"})
     Settings.load({"GATEWAY_HOST": "10.0.0.1", "GATEWAY_OPS_HOST": "10.0.0.2", "GATEWAY_OPS_PORT": "8080"})
 
 
 def test_all_faults_at_once() -> None:
     """Everything that is wrong is said in one go, and nothing is blamed twice."""
-    found = faults({"GATEWAY_ENV": "production", "GATEWAY_PORT": "x", "GATEWAY_REDIS_URL": "x", "GATEWAY_NAME": "x"})
+    found = read_errors(
+        {"GATEWAY_ENV": "production", "GATEWAY_PORT": "x", "GATEWAY_REDIS_URL": "x", "GATEWAY_NAME": "x"}
+    )
     assert [fault.split()[0] for fault in found] == [
         "GATEWAY_NAME",
         "GATEWAY_PORT",
@@ -277,7 +279,7 @@ def test_messages_keep_secrets(text_of_it: str) -> None:
     secret = text_of_it + "§"  # which is in no message by itself
     for name in ("GATEWAY_REDIS_URL", "GATEWAY_SECRET_KEYS", "GATEWAY_ADMIN_TOKEN", "GATEWAY_UPSTREAM_URL"):
         for text in (secret, f"redis://:{secret}@host", f"http://:{secret}@host"):
-            assert secret not in message({name: text})
+            assert secret not in error_message({name: text})
 
 
 def test_table() -> None:

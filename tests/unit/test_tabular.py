@@ -8,25 +8,25 @@ import io
 from hypothesis import given
 from hypothesis import strategies as some
 
-from service.api.schemas import flat, table, wants_csv
+from service.api.schemas import flatten, prefers_csv, render_csv
 
 CELLS = some.text(some.characters(exclude_categories=["Cs"]), min_size=1) | some.integers() | some.none()
 
 
-def read(content: bytes) -> list[list[str]]:
+def read_rows(content: bytes) -> list[list[str]]:
     return list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True))
 
 
 def test_lines() -> None:
     """Lines end as RFC 4180 has them, and cells with commas, quotes or breaks are quoted."""
-    content = table(["a", "b"], [["x,y", 'say "hi"'], ["two\r\nlines", None], [0, 0.29]])
+    content = render_csv(["a", "b"], [["x,y", 'say "hi"'], ["two\r\nlines", None], [0, 0.29]])
     assert content == b'a,b\r\n"x,y","say ""hi"""\r\n"two\r\nlines",\r\n0,0.29\r\n'
 
 
 @given(some.lists(some.tuples(CELLS, CELLS)))
 def test_no_cell_is_a_formula(rows: list[tuple[object, object]]) -> None:
     """Whatever text a cell holds, a spreadsheet takes it for text, and a reader finds all of it."""
-    found = read(table(["one", "other"], rows))[1:]
+    found = read_rows(render_csv(["one", "other"], rows))[1:]
     assert len(found) == len(rows)
     for cells, row in zip(found, rows, strict=True):
         for cell, value in zip(cells, row, strict=True):
@@ -39,12 +39,12 @@ def test_no_cell_is_a_formula(rows: list[tuple[object, object]]) -> None:
 
 def test_paths() -> None:
     """Members of objects within objects are named by their paths, in their order."""
-    assert flat({"b": {"x": 1, "y": {"z": None}}, "a": 2}) == {"b_x": 1, "b_y_z": None, "a": 2}
-    assert list(flat({"b": {"x": 1}, "a": 2})) == ["b_x", "a"]
+    assert flatten({"b": {"x": 1, "y": {"z": None}}, "a": 2}) == {"b_x": 1, "b_y_z": None, "a": 2}
+    assert list(flatten({"b": {"x": 1}, "a": 2})) == ["b_x", "a"]
 
 
 @given(some.text())
 def test_any_header(accept: str) -> None:
     """Whatever stands in an Accept header, it is an answer; it is CSV only for those who name text."""
-    if wants_csv(accept):
+    if prefers_csv(accept):
         assert "text/" in accept.lower()

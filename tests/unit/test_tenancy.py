@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from service.domain import tenants
 from service.domain.tenants import Token
 
-TOKEN = tenants.new_token()
+TOKEN = tenants.generate_token()
 
 
 def test_tokens_differ_and_are_well_formed() -> None:
     """Tokens are recognisable by their prefix, well formed, and never the same."""
-    tokens = {tenants.new_token() for _ in range(100)}
+    tokens = {tenants.generate_token() for _ in range(100)}
     assert len(tokens) == 100
-    assert all(token.startswith("igw_") and tenants.well_formed(token) for token in tokens)
+    assert all(token.startswith("igw_") and tenants.has_valid_checksum(token) for token in tokens)
 
 
 @given(st.data())
@@ -24,21 +24,21 @@ def test_typos_are_seen(data: st.DataObject) -> None:
     token = TOKEN
     place = data.draw(st.integers(4, len(token) - 1))
     letter = data.draw(st.sampled_from("aZ09-é").filter(lambda each: each != token[place]))
-    assert not tenants.well_formed(token[:place] + letter + token[place + 1 :])
-    assert not tenants.well_formed(token[:place] + token[place + 1 :])
-    assert not tenants.well_formed(token[:place] + letter + token[place:])
+    assert not tenants.has_valid_checksum(token[:place] + letter + token[place + 1 :])
+    assert not tenants.has_valid_checksum(token[:place] + token[place + 1 :])
+    assert not tenants.has_valid_checksum(token[:place] + letter + token[place:])
 
 
 @given(st.text())
 def test_anything_can_be_asked(text: str) -> None:
     """No text whatsoever makes the check fail."""
-    assert not tenants.well_formed(text)
-    assert not tenants.well_formed("igw_" + text)
+    assert not tenants.has_valid_checksum(text)
+    assert not tenants.has_valid_checksum("igw_" + text)
 
 
 def test_expiry() -> None:
     """A token is valid until the moment of its expiry, or for ever without one."""
-    token = Token("t", 1, b"", None, created=0, expires=100)
-    assert token.valid_at(99.9)
-    assert not token.valid_at(100)
-    assert Token("t", 1, b"", None, created=0).valid_at(1e12)
+    token = Token("t", 1, b"", None, created_at=0, expires_at=100)
+    assert token.is_valid_at(99.9)
+    assert not token.is_valid_at(100)
+    assert Token("t", 1, b"", None, created_at=0).is_valid_at(1e12)

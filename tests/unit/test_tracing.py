@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from service.telemetry.tracing import trace_id
+from service.telemetry.tracing import parse_trace_id
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SPAN = "00f067aa0ba902b7"
-GIVEN = f"00-{TRACE}-{SPAN}-01"
+TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
 
 
 def _headers(*given: str) -> list[tuple[bytes, bytes]]:
@@ -18,7 +18,7 @@ def _headers(*given: str) -> list[tuple[bytes, bytes]]:
 @pytest.mark.parametrize("flags", ["00", "01", "02", "ff"])
 def test_flags(flags: str) -> None:
     """A request belongs to the trace it names, whether that is sampled or not."""
-    assert trace_id(_headers(f"00-{TRACE}-{SPAN}-{flags}")) == TRACE
+    assert parse_trace_id(_headers(f"00-{TRACE}-{SPAN}-{flags}")) == TRACE
 
 
 @pytest.mark.parametrize(
@@ -26,12 +26,12 @@ def test_flags(flags: str) -> None:
 )
 def test_later_versions(given: str) -> None:
     """Of a later version that is read which all have in common."""
-    assert trace_id(_headers(given)) == TRACE
+    assert parse_trace_id(_headers(given)) == TRACE
 
 
 def test_spaces() -> None:
     """White space around the header is none of it."""
-    assert trace_id(_headers(f" \t{GIVEN} ")) == TRACE
+    assert parse_trace_id(_headers(f" \t{TRACEPARENT} ")) == TRACE
 
 
 @pytest.mark.parametrize(
@@ -62,21 +62,21 @@ def test_spaces() -> None:
         f"00-{TRACE}-{SPAN[:-1]}-01",
         f"00-{TRACE}-{SPAN}0-01",
         f"00_{TRACE}_{SPAN}_01",
-        f"{GIVEN},{GIVEN}",
-        f"{GIVEN}\n",
+        f"{TRACEPARENT},{TRACEPARENT}",
+        f"{TRACEPARENT}\n",
         f"00-{'٣' * 32}-{SPAN}-01",
     ],
 )
 def test_no_trace(given: str) -> None:
     """What is not written as it should is no trace."""
-    assert trace_id(_headers(given)) is None
+    assert parse_trace_id(_headers(given)) is None
 
 
 def test_several() -> None:
     """A request that names several traces belongs to none."""
-    assert trace_id(_headers(GIVEN, GIVEN)) is None
+    assert parse_trace_id(_headers(TRACEPARENT, TRACEPARENT)) is None
 
 
 def test_none() -> None:
     """A request that names no trace belongs to none."""
-    assert trace_id(_headers()) is None
+    assert parse_trace_id(_headers()) is None

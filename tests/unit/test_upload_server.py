@@ -10,30 +10,30 @@ import structlog
 from litestar import Litestar, Request, post
 from prometheus_client import CollectorRegistry
 
-from service.api.asgi import Edge
+from service.api.asgi import RequestMiddleware
 from service.api.errors import exception_handlers
-from service.api.uploads import Uploads
+from service.api.uploads import UploadReader
 from service.telemetry.metrics import Metrics, Port
-from tests.unit.asgi import Answer, connected, read_answer, serving
-from tests.unit.forms import CONTENT_TYPE, PNG, field, file, form
+from tests.unit.asgi import AsgiResponse, open_raw_connection, read_response, serve_on_port
+from tests.unit.forms import CONTENT_TYPE, PNG, encode_field, encode_file, encode_form
 
 MAX_BYTES = 3_000_000
 
 
-class Gateway:
+class UploadServer:
     """A server that takes submissions, and what it saw of them."""
 
     def __init__(self, **limits: Any) -> None:
-        self.lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.log_events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         logger = structlog.wrap_logger(None, processors=[self._collect])
-        uploads = Uploads(**({"max_image_bytes": MAX_BYTES, "max_image_pixels": 1000} | limits))
-        self.held = asyncio.Event()
+        uploads = UploadReader(**({"max_image_bytes": MAX_BYTES, "max_image_pixels": 1000} | limits))
+        self.received = asyncio.Event()
         self.release = asyncio.Event()
 
         @post("/v1/tasks")
         async def submit(request: Request[Any, Any, Any]) -> dict[str, int]:
             async with uploads.receive(request.scope, request.receive, part="image") as submission:
-                self.held.set()
+                self.received.set()
                 if submission.fields:
                     await self.release.wait()
                 return {"bytes": len(submission.image.data)}
@@ -46,66 +46,75 @@ class Gateway:
             logging_config=None,
             request_max_body_size=None,
         )
-        self.app = Edge(app, Metrics(CollectorRegistry()), logger, Port.TENANTS)
+        self.app = RequestMiddleware(app, Metrics(CollectorRegistry()), logger, Port.TENANTS)
 
     def _collect(self, _logger: object, _method: str, event: Any) -> Any:
-        self.lines.put_nowait(dict(event))
+        self.log_events.put_nowait(dict(event))
         raise structlog.DropEvent
 
 
-def head(length: int | None) -> bytes:
+def make_request_head(length: int | None) -> bytes:
     """The head of a submission, of a known length or in chunks."""
     framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
     return f"POST /v1/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\n{framing}\r\n\r\n".encode()
 
 
-def chunk(data: bytes) -> bytes:
+def encode_chunk(data: bytes) -> bytes:
     """A chunk of a body without a known length."""
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
-def code(answer: Answer) -> tuple[int, str]:
+def problem_code(answer: AsgiResponse) -> tuple[int, str]:
     """What went wrong."""
     return answer.status, answer.json()["code"]
 
 
 async def test_a_submission_arrives_and_the_connection_goes_on() -> None:
     """Two submissions over one connection, one with a length and one in chunks, both arrive whole."""
-    body = form(file("image", PNG + b"\0" * 1_000_000))
-    gateway = Gateway()
-    async with serving(gateway.app) as port, connected(port) as (reader, writer):
-        writer.write(head(len(body)) + body)
-        assert (await read_answer(reader)).json() == {"bytes": len(PNG) + 1_000_000}
-        writer.write(head(None) + chunk(body[:500_000]) + chunk(body[500_000:]) + chunk(b""))
-        assert (await read_answer(reader)).json() == {"bytes": len(PNG) + 1_000_000}
+    body = encode_form(encode_file("image", PNG + b"\0" * 1_000_000))
+    gateway = UploadServer()
+    async with serve_on_port(gateway.app) as port, open_raw_connection(port) as (reader, writer):
+        writer.write(make_request_head(len(body)) + body)
+        assert (await read_response(reader)).json() == {"bytes": len(PNG) + 1_000_000}
+        writer.write(
+            make_request_head(None) + encode_chunk(body[:500_000]) + encode_chunk(body[500_000:]) + encode_chunk(b"")
+        )
+        assert (await read_response(reader)).json() == {"bytes": len(PNG) + 1_000_000}
 
 
 @pytest.mark.parametrize("chunked", [True, False])
 async def test_a_413_reaches_a_client_that_is_still_sending(chunked: bool) -> None:
     """A client that sends its whole body before it reads gets the answer, not a reset."""
-    body = form(file("image", b"x" * (MAX_BYTES * 3)))
-    gateway = Gateway()
-    async with serving(gateway.app) as port, connected(port) as (reader, writer):
-        writer.write(head(None) + chunk(body) + chunk(b"") if chunked else head(len(body)) + body)
+    body = encode_form(encode_file("image", b"x" * (MAX_BYTES * 3)))
+    gateway = UploadServer()
+    async with serve_on_port(gateway.app) as port, open_raw_connection(port) as (reader, writer):
+        writer.write(
+            make_request_head(None) + encode_chunk(body) + encode_chunk(b"")
+            if chunked
+            else make_request_head(len(body)) + body
+        )
         await writer.drain()
-        assert code(await read_answer(reader)) == (413, "image-too-large")
+        assert problem_code(await read_response(reader)) == (413, "image-too-large")
 
 
 async def test_a_client_that_asks_first_need_not_send_what_is_too_large() -> None:
     """With `Expect: 100-continue` too large a body is refused before the client sends any of it."""
-    expecting = head(MAX_BYTES * 9).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
-    async with serving(Gateway().app) as port, connected(port) as (reader, writer):
+    expecting = make_request_head(MAX_BYTES * 9).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+    async with serve_on_port(UploadServer().app) as port, open_raw_connection(port) as (reader, writer):
         writer.write(expecting)
-        assert code(await read_answer(reader)) == (413, "image-too-large")
+        assert problem_code(await read_response(reader)) == (413, "image-too-large")
 
 
 async def test_a_client_that_stops_half_way_is_answered_and_disconnected() -> None:
     """A body that does not go on is a 400, after which the server closes the connection."""
-    body = form(file("image", PNG))
-    async with serving(Gateway(idle_seconds=0.05).app) as port, connected(port) as (reader, writer):
-        writer.write(head(len(body)) + body[:100])
-        answer = await read_answer(reader)
-        assert code(answer) == (400, "malformed-request")
+    body = encode_form(encode_file("image", PNG))
+    async with (
+        serve_on_port(UploadServer(idle_seconds=0.05).app) as port,
+        open_raw_connection(port) as (reader, writer),
+    ):
+        writer.write(make_request_head(len(body)) + body[:100])
+        answer = await read_response(reader)
+        assert problem_code(answer) == (400, "malformed-request")
         assert answer.headers["connection"] == "close"
         assert await reader.read() == b""
 
@@ -115,46 +124,49 @@ async def test_a_client_that_trickles_is_answered_and_disconnected() -> None:
 
     async def trickle(writer: asyncio.StreamWriter) -> None:
         while not writer.is_closing():
-            writer.write(chunk(b"x"))
+            writer.write(encode_chunk(b"x"))
             await asyncio.sleep(0.005)
 
-    async with serving(Gateway(total_seconds=0.1).app) as port, connected(port) as (reader, writer):
-        writer.write(head(None) + chunk(form(field("prompt", "x"), closed=False)))
+    async with (
+        serve_on_port(UploadServer(total_seconds=0.1).app) as port,
+        open_raw_connection(port) as (reader, writer),
+    ):
+        writer.write(make_request_head(None) + encode_chunk(encode_form(encode_field("prompt", "x"), is_closed=False)))
         trickling = asyncio.create_task(trickle(writer))
         try:
-            assert code(await read_answer(reader)) == (400, "malformed-request")
+            assert problem_code(await read_response(reader)) == (400, "malformed-request")
         finally:
             trickling.cancel()
 
 
 async def test_a_client_that_leaves_half_way_is_a_499() -> None:
     """Who closes the connection within the body is logged as gone, and nothing else."""
-    body = form(file("image", PNG))
-    gateway = Gateway()
-    async with serving(gateway.app) as port:
-        async with connected(port) as (_, writer):
-            writer.write(head(len(body)) + body[:100])
-        line = await gateway.lines.get()
-    assert (line["status"], line["outcome"], line["route"]) == (499, "client-left", "/v1/tasks")
-    assert gateway.lines.empty()
+    body = encode_form(encode_file("image", PNG))
+    gateway = UploadServer()
+    async with serve_on_port(gateway.app) as port:
+        async with open_raw_connection(port) as (_, writer):
+            writer.write(make_request_head(len(body)) + body[:100])
+        line = await gateway.log_events.get()
+    assert (line["status"], line["outcome"], line["route"]) == (499, "client-disconnected", "/v1/tasks")
+    assert gateway.log_events.empty()
 
 
 async def test_an_upload_beyond_the_memory_there_is_waits_or_is_sent_away() -> None:
     """While one upload holds all the memory, another gets a 503 with Retry-After; once it is free, it is accepted."""
-    body = form(file("image", PNG))
-    slow = form(file("image", PNG), field("scale", "2"))
-    gateway = Gateway(in_flight_bytes=len(slow), wait_seconds=0.05)
+    body = encode_form(encode_file("image", PNG))
+    slow = encode_form(encode_file("image", PNG), encode_field("scale", "2"))
+    gateway = UploadServer(in_flight_bytes=len(slow), wait_seconds=0.05)
     async with (
-        serving(gateway.app) as port,
-        connected(port) as (first_reader, first),
-        connected(port) as (second_reader, second),
+        serve_on_port(gateway.app) as port,
+        open_raw_connection(port) as (first_reader, first),
+        open_raw_connection(port) as (second_reader, second),
     ):
-        first.write(head(len(slow)) + slow)
-        await gateway.held.wait()
-        second.write(head(len(body)) + body)
-        refused = await read_answer(second_reader)
-        assert (*code(refused), refused.headers["retry-after"]) == (503, "overloaded", "1")
+        first.write(make_request_head(len(slow)) + slow)
+        await gateway.received.wait()
+        second.write(make_request_head(len(body)) + body)
+        refused = await read_response(second_reader)
+        assert (*problem_code(refused), refused.headers["retry-after"]) == (503, "overloaded", "1")
         gateway.release.set()
-        assert (await read_answer(first_reader)).status == 201
-        second.write(head(len(body)) + body)
-        assert (await read_answer(second_reader)).status == 201
+        assert (await read_response(first_reader)).status == 201
+        second.write(make_request_head(len(body)) + body)
+        assert (await read_response(second_reader)).status == 201

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.uploads import FORM_ALLOWANCE, MAX_FORM_BYTES, Submission, Uploads
+from service.api.uploads import FORM_OVERHEAD_BYTES, MAX_FORM_BYTES, Upload, UploadReader
 from service.domain.errors import (
     GatewayError,
     ImageTooLarge,
@@ -22,52 +22,52 @@ from service.domain.errors import (
     UnsupportedCoding,
     UnsupportedMediaType,
 )
-from service.domain.media import ImageInfo, inspect
-from tests.unit.asgi import body_messages, http_scope, receiving
+from service.domain.media import ImageInfo, inspect_image
+from tests.unit.asgi import make_body_messages, make_http_scope, make_receive
 from tests.unit.forms import (
     BOUNDARY,
     CONTENT_TYPE,
     MAX_BYTES,
     PNG,
-    field,
-    file,
-    form,
-    part,
-    picture,
-    scope_of,
-    split,
-    unread,
-    uploads,
+    encode_field,
+    encode_file,
+    encode_form,
+    encode_part,
+    make_failing_receive,
+    make_png,
+    make_upload_scope,
+    make_uploads,
+    split_body,
 )
 
 URLENCODED = "application/x-www-form-urlencoded"
 
 
-async def read(
+async def read_upload(
     body: bytes | Iterable[bytes],
     *,
-    reader: Uploads | None = None,
+    reader: UploadReader | None = None,
     name: str = "image",
     headers: Mapping[str, str] | None = None,
-    announced: bool = False,
-) -> Submission:
+    has_length: bool = False,
+) -> Upload:
     """Submit a body that comes in chunks, with its length announced or not."""
     chunks = [body] if isinstance(body, bytes) else list(body)
     sent = {"content-type": CONTENT_TYPE} | dict(headers or {})
-    if announced:
+    if has_length:
         sent["content-length"] = str(sum(map(len, chunks)))
-    scope: Any = http_scope("POST", "/v1/tasks/upscale", sent)
-    receive = receiving(body_messages(chunks))
-    async with (reader or uploads()).receive(scope, receive, part=name) as submission:
+    scope: Any = make_http_scope("POST", "/v1/tasks/upscale", sent)
+    receive = make_receive(make_body_messages(chunks))
+    async with (reader or make_uploads()).receive(scope, receive, part=name) as submission:
         return submission
 
 
 @given(st.lists(st.integers(0, 1200), max_size=30), st.booleans(), st.permutations(range(3)))
 async def test_any_split_gives_the_same_submission(cuts: list[int], announced: bool, order: list[int]) -> None:
     """However the body is cut into chunks, and wherever the file stands, image and fields are the same."""
-    parts = [file("image", PNG), field("prompt", "a café\r\n--\r\nwith 猫"), field("scale", "")]
-    body = form(*[parts[each] for each in order])
-    submission = await read(split(body, cuts), announced=announced)
+    parts = [encode_file("image", PNG), encode_field("prompt", "a café\r\n--\r\nwith 猫"), encode_field("scale", "")]
+    body = encode_form(*[parts[each] for each in order])
+    submission = await read_upload(split_body(body, cuts), has_length=announced)
     image = submission.image
     assert (image.data, image.sha256) == (PNG, hashlib.sha256(PNG).digest())
     assert (image.media_type, image.width, image.height) == ("image/png", 5, 3)
@@ -76,100 +76,100 @@ async def test_any_split_gives_the_same_submission(cuts: list[int], announced: b
 
 async def test_a_body_byte_by_byte_is_read() -> None:
     """The smallest chunks there are, and empty ones, make no difference."""
-    body = form(field("scale", "2"), file("image", PNG))
+    body = encode_form(encode_field("scale", "2"), encode_file("image", PNG))
     chunks = [chunk for byte in body for chunk in (bytes([byte]), b"")]
-    assert (await read(chunks)).fields == [("scale", "2")]
+    assert (await read_upload(chunks)).fields == [("scale", "2")]
 
 
 @pytest.mark.parametrize(
     "sent",
     [
-        file("image", PNG, 'filename=""'),
-        file("image", PNG, "filename*=utf-8''%E5%9B%BE.png"),
-        part("name=\"image\"; filename*=utf-8''%E5%9B%BE.png", PNG),
-        part('name="image"', PNG, "image/png"),
-        file("image", PNG, 'filename="图.png"').replace("图".encode(), "图".encode("gbk")),
-        part('filename="a.png"; name=image', PNG),
+        encode_file("image", PNG, 'filename=""'),
+        encode_file("image", PNG, "filename*=utf-8''%E5%9B%BE.png"),
+        encode_part("name=\"image\"; filename*=utf-8''%E5%9B%BE.png", PNG),
+        encode_part('name="image"', PNG, "image/png"),
+        encode_file("image", PNG, 'filename="图.png"').replace("图".encode(), "图".encode("gbk")),
+        encode_part('filename="a.png"; name=image', PNG),
     ],
     ids=["no name", "extended name", "extended name alone", "type alone", "name in GBK", "other order"],
 )
 async def test_a_file_is_told_however_the_client_names_it(sent: bytes) -> None:
     """A file name that is missing, extended or in an odd encoding does not stop a file from being one."""
-    assert (await read(form(sent))).image.data == PNG
+    assert (await read_upload(encode_form(sent))).image.data == PNG
 
 
 async def test_the_part_of_the_file_is_an_argument() -> None:
     """Old clients send their file in a part of another name, and faults name that one."""
-    assert (await read(form(file("input_image", PNG)), name="input_image")).image.data == PNG
+    assert (await read_upload(encode_form(encode_file("input_image", PNG)), name="input_image")).image.data == PNG
     with pytest.raises(InvalidOptions, match="input_image: is required"):
-        await read(form(), name="input_image")
+        await read_upload(encode_form(), name="input_image")
 
 
 @pytest.mark.parametrize(
     ("body", "fault"),
     [
-        (form(field("scale", "2")), "image: is required"),
-        (form(file("image", PNG), file("image", PNG)), "image: is given more than once"),
-        (form(file("picture", PNG)), "picture: is a file: the only file belongs into the part image"),
-        (form(field("image", ""), file("image", PNG)), "image: is given more than once"),
-        (form(part("name=\"prompt\"; filename*=utf-8''a", b"x", "text/plain")), "prompt: is a file"),
-        (form(field("prompt", "x" * 65_537)), "prompt: must be at most 65536 bytes"),
-        (form(field("prompt", b"\xff")), "prompt: must be text in utf-8"),
+        (encode_form(encode_field("scale", "2")), "image: is required"),
+        (encode_form(encode_file("image", PNG), encode_file("image", PNG)), "image: is given more than once"),
+        (encode_form(encode_file("picture", PNG)), "picture: is a file: the only file belongs into the part image"),
+        (encode_form(encode_field("image", ""), encode_file("image", PNG)), "image: is given more than once"),
+        (encode_form(encode_part("name=\"prompt\"; filename*=utf-8''a", b"x", "text/plain")), "prompt: is a file"),
+        (encode_form(encode_field("prompt", "x" * 65_537)), "prompt: must be at most 65536 bytes"),
+        (encode_form(encode_field("prompt", b"\xff")), "prompt: must be text in utf-8"),
     ],
 )
 async def test_a_part_that_is_not_welcome_is_named(body: bytes, fault: str) -> None:
     """A missing, doubled or misplaced file and too long a field are faults of the options, by name."""
     with pytest.raises(InvalidOptions, match=fault):
-        await read(body)
+        await read_upload(body)
 
 
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        (form(file("image", PNG), closed=False), "breaks off"),
-        (form(file("image", PNG))[:-8], "breaks off"),
+        (encode_form(encode_file("image", PNG), is_closed=False), "breaks off"),
+        (encode_form(encode_file("image", PNG))[:-8], "breaks off"),
         (b"", "breaks off"),
         (b"no form at all", "breaks off"),
-        (b"x" + form(), "can't be read"),
-        (form(field("prompt", "").replace(b"prompt", b"\xff")), "name of a field is not UTF-8"),
-        (form(field("", "x")), "1 to 128 characters"),
-        (form(field("x" * 129, "x")), "1 to 128 characters"),
-        (form(*[field(f"f{n}", "") for n in range(65)]), "more than 64 fields"),
-        (form(*[field(f"f{n}", "x" * 60_000) for n in range(5)]), "larger than 262144 bytes"),
-        (form(field("x", "").replace(b": ", b"")), "can't be read"),
+        (b"x" + encode_form(), "can't be read"),
+        (encode_form(encode_field("prompt", "").replace(b"prompt", b"\xff")), "name of a field is not UTF-8"),
+        (encode_form(encode_field("", "x")), "1 to 128 characters"),
+        (encode_form(encode_field("x" * 129, "x")), "1 to 128 characters"),
+        (encode_form(*[encode_field(f"f{n}", "") for n in range(65)]), "more than 64 fields"),
+        (encode_form(*[encode_field(f"f{n}", "x" * 60_000) for n in range(5)]), "larger than 262144 bytes"),
+        (encode_form(encode_field("x", "").replace(b": ", b"")), "can't be read"),
     ],
 )
 @pytest.mark.parametrize("announced", [True, False])
 async def test_what_is_no_form_is_malformed(body: bytes, why: str, announced: bool) -> None:
     """A form that breaks off, is not UTF-8, or holds too much of anything but its image, is malformed."""
     with pytest.raises(MalformedRequest, match=why):
-        await read(body, announced=announced)
+        await read_upload(body, has_length=announced)
 
 
 @pytest.mark.parametrize(
     ("body", "error"),
     [
-        (form(file("image", b"")), InvalidImage),
-        (form(file("image", PNG[:-3])), InvalidImage),
-        (form(file("image", b"GIF89a")), UnsupportedMediaType),
-        (form(field("image", "aGVsbG8=")), UnsupportedMediaType),
-        (form(part('name="image"', b"hello", "text/plain")), UnsupportedMediaType),
-        (form(file("image", b"x" * (MAX_BYTES + 1))), ImageTooLarge),
+        (encode_form(encode_file("image", b"")), InvalidImage),
+        (encode_form(encode_file("image", PNG[:-3])), InvalidImage),
+        (encode_form(encode_file("image", b"GIF89a")), UnsupportedMediaType),
+        (encode_form(encode_field("image", "aGVsbG8=")), UnsupportedMediaType),
+        (encode_form(encode_part('name="image"', b"hello", "text/plain")), UnsupportedMediaType),
+        (encode_form(encode_file("image", b"x" * (MAX_BYTES + 1))), ImageTooLarge),
     ],
 )
 async def test_a_faulty_image_is_refused(body: bytes, error: type[GatewayError]) -> None:
     """An image that is empty, cut off, of another type or too large is told as what it is."""
     with pytest.raises(error):
-        await read(body)
+        await read_upload(body)
 
 
 async def test_an_image_of_the_very_limits_is_accepted() -> None:
     """The limits are what is allowed, in bytes and in pixels."""
     large = PNG + b"\0" * (MAX_BYTES - len(PNG))
-    assert len((await read(form(file("image", large)))).image.data) == MAX_BYTES
-    assert (await read(form(file("image", picture(100, 100))))).image.width == 100
+    assert len((await read_upload(encode_form(encode_file("image", large)))).image.data) == MAX_BYTES
+    assert (await read_upload(encode_form(encode_file("image", make_png(100, 100))))).image.width == 100
     with pytest.raises(ImageTooLarge, match=r"100 x 101 = 10100 pixels; at most 10000"):
-        await read(form(file("image", picture(100, 101))))
+        await read_upload(encode_form(encode_file("image", make_png(100, 101))))
 
 
 async def test_only_a_small_image_is_inspected_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,12 +178,14 @@ async def test_only_a_small_image_is_inspected_on_the_loop(monkeypatch: pytest.M
 
     def seen(data: bytes) -> ImageInfo:
         inspecting.append(threading.current_thread())
-        return inspect(data)
+        return inspect_image(data)
 
-    monkeypatch.setattr("service.api.uploads.inspect", seen)
+    monkeypatch.setattr("service.api.uploads.inspect_image", seen)
     for size in (65_536, 65_537):
         image = PNG + b"\0" * (size - len(PNG))
-        submission = await read(form(file("image", image)), reader=uploads(max_image_bytes=100_000))
+        submission = await read_upload(
+            encode_form(encode_file("image", image)), reader=make_uploads(max_image_bytes=100_000)
+        )
         assert submission.image.width == 5
     at_once, beside = inspecting
     assert at_once is threading.current_thread()
@@ -210,8 +212,8 @@ async def test_only_a_small_image_is_inspected_on_the_loop(monkeypatch: pytest.M
 )
 async def test_a_field_is_read_in_the_charset_that_it_declares(content_type: str, value: bytes, meant: str) -> None:
     """A part without a file name is a field, whatever its type, and in the charset of its type or else UTF-8."""
-    body = form(part('name="prompt"', value, content_type), file("image", PNG))
-    assert (await read(split(body, range(0, len(body), 7)))).fields == [("prompt", meant)]
+    body = encode_form(encode_part('name="prompt"', value, content_type), encode_file("image", PNG))
+    assert (await read_upload(split_body(body, range(0, len(body), 7)))).fields == [("prompt", meant)]
 
 
 @pytest.mark.parametrize(
@@ -233,18 +235,18 @@ async def test_a_field_is_read_in_the_charset_that_it_declares(content_type: str
 async def test_a_field_that_cannot_be_decoded_is_refused_by_name(headers: str, value: bytes) -> None:
     """A field in a charset that is not known, or that it is not in, or encoded otherwise, is never sent on garbled."""
     with pytest.raises(InvalidOptions) as caught:
-        await read(form(part('name="prompt"', value, headers), file("image", PNG)))
+        await read_upload(encode_form(encode_part('name="prompt"', value, headers), encode_file("image", PNG)))
     assert [each.field for each in caught.value.errors] == ["prompt"]
 
 
 @pytest.mark.parametrize("encoding", ["7bit", "8bit", "binary"])
 async def test_a_field_that_names_no_other_form_is_read(encoding: str) -> None:
     """Transfer encodings that change nothing are passed over, as Java's and C#'s older clients send them."""
-    plain = part('name="prompt"', "猫".encode(), f"text/plain\r\nContent-Transfer-Encoding: {encoding}")
-    assert (await read(form(plain, file("image", PNG)))).fields == [("prompt", "猫")]
+    plain = encode_part('name="prompt"', "猫".encode(), f"text/plain\r\nContent-Transfer-Encoding: {encoding}")
+    assert (await read_upload(encode_form(plain, encode_file("image", PNG)))).fields == [("prompt", "猫")]
 
 
-def padded(*parts: bytes, paddings: list[bytes]) -> bytes:
+def pad_boundaries(*parts: bytes, paddings: list[bytes]) -> bytes:
     """A form with blanks after its boundaries, each its own."""
     delimiter = f"--{BOUNDARY}".encode()
     first, *others = (delimiter + padding for padding in paddings)
@@ -259,26 +261,28 @@ def padded(*parts: bytes, paddings: list[bytes]) -> bytes:
 async def test_blanks_after_a_boundary_are_padding(paddings: list[bytes], cuts: list[int]) -> None:
     """Blanks between a boundary and its line break mean nothing, wherever they stand and the body is cut."""
     text = f"x--{BOUNDARY} \r\n\r\n --{BOUNDARY}"
-    body = padded(field("prompt", text), file("image", PNG), field("scale", "2"), paddings=paddings)
-    submission = await read(split(body, cuts))
+    body = pad_boundaries(
+        encode_field("prompt", text), encode_file("image", PNG), encode_field("scale", "2"), paddings=paddings
+    )
+    submission = await read_upload(split_body(body, cuts))
     assert submission.image.data == PNG
     assert submission.fields == [("prompt", text), ("scale", "2")]
 
 
 async def test_padding_byte_by_byte() -> None:
     """Blanks that arrive one at a time are padding too."""
-    body = padded(file("image", PNG), field("scale", "2"), paddings=[b" \t ", b"   ", b" "])
-    assert (await read([bytes([each]) for each in body])).fields == [("scale", "2")]
+    body = pad_boundaries(encode_file("image", PNG), encode_field("scale", "2"), paddings=[b" \t ", b"   ", b" "])
+    assert (await read_upload([bytes([each]) for each in body])).fields == [("scale", "2")]
 
 
 @pytest.mark.parametrize("padding", [b" x", b" --", b"x", b" " * 2_000, b" \n", b"\x0b"])
 async def test_what_is_no_padding_is_malformed(padding: bytes) -> None:
     """Anything else after a boundary, and blanks without an end, break the form."""
     for paddings in ([padding, b"", b""], [b"", padding, b""]):
-        body = padded(field("scale", "2"), file("image", PNG), paddings=paddings)
+        body = pad_boundaries(encode_field("scale", "2"), encode_file("image", PNG), paddings=paddings)
         for size in (3, len(body)):
             with pytest.raises(MalformedRequest):
-                await read(split(body, range(0, len(body), size)))
+                await read_upload(split_body(body, range(0, len(body), size)))
 
 
 @pytest.mark.parametrize(
@@ -298,16 +302,16 @@ async def test_an_encoded_body_is_not_supported(codings: list[str], fine: bool) 
         body = (
             b"a=b"
             if content_type == URLENCODED
-            else form(field("a", "b"), *([] if form_only else [file("image", PNG)]))
+            else encode_form(encode_field("a", "b"), *([] if form_only else [encode_file("image", PNG)]))
         )
-        scope: Any = scope_of(content_type=content_type)
+        scope: Any = make_upload_scope(content_type=content_type)
         scope["headers"] += [(b"content-encoding", each.encode()) for each in codings]
-        receive = receiving(body_messages([body])) if fine else unread()
+        receive = make_receive(make_body_messages([body])) if fine else make_failing_receive()
         with nullcontext() if fine else pytest.raises(UnsupportedCoding):
             if form_only:
-                assert await uploads().read_form(scope, receive) == [("a", "b")]
+                assert await make_uploads().read_form(scope, receive) == [("a", "b")]
             else:
-                async with uploads().receive(scope, receive, part="image") as submission:
+                async with make_uploads().receive(scope, receive, part="image") as submission:
                     assert submission.fields == [("a", "b")]
 
 
@@ -315,26 +319,26 @@ async def test_an_encoded_body_is_not_supported(codings: list[str], fine: bool) 
 async def test_only_multipart_forms_are_taken(content_type: str) -> None:
     """A request of another type, or without a boundary, is not supported."""
     with pytest.raises(UnsupportedMediaType):
-        await read(form(file("image", PNG)), headers={"content-type": content_type})
+        await read_upload(encode_form(encode_file("image", PNG)), headers={"content-type": content_type})
 
 
 @pytest.mark.parametrize(
     ("length", "error"),
-    [(str(MAX_BYTES + FORM_ALLOWANCE + 1), ImageTooLarge), ("abc", MalformedRequest), ("²", MalformedRequest)],
+    [(str(MAX_BYTES + FORM_OVERHEAD_BYTES + 1), ImageTooLarge), ("abc", MalformedRequest), ("²", MalformedRequest)],
 )
 async def test_a_length_that_cannot_be_right_is_refused_unread(length: str, error: type[GatewayError]) -> None:
     """Too long a body is refused by its announced length, before a byte of it is read."""
-    scope: Any = http_scope("POST", "/", {"content-type": CONTENT_TYPE})
+    scope: Any = make_http_scope("POST", "/", {"content-type": CONTENT_TYPE})
     scope["headers"].append((b"content-length", length.encode("latin-1")))
     with pytest.raises(error):
-        async with uploads().receive(scope, unread(), part="image"):
+        async with make_uploads().receive(scope, make_failing_receive(), part="image"):
             pass
 
 
-async def fields_of(body: bytes, content_type: str = URLENCODED, cut: int = 3) -> list[tuple[str, str]]:
+async def read_fields(body: bytes, content_type: str = URLENCODED, cut: int = 3) -> list[tuple[str, str]]:
     """The fields of a form without a file."""
-    receive = receiving(body_messages(split(body, [cut])))
-    return await uploads().read_form(scope_of(content_type=content_type), receive)
+    receive = make_receive(make_body_messages(split_body(body, [cut])))
+    return await make_uploads().read_form(make_upload_scope(content_type=content_type), receive)
 
 
 @given(st.lists(st.integers(0, 300), max_size=5))
@@ -343,10 +347,10 @@ async def test_a_form_without_a_file_is_read_in_both_encodings(cuts: list[int]) 
     expected = [("user_key", "k +&"), ("task_id", "任务"), ("empty", "")]
     for body, content_type in (
         (b"user_key=k+%2B%26&task_id=%E4%BB%BB%E5%8A%A1&empty=", f"{URLENCODED}; charset=utf-8"),
-        (form(*[field(*each) for each in expected]), CONTENT_TYPE),
+        (encode_form(*[encode_field(*each) for each in expected]), CONTENT_TYPE),
     ):
-        receive = receiving(body_messages(split(body, cuts)))
-        assert await uploads().read_form(scope_of(content_type=content_type), receive) == expected
+        receive = make_receive(make_body_messages(split_body(body, cuts)))
+        assert await make_uploads().read_form(make_upload_scope(content_type=content_type), receive) == expected
 
 
 @pytest.mark.parametrize(
@@ -356,9 +360,9 @@ async def test_a_form_without_a_file_is_read_in_both_encodings(cuts: list[int]) 
         (b"a=\xff", URLENCODED, MalformedRequest),
         (b"a=b&" * 65, URLENCODED, MalformedRequest),
         (b"a" * (MAX_FORM_BYTES + 1), URLENCODED, MalformedRequest),
-        (form(*[field(f"f{n}", "x" * 40_000) for n in range(2)]), CONTENT_TYPE, MalformedRequest),
-        (form(field("a", "b"), closed=False), CONTENT_TYPE, MalformedRequest),
-        (form(file("image", PNG)), CONTENT_TYPE, InvalidOptions),
+        (encode_form(*[encode_field(f"f{n}", "x" * 40_000) for n in range(2)]), CONTENT_TYPE, MalformedRequest),
+        (encode_form(encode_field("a", "b"), is_closed=False), CONTENT_TYPE, MalformedRequest),
+        (encode_form(encode_file("image", PNG)), CONTENT_TYPE, InvalidOptions),
         (b"{}", "application/json", UnsupportedMediaType),
         (b"a=b", "", UnsupportedMediaType),
     ],
@@ -366,4 +370,4 @@ async def test_a_form_without_a_file_is_read_in_both_encodings(cuts: list[int]) 
 async def test_a_form_that_is_none_is_refused(body: bytes, content_type: str, error: type[GatewayError]) -> None:
     """Forms that can't be decoded, are too large, hold a file or are of another type are refused."""
     with pytest.raises(error):
-        await fields_of(body, content_type)
+        await read_fields(body, content_type)

@@ -14,7 +14,7 @@ from standardwebhooks.webhooks import WebhookVerificationError
 
 from service.domain import tenants, webhooks
 from service.domain.errors import InvalidOptions
-from service.domain.tenants import Signing, Webhook
+from service.domain.tenants import Webhook, WebhookSecrets
 from service.domain.webhooks import DeliveryState
 from tests.model import ledger_model
 
@@ -25,7 +25,7 @@ keys = st.binary(min_size=24, max_size=64)
 @given(st.lists(keys, min_size=1, max_size=2), st.text().map(str.encode))
 def test_signature(secrets: list[bytes], body: bytes) -> None:
     """Whoever knows one of the secrets can verify a webhook, its id, its time and its body."""
-    headers = webhooks.headers("msg_1", time.time(), body, secrets)
+    headers = webhooks.sign_headers("msg_1", time.time(), body, secrets)
     for secret in secrets:
         Verifier(secret).verify(body, headers, json_parse=False)
         for changed in ({"webhook-id": "msg_2"}, {"webhook-timestamp": str(int(headers["webhook-timestamp"]) - 1)}):
@@ -39,11 +39,11 @@ def test_signature(secrets: list[bytes], body: bytes) -> None:
 
 def test_new_secret() -> None:
     """A secret that is made can be verified with as it is written, and is never made twice."""
-    text = webhooks.new_secret()
-    headers = webhooks.headers("msg_1", time.time(), b"{}", [webhooks.parse_secret(text)])
+    text = webhooks.generate_secret()
+    headers = webhooks.sign_headers("msg_1", time.time(), b"{}", [webhooks.parse_secret(text)])
     Verifier(text).verify(b"{}", headers)
     assert len(webhooks.parse_secret(text)) == 32
-    assert text != webhooks.new_secret()
+    assert text != webhooks.generate_secret()
 
 
 @given(keys)
@@ -66,36 +66,36 @@ def test_no_secret(text: str) -> None:
 
 def test_rotation() -> None:
     """Both secrets sign until the grace is over, then the new one alone."""
-    signing = Signing(b"new", b"old", until=100)
-    assert signing.in_force(99) == (b"new", b"old")
-    assert signing.in_force(100) == (b"new",)
-    assert Signing(b"new").in_force(0) == (b"new",)
+    signing = WebhookSecrets(b"new", b"old", previous_expires_at=100)
+    assert signing.active_secrets(99) == (b"new", b"old")
+    assert signing.active_secrets(100) == (b"new",)
+    assert WebhookSecrets(b"new").active_secrets(0) == (b"new",)
 
 
 def test_secret_is_kept() -> None:
     """A secret that is given replaces the one before; else that stays, and one is made only where there is none."""
-    before = Signing(b"old", b"older", until=100)
-    assert HOOK.signed(before, None, b"fresh").signing == before
-    assert HOOK.signed(before, b"old", b"fresh").signing == before
-    assert HOOK.signed(before, b"given", b"fresh").signing == Signing(b"given")
-    assert HOOK.signed(None, None, b"fresh").signing == Signing(b"fresh")
-    assert Webhook().signed(before, None, b"fresh").signing == before
-    assert Webhook().signed(None, None, b"fresh").signing is None
+    before = WebhookSecrets(b"old", b"older", previous_expires_at=100)
+    assert HOOK.with_secret(before, None, b"fresh").secrets == before
+    assert HOOK.with_secret(before, b"old", b"fresh").secrets == before
+    assert HOOK.with_secret(before, b"given", b"fresh").secrets == WebhookSecrets(b"given")
+    assert HOOK.with_secret(None, None, b"fresh").secrets == WebhookSecrets(b"fresh")
+    assert Webhook().with_secret(before, None, b"fresh").secrets == before
+    assert Webhook().with_secret(None, None, b"fresh").secrets is None
 
 
 @given(st.integers(1, 10), st.floats(0, 1))
 def test_backoff(attempts: int, chance: float) -> None:
     """Each attempt comes later than the one before it did, by up to a fifth less than its time."""
-    wait = webhooks.wait_after(attempts, chance)
+    wait = webhooks.retry_delay(attempts, chance)
     assert wait is not None
     assert webhooks.RETRY_SECONDS[attempts - 1] * 0.8 <= wait <= webhooks.RETRY_SECONDS[attempts - 1]
 
 
 def test_backoff_ends() -> None:
     """It is tried for a day, and not longer."""
-    waits = [webhooks.wait_after(attempts, 0) for attempts in range(1, 11)]
+    waits = [webhooks.retry_delay(attempts, 0) for attempts in range(1, 11)]
     assert 23.5 * 3_600 < sum(filter(None, waits)) <= 24 * 3_600
-    assert webhooks.wait_after(11, 0) is None
+    assert webhooks.retry_delay(11, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_backoff_ends() -> None:
 )
 def test_retry_after(status: int | None, asked: float | None, wait: float) -> None:
     """A receiver that is busy may put it off, for an hour at the most, and never bring it forward."""
-    assert webhooks.wait_after(1, 0, status, asked) == wait
+    assert webhooks.retry_delay(1, 0, status, asked) == wait
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,14 @@ def test_retry_after(status: int | None, asked: float | None, wait: float) -> No
         (299, DeliveryState.DELIVERED),
         (302, DeliveryState.PENDING),
         (400, DeliveryState.PENDING),
-        (410, DeliveryState.OFF),
+        (410, DeliveryState.DISABLED),
         (500, DeliveryState.PENDING),
         (None, DeliveryState.PENDING),
     ],
 )
 def test_answers(status: int | None, state: DeliveryState) -> None:
     """A success delivers, 410 ends it, and anything else is tried again."""
-    assert webhooks.judge(status) is state
+    assert webhooks.classify_response(status) is state
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_no_address(text: str) -> None:
 )
 def test_permitted(url: str) -> None:
     """A task may name a host of the list, or that of the tenant's own address, on any port and path."""
-    assert HOOK.permits(url)
-    assert webhooks.choose(HOOK, url) == url
+    assert HOOK.allows_url(url)
+    assert webhooks.resolve_webhook_url(HOOK, url) == url
 
 
 @pytest.mark.parametrize(
@@ -177,19 +177,19 @@ def test_permitted(url: str) -> None:
 def test_not_permitted(url: str) -> None:
     """No other host may be named, and none at all without a webhook."""
     with pytest.raises(InvalidOptions):
-        webhooks.choose(HOOK, url)
+        webhooks.resolve_webhook_url(HOOK, url)
     with pytest.raises(InvalidOptions):
-        webhooks.choose(Webhook(allow=("other.test",)), "https://other.test/")
-    assert webhooks.choose(HOOK, None) is None
+        webhooks.resolve_webhook_url(Webhook(allow=("other.test",)), "https://other.test/")
+    assert webhooks.resolve_webhook_url(HOOK, None) is None
 
 
 def test_allow_list() -> None:
     """The list has hosts and networks; an address is a network of one, and what is neither is named."""
     entries = ["Other.Test", "10.0.0.0/8", "127.0.0.1", "::1", "other.test"]
     expected = ("other.test", "10.0.0.0/8", "127.0.0.1/32", "::1/128")
-    assert webhooks.parse_allowed("webhook.allow", entries) == expected
+    assert webhooks.parse_allow_list("webhook.allow", entries) == expected
     with pytest.raises(InvalidOptions) as refused:
-        webhooks.parse_allowed("webhook.allow", ["fine.test", "10.0.0.1/8", "http://x.test", "*.test", "a.test/x"])
+        webhooks.parse_allow_list("webhook.allow", ["fine.test", "10.0.0.1/8", "http://x.test", "*.test", "a.test/x"])
     assert [each.field for each in refused.value.errors] == [f"webhook.allow[{place}]" for place in (1, 2, 3, 4)]
 
 
@@ -210,33 +210,33 @@ def test_allow_list() -> None:
 )
 def test_reach(ip: str, by_default: bool, allowed: bool) -> None:
     """Hosts may be at private addresses; loopback, link-local and odd ones need a network of the list."""
-    assert Webhook("https://hooks.test/").may_reach(ip_address(ip)) is by_default
-    assert HOOK.may_reach(ip_address(ip)) is allowed
+    assert Webhook("https://hooks.test/").allows_address(ip_address(ip)) is by_default
+    assert HOOK.allows_address(ip_address(ip)) is allowed
 
 
 def test_switched_off() -> None:
     """An address is switched off whatever its query, apart from others of its host, and only so many are kept."""
-    off = HOOK.switched_off("https://hooks.test/ended?key=2")
-    assert off.is_off("https://hooks.test/ended?key=1")
-    assert not off.is_off("https://hooks.test/other")
+    off = HOOK.with_disabled_url("https://hooks.test/ended?key=2")
+    assert off.is_disabled("https://hooks.test/ended?key=1")
+    assert not off.is_disabled("https://hooks.test/other")
     for number in range(200):
-        off = off.switched_off(f"https://hooks.test/{number}").switched_off("https://hooks.test/again")
-    assert len(off.off) == len(set(off.off)) == tenants.MAX_OFF
-    assert off.is_off("https://hooks.test/199")
+        off = off.with_disabled_url(f"https://hooks.test/{number}").with_disabled_url("https://hooks.test/again")
+    assert len(off.disabled_urls) == len(set(off.disabled_urls)) == tenants.MAX_DISABLED_URLS
+    assert off.is_disabled("https://hooks.test/199")
     assert (off.url, off.allow) == (HOOK.url, HOOK.allow)
 
 
 def test_receivers() -> None:
     """A receiver is a host of a tenant, whatever the port and path; those without a name are one."""
-    assert ledger_model.receiver(7, "https://hooks.test:81/a/b?c=/d") == "7:hooks.test"
-    assert ledger_model.receiver(7, "http://hooks.test/?to=http://x/") == "7:hooks.test"
+    assert ledger_model.queue_name(7, "https://hooks.test:81/a/b?c=/d") == "7:hooks.test"
+    assert ledger_model.queue_name(7, "http://hooks.test/?to=http://x/") == "7:hooks.test"
     bare = ["http://10.0.0.1/", "http://10.0.0.2:80/", "https://[fd00::1]:443/"]
-    assert {ledger_model.receiver(7, url) for url in bare} == {"7:ip"}
+    assert {ledger_model.queue_name(7, url) for url in bare} == {"7:ip"}
 
 
 @given(st.text(max_size=40))
 def test_ids(text: str) -> None:
     """The id of an event is that of its task's reservation, and nothing else is an id."""
     reservation = "0123456789abcdef" * 2
-    assert webhooks.reservation_of(webhooks.event_id(reservation)) == reservation
-    assert webhooks.reservation_of(text) is None
+    assert webhooks.parse_event_id(webhooks.event_id(reservation)) == reservation
+    assert webhooks.parse_event_id(text) is None

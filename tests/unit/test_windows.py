@@ -12,18 +12,18 @@ from service.domain.ledger import (
     RateLimit,
     TenantState,
     WindowCounter,
+    compute_rate_limits,
     compute_remaining,
     current_counter,
-    period_of,
-    rate_limits,
+    window_bounds,
 )
 from service.domain.tenants import Limit, TenantPolicy, Window
-from tests.model.ledger_model import roll
+from tests.model.ledger_model import roll_windows
 
 CENTURY = st.integers(0, 4_102_444_800_000)
 
 
-def at(text: str) -> int:
+def parse_ms(text: str) -> int:
     """A moment in milliseconds."""
     return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1000)
 
@@ -39,31 +39,31 @@ def at(text: str) -> int:
 )
 def test_periods(window: Window, start: str, end: str) -> None:
     """A window is a calendar minute, hour, day or month, leap days included."""
-    assert period_of(window, at("2028-02-29T23:59:59.999")) == (at(start), at(end))
+    assert window_bounds(window, parse_ms("2028-02-29T23:59:59.999")) == (parse_ms(start), parse_ms(end))
 
 
 def test_total() -> None:
     """The total neither began nor ends."""
-    assert period_of(Window.TOTAL, at("2026-01-01T00:00:00")) == (0, None)
+    assert window_bounds(Window.TOTAL, parse_ms("2026-01-01T00:00:00")) == (0, None)
 
 
 @given(CENTURY, st.sampled_from([each for each in Window if each is not Window.TOTAL]))
 def test_periods_follow_each_other(moment: int, window: Window) -> None:
     """Every moment lies in exactly one period, and the next begins where it ends."""
-    start, end = period_of(window, moment)
+    start, end = window_bounds(window, moment)
     assert end is not None
     assert start <= moment < end
-    assert period_of(window, start)[0] == start
-    assert period_of(window, end)[0] == end
+    assert window_bounds(window, start)[0] == start
+    assert window_bounds(window, end)[0] == end
 
 
 def test_rolling() -> None:
     """When a period is over its counts are gone, and those of longer windows stay."""
     state = TenantState()
-    roll(state, at("2026-12-31T23:59:59"))
+    roll_windows(state, parse_ms("2026-12-31T23:59:59"))
     for each in state.windows.values():
         each.tasks = 1
-    roll(state, at("2027-01-01T00:00:00"))
+    roll_windows(state, parse_ms("2027-01-01T00:00:00"))
     assert {window: each.tasks for window, each in state.windows.items()} == {
         Window.MINUTE: 0,
         Window.HOUR: 0,
@@ -75,24 +75,24 @@ def test_rolling() -> None:
 
 def test_counter_of_another_period() -> None:
     """What was counted in an earlier period is not seen, even before anything was written anew."""
-    state = TenantState(windows={Window.DAY: WindowCounter(period=at("2026-05-01T00:00:00"), tasks=3)})
-    assert current_counter(state, Window.DAY, at("2026-05-01T12:00:00")).tasks == 3
-    assert current_counter(state, Window.DAY, at("2026-05-02T00:00:00")) == WindowCounter(
-        period=at("2026-05-02T00:00:00")
+    state = TenantState(windows={Window.DAY: WindowCounter(window_start=parse_ms("2026-05-01T00:00:00"), tasks=3)})
+    assert current_counter(state, Window.DAY, parse_ms("2026-05-01T12:00:00")).tasks == 3
+    assert current_counter(state, Window.DAY, parse_ms("2026-05-02T00:00:00")) == WindowCounter(
+        window_start=parse_ms("2026-05-02T00:00:00")
     )
 
 
 def test_rate_limits() -> None:
     """What is left of each limit on tasks is told with the window's length and the time to its end, rounded up."""
     policy = TenantPolicy(
-        limits=(Limit(Window.MINUTE, tasks=5), Limit(Window.DAY, money=100), Limit(Window.TOTAL, tasks=9))
+        limits=(Limit(Window.MINUTE, tasks=5), Limit(Window.DAY, money_fen=100), Limit(Window.TOTAL, tasks=9))
     )
-    now = at("2026-05-01T12:00:29.500")
+    now = parse_ms("2026-05-01T12:00:29.500")
     state = TenantState()
-    roll(state, now)
+    roll_windows(state, now)
     state.windows[Window.MINUTE].tasks = 2
     state.windows[Window.MINUTE].tasks_reserved = 1
-    assert rate_limits(policy, state, now) == (
+    assert compute_rate_limits(policy, state, now) == (
         RateLimit("minute-tasks", 5, 2, 60, 31),
         RateLimit("total-tasks", 9, 9, None, None),
     )

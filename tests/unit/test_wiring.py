@@ -8,30 +8,30 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service import container
-from service.container import Ports, assembled, furnished
+from service.container import Adapters, build_services, open_container
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
-from service.usecases.background import Background
+from service.usecases.background import TaskSupervisor
 from tests.behaviour.house import ENVIRONMENT
-from tests.fakes import FakeAgenda, FakeCallbacks, FakeLedger, FakeRegistry, FakeUpstream
+from tests.fakes import FakeDeliveryQueue, FakeLedger, FakeRegistry, FakeUpstream, FakeWebhookClient
 from tests.fakes.artifacts import FakeArtifacts
 
 
-def in_memory() -> Ports:
+def make_fake_adapters() -> Adapters:
     """Every port in memory."""
     ledger = FakeLedger()
     registry = FakeRegistry(ledger)
-    return Ports(
+    return Adapters(
         ledger=ledger,
         books=ledger,
-        tasks=ledger,
-        board=ledger.board,
-        store=registry,
+        task_store=ledger,
+        task_cache=ledger.cache,
+        registry_store=registry,
         registry=registry,
         upstream=FakeUpstream(),
-        artifacts=FakeArtifacts(),
-        agenda=FakeAgenda(ledger),
-        callbacks=FakeCallbacks(),
+        artifact_client=FakeArtifacts(),
+        delivery_queue=FakeDeliveryQueue(ledger),
+        webhook_client=FakeWebhookClient(),
         clock=ledger.clock,
     )
 
@@ -40,8 +40,8 @@ def in_memory() -> Ports:
 async def test_roles(role: str, works: bool) -> None:
     """Tasks are watched and webhooks delivered by workers, and by processes that do everything."""
     settings = Settings.load(ENVIRONMENT | {"GATEWAY_ROLE": role, "GATEWAY_REDIS_URL": "redis://localhost"})
-    services = furnished(in_memory(), settings, Metrics(CollectorRegistry()), Background())
-    assert {job in services.jobs for job in (services.watch.run, services.deliver.run)} == {works}
+    services = build_services(make_fake_adapters(), settings, Metrics(CollectorRegistry()), TaskSupervisor())
+    assert {job in services.jobs for job in (services.task_poller.run, services.webhook_dispatcher.run)} == {works}
 
 
 async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,9 +60,11 @@ async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.load(
         ENVIRONMENT | {"GATEWAY_ROLE": "api", "GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_LEASE_SECONDS": "240"}
     )
-    services = furnished(in_memory(), settings, Metrics(CollectorRegistry()), Background(), jobs=[job])
+    services = build_services(
+        make_fake_adapters(), settings, Metrics(CollectorRegistry()), TaskSupervisor(), jobs=[job]
+    )
     assert services.drain_seconds == 240
-    async with services.working(), asyncio.timeout(10):
+    async with services.run_jobs(), asyncio.timeout(10):
         await third.wait()
     assert len(begun) == 3
 
@@ -73,5 +75,5 @@ async def test_settings_have_to_be_complete(missing: str) -> None:
     complete = ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_UPSTREAM_URL": "http://localhost"}
     complete.pop(missing)
     with pytest.raises(ValueError, match="not complete"):
-        async with assembled(Settings.load(complete)):
+        async with open_container(Settings.load(complete)):
             pass

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from service.domain.ledger import Figures
+from service.domain.ledger import Balance
 from service.domain.tasks import Kind
 
-UNTOLD = Figures()
+NO_BALANCE = Balance()
 """No figures."""
 
 
@@ -21,66 +21,68 @@ class Progress(StrEnum):
 
 
 @dataclass
-class Holding:
+class VendorAccount:
     """What an account really holds."""
 
     count: int
     money: int
 
-    def figures(self) -> Figures:
-        return Figures(self.count, self.money)
+    def balance(self) -> Balance:
+        return Balance(self.count, self.money)
 
 
 @dataclass
-class Job:
+class VendorTask:
     """A task of the upstream; `then` is what its account held when it ended."""
 
     account: int
     kind: Kind
     progress: Progress = Progress.RUNNING
-    charged: bool = False
-    then: Figures = UNTOLD
+    was_charged: bool = False
+    balance_at_end: Balance = NO_BALANCE
 
 
 @dataclass
-class Vendor:
+class VendorModel:
     """Charges at the submit or (`late`) at the end, and tells with a check the balance of `now` or of then."""
 
-    late: bool
-    now: bool
+    charges_on_completion: bool
+    reports_current_balance: bool
     prices: dict[Kind, int]
-    holdings: dict[int, Holding]
-    jobs: dict[str, Job] = field(default_factory=dict)
+    accounts: dict[int, VendorAccount]
+    tasks: dict[str, VendorTask] = field(default_factory=dict)
 
     def submit(self, name: str, account: int, kind: Kind) -> bool:
         """Take a submission; False if the account can't pay."""
-        holding = self.holdings[account]
+        holding = self.accounts[account]
         if holding.count == 0 and holding.money < self.prices[kind]:
             return False
-        self.jobs[name] = Job(account, kind)
-        if not self.late:
-            self._charge(self.jobs[name])
+        self.tasks[name] = VendorTask(account, kind)
+        if not self.charges_on_completion:
+            self._charge(self.tasks[name])
         return True
 
     def finish(self, name: str, *, succeeds: bool) -> None:
         """End a task."""
-        job = self.jobs[name]
-        if succeeds and self.late:
+        job = self.tasks[name]
+        if succeeds and self.charges_on_completion:
             self._charge(job)
         job.progress = Progress.COMPLETED if succeeds else Progress.FAILED
-        job.then = self.holdings[job.account].figures()
+        job.balance_at_end = self.accounts[job.account].balance()
 
-    def check(self, name: str) -> tuple[Progress, Figures]:
+    def check(self, name: str) -> tuple[Progress, Balance]:
         """Ask about a task: only one that was completed tells figures."""
-        job = self.jobs[name]
+        job = self.tasks[name]
         if job.progress is not Progress.COMPLETED:
-            return job.progress, UNTOLD
-        return job.progress, self.holdings[job.account].figures() if self.now else job.then
+            return job.progress, NO_BALANCE
+        return job.progress, self.accounts[
+            job.account
+        ].balance() if self.reports_current_balance else job.balance_at_end
 
-    def _charge(self, job: Job) -> None:
+    def _charge(self, job: VendorTask) -> None:
         """Take a use, else the price; an account that ran dry meanwhile keeps the little it has."""
-        holding, price = self.holdings[job.account], self.prices[job.kind]
-        job.charged = holding.count > 0 or holding.money >= price
+        holding, price = self.accounts[job.account], self.prices[job.kind]
+        job.was_charged = holding.count > 0 or holding.money >= price
         if holding.count:
             holding.count -= 1
         elif holding.money >= price:

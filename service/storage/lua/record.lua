@@ -29,21 +29,21 @@ end
 -- Answers that tell nothing of the task end it once they add up to long enough; time without an answer does not count.
 -- All of them are useless, and those that are silent add up by themselves too, to what is much shorter.
 local answered, failure = ask.answered, ask.error
-if answered == 'silent' or answered == 'unusable' then
+if answered == 'not_found' or answered == 'invalid' then
   task.useless = (task.useless or 0) + (task.useless_at and now - task.useless_at or 0)
   task.useless_at = now
-  if answered == 'silent' then
+  if answered == 'not_found' then
     task.silent = (task.silent or 0) + (task.silent_at and now - task.silent_at or 0)
     task.silent_at, task.checked = now, wall
   else
     task.silent_at = nil
   end
-  if answered == 'silent' and task.silent >= ask.lost_after then
+  if answered == 'not_found' and task.silent >= ask.lost_after then
     answered, failure = 'failed', ask.lost_error
   elseif task.useless >= ask.unusable_after then
     answered, failure = 'failed', ask.unusable_error
   end
-elseif answered == 'nothing' then
+elseif answered == 'no_response' then
   task.silent_at, task.useless_at = nil, nil
 else
   task.silent, task.silent_at, task.useless, task.useless_at = nil, nil, nil, nil
@@ -104,7 +104,7 @@ else
       task.state, task.updated, task.version = 'running', wall, task.version + 1
     end
   end
-  local misses = (answered == 'nothing' or answered == 'unusable') and (task.misses or 0) + 1 or 0
+  local misses = (answered == 'no_response' or answered == 'invalid') and (task.misses or 0) + 1 or 0
   task.misses = misses > 0 and misses or nil
   local interesting = task.webhook or redis.call('EXISTS', KEYS[8]) == 1
   local wait = check_after(ask.check_after, wall - task.created, misses, interesting)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from service.devstack import tied
+from service.devstack import with_parent_death_signal
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
@@ -79,7 +79,7 @@ def serving(
     program = shutil.which(command[0]) or command[0]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            tied([taskset, "--cpu-list", str(cpu), program, *command[1:]]),
+            with_parent_death_signal([taskset, "--cpu-list", str(cpu), program, *command[1:]]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from service.devstack import server_binary
+from service.devstack import find_server_binary
 
 _PROGRAMS = {"wrk": "wrk", "nginx": "nginx", "cc": "gcc libc6-dev", "taskset": "util-linux"}
 """Program: the Debian packages that have it."""
@@ -64,7 +64,7 @@ def versions() -> dict[str, str]:
         "wrk": _version("wrk", "-v"),
         "nginx": _version("nginx", "-v"),
         "gcc": _version("cc", "-dumpfullversion"),
-        "valkey": _version(str(server_binary()), "--version"),
+        "valkey": _version(str(find_server_binary()), "--version"),
         "kernel": platform.release(),
         "python": platform.python_version(),
     }

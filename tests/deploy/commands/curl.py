@@ -33,7 +33,7 @@ def main() -> int:
     body = given.data.encode() if given.data else None
     if given.form:
         name, _, path = given.form.partition("=@")
-        body, headers["Content-Type"] = _form(name, Path(path))
+        body, headers["Content-Type"] = _encode_form(name, Path(path))
     try:
         request = Request(given.url, body, headers, method=given.method)  # noqa: S310 - as it was typed
         status, answer = _answer(request)
@@ -59,7 +59,7 @@ def _answer(request: Request) -> tuple[int, bytes]:
         return error.code, error.read()
 
 
-def _form(name: str, path: Path) -> tuple[bytes, str]:
+def _encode_form(name: str, path: Path) -> tuple[bytes, str]:
     """A form with one file."""
     boundary = uuid.uuid4().hex
     head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"; filename="{path.name}"\r\n\r\n'

@@ -27,15 +27,15 @@ def main() -> int:
     place = (str(address.hostname), address.port or 6379)
     with socket.create_connection(place, _SECONDS) as client, client.makefile("rwb") as stream:
         if given.rdb:
-            given.rdb.write_bytes(_snapshot(stream))
+            given.rdb.write_bytes(_save_snapshot(stream))
             return 0
         parts = [word.encode() for word in given.words]
         stream.write(b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(each), each) for each in parts))
         stream.flush()
-        return _answered(stream)
+        return _print_reply(stream)
 
 
-def _snapshot(stream: io.BufferedRWPair) -> bytes:
+def _save_snapshot(stream: io.BufferedRWPair) -> bytes:
     """What a replica that has just come would be sent first; the server says when it is ready by empty lines."""
     stream.write(b"SYNC\r\n")
     stream.flush()
@@ -45,7 +45,7 @@ def _snapshot(stream: io.BufferedRWPair) -> bytes:
     return stream.read(int(line[1:]))
 
 
-def _answered(stream: io.BufferedRWPair) -> int:
+def _print_reply(stream: io.BufferedRWPair) -> int:
     """Print the answer; none is one too, from a server that was told to end."""
     line = stream.readline()
     if line.startswith(b"$"):

@@ -25,37 +25,39 @@ REDIS_URLS: Mapping[str, str] = {
 
 
 @cache
-def release(name: str, *settings: str) -> Sequence[Resource]:
+def render_release(name: str, *settings: str) -> Sequence[Resource]:
     """The resources of an example, over which go `settings` such as `api.replicas=3`."""
     return render(EXAMPLES[name], *settings)
 
 
-def kind(resources: Sequence[Resource], wanted: str) -> Sequence[Resource]:
+def resources_of_kind(resources: Sequence[Resource], wanted: str) -> Sequence[Resource]:
     """The resources of a kind."""
     return [each for each in resources if each["kind"] == wanted]
 
 
-def named(resources: Sequence[Resource], wanted: str, suffix: str = "") -> Any:
+def get_resource(resources: Sequence[Resource], wanted: str, suffix: str = "") -> Any:
     """The one resource of a kind whose name is the release's, with a suffix."""
     (found,) = [
-        each for each in kind(resources, wanted) if each["metadata"]["name"] == f"photos-imaging-gateway{suffix}"
+        each
+        for each in resources_of_kind(resources, wanted)
+        if each["metadata"]["name"] == f"photos-imaging-gateway{suffix}"
     ]
     return found
 
 
-def pods(resources: Sequence[Resource]) -> Iterator[tuple[str, Any]]:
+def pod_templates(resources: Sequence[Resource]) -> Iterator[tuple[str, Any]]:
     """The templates of all pods, with the names of what makes them."""
     for each in resources:
         if "template" in each.get("spec", {}):
             yield each["metadata"]["name"], each["spec"]["template"]
 
 
-def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+def matches_selector(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     """Whether labels are what a selector asks for; one that asks for nothing selects by mistake, and does not count."""
     return bool(selector) and selector.items() <= labels.items()
 
 
-def environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]:
+def pod_environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]:
     """What a pod's container finds in its environment; its secrets are made up, and mounted below `folder`."""
     made_up = {
         "redis-url": redis_url,
@@ -82,6 +84,6 @@ def environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]:
 
 
 @cache
-def defaults() -> Any:
+def chart_values() -> Any:
     """The values of the chart itself."""
     return yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))

@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 from deploy.grafana.__main__ import FOLDER as DASHBOARDS
-from tests.deploy.kubernetes.release import kind, named, release, selects
+from tests.deploy.kubernetes.release import get_resource, matches_selector, render_release, resources_of_kind
 from tests.deploy.rules import FILES
 
-DEFAULTS = ("https://imaging-gateway.example/RUNBOOK.md", "https://grafana.example")
-CHOSEN = ("https://wiki.example/imaging-gateway/runbook", "https://graphs.example")
+DEFAULT_LINKS = ("https://imaging-gateway.example/RUNBOOK.md", "https://grafana.example")
+CUSTOM_LINKS = ("https://wiki.example/imaging-gateway/runbook", "https://graphs.example")
 
 
-def groups(text: str) -> Any:
+def rule_groups(text: str) -> Any:
     """The groups of a file of rules."""
     return yaml.safe_load(text)["groups"]
 
@@ -24,31 +24,33 @@ def groups(text: str) -> Any:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_rules(file: Path) -> None:
     """Every rule is brought as it is, but for the addresses that alerts link to."""
-    found = named(release("production"), "PrometheusRule", f"-{file.stem}")
+    found = get_resource(render_release("production"), "PrometheusRule", f"-{file.stem}")
     text = file.read_text("utf-8")
-    for default, chosen in zip(DEFAULTS, CHOSEN, strict=True):
+    for default, chosen in zip(DEFAULT_LINKS, CUSTOM_LINKS, strict=True):
         text = text.replace(default, chosen)
-    assert found["spec"] == {"groups": groups(text)}
+    assert found["spec"] == {"groups": rule_groups(text)}
     assert found["metadata"]["labels"]["release"] == "prometheus"
 
 
 def test_links() -> None:
     """No alert leads to an address that nobody has."""
-    found = [str(each) for each in kind(release("production"), "PrometheusRule")]
-    assert not [each for each in found for default in DEFAULTS if default in each]
-    assert [each for each in found for chosen in CHOSEN if chosen in each]
+    found = [str(each) for each in resources_of_kind(render_release("production"), "PrometheusRule")]
+    assert not [each for each in found for default in DEFAULT_LINKS if default in each]
+    assert [each for each in found for chosen in CUSTOM_LINKS if chosen in each]
 
 
 def test_all_rules() -> None:
     """All files of rules are brought, and nothing else of their folder."""
-    found = {each["metadata"]["name"] for each in kind(release("production"), "PrometheusRule")}
+    found = {each["metadata"]["name"] for each in resources_of_kind(render_release("production"), "PrometheusRule")}
     assert found == {f"photos-imaging-gateway-{file.stem}" for file in FILES}
 
 
 def test_dashboards() -> None:
     """All dashboards are brought to the letter, where Grafana's sidecar looks for them."""
     found = [
-        each for each in kind(release("production"), "ConfigMap") if "grafana_dashboard" in each["metadata"]["labels"]
+        each
+        for each in resources_of_kind(render_release("production"), "ConfigMap")
+        if "grafana_dashboard" in each["metadata"]["labels"]
     ]
     texts = {name: text for each in found for name, text in each["data"].items()}
     assert texts == {f"imaging-gateway-{file.name}": file.read_text("utf-8") for file in DASHBOARDS.glob("*.json")}
@@ -56,11 +58,11 @@ def test_dashboards() -> None:
 
 def test_monitor() -> None:
     """Prometheus finds the operators' port of all replicas, as the job by which the rules know the gateway."""
-    resources = release("production")
-    monitor = named(resources, "ServiceMonitor")
+    resources = render_release("production")
+    monitor = get_resource(resources, "ServiceMonitor")
     selector = monitor["spec"]["selector"]["matchLabels"]
-    services = kind(resources, "Service")
-    (service,) = [each for each in services if selects(selector, each["metadata"]["labels"])]
+    services = resources_of_kind(resources, "Service")
+    (service,) = [each for each in services if matches_selector(selector, each["metadata"]["labels"])]
     (endpoint,) = monitor["spec"]["endpoints"]
     assert service["metadata"]["name"] == "photos-imaging-gateway-operators"
     assert endpoint["port"] in {each["name"] for each in service["spec"]["ports"]}
@@ -72,11 +74,11 @@ def test_monitor() -> None:
 
 def test_job_has_its_name_whatever_the_release_is_called() -> None:
     """The rules find a gateway whose resources have another name."""
-    for each in kind(release("production", 'fullnameOverride="other"'), "Service"):
+    for each in resources_of_kind(render_release("production", 'fullnameOverride="other"'), "Service"):
         assert each["metadata"]["labels"]["app.kubernetes.io/name"] == "imaging-gateway"
 
 
 def test_nothing_of_it_by_default() -> None:
     """A cluster without the Prometheus operator takes the chart as it is."""
-    found = {each["kind"] for each in release("default")}
+    found = {each["kind"] for each in render_release("default")}
     assert not found & {"ServiceMonitor", "PrometheusRule", "ConfigMap", "Ingress", "Job"}

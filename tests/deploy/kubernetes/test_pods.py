@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 
-from service.settings import FILE, SETTINGS, Role, Settings
-from service.storage.connections import Topology, parse_url
-from tests.deploy.kubernetes.release import REDIS_URLS, RELEASES, ROLES, environment, kind, named, pods, release
+from service.settings import FILE_SUFFIX, SETTINGS, Role, Settings
+from service.storage.connections import Topology, parse_redis_url
+from tests.deploy.kubernetes.release import (
+    REDIS_URLS,
+    RELEASES,
+    ROLES,
+    get_resource,
+    pod_environment,
+    pod_templates,
+    render_release,
+    resources_of_kind,
+)
 
-NAMES = {each.name for each in SETTINGS} | {each.name + FILE for each in SETTINGS}
+VARIABLE_NAMES = {each.name for each in SETTINGS} | {each.name + FILE_SUFFIX for each in SETTINGS}
 TOPOLOGIES = {
     "default": Topology.SINGLE,
     "production": Topology.SINGLE,
@@ -20,15 +29,15 @@ TOPOLOGIES = {
 }
 
 
-def pod_of(name: str, role: str, *settings: str) -> Any:
+def pod_template(name: str, role: str, *settings: str) -> Any:
     """The template of a role's pods."""
-    return named(release(name, *settings), "Deployment", f"-{role}")["spec"]["template"]
+    return get_resource(render_release(name, *settings), "Deployment", f"-{role}")["spec"]["template"]
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_restricted(name: str) -> None:
     """Every pod keeps to the restricted profile of the pod security standards, and can't write to its own image."""
-    for _, pod in pods(release(name)):
+    for _, pod in pod_templates(render_release(name)):
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0
@@ -53,10 +62,10 @@ def test_restricted(name: str) -> None:
 @pytest.mark.parametrize("name", RELEASES)
 def test_account_has_no_rights(name: str) -> None:
     """The pods' account exists, has no token of its own accord, and nothing gives it rights."""
-    resources = release(name)
-    account = named(resources, "ServiceAccount")
+    resources = render_release(name)
+    account = get_resource(resources, "ServiceAccount")
     assert account["automountServiceAccountToken"] is False
-    assert {pod["spec"]["serviceAccountName"] for _, pod in pods(resources)} == {account["metadata"]["name"]}
+    assert {pod["spec"]["serviceAccountName"] for _, pod in pod_templates(resources)} == {account["metadata"]["name"]}
     assert not {each["kind"] for each in resources if "rbac" in each["apiVersion"]}
 
 
@@ -64,7 +73,7 @@ def test_account_has_no_rights(name: str) -> None:
 def test_user_is_the_image_s(name: str) -> None:
     """The pods run as the user that the image was made for."""
     dockerfile = (Path(__file__).parents[3] / "Dockerfile").read_text("utf-8")
-    for _, pod in pods(release(name)):
+    for _, pod in pod_templates(render_release(name)):
         context = pod["spec"]["securityContext"]
         assert f"\nUSER {context['runAsUser']}:{context['runAsGroup']}\n" in dockerfile
 
@@ -73,12 +82,12 @@ def test_user_is_the_image_s(name: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_settings(name: str, role: str, tmp_path: Path) -> None:
     """With what is in the Secrets, the gateway takes its environment in production, on the ports of the chart."""
-    pod = pod_of(name, role)
-    settings = Settings.load(environment(pod, tmp_path, REDIS_URLS[name]))
-    assert settings.in_production
+    pod = pod_template(name, role)
+    settings = Settings.load(pod_environment(pod, tmp_path, REDIS_URLS[name]))
+    assert settings.is_production
     assert settings.role is Role(role)
     assert settings.redis_url == REDIS_URLS[name]
-    assert parse_url(settings.redis_url).topology is TOPOLOGIES[name]
+    assert parse_redis_url(settings.redis_url).topology is TOPOLOGIES[name]
     ports = {each["name"]: each["containerPort"] for each in pod["spec"]["containers"][0]["ports"]}
     expected = {"operators": settings.ops_port} | ({"tenants": settings.port} if role == "api" else {})
     assert ports == expected
@@ -88,7 +97,7 @@ def test_settings(name: str, role: str, tmp_path: Path) -> None:
 
 def test_settings_that_were_given(tmp_path: Path) -> None:
     """What the values say arrives: numbers as they are written, and names with the upstream's words."""
-    settings = Settings.load(environment(pod_of("production", "api"), tmp_path, REDIS_URLS["production"]))
+    settings = Settings.load(pod_environment(pod_template("production", "api"), tmp_path, REDIS_URLS["production"]))
     assert settings.upstream_url == "https://upstream.example/api"
     assert settings.max_image_bytes == 20 << 20
     assert settings.max_image_pixels == 25_000_000
@@ -100,33 +109,33 @@ def test_settings_that_were_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("3", 3.0)])
 def test_fractions(tmp_path: Path, text: str, value: float) -> None:
     """A number that is not whole stays what it is."""
-    pod = pod_of("default", "worker", f"settings.pollSeconds={text}")
-    assert Settings.load(environment(pod, tmp_path, REDIS_URLS["default"])).poll_seconds == value
+    pod = pod_template("default", "worker", f"settings.pollSeconds={text}")
+    assert Settings.load(pod_environment(pod, tmp_path, REDIS_URLS["default"])).poll_seconds == value
 
 
 def test_all_of_ipv6(tmp_path: Path) -> None:
     """Where both ports are listened to is said once."""
-    pod = pod_of("default", "api", 'settings.host="::"')
-    settings = Settings.load(environment(pod, tmp_path, REDIS_URLS["default"]))
+    pod = pod_template("default", "api", 'settings.host="::"')
+    settings = Settings.load(pod_environment(pod, tmp_path, REDIS_URLS["default"]))
     assert settings.host == settings.ops_host == "::"
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_no_stranger_in_the_environment(name: str) -> None:
     """Every variable of the gateway's is a setting, given once; none holds a secret."""
-    secret = {each.name for each in SETTINGS if each.secret}
-    for _, pod in pods(release(name)):
+    secret = {each.name for each in SETTINGS if each.is_secret}
+    for _, pod in pod_templates(render_release(name)):
         names = [each["name"] for each in pod["spec"]["containers"][0]["env"]]
         assert len(set(names)) == len(names)
-        assert {each for each in names if each.startswith("GATEWAY_")} <= NAMES - secret
+        assert {each for each in names if each.startswith("GATEWAY_")} <= VARIABLE_NAMES - secret
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_no_secrets_in_it(name: str) -> None:
     """The chart makes no Secret, and names those that exist."""
-    resources = release(name)
-    assert kind(resources, "Secret") == []
-    for _, pod in pods(resources):
+    resources = render_release(name)
+    assert resources_of_kind(resources, "Secret") == []
+    for _, pod in pod_templates(resources):
         (volume,) = [each for each in pod["spec"]["volumes"] if each["name"] == "secrets"]
         assert all(source["secret"]["name"] for source in volume["projected"]["sources"])
         # Group-readable: the group is fsGroup, since the files belong to root.
@@ -138,23 +147,25 @@ def test_no_secrets_in_it(name: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_end(tmp_path: Path, role: str, lease: int) -> None:
     """A pod has as long to end as requests may be answered and then what they sent be booked: a lease for each."""
-    pod = pod_of("default", role, f"settings.leaseSeconds={lease}")
+    pod = pod_template("default", role, f"settings.leaseSeconds={lease}")
     spec, (container,) = pod["spec"], pod["spec"]["containers"]
-    settings = Settings.load(environment(pod, tmp_path, REDIS_URLS["default"]))
+    settings = Settings.load(pod_environment(pod, tmp_path, REDIS_URLS["default"]))
     before = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
     assert spec["terminationGracePeriodSeconds"] > before + 2 * settings.lease_seconds
 
 
 def test_requests_come_to_their_end() -> None:
     """A replica that answers tenants goes on to do so until all have heard that it ends, without a shell for that."""
-    assert pod_of("default", "api")["spec"]["containers"][0]["lifecycle"] == {"preStop": {"sleep": {"seconds": 10}}}
-    assert "lifecycle" not in pod_of("default", "api", "preStopSeconds=0")["spec"]["containers"][0]
+    assert pod_template("default", "api")["spec"]["containers"][0]["lifecycle"] == {
+        "preStop": {"sleep": {"seconds": 10}}
+    }
+    assert "lifecycle" not in pod_template("default", "api", "preStopSeconds=0")["spec"]["containers"][0]
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_probes(role: str) -> None:
     """A pod is ready when the port that it is there for says so, and alive as long as the last of its ports answers."""
-    (container,) = pod_of("default", role)["spec"]["containers"]
+    (container,) = pod_template("default", role)["spec"]["containers"]
     served = "tenants" if role == "api" else "operators"
     assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": served}
     for probe in ("livenessProbe", "startupProbe"):
@@ -164,13 +175,13 @@ def test_probes(role: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_no_replica_is_missed_in_an_upgrade(role: str) -> None:
     """An upgrade takes no replica away before the one in its place is ready."""
-    strategy = named(release("default"), "Deployment", f"-{role}")["spec"]["strategy"]
+    strategy = get_resource(render_release("default"), "Deployment", f"-{role}")["spec"]["strategy"]
     assert strategy == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_memory_is_bounded(role: str) -> None:
     """A process that grows ends alone, not with its node; CPU is not throttled."""
-    resources = pod_of("default", role)["spec"]["containers"][0]["resources"]
+    resources = pod_template("default", role)["spec"]["containers"][0]["resources"]
     assert resources["limits"].keys() == {"memory"}
     assert resources["requests"].keys() == {"cpu", "memory"}

@@ -9,25 +9,25 @@ import pytest
 
 from service.settings import Settings
 from tests.cli.conftest import Shell, shell
-from tests.deploy.kubernetes.release import environment, kind, named, release
+from tests.deploy.kubernetes.release import get_resource, pod_environment, render_release, resources_of_kind
 
 __all__ = ["shell"]
 
 
-def job(*settings: str) -> Any:
+def registry_job(*settings: str) -> Any:
     """The Job of the example that has one."""
-    return named(release("production", *settings), "Job", "-registry")
+    return get_resource(render_release("production", *settings), "Job", "-registry")
 
 
-def container() -> Any:
+def job_container() -> Any:
     """What runs in it."""
-    (found,) = job()["spec"]["template"]["spec"]["containers"]
+    (found,) = registry_job()["spec"]["template"]["spec"]["containers"]
     return found
 
 
 def test_after_every_change() -> None:
     """The Job runs when a release was installed or changed, in the place of the one before."""
-    assert job()["metadata"]["annotations"] == {
+    assert registry_job()["metadata"]["annotations"] == {
         "helm.sh/hook": "post-install,post-upgrade",
         "helm.sh/hook-delete-policy": "before-hook-creation",
     }
@@ -35,10 +35,10 @@ def test_after_every_change() -> None:
 
 def test_it_asks_the_operators(tmp_path: Path) -> None:
     """It asks the operators' Service by its name and port, and has no secret but their token."""
-    service = named(release("production"), "Service", "-operators")
+    service = get_resource(render_release("production"), "Service", "-operators")
     (port,) = service["spec"]["ports"]
-    assert f"--url=http://{service['metadata']['name']}:{port['port']}" in container()["args"]
-    found = environment(job()["spec"]["template"], tmp_path, "")
+    assert f"--url=http://{service['metadata']['name']}:{port['port']}" in job_container()["args"]
+    found = pod_environment(registry_job()["spec"]["template"], tmp_path, "")
     settings = Settings.load({name: text for name, text in found.items() if name.startswith("GATEWAY_")})
     assert settings.admin_token
     assert settings.redis_url is None
@@ -47,33 +47,37 @@ def test_it_asks_the_operators(tmp_path: Path) -> None:
 
 def test_secrets_of_the_file() -> None:
     """The secrets that the file speaks of come from the Secrets that hold them."""
-    (given,) = [each for each in container()["env"] if "valueFrom" in each]
+    (given,) = [each for each in job_container()["env"] if "valueFrom" in each]
     assert given["name"] == "MAIN_USER_KEY"
     assert given["valueFrom"] == {"secretKeyRef": {"name": "gateway-accounts", "key": "main"}}
 
 
 def test_file_is_where_it_looks() -> None:
     """The file that the command names is that of the ConfigMap, which may be somebody else's."""
-    args, spec = container()["args"], job()["spec"]["template"]["spec"]
-    (mount,) = [each for each in container()["volumeMounts"] if each["name"] == "registry"]
+    args, spec = job_container()["args"], registry_job()["spec"]["template"]["spec"]
+    (mount,) = [each for each in job_container()["volumeMounts"] if each["name"] == "registry"]
     (volume,) = [each for each in spec["volumes"] if each["name"] == "registry"]
     (item,) = volume["configMap"]["items"]
     assert args[:2] == ["apply", f"{mount['mountPath']}/{item['path']}"]
-    assert item["key"] in named(release("production"), "ConfigMap", "-registry")["data"]
+    assert item["key"] in get_resource(render_release("production"), "ConfigMap", "-registry")["data"]
     theirs = ('registry.toml=""', 'registry.existingConfigMap="theirs"')
-    assert not [each for each in kind(release("production", *theirs), "ConfigMap") if "registry" in str(each["data"])]
-    assert "{'name': 'theirs', 'items':" in str(job(*theirs))
+    assert not [
+        each
+        for each in resources_of_kind(render_release("production", *theirs), "ConfigMap")
+        if "registry" in str(each["data"])
+    ]
+    assert "{'name': 'theirs', 'items':" in str(registry_job(*theirs))
 
 
 async def test_it_applies(shell: Shell, tmp_path: Path) -> None:
     """What the Job runs makes the registry of a gateway what the file says, and a second time finds nothing to do."""
     file = tmp_path / "registry.toml"
-    file.write_text(named(release("production"), "ConfigMap", "-registry")["data"]["registry.toml"])
+    file.write_text(get_resource(render_release("production"), "ConfigMap", "-registry")["data"]["registry.toml"])
     shell.environ["MAIN_USER_KEY"] = "key-of-main"
-    command, _, _, *options = container()["args"]
+    command, _, _, *options = job_container()["args"]
     assert "Applied" in (await shell.run(command, str(file), *options)).stdout
     assert "nothing to change" in (await shell.run(command, str(file), *options)).stdout
-    found = await shell.stored("/registry")
+    found = await shell.get_admin("/registry")
     assert found["tenants"]["shop"]["max_active"] == 10
     assert found["accounts"]["main"]["max_price"]["upscale"] == 3
 
@@ -81,5 +85,5 @@ async def test_it_applies(shell: Shell, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("prune", "given"), [("true", True), ("false", False)])
 def test_prune(prune: str, given: bool) -> None:
     """What is not in the file is removed only if that is said."""
-    (found,) = job(f"registry.prune={prune}")["spec"]["template"]["spec"]["containers"]
+    (found,) = registry_job(f"registry.prune={prune}")["spec"]["template"]["spec"]["containers"]
     assert ("--prune" in found["args"]) is given

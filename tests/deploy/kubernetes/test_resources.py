@@ -11,20 +11,28 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from deploy.helm.__main__ import FOLDER, drifted, main, rendered
+from deploy.helm.__main__ import FOLDER, find_drift, main, render_all
 from deploy.helm.chart import CHART, EXAMPLES, helm
 from service import __version__
-from tests.deploy.kubernetes.release import RELEASES, ROLES, kind, named, pods, release, selects
+from tests.deploy.kubernetes.release import (
+    RELEASES,
+    ROLES,
+    get_resource,
+    matches_selector,
+    pod_templates,
+    render_release,
+    resources_of_kind,
+)
 
-ABOUT = yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))
-OLDEST = re.sub(r"^>=(\d+\.\d+)\..*", r"\1", ABOUT["kubeVersion"])
+CHART_METADATA = yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))
+OLDEST_KUBERNETES = re.sub(r"^>=(\d+\.\d+)\..*", r"\1", CHART_METADATA["kubeVersion"])
 
 
-@pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
+@pytest.mark.parametrize("version", [OLDEST_KUBERNETES, kubernetes_validate.latest_version()])
 @pytest.mark.parametrize("name", RELEASES)
 def test_kubernetes_takes_it(name: str, version: str) -> None:
     """Every resource is what the oldest and the newest Kubernetes know, to the last field."""
-    for each in release(name):
+    for each in render_release(name):
         if not each["apiVersion"].startswith("monitoring.coreos.com/"):
             assert version.startswith(kubernetes_validate.validate(dict(each), version, strict=True))
 
@@ -37,7 +45,7 @@ def test_helm_has_nothing_to_criticise(name: str) -> None:
 
 def test_golden() -> None:
     """What is there for people to read is what the chart comes to; `python -m deploy.helm` writes it."""
-    assert list(drifted(FOLDER, rendered())) == []
+    assert list(find_drift(FOLDER, render_all())) == []
 
 
 def test_drift_is_named_and_mended(tmp_path: Path) -> None:
@@ -55,8 +63,8 @@ def test_drift_is_named_and_mended(tmp_path: Path) -> None:
 
 def test_version() -> None:
     """The chart installs the version of the gateway beside which it lies."""
-    assert ABOUT["appVersion"] == __version__
-    assert named(release("default"), "Deployment", "-api")["spec"]["template"]["spec"]["containers"][0][
+    assert CHART_METADATA["appVersion"] == __version__
+    assert get_resource(render_release("default"), "Deployment", "-api")["spec"]["template"]["spec"]["containers"][0][
         "image"
     ].endswith(f":{__version__}")
 
@@ -64,14 +72,16 @@ def test_version() -> None:
 def test_digest_goes_before_tag() -> None:
     """An image can be pinned by its digest, of which a tag takes nothing away."""
     digest = f"sha256:{'0' * 64}"
-    pinned = release("default", f'image.digest="{digest}"', 'image.tag="2"')
-    assert {pod["spec"]["containers"][0]["image"] for _, pod in pods(pinned)} == {f"registry/imaging-gateway@{digest}"}
+    pinned = render_release("default", f'image.digest="{digest}"', 'image.tag="2"')
+    assert {pod["spec"]["containers"][0]["image"] for _, pod in pod_templates(pinned)} == {
+        f"registry/imaging-gateway@{digest}"
+    }
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_names(name: str) -> None:
     """No two resources of a kind have the same name, and all belong to the release."""
-    names = [(each["kind"], each["metadata"]["name"]) for each in release(name)]
+    names = [(each["kind"], each["metadata"]["name"]) for each in render_release(name)]
     assert len(set(names)) == len(names)
     assert all(each.startswith("photos-imaging-gateway") for _, each in names)
 
@@ -79,25 +89,25 @@ def test_names(name: str) -> None:
 def test_long_names() -> None:
     """With the longest name that a release may have, no name is longer than Kubernetes takes."""
     long = f'fullnameOverride="{"a" * 63}"'
-    assert max(len(each["metadata"]["name"]) for each in release("production", long)) <= 63
+    assert max(len(each["metadata"]["name"]) for each in render_release("production", long)) <= 63
 
 
 @pytest.mark.parametrize("name", RELEASES)
 @pytest.mark.parametrize("role", ROLES)
 def test_selectors(name: str, role: str) -> None:
     """What is there for a role selects the pods of that role, and no others."""
-    resources = release(name)
-    labels = {each: pod["metadata"]["labels"] for each, pod in pods(resources)}
-    policies = [named(resources, each, f"-{role}") for each in ("Deployment", "PodDisruptionBudget")]
+    resources = render_release(name)
+    labels = {each: pod["metadata"]["labels"] for each, pod in pod_templates(resources)}
+    policies = [get_resource(resources, each, f"-{role}") for each in ("Deployment", "PodDisruptionBudget")]
     selectors = [each["spec"]["selector"]["matchLabels"] for each in policies]
-    selectors.append(named(resources, "NetworkPolicy", f"-{role}")["spec"]["podSelector"]["matchLabels"])
-    template = named(resources, "Deployment", f"-{role}")["spec"]["template"]
+    selectors.append(get_resource(resources, "NetworkPolicy", f"-{role}")["spec"]["podSelector"]["matchLabels"])
+    template = get_resource(resources, "Deployment", f"-{role}")["spec"]["template"]
     spread = template["spec"]["topologySpreadConstraints"]
     selectors += [each["labelSelector"]["matchLabels"] for each in spread]
     if role == "api":
-        selectors.append(named(resources, "Service")["spec"]["selector"])
+        selectors.append(get_resource(resources, "Service")["spec"]["selector"])
     for selector in selectors:
-        assert [each for each, found in labels.items() if selects(selector, found)] == [
+        assert [each for each, found in labels.items() if matches_selector(selector, found)] == [
             f"photos-imaging-gateway-{role}"
         ]
 
@@ -105,37 +115,37 @@ def test_selectors(name: str, role: str) -> None:
 @pytest.mark.parametrize("name", RELEASES)
 def test_operators_reach_every_replica(name: str) -> None:
     """The operators' Service stands for the pods of both roles, and not for the Job."""
-    resources = release(name)
-    selector = named(resources, "Service", "-operators")["spec"]["selector"]
-    found = [each for each, pod in pods(resources) if selects(selector, pod["metadata"]["labels"])]
+    resources = render_release(name)
+    selector = get_resource(resources, "Service", "-operators")["spec"]["selector"]
+    found = [each for each, pod in pod_templates(resources) if matches_selector(selector, pod["metadata"]["labels"])]
     assert found == [f"photos-imaging-gateway-{role}" for role in ROLES]
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_ports(name: str) -> None:
     """Every port that is named is one of the pods behind it; tenants are led to theirs alone."""
-    resources = release(name)
-    for service in kind(resources, "Service"):
+    resources = render_release(name)
+    for service in resources_of_kind(resources, "Service"):
         selector = service["spec"]["selector"]
-        behind = [pod for _, pod in pods(resources) if selects(selector, pod["metadata"]["labels"])]
+        behind = [pod for _, pod in pod_templates(resources) if matches_selector(selector, pod["metadata"]["labels"])]
         (port,) = service["spec"]["ports"]
         for pod in behind:
             (container,) = pod["spec"]["containers"]
             assert port["targetPort"] in {each["name"] for each in container["ports"]}
-    assert named(resources, "Service")["spec"]["ports"][0]["targetPort"] == "tenants"
-    operators = named(resources, "Service", "-operators")["spec"]
+    assert get_resource(resources, "Service")["spec"]["ports"][0]["targetPort"] == "tenants"
+    operators = get_resource(resources, "Service", "-operators")["spec"]
     assert (operators["type"], operators["ports"][0]["targetPort"]) == ("ClusterIP", "operators")
-    for ingress in kind(resources, "Ingress"):
+    for ingress in resources_of_kind(resources, "Ingress"):
         (path,) = ingress["spec"]["rules"][0]["http"]["paths"]
         assert path["backend"]["service"] == {"name": "photos-imaging-gateway", "port": {"name": "tenants"}}
 
 
 def test_ingress_waits_for_the_answer() -> None:
     """The ingress of the example waits as long as a submission may take, and never sends it a second time."""
-    resources = release("production")
-    (container,) = named(resources, "Deployment", "-api")["spec"]["template"]["spec"]["containers"]
+    resources = render_release("production")
+    (container,) = get_resource(resources, "Deployment", "-api")["spec"]["template"]["spec"]["containers"]
     (lease,) = [int(each["value"]) for each in container["env"] if each["name"] == "GATEWAY_LEASE_SECONDS"]
-    annotations = named(resources, "Ingress")["metadata"]["annotations"]
+    annotations = get_resource(resources, "Ingress")["metadata"]["annotations"]
     assert int(annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"]) >= lease
     assert annotations["nginx.ingress.kubernetes.io/proxy-next-upstream"] == "off"
 
@@ -145,13 +155,17 @@ def test_ingress_waits_for_the_answer() -> None:
 def test_replicas(role: str, scales: bool) -> None:
     """Either the autoscaler or the Deployment says how many there are, and one of them may always be taken away."""
     flag = str(scales).lower()
-    resources = release("default", f"{role}.autoscaling.enabled={flag}")
-    deployment = named(resources, "Deployment", f"-{role}")
-    scalers = [each for each in kind(resources, "HorizontalPodAutoscaler") if each["metadata"]["name"].endswith(role)]
+    resources = render_release("default", f"{role}.autoscaling.enabled={flag}")
+    deployment = get_resource(resources, "Deployment", f"-{role}")
+    scalers = [
+        each
+        for each in resources_of_kind(resources, "HorizontalPodAutoscaler")
+        if each["metadata"]["name"].endswith(role)
+    ]
     assert ("replicas" in deployment["spec"]) is not scales
     assert len(scalers) == scales
     least = deployment["spec"].get("replicas") or scalers[0]["spec"]["minReplicas"]
-    budget = named(resources, "PodDisruptionBudget", f"-{role}")["spec"]
+    budget = get_resource(resources, "PodDisruptionBudget", f"-{role}")["spec"]
     assert 1 <= budget["maxUnavailable"] < least
     for scaler in scalers:
         assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]

@@ -10,25 +10,32 @@ from typing import Any
 
 import pytest
 
-from deploy.helm.chart import CHART, EXAMPLES, RefusedError, render
+from deploy.helm.chart import CHART, EXAMPLES, HelmError, render
 from service.settings import SETTINGS, Scope, Settings, SettingsError
-from tests.deploy.kubernetes.release import REDIS_URLS, defaults, environment, named, pods, release
+from tests.deploy.kubernetes.release import (
+    REDIS_URLS,
+    chart_values,
+    get_resource,
+    pod_environment,
+    pod_templates,
+    render_release,
+)
 
 SCHEMA: Any = json.loads((CHART / "values.schema.json").read_text("utf-8"))
-OF_THE_CHART = {
+CHART_VARIABLES = {
     "GATEWAY_ENV",
     "GATEWAY_ROLE",
     "GATEWAY_PORT",
     "GATEWAY_OPS_HOST",
     "GATEWAY_OPS_PORT",
 }
-FOR_DEVELOPMENT = {each.name for each in SETTINGS if each.scope is Scope.DEVELOPMENT}
-SECRETS = {each.name for each in SETTINGS if each.secret} - FOR_DEVELOPMENT
+DEVELOPMENT_VARIABLES = {each.name for each in SETTINGS if each.scope is Scope.DEVELOPMENT}
+SECRETS = {each.name for each in SETTINGS if each.is_secret} - DEVELOPMENT_VARIABLES
 
 
-def refusal(*settings: str) -> str:
+def render_error(*settings: str) -> str:
     """What is said about the least of values with these over them."""
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HelmError) as caught:
         render(EXAMPLES["default"], *settings)
     return str(caught.value)
 
@@ -73,7 +80,7 @@ def refusal(*settings: str) -> str:
 )
 def test_refusals(setting: str, said: str) -> None:
     """What can't be used is refused before anything is installed, in words that say where it is and what is wrong."""
-    assert said in refusal(setting)
+    assert said in render_error(setting)
 
 
 @pytest.mark.parametrize(
@@ -88,63 +95,63 @@ def test_refusals(setting: str, said: str) -> None:
 )
 def test_upstream_on_another_port(policy: object) -> None:
     """An upstream on a port of its own is taken where a policy lets pods reach it, or may do so."""
-    assert release(
+    assert render_release(
         "default", 'settings.upstreamUrl="https://upstream.example:8443"', f"networkPolicy={json.dumps(policy)}"
     )
 
 
-def places(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def find_mappings(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every part of the schema that describes a mapping, by where it is."""
     if schema.get("type") == "object":
         yield path, schema
     for key in ("properties", "definitions"):
         for name, each in schema.get(key, {}).items():
-            yield from places(each, f"{path}/{name}")
+            yield from find_mappings(each, f"{path}/{name}")
     for key in ("items", "additionalProperties"):
         if isinstance(schema.get(key), dict):
-            yield from places(schema[key], f"{path}/{key}")
+            yield from find_mappings(schema[key], f"{path}/{key}")
 
 
 def test_nothing_is_taken_unseen() -> None:
     """A mapping whose keys are known takes no others; the rest is Kubernetes' own to judge."""
-    closed = [(path, each) for path, each in places(SCHEMA) if "properties" in each]
+    closed = [(path, each) for path, each in find_mappings(SCHEMA) if "properties" in each]
     assert len(closed) > 20
     assert [path for path, each in closed if each.get("additionalProperties") is not False] == []
 
 
-def keys(values: Any, schema: Any) -> Iterator[tuple[set[str], set[str]]]:
+def pair_keys(values: Any, schema: Any) -> Iterator[tuple[set[str], set[str]]]:
     """The keys of the values, and those that the schema knows, mapping by mapping."""
     if "$ref" in schema:
         schema = SCHEMA["definitions"][schema["$ref"].rsplit("/", 1)[1]]
     if isinstance(values, dict) and "properties" in schema:
         yield set(values), set(schema["properties"])
         for key, each in values.items():
-            yield from keys(each, schema["properties"][key])
+            yield from pair_keys(each, schema["properties"][key])
 
 
 def test_all_values_are_shown() -> None:
     """All that may be said is in values.yaml with its default, but for settings, whose defaults are the gateway's."""
-    (root, *nested) = keys(defaults(), SCHEMA)
+    (root, *nested) = pair_keys(chart_values(), SCHEMA)
     assert root[1] - root[0] == {"global"}
     unsaid = [known - there for there, known in nested if known != there]
-    assert unsaid == [set(SCHEMA["properties"]["settings"]["properties"]) - defaults()["settings"].keys()]
+    assert unsaid == [set(SCHEMA["properties"]["settings"]["properties"]) - chart_values()["settings"].keys()]
 
 
-def name_of(key: str) -> str:
+def variable_name(key: str) -> str:
     """The variable that a key of `settings` becomes."""
     return "GATEWAY_" + re.sub(r"([A-Z])", r"_\1", key).upper()
 
 
 def test_every_setting() -> None:
     """Every setting is for the values, for a Secret, for the chart itself, or for development alone."""
-    said = {name_of(key) for key in SCHEMA["properties"]["settings"]["properties"]}
-    mounted = {name_of(key) for key in SCHEMA["properties"]["secrets"]["properties"]}
-    groups = [said, mounted, OF_THE_CHART, FOR_DEVELOPMENT]
+    said = {variable_name(key) for key in SCHEMA["properties"]["settings"]["properties"]}
+    mounted = {variable_name(key) for key in SCHEMA["properties"]["secrets"]["properties"]}
+    groups = [said, mounted, CHART_VARIABLES, DEVELOPMENT_VARIABLES]
     assert mounted == SECRETS
     assert sorted(name for group in groups for name in group) == sorted(each.name for each in SETTINGS)
 
 
-def takes(variable: str, text: str) -> bool:
+def is_valid_setting(variable: str, text: str) -> bool:
     """Whether the gateway takes a setting so."""
     try:
         Settings.load({variable: text})
@@ -156,35 +163,35 @@ def takes(variable: str, text: str) -> bool:
 def test_ranges() -> None:
     """The chart takes the numbers that the gateway takes, and no others."""
     bounds = {
-        name_of(key): (each["minimum"], each["maximum"], 1 if each["type"] == "integer" else 0.01)
+        variable_name(key): (each["minimum"], each["maximum"], 1 if each["type"] == "integer" else 0.01)
         for key, each in SCHEMA["properties"]["settings"]["properties"].items()
         if "minimum" in each
     }
     assert len(bounds) == 6
     for name, (least, most, step) in bounds.items():
-        assert takes(name, str(least)), name
-        assert takes(name, str(most)), name
-        assert not takes(name, str(least - step)), name
-        assert not takes(name, str(most + step)), name
+        assert is_valid_setting(name, str(least)), name
+        assert is_valid_setting(name, str(most)), name
+        assert not is_valid_setting(name, str(least - step)), name
+        assert not is_valid_setting(name, str(most + step)), name
 
 
 def test_choices() -> None:
     """The chart knows the words that the gateway knows."""
     for key in ("logLevel", "upstreamCleartext"):
         for word in SCHEMA["properties"]["settings"]["properties"][key]["enum"]:
-            assert takes(name_of(key), word)
+            assert is_valid_setting(variable_name(key), word)
 
 
 def test_defaults_are_the_gateway_s() -> None:
     """A value that the chart writes down itself is the gateway's own default, but for where it listens."""
-    told = {name_of(key): str(value) for key, value in defaults()["settings"].items() if value}
+    told = {variable_name(key): str(value) for key, value in chart_values()["settings"].items() if value}
     own = {each.name: each.default for each in SETTINGS}
     assert told == {"GATEWAY_HOST": "0.0.0.0", "GATEWAY_LEASE_SECONDS": own["GATEWAY_LEASE_SECONDS"]}
 
 
 def test_what_is_added(tmp_path: Path) -> None:
     """What is said beyond settings arrives in both roles: variables, volumes, where to run."""
-    resources = release(
+    resources = render_release(
         "default",
         'extraEnv=[{"name":"OTEL_RESOURCE_ATTRIBUTES","value":"team=images"}]',
         'extraVolumes=[{"name":"ca","configMap":{"name":"ca"}}]',
@@ -194,23 +201,23 @@ def test_what_is_added(tmp_path: Path) -> None:
         'worker.affinity={"nodeAffinity":{}}',
         'worker.podLabels={"team":"images"}',
     )
-    for _, pod in pods(resources):
+    for _, pod in pod_templates(resources):
         (container,) = pod["spec"]["containers"]
-        found = environment(pod, tmp_path, REDIS_URLS["default"])
+        found = pod_environment(pod, tmp_path, REDIS_URLS["default"])
         assert found["OTEL_RESOURCE_ATTRIBUTES"] == "team=images"
         assert {"name": "ca", "mountPath": "/etc/ca"} in container["volumeMounts"]
         assert {"name": "ca", "configMap": {"name": "ca"}} in pod["spec"]["volumes"]
-    worker = named(resources, "Deployment", "-worker")["spec"]["template"]
+    worker = get_resource(resources, "Deployment", "-worker")["spec"]["template"]
     assert worker["spec"]["nodeSelector"] == {"disk": "ssd"}
     assert worker["spec"]["tolerations"] == [{"key": "images", "operator": "Exists"}]
     assert worker["spec"]["affinity"] == {"nodeAffinity": {}}
     assert worker["metadata"]["labels"]["team"] == "images"
-    api = named(resources, "Deployment", "-api")["spec"]["template"]
+    api = get_resource(resources, "Deployment", "-api")["spec"]["template"]
     assert not api["spec"].keys() & {"nodeSelector", "tolerations", "affinity"}
 
 
 def test_an_account_that_exists() -> None:
     """Pods can run under an account that somebody else made."""
-    resources = release("default", "serviceAccount.create=false", 'serviceAccount.name="theirs"')
-    assert {pod["spec"]["serviceAccountName"] for _, pod in pods(resources)} == {"theirs"}
+    resources = render_release("default", "serviceAccount.create=false", 'serviceAccount.name="theirs"')
+    assert {pod["spec"]["serviceAccountName"] for _, pod in pod_templates(resources)} == {"theirs"}
     assert not [each for each in resources if each["kind"] == "ServiceAccount"]
