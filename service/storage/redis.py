@@ -248,7 +248,7 @@ _ERROR_KINDS: Sequence[tuple[tuple[type[Exception], ...], RedisErrorKind]] = (
 _VERSION_ERROR_PREFIX = "DATAVERSION "
 
 
-_SHARED = ("store", "account", "balance", "windows", "reserve_rules", "deliveries")
+_SHARED = ("store", "account", "windows", "reserve_rules", "deliveries")
 
 
 READ_COMMAND = "read"

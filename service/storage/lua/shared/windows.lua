@@ -1,24 +1,93 @@
 -- What a reservation counts for, and what becomes of it, as service/domain/booking.py and usage.py have it.
 
-local function load_reservation(key)
-  local found = unpacked(redis.call('GET', key))
-  if found then
-    found.periods, found.holds = found.periods or {}, found.holds or {}
-  end
-  return found
+-- Days since the epoch of the first of the month around a day, by the civil calendar.
+local function month_start(days)
+  local z = days + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day = doy - math.floor((153 * mp + 2) / 5)
+  return days - day
 end
 
-local function save_reservation(key, reservation, keep)
-  if not next(reservation.holds) then
-    reservation.holds = nil
+local function period_of(window, at)
+  if window == 'minute' then
+    return at - at % 60000
+  elseif window == 'hour' then
+    return at - at % 3600000
+  elseif window == 'day' then
+    return at - at % DAY
+  elseif window == 'month' then
+    return month_start(math.floor(at / DAY)) * DAY
   end
-  if not next(reservation.periods) then
-    reservation.periods = nil
+  return 0
+end
+
+local function resets_at(window, at)
+  if window == 'total' then
+    return nil
+  elseif window == 'minute' then
+    return period_of(window, at) + 60000
+  elseif window == 'hour' then
+    return period_of(window, at) + 3600000
+  elseif window == 'day' then
+    return period_of(window, at) + DAY
   end
-  if reservation.after and not next(reservation.after) then
-    reservation.after = nil
+  return period_of(window, period_of(window, at) + 32 * DAY)
+end
+
+-- Begins the windows anew whose period is over. The server's time may step back into an earlier period, so the counter of
+-- the last one is set aside, as are those of later ones where it has. An earlier one whose counter is not kept, and which
+-- may have been counted before, is counted under another name.
+local function roll(tenant, wall)
+  local state = tenant.state
+  for _, window in ipairs(WINDOWS) do
+    local period, counter = period_of(window, wall), state.windows[window]
+    if not counter or counter.period ~= period then
+      local known, aside, begun, last = state.aside and state.aside[window] or {}, {}, nil, nil
+      if counter then
+        known[#known + 1] = counter
+      end
+      for _, each in ipairs(known) do
+        if each.period == period then
+          begun = each
+        elseif each.period > period then
+          aside[#aside + 1] = each
+        elseif not last or each.period > last.period then
+          last = each
+        end
+      end
+      if not begun then
+        begun = {period = period, tasks = 0, tasks_reserved = 0, money = 0, money_reserved = 0, overrun = 0}
+        if aside[1] then
+          state.names = (state.names or 0) + 1
+          begun.name = -state.names
+        end
+      end
+      aside[#aside + 1] = last
+      state.windows[window] = begun
+      if aside[1] or state.aside then
+        state.aside = state.aside or {}
+        state.aside[window] = aside[1] and aside or nil
+        state.aside = next(state.aside) and state.aside or nil
+      end
+    end
   end
-  redis.call('SET', key, cmsgpack.pack(reservation), 'PX', keep)
+end
+
+-- The counter of a window in which a reservation was counted, if there still is one.
+local function counter_of(tenant, window, name)
+  local counter = tenant.state.windows[window]
+  if (counter.name or counter.period) == name then
+    return counter
+  end
+  for _, each in ipairs(tenant.state.aside and tenant.state.aside[window] or {}) do
+    if (each.name or each.period) == name then
+      return each
+    end
+  end
 end
 
 -- Puts in what a reservation counts for in the windows it was counted in, if they are kept; with a sign of -1 takes it out.
