@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -248,7 +249,7 @@ _ERROR_KINDS: Sequence[tuple[tuple[type[Exception], ...], RedisErrorKind]] = (
 _VERSION_ERROR_PREFIX = "DATAVERSION "
 
 
-_SHARED = ("store", "account", "windows", "reserve_rules", "deliveries")
+_USES = re.compile(r"^-- USES: (.+)$", re.MULTILINE)
 
 
 READ_COMMAND = "read"
@@ -401,10 +402,32 @@ class RedisScripts:
 
     async def _load(self, name: str) -> None:
         if name not in self._sources:
-            shared = ("version", *_SHARED) if self._version_guard else _SHARED
-            parts = [*(_LUA_FOLDER / "shared" / f"{part}.lua" for part in shared), _LUA_FOLDER / f"{name}.lua"]
-            self._sources[name] = "\n".join(part.read_text(encoding="utf-8") for part in parts)
+            self._sources[name] = _assemble(name, has_version=self._version_guard is not None)
         self._hashes[name] = await self._client.script_load(self._sources[name])
+
+
+def _assemble(name: str, *, has_version: bool) -> str:
+    """Return the text of a script, after the shared parts that it uses and, first of all, the check of the version."""
+    parts: dict[str, str] = {}
+    if has_version:
+        _add_part("version", parts)
+    script = (_LUA_FOLDER / f"{name}.lua").read_text(encoding="utf-8")
+    _add_parts_of(script, parts)
+    return "\n".join([*parts.values(), script])
+
+
+def _add_part(name: str, parts: dict[str, str]) -> None:
+    if name not in parts:
+        text = (_LUA_FOLDER / "shared" / f"{name}.lua").read_text(encoding="utf-8")
+        _add_parts_of(text, parts)
+        parts[name] = text
+
+
+def _add_parts_of(text: str, parts: dict[str, str]) -> None:
+    """Add the shared parts that a text names as used, each after those that it uses itself."""
+    uses = _USES.search(text)
+    for name in uses[1].split(", ") if uses else ():
+        _add_part(name, parts)
 
 
 def classify_error(error: RedisError) -> RedisErrorKind:

@@ -1,5 +1,6 @@
 -- Reads tasks that somebody looks at or waits for, and has those that run checked as often as may be for a while. One
 -- whose checks fail is asked about ever later all the same: who looks on must not make that worse.
+-- USES: store
 -- KEYS     clock, watch, claims
 -- ARGV     MessagePack {reservations, task, interest, interested, check_after}: how the keys of tasks and of interest
 --          begin, which share the hash tag of KEYS, for how long the interest lasts, and the time between two checks

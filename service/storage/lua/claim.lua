@@ -1,4 +1,5 @@
 -- Takes the tasks whose check is due; nobody else gets them until the lease runs out.
+-- USES: store
 -- KEYS     clock, watch, claims
 -- ARGV     MessagePack {most, lease, task}; task is the prefix of the tasks' keys, which share the hash tag of KEYS
 -- RETURNS  {now, {reservation, task, when it was due}...}

@@ -1,4 +1,5 @@
 -- Takes the deliveries that are due, of all receivers in turn; nobody else gets them until the lease runs out.
+-- USES: store, deliveries
 -- KEYS     clock, receivers
 -- ARGV     MessagePack {most, lease, agenda}
 -- RETURNS  {now, {id, the delivery}...}

@@ -1,4 +1,5 @@
 -- Claims the turn to look at an account's balance by checking its newest finished task again, if that is due.
+-- USES: store, account
 -- KEYS     clock, account
 -- ARGV     MessagePack {account, count_only}: whether a tenant that may spend nothing but uses has the account
 -- RETURNS  {'due', now, reservation} or {'not-due', now}

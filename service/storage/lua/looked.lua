@@ -1,4 +1,5 @@
 -- Takes in what a second check of a finished task told of its account's balance.
+-- USES: store, account
 -- KEYS     clock, account
 -- ARGV     MessagePack {account, reservation, claimed, figures, reservations}; reservations is the prefix of their keys
 -- RETURNS  {'looked', now}, or {'passed', now} if another task has become the newest meanwhile

@@ -1,4 +1,5 @@
 -- Writes what a check of a task said, and when to check again; an end is recorded once, with its receipt.
+-- USES: store, windows, account, deliveries
 -- KEYS     clock, tenant, reservation, account, task, watch, claims, interest
 -- ARGV     MessagePack {reservation, account, claimed, answered, artifacts, error, lost_error, unusable_error, figures,
 --          check_after, lost_after, unusable_after, keep_reservation, keep_running, keep_ended, usage, keep_usage,

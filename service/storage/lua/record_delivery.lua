@@ -1,4 +1,5 @@
 -- Writes what became of an attempt to deliver. What was delivered stays so, whoever else has claimed it meanwhile.
+-- USES: store, deliveries
 -- KEYS     clock, receivers
 -- ARGV     MessagePack {id, leased, state, attempts, wait, status, error, answer, keep_delivered, agenda}: leased is
 --          when the lease of the claim ends, attempts how many were made, wait after how long it is tried again

@@ -1,4 +1,5 @@
 -- Has a delivery sent again from the start, now; one that is under way goes on as it is.
+-- USES: store, deliveries
 -- KEYS     clock, receivers
 -- ARGV     MessagePack {id, agenda}
 -- RETURNS  {'again', now, the delivery}, or {'unknown', now}

@@ -1,4 +1,5 @@
 -- Gives what a submission was charged for back to the windows of its tenant, once.
+-- USES: store, windows
 -- KEYS     clock, tenant, reservation
 -- ARGV     MessagePack {reservation, tenant, reason, usage, keep_usage}; usage is the prefix of the keys of the
 --          tenant's days, which share the hash tag of KEYS

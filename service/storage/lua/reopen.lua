@@ -1,5 +1,6 @@
 -- Forgets that an account was closed, and its figures, so that the next submission finds out. What was sent before says
 -- nothing of it any more.
+-- USES: store
 -- KEYS     clock, account
 -- ARGV     MessagePack {account}
 -- RETURNS  {'reopened'}

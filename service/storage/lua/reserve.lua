@@ -1,4 +1,5 @@
 -- Holds a place for a submission in the windows of its tenant and on the first account that can pay.
+-- USES: store, windows, account, reserve_rules
 -- KEYS     clock, tenant, reservation, leases, account...
 -- ARGV     MessagePack {reservation, tenant, kind, lease, keep, accounts, reservations, idempotency}; reservations is the
 --          prefix of their keys, idempotency {at, key, content, keep}: where that key is kept, with what, and how long

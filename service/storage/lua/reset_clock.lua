@@ -1,4 +1,5 @@
 -- Makes the ledger's time the server's again, and moves all that is kept in the ledger's time with it.
+-- USES: store
 -- KEYS     clock, leases, watch, claims, receivers, account...
 -- ARGV     MessagePack {accounts, reservations, tasks, usages, keep, queues, delivery_claims, failing}: the accounts' ids, how
 --          the keys of reservations, tasks and each tenant's days of usage begin, for how long reservations are kept, and how

@@ -1,4 +1,5 @@
 -- Moves a reservation that an account did not take to the next account, keeping its place in the windows.
+-- USES: store, windows, account, reserve_rules
 -- KEYS     clock, tenant, reservation, account that was left, account...
 -- ARGV     MessagePack {left, closes, keep, accounts}; closes is the status the left account has earned, if any
 -- RETURNS  as reserve; after anything but 'granted' the reservation is where it was, to be settled

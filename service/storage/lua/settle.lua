@@ -1,4 +1,5 @@
 -- Gives a reservation its outcome, by compare-and-set; an acceptance writes its task in the same breath.
+-- USES: store, windows, account
 -- KEYS     clock, tenant, reservation, leases, account, task, index of the tenant's tasks, watch
 -- ARGV     MessagePack {reservation, tenant, account, kind, created, outcome, figures, closes, keep, late, draft, usage,
 --          keep_usage, reservations, keys, idempotency}, draft {id, options, metadata, check_after, webhook, trace}; usage, reservations

@@ -1,4 +1,5 @@
 -- What an account was charged for, as service/domain/charges.py has it.
+-- USES: store
 
 local function expect(account, kind, sign)
   local expected, price = account.state.expected, account.policy.max_price[kind]

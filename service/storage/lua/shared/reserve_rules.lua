@@ -1,4 +1,5 @@
 -- Holding and moving places, as service/domain/quota.py has it.
+-- USES: windows, account
 
 local function money_holds(tenant, price, wall, refused)
   local holds, most = {}, 0

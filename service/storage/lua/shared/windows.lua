@@ -1,4 +1,5 @@
 -- What a reservation counts for, and what becomes of it, as service/domain/booking.py and usage.py have it.
+-- USES: store
 
 -- Days since the epoch of the first of the month around a day, by the civil calendar.
 local function month_start(days)
