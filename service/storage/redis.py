@@ -17,8 +17,10 @@ from redis.exceptions import ClusterDownError, DataError, NoScriptError, ReadOnl
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from service.domain.availability import EXCLUSIVE_RETRY_MS, MAX_FAILED_BALANCE_CHECKS, PROBE_INTERVAL_MS
 from service.domain.errors import LedgerUnavailable
-from service.domain.ledger import ClockReading, LedgerClock
+from service.domain.ledger import OFFSET_UNITS_PER_MS, ClockReading, LedgerClock
+from service.domain.tenants import Window
 from service.telemetry.metrics import RedisErrorKind, RedisOutcome
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 
@@ -250,6 +252,31 @@ _VERSION_ERROR_PREFIX = "DATAVERSION "
 
 
 _USES = re.compile(r"^-- USES: (.+)$", re.MULTILINE)
+LATE_CHARGE_MS = 600_000
+"""How long after its outcome became unknown a submission may still be charged."""
+MAX_CHECK_INTERVAL_MS = 30_000
+"""The longest time between two checks of a task that is not watched."""
+MAX_CHECK_BACKOFF_MS = 60_000
+"""The longest time between two checks after checks that failed."""
+AGE_PER_CHECK_INTERVAL = 20
+"""A task that is not watched is checked again after this part of its age."""
+_DAY_MS = 86_400_000
+_CONSTANTS: Mapping[str, int | Sequence[str]] = {
+    "WINDOWS": tuple(Window),
+    "MINUTE_MS": 60_000,
+    "HOUR_MS": 3_600_000,
+    "DAY_MS": _DAY_MS,
+    "CLOCK_OFFSET_UNITS": OFFSET_UNITS_PER_MS,
+    "PROBE_INTERVAL_MS": PROBE_INTERVAL_MS,
+    "MAX_FAILED_BALANCE_CHECKS": MAX_FAILED_BALANCE_CHECKS,
+    "EXCLUSIVE_RETRY_MS": EXCLUSIVE_RETRY_MS,
+    "LATE_CHARGE_MS": LATE_CHARGE_MS,
+    "MAX_CHECK_INTERVAL_MS": MAX_CHECK_INTERVAL_MS,
+    "MAX_CHECK_BACKOFF_MS": MAX_CHECK_BACKOFF_MS,
+    "AGE_PER_CHECK_INTERVAL": AGE_PER_CHECK_INTERVAL,
+    "KEEP_DELETED_MS": 60 * _DAY_MS,  # longer than any task of a deleted tenant or account runs
+}
+"""What the scripts may use by these names; each is written before a script that does."""
 
 
 READ_COMMAND = "read"
@@ -407,13 +434,27 @@ class RedisScripts:
 
 
 def _assemble(name: str, *, has_version: bool) -> str:
-    """Return the text of a script, after the shared parts that it uses and, first of all, the check of the version."""
+    """Return the text of a script, after the constants and the shared parts that it uses.
+
+    First of all comes the check of the version, if there is one.
+    """
     parts: dict[str, str] = {}
     if has_version:
         _add_part("version", parts)
     script = (_LUA_FOLDER / f"{name}.lua").read_text(encoding="utf-8")
     _add_parts_of(script, parts)
-    return "\n".join([*parts.values(), script])
+    text = "\n".join([*parts.values(), script])
+    return "".join(_constants_of(text)) + text
+
+
+def _constants_of(text: str) -> Iterator[str]:
+    for name, value in _CONSTANTS.items():
+        if re.search(rf"\b{name}\b", text):
+            yield f"local {name} = {_literal(value)}\n"
+
+
+def _literal(value: int | Sequence[str]) -> str:
+    return str(value) if isinstance(value, int) else "{" + ", ".join(f"'{each}'" for each in value) + "}"
 
 
 def _add_part(name: str, parts: dict[str, str]) -> None:

@@ -52,6 +52,7 @@ from service.domain.ledger import (
 )
 from service.domain.tasks import Cost, CostBasis, Kind
 from service.domain.tenants import AccountPolicy, Limit, SpendingMode, TenantPolicy, Window
+from service.storage.redis import AGE_PER_CHECK_INTERVAL, LATE_CHARGE_MS, MAX_CHECK_BACKOFF_MS, MAX_CHECK_INTERVAL_MS
 
 _COST_MEASURES = {
     CostBasis.OBSERVED: (Measure.OBSERVED_COUNT, Measure.OBSERVED_MONEY),
@@ -157,10 +158,6 @@ def queue_name(tenant: int, url: str) -> str:
     host = _URL_HOST.match(url)
     name = host[1] if host else ""
     return f"{tenant}:{'ip' if name.startswith('[') or _DIGITS.fullmatch(name) else name}"
-
-
-LATE_CHARGE_MS = 600_000
-"""For so long after its outcome became unknown a submission may yet be charged: ten minutes."""
 
 
 def add_expected_charge(state: AccountState, policy: AccountPolicy, kind: Kind, sign: int) -> None:
@@ -837,16 +834,6 @@ def _assign_account(
     add_expected_charge(state, account.policy, reservation.kind, 1)
 
 
-MAX_CHECK_INTERVAL_MS = 30_000
-"""Nobody who asks anew finds a task that was checked longer ago than this."""
-
-
-MAX_CHECK_BACKOFF_MS = 60_000
-
-
-_AGE_DIVISOR = 20
-
-
 def next_check_delay(poll_ms: int, age_ms: int, failures: int, *, is_watched: bool) -> int:
     """How long after a check the next one is due: `poll` at the least.
 
@@ -857,4 +844,4 @@ def next_check_delay(poll_ms: int, age_ms: int, failures: int, *, is_watched: bo
         return min(poll_ms << failures, max(MAX_CHECK_BACKOFF_MS, poll_ms))
     if is_watched:
         return poll_ms
-    return max(min(age_ms // _AGE_DIVISOR, MAX_CHECK_INTERVAL_MS), poll_ms)
+    return max(min(age_ms // AGE_PER_CHECK_INTERVAL, MAX_CHECK_INTERVAL_MS), poll_ms)

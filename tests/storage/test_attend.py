@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from service.storage.redis import MAX_CHECK_BACKOFF_MS, MAX_CHECK_INTERVAL_MS
 from service.usecases.ports import CheckOutcome, CheckResult
-from tests.model.ledger_model import MAX_CHECK_BACKOFF_MS, MAX_CHECK_INTERVAL_MS
 from tests.storage.shop import KEYS, StoreFixture, open_store
 from tests.support.valkey import Valkey
 

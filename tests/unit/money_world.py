@@ -18,9 +18,9 @@ from service.domain.availability import PROBE_INTERVAL_MS
 from service.domain.ledger import AccountState, AccountStatus, Balance, Grant, InferredCharge, ReservationState, Verdict
 from service.domain.tasks import Kind
 from service.domain.tenants import AccountPolicy, SpendingMode, TenantPolicy
+from service.storage.redis import LATE_CHARGE_MS
 from service.usecases.ports import BalanceCheck, CheckResult, ClaimedCheck, NewTask, ReserveRequest, Settlement
 from tests.fakes import FakeLedger
-from tests.model.ledger_model import LATE_CHARGE_MS
 from tests.unit.vendor import NO_BALANCE, Progress, VendorAccount, VendorModel
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ local ask = cmsgpack.unpack(ARGV[1])
 local now = clock(KEYS[1])
 local account = load_account(KEYS[2], ask.account)
 local state = account.state
-local early = not state.newest or now < state.looked + PROBE_INTERVAL
+local early = not state.newest or now < state.looked + PROBE_INTERVAL_MS
 if not account.kept or state.status == 'invalid' or early then
   return {'not-due', now}
 end

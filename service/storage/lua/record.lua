@@ -6,16 +6,15 @@
 --          reservations, channel, agenda}; usage and reservations are the prefixes of the keys of the tenant's days and of
 --          reservations, channel is where what can be seen of the task is announced
 -- RETURNS  {'recorded', wall, the task}, {'ended', wall} if it had ended before, or {'gone', wall}
-local LONGEST, LONGEST_BACKOFF, SHARE_OF_AGE = 30000, 60000, 20
 
 -- How long after a check the next one is due, as service/domain/checks.py has it.
 local function check_after(poll, age, misses, interesting)
   if misses > 0 then
-    return math.min(poll * 2 ^ misses, math.max(LONGEST_BACKOFF, poll))
+    return math.min(poll * 2 ^ misses, math.max(MAX_CHECK_BACKOFF_MS, poll))
   elseif interesting then
     return poll
   end
-  return math.max(math.min(math.floor(age / SHARE_OF_AGE), LONGEST), poll)
+  return math.max(math.min(math.floor(age / AGE_PER_CHECK_INTERVAL), MAX_CHECK_INTERVAL_MS), poll)
 end
 
 local ask = cmsgpack.unpack(ARGV[1])

@@ -22,7 +22,7 @@ end
 for index = 1, ask.forget do
   local key = KEYS[1 + ask.policies + index]
   redis.call('HDEL', key, 'policy')
-  redis.call('PEXPIRE', key, 60 * DAY)
+  redis.call('PEXPIRE', key, KEEP_DELETED_MS)
 end
 version = math.max(version, ask.later_than) + 1
 redis.call('HSET', KEYS[1], 'version', version)

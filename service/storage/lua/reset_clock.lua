@@ -62,7 +62,7 @@ local function move_unknown(from, to)
   end
 end
 
-local today, latest, kept = math.floor(wall / DAY), math.floor(now / DAY), math.ceil(ask.keep / DAY)
+local today, latest, kept = math.floor(wall / DAY_MS), math.floor(now / DAY_MS), math.ceil(ask.keep / DAY_MS)
 move_unknown(today - kept, today)
 move_unknown(math.max(today + 1, latest - kept), latest)
 for _, receiver in ipairs(move(KEYS[5])) do

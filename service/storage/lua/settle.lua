@@ -44,7 +44,7 @@ elseif not reservation then
   local expected = account.state.expected
   expected.tasks, expected.unpriced = expected.tasks + 1, expected.unpriced + 1
   owe(account.state, reservation)
-  stray(account.state, reservation, now + UNKNOWN_SETTLES)
+  stray(account.state, reservation, now + LATE_CHARGE_MS)
   if outcome == 'unknown' then
     save(tenant)
     save(account)

@@ -101,7 +101,7 @@ end
 
 local function wonder(state, id, reservation, now)
   local before = reservation.before
-  stray(state, reservation, now + UNKNOWN_SETTLES)
+  stray(state, reservation, now + LATE_CHARGE_MS)
   if by_itself(state, reservation) and reservation.clean and before then
     state.doubt = {reservation = id, seq = reservation.seq, since = now, count = before.count, money = before.money}
   end
@@ -251,7 +251,7 @@ local function can_pay(account, price, submissions)
 end
 
 local function can_look(state)
-  return state.looks and state.newest and state.in_vain < MOST_IN_VAIN
+  return state.looks and state.newest and state.in_vain < MAX_FAILED_BALANCE_CHECKS
 end
 
 local function is_stuck(state)
@@ -291,9 +291,9 @@ local function standing(account, purse, kind, now)
   if waits and may_probe(account, purse) and now >= state.probe_at then
     return 'probe', now
   end
-  local at = now + ONE_AT_A_TIME
+  local at = now + EXCLUSIVE_RETRY_MS
   if can_look(state) and (exhausted or state.open == 0) then
-    at = math.max(state.looked + PROBE_INTERVAL, at)
+    at = math.max(state.looked + PROBE_INTERVAL_MS, at)
   elseif waits then
     at = math.max(state.probe_at, at)
   end
@@ -325,7 +325,7 @@ local function observed(known, value, source, sent, received)
 end
 
 local function close(state, status, received)
-  state.status, state.probe_at, state.looked = status, received + PROBE_INTERVAL, received
+  state.status, state.probe_at, state.looked = status, received + PROBE_INTERVAL_MS, received
 end
 
 local function observe(account, figures, source, sent, received, kind)

@@ -42,7 +42,7 @@ end
 local function aim(account, reservation, holds, purse, now)
   local state = account.state
   if account.probes then
-    state.probe_at = now + PROBE_INTERVAL
+    state.probe_at = now + PROBE_INTERVAL_MS
   end
   state.seq = state.seq + 1
   reservation.account, reservation.sent, reservation.seq = account.id, now, state.seq

@@ -5,27 +5,20 @@
 -- server's; money is in fen. States are kept as MessagePack; nothing that may be empty is a table in them, since Lua does
 -- not tell an empty list from an empty map.
 
-local WINDOWS = {'minute', 'hour', 'day', 'month', 'total'}
-local PROBE_INTERVAL = 60000
-local MOST_IN_VAIN = 5
-local ONE_AT_A_TIME = 2000
-local UNKNOWN_SETTLES = 600000
-local DAY = 86400000
-
 -- The ledger's time and the server's, as service/domain/clock.py has it. What was last seen of the first is kept at `key`,
--- by how much it was ahead beside it, in tenths of a millisecond, and only while it was.
+-- by how much it was ahead beside it, in CLOCK_OFFSET_UNITS of a millisecond, and only while it was.
 local function clock(key)
   local time = redis.call('TIME')
   local wall = time[1] * 1000 + math.floor(time[2] / 1000)
   local kept = redis.call('MGET', key, key .. ':offset')
   local last, offset = tonumber(kept[1] or 0), tonumber(kept[2] or 0)
-  local elapsed, left = wall - last + math.ceil(offset / 10), 0
+  local elapsed, left = wall - last + math.ceil(offset / CLOCK_OFFSET_UNITS), 0
   if elapsed < 0 then
-    left = (last - wall) * 10
+    left = (last - wall) * CLOCK_OFFSET_UNITS
   elseif offset > 0 then
     left = math.max(offset - elapsed, 0)
   end
-  local now = wall + math.ceil(left / 10)
+  local now = wall + math.ceil(left / CLOCK_OFFSET_UNITS)
   if now ~= last then
     redis.call('SET', key, string.format('%d', now))
   end
@@ -70,7 +63,7 @@ end
 local function save(owner)
   redis.call('HSET', owner.key, 'state', cmsgpack.pack(owner.state))
   if not owner.kept then
-    redis.call('PEXPIRE', owner.key, 60 * DAY)
+    redis.call('PEXPIRE', owner.key, KEEP_DELETED_MS)
   end
 end
 

@@ -15,13 +15,13 @@ end
 
 local function period_of(window, at)
   if window == 'minute' then
-    return at - at % 60000
+    return at - at % MINUTE_MS
   elseif window == 'hour' then
-    return at - at % 3600000
+    return at - at % HOUR_MS
   elseif window == 'day' then
-    return at - at % DAY
+    return at - at % DAY_MS
   elseif window == 'month' then
-    return month_start(math.floor(at / DAY)) * DAY
+    return month_start(math.floor(at / DAY_MS)) * DAY_MS
   end
   return 0
 end
@@ -30,13 +30,13 @@ local function resets_at(window, at)
   if window == 'total' then
     return nil
   elseif window == 'minute' then
-    return period_of(window, at) + 60000
+    return period_of(window, at) + MINUTE_MS
   elseif window == 'hour' then
-    return period_of(window, at) + 3600000
+    return period_of(window, at) + HOUR_MS
   elseif window == 'day' then
-    return period_of(window, at) + DAY
+    return period_of(window, at) + DAY_MS
   end
-  return period_of(window, period_of(window, at) + 32 * DAY)
+  return period_of(window, period_of(window, at) + 32 * DAY_MS)
 end
 
 -- Begins the windows anew whose period is over. The server's time may step back into an earlier period, so the counter of
@@ -149,7 +149,7 @@ end
 -- Writes into the usage of a reservation's day how its tally has changed since `before`; `usage` is the prefix of the
 -- days' keys, which share the hash tag of KEYS. Those that are unknown or were refunded are named there.
 local function book(usage, id, reservation, before, keep)
-  local key = string.format('%s%d', usage, math.floor(reservation.created / DAY))
+  local key = string.format('%s%d', usage, math.floor(reservation.created / DAY_MS))
   local after = tally(reservation)
   for measure, value in pairs(before) do
     after[measure] = (after[measure] or 0) - value
