@@ -1,22 +1,23 @@
--- Reads tasks that somebody looks at or waits for, and has those that run checked as often as may be for a while. One
--- whose checks fail is asked about ever later all the same: who looks on must not make that worse.
+-- Reads tasks that a caller reads or waits for, and has the running ones checked as often as possible for a while. A task
+-- whose checks fail keeps its back-off: reading it must not load an upstream that is in trouble.
 -- USES: store
 -- KEYS     clock, watch, claims
--- ARGV     MessagePack {reservations, task, interest, interested, check_after}: how the keys of tasks and of interest
---          begin, which share the hash tag of KEYS, for how long the interest lasts, and the time between two checks
+-- ARGV     MessagePack {reservations, task, interest, interested, check_after}: the prefixes of the keys of tasks and of the
+--          marks of watched tasks, which share the hash tag of KEYS; how long a mark is kept (ms); the time between two
+--          checks (ms)
 -- RETURNS  {wall, each task or false}
-local ask = cmsgpack.unpack(ARGV[1])
-local now, wall = clock(KEYS[1])
-local found = {wall}
-for index, id in ipairs(ask.reservations) do
-  local waits = redis.call('ZSCORE', KEYS[2], id)
-  if waits or redis.call('ZSCORE', KEYS[3], id) then
-    redis.call('SET', ask.interest .. id, '', 'PX', ask.interested)
+local args = cmsgpack.unpack(ARGV[1])
+local now, wall = advance_clock(KEYS[1])
+local answer = {wall}
+for index, id in ipairs(args.reservations) do
+  local due_at = redis.call('ZSCORE', KEYS[2], id)
+  if due_at or redis.call('ZSCORE', KEYS[3], id) then
+    redis.call('SET', args.interest .. id, '', 'PX', args.interested)
   end
-  local task = redis.call('GET', ask.task .. id)
-  if task and waits and tonumber(waits) > now + ask.check_after and not cmsgpack.unpack(task).misses then
+  local task = redis.call('GET', args.task .. id)
+  if task and due_at and tonumber(due_at) > now + args.check_after and not cmsgpack.unpack(task).misses then
     redis.call('ZADD', KEYS[2], now, id)
   end
-  found[index + 1] = task
+  answer[index + 1] = task
 end
-return found
+return answer

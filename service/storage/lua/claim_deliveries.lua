@@ -1,26 +1,26 @@
--- Takes the deliveries that are due, of all receivers in turn; nobody else gets them until the lease runs out.
+-- Claims the deliveries that are due, queue by queue; no other process gets them until the lease expires.
 -- USES: store, deliveries
 -- KEYS     clock, receivers
 -- ARGV     MessagePack {most, lease, agenda}
 -- RETURNS  {now, {id, the delivery}...}
-local ask = cmsgpack.unpack(ARGV[1])
-local now = clock(KEYS[1])
-local agenda, taken = ask.agenda, {now}
-for _, receiver in ipairs(redis.call('ZRANGE', KEYS[2], '-inf', now, 'BYSCORE', 'LIMIT', 0, ask.most)) do
-  local queue, claims = agenda.queue .. receiver, agenda.claims .. receiver
-  for _, id in ipairs(redis.call('ZRANGE', claims, '-inf', now, 'BYSCORE')) do
-    redis.call('ZREM', claims, id)
-    redis.call('ZADD', queue, now, id)
+local args = cmsgpack.unpack(ARGV[1])
+local now = advance_clock(KEYS[1])
+local agenda, answer = args.agenda, {now}
+for _, queue in ipairs(redis.call('ZRANGE', KEYS[2], '-inf', now, 'BYSCORE', 'LIMIT', 0, args.most)) do
+  local waiting, claimed = agenda.queue .. queue, agenda.claims .. queue
+  for _, id in ipairs(redis.call('ZRANGE', claimed, '-inf', now, 'BYSCORE')) do
+    redis.call('ZREM', claimed, id)
+    redis.call('ZADD', waiting, now, id)
   end
-  local room = math.min(at_once(agenda, receiver, now) - redis.call('ZCARD', claims), ask.most - #taken + 1)
-  for _, id in ipairs(redis.call('ZRANGE', queue, '-inf', now, 'BYSCORE', 'LIMIT', 0, math.max(room, 0))) do
-    redis.call('ZREM', queue, id)
+  local free = math.min(max_concurrent(agenda, queue, now) - redis.call('ZCARD', claimed), args.most - #answer + 1)
+  for _, id in ipairs(redis.call('ZRANGE', waiting, '-inf', now, 'BYSCORE', 'LIMIT', 0, math.max(free, 0))) do
+    redis.call('ZREM', waiting, id)
     local delivery = redis.call('GET', agenda.delivery .. id)
     if delivery then
-      redis.call('ZADD', claims, now + ask.lease, id)
-      taken[#taken + 1] = {id, delivery}
+      redis.call('ZADD', claimed, now + args.lease, id)
+      answer[#answer + 1] = {id, delivery}
     end
   end
-  take_turn(agenda, receiver, now)
+  schedule_queue(agenda, queue, now)
 end
-return taken
+return answer

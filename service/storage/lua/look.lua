@@ -1,21 +1,26 @@
--- Claims the turn to look at an account's balance by checking its newest finished task again, if that is due.
+-- Claims the turn to read an account's balance by checking its last finished task again, if that is due: once per interval
+-- for an account that is exhausted, too close to a floor for some task, or lacks charges that no response will show, and for
+-- one whose uses are spent while a tenant may spend nothing else.
 -- USES: store, account
 -- KEYS     clock, account
--- ARGV     MessagePack {account, count_only}: whether a tenant that may spend nothing but uses has the account
+-- ARGV     MessagePack {account, count_only}; count_only says whether such a tenant uses the account
 -- RETURNS  {'due', now, reservation} or {'not-due', now}
-local ask = cmsgpack.unpack(ARGV[1])
-local now = clock(KEYS[1])
-local account = load_account(KEYS[2], ask.account)
+local args = cmsgpack.unpack(ARGV[1])
+local now = advance_clock(KEYS[1])
+local account = load_account(KEYS[2], args.account)
 local state = account.state
-local early = not state.newest or now < state.looked + PROBE_INTERVAL_MS
-if not account.kept or state.status == 'invalid' or early then
+local is_early = not state.newest or now < state.looked + PROBE_INTERVAL_MS
+if not account.is_registered or state.status == 'invalid' or is_early then
   return {'not-due', now}
 end
-local starved = ask.count_only and state.count and state.count.value - missing(state) <= account.policy.floor_count
-local low = account.policy.floor_money > 0 and state.open == 0 and not can_pay(account, dearest(account), 0)
-if state.status ~= 'exhausted' and not starved and not low and not (state.looks and is_stuck(state)) then
+local has_no_uses = args.count_only and state.count
+  and state.count.value - unaccounted_charges(state) <= account.policy.floor_count
+local is_near_floor = account.policy.floor_money > 0 and state.open == 0
+  and not stays_above_floors(account, max_price_any_kind(account), 0)
+if state.status ~= 'exhausted' and not has_no_uses and not is_near_floor
+  and not (state.looks and needs_balance_check(state)) then
   return {'not-due', now}
 end
 state.looked, state.in_vain = now, state.in_vain + 1
-save(account)
+save_state(account)
 return {'due', now, state.newest.reservation}

@@ -1,87 +1,88 @@
--- Holds a place for a submission in the windows of its tenant and on the first account that can pay.
+-- Reserves a place for a submission in the windows of its tenant and on the first account that can pay. The same reservation
+-- is made once, however often it is asked for.
 -- USES: store, windows, account, reserve_rules
 -- KEYS     clock, tenant, reservation, leases, account...
 -- ARGV     MessagePack {reservation, tenant, kind, lease, keep, accounts, reservations, idempotency}; reservations is the
---          prefix of their keys, idempotency {at, key, content, keep}: where that key is kept, with what, and how long
+--          prefix of their keys, idempotency {at, key, content, keep}: where that key is stored, with what, and how long
 -- RETURNS  all times in the server's time:
 --          {'granted', tenant's state, wall, account, lease}
 --          {'denied', tenant's state, wall, {policy, limit, resets_at or 0}...}
---          {'no-account', tenant's state, wall, look_at or 0}
+--          {'no-account', tenant's state, wall, retry_at or 0}
 --          {'replayed', tenant's state, wall, reservation, its state}, {'in-flight', tenant's state, wall} or
---          {'key-reused', tenant's state, wall}: what was submitted before under the same idempotency key
---          {'settled', tenant's state, wall}: it was given up before it arrived
+--          {'key-reused', tenant's state, wall}: another submission has the same idempotency key
+--          {'settled', tenant's state, wall}: it was settled as refused or not sent before it arrived
 --          {'gone', tenant's state, wall}: there is no such tenant (any more)
-local ask = cmsgpack.unpack(ARGV[1])
-local now, wall = clock(KEYS[1])
+local args = cmsgpack.unpack(ARGV[1])
+local now, wall = advance_clock(KEYS[1])
 local tenant = load_tenant(KEYS[2])
-roll(tenant, wall)
+roll_windows(tenant, wall)
 
-if not tenant.kept then
+if not tenant.is_registered then
   return {'gone', cmsgpack.pack(tenant.state), wall}
 end
-local known = load_reservation(KEYS[3])
-if known then
-  if known.state == 'not-sent' or known.state == 'refused' then
+local existing = load_reservation(KEYS[3])
+if existing then
+  if existing.state == 'not-sent' or existing.state == 'refused' then
     return {'settled', cmsgpack.pack(tenant.state), wall}
   end
-  return {'granted', cmsgpack.pack(tenant.state), wall, known.account, known.lease - now + wall}
+  return {'granted', cmsgpack.pack(tenant.state), wall, existing.account, existing.lease - now + wall}
 end
 
-local idempotency = ask.idempotency
-local first = idempotency and redis.call('GET', idempotency.at)
-if first then
-  local id, content = first:match('^(%S+) (%S+)$')
-  local earlier = load_reservation(ask.reservations .. id)
-  if earlier and content ~= idempotency.content then
+local idempotency = args.idempotency
+local stored = idempotency and redis.call('GET', idempotency.at)
+if stored then
+  local id, content = stored:match('^(%S+) (%S+)$')
+  local original = load_reservation(args.reservations .. id)
+  if original and content ~= idempotency.content then
     return {'key-reused', cmsgpack.pack(tenant.state), wall}
-  elseif earlier and earlier.state == 'reserved' then
+  elseif original and original.state == 'reserved' then
     return {'in-flight', cmsgpack.pack(tenant.state), wall}
-  elseif earlier then
-    return {'replayed', cmsgpack.pack(tenant.state), wall, id, earlier.state}
+  elseif original then
+    return {'replayed', cmsgpack.pack(tenant.state), wall, id, original.state}
   end
 end
 
 local accounts = {}
-for index, id in ipairs(ask.accounts) do
+for index, id in ipairs(args.accounts) do
   accounts[index] = load_account(KEYS[4 + index], id)
 end
 
-local refused, holds = {}, {}
+local violations, holds = {}, {}
 for _, limit in ipairs(tenant.policy.limits) do
   local counter = tenant.state.windows[limit.window]
   if limit.tasks and counter.tasks + counter.tasks_reserved >= limit.tasks then
-    refused[#refused + 1] = {limit.window .. '-tasks', limit.tasks, resets_at(limit.window, wall) or 0}
+    violations[#violations + 1] = {limit.window .. '-tasks', limit.tasks, window_end(limit.window, wall) or 0}
   end
 end
 local max_active = tenant.policy.max_active
 if max_active and tenant.state.active >= max_active then
-  refused[#refused + 1] = {'max-active', max_active, 0}
+  violations[#violations + 1] = {'max-active', max_active, 0}
 end
-local account, retry = choose(accounts, tenant.policy.purse, ask.kind, now)
+local account, retry_at = choose_account(accounts, tenant.policy.purse, args.kind, now)
 if account then
-  holds = money_holds(tenant, price_to_hold(account, ask.kind), wall, refused)
+  holds = compute_money_holds(tenant, price_hold(account, args.kind), wall, violations)
 end
-if #refused > 0 then
-  return {'denied', cmsgpack.pack(tenant.state), wall, unpack(refused)}
+if #violations > 0 then
+  return {'denied', cmsgpack.pack(tenant.state), wall, unpack(violations)}
 elseif not account then
-  return {'no-account', cmsgpack.pack(tenant.state), wall, retry and retry - now + wall or 0}
+  return {'no-account', cmsgpack.pack(tenant.state), wall, retry_at and retry_at - now + wall or 0}
 end
 
 local reservation = {
-  state = 'reserved', tenant = ask.tenant, kind = ask.kind, created = wall, lease = now + ask.lease, settled = 0,
+  state = 'reserved', tenant = args.tenant, kind = args.kind, created = wall, lease = now + args.lease, settled = 0,
   key = idempotency and idempotency.key, periods = {},
 }
 for _, window in ipairs(WINDOWS) do
   local counter = tenant.state.windows[window]
   reservation.periods[window] = counter.name or counter.period
 end
-aim(account, reservation, holds, tenant.policy.purse, now)
-count(tenant, reservation, 1)
-save(tenant)
-save(account)
-save_reservation(KEYS[3], reservation, ask.keep)
-redis.call('ZADD', KEYS[4], reservation.lease, ask.reservation)
+assign_account(account, reservation, holds, tenant.policy.purse, now)
+apply_to_windows(tenant, reservation, 1)
+save_state(tenant)
+save_state(account)
+save_reservation(KEYS[3], reservation, args.keep)
+redis.call('ZADD', KEYS[4], reservation.lease, args.reservation)
 if idempotency then
-  redis.call('SET', idempotency.at, ask.reservation .. ' ' .. idempotency.content, 'PX', idempotency.keep)
+  redis.call('SET', idempotency.at, args.reservation .. ' ' .. idempotency.content, 'PX', idempotency.keep)
 end
 return {'granted', cmsgpack.pack(tenant.state), wall, account.id, reservation.lease - now + wall}

@@ -1,7 +1,13 @@
--- What an account was charged for, as service/domain/charges.py has it.
+-- An upstream account: what it was charged for, what is known of its balance, and whether it can take a submission.
 -- USES: store
+--
+-- The balance becomes known late and out of order, and the vendor charges either at the submit or on completion, so the known
+-- balance may lack charges. A charge is pending while its submission is open and may be missing in the balance, and untracked
+-- once the submission ended without figures or its outcome is unknown. A drop that no submission of the gateway explains is
+-- the spending of another user of the key.
 
-local function expect(account, kind, sign)
+-- Adds a submission to those the balance may drop for, or removes it with a sign of -1.
+local function add_expected_charge(account, kind, sign)
   local expected, price = account.state.expected, account.policy.max_price[kind]
   expected.tasks = math.max(expected.tasks + sign, 0)
   if price then
@@ -11,13 +17,15 @@ local function expect(account, kind, sign)
   end
 end
 
-local function explain(state, count, money)
+-- Attributes a drop of the balance to the expected charges; the rest is unexplained. Once each of them is known to have
+-- taken a use, none of them can have taken money.
+local function attribute_drop(state, count, money)
   local expected = state.expected
   state.unexplained_count = state.unexplained_count + math.max(count - expected.tasks, 0)
   expected.tasks = math.max(expected.tasks - count, 0)
   if expected.tasks == 0 then
     state.unexplained_money = state.unexplained_money + money + expected.taken
-    state.expected = nothing()
+    state.expected = no_expected_drop()
     return
   end
   local own = expected.unpriced > 0 and money or math.min(money, expected.money)
@@ -26,24 +34,25 @@ local function explain(state, count, money)
   expected.taken = expected.taken + own
 end
 
-local function missing(state)
+-- Returns how many charges the known balance may lack.
+local function unaccounted_charges(state)
   return state.uncharged + state.astray
 end
 
-local function balance(state)
-  if missing(state) == 0 then
-    state.expected = nothing()
+local function clear_expected_drop(state)
+  if unaccounted_charges(state) == 0 then
+    state.expected = no_expected_drop()
   end
 end
 
-local function landed(state, reservation)
+local function clear_prepaid_only(state, reservation)
   if reservation.thrifty then
     state.thrifty = state.thrifty - 1
     reservation.thrifty = false
   end
 end
 
-local function owe(state, reservation)
+local function mark_charge_pending(state, reservation)
   state.uncharged = state.uncharged + 1
   if reservation.thrifty then
     state.thrifty = state.thrifty + 1
@@ -51,109 +60,119 @@ local function owe(state, reservation)
   reservation.owes = true
 end
 
-local function paid(state, reservation)
+-- The known balance includes what this submission took, if it took anything.
+local function clear_pending_charge(state, reservation)
   if reservation.owes then
     state.uncharged = state.uncharged - 1
     reservation.owes = false
   end
-  landed(state, reservation)
-  balance(state)
+  clear_prepaid_only(state, reservation)
+  clear_expected_drop(state)
 end
 
-local function spare(account, reservation, lacked)
-  if lacked then
-    expect(account, reservation.kind, -1)
+-- The submission takes nothing. `was_expected` says whether the known balance may have lacked its charge until now.
+local function cancel_expected_charge(account, reservation, was_expected)
+  if was_expected then
+    add_expected_charge(account, reservation.kind, -1)
   end
-  paid(account.state, reservation)
+  clear_pending_charge(account.state, reservation)
 end
 
-local function stray(state, reservation, at)
+-- The charge may be missing in every balance that was requested before `until_at`.
+local function mark_untracked(state, reservation, until_at)
   if reservation.owes then
     state.uncharged = state.uncharged - 1
     state.astray = state.astray + 1
-    state.astray_until = math.max(state.astray_until, at)
+    state.astray_until = math.max(state.astray_until, until_at)
   end
-  landed(state, reservation)
+  clear_prepaid_only(state, reservation)
 end
 
--- Whether the figures might have lacked a stray submission until now that its outcome is known.
-local function found(state, reservation)
-  local lacked = reservation.owes and reservation.settled > state.caught_up
-  if lacked then
+-- Resolves an untracked charge whose outcome became known. Returns whether the known balance may have lacked it until now.
+local function resolve_untracked(state, reservation)
+  local was_missing = reservation.owes and reservation.settled > state.caught_up
+  if was_missing then
     state.astray = state.astray - 1
   end
   reservation.owes = false
-  balance(state)
-  return lacked
+  clear_expected_drop(state)
+  return was_missing
 end
 
-local function catch_up(state, figures, sent, received)
-  if state.astray > 0 and figures.count and figures.money and sent >= state.astray_until then
-    state.astray, state.caught_up = 0, received
-    balance(state)
+-- A balance that was requested late enough includes all untracked charges.
+local function reconcile_balance(state, figures, sent_at, received_at)
+  if state.astray > 0 and figures.count and figures.money and sent_at >= state.astray_until then
+    state.astray, state.caught_up = 0, received_at
+    clear_expected_drop(state)
   end
 end
 
--- Whether nothing else was open on its account since a reservation was sent.
-local function by_itself(state, reservation)
+-- Returns whether no other submission was open on the account since this one was dispatched.
+local function was_exclusive(state, reservation)
   return reservation.alone and state.seq == reservation.seq
 end
 
-local function wonder(state, id, reservation, now)
+-- The outcome of a submission is unknown. If it was the only one on its account, the next balance may show its charge.
+local function start_inference(state, id, reservation, now)
   local before = reservation.before
-  stray(state, reservation, now + LATE_CHARGE_MS)
-  if by_itself(state, reservation) and reservation.clean and before then
+  mark_untracked(state, reservation, now + LATE_CHARGE_MS)
+  if was_exclusive(state, reservation) and reservation.clean and before then
     state.doubt = {reservation = id, seq = reservation.seq, since = now, count = before.count, money = before.money}
   end
 end
 
-local function is_price(count, money)
+-- Returns whether one task can cause this drop: one use, or money, or nothing.
+local function is_single_charge(count, money)
   return (count == 1 and money == 0) or (count == 0 and money >= 0)
 end
 
-local function resolve(state, figures, source, sent, kind)
-  local doubt = state.doubt
-  if not doubt or doubt.suggests or not figures.count or not figures.money or sent <= doubt.since then
+-- Infers from the first balance after an unknown outcome whether that submission was charged. Nothing else may have happened
+-- on the account since, except the one submission (of `kind`) whose response this is.
+local function infer_unknown_charge(state, figures, source, sent_at, kind)
+  local inference = state.doubt
+  if not inference or inference.suggests or not figures.count or not figures.money or sent_at <= inference.since then
     return
   end
-  local count, money, others = doubt.count - figures.count, doubt.money - figures.money, state.seq - doubt.seq
-  local own = {count = 0, money = 0}
+  local count, money = inference.count - figures.count, inference.money - figures.money
+  local others, own = state.seq - inference.seq, {count = 0, money = 0}
   if others == 1 and source == 'submit' and not state.charged_late then
     local price = kind and state.prices and state.prices[kind]
     own = count > 0 and {count = 1, money = 0} or (price and {count = 0, money = price})
   elseif others > 1 or (others == 1 and source == 'check') then
     own = nil
   end
-  if not own or not is_price(count - own.count, money - own.money) then
+  if not own or not is_single_charge(count - own.count, money - own.money) then
     state.doubt = nil
   elseif count ~= own.count or money ~= own.money then
-    doubt.suggests = 'charged'
+    inference.suggests = 'charged'
   elseif state.charged_late == false then
-    doubt.suggests = 'not-charged'
+    inference.suggests = 'not-charged'
   elseif others > 0 then
     state.doubt = nil
   end
 end
 
--- Writes to the submission in doubt what was found out of it; `prefix` is that of the reservations' keys.
-local function tell(account, prefix)
-  local state, doubt = account.state, account.state.doubt
-  if not doubt or not doubt.suggests then
+-- Stores a finished inference in its reservation; `prefix` is that of the keys of reservations.
+local function store_inference(account, prefix)
+  local state, inference = account.state, account.state.doubt
+  if not inference or not inference.suggests then
     return
   end
-  local reservation = unpacked(redis.call('GET', prefix .. doubt.reservation))
+  local reservation = decode(redis.call('GET', prefix .. inference.reservation))
   if reservation then
-    reservation.suggests = doubt.suggests
-    if doubt.suggests == 'not-charged' then
-      expect(account, reservation.kind, -1)
+    reservation.suggests = inference.suggests
+    if inference.suggests == 'not-charged' then
+      add_expected_charge(account, reservation.kind, -1)
     end
-    found(state, reservation)
-    redis.call('SET', prefix .. doubt.reservation, cmsgpack.pack(reservation), 'KEEPTTL')
+    resolve_untracked(state, reservation)
+    redis.call('SET', prefix .. inference.reservation, cmsgpack.pack(reservation), 'KEEPTTL')
   end
   state.doubt = nil
 end
 
-local function learn(state, reservation, after)
+-- Learns from the response to a submission when the vendor charges: on completion if the balance did not change, at the
+-- submit if an exclusive submission took what was expected.
+local function learn_charge_timing(state, reservation, after)
   local before = reservation.before
   if not after.count or not after.money or reservation.sent < state.reopened then
     return
@@ -162,215 +181,235 @@ local function learn(state, reservation, after)
     local count, money = before.count - after.count, before.money - after.money
     if count == 0 and money == 0 then
       state.charged_late = true
-    elseif by_itself(state, reservation) and reservation.clean and is_price(count, money)
+    elseif was_exclusive(state, reservation) and reservation.clean and is_single_charge(count, money)
       and count == (reservation.use and 1 or 0) then
       state.charged_late = false
     end
   end
   if state.charged_late == false then
-    paid(state, reservation)
+    clear_pending_charge(state, reservation)
   end
 end
 
-local function conclude(state, reservation, figures, asked, now)
-  if not figures.count or not figures.money or asked < state.reopened then
-    stray(state, reservation, now)
+-- A task has ended: its figures, which are observed, include its charge. Without them the charge is untracked.
+local function finish_charge(state, reservation, figures, requested_at, now)
+  if not figures.count or not figures.money or requested_at < state.reopened then
+    mark_untracked(state, reservation, now)
   else
-    paid(state, reservation)
+    clear_pending_charge(state, reservation)
   end
 end
 
-local function receipt(account, reservation, figures, succeeded)
-  local state, kind, before, told = account.state, reservation.kind, reservation.before, figures
-  local observed_end = figures.count and figures.money
-  if not observed_end and not state.charged_late and reservation.after then
-    told = reservation.after
+-- Returns what an ended task cost, and stores its price if that was observed. The drop of the balance is its cost if nothing
+-- else was open on the account and the drop is one that a single task within the operator's maximum can cause. A failed task
+-- has no figures: if the vendor charges at the submit, the response to that shows what it took, but only as an estimate,
+-- since it may have been given back. Otherwise the cost is estimated: a use, or the last price of the kind, or its maximum.
+local function compute_cost(account, reservation, figures, succeeded)
+  local state, kind, before, after = account.state, reservation.kind, reservation.before, figures
+  local has_final_balance = figures.count and figures.money
+  if not has_final_balance and not state.charged_late and reservation.after then
+    after = reservation.after
   end
-  if by_itself(state, reservation) and reservation.clean and before and told.count and told.money then
-    local count, money = before.count - told.count, before.money - told.money
-    if is_price(count, money) and money <= (account.policy.max_price[kind] or money) then
+  if was_exclusive(state, reservation) and reservation.clean and before and after.count and after.money then
+    local count, money = before.count - after.count, before.money - after.money
+    if is_single_charge(count, money) and money <= (account.policy.max_price[kind] or money) then
       if money > 0 then
         state.prices, state.highest = state.prices or {}, state.highest or {}
         state.prices[kind] = money
         state.highest[kind] = math.max(state.highest[kind] or 0, money)
       end
-      if count > 0 or money > 0 or (observed_end and not succeeded) then
-        return {count = count, money = money, basis = (succeeded or observed_end) and 'observed' or 'estimated'}
+      if count > 0 or money > 0 or (has_final_balance and not succeeded) then
+        return {count = count, money = money, basis = (succeeded or has_final_balance) and 'observed' or 'estimated'}
       end
     end
   end
-  local left = told.count or (state.count and state.count.value)
-  if reservation.use or (reservation.use == nil and left and left > 0) then
+  local remaining = after.count or (state.count and state.count.value)
+  if reservation.use or (reservation.use == nil and remaining and remaining > 0) then
     return {count = 1, money = 0, basis = 'estimated'}
   end
-  local price = state.prices and state.prices[kind] or (left and account.policy.max_price[kind])
+  local price = state.prices and state.prices[kind] or (remaining and account.policy.max_price[kind])
   if price then
     return {count = 0, money = price, basis = 'estimated'}
   end
   return {count = 0, money = 0, basis = 'unknown'}
 end
 
--- The most that a task of some kind takes; 0 where nobody knows.
-local function most(account, kind)
+-- Returns the most that a task of a kind can cost; 0 if no price is known.
+local function max_price_of_kind(account, kind)
   local highest = account.state.highest
   return account.policy.max_price[kind] or (highest and highest[kind]) or 0
 end
 
-local function dearest(account)
-  local found = 0
+local function max_price_any_kind(account)
+  local max_price = 0
   for _, prices in ipairs({account.policy.max_price, account.state.highest or {}}) do
     for _, price in pairs(prices) do
-      found = math.max(found, price)
+      max_price = math.max(max_price, price)
     end
   end
-  return found
+  return max_price
 end
 
--- Whether the figures stay above the floors, also after one more at this price, if there is to be one. Uses are spent
--- before money, so that money is of no help while uses are left that shall stay, or that one which must not take money
--- is on its way to.
-local function can_pay(account, price, submissions)
+-- Returns whether the known balance, less `missing` submissions it may lack, stays above the floors, also after one more
+-- submission at `price` (nil for none). Uses are spent before money, so money is of no help while uses remain that must stay,
+-- or while a submission that must not take money may take the last use. Any of the missing may cost more than this one.
+local function stays_above_floors(account, price, missing)
   local state, policy = account.state, account.policy
   if not state.count then
     return true
   end
-  local left = state.count.value - submissions
-  if left > 0 or (state.count.value > 0 and policy.floor_count > 0) then
-    return left > policy.floor_count
+  local remaining = state.count.value - missing
+  if remaining > 0 or (state.count.value > 0 and policy.floor_count > 0) then
+    return remaining > policy.floor_count
   elseif price and state.thrifty > 0 then
     return false
   elseif not state.money then
     return true
   end
   price = price or 0
-  local each = submissions > 0 and dearest(account) or price
-  if policy.floor_money > 0 and state.money.value + (left - 1) * each < policy.floor_money then
+  local missing_price = missing > 0 and max_price_any_kind(account) or price
+  if policy.floor_money > 0 and state.money.value + (remaining - 1) * missing_price < policy.floor_money then
     return false
   end
-  return state.money.value + left * price > policy.floor_money
+  return state.money.value + remaining * price > policy.floor_money
 end
 
-local function can_look(state)
+-- Returns whether checking a finished task again returns the current balance, at no cost.
+local function has_live_balance_check(state)
   return state.looks and state.newest and state.in_vain < MAX_FAILED_BALANCE_CHECKS
 end
 
-local function is_stuck(state)
+-- Returns whether the balance lacks charges that no response to come will show.
+local function needs_balance_check(state)
   return state.open == 0 and state.astray > 0
 end
 
+-- Returns whether an ordinary submission may test an exhausted account: not if it must not spend money, not if the balance
+-- can be read at no cost, and not while a floor keeps it closed.
 local function may_probe(account, purse)
   local state, policy = account.state, account.policy
-  if purse == 'count_only' or can_look(state) then
+  if purse == 'count_only' or has_live_balance_check(state) then
     return false
   end
-  local below_count = state.count and state.count.value > 0 and policy.floor_count > 0
-  local below_money = state.money and state.money.value > 0 and policy.floor_money > 0
-  return not (below_count or below_money)
+  local is_count_floor = state.count and state.count.value > 0 and policy.floor_count > 0
+  local is_money_floor = state.money and state.money.value > 0 and policy.floor_money > 0
+  return not (is_count_floor or is_money_floor)
 end
 
-local function pays(account, purse, kind)
+-- Returns whether an open account can pay for one more submission. A tenant that spends no money needs a use for each open
+-- submission; while the count is unknown its submissions run one at a time.
+local function can_pay(account, purse, kind)
   local state = account.state
   if purse ~= 'count_only' then
-    return can_pay(account, most(account, kind), missing(state))
+    return stays_above_floors(account, max_price_of_kind(account, kind), unaccounted_charges(state))
   elseif not state.count then
     return state.open == 0
   end
-  return state.count.value - math.max(state.open, missing(state)) > account.policy.floor_count
+  return state.count.value - math.max(state.open, unaccounted_charges(state)) > account.policy.floor_count
 end
 
-local function standing(account, purse, kind, now)
+-- Returns whether an account can take a submission ('pays', 'probe', 'exhausted' or 'invalid'), and when to ask again.
+local function account_availability(account, purse, kind, now)
   local state = account.state
-  if state.status == 'invalid' or not account.kept then
+  if state.status == 'invalid' or not account.is_registered then
     return 'invalid', 0
   end
-  local exhausted = state.status == 'exhausted'
-  if not exhausted and pays(account, purse, kind) then
+  local is_exhausted = state.status == 'exhausted'
+  if not is_exhausted and can_pay(account, purse, kind) then
     return 'pays', now
   end
-  local waits = exhausted or is_stuck(state)
-  if waits and may_probe(account, purse) and now >= state.probe_at then
+  local needs_probe = is_exhausted or needs_balance_check(state)
+  if needs_probe and may_probe(account, purse) and now >= state.probe_at then
     return 'probe', now
   end
-  local at = now + EXCLUSIVE_RETRY_MS
-  if can_look(state) and (exhausted or state.open == 0) then
-    at = math.max(state.looked + PROBE_INTERVAL_MS, at)
-  elseif waits then
-    at = math.max(state.probe_at, at)
+  local retry_at = now + EXCLUSIVE_RETRY_MS
+  if has_live_balance_check(state) and (is_exhausted or state.open == 0) then
+    retry_at = math.max(state.looked + PROBE_INTERVAL_MS, retry_at)
+  elseif needs_probe then
+    retry_at = math.max(state.probe_at, retry_at)
   end
-  return 'exhausted', at
+  return 'exhausted', retry_at
 end
 
--- The price one more submission may have; nil where none is known.
-local function price_to_hold(account, kind)
+-- Returns the money one more submission may take; nil if no price is known.
+local function price_hold(account, kind)
   local state = account.state
-  if state.count and state.count.value > math.max(state.open, missing(state)) then
+  if state.count and state.count.value > math.max(state.open, unaccounted_charges(state)) then
     return 0
   end
   return account.policy.max_price[kind] or (state.highest and state.highest[kind])
 end
 
--- By how much a figure rose (or dropped, below zero), and what is known of it after an observation.
-local function observed(known, value, source, sent, received)
+-- Returns by how much a reading changed, and the reading after an observation. One requested after the known reading was
+-- received replaces it; one that overlaps it may only lower it.
+local function update_reading(reading, value, source, sent_at, received_at)
   if not value then
-    return 0, known
-  elseif not known or sent > known.received then
-    local change = known and value - known.value or 0
-    return change, {value = value, sent = sent, received = received, source = source}
-  elseif value < known.value then
-    local latest = math.max(received, known.received)
-    local lower = {value = value, sent = math.max(sent, known.sent), received = latest, source = source}
-    return value - known.value, lower
+    return 0, reading
+  elseif not reading or sent_at > reading.received then
+    local change = reading and value - reading.value or 0
+    return change, {value = value, sent = sent_at, received = received_at, source = source}
+  elseif value < reading.value then
+    return value - reading.value, {
+      value = value, sent = math.max(sent_at, reading.sent), received = math.max(received_at, reading.received),
+      source = source,
+    }
   end
-  return 0, known
+  return 0, reading
 end
 
-local function close(state, status, received)
-  state.status, state.probe_at, state.looked = status, received + PROBE_INTERVAL_MS, received
+local function close_account(state, status, received_at)
+  state.status, state.probe_at, state.looked = status, received_at + PROBE_INTERVAL_MS, received_at
 end
 
-local function observe(account, figures, source, sent, received, kind)
-  local state, count, money = account.state, 0, 0
-  if sent < state.reopened then
+-- Takes in the balance of a response to a submission of `kind`, or to a check. A rise reopens an exhausted account, reaching
+-- the floors closes it. A drop is not attributed if the balance rose after it was requested.
+local function observe(account, figures, source, sent_at, received_at, kind)
+  local state, count_change, money_change = account.state, 0, 0
+  if sent_at < state.reopened then
     return
   end
-  resolve(state, figures, source, sent, kind)
-  local begins = not state.count or not state.money
-  count, state.count = observed(state.count, figures.count, source, sent, received)
-  money, state.money = observed(state.money, figures.money, source, sent, received)
-  if sent > state.rose then
-    explain(state, math.max(-count, 0), math.max(-money, 0))
+  infer_unknown_charge(state, figures, source, sent_at, kind)
+  local was_unknown = not state.count or not state.money
+  count_change, state.count = update_reading(state.count, figures.count, source, sent_at, received_at)
+  money_change, state.money = update_reading(state.money, figures.money, source, sent_at, received_at)
+  if sent_at > state.rose then
+    attribute_drop(state, math.max(-count_change, 0), math.max(-money_change, 0))
   end
-  catch_up(state, figures, sent, received)
-  local rises = count > 0 or money > 0
-  if begins or rises then
-    state.rose = received
+  reconcile_balance(state, figures, sent_at, received_at)
+  local has_risen = count_change > 0 or money_change > 0
+  if was_unknown or has_risen then
+    state.rose = received_at
   end
-  if state.status == 'exhausted' and rises then
+  if state.status == 'exhausted' and has_risen then
     state.status = 'open'
   end
-  if state.status == 'open' and not can_pay(account, nil, 0) then
-    close(state, 'exhausted', received)
+  if state.status == 'open' and not stays_above_floors(account, nil, 0) then
+    close_account(state, 'exhausted', received_at)
   end
 end
 
-local function refuse(state, status, sent, received)
-  local newest = math.max(state.count and state.count.sent or 0, state.money and state.money.sent or 0)
-  if sent >= math.max(newest, state.reopened) then
-    close(state, status, received)
-    state.closed = sent
+-- The upstream refused a submission: the account can't pay, or is unknown to it. A refusal that is older than the known
+-- balance closes nothing.
+local function close_on_refusal(state, status, sent_at, received_at)
+  local last_sent_at = math.max(state.count and state.count.sent or 0, state.money and state.money.sent or 0)
+  if sent_at >= math.max(last_sent_at, state.reopened) then
+    close_account(state, status, received_at)
+    state.closed = sent_at
   end
 end
 
-local function accept(state, sent)
-  if sent > state.closed then
+-- The upstream accepted a submission: the account can pay, unless a later submission was refused.
+local function open_on_acceptance(state, sent_at)
+  if sent_at > state.closed then
     state.status = 'open'
   end
 end
 
-local function finished(state, id, figures, sent)
-  if not figures.count or not figures.money or (state.newest and sent < state.newest.sent) then
+-- Stores the last finished task, which a balance check checks again, if it has figures and no later check has been stored.
+local function store_finished_task(state, id, figures, sent_at)
+  if not figures.count or not figures.money or (state.newest and sent_at < state.newest.sent) then
     return
   end
-  state.newest = {reservation = id, sent = sent, count = figures.count, money = figures.money}
+  state.newest = {reservation = id, sent = sent_at, count = figures.count, money = figures.money}
   state.in_vain = 0
 end

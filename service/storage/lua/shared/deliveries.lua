@@ -1,12 +1,14 @@
--- The deliveries: what tenants are told, in a queue for each receiver. Receivers take turns, and one that fails has but one
--- delivery under way, so that none of them holds up another, however much waits for it.
+-- The queues of webhook deliveries: one for each host of each tenant, so that a slow or failing receiver delays no other.
+-- Queues are served in the order of their next due time. A receiver that has just failed gets one delivery at a time.
 --
--- An agenda is {receivers, queue, claims, failing, delivery, failed, keep, at_once, failing_for}: keys, or how those of each
--- receiver or delivery begin, for how long all of that is kept, how many a receiver has under way at once, and for how long
--- it counts as failing.
+-- Each function takes as `agenda` {receivers, queue, claims, failing, delivery, failed, keep, at_once, failing_for}: the keys
+-- of all queues by due time and of failed deliveries; the prefixes of a queue's waiting and claimed deliveries, of its
+-- failing mark, and of deliveries; how long these are kept (ms), how many of a queue may be claimed at once, and how long a
+-- queue counts as failing (ms).
 
--- As service/domain/webhook.py has it.
-local function receiver_of(delivery)
+-- Returns the name of a delivery's queue. Ports make no difference and hosts without a name share one queue, so that a
+-- tenant has no more queues than names it may use.
+local function queue_of(delivery)
   local host = delivery.url:match('^%a+://([^/:?]+)')
   if host:sub(1, 1) == '[' or host:match('^[%d.]+$') then
     host = 'ip'
@@ -14,29 +16,29 @@ local function receiver_of(delivery)
   return string.format('%d:%s', delivery.tenant, host)
 end
 
-local function at_once(agenda, receiver, now)
-  local failing = tonumber(redis.call('GET', agenda.failing .. receiver) or 0)
-  return failing > now and 1 or agenda.at_once
+local function max_concurrent(agenda, queue, now)
+  local failing_until = tonumber(redis.call('GET', agenda.failing .. queue) or 0)
+  return failing_until > now and 1 or agenda.at_once
 end
 
-local function first(key)
-  local found = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
-  return found[2] and tonumber(found[2])
+local function first_score(key)
+  local rows = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+  return rows[2] and tonumber(rows[2])
 end
 
--- Has a receiver's turn come when its next delivery may be taken: one that waits, or one whose lease runs out.
-local function take_turn(agenda, receiver, now)
-  local queue, claims = agenda.queue .. receiver, agenda.claims .. receiver
-  local due, lapses = first(queue), first(claims)
-  if due and redis.call('ZCARD', claims) >= at_once(agenda, receiver, now) then
-    due = nil
+-- Sets a queue's next due time: when its next delivery may be claimed, or when the next lease of a claimed one expires.
+local function schedule_queue(agenda, queue, now)
+  local waiting, claimed = agenda.queue .. queue, agenda.claims .. queue
+  local due_at, lease_expires_at = first_score(waiting), first_score(claimed)
+  if due_at and redis.call('ZCARD', claimed) >= max_concurrent(agenda, queue, now) then
+    due_at = nil
   end
-  if due or lapses then
-    redis.call('ZADD', agenda.receivers, math.min(due or lapses, lapses or due), receiver)
+  if due_at or lease_expires_at then
+    redis.call('ZADD', agenda.receivers, math.min(due_at or lease_expires_at, lease_expires_at or due_at), queue)
   else
-    redis.call('ZREM', agenda.receivers, receiver)
+    redis.call('ZREM', agenda.receivers, queue)
   end
-  for _, key in ipairs({agenda.receivers, queue, claims}) do
+  for _, key in ipairs({agenda.receivers, waiting, claimed}) do
     redis.call('PEXPIRE', key, agenda.keep)
   end
 end
@@ -45,11 +47,11 @@ local function save_delivery(agenda, id, delivery)
   redis.call('SET', agenda.delivery .. id, cmsgpack.pack(delivery), 'PX', agenda.keep)
 end
 
--- Has a delivery sent after a while.
-local function enqueue(agenda, id, delivery, wait, now, wall)
-  local receiver = receiver_of(delivery)
-  delivery.state, delivery.updated, delivery.due = 'pending', wall, wall + wait
+-- Puts a delivery into its queue, due after a delay (ms).
+local function enqueue_delivery(agenda, id, delivery, delay, now, wall)
+  local queue = queue_of(delivery)
+  delivery.state, delivery.updated, delivery.due = 'pending', wall, wall + delay
   save_delivery(agenda, id, delivery)
-  redis.call('ZADD', agenda.queue .. receiver, now + wait, id)
-  take_turn(agenda, receiver, now)
+  redis.call('ZADD', agenda.queue .. queue, now + delay, id)
+  schedule_queue(agenda, queue, now)
 end

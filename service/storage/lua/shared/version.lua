@@ -1,6 +1,6 @@
--- Ends a script before it touches data of another version, and marks a store that lost its mark with all the rest.
+-- Ends a script before it touches data of another version, and marks a store that is empty, or has lost all its data.
 --
--- The last of KEYS holds the version of the data, the last of ARGV is the one of these scripts.
+-- The last of KEYS holds the version of the data, the last of ARGV is the version of these scripts.
 local data_version = redis.call('GET', KEYS[#KEYS])
 if data_version ~= ARGV[#ARGV] then
   if data_version then

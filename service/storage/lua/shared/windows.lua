@@ -1,7 +1,7 @@
--- What a reservation counts for, and what becomes of it, as service/domain/booking.py and usage.py have it.
+-- The calendar windows (UTC) of a tenant, its usage by day, and what a reservation counts for in both.
 -- USES: store
 
--- Days since the epoch of the first of the month around a day, by the civil calendar.
+-- Returns the first day of the month of a day, both counted from the epoch, by the civil calendar.
 local function month_start(days)
   local z = days + 719468
   local era = math.floor(z / 146097)
@@ -13,7 +13,7 @@ local function month_start(days)
   return days - day
 end
 
-local function period_of(window, at)
+local function window_start(window, at)
   if window == 'minute' then
     return at - at % MINUTE_MS
   elseif window == 'hour' then
@@ -26,135 +26,138 @@ local function period_of(window, at)
   return 0
 end
 
-local function resets_at(window, at)
+-- Returns when the window around a time ends; nil for `total`, which never does.
+local function window_end(window, at)
   if window == 'total' then
     return nil
   elseif window == 'minute' then
-    return period_of(window, at) + MINUTE_MS
+    return window_start(window, at) + MINUTE_MS
   elseif window == 'hour' then
-    return period_of(window, at) + HOUR_MS
+    return window_start(window, at) + HOUR_MS
   elseif window == 'day' then
-    return period_of(window, at) + DAY_MS
+    return window_start(window, at) + DAY_MS
   end
-  return period_of(window, period_of(window, at) + 32 * DAY_MS)
+  return window_start(window, window_start(window, at) + 32 * DAY_MS)
 end
 
--- Begins the windows anew whose period is over. The server's time may step back into an earlier period, so the counter of
--- the last one is set aside, as are those of later ones where it has. An earlier one whose counter is not kept, and which
--- may have been counted before, is counted under another name.
-local function roll(tenant, wall)
+-- Starts a new counter in each window whose period is over. The server's clock may step back into an earlier period, so the
+-- counter of the last period is retained, and so are those of later periods after a step back. If the counter of an earlier
+-- period is not retained, that period may have been counted before: its new counter gets a key of its own, so that
+-- reservations of the lost one do not count in it.
+local function roll_windows(tenant, wall)
   local state = tenant.state
   for _, window in ipairs(WINDOWS) do
-    local period, counter = period_of(window, wall), state.windows[window]
+    local period, counter = window_start(window, wall), state.windows[window]
     if not counter or counter.period ~= period then
-      local known, aside, begun, last = state.aside and state.aside[window] or {}, {}, nil, nil
+      local counters, retained, current, previous = state.aside and state.aside[window] or {}, {}, nil, nil
       if counter then
-        known[#known + 1] = counter
+        counters[#counters + 1] = counter
       end
-      for _, each in ipairs(known) do
-        if each.period == period then
-          begun = each
-        elseif each.period > period then
-          aside[#aside + 1] = each
-        elseif not last or each.period > last.period then
-          last = each
+      for _, candidate in ipairs(counters) do
+        if candidate.period == period then
+          current = candidate
+        elseif candidate.period > period then
+          retained[#retained + 1] = candidate
+        elseif not previous or candidate.period > previous.period then
+          previous = candidate
         end
       end
-      if not begun then
-        begun = {period = period, tasks = 0, tasks_reserved = 0, money = 0, money_reserved = 0, overrun = 0}
-        if aside[1] then
+      if not current then
+        current = {period = period, tasks = 0, tasks_reserved = 0, money = 0, money_reserved = 0, overrun = 0}
+        if retained[1] then
           state.names = (state.names or 0) + 1
-          begun.name = -state.names
+          current.name = -state.names
         end
       end
-      aside[#aside + 1] = last
-      state.windows[window] = begun
-      if aside[1] or state.aside then
+      retained[#retained + 1] = previous
+      state.windows[window] = current
+      if retained[1] or state.aside then
         state.aside = state.aside or {}
-        state.aside[window] = aside[1] and aside or nil
+        state.aside[window] = retained[1] and retained or nil
         state.aside = next(state.aside) and state.aside or nil
       end
     end
   end
 end
 
--- The counter of a window in which a reservation was counted, if there still is one.
-local function counter_of(tenant, window, name)
-  local counter = tenant.state.windows[window]
-  if (counter.name or counter.period) == name then
-    return counter
+-- Returns the counter of a window by the key that reservations store; nil if it is no longer kept.
+local function find_counter(tenant, window, key)
+  local current = tenant.state.windows[window]
+  if (current.name or current.period) == key then
+    return current
   end
-  for _, each in ipairs(tenant.state.aside and tenant.state.aside[window] or {}) do
-    if (each.name or each.period) == name then
-      return each
+  for _, counter in ipairs(tenant.state.aside and tenant.state.aside[window] or {}) do
+    if (counter.name or counter.period) == key then
+      return counter
     end
   end
 end
 
--- Puts in what a reservation counts for in the windows it was counted in, if they are kept; with a sign of -1 takes it out.
-local function count(tenant, reservation, sign)
+-- Adds what a reservation counts for to its windows, or subtracts it with a sign of -1. What it counts for follows from the
+-- reservation alone, so every change of a reservation subtracts first and adds again afterwards.
+local function apply_to_windows(tenant, reservation, sign)
   local state, cost, holds = reservation.state, reservation.cost, reservation.holds
-  local open = state == 'reserved' or (state == 'accepted' and not cost)
-  local charged = (state == 'accepted' or state == 'unknown') and not reservation.refund
-  if open then
+  local is_open = state == 'reserved' or (state == 'accepted' and not cost)
+  local is_charged = (state == 'accepted' or state == 'unknown') and not reservation.refund
+  if is_open then
     local kinds = tenant.state.kinds or {}
     kinds[reservation.kind] = (kinds[reservation.kind] or 0) + sign
     tenant.state.kinds, tenant.state.active = kinds, tenant.state.active + sign
   end
   for _, window in ipairs(WINDOWS) do
-    local counter = counter_of(tenant, window, reservation.periods[window])
+    local counter = find_counter(tenant, window, reservation.periods[window])
     if counter then
-      local held = holds[window] or 0
+      local hold = holds[window] or 0
       if state == 'reserved' then
         counter.tasks_reserved = counter.tasks_reserved + sign
       end
-      if open then
-        counter.money_reserved = counter.money_reserved + sign * held
+      if is_open then
+        counter.money_reserved = counter.money_reserved + sign * hold
       end
-      if charged then
+      if is_charged then
         counter.tasks = counter.tasks + sign
         if cost then
           counter.money = counter.money + sign * cost.money
         elseif state == 'unknown' then
-          counter.money = counter.money + sign * held
+          counter.money = counter.money + sign * hold
         end
       end
     end
   end
 end
 
--- What a reservation counts for in the usage of its day.
-local function tally(reservation)
-  local state, cost, refund, found = reservation.state, reservation.cost, reservation.refund, {}
+-- Returns what a reservation counts for in the usage of its day, by measure.
+local function usage_of(reservation)
+  local state, cost, refund, usage = reservation.state, reservation.cost, reservation.refund, {}
   if state == 'unknown' then
-    found['unknown'], found['unknown-money'] = 1, reservation.holds.day or 0
+    usage['unknown'], usage['unknown-money'] = 1, reservation.holds.day or 0
   elseif state == 'accepted' and not cost then
-    found['running'] = 1
+    usage['running'] = 1
   elseif state == 'accepted' then
-    found[reservation.succeeded and 'succeeded' or 'failed'] = 1
+    usage[reservation.succeeded and 'succeeded' or 'failed'] = 1
     if cost.basis == 'unknown' then
-      found['unknown-cost'] = 1
+      usage['unknown-cost'] = 1
     else
-      found[cost.basis .. '-count'], found[cost.basis .. '-money'] = cost.count, cost.money
+      usage[cost.basis .. '-count'], usage[cost.basis .. '-money'] = cost.count, cost.money
     end
   elseif state ~= 'reserved' then
-    found[state] = 1
+    usage[state] = 1
   end
   if refund then
-    found['refunded'], found['refunded-count'], found['refunded-money'] = 1, refund.count, refund.money
+    usage['refunded'], usage['refunded-count'], usage['refunded-money'] = 1, refund.count, refund.money
   end
-  return found
+  return usage
 end
 
--- Writes into the usage of a reservation's day how its tally has changed since `before`; `usage` is the prefix of the
--- days' keys, which share the hash tag of KEYS. Those that are unknown or were refunded are named there.
-local function book(usage, id, reservation, before, keep)
-  local key = string.format('%s%d', usage, math.floor(reservation.created / DAY_MS))
-  local after = tally(reservation)
+-- Writes to the usage of a reservation's day how its measures differ from those of `before`, and lists it there while its
+-- outcome is unknown or it is refunded. `prefix` is that of the keys of the tenant's days.
+local function apply_to_usage(prefix, id, reservation, before, keep_ms)
+  local key = string.format('%s%d', prefix, math.floor(reservation.created / DAY_MS))
+  local changes = usage_of(reservation)
   for measure, value in pairs(before) do
-    after[measure] = (after[measure] or 0) - value
+    changes[measure] = (changes[measure] or 0) - value
   end
-  for measure, change in pairs(after) do
+  for measure, change in pairs(changes) do
     if change ~= 0 then
       redis.call('HINCRBY', key, reservation.kind .. ' ' .. measure, change)
     end
@@ -172,5 +175,5 @@ local function book(usage, id, reservation, before, keep)
   elseif before['refunded'] then
     redis.call('HDEL', key, 'refund ' .. id)
   end
-  redis.call('PEXPIRE', key, keep)
+  redis.call('PEXPIRE', key, keep_ms)
 end
