@@ -117,7 +117,7 @@ class RedisLedger:
         """Move the reservation from account `left` to the next of `ask.accounts`."""
         keys = self._keys
         answer = await self._scripts.call(
-            "retarget",
+            "change_account",
             [
                 keys.clock,
                 keys.tenant(request.tenant),
@@ -274,14 +274,14 @@ class RedisLedger:
     async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
         """Claim the turn to look at an account's balance, if that is due."""
         status, now, *rest = await self._scripts.call(
-            "look", [self._keys.clock, self._keys.account(account)], {"account": account, "count_only": count_only}
+            "claim_balance_check", [self._keys.clock, self._keys.account(account)], {"account": account, "count_only": count_only}
         )
         return BalanceCheck(account, str(rest[0], "ascii"), now) if status == b"due" else None
 
     async def record_balance_check(self, check: BalanceCheck, balance: Balance) -> None:
         """Take in what a second check of a finished task told."""
         await self._scripts.call(
-            "looked",
+            "record_balance_check",
             [self._keys.clock, self._keys.account(check.account)],
             {
                 "account": check.account,

@@ -74,7 +74,7 @@ class RedisRegistry:
         forget = [keys.tenant(each.id) for each in change.drop_tenants]
         forget += [keys.account(each.id) for each in change.drop_accounts]
         answer = await self._scripts.call(
-            "registry",
+            "write_registry",
             [keys.registry, *policies, *forget],
             {
                 "version": change.version,

@@ -84,7 +84,7 @@ class RedisTaskStore:
         """Tasks that somebody looks at or waits for, each with the time now; these are checked often for a while."""
         keys = self._keys
         now, *found = await self._scripts.call(
-            "attend",
+            "touch_tasks",
             [keys.clock, keys.poll_due, keys.poll_claimed],
             {
                 "reservations": reservations,
@@ -190,7 +190,7 @@ class RedisTaskStore:
         if result.error:
             ask["error"] = msgspec.json.encode(result.error).decode()
         status, now, *rest = await self._scripts.call(
-            "record",
+            "record_check",
             [
                 keys.clock,
                 keys.tenant(task.tenant),
