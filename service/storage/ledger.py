@@ -274,7 +274,9 @@ class RedisLedger:
     async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
         """Claim the turn to look at an account's balance, if that is due."""
         status, now, *rest = await self._scripts.call(
-            "claim_balance_check", [self._keys.clock, self._keys.account(account)], {"account": account, "count_only": count_only}
+            "claim_balance_check",
+            [self._keys.clock, self._keys.account(account)],
+            {"account": account, "count_only": count_only},
         )
         return BalanceCheck(account, str(rest[0], "ascii"), now) if status == b"due" else None
 

@@ -147,7 +147,7 @@ class RedisTaskStore:
     async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
         """Up to `most` tasks whose check is due."""
         now, *rows = await self._scripts.call(
-            "claim",
+            "claim_checks",
             [self._keys.clock, self._keys.poll_due, self._keys.poll_claimed],
             {"most": limit, "lease": self._retention.claim_lease_ms, "task": self._keys.task("")},
         )
