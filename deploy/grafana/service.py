@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana.boards import Dashboard, Row
+from deploy.grafana.layout import Dashboard, Row
 from deploy.grafana.objectives import OBJECTIVES
 from deploy.grafana.panels import (
     BYTES,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana.boards import Dashboard, Row, Variable
+from deploy.grafana.layout import Dashboard, Row, Variable
 from deploy.grafana.panels import (
     COUNT,
     PER_MINUTE,

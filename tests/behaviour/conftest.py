@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.behaviour.house import RunningGateway, run_fake_gateway, run_real_gateway
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway, run_real_gateway
 from tests.support.valkey import Valkey
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.house import RunningGateway, run_fake_gateway
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
 from tests.fakes.artifacts import FakeArtifacts
 
 

@@ -12,9 +12,9 @@ from httpx2 import Response
 from service.sandbox.faults import Fault
 from service.storage.connections import connect
 from service.storage.redis import Keys
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.house import RunningGateway, run_real_gateway
-from tests.behaviour.upstreams import SandboxUpstreamControl
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.upstream_control import SandboxUpstreamControl
 from tests.support.images import make_png
 from tests.support.valkey import Valkey
 

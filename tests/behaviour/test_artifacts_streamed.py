@@ -18,9 +18,9 @@ from service.api import artifacts
 from service.clients.artifacts import ArtifactClient, FetchOutcome, FetchTimeouts
 from service.domain.tasks import Artifact, ArtifactName
 from service.usecases.ports import CheckOutcome, CheckResult
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.house import RunningGateway, run_fake_gateway
-from tests.contract.origin import (
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
+from tests.contract.artifact_server import (
     PNG_IMAGE,
     chunked_body,
     file_response,
@@ -29,7 +29,7 @@ from tests.contract.origin import (
     send_and_hold,
     send_pieces,
 )
-from tests.contract.peer import Connection, Handler, ScriptedServer, run_server
+from tests.contract.scripted_server import Connection, Handler, ScriptedServer, run_server
 
 MIB = 1 << 20
 LARGE = 200 * MIB

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.behaviour.aftermath import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
-from tests.behaviour.house import MAX_BYTES, MAX_PIXELS, RunningGateway
+from tests.behaviour.audit import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
+from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway
 from tests.support.images import draw_image, encode_image, make_png
 from tests.support.valkey import Valkey
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.behaviour.books import PRICE_YUAN, BalanceHarness, open_balance_harness
+from tests.behaviour.balance_harness import PRICE_YUAN, BalanceHarness, open_balance_harness
 from tests.support.valkey import Valkey
 
 COST_OF_USE = {"count": 1, "money": 0}

@@ -15,13 +15,13 @@ import pytest
 from service.api.uploads import UploadReader
 from service.app import create_app
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.aftermath import UNREACHABLE_POLICIES, assert_nothing_happened
-from tests.behaviour.house import MAX_BYTES, MAX_PIXELS, RunningGateway, run_real_gateway
+from tests.behaviour.audit import UNREACHABLE_POLICIES, assert_nothing_happened
+from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway, run_real_gateway
+from tests.support.app_server import serve_app
 from tests.support.images import make_png
-from tests.support.serving import serve_app
 from tests.support.valkey import Valkey
-from tests.unit.asgi import AsgiResponse, open_raw_connection, read_response
-from tests.unit.forms import CONTENT_TYPE, encode_field, encode_file, encode_form
+from tests.unit.asgi_client import AsgiResponse, open_raw_connection, read_response
+from tests.unit.multipart_forms import CONTENT_TYPE, encode_field, encode_file, encode_form
 
 BODY = encode_form(encode_field("colors", "5"), encode_file("image", make_png()))
 

@@ -11,9 +11,9 @@ import structlog
 from service.api import tasks
 from service.usecases import task_status
 from service.usecases.ports import CheckOutcome, CheckResult
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.following import open_event_stream, poll_with_outcomes, wait_until
-from tests.behaviour.house import RunningGateway, run_fake_gateway
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
+from tests.behaviour.task_readers import open_event_stream, poll_with_outcomes, wait_until
 
 RUNNING, SUCCEEDED, FAILED = CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED, CheckOutcome.FAILED
 

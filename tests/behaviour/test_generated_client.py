@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.behaviour.house import ADMIN_TOKEN, RunningGateway, run_real_gateway
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway, run_real_gateway
 from tests.support.images import make_png
 from tests.support.valkey import Valkey
 

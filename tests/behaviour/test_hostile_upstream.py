@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from service.sandbox.faults import Behaviour, Fault, RequestType
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.house import RunningGateway, run_real_gateway
-from tests.behaviour.upstreams import USER_KEY, SandboxUpstreamControl
-from tests.contract.peer import http_response, reply_with, run_server
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
+from tests.contract.scripted_server import http_response, reply_with, run_server
 from tests.support.valkey import Valkey
 
 ACCEPTED = (201, None)

@@ -13,8 +13,8 @@ from service.crypto import Keyring
 from service.domain.tasks import Kind, TaskIdCodec, TaskReference
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome, SubmitResult
-from tests.behaviour.house import SECRET_KEY, RunningGateway, run_fake_gateway, run_real_gateway
-from tests.behaviour.keyed import (
+from tests.behaviour.gateway_fixture import SECRET_KEY, RunningGateway, run_fake_gateway, run_real_gateway
+from tests.behaviour.idempotent_requests import (
     KEY,
     UNREACHABLE_LIMITS,
     expect_created,
@@ -25,10 +25,10 @@ from tests.behaviour.keyed import (
     read_counts,
     submit_with_key,
 )
-from tests.behaviour.upstreams import USER_KEY, SandboxUpstreamControl
+from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
 from tests.fakes import FakeUpstream
 from tests.support.valkey import Valkey
-from tests.unit.over_fakes import wait_until
+from tests.unit.fake_gateway import wait_until
 
 DAY = 86_400
 

@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 import pytest
 import structlog
 
-from tests.behaviour.aftermath import UNREACHABLE_POLICIES, assert_nothing_happened
-from tests.behaviour.house import RunningGateway
-from tests.behaviour.keyed import expect_created, expect_replayed, make_jpeg, submit_with_key
-from tests.behaviour.old_client import LegacyClient
+from tests.behaviour.audit import UNREACHABLE_POLICIES, assert_nothing_happened
+from tests.behaviour.gateway_fixture import RunningGateway
+from tests.behaviour.idempotent_requests import expect_created, expect_replayed, make_jpeg, submit_with_key
+from tests.behaviour.legacy_client import LegacyClient
 from tests.support.valkey import Valkey
-from tests.unit.asgi import AsgiResponse, open_raw_connection, read_response
-from tests.unit.forms import CONTENT_TYPE, encode_file, encode_form
+from tests.unit.asgi_client import AsgiResponse, open_raw_connection, read_response
+from tests.unit.multipart_forms import CONTENT_TYPE, encode_file, encode_form
 
 SECRET = "Qx7fT2"
 MALFORMED: Sequence[tuple[bytes, str]] = (

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.house import MAX_BYTES, RunningGateway, run_fake_gateway
-from tests.behaviour.keyed import (
+from tests.behaviour.gateway_fixture import MAX_BYTES, RunningGateway, run_fake_gateway
+from tests.behaviour.idempotent_requests import (
     UNREACHABLE_LIMITS,
     expect_created,
     expect_refused,
@@ -20,7 +20,7 @@ from tests.behaviour.keyed import (
     read_counts,
     submit_with_key,
 )
-from tests.behaviour.upstreams import USER_KEY
+from tests.behaviour.upstream_control import USER_KEY
 from tests.support.images import make_png
 
 Change = Callable[[RunningGateway], Awaitable[Any]]

@@ -17,12 +17,12 @@ from service.clients.http import UpstreamPool
 from service.clients.webhooks import WebhookClient
 from service.sandbox.faults import Fault
 from service.usecases.reports import QuotaReports
-from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, RunningGateway, run_real_gateway
-from tests.behaviour.old_client import LegacyClient
-from tests.behaviour.receiver import WebhookReceiver, make_secret, run_receiver
-from tests.behaviour.upstreams import USER_KEY, SandboxUpstreamControl
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, RunningGateway, run_real_gateway
+from tests.behaviour.legacy_client import LegacyClient
+from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
+from tests.behaviour.webhook_receiver import WebhookReceiver, make_secret, run_receiver
 from tests.support.images import make_png
-from tests.support.log import CapturedLog, capture_log
+from tests.support.log_capture import CapturedLog, capture_log
 from tests.support.valkey import Valkey
 
 OTHER_KEY = "an/odd-key+of='another'\"account\"\\"

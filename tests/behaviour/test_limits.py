@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.house import RunningGateway
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway
 
 MAX_COUNT, MAX_YUAN = 10**12, 10**10
 OVERSIZED_NUMBERS = (MAX_COUNT + 1, 2**53 - 1, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**18, 10**30, 10**400)

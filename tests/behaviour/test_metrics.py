@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from service.usecases import ledger_snapshot
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.house import RunningGateway, run_fake_gateway, run_real_gateway
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway, run_real_gateway
 from tests.fakes import FakeLedger
 from tests.support.valkey import Valkey, run_valkey
 

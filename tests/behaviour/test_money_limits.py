@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from service.sandbox.faults import Fault
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.books import PRICE_YUAN, BalanceHarness, open_balance_harness
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.balance_harness import PRICE_YUAN, BalanceHarness, open_balance_harness
 from tests.support.valkey import Valkey
 
 

@@ -11,7 +11,7 @@ from service.api.errors import PROBLEMS
 from service.api.openapi_document import build_document as written
 from service.app import operators_app, tenants_app
 from service.domain.tasks import OPTIONS, Kind
-from tests.behaviour.house import RunningGateway, run_fake_gateway
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
 from tests.behaviour.openapi_reader import (
     assert_matches_schema,
     iter_objects,

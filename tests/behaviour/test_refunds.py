@@ -10,10 +10,10 @@ import pytest
 import structlog
 
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.aftermath import UNREACHABLE_POLICIES, expect_problem
-from tests.behaviour.books import PRICE_YUAN, open_balance_harness
-from tests.behaviour.house import RunningGateway, run_fake_gateway
-from tests.behaviour.spent import (
+from tests.behaviour.audit import UNREACHABLE_POLICIES, expect_problem
+from tests.behaviour.balance_harness import PRICE_YUAN, open_balance_harness
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
+from tests.behaviour.usage_requests import (
     advance_to_next_window,
     expect_json,
     post_refund,

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import structlog
 
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.house import RunningGateway, run_fake_gateway
-from tests.behaviour.upstreams import USER_KEY
-from tests.behaviour.whole_registry import (
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
+from tests.behaviour.registry_requests import (
     ACCOUNT_KEY,
     FULL_REGISTRY,
     HOOK_SECRET,
@@ -18,6 +17,7 @@ from tests.behaviour.whole_registry import (
     get_registry,
     put_registry,
 )
+from tests.behaviour.upstream_control import USER_KEY
 
 
 async def test_read(house: RunningGateway) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import structlog
 
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.books import open_balance_harness
-from tests.behaviour.house import RunningGateway
-from tests.behaviour.upstreams import USER_KEY
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.balance_harness import open_balance_harness
+from tests.behaviour.gateway_fixture import RunningGateway
+from tests.behaviour.upstream_control import USER_KEY
 from tests.support.valkey import Valkey
 
 UNREACHABLE_LIMITS: dict[str, Any] = {"limits": [{"window": "total", "tasks": 1_000}], "max_active": 1_000}

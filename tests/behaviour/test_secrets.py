@@ -11,8 +11,8 @@ import structlog
 from httpx2 import Response
 
 from service.storage.connections import connect
-from tests.behaviour.house import ADMIN_TOKEN, RunningGateway, run_real_gateway
-from tests.behaviour.upstreams import USER_KEY
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway, run_real_gateway
+from tests.behaviour.upstream_control import USER_KEY
 from tests.support.valkey import Valkey
 
 KEYS = [USER_KEY, "upstream-key-of-before-0123"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.house import ADMIN_TOKEN, RunningGateway, run_fake_gateway
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway, run_fake_gateway
 from tests.fakes import FakeRegistry
-from tests.unit.asgi import open_raw_connection, read_response
+from tests.unit.asgi_client import open_raw_connection, read_response
 
 
 async def test_health(house: RunningGateway) -> None:

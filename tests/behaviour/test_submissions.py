@@ -10,11 +10,17 @@ import structlog
 from service.domain.ledger import ReservationState
 from service.domain.tasks import Kind
 from service.usecases.ports import Settlement, SubmitOutcome
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.books import open_balance_harness
-from tests.behaviour.house import RunningGateway, run_fake_gateway
-from tests.behaviour.spent import expect_json, read_submission, recover_task, submission_id_of, submit_and_lose_response
-from tests.behaviour.upstreams import USER_KEY
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.balance_harness import open_balance_harness
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
+from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.usage_requests import (
+    expect_json,
+    read_submission,
+    recover_task,
+    submission_id_of,
+    submit_and_lose_response,
+)
 from tests.support.valkey import Valkey
 
 

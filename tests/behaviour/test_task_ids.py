@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import string
 
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.house import RunningGateway
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway
 
 DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from service.sandbox.faults import Fault
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.books import KIND, PRICE_YUAN, BalanceHarness, open_balance_harness
-from tests.behaviour.upstreams import USER_KEY
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.balance_harness import KIND, PRICE_YUAN, BalanceHarness, open_balance_harness
+from tests.behaviour.upstream_control import USER_KEY
 from tests.support.valkey import Valkey
 
 SPARE_KEY = "upstream-key-spare"

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from service.telemetry.redaction import Redactor
-from tests.behaviour.house import ADMIN_TOKEN, SECRET_KEY, run_real_gateway
-from tests.behaviour.receiver import make_secret, run_receiver
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, run_real_gateway
 from tests.behaviour.test_secrets import KEYS, call_every_operation, encode_secret
-from tests.behaviour.upstreams import USER_KEY
+from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.webhook_receiver import make_secret, run_receiver
 from tests.support.traces import TraceCollector, run_collector
 from tests.support.valkey import Valkey
 from tests.unit.test_tracing import SPAN, TRACE

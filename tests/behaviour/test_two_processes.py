@@ -16,9 +16,9 @@ from service.domain.tasks import Kind
 from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import Keys
-from tests.behaviour.following import open_event_stream, start_waiting_read, wait_until
-from tests.behaviour.house import ENVIRONMENT, RunningGateway, run_real_gateway
-from tests.support.serving import serve_app
+from tests.behaviour.gateway_fixture import ENVIRONMENT, RunningGateway, run_real_gateway
+from tests.behaviour.task_readers import open_event_stream, start_waiting_read, wait_until
+from tests.support.app_server import serve_app
 from tests.support.valkey import Valkey
 
 POLL_SECONDS = 60

@@ -9,10 +9,11 @@ from typing import Any
 from service.storage.connections import connect
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.aftermath import UNREACHABLE_POLICIES, expect_problem
-from tests.behaviour.books import PRICE_YUAN, open_balance_harness
-from tests.behaviour.house import RunningGateway
-from tests.behaviour.spent import (
+from tests.behaviour.audit import UNREACHABLE_POLICIES, expect_problem
+from tests.behaviour.balance_harness import PRICE_YUAN, open_balance_harness
+from tests.behaviour.gateway_fixture import RunningGateway
+from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.usage_requests import (
     NO_SUBMISSIONS,
     advance_to_next_window,
     expect_json,
@@ -26,7 +27,6 @@ from tests.behaviour.spent import (
     submission_id_of,
     submit_and_lose_response,
 )
-from tests.behaviour.upstreams import USER_KEY
 from tests.support.valkey import Valkey
 
 

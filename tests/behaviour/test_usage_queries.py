@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.house import RunningGateway
-from tests.behaviour.spent import (
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway
+from tests.behaviour.usage_requests import (
     advance_to_next_window,
     expect_json,
     flatten_item,

@@ -10,10 +10,10 @@ import pytest
 
 from service.api.uploads import Upload
 from service.usecases.ports import CheckOutcome
-from tests.behaviour.aftermath import expect_problem
-from tests.behaviour.following import poll_with_outcomes, start_waiting_read, wait_until
-from tests.behaviour.house import RunningGateway, run_fake_gateway
-from tests.behaviour.keyed import KEY
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
+from tests.behaviour.idempotent_requests import KEY
+from tests.behaviour.task_readers import poll_with_outcomes, start_waiting_read, wait_until
 from tests.support.images import make_png
 
 RUNNING, SUCCEEDED = CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED

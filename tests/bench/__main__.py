@@ -17,10 +17,10 @@ from tests.bench.ledger import ledger
 from tests.bench.memory import memory
 from tests.bench.peers.tools import require_tools, versions
 from tests.bench.plot import draw
+from tests.bench.polling import polling
 from tests.bench.report import add_ratios, describe_run, format_json, format_results, format_tables
 from tests.bench.scraping import request_overhead, scraping
 from tests.bench.waiting import waiting
-from tests.bench.watching import polling
 from tests.bench.workloads import QUICK, WORKLOADS, row_titles
 
 BENCHMARKS: Mapping[str, Benchmark] = {

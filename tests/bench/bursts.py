@@ -11,8 +11,8 @@ from contextlib import ExitStack
 
 import uvloop
 
+from tests.bench.candidates import ALL, API, FASTAPI, LUA, Target
 from tests.bench.comparison import Comparison, run_candidate
-from tests.bench.gateways import ALL, API, FASTAPI, LUA, Target
 from tests.bench.images import LARGE, SMALL, random_png
 from tests.bench.load import Answers, Request, closed_loop, open_loop, percentile, probe, send_all
 from tests.support.images import make_png

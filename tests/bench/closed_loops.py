@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tests.bench.candidates import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY, Candidate, Target, upscale_request
 from tests.bench.comparison import Comparison, run_candidate
-from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY, Candidate, Target, upscale_request
 from tests.bench.images import LARGE, SMALL, random_png
 from tests.bench.load import Request, closed_loop
 from tests.bench.peers.stub import SUBMIT_PATHS

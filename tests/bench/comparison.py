@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import click
 
-from tests.bench.gateways import HERE, Candidate, Environment, Target, describe_commit, open_environment
+from tests.bench.candidates import HERE, Candidate, Environment, Target, describe_commit, open_environment
 from tests.bench.load import Load, Request, closed_loop
 
 _FILES = 16_384

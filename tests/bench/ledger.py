@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from tests.bench.busy_tenant import BusyTenant, CallCost, open_busy_tenant
 from tests.bench.figures import Figure
-from tests.bench.house import BusyTenant, CallCost, open_busy_tenant
 
 ACTIVE = 1_000
 BATCH = 250

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tests.bench.busy_tenant import BusyTenant, open_busy_tenant
 from tests.bench.figures import Figure
-from tests.bench.house import BusyTenant, open_busy_tenant
 
 FIRST = 200
 TASKS = 2_000

@@ -10,9 +10,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from tests.bench.bursts import LARGE_ROWS
+from tests.bench.candidates import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY
 from tests.bench.closed_loops import CONNECTIONS, DIRECT, LARGE_SUBMIT, READ, SMALL_SUBMIT
 from tests.bench.comparison import OTHER, Result
-from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY
 
 _MAIN = (READ, SMALL_SUBMIT, LARGE_SUBMIT)
 _CONNECTIONS = 16

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.bench.candidates import REFERENCES
 from tests.bench.closed_loops import DIRECT
 from tests.bench.comparison import OTHER, Result
-from tests.bench.gateways import REFERENCES
 
 _HEADINGS = {
     "per_second": "done/s",

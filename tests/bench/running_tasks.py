@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import uvloop
 
-from tests.bench.comparison import Comparison
-from tests.bench.gateways import (
+from tests.bench.candidates import (
     ALL,
     API,
     API_AND_WORKER,
@@ -22,6 +21,7 @@ from tests.bench.gateways import (
     Target,
     run_reader_gateway,
 )
+from tests.bench.comparison import Comparison
 from tests.bench.images import SMALL, random_png
 from tests.bench.load import Request, closed_loop, send_all
 from tests.bench.peers.stub import stub_stats

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 
 import httpx2
 
+from tests.bench.candidates import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY, Target
 from tests.bench.comparison import Comparison, run_candidate
-from tests.bench.gateways import ALL, API, API_AND_WORKER, FASTAPI, LUA, PROXY, Target
 from tests.bench.load import closed_loop, percentile
 from tests.support.images import make_png
 

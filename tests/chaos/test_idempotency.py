@@ -17,8 +17,8 @@ from redis import Redis
 
 from service.domain.ledger import TenantState
 from service.domain.tenants import Window
-from tests.behaviour.house import RunningGateway, run_real_gateway
-from tests.behaviour.keyed import (
+from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.idempotent_requests import (
     KEY,
     UNREACHABLE_LIMITS,
     expect_created,
@@ -28,9 +28,9 @@ from tests.behaviour.keyed import (
     make_jpeg,
     submit_with_key,
 )
-from tests.chaos.fleet import ProcessCluster, TenantClient, run_cluster
-from tests.chaos.rush import TIMEOUT_SECONDS, send_concurrently
-from tests.chaos.test_store_away import read_counters, sandbox_control, wait_for_submits
+from tests.chaos.concurrent_requests import TIMEOUT_SECONDS, send_concurrently
+from tests.chaos.process_cluster import ProcessCluster, TenantClient, run_cluster
+from tests.chaos.test_redis_outage import read_counters, sandbox_control, wait_for_submits
 from tests.process.gateway import GatewayProcess, wait_until
 from tests.support.valkey import Valkey, run_valkey
 

@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from service.domain.tenants import Window
-from tests.chaos.fleet import DAY_SECONDS, ProcessCluster, run_cluster
+from tests.chaos.process_cluster import DAY_SECONDS, ProcessCluster, run_cluster
 from tests.process.gateway import wait_until
 
 pytestmark = pytest.mark.xdist_group("limits")  # its processes are started once

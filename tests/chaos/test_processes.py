@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.chaos.fleet import call_admin
+from tests.chaos.process_cluster import call_admin
 from tests.process.gateway import GatewayProcess, run_gateway, wait_until
 from tests.process.sandbox import SandboxProcess, advance_clock, run_sandbox
 from tests.support.images import make_png

@@ -10,10 +10,10 @@ import uvloop
 from structlog.testing import capture_logs
 
 from service.domain.tenants import Window
-from tests.behaviour.house import RunningGateway, run_real_gateway
-from tests.chaos.test_store_away import read_counters, wait_until
-from tests.chaos.test_store_killed import is_ready, restart_store
-from tests.support.resets import ResettingProxy, run_resetting_proxy
+from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.chaos.test_redis_killed import is_ready, restart_store
+from tests.chaos.test_redis_outage import read_counters, wait_until
+from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
 from tests.support.stores import run_cluster
 from tests.support.valkey import find_free_port, run_valkey
 

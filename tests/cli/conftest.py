@@ -14,7 +14,7 @@ import structlog
 from click.testing import CliRunner, Result
 
 from service.cli import main
-from tests.behaviour.house import ADMIN_TOKEN, RunningGateway, run_fake_gateway
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway, run_fake_gateway
 
 
 @dataclass

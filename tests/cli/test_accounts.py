@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from service.crypto import Keyring
-from tests.behaviour.house import SECRET_KEY
-from tests.behaviour.upstreams import USER_KEY
+from tests.behaviour.gateway_fixture import SECRET_KEY
+from tests.behaviour.upstream_control import USER_KEY
 from tests.cli.conftest import Shell
 
 

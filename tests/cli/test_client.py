@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.behaviour.house import ADMIN_TOKEN
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN
 from tests.cli.conftest import Shell
 from tests.support.valkey import find_free_port
 

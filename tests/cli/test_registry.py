@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from service.cli.client import AdminClient, AdminResponse
-from tests.behaviour.upstreams import USER_KEY
+from tests.behaviour.upstream_control import USER_KEY
 from tests.cli.conftest import Shell
 from tests.cli.test_accounts import stored_user_key
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.behaviour.receiver import WebhookReceiver, make_secret, run_receiver
+from tests.behaviour.webhook_receiver import WebhookReceiver, make_secret, run_receiver
 from tests.cli.conftest import Shell
 
 SET_TENANT = ("tenant", "set", "shop", "--account", "main")

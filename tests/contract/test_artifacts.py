@@ -14,8 +14,8 @@ from service.domain.errors import Overloaded, RangeNotSatisfiable, UpstreamInval
 from service.domain.media import JPEG, PNG, SVG, WEBP
 from service.domain.tasks import ArtifactName
 from service.usecases.ports import Coverage, RangeRequest
-from tests.contract import origin
-from tests.contract.origin import (
+from tests.contract import artifact_server
+from tests.contract.artifact_server import (
     MAX_BYTES,
     PNG_IMAGE,
     chunked_body,
@@ -26,7 +26,7 @@ from tests.contract.origin import (
     send_pieces,
     send_range,
 )
-from tests.contract.peer import Connection, run_server
+from tests.contract.scripted_server import Connection, run_server
 from tests.support.images import encode_image
 
 IMAGE, VECTOR, GRID = ArtifactName.IMAGE, ArtifactName.VECTOR, ArtifactName.GRID
@@ -58,13 +58,13 @@ async def test_whole() -> None:
     [
         (IMAGE, "image/png", PNG_IMAGE, PNG),
         (VECTOR, "image/svg+xml; charset=utf-8", b"<svg/>", SVG),
-        (VECTOR, "text/xml", origin.SVG, SVG),
+        (VECTOR, "text/xml", artifact_server.SVG, SVG),
         (VECTOR, "image/svg+xml", b"<!--" + b" " * 30_000 + b"--><svg/>", SVG),
         (IMAGE, "application/octet-stream", PNG_IMAGE, PNG),
         *((IMAGE, label, PNG_IMAGE, PNG) for label in ("text/plain", "text/html", "image/jpeg", "image/x-png", "x")),
         (IMAGE, "binary/octet-stream", encode_image(Image.new("RGB", (4, 4)), "JPEG"), JPEG),
         (GRID, "", encode_image(Image.new("RGB", (4, 4)), "WEBP"), WEBP),
-        (VECTOR, "", origin.SVG, SVG),
+        (VECTOR, "", artifact_server.SVG, SVG),
     ],
 )
 async def test_types(name: ArtifactName, said: str, content: bytes, media_type: str) -> None:
@@ -86,8 +86,8 @@ async def test_types(name: ArtifactName, said: str, content: bytes, media_type: 
         (IMAGE, file_response(b"<html></html>", Content_Type="application/octet-stream")),
         (IMAGE, file_response(b"<html></html>", Content_Type="")),
         (VECTOR, file_response(b"<!DOCTYPE html><svg/>", Content_Type="")),
-        (IMAGE, file_response(origin.SVG, Content_Type="image/svg+xml")),
-        (IMAGE, file_response(origin.SVG, Content_Type="")),
+        (IMAGE, file_response(artifact_server.SVG, Content_Type="image/svg+xml")),
+        (IMAGE, file_response(artifact_server.SVG, Content_Type="")),
         (VECTOR, file_response(PNG_IMAGE)),
         (GRID, file_response(b"{}", Content_Type="application/json")),
         (IMAGE, file_response(b"")),
@@ -177,7 +177,7 @@ async def test_type_of_a_whole_is_remembered(monkeypatch: pytest.MonkeyPatch) ->
     first = iter([file_response(), part, file_response(), part, part])
 
     async def serve(connection: Connection) -> None:
-        request = await origin.read_request(connection)
+        request = await artifact_server.read_request(connection)
         await connection.send(file_response() if "bytes=0-65535" in request else next(first))
 
     async with run_server(serve) as peer:
@@ -191,7 +191,7 @@ async def test_type_of_a_whole_is_remembered(monkeypatch: pytest.MonkeyPatch) ->
         assert len(peer.requests) == 6
 
 
-@pytest.mark.parametrize("content", [b"<html></html>", origin.SVG, b""])
+@pytest.mark.parametrize("content", [b"<html></html>", artifact_server.SVG, b""])
 @pytest.mark.parametrize("content_range", ["bytes 0-3/10", "bytes 2-5/10", "bytes 2-5/*"])
 async def test_part_of_something_else(content: bytes, content_range: str) -> None:
     """A part of what is no image by its first bytes is refused, whatever it is called, and each time."""

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from service.clients.artifacts import FetchOutcome, FetchTimeouts
 from service.domain.errors import Overloaded, UpstreamInvalidResponse, UpstreamUnavailable
 from service.usecases.ports import RangeRequest, TransferAborted
-from tests.contract.origin import (
+from tests.contract.artifact_server import (
     MAX_BYTES,
     PNG_IMAGE,
     chunked_body,
@@ -22,8 +22,8 @@ from tests.contract.origin import (
     send_pieces,
     send_range,
 )
-from tests.contract.peer import Connection, reset_immediately, run_server
-from tests.support.descriptors import exhaust_descriptors
+from tests.contract.scripted_server import Connection, reset_immediately, run_server
+from tests.support.file_descriptors import exhaust_descriptors
 from tests.support.valkey import find_free_port
 
 CHUNKED = response_head(Transfer_Encoding="chunked")

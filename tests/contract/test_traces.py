@@ -18,9 +18,9 @@ from service.domain.tenants import Webhook
 from service.storage.redis import RedisScripts
 from service.telemetry.tracing import Tracer
 from service.usecases.ports import RangeRequest, WebhookResponse
+from tests.contract.artifact_server import file_response, response_head, send_pieces
 from tests.contract.client import ACCOUNT, CIPHER, IMAGE, USER_KEY
-from tests.contract.origin import file_response, response_head, send_pieces
-from tests.contract.peer import (
+from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Handler,
     ScriptedServer,
@@ -32,7 +32,7 @@ from tests.contract.peer import (
 )
 from tests.support.traces import RecordedSpan, SpanRecorder
 from tests.support.valkey import Valkey, find_free_port
-from tests.unit.asgi import make_http_scope
+from tests.unit.asgi_client import make_http_scope
 
 RECEIVER_QUERY = "key=of-the-tenant"
 

@@ -15,7 +15,7 @@ from service.domain.tasks import DEFAULT_CATALOGUE
 from service.domain.tenants import Account
 from service.usecases.ports import CheckOutcome
 from tests.contract.client import ACCOUNT, CIPHER, USER_KEY, open_caller
-from tests.contract.peer import (
+from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Handler,
     http_response,

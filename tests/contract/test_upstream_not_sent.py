@@ -23,7 +23,7 @@ from service.clients.upstream import UpstreamOperation
 from service.domain.tenants import Account
 from service.usecases.ports import CheckOutcome, SubmitOutcome
 from tests.contract.client import ACCOUNT, open_caller
-from tests.contract.peer import (
+from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Connection,
     Handler,
@@ -35,7 +35,7 @@ from tests.contract.peer import (
     vendor_response,
 )
 from tests.support.certificates import create_certificate
-from tests.support.descriptors import exhaust_descriptors
+from tests.support.file_descriptors import exhaust_descriptors
 from tests.support.valkey import find_free_port
 
 ACCEPTED, UNKNOWN, NOT_SENT = SubmitOutcome.ACCEPTED, SubmitOutcome.UNKNOWN, SubmitOutcome.NOT_SENT

@@ -23,7 +23,7 @@ from service.sandbox.app import AccountBalance, RunningSandbox, SandboxConfig, o
 from service.sandbox.faults import Behaviour, Fault
 from service.usecases.ports import CheckOutcome, Image, SubmitOutcome
 from tests.contract.client import CIPHER, USER_KEY, Caller, open_caller
-from tests.sandbox.pictures import draw_face, draw_logo, draw_scene, encode_image
+from tests.sandbox.images import draw_face, draw_logo, draw_scene, encode_image
 
 EMPTY = Account(2, "empty", CIPHER.encrypt(b"empty"))
 UNKNOWN_ACCOUNT = Account(3, "stranger", CIPHER.encrypt(b"stranger"))

@@ -28,7 +28,7 @@ from service.domain.tenants import Account
 from service.telemetry.tracing import NoopSpan
 from service.usecases.ports import SubmitOutcome, SubmitResult
 from tests.contract.client import ACCOUNT, CIPHER, IMAGE, LARGE, USER_KEY, open_caller
-from tests.contract.peer import (
+from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Connection,
     Handler,

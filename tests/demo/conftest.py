@@ -2,7 +2,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.demo.gateway import FakeGateway, serve
+from tests.demo.fake_gateway import FakeGateway, serve
 
 
 @pytest.fixture

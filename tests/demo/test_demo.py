@@ -13,7 +13,7 @@ from litestar import Response
 
 from service.demo import DemoOptions, run_demo
 from service.demo.run import JOBS
-from tests.demo.gateway import TOKEN, FakeGateway, problem_response
+from tests.demo.fake_gateway import TOKEN, FakeGateway, problem_response
 from tests.demo.results import SVG, good_results
 
 ALL = "upscale, vectorize, face-enhance, seamless"

@@ -15,7 +15,7 @@ from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.grafana.__main__ import render_all
-from deploy.grafana.boards import TAG
+from deploy.grafana.layout import TAG
 from deploy.grafana.objectives import OBJECTIVES
 from tests.deploy.promql import Labels, find_errors, result_labels, series_names, series_uses
 from tests.deploy.series import RULES, TARGET_LABELS, exported_series, ledger_series

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.operations import (
+from tests.deploy.procedures import (
     FILE,
     OUTPUT,
     RUN,

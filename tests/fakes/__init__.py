@@ -1,7 +1,7 @@
 """The ports in memory, over the pure functions that specify them: the model that Redis is held against."""
 
-from tests.fakes.agenda import FakeDeliveryQueue, FakeWebhookClient
 from tests.fakes.clock import START, FakeClock
+from tests.fakes.deliveries import FakeDeliveryQueue, FakeWebhookClient
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.registry import FakeRegistry
 from tests.fakes.upstream import FakeUpstream

@@ -11,9 +11,9 @@ from service.domain.errors import MalformedRequest
 from service.domain.tasks import Backlog, Cost, Kind, State, Task, TaskError
 from service.domain.webhooks import DeliveryState
 from service.usecases.ports import CheckOutcome, CheckResult, ClaimedCheck, Delivery, TaskPage
-from tests.fakes.agenda import FakeDeliveryQueue
 from tests.fakes.clock import Stopwatch
-from tests.fakes.memory import InMemoryStore
+from tests.fakes.deliveries import FakeDeliveryQueue
+from tests.fakes.store import InMemoryStore
 from tests.model import ledger_model
 from tests.model.ledger_model import next_check_delay
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.monitoring import plant, server, traffic
+from tests.monitoring import monitored_gateway, prometheus_server, workload
 
 SERIES = pytest.StashKey[list[int]]()
 
@@ -15,8 +15,8 @@ SERIES = pytest.StashKey[list[int]]()
 class MonitoredSystem(NamedTuple):
     """What runs, and who looked on."""
 
-    gateway: plant.MonitoredGateway
-    prometheus: server.Prometheus
+    gateway: monitored_gateway.MonitoredGateway
+    prometheus: prometheus_server.Prometheus
 
 
 @pytest.fixture(scope="session")
@@ -24,19 +24,19 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredSystem]:
     """Both, after everything has happened and was seen."""
     folder = tmp_path_factory.mktemp("monitoring")
     with (
-        plant.run_monitored_gateway(folder) as site,
-        server.run_prometheus(folder / "prometheus", site.targets) as prometheus,
+        monitored_gateway.run_monitored_gateway(folder) as site,
+        prometheus_server.run_prometheus(folder / "prometheus", site.targets) as prometheus,
     ):
-        traffic.create_tenants(site)
+        workload.create_tenants(site)
         prometheus.wait_for_scrape()  # an increase is seen only of what was seen before
-        traffic.run_tasks(site)
-        traffic.send_refused(site)
-        traffic.inject_upstream_faults(site)
-        traffic.spend_outside(site)
-        traffic.deliver_webhooks(site)
-        traffic.interrupt_store(site, lambda: prometheus.query_value("max(gateway_redis_up)") == 0)
-        traffic.abandon_requests(site)
-        traffic.exhaust_webhook_retries(site)
+        workload.run_tasks(site)
+        workload.send_refused(site)
+        workload.inject_upstream_faults(site)
+        workload.spend_outside(site)
+        workload.deliver_webhooks(site)
+        workload.interrupt_store(site, lambda: prometheus.query_value("max(gateway_redis_up)") == 0)
+        workload.abandon_requests(site)
+        workload.exhaust_webhook_retries(site)
         prometheus.wait_for_rules()
         yield MonitoredSystem(site, prometheus)
 

@@ -10,7 +10,7 @@ import httpx2
 from service.clients.http import BREAKER_THRESHOLD
 from tests.process.gateway import run_gateway
 from tests.process.sandbox import run_sandbox
-from tests.support.descriptors import exhaust_descriptors
+from tests.support.file_descriptors import exhaust_descriptors
 from tests.support.images import make_png
 from tests.support.valkey import Valkey
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.sandbox.app import AccountBalance, RunningSandbox, SandboxConfig, open_sandbox
-from tests.sandbox.caller import SandboxClient, open_client
+from tests.sandbox.client import SandboxClient, open_client
 
 ACCOUNTS = {"key": AccountBalance(3, 10), "other": AccountBalance(1, 0), "empty": AccountBalance(0, 0)}
 

@@ -10,8 +10,8 @@ import pytest
 from service.sandbox import forms
 from service.sandbox.app import AccountBalance, RunningSandbox
 from service.sandbox.faults import Behaviour, Fault, Kind
-from tests.sandbox import pictures
-from tests.sandbox.caller import UPSCALE, SandboxClient
+from tests.sandbox import images
+from tests.sandbox.client import UPSCALE, SandboxClient
 
 SUBMITS: dict[str, Kind] = {
     "submit_task": "upscale",
@@ -77,7 +77,7 @@ async def test_task_that_waits_for_its_time_holds_nobody_up(sandbox: RunningSand
 
 async def test_failed_task_tells_its_state_alone(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """A task that failed carries neither results nor figures."""
-    task_id = await caller.submit_accepted(image=pictures.plain_png(400, 400)[:100])
+    task_id = await caller.submit_accepted(image=images.plain_png(400, 400)[:100])
     await sandbox.control.wait_until_idle()
     assert await caller.check(task_id) == {"err_code": 0, "status": "Failed"}
 
@@ -184,7 +184,7 @@ async def test_field_without_default_is_required(caller: SandboxClient, name: st
     """A field for which the document names no default must be there."""
     fields = {"user_key": "key", **UPSCALE}
     del fields[name]
-    response = await caller.http.post("/api/submit_task", data=fields, files={"input_image": pictures.plain_png()})
+    response = await caller.http.post("/api/submit_task", data=fields, files={"input_image": images.plain_png()})
     assert response.json() == {"err_code": 1, "err_msg": f"任务提交失败:缺少参数{name}"}
 
 
@@ -194,8 +194,8 @@ async def test_field_without_default_is_required(caller: SandboxClient, name: st
         b"",
         b"GIF89a\xff\xff\xff\xff\x00",
         b"<svg/>",
-        pictures.png_claiming_size(6000, 5000),
-        pictures.png_claiming_size(30000, 30000),
+        images.png_claiming_size(6000, 5000),
+        images.png_claiming_size(30000, 30000),
     ],
 )
 async def test_what_is_no_bearable_image_is_rejected(

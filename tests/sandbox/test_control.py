@@ -10,7 +10,7 @@ import pytest
 
 from service.sandbox.app import AccountBalance, RunningSandbox
 from service.sandbox.faults import Behaviour, Fault
-from tests.sandbox.caller import SandboxClient
+from tests.sandbox.client import SandboxClient
 
 
 def test_faults_are_a_script() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from service.sandbox.app import AccountBalance, RunningSandbox
 from service.sandbox.faults import Behaviour, Fault, Field, FieldDefect, RequestOutcome
-from tests.sandbox import pictures
-from tests.sandbox.caller import SandboxClient
+from tests.sandbox import images
+from tests.sandbox.client import SandboxClient
 
 When = Literal["before", "after"]
 FAULT_TIMINGS: list[tuple[When, RequestOutcome, AccountBalance]] = [
@@ -24,7 +24,7 @@ FAULT_TIMINGS: list[tuple[When, RequestOutcome, AccountBalance]] = [
 async def send_raw_submit(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Send a submit over a bare connection and leave its answer to be read."""
     request = httpx2.Request(
-        "POST", f"{url}/api/submit_seamless_task", data={"user_key": "key"}, files={"input_image": pictures.plain_png()}
+        "POST", f"{url}/api/submit_seamless_task", data={"user_key": "key"}, files={"input_image": images.plain_png()}
     )
     body = request.read()
     reader, writer = await asyncio.open_connection(request.url.host, request.url.port)
@@ -185,7 +185,7 @@ async def test_latency_outlasts_the_client(sandbox: RunningSandbox, caller: Sand
         await caller.http.post(
             "/api/submit_seamless_task",
             data={"user_key": "key"},
-            files={"input_image": pictures.plain_png()},
+            files={"input_image": images.plain_png()},
             timeout=httpx2.Timeout(5, read=0.05),
         )
     await sandbox.control.wait_for_requests(lambda entries: entries[0].outcome == "accepted")

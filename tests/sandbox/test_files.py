@@ -7,7 +7,7 @@ import pytest
 
 from service.sandbox.app import RunningSandbox
 from service.sandbox.faults import Behaviour, Fault
-from tests.sandbox.caller import SandboxClient
+from tests.sandbox.client import SandboxClient
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from service.sandbox import imaging
 from service.sandbox.faults import Kind
 from service.sandbox.forms import Options, RejectedError
 from service.sandbox.imaging import apply_operation
-from tests.sandbox import pictures
+from tests.sandbox import images
 
 PATH = "{http://www.w3.org/2000/svg}path"
 
@@ -46,7 +46,7 @@ def edge_difference(first: MatLike, second: MatLike) -> float:
 @pytest.mark.parametrize("factor", [1, 1.5, 4])
 def test_upscaled_picture_is_larger_and_the_same(factor: float) -> None:
     """An upscaled picture is larger by the factor and, seen small again, still the picture it was."""
-    scene = pictures.draw_scene()
+    scene = images.draw_scene()
     large = imaging.upscale(scene, Options(upscale=factor))
     assert large.shape == (round(240 * factor), round(320 * factor), 3)
     assert edge_difference(cv2.resize(large, (320, 240), interpolation=cv2.INTER_AREA), scene) < 8
@@ -54,7 +54,7 @@ def test_upscaled_picture_is_larger_and_the_same(factor: float) -> None:
 
 def test_upscaled_picture_is_sharper_than_a_stretched_one() -> None:
     """Upscaling gives sharper edges than enlarging alone, and more steps give sharper ones."""
-    logo = pictures.draw_logo()
+    logo = images.draw_logo()
     stretched = cv2.resize(logo, None, fx=3, fy=3, interpolation=cv2.INTER_LANCZOS4)
     few, many = (imaging.upscale(logo, Options(upscale=3, steps=steps)) for steps in (20, 40))
     assert sharpness(stretched) < sharpness(few) < sharpness(many)
@@ -70,7 +70,7 @@ def test_noise_is_taken_out_unless_fidelity_is_asked_for() -> None:
 
 def test_strong_inpaint_changes_more_with_its_intensity() -> None:
     """The intensity of the strong repair is how far it goes."""
-    scene = pictures.draw_scene()
+    scene = images.draw_scene()
     plain = imaging.upscale(scene, Options())
     half, full = (
         imaging.upscale(scene, Options(strong_inpaint=True, strong_inpaint_intensity=share)) for share in (0.3, 1)
@@ -81,14 +81,14 @@ def test_strong_inpaint_changes_more_with_its_intensity() -> None:
 def test_result_beyond_all_bounds_is_refused(tmp_path: Path) -> None:
     """A picture that would grow beyond what memory bears is rejected with a reason."""
     with pytest.raises(RejectedError, match="像素过大"):
-        run_operation("upscale", Options(upscale=8), pictures.plain_png(700, 700), tmp_path)
+        run_operation("upscale", Options(upscale=8), images.plain_png(700, 700), tmp_path)
 
 
 @pytest.mark.parametrize("color_count", [2, 3, 16])
 def test_vectorised_picture_has_no_more_colours_than_asked(tmp_path: Path, color_count: int) -> None:
     """The SVG fills its paths with at most as many colours as were asked for."""
     results = run_operation(
-        "vector", Options(color_count=color_count), pictures.encode_image(pictures.draw_scene()), tmp_path
+        "vector", Options(color_count=color_count), images.encode_image(images.draw_scene()), tmp_path
     )
     fills = re.findall(r'fill="(#[0-9a-f]{6})"', results["vector.svg"].read_text())
     assert 2 <= len(set(fills)) <= color_count
@@ -96,12 +96,12 @@ def test_vectorised_picture_has_no_more_colours_than_asked(tmp_path: Path, color
 
 def test_vectorised_logo_keeps_shapes_and_colours(tmp_path: Path) -> None:
     """A logo of three flat colours becomes a few paths in those colours, of the logo's size."""
-    results = run_operation("vector", Options(color_count=3), pictures.encode_image(pictures.draw_logo()), tmp_path)
+    results = run_operation("vector", Options(color_count=3), images.encode_image(images.draw_logo()), tmp_path)
     root = ET.fromstring(results["vector.svg"].read_text())  # noqa: S314  # it was made here
     paths = root.findall(PATH)
     assert (root.get("width"), root.get("height"), root.get("viewBox")) == ("320", "240", "0 0 320 240")
     assert 3 <= len(paths) <= 8
-    for wanted in (pictures.RED, pictures.WHITE, pictures.BLUE):
+    for wanted in (images.RED, images.WHITE, images.BLUE):
         found = [bytes.fromhex(path.get("fill", "")[1:]) for path in paths]
         assert any(max(abs(a - b) for a, b in zip(fill, wanted, strict=True)) < 12 for fill in found)
     preview = read_image(results["image.png"])
@@ -111,8 +111,8 @@ def test_vectorised_logo_keeps_shapes_and_colours(tmp_path: Path) -> None:
 
 def test_large_picture_is_traced_small_and_drawn_large(tmp_path: Path) -> None:
     """The SVG of a picture too large to trace is still as large as the picture."""
-    large = cv2.resize(pictures.draw_logo(), (1600, 1200))
-    results = run_operation("vector", Options(), pictures.encode_image(large), tmp_path)
+    large = cv2.resize(images.draw_logo(), (1600, 1200))
+    results = run_operation("vector", Options(), images.encode_image(large), tmp_path)
     root = ET.fromstring(results["vector.svg"].read_text())  # noqa: S314  # it was made here
     assert (root.get("width"), root.get("height")) == ("1600", "1200")
     assert root.get("viewBox") != "0 0 1600 1200"
@@ -121,7 +121,7 @@ def test_large_picture_is_traced_small_and_drawn_large(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fit", [0.1, 0.5, 0.9])
 def test_tile_continues_across_its_edges(fit: float) -> None:
     """Opposite edges of a tile follow on each other as its inner lines do, whatever the picture's edges were."""
-    scene = pictures.draw_scene()
+    scene = images.draw_scene()
     tile = imaging.make_seamless(scene, fit)
     assert tile.shape == scene.shape
     assert edge_difference(scene[:, 0], scene[:, -1]) > 50
@@ -132,7 +132,7 @@ def test_tile_continues_across_its_edges(fit: float) -> None:
 
 def test_wider_fit_keeps_less_of_the_picture() -> None:
     """A larger fit changes more of the picture, and its middle stays in any case."""
-    scene = pictures.draw_scene()
+    scene = images.draw_scene()
     narrow, wide = (imaging.make_seamless(scene, fit) for fit in (0.1, 0.9))
     assert edge_difference(narrow, scene) < edge_difference(wide, scene)
     assert edge_difference(wide[120, 160], scene[120, 160]) <= 1
@@ -140,7 +140,7 @@ def test_wider_fit_keeps_less_of_the_picture() -> None:
 
 def test_grid_is_the_tile_laid_out(tmp_path: Path) -> None:
     """The grid shows the tile two by two."""
-    results = run_operation("seamless", Options(), pictures.encode_image(pictures.draw_scene()), tmp_path)
+    results = run_operation("seamless", Options(), images.encode_image(images.draw_scene()), tmp_path)
     tile, grid = (read_image(results[name]) for name in ("image.png", "grid.png"))
     assert np.array_equal(grid, np.block([[[tile], [tile]], [[tile], [tile]]]))
 
@@ -153,7 +153,7 @@ def test_grid_of_a_large_tile_is_bounded() -> None:
 def test_face_is_found_cleaned_and_sharpened() -> None:
     """A face is found; its skin becomes smoother, its eyes sharper, and what is far from it stays untouched."""
     picture = np.full((600, 800, 3), (150, 140, 120), np.uint8)
-    picture[100:460, 200:560] = pictures.draw_face()
+    picture[100:460, 200:560] = images.draw_face()
     ((left, top, width, height),) = imaging.find_faces(picture)
     assert left < 380 < left + width
     assert top < 290 < top + height
@@ -169,7 +169,7 @@ def test_face_is_found_cleaned_and_sharpened() -> None:
 
 def test_picture_without_a_face_is_treated_gently() -> None:
     """Without a face the whole picture is sharpened a little."""
-    scene = pictures.draw_scene()
+    scene = images.draw_scene()
     assert imaging.find_faces(scene) == []
     assert 0 < edge_difference(imaging.enhance_faces(scene), scene) < 10
 
@@ -182,7 +182,7 @@ def test_picture_without_a_face_is_treated_gently() -> None:
 def test_every_kind_of_file_is_taken(tmp_path: Path, kind: Kind, mode: str, suffix: str) -> None:
     """Pictures in any common format and mode of colours are worked on, and keep their size."""
     buffer = io.BytesIO()
-    Image.new("RGB", (40, 30), pictures.RED).convert(mode).save(buffer, suffix)
+    Image.new("RGB", (40, 30), images.RED).convert(mode).save(buffer, suffix)
     results = run_operation(kind, Options(), buffer.getvalue(), tmp_path)
     assert read_image(results["image.png"]).shape[:2] == (30, 40)
 
@@ -190,7 +190,7 @@ def test_every_kind_of_file_is_taken(tmp_path: Path, kind: Kind, mode: str, suff
 @pytest.mark.parametrize("kind", ["upscale", "vector", "face", "seamless"])
 def test_single_pixel_is_taken(tmp_path: Path, kind: Kind) -> None:
     """The smallest picture of all is worked on."""
-    assert run_operation(kind, Options(), pictures.plain_png(1, 1), tmp_path)
+    assert run_operation(kind, Options(), images.plain_png(1, 1), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["upscale", "vector", "face", "seamless"])
@@ -198,14 +198,14 @@ def test_transparency_is_kept(tmp_path: Path, kind: Kind) -> None:
     """What is clear in a picture is clear in its result."""
     picture = np.zeros((40, 40, 4), np.uint8)
     picture[10:30, 10:30] = 255
-    alpha = read_image(run_operation(kind, Options(), pictures.encode_image(picture), tmp_path)["image.png"])[:, :, 3]
+    alpha = read_image(run_operation(kind, Options(), images.encode_image(picture), tmp_path)["image.png"])[:, :, 3]
     assert (alpha.min(), alpha.max()) == (0, 255)
 
 
 def test_deep_grey_is_not_clipped(tmp_path: Path) -> None:
     """A picture of 16 bits keeps its shades."""
     shades = np.tile(np.linspace(0, 65535, 64, dtype=np.uint16), (64, 1))
-    result = run_operation("upscale", Options(high_fidelity=True), pictures.encode_image(shades), tmp_path)["image.png"]
+    result = run_operation("upscale", Options(high_fidelity=True), images.encode_image(shades), tmp_path)["image.png"]
     row = read_image(result)[32, :, 0]
     assert np.abs(row.astype(int) - (shades[32] >> 8)).max() < 10
 

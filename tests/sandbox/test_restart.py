@@ -15,7 +15,7 @@ from service.sandbox.app import AccountBalance, RunningSandbox, SandboxConfig, o
 from service.sandbox.faults import Behaviour
 from service.sandbox.forms import Options
 from service.sandbox.store import State, Store, Task
-from tests.sandbox.caller import SandboxClient, open_client
+from tests.sandbox.client import SandboxClient, open_client
 
 
 @asynccontextmanager

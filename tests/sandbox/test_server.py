@@ -13,7 +13,7 @@ import pytest
 from service.sandbox.app import AccountBalance, SandboxConfig, create_sandbox, open_sandbox, serve
 from service.sandbox.faults import Behaviour, Fault
 from service.sandbox.http import Message
-from tests.sandbox.caller import open_client
+from tests.sandbox.client import open_client
 
 CONFIG = SandboxConfig(accounts={"key": AccountBalance(9, 0)}, seconds=0)
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.storage.store import SeededStore, open_seeded_store
+from tests.storage.seeded_store import SeededStore, open_seeded_store
 from tests.support.valkey import Valkey
 
 

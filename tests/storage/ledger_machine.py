@@ -11,8 +11,8 @@ from service.domain.ledger import AccountStatus, Balance, Idempotency, Reservati
 from service.domain.tasks import Kind
 from service.domain.tenants import AccountPolicy, SpendingMode, TenantPolicy
 from service.usecases.ports import CheckOutcome
-from tests.storage.ledger_moves import LedgerActions
-from tests.storage.ledger_pair import ACCOUNTS, TENANT
+from tests.storage.ledger_actions import LedgerActions
+from tests.storage.ledger_comparison import ACCOUNTS, TENANT
 from tests.storage.ledger_strategies import (
     SubmissionPlan,
     account_orders,

@@ -8,7 +8,7 @@ import pytest
 
 from service.domain.tasks import Kind, State
 from service.usecases.ports import CheckOutcome, TaskPage
-from tests.storage.shop import KEYS, StoreFixture, open_store
+from tests.storage.store_fixture import KEYS, StoreFixture, open_store
 from tests.support.valkey import Valkey
 
 TASKS = 230

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from service.domain.ledger import Balance
 from service.domain.tenants import Limit, TenantPolicy, Window
+from tests.storage.ledger_comparison import ACCOUNTS
 from tests.storage.ledger_machine import LedgerMachine
-from tests.storage.ledger_pair import ACCOUNTS
 from tests.storage.ledger_strategies import KINDS, usual_plan
 from tests.support.valkey import Valkey
 

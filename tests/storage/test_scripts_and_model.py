@@ -7,7 +7,7 @@ from typing import cast
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from tests.storage.agenda_machine import DeliveryMachine
+from tests.storage.delivery_machine import DeliveryMachine
 from tests.support.valkey import Valkey
 
 

@@ -9,9 +9,9 @@ from io import BytesIO
 
 from PIL import Image
 
+from tests.bench.candidates import API, FASTAPI, LUA
 from tests.bench.closed_loops import DIRECT, SMALL_SUBMIT
 from tests.bench.comparison import OTHER, Comparison, Result
-from tests.bench.gateways import API, FASTAPI, LUA
 from tests.bench.images import SMALL, random_png
 from tests.bench.load import Answers, encode_form, percentile
 from tests.bench.report import add_ratios, format_json, format_tables

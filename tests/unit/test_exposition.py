@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
 from service.telemetry.metrics import Metrics, format_exposition
-from tests.unit.metered import REGISTRY, SNAPSHOT
+from tests.unit.metric_samples import REGISTRY, SNAPSHOT
 
 TEXTS = st.text(max_size=12) | st.sampled_from(["\\", '"', "\n", '\\"\n', "é漢", "a,b=c"])
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from service.domain.errors import InvalidImage
 from service.domain.media import inspect_image
-from tests.unit.test_image import encode, make_noise
+from tests.unit.test_image_inspection import encode, make_noise
 
 SIZE = (21, 14)
 OPTIONS = {

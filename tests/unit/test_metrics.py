@@ -13,7 +13,7 @@ from service.domain.tenants import AccountPolicy
 from service.domain.webhooks import DeliveryState
 from service.telemetry.gauges import AccountSample, GaugeName
 from service.telemetry.metrics import Metrics, Port, ReadSource, RedisErrorKind, RedisOutcome
-from tests.unit.metered import (
+from tests.unit.metric_samples import (
     GATEWAY_COLLECTORS,
     REGISTRY,
     SNAPSHOT,

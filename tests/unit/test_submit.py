@@ -20,7 +20,7 @@ from service.domain.tenants import Limit, TenantPolicy, Window
 from service.usecases import settlement, submit
 from service.usecases.ports import ReserveRequest, SubmitOutcome, SubmitResult
 from service.usecases.submit import LEASE_MARGIN_SECONDS
-from tests.unit.over_fakes import UNAVAILABLE, FakeGateway, wait_until
+from tests.unit.fake_gateway import UNAVAILABLE, FakeGateway, wait_until
 
 ONCE = TenantPolicy(limits=(Limit(Window.DAY, tasks=1),))
 

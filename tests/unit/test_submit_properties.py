@@ -24,9 +24,16 @@ from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome
 from service.usecases.submit import Submission
 from service.usecases.task_cache import CachedTask
 from tests.fakes import FakeRegistry
-from tests.unit.agreement import check_recorded_state, check_response
+from tests.unit.fault_simulation import (
+    Caller,
+    FaultyUpstream,
+    GatewayProcess,
+    LoopClock,
+    ManualClockLoop,
+    SequentialTokens,
+)
 from tests.unit.faulty_store import CHARGED, CallOutcome, CallQueue, FaultyStore
-from tests.unit.faulty_world import Caller, FaultyUpstream, GatewayProcess, LoopClock, ManualClockLoop, SequentialTokens
+from tests.unit.submission_audit import check_recorded_state, check_response
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from service.api.asgi import RequestMiddleware
 from service.api.errors import exception_handlers
 from service.api.uploads import UploadReader
 from service.telemetry.metrics import Metrics, Port
-from tests.unit.asgi import AsgiResponse, open_raw_connection, read_response, serve_on_port
-from tests.unit.forms import CONTENT_TYPE, PNG, encode_field, encode_file, encode_form
+from tests.unit.asgi_client import AsgiResponse, open_raw_connection, read_response, serve_on_port
+from tests.unit.multipart_forms import CONTENT_TYPE, PNG, encode_field, encode_file, encode_form
 
 MAX_BYTES = 3_000_000
 

@@ -23,8 +23,8 @@ from service.domain.errors import (
     UnsupportedMediaType,
 )
 from service.domain.media import ImageInfo, inspect_image
-from tests.unit.asgi import make_body_messages, make_http_scope, make_receive
-from tests.unit.forms import (
+from tests.unit.asgi_client import make_body_messages, make_http_scope, make_receive
+from tests.unit.multipart_forms import (
     BOUNDARY,
     CONTENT_TYPE,
     MAX_BYTES,

@@ -1,0 +1,58 @@
+"""What a request that was refused is answered with, and what it leaves behind: nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from httpx2 import Response
+
+from service.storage.connections import connect
+from service.storage.redis import Keys
+from tests.behaviour.gateway_fixture import RunningGateway
+from tests.behaviour.upstream_control import SandboxUpstreamControl
+from tests.support.valkey import Valkey
+
+UNREACHABLE_POLICIES: dict[str, Any] = {
+    "limits": [
+        {"window": each, "tasks": 1_000, "money": 1_000} for each in ("minute", "hour", "day", "month", "total")
+    ],
+    "max_active": 1_000,
+}
+"""Limits that nothing here reaches, so that the quota shows every counter there is."""
+
+
+def expect_problem(answer: Response, status: int, code: str) -> dict[str, Any]:
+    """The problem document of an answer, which has to be this one, whole and consistent with its headers."""
+    assert answer.headers["content-type"] == "application/problem+json", answer.text
+    document: dict[str, Any] = answer.json()
+    assert (answer.status_code, document["code"]) == (status, code), document
+    assert document["type"] == f"urn:imaging-gateway:problem:{code}"
+    assert document["status"] == status
+    assert document["instance"] == answer.headers["x-request-id"]
+    assert document["title"]
+    assert document["detail"]
+    assert answer.headers["cache-control"] == "no-store"
+    return document
+
+
+async def assert_nothing_happened(house: RunningGateway, valkey: Valkey) -> None:
+    """No place is held, nothing was counted, recorded or sent."""
+    report = (await house.call("GET", "/v1/quota")).json()
+    assert len(report["policies"]) == 11
+    assert {(each["used"], each["reserved"]) for each in report["policies"]} == {(0, 0)}
+    assert (await house.call("GET", "/v1/tasks")).json() == {"items": [], "next_cursor": None}
+    assert await house.upstream.count_submits() == 0
+    if isinstance(house.upstream, SandboxUpstreamControl):
+        assert await _submission_keys(valkey) == []
+
+
+async def _submission_keys(valkey: Valkey) -> list[str]:
+    """The keys that a submission leaves in Redis."""
+    names, connections = Keys("gw"), connect(valkey.url, timeout=5)
+    client: Any = connections.commands
+    try:
+        found = sorted([key.decode() async for key in client.scan_iter(count=1_000)])
+    finally:
+        await connections.aclose()
+    prefixes = names.reservation(""), names.task(""), f"{names.tenant_tasks(0)[:-1]}", names.leases, names.poll_due
+    return [key for key in found if key.startswith(prefixes)]

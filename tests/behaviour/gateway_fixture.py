@@ -1,0 +1,215 @@
+"""A gateway to call over HTTP, with the ports in memory or with a real Valkey and the sandbox behind it."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from httpx2 import AsyncClient, Response
+from prometheus_client import CollectorRegistry
+
+from service.app import create_app, create_ops_app
+from service.clients.webhooks import WebhookClient
+from service.container import Adapters, Container, build_services, open_container
+from service.sandbox.app import SandboxConfig, open_sandbox
+from service.sandbox.store import AccountBalance
+from service.settings import Settings
+from service.storage.connections import connect
+from service.storage.redis import Keys
+from service.telemetry.metrics import Metrics
+from service.telemetry.redaction import RegisterSecret, noop
+from service.usecases.background import TaskSupervisor
+from service.usecases.ports import Artifacts
+from tests.behaviour.upstream_control import USER_KEY, FakeUpstreamControl, SandboxUpstreamControl, UpstreamControl
+from tests.fakes import FakeDeliveryQueue, FakeLedger, FakeRegistry, FakeUpstream
+from tests.fakes.artifacts import FakeArtifacts
+from tests.support.app_server import serve_app
+from tests.support.images import make_png
+from tests.support.server_time import install_server_time, read_server_time, set_server_time
+from tests.support.valkey import Valkey
+
+ADMIN_TOKEN = "admin-token-of-the-tests-0123456789"
+SECRET_KEY = b"k" * 32
+POLL_SECONDS = 2.5
+MAX_BYTES = 1_000_000
+MAX_PIXELS = 4_000_000
+
+ENVIRONMENT = {
+    "GATEWAY_SECRET_KEYS": base64.b64encode(SECRET_KEY).decode(),
+    "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
+    "GATEWAY_MAX_IMAGE_BYTES": str(MAX_BYTES),
+    "GATEWAY_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
+    "GATEWAY_POLL_SECONDS": str(POLL_SECONDS),
+}
+
+AdvanceTime = Callable[[float], Awaitable[None]]
+
+
+@dataclass
+class RunningGateway:
+    """A gateway with one account `main` and one tenant `shop` whose token `token` is."""
+
+    url: str
+    ops_url: str
+    http: AsyncClient
+    services: Container
+    upstream: UpstreamControl
+    advance_time: AdvanceTime
+    token: str = ""
+
+    async def advance(self, seconds: float) -> None:
+        """Let time pass for the ledger, for which what this process remembers is as old then."""
+        self.services.task_cache._tasks.clear()
+        await self.advance_time(seconds)
+
+    async def call(self, method: str, path: str, *, token: str | None = None, **more: Any) -> Response:
+        """Call the tenants' port as `shop`, or with another token; an empty one sends none."""
+        token = self.token if token is None else token
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return await self.http.request(method, self.url + path, headers=headers | dict(more.pop("headers", {})), **more)
+
+    async def call_admin(self, method: str, path: str, **more: Any) -> Response:
+        """Call the operators' port."""
+        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"} | dict(more.pop("headers", {}))
+        return await self.http.request(method, f"{self.ops_url}/admin/v1{path}", headers=headers, **more)
+
+    async def submit(
+        self,
+        kind: str = "face-enhance",
+        fields: Mapping[str, str] | None = None,
+        *,
+        image: bytes | None = None,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        """Submit an image."""
+        files = {"image": ("picture.png", make_png() if image is None else image, "image/png")}
+        return await self.call(
+            "POST", f"/v1/tasks/{kind}", token=token, files=files, data=dict(fields or {}), headers=headers or {}
+        )
+
+    async def put_tenant(self, name: str = "shop", **policy: Any) -> None:
+        """Make or replace a tenant on the account `main`."""
+        answer = await self.call_admin("PUT", f"/tenants/{name}", json={"accounts": ["main"]} | policy)
+        assert answer.status_code == 200, answer.text
+
+    async def new_token(self, tenant: str = "shop", **body: Any) -> str:
+        """Make a token."""
+        answer = await self.call_admin("POST", f"/tenants/{tenant}/tokens", json=body)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["token"])
+
+    async def poll_due_tasks(self) -> None:
+        """Let one poll interval pass, and everything be checked that is due then."""
+        await self.upstream.wait_until_idle()
+        await self.advance(POLL_SECONDS)
+        while await self.services.task_poller.start_due():
+            pass
+        await self.services.task_poller.wait_idle()
+
+    async def wait_for_task(self, task_id: str, *, token: str | None = None) -> dict[str, Any]:
+        """Watch until a task has ended."""
+        for _ in range(10):
+            answer = await self.call("GET", f"/v1/tasks/{task_id}", token=token)
+            task: dict[str, Any] = answer.json()
+            if task["state"] in {"succeeded", "failed"}:
+                return task
+            await self.poll_due_tasks()
+        raise AssertionError("it is still running")
+
+    async def create_demo_tenant(self) -> None:
+        """Make the account, the tenant and its token."""
+        answer = await self.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
+        assert answer.status_code == 200, answer.text
+        await self.put_tenant()
+        self.token = await self.new_token()
+
+
+@asynccontextmanager
+async def serve_gateway(
+    services: Container, upstream: UpstreamControl, pass_time: AdvanceTime
+) -> AsyncIterator[RunningGateway]:
+    """Serve both ports, and furnish the house."""
+    app, ops_app = create_app(services), create_ops_app(services)
+    async with (
+        serve_app(app, refuse=app.refuse) as url,
+        serve_app(ops_app, refuse=ops_app.refuse) as ops_url,
+        AsyncClient(timeout=30, trust_env=False) as http,
+    ):
+        house = RunningGateway(url, ops_url, http, services, upstream, pass_time)
+        await house.create_demo_tenant()
+        yield house
+
+
+@asynccontextmanager
+async def run_fake_gateway(
+    artifacts: Artifacts | None = None,
+) -> AsyncIterator[tuple[RunningGateway, FakeLedger, FakeUpstream]]:
+    """Everything in memory but the HTTP, and the fetching of results if that is given."""
+    ledger, upstream, background = FakeLedger(), FakeUpstream(), TaskSupervisor()
+    registry = FakeRegistry(ledger)
+    ports = Adapters(
+        ledger=ledger,
+        books=ledger,
+        task_store=ledger,
+        task_cache=ledger.cache,
+        registry_store=registry,
+        registry=registry,
+        upstream=upstream,
+        artifact_client=artifacts or FakeArtifacts(),
+        delivery_queue=FakeDeliveryQueue(ledger),
+        webhook_client=WebhookClient(),
+        clock=ledger.clock,
+    )
+    services = build_services(ports, Settings.load(ENVIRONMENT), Metrics(CollectorRegistry()), background)
+
+    async def pass_time(seconds: float) -> None:
+        ledger.clock.now_ms += int(seconds * 1000)
+
+    async with serve_gateway(services, FakeUpstreamControl(upstream), pass_time) as house:
+        yield house, ledger, upstream
+    await background.drain(0)
+
+
+_PERMANENT_KEYS = re.compile(r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|watch|(tenant|account):\d+)")
+"""The keys that may stay for ever: there are only so many of them, and deleting their owner deletes them."""
+
+
+async def assert_keys_expire(client: Any) -> None:
+    """Fail if a key was written that has no time to live and no reason to have none."""
+    async for key in client.scan_iter():
+        name = key.decode()
+        assert await client.pttl(key) > 0 or _PERMANENT_KEYS.fullmatch(name), f"{name} would stay for ever"
+
+
+@asynccontextmanager
+async def run_real_gateway(
+    valkey: Valkey, register_secret: RegisterSecret = noop, redact: Callable[[str], str] | None = None, **more: str
+) -> AsyncIterator[RunningGateway]:
+    """A real Valkey, which is emptied first, and the sandbox; `learn` is told of secrets, `more` are settings."""
+    install_server_time()
+    config = SandboxConfig(accounts={USER_KEY: AccountBalance(count=10, money=300)}, seconds=0)
+    async with AsyncExitStack() as stack:
+        sandbox = await stack.enter_async_context(open_sandbox(config))
+        places = {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": sandbox.url}
+        settings = Settings.load(ENVIRONMENT | places | more)
+        connections = connect(valkey.url, timeout=5)
+        stack.push_async_callback(connections.aclose)
+        client: Any = connections.commands
+        await client.flushall()
+        keys = Keys(settings.key_prefix)
+
+        async def pass_time(seconds: float) -> None:
+            await set_server_time(client, keys, await read_server_time(client, keys) + int(seconds * 1000))
+
+        services = await stack.enter_async_context(
+            open_container(settings, register_secret=register_secret, redact=redact)
+        )
+        stack.push_async_callback(assert_keys_expire, client)
+        yield await stack.enter_async_context(
+            serve_gateway(services, SandboxUpstreamControl(sandbox.control), pass_time)
+        )

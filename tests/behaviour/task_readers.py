@@ -1,0 +1,106 @@
+"""Callers that wait for a task, or follow its events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from httpx2 import Response
+
+from service.usecases.ports import CheckOutcome, CheckResult
+from tests.behaviour.gateway_fixture import RunningGateway
+from tests.fakes import FakeUpstream
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Let everything else run until something holds."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def start_waiting_read(
+    house: RunningGateway, path: str, seconds: int = 60, **headers: str
+) -> asyncio.Task[Response]:
+    """A read that waits for the end of a task; it has begun to."""
+    before = house.services.task_cache.subscription_count
+    headers = {"Prefer": f"wait={seconds}"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    reading = asyncio.create_task(house.call("GET", path, headers=headers))
+    await wait_until(lambda: house.services.task_cache.subscription_count > before or reading.done())
+    return reading
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of a stream."""
+
+    name: str
+    id: str
+    task: dict[str, Any]
+
+
+@dataclass
+class EventStream:
+    """A stream of events, read line by line."""
+
+    response: Response
+    lines: AsyncIterator[str]
+    comment_count: int = 0
+    retry_ms: int | None = None
+    _data: dict[str, str] = field(default_factory=dict)
+
+    async def next_event(self) -> Event | None:
+        """The next event; None at the end of the stream."""
+        async with asyncio.timeout(20):
+            async for line in self.lines:
+                name, _, value = line.partition(": ")
+                if line.startswith(":"):
+                    self.comment_count += 1
+                elif name == "retry":
+                    self.retry_ms = int(value)
+                elif line:
+                    assert name not in self._data
+                    self._data[name] = value
+                elif self._data:
+                    data, self._data = self._data, {}
+                    return Event(data["event"], data["id"], json.loads(data["data"]))
+        return None
+
+    async def wait_for_comment(self) -> None:
+        """Wait for a comment, before which there is no event."""
+        async with asyncio.timeout(20):
+            async for line in self.lines:
+                if line.startswith(":"):
+                    return
+                assert not line or line.startswith("retry")
+        raise AssertionError("the stream has ended")
+
+    async def read_remaining(self) -> list[Event]:
+        """All that is still to come."""
+        events = []
+        while event := await self.next_event():
+            events.append(event)
+        return events
+
+
+@asynccontextmanager
+async def open_event_stream(
+    house: RunningGateway, task: dict[str, Any], last: str | None = None
+) -> AsyncIterator[EventStream]:
+    """The events of a task, after the last one that is known."""
+    headers = {"Authorization": f"Bearer {house.token}"} | ({} if last is None else {"Last-Event-ID": last})
+    async with house.http.stream("GET", house.url + task["links"]["events"], headers=headers) as answer:
+        yield EventStream(answer, answer.aiter_lines())
+
+
+async def poll_with_outcomes(house: RunningGateway, *answers: CheckOutcome) -> None:
+    """Let an interval pass for each answer, in which the upstream answers so."""
+    for answered in answers:
+        upstream = FakeUpstream()
+        upstream.next_checks.append(CheckResult(outcome=answered))
+        house.services.task_poller._upstream = upstream
+        await house.poll_due_tasks()

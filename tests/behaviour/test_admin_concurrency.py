@@ -1,0 +1,168 @@
+"""Several processes change one registry, on a Redis that comes and goes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import structlog
+
+from service.container import open_container
+from service.domain.errors import NotFound
+from service.domain.tenants import Tenant
+from service.settings import Settings
+from service.usecases.admin import RegistryAdmin
+from service.usecases.ports import RegistryChange
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import SECRET_KEY, RunningGateway, run_fake_gateway, run_real_gateway
+from tests.support.valkey import Valkey
+
+
+@asynccontextmanager
+async def run_two_processes(valkey: Valkey) -> AsyncIterator[tuple[RegistryAdmin, RegistryAdmin]]:
+    """The operators' work in a house, and in another process on the same Redis."""
+    settings = Settings.load(
+        {
+            "GATEWAY_REDIS_URL": valkey.url,
+            "GATEWAY_UPSTREAM_URL": "http://127.0.0.1:9",
+            "GATEWAY_SECRET_KEYS": base64.b64encode(SECRET_KEY).decode(),
+            "GATEWAY_ADMIN_TOKEN": "of-another-process",
+        }
+    )
+    async with run_real_gateway(valkey) as house, open_container(settings) as other:
+        yield house.services.registry_admin, other.registry_admin
+
+
+def make_tenant(name: str) -> Tenant:
+    return Tenant(id=0, name=name, accounts=("main",))
+
+
+async def test_changes_of_two_processes(valkey: Valkey) -> None:
+    """Of changes that two processes make at once none is lost, and no id is given twice."""
+    async with run_two_processes(valkey) as (one, other):
+        names = [f"tenant-{number}" for number in range(20)]
+        made = await asyncio.gather(
+            *((one, other)[number % 2].put_tenant(make_tenant(name)) for number, name in enumerate(names))
+        )
+        assert {each.name for each in await one.list_tenants()} == {"shop", *names}
+        assert await other.list_tenants() == await one.list_tenants()
+        assert len({each.tenant.id for each in made}) == len(names)
+
+
+async def test_forestalled(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change is made anew from what another process wrote in between, so that both stay and have ids of their own."""
+    async with run_two_processes(valkey) as (one, other):
+        write = one._update_registry._store.write
+
+        async def forestalled(change: RegistryChange) -> bool:
+            monkeypatch.undo()
+            await other.put_tenant(make_tenant("theirs"))
+            return await write(change)
+
+        monkeypatch.setattr(one._update_registry._store, "write", forestalled)
+        await one.put_tenant(make_tenant("ours"))
+        found = await one.list_tenants()
+        assert {each.name for each in found} == {"shop", "theirs", "ours"}
+        assert len({each.id for each in found}) == 3
+
+
+async def test_change_of_another_process(valkey: Valkey) -> None:
+    """What one process changed, an operator sees in another at once."""
+    async with run_two_processes(valkey) as (one, other):
+        assert [each.name for each in await other.list_tenants()] == ["shop"]
+        await one.put_tenant(make_tenant("new"))
+        assert (await other.get_tenant("new")).name == "new"
+        await other.delete_tenant("new", force=False)
+        with pytest.raises(NotFound):
+            await one.get_tenant("new")
+
+
+async def test_deleted_is_not_what_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant that was deleted and made anew while its deletion was considered stays."""
+    async with run_fake_gateway() as (house, ledger, _):
+        counters = ledger.tenant_snapshot
+
+        async def meanwhile(found: int) -> Any:
+            monkeypatch.undo()
+            await house.call_admin("DELETE", "/tenants/shop")
+            await house.put_tenant()
+            return await counters(found)
+
+        monkeypatch.setattr(ledger, "tenant_snapshot", meanwhile)
+        expect_problem(await house.call_admin("DELETE", "/tenants/shop"), 409, "conflict")
+        assert (await house.call_admin("GET", "/tenants/shop")).status_code == 200
+
+
+async def iter_admin_calls(house: RunningGateway) -> AsyncIterator[tuple[str, str, Any]]:
+    """Each of the operators' calls, in a form that would succeed."""
+    (token,) = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
+    for method, path, body in (
+        ("PUT", "/accounts/main", {}),
+        ("PUT", "/accounts/new", {"user_key": "new"}),
+        ("GET", "/accounts", None),
+        ("GET", "/accounts/main", None),
+        ("POST", "/accounts/main/reopen", None),
+        ("DELETE", "/accounts/main?force=true", None),
+        ("PUT", "/tenants/shop", {"accounts": ["main"]}),
+        ("GET", "/tenants", None),
+        ("GET", "/tenants/shop", None),
+        ("DELETE", "/tenants/shop?force=true", None),
+        ("POST", "/tenants/shop/tokens", {}),
+        ("DELETE", f"/tenants/shop/tokens/{token['id']}", None),
+        ("GET", "/registry", None),
+        ("PUT", "/registry", {}),
+    ):
+        yield method, path, body
+
+
+async def test_redis_away() -> None:
+    """While Redis is away every call is 503 and says when to try again, and nothing is changed or logged as changed."""
+    async with run_fake_gateway() as (house, ledger, _):
+        calls = [call async for call in iter_admin_calls(house)]
+        before = house.services.registry.current
+        ledger.is_unavailable = True
+        with structlog.testing.capture_logs() as events:
+            for method, path, body in calls:
+                answer = await house.call_admin(method, path, json=body)
+                expect_problem(answer, 503, "ledger-unavailable")
+                assert int(answer.headers["retry-after"]) > 0
+        assert {each["event"] for each in events} == {"request.ended"}
+        ledger.is_unavailable = False
+        assert house.services.registry.current is before
+
+
+async def test_redis_leaves_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that was made just before Redis went away is shown and logged, since nobody could find it out later."""
+    async with run_fake_gateway() as (house, ledger, _):
+        registry: Any = house.services.registry
+        write = registry.write
+
+        async def last_words(change: Any) -> bool:
+            written: bool = await write(change)
+            ledger.is_unavailable = True
+            return written
+
+        monkeypatch.setattr(registry, "write", last_words)
+        with structlog.testing.capture_logs() as events:
+            answer = await house.call_admin("POST", "/tenants/shop/tokens")
+        assert answer.status_code == 201
+        assert [each["id"] for each in events if each["event"] == "token.created"] == [answer.json()["id"]]
+        ledger.is_unavailable = False
+        assert (await house.call("GET", "/v1/quota", token=answer.json()["token"])).status_code == 200
+
+
+async def test_too_much_contention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that others always forestall is given up as overload, and not made."""
+    async with run_fake_gateway() as (house, _, _):
+
+        async def stale(_: Any) -> bool:
+            return False
+
+        monkeypatch.setattr(house.services.registry, "write", stale)
+        answer = await house.call_admin("PUT", "/tenants/new", json={"accounts": ["main"]})
+        expect_problem(answer, 503, "overloaded")
+        expect_problem(await house.call_admin("GET", "/tenants/new"), 404, "not-found")

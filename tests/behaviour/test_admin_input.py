@@ -1,0 +1,194 @@
+"""Whatever is wrong with an operator's request is named, field by field, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from service.domain.tenants import NAME_RULE
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway
+
+INVALID_NAMES = ["A", "-a", ".a", "a b", "商店", "a%0A", "%0Aa", "a%00", "a" * 64]
+
+INVALID_ACCOUNTS: Mapping[str, Sequence[Any]] = {
+    "user_key": ["", " ", "a b", "a\n", "钥匙", "x" * 513, 5, ["x"]],
+    "base_url": [
+        "",
+        "upstream.example",
+        "ftp://host",
+        "//host",
+        "http://",
+        "http://:80",
+        "http://host:99999",
+        "http://host:port",
+        "http://[::1",
+        "http://user:password@host",
+        "http://host/?",
+        "http://host/?query=1",
+        "http://host/#part",
+        "http://host/\n",
+        "http://ho st",
+        "http://bücher.example",
+        "http://host/" + "x" * 501,
+        5,
+    ],
+    "floor_count": [-1, 1.5, 10**13, 10**40, "many", "nan", None, True, [], {}],
+    "floor_money": [-0.01, 0.001, 10**11, 1e308, "1e999999", "nan", "sNaN", "inf", "much", None, True, []],
+    "max_price": [None, 5, []],
+    "max_price.nonsense": [{"nonsense": 1}],
+    "max_price.upscale": [{"upscale": each} for each in (0.005, -1, None, "nan")],
+    "nonsense": [1],
+    "User_key": ["x"],
+}
+
+INVALID_TENANTS: Mapping[str, Sequence[Any]] = {
+    "accounts": [None, "main", ["nobody"], ["main", "main"], ["main"] * 101],
+    "accounts[0]": [["Main"], ["main\n"], [5], [None]],
+    "limits": [5, {"window": "day"}, [{"window": "day", "tasks": 1}, {"window": "day", "money": 1}]],
+    "limits[0]": [[{"window": "day"}], [{"window": "day", "tasks": None}], [5]],
+    "limits[0].window": [[{"tasks": 1}], [{"window": "week", "tasks": 1}], [{"window": None, "tasks": 1}]],
+    "limits[0].tasks": [[{"window": "day", "tasks": each}] for each in (-1, 0.5, 10**13, True, "few")],
+    "limits[0].money": [[{"window": "day", "money": each}] for each in (-1, 0.005, 1e11, True, "sNaN")],
+    "limits[0].nonsense": [[{"window": "day", "tasks": 1, "nonsense": 1}]],
+    "max_active": [-1, 0.5, 10**13, "many", True],
+    "purse": ["all", "", None, 5],
+    "kinds": [5, "upscale", ["upscale", "upscale"]],
+    "kinds[0]": [["nonsense"], [None]],
+    "disabled": [None, "perhaps", []],
+    "nonsense": [1],
+}
+
+INVALID_TOKENS: Mapping[str, Sequence[Any]] = {
+    "label": ["x" * 201, 5],
+    "expires_at": [
+        "soon",
+        "2030-01-01",
+        "2030-01-01T00:00:00",
+        "0001-01-01T00:00:00+14:00",
+        "9999-12-31T23:59:59-14:00",
+        "2030-13-01T00:00:00Z",
+        "2020-01-01T00:00:00Z",
+        True,
+    ],
+    "nonsense": [1],
+}
+
+
+async def read_state(house: RunningGateway) -> list[Any]:
+    """All that an operator can see, and the number of changes there were."""
+    shown = [(await house.call_admin("GET", path)).json() for path in ("/accounts", "/tenants")]
+    return [*shown, house.services.registry.current.version]
+
+
+def assert_own_wording(document: Mapping[str, Any]) -> None:
+    """Fail if a fault is not told in the gateway's own words."""
+    for each in document["errors"]:
+        assert each["detail"].startswith(("must ", "is ", "as a name must ", "there is no ")), each
+        assert "`" not in each["detail"], each
+
+
+async def assert_field_error(house: RunningGateway, method: str, path: str, field: str, body: object) -> str:
+    answer = await house.call_admin(method, path, json=body)
+    document = expect_problem(answer, 422, "invalid-options")
+    assert [each["field"] for each in document["errors"]] == [field], (body, document)
+    assert_own_wording(document)
+    return str(document["detail"])
+
+
+@pytest.mark.parametrize("field", INVALID_ACCOUNTS)
+async def test_faulty_account(house: RunningGateway, field: str) -> None:
+    """A field of an account that can't be what it must be is named, and the account stays as it was."""
+    before = await read_state(house)
+    for value in INVALID_ACCOUNTS[field]:
+        body = {"user_key": "good", field.partition(".")[0].partition("[")[0]: value}
+        await assert_field_error(house, "PUT", "/accounts/main", field, body)
+    assert await read_state(house) == before
+
+
+@pytest.mark.parametrize("field", INVALID_TENANTS)
+async def test_faulty_tenant(house: RunningGateway, field: str) -> None:
+    """A field of a tenant that can't be what it must be is named, and the tenant stays as it was."""
+    before = await read_state(house)
+    for value in INVALID_TENANTS[field]:
+        await assert_field_error(
+            house, "PUT", "/tenants/shop", field, {"accounts": ["main"]} | {field.partition("[")[0]: value}
+        )
+    assert await read_state(house) == before
+
+
+@pytest.mark.parametrize("field", INVALID_TOKENS)
+async def test_faulty_token(house: RunningGateway, field: str) -> None:
+    """A field of a token that can't be what it must be is named, and no token is made."""
+    before = await read_state(house)
+    for value in INVALID_TOKENS[field]:
+        await assert_field_error(house, "POST", "/tenants/shop/tokens", field, {field: value})
+    assert await read_state(house) == before
+
+
+async def test_faulty_name(house: RunningGateway) -> None:
+    """A name that has other characters than it may have, or too many, is refused in plain words."""
+    before = await read_state(house)
+    for name in INVALID_NAMES:
+        for path, body in ((f"/accounts/{name}", {"user_key": "good"}), (f"/tenants/{name}", {"accounts": ["main"]})):
+            assert await assert_field_error(house, "PUT", path, "name", body) == f"name: must {NAME_RULE}"
+    assert await read_state(house) == before
+    for name in ("0", "a.b-c_d", "a" * 63):
+        await house.put_tenant(name)
+
+
+async def test_what_is_needed(house: RunningGateway) -> None:
+    """A new account needs a key, a tenant needs accounts, and both need a body."""
+    await assert_field_error(house, "PUT", "/accounts/new", "user_key", {})
+    await assert_field_error(house, "PUT", "/accounts/new", "user_key", {"user_key": None})
+    await assert_field_error(house, "PUT", "/tenants/new", "accounts", {})
+    nothing: list[Any] = [None, [], "x", 5]
+    for path in ("/accounts/new", "/tenants/new"):
+        for body in nothing:
+            await assert_field_error(house, "PUT", path, "body", body)
+        document = expect_problem(await house.call_admin("PUT", path), 422, "invalid-options")
+        assert document["errors"] == [{"field": "body", "detail": "is required"}]
+
+
+async def test_not_json(house: RunningGateway) -> None:
+    """A body that is not JSON is malformed."""
+    for body in (b"{", b"{} {}", b"user_key=x", b"\xff", b'{"floor_money": NaN}', b'{"floor_money": 1e999}'):
+        for method, path in (("PUT", "/accounts/main"), ("PUT", "/tenants/shop"), ("POST", "/tenants/shop/tokens")):
+            expect_problem(await house.call_admin(method, path, content=body), 400, "malformed-request")
+    again = b'{"accounts": ["main"], "accounts": ["other"]}'
+    deep = b'{"accounts": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    deeper = b'{"limits": [{"window": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}]}"
+    nested = b'{"webhook": {"url": "https://a.example/", "url": "https://b.example/"}, "accounts": ["main"]}'
+    for body in (again, deep, deeper, nested, b'{"user_key": "a", "user_key": "b"}'):
+        for path in ("/accounts/main", "/tenants/shop", "/registry"):
+            expect_problem(await house.call_admin("PUT", path, content=body), 400, "malformed-request")
+        for path in ("/tenants/shop/tokens", "/refunds"):
+            expect_problem(await house.call_admin("POST", path, content=body), 400, "malformed-request")
+    large = b'{"user_key": "' + b"x" * 1_000_000 + b'"}'
+    expect_problem(await house.call_admin("PUT", "/accounts/main", content=large), 400, "malformed-request")
+
+
+async def test_faulty_query(house: RunningGateway) -> None:
+    """A parameter that is mistyped, or can't be what it must be, is named rather than left out of account."""
+    before = await read_state(house)
+    (token,) = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
+    queries = {
+        f"/tenants/shop/tokens/{token['id']}": {
+            "grace": ["-1", "nan", "inf", "31536001", "long", ""],
+            "grase": ["60"],
+            "force": ["true"],
+        },
+        "/tenants/shop": {"force": ["perhaps", "", "2"], "Force": ["true"], "grace": ["60"]},
+        "/accounts/main": {"force": ["perhaps"], "forced": ["true"]},
+    }
+    for path, fields in queries.items():
+        for field, values in fields.items():
+            for value in values:
+                document = expect_problem(
+                    await house.call_admin("DELETE", f"{path}?{field}={value}"), 422, "invalid-options"
+                )
+                assert [each["field"] for each in document["errors"]] == [field]
+                assert_own_wording(document)
+    assert await read_state(house) == before

@@ -1,0 +1,129 @@
+"""Tokens are made, shown once, and end when they are to end."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
+from tests.fakes import START
+
+NOW = datetime.fromtimestamp(START / 1000, UTC)
+"""The time in a house of fakes, whose clock stands still."""
+
+
+async def make_token(house: RunningGateway, **body: Any) -> dict[str, Any]:
+    answer = await house.call_admin("POST", "/tenants/shop/tokens", json=body)
+    assert answer.status_code == 201, answer.text
+    assert answer.headers["cache-control"] == "no-store"
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+async def is_token_valid(house: RunningGateway, token: str) -> bool:
+    """Whether a token lets a tenant in; if not, it is refused as any token that is none."""
+    answer = await house.call("GET", "/v1/quota", token=token)
+    if answer.status_code != 200:
+        expect_problem(answer, 401, "unauthenticated")
+    return answer.status_code == 200
+
+
+async def list_tokens(house: RunningGateway) -> list[dict[str, Any]]:
+    answer = await house.call_admin("GET", "/tenants/shop")
+    tokens: list[dict[str, Any]] = answer.json()["tokens"]
+    return tokens
+
+
+async def test_shown_once(house: RunningGateway) -> None:
+    """A token is shown when it is made and never again, but what it is for and until when is."""
+    made = await make_token(house, label="生产", expires_at="2999-12-31T23:30:00+08:00")
+    assert made.keys() == {"id", "token", "expires_at"}
+    assert made["expires_at"] == "2999-12-31T15:30:00Z"
+    assert await is_token_valid(house, made["token"])
+    shown = {each["id"]: each for each in await list_tokens(house)}[made["id"]]
+    assert shown.keys() == {"id", "label", "created_at", "expires_at"}
+    assert (shown["label"], shown["expires_at"]) == ("生产", made["expires_at"])
+
+
+async def test_no_body(house: RunningGateway) -> None:
+    """A token needs no body: without one it has no label and never expires."""
+    answer = await house.call_admin("POST", "/tenants/shop/tokens")
+    assert (answer.status_code, answer.json()["expires_at"]) == (201, None)
+    assert await is_token_valid(house, answer.json()["token"])
+
+
+async def test_revoked_at_once(house: RunningGateway) -> None:
+    """A revoked token is refused at once, the tenant's others are not, and it can't be revoked twice."""
+    made, other = await make_token(house), await make_token(house)
+    path = f"/tenants/shop/tokens/{made['id']}"
+    answer = await house.call_admin("DELETE", path)
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert not await is_token_valid(house, made["token"])
+    assert await is_token_valid(house, other["token"])
+    expect_problem(await house.call_admin("DELETE", path), 404, "not-found")
+
+
+async def test_revoked_by_its_tenant_only(house: RunningGateway) -> None:
+    """A token can't be revoked under the name of another tenant."""
+    made = await make_token(house)
+    await house.put_tenant("other")
+    expect_problem(await house.call_admin("DELETE", f"/tenants/other/tokens/{made['id']}"), 404, "not-found")
+    assert await is_token_valid(house, made["token"])
+
+
+async def test_revoked_with_grace(house: RunningGateway) -> None:
+    """A token revoked with a grace works on for now, and is shown with the moment of its end."""
+    made = await make_token(house)
+    answer = await house.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=3600")
+    assert answer.status_code == 204
+    assert await is_token_valid(house, made["token"])
+    shown = {each["id"]: each for each in await list_tokens(house)}[made["id"]]
+    left = datetime.fromisoformat(shown["expires_at"]) - datetime.fromisoformat(shown["created_at"])
+    assert timedelta(minutes=60) <= left < timedelta(minutes=61)
+
+
+async def test_grace_runs_out() -> None:
+    """A token works until the last moment of its grace, and is then no more listed."""
+    async with run_fake_gateway() as (house, ledger, _):
+        made = await make_token(house)
+        await house.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=60")
+        ledger.clock.now_ms += 59_999
+        assert await is_token_valid(house, made["token"])
+        ledger.clock.now_ms += 1
+        assert not await is_token_valid(house, made["token"])
+        assert made["id"] not in {each["id"] for each in await list_tokens(house)}
+
+
+async def test_grace_never_prolongs() -> None:
+    """A grace that reaches beyond a token's expiry, or beyond an earlier grace, does not prolong it."""
+    async with run_fake_gateway() as (house, ledger, _):
+        expiring = await make_token(house, expires_at=(NOW + timedelta(seconds=30)).isoformat())
+        revoked = await make_token(house)
+        await house.call_admin("DELETE", f"/tenants/shop/tokens/{revoked['id']}?grace=30")
+        for each in (expiring, revoked):
+            await house.call_admin("DELETE", f"/tenants/shop/tokens/{each['id']}?grace=3600")
+        ledger.clock.now_ms += 30_000
+        assert not await is_token_valid(house, expiring["token"])
+        assert not await is_token_valid(house, revoked["token"])
+
+
+async def test_expires() -> None:
+    """A token works until the moment it expires, and not in it."""
+    async with run_fake_gateway() as (house, ledger, _):
+        made = await make_token(house, expires_at=(NOW + timedelta(days=90)).isoformat())
+        ledger.clock.now_ms += 90 * 86_400_000 - 1
+        assert await is_token_valid(house, made["token"])
+        ledger.clock.now_ms += 1
+        assert not await is_token_valid(house, made["token"])
+
+
+async def test_expired_tokens_do_not_pile_up() -> None:
+    """A tenant's expired tokens are forgotten when it gets a new one."""
+    async with run_fake_gateway() as (house, ledger, _):
+        made = await make_token(house, expires_at=(NOW + timedelta(days=1)).isoformat())
+        ledger.clock.now_ms += 86_400_000
+        assert made["id"] in house.services.registry.current.tokens
+        await make_token(house)
+        assert made["id"] not in house.services.registry.current.tokens
+        assert await is_token_valid(house, house.token)

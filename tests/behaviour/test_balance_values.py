@@ -1,0 +1,179 @@
+"""Figures that are missing, spoiled, huge or jump about stop no task, and none of them becomes a zero by accident."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from service.sandbox.faults import Fault, Field, FieldDefect
+from tests.behaviour.balance_harness import PRICE_YUAN, BalanceHarness, open_balance_harness
+from tests.support.valkey import Valkey
+
+UNUSABLE_VALUES: tuple[FieldDefect, ...] = ("missing", "null", "negative")
+BALANCE_FIELDS: tuple[Field, ...] = ("remaining_count", "remaining_money")
+MAX_MONEY_YUAN = 2**53 // 100
+"""In yuan: what in fen is still a whole number to every reader of JSON, and to Lua."""
+
+
+@pytest.fixture
+async def books(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
+    """Books that have seen an account with 20 uses and 50 yuan."""
+    async with open_balance_harness(valkey) as found:
+        await found.set_balance(21, 50)
+        await found.run_task()
+        assert await found.shown_balance() == (20, 50)
+        yield found
+
+
+async def corrupt_balances(
+    books: BalanceHarness, count: FieldDefect | None = None, money: FieldDefect | None = None
+) -> None:
+    """Let every answer from now on have the one or the other figure spoiled."""
+    ways = {field: way for field, way in zip(BALANCE_FIELDS, (count, money), strict=True) if way}
+    await books.set_behaviour(faults=(Fault(wrong=ways),))
+
+
+@pytest.mark.parametrize("way", UNUSABLE_VALUES)
+async def test_unusable_figures(books: BalanceHarness, way: FieldDefect) -> None:
+    """A task is done though its figures are no use, of which the last good ones stay, each by itself."""
+    await corrupt_balances(books, count=way)
+    await books.run_task()
+    assert await books.shown_balance() == (20, 50)
+    await corrupt_balances(books, money=way)
+    await books.run_task()
+    assert await books.shown_balance() == (18, 50)
+    await corrupt_balances(books, count=way, money=way)
+    await books.set_balance(30, 7)
+    await books.run_task()
+    assert await books.shown_balance() == (18, 50)
+    assert (await books.get_account())["state"] == "open"
+    await corrupt_balances(books)
+    await books.run_task()
+    assert await books.shown_balance() == await books.upstream_balance() == (28, 7)
+    assert (await books.read_policies())["total-tasks"] == (5, 0)
+
+
+async def test_figures_as_text(books: BalanceHarness) -> None:
+    """Numbers in strings are numbers, and give receipts like any other."""
+    await corrupt_balances(books, count="string", money="string")
+    assert await books.run_task() == {"count": 1, "money": 0, "basis": "observed"}
+    await books.set_balance(0, 50)
+    await books.run_task()
+    assert await books.run_task() == {"count": 0, "money": PRICE_YUAN, "basis": "observed"}
+    assert await books.shown_balance() == await books.upstream_balance() == (0, 50 - 2 * PRICE_YUAN)
+
+
+async def test_figures_with_fractions(books: BalanceHarness) -> None:
+    """Half a use is no figure, and half a yuan is fifty fen."""
+    await corrupt_balances(books, count="float", money="float")
+    await books.run_task()
+    assert await books.shown_balance() == (20, 50.5)
+    assert (await books.get_account())["state"] == "open"
+
+
+async def test_nothing_ever_told(valkey: Valkey) -> None:
+    """An upstream that never tells a figure is used all the same: nothing is shown, held against it, or made up."""
+    async with open_balance_harness(valkey) as books:
+        await corrupt_balances(books, count="missing", money="missing")
+        for _ in range(2):
+            assert await books.run_task() == {"count": 0, "money": 0, "basis": "unknown"}
+        tasks, refused = await books.submit_concurrently(3)
+        assert (len(tasks), refused) == (3, {})
+        account = await books.get_account()
+        assert (account["state"], account["remaining_count"], account["remaining_money"]) == ("open", None, None)
+        for task in tasks:
+            await books.wait_for_cost(task)
+        assert (await books.read_policies())["total-money"] == (0, 0)
+        await books.gateway.put_tenant(purse="count_only")
+        tasks, refused = await books.submit_concurrently(3)
+        assert (len(tasks), refused) == (1, {402: 2})
+        assert await books.wait_for_cost(tasks[0]) == {"count": 0, "money": 0, "basis": "unknown"}
+
+
+async def test_one_figure_only(valkey: Valkey) -> None:
+    """Where only one of the figures is ever told, no use left does not mean that there is no money either."""
+    async with open_balance_harness(valkey) as books:
+        await books.set_balance(1, 50)
+        await corrupt_balances(books, money="missing")
+        for _ in range(3):
+            await books.run_task()
+        account = await books.get_account()
+        assert (account["state"], account["remaining_count"]["value"], account["remaining_money"]) == ("open", 0, None)
+        await corrupt_balances(books, count="missing")
+        await books.run_task()
+        assert await books.shown_balance() == await books.upstream_balance() == (0, 50 - 3 * PRICE_YUAN)
+
+
+async def test_huge_figures(books: BalanceHarness) -> None:
+    """The largest figures and prices are exact to the yuan, and what is larger still is no figure."""
+    price = 12_345_678_901
+    await books.set_behaviour(prices={"vector": price})
+    await books.set_balance(0, MAX_MONEY_YUAN)
+    await books.run_task()
+    assert await books.run_task() == {"count": 0, "money": price, "basis": "observed"}
+    assert await books.shown_balance() == await books.upstream_balance() == (0, MAX_MONEY_YUAN - 2 * price)
+    await books.gateway.call_admin("PUT", "/accounts/main", json={"max_price": {"vectorize": 10**10}})
+    before = await books.shown_balance()
+    await books.set_balance(2**60, 2**60)
+    await books.run_task()
+    assert await books.shown_balance() == before
+    await books.set_balance(2**53 - 1, MAX_MONEY_YUAN)
+    await books.run_task()
+    assert await books.shown_balance() == (2**53 - 2, MAX_MONEY_YUAN)
+
+
+async def test_zero_that_is_one(books: BalanceHarness) -> None:
+    """Figures that are zero close the account at once, and those of a later top-up open it."""
+    running = await books.expect_accepted()
+    await books.set_balance(0, 0)
+    await books.wait_for_cost(running)
+    await books.expect_refused_locally()
+    await books.set_balance(4, 0)
+    await books.gateway.advance(60)
+    await books.run_task()
+    assert await books.shown_balance() == (3, 0)
+
+
+async def randomize_upstream(books: BalanceHarness, chance: random.Random) -> None:
+    """Change what the upstream holds, does and tells, none of which the gateway has a hand in."""
+    ways: tuple[FieldDefect, ...] = (*UNUSABLE_VALUES, "string", "float")
+    spoiled = {field: chance.choice(ways) for field in BALANCE_FIELDS if chance.random() < 0.4}
+    await books.set_behaviour(
+        charge=chance.choice(("submit", "end")),
+        checked_balance=chance.choice(("now", "then")),
+        faults=(Fault(on=chance.choice(("submit", "check", None)), wrong=spoiled),),
+    )
+    if chance.random() < 0.5:
+        await books.set_balance(chance.randrange(6), chance.randrange(12))
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_up_and_down_at_random(books: BalanceHarness, seed: int) -> None:
+    """Whatever the figures do, a submit is taken or told that nothing is left, every task ends, and the sums agree."""
+    chance = random.Random(seed)
+    tasks: list[dict[str, Any]] = []
+    for _ in range(8):
+        await randomize_upstream(books, chance)
+        found, refused = await books.submit_concurrently(chance.randrange(1, 4))
+        assert set(refused) <= {402}
+        tasks += found
+        await books.gateway.advance(chance.choice((1, 61)))
+        await books.gateway.poll_due_tasks()
+    ended = [await books.gateway.wait_for_task(task["id"]) for task in tasks]
+    assert {task["state"] for task in ended} == {"succeeded"}
+    costs = [task["cost"] for task in ended]
+    assert all((cost["count"], cost["money"]) == (1, 0) or cost["count"] == 0 <= cost["money"] for cost in costs)
+
+    await books.set_behaviour(faults=())
+    await books.set_balance(9, 9)
+    await books.gateway.advance(60)
+    costs.append(await books.run_task())
+    assert await books.shown_balance() == await books.upstream_balance() == (8, 9)
+    counted = await books.read_policies()
+    assert counted["total-tasks"] == (len(costs) + 1, 0)
+    assert counted["total-money"] == (sum(cost["money"] for cost in costs), 0)
+    assert counted["max-active"] == (0, 0)
+    assert (await books.get_account())["in_flight"] == 0

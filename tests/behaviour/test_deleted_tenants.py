@@ -1,0 +1,92 @@
+"""What deleted tenants were called is remembered, through every loss of the store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from service.storage.connections import connect
+from service.storage.redis import Keys, RedisScripts
+from service.storage.registry import RedisRegistry
+from service.usecases.ports import RegistryChange
+from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.usage_requests import read_all_usage, run_task
+from tests.support.valkey import Valkey
+
+KEYS = Keys("gw")
+
+
+@asynccontextmanager
+async def gateway_with_deleted_tenant(valkey: Valkey) -> AsyncIterator[tuple[RunningGateway, Any, bytes]]:
+    """A house in which a tenant was deleted that had spent; its Redis, and the registry as it was before that."""
+    connections = connect(valkey.url, timeout=5)
+    client: Any = connections.commands
+    try:
+        async with run_real_gateway(valkey) as house:
+            await run_task(house)
+            before = await client.dump(KEYS.registry)
+            await house.call_admin("DELETE", "/tenants/shop")
+            yield house, client, before
+    finally:
+        await connections.aclose()
+
+
+async def read_spending_tenants(house: RunningGateway) -> list[tuple[str, int]]:
+    """Who spent, and how many tasks."""
+    return [(each["tenant"], each["charged"]["tasks"]) for each in (await read_all_usage(house))["items"]]
+
+
+@pytest.mark.parametrize("anew", [False, True])
+async def test_store_taken_back(valkey: Valkey, *, anew: bool) -> None:
+    """A store taken back to before a tenant was deleted has it as deleted again, also if its name was given anew."""
+    async with gateway_with_deleted_tenant(valkey) as (house, client, before):
+        if anew:
+            await house.put_tenant()
+            house.token = await house.new_token()
+            await run_task(house)
+        expected = [("shop", 1), ("shop", 1)] if anew else [("shop", 1)]
+        assert await read_spending_tenants(house) == expected
+        known = house.services.registry.current
+        await client.restore(KEYS.registry, 0, before, replace=True)
+        assert await read_spending_tenants(house) == expected
+        assert house.services.registry.current.deleted_tenant_names == known.deleted_tenant_names
+        assert house.services.registry.current.tenants == known.tenants
+
+
+async def test_store_that_lost_the_registry(valkey: Valkey) -> None:
+    """A store that lost the registry is told of deleted tenants too."""
+    async with gateway_with_deleted_tenant(valkey) as (house, client, _):
+        known = house.services.registry.current
+        await client.delete(KEYS.registry)
+        assert await read_spending_tenants(house) == [("shop", 1)]
+        stored = await RedisRegistry(RedisScripts(client), KEYS).load()
+        assert (
+            stored.deleted_tenant_names
+            == known.deleted_tenant_names
+            == {next(iter(known.deleted_tenant_names)): "shop"}
+        )
+
+
+async def test_tenant_made_after_a_loss(valkey: Valkey) -> None:
+    """A tenant made on a store that had lost the registry, and dropped when that came back, stays explained."""
+    async with gateway_with_deleted_tenant(valkey) as (house, client, before):
+        await house.put_tenant("shop")
+        known = house.services.registry.current
+        await client.restore(KEYS.registry, 0, before, replace=True)
+        store = RedisRegistry(RedisScripts(client), KEYS)
+        old = await store.load()
+        (shop,) = old.tenants.values()
+        others = {"shop": known.next_id + 1, "late": known.next_id + 2}
+        made = tuple(type(shop)(id=number, name=name, accounts=("main",)) for name, number in others.items())
+        assert await store.write(RegistryChange(version=old.version, next_id=known.next_id + 3, tenants=made))
+        await house.services.registry.refresh()
+        now = house.services.registry.current
+        assert now.tenants == known.tenants
+        assert now.deleted_tenant_names == {
+            **known.deleted_tenant_names,
+            others["shop"]: "shop",
+            others["late"]: "late",
+        }

@@ -1,0 +1,275 @@
+"""A program written against the upstream works when its base address and its key are changed, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+from service.sandbox.app import RunningSandbox, SandboxConfig, open_sandbox
+from service.sandbox.faults import Behaviour
+from service.sandbox.store import AccountBalance
+from service.usecases.ports import SubmitOutcome
+from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.legacy_client import SUBMIT_FIELDS, LegacyClient, field_types
+from tests.behaviour.upstream_control import SandboxUpstreamControl
+from tests.support.images import make_png
+from tests.support.valkey import Valkey
+
+NO_ACCOUNT = "账户不存在"
+NOTHING_LEFT = "账户剩余次数不足"
+REJECTED = "任务提交失败:"
+NOT_FOUND = "任务未找到或状态未知"
+
+
+@pytest.fixture
+def client(house: RunningGateway) -> LegacyClient:
+    """A program that was moved to the gateway."""
+    return LegacyClient(house.http, house.url, house.token)
+
+
+async def test_all_kinds(house: RunningGateway, client: LegacyClient) -> None:
+    """Each of the four submits leads to a task that is checked until `Completed`, with results and what is left."""
+    await house.upstream.set_balance(10, 300)
+    for left, (call, fields) in zip((9, 8, 7, 6), SUBMIT_FIELDS.items(), strict=True):
+        accepted = await client.submit(call)
+        assert field_types(accepted) == {
+            "err_code": "int",
+            "remaining_count": "int",
+            "remaining_money": "int",
+            "task_id": "str",
+        }
+        assert (accepted["err_code"], accepted["remaining_count"], accepted["remaining_money"]) == (0, left, 300)
+        assert (await client.check(accepted["task_id"])) == {"err_code": 0, "status": "Queued"}
+        told = await client.wait_for_end(accepted["task_id"], house.poll_due_tasks)
+        assert (told["err_code"], told["status"]) == (0, "Completed")
+        assert (told["remaining_count"], told["remaining_money"]) == (left, 300)
+        assert told["images_url"].startswith("http://")
+        task = (await house.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
+        assert task["state"] == "succeeded"
+        assert len(task["options"]) == len(fields)
+    assert await house.upstream.count_submits() == 4
+
+
+async def test_failed_task(house: RunningGateway, client: LegacyClient) -> None:
+    """A task that failed is `Failed`, which such a program takes for the end."""
+    await house.upstream.fail_next_task()
+    accepted = await client.submit("submit_face_enhance_task")
+    told = await client.wait_for_end(accepted["task_id"], house.poll_due_tasks)
+    assert told == {"err_code": 0, "status": "Failed"}
+
+
+async def test_spellings(house: RunningGateway, client: LegacyClient) -> None:
+    """Values are read in every spelling that programs send, and reach the task as they were meant."""
+    cases: dict[str, list[tuple[Any, Any]]] = {
+        "high_fidelity": [
+            ("True", True),
+            ("False", False),
+            ("true", True),
+            ("false", False),
+            ("1", True),
+            ("0", False),
+            ("on", True),
+            ("OFF", False),
+            ("Yes", True),
+            ("no", False),
+            (" true ", True),
+        ],
+        "steps": [
+            ("30.0", 30),
+            ("+30", 30),
+            (" 30 ", 30),
+            ("25.", 25),
+            ("2.5e1", 25),
+            ("25.4", 25),
+            ("25.5", 26),
+            ("39.9", 40),
+            (20, 20),
+            ("40.0", 40),
+        ],
+        "upscale": [("2", 2.0), ("2.50", 2.5), (1, 1.0), ("8.0", 8.0), ("+2", 2.0), ("02", 2.0), ("2e0", 2.0)],
+        "strong_inpaint_intensity": [(".5", 0.5), ("+.25", 0.25), ("1.", 1.0), ("-0", 0.0)],
+        "color_count": [("16", 16), ("5.0", 5), ("+5", 5), (" 7", 7), ("1e1", 10)],
+        "sdxl_model_dropdown": [("通用模型", "general"), ("general", "general"), ("", "general")],
+        "prompt": [("一只猫", "一只猫"), ("", ""), ("x" * 2_000, "x" * 2_000)],
+    }
+    names = {"upscale": "scale", "color_count": "colors", "sdxl_model_dropdown": "model"}
+    names |= {"strong_inpaint_intensity": "inpaint_strength"}
+    await house.upstream.set_balance(100, 0)
+    for field, spellings in cases.items():
+        for sent, meant in spellings:
+            accepted = await client.submit("submit_task", dict(SUBMIT_FIELDS["submit_task"]) | {field: sent})
+            assert accepted["err_code"] == 0, accepted
+            task = (await house.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
+            assert task["options"][names.get(field, field)] == meant
+
+
+async def test_what_is_missing_or_too_much(house: RunningGateway, client: LegacyClient) -> None:
+    """Missing and empty fields have their defaults, unknown ones are ignored, and of repeated ones the last counts."""
+    for fields in ({}, {"fit": ""}, {"fit": "0.5", "color_count": "99", "wait": "x"}, {"fit": ["7", "0.5"]}):
+        accepted = await client.submit("submit_seamless_task", fields)
+        task = (await house.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
+        assert task["options"] == {"fit": 0.5}, fields
+    bare = await client.submit("submit_task", {})
+    assert bare["err_code"] == 0
+
+
+async def test_order_of_parts(house: RunningGateway, client: LegacyClient) -> None:
+    """The key may come after the file, and the file may have any name and type."""
+    for name, media_type in (("图.png", "image/png"), ("blob", "application/octet-stream"), ("x.jpeg", "image/jpeg")):
+        parts = [
+            ("input_image", (name, make_png(), media_type)),
+            ("fit", (None, "0.3")),
+            ("user_key", (None, house.token)),
+        ]
+        accepted = await client.post("submit_seamless_task", files=parts)
+        assert accepted["err_code"] == 0, accepted
+
+
+async def test_both_forms_of_a_check(house: RunningGateway, client: LegacyClient) -> None:
+    """A check is understood urlencoded and as multipart."""
+    task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
+    fields = {"user_key": house.token, "task_id": task_id}
+    headers = {"Content-Type": "application/x-www-form-urlencoded; charset=UTF-8"}
+    for request in (
+        {"data": fields},
+        {"files": {name: (None, value) for name, value in fields.items()}},
+        {"content": urlencode(fields).encode(), "headers": headers},
+    ):
+        assert await client.post("check_task_status", **request) == {"err_code": 0, "status": "Queued"}
+
+
+async def test_unknown_key(house: RunningGateway) -> None:
+    """A key that is none of the gateway's, the upstream's own included, is an unknown account."""
+    for key in ("", "x", house.token[:-1], house.token.lower(), "upstream-key-main"):
+        stranger = LegacyClient(house.http, house.url, key)
+        for call in SUBMIT_FIELDS:
+            assert await stranger.submit(call) == {"err_code": 1, "err_msg": NO_ACCOUNT}
+        assert await stranger.check("task_x") == {"err_code": 1, "err_msg": NO_ACCOUNT}
+    client = LegacyClient(house.http, house.url, house.token)
+    keyless = await client.post("submit_face_enhance_task", files={"input_image": ("a.png", make_png())})
+    assert keyless == {"err_code": 1, "err_msg": NO_ACCOUNT}
+    assert await house.upstream.count_submits() == 0
+
+
+async def test_nothing_left(house: RunningGateway, client: LegacyClient) -> None:
+    """A used-up limit and an account that can't pay are the same to such a program: nothing is left."""
+    await house.put_tenant(limits=[{"window": "total", "tasks": 1}])
+    assert (await client.submit("submit_face_enhance_task"))["remaining_count"] == 0
+    assert await client.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": NOTHING_LEFT}
+    await house.put_tenant()
+    await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
+    assert await client.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": NOTHING_LEFT}
+
+
+async def test_too_many_at_once(house: RunningGateway, client: LegacyClient) -> None:
+    """Too many active tasks are no empty account, which such a program might give up on, but a reason that passes."""
+    await house.put_tenant(max_active=1)
+    first = await client.submit("submit_face_enhance_task")
+    refused = await client.submit("submit_face_enhance_task")
+    assert refused["err_msg"].startswith(REJECTED)
+    assert "max-active" in refused["err_msg"]
+    await client.wait_for_end(first["task_id"], house.poll_due_tasks)
+    assert (await client.submit("submit_face_enhance_task"))["err_code"] == 0
+
+
+async def test_rejected(house: RunningGateway, client: LegacyClient) -> None:
+    """What the upstream rejects is told in its words, and what the gateway refuses in the upstream's field names."""
+    await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
+    assert await client.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": f"{REJECTED}图片太小"}
+    assert await house.upstream.count_submits() == 1
+
+    faults = {"upscale": "9", "s_noise": "2", "steps": "40.4", "vector_switch": "maybe", "color_count": "1"}
+    refused = await client.submit("submit_task", dict(SUBMIT_FIELDS["submit_task"]) | faults)
+    assert refused["err_msg"].startswith(REJECTED)
+    assert [each.partition(":")[0] for each in refused["err_msg"].removeprefix(REJECTED).split("; ")] == list(faults)
+    for value in ("19.6", "nan", "thirty", "3_0", "٣٠", "0x1e", "1e999", "-", "."):
+        refused = await client.submit("submit_task", dict(SUBMIT_FIELDS["submit_task"]) | {"steps": value})
+        assert refused["err_msg"] == f"{REJECTED}steps: must be a whole number from 20 to 40"
+
+    for request in (
+        {"files": {"input_image": ("a.gif", b"GIF89a")}},
+        {"files": {"input_image": ("a.png", make_png()[:-9])}},
+        {"files": {"image": ("a.png", make_png())}},
+        {"files": {"input_image": (None, "text")}},
+        {"headers": {"Content-Encoding": "gzip"}},
+        {"files": None},
+    ):
+        refused = await client.submit("submit_face_enhance_task", **request)
+        assert refused["err_code"] == 1
+        assert refused["err_msg"].startswith(REJECTED)
+    assert await house.upstream.count_submits() == 1
+
+
+async def test_lost_answer(house: RunningGateway, client: LegacyClient) -> None:
+    """A submission that nobody knows the fate of is told as such, with the id to ask the operators by."""
+    await house.upstream.lose_next_response()
+    refused = await client.submit("submit_face_enhance_task")
+    assert refused["err_msg"].startswith(REJECTED)
+    assert "may have been charged" in refused["err_msg"]
+    assert "submission_id" in refused["err_msg"]
+
+
+async def test_unknown_task(house: RunningGateway, client: LegacyClient) -> None:
+    """A task of somebody else, an altered id and none at all are all the same."""
+    task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
+    await house.put_tenant("other")
+    other = LegacyClient(house.http, house.url, await house.new_token("other"))
+    for asking, asked in ((other, task_id), (client, task_id[:-1]), (client, ""), (client, "x" * 1_000)):
+        assert await asking.check(asked) == {"err_code": 1, "err_msg": NOT_FOUND}
+    nothing = await client.post("check_task_status", data={"user_key": house.token})
+    assert nothing == {"err_code": 1, "err_msg": NOT_FOUND}
+
+
+async def test_what_is_left(house: RunningGateway, client: LegacyClient) -> None:
+    """What is left is the least that any policy leaves, in whole yuan, and the account's figures without policies."""
+    await house.upstream.set_balance(50, 70)
+    accepted = await client.submit("submit_face_enhance_task")
+    assert (accepted["remaining_count"], accepted["remaining_money"]) == (49, 70)
+    limits = [{"window": "day", "tasks": 5, "money": 9.99}, {"window": "total", "tasks": 20}]
+    await house.put_tenant(limits=limits)
+    accepted = await client.submit("submit_face_enhance_task")
+    assert (accepted["remaining_count"], accepted["remaining_money"]) == (3, 9)
+    told = await client.wait_for_end(accepted["task_id"], house.poll_due_tasks)
+    assert (told["remaining_count"], told["remaining_money"]) == (3, 9)
+
+
+@pytest.fixture
+async def vendor() -> AsyncIterator[RunningSandbox]:
+    """An upstream to talk to directly."""
+    async with open_sandbox(SandboxConfig(accounts={"key": AccountBalance(count=10, money=300)}, seconds=0)) as sandbox:
+        yield sandbox
+
+
+async def test_same_answers_as_the_upstream(vendor: RunningSandbox, valkey: Valkey) -> None:
+    """The same program gets answers of the same shape from the upstream and from the gateway, errors word for word."""
+
+    async def errand(client: LegacyClient, between: Any) -> list[Any]:
+        told: list[Any] = []
+        for call in SUBMIT_FIELDS:
+            accepted = await client.submit(call)
+            told += [field_types(accepted), accepted["remaining_count"], accepted["remaining_money"]]
+            ended = await client.wait_for_end(accepted["task_id"], between)
+            told += [field_types(ended), ended["status"], ended["remaining_count"], ended["remaining_money"]]
+            bad = await client.submit(call, dict.fromkeys(("color_count", "fit"), "bad"), files=None)
+            told += [field_types(bad), bad["err_msg"].partition(":")[0]]
+        stranger = LegacyClient(client.http, client.base, "nobody")
+        told += [await stranger.submit("submit_face_enhance_task"), await stranger.check("x")]
+        told += [await client.check("x"), await client.check("")]
+        return told
+
+    async def spent(client: LegacyClient, control: Any, key: str) -> dict[str, Any]:
+        await control.set_account(key, AccountBalance(count=0, money=0))
+        return await client.submit("submit_face_enhance_task")
+
+    async with run_real_gateway(valkey) as house:
+        assert isinstance(house.upstream, SandboxUpstreamControl)
+        await house.upstream.control.set_behaviour(Behaviour())
+        ours = LegacyClient(house.http, house.url, house.token)
+        theirs = LegacyClient(house.http, vendor.url, "key")
+        assert await errand(ours, house.poll_due_tasks) == await errand(theirs, vendor.control.wait_until_idle)
+        nothing = {"err_code": 1, "err_msg": NOTHING_LEFT}
+        assert await spent(theirs, vendor.control, "key") == nothing
+        assert await spent(ours, house.upstream.control, "upstream-key-main") == nothing

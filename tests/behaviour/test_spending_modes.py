@@ -1,0 +1,174 @@
+"""What an account shall keep is kept, also of uses that no figure has shown yet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import product
+
+import pytest
+
+from service.sandbox.faults import Fault
+from tests.behaviour.balance_harness import KIND, PRICE_YUAN, BalanceHarness, open_balance_harness
+from tests.support.valkey import Valkey
+
+MISSING_BALANCES = Fault(wrong={"remaining_count": "missing", "remaining_money": "missing"})
+
+
+@pytest.fixture(params=product(("submit", "end"), ("now", "then")), ids="-".join)
+async def books(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
+    """Books over each kind of upstream."""
+    charge, checked_balance = request.param
+    async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as found:
+        yield found
+
+
+async def test_floor_at_the_operators_price(books: BalanceHarness) -> None:
+    """The operator's highest price keeps the floor on money as long as no price was seen."""
+    await books.gateway.call_admin(
+        "PUT", "/accounts/main", json={"floor_money": 4 * PRICE_YUAN, "max_price": {"vectorize": PRICE_YUAN}}
+    )
+    await books.set_balance(3, 6 * PRICE_YUAN)
+    for _ in range(2):
+        await books.run_task()
+    tasks, refused = await books.submit_concurrently(6)
+    assert (len(tasks), refused) == (3, {402: 3})
+    for task in tasks:
+        await books.wait_for_cost(task)
+    assert await books.upstream_balance() == (0, 4 * PRICE_YUAN)
+
+
+async def test_lost_answer_takes_a_use(books: BalanceHarness) -> None:
+    """A submission whose answer was lost may have taken the last use, so that a thrifty tenant sends no other."""
+    await books.gateway.put_tenant(purse="count_only")
+    await books.set_balance(3, 50)
+    for _ in range(2):
+        await books.run_task()
+    await books.set_behaviour(faults=(Fault(on="submit", times=1, reply="reset"),))
+    assert (await books.submit()).status_code == 504
+    await books.control.wait_until_idle()
+    await books.expect_refused_locally()
+    assert await books.upstream_balance() == (0, 50)
+
+
+async def test_lost_answer_and_the_floor(books: BalanceHarness) -> None:
+    """A submission whose answer was lost may have brought the account to its floor."""
+    await books.gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 5})
+    await books.set_balance(8, 0)
+    for _ in range(2):
+        await books.run_task()
+    await books.set_behaviour(faults=(Fault(on="submit", times=1, reply="reset"),))
+    assert (await books.submit()).status_code == 504
+    await books.control.wait_until_idle()
+    await books.expect_refused_locally()
+    assert await books.upstream_balance() == (5, 0)
+
+
+async def test_use_that_was_never_told(books: BalanceHarness) -> None:
+    """Where the figures stay away, a task that has ended took a use all the same."""
+    await books.gateway.put_tenant(purse="count_only")
+    await books.set_balance(4, 50)
+    for _ in range(2):
+        await books.run_task()
+    await books.set_behaviour(faults=(MISSING_BALANCES,))
+    for _ in range(2):
+        await books.run_task()
+    await books.expect_refused_locally()
+    assert await books.upstream_balance() == (0, 50)
+
+
+async def test_figures_at_submits_only(books: BalanceHarness) -> None:
+    """Where checks tell no figures, a task that has ended took a use all the same."""
+    await books.gateway.put_tenant(purse="count_only")
+    await books.set_balance(5, 50)
+    for _ in range(2):
+        await books.run_task()
+    await books.set_behaviour(
+        faults=(Fault(on="check", wrong={"remaining_count": "missing", "remaining_money": "missing"}),)
+    )
+    for _ in range(3):
+        await books.run_task()
+    await books.expect_refused_locally()
+    assert await books.upstream_balance() == (0, 50)
+
+
+async def test_overtaken(books: BalanceHarness) -> None:
+    """A thrifty tenant's task does not pay with money because another tenant's overtook it and took the last use."""
+    await books.gateway.put_tenant("thrifty", purse="count_only")
+    thrifty = await books.gateway.new_token("thrifty")
+    await books.set_balance(3, 50)
+    for _ in range(2):
+        await books.run_task()
+    asked = await books.sandbox.count_submits()
+    await books.set_behaviour(faults=(Fault(on="submit", times=1, latency=1.0),))
+    slow = asyncio.create_task(books.gateway.submit(KIND, token=thrifty))
+    await books.control.wait_for_requests(lambda seen: sum(each.operation == "submit" for each in seen) == asked + 1)
+    other = await books.submit()
+    thriftys = await slow
+    assert thriftys.status_code == 201
+    cost = await books.wait_for_cost(thriftys.json(), token=thrifty)
+    spent = 50 - (await books.upstream_balance())[1]
+    assert cost["money"] == 0
+    assert other.status_code == 402
+    assert spent == 0
+
+
+async def check_out_of_order(books: BalanceHarness, number: int) -> None:
+    """Have two tasks done of which the first is checked last, with other tasks' figures known since."""
+    house, watch = books.gateway, books.gateway.services.task_poller
+
+    async def checks_after(seconds: float) -> None:
+        await house.advance(seconds)
+        while await watch.start_due():
+            pass
+        await watch.wait_idle()
+
+    first = await books.expect_accepted()
+    await books.control.wait_until_idle()
+    await checks_after(1.5)
+    second = await books.expect_accepted()
+    await books.control.wait_until_idle()
+    await books.set_behaviour(faults=(Fault(on="check", times=1, reply="page", status=500),))
+    await checks_after(1)
+    await checks_after(1.5)
+    states = [(await house.call("GET", f"/v1/tasks/{each['id']}")).json()["state"] for each in (first, second)]
+    assert states == ["queued", "succeeded"]
+    assert await books.upstream_balance() == (number, 50)
+    await books.wait_for_cost(first)
+
+
+async def test_old_figures_of_a_check(books: BalanceHarness) -> None:
+    """A check that tells the balance of a task's end, before later tasks, does not bring back what they took."""
+    await books.set_balance(6, 50)
+    for _ in range(2):
+        await books.run_task()
+    await check_out_of_order(books, 2)
+    assert await books.shown_balance() == await books.upstream_balance()
+
+
+async def test_old_figures_open_no_purse(books: BalanceHarness) -> None:
+    """Figures of an earlier task's end do not make a thrifty tenant spend money."""
+    await books.gateway.put_tenant(purse="count_only")
+    await books.set_balance(5, 50)
+    for _ in range(2):
+        await books.run_task()
+    await check_out_of_order(books, 1)
+    tasks, refused = await books.submit_concurrently(3)
+    for task in tasks:
+        await books.wait_for_cost(task)
+    assert (len(tasks), refused) == (1, {402: 2})
+    assert await books.upstream_balance() == (0, 50)
+
+
+async def test_running_side_by_side_from_the_beginning(books: BalanceHarness) -> None:
+    """What runs is held against the floor, also before the upstream has shown when it charges.
+
+    As long as nobody knows, a running task may yet be charged: one use too many stays where it has been already.
+    """
+    await books.set_behaviour(seconds=3_600)
+    await books.gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 5})
+    await books.set_balance(8, 0)
+    taken = 0
+    for _ in range(8):
+        taken += (await books.submit()).status_code == 201
+    assert taken == (3 if (await books.control.get_behaviour()).charge == "end" else 2)

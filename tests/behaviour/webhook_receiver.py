@@ -1,0 +1,78 @@
+"""A tenant's server, which is told of the ends of tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from standardwebhooks.webhooks import Webhook as Verifier
+
+from tests.support.app_server import serve_app
+
+
+@dataclass
+class ReceivedWebhook:
+    """One request."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def event(self) -> dict[str, Any]:
+        event: dict[str, Any] = msgspec.json.decode(self.body)
+        return event
+
+    def is_signed_with(self, secret: str) -> bool:
+        """Whether one of the signatures is of this secret, as the library of the standard makes it."""
+        at = datetime.fromtimestamp(int(self.headers["webhook-timestamp"]), UTC)
+        expected = Verifier(secret).sign(self.headers["webhook-id"], at, self.body.decode())
+        return expected in self.headers["webhook-signature"].split(" ")
+
+
+@dataclass
+class WebhookReceiver:
+    """Answers with the statuses it is told to, 204 by default; or not at all while it is `silent`."""
+
+    url: str = ""
+    statuses: list[int] = field(default_factory=list)
+    requests: list[ReceivedWebhook] = field(default_factory=list)
+    is_silent: bool = False
+    request_received: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        body = message["body"]
+        while message["more_body"]:
+            message = await receive()
+            body += message["body"]
+        query = "?" + scope["query_string"].decode() if scope["query_string"] else ""
+        self.requests.append(ReceivedWebhook(scope["path"] + query, headers, body))
+        self.request_received.set()
+        if self.is_silent:
+            await receive()  # the client leaves
+            return
+        status = self.statuses.pop(0) if self.statuses else 204
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"" if status == 204 else b"no"})
+
+
+@asynccontextmanager
+async def run_receiver() -> AsyncIterator[WebhookReceiver]:
+    """A receiver on this machine."""
+    receiver = WebhookReceiver()
+    async with serve_app(receiver) as url:
+        receiver.url = f"{url}/ended"
+        yield receiver
+
+
+def make_secret(letter: bytes = b"s") -> str:
+    """A secret that a tenant has chosen."""
+    return "whsec_" + base64.b64encode(letter * 32).decode()

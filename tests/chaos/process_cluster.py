@@ -1,0 +1,156 @@
+"""Several gateways on one store and one upstream; each test has a tenant and an account of its own on them.
+
+Once it was set, the ledger's clock stands still until it is moved on: so the time to a window's end is known exactly,
+and nothing is checked in the meantime.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from redis import Redis
+
+from service.domain.ledger import TenantState
+from service.storage.connections import connect
+from service.storage.ledger import RedisLedger, Retention
+from service.storage.redis import Keys, RedisScripts
+from service.storage.registry import RedisRegistry
+from service.usecases.ports import TenantSnapshot
+from tests.chaos.concurrent_requests import send_concurrently
+from tests.model.ledger_model import roll_windows
+from tests.process.gateway import TIMEOUT_SECONDS, GatewayProcess, start_gateway, wait_until
+from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, advance_clock, run_sandbox
+from tests.support.images import make_png
+from tests.support.server_time import install_server_time
+from tests.support.valkey import Valkey, run_valkey
+
+DAY_SECONDS = 86_400
+_CHECK_SECONDS = 0.1
+
+
+def call_admin(gateway: GatewayProcess, method: str, path: str, **more: Any) -> Any:
+    """Call the operators' port."""
+    headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    answer = httpx2.request(
+        method, f"{gateway.ops_url}/admin/v1{path}", headers=headers, timeout=TIMEOUT_SECONDS, **more
+    )
+    assert answer.is_success, answer.text
+    return answer.json()
+
+
+@dataclass(frozen=True)
+class ProcessCluster:
+    """Gateways that have started, with the store and the upstream they share."""
+
+    gateways: Sequence[GatewayProcess]
+    upstream: SandboxProcess
+    store: Valkey
+    prefix: str
+
+    def create_tenant(
+        self, policy: Mapping[str, Any], balance: Mapping[str, int], max_price: Mapping[str, int]
+    ) -> TenantClient:
+        """A new tenant with some policy, alone on a new account with a balance; every gateway knows it."""
+        name, first = f"shop-{secrets.token_hex(4)}", self.gateways[0]
+        httpx2.put(f"{self.upstream.url}/_control/accounts/{name}", json=balance).raise_for_status()
+        call_admin(first, "PUT", f"/accounts/{name}", json={"user_key": name, "max_price": max_price})
+        call_admin(first, "PUT", f"/tenants/{name}", json={"accounts": [name], **policy})
+        shop = TenantClient(self, name, call_admin(first, "POST", f"/tenants/{name}/tokens")["token"])
+        wait_until(lambda: all(map(shop.is_known_to, self.gateways)), "the news of a tenant")
+        return shop
+
+    def set_clock_to_noon(self) -> None:
+        """Let it become noon of the next day, exactly."""
+        day = asyncio.run(self._load_counters("demo")).now // 1000 // DAY_SECONDS
+        with Redis(unix_socket_path=str(self.store.socket_path)) as client:
+            client.set(Keys(self.prefix).clock + ":server", int((day + 1.5) * DAY_SECONDS) * 1000)
+
+    def advance_clock(self, seconds: float) -> None:
+        """Let time pass for the ledger."""
+        advance_clock(self.store, self.prefix, seconds)
+
+    def read_counters(self, tenant: str) -> TenantState:
+        """What the ledger counts for a tenant now."""
+        found = asyncio.run(self._load_counters(tenant))
+        roll_windows(found.state, found.now)
+        return found.state
+
+    async def _load_counters(self, tenant: str) -> TenantSnapshot:
+        connections, keys = connect(self.store.url, timeout=TIMEOUT_SECONDS), Keys(self.prefix)
+        scripts = RedisScripts(connections.commands)
+        try:
+            registry = await RedisRegistry(scripts, keys).load()
+            return await RedisLedger(scripts, keys, Retention()).tenant_snapshot(registry.tenants[tenant].id)
+        finally:
+            await connections.aclose()
+
+
+@dataclass(frozen=True)
+class TenantClient:
+    """A tenant, which uses the account of the same name."""
+
+    cluster: ProcessCluster
+    name: str
+    token: str
+
+    def is_known_to(self, gateway: GatewayProcess) -> bool:
+        """Whether a gateway has heard of it."""
+        return httpx2.get(f"{gateway.url}/v1/quota", headers=self._headers).status_code == 200
+
+    def submit(self, times: int) -> list[httpx2.Response]:
+        """Submit a small picture so many times at once, to one gateway after the other."""
+        files = {"image": ("a.png", make_png(), "image/png")}
+        requests = [
+            httpx2.Request("POST", f"{gateway.url}/v1/tasks/face-enhance", headers=self._headers, files=files)
+            for gateway in self.cluster.gateways
+        ]
+        return asyncio.run(send_concurrently(list(islice(cycle(requests), times))))
+
+    def count_submits(self) -> int:
+        """How many of its submits have reached the upstream."""
+        received = httpx2.get(f"{self.cluster.upstream.url}/_control/requests", timeout=TIMEOUT_SECONDS).json()
+        return sum(each["operation"] == "submit" and each["user_key"] == self.name for each in received)
+
+    def read_balance(self) -> dict[str, int]:
+        """What its account holds at the upstream."""
+        found: dict[str, dict[str, int]] = httpx2.get(f"{self.cluster.upstream.url}/_control/accounts").json()
+        return found[self.name]
+
+    def read_counters(self) -> TenantState:
+        """What the ledger counts for it now."""
+        return self.cluster.read_counters(self.name)
+
+    def finish_tasks(self) -> TenantState:
+        """Let time pass until its tasks were checked and have all ended; the counters then."""
+
+        def ended() -> bool:
+            self.cluster.advance_clock(_CHECK_SECONDS)
+            return self.read_counters().active_tasks == 0
+
+        wait_until(ended, "the end of all tasks")
+        return self.read_counters()
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
+
+@contextmanager
+def run_cluster(folder: Path, size: int) -> Iterator[ProcessCluster]:
+    """So many gateways, started at once."""
+    install_server_time()
+    with ExitStack() as opened:
+        store, upstream = opened.enter_context(run_valkey()), opened.enter_context(run_sandbox())
+        shared = upstream.gateway_settings(store)
+        gateways = [opened.enter_context(start_gateway(folder / str(number), **shared)) for number in range(size)]
+        for gateway in gateways:
+            gateway.wait_ready()
+        yield ProcessCluster(gateways, upstream, store, shared["GATEWAY_KEY_PREFIX"])

@@ -1,0 +1,63 @@
+"""The store is killed in the middle of a submission, and started again on what it had acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from tests.behaviour.gateway_fixture import run_real_gateway
+from tests.behaviour.upstream_control import SandboxUpstreamControl
+from tests.chaos.test_redis_outage import read_counters, wait_for_submits, wait_until
+from tests.support.valkey import Valkey, run_valkey
+
+
+@contextmanager
+def restart_store(store: Valkey) -> Iterator[None]:
+    """The same server again, on the same data."""
+    with subprocess.Popen(store.process.args, stdout=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+async def is_ready(store: Valkey) -> bool:
+    """Whether the server has read its data."""
+    with Redis(unix_socket_path=str(store.socket_path)) as client:
+        try:
+            return bool(client.ping())
+        except RedisConnectionError:
+            return False
+
+
+async def test_killed_when_settling() -> None:
+    """An acceptance that could not be booked before the store was killed is booked once after its restart."""
+    with run_valkey("--appendonly", "yes", "--appendfsync", "always") as store, ExitStack() as again:
+        async with run_real_gateway(store) as house:
+            assert isinstance(house.upstream, SandboxUpstreamControl)
+            await house.put_tenant(limits=[{"window": "total", "tasks": 2}], max_active=2)
+            assert (await house.submit()).status_code == 201
+            await house.upstream.delay_next_response(0.3)
+            submitting = asyncio.create_task(house.submit())
+            await wait_for_submits(house, 2)
+            store.kill()
+            accepted = await submitting
+            assert accepted.status_code == 201
+            assert (await house.submit()).json()["code"] == "ledger-unavailable"
+
+            again.enter_context(restart_store(store))
+            await wait_until(lambda: is_ready(store))
+
+            async def booked() -> bool:
+                listed = (await house.call("GET", "/v1/tasks")).json()["items"]
+                return accepted.json()["id"] in {each["id"] for each in listed}
+
+            await wait_until(booked)
+            assert (await house.submit()).json()["code"] == "quota-exceeded"
+            assert (await read_counters(house)).active_tasks == 2
+            assert await house.upstream.count_submits() == 2

@@ -1,0 +1,196 @@
+"""The store goes away at every step of a submission, and comes back, or comes back empty."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import msgspec
+import pytest
+from httpx2 import Response
+from redis import Redis
+
+from service import container
+from service.domain.ledger import Reservation, ReservationState, TenantState
+from service.domain.tenants import Window
+from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.upstream_control import SandboxUpstreamControl
+from tests.support.valkey import Valkey, run_valkey
+
+
+@pytest.fixture
+def store() -> Iterator[Valkey]:
+    """A server of the test's own, to be frozen."""
+    with run_valkey() as server:
+        yield server
+        server.resume()
+
+
+@pytest.fixture
+async def house(store: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RunningGateway]:
+    """A gateway on that server, which is quick to take silence for absence."""
+    monkeypatch.setattr(container, "REDIS_TIMEOUT_SECONDS", 0.3)
+    async with run_real_gateway(store) as found:
+        yield found
+
+
+async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for a condition."""
+    async with asyncio.timeout(20):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+async def read_counters(house: RunningGateway) -> TenantState:
+    """What the ledger counts for the tenant `shop`."""
+    tenant = house.services.registry.current.tenants["shop"]
+    return (await house.services.quota._ledger.tenant_snapshot(tenant.id)).state
+
+
+def reservation_states(store: Valkey) -> list[ReservationState]:
+    """The state of every reservation there is."""
+    with Redis(unix_socket_path=str(store.socket_path)) as client:
+        packed = [client.get(key) for key in client.scan_iter(match="*:reservation:*")]
+    return [msgspec.msgpack.decode(each, type=Reservation).state for each in packed if isinstance(each, bytes)]
+
+
+async def wait_for_submits(house: RunningGateway, submits: int) -> None:
+    """Wait until so many submits have reached the upstream."""
+
+    async def enough() -> bool:
+        return await house.upstream.count_submits() >= submits
+
+    await wait_until(enough)
+
+
+def sandbox_control(house: RunningGateway) -> SandboxUpstreamControl:
+    assert isinstance(house.upstream, SandboxUpstreamControl)
+    return house.upstream
+
+
+async def test_away_when_reserving(house: RunningGateway, store: Valkey) -> None:
+    """Without the store nothing is sent; and the reservation that it carries out once it is back is given up."""
+    store.suspend()
+    refused = await house.submit()
+    assert (refused.status_code, refused.json()["code"]) == (503, "ledger-unavailable")
+    assert refused.headers["retry-after"]
+    store.resume()
+
+    async def given_up() -> bool:
+        return reservation_states(store) == [ReservationState.NOT_SENT]
+
+    await wait_until(given_up)
+    state = await read_counters(house)
+    assert (state.active_tasks, sum(each.tasks_reserved for each in state.windows.values())) == (0, 0)
+    assert await house.upstream.count_submits() == 0
+    assert (await house.submit()).status_code == 201
+
+
+async def test_away_when_settling(house: RunningGateway, store: Valkey) -> None:
+    """An accepted submission is answered all the same, and booked exactly once when the store is back."""
+    await sandbox_control(house).delay_next_response(0.5)
+    submitting = asyncio.create_task(house.submit())
+    await wait_for_submits(house, 1)
+    store.suspend()
+    accepted: Response = await submitting
+    assert accepted.status_code == 201
+    store.resume()
+
+    async def booked() -> bool:
+        total = (await read_counters(house)).windows[Window.TOTAL]
+        return (total.tasks, total.tasks_reserved) == (1, 0)
+
+    await wait_until(booked)
+    ended = await house.wait_for_task(accepted.json()["id"])
+    assert ended["state"] == "succeeded"
+    assert (await read_counters(house)).active_tasks == 0
+    assert await house.upstream.count_submits() == 1
+
+
+async def test_reading_while_it_is_away(house: RunningGateway, store: Valkey) -> None:
+    """A task is read from the upstream by what its id holds, once per interval, however many ask."""
+    task = (await house.submit()).json()
+    await house.upstream.wait_until_idle()
+    store.suspend()
+    answers = await asyncio.gather(*(house.call("GET", task["links"]["self"]) for _ in range(5)))
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert {answer.json()["state"] for answer in answers} == {"succeeded"}
+    assert all(answer.json()["artifacts"] for answer in answers)
+    assert await house.upstream.count_checks() == 1
+    assert (await house.call("GET", "/v1/tasks")).status_code == 503
+    assert (await house.call("GET", "/readyz", token="")).status_code == 200
+    store.resume()
+
+
+async def test_store_that_lost_everything(house: RunningGateway, store: Valkey) -> None:
+    """A task that only its id is left of is read, booked again in full, and watched to its end."""
+    task = (await house.submit("seamless", {"fit": "0.4"})).json()
+    with Redis(unix_socket_path=str(store.socket_path)) as client:
+        client.flushall()
+    found = await house.call("GET", task["links"]["self"])
+    assert (found.status_code, found.json()["kind"]) == (200, "seamless")
+    state = await read_counters(house)
+    runs = found.json()["state"] != "succeeded"
+    assert (state.windows[Window.TOTAL].tasks, state.active_tasks) == (1, int(runs))
+    assert (await house.wait_for_task(task["id"]))["state"] == "succeeded"
+    state = await read_counters(house)
+    assert (state.windows[Window.TOTAL].tasks, state.active_tasks) == (1, 0)
+    assert await house.upstream.count_submits() == 1
+
+
+async def test_registry_that_was_lost(house: RunningGateway, store: Valkey) -> None:
+    """A store that lost the registry gets it back from a process that still holds it, limits and all."""
+    await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
+    with Redis(unix_socket_path=str(store.socket_path)) as client:
+        client.flushall()
+    await house.services.registry.refresh()
+    assert [(await house.submit()).status_code for _ in range(2)] == [201, 429]
+    assert (await house.call_admin("GET", "/tenants/shop")).json()["limits"][0]["tasks"] == 1
+    await house.put_tenant("another")
+
+
+async def test_client_that_leaves(house: RunningGateway) -> None:
+    """A submission whose client hung up is sent, settled and listed."""
+    await sandbox_control(house).delay_next_response(0.3)
+    submitting = asyncio.create_task(house.submit())
+    await wait_for_submits(house, 1)
+    submitting.cancel()
+    await asyncio.gather(submitting, return_exceptions=True)
+
+    async def listed() -> bool:
+        return len((await house.call("GET", "/v1/tasks")).json()["items"]) == 1
+
+    await wait_until(listed)
+    state = await read_counters(house)
+    assert (state.windows[Window.TOTAL].tasks, state.windows[Window.TOTAL].tasks_reserved, state.active_tasks) == (
+        1,
+        0,
+        1,
+    )
+    assert await house.upstream.count_submits() == 1
+
+
+async def test_rolled_back_registry(house: RunningGateway, store: Valkey) -> None:
+    """A store that a failover took back in time does not bring back what was revoked or deleted since."""
+    await house.put_tenant("gone")
+    revoked = await house.new_token()
+    with Redis(unix_socket_path=str(store.socket_path)) as client:
+        before = client.dump("{gw}:registry")
+        tokens = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
+        assert (await house.call_admin("DELETE", f"/tenants/shop/tokens/{tokens[-1]['id']}")).status_code == 204
+        assert (await house.call_admin("DELETE", "/tenants/gone")).status_code == 204
+        client.restore("{gw}:registry", 0, before, replace=True)
+    await house.services.registry.refresh()
+    assert (await house.call("GET", "/v1/quota", token=revoked)).status_code == 401
+    assert (await house.call("GET", "/v1/quota")).status_code == 200
+    assert (await house.call_admin("GET", "/tenants/gone")).status_code == 404
+
+
+async def test_store_that_refuses_writes(house: RunningGateway, store: Valkey) -> None:
+    """A store that may not write, for want of replicas, is as good as away: nothing is sent, and 503 says so."""
+    with Redis(unix_socket_path=str(store.socket_path)) as client:
+        client.config_set("min-replicas-to-write", 1)
+        refused = await house.submit()
+        assert (refused.status_code, refused.json()["code"]) == (503, "ledger-unavailable")
+        client.config_set("min-replicas-to-write", 0)
+    assert await house.upstream.count_submits() == 0

@@ -1,0 +1,153 @@
+"""What a file restores when a store has lost what it had, and no process remembers it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+from httpx2 import AsyncClient
+
+from service.app import create_app, create_ops_app
+from service.container import open_container
+from service.sandbox.app import SandboxConfig, open_sandbox
+from service.sandbox.store import AccountBalance
+from service.settings import Settings
+from service.storage.connections import connect
+from service.storage.redis import Keys
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, ENVIRONMENT, RunningGateway
+from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
+from tests.behaviour.usage_requests import read_all_usage
+from tests.cli.conftest import Shell
+from tests.support.app_server import serve_app
+from tests.support.valkey import Valkey
+
+INITIAL_FILE = """
+[accounts.main]
+user_key = { env = "MAIN_USER_KEY" }
+
+[tenants.shop]
+accounts = ["main"]
+limits = [{ window = "total", tasks = 10 }]
+webhook = { url = "https://hooks.example/", secret = { file = "hook.secret" } }
+
+[tenants.press]
+accounts = ["main"]
+"""
+
+
+class Deployment:
+    """A store, a sandbox, a folder with secrets, and one process of a gateway after another."""
+
+    def __init__(self, valkey: Valkey, upstream: str, control: SandboxUpstreamControl, folder: Path) -> None:
+        self._valkey = valkey
+        self._upstream = upstream
+        self._control = control
+        self.file = folder / "registry.toml"
+        (folder / "hook.secret").write_text("whsec_" + "c" * 40)
+
+    @asynccontextmanager
+    async def run_process(self) -> AsyncIterator[Shell]:
+        """A process that knows nothing but what is in the store."""
+        where = {"GATEWAY_REDIS_URL": self._valkey.url, "GATEWAY_UPSTREAM_URL": self._upstream}
+
+        async def pass_time(_: float) -> None:
+            raise AssertionError("time only passes by itself here")
+
+        async with (
+            open_container(Settings.load(ENVIRONMENT | where)) as services,
+            serve_app(create_app(services)) as url,
+            serve_app(create_ops_app(services)) as ops_url,
+            AsyncClient(timeout=30, trust_env=False) as http,
+        ):
+            address = urlsplit(ops_url)
+            yield Shell(
+                RunningGateway(url, ops_url, http, services, self._control, pass_time),
+                {
+                    "GATEWAY_OPS_HOST": str(address.hostname),
+                    "GATEWAY_OPS_PORT": str(address.port),
+                    "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
+                    "MAIN_USER_KEY": USER_KEY,
+                },
+            )
+
+    async def delete_keys(self, *keys: str) -> None:
+        """Let the store lose some keys, or everything."""
+        connections = connect(self._valkey.url, timeout=5)
+        client: Any = connections.commands
+        await (client.delete(*keys) if keys else client.flushall())
+        await connections.aclose()
+
+    async def apply_file(self, shell: Shell) -> str:
+        """Apply the file; what is printed."""
+        return (await shell.run("apply", str(self.file))).stdout
+
+
+@asynccontextmanager
+async def open_deployment(valkey: Valkey, folder: Path) -> AsyncIterator[Deployment]:
+    """An empty world."""
+    config = SandboxConfig(accounts={USER_KEY: AccountBalance(count=10, money=0)}, seconds=0)
+    with structlog.testing.capture_logs():
+        async with open_sandbox(config) as sandbox:
+            found = Deployment(valkey, sandbox.url, SandboxUpstreamControl(sandbox.control), folder)
+            await found.delete_keys()
+            yield found
+
+
+async def create_tenants(deployment: Deployment, shell: Shell) -> dict[str, str]:
+    """Two tenants, of which one has had a task; their tokens. The file is what was exported then."""
+    deployment.file.write_text(INITIAL_FILE)
+    await deployment.apply_file(shell)
+    tokens = {name: (await shell.run("token", "create", name)).stdout.strip() for name in ("shop", "press")}
+    deployment.file.write_text((await shell.run("export")).stdout)
+    return tokens
+
+
+async def test_everything_lost(valkey: Valkey, tmp_path: Path) -> None:
+    """From the file alone tokens are valid again, tasks belong to whom they did, and what is spent is counted apart."""
+    async with open_deployment(valkey, tmp_path) as found:
+        async with found.run_process() as shell:
+            tokens = await create_tenants(found, shell)
+            task = (await shell.gateway.submit(token=tokens["shop"])).json()
+            await shell.gateway.upstream.wait_until_idle()
+        await found.delete_keys()
+        async with found.run_process() as shell:
+            expect_problem(await shell.gateway.call("GET", "/v1/quota", token=tokens["shop"]), 401, "unauthenticated")
+            assert "Applied" in await found.apply_file(shell)
+            assert (await shell.run("export")).stdout == found.file.read_text()
+            read = await shell.gateway.call("GET", task["links"]["self"], token=tokens["shop"])
+            assert (read.status_code, read.json()["state"]) == (200, "succeeded")
+            foreign = await shell.gateway.call("GET", task["links"]["self"], token=tokens["press"])
+            expect_problem(foreign, 404, "not-found")
+            for _ in range(3):
+                assert (await shell.gateway.submit(token=tokens["press"])).status_code == 201
+            assert (await shell.gateway.submit(token=tokens["shop"])).status_code == 201
+            spent = (await read_all_usage(shell.gateway, "interval=total&group_by=tenant"))["items"]
+            assert {each["tenant"]: each["charged"]["tasks"] for each in spent} == {"shop": 2, "press": 3}, (
+                "of shop the task that was read counts again, and the one since"
+            )
+            made = await shell.gateway.call_admin("PUT", "/tenants/late", json={"accounts": ["main"]})
+            assert made.status_code == 200
+            known = shell.gateway.services.registry.current
+            assert known.tenants["late"].id > max(known.tenants["shop"].id, known.tenants["press"].id)
+
+
+async def test_registry_lost(valkey: Valkey, tmp_path: Path) -> None:
+    """Where only the registry was lost, what was spent before is found under its tenant again, and its limits hold."""
+    async with open_deployment(valkey, tmp_path) as found:
+        async with found.run_process() as shell:
+            tokens = await create_tenants(found, shell)
+            await shell.gateway.submit(token=tokens["shop"])
+            spent = await read_all_usage(shell.gateway)
+            left = (await shell.gateway.call("GET", "/v1/quota", token=tokens["shop"])).json()
+        await found.delete_keys(Keys("gw").registry)
+        async with found.run_process() as shell:
+            await found.apply_file(shell)
+            assert await read_all_usage(shell.gateway) == spent
+            assert [each["tenant"] for each in spent["items"]] == ["shop"]
+            assert (await shell.gateway.call("GET", "/v1/quota", token=tokens["shop"])).json() == left
+            assert "there is nothing to change" in await found.apply_file(shell)

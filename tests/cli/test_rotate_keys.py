@@ -1,0 +1,117 @@
+"""`gateway reseal`, after which a secret key can be taken away."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+import structlog
+from msgspec.structs import replace
+
+from service.container import USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE
+from service.crypto import Keyring
+from service.domain.tenants import WebhookSecrets
+from service.usecases.ports import RegistryChange
+from tests.behaviour.gateway_fixture import ENVIRONMENT, SECRET_KEY
+from tests.behaviour.upstream_control import USER_KEY
+from tests.cli.conftest import Shell
+
+OLD_KEY, UNKNOWN_KEY = b"o" * 32, b"x" * 32
+DONE_MESSAGE = "All secrets of the registry are sealed with the first secret key.\n"
+NEW_ONLY = Keyring([SECRET_KEY])
+URL = "https://hooks.example/"
+
+
+@pytest.fixture(autouse=True)
+def old_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway has an old secret key behind the first one."""
+    both = ",".join(base64.b64encode(each).decode() for each in (SECRET_KEY, OLD_KEY))
+    monkeypatch.setitem(ENVIRONMENT, "GATEWAY_SECRET_KEYS", both)
+
+
+def current_registry(shell: Shell) -> Any:
+    """The registry as it is."""
+    return shell.gateway.services.registry.current
+
+
+def decrypt_with_new_key(shell: Shell) -> tuple[bytes | None, ...]:
+    """What the first key alone opens: the user_key of main, and the webhook secrets of shop."""
+    signing: WebhookSecrets = current_registry(shell).tenants["shop"].webhook.signing
+    hooks = NEW_ONLY.derive(WEBHOOK_SECRET_PURPOSE)
+    key = NEW_ONLY.derive(USER_KEY_PURPOSE).decrypt(current_registry(shell).accounts["main"].user_key)
+    return (key, hooks.decrypt(signing.current), signing.previous and hooks.decrypt(signing.previous))
+
+
+async def write_registry(shell: Shell, change: RegistryChange) -> None:
+    """Write a change past the gateway."""
+    store: Any = shell.gateway.services.registry
+    assert await store.write(change)
+
+
+async def encrypt_with(shell: Shell, key: bytes, *, expires_at: float = 4e9) -> None:
+    """Have all secrets of the registry sealed with a key, the former one of a webhook in force until some time."""
+    hooks, now = Keyring([key]).derive(WEBHOOK_SECRET_PURPOSE), current_registry(shell)
+    main, shop = now.accounts["main"], now.tenants["shop"]
+    signing = WebhookSecrets(hooks.encrypt(b"secret"), hooks.encrypt(b"former"), expires_at)
+    change = RegistryChange(
+        version=now.version,
+        next_id=now.next_id,
+        accounts=(replace(main, user_key=Keyring([key]).derive(USER_KEY_PURPOSE).encrypt(USER_KEY.encode())),),
+        tenants=(replace(shop, webhook=replace(shop.webhook, url=URL, secrets=signing)),),
+    )
+    await write_registry(shell, change)
+
+
+async def test_sealed_anew(shell: Shell) -> None:
+    """All that an old key sealed, the first one alone opens then; nothing else of it is another, and it is logged."""
+    await encrypt_with(shell, OLD_KEY)
+    before = (await shell.run("export")).stdout
+    assert decrypt_with_new_key(shell) == (None, None, None)
+    with structlog.testing.capture_logs() as logged:
+        printed = (await shell.run("reseal")).stdout
+    assert printed == (
+        f"Sealed anew, with the first secret key: accounts.main.user_key, tenants.shop.webhook.secret\n{DONE_MESSAGE}"
+    )
+    assert decrypt_with_new_key(shell) == (USER_KEY.encode(), b"secret", b"former")
+    assert (await shell.run("export")).stdout == before
+    assert [each["event"] for each in logged if each["event"].startswith("registry.")] == ["registry.reencrypted"]
+
+
+async def test_again(shell: Shell) -> None:
+    """A second time there is nothing to do, and nothing is written."""
+    await encrypt_with(shell, OLD_KEY)
+    await shell.run("reseal")
+    version = current_registry(shell).version
+    assert (await shell.run("reseal")).stdout == DONE_MESSAGE
+    assert await shell.run_json("reseal") == {"accounts": [], "tenants": [], "lost": []}
+    assert current_registry(shell).version == version
+
+
+async def test_former_secret_that_has_ended(shell: Shell) -> None:
+    """A former secret of a webhook that signs no more is not kept, whatever opens it."""
+    await encrypt_with(shell, OLD_KEY, expires_at=1)
+    await shell.run("reseal")
+    assert decrypt_with_new_key(shell) == (USER_KEY.encode(), b"secret", None)
+
+
+async def test_lost(shell: Shell) -> None:
+    """What no key opens is named and left as it is, the command ends with 1, and the rest is sealed anew."""
+    await encrypt_with(shell, OLD_KEY)
+    stolen = Keyring([UNKNOWN_KEY]).derive(USER_KEY_PURPOSE).encrypt(b"key")
+    now = current_registry(shell)
+    main = replace(now.accounts["main"], user_key=stolen)
+    await write_registry(shell, RegistryChange(version=now.version, next_id=now.next_id, accounts=(main,)))
+    failed = await shell.run("reseal", code=1)
+    assert failed.stdout == "Sealed anew, with the first secret key: tenants.shop.webhook.secret\n"
+    assert failed.stderr == "gateway: no secret key opens accounts.main.user_key: give them anew\n"
+    assert current_registry(shell).accounts["main"].user_key == stolen
+    assert decrypt_with_new_key(shell) == (None, b"secret", b"former")
+
+
+async def test_lost_secret_of_a_webhook(shell: Shell) -> None:
+    """A webhook secret that no key opens is named as well, and so for scripts."""
+    await encrypt_with(shell, UNKNOWN_KEY)
+    failed = await shell.run("reseal", "--json", code=1)
+    assert '"tenants.shop.webhook.secret"' in failed.stdout
+    assert "accounts.main.user_key, tenants.shop.webhook.secret" in failed.stderr

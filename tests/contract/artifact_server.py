@@ -1,0 +1,168 @@
+"""Servers of results, good and bad, and a client that fetches from them."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+
+import httpx2
+
+from service.clients.artifacts import ArtifactClient, FetchTimeouts
+from service.clients.egress import Resolver, resolve_host
+from service.domain.tasks import Artifact, ArtifactName
+from service.domain.tenants import Account
+from service.usecases.ports import ArtifactStream, RangeRequest
+from tests.contract.client import ACCOUNT, CIPHER
+from tests.contract.scripted_server import Connection, Handler
+from tests.support.images import make_png
+
+MAX_BYTES = 1_000_000
+PNG_IMAGE = make_png()
+SVG = b'<?xml version="1.0"?>\n<!-- made -->\n<svg xmlns="http://www.w3.org/2000/svg"/>'
+
+
+def response_head(status: int = 200, **headers: str) -> bytes:
+    """The head of an answer; without other words a PNG of unknown length."""
+    fields = {"Content-Type": "image/png"} | {name.replace("_", "-"): text for name, text in headers.items()}
+    lines = "".join(f"{name}: {text}\r\n" for name, text in fields.items() if text)
+    return f"HTTP/1.1 {status} x\r\n{lines}\r\n".encode()
+
+
+def file_response(content: bytes = PNG_IMAGE, status: int = 200, **headers: str) -> bytes:
+    """An answer with its length."""
+    return response_head(status, **({"Content_Length": str(len(content))} | headers)) + content
+
+
+def chunked_body(*chunks: bytes, end: bool = True) -> bytes:
+    """Content in chunks."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in chunks) + (b"0\r\n\r\n" if end else b"")
+
+
+async def read_request(connection: Connection) -> str:
+    """Read one request without content; its head."""
+    found = await connection.reader.readuntil(b"\r\n\r\n")
+    connection.server.requests.append((found, b""))
+    connection.server.request_received.set()
+    return found.decode()
+
+
+def send_pieces(*pieces: bytes) -> Handler:
+    """Send the pieces to each who asks, and close."""
+
+    async def serve(connection: Connection) -> None:
+        await read_request(connection)
+        for piece in pieces:
+            await connection.send(piece)
+
+    return serve
+
+
+def send_and_hold(*pieces: bytes, disconnected: asyncio.Event | None = None) -> Handler:
+    """Send the pieces, and then nothing until the client goes, which `left` tells."""
+
+    async def serve(connection: Connection) -> None:
+        await read_request(connection)
+        for piece in pieces:
+            await connection.send(piece)
+        await connection.wait_closed()
+        if disconnected:
+            disconnected.set()
+
+    return serve
+
+
+def send_range(*pieces: bytes, content: bytes = PNG_IMAGE) -> Handler:
+    """Send the pieces to a request for a part of `content`, and its beginning to a request for that."""
+
+    async def serve(connection: Connection) -> None:
+        request = await read_request(connection)
+        if "bytes=0-65535" in request:
+            size = len(content)
+            await connection.send(
+                file_response(content, 206, Content_Type="", Content_Range=f"bytes 0-{size - 1}/{size}")
+            )
+            return
+        for piece in pieces:
+            await connection.send(piece)
+
+    return serve
+
+
+@dataclass
+class Fetcher:
+    """A client, and what it told its observer."""
+
+    client: ArtifactClient
+    outcomes: list[StrEnum] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def fetch(
+        self,
+        url: str,
+        name: ArtifactName = ArtifactName.IMAGE,
+        *,
+        account: Account | None = ACCOUNT,
+        requested: RangeRequest | None = None,
+        recent: bool = False,
+    ) -> AsyncIterator[ArtifactStream]:
+        """Fetch a result within the block."""
+        async with self.client.fetch(
+            account, Artifact(name, url), requested or RangeRequest(), is_recent=recent
+        ) as fetched:
+            yield fetched
+
+    async def fetch_all(
+        self,
+        url: str,
+        name: ArtifactName = ArtifactName.IMAGE,
+        *,
+        requested: RangeRequest | None = None,
+        recent: bool = False,
+    ) -> tuple[ArtifactStream, bytes]:
+        """Fetch a result to its end."""
+        async with self.fetch(url, name, requested=requested, recent=recent) as fetched:
+            return fetched, b"".join([chunk async for chunk in fetched.chunks])
+
+    @property
+    def outcome(self) -> StrEnum:
+        """What became of the only fetch."""
+        (outcome,) = self.outcomes
+        return outcome
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    """Made once, since it takes a while."""
+    return httpx2.create_ssl_context()
+
+
+def make_fetcher(
+    upstream_url: str = "http://127.0.0.1",
+    *,
+    resolver: Resolver = resolve_host,
+    timeouts: FetchTimeouts | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> Fetcher:
+    """A client whose upstream is this machine."""
+    outcomes: list[StrEnum] = []
+
+    def observe(operation: StrEnum, outcome: StrEnum, seconds: float) -> None:
+        assert operation == "fetch"
+        assert 0 <= seconds < 60
+        outcomes.append(outcome)
+
+    client = ArtifactClient(
+        upstream_url,
+        max_bytes=MAX_BYTES,
+        on_call=observe,
+        user_keys=CIPHER,
+        tls=tls or _tls_context(),
+        resolver=resolver,
+        timeouts=timeouts,
+    )
+    return Fetcher(client, outcomes)

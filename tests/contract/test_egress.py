@@ -1,0 +1,249 @@
+"""Connections go to checked addresses, whatever names resolve to."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from ipaddress import ip_address
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from service.clients.egress import (
+    AddressRefused,
+    AllowAddress,
+    GuardedTransport,
+    IpAddress,
+    Resolver,
+    UnknownHost,
+    is_public,
+    resolve_host,
+)
+from tests.contract.scripted_server import http_response, reply_with, run_server
+from tests.support.certificates import create_certificate
+
+LOOPBACK = ip_address("127.0.0.1")
+UNUSED_ADDRESS = ip_address("127.0.0.2")
+"""Belongs to this machine too, but the servers of these tests do not listen there."""
+
+
+@pytest.mark.parametrize("text", ["8.8.8.8", "1.1.1.1", "172.32.0.1", "2606:4700::1111", "64:ff9b::808:808"])
+def test_public(text: str) -> None:
+    """Addresses of the internet are public, also as IPv4 seen from an IPv6 network."""
+    assert is_public(ip_address(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0.0.0.0",
+        "10.1.2.3",
+        "100.64.0.1",
+        "100.100.100.200",
+        "127.0.0.1",
+        "127.255.255.254",
+        "168.63.129.16",
+        "169.254.169.254",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.0.0.192",
+        "192.0.2.1",
+        "192.88.99.1",
+        "192.168.1.1",
+        "198.18.0.1",
+        "198.51.100.1",
+        "203.0.113.1",
+        "224.0.0.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "::8.8.8.8",
+        "::ffff:8.8.8.8",
+        "::ffff:127.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "64:ff9b::169.254.169.254",
+        "64:ff9b:1::1",
+        "100::1",
+        "2001::1",
+        "2001:db8::1",
+        "2002:7f00:1::",
+        "2002:808:808::",
+        "3fff::1",
+        "5f00::1",
+        "fc00::1",
+        "fd00:ec2::254",
+        "fe80::1",
+        "fe80::1%lo",
+        "fec0::1",
+        "ff02::1",
+    ],
+)
+def test_not_public(text: str) -> None:
+    """Addresses of this machine or its network are not public, nor such that lead to IPv4, nor reserved ones."""
+    assert not is_public(ip_address(text))
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("127.1", "127.0.0.1"), ("0x7f000001", "127.0.0.1")],
+)
+async def test_literals(host: str, address: str) -> None:
+    """An address in any of its spellings resolves to itself."""
+    assert await resolve_host(host) == [ip_address(address)]
+
+
+@pytest.mark.parametrize("host", ["", "two..dots", f"{'x' * 64}.example"])
+async def test_unknown_hosts(host: str) -> None:
+    """A host without an address is unknown."""
+    with pytest.raises(UnknownHost):
+        await resolve_host(host)
+
+
+def make_resolver(*answers: Sequence[IpAddress]) -> Resolver:
+    """A name server that gives other answers each time."""
+    left = iter(answers)
+
+    async def resolver(_: str) -> Sequence[IpAddress]:
+        return next(left)
+
+    return resolver
+
+
+def allow_any(_host: str, _ip: IpAddress) -> bool:
+    """Allow everything."""
+    return True
+
+
+@asynccontextmanager
+async def open_client(
+    resolver: Resolver, allow: AllowAddress = allow_any, *, tls: ssl.SSLContext | None = None, seconds: float = 10
+) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client that resolves names so."""
+    transport = GuardedTransport(allow, tls=tls or httpx2.create_ssl_context(), resolver=resolver)
+    timeout = httpx2.Timeout(10, connect=seconds)
+    async with httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout) as found:
+        yield found
+
+
+def with_hostname(url: str) -> str:
+    """The URL of a server under a name."""
+    return url.replace("127.0.0.1", "Files.Example")
+
+
+async def test_resolved_once() -> None:
+    """What was checked is what is connected to, though the name server would say something else by then."""
+    asked: list[tuple[str, IpAddress]] = []
+
+    def allow(host: str, ip: IpAddress) -> bool:
+        asked.append((host, ip))
+        return ip == LOOPBACK
+
+    async with (
+        run_server(reply_with(http_response(b"fine"))) as peer,
+        open_client(make_resolver([LOOPBACK], [UNUSED_ADDRESS]), allow) as caller,
+    ):
+        assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
+        with pytest.raises(AddressRefused):
+            await caller.post(with_hostname(peer.url), content=b"x")
+        assert asked == [("files.example", LOOPBACK), ("files.example", UNUSED_ADDRESS)]
+        assert peer.connections == 1
+
+
+async def test_each_request_is_checked() -> None:
+    """Nothing is sent over a connection that an earlier request was allowed to make."""
+    verdicts = iter([True, False])
+    async with (
+        run_server(reply_with(http_response(b""))) as peer,
+        open_client(make_resolver([LOOPBACK], [LOOPBACK]), lambda _host, _ip: next(verdicts)) as caller,
+    ):
+        await caller.post(with_hostname(peer.url), content=b"x")
+        with pytest.raises(AddressRefused):
+            await caller.post(with_hostname(peer.url), content=b"x")
+        assert b"\r\nconnection: close\r\n" in peer.requests[0][0].lower()
+        assert len(peer.requests) == 1
+
+
+async def test_only_allowed_ones() -> None:
+    """Of several addresses only those are tried which are allowed."""
+    async with (
+        run_server(reply_with(http_response(b""))) as peer,
+        open_client(make_resolver([LOOPBACK, UNUSED_ADDRESS]), lambda _host, ip: ip == UNUSED_ADDRESS) as caller,
+    ):
+        with pytest.raises(httpx2.ConnectError):
+            await caller.post(with_hostname(peer.url), content=b"x")
+        assert peer.connections == 0
+
+
+async def test_next_address() -> None:
+    """Where one address does not take the connection, the next one gets the whole request, under the name."""
+    async with (
+        run_server(reply_with(http_response(b"fine"))) as peer,
+        open_client(make_resolver([UNUSED_ADDRESS, LOOPBACK])) as caller,
+    ):
+        answer = await caller.post(f"{with_hostname(peer.url)}/a?b=c", content=b"content")
+        ((head, body),) = peer.requests
+        assert answer.content == b"fine"
+        assert head.startswith(b"POST /a?b=c HTTP/1.1\r\n")
+        assert f"\r\nhost: files.example:{answer.request.url.port}\r\n".encode() in head.lower()
+        assert body == b"content"
+
+
+async def test_address_that_swallows() -> None:
+    """An address at which connections never come about leaves time for the others."""
+    with socket.create_server((str(UNUSED_ADDRESS), 0), backlog=0) as deaf:
+        port = deaf.getsockname()[1]
+        waiting = [socket.socket() for _ in range(3)]
+        try:
+            for each in waiting:
+                each.setblocking(False)
+                each.connect_ex((str(UNUSED_ADDRESS), port))
+            async with run_server(reply_with(http_response(b"fine")), port=port) as peer:
+                async with open_client(make_resolver([UNUSED_ADDRESS, LOOPBACK]), seconds=0.4) as caller:
+                    assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
+                async with open_client(make_resolver([UNUSED_ADDRESS]), seconds=0.1) as caller:
+                    with pytest.raises(httpx2.ConnectTimeout):
+                        await caller.post(with_hostname(peer.url), content=b"x")
+        finally:
+            for each in waiting:
+                each.close()
+
+
+async def test_slow_name_server() -> None:
+    """A name server that does not answer is waited for no longer than for a connection."""
+
+    async def resolver(_: str) -> Sequence[IpAddress]:
+        await asyncio.Event().wait()
+        return []
+
+    async with open_client(resolver, seconds=0.05) as caller:
+        with pytest.raises(httpx2.ConnectTimeout):
+            await caller.get("http://files.example")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "localhost", "2130706433"])
+async def test_this_machine(host: str) -> None:
+    """This machine is not public under any of its names."""
+    async with open_client(resolve_host, lambda _host, ip: is_public(ip)) as caller:
+        with pytest.raises(AddressRefused):
+            await caller.get(f"http://{host}:1/")
+
+
+async def test_certificates(tmp_path: Path) -> None:
+    """A server shows a certificate for its name; one for its address is not enough."""
+    for subject, trusted in (("files.example", True), ("127.0.0.1", False)):
+        public_part, context = create_certificate(tmp_path, subject)
+        tls = ssl.create_default_context(cafile=str(public_part))
+        async with (
+            run_server(reply_with(http_response(b"fine")), tls=context) as peer,
+            open_client(make_resolver([LOOPBACK]), tls=tls) as caller,
+        ):
+            if trusted:
+                assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
+            else:
+                with pytest.raises(httpx2.ConnectError, match=r"not valid for .files\.example"):
+                    await caller.post(with_hostname(peer.url), content=b"x")

@@ -1,0 +1,64 @@
+"""A process that was stopped for longer than its time limits reads what has arrived before it gives up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.usecases.ports import SubmitOutcome
+from tests.contract.scripted_server import ACCEPTED_RESPONSE, Connection, run_server
+from tests.process.gateway import is_alive
+
+PROGRAM = """
+import asyncio, sys, uvloop
+from service.clients import exchange
+from tests.contract.client import calling
+
+async def main(url, loop, read, seconds):
+    exchange.READ_SECONDS = float(read)
+    async with calling(url) as caller:
+        print((await caller.submit(seconds=float(seconds))).outcome)
+
+(uvloop if sys.argv[2] == "uvloop" else asyncio).run(main(*sys.argv[1:]))
+"""
+LIMIT_SECONDS = 0.4
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process does nothing until it is told to go on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize(("read", "seconds"), [(LIMIT_SECONDS, 30), (30, LIMIT_SECONDS)])
+async def test_response_that_arrived_in_a_pause(loop: str, read: float, seconds: float) -> None:
+    """A response that arrived while the process was stopped counts, whichever time limit has passed meanwhile."""
+    child: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def stopping(connection: Connection) -> None:
+        await connection.receive()
+        pid = await child
+        os.kill(pid, signal.SIGSTOP)
+        while not is_stopped(pid):
+            await asyncio.sleep(0)
+        await connection.send(ACCEPTED_RESPONSE)
+        await asyncio.sleep(2 * LIMIT_SECONDS)  # the limit itself, which passes while nothing can be read
+        os.kill(pid, signal.SIGCONT)
+        await connection.wait_closed()
+
+    async with run_server(stopping) as peer:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", PROGRAM, peer.url, loop, str(read), str(seconds)), stdout=asyncio.subprocess.PIPE
+        )
+        child.set_result(process.pid)
+        try:
+            printed, _ = await process.communicate()
+        finally:
+            if is_alive(process.pid):
+                process.kill()
+    assert (printed.decode().strip(), len(peer.requests)) == (SubmitOutcome.ACCEPTED, 1)

@@ -1,0 +1,238 @@
+"""Traffic of every sort, each bit of it only as much as leaves a mark."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import httpx2
+from redis import Redis
+
+from service.clients.http import BREAKER_THRESHOLD
+from service.domain.tasks import Kind
+from service.domain.webhooks import RETRY_SECONDS
+from tests.monitoring.monitored_gateway import UNAVAILABLE_STATUSES, MonitoredGateway
+from tests.process.gateway import wait_until
+from tests.support.images import make_png
+
+LEASE_SECONDS = 180
+WINDOWS = ("minute", "hour", "day", "month", "total")
+DENYING_POLICIES: Mapping[str, Mapping[str, Any]] = {
+    **{f"{window}-tasks": {"limits": [{"window": window, "tasks": 1}]} for window in WINDOWS},
+    **{f"{window}-money": {"limits": [{"window": window, "money": 3}]} for window in WINDOWS},
+    "max-active": {"max_active": 1},
+    "balance": {},
+}
+"""A tenant for each reason to refuse, named after it; a task at the highest price fills up its limit."""
+RECEIVER_STATUSES = {"told": 204, "busy": 500, "gone": 410}
+"""Tenants by what their receivers answer."""
+CHECK_FAULTS: Mapping[str, Mapping[str, Any]] = {
+    "no_response": {"reply": "page", "status": 502},
+    "not_found": {"wrong": {"status": "null"}},
+    "invalid": {"wrong": {"images_url": "missing", "vector_url": "missing", "grid_url": "missing"}},
+}
+"""What the upstream does wrong with checks of tasks, by what the watch makes of it."""
+FILE_FAULTS: Sequence[Mapping[str, Any]] = (
+    {"reply": "page", "status": 404},
+    {"reply": "page", "status": 500},
+    {"reply": "cut"},
+)
+"""What it does wrong with results."""
+_ACCOUNT = {"max-active": "main", "balance": "empty"}
+
+
+def create_tenants(plant: MonitoredGateway) -> None:
+    """Make all accounts and tenants, and wait until the gateway knows them."""
+    plant.create_account("main", 1_000, 1_000, floor_count=5, floor_money=10)
+    plant.create_account("money", 0, 1_000)
+    plant.create_account("leaky", 20, 50)
+    plant.create_account("empty", 0, 0)
+    plant.create_account("unknown", 5, 5)
+    plant.create_account("blind", 5, 5, max_price={})
+    plant.create_account("away", 5, 5, base_url=plant.unreachable_url)
+    plant.create_tenant("steady", "main", limits=[{"window": each, "tasks": 500, "money": 500} for each in WINDOWS])
+    for name in ("money", "leaky", "unknown", "blind", "away"):
+        plant.create_tenant(name, name)
+    plant.create_tenant("two-accounts", "unknown", "main")
+    for name, policy in DENYING_POLICIES.items():
+        plant.create_tenant(name, _ACCOUNT.get(name, "money"), **policy)
+    for name, status in RECEIVER_STATUSES.items():
+        hook = {"url": f"{plant.receiver_url}/{status}", "allow": ["127.0.0.0/8"]}
+        plant.create_tenant(name, "main", webhook=hook)
+    wait_until(lambda: plant.call(name, "GET", "/v1/quota").status_code == 200, "the news of the last tenant")
+
+
+def run_tasks(plant: MonitoredGateway) -> None:
+    """Every kind of task, to its end, as every sort of client follows it."""
+    tasks = [plant.run_task("steady", kind) for kind in Kind]
+    tasks += [plant.run_task("money", kind) for kind in Kind]
+    task = tasks[0]
+    for path in ("", "?limit=5", f"/{task['id']}", f"/{task['id']}/artifacts/image"):
+        assert plant.call("steady", "GET", f"/v1/tasks{path}").status_code == 200, path
+    for path in ("/v1/usage", "/v1/quota"):
+        assert plant.call("steady", "GET", path).status_code == 200
+    for kind in ("task", "vector_task", "face_enhance_task", "seamless_task"):
+        form = {"user_key": plant.tokens["steady"]}, {"input_image": ("a.png", make_png(), "image/png")}
+        old = plant.http.post(f"{plant.api.url}/api/submit_{kind}", data=form[0], files=form[1]).json()
+        check = {"user_key": plant.tokens["steady"], "task_id": old["task_id"]}
+        assert plant.http.post(f"{plant.api.url}/api/check_task_status", data=check).json()["err_code"] == 0
+    refund = plant.call_admin("POST", "/refunds", json={"task": task["id"], "reason": "It came out blank."})
+    assert refund["refund"]
+    key = {"Idempotency-Key": '"once-and-no-more-than-once"'}
+    ids = {plant.submit("steady", headers=key).json()["id"] for _ in range(2)}
+    assert len(ids) == 1
+    with ThreadPoolExecutor() as threads:
+        running = plant.start_task("steady", seconds=1.5)
+        followed = threads.submit(plant.call, "steady", "GET", f"{running}/events")
+        waited = threads.submit(plant.call, "steady", "GET", running, headers={"Prefer": "wait=10"})
+        assert waited.result().json()["state"] == "succeeded"
+        assert "succeeded" in followed.result().text
+    plant.upstream.set_faults()
+
+
+def send_refused(plant: MonitoredGateway) -> None:
+    """What the gateway refuses, and what clients do wrong."""
+    for name in DENYING_POLICIES:
+        if name == "max-active":
+            plant.upstream.set_faults(seconds=2)
+        plant.submit(name)
+        wait_until(partial(_is_denied, plant, name), f"a refusal by {name}")
+        plant.upstream.set_faults()
+    expected = {
+        ("nobody", "GET", "/v1/quota"): 401,
+        ("steady", "GET", "/v1/nothing"): 404,
+        ("steady", "DELETE", "/v1/quota"): 405,
+        ("steady", "POST", "/v1/tasks/upscale"): 415,
+    }
+    found = {each: plant.call(*each).status_code for each in expected}
+    assert found == expected, found
+    assert plant.http.get(f"{plant.api.ops_url}/admin/v1/accounts").status_code == 401
+
+
+def inject_upstream_faults(plant: MonitoredGateway) -> None:
+    """What the vendor does wrong, with submits, checks and results."""
+    _with_fault(plant, {"on": "submit", "fail": "it could not be done"}, lambda: _expect_state(plant, "failed"))
+    _with_fault(plant, {"on": "submit", "reject": "too dark"}, lambda: _expect_status(plant, "steady", [502]))
+    _with_fault(plant, {"on": "submit", "reply": "reset"}, lambda: _expect_status(plant, "steady", [504]))
+    for status in (301, 429):
+        refused = {"on": "submit", "reply": "page", "status": status, "when": "before"}
+        _with_fault(plant, refused, lambda: _expect_status(plant, "steady", [503]))
+    for tenant, status in (("unknown", 503), ("two-accounts", 201)):
+        plant.call_admin("POST", "/accounts/unknown/reopen")
+        _with_fault(plant, {"on": "submit", "refuse": "账户不存在"}, partial(_expect_status, plant, tenant, [status]))
+    nothing = {"remaining_count": "missing", "remaining_money": "missing"}
+    _with_fault(plant, {"times": None, "wrong": nothing}, lambda: _expect_state(plant, "succeeded", "blind"))
+    for answer, fault in CHECK_FAULTS.items():
+        _with_fault(plant, {"on": "check", "times": None, **fault}, partial(_wait_for_check, plant, answer))
+    result = f"/v1/tasks/{plant.run_task('steady')['id']}/artifacts/image"
+    for fault in FILE_FAULTS:
+        _with_fault(plant, {"on": "file", **fault}, lambda: _expect_unavailable(plant, result))
+    for _ in range(BREAKER_THRESHOLD + 1):
+        _expect_status(plant, "away", [503])
+
+
+def spend_outside(plant: MonitoredGateway) -> None:
+    """Somebody else spends, both uses and money."""
+    plant.run_task("leaky")
+    plant.set_balance("leaky", 15, 50)
+    plant.run_task("leaky")
+    plant.set_balance("leaky", 14, 40)
+    plant.run_task("leaky")
+    unexplained = plant.call_admin("GET", "/accounts/leaky")["unexplained"]
+    assert unexplained["count"] > 0, unexplained
+    assert unexplained["money"] > 0, unexplained
+
+
+def deliver_webhooks(plant: MonitoredGateway) -> None:
+    """Tell receivers of ends: one that hears it, one that fails, and one that is gone."""
+    for name in RECEIVER_STATUSES:
+        plant.run_task(name)
+
+
+def interrupt_store(plant: MonitoredGateway, is_noticed: Callable[[], bool]) -> None:
+    """The store refuses writes; then it is away, until that was noticed."""
+    task = plant.start_task("steady")
+    with Redis(unix_socket_path=str(plant.store.socket_path)) as client:
+        client.config_set("min-replicas-to-write", 1)
+        _expect_status(plant, "steady", [503])
+        client.config_set("min-replicas-to-write", 0)
+    with plant.stop_store():
+        assert plant.call("steady", "GET", task).status_code == 200
+        _expect_status(plant, "steady", [503])
+        wait_until(is_noticed, "word of a store that is away")
+    wait_until(lambda: plant.call("steady", "GET", "/v1/tasks").status_code == 200, "the return of the store")
+    plant.upstream.set_faults()
+
+
+def abandon_requests(plant: MonitoredGateway) -> None:
+    """A client leaves, and a submission takes longer than its lease: it is given up."""
+    _hang_up(plant, plant.start_task("steady"))
+    before = plant.upstream.count_requests("submit")
+    plant.upstream.set_faults({"on": "submit", "times": 1, "latency": 8, "reply": "reset"})
+    with ThreadPoolExecutor() as threads:
+        submitting = threads.submit(plant.submit, "steady")
+        wait_until(lambda: plant.upstream.count_requests("submit") > before, "the submit")
+        plant.advance_clock(LEASE_SECONDS)
+        wait_until(lambda: plant.sum_samples("gateway_reservations_expired_total") > 0, "the end of a lease")
+        assert submitting.result().status_code == 504
+
+
+def exhaust_webhook_retries(plant: MonitoredGateway) -> None:
+    """Let time pass until the receiver that fails was tried for the last time."""
+    while not plant.sum_samples("gateway_webhook_attempts_total", state="failed"):
+        before = plant.sum_samples("gateway_webhook_attempts_total")
+        plant.advance_clock(2 * max(RETRY_SECONDS))
+        wait_until(partial(_was_attempted, plant, before), "another attempt")
+    given_up = plant.call_admin("GET", "/webhooks/failed")["items"]
+    plant.call_admin("POST", f"/webhooks/{given_up[0]['id']}/redeliver")
+
+
+def _was_attempted(plant: MonitoredGateway, before: float) -> bool:
+    return plant.sum_samples("gateway_webhook_attempts_total") > before
+
+
+def _is_denied(plant: MonitoredGateway, tenant: str) -> bool:
+    """Submit, and say whether that was refused. At the turn of a minute, the limit of minutes begins anew."""
+    return plant.submit(tenant).status_code in {402, 429}
+
+
+def _with_fault(plant: MonitoredGateway, fault: Mapping[str, Any], act: Callable[[], None]) -> None:
+    plant.upstream.set_faults({"times": 1, **fault})
+    act()
+    plant.upstream.set_faults()
+
+
+def _wait_for_check(plant: MonitoredGateway, answer: str) -> None:
+    """Have a task checked until that had some answer."""
+    plant.submit_accepted("steady")
+    wait_until(lambda: plant.sum_samples("gateway_poll_checks_total", outcome=answer) > 0, f"a check that is {answer}")
+
+
+def _expect_state(plant: MonitoredGateway, state: str, tenant: str = "steady") -> None:
+    assert plant.run_task(tenant)["state"] == state
+
+
+def _expect_status(plant: MonitoredGateway, tenant: str, statuses: Sequence[int]) -> None:
+    answer = plant.submit(tenant)
+    assert answer.status_code in statuses, answer.text
+
+
+def _expect_unavailable(plant: MonitoredGateway, path: str) -> None:
+    """A result that can't be had: that is said, or it breaks off."""
+    with suppress(httpx2.RemoteProtocolError):
+        assert plant.call("steady", "GET", path).status_code in UNAVAILABLE_STATUSES
+
+
+def _hang_up(plant: MonitoredGateway, path: str) -> None:
+    """Wait for the end of a task, and leave before it."""
+    url = httpx2.URL(plant.api.url)
+    request = f"GET {path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {plant.tokens['steady']}\r\n"
+    with socket.create_connection((url.host, url.port)) as client:
+        client.sendall(f"{request}Prefer: wait=60\r\n\r\n".encode())
+        wait_until(lambda: plant.sum_samples("gateway_waiting_clients") > 0, "a client that waits")
+    wait_until(lambda: plant.sum_samples("gateway_http_requests_total", status="499") > 0, "word that it left")
+    plant.upstream.set_faults()

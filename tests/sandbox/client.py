@@ -1,0 +1,70 @@
+"""A client of the vendor's API that hides nothing: forms out, the answer in, whatever it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import httpx2
+
+from tests.sandbox import images
+
+UPSCALE: dict[str, Any] = {
+    "sdxl_model_dropdown": "通用模型",
+    "style_dropdown": "通用风格",
+    "upscale": "2.0",
+    "s_noise": "1.003",
+    "steps": "30",
+    "high_fidelity": "false",
+    "strong_inpaint": "false",
+}
+
+
+class SandboxClient:
+    """Calls one sandbox."""
+
+    def __init__(self, client: httpx2.AsyncClient) -> None:
+        self.http = client
+
+    async def submit(
+        self,
+        call: str = "submit_seamless_task",
+        fields: Mapping[str, str] = MappingProxyType({}),
+        *,
+        image: bytes | None = None,
+        user_key: str = "key",
+    ) -> httpx2.Response:
+        """Submit a task, by default the quickest, and give the raw answer."""
+        content = images.plain_png() if image is None else image
+        data = {"user_key": user_key, **(UPSCALE if call == "submit_task" else {}), **fields}
+        return await self.http.post(f"/api/{call}", data=data, files={"input_image": ("x.png", content)})
+
+    async def submit_accepted(
+        self,
+        call: str = "submit_seamless_task",
+        fields: Mapping[str, str] = MappingProxyType({}),
+        *,
+        image: bytes | None = None,
+        user_key: str = "key",
+    ) -> str:
+        """Submit a task that is accepted, and give its id."""
+        answer = (await self.submit(call, fields, image=image, user_key=user_key)).json()
+        assert answer["err_code"] == 0, answer
+        task_id = answer["task_id"]
+        assert isinstance(task_id, str)
+        return task_id
+
+    async def check(self, task_id: str, user_key: str = "key") -> dict[str, Any]:
+        """Check a task."""
+        response = await self.http.post("/api/check_task_status", data={"user_key": user_key, "task_id": task_id})
+        answer: dict[str, Any] = response.json()
+        return answer
+
+
+@contextlib.asynccontextmanager
+async def open_client(url: str) -> AsyncIterator[SandboxClient]:
+    """Open a caller of the sandbox at this address."""
+    async with httpx2.AsyncClient(base_url=url, timeout=10) as client:
+        yield SandboxClient(client)

@@ -1,0 +1,292 @@
+"""What can be done to a ledger, done to the scripts and to their model alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from service.domain.availability import PROBE_INTERVAL_MS
+from service.domain.ledger import AccountStatus, Balance, Grant, Idempotency, Reservation, ReservationState
+from service.domain.tasks import Artifact, ArtifactName, Kind, TaskError
+from service.domain.tenants import Account, AccountPolicy, Tenant, TenantPolicy
+from service.usecases.ports import (
+    BalanceCheck,
+    CheckOutcome,
+    CheckResult,
+    ClaimedCheck,
+    NewTask,
+    RegistryChange,
+    ReserveRequest,
+    Settlement,
+)
+from tests.storage.ledger_comparison import ACCOUNTS, TENANT
+from tests.storage.ledger_invariants import LedgerInvariants
+from tests.storage.ledger_strategies import KINDS, SubmissionPlan
+from tests.storage.ledger_views import is_reserved, normalize_reservation, normalize_task
+from tests.storage.simulated_upstream import SimulatedUpstream
+
+ARTIFACTS = (Artifact(ArtifactName.IMAGE, "http://up.test/1.png"),)
+FAILED = TaskError("failed", "It failed.")
+
+
+class LedgerActions(LedgerInvariants):
+    """Does the same to both, with the figures that an upstream would tell.
+
+    `claimed` are the checks under way, `looks` the looks.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.reservation_count = 0
+        self.claimed_checks: list[ClaimedCheck] = []
+        self.balance_checks: list[BalanceCheck] = []
+        self.set_upstream(late=False, now=True, count=2, money=1_000)
+        self.write_policies(TenantPolicy(), AccountPolicy(), AccountPolicy())
+
+    def set_upstream(self, *, late: bool, now: bool, count: int, money: int) -> None:
+        """Let the upstream charge at the end or at once, and tell the balance of now or of then."""
+        self.upstream = SimulatedUpstream(
+            late, now, dict.fromkeys(KINDS, 100), dict.fromkeys(ACCOUNTS, Balance(count, money))
+        )
+
+    def write_policies(self, tenant: TenantPolicy, first: AccountPolicy, second: AccountPolicy) -> None:
+        """Write limits, of a tenant and accounts that may have been gone."""
+        self._write_registry(
+            tenants=(Tenant(TENANT, "t", ("a", "b"), tenant),),
+            accounts=(Account(2, "a", b"sealed", None, first), Account(3, "b", b"sealed", None, second)),
+        )
+
+    def write_tenant_policy(self, policy: TenantPolicy) -> None:
+        """Write the limits of the tenant alone."""
+        self._write_registry(tenants=(Tenant(TENANT, "t", ("a", "b"), policy),))
+
+    def delete_from_registry(self, name: str) -> None:
+        """Remove the tenant or the account of a name."""
+        now = self.model_registry.current
+        self._write_registry(
+            drop_tenants=tuple(each for each in now.tenants.values() if each.name == name),
+            drop_accounts=tuple(each for each in now.accounts.values() if each.name == name),
+        )
+
+    def _write_registry(
+        self,
+        *,
+        tenants: tuple[Tenant, ...] = (),
+        accounts: tuple[Account, ...] = (),
+        drop_tenants: tuple[Tenant, ...] = (),
+        drop_accounts: tuple[Account, ...] = (),
+    ) -> None:
+        change = RegistryChange(
+            version=self.model_registry.current.version,
+            next_id=4,
+            tenants=tenants,
+            accounts=accounts,
+            drop_tenants=drop_tenants,
+            drop_accounts=drop_accounts,
+        )
+        assert self.compare_calls(self.registry_store.write(change), self.model_registry.write(change))
+        assert vars(self.run(self.registry_store.load())) == vars(self.model_registry.current)
+
+    def choose_reservation(self, number: int, predicate: Callable[[Reservation], bool]) -> str | None:
+        """One of the reservations that are wanted, counted from the newest."""
+        found = [name for name, each in reversed(self.model.reservations.items()) if predicate(each)]
+        return found[number % len(found)] if found else None
+
+    def reserve(self, kind: Kind, accounts: tuple[int, ...], idempotency: Idempotency | None) -> str | None:
+        """Reserve under a new name; None if it was refused, which must not change anything."""
+        self.reservation_count += 1
+        ask = ReserveRequest(f"r{self.reservation_count}", TENANT, accounts, kind, idempotency)
+        before = self.take_snapshot()
+        answer = self.compare_calls(self.ledger.reserve(ask), self.model.reserve(ask))
+        if answer and isinstance(answer[0], Grant):
+            self.check_limits()
+            return ask.reservation
+        assert self.take_snapshot() == before, "a refusal changed something"
+        return None
+
+    def ensure_reserved(self, number: int, accounts: tuple[int, ...]) -> str | None:
+        """A reservation without an outcome, a new one if there is none."""
+        return self.choose_reservation(number, is_reserved) or self.reserve(KINDS[0], accounts, None)
+
+    def reserve_again(self, reservation: str, kind: Kind) -> None:
+        ask = ReserveRequest(reservation, TENANT, ACCOUNTS, kind)
+        before = self.take_snapshot()
+        self.compare_calls(self.ledger.reserve(ask), self.model.reserve(ask))
+        assert self.take_snapshot() == before
+
+    def change_account(
+        self, reservation: str, left: int, accounts: tuple[int, ...], closes: AccountStatus | None
+    ) -> None:
+        ask = ReserveRequest(reservation, TENANT, accounts, Kind.UPSCALE)
+        self.compare_calls(self.ledger.change_account(ask, left, closes), self.model.change_account(ask, left, closes))
+
+    def settle(
+        self,
+        reservation: str,
+        outcome: ReservationState,
+        reported: Balance | None,
+        closes: AccountStatus | None = None,
+        idempotency: Idempotency | None = None,
+        *,
+        charged: bool = True,
+        late: bool = False,
+        wrong_account: bool = False,
+    ) -> None:
+        """Give it an outcome; `charged` if the upstream took it although the outcome is unknown.
+
+        `elsewhere` names another account than the one it is on, as after a retarget whose answer was lost.
+        """
+        known = self.model.reservations.get(reservation)
+        account, kind = (known.account, known.kind) if known else (ACCOUNTS[0], Kind.UPSCALE)
+        if outcome is ReservationState.ACCEPTED or (outcome is ReservationState.UNKNOWN and charged):
+            self.upstream.submit(reservation, account, kind)
+        settlement = Settlement(
+            reservation=reservation,
+            tenant=TENANT,
+            account=sum(ACCOUNTS) - account if wrong_account and known else account,
+            kind=kind,
+            created_at=known.created_at if known else self.model.clock.now_ms - 1_000,
+            outcome=outcome,
+            balance=self.upstream.balances[account] if reported is None else reported,
+            account_status=closes if outcome is ReservationState.REFUSED else None,
+            new_task=NewTask(
+                f"task_{reservation}",
+                msgspec.Raw(b"{}"),
+                msgspec.Raw(b'{"a":"b"}'),
+                self.webhook_url(reservation),
+                f"the trace of {reservation}",
+            ),
+            idempotency=idempotency,
+            is_late=late,
+        )
+        self.compare_calls(self.ledger.settle(settlement), self.model.settle(settlement))
+
+    def webhook_url(self, _reservation: str) -> str | None:
+        """Where the end of a task is told: nowhere, unless a test of that says so."""
+        return None
+
+    def touch_task(self, reservation: str) -> None:
+        """Look at a task."""
+        names = [reservation]
+        (found,), (expected,) = self.run(self.tasks.touch(names)), self.run(self.model.touch(names))
+        assert normalize_task(found and found[0]) == normalize_task(expected and expected[0])
+
+    def claim_checks(self, max_count: int) -> None:
+        found, expected = self.run(self.tasks.claim_checks(max_count)), self.run(self.model.claim_checks(max_count))
+        assert [(normalize_task(each.task), each.claimed_at) for each in found] == [
+            (normalize_task(each.task), each.claimed_at) for each in expected
+        ]
+        self.claimed_checks = [*found, *self.claimed_checks]
+
+    def record_check(self, due: ClaimedCheck, answered: CheckOutcome, reported: Balance | None = None) -> None:
+        """Record a check; what ends a task tells figures, the true ones unless `told`."""
+        task, succeeds = due.task, answered is CheckOutcome.SUCCEEDED
+        figures, ends = Balance(), answered in {CheckOutcome.SUCCEEDED, CheckOutcome.FAILED}
+        if ends:
+            figures = self.upstream.finish_task(task.reservation, task.account, task.kind, succeeds=succeeds)
+        check = CheckResult(
+            outcome=answered,
+            artifacts=ARTIFACTS if succeeds else (),
+            error=FAILED if answered is CheckOutcome.FAILED else None,
+            balance=figures if reported is None else reported,
+        )
+        found, expected = self.run(self.tasks.record_check(due, check)), self.run(self.model.record_check(due, check))
+        assert normalize_task(found and found[0]) == normalize_task(expected and expected[0])
+        if ends:
+            self.claimed_checks = [
+                each for each in self.claimed_checks if each.task.reservation != task.reservation
+            ] + [due]
+
+    def refund(self, tenant: int, reservation: str, reason: str) -> None:
+        self.compare_calls(
+            self.books.refund(tenant, reservation, reason),
+            self.model.refund(tenant, reservation, reason),
+            normalize_reservation,
+        )
+
+    def claim_balance_check(self, account: int, *, count_only: bool) -> None:
+        look = self.compare_calls(
+            self.ledger.claim_balance_check(account, count_only=count_only),
+            self.model.claim_balance_check(account, count_only=count_only),
+        )
+        if look:
+            self.balance_checks = [look, *self.balance_checks]
+
+    def record_balance_check(self, look: BalanceCheck, reported: Balance | None = None) -> None:
+        figures = (
+            self.upstream.finish_task(look.reservation, look.account, Kind.UPSCALE, succeeds=True)
+            if reported is None
+            else reported
+        )
+        self.compare_calls(
+            self.ledger.record_balance_check(look, figures), self.model.record_balance_check(look, figures)
+        )
+
+    def run_submission(self, account: int, plan: SubmissionPlan, milliseconds: int) -> None:
+        """A submission from its beginning to the first check of its task, each step of it after a while.
+
+        Where the account can't pay it is looked at, if it can be, and tried once more.
+        """
+        self.advance_clock(plan.pause_ms)
+        self.upstream.prices[plan.kind] = plan.price_fen
+        name = self.reserve(plan.kind, (account,), None)
+        if name is None:
+            self.advance_clock(PROBE_INTERVAL_MS)
+            self.claim_balance_check(account, count_only=True)
+            self.advance_clock(milliseconds)
+            for look in [
+                one for one in self.balance_checks[:1] if one.claimed_at + milliseconds == self.model.clock.now_ms
+            ]:
+                self.record_balance_check(look)
+            name = self.reserve(plan.kind, (account,), None)
+        if name is None:
+            return
+        self.advance_clock(milliseconds)
+        if plan.outcome is ReservationState.ACCEPTED and not self.upstream.can_pay(account, plan.kind):
+            self.settle(name, ReservationState.REFUSED, plan.balance_at_submit, AccountStatus.EXHAUSTED)
+        else:
+            self.settle(name, plan.outcome, plan.balance_at_submit, charged=plan.is_charged)
+        if plan.outcome is ReservationState.UNKNOWN and plan.later_outcome:
+            self.advance_clock(milliseconds)
+            if plan.is_refunded:
+                self.refund(TENANT, name, "")
+            self.settle(name, plan.later_outcome, plan.balance_at_submit)
+        self.advance_clock(self.retention.check_interval_ms)
+        self.claim_checks(9)
+        self.advance_clock(milliseconds)
+        for due in [one for one in self.claimed_checks if one.task.reservation == name]:
+            self.record_check(due, plan.answered, plan.balance_at_end)
+        self.advance_clock(milliseconds)
+
+    def finish_all(self, *, succeeds: bool) -> None:
+        """Once all has ended nothing is held any more. The ledger's time may run more slowly than the server's."""
+        self.advance_clock(2 * self.retention.lease_ms)
+        while self.compare_calls(self.ledger.settle_expired(3), self.model.settle_expired(3)):
+            pass
+        self.advance_clock(2 * self.retention.claim_lease_ms)
+        while self.model.due_checks or self.model.claimed_checks:
+            self.advance_clock(2 * self.retention.claim_lease_ms)
+            self.claimed_checks = []
+            self.claim_checks(9)
+            for due in self.claimed_checks:
+                self.record_check(due, CheckOutcome.SUCCEEDED if succeeds else CheckOutcome.FAILED)
+        state = self.tenant_state()
+        held = [each.tasks_reserved + each.money_reserved_fen for each in state.windows.values()]
+        assert self.lossy or (state.active_tasks, held) == (0, [0] * len(state.windows))
+
+    def delete_reservation(self, reservation: str) -> None:
+        """Let the store forget a settled reservation and its task, as after a restore of older data."""
+        known = self.model.reservations.pop(reservation)
+        assert not is_reserved(known)
+        self.lossy = True
+        self.final_states.pop(reservation, None)
+        self.model.tasks.pop(reservation, None)
+        self.model.due_checks.pop(reservation, None)
+        self.model.claimed_checks.pop(reservation, None)
+        self.run(self._delete_keys(reservation))
+
+    async def _delete_keys(self, reservation: str) -> None:
+        await self.client.delete(self.keys.reservation(reservation), self.keys.task(reservation))
+        await self.client.zrem(self.keys.poll_due, reservation)
+        await self.client.zrem(self.keys.poll_claimed, reservation)

@@ -1,0 +1,430 @@
+"""Connecting: every kind of store behind a URL, each command sent once, and subscriptions that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from redis.asyncio.cluster import ClusterNode
+from redis.crc import key_slot
+from redis.exceptions import DataError, MovedError
+from redis.utils import HIREDIS_AVAILABLE
+
+from service.domain.errors import LedgerUnavailable
+from service.storage import connections as connections_module
+from service.storage.connections import UNAVAILABLE_ERRORS, Connections, connect
+from service.storage.redis import RedisScripts
+from tests.support.certificates import create_certificate
+from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
+from tests.support.stores import (
+    RunningStore,
+    pause_unless,
+    run_cluster,
+    run_on_socket,
+    run_sentinel,
+    run_single,
+    run_with_sentinel,
+)
+from tests.support.valkey import Valkey, find_free_port, run_valkey
+
+INCREMENT = "return redis.call('INCR', KEYS[1])"
+
+
+@dataclass
+class Proxy:
+    """What a proxy saw."""
+
+    dropped_requests: int = 0
+
+
+@asynccontextmanager
+async def run_proxy(
+    server: Valkey, port: int, *, dropped: bytes = b"\xff", tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Proxy]:
+    """A TCP port that leads to a server, but for requests that hold certain bytes."""
+    proxy = Proxy()
+
+    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65_536):
+                if dropped in data:
+                    proxy.dropped_requests += 1
+                else:
+                    target.write(data)
+        target.close()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_unix_connection(server.socket_path)
+        try:
+            async with asyncio.TaskGroup() as copying:
+                copying.create_task(copy(reader, inner_writer))
+                copying.create_task(copy(inner_reader, writer))
+        finally:
+            writer.close()
+            inner_writer.close()
+
+    forwarding: list[asyncio.Task[None]] = []
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        forwarding.append(asyncio.create_task(forward(reader, writer)))
+
+    async with await asyncio.start_server(accept, "127.0.0.1", port, ssl=tls):
+        try:
+            yield proxy
+        finally:  # before the server waits for its connections
+            for each in forwarding:
+                each.cancel()
+            await asyncio.gather(*forwarding, return_exceptions=True)
+
+
+@pytest.fixture(
+    scope="module", params=[run_single, run_on_socket, run_with_sentinel, run_cluster], ids=lambda made: made.__name__
+)
+def store(request: pytest.FixtureRequest) -> Iterator[RunningStore]:
+    """A store of each kind."""
+    with request.param() as made:
+        yield made
+
+
+@asynccontextmanager
+async def open_connections(url: str, *, timeout: float = 5) -> AsyncIterator[Connections]:
+    connections = connect(url, timeout=timeout)
+    try:
+        yield connections
+    finally:
+        await connections.aclose()
+
+
+async def ping(connections: Connections) -> Any:
+    return await connections.commands.execute_command("GET", "{gw}:ping")
+
+
+async def block_on_pop(connections: Connections) -> Any:
+    """Keep a connection busy until something is pushed."""
+    return await connections.commands.execute_command("BLPOP", "{gw}:list", "0")
+
+
+async def test_scripts_and_bytes(store: RunningStore) -> None:
+    """Scripts run, and answers are bytes."""
+    store.execute("DEL", "{gw}:count")
+    async with open_connections(store.url) as connections:
+        assert await connections.commands.eval(INCREMENT, 1, "{gw}:count") == 1
+        assert await connections.commands.get("{gw}:count") == b"1"
+
+
+@pytest.mark.parametrize("scheme", ["redis", "redis+sentinel", "redis+cluster"])
+async def test_unanswered_command_is_sent_once(scheme: str) -> None:
+    """A command that is not answered in time is not sent again, whatever the kind of store."""
+    port = find_free_port()
+    with ExitStack() as servers:
+        if scheme == "redis+cluster":
+            server = servers.enter_context(run_cluster("--cluster-announce-port", str(port))).server
+        else:
+            server = servers.enter_context(run_valkey())
+        hosts = f"127.0.0.1:{port}"
+        async with run_proxy(server, port, dropped=b"EVAL") as proxy:
+            if scheme == "redis+sentinel":
+                hosts = f"127.0.0.1:{servers.enter_context(run_sentinel(port)).port}/main"
+            async with open_connections(f"{scheme}://{hosts}", timeout=0.5) as connections:
+                await ping(connections)
+                with pytest.raises(UNAVAILABLE_ERRORS):
+                    await connections.commands.eval(INCREMENT, 1, "{gw}:count")
+                await ping(connections)
+        assert proxy.dropped_requests == 1
+
+
+async def test_broken_connections_are_replaced(store: RunningStore) -> None:
+    """Connections that the server has closed since they were last used fail no command."""
+    async with open_connections(store.url) as connections:
+        await asyncio.gather(*(ping(connections) for _ in range(5)))
+        store.execute("CLIENT", "KILL", "TYPE", "normal")
+        async with open_connections(store.url) as others:
+            await ping(others)
+        await ping(connections)
+
+
+async def test_pool_is_bounded(store: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More commands than connections wait a while for one, and then say so."""
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 2)
+    monkeypatch.setattr(connections_module, "POOL_WAIT_SECONDS", 0.1)
+    async with open_connections(store.url) as connections:
+        blocked = [asyncio.create_task(block_on_pop(connections)) for _ in range(2)]
+        while pause_unless(store.execute("INFO", "clients")["blocked_clients"] == 2):
+            await asyncio.sleep(0)
+        with pytest.raises(UNAVAILABLE_ERRORS, match="No connection available"):
+            await ping(connections)
+        monkeypatch.setattr(connections_module, "POOL_WAIT_SECONDS", 5)
+        store.execute("RPUSH", "{gw}:list", "a", "b")
+        await asyncio.gather(*blocked)
+
+
+async def test_waiting_for_a_connection(store: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that had to wait for a connection is carried out when one is free."""
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
+    async with open_connections(store.url) as connections:
+        blocked = asyncio.create_task(block_on_pop(connections))
+        while pause_unless(store.execute("INFO", "clients")["blocked_clients"] == 1):
+            await asyncio.sleep(0)
+        waiting = asyncio.create_task(connections.commands.execute_command("SET", "{gw}:waited", "1"))
+        await asyncio.sleep(0)
+        store.execute("RPUSH", "{gw}:list", "a")
+        await asyncio.gather(blocked, waiting)
+    assert store.execute("GET", "{gw}:waited") == b"1"
+
+
+async def test_subscription(store: RunningStore) -> None:
+    """A subscription outlasts the timeout of commands, and hears what any of them publishes."""
+    async with open_connections(store.url, timeout=0.1) as connections, await connections.open_pubsub() as subscription:
+        await subscription.subscribe("{gw}:news")
+        assert (await subscription.get_message(timeout=5) or {})["type"] == "subscribe"
+        reading = asyncio.create_task(subscription.get_message(timeout=10))
+        assert not (await asyncio.wait({reading}, timeout=0.2))[0]
+        await connections.commands.execute_command("PUBLISH", "{gw}:news", "hello")
+        assert (await reading or {})["data"] == b"hello"
+
+
+async def test_broken_subscription(store: RunningStore) -> None:
+    """A subscription that broke says so, since messages were missed, and another one can be had."""
+    async with open_connections(store.url) as connections:
+        async with await connections.open_pubsub() as subscription:
+            await subscription.subscribe("{gw}:news")
+            await subscription.get_message(timeout=5)
+            store.execute("CLIENT", "KILL", "TYPE", "pubsub")
+            with pytest.raises(UNAVAILABLE_ERRORS):
+                await subscription.get_message(timeout=5)
+        async with await connections.open_pubsub() as subscription:
+            await subscription.subscribe("{gw}:news")
+            assert (await subscription.get_message(timeout=5) or {})["type"] == "subscribe"
+
+
+@pytest.mark.parametrize("made", [run_single, run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
+def test_reset_connections(made: Any) -> None:
+    """Whatever uvloop raises of connections that are reset is one of AWAY, and nothing is left of it afterwards."""
+
+    async def calls(connections: Connections, proxy: ResettingProxy, seen: Counter[str]) -> None:
+        while proxy.resets < 100:
+            with suppress(*UNAVAILABLE_ERRORS):
+                await connections.commands.eval(INCREMENT, 1, "{gw}:count")
+                seen["done"] += 1
+            with suppress(*UNAVAILABLE_ERRORS):
+                pipeline = connections.commands.pipeline(transaction=False)
+                pipeline.execute_command("GET", "{gw}:count")
+                await pipeline.execute()
+
+    async def run(url: str, proxy: ResettingProxy) -> None:
+        seen: Counter[str] = Counter()
+        async with open_connections(url) as connections:
+            await ping(connections)
+            proxy.reset_probability = 0.05
+            await asyncio.gather(*(calls(connections, proxy, seen) for _ in range(80)))
+            proxy.reset_probability = 0
+            await asyncio.gather(*(ping(connections) for _ in range(80)), return_exceptions=True)
+            assert int(await ping(connections) or 0) == 0
+            assert int(await connections.commands.execute_command("GET", "{gw}:count")) >= seen["done"] > 0
+
+    port = find_free_port()
+    with ExitStack() as servers, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if made is run_cluster:
+            server = servers.enter_context(run_cluster("--cluster-announce-port", str(port))).server
+        else:
+            server = servers.enter_context(run_valkey(port=find_free_port()))
+        proxy = servers.enter_context(run_resetting_proxy(server.port, seed=12, port=port))
+        url = f"redis://127.0.0.1:{port}"
+        if made is run_cluster:
+            url = f"redis+cluster://127.0.0.1:{port}"
+        elif made is run_with_sentinel:
+            url = f"redis+sentinel://127.0.0.1:{servers.enter_context(run_sentinel(port)).port}/main"
+        runner.run(run(url, proxy))
+
+
+@pytest.mark.parametrize("method", ["write", "writelines", "drain", "close"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("closed"), asyncio.IncompleteReadError(b"", 1), KeyError("of a library")]
+)
+async def test_any_error_of_a_connection(
+    store: RunningStore, method: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the event loop raises while bytes are sent is one of AWAY, and the next command is carried out."""
+    async with open_connections(store.url) as connections:
+        await ping(connections)
+
+        def failing(*_: Any) -> Any:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(asyncio.StreamWriter, method, failing)
+            with suppress(*UNAVAILABLE_ERRORS):
+                await ping(connections)
+        await asyncio.gather(*(ping(connections) for _ in range(2)), return_exceptions=True)
+        await ping(connections)
+
+
+async def test_fault_of_the_gateway(store: RunningStore) -> None:
+    """An argument that can't be sent is not taken for a store that is away."""
+    async with open_connections(store.url) as connections:
+        scripts = RedisScripts(connections.commands)
+        with pytest.raises(DataError):
+            await scripts.read(("GET", "{gw}:x", object()))
+        with pytest.raises(LedgerUnavailable):
+            await RedisScripts(connect("redis://127.0.0.1:1", timeout=1).commands).read(("GET", "{gw}:x"))
+
+
+async def test_frozen_cluster() -> None:
+    """All commands to a Cluster that does not answer fail after one timeout, not one after the other."""
+    with run_cluster() as store:
+        async with open_connections(store.url, timeout=0.5) as connections:
+            await ping(connections)
+            store.server.suspend()
+            try:
+                async with asyncio.timeout(8):
+                    for _ in range(2):
+                        failed = await asyncio.gather(*(ping(connections) for _ in range(40)), return_exceptions=True)
+                        assert all(isinstance(each, UNAVAILABLE_ERRORS) for each in failed)
+            finally:
+                store.server.resume()
+            while pause_unless(
+                not isinstance(*await asyncio.gather(ping(connections), return_exceptions=True), Exception)
+            ):
+                pass
+
+
+async def test_pipelines_wait_for_a_connection(store: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More reads than connections wait for one."""
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
+    async with open_connections(store.url) as connections:
+        found = await asyncio.gather(*(RedisScripts(connections.commands).read(("GET", "{gw}:x")) for _ in range(20)))
+    assert found == [[None]] * 20
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://127.0.0.1:1", "unix:///nowhere", "redis+sentinel://127.0.0.1:1/main", "redis+cluster://127.0.0.1:1"],
+)
+async def test_unreachable(url: str) -> None:
+    """A store that is not there is one of AWAY, for commands and subscriptions."""
+    async with open_connections(url) as connections:
+        with pytest.raises(UNAVAILABLE_ERRORS):
+            await ping(connections)
+        with pytest.raises(UNAVAILABLE_ERRORS):
+            async with await connections.open_pubsub() as subscription:
+                await subscription.subscribe("x")
+
+
+async def test_stranger_to_sentinel() -> None:
+    """A service that Sentinel does not know is one of AWAY."""
+    with run_with_sentinel() as store:
+        async with open_connections(store.url.replace("main", "other")) as connections:
+            with pytest.raises(UNAVAILABLE_ERRORS):
+                await ping(connections)
+
+
+async def test_password() -> None:
+    """A password is used, however it is spelled, and a wrong one is one of AWAY."""
+    with run_valkey("--requirepass", "a b/c@d:e", port=find_free_port()) as server:
+        async with open_connections(f"redis://:a%20b%2Fc%40d%3Ae@127.0.0.1:{server.port}/2") as connections:
+            assert await connections.commands.client_info()
+        async with open_connections(f"redis://:wrong@127.0.0.1:{server.port}") as connections:
+            with pytest.raises(UNAVAILABLE_ERRORS):
+                await ping(connections)
+
+
+async def test_sentinel_password() -> None:
+    """Sentinel has a password of its own."""
+    with run_valkey(port=find_free_port()) as server, run_sentinel(server.port, "--requirepass", "own") as watching:
+        address = f"redis+sentinel://127.0.0.1:{watching.port}/main/1"
+        async with open_connections(f"{address}?sentinel_password=own") as connections:
+            await connections.commands.set("k", "v")
+        async with open_connections(address) as connections:
+            with pytest.raises(UNAVAILABLE_ERRORS):
+                await ping(connections)
+        assert RunningStore("", server).execute("INFO", "keyspace")["db1"]["keys"] == 1
+
+
+async def test_failover() -> None:
+    """When the primary has died, commands go to the one that Sentinel made of its replica."""
+    with (
+        run_valkey("--repl-diskless-sync-delay", "0", port=find_free_port()) as old,
+        run_valkey("--replicaof", "127.0.0.1", str(old.port), port=find_free_port()) as new,
+        run_sentinel(old.port) as watching,
+    ):
+        replica, watcher = RunningStore("", new), RunningStore("", watching)
+        watcher.execute("SENTINEL", "DEBUG", "info-period", "50", "ping-period", "50")
+        watcher.execute("SENTINEL", "SET", "main", "down-after-milliseconds", "200")
+        while pause_unless(replica.execute("INFO", "replication")["master_link_status"] == "up"):
+            pass
+        while pause_unless(watcher.execute("INFO", "sentinel")["master0"]["slaves"] == 1):
+            pass
+        async with open_connections(f"redis+sentinel://127.0.0.1:{watching.port}/main") as connections:
+            await connections.commands.set("k", "before")
+            old.kill()
+            while pause_unless(replica.execute("GET", "k") == b"after"):
+                with suppress(*UNAVAILABLE_ERRORS):
+                    await connections.commands.set("k", "after")
+
+
+async def test_tls(tmp_path: Path) -> None:
+    """Over TLS the server has to show a certificate that is trusted."""
+    trusted, context = create_certificate(tmp_path)
+    port = find_free_port()
+    with run_valkey() as server:
+        async with run_proxy(server, port, tls=context):
+            async with open_connections(f"rediss://127.0.0.1:{port}?ssl_ca_certs={trusted}") as connections:
+                await connections.commands.set("k", "v")
+                assert await connections.commands.get("k") == b"v"
+            async with open_connections(f"rediss://127.0.0.1:{port}") as connections:
+                with pytest.raises(UNAVAILABLE_ERRORS):
+                    await ping(connections)
+
+
+async def test_redirected_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline some of whose commands have to go to another node needs no second place for them."""
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
+    monkeypatch.setattr(connections_module, "POOL_WAIT_SECONDS", 0.1)
+    moved = [MovedError(f"{key_slot(b'gw')} 127.0.0.1:1")]
+
+    with run_cluster() as store:
+        async with open_connections(store.url) as connections:
+            await connections.commands.execute_command("SET", "{gw}:x", "1")
+            parse = ClusterNode.parse_response
+
+            async def parsed(node: ClusterNode, connection: Any, command: str, **kwargs: Any) -> Any:
+                answer = await parse(node, connection, command, **kwargs)
+                if moved:
+                    raise moved.pop()
+                return answer
+
+            monkeypatch.setattr(ClusterNode, "parse_response", parsed)
+            assert await RedisScripts(connections.commands).read(("GET", "{gw}:x")) == [b"1"]
+    assert moved == []
+
+
+@pytest.mark.parametrize("scheme", ["redis+sentinel", "rediss+sentinel"])
+async def test_sentinel_over_tls(tmp_path: Path, scheme: str) -> None:
+    """Sentinels that are reached over TLS only name the primary, be that reached over TLS or not."""
+    trusted, context = create_certificate(tmp_path)
+    outer, announced = find_free_port(), find_free_port()
+    with run_valkey(port=find_free_port()) as server, run_sentinel(announced) as watching:
+        async with (
+            run_proxy(watching, outer, tls=context),
+            run_proxy(server, announced, tls=context if scheme == "rediss+sentinel" else None),
+        ):
+            address = f"{scheme}://127.0.0.1:{outer}/main?"
+            async with open_connections(f"{address}sentinel_ssl=true&ssl_ca_certs={trusted}") as connections:
+                await connections.commands.set("k", "v")
+                assert await connections.commands.get("k") == b"v"
+            async with open_connections(f"{address}sentinel_ssl=true") as connections:
+                with pytest.raises(UNAVAILABLE_ERRORS):
+                    await ping(connections)
+
+
+def test_parser() -> None:
+    """Answers are parsed by hiredis, which redis-py takes when it is installed."""
+    assert HIREDIS_AVAILABLE

@@ -1,0 +1,100 @@
+"""The deliveries on a real server: nobody waits for a receiver that is dead, and nothing is lost with a process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from service.domain.webhooks import DeliveryState
+from service.storage.connections import connect
+from service.storage.deliveries import LEASE_MS, MAX_CONCURRENT, RedisDeliveryQueue
+from service.storage.redis import Keys, RedisScripts
+from service.usecases.ports import DeliveryResult
+from tests.behaviour.gateway_fixture import assert_keys_expire
+from tests.support.valkey import Valkey
+
+KEYS = Keys("gw")
+
+
+class DeliveryStore:
+    """A real server with deliveries."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.queue = RedisDeliveryQueue(RedisScripts(client), KEYS)
+
+    async def add_delivery(self, reservation: str, tenant: int, url: str) -> None:
+        """One delivery more that is due."""
+        kept = {"task": "task_x", "tenant": tenant, "url": url, "state": "failed"}
+        packed = msgspec.msgpack.encode(kept | {"created": 1, "updated": 1, "attempts": 11})
+        await self.client.set(KEYS.delivery(reservation), packed, px=LEASE_MS)
+        assert await self.queue.redeliver(reservation)
+
+    async def advance_clock(self, milliseconds: int) -> None:
+        """Let time pass for the scripts."""
+        await self.client.set(KEYS.clock, int(await self.client.get(KEYS.clock)) + milliseconds)
+
+
+@pytest.fixture
+async def store(valkey: Valkey) -> AsyncIterator[DeliveryStore]:
+    connections = connect(valkey.url, timeout=5)
+    client: Any = connections.commands
+    await client.flushall()
+    yield DeliveryStore(client)
+    await assert_keys_expire(client)
+    await connections.aclose()
+
+
+async def test_dead_receiver(store: DeliveryStore) -> None:
+    """Of a thousand deliveries to one receiver a few are handed out, and the one of another tenant with them."""
+    for number in range(1_000):
+        await store.add_delivery(f"dead-{number}", 1, f"https://dead.test/{number}")
+    await store.add_delivery("alive", 2, "https://alive.test/")
+    claimed = [each.delivery.reservation for each in await store.queue.claim(64)]
+    assert len(claimed) == MAX_CONCURRENT + 1
+    assert "alive" in claimed
+    assert not await store.queue.claim(64)
+    await store.add_delivery("newer", 3, "https://dead.test/")
+    assert [each.delivery.reservation for each in await store.queue.claim(1)] == ["newer"]
+
+
+async def test_failing_receiver(store: DeliveryStore) -> None:
+    """A receiver that has failed gets one delivery at a time until it takes one."""
+    for number in range(3 * MAX_CONCURRENT):
+        await store.add_delivery(f"d{number}", 1, "https://failing.test/")
+    for each in await store.queue.claim(64):
+        await store.queue.record_attempt(each, DeliveryResult(state=DeliveryState.PENDING, retry_delay_ms=5_000))
+    (alone,) = await store.queue.claim(64)
+    await store.queue.record_attempt(alone, DeliveryResult(state=DeliveryState.DELIVERED))
+    assert len(await store.queue.claim(64)) == MAX_CONCURRENT
+
+
+async def test_process_killed(store: DeliveryStore) -> None:
+    """What a process claimed and never recorded is handed out again once its lease is over, and not before."""
+    await store.add_delivery("one", 1, "https://hooks.test/")
+    (first,) = await store.queue.claim(64)
+    await store.advance_clock(LEASE_MS - 1_000)
+    assert not await store.queue.claim(64)
+    await store.advance_clock(1_000)
+    (second,) = await store.queue.claim(64)
+    assert second.delivery == first.delivery
+    failure = DeliveryResult(state=DeliveryState.FAILED)
+    assert not await store.queue.record_attempt(first, failure), "the claim was somebody else's by then"
+    assert await store.queue.record_attempt(first, DeliveryResult(state=DeliveryState.DELIVERED)), (
+        "but what is there is there"
+    )
+    assert not await store.queue.record_attempt(second, failure)
+    await store.advance_clock(2 * LEASE_MS)
+    assert not await store.queue.claim(64)
+
+
+async def test_redelivery_of_what_is_under_way(store: DeliveryStore) -> None:
+    """What is being sent just now is not sent a second time beside that."""
+    await store.add_delivery("one", 1, "https://hooks.test/")
+    assert len(await store.queue.claim(64)) == 1
+    assert await store.queue.redeliver("one")
+    assert not await store.queue.claim(64)
+    assert await store.queue.redeliver("unknown") is None

@@ -1,0 +1,199 @@
+"""The times of the scripts: the ledger's, which never steps back, and windows that begin and end with the calendar."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from service.domain import ledger
+from service.domain.ledger import Balance, PolicyDenial, ReservationState, Violation
+from service.domain.tasks import Kind
+from service.domain.tenants import Limit, Tenant, TenantPolicy, Window
+from service.domain.webhooks import DeliveryState
+from service.storage.connections import connect
+from service.storage.deliveries import RedisDeliveryQueue
+from service.storage.ledger import RedisLedger, Retention
+from service.storage.redis import Keys, RedisScripts, parse_server_time
+from service.storage.registry import RedisRegistry
+from service.usecases.ports import (
+    CheckOutcome,
+    CheckResult,
+    DeliveryResult,
+    RegistryChange,
+    ReserveRequest,
+    TenantSnapshot,
+)
+from tests.storage.seeded_store import FIRST, RETENTION, SECOND, TENANT, TENANTS, SeededStore
+from tests.support.server_time import install_server_time, set_server_time
+from tests.support.valkey import Valkey
+
+KEYS = Keys("time")
+NO_TASKS_POLICY = TenantPolicy(tuple(Limit(window, tasks=0) for window in Window))
+"""Limits that refuse everything, and tell when each window ends."""
+
+STEP_MS = 20 * 60_000
+SUCCEEDED_CHECK = CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(8, 0))
+
+
+def utc_ms(moment: str) -> int:
+    """A moment of UTC in milliseconds."""
+    return int(datetime.fromisoformat(moment).replace(tzinfo=UTC).timestamp()) * 1000
+
+
+async def read_refusal(url: str, *times: int) -> tuple[PolicyDenial, TenantSnapshot, list[int]]:
+    """What a refusal tells at the last of these times of the server, and its own times before and after it."""
+    install_server_time()
+    connections = connect(url, timeout=5)
+    client: Any = connections.commands
+    scripts = RedisScripts(client)
+    await client.flushall()
+    registry = RedisRegistry(scripts, KEYS)
+    assert await registry.write(RegistryChange(version=0, next_id=2, tenants=(Tenant(1, "t", (), NO_TASKS_POLICY),)))
+    began = await client.time()
+    verdict, snapshot = None, None
+    for now in times or (None,):
+        if now is not None:
+            await set_server_time(client, KEYS, now)
+        verdict, snapshot = await RedisLedger(scripts, KEYS, Retention()).reserve(
+            ReserveRequest("r", 1, (), Kind.UPSCALE)
+        )
+    ended = await client.time()
+    await connections.aclose()
+    assert isinstance(verdict, PolicyDenial)
+    assert snapshot
+    return verdict, snapshot, [parse_server_time(each) for each in (began, ended)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(now=st.integers(utc_ms("2050-01-01"), utc_ms("2450-01-01")))
+@example(now=utc_ms("2052-02-29"))
+@example(now=utc_ms("2052-03-01") - 1)
+@example(now=utc_ms("2099-12-31T23:59:59"))
+@example(now=utc_ms("2100-02-28T12:00"))
+@example(now=utc_ms("2100-03-01"))
+@example(now=utc_ms("2400-02-29T23:59"))
+def test_calendar(valkey: Valkey, now: int) -> None:
+    """Windows begin and end in Redis as in the domain, in every century, month and leap year."""
+    verdict, snapshot, _ = asyncio.run(read_refusal(valkey.url, now))
+    assert verdict.violations == tuple(
+        Violation(ledger.policy_name(each, ledger.UNIT_TASKS), 0, ledger.window_bounds(each, now)[1]) for each in Window
+    )
+    assert {window: each.window_start for window, each in snapshot.state.windows.items()} == {
+        each: ledger.window_bounds(each, now)[0] for each in Window
+    }
+
+
+async def test_clock(valkey: Valkey) -> None:
+    """Verdicts tell the server's time, to the millisecond."""
+    verdict, _, (began, ended) = await read_refusal(valkey.url)
+    assert began <= verdict.now <= ended
+
+
+async def test_windows_after_a_step_back(valkey: Valkey) -> None:
+    """After the server's clock has stepped back, windows are those of its new time."""
+    stepped = utc_ms("2050-01-01") - STEP_MS
+    verdict, snapshot, _ = await read_refusal(valkey.url, utc_ms("2050-01-01"), stepped)
+    assert verdict.now == stepped
+    resets = {each.policy: each.resets_at for each in verdict.violations}
+    assert resets["day-tasks"] == utc_ms("2050-01-01")
+    assert snapshot.state.windows[Window.MINUTE].window_start == stepped
+
+
+async def test_limits_after_a_step_back(store: SeededStore) -> None:
+    """What was used of a day still counts when the server's clock has stepped back into it, and so does the next."""
+    await store.advance_clock(-1_000)
+    await store.write_registry(1, tenants=(replace(TENANTS[0], policy=TenantPolicy((Limit(Window.DAY, tasks=1),))),))
+    ask = ReserveRequest("more", TENANT, (FIRST,), Kind.UPSCALE)
+    await store.accept("before midnight")
+    for name, step in (("after midnight", 2_000), (None, -2_000), (None, 2_000)):
+        await store.advance_clock(step)
+        if name:
+            await store.accept(name)
+        verdict, _ = await store.ledger.reserve(ask)
+        assert isinstance(verdict, PolicyDenial)
+
+
+async def test_settled_after_its_day_and_before_a_step_back(store: SeededStore) -> None:
+    """A place that was settled when its day was over is not held any more when the clock steps back into that."""
+    await store.advance_clock(-1_000)
+    await store.reserve("r")
+    await store.advance_clock(2_000)
+    await store.settle("r", ReservationState.REFUSED)
+    await store.advance_clock(-2_000)
+    await store.reserve("again")
+    counter = (await store.ledger.tenant_snapshot(TENANT)).state.windows[Window.DAY]
+    assert (counter.tasks, counter.tasks_reserved) == (0, 1)
+
+
+async def test_work_goes_on_after_a_step_back(store: SeededStore) -> None:
+    """Checks, leases, retries and windows go on after the server's clock has stepped back by 20 minutes."""
+    agenda = RedisDeliveryQueue(store.scripts, store.keys)
+    await store.accept("told", webhook="http://shop.test/")
+    await store.record_check(SUCCEEDED_CHECK)
+    await store.accept("runs")
+    await store.reserve("dies")
+    (claimed,) = await agenda.claim(1)
+    assert await agenda.record_attempt(claimed, DeliveryResult(state=DeliveryState.PENDING, retry_delay_ms=30_000))
+    await store.advance_clock(-STEP_MS)
+    assert await agenda.claim(1) == []
+    await store.advance_clock(40_000)  # of which the ledger's time makes nine tenths
+    (again,) = await agenda.claim(1)
+    assert again.delivery.next_attempt_at == store.now - 40_000 + STEP_MS + 30_000
+    assert [each.task.reservation for each in await store.tasks.claim_checks(9)] == ["runs"]
+    await store.advance_clock(RETENTION.lease_ms)
+    assert [each.reservation for each in await store.ledger.settle_expired(9)] == ["dies"]
+    before = (await store.ledger.tenant_snapshot(TENANT)).state.windows[Window.TOTAL].tasks
+    await store.accept("later")
+    found = await store.tasks.get("later")
+    assert found
+    assert found[0].created_at == found[1] == store.now
+    snapshot = await store.ledger.tenant_snapshot(TENANT)
+    assert snapshot.state.windows[Window.MINUTE].window_start == ledger.window_bounds(Window.MINUTE, store.now)[0]
+    assert snapshot.state.windows[Window.TOTAL].tasks == before + 1
+
+
+async def test_offset_shrinks(store: SeededStore) -> None:
+    """The offset is what the clock stepped back by, less a tenth of what has passed since, and then nothing."""
+    await store.reserve("r")
+    await store.advance_clock(-STEP_MS)
+    await store.tasks.claim_checks(1)
+    assert await store.ledger.clock_offset() == STEP_MS
+    await store.advance_clock(60_000)
+    assert await store.ledger.clock_offset() == STEP_MS - 6_000
+    await store.advance_clock(10 * STEP_MS)
+    await store.tasks.claim_checks(1)
+    assert await store.ledger.clock_offset() == 0
+    assert await store.client.exists(store.keys.clock_offset) == 0
+
+
+async def test_store_of_an_earlier_version(store: SeededStore) -> None:
+    """A store that keeps but the last time, ahead of the server's, is one whose clock has stepped back."""
+    await store.client.set(store.keys.clock, store.now + STEP_MS)
+    await store.tasks.claim_checks(1)
+    assert await store.ledger.clock_offset() == STEP_MS
+
+
+async def test_reset(store: SeededStore) -> None:
+    """A reset moves what is due with the ledger's time: nothing is due earlier or later by the server's clock."""
+    await store.accept("runs")
+    await store.reserve("dies")
+    await store.reserve("unknown")
+    await store.settle("unknown", ReservationState.UNKNOWN)
+    await store.advance_clock(-STEP_MS)
+    await store.tasks.claim_checks(0)
+    due, lease = (
+        await store.client.zscore(store.keys.poll_due, "runs"),
+        await store.client.zscore(store.keys.leases, "dies"),
+    )
+    known = await store.books.get_reservation("unknown")
+    assert await store.ledger.reset_clock([TENANT], [FIRST, SECOND]) == STEP_MS
+    assert await store.ledger.clock_offset() == 0
+    assert await store.client.zscore(store.keys.poll_due, "runs") == due - STEP_MS
+    assert await store.client.zscore(store.keys.leases, "dies") == lease - STEP_MS
+    assert await store.books.get_reservation("unknown") == known
+    assert await store.ledger.reset_clock([TENANT], [FIRST, SECOND]) == 0

@@ -1,0 +1,84 @@
+"""What becomes of a submission of which the store has lost a part, as after a restore of older data."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.domain.ledger import Balance, ReservationState
+from service.domain.tasks import Cost, CostBasis, State
+from service.domain.tenants import Window
+from service.usecases.ports import CheckOutcome, CheckResult
+from tests.storage.seeded_store import FIRST, RETENTION, TENANT, SeededStore
+
+SUCCEEDED_CHECK = CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(8, 0))
+UNKNOWN_COST = Cost(0, 0, CostBasis.UNKNOWN)
+
+
+@pytest.mark.parametrize("owner", ["tenant", "account"])
+async def test_lost_owner(store: SeededStore, owner: str) -> None:
+    """A task ends with a receipt although the counters of its tenant, or what was known of its account, are gone."""
+    await store.accept("r")
+    await store.client.delete(store.keys.tenant(TENANT) if owner == "tenant" else store.keys.account(FIRST))
+    await store.record_check(SUCCEEDED_CHECK)
+    found = await store.tasks.get("r")
+    assert found
+    assert (found[0].state, found[0].cost) == (State.SUCCEEDED, Cost(1, 0, CostBasis.ESTIMATED))
+
+
+async def test_lost_reservation(store: SeededStore) -> None:
+    """A task of which the reservation is gone ends at an unknown cost, and what its windows hold stays as it is."""
+    await store.accept("r")
+    await store.client.delete(store.keys.reservation("r"))
+    before = await store.ledger.tenant_snapshot(TENANT)
+    await store.record_check(SUCCEEDED_CHECK)
+    found = await store.tasks.get("r")
+    assert found
+    assert (found[0].state, found[0].cost) == (State.SUCCEEDED, UNKNOWN_COST)
+    assert (await store.ledger.tenant_snapshot(TENANT)).state == before.state
+
+
+async def test_reservation_lost_and_found_unknown(store: SeededStore) -> None:
+    """A task whose reservation was lost, and then settled as unknown, ends without a second charge."""
+    await store.accept("r")
+    await store.client.delete(store.keys.reservation("r"))
+    await store.settle("r", ReservationState.UNKNOWN)
+    before = await store.ledger.tenant_snapshot(TENANT)
+    await store.record_check(SUCCEEDED_CHECK)
+    assert (await store.ledger.tenant_snapshot(TENANT)).state == before.state
+    known = await store.books.get_reservation("r")
+    assert known
+    assert (known.state, known.cost) == (ReservationState.UNKNOWN, None)
+
+
+async def test_lost_task(store: SeededStore) -> None:
+    """A task that is gone is no longer watched, and keeps no other from its check."""
+    await store.accept("gone")
+    await store.accept("kept")
+    await store.client.delete(store.keys.task("gone"))
+    await store.advance_clock(RETENTION.claim_lease_ms)
+    assert [each.task.reservation for each in await store.tasks.claim_checks(9)] == ["kept"]
+    assert await store.client.zrange(store.keys.poll_due, 0, -1) == []
+    assert await store.client.zrange(store.keys.poll_claimed, 0, -1) == [b"kept"]
+
+
+async def test_lost_behind_a_lease(store: SeededStore) -> None:
+    """A lease of which the reservation is gone is forgotten, and keeps no other from its end."""
+    await store.reserve("gone")
+    await store.reserve("kept")
+    await store.client.delete(store.keys.reservation("gone"))
+    await store.advance_clock(RETENTION.lease_ms)
+    assert len(await store.ledger.settle_expired(9)) == 1
+    assert await store.client.zcard(store.keys.leases) == 0
+    known = await store.books.get_reservation("kept")
+    assert known
+    assert known.state is ReservationState.UNKNOWN
+
+
+async def test_windows_of_the_creation(store: SeededStore) -> None:
+    """A submission that was lost is charged in the windows of its creation: those that are over by then lack it."""
+    created = store.now
+    await store.advance_clock(60_000)
+    await store.settle("r", ReservationState.ACCEPTED, created=created)
+    snapshot = await store.ledger.tenant_snapshot(TENANT)
+    charged = {window: each.tasks for window, each in snapshot.state.windows.items()}
+    assert charged == {each: int(each is Window.TOTAL) for each in Window}

@@ -1,0 +1,126 @@
+"""What is followed is tried again for as long as Redis is away, and an outage is logged once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.domain.errors import LedgerUnavailable
+from service.storage import redis, registry, tasks
+from service.storage.connections import Connections, connect
+from service.storage.redis import OnError, OutageLogger, RedisScripts
+from service.storage.registry import CachedRegistry, RedisRegistry
+from service.storage.tasks import TaskEventSubscriber
+from service.telemetry.metrics import RedisErrorKind, RedisOutcome
+from service.usecases.task_cache import DurationEstimator, TaskCache
+from tests.storage.store_fixture import KEYS
+from tests.support.valkey import find_free_port, run_valkey
+
+TIMEOUT_SECONDS = 20.0
+_FAILURES = 5
+
+
+class Subscriber(Protocol):
+    """What follows announcements for ever."""
+
+    async def run(self) -> None: ...
+
+
+MakeSubscriber = Callable[[Connections, OnError], Subscriber]
+
+
+def _make_task_events(connections: Connections, failed: OnError) -> Subscriber:
+    return TaskEventSubscriber(
+        connections.open_pubsub, KEYS.task_events_channel, TaskCache(DurationEstimator(2.5)), on_error=failed
+    )
+
+
+def _make_registry(connections: Connections, failed: OnError) -> Subscriber:
+    store = RedisRegistry(RedisScripts(connections.commands), KEYS)
+    return CachedRegistry(store, connections.open_pubsub, KEYS.registry_channel, on_error=failed)
+
+
+@pytest.mark.parametrize("make", [_make_task_events, _make_registry])
+async def test_an_outage_is_followed_through(make: MakeSubscriber, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is tried while the store is away, it is heard again when it is back, and logs nothing itself."""
+    for module in (tasks, registry):
+        monkeypatch.setattr(module, "RECONNECT_SECONDS", 0.01)
+    port, failures = find_free_port(), asyncio.Queue[RedisErrorKind]()
+    connections = connect(f"redis://127.0.0.1:{port}", timeout=5)
+    with capture_logs() as logs:
+        follower = make(connections, failures.put_nowait)
+        following = asyncio.create_task(follower.run())
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                await _wait_for_failures(failures)
+                assert logs == []
+                with run_valkey(port=port):
+                    await _wait_for_message(connections, follower, logs)
+                await _wait_for_failures(failures)
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            await connections.aclose()
+
+
+async def test_an_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line when it begins and one when it ends, however much fails in between, of calls and of subscriptions."""
+    monkeypatch.setattr(redis, "QUIET_SECONDS", 0)
+    port, counted, calls = find_free_port(), list[RedisErrorKind](), list[RedisOutcome]()
+    connections = connect(f"redis://127.0.0.1:{port}", timeout=5)
+    outages = OutageLogger(lambda _, outcome, __: calls.append(outcome), counted.append)
+    reader = RedisScripts(connections.commands, on_call=outages.on_call, on_error=outages.on_error)
+    with capture_logs() as logs:
+        for _ in range(2):
+            failed = await asyncio.gather(*(reader.read(("GET", "x")) for _ in range(20)), return_exceptions=True)
+            assert all(isinstance(each, LedgerUnavailable) for each in failed)
+            outages.on_error(RedisErrorKind.CONNECTION)
+            with run_valkey(port=port):
+                await asyncio.gather(*(reader.read(("GET", "x")) for _ in range(20)))
+    await connections.aclose()
+    assert [each["event"] for each in logs] == ["redis.unavailable", "redis.available"] * 2
+    assert [each.get("failed_calls") for each in logs] == [None, 20, None, 20]
+    assert len(counted) == 42
+    assert calls == ([RedisOutcome.UNAVAILABLE] * 20 + [RedisOutcome.OK] * 20) * 2
+
+
+def test_an_outage_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that are answered among others that fail do not end an outage; a refusal by Redis begins one too."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    outages = OutageLogger(lambda *_: None, lambda _: None)
+    with capture_logs() as logs:
+        for _ in range(100):
+            outages.on_error(RedisErrorKind.RESPONSE)
+            outages.on_call("reserve", RedisOutcome.UNAVAILABLE, 0)
+            outages.on_call("reserve", RedisOutcome.OK, 0)
+            now += 0.5
+        now += redis.QUIET_SECONDS
+        outages.on_error(RedisErrorKind.RESPONSE)
+        outages.on_call("reserve", RedisOutcome.ERROR, 0)
+        outages.on_call("reserve", RedisOutcome.OK, 0)
+        outages.on_error(RedisErrorKind.RESPONSE)
+        outages.on_call("reserve", RedisOutcome.ERROR, 0)
+    assert [each["event"] for each in logs] == ["redis.unavailable", "redis.available"]
+
+
+async def _wait_for_failures(failures: asyncio.Queue[RedisErrorKind]) -> None:
+    """Wait until it has failed several times from now on."""
+    while not failures.empty():
+        failures.get_nowait()
+    for _ in range(_FAILURES):
+        await failures.get()
+
+
+async def _wait_for_message(connections: Connections, follower: Subscriber, logs: Sequence[Mapping[str, Any]]) -> None:
+    """Wait until it hears again, which it shows by the registry it took, or by what it says of nonsense."""
+    while not (isinstance(follower, CachedRegistry) and follower.is_ready):
+        await connections.commands.publish(KEYS.task_events_channel, b"nonsense")
+        if any(each["event"] == "pubsub.invalid_message" for each in logs):
+            return
+        await asyncio.sleep(0.01)

@@ -1,0 +1,136 @@
+"""What one process records is known to all at once, also after the connection was lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from service.domain.tasks import State
+from service.storage import tasks
+from service.storage.connections import connect
+from service.storage.tasks import TaskEventSubscriber, decode_task_event
+from service.usecases.ports import CheckOutcome
+from service.usecases.task_cache import DurationEstimator, TaskCache
+from tests.storage.store_fixture import KEYS, StoreFixture, open_store
+from tests.support.valkey import Valkey, find_free_port, run_valkey
+
+TIMEOUT_SECONDS = 20.0
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Valkey]:
+    """A server on which connections may be cut."""
+    with run_valkey() as server:
+        yield server
+
+
+@pytest.fixture
+async def kept(own: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoreFixture]:
+    """A tenant with one running task."""
+    monkeypatch.setattr(tasks, "RECONNECT_SECONDS", 0.01)
+    async with open_store(own.url) as found:
+        await found.accept_tasks("r1")
+        yield found
+
+
+async def count_subscribers(client: Redis) -> int:
+    """How many listen on the channel of changes."""
+    ((_, number),) = await client.pubsub_numsub(KEYS.task_events_channel)
+    return int(number)
+
+
+async def subscriber_ids(client: Redis) -> set[str]:
+    """The connections that listen to anything."""
+    return {each["id"] for each in await client.client_list(_type="pubsub")}
+
+
+@asynccontextmanager
+async def open_cache(url: str, client: Redis | None = None) -> AsyncIterator[TaskCache]:
+    """The board of another process, on which changes are posted as they come."""
+    board, connections = TaskCache(DurationEstimator(2.5)), connect(url, timeout=5)
+    following = asyncio.create_task(TaskEventSubscriber(connections.open_pubsub, KEYS.task_events_channel, board).run())
+    try:
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            while client and not await count_subscribers(client):
+                await asyncio.sleep(0)
+        yield board
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await connections.aclose()
+
+
+async def test_told_to_all(own: Valkey, kept: StoreFixture) -> None:
+    """A change wakes who waits for it in another process, with the task as it was recorded."""
+    async with open_cache(own.url, kept.client) as board:
+        with board.subscribe("r1") as watcher:
+            recorded = await kept.check_due_task(CheckOutcome.RUNNING)
+            first = await watcher.wait_for_change(1, TIMEOUT_SECONDS)
+            assert first
+            assert first.task == recorded
+            await kept.check_due_task(CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED)
+            last = await watcher.wait_for_change(first.task.version, TIMEOUT_SECONDS)
+        assert last
+        assert (last.task.version, last.task.state) == (3, State.SUCCEEDED)
+        assert abs(last.known_at - await kept.now()) < TIMEOUT_SECONDS * 1000
+
+
+async def test_only_what_can_be_seen(kept: StoreFixture) -> None:
+    """Checks that change nothing are not announced."""
+    subscription = await kept.connections.open_pubsub()
+    async with subscription as channel:
+        await channel.subscribe(KEYS.task_events_channel)
+        await kept.check_due_task(*[CheckOutcome.RUNNING] * 3, CheckOutcome.NO_RESPONSE, CheckOutcome.SUCCEEDED)
+        heard: list[dict[str, Any]] = []
+        while len(heard) < 3:
+            message = await channel.get_message(timeout=TIMEOUT_SECONDS)
+            assert message
+            heard.append(message)
+    versions = [decode_task_event(each["data"])[0].version for each in heard if each["type"] == "message"]
+    assert versions == [2, 3]
+
+
+async def test_a_lost_connection(own: Valkey, kept: StoreFixture) -> None:
+    """When the connection is lost a new one is made, and changes are heard again."""
+    async with open_cache(own.url, kept.client) as board:
+        with board.subscribe("r1") as watcher:
+            (lost,) = await subscriber_ids(kept.client)
+            await kept.client.client_kill_filter(_id=lost)
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                while await subscriber_ids(kept.client) in (set(), {lost}) or not await count_subscribers(kept.client):
+                    await asyncio.sleep(0)
+            await kept.check_due_task(CheckOutcome.SUCCEEDED)
+            seen = await watcher.wait_for_change(1, TIMEOUT_SECONDS)
+    assert seen
+    assert seen.task.state is State.SUCCEEDED
+
+
+async def test_what_can_not_be_read(own: Valkey, kept: StoreFixture) -> None:
+    """An announcement of another version of the gateway is passed over, and the next one is heard."""
+    async with open_cache(own.url, kept.client) as board:
+        with board.subscribe("r1") as watcher:
+            for odd in (b"", b"\xc1", b"\x93\xa2r1\x01\x80"):
+                await kept.client.publish(KEYS.task_events_channel, odd)
+            await kept.check_due_task(CheckOutcome.SUCCEEDED)
+            assert await watcher.wait_for_change(1, TIMEOUT_SECONDS)
+
+
+async def test_a_store_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who begins while the store is away hears of changes as soon as it is there."""
+    monkeypatch.setattr(tasks, "RECONNECT_SECONDS", 0.01)
+    port = find_free_port()
+    url = f"redis://127.0.0.1:{port}"
+    async with open_cache(url) as board:
+        with board.subscribe("r1") as watcher, run_valkey(port=port) as late:
+            async with open_store(late.url) as other:
+                await other.accept_tasks("r1")
+                async with asyncio.timeout(TIMEOUT_SECONDS):
+                    while not await count_subscribers(other.client):
+                        await asyncio.sleep(0)
+                await other.check_due_task(CheckOutcome.SUCCEEDED)
+                assert await watcher.wait_for_change(1, TIMEOUT_SECONDS)

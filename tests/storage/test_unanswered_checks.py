@@ -1,0 +1,56 @@
+"""How long a task is waited for of which nothing usable is told: the script and the model agree on every sequence."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from service.domain.ledger import Balance, ReservationState
+from service.domain.tasks import Kind
+from service.usecases.ports import CheckOutcome
+from tests.storage.ledger_comparison import ACCOUNTS
+from tests.storage.ledger_machine import LedgerMachine
+from tests.support.valkey import Valkey
+
+RUNNING, NOT_FOUND, INVALID, NO_RESPONSE = (
+    CheckOutcome.RUNNING,
+    CheckOutcome.NOT_FOUND,
+    CheckOutcome.INVALID,
+    CheckOutcome.NO_RESPONSE,
+)
+
+answers = st.tuples(
+    st.sampled_from([RUNNING, NOT_FOUND, NOT_FOUND, INVALID, INVALID, NO_RESPONSE]), st.sampled_from([1, 50_000])
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(told=st.lists(answers, min_size=3, max_size=10))
+@example(told=[(INVALID, 50_000)] * 6)
+@example(told=[(NOT_FOUND, 50_000), (INVALID, 50_000)] * 3)
+@example(
+    told=[
+        (NOT_FOUND, 50_000),
+        (NOT_FOUND, 50_000),
+        (NO_RESPONSE, 1),
+        (RUNNING, 1),
+        (NOT_FOUND, 50_000),
+        (NOT_FOUND, 50_000),
+    ]
+)
+@example(told=[(INVALID, 50_000)] * 4 + [(NO_RESPONSE, 50_000), (RUNNING, 1)] + [(INVALID, 50_000)] * 2)
+@example(told=[(INVALID, 50_000)] * 4 + [(NO_RESPONSE, 50_000)] * 2 + [(INVALID, 50_000)] * 2)
+def test_patience(valkey: Valkey, told: list[tuple[CheckOutcome, int]]) -> None:
+    """Whatever is answered when, a task ends at the same check in Redis as in the model, with the same error."""
+    machine = LedgerMachine(valkey.url)
+    try:
+        name = machine.reserve(Kind.UPSCALE, ACCOUNTS, None)
+        assert name
+        machine.settle(name, ReservationState.ACCEPTED, Balance())
+        machine.advance_clock(machine.retention.check_interval_ms)
+        (due,) = machine.run(machine.model.claim_checks(1))
+        for answered, milliseconds in told:
+            machine.advance_clock(milliseconds)
+            machine.record_check(due, answered)
+    finally:
+        machine.teardown()

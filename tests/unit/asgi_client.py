@@ -1,0 +1,117 @@
+"""Drives ASGI applications: message by message, or through a real server on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from tests.support import app_server as support
+
+Message = MutableMapping[str, Any]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class AsgiResponse(Struct):
+    """What an application answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """The body, decoded."""
+        return msgspec.json.decode(self.body)
+
+
+def make_http_scope(method: str = "GET", path: str = "/", headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """An HTTP scope as a server makes it."""
+    target, _, query = path.partition("?")
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": target,
+        "raw_path": target.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
+        "client": ("127.0.0.1", 50_000),
+        "server": ("127.0.0.1", 8080),
+    }
+
+
+def make_body_messages(chunks: Iterable[bytes]) -> list[Message]:
+    """A body as the messages of a server; the last one ends it."""
+    messages: list[Message] = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    return [*messages, {"type": "http.request", "body": b"", "more_body": False}]
+
+
+def make_receive(messages: Iterable[Message], *, stay_open: bool = False) -> Any:
+    """An ASGI `receive` that gives these messages, then disconnects, or is silent for good."""
+    left = iter(messages)
+
+    async def receive() -> Message:
+        for message in left:
+            return message
+        if stay_open:
+            await asyncio.get_running_loop().create_future()
+        return {"type": "http.disconnect"}
+
+    return receive
+
+
+async def call_app(
+    app: App,
+    method: str = "GET",
+    path: str = "/",
+    *,
+    headers: Mapping[str, str] | None = None,
+    messages: Iterable[Message] = ({"type": "http.request", "body": b"", "more_body": False},),
+) -> AsgiResponse | None:
+    """One request to an application; None if it answered nothing."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app(make_http_scope(method, path, headers), make_receive(messages), send)
+    if not sent:
+        return None
+    start, *rest = sent
+    return AsgiResponse(
+        start["status"],
+        {name.decode().lower(): value.decode() for name, value in start["headers"]},
+        b"".join(message.get("body", b"") for message in rest),
+    )
+
+
+@asynccontextmanager
+async def serve_on_port(app: App) -> AsyncIterator[int]:
+    """Serve an application on a free port of this machine; the port."""
+    async with support.serve_app(app) as url:
+        yield int(url.rpartition(":")[2])
+
+
+@asynccontextmanager
+async def open_raw_connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A raw connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def read_response(reader: asyncio.StreamReader) -> AsgiResponse:
+    """Read one answer with a length from a raw connection."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
+    body = await reader.readexactly(int(headers["content-length"]))
+    return AsgiResponse(int(head[0].split()[1]), headers, body)

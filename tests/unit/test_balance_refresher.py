@@ -1,0 +1,124 @@
+"""Accounts are looked at when the ledger says so, and go on to be whatever one look came to."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.domain.availability import PROBE_INTERVAL_MS
+from service.domain.ledger import AccountState, AccountStatus, Balance
+from service.domain.tasks import TaskError
+from service.usecases import poller
+from service.usecases.poller import BalanceRefresher
+from service.usecases.ports import CheckOutcome, CheckResult
+from tests.unit.fake_gateway import FakeGateway, wait_until
+
+MAIN = 2
+
+
+class ExhaustedGateway(FakeGateway):
+    """A gateway with a finished task, whose account is exhausted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refresher = BalanceRefresher(
+            ledger=self.ledger,
+            tasks=self.ledger,
+            upstream=self.upstream,
+            registry=self.registry,
+            task_ids=self.task_ids,
+        )
+
+    @property
+    def account(self) -> AccountState:
+        return self.ledger.states_by_account[MAIN]
+
+    def is_open(self) -> bool:
+        return self.account.status is AccountStatus.OPEN
+
+    async def exhaust_account(self) -> None:
+        """Have a task done that takes the last use."""
+        self.upstream.count, self.upstream.money = 1, 0
+        await self.submit_image()
+        self.ledger.clock.now_ms += self.ledger.retention.check_interval_ms
+        await self.poller.start_due()
+        await self.poller.wait_idle()
+        assert self.account.status is AccountStatus.EXHAUSTED
+
+    async def run_balance_checks(self) -> int:
+        """Let the interval pass and look; the checks that took."""
+        before = len(self.upstream.checks)
+        self.ledger.clock.now_ms += PROBE_INTERVAL_MS
+        await self.refresher.refresh_due()
+        return len(self.upstream.checks) - before
+
+
+@pytest.fixture
+async def gateway() -> ExhaustedGateway:
+    found = ExhaustedGateway()
+    await found.exhaust_account()
+    return found
+
+
+async def test_top_up(gateway: ExhaustedGateway) -> None:
+    """The newest finished task is checked again, and what it tells opens the account."""
+    gateway.upstream.count = 4
+    assert await gateway.run_balance_checks() == 1
+    assert (gateway.account.status, gateway.account.live_balance_checks) == (AccountStatus.OPEN, True)
+    assert await gateway.run_balance_checks() == 0
+
+
+async def test_two_processes(gateway: ExhaustedGateway) -> None:
+    """Of two that ask at once one looks."""
+    before = len(gateway.upstream.checks)
+    gateway.ledger.clock.now_ms += PROBE_INTERVAL_MS
+    await asyncio.gather(gateway.refresher.refresh_due(), gateway.refresher.refresh_due())
+    assert len(gateway.upstream.checks) == before + 1
+
+
+@pytest.mark.parametrize("answered", [CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID])
+async def test_no_answer(gateway: ExhaustedGateway, answered: CheckOutcome) -> None:
+    """What is not answered, or with nothing of use, changes nothing, and is asked again after the interval."""
+    gateway.upstream.next_checks.append(CheckResult(outcome=answered, balance=Balance(9, 900)))
+    assert await gateway.run_balance_checks() == 1
+    assert not gateway.is_open()
+    gateway.upstream.count = 4
+    assert await gateway.run_balance_checks() == 1
+    assert gateway.is_open()
+
+
+@pytest.mark.parametrize("answered", [CheckOutcome.NOT_FOUND, CheckOutcome.FAILED])
+async def test_task_that_tells_nothing(gateway: ExhaustedGateway, answered: CheckOutcome) -> None:
+    """A task that the upstream knows no more is not asked about again."""
+    gateway.upstream.next_checks.append(CheckResult(outcome=answered, error=TaskError("x", "X.")))
+    assert await gateway.run_balance_checks() == 1
+    assert await gateway.run_balance_checks() == 0
+
+
+async def test_forgotten_task(gateway: ExhaustedGateway) -> None:
+    """A task that the ledger knows no more is not asked about at all."""
+    gateway.ledger.tasks.clear()
+    assert await gateway.run_balance_checks() == 0
+    assert gateway.account.last_finished_task is None
+
+
+async def test_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a store that is away nor a fault of ours ends the looking."""
+    monkeypatch.setattr(poller, "BALANCE_REFRESH_SECONDS", 0)
+    gateway = ExhaustedGateway()
+    await gateway.exhaust_account()
+    gateway.ledger.clock.now_ms += PROBE_INTERVAL_MS
+    gateway.upstream.count, gateway.ledger.is_unavailable = 4, True
+    gateway.upstream.errors.append(RuntimeError("a fault of ours"))
+    running = asyncio.create_task(gateway.refresher.run())
+    try:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        gateway.ledger.is_unavailable = False
+        await wait_until(lambda: not gateway.upstream.errors)
+        gateway.ledger.clock.now_ms += PROBE_INTERVAL_MS
+        await wait_until(gateway.is_open)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

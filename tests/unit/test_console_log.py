@@ -1,0 +1,49 @@
+"""In development a line of the log can be read at a glance."""
+
+from __future__ import annotations
+
+import re
+
+from service.telemetry.logging import OUTCOME_ANSWERED, REQUEST_EVENT
+from tests.support.log_capture import capture_log
+from tests.unit.asgi_client import call_app
+from tests.unit.test_request_middleware import ObservedApp
+
+
+def render_line(event: str, **fields: object) -> str:
+    """An event as a line to read, without its time."""
+    with capture_log(json=False) as written:
+        written.logger.info(event, **fields)
+        return re.sub(r"^[\d:.]{12} \[info +\] ", "", written.text.rstrip())
+
+
+def test_a_request_reads_as_usual() -> None:
+    """A request is told as everybody tells requests, then with what matters, and without what is as always."""
+    line = render_line(
+        REQUEST_EVENT,
+        method="GET",
+        path="/v1/quota",
+        status=200,
+        seconds=0.25,
+        tenant="shop",
+        outcome=OUTCOME_ANSWERED,
+        route="/v1/quota",
+        port="tenants",
+    )
+    assert line.split() == ["GET", "/v1/quota", "200", "seconds=0.25", "tenant=shop"]
+
+
+async def test_what_the_edge_tells_can_be_shown() -> None:
+    """The line that the edge writes has all that a line to read is made of, and its outcome where it is unusual."""
+    watched = ObservedApp()
+    await call_app(watched.app, "GET", "/nowhere")
+    told = watched.access_line
+    told.pop("level")
+    line = render_line(told.pop("event"), **told)
+    assert line.startswith("GET /nowhere 404 ")
+    assert "outcome=not-found" in line
+
+
+def test_fields_stand_in_the_order_of_their_telling() -> None:
+    """Fields are not sorted: what is told first matters most."""
+    assert render_line("thing.done", zebra=1, ape=2, none=None).split() == ["thing.done", "zebra=1", "ape=2"]

@@ -1,0 +1,79 @@
+"""The composition root."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service import container
+from service.container import Adapters, build_services, open_container
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+from service.usecases.background import TaskSupervisor
+from tests.behaviour.gateway_fixture import ENVIRONMENT
+from tests.fakes import FakeDeliveryQueue, FakeLedger, FakeRegistry, FakeUpstream, FakeWebhookClient
+from tests.fakes.artifacts import FakeArtifacts
+
+
+def make_fake_adapters() -> Adapters:
+    """Every port in memory."""
+    ledger = FakeLedger()
+    registry = FakeRegistry(ledger)
+    return Adapters(
+        ledger=ledger,
+        books=ledger,
+        task_store=ledger,
+        task_cache=ledger.cache,
+        registry_store=registry,
+        registry=registry,
+        upstream=FakeUpstream(),
+        artifact_client=FakeArtifacts(),
+        delivery_queue=FakeDeliveryQueue(ledger),
+        webhook_client=FakeWebhookClient(),
+        clock=ledger.clock,
+    )
+
+
+@pytest.mark.parametrize(("role", "works"), [("api", False), ("worker", True), ("all", True)])
+async def test_roles(role: str, works: bool) -> None:
+    """Tasks are watched and webhooks delivered by workers, and by processes that do everything."""
+    settings = Settings.load(ENVIRONMENT | {"GATEWAY_ROLE": role, "GATEWAY_REDIS_URL": "redis://localhost"})
+    services = build_services(make_fake_adapters(), settings, Metrics(CollectorRegistry()), TaskSupervisor())
+    assert {job in services.jobs for job in (services.task_poller.run, services.webhook_dispatcher.run)} == {works}
+
+
+async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that fails, or ends though it should not, is begun again; at the end of the process it is ended."""
+    monkeypatch.setattr(container, "JOB_RESTART_SECONDS", 0)
+    begun, third = [], asyncio.Event()
+
+    async def job() -> None:
+        begun.append(1)
+        if len(begun) == 1:
+            raise ValueError("a fault of ours")
+        if len(begun) == 3:
+            third.set()
+            await asyncio.Event().wait()
+
+    settings = Settings.load(
+        ENVIRONMENT | {"GATEWAY_ROLE": "api", "GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_LEASE_SECONDS": "240"}
+    )
+    services = build_services(
+        make_fake_adapters(), settings, Metrics(CollectorRegistry()), TaskSupervisor(), jobs=[job]
+    )
+    assert services.drain_seconds == 240
+    async with services.run_jobs(), asyncio.timeout(10):
+        await third.wait()
+    assert len(begun) == 3
+
+
+@pytest.mark.parametrize("missing", ["GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL", "GATEWAY_ADMIN_TOKEN"])
+async def test_settings_have_to_be_complete(missing: str) -> None:
+    """What is left open by the settings has to be filled in before anything is put together."""
+    complete = ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_UPSTREAM_URL": "http://localhost"}
+    complete.pop(missing)
+    with pytest.raises(ValueError, match="not complete"):
+        async with open_container(Settings.load(complete)):
+            pass

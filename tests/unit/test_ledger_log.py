@@ -1,0 +1,139 @@
+"""Each settlement and each end of a task has one line in the log, which explains the money by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.domain.ledger import Balance
+from service.domain.tasks import Kind
+from service.domain.tenants import AccountPolicy, Limit, TenantPolicy, Window
+from service.telemetry import logging
+from service.usecases import poller
+from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome, SubmitResult
+from tests.unit.fake_gateway import UNAVAILABLE, FakeGateway, wait_until
+
+FACE = Kind.FACE_ENHANCE
+Lines = list[MutableMapping[str, Any]]
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    with capture_logs() as found:
+        yield found
+
+
+def select_lines(lines: Lines, event: str) -> Lines:
+    """The lines of an event."""
+    return [each for each in lines if each["event"] == event]
+
+
+async def test_settled_by_its_sender(lines: Lines) -> None:
+    """What was accepted is told with names, and with what the account has left in uses and yuan."""
+    gateway = FakeGateway()
+    gateway.upstream.next_submits.append(
+        SubmitResult(outcome=SubmitOutcome.ACCEPTED, upstream_id="u1", balance=Balance(count=4, money_fen=150))
+    )
+    task = (await gateway.submit_image()).task
+    (line,) = select_lines(lines, "reservation.settled")
+    assert line == {
+        "event": "reservation.settled",
+        "log_level": "info",
+        "reservation": task.reservation,
+        "tenant": "shop",
+        "account": "main",
+        "kind": task.kind,
+        "outcome": "accepted",
+        "booked": True,
+        "by": "sender",
+        "remaining_uses": 4,
+        "remaining_yuan": 1.5,
+        "closes": None,
+    }
+
+
+async def test_unknown_outcome(lines: Lines) -> None:
+    """What may have been charged, though nobody knows, is a warning."""
+    gateway = FakeGateway()
+    gateway.upstream.next_submits.append(SubmitResult(outcome=SubmitOutcome.UNKNOWN))
+    with pytest.raises(Exception, match=r"submission|upstream"):
+        await gateway.submit_image()
+    (line,) = select_lines(lines, "reservation.settled")
+    assert (line["log_level"], line["outcome"], line["by"]) == ("warning", "unknown", "sender")
+
+
+async def test_booked_late(lines: Lines) -> None:
+    """An outcome that could not be booked at once is told as delayed, and once it is booked."""
+    gateway = FakeGateway()
+    gateway.ledger.errors_before["settle"] = [UNAVAILABLE]
+    task = (await gateway.submit_image()).task
+    await gateway.background.drain(5)
+    assert [each["event"] for each in lines] == ["settlement.retrying", "reservation.settled"]
+    assert {each["reservation"] for each in lines} == {task.reservation}
+
+
+async def test_expired(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submission whose process died has a line of its own when its lease runs out."""
+    monkeypatch.setattr(poller, "EXPIRY_INTERVAL_SECONDS", 0)
+    gateway = FakeGateway()
+    gateway.upstream.may_respond.clear()
+    callers = [asyncio.create_task(gateway.submit_image()) for _ in range(2)]
+    await wait_until(lambda: len(gateway.upstream.submits) == 2)
+    gateway.ledger.clock.now_ms += gateway.ledger.retention.lease_ms
+    expiring = asyncio.create_task(gateway.poller.expire_leases())
+    await wait_until(lambda: len(select_lines(lines, "reservation.settled")) == 2)
+    expiring.cancel()
+    assert {each["reservation"] for each in lines} == set(gateway.ledger.reservations)
+    for line in lines:
+        assert (line["log_level"], line["by"], line["outcome"]) == ("warning", "expiry", "unknown")
+        assert (line["tenant"], line["account"]) == ("shop", "main")
+    gateway.upstream.may_respond.set()
+    await asyncio.gather(*callers)
+
+
+async def test_ended(lines: Lines) -> None:
+    """The end of a task is told once, with names and what it was charged for, however often it is checked."""
+    gateway = FakeGateway()
+    task = (await gateway.submit_image()).task
+    gateway.ledger.clock.now_ms += gateway.ledger.retention.check_interval_ms
+    gateway.upstream.next_checks.append(CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(count=3)))
+    for _ in range(3):
+        await gateway.poller.start_due()
+        await gateway.poller.wait_idle()
+        gateway.ledger.clock.now_ms += gateway.ledger.retention.claim_lease_ms
+    (line,) = select_lines(lines, "task.finished")
+    ended = gateway.ledger.tasks[task.reservation]
+    assert line == {
+        "event": "task.finished",
+        "log_level": "info",
+        "reservation": task.reservation,
+        "tenant": "shop",
+        "account": "main",
+        "kind": task.kind,
+        "state": "succeeded",
+        "seconds": gateway.ledger.retention.check_interval_ms / 1000,
+        "uses": ended.cost.count,
+        "yuan": ended.cost.money_fen / 100,
+        "basis": ended.cost.basis,
+        "error": None,
+    }
+
+
+def test_policies_are_told_in_yuan() -> None:
+    """What must stay in an account, what tasks may cost, and what tenants may spend is told in yuan."""
+    assert logging.log_account_policy(AccountPolicy(floor_count=2, floor_money_fen=150, max_price={FACE: 30})) == {
+        "floor_count": 2,
+        "floor_money": 1.5,
+        "max_price": {"face-enhance": 0.3},
+    }
+    limits = (Limit(Window.DAY, tasks=5), Limit(Window.TOTAL, money_fen=250))
+    shown = logging.log_tenant_policy(TenantPolicy(limits=limits, max_active=3))
+    assert (shown["max_active"], shown["purse"]) == (3, "count_then_money")
+    assert [(each["window"], each["tasks"], each["money"]) for each in shown["limits"]] == [
+        ("day", 5, None),
+        ("total", None, 2.5),
+    ]

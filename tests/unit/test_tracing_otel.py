@@ -1,0 +1,220 @@
+"""What is recorded of requests, in the words of OpenTelemetry's conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import structlog
+from litestar import Litestar, Request, Response, get
+from litestar.params import FromPath
+from prometheus_client import CollectorRegistry
+
+from service.api.asgi import RequestMiddleware
+from service.api.errors import OUTCOME, ClientDisconnected, exception_handlers
+from service.domain.errors import LedgerUnavailable, NotFound
+from service.telemetry.metrics import Metrics, Port
+from service.telemetry.tracing import NOOP_TRACER, Tracer
+from tests.support.traces import SpanRecorder
+from tests.unit.asgi_client import AsgiResponse, call_app, make_http_scope
+from tests.unit.test_tracing import SPAN, TRACE
+
+SAMPLED, UNSAMPLED = f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00"
+ADMIN_TOKEN = "the-token-of-the-operators"
+
+
+@get("/things/{thing:str}")
+async def thing(request: Request[Any, Any, Any], thing: FromPath[str]) -> Response[dict[str, str]]:
+    """Answer with what is bound to the log, or fail in the way asked for."""
+    request.scope["state"]["tenant"] = "demo"
+    match thing:
+        case "missing":
+            raise NotFound("No such thing.")
+        case "away":
+            raise LedgerUnavailable("Not now.", retry_after=1)
+        case "crash":
+            raise ZeroDivisionError("with words of somebody")
+        case "left":
+            raise ClientDisconnected
+        case "broken":
+            request.scope["state"][OUTCOME] = "transfer-aborted"
+        case "slow":
+            request.scope["state"][OUTCOME] = "client-too-slow"
+    return Response(dict(structlog.contextvars.get_contextvars()))
+
+
+@get(["/healthz", "/readyz", "/metrics"])
+async def probe() -> None:
+    """Answer."""
+
+
+async def send_request(
+    tracer: Tracer, path: str, method: str = "GET", headers: Mapping[str, str] | None = None
+) -> AsgiResponse | None:
+    """The answer to one request."""
+
+    def silent(_logger: Any, _method: str, _event: Any) -> Any:
+        raise structlog.DropEvent
+
+    logger = structlog.wrap_logger(None, processors=[silent], wrapper_class=structlog.make_filtering_bound_logger(0))
+    inner = Litestar([thing, probe], exception_handlers=exception_handlers(logger), openapi_config=None)
+    app = RequestMiddleware(inner, Metrics(CollectorRegistry()), logger, Port.TENANTS, tracer)
+    return await call_app(app, method, path, headers=headers)
+
+
+async def read_bound_context(tracer: Tracer, **headers: str) -> dict[str, str]:
+    """What is bound to the log while a request is served."""
+    answer = await send_request(tracer, "/things/one", headers=headers)
+    assert answer is not None
+    names: dict[str, str] = answer.json()
+    return names
+
+
+async def test_request() -> None:
+    """A request is named by its route and described as it came, without its query."""
+    recorder = SpanRecorder()
+    headers = {"Host": "gateway.internal:8080", "User-Agent": "curl/9", "Authorization": "Bearer igw_x"}
+    await send_request(recorder.tracer, "/things/one?key=hunter2", headers=headers)
+    span = recorder.span
+    assert (span.name, span.kind, span.parent_id, span.is_error) == ("GET /things/{thing}", "server", "", False)
+    assert span.attributes == {
+        "http.request.method": "GET",
+        "http.route": "/things/{thing}",
+        "http.response.status_code": 200,
+        "url.scheme": "http",
+        "url.path": "/things/one",
+        "network.protocol.version": "1.1",
+        "server.address": "gateway.internal",
+        "server.port": 8080,
+        "client.address": "127.0.0.1",
+        "user_agent.original": "curl/9",
+        "gateway.tenant": "demo",
+        "gateway.outcome": "answered",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "error", "outcome"),
+    [
+        ("/things/missing", 404, None, "not-found"),
+        ("/nowhere", 404, None, "not-found"),
+        ("/things/away", 503, "ledger-unavailable", "ledger-unavailable"),
+        ("/things/crash", 500, "internal-error", "internal-error"),
+        ("/things/left", None, None, "client-disconnected"),
+        ("/things/broken", 200, "transfer-aborted", "transfer-aborted"),
+        ("/things/slow", 200, None, "client-too-slow"),
+    ],
+)
+async def test_outcomes(path: str, status: int | None, error: str | None, outcome: str) -> None:
+    """A request is an error if the gateway failed, not if its client did; in which way is told, but not in words."""
+    recorder = SpanRecorder()
+    await send_request(recorder.tracer, path)
+    span = recorder.span
+    assert span.attributes.get("http.response.status_code") == status
+    assert span.attributes["gateway.outcome"] == outcome
+    assert span.attributes.get("error.type") == error
+    assert (span.is_error, span.status_message, span.event_count) == (error is not None, "", 0)
+
+
+async def test_unknown_address() -> None:
+    """A request that fits no route is named by its method alone, however many addresses are tried."""
+    recorder = SpanRecorder()
+    await send_request(recorder.tracer, "/nowhere/at/all")
+    assert recorder.span.name == "GET"
+    assert "http.route" not in recorder.span.attributes
+
+
+async def test_unknown_method() -> None:
+    """A method that HTTP does not have makes no name of its own."""
+    recorder = SpanRecorder()
+    await send_request(recorder.tracer, "/things/one", "BREW")
+    assert recorder.span.name.split()[0] == "HTTP"
+    attributes = recorder.span.attributes
+    assert (attributes["http.request.method"], attributes["http.request.method_original"]) == ("_OTHER", "BREW")
+
+
+@pytest.mark.parametrize("host", ["", "[::1", "host:port", "host:99999999"])
+async def test_unusable_host(host: str) -> None:
+    """A host that is none is left out."""
+    recorder = SpanRecorder()
+    with recorder.tracer.start_request_span(make_http_scope(headers={"host": host}) | {"client": None}):
+        pass
+    assert not {"server.address", "server.port", "client.address"} & recorder.span.attributes.keys()
+
+
+async def test_secrets() -> None:
+    """Secrets that a client puts where they do not belong are not recorded, and neither is what is no text."""
+    recorder = SpanRecorder(secrets=[ADMIN_TOKEN])
+    headers = {"User-Agent": f"curl token=abcdefgh {ADMIN_TOKEN}", "Host": f"{ADMIN_TOKEN}:80"}
+    await send_request(recorder.tracer, f"/things/igw_0123456789abcdef0123/\x00ÿ{ADMIN_TOKEN}", headers=headers)
+    told = str(recorder.span)
+    assert not [secret for secret in ("igw_0", "abcdefgh", ADMIN_TOKEN) if secret in told]
+    assert recorder.span.attributes["url.path"].endswith("%00%C3%BF[redacted]")
+
+
+async def test_long_values() -> None:
+    """What a client sends takes no more room than it is worth."""
+    recorder = SpanRecorder()
+    await send_request(recorder.tracer, "/" + "x" * 5_000)
+    assert len(recorder.span.attributes["url.path"]) == 500
+
+
+async def test_parent() -> None:
+    """A request goes on with the trace that it comes with, and its state."""
+    recorder = SpanRecorder()
+    names = await read_bound_context(recorder.tracer, traceparent=SAMPLED, tracestate="tool=of-somebody")
+    span = recorder.span
+    assert (span.trace_id, span.parent_id, span.trace_state) == (TRACE, SPAN, "tool=of-somebody")
+    assert names["trace_id"] == TRACE
+
+
+@pytest.mark.parametrize("given", [f"00-{TRACE}-{SPAN}-1", f"00-{'0' * 32}-{SPAN}-01", "x"])
+async def test_no_parent(given: str) -> None:
+    """What is no trace is not gone on with: the request gets a trace of its own, which the log names."""
+    recorder = SpanRecorder()
+    names = await read_bound_context(recorder.tracer, traceparent=given)
+    assert recorder.span.parent_id == ""
+    assert names["trace_id"] == recorder.span.trace_id != TRACE
+
+
+async def test_client_decides() -> None:
+    """A client that traces is followed whatever the share, and one that does not trace this request is not."""
+    some, none = SpanRecorder(share=0.0), SpanRecorder(share=1.0)
+    assert (await read_bound_context(some.tracer, traceparent=SAMPLED))["trace_id"] == TRACE
+    assert (await read_bound_context(none.tracer, traceparent=UNSAMPLED))["trace_id"] == TRACE
+    assert (len(some.spans), len(none.spans)) == (1, 0)
+
+
+async def test_share() -> None:
+    """Of requests that no client traces a share is recorded, and the log names no trace that nobody can find."""
+    recorder, named = SpanRecorder(share=0.5), []
+    for _ in range(200):
+        with recorder.tracer.start_request_span(make_http_scope()) as span:
+            named.append(span.trace_id is not None)
+    assert named.count(True) == len(recorder.spans)
+    assert 50 < len(recorder.spans) < 150
+
+
+async def test_untraced() -> None:
+    """Without a collector the log still names the trace that a request comes with, and none otherwise."""
+    assert (await read_bound_context(NOOP_TRACER, traceparent=UNSAMPLED))["trace_id"] == TRACE
+    assert "trace_id" not in await read_bound_context(NOOP_TRACER)
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+async def test_probes(path: str) -> None:
+    """What machines ask for all the time is not recorded."""
+    recorder = SpanRecorder()
+    await send_request(recorder.tracer, path, headers={"traceparent": SAMPLED})
+    assert recorder.spans == []
+
+
+async def test_requests_do_not_mix() -> None:
+    """A request that is served in the context of another, as servers do with one connection, is no part of it."""
+    recorder = SpanRecorder()
+    with recorder.tracer.start_request_span(make_http_scope()), recorder.tracer.start_request_span(make_http_scope()):
+        pass
+    first, second = recorder.spans
+    assert first.trace_id != second.trace_id
+    assert first.parent_id == second.parent_id == ""
