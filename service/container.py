@@ -359,7 +359,7 @@ async def open_container(
         tracer = await opened.enter_async_context(traced)
         connections = connect(settings.redis_url, timeout=REDIS_TIMEOUT_SECONDS)
         opened.push_async_callback(connections.aclose)
-        version = DataVersionGuard(keys.data_version, on_version_error)
+        version = DataVersionGuard(keys, on_version_error)
         outages = OutageLogger(metrics.record_redis_call, metrics.record_redis_error)
         scripts = RedisScripts(
             connections.commands,

@@ -28,7 +28,7 @@ EXCLUSIVE_RETRY_MS = 2_000
 class Availability(StrEnum):
     """Whether an account can take a submission now."""
 
-    AVAILABLE = "pays"
+    AVAILABLE = "available"
     PROBE = "probe"
     EXHAUSTED = "exhausted"
     INVALID = "invalid"

@@ -478,11 +478,11 @@ class RefundResult(StrEnum):
     """What became of a wish to refund a submission."""
 
     REFUNDED = "refunded"
-    ALREADY_REFUNDED = "again"
+    ALREADY_REFUNDED = "already-refunded"
     """It was refunded before."""
     RUNNING = "running"
     """It has not ended, so that nobody knows yet what it costs."""
-    NOTHING_CHARGED = "free"
+    NOTHING_CHARGED = "nothing-charged"
     """It cost nothing."""
 
 

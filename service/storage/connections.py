@@ -32,7 +32,7 @@ from redis.exceptions import ClusterDownError, ReadOnlyError, RedisClusterExcept
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from service.storage.redis import Keys, find_version_error
+from service.storage.redis import Keys, find_version_error, read_data_version
 
 _SCHEME_PATTERN = re.compile(r"redis(?P<tls>s)?(\+(?P<kind>sentinel|cluster))?|unix")
 
@@ -517,7 +517,7 @@ async def check_server(url: str, prefix: str, *, timeout: float) -> ServerCheck:
     try:
         async with asyncio.timeout(timeout):
             told = await _read_server_info(connections)
-            other = find_version_error(await connections.commands.execute_command("GET", Keys(prefix).data_version))
+            other = find_version_error(await read_data_version(connections.commands, Keys(prefix)))
     except TimeoutError:
         return ServerCheck(errors=[f"did not answer within {timeout:g} s"])
     except RedisError as error:

@@ -56,7 +56,7 @@ class RedisDeliveryQueue:
 
     async def claim(self, limit: int) -> Sequence[ClaimedDelivery]:
         """Up to `most` deliveries that are due, of all receivers in turn."""
-        now, *rows = await self._call_script("claim_deliveries", most=limit, lease=LEASE_MS)
+        now, *rows = await self._call_script("claim_deliveries", limit=limit, lease_ms=LEASE_MS)
         return [
             ClaimedDelivery(_decode_delivery(str(member, "ascii"), packed), now + LEASE_MS) for member, packed in rows
         ]
@@ -66,12 +66,12 @@ class RedisDeliveryQueue:
         status, _ = await self._call_script(
             "record_delivery",
             id=claimed.delivery.reservation,
-            leased=claimed.lease_expires_at,
+            lease_expires_at=claimed.lease_expires_at,
             state=result.state,
             attempts=int(result.attempted),
-            wait=result.retry_delay_ms,
-            keep_delivered=KEEP_DELIVERED_MS,
-            **drop_none(status=result.status, error=result.error, answer=result.response_excerpt),
+            retry_delay_ms=result.retry_delay_ms,
+            keep_delivered_ms=KEEP_DELIVERED_MS,
+            **drop_none(status=result.status, error=result.error, response_excerpt=result.response_excerpt),
         )
         return bool(status == b"recorded")
 
@@ -95,25 +95,25 @@ class RedisDeliveryQueue:
     async def redeliver(self, reservation: str) -> Delivery | None:
         """Begin a delivery anew; None if it is not known (any more)."""
         status, _, *rest = await self._call_script("redeliver", id=reservation)
-        return _decode_delivery(reservation, rest[0]) if status == b"again" else None
+        return _decode_delivery(reservation, rest[0]) if status == b"redelivered" else None
 
     async def _call_script(self, script: str, **ask: Any) -> list[Any]:
         keys = [self._keys.clock, self._keys.webhook_queues]
-        return await self._scripts.call(script, keys, ask | {"agenda": delivery_arguments(self._keys)})
+        return await self._scripts.call(script, keys, ask | {"deliveries": delivery_arguments(self._keys)})
 
 
 def delivery_arguments(keys: Keys) -> dict[str, Any]:
     """Where the scripts keep deliveries, and for how long."""
     return {
-        "receivers": keys.webhook_queues,
-        "queue": keys.deliveries_due(""),
-        "claims": keys.deliveries_claimed(""),
-        "failing": keys.webhook_failing(""),
-        "delivery": keys.delivery(""),
+        "queues": keys.webhook_queues,
         "failed": keys.failed_deliveries,
-        "keep": KEEP_MS,
-        "at_once": MAX_CONCURRENT,
-        "failing_for": FAILING_MS,
+        "due_prefix": keys.deliveries_due(""),
+        "claimed_prefix": keys.deliveries_claimed(""),
+        "failing_prefix": keys.webhook_failing(""),
+        "delivery_prefix": keys.delivery(""),
+        "keep_ms": KEEP_MS,
+        "max_concurrent": MAX_CONCURRENT,
+        "failing_ms": FAILING_MS,
     }
 
 

@@ -102,10 +102,10 @@ class RedisLedger:
                 "reservation": request.reservation,
                 "tenant": request.tenant,
                 "kind": request.kind,
-                "lease": self._retention.lease_ms,
-                "keep": self._retention.keep_ms,
+                "lease_ms": self._retention.lease_ms,
+                "keep_ms": self._retention.keep_ms,
                 "accounts": request.accounts,
-                "reservations": keys.reservation(""),
+                "reservation_prefix": keys.reservation(""),
             }
             | drop_none(idempotency=self._idempotency_argument(request.tenant, request.idempotency)),
         )
@@ -125,8 +125,8 @@ class RedisLedger:
                 keys.account(previous),
                 *map(keys.account, request.accounts),
             ],
-            {"left": previous, "keep": self._retention.keep_ms, "accounts": request.accounts}
-            | drop_none(closes=account_status),
+            {"previous_account": previous, "keep_ms": self._retention.keep_ms, "accounts": request.accounts}
+            | drop_none(account_status=account_status),
         )
         return _parse_verdict(answer)
 
@@ -138,24 +138,24 @@ class RedisLedger:
             "tenant": settlement.tenant,
             "account": settlement.account,
             "kind": settlement.kind,
-            "created": settlement.created_at,
+            "created_at": settlement.created_at,
             "outcome": settlement.outcome,
-            "figures": pack_balance(settlement.balance),
-            "keep": self._retention.keep_ms,
-            "late": settlement.is_late,
-            "usage": keys.usage(settlement.tenant, ""),
-            "keep_usage": KEEP_USAGE_MS,
-            "reservations": keys.reservation(""),
-            "keys": keys.idempotency(settlement.tenant, ""),
+            "balance": pack_balance(settlement.balance),
+            "keep_ms": self._retention.keep_ms,
+            "is_late": settlement.is_late,
+            "usage_prefix": keys.usage(settlement.tenant, ""),
+            "keep_usage_ms": KEEP_USAGE_MS,
+            "reservation_prefix": keys.reservation(""),
+            "idempotency_prefix": keys.idempotency(settlement.tenant, ""),
         } | drop_none(idempotency=self._idempotency_argument(settlement.tenant, settlement.idempotency))
         if settlement.new_task:
-            ask["draft"] = {
+            ask["new_task"] = {
                 "id": settlement.new_task.id,
                 "options": str(settlement.new_task.options, "utf-8"),
                 "metadata": str(settlement.new_task.metadata, "utf-8"),
-                "check_after": self._retention.check_interval_ms,
-            } | drop_none(webhook=settlement.new_task.webhook_url, trace=settlement.new_task.trace_context)
-        status, _, *elsewhere = await self._scripts.call(
+                "check_interval_ms": self._retention.check_interval_ms,
+            } | drop_none(webhook_url=settlement.new_task.webhook_url, trace_context=settlement.new_task.trace_context)
+        status, _, *account = await self._scripts.call(
             "settle",
             [
                 keys.clock,
@@ -167,10 +167,10 @@ class RedisLedger:
                 keys.tenant_tasks(settlement.tenant),
                 keys.poll_due,
             ],
-            ask | drop_none(closes=settlement.account_status),
+            ask | drop_none(account_status=settlement.account_status),
         )
-        if status == b"elsewhere":  # a retarget took place whose answer never arrived, and this tells of the other one
-            moved = msgspec.structs.replace(settlement, account=elsewhere[0], balance=Balance(), account_status=None)
+        if status == b"wrong-account":  # the answer to a change of account was lost; the balance is the other account's
+            moved = msgspec.structs.replace(settlement, account=account[0], balance=Balance(), account_status=None)
             return await self.settle(moved)
         return bool(status == b"settled")
 
@@ -256,13 +256,13 @@ class RedisLedger:
             ],
             {
                 "accounts": accounts,
-                "reservations": keys.reservation(""),
-                "tasks": keys.task(""),
-                "usages": [keys.usage(tenant, "") for tenant in tenants],
-                "keep": self._retention.keep_ms,
-                "queues": keys.deliveries_due(""),
-                "delivery_claims": keys.deliveries_claimed(""),
-                "failing": keys.webhook_failing(""),
+                "reservation_prefix": keys.reservation(""),
+                "task_prefix": keys.task(""),
+                "usage_prefixes": [keys.usage(tenant, "") for tenant in tenants],
+                "keep_ms": self._retention.keep_ms,
+                "due_prefix": keys.deliveries_due(""),
+                "claimed_prefix": keys.deliveries_claimed(""),
+                "failing_prefix": keys.webhook_failing(""),
             },
         )
         return int(offset)
@@ -288,21 +288,20 @@ class RedisLedger:
             {
                 "account": check.account,
                 "reservation": check.reservation,
-                "claimed": check.claimed_at,
-                "figures": pack_balance(balance),
-                "reservations": self._keys.reservation(""),
+                "claimed_at": check.claimed_at,
+                "balance": pack_balance(balance),
+                "reservation_prefix": self._keys.reservation(""),
             },
         )
 
     def _idempotency_argument(self, tenant: int, idempotency: Idempotency | None) -> dict[str, Any] | None:
         if idempotency is None:
             return None
-        at = self._keys.idempotency(tenant, idempotency.key_digest)
         return {
-            "at": at,
-            "key": idempotency.key_digest,
-            "content": idempotency.content_digest,
-            "keep": KEEP_IDEMPOTENCY_KEY_MS,
+            "redis_key": self._keys.idempotency(tenant, idempotency.key_digest),
+            "key_digest": idempotency.key_digest,
+            "content_digest": idempotency.content_digest,
+            "keep_ms": KEEP_IDEMPOTENCY_KEY_MS,
         }
 
 
@@ -322,7 +321,7 @@ def _parse_verdict(answer: list[Any]) -> Verdict:
         return InFlight(now)
     if status == b"key-reused":
         return KeyReuse(now)
-    if status == b"gone":
+    if status == b"unknown-tenant":
         raise LedgerUnavailable(
             "The gateway's store does not know this tenant. Try again.", retry_after=RETRY_AFTER_SECONDS
         )
@@ -331,7 +330,7 @@ def _parse_verdict(answer: list[Any]) -> Verdict:
 
 def pack_balance(balance: Balance) -> dict[str, int]:
     """Figures for a script, in which what is not known is not there."""
-    return drop_none(count=balance.count, money=balance.money_fen)
+    return drop_none(count=balance.count, money_fen=balance.money_fen)
 
 
 _UNKNOWN_FIELD, _REFUND_FIELD = "unknown", "refund"
@@ -371,11 +370,11 @@ class RedisBooks:
                 "reservation": reservation,
                 "tenant": tenant,
                 "reason": reason,
-                "usage": keys.usage(tenant, ""),
-                "keep_usage": KEEP_USAGE_MS,
+                "usage_prefix": keys.usage(tenant, ""),
+                "keep_usage_ms": KEEP_USAGE_MS,
             },
         )
-        if status == b"gone":
+        if status == b"not-found":
             return None
         return RefundResult(str(status, "ascii")), _decode_reservation(*rest)
 

@@ -24,6 +24,8 @@ from service.domain.tenants import Window
 from service.telemetry.metrics import RedisErrorKind, RedisOutcome
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 
+Client = Redis | RedisCluster
+
 
 class Keys:
     """Builds keys under one prefix."""
@@ -74,12 +76,12 @@ class Keys:
     @property
     def poll_due(self) -> str:
         """The running tasks by the time of their next check."""
-        return self._root + "watch"
+        return self._root + "poll:due"
 
     @property
     def poll_claimed(self) -> str:
         """The running tasks that a process checks just now, by the time when another one may."""
-        return self._root + "claims"
+        return self._root + "poll:claimed"
 
     @property
     def task_events_channel(self) -> str:
@@ -88,33 +90,33 @@ class Keys:
 
     def poll_watched(self, reservation: str) -> str:
         """Says that somebody looked at a task lately. Without an id, how all of these keys begin."""
-        return f"{self._root}interest:{reservation}"
+        return f"{self._root}poll:watched:{reservation}"
 
     @property
     def webhook_queues(self) -> str:
         """The receivers that something is to be delivered to, by the time when it is their turn."""
-        return self._root + "receivers"
+        return self._root + "webhook:queues"
 
     @property
     def failed_deliveries(self) -> str:
         """The deliveries that were given up, by the time of that."""
-        return self._root + "deliveries:failed"
+        return self._root + "webhook:failed"
 
     def delivery(self, reservation: str) -> str:
         """How the end of a task is told to its tenant. Without an id, how all of these keys begin."""
-        return f"{self._root}delivery:{reservation}"
+        return f"{self._root}webhook:delivery:{reservation}"
 
     def deliveries_due(self, queue: str) -> str:
         """What waits to be delivered to a receiver, by when. Without one, how all of these keys begin."""
-        return f"{self._root}deliveries:due:{queue}"
+        return f"{self._root}webhook:due:{queue}"
 
     def deliveries_claimed(self, queue: str) -> str:
         """What is delivered to a receiver just now, by the time when another process may. Without one, as above."""
-        return f"{self._root}deliveries:claimed:{queue}"
+        return f"{self._root}webhook:claimed:{queue}"
 
     def webhook_failing(self, queue: str) -> str:
         """Says that a receiver failed lately. Without one, how all of these keys begin."""
-        return f"{self._root}failing:{queue}"
+        return f"{self._root}webhook:failing:{queue}"
 
     def tenant(self, tenant: int) -> str:
         """A tenant's limits and counters. Ids are never reused, so neither are counters."""
@@ -148,7 +150,7 @@ class Keys:
         return f"{self._root}tasks:{tenant}"
 
 
-DATA_VERSION = 1
+DATA_VERSION = 2
 """Rises with every change after which an older gateway could misread the data, or this one the older data."""
 
 
@@ -161,10 +163,7 @@ class DataVersionError(LedgerUnavailable):
 
 
 def find_version_error(stored: bytes | None, version: int = DATA_VERSION) -> DataVersionError | None:
-    """The error for a version as it was found in a store; None where that is this one.
-
-    Unmarked data is of version 1, as the first gateways wrote it; so is an empty store, until it is marked.
-    """
+    """Return the error for the version that is stored; None if that is this version, or the store is empty."""
     if stored is None or stored == str(version).encode():
         return None
     shown = stored[:20].decode("ascii", "replace")
@@ -175,17 +174,25 @@ def find_version_error(stored: bytes | None, version: int = DATA_VERSION) -> Dat
     )
 
 
+async def read_data_version(client: Client, keys: Keys) -> bytes | None:
+    """Return the version of the stored data; None if there is none. Data without a mark is of version 1."""
+    # In this order, since a gateway marks a store before it writes the registry.
+    has_registry = await client.execute_command("EXISTS", keys.registry)
+    stored: bytes | None = await client.execute_command("GET", keys.data_version)
+    return b"1" if stored is None and has_registry else stored
+
+
 class DataVersionGuard:
-    """Guards a store by the key that holds its data version. `refused` is called once if that is another one."""
+    """Refuses a store that holds data of another version. `on_mismatch` is called once when that is noticed."""
 
     def __init__(
         self,
-        key: str,
+        keys: Keys,
         on_mismatch: Callable[[DataVersionError], None] = lambda _: None,
         *,
         version: int = DATA_VERSION,
     ) -> None:
-        self.key = key
+        self.keys = keys
         self.version = version
         self._on_mismatch = on_mismatch
         self._error: DataVersionError | None = None
@@ -196,18 +203,18 @@ class DataVersionGuard:
         """Whether the store is not to be used any more."""
         return self._error is not None
 
-    async def check(self, client: Redis | RedisCluster) -> None:
+    async def check(self, client: Client) -> None:
         """Compare the version, and mark a store without one; needed until `is_checked`. Raises DataVersionError."""
         if self._error:
             raise self._error
-        found = await client.execute_command("GET", self.key)
-        if found is None:
+        stored = await read_data_version(client, self.keys)
+        if stored is None:
             # Of several processes that start on an empty store the first one decides. Where nothing can be written, the
             # data can be read all the same, and the first script marks it.
             with suppress(RedisError):
-                await client.set(self.key, self.version, nx=True)
-            found = await client.execute_command("GET", self.key)
-        self.compare(found)
+                await client.set(self.keys.data_version, self.version, nx=True)
+            stored = await client.execute_command("GET", self.keys.data_version)
+        self.compare(stored)
 
     def compare(self, stored: bytes | None) -> None:
         """Take in the version as it was just read. Raises DataVersionError, from now on with every `check`."""
@@ -222,9 +229,6 @@ class DataVersionGuard:
 
 
 _log = structlog.get_logger(__name__)
-
-
-Client = Redis | RedisCluster
 
 
 RETRY_AFTER_SECONDS = 2.0
@@ -370,7 +374,9 @@ class RedisScripts:
         """
         values = (msgspec.msgpack.encode(arguments), *more)
         if self._version_guard:
-            keys, values = (*keys, self._version_guard.key), (*values, str(self._version_guard.version))
+            guarded = self._version_guard.keys
+            keys = (*keys, guarded.registry, guarded.data_version)
+            values = (*values, str(self._version_guard.version))
         with self._observe_call(name), self._tracer.start_redis_span("EVALSHA", script=name):
             await self._check_version()
             if name not in self._hashes:

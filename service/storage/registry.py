@@ -32,7 +32,7 @@ class RedisRegistry:
     async def load(self) -> Registry:
         """The registry as it is now."""
         (fields,) = await self._scripts.read(("HGETALL", self._keys.registry))
-        tenants, accounts, tokens, former = {}, {}, {}, {}
+        tenants, accounts, tokens, deleted = {}, {}, {}, {}
         for field, packed in fields.items():
             kind, _, name = str(field, "utf-8").partition(":")
             if kind == "tenant":
@@ -41,10 +41,10 @@ class RedisRegistry:
                 accounts[name] = msgspec.msgpack.decode(packed, type=Account)
             elif kind == "token":
                 tokens[name] = msgspec.msgpack.decode(packed, type=Token)
-            elif kind == "former":
-                former[int(name)] = str(packed, "utf-8")
+            elif kind == "deleted":
+                deleted[int(name)] = str(packed, "utf-8")
         version, next_id = int(fields.get(b"version", 0)), int(fields.get(b"next_id", 1))
-        return Registry(version, next_id, tenants, accounts, tokens, former)
+        return Registry(version, next_id, tenants, accounts, tokens, deleted)
 
     async def read_version(self) -> int:
         """The number of the newest version. Raises DataVersionError where the data is of another data version."""
@@ -66,7 +66,7 @@ class RedisRegistry:
         for token in change.tokens:
             put[f"token:{token.id}"] = msgspec.msgpack.encode(token)
         gone = dict(change.deleted_tenant_names) | {each.id: each.name for each in change.drop_tenants}
-        put |= {f"former:{tenant_id}": name.encode() for tenant_id, name in gone.items()}
+        put |= {f"deleted:{tenant_id}": name.encode() for tenant_id, name in gone.items()}
         put["next_id"] = str(change.next_id).encode()
         drop = [f"tenant:{each.name}" for each in change.drop_tenants]
         drop += [f"account:{each.name}" for each in change.drop_accounts]
@@ -78,12 +78,12 @@ class RedisRegistry:
             [keys.registry, *policies, *forget],
             {
                 "version": change.version,
-                "later_than": change.newer_than,
+                "newer_than": change.newer_than,
                 "channel": keys.registry_channel,
-                "drop": drop,
-                "puts": len(put),
-                "policies": len(policies),
-                "forget": len(forget),
+                "deleted_fields": drop,
+                "field_count": len(put),
+                "policy_count": len(policies),
+                "deleted_count": len(forget),
             },
             *(each for pair in put.items() for each in pair),
             *policies.values(),

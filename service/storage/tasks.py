@@ -88,10 +88,10 @@ class RedisTaskStore:
             [keys.clock, keys.poll_due, keys.poll_claimed],
             {
                 "reservations": reservations,
-                "task": keys.task(""),
-                "interest": keys.poll_watched(""),
-                "interested": self._retention.watched_ms,
-                "check_after": self._retention.check_interval_ms,
+                "task_prefix": keys.task(""),
+                "watched_prefix": keys.poll_watched(""),
+                "watched_ms": self._retention.watched_ms,
+                "check_interval_ms": self._retention.check_interval_ms,
             },
         )
         return [
@@ -149,7 +149,7 @@ class RedisTaskStore:
         now, *rows = await self._scripts.call(
             "claim_checks",
             [self._keys.clock, self._keys.poll_due, self._keys.poll_claimed],
-            {"most": limit, "lease": self._retention.claim_lease_ms, "task": self._keys.task("")},
+            {"limit": limit, "lease_ms": self._retention.claim_lease_ms, "task_prefix": self._keys.task("")},
         )
         return [ClaimedCheck(_decode_task(str(member, "ascii"), packed), now, due) for member, packed, due in rows]
 
@@ -169,23 +169,23 @@ class RedisTaskStore:
         ask: dict[str, Any] = {
             "reservation": task.reservation,
             "account": task.account,
-            "claimed": claimed.claimed_at,
-            "answered": result.outcome,
+            "claimed_at": claimed.claimed_at,
+            "outcome": result.outcome,
             "artifacts": msgspec.json.encode(result.artifacts).decode(),
             "lost_error": msgspec.json.encode(_LOST_ERROR).decode(),
             "unusable_error": msgspec.json.encode(_UNUSABLE_ERROR).decode(),
-            "figures": pack_balance(result.balance),
-            "check_after": self._retention.check_interval_ms,
-            "lost_after": self._retention.lost_after_ms,
-            "unusable_after": self._retention.unusable_after_ms,
-            "keep_reservation": self._retention.keep_ms,
-            "keep_running": self._retention.keep_ms,
-            "keep_ended": self._retention.keep_finished_ms,
-            "usage": keys.usage(task.tenant, ""),
-            "keep_usage": KEEP_USAGE_MS,
-            "reservations": keys.reservation(""),
+            "balance": pack_balance(result.balance),
+            "check_interval_ms": self._retention.check_interval_ms,
+            "lost_after_ms": self._retention.lost_after_ms,
+            "unusable_after_ms": self._retention.unusable_after_ms,
+            "keep_reservation_ms": self._retention.keep_ms,
+            "keep_running_ms": self._retention.keep_ms,
+            "keep_finished_ms": self._retention.keep_finished_ms,
+            "usage_prefix": keys.usage(task.tenant, ""),
+            "keep_usage_ms": KEEP_USAGE_MS,
+            "reservation_prefix": keys.reservation(""),
             "channel": keys.task_events_channel,
-            "agenda": delivery_arguments(keys),
+            "deliveries": delivery_arguments(keys),
         }
         if result.error:
             ask["error"] = msgspec.json.encode(result.error).decode()

@@ -175,7 +175,7 @@ async def run_fake_gateway(
     await background.drain(0)
 
 
-_PERMANENT_KEYS = re.compile(r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|watch|(tenant|account):\d+)")
+_PERMANENT_KEYS = re.compile(r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|poll:due|(tenant|account):\d+)")
 """The keys that may stay for ever: there are only so many of them, and deleting their owner deletes them."""
 
 

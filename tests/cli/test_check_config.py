@@ -209,14 +209,14 @@ async def test_an_old_store() -> None:
 def test_data_of_another_version(kind: Callable[[], AbstractContextManager[RunningStore]]) -> None:
     """Data of another version under the prefix is a fault, under another prefix it is none, and nothing is marked."""
     with kind() as store:
-        store.execute("SET", "{old}:version", "2")
+        store.execute("SET", "{old}:version", "1")
         refused = run_command({"GATEWAY_REDIS_URL": store.url, "GATEWAY_KEY_PREFIX": "old"}, "--connect")
         passed = run_command({"GATEWAY_REDIS_URL": store.url, "GATEWAY_KEY_PREFIX": "new"}, "--connect")
         assert store.execute("KEYS", "*") == [b"{old}:version"]
     assert refused.exit_code == 1
     (fault,) = [line for line in refused.stderr.splitlines() if "warning" not in line]
     assert fault.startswith("gateway: GATEWAY_REDIS_URL can't be used: ")
-    assert "has version 2, and this gateway uses version 1: run `gateway export`" in fault
+    assert "has version 1, and this gateway uses version 2: run `gateway export`" in fault
     assert passed.exit_code == 0, passed.output
 
 

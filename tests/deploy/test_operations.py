@@ -146,7 +146,7 @@ def test_upgrade_to_another_data_version(here: ProcedureShell, upstream: Sandbox
         'curl -fsS -o running.json -H "Authorization: Bearer $(cat shop.token)" -F image=@photo.jpg '
         '"$TENANTS/v1/tasks/face-enhance"'
     )
-    other = f"redis-cli -p {here.stores[0]} set {{gw}}:version 2"
+    other = f"redis-cli -p {here.stores[0]} set {{gw}}:version 1"
     refused = "if gateway check-config --connect; then exit 1; fi; if start one; then exit 1; fi"
     printed = here.run(
         *(*here.installation_steps(), "submit", f"curl -fsS -X PUT -d '{LONG}' {upstream.url}/_control/dials", begin),
@@ -154,7 +154,7 @@ def test_upgrade_to_another_data_version(here: ProcedureShell, upstream: Sandbox
         *("read_task task.json", "cp read.json finished.json", "read_task running.json", "used"),
         *(f"curl -fsS -X PUT -d '{SHORT}' {upstream.url}/_control/dials", "submit", "used"),
     )
-    assert printed.count("has version 2, and this gateway uses version 1: run `gateway export`") == 2
+    assert printed.count("has version 1, and this gateway uses version 2: run `gateway export`") == 2
     assert re.findall(r'"used":(\d+)', printed) == ["0", "2", "3"]
     assert '200200"used":2' in printed
     assert '"state":"succeeded"' in (here.folder / "finished.json").read_text()

@@ -174,14 +174,14 @@ def read_all_keys(client: Redis) -> dict[bytes, bytes]:
 
 def is_version_error(line: str) -> bool:
     """Whether a line tells which data a gateway does not use, and what to do."""
-    words = ("has version 2,", "uses version 1:", "`gateway export`", "`gateway apply`", "deploy/OPERATIONS.md")
+    words = ("has version 1,", "uses version 2:", "`gateway export`", "`gateway apply`", "deploy/OPERATIONS.md")
     return line.startswith("gateway: ") and all(each in line for each in words)
 
 
 @pytest.mark.parametrize("role", ["all", "api", "worker"])
 def test_store_of_another_version(tmp_path: Path, upstream: SandboxProcess, role: str) -> None:
     """A store of another version is refused in one line before anything is served, and stays as it was."""
-    with run_store_with_version(2, "gw") as (store, client):
+    with run_store_with_version(1, "gw") as (store, client):
         before = read_all_keys(client)
         shared = upstream.gateway_settings(store) | {"GATEWAY_KEY_PREFIX": "gw", "GATEWAY_ROLE": role}
         with start_gateway(tmp_path, **shared) as gateway:
@@ -198,7 +198,7 @@ def test_store_of_another_version_that_comes_later(tmp_path: Path, valkey: Valke
     shared = upstream.gateway_settings(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
     with start_gateway(tmp_path, **shared) as gateway:
         wait_until(lambda: "demo.delayed" in gateway.log_path.read_text(), "a word about the store")
-        with run_store_with_version(2, shared["GATEWAY_KEY_PREFIX"], port=port) as (_, client):
+        with run_store_with_version(1, shared["GATEWAY_KEY_PREFIX"], port=port) as (_, client):
             assert gateway.process.wait(30) == 1
             assert len(read_all_keys(client)) == 2
     assert is_version_error(gateway.log_path.read_text().splitlines()[-1])
@@ -212,9 +212,9 @@ def test_store_that_is_replaced(tmp_path: Path, upstream: SandboxProcess) -> Non
         mark = Keys(shared["GATEWAY_KEY_PREFIX"]).data_version
         with run_gateway(tmp_path, **shared) as gateway:
             assert gateway.run_curl_example().status_code == 201
-            assert client.get(mark) == b"1"
+            assert client.get(mark) == b"2"
             sent = upstream.count_requests("submit")
-            client.pipeline(transaction=True).flushall().set(mark, 2).execute()
+            client.pipeline(transaction=True).flushall().set(mark, 1).execute()
             with suppress(httpx2.TransportError):  # a job in the background may have ended it by now
                 answer = gateway.run_curl_example()
                 assert (answer.status_code, answer.json()["code"]) == (503, "ledger-unavailable")
@@ -231,7 +231,7 @@ def test_two_starts_at_once(tmp_path: Path, upstream: SandboxProcess) -> None:
         gateways = [stack.enter_context(start_gateway(tmp_path / name, **shared)) for name in ("first", "second")]
         for each in gateways:
             each.wait_ready()
-        assert client.get(Keys(shared["GATEWAY_KEY_PREFIX"]).data_version) == b"1"
+        assert client.get(Keys(shared["GATEWAY_KEY_PREFIX"]).data_version) == b"2"
         assert [each.stop() for each in gateways] == [0, 0]
 
 

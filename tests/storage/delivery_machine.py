@@ -30,10 +30,10 @@ delivery_results = st.one_of(
     st.builds(
         DeliveryResult,
         state=st.just(DeliveryState.PENDING),
-        wait=st.sampled_from([4_000, 30_000, 28_800_000]),
+        retry_delay_ms=st.sampled_from([4_000, 30_000, 28_800_000]),
         status=st.none() | st.just(500),
         error=st.just("It failed."),
-        answer=st.none() | st.just("失败"),
+        response_excerpt=st.none() | st.just("失败"),
     ),
     st.builds(
         DeliveryResult,

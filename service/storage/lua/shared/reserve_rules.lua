@@ -7,12 +7,12 @@
 local function compute_money_holds(tenant, price, wall, violations)
   local holds, max_hold = {}, 0
   for _, limit in ipairs(tenant.policy.limits) do
-    if limit.money then
+    if limit.money_fen then
       local counter = tenant.state.windows[limit.window]
-      local remaining = limit.money - counter.money - counter.money_reserved
+      local remaining = limit.money_fen - counter.money_fen - counter.money_reserved_fen
       local hold = price or math.max(remaining, 1)
       if hold > math.max(remaining, 0) then
-        violations[#violations + 1] = {limit.window .. '-money', limit.money, window_end(limit.window, wall) or 0}
+        violations[#violations + 1] = {limit.window .. '-money', limit.money_fen, window_end(limit.window, wall) or 0}
       end
       holds[limit.window], max_hold = hold, math.max(max_hold, hold)
     end
@@ -28,11 +28,11 @@ local function compute_money_holds(tenant, price, wall, violations)
 end
 
 -- Returns the first account that can take a submission; otherwise nil and when to try again (nil if no account is valid).
-local function choose_account(accounts, purse, kind, now)
+local function choose_account(accounts, spending_mode, kind, now)
   local retry_at
   for _, account in ipairs(accounts) do
-    local availability, at = account_availability(account, purse, kind, now)
-    if availability == 'pays' or availability == 'probe' then
+    local availability, at = account_availability(account, spending_mode, kind, now)
+    if availability == 'available' or availability == 'probe' then
       account.is_probe = availability == 'probe'
       return account, nil
     elseif availability == 'exhausted' then
@@ -44,23 +44,23 @@ end
 
 -- Puts a reservation on an account and stores the balance before it. A probe stores none: if it is accepted, the account
 -- was topped up in the meantime.
-local function assign_account(account, reservation, holds, purse, now)
+local function assign_account(account, reservation, holds, spending_mode, now)
   local state = account.state
   if account.is_probe then
-    state.probe_at = now + PROBE_INTERVAL_MS
+    state.next_probe_at = now + PROBE_INTERVAL_MS
   end
-  state.seq = state.seq + 1
-  reservation.account, reservation.sent, reservation.seq = account.id, now, state.seq
-  reservation.alone, reservation.clean = state.open == 0, unaccounted_charges(state) == 0
-  reservation.use = state.count and state.count.value > unaccounted_charges(state)
-  reservation.thrifty = purse == 'count_only'
-  reservation.before = nil
+  state.submission_seq = state.submission_seq + 1
+  reservation.account, reservation.dispatched_at, reservation.submission_seq = account.id, now, state.submission_seq
+  reservation.exclusive, reservation.balance_exact = state.open_submissions == 0, unaccounted_charges(state) == 0
+  reservation.expects_prepaid = state.count and state.count.value > unaccounted_charges(state)
+  reservation.prepaid_only = spending_mode == 'count_only'
+  reservation.balance_before = nil
   if state.count and state.money and not account.is_probe then
-    reservation.before = {count = state.count.value, money = state.money.value}
+    reservation.balance_before = {count = state.count.value, money_fen = state.money.value}
   end
-  reservation.holds = holds
-  state.open = state.open + 1
-  state.sending = state.sending + 1
+  reservation.money_holds = holds
+  state.open_submissions = state.open_submissions + 1
+  state.unsettled = state.unsettled + 1
   mark_charge_pending(state, reservation)
   add_expected_charge(account, reservation.kind, 1)
 end

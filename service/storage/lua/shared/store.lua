@@ -31,7 +31,7 @@ local function advance_clock(key)
 end
 
 local function no_expected_drop()
-  return {tasks = 0, money = 0, unpriced = 0, taken = 0}
+  return {charges = 0, max_fen = 0, unpriced = 0, attributed_fen = 0}
 end
 
 local function decode(text)
@@ -40,7 +40,7 @@ end
 
 local function load_tenant(key)
   local stored = redis.call('HMGET', key, 'policy', 'state')
-  local policy, state = decode(stored[1]), decode(stored[2]) or {active = 0}
+  local policy, state = decode(stored[1]), decode(stored[2]) or {active_tasks = 0}
   state.windows = state.windows or {}
   return {key = key, policy = policy or {limits = {}}, state = state, is_registered = policy ~= nil}
 end
@@ -50,11 +50,13 @@ local function load_account(key, id)
   local policy = decode(stored[1])
   local state = decode(stored[2])
     or {
-      status = 'open', probe_at = 0, closed = 0, reopened = 0, rose = 0, open = 0, sending = 0, seq = 0, uncharged = 0,
-      thrifty = 0, astray = 0, astray_until = 0, caught_up = 0, expected = no_expected_drop(),
-      unexplained_count = 0, unexplained_money = 0, unknown = 0, looks = false, looked = 0, in_vain = 0,
+      status = 'open', next_probe_at = 0, closed_at = 0, reopened_at = 0, last_increase_at = 0, open_submissions = 0,
+      unsettled = 0, submission_seq = 0, pending_charges = 0, pending_prepaid_only = 0, untracked_charges = 0,
+      untracked_until = 0, reconciled_at = 0, expected_drop = no_expected_drop(), unexplained_count = 0,
+      unexplained_money_fen = 0, unknown_outcomes = 0, live_balance_checks = false, last_balance_check_at = 0,
+      failed_balance_checks = 0,
     }
-  local default_policy = {floor_count = 0, floor_money = 0, max_price = {}}
+  local default_policy = {floor_count = 0, floor_money_fen = 0, max_price = {}}
   return {key = key, id = id, policy = policy or default_policy, state = state, is_registered = policy ~= nil}
 end
 
@@ -69,20 +71,20 @@ end
 local function load_reservation(key)
   local reservation = decode(redis.call('GET', key))
   if reservation then
-    reservation.periods, reservation.holds = reservation.periods or {}, reservation.holds or {}
+    reservation.window_starts, reservation.money_holds = reservation.window_starts or {}, reservation.money_holds or {}
   end
   return reservation
 end
 
 local function save_reservation(key, reservation, keep_ms)
-  if not next(reservation.holds) then
-    reservation.holds = nil
+  if not next(reservation.money_holds) then
+    reservation.money_holds = nil
   end
-  if not next(reservation.periods) then
-    reservation.periods = nil
+  if not next(reservation.window_starts) then
+    reservation.window_starts = nil
   end
-  if reservation.after and not next(reservation.after) then
-    reservation.after = nil
+  if reservation.balance_after and not next(reservation.balance_after) then
+    reservation.balance_after = nil
   end
   redis.call('SET', key, cmsgpack.pack(reservation), 'PX', keep_ms)
 end

@@ -47,34 +47,37 @@ end
 local function roll_windows(tenant, wall)
   local state = tenant.state
   for _, window in ipairs(WINDOWS) do
-    local period, counter = window_start(window, wall), state.windows[window]
-    if not counter or counter.period ~= period then
-      local counters, retained, current, previous = state.aside and state.aside[window] or {}, {}, nil, nil
+    local start, counter = window_start(window, wall), state.windows[window]
+    if not counter or counter.window_start ~= start then
+      local counters = state.retained_counters and state.retained_counters[window] or {}
+      local retained, current, previous = {}, nil, nil
       if counter then
         counters[#counters + 1] = counter
       end
       for _, candidate in ipairs(counters) do
-        if candidate.period == period then
+        if candidate.window_start == start then
           current = candidate
-        elseif candidate.period > period then
+        elseif candidate.window_start > start then
           retained[#retained + 1] = candidate
-        elseif not previous or candidate.period > previous.period then
+        elseif not previous or candidate.window_start > previous.window_start then
           previous = candidate
         end
       end
       if not current then
-        current = {period = period, tasks = 0, tasks_reserved = 0, money = 0, money_reserved = 0, overrun = 0}
+        current = {
+          window_start = start, tasks = 0, tasks_reserved = 0, money_fen = 0, money_reserved_fen = 0, overrun_fen = 0,
+        }
         if retained[1] then
-          state.names = (state.names or 0) + 1
-          current.name = -state.names
+          state.replacement_key_seq = (state.replacement_key_seq or 0) + 1
+          current.replacement_key = -state.replacement_key_seq
         end
       end
       retained[#retained + 1] = previous
       state.windows[window] = current
-      if retained[1] or state.aside then
-        state.aside = state.aside or {}
-        state.aside[window] = retained[1] and retained or nil
-        state.aside = next(state.aside) and state.aside or nil
+      if retained[1] or state.retained_counters then
+        state.retained_counters = state.retained_counters or {}
+        state.retained_counters[window] = retained[1] and retained or nil
+        state.retained_counters = next(state.retained_counters) and state.retained_counters or nil
       end
     end
   end
@@ -83,11 +86,11 @@ end
 -- Returns the counter of a window by the key that reservations store; nil if it is no longer kept.
 local function find_counter(tenant, window, key)
   local current = tenant.state.windows[window]
-  if (current.name or current.period) == key then
+  if (current.replacement_key or current.window_start) == key then
     return current
   end
-  for _, counter in ipairs(tenant.state.aside and tenant.state.aside[window] or {}) do
-    if (counter.name or counter.period) == key then
+  for _, counter in ipairs(tenant.state.retained_counters and tenant.state.retained_counters[window] or {}) do
+    if (counter.replacement_key or counter.window_start) == key then
       return counter
     end
   end
@@ -96,30 +99,30 @@ end
 -- Adds what a reservation counts for to its windows, or subtracts it with a sign of -1. What it counts for follows from the
 -- reservation alone, so every change of a reservation subtracts first and adds again afterwards.
 local function apply_to_windows(tenant, reservation, sign)
-  local state, cost, holds = reservation.state, reservation.cost, reservation.holds
+  local state, cost, holds = reservation.state, reservation.cost, reservation.money_holds
   local is_open = state == 'reserved' or (state == 'accepted' and not cost)
   local is_charged = (state == 'accepted' or state == 'unknown') and not reservation.refund
   if is_open then
-    local kinds = tenant.state.kinds or {}
+    local kinds = tenant.state.active_by_kind or {}
     kinds[reservation.kind] = (kinds[reservation.kind] or 0) + sign
-    tenant.state.kinds, tenant.state.active = kinds, tenant.state.active + sign
+    tenant.state.active_by_kind, tenant.state.active_tasks = kinds, tenant.state.active_tasks + sign
   end
   for _, window in ipairs(WINDOWS) do
-    local counter = find_counter(tenant, window, reservation.periods[window])
+    local counter = find_counter(tenant, window, reservation.window_starts[window])
     if counter then
       local hold = holds[window] or 0
       if state == 'reserved' then
         counter.tasks_reserved = counter.tasks_reserved + sign
       end
       if is_open then
-        counter.money_reserved = counter.money_reserved + sign * hold
+        counter.money_reserved_fen = counter.money_reserved_fen + sign * hold
       end
       if is_charged then
         counter.tasks = counter.tasks + sign
         if cost then
-          counter.money = counter.money + sign * cost.money
+          counter.money_fen = counter.money_fen + sign * cost.money_fen
         elseif state == 'unknown' then
-          counter.money = counter.money + sign * hold
+          counter.money_fen = counter.money_fen + sign * hold
         end
       end
     end
@@ -130,7 +133,7 @@ end
 local function usage_of(reservation)
   local state, cost, refund, usage = reservation.state, reservation.cost, reservation.refund, {}
   if state == 'unknown' then
-    usage['unknown'], usage['unknown-money'] = 1, reservation.holds.day or 0
+    usage['unknown'], usage['unknown-money'] = 1, reservation.money_holds.day or 0
   elseif state == 'accepted' and not cost then
     usage['running'] = 1
   elseif state == 'accepted' then
@@ -138,13 +141,13 @@ local function usage_of(reservation)
     if cost.basis == 'unknown' then
       usage['unknown-cost'] = 1
     else
-      usage[cost.basis .. '-count'], usage[cost.basis .. '-money'] = cost.count, cost.money
+      usage[cost.basis .. '-count'], usage[cost.basis .. '-money'] = cost.count, cost.money_fen
     end
   elseif state ~= 'reserved' then
     usage[state] = 1
   end
   if refund then
-    usage['refunded'], usage['refunded-count'], usage['refunded-money'] = 1, refund.count, refund.money
+    usage['refunded'], usage['refunded-count'], usage['refunded-money'] = 1, refund.count, refund.money_fen
   end
   return usage
 end
@@ -152,7 +155,7 @@ end
 -- Writes to the usage of a reservation's day how its measures differ from those of `before`, and lists it there while its
 -- outcome is unknown or it is refunded. `prefix` is that of the keys of the tenant's days.
 local function apply_to_usage(prefix, id, reservation, before, keep_ms)
-  local key = string.format('%s%d', prefix, math.floor(reservation.created / DAY_MS))
+  local key = string.format('%s%d', prefix, math.floor(reservation.created_at / DAY_MS))
   local changes = usage_of(reservation)
   for measure, value in pairs(before) do
     changes[measure] = (changes[measure] or 0) - value
@@ -170,7 +173,8 @@ local function apply_to_usage(prefix, id, reservation, before, keep_ms)
   local refund = reservation.refund
   if refund then
     redis.call('HSET', key, 'refund ' .. id, cmsgpack.pack({
-      kind = reservation.kind, at = refund.at, reason = refund.reason, count = refund.count, money = refund.money,
+      kind = reservation.kind, refunded_at = refund.refunded_at, reason = refund.reason, count = refund.count,
+      money_fen = refund.money_fen,
     }))
   elseif before['refunded'] then
     redis.call('HDEL', key, 'refund ' .. id)
