@@ -70,7 +70,7 @@ class FakeDeliveryQueue:
             attempts=delivery.attempts + result.attempted,
             status=result.status,
             error=result.error,
-            answer=result.response_excerpt,
+            response_excerpt=result.response_excerpt,
         )
         if pending:
             held.queued_deliveries[name] = at.ledger_ms + result.retry_delay_ms

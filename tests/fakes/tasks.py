@@ -106,9 +106,9 @@ class FakeTaskStore(InMemoryStore):
         if answered in {CheckOutcome.SUCCEEDED, CheckOutcome.FAILED}:
             cost = self._complete_task(name, claimed, result, succeeded=answered is CheckOutcome.SUCCEEDED)
             self.due_checks.pop(name, None)
-            changes = {"state": State(answered), "finished": now, "artifacts": result.artifacts, "error": error}
+            changes = {"state": State(answered), "finished_at": now, "artifacts": result.artifacts, "error": error}
             self.tasks[name] = msgspec.structs.replace(
-                task, updated=now, checked=checked, version=task.version + 1, cost=cost, **changes
+                task, updated_at=now, last_checked_at=checked, version=task.version + 1, cost=cost, **changes
             )
             if task.webhook_url is not None:
                 self._enqueue_delivery(task, task.webhook_url)
@@ -119,8 +119,8 @@ class FakeTaskStore(InMemoryStore):
             poll, age = self.retention.check_interval_ms, now - task.created_at
             self.due_checks[name] = at.ledger_ms + next_check_delay(poll, age, misses, is_watched=interesting)
             begins = answered is CheckOutcome.RUNNING and task.state is State.QUEUED
-            changes = {"state": State.RUNNING, "updated": now, "version": task.version + 1} if begins else {}
-            self.tasks[name] = msgspec.structs.replace(task, checked=checked, **changes)
+            changes = {"state": State.RUNNING, "updated_at": now, "version": task.version + 1} if begins else {}
+            self.tasks[name] = msgspec.structs.replace(task, last_checked_at=checked, **changes)
         if self.tasks[name].version > task.version:
             self.cache.on_published(self.tasks[name], now)
         return self.tasks[name], now
