@@ -273,13 +273,13 @@ class LedgerActions(LedgerInvariants):
                 self.record_check(due, CheckOutcome.SUCCEEDED if succeeds else CheckOutcome.FAILED)
         state = self.tenant_state()
         held = [each.tasks_reserved + each.money_reserved_fen for each in state.windows.values()]
-        assert self.lossy or (state.active_tasks, held) == (0, [0] * len(state.windows))
+        assert self.has_lost_data or (state.active_tasks, held) == (0, [0] * len(state.windows))
 
     def delete_reservation(self, reservation: str) -> None:
         """Let the store forget a settled reservation and its task, as after a restore of older data."""
         known = self.model.reservations.pop(reservation)
         assert not is_reserved(known)
-        self.lossy = True
+        self.has_lost_data = True
         self.final_states.pop(reservation, None)
         self.model.tasks.pop(reservation, None)
         self.model.due_checks.pop(reservation, None)

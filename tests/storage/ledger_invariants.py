@@ -32,7 +32,7 @@ from tests.storage.ledger_views import (
 
 
 class LedgerInvariants(LedgerComparison):
-    """Holds both to their books. `lossy` once a reservation was lost: what it was counted as can't be taken back."""
+    """Holds both to their books. `has_lost_data` once a reservation was lost: what it was counted as can't be taken back."""
 
     def __init__(self, url: str) -> None:
         self.has_lost_data = False
