@@ -26,7 +26,7 @@ from service.domain.tasks import Catalogue, TaskIdCodec
 from service.settings import Role, Settings
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue
-from service.storage.ledger import DAY_MS, RedisBooks, RedisLedger, Retention
+from service.storage.ledger import DAY_MS, RedisLedger, Retention
 from service.storage.redis import (
     READ_COMMAND,
     SCRIPT_NAMES,
@@ -52,7 +52,6 @@ from service.usecases.ports import (
     Clock,
     DeliveryQueue,
     Ledger,
-    LedgerRecords,
     RegistryStore,
     RegistryView,
     SubmitOutcome,
@@ -168,7 +167,6 @@ class Adapters:
     """An implementation of each port."""
 
     ledger: Ledger
-    books: LedgerRecords
     task_store: TaskStore
     task_cache: TaskCache
     registry_store: RegistryStore
@@ -284,9 +282,9 @@ def build_services(
         open_artifact=ArtifactReader(reader=follow, artifacts=adapters.artifact_client, registry=adapters.registry),
         quota=QuotaReports(ledger=adapters.ledger, registry=adapters.registry),
         ledger_snapshot=survey,
-        usage=UsageReports(books=adapters.books, registry=adapters.registry),
+        usage=UsageReports(ledger=adapters.ledger, registry=adapters.registry),
         submissions=SubmissionReports(
-            books=adapters.books, tasks=adapters.task_store, registry=adapters.registry, task_ids=task_ids
+            ledger=adapters.ledger, tasks=adapters.task_store, registry=adapters.registry, task_ids=task_ids
         ),
         registry_admin=RegistryAdmin(
             update_registry=change,
@@ -400,7 +398,6 @@ async def open_container(
         opened.push_async_callback(drain)
         ports = Adapters(
             ledger=RedisLedger(scripts, keys, spans),
-            books=RedisBooks(scripts, keys),
             task_store=RedisTaskStore(scripts, keys, spans),
             task_cache=board,
             registry_store=store,

@@ -294,6 +294,41 @@ class RedisLedger:
             },
         )
 
+    async def get_reservation(self, reservation: str) -> Reservation | None:
+        """A submission; None if it is not known (any more)."""
+        packed, *time = await self._scripts.read(
+            ("GET", self._keys.reservation(reservation)), *self._keys.clock_commands
+        )
+        return _decode_reservation(packed, parse_ledger_time(*time).offset_ms) if packed else None
+
+    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
+        """Give back what a submission was charged for, once."""
+        keys = self._keys
+        status, *rest = await self._scripts.call(
+            "refund",
+            [keys.clock, keys.tenant(tenant), keys.reservation(reservation)],
+            {
+                "reservation": reservation,
+                "tenant": tenant,
+                "reason": reason,
+                "usage_prefix": keys.usage(tenant, ""),
+                "keep_usage_ms": KEEP_USAGE_MS,
+            },
+        )
+        if status == b"not-found":
+            return None
+        return RefundResult(str(status, "ascii")), _decode_reservation(*rest)
+
+    async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
+        """What a tenant used on each of the days."""
+        found = await self._scripts.read(*(("HGETALL", self._keys.usage(tenant, day)) for day in days))
+        return [_parse_day_usage(fields) for fields in found]
+
+    async def current_day(self) -> int:
+        """The day of the server's clock, counted from the epoch."""
+        (time,) = await self._scripts.read(self._keys.server_time_command)
+        return parse_server_time(time) // DAY_MS
+
     def _idempotency_argument(self, tenant: int, idempotency: Idempotency | None) -> dict[str, Any] | None:
         if idempotency is None:
             return None
@@ -344,49 +379,6 @@ class _StoredRefund(Struct):
     reason: str
     count: int
     money_fen: int
-
-
-class RedisBooks:
-    """Reads submissions and usage, and refunds."""
-
-    def __init__(self, scripts: RedisScripts, keys: Keys) -> None:
-        self._scripts = scripts
-        self._keys = keys
-
-    async def get_reservation(self, reservation: str) -> Reservation | None:
-        """A submission; None if it is not known (any more)."""
-        packed, *time = await self._scripts.read(
-            ("GET", self._keys.reservation(reservation)), *self._keys.clock_commands
-        )
-        return _decode_reservation(packed, parse_ledger_time(*time).offset_ms) if packed else None
-
-    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
-        """Give back what a submission was charged for, once."""
-        keys = self._keys
-        status, *rest = await self._scripts.call(
-            "refund",
-            [keys.clock, keys.tenant(tenant), keys.reservation(reservation)],
-            {
-                "reservation": reservation,
-                "tenant": tenant,
-                "reason": reason,
-                "usage_prefix": keys.usage(tenant, ""),
-                "keep_usage_ms": KEEP_USAGE_MS,
-            },
-        )
-        if status == b"not-found":
-            return None
-        return RefundResult(str(status, "ascii")), _decode_reservation(*rest)
-
-    async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
-        """What a tenant used on each of the days."""
-        found = await self._scripts.read(*(("HGETALL", self._keys.usage(tenant, day)) for day in days))
-        return [_parse_day_usage(fields) for fields in found]
-
-    async def current_day(self) -> int:
-        """The day of the server's clock, counted from the epoch."""
-        (time,) = await self._scripts.read(self._keys.server_time_command)
-        return parse_server_time(time) // DAY_MS
 
 
 def _decode_reservation(packed: bytes, offset: int) -> Reservation:

@@ -304,10 +304,6 @@ class Ledger(Protocol):
         """Take in what a second check of a finished task told; without figures it is not asked again."""
         ...
 
-
-class LedgerRecords(Protocol):
-    """What submissions became and were charged for."""
-
     async def get_reservation(self, reservation: str) -> Reservation | None:
         """A submission; None if it is not known (any more)."""
         ...

@@ -33,7 +33,7 @@ from service.domain.ledger import (
 from service.domain.tasks import Cost, CostBasis, Kind, Task, TaskIdCodec
 from service.domain.tenants import Tenant, Window
 from service.telemetry.logging import fen_to_yuan
-from service.usecases.ports import Ledger, LedgerRecords, RegistryView, TaskStore
+from service.usecases.ports import Ledger, RegistryView, TaskStore
 
 UNIT_ACTIVE = "active"
 
@@ -228,8 +228,8 @@ class UsageReport(Struct):
 class UsageReports:
     """Reports on usage. Everything raises InvalidOptions for days that can't be reported on, or LedgerUnavailable."""
 
-    def __init__(self, *, books: LedgerRecords, registry: RegistryView) -> None:
-        self._books = books
+    def __init__(self, *, ledger: Ledger, registry: RegistryView) -> None:
+        self._ledger = ledger
         self._registry = registry
 
     async def for_tenant(self, tenant: Tenant, query: UsageQuery) -> UsageReport:
@@ -248,13 +248,13 @@ class UsageReports:
         return await self._build_report(chosen, query)
 
     async def _build_report(self, owners: Sequence[TenantRef], question: UsageQuery) -> UsageReport:
-        first, last = _resolve_range(question, _EPOCH + timedelta(days=await self._books.current_day()))
+        first, last = _resolve_range(question, _EPOCH + timedelta(days=await self._ledger.current_day()))
         report = UsageReport(first, last, question.interval, question.groups)
         rows: dict[tuple[str, TenantRef | None, Kind | None], Tally] = {}
         days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
         for owner in sorted(owners, key=lambda each: (each.name, each.id)):
             for day, usage in zip(
-                days, await self._books.get_usage(owner.id, [(day - _EPOCH).days for day in days]), strict=True
+                days, await self._ledger.get_usage(owner.id, [(day - _EPOCH).days for day in days]), strict=True
             ):
                 _add_flagged(report, owner, day, usage)
                 for kind, tally in usage.tallies.items():
@@ -362,10 +362,8 @@ class SubmissionStatus(Struct, frozen=True):
 class SubmissionReports:
     """Tells of submissions, and refunds them. Everything raises NotFound or LedgerUnavailable."""
 
-    def __init__(
-        self, *, books: LedgerRecords, tasks: TaskStore, registry: RegistryView, task_ids: TaskIdCodec
-    ) -> None:
-        self._books = books
+    def __init__(self, *, ledger: Ledger, tasks: TaskStore, registry: RegistryView, task_ids: TaskIdCodec) -> None:
+        self._ledger = ledger
         self._tasks = tasks
         self._registry = registry
         self._task_ids = task_ids
@@ -391,7 +389,7 @@ class SubmissionReports:
         Raises Conflict if it was refunded before, has not ended, or cost nothing.
         """
         known = await self._load_reservation(submission)
-        done = await self._books.refund(known.tenant, submission, reason)
+        done = await self._ledger.refund(known.tenant, submission, reason)
         if done is None:
             raise _submission_not_found()
         became, known = done
@@ -416,7 +414,7 @@ class SubmissionReports:
         return fate
 
     async def _load_reservation(self, submission: str) -> Reservation:
-        known = await self._books.get_reservation(submission) if _SUBMISSION_ID.fullmatch(submission) else None
+        known = await self._ledger.get_reservation(submission) if _SUBMISSION_ID.fullmatch(submission) else None
         if known is None:
             raise _submission_not_found()
         return known

@@ -154,7 +154,6 @@ async def run_fake_gateway(
     registry = FakeRegistry(ledger)
     ports = Adapters(
         ledger=ledger,
-        books=ledger,
         task_store=ledger,
         task_cache=ledger.cache,
         registry_store=registry,

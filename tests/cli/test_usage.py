@@ -103,7 +103,7 @@ async def test_submission_that_cost_nothing(shell: Shell) -> None:
     """A refused submission shows that it cost nothing, and can't be refunded."""
     await shell.gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
     await shell.gateway.submit()
-    ledger: Any = shell.gateway.services.submissions._books
+    ledger: Any = shell.gateway.services.submissions._ledger
     (refused,) = ledger.reservations
     shown = dict(await shell.run_table("submission", refused))
     assert (shown["outcome:"], shown["task:"], shown["cost:"], shown["refunded:"]) == ("refused", "-", "-", "-")

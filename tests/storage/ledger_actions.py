@@ -200,7 +200,7 @@ class LedgerActions(LedgerInvariants):
 
     def refund(self, tenant: int, reservation: str, reason: str) -> None:
         self.compare_calls(
-            self.books.refund(tenant, reservation, reason),
+            self.ledger.refund(tenant, reservation, reason),
             self.model.refund(tenant, reservation, reason),
             normalize_reservation,
         )

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import AccountState, LedgerClock, Reservation, TenantState
 from service.storage.connections import connect
-from service.storage.ledger import RedisBooks, RedisLedger, Retention
+from service.storage.ledger import RedisLedger, Retention
 from service.storage.redis import Keys, RedisScripts, parse_withscores
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
@@ -48,7 +48,6 @@ class LedgerComparison(RuleBasedStateMachine):
         self.scripts = scripts = RedisScripts(self.client)
         self.ledger = RedisLedger(scripts, self.keys, self.retention)
         self.tasks = RedisTaskStore(scripts, self.keys, self.retention)
-        self.books = RedisBooks(scripts, self.keys)
         self.registry_store = RedisRegistry(scripts, self.keys)
         await set_server_time(self.client, self.keys, START_MS)
 
@@ -120,7 +119,7 @@ class LedgerComparison(RuleBasedStateMachine):
             assert normalize_reservation(decode(packed, Reservation)) == normalize_reservation(
                 model.reservations[name]
             ), name
-        usage, expected = await self.books.get_usage(TENANT, days), await model.get_usage(TENANT, days)
+        usage, expected = await self.ledger.get_usage(TENANT, days), await model.get_usage(TENANT, days)
         assert list(map(normalize_day, usage)) == list(map(normalize_day, expected))
         await self._compare_tasks()
         await self._compare_indexes()

@@ -32,7 +32,7 @@ from tests.storage.ledger_views import (
 
 
 class LedgerInvariants(LedgerComparison):
-    """Holds both to their books. `has_lost_data` once a reservation was lost: what it was counted as can't be taken back."""
+    """Invariants of both ledgers. Those of counters end with the loss of a reservation, which can't be subtracted."""
 
     def __init__(self, url: str) -> None:
         self.has_lost_data = False

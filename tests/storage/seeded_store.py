@@ -13,7 +13,7 @@ from service.domain.ledger import Balance, Grant, Idempotency, ReservationState
 from service.domain.tasks import Kind
 from service.domain.tenants import Account, Tenant
 from service.storage.connections import connect
-from service.storage.ledger import RedisBooks, RedisLedger, Retention
+from service.storage.ledger import RedisLedger, Retention
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
@@ -38,7 +38,6 @@ class SeededStore:
     keys: Keys
     ledger: RedisLedger
     tasks: RedisTaskStore
-    books: RedisBooks
     registry: RedisRegistry
     now: int = START_MS
 
@@ -110,7 +109,6 @@ async def open_seeded_store(valkey: Valkey) -> AsyncIterator[SeededStore]:
         keys,
         RedisLedger(scripts, keys, RETENTION),
         RedisTaskStore(scripts, keys, RETENTION),
-        RedisBooks(scripts, keys),
         RedisRegistry(scripts, keys),
     )
     await client.flushall()

@@ -190,10 +190,10 @@ async def test_reset(store: SeededStore) -> None:
         await store.client.zscore(store.keys.poll_due, "runs"),
         await store.client.zscore(store.keys.leases, "dies"),
     )
-    known = await store.books.get_reservation("unknown")
+    known = await store.ledger.get_reservation("unknown")
     assert await store.ledger.reset_clock([TENANT], [FIRST, SECOND]) == STEP_MS
     assert await store.ledger.clock_offset() == 0
     assert await store.client.zscore(store.keys.poll_due, "runs") == due - STEP_MS
     assert await store.client.zscore(store.keys.leases, "dies") == lease - STEP_MS
-    assert await store.books.get_reservation("unknown") == known
+    assert await store.ledger.get_reservation("unknown") == known
     assert await store.ledger.reset_clock([TENANT], [FIRST, SECOND]) == 0

@@ -45,7 +45,7 @@ async def test_reservation_lost_and_found_unknown(store: SeededStore) -> None:
     before = await store.ledger.tenant_snapshot(TENANT)
     await store.record_check(SUCCEEDED_CHECK)
     assert (await store.ledger.tenant_snapshot(TENANT)).state == before.state
-    known = await store.books.get_reservation("r")
+    known = await store.ledger.get_reservation("r")
     assert known
     assert (known.state, known.cost) == (ReservationState.UNKNOWN, None)
 
@@ -69,7 +69,7 @@ async def test_lost_behind_a_lease(store: SeededStore) -> None:
     await store.advance_clock(RETENTION.lease_ms)
     assert len(await store.ledger.settle_expired(9)) == 1
     assert await store.client.zcard(store.keys.leases) == 0
-    known = await store.books.get_reservation("kept")
+    known = await store.ledger.get_reservation("kept")
     assert known
     assert known.state is ReservationState.UNKNOWN
 

@@ -87,7 +87,7 @@ async def test_refunded(store: SeededStore) -> None:
     day = store.keys.usage(TENANT, START_MS // DAY_MS)
     await store.shorten_ttl(store.keys.reservation("r"))
     await store.shorten_ttl(day)
-    refunded = await store.books.refund(TENANT, "r", "")
+    refunded = await store.ledger.refund(TENANT, "r", "")
     assert refunded
     assert refunded[0] is RefundResult.REFUNDED
     assert await store.ttl_ms(store.keys.reservation("r")) == 60_000
@@ -106,7 +106,7 @@ async def test_told(store: SeededStore) -> None:
     await store.advance_clock(1)
     await store.reserve("next")
     await store.settle("next", ReservationState.ACCEPTED, 6)
-    told = await store.books.get_reservation("doubtful")
+    told = await store.ledger.get_reservation("doubtful")
     assert told
     assert told.inferred_charge is InferredCharge.CHARGED
     assert await store.ttl_ms(store.keys.reservation("doubtful")) == 60_000

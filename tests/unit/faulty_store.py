@@ -16,7 +16,18 @@ from typing import Any, TypeVar
 
 from service.domain import ledger
 from service.domain.errors import LedgerUnavailable
-from service.domain.ledger import AccountState, AccountStatus, Balance, Grant, ReservationState, TenantState, Verdict
+from service.domain.ledger import (
+    AccountState,
+    AccountStatus,
+    Balance,
+    DayUsage,
+    Grant,
+    RefundResult,
+    Reservation,
+    ReservationState,
+    TenantState,
+    Verdict,
+)
 from service.domain.tasks import Backlog, Kind, State, Task
 from service.domain.tenants import Window
 from service.usecases.ports import (
@@ -249,6 +260,18 @@ class StoreConnection:
 
     async def record_balance_check(self, look: BalanceCheck, figures: Balance) -> None:
         await self._store.record_balance_check(look, figures)
+
+    async def get_reservation(self, reservation: str) -> Reservation | None:
+        return await self._store.get_reservation(reservation)
+
+    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
+        return await self._store.refund(tenant, reservation, reason)
+
+    async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
+        return await self._store.get_usage(tenant, days)
+
+    async def current_day(self) -> int:
+        return await self._store.current_day()
 
     async def _call(self, work: Callable[[], Coroutine[Any, Any, T]], fate: CallOutcome | None = None) -> T:
         if self._is_closed:

@@ -23,7 +23,6 @@ def make_fake_adapters() -> Adapters:
     registry = FakeRegistry(ledger)
     return Adapters(
         ledger=ledger,
-        books=ledger,
         task_store=ledger,
         task_cache=ledger.cache,
         registry_store=registry,
