@@ -1,4 +1,4 @@
-"""What a request that was refused is answered with, and what it leaves behind: nothing."""
+"""Checks of problem documents, and of what a refused request leaves behind."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ UNREACHABLE_POLICIES: dict[str, Any] = {
     ],
     "max_active": 1_000,
 }
-"""Limits that nothing here reaches, so that the quota shows every counter there is."""
+"""Limits that no test reaches, so that the quota reports every counter."""
 
 
 def expect_problem(answer: Response, status: int, code: str) -> dict[str, Any]:
-    """The problem document of an answer, which has to be this one, whole and consistent with its headers."""
+    """Assert that a response is this problem, consistent with its headers; return the document."""
     assert answer.headers["content-type"] == "application/problem+json", answer.text
     document: dict[str, Any] = answer.json()
     assert (answer.status_code, document["code"]) == (status, code), document
@@ -36,7 +36,7 @@ def expect_problem(answer: Response, status: int, code: str) -> dict[str, Any]:
 
 
 async def assert_nothing_happened(house: RunningGateway, valkey: Valkey) -> None:
-    """No place is held, nothing was counted, recorded or sent."""
+    """Assert that nothing is reserved, counted, stored or sent."""
     report = (await house.call("GET", "/v1/quota")).json()
     assert len(report["policies"]) == 11
     assert {(each["used"], each["reserved"]) for each in report["policies"]} == {(0, 0)}
@@ -47,7 +47,7 @@ async def assert_nothing_happened(house: RunningGateway, valkey: Valkey) -> None
 
 
 async def _submission_keys(valkey: Valkey) -> list[str]:
-    """The keys that a submission leaves in Redis."""
+    """List the Redis keys that a submission writes."""
     names, connections = Keys("gw"), connect(valkey.url, timeout=5)
     client: Any = connections.commands
     try:

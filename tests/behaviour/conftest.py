@@ -1,4 +1,4 @@
-"""The same behaviour is expected of the gateway over the ports in memory and over the real things."""
+"""Fixtures of the behaviour tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.valkey import Valkey
 
 @pytest.fixture(params=["fakes", "real"])
 async def gateway(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[RunningGateway]:
-    """A gateway, twice: with everything behind it in memory, and with a real Valkey and the sandbox."""
+    """Run a gateway twice: over in-memory ports, and over a real Valkey and the sandbox."""
     if request.param == "fakes":
         async with run_fake_gateway() as (found, _, _):
             yield found

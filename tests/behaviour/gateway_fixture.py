@@ -1,4 +1,4 @@
-"""A gateway to call over HTTP, with the ports in memory or with a real Valkey and the sandbox behind it."""
+"""A gateway served over HTTP, over in-memory ports or over a real Valkey and the sandbox."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ AdvanceTime = Callable[[float], Awaitable[None]]
 
 @dataclass
 class RunningGateway:
-    """A gateway with one account `main` and one tenant `shop` whose token `token` is."""
+    """A gateway with one account `main` and one tenant `shop`, whose token is `token`."""
 
     url: str
     ops_url: str
@@ -62,18 +62,17 @@ class RunningGateway:
     token: str = ""
 
     async def advance(self, seconds: float) -> None:
-        """Let time pass for the ledger, for which what this process remembers is as old then."""
+        """Advance the ledger's time and clear the task cache, whose entries would be outdated."""
         self.services.task_cache._tasks.clear()
         await self.advance_time(seconds)
 
     async def call(self, method: str, path: str, *, token: str | None = None, **more: Any) -> Response:
-        """Call the tenants' port as `shop`, or with another token; an empty one sends none."""
+        """Call the tenants' port as `shop` or with another token; an empty one sends none."""
         token = self.token if token is None else token
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return await self.http.request(method, self.url + path, headers=headers | dict(more.pop("headers", {})), **more)
 
     async def call_admin(self, method: str, path: str, **more: Any) -> Response:
-        """Call the operators' port."""
         headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"} | dict(more.pop("headers", {}))
         return await self.http.request(method, f"{self.ops_url}/admin/v1{path}", headers=headers, **more)
 
@@ -86,25 +85,22 @@ class RunningGateway:
         token: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Response:
-        """Submit an image."""
         files = {"image": ("picture.png", make_png() if image is None else image, "image/png")}
         return await self.call(
             "POST", f"/v1/tasks/{kind}", token=token, files=files, data=dict(fields or {}), headers=headers or {}
         )
 
     async def put_tenant(self, name: str = "shop", **policy: Any) -> None:
-        """Make or replace a tenant on the account `main`."""
         answer = await self.call_admin("PUT", f"/tenants/{name}", json={"accounts": ["main"]} | policy)
         assert answer.status_code == 200, answer.text
 
     async def new_token(self, tenant: str = "shop", **body: Any) -> str:
-        """Make a token."""
         answer = await self.call_admin("POST", f"/tenants/{tenant}/tokens", json=body)
         assert answer.status_code == 201, answer.text
         return str(answer.json()["token"])
 
     async def poll_due_tasks(self) -> None:
-        """Let one poll interval pass, and everything be checked that is due then."""
+        """Advance one poll interval and run all checks that are due."""
         await self.upstream.wait_until_idle()
         await self.advance(POLL_SECONDS)
         while await self.services.task_poller.start_due():
@@ -112,7 +108,7 @@ class RunningGateway:
         await self.services.task_poller.wait_idle()
 
     async def wait_for_task(self, task_id: str, *, token: str | None = None) -> dict[str, Any]:
-        """Watch until a task has ended."""
+        """Poll until a task has ended."""
         for _ in range(10):
             answer = await self.call("GET", f"/v1/tasks/{task_id}", token=token)
             task: dict[str, Any] = answer.json()
@@ -122,7 +118,6 @@ class RunningGateway:
         raise AssertionError("it is still running")
 
     async def create_demo_tenant(self) -> None:
-        """Make the account, the tenant and its token."""
         answer = await self.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
         assert answer.status_code == 200, answer.text
         await self.put_tenant()
@@ -133,7 +128,7 @@ class RunningGateway:
 async def serve_gateway(
     services: Container, upstream: UpstreamControl, pass_time: AdvanceTime
 ) -> AsyncIterator[RunningGateway]:
-    """Serve both ports, and furnish the house."""
+    """Serve both ports and create the demo tenant."""
     app, ops_app = create_app(services), create_ops_app(services)
     async with (
         serve_app(app, refuse=app.refuse) as url,
@@ -149,7 +144,7 @@ async def serve_gateway(
 async def run_fake_gateway(
     artifacts: Artifacts | None = None,
 ) -> AsyncIterator[tuple[RunningGateway, FakeLedger, FakeUpstream]]:
-    """Everything in memory but the HTTP, and the fetching of results if that is given."""
+    """Run a gateway over in-memory ports; `artifacts` replaces the artifact client."""
     ledger, upstream, background = FakeLedger(), FakeUpstream(), TaskSupervisor()
     registry = FakeRegistry(ledger)
     ports = Adapters(
@@ -175,11 +170,11 @@ async def run_fake_gateway(
 
 
 _PERMANENT_KEYS = re.compile(r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|poll:due|(tenant|account):\d+)")
-"""The keys that may stay for ever: there are only so many of them, and deleting their owner deletes them."""
+"""Keys without a time to live: their number is bounded, and deleting the owner deletes them."""
 
 
 async def assert_keys_expire(client: Any) -> None:
-    """Fail if a key was written that has no time to live and no reason to have none."""
+    """Fail if a key has no time to live and is not among the permanent ones."""
     async for key in client.scan_iter():
         name = key.decode()
         assert await client.pttl(key) > 0 or _PERMANENT_KEYS.fullmatch(name), f"{name} would stay for ever"
@@ -189,7 +184,7 @@ async def assert_keys_expire(client: Any) -> None:
 async def run_real_gateway(
     valkey: Valkey, register_secret: RegisterSecret = noop, redact: Callable[[str], str] | None = None, **more: str
 ) -> AsyncIterator[RunningGateway]:
-    """A real Valkey, which is emptied first, and the sandbox; `learn` is told of secrets, `more` are settings."""
+    """Run a gateway over an emptied Valkey and the sandbox; `more` are settings."""
     install_server_time()
     config = SandboxConfig(accounts={USER_KEY: AccountBalance(count=10, money=300)}, seconds=0)
     async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Submissions under an idempotency key: as clients write them, and what they have to be answered."""
+"""Submissions under an idempotency key and assertions on their responses."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.support.images import draw_image
 
 KEY = '"8e03978e-40d5-43dd-bc93-6894a57f9324"'
 UNREACHABLE_LIMITS: dict[str, Any] = {"limits": [{"window": "total", "tasks": 100}], "max_active": 100}
-"""Limits that nothing here reaches, so that the counters show."""
+"""Limits that no test reaches, so that the counters are reported."""
 
 
 def make_jpeg(comment: bytes = b"a") -> bytes:
-    """A valid image; with another comment of the same length, only those bytes of it differ."""
+    """Make a valid JPEG; comments of one length change only their own bytes."""
     buffer = BytesIO()
     draw_image().save(buffer, "JPEG", comment=comment)
     return buffer.getvalue()
@@ -33,13 +33,12 @@ async def submit_with_key(
     token: str | None = None,
     image: bytes | None = None,
 ) -> Response:
-    """Submit under a key."""
     headers = {"Idempotency-Key": key}
     return await house.submit(kind, fields, token=token, image=image or make_jpeg(), headers=headers)
 
 
 def expect_created(answer: Response) -> dict[str, Any]:
-    """The task of a submission that was not made before."""
+    """Assert that a response is a new task; return it."""
     assert answer.status_code == 201, answer.text
     assert "idempotent-replayed" not in answer.headers
     task: dict[str, Any] = answer.json()
@@ -47,7 +46,7 @@ def expect_created(answer: Response) -> dict[str, Any]:
 
 
 def expect_replayed(answer: Response, first: Mapping[str, Any]) -> dict[str, Any]:
-    """The task of a submission that was made before, and led to a certain task."""
+    """Assert that a response is a replay of `first`; return its task."""
     assert answer.status_code == 201, answer.text
     assert answer.headers["idempotent-replayed"] == "true"
     task: dict[str, Any] = answer.json()
@@ -57,13 +56,13 @@ def expect_replayed(answer: Response, first: Mapping[str, Any]) -> dict[str, Any
 
 
 def expect_refused(answer: Response, status: int, code: str) -> dict[str, Any]:
-    """The problem of a submission that was refused, and is not said to be an earlier one."""
+    """Assert that a response is this problem and no replay; return the document."""
     assert "idempotent-replayed" not in answer.headers
     return expect_problem(answer, status, code)
 
 
 def expect_unknown(answer: Response, first: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The problem of a submission whose answer was lost, now or, if it is given, when it was made before."""
+    """Assert an unknown outcome, replayed if `first` is given; return the document."""
     document = expect_problem(answer, 504, "submission-unknown")
     assert answer.headers.get("idempotent-replayed") == ("true" if first else None)
     assert document["submission_id"] == (first or document)["submission_id"]
@@ -71,7 +70,7 @@ def expect_unknown(answer: Response, first: Mapping[str, Any] | None = None) -> 
 
 
 async def read_counts(house: RunningGateway) -> tuple[float, float, float]:
-    """Of a tenant that has plenty: used, held, and how many are active."""
+    """Return used, reserved and active tasks."""
     report = (await house.call("GET", "/v1/quota")).json()
     policies = {each["policy"]: each for each in report["policies"]}
     return policies["total-tasks"]["used"], policies["total-tasks"]["reserved"], policies["max-active"]["used"]

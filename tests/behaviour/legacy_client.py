@@ -1,4 +1,4 @@
-"""A program written against the upstream: it knows a base address, a key, and the vendor's document."""
+"""A program written for the vendor's API."""
 
 from __future__ import annotations
 
@@ -29,31 +29,29 @@ SUBMIT_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "submit_face_enhance_task": {},
     "submit_seamless_task": {"fit": 0.3},
 }
-"""The four submits, each with all its fields."""
+"""The fields of the four submit calls."""
 
 FINAL_STATUSES = {"Completed", "Failed", None}
 
 
 @dataclass(frozen=True)
 class LegacyClient:
-    """Calls one base address with one key; every answer has to be HTTP 200 and a JSON object."""
+    """A client of the vendor's API; every response must be 200 with a JSON object."""
 
     http: AsyncClient
     base: str
     key: str
 
     async def submit(self, call: str, fields: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-        """Submit an image with the fields of the vendor's document, or with these instead."""
+        """Submit an image with the documented fields, or with `fields` instead."""
         data = {"user_key": self.key} | dict(SUBMIT_FIELDS[call] if fields is None else fields)
         request: dict[str, Any] = {"data": data, "files": {"input_image": ("picture.png", make_png())}} | more
         return await self.post(call, timeout=Timeout(connect=5, read=10, write=30, pool=None), **request)
 
     async def check(self, task_id: str) -> dict[str, Any]:
-        """Ask about a task."""
         return await self.post("check_task_status", data={"user_key": self.key, "task_id": task_id})
 
     async def wait_for_end(self, task_id: str, pause: Callable[[], Awaitable[None]]) -> dict[str, Any]:
-        """Check a task until it has ended."""
         for _ in range(20):
             told = await self.check(task_id)
             assert told["err_code"] == 0, told
@@ -63,7 +61,6 @@ class LegacyClient:
         raise AssertionError("it is still running")
 
     async def post(self, call: str, **request: Any) -> dict[str, Any]:
-        """Make a call."""
         answer = await self.http.post(f"{self.base}/api/{call}", **request)
         assert answer.status_code == 200, answer.text
         assert answer.headers["content-type"] == "application/json"
@@ -72,5 +69,4 @@ class LegacyClient:
 
 
 def field_types(content: Mapping[str, Any]) -> dict[str, str]:
-    """The keys of an answer with their types."""
     return {name: type(value).__name__ for name, value in sorted(content.items())}

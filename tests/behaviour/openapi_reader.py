@@ -1,4 +1,4 @@
-"""Reads an OpenAPI document, and holds values against its schemas."""
+"""Iteration over an OpenAPI document, and validation by its schemas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ METHODS = {"get", "put", "post", "delete", "patch", "head", "options"}
 
 
 def iter_operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every path and method with its operation."""
     for path, item in document["paths"].items():
         for method, operation in item.items():
             assert method in METHODS
@@ -17,13 +16,12 @@ def iter_operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[s
 
 
 def iter_webhooks(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every operation that is called by the gateway."""
     for item in document.get("webhooks", {}).values():
         yield from resolve_reference(document, item).values()
 
 
 def iter_objects(node: Any, *path: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Every object of the document, with where it stands."""
+    """Iterate over all objects of a document with their paths."""
     if isinstance(node, dict):
         yield path, node
         for key, value in node.items():
@@ -34,7 +32,6 @@ def iter_objects(node: Any, *path: str) -> Iterator[tuple[tuple[str, ...], dict[
 
 
 def resolve_reference(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    """What a reference points to."""
     while "$ref" in node:
         assert node["$ref"].startswith("#/")
         target: Any = document
@@ -45,7 +42,7 @@ def resolve_reference(document: dict[str, Any], node: dict[str, Any]) -> dict[st
 
 
 def assert_matches_schema(document: dict[str, Any], value: Any, schema: dict[str, Any], where: str) -> None:
-    """Hold a value against its schema, as far as this document uses JSON Schema."""
+    """Assert that a value matches a schema; covers the part of JSON Schema that the document uses."""
     schema = resolve_reference(document, schema)
     if "oneOf" in schema:
         fitting = 0

@@ -1,4 +1,4 @@
-"""The registry as operators send it, whole."""
+"""Requests for the registry as one document."""
 
 from __future__ import annotations
 
@@ -42,20 +42,19 @@ FULL_REGISTRY: dict[str, Any] = {
 
 
 async def get_registry(house: RunningGateway) -> Response:
-    """The registry as it is."""
     answer = await house.call_admin("GET", "/registry")
     assert answer.status_code == 200, answer.text
     return answer
 
 
 async def put_registry(house: RunningGateway, document: Any, tag: str) -> Response:
-    """Make the registry what is sent, if it is of a version."""
+    """Send the registry with `If-Match`."""
     headers = {"Authorization": f"Bearer {ADMIN_TOKEN}", "If-Match": tag}
     return await house.http.put(f"{house.ops_url}/admin/v1/registry", json=document, headers=headers)
 
 
 async def apply_registry(house: RunningGateway, document: Any, query: str = "") -> dict[str, Any]:
-    """Make the registry what is sent; what that changed."""
+    """Send the registry; return the differences applied."""
     answer = await house.call_admin("PUT", f"/registry{query}", json=document)
     assert answer.status_code == 200, answer.text
     applied: dict[str, Any] = answer.json()

@@ -1,4 +1,4 @@
-"""Callers that wait for a task, or follow its events."""
+"""Clients that wait for a task or read its event stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.fakes import FakeUpstream
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
-    """Let everything else run until something holds."""
+    """Yield to the event loop until a condition holds."""
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.001)
@@ -26,7 +26,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 async def start_waiting_read(
     house: RunningGateway, path: str, seconds: int = 60, **headers: str
 ) -> asyncio.Task[Response]:
-    """A read that waits for the end of a task; it has begun to."""
+    """Start a read with `Prefer: wait`; return once it waits."""
     before = house.services.task_cache.subscription_count
     headers = {"Prefer": f"wait={seconds}"} | {name.replace("_", "-"): value for name, value in headers.items()}
     reading = asyncio.create_task(house.call("GET", path, headers=headers))
@@ -36,8 +36,6 @@ async def start_waiting_read(
 
 @dataclass(frozen=True)
 class Event:
-    """One event of a stream."""
-
     name: str
     id: str
     task: dict[str, Any]
@@ -45,8 +43,6 @@ class Event:
 
 @dataclass
 class EventStream:
-    """A stream of events, read line by line."""
-
     response: Response
     lines: AsyncIterator[str]
     comment_count: int = 0
@@ -54,7 +50,7 @@ class EventStream:
     _data: dict[str, str] = field(default_factory=dict)
 
     async def next_event(self) -> Event | None:
-        """The next event; None at the end of the stream."""
+        """Return the next event, or None at the end of the stream."""
         async with asyncio.timeout(20):
             async for line in self.lines:
                 name, _, value = line.partition(": ")
@@ -71,7 +67,7 @@ class EventStream:
         return None
 
     async def wait_for_comment(self) -> None:
-        """Wait for a comment, before which there is no event."""
+        """Wait for a comment; fail on an event before it."""
         async with asyncio.timeout(20):
             async for line in self.lines:
                 if line.startswith(":"):
@@ -80,7 +76,6 @@ class EventStream:
         raise AssertionError("the stream has ended")
 
     async def read_remaining(self) -> list[Event]:
-        """All that is still to come."""
         events = []
         while event := await self.next_event():
             events.append(event)
@@ -91,14 +86,14 @@ class EventStream:
 async def open_event_stream(
     house: RunningGateway, task: dict[str, Any], last: str | None = None
 ) -> AsyncIterator[EventStream]:
-    """The events of a task, after the last one that is known."""
+    """Open the event stream of a task, after the event id `last`."""
     headers = {"Authorization": f"Bearer {house.token}"} | ({} if last is None else {"Last-Event-ID": last})
     async with house.http.stream("GET", house.url + task["links"]["events"], headers=headers) as answer:
         yield EventStream(answer, answer.aiter_lines())
 
 
 async def poll_with_outcomes(house: RunningGateway, *answers: CheckOutcome) -> None:
-    """Let an interval pass for each answer, in which the upstream answers so."""
+    """Advance one poll interval for each outcome, with which the upstream responds."""
     for answered in answers:
         upstream = FakeUpstream()
         upstream.next_checks.append(CheckResult(outcome=answered))

@@ -1,4 +1,4 @@
-"""Operators make, change, show and delete accounts and tenants while the gateway runs."""
+"""The operators' API for accounts and tenants."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ async def put_json(house: RunningGateway, path: str, **body: Any) -> dict[str, A
     return shown
 
 
-async def test_account_as_it_is(house: RunningGateway) -> None:
-    """An account shows its balance, when that was seen, its state and what is in flight, but not its key."""
+async def test_account_shows_balance_and_state_without_its_key(house: RunningGateway) -> None:
     unseen = {"remaining_count": None, "remaining_money": None, "in_flight": 0, "unknown": 0}
     nothing = {"unexplained": {"count": 0, "money": 0}, "prices": {}, "looks": False}
     assert await get_json(house, "/accounts/main") == {
@@ -53,7 +52,6 @@ async def test_account_as_it_is(house: RunningGateway) -> None:
 
 
 async def test_put_replaces_an_account(house: RunningGateway) -> None:
-    """What is left out of an account gets its default, and only the key is kept."""
     rich = {"floor_count": 2, "floor_money": 1.5, "max_price": {"upscale": 0.07}}
     assert rich.items() <= (await put_json(house, "/accounts/main", **rich)).items()
     assert rich.items() <= (await get_json(house, "/accounts/main")).items()
@@ -61,14 +59,12 @@ async def test_put_replaces_an_account(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_account_elsewhere(house: RunningGateway) -> None:
-    """An account can be at an upstream of its own, whose address is kept without a slash at its end."""
+async def test_account_with_its_own_base_url(house: RunningGateway) -> None:
     for given in ("http://127.0.0.1:9/", "https://[::1]:8443/api/v2//", "http://upstream.example/a%20b"):
         assert (await put_json(house, "/accounts/main", base_url=given))["base_url"] == given.rstrip("/")
 
 
 async def test_put_replaces_a_tenant(house: RunningGateway) -> None:
-    """What is left out of a tenant gets its default, and its tokens and counters stay."""
     await house.submit()
     full = {
         "limits": [{"window": "day", "tasks": 5, "money": 2.5}],
@@ -93,8 +89,7 @@ async def test_put_replaces_a_tenant(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_nothing_may_be_spent(house: RunningGateway) -> None:
-    """A limit of zero, in every unit, refuses everything."""
+async def test_zero_limit_refuses_everything(house: RunningGateway) -> None:
     nothing: list[dict[str, Any]] = [{"limits": [{"window": "hour", "tasks": 0}]}, {"max_active": 0}, {"kinds": []}]
     for policy in nothing:
         await house.put_tenant(**policy)
@@ -106,8 +101,7 @@ async def test_nothing_may_be_spent(house: RunningGateway) -> None:
     assert answer.status_code == 429, answer.text
 
 
-async def test_limit_below_what_is_used(house: RunningGateway) -> None:
-    """A limit lowered below what is used refuses at once, and leaves nothing rather than less than nothing."""
+async def test_limit_below_the_use(house: RunningGateway) -> None:
     for _ in range(3):
         await house.submit()
     await house.put_tenant(limits=[{"window": "total", "tasks": 1}])
@@ -116,8 +110,7 @@ async def test_limit_below_what_is_used(house: RunningGateway) -> None:
     assert (policy["limit"], policy["used"], policy["remaining"]) == (1, 3, 0)
 
 
-async def test_floor_lowered(house: RunningGateway) -> None:
-    """An account that stopped at its floor goes on at once when the floor is lowered."""
+async def test_lowered_floor_reopens_the_account(house: RunningGateway) -> None:
     await put_json(house, "/accounts/main", floor_count=9, floor_money=300)
     assert (await house.submit()).status_code == 201
     expect_problem(await house.submit(), 402, "balance-exhausted")
@@ -125,24 +118,21 @@ async def test_floor_lowered(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_same_again(house: RunningGateway) -> None:
-    """Putting an account as it is, key and all, forgets nothing of its balance."""
+async def test_identical_put_keeps_the_balance(house: RunningGateway) -> None:
     await house.submit()
     seen = await get_json(house, "/accounts/main")
     assert seen["remaining_count"]
     assert await put_json(house, "/accounts/main", user_key=USER_KEY) == seen
 
 
-async def test_changes_at_once(house: RunningGateway) -> None:
-    """Of many changes made at once none is lost."""
+async def test_concurrent_changes_are_all_applied(house: RunningGateway) -> None:
     names = [f"tenant-{number}" for number in range(25)]
     await asyncio.gather(*(house.put_tenant(name) for name in names), *(house.new_token() for _ in range(5)))
     assert {each["name"] for each in (await get_json(house, "/tenants"))["items"]} == {"shop", *names}
     assert len((await get_json(house, "/tenants/shop"))["tokens"]) == 6
 
 
-async def test_deleted_while_used(house: RunningGateway) -> None:
-    """What runs or is used can't be deleted, unless by force."""
+async def test_deletion_of_used_objects_needs_force(house: RunningGateway) -> None:
     await house.upstream.keep_running()
     await house.submit()
     assert (
@@ -159,8 +149,7 @@ async def test_deleted_while_used(house: RunningGateway) -> None:
         expect_problem(await house.call_admin("GET", path.partition("?")[0]), 404, "not-found")
 
 
-async def test_account_deleted_by_force(house: RunningGateway) -> None:
-    """A tenant whose account was deleted is told that an operator has to act, also once another has its name."""
+async def test_forced_account_deletion(house: RunningGateway) -> None:
     await house.upstream.keep_running()
     task = (await house.submit()).json()
     await house.call_admin("DELETE", "/accounts/main?force=true")
@@ -174,8 +163,7 @@ async def test_account_deleted_by_force(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_tenant_deleted_by_force(house: RunningGateway, valkey: Valkey) -> None:
-    """A tenant deleted while its task runs is locked out at once, its task ends, and nothing of it stays for ever."""
+async def test_forced_tenant_deletion(house: RunningGateway, valkey: Valkey) -> None:
     task = (await house.submit()).json()
     await house.call_admin("DELETE", "/tenants/shop?force=true")
     expect_problem(await house.call("GET", f"/v1/tasks/{task['id']}"), 401, "unauthenticated")
@@ -191,8 +179,7 @@ async def test_tenant_deleted_by_force(house: RunningGateway, valkey: Valkey) ->
         assert await _persistent_keys(valkey) == {"version", "clock", "clock:server", "registry", f"account:{account}"}
 
 
-async def test_name_given_anew(house: RunningGateway) -> None:
-    """A tenant with the name of a deleted one is another: no counter, token or task of the old one is its own."""
+async def test_reused_tenant_name_inherits_nothing(house: RunningGateway) -> None:
     task = (await house.submit()).json()
     await house.wait_for_task(task["id"])
     old = house.token
@@ -207,8 +194,7 @@ async def test_name_given_anew(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_reopened(house: RunningGateway) -> None:
-    """An exhausted account is tried again as soon as an operator reopens it."""
+async def test_reopened_account_is_tried_at_once(house: RunningGateway) -> None:
     await house.upstream.set_balance(count=1, money=0)
     assert (await house.submit()).status_code == 201
     expect_problem(await house.submit(), 402, "balance-exhausted")
@@ -221,8 +207,7 @@ async def test_reopened(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_unknown_names(house: RunningGateway) -> None:
-    """What there is not is 404, under whatever name."""
+async def test_unknown_names_are_404(house: RunningGateway) -> None:
     for name in ("nobody", "No Body", "%E5%95%86%E5%BA%97", "shop%0A", "%2E%2E"):
         for method, path in (
             ("GET", f"/accounts/{name}"),
@@ -236,8 +221,7 @@ async def test_unknown_names(house: RunningGateway) -> None:
             expect_problem(await house.call_admin(method, path), 404, "not-found")
 
 
-async def test_each_port_has_its_own_token(house: RunningGateway) -> None:
-    """The operators' port takes the admin token only, the tenants' port does not, and neither has the other's calls."""
+async def test_tokens_are_per_port(house: RunningGateway) -> None:
     for token in (None, "Bearer", f"Bearer {house.token}", f"Bearer {ADMIN_TOKEN}x", f"Basic {ADMIN_TOKEN}"):
         headers = {"Authorization": token} if token else {}
         for method, path in (("GET", "/accounts"), ("PUT", "/tenants/x"), ("DELETE", "/accounts/main?nonsense")):
@@ -251,7 +235,6 @@ async def test_each_port_has_its_own_token(house: RunningGateway) -> None:
 
 
 async def _persistent_keys(valkey: Valkey) -> set[str]:
-    """The keys without a time to live, less their prefix."""
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands
     try:
@@ -261,8 +244,7 @@ async def _persistent_keys(valkey: Valkey) -> set[str]:
         await connections.aclose()
 
 
-async def test_demo_account_follows_its_key(house: RunningGateway) -> None:
-    """The account that a development gateway makes gets the key that is given now, and keeps it if it is the same."""
+async def test_dev_account_follows_the_configured_key(house: RunningGateway) -> None:
     services = house.services
     token = await ensure_demo_token(services.registry_admin, services.registry, "first-key", None)
     made = services.registry.current.accounts["demo"]

@@ -1,4 +1,4 @@
-"""Several processes change one registry, on a Redis that comes and goes."""
+"""Concurrent changes of the registry by several processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.valkey import Valkey
 
 @asynccontextmanager
 async def run_two_processes(valkey: Valkey) -> AsyncIterator[tuple[RegistryAdmin, RegistryAdmin]]:
-    """The operators' work in a house, and in another process on the same Redis."""
+    """Yield the admin use cases of two processes on one Redis."""
     settings = Settings.load(
         {
             "GATEWAY_REDIS_URL": valkey.url,
@@ -41,8 +41,7 @@ def make_tenant(name: str) -> Tenant:
     return Tenant(id=0, name=name, accounts=("main",))
 
 
-async def test_changes_of_two_processes(valkey: Valkey) -> None:
-    """Of changes that two processes make at once none is lost, and no id is given twice."""
+async def test_concurrent_changes_are_all_kept(valkey: Valkey) -> None:
     async with run_two_processes(valkey) as (one, other):
         names = [f"tenant-{number}" for number in range(20)]
         made = await asyncio.gather(
@@ -53,8 +52,7 @@ async def test_changes_of_two_processes(valkey: Valkey) -> None:
         assert len({each.tenant.id for each in made}) == len(names)
 
 
-async def test_forestalled(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change is made anew from what another process wrote in between, so that both stay and have ids of their own."""
+async def test_conflicting_change_is_retried(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_two_processes(valkey) as (one, other):
         write = one._update_registry._store.write
 
@@ -70,8 +68,7 @@ async def test_forestalled(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> N
         assert len({each.id for each in found}) == 3
 
 
-async def test_change_of_another_process(valkey: Valkey) -> None:
-    """What one process changed, an operator sees in another at once."""
+async def test_changes_are_visible_in_other_processes(valkey: Valkey) -> None:
     async with run_two_processes(valkey) as (one, other):
         assert [each.name for each in await other.list_tenants()] == ["shop"]
         await one.put_tenant(make_tenant("new"))
@@ -81,8 +78,7 @@ async def test_change_of_another_process(valkey: Valkey) -> None:
             await one.get_tenant("new")
 
 
-async def test_deleted_is_not_what_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenant that was deleted and made anew while its deletion was considered stays."""
+async def test_recreated_tenant_is_not_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_fake_gateway() as (house, ledger, _):
         counters = ledger.tenant_snapshot
 
@@ -98,7 +94,7 @@ async def test_deleted_is_not_what_was_looked_at(monkeypatch: pytest.MonkeyPatch
 
 
 async def iter_admin_calls(house: RunningGateway) -> AsyncIterator[tuple[str, str, Any]]:
-    """Each of the operators' calls, in a form that would succeed."""
+    """Iterate over valid calls of all admin routes."""
     (token,) = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
     for method, path, body in (
         ("PUT", "/accounts/main", {}),
@@ -119,8 +115,7 @@ async def iter_admin_calls(house: RunningGateway) -> AsyncIterator[tuple[str, st
         yield method, path, body
 
 
-async def test_redis_away() -> None:
-    """While Redis is away every call is 503 and says when to try again, and nothing is changed or logged as changed."""
+async def test_unavailable_store_is_503_and_changes_nothing() -> None:
     async with run_fake_gateway() as (house, ledger, _):
         calls = [call async for call in iter_admin_calls(house)]
         before = house.services.registry.current
@@ -135,8 +130,7 @@ async def test_redis_away() -> None:
         assert house.services.registry.current is before
 
 
-async def test_redis_leaves_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token that was made just before Redis went away is shown and logged, since nobody could find it out later."""
+async def test_new_token_is_shown_if_redis_fails_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_fake_gateway() as (house, ledger, _):
         registry: Any = house.services.registry
         write = registry.write
@@ -155,8 +149,7 @@ async def test_redis_leaves_after_a_change(monkeypatch: pytest.MonkeyPatch) -> N
         assert (await house.call("GET", "/v1/quota", token=answer.json()["token"])).status_code == 200
 
 
-async def test_too_much_contention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change that others always forestall is given up as overload, and not made."""
+async def test_contention_is_reported_as_overload(monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_fake_gateway() as (house, _, _):
 
         async def stale(_: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Whatever is wrong with an operator's request is named, field by field, and changes nothing."""
+"""Validation in the operators' API."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ INVALID_TOKENS: Mapping[str, Sequence[Any]] = {
 
 
 async def read_state(house: RunningGateway) -> list[Any]:
-    """All that an operator can see, and the number of changes there were."""
+    """Return everything that operators see, and the registry version."""
     shown = [(await house.call_admin("GET", path)).json() for path in ("/accounts", "/tenants")]
     return [*shown, house.services.registry.current.version]
 
 
 def assert_own_wording(document: Mapping[str, Any]) -> None:
-    """Fail if a fault is not told in the gateway's own words."""
+    """Assert that a message is the gateway's own, not the library's."""
     for each in document["errors"]:
         assert each["detail"].startswith(("must ", "is ", "as a name must ", "there is no ")), each
         assert "`" not in each["detail"], each
@@ -99,8 +99,7 @@ async def assert_field_error(house: RunningGateway, method: str, path: str, fiel
 
 
 @pytest.mark.parametrize("field", INVALID_ACCOUNTS)
-async def test_faulty_account(house: RunningGateway, field: str) -> None:
-    """A field of an account that can't be what it must be is named, and the account stays as it was."""
+async def test_invalid_account(house: RunningGateway, field: str) -> None:
     before = await read_state(house)
     for value in INVALID_ACCOUNTS[field]:
         body = {"user_key": "good", field.partition(".")[0].partition("[")[0]: value}
@@ -109,8 +108,7 @@ async def test_faulty_account(house: RunningGateway, field: str) -> None:
 
 
 @pytest.mark.parametrize("field", INVALID_TENANTS)
-async def test_faulty_tenant(house: RunningGateway, field: str) -> None:
-    """A field of a tenant that can't be what it must be is named, and the tenant stays as it was."""
+async def test_invalid_tenant(house: RunningGateway, field: str) -> None:
     before = await read_state(house)
     for value in INVALID_TENANTS[field]:
         await assert_field_error(
@@ -120,16 +118,14 @@ async def test_faulty_tenant(house: RunningGateway, field: str) -> None:
 
 
 @pytest.mark.parametrize("field", INVALID_TOKENS)
-async def test_faulty_token(house: RunningGateway, field: str) -> None:
-    """A field of a token that can't be what it must be is named, and no token is made."""
+async def test_invalid_token(house: RunningGateway, field: str) -> None:
     before = await read_state(house)
     for value in INVALID_TOKENS[field]:
         await assert_field_error(house, "POST", "/tenants/shop/tokens", field, {field: value})
     assert await read_state(house) == before
 
 
-async def test_faulty_name(house: RunningGateway) -> None:
-    """A name that has other characters than it may have, or too many, is refused in plain words."""
+async def test_invalid_name(house: RunningGateway) -> None:
     before = await read_state(house)
     for name in INVALID_NAMES:
         for path, body in ((f"/accounts/{name}", {"user_key": "good"}), (f"/tenants/{name}", {"accounts": ["main"]})):
@@ -139,8 +135,7 @@ async def test_faulty_name(house: RunningGateway) -> None:
         await house.put_tenant(name)
 
 
-async def test_what_is_needed(house: RunningGateway) -> None:
-    """A new account needs a key, a tenant needs accounts, and both need a body."""
+async def test_required_fields(house: RunningGateway) -> None:
     await assert_field_error(house, "PUT", "/accounts/new", "user_key", {})
     await assert_field_error(house, "PUT", "/accounts/new", "user_key", {"user_key": None})
     await assert_field_error(house, "PUT", "/tenants/new", "accounts", {})
@@ -153,7 +148,6 @@ async def test_what_is_needed(house: RunningGateway) -> None:
 
 
 async def test_not_json(house: RunningGateway) -> None:
-    """A body that is not JSON is malformed."""
     for body in (b"{", b"{} {}", b"user_key=x", b"\xff", b'{"floor_money": NaN}', b'{"floor_money": 1e999}'):
         for method, path in (("PUT", "/accounts/main"), ("PUT", "/tenants/shop"), ("POST", "/tenants/shop/tokens")):
             expect_problem(await house.call_admin(method, path, content=body), 400, "malformed-request")
@@ -170,8 +164,7 @@ async def test_not_json(house: RunningGateway) -> None:
     expect_problem(await house.call_admin("PUT", "/accounts/main", content=large), 400, "malformed-request")
 
 
-async def test_faulty_query(house: RunningGateway) -> None:
-    """A parameter that is mistyped, or can't be what it must be, is named rather than left out of account."""
+async def test_invalid_query(house: RunningGateway) -> None:
     before = await read_state(house)
     (token,) = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
     queries = {

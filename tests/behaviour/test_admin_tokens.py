@@ -1,4 +1,4 @@
-"""Tokens are made, shown once, and end when they are to end."""
+"""Tokens: creation, expiry and revocation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
 from tests.fakes import START
 
 NOW = datetime.fromtimestamp(START / 1000, UTC)
-"""The time in a house of fakes, whose clock stands still."""
+"""The time of the fakes, whose clock stands still."""
 
 
 async def make_token(house: RunningGateway, **body: Any) -> dict[str, Any]:
@@ -22,7 +22,7 @@ async def make_token(house: RunningGateway, **body: Any) -> dict[str, Any]:
 
 
 async def is_token_valid(house: RunningGateway, token: str) -> bool:
-    """Whether a token lets a tenant in; if not, it is refused as any token that is none."""
+    """Check a token; if it is invalid, assert the same 401 as for an unknown one."""
     answer = await house.call("GET", "/v1/quota", token=token)
     if answer.status_code != 200:
         expect_problem(answer, 401, "unauthenticated")
@@ -35,8 +35,7 @@ async def list_tokens(house: RunningGateway) -> list[dict[str, Any]]:
     return tokens
 
 
-async def test_shown_once(house: RunningGateway) -> None:
-    """A token is shown when it is made and never again, but what it is for and until when is."""
+async def test_token_is_shown_once(house: RunningGateway) -> None:
     made = await make_token(house, label="生产", expires_at="2999-12-31T23:30:00+08:00")
     assert made.keys() == {"id", "token", "expires_at"}
     assert made["expires_at"] == "2999-12-31T15:30:00Z"
@@ -46,15 +45,13 @@ async def test_shown_once(house: RunningGateway) -> None:
     assert (shown["label"], shown["expires_at"]) == ("生产", made["expires_at"])
 
 
-async def test_no_body(house: RunningGateway) -> None:
-    """A token needs no body: without one it has no label and never expires."""
+async def test_token_without_a_body(house: RunningGateway) -> None:
     answer = await house.call_admin("POST", "/tenants/shop/tokens")
     assert (answer.status_code, answer.json()["expires_at"]) == (201, None)
     assert await is_token_valid(house, answer.json()["token"])
 
 
-async def test_revoked_at_once(house: RunningGateway) -> None:
-    """A revoked token is refused at once, the tenant's others are not, and it can't be revoked twice."""
+async def test_revoked_token_is_refused_at_once(house: RunningGateway) -> None:
     made, other = await make_token(house), await make_token(house)
     path = f"/tenants/shop/tokens/{made['id']}"
     answer = await house.call_admin("DELETE", path)
@@ -64,8 +61,7 @@ async def test_revoked_at_once(house: RunningGateway) -> None:
     expect_problem(await house.call_admin("DELETE", path), 404, "not-found")
 
 
-async def test_revoked_by_its_tenant_only(house: RunningGateway) -> None:
-    """A token can't be revoked under the name of another tenant."""
+async def test_token_of_another_tenant_is_not_revoked(house: RunningGateway) -> None:
     made = await make_token(house)
     await house.put_tenant("other")
     expect_problem(await house.call_admin("DELETE", f"/tenants/other/tokens/{made['id']}"), 404, "not-found")
@@ -73,7 +69,6 @@ async def test_revoked_by_its_tenant_only(house: RunningGateway) -> None:
 
 
 async def test_revoked_with_grace(house: RunningGateway) -> None:
-    """A token revoked with a grace works on for now, and is shown with the moment of its end."""
     made = await make_token(house)
     answer = await house.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=3600")
     assert answer.status_code == 204
@@ -84,7 +79,6 @@ async def test_revoked_with_grace(house: RunningGateway) -> None:
 
 
 async def test_grace_runs_out() -> None:
-    """A token works until the last moment of its grace, and is then no more listed."""
     async with run_fake_gateway() as (house, ledger, _):
         made = await make_token(house)
         await house.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=60")
@@ -95,8 +89,7 @@ async def test_grace_runs_out() -> None:
         assert made["id"] not in {each["id"] for each in await list_tokens(house)}
 
 
-async def test_grace_never_prolongs() -> None:
-    """A grace that reaches beyond a token's expiry, or beyond an earlier grace, does not prolong it."""
+async def test_grace_never_extends_a_token() -> None:
     async with run_fake_gateway() as (house, ledger, _):
         expiring = await make_token(house, expires_at=(NOW + timedelta(seconds=30)).isoformat())
         revoked = await make_token(house)
@@ -108,8 +101,7 @@ async def test_grace_never_prolongs() -> None:
         assert not await is_token_valid(house, revoked["token"])
 
 
-async def test_expires() -> None:
-    """A token works until the moment it expires, and not in it."""
+async def test_token_expires() -> None:
     async with run_fake_gateway() as (house, ledger, _):
         made = await make_token(house, expires_at=(NOW + timedelta(days=90)).isoformat())
         ledger.clock.now_ms += 90 * 86_400_000 - 1
@@ -118,8 +110,7 @@ async def test_expires() -> None:
         assert not await is_token_valid(house, made["token"])
 
 
-async def test_expired_tokens_do_not_pile_up() -> None:
-    """A tenant's expired tokens are forgotten when it gets a new one."""
+async def test_expired_tokens_are_pruned() -> None:
     async with run_fake_gateway() as (house, ledger, _):
         made = await make_token(house, expires_at=(NOW + timedelta(days=1)).isoformat())
         ledger.clock.now_ms += 86_400_000

@@ -1,4 +1,4 @@
-"""Tenants fetch their results through the gateway."""
+"""Artifact downloads by tenants."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from tests.fakes.artifacts import FakeArtifacts
 
 
 async def run_task(house: RunningGateway) -> dict[str, Any]:
-    """A task that has succeeded."""
     return await house.wait_for_task((await house.submit()).json()["id"])
 
 
-async def test_fetching(house: RunningGateway) -> None:
-    """A result is handed out at its `href`, so that no browser shows it and only its tenant keeps it."""
+async def test_artifact_is_served_at_its_href(house: RunningGateway) -> None:
     task = await run_task(house)
     (artifact,) = task["artifacts"]
     assert artifact["href"] == f"/v1/tasks/{task['id']}/artifacts/image"
@@ -35,8 +33,7 @@ async def test_fetching(house: RunningGateway) -> None:
     assert name, answer.headers["content-disposition"]
 
 
-async def test_head(house: RunningGateway) -> None:
-    """HEAD is answered as GET is, without the bytes, and the connection can be used again."""
+async def test_head_matches_get_and_keeps_the_connection(house: RunningGateway) -> None:
     href = (await run_task(house))["artifacts"][0]["href"]
     whole = await house.call("GET", href)
     for _ in range(2):
@@ -46,8 +43,7 @@ async def test_head(house: RunningGateway) -> None:
         assert {name: head.headers[name] for name in same} == {name: whole.headers[name] for name in same}
 
 
-async def test_not_yet(house: RunningGateway) -> None:
-    """A task that runs has no results yet, and one that has failed never has any."""
+async def test_unfinished_and_failed_tasks_have_no_artifacts(house: RunningGateway) -> None:
     await house.upstream.fail_next_task()
     task_id = (await house.submit()).json()["id"]
     href = f"/v1/tasks/{task_id}/artifacts/image"
@@ -56,8 +52,7 @@ async def test_not_yet(house: RunningGateway) -> None:
     assert "failed" in expect_problem(await house.call("GET", href), 404, "not-found")["detail"]
 
 
-async def test_no_such_result(house: RunningGateway) -> None:
-    """A result that a task has not got is named by those it has."""
+async def test_unknown_artifact_name_lists_the_available_ones(house: RunningGateway) -> None:
     task = await run_task(house)
     for name in ("grid", "IMAGE", "x", "..%2fimage"):
         answer = await house.call("GET", f"/v1/tasks/{task['id']}/artifacts/{name}")
@@ -66,8 +61,7 @@ async def test_no_such_result(house: RunningGateway) -> None:
     assert expect_problem(answer, 404, "not-found")["detail"].endswith("it has image.")
 
 
-async def test_of_another_tenant(house: RunningGateway) -> None:
-    """Results of others are not found, nor are those of a task whose id was altered; without a token there are none."""
+async def test_other_tenants_artifacts_are_not_found(house: RunningGateway) -> None:
     href = (await run_task(house))["artifacts"][0]["href"]
     await house.put_tenant("other")
     other = await house.new_token("other")
@@ -78,8 +72,7 @@ async def test_of_another_tenant(house: RunningGateway) -> None:
     expect_problem(await house.call("POST", href), 405, "method-not-allowed")
 
 
-async def test_account() -> None:
-    """A result is fetched by the account that paid for it, from the address that the upstream gave."""
+async def test_artifact_is_fetched_with_the_paying_account() -> None:
     fake = FakeArtifacts()
     async with run_fake_gateway(fake) as (house, _, _):
         task = await run_task(house)
@@ -87,8 +80,7 @@ async def test_account() -> None:
         assert fake.requests == [("main", task["artifacts"][0]["url"])]
 
 
-async def test_malformed_conditions(house: RunningGateway) -> None:
-    """A condition that can't be understood counts as none, as HTTP has it."""
+async def test_malformed_conditions_are_ignored(house: RunningGateway) -> None:
     href = (await run_task(house))["artifacts"][0]["href"]
     values: list[str | bytes] = ["null", "\u00e4".encode("latin-1"), "x" * 1_000, "bytes=0-1,4-5", 'bytes=1-"']
     for value in values:

@@ -1,4 +1,4 @@
-"""Results come from the sandbox with ranges, conditions and faults."""
+"""Artifact downloads from the sandbox: ranges, conditions and faults."""
 
 from __future__ import annotations
 
@@ -21,26 +21,22 @@ from tests.support.valkey import Valkey
 
 @pytest.fixture
 async def house(valkey: Valkey) -> AsyncIterator[RunningGateway]:
-    """A gateway in front of the sandbox."""
     async with run_real_gateway(valkey) as found:
         yield found
 
 
 @pytest.fixture
 async def href(house: RunningGateway) -> str:
-    """Where a result is handed out."""
     task = await house.wait_for_task((await house.submit(image=make_png(200, 200))).json()["id"])
     found: str = task["artifacts"][0]["href"]
     return found
 
 
 async def fetch_artifact(house: RunningGateway, href: str, **headers: str) -> Response:
-    """Fetch a result."""
     return await house.call("GET", href, headers={name.replace("_", "-"): text for name, text in headers.items()})
 
 
-async def test_ranges(house: RunningGateway, href: str) -> None:
-    """The parts of a result make up the whole, also when they are counted from its end."""
+async def test_ranges_add_up_to_the_whole(house: RunningGateway, href: str) -> None:
     whole = await fetch_artifact(house, href)
     size = len(whole.content)
     assert whole.headers["accept-ranges"] == "bytes"
@@ -58,8 +54,7 @@ async def test_ranges(house: RunningGateway, href: str) -> None:
         assert {name: part.headers[name] for name in same} == {name: whole.headers[name] for name in same}
 
 
-async def test_document(house: RunningGateway, href: str) -> None:
-    """The API's document tells with which headers and types results come."""
+async def test_document_lists_headers_and_types(house: RunningGateway, href: str) -> None:
     document = (await house.call("GET", "/openapi.json")).json()
     operation = document["paths"]["/v1/tasks/{task_id}/artifacts/{name}"]["get"]
     for status, headers in (
@@ -76,16 +71,14 @@ async def test_document(house: RunningGateway, href: str) -> None:
     assert operation["responses"]["304"]["headers"].keys() >= {"ETag", "Cache-Control"}
 
 
-async def test_no_such_range(house: RunningGateway, href: str) -> None:
-    """A range beyond the end is a problem that tells the size."""
+async def test_unsatisfiable_range_reports_the_size(house: RunningGateway, href: str) -> None:
     size = len((await fetch_artifact(house, href)).content)
     answer = await fetch_artifact(house, href, Range=f"bytes={size}-")
     expect_problem(answer, 416, "range-not-satisfiable")
     assert answer.headers["content-range"] == f"bytes */{size}"
 
 
-async def test_several_ranges(house: RunningGateway, href: str) -> None:
-    """Several ranges, or a range of anything but bytes, are answered with the whole; so is any range to HEAD."""
+async def test_multiple_ranges_return_the_whole(house: RunningGateway, href: str) -> None:
     whole = await fetch_artifact(house, href)
     for asked in ("bytes=0-1,4-5", "lines=0-1", "bytes=-", "bytes=x-"):
         answer = await fetch_artifact(house, href, Range=asked)
@@ -95,7 +88,6 @@ async def test_several_ranges(house: RunningGateway, href: str) -> None:
 
 
 async def test_if_range(house: RunningGateway, href: str) -> None:
-    """The rest of a result is given if it is still the same, else the whole."""
     whole = await fetch_artifact(house, href)
     same = await fetch_artifact(house, href, Range="bytes=10-", If_Range=whole.headers["etag"])
     assert (same.status_code, same.content) == (206, whole.content[10:])
@@ -103,8 +95,7 @@ async def test_if_range(house: RunningGateway, href: str) -> None:
     assert (other.status_code, other.content) == (200, whole.content)
 
 
-async def test_faults(house: RunningGateway, href: str) -> None:
-    """A server that fails before the first byte is told of as a problem, without its address."""
+async def test_failure_before_the_first_byte_is_a_problem(house: RunningGateway, href: str) -> None:
     for fault, status, code in (
         (Fault(on="file", times=1, reply="reset"), 502, "upstream-invalid-response"),
         (Fault(on="file", times=1, reply="page", status=410), 502, "upstream-invalid-response"),
@@ -120,8 +111,7 @@ async def test_faults(house: RunningGateway, href: str) -> None:
     assert (await fetch_artifact(house, href)).status_code == 200
 
 
-async def test_not_there_yet(house: RunningGateway, href: str) -> None:
-    """A result that its server lacks minutes after the end may yet come; later it is gone for good."""
+async def test_missing_artifact_is_retryable_at_first_and_gone_later(house: RunningGateway, href: str) -> None:
     for passed, status in ((0, 503), (299, 503), (2, 502)):
         await house.advance(passed)
         house.services.task_cache._tasks.clear()
@@ -130,14 +120,12 @@ async def test_not_there_yet(house: RunningGateway, href: str) -> None:
         assert (answer.status_code, "retry-after" in answer.headers) == (status, status == 503)
 
 
-async def test_latency(house: RunningGateway, href: str) -> None:
-    """A server that takes its time is waited for."""
+async def test_slow_server_is_awaited(house: RunningGateway, href: str) -> None:
     await sandbox_control(house)._set_fault(Fault(on="file", times=1, latency=0.2))
     assert (await fetch_artifact(house, href)).status_code == 200
 
 
-async def test_cut(house: RunningGateway, href: str) -> None:
-    """A result that breaks off at its server breaks off at the client too, who can ask for the rest."""
+async def test_truncated_download_can_be_resumed(house: RunningGateway, href: str) -> None:
     whole = await fetch_artifact(house, href)
     await sandbox_control(house)._set_fault(Fault(on="file", times=1, reply="cut"))
     with pytest.raises(httpx2.RemoteProtocolError):
@@ -146,8 +134,7 @@ async def test_cut(house: RunningGateway, href: str) -> None:
     assert rest.content == whole.content[10:]
 
 
-async def test_lost_task(house: RunningGateway, href: str, valkey: Valkey) -> None:
-    """The result of a task that Redis has lost is still found by the task's id."""
+async def test_artifact_of_a_task_lost_by_redis(house: RunningGateway, href: str, valkey: Valkey) -> None:
     task_id = href.split("/")[3]
     reservation = house.services.task_reader._task_ids.decode(task_id).reservation
     connections = connect(valkey.url, timeout=5)
@@ -158,13 +145,11 @@ async def test_lost_task(house: RunningGateway, href: str, valkey: Valkey) -> No
     assert (await fetch_artifact(house, href)).status_code == 200
 
 
-async def test_account_that_is_gone(house: RunningGateway, href: str) -> None:
-    """Without its account, a result is not fetched from a private address."""
+async def test_deleted_account_reaches_no_private_address(house: RunningGateway, href: str) -> None:
     assert (await house.call_admin("DELETE", "/accounts/main?force=true")).status_code == 204
     expect_problem(await fetch_artifact(house, href), 502, "upstream-invalid-response")
 
 
 def sandbox_control(house: RunningGateway) -> SandboxUpstreamControl:
-    """The sandbox's control."""
     assert isinstance(house.upstream, SandboxUpstreamControl)
     return house.upstream

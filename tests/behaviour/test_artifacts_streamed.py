@@ -1,4 +1,4 @@
-"""Results go through the gateway as they come: nothing is kept, and nothing goes on that nobody wants."""
+"""Streaming of artifacts: nothing is buffered, and a fetch ends with its client."""
 
 from __future__ import annotations
 
@@ -38,8 +38,6 @@ STALL_SECONDS = 0.3
 
 @dataclass
 class ArtifactSetup:
-    """A gateway, and a server of results that it fetches from."""
-
     gateway: RunningGateway
     artifact_server: ScriptedServer
     href: str
@@ -47,7 +45,7 @@ class ArtifactSetup:
 
     @asynccontextmanager
     async def open_download(self, method: str = "GET") -> AsyncIterator[tuple[asyncio.StreamReader, bytes]]:
-        """Ask for the result over a connection of one's own; what comes, and its head."""
+        """Open a raw connection and read the head of the response."""
         address = urlsplit(self.gateway.url)
         reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=64 * 1024)
         try:
@@ -60,7 +58,6 @@ class ArtifactSetup:
 
 @asynccontextmanager
 async def run_artifact_setup(serve: Handler, *, timeouts: FetchTimeouts | None = None) -> AsyncIterator[ArtifactSetup]:
-    """A task whose result is served so."""
     outcomes: list[str] = []
     client = ArtifactClient(
         "http://127.0.0.1",
@@ -76,13 +73,13 @@ async def run_artifact_setup(serve: Handler, *, timeouts: FetchTimeouts | None =
 
 
 def artifact_log_fields(logs: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
-    """The status and the outcome of the one request for a result."""
+    """Return status and outcome of the one artifact request in the log."""
     (line,) = [each for each in logs if each["event"] == "request.ended" and each["path"].endswith("/artifacts/image")]
     return line["status"], line["outcome"]
 
 
-async def test_large_result() -> None:
-    """A result of 200 MB takes no memory to speak of: who does not read on keeps its server from sending on."""
+async def test_large_artifact_is_streamed_with_backpressure() -> None:
+    """A 200 MB artifact takes little memory: a slow client slows its server down."""
     sent, stalled, digest = 0, asyncio.Event(), hashlib.sha256()
 
     async def serve(connection: Connection) -> None:
@@ -113,8 +110,7 @@ async def test_large_result() -> None:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB on Linux
 
 
-async def test_client_leaves() -> None:
-    """A client that leaves in the middle ends the fetch at once."""
+async def test_client_disconnect_ends_the_fetch() -> None:
     left = asyncio.Event()
     serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=left)
     with capture_logs() as logs:
@@ -126,8 +122,7 @@ async def test_client_leaves() -> None:
     assert artifact_log_fields(logs) == (200, "client-disconnected")
 
 
-async def test_client_leaves_early() -> None:
-    """A client that leaves before anything came ends the fetch at once."""
+async def test_disconnect_before_the_first_byte_ends_the_fetch() -> None:
     left = asyncio.Event()
     async with asyncio.timeout(10), run_artifact_setup(send_and_hold(disconnected=left)) as found:
         waiting = asyncio.create_task(found.gateway.call("GET", found.href))
@@ -137,8 +132,7 @@ async def test_client_leaves_early() -> None:
     assert found.outcomes == [FetchOutcome.CANCELLED]
 
 
-async def test_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that takes nothing for a long time does not keep the connection to the upstream."""
+async def test_stalled_client_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "READER_TIMEOUT_SECONDS", 0.1)
     left = asyncio.Event()
 
@@ -158,8 +152,7 @@ async def test_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) -> Non
     assert artifact_log_fields(logs) == (200, "client-too-slow")
 
 
-async def test_head() -> None:
-    """HEAD ends the fetch as soon as the head is known."""
+async def test_head_ends_the_fetch_after_the_headers() -> None:
     left = asyncio.Event()
     serve = send_and_hold(response_head(Content_Length="1000", ETag='"v1"'), PNG_IMAGE, disconnected=left)
     with capture_logs() as logs:
@@ -178,8 +171,7 @@ async def test_head() -> None:
         (response_head(Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE, end=False), b"zz\r\n"),
     ],
 )
-async def test_broken_off(pieces: tuple[bytes, ...]) -> None:
-    """A client notices that a result broke off: its length is not reached, or its last chunk does not come."""
+async def test_truncation_is_visible_to_the_client(pieces: tuple[bytes, ...]) -> None:
     with capture_logs() as logs:
         async with (
             asyncio.timeout(10),
@@ -193,8 +185,7 @@ async def test_broken_off(pieces: tuple[bytes, ...]) -> None:
     assert artifact_log_fields(logs) == (200, "transfer-aborted")
 
 
-async def test_idle() -> None:
-    """A server that stops in the middle is given up, and the client notices."""
+async def test_stalled_server_is_disconnected() -> None:
     serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE)
     patience = FetchTimeouts(idle_seconds=0.1)
     async with (
@@ -205,8 +196,7 @@ async def test_idle() -> None:
         assert await reader.read() == PNG_IMAGE
 
 
-async def test_known_already() -> None:
-    """A result that is known already is answered without content, under its version."""
+async def test_unchanged_artifact_is_304() -> None:
     async with run_artifact_setup(send_pieces(response_head(304, ETag='"v1"', Content_Length="5"))) as found:
         answer = await found.gateway.call("GET", found.href, headers={"If-None-Match": '"v0", W/"v1"'})
         assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"v1"')
@@ -215,8 +205,7 @@ async def test_known_already() -> None:
         assert b'\r\nif-none-match: "v0", w/"v1"\r\n' in found.artifact_server.requests[0][0].lower()
 
 
-async def test_nothing_of_its_server() -> None:
-    """No header of the server is passed on that could do harm, nor its idea of a file's name."""
+async def test_server_headers_are_not_passed_on() -> None:
     answer = file_response(
         Content_Disposition='attachment; filename="x.exe"',
         Set_Cookie="a=b",
@@ -233,8 +222,7 @@ async def test_nothing_of_its_server() -> None:
         assert answered.headers.get_list("content-security-policy") == ["default-src 'none'; sandbox"]
 
 
-async def test_token_stays() -> None:
-    """The server of a result is told neither the tenant's token nor who asked."""
+async def test_token_is_not_sent_to_the_artifact_server() -> None:
     async with run_artifact_setup(send_pieces(file_response())) as found:
         await found.gateway.call("GET", found.href, headers={"Cookie": "a=b", "X-Forwarded-For": "10.0.0.1"})
         ((sent, _),) = found.artifact_server.requests
@@ -242,8 +230,7 @@ async def test_token_stays() -> None:
         assert names == {b"host", b"user-agent", b"accept", b"accept-encoding", b"connection"}
 
 
-async def test_page_of_html() -> None:
-    """A page of HTML is never passed on as a result."""
+async def test_html_is_rejected() -> None:
     for said in ("text/html", "application/octet-stream", ""):
         async with run_artifact_setup(send_pieces(file_response(b"<html><script>", Content_Type=said))) as found:
             expect_problem(await found.gateway.call("GET", found.href), 502, "upstream-invalid-response")

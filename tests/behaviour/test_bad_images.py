@@ -1,4 +1,4 @@
-"""An image that can't be worked on is refused before anything is spent on it."""
+"""Invalid images are refused before anything is spent."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ WEBP = encode_image(draw_image(), "WEBP")
 
 @pytest.fixture
 async def spending(house: RunningGateway, valkey: Valkey) -> AsyncIterator[RunningGateway]:
-    """A house in which nothing may be spent until the test has ended."""
+    """Run a gateway and assert at the end that nothing was spent."""
     await house.put_tenant(**UNREACHABLE_POLICIES)
     yield house
     await assert_nothing_happened(house, valkey)
 
 
 def make_decompression_bomb(width: int, height: int) -> bytes:
-    """A whole PNG of few bytes that would unfold into this many pixels."""
+    """Make a small PNG that decompresses to this many pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -38,8 +38,7 @@ def make_decompression_bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-async def test_no_image(spending: RunningGateway) -> None:
-    """A file that is no PNG, JPEG or WebP by its bytes is 415, whatever it is called, and told what would do."""
+async def test_unsupported_type_is_415(spending: RunningGateway) -> None:
     files = {
         "GIF": encode_image(draw_image(), "GIF"),
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
@@ -56,8 +55,7 @@ async def test_no_image(spending: RunningGateway) -> None:
         assert "PNG, JPEG or WebP" in found["detail"], name
 
 
-async def test_broken_image(spending: RunningGateway) -> None:
-    """An image that is empty, cut off or broken is 422."""
+async def test_broken_image_is_422(spending: RunningGateway) -> None:
     files = {
         "empty": b"",
         "a PNG without its end": make_png()[:-12],
@@ -76,8 +74,7 @@ async def test_broken_image(spending: RunningGateway) -> None:
         assert "image" in found["detail"], name
 
 
-async def test_too_many_bytes(spending: RunningGateway) -> None:
-    """An image over the limit on bytes is 413, whether its length is announced or not."""
+async def test_too_many_bytes_is_413(spending: RunningGateway) -> None:
     image = make_png() + b"\0" * (MAX_BYTES + 1 - len(make_png()))
     found = expect_problem(await spending.submit(image=image), 413, "image-too-large")
     assert str(MAX_BYTES) in found["detail"]
@@ -97,8 +94,7 @@ async def test_too_many_bytes(spending: RunningGateway) -> None:
     expect_problem(answer, 413, "image-too-large")
 
 
-async def test_too_many_pixels(spending: RunningGateway) -> None:
-    """An image over the limit on pixels is 413 by what it says of itself, however few bytes it has."""
+async def test_too_many_pixels_is_413(spending: RunningGateway) -> None:
     for width, height in ((MAX_PIXELS + 1, 1), (2_001, 2_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)):
         image = make_decompression_bomb(width, height) if width * height < 10**10 else make_decompression_bomb(1, 1)
         if width == 2**31 - 1:
@@ -109,8 +105,7 @@ async def test_too_many_pixels(spending: RunningGateway) -> None:
         assert f"{width} x {height}" in found["detail"]
 
 
-async def test_just_within_the_limits(house: RunningGateway) -> None:
-    """An image with exactly as many bytes, or pixels, as allowed is taken, and so are JPEG and WebP."""
+async def test_image_at_the_limits_is_accepted(house: RunningGateway) -> None:
     largest = make_png() + b"\0" * (MAX_BYTES - len(make_png()))
     for image in (largest, make_decompression_bomb(2_000, MAX_PIXELS // 2_000), JPEG, WEBP):
         answer = await house.submit("seamless", image=image)

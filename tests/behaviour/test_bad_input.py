@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request is told as the right problem, and costs nothing."""
+"""Invalid requests get the right problem and cost nothing."""
 
 from __future__ import annotations
 
@@ -62,14 +62,13 @@ FAULTY_METADATA = {
 
 @pytest.fixture(autouse=True)
 async def _assert_nothing_happened(house: RunningGateway, valkey: Valkey) -> AsyncIterator[None]:
-    """Whatever a test of this module sends has no consequence."""
+    """Assert after each test that nothing happened."""
     await house.put_tenant(**UNREACHABLE_POLICIES)
     yield
     await assert_nothing_happened(house, valkey)
 
 
-async def test_no_good_token(house: RunningGateway) -> None:
-    """Without a token that is good now, every call is 401 with a challenge, even if more is wrong with it."""
+async def test_missing_or_invalid_token_is_401(house: RunningGateway) -> None:
     good = house.token
     swapped = good[:-1] + ("A" if good[-1] != "A" else "B")
     expired = tenants.generate_token()
@@ -105,7 +104,6 @@ async def test_no_good_token(house: RunningGateway) -> None:
 
 
 async def test_revoked_token(house: RunningGateway) -> None:
-    """A token works until it is revoked, and then no more."""
     made = (await house.call_admin("POST", "/tenants/shop/tokens", json={})).json()
     assert (await house.call("GET", "/v1/quota", token=made["token"])).status_code == 200
     answer = await house.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}")
@@ -114,8 +112,7 @@ async def test_revoked_token(house: RunningGateway) -> None:
     expect_problem(await house.submit(token=made["token"]), 401, "unauthenticated")
 
 
-async def test_not_a_form(house: RunningGateway) -> None:
-    """A submission that is no multipart form is 415, and the answer says what to send."""
+async def test_non_form_body_is_415(house: RunningGateway) -> None:
     multipart = "multipart/form-data"
     cases: dict[str, dict[str, Any]] = {
         "JSON": {"json": {"image": "..."}},
@@ -132,8 +129,7 @@ async def test_not_a_form(house: RunningGateway) -> None:
         assert multipart in found["detail"], name
 
 
-async def test_not_the_form_it_says(house: RunningGateway) -> None:
-    """A body that is not the multipart form its content type announces is 400."""
+async def test_malformed_form_is_400(house: RunningGateway) -> None:
     for body in (b"", b"x", b"--other\r\n", b"--b", b"--b\r\nno header\r\n\r\n--b--", b"\0" * 1_000):
         answer = await house.call(
             "POST", UPSCALE, content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
@@ -141,8 +137,7 @@ async def test_not_the_form_it_says(house: RunningGateway) -> None:
         expect_problem(answer, 400, "malformed-request")
 
 
-async def test_not_one_file(house: RunningGateway) -> None:
-    """Anything but one file in the part `image` is 422 and names the part."""
+async def test_exactly_one_image_part_is_required(house: RunningGateway) -> None:
     text = (None, "an image in words")
     cases: dict[str, tuple[list[tuple[str, Any]], str]] = {
         "no file": ([("prompt", (None, "a cat"))], "image"),
@@ -157,8 +152,7 @@ async def test_not_one_file(house: RunningGateway) -> None:
         assert [each["field"] for each in found["errors"]] == [field], name
 
 
-async def test_field_that_is_not_what_it_declares(house: RunningGateway) -> None:
-    """A field that is not text in the charset of its part is 422 and named; a text is no image, in any charset."""
+async def test_undecodable_field_is_422(house: RunningGateway) -> None:
     for value, media_type in (
         (b"\xff", None),
         (b"x", "text/plain; charset=nonsense"),
@@ -172,8 +166,7 @@ async def test_field_that_is_not_what_it_declares(house: RunningGateway) -> None
     expect_problem(answer, 415, "unsupported-media-type")
 
 
-async def test_encoded_body(house: RunningGateway) -> None:
-    """A body with a content coding is 415 on every route that takes one, and the answer says which is taken."""
+async def test_content_encoding_is_415(house: RunningGateway) -> None:
     for coding in ("gzip", "br", "deflate", "identity, zstd", "aws-chunked"):
         headers = {"Content-Encoding": coding, "Content-Type": "application/json"}
         for answer in (
@@ -188,8 +181,7 @@ async def test_encoded_body(house: RunningGateway) -> None:
             assert answer.headers["accept-encoding"] == "identity"
 
 
-async def test_faulty_option(house: RunningGateway) -> None:
-    """Every option of every kind that is unknown, mistyped or out of range is 422 and named, with what it must be."""
+async def test_invalid_option_is_422(house: RunningGateway) -> None:
     for kind, options in FAULTY_OPTIONS.items():
         for option, values in options.items():
             for value in values:
@@ -203,8 +195,7 @@ async def test_faulty_option(house: RunningGateway) -> None:
                 assert "nan" not in error["detail"], error
 
 
-async def test_every_faulty_field_is_named(house: RunningGateway) -> None:
-    """All faulty fields are named at once, a repeated one too."""
+async def test_all_invalid_fields_are_listed(house: RunningGateway) -> None:
     parts = [("image", FILE), *((name, (None, "99")) for name in ("scale", "colors", "vector", "fit", "fit"))]
     parts += [("steps", (None, "30")), ("steps", (None, "30"))]
     found = expect_problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
@@ -216,8 +207,7 @@ async def test_every_faulty_field_is_named(house: RunningGateway) -> None:
     assert details[5][1] == "is given more than once"
 
 
-async def test_faulty_metadata(house: RunningGateway) -> None:
-    """Metadata that is not a small JSON object of strings is 422, whatever the kind."""
+async def test_invalid_metadata_is_422(house: RunningGateway) -> None:
     for name, value in FAULTY_METADATA.items():
         found = expect_problem(await house.submit("face-enhance", {"metadata": value}), 422, "invalid-options")
         assert [each["field"] for each in found["errors"]] == ["metadata"], name
@@ -226,8 +216,7 @@ async def test_faulty_metadata(house: RunningGateway) -> None:
     assert found["errors"] == [{"field": "metadata", "detail": "is given more than once"}]
 
 
-async def test_too_many_fields(house: RunningGateway) -> None:
-    """A form of very many or very long fields is refused before it is understood."""
+async def test_excessive_form_fields_are_refused(house: RunningGateway) -> None:
     many = [("image", FILE), *((f"field{number}", (None, "x")) for number in range(100))]
     expect_problem(await house.call("POST", UPSCALE, files=many), 400, "malformed-request")
     expect_problem(
@@ -237,8 +226,7 @@ async def test_too_many_fields(house: RunningGateway) -> None:
     assert found["errors"][0]["field"] == "prompt"
 
 
-async def test_unknown_address_or_method(house: RunningGateway) -> None:
-    """What the gateway does not serve is 404 or 405, with the methods it does serve, token or not."""
+async def test_unknown_path_is_404_and_method_405(house: RunningGateway) -> None:
     for path in (
         "/",
         "/v1",
@@ -271,8 +259,7 @@ async def test_unknown_address_or_method(house: RunningGateway) -> None:
         assert set(options.headers["allow"].split(", ")) == allowed
 
 
-async def test_faulty_query(house: RunningGateway) -> None:
-    """A list asked for with a faulty value is refused, and the parameter is named as the caller wrote it."""
+async def test_invalid_query_parameter_is_named(house: RunningGateway) -> None:
     cases = {
         "limit": ["0", "101", "-1", "x", "", "1.5", "nan", "9" * 30, "%ff", "null", "5&limit=5"],
         "state": ["ended", "null", "queued&state=running", "Queued", "", "queued,running", "%00"],
@@ -290,8 +277,7 @@ async def test_faulty_query(house: RunningGateway) -> None:
         expect_problem(await house.call("GET", f"/v1/tasks?cursor={cursor}"), 400, "malformed-request")
 
 
-async def test_oversized_address_and_headers(house: RunningGateway) -> None:
-    """Very long addresses and headers are answered like any other."""
+async def test_oversized_path_and_headers(house: RunningGateway) -> None:
     expect_problem(await house.call("GET", "/v1/tasks/" + "x" * 30_000), 404, "not-found")
     expect_problem(await house.call("GET", "/" + "x/" * 10_000), 404, "not-found")
     many = {f"X-Header-{number}": "x" * 500 for number in range(60)}

@@ -1,4 +1,4 @@
-"""An account is looked at by checking a finished task again, where that tells its balance, and nothing is spent."""
+"""Balance checks of exhausted accounts by checking a finished task again."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.support.valkey import Valkey
 
 @pytest.fixture(params=["submit", "end"])
 async def books(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    """Books over an upstream whose checks tell the balance of now."""
+    """Yield gateways over upstreams whose checks report the current balance."""
     async with open_balance_harness(valkey, charge=request.param, checked_balance="now") as found:
         yield found
 
 
 @pytest.fixture
 async def known(books: BalanceHarness) -> BalanceHarness:
-    """The same once the gateway has found out that checks tell the balance of now, with an exhausted account."""
+    """Yield an exhausted account that is known to report current balances."""
     await exhaust_account(books)
     await books.set_balance(1, 0)
     assert await books.run_balance_checks() == 1
@@ -33,15 +33,14 @@ async def known(books: BalanceHarness) -> BalanceHarness:
 
 
 async def exhaust_account(books: BalanceHarness) -> None:
-    """Take what the account holds, and be refused."""
+    """Spend the balance of the account until a submit is refused."""
     await books.set_balance(2, 0)
     for _ in range(2):
         await books.run_task()
     await books.expect_refused_locally()
 
 
-async def test_top_up_is_seen(books: BalanceHarness) -> None:
-    """An exhausted account that is topped up is used again after one check, and no submission was tried on it."""
+async def test_top_up_is_found_by_a_balance_check(books: BalanceHarness) -> None:
     await exhaust_account(books)
     asked = await books.sandbox.count_submits()
     await books.set_balance(3, 0)
@@ -54,8 +53,7 @@ async def test_top_up_is_seen(books: BalanceHarness) -> None:
     await books.run_task()
 
 
-async def test_one_look_per_minute(known: BalanceHarness) -> None:
-    """However often two processes ask, an exhausted account is looked at once a minute, and never by a submission."""
+async def test_one_balance_check_per_minute(known: BalanceHarness) -> None:
     asked = await known.sandbox.count_submits()
     for _ in range(3):
         assert await known.run_balance_checks(60) == 1
@@ -67,8 +65,7 @@ async def test_one_look_per_minute(known: BalanceHarness) -> None:
     assert (await known.get_account())["state"] == "exhausted"
 
 
-async def test_when_to_come_back(known: BalanceHarness) -> None:
-    """A refused tenant is told to come back when the next look is."""
+async def test_retry_after_is_the_next_balance_check(known: BalanceHarness) -> None:
     for passed, wait in ((0, 60), (20, 40), (30, 10)):
         await known.gateway.advance(passed)
         assert wait - 3 <= int((await known.expect_refused_locally()).headers["retry-after"]) <= wait
@@ -76,14 +73,12 @@ async def test_when_to_come_back(known: BalanceHarness) -> None:
     assert int((await known.expect_refused_locally()).headers["retry-after"]) > 57
 
 
-async def test_nothing_to_look_for(books: BalanceHarness) -> None:
-    """An account that can pay is not looked at."""
+async def test_open_account_is_not_checked(books: BalanceHarness) -> None:
     await books.run_task()
     assert await books.run_balance_checks(3_600) == 0
 
 
-async def test_uses_for_a_thrifty_tenant(books: BalanceHarness) -> None:
-    """A tenant that may spend uses only is served again after a top-up of uses, though the account had money left."""
+async def test_top_up_of_uses_serves_prepaid_only_tenants(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(purse="count_only")
     await books.set_balance(2, 50)
     for _ in range(2):
@@ -101,8 +96,7 @@ async def test_uses_for_a_thrifty_tenant(books: BalanceHarness) -> None:
     assert 20 <= int((await books.expect_refused_locally()).headers["retry-after"]) <= 30
 
 
-async def test_money_above_the_floor(books: BalanceHarness) -> None:
-    """An account that is too close to its floor for another task is looked at, and used again after a top-up."""
+async def test_account_near_its_floor_is_checked(books: BalanceHarness) -> None:
     await books.gateway.call_admin(
         "PUT", "/accounts/main", json={"floor_money": 3 * PRICE_YUAN, "max_price": {"vectorize": PRICE_YUAN}}
     )
@@ -117,8 +111,7 @@ async def test_money_above_the_floor(books: BalanceHarness) -> None:
 
 
 @pytest.mark.parametrize("gone", ["upstream", "store"])
-async def test_task_that_is_gone(known: BalanceHarness, valkey: Valkey, gone: str) -> None:
-    """A finished task that is known no more, here or there, is asked about once; then submissions probe again."""
+async def test_lost_task_is_checked_once_then_probes_resume(known: BalanceHarness, valkey: Valkey, gone: str) -> None:
     if gone == "upstream":
         await known.set_behaviour(faults=(Fault(on="check", refuse="任务未找到或状态未知"),))
     else:
@@ -132,7 +125,7 @@ async def test_task_that_is_gone(known: BalanceHarness, valkey: Valkey, gone: st
 
 
 async def forget_tasks(valkey: Valkey) -> None:
-    """Let the store lose what it knows of tasks."""
+    """Delete all tasks from Redis."""
     connections = connect(valkey.url, timeout=5)
     try:
         async for key in connections.commands.scan_iter(match=Keys("gw").task("*")):
@@ -149,8 +142,7 @@ UNUSABLE_RESPONSES = [
 
 
 @pytest.mark.parametrize("fault", UNUSABLE_RESPONSES, ids=["reset", "page", "refused"])
-async def test_no_answer(known: BalanceHarness, fault: Fault) -> None:
-    """A look that is not answered changes nothing, and the next one tells."""
+async def test_failed_balance_check_is_repeated(known: BalanceHarness, fault: Fault) -> None:
     await known.set_balance(2, 0)
     await known.set_behaviour(faults=(fault,))
     before = await known.get_account()
@@ -164,8 +156,7 @@ async def test_no_answer(known: BalanceHarness, fault: Fault) -> None:
     await known.run_task()
 
 
-async def test_never_an_answer(known: BalanceHarness) -> None:
-    """Where look after look is answered with nothing of use, submissions probe again, until a task has ended."""
+async def test_probes_resume_after_repeated_failures(known: BalanceHarness) -> None:
     await known.set_behaviour(faults=(Fault(on="check", refuse="系统繁忙"),))
     for _ in range(5):
         await known.expect_refused_locally()
@@ -183,16 +174,14 @@ async def test_never_an_answer(known: BalanceHarness) -> None:
     await known.expect_refused_locally()
 
 
-async def test_invalid_account(known: BalanceHarness) -> None:
-    """An account that the upstream does not know is not looked at."""
+async def test_invalid_account_is_not_checked(known: BalanceHarness) -> None:
     await known.gateway.call_admin("POST", "/accounts/main/reopen")
     await known.set_behaviour(faults=(Fault(on="submit", refuse="账户不存在"),))
     expect_problem(await known.submit(), 503, "account-misconfigured")
     assert await known.run_balance_checks(3_600) == 0
 
 
-async def test_while_tasks_run(books: BalanceHarness) -> None:
-    """A look while the last uses are on their way lets no more be sent than there are."""
+async def test_balance_check_while_tasks_run(books: BalanceHarness) -> None:
     await exhaust_account(books)
     await books.set_balance(3, 0)
     await books.run_balance_checks()
@@ -204,8 +193,7 @@ async def test_while_tasks_run(books: BalanceHarness) -> None:
         await books.expect_refused_locally()
 
 
-async def test_balance_of_then(valkey: Valkey) -> None:
-    """Where a check tells the balance of its task's end, looks change nothing, and submissions go on to probe."""
+async def test_historic_balances_leave_probing_on(valkey: Valkey) -> None:
     async with open_balance_harness(valkey, checked_balance="then") as books:
         await exhaust_account(books)
         await books.set_balance(3, 0)

@@ -1,4 +1,4 @@
-"""Figures that are missing, spoiled, huge or jump about stop no task, and none of them becomes a zero by accident."""
+"""Missing, malformed, huge and inconsistent balances."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support.valkey import Valkey
 UNUSABLE_VALUES: tuple[FieldDefect, ...] = ("missing", "null", "negative")
 BALANCE_FIELDS: tuple[Field, ...] = ("remaining_count", "remaining_money")
 MAX_MONEY_YUAN = 2**53 // 100
-"""In yuan: what in fen is still a whole number to every reader of JSON, and to Lua."""
+"""In yuan; in fen it is the largest integer that JSON readers and Lua represent exactly."""
 
 
 @pytest.fixture
 async def books(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    """Books that have seen an account with 20 uses and 50 yuan."""
+    """Yield a gateway that knows 20 uses and 50 yuan."""
     async with open_balance_harness(valkey) as found:
         await found.set_balance(21, 50)
         await found.run_task()
@@ -31,14 +31,13 @@ async def books(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
 async def corrupt_balances(
     books: BalanceHarness, count: FieldDefect | None = None, money: FieldDefect | None = None
 ) -> None:
-    """Let every answer from now on have the one or the other figure spoiled."""
+    """Corrupt uses or money in every response from now on."""
     ways = {field: way for field, way in zip(BALANCE_FIELDS, (count, money), strict=True) if way}
     await books.set_behaviour(faults=(Fault(wrong=ways),))
 
 
 @pytest.mark.parametrize("way", UNUSABLE_VALUES)
-async def test_unusable_figures(books: BalanceHarness, way: FieldDefect) -> None:
-    """A task is done though its figures are no use, of which the last good ones stay, each by itself."""
+async def test_invalid_balance_keeps_the_last_valid_one(books: BalanceHarness, way: FieldDefect) -> None:
     await corrupt_balances(books, count=way)
     await books.run_task()
     assert await books.shown_balance() == (20, 50)
@@ -56,8 +55,7 @@ async def test_unusable_figures(books: BalanceHarness, way: FieldDefect) -> None
     assert (await books.read_policies())["total-tasks"] == (5, 0)
 
 
-async def test_figures_as_text(books: BalanceHarness) -> None:
-    """Numbers in strings are numbers, and give receipts like any other."""
+async def test_balances_as_strings(books: BalanceHarness) -> None:
     await corrupt_balances(books, count="string", money="string")
     assert await books.run_task() == {"count": 1, "money": 0, "basis": "observed"}
     await books.set_balance(0, 50)
@@ -66,16 +64,15 @@ async def test_figures_as_text(books: BalanceHarness) -> None:
     assert await books.shown_balance() == await books.upstream_balance() == (0, 50 - 2 * PRICE_YUAN)
 
 
-async def test_figures_with_fractions(books: BalanceHarness) -> None:
-    """Half a use is no figure, and half a yuan is fifty fen."""
+async def test_fractional_balances(books: BalanceHarness) -> None:
+    """A fraction of a use is invalid; a fraction of a yuan is not."""
     await corrupt_balances(books, count="float", money="float")
     await books.run_task()
     assert await books.shown_balance() == (20, 50.5)
     assert (await books.get_account())["state"] == "open"
 
 
-async def test_nothing_ever_told(valkey: Valkey) -> None:
-    """An upstream that never tells a figure is used all the same: nothing is shown, held against it, or made up."""
+async def test_upstream_without_balances(valkey: Valkey) -> None:
     async with open_balance_harness(valkey) as books:
         await corrupt_balances(books, count="missing", money="missing")
         for _ in range(2):
@@ -93,8 +90,7 @@ async def test_nothing_ever_told(valkey: Valkey) -> None:
         assert await books.wait_for_cost(tasks[0]) == {"count": 0, "money": 0, "basis": "unknown"}
 
 
-async def test_one_figure_only(valkey: Valkey) -> None:
-    """Where only one of the figures is ever told, no use left does not mean that there is no money either."""
+async def test_upstream_with_one_kind_of_balance(valkey: Valkey) -> None:
     async with open_balance_harness(valkey) as books:
         await books.set_balance(1, 50)
         await corrupt_balances(books, money="missing")
@@ -107,8 +103,7 @@ async def test_one_figure_only(valkey: Valkey) -> None:
         assert await books.shown_balance() == await books.upstream_balance() == (0, 50 - 3 * PRICE_YUAN)
 
 
-async def test_huge_figures(books: BalanceHarness) -> None:
-    """The largest figures and prices are exact to the yuan, and what is larger still is no figure."""
+async def test_huge_balances_are_exact(books: BalanceHarness) -> None:
     price = 12_345_678_901
     await books.set_behaviour(prices={"vector": price})
     await books.set_balance(0, MAX_MONEY_YUAN)
@@ -125,8 +120,7 @@ async def test_huge_figures(books: BalanceHarness) -> None:
     assert await books.shown_balance() == (2**53 - 2, MAX_MONEY_YUAN)
 
 
-async def test_zero_that_is_one(books: BalanceHarness) -> None:
-    """Figures that are zero close the account at once, and those of a later top-up open it."""
+async def test_zero_balance_closes_and_top_up_reopens(books: BalanceHarness) -> None:
     running = await books.expect_accepted()
     await books.set_balance(0, 0)
     await books.wait_for_cost(running)
@@ -138,7 +132,7 @@ async def test_zero_that_is_one(books: BalanceHarness) -> None:
 
 
 async def randomize_upstream(books: BalanceHarness, chance: random.Random) -> None:
-    """Change what the upstream holds, does and tells, none of which the gateway has a hand in."""
+    """Change the upstream's balance and behaviour at random."""
     ways: tuple[FieldDefect, ...] = (*UNUSABLE_VALUES, "string", "float")
     spoiled = {field: chance.choice(ways) for field in BALANCE_FIELDS if chance.random() < 0.4}
     await books.set_behaviour(
@@ -151,8 +145,7 @@ async def randomize_upstream(books: BalanceHarness, chance: random.Random) -> No
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_up_and_down_at_random(books: BalanceHarness, seed: int) -> None:
-    """Whatever the figures do, a submit is taken or told that nothing is left, every task ends, and the sums agree."""
+async def test_random_balances(books: BalanceHarness, seed: int) -> None:
     chance = random.Random(seed)
     tasks: list[dict[str, Any]] = []
     for _ in range(8):

@@ -1,7 +1,7 @@
-"""Costs, figures, floors and purses are right however the upstream charges and whichever balance a check tells.
+"""Costs, balances, floors and spending modes for each way of charging and of reporting a balance.
 
-The vendor says neither whether a task is charged at its submit or at its end, nor whether the check of a finished task
-tells the balance of now or of then. All four combinations are tried.
+The vendor documents neither whether a task is charged at its submit or at its end, nor whether the check of a finished
+task reports the current balance or that of its end.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ COST_IN_MONEY = {"count": 0, "money": PRICE_YUAN}
 
 @pytest.fixture(params=product(("submit", "end"), ("now", "then")), ids="-".join)
 async def books(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    """Books over each kind of upstream."""
     charge, checked_balance = request.param
     async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as found:
         yield found
 
 
 async def assert_balances_match(books: BalanceHarness, costs: list[dict[str, Any]]) -> None:
-    """Fail unless the figures are the upstream's, the tenant was charged what its tasks cost, and nothing is held."""
+    """Assert that the balance is the upstream's, the charges are the costs, and nothing is reserved."""
     assert await books.shown_balance() == await books.upstream_balance()
     counted = await books.read_policies()
     assert counted["total-money"] == (sum(cost["money"] for cost in costs), 0)
@@ -37,8 +36,7 @@ async def assert_balances_match(books: BalanceHarness, costs: list[dict[str, Any
     assert (await books.get_account())["in_flight"] == 0
 
 
-async def test_one_after_the_other(books: BalanceHarness) -> None:
-    """Lone tasks cost what the balance drops by, from the first use to the last money; then 402 comes unasked."""
+async def test_sequential_tasks_cost_the_balance_drop(books: BalanceHarness) -> None:
     await books.set_balance(3, 2 * PRICE_YUAN + 1)
     costs = [await books.run_task() for _ in range(5)]
     assert costs[0] == COST_OF_USE | {"basis": "estimated"}
@@ -54,8 +52,7 @@ async def test_one_after_the_other(books: BalanceHarness) -> None:
     await assert_balances_match(books, costs)
 
 
-async def test_money_only(books: BalanceHarness) -> None:
-    """Where there are no uses every lone task but the first is known to have cost its price, to the last yuan."""
+async def test_sequential_tasks_paid_in_money(books: BalanceHarness) -> None:
     await books.set_balance(0, 4 * PRICE_YUAN)
     costs = [await books.run_task() for _ in range(4)]
     assert costs[0] == {"count": 0, "money": 0, "basis": "unknown"}
@@ -65,11 +62,8 @@ async def test_money_only(books: BalanceHarness) -> None:
     await assert_balances_match(books, costs)
 
 
-async def test_side_by_side(books: BalanceHarness) -> None:
-    """No cost is called observed of tasks that ran beside others, from the last use into money too; the books agree.
-
-    What a task costs in money is unknown before it was first seen.
-    """
+async def test_parallel_tasks_have_no_observed_cost(books: BalanceHarness) -> None:
+    """The price in money is unknown before it was first observed."""
     await books.set_balance(4, 20 * PRICE_YUAN)
     costs = [await books.run_task() for _ in range(2)]
     for number in (3, 2):
@@ -83,8 +77,7 @@ async def test_side_by_side(books: BalanceHarness) -> None:
     await assert_balances_match(books, [*costs, alone])
 
 
-async def test_begun_while_another_ran(books: BalanceHarness) -> None:
-    """Two tasks that only overlapped are not observed, neither the one that ended first nor the one that began last."""
+async def test_overlapping_tasks_have_no_observed_cost(books: BalanceHarness) -> None:
     await books.set_balance(9, 0)
     costs = [await books.run_task() for _ in range(2)]
     first = await books.expect_accepted()
@@ -95,8 +88,7 @@ async def test_begun_while_another_ran(books: BalanceHarness) -> None:
     await assert_balances_match(books, [*costs, *beside, COST_OF_USE])
 
 
-async def test_last_uses_at_once(books: BalanceHarness) -> None:
-    """Of many submits at once exactly those are sent that the known uses pay for."""
+async def test_concurrent_submits_for_the_last_uses(books: BalanceHarness) -> None:
     await books.set_balance(5, 0)
     costs = [await books.run_task() for _ in range(2)]
     asked = await books.sandbox.count_submits()
@@ -108,8 +100,7 @@ async def test_last_uses_at_once(books: BalanceHarness) -> None:
     await assert_balances_match(books, costs)
 
 
-async def test_last_money_at_once(books: BalanceHarness) -> None:
-    """Of many submits at once exactly those are sent that the known money pays for, at the price that was seen."""
+async def test_concurrent_submits_for_the_last_money(books: BalanceHarness) -> None:
     await books.set_balance(0, 5 * PRICE_YUAN)
     costs = [await books.run_task() for _ in range(2)]
     asked = await books.sandbox.count_submits()
@@ -128,10 +119,9 @@ async def test_last_money_at_once(books: BalanceHarness) -> None:
         ({"floor_money": 3 * PRICE_YUAN}, (0, 8 * PRICE_YUAN), (0, 3 * PRICE_YUAN)),
     ],
 )
-async def test_floors(
+async def test_floors_hold_under_concurrent_submits(
     books: BalanceHarness, floors: dict[str, int], given: tuple[int, int], left: tuple[int, int]
 ) -> None:
-    """What shall stay in the account stays there under many submits at once, and no probe ever eats into it."""
     await books.gateway.call_admin("PUT", "/accounts/main", json=floors)
     await books.set_balance(*given)
     costs = [await books.run_task() for _ in range(2)]
@@ -148,8 +138,9 @@ async def test_floors(
 @pytest.mark.parametrize(
     ("floors", "given"), [({"floor_count": 3}, (8, 50)), ({"floor_money": 3 * PRICE_YUAN}, (0, 8 * PRICE_YUAN))]
 )
-async def test_floors_while_others_run(books: BalanceHarness, floors: dict[str, int], given: tuple[int, int]) -> None:
-    """What running tasks will take counts against the floors, also where the figures only show it at their end."""
+async def test_floors_include_running_tasks(
+    books: BalanceHarness, floors: dict[str, int], given: tuple[int, int]
+) -> None:
     await books.gateway.call_admin("PUT", "/accounts/main", json=floors)
     await books.set_balance(*given)
     for _ in range(2):
@@ -162,8 +153,7 @@ async def test_floors_while_others_run(books: BalanceHarness, floors: dict[str, 
         await books.gateway.advance(3_600)
 
 
-async def test_count_only(books: BalanceHarness) -> None:
-    """A tenant that may spend uses only goes one at a time until they are known, takes them all, and no money."""
+async def test_prepaid_only_tenant_takes_all_uses_and_no_money(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(purse="count_only")
     await books.set_balance(6, 50)
     tasks, refused = await books.submit_concurrently(4)
@@ -180,8 +170,7 @@ async def test_count_only(books: BalanceHarness) -> None:
     await assert_balances_match(books, costs)
 
 
-async def test_count_only_while_others_run(books: BalanceHarness) -> None:
-    """Where uses only may be spent, a running task keeps its use, whether or not the figures show it yet."""
+async def test_running_task_keeps_its_use_for_prepaid_only(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(purse="count_only")
     await books.set_balance(7, 50)
     costs = [await books.run_task() for _ in range(2)]
@@ -196,8 +185,7 @@ async def test_count_only_while_others_run(books: BalanceHarness) -> None:
     await assert_balances_match(books, costs)
 
 
-async def test_purses_side_by_side(books: BalanceHarness) -> None:
-    """Where one tenant may go on to money and another may not, only the first does once the last use is taken."""
+async def test_spending_modes_side_by_side(books: BalanceHarness) -> None:
     await books.gateway.put_tenant("thrifty", purse="count_only")
     thrifty = await books.gateway.new_token("thrifty")
     await books.set_balance(3, 5 * PRICE_YUAN)

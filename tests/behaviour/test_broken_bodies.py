@@ -1,4 +1,4 @@
-"""Bodies that don't come whole, or not as announced, on raw connections: answered where anybody listens, and free."""
+"""Truncated and malformed request bodies on raw connections."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BODY = encode_form(encode_field("colors", "5"), encode_file("image", make_png())
 
 @pytest.fixture
 async def port(house: RunningGateway, valkey: Valkey) -> AsyncIterator[int]:
-    """The port of a gateway that soon loses patience; until the test has ended, nothing may be spent."""
+    """Serve a gateway with short timeouts; assert at the end that nothing was spent."""
     await house.put_tenant(**UNREACHABLE_POLICIES)
     patience = UploadReader(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, idle_seconds=0.1, total_seconds=0.4)
     async with serve_app(create_app(dataclasses.replace(house.services, uploads=patience))) as url:
@@ -37,30 +37,25 @@ async def port(house: RunningGateway, valkey: Valkey) -> AsyncIterator[int]:
 
 
 def get_port(url: str) -> int:
-    """The port of an address."""
     return urlsplit(url).port or 0
 
 
 def make_request_head(house: RunningGateway, *framing: str, path: str = "/v1/tasks/vectorize") -> bytes:
-    """The head of a submission."""
     lines = [f"POST {path} HTTP/1.1", "Host: gateway", f"Authorization: Bearer {house.token}"]
     return "\r\n".join([*lines, f"Content-Type: {CONTENT_TYPE}", *framing, "", ""]).encode()
 
 
 def content_length_header(length: int) -> str:
-    """The length of a body."""
     return f"Content-Length: {length}"
 
 
 def assert_problem(answer: AsgiResponse, status: int, code: str) -> None:
-    """An answer that is this problem."""
     assert (answer.status, answer.json()["code"]) == (status, code)
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["instance"] == answer.headers["x-request-id"]
 
 
-async def test_stops_half_way(house: RunningGateway, port: int) -> None:
-    """A body that stops, wherever it does, is 400, and its connection is closed."""
+async def test_stalled_body_is_400_and_closes_the_connection(house: RunningGateway, port: int) -> None:
     for end in (0, 1, len(BODY) // 2, len(BODY) - 1):
         async with open_raw_connection(port) as (reader, writer):
             writer.write(make_request_head(house, content_length_header(len(BODY))) + BODY[:end])
@@ -70,8 +65,7 @@ async def test_stops_half_way(house: RunningGateway, port: int) -> None:
             assert await reader.read() == b""
 
 
-async def test_old_client_stops_half_way(house: RunningGateway, port: int) -> None:
-    """A body that stops is refused in the old protocol too, in any of its calls, and its connection is closed."""
+async def test_stalled_legacy_body_closes_the_connection(house: RunningGateway, port: int) -> None:
     for call in ("submit_vector_task", "check_task_status"):
         async with open_raw_connection(port) as (reader, writer):
             writer.write(make_request_head(house, content_length_header(len(BODY)), path=f"/api/{call}") + BODY[:50])
@@ -82,8 +76,7 @@ async def test_old_client_stops_half_way(house: RunningGateway, port: int) -> No
             assert await reader.read() == b""
 
 
-async def test_old_client_without_account(house: RunningGateway, port: int) -> None:
-    """An old client whose key is wrong is told before its image has come, and the connection goes on."""
+async def test_legacy_client_with_wrong_key_is_refused_early(house: RunningGateway, port: int) -> None:
     body = encode_form(encode_field("user_key", "nobody"), encode_file("input_image", make_png()))
     async with open_raw_connection(port) as (reader, writer):
         for _ in range(2):
@@ -95,8 +88,7 @@ async def test_old_client_without_account(house: RunningGateway, port: int) -> N
             writer.write(body[half:])
 
 
-async def test_trickles(house: RunningGateway, port: int) -> None:
-    """A body that never stops coming but takes too long is 400, and its connection is closed."""
+async def test_trickling_body_is_400_and_closes_the_connection(house: RunningGateway, port: int) -> None:
     async with open_raw_connection(port) as (reader, writer):
         writer.write(make_request_head(house, "Transfer-Encoding: chunked"))
         async with asyncio.timeout(10):
@@ -112,8 +104,7 @@ async def test_trickles(house: RunningGateway, port: int) -> None:
             assert await reader.read() == b""
 
 
-async def test_leaves_half_way(house: RunningGateway, port: int) -> None:
-    """Who hangs up within the body is counted as gone."""
+async def test_disconnect_within_the_body_is_counted(house: RunningGateway, port: int) -> None:
     for end in (0, len(BODY) // 2, len(BODY) - 1):
         async with open_raw_connection(port) as (_, writer):
             writer.write(make_request_head(house, content_length_header(len(BODY))) + BODY[:end])
@@ -124,22 +115,20 @@ async def test_leaves_half_way(house: RunningGateway, port: int) -> None:
 
 
 async def count_client_disconnects(house: RunningGateway) -> float:
-    """How many clients of submissions left before they were answered, by the metrics."""
+    """Return how many clients disconnected during a submission, by the metrics."""
     lines = (await house.http.get(f"{house.ops_url}/metrics")).text.splitlines()
     counted = [line for line in lines if "_requests_total{" in line and 'status="499"' in line]
     return sum(float(line.rpartition(" ")[2]) for line in counted)
 
 
-async def test_ends_too_early(house: RunningGateway, port: int) -> None:
-    """A body that is whole by its length, but whose form is not, is 400, and the connection goes on."""
+async def test_incomplete_form_is_400(house: RunningGateway, port: int) -> None:
     async with open_raw_connection(port) as (reader, writer):
         for end in (len(BODY) - 5, len(BODY) // 2):
             writer.write(make_request_head(house, content_length_header(end)) + BODY[:end])
             assert_problem(await read_response(reader), 400, "malformed-request")
 
 
-async def test_two_lengths(house: RunningGateway, port: int) -> None:
-    """A request that tells its length in two ways, which two servers could read differently, is refused unread."""
+async def test_conflicting_lengths_are_refused(house: RunningGateway, port: int) -> None:
     for framing in (
         (content_length_header(len(BODY)), content_length_header(3)),
         (content_length_header(len(BODY)), "Transfer-Encoding: chunked"),
@@ -153,8 +142,7 @@ async def test_two_lengths(house: RunningGateway, port: int) -> None:
             assert status == b"400", framing
 
 
-async def test_two_at_once(house: RunningGateway) -> None:
-    """Two submissions sent in one go on one connection are two tasks, in their order."""
+async def test_pipelined_submissions(house: RunningGateway) -> None:
     request = make_request_head(house, content_length_header(len(BODY))) + BODY
     async with open_raw_connection(get_port(house.url)) as (reader, writer):
         writer.write(request + request)
@@ -167,12 +155,12 @@ async def test_two_at_once(house: RunningGateway) -> None:
 BROKEN = 60
 LARGE = MAX_BYTES - 100_000
 MAX_RETAINED_BYTES = 15_000_000
-"""What may be left in bytes of all broken uploads together, which are four times as much; the sandbox keeps some."""
+"""A quarter of what all uploads hold together; the sandbox retains some."""
 
 
 @contextmanager
 def assert_memory_released() -> Iterator[None]:
-    """Fail if memory that is taken within the block is not given back without a collection of cycles."""
+    """Fail if memory allocated in the block is not released without a collection of cycles."""
     gc.collect()
     gc.disable()
     tracemalloc.start()
@@ -186,8 +174,8 @@ def assert_memory_released() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("path", ["/v1/tasks/vectorize", "/api/submit_vector_task"])
-async def test_who_leaves_leaves_nothing_behind(house: RunningGateway, path: str) -> None:
-    """What came of an upload is given up with it: a quiet process collects no cycles for a long time."""
+async def test_disconnect_releases_upload_memory(house: RunningGateway, path: str) -> None:
+    """Without a collection of cycles, which a quiet process rarely makes."""
     before, port = await count_client_disconnects(house), get_port(house.url)
     part = "image" if path.startswith("/v1") else "input_image"
     body = encode_form(encode_field("user_key", house.token), encode_file(part, b"x" * LARGE))
@@ -204,7 +192,6 @@ async def test_who_leaves_leaves_nothing_behind(house: RunningGateway, path: str
 
 
 async def _wait_for_upload_bytes(house: RunningGateway, size: int) -> None:
-    """Wait until so many bytes of an upload have arrived."""
     while house.services.uploads._memory.reserved_bytes < size:
         await asyncio.sleep(0)
 
@@ -218,8 +205,7 @@ async def _wait_for_upload_bytes(house: RunningGateway, size: int) -> None:
         (504, SubmitOutcome.UNKNOWN),
     ],
 )
-async def test_who_is_refused_leaves_nothing_behind(valkey: Valkey, status: int, outcome: SubmitOutcome | None) -> None:
-    """Nor does an image whose submission is refused, by the gateway or by the upstream, or is unknown."""
+async def test_refusal_releases_upload_memory(valkey: Valkey, status: int, outcome: SubmitOutcome | None) -> None:
     fields = () if outcome else (encode_field("colors", "x"),)
     body = encode_form(encode_file("image", make_png() + b"\0" * LARGE), *fields)
     async with run_real_gateway(valkey) as house, open_raw_connection(get_port(house.url)) as (reader, writer):

@@ -1,4 +1,4 @@
-"""What the balance suggests of a submission whose answer was lost, and that no account is stuck because of one."""
+"""Inference of whether a submission with an unknown outcome was charged."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ REQUEST_LOST = Fault(on="submit", times=1, reply="reset", when="before")
 
 @pytest.fixture
 async def at_once(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    """Books over an upstream that charges at the submit."""
     async with open_balance_harness(valkey, charge="submit", checked_balance="then") as found:
         yield found
 
 
 @pytest.fixture
 async def at_end(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    """Books over an upstream that charges at the end."""
     async with open_balance_harness(valkey, charge="end", checked_balance="then") as found:
         yield found
 
 
 async def submit_with_unknown_outcome(books: BalanceHarness, given: tuple[int, int], fault: Fault) -> str:
-    """Have it known when tasks are charged, and for what, and lose the answer to a lone submission."""
+    """Let the ledger learn charge timing and price, then lose a submit response; return the submission id."""
     await books.set_balance(*given)
     for _ in range(2):
         await books.run_task()
@@ -45,7 +43,6 @@ async def submit_with_unknown_outcome(books: BalanceHarness, given: tuple[int, i
 
 
 async def read_suggestion(books: BalanceHarness, name: str) -> str:
-    """What the balance suggests of a submission."""
     return str((await read_submission(books.gateway, name))["balance_suggests"])
 
 
@@ -54,34 +51,30 @@ each_balance_kind = pytest.mark.parametrize("given", [(9, 50), (0, 50)], ids=["u
 
 @each_balance_kind
 @pytest.mark.parametrize(("fault", "suggests"), [(RESPONSE_LOST, "charged"), (REQUEST_LOST, "not-charged")])
-async def test_charged_at_the_submit(
+async def test_inference_where_submits_are_charged(
     at_once: BalanceHarness, given: tuple[int, int], fault: Fault, suggests: str
 ) -> None:
-    """The answer to the next submission tells whether the lost one was charged."""
     name = await submit_with_unknown_outcome(at_once, given, fault)
     await at_once.expect_accepted()
     assert await read_suggestion(at_once, name) == suggests
 
 
 @each_balance_kind
-async def test_charged_at_the_end(at_end: BalanceHarness, given: tuple[int, int]) -> None:
-    """Where tasks are charged late, the next submission's answer shows one that has ended meanwhile."""
+async def test_inference_where_completions_are_charged(at_end: BalanceHarness, given: tuple[int, int]) -> None:
     name = await submit_with_unknown_outcome(at_end, given, RESPONSE_LOST)
     await at_end.expect_accepted()
     assert await read_suggestion(at_end, name) == "charged"
 
 
 @each_balance_kind
-async def test_not_charged_before_the_end(at_end: BalanceHarness, given: tuple[int, int]) -> None:
-    """Where tasks are charged late, a balance that did not drop tells nothing: its task may run."""
+async def test_unchanged_balance_is_inconclusive_before_the_end(at_end: BalanceHarness, given: tuple[int, int]) -> None:
     name = await submit_with_unknown_outcome(at_end, given, REQUEST_LOST)
     await at_end.run_task()
     await at_end.run_task()
     assert await read_suggestion(at_end, name) == "cannot-tell"
 
 
-async def test_several_at_once(at_once: BalanceHarness) -> None:
-    """Of a submission that did not have the account to itself the balance tells nothing."""
+async def test_no_inference_for_concurrent_submissions(at_once: BalanceHarness) -> None:
     await at_once.set_balance(9, 50)
     for _ in range(2):
         await at_once.run_task()
@@ -93,8 +86,7 @@ async def test_several_at_once(at_once: BalanceHarness) -> None:
     assert await read_suggestion(at_once, name) == "cannot-tell"
 
 
-async def test_somebody_else(at_once: BalanceHarness) -> None:
-    """A drop that no two tasks can cause tells nothing of the lost one."""
+async def test_no_inference_from_an_excessive_drop(at_once: BalanceHarness) -> None:
     name = await submit_with_unknown_outcome(at_once, (9, 50), RESPONSE_LOST)
     await at_once.set_balance(2, 50)
     await at_once.run_task()
@@ -103,8 +95,8 @@ async def test_somebody_else(at_once: BalanceHarness) -> None:
 
 @pytest.mark.parametrize("charge", ["submit", "end"])
 @pytest.mark.parametrize(("fault", "told"), [(RESPONSE_LOST, "charged"), (REQUEST_LOST, "not-charged")])
-async def test_a_look_tells(valkey: Valkey, charge: str, fault: Fault, told: str) -> None:
-    """A look tells of a lost submission what the next one would: not before its end where tasks are charged late."""
+async def test_balance_check_infers_the_charge(valkey: Valkey, charge: str, fault: Fault, told: str) -> None:
+    """Where completions are charged, only after the task has ended."""
     async with open_balance_harness(valkey, charge=charge, checked_balance="now") as books:
         await books.set_balance(1, 0)
         await books.run_task()
@@ -120,8 +112,7 @@ async def test_a_look_tells(valkey: Valkey, charge: str, fault: Fault, told: str
         )
 
 
-async def test_one_use_left(at_once: BalanceHarness) -> None:
-    """With one use left, which a lost submission may have taken, one submission per minute is tried."""
+async def test_one_submission_per_minute_tries_the_last_use(at_once: BalanceHarness) -> None:
     await submit_with_unknown_outcome(at_once, (3, 0), RESPONSE_LOST)
     asked = await at_once.sandbox.count_submits()
     expect_problem(await at_once.submit(), 402, "balance-exhausted")
@@ -132,15 +123,13 @@ async def test_one_use_left(at_once: BalanceHarness) -> None:
     await at_once.run_task()
 
 
-async def test_one_use_left_that_never_came(at_end: BalanceHarness) -> None:
-    """With one use left that nobody took, the submission that is tried takes it."""
+async def test_last_use_is_spent_if_the_lost_submit_took_none(at_end: BalanceHarness) -> None:
     await submit_with_unknown_outcome(at_end, (3, 0), REQUEST_LOST)
     await at_end.run_task()
     assert await at_end.upstream_balance() == (0, 0)
 
 
-async def test_thrifty_waits_for_a_look(valkey: Valkey) -> None:
-    """A tenant that may spend uses only is never the one to try; a look, once the lost one is over, serves it again."""
+async def test_prepaid_only_tenant_waits_for_a_balance_check(valkey: Valkey) -> None:
     async with open_balance_harness(valkey, charge="submit", checked_balance="now") as books:
         await books.gateway.put_tenant(purse="count_only")
         await books.set_balance(1, 50)

@@ -1,4 +1,4 @@
-"""What deleted tenants were called is remembered, through every loss of the store."""
+"""Names of deleted tenants survive every loss of the store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEYS = Keys("gw")
 
 @asynccontextmanager
 async def gateway_with_deleted_tenant(valkey: Valkey) -> AsyncIterator[tuple[RunningGateway, Any, bytes]]:
-    """A house in which a tenant was deleted that had spent; its Redis, and the registry as it was before that."""
+    """Run a gateway and delete a tenant that spent; yield Redis and the registry dumped before."""
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands
     try:
@@ -35,13 +35,11 @@ async def gateway_with_deleted_tenant(valkey: Valkey) -> AsyncIterator[tuple[Run
 
 
 async def read_spending_tenants(house: RunningGateway) -> list[tuple[str, int]]:
-    """Who spent, and how many tasks."""
     return [(each["tenant"], each["charged"]["tasks"]) for each in (await read_all_usage(house))["items"]]
 
 
 @pytest.mark.parametrize("anew", [False, True])
-async def test_store_taken_back(valkey: Valkey, *, anew: bool) -> None:
-    """A store taken back to before a tenant was deleted has it as deleted again, also if its name was given anew."""
+async def test_restored_store_keeps_the_deletion(valkey: Valkey, *, anew: bool) -> None:
     async with gateway_with_deleted_tenant(valkey) as (house, client, before):
         if anew:
             await house.put_tenant()
@@ -56,8 +54,7 @@ async def test_store_taken_back(valkey: Valkey, *, anew: bool) -> None:
         assert house.services.registry.current.tenants == known.tenants
 
 
-async def test_store_that_lost_the_registry(valkey: Valkey) -> None:
-    """A store that lost the registry is told of deleted tenants too."""
+async def test_rewritten_registry_includes_deleted_tenants(valkey: Valkey) -> None:
     async with gateway_with_deleted_tenant(valkey) as (house, client, _):
         known = house.services.registry.current
         await client.delete(KEYS.registry)
@@ -70,8 +67,7 @@ async def test_store_that_lost_the_registry(valkey: Valkey) -> None:
         )
 
 
-async def test_tenant_made_after_a_loss(valkey: Valkey) -> None:
-    """A tenant made on a store that had lost the registry, and dropped when that came back, stays explained."""
+async def test_tenant_created_after_a_loss_keeps_its_name(valkey: Valkey) -> None:
     async with gateway_with_deleted_tenant(valkey) as (house, client, before):
         await house.put_tenant("shop")
         known = house.services.registry.current

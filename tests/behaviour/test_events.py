@@ -1,4 +1,4 @@
-"""The events of a task tell each of its changes once, and its stream ends with it, or when nobody reads it."""
+"""The event stream of a task."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ RUNNING, SUCCEEDED, FAILED = CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED, Check
 
 @pytest.fixture
 async def task(house: RunningGateway) -> dict[str, Any]:
-    """A task that runs."""
     task: dict[str, Any] = (await house.submit()).json()
     return task
 
 
 async def read_task(house: RunningGateway, task: dict[str, Any]) -> dict[str, Any]:
-    """The task as it is read now."""
     found: dict[str, Any] = (await house.call("GET", task["links"]["self"])).json()
     return found
 
 
 @pytest.mark.parametrize("ended", [SUCCEEDED, FAILED])
-async def test_to_the_end(house: RunningGateway, task: dict[str, Any], ended: CheckOutcome) -> None:
-    """Each change is told as it is recorded, with the task as it is read then, and the stream ends with the task."""
+async def test_stream_sends_each_change_until_the_end(
+    house: RunningGateway, task: dict[str, Any], ended: CheckOutcome
+) -> None:
     assert task["links"]["events"] == f"/v1/tasks/{task['id']}/events"
     async with open_event_stream(house, task) as stream:
         first = await stream.next_event()
@@ -51,8 +50,7 @@ async def test_to_the_end(house: RunningGateway, task: dict[str, Any], ended: Ch
     assert house.services.task_cache.subscription_count == 0
 
 
-async def test_headers(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Nothing between the gateway and the client is to store the stream, or to hold it back."""
+async def test_stream_headers_prevent_buffering(house: RunningGateway, task: dict[str, Any]) -> None:
     async with open_event_stream(house, task) as stream:
         headers = stream.response.headers
         assert (stream.response.status_code, headers["content-type"]) == (200, "text/event-stream")
@@ -63,8 +61,7 @@ async def test_headers(house: RunningGateway, task: dict[str, Any]) -> None:
         assert stream.retry_ms in range(1_000, 3_000)
 
 
-async def test_only_what_is_not_known(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Who comes again with the last event it got is told what came after it, and nothing twice."""
+async def test_last_event_id_resumes_the_stream(house: RunningGateway, task: dict[str, Any]) -> None:
     async with open_event_stream(house, task) as stream:
         first = await stream.next_event()
     assert first
@@ -82,8 +79,8 @@ async def test_only_what_is_not_known(house: RunningGateway, task: dict[str, Any
         assert await stream.read_remaining() == [last]
 
 
-async def test_who_knows_the_end(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Who has been told the end is answered with 204, which stops an EventSource; for others it is one event."""
+async def test_final_event_id_is_204(house: RunningGateway, task: dict[str, Any]) -> None:
+    """An EventSource stops reconnecting after 204."""
     await poll_with_outcomes(house, SUCCEEDED)
     async with open_event_stream(house, task) as stream:
         (last,) = await stream.read_remaining()
@@ -94,16 +91,14 @@ async def test_who_knows_the_end(house: RunningGateway, task: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("last", ["", "x", "2", "1-queued-", "-1-queued", "1-ended", "9" * 400 + "-succeeded"])
-async def test_ids_that_were_never_given(house: RunningGateway, task: dict[str, Any], last: str) -> None:
-    """An id that no event had is as good as none."""
+async def test_unknown_event_ids_are_ignored(house: RunningGateway, task: dict[str, Any], last: str) -> None:
     async with open_event_stream(house, task, last) as stream:
         first = await stream.next_event()
     assert first
     assert first.id == "1-queued"
 
 
-async def test_a_version_that_is_not_known_here(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Who knows a later version than the ledger, which was restored, is told how the task ends all the same."""
+async def test_event_id_later_than_a_restored_store(house: RunningGateway, task: dict[str, Any]) -> None:
     async with open_event_stream(house, task, "7-running") as stream:
         await stream.wait_for_comment()
         await poll_with_outcomes(house, RUNNING, SUCCEEDED)
@@ -111,7 +106,6 @@ async def test_a_version_that_is_not_known_here(house: RunningGateway, task: dic
 
 
 async def test_heartbeat(house: RunningGateway, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """While nothing changes comments come, so that all between see that the stream lives."""
     monkeypatch.setattr(task_status, "HEARTBEAT_SECONDS", 0.01)
     async with open_event_stream(house, task, "1-queued") as stream:
         for _ in range(5):
@@ -120,18 +114,16 @@ async def test_heartbeat(house: RunningGateway, task: dict[str, Any], monkeypatc
         assert len(await stream.read_remaining()) == 1
 
 
-async def test_no_longer_than_allowed(
+async def test_stream_ends_at_its_maximum_duration(
     house: RunningGateway, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stream ends by itself after its time, in good order, and its client comes again."""
     monkeypatch.setattr(tasks, "MAX_STREAM_SECONDS", 0.05)
     async with open_event_stream(house, task) as stream:
         assert [event.id for event in await stream.read_remaining()] == ["1-queued"]
     await wait_until(lambda: house.services.task_cache.subscription_count == 0)
 
 
-async def test_the_process_ends(house: RunningGateway, task: dict[str, Any]) -> None:
-    """When the process ends so do all streams, in good order; who comes then is told how things are, no more."""
+async def test_streams_end_at_shutdown(house: RunningGateway, task: dict[str, Any]) -> None:
     async with open_event_stream(house, task) as early, open_event_stream(house, task, "1-queued") as known:
         assert await early.next_event()
         await known.wait_for_comment()
@@ -142,8 +134,7 @@ async def test_the_process_ends(house: RunningGateway, task: dict[str, Any]) -> 
     assert house.services.task_cache.subscription_count == 0
 
 
-async def test_who_leaves_is_forgotten(house: RunningGateway, task: dict[str, Any]) -> None:
-    """A client that leaves holds nothing any more."""
+async def test_disconnect_releases_the_subscription(house: RunningGateway, task: dict[str, Any]) -> None:
     async with open_event_stream(house, task) as stream:
         await stream.next_event()
         assert house.services.task_cache.subscription_count == 1
@@ -151,8 +142,7 @@ async def test_who_leaves_is_forgotten(house: RunningGateway, task: dict[str, An
     assert house.services.task_cache.subscribed_ids() == []
 
 
-async def test_token_revoked_meanwhile(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Whose token is revoked is told no more: neither the next change nor how the task ends."""
+async def test_revoked_token_ends_the_stream(house: RunningGateway, task: dict[str, Any]) -> None:
     async with open_event_stream(house, task) as stream:
         await stream.next_event()
         tokens = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
@@ -162,8 +152,7 @@ async def test_token_revoked_meanwhile(house: RunningGateway, task: dict[str, An
         assert await stream.read_remaining() == []
 
 
-async def test_problems(house: RunningGateway, task: dict[str, Any]) -> None:
-    """What can't be followed is told by a problem as everywhere else, even to who claims to know the end."""
+async def test_problems_precede_the_stream(house: RunningGateway, task: dict[str, Any]) -> None:
     path = task["links"]["events"]
     await house.put_tenant("other")
     other = await house.new_token("other")
@@ -176,8 +165,7 @@ async def test_problems(house: RunningGateway, task: dict[str, Any]) -> None:
     expect_problem(await house.call("POST", path), 405, "method-not-allowed")
 
 
-async def test_no_more_than_so_many(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Beyond so many a stream is refused for now, by a problem with the time to come again."""
+async def test_streams_beyond_the_limit_are_refused(house: RunningGateway, task: dict[str, Any]) -> None:
     house.services.task_cache._max_subscriptions = 1
     async with open_event_stream(house, task) as stream:
         await stream.next_event()
@@ -186,8 +174,7 @@ async def test_no_more_than_so_many(house: RunningGateway, task: dict[str, Any])
         assert int(refused.headers["retry-after"]) > 0
 
 
-async def test_head(house: RunningGateway, task: dict[str, Any]) -> None:
-    """HEAD is answered like GET, without the stream, and leaves nothing open."""
+async def test_head_opens_no_stream(house: RunningGateway, task: dict[str, Any]) -> None:
     async with asyncio.timeout(20):
         answer = await house.call("HEAD", task["links"]["events"])
     assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, "text/event-stream", b"")
@@ -195,8 +182,7 @@ async def test_head(house: RunningGateway, task: dict[str, Any]) -> None:
     assert (await house.call("HEAD", task["links"]["events"], token="")).status_code == 401
 
 
-async def test_one_line_at_its_end(house: RunningGateway, task: dict[str, Any]) -> None:
-    """A stream is logged once, at its end, with how it ended; its time is not mixed with that of other requests."""
+async def test_stream_is_logged_once_at_its_end(house: RunningGateway, task: dict[str, Any]) -> None:
     with structlog.testing.capture_logs() as lines:
         async with open_event_stream(house, task) as stream:
             await stream.next_event()
@@ -215,8 +201,7 @@ async def test_one_line_at_its_end(house: RunningGateway, task: dict[str, Any]) 
     assert f"gateway_http_request_duration_seconds_count{labels}" not in metrics
 
 
-async def test_the_store_is_away() -> None:
-    """A stream outlives a store that goes away; where nobody can tell of a task none begins."""
+async def test_stream_survives_an_outage_of_the_store() -> None:
     async with run_fake_gateway() as (house, ledger, upstream):
         task = (await house.submit()).json()
         async with open_event_stream(house, task) as stream:

@@ -1,4 +1,4 @@
-"""Clients that are generated from the OpenAPI documents work as they come."""
+"""Clients generated from the OpenAPI documents."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ ImportModule = Callable[[str], ModuleType]
 
 @pytest.fixture
 async def house(valkey: Valkey) -> AsyncIterator[RunningGateway]:
-    """A gateway in front of the sandbox."""
     async with run_real_gateway(valkey) as found:
         yield found
 
 
 def generate_client(document: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ImportModule:
-    """What imports the modules of the package that openapi-python-client makes of a document."""
+    """Generate a client package of a document; return a function that imports its modules."""
     package = f"{document}_client"
     config = folder / "config.yaml"
     config.write_text("post_hooks: []\n")
@@ -41,8 +40,7 @@ def generate_client(document: str, folder: Path, monkeypatch: pytest.MonkeyPatch
     return lambda module: importlib.import_module(f"{package}.{module}")
 
 
-async def test_tenants(house: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It submits an image, reads the task until its end, fetches the result, and understands a refusal."""
+async def test_tenant_client(house: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = generate_client("gateway", tmp_path, monkeypatch)
     models = of("models")
 
@@ -64,8 +62,7 @@ async def test_tenants(house: RunningGateway, tmp_path: Path, monkeypatch: pytes
         assert [each.field for each in (await submit(client=client, body=body(9))).errors] == ["scale"]
 
 
-async def test_operators(house: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It makes a tenant, and a token for it by a request without a body."""
+async def test_operator_client(house: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = generate_client("operators", tmp_path, monkeypatch)
     models = of("models")
     body = models.TenantBody(accounts=["main"], limits=[models.LimitBody(window=models.Window.DAY, tasks=5)])

@@ -1,6 +1,6 @@
-"""Whatever the upstream answers, a tenant gets an answer of the contract, and the money rule holds.
+"""Malformed upstream responses.
 
-Accepted and unknown submissions are charged, refused ones cost nothing; each is sent once; and no place stays reserved.
+Accepted and unknown submissions are charged, refused ones are not; each is sent once; no reservation remains.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SUBMIT_FAULTS: dict[str, tuple[dict[str, Any], tuple[int, str | None]]] = {
     "figures negative": ({"wrong": {"remaining_count": "negative", "remaining_money": "negative"}}, ACCEPTED),
     "figures with fractions": ({"wrong": {"remaining_count": "float", "remaining_money": "float"}}, ACCEPTED),
 }
-"""What happens to a submit at the sandbox, and what the tenant is told."""
+"""Faults of a submit at the sandbox, and the expected response."""
 
 UNUSUAL_RESPONSES: dict[str, tuple[bytes, tuple[int, str | None]]] = {
     "nothing": (b"", UNKNOWN),
@@ -100,7 +100,7 @@ UNUSUAL_RESPONSES: dict[str, tuple[bytes, tuple[int, str | None]]] = {
     "true and false": (b'{"err_code":false,"task_id":"c","remaining_count":true}', ACCEPTED),
     "a byte order mark": (b'\xef\xbb\xbf{"err_code": 0, "task_id": "d"}', ACCEPTED),
 }
-"""What an upstream says to a submit, and what the tenant is told."""
+"""Response bodies to a submit, and the expected response to the tenant."""
 
 CHECK_FAULTS: dict[str, dict[str, Any]] = {
     "reset": {"reply": "reset"},
@@ -120,12 +120,12 @@ CHECK_FAULTS: dict[str, dict[str, Any]] = {
     "unknown account": {"refuse": "账户不存在"},
     "an unknown message": {"refuse": "系统繁忙"},
 }
-"""What happens to the check of a task that has ended well."""
+"""Faults of the check of a task that has succeeded."""
 
 
 @pytest.fixture
 async def hostile(valkey: Valkey) -> AsyncIterator[RunningGateway]:
-    """A house whose tenant sees what is counted, and whose account can pay for all."""
+    """Run a gateway with limits, so that counters are reported, and a large balance."""
     async with run_real_gateway(valkey) as house:
         await house.put_tenant(limits=[{"window": "day", "tasks": 1_000}], max_active=1_000)
         await house.upstream.set_balance(1_000, 1_000)
@@ -133,20 +133,20 @@ async def hostile(valkey: Valkey) -> AsyncIterator[RunningGateway]:
 
 
 async def inject_fault(house: RunningGateway, on: RequestType, **fault: Any) -> None:
-    """Let something go wrong with the next submit, or the next check, and with nothing else."""
+    """Inject a fault into the next submit or check only."""
     assert isinstance(house.upstream, SandboxUpstreamControl)
     await house.upstream.control.set_behaviour(Behaviour(faults=(Fault(on=on, times=1, **fault),)))
 
 
 async def read_counts(house: RunningGateway) -> tuple[int, int, int]:
-    """Of the day's tasks: used and reserved; and how many are active."""
+    """Return used, reserved and active tasks of the day."""
     report = (await house.call("GET", "/v1/quota")).json()
     policies: dict[str, dict[str, Any]] = {each["policy"]: each for each in report["policies"]}
     return policies["day-tasks"]["used"], policies["day-tasks"]["reserved"], policies["max-active"]["used"]
 
 
 async def submit_and_check(house: RunningGateway, expected: tuple[int, str | None], name: str) -> str:
-    """Submit once, check what that was answered and what it was charged; the text of the answer."""
+    """Submit once, assert the response and the charge; return the response text."""
     used, _, active = await read_counts(house)
     answer = await house.submit()
     status, code = expected
@@ -163,8 +163,7 @@ async def submit_and_check(house: RunningGateway, expected: tuple[int, str | Non
     return answer.text
 
 
-async def test_faulty_answer_to_a_submit(hostile: RunningGateway) -> None:
-    """A submit whose answer went wrong is told by the money rule, sent once, and stands in nobody's way."""
+async def test_faulty_submit_response(hostile: RunningGateway) -> None:
     for number, (name, (fault, expected)) in enumerate(SUBMIT_FAULTS.items(), 1):
         await inject_fault(hostile, "submit", **fault)
         await submit_and_check(hostile, expected, name)
@@ -172,8 +171,7 @@ async def test_faulty_answer_to_a_submit(hostile: RunningGateway) -> None:
     await submit_and_check(hostile, ACCEPTED, "a whole answer")
 
 
-async def test_odd_answer_to_a_submit(hostile: RunningGateway) -> None:
-    """No JSON, and none that is not the vendor's, makes the gateway fail, lose a task or send twice."""
+async def test_unusual_submit_response(hostile: RunningGateway) -> None:
     for name, (body, expected) in UNUSUAL_RESPONSES.items():
         async with run_server(reply_with(http_response(body, Content_Type="application/json"))) as peer:
             change = {"user_key": USER_KEY, "base_url": peer.url}
@@ -184,8 +182,7 @@ async def test_odd_answer_to_a_submit(hostile: RunningGateway) -> None:
             assert peer.url not in text
 
 
-async def test_busy(hostile: RunningGateway) -> None:
-    """What an upstream that is busy says of when to come back is passed on, and the idempotency key is free again."""
+async def test_busy_upstream_passes_on_retry_after_and_frees_the_key(hostile: RunningGateway) -> None:
     key = {"Idempotency-Key": "once"}
     async with run_server(reply_with(http_response(b"busy", 429, Retry_After="37"))) as peer:
         await hostile.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
@@ -199,8 +196,7 @@ async def test_busy(hostile: RunningGateway) -> None:
     assert (await read_counts(hostile)) == (0, 0, 0)
 
 
-async def test_faulty_answer_to_a_check(hostile: RunningGateway) -> None:
-    """A check whose answer went wrong changes nothing: the task runs on, can be read, and ends with a later check."""
+async def test_faulty_check_response_changes_nothing(hostile: RunningGateway) -> None:
     for name, fault in CHECK_FAULTS.items():
         task = (await hostile.submit()).json()
         checks = await hostile.upstream.count_checks()
@@ -214,8 +210,7 @@ async def test_faulty_answer_to_a_check(hostile: RunningGateway) -> None:
     assert (await read_counts(hostile))[1:] == (0, 0)
 
 
-async def test_never_usable(hostile: RunningGateway) -> None:
-    """A task that ends without results at the upstream does not hold its place for ever: it ends as failed."""
+async def test_task_without_usable_results_fails_in_time(hostile: RunningGateway) -> None:
     task = (await hostile.submit()).json()
     assert isinstance(hostile.upstream, SandboxUpstreamControl)
     fault = Fault(on="check", wrong={"images_url": "missing"})
@@ -228,8 +223,8 @@ async def test_never_usable(hostile: RunningGateway) -> None:
     assert (await read_counts(hostile))[1:] == (0, 0)
 
 
-async def test_redirect(hostile: RunningGateway) -> None:
-    """A redirect is not followed, neither with the image nor with the key, and costs nothing unless it is a 303."""
+async def test_redirects_are_not_followed(hostile: RunningGateway) -> None:
+    """Only a 303 may follow a charge."""
     async with run_server(reply_with(http_response(b"{}"))) as lure:
         for status in (301, 302, 303, 307, 308):
             away = http_response(b"", status, Location=f"{lure.url}/api/submit_face_enhance_task")

@@ -1,4 +1,4 @@
-"""What is submitted twice under one idempotency key is sent once, and told of again, whatever became of it."""
+"""Submissions repeated under one idempotency key."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ from tests.unit.fake_gateway import wait_until
 DAY = 86_400
 
 
-async def test_replay(house: RunningGateway) -> None:
-    """Sent again it is the same answer, said to be an earlier one; the upstream got one submit, and one is counted."""
+async def test_replay_returns_the_first_response(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_LIMITS)
     first = await submit_with_key(house)
     task = expect_created(first)
@@ -48,8 +47,7 @@ async def test_replay(house: RunningGateway) -> None:
     assert await read_counts(house) == (1, 0, 1)
 
 
-async def test_replay_while_it_runs(house: RunningGateway) -> None:
-    """A replay shows the task as it is now: running, with the entity tag of that."""
+async def test_replay_of_a_running_task_is_current(house: RunningGateway) -> None:
     await house.upstream.keep_running()
     task = expect_created(await submit_with_key(house))
     await house.poll_due_tasks()
@@ -61,8 +59,7 @@ async def test_replay_while_it_runs(house: RunningGateway) -> None:
 
 
 @pytest.mark.parametrize("state", ["succeeded", "failed"])
-async def test_replay_of_what_has_ended(house: RunningGateway, state: str) -> None:
-    """A replay of what has ended shows how, and does not ask to come again; to fail frees no key."""
+async def test_replay_of_a_finished_task(house: RunningGateway, state: str) -> None:
     await house.put_tenant(**UNREACHABLE_LIMITS)
     if state == "failed":
         await house.upstream.fail_next_task()
@@ -77,8 +74,7 @@ async def test_replay_of_what_has_ended(house: RunningGateway, state: str) -> No
     assert await house.upstream.count_submits() == 1
 
 
-async def test_same_content(house: RunningGateway) -> None:
-    """What is only written differently is the same: defaults, numbers, the order of parts and metadata, file names."""
+async def test_equivalent_content_is_replayed(house: RunningGateway) -> None:
     image = ("image", ("a.jpg", make_jpeg(), "image/jpeg"))
     renamed = ("image", ("b", make_jpeg(), "application/octet-stream"))
     scale, prompt = ("scale", (None, "2")), ("prompt", (None, "红"))
@@ -107,8 +103,7 @@ async def test_same_content(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 1
 
 
-async def test_other_content(house: RunningGateway) -> None:
-    """Anything else under the same key is refused unsent: other options, kind, metadata, or one byte of the image."""
+async def test_different_content_is_refused(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_LIMITS)
     task = expect_created(await submit_with_key(house, fields={"metadata": '{"a": "1"}'}))
     for answer in (
@@ -125,8 +120,7 @@ async def test_other_content(house: RunningGateway) -> None:
     expect_replayed(await submit_with_key(house, fields={"metadata": '{"a": "1"}'}), task)
 
 
-async def test_tenants_have_keys_of_their_own(house: RunningGateway) -> None:
-    """Another tenant that submits the same under the same key submits for itself."""
+async def test_keys_are_per_tenant(house: RunningGateway) -> None:
     await house.put_tenant("other")
     stranger = await house.new_token("other")
     ours, theirs = (
@@ -139,8 +133,7 @@ async def test_tenants_have_keys_of_their_own(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 2
 
 
-async def test_other_account(house: RunningGateway) -> None:
-    """What went to the next account, since the first could not pay, is replayed like any other."""
+async def test_replay_after_a_failover(house: RunningGateway) -> None:
     await house.call_admin("PUT", "/accounts/spare", json={"user_key": USER_KEY})
     await house.put_tenant(accounts=["main", "spare"], **UNREACHABLE_LIMITS)
     await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
@@ -150,8 +143,7 @@ async def test_other_account(house: RunningGateway) -> None:
     assert await read_counts(house) == (1, 0, 1)
 
 
-async def test_lost_answer(house: RunningGateway) -> None:
-    """An unknown outcome is kept: the same 504 again, with the same submission, and nothing is sent a second time."""
+async def test_unknown_outcome_is_replayed(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_LIMITS)
     await house.upstream.lose_next_response()
     first = expect_unknown(await submit_with_key(house))
@@ -162,8 +154,7 @@ async def test_lost_answer(house: RunningGateway) -> None:
     assert await read_counts(house) == (1, 0, 0)
 
 
-async def test_lost_answer_that_was_found(house: RunningGateway) -> None:
-    """Once its task is known after all, an unknown outcome is replayed as that task."""
+async def test_recovered_task_is_replayed(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_LIMITS)
     await house.upstream.lose_next_response()
     first = expect_unknown(await submit_with_key(house))
@@ -179,7 +170,7 @@ async def test_lost_answer_that_was_found(house: RunningGateway) -> None:
 
 
 async def _task_id_of(house: RunningGateway, reservation: str) -> str:
-    """The id that a submission's task has, if the upstream accepted it."""
+    """Return the id of the task of a submission, whether or not it exists."""
     services, upstream_id = house.services, "up-1"
     if isinstance(house.upstream, SandboxUpstreamControl):
         (received,) = await house.upstream.control.list_requests()
@@ -192,7 +183,7 @@ async def _task_id_of(house: RunningGateway, reservation: str) -> str:
 
 @pytest.fixture
 async def slow() -> AsyncIterator[tuple[RunningGateway, FakeUpstream, asyncio.Event]]:
-    """A house, and an upstream that answers submits only once an event is set."""
+    """Run a gateway whose upstream responds to submits once an event is set."""
     with pytest.MonkeyPatch.context() as patch:
         async with run_fake_gateway() as (house, _, upstream):
             go, submit = asyncio.Event(), upstream.submit
@@ -209,8 +200,7 @@ async def slow() -> AsyncIterator[tuple[RunningGateway, FakeUpstream, asyncio.Ev
                 go.set()  # else the house would wait for its answer for ever
 
 
-async def test_in_flight(slow: tuple[RunningGateway, FakeUpstream, asyncio.Event]) -> None:
-    """What has no outcome yet is 409 with a time to come back, other content 422; then it is replayed."""
+async def test_submission_in_progress_is_409(slow: tuple[RunningGateway, FakeUpstream, asyncio.Event]) -> None:
     house, upstream, go = slow
     await house.put_tenant(**UNREACHABLE_LIMITS)
     first = asyncio.create_task(submit_with_key(house))
@@ -226,8 +216,7 @@ async def test_in_flight(slow: tuple[RunningGateway, FakeUpstream, asyncio.Event
     assert len(upstream.submits) == 1
 
 
-async def test_client_that_left(slow: tuple[RunningGateway, FakeUpstream, asyncio.Event]) -> None:
-    """Who hung up before there was an answer learns by sending it again what it led to."""
+async def test_retry_after_a_disconnect_is_a_replay(slow: tuple[RunningGateway, FakeUpstream, asyncio.Event]) -> None:
     house, upstream, go = slow
     leaving = asyncio.create_task(submit_with_key(house))
     await wait_until(lambda: bool(upstream.submits))
@@ -243,8 +232,7 @@ async def test_client_that_left(slow: tuple[RunningGateway, FakeUpstream, asynci
     assert len(upstream.submits) == 1
 
 
-async def test_forgotten() -> None:
-    """A key is known for 24 hours from when it was first used, however often it is used; then it is new."""
+async def test_key_expires_after_24_hours() -> None:
     async with run_fake_gateway() as (house, _, upstream):
         task = expect_created(await submit_with_key(house))
         for seconds in (DAY - 3_600, 3_599.999):
@@ -255,8 +243,7 @@ async def test_forgotten() -> None:
         assert len(upstream.submits) == 2
 
 
-async def test_forgotten_by_the_store(valkey: Valkey) -> None:
-    """The store forgets a key 24 hours after its first use, which no replay puts off; and it never sees it in clear."""
+async def test_stored_key_expires_and_is_hashed(valkey: Valkey) -> None:
     async with run_real_gateway(valkey) as house:
         with Redis(unix_socket_path=str(valkey.socket_path), decode_responses=True) as store:
             task = expect_created(await submit_with_key(house))
@@ -273,8 +260,7 @@ async def test_forgotten_by_the_store(valkey: Valkey) -> None:
             assert await house.upstream.count_submits() == 2
 
 
-async def test_same_content_in_other_spellings(house: RunningGateway) -> None:
-    """Empty fields, other charsets, types and orders of parts, and other spellings of values are the same content."""
+async def test_other_spellings_of_the_same_content_are_replayed(house: RunningGateway) -> None:
     image = ("image", ("a.jpg", make_jpeg(), "image/jpeg"))
     spellings: list[list[tuple[str, Any]]] = [
         [("prompt", (None, "猫")), ("scale", (None, "2.50")), image],

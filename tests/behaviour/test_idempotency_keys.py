@@ -1,4 +1,4 @@
-"""Idempotency keys as they come over the wire: which are taken, which are refused, and that nobody tells of them."""
+"""Idempotency keys in headers."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ MALFORMED: Sequence[tuple[bytes, str]] = (
     (b'"Qx7fT2' + b"x" * 250 + b'"', "at most 255"),
     (b'"Qx7fT2' + b"x" * 20_000, "visible ASCII"),
 )
-"""Values of the header, and a word that has to stand in what its sender is told."""
+"""Header values, and a word that the detail of the problem must contain."""
 UNPRINTABLE = [b'"Qx7fT2%c"' % character for character in (0, 1, 0x1B, 0x1F, 0x7F)]
-"""Control characters, which no header may hold: the HTTP server refuses the whole request."""
+"""Control characters, with which the HTTP server refuses the whole request."""
 
 
 async def send_head_only(house: RunningGateway, *keys: bytes) -> AsgiResponse:
-    """The answer to the head of a submission whose image never comes."""
+    """Send the head of a submission without a body."""
     body = encode_form(encode_file("image", make_jpeg()))
     lines = [b"POST /v1/tasks/vectorize HTTP/1.1", b"Host: gateway", b"Authorization: Bearer " + house.token.encode()]
     lines += [b"Content-Type: " + CONTENT_TYPE.encode(), b"Content-Length: %d" % len(body)]
@@ -59,7 +59,7 @@ async def send_head_only(house: RunningGateway, *keys: bytes) -> AsgiResponse:
 
 
 def assert_key_refused(answer: AsgiResponse, word: str) -> None:
-    """The answer says that the key can't be used and why, and does not repeat it."""
+    """Assert that the problem explains the key and does not repeat it."""
     assert answer.status == 400
     document = answer.json()
     assert document["code"] == "idempotency-key-invalid"
@@ -68,8 +68,9 @@ def assert_key_refused(answer: AsgiResponse, word: str) -> None:
     assert SECRET not in repr((answer.headers, answer.body))
 
 
-async def test_malformed(house: RunningGateway, valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
-    """A malformed key is 400 with words that help, before the image has come and with nothing reserved or logged."""
+async def test_malformed_key_is_400_before_the_body(
+    house: RunningGateway, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
     await house.put_tenant(**UNREACHABLE_POLICIES)
     with structlog.testing.capture_logs() as events, caplog.at_level(logging.DEBUG):
         for key, word in MALFORMED:
@@ -83,8 +84,7 @@ async def test_malformed(house: RunningGateway, valkey: Valkey, caplog: pytest.L
     await assert_nothing_happened(house, valkey)
 
 
-async def test_not_logged(house: RunningGateway, caplog: pytest.LogCaptureFixture) -> None:
-    """No log line holds a key, whether what was sent under it is taken, replayed or refused."""
+async def test_keys_are_not_logged(house: RunningGateway, caplog: pytest.LogCaptureFixture) -> None:
     with structlog.testing.capture_logs() as events, caplog.at_level(logging.DEBUG):
         task = expect_created(await submit_with_key(house, key=SECRET))
         expect_replayed(await submit_with_key(house, key=SECRET), task)
@@ -95,8 +95,7 @@ async def test_not_logged(house: RunningGateway, caplog: pytest.LogCaptureFixtur
     assert SECRET not in repr(events) + caplog.text
 
 
-async def test_quotes(house: RunningGateway) -> None:
-    """A key with quotes around it, as the standard wants it, and one without are the same key."""
+async def test_quoted_and_bare_keys_are_equal(house: RunningGateway) -> None:
     task = expect_created(await submit_with_key(house, key='"a-key"'))
     expect_replayed(await submit_with_key(house, key="a-key"), task)
     spaced = expect_created(await submit_with_key(house, key=r'"a, \"key\"; \\"'))
@@ -104,8 +103,7 @@ async def test_quotes(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 2
 
 
-async def test_longest(house: RunningGateway) -> None:
-    """A key of 255 characters is taken, and its last one counts; what quoting adds does not."""
+async def test_longest_key(house: RunningGateway) -> None:
     tasks = [
         expect_created(await submit_with_key(house, key=key))["id"]
         for key in ("k" * 255, "k" * 254, "k" * 254 + "K", '"' + r"\"" * 255 + '"', '"' + r"\\" * 255 + '"')
@@ -113,8 +111,7 @@ async def test_longest(house: RunningGateway) -> None:
     assert len(set(tasks)) == 5
 
 
-async def test_case(house: RunningGateway) -> None:
-    """Keys that differ in the case of a letter, or in a space, are different keys."""
+async def test_keys_are_case_sensitive(house: RunningGateway) -> None:
     tasks = [
         expect_created(await submit_with_key(house, key=key))["id"]
         for key in ('"a-key"', '"A-key"', '"a-key "', '" a-key"')
@@ -122,8 +119,7 @@ async def test_case(house: RunningGateway) -> None:
     assert len(set(tasks)) == await house.upstream.count_submits() == 4
 
 
-async def test_not_for_old_clients(house: RunningGateway) -> None:
-    """The old protocol knows no keys: whatever the header says, each submit is one of its own."""
+async def test_legacy_protocol_ignores_keys(house: RunningGateway) -> None:
     client = LegacyClient(house.http, house.url, house.token)
     answers = [
         await client.submit("submit_face_enhance_task", headers={"Idempotency-Key": key})

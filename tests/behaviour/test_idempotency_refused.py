@@ -1,4 +1,4 @@
-"""What cost nothing frees its idempotency key, and what is replayed asks neither for quota nor for an account."""
+"""Refusals free the idempotency key; replays ignore quota and accounts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Change = Callable[[RunningGateway], Awaitable[Any]]
 
 
 async def _change_nothing(_: RunningGateway) -> None:
-    """Leave all as it is."""
+    """Change nothing."""
 
 
 def _set_policy(**policy: Any) -> Change:
@@ -62,7 +62,6 @@ REFUSALS: dict[str, tuple[Change, int, str, Change]] = {
 @pytest.mark.parametrize("why", REFUSALS)
 @pytest.mark.parametrize("content", ["same", "other"])
 async def test_refusal_frees_the_key(house: RunningGateway, why: str, content: str) -> None:
-    """Once the cause of a refusal is gone the key submits anew, the same or something else, and stands for that."""
     refuse, status, code, mend = REFUSALS[why]
     await refuse(house)
     expect_refused(await submit_with_key(house), status, code)
@@ -77,8 +76,7 @@ async def test_refusal_frees_the_key(house: RunningGateway, why: str, content: s
     assert await read_counts(house) == (1, 0, 1)
 
 
-async def test_refusal_is_given_anew(house: RunningGateway) -> None:
-    """Without a change of its cause a refusal is not replayed but found again, and the upstream asked again."""
+async def test_repeated_refusal_is_not_a_replay(house: RunningGateway) -> None:
     for submits in (1, 2):
         await house.upstream.refuse_next(SubmitOutcome.REJECTED, f"理由{submits}")
         problem = expect_refused(await submit_with_key(house), 502, "upstream-rejected")
@@ -86,8 +84,7 @@ async def test_refusal_is_given_anew(house: RunningGateway) -> None:
         assert await house.upstream.count_submits() == submits
 
 
-async def test_faulty_submission_frees_the_key(house: RunningGateway) -> None:
-    """A submission that could not be read, or whose options or image are wrong, leaves the key to the right one."""
+async def test_invalid_submission_frees_the_key(house: RunningGateway) -> None:
     expect_refused(await submit_with_key(house, fields={"fit": "7"}), 422, "invalid-options")
     expect_refused(await submit_with_key(house, fields={"metadata": "[]"}), 422, "invalid-options")
     expect_refused(await submit_with_key(house, image=make_png()[:-20]), 422, "invalid-image")
@@ -98,8 +95,7 @@ async def test_faulty_submission_frees_the_key(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 1
 
 
-async def test_store_that_was_away() -> None:
-    """Where nothing could be reserved the key is still free."""
+async def test_unavailable_store_leaves_the_key_free() -> None:
     async with run_fake_gateway() as (house, ledger, upstream):
         ledger.is_unavailable = True
         expect_refused(await submit_with_key(house), 503, "ledger-unavailable")
@@ -128,15 +124,13 @@ OBSTACLES: dict[str, tuple[Change, int, str]] = {
 
 @asynccontextmanager
 async def assert_no_submits(house: RunningGateway) -> AsyncIterator[None]:
-    """Within the block nothing may reach the upstream."""
     before = await house.upstream.count_submits()
     yield
     assert await house.upstream.count_submits() == before
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-async def test_replayed_whatever_stands_in_the_way(house: RunningGateway, obstacle: str) -> None:
-    """Where a new submission is refused, one of before is replayed all the same, and its key is refused as reused."""
+async def test_replay_ignores_refusals_of_new_submissions(house: RunningGateway, obstacle: str) -> None:
     task = expect_created(await submit_with_key(house))
     hinder, status, code = OBSTACLES[obstacle]
     await hinder(house)
@@ -147,8 +141,7 @@ async def test_replayed_whatever_stands_in_the_way(house: RunningGateway, obstac
         expect_refused(await submit_with_key(house, key="another"), status, code)
 
 
-async def test_lost_answer_without_an_account(house: RunningGateway) -> None:
-    """An unknown outcome is replayed as such, not as a refusal, when the account is gone and the limit used up."""
+async def test_unknown_outcome_is_replayed_without_an_account(house: RunningGateway) -> None:
     await house.upstream.lose_next_response()
     first = expect_unknown(await submit_with_key(house))
     await house.put_tenant(accounts=[], limits=[{"window": "total", "tasks": 1}])
@@ -156,8 +149,7 @@ async def test_lost_answer_without_an_account(house: RunningGateway) -> None:
         expect_unknown(await submit_with_key(house), first)
 
 
-async def test_replay_shows_the_limits_of_now(house: RunningGateway) -> None:
-    """The limits that a replay shows are those of now, and it is not counted towards them."""
+async def test_replay_shows_current_limits(house: RunningGateway) -> None:
     task = expect_created(await submit_with_key(house))
     await house.put_tenant(limits=[{"window": "total", "tasks": 2}])
     for _ in range(3):
@@ -174,8 +166,7 @@ async def test_replay_shows_the_limits_of_now(house: RunningGateway) -> None:
 @pytest.mark.parametrize(
     ("policy", "code"), [({"disabled": True}, "tenant-disabled"), ({"kinds": ["vectorize"]}, "kind-not-allowed")]
 )
-async def test_not_for_who_may_not_submit(house: RunningGateway, policy: dict[str, Any], code: str) -> None:
-    """Who may not submit any more gets no replay either, until it may again."""
+async def test_disabled_tenant_gets_no_replay(house: RunningGateway, policy: dict[str, Any], code: str) -> None:
     task = expect_created(await submit_with_key(house))
     await house.put_tenant(**policy)
     expect_refused(await submit_with_key(house), 403, code)

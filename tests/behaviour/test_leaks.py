@@ -1,4 +1,4 @@
-"""Whatever happens, and however freely everything speaks, no secret and nothing that callers wrote is in the log."""
+"""No secret and no user content reaches the log, even at debug level."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CANARIES = ("canaryprompt", "canarymetadata", "canaryend", QUERY, IDEMPOTENCY_KE
 
 
 def encode_secret(secret: str) -> Mapping[str, str]:
-    """A secret in all the clothes in which something may bring it along, each with what of it would tell."""
+    """Return encodings of a secret, each with the part that would reveal it."""
     plain = secret.encode()
     whole = {
         secret,
@@ -55,7 +55,7 @@ def encode_secret(secret: str) -> Mapping[str, str]:
 
 
 def make_exceptions(token: str) -> list[Exception]:
-    """Exceptions as they come out of libraries and faults of our own, with all that they may have had in hand."""
+    """Make exceptions that contain secrets and user content."""
     told: list[Exception] = []
     for secret in (USER_KEY, OTHER_KEY, token, ADMIN_TOKEN, HOOK_SECRET):
         told += [RuntimeError(f"can't use <{each}> or {each.encode()!r}") for each in encode_secret(secret)]
@@ -77,7 +77,7 @@ def make_exceptions(token: str) -> list[Exception]:
 
 
 def raise_all(told: list[Exception]) -> NoReturn:
-    """Fail with all of them: as a group, as its cause, and in its notes."""
+    """Raise all errors: as a group, as its cause, and in its notes."""
     prompt, metadata, secret = PROMPT, METADATA, PASSWORD  # a traceback with its variables would tell them
     error = ExceptionGroup(f"a crash of {len(prompt) + len(metadata) + len(secret)}", told)
     for each in told:
@@ -93,7 +93,6 @@ def log() -> Iterator[CapturedLog]:
 
 @pytest.fixture
 async def house(valkey: Valkey, log: CapturedLog) -> AsyncIterator[RunningGateway]:
-    """The real apps, whose log is kept."""
     log.redactor.register_secrets(ADMIN_TOKEN, ENCODED_SECRET_KEY)
     async with run_real_gateway(valkey, register_secret=log.redactor.register_secrets) as found:
         yield found
@@ -106,7 +105,6 @@ async def receiver() -> AsyncIterator[WebhookReceiver]:
 
 
 async def call_as_operator(house: RunningGateway) -> None:
-    """What operators do, by mistake too."""
     for body in ({"user_key": OTHER_KEY}, {"user_key": OTHER_KEY, OTHER_KEY: 1}, {"user_key": [OTHER_KEY]}):
         await house.call_admin("PUT", "/accounts/spare", json=body)
     await house.call_admin("PUT", "/accounts/spare", content=json.dumps({"user_key": OTHER_KEY})[:-2].encode())
@@ -118,7 +116,6 @@ async def call_as_operator(house: RunningGateway) -> None:
 
 
 async def call_as_tenant(house: RunningGateway) -> None:
-    """What tenants do, by mistake too."""
     fields = {"prompt": PROMPT, "metadata": json.dumps(METADATA)}
     headers = {"Idempotency-Key": f'"{IDEMPOTENCY_KEY}"', "X-Request-Id": house.token, "Cookie": f"session={PASSWORD}"}
     for more in (
@@ -143,7 +140,6 @@ async def call_as_tenant(house: RunningGateway) -> None:
 
 
 async def provoke_upstream_faults(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """What the upstream does, and those who are told of the end."""
     hook = {"url": f"{receiver.url}?key={QUERY}", "secret": HOOK_SECRET, "allow": ["127.0.0.0/8"]}
     await house.put_tenant(webhook=hook)
     assert isinstance(house.upstream, SandboxUpstreamControl)
@@ -165,13 +161,11 @@ async def provoke_upstream_faults(house: RunningGateway, receiver: WebhookReceiv
 
 
 async def deliver_due(house: RunningGateway) -> None:
-    """Send all that is due now."""
     while await house.services.webhook_dispatcher.start_due():
         await house.services.webhook_dispatcher.wait_idle()
 
 
 async def provoke_crashes(house: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faults of our own, everywhere."""
     told = make_exceptions(house.token)
 
     async def failing(*_: Any, **__: Any) -> NoReturn:
@@ -199,7 +193,6 @@ async def provoke_crashes(house: RunningGateway, monkeypatch: pytest.MonkeyPatch
 async def test_no_secret_is_logged(
     house: RunningGateway, log: CapturedLog, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither ordinary work nor any fault of callers, of the upstream or of our own brings a secret into the log."""
     await call_as_operator(house)
     await call_as_tenant(house)
     await provoke_upstream_faults(house, receiver)
@@ -229,13 +222,12 @@ EVENTS = {
 
 
 def find_leaks(events: list[dict[str, Any]], text: str) -> list[str]:
-    """What is around a text wherever it was logged."""
+    """Return the surroundings of a text wherever it was logged."""
     lines = [line for event in events for line in iter_texts(event)]
     return [line[max(line.index(text) - 80, 0) :][:200] for line in lines if text in line]
 
 
 def iter_texts(value: Any) -> list[str]:
-    """Every text within a decoded event."""
     if isinstance(value, dict):
         return [*value, *(text for each in value.values() for text in iter_texts(each))]
     if isinstance(value, list):
@@ -243,8 +235,7 @@ def iter_texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def test_pictures_are_not_logged() -> None:
-    """Bytes are told by their number."""
+def test_images_are_logged_by_size() -> None:
     with capture_log() as written:
         written.redactor(None, "info", {"image": make_png()})
         assert written.redactor(None, "info", {"image": make_png()})["image"] == f"<{len(make_png())} bytes>"

@@ -1,4 +1,4 @@
-"""A program written against the upstream works when its base address and its key are changed, and nothing else."""
+"""Programs written for the vendor's API."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ NOT_FOUND = "任务未找到或状态未知"
 
 @pytest.fixture
 def client(house: RunningGateway) -> LegacyClient:
-    """A program that was moved to the gateway."""
     return LegacyClient(house.http, house.url, house.token)
 
 
-async def test_all_kinds(house: RunningGateway, client: LegacyClient) -> None:
-    """Each of the four submits leads to a task that is checked until `Completed`, with results and what is left."""
+async def test_every_kind_completes(house: RunningGateway, client: LegacyClient) -> None:
     await house.upstream.set_balance(10, 300)
     for left, (call, fields) in zip((9, 8, 7, 6), SUBMIT_FIELDS.items(), strict=True):
         accepted = await client.submit(call)
@@ -54,15 +52,13 @@ async def test_all_kinds(house: RunningGateway, client: LegacyClient) -> None:
 
 
 async def test_failed_task(house: RunningGateway, client: LegacyClient) -> None:
-    """A task that failed is `Failed`, which such a program takes for the end."""
     await house.upstream.fail_next_task()
     accepted = await client.submit("submit_face_enhance_task")
     told = await client.wait_for_end(accepted["task_id"], house.poll_due_tasks)
     assert told == {"err_code": 0, "status": "Failed"}
 
 
-async def test_spellings(house: RunningGateway, client: LegacyClient) -> None:
-    """Values are read in every spelling that programs send, and reach the task as they were meant."""
+async def test_spellings_of_values(house: RunningGateway, client: LegacyClient) -> None:
     cases: dict[str, list[tuple[Any, Any]]] = {
         "high_fidelity": [
             ("True", True),
@@ -106,8 +102,7 @@ async def test_spellings(house: RunningGateway, client: LegacyClient) -> None:
             assert task["options"][names.get(field, field)] == meant
 
 
-async def test_what_is_missing_or_too_much(house: RunningGateway, client: LegacyClient) -> None:
-    """Missing and empty fields have their defaults, unknown ones are ignored, and of repeated ones the last counts."""
+async def test_missing_unknown_and_repeated_fields(house: RunningGateway, client: LegacyClient) -> None:
     for fields in ({}, {"fit": ""}, {"fit": "0.5", "color_count": "99", "wait": "x"}, {"fit": ["7", "0.5"]}):
         accepted = await client.submit("submit_seamless_task", fields)
         task = (await house.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
@@ -116,8 +111,7 @@ async def test_what_is_missing_or_too_much(house: RunningGateway, client: Legacy
     assert bare["err_code"] == 0
 
 
-async def test_order_of_parts(house: RunningGateway, client: LegacyClient) -> None:
-    """The key may come after the file, and the file may have any name and type."""
+async def test_parts_in_any_order(house: RunningGateway, client: LegacyClient) -> None:
     for name, media_type in (("图.png", "image/png"), ("blob", "application/octet-stream"), ("x.jpeg", "image/jpeg")):
         parts = [
             ("input_image", (name, make_png(), media_type)),
@@ -128,8 +122,7 @@ async def test_order_of_parts(house: RunningGateway, client: LegacyClient) -> No
         assert accepted["err_code"] == 0, accepted
 
 
-async def test_both_forms_of_a_check(house: RunningGateway, client: LegacyClient) -> None:
-    """A check is understood urlencoded and as multipart."""
+async def test_check_in_both_encodings(house: RunningGateway, client: LegacyClient) -> None:
     task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
     fields = {"user_key": house.token, "task_id": task_id}
     headers = {"Content-Type": "application/x-www-form-urlencoded; charset=UTF-8"}
@@ -141,8 +134,7 @@ async def test_both_forms_of_a_check(house: RunningGateway, client: LegacyClient
         assert await client.post("check_task_status", **request) == {"err_code": 0, "status": "Queued"}
 
 
-async def test_unknown_key(house: RunningGateway) -> None:
-    """A key that is none of the gateway's, the upstream's own included, is an unknown account."""
+async def test_unknown_user_key(house: RunningGateway) -> None:
     for key in ("", "x", house.token[:-1], house.token.lower(), "upstream-key-main"):
         stranger = LegacyClient(house.http, house.url, key)
         for call in SUBMIT_FIELDS:
@@ -154,8 +146,7 @@ async def test_unknown_key(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 0
 
 
-async def test_nothing_left(house: RunningGateway, client: LegacyClient) -> None:
-    """A used-up limit and an account that can't pay are the same to such a program: nothing is left."""
+async def test_spent_limit_is_an_exhausted_balance(house: RunningGateway, client: LegacyClient) -> None:
     await house.put_tenant(limits=[{"window": "total", "tasks": 1}])
     assert (await client.submit("submit_face_enhance_task"))["remaining_count"] == 0
     assert await client.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": NOTHING_LEFT}
@@ -164,8 +155,7 @@ async def test_nothing_left(house: RunningGateway, client: LegacyClient) -> None
     assert await client.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": NOTHING_LEFT}
 
 
-async def test_too_many_at_once(house: RunningGateway, client: LegacyClient) -> None:
-    """Too many active tasks are no empty account, which such a program might give up on, but a reason that passes."""
+async def test_too_many_active_tasks_is_retryable(house: RunningGateway, client: LegacyClient) -> None:
     await house.put_tenant(max_active=1)
     first = await client.submit("submit_face_enhance_task")
     refused = await client.submit("submit_face_enhance_task")
@@ -175,8 +165,7 @@ async def test_too_many_at_once(house: RunningGateway, client: LegacyClient) -> 
     assert (await client.submit("submit_face_enhance_task"))["err_code"] == 0
 
 
-async def test_rejected(house: RunningGateway, client: LegacyClient) -> None:
-    """What the upstream rejects is told in its words, and what the gateway refuses in the upstream's field names."""
+async def test_rejections_use_the_vendors_words(house: RunningGateway, client: LegacyClient) -> None:
     await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
     assert await client.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": f"{REJECTED}图片太小"}
     assert await house.upstream.count_submits() == 1
@@ -203,8 +192,7 @@ async def test_rejected(house: RunningGateway, client: LegacyClient) -> None:
     assert await house.upstream.count_submits() == 1
 
 
-async def test_lost_answer(house: RunningGateway, client: LegacyClient) -> None:
-    """A submission that nobody knows the fate of is told as such, with the id to ask the operators by."""
+async def test_unknown_outcome_reports_the_submission_id(house: RunningGateway, client: LegacyClient) -> None:
     await house.upstream.lose_next_response()
     refused = await client.submit("submit_face_enhance_task")
     assert refused["err_msg"].startswith(REJECTED)
@@ -213,7 +201,6 @@ async def test_lost_answer(house: RunningGateway, client: LegacyClient) -> None:
 
 
 async def test_unknown_task(house: RunningGateway, client: LegacyClient) -> None:
-    """A task of somebody else, an altered id and none at all are all the same."""
     task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
     await house.put_tenant("other")
     other = LegacyClient(house.http, house.url, await house.new_token("other"))
@@ -223,8 +210,7 @@ async def test_unknown_task(house: RunningGateway, client: LegacyClient) -> None
     assert nothing == {"err_code": 1, "err_msg": NOT_FOUND}
 
 
-async def test_what_is_left(house: RunningGateway, client: LegacyClient) -> None:
-    """What is left is the least that any policy leaves, in whole yuan, and the account's figures without policies."""
+async def test_remaining_balance_is_the_least_of_all_policies(house: RunningGateway, client: LegacyClient) -> None:
     await house.upstream.set_balance(50, 70)
     accepted = await client.submit("submit_face_enhance_task")
     assert (accepted["remaining_count"], accepted["remaining_money"]) == (49, 70)
@@ -238,14 +224,11 @@ async def test_what_is_left(house: RunningGateway, client: LegacyClient) -> None
 
 @pytest.fixture
 async def vendor() -> AsyncIterator[RunningSandbox]:
-    """An upstream to talk to directly."""
     async with open_sandbox(SandboxConfig(accounts={"key": AccountBalance(count=10, money=300)}, seconds=0)) as sandbox:
         yield sandbox
 
 
-async def test_same_answers_as_the_upstream(vendor: RunningSandbox, valkey: Valkey) -> None:
-    """The same program gets answers of the same shape from the upstream and from the gateway, errors word for word."""
-
+async def test_responses_have_the_vendors_shape(vendor: RunningSandbox, valkey: Valkey) -> None:
     async def errand(client: LegacyClient, between: Any) -> list[Any]:
         told: list[Any] = []
         for call in SUBMIT_FIELDS:

@@ -1,4 +1,4 @@
-"""Limits are exact however large or small they are, whenever they change, and whatever is under way then."""
+"""Limits are exact at every size and under concurrent changes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,17 @@ BODIES_BY_FIELD: Mapping[str, tuple[str, Any]] = {
 
 
 async def read_policies(house: RunningGateway) -> dict[str, dict[str, Any]]:
-    """The tenant's policies by name."""
     report = (await house.call("GET", "/v1/quota")).json()
     return {each["policy"]: each for each in report["policies"]}
 
 
 async def submit_concurrently(house: RunningGateway, number: int) -> Counter[int]:
-    """What so many submits at once are answered."""
     answers = await asyncio.gather(*(house.submit() for _ in range(number)))
     return Counter(answer.status_code for answer in answers)
 
 
 @pytest.mark.parametrize("name", BODIES_BY_FIELD)
-async def test_too_much(house: RunningGateway, name: str) -> None:
-    """A limit too large to be exact is refused by name rather than rounded, a negative one too."""
+async def test_oversized_limit_is_refused(house: RunningGateway, name: str) -> None:
     field, policy = BODIES_BY_FIELD[name]
     for value in (*OVERSIZED_NUMBERS, -1, -(2**53), -(10**30)):
         answer = await house.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"]} | policy(value))
@@ -45,8 +42,7 @@ async def test_too_much(house: RunningGateway, name: str) -> None:
     assert (await house.call_admin("GET", "/tenants/shop")).json()["policies"] == []
 
 
-async def test_largest_limits(house: RunningGateway) -> None:
-    """The largest limits there can be are counted down one by one, and to the fen."""
+async def test_largest_limits_are_exact(house: RunningGateway) -> None:
     largest = {"window": "total", "tasks": MAX_COUNT, "money": MAX_YUAN}
     finest = {"window": "month", "tasks": MAX_COUNT - 1, "money": MAX_YUAN - 0.01}
     await house.put_tenant(limits=[largest, finest], max_active=MAX_COUNT)
@@ -68,8 +64,7 @@ async def test_largest_limits(house: RunningGateway) -> None:
     assert (found["total-tasks"]["remaining"], found["total-money"]["reserved"]) == (MAX_COUNT - 2, 0)
 
 
-async def test_lowered_and_raised(house: RunningGateway) -> None:
-    """Below what is used a limit leaves nothing, and raised again it lets exactly the difference through."""
+async def test_lowered_and_raised_limit(house: RunningGateway) -> None:
     await house.upstream.set_balance(100, 0)
     await house.put_tenant(limits=[{"window": "month", "tasks": 4}])
     assert await submit_concurrently(house, 6) == {201: 4, 429: 2}
@@ -87,8 +82,7 @@ async def test_lowered_and_raised(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 7
 
 
-async def test_lowered_until_the_reset(house: RunningGateway) -> None:
-    """What was used before a limit was lowered counts until the window resets, and not beyond."""
+async def test_lowered_limit_holds_until_the_reset(house: RunningGateway) -> None:
     await house.upstream.set_balance(100, 0)
     await house.put_tenant(limits=[{"window": "hour", "tasks": 5}])
     assert await submit_concurrently(house, 4) == {201: 4}
@@ -99,16 +93,14 @@ async def test_lowered_until_the_reset(house: RunningGateway) -> None:
     assert await submit_concurrently(house, 4) == {201: 2, 429: 2}
 
 
-async def test_limit_added_later(house: RunningGateway) -> None:
-    """What was used before there was any limit on a window counts once there is one."""
+async def test_new_limit_counts_earlier_use(house: RunningGateway) -> None:
     await house.upstream.set_balance(100, 0)
     assert await submit_concurrently(house, 3) == {201: 3}
     await house.put_tenant(limits=[{"window": "day", "tasks": 5}, {"window": "total", "tasks": 6}])
     assert await submit_concurrently(house, 4) == {201: 2, 429: 2}
 
 
-async def test_fewer_active_than_are(house: RunningGateway) -> None:
-    """Where fewer tasks may be active than are, none begins before enough have ended."""
+async def test_lowered_max_active_blocks_until_tasks_end(house: RunningGateway) -> None:
     await house.upstream.set_balance(100, 0)
     running = [(await house.submit()).json() for _ in range(3)]
     await house.put_tenant(max_active=2)
@@ -123,8 +115,7 @@ async def test_fewer_active_than_are(house: RunningGateway) -> None:
     assert await submit_concurrently(house, 4) == {201: 2, 429: 2}
 
 
-async def test_changed_while_many_submit(house: RunningGateway) -> None:
-    """A limit that goes up and down while many submit is never passed where it was highest."""
+async def test_limit_changed_during_concurrent_submits(house: RunningGateway) -> None:
     await house.upstream.set_balance(100, 0)
     await house.put_tenant(limits=[{"window": "day", "tasks": 3}])
 

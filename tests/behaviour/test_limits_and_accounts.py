@@ -1,4 +1,4 @@
-"""What a tenant may not spend is not sent."""
+"""Refusals by limits and accounts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from tests.support.images import make_png
 
 
 async def read_policies(house: RunningGateway) -> dict[str, dict[str, Any]]:
-    """The tenant's policies by name."""
     report = (await house.call("GET", "/v1/quota")).json()
     return {each["policy"]: each for each in report["policies"]}
 
 
-async def test_limit_on_tasks(house: RunningGateway) -> None:
-    """A limit lets exactly so many tasks through, says which policy refused and when, and then as many again."""
+async def test_task_limit_resets_with_its_window(house: RunningGateway) -> None:
     await house.put_tenant(limits=[{"window": "minute", "tasks": 2}, {"window": "day", "tasks": 4}])
     first = await house.submit()
     assert first.headers["ratelimit-policy"] == '"minute-tasks";q=2;w=60, "day-tasks";q=4;w=86400'
@@ -44,8 +42,7 @@ async def test_limit_on_tasks(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 4
 
 
-async def test_total_never_resets(house: RunningGateway) -> None:
-    """A limit on the total has no Retry-After, since no waiting helps."""
+async def test_total_limit_has_no_retry_after(house: RunningGateway) -> None:
     await house.put_tenant(limits=[{"window": "total", "tasks": 1}])
     assert (await house.submit()).headers["ratelimit-policy"] == '"total-tasks";q=1'
     refused = await house.submit()
@@ -54,8 +51,7 @@ async def test_total_never_resets(house: RunningGateway) -> None:
     assert "retry-after" not in refused.headers
 
 
-async def test_every_violated_policy_is_named(house: RunningGateway) -> None:
-    """All policies that refuse are named, and Retry-After is the latest reset among them."""
+async def test_all_violated_policies_are_listed(house: RunningGateway) -> None:
     await house.put_tenant(limits=[{"window": "minute", "tasks": 0}, {"window": "hour", "tasks": 0}], max_active=0)
     refused = await house.submit()
     body = refused.json()
@@ -65,8 +61,7 @@ async def test_every_violated_policy_is_named(house: RunningGateway) -> None:
     assert report["hour-tasks"]["resets_at"][:19] == body["violated_policies"][1]["resets_at"][:19]
 
 
-async def test_concurrent_submits(house: RunningGateway) -> None:
-    """Of many submits at once exactly as many get through as the limit allows."""
+async def test_concurrent_submits_up_to_the_limit(house: RunningGateway) -> None:
     await house.upstream.set_balance(100, 0)
     await house.put_tenant(limits=[{"window": "month", "tasks": 5}])
     answers = await asyncio.gather(*(house.submit() for _ in range(20)))
@@ -75,8 +70,7 @@ async def test_concurrent_submits(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 5
 
 
-async def test_active_tasks(house: RunningGateway) -> None:
-    """At most so many tasks are active at once, and an ended one makes room."""
+async def test_max_active_tasks(house: RunningGateway) -> None:
     await house.put_tenant(max_active=2)
     tasks = [(await house.submit()).json() for _ in range(2)]
     refused = await house.submit()
@@ -88,7 +82,6 @@ async def test_active_tasks(house: RunningGateway) -> None:
 
 
 async def test_quota_report(house: RunningGateway) -> None:
-    """The report says of every policy what is used, held and left."""
     await house.put_tenant(limits=[{"window": "day", "tasks": 10, "money": 12.5}], max_active=3)
     await house.submit()
     report = await read_policies(house)
@@ -99,8 +92,7 @@ async def test_quota_report(house: RunningGateway) -> None:
     assert (await house.call("GET", "/v1/quota")).json()["account"] == {"can_pay": True, "look_again_at": None}
 
 
-async def test_exhausted_account(house: RunningGateway) -> None:
-    """An account that can't pay refuses with 402, the next submits are refused unsent, and a probe finds a top-up."""
+async def test_exhausted_account_is_probed(house: RunningGateway) -> None:
     await house.upstream.set_balance(0, 0)
     await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
     refused = await house.submit()
@@ -120,16 +112,14 @@ async def test_exhausted_account(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_known_balance_refuses_early(house: RunningGateway) -> None:
-    """Once the known figures reach zero, submits are refused without asking the upstream."""
+async def test_zero_balance_refuses_without_the_upstream(house: RunningGateway) -> None:
     await house.upstream.set_balance(1, 0)
     assert (await house.submit()).status_code == 201
     assert (await house.submit()).status_code == 402
     assert await house.upstream.count_submits() == 1
 
 
-async def test_floor(house: RunningGateway) -> None:
-    """What shall stay in the account stays there."""
+async def test_floor_is_kept(house: RunningGateway) -> None:
     await house.upstream.set_balance(7, 0)
     await house.call_admin("PUT", "/accounts/main", json={"floor_count": 5})
     for _ in range(2):
@@ -140,8 +130,7 @@ async def test_floor(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 2
 
 
-async def test_unknown_account(house: RunningGateway) -> None:
-    """An account the upstream does not know is the operators' fault, not the tenant's, and is closed."""
+async def test_unknown_account_is_misconfigured(house: RunningGateway) -> None:
     await house.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
     for _ in range(2):
         refused = await house.submit()
@@ -153,8 +142,7 @@ async def test_unknown_account(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_rejected_image(house: RunningGateway) -> None:
-    """A rejection tells the upstream's reason, costs nothing, and gives the place back."""
+async def test_rejected_image_is_free(house: RunningGateway) -> None:
     await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
     await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片格式不支持")
     refused = await house.submit()
@@ -165,8 +153,7 @@ async def test_rejected_image(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_lost_answer(house: RunningGateway) -> None:
-    """A submit whose answer was lost is sent once, stays charged, and holds no active place."""
+async def test_unknown_outcome_stays_charged(house: RunningGateway) -> None:
     await house.put_tenant(limits=[{"window": "day", "tasks": 2}], max_active=1)
     await house.upstream.lose_next_response()
     lost = await house.submit()
@@ -181,8 +168,7 @@ async def test_lost_answer(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 429
 
 
-async def test_money_limit(house: RunningGateway) -> None:
-    """Under a limit on money the highest price is held while a task runs, and what it cost is booked at its end."""
+async def test_money_limit_holds_the_highest_price(house: RunningGateway) -> None:
     await house.upstream.set_balance(0, 100)
     await house.call_admin("PUT", "/accounts/main", json={"max_price": {"face-enhance": 40}})
     await house.put_tenant(limits=[{"window": "month", "money": 100}])
@@ -193,8 +179,9 @@ async def test_money_limit(house: RunningGateway) -> None:
 
 
 @pytest.mark.parametrize("change", [{"disabled": True}, {"kinds": ["upscale"]}])
-async def test_not_allowed(house: RunningGateway, change: dict[str, Any]) -> None:
-    """A tenant that is switched off, or may not submit this kind, is refused before its image is looked at."""
+async def test_disabled_tenant_or_kind_is_refused_before_the_image(
+    house: RunningGateway, change: dict[str, Any]
+) -> None:
     await house.put_tenant(**change)
     refused = await house.submit(image=b"no image at all")
     assert refused.status_code == 403
@@ -202,8 +189,7 @@ async def test_not_allowed(house: RunningGateway, change: dict[str, Any]) -> Non
     assert await house.upstream.count_submits() == 0
 
 
-async def test_next_account(house: RunningGateway) -> None:
-    """An account that can't pay is passed over for the tenant's next one, which keeps the place in the windows."""
+async def test_failover_to_the_next_account(house: RunningGateway) -> None:
     await house.call_admin("PUT", "/accounts/spare", json={"user_key": USER_KEY})
     await house.put_tenant(accounts=["main", "spare"], limits=[{"window": "day", "tasks": 1}])
     await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
@@ -215,8 +201,7 @@ async def test_next_account(house: RunningGateway) -> None:
     assert (states["spare"]["state"], states["spare"]["in_flight"]) == ("open", 1)
 
 
-async def test_unreachable_upstream(house: RunningGateway) -> None:
-    """Where no connection can be made nothing was sent, so the next account is tried, or 503 says so."""
+async def test_unreachable_upstream_fails_over(house: RunningGateway) -> None:
     dead = {"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"}
     await house.upstream.refuse_next(SubmitOutcome.NOT_SENT)
     await house.call_admin("PUT", "/accounts/dead", json=dead)
@@ -229,8 +214,7 @@ async def test_unreachable_upstream(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_receipts(house: RunningGateway) -> None:
-    """A task that ran alone has the cost that the balance shows; of the first ever that can only be guessed."""
+async def test_single_task_has_an_observed_cost(house: RunningGateway) -> None:
     await house.upstream.set_balance(5, 100)
     costs = []
     for _ in range(2):
@@ -240,8 +224,7 @@ async def test_receipts(house: RunningGateway) -> None:
     assert costs[1] == {"count": 1, "money": 0, "basis": "observed"}
 
 
-async def test_estimates(house: RunningGateway) -> None:
-    """Tasks that ran beside others took a use each while there were some, and are else put at the last price seen."""
+async def test_parallel_tasks_have_estimated_costs(house: RunningGateway) -> None:
     await house.upstream.set_balance(9, 0)
     for _ in range(2):
         await house.wait_for_task((await house.submit()).json()["id"])
@@ -251,7 +234,6 @@ async def test_estimates(house: RunningGateway) -> None:
 
 
 async def test_deleted_tenant_spends_nothing(house: RunningGateway) -> None:
-    """A process that has not heard yet that a tenant was deleted sends nothing for it."""
     registry: Any = house.services.registry
     stale = registry.current
     assert (await house.call_admin("DELETE", "/tenants/shop")).status_code == 204
@@ -261,8 +243,7 @@ async def test_deleted_tenant_spends_nothing(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 0
 
 
-async def test_how_a_balance_was_seen(house: RunningGateway) -> None:
-    """Operators see what an account has left, when that was told, and in the answer to which call."""
+async def test_balance_source_is_shown(house: RunningGateway) -> None:
     task = (await house.submit()).json()
     told = (await house.call_admin("GET", "/accounts/main")).json()
     assert (told["remaining_count"]["value"], told["remaining_count"]["seen_in"]) == (9, "submit")
@@ -272,8 +253,7 @@ async def test_how_a_balance_was_seen(house: RunningGateway) -> None:
     assert (told["remaining_count"]["seen_in"], told["in_flight"]) == ("check", 0)
 
 
-async def test_options_in_the_address(house: RunningGateway) -> None:
-    """An option that stands in the address instead of the form is refused by name, not silently left out."""
+async def test_options_in_the_query_are_refused(house: RunningGateway) -> None:
     files = {"image": ("picture.png", make_png(), "image/png")}
     refused = await house.call("POST", "/v1/tasks/upscale?scale=3", files=files)
     assert (refused.status_code, refused.json()["errors"]) == (
@@ -283,8 +263,7 @@ async def test_options_in_the_address(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 0
 
 
-async def test_same_key_opens_a_closed_account(house: RunningGateway) -> None:
-    """Giving an account its key has a closed one looked at again, and leaves what is known of an open one."""
+async def test_same_key_reopens_a_closed_account(house: RunningGateway) -> None:
     await house.submit()
     await house.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
     assert (await house.call_admin("GET", "/accounts/main")).json()["remaining_count"]["value"] == 9

@@ -1,4 +1,4 @@
-"""What operators see of the ledger at each scrape, and of what the process did."""
+"""Metrics of the ledger and of the process over HTTP."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ Samples = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 class Scrape:
-    """What one scrape told."""
-
     def __init__(self, text: str) -> None:
         self._samples: Samples = {
             (sample.name, frozenset(sample.labels.items())): float(sample.value)
@@ -29,12 +27,11 @@ class Scrape:
         }
 
     def __getitem__(self, name: str) -> float:
-        """The only sample of a metric."""
         (value,) = (value for (each, _), value in self._samples.items() if each == f"gateway_{name}")
         return value
 
     def get_sample(self, name: str, **labels: str) -> float | None:
-        """The sum of the samples with these labels; None if there is none."""
+        """Return the sum of the samples with these labels, or None without any."""
         found = [
             value
             for (each, told), value in self._samples.items()
@@ -44,19 +41,16 @@ class Scrape:
 
 
 async def scrape_metrics(house: RunningGateway, http: AsyncClient | None = None) -> Scrape:
-    """Ask as Prometheus does."""
     return Scrape((await (http or house.http).get(f"{house.ops_url}/metrics")).raise_for_status().text)
 
 
 @pytest.fixture
 async def fake_gateway() -> AsyncIterator[tuple[RunningGateway, FakeLedger]]:
-    """A gateway over a store in memory, and that store."""
     async with run_fake_gateway() as (house, ledger, _):
         yield house, ledger
 
 
-async def test_limits_of_an_idle_tenant_are_shown(house: RunningGateway) -> None:
-    """Who has not submitted anything shows its limits with nothing used, in tasks and in yuan."""
+async def test_idle_tenant_shows_its_limits(house: RunningGateway) -> None:
     await house.put_tenant("idle", limits=[{"window": "month", "tasks": 7, "money": 2.5}], max_active=4)
     seen = await scrape_metrics(house)
     for policy, unit, limit in (("month-tasks", "tasks", 7), ("month-money", "yuan", 2.5), ("max-active", "active", 4)):
@@ -67,8 +61,7 @@ async def test_limits_of_an_idle_tenant_are_shown(house: RunningGateway) -> None
     assert (seen["redis_up"], seen["tenants"]) == (1, 2)
 
 
-async def test_a_task_is_seen_from_its_submission_to_its_end(house: RunningGateway) -> None:
-    """It is active and held while it runs, and used, spent and finished after it: with its tenant, kind and account."""
+async def test_task_moves_through_the_gauges(house: RunningGateway) -> None:
     await house.put_tenant(limits=[{"window": "day", "tasks": 9, "money": 50}])
     of_day = {"tenant": "shop", "policy": "day-tasks"}
     task = (await house.submit()).json()["id"]
@@ -93,7 +86,6 @@ async def test_a_task_is_seen_from_its_submission_to_its_end(house: RunningGatew
 
 
 async def test_spent_money_is_shown_in_yuan(house: RunningGateway) -> None:
-    """What a tenant spent today and this month is what its windows counted."""
     await house.upstream.set_balance(0, 300)
     await house.put_tenant(limits=[{"window": "day", "money": 50}])
     for _ in range(2):  # what the first one cost is not known, as nobody had seen the balance before it
@@ -110,8 +102,7 @@ async def test_spent_money_is_shown_in_yuan(house: RunningGateway) -> None:
     assert seen.get_sample("account_remaining_yuan", account="main") == 300 - 2 * used
 
 
-async def test_refusals_are_shown_by_tenant_and_policy(house: RunningGateway) -> None:
-    """A limit that refused is counted as itself, one that could not pay as the balance, whoever found out."""
+async def test_refusals_by_tenant_and_policy(house: RunningGateway) -> None:
     await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
     assert (await house.submit()).status_code == 201
     assert (await house.submit()).status_code == 429
@@ -125,8 +116,7 @@ async def test_refusals_are_shown_by_tenant_and_policy(house: RunningGateway) ->
     assert seen.get_sample("account_state", account="main", state="exhausted") == 1
 
 
-async def test_an_account_that_can_not_be_used_is_not_an_empty_one(house: RunningGateway) -> None:
-    """Where the upstream does not know the account, the denials do not speak of its balance."""
+async def test_invalid_account_is_no_balance_denial(house: RunningGateway) -> None:
     await house.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
     assert [(await house.submit()).status_code for _ in range(2)] == [503, 503]
     seen = await scrape_metrics(house)
@@ -134,8 +124,7 @@ async def test_an_account_that_can_not_be_used_is_not_an_empty_one(house: Runnin
     assert seen.get_sample("account_state", account="main", state="invalid") == 1
 
 
-async def test_reads_are_counted_by_where_they_were_answered(house: RunningGateway) -> None:
-    """What is fresh in memory costs the store nothing."""
+async def test_reads_are_counted_by_source(house: RunningGateway) -> None:
     path = (await house.submit()).headers["location"]
     before = await scrape_metrics(house)
     await house.advance(1)
@@ -150,8 +139,7 @@ async def test_reads_are_counted_by_where_they_were_answered(house: RunningGatew
     assert grown == {"memory": 2, "store": 1, "upstream": 0}
 
 
-async def test_without_its_store_a_process_says_just_that(fakes: tuple[RunningGateway, FakeLedger]) -> None:
-    """No old figure is shown for a new one; what the process itself counts is still there."""
+async def test_ledger_metrics_disappear_without_the_store(fakes: tuple[RunningGateway, FakeLedger]) -> None:
     house, ledger = fakes
     assert (await scrape_metrics(house)).get_sample("quota_denials_total", tenant="shop") == 0
     ledger.is_unavailable = True
@@ -164,8 +152,7 @@ async def test_without_its_store_a_process_says_just_that(fakes: tuple[RunningGa
     assert (await scrape_metrics(house))["redis_up"] == 1
 
 
-async def test_a_store_that_does_not_answer_holds_up_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scrape says that the store is away rather than nothing at all, and shows it again as soon as it is back."""
+async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_snapshot, "SNAPSHOT_TIMEOUT_SECONDS", 0.2)
     with run_valkey() as store:
         async with run_real_gateway(store) as house:
@@ -177,8 +164,7 @@ async def test_a_store_that_does_not_answer_holds_up_no_scrape(monkeypatch: pyte
             assert (await scrape_metrics(house))["redis_up"] == 1
 
 
-async def test_errors_of_the_store_are_counted(valkey: Valkey) -> None:
-    """A call that Redis did not take is counted as such, with the sort of error."""
+async def test_store_errors_are_counted(valkey: Valkey) -> None:
     async with run_real_gateway(valkey) as house, Redis(unix_socket_path=str(valkey.socket_path)) as store:
         await store.config_set("min-replicas-to-write", 1)
         try:
@@ -190,8 +176,7 @@ async def test_errors_of_the_store_are_counted(valkey: Valkey) -> None:
         assert seen.get_sample("redis_errors_total", error="response") == 1
 
 
-async def test_calls_of_the_store_are_counted_by_script(valkey: Valkey) -> None:
-    """A submission costs one call to reserve and one to settle, and each has its time."""
+async def test_store_calls_are_counted_by_script(valkey: Valkey) -> None:
     async with run_real_gateway(valkey) as house:
         before = await scrape_metrics(house)
         await house.submit()

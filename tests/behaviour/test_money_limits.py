@@ -1,4 +1,4 @@
-"""A limit on money is kept as far as prices are known, and what passes it all the same is booked in full."""
+"""Limits on money."""
 
 from __future__ import annotations
 
@@ -15,30 +15,27 @@ from tests.support.valkey import Valkey
 
 @pytest.fixture
 async def books(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    """Books of an account without uses, whose money pays for all."""
+    """Yield an account without prepaid uses and with enough money."""
     async with open_balance_harness(valkey) as found:
         await found.set_balance(0, 1_000)
         yield found
 
 
 async def set_month_limit(books: BalanceHarness, money: float) -> None:
-    """Put a limit on the money of the month, in yuan."""
     await books.gateway.put_tenant(limits=[{"window": "month", "money": money}])
 
 
 async def read_month_money(books: BalanceHarness) -> tuple[float, float, float]:
-    """Of the month's money: used, held, and left."""
+    """Return used, reserved and remaining yuan of the month."""
     (policy,) = (await books.gateway.call("GET", "/v1/quota")).json()["policies"]
     return policy["used"], policy["reserved"], policy["remaining"]
 
 
 async def wait_for_costs(books: BalanceHarness, tasks: Sequence[dict[str, Any]]) -> list[float]:
-    """What tasks cost in the end."""
     return [(await books.wait_for_cost(task))["money"] for task in tasks]
 
 
-async def test_price_of_the_operator(books: BalanceHarness) -> None:
-    """With a price that the operators named, exactly so many run at once as fit, and each is held at that price."""
+async def test_configured_price_is_held(books: BalanceHarness) -> None:
     await books.gateway.call_admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE_YUAN}})
     await set_month_limit(books, 3 * PRICE_YUAN + 1.99)
     tasks, refused = await books.submit_concurrently(6)
@@ -50,8 +47,7 @@ async def test_price_of_the_operator(books: BalanceHarness) -> None:
     assert await books.upstream_balance() == (0, 1_000 - 3 * PRICE_YUAN)
 
 
-async def test_price_of_receipts(books: BalanceHarness) -> None:
-    """With a price that was only seen in receipts, exactly so many run at once as fit."""
+async def test_observed_price_is_held(books: BalanceHarness) -> None:
     for _ in range(2):
         await books.run_task()
     await set_month_limit(books, 5 * PRICE_YUAN)
@@ -63,8 +59,7 @@ async def test_price_of_receipts(books: BalanceHarness) -> None:
     assert await read_month_money(books) == (5 * PRICE_YUAN, 0, 0)
 
 
-async def test_price_of_another_kind(books: BalanceHarness) -> None:
-    """The price of one kind says nothing of another's."""
+async def test_prices_are_per_kind(books: BalanceHarness) -> None:
     for _ in range(2):
         await books.run_task()
     await set_month_limit(books, 100)
@@ -73,8 +68,7 @@ async def test_price_of_another_kind(books: BalanceHarness) -> None:
     expect_problem(await books.submit(), 429, "quota-exceeded")
 
 
-async def test_price_unknown(books: BalanceHarness) -> None:
-    """While no price is known one submission holds all that remains, so that they go one by one."""
+async def test_unknown_price_holds_everything_left(books: BalanceHarness) -> None:
     await set_month_limit(books, 100)
     tasks, refused = await books.submit_concurrently(4)
     assert (len(tasks), refused) == (1, {429: 3})
@@ -87,8 +81,7 @@ async def test_price_unknown(books: BalanceHarness) -> None:
     assert await read_month_money(books) == (PRICE_YUAN, 0, 100 - PRICE_YUAN)
 
 
-async def test_beyond_the_limit(books: BalanceHarness) -> None:
-    """A task that cost more than was held is booked in full, and leaves nothing rather than less than nothing."""
+async def test_cost_above_the_hold_is_booked_in_full(books: BalanceHarness) -> None:
     for _ in range(2):
         await books.run_task()
     await set_month_limit(books, 2 * PRICE_YUAN)
@@ -103,8 +96,7 @@ async def test_beyond_the_limit(books: BalanceHarness) -> None:
     assert await read_month_money(books) == (15 * PRICE_YUAN, 0, 0)
 
 
-async def test_uses_are_not_money(books: BalanceHarness) -> None:
-    """A limit on money that leaves nothing lets all through that known uses pay for, and no more."""
+async def test_prepaid_uses_pass_a_spent_money_limit(books: BalanceHarness) -> None:
     await books.set_balance(4, 1_000)
     await books.run_task()
     await set_month_limit(books, 0)
@@ -116,8 +108,7 @@ async def test_uses_are_not_money(books: BalanceHarness) -> None:
     assert await books.upstream_balance() == (0, 1_000)
 
 
-async def test_refused_holds_nothing(books: BalanceHarness) -> None:
-    """What the upstream rejected gives its money back, and what became of nobody knows what keeps it."""
+async def test_refusal_frees_money_and_unknown_keeps_it(books: BalanceHarness) -> None:
     await books.gateway.call_admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE_YUAN}})
     await set_month_limit(books, 2 * PRICE_YUAN)
     await books.set_behaviour(faults=(Fault(on="submit", times=1, reject="图片太小"),))
@@ -131,8 +122,7 @@ async def test_refused_holds_nothing(books: BalanceHarness) -> None:
 
 
 @pytest.mark.parametrize(("charge", "taken"), [("submit", PRICE_YUAN), ("end", 0)])
-async def test_failed_task(books: BalanceHarness, charge: str, taken: int) -> None:
-    """A failed task stays charged, by an estimate: what its submission took, or else its price. It may be refunded."""
+async def test_failed_task_stays_charged_until_refunded(books: BalanceHarness, charge: str, taken: int) -> None:
     await books.set_behaviour(charge=charge)
     for _ in range(2):
         await books.run_task()
@@ -144,8 +134,7 @@ async def test_failed_task(books: BalanceHarness, charge: str, taken: int) -> No
 
 
 @pytest.mark.parametrize("checked_balance", ["now", "then"])
-async def test_price_of_tasks_side_by_side(valkey: Valkey, checked_balance: str) -> None:
-    """Tasks side by side on an account without uses are not put at a use, but at the price in money."""
+async def test_parallel_tasks_are_priced_in_money(valkey: Valkey, checked_balance: str) -> None:
     async with open_balance_harness(valkey, checked_balance=checked_balance) as books:
         await books.set_balance(2, 1_000)
         for _ in range(3):

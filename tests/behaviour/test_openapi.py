@@ -1,4 +1,4 @@
-"""The OpenAPI document says what the gateway does, and a page shows it without anything from elsewhere."""
+"""The OpenAPI documents and their page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from tests.support.images import make_png
 
 @pytest.fixture
 async def document() -> dict[str, Any]:
-    """The document as it is served."""
     async with run_fake_gateway() as (house, _, _):
         answer = await house.call("GET", "/openapi.json", token="")
         assert answer.headers["content-type"] == "application/json"
@@ -34,14 +33,12 @@ async def document() -> dict[str, Any]:
 
 @pytest.fixture(params=["tenants", "operators"])
 async def either(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The document of each port."""
     async with run_fake_gateway() as (house, _, _):
         make = tenants_app if request.param == "tenants" else operators_app
         return written(make(house.services))
 
 
-async def test_structure(either: dict[str, Any]) -> None:
-    """It is OpenAPI 3.1 with a title, a version and described tags, each of which is used."""
+async def test_document_structure(either: dict[str, Any]) -> None:
     assert re.fullmatch(r"3\.1\.\d+", either["openapi"])
     assert either["info"]["title"]
     assert either["info"]["version"]
@@ -52,8 +49,7 @@ async def test_structure(either: dict[str, Any]) -> None:
     assert all(tag["description"] for tag in either["tags"])
 
 
-async def test_references(either: dict[str, Any]) -> None:
-    """Every reference leads somewhere, and no component is left over."""
+async def test_references_resolve(either: dict[str, Any]) -> None:
     targets = {node["$ref"] for _, node in iter_objects(either) if "$ref" in node}
     for target in targets:
         assert resolve_reference(either, {"$ref": target})
@@ -66,8 +62,7 @@ async def test_references(either: dict[str, Any]) -> None:
     assert kept == targets
 
 
-async def test_operations(either: dict[str, Any]) -> None:
-    """Every operation has an id of its own, a summary, a described success, and says what problems look like."""
+async def test_operations_are_described(either: dict[str, Any]) -> None:
     found = list(iter_operations(either))
     ids = [operation["operationId"] for _, _, operation in found]
     assert len(set(ids)) == len(ids)
@@ -89,8 +84,7 @@ async def test_operations(either: dict[str, Any]) -> None:
             assert parameter.get("description") or path.startswith("/admin/"), (path, parameter)
 
 
-async def test_nothing_of_the_framework(either: dict[str, Any]) -> None:
-    """What the framework would say by itself is not in it."""
+async def test_no_framework_defaults(either: dict[str, Any]) -> None:
     for path, node in iter_objects(either):
         assert node.get("headers") != {}, path
         assert "deprecated" not in node, path
@@ -105,15 +99,13 @@ async def test_nothing_of_the_framework(either: dict[str, Any]) -> None:
     assert "status_code" not in str(either)
 
 
-async def test_webhooks_are_no_operations(either: dict[str, Any]) -> None:
-    """They stand behind references and under tags of their own, so that no client has them among its calls."""
+async def test_webhooks_are_separate_from_operations(either: dict[str, Any]) -> None:
     assert all(item.keys() == {"$ref"} for item in either.get("webhooks", {}).values())
     called = {name for _, _, operation in iter_operations(either) for name in operation["tags"]}
     assert not called & {name for operation in iter_webhooks(either) for name in operation["tags"]}
 
 
-async def test_files(document: dict[str, Any]) -> None:
-    """What is sent and what is fetched as a file is marked as one, by the standard's word and by its former one."""
+async def test_file_contents_are_marked(document: dict[str, Any]) -> None:
     images = [
         node["properties"][name]
         for _, node in iter_objects(document)
@@ -131,8 +123,7 @@ async def test_files(document: dict[str, Any]) -> None:
         assert all(media["schema"] == {"type": "string", "format": "binary"} for media in content.values())
 
 
-async def test_contents(either: dict[str, Any]) -> None:
-    """Every content has a schema, and none is null: a body that need not be there is not required."""
+async def test_contents_have_schemas(either: dict[str, Any]) -> None:
     for path, node in iter_objects(either):
         for media_type, media in node.get("content", {}).items() if isinstance(node.get("content"), dict) else ():
             assert media["schema"], (path, media_type)
@@ -142,8 +133,7 @@ async def test_contents(either: dict[str, Any]) -> None:
             assert operation["requestBody"]["required"] == (operation["operationId"] != "create-token")
 
 
-async def test_schemas_for_all_languages(either: dict[str, Any]) -> None:
-    """Patterns are written as JSON Schema and every language has them; no schema bears the name of a common type."""
+async def test_schemas_are_portable(either: dict[str, Any]) -> None:
     patterns = {node["pattern"] for _, node in iter_objects(either) if isinstance(node.get("pattern"), str)}
     assert patterns
     for pattern in patterns:
@@ -154,8 +144,7 @@ async def test_schemas_for_all_languages(either: dict[str, Any]) -> None:
         assert len({each.get("type") for each in node.get("oneOf", ())} - {None}) < 6, path
 
 
-async def test_security(document: dict[str, Any]) -> None:
-    """A bearer token is asked for everywhere but where none is needed or it comes in the form."""
+async def test_security_schemes(document: dict[str, Any]) -> None:
     (scheme,) = document["components"]["securitySchemes"].values()
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
     assert document["security"] == [{"token": []}]
@@ -165,8 +154,7 @@ async def test_security(document: dict[str, Any]) -> None:
         assert ("401" in operation["responses"]) == (not open_to_all), path
 
 
-async def test_options(document: dict[str, Any]) -> None:
-    """Each submission lists every option of its kind with its range and its default, as the contract has them."""
+async def test_options_match_the_contract(document: dict[str, Any]) -> None:
     expected: dict[str, dict[str, tuple[Any, ...]]] = {
         "upscale": {
             "model": ("string", None, None, "general"),
@@ -205,8 +193,7 @@ async def test_options(document: dict[str, Any]) -> None:
             assert properties[prompt]["maxLength"] == 2_000
 
 
-async def test_problems(document: dict[str, Any]) -> None:
-    """Every problem that is told has its code, and an example with that code; submissions name all theirs."""
+async def test_problems_have_codes_and_examples(document: dict[str, Any]) -> None:
     statuses = {each.code: each.status for each in PROBLEMS}
     for path, _, operation in iter_operations(document):
         for status, response in operation["responses"].items():
@@ -229,8 +216,7 @@ async def test_problems(document: dict[str, Any]) -> None:
     assert "internal-error" not in told
 
 
-async def test_examples_are_true(either: dict[str, Any]) -> None:
-    """Every example fits the schema that it is an example of."""
+async def test_examples_match_their_schemas(either: dict[str, Any]) -> None:
     checked = 0
     for path, node in iter_objects(either):
         if "schema" in node and "examples" in node:
@@ -245,17 +231,14 @@ async def test_examples_are_true(either: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", Kind)
-async def test_example_is_accepted(house: RunningGateway, document: dict[str, Any], kind: Kind) -> None:
-    """A submission of all that the document has an example for is accepted."""
+async def test_example_submission_is_accepted(house: RunningGateway, document: dict[str, Any], kind: Kind) -> None:
     operation = document["paths"][f"/v1/tasks/{kind}"]["post"]
     fields = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
     examples = {name: str(each["examples"][0]) for name, each in fields.items() if each.get("examples")}
     assert (await house.submit(kind, examples)).status_code == 201
 
 
-async def test_answers_are_as_told(house: RunningGateway, document: dict[str, Any]) -> None:
-    """What the gateway really answers fits the document: status, media type, headers and content."""
-
+async def test_responses_match_the_document(house: RunningGateway, document: dict[str, Any]) -> None:
     async def told(operation: str, method: str, path: str, expected: int, **request: Any) -> Any:
         answer = await house.call(method, path, **request)
         assert answer.status_code == expected
@@ -298,8 +281,7 @@ async def test_answers_are_as_told(house: RunningGateway, document: dict[str, An
     await told("readyz", "GET", "/readyz", 200)
 
 
-async def test_page(document: dict[str, Any]) -> None:
-    """The page shows every operation, loads nothing from elsewhere, and may not."""
+async def test_docs_page_loads_nothing_external(document: dict[str, Any]) -> None:
     async with run_fake_gateway() as (house, _, _):
         answer = await house.call("GET", "/docs", token="")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
@@ -314,8 +296,7 @@ async def test_page(document: dict[str, Any]) -> None:
     assert not re.search(r"@import|url\(\s*[\"']?https?:", answer.text)
 
 
-async def test_bodies_that_take_no_more() -> None:
-    """Where unknown members of a body are refused, the document says that there are no others."""
+async def test_closed_bodies_are_documented() -> None:
     async with run_fake_gateway() as (house, _, _):
         document = written(operators_app(house.services))
     bodies = [

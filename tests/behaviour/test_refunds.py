@@ -1,4 +1,4 @@
-"""An operator gives back what a submission was charged for: once, at once, and for good."""
+"""Refunds by operators."""
 
 from __future__ import annotations
 
@@ -38,12 +38,10 @@ INVALID_BODIES: Mapping[str, Sequence[Any]] = {
 
 
 async def run_task(house: RunningGateway) -> dict[str, Any]:
-    """A task that has ended."""
     return await house.wait_for_task((await house.submit()).json()["id"])
 
 
 async def test_refunded_task(house: RunningGateway) -> None:
-    """A refunded task counts for nothing in the windows; its submission and the usage show what, when and why."""
     await house.put_tenant(**UNREACHABLE_POLICIES)
     task = await run_task(house)
     assert (await read_charged_today(house))[0] == 1
@@ -67,8 +65,7 @@ async def test_refunded_task(house: RunningGateway) -> None:
     assert (await house.call("GET", task["links"]["self"])).json() == task
 
 
-async def test_room_at_once(house: RunningGateway) -> None:
-    """What was refunded can be spent again at once."""
+async def test_refund_frees_the_limit_at_once(house: RunningGateway) -> None:
     await house.put_tenant(limits=[{"window": "total", "tasks": 1}])
     task = await run_task(house)
     expect_problem(await house.submit(), 429, "quota-exceeded")
@@ -77,8 +74,7 @@ async def test_room_at_once(house: RunningGateway) -> None:
     expect_problem(await house.submit(), 429, "quota-exceeded")
 
 
-async def test_once(house: RunningGateway) -> None:
-    """Of ten refunds of the same at once, named by task or by submission, one is made; the others are told of it."""
+async def test_concurrent_refunds_count_once(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_POLICIES)
     task, other = await run_task(house), await run_task(house)
     name = submission_id_of(house, task)
@@ -96,8 +92,7 @@ async def test_once(house: RunningGateway) -> None:
     assert (await read_submission(house, submission_id_of(house, other)))["refund"] is None
 
 
-async def test_unknown_that_turns_up(house: RunningGateway) -> None:
-    """A refunded submission of unknown outcome whose task turns up stays refunded, running and ended."""
+async def test_refunded_unknown_outcome_stays_refunded(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_POLICIES)
     name = await submit_and_lose_response(house)
     assert (await read_charged_today(house))[0] == 1
@@ -117,8 +112,7 @@ async def test_unknown_that_turns_up(house: RunningGateway) -> None:
     expect_problem(await post_refund(house, task=task_id, reason="once more"), 409, "conflict")
 
 
-async def test_failed_task(house: RunningGateway) -> None:
-    """A failed task stays charged until it is refunded."""
+async def test_failed_task_can_be_refunded(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_POLICIES)
     await house.upstream.fail_next_task()
     task = await run_task(house)
@@ -128,8 +122,7 @@ async def test_failed_task(house: RunningGateway) -> None:
     assert await read_charged_today(house) == (0, 0)
 
 
-async def test_refund_days_later(house: RunningGateway) -> None:
-    """A refund goes to the windows in which the submission was made, and shows on its day; those of today stay."""
+async def test_refund_goes_to_the_original_windows(house: RunningGateway) -> None:
     before = await advance_to_next_window(house, "month")
     task = await run_task(house)
     today = await advance_to_next_window(house)
@@ -145,8 +138,7 @@ async def test_refund_days_later(house: RunningGateway) -> None:
     assert (listed["day"], listed["refunded_at"][:10]) == (str(before), str(today))
 
 
-async def test_what_can_not_be_refunded(house: RunningGateway) -> None:
-    """What runs can't be refunded yet, what cost nothing never, and neither changes anything."""
+async def test_running_and_free_submissions_are_not_refundable(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_POLICIES)
     await house.upstream.keep_running()
     task = (await house.submit()).json()
@@ -166,8 +158,7 @@ async def test_what_can_not_be_refunded(house: RunningGateway) -> None:
 
 
 @pytest.mark.parametrize("field", INVALID_BODIES)
-async def test_faulty_refund(house: RunningGateway, field: str) -> None:
-    """A field of a refund that can't be what it must be is named."""
+async def test_invalid_refund_fields(house: RunningGateway, field: str) -> None:
     for value in INVALID_BODIES[field]:
         body: dict[str, object] = {"task": "task_x", "reason": "x"}
         if field == "submission":
@@ -177,8 +168,7 @@ async def test_faulty_refund(house: RunningGateway, field: str) -> None:
         assert all(each["detail"] for each in document["errors"])
 
 
-async def test_one_thing_at_a_time(house: RunningGateway) -> None:
-    """A refund names a task or a submission, not both and not neither, and gives a reason."""
+async def test_refund_needs_one_target_and_a_reason(house: RunningGateway) -> None:
     for body in ({}, {"task": "x", "submission": "y"}, {"task": None, "submission": None}):
         document = expect_problem(await post_refund(house, **body, reason="x"), 422, "invalid-options")
         assert document["errors"] == [{"field": "submission", "detail": "must be given, or `task`, but not both"}]
@@ -187,8 +177,7 @@ async def test_one_thing_at_a_time(house: RunningGateway) -> None:
     expect_problem(await house.call_admin("POST", "/refunds", content=b"{"), 400, "malformed-request")
 
 
-async def test_nothing_to_refund(house: RunningGateway) -> None:
-    """What is no task and no submission of this gateway, or no longer one, is 404."""
+async def test_unknown_target_is_404(house: RunningGateway) -> None:
     task = (await house.submit()).json()
     forged = task["id"][:-4] + ("AAAA" if task["id"][-4:] != "AAAA" else "BBBB")
     for wrong in ("", "task_", "x", forged, task["id"].upper(), task["id"] + "=", "商店"):
@@ -198,15 +187,13 @@ async def test_nothing_to_refund(house: RunningGateway) -> None:
 
 
 async def test_lost_reservation() -> None:
-    """A task whose submission the ledger has lost can't be refunded: nobody knows any more what it was charged."""
     async with run_fake_gateway() as (house, ledger, _):
         task = await run_task(house)
         ledger.reservations.clear()
         expect_problem(await post_refund(house, task=task["id"], reason="x"), 404, "not-found")
 
 
-async def test_logged(house: RunningGateway) -> None:
-    """A refund is logged with the tenant, the submission, what was given and why; one that is not made is not."""
+async def test_refunds_are_logged(house: RunningGateway) -> None:
     task = await run_task(house)
     with structlog.testing.capture_logs() as events:
         told = expect_json(await post_refund(house, task=task["id"], reason="It came out blank."), 201)
@@ -222,7 +209,6 @@ async def test_logged(house: RunningGateway) -> None:
 
 
 async def test_refund_of_a_deleted_tenant(house: RunningGateway) -> None:
-    """What a deleted tenant spent can be refunded too, under its name, and its windows are not brought back to life."""
     task = await run_task(house)
     await house.call_admin("DELETE", "/tenants/shop")
     told = expect_json(await post_refund(house, task=task["id"], reason="a farewell"), 201)
@@ -231,8 +217,7 @@ async def test_refund_of_a_deleted_tenant(house: RunningGateway) -> None:
     assert (found["total"]["charged"]["tasks"], found["refunds"][0]["tenant"]) == (0, "shop")
 
 
-async def test_money(valkey: Valkey) -> None:
-    """Money is given back to the fen, whether it was spent or is held for an unknown outcome."""
+async def test_money_is_refunded_to_the_fen(valkey: Valkey) -> None:
     async with open_balance_harness(valkey) as books:
         house = books.gateway
         await books.set_balance(0, 100)

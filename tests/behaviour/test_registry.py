@@ -1,4 +1,4 @@
-"""The registry as one document: read, and made what is sent."""
+"""The registry as one document."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from tests.behaviour.registry_requests import (
 from tests.behaviour.upstream_control import USER_KEY
 
 
-async def test_read(house: RunningGateway) -> None:
-    """The registry is told with ids, hashes of tokens and a version, without secrets, and not to be kept by anybody."""
+async def test_document_has_no_secrets(house: RunningGateway) -> None:
     answer = await get_registry(house)
     document = answer.json()
     current = house.services.registry.current
@@ -35,8 +34,7 @@ async def test_read(house: RunningGateway) -> None:
     assert house.token not in answer.text
 
 
-async def test_applied(house: RunningGateway) -> None:
-    """What was sent is what is there then, in one version, and works; ids stay."""
+async def test_document_is_applied_in_one_version(house: RunningGateway) -> None:
     before = house.services.registry.current
     applied = await apply_registry(house, FULL_REGISTRY)
     assert applied["applied"]
@@ -56,8 +54,7 @@ async def test_applied(house: RunningGateway) -> None:
     expect_problem(await house.submit(), 403, "tenant-disabled")
 
 
-async def test_applied_again(house: RunningGateway) -> None:
-    """Sent again, or as it is told, it changes nothing and writes nothing."""
+async def test_reapplying_changes_nothing(house: RunningGateway) -> None:
     await apply_registry(house, FULL_REGISTRY)
     version = house.services.registry.current.version
     told = (await get_registry(house)).json()
@@ -67,8 +64,7 @@ async def test_applied_again(house: RunningGateway) -> None:
     assert house.services.registry.current.version == version
 
 
-async def test_dry_run(house: RunningGateway) -> None:
-    """A dry run tells every difference, before and after, and changes nothing."""
+async def test_dry_run_reports_every_difference(house: RunningGateway) -> None:
     await apply_registry(house, FULL_REGISTRY)
     version = house.services.registry.current.version
     told = (await get_registry(house)).json()
@@ -92,8 +88,7 @@ async def test_dry_run(house: RunningGateway) -> None:
     assert house.services.registry.current.version == version
 
 
-async def test_addresses_that_let_in(house: RunningGateway) -> None:
-    """The query of a webhook's address may be a secret: a difference tells that there is one, and not what."""
+async def test_webhook_query_is_hidden_in_differences(house: RunningGateway) -> None:
     hook = {"url": "https://hooks.example/a?key=first-secret"}
     added = await apply_registry(house, {"accounts": {}, "tenants": {"press": {"accounts": ["main"], "webhook": hook}}})
     assert added["differences"][0]["after"]["webhook"]["url"] == "https://hooks.example/a?…"
@@ -110,8 +105,7 @@ async def test_addresses_that_let_in(house: RunningGateway) -> None:
     assert house.services.registry.current.tenants["press"].webhook.url == told["tenants"]["press"]["webhook"]["url"]
 
 
-async def test_what_is_not_sent(house: RunningGateway) -> None:
-    """What is not sent is told and stays, tokens too, and goes with `prune`."""
+async def test_unmanaged_objects_stay_without_prune(house: RunningGateway) -> None:
     (token,) = house.services.registry.current.tokens
     document = {"accounts": {"main": {}}, "tenants": {"shop": {"accounts": ["main"]}}}
     await house.call_admin("PUT", "/accounts/spare", json={"user_key": ACCOUNT_KEY})
@@ -130,8 +124,7 @@ async def test_what_is_not_sent(house: RunningGateway) -> None:
     assert (list(current.accounts), list(current.tenants), list(current.tokens)) == (["main"], ["shop"], [])
 
 
-async def test_tasks_that_run(house: RunningGateway) -> None:
-    """What has tasks running is removed by force only; what stands in the way is told, in a dry run too."""
+async def test_objects_with_running_tasks_need_force(house: RunningGateway) -> None:
     await house.upstream.keep_running()
     task = (await house.submit()).json()
     for query in ("?prune=true", "?prune=true&dry_run=true"):
@@ -144,8 +137,7 @@ async def test_tasks_that_run(house: RunningGateway) -> None:
     assert house.services.registry.current.tenants == {}
 
 
-async def test_nothing_would_be_left(house: RunningGateway) -> None:
-    """A registry with nothing in it, as an export that failed leaves it, removes all there is by force only."""
+async def test_empty_document_needs_force(house: RunningGateway) -> None:
     before = house.services.registry.current
     for query in ("?prune=true", "?prune=true&dry_run=true"):
         answer = await house.call_admin("PUT", f"/registry{query}", json={"accounts": {}})
@@ -158,16 +150,14 @@ async def test_nothing_would_be_left(house: RunningGateway) -> None:
 
 
 @pytest.mark.parametrize("tag", ['"1"', 'W/"3"', "3", '"x"', '"1", "2"'])
-async def test_somebody_was_faster(house: RunningGateway, tag: str) -> None:
-    """What was made for another version than the newest is refused, and changes nothing."""
+async def test_outdated_version_is_refused(house: RunningGateway, tag: str) -> None:
     before = house.services.registry.current
     answer = await put_registry(house, FULL_REGISTRY, tag)
     expect_problem(answer, 412, "outdated")
     assert house.services.registry.current is before
 
 
-async def test_nobody_was_faster(house: RunningGateway) -> None:
-    """What was made for the newest version is carried out, and the answer has the version that comes of it."""
+async def test_current_version_is_applied(house: RunningGateway) -> None:
     tag = (await get_registry(house)).headers["etag"]
     answer = await put_registry(house, FULL_REGISTRY, f'"0", {tag}')
     assert answer.status_code == 200
@@ -175,8 +165,7 @@ async def test_nobody_was_faster(house: RunningGateway) -> None:
     assert (await put_registry(house, FULL_REGISTRY, "*")).status_code == 200
 
 
-async def test_somebody_was_faster_within_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registry that is changed by another process just before it is written is not overwritten."""
+async def test_concurrent_write_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_fake_gateway() as (house, _, _):
         store: Any = house.services.registry
         write = store.write
@@ -192,8 +181,7 @@ async def test_somebody_was_faster_within_the_call(monkeypatch: pytest.MonkeyPat
         assert list(house.services.registry.current.accounts) == ["main"]
 
 
-async def test_all_or_nothing(house: RunningGateway) -> None:
-    """One fault, and nothing is changed; all of them are told, with where they are."""
+async def test_one_error_rejects_the_document(house: RunningGateway) -> None:
     before = house.services.registry.current
     document: dict[str, Any] = {
         "accounts": {"new": {}, "main": {"floor_money": 0.001, "user_key": {"value": "with blanks"}}},
@@ -218,8 +206,7 @@ async def test_all_or_nothing(house: RunningGateway) -> None:
     assert house.services.registry.current is before
 
 
-async def test_secret_that_is_made(house: RunningGateway) -> None:
-    """A webhook without a secret gets one, which is shown this once and kept from then on."""
+async def test_generated_secret_is_shown_once(house: RunningGateway) -> None:
     document: dict[str, Any] = {
         "tenants": {"shop": {"accounts": ["main"], "webhook": {"url": "https://hooks.example"}}}
     }
@@ -229,8 +216,7 @@ async def test_secret_that_is_made(house: RunningGateway) -> None:
     assert (await apply_registry(house, document))["secrets"] == {}
 
 
-async def test_commands_and_references(house: RunningGateway) -> None:
-    """Where a secret is stays known for as long as it is that secret, and not when a command has set another one."""
+async def test_secret_reference_survives_while_the_secret_does(house: RunningGateway) -> None:
     await apply_registry(house, FULL_REGISTRY)
     await house.call_admin("PUT", "/accounts/main", json={"floor_count": 1})
     await house.put_tenant(webhook={"url": "https://hooks.example/a"})
@@ -244,8 +230,7 @@ async def test_commands_and_references(house: RunningGateway) -> None:
     assert "secret" not in told["tenants"]["shop"]["webhook"]
 
 
-async def test_account_that_may_pay_again(house: RunningGateway) -> None:
-    """An exhausted account that gets another key is looked at again, one that stays as it was is not."""
+async def test_changed_key_reopens_the_account(house: RunningGateway) -> None:
     await house.upstream.set_balance(count=1, money=0)
     await house.wait_for_task((await house.submit()).json()["id"])
     spent = (await house.call_admin("GET", "/accounts/main")).json()["state"]
@@ -255,8 +240,7 @@ async def test_account_that_may_pay_again(house: RunningGateway) -> None:
     assert (await house.call_admin("GET", "/accounts/main")).json()["state"] == "open"
 
 
-async def test_logged_without_secrets(house: RunningGateway) -> None:
-    """What is changed is logged, each owner and token with what it now is, and no secret in any log line or answer."""
+async def test_changes_are_logged_without_secrets(house: RunningGateway) -> None:
     with structlog.testing.capture_logs() as logged:
         answers = [
             await house.call_admin("PUT", "/registry", json=FULL_REGISTRY),
@@ -292,7 +276,7 @@ def _account_id(house: RunningGateway, account: str) -> int:
 
 
 def _without_secrets(value: Any) -> Any:
-    """What is told of what was sent: without secrets, and without when a token was made, which was not said."""
+    """Remove secrets, and creation times that the request omitted."""
     if isinstance(value, dict):
         return {key: _without_secrets(each) for key, each in value.items() if key not in {"value", "created_at"}}
     return value

@@ -1,4 +1,4 @@
-"""Accounts and tenants that are removed by force leave no place held, no task out of sight, and nothing uncounted."""
+"""Forced removals release every reservation."""
 
 from __future__ import annotations
 
@@ -16,32 +16,29 @@ from tests.support.valkey import Valkey
 
 UNREACHABLE_LIMITS: dict[str, Any] = {"limits": [{"window": "total", "tasks": 1_000}], "max_active": 1_000}
 LOST_AFTER_SECONDS = 1_800
-"""Seconds after which a task is given up that nobody can tell anything of."""
+"""Seconds after which a task that cannot be checked is given up."""
 
 
 async def read_counts(house: RunningGateway) -> tuple[float, float, float]:
-    """Of all tasks of `shop`: counted and held; and how many are active."""
+    """Return used, reserved and active tasks of `shop`."""
     report = (await house.call("GET", "/v1/quota")).json()
     policies = {each["policy"]: each for each in report["policies"]}
     return policies["total-tasks"]["used"], policies["total-tasks"]["reserved"], policies["max-active"]["used"]
 
 
 async def remove_by_force(house: RunningGateway, path: str) -> None:
-    """Remove by force."""
     answer = await house.call_admin("DELETE", f"{path}?force=true")
     assert answer.status_code == 204, answer.text
 
 
 async def read_task(house: RunningGateway, task: dict[str, Any]) -> dict[str, Any]:
-    """A task as it is read, which it has to be."""
     answer = await house.call("GET", task["links"]["self"])
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found
 
 
-async def test_account_removed_under_its_tasks(house: RunningGateway) -> None:
-    """Tasks of a removed account can be read until they are given up as lost; they stay charged and hold no place."""
+async def test_account_removed_with_running_tasks(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_LIMITS)
     tasks = [(await house.submit()).json() for _ in range(2)]
     checks = await house.upstream.count_checks()
@@ -61,8 +58,7 @@ async def test_account_removed_under_its_tasks(house: RunningGateway) -> None:
     assert await house.upstream.count_checks() == checks
 
 
-async def test_money_held_for_a_lost_task(house: RunningGateway) -> None:
-    """The money that a task of a removed account holds, all there is while no price is known, is free in the end."""
+async def test_lost_task_releases_its_money(house: RunningGateway) -> None:
     await house.put_tenant(limits=[{"window": "total", "money": 10}])
     task = (await house.submit()).json()
 
@@ -78,8 +74,7 @@ async def test_money_held_for_a_lost_task(house: RunningGateway) -> None:
     assert await money() == (0, 10)
 
 
-async def test_account_removed_and_made_anew(house: RunningGateway) -> None:
-    """An account that is given the name of a removed one knows nothing of its balance, and has none of its tasks."""
+async def test_recreated_account_inherits_nothing(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_LIMITS)
     old = (await house.submit()).json()
     await remove_by_force(house, "/accounts/main")
@@ -99,7 +94,6 @@ async def test_account_removed_and_made_anew(house: RunningGateway) -> None:
 
 
 async def test_one_of_two_accounts_removed(house: RunningGateway) -> None:
-    """A tenant goes on with the account that is left, while its tasks on the removed one run out."""
     await house.call_admin("PUT", "/accounts/spare", json={"user_key": USER_KEY})
     await house.put_tenant(accounts=["main", "spare"], limits=[{"window": "total", "tasks": 3}], max_active=3)
     lost = (await house.submit()).json()
@@ -114,8 +108,7 @@ async def test_one_of_two_accounts_removed(house: RunningGateway) -> None:
     expect_problem(await house.submit(), 429, "quota-exceeded")
 
 
-async def test_tenant_removed_under_its_tasks(house: RunningGateway) -> None:
-    """The tasks of a removed tenant are watched to their end, after which its account has nothing open."""
+async def test_tenant_removed_with_running_tasks(house: RunningGateway) -> None:
     for _ in range(3):
         assert (await house.submit()).status_code == 201
     await remove_by_force(house, "/tenants/shop")
@@ -131,8 +124,7 @@ async def test_tenant_removed_under_its_tasks(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_both_removed(house: RunningGateway) -> None:
-    """Where tenant and account are both gone their tasks run out all the same, and nothing fails over them."""
+async def test_tenant_and_account_removed(house: RunningGateway) -> None:
     for _ in range(2):
         assert (await house.submit()).status_code == 201
     checks = await house.upstream.count_checks()
@@ -149,7 +141,6 @@ async def test_both_removed(house: RunningGateway) -> None:
 
 @pytest.mark.parametrize("path", ["/tenants/shop", "/accounts/main"])
 async def test_removed_while_sending(valkey: Valkey, path: str) -> None:
-    """A submission that is on its way when its tenant or account is removed is sent once, answered, and lets go."""
     async with open_balance_harness(valkey) as books:
         asked = asyncio.create_task(books.submit_concurrently(1))
         await books.control.wait_for_requests(lambda seen: any(each.operation == "submit" for each in seen))

@@ -1,4 +1,4 @@
-"""What both ports answer about themselves, and the headers that go with every answer."""
+"""Service routes and common headers of both ports."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from tests.unit.asgi_client import open_raw_connection, read_response
 
 
 async def test_health(house: RunningGateway) -> None:
-    """Both ports say without a token that the process lives and takes requests."""
     for url in (house.url, house.ops_url):
         for path in ("/healthz", "/readyz"):
             answer = await house.http.get(url + path)
             assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
-async def test_draining(house: RunningGateway) -> None:
-    """A process that is ending is alive but not ready, on both ports, and still answers who comes."""
+async def test_draining_process_is_not_ready(house: RunningGateway) -> None:
     house.services.lifecycle.start_draining()
     for url in (house.url, house.ops_url):
         assert (await house.http.get(f"{url}/healthz")).status_code == 200
@@ -29,8 +27,7 @@ async def test_draining(house: RunningGateway) -> None:
     assert (await house.submit()).status_code == 201
 
 
-async def test_starting() -> None:
-    """A process that has not loaded its registry yet is alive but not ready."""
+async def test_starting_process_is_not_ready() -> None:
     async with run_fake_gateway() as (house, _, _):
         registry = house.services.registry
         assert isinstance(registry, FakeRegistry)
@@ -41,8 +38,7 @@ async def test_starting() -> None:
             assert (answer.status_code, answer.json()) == (503, {"status": "starting"})
 
 
-async def test_store_away() -> None:
-    """A store that went away does not unready the process, since reads go on."""
+async def test_unavailable_store_keeps_the_process_ready() -> None:
     async with run_fake_gateway() as (house, ledger, _):
         task = (await house.submit()).json()
         ledger.is_unavailable = True
@@ -53,8 +49,7 @@ async def test_store_away() -> None:
         assert int(answer.headers["retry-after"]) > 0
 
 
-async def test_operators_only(house: RunningGateway) -> None:
-    """Metrics and the operators' calls are on their own port, and the tenants' calls are not."""
+async def test_admin_routes_are_on_their_own_port(house: RunningGateway) -> None:
     metrics = await house.http.get(f"{house.ops_url}/metrics")
     assert metrics.status_code == 200
     assert metrics.headers["content-type"].startswith("text/plain")
@@ -68,8 +63,7 @@ async def test_operators_only(house: RunningGateway) -> None:
         expect_problem(answer, 404, "not-found")
 
 
-async def test_operators_token(house: RunningGateway) -> None:
-    """The operators' calls ask for the admin token, a tenant's is none."""
+async def test_admin_routes_need_the_admin_token(house: RunningGateway) -> None:
     for headers in ({}, {"Authorization": f"Bearer {house.token}"}, {"Authorization": f"Bearer {ADMIN_TOKEN}x"}):
         for method, path in (("GET", "/tenants"), ("PUT", "/tenants/x"), ("POST", "/tenants/shop/tokens")):
             answer = await house.http.request(method, f"{house.ops_url}/admin/v1{path}", headers=headers)
@@ -77,8 +71,7 @@ async def test_operators_token(house: RunningGateway) -> None:
             assert answer.headers["www-authenticate"].startswith("Bearer ")
 
 
-async def test_request_id(house: RunningGateway) -> None:
-    """Every answer has the id that the request came with, if it is a proper one, and else a new one."""
+async def test_request_id_header(house: RunningGateway) -> None:
     calls = [
         ("GET", "/healthz"),
         ("GET", "/v1/quota"),
@@ -99,7 +92,6 @@ async def test_request_id(house: RunningGateway) -> None:
 
 
 async def test_tenant_data_is_private(house: RunningGateway) -> None:
-    """Answers with a tenant's data may be kept by nobody but the caller, who has to ask again before using them."""
     created = await house.submit()
     path = created.headers["location"]
     for answer in (
@@ -113,15 +105,13 @@ async def test_tenant_data_is_private(house: RunningGateway) -> None:
         assert answer.headers["cache-control"] == "private, no-cache"
 
 
-async def test_location(house: RunningGateway) -> None:
-    """Location is where the new task is read, and the same as its own link."""
+async def test_location_header(house: RunningGateway) -> None:
     created = await house.submit()
     assert created.headers["location"] == created.json()["links"]["self"] == f"/v1/tasks/{created.json()['id']}"
     assert (await house.call("GET", created.headers["location"])).json() == created.json()
 
 
-async def test_retry_after(house: RunningGateway) -> None:
-    """Retry-After tells when to ask again while a task runs, in whole poll intervals, and is gone at its end."""
+async def test_retry_after_header(house: RunningGateway) -> None:
     created = await house.submit()
     assert created.headers["retry-after"] == "3"
     path = created.headers["location"]
@@ -130,8 +120,7 @@ async def test_retry_after(house: RunningGateway) -> None:
     assert "retry-after" not in (await house.call("GET", path)).headers
 
 
-async def test_age(house: RunningGateway) -> None:
-    """Age is the number of seconds since the upstream last told of the task."""
+async def test_age_header(house: RunningGateway) -> None:
     await house.upstream.keep_running()
     path = (await house.submit()).headers["location"]
     assert (await house.call("GET", path)).headers["age"] == "0"
@@ -143,7 +132,6 @@ async def test_age(house: RunningGateway) -> None:
 
 
 async def test_conditional_read(house: RunningGateway) -> None:
-    """A task is sent again only if it changed since the version the caller names, in any of the standard's forms."""
     created = await house.submit()
     path, tag = created.headers["location"], created.headers["etag"]
     assert re.fullmatch(r'"[\x21\x23-\x7e]+"', tag)
@@ -165,7 +153,6 @@ async def test_conditional_read(house: RunningGateway) -> None:
 
 
 async def test_conditional_read_without_a_store() -> None:
-    """A task that only the upstream tells of has another version when it tells of another state."""
     async with run_fake_gateway() as (house, ledger, upstream):
         await house.upstream.keep_running()
         path = (await house.submit()).headers["location"]
@@ -181,7 +168,6 @@ async def test_conditional_read_without_a_store() -> None:
 
 
 async def test_rate_limit_headers(house: RunningGateway) -> None:
-    """A submission tells what is left of each limit on tasks; without limits it tells nothing."""
     unlimited = await house.submit()
     assert not {"ratelimit", "ratelimit-policy"} & {*unlimited.headers}
     await house.put_tenant(
@@ -192,8 +178,7 @@ async def test_rate_limit_headers(house: RunningGateway) -> None:
     assert re.fullmatch(r'"hour-tasks";r=1;t=\d{1,4}, "total-tasks";r=7', answer.headers["ratelimit"])
 
 
-async def test_violated_limit_on_money(house: RunningGateway) -> None:
-    """A limit on money that refuses is told in yuan."""
+async def test_violated_money_limit_is_in_yuan(house: RunningGateway) -> None:
     await house.upstream.set_balance(0, 300)
     await house.put_tenant(limits=[{"window": "day", "money": 0.5}])
     await house.submit()
@@ -201,8 +186,7 @@ async def test_violated_limit_on_money(house: RunningGateway) -> None:
     assert [(each["policy"], each["limit"]) for each in found["violated_policies"]] == [("day-money", 0.5)]
 
 
-async def test_head(house: RunningGateway) -> None:
-    """HEAD is answered as GET is, without the content, and costs nothing either."""
+async def test_head_matches_get(house: RunningGateway) -> None:
     created = await house.submit()
     for url, path in (
         (house.url, created.headers["location"]),
@@ -226,8 +210,7 @@ async def test_head(house: RunningGateway) -> None:
     assert await house.upstream.count_submits() == 1
 
 
-async def test_nothing_is_served_that_nobody_meant_to(house: RunningGateway) -> None:
-    """The framework's own pages about the API, which load scripts of others, are found on neither port."""
+async def test_no_framework_pages(house: RunningGateway) -> None:
     for url in (house.url, house.ops_url):
         for path in ("", "/", "/openapi.json", "/openapi.yaml", "/swagger", "/redoc", "/elements", "/anything"):
             answer = await house.http.get(f"{url}/schema{path}")
@@ -239,8 +222,7 @@ async def test_nothing_is_served_that_nobody_meant_to(house: RunningGateway) -> 
     )
 
 
-async def test_the_first_fault_of_a_route_is_an_increase(house: RunningGateway) -> None:
-    """Each route begins with no faults, under the name by which its requests are counted."""
+async def test_route_metrics_start_at_zero(house: RunningGateway) -> None:
     path = (await house.submit()).headers["location"]
     assert (await house.call("GET", path)).status_code == 200
     metrics = (await house.http.get(f"{house.ops_url}/metrics")).text
@@ -254,8 +236,7 @@ async def test_the_first_fault_of_a_route_is_an_increase(house: RunningGateway) 
             assert zero in metrics
 
 
-async def test_a_request_that_the_server_can_not_parse_gets_a_problem_document(house: RunningGateway) -> None:
-    """On both ports; it has an id, and is counted."""
+async def test_unparsable_request_is_a_problem(house: RunningGateway) -> None:
     faults = {
         b"GET / HTTP/1.1\r\n\r\n": (400, "malformed-request"),
         b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 100 + b"\r\n": (431, "headers-too-large"),

@@ -1,4 +1,4 @@
-"""What an account shall keep is kept, also of uses that no figure has shown yet."""
+"""Floors and the prepaid-only mode while balances are incomplete."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ MISSING_BALANCES = Fault(wrong={"remaining_count": "missing", "remaining_money":
 
 @pytest.fixture(params=product(("submit", "end"), ("now", "then")), ids="-".join)
 async def books(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    """Books over each kind of upstream."""
     charge, checked_balance = request.param
     async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as found:
         yield found
 
 
-async def test_floor_at_the_operators_price(books: BalanceHarness) -> None:
-    """The operator's highest price keeps the floor on money as long as no price was seen."""
+async def test_configured_price_protects_the_floor(books: BalanceHarness) -> None:
     await books.gateway.call_admin(
         "PUT", "/accounts/main", json={"floor_money": 4 * PRICE_YUAN, "max_price": {"vectorize": PRICE_YUAN}}
     )
@@ -38,8 +36,7 @@ async def test_floor_at_the_operators_price(books: BalanceHarness) -> None:
     assert await books.upstream_balance() == (0, 4 * PRICE_YUAN)
 
 
-async def test_lost_answer_takes_a_use(books: BalanceHarness) -> None:
-    """A submission whose answer was lost may have taken the last use, so that a thrifty tenant sends no other."""
+async def test_unknown_outcome_may_have_taken_the_last_use(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(purse="count_only")
     await books.set_balance(3, 50)
     for _ in range(2):
@@ -51,8 +48,7 @@ async def test_lost_answer_takes_a_use(books: BalanceHarness) -> None:
     assert await books.upstream_balance() == (0, 50)
 
 
-async def test_lost_answer_and_the_floor(books: BalanceHarness) -> None:
-    """A submission whose answer was lost may have brought the account to its floor."""
+async def test_unknown_outcome_counts_against_the_floor(books: BalanceHarness) -> None:
     await books.gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 5})
     await books.set_balance(8, 0)
     for _ in range(2):
@@ -64,8 +60,7 @@ async def test_lost_answer_and_the_floor(books: BalanceHarness) -> None:
     assert await books.upstream_balance() == (5, 0)
 
 
-async def test_use_that_was_never_told(books: BalanceHarness) -> None:
-    """Where the figures stay away, a task that has ended took a use all the same."""
+async def test_finished_task_took_a_use_without_any_balance(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(purse="count_only")
     await books.set_balance(4, 50)
     for _ in range(2):
@@ -77,8 +72,7 @@ async def test_use_that_was_never_told(books: BalanceHarness) -> None:
     assert await books.upstream_balance() == (0, 50)
 
 
-async def test_figures_at_submits_only(books: BalanceHarness) -> None:
-    """Where checks tell no figures, a task that has ended took a use all the same."""
+async def test_finished_task_took_a_use_without_check_balances(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(purse="count_only")
     await books.set_balance(5, 50)
     for _ in range(2):
@@ -92,8 +86,7 @@ async def test_figures_at_submits_only(books: BalanceHarness) -> None:
     assert await books.upstream_balance() == (0, 50)
 
 
-async def test_overtaken(books: BalanceHarness) -> None:
-    """A thrifty tenant's task does not pay with money because another tenant's overtook it and took the last use."""
+async def test_overtaken_prepaid_only_task_pays_no_money(books: BalanceHarness) -> None:
     await books.gateway.put_tenant("thrifty", purse="count_only")
     thrifty = await books.gateway.new_token("thrifty")
     await books.set_balance(3, 50)
@@ -114,7 +107,7 @@ async def test_overtaken(books: BalanceHarness) -> None:
 
 
 async def check_out_of_order(books: BalanceHarness, number: int) -> None:
-    """Have two tasks done of which the first is checked last, with other tasks' figures known since."""
+    """Run two tasks; check the first after a later balance is known."""
     house, watch = books.gateway, books.gateway.services.task_poller
 
     async def checks_after(seconds: float) -> None:
@@ -137,8 +130,7 @@ async def check_out_of_order(books: BalanceHarness, number: int) -> None:
     await books.wait_for_cost(first)
 
 
-async def test_old_figures_of_a_check(books: BalanceHarness) -> None:
-    """A check that tells the balance of a task's end, before later tasks, does not bring back what they took."""
+async def test_older_check_balance_restores_nothing(books: BalanceHarness) -> None:
     await books.set_balance(6, 50)
     for _ in range(2):
         await books.run_task()
@@ -146,8 +138,7 @@ async def test_old_figures_of_a_check(books: BalanceHarness) -> None:
     assert await books.shown_balance() == await books.upstream_balance()
 
 
-async def test_old_figures_open_no_purse(books: BalanceHarness) -> None:
-    """Figures of an earlier task's end do not make a thrifty tenant spend money."""
+async def test_older_balance_does_not_unlock_money(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(purse="count_only")
     await books.set_balance(5, 50)
     for _ in range(2):
@@ -160,11 +151,8 @@ async def test_old_figures_open_no_purse(books: BalanceHarness) -> None:
     assert await books.upstream_balance() == (0, 50)
 
 
-async def test_running_side_by_side_from_the_beginning(books: BalanceHarness) -> None:
-    """What runs is held against the floor, also before the upstream has shown when it charges.
-
-    As long as nobody knows, a running task may yet be charged: one use too many stays where it has been already.
-    """
+async def test_running_tasks_count_against_the_floor(books: BalanceHarness) -> None:
+    """While the time of charging is unknown, a running task may yet be charged: one use too many stays."""
     await books.set_behaviour(seconds=3_600)
     await books.gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 5})
     await books.set_balance(8, 0)

@@ -1,4 +1,4 @@
-"""What became of a submission is told to its tenant and to operators, and to nobody else."""
+"""Submissions as shown to tenants and operators."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ from tests.support.valkey import Valkey
 
 
 async def submit_with_status(house: RunningGateway, status: int) -> str:
-    """Submit what ends with this status; the id of the submission, which only the log tells."""
+    """Submit and assert the status; return the submission id from the log."""
     with structlog.testing.capture_logs() as events:
         assert (await house.submit()).status_code == status
     return str([each["reservation"] for each in events if each["event"] == "reservation.settled"][-1])
 
 
-async def test_task(house: RunningGateway) -> None:
-    """An accepted submission leads to its task, and has its cost once that has ended."""
+async def test_accepted_submission_links_its_task(house: RunningGateway) -> None:
     await house.upstream.keep_running()
     task = (await house.submit()).json()
     name = submission_id_of(house, task)
@@ -56,8 +55,7 @@ async def test_task(house: RunningGateway) -> None:
     assert operators == expected | {"settled_at": settled_at, "tenant": "shop", "account": "main"}
 
 
-async def test_ended_task(house: RunningGateway) -> None:
-    """The submission of an ended task shows the cost that the task shows, on the same basis."""
+async def test_finished_submission_shows_its_cost(house: RunningGateway) -> None:
     for _ in range(2):
         task = await house.wait_for_task((await house.submit()).json()["id"])
         told = await read_submission(house, submission_id_of(house, task))
@@ -65,7 +63,6 @@ async def test_ended_task(house: RunningGateway) -> None:
 
 
 async def test_unknown_outcome(house: RunningGateway) -> None:
-    """A submission whose answer was lost is found by the id that its problem names, and becomes its task if it can."""
     name = await submit_and_lose_response(house)
     told = await read_submission(house, name)
     assert (told["outcome"], told["task"], told["refund"]) == ("unknown", None, None)
@@ -77,8 +74,7 @@ async def test_unknown_outcome(house: RunningGateway) -> None:
     assert told["task"] == {"id": task_id, "state": "succeeded", "link": f"/v1/tasks/{task_id}"}
 
 
-async def test_outcomes_that_cost_nothing(house: RunningGateway) -> None:
-    """A submission that was refused, or not sent, cost nothing and has no task."""
+async def test_refused_submissions_are_free(house: RunningGateway) -> None:
     await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
     refused = await submit_with_status(house, 502)
     dead = {"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"}
@@ -95,8 +91,7 @@ async def test_outcomes_that_cost_nothing(house: RunningGateway) -> None:
     assert expect_json(await house.call_admin("GET", f"/submissions/{not_sent}"))["account"] is None
 
 
-async def test_what_was_given_up(house: RunningGateway) -> None:
-    """Of a submission that was given up before it was made there is an outcome, and no time at which it was made."""
+async def test_tombstone_has_no_creation_time(house: RunningGateway) -> None:
     registry = house.services.registry.current
     name = "5" * 32
     ledger: Any = house.services.quota._ledger
@@ -114,8 +109,7 @@ async def test_what_was_given_up(house: RunningGateway) -> None:
     assert (told["outcome"], told["created_at"], told["settled_at"], told["cost"]) == ("not-sent", None, None, None)
 
 
-async def test_what_the_balance_suggests(valkey: Valkey) -> None:
-    """Of a lost answer whose submission was charged, the balance suggests so once another answer tells it."""
+async def test_balance_suggests_charged(valkey: Valkey) -> None:
     async with open_balance_harness(valkey) as books:
         await books.run_task()
         await books.run_task()
@@ -125,8 +119,7 @@ async def test_what_the_balance_suggests(valkey: Valkey) -> None:
         assert (await read_submission(books.gateway, name))["balance_suggests"] == "charged"
 
 
-async def test_what_the_balance_rules_out() -> None:
-    """Of a lost answer whose submission was not charged, the balance suggests that."""
+async def test_balance_suggests_not_charged() -> None:
     async with run_fake_gateway() as (house, _, _):
         for _ in range(2):
             await house.wait_for_task((await house.submit()).json()["id"])
@@ -138,7 +131,6 @@ async def test_what_the_balance_rules_out() -> None:
 
 @pytest.mark.parametrize("what", ["another's", "none", "malformed"])
 async def test_not_found(house: RunningGateway, what: str) -> None:
-    """The submission of another tenant, one that never was, and what can't be an id are answered alike."""
     name = submission_id_of(house, (await house.submit()).json())
     await house.put_tenant("other")
     other = await house.new_token("other")
@@ -156,8 +148,7 @@ async def test_not_found(house: RunningGateway, what: str) -> None:
     assert expect_json(await house.call_admin("GET", f"/submissions/{name}"))["tenant"] == "shop"
 
 
-async def test_store_away() -> None:
-    """While the ledger is away, nothing is told of what may be a submission rather than that there is none."""
+async def test_unavailable_store_is_503() -> None:
     async with run_fake_gateway() as (house, ledger, _):
         name = submission_id_of(house, (await house.submit()).json())
         ledger.is_unavailable = True

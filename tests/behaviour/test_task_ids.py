@@ -1,4 +1,4 @@
-"""A task is found by its tenant under its exact id, and by nobody else under nothing else."""
+"""Task ids are exact and per tenant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
 
 
 def iter_alterations(task_id: str) -> list[str]:
-    """Ids that differ from this one in every way somebody might try."""
     prefix, sealed = task_id[:5], task_id[5:]
     altered = [
         prefix + sealed[:place] + DIGITS[(DIGITS.index(digit) + 1) % 64] + sealed[place + 1 :]
@@ -27,8 +26,7 @@ def iter_alterations(task_id: str) -> list[str]:
     return [*dict.fromkeys(each for each in altered if each != task_id)]
 
 
-async def test_altered_id(house: RunningGateway) -> None:
-    """Any alteration of an id is answered exactly like an id that never was, and asks the upstream nothing."""
+async def test_altered_id_is_not_found(house: RunningGateway) -> None:
     task_id = (await house.submit()).json()["id"]
     assert (await house.call("GET", f"/v1/tasks/{task_id}")).status_code == 200
     never = expect_problem(await house.call("GET", "/v1/tasks/task_never"), 404, "not-found")
@@ -38,8 +36,7 @@ async def test_altered_id(house: RunningGateway) -> None:
     assert await house.upstream.count_checks() == 0
 
 
-async def test_somebody_elses_task(house: RunningGateway) -> None:
-    """A task of another tenant looks exactly like one that never was: same body, same headers, not in any list."""
+async def test_other_tenants_task_is_not_found(house: RunningGateway) -> None:
     task = (await house.submit()).json()
     await house.put_tenant("other")
     other = await house.new_token("other")
@@ -56,8 +53,7 @@ async def test_somebody_elses_task(house: RunningGateway) -> None:
     assert await house.upstream.count_checks() == 0
 
 
-async def test_somebody_elses_cursor(house: RunningGateway) -> None:
-    """A cursor leads on in its own list only."""
+async def test_cursor_of_another_list_is_refused(house: RunningGateway) -> None:
     tasks = [(await house.submit()).json()["id"] for _ in range(2)]
     first = (await house.call("GET", "/v1/tasks?limit=1")).json()
     following = (await house.call("GET", "/v1/tasks", params={"limit": 1, "cursor": first["next_cursor"]})).json()
@@ -70,8 +66,7 @@ async def test_somebody_elses_cursor(house: RunningGateway) -> None:
     expect_problem(answer, 400, "malformed-request")
 
 
-async def test_name_of_a_deleted_tenant(house: RunningGateway) -> None:
-    """Who gets the name of a tenant that was deleted gets none of its tasks."""
+async def test_reused_tenant_name_gets_no_old_tasks(house: RunningGateway) -> None:
     task = (await house.submit()).json()
     assert (await house.call_admin("DELETE", "/tenants/shop?force=true")).status_code == 204
     expect_problem(await house.call("GET", task["links"]["self"]), 401, "unauthenticated")

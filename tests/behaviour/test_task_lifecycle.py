@@ -1,4 +1,4 @@
-"""A service submits an image, follows its task and gets the result."""
+"""The life of a task: submit, poll, result."""
 
 from __future__ import annotations
 
@@ -78,7 +78,6 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("kind", list(Kind))
 async def test_every_kind_succeeds(house: RunningGateway, kind: Kind) -> None:
-    """A task of each kind is accepted with its options, runs, and ends with its results and its cost."""
     answer = await house.submit(kind, OPTIONS[kind] | {"metadata": '{"order": "17"}'})
     assert answer.status_code == 201, answer.text
     task = answer.json()
@@ -100,13 +99,11 @@ async def test_every_kind_succeeds(house: RunningGateway, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-async def test_defaults(house: RunningGateway, kind: Kind) -> None:
-    """Options that are not given have the defaults of the contract."""
+async def test_default_options(house: RunningGateway, kind: Kind) -> None:
     assert (await house.submit(kind)).json()["options"] == DEFAULTS[kind]
 
 
 async def test_failed_task(house: RunningGateway) -> None:
-    """A task that fails upstream ends as failed, with a reason and without results."""
     await house.upstream.fail_next_task()
     task = (await house.submit()).json()
     ended = await house.wait_for_task(task["id"])
@@ -114,8 +111,7 @@ async def test_failed_task(house: RunningGateway) -> None:
     assert ended["error"]["code"] == "task-failed"
 
 
-async def test_state_while_it_runs(house: RunningGateway) -> None:
-    """A task is queued until it was first asked about and running after that, and reads cost no check."""
+async def test_states_while_running(house: RunningGateway) -> None:
     await house.upstream.keep_running()
     task = (await house.submit()).json()
     for _ in range(3):
@@ -129,8 +125,7 @@ async def test_state_while_it_runs(house: RunningGateway) -> None:
     assert await house.upstream.count_checks() == 1
 
 
-async def test_one_check_per_interval(house: RunningGateway) -> None:
-    """The upstream is asked about a running task once per poll interval, not more often."""
+async def test_one_upstream_check_per_interval(house: RunningGateway) -> None:
     await house.upstream.keep_running()
     await house.submit()
     await house.poll_due_tasks()
@@ -143,8 +138,7 @@ async def test_one_check_per_interval(house: RunningGateway) -> None:
     assert await house.upstream.count_checks() == 2
 
 
-async def test_ended_task_is_left_alone(house: RunningGateway) -> None:
-    """A task that has ended is never checked again."""
+async def test_finished_task_is_not_checked_again(house: RunningGateway) -> None:
     task = (await house.submit()).json()
     await house.wait_for_task(task["id"])
     checks = await house.upstream.count_checks()
@@ -153,8 +147,7 @@ async def test_ended_task_is_left_alone(house: RunningGateway) -> None:
     assert await house.upstream.count_checks() == checks
 
 
-async def test_entity_tag(house: RunningGateway) -> None:
-    """An unchanged task is answered with 304 to whoever has it, and a change gives it another tag."""
+async def test_etag_changes_with_the_task(house: RunningGateway) -> None:
     task = (await house.submit()).json()
     first = await house.call("GET", task["links"]["self"])
     tag = first.headers["etag"]
@@ -167,8 +160,7 @@ async def test_entity_tag(house: RunningGateway) -> None:
     assert "retry-after" not in changed.headers
 
 
-async def test_age(house: RunningGateway) -> None:
-    """The age of an answer says how long ago the upstream told of the task."""
+async def test_age_header(house: RunningGateway) -> None:
     await house.upstream.keep_running()
     task = (await house.submit()).json()
     await house.poll_due_tasks()
@@ -177,8 +169,7 @@ async def test_age(house: RunningGateway) -> None:
     assert (await house.call("GET", task["links"]["self"])).headers["age"] == "17"
 
 
-async def test_listing(house: RunningGateway) -> None:
-    """Tasks are listed newest first, page by page, without gaps or repeats while others are added."""
+async def test_tasks_are_listed_newest_first(house: RunningGateway) -> None:
     made = []
     for kind in [*Kind, *Kind]:
         made.append((await house.submit(kind)).json()["id"])
@@ -197,8 +188,7 @@ async def test_listing(house: RunningGateway) -> None:
     assert seen == made[::-1]
 
 
-async def test_listing_filters(house: RunningGateway) -> None:
-    """The list can be narrowed by kind and by state."""
+async def test_list_filters(house: RunningGateway) -> None:
     done = (await house.submit("seamless")).json()["id"]
     await house.wait_for_task(done)
     await house.upstream.keep_running()
@@ -215,8 +205,7 @@ async def test_listing_filters(house: RunningGateway) -> None:
     assert set(await ids()) == {done, waiting}
 
 
-async def test_tenants_do_not_see_each_other(house: RunningGateway) -> None:
-    """A task of another tenant is not found, and not listed, just like one that never was."""
+async def test_tenants_are_isolated(house: RunningGateway) -> None:
     await house.put_tenant("other")
     stranger = await house.new_token("other")
     task = (await house.submit()).json()
@@ -227,8 +216,7 @@ async def test_tenants_do_not_see_each_other(house: RunningGateway) -> None:
     assert (await house.call("GET", "/v1/tasks", token=stranger)).json() == {"items": [], "next_cursor": None}
 
 
-async def test_part_order(house: RunningGateway) -> None:
-    """The options may stand before or after the image."""
+async def test_form_parts_in_any_order(house: RunningGateway) -> None:
     parts = [("image", ("a.png", make_png(), "image/png")), ("fit", (None, "0.4"))]
     for order in (parts, parts[::-1]):
         answer = await house.call("POST", "/v1/tasks/seamless", files=order)
@@ -247,11 +235,9 @@ async def test_part_order(house: RunningGateway) -> None:
         (TaskCache, "fresh"),
     ],
 )
-async def test_faults_after_the_acceptance(
+async def test_errors_after_the_acceptance_still_return_201(
     house: RunningGateway, where: Any, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever goes wrong in the gateway once the upstream has accepted, the answer is 201 with the task."""
-
     def failing(*_: Any, **__: Any) -> NoReturn:
         raise error("a fault of the gateway")
 
@@ -264,9 +250,7 @@ async def test_faults_after_the_acceptance(
     assert await house.upstream.count_submits() == 1
 
 
-async def test_task_that_cannot_be_shown(house: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a fault keeps the gateway from showing an accepted task, the answer tells its id, and where to read it."""
-
+async def test_unrenderable_task_still_returns_its_id(house: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any, **__: Any) -> NoReturn:
         raise KeyError("a fault of the gateway")
 
@@ -279,11 +263,9 @@ async def test_task_that_cannot_be_shown(house: RunningGateway, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("error", [KeyError, OSError])
-async def test_faults_after_the_acceptance_of_an_old_client(
+async def test_errors_after_the_acceptance_of_a_legacy_submit(
     house: RunningGateway, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same in the old protocol, which tells the task beside what is left."""
-
     async def failing(*_: Any, **__: Any) -> NoReturn:
         raise error("a fault of the gateway")
 

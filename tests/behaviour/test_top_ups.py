@@ -1,4 +1,4 @@
-"""An account that can't pay is left alone, looked at now and then, and used again once it can; the next one pays."""
+"""Exhausted accounts: probes, top-ups and failover."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SPARE_KEY = "upstream-key-spare"
 
 @pytest.fixture
 async def books(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    """Books with a second account `spare`.
+    """Yield a gateway with a second account `spare`.
 
-    No check tells the balance of now, so that nothing but a submission can find out whether an account can pay again.
+    Checks report no current balance, so that only a submission can find a top-up.
     """
     async with open_balance_harness(valkey, checked_balance="then") as found:
         await found.set_balance(50, 0, SPARE_KEY)
@@ -31,19 +31,17 @@ async def books(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
 
 
 async def read_submit_keys(books: BalanceHarness) -> list[str]:
-    """The keys that submits were sent with, in order."""
+    """Return the user keys of all submits, in order."""
     return [each.user_key for each in await books.control.list_requests() if each.operation == "submit"]
 
 
 async def exhaust_main(books: BalanceHarness) -> None:
-    """Let `main` run dry, and be known to."""
     await books.set_balance(1, 0)
     await books.run_task()
     await books.expect_refused_locally()
 
 
 async def test_one_probe_per_minute(books: BalanceHarness) -> None:
-    """An exhausted account is asked with one submission a minute, however many want to, and then used as before."""
     await exhaust_main(books)
     for _ in range(3):
         asked = await books.sandbox.count_submits()
@@ -64,7 +62,6 @@ async def test_one_probe_per_minute(books: BalanceHarness) -> None:
 
 
 async def test_one_probe_for_all_tenants(books: BalanceHarness) -> None:
-    """Two tenants that wait for the same account do not each get a probe."""
     await books.gateway.put_tenant("other")
     other = await books.gateway.new_token("other")
     await exhaust_main(books)
@@ -76,7 +73,6 @@ async def test_one_probe_for_all_tenants(books: BalanceHarness) -> None:
 
 
 async def test_reopened_without_a_top_up(books: BalanceHarness) -> None:
-    """An operator's reopening lets one submission find out, and if nothing was topped up the account closes again."""
     await exhaust_main(books)
     for _ in range(2):
         asked = await books.sandbox.count_submits()
@@ -92,8 +88,7 @@ async def test_reopened_without_a_top_up(books: BalanceHarness) -> None:
     assert await books.shown_balance() == await books.upstream_balance() == (1, 0)
 
 
-async def test_top_up_that_a_check_tells(books: BalanceHarness) -> None:
-    """A running task whose check tells of a top-up opens its exhausted account, without any probe."""
+async def test_check_of_a_running_task_finds_the_top_up(books: BalanceHarness) -> None:
     await books.set_behaviour(checked_balance="now")
     await books.set_balance(1, 0)
     running = await books.expect_accepted()
@@ -105,8 +100,7 @@ async def test_top_up_that_a_check_tells(books: BalanceHarness) -> None:
     assert (await books.submit()).status_code == 201
 
 
-async def test_topped_up_by_money(books: BalanceHarness) -> None:
-    """Money reopens an account that ran out of uses, but not for a tenant that may spend uses only."""
+async def test_money_top_up_serves_money_tenants_only(books: BalanceHarness) -> None:
     await books.gateway.put_tenant("thrifty", purse="count_only")
     thrifty = await books.gateway.new_token("thrifty")
     await exhaust_main(books)
@@ -120,7 +114,6 @@ async def test_topped_up_by_money(books: BalanceHarness) -> None:
 
 
 async def test_accounts_in_order(books: BalanceHarness) -> None:
-    """The first account that can pay is used, an exhausted one is passed over, and used again once it was topped up."""
     await books.gateway.put_tenant(accounts=["main", "spare"])
     await books.set_balance(2, 0)
     for _ in range(4):
@@ -136,8 +129,7 @@ async def test_accounts_in_order(books: BalanceHarness) -> None:
     assert await books.shown_balance() == (7, 0)
 
 
-async def test_probe_goes_on_to_the_next(books: BalanceHarness) -> None:
-    """A submission that was to probe an account goes on to the next one, so that its tenant does not notice."""
+async def test_failed_probe_fails_over(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(accounts=["main", "spare"])
     await exhaust_main_with_spare(books)
     await books.gateway.advance(60)
@@ -149,15 +141,14 @@ async def test_probe_goes_on_to_the_next(books: BalanceHarness) -> None:
 
 
 async def exhaust_main_with_spare(books: BalanceHarness) -> None:
-    """Let `main` run dry while `spare` goes on."""
+    """Exhaust `main` while `spare` can pay."""
     await books.set_balance(1, 0)
     await books.run_task()
     assert (await books.submit()).status_code == 201
     assert (await books.get_account())["state"] == "exhausted"
 
 
-async def test_all_exhausted(books: BalanceHarness) -> None:
-    """When no account can pay the tenant is told when the first of them is looked at again, and none is asked."""
+async def test_all_accounts_exhausted(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(accounts=["main", "spare"])
     await books.set_balance(1, 0)
     await books.set_balance(1, 0, SPARE_KEY)
@@ -168,8 +159,7 @@ async def test_all_exhausted(books: BalanceHarness) -> None:
     assert int(refused.headers["retry-after"]) <= 30
 
 
-async def test_unknown_account_is_passed_over(books: BalanceHarness) -> None:
-    """An account that the upstream does not know is asked once; its tenant is served by the next and not bothered."""
+async def test_invalid_account_fails_over(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(accounts=["main", "spare"])
     await books.gateway.call_admin("PUT", "/accounts/main", json={"user_key": "nobody"})
     for _ in range(3):
@@ -181,8 +171,7 @@ async def test_unknown_account_is_passed_over(books: BalanceHarness) -> None:
 
 
 @pytest.mark.parametrize("cure", ["reopen", "the same key", "a new key"])
-async def test_unknown_account(books: BalanceHarness, cure: str) -> None:
-    """An account that the upstream does not know is not asked again before an operator did something about it."""
+async def test_invalid_account_is_not_probed(books: BalanceHarness, cure: str) -> None:
     await books.set_behaviour(faults=(Fault(on="submit", times=1, refuse="账户不存在"),))
     refused = expect_problem(await books.submit(), 503, "account-misconfigured")
     assert "账户" not in str(refused)
@@ -202,8 +191,7 @@ async def test_unknown_account(books: BalanceHarness, cure: str) -> None:
     assert (await books.read_policies())["total-tasks"] == (1, 0)
 
 
-async def test_neither_known_nor_able(books: BalanceHarness) -> None:
-    """Of an unknown account and an exhausted one the tenant hears of the one that can get better by itself."""
+async def test_exhausted_account_outranks_an_invalid_one(books: BalanceHarness) -> None:
     await books.gateway.put_tenant(accounts=["main", "spare"])
     await books.gateway.call_admin("PUT", "/accounts/main", json={"user_key": "nobody"})
     await books.set_balance(1, 0, SPARE_KEY)

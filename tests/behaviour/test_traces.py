@@ -1,4 +1,4 @@
-"""A submission can be followed in traces to its end: over the store, the upstream and the tenant's own server."""
+"""Traces of a submission from the request to the webhook."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def collector() -> Iterator[TraceCollector]:
         yield found
 
 
-async def test_from_submission_to_delivery(valkey: Valkey, collector: TraceCollector) -> None:
-    """A submission is a part of its caller's trace, and its checks and its delivery point back to it."""
+async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: TraceCollector) -> None:
     async with (
         run_receiver() as receiver,
         run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url, GATEWAY_TRACES_SHARE="0") as house,
@@ -60,8 +59,7 @@ async def test_from_submission_to_delivery(valkey: Valkey, collector: TraceColle
     assert [span for span in collector.spans if span.is_error] == []
 
 
-async def test_what_is_not_traced(valkey: Valkey, collector: TraceCollector) -> None:
-    """What follows from a submission that is not recorded is not recorded either, nor what nobody asked for."""
+async def test_unsampled_work_is_not_recorded(valkey: Valkey, collector: TraceCollector) -> None:
     async with (
         run_receiver() as receiver,
         run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url, GATEWAY_TRACES_SHARE="0") as house,
@@ -74,8 +72,7 @@ async def test_what_is_not_traced(valkey: Valkey, collector: TraceCollector) -> 
     assert collector.spans == []
 
 
-async def test_idle(valkey: Valkey, collector: TraceCollector) -> None:
-    """A gateway of which nobody wants anything sends nothing, though it looks for work all the time."""
+async def test_idle_gateway_sends_no_spans(valkey: Valkey, collector: TraceCollector) -> None:
     async with run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url) as house:
         for _ in range(3):
             await house.services.task_poller.start_due()
@@ -88,8 +85,7 @@ async def test_idle(valkey: Valkey, collector: TraceCollector) -> None:
     ]
 
 
-async def test_nothing_secret(valkey: Valkey, collector: TraceCollector) -> None:
-    """No key, token, prompt or label of anybody is sent to the collector, whatever is done and whatever fails."""
+async def test_no_secret_is_exported(valkey: Valkey, collector: TraceCollector) -> None:
     private = ["a prompt", "order-of-a-customer"]
     redactor = Redactor([ADMIN_TOKEN])
     async with run_real_gateway(

@@ -1,4 +1,4 @@
-"""What one process records wakes those who wait in another, long before anybody would look by himself."""
+"""Notifications between processes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.support.app_server import serve_app
 from tests.support.valkey import Valkey
 
 POLL_SECONDS = 60
-"""How often a process looks at the store by itself for those who wait: not while a test lasts."""
+"""Longer than a test: waiters are woken by notifications only."""
 
 
 @dataclass
 class TwoProcesses:
-    """A process that watches, and one that only answers."""
+    """Two processes, of which only one polls."""
 
     poller: RunningGateway
     reader: RunningGateway
@@ -35,7 +35,6 @@ class TwoProcesses:
 
 @pytest.fixture
 async def pair(valkey: Valkey) -> AsyncIterator[TwoProcesses]:
-    """Both processes at work over one store."""
     async with AsyncExitStack() as stack:
         own = await stack.enter_async_context(run_real_gateway(valkey))
         given = {
@@ -60,8 +59,7 @@ async def pair(valkey: Valkey) -> AsyncIterator[TwoProcesses]:
         )
 
 
-async def test_woken_from_elsewhere(pair: TwoProcesses) -> None:
-    """A wait and a stream are told the end that another process records, at once."""
+async def test_end_recorded_elsewhere_wakes_waiters(pair: TwoProcesses) -> None:
     task = (await pair.poller.submit()).json()
     reading = await start_waiting_read(pair.reader, task["links"]["self"])
     async with open_event_stream(pair.reader, task) as stream:
@@ -74,8 +72,7 @@ async def test_woken_from_elsewhere(pair: TwoProcesses) -> None:
     assert time.monotonic() - recorded < POLL_SECONDS / 10
 
 
-async def test_known_from_elsewhere(pair: TwoProcesses) -> None:
-    """What a process remembers of a task is brought up to date by what another one records."""
+async def test_change_recorded_elsewhere_updates_the_cache(pair: TwoProcesses) -> None:
     task = (await pair.poller.submit()).json()
     read = await pair.reader.call("GET", task["links"]["self"])
     assert read.json()["state"] == "queued"

@@ -1,4 +1,4 @@
-"""What somebody else takes from an account is noticed, and what the gateway took is never blamed on anybody."""
+"""Detection of spending outside the gateway."""
 
 from __future__ import annotations
 
@@ -20,26 +20,24 @@ FAILS = Fault(on="submit", times=1, fail="it could not be done")
 
 @pytest.fixture(params=product(("submit", "end"), ("now", "then")), ids="-".join)
 async def books(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    """Books over each kind of upstream."""
     charge, checked_balance = request.param
     async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as found:
         yield found
 
 
 async def read_unexplained(books: BalanceHarness) -> tuple[int, float]:
-    """What somebody else has taken, as the gateway sees it: uses, and yuan."""
+    """Return the unexplained uses and yuan of the account."""
     found = (await books.get_account())["unexplained"]
     return found["count"], found["money"]
 
 
 async def spend_elsewhere(books: BalanceHarness, count: int, money: int) -> None:
-    """Let somebody else spend so much with the same key."""
+    """Spend from the upstream account without the gateway."""
     held = await books.upstream_balance()
     await books.set_balance(held[0] - count, held[1] - money)
 
 
-async def test_somebody_else(books: BalanceHarness) -> None:
-    """What is taken between two submissions adds up, in uses and in money, to the last of each."""
+async def test_spending_between_submissions_adds_up(books: BalanceHarness) -> None:
     await books.gateway.call_admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE_YUAN}})
     await books.set_balance(9, 40)
     for _ in range(2):
@@ -56,8 +54,7 @@ async def test_somebody_else(books: BalanceHarness) -> None:
     assert await read_unexplained(books) == (4, 8)
 
 
-async def test_somebody_elses_money(books: BalanceHarness) -> None:
-    """Beside a task that is paid with money, what exceeds the operator's highest price was taken by somebody else."""
+async def test_spending_above_the_highest_price_is_unexplained(books: BalanceHarness) -> None:
     await books.gateway.call_admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE_YUAN}})
     await books.set_balance(0, 100)
     for _ in range(2):
@@ -68,8 +65,7 @@ async def test_somebody_elses_money(books: BalanceHarness) -> None:
     assert await books.shown_balance() == await books.upstream_balance() == (0, 70 - 3 * PRICE_YUAN)
 
 
-async def test_failure_that_was_lost_sight_of(books: BalanceHarness) -> None:
-    """Once a task that told nothing is over and the figures are known again, others are noticed as before."""
+async def test_detection_resumes_after_a_lost_failure(books: BalanceHarness) -> None:
     await books.set_balance(9, 0)
     for _ in range(2):
         await books.run_task()
@@ -83,8 +79,7 @@ async def test_failure_that_was_lost_sight_of(books: BalanceHarness) -> None:
 
 
 @pytest.mark.parametrize("fault", [FAILS, LOST, MISSING], ids=["failed", "lost", "untold"])
-async def test_nobody_else(books: BalanceHarness, fault: Fault) -> None:
-    """Tasks side by side, from uses into money, with one that tells nothing, leave nothing to explain."""
+async def test_parallel_tasks_leave_nothing_unexplained(books: BalanceHarness, fault: Fault) -> None:
     await books.set_balance(6, 20 * PRICE_YUAN)
     for _ in range(2):
         await books.run_task()
@@ -103,8 +98,7 @@ async def test_nobody_else(books: BalanceHarness, fault: Fault) -> None:
     assert await books.shown_balance() == await books.upstream_balance()
 
 
-async def test_top_up_between_answers(books: BalanceHarness) -> None:
-    """An answer from before a top-up that comes after one from behind it is nobody's spending."""
+async def test_response_older_than_a_top_up_is_explained(books: BalanceHarness) -> None:
     await books.set_balance(5, 0)
     for _ in range(2):
         await books.run_task()
@@ -120,8 +114,7 @@ async def test_top_up_between_answers(books: BalanceHarness) -> None:
     assert await read_unexplained(books) == (0, 0)
 
 
-async def test_two_accounts(books: BalanceHarness) -> None:
-    """A submission that goes on to the next account is expected there, and no longer where it was refused."""
+async def test_failover_moves_the_expected_charge(books: BalanceHarness) -> None:
     await books.set_balance(50, 0, "spare-key")
     await books.gateway.call_admin("PUT", "/accounts/spare", json={"user_key": "spare-key"})
     await books.gateway.put_tenant(accounts=["main", "spare"])

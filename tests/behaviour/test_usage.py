@@ -1,4 +1,4 @@
-"""The usage explains what the windows count, day by day, for each tenant and for all of them."""
+"""Usage reports match the windows."""
 
 from __future__ import annotations
 
@@ -31,15 +31,14 @@ from tests.support.valkey import Valkey
 
 
 def count_outcomes(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, int]]:
-    """The submissions of each period and kind by outcome, without those that there are none of."""
+    """Return non-zero submission counts by period, kind and outcome."""
     return {
         (each["period"], each["kind"]): {name: number for name, number in each["tasks"].items() if number}
         for each in found["items"]
     }
 
 
-async def test_each_outcome(house: RunningGateway) -> None:
-    """Every submission is counted once, under what became of it and its kind, also when that changes."""
+async def test_every_outcome_is_counted_once(house: RunningGateway) -> None:
     assert (await read_usage(house))["items"] == []
     today = (await read_usage(house))["to"]
     await run_task(house)
@@ -69,8 +68,7 @@ async def test_each_outcome(house: RunningGateway) -> None:
     assert found["unknown_submissions"] == []
 
 
-async def test_usage_is_what_the_windows_count(house: RunningGateway) -> None:
-    """The usage of today equals its window, after every kind of change."""
+async def test_usage_equals_the_windows(house: RunningGateway) -> None:
     await house.put_tenant(**UNREACHABLE_POLICIES)
     tasks = [await read_charged_today(house)]
     task = await run_task(house)
@@ -92,8 +90,7 @@ async def test_usage_is_what_the_windows_count(house: RunningGateway) -> None:
     assert [number for number, _ in tasks] == [0, 1, 2, 3, 3, 2, 2, 3]
 
 
-async def test_money(valkey: Valkey) -> None:
-    """Uses and yuan add up to what the upstream took, by how they are known, and to what the windows count."""
+async def test_uses_and_money_add_up(valkey: Valkey) -> None:
     async with open_balance_harness(valkey) as books:
         house = books.gateway
         await books.set_balance(2, 100)
@@ -108,8 +105,7 @@ async def test_money(valkey: Valkey) -> None:
         assert await read_charged_today(house) == (4, 2 * PRICE_YUAN)
 
 
-async def test_overrun(valkey: Valkey) -> None:
-    """What a price came to beyond a limit on money shows in the quota of the tenant, and nothing beyond no limit."""
+async def test_overrun_is_reported(valkey: Valkey) -> None:
     async with open_balance_harness(valkey) as books:
         house = books.gateway
         await books.set_balance(0, 100)
@@ -124,8 +120,7 @@ async def test_overrun(valkey: Valkey) -> None:
         assert expect_json(await house.call_admin("GET", "/tenants/shop"))["policies"] == policies
 
 
-async def test_what_nothing_explains(valkey: Valkey) -> None:
-    """What somebody else spends with the key of an account is no tenant's: the account shows it as unexplained."""
+async def test_unexplained_spending_is_no_tenants(valkey: Valkey) -> None:
     async with open_balance_harness(valkey) as books:
         await books.set_balance(20, 100)
         for _ in range(2):
@@ -137,8 +132,7 @@ async def test_what_nothing_explains(valkey: Valkey) -> None:
         assert (await read_usage(books.gateway))["total"]["charged"] == {"tasks": 3, "money": 0}
 
 
-async def test_months(house: RunningGateway) -> None:
-    """Each day, month and whole span has its own sum; without days it is the month of now, and empty days are out."""
+async def test_months_and_totals(house: RunningGateway) -> None:
     first = await advance_to_next_window(house, "month")
     await run_task(house)
     second = await advance_to_next_window(house)
@@ -172,8 +166,7 @@ async def test_months(house: RunningGateway) -> None:
     assert await read_windows(house) == {"day": (1, 0), "month": (1, 0), "total": (4, 0)}
 
 
-async def test_midnight(house: RunningGateway) -> None:
-    """A submission belongs to the day on which it was made, whenever it ends."""
+async def test_submission_belongs_to_the_day_of_its_creation(house: RunningGateway) -> None:
     before = await advance_to_next_window(house)
     await house.upstream.keep_running()
     task = (await house.submit()).json()
@@ -186,8 +179,7 @@ async def test_midnight(house: RunningGateway) -> None:
     assert task["created_at"][:10] == str(before)
 
 
-async def test_all_tenants(house: RunningGateway) -> None:
-    """Operators see each tenant with its id, or one of them, or the sum of all; a tenant sees its own alone."""
+async def test_usage_of_all_tenants(house: RunningGateway) -> None:
     await house.put_tenant("other")
     other = await house.new_token("other")
     await run_task(house)
@@ -224,8 +216,7 @@ async def test_all_tenants(house: RunningGateway) -> None:
     assert len((await read_usage(house))["unknown_submissions"]) == 1
 
 
-async def test_deleted_tenants(house: RunningGateway) -> None:
-    """What deleted tenants spent stays in the sums, under their names and ids, also when a name is given anew."""
+async def test_usage_of_deleted_tenants(house: RunningGateway) -> None:
     await run_task(house)
     name = await submit_and_lose_response(house)
     old = house.services.registry.current.tenants["shop"].id
@@ -244,8 +235,7 @@ async def test_deleted_tenants(house: RunningGateway) -> None:
     assert (unknown["id"], unknown["tenant"], unknown["tenant_id"]) == (name, "shop", old)
 
 
-async def test_deleted_while_running(house: RunningGateway) -> None:
-    """What ends after its tenant was deleted is counted all the same."""
+async def test_usage_of_a_tenant_deleted_while_running(house: RunningGateway) -> None:
     task = (await house.submit()).json()
     await house.call_admin("DELETE", "/tenants/shop?force=true")
     await house.poll_due_tasks()
@@ -256,7 +246,6 @@ async def test_deleted_while_running(house: RunningGateway) -> None:
 
 
 async def test_kept_for_13_months(house: RunningGateway) -> None:
-    """Usage can be read for 13 months."""
     day = await advance_to_next_window(house)
     await run_task(house)
     await house.advance(396 * 86_400)
@@ -265,7 +254,6 @@ async def test_kept_for_13_months(house: RunningGateway) -> None:
 
 
 async def test_stored_for_13_months(valkey: Valkey) -> None:
-    """What Redis keeps of a day stays for 13 months, and not for ever."""
     async with open_balance_harness(valkey) as books:
         await books.run_task()
         today = (date.fromisoformat((await read_usage(books.gateway))["to"]) - date(1970, 1, 1)).days

@@ -1,4 +1,4 @@
-"""Usage is asked for by days, intervals and groups, and told in JSON or CSV."""
+"""Queries and formats of usage reports."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from tests.behaviour.usage_requests import (
 PATHS = ("/v1/usage", "/admin/v1/usage")
 
 
-async def test_csv_is_json(house: RunningGateway) -> None:
-    """CSV has the items of JSON, field by field, in columns that are the same whatever is asked."""
+async def test_csv_equals_json(house: RunningGateway) -> None:
     first = await advance_to_next_window(house)
     await run_task(house)
     expect_json(await post_refund(house, task=(await run_task(house))["id"], reason="=1+1"), 201)
@@ -66,8 +65,7 @@ async def test_csv_is_json(house: RunningGateway) -> None:
         ("", "application/json"),
     ],
 )
-async def test_who_wants_csv(house: RunningGateway, accept: str, media_type: str) -> None:
-    """CSV is for those who would rather have it; all others are served JSON. Caches are told."""
+async def test_csv_needs_an_accept_header(house: RunningGateway, accept: str, media_type: str) -> None:
     for path in PATHS:
         answer = await request_media_type(house, path, accept)
         assert answer.status_code == 200
@@ -77,8 +75,7 @@ async def test_who_wants_csv(house: RunningGateway, accept: str, media_type: str
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_faulty_query(house: RunningGateway, path: str) -> None:
-    """A parameter that is mistyped, repeated, or can't be what it must be is named rather than left out of account."""
+async def test_invalid_query(house: RunningGateway, path: str) -> None:
     today = date.fromisoformat((await read_usage(house))["to"])
     days = ["", "yesterday", "2026-1-1", "20260101", "2026-W01-1", "2026-02-30", "2026-01-01T00:00:00Z", "null"]
     days += ["٢٠٢٦-٠١-٠١", "0000-01-01", "0001-01-01", "9999-12-31", " 2026-01-01", "2026-01-01\n"]
@@ -112,8 +109,7 @@ async def test_faulty_query(house: RunningGateway, path: str) -> None:
         ]
 
 
-async def test_spans(house: RunningGateway) -> None:
-    """A report goes from a day to no earlier one, and spans at most 400 days, which may lie ahead."""
+async def test_date_ranges(house: RunningGateway) -> None:
     today = date.fromisoformat((await read_usage(house))["to"])
 
     async def asked(first: int, last: int) -> Any:
@@ -130,8 +126,7 @@ async def test_spans(house: RunningGateway) -> None:
     assert str(today) in document["detail"]
 
 
-async def test_who_may_ask(house: RunningGateway) -> None:
-    """Usage is told to nobody without a token, whatever is wrong with the query, and that of all to no tenant."""
+async def test_usage_needs_a_token(house: RunningGateway) -> None:
     for query in ("", "?form=x"):
         expect_problem(await house.call("GET", f"/v1/usage{query}", token=""), 401, "unauthenticated")
         expect_problem(await house.http.get(f"{house.ops_url}/admin/v1/usage{query}"), 401, "unauthenticated")

@@ -1,4 +1,4 @@
-"""Who prefers to wait is answered with the end of the task, as soon as it is known and never later than wished."""
+"""`Prefer: wait` on reads and submissions."""
 
 from __future__ import annotations
 
@@ -22,19 +22,16 @@ PREFERS = {"Prefer": "wait=60"}
 
 @pytest.fixture
 async def task(house: RunningGateway) -> dict[str, Any]:
-    """A task that runs."""
     task: dict[str, Any] = (await house.submit()).json()
     return task
 
 
 def task_path(task: dict[str, Any]) -> str:
-    """Where a task is read."""
     found: str = task["links"]["self"]
     return found
 
 
-async def test_woken_by_the_end(house: RunningGateway, task: dict[str, Any]) -> None:
-    """A read that waits is answered with the end when that is recorded, and by no change before it."""
+async def test_end_wakes_the_waiting_read(house: RunningGateway, task: dict[str, Any]) -> None:
     reading = await start_waiting_read(house, task_path(task))
     await poll_with_outcomes(house, RUNNING)
     assert not reading.done()
@@ -47,8 +44,7 @@ async def test_woken_by_the_end(house: RunningGateway, task: dict[str, Any]) -> 
     assert house.services.task_cache.subscription_count == 0
 
 
-async def test_ended_already(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Nobody waits for a task that has ended."""
+async def test_finished_task_is_returned_at_once(house: RunningGateway, task: dict[str, Any]) -> None:
     await poll_with_outcomes(house, SUCCEEDED)
     async with asyncio.timeout(20):
         answer = await house.call("GET", task_path(task), headers=PREFERS)
@@ -56,8 +52,7 @@ async def test_ended_already(house: RunningGateway, task: dict[str, Any]) -> Non
     assert answer.headers["preference-applied"] == "wait=60"
 
 
-async def test_time_over(house: RunningGateway, task: dict[str, Any]) -> None:
-    """When the time is over the task is told as it is then, and when to ask again."""
+async def test_timeout_returns_the_current_state(house: RunningGateway, task: dict[str, Any]) -> None:
     await poll_with_outcomes(house, RUNNING)
     tag = (await house.call("GET", task_path(task))).headers["etag"]
     reading = await start_waiting_read(house, task_path(task), 1)
@@ -69,15 +64,13 @@ async def test_time_over(house: RunningGateway, task: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("prefer", ["wait=0", "wait=soon", "respond-async"])
-async def test_no_wish_to_wait(house: RunningGateway, task: dict[str, Any], prefer: str) -> None:
-    """Another preference, or one that makes no sense, changes nothing."""
+async def test_other_preferences_are_ignored(house: RunningGateway, task: dict[str, Any], prefer: str) -> None:
     answer = await house.call("GET", task_path(task), headers={"Prefer": prefer})
     assert (answer.status_code, answer.json()["state"]) == (200, "queued")
     assert "preference-applied" not in answer.headers
 
 
-async def test_not_changed_after_a_wait(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Who knows the version that is current after the wait is told that with 304, and else gets the task."""
+async def test_unchanged_task_after_a_wait_is_304(house: RunningGateway, task: dict[str, Any]) -> None:
     tag = (await house.call("GET", task_path(task))).headers["etag"]
     readings = [await start_waiting_read(house, task_path(task), 1, if_none_match=tag) for _ in range(2)]
     for reading in readings:
@@ -89,8 +82,7 @@ async def test_not_changed_after_a_wait(house: RunningGateway, task: dict[str, A
     assert (await reading).status_code == 200
 
 
-async def test_submission_that_waits(house: RunningGateway) -> None:
-    """A submission can be answered with the end of its task; it is still a 201 with all that belongs to it."""
+async def test_waiting_submission_returns_the_end(house: RunningGateway) -> None:
     submitting = asyncio.create_task(house.submit(headers=PREFERS))
     await wait_until(lambda: house.services.task_cache.subscription_count == 1)
     await poll_with_outcomes(house, SUCCEEDED)
@@ -103,8 +95,7 @@ async def test_submission_that_waits(house: RunningGateway) -> None:
     assert not {"retry-after", "age"} & answer.headers.keys()
 
 
-async def test_replay_obeys_its_own_wish(house: RunningGateway) -> None:
-    """A repeated submission waits if it wants to itself, whatever the first wanted."""
+async def test_replay_waits_by_its_own_preference(house: RunningGateway) -> None:
     key = {"Idempotency-Key": KEY}
     first = await house.submit(headers=key)
     assert first.json()["state"] == "queued"
@@ -118,8 +109,7 @@ async def test_replay_obeys_its_own_wish(house: RunningGateway) -> None:
     assert answer.headers["preference-applied"] == "wait=60"
 
 
-async def test_the_process_ends(house: RunningGateway, task: dict[str, Any]) -> None:
-    """When the process ends all who wait are told at once what is known, and nobody begins to wait any more."""
+async def test_shutdown_answers_all_waiters(house: RunningGateway, task: dict[str, Any]) -> None:
     readings = [await start_waiting_read(house, task_path(task)) for _ in range(3)]
     house.services.lifecycle.start_draining()
     async with asyncio.timeout(20):
@@ -130,8 +120,7 @@ async def test_the_process_ends(house: RunningGateway, task: dict[str, Any]) -> 
         assert answer.headers["retry-after"] == "3"
 
 
-async def test_who_leaves_is_forgotten(house: RunningGateway, task: dict[str, Any]) -> None:
-    """A client that leaves holds nothing any more, be it that it read or that it submitted."""
+async def test_disconnect_releases_the_waiter(house: RunningGateway, task: dict[str, Any]) -> None:
     reading = await start_waiting_read(house, task_path(task))
     submitting = asyncio.create_task(house.submit(headers=PREFERS))
     await wait_until(lambda: house.services.task_cache.subscription_count == 2)
@@ -142,8 +131,7 @@ async def test_who_leaves_is_forgotten(house: RunningGateway, task: dict[str, An
     assert house.services.task_cache.subscribed_ids() == []
 
 
-async def test_no_more_than_so_many(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Beyond so many nobody waits: a read is refused for now, a submission is accepted and answered at once."""
+async def test_waits_beyond_the_limit(house: RunningGateway, task: dict[str, Any]) -> None:
     house.services.task_cache._max_subscriptions = 1
     reading = await start_waiting_read(house, task_path(task))
     refused = await house.call("GET", task_path(task), headers=PREFERS)
@@ -157,8 +145,7 @@ async def test_no_more_than_so_many(house: RunningGateway, task: dict[str, Any])
     assert (await reading).json()["state"] == "succeeded"
 
 
-async def test_tenant_removed_meanwhile(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Who waits for a task when its tenant is removed is answered all the same."""
+async def test_tenant_removed_during_a_wait(house: RunningGateway, task: dict[str, Any]) -> None:
     reading = await start_waiting_read(house, task_path(task))
     assert (await house.call_admin("DELETE", "/tenants/shop?force=true")).status_code == 204
     await poll_with_outcomes(house, SUCCEEDED)
@@ -166,8 +153,7 @@ async def test_tenant_removed_meanwhile(house: RunningGateway, task: dict[str, A
 
 
 @pytest.mark.parametrize("head", [False, True])
-async def test_others_are_told_nothing(house: RunningGateway, task: dict[str, Any], head: bool) -> None:
-    """A wait for somebody else's task, or without a token, is refused at once."""
+async def test_unauthorized_wait_is_refused_at_once(house: RunningGateway, task: dict[str, Any], head: bool) -> None:
     await house.put_tenant("other")
     method = "HEAD" if head else "GET"
     async with asyncio.timeout(20):
@@ -176,8 +162,7 @@ async def test_others_are_told_nothing(house: RunningGateway, task: dict[str, An
     assert (other.status_code, nobody.status_code) == (404, 401)
 
 
-async def test_counted_apart(house: RunningGateway, task: dict[str, Any]) -> None:
-    """Waits are counted while they last, and their time is not mixed with that of other requests."""
+async def test_waits_are_counted_separately(house: RunningGateway, task: dict[str, Any]) -> None:
     reading = await start_waiting_read(house, task_path(task))
     assert "gateway_waiting_clients 1.0" in (await house.http.get(f"{house.ops_url}/metrics")).text
     await poll_with_outcomes(house, SUCCEEDED)
@@ -190,8 +175,7 @@ async def test_counted_apart(house: RunningGateway, task: dict[str, Any]) -> Non
     assert "gateway_waiting_clients 0.0" in metrics
 
 
-async def test_the_image_is_not_kept() -> None:
-    """While a submission waits for the end of its task nothing of its image is held any more."""
+async def test_waiting_submission_releases_the_image() -> None:
     async with run_fake_gateway() as (house, _, upstream):
         submitting = asyncio.create_task(house.submit(image=make_png(), headers=PREFERS))
         await wait_until(lambda: house.services.task_cache.subscription_count == 1)
@@ -202,8 +186,7 @@ async def test_the_image_is_not_kept() -> None:
         assert (await submitting).status_code == 201
 
 
-async def test_the_store_is_away() -> None:
-    """Who waits when the store goes away waits on, and is answered when it is back and has the end."""
+async def test_wait_survives_an_outage_of_the_store() -> None:
     async with run_fake_gateway() as (house, ledger, _):
         task = (await house.submit()).json()
         reading = await start_waiting_read(house, task_path(task))
@@ -218,8 +201,7 @@ async def test_the_store_is_away() -> None:
         assert (await reading).json()["state"] == "succeeded"
 
 
-async def test_the_task_vanishes() -> None:
-    """Who waits for a task that the store loses is told in time what was known of it."""
+async def test_lost_task_ends_the_wait() -> None:
     async with run_fake_gateway() as (house, ledger, _):
         task = (await house.submit()).json()
         reading = await start_waiting_read(house, task_path(task), 1)

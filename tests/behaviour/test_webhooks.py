@@ -1,4 +1,4 @@
-"""Tenants are told of the ends of their tasks."""
+"""Webhooks sent at the end of a task."""
 
 from __future__ import annotations
 
@@ -29,19 +29,17 @@ async def receiver() -> AsyncIterator[WebhookReceiver]:
 
 
 async def set_webhook(house: RunningGateway, receiver: WebhookReceiver, *more: str, secret: str = SECRET) -> None:
-    """Give the tenant `shop` a webhook."""
     hook = {"url": f"{receiver.url}?key=hidden", "secret": secret, "allow": ["127.0.0.0/8", *more]}
     await house.put_tenant(webhook=hook)
 
 
 async def deliver_due(house: RunningGateway) -> None:
-    """Send all that is due now."""
     while await house.services.webhook_dispatcher.start_due():
         await house.services.webhook_dispatcher.wait_idle()
 
 
 async def finish_task(house: RunningGateway, **fields: str) -> str:
-    """The id of a task that has ended, and was told of if it could be."""
+    """Run a task to its end and deliver its webhook; return its id."""
     answer = await house.submit(fields=fields)
     assert answer.status_code == 201, answer.text
     task = await house.wait_for_task(answer.json()["id"])
@@ -49,8 +47,7 @@ async def finish_task(house: RunningGateway, **fields: str) -> str:
     return str(task["id"])
 
 
-async def test_told(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """The tenant is told the task as it can read it, once, and can tell that it was the gateway."""
+async def test_webhook_is_sent_once_and_signed(house: RunningGateway, receiver: WebhookReceiver) -> None:
     await set_webhook(house, receiver)
     task_id = await finish_task(house)
     await deliver_due(house)
@@ -62,8 +59,7 @@ async def test_told(house: RunningGateway, receiver: WebhookReceiver) -> None:
     assert not told.is_signed_with(make_secret(b"x"))
 
 
-async def test_documented(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """What a tenant is told, and with which headers, is what the API's document says."""
+async def test_webhook_matches_the_document(house: RunningGateway, receiver: WebhookReceiver) -> None:
     await set_webhook(house, receiver)
     await finish_task(house)
     document = (await house.call("GET", "/openapi.json", token="")).json()
@@ -74,16 +70,14 @@ async def test_documented(house: RunningGateway, receiver: WebhookReceiver) -> N
     assert {each["name"] for each in operation["parameters"]} <= receiver.requests[0].headers.keys()
 
 
-async def test_failure(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """A task that failed is told too."""
+async def test_failed_task_sends_a_webhook(house: RunningGateway, receiver: WebhookReceiver) -> None:
     await set_webhook(house, receiver)
     await house.upstream.fail_next_task()
     await finish_task(house)
     assert receiver.requests[0].event["type"] == "task.failed"
 
 
-async def test_own_address(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """A task can name another address, at a host that is allowed."""
+async def test_webhook_url_per_task(house: RunningGateway, receiver: WebhookReceiver) -> None:
     await set_webhook(house, receiver)
     await finish_task(house, webhook_url="", metadata="")  # both are optional, and not given
     (at_the_usual,) = receiver.requests
@@ -99,8 +93,7 @@ async def test_own_address(house: RunningGateway, receiver: WebhookReceiver) -> 
 @pytest.mark.parametrize(
     "url", ["http://169.254.169.254/latest", "https://hooks.elsewhere.test/", "ftp://127.0.0.1/", " ", "/ended"]
 )
-async def test_address_that_is_not_allowed(house: RunningGateway, receiver: WebhookReceiver, url: str) -> None:
-    """Another address is refused by the name of its field, before anything is sent or counted."""
+async def test_disallowed_url_is_refused(house: RunningGateway, receiver: WebhookReceiver, url: str) -> None:
     await set_webhook(house, receiver)
     answer = await house.submit(fields={"webhook_url": url})
     assert answer.status_code == 422
@@ -108,14 +101,12 @@ async def test_address_that_is_not_allowed(house: RunningGateway, receiver: Webh
     assert await house.upstream.count_submits() == 0
 
 
-async def test_without_a_webhook(house: RunningGateway) -> None:
-    """A tenant that has no webhook can't name an address, not even one of a public host."""
+async def test_tenant_without_a_webhook_cannot_name_a_url(house: RunningGateway) -> None:
     answer = await house.submit(fields={"webhook_url": "https://hooks.test/"})
     assert answer.json()["code"] == "invalid-options"
 
 
-async def test_address_under_a_key(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """Under an idempotency key, another address is another submission."""
+async def test_other_url_is_other_content(house: RunningGateway, receiver: WebhookReceiver) -> None:
     await set_webhook(house, receiver)
     key = {"Idempotency-Key": '"once"'}
     codes = [
@@ -125,8 +116,7 @@ async def test_address_under_a_key(house: RunningGateway, receiver: WebhookRecei
     assert codes == [201, 201, 422]
 
 
-async def test_again(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """What was not taken comes again later, with the same id and body."""
+async def test_failed_delivery_is_retried_unchanged(house: RunningGateway, receiver: WebhookReceiver) -> None:
     await set_webhook(house, receiver)
     receiver.statuses = [500]
     await finish_task(house)
@@ -139,7 +129,6 @@ async def test_again(house: RunningGateway, receiver: WebhookReceiver) -> None:
 
 
 async def test_secret_is_shown_once(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """A secret that is made is shown by the call that made it and by no other, and stays whatever is put later."""
     body = {"accounts": ["main"], "webhook": {"url": receiver.url, "allow": ["127.0.0.0/8"]}}
     made = (await house.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"]["secret"]
     assert made.startswith("whsec_")
@@ -161,16 +150,14 @@ async def test_secret_is_shown_once(house: RunningGateway, receiver: WebhookRece
         ({"url": "https://hooks.test/", "secret": "c" * 44}, "webhook.secret"),
     ],
 )
-async def test_misuse(house: RunningGateway, webhook: dict[str, object], field: str) -> None:
-    """What can't be meant is refused by the name of its field, and no secret is repeated."""
+async def test_invalid_settings_are_named(house: RunningGateway, webhook: dict[str, object], field: str) -> None:
     answer = await house.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"], "webhook": webhook})
     assert answer.status_code == 422
     assert [each["field"] for each in answer.json()["errors"]] == [field]
     assert str(webhook.get("secret")) not in answer.text
 
 
-async def test_rotation(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """During the grace both secrets sign, and the new one is shown once."""
+async def test_secret_rotation(house: RunningGateway, receiver: WebhookReceiver) -> None:
     await set_webhook(house, receiver)
     answer = await house.call_admin("POST", "/tenants/shop/webhook-secret?grace=3600")
     assert answer.status_code == 201
@@ -184,14 +171,12 @@ async def test_rotation(house: RunningGateway, receiver: WebhookReceiver) -> Non
     assert not receiver.requests[1].is_signed_with(new)
 
 
-async def test_nothing_to_rotate(house: RunningGateway) -> None:
-    """Where there is no secret there is none to rotate."""
+async def test_rotation_without_a_secret(house: RunningGateway) -> None:
     assert (await house.call_admin("POST", "/tenants/shop/webhook-secret")).status_code == 409
     assert (await house.call_admin("POST", "/tenants/nobody/webhook-secret")).status_code == 404
 
 
-async def test_gone(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """An address that is gone is switched off, listed, and called again once the tenant is put and an operator asks."""
+async def test_gone_url_is_disabled_until_redelivery(house: RunningGateway, receiver: WebhookReceiver) -> None:
     await set_webhook(house, receiver)
     receiver.statuses = [410]
     task_id = await finish_task(house)
@@ -214,13 +199,11 @@ async def test_gone(house: RunningGateway, receiver: WebhookReceiver) -> None:
 
 
 async def test_unknown_delivery(house: RunningGateway) -> None:
-    """What is not known can't be sent again."""
     for event in ("msg_" + "0" * 32, "nonsense"):
         assert (await house.call_admin("POST", f"/webhooks/{event}/redeliver")).status_code == 404
 
 
-async def test_old_clients(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """Tasks that old clients submit are told to the tenant's own address."""
+async def test_legacy_tasks_use_the_tenants_url(house: RunningGateway, receiver: WebhookReceiver) -> None:
     await set_webhook(house, receiver)
     client = LegacyClient(house.http, house.url, house.token)
     task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
@@ -229,8 +212,7 @@ async def test_old_clients(house: RunningGateway, receiver: WebhookReceiver) -> 
     assert [each.event["data"]["id"] for each in receiver.requests] == [task_id]
 
 
-async def test_killed_process(valkey: Valkey, receiver: WebhookReceiver) -> None:
-    """What a process was killed over before it could write it down comes again from another one, the same."""
+async def test_delivery_of_a_killed_process_is_repeated(valkey: Valkey, receiver: WebhookReceiver) -> None:
     environment = ENVIRONMENT | {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": "http://localhost:1"}
     async with run_real_gateway(valkey) as house, open_container(Settings.load(environment)) as other:
         await set_webhook(house, receiver)
@@ -253,8 +235,7 @@ async def test_killed_process(valkey: Valkey, receiver: WebhookReceiver) -> None
     assert (first.headers["webhook-id"], first.body) == (second.headers["webhook-id"], second.body)
 
 
-async def test_store_that_lost_the_task(valkey: Valkey, receiver: WebhookReceiver) -> None:
-    """The end of a task that the store had lost is told to the tenant's own address."""
+async def test_task_lost_by_the_store_uses_the_tenants_url(valkey: Valkey, receiver: WebhookReceiver) -> None:
     async with run_real_gateway(valkey) as house:
         await set_webhook(house, receiver)
         task_id = (await house.submit()).json()["id"]
@@ -268,8 +249,7 @@ async def test_store_that_lost_the_task(valkey: Valkey, receiver: WebhookReceive
     assert [each.event["data"]["id"] for each in receiver.requests] == [task_id]
 
 
-async def test_awaited(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    """A task whose end is told is asked about as often as one that somebody waits for, however old it is."""
+async def test_tasks_with_webhooks_are_polled_often(house: RunningGateway, receiver: WebhookReceiver) -> None:
     await set_webhook(house, receiver)
     await house.upstream.keep_running()
     assert (await house.submit()).status_code == 201
@@ -281,8 +261,7 @@ async def test_awaited(house: RunningGateway, receiver: WebhookReceiver) -> None
     assert await house.upstream.count_checks() > before
 
 
-async def test_secrets_stay_secret(valkey: Valkey, receiver: WebhookReceiver) -> None:
-    """No secret is in the store or in the log, however it got there, and neither is the query of an address."""
+async def test_secrets_are_neither_stored_nor_logged(valkey: Valkey, receiver: WebhookReceiver) -> None:
     with structlog.testing.capture_logs() as logged:
         async with run_real_gateway(valkey) as house:
             await set_webhook(house, receiver)

@@ -1,4 +1,4 @@
-"""What tests can have the upstream do, be it in memory or the sandbox."""
+"""Control of the upstream in tests: the fake or the sandbox."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ USER_KEY = "upstream-key-main"
 
 
 class UpstreamControl(ABC):
-    """What a test can make the upstream do, and what it can ask it."""
-
     @abstractmethod
     async def count_submits(self) -> int:
-        """How many submits arrived."""
+        """Return the number of submits received."""
 
     @abstractmethod
     async def count_checks(self) -> int:
-        """How many checks arrived."""
+        """Return the number of checks received."""
 
     @abstractmethod
     async def set_balance(self, count: int, money: int) -> None:
-        """Give the account so many uses, and so many yuan."""
+        """Set the balance of the account: uses, and yuan."""
 
     @abstractmethod
     async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
-        """Refuse the next submit: REJECTED for a reason, EXHAUSTED or INVALID_ACCOUNT, NOT_SENT at a dead address."""
+        """Refuse the next submit.
+
+        `reason` is the vendor's message for REJECTED; NOT_SENT needs an account at an unreachable address.
+        """
 
     @abstractmethod
     async def lose_next_response(self) -> None:
-        """Take the next submit and let its answer be lost."""
+        """Accept the next submit and drop its response."""
 
     @abstractmethod
     async def keep_running(self) -> None:
-        """Let tasks run on from now."""
+        """Let tasks run without end from now on."""
 
     @abstractmethod
     async def fail_next_task(self) -> None:
@@ -52,12 +53,10 @@ class UpstreamControl(ABC):
 
     @abstractmethod
     async def wait_until_idle(self) -> None:
-        """Wait until it has done its work."""
+        """Wait until the upstream has no work."""
 
 
 class FakeUpstreamControl(UpstreamControl):
-    """Steers the upstream in memory."""
-
     def __init__(self, upstream: FakeUpstream) -> None:
         self._upstream = upstream
 
@@ -90,8 +89,6 @@ class FakeUpstreamControl(UpstreamControl):
 
 
 class SandboxUpstreamControl(UpstreamControl):
-    """Steers the sandbox."""
-
     def __init__(self, control: SandboxControl) -> None:
         self.control = control
         self._behaviour = Behaviour()
@@ -123,7 +120,6 @@ class SandboxUpstreamControl(UpstreamControl):
         await self._set_fault(Fault(on="submit", times=1, reply="reset"))
 
     async def delay_next_response(self, seconds: float) -> None:
-        """Take so long over the next submit."""
         await self._set_fault(Fault(on="submit", times=1, latency=seconds))
 
     async def keep_running(self) -> None:

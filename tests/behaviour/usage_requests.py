@@ -1,4 +1,4 @@
-"""What was spent, as the gateway tells it in its usage, in its windows, and of one submission."""
+"""Requests for usage, windows and submissions, and their consistency."""
 
 from __future__ import annotations
 
@@ -20,49 +20,43 @@ from tests.behaviour.upstream_control import SandboxUpstreamControl
 NO_SUBMISSIONS: Mapping[str, int] = dict.fromkeys(
     ("running", "succeeded", "failed", "unknown", "refused", "not_sent"), 0
 )
-"""No submission of any outcome."""
 
 
 async def read_usage(house: RunningGateway, query: str = "", *, token: str | None = None) -> dict[str, Any]:
-    """A tenant's own usage."""
     return expect_json(await house.call("GET", f"/v1/usage?{query}", token=token))
 
 
 async def read_all_usage(house: RunningGateway, query: str = "") -> dict[str, Any]:
-    """The operators' usage."""
     return expect_json(await house.call_admin("GET", f"/usage?{query}"))
 
 
 async def read_submission(house: RunningGateway, name: str) -> dict[str, Any]:
-    """What a tenant is told of its submission."""
     return expect_json(await house.call("GET", f"/v1/submissions/{name}"))
 
 
 async def post_refund(house: RunningGateway, **body: object) -> Response:
-    """Refund a task or a submission."""
     return await house.call_admin("POST", "/refunds", json=body)
 
 
 def submission_id_of(house: RunningGateway, task: Mapping[str, Any]) -> str:
-    """The submission that became a task; only the gateway can read it out of the task's id."""
+    """Return the submission id that is encrypted in the task's id."""
     return house.services.submissions.submission_of_task(task["id"])
 
 
 def expect_json(answer: Response, status: int = 200) -> dict[str, Any]:
-    """What an answer shows, which has to be good."""
     assert answer.status_code == status, answer.text
     content: dict[str, Any] = answer.json()
     return content
 
 
 async def request_media_type(house: RunningGateway, path: str, accept: str) -> Response:
-    """The answer of either port to somebody who wants certain media types."""
+    """Request a media type from the port that serves the path."""
     port, token = (house.ops_url, ADMIN_TOKEN) if path.startswith("/admin/") else (house.url, house.token)
     return await house.http.get(port + path, headers={"Authorization": f"Bearer {token}", "Accept": accept})
 
 
 async def read_csv_rows(house: RunningGateway, path: str) -> list[dict[str, str]]:
-    """The usage of either port as CSV, read by somebody else's reader."""
+    """Read usage as CSV with the parser of the standard library."""
     answer = await request_media_type(house, path, "text/csv")
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].startswith("text/csv; header=present")
@@ -72,7 +66,7 @@ async def read_csv_rows(house: RunningGateway, path: str) -> list[dict[str, str]
 
 
 def flatten_item(item: Mapping[str, Any]) -> dict[str, str]:
-    """An item of the usage as CSV has to show it."""
+    """Flatten an item as its CSV row must be."""
     flat: dict[str, str] = {}
     for name, value in item.items():
         if isinstance(value, Mapping):
@@ -83,14 +77,14 @@ def flatten_item(item: Mapping[str, Any]) -> dict[str, str]:
 
 
 async def read_windows(house: RunningGateway) -> dict[str, tuple[float, float]]:
-    """What the windows of `shop` count, in tasks and in yuan, which limits have to show."""
+    """Return tasks and yuan of `shop` by window; needs limits on all of them."""
     policies = expect_json(await house.call("GET", "/v1/quota"))["policies"]
     used = {each["policy"]: each["used"] for each in policies}
     return {name: (used[f"{name}-tasks"], used[f"{name}-money"]) for name in ("day", "month", "total")}
 
 
 async def read_charged_today(house: RunningGateway) -> tuple[float, float]:
-    """What the usage of today says is charged; it has to be what the windows of today count, and so for the month."""
+    """Return tasks and yuan charged today; assert that usage and windows agree."""
     today = (await read_usage(house))["to"]
     charged = [
         (await read_usage(house, query))["total"]["charged"]
@@ -103,7 +97,7 @@ async def read_charged_today(house: RunningGateway) -> tuple[float, float]:
 
 
 async def advance_to_next_window(house: RunningGateway, window: str = "day") -> date:
-    """Wait until noon of the first day of the next window; that day."""
+    """Advance to noon of the first day of the next window; return that day."""
     await house.put_tenant(**UNREACHABLE_POLICIES)
     policies = expect_json(await house.call("GET", "/v1/quota"))["policies"]
     ends = {each["policy"]: each["resets_at"] for each in policies}
@@ -113,18 +107,16 @@ async def advance_to_next_window(house: RunningGateway, window: str = "day") -> 
 
 
 async def run_task(house: RunningGateway, kind: str = "face-enhance", *, token: str | None = None) -> dict[str, Any]:
-    """Have a task done."""
     return await house.wait_for_task((await house.submit(kind, token=token)).json()["id"], token=token)
 
 
 async def submit_and_lose_response(house: RunningGateway, kind: str = "face-enhance") -> str:
-    """A submission whose answer was lost."""
     await house.upstream.lose_next_response()
     return str(expect_problem(await house.submit(kind), 504, "submission-unknown")["submission_id"])
 
 
 async def recover_task(house: RunningGateway, name: str) -> str:
-    """Let somebody read the task of a submission whose answer was lost, by the id that it would have; that id."""
+    """Read a task whose submit response was lost by its id; return the id."""
     known = house.services.registry.current
     tenant, account = known.tenants["shop"], known.accounts["main"]
     told = await read_submission(house, name)

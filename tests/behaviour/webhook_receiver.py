@@ -1,4 +1,4 @@
-"""A tenant's server, which is told of the ends of tasks."""
+"""A receiver of webhooks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from tests.support.app_server import serve_app
 
 @dataclass
 class ReceivedWebhook:
-    """One request."""
-
     path: str
     headers: dict[str, str]
     body: bytes
@@ -30,7 +28,7 @@ class ReceivedWebhook:
         return event
 
     def is_signed_with(self, secret: str) -> bool:
-        """Whether one of the signatures is of this secret, as the library of the standard makes it."""
+        """Check the signature with the library of Standard Webhooks."""
         at = datetime.fromtimestamp(int(self.headers["webhook-timestamp"]), UTC)
         expected = Verifier(secret).sign(self.headers["webhook-id"], at, self.body.decode())
         return expected in self.headers["webhook-signature"].split(" ")
@@ -38,7 +36,7 @@ class ReceivedWebhook:
 
 @dataclass
 class WebhookReceiver:
-    """Answers with the statuses it is told to, 204 by default; or not at all while it is `silent`."""
+    """An ASGI app that responds with `statuses`, then 204; it never responds while `is_silent`."""
 
     url: str = ""
     statuses: list[int] = field(default_factory=list)
@@ -66,7 +64,6 @@ class WebhookReceiver:
 
 @asynccontextmanager
 async def run_receiver() -> AsyncIterator[WebhookReceiver]:
-    """A receiver on this machine."""
     receiver = WebhookReceiver()
     async with serve_app(receiver) as url:
         receiver.url = f"{url}/ended"
@@ -74,5 +71,4 @@ async def run_receiver() -> AsyncIterator[WebhookReceiver]:
 
 
 def make_secret(letter: bytes = b"s") -> str:
-    """A secret that a tenant has chosen."""
     return "whsec_" + base64.b64encode(letter * 32).decode()

@@ -1,4 +1,4 @@
-"""The ports in memory, over the pure functions that specify them: the model that Redis is held against."""
+"""Test doubles of the ports, over the ledger model."""
 
 from tests.fakes.clock import START, FakeClock
 from tests.fakes.deliveries import FakeDeliveryQueue, FakeWebhookClient

@@ -1,4 +1,4 @@
-"""The port Artifacts in memory."""
+"""Test double of the artifact client."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.support.images import make_png
 
 @dataclass
 class FakeArtifacts:
-    """The port Artifacts, where every result is the same picture, and always given whole."""
+    """Artifacts that always returns the same whole image."""
 
     content: bytes = field(default_factory=make_png)
     requests: list[tuple[str | None, str]] = field(default_factory=list)
-    """By whose account, and from where."""
+    """Account name and URL of each request."""
 
     @asynccontextmanager
     async def fetch(

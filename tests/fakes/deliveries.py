@@ -1,4 +1,4 @@
-"""The ports Agenda and Callbacks in memory."""
+"""Test doubles of webhook delivery."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.model.ledger_model import queue_name
 
 @dataclass
 class FakeDeliveryQueue:
-    """The deliveries, in a queue for each receiver; the receivers take turns."""
+    """DeliveryQueue in memory: a queue for each receiver."""
 
     store: InMemoryStore
 
@@ -101,7 +101,6 @@ class FakeDeliveryQueue:
         return self.store.deliveries.get(reservation)
 
     def enqueue(self, delivery: Delivery) -> None:
-        """Have a delivery sent now."""
         held, at = self.store, self.store.clock.read_times()
         name = delivery.reservation
         held.deliveries[name] = replace(
@@ -111,7 +110,6 @@ class FakeDeliveryQueue:
         self._schedule_receiver(queue_name(delivery.tenant, delivery.url))
 
     def _select_for_receiver(self, to: str, among: Mapping[str, int]) -> list[str]:
-        """Which of the deliveries are to this receiver."""
         found = {name: self.store.deliveries[name] for name in among}
         return [name for name, each in found.items() if queue_name(each.tenant, each.url) == to]
 
@@ -135,7 +133,7 @@ class FakeDeliveryQueue:
 
 @dataclass
 class FakeWebhookClient:
-    """Receivers that answer what they are told to, 204 by default, and remember what they were sent."""
+    """WebhookClient that responds with `replies`, then 204, and records requests."""
 
     sent: list[tuple[str, Mapping[str, str], bytes]] = field(default_factory=list)
     replies: list[WebhookResponse] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The ports Ledger and Books in memory, over the pure functions that specify them."""
+"""Test double of the ledger over the ledger model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.model.ledger_model import to_server_time
 
 @dataclass
 class FakeLedger(FakeTaskStore):
-    """The ports Ledger, Books and Tasks: the model that Redis is held against."""
+    """Ledger and TaskStore in memory; the Redis implementation is compared with it."""
 
     async def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
         self._raise_if_unavailable()

@@ -1,4 +1,4 @@
-"""The ports RegistryStore and RegistryView in memory."""
+"""Test double of the registry store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.fakes.ledger import FakeLedger
 
 @dataclass
 class FakeRegistry:
-    """The ports RegistryStore and RegistryView; policies go to the ledger in the same breath."""
+    """RegistryStore and RegistryView in memory; policies are written to the ledger at once."""
 
     ledger: FakeLedger
     current: Registry = field(default_factory=Registry)

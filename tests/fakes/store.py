@@ -1,4 +1,4 @@
-"""What the fakes hold in the place of a store, and how it is looked up."""
+"""State shared by the fakes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.model import ledger_model
 
 @dataclass
 class InMemoryStore:
-    """What the store would hold. `away` makes every call fail as when Redis does not answer."""
+    """What Redis would store; calls raise LedgerUnavailable while `is_unavailable`."""
 
     clock: FakeClock = field(default_factory=FakeClock)
     retention: Retention = field(default_factory=Retention)
@@ -67,7 +67,7 @@ class InMemoryStore:
         return self.usage_days.setdefault((reservation.tenant, reservation.created_at // DAY_MS), DayUsage())
 
     def _store_inference(self, account: Candidate) -> None:
-        """Tell a submission in doubt what was found out of it."""
+        """Store an inferred charge in its reservation."""
         doubt = account.state.pending_inference
         if doubt and doubt.inferred_charge:
             if doubt.reservation in self.reservations:

@@ -1,4 +1,4 @@
-"""The port Tasks in memory."""
+"""Test double of the task store."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from tests.model.ledger_model import next_check_delay
 
 @dataclass
 class FakeTaskStore(InMemoryStore):
-    """The tasks that were accepted, their checks and their ends."""
-
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         self._raise_if_unavailable()
         task = self.tasks.get(reservation)

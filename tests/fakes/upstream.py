@@ -1,4 +1,4 @@
-"""The port Upstream in memory."""
+"""Test double of the upstream client."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from service.domain.tenants import Account
 from service.usecases.ports import CheckOutcome, CheckResult, Image, SubmitOutcome, SubmitResult
 
 PRICE = 100
-"""What a task takes once the uses are gone, in fen."""
+"""Price of a task without prepaid uses, in fen."""
 
 
 @dataclass
 class FakeUpstream:
-    """The port Upstream, told beforehand what to answer. By default it accepts, counts down, and then succeeds."""
+    """Upstream with scripted results; by default it accepts, charges and then succeeds."""
 
     count: int = 10
     money: int = 30_000

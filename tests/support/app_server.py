@@ -12,7 +12,7 @@ from service.server import App, BuildRefusal, HttpServer, Limits, base_url, buil
 async def serve_app(
     app: App, *, limits: Limits = Limits(), refuse: BuildRefusal = build_text_refusal
 ) -> AsyncIterator[str]:
-    """Serve an application on a free port of 127.0.0.1, by the server of the gateway; the base address."""
+    """Serve an application on a free port of 127.0.0.1; yield its base URL."""
     server = HttpServer(app, limits=limits, build_refusal=refuse)
     listening = listen("127.0.0.1", 0)
     address = base_url(listening)

@@ -1,4 +1,4 @@
-"""Certificates for servers of the tests."""
+"""TLS certificates for test servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _DAY = dt.timedelta(days=1)
 
 
 def create_certificate(folder: Path, subject: str = "127.0.0.1") -> tuple[Path, ssl.SSLContext]:
-    """A self-signed certificate for an IP address or a name, as a file to trust, and the context of its server."""
+    """Create a self-signed certificate for an IP address or a name.
+
+    Returns the file to trust and the context of the server.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = dt.datetime.now(dt.UTC)

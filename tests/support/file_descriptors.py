@@ -1,4 +1,4 @@
-"""A process that can open nothing any more, while what it has open goes on."""
+"""Exhaustion of file descriptors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small pictures to submit."""
+"""Small images to submit."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from PIL import Image, ImageDraw
 
 
 def draw_image(width: int = 24, height: int = 16) -> Image.Image:
-    """A few flat colours."""
     image = Image.new("RGB", (width, height), "white")
     ImageDraw.Draw(image).ellipse((2, 2, width - 3, height - 3), fill="crimson", outline="navy")
     return image
 
 
 def encode_image(image: Image.Image, file_format: str) -> bytes:
-    """An image in a file format of Pillow's."""
     buffer = BytesIO()
     image.save(buffer, file_format)
     return buffer.getvalue()
 
 
 def make_png(width: int = 24, height: int = 16) -> bytes:
-    """A small PNG."""
     return encode_image(draw_image(width, height), "PNG")

@@ -1,4 +1,4 @@
-"""The log of the test's own process, as the gateway writes it."""
+"""Capture of the log of the test process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from service.telemetry.redaction import Redactor
 
 
 class CapturedLog:
-    """What was logged, and the redactor that saw it."""
-
     def __init__(self) -> None:
         self.stream = io.BytesIO()
         self.redactor = Redactor()
@@ -24,13 +22,12 @@ class CapturedLog:
 
     @property
     def text(self) -> str:
-        """All of it."""
         return self.stream.getvalue().decode()
 
 
 @contextmanager
 def capture_log(*, json: bool = True) -> Iterator[CapturedLog]:
-    """Log at every level within the block, libraries too, which the gateway itself would not let speak so freely."""
+    """Log everything within the block at debug level, including libraries."""
     written, manager = CapturedLog(), logging.getLogger()
     handlers, level = list(manager.handlers), manager.level
     levels = {name: logging.getLogger(name).level for name in logging.Logger.manager.loggerDict}

@@ -1,4 +1,4 @@
-"""A test that is skipped, or expected to fail, has failed: what does not run proves nothing."""
+"""Skipped and expected failures count as failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Judge each phase of a test."""
     report = yield
     if report.skipped:
         report.outcome = "failed"
@@ -21,7 +20,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Judge the collection of a module, which can skip all its tests at once."""
+    """Fail modules that are skipped while they are collected."""
     report = yield
     if report.skipped:
         report.outcome = "failed"

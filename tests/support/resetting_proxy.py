@@ -14,9 +14,9 @@ from tests.support.valkey import find_free_port
 
 
 class ResettingProxy:
-    """Leads to a port of 127.0.0.1, from a thread of its own, and resets connections once `share` is above 0.
+    """Forwards to a port of 127.0.0.1 in a thread of its own.
 
-    That is the probability that a piece of data, of either direction, is cut off somewhere and both sides are reset.
+    Each chunk, in either direction, is cut off and resets both sides with `reset_probability`.
     """
 
     def __init__(self, target: int, port: int, seed: int) -> None:
@@ -28,13 +28,11 @@ class ResettingProxy:
         self._connections: set[asyncio.Task[None]] = set()
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve a connection until either side ends it."""
         forwarding = asyncio.create_task(self._forward(reader, writer))
         self._connections.add(forwarding)
         forwarding.add_done_callback(self._connections.discard)
 
     async def close(self) -> None:
-        """End all connections."""
         for each in self._connections:
             each.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -75,7 +73,6 @@ class ResettingProxy:
 
 @contextmanager
 def run_resetting_proxy(target: int, *, seed: int, port: int | None = None) -> Iterator[ResettingProxy]:
-    """Such a proxy in front of a port."""
     proxy = ResettingProxy(target, port or find_free_port(), seed)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)

@@ -1,8 +1,7 @@
-"""Lets a test say what time it is by the server's clock, for the gateways of a prefix.
+"""Overrides the Redis server's time for the gateways of a key prefix.
 
-A server's clock can't be set. Once this is installed, a key is read wherever a script or a command would ask for the
-time: what a test wrote there, in milliseconds, is the time until it writes another one, and without it all is as usual.
-Run as a module, this is the command `gateway`, for which the same holds.
+Once installed, scripts and commands read the time in milliseconds from a key instead, if that key exists. Run as a
+module, this is the command `gateway` with the override installed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ end)()"""
 
 
 class _PatchedScripts:
-    """A folder of scripts, or one of them, in which the time is read from that key."""
+    """A folder of scripts, or one of them, whose source reads the time from the key."""
 
     def __init__(self, place: Any) -> None:
         self._path = place
@@ -36,7 +35,6 @@ class _PatchedScripts:
 
 
 def install_server_time() -> None:
-    """Have the time of this process's ledgers read from that key."""
     folder: Any = redis._LUA_FOLDER
     if not isinstance(folder, _PatchedScripts):
         redis._LUA_FOLDER = _PatchedScripts(folder)  # type: ignore[assignment]
@@ -45,17 +43,14 @@ def install_server_time() -> None:
 
 
 async def set_server_time(client: Any, keys: Keys, milliseconds: int) -> None:
-    """Let it be this time by the server's clock from now on."""
     await client.set(keys.clock + ":server", milliseconds)
 
 
 async def read_server_time(client: Any, keys: Keys) -> int:
-    """The server's time."""
     return parse_server_time(await client.execute_command(*keys.server_time_command))
 
 
 async def read_ledger_time(client: Any, keys: Keys) -> int:
-    """The ledger's time."""
     last, offset = await client.mget(keys.clock, keys.clock_offset)
     return parse_ledger_time(last, offset, await client.execute_command(*keys.server_time_command)).ledger_ms
 

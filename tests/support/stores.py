@@ -1,4 +1,4 @@
-"""Stores of every kind that a URL can name, each on real servers of its own."""
+"""Redis topologies on real servers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from tests.support.valkey import Valkey, find_free_port, run_valkey
 
 @dataclass(frozen=True)
 class RunningStore:
-    """A store of some kind: the URL it is known by, and the server that holds its data."""
+    """A topology: the URL for clients, and the server that stores the data."""
 
     url: str
     server: Valkey
 
     def execute(self, *command: str) -> Any:
-        """What the server itself answers, past the clients under test."""
+        """Run a command on the server, bypassing the clients under test."""
         with Redis(unix_socket_path=str(self.server.socket_path)) as client:
             return client.execute_command(*command)
 
 
 def pause_unless(condition: bool | None) -> bool:
-    """Whether a condition that is looked at in a loop has still to come true; a moment passes if so."""
     if not condition:
         time.sleep(0.01)
     return not condition

@@ -1,4 +1,4 @@
-"""Tasks for tests that need no ledger."""
+"""Tasks for tests without a ledger."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _TASK = Task(
 
 
 def make_task(**changes: Any) -> Task:
-    """A task that was just accepted, in version 1, but for some changes."""
+    """Make a just accepted task, in version 1, with some changes."""
     return replace(_TASK, **changes)
 
 
 def make_succeeded_task(seconds: float, **changes: Any) -> Task:
-    """A task that took so long."""
+    """Make a task that succeeded after so many seconds."""
     end = CREATED_AT + int(seconds * 1000)
     return make_task(state=State.SUCCEEDED, updated=end, finished=end, version=3, **changes)

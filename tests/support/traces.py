@@ -1,4 +1,4 @@
-"""A collector of traces, and the recorded spans as it gets them."""
+"""A collector of traces and the recorded spans."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINDS = {1: "internal", 2: "server", 3: "client"}
 
 @dataclass(frozen=True)
 class RecordedSpan:
-    """A span; ids are hexadecimal, and `links` are the ids of traces and spans."""
+    """A span; ids are hexadecimal, `links` are pairs of trace id and span id."""
 
     name: str
     kind: str
@@ -44,12 +44,11 @@ class RecordedSpan:
 
     @property
     def traceparent(self) -> str:
-        """It as a `traceparent`, without the flags."""
+        """The span as `traceparent`, without flags."""
         return f"00-{self.trace_id}-{self.span_id}"
 
 
 def read_spans(request: ExportTraceServiceRequest) -> Iterator[RecordedSpan]:
-    """The spans of a message."""
     for whose in request.resource_spans:
         resource = _attribute_values(whose.resource.attributes)
         for scope in whose.scope_spans:
@@ -75,8 +74,6 @@ def _attribute_values(attributes: Sequence[KeyValue]) -> dict[str, Any]:
 
 
 class SpanRecorder:
-    """A tracer with what it recorded."""
-
     def __init__(self, share: float = 1.0, secrets: Sequence[str] = ()) -> None:
         self._exporter = InMemorySpanExporter()
         made: TracerProvider = create_provider(share)
@@ -85,20 +82,17 @@ class SpanRecorder:
 
     @property
     def spans(self) -> list[RecordedSpan]:
-        """What has ended, in the order of its end."""
+        """The ended spans, in the order of their end."""
         return list(read_spans(encode_spans(self._exporter.get_finished_spans())))
 
     @property
     def span(self) -> RecordedSpan:
-        """The only one."""
         (span,) = self.spans
         return span
 
 
 @dataclass
 class TraceCollector:
-    """A server that collects traces, and answers with `status`."""
-
     url: str = ""
     status: int = 200
     bodies: list[bytes] = field(default_factory=list)
@@ -106,25 +100,21 @@ class TraceCollector:
 
     @property
     def spans(self) -> list[RecordedSpan]:
-        """All spans that came."""
         return [span for body in list(self.bodies) for span in read_spans(ExportTraceServiceRequest.FromString(body))]
 
     def has_received(self, times: int) -> bool:
-        """Whether it was tried so often to send something."""
         return len(self.requests) >= times
 
     def get_span(self, name: str) -> RecordedSpan:
-        """The only span of a name."""
         (span,) = self.find_spans(name)
         return span
 
     def find_spans(self, name: str) -> list[RecordedSpan]:
-        """The spans of a name."""
         return [span for span in self.spans if span.name == name]
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait in a thread for a condition."""
+    """Block until a condition holds, at most TIMEOUT_SECONDS."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come about"
@@ -133,7 +123,6 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def run_collector() -> Iterator[TraceCollector]:
-    """A collector on this machine, in a thread of its own."""
     collector = TraceCollector()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,7 @@
-"""Real Valkey servers for tests.
+"""Real Valkey servers.
 
-`pytest_plugins = ["tests.support.valkey"]` in the top conftest gives every test the session's server as `valkey`, whose
-data the test finds as the one before left it: `FLUSHALL` first, or keep to keys of one's own.
+The plugin `tests.support.valkey` gives every test the session's server as `valkey`. It keeps its data between tests:
+call `FLUSHALL` first or use separate keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _START_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Valkey:
-    """A server that runs: `port` is 0 if it listens on its Unix socket only."""
+    """A running server; `port` is 0 if it listens on its Unix socket only."""
 
     socket_path: Path
     port: int
@@ -34,28 +34,25 @@ class Valkey:
 
     @property
     def url(self) -> str:
-        """Its Unix socket, as `connect` takes it."""
         return f"unix://{self.socket_path}"
 
     def suspend(self) -> None:
-        """Let it hold its connections open and answer nothing."""
+        """Stop the process; connections stay open without responses."""
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on where it was frozen."""
         self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End it without a chance to say goodbye."""
         self.process.kill()
         self.process.wait()
 
 
 @contextmanager
 def run_valkey(*options: str, port: int = 0, config: str = "") -> Iterator[Valkey]:
-    """A server without persistence in a folder of its own, on a Unix socket, and on a TCP port of 127.0.0.1 if given.
+    """Run a server without persistence on a Unix socket, and on a TCP port of 127.0.0.1 if given.
 
-    `options` follow on its command line; `config` is the content of a file that it may rewrite, as Sentinel does.
+    `options` are appended to the command line; `config` is the content of a file that it may rewrite, as Sentinel does.
     """
     folder = Path(tempfile.mkdtemp(prefix="valkey-"))
     command = [str(find_server_binary())]
@@ -76,14 +73,12 @@ def run_valkey(*options: str, port: int = 0, config: str = "") -> Iterator[Valke
 
 
 def find_free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody uses now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
 def valkey() -> Iterator[Valkey]:
-    """The server of the whole test session, on a Unix socket."""
     with run_valkey() as server:
         yield server
 

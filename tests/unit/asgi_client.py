@@ -1,4 +1,4 @@
-"""Drives ASGI applications: message by message, or through a real server on a real socket."""
+"""ASGI calls, message by message or through a real server."""
 
 from __future__ import annotations
 
@@ -17,19 +17,15 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class AsgiResponse(Struct):
-    """What an application answered."""
-
     status: int
     headers: Mapping[str, str]
     body: bytes
 
     def json(self) -> Any:
-        """The body, decoded."""
         return msgspec.json.decode(self.body)
 
 
 def make_http_scope(method: str = "GET", path: str = "/", headers: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """An HTTP scope as a server makes it."""
     target, _, query = path.partition("?")
     return {
         "type": "http",
@@ -48,13 +44,13 @@ def make_http_scope(method: str = "GET", path: str = "/", headers: Mapping[str, 
 
 
 def make_body_messages(chunks: Iterable[bytes]) -> list[Message]:
-    """A body as the messages of a server; the last one ends it."""
+    """Make the messages of a body; the last one ends it."""
     messages: list[Message] = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
     return [*messages, {"type": "http.request", "body": b"", "more_body": False}]
 
 
 def make_receive(messages: Iterable[Message], *, stay_open: bool = False) -> Any:
-    """An ASGI `receive` that gives these messages, then disconnects, or is silent for good."""
+    """Make an ASGI `receive` that returns these messages, then disconnects or blocks."""
     left = iter(messages)
 
     async def receive() -> Message:
@@ -75,7 +71,7 @@ async def call_app(
     headers: Mapping[str, str] | None = None,
     messages: Iterable[Message] = ({"type": "http.request", "body": b"", "more_body": False},),
 ) -> AsgiResponse | None:
-    """One request to an application; None if it answered nothing."""
+    """Send one request; return None without a response."""
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -94,14 +90,13 @@ async def call_app(
 
 @asynccontextmanager
 async def serve_on_port(app: App) -> AsyncIterator[int]:
-    """Serve an application on a free port of this machine; the port."""
+    """Serve an application on a free port; yield the port."""
     async with support.serve_app(app) as url:
         yield int(url.rpartition(":")[2])
 
 
 @asynccontextmanager
 async def open_raw_connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A raw connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         yield reader, writer
@@ -110,7 +105,6 @@ async def open_raw_connection(port: int) -> AsyncIterator[tuple[asyncio.StreamRe
 
 
 async def read_response(reader: asyncio.StreamReader) -> AsgiResponse:
-    """Read one answer with a length from a raw connection."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
     body = await reader.readexactly(int(headers["content-length"]))

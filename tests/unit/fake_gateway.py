@@ -1,4 +1,4 @@
-"""The use cases over the ports in memory, whose calls can be made to fail in every way a call can."""
+"""The use cases over in-memory ports with injected failures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ACCOUNTS: Mapping[str, Account] = {
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
-    """Let everything else run until something holds."""
+    """Yield to the event loop until a condition holds."""
     async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0)
@@ -47,7 +47,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 @dataclass
 class FaultyLedger(FakeLedger):
-    """Calls fail as told, each once: before they were carried out, or after, so that only the answer is lost."""
+    """A ledger whose calls fail once each: before they run, or afterwards."""
 
     errors_before: dict[str, list[BaseException]] = field(default_factory=dict)
     errors_after: dict[str, list[BaseException]] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class FaultyLedger(FakeLedger):
 
 @dataclass
 class SlowUpstream(FakeUpstream):
-    """Answers when `go` is set, if at all; `faults` are raised instead of answers, as only a fault of ours would."""
+    """Responds when `may_respond` is set; `errors` are raised instead of responses."""
 
     may_respond: asyncio.Event = field(default_factory=asyncio.Event)
     errors: list[Exception] = field(default_factory=list)
@@ -115,7 +115,7 @@ class SlowUpstream(FakeUpstream):
 
 
 class FakeGateway:
-    """The use cases with a tenant that has two accounts."""
+    """The use cases with one tenant and two accounts."""
 
     def __init__(self, policy: TenantPolicy | None = None) -> None:
         self.ledger, self.upstream, self.background = FaultyLedger(), SlowUpstream(), TaskSupervisor()
@@ -149,7 +149,6 @@ class FakeGateway:
         )
 
     def make_reader(self, *, interval: float) -> TaskReader:
-        """Reads of a process that begins."""
         return TaskReader(
             tasks=self.ledger,
             ledger=self.ledger,
@@ -163,19 +162,16 @@ class FakeGateway:
         )
 
     async def submit_image(self) -> Submission:
-        """Submit an image."""
         return await self.submit(self.tenant, FaceEnhanceOptions(), {"order": "17"}, IMAGE)
 
     def remove_accounts(self) -> None:
-        """Take all accounts out of the registry."""
         self.registry.current = Registry(tenants=self.registry.current.tenants)
 
     @property
     def month_counter(self) -> WindowCounter:
-        """What the tenant has used and holds of the current month."""
         return self.ledger.tenants[1].windows[Window.MONTH]
 
     @property
     def task_counts(self) -> tuple[int, int, int]:
-        """The tenant's used and reserved tasks, and the active ones."""
+        """Used, reserved and active tasks of the tenant."""
         return self.month_counter.tasks, self.month_counter.tasks_reserved, self.ledger.tenants[1].active_tasks

@@ -1,4 +1,4 @@
-"""Processes of the gateway that share a faulty store and a faulty upstream, and die, in a time that moves when told."""
+"""Gateway processes that share a faulty ledger and upstream and can be killed, in simulated time."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ FAILOVER_OUTCOMES = {
     SubmitOutcome.MISCONFIGURED,
     SubmitOutcome.NOT_SENT,
 }
-"""After these, and only these, another account may be tried."""
+"""Only after these outcomes another account may be tried."""
 _UNCHARGED_OUTCOMES = {*FAILOVER_OUTCOMES, SubmitOutcome.REJECTED, SubmitOutcome.REDIRECTED, SubmitOutcome.BUSY}
 _NO_BALANCE = Balance()
 _METRICS = Metrics(CollectorRegistry())
 
 
 class _NonBlockingSelector(selectors.SelectSelector):
-    """Calls `idle` instead of waiting."""
+    """A selector that calls `on_idle` instead of blocking."""
 
     on_idle: Callable[[], None]
 
@@ -62,7 +62,7 @@ class _NonBlockingSelector(selectors.SelectSelector):
 
 
 class _NumberedTask(asyncio.Task[Any]):
-    """A task whose place in a set is the same in every run, since sets of tasks decide who is cancelled first."""
+    """A task with a reproducible hash, since sets of tasks decide the order of cancellation."""
 
     def __init__(self, number: int, work: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> None:
         self._number = number
@@ -73,7 +73,7 @@ class _NumberedTask(asyncio.Task[Any]):
 
 
 class ManualClockLoop(asyncio.SelectorEventLoop):
-    """An event loop by a clock that stands: `run_forever` ends once nothing is left to do at this time."""
+    """An event loop on a manual clock: `run_forever` ends when nothing is left to do at this time."""
 
     def __init__(self, clock: FakeClock) -> None:
         self._manual_clock = clock
@@ -88,7 +88,7 @@ class ManualClockLoop(asyncio.SelectorEventLoop):
 
 
 class LoopClock:
-    """Stands in for the module `time` where deadlines are reckoned."""
+    """Replaces the module `time` where deadlines are computed."""
 
     @staticmethod
     def monotonic() -> float:
@@ -96,7 +96,7 @@ class LoopClock:
 
 
 class SequentialTokens:
-    """Stands in for the module `secrets` where reservations are named, so that they sort alike in every run."""
+    """Replaces the module `secrets` where reservations are named, for a reproducible order."""
 
     def __init__(self) -> None:
         self._counter = count()
@@ -107,7 +107,7 @@ class SequentialTokens:
 
 @dataclass(eq=False)
 class UpstreamRequest:
-    """An image that was handed to the client of the upstream; without an outcome nobody knows what became of it."""
+    """An image passed to the upstream client; the outcome is None while it is unknown."""
 
     account: Account
     response: asyncio.Future[SubmitResult]
@@ -116,7 +116,7 @@ class UpstreamRequest:
 
 @dataclass(eq=False)
 class Caller:
-    """Somebody who submits once: what was asked of the ledger and sent for it, and how it was answered."""
+    """A caller that submits once, with its reservations, upstream requests and response."""
 
     tenant: Tenant
     process: GatewayProcess
@@ -128,17 +128,15 @@ class Caller:
 
     @property
     def outcome(self) -> SubmitOutcome | None:
-        """What became of the last image that was sent; NOT_SENT if there was none."""
+        """The outcome of the last upstream request; NOT_SENT without any."""
         return self.requests[-1].outcome if self.requests else SubmitOutcome.NOT_SENT
 
 
 _CALLER: ContextVar[Caller] = ContextVar("caller")
-"""For whom a submission is at work: whatever it starts inherits it."""
+"""The caller of the current submission, inherited by the tasks it starts."""
 
 
 class CallerConnection(StoreConnection):
-    """Keeps in mind for whom was asked."""
-
     async def reserve(self, ask: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
         caller = _CALLER.get()
         caller.reservation_ids.append(ask.reservation)
@@ -148,7 +146,7 @@ class CallerConnection(StoreConnection):
 
 
 class FaultyUpstream:
-    """The port Upstream for all processes: submissions wait until told what becomes of them, checks tell `ends`."""
+    """The upstream of all processes: submits stay pending until `respond`, checks return `check_results`."""
 
     def __init__(self, store: FaultyStore) -> None:
         self._store = store
@@ -185,7 +183,7 @@ class FaultyUpstream:
                 self.pending.remove(request)
 
     def respond(self, request: UpstreamRequest, outcome: SubmitOutcome | None, balance: Balance = _NO_BALANCE) -> None:
-        """Answer a submission; without an outcome it meets with a fault of ours, maybe after it was sent."""
+        """Respond to a submit; without an outcome, raise an internal error in the client."""
         if request.response.done():  # its time was over in the same moment
             return
         self.pending.remove(request)
@@ -200,7 +198,7 @@ class FaultyUpstream:
         request.response.set_result(SubmitResult(outcome=outcome, upstream_id=upstream_id, balance=balance))
 
     def _check_send(self, caller: Caller, request: UpstreamRequest, seconds: float) -> None:
-        """Sending is in order: it has a place on that account for as long as it may take, and nothing was charged."""
+        """Check that the account is reserved until after the timeout and that nothing was charged before."""
         expect = self._store.check_rule
         held = self._store.reservations.get(caller.reservation_ids[-1])
         expect(request.account not in [each.account for each in caller.requests], "an account was asked twice")
@@ -215,7 +213,7 @@ class FaultyUpstream:
             expect(held is None or latest <= held.lease_expires_at + 1, "sending may outlast its lease")
 
     def _check_key(self, caller: Caller, request: UpstreamRequest) -> None:
-        """For as long as an idempotency key is kept, nothing is sent under it after what may have been charged."""
+        """Check that nothing is sent under a key after a possible charge while the key is kept."""
         if caller.key is None:
             return
         now, sent = self._store.clock.now_ms, self._sent_by_key.setdefault((caller.tenant.id, caller.key), [])
@@ -234,8 +232,6 @@ class FaultyUpstream:
 
 
 class GatewayProcess:
-    """A process of the gateway. Once `gone` it does nothing more; it may have been told to stop before."""
-
     def __init__(self, store: FaultyStore, post: CallQueue, upstream: FaultyUpstream, registry: RegistryView) -> None:
         self.is_dead = False
         self.is_stopping = False
@@ -277,16 +273,14 @@ class GatewayProcess:
         self._poll_loops = [loop.create_task(watch.run()), loop.create_task(watch.expire_leases())]
 
     async def submit(self, caller: Caller) -> Submission:
-        """Submit for a caller."""
         _CALLER.set(caller)
         return await self._submit(caller.tenant, FaceEnhanceOptions(), {}, IMAGE, idempotency_key=caller.key)
 
     async def read(self, tenant: Tenant, task_id: str) -> CachedTask:
-        """Read a task."""
         return await self._reader.read(tenant, task_id)
 
     def kill(self, *, runs_pending: bool) -> None:
-        """End without finishing anything; what it has asked for may still be carried out if it was `heard`."""
+        """Stop without finishing anything; pending calls still run if `runs_pending`."""
         self.is_dead = self.is_stopping = True
         self._connection.close(runs_pending=runs_pending)
         for request in self.open_requests:
@@ -295,12 +289,12 @@ class GatewayProcess:
             task.cancel()
 
     async def stop(self, seconds: float) -> None:
-        """End in good order: take nothing new, and finish what can be finished in that time."""
+        """Shut down: accept nothing new and drain for so many seconds."""
         self.is_stopping = True
         await self.background.drain(seconds)
         self.kill(runs_pending=True)
 
     def cancel_if_dead(self) -> None:
-        """Raises CancelledError in what goes on after the process has died."""
+        """Raise CancelledError in code that continues after the process was killed."""
         if self.is_dead:
             raise asyncio.CancelledError

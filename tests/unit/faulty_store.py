@@ -1,7 +1,7 @@
-"""A store whose calls fail in every way a call can, each when it is told to.
+"""A ledger whose calls fail in every possible way.
 
-A call that moves a place waits as a letter until its fate is told; those of the watch and of readers are carried out
-at once. Rules that can be broken only while a call is carried out are checked there and then.
+Calls that change reservations stay pending until their outcome is chosen; calls of the poller and of readers run at
+once. Rules that can be violated only during a call are checked during it.
 """
 
 from __future__ import annotations
@@ -50,24 +50,19 @@ _PROVISIONAL = {None, ReservationState.RESERVED, ReservationState.UNKNOWN}
 
 
 class CallOutcome(StrEnum):
-    """What becomes of a call."""
-
     DONE = "done"
     REPEATED = "twice"
     LOST = "lost"
-    """It never arrives, and the caller learns that it failed."""
+    """It never runs, and the caller gets an error."""
     UNANSWERED = "unanswered"
-    """It is carried out, but the caller learns that it failed."""
+    """It runs, but the caller gets an error."""
     LATE = "late"
-    """The caller learns that it failed, and it may arrive some time later."""
+    """The caller gets an error, and it may run some time later."""
 
 
 @dataclass
 class FaultyStore(FakeLedger):
-    """The model ledger; `breaches` are the rules that were broken, by reckoning that does not use its counters.
-
-    `doubted` are the reservations that were unknown at some time.
-    """
+    """The model ledger; `violations` are broken rules, found without its own counters."""
 
     violations: list[str] = field(default_factory=list)
     unknown_reservations: set[str] = field(default_factory=set)
@@ -91,17 +86,16 @@ class FaultyStore(FakeLedger):
         return booked
 
     def check_rule(self, holds: bool, violation: str) -> None:
-        """Keep in mind that a rule was broken; raised here, it would be taken for a fault of the store's."""
+        """Record a violation; raised here, it would be handled like an error of the store."""
         if not holds:
             self.violations.append(violation)
 
     def state_of(self, reservation: str) -> ReservationState | None:
-        """What became of a reservation."""
         known = self.reservations.get(reservation)
         return known.state if known else None
 
     def count_states(self, tenant: int, window: Window) -> Counter[ReservationState]:
-        """How many reservations that a tenant made in this window stand where."""
+        """Count the tenant's reservations of this window by state."""
         now = ledger.window_bounds(window, self.clock.now_ms)
         return Counter(
             each.state
@@ -110,7 +104,7 @@ class FaultyStore(FakeLedger):
         )
 
     def count_active(self, tenant: int) -> int:
-        """How many submissions of a tenant are being sent or have a running task."""
+        """Count the tenant's submissions that are reserved or have a running task."""
         return sum(
             each.tenant == tenant
             and each.state in {ReservationState.RESERVED, ReservationState.ACCEPTED}
@@ -119,7 +113,6 @@ class FaultyStore(FakeLedger):
         )
 
     def tenant_counters(self, tenant: int) -> TenantState:
-        """What the ledger itself has counted of a tenant."""
         state = copy.deepcopy(self._tenant_state(tenant))
         ledger_model.roll_windows(state, self.clock.now_ms)
         return state
@@ -145,16 +138,14 @@ class FaultyStore(FakeLedger):
 
 @dataclass(eq=False)
 class PendingCall:
-    """A call on its way."""
-
     execute: Callable[[], Coroutine[Any, Any, Any]]
     result: asyncio.Future[Any]
 
 
 class CallQueue:
-    """The calls of all processes: those under way, and the strays, for whose answers nobody waits any more.
+    """Pending and delayed calls of all processes.
 
-    `upsets` are the fates of the next calls that are carried out at once.
+    `next_outcomes` are those of the next calls that run at once.
     """
 
     def __init__(self) -> None:
@@ -163,7 +154,6 @@ class CallQueue:
         self.next_outcomes: list[CallOutcome] = []
 
     async def resolve(self, letter: PendingCall, fate: CallOutcome) -> None:
-        """Let a call have its fate."""
         self.pending.remove(letter)
         try:
             if fate in {CallOutcome.LOST, CallOutcome.LATE}:
@@ -181,7 +171,6 @@ class CallQueue:
             self.delayed.append(letter)
 
     async def execute_delayed(self, letter: PendingCall) -> None:
-        """Carry out a call that was given up."""
         self.delayed.remove(letter)
         try:
             await letter.execute()
@@ -190,7 +179,7 @@ class CallQueue:
 
 
 class StoreConnection:
-    """The ports Ledger and Tasks as one process has them: its way to the store."""
+    """Ledger and TaskStore as used by one process."""
 
     def __init__(self, store: FaultyStore, post: CallQueue) -> None:
         self._store = store
@@ -200,7 +189,7 @@ class StoreConnection:
         self._runs_pending = True
 
     def close(self, *, runs_pending: bool) -> None:
-        """The process is no more: it asks for nothing, and what it has asked for is lost unless it was `heard`."""
+        """End the process: no new calls; pending ones are lost unless `runs_pending`."""
         self._is_closed, self._runs_pending = True, runs_pending
         for letter in self._open_calls:
             letter.result.cancel()

@@ -1,6 +1,6 @@
-"""A gateway's ledger and an upstream between which answers get lost, come late, tell nothing, and overtake each other.
+"""Simulation of a ledger and a vendor whose responses are lost, late, incomplete or reordered.
 
-Nobody else uses the accounts. What the ledger concludes from the answers is held against what the upstream really has.
+Only the gateway uses the accounts. Conclusions of the ledger are compared with the vendor's real balances.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.unit.vendor_model import NO_BALANCE, Progress, VendorAccount, VendorM
 T = TypeVar("T")
 
 MONEY_TENANT, PREPAID_TENANT = 1, 2
-"""A tenant that may go on to money, and one that may not."""
+"""A tenant that may spend money, and a prepaid-only one."""
 ACCOUNTS = (3, 4)
 PRICES = {Kind.UPSCALE: 300, Kind.SEAMLESS: 100}
 
@@ -35,9 +35,9 @@ floors = st.sampled_from([0, 0, 2])
 
 @dataclass
 class SimulatedSubmission:
-    """A submission under way: `arrived` once the upstream had it, with its answer, `deadline` if that was given up.
+    """A submission: `arrived` at the vendor, `deadline` once it was settled as unknown.
 
-    `bound` says that the ledger knew enough to keep it from the floors, `thrifty` that it must not take money.
+    `bound`: the ledger knew enough to keep the floors; `thrifty`: it must not spend money.
     """
 
     name: str
@@ -55,12 +55,11 @@ class SimulatedSubmission:
 
 
 def pick_item(items: list[T], number: int) -> T | None:
-    """One of some items, if there are any."""
     return items[number % len(items)] if items else None
 
 
 class LedgerModelBase(RuleBasedStateMachine):
-    """What becomes of a submission, and what must hold whatever does."""
+    """Steps of a submission, and the invariants."""
 
     @initialize(
         late=st.booleans(),
@@ -89,7 +88,7 @@ class LedgerModelBase(RuleBasedStateMachine):
         self.topped_up_accounts: set[int] = set()
 
     def run_call(self, work: Coroutine[Any, Any, T]) -> T:
-        """What a call of the ledger in memory answers, which never waits; time goes on."""
+        """Run a call of the fake ledger, which never blocks, and advance the time."""
         self.ledger.clock.now_ms += 1
         try:
             work.send(None)
@@ -102,7 +101,6 @@ class LedgerModelBase(RuleBasedStateMachine):
         return self.ledger.states_by_account.get(account, AccountState())
 
     def pick_submission(self, number: int, **wanted: bool) -> SimulatedSubmission | None:
-        """One of the submissions that are so."""
         found = [each for each in self.submissions.values() if all(getattr(each, k) == v for k, v in wanted.items())]
         return pick_item(found, number)
 
@@ -132,7 +130,7 @@ class LedgerModelBase(RuleBasedStateMachine):
             self.settle_submission(sent, ReservationState.REFUSED, closes=AccountStatus.EXHAUSTED)
 
     def try_failover(self, sent: SimulatedSubmission, closes: AccountStatus | None) -> bool:
-        """Whether the submission was taken to the other account."""
+        """Return whether the submission moved to the other account."""
         other = tuple(each for each in ACCOUNTS if each != sent.account)
         verdict = self.run_call(
             self.ledger.change_account(ReserveRequest(sent.name, sent.tenant, other, sent.kind), sent.account, closes)
@@ -141,9 +139,9 @@ class LedgerModelBase(RuleBasedStateMachine):
         return isinstance(verdict, Grant)
 
     def settle_as_unknown(self, sent: SimulatedSubmission) -> None:
-        """A submission has arrived by now, or never does: it was sent minutes ago, over a connection that is gone.
+        """Settle as unknown a submission that has arrived by now or never will.
 
-        One that must not take money is no longer waited for by those that may, and might be overtaken.
+        A prepaid-only one is no longer protected from being overtaken.
         """
         sent.arrived = True
         self.settle_submission(sent, ReservationState.UNKNOWN)
@@ -177,7 +175,7 @@ class LedgerModelBase(RuleBasedStateMachine):
 
     @contextmanager
     def assert_floors_kept(self, sent: SimulatedSubmission) -> Iterator[None]:
-        """See that a submission which is charged in the block keeps to the floors and to its purse."""
+        """Assert that a charge in the block keeps the floors and the spending mode."""
         holding = self.vendor.accounts[sent.account]
         before = holding.balance()
         yield
@@ -190,14 +188,13 @@ class LedgerModelBase(RuleBasedStateMachine):
 
     @invariant()
     def no_unexplained_spending(self) -> None:
-        """All that the balances dropped by is known to be the gateway's own."""
         for account in ACCOUNTS:
             state = self.account_state(account)
             assert (state.unexplained_count, state.unexplained_money_fen) == (0, 0)
 
     @invariant()
     def balances_are_possible(self) -> None:
-        """The accounts hold what is known of them, less what the submissions may have taken that the figures lack."""
+        """Real balances are at least the known ones less what unaccounted submissions may have taken."""
         for account in ACCOUNTS:
             state, holding = self.account_state(account), self.vendor.accounts[account]
             assert (
@@ -222,7 +219,7 @@ class LedgerModelBase(RuleBasedStateMachine):
 
     @invariant()
     def inferred_charges_are_right(self) -> None:
-        """What is suggested of a submission in doubt is what became of it, unless a top-up looked like its opposite."""
+        """An inferred charge is right, unless a top-up hid it."""
         for name, sent in self.submissions.items():
             suggests, job = self.ledger.reservations[name].inferred_charge, self.vendor.tasks.get(name)
             if suggests and sent.account not in self.topped_up_accounts:

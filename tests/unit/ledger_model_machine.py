@@ -1,4 +1,4 @@
-"""All that can happen between a gateway and its upstream, in any order."""
+"""Random events between a gateway and its upstream."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ mostly_true = st.sampled_from([True, True, True, False])
 
 
 class LedgerModelMachine(LedgerModelBase):
-    """Does what can happen to submissions, in any order."""
-
     @rule(thrifty=st.booleans(), kind=kinds, accounts=st.sampled_from([(3,), (4,), (3, 4)]))
     def reserve(self, kind: Kind, accounts: tuple[int, ...], *, thrifty: bool) -> None:
         name, tenant = f"r{len(self.ledger.reservations)}", PREPAID_TENANT if thrifty else MONEY_TENANT
@@ -48,7 +46,6 @@ class LedgerModelMachine(LedgerModelBase):
 
     @rule(number=numbers)
     def submit_and_respond(self, number: int) -> None:
-        """A submission is taken and answered at once."""
         sent = self.pick_submission(number, arrived=False, settled=False)
         if sent and sent.deadline is None:
             self.deliver_to_vendor(sent)
@@ -56,7 +53,6 @@ class LedgerModelMachine(LedgerModelBase):
 
     @rule(succeeds=mostly_true)
     def finish_and_check_all(self, *, succeeds: bool) -> None:
-        """All that runs ends, and is checked."""
         for name in [name for name, job in self.vendor.tasks.items() if job.progress is Progress.RUNNING]:
             self.finish_task(name, succeeds=succeeds)
         self.ledger.clock.now_ms += 3_000
@@ -68,7 +64,6 @@ class LedgerModelMachine(LedgerModelBase):
 
     @rule(kind=kinds, thrifty=st.booleans(), pause=st.sampled_from([3, 60]))
     def run_single_task(self, kind: Kind, pause: int, *, thrifty: bool) -> None:
-        """A task is done from beginning to end, by itself if nothing else is under way, after a pause."""
         self.advance_time(pause)
         known = set(self.submissions)
         self.reserve(kind, ACCOUNTS[:1], thrifty=thrifty)
@@ -85,7 +80,7 @@ class LedgerModelMachine(LedgerModelBase):
 
     @rule(number=numbers, arrives=st.booleans())
     def lose_response(self, number: int, *, arrives: bool) -> None:
-        """The answer to a submission does not come, or only after it was given up."""
+        """Lose a response, or receive it only after the submission was settled as unknown."""
         sent = self.pick_submission(number, settled=False)
         if sent and sent.deadline is None:
             if arrives and not sent.arrived:
@@ -160,14 +155,13 @@ class LedgerModelMachine(LedgerModelBase):
 
     @rule(account=accounts)
     def reopen_account(self, account: int) -> None:
-        """An operator has the account tried, whatever runs on it."""
         self.run_call(self.ledger.reopen_account(account))
         for sent in self.submissions.values():
             sent.bound = sent.bound and sent.account != account
 
     @rule(seconds=st.sampled_from([3, 60, 700]))
     def advance_time(self, seconds: int) -> None:
-        """Time passes, in which what was given up becomes of something, and what nobody settled is given up."""
+        """Advance the time; expired leases are settled as unknown, late tasks finish."""
         for _ in range(seconds // 60 + 1):
             self.ledger.clock.now_ms += min(seconds, 60) * 1000
             for sent in [*self.submissions.values()]:

@@ -1,4 +1,4 @@
-"""Something to count, and what a scrape shows of it."""
+"""Sample data for metrics, and samples of a scrape."""
 
 from __future__ import annotations
 
@@ -37,12 +37,10 @@ SNAPSHOT = MetricsSnapshot(
 
 
 def make_registry(*names: str, ids: tuple[int, ...]) -> Registry:
-    """A registry with these tenants."""
     return Registry(tenants={name: Tenant(number, name, ()) for name, number in zip(names, ids, strict=True)})
 
 
 def make_finished_task(cost: Cost) -> Task:
-    """A task that took 7 seconds, and something of an account."""
     return Task(
         id="id",
         reservation="r",
@@ -64,17 +62,15 @@ def make_finished_task(cost: Cost) -> Task:
 
 
 GATEWAY_COLLECTORS = (MetricWrapperBase, GaugeCollector, LedgerCollector)
-"""All collectors but those that tell of the process and its interpreter."""
+"""All collectors but those of the process and the interpreter."""
 
 
 class SampleOutcome(StrEnum):
-    """An outcome that some caller knows of."""
-
     GOOD = "good"
 
 
 def read_sample(metrics: Metrics, name: str, **labels: str) -> float | None:
-    """A sample as a scrape shows it."""
+    """Return a sample of a scrape, or None."""
     body, content_type = metrics.render()
     assert content_type.startswith("text/plain; version=0.0.4")
     for family in text_string_to_metric_families(body.decode()):

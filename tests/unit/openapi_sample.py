@@ -1,4 +1,4 @@
-"""A document such as the gateway's own: the shapes that Litestar writes, with some that only the standard allows."""
+"""A sample OpenAPI document: shapes that Litestar generates, and some that only the standard allows."""
 
 from __future__ import annotations
 
@@ -58,7 +58,6 @@ _TASK_ID: Node = {"name": "task_id", "in": "path", "required": True, "schema": {
 
 
 def document() -> Node:
-    """A fresh copy of the document."""
     return {
         "openapi": "3.1.0",
         "info": {

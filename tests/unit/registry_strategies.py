@@ -1,4 +1,4 @@
-"""Registries of all kinds, as documents."""
+"""Strategies for registry documents."""
 
 from __future__ import annotations
 
@@ -44,13 +44,11 @@ ANY_EXPIRY = NOT_EXPIRED | _past_dates
 
 
 def plan_document(registry: Registry, body: RegistryBody, *, prune: bool = False) -> RegistryPlan:
-    """The way from a registry to a document."""
     planner = RegistryPlanner(registry, NOW, user_key_cipher=USER_KEYS, webhook_cipher=WEBHOOK_SECRETS)
     return planner.plan(body.to_desired(prune=prune))
 
 
 def without_secrets(body: RegistryBody) -> RegistryBody:
-    """A document as it is told: without secrets."""
     return RegistryBody(
         {name: replace(each, user_key=_without_value(each.user_key)) for name, each in body.accounts.items()},
         {
@@ -123,7 +121,7 @@ def _tenant(draw: st.DrawFn, number: int, accounts: Sequence[str], ends: st.Sear
 
 @st.composite
 def registry_documents(draw: st.DrawFn, *, expiries: st.SearchStrategy[Any] = NOT_EXPIRED) -> RegistryBody:
-    """Any registry, in which each name always has the same id; its tokens end as is said, by default in the future."""
+    """Generate any registry; a name always has the same id."""
     accounts = {name: draw(_account(number)) for number, name in enumerate(ACCOUNTS, 1) if draw(st.booleans())}
     tenants = {
         name: draw(_tenant(number, list(accounts), expiries))

@@ -1,4 +1,4 @@
-"""What was asked of the ledger, sent, booked and told of one submission has to agree."""
+"""Consistency of reservations, requests, stored states and responses of submissions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EXPECTED_STATES = {
     SubmitOutcome.REDIRECTED: ReservationState.REFUSED,
     SubmitOutcome.BUSY: ReservationState.REFUSED,
 }
-"""What is booked of each thing that can have happened."""
+"""The final reservation state for each upstream outcome."""
 
 _OUTCOMES_BY_ERROR: dict[type[BaseException], set[SubmitOutcome | None]] = {
     SubmissionUnknown: {SubmitOutcome.UNKNOWN, None},
@@ -40,11 +40,11 @@ _OUTCOMES_BY_ERROR: dict[type[BaseException], set[SubmitOutcome | None]] = {
     AccountMisconfigured: {SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED, SubmitOutcome.REDIRECTED},
     UpstreamUnavailable: {SubmitOutcome.NOT_SENT, SubmitOutcome.BUSY},
 }
-"""What may have happened where a caller is told so after a place was granted."""
+"""The upstream outcomes that may lead to each error after a reservation."""
 
 
 def check_recorded_state(store: FaultyStore, caller: Caller) -> None:
-    """What happened is what is booked, once; only what a process did not live to book may stand as unknown."""
+    """Assert that the stored state matches the outcome; UNKNOWN is allowed only if the process was killed."""
     assert len(caller.reservation_ids) == 1
     booked = store.state_of(caller.reservation_ids[0])
     if caller.was_refused:
@@ -58,7 +58,7 @@ def check_recorded_state(store: FaultyStore, caller: Caller) -> None:
 
 
 def check_response(store: FaultyStore, caller: Caller, callers: Sequence[Caller]) -> None:
-    """What a caller was told is what happened and what is booked."""
+    """Assert that the response matches the outcome and the stored state."""
     assert caller.response.done()
     if caller.response.cancelled():
         return
@@ -82,7 +82,7 @@ def check_response(store: FaultyStore, caller: Caller, callers: Sequence[Caller]
 
 
 def _check_refusal(store: FaultyStore, caller: Caller, error: BaseException | None, same: Collection[str]) -> None:
-    """Who was granted no place is told why, or what became of one of the `same` submissions under its key."""
+    """Assert that a refusal has a cause, or replays one of the submissions in `same`."""
     if error is None:
         submission = caller.response.result()
         assert submission.is_replay

@@ -1,4 +1,4 @@
-"""What was begun is finished, whoever has stopped waiting for it."""
+"""Supervision of background tasks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 from service.usecases.background import TaskSupervisor, cancel_and_wait
 
 
-async def test_outlives_who_waits() -> None:
-    """Work goes on when whoever awaited it through a shield is cancelled."""
+async def test_work_outlives_a_cancelled_caller() -> None:
     background, go, done = TaskSupervisor(), asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
@@ -28,8 +27,7 @@ async def test_outlives_who_waits() -> None:
     assert done.is_set()
 
 
-async def test_drains_what_running_work_starts() -> None:
-    """The wait at the end is also for what is started during it."""
+async def test_drain_includes_tasks_started_meanwhile() -> None:
     background, go, done = TaskSupervisor(), asyncio.Event(), asyncio.Event()
 
     async def later() -> None:
@@ -48,8 +46,7 @@ async def test_drains_what_running_work_starts() -> None:
     assert done.is_set()
 
 
-async def test_cuts_short() -> None:
-    """What has not ended in time is cancelled, and so is what it starts on being cancelled."""
+async def test_drain_cancels_after_the_timeout() -> None:
     background, cancelled = TaskSupervisor(), []
 
     async def work(name: str) -> None:
@@ -68,16 +65,15 @@ async def test_cuts_short() -> None:
     assert cancelled == ["first", "second"]
 
 
-async def test_nothing_to_drain() -> None:
-    """Where nothing runs there is nothing to wait for."""
+async def test_drain_without_tasks() -> None:
     background = TaskSupervisor()
     assert await background.drain(5) == 0
     await background.spawn(asyncio.sleep(0))
     assert await background.drain(0) == 0
 
 
-async def test_lost_cancellation() -> None:
-    """A task that loses its cancellation, as `asyncio.wait_for` can, is cancelled again until it ends."""
+async def test_swallowed_cancellation_is_repeated() -> None:
+    """`asyncio.wait_for` can lose a cancellation."""
     lost = 0
 
     async def deaf() -> None:
@@ -96,8 +92,7 @@ async def test_lost_cancellation() -> None:
     assert (task.cancelled(), lost) == (True, 2)
 
 
-async def test_failure_after_the_caller_left(caplog: pytest.LogCaptureFixture) -> None:
-    """Work that fails once nobody waits for it any more is not reported as a fault of the event loop."""
+async def test_failure_without_a_caller_is_not_reported_by_the_loop(caplog: pytest.LogCaptureFixture) -> None:
     background, go = TaskSupervisor(), asyncio.Event()
 
     async def work() -> None:

@@ -1,4 +1,4 @@
-"""Accounts are looked at when the ledger says so, and go on to be whatever one look came to."""
+"""Balance checks of exhausted accounts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ class ExhaustedGateway(FakeGateway):
         return self.account.status is AccountStatus.OPEN
 
     async def exhaust_account(self) -> None:
-        """Have a task done that takes the last use."""
         self.upstream.count, self.upstream.money = 1, 0
         await self.submit_image()
         self.ledger.clock.now_ms += self.ledger.retention.check_interval_ms
@@ -47,7 +46,7 @@ class ExhaustedGateway(FakeGateway):
         assert self.account.status is AccountStatus.EXHAUSTED
 
     async def run_balance_checks(self) -> int:
-        """Let the interval pass and look; the checks that took."""
+        """Advance to the next balance check; return the number of upstream checks."""
         before = len(self.upstream.checks)
         self.ledger.clock.now_ms += PROBE_INTERVAL_MS
         await self.refresher.refresh_due()
@@ -61,16 +60,14 @@ async def gateway() -> ExhaustedGateway:
     return found
 
 
-async def test_top_up(gateway: ExhaustedGateway) -> None:
-    """The newest finished task is checked again, and what it tells opens the account."""
+async def test_balance_check_reopens_the_account(gateway: ExhaustedGateway) -> None:
     gateway.upstream.count = 4
     assert await gateway.run_balance_checks() == 1
     assert (gateway.account.status, gateway.account.live_balance_checks) == (AccountStatus.OPEN, True)
     assert await gateway.run_balance_checks() == 0
 
 
-async def test_two_processes(gateway: ExhaustedGateway) -> None:
-    """Of two that ask at once one looks."""
+async def test_only_one_process_checks(gateway: ExhaustedGateway) -> None:
     before = len(gateway.upstream.checks)
     gateway.ledger.clock.now_ms += PROBE_INTERVAL_MS
     await asyncio.gather(gateway.refresher.refresh_due(), gateway.refresher.refresh_due())
@@ -78,8 +75,7 @@ async def test_two_processes(gateway: ExhaustedGateway) -> None:
 
 
 @pytest.mark.parametrize("answered", [CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID])
-async def test_no_answer(gateway: ExhaustedGateway, answered: CheckOutcome) -> None:
-    """What is not answered, or with nothing of use, changes nothing, and is asked again after the interval."""
+async def test_failed_check_is_repeated(gateway: ExhaustedGateway, answered: CheckOutcome) -> None:
     gateway.upstream.next_checks.append(CheckResult(outcome=answered, balance=Balance(9, 900)))
     assert await gateway.run_balance_checks() == 1
     assert not gateway.is_open()
@@ -89,22 +85,21 @@ async def test_no_answer(gateway: ExhaustedGateway, answered: CheckOutcome) -> N
 
 
 @pytest.mark.parametrize("answered", [CheckOutcome.NOT_FOUND, CheckOutcome.FAILED])
-async def test_task_that_tells_nothing(gateway: ExhaustedGateway, answered: CheckOutcome) -> None:
-    """A task that the upstream knows no more is not asked about again."""
+async def test_task_unknown_to_the_upstream_is_not_checked_again(
+    gateway: ExhaustedGateway, answered: CheckOutcome
+) -> None:
     gateway.upstream.next_checks.append(CheckResult(outcome=answered, error=TaskError("x", "X.")))
     assert await gateway.run_balance_checks() == 1
     assert await gateway.run_balance_checks() == 0
 
 
-async def test_forgotten_task(gateway: ExhaustedGateway) -> None:
-    """A task that the ledger knows no more is not asked about at all."""
+async def test_task_unknown_to_the_ledger_is_not_checked(gateway: ExhaustedGateway) -> None:
     gateway.ledger.tasks.clear()
     assert await gateway.run_balance_checks() == 0
     assert gateway.account.last_finished_task is None
 
 
-async def test_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a store that is away nor a fault of ours ends the looking."""
+async def test_outages_and_errors_do_not_end_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "BALANCE_REFRESH_SECONDS", 0)
     gateway = ExhaustedGateway()
     await gateway.exhaust_account()

@@ -1,4 +1,4 @@
-"""How the benchmark reports what it measured."""
+"""Reports of the benchmark."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_result(server: str, per_second: float, p50_ms: float, connections: int 
     return Result(SMALL_SUBMIT, server, connections, {"per_second": per_second, "p50_ms": p50_ms}, errors)
 
 
-def test_ratios_and_added_latency_are_taken_within_a_row_and_a_number_of_connections() -> None:
+def test_ratios_are_taken_within_a_row_and_connection_count() -> None:
     own, *_ = add_ratios(
         [
             make_result(API, 100, 8),
@@ -43,7 +43,7 @@ def test_added_latency_is_taken_at_one_connection_only() -> None:
     assert "added_ms" not in several.figures
 
 
-def test_a_result_is_the_median_of_its_rounds_with_all_their_errors() -> None:
+def test_result_is_the_median_with_all_errors() -> None:
     comparison = Comparison()
     for per_second, errors in ((10, 0), (30, 2), (20, 3)):
         comparison.add("row", API, {"per_second": per_second}, Counter({"503": errors}))
@@ -58,12 +58,12 @@ def test_errors_are_shown_in_their_row() -> None:
     assert line.endswith("7 503 |")
 
 
-def test_what_could_not_be_measured_is_null() -> None:
+def test_missing_measurement_is_null() -> None:
     listed = json.loads(format_json({}, [make_result(API, 0, math.nan)]))["results"]
     assert listed[0]["figures"] == {"per_second": 0, "p50_ms": None}
 
 
-def test_only_answers_of_success_count_as_such() -> None:
+def test_only_successful_responses_count() -> None:
     answers = Answers()
     for status, seconds in (("201", 0.3), ("503", 0.1), ("timeout", 30), ("201", 0.2)):
         answers.add(status, seconds)
@@ -71,13 +71,13 @@ def test_only_answers_of_success_count_as_such() -> None:
     assert answers.errors() == {"503": 1, "timeout": 1}
 
 
-def test_a_percentile_is_a_value_that_occurred() -> None:
+def test_percentile_is_an_observed_value() -> None:
     assert percentile(range(1, 101), 99) == 100
     assert percentile([3, 1, 2], 50) == 2
     assert math.isnan(percentile([], 50))
 
 
-def test_images_are_whole_of_the_size_wanted_and_always_the_same() -> None:
+def test_images_are_valid_and_reproducible() -> None:
     image = random_png(SMALL)
     Image.open(BytesIO(image)).load()
     assert abs(len(image) - SMALL) < SMALL / 100
@@ -85,7 +85,7 @@ def test_images_are_whole_of_the_size_wanted_and_always_the_same() -> None:
     assert random_png(SMALL) == image
 
 
-def test_a_form_holds_its_fields_and_its_file() -> None:
+def test_form_contains_its_fields_and_file() -> None:
     content_type, body = encode_form((("scale", "2"),), ("image", b"png"))
     boundary = content_type.partition("boundary=")[2].encode()
     assert [len(part) > 0 for part in body.split(b"--" + boundary)[1:]] == [True, True, True]

@@ -1,4 +1,4 @@
-"""The breaker: opens after failures in a row, and lets one attempt through to see whether all is well again."""
+"""The circuit breaker."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ def admit_attempt(breaker: Breaker) -> Attempt:
 
 
 def make_open_breaker(clock: ManualClock) -> Breaker:
-    """A breaker that has just opened."""
     breaker = Breaker(clock)
     for _ in range(BREAKER_THRESHOLD):
         breaker.on_failed(admit_attempt(breaker))
     return breaker
 
 
-def test_opens_after_failures_in_a_row() -> None:
-    """It stays closed until the last of the failures in a row, and a connection begins the row anew."""
+def test_opens_after_consecutive_failures() -> None:
     breaker = Breaker(ManualClock())
     for _ in range(2):
         for _ in range(BREAKER_THRESHOLD - 1):
@@ -43,7 +41,6 @@ def test_opens_after_failures_in_a_row() -> None:
 
 
 def test_one_trial_after_the_pause() -> None:
-    """When the pause is over one attempt is admitted, and no other while nothing is known of it."""
     clock = ManualClock()
     breaker = make_open_breaker(clock)
     clock.now += FIRST_PAUSE_SECONDS - 0.001
@@ -54,8 +51,7 @@ def test_one_trial_after_the_pause() -> None:
     assert breaker.admit() is None
 
 
-def test_open_while_nobody_is_admitted() -> None:
-    """It is said to be open in a pause and during a trial, and not for ever where nobody tries any more."""
+def test_is_open_during_pauses_and_trials() -> None:
     clock = ManualClock()
     breaker = make_open_breaker(clock)
     said = [breaker.is_open]
@@ -70,8 +66,7 @@ def test_open_while_nobody_is_admitted() -> None:
     assert said == [True, False, True, True, False]
 
 
-def test_trial_that_connects() -> None:
-    """A trial that connects closes it, and the next pause is a short one again."""
+def test_successful_trial_closes() -> None:
     clock = ManualClock()
     breaker = make_open_breaker(clock)
     clock.now += FIRST_PAUSE_SECONDS
@@ -84,8 +79,7 @@ def test_trial_that_connects() -> None:
     admit_attempt(breaker)
 
 
-def test_trials_that_fail() -> None:
-    """Each trial that fails doubles the pause, up to the longest."""
+def test_failed_trials_double_the_pause() -> None:
     clock = ManualClock()
     breaker = make_open_breaker(clock)
     for pause in (10, 20, 40, 60, 60):
@@ -95,8 +89,7 @@ def test_trials_that_fail() -> None:
         breaker.on_failed(admit_attempt(breaker))
 
 
-def test_trial_that_is_given_up() -> None:
-    """A trial that was given up leaves its place to the next, at once."""
+def test_abandoned_trial_frees_its_place() -> None:
     clock = ManualClock()
     breaker = make_open_breaker(clock)
     clock.now += FIRST_PAUSE_SECONDS
@@ -105,8 +98,8 @@ def test_trial_that_is_given_up() -> None:
     assert breaker.admit() is None
 
 
-def test_stragglers() -> None:
-    """Attempts from before it opened neither prolong the pause nor end the trial, but a connection is welcome."""
+def test_late_attempts_change_nothing() -> None:
+    """Except for a connection, which closes the breaker."""
     clock = ManualClock()
     breaker = Breaker(clock)
     late = [admit_attempt(breaker) for _ in range(3)]
@@ -124,7 +117,7 @@ def test_stragglers() -> None:
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    """Any order of attempts, reports and time, held against a plain account of what was reported."""
+    """Random attempts, results and times, compared with a simple model."""
 
     attempts = Bundle[Attempt]("attempts")
 

@@ -1,4 +1,4 @@
-"""In development a line of the log can be read at a glance."""
+"""The console log of development."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from tests.unit.test_request_middleware import ObservedApp
 
 
 def render_line(event: str, **fields: object) -> str:
-    """An event as a line to read, without its time."""
     with capture_log(json=False) as written:
         written.logger.info(event, **fields)
         return re.sub(r"^[\d:.]{12} \[info +\] ", "", written.text.rstrip())
 
 
-def test_a_request_reads_as_usual() -> None:
-    """A request is told as everybody tells requests, then with what matters, and without what is as always."""
+def test_request_line() -> None:
     line = render_line(
         REQUEST_EVENT,
         method="GET",
@@ -33,8 +31,7 @@ def test_a_request_reads_as_usual() -> None:
     assert line.split() == ["GET", "/v1/quota", "200", "seconds=0.25", "tenant=shop"]
 
 
-async def test_what_the_edge_tells_can_be_shown() -> None:
-    """The line that the edge writes has all that a line to read is made of, and its outcome where it is unusual."""
+async def test_access_log_event_has_the_fields_of_the_line() -> None:
     watched = ObservedApp()
     await call_app(watched.app, "GET", "/nowhere")
     told = watched.access_line
@@ -44,6 +41,5 @@ async def test_what_the_edge_tells_can_be_shown() -> None:
     assert "outcome=not-found" in line
 
 
-def test_fields_stand_in_the_order_of_their_telling() -> None:
-    """Fields are not sorted: what is told first matters most."""
+def test_field_order_is_kept() -> None:
     assert render_line("thing.done", zebra=1, ape=2, none=None).split() == ["thing.done", "zebra=1", "ape=2"]

@@ -18,7 +18,6 @@ from tests.fakes.artifacts import FakeArtifacts
 
 
 def make_fake_adapters() -> Adapters:
-    """Every port in memory."""
     ledger = FakeLedger()
     registry = FakeRegistry(ledger)
     return Adapters(
@@ -36,15 +35,13 @@ def make_fake_adapters() -> Adapters:
 
 
 @pytest.mark.parametrize(("role", "works"), [("api", False), ("worker", True), ("all", True)])
-async def test_roles(role: str, works: bool) -> None:
-    """Tasks are watched and webhooks delivered by workers, and by processes that do everything."""
+async def test_jobs_by_role(role: str, works: bool) -> None:
     settings = Settings.load(ENVIRONMENT | {"GATEWAY_ROLE": role, "GATEWAY_REDIS_URL": "redis://localhost"})
     services = build_services(make_fake_adapters(), settings, Metrics(CollectorRegistry()), TaskSupervisor())
     assert {job in services.jobs for job in (services.task_poller.run, services.webhook_dispatcher.run)} == {works}
 
 
-async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that fails, or ends though it should not, is begun again; at the end of the process it is ended."""
+async def test_failed_jobs_are_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(container, "JOB_RESTART_SECONDS", 0)
     begun, third = [], asyncio.Event()
 
@@ -69,8 +66,7 @@ async def test_jobs_are_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("missing", ["GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL", "GATEWAY_ADMIN_TOKEN"])
-async def test_settings_have_to_be_complete(missing: str) -> None:
-    """What is left open by the settings has to be filled in before anything is put together."""
+async def test_incomplete_settings_are_refused(missing: str) -> None:
     complete = ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_UPSTREAM_URL": "http://localhost"}
     complete.pop(missing)
     with pytest.raises(ValueError, match="not complete"):

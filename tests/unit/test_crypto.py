@@ -1,4 +1,4 @@
-"""The keyring, and the secrets that a development gateway makes for itself."""
+"""Encryption keys and the generated development secrets."""
 
 from __future__ import annotations
 
@@ -26,15 +26,13 @@ OLD, NEW = b"o" * 32, b"n" * 32
 
 @given(st.binary(max_size=300))
 def test_round_trip(plain: bytes) -> None:
-    """What was sealed opens again, and is sealed the same each time."""
     sealer = Keyring([NEW]).derive("user-key")
     assert sealer.decrypt(sealer.encrypt(plain)) == plain
     assert sealer.encrypt(plain) == sealer.encrypt(plain)
 
 
 @given(st.binary(max_size=100), st.data())
-def test_altered(plain: bytes, data: st.DataObject) -> None:
-    """Whatever was altered in any bit does not open."""
+def test_altered_ciphertext_is_rejected(plain: bytes, data: st.DataObject) -> None:
     sealer = Keyring([NEW]).derive("user-key")
     sealed = bytearray(sealer.encrypt(plain))
     sealed[data.draw(st.integers(0, len(sealed) - 1))] ^= data.draw(st.integers(1, 255))
@@ -42,20 +40,17 @@ def test_altered(plain: bytes, data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=100))
-def test_foreign(sealed: bytes) -> None:
-    """Bytes that were never sealed do not open, however few they are."""
+def test_other_bytes_are_rejected(sealed: bytes) -> None:
     assert Keyring([NEW]).derive("user-key").decrypt(sealed) is None
 
 
-def test_purposes_apart() -> None:
-    """What was sealed for one purpose does not open for another."""
+def test_purposes_are_separate() -> None:
     keyring = Keyring([NEW])
     assert keyring.derive("task-id").decrypt(keyring.derive("user-key").encrypt(b"x")) is None
     assert keyring.derive("task-id").encrypt(b"x") != keyring.derive("user-key").encrypt(b"x")
 
 
-def test_rotation() -> None:
-    """The first key seals, all of them open, and one that was taken away no longer does."""
+def test_key_rotation() -> None:
     old, both, new = (Keyring(keys).derive("task-id") for keys in ([OLD], [NEW, OLD], [NEW]))
     assert both.decrypt(old.encrypt(b"x")) == b"x"
     assert both.encrypt(b"x") == new.encrypt(b"x")
@@ -63,22 +58,19 @@ def test_rotation() -> None:
 
 
 @pytest.mark.parametrize("keys", [[], [b"short"], [NEW, b"n" * 33]])
-def test_unfit_keys(keys: list[bytes]) -> None:
-    """A keyring without keys, or with one of another length, is a bug of its maker."""
+def test_invalid_keys(keys: list[bytes]) -> None:
     with pytest.raises(ValueError, match="needs at least one key, each of 32 bytes"):
         Keyring(keys)
 
 
-def test_generated_key() -> None:
-    """A generated key is read back as 32 bytes, a different one each time, with or without its padding."""
+def test_generated_keys() -> None:
     first, second = generate_secret_key(), generate_secret_key()
     assert len(parse_secret_key(first)) == 32
     assert parse_secret_key(first) == parse_secret_key(first.rstrip("="))
     assert first != second
 
 
-def test_made_once(tmp_path: Path) -> None:
-    """Secrets are made on the first start, for the owner's eyes only, and found again on the next."""
+def test_dev_secrets_are_generated_once(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "data"
     first = load_or_create_secrets(folder)
     assert load_or_create_secrets(folder) == first
@@ -90,8 +82,7 @@ def test_made_once(tmp_path: Path) -> None:
     assert first.admin_token not in repr(first)
 
 
-def test_one_winner(tmp_path: Path) -> None:
-    """Gateways that start at the same moment agree on one set of secrets."""
+def test_concurrent_starts_agree_on_the_secrets(tmp_path: Path) -> None:
     start = threading.Barrier(8)
 
     def load(_: int) -> GeneratedSecrets:
@@ -105,8 +96,6 @@ def test_one_winner(tmp_path: Path) -> None:
 
 
 def test_first_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that another gateway made in the meantime is used, and left as it is."""
-
     def overtaken(source: str, target: Path) -> None:
         Path(target).write_text("theirs")
         real_link(source, target)
@@ -119,23 +108,20 @@ def test_first_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("content", [b"", b"not a key", b"c2hvcnQ=", b"\xff\xff"])
-def test_damaged_key(tmp_path: Path, content: bytes) -> None:
-    """A damaged key is an error and stays where it is, since a new one could open nothing."""
+def test_damaged_key_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "secret.key").write_bytes(content)
     with pytest.raises(SecretFileError, match=r"secret\.key|can't keep the gateway's secrets"):
         load_or_create_secrets(tmp_path)
     assert (tmp_path / "secret.key").read_bytes() == content
 
 
-def test_empty_token(tmp_path: Path) -> None:
-    """An empty token file is an error: it would let everybody in, or nobody."""
+def test_empty_token_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "admin.token").write_text("\n")
     with pytest.raises(SecretFileError, match=r"admin\.token is empty"):
         load_or_create_secrets(tmp_path)
 
 
-def test_unusable_folder(tmp_path: Path) -> None:
-    """A data folder that can't be made is one line that names it."""
+def test_unusable_data_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SecretFileError, match=r"can't keep the gateway's secrets in .*file"):
         load_or_create_secrets(tmp_path / "file")

@@ -20,7 +20,7 @@ VOID = {"input", "link", "meta", "wbr"}
 
 
 class Page(HTMLParser):
-    """A page taken apart: its elements, and the text within those that have an id."""
+    """A parsed page: its elements, and the text of elements with an id."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def document() -> openapi_sample.Node:
 
 
 def curl_arguments(command: str) -> list[str]:
-    """What a shell hands to curl, where the variables hold their own names in lower case."""
+    """Run a curl example in a shell; return its arguments. Variables hold their names in lower case."""
     variables = {name: name.lower() for name in ("GATEWAY", "TOKEN", "TASK_ID", "NAME", "FORCE")}
     script = f"""curl() {{ printf '%s\\0' "$@"; }}\n{command}"""
     run = subprocess.run(
@@ -78,8 +78,7 @@ def curl_arguments(command: str) -> list[str]:
     return run.stdout.split("\0")[:-1]
 
 
-def test_every_operation_is_described_and_in_the_contents(document: openapi_sample.Node) -> None:
-    """Each operation has an article under its method and path, and the contents link to it."""
+def test_operations_are_listed_and_described(document: openapi_sample.Node) -> None:
     page = Page(document)
     operations = [(method, path) for path, item in document["paths"].items() for method in item]
     articles = [page.texts[place] for place in page.codes]
@@ -89,8 +88,7 @@ def test_every_operation_is_described_and_in_the_contents(document: openapi_samp
         assert f"{method.upper()} {path}" in page.contents
 
 
-def test_links_lead_somewhere(document: openapi_sample.Node) -> None:
-    """Every link within the page has one target, and the only way out is the document itself."""
+def test_links_resolve(document: openapi_sample.Node) -> None:
     page = Page(document)
     places = page.attributes("id")
     inner = {link.removeprefix("#") for link in page.attributes("href") if link.startswith("#")}
@@ -122,25 +120,21 @@ def test_links_lead_somewhere(document: openapi_sample.Node) -> None:
         ("put-admin-v1-tenants-name", "tasks integer, at least 0"),
     ],
 )
-def test_fields_say_what_they_take(document: openapi_sample.Node, place: str, words: str) -> None:
-    """A field comes with its type, range, examples and default, and says whether it is required."""
+def test_fields_show_their_constraints(document: openapi_sample.Node, place: str, words: str) -> None:
     assert words in Page(document).texts[place]
 
 
-def test_answers_name_their_headers(document: openapi_sample.Node) -> None:
-    """An answer's headers are described, and those of a problem are named."""
+def test_response_headers_are_described(document: openapi_sample.Node) -> None:
     text = Page(document).texts["post-v1-tasks-upscale"]
     assert "Location Where the task is." in text
     assert "402 balance-exhausted with Retry-After413 " in text
 
 
-def test_answers_stand_in_order(document: openapi_sample.Node) -> None:
-    """Answers are sorted by their status, wherever the document puts them."""
+def test_responses_are_sorted_by_status(document: openapi_sample.Node) -> None:
     assert "304 It has not changed.401 unauthenticated404 " in Page(document).texts["get-v1-tasks-task-id"]
 
 
-def test_problems_are_gathered(document: openapi_sample.Node) -> None:
-    """Each problem stands once in a table, with its status and meaning, and answers link to it by its code."""
+def test_problems_are_listed_once(document: openapi_sample.Node) -> None:
     page = Page(document)
     assert page.texts["problem-too-many-active-tasks"] == "429too-many-active-tasksWait for a task to end."
     assert page.texts["problems"].count("unauthenticated") == 1
@@ -148,8 +142,7 @@ def test_problems_are_gathered(document: openapi_sample.Node) -> None:
     assert "#problem-quota-exceeded" in page.attributes("href")
 
 
-def test_objects_lead_to_their_parts(document: openapi_sample.Node) -> None:
-    """What an object is made of is described too, however deep, and nothing that is never pointed to."""
+def test_nested_schemas_are_described(document: openapi_sample.Node) -> None:
     page = Page(document)
     shown = {place for place in page.texts if place.startswith("schema-")}
     assert shown == {"schema-tasklist", "schema-task", "schema-artifact"}
@@ -203,13 +196,11 @@ def test_objects_lead_to_their_parts(document: openapi_sample.Node) -> None:
         ("get-healthz", ["gateway/healthz"]),
     ],
 )
-def test_examples_can_be_pasted(document: openapi_sample.Node, place: str, expected: list[str]) -> None:
-    """A shell turns an example into the call that it documents, with the caller's own values for its variables."""
+def test_curl_examples_run_in_a_shell(document: openapi_sample.Node, place: str, expected: list[str]) -> None:
     assert curl_arguments(Page(document).codes[place][0]) == expected
 
 
-def test_examples_hold_no_surprise_for_a_shell(document: openapi_sample.Node) -> None:
-    """Whatever the document holds, a shell takes it literally, in a path, a header, a form and a body alike."""
+def test_curl_examples_are_shell_safe(document: openapi_sample.Node) -> None:
     submit = document["paths"]["/v1/tasks/seamless"]["post"]
     submit["parameters"][1]["schema"]["examples"] = [HOSTILE]
     form = submit["requestBody"]["content"]["multipart/form-data"]["schema"]
@@ -224,8 +215,7 @@ def test_examples_hold_no_surprise_for_a_shell(document: openapi_sample.Node) ->
     assert json.loads(replacement[-1]) == HOSTILE
 
 
-def test_answers_are_shown_as_json(document: openapi_sample.Node) -> None:
-    """An answer is shown with the document's examples where it has them, and values of the right type elsewhere."""
+def test_responses_have_json_examples(document: openapi_sample.Node) -> None:
     task: dict[str, Any] = {
         "id": "task_8fK2",
         "kind": "upscale",
@@ -241,8 +231,7 @@ def test_answers_are_shown_as_json(document: openapi_sample.Node) -> None:
     assert json.loads(codes["get-v1-quota"][1])["policies"] == [{"window": "day", "limit": 100, "used": 3}]
 
 
-def test_text_stays_text(document: openapi_sample.Node) -> None:
-    """No text of the document becomes markup, wherever it stands."""
+def test_text_is_escaped(document: openapi_sample.Node) -> None:
     plain, poisoned = Page(document), Page(_poisoned(document))
     kinds = {(tag, frozenset(attributes)) for tag, attributes in plain.elements}
     assert {(tag, frozenset(attributes)) for tag, attributes in poisoned.elements} == kinds
@@ -250,13 +239,11 @@ def test_text_stays_text(document: openapi_sample.Node) -> None:
     assert poisoned.texts["content"].count("<img src=x") > 100
 
 
-def test_attributes_stay_attributes() -> None:
-    """A value can't leave its attribute."""
+def test_attributes_are_escaped() -> None:
     assert tag("a", href='"><script>') == '<a href="&quot;&gt;&lt;script&gt;"></a>'
 
 
-def test_policy_allows_this_page_alone(document: openapi_sample.Node) -> None:
-    """The page's policy lets its own style and script run, by their hashes, and nothing be loaded, sent or framed."""
+def test_csp_allows_only_own_style_and_script(document: openapi_sample.Node) -> None:
     page = Page(document)
     metas = [attributes for tag, attributes in page.elements if tag == "meta" and "http-equiv" in attributes]
     policy = dict(part.strip().split(" ", 1) for part in str(metas[0]["content"]).split(";"))
@@ -267,13 +254,11 @@ def test_policy_allows_this_page_alone(document: openapi_sample.Node) -> None:
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith(("on", "style"))]
 
 
-def test_the_page_is_light(document: openapi_sample.Node) -> None:
-    """The page of a dozen operations weighs less than 50 KB."""
+def test_page_is_below_50_kb(document: openapi_sample.Node) -> None:
     assert len(docs_page(document)) < 50_000
 
 
-def test_a_document_may_be_bare() -> None:
-    """A document without a single operation is a page too, without sections that would be empty."""
+def test_empty_document() -> None:
     page = Page({"openapi": "3.1.0", "info": {"title": "Bare", "version": "0"}, "paths": {}})
     assert "problems" not in page.texts
     assert "Objects" not in page.texts["content"]
@@ -284,7 +269,7 @@ def _hash(text: str) -> str:
 
 
 def _poisoned(node: Any, key: str = "") -> Any:
-    """The same document with something hostile at the end of every text that means something only to people."""
+    """Append hostile text to every descriptive text of the document."""
     if isinstance(node, dict):
         return {
             (name + HOSTILE if key in {"properties", "paths"} else name): _poisoned(value, name)

@@ -1,4 +1,4 @@
-"""Errors become problem documents."""
+"""Problem documents of errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.asgi_client import AsgiResponse
 
 
 def leaf_errors(cls: type[errors.GatewayError]) -> Iterator[type[errors.GatewayError]]:
-    """The classes of the tree of errors that stand for one thing that went wrong."""
+    """Return the error classes without subclasses."""
     children = [each for each in cls.__subclasses__() if each.__module__ == errors.__name__]
     if not children:
         yield cls
@@ -22,7 +22,6 @@ def leaf_errors(cls: type[errors.GatewayError]) -> Iterator[type[errors.GatewayE
 
 
 def make_error(cls: type[errors.GatewayError]) -> errors.GatewayError:
-    """An error of a class."""
     if cls is errors.InvalidOptions:
         return errors.InvalidOptions([errors.FieldError("scale", "must be a number")])
     if cls is errors.QuotaDenied:
@@ -37,7 +36,6 @@ def make_error(cls: type[errors.GatewayError]) -> errors.GatewayError:
 
 
 def make_quota_error(*violations: tuple[str, int, int | None], retry_after: float | None = None) -> errors.QuotaDenied:
-    """A denial by policies."""
     return errors.QuotaDenied("Later.", violations=[Violation(*each) for each in violations], retry_after=retry_after)
 
 
@@ -71,16 +69,13 @@ STATUS = {
 
 
 @pytest.mark.parametrize("cls", list(leaf_errors(errors.GatewayError)), ids=lambda cls: cls.__name__)
-def test_every_error_has_its_place_in_the_table(cls: type[errors.GatewayError]) -> None:
-    """Each error of the domain becomes the status and code that the contract gives it."""
+def test_every_error_is_in_the_table(cls: type[errors.GatewayError]) -> None:
     problem = to_problem(make_error(cls))
     assert (problem.type.status, problem.type.code) == STATUS[cls.__name__]
     assert problem.type in PROBLEMS
 
 
-def test_a_subclass_is_told_as_its_closest_known_class() -> None:
-    """An error the table does not name is answered as the nearest class above it, with its own detail."""
-
+def test_subclass_uses_its_closest_base() -> None:
     class ExpiredToken(errors.Unauthenticated):
         pass
 
@@ -91,15 +86,13 @@ def test_a_subclass_is_told_as_its_closest_known_class() -> None:
 @pytest.mark.parametrize(
     "error", [errors.GatewayError("secret"), errors.UpstreamFault("secret"), errors.Denial("secret")]
 )
-def test_what_is_not_in_the_table_says_nothing(error: errors.GatewayError) -> None:
-    """An error without a place in the table is a 500 that does not tell its detail."""
+def test_unknown_error_is_a_silent_500(error: errors.GatewayError) -> None:
     status, _, body = render(to_problem(error), "r")
     assert status == 500
     assert b"secret" not in body
 
 
-def test_the_document_has_the_members_of_the_contract() -> None:
-    """A problem is rendered with its standard members, and the extras beside them."""
+def test_document_members() -> None:
     _, headers, body = render(to_problem(make_error(errors.SubmissionUnknown)), "req-1")
     answer = AsgiResponse(504, headers, body)
     assert headers["Content-Type"] == "application/problem+json"
@@ -114,8 +107,7 @@ def test_the_document_has_the_members_of_the_contract() -> None:
     }
 
 
-def test_extras_carry_what_the_error_knows() -> None:
-    """Faulty fields, refusing policies and the upstream's reason are told member by member."""
+def test_extra_members() -> None:
     assert to_problem(make_error(errors.InvalidOptions)).extras == {
         "errors": [{"field": "scale", "detail": "must be a number"}]
     }
@@ -139,19 +131,16 @@ def test_extras_carry_what_the_error_knows() -> None:
         (["total-money"], "quota-exceeded"),
     ],
 )
-def test_the_code_of_a_denial_follows_from_its_policies(policies: list[str], code: str) -> None:
-    """Only full slots are too many active tasks, only a full minute is a rate; anything else is a quota."""
+def test_denial_code_by_policy(policies: list[str], code: str) -> None:
     assert to_problem(make_quota_error(*[(policy, 1, None) for policy in policies])).type.code == code
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (2.0, "2"), (-3.5, "0")])
-def test_retry_after_is_whole_seconds_rounded_up(seconds: float, header: str) -> None:
-    """A client that obeys Retry-After never comes back too early."""
+def test_retry_after_is_rounded_up(seconds: float, header: str) -> None:
     assert to_problem(errors.Overloaded("Later.", retry_after=seconds)).headers == {"Retry-After": header}
 
 
-def test_a_denial_tells_what_is_left_of_each_limit() -> None:
-    """A 429 carries the RateLimit headers, in which a total has neither window nor reset."""
+def test_denial_has_rate_limit_headers() -> None:
     limits = [RateLimit("day-tasks", 5, 0, 86_400, 60), RateLimit("total-tasks", 100, 7, None, None)]
     headers = to_problem(errors.QuotaDenied("Later.", violations=[], limits=limits)).headers
     assert headers == {
@@ -160,7 +149,6 @@ def test_a_denial_tells_what_is_left_of_each_limit() -> None:
     }
 
 
-def test_a_slow_client_loses_its_connection() -> None:
-    """After a body that did not arrive in time the server closes the connection."""
+def test_slow_client_is_disconnected() -> None:
     problem = to_problem(BodyTimeout("Too slow."))
     assert (problem.type.code, problem.headers) == ("malformed-request", {"Connection": "close"})

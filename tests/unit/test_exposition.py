@@ -1,4 +1,4 @@
-"""What a scrape is sent is what the client library would write."""
+"""The metrics writer produces the bytes of the client library."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ TEXTS = st.text(max_size=12) | st.sampled_from(["\\", '"', "\n", '\\"\n', "é漢
 
 
 @given(TEXTS, TEXTS, st.floats() | st.integers(-(2**60), 2**60).map(float))
-def test_any_value_is_written_as_the_library_does(documentation: str, label: str, number: float) -> None:
-    """Labels and helps of any text, and all numbers, infinite ones too."""
+def test_any_label_and_value(documentation: str, label: str, number: float) -> None:
     registry = CollectorRegistry()
     Gauge("gateway_a", documentation, ("one", "two"), registry=registry).labels(label, "x").set(number)
     assert format_exposition(registry) == generate_latest(registry)
 
 
-def test_all_types_are_written_as_the_library_does() -> None:
-    """Each with its own suffixes and its name in this format."""
+def test_all_metric_types() -> None:
     registry = CollectorRegistry()
     Counter("gateway_c", "A counter.", ("kind",), registry=registry).labels("a").inc(2)
     Histogram("gateway_h_seconds", "A histogram.", ("kind",), buckets=(0.1, 1), registry=registry).labels("a").observe(
@@ -35,8 +33,7 @@ def test_all_types_are_written_as_the_library_does() -> None:
     assert format_exposition(registry) == generate_latest(registry)
 
 
-def test_a_whole_scrape_is_written_as_the_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything the gateway has to tell, with tenants, accounts and the ledger."""
+def test_whole_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics(CollectorRegistry())
     metrics.set_registry_source(lambda: REGISTRY)
     metrics.ledger_collector.set_snapshot(SNAPSHOT)

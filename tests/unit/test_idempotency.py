@@ -1,4 +1,4 @@
-"""How idempotency keys are read, and what makes two submissions the same."""
+"""Idempotency keys and content digests."""
 
 from __future__ import annotations
 
@@ -40,19 +40,17 @@ plain = st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters
 
 
 def quote_key(key: str) -> str:
-    """A string as RFC 8941 writes it."""
+    """Quote a string as in RFC 8941."""
     return '"' + key.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def content_digest(options: Options, metadata: dict[str, str] | None = None, image: bytes = DIGEST) -> str:
-    """The digest of a submission's content."""
     return digest_submission(KEY, options, metadata or {}, image).content_digest
 
 
 @settings(deadline=None)
 @given(st.text(printable, min_size=1, max_size=MAX_IDEMPOTENCY_KEY_CHARS))
 def test_quoted_key(key: str) -> None:
-    """Any printable ASCII is a key when it is quoted as the standard wants, with white space around it or not."""
     assert parse_idempotency_key([quote_key(key)]) == key
     assert parse_idempotency_key([f" \t{quote_key(key)} "]) == key
 
@@ -60,14 +58,12 @@ def test_quoted_key(key: str) -> None:
 @settings(deadline=None)
 @given(st.text(plain, min_size=1, max_size=MAX_IDEMPOTENCY_KEY_CHARS))
 def test_bare_key(key: str) -> None:
-    """A key without quotes is the same key as with them."""
     assert parse_idempotency_key([key]) == parse_idempotency_key([quote_key(key)]) == key
 
 
 @settings(deadline=None)
 @given(st.text(printable, min_size=MAX_IDEMPOTENCY_KEY_CHARS + 1, max_size=MAX_IDEMPOTENCY_KEY_CHARS + 50))
 def test_long_key(key: str) -> None:
-    """A key is at most 255 characters long, however it is written."""
     with pytest.raises(IdempotencyKeyInvalid):
         parse_idempotency_key([quote_key(key)])
     with pytest.raises(IdempotencyKeyInvalid):
@@ -80,7 +76,6 @@ def test_long_key(key: str) -> None:
 @example(b'"' * 300)
 @example(b"\\" * 300)
 def test_any_bytes(value: bytes) -> None:
-    """Whatever a header holds is a key of 1 to 255 printable characters, which can be written anew, or is refused."""
     try:
         key = parse_idempotency_key([value.decode("latin-1")])
     except IdempotencyKeyInvalid:
@@ -94,14 +89,12 @@ def test_any_bytes(value: bytes) -> None:
 @settings(deadline=None)
 @given(st.lists(st.text(printable), min_size=2, max_size=3))
 def test_several_headers(values: list[str]) -> None:
-    """Two headers are refused, even if they say the same."""
     for given_twice in (values, values[:1] * 2):
         with pytest.raises(IdempotencyKeyInvalid, match="one Idempotency-Key"):
             parse_idempotency_key(given_twice)
 
 
 def test_no_header() -> None:
-    """Without the header there is no key."""
     assert parse_idempotency_key([]) is None
 
 
@@ -115,13 +108,12 @@ def test_no_header() -> None:
         (SeamlessOptions(fit=0.3), "3df4794c9c702ba132ec8082de7094ce"),
     ],
 )
-def test_stable(options: Options, digest: str) -> None:
-    """The digests do not change from version to version, else nothing could be replayed over an upgrade."""
+def test_digests_are_stable(options: Options, digest: str) -> None:
+    """A changed digest would break replays over an upgrade."""
     assert digest_submission(KEY, options, METADATA, DIGEST) == Idempotency("d77da8028f3c5a13752873cb9c7581d5", digest)
 
 
 def test_every_field_counts() -> None:
-    """Submissions that differ in their kind, in a single option, in their metadata or in their image are different."""
     chosen = {name: getattr(FULL, name) for name in FULL.__struct_fields__}
     changed = [UpscaleOptions(**{name: value}) for name, value in chosen.items() if name not in {"model", "style"}]
     named = [UpscaleOptions(model="anime"), UpscaleOptions(style="anime"), UpscaleOptions(negative_prompt="红色的圆")]
@@ -136,8 +128,7 @@ def test_every_field_counts() -> None:
     assert len(set(digests)) == len(digests)
 
 
-def test_webhook() -> None:
-    """An address that was given for the task counts, and its absence changes no digest."""
+def test_webhook_url_counts() -> None:
     plain, one, other = (
         digest_submission(KEY, FULL, METADATA, DIGEST, url).content_digest for url in (None, "http://a/", "http://b/")
     )
@@ -145,8 +136,7 @@ def test_webhook() -> None:
     assert len({plain, one, other}) == 3
 
 
-def test_defaults() -> None:
-    """Defaults that are written out, and numbers that are written differently, make no difference."""
+def test_explicit_defaults_do_not_count() -> None:
     written = {
         "model": "通用模型",
         "style": "general",
@@ -171,7 +161,6 @@ def test_defaults() -> None:
 
 
 def test_order_of_metadata() -> None:
-    """The order of the metadata makes no difference."""
     assert content_digest(FULL, METADATA) == content_digest(FULL, dict(reversed(METADATA.items())))
 
 
@@ -179,7 +168,6 @@ def test_order_of_metadata() -> None:
 @given(st.text(printable, min_size=1), st.text(printable, min_size=1))
 @example("key", "Key")
 def test_digest_of_the_key(one: str, other: str) -> None:
-    """Different keys have different digests, also if only the case of a letter differs, and no digest shows its key."""
     first, second = (digest_submission(key, FULL, {}, DIGEST) for key in (one, other))
     assert (first.key_digest == second.key_digest) == (one == other)
     assert first.content_digest == second.content_digest

@@ -1,4 +1,4 @@
-"""What is told of an image agrees with decoders, also where its headers were altered."""
+"""Inspection agrees with decoders on altered headers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ Size = tuple[int, int]
 
 
 def inspected_size(data: bytes) -> Size | None:
-    """The size that is told, None for an image that is refused."""
     try:
         info = inspect_image(data)
     except InvalidImage:
@@ -43,7 +42,7 @@ def inspected_size(data: bytes) -> Size | None:
 
 
 def decoded_sizes(data: bytes) -> tuple[Size | None, Size | None]:
-    """The size of what Pillow and OpenCV decode, None for what they refuse."""
+    """Return the sizes decoded by Pillow and OpenCV, None where they refuse."""
     with_pillow: Size | None = None
     with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(io.BytesIO(data)) as picture:
         picture.load()
@@ -53,7 +52,7 @@ def decoded_sizes(data: bytes) -> tuple[Size | None, Size | None]:
 
 
 def header_offsets(data: bytes | bytearray) -> list[int]:
-    """The bytes of headers that tell how an image is coded and, but for those that would make it huge, its size."""
+    """Return header offsets that decide coding and size, except those that would make the image huge."""
     if data.startswith(b"\x89PNG"):
         return [19, 23, 24, 25, 27]
     if data.startswith(b"\xff\xd8"):
@@ -70,7 +69,7 @@ def header_offsets(data: bytes | bytearray) -> list[int]:
 
 @st.composite
 def altered_images(draw: st.DrawFn) -> bytes:
-    """A valid file, of which up to two bytes of its headers were altered."""
+    """Generate a valid file with up to two altered header bytes."""
     form = draw(st.sampled_from(sorted(MODES)))
     options = dict(draw(st.sampled_from(OPTIONS[form])))
     picture = make_noise(draw(st.sampled_from(MODES[form])), *SIZE, seed=draw(st.integers(0, 3)))
@@ -86,8 +85,7 @@ def altered_images(draw: st.DrawFn) -> bytes:
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(altered_images())
-def test_headers_are_judged_as_decoders_judge_them(data: bytes) -> None:
-    """What is accepted has the size that decoders allocate, and what is refused is read by none of them."""
+def test_inspection_agrees_with_decoders(data: bytes) -> None:
     told, sizes = inspected_size(data), decoded_sizes(data)
     assert {each for each in sizes if each} <= {told}
     # Where a PNG or JPEG says that its pixels are coded otherwise, only decoding all of them shows that they are not.

@@ -1,4 +1,4 @@
-"""What an image is, and whether it is all there, from its bytes."""
+"""Inspection of images by their bytes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ ENCODINGS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 
 
 def encode(picture: Image.Image, file_format: str, **options: Any) -> bytes:
-    """The bytes of a file that Pillow writes."""
     file = io.BytesIO()
     picture.save(file, file_format, **options)
     return file.getvalue()
 
 
 def make_noise(mode: str, width: int, height: int, seed: int) -> Image.Image:
-    """A picture without any pattern, so that it does not compress to nothing."""
+    """Make an image that does not compress to nothing."""
     grey = Image.frombytes("L", (width, height), _random_bytes(width * height, seed))
     return grey.convert(mode)
 
@@ -51,7 +50,7 @@ def _random_bytes(count: int, seed: int) -> bytes:
 
 @st.composite
 def images(draw: st.DrawFn) -> bytes:
-    """Valid files in the three formats, in all the ways ordinary software writes them."""
+    """Generate valid files in the three formats, with the options of ordinary software."""
     file_format, modes, options = ENCODINGS[draw(st.sampled_from(sorted(ENCODINGS)))]
     size = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     picture = make_noise(draw(st.sampled_from(modes)), *size, seed=draw(st.integers(0, 9)))
@@ -66,7 +65,7 @@ def images(draw: st.DrawFn) -> bytes:
 
 
 def inspect_outcome(data: bytes) -> ImageInfo | type[Exception]:
-    """What inspecting the bytes gave; anything but the two errors fails the test."""
+    """Return the result of the inspection, or the class of the expected error."""
     try:
         return inspect_image(data)
     except (InvalidImage, UnsupportedMediaType) as error:
@@ -75,7 +74,6 @@ def inspect_outcome(data: bytes) -> ImageInfo | type[Exception]:
 
 @given(images())
 def test_type_and_size_agree_with_pillow(data: bytes) -> None:
-    """Every image that Pillow writes is accepted, with the type and the size that Pillow reads."""
     with Image.open(io.BytesIO(data)) as picture:
         expected = ImageInfo(Image.MIME[picture.format or ""], *picture.size)
     assert inspect_image(data) == expected
@@ -84,21 +82,18 @@ def test_type_and_size_agree_with_pillow(data: bytes) -> None:
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(images())
 def test_every_proper_prefix_is_refused(data: bytes) -> None:
-    """However few bytes of its end an image lacks, it is refused."""
     view = memoryview(data)
     accepted = [size for size in range(len(data)) if isinstance(inspect_outcome(bytes(view[:size])), ImageInfo)]
     assert accepted == []
 
 
 @given(images(), st.binary(max_size=64))
-def test_what_follows_the_end_does_not_matter(data: bytes, garbage: bytes) -> None:
-    """Bytes after the end, which ordinary software passes over, change nothing."""
+def test_trailing_bytes_are_ignored(data: bytes, garbage: bytes) -> None:
     assert inspect_image(data + garbage) == inspect_image(data)
 
 
 @given(images(), st.data())
-def test_mutations_raise_nothing_but_the_two_errors(data: bytes, draw: st.DataObject) -> None:
-    """A damaged image is read or refused, but never crashes the reader."""
+def test_mutations_raise_only_image_errors(data: bytes, draw: st.DataObject) -> None:
     mutated = bytearray(data)
     for _ in range(draw.draw(st.integers(1, 4))):
         at = draw.draw(st.integers(0, len(data) - 1))
@@ -107,13 +102,11 @@ def test_mutations_raise_nothing_but_the_two_errors(data: bytes, draw: st.DataOb
 
 
 @given(st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP", b"RIFF"]), st.binary())
-def test_random_bytes_raise_nothing_but_the_two_errors(start: bytes, rest: bytes) -> None:
-    """Bytes of no sense are refused, but never crash the reader."""
+def test_random_bytes_raise_only_image_errors(start: bytes, rest: bytes) -> None:
     inspect_outcome(start + rest)
 
 
-def test_an_end_within_a_thumbnail_is_not_the_end() -> None:
-    """A photograph cut off after its thumbnail is refused, although the thumbnail is a whole image."""
+def test_thumbnail_end_is_not_the_image_end() -> None:
     thumbnail = encode(make_noise("RGB", 16, 16, 1), "JPEG")
     whole = encode(make_noise("RGB", 32, 32, 2), "JPEG", exif=b"Exif\0\0" + thumbnail)
     end = whole.index(thumbnail) + len(thumbnail)
@@ -123,7 +116,7 @@ def test_an_end_within_a_thumbnail_is_not_the_end() -> None:
 
 
 def png(*chunks: tuple[bytes, bytes], checksum: int = 0) -> bytes:
-    """A PNG file of these chunks; `checksum` is what is wrong with each checksum."""
+    """Assemble a PNG of these chunks; `checksum` is added to each checksum."""
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content) ^ checksum)
         for kind, content in chunks
@@ -131,7 +124,6 @@ def png(*chunks: tuple[bytes, bytes], checksum: int = 0) -> bytes:
 
 
 def header(width: int, height: int) -> tuple[bytes, bytes]:
-    """The header chunk of a PNG file."""
     return b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
 
 
@@ -144,55 +136,46 @@ VP8L = b"VP8L", b"\x2f\0\0\0\0\0"
 
 
 def webp(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A WebP file of these chunks."""
     body = b"WEBP" + b"".join(kind + struct.pack("<I", len(content)) + content for kind, content in chunks)
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def vp8l(width: int, height: int) -> tuple[bytes, bytes]:
-    """A chunk of lossless pixels of a size."""
     return b"VP8L", b"\x2f" + (width - 1 | height - 1 << 14).to_bytes(4, "little") + b"\0"
 
 
 def vp8x(width: int, height: int, flags: int = 0) -> tuple[bytes, bytes]:
-    """The chunk of a WebP's canvas."""
     return b"VP8X", bytes([flags, 0, 0, 0]) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
 
 
 def anmf(left: int, top: int, width: int, height: int, *chunks: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
-    """The chunk of a frame of an animation."""
     head = b"".join(each.to_bytes(3, "little") for each in (left // 2, top // 2, width - 1, height - 1, 100))
     return b"ANMF", head + b"\0" + webp(*chunks)[12:]
 
 
 def animated(*chunks: tuple[bytes, bytes]) -> bytes:
-    """An animation on a canvas of 8 x 8 pixels."""
+    """Assemble an animated WebP of 8 x 8 pixels."""
     return webp(vp8x(8, 8, 2), (b"ANIM", b"\0" * 6), *chunks)
 
 
 def frame(marker: int = 0xC0, bits: int = 8, width: int = 7, components: bytes = b"\x01\x11\x00") -> bytes:
-    """A table and the header of a JPEG frame."""
     content = struct.pack(">BHHB", bits, 5, width, len(components) // 3) + components
     return TABLE + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
 
 
 def scan(content: bytes) -> bytes:
-    """A JPEG scan."""
     return b"\xff\xda" + struct.pack(">H", len(content) + 2) + content + b"scan"
 
 
 def jpeg(*segments: bytes) -> bytes:
-    """A JPEG file of these segments."""
     return b"\xff\xd8" + b"".join(segments) + b"\xff\xd9"
 
 
 def png_header(depth: int, colour: int, *methods: int) -> tuple[bytes, bytes]:
-    """The header of a PNG of 3 x 3 pixels, coded in a way."""
     return b"IHDR", struct.pack(">II5B", 3, 3, depth, colour, *(methods or (0, 0, 0)))
 
 
 def fctl(width: int, height: int, left: int, top: int) -> tuple[bytes, bytes]:
-    """The chunk of a frame of an animated PNG."""
     return b"fcTL", struct.pack(">5IHHBB", 0, width, height, left, top, 1, 10, 0, 0)
 
 
@@ -255,8 +238,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("data", UNREADABLE.values(), ids=UNREADABLE)
-def test_what_no_decoder_reads_is_refused(data: bytes) -> None:
-    """A header that decoders refuse, and a second one that contradicts the first, are invalid."""
+def test_undecodable_headers_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidImage):
         inspect_image(data)
 
@@ -272,8 +254,7 @@ def test_what_no_decoder_reads_is_refused(data: bytes) -> None:
     ],
     ids=["png animation", "same height", "lossless jpeg", "webp animation", "after a plain webp"],
 )
-def test_headers_that_agree_are_no_fault(data: bytes, size: tuple[int, int]) -> None:
-    """Frames within an image, a height that is repeated, and what decoders never come to, leave the size as it is."""
+def test_consistent_repeated_headers_are_accepted(data: bytes, size: tuple[int, int]) -> None:
     info = inspect_image(data)
     assert (info.width, info.height) == size
 
@@ -306,14 +287,12 @@ def test_headers_that_agree_are_no_fault(data: bytes, size: tuple[int, int]) -> 
         (webp((b"VP8X", b"\0" * 10), (b"VP8L", b"\x2f\0\0\0\0\0")).replace(b"VP8L\x06", b"VP8L\x08"), "cut off"),
     ],
 )
-def test_a_broken_image_is_refused_with_its_fault(data: bytes, why: str) -> None:
-    """An image that is broken or cut off is invalid, and the message says what is wrong with it."""
+def test_broken_image_error_names_the_reason(data: bytes, why: str) -> None:
     with pytest.raises(InvalidImage, match=why):
         inspect_image(data)
 
 
-def test_stray_bytes_that_ordinary_software_passes_over_are_no_fault() -> None:
-    """Fill bytes and rubbish between JPEG markers, restarts and stuffed bytes in a scan are read past."""
+def test_harmless_stray_bytes_are_accepted() -> None:
     stray = b"\xff\xd8\xff\xff\x00rubbish" + FRAME + b"\xff\xff" + SCAN + b"\xff\x00\xff\xd0\xff\x37\xff\xff\xd9"
     assert inspect_image(stray) == ImageInfo("image/jpeg", 7, 5)
 
@@ -331,8 +310,8 @@ def test_stray_bytes_that_ordinary_software_passes_over_are_no_fault() -> None:
     ],
     ids=["scaled", "odd profile"],
 )
-def test_the_corners_of_webp_are_known(data: bytes, size: tuple[int, int]) -> None:
-    """Hints on scaling are not part of the size, and a chunk of odd length has a byte of padding behind it."""
+def test_webp_details(data: bytes, size: tuple[int, int]) -> None:
+    """Hints on scaling are not part of the size; chunks of odd length are padded."""
     assert inspect_image(data) == ImageInfo("image/webp", *size)
 
 
@@ -360,8 +339,7 @@ def _ftyp(brand: bytes) -> bytes:
         (b"iVBORw0KGgo", "not known"),
     ],
 )
-def test_another_type_is_named_and_so_is_what_is_accepted(data: bytes, name: str) -> None:
-    """What is no PNG, JPEG or WebP is refused by its own name, with what to send instead."""
+def test_unsupported_type_error_names_both_types(data: bytes, name: str) -> None:
     with pytest.raises(UnsupportedMediaType, match=rf"{name}.*send a PNG, JPEG or WebP"):
         inspect_image(data)
 
@@ -374,11 +352,7 @@ def test_another_type_is_named_and_so_is_what_is_accepted(data: bytes, name: str
     ],
     ids=["jpeg", "webp"],
 )
-def test_as_many_pieces_as_are_allowed_are_read_and_no_more(
-    start: bytes, piece: bytes, end: bytes, others: int
-) -> None:
-    """An image of a great many pieces is read, one of one more is invalid: each takes a moment of the interpreter."""
-
+def test_segment_limit(start: bytes, piece: bytes, end: bytes, others: int) -> None:
     def image(pieces: int) -> bytes:
         data = start + piece * (pieces - others) + end
         return data[:4] + struct.pack("<I", len(data) - 8) + data[8:] if data.startswith(b"RIFF") else data
@@ -388,8 +362,8 @@ def test_as_many_pieces_as_are_allowed_are_read_and_no_more(
         inspect_image(image(MAX_SEGMENTS + 1))
 
 
-def test_a_png_may_have_any_number_of_chunks() -> None:
-    """Encoders write the pixels of a PNG in chunks as small as they like, so their number is no fault."""
+def test_png_chunks_are_unlimited() -> None:
+    """Encoders split the pixels into chunks as small as they like."""
     whole = encode(make_noise("RGB", 80, 80, 1), "PNG")
     at = whole.index(b"IDAT") + 4
     pixels = whole[at : at + struct.unpack(">I", whole[at - 8 : at - 4])[0]]
@@ -400,8 +374,7 @@ def test_a_png_may_have_any_number_of_chunks() -> None:
     assert inspect_image(split) == ImageInfo("image/png", 80, 80)
 
 
-def test_a_marker_is_found_wherever_it_lies() -> None:
-    """A JPEG whose markers follow a scan of megabytes, at any place around a power of two, is read to its end."""
+def test_jpeg_marker_after_a_long_scan() -> None:
     for length in range(1024 * 1024 - 8, 1024 * 1024 + 2):
         assert inspect_image(b"\xff\xd8" + FRAME + SCAN + b"x" * length + b"\xff\xd9").width == 7
 
@@ -421,8 +394,8 @@ SEGMENTS = 200_000
     ],
     ids=["png chunks", "jpeg comments", "jpeg fill", "jpeg stuffing", "webp chunks", "empty pixels"],
 )
-def test_the_walk_is_linear(data: bytes) -> None:
-    """Very many of the smallest pieces take a few instructions each: anything quadratic would take hours."""
+def test_inspection_is_linear(data: bytes) -> None:
+    """Anything quadratic would take hours."""
     before = time.process_time()
     inspect_outcome(data)
     assert time.process_time() - before < 10

@@ -1,4 +1,4 @@
-"""The ledger's time, whatever the server's clock does."""
+"""The ledger's clock."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ START = 1_790_000_000_000
 MINUTE = 60_000
 
 
-def test_in_step() -> None:
-    """While the server's clock goes on, the ledger's time is the server's, at whatever speed that goes."""
+def test_follows_the_server() -> None:
     clock = LedgerClock()
     for wall in (START, START + 1, START + 1, START + 86_400_000):
         clock = clock.advance(wall)
         assert clock == LedgerClock(wall, 0)
 
 
-def test_step_back() -> None:
-    """After a step back the ledger's time goes on from where it was at nine tenths of its speed, until they agree."""
+def test_slows_down_after_a_step_back() -> None:
+    """Nine tenths of the speed, until both clocks agree."""
     clock = LedgerClock(START, 0).advance(START - 20 * MINUTE)
     assert clock.last_ms == START
     ahead = clock.advance(START - 10 * MINUTE)
@@ -30,15 +29,13 @@ def test_step_back() -> None:
     assert level == LedgerClock(START + 180 * MINUTE, 0)
 
 
-def test_steps_add_up() -> None:
-    """A second step back before the first is made good adds to the offset."""
+def test_repeated_steps_add_to_the_offset() -> None:
     clock = LedgerClock(START, 0).advance(START - MINUTE).advance(START - 3 * MINUTE)
     assert (clock.last_ms, clock.offset_units) == (START, 3 * MINUTE * 10)
 
 
 @given(st.lists(st.integers(-2_000_000, 2_000_000) | st.integers(0, 30)))
-def test_never_back(steps: list[int]) -> None:
-    """It never goes back, is never behind the server's, and goes on whenever that has gone on for some time."""
+def test_never_goes_back(steps: list[int]) -> None:
     wall, clock = START, LedgerClock(START, 0)
     for step in steps:
         wall += step
@@ -50,8 +47,7 @@ def test_never_back(steps: list[int]) -> None:
 
 
 @given(st.integers(1, 10**7), st.lists(st.integers(0, 10**6)))
-def test_however_often_it_is_read(offset: int, steps: list[int]) -> None:
-    """It does not matter how often the clock is read in between."""
+def test_independent_of_the_number_of_reads(offset: int, steps: list[int]) -> None:
     clock = one = LedgerClock(START + 1_000_000, offset)
     wall = clock.last_ms - -(-offset // 10)
     for step in steps:
@@ -60,8 +56,7 @@ def test_however_often_it_is_read(offset: int, steps: list[int]) -> None:
     assert clock == one.advance(wall)
 
 
-def test_shown() -> None:
-    """A time of the ledger is shown as the server's clock has it, and never stays never."""
+def test_shown_in_server_time() -> None:
     moment = ClockReading(START, START - MINUTE)
     assert (moment.offset_ms, to_server_time(moment, START + 1), to_server_time(moment, 0)) == (
         MINUTE,

@@ -1,4 +1,4 @@
-"""Each settlement and each end of a task has one line in the log, which explains the money by itself."""
+"""Log lines of settlements and finished tasks."""
 
 from __future__ import annotations
 
@@ -28,12 +28,10 @@ def lines() -> Iterator[Lines]:
 
 
 def select_lines(lines: Lines, event: str) -> Lines:
-    """The lines of an event."""
     return [each for each in lines if each["event"] == event]
 
 
-async def test_settled_by_its_sender(lines: Lines) -> None:
-    """What was accepted is told with names, and with what the account has left in uses and yuan."""
+async def test_settlement_is_logged_with_the_balance(lines: Lines) -> None:
     gateway = FakeGateway()
     gateway.upstream.next_submits.append(
         SubmitResult(outcome=SubmitOutcome.ACCEPTED, upstream_id="u1", balance=Balance(count=4, money_fen=150))
@@ -56,8 +54,7 @@ async def test_settled_by_its_sender(lines: Lines) -> None:
     }
 
 
-async def test_unknown_outcome(lines: Lines) -> None:
-    """What may have been charged, though nobody knows, is a warning."""
+async def test_unknown_outcome_is_a_warning(lines: Lines) -> None:
     gateway = FakeGateway()
     gateway.upstream.next_submits.append(SubmitResult(outcome=SubmitOutcome.UNKNOWN))
     with pytest.raises(Exception, match=r"submission|upstream"):
@@ -66,8 +63,7 @@ async def test_unknown_outcome(lines: Lines) -> None:
     assert (line["log_level"], line["outcome"], line["by"]) == ("warning", "unknown", "sender")
 
 
-async def test_booked_late(lines: Lines) -> None:
-    """An outcome that could not be booked at once is told as delayed, and once it is booked."""
+async def test_delayed_settlement_is_logged_twice(lines: Lines) -> None:
     gateway = FakeGateway()
     gateway.ledger.errors_before["settle"] = [UNAVAILABLE]
     task = (await gateway.submit_image()).task
@@ -76,8 +72,7 @@ async def test_booked_late(lines: Lines) -> None:
     assert {each["reservation"] for each in lines} == {task.reservation}
 
 
-async def test_expired(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A submission whose process died has a line of its own when its lease runs out."""
+async def test_expired_submission_is_logged(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "EXPIRY_INTERVAL_SECONDS", 0)
     gateway = FakeGateway()
     gateway.upstream.may_respond.clear()
@@ -95,8 +90,7 @@ async def test_expired(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     await asyncio.gather(*callers)
 
 
-async def test_ended(lines: Lines) -> None:
-    """The end of a task is told once, with names and what it was charged for, however often it is checked."""
+async def test_finished_task_is_logged_once_with_its_cost(lines: Lines) -> None:
     gateway = FakeGateway()
     task = (await gateway.submit_image()).task
     gateway.ledger.clock.now_ms += gateway.ledger.retention.check_interval_ms
@@ -123,8 +117,7 @@ async def test_ended(lines: Lines) -> None:
     }
 
 
-def test_policies_are_told_in_yuan() -> None:
-    """What must stay in an account, what tasks may cost, and what tenants may spend is told in yuan."""
+def test_policies_are_logged_in_yuan() -> None:
     assert logging.log_account_policy(AccountPolicy(floor_count=2, floor_money_fen=150, max_price={FACE: 30})) == {
         "floor_count": 2,
         "floor_money": 1.5,

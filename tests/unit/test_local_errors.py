@@ -1,4 +1,4 @@
-"""Which failures of a call are the fault of this machine."""
+"""Classification of local failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNRESOLVED_NAME = socket.gaierror(socket.EAI_NONAME, "unknown")
 
 
 def make_error(*attempts: Exception) -> Exception:
-    """The error of a client, with one attempt or several behind it."""
+    """Make a client error caused by one or several attempts."""
     raised = OSError("All connection attempts failed")
     raised.__cause__ = attempts[0] if len(attempts) == 1 else ExceptionGroup("several", attempts)
     error = httpx2.ConnectError("failed")
@@ -25,8 +25,7 @@ def make_error(*attempts: Exception) -> Exception:
 
 
 @pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EADDRNOTAVAIL", "EADDRINUSE"])
-def test_wants_of_this_machine(number: str) -> None:
-    """No descriptor, no memory and no port are of this machine, in every attempt."""
+def test_exhausted_local_resources(number: str) -> None:
     lacking = OSError(getattr(errno, number), "lacking")
     assert local_error_reason(lacking)
     assert local_error_reason(make_error(lacking))
@@ -35,7 +34,6 @@ def test_wants_of_this_machine(number: str) -> None:
 
 @pytest.mark.parametrize("error", [MemoryError(), socket.gaierror(socket.EAI_MEMORY, "memory")])
 def test_no_memory(error: Exception) -> None:
-    """No memory is of this machine, whatever needed it."""
     assert local_error_reason(make_error(error))
 
 
@@ -52,12 +50,10 @@ def test_no_memory(error: Exception) -> None:
         make_error(OSError(errno.EADDRNOTAVAIL, "no IPv6"), REFUSED),
     ],
 )
-def test_what_the_network_did(error: Exception | None) -> None:
-    """All else may be of the other side, if only one of several attempts was."""
+def test_network_failures(error: Exception | None) -> None:
     assert local_error_reason(error) is None
 
 
-def test_name_without_a_descriptor() -> None:
-    """A resolver that could open nothing reports an unknown name."""
+def test_resolver_without_descriptors() -> None:
     with exhaust_descriptors():
         assert local_error_reason(make_error(UNRESOLVED_NAME))

@@ -1,4 +1,4 @@
-"""The log says what happened, and no secrets."""
+"""Configuration and redaction of the log."""
 
 from __future__ import annotations
 
@@ -23,15 +23,11 @@ SECRET = "hunter2-hunter2"
 
 
 class Terminal(io.BytesIO):
-    """A stream that somebody looks at."""
-
     def isatty(self) -> bool:
         return True
 
 
 class LogSetup:
-    """A configured log and what was written to it."""
-
     def __init__(self, *, json_lines: bool = True, level: str = "INFO", terminal: bool = False) -> None:
         self._stream = Terminal() if terminal else io.BytesIO()
         self.redactor = Redactor([SECRET])
@@ -41,12 +37,10 @@ class LogSetup:
 
     @property
     def output(self) -> str:
-        """All that was written."""
         return self._stream.getvalue().decode()
 
     @property
     def event(self) -> dict[str, Any]:
-        """The only event that was written."""
         (line,) = self.output.splitlines()
         event = json.loads(line)
         assert isinstance(event, dict)
@@ -55,7 +49,6 @@ class LogSetup:
 
 @pytest.fixture(autouse=True)
 def restore_logging() -> Iterator[None]:
-    """Leave the logging of the test's process as it was."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     root.handlers.clear()
@@ -65,8 +58,7 @@ def restore_logging() -> Iterator[None]:
     structlog.reset_defaults()
 
 
-def test_an_event_is_one_json_object() -> None:
-    """In production each event is a line of JSON with its time, level and values, but for those that are None."""
+def test_event_is_one_json_object() -> None:
     log = LogSetup()
     with structlog.contextvars.bound_contextvars(request_id="r1"):
         log.logger.info("a.told", tenant="demo", cost={"count": 1}, ratio=0.5, done=True, error=None)
@@ -83,8 +75,7 @@ def test_an_event_is_one_json_object() -> None:
     }
 
 
-def test_a_logger_made_before_is_configured_too() -> None:
-    """Modules that made their loggers when they were imported write to the same log, under the newest settings."""
+def test_earlier_loggers_are_configured_too() -> None:
     early = structlog.get_logger("early")
     early.debug("before")
     first, second = LogSetup(), LogSetup()
@@ -93,8 +84,7 @@ def test_a_logger_made_before_is_configured_too() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_lines_to_read_hold_the_traceback(terminal: bool) -> None:
-    """In development an event is a line, coloured on a terminal alone, followed by its traceback, all redacted."""
+def test_console_lines_include_the_traceback(terminal: bool) -> None:
     log = LogSetup(json_lines=False, terminal=terminal)
     try:
         raise ValueError(f"no {SECRET}")
@@ -107,8 +97,7 @@ def test_lines_to_read_hold_the_traceback(terminal: bool) -> None:
     assert "abcdef" not in log.output
 
 
-def test_the_level_is_a_threshold() -> None:
-    """What is below the level is not written."""
+def test_level_is_a_threshold() -> None:
     log = LogSetup(level="WARNING")
     log.logger.info("quiet")
     log.logger.warning("loud")
@@ -116,35 +105,27 @@ def test_the_level_is_a_threshold() -> None:
 
 
 class Secretive(msgspec.Struct):
-    """An object that holds a secret under a telling name."""
-
     user_key: bytes
     name: str
 
 
 @dataclass
 class Settings:
-    """As above, made otherwise."""
-
     admin_token: str
     port: int
 
 
 class Opaque:
-    """An object whose representation holds a secret."""
-
     def __repr__(self) -> str:
         return f"<Opaque {SECRET}>"
 
 
 class Name(StrEnum):
-    """An enum that should be written as its value."""
-
     VALUE = "value"
 
 
 def spell_secret(value: str) -> list[Any]:
-    """Ways to write a value by accident that the log can know for a secret by its surroundings."""
+    """Return texts that contain a value next to a name that marks it as secret."""
     return [
         {"user_key": value},
         {"Authorization": f"Bearer {value}"},
@@ -167,8 +148,7 @@ def spell_secret(value: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("number", range(len(spell_secret(""))))
-def test_what_stands_under_a_telling_name_is_not_written(number: int) -> None:
-    """A value under the name of a secret is left out, in structures, in objects and in running text."""
+def test_values_under_secret_names_are_redacted(number: int) -> None:
     value = "Zq9vKx7Lm3Tp"
     log = LogSetup()
     log.logger.info("leak", data=spell_secret(value)[number])
@@ -177,8 +157,7 @@ def test_what_stands_under_a_telling_name_is_not_written(number: int) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["{}", "x{}x", "'{}'", "igw_ {}"])
-def test_a_token_is_not_written_wherever_it_stands(spelling: str) -> None:
-    """A token of the gateway is known by its prefix, in values, keys, events and exceptions."""
+def test_tokens_are_redacted_everywhere(spelling: str) -> None:
     token = generate_token()
     log = LogSetup()
     text = spelling.format(token)
@@ -191,7 +170,6 @@ def test_a_token_is_not_written_wherever_it_stands(spelling: str) -> None:
 
 
 def iter_texts(value: Any) -> Iterator[str]:
-    """Every text within a decoded event."""
     if isinstance(value, dict):
         yield from value
         value = list(value.values())
@@ -203,8 +181,7 @@ def iter_texts(value: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("secret", ["hunter2-hunter2", "p@ss w/rd&=é", "quo'te\"back\\slash\n"])
-def test_a_secret_the_log_was_told_is_not_written(secret: str) -> None:
-    """A known secret is left out wherever and in whatever spelling it turns up."""
+def test_registered_secrets_are_redacted(secret: str) -> None:
     log = LogSetup()
     log.redactor.register_secrets(secret)
     quoted = "p%40ss%20w%2Frd%26%3D%C3%A9" if secret.startswith("p@") else secret
@@ -220,16 +197,14 @@ def test_a_secret_the_log_was_told_is_not_written(secret: str) -> None:
     assert "can't reach" in log.output
 
 
-def test_a_short_secret_does_not_blank_out_words() -> None:
-    """A secret too short to be told from ordinary words is not looked for."""
+def test_short_secrets_are_not_searched() -> None:
     log = LogSetup()
     log.redactor.register_secrets("a", "")
     log.logger.info("a cat")
     assert log.event["event"] == "a cat"
 
 
-def test_what_is_not_secret_is_written() -> None:
-    """Ids, absent values within others, and ordinary texts stay readable."""
+def test_other_values_are_logged() -> None:
     log = LogSetup()
     log.logger.info(
         "revoked", token_id="t-1", about={"token": None}, kind=Name.VALUE, many={1}, big=2**70, key="k", data=b"12"
@@ -246,15 +221,13 @@ def test_what_is_not_secret_is_written() -> None:
     }
 
 
-def test_an_object_is_written_by_its_representation() -> None:
-    """An object of which nothing is known is written as it represents itself, without known secrets."""
+def test_objects_are_logged_by_repr() -> None:
     log = LogSetup()
     log.logger.info("seen", thing=Opaque())
     assert log.event["thing"] == "<Opaque [redacted]>"
 
 
-def test_a_structure_that_holds_itself_ends() -> None:
-    """A structure without an end is cut off."""
+def test_recursive_structure_is_truncated() -> None:
     log = LogSetup()
     endless: dict[str, Any] = {}
     endless["again"] = endless
@@ -263,8 +236,7 @@ def test_a_structure_that_holds_itself_ends() -> None:
 
 
 @pytest.mark.parametrize("library", ["uvicorn.error", "httpx2", "litestar", "redis", "asyncio", "some.other"])
-def test_libraries_are_heard_from_warnings_on(library: str) -> None:
-    """What a library logs goes through the same log and the same redaction, and below warnings nowhere."""
+def test_library_warnings_are_logged(library: str) -> None:
     log = LogSetup()
     chatter = logging.getLogger(library)
     chatter.info("GET http://upstream/?user_key=abcdef")
@@ -278,8 +250,7 @@ def test_libraries_are_heard_from_warnings_on(library: str) -> None:
     assert SECRET not in log.output
 
 
-def test_handlers_a_library_brought_along_are_taken_away() -> None:
-    """A library's own handler would write without redaction."""
+def test_library_handlers_are_removed() -> None:
     own = io.StringIO()
     logging.getLogger("uvicorn.access").addHandler(logging.StreamHandler(own))
     log = LogSetup()
@@ -287,8 +258,7 @@ def test_handlers_a_library_brought_along_are_taken_away() -> None:
     assert (own.getvalue(), log.event["detail"]) == ("", "once")
 
 
-def test_a_record_that_does_not_fit_its_arguments_is_written_all_the_same() -> None:
-    """A library's mistake in a log call does not lose the event, nor does a level of its own making."""
+def test_malformed_library_records_are_logged() -> None:
     log = LogSetup()
     logging.getLogger("redis").log(35, "lost %d", "x")
     assert (log.event["detail"], log.event["level"]) == ("lost %d", "warning")

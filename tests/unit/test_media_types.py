@@ -1,4 +1,4 @@
-"""What a result is by its bytes."""
+"""Detection of artifact types."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from tests.support.images import encode_image
 
 
 @pytest.mark.parametrize(("form", "media_type"), [("PNG", PNG), ("JPEG", JPEG), ("WEBP", WEBP), ("GIF", OCTET_STREAM)])
-def test_seen_bitmaps(form: str, media_type: str) -> None:
-    """A bitmap is told by its first bytes."""
+def test_bitmaps_by_their_first_bytes(form: str, media_type: str) -> None:
     assert sniff_type(encode_image(Image.new("RGB", (4, 4)), form)) == media_type
 
 
@@ -39,8 +38,7 @@ def test_seen_bitmaps(form: str, media_type: str) -> None:
         "<!DOCTYPE svg [<!ENTITY a 'b'>]><svg:svg >",
     ],
 )
-def test_seen_svg(text: str) -> None:
-    """An SVG is told by its root, whatever comes before that."""
+def test_svg_by_its_root_element(text: str) -> None:
     assert sniff_type(text.encode()) == SVG
 
 
@@ -58,21 +56,18 @@ def test_seen_svg(text: str) -> None:
         "RIFF....WAVE",
     ],
 )
-def test_seen_other(text: str) -> None:
-    """What only mentions an SVG is none, nor is anything else an image."""
+def test_other_content_is_no_image(text: str) -> None:
     assert sniff_type(text.encode()) == OCTET_STREAM
 
 
 @pytest.mark.parametrize("text", ["<!---->", "<?a?>", " ", "<!DOCTYPE svg>", "<!--", "<!DOCTYPE svg ["])
-def test_seen_in_time(text: str) -> None:
-    """A beginning that is made to be hard to read does not take long."""
+def test_hostile_prefix_is_detected_quickly(text: str) -> None:
     begun = time.perf_counter()
     assert sniff_type((text * SNIFF_BYTES)[:SNIFF_BYTES].encode()) == OCTET_STREAM
     assert time.perf_counter() - begun < 0.5
 
 
-def test_fitting() -> None:
-    """Bitmaps are images and grids, an SVG is a vector, and nothing else is any of them."""
+def test_types_allowed_per_artifact() -> None:
     fitting = {
         (name.value, media_type)
         for name in ArtifactName

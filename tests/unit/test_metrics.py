@@ -1,4 +1,4 @@
-"""What the gateway counts."""
+"""Metrics of the gateway."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ from tests.unit.metric_samples import (
 
 @pytest.fixture
 def metrics() -> Metrics:
-    """The metrics of a process that has just started."""
+    """Metrics of a new process."""
     return Metrics(CollectorRegistry(), version="1.2.3")
 
 
 def test_requests_are_counted_and_timed(metrics: Metrics) -> None:
-    """A request counts under its method, route and status, and its duration under its route."""
     for seconds in (0.2, 0.4):
         metrics.record_request(Port.TENANTS, "GET", "/v1/tasks/{task_id}", 200, seconds)
     metrics.record_request(Port.OPERATORS, "GET", "/v1/tasks/{task_id}", 200, 1)
@@ -42,15 +41,12 @@ def test_requests_are_counted_and_timed(metrics: Metrics) -> None:
 
 
 def test_unknown_methods_share_one_label(metrics: Metrics) -> None:
-    """A client can't make new time series by making up methods."""
     for method in ("BREW", "get", "PROPFIND"):
         metrics.record_request(Port.TENANTS, method, "/", 405, 0.1)
     assert read_sample(metrics, "gateway_http_requests_total", method="other") == 3
 
 
-def test_requests_under_way_are_counted_until_they_end(metrics: Metrics) -> None:
-    """A request is in progress within the block, however it ends."""
-
+def test_requests_in_progress_are_counted(metrics: Metrics) -> None:
     def crash() -> None:
         with metrics.track_request(Port.TENANTS):
             assert read_sample(metrics, "gateway_http_requests_in_progress", port="tenants") == 1
@@ -62,7 +58,6 @@ def test_requests_under_way_are_counted_until_they_end(metrics: Metrics) -> None
 
 
 def test_each_event_has_its_counter(metrics: Metrics) -> None:
-    """What callers report is found under the labels they gave."""
     metrics.record_upstream_call(SampleOutcome.GOOD, SampleOutcome.GOOD, 3)
     metrics.record_submission(Kind.UPSCALE, SampleOutcome.GOOD)
     metrics.record_replay()
@@ -85,8 +80,7 @@ def test_each_event_has_its_counter(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_event_loop_lag_seconds_sum") == 0.5
 
 
-def test_an_ended_task_counts_for_its_tenant_and_its_account(metrics: Metrics) -> None:
-    """What a task took is counted in yuan, by who had it done, and by what paid for it."""
+def test_finished_task_counts_for_tenant_and_account(metrics: Metrics) -> None:
     metrics.set_registry_source(lambda: REGISTRY)
     metrics.record_submitted_task(1, Kind.SEAMLESS)
     metrics.record_finished_task(make_finished_task(Cost(1, 250, CostBasis.ESTIMATED)))
@@ -102,8 +96,8 @@ def test_an_ended_task_counts_for_its_tenant_and_its_account(metrics: Metrics) -
     assert read_sample(metrics, "gateway_task_costs_total", kind="seamless", basis="estimated") == 1
 
 
-def test_what_is_known_beforehand_begins_at_zero(metrics: Metrics) -> None:
-    """An increase from nothing is seen too: of tenants, accounts, outcomes, faults of routes, and calls."""
+def test_known_series_start_at_zero(metrics: Metrics) -> None:
+    """Otherwise `increase()` misses the first event."""
     metrics.set_registry_source(lambda: REGISTRY)
     metrics.preregister_routes(Port.TENANTS, [("GET", "/v1/quota")])
     metrics.preregister_upstream_calls({SampleOutcome.GOOD: SampleOutcome})
@@ -127,7 +121,6 @@ def test_what_is_known_beforehand_begins_at_zero(metrics: Metrics) -> None:
 
 
 def test_denials_are_counted_by_tenant_and_policy(metrics: Metrics) -> None:
-    """A policy that refused is counted for its tenant, as is a balance that no policy is about."""
     metrics.set_registry_source(lambda: REGISTRY)
     metrics.record_quota_denial(1, "day-tasks")
     metrics.record_balance_denial(1)
@@ -135,8 +128,7 @@ def test_denials_are_counted_by_tenant_and_policy(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_balance_denials_total", tenant="shop") == 1
 
 
-def test_tenants_beyond_the_cap_share_one_name() -> None:
-    """However many tenants there are, only the oldest have metrics of their own: in every process the same ones."""
+def test_tenants_beyond_the_cap_share_a_label() -> None:
     metrics = Metrics(CollectorRegistry(), max_named_tenants=2)
     metrics.set_registry_source(lambda: make_registry("third", "first", "second", ids=(9, 3, 5)))
     assert [metrics.tenant_label(each) for each in (3, 5, 9, 77)] == ["first", "second", "other", "other"]
@@ -148,8 +140,7 @@ def test_tenants_beyond_the_cap_share_one_name() -> None:
     assert counted == {"first": 1, "other": 2, "third": None}
 
 
-def test_a_tenant_that_is_gone_takes_its_metrics_along() -> None:
-    """Names that come and go do not add up: the next tenant gets the place, and nothing is left of the former one."""
+def test_deleted_tenant_loses_its_series() -> None:
     metrics = Metrics(CollectorRegistry(), max_named_tenants=1)
     held = [make_registry("first", "second", ids=(1, 2))]
     metrics.set_registry_source(lambda: held[0])
@@ -166,8 +157,7 @@ def test_a_tenant_that_is_gone_takes_its_metrics_along() -> None:
     assert counted == {"first": None, "second": 1, "other": 2}
 
 
-def test_an_end_of_a_delivery_tells_its_age(metrics: Metrics) -> None:
-    """A delivery that is tried again has no age yet."""
+def test_finished_delivery_observes_its_age(metrics: Metrics) -> None:
     metrics.record_delivery(DeliveryState.PENDING, 3)
     metrics.record_delivery(DeliveryState.FAILED, 40)
     attempts = [read_sample(metrics, "gateway_webhook_attempts_total", state=each) for each in ("pending", "failed")]
@@ -175,8 +165,7 @@ def test_an_end_of_a_delivery_tells_its_age(metrics: Metrics) -> None:
     assert (attempts, ages) == ([1, 1], [None, 40])
 
 
-def test_a_batch_tells_how_late_each_check_is(metrics: Metrics) -> None:
-    """Every claimed check has its lag, every claim its size, one of nothing too."""
+def test_batch_observes_lag_and_size(metrics: Metrics) -> None:
     metrics.record_claimed_checks(iter([0.2, 3]))
     metrics.record_claimed_checks(iter([]))
     assert read_sample(metrics, "gateway_poll_lag_seconds_sum") == 3.2
@@ -185,8 +174,7 @@ def test_a_batch_tells_how_late_each_check_is(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_poll_batch_size_count") == 2
 
 
-def test_levels_are_asked_for_at_each_scrape(metrics: Metrics) -> None:
-    """A gauge shows what those say who know, of all of them, and is not there if nobody does."""
+def test_gauges_are_read_at_each_scrape(metrics: Metrics) -> None:
     held: dict[tuple[str, ...], float] = {("main",): 1.0}
     metrics.gauges.register(GaugeName.UPSTREAM_BREAKER_OPEN, lambda: held)
     metrics.gauges.register(GaugeName.UPSTREAM_BREAKER_OPEN, lambda: {("spare",): 0.0})
@@ -197,13 +185,12 @@ def test_levels_are_asked_for_at_each_scrape(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_settlements_pending") is None
 
 
-def test_when_a_series_began_is_not_told(metrics: Metrics) -> None:
-    """It would make every scrape half as large again."""
+def test_no_created_series(metrics: Metrics) -> None:
+    """They would add half to the size of a scrape."""
     assert b"_created" not in metrics.render()[0]
 
 
-def test_all_families_describe_themselves(metrics: Metrics) -> None:
-    """Each metric that a scrape shows is described, with its labels, before there is anything to show of it."""
+def test_all_metrics_are_described(metrics: Metrics) -> None:
     metrics.set_registry_source(lambda: REGISTRY)
     metrics.ledger_collector.set_snapshot(SNAPSHOT)
     metrics.refresh_labels()
@@ -218,13 +205,11 @@ def test_all_families_describe_themselves(metrics: Metrics) -> None:
         )
 
 
-def test_the_build_is_told(metrics: Metrics) -> None:
-    """The version that runs is a label of a constant."""
+def test_build_info(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_build_info", version="1.2.3") == 1
 
 
-def test_what_the_ledger_says_is_shown_until_it_can_not_be_read(metrics: Metrics) -> None:
-    """Old figures are not shown for new: without the ledger, there is but the word that it is away."""
+def test_ledger_metrics_disappear_with_the_ledger(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_redis_up") == 0
     metrics.ledger_collector.set_snapshot(SNAPSHOT)
     of_day = {"tenant": "shop", "policy": "day-money", "unit": "yuan"}
@@ -238,8 +223,7 @@ def test_what_the_ledger_says_is_shown_until_it_can_not_be_read(metrics: Metrics
     assert (read_sample(metrics, "gateway_quota_used"), read_sample(metrics, "gateway_redis_up")) == (None, 0)
 
 
-def test_an_account_shows_only_what_was_seen_of_it(metrics: Metrics) -> None:
-    """A balance nobody has seen is not zero; what was seen is shown with its age, and with what nobody can explain."""
+def test_account_shows_only_known_balances(metrics: Metrics) -> None:
     state = AccountState(unexplained_money_fen=40, unknown_outcomes=1, open_submissions=2)
     new = AccountSample("new", AccountPolicy(floor_money_fen=500), state, 9_000)
     seen = msgspec.structs.replace(
@@ -262,7 +246,6 @@ def test_an_account_shows_only_what_was_seen_of_it(metrics: Metrics) -> None:
     assert states == [1, 0]
 
 
-def test_others_can_add_to_the_registry(metrics: Metrics) -> None:
-    """What is put on the registry elsewhere is rendered with the rest."""
+def test_foreign_collectors_are_rendered(metrics: Metrics) -> None:
     Gauge("gateway_elsewhere", "Something else.", registry=metrics.registry).set(7)
     assert read_sample(metrics, "gateway_elsewhere") == 7

@@ -1,4 +1,4 @@
-"""What is concluded from the figures that an upstream account tells."""
+"""Balances in the ledger model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ MONEY = SpendingMode.COUNT_THEN_MONEY
 def make_account_state(
     count: int | None = None, money: int | None = None, sent: int = 10, received: int = 20
 ) -> AccountState:
-    """An account of which these figures are known."""
     return AccountState(
         count=None if count is None else BalanceReading(count, sent, received, ReadingSource.CHECK),
         money=None if money is None else BalanceReading(money, sent, received, ReadingSource.CHECK),
@@ -31,8 +30,7 @@ def check_availability(
     return availability.account_availability(state, policy, purse, Kind.UPSCALE, now)[0]
 
 
-def test_later_observation_replaces() -> None:
-    """A figure that was asked for after the known one was received replaces it, up or down."""
+def test_later_balance_replaces() -> None:
     state = make_account_state(count=5, money=100)
     ledger_model.observe_balance(state, POLICY, Balance(7, 50), ReadingSource.CHECK, sent_at=21, received_at=30)
     assert (state.count, state.money) == (
@@ -41,23 +39,20 @@ def test_later_observation_replaces() -> None:
     )
 
 
-def test_overlapping_observation_only_lowers() -> None:
-    """A figure whose request overlapped the known one's is believed only if it is lower."""
+def test_overlapping_balance_only_lowers() -> None:
     state = make_account_state(count=5, money=100)
     ledger_model.observe_balance(state, POLICY, Balance(7, 50), ReadingSource.CHECK, sent_at=15, received_at=30)
     assert state.count == BalanceReading(5, 10, 20, ReadingSource.CHECK)
     assert state.money == BalanceReading(50, 15, 30, ReadingSource.CHECK)
 
 
-def test_missing_figure_is_no_observation() -> None:
-    """What an answer does not tell stays what it was."""
+def test_missing_balance_changes_nothing() -> None:
     state = make_account_state(count=5)
     ledger_model.observe_balance(state, POLICY, Balance(), ReadingSource.CHECK, sent_at=30, received_at=40)
     assert (state.count, state.money) == (BalanceReading(5, 10, 20, ReadingSource.CHECK), None)
 
 
-def test_floors_close() -> None:
-    """An account whose figures reach its floors is exhausted until it is looked at again."""
+def test_floor_closes_the_account() -> None:
     state = make_account_state()
     ledger_model.observe_balance(
         state,
@@ -70,8 +65,7 @@ def test_floors_close() -> None:
     assert (state.status, state.next_probe_at) == (AccountStatus.EXHAUSTED, 40 + PROBE_INTERVAL_MS)
 
 
-def test_rise_reopens() -> None:
-    """A top-up that is seen reopens an exhausted account, and an unchanged figure does not."""
+def test_increase_reopens_the_account() -> None:
     state = make_account_state(count=0, money=0)
     state.status = AccountStatus.EXHAUSTED
     ledger_model.observe_balance(state, POLICY, Balance(0, 0), ReadingSource.CHECK, sent_at=30, received_at=40)
@@ -80,8 +74,7 @@ def test_rise_reopens() -> None:
     assert check_availability(state) is Availability.AVAILABLE
 
 
-def test_old_refusal_closes_nothing() -> None:
-    """A refusal that was asked for before the known figures were is too old to close the account."""
+def test_outdated_refusal_closes_nothing() -> None:
     state = make_account_state(count=5, sent=10)
     ledger_model.close_on_refusal(state, AccountStatus.EXHAUSTED, sent_at=9, received_at=30)
     assert check_availability(state) is Availability.AVAILABLE
@@ -89,8 +82,7 @@ def test_old_refusal_closes_nothing() -> None:
     assert state.status is AccountStatus.EXHAUSTED
 
 
-def test_old_acceptance_opens_nothing() -> None:
-    """An acceptance of what was sent before the refusal was does not reopen the account, a later one does."""
+def test_outdated_acceptance_opens_nothing() -> None:
     state = make_account_state()
     ledger_model.close_on_refusal(state, AccountStatus.INVALID, sent_at=50, received_at=60)
     ledger_model.open_on_acceptance(state, sent_at=50)
@@ -99,8 +91,8 @@ def test_old_acceptance_opens_nothing() -> None:
     assert state.status is AccountStatus.OPEN
 
 
-def test_probes() -> None:
-    """An exhausted account takes one probe per interval, and none from a tenant that may not spend money."""
+def test_probes_are_limited() -> None:
+    """One per interval, and none for a prepaid-only tenant."""
     state = make_account_state(count=0, money=0)
     ledger_model.close_on_refusal(state, AccountStatus.EXHAUSTED, sent_at=50, received_at=60)
     assert check_availability(state, now=60) is Availability.EXHAUSTED
@@ -111,15 +103,13 @@ def test_probes() -> None:
 
 
 def test_no_probe_below_a_floor() -> None:
-    """A probe never eats into what shall stay in the account."""
     state = make_account_state(count=0, money=300)
     policy = AccountPolicy(floor_money_fen=300)
     ledger_model.close_on_refusal(state, AccountStatus.EXHAUSTED, sent_at=50, received_at=60)
     assert check_availability(state, policy=policy, now=60 + PROBE_INTERVAL_MS) is Availability.EXHAUSTED
 
 
-def test_count_only() -> None:
-    """A tenant that may spend no money needs a use for each open submission, and with an unknown count goes alone."""
+def test_prepaid_only_needs_a_use_per_open_submission() -> None:
     assert check_availability(make_account_state(count=1), purse=SpendingMode.COUNT_ONLY) is Availability.AVAILABLE
     one_open = make_account_state(count=1)
     one_open.open_submissions = 1
@@ -128,8 +118,7 @@ def test_count_only() -> None:
     assert check_availability(AccountState(open_submissions=1), purse=SpendingMode.COUNT_ONLY) is Availability.EXHAUSTED
 
 
-def test_submissions_on_their_way_count() -> None:
-    """What is being sent counts against the known figures: uses first, then money at the highest price seen."""
+def test_unsettled_submissions_count_against_the_balance() -> None:
     state = make_account_state(count=1, money=500)
     state.max_observed_price[Kind.UPSCALE] = 300
     state.pending_charges = 2
@@ -138,8 +127,7 @@ def test_submissions_on_their_way_count() -> None:
     assert check_availability(state) is Availability.EXHAUSTED
 
 
-def test_unknown_balance_is_the_upstream_s_to_decide() -> None:
-    """With a figure missing a submission is let through."""
+def test_unknown_balance_lets_submissions_through() -> None:
     assert check_availability(AccountState()) is Availability.AVAILABLE
     assert check_availability(make_account_state(count=0)) is Availability.AVAILABLE
 
@@ -153,25 +141,23 @@ def test_unknown_balance_is_the_upstream_s_to_decide() -> None:
         (0, 0, {}, {}, None),
     ],
 )
-def test_what_is_held(
+def test_money_hold(
     count: int | None, is_open: int, max_price: dict[Kind, int], highest: dict[Kind, int], held: int | None
 ) -> None:
-    """Nothing is held while uses are left; else the operator's price, the highest seen, or all there is."""
     state = make_account_state(count=count)
     state.open_submissions, state.max_observed_price = is_open, highest
     assert ledger_model.price_hold(state, AccountPolicy(max_price=max_price), Kind.UPSCALE) == held
 
 
-def test_count_floor_is_kept_from_money_too() -> None:
-    """While uses are left that shall stay, money is of no help: the upstream would spend the uses."""
+def test_count_floor_blocks_money_payment() -> None:
+    """The upstream would spend the uses first."""
     policy = AccountPolicy(floor_count=5)
     assert check_availability(make_account_state(count=6, money=10_000), policy=policy) is Availability.AVAILABLE
     assert check_availability(make_account_state(count=4, money=10_000), policy=policy) is Availability.EXHAUSTED
     assert check_availability(make_account_state(count=0, money=10_000), policy=policy) is Availability.AVAILABLE
 
 
-def test_what_was_sent_before_a_reopening_is_void() -> None:
-    """A refusal or a figure that was asked for before an operator had the account looked at again says nothing."""
+def test_responses_from_before_a_reopening_are_ignored() -> None:
     state = AccountState(reopened_at=100)
     ledger_model.close_on_refusal(state, AccountStatus.INVALID, sent_at=99, received_at=150)
     ledger_model.observe_balance(state, POLICY, Balance(0, 0), ReadingSource.SUBMIT, sent_at=99, received_at=150)

@@ -1,4 +1,4 @@
-"""What is concluded from figures that overlap, and from those that are close to a floor."""
+"""Overlapping balances and floors in the ledger model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ NEWEST = FinishedTaskCheck("r1", sent_at=5, count=0, money_fen=0)
 
 
 def make_account_state(count: int, money: int, **fields: Any) -> AccountState:
-    """An account of which these figures are known."""
     figures = [BalanceReading(each, 10, 20, ReadingSource.CHECK) for each in (count, money)]
     return AccountState(count=figures[0], money=figures[1], **fields)
 
@@ -32,16 +31,14 @@ def is_payable(state: AccountState, policy: AccountPolicy, kind: Kind) -> bool:
 
 
 @pytest.mark.parametrize(("rose", "unexplained"), [(20, 0), (14, 300)])
-def test_answer_from_before_a_rise(rose: int, unexplained: int) -> None:
-    """A lower figure that may be from before the known one rose is believed, and nobody suspected of the drop."""
+def test_response_from_before_an_increase(rose: int, unexplained: int) -> None:
     state = make_account_state(0, 900, rose=rose)
     ledger_model.observe_balance(state, POLICY, Balance(0, 600), ReadingSource.SUBMIT, sent_at=15, received_at=30)
     assert state.money == BalanceReading(600, 15, 30, ReadingSource.SUBMIT)
     assert state.unexplained_money_fen == unexplained
 
 
-def test_rise_between_two_answers() -> None:
-    """Of two answers that overlap, the first from behind a top-up and the second from before it, none is suspicious."""
+def test_increase_between_overlapping_responses() -> None:
     state = make_account_state(0, 600)
     ledger_model.observe_balance(state, POLICY, Balance(0, 900), ReadingSource.SUBMIT, sent_at=31, received_at=40)
     ledger_model.observe_balance(state, POLICY, Balance(0, 600), ReadingSource.SUBMIT, sent_at=30, received_at=50)
@@ -50,34 +47,29 @@ def test_rise_between_two_answers() -> None:
     assert state.unexplained_money_fen == 100
 
 
-def test_no_overtaking() -> None:
-    """Nobody goes on to money while one that must not take any is on its way to the last use."""
+def test_money_waits_for_prepaid_only_submissions() -> None:
     assert is_payable(make_account_state(1, 900, uncharged=1), POLICY, Kind.UPSCALE)
     assert not is_payable(make_account_state(1, 900, uncharged=1, thrifty=1), POLICY, Kind.UPSCALE)
 
 
 @pytest.mark.parametrize(("money", "kind", "enough"), [(500, Kind.UPSCALE, True), (499, Kind.UPSCALE, False)])
-def test_floor_of_money(money: int, kind: Kind, *, enough: bool) -> None:
-    """A task that would bring the money below its floor is not sent."""
+def test_money_floor(money: int, kind: Kind, *, enough: bool) -> None:
     assert is_payable(make_account_state(0, money), PRICED, kind) is enough
 
 
-def test_dearer_one_under_way() -> None:
-    """Beside one that is under way either may be the dearest: neither is to bring the money below its floor."""
+def test_money_floor_with_a_more_expensive_task_unsettled() -> None:
     assert is_payable(make_account_state(0, 700), PRICED, Kind.SEAMLESS)
     assert not is_payable(make_account_state(0, 700, uncharged=1), PRICED, Kind.SEAMLESS)
     assert is_payable(make_account_state(0, 800, uncharged=1), PRICED, Kind.SEAMLESS)
 
 
-def test_uses_that_shall_stay() -> None:
-    """Those who would pay with money wait as long as uses that shall stay are left to be taken."""
+def test_count_floor_delays_money_payment() -> None:
     policy = AccountPolicy(floor_count=2)
     assert is_payable(make_account_state(0, 900, uncharged=1), policy, Kind.UPSCALE)
     assert not is_payable(make_account_state(1, 900, uncharged=1), policy, Kind.UPSCALE)
 
 
-def test_when_to_look() -> None:
-    """Who is refused although nothing runs is told when the next look is; if something runs, to come back soon."""
+def test_retry_at_the_next_balance_check() -> None:
     state = make_account_state(0, 400, looks=True, looked=90)
     state.last_finished_task = NEWEST
     assert ledger_model.is_balance_check_due(state, PRICED, 90 + PROBE_INTERVAL_MS, count_only=False)
@@ -89,8 +81,7 @@ def test_when_to_look() -> None:
     assert answer == (Availability.EXHAUSTED, 100 + EXCLUSIVE_RETRY_MS)
 
 
-def test_looks_in_vain() -> None:
-    """Submissions probe again after so many looks that told nothing, until one tells or a task has ended."""
+def test_probes_resume_after_failed_balance_checks() -> None:
     state = AccountState(status=AccountStatus.EXHAUSTED, live_balance_checks=True, last_finished_task=NEWEST)
     for _ in range(MAX_FAILED_BALANCE_CHECKS):
         assert (

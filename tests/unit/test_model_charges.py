@@ -1,4 +1,4 @@
-"""What an account is found to have been charged for."""
+"""Charges in the ledger model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KIND = Kind.SEAMLESS
 
 
 def make_reservation(before: BalanceSnapshot | None = None, *, alone: bool = True, **fields: Any) -> Reservation:
-    """A submission that was sent while these figures were known, and lacked nothing."""
+    """Make a submission sent with an exact balance."""
     return Reservation(
         ReservationState.ACCEPTED,
         tenant=1,
@@ -44,8 +44,7 @@ def compute_cost(
     return ledger_model.compute_cost(state, policy, reservation, figures, succeeded=succeeded)
 
 
-def test_observed_receipt() -> None:
-    """A task that was alone on the account cost what the balance dropped, and its price is remembered."""
+def test_exclusive_task_costs_the_balance_drop() -> None:
     state = AccountState()
     assert compute_cost(state, make_reservation(BalanceSnapshot(0, 900)), Balance(0, 650)) == Cost(
         0, 250, CostBasis.OBSERVED
@@ -65,14 +64,12 @@ def test_observed_receipt() -> None:
         (BalanceSnapshot(3, 900), Balance(0, 900), True),
     ],
 )
-def test_estimated_receipt(before: BalanceSnapshot | None, after: Balance, *, alone: bool) -> None:
-    """Without a drop that only this task can have caused, the last price seen is taken."""
+def test_estimated_cost_is_the_last_price(before: BalanceSnapshot | None, after: Balance, *, alone: bool) -> None:
     state = AccountState(last_price={KIND: 70})
     assert compute_cost(state, make_reservation(before, alone=alone), after) == Cost(0, 70, CostBasis.ESTIMATED)
 
 
-def test_receipt_where_the_figures_lacked_something() -> None:
-    """A drop that may be another's too is no receipt."""
+def test_inexact_balance_gives_no_observed_cost() -> None:
     reservation = make_reservation(BalanceSnapshot(0, 900))
     reservation.balance_exact = False
     assert compute_cost(AccountState(last_price={KIND: 70}), reservation, Balance(0, 650)) == Cost(
@@ -83,47 +80,41 @@ def test_receipt_where_the_figures_lacked_something() -> None:
 @pytest.mark.parametrize(
     ("use", "left", "cost"), [(True, 0, (1, 0)), (None, 4, (1, 0)), (None, 0, (0, 70)), (False, 4, (0, 70))]
 )
-def test_receipt_of_a_use(use: bool | None, left: int, cost: tuple[int, int]) -> None:
-    """A task that was to take a use took one; where nobody knew, the uses that are left decide."""
+def test_cost_of_a_prepaid_use(use: bool | None, left: int, cost: tuple[int, int]) -> None:
     reservation = make_reservation(alone=False, use=use)
     assert compute_cost(AccountState(last_price={KIND: 70}), reservation, Balance(left, 100)) == Cost(
         *cost, CostBasis.ESTIMATED
     )
 
 
-def test_receipt_of_nothing() -> None:
-    """Without any figure or price the cost is unknown; a failed task that moved nothing cost nothing."""
+def test_cost_without_balance_or_price() -> None:
     assert compute_cost(AccountState(), make_reservation(), Balance()) == Cost(0, 0, CostBasis.UNKNOWN)
     free = compute_cost(AccountState(), make_reservation(BalanceSnapshot(2, 0)), Balance(2, 0), succeeded=False)
     assert free == Cost(0, 0, CostBasis.OBSERVED)
 
 
 @pytest.mark.parametrize(("late", "taken"), [(False, 80), (None, 80), (True, 70)])
-def test_receipt_of_a_failure(late: bool | None, taken: int) -> None:
-    """What a failed task took shows in the answer to its submission only where that is charged; it is an estimate."""
+def test_cost_of_a_failed_task(late: bool | None, taken: int) -> None:
     state = AccountState(last_price={KIND: 70}, charges_on_completion=late)
     reservation = make_reservation(BalanceSnapshot(0, 900), after=Balance(0, 820))
     assert compute_cost(state, reservation, Balance(), succeeded=False) == Cost(0, taken, CostBasis.ESTIMATED)
     assert compute_cost(state, reservation, Balance(0, 820), succeeded=False) == Cost(0, 80, CostBasis.OBSERVED)
 
 
-def test_receipt_of_a_failure_without_figures() -> None:
-    """A failed task whose submission took nothing yet stays charged: no balance was seen after its end."""
+def test_cost_of_a_failed_task_without_balance() -> None:
     reservation = make_reservation(BalanceSnapshot(0, 900), after=Balance(0, 900))
     state = AccountState(last_price={KIND: 70})
     assert compute_cost(state, reservation, Balance(), succeeded=False) == Cost(0, 70, CostBasis.ESTIMATED)
 
 
-def test_receipt_above_the_highest_price() -> None:
-    """A drop that no task of this kind can cause is somebody else's spending: the operator's price is the guess."""
+def test_drop_above_the_highest_price_is_not_the_cost() -> None:
     state, policy = AccountState(), AccountPolicy(max_price={KIND: 300})
     cost = compute_cost(state, make_reservation(BalanceSnapshot(0, 900)), Balance(0, 400), policy=policy)
     assert cost == Cost(0, 300, CostBasis.ESTIMATED)
     assert state.max_observed_price == {}
 
 
-def test_when_the_upstream_charges() -> None:
-    """A submit that leaves the balance as it was is charged later; a lone one that does not, at once."""
+def test_charge_timing_is_learned() -> None:
     state = AccountState()
     ledger_model.learn_charge_timing(state, make_reservation(BalanceSnapshot(0, 1_200), alone=False), Balance(0, 1_200))
     assert state.charges_on_completion is True
@@ -134,15 +125,13 @@ def test_when_the_upstream_charges() -> None:
 
 
 @pytest.mark.parametrize(("use", "after"), [(True, Balance(3, 1_100)), (False, Balance(2, 1_200))])
-def test_drop_that_is_not_its_own(use: bool, after: Balance) -> None:
-    """A submit that was to take the one tells nothing of when it is charged where the other dropped."""
+def test_unrelated_drop_reveals_no_charge_timing(use: bool, after: Balance) -> None:
     state = AccountState()
     ledger_model.learn_charge_timing(state, make_reservation(BalanceSnapshot(3, 1_200), use=use), after)
     assert state.charges_on_completion is None
 
 
-def test_answer_from_before_a_reopening() -> None:
-    """What was sent before an operator had the account tried again is missing in the figures that are known since."""
+def test_response_from_before_a_reopening_is_missing_from_the_balance() -> None:
     state, reservation = (
         AccountState(pending_charges=1, reopened_at=NOW + 1, charges_on_completion=False),
         make_reservation(owes=True),
@@ -167,8 +156,9 @@ def test_answer_from_before_a_reopening() -> None:
         (0, [(1, 100)], (1, 100)),
     ],
 )
-def test_drops(tasks: int, drops: list[tuple[int, int]], unexplained: tuple[int, int]) -> None:
-    """Each task takes a use or money up to its price, never both; what is beyond that was taken by somebody else."""
+def test_drop_is_attributed_to_tasks_up_to_their_price(
+    tasks: int, drops: list[tuple[int, int]], unexplained: tuple[int, int]
+) -> None:
     state, policy = AccountState(), AccountPolicy(max_price={KIND: 300})
     for _ in range(tasks):
         ledger_model.add_expected_charge(state, policy, KIND, 1)
@@ -178,8 +168,7 @@ def test_drops(tasks: int, drops: list[tuple[int, int]], unexplained: tuple[int,
 
 
 @pytest.mark.parametrize(("caught_up", "unexplained"), [(NOW + 5, 0), (0, 1)])
-def test_late_refusal(caught_up: int, unexplained: int) -> None:
-    """A late refusal takes off what is expected only if the figures had not shown by then that nothing was taken."""
+def test_late_refusal_cancels_the_expected_charge(caught_up: int, unexplained: int) -> None:
     state, late = (
         AccountState(pending_charges=1, untracked_charges=1, reconciled_at=caught_up),
         make_reservation(owes=True, settled=NOW),
@@ -190,8 +179,7 @@ def test_late_refusal(caught_up: int, unexplained: int) -> None:
     assert state.unexplained_count == unexplained
 
 
-def test_no_price_is_known() -> None:
-    """Without a highest price any drop of the money may be the gateway's own."""
+def test_any_drop_is_attributed_without_a_price() -> None:
     state = AccountState()
     ledger_model.add_expected_charge(state, POLICY, KIND, 1)
     ledger_model.attribute_drop(state, 0, 5_000)

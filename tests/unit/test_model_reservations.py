@@ -1,4 +1,4 @@
-"""Reserving, moving and settling, where the order or the moment matters."""
+"""Reservations in the ledger model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ DAY_ENDS = window_bounds(Window.DAY, NOW)[1]
 
 
 def make_moment(now: int) -> ClockReading:
-    """A moment at which both clocks agree."""
     return ClockReading(now, now)
 
 
@@ -40,7 +39,7 @@ def make_candidate(number: int = 1, *, policy: AccountPolicy | None = None, **st
 
 
 def make_reading(value: int) -> BalanceReading:
-    """A figure that was told long ago."""
+    """Make an old balance reading."""
     return BalanceReading(value, 0, 0, ReadingSource.SUBMIT)
 
 
@@ -57,7 +56,6 @@ def reserve_place(
 
 
 def test_refusal_changes_nothing() -> None:
-    """A refused submission leaves no trace in the tenant's counters or the account."""
     tenant, paying = TenantState(), make_candidate(count=make_reading(5))
     policy = TenantPolicy(limits=(Limit(Window.DAY, tasks=0),))
     assert reserve_place(tenant, policy, paying) == PolicyDenial((Violation("day-tasks", 0, DAY_ENDS),), NOW)
@@ -66,14 +64,12 @@ def test_refusal_changes_nothing() -> None:
     assert paying.state == AccountState(count=make_reading(5))
 
 
-def test_policies_come_before_accounts() -> None:
-    """A tenant that is out of quota hears of that, even if no account could pay either."""
+def test_policies_precede_accounts() -> None:
     policy = TenantPolicy(max_active=0)
     assert isinstance(reserve_place(TenantState(), policy, make_candidate(status=AccountStatus.INVALID)), PolicyDenial)
 
 
-def test_first_account_that_pays() -> None:
-    """Accounts are used in order, those that can't pay passed over."""
+def test_first_available_account_is_used() -> None:
     broke, paying = make_candidate(1, status=AccountStatus.EXHAUSTED, probe_at=NOW + 1), make_candidate(2)
     granted = reserve_place(TenantState(), TenantPolicy(), broke, paying)
     assert isinstance(granted, Grant)
@@ -81,8 +77,7 @@ def test_first_account_that_pays() -> None:
     assert (broke.state.open_submissions, paying.state.open_submissions, paying.state.unsettled) == (0, 1, 1)
 
 
-def test_when_no_account_pays() -> None:
-    """The earliest look at an exhausted account is told; with none but invalid ones there is no such time."""
+def test_retry_time_without_an_available_account() -> None:
     soon, late = (make_candidate(status=AccountStatus.EXHAUSTED, probe_at=NOW + wait) for wait in (20_000, 50_000))
     invalid = make_candidate(status=AccountStatus.INVALID)
     assert reserve_place(TenantState(), TenantPolicy(), late, invalid, soon) == NoAccount(NOW + 20_000, NOW)
@@ -91,14 +86,12 @@ def test_when_no_account_pays() -> None:
 
 
 def test_one_probe_at_a_time() -> None:
-    """The probe that is let through puts off the next one."""
     exhausted = make_candidate(status=AccountStatus.EXHAUSTED, probe_at=NOW)
     assert isinstance(reserve_place(TenantState(), TenantPolicy(), exhausted), Grant)
     assert isinstance(reserve_place(TenantState(), TenantPolicy(), exhausted), NoAccount)
 
 
-def test_probe_is_no_receipt() -> None:
-    """What was known before a probe tells nothing of its cost: if it is taken, somebody topped the account up."""
+def test_probe_cost_is_not_observed() -> None:
     made, topped_up = (
         make_reservation(),
         make_candidate(status=AccountStatus.EXHAUSTED, probe_at=NOW, count=make_reading(0), money=make_reading(0)),
@@ -107,8 +100,7 @@ def test_probe_is_no_receipt() -> None:
     assert made.balance_before is None
 
 
-def test_unknown_price_holds_all_that_remains() -> None:
-    """Where no price is known one submission holds the whole limit on money, so that a second one is refused."""
+def test_unknown_price_holds_the_whole_limit() -> None:
     tenant, policy = TenantState(), TenantPolicy(limits=(Limit(Window.MONTH, money_fen=500),))
     paying = make_candidate(count=make_reading(0), money=make_reading(10_000))
     made = make_reservation()
@@ -118,7 +110,6 @@ def test_unknown_price_holds_all_that_remains() -> None:
 
 
 def test_overrun() -> None:
-    """A receipt that passes the limit is booked in full, and what passes it is counted."""
     policy = TenantPolicy(limits=(Limit(Window.MONTH, money_fen=100),))
     tenant = TenantState()
     paying = make_candidate(count=make_reading(0), money=make_reading(1_000), highest={Kind.UPSCALE: 80})
@@ -136,8 +127,7 @@ def test_overrun() -> None:
     assert tenant.windows[Window.TOTAL].money_fen == 130
 
 
-def test_receipt_of_one_that_was_not_alone() -> None:
-    """Two tasks at once on an account can't tell whose the drop was."""
+def test_overlapping_task_has_no_observed_cost() -> None:
     tenant, paying = (
         TenantState(),
         make_candidate(count=make_reading(0), money=make_reading(1_000)),
@@ -166,8 +156,7 @@ def test_receipt_of_one_that_was_not_alone() -> None:
     assert (paying.state.open_submissions, tenant.active_tasks) == (0, 0)
 
 
-def test_moving_on() -> None:
-    """A reservation moves to the next account with its place in the windows, and closes the one it left."""
+def test_retarget_keeps_the_windows() -> None:
     tenant, policy = TenantState(), TenantPolicy(limits=(Limit(Window.DAY, tasks=1, money_fen=100),))
     prices = AccountPolicy(max_price={Kind.UPSCALE: 60})
     left, right = (
@@ -190,8 +179,7 @@ def test_moving_on() -> None:
     assert (day.tasks_reserved, day.money_reserved_fen) == (1, 90)
 
 
-def test_nowhere_to_move() -> None:
-    """Where no account can take it, or its price does not fit, a reservation stays to be settled."""
+def test_retarget_without_an_available_account() -> None:
     tenant, policy = TenantState(), TenantPolicy(limits=(Limit(Window.DAY, money_fen=100),))
     left = make_candidate(1, policy=AccountPolicy(max_price={Kind.UPSCALE: 60}))
     dear = make_candidate(2, policy=AccountPolicy(max_price={Kind.UPSCALE: 101}))
@@ -205,7 +193,6 @@ def test_nowhere_to_move() -> None:
 
 
 def test_late_settlement_replaces_unknown() -> None:
-    """An unknown outcome stays charged until a late refusal gives it back or a late acceptance keeps it."""
     for late, used, active in ((ReservationState.REFUSED, 0, 0), (ReservationState.ACCEPTED, 1, 1)):
         tenant, paying, made = TenantState(), make_candidate(), make_reservation()
         reserve_place(tenant, TenantPolicy(), paying, made=made)
@@ -226,8 +213,7 @@ def test_late_settlement_replaces_unknown() -> None:
         )
 
 
-def test_settling_after_the_window() -> None:
-    """What was reserved in a period that is over touches only the windows it is still in."""
+def test_settlement_after_the_window() -> None:
     tenant, paying, made = TenantState(), make_candidate(), make_reservation()
     reserve_place(tenant, TenantPolicy(), paying, made=made)
     later = NOW + 86_400_000
@@ -240,8 +226,7 @@ def test_settling_after_the_window() -> None:
     assert used[Window.MONTH] == used[Window.TOTAL] == (1, 0)
 
 
-def test_lost_reservation_is_charged_where_it_was_made() -> None:
-    """A reservation that the ledger lost counts in the windows of its creation, not of its discovery."""
+def test_lost_reservation_counts_in_its_creation_window() -> None:
     tenant, state, made = TenantState(), AccountState(), make_reservation()
     ledger_model.recreate_reservation(tenant, state, "r", made, DayUsage(), make_moment(NOW + 86_400_000))
     assert tenant.windows[Window.DAY].tasks == 0
@@ -249,8 +234,7 @@ def test_lost_reservation_is_charged_where_it_was_made() -> None:
     assert (made.state, state.unknown_outcomes) == (ReservationState.UNKNOWN, 1)
 
 
-def test_counted_where_it_was_reserved() -> None:
-    """A reservation stays in the counters it was counted in, though the server's clock has stepped back since."""
+def test_clock_step_keeps_the_window() -> None:
     tenant, paying, made = TenantState(), make_candidate(), make_reservation()
     reserve_place(tenant, TenantPolicy(), paying, made=made)
     stepped = ClockReading(NOW + 1, NOW - 86_400_000)
@@ -264,8 +248,7 @@ def test_counted_where_it_was_reserved() -> None:
     assert (tenant.windows[Window.DAY].tasks, tenant.windows[Window.DAY].tasks_reserved) == (1, 0)
 
 
-def test_limit_of_a_period_that_comes_again() -> None:
-    """What was counted in a period is still counted once the server's clock has stepped back and comes to it again."""
+def test_repeated_window_keeps_its_count() -> None:
     tenant, paying = TenantState(), make_candidate()
     policy = TenantPolicy(limits=(Limit(Window.DAY, tasks=1),))
     assert isinstance(reserve_place(tenant, policy, paying), Grant)
@@ -278,8 +261,7 @@ def test_limit_of_a_period_that_comes_again() -> None:
     )
 
 
-def test_verdicts_tell_the_time_of_the_server() -> None:
-    """A grant tells when it was made and when its lease ends as the server's clock shows it."""
+def test_verdicts_use_server_time() -> None:
     made = make_reservation()
     verdict = ledger_model.reserve_place(
         TenantState(), TenantPolicy(), [make_candidate()], made, ClockReading(NOW, NOW - 1_000)

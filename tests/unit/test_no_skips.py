@@ -20,8 +20,7 @@ MARK = "import pytest\n@pytest.mark.{}\ndef test_it(): {}\n"
     ],
     ids=["mark", "expected", "within", "module"],
 )
-def test_a_skipped_test_fails_the_run(module: str, tmp_path: Path) -> None:
-    """A test that does not run, or may fail, fails the run, in whatever way it is excused."""
+def test_skipped_test_fails_the_run(module: str, tmp_path: Path) -> None:
     (tmp_path / "test_excused.py").write_text(module)
     command = [sys.executable, "-m", "pytest", "-p", "tests.support.no_skips", "-p", "no:cacheprovider", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, text=True)

@@ -1,4 +1,4 @@
-"""Options of the kinds, read from form fields."""
+"""Options of the task kinds in form fields."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from service.domain.tasks import (
 
 
 def option_errors(kind: Kind, *fields: tuple[str, str]) -> dict[str, str]:
-    """What is said of each faulty field."""
     with pytest.raises(InvalidOptions) as caught:
         parse_options(kind, fields, DEFAULT_CATALOGUE)
     return {each.field: each.detail for each in caught.value.errors}
@@ -45,13 +44,11 @@ def option_errors(kind: Kind, *fields: tuple[str, str]) -> dict[str, str]:
         ("fit", "0.5", "is not an option; this kind takes"),
     ],
 )
-def test_faults(name: str, text: str, detail: str) -> None:
-    """A value out of range, of another type or unknown is named with what it must be."""
+def test_invalid_values_are_named(name: str, text: str, detail: str) -> None:
     assert option_errors(Kind.UPSCALE, (name, text))[name].startswith(detail)
 
 
-def test_every_fault_is_named() -> None:
-    """All faulty fields are named at once, a repeated one among them."""
+def test_all_invalid_fields_are_named() -> None:
     found = option_errors(Kind.SEAMLESS, ("fit", "0.05"), ("colors", "5"), ("fit", "0.5"))
     assert set(found) == {"fit", "colors"}
     assert option_errors(Kind.SEAMLESS, ("fit", "0.5"), ("fit", "0.5")) == {"fit": "is given more than once"}
@@ -65,29 +62,25 @@ def test_every_fault_is_named() -> None:
     prompt=st.text(max_size=2_000),
     upper=st.booleans(),
 )
-def test_what_is_in_range_is_taken(*, scale: float, steps: int, flag: bool, prompt: str, upper: bool) -> None:
-    """Every value in range is taken for what it says."""
+def test_values_in_range_are_accepted(*, scale: float, steps: int, flag: bool, prompt: str, upper: bool) -> None:
     word = str(flag).upper() if upper else str(flag).lower()
     fields = [("scale", repr(scale)), ("steps", str(steps)), ("vector", word), ("prompt", prompt)]
     options = parse_options(Kind.UPSCALE, fields, DEFAULT_CATALOGUE)
     assert options == UpscaleOptions(scale=scale, steps=steps, vector=flag, prompt=prompt)
 
 
-def test_an_empty_option_is_not_given() -> None:
-    """A field that a form sends empty has its default, and is no repetition of another; its name is still checked."""
+def test_empty_option_is_the_default() -> None:
     fields = [("scale", ""), ("vector", ""), ("model", ""), ("steps", ""), ("steps", "20"), ("prompt", "")]
     assert parse_options(Kind.UPSCALE, fields, DEFAULT_CATALOGUE) == UpscaleOptions(steps=20)
     assert option_errors(Kind.UPSCALE, ("fit", "")).keys() == {"fit"}
 
 
-def test_edges_are_in_range() -> None:
-    """The ends of a range belong to it."""
+def test_range_ends_are_accepted() -> None:
     for fit in ("0.1", "0.9"):
         assert parse_options(Kind.SEAMLESS, [("fit", fit)], DEFAULT_CATALOGUE) == SeamlessOptions(fit=float(fit))
 
 
-def test_catalogue() -> None:
-    """A model is given by its name or in the upstream's word, and is shown by its name."""
+def test_model_catalogue() -> None:
     catalogue = Catalogue(models={"general": "通用模型", "anime": "动漫模型"}, styles={"general": "通用风格"})
     for given_as in ("anime", "动漫模型"):
         options = parse_options(Kind.UPSCALE, [("model", given_as)], catalogue)
@@ -98,13 +91,11 @@ def test_catalogue() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": null}', '"a"', '{"a": "' + "x" * 2_048 + '"}'])
-def test_metadata_faults(text: str) -> None:
-    """Metadata has to be a JSON object of strings of bounded size."""
+def test_invalid_metadata(text: str) -> None:
     with pytest.raises(InvalidOptions, match="metadata"):
         parse_metadata(text)
 
 
 def test_metadata() -> None:
-    """Metadata is given back as it came, and is empty without any."""
     assert parse_metadata('{"order": "17", "用途": "封面"}') == {"order": "17", "用途": "封面"}
     assert parse_metadata(None) == {}

@@ -1,4 +1,4 @@
-"""Rounds go on whatever happens, and do not fill the log with it."""
+"""Periodic jobs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from service.storage.redis import make_unavailable_error
 from service.usecases import background
 
 
-async def test_an_outage_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often the store is asked while it is away, rounds go on, and leave it to others to log that."""
+async def test_job_survives_an_outage_without_logging_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "UNAVAILABLE_SECONDS", 0)
     monkeypatch.setattr(background, "IDLE_SECONDS", 0)
     answers = iter(["away", "away", "away", "here", "away", "away"])

@@ -1,4 +1,4 @@
-"""Every running task is checked until it has ended, whatever happens to one check or one process."""
+"""The poller of running tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNEXPECTED_ERROR = RuntimeError("a fault of ours")
 
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> FakeGateway:
-    """The use cases, with a watch that never pauses."""
+    """Use cases whose poller does not pause."""
     monkeypatch.setattr(poller, "EXPIRY_INTERVAL_SECONDS", 0)
     monkeypatch.setattr(background, "IDLE_SECONDS", 0)
     monkeypatch.setattr(background, "UNAVAILABLE_SECONDS", 0)
@@ -27,20 +27,17 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> FakeGateway:
 
 
 async def make_due_tasks(gateway: FakeGateway, number: int = 1) -> list[Task]:
-    """So many tasks whose check is due."""
     tasks = [(await gateway.submit_image()).task for _ in range(number)]
     gateway.ledger.clock.now_ms += gateway.ledger.retention.check_interval_ms
     return tasks
 
 
 def task_states(gateway: FakeGateway) -> list[State]:
-    """The states of all tasks."""
     return [task.state for task in gateway.ledger.tasks.values()]
 
 
 @asynccontextmanager
 async def run_poller(gateway: FakeGateway) -> AsyncIterator[asyncio.Task[None]]:
-    """A watch that goes on."""
     running = asyncio.create_task(gateway.poller.run())
     try:
         yield running
@@ -50,8 +47,7 @@ async def run_poller(gateway: FakeGateway) -> AsyncIterator[asyncio.Task[None]]:
 
 
 @pytest.mark.parametrize("fault", [UNAVAILABLE, UNEXPECTED_ERROR])
-async def test_goes_on(gateway: FakeGateway, fault: Exception) -> None:
-    """Neither a store that is away nor a fault of the watch's own ends it."""
+async def test_outages_and_errors_do_not_end_the_loop(gateway: FakeGateway, fault: Exception) -> None:
     gateway.ledger.errors_before["claim"] = [fault, fault]
     await make_due_tasks(gateway)
     async with run_poller(gateway):
@@ -60,8 +56,7 @@ async def test_goes_on(gateway: FakeGateway, fault: Exception) -> None:
 
 @pytest.mark.parametrize("fault", [UNAVAILABLE, UNEXPECTED_ERROR])
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_unrecorded_answer(gateway: FakeGateway, fault: Exception, when: str) -> None:
-    """A check that could not be recorded is made again when its claim runs out, and its end is booked once."""
+async def test_unrecorded_check_is_repeated_after_its_lease(gateway: FakeGateway, fault: Exception, when: str) -> None:
     getattr(gateway.ledger, when)["record_check"] = [fault]
     await make_due_tasks(gateway)
     await gateway.poller.start_due()
@@ -73,8 +68,7 @@ async def test_unrecorded_answer(gateway: FakeGateway, fault: Exception, when: s
     assert gateway.task_counts == (1, 0, 0)
 
 
-async def test_crashed_check(gateway: FakeGateway) -> None:
-    """A check that crashes disturbs no other, and is made again when its claim runs out."""
+async def test_failed_check_is_repeated_after_its_lease(gateway: FakeGateway) -> None:
     await make_due_tasks(gateway, 2)
     gateway.upstream.errors.append(UNEXPECTED_ERROR)
     await gateway.poller.start_due()
@@ -86,8 +80,7 @@ async def test_crashed_check(gateway: FakeGateway) -> None:
     assert task_states(gateway) == [State.SUCCEEDED] * 2
 
 
-async def test_at_once(gateway: FakeGateway) -> None:
-    """No more than so many checks are under way at once, and the others follow."""
+async def test_concurrent_checks_are_limited(gateway: FakeGateway) -> None:
     await make_due_tasks(gateway, 5)
     gateway.upstream.may_respond.clear()
     async with run_poller(gateway):
@@ -99,8 +92,7 @@ async def test_at_once(gateway: FakeGateway) -> None:
         await wait_until(lambda: task_states(gateway) == [State.SUCCEEDED] * 5)
 
 
-async def test_ends_at_once(gateway: FakeGateway) -> None:
-    """A watch that is ended waits for no check; another process takes the task over when the claim runs out."""
+async def test_cancellation_does_not_wait_for_checks(gateway: FakeGateway) -> None:
     await make_due_tasks(gateway)
     gateway.upstream.may_respond.clear()
     async with run_poller(gateway):
@@ -116,8 +108,7 @@ async def test_ends_at_once(gateway: FakeGateway) -> None:
     assert task_states(gateway) == [State.SUCCEEDED]
 
 
-async def test_before_the_registry_is_there(gateway: FakeGateway) -> None:
-    """Nothing is claimed by a process that does not know the accounts yet."""
+async def test_nothing_is_claimed_before_the_registry_is_loaded(gateway: FakeGateway) -> None:
     gateway.registry.is_ready = False
     await make_due_tasks(gateway)
     await gateway.poller.start_due()
@@ -129,8 +120,7 @@ async def test_before_the_registry_is_there(gateway: FakeGateway) -> None:
     assert task_states(gateway) == [State.SUCCEEDED]
 
 
-async def test_removed_account(gateway: FakeGateway) -> None:
-    """A task whose account was removed ends as lost after long enough, and frees its place."""
+async def test_task_of_a_removed_account_is_lost_in_time(gateway: FakeGateway) -> None:
     (task,) = await make_due_tasks(gateway)
     gateway.remove_accounts()
     for _ in range(3):
@@ -143,8 +133,7 @@ async def test_removed_account(gateway: FakeGateway) -> None:
     assert gateway.upstream.checks == []
 
 
-async def test_missing_key(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task whose id can't be opened, since its key was taken away, waits for the key and is not given up."""
+async def test_task_without_its_key_is_kept(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     (task,) = await make_due_tasks(gateway)
     with monkeypatch.context() as patched:
         patched.setattr(gateway.task_ids, "decode", TaskIdCodec(Keyring([b"x" * 32]).derive("task-id")).decode)
@@ -160,8 +149,7 @@ async def test_missing_key(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
     assert task_states(gateway) == [State.SUCCEEDED]
 
 
-async def test_still_running(gateway: FakeGateway) -> None:
-    """A task that still runs is due again after the interval."""
+async def test_running_task_is_rescheduled(gateway: FakeGateway) -> None:
     gateway.upstream.next_checks.append(CheckResult(outcome=CheckOutcome.RUNNING))
     await make_due_tasks(gateway)
     await gateway.poller.start_due()
@@ -173,8 +161,7 @@ async def test_still_running(gateway: FakeGateway) -> None:
     assert task_states(gateway) == [State.SUCCEEDED]
 
 
-async def test_expiry_goes_on(gateway: FakeGateway) -> None:
-    """Places that dead processes held are given back, also after the store was away and after a fault of our own."""
+async def test_expiry_survives_outages_and_errors(gateway: FakeGateway) -> None:
     gateway.upstream.may_respond.clear()
     caller = asyncio.create_task(gateway.submit_image())
     await wait_until(lambda: bool(gateway.upstream.submits))
@@ -189,7 +176,7 @@ async def test_expiry_goes_on(gateway: FakeGateway) -> None:
 
 
 async def check_repeatedly(gateway: FakeGateway, *answers: CheckOutcome, interval_ms: int) -> None:
-    """Check the only task so many times, at such a distance of milliseconds."""
+    """Check the only task repeatedly at this interval."""
     for answered in answers:
         gateway.ledger.clock.now_ms += interval_ms
         gateway.upstream.next_checks.append(CheckResult(outcome=answered))
@@ -198,8 +185,7 @@ async def check_repeatedly(gateway: FakeGateway, *answers: CheckOutcome, interva
 
 
 @pytest.mark.parametrize("also", [CheckOutcome.INVALID, CheckOutcome.NOT_FOUND])
-async def test_unusable_answers(gateway: FakeGateway, also: CheckOutcome) -> None:
-    """A task of which nothing usable is told ends after long enough and frees its place, even with silence between."""
+async def test_unusable_responses_fail_the_task_in_time(gateway: FakeGateway, also: CheckOutcome) -> None:
     (task,) = await make_due_tasks(gateway)
     every = gateway.ledger.retention.unusable_after_ms // 6
     await check_repeatedly(gateway, *[CheckOutcome.INVALID, also] * 3, interval_ms=every)
@@ -211,8 +197,7 @@ async def test_unusable_answers(gateway: FakeGateway, also: CheckOutcome) -> Non
 
 
 @pytest.mark.parametrize("between", [CheckOutcome.RUNNING, CheckOutcome.NO_RESPONSE])
-async def test_answers_between_unusable_ones(gateway: FakeGateway, between: CheckOutcome) -> None:
-    """Neither time without an answer nor what was before a good one counts against a task."""
+async def test_valid_responses_reset_the_timeout(gateway: FakeGateway, between: CheckOutcome) -> None:
     await make_due_tasks(gateway)
     half = gateway.ledger.retention.unusable_after_ms // 2
     await check_repeatedly(

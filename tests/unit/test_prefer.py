@@ -1,4 +1,4 @@
-"""`Prefer: wait` is read as RFC 7240 wants it, and never turns a request into an error."""
+"""Parsing of `Prefer: wait` (RFC 7240)."""
 
 from __future__ import annotations
 
@@ -25,22 +25,19 @@ from service.api.params import parse_wait_seconds, preference_applied_header
         (",, wait=5 ,", 5),
     ],
 )
-def test_wishes_that_are_granted(header: str, seconds: int) -> None:
-    """Names in any case, quotes, spaces, parameters and other preferences make no difference."""
+def test_valid_preferences(header: str, seconds: int) -> None:
     assert parse_wait_seconds([header]) == seconds
 
 
 @pytest.mark.parametrize(
     "header", ["wait", "WAIT", "wait=", 'wait=""', "wait ; reason=tea", "respond-async, wait", "wait, wait=5"]
 )
-def test_a_wish_without_a_number_is_for_the_longest(header: str) -> None:
-    """Bare `wait` waits as long as there is, and an empty value is the same as none."""
+def test_bare_wait_is_the_longest(header: str) -> None:
     assert parse_wait_seconds([header]) == 60
 
 
 @pytest.mark.parametrize("header", ["wait=61", "wait=100000", f"wait={'9' * 500}"])
-def test_no_longer_than_a_minute(header: str) -> None:
-    """Whoever would wait longer waits for 60 seconds, and is told so."""
+def test_wait_is_capped_at_60_seconds(header: str) -> None:
     assert parse_wait_seconds([header]) == 60
     assert preference_applied_header(60) == {"Preference-Applied": "wait=60"}
 
@@ -53,14 +50,12 @@ def test_no_longer_than_a_minute(header: str) -> None:
         f"wait=5, {'x' * 1000}",
     ],
 )
-def test_wishes_that_are_passed_over(header: str) -> None:
-    """What is malformed, zero, unknown, quoted within something else, or endless is as if it were not there."""
+def test_invalid_preferences_are_ignored(header: str) -> None:
     assert parse_wait_seconds([header]) == 0
     assert preference_applied_header(0) == {}
 
 
-def test_several() -> None:
-    """Of several the first counts, in one header or in many, even if it makes no sense."""
+def test_first_preference_counts() -> None:
     assert parse_wait_seconds(["wait=5, wait=10"]) == 5
     assert parse_wait_seconds(["respond-async", "wait=5", "wait=10"]) == 5
     assert parse_wait_seconds(["wait=soon", "wait=10"]) == 0
@@ -68,6 +63,5 @@ def test_several() -> None:
 
 
 @given(st.lists(st.text(alphabet=st.sampled_from('wait=5,;"\\ \tx')), max_size=4))
-def test_anything(headers: list[str]) -> None:
-    """Nothing that a client sends is an error."""
+def test_any_header_is_accepted(headers: list[str]) -> None:
     assert 0 <= parse_wait_seconds(headers) <= 60

@@ -1,4 +1,4 @@
-"""What production refuses, what it takes with doubts, and what it must not be a nuisance about."""
+"""Checks of production settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY_HINT = "must be random bytes in production, which number 1 is not: `openssl 
 
 
 def make_environment(**settings: str) -> dict[str, str]:
-    """An environment that production takes, but for what a test gives."""
+    """Make an environment that passes the checks, with changes."""
     return {
         "GATEWAY_ENV": "production",
         "GATEWAY_REDIS_URL": "redis://store",
@@ -33,33 +33,28 @@ def read_errors(**settings: str) -> tuple[str, ...]:
 
 
 def read_warned_settings(**settings: str) -> list[str]:
-    """The settings that are taken with doubts."""
     loaded = Settings.load(make_environment(**settings))
     return [field for field, _ in production_warnings(vars(loaded))]
 
 
 @pytest.mark.parametrize("token", ["t" * 40, "changeme" * 4, "0123456789abcdef" * 2, "abcde" * 8 + "abc"])
-def test_tokens_that_can_be_guessed(token: str) -> None:
-    """A token of a few characters, or of one text again and again, is refused, with the command that makes a better."""
+def test_guessable_tokens_are_refused(token: str) -> None:
     assert read_errors(GATEWAY_ADMIN_TOKEN=token) == (f"GATEWAY_ADMIN_TOKEN {TOKEN_HINT}",)
 
 
 @pytest.mark.parametrize("key", [bytes(32), b"s" * 32, bytes(range(150, 158)) * 4, b"correct horse battery staple 123"])
-def test_keys_that_can_be_guessed(key: bytes) -> None:
-    """A key of zeros, of a pattern or of a text is refused."""
+def test_guessable_keys_are_refused(key: bytes) -> None:
     assert read_errors(GATEWAY_SECRET_KEYS=base64.b64encode(key).decode()) == (f"GATEWAY_SECRET_KEYS {KEY_HINT}",)
 
 
-def test_the_key_that_is_refused_is_named() -> None:
-    """Of several keys, the one that can be guessed is named by its place, and never by what it is."""
+def test_guessable_key_is_named_by_position() -> None:
     weak = base64.b64encode(b"s" * 32).decode()
     (fault,) = read_errors(GATEWAY_SECRET_KEYS=f"{generate_secret_key()},{weak}")
     assert "number 2 is not" in fault
     assert weak not in fault
 
 
-def test_development_takes_them() -> None:
-    """On a machine of one's own, secrets need not hold, and nothing needs TLS."""
+def test_development_accepts_weak_settings() -> None:
     environ = make_environment(
         GATEWAY_ADMIN_TOKEN="t", GATEWAY_SECRET_KEYS="A" * 43, GATEWAY_UPSTREAM_URL="http://images.example"
     )
@@ -67,8 +62,7 @@ def test_development_takes_them() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://images.example/api", "http://8.8.8.8", "http://[2606:4700::1111]:80"])
-def test_an_upstream_in_the_clear(url: str) -> None:
-    """An upstream elsewhere needs TLS, or somebody who says that it may do without."""
+def test_public_upstream_without_tls_is_refused(url: str) -> None:
     (fault,) = read_errors(GATEWAY_UPSTREAM_URL=url)
     assert fault.startswith("GATEWAY_UPSTREAM_URL must be https:// in production")
     assert fault.endswith("GATEWAY_UPSTREAM_CLEARTEXT=allow takes the risk")
@@ -88,8 +82,8 @@ def test_an_upstream_in_the_clear(url: str) -> None:
         "http://egress.corp.internal.",
     ],
 )
-def test_an_upstream_nearby(url: str) -> None:
-    """An upstream on this machine or in a private network may do without TLS, as one behind a proxy for egress."""
+def test_private_upstream_without_tls_is_accepted(url: str) -> None:
+    """It may be an egress proxy."""
     assert read_warned_settings(GATEWAY_UPSTREAM_URL=url) == []
 
 
@@ -102,8 +96,7 @@ def test_an_upstream_nearby(url: str) -> None:
         ("redis+sentinel://10.0.0.1,8.8.8.8/main", ["must be rediss://", "must have a password"]),
     ],
 )
-def test_a_store_that_everybody_reaches(url: str, wanted: list[str]) -> None:
-    """A store at a public address needs TLS and a password."""
+def test_public_store_needs_tls_and_password(url: str, wanted: list[str]) -> None:
     found = read_errors(GATEWAY_REDIS_URL=url)
     assert len(found) == len(wanted)
     for fault, words in zip(found, wanted, strict=True):
@@ -125,18 +118,16 @@ def test_a_store_that_everybody_reaches(url: str, wanted: list[str]) -> None:
         ("rediss://:word@store.example?ssl_cert_reqs=none", 1),
     ],
 )
-def test_a_store_that_perhaps_everybody_reaches(url: str, times: int) -> None:
-    """A store with a public name is taken, since its address may be private, and each thing it lacks is a doubt."""
+def test_named_store_is_a_warning(url: str, times: int) -> None:
+    """Its address may be private."""
     assert read_warned_settings(GATEWAY_REDIS_URL=url) == ["redis_url"] * times
 
 
-def test_a_loud_log_is_doubted() -> None:
-    """Whoever looks for a fault may log all there is, and is told that it is much."""
+def test_debug_log_is_a_warning() -> None:
     assert read_warned_settings(GATEWAY_LOG_LEVEL="debug") == ["log_level"]
 
 
-def test_no_refusal_shows_a_secret(tmp_path: Path) -> None:
-    """Refusals never repeat a secret, wherever it is from."""
+def test_errors_contain_no_secret(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("hush!!" * 6)
     environ = make_environment(GATEWAY_REDIS_URL="redis://me:hush@8.8.8.8", GATEWAY_ADMIN_TOKEN="")
     with pytest.raises(SettingsError) as caught:

@@ -1,4 +1,4 @@
-"""Redaction copes with anything that is logged."""
+"""Redaction of log values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN_WORDS = st.text("abc xyz.,-/", max_size=8)
 
 
 def encoded_secrets(secret: str) -> st.SearchStrategy[str]:
-    """A secret in some spelling, within some text."""
+    """Generate a secret in some encoding within some text."""
     plain = secret.encode()
     spelling = st.sampled_from(
         [
@@ -40,7 +40,7 @@ def encoded_secrets(secret: str) -> st.SearchStrategy[str]:
 
 
 def structures_with_secrets(secrets: list[str]) -> st.SearchStrategy[Any]:
-    """Any structure with secrets somewhere in it: as values, names, parts of texts and of objects."""
+    """Generate structures that contain secrets."""
     leaf: st.SearchStrategy[Any] = (
         PLAIN_WORDS | st.integers() | st.none() | st.sampled_from(secrets).flatmap(encoded_secrets)
     )
@@ -62,8 +62,7 @@ TOKENS = [generate_token(), generate_token()]
 
 
 @given(structures_with_secrets([*OTHERS[:3], SECRET, "p@ss w/rd&='\"\\", *TOKENS]))
-def test_no_secret_is_found_again(value: Any) -> None:
-    """Neither a known secret nor a token is found again, however it is spelled and wherever it stands."""
+def test_secrets_are_redacted_in_every_encoding(value: Any) -> None:
     told = ["p@ss w/rd&='\"\\", SECRET, *OTHERS]
     event = Redactor(told)(None, "info", {"event": "x", "value": value})
     written = json.dumps(event, ensure_ascii=False) + "".join(iter_texts(event))
@@ -77,8 +76,7 @@ def test_no_secret_is_found_again(value: Any) -> None:
 
 
 @given(st.sampled_from(["prompt", "metadata", "user_key", "Authorization"]), st.text(min_size=1), st.integers(0, 3))
-def test_nothing_is_told_of_what_stands_under_a_telling_name(name: str, value: str, depth: int) -> None:
-    """A text under such a name is left out whatever it holds, in JSON within JSON and in representations of that."""
+def test_values_under_secret_names_are_redacted(name: str, value: str, depth: int) -> None:
     value = f"{value}canary{value}canary"
     about: Any = {"a": 1, name: value, "b": 2}
     for _ in range(depth):
@@ -88,8 +86,7 @@ def test_nothing_is_told_of_what_stands_under_a_telling_name(name: str, value: s
 
 
 @pytest.mark.parametrize("pair", [("prompt", "a cat"), [b"cookie", "a cat"], {"name": "user_key", "value": "a cat"}])
-def test_names_beside_their_values(pair: Any) -> None:
-    """A header, or a field of a form, keeps its name and loses its value."""
+def test_header_and_form_names_are_kept(pair: Any) -> None:
     event = Redactor()(None, "info", {"event": "x", "headers": [pair, ("accept", "image/*")]})
     assert "cat" not in str(event)
     assert "image/*" in str(event)
@@ -106,13 +103,11 @@ def test_names_beside_their_values(pair: Any) -> None:
         ("\x1b[31mred\r", "\\x1b[31mred\\x0d"),
     ],
 )
-def test_running_text(text: str, shown: str) -> None:
-    """Of an address its host and path stay, of a prompt nothing, and of all else whatever is no secret."""
+def test_urls_and_prompts_in_text(text: str, shown: str) -> None:
     assert Redactor().redact_text(text) == shown
 
 
 def iter_texts(value: Any) -> list[str]:
-    """Every text within an event."""
     if isinstance(value, dict):
         return [*value, *(text for each in value.values() for text in iter_texts(each))]
     if isinstance(value, list):
@@ -123,15 +118,13 @@ def iter_texts(value: Any) -> list[str]:
 @given(
     st.recursive(st.text() | st.floats() | st.binary() | st.integers(), lambda each: st.lists(each) | st.tuples(each))
 )
-def test_anything_can_be_written(value: Any) -> None:
-    """No value makes logging fail, whatever characters or numbers it holds."""
+def test_any_value_can_be_logged(value: Any) -> None:
     event = Redactor([SECRET])(None, "info", {"event": "x", "value": value, "odd": "\ud800"})
     assert json.loads(msgspec.json.encode(event))["event"] == "x"
 
 
 @pytest.mark.parametrize("text", ["{}", "x{}x", "'{}', which"])
 def test_webhook_secrets(text: str) -> None:
-    """A webhook secret is not logged, wherever it stands."""
     secret = generate_secret()
     assert secret.removeprefix("whsec_") not in Redactor().redact_text(text.format(secret))
 
@@ -144,6 +137,5 @@ def test_webhook_secrets(text: str) -> None:
         *("\\" * 50_000 + "'", "secret=" + "\\" * 50_000),
     ],
 )
-def test_redaction_of_long_texts_ends(text: str) -> None:
-    """Texts made to be hard to search take no longer than others."""
+def test_redaction_of_hostile_texts_is_fast(text: str) -> None:
     assert len(Redactor([SECRET]).redact_text(text)) <= 2 * len(text)

@@ -1,4 +1,4 @@
-"""The registry is made what a document says."""
+"""Planning of registry changes."""
 
 from __future__ import annotations
 
@@ -34,34 +34,29 @@ KEY = SecretEntry(value="a-key")
 
 
 def plan_errors(registry: Registry, body: RegistryBody, *, prune: bool = False) -> dict[str, str]:
-    """What is wrong with a document, by where."""
     with pytest.raises(InvalidOptions) as raised:
         plan_document(registry, body, prune=prune)
     return {each.field: each.detail for each in raised.value.errors}
 
 
 def make_registry(**tenants: TenantEntry) -> Registry:
-    """A registry with the account `main` of the id 7, and tenants."""
     return plan_document(Registry(), RegistryBody({"main": AccountEntry(id=7, user_key=KEY)}, tenants)).after
 
 
 @given(registry_documents())
-def test_made_and_told(body: RegistryBody) -> None:
-    """A registry that was made from a document is told as that document, but for secrets."""
+def test_applied_document_reads_back(body: RegistryBody) -> None:
     assert render_registry(plan_document(Registry(), body).after, NOW) == without_secrets(body)
 
 
 @given(registry_documents(expiries=ANY_EXPIRY), st.booleans())
-def test_told_and_made(body: RegistryBody, prune: bool) -> None:
-    """To make a registry what it tells of itself there is nothing to do."""
+def test_own_document_changes_nothing(body: RegistryBody, prune: bool) -> None:
     registry = plan_document(Registry(), body).after
     plan = plan_document(registry, render_registry(registry, NOW), prune=prune)
     assert (plan.change, diff_registry(plan, NOW), plan.unmanaged) == (None, [], ())
 
 
 @given(registry_documents(expiries=ANY_EXPIRY), registry_documents(expiries=ANY_EXPIRY), st.booleans())
-def test_difference_is_change(one: RegistryBody, other: RegistryBody, prune: bool) -> None:
-    """Nothing changes that is not told, nor a second time, and what was not wanted is gone or told."""
+def test_differences_match_the_changes(one: RegistryBody, other: RegistryBody, prune: bool) -> None:
     first = plan_document(Registry(), one).after
     plan = plan_document(first, other, prune=prune)
     assert (plan.change is None) == (diff_registry(plan, NOW) == [])
@@ -76,8 +71,7 @@ def test_difference_is_change(one: RegistryBody, other: RegistryBody, prune: boo
 
 
 @given(registry_documents(), registry_documents())
-def test_plan_is_one_change(one: RegistryBody, other: RegistryBody) -> None:
-    """Ids stay, none is given twice, and what comes next gets a later one."""
+def test_ids_and_version_advance(one: RegistryBody, other: RegistryBody) -> None:
     plan = plan_document(plan_document(Registry(), one).after, other)
     accounts, tenants = plan.after.accounts.values(), plan.after.tenants.values()
     ids = {*(each.id for each in accounts), *(each.id for each in tenants)}
@@ -86,8 +80,7 @@ def test_plan_is_one_change(one: RegistryBody, other: RegistryBody) -> None:
     assert all(plan.after.tenants[name].id == each.id for name, each in plan.before.tenants.items())
 
 
-def test_fresh_ids() -> None:
-    """What has no id gets one that was never given, each its own, and later than the clock and all that are known."""
+def test_new_ids_are_unique() -> None:
     later = int(NOW * 1000) + 50
     body = RegistryBody(
         {"main": AccountEntry(id=later, user_key=KEY), "new": AccountEntry(user_key=KEY)},
@@ -99,8 +92,7 @@ def test_fresh_ids() -> None:
     assert after.next_id == later + 4
 
 
-def test_ids_are_not_another_s() -> None:
-    """An id that belongs or belonged to another, or that nobody can have been given, is refused."""
+def test_foreign_ids_are_refused() -> None:
     registry = make_registry(shop=TenantEntry(id=8, accounts=["main"]), gone=TenantEntry(id=9, accounts=[]))
     kept = RegistryBody({"main": AccountEntry()}, {"shop": TenantEntry(accounts=["main"])})
     registry = plan_document(registry, kept, prune=True).after
@@ -127,15 +119,13 @@ def test_ids_are_not_another_s() -> None:
     assert again.after.tenants["gone"].id == 9
 
 
-def test_renaming_with_prune() -> None:
-    """A tenant that is removed does not leave its id to one of another name in the same document."""
+def test_removed_tenants_id_is_not_reused() -> None:
     registry = make_registry(shop=TenantEntry(id=8, accounts=["main"]))
     body = RegistryBody({"main": AccountEntry()}, {"store": TenantEntry(id=8, accounts=["main"])})
     assert "A name can't be changed" in plan_errors(registry, body, prune=True)["tenants.store.id"]
 
 
-def test_accounts_that_are_not_there() -> None:
-    """A tenant's accounts have to be there afterwards, whether the document names them or not."""
+def test_tenant_accounts_must_exist() -> None:
     shop = TenantEntry(accounts=["main", "mian"])
     assert plan_errors(make_registry(), RegistryBody({}, {"shop": shop})) == {
         "tenants.shop.accounts[1]": "there is no account mian: did you mean main?"
@@ -146,8 +136,7 @@ def test_accounts_that_are_not_there() -> None:
     }
 
 
-def test_keys_kept_and_changed() -> None:
-    """Without a key the stored one stays, the same one is no change, and of another one only that is told."""
+def test_account_keys_kept_and_changed() -> None:
     registry = make_registry()
     stored = registry.accounts["main"].user_key
 
@@ -166,8 +155,7 @@ def test_keys_kept_and_changed() -> None:
     assert moved.after.accounts["main"].user_key == stored
 
 
-def test_key_that_is_missing() -> None:
-    """A new account without a key is refused, and so is a webhook whose secret is referred to and not given."""
+def test_missing_secrets_are_refused() -> None:
     told = WebhookEntry("https://hooks.example", secret=SecretEntry(env="HOOK"))
     body = RegistryBody(
         {"main": AccountEntry(user_key=SecretEntry(env="KEY"))}, {"shop": TenantEntry(accounts=[], webhook=told)}
@@ -175,8 +163,7 @@ def test_key_that_is_missing() -> None:
     assert plan_errors(Registry(), body).keys() == {"accounts.main.user_key", "tenants.shop.webhook.secret"}
 
 
-def test_tokens_of_others() -> None:
-    """A token is of one tenant, and so is a hash."""
+def test_token_belongs_to_one_tenant() -> None:
     token = TokenEntry("a" * 64)
     registry = make_registry(shop=TenantEntry(id=8, accounts=[], tokens={"0" * 12: token}))
     stolen = RegistryBody({}, {"press": TenantEntry(accounts=[], tokens={"0" * 12: TokenEntry("b" * 64)})})
@@ -190,8 +177,7 @@ def test_tokens_of_others() -> None:
     }
 
 
-def test_address_that_is_gone() -> None:
-    """An address that was switched off stays off until the webhook of its tenant is another one."""
+def test_disabled_url_stays_disabled() -> None:
     url = "https://hooks.example/"
     body = RegistryBody({}, {"shop": TenantEntry(accounts=[], webhook=WebhookEntry(url))})
     registry = plan_document(Registry(), body).after
@@ -204,8 +190,7 @@ def test_address_that_is_gone() -> None:
     assert not plan_document(off, other).after.tenants["shop"].webhook.is_disabled(url)
 
 
-def test_tokens_that_end() -> None:
-    """A token that has ended is not made, one that is there is ended or goes on as the document says, and only then."""
+def test_expired_tokens() -> None:
     past, future = datetime(2020, 1, 1, tzinfo=UTC), datetime(2030, 1, 1, tzinfo=UTC)
 
     def with_end(end: datetime | None) -> RegistryBody:
@@ -224,8 +209,7 @@ def test_tokens_that_end() -> None:
     assert plan_document(ended.after, with_end(None)).after.tokens["0" * 12].is_valid_at(NOW)
 
 
-def test_secret_of_a_webhook() -> None:
-    """Another secret is told as that and nothing else, the same one is no change, and without one it stays."""
+def test_webhook_secret_kept_and_changed() -> None:
     one, other = (SecretEntry(value=f"whsec_{letter * 40}") for letter in "ab")
 
     def with_secret(secret: SecretEntry | None) -> RegistryBody:

@@ -45,13 +45,11 @@ expires_at = 2027-01-31T12:00:00+01:00
 
 
 def read_text(text: str) -> RegistryBody:
-    """What a file says, with the environment it refers to."""
     with mock.patch.dict(os.environ, ENVIRONMENT):
         return read_registry_file(io.BytesIO(text.encode()))
 
 
 def read_errors(text: str) -> list[str]:
-    """What is said to be wrong with a file."""
     with pytest.raises(CommandError) as raised:
         read_text(text)
     first, *lines = raised.value.message.splitlines()
@@ -60,8 +58,7 @@ def read_errors(text: str) -> list[str]:
 
 
 @given(registry_documents(expiries=ANY_EXPIRY))
-def test_written_and_read(body: RegistryBody) -> None:
-    """A registry that is written is read again as it was, with its secrets from where it says they are."""
+def test_round_trip(body: RegistryBody) -> None:
     text = format_registry_file(without_secrets(body))
     again = read_text(text)
     assert again == body
@@ -69,8 +66,7 @@ def test_written_and_read(body: RegistryBody) -> None:
     assert not any(secret in text for secret in ENVIRONMENT.values())
 
 
-def test_everything_that_can_be_said() -> None:
-    """A file says all there is about accounts, tenants and tokens."""
+def test_full_file() -> None:
     body = read_text(WHOLE)
     assert body.accounts["main"].floor_money == 0.5
     assert body.accounts["main"].user_key == SecretEntry(env="KEY_ONE", value="key-one")
@@ -81,13 +77,11 @@ def test_everything_that_can_be_said() -> None:
     assert tomllib.loads(format_registry_file(without_secrets(body))) == tomllib.loads(WHOLE)
 
 
-def test_nothing() -> None:
-    """A file may be empty."""
+def test_empty_file() -> None:
     assert read_text("") == RegistryBody()
 
 
-def test_secrets_in_files(tmp_path: Path) -> None:
-    """A secret is taken from a file beside the registry's, without the line break at its end."""
+def test_secrets_from_files(tmp_path: Path) -> None:
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "main").write_text("key-in-a-file\n")
     file = tmp_path / "registry.toml"
@@ -97,8 +91,7 @@ def test_secrets_in_files(tmp_path: Path) -> None:
     assert found == SecretEntry(file="secrets/main", value="key-in-a-file")
 
 
-def test_all_faults_at_once() -> None:
-    """Every fault of a file is told, with where it is, and with what was probably meant."""
+def test_all_errors_are_reported() -> None:
     found = read_errors(
         """
         [accounts.main]
@@ -177,8 +170,7 @@ created_at = 1960-01-01T00:00:00Z }
     "secret",
     ['"sk-0123456789"', '{ value = "sk-0123456789" }', '{ env = "sk-0123456789", value = "" }', '["sk-0123456789"]'],
 )
-def test_secrets_do_not_belong_here(secret: str) -> None:
-    """A secret in the file itself is refused, and not repeated."""
+def test_inline_secrets_are_refused(secret: str) -> None:
     (key, hook) = read_errors(
         f"""
         [accounts.main]
@@ -205,14 +197,12 @@ def test_secrets_do_not_belong_here(secret: str) -> None:
         ('{ env = "BLANKS" }', "accounts.main.user_key: must be printable ASCII without spaces"),
     ],
 )
-def test_secrets_that_are_not_found(monkeypatch: pytest.MonkeyPatch, entry: str, says: str) -> None:
-    """Where a secret can't be taken from is told."""
+def test_missing_secret_sources(monkeypatch: pytest.MonkeyPatch, entry: str, says: str) -> None:
     monkeypatch.setenv("BLANKS", "sk 0123")
     assert read_errors(f"accounts.main.user_key = {entry}") == [says]
 
 
-def test_file_that_is_no_text(tmp_path: Path) -> None:
-    """A file of other bytes than text holds no secret."""
+def test_binary_secret_file(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(b"\xff\xfe")
     assert read_errors(f'accounts.main.user_key.file = "{tmp_path / "key"}"') == [
         f"accounts.main.user_key: {tmp_path / 'key'} holds no secret"
@@ -220,8 +210,7 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"accounts = 3\ntenants = []", b"accounts.main = 3\ntenants.shop = 'x'"])
-def test_tables(text: bytes) -> None:
-    """What has to be a table is one."""
+def test_expected_tables(text: bytes) -> None:
     assert [each.partition(": ")[2] for each in read_errors(text.decode())] == ["must be a table", "must be a table"]
 
 
@@ -232,15 +221,13 @@ def test_tables(text: bytes) -> None:
         (b"# \xff", "gateway: what was given is no TOML: it is not UTF-8"),
     ],
 )
-def test_no_toml(content: bytes, says: str) -> None:
-    """What is no TOML is told as that."""
+def test_invalid_toml(content: bytes, says: str) -> None:
     with pytest.raises(CommandError) as raised:
         read_registry_file(io.BytesIO(content))
     assert raised.value.message == says
 
 
-def test_head() -> None:
-    """The head of a file names the secrets that are kept without a word of where they are, if there are any."""
+def test_header_comment_lists_unreferenced_secrets() -> None:
     hook = WebhookEntry("https://hooks.example/")
     token = TokenEntry("0" * 64)
     body = RegistryBody(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def list_files(folder: Path = ROOT) -> Iterator[Path]:
-    """The files of the repository, without those that git ignores."""
+    """Iterate over the files that git does not ignore."""
     ignored = [".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split())]
     for path in sorted(folder.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in ignored):
@@ -31,15 +31,13 @@ def iter_nodes(path: Path) -> Iterator[ast.AST]:
     return ast.walk(ast.parse(path.read_text()))
 
 
-def test_no_machine_shows_through() -> None:
-    """No file names a folder that only one machine has."""
+def test_no_machine_paths() -> None:
     folders = re.compile(rb"(?<![\w.*-])/(root|work|home/\w+)/")
     texts = {public_names(path): path.read_bytes() for path in list_files()}
     assert [name for name, text in texts.items() if b"\0" not in text and folders.search(text)] == []
 
 
 def test_every_test_runs() -> None:
-    """No test is marked to be skipped or to fail."""
     excuses = {"skip", "skipif", "xfail", "importorskip"}
     found = [
         f"{public_names(path)}:{node.lineno}"
@@ -51,8 +49,7 @@ def test_every_test_runs() -> None:
     assert found == []
 
 
-def test_the_environment_is_read_in_one_place() -> None:
-    """Only the command looks at the environment, and hands it to the settings; the strangers have no settings."""
+def test_environment_is_read_in_one_place() -> None:
     readers = {
         public_names(path)
         for path in list_files(ROOT / "service")
@@ -64,6 +61,5 @@ def test_the_environment_is_read_in_one_place() -> None:
     assert readers == {"service/cli/__init__.py", "service/cli/common.py"}
 
 
-def test_changelog_knows_the_version() -> None:
-    """The version that the package has is in the changelog."""
+def test_changelog_has_the_version() -> None:
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()

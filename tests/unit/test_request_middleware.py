@@ -1,4 +1,4 @@
-"""Every request gets an id, a line in the log and its place in the metrics."""
+"""Request ids, access log and request metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ from tests.unit.asgi_client import (
 
 @get("/things/{thing:str}")
 async def thing(request: Request[Any, Any, Any], thing: FromPath[str]) -> Response[str]:
-    """Answer, or fail in the way asked for."""
     request.scope["state"]["tenant"] = "demo"
     match thing:
         case "missing":
@@ -50,8 +49,6 @@ async def thing(request: Request[Any, Any, Any], thing: FromPath[str]) -> Respon
 
 @get("/torn")
 async def torn() -> Stream:
-    """Begin an answer that fails half-way."""
-
     async def body() -> Any:
         yield b"half"
         raise ZeroDivisionError
@@ -60,7 +57,7 @@ async def torn() -> Stream:
 
 
 class ObservedApp:
-    """An application behind its edge, with all that is seen of it."""
+    """An application behind the middleware, with its log events and metrics."""
 
     def __init__(self, app: App | None = None) -> None:
         self.events: list[dict[str, Any]] = []
@@ -80,12 +77,10 @@ class ObservedApp:
 
     @property
     def access_line(self) -> dict[str, Any]:
-        """The only access line."""
         (line,) = [event for event in self.events if event["event"] == "request.ended"]
         return line
 
     def samples(self, name: str) -> dict[tuple[str, str, str], float]:
-        """Samples of a metric by method, route and status."""
         body, _ = self._metrics.render()
         return {
             (
@@ -100,7 +95,6 @@ class ObservedApp:
 
 
 async def send_request(watched: ObservedApp, path: str, method: str = "GET", **headers: str) -> AsgiResponse:
-    """The answer to one request."""
     answer = await call_app(
         watched.app, method, path, headers={name.replace("_", "-"): headers[name] for name in headers}
     )
@@ -108,8 +102,7 @@ async def send_request(watched: ObservedApp, path: str, method: str = "GET", **h
     return answer
 
 
-async def test_a_request_is_logged_in_one_line() -> None:
-    """The line tells who asked for what, how it ended and how long it took, and nothing of the query."""
+async def test_request_is_logged_once_without_its_query() -> None:
     watched = ObservedApp()
     await send_request(watched, "/things/one?key=hunter2")
     line = watched.access_line
@@ -129,17 +122,14 @@ async def test_a_request_is_logged_in_one_line() -> None:
     }
 
 
-async def test_what_is_bound_around_a_request_is_in_its_line() -> None:
-    """Whatever is bound to the context of a request, as the id of its trace is, stands in its line."""
+async def test_context_variables_are_logged() -> None:
     watched = ObservedApp()
     with structlog.contextvars.bound_contextvars(trace_id="t1"):
         await send_request(watched, "/things/one")
     assert watched.access_line["trace_id"] == "t1"
 
 
-async def test_the_time_of_the_upstream() -> None:
-    """The line tells how much of the request was spent waiting for the upstream, in whichever of its tasks."""
-
+async def test_upstream_wait_is_logged() -> None:
     async def wait() -> None:
         with upstream_wait():
             await asyncio.sleep(0)
@@ -164,10 +154,9 @@ async def test_the_time_of_the_upstream() -> None:
         ("DELETE", "/torn", "unmatched", 405, "method-not-allowed"),
     ],
 )
-async def test_every_way_to_end_is_counted_and_logged(
+async def test_all_outcomes_are_counted_and_logged(
     method: str, path: str, route: str, status: int, outcome: str
 ) -> None:
-    """Known and unknown addresses, wrong methods and crashes all have their line and their counter."""
     watched = ObservedApp()
     answer = await send_request(watched, path, method)
     line = watched.access_line
@@ -179,8 +168,7 @@ async def test_every_way_to_end_is_counted_and_logged(
 
 
 @pytest.mark.parametrize("path", ["/things/one", "/things/missing", "/things/crash", "/nowhere"])
-async def test_the_id_of_the_client_is_taken_over(path: str) -> None:
-    """A fitting X-Request-Id is in the answer, in the problem and in the log; there is no other one."""
+async def test_valid_request_id_is_kept(path: str) -> None:
     watched = ObservedApp()
     sent = make_http_scope("GET", path, {"x-request-id": "Req.1_a-b"})
     messages: list[Any] = []
@@ -196,15 +184,14 @@ async def test_the_id_of_the_client_is_taken_over(path: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["", "a b", "a" * 129, "x\r\ny", "{}", "é"])
-async def test_an_id_that_does_not_fit_is_replaced(given: str) -> None:
-    """An id with other characters, or too long, could do harm in logs and headers."""
+async def test_invalid_request_id_is_replaced(given: str) -> None:
     answer = await send_request(ObservedApp(), "/things/one", x_request_id=given)
     assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
     assert answer.body.decode() == answer.headers["x-request-id"]
 
 
-async def test_requests_do_not_share_their_state() -> None:
-    """What one request leaves in its state is not seen by the next, even if the server hands out one object."""
+async def test_requests_do_not_share_state() -> None:
+    """The server may reuse one scope object."""
     watched = ObservedApp()
     shared: dict[str, Any] = {"pool": 1}
     for path in ("/things/one", "/nowhere"):
@@ -215,19 +202,17 @@ async def test_requests_do_not_share_their_state() -> None:
 
 
 async def ignore_messages(_: Any) -> None:
-    """An ASGI `send` that nobody listens to."""
+    """Ignore all messages."""
 
 
-async def test_a_path_can_not_forge_a_line() -> None:
-    """Control characters of a path are logged as they were sent, encoded, and a long path is cut."""
+async def test_paths_are_encoded_in_the_log() -> None:
     watched = ObservedApp()
     await send_request(watched, "/nowhere\n{}\x1b" + "x" * 1000)
     assert watched.access_line["path"].startswith("/nowhere%0A%7B%7D%1Bxxx")
     assert len(watched.access_line["path"]) == 500
 
 
-async def test_a_client_that_left_is_a_499() -> None:
-    """A request without an answer, because its client is gone, is logged and counted as such, not as a crash."""
+async def test_client_disconnect_is_499() -> None:
     watched = ObservedApp()
     assert await call_app(watched.app, "GET", "/things/left") is None
     assert (watched.access_line["status"], watched.access_line["outcome"]) == (499, "client-disconnected")
@@ -235,9 +220,7 @@ async def test_a_client_that_left_is_a_499() -> None:
     assert [event["event"] for event in watched.events] == ["request.ended"]
 
 
-async def test_a_crash_around_the_application_is_a_problem_too() -> None:
-    """What fails outside of all handlers is answered as any crash, and logged with its cause."""
-
+async def test_error_outside_the_handlers_is_a_problem() -> None:
     async def broken(_scope: Any, _receive: Any, _send: Any) -> None:
         raise ZeroDivisionError
 
@@ -250,9 +233,7 @@ async def test_a_crash_around_the_application_is_a_problem_too() -> None:
     assert (line["status"], line["outcome"], line["route"]) == (500, "internal-error", "unmatched")
 
 
-async def test_a_cancelled_request_is_logged_and_stays_cancelled() -> None:
-    """A request that is cancelled with its server has its line."""
-
+async def test_cancelled_request_is_logged() -> None:
     async def endless(_scope: Any, _receive: Any, _send: Any) -> None:
         await asyncio.get_running_loop().create_future()
 
@@ -266,7 +247,6 @@ async def test_a_cancelled_request_is_logged_and_stays_cancelled() -> None:
 
 
 def test_refused_requests_are_logged_once_per_address_and_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that goes on sending nonsense fills no log, and does not hide others."""
     watched = ObservedApp()
     refuse = cast("RequestMiddleware", watched.app).refuse
     for client in ("192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.1"):
@@ -283,8 +263,7 @@ def test_refused_requests_are_logged_once_per_address_and_interval(monkeypatch: 
     assert len(cast("RequestMiddleware", watched.app)._refusal_logged_at) <= 1_000
 
 
-async def test_the_lifespan_passes_through() -> None:
-    """Startup and shutdown reach the application as they are, and are no requests."""
+async def test_lifespan_passes_through() -> None:
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -297,8 +276,7 @@ async def test_the_lifespan_passes_through() -> None:
     assert watched.events == []
 
 
-async def test_an_answer_that_breaks_off_closes_the_connection() -> None:
-    """A client can tell half an answer from a whole one, and the cause is in the log."""
+async def test_broken_response_closes_the_connection() -> None:
     watched = ObservedApp()
     async with serve_on_port(watched.app) as port, open_raw_connection(port) as (reader, writer):
         writer.write(b"GET /torn HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -1,4 +1,4 @@
-"""Settings: what the environment may say, and what is said about an environment that can't be used."""
+"""Settings from the environment."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ def error_message(environ: Mapping[str, str]) -> str:
 
 
 def test_defaults() -> None:
-    """An empty environment gives a gateway for this machine alone."""
     settings = Settings.load({"HOME": "/somewhere"})
     assert settings.env is Environment.DEVELOPMENT
     assert not settings.is_production
@@ -59,8 +58,7 @@ def test_defaults() -> None:
     assert settings.catalogue.vendor_word("style", "general") == "通用风格"
 
 
-def test_given() -> None:
-    """Every variable that is given takes the place of its default."""
+def test_given_values() -> None:
     settings = Settings.load(
         PRODUCTION
         | {
@@ -88,12 +86,10 @@ def test_given() -> None:
 
 
 def test_ops_host_follows_host() -> None:
-    """Operators are listened to where tenants are, unless said otherwise."""
     assert Settings.load({"GATEWAY_HOST": "0.0.0.0"}).ops_host == "0.0.0.0"
 
 
 def test_several_keys() -> None:
-    """Keys stay in their order, in either alphabet of base64, separated by commas or lines."""
     other = bytes(32)
     texts = (base64.b64encode(KEY).decode(), base64.urlsafe_b64encode(KEY).decode(), base64.b64encode(other).decode())
     assert Settings.load({"GATEWAY_SECRET_KEYS": ",\n".join(texts)}).secret_keys == (KEY, KEY, other)
@@ -102,26 +98,22 @@ def test_several_keys() -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("1024", 1024), ("64KiB", 65_536), ("5 MiB", 5 << 20), ("1 GiB", 1 << 30)])
 def test_sizes(text: str, value: int) -> None:
-    """A size is a number of bytes, or one with a unit."""
     assert Settings.load({"GATEWAY_MAX_IMAGE_BYTES": text}).max_image_bytes == value
 
 
 def test_from_file(tmp_path: Path) -> None:
-    """A variable can be in a file, of which blanks around it do not count."""
     (tmp_path / "token").write_text("  from-a-file\n")
     settings = Settings.load({"GATEWAY_ADMIN_TOKEN_FILE": str(tmp_path / "token"), "GATEWAY_ADMIN_TOKEN": ""})
     assert settings.admin_token == "from-a-file"
 
 
-def test_empty_is_not_given(tmp_path: Path) -> None:
-    """An empty variable, or an empty file, leaves the default."""
+def test_empty_value_is_the_default(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     settings = Settings.load({"GATEWAY_PORT": "", "GATEWAY_OPS_PORT_FILE": str(tmp_path / "empty")})
     assert (settings.port, settings.ops_port) == (8080, 8081)
 
 
-def test_faulty_files(tmp_path: Path) -> None:
-    """A file that is missing, not text, too large, or not the only source is a fault."""
+def test_invalid_files(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     (tmp_path / "large").write_bytes(b"x" * 70_000)
     (tmp_path / "port").write_text("8080")
@@ -190,13 +182,11 @@ def test_faulty_files(tmp_path: Path) -> None:
         ("LOG_LEVEL", "loud", "must be debug or info or warning or error"),
     ],
 )
-def test_faulty_values(variable: str, text: str, fault: str) -> None:
-    """A value that can't be used is a fault that says what it must be."""
+def test_invalid_values(variable: str, text: str, fault: str) -> None:
     assert read_errors({f"GATEWAY_{variable}": text}) == (f"GATEWAY_{variable} {fault}",)
 
 
 def test_unknown_variables() -> None:
-    """A variable of the gateway's that it does not know is a fault, with the name that was probably meant."""
     assert read_errors({"GATEWAY_PROT": "1", "GATEWAY_REDIS_ULR_FILE": "x", "GATEWAY_ZZZ": "", "PATH": "/bin"}) == (
         "GATEWAY_PROT is not a setting: did you mean GATEWAY_PORT?",
         "GATEWAY_REDIS_ULR_FILE is not a setting: did you mean GATEWAY_REDIS_URL_FILE?",
@@ -204,42 +194,37 @@ def test_unknown_variables() -> None:
     )
 
 
-def test_service_links() -> None:
-    """Variables that Kubernetes makes up for a service called `gateway` are explained."""
+def test_kubernetes_service_links() -> None:
+    """Kubernetes creates such variables for a service called `gateway`."""
     hint = "is not a setting: Kubernetes sets it for a service of that name; set enableServiceLinks to false"
     environ = {"GATEWAY_SERVICE_HOST": "10.0.0.1", "GATEWAY_PORT_8080_TCP": "tcp://10.0.0.1:8080"}
     assert read_errors(environ) == (f"GATEWAY_PORT_8080_TCP {hint}", f"GATEWAY_SERVICE_HOST {hint}")
 
 
 @pytest.mark.parametrize("missing", ["REDIS_URL", "UPSTREAM_URL", "SECRET_KEYS", "ADMIN_TOKEN"])
-def test_production_refuses_what_is_for_development(missing: str) -> None:
-    """In production nothing is embedded, simulated or generated."""
+def test_production_refuses_development_settings(missing: str) -> None:
     environ = {name: text for name, text in PRODUCTION.items() if name != f"GATEWAY_{missing}"}
     (fault,) = read_errors(environ)
     assert fault.startswith(f"GATEWAY_{missing} must be given in production: ")
 
 
 def test_production_refuses_a_short_token() -> None:
-    """In production the operators' token can't be guessed."""
     (fault,) = read_errors(PRODUCTION | {"GATEWAY_ADMIN_TOKEN": "t" * 31})
     assert fault == "GATEWAY_ADMIN_TOKEN must have at least 32 characters in production"
 
 
 @pytest.mark.parametrize("role", ["api", "worker"])
 def test_roles_need_a_common_store(role: str) -> None:
-    """Processes with different roles can't share an embedded server."""
     (fault,) = read_errors({"GATEWAY_ROLE": role})
     assert fault == f"GATEWAY_ROLE={role} needs GATEWAY_REDIS_URL: the embedded server belongs to one process"
 
 
 def test_user_key_needs_an_upstream() -> None:
-    """A key without the upstream that knows it is a fault."""
     (fault,) = read_errors({"GATEWAY_UPSTREAM_USER_KEY": "mine"})
     assert fault == "GATEWAY_UPSTREAM_USER_KEY needs GATEWAY_UPSTREAM_URL: the sandbox has an account of its own"
 
 
 def test_ports_differ() -> None:
-    """Two listeners of one host can't have the same port, unless each takes a free one."""
     assert read_errors({"GATEWAY_OPS_PORT": "8080"}) == ("GATEWAY_OPS_PORT must differ from GATEWAY_PORT",)
     assert read_errors({"GATEWAY_PORT": "8082"}) == ("GATEWAY_SANDBOX_PORT must differ from GATEWAY_PORT",)
     assert read_errors({"GATEWAY_OPS_PORT": "8082"}) == ("GATEWAY_SANDBOX_PORT must differ from GATEWAY_OPS_PORT",)
@@ -247,8 +232,7 @@ def test_ports_differ() -> None:
     Settings.load({"GATEWAY_HOST": "10.0.0.1", "GATEWAY_OPS_HOST": "10.0.0.2", "GATEWAY_OPS_PORT": "8080"})
 
 
-def test_all_faults_at_once() -> None:
-    """Everything that is wrong is said in one go, and nothing is blamed twice."""
+def test_all_errors_are_reported() -> None:
     found = read_errors(
         {"GATEWAY_ENV": "production", "GATEWAY_PORT": "x", "GATEWAY_REDIS_URL": "x", "GATEWAY_NAME": "x"}
     )
@@ -262,8 +246,7 @@ def test_all_faults_at_once() -> None:
     ]
 
 
-def test_repr_keeps_secrets() -> None:
-    """What is shown of the settings holds no secret, but says whether it is there."""
+def test_repr_hides_secrets() -> None:
     environ = PRODUCTION | {"GATEWAY_REDIS_URL": "redis://:hush@store", "GATEWAY_UPSTREAM_USER_KEY": "hush-too"}
     shown = repr(Settings.load(environ))
     for secret in ("hush", PRODUCTION["GATEWAY_ADMIN_TOKEN"], repr(KEY), PRODUCTION["GATEWAY_SECRET_KEYS"]):
@@ -274,16 +257,14 @@ def test_repr_keeps_secrets() -> None:
 
 
 @given(st.text(min_size=12, alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\x00")))
-def test_messages_keep_secrets(text_of_it: str) -> None:
-    """No fault repeats what a secret variable holds."""
+def test_messages_hide_secrets(text_of_it: str) -> None:
     secret = text_of_it + "§"  # which is in no message by itself
     for name in ("GATEWAY_REDIS_URL", "GATEWAY_SECRET_KEYS", "GATEWAY_ADMIN_TOKEN", "GATEWAY_UPSTREAM_URL"):
         for text in (secret, f"redis://:{secret}@host", f"http://:{secret}@host"):
             assert secret not in error_message({name: text})
 
 
-def test_table() -> None:
-    """Each setting stands in the table once, with a default and a sentence."""
+def test_settings_table() -> None:
     names = [setting.name for setting in SETTINGS]
     assert len(set(names)) == len(names)
     assert all(setting.default and setting.description.endswith(".") for setting in SETTINGS)

@@ -1,4 +1,4 @@
-"""Outcomes that are booked late belong to no request of their own time."""
+"""Late settlements."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from service.usecases.settlement import SettlementQueue
 from tests.fakes import FakeLedger, FakeRegistry
 
 
-async def test_late_outcomes_are_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is booked late, for whichever requests, is not logged as the doing of the one that was late first."""
+async def test_late_settlements_have_no_request_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settlement, "RETRY_SECONDS", (0.0,))
     ledger, background = FakeLedger(is_unavailable=True), TaskSupervisor()
     book = SettlementQueue(ledger, background, FakeRegistry(ledger))

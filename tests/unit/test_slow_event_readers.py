@@ -1,4 +1,4 @@
-"""A reader of events that is slow, or reads nothing, costs no memory, and is not kept for ever."""
+"""Slow readers of event streams."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.fake_gateway import wait_until
 
 @dataclass
 class SlowReader:
-    """A client whose connection takes as many messages as it is told to, and which never leaves."""
+    """A client whose connection accepts only the permitted number of messages."""
 
     gateway: RunningGateway
     cached_task: CachedTask
@@ -31,7 +31,6 @@ class SlowReader:
     waiting_sends: int = 0
 
     async def read(self) -> None:
-        """Follow the task."""
         headers = {"Authorization": f"Bearer {self.gateway.token}"}
         path = f"/v1/tasks/{self.cached_task.task.id}/events"
         await create_app(self.gateway.services)(make_http_scope("GET", path, headers), self._receive, self._send)
@@ -46,22 +45,19 @@ class SlowReader:
         self.bodies.append(message.get("body", b""))
 
     def publish_change(self, version: int, **changes: Any) -> None:
-        """Let the task change."""
         task = replace(self.cached_task.task, version=version, **changes)
         self.gateway.services.task_cache.on_published(task, self.cached_task.known_at + version)
 
 
 @pytest.fixture
 async def reader() -> AsyncIterator[SlowReader]:
-    """A reader of a task that runs."""
     async with run_fake_gateway() as (house, ledger, _):
         await house.submit()
         (task,) = ledger.tasks.values()
         yield SlowReader(house, CachedTask(task, ledger.clock.now_ms, 0))
 
 
-async def test_only_the_newest(reader: SlowReader) -> None:
-    """However much happens while a client reads nothing, only what is newest then waits for it."""
+async def test_only_the_newest_event_is_queued(reader: SlowReader) -> None:
     reading = asyncio.create_task(reader.read())
     reader.send_permits.release()
     await wait_until(lambda: len(reader.bodies) == 1 and reader.waiting_sends == 1)
@@ -76,8 +72,7 @@ async def test_only_the_newest(reader: SlowReader) -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
-async def test_nothing_is_taken(reader: SlowReader, monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
-    """A client that takes nothing for long enough is cut off, at whatever point, and holds nothing any more."""
+async def test_stalled_reader_is_disconnected(reader: SlowReader, monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
     monkeypatch.setattr(tasks, "WRITE_TIMEOUT_SECONDS", 0.01)
     for _ in range(taken):
         reader.send_permits.release()

@@ -1,4 +1,4 @@
-"""Whatever fails between reserving and settling, the money is accounted for, and nothing is sent twice."""
+"""Failures between reserving and settling."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ ONCE = TenantPolicy(limits=(Limit(Window.DAY, tasks=1),))
 
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> FakeGateway:
-    """The use cases, with no pauses between the tries to book an outcome."""
+    """Use cases without delays between settlement retries."""
     monkeypatch.setattr(settlement, "RETRY_SECONDS", (0,))
     return FakeGateway(ONCE)
 
 
-async def test_fault_of_the_client(gateway: FakeGateway) -> None:
-    """A crash while sending counts as sent: it stays charged, holds no active place, and is not sent again."""
+async def test_client_error_while_sending_stays_charged(gateway: FakeGateway) -> None:
     gateway.upstream.errors.append(RuntimeError("a fault of ours"))
     with pytest.raises(SubmissionUnknown) as told:
         await gateway.submit_image()
@@ -42,8 +41,7 @@ async def test_fault_of_the_client(gateway: FakeGateway) -> None:
     assert gateway.ledger.reservations[told.value.submission_id].state is ReservationState.UNKNOWN
 
 
-async def test_fault_after_the_acceptance(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash after the upstream accepted is told as unknown, with the id under which it stands in the ledger."""
+async def test_error_after_the_acceptance_is_unknown(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway.task_ids, "encode", lambda _: 1 / 0)
     with pytest.raises(SubmissionUnknown):
         await gateway.submit_image()
@@ -54,11 +52,9 @@ async def test_fault_after_the_acceptance(gateway: FakeGateway, monkeypatch: pyt
     "fault", [KeyError("x"), OSError("x"), asyncio.CancelledError(), ExceptionGroup("x", [ValueError()])]
 )
 @pytest.mark.parametrize("step", ["submission", "settle", "settled", "submitted"])
-async def test_any_exception_after_the_acceptance(
+async def test_any_exception_after_the_acceptance_returns_the_task(
     gateway: FakeGateway, step: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is raised once the upstream has accepted, the caller gets its task, and it is booked exactly once."""
-
     def failing(*_: object) -> None:
         raise fault
 
@@ -76,8 +72,7 @@ async def test_any_exception_after_the_acceptance(
     assert len(gateway.upstream.submits) == 1
 
 
-async def test_process_ends_while_it_books(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller whose submission was accepted has its task even if the process ends before that is booked."""
+async def test_shutdown_while_settling_returns_the_task(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     booking = asyncio.Event()
 
     async def hanging(*_: object) -> bool:
@@ -94,8 +89,7 @@ async def test_process_ends_while_it_books(gateway: FakeGateway, monkeypatch: py
 
 @pytest.mark.parametrize("fault", [UNAVAILABLE, RuntimeError("a fault of ours")])
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_unanswered_reserve(gateway: FakeGateway, fault: Exception, when: str) -> None:
-    """Without a verdict nothing is sent, and the place is given back whether or not it was held."""
+async def test_failed_reserve_sends_nothing(gateway: FakeGateway, fault: Exception, when: str) -> None:
     getattr(gateway.ledger, when)["reserve"] = [fault]
     gateway.ledger.errors_before["settle"] = [UNAVAILABLE, UNAVAILABLE]
     with pytest.raises(type(fault)):
@@ -111,8 +105,7 @@ async def test_unanswered_reserve(gateway: FakeGateway, fault: Exception, when: 
     assert gateway.task_counts == (1, 0, 1)
 
 
-async def test_fault_after_the_verdict(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash between the verdict and sending gives the place back, since nothing was sent."""
+async def test_error_before_sending_frees_the_place(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(submit, "compute_rate_limits", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -124,8 +117,7 @@ async def test_fault_after_the_verdict(gateway: FakeGateway, monkeypatch: pytest
 
 @pytest.mark.parametrize("fault", [UNAVAILABLE, RuntimeError("a fault of ours")])
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_unanswered_settlement(gateway: FakeGateway, fault: Exception, when: str) -> None:
-    """The caller has its task although it could not be booked, and it is booked once, as soon as that is possible."""
+async def test_failed_settlement_is_retried(gateway: FakeGateway, fault: Exception, when: str) -> None:
     getattr(gateway.ledger, when)["settle"] = [fault, UNAVAILABLE, RuntimeError("again"), UNAVAILABLE]
     submission = await gateway.submit_image()
     assert bytes(submission.task.metadata) == b'{"order":"17"}'
@@ -135,8 +127,7 @@ async def test_unanswered_settlement(gateway: FakeGateway, fault: Exception, whe
     assert len(gateway.upstream.submits) == 1
 
 
-async def test_settled_after_its_lease(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An acceptance that can be booked only after its lease has run out replaces the unknown outcome."""
+async def test_late_acceptance_replaces_unknown(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settlement, "RETRY_SECONDS", (0.1,))
     gateway.ledger.errors_before["settle"] = [UNAVAILABLE]
     submission = await gateway.submit_image()
@@ -156,8 +147,9 @@ async def test_settled_after_its_lease(gateway: FakeGateway, monkeypatch: pytest
         (SubmitOutcome.BUSY, UpstreamUnavailable),
     ],
 )
-async def test_refused_for_good(gateway: FakeGateway, outcome: SubmitOutcome, error: type[GatewayError]) -> None:
-    """A refusal that is not about the account costs nothing, and the image is not sent to another account."""
+async def test_final_refusal_is_free_and_not_retried(
+    gateway: FakeGateway, outcome: SubmitOutcome, error: type[GatewayError]
+) -> None:
     gateway.upstream.next_submits.append(SubmitResult(outcome=outcome, retry_after_seconds=7))
     with pytest.raises(error) as caught:
         await gateway.submit_image()
@@ -166,8 +158,7 @@ async def test_refused_for_good(gateway: FakeGateway, outcome: SubmitOutcome, er
     assert gateway.task_counts == (0, 0, 0)
 
 
-async def test_caller_leaves(gateway: FakeGateway) -> None:
-    """A caller that goes away while its image is sent changes nothing."""
+async def test_cancelled_caller_changes_nothing(gateway: FakeGateway) -> None:
     gateway.upstream.may_respond.clear()
     caller = asyncio.create_task(gateway.submit_image())
     await wait_until(lambda: bool(gateway.upstream.submits))
@@ -180,8 +171,7 @@ async def test_caller_leaves(gateway: FakeGateway) -> None:
     assert len(gateway.ledger.tasks) == 1
 
 
-async def test_process_ends(gateway: FakeGateway) -> None:
-    """A process that can't wait any longer settles what it has sent as unknown instead of leaving it to the lease."""
+async def test_shutdown_settles_sent_submissions_as_unknown(gateway: FakeGateway) -> None:
     gateway.upstream.may_respond.clear()
     caller = asyncio.create_task(gateway.submit_image())
     await wait_until(lambda: bool(gateway.upstream.submits))
@@ -191,8 +181,7 @@ async def test_process_ends(gateway: FakeGateway) -> None:
     assert gateway.task_counts == (1, 0, 0)
 
 
-async def test_process_ends_without_the_store(gateway: FakeGateway) -> None:
-    """A process that can neither wait nor book ends all the same; the lease settles what it leaves."""
+async def test_shutdown_without_the_store(gateway: FakeGateway) -> None:
     gateway.upstream.may_respond.clear()
     caller = asyncio.create_task(gateway.submit_image())
     await wait_until(lambda: bool(gateway.upstream.submits))
@@ -215,10 +204,9 @@ async def test_process_ends_without_the_store(gateway: FakeGateway) -> None:
         (SubmitOutcome.NOT_SENT, UpstreamUnavailable),
     ],
 )
-async def test_unanswered_retarget(
+async def test_failed_retarget_sends_nothing(
     gateway: FakeGateway, when: str, outcome: SubmitOutcome, error: type[Exception]
 ) -> None:
-    """Without a verdict on the next account nothing more is sent, the place is given back, and that account is open."""
     gateway.upstream.next_submits.append(SubmitResult(outcome=outcome))
     getattr(gateway.ledger, when)["change_account"] = [UNAVAILABLE]
     with pytest.raises(error):
@@ -229,8 +217,7 @@ async def test_unanswered_retarget(
     assert gateway.ledger.states_by_account[3].status is AccountStatus.OPEN
 
 
-async def test_next_account_can_not_pay_either(gateway: FakeGateway) -> None:
-    """Each account is asked at most once, and the last one's answer is the caller's."""
+async def test_each_account_is_tried_once(gateway: FakeGateway) -> None:
     gateway.upstream.next_submits += [SubmitResult(outcome=SubmitOutcome.INVALID_ACCOUNT)]
     gateway.upstream.next_submits += [SubmitResult(outcome=SubmitOutcome.EXHAUSTED)]
     with pytest.raises(BalanceExhausted):
@@ -242,24 +229,21 @@ async def test_next_account_can_not_pay_either(gateway: FakeGateway) -> None:
 
 
 @pytest.mark.parametrize("outcome", [SubmitOutcome.REJECTED, SubmitOutcome.UNKNOWN])
-async def test_no_second_account(gateway: FakeGateway, outcome: SubmitOutcome) -> None:
-    """What may have been charged, or was refused for its image, is not sent to another account."""
+async def test_charged_or_rejected_submissions_do_not_fail_over(gateway: FakeGateway, outcome: SubmitOutcome) -> None:
     gateway.upstream.next_submits.append(SubmitResult(outcome=outcome, reason="too dark"))
     with pytest.raises(Exception, match=r"nothing was charged|no usable answer"):
         await gateway.submit_image()
     assert [name for name, _, _ in gateway.upstream.submits] == ["main"]
 
 
-async def test_time_to_send(gateway: FakeGateway) -> None:
-    """Sending has what the lease lasts less its margin, on the second account only what the first has left of it."""
+async def test_send_timeout_is_bounded_by_the_lease(gateway: FakeGateway) -> None:
     gateway.upstream.next_submits.append(SubmitResult(outcome=SubmitOutcome.NOT_SENT))
     await gateway.submit_image()
     first, second = gateway.upstream.timeouts
     assert 0 < second < first <= gateway.ledger.retention.lease_ms / 1000 - LEASE_MARGIN_SECONDS
 
 
-async def test_no_account(gateway: FakeGateway) -> None:
-    """A tenant none of whose accounts exists reserves nothing."""
+async def test_tenant_without_accounts_reserves_nothing(gateway: FakeGateway) -> None:
     gateway.remove_accounts()
     with pytest.raises(AccountMisconfigured):
         await gateway.submit_image()

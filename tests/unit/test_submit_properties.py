@@ -1,4 +1,4 @@
-"""Money is exact, whatever fails in whatever order between a caller, the processes, the store and the upstream."""
+"""Exact accounting under any interleaving of failures."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def pick_item(items: Sequence[T], index: int) -> T:
 
 
 class SubmitMachine(RuleBasedStateMachine):
-    """Submits, decides what becomes of each call, and lets processes die; in the end everything has time to end."""
+    """Submits, chooses the outcome of every call and kills processes; in the end everything may finish."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,24 +99,21 @@ class SubmitMachine(RuleBasedStateMachine):
             self.start_process()
 
     def run_to_idle(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do something, and all that follows from it at this time."""
+        """Run a coroutine and everything that follows from it at this time."""
         result = self.loop.run_until_complete(work)
         self.loop.run_forever()
         return result
 
     @property
     def accepting_processes(self) -> list[GatewayProcess]:
-        """The processes that take submissions."""
         return [each for each in self.processes if not each.is_stopping]
 
     @property
     def running_processes(self) -> list[GatewayProcess]:
-        """The processes that serve, or have not come to their end."""
         return [each for each in self.processes if not each.is_dead]
 
     @property
     def accepted_submissions(self) -> list[tuple[Caller, Submission]]:
-        """The callers that were told of their task."""
         ended = [each for each in self.callers if each.response.done() and not each.response.cancelled()]
         return [(each, each.response.result()) for each in ended if not each.response.exception()]
 
@@ -127,7 +124,7 @@ class SubmitMachine(RuleBasedStateMachine):
         submissions=st.lists(st.tuples(tenants, keys, st.none() | call_outcomes), min_size=1, max_size=4),
     )
     def submit(self, process: int, submissions: list[tuple[Tenant, str | None, CallOutcome | None]]) -> None:
-        """Callers submit, and the calls to reserve have their fate now or later."""
+        """Submit; the reserve calls get their outcome now or later."""
         for tenant, key, fate in submissions:
             caller = Caller(tenant, pick_item(self.accepting_processes, process), key)
             caller.response = self.loop.create_task(caller.process.submit(caller))
@@ -152,21 +149,19 @@ class SubmitMachine(RuleBasedStateMachine):
 
     @rule(tenant=tenants, policy=policies)
     def change_policy(self, tenant: Tenant, policy: TenantPolicy) -> None:
-        """An operator changes limits, and has accounts looked at again."""
         self.store.tenant_policies[tenant.id] = policy
         for account in ACCOUNTS.values():
             self.store.states_by_account.get(account.id, AccountState()).status = AccountStatus.OPEN
 
     @rule(milliseconds=durations, task=indexes, check=checks)
     def advance_time_and_checks(self, milliseconds: int, task: int, check: CheckResult) -> None:
-        """Time passes, in which tasks go on."""
         if self.upstream.accepted_ids:
             self.upstream.check_results[pick_item(self.upstream.accepted_ids, task)] = check
         self.advance_time(milliseconds)
 
     @rule(process=indexes, seconds=st.sampled_from([None, None, 0, 120]), heard=st.booleans())
     def end_process(self, process: int, seconds: float | None, *, heard: bool) -> None:
-        """A process dies, and its last words may be heard, or it is given some seconds to stop; another one starts."""
+        """Kill a process or shut it down, and start another one."""
         ending = pick_item(self.accepting_processes, process)
         if seconds is None:
             ending.kill(runs_pending=heard)
@@ -203,7 +198,7 @@ class SubmitMachine(RuleBasedStateMachine):
     def respond(
         self, request: int, milliseconds: int, answers: list[tuple[SubmitOutcome | None, Balance, CallOutcome]]
     ) -> None:
-        """The upstream answers, each time after a pause, and what the gateway then asks of its store has its fate."""
+        """Respond to upstream requests, each after a pause, with outcomes for the ledger calls that follow."""
         for outcome, told, fate in answers:
             self.advance_time(milliseconds)
             if self.upstream.pending:
@@ -213,7 +208,6 @@ class SubmitMachine(RuleBasedStateMachine):
                 self.run_to_idle(self.call_queue.resolve(self.call_queue.pending[-1], fate))
 
     def complete_everything(self) -> None:
-        """Whatever is on its way arrives and is answered, and so is what follows from it."""
         for _ in range(100):
             if self.call_queue.delayed:
                 self.run_to_idle(self.call_queue.execute_delayed(self.call_queue.delayed[0]))
@@ -225,14 +219,13 @@ class SubmitMachine(RuleBasedStateMachine):
 
     @rule(away=st.booleans(), upsets=st.lists(call_outcomes, max_size=3))
     def disturb_store(self, away: bool, upsets: list[CallOutcome]) -> None:
-        """The store goes away or comes back, and what is asked of it at once next has these fates."""
         self.store.is_unavailable, self.call_queue.next_outcomes = away, upsets
 
     # What has to hold
 
     @invariant()
     def counters_match_reservations(self) -> None:
-        """What is reserved, used and active follows from the reservations alone."""
+        """Counters follow from the reservations alone."""
         for tenant in TENANTS:
             counted = self.store.tenant_counters(tenant.id)
             assert counted.active_tasks == self.store.count_active(tenant.id)
@@ -265,7 +258,7 @@ class SubmitMachine(RuleBasedStateMachine):
             self.assert_nothing_reserved()
 
     def finish_everything(self) -> None:
-        """The store is back, tasks end, and time passes until all leases have run out and all retries are due."""
+        """Let the store return, tasks finish, and all leases and retries expire."""
         self.store.is_unavailable = False
         self.call_queue.next_outcomes.clear()
         for _ in range(10):
@@ -276,7 +269,7 @@ class SubmitMachine(RuleBasedStateMachine):
             self.advance_time(30_000)
 
     def assert_nothing_reserved(self) -> None:
-        """No place is held, no task is under way, nothing waits, and no fault was swallowed."""
+        """Assert that nothing is reserved or running and no error was swallowed."""
         for tenant in TENANTS:
             counted = self.store.tenant_counters(tenant.id)
             assert counted.active_tasks == 0
@@ -292,8 +285,7 @@ class SubmitMachine(RuleBasedStateMachine):
         assert crashes <= {"submission.error"}
 
 
-def test_money_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever fails, and whoever dies or leaves, what was asked, sent, booked and told of each submission agree."""
+def test_accounting_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit_module, "time", LoopClock)
     monkeypatch.setattr(submit_module, "secrets", SequentialTokens())
     run_state_machine_as_test(

@@ -1,4 +1,4 @@
-"""The board shows nothing old, wakes everybody who waits, and holds no more than it has to."""
+"""The cache of tasks and its subscriptions."""
 
 from __future__ import annotations
 
@@ -17,24 +17,20 @@ QUEUED = make_task()
 RUNNING = make_task(state=State.RUNNING, version=2)
 ENDED = make_succeeded_task(5)
 LONG_SECONDS = 1e6
-"""Seconds that no test waits for."""
 
 
 @pytest.fixture
 def board() -> TaskCache:
-    """The board of a process that begins."""
     return TaskCache(DurationEstimator(2.5))
 
 
 async def start_waiting(watcher: Subscription, version: int) -> asyncio.Task[CachedTask | None]:
-    """A wait for a later version, which has begun."""
     wait = asyncio.create_task(watcher.wait_for_change(version, LONG_SECONDS))
     await wait_until(lambda: watcher._wakeup is not None)
     return wait
 
 
-def test_never_back(board: TaskCache) -> None:
-    """Once a version was seen no older one is shown, nor what was known of the same version before."""
+def test_older_versions_are_ignored(board: TaskCache) -> None:
     running = make_task(state=State.RUNNING, version=2, checked=CREATED_AT + 9)
     board.put(running, CREATED_AT + 9)
     assert board.put(QUEUED, CREATED_AT + 10).task is running
@@ -45,16 +41,16 @@ def test_never_back(board: TaskCache) -> None:
     assert board.latest("r1") == board.get_fresh("r1")
 
 
-def test_an_end_is_never_taken_back(board: TaskCache) -> None:
-    """What has ended stays so, though the store has lost it and counts its versions anew."""
+def test_finished_task_stays_finished(board: TaskCache) -> None:
+    """The store may have lost the task and count its versions from 1 again."""
     board.put(ENDED, CREATED_AT)
     assert board.put(make_task(state=State.RUNNING, version=9), CREATED_AT + 10).task is ENDED
     again = make_succeeded_task(7)
     assert board.put(again, CREATED_AT + 11).task is again
 
 
-async def test_an_end_of_the_same_version(board: TaskCache) -> None:
-    """Who waits is woken by an end, whatever its version: the store may have lost the task and count anew."""
+async def test_end_of_the_same_version_wakes_waiters(board: TaskCache) -> None:
+    """The store may have lost the task and count its versions from 1 again."""
     board.put(RUNNING, CREATED_AT)
     with board.subscribe("r1") as watcher:
         wait = await start_waiting(watcher, 2)
@@ -65,15 +61,13 @@ async def test_an_end_of_the_same_version(board: TaskCache) -> None:
     assert seen.task is ended
 
 
-def test_checked_before_the_clock_stepped_back(board: TaskCache) -> None:
-    """What is read after the server's clock has stepped back is no older than what was read before."""
+def test_read_after_a_clock_step_is_no_older(board: TaskCache) -> None:
     board.put(make_task(checked=CREATED_AT + 1_200_000), CREATED_AT + 1_200_000)
     later = make_task(checked=CREATED_AT)
     assert board.put(later, CREATED_AT).task is later
 
 
-def test_verified_once(board: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all who read a task that has ended the first one per interval has the store asked; of a running one none."""
+def test_finished_task_is_verified_once_per_interval(board: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     board.put(ENDED, CREATED_AT)
     assert not board.claim_verification("r1")
     monkeypatch.setattr(task_cache, "FINISHED_TTL_SECONDS", -1)
@@ -87,8 +81,7 @@ def test_verified_once(board: TaskCache, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not board.claim_verification("r1")
 
 
-def test_how_long_it_is_shown(board: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that runs is shown from memory for a moment, one that has ended for good."""
+def test_cache_lifetimes(board: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     board.put(RUNNING, CREATED_AT)
     assert board.get_fresh("r1")
     monkeypatch.setattr(task_cache, "RUNNING_TTL_SECONDS", -1)
@@ -98,8 +91,7 @@ def test_how_long_it_is_shown(board: TaskCache, monkeypatch: pytest.MonkeyPatch)
     assert board.get_fresh("r1")
 
 
-async def test_a_change_before_the_wait(board: TaskCache) -> None:
-    """A change between the read and the wait is not missed."""
+async def test_change_before_the_wait_is_not_missed(board: TaskCache) -> None:
     with board.subscribe("r1") as watcher:
         board.on_published(RUNNING, CREATED_AT)
         seen = await watcher.wait_for_change(1, 0)
@@ -107,8 +99,7 @@ async def test_a_change_before_the_wait(board: TaskCache) -> None:
     assert seen.task is RUNNING
 
 
-async def test_woken_by_the_newest(board: TaskCache) -> None:
-    """Who waits is woken by a later version, by no repetition, and finds the newest, however many there were."""
+async def test_waiter_gets_the_newest_version(board: TaskCache) -> None:
     board.put(QUEUED, CREATED_AT)
     with board.subscribe("r1") as watcher:
         wait = await start_waiting(watcher, 1)
@@ -123,15 +114,13 @@ async def test_woken_by_the_newest(board: TaskCache) -> None:
     assert seen.task is ENDED
 
 
-async def test_time_over(board: TaskCache) -> None:
-    """Who has waited for long enough is told that there is nothing."""
+async def test_wait_times_out(board: TaskCache) -> None:
     with board.subscribe("r1") as watcher:
         assert await watcher.wait_for_change(1, 0.001) is None
         assert await watcher.wait_for_change(1, -1) is None
 
 
-async def test_closed(board: TaskCache) -> None:
-    """When the process ends all who wait are told so at once, and nobody waits any more; a change is still told."""
+async def test_closing_wakes_all_waiters(board: TaskCache) -> None:
     with board.subscribe("r1") as one, board.subscribe("r2") as other:
         waits = [await start_waiting(one, 1), await start_waiting(other, 1)]
         board.close()
@@ -142,8 +131,7 @@ async def test_closed(board: TaskCache) -> None:
         assert await one.wait_for_change(1, LONG_SECONDS) is not None
 
 
-async def test_a_crowd(board: TaskCache) -> None:
-    """One change wakes all who wait for the task, at once."""
+async def test_change_wakes_all_waiters(board: TaskCache) -> None:
     crowd = 10_000
 
     async def wait() -> CachedTask | None:
@@ -157,8 +145,7 @@ async def test_a_crowd(board: TaskCache) -> None:
     assert board.subscription_count == 0
 
 
-def test_no_more_than_so_many() -> None:
-    """So many may wait at once; the next is refused until one has left."""
+def test_waiters_beyond_the_limit_are_refused() -> None:
     board = TaskCache(DurationEstimator(2.5), max_subscriptions=2)
     with board.subscribe("r1"):
         with board.subscribe("r2"):
@@ -170,8 +157,7 @@ def test_no_more_than_so_many() -> None:
     assert board.subscription_count == 0
 
 
-async def test_nothing_is_left_behind(board: TaskCache) -> None:
-    """Whoever leaves, in whatever way, is forgotten."""
+async def test_every_waiter_is_released(board: TaskCache) -> None:
     with board.subscribe("r1"):
         assert board.subscribed_ids() == ["r1"]
         with board.subscribe("r1") as watcher:
@@ -184,8 +170,7 @@ async def test_nothing_is_left_behind(board: TaskCache) -> None:
 
 
 @pytest.mark.parametrize("told", [TaskCache.on_published, TaskCache.on_recorded])
-def test_what_is_not_asked_for(board: TaskCache, told: object) -> None:
-    """A change of a task that nobody has asked for is not kept."""
+def test_changes_of_unread_tasks_are_not_cached(board: TaskCache, told: object) -> None:
     assert callable(told)
     told(board, ENDED, CREATED_AT)
     assert board.latest("r1") is None
@@ -197,8 +182,7 @@ def test_what_is_not_asked_for(board: TaskCache, told: object) -> None:
     assert seen.task is ENDED
 
 
-def test_learns_once(board: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every end teaches how long tasks take when it is announced, and not once more where it was recorded."""
+def test_duration_is_learned_once(board: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     taught: list[Task] = []
     monkeypatch.setattr(board.durations, "record_end", taught.append)
     board.on_recorded(ENDED, CREATED_AT)
@@ -207,8 +191,7 @@ def test_learns_once(board: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taught == [ENDED]
 
 
-def test_the_oldest_is_forgotten(board: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many tasks those that were asked for last are remembered, and all that somebody waits for."""
+def test_least_recently_read_is_evicted(board: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_cache, "MAX_CACHED_TASKS", 2)
     with board.subscribe("a"):
         for name in "abcd":
@@ -219,7 +202,6 @@ def test_the_oldest_is_forgotten(board: TaskCache, monkeypatch: pytest.MonkeyPat
     assert [name for name in "abcde" if board.latest(name)] == ["b", "e"]
 
 
-def test_age(board: TaskCache) -> None:
-    """The age of what is known counts from the last word of the upstream."""
+def test_age_counts_from_the_last_check(board: TaskCache) -> None:
     seen = board.put(make_task(checked=CREATED_AT), CREATED_AT + 4_000)
     assert 4 <= seen.age_seconds < 5

@@ -1,4 +1,4 @@
-"""Task ids: sealed references that nobody can read, alter or make."""
+"""Encrypted task ids."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ def is_rejected(task_id: str) -> None:
 
 @given(references)
 def test_round_trip(reference: TaskReference) -> None:
-    """An id stands for the reference it was made of, always the same one, and can stand in a URL."""
     task_id = IDS.encode(reference)
     assert IDS.decode(task_id) == reference
     assert IDS.encode(reference) == task_id
@@ -44,14 +43,12 @@ def test_round_trip(reference: TaskReference) -> None:
 
 
 @given(references, references)
-def test_distinct(one: TaskReference, other: TaskReference) -> None:
-    """Different references have different ids."""
+def test_distinct_ids(one: TaskReference, other: TaskReference) -> None:
     assert (IDS.encode(one) == IDS.encode(other)) == (one == other)
 
 
 @given(references, st.data())
 def test_one_character_changed(reference: TaskReference, data: st.DataObject) -> None:
-    """An id with any one character changed is not found."""
     task_id = IDS.encode(reference)
     place = data.draw(st.integers(0, len(task_id) - 1))
     other = data.draw(st.characters().filter(lambda character: character != task_id[place]))
@@ -59,8 +56,8 @@ def test_one_character_changed(reference: TaskReference, data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("place", range(len(TASK_ID_PREFIX), len(ID)))
-def test_every_place(place: int) -> None:
-    """No place of an id takes another character of its alphabet, not even where that has unused bits."""
+def test_every_position_is_significant(place: int) -> None:
+    """Even where the alphabet has unused bits."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     for character in alphabet.replace(ID[place], ""):
         is_rejected(ID[:place] + character + ID[place + 1 :])
@@ -68,7 +65,6 @@ def test_every_place(place: int) -> None:
 
 @given(references, st.data())
 def test_truncated(reference: TaskReference, data: st.DataObject) -> None:
-    """An id that was cut at either end is not found."""
     task_id = IDS.encode(reference)
     cut = data.draw(st.integers(1, len(task_id)))
     is_rejected(task_id[cut:])
@@ -82,7 +78,6 @@ def test_truncated(reference: TaskReference, data: st.DataObject) -> None:
 @example(REFERENCE, "A")
 @example(REFERENCE, TASK_ID_PREFIX)
 def test_extended(reference: TaskReference, more: str) -> None:
-    """An id with anything before, behind or within it is not found, padding and blanks included."""
     task_id = IDS.encode(reference)
     middle = len(task_id) // 2
     is_rejected(task_id + more)
@@ -91,8 +86,7 @@ def test_extended(reference: TaskReference, more: str) -> None:
 
 
 @given(references)
-def test_respelled(reference: TaskReference) -> None:
-    """The same bytes in another spelling are not found."""
+def test_other_encodings_of_the_same_bytes(reference: TaskReference) -> None:
     task_id = IDS.encode(reference)
     body = task_id.removeprefix(TASK_ID_PREFIX)
     standard = body.replace("-", "+").replace("_", "/")
@@ -109,22 +103,19 @@ def test_respelled(reference: TaskReference) -> None:
 @example(TASK_ID_PREFIX)
 @example(TASK_ID_PREFIX + "\ud800")
 @example(TASK_ID_PREFIX + "A" * 100_000)
-def test_anything_else(text: str) -> None:
-    """No other text is an id, and none is answered in another way."""
+def test_any_other_text(text: str) -> None:
     is_rejected(text)
     is_rejected(TASK_ID_PREFIX + text)
 
 
 @given(st.binary(max_size=200))
-def test_sealed_something_else(plain: bytes) -> None:
-    """What was sealed by the same key but is no reference is not found."""
+def test_other_encrypted_content(plain: bytes) -> None:
     sealed = Keyring([NEW]).derive("task-id").encrypt(plain)
     is_rejected(TASK_ID_PREFIX + base64.urlsafe_b64encode(sealed).rstrip(b"=").decode())
 
 
 @given(references)
-def test_rotation(reference: TaskReference) -> None:
-    """An id outlives the key it was sealed with until that is taken off the keyring."""
+def test_key_rotation(reference: TaskReference) -> None:
     old = TaskIdCodec(Keyring([OLD]).derive("task-id")).encode(reference)
     assert TaskIdCodec(Keyring([NEW, OLD]).derive("task-id")).decode(old) == reference
     is_rejected(old)
@@ -132,5 +123,4 @@ def test_rotation(reference: TaskReference) -> None:
 
 @given(references)
 def test_other_purpose(reference: TaskReference) -> None:
-    """An id that was sealed for another purpose is not found."""
     is_rejected(TaskIdCodec(Keyring([NEW]).derive("user-key")).encode(reference))

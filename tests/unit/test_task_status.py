@@ -1,4 +1,4 @@
-"""A task that was paid for can be read, whatever has become of the ledger."""
+"""Reading of tasks that the ledger lost or cannot be asked about."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from service.usecases.task_status import MAX_RECREATE_AGE_SECONDS
 from tests.unit.fake_gateway import UNAVAILABLE, FakeGateway, wait_until
 
 NEVER_SECONDS = 1e9
-"""An interval that does not end."""
+"""An interval that does not end within a test."""
 
 
 @pytest.fixture
 def gateway() -> FakeGateway:
-    """The use cases over the ports in memory."""
     return FakeGateway()
 
 
 async def submit_task(gateway: FakeGateway, *, lost: bool = False) -> Task:
-    """A task, which the ledger may have lost together with everything else."""
+    """Submit a task; `lost` deletes it from the ledger."""
     task = (await gateway.submit_image()).task
     if lost:
         for kept in (
@@ -39,8 +38,7 @@ async def submit_task(gateway: FakeGateway, *, lost: bool = False) -> Task:
     return task
 
 
-async def test_one_look_up_per_interval(gateway: FakeGateway) -> None:
-    """While the ledger is away all reads of one interval share one look-up at the upstream."""
+async def test_one_upstream_query_per_interval(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway), gateway.make_reader(interval=NEVER_SECONDS)
     gateway.ledger.is_unavailable = True
     seen = await asyncio.gather(*(reads.read(gateway.tenant, task.id) for _ in range(5)))
@@ -50,8 +48,7 @@ async def test_one_look_up_per_interval(gateway: FakeGateway) -> None:
     assert len(gateway.upstream.checks) == 1
 
 
-async def test_next_interval(gateway: FakeGateway) -> None:
-    """When the interval is over the upstream is asked anew."""
+async def test_next_interval_queries_again(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway), gateway.make_reader(interval=0)
     gateway.ledger.is_unavailable = True
     gateway.upstream.next_checks.append(CheckResult(outcome=CheckOutcome.RUNNING))
@@ -59,8 +56,7 @@ async def test_next_interval(gateway: FakeGateway) -> None:
     assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
 
 
-async def test_slow_look_up(gateway: FakeGateway) -> None:
-    """A look-up that takes longer than the interval is waited for, not made again, and outlives who asked."""
+async def test_slow_query_is_shared_and_outlives_its_caller(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway), gateway.make_reader(interval=0)
     gateway.ledger.is_unavailable = True
     gateway.upstream.may_respond.clear()
@@ -75,8 +71,7 @@ async def test_slow_look_up(gateway: FakeGateway) -> None:
 
 
 @pytest.mark.parametrize("answered", [CheckOutcome.NOT_FOUND, CheckOutcome.NO_RESPONSE])
-async def test_nobody_can_tell(gateway: FakeGateway, answered: CheckOutcome) -> None:
-    """Where neither the ledger nor the upstream can tell of a task, the answer is to try again, not that it is gone."""
+async def test_unavailable_ledger_and_upstream_is_503(gateway: FakeGateway, answered: CheckOutcome) -> None:
     task, reads = await submit_task(gateway), gateway.make_reader(interval=2.5)
     gateway.ledger.is_unavailable = True
     gateway.upstream.next_checks.append(CheckResult(outcome=answered))
@@ -85,8 +80,7 @@ async def test_nobody_can_tell(gateway: FakeGateway, answered: CheckOutcome) -> 
     assert told.value.retry_after == 2.5
 
 
-async def test_lost_by_both(gateway: FakeGateway) -> None:
-    """A task that the ledger lost and the upstream does not know is not found, and nothing is booked."""
+async def test_task_unknown_to_both_is_not_found(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway, lost=True), gateway.make_reader(interval=0)
     gateway.upstream.next_checks.append(CheckResult(outcome=CheckOutcome.NOT_FOUND))
     with pytest.raises(NotFound):
@@ -94,8 +88,7 @@ async def test_lost_by_both(gateway: FakeGateway) -> None:
     assert gateway.ledger.tasks == {}
 
 
-async def test_booked_again(gateway: FakeGateway) -> None:
-    """A task that the ledger lost is booked once when it is read, and watched until its end."""
+async def test_lost_task_is_recreated_once(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway, lost=True), gateway.make_reader(interval=0)
     gateway.upstream.next_checks.append(CheckResult(outcome=CheckOutcome.RUNNING))
     seen = await asyncio.gather(*(reads.read(gateway.tenant, task.id) for _ in range(3)))
@@ -108,8 +101,7 @@ async def test_booked_again(gateway: FakeGateway) -> None:
     assert gateway.task_counts == (1, 0, 0)
 
 
-async def test_read_settles_what_a_dead_process_left(gateway: FakeGateway) -> None:
-    """The first read of an accepted task whose process died before it could book replaces the unknown outcome."""
+async def test_read_settles_the_submission_of_a_dead_process(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway), gateway.make_reader(interval=0)
     gateway.ledger.tasks.clear()
     gateway.ledger.due_checks.clear()
@@ -122,8 +114,7 @@ async def test_read_settles_what_a_dead_process_left(gateway: FakeGateway) -> No
     assert list(gateway.ledger.tasks) == [task.reservation]
 
 
-async def test_sender_goes_first(gateway: FakeGateway) -> None:
-    """While the sender may still book a task, with all it knows, a read shows it but does not book it."""
+async def test_read_does_not_settle_before_the_sender(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway), gateway.make_reader(interval=0)
     reservation = gateway.ledger.reservations[task.reservation]
     gateway.ledger.tasks.clear()
@@ -135,16 +126,14 @@ async def test_sender_goes_first(gateway: FakeGateway) -> None:
     assert list(gateway.ledger.tasks) == [task.reservation]
 
 
-async def test_too_old_to_be_booked(gateway: FakeGateway) -> None:
-    """A task as old as what the ledger forgets by itself is shown, but not booked a second time."""
+async def test_expired_task_is_shown_but_not_recreated(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway, lost=True), gateway.make_reader(interval=0)
     gateway.ledger.clock.now_ms += MAX_RECREATE_AGE_SECONDS * 1000
     assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
     assert gateway.ledger.tasks == {}
 
 
-async def test_removed_account(gateway: FakeGateway) -> None:
-    """A lost task whose account was removed can't be asked about any more."""
+async def test_lost_task_of_a_removed_account(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway, lost=True), gateway.make_reader(interval=0)
     gateway.remove_accounts()
     with pytest.raises(NotFound):
@@ -152,8 +141,7 @@ async def test_removed_account(gateway: FakeGateway) -> None:
     assert gateway.upstream.checks == []
 
 
-async def test_bounded_memory(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only so many look-ups are remembered, the latest ones."""
+async def test_remembered_queries_are_bounded(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_status, "_MAX_QUERIES", 2)
     tasks = [await submit_task(gateway) for _ in range(3)]
     reads = gateway.make_reader(interval=NEVER_SECONDS)
@@ -167,13 +155,12 @@ async def test_bounded_memory(gateway: FakeGateway, monkeypatch: pytest.MonkeyPa
 
 
 async def forget_tasks(gateway: FakeGateway) -> None:
-    """Let the ledger lose all that it knows of tasks."""
     for kept in (gateway.ledger.tasks, gateway.ledger.reservations, gateway.ledger.due_checks, gateway.ledger.tenants):
         kept.clear()
 
 
 async def finish_task(gateway: FakeGateway, reads: task_status.TaskReader) -> Task:
-    """A task that has ended, as a process has it in its memory."""
+    """Return a finished task that is cached by the process."""
     task = (await gateway.submit_image()).task
     gateway.ledger.clock.now_ms += gateway.ledger.retention.check_interval_ms
     await gateway.poller.start_due()
@@ -183,8 +170,9 @@ async def finish_task(gateway: FakeGateway, reads: task_status.TaskReader) -> Ta
     return seen.task
 
 
-async def test_booked_again_though_it_is_remembered(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first read of a task that the ledger lost books it and its end, though the process remembers the end."""
+async def test_lost_finished_task_is_recreated_despite_the_cache(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(task_cache, "FINISHED_TTL_SECONDS", -1)
     reads = gateway.make_reader(interval=NEVER_SECONDS)
     task = await finish_task(gateway, reads)
@@ -196,8 +184,7 @@ async def test_booked_again_though_it_is_remembered(gateway: FakeGateway, monkey
     assert gateway.task_counts == (1, 0, 0)
 
 
-async def test_end_that_an_older_store_does_not_know(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An end that the process remembers stays shown, and is recorded, after a restore of data from before it."""
+async def test_cached_end_is_recorded_after_a_restore(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_cache, "FINISHED_TTL_SECONDS", -1)
     reads = gateway.make_reader(interval=NEVER_SECONDS)
     task = (await gateway.submit_image()).task
@@ -214,7 +201,6 @@ async def test_end_that_an_older_store_does_not_know(gateway: FakeGateway, monke
 
 
 async def test_end_is_recorded_before_it_is_shown(gateway: FakeGateway) -> None:
-    """Once a process has shown the end of a lost task, no other process shows it as running."""
     task, reads, others = (
         await submit_task(gateway, lost=True),
         gateway.make_reader(interval=0),
@@ -226,8 +212,7 @@ async def test_end_is_recorded_before_it_is_shown(gateway: FakeGateway) -> None:
     assert len(gateway.upstream.checks) == 1
 
 
-async def test_end_shown_while_the_ledger_was_away(gateway: FakeGateway) -> None:
-    """An end that the upstream told while the ledger was away stays shown once that is back, and is recorded."""
+async def test_end_found_during_an_outage_is_recorded_afterwards(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway), gateway.make_reader(interval=0)
     gateway.ledger.is_unavailable = True
     assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED

@@ -1,4 +1,4 @@
-"""However many wait, they cost the store and the upstream no more than one, and miss nothing."""
+"""Waiting for tasks is shared between callers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.unit.fake_gateway import FakeGateway, wait_until
 
 READER_COUNT = 2_000
 LONG_SECONDS = 1e6
-"""Seconds that no test waits for."""
+"""Longer than any test."""
 
 
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> FakeGateway:
-    """The use cases over the ports in memory, of a process that remembers no running task."""
+    """Use cases of a process that does not cache running tasks."""
     monkeypatch.setattr(task_cache, "RUNNING_TTL_SECONDS", -1)
     return FakeGateway()
 
 
 @pytest.fixture
 def attended(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
-    """Every read of the store, which takes a moment."""
+    """Delay and record every read of the store."""
     calls: list[Sequence[str]] = []
     attend = gateway.ledger.touch
 
@@ -44,15 +44,15 @@ def attended(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> list[Sequ
 
 
 async def advance_interval(gateway: FakeGateway) -> None:
-    """Let one interval pass, and everything be checked that is due then."""
     gateway.ledger.clock.now_ms += gateway.ledger.retention.check_interval_ms
     while await gateway.poller.start_due():
         pass
     await gateway.poller.wait_idle()
 
 
-async def test_a_crowd(gateway: FakeGateway, attended: list[Sequence[str]]) -> None:
-    """A crowd that waits for one task costs one read, and one check for each interval; each is told the end."""
+async def test_many_waiters_cost_one_read_and_one_check_per_interval(
+    gateway: FakeGateway, attended: list[Sequence[str]]
+) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=LONG_SECONDS)
     gateway.upstream.next_checks += [CheckResult(outcome=CheckOutcome.RUNNING)] * 2
     waits = [
@@ -68,8 +68,7 @@ async def test_a_crowd(gateway: FakeGateway, attended: list[Sequence[str]]) -> N
     assert attended == [[task.reservation]]
 
 
-async def test_each_leaves_by_itself(gateway: FakeGateway, attended: list[Sequence[str]]) -> None:
-    """Of those who share one read, one may leave, and the others are answered."""
+async def test_cancelled_reader_does_not_cancel_others(gateway: FakeGateway, attended: list[Sequence[str]]) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=LONG_SECONDS)
     first, second = (asyncio.create_task(follow.read(gateway.tenant, task.id)) for _ in range(2))
     await wait_until(lambda: bool(attended))
@@ -80,8 +79,9 @@ async def test_each_leaves_by_itself(gateway: FakeGateway, attended: list[Sequen
     assert len(attended) == 2
 
 
-async def test_a_change_during_the_read(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An end that is recorded while the store is still being read wakes who waits for it."""
+async def test_end_recorded_during_the_read_wakes_the_waiter(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=LONG_SECONDS)
     attend = gateway.ledger.touch
 
@@ -96,8 +96,7 @@ async def test_a_change_during_the_read(gateway: FakeGateway, monkeypatch: pytes
     assert seen.task.state is State.SUCCEEDED
 
 
-async def test_never_back(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has heard of a version shows none before it, even if the store does."""
+async def test_older_version_of_the_store_is_not_shown(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=LONG_SECONDS)
     before = await gateway.ledger.touch([task.reservation])
     gateway.upstream.next_checks.append(CheckResult(outcome=CheckOutcome.RUNNING))
@@ -113,7 +112,6 @@ async def test_never_back(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch)
 
 @asynccontextmanager
 async def run_touching(follow: TaskReader) -> AsyncIterator[None]:
-    """A process that looks after those who wait."""
     looking = asyncio.create_task(follow.touch_watched())
     try:
         yield
@@ -122,8 +120,7 @@ async def run_touching(follow: TaskReader) -> AsyncIterator[None]:
         await asyncio.gather(looking, return_exceptions=True)
 
 
-async def test_what_was_not_announced(gateway: FakeGateway, attended: list[Sequence[str]]) -> None:
-    """An end of which the announcement was lost is found at the next look; a store that is away does not end that."""
+async def test_missed_notification_is_found_later(gateway: FakeGateway, attended: list[Sequence[str]]) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=0)
     wait = asyncio.create_task(follow.read(gateway.tenant, task.id, wait_seconds=LONG_SECONDS))
     await wait_until(lambda: gateway.ledger.cache.subscription_count == 1 and len(attended) == 1)
@@ -137,8 +134,7 @@ async def test_what_was_not_announced(gateway: FakeGateway, attended: list[Seque
         assert (await wait).task.state is State.SUCCEEDED
 
 
-async def test_only_who_waits(gateway: FakeGateway, attended: list[Sequence[str]]) -> None:
-    """Only tasks that somebody waits for are looked after, many at a time."""
+async def test_only_watched_tasks_are_touched(gateway: FakeGateway, attended: list[Sequence[str]]) -> None:
     tasks = [(await gateway.submit_image()).task for _ in range(150)]
     follow = gateway.make_reader(interval=0)
     for task in tasks[:5]:
@@ -153,8 +149,7 @@ async def test_only_who_waits(gateway: FakeGateway, attended: list[Sequence[str]
     await asyncio.gather(*waits)
 
 
-async def test_nobody_can_tell(gateway: FakeGateway) -> None:
-    """Who would wait for a task that neither the store nor the upstream tells of is told so, and does not wait."""
+async def test_unavailable_task_is_not_awaited(gateway: FakeGateway) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=LONG_SECONDS)
     gateway.ledger.is_unavailable = True
     gateway.upstream.next_checks.append(CheckResult(outcome=CheckOutcome.NO_RESPONSE))
@@ -163,8 +158,7 @@ async def test_nobody_can_tell(gateway: FakeGateway) -> None:
     assert gateway.ledger.cache.subscription_count == 0
 
 
-async def test_looked_up_while_the_store_is_away(gateway: FakeGateway) -> None:
-    """What the upstream tells while the store is away is shown with all that was known of the task before."""
+async def test_query_during_an_outage_keeps_known_fields(gateway: FakeGateway) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=0)
     await follow.read(gateway.tenant, task.id)
     gateway.ledger.is_unavailable = True
@@ -176,8 +170,7 @@ async def test_looked_up_while_the_store_is_away(gateway: FakeGateway) -> None:
     assert ended.age_seconds < 5
 
 
-async def test_recorded_while_it_was_looked_up(gateway: FakeGateway) -> None:
-    """An end that is recorded while the upstream is asked is shown, not what the upstream said of the task before."""
+async def test_end_recorded_during_the_query_wins(gateway: FakeGateway) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=0)
     await follow.read(gateway.tenant, task.id)
     gateway.upstream.next_checks.append(CheckResult(outcome=CheckOutcome.RUNNING))
@@ -192,8 +185,7 @@ async def test_recorded_while_it_was_looked_up(gateway: FakeGateway) -> None:
 
 
 @pytest.mark.parametrize("ends", [True, False])
-async def test_lost_while_it_is_waited_for(gateway: FakeGateway, ends: bool) -> None:
-    """Who waits for a task that the store loses in the meantime sees its end, be it there already or yet to come."""
+async def test_task_lost_during_the_wait_still_ends(gateway: FakeGateway, ends: bool) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=0)
     wait = asyncio.create_task(follow.read(gateway.tenant, task.id, wait_seconds=LONG_SECONDS))
     changes = follow.stream_changes(gateway.tenant, task.id, after_version=1, max_seconds=LONG_SECONDS)

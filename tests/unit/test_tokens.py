@@ -1,4 +1,4 @@
-"""Tokens."""
+"""Tokens of tenants."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from service.domain.tenants import Token
 TOKEN = tenants.generate_token()
 
 
-def test_tokens_differ_and_are_well_formed() -> None:
-    """Tokens are recognisable by their prefix, well formed, and never the same."""
+def test_new_tokens_are_unique_and_valid() -> None:
     tokens = {tenants.generate_token() for _ in range(100)}
     assert len(tokens) == 100
     assert all(token.startswith("igw_") and tenants.has_valid_checksum(token) for token in tokens)
 
 
 @given(st.data())
-def test_typos_are_seen(data: st.DataObject) -> None:
-    """A token with one character altered, added or left out is not well formed."""
+def test_typos_are_detected(data: st.DataObject) -> None:
     token = TOKEN
     place = data.draw(st.integers(4, len(token) - 1))
     letter = data.draw(st.sampled_from("aZ09-é").filter(lambda each: each != token[place]))
@@ -30,14 +28,12 @@ def test_typos_are_seen(data: st.DataObject) -> None:
 
 
 @given(st.text())
-def test_anything_can_be_asked(text: str) -> None:
-    """No text whatsoever makes the check fail."""
+def test_any_text_can_be_checked(text: str) -> None:
     assert not tenants.has_valid_checksum(text)
     assert not tenants.has_valid_checksum("igw_" + text)
 
 
 def test_expiry() -> None:
-    """A token is valid until the moment of its expiry, or for ever without one."""
     token = Token("t", 1, b"", None, created_at=0, expires_at=100)
     assert token.is_valid_at(99.9)
     assert not token.is_valid_at(100)

@@ -1,4 +1,4 @@
-"""Sending traces to a collector, whether it is there or not."""
+"""Export of traces to a collector."""
 
 from __future__ import annotations
 
@@ -26,26 +26,23 @@ def collector() -> Iterator[TraceCollector]:
 
 
 def record_requests(tracer: Tracer, times: int = 1) -> None:
-    """Serve some requests."""
     for _ in range(times):
         with tracer.start_request_span(make_http_scope(path="/x")) as span:
             span.record_response(200, route="/x", outcome="answered", tenant=None)
 
 
 async def export_requests(url: str, share: float = 1.0, times: int = 1) -> None:
-    """Record something, and end."""
+    """Record requests and shut the exporter down."""
     async with tracing.open_tracer(url, share, str) as tracer:
         record_requests(tracer, times)
 
 
 async def test_no_collector() -> None:
-    """Without an address nothing is recorded."""
     async with tracing.open_tracer(None, 1.0, str) as tracer:
         assert tracer is NOOP_TRACER
 
 
-async def test_sent_at_the_end(collector: TraceCollector) -> None:
-    """What was recorded is sent by the end, as that of one process of this version of the gateway."""
+async def test_spans_are_flushed_at_the_end(collector: TraceCollector) -> None:
     await export_requests(collector.url, times=3)
     assert [span.name for span in collector.spans] == ["GET /x"] * 3
     ((path, headers),) = collector.requests
@@ -61,28 +58,24 @@ async def test_sent_at_the_end(collector: TraceCollector) -> None:
     assert len({span.resource["service.instance.id"] for span in collector.spans}) == 2
 
 
-async def test_sent_meanwhile(collector: TraceCollector, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was recorded is sent before the end, too."""
+async def test_spans_are_exported_periodically(collector: TraceCollector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing_otel, "EXPORT_INTERVAL_SECONDS", 0.01)
     async with tracing.open_tracer(collector.url, 1.0, str) as tracer:
         record_requests(tracer)
         await asyncio.to_thread(wait_until, lambda: bool(collector.spans), "a span")
 
 
-async def test_path(collector: TraceCollector) -> None:
-    """A collector may listen at another path."""
+async def test_collector_path(collector: TraceCollector) -> None:
     await export_requests(f"{collector.url}/otlp/of/ours")
     assert [path for path, _ in collector.requests] == ["/otlp/of/ours"]
 
 
-async def test_share(collector: TraceCollector) -> None:
-    """Only the share asked for is sent."""
+async def test_sampling_ratio(collector: TraceCollector) -> None:
     await export_requests(collector.url, share=0.0)
     assert collector.requests == []
 
 
-async def test_environment(collector: TraceCollector, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment says what the process is and how it is let in, not what is recorded or where it is sent."""
+async def test_otel_environment(collector: TraceCollector, monkeypatch: pytest.MonkeyPatch) -> None:
     nobody = f"http://127.0.0.1:{find_free_port()}"
     for name, value in {
         "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=staging,service.version=of-the-platform",
@@ -113,8 +106,7 @@ async def test_environment(collector: TraceCollector, monkeypatch: pytest.Monkey
     assert (headers["x-key"], headers["content-encoding"]) == ("let-me-in", "gzip")
 
 
-async def test_collector_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A collector that is away holds up neither the work nor, for long, the end; it is said once, not for each try."""
+async def test_unavailable_collector_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing_otel, "EXPORT_INTERVAL_SECONDS", 0.01)
     monkeypatch.setattr(tracing_otel, "FLUSH_SECONDS", 0.3)
     with capture_logs() as events:
@@ -130,8 +122,7 @@ async def test_collector_away(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(templates) == len(troubles)
 
 
-async def test_silent_collector(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A collector that never answers holds the end up no longer than is left for it."""
+async def test_silent_collector_delays_the_end_by_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing_otel, "FLUSH_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, capture_logs() as events:
         begun = time.monotonic()
@@ -140,10 +131,9 @@ async def test_silent_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tracing.flush_timeout" in [each["event"] for each in events]
 
 
-async def test_refusing_collector(
+async def test_refused_spans_are_lost_and_logged_once(
     collector: TraceCollector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a collector refuses is lost, and why is said: once, and in no other way."""
     monkeypatch.setattr(tracing_otel, "EXPORT_INTERVAL_SECONDS", 0.01)
     collector.status = 401
     with capture_logs() as events:
@@ -156,8 +146,7 @@ async def test_refusing_collector(
     assert caplog.records == []
 
 
-async def test_more_than_fits(collector: TraceCollector, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not fit into the queue is lost, and costs no more than a line in the log."""
+async def test_full_queue_drops_spans(collector: TraceCollector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing_otel, "MAX_QUEUE_SIZE", 8)
     monkeypatch.setattr(tracing_otel, "MAX_BATCH_SIZE", 8)
     collector.status = 503

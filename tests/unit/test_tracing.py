@@ -1,4 +1,4 @@
-"""Reading which trace a request belongs to."""
+"""Parsing of `traceparent`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def _headers(*given: str) -> list[tuple[bytes, bytes]]:
 
 
 @pytest.mark.parametrize("flags", ["00", "01", "02", "ff"])
-def test_flags(flags: str) -> None:
-    """A request belongs to the trace it names, whether that is sampled or not."""
+def test_sampled_flag(flags: str) -> None:
     assert parse_trace_id(_headers(f"00-{TRACE}-{SPAN}-{flags}")) == TRACE
 
 
@@ -25,12 +24,10 @@ def test_flags(flags: str) -> None:
     "given", [f"01-{TRACE}-{SPAN}-01", f"cc-{TRACE}-{SPAN}-01-", f"fe-{TRACE}-{SPAN}-01-what-else"]
 )
 def test_later_versions(given: str) -> None:
-    """Of a later version that is read which all have in common."""
     assert parse_trace_id(_headers(given)) == TRACE
 
 
-def test_spaces() -> None:
-    """White space around the header is none of it."""
+def test_surrounding_spaces() -> None:
     assert parse_trace_id(_headers(f" \t{TRACEPARENT} ")) == TRACE
 
 
@@ -67,16 +64,13 @@ def test_spaces() -> None:
         f"00-{'٣' * 32}-{SPAN}-01",
     ],
 )
-def test_no_trace(given: str) -> None:
-    """What is not written as it should is no trace."""
+def test_invalid_headers(given: str) -> None:
     assert parse_trace_id(_headers(given)) is None
 
 
-def test_several() -> None:
-    """A request that names several traces belongs to none."""
+def test_several_headers() -> None:
     assert parse_trace_id(_headers(TRACEPARENT, TRACEPARENT)) is None
 
 
-def test_none() -> None:
-    """A request that names no trace belongs to none."""
+def test_no_header() -> None:
     assert parse_trace_id(_headers()) is None

@@ -1,4 +1,4 @@
-"""What is recorded of requests, in the words of OpenTelemetry's conventions."""
+"""Request spans by OpenTelemetry's semantic conventions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ ADMIN_TOKEN = "the-token-of-the-operators"
 
 @get("/things/{thing:str}")
 async def thing(request: Request[Any, Any, Any], thing: FromPath[str]) -> Response[dict[str, str]]:
-    """Answer with what is bound to the log, or fail in the way asked for."""
     request.scope["state"]["tenant"] = "demo"
     match thing:
         case "missing":
@@ -46,14 +45,12 @@ async def thing(request: Request[Any, Any, Any], thing: FromPath[str]) -> Respon
 
 @get(["/healthz", "/readyz", "/metrics"])
 async def probe() -> None:
-    """Answer."""
+    """Respond with an empty body."""
 
 
 async def send_request(
     tracer: Tracer, path: str, method: str = "GET", headers: Mapping[str, str] | None = None
 ) -> AsgiResponse | None:
-    """The answer to one request."""
-
     def silent(_logger: Any, _method: str, _event: Any) -> Any:
         raise structlog.DropEvent
 
@@ -64,15 +61,14 @@ async def send_request(
 
 
 async def read_bound_context(tracer: Tracer, **headers: str) -> dict[str, str]:
-    """What is bound to the log while a request is served."""
+    """Return the context variables of the log during a request."""
     answer = await send_request(tracer, "/things/one", headers=headers)
     assert answer is not None
     names: dict[str, str] = answer.json()
     return names
 
 
-async def test_request() -> None:
-    """A request is named by its route and described as it came, without its query."""
+async def test_request_span() -> None:
     recorder = SpanRecorder()
     headers = {"Host": "gateway.internal:8080", "User-Agent": "curl/9", "Authorization": "Bearer igw_x"}
     await send_request(recorder.tracer, "/things/one?key=hunter2", headers=headers)
@@ -106,8 +102,7 @@ async def test_request() -> None:
         ("/things/slow", 200, None, "client-too-slow"),
     ],
 )
-async def test_outcomes(path: str, status: int | None, error: str | None, outcome: str) -> None:
-    """A request is an error if the gateway failed, not if its client did; in which way is told, but not in words."""
+async def test_span_status_by_outcome(path: str, status: int | None, error: str | None, outcome: str) -> None:
     recorder = SpanRecorder()
     await send_request(recorder.tracer, path)
     span = recorder.span
@@ -117,8 +112,7 @@ async def test_outcomes(path: str, status: int | None, error: str | None, outcom
     assert (span.is_error, span.status_message, span.event_count) == (error is not None, "", 0)
 
 
-async def test_unknown_address() -> None:
-    """A request that fits no route is named by its method alone, however many addresses are tried."""
+async def test_unknown_path_has_no_route() -> None:
     recorder = SpanRecorder()
     await send_request(recorder.tracer, "/nowhere/at/all")
     assert recorder.span.name == "GET"
@@ -126,7 +120,6 @@ async def test_unknown_address() -> None:
 
 
 async def test_unknown_method() -> None:
-    """A method that HTTP does not have makes no name of its own."""
     recorder = SpanRecorder()
     await send_request(recorder.tracer, "/things/one", "BREW")
     assert recorder.span.name.split()[0] == "HTTP"
@@ -135,16 +128,14 @@ async def test_unknown_method() -> None:
 
 
 @pytest.mark.parametrize("host", ["", "[::1", "host:port", "host:99999999"])
-async def test_unusable_host(host: str) -> None:
-    """A host that is none is left out."""
+async def test_invalid_host_is_omitted(host: str) -> None:
     recorder = SpanRecorder()
     with recorder.tracer.start_request_span(make_http_scope(headers={"host": host}) | {"client": None}):
         pass
     assert not {"server.address", "server.port", "client.address"} & recorder.span.attributes.keys()
 
 
-async def test_secrets() -> None:
-    """Secrets that a client puts where they do not belong are not recorded, and neither is what is no text."""
+async def test_secrets_are_not_recorded() -> None:
     recorder = SpanRecorder(secrets=[ADMIN_TOKEN])
     headers = {"User-Agent": f"curl token=abcdefgh {ADMIN_TOKEN}", "Host": f"{ADMIN_TOKEN}:80"}
     await send_request(recorder.tracer, f"/things/igw_0123456789abcdef0123/\x00ÿ{ADMIN_TOKEN}", headers=headers)
@@ -153,15 +144,13 @@ async def test_secrets() -> None:
     assert recorder.span.attributes["url.path"].endswith("%00%C3%BF[redacted]")
 
 
-async def test_long_values() -> None:
-    """What a client sends takes no more room than it is worth."""
+async def test_long_values_are_truncated() -> None:
     recorder = SpanRecorder()
     await send_request(recorder.tracer, "/" + "x" * 5_000)
     assert len(recorder.span.attributes["url.path"]) == 500
 
 
-async def test_parent() -> None:
-    """A request goes on with the trace that it comes with, and its state."""
+async def test_parent_context_is_used() -> None:
     recorder = SpanRecorder()
     names = await read_bound_context(recorder.tracer, traceparent=SAMPLED, tracestate="tool=of-somebody")
     span = recorder.span
@@ -170,24 +159,21 @@ async def test_parent() -> None:
 
 
 @pytest.mark.parametrize("given", [f"00-{TRACE}-{SPAN}-1", f"00-{'0' * 32}-{SPAN}-01", "x"])
-async def test_no_parent(given: str) -> None:
-    """What is no trace is not gone on with: the request gets a trace of its own, which the log names."""
+async def test_invalid_parent_starts_a_trace(given: str) -> None:
     recorder = SpanRecorder()
     names = await read_bound_context(recorder.tracer, traceparent=given)
     assert recorder.span.parent_id == ""
     assert names["trace_id"] == recorder.span.trace_id != TRACE
 
 
-async def test_client_decides() -> None:
-    """A client that traces is followed whatever the share, and one that does not trace this request is not."""
+async def test_parent_sampling_is_followed() -> None:
     some, none = SpanRecorder(share=0.0), SpanRecorder(share=1.0)
     assert (await read_bound_context(some.tracer, traceparent=SAMPLED))["trace_id"] == TRACE
     assert (await read_bound_context(none.tracer, traceparent=UNSAMPLED))["trace_id"] == TRACE
     assert (len(some.spans), len(none.spans)) == (1, 0)
 
 
-async def test_share() -> None:
-    """Of requests that no client traces a share is recorded, and the log names no trace that nobody can find."""
+async def test_sampling_ratio() -> None:
     recorder, named = SpanRecorder(share=0.5), []
     for _ in range(200):
         with recorder.tracer.start_request_span(make_http_scope()) as span:
@@ -196,22 +182,20 @@ async def test_share() -> None:
     assert 50 < len(recorder.spans) < 150
 
 
-async def test_untraced() -> None:
-    """Without a collector the log still names the trace that a request comes with, and none otherwise."""
+async def test_trace_id_is_logged_without_a_collector() -> None:
     assert (await read_bound_context(NOOP_TRACER, traceparent=UNSAMPLED))["trace_id"] == TRACE
     assert "trace_id" not in await read_bound_context(NOOP_TRACER)
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
-async def test_probes(path: str) -> None:
-    """What machines ask for all the time is not recorded."""
+async def test_probes_are_not_recorded(path: str) -> None:
     recorder = SpanRecorder()
     await send_request(recorder.tracer, path, headers={"traceparent": SAMPLED})
     assert recorder.spans == []
 
 
-async def test_requests_do_not_mix() -> None:
-    """A request that is served in the context of another, as servers do with one connection, is no part of it."""
+async def test_requests_are_not_nested() -> None:
+    """A server may start a request in the context of another on the same connection."""
     recorder = SpanRecorder()
     with recorder.tracer.start_request_span(make_http_scope()), recorder.tracer.start_request_span(make_http_scope()):
         pass

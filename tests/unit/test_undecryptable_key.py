@@ -1,4 +1,4 @@
-"""An account whose key can't be opened is the operators' to mend, and stands in nobody's way."""
+"""Accounts whose key cannot be decrypted."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from tests.unit.fake_gateway import FakeGateway
 MISCONFIGURED = SubmitResult(outcome=SubmitOutcome.MISCONFIGURED)
 
 
-async def test_next_account() -> None:
-    """The next account is tried, and the first stays open for when its key is back."""
+async def test_next_account_is_used() -> None:
     gateway = FakeGateway()
     gateway.upstream.next_submits.append(MISCONFIGURED)
     await gateway.submit_image()
@@ -22,8 +21,7 @@ async def test_next_account() -> None:
     assert gateway.ledger.states_by_account[2].status is AccountStatus.OPEN
 
 
-async def test_no_account_left() -> None:
-    """Where no account is left, the caller is told that operators have to act, and nothing is charged or closed."""
+async def test_no_other_account() -> None:
     gateway = FakeGateway()
     gateway.upstream.next_submits += [MISCONFIGURED] * 2
     with pytest.raises(AccountMisconfigured):

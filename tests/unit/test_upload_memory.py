@@ -1,4 +1,4 @@
-"""Uploads share the memory there is for them."""
+"""Allocation of upload memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHOLE_STEPS = 200_000
 
 
 class UploadQueue:
-    """Uploads that share ten steps of memory, each of which takes what it is told to, and waits for it."""
+    """Uploads that share ten steps of memory."""
 
     def __init__(self, total: int = 10 * RESERVATION_STEP_BYTES, wait_seconds: float = 60) -> None:
         self.total = total
@@ -29,29 +29,26 @@ class UploadQueue:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def begin(self, name: str, need: int) -> None:
-        """Begin an upload of at most so many bytes; nothing has come of it yet."""
         self._sizes[name] = asyncio.Queue()
         self._tasks[name] = asyncio.create_task(self._upload(name, need))
         await run_until_idle()
 
     async def receive_bytes(self, name: str, size: int) -> None:
-        """So many bytes of an upload have come in all; run until nothing happens any more."""
+        """Set the received size of an upload and run until idle."""
         self._sizes[name].put_nowait(size)
         await run_until_idle()
 
     async def arrive(self, name: str, size: int) -> None:
-        """Begin an upload, all of which comes at once."""
         await self.begin(name, size)
         await self.receive_bytes(name, size)
 
     async def end(self, name: str) -> None:
-        """End an upload, wherever it is."""
         self._tasks[name].cancel()
         await asyncio.wait([self._tasks[name]])
         await run_until_idle()
 
     async def close(self) -> None:
-        """End all, and see that the whole budget is free again."""
+        """End all uploads and assert that the whole memory is free."""
         for name in list(self._tasks):
             await self.end(name)
         assert self.held == {}
@@ -71,13 +68,12 @@ class UploadQueue:
 
 
 async def run_until_idle() -> None:
-    """Let the loop run until every task waits for something that only the test does."""
+    """Run the loop until every task waits for the test."""
     for _ in range(20):
         await asyncio.sleep(0)
 
 
-async def test_what_is_announced_keeps_nobody_out() -> None:
-    """However many uploads announce much and send little, one that comes whole gets in."""
+async def test_announced_lengths_reserve_nothing() -> None:
     line = UploadQueue()
     for each in range(50):
         await line.begin(f"silent {each}", 10 * RESERVATION_STEP_BYTES)
@@ -94,8 +90,7 @@ async def test_what_is_announced_keeps_nobody_out() -> None:
     await line.close()
 
 
-async def test_bytes_are_taken_in_steps_and_never_more_than_needed() -> None:
-    """A share grows by whole steps, and at its end to what the upload announced."""
+async def test_allocation_grows_in_steps_up_to_the_length() -> None:
     line = UploadQueue()
     await line.begin("one", RESERVATION_STEP_BYTES + 7)
     for size, held in (
@@ -109,8 +104,8 @@ async def test_bytes_are_taken_in_steps_and_never_more_than_needed() -> None:
     await line.close()
 
 
-async def test_nobody_begins_who_could_keep_all_from_their_end() -> None:
-    """A step after which none that have begun could become whole is not granted, until one of them has ended."""
+async def test_unsafe_steps_are_delayed() -> None:
+    """A step after which no upload could finish would be a deadlock."""
     line = UploadQueue()
     for name in ("first", "second", "third"):
         await line.begin(name, 8 * RESERVATION_STEP_BYTES)
@@ -125,8 +120,7 @@ async def test_nobody_begins_who_could_keep_all_from_their_end() -> None:
     await line.close()
 
 
-async def test_a_newcomer_does_not_overtake() -> None:
-    """A small upload behind a large one that waits is not let in before it."""
+async def test_smaller_newcomer_does_not_overtake() -> None:
     line = UploadQueue()
     await line.arrive("first", 7 * RESERVATION_STEP_BYTES)
     await line.arrive("large", 8 * RESERVATION_STEP_BYTES)
@@ -137,8 +131,7 @@ async def test_a_newcomer_does_not_overtake() -> None:
     await line.close()
 
 
-async def test_who_has_begun_is_finished_before_who_waits() -> None:
-    """An upload that can become whole at once does so although another waits, whose turn comes the sooner."""
+async def test_started_uploads_precede_waiting_ones() -> None:
     line = UploadQueue()
     await line.begin("begun", 4 * RESERVATION_STEP_BYTES)
     await line.receive_bytes("begun", RESERVATION_STEP_BYTES)
@@ -150,8 +143,7 @@ async def test_who_has_begun_is_finished_before_who_waits() -> None:
     await line.close()
 
 
-async def test_an_upload_larger_than_the_whole_budget_runs_alone() -> None:
-    """A budget smaller than one image still lets images through, one at a time."""
+async def test_oversized_upload_runs_alone() -> None:
     line = UploadQueue(total=1_000)
     await line.arrive("small", 10)
     await line.arrive("huge", 9_000)
@@ -164,8 +156,7 @@ async def test_an_upload_larger_than_the_whole_budget_runs_alone() -> None:
     await line.close()
 
 
-async def test_who_leaves_the_line_no_longer_blocks_it() -> None:
-    """An upload cancelled while it waits makes way for those behind it."""
+async def test_cancelled_waiter_unblocks_the_queue() -> None:
     line = UploadQueue()
     await line.arrive("first", 7 * RESERVATION_STEP_BYTES)
     await line.arrive("large", 8 * RESERVATION_STEP_BYTES)
@@ -175,8 +166,7 @@ async def test_who_leaves_the_line_no_longer_blocks_it() -> None:
     await line.close()
 
 
-async def test_a_finished_upload_keeps_only_what_came() -> None:
-    """Once its end is known, an upload of unknown length holds its bytes alone, and the rest is for others."""
+async def test_finished_upload_shrinks_to_its_size() -> None:
     budget = UploadMemory(10 * RESERVATION_STEP_BYTES, wait_seconds=60)
     with budget.allocate(10 * RESERVATION_STEP_BYTES) as chunked, budget.allocate(9 * RESERVATION_STEP_BYTES) as other:
         await budget.reserve(chunked, RESERVATION_STEP_BYTES + 5)
@@ -189,8 +179,7 @@ async def test_a_finished_upload_keeps_only_what_came() -> None:
 
 
 @pytest.mark.parametrize("granted_first", [True, False])
-async def test_a_step_granted_to_one_who_is_just_cancelled_is_not_lost(granted_first: bool) -> None:
-    """A grant and a cancellation in the same turn of the loop, in either order, leave the budget whole."""
+async def test_grant_to_a_cancelled_upload_is_returned(granted_first: bool) -> None:
     budget = UploadMemory(10, wait_seconds=60)
 
     async def take() -> None:
@@ -211,8 +200,7 @@ async def test_a_step_granted_to_one_who_is_just_cancelled_is_not_lost(granted_f
             await budget.reserve(last, 10)
 
 
-async def test_who_waits_too_long_is_sent_away() -> None:
-    """Without room in time the answer is that the gateway is overloaded, and when to come back."""
+async def test_wait_times_out_with_overload() -> None:
     budget = UploadMemory(10, wait_seconds=0.01)
     with budget.allocate(10) as first, budget.allocate(10) as second:
         await budget.reserve(first, 10)
@@ -227,14 +215,13 @@ PLAN = st.tuples(
     st.integers(0, 5),
     st.one_of(st.none(), st.integers(0, 8)),
 )
-"""An upload: its length, where it is cut, how late it begins, and at which piece it is cancelled, if it is."""
+"""An upload: length, cut offsets, delay, and the chunk at which it is cancelled."""
 
 
 @given(st.lists(PLAN, max_size=12))
-async def test_every_interleaving_ends_and_stays_within_the_budget(
+async def test_every_interleaving_finishes_within_the_budget(
     plans: Sequence[tuple[int, Sequence[float], int, int | None]],
 ) -> None:
-    """Whatever uploads come in whatever order, the budget is kept, and each that is not cancelled becomes whole."""
     total = 10 * RESERVATION_STEP_BYTES
     budget = UploadMemory(total, wait_seconds=60)
     held: dict[int, int] = {}
@@ -265,8 +252,7 @@ async def test_every_interleaving_ends_and_stays_within_the_budget(
         await asyncio.wait_for(budget.reserve(last, total), 1)
 
 
-async def test_every_way_to_fail_gives_the_place_back() -> None:
-    """After any fault the whole budget is there for the next submission."""
+async def test_every_failure_releases_the_memory() -> None:
     reader = make_uploads(in_flight_bytes=WHOLE_STEPS, idle_seconds=0.01, max_image_bytes=WHOLE_STEPS)
     good = encode_form(encode_file("image", PNG))
     for messages in (

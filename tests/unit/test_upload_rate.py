@@ -1,4 +1,4 @@
-"""A submission has to keep coming, fast enough for the room it holds."""
+"""Minimum rates and timeouts of uploads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from tests.unit.asgi_client import Message, make_body_messages, make_receive
 from tests.unit.multipart_forms import PNG, encode_field, encode_file, encode_form, make_upload_scope, make_uploads
 
 
-async def test_a_client_that_leaves_half_way_is_noticed() -> None:
-    """A disconnect within the body is told apart from a body that is wrong."""
+async def test_client_disconnect_within_the_body() -> None:
     receive = make_receive(make_body_messages([encode_form(encode_file("image", PNG))[:200]])[:-1])
     with pytest.raises(ClientDisconnected):
         async with make_uploads().receive(make_upload_scope(), receive, part="image"):
@@ -22,17 +21,14 @@ async def test_a_client_that_leaves_half_way_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("limits", [{"idle_seconds": 0.01}, {"total_seconds": 0.01}])
-async def test_a_body_that_stops_is_given_up(limits: dict[str, float]) -> None:
-    """A body that does not go on, or does not end, is given up after a while."""
+async def test_idle_body_times_out(limits: dict[str, float]) -> None:
     receive = make_receive(make_body_messages([encode_form(encode_file("image", PNG))[:200]])[:-1], stay_open=True)
     with pytest.raises(BodyTimeout):
         async with make_uploads(**limits).receive(make_upload_scope(), receive, part="image"):
             pass
 
 
-async def test_a_body_that_trickles_is_given_up() -> None:
-    """Chunks that keep coming do not extend the time for the whole body."""
-
+async def test_trickling_body_times_out() -> None:
     async def trickle() -> Message:
         await asyncio.sleep(0.001)
         return {"type": "http.request", "body": b"", "more_body": True}
@@ -46,7 +42,7 @@ async def test_a_body_that_trickles_is_given_up() -> None:
 
 
 def make_slow_receive(body: bytes, size: int, seconds: float) -> Any:
-    """A `receive` that gives a body in chunks of this size, each after this time."""
+    """Make a `receive` that returns chunks of this size, each after a delay."""
     chunks = [body[start : start + size] for start in range(0, len(body), size)]
     given = make_receive(make_body_messages(chunks))
 
@@ -63,8 +59,7 @@ MIN_RATE_LIMITS: dict[str, Any] = {"grace_seconds": 0.01, "least_rate": 1_000_00
 
 
 @pytest.mark.parametrize("length", [len(LARGE), None])
-async def test_a_large_body_below_the_least_rate_is_given_up(length: int | None) -> None:
-    """A body that keeps coming and would end in time, but holds its room for too long, is given up."""
+async def test_large_body_below_the_minimum_rate_times_out(length: int | None) -> None:
     with pytest.raises(BodyTimeout):
         async with make_uploads(**MIN_RATE_LIMITS).receive(
             make_upload_scope(length), make_slow_receive(LARGE, 1_000, 0.005), part="image"
@@ -72,8 +67,7 @@ async def test_a_large_body_below_the_least_rate_is_given_up(length: int | None)
             pass
 
 
-async def test_a_small_body_may_come_slowly() -> None:
-    """A submission as small as a form, and a form, hold next to nothing, and are asked for no rate."""
+async def test_small_body_needs_no_rate() -> None:
     reader = make_uploads(**MIN_RATE_LIMITS | {"least_rate": 1e9})
     body = encode_form(encode_file("image", PNG))
     async with reader.receive(
@@ -84,8 +78,7 @@ async def test_a_small_body_may_come_slowly() -> None:
     assert await reader.read_form(make_upload_scope(), make_slow_receive(body, 20, 0.005)) == [("scale", "2")]
 
 
-async def test_waiting_for_room_is_not_the_fault_of_the_client() -> None:
-    """The time until there is room does not count as the client's."""
+async def test_waiting_for_memory_does_not_count() -> None:
     reader = make_uploads(total_seconds=0.25, max_image_bytes=100_000, in_flight_bytes=100_000, wait_seconds=60)
     second: Any = reader.receive(make_upload_scope(), make_slow_receive(LARGE, 50_000, 0), part="image")
     async with reader.receive(make_upload_scope(), make_receive(make_body_messages([LARGE])), part="image"):
@@ -96,8 +89,7 @@ async def test_waiting_for_room_is_not_the_fault_of_the_client() -> None:
     await second.__aexit__(None, None, None)
 
 
-async def test_uploads_that_only_announce_much_stop_nobody() -> None:
-    """While slow connections announce more than there is room for, a submission of another is read."""
+async def test_announced_lengths_block_no_other_upload() -> None:
     reader = make_uploads(in_flight_bytes=1_000_000, max_image_bytes=800_000, idle_seconds=60)
 
     async def slow() -> None:
@@ -116,8 +108,7 @@ async def test_uploads_that_only_announce_much_stop_nobody() -> None:
     await asyncio.wait(connections)
 
 
-async def test_a_field_is_told_as_soon_as_it_is_complete() -> None:
-    """Who is told a field may refuse the body by it, before its file has come."""
+async def test_fields_are_reported_before_the_file() -> None:
     body = encode_form(encode_field("user_key", "k"), encode_file("image", PNG))
     before = body[: body.index(PNG)]
     told: list[tuple[str, str]] = []

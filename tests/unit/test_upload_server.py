@@ -1,4 +1,4 @@
-"""Submissions over real connections: what goes wrong on the way is answered, and reaches the client."""
+"""Uploads over real connections."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ MAX_BYTES = 3_000_000
 
 
 class UploadServer:
-    """A server that takes submissions, and what it saw of them."""
-
     def __init__(self, **limits: Any) -> None:
         self.log_events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         logger = structlog.wrap_logger(None, processors=[self._collect])
@@ -54,23 +52,20 @@ class UploadServer:
 
 
 def make_request_head(length: int | None) -> bytes:
-    """The head of a submission, of a known length or in chunks."""
+    """Make the head of a submission, chunked without a length."""
     framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
     return f"POST /v1/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\n{framing}\r\n\r\n".encode()
 
 
 def encode_chunk(data: bytes) -> bytes:
-    """A chunk of a body without a known length."""
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
 def problem_code(answer: AsgiResponse) -> tuple[int, str]:
-    """What went wrong."""
     return answer.status, answer.json()["code"]
 
 
-async def test_a_submission_arrives_and_the_connection_goes_on() -> None:
-    """Two submissions over one connection, one with a length and one in chunks, both arrive whole."""
+async def test_two_submissions_on_one_connection() -> None:
     body = encode_form(encode_file("image", PNG + b"\0" * 1_000_000))
     gateway = UploadServer()
     async with serve_on_port(gateway.app) as port, open_raw_connection(port) as (reader, writer):
@@ -84,7 +79,6 @@ async def test_a_submission_arrives_and_the_connection_goes_on() -> None:
 
 @pytest.mark.parametrize("chunked", [True, False])
 async def test_a_413_reaches_a_client_that_is_still_sending(chunked: bool) -> None:
-    """A client that sends its whole body before it reads gets the answer, not a reset."""
     body = encode_form(encode_file("image", b"x" * (MAX_BYTES * 3)))
     gateway = UploadServer()
     async with serve_on_port(gateway.app) as port, open_raw_connection(port) as (reader, writer):
@@ -97,16 +91,14 @@ async def test_a_413_reaches_a_client_that_is_still_sending(chunked: bool) -> No
         assert problem_code(await read_response(reader)) == (413, "image-too-large")
 
 
-async def test_a_client_that_asks_first_need_not_send_what_is_too_large() -> None:
-    """With `Expect: 100-continue` too large a body is refused before the client sends any of it."""
+async def test_expect_100_continue_refuses_oversized_bodies() -> None:
     expecting = make_request_head(MAX_BYTES * 9).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
     async with serve_on_port(UploadServer().app) as port, open_raw_connection(port) as (reader, writer):
         writer.write(expecting)
         assert problem_code(await read_response(reader)) == (413, "image-too-large")
 
 
-async def test_a_client_that_stops_half_way_is_answered_and_disconnected() -> None:
-    """A body that does not go on is a 400, after which the server closes the connection."""
+async def test_idle_client_is_answered_and_disconnected() -> None:
     body = encode_form(encode_file("image", PNG))
     async with (
         serve_on_port(UploadServer(idle_seconds=0.05).app) as port,
@@ -119,9 +111,7 @@ async def test_a_client_that_stops_half_way_is_answered_and_disconnected() -> No
         assert await reader.read() == b""
 
 
-async def test_a_client_that_trickles_is_answered_and_disconnected() -> None:
-    """A body that never stops coming, but never ends, is a 400 too."""
-
+async def test_trickling_client_is_answered_and_disconnected() -> None:
     async def trickle(writer: asyncio.StreamWriter) -> None:
         while not writer.is_closing():
             writer.write(encode_chunk(b"x"))
@@ -139,8 +129,7 @@ async def test_a_client_that_trickles_is_answered_and_disconnected() -> None:
             trickling.cancel()
 
 
-async def test_a_client_that_leaves_half_way_is_a_499() -> None:
-    """Who closes the connection within the body is logged as gone, and nothing else."""
+async def test_client_disconnect_is_499() -> None:
     body = encode_form(encode_file("image", PNG))
     gateway = UploadServer()
     async with serve_on_port(gateway.app) as port:
@@ -151,8 +140,7 @@ async def test_a_client_that_leaves_half_way_is_a_499() -> None:
     assert gateway.log_events.empty()
 
 
-async def test_an_upload_beyond_the_memory_there_is_waits_or_is_sent_away() -> None:
-    """While one upload holds all the memory, another gets a 503 with Retry-After; once it is free, it is accepted."""
+async def test_upload_without_memory_is_503() -> None:
     body = encode_form(encode_file("image", PNG))
     slow = encode_form(encode_file("image", PNG), encode_field("scale", "2"))
     gateway = UploadServer(in_flight_bytes=len(slow), wait_seconds=0.05)

@@ -1,4 +1,4 @@
-"""Submissions are read from the connection, bounded in bytes and in time."""
+"""Reading of submissions from the connection."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def read_upload(
     headers: Mapping[str, str] | None = None,
     has_length: bool = False,
 ) -> Upload:
-    """Submit a body that comes in chunks, with its length announced or not."""
+    """Read an upload that arrives in chunks, with or without its length."""
     chunks = [body] if isinstance(body, bytes) else list(body)
     sent = {"content-type": CONTENT_TYPE} | dict(headers or {})
     if has_length:
@@ -63,8 +63,7 @@ async def read_upload(
 
 
 @given(st.lists(st.integers(0, 1200), max_size=30), st.booleans(), st.permutations(range(3)))
-async def test_any_split_gives_the_same_submission(cuts: list[int], announced: bool, order: list[int]) -> None:
-    """However the body is cut into chunks, and wherever the file stands, image and fields are the same."""
+async def test_any_chunking_gives_the_same_upload(cuts: list[int], announced: bool, order: list[int]) -> None:
     parts = [encode_file("image", PNG), encode_field("prompt", "a café\r\n--\r\nwith 猫"), encode_field("scale", "")]
     body = encode_form(*[parts[each] for each in order])
     submission = await read_upload(split_body(body, cuts), has_length=announced)
@@ -74,8 +73,7 @@ async def test_any_split_gives_the_same_submission(cuts: list[int], announced: b
     assert sorted(submission.fields) == [("prompt", "a café\r\n--\r\nwith 猫"), ("scale", "")]
 
 
-async def test_a_body_byte_by_byte_is_read() -> None:
-    """The smallest chunks there are, and empty ones, make no difference."""
+async def test_body_byte_by_byte() -> None:
     body = encode_form(encode_field("scale", "2"), encode_file("image", PNG))
     chunks = [chunk for byte in body for chunk in (bytes([byte]), b"")]
     assert (await read_upload(chunks)).fields == [("scale", "2")]
@@ -93,13 +91,11 @@ async def test_a_body_byte_by_byte_is_read() -> None:
     ],
     ids=["no name", "extended name", "extended name alone", "type alone", "name in GBK", "other order"],
 )
-async def test_a_file_is_told_however_the_client_names_it(sent: bytes) -> None:
-    """A file name that is missing, extended or in an odd encoding does not stop a file from being one."""
+async def test_any_file_name_marks_a_file(sent: bytes) -> None:
     assert (await read_upload(encode_form(sent))).image.data == PNG
 
 
-async def test_the_part_of_the_file_is_an_argument() -> None:
-    """Old clients send their file in a part of another name, and faults name that one."""
+async def test_file_part_name_is_configurable() -> None:
     assert (await read_upload(encode_form(encode_file("input_image", PNG)), name="input_image")).image.data == PNG
     with pytest.raises(InvalidOptions, match="input_image: is required"):
         await read_upload(encode_form(), name="input_image")
@@ -117,8 +113,7 @@ async def test_the_part_of_the_file_is_an_argument() -> None:
         (encode_form(encode_field("prompt", b"\xff")), "prompt: must be text in utf-8"),
     ],
 )
-async def test_a_part_that_is_not_welcome_is_named(body: bytes, fault: str) -> None:
-    """A missing, doubled or misplaced file and too long a field are faults of the options, by name."""
+async def test_unexpected_parts_are_named(body: bytes, fault: str) -> None:
     with pytest.raises(InvalidOptions, match=fault):
         await read_upload(body)
 
@@ -140,8 +135,7 @@ async def test_a_part_that_is_not_welcome_is_named(body: bytes, fault: str) -> N
     ],
 )
 @pytest.mark.parametrize("announced", [True, False])
-async def test_what_is_no_form_is_malformed(body: bytes, why: str, announced: bool) -> None:
-    """A form that breaks off, is not UTF-8, or holds too much of anything but its image, is malformed."""
+async def test_malformed_forms(body: bytes, why: str, announced: bool) -> None:
     with pytest.raises(MalformedRequest, match=why):
         await read_upload(body, has_length=announced)
 
@@ -157,14 +151,12 @@ async def test_what_is_no_form_is_malformed(body: bytes, why: str, announced: bo
         (encode_form(encode_file("image", b"x" * (MAX_BYTES + 1))), ImageTooLarge),
     ],
 )
-async def test_a_faulty_image_is_refused(body: bytes, error: type[GatewayError]) -> None:
-    """An image that is empty, cut off, of another type or too large is told as what it is."""
+async def test_invalid_images(body: bytes, error: type[GatewayError]) -> None:
     with pytest.raises(error):
         await read_upload(body)
 
 
-async def test_an_image_of_the_very_limits_is_accepted() -> None:
-    """The limits are what is allowed, in bytes and in pixels."""
+async def test_image_at_the_limits_is_accepted() -> None:
     large = PNG + b"\0" * (MAX_BYTES - len(PNG))
     assert len((await read_upload(encode_form(encode_file("image", large)))).image.data) == MAX_BYTES
     assert (await read_upload(encode_form(encode_file("image", make_png(100, 100))))).image.width == 100
@@ -172,8 +164,7 @@ async def test_an_image_of_the_very_limits_is_accepted() -> None:
         await read_upload(encode_form(encode_file("image", make_png(100, 101))))
 
 
-async def test_only_a_small_image_is_inspected_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image of up to 64 KiB is inspected at once, a larger one in a thread, with the same result."""
+async def test_large_images_are_inspected_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     inspecting: list[threading.Thread] = []
 
     def seen(data: bytes) -> ImageInfo:
@@ -210,8 +201,7 @@ async def test_only_a_small_image_is_inspected_on_the_loop(monkeypatch: pytest.M
         ("text/plain; format=flowed", b"cat", "cat"),
     ],
 )
-async def test_a_field_is_read_in_the_charset_that_it_declares(content_type: str, value: bytes, meant: str) -> None:
-    """A part without a file name is a field, whatever its type, and in the charset of its type or else UTF-8."""
+async def test_fields_are_decoded_by_their_charset(content_type: str, value: bytes, meant: str) -> None:
     body = encode_form(encode_part('name="prompt"', value, content_type), encode_file("image", PNG))
     assert (await read_upload(split_body(body, range(0, len(body), 7)))).fields == [("prompt", meant)]
 
@@ -232,22 +222,21 @@ async def test_a_field_is_read_in_the_charset_that_it_declares(content_type: str
         ("text/plain\r\nContent-Transfer-Encoding: Quoted-Printable", b"=E7=8C=AB"),
     ],
 )
-async def test_a_field_that_cannot_be_decoded_is_refused_by_name(headers: str, value: bytes) -> None:
-    """A field in a charset that is not known, or that it is not in, or encoded otherwise, is never sent on garbled."""
+async def test_undecodable_fields_are_named(headers: str, value: bytes) -> None:
     with pytest.raises(InvalidOptions) as caught:
         await read_upload(encode_form(encode_part('name="prompt"', value, headers), encode_file("image", PNG)))
     assert [each.field for each in caught.value.errors] == ["prompt"]
 
 
 @pytest.mark.parametrize("encoding", ["7bit", "8bit", "binary"])
-async def test_a_field_that_names_no_other_form_is_read(encoding: str) -> None:
-    """Transfer encodings that change nothing are passed over, as Java's and C#'s older clients send them."""
+async def test_identity_transfer_encodings_are_ignored(encoding: str) -> None:
+    """Old Java and C# clients send them."""
     plain = encode_part('name="prompt"', "猫".encode(), f"text/plain\r\nContent-Transfer-Encoding: {encoding}")
     assert (await read_upload(encode_form(plain, encode_file("image", PNG)))).fields == [("prompt", "猫")]
 
 
 def pad_boundaries(*parts: bytes, paddings: list[bytes]) -> bytes:
-    """A form with blanks after its boundaries, each its own."""
+    """Encode a form with padding after each boundary."""
     delimiter = f"--{BOUNDARY}".encode()
     first, *others = (delimiter + padding for padding in paddings)
     body = b"".join(each + b"\r\n" + content + b"\r\n" for each, content in zip([first, *others], parts, strict=False))
@@ -258,8 +247,7 @@ def pad_boundaries(*parts: bytes, paddings: list[bytes]) -> bytes:
     st.lists(st.sampled_from([b"", b" ", b"\t", b"  ", b" \t \t "]), min_size=4, max_size=4),
     st.lists(st.integers(0, 700), max_size=30),
 )
-async def test_blanks_after_a_boundary_are_padding(paddings: list[bytes], cuts: list[int]) -> None:
-    """Blanks between a boundary and its line break mean nothing, wherever they stand and the body is cut."""
+async def test_padding_after_a_boundary(paddings: list[bytes], cuts: list[int]) -> None:
     text = f"x--{BOUNDARY} \r\n\r\n --{BOUNDARY}"
     body = pad_boundaries(
         encode_field("prompt", text), encode_file("image", PNG), encode_field("scale", "2"), paddings=paddings
@@ -270,14 +258,12 @@ async def test_blanks_after_a_boundary_are_padding(paddings: list[bytes], cuts: 
 
 
 async def test_padding_byte_by_byte() -> None:
-    """Blanks that arrive one at a time are padding too."""
     body = pad_boundaries(encode_file("image", PNG), encode_field("scale", "2"), paddings=[b" \t ", b"   ", b" "])
     assert (await read_upload([bytes([each]) for each in body])).fields == [("scale", "2")]
 
 
 @pytest.mark.parametrize("padding", [b" x", b" --", b"x", b" " * 2_000, b" \n", b"\x0b"])
-async def test_what_is_no_padding_is_malformed(padding: bytes) -> None:
-    """Anything else after a boundary, and blanks without an end, break the form."""
+async def test_invalid_padding_is_malformed(padding: bytes) -> None:
     for paddings in ([padding, b"", b""], [b"", padding, b""]):
         body = pad_boundaries(encode_field("scale", "2"), encode_file("image", PNG), paddings=paddings)
         for size in (3, len(body)):
@@ -296,8 +282,7 @@ async def test_what_is_no_padding_is_malformed(padding: bytes) -> None:
         (["utf-8"], False),
     ],
 )
-async def test_an_encoded_body_is_not_supported(codings: list[str], fine: bool) -> None:
-    """A body with a content coding is refused unread, with the one that would be taken."""
+async def test_content_encoding_is_not_supported(codings: list[str], fine: bool) -> None:
     for content_type, form_only in ((CONTENT_TYPE, False), (CONTENT_TYPE, True), (URLENCODED, True)):
         body = (
             b"a=b"
@@ -316,8 +301,7 @@ async def test_an_encoded_body_is_not_supported(codings: list[str], fine: bool) 
 
 
 @pytest.mark.parametrize("content_type", ["", "application/json", "multipart/form-data", "multipart/mixed; boundary=x"])
-async def test_only_multipart_forms_are_taken(content_type: str) -> None:
-    """A request of another type, or without a boundary, is not supported."""
+async def test_only_multipart_forms_are_accepted(content_type: str) -> None:
     with pytest.raises(UnsupportedMediaType):
         await read_upload(encode_form(encode_file("image", PNG)), headers={"content-type": content_type})
 
@@ -326,8 +310,7 @@ async def test_only_multipart_forms_are_taken(content_type: str) -> None:
     ("length", "error"),
     [(str(MAX_BYTES + FORM_OVERHEAD_BYTES + 1), ImageTooLarge), ("abc", MalformedRequest), ("²", MalformedRequest)],
 )
-async def test_a_length_that_cannot_be_right_is_refused_unread(length: str, error: type[GatewayError]) -> None:
-    """Too long a body is refused by its announced length, before a byte of it is read."""
+async def test_oversized_length_is_refused_unread(length: str, error: type[GatewayError]) -> None:
     scope: Any = make_http_scope("POST", "/", {"content-type": CONTENT_TYPE})
     scope["headers"].append((b"content-length", length.encode("latin-1")))
     with pytest.raises(error):
@@ -336,14 +319,12 @@ async def test_a_length_that_cannot_be_right_is_refused_unread(length: str, erro
 
 
 async def read_fields(body: bytes, content_type: str = URLENCODED, cut: int = 3) -> list[tuple[str, str]]:
-    """The fields of a form without a file."""
     receive = make_receive(make_body_messages(split_body(body, [cut])))
     return await make_uploads().read_form(make_upload_scope(content_type=content_type), receive)
 
 
 @given(st.lists(st.integers(0, 300), max_size=5))
-async def test_a_form_without_a_file_is_read_in_both_encodings(cuts: list[int]) -> None:
-    """An urlencoded form and a multipart one of the same fields are the same."""
+async def test_plain_form_in_both_encodings(cuts: list[int]) -> None:
     expected = [("user_key", "k +&"), ("task_id", "任务"), ("empty", "")]
     for body, content_type in (
         (b"user_key=k+%2B%26&task_id=%E4%BB%BB%E5%8A%A1&empty=", f"{URLENCODED}; charset=utf-8"),
@@ -367,7 +348,6 @@ async def test_a_form_without_a_file_is_read_in_both_encodings(cuts: list[int]) 
         (b"a=b", "", UnsupportedMediaType),
     ],
 )
-async def test_a_form_that_is_none_is_refused(body: bytes, content_type: str, error: type[GatewayError]) -> None:
-    """Forms that can't be decoded, are too large, hold a file or are of another type are refused."""
+async def test_invalid_plain_forms(body: bytes, content_type: str, error: type[GatewayError]) -> None:
     with pytest.raises(error):
         await read_fields(body, content_type)

@@ -1,4 +1,4 @@
-"""How long a request waited for the upstream is told as that request lived through it."""
+"""Time spent waiting for the upstream."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from tests.unit.fake_gateway import FakeGateway, wait_until
 
 
 class ManualClock:
-    """A clock that is set by hand."""
-
     def __init__(self) -> None:
         self.now_seconds = 0.0
 
@@ -21,13 +19,11 @@ class ManualClock:
         return self.now_seconds
 
 
-def test_without_a_wait() -> None:
-    """A request that never waited has no time to tell, rather than none."""
+def test_no_wait_has_no_duration() -> None:
     assert WaitTimer().seconds is None
 
 
-def test_waits_add_up() -> None:
-    """One wait after the other adds up, and what is between them does not count."""
+def test_sequential_waits_add_up() -> None:
     clock = ManualClock()
     counted = WaitTimer(clock)
     for _ in range(2):
@@ -38,8 +34,7 @@ def test_waits_add_up() -> None:
     assert counted.seconds == 6
 
 
-def test_at_once() -> None:
-    """Waits that are under way at once count once, and what is still under way counts as far as it is."""
+def test_concurrent_waits_count_once() -> None:
     clock = ManualClock()
     counted = WaitTimer(clock)
     counted.start()
@@ -54,8 +49,7 @@ def test_at_once() -> None:
     assert counted.seconds == 4
 
 
-async def test_tasks_of_a_request() -> None:
-    """What a request waits for in a task of its own is counted as its own, whatever others do meanwhile."""
+async def test_waits_in_child_tasks_count() -> None:
     go = asyncio.Event()
 
     async def waits() -> None:
@@ -79,14 +73,12 @@ async def test_tasks_of_a_request() -> None:
     assert second is None
 
 
-def test_outside_of_requests() -> None:
-    """Work that no request waits for can wait too, and what went wrong in a wait passes through."""
+def test_waits_outside_of_requests() -> None:
     with pytest.raises(ValueError, match="mine"), upstream_wait():
         raise ValueError("mine")
 
 
-async def test_a_look_up_that_is_shared() -> None:
-    """Each of those who wait for one look-up at the upstream has waited for it, whoever had it made."""
+async def test_shared_query_counts_for_every_waiter() -> None:
     gateway = FakeGateway()
     task = (await gateway.submit_image()).task
     reads = gateway.make_reader(interval=60)

@@ -1,4 +1,4 @@
-"""CSV that spreadsheets and other readers take for what it is."""
+"""CSV output."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ def read_rows(content: bytes) -> list[list[str]]:
     return list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True))
 
 
-def test_lines() -> None:
-    """Lines end as RFC 4180 has them, and cells with commas, quotes or breaks are quoted."""
+def test_line_format() -> None:
     content = render_csv(["a", "b"], [["x,y", 'say "hi"'], ["two\r\nlines", None], [0, 0.29]])
     assert content == b'a,b\r\n"x,y","say ""hi"""\r\n"two\r\nlines",\r\n0,0.29\r\n'
 
 
 @given(some.lists(some.tuples(CELLS, CELLS)))
-def test_no_cell_is_a_formula(rows: list[tuple[object, object]]) -> None:
-    """Whatever text a cell holds, a spreadsheet takes it for text, and a reader finds all of it."""
+def test_cells_are_no_formulas(rows: list[tuple[object, object]]) -> None:
     found = read_rows(render_csv(["one", "other"], rows))[1:]
     assert len(found) == len(rows)
     for cells, row in zip(found, rows, strict=True):
@@ -37,14 +35,12 @@ def test_no_cell_is_a_formula(rows: list[tuple[object, object]]) -> None:
                 assert cell == str(value)
 
 
-def test_paths() -> None:
-    """Members of objects within objects are named by their paths, in their order."""
+def test_nested_members_are_flattened() -> None:
     assert flatten({"b": {"x": 1, "y": {"z": None}}, "a": 2}) == {"b_x": 1, "b_y_z": None, "a": 2}
     assert list(flatten({"b": {"x": 1}, "a": 2})) == ["b_x", "a"]
 
 
 @given(some.text())
-def test_any_header(accept: str) -> None:
-    """Whatever stands in an Accept header, it is an answer; it is CSV only for those who name text."""
+def test_any_accept_header(accept: str) -> None:
     if prefers_csv(accept):
         assert "text/" in accept.lower()

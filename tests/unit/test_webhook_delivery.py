@@ -1,4 +1,4 @@
-"""Tenants are told of the ends of their tasks, until they have taken it or nobody wants it any more."""
+"""Delivery of webhooks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def teller() -> WebhookGateway:
     return WebhookGateway()
 
 
-async def test_told_once(teller: WebhookGateway) -> None:
-    """The end of a task is told once, as the task is read, signed with the tenant's secret."""
+async def test_webhook_is_sent_once_and_signed(teller: WebhookGateway) -> None:
     reservation = await teller.finish_task()
     await teller.deliver_due()
     await teller.deliver_due()
@@ -35,22 +34,19 @@ async def test_told_once(teller: WebhookGateway) -> None:
     assert teller.metrics.registry.get_sample_value("gateway_webhook_attempts_total", {"state": "delivered"}) == 1
 
 
-async def test_failure_is_told(teller: WebhookGateway) -> None:
-    """A task that failed is told of as such."""
+async def test_failed_task_is_sent(teller: WebhookGateway) -> None:
     await teller.finish_task(CheckResult(outcome=CheckOutcome.FAILED))
     await teller.deliver_due()
     assert msgspec.json.decode(teller.receivers.sent[0][2])["type"] == "task.failed"
 
 
-async def test_nobody_to_tell(teller: WebhookGateway) -> None:
-    """Without a webhook nothing is told."""
+async def test_no_webhook_sends_nothing(teller: WebhookGateway) -> None:
     teller.set_webhook(Webhook())
     await teller.finish_task()
     assert not teller.ledger.deliveries
 
 
-async def test_again_until_it_is_taken(teller: WebhookGateway) -> None:
-    """What failed is sent again after the waits of the schedule, the same under the same id, until it is taken."""
+async def test_retries_until_delivered(teller: WebhookGateway) -> None:
     await teller.finish_task()
     teller.receivers.replies += [
         WebhookResponse(status=500),
@@ -71,8 +67,7 @@ async def test_again_until_it_is_taken(teller: WebhookGateway) -> None:
     assert (delivery.state, delivery.attempts, delivery.error) == (DeliveryState.DELIVERED, 4, None)
 
 
-async def test_busy_receiver(teller: WebhookGateway) -> None:
-    """A receiver that asks for time gets it."""
+async def test_retry_after_of_the_receiver_is_obeyed(teller: WebhookGateway) -> None:
     await teller.finish_task()
     teller.receivers.replies.append(WebhookResponse(status=503, retry_after_seconds=600))
     await teller.deliver_due()
@@ -80,8 +75,7 @@ async def test_busy_receiver(teller: WebhookGateway) -> None:
     assert delivery.next_attempt_at == teller.ledger.clock.now_ms + 600_000
 
 
-async def test_given_up_and_sent_again(teller: WebhookGateway) -> None:
-    """After a day it is given up and listed; an operator has it sent again from the start."""
+async def test_fails_after_a_day_and_can_be_redelivered(teller: WebhookGateway) -> None:
     reservation = await teller.finish_task()
     teller.receivers.replies += [WebhookResponse(status=500, excerpt="full")] * 11
     began = teller.ledger.clock.now_ms
@@ -105,13 +99,11 @@ async def test_given_up_and_sent_again(teller: WebhookGateway) -> None:
 
 @pytest.mark.parametrize("event", ["msg_" + "0" * 32, "nonsense"])
 async def test_unknown_delivery(teller: WebhookGateway, event: str) -> None:
-    """What is not known can't be sent again."""
     with pytest.raises(NotFound):
         await teller.webhooks.redeliver(event)
 
 
-async def test_gone_receiver(teller: WebhookGateway) -> None:
-    """An address that answers 410 is switched off and not called any more; what it did not get can be sent later."""
+async def test_gone_url_is_disabled(teller: WebhookGateway) -> None:
     teller.receivers.replies.append(WebhookResponse(status=410))
     first = await teller.finish_task()
     await teller.deliver_due()
@@ -127,8 +119,7 @@ async def test_gone_receiver(teller: WebhookGateway) -> None:
     assert teller.delivery_state(second) is DeliveryState.DELIVERED
 
 
-async def test_tenant_deleted_meanwhile(teller: WebhookGateway) -> None:
-    """Nobody is told of the tasks of a tenant that was deleted, and its delivery is listed under its former name."""
+async def test_deleted_tenant_gets_no_webhook(teller: WebhookGateway) -> None:
     reservation = await teller.finish_task()
     now = teller.registry.current
     teller.registry.current = Registry(now.version + 1, now.next_id, deleted_tenant_names={1: "shop"})
@@ -139,16 +130,14 @@ async def test_tenant_deleted_meanwhile(teller: WebhookGateway) -> None:
     assert failed.delivery.error == "The tenant was deleted."
 
 
-async def test_switching_off_a_deleted_tenant(teller: WebhookGateway) -> None:
-    """An address of a tenant that is deleted while it says that it is gone does no harm."""
+async def test_disabling_a_url_of_a_deleted_tenant(teller: WebhookGateway) -> None:
     before = teller.registry.current.tenants
     await teller.webhooks.disable_url(99, URL)
     assert teller.registry.current.tenants == before
 
 
 @pytest.mark.parametrize("hook", [Webhook(), Webhook("https://elsewhere.test/")])
-async def test_address_not_allowed_any_more(teller: WebhookGateway, hook: Webhook) -> None:
-    """Nothing goes to an address that was taken off the tenant's list after its task had begun."""
+async def test_removed_url_is_not_called(teller: WebhookGateway, hook: Webhook) -> None:
     reservation = await teller.finish_task()
     teller.set_webhook(replace(hook, secrets=teller.webhook.secrets))
     await teller.deliver_due()
@@ -156,16 +145,14 @@ async def test_address_not_allowed_any_more(teller: WebhookGateway, hook: Webhoo
     assert teller.delivery_state(reservation) is DeliveryState.FAILED
 
 
-async def test_task_forgotten(teller: WebhookGateway) -> None:
-    """A task that is not known any more can't be told of."""
+async def test_lost_task_is_not_sent(teller: WebhookGateway) -> None:
     reservation = await teller.finish_task()
     teller.ledger.tasks.clear()
     await teller.deliver_due()
     assert teller.delivery_state(reservation) is DeliveryState.FAILED
 
 
-async def test_keys_taken_away(teller: WebhookGateway) -> None:
-    """Nothing is sent without a signature: it waits for the key that can open the secret."""
+async def test_missing_key_defers_the_delivery(teller: WebhookGateway) -> None:
     reservation = await teller.finish_task()
     teller.set_webhook(replace(teller.webhook, secrets=WebhookSecrets(b"sealed by a key that is gone")))
     await teller.deliver_due()
@@ -173,8 +160,7 @@ async def test_keys_taken_away(teller: WebhookGateway) -> None:
     assert teller.delivery_state(reservation) is DeliveryState.PENDING
 
 
-async def test_rotation(teller: WebhookGateway) -> None:
-    """During the grace each webhook carries the signatures of both secrets, then that of the new one alone."""
+async def test_rotated_secrets_both_sign_during_the_grace(teller: WebhookGateway) -> None:
     made = await teller.webhooks.rotate_secret("shop", 60)
     new = webhooks.parse_secret(made.text)
     for keys in ([new, b"s" * 32], [new]):

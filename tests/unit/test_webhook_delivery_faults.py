@@ -1,4 +1,4 @@
-"""No delivery is lost or held up, whatever happens to a receiver, to the store or to a process."""
+"""Failures during the delivery of webhooks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def teller() -> WebhookGateway:
     return WebhookGateway()
 
 
-async def test_killed_before_it_was_recorded(teller: WebhookGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process sent but did not record before it was killed is sent again once its lease is over, the same."""
+async def test_unrecorded_delivery_is_repeated_after_its_lease(
+    teller: WebhookGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reservation = await teller.finish_task()
     gone = asyncio.Event()
 
@@ -47,8 +48,7 @@ async def test_killed_before_it_was_recorded(teller: WebhookGateway, monkeypatch
     assert teller.delivery_state(reservation) is DeliveryState.DELIVERED
 
 
-async def test_store_away_while_sending(teller: WebhookGateway) -> None:
-    """An attempt whose outcome can't be written is made again."""
+async def test_unavailable_store_repeats_the_attempt(teller: WebhookGateway) -> None:
     reservation = await teller.finish_task()
     await teller.dispatcher.start_due()
     teller.ledger.is_unavailable = True
@@ -59,8 +59,7 @@ async def test_store_away_while_sending(teller: WebhookGateway) -> None:
     assert teller.delivery_state(reservation) is DeliveryState.DELIVERED
 
 
-async def test_no_descriptor(teller: WebhookGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt that this machine could not make does not count, and is made once the claim is over."""
+async def test_local_failure_is_no_attempt(teller: WebhookGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     reservation = await teller.finish_task()
 
     async def post(*_: Any) -> Any:
@@ -76,8 +75,7 @@ async def test_no_descriptor(teller: WebhookGateway, monkeypatch: pytest.MonkeyP
     assert teller.ledger.deliveries[reservation].attempts == 1
 
 
-async def test_run_outlasts_the_store(teller: WebhookGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job goes on through a store that is away and a fault of the gateway's own."""
+async def test_job_survives_outages_and_errors(teller: WebhookGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.usecases.background.UNAVAILABLE_SECONDS", 0)
     monkeypatch.setattr("service.usecases.background.IDLE_SECONDS", 0)
     claim, tries = teller.deliveries.claim, 0
@@ -99,8 +97,7 @@ async def test_run_outlasts_the_store(teller: WebhookGateway, monkeypatch: pytes
         await running
 
 
-async def test_own_fault(teller: WebhookGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault of the gateway's own loses no delivery."""
+async def test_internal_error_loses_no_delivery(teller: WebhookGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     reservation = await teller.finish_task()
     monkeypatch.setattr(teller.dispatcher, "_render", lambda _: 1 // 0)
     await teller.deliver_due()
@@ -111,8 +108,7 @@ async def test_own_fault(teller: WebhookGateway, monkeypatch: pytest.MonkeyPatch
     assert teller.delivery_state(reservation) is DeliveryState.DELIVERED
 
 
-async def test_registry_not_there_yet(teller: WebhookGateway) -> None:
-    """Nothing is claimed before the tenants are known, which would look deleted."""
+async def test_nothing_is_claimed_before_the_registry_is_loaded(teller: WebhookGateway) -> None:
     await teller.finish_task()
     teller.registry.is_ready = False
     assert await teller.dispatcher.start_due() is False
@@ -121,8 +117,7 @@ async def test_registry_not_there_yet(teller: WebhookGateway) -> None:
     await teller.dispatcher.wait_idle()
 
 
-async def test_dead_receiver(teller: WebhookGateway) -> None:
-    """A thousand deliveries to a receiver that never answers hold up nobody else's, in whichever order they came."""
+async def test_unresponsive_receiver_delays_no_other(teller: WebhookGateway) -> None:
     dead = "https://other.test/dead"
     teller.receivers.unresponsive_urls.add(dead)
     for number in range(1_000):
@@ -138,8 +133,7 @@ async def test_dead_receiver(teller: WebhookGateway) -> None:
         await running
 
 
-async def test_failing_receiver(teller: WebhookGateway) -> None:
-    """A receiver that has failed is tried by one delivery at a time until it takes one."""
+async def test_failing_receiver_gets_one_delivery_at_a_time(teller: WebhookGateway) -> None:
     for number in range(10):
         teller.deliveries.enqueue(make_delivery(f"{number:032}", URL))
     (first, *others) = await teller.deliveries.claim(100)
@@ -152,8 +146,7 @@ async def test_failing_receiver(teller: WebhookGateway) -> None:
     assert len(await teller.deliveries.claim(100)) == 4
 
 
-async def test_no_more_than_there_is_room_for(teller: WebhookGateway) -> None:
-    """A process that sends as much as it may waits for one of them to end."""
+async def test_full_process_claims_nothing(teller: WebhookGateway) -> None:
     dead = ("https://other.test/dead", "https://hooks.test/dead")
     teller.receivers.unresponsive_urls |= set(dead)
     template = teller.ledger.tasks[await teller.finish_task()]

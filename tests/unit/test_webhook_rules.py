@@ -1,4 +1,4 @@
-"""Where webhooks may go, how they are signed, and when they are tried again."""
+"""Webhook URLs, signatures and retries."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ keys = st.binary(min_size=24, max_size=64)
 
 
 @given(st.lists(keys, min_size=1, max_size=2), st.text().map(str.encode))
-def test_signature(secrets: list[bytes], body: bytes) -> None:
-    """Whoever knows one of the secrets can verify a webhook, its id, its time and its body."""
+def test_signature_verifies(secrets: list[bytes], body: bytes) -> None:
     headers = webhooks.sign_headers("msg_1", time.time(), body, secrets)
     for secret in secrets:
         Verifier(secret).verify(body, headers, json_parse=False)
@@ -38,7 +37,6 @@ def test_signature(secrets: list[bytes], body: bytes) -> None:
 
 
 def test_new_secret() -> None:
-    """A secret that is made can be verified with as it is written, and is never made twice."""
     text = webhooks.generate_secret()
     headers = webhooks.sign_headers("msg_1", time.time(), b"{}", [webhooks.parse_secret(text)])
     Verifier(text).verify(b"{}", headers)
@@ -48,7 +46,6 @@ def test_new_secret() -> None:
 
 @given(keys)
 def test_given_secret(key: bytes) -> None:
-    """A secret of 24 to 64 bytes in base64 is taken."""
     assert webhooks.parse_secret("whsec_" + base64.b64encode(key).decode()) == key
 
 
@@ -56,16 +53,14 @@ def test_given_secret(key: bytes) -> None:
     "text",
     ["", "whsec_", "whsec_c2hvcnQ=", base64.b64encode(b"k" * 32).decode(), "whsec_" + "A" * 88, "whsec_" + "é" * 44],
 )
-def test_no_secret(text: str) -> None:
-    """What is no secret is refused without being repeated."""
+def test_invalid_secret_is_not_repeated(text: str) -> None:
     with pytest.raises(InvalidOptions) as refused:
         webhooks.parse_secret(text)
     assert refused.value.errors[0].field == "webhook.secret"
     assert len(text) <= 10 or text not in str(refused.value)
 
 
-def test_rotation() -> None:
-    """Both secrets sign until the grace is over, then the new one alone."""
+def test_secret_rotation() -> None:
     signing = WebhookSecrets(b"new", b"old", previous_expires_at=100)
     assert signing.active_secrets(99) == (b"new", b"old")
     assert signing.active_secrets(100) == (b"new",)
@@ -73,7 +68,6 @@ def test_rotation() -> None:
 
 
 def test_secret_is_kept() -> None:
-    """A secret that is given replaces the one before; else that stays, and one is made only where there is none."""
     before = WebhookSecrets(b"old", b"older", previous_expires_at=100)
     assert HOOK.with_secret(before, None, b"fresh").secrets == before
     assert HOOK.with_secret(before, b"old", b"fresh").secrets == before
@@ -84,15 +78,13 @@ def test_secret_is_kept() -> None:
 
 
 @given(st.integers(1, 10), st.floats(0, 1))
-def test_backoff(attempts: int, chance: float) -> None:
-    """Each attempt comes later than the one before it did, by up to a fifth less than its time."""
+def test_backoff_increases(attempts: int, chance: float) -> None:
     wait = webhooks.retry_delay(attempts, chance)
     assert wait is not None
     assert webhooks.RETRY_SECONDS[attempts - 1] * 0.8 <= wait <= webhooks.RETRY_SECONDS[attempts - 1]
 
 
-def test_backoff_ends() -> None:
-    """It is tried for a day, and not longer."""
+def test_backoff_ends_after_a_day() -> None:
     waits = [webhooks.retry_delay(attempts, 0) for attempts in range(1, 11)]
     assert 23.5 * 3_600 < sum(filter(None, waits)) <= 24 * 3_600
     assert webhooks.retry_delay(11, 0) is None
@@ -102,8 +94,7 @@ def test_backoff_ends() -> None:
     ("status", "asked", "wait"),
     [(503, 60, 60), (429, 60, 60), (503, 2, 5), (503, 10**9, 3_600), (500, 60, 5), (None, None, 5), (503, None, 5)],
 )
-def test_retry_after(status: int | None, asked: float | None, wait: float) -> None:
-    """A receiver that is busy may put it off, for an hour at the most, and never bring it forward."""
+def test_retry_after_is_bounded(status: int | None, asked: float | None, wait: float) -> None:
     assert webhooks.retry_delay(1, 0, status, asked) == wait
 
 
@@ -119,8 +110,7 @@ def test_retry_after(status: int | None, asked: float | None, wait: float) -> No
         (None, DeliveryState.PENDING),
     ],
 )
-def test_answers(status: int | None, state: DeliveryState) -> None:
-    """A success delivers, 410 ends it, and anything else is tried again."""
+def test_response_classification(status: int | None, state: DeliveryState) -> None:
     assert webhooks.classify_response(status) is state
 
 
@@ -133,8 +123,7 @@ def test_answers(status: int | None, state: DeliveryState) -> None:
         ("http://[::1]:80/x", "http://[::1]:80/x"),
     ],
 )
-def test_addresses(text: str, url: str) -> None:
-    """An address is kept with its scheme and host in lower case."""
+def test_url_normalization(text: str, url: str) -> None:
     assert webhooks.parse_url("webhook_url", text) == url
 
 
@@ -155,8 +144,7 @@ def test_addresses(text: str, url: str) -> None:
         "https://hooks.test/" + "x" * 2_048,
     ],
 )
-def test_no_address(text: str) -> None:
-    """What is no plain address of a web server is refused, and the field named."""
+def test_invalid_urls(text: str) -> None:
     with pytest.raises(InvalidOptions) as refused:
         webhooks.parse_url("webhook_url", text)
     assert [each.field for each in refused.value.errors] == ["webhook_url"]
@@ -165,8 +153,7 @@ def test_no_address(text: str) -> None:
 @pytest.mark.parametrize(
     "url", ["http://hooks.test:81/x", "https://other.test/", "http://10.1.2.3/", "http://127.0.0.1:9/", "http://[::1]/"]
 )
-def test_permitted(url: str) -> None:
-    """A task may name a host of the list, or that of the tenant's own address, on any port and path."""
+def test_allowed_urls(url: str) -> None:
     assert HOOK.allows_url(url)
     assert webhooks.resolve_webhook_url(HOOK, url) == url
 
@@ -174,8 +161,7 @@ def test_permitted(url: str) -> None:
 @pytest.mark.parametrize(
     "url", ["http://hooks.test.evil.test/", "http://sub.other.test/", "http://11.1.2.3/", "http://[::2]/", "http://0/"]
 )
-def test_not_permitted(url: str) -> None:
-    """No other host may be named, and none at all without a webhook."""
+def test_disallowed_urls(url: str) -> None:
     with pytest.raises(InvalidOptions):
         webhooks.resolve_webhook_url(HOOK, url)
     with pytest.raises(InvalidOptions):
@@ -184,7 +170,6 @@ def test_not_permitted(url: str) -> None:
 
 
 def test_allow_list() -> None:
-    """The list has hosts and networks; an address is a network of one, and what is neither is named."""
     entries = ["Other.Test", "10.0.0.0/8", "127.0.0.1", "::1", "other.test"]
     expected = ("other.test", "10.0.0.0/8", "127.0.0.1/32", "::1/128")
     assert webhooks.parse_allow_list("webhook.allow", entries) == expected
@@ -208,14 +193,12 @@ def test_allow_list() -> None:
         ("0.0.0.0", False, False),
     ],
 )
-def test_reach(ip: str, by_default: bool, allowed: bool) -> None:
-    """Hosts may be at private addresses; loopback, link-local and odd ones need a network of the list."""
+def test_allowed_addresses(ip: str, by_default: bool, allowed: bool) -> None:
     assert Webhook("https://hooks.test/").allows_address(ip_address(ip)) is by_default
     assert HOOK.allows_address(ip_address(ip)) is allowed
 
 
-def test_switched_off() -> None:
-    """An address is switched off whatever its query, apart from others of its host, and only so many are kept."""
+def test_disabled_urls() -> None:
     off = HOOK.with_disabled_url("https://hooks.test/ended?key=2")
     assert off.is_disabled("https://hooks.test/ended?key=1")
     assert not off.is_disabled("https://hooks.test/other")
@@ -226,8 +209,7 @@ def test_switched_off() -> None:
     assert (off.url, off.allow) == (HOOK.url, HOOK.allow)
 
 
-def test_receivers() -> None:
-    """A receiver is a host of a tenant, whatever the port and path; those without a name are one."""
+def test_receiver_keys() -> None:
     assert ledger_model.queue_name(7, "https://hooks.test:81/a/b?c=/d") == "7:hooks.test"
     assert ledger_model.queue_name(7, "http://hooks.test/?to=http://x/") == "7:hooks.test"
     bare = ["http://10.0.0.1/", "http://10.0.0.2:80/", "https://[fd00::1]:443/"]
@@ -235,8 +217,7 @@ def test_receivers() -> None:
 
 
 @given(st.text(max_size=40))
-def test_ids(text: str) -> None:
-    """The id of an event is that of its task's reservation, and nothing else is an id."""
+def test_event_ids(text: str) -> None:
     reservation = "0123456789abcdef" * 2
     assert webhooks.parse_event_id(webhooks.event_id(reservation)) == reservation
     assert webhooks.parse_event_id(text) is None

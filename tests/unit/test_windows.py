@@ -24,7 +24,6 @@ CENTURY = st.integers(0, 4_102_444_800_000)
 
 
 def parse_ms(text: str) -> int:
-    """A moment in milliseconds."""
     return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1000)
 
 
@@ -37,19 +36,16 @@ def parse_ms(text: str) -> int:
         (Window.MONTH, "2028-02-01T00:00:00", "2028-03-01T00:00:00"),
     ],
 )
-def test_periods(window: Window, start: str, end: str) -> None:
-    """A window is a calendar minute, hour, day or month, leap days included."""
+def test_window_bounds(window: Window, start: str, end: str) -> None:
     assert window_bounds(window, parse_ms("2028-02-29T23:59:59.999")) == (parse_ms(start), parse_ms(end))
 
 
-def test_total() -> None:
-    """The total neither began nor ends."""
+def test_total_window_is_unbounded() -> None:
     assert window_bounds(Window.TOTAL, parse_ms("2026-01-01T00:00:00")) == (0, None)
 
 
 @given(CENTURY, st.sampled_from([each for each in Window if each is not Window.TOTAL]))
-def test_periods_follow_each_other(moment: int, window: Window) -> None:
-    """Every moment lies in exactly one period, and the next begins where it ends."""
+def test_windows_are_contiguous(moment: int, window: Window) -> None:
     start, end = window_bounds(window, moment)
     assert end is not None
     assert start <= moment < end
@@ -57,8 +53,7 @@ def test_periods_follow_each_other(moment: int, window: Window) -> None:
     assert window_bounds(window, end)[0] == end
 
 
-def test_rolling() -> None:
-    """When a period is over its counts are gone, and those of longer windows stay."""
+def test_expired_windows_are_cleared() -> None:
     state = TenantState()
     roll_windows(state, parse_ms("2026-12-31T23:59:59"))
     for each in state.windows.values():
@@ -73,8 +68,7 @@ def test_rolling() -> None:
     }
 
 
-def test_counter_of_another_period() -> None:
-    """What was counted in an earlier period is not seen, even before anything was written anew."""
+def test_outdated_counter_is_not_shown() -> None:
     state = TenantState(windows={Window.DAY: WindowCounter(window_start=parse_ms("2026-05-01T00:00:00"), tasks=3)})
     assert current_counter(state, Window.DAY, parse_ms("2026-05-01T12:00:00")).tasks == 3
     assert current_counter(state, Window.DAY, parse_ms("2026-05-02T00:00:00")) == WindowCounter(
@@ -82,8 +76,7 @@ def test_counter_of_another_period() -> None:
     )
 
 
-def test_rate_limits() -> None:
-    """What is left of each limit on tasks is told with the window's length and the time to its end, rounded up."""
+def test_rate_limit_values() -> None:
     policy = TenantPolicy(
         limits=(Limit(Window.MINUTE, tasks=5), Limit(Window.DAY, money_fen=100), Limit(Window.TOTAL, tasks=9))
     )
@@ -99,5 +92,4 @@ def test_rate_limits() -> None:
 
 
 def test_remaining_is_never_negative() -> None:
-    """A limit that was lowered below what is used leaves nothing, not less than nothing."""
     assert compute_remaining(3, 4, 1) == 0

@@ -1,4 +1,4 @@
-"""An upstream that keeps real accounts, as unwilling to explain itself as the vendor's. Money is in fen."""
+"""A vendor with real accounts that reveals as little as the real one. Money is in fen."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from service.domain.ledger import Balance
 from service.domain.tasks import Kind
 
 NO_BALANCE = Balance()
-"""No figures."""
 
 
 class Progress(StrEnum):
-    """How far a task is."""
-
     RUNNING = "running"
     COMPLETED = "completed"
     FAILED = "failed"
@@ -22,8 +19,6 @@ class Progress(StrEnum):
 
 @dataclass
 class VendorAccount:
-    """What an account really holds."""
-
     count: int
     money: int
 
@@ -33,8 +28,6 @@ class VendorAccount:
 
 @dataclass
 class VendorTask:
-    """A task of the upstream; `then` is what its account held when it ended."""
-
     account: int
     kind: Kind
     progress: Progress = Progress.RUNNING
@@ -44,7 +37,7 @@ class VendorTask:
 
 @dataclass
 class VendorModel:
-    """Charges at the submit or (`late`) at the end, and tells with a check the balance of `now` or of then."""
+    """Charges at the submit or on completion, and reports the current balance or that of the task's end."""
 
     charges_on_completion: bool
     reports_current_balance: bool
@@ -53,7 +46,7 @@ class VendorModel:
     tasks: dict[str, VendorTask] = field(default_factory=dict)
 
     def submit(self, name: str, account: int, kind: Kind) -> bool:
-        """Take a submission; False if the account can't pay."""
+        """Accept a submission; return False if the account cannot pay."""
         holding = self.accounts[account]
         if holding.count == 0 and holding.money < self.prices[kind]:
             return False
@@ -63,7 +56,6 @@ class VendorModel:
         return True
 
     def finish(self, name: str, *, succeeds: bool) -> None:
-        """End a task."""
         job = self.tasks[name]
         if succeeds and self.charges_on_completion:
             self._charge(job)
@@ -71,7 +63,7 @@ class VendorModel:
         job.balance_at_end = self.accounts[job.account].balance()
 
     def check(self, name: str) -> tuple[Progress, Balance]:
-        """Ask about a task: only one that was completed tells figures."""
+        """Return progress and, only of a completed task, a balance."""
         job = self.tasks[name]
         if job.progress is not Progress.COMPLETED:
             return job.progress, NO_BALANCE
@@ -80,7 +72,7 @@ class VendorModel:
         ].balance() if self.reports_current_balance else job.balance_at_end
 
     def _charge(self, job: VendorTask) -> None:
-        """Take a use, else the price; an account that ran dry meanwhile keeps the little it has."""
+        """Take a use, else the price; an account that is short keeps its balance."""
         holding, price = self.accounts[job.account], self.prices[job.kind]
         job.was_charged = holding.count > 0 or holding.money >= price
         if holding.count:

@@ -1,4 +1,4 @@
-"""Telling tenants of the ends of their tasks, with all but the telling in memory."""
+"""Webhook delivery over fakes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def encrypt_secret(key: bytes) -> bytes:
 
 @dataclass
 class FakeReceivers(FakeWebhookClient):
-    """Those at a host of `dead` never answer."""
+    """Receivers that never respond at `unresponsive_urls`."""
 
     unresponsive_urls: set[str] = field(default_factory=set)
 
@@ -41,7 +41,7 @@ class FakeReceivers(FakeWebhookClient):
 
 
 class WebhookGateway:
-    """A gateway whose tenant has a webhook, and processes that deliver."""
+    """A gateway whose tenant has a webhook, with dispatchers."""
 
     def __init__(self) -> None:
         self.gateway, self.receivers = FakeGateway(), FakeReceivers()
@@ -57,7 +57,6 @@ class WebhookGateway:
         self.set_webhook(Webhook(URL, ("other.test",), WebhookSecrets(encrypt_secret(b"s" * 32))))
 
     def make_dispatcher(self) -> WebhookDispatcher:
-        """One more process that delivers."""
         return WebhookDispatcher(
             deliveries=self.deliveries,
             tasks=self.ledger,
@@ -73,7 +72,6 @@ class WebhookGateway:
         )
 
     def set_webhook(self, hook: Webhook) -> None:
-        """Give the tenant another webhook."""
         self.gateway.tenant = replace(self.gateway.tenant, webhook=hook)
         now = self.registry.current
         self.registry.current = Registry(
@@ -85,7 +83,7 @@ class WebhookGateway:
         return self.registry.current.tenants["shop"].webhook
 
     async def finish_task(self, check: CheckResult | None = None) -> str:
-        """Submit an image and let its task end; the reservation."""
+        """Submit an image and finish its task; return the reservation."""
         task = (await self.gateway.submit_image()).task
         if check:
             self.gateway.upstream.next_checks.append(check)
@@ -96,7 +94,7 @@ class WebhookGateway:
         return task.reservation
 
     async def deliver_due(self) -> None:
-        """Deliver all that is due now."""
+        """Deliver everything that is due."""
         while await self.dispatcher.start_due():
             await self.dispatcher.wait_idle()
 
@@ -105,7 +103,6 @@ class WebhookGateway:
 
 
 def make_delivery(reservation: str, url: str) -> Delivery:
-    """A delivery as it begins."""
     state = DeliveryState.PENDING
     return Delivery(
         reservation=reservation, task_id="task_x", tenant=1, url=url, state=state, created_at=0, updated_at=0
