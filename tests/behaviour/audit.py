@@ -14,35 +14,35 @@ from tests.support.valkey import Valkey
 
 UNREACHABLE_POLICIES: dict[str, Any] = {
     "limits": [
-        {"window": each, "tasks": 1_000, "money": 1_000} for each in ("minute", "hour", "day", "month", "total")
+        {"window": name, "tasks": 1_000, "money": 1_000} for name in ("minute", "hour", "day", "month", "total")
     ],
     "max_active": 1_000,
 }
 """Limits that no test reaches, so that the quota reports every counter."""
 
 
-def expect_problem(answer: Response, status: int, code: str) -> dict[str, Any]:
+def expect_problem(response: Response, status: int, code: str) -> dict[str, Any]:
     """Assert that a response is this problem, consistent with its headers; return the document."""
-    assert answer.headers["content-type"] == "application/problem+json", answer.text
-    document: dict[str, Any] = answer.json()
-    assert (answer.status_code, document["code"]) == (status, code), document
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    document: dict[str, Any] = response.json()
+    assert (response.status_code, document["code"]) == (status, code), document
     assert document["type"] == f"urn:imaging-gateway:problem:{code}"
     assert document["status"] == status
-    assert document["instance"] == answer.headers["x-request-id"]
+    assert document["instance"] == response.headers["x-request-id"]
     assert document["title"]
     assert document["detail"]
-    assert answer.headers["cache-control"] == "no-store"
+    assert response.headers["cache-control"] == "no-store"
     return document
 
 
-async def assert_nothing_happened(house: RunningGateway, valkey: Valkey) -> None:
+async def assert_nothing_happened(gateway: RunningGateway, valkey: Valkey) -> None:
     """Assert that nothing is reserved, counted, stored or sent."""
-    report = (await house.call("GET", "/v1/quota")).json()
+    report = (await gateway.call("GET", "/v1/quota")).json()
     assert len(report["policies"]) == 11
-    assert {(each["used"], each["reserved"]) for each in report["policies"]} == {(0, 0)}
-    assert (await house.call("GET", "/v1/tasks")).json() == {"items": [], "next_cursor": None}
-    assert await house.upstream.count_submits() == 0
-    if isinstance(house.upstream, SandboxUpstreamControl):
+    assert {(policy["used"], policy["reserved"]) for policy in report["policies"]} == {(0, 0)}
+    assert (await gateway.call("GET", "/v1/tasks")).json() == {"items": [], "next_cursor": None}
+    assert await gateway.upstream.count_submits() == 0
+    if isinstance(gateway.upstream, SandboxUpstreamControl):
         assert await _submission_keys(valkey) == []
 
 

@@ -67,7 +67,7 @@ class BalanceHarness:
         """Return used and reserved amounts by policy; this sets limits that no test reaches."""
         await self.gateway.put_tenant(tenant, **UNREACHABLE_LIMITS)
         policies = (await self.gateway.call_admin("GET", f"/tenants/{tenant}")).json()["policies"]
-        return {each["policy"]: (each["used"], each["reserved"]) for each in policies}
+        return {policy["policy"]: (policy["used"], policy["reserved"]) for policy in policies}
 
     async def submit(self, *, token: str | None = None, kind: str = KIND) -> Response:
         """Submit a millisecond later, so that earlier responses are older than this request."""
@@ -75,9 +75,9 @@ class BalanceHarness:
         return await self.gateway.submit(kind, token=token)
 
     async def expect_accepted(self, *, token: str | None = None, kind: str = KIND) -> dict[str, Any]:
-        answer = await self.submit(token=token, kind=kind)
-        assert answer.status_code == 201, answer.text
-        task: dict[str, Any] = answer.json()
+        response = await self.submit(token=token, kind=kind)
+        assert response.status_code == 201, response.text
+        task: dict[str, Any] = response.json()
         return task
 
     async def wait_for_cost(self, task: dict[str, Any], *, token: str | None = None) -> dict[str, Any]:
@@ -96,12 +96,12 @@ class BalanceHarness:
         """
         faults = (await self.control.get_behaviour()).faults
         await self.set_behaviour(
-            faults=tuple(replace(each, latency=OVERLAP_SECONDS) for each in faults or (Fault(on="submit"),))
+            faults=tuple(replace(fault, latency=OVERLAP_SECONDS) for fault in faults or (Fault(on="submit"),))
         )
-        answers = await asyncio.gather(*(self.gateway.submit(KIND, token=token) for _ in range(number)))
+        responses = await asyncio.gather(*(self.gateway.submit(KIND, token=token) for _ in range(number)))
         await self.set_behaviour(faults=faults)
-        tasks = [answer.json() for answer in answers if answer.status_code == 201]
-        return tasks, Counter(answer.status_code for answer in answers if answer.status_code != 201)
+        tasks = [response.json() for response in responses if response.status_code == 201]
+        return tasks, Counter(response.status_code for response in responses if response.status_code != 201)
 
     async def run_balance_checks(self, seconds: float = 60) -> int:
         """Advance the time and run the balance checks of two processes; return the number of upstream checks."""
@@ -114,17 +114,17 @@ class BalanceHarness:
     async def expect_refused_locally(self, *, token: str | None = None) -> Response:
         """Assert that a submit is refused with 402 and Retry-After without a request to the upstream."""
         before = await self.sandbox.count_submits()
-        answer = await self.submit(token=token)
-        expect_problem(answer, 402, "balance-exhausted")
-        assert 0 < int(answer.headers["retry-after"]) <= 60
+        response = await self.submit(token=token)
+        expect_problem(response, 402, "balance-exhausted")
+        assert 0 < int(response.headers["retry-after"]) <= 60
         assert await self.sandbox.count_submits() == before
-        return answer
+        return response
 
 
 @asynccontextmanager
 async def open_balance_harness(valkey: Valkey, **dials: Any) -> AsyncIterator[BalanceHarness]:
-    async with run_real_gateway(valkey) as house:
-        assert isinstance(house.upstream, SandboxUpstreamControl)
-        books = BalanceHarness(house, house.upstream)
-        await books.set_behaviour(**dials)
-        yield books
+    async with run_real_gateway(valkey) as gateway:
+        assert isinstance(gateway.upstream, SandboxUpstreamControl)
+        harness = BalanceHarness(gateway, gateway.upstream)
+        await harness.set_behaviour(**dials)
+        yield harness

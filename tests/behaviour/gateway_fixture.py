@@ -91,13 +91,13 @@ class RunningGateway:
         )
 
     async def put_tenant(self, name: str = "shop", **policy: Any) -> None:
-        answer = await self.call_admin("PUT", f"/tenants/{name}", json={"accounts": ["main"]} | policy)
-        assert answer.status_code == 200, answer.text
+        response = await self.call_admin("PUT", f"/tenants/{name}", json={"accounts": ["main"]} | policy)
+        assert response.status_code == 200, response.text
 
     async def new_token(self, tenant: str = "shop", **body: Any) -> str:
-        answer = await self.call_admin("POST", f"/tenants/{tenant}/tokens", json=body)
-        assert answer.status_code == 201, answer.text
-        return str(answer.json()["token"])
+        response = await self.call_admin("POST", f"/tenants/{tenant}/tokens", json=body)
+        assert response.status_code == 201, response.text
+        return str(response.json()["token"])
 
     async def poll_due_tasks(self) -> None:
         """Advance one poll interval and run all checks that are due."""
@@ -110,16 +110,16 @@ class RunningGateway:
     async def wait_for_task(self, task_id: str, *, token: str | None = None) -> dict[str, Any]:
         """Poll until a task has ended."""
         for _ in range(10):
-            answer = await self.call("GET", f"/v1/tasks/{task_id}", token=token)
-            task: dict[str, Any] = answer.json()
+            response = await self.call("GET", f"/v1/tasks/{task_id}", token=token)
+            task: dict[str, Any] = response.json()
             if task["state"] in {"succeeded", "failed"}:
                 return task
             await self.poll_due_tasks()
         raise AssertionError("it is still running")
 
     async def create_demo_tenant(self) -> None:
-        answer = await self.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
-        assert answer.status_code == 200, answer.text
+        response = await self.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
+        assert response.status_code == 200, response.text
         await self.put_tenant()
         self.token = await self.new_token()
 
@@ -135,9 +135,9 @@ async def serve_gateway(
         serve_app(ops_app, refuse=ops_app.refuse) as ops_url,
         AsyncClient(timeout=30, trust_env=False) as http,
     ):
-        house = RunningGateway(url, ops_url, http, services, upstream, pass_time)
-        await house.create_demo_tenant()
-        yield house
+        gateway = RunningGateway(url, ops_url, http, services, upstream, pass_time)
+        await gateway.create_demo_tenant()
+        yield gateway
 
 
 @asynccontextmanager
@@ -164,8 +164,8 @@ async def run_fake_gateway(
     async def pass_time(seconds: float) -> None:
         ledger.clock.now_ms += int(seconds * 1000)
 
-    async with serve_gateway(services, FakeUpstreamControl(upstream), pass_time) as house:
-        yield house, ledger, upstream
+    async with serve_gateway(services, FakeUpstreamControl(upstream), pass_time) as gateway:
+        yield gateway, ledger, upstream
     await background.drain(0)
 
 

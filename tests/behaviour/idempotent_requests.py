@@ -25,7 +25,7 @@ def make_jpeg(comment: bytes = b"a") -> bytes:
 
 
 async def submit_with_key(
-    house: RunningGateway,
+    gateway: RunningGateway,
     kind: str = "seamless",
     fields: Mapping[str, str] | None = None,
     *,
@@ -34,43 +34,43 @@ async def submit_with_key(
     image: bytes | None = None,
 ) -> Response:
     headers = {"Idempotency-Key": key}
-    return await house.submit(kind, fields, token=token, image=image or make_jpeg(), headers=headers)
+    return await gateway.submit(kind, fields, token=token, image=image or make_jpeg(), headers=headers)
 
 
-def expect_created(answer: Response) -> dict[str, Any]:
+def expect_created(response: Response) -> dict[str, Any]:
     """Assert that a response is a new task; return it."""
-    assert answer.status_code == 201, answer.text
-    assert "idempotent-replayed" not in answer.headers
-    task: dict[str, Any] = answer.json()
+    assert response.status_code == 201, response.text
+    assert "idempotent-replayed" not in response.headers
+    task: dict[str, Any] = response.json()
     return task
 
 
-def expect_replayed(answer: Response, first: Mapping[str, Any]) -> dict[str, Any]:
+def expect_replayed(response: Response, first: Mapping[str, Any]) -> dict[str, Any]:
     """Assert that a response is a replay of `first`; return its task."""
-    assert answer.status_code == 201, answer.text
-    assert answer.headers["idempotent-replayed"] == "true"
-    task: dict[str, Any] = answer.json()
+    assert response.status_code == 201, response.text
+    assert response.headers["idempotent-replayed"] == "true"
+    task: dict[str, Any] = response.json()
     assert task["id"] == first["id"]
-    assert answer.headers["location"] == f"/v1/tasks/{first['id']}"
+    assert response.headers["location"] == f"/v1/tasks/{first['id']}"
     return task
 
 
-def expect_refused(answer: Response, status: int, code: str) -> dict[str, Any]:
+def expect_refused(response: Response, status: int, code: str) -> dict[str, Any]:
     """Assert that a response is this problem and no replay; return the document."""
-    assert "idempotent-replayed" not in answer.headers
-    return expect_problem(answer, status, code)
+    assert "idempotent-replayed" not in response.headers
+    return expect_problem(response, status, code)
 
 
-def expect_unknown(answer: Response, first: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def expect_unknown(response: Response, first: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Assert an unknown outcome, replayed if `first` is given; return the document."""
-    document = expect_problem(answer, 504, "submission-unknown")
-    assert answer.headers.get("idempotent-replayed") == ("true" if first else None)
+    document = expect_problem(response, 504, "submission-unknown")
+    assert response.headers.get("idempotent-replayed") == ("true" if first else None)
     assert document["submission_id"] == (first or document)["submission_id"]
     return document
 
 
-async def read_counts(house: RunningGateway) -> tuple[float, float, float]:
+async def read_counts(gateway: RunningGateway) -> tuple[float, float, float]:
     """Return used, reserved and active tasks."""
-    report = (await house.call("GET", "/v1/quota")).json()
-    policies = {each["policy"]: each for each in report["policies"]}
+    report = (await gateway.call("GET", "/v1/quota")).json()
+    policies = {policy["policy"]: policy for policy in report["policies"]}
     return policies["total-tasks"]["used"], policies["total-tasks"]["reserved"], policies["max-active"]["used"]

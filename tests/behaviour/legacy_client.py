@@ -61,10 +61,10 @@ class LegacyClient:
         raise AssertionError("it is still running")
 
     async def post(self, call: str, **request: Any) -> dict[str, Any]:
-        answer = await self.http.post(f"{self.base}/api/{call}", **request)
-        assert answer.status_code == 200, answer.text
-        assert answer.headers["content-type"] == "application/json"
-        content: dict[str, Any] = answer.json()
+        response = await self.http.post(f"{self.base}/api/{call}", **request)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"] == "application/json"
+        content: dict[str, Any] = response.json()
         return content
 
 

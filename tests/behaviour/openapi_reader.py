@@ -27,8 +27,8 @@ def iter_objects(node: Any, *path: str) -> Iterator[tuple[tuple[str, ...], dict[
         for key, value in node.items():
             yield from iter_objects(value, *path, key)
     elif isinstance(node, list):
-        for each in node:
-            yield from iter_objects(each, *path)
+        for item in node:
+            yield from iter_objects(item, *path)
 
 
 def resolve_reference(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def assert_matches_schema(document: dict[str, Any], value: Any, schema: dict[str
         assert isinstance(value, types[schema["type"]]), (where, value)
     if isinstance(value, dict) and "properties" in schema:
         assert set(schema["required"]) <= value.keys() <= schema["properties"].keys(), (where, value)
-        for name, each in value.items():
-            assert_matches_schema(document, each, schema["properties"][name], f"{where}.{name}")
+        for name, item in value.items():
+            assert_matches_schema(document, item, schema["properties"][name], f"{where}.{name}")
     if isinstance(value, list):
-        for each in value:
-            assert_matches_schema(document, each, schema["items"], f"{where}[]")
+        for entry in value:
+            assert_matches_schema(document, entry, schema["items"], f"{where}[]")

@@ -41,21 +41,21 @@ FULL_REGISTRY: dict[str, Any] = {
 }
 
 
-async def get_registry(house: RunningGateway) -> Response:
-    answer = await house.call_admin("GET", "/registry")
-    assert answer.status_code == 200, answer.text
-    return answer
+async def get_registry(gateway: RunningGateway) -> Response:
+    response = await gateway.call_admin("GET", "/registry")
+    assert response.status_code == 200, response.text
+    return response
 
 
-async def put_registry(house: RunningGateway, document: Any, tag: str) -> Response:
+async def put_registry(gateway: RunningGateway, document: Any, tag: str) -> Response:
     """Send the registry with `If-Match`."""
     headers = {"Authorization": f"Bearer {ADMIN_TOKEN}", "If-Match": tag}
-    return await house.http.put(f"{house.ops_url}/admin/v1/registry", json=document, headers=headers)
+    return await gateway.http.put(f"{gateway.ops_url}/admin/v1/registry", json=document, headers=headers)
 
 
-async def apply_registry(house: RunningGateway, document: Any, query: str = "") -> dict[str, Any]:
+async def apply_registry(gateway: RunningGateway, document: Any, query: str = "") -> dict[str, Any]:
     """Send the registry; return the differences applied."""
-    answer = await house.call_admin("PUT", f"/registry{query}", json=document)
-    assert answer.status_code == 200, answer.text
-    applied: dict[str, Any] = answer.json()
+    response = await gateway.call_admin("PUT", f"/registry{query}", json=document)
+    assert response.status_code == 200, response.text
+    applied: dict[str, Any] = response.json()
     return applied

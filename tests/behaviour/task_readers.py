@@ -24,13 +24,13 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 
 async def start_waiting_read(
-    house: RunningGateway, path: str, seconds: int = 60, **headers: str
+    gateway: RunningGateway, path: str, seconds: int = 60, **headers: str
 ) -> asyncio.Task[Response]:
     """Start a read with `Prefer: wait`; return once it waits."""
-    before = house.services.task_cache.subscription_count
+    before = gateway.services.task_cache.subscription_count
     headers = {"Prefer": f"wait={seconds}"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    reading = asyncio.create_task(house.call("GET", path, headers=headers))
-    await wait_until(lambda: house.services.task_cache.subscription_count > before or reading.done())
+    reading = asyncio.create_task(gateway.call("GET", path, headers=headers))
+    await wait_until(lambda: gateway.services.task_cache.subscription_count > before or reading.done())
     return reading
 
 
@@ -84,18 +84,18 @@ class EventStream:
 
 @asynccontextmanager
 async def open_event_stream(
-    house: RunningGateway, task: dict[str, Any], last: str | None = None
+    gateway: RunningGateway, task: dict[str, Any], last: str | None = None
 ) -> AsyncIterator[EventStream]:
     """Open the event stream of a task, after the event id `last`."""
-    headers = {"Authorization": f"Bearer {house.token}"} | ({} if last is None else {"Last-Event-ID": last})
-    async with house.http.stream("GET", house.url + task["links"]["events"], headers=headers) as answer:
-        yield EventStream(answer, answer.aiter_lines())
+    headers = {"Authorization": f"Bearer {gateway.token}"} | ({} if last is None else {"Last-Event-ID": last})
+    async with gateway.http.stream("GET", gateway.url + task["links"]["events"], headers=headers) as response:
+        yield EventStream(response, response.aiter_lines())
 
 
-async def poll_with_outcomes(house: RunningGateway, *answers: CheckOutcome) -> None:
+async def poll_with_outcomes(gateway: RunningGateway, *responses: CheckOutcome) -> None:
     """Advance one poll interval for each outcome, with which the upstream responds."""
-    for answered in answers:
+    for answered in responses:
         upstream = FakeUpstream()
         upstream.next_checks.append(CheckResult(outcome=answered))
-        house.services.task_poller._upstream = upstream
-        await house.poll_due_tasks()
+        gateway.services.task_poller._upstream = upstream
+        await gateway.poll_due_tasks()

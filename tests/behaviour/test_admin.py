@@ -17,24 +17,24 @@ from tests.support.valkey import Valkey
 DEFAULTS = {"floor_count": 0, "floor_money": 0, "max_price": {}, "base_url": None}
 
 
-async def get_json(house: RunningGateway, path: str) -> dict[str, Any]:
-    answer = await house.call_admin("GET", path)
-    assert answer.status_code == 200, answer.text
-    shown: dict[str, Any] = answer.json()
+async def get_json(gateway: RunningGateway, path: str) -> dict[str, Any]:
+    response = await gateway.call_admin("GET", path)
+    assert response.status_code == 200, response.text
+    shown: dict[str, Any] = response.json()
     return shown
 
 
-async def put_json(house: RunningGateway, path: str, **body: Any) -> dict[str, Any]:
-    answer = await house.call_admin("PUT", path, json=body)
-    assert answer.status_code == 200, answer.text
-    shown: dict[str, Any] = answer.json()
+async def put_json(gateway: RunningGateway, path: str, **body: Any) -> dict[str, Any]:
+    response = await gateway.call_admin("PUT", path, json=body)
+    assert response.status_code == 200, response.text
+    shown: dict[str, Any] = response.json()
     return shown
 
 
-async def test_account_shows_balance_and_state_without_its_key(house: RunningGateway) -> None:
+async def test_account_shows_balance_and_state_without_its_key(gateway: RunningGateway) -> None:
     unseen = {"remaining_count": None, "remaining_money": None, "in_flight": 0, "unknown": 0}
     nothing = {"unexplained": {"count": 0, "money": 0}, "prices": {}, "looks": False}
-    assert await get_json(house, "/accounts/main") == {
+    assert await get_json(gateway, "/accounts/main") == {
         "name": "main",
         "state": "open",
         "look_again_at": None,
@@ -42,30 +42,30 @@ async def test_account_shows_balance_and_state_without_its_key(house: RunningGat
         **unseen,
         **nothing,
     }
-    await house.upstream.keep_running()
-    task = (await house.submit()).json()
-    found = await get_json(house, "/accounts/main")
+    await gateway.upstream.keep_running()
+    task = (await gateway.submit()).json()
+    found = await get_json(gateway, "/accounts/main")
     assert found["in_flight"] == 1
     assert (found["remaining_count"]["value"], found["remaining_money"]["value"]) == (9, 300)
     assert found["remaining_count"]["seen_at"] >= task["created_at"]
-    assert (await get_json(house, "/accounts"))["items"] == [found]
+    assert (await get_json(gateway, "/accounts"))["items"] == [found]
 
 
-async def test_put_replaces_an_account(house: RunningGateway) -> None:
+async def test_put_replaces_an_account(gateway: RunningGateway) -> None:
     rich = {"floor_count": 2, "floor_money": 1.5, "max_price": {"upscale": 0.07}}
-    assert rich.items() <= (await put_json(house, "/accounts/main", **rich)).items()
-    assert rich.items() <= (await get_json(house, "/accounts/main")).items()
-    assert DEFAULTS.items() <= (await put_json(house, "/accounts/main")).items()
-    assert (await house.submit()).status_code == 201
+    assert rich.items() <= (await put_json(gateway, "/accounts/main", **rich)).items()
+    assert rich.items() <= (await get_json(gateway, "/accounts/main")).items()
+    assert DEFAULTS.items() <= (await put_json(gateway, "/accounts/main")).items()
+    assert (await gateway.submit()).status_code == 201
 
 
-async def test_account_with_its_own_base_url(house: RunningGateway) -> None:
+async def test_account_with_its_own_base_url(gateway: RunningGateway) -> None:
     for given in ("http://127.0.0.1:9/", "https://[::1]:8443/api/v2//", "http://upstream.example/a%20b"):
-        assert (await put_json(house, "/accounts/main", base_url=given))["base_url"] == given.rstrip("/")
+        assert (await put_json(gateway, "/accounts/main", base_url=given))["base_url"] == given.rstrip("/")
 
 
-async def test_put_replaces_a_tenant(house: RunningGateway) -> None:
-    await house.submit()
+async def test_put_replaces_a_tenant(gateway: RunningGateway) -> None:
+    await gateway.submit()
     full = {
         "limits": [{"window": "day", "tasks": 5, "money": 2.5}],
         "max_active": 3,
@@ -73,11 +73,11 @@ async def test_put_replaces_a_tenant(house: RunningGateway) -> None:
         "kinds": ["upscale"],
         "disabled": True,
     }
-    shown = await put_json(house, "/tenants/shop", accounts=["main"], **full)
+    shown = await put_json(gateway, "/tenants/shop", accounts=["main"], **full)
     assert full.items() <= shown.items()
-    used = {each["policy"]: each["used"] for each in shown["policies"]}
+    used = {policy["policy"]: policy["used"] for policy in shown["policies"]}
     assert used["day-tasks"] == 1
-    shown = await put_json(house, "/tenants/shop", accounts=["main"])
+    shown = await put_json(gateway, "/tenants/shop", accounts=["main"])
     defaults: dict[str, Any] = {
         "limits": [],
         "max_active": None,
@@ -86,128 +86,131 @@ async def test_put_replaces_a_tenant(house: RunningGateway) -> None:
         "disabled": False,
     }
     assert defaults.items() <= shown.items()
-    assert (await house.submit()).status_code == 201
+    assert (await gateway.submit()).status_code == 201
 
 
-async def test_zero_limit_refuses_everything(house: RunningGateway) -> None:
+async def test_zero_limit_refuses_everything(gateway: RunningGateway) -> None:
     nothing: list[dict[str, Any]] = [{"limits": [{"window": "hour", "tasks": 0}]}, {"max_active": 0}, {"kinds": []}]
     for policy in nothing:
-        await house.put_tenant(**policy)
-        assert (await house.submit()).status_code in {403, 429}
-    await house.upstream.set_balance(count=0, money=300)
-    await house.put_tenant(limits=[{"window": "hour", "money": 0}])
-    await house.submit()
-    answer = await house.submit()
-    assert answer.status_code == 429, answer.text
+        await gateway.put_tenant(**policy)
+        assert (await gateway.submit()).status_code in {403, 429}
+    await gateway.upstream.set_balance(count=0, money=300)
+    await gateway.put_tenant(limits=[{"window": "hour", "money": 0}])
+    await gateway.submit()
+    response = await gateway.submit()
+    assert response.status_code == 429, response.text
 
 
-async def test_limit_below_the_use(house: RunningGateway) -> None:
+async def test_limit_below_the_use(gateway: RunningGateway) -> None:
     for _ in range(3):
-        await house.submit()
-    await house.put_tenant(limits=[{"window": "total", "tasks": 1}])
-    expect_problem(await house.submit(), 429, "quota-exceeded")
-    (policy,) = (await get_json(house, "/tenants/shop"))["policies"]
+        await gateway.submit()
+    await gateway.put_tenant(limits=[{"window": "total", "tasks": 1}])
+    expect_problem(await gateway.submit(), 429, "quota-exceeded")
+    (policy,) = (await get_json(gateway, "/tenants/shop"))["policies"]
     assert (policy["limit"], policy["used"], policy["remaining"]) == (1, 3, 0)
 
 
-async def test_lowered_floor_reopens_the_account(house: RunningGateway) -> None:
-    await put_json(house, "/accounts/main", floor_count=9, floor_money=300)
-    assert (await house.submit()).status_code == 201
-    expect_problem(await house.submit(), 402, "balance-exhausted")
-    await put_json(house, "/accounts/main", floor_count=5, floor_money=300)
-    assert (await house.submit()).status_code == 201
+async def test_lowered_floor_reopens_the_account(gateway: RunningGateway) -> None:
+    await put_json(gateway, "/accounts/main", floor_count=9, floor_money=300)
+    assert (await gateway.submit()).status_code == 201
+    expect_problem(await gateway.submit(), 402, "balance-exhausted")
+    await put_json(gateway, "/accounts/main", floor_count=5, floor_money=300)
+    assert (await gateway.submit()).status_code == 201
 
 
-async def test_identical_put_keeps_the_balance(house: RunningGateway) -> None:
-    await house.submit()
-    seen = await get_json(house, "/accounts/main")
+async def test_identical_put_keeps_the_balance(gateway: RunningGateway) -> None:
+    await gateway.submit()
+    seen = await get_json(gateway, "/accounts/main")
     assert seen["remaining_count"]
-    assert await put_json(house, "/accounts/main", user_key=USER_KEY) == seen
+    assert await put_json(gateway, "/accounts/main", user_key=USER_KEY) == seen
 
 
-async def test_concurrent_changes_are_all_applied(house: RunningGateway) -> None:
+async def test_concurrent_changes_are_all_applied(gateway: RunningGateway) -> None:
     names = [f"tenant-{number}" for number in range(25)]
-    await asyncio.gather(*(house.put_tenant(name) for name in names), *(house.new_token() for _ in range(5)))
-    assert {each["name"] for each in (await get_json(house, "/tenants"))["items"]} == {"shop", *names}
-    assert len((await get_json(house, "/tenants/shop"))["tokens"]) == 6
+    await asyncio.gather(*(gateway.put_tenant(name) for name in names), *(gateway.new_token() for _ in range(5)))
+    assert {item["name"] for item in (await get_json(gateway, "/tenants"))["items"]} == {"shop", *names}
+    assert len((await get_json(gateway, "/tenants/shop"))["tokens"]) == 6
 
 
-async def test_deletion_of_used_objects_needs_force(house: RunningGateway) -> None:
-    await house.upstream.keep_running()
-    await house.submit()
+async def test_deletion_of_used_objects_needs_force(gateway: RunningGateway) -> None:
+    await gateway.upstream.keep_running()
+    await gateway.submit()
     assert (
-        "1 submissions" in expect_problem(await house.call_admin("DELETE", "/accounts/main"), 409, "conflict")["detail"]
+        "1 submissions"
+        in expect_problem(await gateway.call_admin("DELETE", "/accounts/main"), 409, "conflict")["detail"]
     )
-    assert "1 tasks" in expect_problem(await house.call_admin("DELETE", "/tenants/shop"), 409, "conflict")["detail"]
-    await house.call_admin("PUT", "/accounts/spare", json={"user_key": "spare"})
-    await house.put_tenant("other", accounts=["spare"])
-    assert "by other." in expect_problem(await house.call_admin("DELETE", "/accounts/spare"), 409, "conflict")["detail"]
+    assert "1 tasks" in expect_problem(await gateway.call_admin("DELETE", "/tenants/shop"), 409, "conflict")["detail"]
+    await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": "spare"})
+    await gateway.put_tenant("other", accounts=["spare"])
+    assert (
+        "by other." in expect_problem(await gateway.call_admin("DELETE", "/accounts/spare"), 409, "conflict")["detail"]
+    )
     for path in ("/tenants/other", "/accounts/spare", "/tenants/shop?force=true", "/accounts/main?force=true"):
-        answer = await house.call_admin("DELETE", path)
-        assert (answer.status_code, answer.content) == (204, b"")
-        expect_problem(await house.call_admin("DELETE", path), 404, "not-found")
-        expect_problem(await house.call_admin("GET", path.partition("?")[0]), 404, "not-found")
+        response = await gateway.call_admin("DELETE", path)
+        assert (response.status_code, response.content) == (204, b"")
+        expect_problem(await gateway.call_admin("DELETE", path), 404, "not-found")
+        expect_problem(await gateway.call_admin("GET", path.partition("?")[0]), 404, "not-found")
 
 
-async def test_forced_account_deletion(house: RunningGateway) -> None:
-    await house.upstream.keep_running()
-    task = (await house.submit()).json()
-    await house.call_admin("DELETE", "/accounts/main?force=true")
-    assert (await get_json(house, "/tenants/shop"))["accounts"] == []
-    expect_problem(await house.submit(), 503, "account-misconfigured")
-    await house.poll_due_tasks()
-    assert (await house.call("GET", f"/v1/tasks/{task['id']}")).status_code == 200
-    await put_json(house, "/accounts/main", user_key=USER_KEY)
-    expect_problem(await house.submit(), 503, "account-misconfigured")
-    await house.put_tenant()
-    assert (await house.submit()).status_code == 201
+async def test_forced_account_deletion(gateway: RunningGateway) -> None:
+    await gateway.upstream.keep_running()
+    task = (await gateway.submit()).json()
+    await gateway.call_admin("DELETE", "/accounts/main?force=true")
+    assert (await get_json(gateway, "/tenants/shop"))["accounts"] == []
+    expect_problem(await gateway.submit(), 503, "account-misconfigured")
+    await gateway.poll_due_tasks()
+    assert (await gateway.call("GET", f"/v1/tasks/{task['id']}")).status_code == 200
+    await put_json(gateway, "/accounts/main", user_key=USER_KEY)
+    expect_problem(await gateway.submit(), 503, "account-misconfigured")
+    await gateway.put_tenant()
+    assert (await gateway.submit()).status_code == 201
 
 
-async def test_forced_tenant_deletion(house: RunningGateway, valkey: Valkey) -> None:
-    task = (await house.submit()).json()
-    await house.call_admin("DELETE", "/tenants/shop?force=true")
-    expect_problem(await house.call("GET", f"/v1/tasks/{task['id']}"), 401, "unauthenticated")
-    expect_problem(await house.submit(), 401, "unauthenticated")
-    assert house.services.registry.current.tokens == {}
+async def test_forced_tenant_deletion(gateway: RunningGateway, valkey: Valkey) -> None:
+    task = (await gateway.submit()).json()
+    await gateway.call_admin("DELETE", "/tenants/shop?force=true")
+    expect_problem(await gateway.call("GET", f"/v1/tasks/{task['id']}"), 401, "unauthenticated")
+    expect_problem(await gateway.submit(), 401, "unauthenticated")
+    assert gateway.services.registry.current.tokens == {}
     with structlog.testing.capture_logs() as events:
-        await house.poll_due_tasks()
-    assert [each["state"] for each in events if each["event"] == "task.finished"] == ["succeeded"]
-    assert [each for each in events if each["log_level"] not in {"info", "debug"}] == []
-    assert (await get_json(house, "/accounts/main"))["in_flight"] == 0
-    if isinstance(house.upstream, SandboxUpstreamControl):
-        account = house.services.registry.current.accounts["main"].id
+        await gateway.poll_due_tasks()
+    assert [event["state"] for event in events if event["event"] == "task.finished"] == ["succeeded"]
+    assert [event for event in events if event["log_level"] not in {"info", "debug"}] == []
+    assert (await get_json(gateway, "/accounts/main"))["in_flight"] == 0
+    if isinstance(gateway.upstream, SandboxUpstreamControl):
+        account = gateway.services.registry.current.accounts["main"].id
         assert await _persistent_keys(valkey) == {"version", "clock", "clock:server", "registry", f"account:{account}"}
 
 
-async def test_reused_tenant_name_inherits_nothing(house: RunningGateway) -> None:
-    task = (await house.submit()).json()
-    await house.wait_for_task(task["id"])
-    old = house.token
-    await house.call_admin("DELETE", "/tenants/shop")
-    await house.put_tenant(limits=[{"window": "total", "tasks": 1}])
-    expect_problem(await house.call("GET", "/v1/quota", token=old), 401, "unauthenticated")
-    house.token = await house.new_token()
-    expect_problem(await house.call("GET", f"/v1/tasks/{task['id']}"), 404, "not-found")
-    assert (await house.call("GET", "/v1/tasks")).json()["items"] == []
-    (policy,) = (await house.call("GET", "/v1/quota")).json()["policies"]
+async def test_reused_tenant_name_inherits_nothing(gateway: RunningGateway) -> None:
+    task = (await gateway.submit()).json()
+    await gateway.wait_for_task(task["id"])
+    old = gateway.token
+    await gateway.call_admin("DELETE", "/tenants/shop")
+    await gateway.put_tenant(limits=[{"window": "total", "tasks": 1}])
+    expect_problem(await gateway.call("GET", "/v1/quota", token=old), 401, "unauthenticated")
+    gateway.token = await gateway.new_token()
+    expect_problem(await gateway.call("GET", f"/v1/tasks/{task['id']}"), 404, "not-found")
+    assert (await gateway.call("GET", "/v1/tasks")).json()["items"] == []
+    (policy,) = (await gateway.call("GET", "/v1/quota")).json()["policies"]
     assert (policy["used"], policy["reserved"], policy["remaining"]) == (0, 0, 1)
-    assert (await house.submit()).status_code == 201
+    assert (await gateway.submit()).status_code == 201
 
 
-async def test_reopened_account_is_tried_at_once(house: RunningGateway) -> None:
-    await house.upstream.set_balance(count=1, money=0)
-    assert (await house.submit()).status_code == 201
-    expect_problem(await house.submit(), 402, "balance-exhausted")
-    shown = await get_json(house, "/accounts/main")
+async def test_reopened_account_is_tried_at_once(gateway: RunningGateway) -> None:
+    await gateway.upstream.set_balance(count=1, money=0)
+    assert (await gateway.submit()).status_code == 201
+    expect_problem(await gateway.submit(), 402, "balance-exhausted")
+    shown = await get_json(gateway, "/accounts/main")
     assert shown["state"] == "exhausted"
     assert shown["look_again_at"]
-    await house.upstream.set_balance(count=5, money=0)
-    answer = await house.call_admin("POST", "/accounts/main/reopen")
-    assert (answer.status_code, answer.json()["state"], answer.json()["look_again_at"]) == (200, "open", None)
-    assert (await house.submit()).status_code == 201
+    await gateway.upstream.set_balance(count=5, money=0)
+    response = await gateway.call_admin("POST", "/accounts/main/reopen")
+    assert (response.status_code, response.json()["state"], response.json()["look_again_at"]) == (200, "open", None)
+    assert (await gateway.submit()).status_code == 201
 
 
-async def test_unknown_names_are_404(house: RunningGateway) -> None:
+async def test_unknown_names_are_404(gateway: RunningGateway) -> None:
     for name in ("nobody", "No Body", "%E5%95%86%E5%BA%97", "shop%0A", "%2E%2E"):
         for method, path in (
             ("GET", f"/accounts/{name}"),
@@ -218,20 +221,20 @@ async def test_unknown_names_are_404(house: RunningGateway) -> None:
             ("POST", f"/tenants/{name}/tokens"),
             ("DELETE", f"/tenants/{name}/tokens/x"),
         ):
-            expect_problem(await house.call_admin(method, path), 404, "not-found")
+            expect_problem(await gateway.call_admin(method, path), 404, "not-found")
 
 
-async def test_tokens_are_per_port(house: RunningGateway) -> None:
-    for token in (None, "Bearer", f"Bearer {house.token}", f"Bearer {ADMIN_TOKEN}x", f"Basic {ADMIN_TOKEN}"):
+async def test_tokens_are_per_port(gateway: RunningGateway) -> None:
+    for token in (None, "Bearer", f"Bearer {gateway.token}", f"Bearer {ADMIN_TOKEN}x", f"Basic {ADMIN_TOKEN}"):
         headers = {"Authorization": token} if token else {}
         for method, path in (("GET", "/accounts"), ("PUT", "/tenants/x"), ("DELETE", "/accounts/main?nonsense")):
-            answer = await house.http.request(method, f"{house.ops_url}/admin/v1{path}", headers=headers)
-            expect_problem(answer, 401, "unauthenticated")
-            assert answer.headers["www-authenticate"].startswith("Bearer ")
-    expect_problem(await house.call("GET", "/v1/quota", token=ADMIN_TOKEN), 401, "unauthenticated")
-    expect_problem(await house.call("GET", "/admin/v1/accounts", token=ADMIN_TOKEN), 404, "not-found")
-    headers = {"Authorization": f"Bearer {house.token}"}
-    expect_problem(await house.http.get(f"{house.ops_url}/v1/quota", headers=headers), 404, "not-found")
+            response = await gateway.http.request(method, f"{gateway.ops_url}/admin/v1{path}", headers=headers)
+            expect_problem(response, 401, "unauthenticated")
+            assert response.headers["www-authenticate"].startswith("Bearer ")
+    expect_problem(await gateway.call("GET", "/v1/quota", token=ADMIN_TOKEN), 401, "unauthenticated")
+    expect_problem(await gateway.call("GET", "/admin/v1/accounts", token=ADMIN_TOKEN), 404, "not-found")
+    headers = {"Authorization": f"Bearer {gateway.token}"}
+    expect_problem(await gateway.http.get(f"{gateway.ops_url}/v1/quota", headers=headers), 404, "not-found")
 
 
 async def _persistent_keys(valkey: Valkey) -> set[str]:
@@ -244,8 +247,8 @@ async def _persistent_keys(valkey: Valkey) -> set[str]:
         await connections.aclose()
 
 
-async def test_dev_account_follows_the_configured_key(house: RunningGateway) -> None:
-    services = house.services
+async def test_dev_account_follows_the_configured_key(gateway: RunningGateway) -> None:
+    services = gateway.services
     token = await ensure_demo_token(services.registry_admin, services.registry, "first-key", None)
     made = services.registry.current.accounts["demo"]
     assert await ensure_demo_token(services.registry_admin, services.registry, "first-key", token) == token

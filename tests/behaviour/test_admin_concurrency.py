@@ -33,8 +33,8 @@ async def run_two_processes(valkey: Valkey) -> AsyncIterator[tuple[RegistryAdmin
             "GATEWAY_ADMIN_TOKEN": "of-another-process",
         }
     )
-    async with run_real_gateway(valkey) as house, open_container(settings) as other:
-        yield house.services.registry_admin, other.registry_admin
+    async with run_real_gateway(valkey) as gateway, open_container(settings) as other:
+        yield gateway.services.registry_admin, other.registry_admin
 
 
 def make_tenant(name: str) -> Tenant:
@@ -47,9 +47,9 @@ async def test_concurrent_changes_are_all_kept(valkey: Valkey) -> None:
         made = await asyncio.gather(
             *((one, other)[number % 2].put_tenant(make_tenant(name)) for number, name in enumerate(names))
         )
-        assert {each.name for each in await one.list_tenants()} == {"shop", *names}
+        assert {tenant.name for tenant in await one.list_tenants()} == {"shop", *names}
         assert await other.list_tenants() == await one.list_tenants()
-        assert len({each.tenant.id for each in made}) == len(names)
+        assert len({item.tenant.id for item in made}) == len(names)
 
 
 async def test_conflicting_change_is_retried(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,13 +64,13 @@ async def test_conflicting_change_is_retried(valkey: Valkey, monkeypatch: pytest
         monkeypatch.setattr(one._update_registry._store, "write", forestalled)
         await one.put_tenant(make_tenant("ours"))
         found = await one.list_tenants()
-        assert {each.name for each in found} == {"shop", "theirs", "ours"}
-        assert len({each.id for each in found}) == 3
+        assert {item.name for item in found} == {"shop", "theirs", "ours"}
+        assert len({item.id for item in found}) == 3
 
 
 async def test_changes_are_visible_in_other_processes(valkey: Valkey) -> None:
     async with run_two_processes(valkey) as (one, other):
-        assert [each.name for each in await other.list_tenants()] == ["shop"]
+        assert [tenant.name for tenant in await other.list_tenants()] == ["shop"]
         await one.put_tenant(make_tenant("new"))
         assert (await other.get_tenant("new")).name == "new"
         await other.delete_tenant("new", force=False)
@@ -79,23 +79,23 @@ async def test_changes_are_visible_in_other_processes(valkey: Valkey) -> None:
 
 
 async def test_recreated_tenant_is_not_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with run_fake_gateway() as (house, ledger, _):
+    async with run_fake_gateway() as (gateway, ledger, _):
         counters = ledger.tenant_snapshot
 
         async def meanwhile(found: int) -> Any:
             monkeypatch.undo()
-            await house.call_admin("DELETE", "/tenants/shop")
-            await house.put_tenant()
+            await gateway.call_admin("DELETE", "/tenants/shop")
+            await gateway.put_tenant()
             return await counters(found)
 
         monkeypatch.setattr(ledger, "tenant_snapshot", meanwhile)
-        expect_problem(await house.call_admin("DELETE", "/tenants/shop"), 409, "conflict")
-        assert (await house.call_admin("GET", "/tenants/shop")).status_code == 200
+        expect_problem(await gateway.call_admin("DELETE", "/tenants/shop"), 409, "conflict")
+        assert (await gateway.call_admin("GET", "/tenants/shop")).status_code == 200
 
 
-async def iter_admin_calls(house: RunningGateway) -> AsyncIterator[tuple[str, str, Any]]:
+async def iter_admin_calls(gateway: RunningGateway) -> AsyncIterator[tuple[str, str, Any]]:
     """Iterate over valid calls of all admin routes."""
-    (token,) = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
+    (token,) = (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"]
     for method, path, body in (
         ("PUT", "/accounts/main", {}),
         ("PUT", "/accounts/new", {"user_key": "new"}),
@@ -116,23 +116,23 @@ async def iter_admin_calls(house: RunningGateway) -> AsyncIterator[tuple[str, st
 
 
 async def test_unavailable_store_is_503_and_changes_nothing() -> None:
-    async with run_fake_gateway() as (house, ledger, _):
-        calls = [call async for call in iter_admin_calls(house)]
-        before = house.services.registry.current
+    async with run_fake_gateway() as (gateway, ledger, _):
+        calls = [call async for call in iter_admin_calls(gateway)]
+        before = gateway.services.registry.current
         ledger.is_unavailable = True
         with structlog.testing.capture_logs() as events:
             for method, path, body in calls:
-                answer = await house.call_admin(method, path, json=body)
-                expect_problem(answer, 503, "ledger-unavailable")
-                assert int(answer.headers["retry-after"]) > 0
-        assert {each["event"] for each in events} == {"request.ended"}
+                response = await gateway.call_admin(method, path, json=body)
+                expect_problem(response, 503, "ledger-unavailable")
+                assert int(response.headers["retry-after"]) > 0
+        assert {event["event"] for event in events} == {"request.ended"}
         ledger.is_unavailable = False
-        assert house.services.registry.current is before
+        assert gateway.services.registry.current is before
 
 
 async def test_new_token_is_shown_if_redis_fails_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with run_fake_gateway() as (house, ledger, _):
-        registry: Any = house.services.registry
+    async with run_fake_gateway() as (gateway, ledger, _):
+        registry: Any = gateway.services.registry
         write = registry.write
 
         async def last_words(change: Any) -> bool:
@@ -142,20 +142,20 @@ async def test_new_token_is_shown_if_redis_fails_afterwards(monkeypatch: pytest.
 
         monkeypatch.setattr(registry, "write", last_words)
         with structlog.testing.capture_logs() as events:
-            answer = await house.call_admin("POST", "/tenants/shop/tokens")
-        assert answer.status_code == 201
-        assert [each["id"] for each in events if each["event"] == "token.created"] == [answer.json()["id"]]
+            response = await gateway.call_admin("POST", "/tenants/shop/tokens")
+        assert response.status_code == 201
+        assert [event["id"] for event in events if event["event"] == "token.created"] == [response.json()["id"]]
         ledger.is_unavailable = False
-        assert (await house.call("GET", "/v1/quota", token=answer.json()["token"])).status_code == 200
+        assert (await gateway.call("GET", "/v1/quota", token=response.json()["token"])).status_code == 200
 
 
 async def test_contention_is_reported_as_overload(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with run_fake_gateway() as (house, _, _):
+    async with run_fake_gateway() as (gateway, _, _):
 
         async def stale(_: Any) -> bool:
             return False
 
-        monkeypatch.setattr(house.services.registry, "write", stale)
-        answer = await house.call_admin("PUT", "/tenants/new", json={"accounts": ["main"]})
-        expect_problem(answer, 503, "overloaded")
-        expect_problem(await house.call_admin("GET", "/tenants/new"), 404, "not-found")
+        monkeypatch.setattr(gateway.services.registry, "write", stale)
+        response = await gateway.call_admin("PUT", "/tenants/new", json={"accounts": ["main"]})
+        expect_problem(response, 503, "overloaded")
+        expect_problem(await gateway.call_admin("GET", "/tenants/new"), 404, "not-found")

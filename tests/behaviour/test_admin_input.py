@@ -39,7 +39,7 @@ INVALID_ACCOUNTS: Mapping[str, Sequence[Any]] = {
     "floor_money": [-0.01, 0.001, 10**11, 1e308, "1e999999", "nan", "sNaN", "inf", "much", None, True, []],
     "max_price": [None, 5, []],
     "max_price.nonsense": [{"nonsense": 1}],
-    "max_price.upscale": [{"upscale": each} for each in (0.005, -1, None, "nan")],
+    "max_price.upscale": [{"upscale": value} for value in (0.005, -1, None, "nan")],
     "nonsense": [1],
     "User_key": ["x"],
 }
@@ -50,8 +50,8 @@ INVALID_TENANTS: Mapping[str, Sequence[Any]] = {
     "limits": [5, {"window": "day"}, [{"window": "day", "tasks": 1}, {"window": "day", "money": 1}]],
     "limits[0]": [[{"window": "day"}], [{"window": "day", "tasks": None}], [5]],
     "limits[0].window": [[{"tasks": 1}], [{"window": "week", "tasks": 1}], [{"window": None, "tasks": 1}]],
-    "limits[0].tasks": [[{"window": "day", "tasks": each}] for each in (-1, 0.5, 10**13, True, "few")],
-    "limits[0].money": [[{"window": "day", "money": each}] for each in (-1, 0.005, 1e11, True, "sNaN")],
+    "limits[0].tasks": [[{"window": "day", "tasks": item}] for item in (-1, 0.5, 10**13, True, "few")],
+    "limits[0].money": [[{"window": "day", "money": value}] for value in (-1, 0.005, 1e11, True, "sNaN")],
     "limits[0].nonsense": [[{"window": "day", "tasks": 1, "nonsense": 1}]],
     "max_active": [-1, 0.5, 10**13, "many", True],
     "purse": ["all", "", None, 5],
@@ -77,96 +77,96 @@ INVALID_TOKENS: Mapping[str, Sequence[Any]] = {
 }
 
 
-async def read_state(house: RunningGateway) -> list[Any]:
+async def read_state(gateway: RunningGateway) -> list[Any]:
     """Return everything that operators see, and the registry version."""
-    shown = [(await house.call_admin("GET", path)).json() for path in ("/accounts", "/tenants")]
-    return [*shown, house.services.registry.current.version]
+    shown = [(await gateway.call_admin("GET", path)).json() for path in ("/accounts", "/tenants")]
+    return [*shown, gateway.services.registry.current.version]
 
 
 def assert_own_wording(document: Mapping[str, Any]) -> None:
     """Assert that a message is the gateway's own, not the library's."""
-    for each in document["errors"]:
-        assert each["detail"].startswith(("must ", "is ", "as a name must ", "there is no ")), each
-        assert "`" not in each["detail"], each
+    for error in document["errors"]:
+        assert error["detail"].startswith(("must ", "is ", "as a name must ", "there is no ")), error
+        assert "`" not in error["detail"], error
 
 
-async def assert_field_error(house: RunningGateway, method: str, path: str, field: str, body: object) -> str:
-    answer = await house.call_admin(method, path, json=body)
-    document = expect_problem(answer, 422, "invalid-options")
-    assert [each["field"] for each in document["errors"]] == [field], (body, document)
+async def assert_field_error(gateway: RunningGateway, method: str, path: str, field: str, body: object) -> str:
+    response = await gateway.call_admin(method, path, json=body)
+    document = expect_problem(response, 422, "invalid-options")
+    assert [error["field"] for error in document["errors"]] == [field], (body, document)
     assert_own_wording(document)
     return str(document["detail"])
 
 
 @pytest.mark.parametrize("field", INVALID_ACCOUNTS)
-async def test_invalid_account(house: RunningGateway, field: str) -> None:
-    before = await read_state(house)
+async def test_invalid_account(gateway: RunningGateway, field: str) -> None:
+    before = await read_state(gateway)
     for value in INVALID_ACCOUNTS[field]:
         body = {"user_key": "good", field.partition(".")[0].partition("[")[0]: value}
-        await assert_field_error(house, "PUT", "/accounts/main", field, body)
-    assert await read_state(house) == before
+        await assert_field_error(gateway, "PUT", "/accounts/main", field, body)
+    assert await read_state(gateway) == before
 
 
 @pytest.mark.parametrize("field", INVALID_TENANTS)
-async def test_invalid_tenant(house: RunningGateway, field: str) -> None:
-    before = await read_state(house)
+async def test_invalid_tenant(gateway: RunningGateway, field: str) -> None:
+    before = await read_state(gateway)
     for value in INVALID_TENANTS[field]:
         await assert_field_error(
-            house, "PUT", "/tenants/shop", field, {"accounts": ["main"]} | {field.partition("[")[0]: value}
+            gateway, "PUT", "/tenants/shop", field, {"accounts": ["main"]} | {field.partition("[")[0]: value}
         )
-    assert await read_state(house) == before
+    assert await read_state(gateway) == before
 
 
 @pytest.mark.parametrize("field", INVALID_TOKENS)
-async def test_invalid_token(house: RunningGateway, field: str) -> None:
-    before = await read_state(house)
+async def test_invalid_token(gateway: RunningGateway, field: str) -> None:
+    before = await read_state(gateway)
     for value in INVALID_TOKENS[field]:
-        await assert_field_error(house, "POST", "/tenants/shop/tokens", field, {field: value})
-    assert await read_state(house) == before
+        await assert_field_error(gateway, "POST", "/tenants/shop/tokens", field, {field: value})
+    assert await read_state(gateway) == before
 
 
-async def test_invalid_name(house: RunningGateway) -> None:
-    before = await read_state(house)
+async def test_invalid_name(gateway: RunningGateway) -> None:
+    before = await read_state(gateway)
     for name in INVALID_NAMES:
         for path, body in ((f"/accounts/{name}", {"user_key": "good"}), (f"/tenants/{name}", {"accounts": ["main"]})):
-            assert await assert_field_error(house, "PUT", path, "name", body) == f"name: must {NAME_RULE}"
-    assert await read_state(house) == before
+            assert await assert_field_error(gateway, "PUT", path, "name", body) == f"name: must {NAME_RULE}"
+    assert await read_state(gateway) == before
     for name in ("0", "a.b-c_d", "a" * 63):
-        await house.put_tenant(name)
+        await gateway.put_tenant(name)
 
 
-async def test_required_fields(house: RunningGateway) -> None:
-    await assert_field_error(house, "PUT", "/accounts/new", "user_key", {})
-    await assert_field_error(house, "PUT", "/accounts/new", "user_key", {"user_key": None})
-    await assert_field_error(house, "PUT", "/tenants/new", "accounts", {})
+async def test_required_fields(gateway: RunningGateway) -> None:
+    await assert_field_error(gateway, "PUT", "/accounts/new", "user_key", {})
+    await assert_field_error(gateway, "PUT", "/accounts/new", "user_key", {"user_key": None})
+    await assert_field_error(gateway, "PUT", "/tenants/new", "accounts", {})
     nothing: list[Any] = [None, [], "x", 5]
     for path in ("/accounts/new", "/tenants/new"):
         for body in nothing:
-            await assert_field_error(house, "PUT", path, "body", body)
-        document = expect_problem(await house.call_admin("PUT", path), 422, "invalid-options")
+            await assert_field_error(gateway, "PUT", path, "body", body)
+        document = expect_problem(await gateway.call_admin("PUT", path), 422, "invalid-options")
         assert document["errors"] == [{"field": "body", "detail": "is required"}]
 
 
-async def test_not_json(house: RunningGateway) -> None:
+async def test_not_json(gateway: RunningGateway) -> None:
     for body in (b"{", b"{} {}", b"user_key=x", b"\xff", b'{"floor_money": NaN}', b'{"floor_money": 1e999}'):
         for method, path in (("PUT", "/accounts/main"), ("PUT", "/tenants/shop"), ("POST", "/tenants/shop/tokens")):
-            expect_problem(await house.call_admin(method, path, content=body), 400, "malformed-request")
+            expect_problem(await gateway.call_admin(method, path, content=body), 400, "malformed-request")
     again = b'{"accounts": ["main"], "accounts": ["other"]}'
     deep = b'{"accounts": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     deeper = b'{"limits": [{"window": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}]}"
     nested = b'{"webhook": {"url": "https://a.example/", "url": "https://b.example/"}, "accounts": ["main"]}'
     for body in (again, deep, deeper, nested, b'{"user_key": "a", "user_key": "b"}'):
         for path in ("/accounts/main", "/tenants/shop", "/registry"):
-            expect_problem(await house.call_admin("PUT", path, content=body), 400, "malformed-request")
+            expect_problem(await gateway.call_admin("PUT", path, content=body), 400, "malformed-request")
         for path in ("/tenants/shop/tokens", "/refunds"):
-            expect_problem(await house.call_admin("POST", path, content=body), 400, "malformed-request")
+            expect_problem(await gateway.call_admin("POST", path, content=body), 400, "malformed-request")
     large = b'{"user_key": "' + b"x" * 1_000_000 + b'"}'
-    expect_problem(await house.call_admin("PUT", "/accounts/main", content=large), 400, "malformed-request")
+    expect_problem(await gateway.call_admin("PUT", "/accounts/main", content=large), 400, "malformed-request")
 
 
-async def test_invalid_query(house: RunningGateway) -> None:
-    before = await read_state(house)
-    (token,) = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
+async def test_invalid_query(gateway: RunningGateway) -> None:
+    before = await read_state(gateway)
+    (token,) = (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"]
     queries = {
         f"/tenants/shop/tokens/{token['id']}": {
             "grace": ["-1", "nan", "inf", "31536001", "long", ""],
@@ -180,8 +180,8 @@ async def test_invalid_query(house: RunningGateway) -> None:
         for field, values in fields.items():
             for value in values:
                 document = expect_problem(
-                    await house.call_admin("DELETE", f"{path}?{field}={value}"), 422, "invalid-options"
+                    await gateway.call_admin("DELETE", f"{path}?{field}={value}"), 422, "invalid-options"
                 )
-                assert [each["field"] for each in document["errors"]] == [field]
+                assert [error["field"] for error in document["errors"]] == [field]
                 assert_own_wording(document)
-    assert await read_state(house) == before
+    assert await read_state(gateway) == before

@@ -20,24 +20,24 @@ from tests.support.valkey import Valkey
 
 
 @pytest.fixture
-async def house(valkey: Valkey) -> AsyncIterator[RunningGateway]:
+async def gateway(valkey: Valkey) -> AsyncIterator[RunningGateway]:
     async with run_real_gateway(valkey) as found:
         yield found
 
 
 @pytest.fixture
-async def href(house: RunningGateway) -> str:
-    task = await house.wait_for_task((await house.submit(image=make_png(200, 200))).json()["id"])
+async def href(gateway: RunningGateway) -> str:
+    task = await gateway.wait_for_task((await gateway.submit(image=make_png(200, 200))).json()["id"])
     found: str = task["artifacts"][0]["href"]
     return found
 
 
-async def fetch_artifact(house: RunningGateway, href: str, **headers: str) -> Response:
-    return await house.call("GET", href, headers={name.replace("_", "-"): text for name, text in headers.items()})
+async def fetch_artifact(gateway: RunningGateway, href: str, **headers: str) -> Response:
+    return await gateway.call("GET", href, headers={name.replace("_", "-"): text for name, text in headers.items()})
 
 
-async def test_ranges_add_up_to_the_whole(house: RunningGateway, href: str) -> None:
-    whole = await fetch_artifact(house, href)
+async def test_ranges_add_up_to_the_whole(gateway: RunningGateway, href: str) -> None:
+    whole = await fetch_artifact(gateway, href)
     size = len(whole.content)
     assert whole.headers["accept-ranges"] == "bytes"
     for asked, first, last in (
@@ -46,7 +46,7 @@ async def test_ranges_add_up_to_the_whole(house: RunningGateway, href: str) -> N
         ("-5", size - 5, size - 1),
         ("0-99999999", 0, size - 1),
     ):
-        part = await fetch_artifact(house, href, Range=f"bytes={asked}")
+        part = await fetch_artifact(gateway, href, Range=f"bytes={asked}")
         assert (part.status_code, part.headers["content-range"]) == (206, f"bytes {first}-{last}/{size}")
         assert part.content == whole.content[first : last + 1]
         assert part.headers["content-length"] == str(last + 1 - first)
@@ -54,48 +54,48 @@ async def test_ranges_add_up_to_the_whole(house: RunningGateway, href: str) -> N
         assert {name: part.headers[name] for name in same} == {name: whole.headers[name] for name in same}
 
 
-async def test_document_lists_headers_and_types(house: RunningGateway, href: str) -> None:
-    document = (await house.call("GET", "/openapi.json")).json()
+async def test_document_lists_headers_and_types(gateway: RunningGateway, href: str) -> None:
+    document = (await gateway.call("GET", "/openapi.json")).json()
     operation = document["paths"]["/v1/tasks/{task_id}/artifacts/{name}"]["get"]
     for status, headers in (
         (200, {}),
         (206, {"Range": "bytes=1-"}),
         (416, {"Range": "bytes=999999-"}),
     ):
-        answer = await fetch_artifact(house, href, **headers)
+        response = await fetch_artifact(gateway, href, **headers)
         told = operation["responses"][str(status)]
-        assert answer.status_code == status
-        assert answer.headers["content-type"] in told["content"]
+        assert response.status_code == status
+        assert response.headers["content-type"] in told["content"]
         # The sandbox does not tell when it made a result, which another server may.
-        assert {name.lower() for name in told["headers"]} - {"last-modified"} <= {*answer.headers}
+        assert {name.lower() for name in told["headers"]} - {"last-modified"} <= {*response.headers}
     assert operation["responses"]["304"]["headers"].keys() >= {"ETag", "Cache-Control"}
 
 
-async def test_unsatisfiable_range_reports_the_size(house: RunningGateway, href: str) -> None:
-    size = len((await fetch_artifact(house, href)).content)
-    answer = await fetch_artifact(house, href, Range=f"bytes={size}-")
-    expect_problem(answer, 416, "range-not-satisfiable")
-    assert answer.headers["content-range"] == f"bytes */{size}"
+async def test_unsatisfiable_range_reports_the_size(gateway: RunningGateway, href: str) -> None:
+    size = len((await fetch_artifact(gateway, href)).content)
+    response = await fetch_artifact(gateway, href, Range=f"bytes={size}-")
+    expect_problem(response, 416, "range-not-satisfiable")
+    assert response.headers["content-range"] == f"bytes */{size}"
 
 
-async def test_multiple_ranges_return_the_whole(house: RunningGateway, href: str) -> None:
-    whole = await fetch_artifact(house, href)
+async def test_multiple_ranges_return_the_whole(gateway: RunningGateway, href: str) -> None:
+    whole = await fetch_artifact(gateway, href)
     for asked in ("bytes=0-1,4-5", "lines=0-1", "bytes=-", "bytes=x-"):
-        answer = await fetch_artifact(house, href, Range=asked)
-        assert (answer.status_code, answer.content) == (200, whole.content)
-    head = await house.call("HEAD", href, headers={"Range": "bytes=0-1"})
+        response = await fetch_artifact(gateway, href, Range=asked)
+        assert (response.status_code, response.content) == (200, whole.content)
+    head = await gateway.call("HEAD", href, headers={"Range": "bytes=0-1"})
     assert (head.status_code, head.headers["content-length"]) == (200, str(len(whole.content)))
 
 
-async def test_if_range(house: RunningGateway, href: str) -> None:
-    whole = await fetch_artifact(house, href)
-    same = await fetch_artifact(house, href, Range="bytes=10-", If_Range=whole.headers["etag"])
+async def test_if_range(gateway: RunningGateway, href: str) -> None:
+    whole = await fetch_artifact(gateway, href)
+    same = await fetch_artifact(gateway, href, Range="bytes=10-", If_Range=whole.headers["etag"])
     assert (same.status_code, same.content) == (206, whole.content[10:])
-    other = await fetch_artifact(house, href, Range="bytes=10-", If_Range='"other"')
+    other = await fetch_artifact(gateway, href, Range="bytes=10-", If_Range='"other"')
     assert (other.status_code, other.content) == (200, whole.content)
 
 
-async def test_failure_before_the_first_byte_is_a_problem(house: RunningGateway, href: str) -> None:
+async def test_failure_before_the_first_byte_is_a_problem(gateway: RunningGateway, href: str) -> None:
     for fault, status, code in (
         (Fault(on="file", times=1, reply="reset"), 502, "upstream-invalid-response"),
         (Fault(on="file", times=1, reply="page", status=410), 502, "upstream-invalid-response"),
@@ -103,53 +103,53 @@ async def test_failure_before_the_first_byte_is_a_problem(house: RunningGateway,
         (Fault(on="file", times=1, reply="page"), 502, "upstream-invalid-response"),
         (Fault(on="file", times=1, reply="page", status=503), 503, "upstream-unavailable"),
     ):
-        await sandbox_control(house)._set_fault(fault)
-        answer = await fetch_artifact(house, href)
-        expect_problem(answer, status, code)
-        assert "127.0.0.1" not in answer.text
-        assert ("retry-after" in answer.headers) == (status == 503)
-    assert (await fetch_artifact(house, href)).status_code == 200
+        await sandbox_control(gateway)._set_fault(fault)
+        response = await fetch_artifact(gateway, href)
+        expect_problem(response, status, code)
+        assert "127.0.0.1" not in response.text
+        assert ("retry-after" in response.headers) == (status == 503)
+    assert (await fetch_artifact(gateway, href)).status_code == 200
 
 
-async def test_missing_artifact_is_retryable_at_first_and_gone_later(house: RunningGateway, href: str) -> None:
+async def test_missing_artifact_is_retryable_at_first_and_gone_later(gateway: RunningGateway, href: str) -> None:
     for passed, status in ((0, 503), (299, 503), (2, 502)):
-        await house.advance(passed)
-        house.services.task_cache._tasks.clear()
-        await sandbox_control(house)._set_fault(Fault(on="file", times=1, reply="page", status=404))
-        answer = await fetch_artifact(house, href)
-        assert (answer.status_code, "retry-after" in answer.headers) == (status, status == 503)
+        await gateway.advance(passed)
+        gateway.services.task_cache._tasks.clear()
+        await sandbox_control(gateway)._set_fault(Fault(on="file", times=1, reply="page", status=404))
+        response = await fetch_artifact(gateway, href)
+        assert (response.status_code, "retry-after" in response.headers) == (status, status == 503)
 
 
-async def test_slow_server_is_awaited(house: RunningGateway, href: str) -> None:
-    await sandbox_control(house)._set_fault(Fault(on="file", times=1, latency=0.2))
-    assert (await fetch_artifact(house, href)).status_code == 200
+async def test_slow_server_is_awaited(gateway: RunningGateway, href: str) -> None:
+    await sandbox_control(gateway)._set_fault(Fault(on="file", times=1, latency=0.2))
+    assert (await fetch_artifact(gateway, href)).status_code == 200
 
 
-async def test_truncated_download_can_be_resumed(house: RunningGateway, href: str) -> None:
-    whole = await fetch_artifact(house, href)
-    await sandbox_control(house)._set_fault(Fault(on="file", times=1, reply="cut"))
+async def test_truncated_download_can_be_resumed(gateway: RunningGateway, href: str) -> None:
+    whole = await fetch_artifact(gateway, href)
+    await sandbox_control(gateway)._set_fault(Fault(on="file", times=1, reply="cut"))
     with pytest.raises(httpx2.RemoteProtocolError):
-        await fetch_artifact(house, href)
-    rest = await fetch_artifact(house, href, Range="bytes=10-", If_Range=whole.headers["etag"])
+        await fetch_artifact(gateway, href)
+    rest = await fetch_artifact(gateway, href, Range="bytes=10-", If_Range=whole.headers["etag"])
     assert rest.content == whole.content[10:]
 
 
-async def test_artifact_of_a_task_lost_by_redis(house: RunningGateway, href: str, valkey: Valkey) -> None:
+async def test_artifact_of_a_task_lost_by_redis(gateway: RunningGateway, href: str, valkey: Valkey) -> None:
     task_id = href.split("/")[3]
-    reservation = house.services.task_reader._task_ids.decode(task_id).reservation
+    reservation = gateway.services.task_reader._task_ids.decode(task_id).reservation
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands
     await client.delete(Keys("gw").task(reservation))
     await connections.aclose()
-    house.services.task_cache._tasks.clear()
-    assert (await fetch_artifact(house, href)).status_code == 200
+    gateway.services.task_cache._tasks.clear()
+    assert (await fetch_artifact(gateway, href)).status_code == 200
 
 
-async def test_deleted_account_reaches_no_private_address(house: RunningGateway, href: str) -> None:
-    assert (await house.call_admin("DELETE", "/accounts/main?force=true")).status_code == 204
-    expect_problem(await fetch_artifact(house, href), 502, "upstream-invalid-response")
+async def test_deleted_account_reaches_no_private_address(gateway: RunningGateway, href: str) -> None:
+    assert (await gateway.call_admin("DELETE", "/accounts/main?force=true")).status_code == 204
+    expect_problem(await fetch_artifact(gateway, href), 502, "upstream-invalid-response")
 
 
-def sandbox_control(house: RunningGateway) -> SandboxUpstreamControl:
-    assert isinstance(house.upstream, SandboxUpstreamControl)
-    return house.upstream
+def sandbox_control(gateway: RunningGateway) -> SandboxUpstreamControl:
+    assert isinstance(gateway.upstream, SandboxUpstreamControl)
+    return gateway.upstream

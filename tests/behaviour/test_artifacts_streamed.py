@@ -65,16 +65,16 @@ async def run_artifact_setup(serve: Handler, *, timeouts: FetchTimeouts | None =
         on_call=lambda _operation, outcome, _seconds: outcomes.append(outcome),
         timeouts=timeouts,
     )
-    async with run_server(serve) as peer, run_fake_gateway(client) as (house, _, upstream):
+    async with run_server(serve) as peer, run_fake_gateway(client) as (gateway, _, upstream):
         result = Artifact(ArtifactName.IMAGE, f"{peer.url}/1.png")
         upstream.next_checks = [CheckResult(outcome=CheckOutcome.SUCCEEDED, artifacts=(result,))]
-        task = await house.wait_for_task((await house.submit()).json()["id"])
-        yield ArtifactSetup(house, peer, task["artifacts"][0]["href"], outcomes)
+        task = await gateway.wait_for_task((await gateway.submit()).json()["id"])
+        yield ArtifactSetup(gateway, peer, task["artifacts"][0]["href"], outcomes)
 
 
 def artifact_log_fields(logs: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
     """Return status and outcome of the one artifact request in the log."""
-    (line,) = [each for each in logs if each["event"] == "request.ended" and each["path"].endswith("/artifacts/image")]
+    (line,) = [log for log in logs if log["event"] == "request.ended" and log["path"].endswith("/artifacts/image")]
     return line["status"], line["outcome"]
 
 
@@ -96,8 +96,8 @@ async def test_large_artifact_is_streamed_with_backpressure() -> None:
                 stalled.set()
             await draining
 
-    async with asyncio.timeout(120), run_artifact_setup(serve) as found, found.open_download() as (reader, answer):
-        assert f"content-length: {LARGE}\r\n".encode() in answer
+    async with asyncio.timeout(120), run_artifact_setup(serve) as found, found.open_download() as (reader, response):
+        assert f"content-length: {LARGE}\r\n".encode() in response
         await stalled.wait()
         assert sent < LARGE / 4
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -156,9 +156,13 @@ async def test_head_ends_the_fetch_after_the_headers() -> None:
     left = asyncio.Event()
     serve = send_and_hold(response_head(Content_Length="1000", ETag='"v1"'), PNG_IMAGE, disconnected=left)
     with capture_logs() as logs:
-        async with asyncio.timeout(10), run_artifact_setup(serve) as found, found.open_download("HEAD") as (_, answer):
-            assert answer.startswith(b"HTTP/1.1 200")
-            assert b"content-length: 1000\r\n" in answer.lower()
+        async with (
+            asyncio.timeout(10),
+            run_artifact_setup(serve) as found,
+            found.open_download("HEAD") as (_, response),
+        ):
+            assert response.startswith(b"HTTP/1.1 200")
+            assert b"content-length: 1000\r\n" in response.lower()
             await left.wait()
     assert artifact_log_fields(logs) == (200, "answered")
 
@@ -176,11 +180,11 @@ async def test_truncation_is_visible_to_the_client(pieces: tuple[bytes, ...]) ->
         async with (
             asyncio.timeout(10),
             run_artifact_setup(send_pieces(*pieces)) as found,
-            found.open_download() as (reader, answer),
+            found.open_download() as (reader, response),
         ):
             body = await reader.read()
             assert PNG_IMAGE in body
-            assert b"content-length: 1000" in answer.lower() or not body.endswith(b"0\r\n\r\n")
+            assert b"content-length: 1000" in response.lower() or not body.endswith(b"0\r\n\r\n")
     assert found.outcomes == [FetchOutcome.ABORTED]
     assert artifact_log_fields(logs) == (200, "transfer-aborted")
 
@@ -198,15 +202,15 @@ async def test_stalled_server_is_disconnected() -> None:
 
 async def test_unchanged_artifact_is_304() -> None:
     async with run_artifact_setup(send_pieces(response_head(304, ETag='"v1"', Content_Length="5"))) as found:
-        answer = await found.gateway.call("GET", found.href, headers={"If-None-Match": '"v0", W/"v1"'})
-        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"v1"')
-        assert answer.headers["cache-control"] == "private, no-cache"
-        assert "content-type" not in answer.headers
+        response = await found.gateway.call("GET", found.href, headers={"If-None-Match": '"v0", W/"v1"'})
+        assert (response.status_code, response.content, response.headers["etag"]) == (304, b"", '"v1"')
+        assert response.headers["cache-control"] == "private, no-cache"
+        assert "content-type" not in response.headers
         assert b'\r\nif-none-match: "v0", w/"v1"\r\n' in found.artifact_server.requests[0][0].lower()
 
 
 async def test_server_headers_are_not_passed_on() -> None:
-    answer = file_response(
+    response = file_response(
         Content_Disposition='attachment; filename="x.exe"',
         Set_Cookie="a=b",
         ETag='"a\tb"',
@@ -214,7 +218,7 @@ async def test_server_headers_are_not_passed_on() -> None:
         Content_Security_Policy="default-src *",
         Refresh="0; url=http://x",
     )
-    async with run_artifact_setup(send_pieces(answer)) as found:
+    async with run_artifact_setup(send_pieces(response)) as found:
         answered = await found.gateway.call("GET", found.href)
         assert answered.content == PNG_IMAGE
         assert {"set-cookie", "etag", "link", "refresh"}.isdisjoint(answered.headers)

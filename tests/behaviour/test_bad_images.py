@@ -18,11 +18,11 @@ WEBP = encode_image(draw_image(), "WEBP")
 
 
 @pytest.fixture
-async def spending(house: RunningGateway, valkey: Valkey) -> AsyncIterator[RunningGateway]:
+async def guarded_gateway(gateway: RunningGateway, valkey: Valkey) -> AsyncIterator[RunningGateway]:
     """Run a gateway and assert at the end that nothing was spent."""
-    await house.put_tenant(**UNREACHABLE_POLICIES)
-    yield house
-    await assert_nothing_happened(house, valkey)
+    await gateway.put_tenant(**UNREACHABLE_POLICIES)
+    yield gateway
+    await assert_nothing_happened(gateway, valkey)
 
 
 def make_decompression_bomb(width: int, height: int) -> bytes:
@@ -38,7 +38,7 @@ def make_decompression_bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-async def test_unsupported_type_is_415(spending: RunningGateway) -> None:
+async def test_unsupported_type_is_415(guarded_gateway: RunningGateway) -> None:
     files = {
         "GIF": encode_image(draw_image(), "GIF"),
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
@@ -51,11 +51,11 @@ async def test_unsupported_type_is_415(spending: RunningGateway) -> None:
         "a PNG after a space": b" " + make_png(),
     }
     for name, image in files.items():
-        found = expect_problem(await spending.submit(image=image), 415, "unsupported-media-type")
+        found = expect_problem(await guarded_gateway.submit(image=image), 415, "unsupported-media-type")
         assert "PNG, JPEG or WebP" in found["detail"], name
 
 
-async def test_broken_image_is_422(spending: RunningGateway) -> None:
+async def test_broken_image_is_422(guarded_gateway: RunningGateway) -> None:
     files = {
         "empty": b"",
         "a PNG without its end": make_png()[:-12],
@@ -70,15 +70,15 @@ async def test_broken_image_is_422(spending: RunningGateway) -> None:
         "a PNG of no size": make_decompression_bomb(0, 0),
     }
     for name, image in files.items():
-        found = expect_problem(await spending.submit(image=image), 422, "invalid-image")
+        found = expect_problem(await guarded_gateway.submit(image=image), 422, "invalid-image")
         assert "image" in found["detail"], name
 
 
-async def test_too_many_bytes_is_413(spending: RunningGateway) -> None:
+async def test_too_many_bytes_is_413(guarded_gateway: RunningGateway) -> None:
     image = make_png() + b"\0" * (MAX_BYTES + 1 - len(make_png()))
-    found = expect_problem(await spending.submit(image=image), 413, "image-too-large")
+    found = expect_problem(await guarded_gateway.submit(image=image), 413, "image-too-large")
     assert str(MAX_BYTES) in found["detail"]
-    expect_problem(await spending.submit(image=image + b"\0" * MAX_BYTES), 413, "image-too-large")
+    expect_problem(await guarded_gateway.submit(image=image + b"\0" * MAX_BYTES), 413, "image-too-large")
 
     head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
 
@@ -89,25 +89,25 @@ async def test_too_many_bytes_is_413(spending: RunningGateway) -> None:
         yield b"\r\n--b--\r\n"
 
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    answer = await spending.call("POST", "/v1/tasks/face-enhance", content=chunks(), headers=headers)
-    assert answer.request.headers["transfer-encoding"] == "chunked"
-    expect_problem(answer, 413, "image-too-large")
+    response = await guarded_gateway.call("POST", "/v1/tasks/face-enhance", content=chunks(), headers=headers)
+    assert response.request.headers["transfer-encoding"] == "chunked"
+    expect_problem(response, 413, "image-too-large")
 
 
-async def test_too_many_pixels_is_413(spending: RunningGateway) -> None:
+async def test_too_many_pixels_is_413(guarded_gateway: RunningGateway) -> None:
     for width, height in ((MAX_PIXELS + 1, 1), (2_001, 2_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)):
         image = make_decompression_bomb(width, height) if width * height < 10**10 else make_decompression_bomb(1, 1)
         if width == 2**31 - 1:
             header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
             image = image[:12] + header + struct.pack(">I", zlib.crc32(header)) + image[33:]
         assert len(image) < 200_000
-        found = expect_problem(await spending.submit(image=image), 413, "image-too-large")
+        found = expect_problem(await guarded_gateway.submit(image=image), 413, "image-too-large")
         assert f"{width} x {height}" in found["detail"]
 
 
-async def test_image_at_the_limits_is_accepted(house: RunningGateway) -> None:
+async def test_image_at_the_limits_is_accepted(gateway: RunningGateway) -> None:
     largest = make_png() + b"\0" * (MAX_BYTES - len(make_png()))
     for image in (largest, make_decompression_bomb(2_000, MAX_PIXELS // 2_000), JPEG, WEBP):
-        answer = await house.submit("seamless", image=image)
-        assert answer.status_code != 413, answer.text
-    assert await house.upstream.count_submits() == 4
+        response = await gateway.submit("seamless", image=image)
+        assert response.status_code != 413, response.text
+    assert await gateway.upstream.count_submits() == 4

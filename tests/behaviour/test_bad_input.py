@@ -61,21 +61,21 @@ FAULTY_METADATA = {
 
 
 @pytest.fixture(autouse=True)
-async def _assert_nothing_happened(house: RunningGateway, valkey: Valkey) -> AsyncIterator[None]:
+async def _assert_nothing_happened(gateway: RunningGateway, valkey: Valkey) -> AsyncIterator[None]:
     """Assert after each test that nothing happened."""
-    await house.put_tenant(**UNREACHABLE_POLICIES)
+    await gateway.put_tenant(**UNREACHABLE_POLICIES)
     yield
-    await assert_nothing_happened(house, valkey)
+    await assert_nothing_happened(gateway, valkey)
 
 
-async def test_missing_or_invalid_token_is_401(house: RunningGateway) -> None:
-    good = house.token
+async def test_missing_or_invalid_token_is_401(gateway: RunningGateway) -> None:
+    good = gateway.token
     swapped = good[:-1] + ("A" if good[-1] != "A" else "B")
     expired = tenants.generate_token()
-    registry = (await house.call_admin("GET", "/registry")).json()
+    registry = (await gateway.call_admin("GET", "/registry")).json()
     token = {"sha256": tenants.hash_token(expired).hex(), "expires_at": "2020-02-02T20:20:20Z"}
     registry["tenants"]["shop"]["tokens"]["0123456789ab"] = token
-    assert (await house.call_admin("PUT", "/registry", json=registry)).status_code == 200
+    assert (await gateway.call_admin("PUT", "/registry", json=registry)).status_code == 200
     headers = {
         "another scheme": "Basic c2hvcDpzZWNyZXQ=",
         "no token": "Bearer",
@@ -94,25 +94,25 @@ async def test_missing_or_invalid_token_is_401(house: RunningGateway) -> None:
     calls = [("GET", "/v1/quota"), ("GET", "/v1/tasks?limit=0"), ("GET", "/v1/tasks/task_x"), ("POST", UPSCALE)]
     for name, value in headers.items():
         for method, path in calls:
-            answer = await house.call(method, path, token="", headers={"Authorization": value})
-            expect_problem(answer, 401, "unauthenticated")
-            challenge = answer.headers["www-authenticate"]
+            response = await gateway.call(method, path, token="", headers={"Authorization": value})
+            expect_problem(response, 401, "unauthenticated")
+            challenge = response.headers["www-authenticate"]
             assert challenge == 'Bearer realm="imaging-gateway", error="invalid_token"', name
-    answer = await house.call("GET", "/v1/quota", token="")
-    expect_problem(answer, 401, "unauthenticated")
-    assert answer.headers["www-authenticate"] == 'Bearer realm="imaging-gateway"'
+    response = await gateway.call("GET", "/v1/quota", token="")
+    expect_problem(response, 401, "unauthenticated")
+    assert response.headers["www-authenticate"] == 'Bearer realm="imaging-gateway"'
 
 
-async def test_revoked_token(house: RunningGateway) -> None:
-    made = (await house.call_admin("POST", "/tenants/shop/tokens", json={})).json()
-    assert (await house.call("GET", "/v1/quota", token=made["token"])).status_code == 200
-    answer = await house.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}")
-    assert answer.status_code == 204
-    expect_problem(await house.call("GET", "/v1/quota", token=made["token"]), 401, "unauthenticated")
-    expect_problem(await house.submit(token=made["token"]), 401, "unauthenticated")
+async def test_revoked_token(gateway: RunningGateway) -> None:
+    made = (await gateway.call_admin("POST", "/tenants/shop/tokens", json={})).json()
+    assert (await gateway.call("GET", "/v1/quota", token=made["token"])).status_code == 200
+    response = await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}")
+    assert response.status_code == 204
+    expect_problem(await gateway.call("GET", "/v1/quota", token=made["token"]), 401, "unauthenticated")
+    expect_problem(await gateway.submit(token=made["token"]), 401, "unauthenticated")
 
 
-async def test_non_form_body_is_415(house: RunningGateway) -> None:
+async def test_non_form_body_is_415(gateway: RunningGateway) -> None:
     multipart = "multipart/form-data"
     cases: dict[str, dict[str, Any]] = {
         "JSON": {"json": {"image": "..."}},
@@ -125,19 +125,19 @@ async def test_non_form_body_is_415(house: RunningGateway) -> None:
         "nonsense": {"content": b"x", "headers": {"Content-Type": ";;;=,"}},
     }
     for name, request in cases.items():
-        found = expect_problem(await house.call("POST", UPSCALE, **request), 415, "unsupported-media-type")
+        found = expect_problem(await gateway.call("POST", UPSCALE, **request), 415, "unsupported-media-type")
         assert multipart in found["detail"], name
 
 
-async def test_malformed_form_is_400(house: RunningGateway) -> None:
+async def test_malformed_form_is_400(gateway: RunningGateway) -> None:
     for body in (b"", b"x", b"--other\r\n", b"--b", b"--b\r\nno header\r\n\r\n--b--", b"\0" * 1_000):
-        answer = await house.call(
+        response = await gateway.call(
             "POST", UPSCALE, content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
         )
-        expect_problem(answer, 400, "malformed-request")
+        expect_problem(response, 400, "malformed-request")
 
 
-async def test_exactly_one_image_part_is_required(house: RunningGateway) -> None:
+async def test_exactly_one_image_part_is_required(gateway: RunningGateway) -> None:
     text = (None, "an image in words")
     cases: dict[str, tuple[list[tuple[str, Any]], str]] = {
         "no file": ([("prompt", (None, "a cat"))], "image"),
@@ -148,11 +148,11 @@ async def test_exactly_one_image_part_is_required(house: RunningGateway) -> None
         "a file as an option": ([("image", FILE), ("prompt", ("prompt.txt", b"a cat"))], "prompt"),
     }
     for name, (parts, field) in cases.items():
-        found = expect_problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
-        assert [each["field"] for each in found["errors"]] == [field], name
+        found = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+        assert [error["field"] for error in found["errors"]] == [field], name
 
 
-async def test_undecodable_field_is_422(house: RunningGateway) -> None:
+async def test_undecodable_field_is_422(gateway: RunningGateway) -> None:
     for value, media_type in (
         (b"\xff", None),
         (b"x", "text/plain; charset=nonsense"),
@@ -160,46 +160,46 @@ async def test_undecodable_field_is_422(house: RunningGateway) -> None:
     ):
         prompt = (None, value, media_type) if media_type else (None, value)
         parts: list[tuple[str, Any]] = [("image", FILE), ("prompt", prompt)]
-        found = expect_problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
-        assert [each["field"] for each in found["errors"]] == ["prompt"]
-    answer = await house.call("POST", UPSCALE, files=[("image", (None, "an image in words"))])
-    expect_problem(answer, 415, "unsupported-media-type")
+        found = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+        assert [error["field"] for error in found["errors"]] == ["prompt"]
+    response = await gateway.call("POST", UPSCALE, files=[("image", (None, "an image in words"))])
+    expect_problem(response, 415, "unsupported-media-type")
 
 
-async def test_content_encoding_is_415(house: RunningGateway) -> None:
+async def test_content_encoding_is_415(gateway: RunningGateway) -> None:
     for coding in ("gzip", "br", "deflate", "identity, zstd", "aws-chunked"):
         headers = {"Content-Encoding": coding, "Content-Type": "application/json"}
-        for answer in (
-            *[await house.submit(kind, headers={"Content-Encoding": coding}) for kind in FAULTY_OPTIONS],
-            await house.call_admin("PUT", "/accounts/main", content=b"{}", headers=headers),
-            await house.call_admin("PUT", "/tenants/shop", content=b"{}", headers=headers),
-            await house.call_admin("POST", "/tenants/shop/tokens", content=b"{}", headers=headers),
-            await house.call_admin("PUT", "/registry", content=b"{}", headers=headers),
-            await house.call_admin("POST", "/refunds", content=b"{}", headers=headers),
+        for response in (
+            *[await gateway.submit(kind, headers={"Content-Encoding": coding}) for kind in FAULTY_OPTIONS],
+            await gateway.call_admin("PUT", "/accounts/main", content=b"{}", headers=headers),
+            await gateway.call_admin("PUT", "/tenants/shop", content=b"{}", headers=headers),
+            await gateway.call_admin("POST", "/tenants/shop/tokens", content=b"{}", headers=headers),
+            await gateway.call_admin("PUT", "/registry", content=b"{}", headers=headers),
+            await gateway.call_admin("POST", "/refunds", content=b"{}", headers=headers),
         ):
-            expect_problem(answer, 415, "unsupported-media-type")
-            assert answer.headers["accept-encoding"] == "identity"
+            expect_problem(response, 415, "unsupported-media-type")
+            assert response.headers["accept-encoding"] == "identity"
 
 
-async def test_invalid_option_is_422(house: RunningGateway) -> None:
+async def test_invalid_option_is_422(gateway: RunningGateway) -> None:
     for kind, options in FAULTY_OPTIONS.items():
         for option, values in options.items():
             for value in values:
                 if not option:
-                    expect_problem(await house.submit(kind, {option: value}), 400, "malformed-request")
+                    expect_problem(await gateway.submit(kind, {option: value}), 400, "malformed-request")
                     continue
-                found = expect_problem(await house.submit(kind, {option: value}), 422, "invalid-options")
+                found = expect_problem(await gateway.submit(kind, {option: value}), 422, "invalid-options")
                 (error,) = found["errors"]
                 assert error["field"] == option, (kind, option, value)
                 assert error["detail"].startswith(("must be ", "is not an option; ")), error
                 assert "nan" not in error["detail"], error
 
 
-async def test_all_invalid_fields_are_listed(house: RunningGateway) -> None:
+async def test_all_invalid_fields_are_listed(gateway: RunningGateway) -> None:
     parts = [("image", FILE), *((name, (None, "99")) for name in ("scale", "colors", "vector", "fit", "fit"))]
     parts += [("steps", (None, "30")), ("steps", (None, "30"))]
-    found = expect_problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
-    details = [(each["field"], each["detail"]) for each in found["errors"]]
+    found = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+    details = [(error["field"], error["detail"]) for error in found["errors"]]
     assert [field for field, _ in details] == ["scale", "colors", "vector", "fit", "fit", "steps"]
     assert details[0][1] == "must be a number from 1 to 8"
     assert details[1][1] == "must be a whole number from 2 to 16"
@@ -207,26 +207,26 @@ async def test_all_invalid_fields_are_listed(house: RunningGateway) -> None:
     assert details[5][1] == "is given more than once"
 
 
-async def test_invalid_metadata_is_422(house: RunningGateway) -> None:
+async def test_invalid_metadata_is_422(gateway: RunningGateway) -> None:
     for name, value in FAULTY_METADATA.items():
-        found = expect_problem(await house.submit("face-enhance", {"metadata": value}), 422, "invalid-options")
-        assert [each["field"] for each in found["errors"]] == ["metadata"], name
+        found = expect_problem(await gateway.submit("face-enhance", {"metadata": value}), 422, "invalid-options")
+        assert [error["field"] for error in found["errors"]] == ["metadata"], name
     parts = [("image", FILE), ("metadata", (None, "{}")), ("metadata", (None, "{}"))]
-    found = expect_problem(await house.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+    found = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
     assert found["errors"] == [{"field": "metadata", "detail": "is given more than once"}]
 
 
-async def test_excessive_form_fields_are_refused(house: RunningGateway) -> None:
+async def test_excessive_form_fields_are_refused(gateway: RunningGateway) -> None:
     many = [("image", FILE), *((f"field{number}", (None, "x")) for number in range(100))]
-    expect_problem(await house.call("POST", UPSCALE, files=many), 400, "malformed-request")
+    expect_problem(await gateway.call("POST", UPSCALE, files=many), 400, "malformed-request")
     expect_problem(
-        await house.call("POST", UPSCALE, files=[("image", FILE), ("x" * 200, (None, "x"))]), 400, "malformed-request"
+        await gateway.call("POST", UPSCALE, files=[("image", FILE), ("x" * 200, (None, "x"))]), 400, "malformed-request"
     )
-    found = expect_problem(await house.submit("upscale", {"prompt": "x" * 100_000}), 422, "invalid-options")
+    found = expect_problem(await gateway.submit("upscale", {"prompt": "x" * 100_000}), 422, "invalid-options")
     assert found["errors"][0]["field"] == "prompt"
 
 
-async def test_unknown_path_is_404_and_method_405(house: RunningGateway) -> None:
+async def test_unknown_path_is_404_and_method_405(gateway: RunningGateway) -> None:
     for path in (
         "/",
         "/v1",
@@ -239,8 +239,8 @@ async def test_unknown_path_is_404_and_method_405(house: RunningGateway) -> None
         "/%00",
         "//",
     ):
-        expect_problem(await house.call("GET", path), 404, "not-found")
-        expect_problem(await house.call("GET", path, token=""), 404, "not-found")
+        expect_problem(await gateway.call("GET", path), 404, "not-found")
+        expect_problem(await gateway.call("GET", path, token=""), 404, "not-found")
     for method, path, allowed in (
         ("GET", "/api/submit_task", {"POST", "OPTIONS"}),
         ("HEAD", UPSCALE, {"POST", "OPTIONS"}),
@@ -249,17 +249,17 @@ async def test_unknown_path_is_404_and_method_405(house: RunningGateway) -> None
         ("POST", "/v1/quota", {"GET", "HEAD", "OPTIONS"}),
         ("PATCH", "/v1/quota", {"GET", "HEAD", "OPTIONS"}),
     ):
-        answer = await house.call(method, path)
-        assert answer.status_code == 405
+        response = await gateway.call(method, path)
+        assert response.status_code == 405
         if method != "HEAD":
-            expect_problem(answer, 405, "method-not-allowed")
-        assert set(answer.headers["allow"].split(", ")) == allowed
-        options = await house.call("OPTIONS", path, token="")
+            expect_problem(response, 405, "method-not-allowed")
+        assert set(response.headers["allow"].split(", ")) == allowed
+        options = await gateway.call("OPTIONS", path, token="")
         assert (options.status_code, options.content) == (204, b"")
         assert set(options.headers["allow"].split(", ")) == allowed
 
 
-async def test_invalid_query_parameter_is_named(house: RunningGateway) -> None:
+async def test_invalid_query_parameter_is_named(gateway: RunningGateway) -> None:
     cases = {
         "limit": ["0", "101", "-1", "x", "", "1.5", "nan", "9" * 30, "%ff", "null", "5&limit=5"],
         "state": ["ended", "null", "queued&state=running", "Queued", "", "queued,running", "%00"],
@@ -268,18 +268,18 @@ async def test_invalid_query_parameter_is_named(house: RunningGateway) -> None:
     }
     for parameter, values in cases.items():
         for value in values:
-            answer = await house.call("GET", f"/v1/tasks?{parameter}={value}")
-            found = expect_problem(answer, 422, "invalid-options")
-            assert [each["field"] for each in found["errors"]] == [parameter], value
+            response = await gateway.call("GET", f"/v1/tasks?{parameter}={value}")
+            found = expect_problem(response, 422, "invalid-options")
+            assert [error["field"] for error in found["errors"]] == [parameter], value
             assert found["errors"][0]["detail"].startswith(("must ", "is ")), found
             assert "`" not in found["detail"], found
     for cursor in ("x", "%00", "AAAA", "x" * 30_000, "%F0%9F%99%82"):
-        expect_problem(await house.call("GET", f"/v1/tasks?cursor={cursor}"), 400, "malformed-request")
+        expect_problem(await gateway.call("GET", f"/v1/tasks?cursor={cursor}"), 400, "malformed-request")
 
 
-async def test_oversized_path_and_headers(house: RunningGateway) -> None:
-    expect_problem(await house.call("GET", "/v1/tasks/" + "x" * 30_000), 404, "not-found")
-    expect_problem(await house.call("GET", "/" + "x/" * 10_000), 404, "not-found")
+async def test_oversized_path_and_headers(gateway: RunningGateway) -> None:
+    expect_problem(await gateway.call("GET", "/v1/tasks/" + "x" * 30_000), 404, "not-found")
+    expect_problem(await gateway.call("GET", "/" + "x/" * 10_000), 404, "not-found")
     many = {f"X-Header-{number}": "x" * 500 for number in range(60)}
-    assert (await house.call("GET", "/v1/quota", headers=many)).status_code == 200
-    expect_problem(await house.call("GET", "/v1/quota", token="x" * 30_000), 401, "unauthenticated")
+    assert (await gateway.call("GET", "/v1/quota", headers=many)).status_code == 200
+    expect_problem(await gateway.call("GET", "/v1/quota", token="x" * 30_000), 401, "unauthenticated")

@@ -15,113 +15,115 @@ from tests.support.valkey import Valkey
 
 
 @pytest.fixture(params=["submit", "end"])
-async def books(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
+async def harness(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
     """Yield gateways over upstreams whose checks report the current balance."""
     async with open_balance_harness(valkey, charge=request.param, checked_balance="now") as found:
         yield found
 
 
 @pytest.fixture
-async def known(books: BalanceHarness) -> BalanceHarness:
+async def detected_harness(harness: BalanceHarness) -> BalanceHarness:
     """Yield an exhausted account that is known to report current balances."""
-    await exhaust_account(books)
-    await books.set_balance(1, 0)
-    assert await books.run_balance_checks() == 1
-    await books.run_task()
-    assert (await books.get_account())["state"] == "exhausted"
-    return books
+    await exhaust_account(harness)
+    await harness.set_balance(1, 0)
+    assert await harness.run_balance_checks() == 1
+    await harness.run_task()
+    assert (await harness.get_account())["state"] == "exhausted"
+    return harness
 
 
-async def exhaust_account(books: BalanceHarness) -> None:
+async def exhaust_account(harness: BalanceHarness) -> None:
     """Spend the balance of the account until a submit is refused."""
-    await books.set_balance(2, 0)
+    await harness.set_balance(2, 0)
     for _ in range(2):
-        await books.run_task()
-    await books.expect_refused_locally()
+        await harness.run_task()
+    await harness.expect_refused_locally()
 
 
-async def test_top_up_is_found_by_a_balance_check(books: BalanceHarness) -> None:
-    await exhaust_account(books)
-    asked = await books.sandbox.count_submits()
-    await books.set_balance(3, 0)
-    assert await books.run_balance_checks(50) == 0
-    assert await books.run_balance_checks(10) == 1
-    account = await books.get_account()
+async def test_top_up_is_found_by_a_balance_check(harness: BalanceHarness) -> None:
+    await exhaust_account(harness)
+    asked = await harness.sandbox.count_submits()
+    await harness.set_balance(3, 0)
+    assert await harness.run_balance_checks(50) == 0
+    assert await harness.run_balance_checks(10) == 1
+    account = await harness.get_account()
     assert (account["state"], account["looks"]) == ("open", True)
-    assert await books.shown_balance() == (3, 0)
-    assert await books.sandbox.count_submits() == asked
-    await books.run_task()
+    assert await harness.shown_balance() == (3, 0)
+    assert await harness.sandbox.count_submits() == asked
+    await harness.run_task()
 
 
-async def test_one_balance_check_per_minute(known: BalanceHarness) -> None:
-    asked = await known.sandbox.count_submits()
+async def test_one_balance_check_per_minute(detected_harness: BalanceHarness) -> None:
+    asked = await detected_harness.sandbox.count_submits()
     for _ in range(3):
-        assert await known.run_balance_checks(60) == 1
+        assert await detected_harness.run_balance_checks(60) == 1
         for _ in range(5):
-            assert await known.run_balance_checks(11) == 0
-            await known.expect_refused_locally()
-        await known.gateway.advance(5)
-    assert await known.sandbox.count_submits() == asked
-    assert (await known.get_account())["state"] == "exhausted"
+            assert await detected_harness.run_balance_checks(11) == 0
+            await detected_harness.expect_refused_locally()
+        await detected_harness.gateway.advance(5)
+    assert await detected_harness.sandbox.count_submits() == asked
+    assert (await detected_harness.get_account())["state"] == "exhausted"
 
 
-async def test_retry_after_is_the_next_balance_check(known: BalanceHarness) -> None:
+async def test_retry_after_is_the_next_balance_check(detected_harness: BalanceHarness) -> None:
     for passed, wait in ((0, 60), (20, 40), (30, 10)):
-        await known.gateway.advance(passed)
-        assert wait - 3 <= int((await known.expect_refused_locally()).headers["retry-after"]) <= wait
-    await known.run_balance_checks(10)
-    assert int((await known.expect_refused_locally()).headers["retry-after"]) > 57
+        await detected_harness.gateway.advance(passed)
+        assert wait - 3 <= int((await detected_harness.expect_refused_locally()).headers["retry-after"]) <= wait
+    await detected_harness.run_balance_checks(10)
+    assert int((await detected_harness.expect_refused_locally()).headers["retry-after"]) > 57
 
 
-async def test_open_account_is_not_checked(books: BalanceHarness) -> None:
-    await books.run_task()
-    assert await books.run_balance_checks(3_600) == 0
+async def test_open_account_is_not_checked(harness: BalanceHarness) -> None:
+    await harness.run_task()
+    assert await harness.run_balance_checks(3_600) == 0
 
 
-async def test_top_up_of_uses_serves_prepaid_only_tenants(books: BalanceHarness) -> None:
-    await books.gateway.put_tenant(purse="count_only")
-    await books.set_balance(2, 50)
+async def test_top_up_of_uses_serves_prepaid_only_tenants(harness: BalanceHarness) -> None:
+    await harness.gateway.put_tenant(purse="count_only")
+    await harness.set_balance(2, 50)
     for _ in range(2):
-        await books.run_task()
-    asked = await books.sandbox.count_submits()
-    assert await books.run_balance_checks() == 1
-    await books.expect_refused_locally()
-    await books.set_balance(2, 50)
-    assert await books.run_balance_checks() == 1
-    assert await books.sandbox.count_submits() == asked
+        await harness.run_task()
+    asked = await harness.sandbox.count_submits()
+    assert await harness.run_balance_checks() == 1
+    await harness.expect_refused_locally()
+    await harness.set_balance(2, 50)
+    assert await harness.run_balance_checks() == 1
+    assert await harness.sandbox.count_submits() == asked
     for _ in range(2):
-        await books.run_task()
-    assert await books.upstream_balance() == (0, 50)
-    assert await books.run_balance_checks(30) == 0
-    assert 20 <= int((await books.expect_refused_locally()).headers["retry-after"]) <= 30
+        await harness.run_task()
+    assert await harness.upstream_balance() == (0, 50)
+    assert await harness.run_balance_checks(30) == 0
+    assert 20 <= int((await harness.expect_refused_locally()).headers["retry-after"]) <= 30
 
 
-async def test_account_near_its_floor_is_checked(books: BalanceHarness) -> None:
-    await books.gateway.call_admin(
+async def test_account_near_its_floor_is_checked(harness: BalanceHarness) -> None:
+    await harness.gateway.call_admin(
         "PUT", "/accounts/main", json={"floor_money": 3 * PRICE_YUAN, "max_price": {"vectorize": PRICE_YUAN}}
     )
-    await books.set_balance(0, 5 * PRICE_YUAN - 1)
-    await books.run_task()
-    await books.expect_refused_locally()
-    assert await books.upstream_balance() == (0, 4 * PRICE_YUAN - 1)
-    await books.set_balance(0, 4 * PRICE_YUAN)
-    assert await books.run_balance_checks() == 1
-    await books.run_task()
-    assert await books.upstream_balance() == (0, 3 * PRICE_YUAN)
+    await harness.set_balance(0, 5 * PRICE_YUAN - 1)
+    await harness.run_task()
+    await harness.expect_refused_locally()
+    assert await harness.upstream_balance() == (0, 4 * PRICE_YUAN - 1)
+    await harness.set_balance(0, 4 * PRICE_YUAN)
+    assert await harness.run_balance_checks() == 1
+    await harness.run_task()
+    assert await harness.upstream_balance() == (0, 3 * PRICE_YUAN)
 
 
 @pytest.mark.parametrize("gone", ["upstream", "store"])
-async def test_lost_task_is_checked_once_then_probes_resume(known: BalanceHarness, valkey: Valkey, gone: str) -> None:
+async def test_lost_task_is_checked_once_then_probes_resume(
+    detected_harness: BalanceHarness, valkey: Valkey, gone: str
+) -> None:
     if gone == "upstream":
-        await known.set_behaviour(faults=(Fault(on="check", refuse="任务未找到或状态未知"),))
+        await detected_harness.set_behaviour(faults=(Fault(on="check", refuse="任务未找到或状态未知"),))
     else:
         await forget_tasks(valkey)
-    assert await known.run_balance_checks() == (1 if gone == "upstream" else 0)
-    assert await known.run_balance_checks() == 0
-    await known.set_behaviour(faults=())
-    asked = await known.sandbox.count_submits()
-    expect_problem(await known.submit(), 402, "balance-exhausted")
-    assert await known.sandbox.count_submits() == asked + 1
+    assert await detected_harness.run_balance_checks() == (1 if gone == "upstream" else 0)
+    assert await detected_harness.run_balance_checks() == 0
+    await detected_harness.set_behaviour(faults=())
+    asked = await detected_harness.sandbox.count_submits()
+    expect_problem(await detected_harness.submit(), 402, "balance-exhausted")
+    assert await detected_harness.sandbox.count_submits() == asked + 1
 
 
 async def forget_tasks(valkey: Valkey) -> None:
@@ -142,66 +144,66 @@ UNUSABLE_RESPONSES = [
 
 
 @pytest.mark.parametrize("fault", UNUSABLE_RESPONSES, ids=["reset", "page", "refused"])
-async def test_failed_balance_check_is_repeated(known: BalanceHarness, fault: Fault) -> None:
-    await known.set_balance(2, 0)
-    await known.set_behaviour(faults=(fault,))
-    before = await known.get_account()
-    assert await known.run_balance_checks() >= 1
-    after = await known.get_account()
+async def test_failed_balance_check_is_repeated(detected_harness: BalanceHarness, fault: Fault) -> None:
+    await detected_harness.set_balance(2, 0)
+    await detected_harness.set_behaviour(faults=(fault,))
+    before = await detected_harness.get_account()
+    assert await detected_harness.run_balance_checks() >= 1
+    after = await detected_harness.get_account()
     assert after == before | {"look_again_at": after["look_again_at"]}
-    await known.expect_refused_locally()
-    await known.set_behaviour(faults=())
-    await known.run_balance_checks()
-    assert await known.shown_balance() == (2, 0)
-    await known.run_task()
+    await detected_harness.expect_refused_locally()
+    await detected_harness.set_behaviour(faults=())
+    await detected_harness.run_balance_checks()
+    assert await detected_harness.shown_balance() == (2, 0)
+    await detected_harness.run_task()
 
 
-async def test_probes_resume_after_repeated_failures(known: BalanceHarness) -> None:
-    await known.set_behaviour(faults=(Fault(on="check", refuse="系统繁忙"),))
+async def test_probes_resume_after_repeated_failures(detected_harness: BalanceHarness) -> None:
+    await detected_harness.set_behaviour(faults=(Fault(on="check", refuse="系统繁忙"),))
     for _ in range(5):
-        await known.expect_refused_locally()
-        await known.run_balance_checks()
-    await known.gateway.advance(60)
-    asked = await known.sandbox.count_submits()
-    expect_problem(await known.submit(), 402, "balance-exhausted")
-    assert await known.sandbox.count_submits() == asked + 1
-    await known.expect_refused_locally()
-    await known.set_behaviour(faults=())
-    await known.set_balance(1, 0)
-    await known.gateway.advance(60)
-    await known.run_task()
-    await known.gateway.advance(60)
-    await known.expect_refused_locally()
+        await detected_harness.expect_refused_locally()
+        await detected_harness.run_balance_checks()
+    await detected_harness.gateway.advance(60)
+    asked = await detected_harness.sandbox.count_submits()
+    expect_problem(await detected_harness.submit(), 402, "balance-exhausted")
+    assert await detected_harness.sandbox.count_submits() == asked + 1
+    await detected_harness.expect_refused_locally()
+    await detected_harness.set_behaviour(faults=())
+    await detected_harness.set_balance(1, 0)
+    await detected_harness.gateway.advance(60)
+    await detected_harness.run_task()
+    await detected_harness.gateway.advance(60)
+    await detected_harness.expect_refused_locally()
 
 
-async def test_invalid_account_is_not_checked(known: BalanceHarness) -> None:
-    await known.gateway.call_admin("POST", "/accounts/main/reopen")
-    await known.set_behaviour(faults=(Fault(on="submit", refuse="账户不存在"),))
-    expect_problem(await known.submit(), 503, "account-misconfigured")
-    assert await known.run_balance_checks(3_600) == 0
+async def test_invalid_account_is_not_checked(detected_harness: BalanceHarness) -> None:
+    await detected_harness.gateway.call_admin("POST", "/accounts/main/reopen")
+    await detected_harness.set_behaviour(faults=(Fault(on="submit", refuse="账户不存在"),))
+    expect_problem(await detected_harness.submit(), 503, "account-misconfigured")
+    assert await detected_harness.run_balance_checks(3_600) == 0
 
 
-async def test_balance_check_while_tasks_run(books: BalanceHarness) -> None:
-    await exhaust_account(books)
-    await books.set_balance(3, 0)
-    await books.run_balance_checks()
-    await books.set_behaviour(seconds=3_600)
-    taken = [await books.submit() for _ in range(4)]
-    assert [answer.status_code for answer in taken] == [201, 201, 201, 402]
+async def test_balance_check_while_tasks_run(harness: BalanceHarness) -> None:
+    await exhaust_account(harness)
+    await harness.set_balance(3, 0)
+    await harness.run_balance_checks()
+    await harness.set_behaviour(seconds=3_600)
+    taken = [await harness.submit() for _ in range(4)]
+    assert [item.status_code for item in taken] == [201, 201, 201, 402]
     for _ in range(3):
-        await books.run_balance_checks()
-        await books.expect_refused_locally()
+        await harness.run_balance_checks()
+        await harness.expect_refused_locally()
 
 
 async def test_historic_balances_leave_probing_on(valkey: Valkey) -> None:
-    async with open_balance_harness(valkey, checked_balance="then") as books:
-        await exhaust_account(books)
-        await books.set_balance(3, 0)
+    async with open_balance_harness(valkey, checked_balance="then") as harness:
+        await exhaust_account(harness)
+        await harness.set_balance(3, 0)
         for _ in range(2):
-            before = await books.shown_balance()
-            await books.run_balance_checks()
-            account = await books.get_account()
+            before = await harness.shown_balance()
+            await harness.run_balance_checks()
+            account = await harness.get_account()
             assert (account["state"], account["looks"]) == ("exhausted", False)
-            assert await books.shown_balance() == before == (0, 0)
-        await books.run_task()
-        assert await books.shown_balance() == await books.upstream_balance() == (2, 0)
+            assert await harness.shown_balance() == before == (0, 0)
+        await harness.run_task()
+        assert await harness.shown_balance() == await harness.upstream_balance() == (2, 0)

@@ -25,40 +25,40 @@ async def gateway_with_deleted_tenant(valkey: Valkey) -> AsyncIterator[tuple[Run
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands
     try:
-        async with run_real_gateway(valkey) as house:
-            await run_task(house)
+        async with run_real_gateway(valkey) as gateway:
+            await run_task(gateway)
             before = await client.dump(KEYS.registry)
-            await house.call_admin("DELETE", "/tenants/shop")
-            yield house, client, before
+            await gateway.call_admin("DELETE", "/tenants/shop")
+            yield gateway, client, before
     finally:
         await connections.aclose()
 
 
-async def read_spending_tenants(house: RunningGateway) -> list[tuple[str, int]]:
-    return [(each["tenant"], each["charged"]["tasks"]) for each in (await read_all_usage(house))["items"]]
+async def read_spending_tenants(gateway: RunningGateway) -> list[tuple[str, int]]:
+    return [(item["tenant"], item["charged"]["tasks"]) for item in (await read_all_usage(gateway))["items"]]
 
 
 @pytest.mark.parametrize("anew", [False, True])
 async def test_restored_store_keeps_the_deletion(valkey: Valkey, *, anew: bool) -> None:
-    async with gateway_with_deleted_tenant(valkey) as (house, client, before):
+    async with gateway_with_deleted_tenant(valkey) as (gateway, client, before):
         if anew:
-            await house.put_tenant()
-            house.token = await house.new_token()
-            await run_task(house)
+            await gateway.put_tenant()
+            gateway.token = await gateway.new_token()
+            await run_task(gateway)
         expected = [("shop", 1), ("shop", 1)] if anew else [("shop", 1)]
-        assert await read_spending_tenants(house) == expected
-        known = house.services.registry.current
+        assert await read_spending_tenants(gateway) == expected
+        known = gateway.services.registry.current
         await client.restore(KEYS.registry, 0, before, replace=True)
-        assert await read_spending_tenants(house) == expected
-        assert house.services.registry.current.deleted_tenant_names == known.deleted_tenant_names
-        assert house.services.registry.current.tenants == known.tenants
+        assert await read_spending_tenants(gateway) == expected
+        assert gateway.services.registry.current.deleted_tenant_names == known.deleted_tenant_names
+        assert gateway.services.registry.current.tenants == known.tenants
 
 
 async def test_rewritten_registry_includes_deleted_tenants(valkey: Valkey) -> None:
-    async with gateway_with_deleted_tenant(valkey) as (house, client, _):
-        known = house.services.registry.current
+    async with gateway_with_deleted_tenant(valkey) as (gateway, client, _):
+        known = gateway.services.registry.current
         await client.delete(KEYS.registry)
-        assert await read_spending_tenants(house) == [("shop", 1)]
+        assert await read_spending_tenants(gateway) == [("shop", 1)]
         stored = await RedisRegistry(RedisScripts(client), KEYS).load()
         assert (
             stored.deleted_tenant_names
@@ -68,9 +68,9 @@ async def test_rewritten_registry_includes_deleted_tenants(valkey: Valkey) -> No
 
 
 async def test_tenant_created_after_a_loss_keeps_its_name(valkey: Valkey) -> None:
-    async with gateway_with_deleted_tenant(valkey) as (house, client, before):
-        await house.put_tenant("shop")
-        known = house.services.registry.current
+    async with gateway_with_deleted_tenant(valkey) as (gateway, client, before):
+        await gateway.put_tenant("shop")
+        known = gateway.services.registry.current
         await client.restore(KEYS.registry, 0, before, replace=True)
         store = RedisRegistry(RedisScripts(client), KEYS)
         old = await store.load()
@@ -78,8 +78,8 @@ async def test_tenant_created_after_a_loss_keeps_its_name(valkey: Valkey) -> Non
         others = {"shop": known.next_id + 1, "late": known.next_id + 2}
         made = tuple(type(shop)(id=number, name=name, accounts=("main",)) for name, number in others.items())
         assert await store.write(RegistryChange(version=old.version, next_id=known.next_id + 3, tenants=made))
-        await house.services.registry.refresh()
-        now = house.services.registry.current
+        await gateway.services.registry.refresh()
+        now = gateway.services.registry.current
         assert now.tenants == known.tenants
         assert now.deleted_tenant_names == {
             **known.deleted_tenant_names,

@@ -19,39 +19,39 @@ RUNNING, SUCCEEDED, FAILED = CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED, Check
 
 
 @pytest.fixture
-async def task(house: RunningGateway) -> dict[str, Any]:
-    task: dict[str, Any] = (await house.submit()).json()
+async def task(gateway: RunningGateway) -> dict[str, Any]:
+    task: dict[str, Any] = (await gateway.submit()).json()
     return task
 
 
-async def read_task(house: RunningGateway, task: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = (await house.call("GET", task["links"]["self"])).json()
+async def read_task(gateway: RunningGateway, task: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = (await gateway.call("GET", task["links"]["self"])).json()
     return found
 
 
 @pytest.mark.parametrize("ended", [SUCCEEDED, FAILED])
 async def test_stream_sends_each_change_until_the_end(
-    house: RunningGateway, task: dict[str, Any], ended: CheckOutcome
+    gateway: RunningGateway, task: dict[str, Any], ended: CheckOutcome
 ) -> None:
     assert task["links"]["events"] == f"/v1/tasks/{task['id']}/events"
-    async with open_event_stream(house, task) as stream:
+    async with open_event_stream(gateway, task) as stream:
         first = await stream.next_event()
         assert first
         assert (first.name, first.id, first.task) == ("state", "1-queued", task)
         told = []
         for answered in (RUNNING, ended):
-            await poll_with_outcomes(house, answered)
+            await poll_with_outcomes(gateway, answered)
             event = await stream.next_event()
             assert event
-            assert event.task == await read_task(house, task)
+            assert event.task == await read_task(gateway, task)
             told.append((event.name, event.id))
         assert told == [("state", "2-running"), ("state", f"3-{ended}")]
         assert await stream.next_event() is None
-    assert house.services.task_cache.subscription_count == 0
+    assert gateway.services.task_cache.subscription_count == 0
 
 
-async def test_stream_headers_prevent_buffering(house: RunningGateway, task: dict[str, Any]) -> None:
-    async with open_event_stream(house, task) as stream:
+async def test_stream_headers_prevent_buffering(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    async with open_event_stream(gateway, task) as stream:
         headers = stream.response.headers
         assert (stream.response.status_code, headers["content-type"]) == (200, "text/event-stream")
         assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-store", "no")
@@ -61,155 +61,155 @@ async def test_stream_headers_prevent_buffering(house: RunningGateway, task: dic
         assert stream.retry_ms in range(1_000, 3_000)
 
 
-async def test_last_event_id_resumes_the_stream(house: RunningGateway, task: dict[str, Any]) -> None:
-    async with open_event_stream(house, task) as stream:
+async def test_last_event_id_resumes_the_stream(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    async with open_event_stream(gateway, task) as stream:
         first = await stream.next_event()
     assert first
-    await poll_with_outcomes(house, RUNNING)
-    async with open_event_stream(house, task, first.id) as stream:
+    await poll_with_outcomes(gateway, RUNNING)
+    async with open_event_stream(gateway, task, first.id) as stream:
         second = await stream.next_event()
         assert second
         assert second.id == "2-running"
-    async with open_event_stream(house, task, second.id) as stream:
+    async with open_event_stream(gateway, task, second.id) as stream:
         await stream.wait_for_comment()
-        await poll_with_outcomes(house, SUCCEEDED)
+        await poll_with_outcomes(gateway, SUCCEEDED)
         (last,) = await stream.read_remaining()
     assert last.task["state"] == "succeeded"
-    async with open_event_stream(house, task, second.id) as stream:
+    async with open_event_stream(gateway, task, second.id) as stream:
         assert await stream.read_remaining() == [last]
 
 
-async def test_final_event_id_is_204(house: RunningGateway, task: dict[str, Any]) -> None:
+async def test_final_event_id_is_204(gateway: RunningGateway, task: dict[str, Any]) -> None:
     """An EventSource stops reconnecting after 204."""
-    await poll_with_outcomes(house, SUCCEEDED)
-    async with open_event_stream(house, task) as stream:
+    await poll_with_outcomes(gateway, SUCCEEDED)
+    async with open_event_stream(gateway, task) as stream:
         (last,) = await stream.read_remaining()
-    async with open_event_stream(house, task, last.id) as stream:
+    async with open_event_stream(gateway, task, last.id) as stream:
         assert stream.response.status_code == 204
         assert stream.response.headers["cache-control"] == "no-store"
         assert await stream.read_remaining() == []
 
 
 @pytest.mark.parametrize("last", ["", "x", "2", "1-queued-", "-1-queued", "1-ended", "9" * 400 + "-succeeded"])
-async def test_unknown_event_ids_are_ignored(house: RunningGateway, task: dict[str, Any], last: str) -> None:
-    async with open_event_stream(house, task, last) as stream:
+async def test_unknown_event_ids_are_ignored(gateway: RunningGateway, task: dict[str, Any], last: str) -> None:
+    async with open_event_stream(gateway, task, last) as stream:
         first = await stream.next_event()
     assert first
     assert first.id == "1-queued"
 
 
-async def test_event_id_later_than_a_restored_store(house: RunningGateway, task: dict[str, Any]) -> None:
-    async with open_event_stream(house, task, "7-running") as stream:
+async def test_event_id_later_than_a_restored_store(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    async with open_event_stream(gateway, task, "7-running") as stream:
         await stream.wait_for_comment()
-        await poll_with_outcomes(house, RUNNING, SUCCEEDED)
+        await poll_with_outcomes(gateway, RUNNING, SUCCEEDED)
         assert [event.id for event in await stream.read_remaining()][-1:] == ["3-succeeded"]
 
 
-async def test_heartbeat(house: RunningGateway, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_heartbeat(gateway: RunningGateway, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_status, "HEARTBEAT_SECONDS", 0.01)
-    async with open_event_stream(house, task, "1-queued") as stream:
+    async with open_event_stream(gateway, task, "1-queued") as stream:
         for _ in range(5):
             await stream.wait_for_comment()
-        await poll_with_outcomes(house, SUCCEEDED)
+        await poll_with_outcomes(gateway, SUCCEEDED)
         assert len(await stream.read_remaining()) == 1
 
 
 async def test_stream_ends_at_its_maximum_duration(
-    house: RunningGateway, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    gateway: RunningGateway, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "MAX_STREAM_SECONDS", 0.05)
-    async with open_event_stream(house, task) as stream:
+    async with open_event_stream(gateway, task) as stream:
         assert [event.id for event in await stream.read_remaining()] == ["1-queued"]
-    await wait_until(lambda: house.services.task_cache.subscription_count == 0)
+    await wait_until(lambda: gateway.services.task_cache.subscription_count == 0)
 
 
-async def test_streams_end_at_shutdown(house: RunningGateway, task: dict[str, Any]) -> None:
-    async with open_event_stream(house, task) as early, open_event_stream(house, task, "1-queued") as known:
+async def test_streams_end_at_shutdown(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    async with open_event_stream(gateway, task) as early, open_event_stream(gateway, task, "1-queued") as known:
         assert await early.next_event()
         await known.wait_for_comment()
-        house.services.lifecycle.start_draining()
+        gateway.services.lifecycle.start_draining()
         assert await early.read_remaining() == await known.read_remaining() == []
-    async with open_event_stream(house, task) as late:
+    async with open_event_stream(gateway, task) as late:
         assert [event.id for event in await late.read_remaining()] == ["1-queued"]
-    assert house.services.task_cache.subscription_count == 0
+    assert gateway.services.task_cache.subscription_count == 0
 
 
-async def test_disconnect_releases_the_subscription(house: RunningGateway, task: dict[str, Any]) -> None:
-    async with open_event_stream(house, task) as stream:
+async def test_disconnect_releases_the_subscription(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    async with open_event_stream(gateway, task) as stream:
         await stream.next_event()
-        assert house.services.task_cache.subscription_count == 1
-    await wait_until(lambda: house.services.task_cache.subscription_count == 0)
-    assert house.services.task_cache.subscribed_ids() == []
+        assert gateway.services.task_cache.subscription_count == 1
+    await wait_until(lambda: gateway.services.task_cache.subscription_count == 0)
+    assert gateway.services.task_cache.subscribed_ids() == []
 
 
-async def test_revoked_token_ends_the_stream(house: RunningGateway, task: dict[str, Any]) -> None:
-    async with open_event_stream(house, task) as stream:
+async def test_revoked_token_ends_the_stream(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    async with open_event_stream(gateway, task) as stream:
         await stream.next_event()
-        tokens = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
+        tokens = (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"]
         for token in tokens:
-            assert (await house.call_admin("DELETE", f"/tenants/shop/tokens/{token['id']}")).status_code == 204
-        await poll_with_outcomes(house, SUCCEEDED)
+            assert (await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{token['id']}")).status_code == 204
+        await poll_with_outcomes(gateway, SUCCEEDED)
         assert await stream.read_remaining() == []
 
 
-async def test_problems_precede_the_stream(house: RunningGateway, task: dict[str, Any]) -> None:
+async def test_problems_precede_the_stream(gateway: RunningGateway, task: dict[str, Any]) -> None:
     path = task["links"]["events"]
-    await house.put_tenant("other")
-    other = await house.new_token("other")
-    expect_problem(await house.call("GET", path, token=""), 401, "unauthenticated")
-    expect_problem(await house.call("GET", path, token=other), 404, "not-found")
+    await gateway.put_tenant("other")
+    other = await gateway.new_token("other")
+    expect_problem(await gateway.call("GET", path, token=""), 401, "unauthenticated")
+    expect_problem(await gateway.call("GET", path, token=other), 404, "not-found")
     expect_problem(
-        await house.call("GET", path, token=other, headers={"Last-Event-ID": "3-succeeded"}), 404, "not-found"
+        await gateway.call("GET", path, token=other, headers={"Last-Event-ID": "3-succeeded"}), 404, "not-found"
     )
-    expect_problem(await house.call("GET", "/v1/tasks/task_x/events"), 404, "not-found")
-    expect_problem(await house.call("POST", path), 405, "method-not-allowed")
+    expect_problem(await gateway.call("GET", "/v1/tasks/task_x/events"), 404, "not-found")
+    expect_problem(await gateway.call("POST", path), 405, "method-not-allowed")
 
 
-async def test_streams_beyond_the_limit_are_refused(house: RunningGateway, task: dict[str, Any]) -> None:
-    house.services.task_cache._max_subscriptions = 1
-    async with open_event_stream(house, task) as stream:
+async def test_streams_beyond_the_limit_are_refused(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    gateway.services.task_cache._max_subscriptions = 1
+    async with open_event_stream(gateway, task) as stream:
         await stream.next_event()
-        refused = await house.call("GET", task["links"]["events"])
+        refused = await gateway.call("GET", task["links"]["events"])
         expect_problem(refused, 503, "overloaded")
         assert int(refused.headers["retry-after"]) > 0
 
 
-async def test_head_opens_no_stream(house: RunningGateway, task: dict[str, Any]) -> None:
+async def test_head_opens_no_stream(gateway: RunningGateway, task: dict[str, Any]) -> None:
     async with asyncio.timeout(20):
-        answer = await house.call("HEAD", task["links"]["events"])
-    assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, "text/event-stream", b"")
-    await wait_until(lambda: house.services.task_cache.subscription_count == 0)
-    assert (await house.call("HEAD", task["links"]["events"], token="")).status_code == 401
+        response = await gateway.call("HEAD", task["links"]["events"])
+    assert (response.status_code, response.headers["content-type"], response.content) == (200, "text/event-stream", b"")
+    await wait_until(lambda: gateway.services.task_cache.subscription_count == 0)
+    assert (await gateway.call("HEAD", task["links"]["events"], token="")).status_code == 401
 
 
-async def test_stream_is_logged_once_at_its_end(house: RunningGateway, task: dict[str, Any]) -> None:
+async def test_stream_is_logged_once_at_its_end(gateway: RunningGateway, task: dict[str, Any]) -> None:
     with structlog.testing.capture_logs() as lines:
-        async with open_event_stream(house, task) as stream:
+        async with open_event_stream(gateway, task) as stream:
             await stream.next_event()
             assert not [line for line in lines if line["event"] == "request.ended"]
-            await poll_with_outcomes(house, SUCCEEDED)
+            await poll_with_outcomes(gateway, SUCCEEDED)
             await stream.read_remaining()
-        async with open_event_stream(house, {"links": {"events": task["links"]["events"]}}) as stream:
+        async with open_event_stream(gateway, {"links": {"events": task["links"]["events"]}}) as stream:
             await stream.read_remaining()
         await wait_until(lambda: len([line for line in lines if line["event"] == "request.ended"]) == 2)
     told = [line for line in lines if line["event"] == "request.ended"]
     route = "/v1/tasks/{task_id}/events"
     assert {(line["route"], line["status"], line["outcome"]) for line in told} == {(route, 200, "answered")}
-    metrics = (await house.http.get(f"{house.ops_url}/metrics")).text
+    metrics = (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
     labels = f'{{method="GET",port="tenants",route="{route}"}}'
     assert f"gateway_http_stream_duration_seconds_count{labels} 2.0" in metrics
     assert f"gateway_http_request_duration_seconds_count{labels}" not in metrics
 
 
 async def test_stream_survives_an_outage_of_the_store() -> None:
-    async with run_fake_gateway() as (house, ledger, upstream):
-        task = (await house.submit()).json()
-        async with open_event_stream(house, task) as stream:
+    async with run_fake_gateway() as (gateway, ledger, upstream):
+        task = (await gateway.submit()).json()
+        async with open_event_stream(gateway, task) as stream:
             await stream.next_event()
             ledger.is_unavailable = True
-            await house.advance(10)
+            await gateway.advance(10)
             upstream.next_checks += [CheckResult(outcome=CheckOutcome.NO_RESPONSE)] * 2
-            expect_problem(await house.call("GET", task["links"]["events"]), 503, "upstream-unavailable")
+            expect_problem(await gateway.call("GET", task["links"]["events"]), 503, "upstream-unavailable")
             ledger.is_unavailable = False
-            await poll_with_outcomes(house, SUCCEEDED)
+            await poll_with_outcomes(gateway, SUCCEEDED)
             assert [event.id for event in await stream.read_remaining()] == ["2-succeeded"]

@@ -21,7 +21,7 @@ ImportModule = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-async def house(valkey: Valkey) -> AsyncIterator[RunningGateway]:
+async def gateway(valkey: Valkey) -> AsyncIterator[RunningGateway]:
     async with run_real_gateway(valkey) as found:
         yield found
 
@@ -40,7 +40,7 @@ def generate_client(document: str, folder: Path, monkeypatch: pytest.MonkeyPatch
     return lambda module: importlib.import_module(f"{package}.{module}")
 
 
-async def test_tenant_client(house: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tenant_client(gateway: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = generate_client("gateway", tmp_path, monkeypatch)
     models = of("models")
 
@@ -48,26 +48,26 @@ async def test_tenant_client(house: RunningGateway, tmp_path: Path, monkeypatch:
         image = of("types").File(io.BytesIO(make_png(64, 64)), "a.png", "image/png")
         return models.SubmitUpscaleBody(image=image, scale=scale, metadata='{"order": "4711"}')
 
-    async with of("client").AuthenticatedClient(base_url=house.url, token=house.token) as client:
+    async with of("client").AuthenticatedClient(base_url=gateway.url, token=gateway.token) as client:
         submit = of("api.tasks.submit_upscale").asyncio
         task = await submit(client=client, body=body(3), idempotency_key='"4711"')
         assert (task.kind, task.state, task.options["scale"]) == (models.Kind.UPSCALE, models.State.QUEUED, 3)
-        await house.wait_for_task(task.id)
+        await gateway.wait_for_task(task.id)
         task = await of("api.tasks.read_task").asyncio(task.id, client=client)
         assert task.state is models.State.SUCCEEDED
         (artifact,) = task.artifacts
         name = models.ReadArtifactName(artifact.name)
         result = await of("api.tasks.read_artifact").asyncio(task.id, name, client=client)
-        assert result.payload.read() == (await house.call("GET", artifact.href)).content
-        assert [each.field for each in (await submit(client=client, body=body(9))).errors] == ["scale"]
+        assert result.payload.read() == (await gateway.call("GET", artifact.href)).content
+        assert [error.field for error in (await submit(client=client, body=body(9))).errors] == ["scale"]
 
 
-async def test_operator_client(house: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_operator_client(gateway: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = generate_client("operators", tmp_path, monkeypatch)
     models = of("models")
     body = models.TenantBody(accounts=["main"], limits=[models.LimitBody(window=models.Window.DAY, tasks=5)])
-    async with of("client").AuthenticatedClient(base_url=house.ops_url, token=ADMIN_TOKEN) as client:
+    async with of("client").AuthenticatedClient(base_url=gateway.ops_url, token=ADMIN_TOKEN) as client:
         tenant = await of("api.registry.put_tenant").asyncio("lab", client=client, body=body)
         assert (tenant.name, tenant.limits[0].tasks) == ("lab", 5)
         made = await of("api.registry.create_token").asyncio("lab", client=client)
-    assert (await house.call("GET", "/v1/quota", token=made.token)).status_code == 200
+    assert (await gateway.call("GET", "/v1/quota", token=made.token)).status_code == 200

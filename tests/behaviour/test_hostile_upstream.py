@@ -124,113 +124,113 @@ CHECK_FAULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-async def hostile(valkey: Valkey) -> AsyncIterator[RunningGateway]:
+async def faulty_gateway(valkey: Valkey) -> AsyncIterator[RunningGateway]:
     """Run a gateway with limits, so that counters are reported, and a large balance."""
-    async with run_real_gateway(valkey) as house:
-        await house.put_tenant(limits=[{"window": "day", "tasks": 1_000}], max_active=1_000)
-        await house.upstream.set_balance(1_000, 1_000)
-        yield house
+    async with run_real_gateway(valkey) as gateway:
+        await gateway.put_tenant(limits=[{"window": "day", "tasks": 1_000}], max_active=1_000)
+        await gateway.upstream.set_balance(1_000, 1_000)
+        yield gateway
 
 
-async def inject_fault(house: RunningGateway, on: RequestType, **fault: Any) -> None:
+async def inject_fault(gateway: RunningGateway, on: RequestType, **fault: Any) -> None:
     """Inject a fault into the next submit or check only."""
-    assert isinstance(house.upstream, SandboxUpstreamControl)
-    await house.upstream.control.set_behaviour(Behaviour(faults=(Fault(on=on, times=1, **fault),)))
+    assert isinstance(gateway.upstream, SandboxUpstreamControl)
+    await gateway.upstream.control.set_behaviour(Behaviour(faults=(Fault(on=on, times=1, **fault),)))
 
 
-async def read_counts(house: RunningGateway) -> tuple[int, int, int]:
+async def read_counts(gateway: RunningGateway) -> tuple[int, int, int]:
     """Return used, reserved and active tasks of the day."""
-    report = (await house.call("GET", "/v1/quota")).json()
-    policies: dict[str, dict[str, Any]] = {each["policy"]: each for each in report["policies"]}
+    report = (await gateway.call("GET", "/v1/quota")).json()
+    policies: dict[str, dict[str, Any]] = {policy["policy"]: policy for policy in report["policies"]}
     return policies["day-tasks"]["used"], policies["day-tasks"]["reserved"], policies["max-active"]["used"]
 
 
-async def submit_and_check(house: RunningGateway, expected: tuple[int, str | None], name: str) -> str:
+async def submit_and_check(gateway: RunningGateway, expected: tuple[int, str | None], name: str) -> str:
     """Submit once, assert the response and the charge; return the response text."""
-    used, _, active = await read_counts(house)
-    answer = await house.submit()
+    used, _, active = await read_counts(gateway)
+    response = await gateway.submit()
     status, code = expected
     if code is None:
-        assert (answer.status_code, answer.json()["state"]) == (status, "queued"), (name, answer.text)
+        assert (response.status_code, response.json()["state"]) == (status, "queued"), (name, response.text)
     else:
-        found = expect_problem(answer, status, code)
+        found = expect_problem(response, status, code)
         assert ("submission_id" in found) == (expected == UNKNOWN)
         assert ("upstream_reason" in found) == (expected == REJECTED)
-        assert ("retry-after" in answer.headers) == (expected == BUSY)
+        assert ("retry-after" in response.headers) == (expected == BUSY)
     charged = expected in {ACCEPTED, UNKNOWN}
-    assert await read_counts(house) == (used + charged, 0, active + (expected == ACCEPTED)), name
-    assert USER_KEY not in answer.text
-    return answer.text
+    assert await read_counts(gateway) == (used + charged, 0, active + (expected == ACCEPTED)), name
+    assert USER_KEY not in response.text
+    return response.text
 
 
-async def test_faulty_submit_response(hostile: RunningGateway) -> None:
+async def test_faulty_submit_response(faulty_gateway: RunningGateway) -> None:
     for number, (name, (fault, expected)) in enumerate(SUBMIT_FAULTS.items(), 1):
-        await inject_fault(hostile, "submit", **fault)
-        await submit_and_check(hostile, expected, name)
-        assert await hostile.upstream.count_submits() == number
-    await submit_and_check(hostile, ACCEPTED, "a whole answer")
+        await inject_fault(faulty_gateway, "submit", **fault)
+        await submit_and_check(faulty_gateway, expected, name)
+        assert await faulty_gateway.upstream.count_submits() == number
+    await submit_and_check(faulty_gateway, ACCEPTED, "a whole answer")
 
 
-async def test_unusual_submit_response(hostile: RunningGateway) -> None:
+async def test_unusual_submit_response(faulty_gateway: RunningGateway) -> None:
     for name, (body, expected) in UNUSUAL_RESPONSES.items():
         async with run_server(reply_with(http_response(body, Content_Type="application/json"))) as peer:
             change = {"user_key": USER_KEY, "base_url": peer.url}
-            assert (await hostile.call_admin("PUT", "/accounts/main", json=change)).status_code == 200
-            text = await submit_and_check(hostile, expected, name)
+            assert (await faulty_gateway.call_admin("PUT", "/accounts/main", json=change)).status_code == 200
+            text = await submit_and_check(faulty_gateway, expected, name)
             assert len(peer.requests) == 1, name
             assert "10.0.0.1" not in text
             assert peer.url not in text
 
 
-async def test_busy_upstream_passes_on_retry_after_and_frees_the_key(hostile: RunningGateway) -> None:
+async def test_busy_upstream_passes_on_retry_after_and_frees_the_key(faulty_gateway: RunningGateway) -> None:
     key = {"Idempotency-Key": "once"}
     async with run_server(reply_with(http_response(b"busy", 429, Retry_After="37"))) as peer:
-        await hostile.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
-        answer = await hostile.submit(headers=key)
-        expect_problem(answer, *BUSY)
-        assert answer.headers["retry-after"] == "37"
+        await faulty_gateway.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
+        response = await faulty_gateway.submit(headers=key)
+        expect_problem(response, *BUSY)
+        assert response.headers["retry-after"] == "37"
     body = json.dumps({"err_code": 1, "err_msg": "任务提交失败:图片太小"}, ensure_ascii=False).encode("gb18030")
     async with run_server(reply_with(http_response(body, 422))) as peer:
-        await hostile.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
-        assert expect_problem(await hostile.submit(headers=key), *REJECTED)["upstream_reason"] == "图片太小"
-    assert (await read_counts(hostile)) == (0, 0, 0)
+        await faulty_gateway.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": peer.url})
+        assert expect_problem(await faulty_gateway.submit(headers=key), *REJECTED)["upstream_reason"] == "图片太小"
+    assert (await read_counts(faulty_gateway)) == (0, 0, 0)
 
 
-async def test_faulty_check_response_changes_nothing(hostile: RunningGateway) -> None:
+async def test_faulty_check_response_changes_nothing(faulty_gateway: RunningGateway) -> None:
     for name, fault in CHECK_FAULTS.items():
-        task = (await hostile.submit()).json()
-        checks = await hostile.upstream.count_checks()
-        await inject_fault(hostile, "check", **fault)
-        await hostile.poll_due_tasks()
-        assert await hostile.upstream.count_checks() == checks + 1
-        answer = await hostile.call("GET", task["links"]["self"])
-        assert (answer.status_code, answer.json()["state"]) == (200, "queued"), (name, answer.text)
-        assert answer.json()["artifacts"] == []
-        assert (await hostile.wait_for_task(task["id"]))["state"] == "succeeded", name
-    assert (await read_counts(hostile))[1:] == (0, 0)
+        task = (await faulty_gateway.submit()).json()
+        checks = await faulty_gateway.upstream.count_checks()
+        await inject_fault(faulty_gateway, "check", **fault)
+        await faulty_gateway.poll_due_tasks()
+        assert await faulty_gateway.upstream.count_checks() == checks + 1
+        response = await faulty_gateway.call("GET", task["links"]["self"])
+        assert (response.status_code, response.json()["state"]) == (200, "queued"), (name, response.text)
+        assert response.json()["artifacts"] == []
+        assert (await faulty_gateway.wait_for_task(task["id"]))["state"] == "succeeded", name
+    assert (await read_counts(faulty_gateway))[1:] == (0, 0)
 
 
-async def test_task_without_usable_results_fails_in_time(hostile: RunningGateway) -> None:
-    task = (await hostile.submit()).json()
-    assert isinstance(hostile.upstream, SandboxUpstreamControl)
+async def test_task_without_usable_results_fails_in_time(faulty_gateway: RunningGateway) -> None:
+    task = (await faulty_gateway.submit()).json()
+    assert isinstance(faulty_gateway.upstream, SandboxUpstreamControl)
     fault = Fault(on="check", wrong={"images_url": "missing"})
-    await hostile.upstream.control.set_behaviour(Behaviour(faults=(fault,)))
-    await hostile.poll_due_tasks()
-    await hostile.advance(86_400)
-    assert (await hostile.call("GET", task["links"]["self"])).json()["state"] == "queued"
-    ended = await hostile.wait_for_task(task["id"])
+    await faulty_gateway.upstream.control.set_behaviour(Behaviour(faults=(fault,)))
+    await faulty_gateway.poll_due_tasks()
+    await faulty_gateway.advance(86_400)
+    assert (await faulty_gateway.call("GET", task["links"]["self"])).json()["state"] == "queued"
+    ended = await faulty_gateway.wait_for_task(task["id"])
     assert (ended["state"], ended["error"]["code"]) == ("failed", "result-unusable")
-    assert (await read_counts(hostile))[1:] == (0, 0)
+    assert (await read_counts(faulty_gateway))[1:] == (0, 0)
 
 
-async def test_redirects_are_not_followed(hostile: RunningGateway) -> None:
+async def test_redirects_are_not_followed(faulty_gateway: RunningGateway) -> None:
     """Only a 303 may follow a charge."""
     async with run_server(reply_with(http_response(b"{}"))) as lure:
         for status in (301, 302, 303, 307, 308):
             away = http_response(b"", status, Location=f"{lure.url}/api/submit_face_enhance_task")
             async with run_server(reply_with(away)) as peer:
                 change = {"user_key": USER_KEY, "base_url": peer.url}
-                assert (await hostile.call_admin("PUT", "/accounts/main", json=change)).status_code == 200
-                await submit_and_check(hostile, UNKNOWN if status == 303 else MISCONFIGURED, str(status))
+                assert (await faulty_gateway.call_admin("PUT", "/accounts/main", json=change)).status_code == 200
+                await submit_and_check(faulty_gateway, UNKNOWN if status == 303 else MISCONFIGURED, str(status))
                 assert len(peer.requests) == 1
         assert lure.connections == 0

@@ -33,48 +33,48 @@ from tests.unit.fake_gateway import wait_until
 DAY = 86_400
 
 
-async def test_replay_returns_the_first_response(house: RunningGateway) -> None:
-    await house.put_tenant(**UNREACHABLE_LIMITS)
-    first = await submit_with_key(house)
+async def test_replay_returns_the_first_response(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(**UNREACHABLE_LIMITS)
+    first = await submit_with_key(gateway)
     task = expect_created(first)
     for _ in range(2):
-        again = await submit_with_key(house)
+        again = await submit_with_key(gateway)
         assert expect_replayed(again, task) == task
         told = {"etag", "location", "retry-after", "ratelimit", "ratelimit-policy", "cache-control"}
         assert {name: again.headers[name] for name in told} == {name: first.headers[name] for name in told}
     assert first.headers["ratelimit"] == '"total-tasks";r=99'
-    assert await house.upstream.count_submits() == 1
-    assert await read_counts(house) == (1, 0, 1)
+    assert await gateway.upstream.count_submits() == 1
+    assert await read_counts(gateway) == (1, 0, 1)
 
 
-async def test_replay_of_a_running_task_is_current(house: RunningGateway) -> None:
-    await house.upstream.keep_running()
-    task = expect_created(await submit_with_key(house))
-    await house.poll_due_tasks()
-    read = await house.call("GET", task["links"]["self"])
-    again = await submit_with_key(house)
+async def test_replay_of_a_running_task_is_current(gateway: RunningGateway) -> None:
+    await gateway.upstream.keep_running()
+    task = expect_created(await submit_with_key(gateway))
+    await gateway.poll_due_tasks()
+    read = await gateway.call("GET", task["links"]["self"])
+    again = await submit_with_key(gateway)
     assert expect_replayed(again, task) == read.json()
     assert (again.json()["state"], again.headers["etag"]) == ("running", read.headers["etag"])
     assert again.headers["retry-after"] == "3"
 
 
 @pytest.mark.parametrize("state", ["succeeded", "failed"])
-async def test_replay_of_a_finished_task(house: RunningGateway, state: str) -> None:
-    await house.put_tenant(**UNREACHABLE_LIMITS)
+async def test_replay_of_a_finished_task(gateway: RunningGateway, state: str) -> None:
+    await gateway.put_tenant(**UNREACHABLE_LIMITS)
     if state == "failed":
-        await house.upstream.fail_next_task()
-    task = expect_created(await submit_with_key(house))
-    ended = await house.wait_for_task(task["id"])
-    again = await submit_with_key(house)
+        await gateway.upstream.fail_next_task()
+    task = expect_created(await submit_with_key(gateway))
+    ended = await gateway.wait_for_task(task["id"])
+    again = await submit_with_key(gateway)
     assert expect_replayed(again, task) == ended
     assert ended["state"] == state
     assert "retry-after" not in again.headers
-    assert again.headers["etag"] == (await house.call("GET", task["links"]["self"])).headers["etag"]
-    assert await read_counts(house) == (1, 0, 0)
-    assert await house.upstream.count_submits() == 1
+    assert again.headers["etag"] == (await gateway.call("GET", task["links"]["self"])).headers["etag"]
+    assert await read_counts(gateway) == (1, 0, 0)
+    assert await gateway.upstream.count_submits() == 1
 
 
-async def test_equivalent_content_is_replayed(house: RunningGateway) -> None:
+async def test_equivalent_content_is_replayed(gateway: RunningGateway) -> None:
     image = ("image", ("a.jpg", make_jpeg(), "image/jpeg"))
     renamed = ("image", ("b", make_jpeg(), "application/octet-stream"))
     scale, prompt = ("scale", (None, "2")), ("prompt", (None, "红"))
@@ -97,83 +97,83 @@ async def test_equivalent_content_is_replayed(house: RunningGateway) -> None:
         [*written, image, metadata, prompt, ("scale", (None, "2e0"))],
     ]
     headers = {"Idempotency-Key": KEY}
-    first, *others = [await house.call("POST", "/v1/tasks/upscale", files=form, headers=headers) for form in forms]
+    first, *others = [await gateway.call("POST", "/v1/tasks/upscale", files=form, headers=headers) for form in forms]
     task = expect_created(first)
     assert [expect_replayed(other, task) for other in others] == [task] * 4
-    assert await house.upstream.count_submits() == 1
+    assert await gateway.upstream.count_submits() == 1
 
 
-async def test_different_content_is_refused(house: RunningGateway) -> None:
-    await house.put_tenant(**UNREACHABLE_LIMITS)
-    task = expect_created(await submit_with_key(house, fields={"metadata": '{"a": "1"}'}))
-    for answer in (
-        await submit_with_key(house, fields={"metadata": '{"a": "1"}', "fit": "0.6"}),
-        await submit_with_key(house, "face-enhance", {"metadata": '{"a": "1"}'}),
-        await submit_with_key(house, fields={"metadata": '{"a": "2"}'}),
-        await submit_with_key(house),
-        await submit_with_key(house, fields={"metadata": '{"a": "1"}'}, image=make_jpeg(b"b")),
+async def test_different_content_is_refused(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(**UNREACHABLE_LIMITS)
+    task = expect_created(await submit_with_key(gateway, fields={"metadata": '{"a": "1"}'}))
+    for response in (
+        await submit_with_key(gateway, fields={"metadata": '{"a": "1"}', "fit": "0.6"}),
+        await submit_with_key(gateway, "face-enhance", {"metadata": '{"a": "1"}'}),
+        await submit_with_key(gateway, fields={"metadata": '{"a": "2"}'}),
+        await submit_with_key(gateway),
+        await submit_with_key(gateway, fields={"metadata": '{"a": "1"}'}, image=make_jpeg(b"b")),
     ):
-        expect_refused(answer, 422, "idempotency-key-reused")
+        expect_refused(response, 422, "idempotency-key-reused")
     assert len(make_jpeg(b"b")) == len(make_jpeg())
-    assert await house.upstream.count_submits() == 1
-    assert await read_counts(house) == (1, 0, 1)
-    expect_replayed(await submit_with_key(house, fields={"metadata": '{"a": "1"}'}), task)
+    assert await gateway.upstream.count_submits() == 1
+    assert await read_counts(gateway) == (1, 0, 1)
+    expect_replayed(await submit_with_key(gateway, fields={"metadata": '{"a": "1"}'}), task)
 
 
-async def test_keys_are_per_tenant(house: RunningGateway) -> None:
-    await house.put_tenant("other")
-    stranger = await house.new_token("other")
+async def test_keys_are_per_tenant(gateway: RunningGateway) -> None:
+    await gateway.put_tenant("other")
+    stranger = await gateway.new_token("other")
     ours, theirs = (
-        expect_created(await submit_with_key(house)),
-        expect_created(await submit_with_key(house, token=stranger)),
+        expect_created(await submit_with_key(gateway)),
+        expect_created(await submit_with_key(gateway, token=stranger)),
     )
     assert ours["id"] != theirs["id"]
-    expect_replayed(await submit_with_key(house), ours)
-    expect_replayed(await submit_with_key(house, token=stranger), theirs)
-    assert await house.upstream.count_submits() == 2
+    expect_replayed(await submit_with_key(gateway), ours)
+    expect_replayed(await submit_with_key(gateway, token=stranger), theirs)
+    assert await gateway.upstream.count_submits() == 2
 
 
-async def test_replay_after_a_failover(house: RunningGateway) -> None:
-    await house.call_admin("PUT", "/accounts/spare", json={"user_key": USER_KEY})
-    await house.put_tenant(accounts=["main", "spare"], **UNREACHABLE_LIMITS)
-    await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
-    task = expect_created(await submit_with_key(house))
-    expect_replayed(await submit_with_key(house), task)
-    assert await house.upstream.count_submits() == 2
-    assert await read_counts(house) == (1, 0, 1)
+async def test_replay_after_a_failover(gateway: RunningGateway) -> None:
+    await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": USER_KEY})
+    await gateway.put_tenant(accounts=["main", "spare"], **UNREACHABLE_LIMITS)
+    await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
+    task = expect_created(await submit_with_key(gateway))
+    expect_replayed(await submit_with_key(gateway), task)
+    assert await gateway.upstream.count_submits() == 2
+    assert await read_counts(gateway) == (1, 0, 1)
 
 
-async def test_unknown_outcome_is_replayed(house: RunningGateway) -> None:
-    await house.put_tenant(**UNREACHABLE_LIMITS)
-    await house.upstream.lose_next_response()
-    first = expect_unknown(await submit_with_key(house))
-    again = expect_unknown(await submit_with_key(house), first)
+async def test_unknown_outcome_is_replayed(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(**UNREACHABLE_LIMITS)
+    await gateway.upstream.lose_next_response()
+    first = expect_unknown(await submit_with_key(gateway))
+    again = expect_unknown(await submit_with_key(gateway), first)
     assert {**again, "instance": ""} == {**first, "instance": ""}
-    expect_refused(await submit_with_key(house, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
-    assert await house.upstream.count_submits() == 1
-    assert await read_counts(house) == (1, 0, 0)
+    expect_refused(await submit_with_key(gateway, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
+    assert await gateway.upstream.count_submits() == 1
+    assert await read_counts(gateway) == (1, 0, 0)
 
 
-async def test_recovered_task_is_replayed(house: RunningGateway) -> None:
-    await house.put_tenant(**UNREACHABLE_LIMITS)
-    await house.upstream.lose_next_response()
-    first = expect_unknown(await submit_with_key(house))
-    task_id = await _task_id_of(house, first["submission_id"])
-    read = await house.call("GET", f"/v1/tasks/{task_id}")
+async def test_recovered_task_is_replayed(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(**UNREACHABLE_LIMITS)
+    await gateway.upstream.lose_next_response()
+    first = expect_unknown(await submit_with_key(gateway))
+    task_id = await _task_id_of(gateway, first["submission_id"])
+    read = await gateway.call("GET", f"/v1/tasks/{task_id}")
     assert read.status_code == 200, read.text
-    expect_replayed(await submit_with_key(house), {"id": task_id})
-    expect_refused(await submit_with_key(house, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
-    ended = await house.wait_for_task(task_id)
-    assert expect_replayed(await submit_with_key(house), ended) == ended
-    assert await house.upstream.count_submits() == 1
-    assert (await read_counts(house))[0] == 1
+    expect_replayed(await submit_with_key(gateway), {"id": task_id})
+    expect_refused(await submit_with_key(gateway, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
+    ended = await gateway.wait_for_task(task_id)
+    assert expect_replayed(await submit_with_key(gateway), ended) == ended
+    assert await gateway.upstream.count_submits() == 1
+    assert (await read_counts(gateway))[0] == 1
 
 
-async def _task_id_of(house: RunningGateway, reservation: str) -> str:
+async def _task_id_of(gateway: RunningGateway, reservation: str) -> str:
     """Return the id of the task of a submission, whether or not it exists."""
-    services, upstream_id = house.services, "up-1"
-    if isinstance(house.upstream, SandboxUpstreamControl):
-        (received,) = await house.upstream.control.list_requests()
+    services, upstream_id = gateway.services, "up-1"
+    if isinstance(gateway.upstream, SandboxUpstreamControl):
+        (received,) = await gateway.upstream.control.list_requests()
         upstream_id = received.task_id
     tenant, account = services.registry.current.tenants["shop"], services.registry.current.accounts["main"]
     created = int(services.task_reader._clock.now() * 1000)
@@ -182,85 +182,87 @@ async def _task_id_of(house: RunningGateway, reservation: str) -> str:
 
 
 @pytest.fixture
-async def slow() -> AsyncIterator[tuple[RunningGateway, FakeUpstream, asyncio.Event]]:
+async def slow_gateway() -> AsyncIterator[tuple[RunningGateway, FakeUpstream, asyncio.Event]]:
     """Run a gateway whose upstream responds to submits once an event is set."""
     with pytest.MonkeyPatch.context() as patch:
-        async with run_fake_gateway() as (house, _, upstream):
+        async with run_fake_gateway() as (gateway, _, upstream):
             go, submit = asyncio.Event(), upstream.submit
 
             async def held(*arguments: Any, **more: Any) -> SubmitResult:
-                answer = await submit(*arguments, **more)
+                response = await submit(*arguments, **more)
                 await go.wait()
-                return answer
+                return response
 
             patch.setattr(upstream, "submit", held)
             try:
-                yield house, upstream, go
+                yield gateway, upstream, go
             finally:
-                go.set()  # else the house would wait for its answer for ever
+                go.set()  # else the gateway would wait for its answer for ever
 
 
-async def test_submission_in_progress_is_409(slow: tuple[RunningGateway, FakeUpstream, asyncio.Event]) -> None:
-    house, upstream, go = slow
-    await house.put_tenant(**UNREACHABLE_LIMITS)
-    first = asyncio.create_task(submit_with_key(house))
+async def test_submission_in_progress_is_409(slow_gateway: tuple[RunningGateway, FakeUpstream, asyncio.Event]) -> None:
+    gateway, upstream, go = slow_gateway
+    await gateway.put_tenant(**UNREACHABLE_LIMITS)
+    first = asyncio.create_task(submit_with_key(gateway))
     await wait_until(lambda: bool(upstream.submits))
     for _ in range(2):
-        waiting = await submit_with_key(house)
+        waiting = await submit_with_key(gateway)
         expect_refused(waiting, 409, "idempotency-in-flight")
         assert int(waiting.headers["retry-after"]) > 0
-        expect_refused(await submit_with_key(house, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
-    assert await read_counts(house) == (0, 1, 1)
+        expect_refused(await submit_with_key(gateway, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
+    assert await read_counts(gateway) == (0, 1, 1)
     go.set()
-    expect_replayed(await submit_with_key(house), expect_created(await first))
+    expect_replayed(await submit_with_key(gateway), expect_created(await first))
     assert len(upstream.submits) == 1
 
 
-async def test_retry_after_a_disconnect_is_a_replay(slow: tuple[RunningGateway, FakeUpstream, asyncio.Event]) -> None:
-    house, upstream, go = slow
-    leaving = asyncio.create_task(submit_with_key(house))
+async def test_retry_after_a_disconnect_is_a_replay(
+    slow_gateway: tuple[RunningGateway, FakeUpstream, asyncio.Event],
+) -> None:
+    gateway, upstream, go = slow_gateway
+    leaving = asyncio.create_task(submit_with_key(gateway))
     await wait_until(lambda: bool(upstream.submits))
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
-    expect_refused(await submit_with_key(house), 409, "idempotency-in-flight")
+    expect_refused(await submit_with_key(gateway), 409, "idempotency-in-flight")
     go.set()
     async with asyncio.timeout(10):
-        while (again := await submit_with_key(house)).status_code == 409:
+        while (again := await submit_with_key(gateway)).status_code == 409:
             pass
-    (listed,) = (await house.call("GET", "/v1/tasks")).json()["items"]
+    (listed,) = (await gateway.call("GET", "/v1/tasks")).json()["items"]
     assert expect_replayed(again, listed) == listed
     assert len(upstream.submits) == 1
 
 
 async def test_key_expires_after_24_hours() -> None:
-    async with run_fake_gateway() as (house, _, upstream):
-        task = expect_created(await submit_with_key(house))
+    async with run_fake_gateway() as (gateway, _, upstream):
+        task = expect_created(await submit_with_key(gateway))
         for seconds in (DAY - 3_600, 3_599.999):
-            await house.advance(seconds)
-            expect_replayed(await submit_with_key(house), task)
-        await house.advance(0.001)
-        assert expect_created(await submit_with_key(house, image=make_jpeg(b"b")))["id"] != task["id"]
+            await gateway.advance(seconds)
+            expect_replayed(await submit_with_key(gateway), task)
+        await gateway.advance(0.001)
+        assert expect_created(await submit_with_key(gateway, image=make_jpeg(b"b")))["id"] != task["id"]
         assert len(upstream.submits) == 2
 
 
 async def test_stored_key_expires_and_is_hashed(valkey: Valkey) -> None:
-    async with run_real_gateway(valkey) as house:
+    async with run_real_gateway(valkey) as gateway:
         with Redis(unix_socket_path=str(valkey.socket_path), decode_responses=True) as store:
-            task = expect_created(await submit_with_key(house))
-            tenant = house.services.registry.current.tenants["shop"]
+            task = expect_created(await submit_with_key(gateway))
+            tenant = gateway.services.registry.current.tenants["shop"]
             (name,) = store.scan_iter(match=Keys("gw").idempotency(tenant.id, "*"))
             assert DAY - 60 < store.pttl(name) / 1000 <= DAY
             assert KEY.strip('"') not in name + str(store.get(name))
             store.pexpire(name, 60_000)
-            await house.wait_for_task(task["id"])
-            expect_replayed(await submit_with_key(house), task)
+            await gateway.wait_for_task(task["id"])
+            expect_replayed(await submit_with_key(gateway), task)
             assert 0 < store.pttl(name) <= 60_000
             store.pexpire(name, 0)
-            assert expect_created(await submit_with_key(house, image=make_jpeg(b"b")))["id"] != task["id"]
-            assert await house.upstream.count_submits() == 2
+            assert expect_created(await submit_with_key(gateway, image=make_jpeg(b"b")))["id"] != task["id"]
+            assert await gateway.upstream.count_submits() == 2
 
 
-async def test_other_spellings_of_the_same_content_are_replayed(house: RunningGateway) -> None:
+async def test_other_spellings_of_the_same_content_are_replayed(gateway: RunningGateway) -> None:
     image = ("image", ("a.jpg", make_jpeg(), "image/jpeg"))
     spellings: list[list[tuple[str, Any]]] = [
         [("prompt", (None, "猫")), ("scale", (None, "2.50")), image],
@@ -280,10 +282,10 @@ async def test_other_spellings_of_the_same_content_are_replayed(house: RunningGa
         ],
     ]
     first, *others = [
-        await house.call("POST", "/v1/tasks/upscale", files=parts, headers={"Idempotency-Key": KEY})
+        await gateway.call("POST", "/v1/tasks/upscale", files=parts, headers={"Idempotency-Key": KEY})
         for parts in spellings
     ]
     task = expect_created(first)
-    for answer in others:
-        expect_replayed(answer, task)
-    assert await house.upstream.count_submits() == 1
+    for response in others:
+        expect_replayed(response, task)
+    assert await gateway.upstream.count_submits() == 1

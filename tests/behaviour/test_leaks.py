@@ -51,14 +51,14 @@ def encode_secret(secret: str) -> Mapping[str, str]:
         base64.b64encode(plain).decode(),
     }
     within = [base64.b64encode(b"user:"[:letters] + plain + b"end").decode() for letters in (1, 2, 3, 4, 5)]
-    return {each: each for each in whole} | {each: each[8:-8] for each in within}
+    return {item: item for item in whole} | {item: item[8:-8] for item in within}
 
 
 def make_exceptions(token: str) -> list[Exception]:
     """Make exceptions that contain secrets and user content."""
     told: list[Exception] = []
     for secret in (USER_KEY, OTHER_KEY, token, ADMIN_TOKEN, HOOK_SECRET):
-        told += [RuntimeError(f"can't use <{each}> or {each.encode()!r}") for each in encode_secret(secret)]
+        told += [RuntimeError(f"can't use <{item}> or {item.encode()!r}") for item in encode_secret(secret)]
     form = f'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{PROMPT}\r\n--x--\r\n'
     options = {"kind": "upscale", "prompt": PROMPT, "negative_prompt": PROMPT}
     return [
@@ -80,8 +80,8 @@ def raise_all(told: list[Exception]) -> NoReturn:
     """Raise all errors: as a group, as its cause, and in its notes."""
     prompt, metadata, secret = PROMPT, METADATA, PASSWORD  # a traceback with its variables would tell them
     error = ExceptionGroup(f"a crash of {len(prompt) + len(metadata) + len(secret)}", told)
-    for each in told:
-        error.add_note(str(each))
+    for item in told:
+        error.add_note(str(item))
     raise error from told[-1]
 
 
@@ -92,7 +92,7 @@ def log() -> Iterator[CapturedLog]:
 
 
 @pytest.fixture
-async def house(valkey: Valkey, log: CapturedLog) -> AsyncIterator[RunningGateway]:
+async def gateway(valkey: Valkey, log: CapturedLog) -> AsyncIterator[RunningGateway]:
     log.redactor.register_secrets(ADMIN_TOKEN, ENCODED_SECRET_KEY)
     async with run_real_gateway(valkey, register_secret=log.redactor.register_secrets) as found:
         yield found
@@ -104,48 +104,52 @@ async def receiver() -> AsyncIterator[WebhookReceiver]:
         yield found
 
 
-async def call_as_operator(house: RunningGateway) -> None:
+async def call_as_operator(gateway: RunningGateway) -> None:
     for body in ({"user_key": OTHER_KEY}, {"user_key": OTHER_KEY, OTHER_KEY: 1}, {"user_key": [OTHER_KEY]}):
-        await house.call_admin("PUT", "/accounts/spare", json=body)
-    await house.call_admin("PUT", "/accounts/spare", content=json.dumps({"user_key": OTHER_KEY})[:-2].encode())
-    await house.call_admin("PUT", "/tenants/other", json={"accounts": ["main"], "webhook": {"secret": HOOK_SECRET}})
-    await house.call_admin("GET", f"/accounts?token={ADMIN_TOKEN}&user_key={quote(OTHER_KEY)}")
-    await house.call_admin("GET", f"/accounts/{quote(OTHER_KEY, safe='')}")
-    for path in (f"/{ADMIN_TOKEN}", f"/admin/v1/{house.token}?{QUERY}", f"/metrics?user={QUERY}"):
-        await house.http.get(house.ops_url + path, auth=BasicAuth("operator", ADMIN_TOKEN))
+        await gateway.call_admin("PUT", "/accounts/spare", json=body)
+    await gateway.call_admin("PUT", "/accounts/spare", content=json.dumps({"user_key": OTHER_KEY})[:-2].encode())
+    await gateway.call_admin("PUT", "/tenants/other", json={"accounts": ["main"], "webhook": {"secret": HOOK_SECRET}})
+    await gateway.call_admin("GET", f"/accounts?token={ADMIN_TOKEN}&user_key={quote(OTHER_KEY)}")
+    await gateway.call_admin("GET", f"/accounts/{quote(OTHER_KEY, safe='')}")
+    for path in (f"/{ADMIN_TOKEN}", f"/admin/v1/{gateway.token}?{QUERY}", f"/metrics?user={QUERY}"):
+        await gateway.http.get(gateway.ops_url + path, auth=BasicAuth("operator", ADMIN_TOKEN))
 
 
-async def call_as_tenant(house: RunningGateway) -> None:
+async def call_as_tenant(gateway: RunningGateway) -> None:
     fields = {"prompt": PROMPT, "metadata": json.dumps(METADATA)}
-    headers = {"Idempotency-Key": f'"{IDEMPOTENCY_KEY}"', "X-Request-Id": house.token, "Cookie": f"session={PASSWORD}"}
+    headers = {
+        "Idempotency-Key": f'"{IDEMPOTENCY_KEY}"',
+        "X-Request-Id": gateway.token,
+        "Cookie": f"session={PASSWORD}",
+    }
     for more in (
         {},
         {"scale": "none"},
-        {house.token: "x"},
+        {gateway.token: "x"},
         {"webhook_url": f"https://u:{PASSWORD}@h.example/?{QUERY}"},
     ):
-        await house.submit("upscale", fields | more, headers=headers)
-    await house.submit("upscale", fields, image=PROMPT.encode())
+        await gateway.submit("upscale", fields | more, headers=headers)
+    await gateway.submit("upscale", fields, image=PROMPT.encode())
     body = f'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{PROMPT}'
     form = {"Content-Type": "multipart/form-data; boundary=x"}
-    await house.call("POST", "/v1/tasks/upscale", content=body.encode(), headers=form)
-    for path in (f"/v1/tasks/{house.token}", f"/v1/quota?access_token={house.token}", f"/v1/{quote(OTHER_KEY)}"):
-        await house.call("GET", path)
-    await house.call("GET", "/v1/quota", token=house.token[:-1])
-    await house.call("GET", "/v1/quota", headers={"X-Request-Id": USER_KEY})
-    old = LegacyClient(house.http, house.url, house.token)
+    await gateway.call("POST", "/v1/tasks/upscale", content=body.encode(), headers=form)
+    for path in (f"/v1/tasks/{gateway.token}", f"/v1/quota?access_token={gateway.token}", f"/v1/{quote(OTHER_KEY)}"):
+        await gateway.call("GET", path)
+    await gateway.call("GET", "/v1/quota", token=gateway.token[:-1])
+    await gateway.call("GET", "/v1/quota", headers={"X-Request-Id": USER_KEY})
+    old = LegacyClient(gateway.http, gateway.url, gateway.token)
     await old.submit("submit_task", {"prompt": PROMPT})
-    await old.check(house.token)
-    await LegacyClient(house.http, house.url, USER_KEY).submit("submit_task", {"prompt": PROMPT})
+    await old.check(gateway.token)
+    await LegacyClient(gateway.http, gateway.url, USER_KEY).submit("submit_task", {"prompt": PROMPT})
 
 
-async def provoke_upstream_faults(house: RunningGateway, receiver: WebhookReceiver) -> None:
+async def provoke_upstream_faults(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
     hook = {"url": f"{receiver.url}?key={QUERY}", "secret": HOOK_SECRET, "allow": ["127.0.0.0/8"]}
-    await house.put_tenant(webhook=hook)
-    assert isinstance(house.upstream, SandboxUpstreamControl)
-    echoes = [f"任务提交失败:{each}" for each in encode_secret(USER_KEY)]
+    await gateway.put_tenant(webhook=hook)
+    assert isinstance(gateway.upstream, SandboxUpstreamControl)
+    echoes = [f"任务提交失败:{item}" for item in encode_secret(USER_KEY)]
     faulty = [
-        *(Fault(on="submit", times=1, refuse=each) for each in echoes),
+        *(Fault(on="submit", times=1, refuse=echoe) for echoe in echoes),
         Fault(on="submit", times=1, fail=f"{USER_KEY} {PROMPT}"),
         Fault(on="submit", times=1, reply="page"),
         Fault(on="submit", times=1, reply="reset"),
@@ -153,55 +157,55 @@ async def provoke_upstream_faults(house: RunningGateway, receiver: WebhookReceiv
     ]
     receiver.statuses += [500, 410]
     for fault in faulty:
-        await house.upstream._set_fault(fault)
-        answer = await house.submit(fields={"metadata": json.dumps(METADATA)})
-        if answer.status_code == 201:
-            await house.wait_for_task(answer.json()["id"])
-            await deliver_due(house)
+        await gateway.upstream._set_fault(fault)
+        response = await gateway.submit(fields={"metadata": json.dumps(METADATA)})
+        if response.status_code == 201:
+            await gateway.wait_for_task(response.json()["id"])
+            await deliver_due(gateway)
 
 
-async def deliver_due(house: RunningGateway) -> None:
-    while await house.services.webhook_dispatcher.start_due():
-        await house.services.webhook_dispatcher.wait_idle()
+async def deliver_due(gateway: RunningGateway) -> None:
+    while await gateway.services.webhook_dispatcher.start_due():
+        await gateway.services.webhook_dispatcher.wait_idle()
 
 
-async def provoke_crashes(house: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = make_exceptions(house.token)
+async def provoke_crashes(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = make_exceptions(gateway.token)
 
     async def failing(*_: Any, **__: Any) -> NoReturn:
         raise_all(told)
 
-    await house.put_tenant(webhook={"url": f"https://h.example/?{QUERY}", "secret": HOOK_SECRET})
-    task = (await house.submit()).json()["id"]
+    await gateway.put_tenant(webhook={"url": f"https://h.example/?{QUERY}", "secret": HOOK_SECRET})
+    task = (await gateway.submit()).json()["id"]
     monkeypatch.setattr(vendor_api, "parse_check_response", lambda *_: raise_all(told))
-    await house.upstream.wait_until_idle()
-    await house.advance(60)
-    await house.services.task_poller.start_due()
-    await house.services.task_poller.wait_idle()
+    await gateway.upstream.wait_until_idle()
+    await gateway.advance(60)
+    await gateway.services.task_poller.start_due()
+    await gateway.services.task_poller.wait_idle()
     monkeypatch.undo()
     monkeypatch.setattr(WebhookClient, "_create_client", lambda *_: raise_all(told))
-    await house.advance(60)
-    await house.wait_for_task(task)
-    await deliver_due(house)
+    await gateway.advance(60)
+    await gateway.wait_for_task(task)
+    await deliver_due(gateway)
     monkeypatch.setattr(UpstreamPool, "post", failing)
-    await house.submit("upscale", {"prompt": PROMPT})
+    await gateway.submit("upscale", {"prompt": PROMPT})
     monkeypatch.setattr(QuotaReports, "for_tenant", failing)
-    await house.call("GET", "/v1/quota")
+    await gateway.call("GET", "/v1/quota")
     asyncio.get_running_loop().call_exception_handler({"message": f"lost {told}", "exception": told[0], "task": told})
 
 
 async def test_no_secret_is_logged(
-    house: RunningGateway, log: CapturedLog, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
+    gateway: RunningGateway, log: CapturedLog, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await call_as_operator(house)
-    await call_as_tenant(house)
-    await provoke_upstream_faults(house, receiver)
-    await provoke_crashes(house, monkeypatch)
+    await call_as_operator(gateway)
+    await call_as_tenant(gateway)
+    await provoke_upstream_faults(gateway, receiver)
+    await provoke_crashes(gateway, monkeypatch)
     written = log.text
     events = [json.loads(line) for line in written.splitlines()]
-    assert {each["event"] for each in events} >= EVENTS
-    assert {each["logger"] for each in events if each["event"] == "library.logged"} >= {"httpx2", "asyncio"}
-    for secret in (USER_KEY, OTHER_KEY, house.token, ADMIN_TOKEN, HOOK_SECRET, ENCODED_SECRET_KEY):
+    assert {event["event"] for event in events} >= EVENTS
+    assert {event["logger"] for event in events if event["event"] == "library.logged"} >= {"httpx2", "asyncio"}
+    for secret in (USER_KEY, OTHER_KEY, gateway.token, ADMIN_TOKEN, HOOK_SECRET, ENCODED_SECRET_KEY):
         for spelling in encode_secret(secret).values():
             assert find_leaks(events, spelling) == [], spelling
     for canary in CANARIES:
@@ -229,9 +233,9 @@ def find_leaks(events: list[dict[str, Any]], text: str) -> list[str]:
 
 def iter_texts(value: Any) -> list[str]:
     if isinstance(value, dict):
-        return [*value, *(text for each in value.values() for text in iter_texts(each))]
+        return [*value, *(text for item in value.values() for text in iter_texts(item))]
     if isinstance(value, list):
-        return [text for each in value for text in iter_texts(each)]
+        return [text for item in value for text in iter_texts(item)]
     return [value] if isinstance(value, str) else []
 
 

@@ -25,12 +25,12 @@ NOT_FOUND = "任务未找到或状态未知"
 
 
 @pytest.fixture
-def client(house: RunningGateway) -> LegacyClient:
-    return LegacyClient(house.http, house.url, house.token)
+def client(gateway: RunningGateway) -> LegacyClient:
+    return LegacyClient(gateway.http, gateway.url, gateway.token)
 
 
-async def test_every_kind_completes(house: RunningGateway, client: LegacyClient) -> None:
-    await house.upstream.set_balance(10, 300)
+async def test_every_kind_completes(gateway: RunningGateway, client: LegacyClient) -> None:
+    await gateway.upstream.set_balance(10, 300)
     for left, (call, fields) in zip((9, 8, 7, 6), SUBMIT_FIELDS.items(), strict=True):
         accepted = await client.submit(call)
         assert field_types(accepted) == {
@@ -41,24 +41,24 @@ async def test_every_kind_completes(house: RunningGateway, client: LegacyClient)
         }
         assert (accepted["err_code"], accepted["remaining_count"], accepted["remaining_money"]) == (0, left, 300)
         assert (await client.check(accepted["task_id"])) == {"err_code": 0, "status": "Queued"}
-        told = await client.wait_for_end(accepted["task_id"], house.poll_due_tasks)
+        told = await client.wait_for_end(accepted["task_id"], gateway.poll_due_tasks)
         assert (told["err_code"], told["status"]) == (0, "Completed")
         assert (told["remaining_count"], told["remaining_money"]) == (left, 300)
         assert told["images_url"].startswith("http://")
-        task = (await house.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
+        task = (await gateway.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
         assert task["state"] == "succeeded"
         assert len(task["options"]) == len(fields)
-    assert await house.upstream.count_submits() == 4
+    assert await gateway.upstream.count_submits() == 4
 
 
-async def test_failed_task(house: RunningGateway, client: LegacyClient) -> None:
-    await house.upstream.fail_next_task()
+async def test_failed_task(gateway: RunningGateway, client: LegacyClient) -> None:
+    await gateway.upstream.fail_next_task()
     accepted = await client.submit("submit_face_enhance_task")
-    told = await client.wait_for_end(accepted["task_id"], house.poll_due_tasks)
+    told = await client.wait_for_end(accepted["task_id"], gateway.poll_due_tasks)
     assert told == {"err_code": 0, "status": "Failed"}
 
 
-async def test_spellings_of_values(house: RunningGateway, client: LegacyClient) -> None:
+async def test_spellings_of_values(gateway: RunningGateway, client: LegacyClient) -> None:
     cases: dict[str, list[tuple[Any, Any]]] = {
         "high_fidelity": [
             ("True", True),
@@ -93,38 +93,38 @@ async def test_spellings_of_values(house: RunningGateway, client: LegacyClient) 
     }
     names = {"upscale": "scale", "color_count": "colors", "sdxl_model_dropdown": "model"}
     names |= {"strong_inpaint_intensity": "inpaint_strength"}
-    await house.upstream.set_balance(100, 0)
+    await gateway.upstream.set_balance(100, 0)
     for field, spellings in cases.items():
         for sent, meant in spellings:
             accepted = await client.submit("submit_task", dict(SUBMIT_FIELDS["submit_task"]) | {field: sent})
             assert accepted["err_code"] == 0, accepted
-            task = (await house.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
+            task = (await gateway.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
             assert task["options"][names.get(field, field)] == meant
 
 
-async def test_missing_unknown_and_repeated_fields(house: RunningGateway, client: LegacyClient) -> None:
+async def test_missing_unknown_and_repeated_fields(gateway: RunningGateway, client: LegacyClient) -> None:
     for fields in ({}, {"fit": ""}, {"fit": "0.5", "color_count": "99", "wait": "x"}, {"fit": ["7", "0.5"]}):
         accepted = await client.submit("submit_seamless_task", fields)
-        task = (await house.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
+        task = (await gateway.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
         assert task["options"] == {"fit": 0.5}, fields
     bare = await client.submit("submit_task", {})
     assert bare["err_code"] == 0
 
 
-async def test_parts_in_any_order(house: RunningGateway, client: LegacyClient) -> None:
+async def test_parts_in_any_order(gateway: RunningGateway, client: LegacyClient) -> None:
     for name, media_type in (("图.png", "image/png"), ("blob", "application/octet-stream"), ("x.jpeg", "image/jpeg")):
         parts = [
             ("input_image", (name, make_png(), media_type)),
             ("fit", (None, "0.3")),
-            ("user_key", (None, house.token)),
+            ("user_key", (None, gateway.token)),
         ]
         accepted = await client.post("submit_seamless_task", files=parts)
         assert accepted["err_code"] == 0, accepted
 
 
-async def test_check_in_both_encodings(house: RunningGateway, client: LegacyClient) -> None:
+async def test_check_in_both_encodings(gateway: RunningGateway, client: LegacyClient) -> None:
     task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
-    fields = {"user_key": house.token, "task_id": task_id}
+    fields = {"user_key": gateway.token, "task_id": task_id}
     headers = {"Content-Type": "application/x-www-form-urlencoded; charset=UTF-8"}
     for request in (
         {"data": fields},
@@ -134,46 +134,46 @@ async def test_check_in_both_encodings(house: RunningGateway, client: LegacyClie
         assert await client.post("check_task_status", **request) == {"err_code": 0, "status": "Queued"}
 
 
-async def test_unknown_user_key(house: RunningGateway) -> None:
-    for key in ("", "x", house.token[:-1], house.token.lower(), "upstream-key-main"):
-        stranger = LegacyClient(house.http, house.url, key)
+async def test_unknown_user_key(gateway: RunningGateway) -> None:
+    for key in ("", "x", gateway.token[:-1], gateway.token.lower(), "upstream-key-main"):
+        stranger = LegacyClient(gateway.http, gateway.url, key)
         for call in SUBMIT_FIELDS:
             assert await stranger.submit(call) == {"err_code": 1, "err_msg": NO_ACCOUNT}
         assert await stranger.check("task_x") == {"err_code": 1, "err_msg": NO_ACCOUNT}
-    client = LegacyClient(house.http, house.url, house.token)
+    client = LegacyClient(gateway.http, gateway.url, gateway.token)
     keyless = await client.post("submit_face_enhance_task", files={"input_image": ("a.png", make_png())})
     assert keyless == {"err_code": 1, "err_msg": NO_ACCOUNT}
-    assert await house.upstream.count_submits() == 0
+    assert await gateway.upstream.count_submits() == 0
 
 
-async def test_spent_limit_is_an_exhausted_balance(house: RunningGateway, client: LegacyClient) -> None:
-    await house.put_tenant(limits=[{"window": "total", "tasks": 1}])
+async def test_spent_limit_is_an_exhausted_balance(gateway: RunningGateway, client: LegacyClient) -> None:
+    await gateway.put_tenant(limits=[{"window": "total", "tasks": 1}])
     assert (await client.submit("submit_face_enhance_task"))["remaining_count"] == 0
     assert await client.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": NOTHING_LEFT}
-    await house.put_tenant()
-    await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
+    await gateway.put_tenant()
+    await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
     assert await client.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": NOTHING_LEFT}
 
 
-async def test_too_many_active_tasks_is_retryable(house: RunningGateway, client: LegacyClient) -> None:
-    await house.put_tenant(max_active=1)
+async def test_too_many_active_tasks_is_retryable(gateway: RunningGateway, client: LegacyClient) -> None:
+    await gateway.put_tenant(max_active=1)
     first = await client.submit("submit_face_enhance_task")
     refused = await client.submit("submit_face_enhance_task")
     assert refused["err_msg"].startswith(REJECTED)
     assert "max-active" in refused["err_msg"]
-    await client.wait_for_end(first["task_id"], house.poll_due_tasks)
+    await client.wait_for_end(first["task_id"], gateway.poll_due_tasks)
     assert (await client.submit("submit_face_enhance_task"))["err_code"] == 0
 
 
-async def test_rejections_use_the_vendors_words(house: RunningGateway, client: LegacyClient) -> None:
-    await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
+async def test_rejections_use_the_vendors_words(gateway: RunningGateway, client: LegacyClient) -> None:
+    await gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
     assert await client.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": f"{REJECTED}图片太小"}
-    assert await house.upstream.count_submits() == 1
+    assert await gateway.upstream.count_submits() == 1
 
     faults = {"upscale": "9", "s_noise": "2", "steps": "40.4", "vector_switch": "maybe", "color_count": "1"}
     refused = await client.submit("submit_task", dict(SUBMIT_FIELDS["submit_task"]) | faults)
     assert refused["err_msg"].startswith(REJECTED)
-    assert [each.partition(":")[0] for each in refused["err_msg"].removeprefix(REJECTED).split("; ")] == list(faults)
+    assert [part.partition(":")[0] for part in refused["err_msg"].removeprefix(REJECTED).split("; ")] == list(faults)
     for value in ("19.6", "nan", "thirty", "3_0", "٣٠", "0x1e", "1e999", "-", "."):
         refused = await client.submit("submit_task", dict(SUBMIT_FIELDS["submit_task"]) | {"steps": value})
         assert refused["err_msg"] == f"{REJECTED}steps: must be a whole number from 20 to 40"
@@ -189,36 +189,36 @@ async def test_rejections_use_the_vendors_words(house: RunningGateway, client: L
         refused = await client.submit("submit_face_enhance_task", **request)
         assert refused["err_code"] == 1
         assert refused["err_msg"].startswith(REJECTED)
-    assert await house.upstream.count_submits() == 1
+    assert await gateway.upstream.count_submits() == 1
 
 
-async def test_unknown_outcome_reports_the_submission_id(house: RunningGateway, client: LegacyClient) -> None:
-    await house.upstream.lose_next_response()
+async def test_unknown_outcome_reports_the_submission_id(gateway: RunningGateway, client: LegacyClient) -> None:
+    await gateway.upstream.lose_next_response()
     refused = await client.submit("submit_face_enhance_task")
     assert refused["err_msg"].startswith(REJECTED)
     assert "may have been charged" in refused["err_msg"]
     assert "submission_id" in refused["err_msg"]
 
 
-async def test_unknown_task(house: RunningGateway, client: LegacyClient) -> None:
+async def test_unknown_task(gateway: RunningGateway, client: LegacyClient) -> None:
     task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
-    await house.put_tenant("other")
-    other = LegacyClient(house.http, house.url, await house.new_token("other"))
+    await gateway.put_tenant("other")
+    other = LegacyClient(gateway.http, gateway.url, await gateway.new_token("other"))
     for asking, asked in ((other, task_id), (client, task_id[:-1]), (client, ""), (client, "x" * 1_000)):
         assert await asking.check(asked) == {"err_code": 1, "err_msg": NOT_FOUND}
-    nothing = await client.post("check_task_status", data={"user_key": house.token})
+    nothing = await client.post("check_task_status", data={"user_key": gateway.token})
     assert nothing == {"err_code": 1, "err_msg": NOT_FOUND}
 
 
-async def test_remaining_balance_is_the_least_of_all_policies(house: RunningGateway, client: LegacyClient) -> None:
-    await house.upstream.set_balance(50, 70)
+async def test_remaining_balance_is_the_least_of_all_policies(gateway: RunningGateway, client: LegacyClient) -> None:
+    await gateway.upstream.set_balance(50, 70)
     accepted = await client.submit("submit_face_enhance_task")
     assert (accepted["remaining_count"], accepted["remaining_money"]) == (49, 70)
     limits = [{"window": "day", "tasks": 5, "money": 9.99}, {"window": "total", "tasks": 20}]
-    await house.put_tenant(limits=limits)
+    await gateway.put_tenant(limits=limits)
     accepted = await client.submit("submit_face_enhance_task")
     assert (accepted["remaining_count"], accepted["remaining_money"]) == (3, 9)
-    told = await client.wait_for_end(accepted["task_id"], house.poll_due_tasks)
+    told = await client.wait_for_end(accepted["task_id"], gateway.poll_due_tasks)
     assert (told["remaining_count"], told["remaining_money"]) == (3, 9)
 
 
@@ -247,12 +247,12 @@ async def test_responses_have_the_vendors_shape(vendor: RunningSandbox, valkey: 
         await control.set_account(key, AccountBalance(count=0, money=0))
         return await client.submit("submit_face_enhance_task")
 
-    async with run_real_gateway(valkey) as house:
-        assert isinstance(house.upstream, SandboxUpstreamControl)
-        await house.upstream.control.set_behaviour(Behaviour())
-        ours = LegacyClient(house.http, house.url, house.token)
-        theirs = LegacyClient(house.http, vendor.url, "key")
-        assert await errand(ours, house.poll_due_tasks) == await errand(theirs, vendor.control.wait_until_idle)
+    async with run_real_gateway(valkey) as gateway:
+        assert isinstance(gateway.upstream, SandboxUpstreamControl)
+        await gateway.upstream.control.set_behaviour(Behaviour())
+        ours = LegacyClient(gateway.http, gateway.url, gateway.token)
+        theirs = LegacyClient(gateway.http, vendor.url, "key")
+        assert await errand(ours, gateway.poll_due_tasks) == await errand(theirs, vendor.control.wait_until_idle)
         nothing = {"err_code": 1, "err_msg": NOTHING_LEFT}
         assert await spent(theirs, vendor.control, "key") == nothing
-        assert await spent(ours, house.upstream.control, "upstream-key-main") == nothing
+        assert await spent(ours, gateway.upstream.control, "upstream-key-main") == nothing

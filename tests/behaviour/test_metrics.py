@@ -27,53 +27,53 @@ class Scrape:
         }
 
     def __getitem__(self, name: str) -> float:
-        (value,) = (value for (each, _), value in self._samples.items() if each == f"gateway_{name}")
+        (value,) = (value for (sample, _), value in self._samples.items() if sample == f"gateway_{name}")
         return value
 
     def get_sample(self, name: str, **labels: str) -> float | None:
         """Return the sum of the samples with these labels, or None without any."""
         found = [
             value
-            for (each, told), value in self._samples.items()
-            if each == f"gateway_{name}" and labels.items() <= dict(told).items()
+            for (sample, told), value in self._samples.items()
+            if sample == f"gateway_{name}" and labels.items() <= dict(told).items()
         ]
         return sum(found) if found else None
 
 
-async def scrape_metrics(house: RunningGateway, http: AsyncClient | None = None) -> Scrape:
-    return Scrape((await (http or house.http).get(f"{house.ops_url}/metrics")).raise_for_status().text)
+async def scrape_metrics(gateway: RunningGateway, http: AsyncClient | None = None) -> Scrape:
+    return Scrape((await (http or gateway.http).get(f"{gateway.ops_url}/metrics")).raise_for_status().text)
 
 
 @pytest.fixture
 async def fake_gateway() -> AsyncIterator[tuple[RunningGateway, FakeLedger]]:
-    async with run_fake_gateway() as (house, ledger, _):
-        yield house, ledger
+    async with run_fake_gateway() as (gateway, ledger, _):
+        yield gateway, ledger
 
 
-async def test_idle_tenant_shows_its_limits(house: RunningGateway) -> None:
-    await house.put_tenant("idle", limits=[{"window": "month", "tasks": 7, "money": 2.5}], max_active=4)
-    seen = await scrape_metrics(house)
+async def test_idle_tenant_shows_its_limits(gateway: RunningGateway) -> None:
+    await gateway.put_tenant("idle", limits=[{"window": "month", "tasks": 7, "money": 2.5}], max_active=4)
+    seen = await scrape_metrics(gateway)
     for policy, unit, limit in (("month-tasks", "tasks", 7), ("month-money", "yuan", 2.5), ("max-active", "active", 4)):
         of = {"tenant": "idle", "policy": policy, "unit": unit}
-        shown = [seen.get_sample(f"quota_{each}", **of) for each in ("limit", "used", "reserved")]
+        shown = [seen.get_sample(f"quota_{name}", **of) for name in ("limit", "used", "reserved")]
         assert shown == [limit, 0, 0]
     assert seen.get_sample("tasks_active", tenant="idle", kind="upscale") == 0
     assert (seen["redis_up"], seen["tenants"]) == (1, 2)
 
 
-async def test_task_moves_through_the_gauges(house: RunningGateway) -> None:
-    await house.put_tenant(limits=[{"window": "day", "tasks": 9, "money": 50}])
+async def test_task_moves_through_the_gauges(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(limits=[{"window": "day", "tasks": 9, "money": 50}])
     of_day = {"tenant": "shop", "policy": "day-tasks"}
-    task = (await house.submit()).json()["id"]
-    running = await scrape_metrics(house)
+    task = (await gateway.submit()).json()["id"]
+    running = await scrape_metrics(gateway)
     assert running.get_sample("tasks_active", tenant="shop", kind="face-enhance") == 1
     assert running.get_sample("tasks_active", tenant="shop", kind="upscale") == 0
     assert running.get_sample("quota_used", **of_day) == 1
     assert running.get_sample("tasks_submitted_total", tenant="shop", kind="face-enhance") == 1
     assert running.get_sample("account_open_submissions", account="main") == 1
     assert running["poll_tasks"] == 1
-    await house.wait_for_task(task)
-    ended = await scrape_metrics(house)
+    await gateway.wait_for_task(task)
+    ended = await scrape_metrics(gateway)
     assert ended.get_sample("tasks_active", tenant="shop") == 0
     assert ended.get_sample("tasks_finished_total", tenant="shop", kind="face-enhance", state="succeeded") == 1
     assert ended.get_sample("tenant_task_duration_seconds_count", tenant="shop", kind="face-enhance") == 1
@@ -85,15 +85,15 @@ async def test_task_moves_through_the_gauges(house: RunningGateway) -> None:
     assert (ended.get_sample("poll_batch_size_sum"), ended.get_sample("poll_lag_seconds_count")) == (1, 1)
 
 
-async def test_spent_money_is_shown_in_yuan(house: RunningGateway) -> None:
-    await house.upstream.set_balance(0, 300)
-    await house.put_tenant(limits=[{"window": "day", "money": 50}])
+async def test_spent_money_is_shown_in_yuan(gateway: RunningGateway) -> None:
+    await gateway.upstream.set_balance(0, 300)
+    await gateway.put_tenant(limits=[{"window": "day", "money": 50}])
     for _ in range(2):  # what the first one cost is not known, as nobody had seen the balance before it
-        await house.wait_for_task((await house.submit()).json()["id"])
-    quota = (await house.call("GET", "/v1/quota")).json()
-    (used,) = (each["used"] for each in quota["policies"] if each["policy"] == "day-money")
+        await gateway.wait_for_task((await gateway.submit()).json()["id"])
+    quota = (await gateway.call("GET", "/v1/quota")).json()
+    (used,) = (policy["used"] for policy in quota["policies"] if policy["policy"] == "day-money")
     assert used > 0
-    seen = await scrape_metrics(house)
+    seen = await scrape_metrics(gateway)
     assert seen.get_sample("quota_used", tenant="shop", policy="day-money", unit="yuan") == used
     assert seen.get_sample("tenant_spent_yuan", tenant="shop", window="day") == used
     assert seen.get_sample("tenant_spent_yuan", tenant="shop", window="month") == used
@@ -102,35 +102,35 @@ async def test_spent_money_is_shown_in_yuan(house: RunningGateway) -> None:
     assert seen.get_sample("account_remaining_yuan", account="main") == 300 - 2 * used
 
 
-async def test_refusals_by_tenant_and_policy(house: RunningGateway) -> None:
-    await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
-    assert (await house.submit()).status_code == 201
-    assert (await house.submit()).status_code == 429
-    await house.put_tenant()
-    await house.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
-    assert (await house.submit()).status_code == 402
-    assert (await house.submit()).status_code == 402
-    seen = await scrape_metrics(house)
+async def test_refusals_by_tenant_and_policy(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(limits=[{"window": "day", "tasks": 1}])
+    assert (await gateway.submit()).status_code == 201
+    assert (await gateway.submit()).status_code == 429
+    await gateway.put_tenant()
+    await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
+    assert (await gateway.submit()).status_code == 402
+    assert (await gateway.submit()).status_code == 402
+    seen = await scrape_metrics(gateway)
     assert seen.get_sample("quota_denials_total", tenant="shop", policy="day-tasks") == 1
     assert seen.get_sample("balance_denials_total", tenant="shop") == 2
     assert seen.get_sample("account_state", account="main", state="exhausted") == 1
 
 
-async def test_invalid_account_is_no_balance_denial(house: RunningGateway) -> None:
-    await house.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
-    assert [(await house.submit()).status_code for _ in range(2)] == [503, 503]
-    seen = await scrape_metrics(house)
+async def test_invalid_account_is_no_balance_denial(gateway: RunningGateway) -> None:
+    await gateway.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
+    assert [(await gateway.submit()).status_code for _ in range(2)] == [503, 503]
+    seen = await scrape_metrics(gateway)
     assert seen.get_sample("balance_denials_total", tenant="shop") == 0
     assert seen.get_sample("account_state", account="main", state="invalid") == 1
 
 
-async def test_reads_are_counted_by_source(house: RunningGateway) -> None:
-    path = (await house.submit()).headers["location"]
-    before = await scrape_metrics(house)
-    await house.advance(1)
+async def test_reads_are_counted_by_source(gateway: RunningGateway) -> None:
+    path = (await gateway.submit()).headers["location"]
+    before = await scrape_metrics(gateway)
+    await gateway.advance(1)
     for _ in range(3):
-        assert (await house.call("GET", path)).status_code == 200
-    after = await scrape_metrics(house)
+        assert (await gateway.call("GET", path)).status_code == 200
+    after = await scrape_metrics(gateway)
     grown = {
         source: (after.get_sample("task_reads_total", source=source) or 0)
         - (before.get_sample("task_reads_total", source=source) or 0)
@@ -140,50 +140,50 @@ async def test_reads_are_counted_by_source(house: RunningGateway) -> None:
 
 
 async def test_ledger_metrics_disappear_without_the_store(fakes: tuple[RunningGateway, FakeLedger]) -> None:
-    house, ledger = fakes
-    assert (await scrape_metrics(house)).get_sample("quota_denials_total", tenant="shop") == 0
+    gateway, ledger = fakes
+    assert (await scrape_metrics(gateway)).get_sample("quota_denials_total", tenant="shop") == 0
     ledger.is_unavailable = True
-    seen = await scrape_metrics(house)
+    seen = await scrape_metrics(gateway)
     assert seen["redis_up"] == 0
     for name in ("tenants", "tasks_active", "account_state", "poll_tasks", "webhooks_failed"):
         assert seen.get_sample(name) is None
     assert seen.get_sample("tasks_submitted_total", tenant="shop") == 0
     ledger.is_unavailable = False
-    assert (await scrape_metrics(house))["redis_up"] == 1
+    assert (await scrape_metrics(gateway))["redis_up"] == 1
 
 
 async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_snapshot, "SNAPSHOT_TIMEOUT_SECONDS", 0.2)
     with run_valkey() as store:
-        async with run_real_gateway(store) as house:
+        async with run_real_gateway(store) as gateway:
             store.suspend()
-            seen = await scrape_metrics(house)
+            seen = await scrape_metrics(gateway)
             assert seen["redis_up"] == 0
             assert seen.get_sample("redis_calls_total", command="read", outcome="abandoned") == 1
             store.resume()
-            assert (await scrape_metrics(house))["redis_up"] == 1
+            assert (await scrape_metrics(gateway))["redis_up"] == 1
 
 
 async def test_store_errors_are_counted(valkey: Valkey) -> None:
-    async with run_real_gateway(valkey) as house, Redis(unix_socket_path=str(valkey.socket_path)) as store:
+    async with run_real_gateway(valkey) as gateway, Redis(unix_socket_path=str(valkey.socket_path)) as store:
         await store.config_set("min-replicas-to-write", 1)
         try:
-            assert (await house.submit()).status_code == 503
+            assert (await gateway.submit()).status_code == 503
         finally:
             await store.config_set("min-replicas-to-write", 0)
-        seen = await scrape_metrics(house)
+        seen = await scrape_metrics(gateway)
         assert seen.get_sample("redis_calls_total", command="reserve", outcome="unavailable") == 1
         assert seen.get_sample("redis_errors_total", error="response") == 1
 
 
 async def test_store_calls_are_counted_by_script(valkey: Valkey) -> None:
-    async with run_real_gateway(valkey) as house:
-        before = await scrape_metrics(house)
-        await house.submit()
-        after = await scrape_metrics(house)
+    async with run_real_gateway(valkey) as gateway:
+        before = await scrape_metrics(gateway)
+        await gateway.submit()
+        after = await scrape_metrics(gateway)
         for call in ("reserve", "settle"):
             grown = [
-                (each.get_sample("redis_calls_total", command=call, outcome="ok") or 0) for each in (before, after)
+                (item.get_sample("redis_calls_total", command=call, outcome="ok") or 0) for item in (before, after)
             ]
             assert grown == [0, 1]
             assert after.get_sample("redis_call_duration_seconds_count", command=call) == 1

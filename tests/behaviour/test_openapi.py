@@ -24,85 +24,85 @@ from tests.support.images import make_png
 
 @pytest.fixture
 async def document() -> dict[str, Any]:
-    async with run_fake_gateway() as (house, _, _):
-        answer = await house.call("GET", "/openapi.json", token="")
-        assert answer.headers["content-type"] == "application/json"
-        found: dict[str, Any] = answer.json()
+    async with run_fake_gateway() as (gateway, _, _):
+        response = await gateway.call("GET", "/openapi.json", token="")
+        assert response.headers["content-type"] == "application/json"
+        found: dict[str, Any] = response.json()
         return found
 
 
 @pytest.fixture(params=["tenants", "operators"])
-async def either(request: pytest.FixtureRequest) -> dict[str, Any]:
-    async with run_fake_gateway() as (house, _, _):
+async def any_document(request: pytest.FixtureRequest) -> dict[str, Any]:
+    async with run_fake_gateway() as (gateway, _, _):
         make = tenants_app if request.param == "tenants" else operators_app
-        return written(make(house.services))
+        return written(make(gateway.services))
 
 
-async def test_document_structure(either: dict[str, Any]) -> None:
-    assert re.fullmatch(r"3\.1\.\d+", either["openapi"])
-    assert either["info"]["title"]
-    assert either["info"]["version"]
-    used = [operation["tags"] for _, _, operation in iter_operations(either)]
-    used += [operation["tags"] for operation in iter_webhooks(either)]
-    assert {name for names in used for name in names} == {tag["name"] for tag in either["tags"]}
+async def test_document_structure(any_document: dict[str, Any]) -> None:
+    assert re.fullmatch(r"3\.1\.\d+", any_document["openapi"])
+    assert any_document["info"]["title"]
+    assert any_document["info"]["version"]
+    used = [operation["tags"] for _, _, operation in iter_operations(any_document)]
+    used += [operation["tags"] for operation in iter_webhooks(any_document)]
+    assert {name for names in used for name in names} == {tag["name"] for tag in any_document["tags"]}
     assert all(len(names) == 1 for names in used)
-    assert all(tag["description"] for tag in either["tags"])
+    assert all(tag["description"] for tag in any_document["tags"])
 
 
-async def test_references_resolve(either: dict[str, Any]) -> None:
-    targets = {node["$ref"] for _, node in iter_objects(either) if "$ref" in node}
+async def test_references_resolve(any_document: dict[str, Any]) -> None:
+    targets = {node["$ref"] for _, node in iter_objects(any_document) if "$ref" in node}
     for target in targets:
-        assert resolve_reference(either, {"$ref": target})
+        assert resolve_reference(any_document, {"$ref": target})
     kept = {
         f"#/components/{section}/{name}"
-        for section, components in either["components"].items()
+        for section, components in any_document["components"].items()
         for name in components
         if section != "securitySchemes"
     }
     assert kept == targets
 
 
-async def test_operations_are_described(either: dict[str, Any]) -> None:
-    found = list(iter_operations(either))
+async def test_operations_are_described(any_document: dict[str, Any]) -> None:
+    found = list(iter_operations(any_document))
     ids = [operation["operationId"] for _, _, operation in found]
     assert len(set(ids)) == len(ids)
     for path, _, operation in found:
         assert operation["summary"], path
         responses = operation["responses"]
-        assert resolve_reference(either, responses["default"])["content"].keys() == {"application/problem+json"}
+        assert resolve_reference(any_document, responses["default"])["content"].keys() == {"application/problem+json"}
         assert any(status.startswith("2") for status in responses), path
         for status, told in responses.items():
-            response = resolve_reference(either, told)
+            response = resolve_reference(any_document, told)
             assert response["description"] not in {"", "Additional response"}
             assert not response["description"].endswith(" follows")
             if status >= "4" and path != "/readyz":
                 assert response["content"].keys() == {"application/problem+json"}, (path, status)
         for name in re.findall(r"\{(\w+)\}", path):
-            parameter = next(each for each in operation["parameters"] if each["name"] == name)
+            parameter = next(item for item in operation["parameters"] if item["name"] == name)
             assert (parameter["in"], parameter["required"]) == ("path", True)
         for parameter in operation.get("parameters", ()):
             assert parameter.get("description") or path.startswith("/admin/"), (path, parameter)
 
 
-async def test_no_framework_defaults(either: dict[str, Any]) -> None:
-    for path, node in iter_objects(either):
+async def test_no_framework_defaults(any_document: dict[str, Any]) -> None:
+    for path, node in iter_objects(any_document):
         assert node.get("headers") != {}, path
         assert "deprecated" not in node, path
         if path[-1:] == ("examples",):
             continue
         if "oneOf" in node:
-            types = [each.get("type") for each in node["oneOf"]]
+            types = [item.get("type") for item in node["oneOf"]]
             assert len(types) > 1, path
             assert types != ["integer", "number"], path
         for name, schema in node.get("properties", {}).items():
             assert schema.keys() & {"type", "$ref", "oneOf"} or path[-1] == "Difference", (path, name)
-    assert "status_code" not in str(either)
+    assert "status_code" not in str(any_document)
 
 
-async def test_webhooks_are_separate_from_operations(either: dict[str, Any]) -> None:
-    assert all(item.keys() == {"$ref"} for item in either.get("webhooks", {}).values())
-    called = {name for _, _, operation in iter_operations(either) for name in operation["tags"]}
-    assert not called & {name for operation in iter_webhooks(either) for name in operation["tags"]}
+async def test_webhooks_are_separate_from_operations(any_document: dict[str, Any]) -> None:
+    assert all(item.keys() == {"$ref"} for item in any_document.get("webhooks", {}).values())
+    called = {name for _, _, operation in iter_operations(any_document) for name in operation["tags"]}
+    assert not called & {name for operation in iter_webhooks(any_document) for name in operation["tags"]}
 
 
 async def test_file_contents_are_marked(document: dict[str, Any]) -> None:
@@ -123,25 +123,25 @@ async def test_file_contents_are_marked(document: dict[str, Any]) -> None:
         assert all(media["schema"] == {"type": "string", "format": "binary"} for media in content.values())
 
 
-async def test_contents_have_schemas(either: dict[str, Any]) -> None:
-    for path, node in iter_objects(either):
+async def test_contents_have_schemas(any_document: dict[str, Any]) -> None:
+    for path, node in iter_objects(any_document):
         for media_type, media in node.get("content", {}).items() if isinstance(node.get("content"), dict) else ():
             assert media["schema"], (path, media_type)
             assert {"type": "null"} not in media["schema"].get("oneOf", ()), (path, media_type)
-    for _, _, operation in iter_operations(either):
+    for _, _, operation in iter_operations(any_document):
         if "requestBody" in operation:
             assert operation["requestBody"]["required"] == (operation["operationId"] != "create-token")
 
 
-async def test_schemas_are_portable(either: dict[str, Any]) -> None:
-    patterns = {node["pattern"] for _, node in iter_objects(either) if isinstance(node.get("pattern"), str)}
+async def test_schemas_are_portable(any_document: dict[str, Any]) -> None:
+    patterns = {node["pattern"] for _, node in iter_objects(any_document) if isinstance(node.get("pattern"), str)}
     assert patterns
     for pattern in patterns:
         assert not re.search(r"\\[AZz]|\(\?", pattern)
-    assert not {"Error", "Object", "String", "Exception"} & either["components"]["schemas"].keys()
-    for path, node in iter_objects(either):
+    assert not {"Error", "Object", "String", "Exception"} & any_document["components"]["schemas"].keys()
+    for path, node in iter_objects(any_document):
         # Instead of a choice of all types there is none at all.
-        assert len({each.get("type") for each in node.get("oneOf", ())} - {None}) < 6, path
+        assert len({item.get("type") for item in node.get("oneOf", ())} - {None}) < 6, path
 
 
 async def test_security_schemes(document: dict[str, Any]) -> None:
@@ -184,8 +184,8 @@ async def test_options_match_the_contract(document: dict[str, Any]) -> None:
         assert properties.pop("metadata")["contentMediaType"] == "application/json"
         assert properties.pop("webhook_url")["format"] == "uri"
         found = {
-            name: (each["type"], each.get("minimum"), each.get("maximum"), each["default"])
-            for name, each in properties.items()
+            name: (item["type"], item.get("minimum"), item.get("maximum"), item["default"])
+            for name, item in properties.items()
         }
         assert found == options
         assert set(options) == set(OPTIONS[Kind(kind)].__struct_fields__)
@@ -194,7 +194,7 @@ async def test_options_match_the_contract(document: dict[str, Any]) -> None:
 
 
 async def test_problems_have_codes_and_examples(document: dict[str, Any]) -> None:
-    statuses = {each.code: each.status for each in PROBLEMS}
+    statuses = {problem.code: problem.status for problem in PROBLEMS}
     for path, _, operation in iter_operations(document):
         for status, response in operation["responses"].items():
             content = resolve_reference(document, response).get("content", {}).get("application/problem+json")
@@ -216,33 +216,33 @@ async def test_problems_have_codes_and_examples(document: dict[str, Any]) -> Non
     assert "internal-error" not in told
 
 
-async def test_examples_match_their_schemas(either: dict[str, Any]) -> None:
+async def test_examples_match_their_schemas(any_document: dict[str, Any]) -> None:
     checked = 0
-    for path, node in iter_objects(either):
+    for path, node in iter_objects(any_document):
         if "schema" in node and "examples" in node:
             for example in node["examples"].values():
-                assert_matches_schema(either, example["value"], node["schema"], "/".join(path))
+                assert_matches_schema(any_document, example["value"], node["schema"], "/".join(path))
                 checked += 1
         elif "type" in node and isinstance(node.get("examples"), list):
             for example in node["examples"]:
-                assert_matches_schema(either, example, node, "/".join(path))
+                assert_matches_schema(any_document, example, node, "/".join(path))
                 checked += 1
     assert checked > 20
 
 
 @pytest.mark.parametrize("kind", Kind)
-async def test_example_submission_is_accepted(house: RunningGateway, document: dict[str, Any], kind: Kind) -> None:
+async def test_example_submission_is_accepted(gateway: RunningGateway, document: dict[str, Any], kind: Kind) -> None:
     operation = document["paths"][f"/v1/tasks/{kind}"]["post"]
     fields = operation["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
-    examples = {name: str(each["examples"][0]) for name, each in fields.items() if each.get("examples")}
-    assert (await house.submit(kind, examples)).status_code == 201
+    examples = {name: str(field["examples"][0]) for name, field in fields.items() if field.get("examples")}
+    assert (await gateway.submit(kind, examples)).status_code == 201
 
 
-async def test_responses_match_the_document(house: RunningGateway, document: dict[str, Any]) -> None:
+async def test_responses_match_the_document(gateway: RunningGateway, document: dict[str, Any]) -> None:
     async def told(operation: str, method: str, path: str, expected: int, **request: Any) -> Any:
-        answer = await house.call(method, path, **request)
+        answer = await gateway.call(method, path, **request)
         assert answer.status_code == expected
-        (found,) = [each for _, _, each in iter_operations(document) if each["operationId"] == operation]
+        (found,) = [item for _, _, item in iter_operations(document) if item["operationId"] == operation]
         response = resolve_reference(document, found["responses"].get(str(expected), found["responses"]["default"]))
         (media_type, content) = next(iter(response.get("content", {"": {}}).items()))
         assert answer.headers.get("content-type", "") == media_type
@@ -253,7 +253,7 @@ async def test_responses_match_the_document(house: RunningGateway, document: dic
         return answer
 
     files = {"image": ("a.png", make_png(), "image/png")}
-    await house.put_tenant(limits=[{"window": "day", "tasks": 5, "money": 9.5}], max_active=3)
+    await gateway.put_tenant(limits=[{"window": "day", "tasks": 5, "money": 9.5}], max_active=3)
     accepted = await told("submit-upscale", "POST", "/v1/tasks/upscale", 201, files=files, data={"scale": "3"})
     await told("submit-upscale", "POST", "/v1/tasks/upscale", 422, files=files, data={"scale": "9"})
     await told("submit-seamless", "POST", "/v1/tasks/seamless", 415, json={})
@@ -262,7 +262,7 @@ async def test_responses_match_the_document(house: RunningGateway, document: dic
     await told("read-task", "GET", path, 200)
     tag = accepted.headers["etag"]
     await told("read-task", "GET", path, 304, headers={"If-None-Match": tag})
-    await house.wait_for_task(accepted.json()["id"])
+    await gateway.wait_for_task(accepted.json()["id"])
     await told("read-task", "GET", path, 200)
     await told("read-task", "GET", "/v1/tasks/x", 404)
     await told("list-tasks", "GET", "/v1/tasks?limit=1", 200)
@@ -271,37 +271,37 @@ async def test_responses_match_the_document(house: RunningGateway, document: dic
     await told("read-quota", "GET", "/v1/quota", 200)
     await told("read-usage", "GET", "/v1/usage", 200)
     await told("read-usage", "GET", "/v1/usage?from=x", 422)
-    name = house.services.submissions.submission_of_task(accepted.json()["id"])
+    name = gateway.services.submissions.submission_of_task(accepted.json()["id"])
     await told("read-submission", "GET", f"/v1/submissions/{name}", 200)
     await told("read-submission", "GET", "/v1/submissions/x", 404)
     await told("legacy-check", "POST", "/api/check_task_status", 200, data={"user_key": "x", "task_id": "y"})
     old = {"input_image": ("a.png", make_png(), "image/png")}
-    await told("legacy-seamless", "POST", "/api/submit_seamless_task", 200, files=old, data={"user_key": house.token})
+    await told("legacy-seamless", "POST", "/api/submit_seamless_task", 200, files=old, data={"user_key": gateway.token})
     await told("healthz", "GET", "/healthz", 200)
     await told("readyz", "GET", "/readyz", 200)
 
 
 async def test_docs_page_loads_nothing_external(document: dict[str, Any]) -> None:
-    async with run_fake_gateway() as (house, _, _):
-        answer = await house.call("GET", "/docs", token="")
-    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    text = re.sub(r"<[^>]*>", "", answer.text)
+    async with run_fake_gateway() as (gateway, _, _):
+        response = await gateway.call("GET", "/docs", token="")
+    assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+    assert response.headers["x-content-type-options"] == "nosniff"
+    text = re.sub(r"<[^>]*>", "", response.text)
     for path, _, operation in iter_operations(document):
         assert path in text
         assert operation["summary"] in text
-    assert "default-src &#x27;none&#x27;" in answer.text
-    assert not re.search(r"""(?:src|href|action)\s*=\s*["']?\s*(?:\w+:)?//""", answer.text)
-    assert not re.search(r"@import|url\(\s*[\"']?https?:", answer.text)
+    assert "default-src &#x27;none&#x27;" in response.text
+    assert not re.search(r"""(?:src|href|action)\s*=\s*["']?\s*(?:\w+:)?//""", response.text)
+    assert not re.search(r"@import|url\(\s*[\"']?https?:", response.text)
 
 
 async def test_closed_bodies_are_documented() -> None:
-    async with run_fake_gateway() as (house, _, _):
-        document = written(operators_app(house.services))
+    async with run_fake_gateway() as (gateway, _, _):
+        document = written(operators_app(gateway.services))
     bodies = [
         resolve_reference(document, media["schema"])
         for _, _, operation in iter_operations(document)
         for media in operation.get("requestBody", {}).get("content", {}).values()
     ]
-    assert sum(each.get("additionalProperties") is False for each in bodies) >= 2
+    assert sum(body.get("additionalProperties") is False for body in bodies) >= 2

@@ -37,100 +37,100 @@ INVALID_BODIES: Mapping[str, Sequence[Any]] = {
 }
 
 
-async def run_task(house: RunningGateway) -> dict[str, Any]:
-    return await house.wait_for_task((await house.submit()).json()["id"])
+async def run_task(gateway: RunningGateway) -> dict[str, Any]:
+    return await gateway.wait_for_task((await gateway.submit()).json()["id"])
 
 
-async def test_refunded_task(house: RunningGateway) -> None:
-    await house.put_tenant(**UNREACHABLE_POLICIES)
-    task = await run_task(house)
-    assert (await read_charged_today(house))[0] == 1
-    told = expect_json(await post_refund(house, task=task["id"], reason="It came out blank."), 201)
-    assert await read_charged_today(house) == (0, 0)
-    assert set((await read_windows(house)).values()) == {(0, 0)}
+async def test_refunded_task(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(**UNREACHABLE_POLICIES)
+    task = await run_task(gateway)
+    assert (await read_charged_today(gateway))[0] == 1
+    told = expect_json(await post_refund(gateway, task=task["id"], reason="It came out blank."), 201)
+    assert await read_charged_today(gateway) == (0, 0)
+    assert set((await read_windows(gateway)).values()) == {(0, 0)}
     given = told["refund"]
     assert (given["count"], given["money"], given["reason"]) == (1, 0, "It came out blank.")
     assert (told["tenant"], told["account"], told["task"]["id"]) == ("shop", "main", task["id"])
     assert told["cost"] == task["cost"]
-    mine = await read_submission(house, told["id"])
+    mine = await read_submission(gateway, told["id"])
     assert mine == {name: value for name, value in told.items() if name not in {"tenant", "account"}}
-    found = await read_usage(house)
+    found = await read_usage(gateway)
     (listed,) = found["refunds"]
     expected = {"submission": told["id"], "kind": "face-enhance", "day": task["created_at"][:10], **given}
     assert listed == expected
     assert found["total"]["tasks"]["succeeded"] == 1
     assert found["total"]["refunded"] == {"tasks": 1, "count": 1, "money": 0}
-    (listed,) = (await read_all_usage(house))["refunds"]
-    assert listed == expected | {"tenant": "shop", "tenant_id": house.services.registry.current.tenants["shop"].id}
-    assert (await house.call("GET", task["links"]["self"])).json() == task
+    (listed,) = (await read_all_usage(gateway))["refunds"]
+    assert listed == expected | {"tenant": "shop", "tenant_id": gateway.services.registry.current.tenants["shop"].id}
+    assert (await gateway.call("GET", task["links"]["self"])).json() == task
 
 
-async def test_refund_frees_the_limit_at_once(house: RunningGateway) -> None:
-    await house.put_tenant(limits=[{"window": "total", "tasks": 1}])
-    task = await run_task(house)
-    expect_problem(await house.submit(), 429, "quota-exceeded")
-    expect_json(await post_refund(house, task=task["id"], reason="again"), 201)
-    assert (await house.submit()).status_code == 201
-    expect_problem(await house.submit(), 429, "quota-exceeded")
+async def test_refund_frees_the_limit_at_once(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(limits=[{"window": "total", "tasks": 1}])
+    task = await run_task(gateway)
+    expect_problem(await gateway.submit(), 429, "quota-exceeded")
+    expect_json(await post_refund(gateway, task=task["id"], reason="again"), 201)
+    assert (await gateway.submit()).status_code == 201
+    expect_problem(await gateway.submit(), 429, "quota-exceeded")
 
 
-async def test_concurrent_refunds_count_once(house: RunningGateway) -> None:
-    await house.put_tenant(**UNREACHABLE_POLICIES)
-    task, other = await run_task(house), await run_task(house)
-    name = submission_id_of(house, task)
-    wishes = [post_refund(house, task=task["id"], reason=f"wish {number}") for number in range(5)]
-    wishes += [post_refund(house, submission=name, reason=f"wish {number}") for number in range(5, 10)]
-    answers = await asyncio.gather(*wishes)
-    (made,) = [expect_json(each, 201) for each in answers if each.status_code == 201]
-    for each in answers:
-        if each.status_code != 201:
-            detail = expect_problem(each, 409, "conflict")["detail"]
+async def test_concurrent_refunds_count_once(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(**UNREACHABLE_POLICIES)
+    task, other = await run_task(gateway), await run_task(gateway)
+    name = submission_id_of(gateway, task)
+    wishes = [post_refund(gateway, task=task["id"], reason=f"wish {number}") for number in range(5)]
+    wishes += [post_refund(gateway, submission=name, reason=f"wish {number}") for number in range(5, 10)]
+    responses = await asyncio.gather(*wishes)
+    (made,) = [expect_json(item, 201) for item in responses if item.status_code == 201]
+    for response in responses:
+        if response.status_code != 201:
+            detail = expect_problem(response, 409, "conflict")["detail"]
             assert detail.endswith(f"with this reason: {made['refund']['reason']}")
             assert f"at {made['refund']['refunded_at'][:19]}" in detail
-    assert (await read_charged_today(house))[0] == 1
-    assert len((await read_usage(house))["refunds"]) == 1
-    assert (await read_submission(house, submission_id_of(house, other)))["refund"] is None
+    assert (await read_charged_today(gateway))[0] == 1
+    assert len((await read_usage(gateway))["refunds"]) == 1
+    assert (await read_submission(gateway, submission_id_of(gateway, other)))["refund"] is None
 
 
-async def test_refunded_unknown_outcome_stays_refunded(house: RunningGateway) -> None:
-    await house.put_tenant(**UNREACHABLE_POLICIES)
-    name = await submit_and_lose_response(house)
-    assert (await read_charged_today(house))[0] == 1
-    expect_json(await post_refund(house, submission=name, reason="nobody knows"), 201)
-    assert await read_charged_today(house) == (0, 0)
-    task_id = await recover_task(house, name)
-    told = await read_submission(house, name)
+async def test_refunded_unknown_outcome_stays_refunded(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(**UNREACHABLE_POLICIES)
+    name = await submit_and_lose_response(gateway)
+    assert (await read_charged_today(gateway))[0] == 1
+    expect_json(await post_refund(gateway, submission=name, reason="nobody knows"), 201)
+    assert await read_charged_today(gateway) == (0, 0)
+    task_id = await recover_task(gateway, name)
+    told = await read_submission(gateway, name)
     assert (told["outcome"], told["task"]["id"], told["refund"]["reason"]) == ("accepted", task_id, "nobody knows")
-    assert await read_charged_today(house) == (0, 0)
-    await house.wait_for_task(task_id)
-    assert await read_charged_today(house) == (0, 0)
-    told = await read_submission(house, name)
+    assert await read_charged_today(gateway) == (0, 0)
+    await gateway.wait_for_task(task_id)
+    assert await read_charged_today(gateway) == (0, 0)
+    told = await read_submission(gateway, name)
     assert (told["refund"]["count"], told["cost"]["count"]) == (1, 1)
-    found = (await read_usage(house))["total"]
+    found = (await read_usage(gateway))["total"]
     assert (found["tasks"]["succeeded"], found["tasks"]["unknown"]) == (1, 0)
     assert found["refunded"] == {"tasks": 1, "count": 1, "money": 0}
-    expect_problem(await post_refund(house, task=task_id, reason="once more"), 409, "conflict")
+    expect_problem(await post_refund(gateway, task=task_id, reason="once more"), 409, "conflict")
 
 
-async def test_failed_task_can_be_refunded(house: RunningGateway) -> None:
-    await house.put_tenant(**UNREACHABLE_POLICIES)
-    await house.upstream.fail_next_task()
-    task = await run_task(house)
+async def test_failed_task_can_be_refunded(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(**UNREACHABLE_POLICIES)
+    await gateway.upstream.fail_next_task()
+    task = await run_task(gateway)
     assert task["state"] == "failed"
-    assert (await read_charged_today(house))[0] == 1
-    expect_json(await post_refund(house, task=task["id"], reason="it failed"), 201)
-    assert await read_charged_today(house) == (0, 0)
+    assert (await read_charged_today(gateway))[0] == 1
+    expect_json(await post_refund(gateway, task=task["id"], reason="it failed"), 201)
+    assert await read_charged_today(gateway) == (0, 0)
 
 
-async def test_refund_goes_to_the_original_windows(house: RunningGateway) -> None:
-    before = await advance_to_next_window(house, "month")
-    task = await run_task(house)
-    today = await advance_to_next_window(house)
-    await run_task(house)
-    expect_json(await post_refund(house, task=task["id"], reason="late"), 201)
-    assert await read_windows(house) == {"day": (1, 0), "month": (1, 0), "total": (1, 0)}
-    found = await read_usage(house)
-    assert [(each["period"], each["charged"]["tasks"]) for each in found["items"]] == [
+async def test_refund_goes_to_the_original_windows(gateway: RunningGateway) -> None:
+    before = await advance_to_next_window(gateway, "month")
+    task = await run_task(gateway)
+    today = await advance_to_next_window(gateway)
+    await run_task(gateway)
+    expect_json(await post_refund(gateway, task=task["id"], reason="late"), 201)
+    assert await read_windows(gateway) == {"day": (1, 0), "month": (1, 0), "total": (1, 0)}
+    found = await read_usage(gateway)
+    assert [(item["period"], item["charged"]["tasks"]) for item in found["items"]] == [
         (str(before), 0),
         (str(today), 1),
     ]
@@ -138,67 +138,67 @@ async def test_refund_goes_to_the_original_windows(house: RunningGateway) -> Non
     assert (listed["day"], listed["refunded_at"][:10]) == (str(before), str(today))
 
 
-async def test_running_and_free_submissions_are_not_refundable(house: RunningGateway) -> None:
-    await house.put_tenant(**UNREACHABLE_POLICIES)
-    await house.upstream.keep_running()
-    task = (await house.submit()).json()
-    before = await read_charged_today(house), await read_usage(house)
-    for what in ({"task": task["id"]}, {"submission": submission_id_of(house, task)}):
+async def test_running_and_free_submissions_are_not_refundable(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(**UNREACHABLE_POLICIES)
+    await gateway.upstream.keep_running()
+    task = (await gateway.submit()).json()
+    before = await read_charged_today(gateway), await read_usage(gateway)
+    for what in ({"task": task["id"]}, {"submission": submission_id_of(gateway, task)}):
         assert (
-            "has not ended" in expect_problem(await post_refund(house, **what, reason="x"), 409, "conflict")["detail"]
+            "has not ended" in expect_problem(await post_refund(gateway, **what, reason="x"), 409, "conflict")["detail"]
         )
-    await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
+    await gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
     with structlog.testing.capture_logs() as events:
-        expect_problem(await house.submit(), 502, "upstream-rejected")
-    (refused,) = [each["reservation"] for each in events if each["event"] == "reservation.settled"]
-    detail = expect_problem(await post_refund(house, submission=refused, reason="x"), 409, "conflict")["detail"]
+        expect_problem(await gateway.submit(), 502, "upstream-rejected")
+    (refused,) = [event["reservation"] for event in events if event["event"] == "reservation.settled"]
+    detail = expect_problem(await post_refund(gateway, submission=refused, reason="x"), 409, "conflict")["detail"]
     assert detail == f"Submission {refused} cost nothing: it is refused."
-    assert await read_charged_today(house) == before[0]
-    assert (await read_usage(house))["refunds"] == []
+    assert await read_charged_today(gateway) == before[0]
+    assert (await read_usage(gateway))["refunds"] == []
 
 
 @pytest.mark.parametrize("field", INVALID_BODIES)
-async def test_invalid_refund_fields(house: RunningGateway, field: str) -> None:
+async def test_invalid_refund_fields(gateway: RunningGateway, field: str) -> None:
     for value in INVALID_BODIES[field]:
         body: dict[str, object] = {"task": "task_x", "reason": "x"}
         if field == "submission":
             del body["task"]
-        document = expect_problem(await post_refund(house, **(body | {field: value})), 422, "invalid-options")
-        assert [each["field"] for each in document["errors"]] == [field], value
-        assert all(each["detail"] for each in document["errors"])
+        document = expect_problem(await post_refund(gateway, **(body | {field: value})), 422, "invalid-options")
+        assert [error["field"] for error in document["errors"]] == [field], value
+        assert all(error["detail"] for error in document["errors"])
 
 
-async def test_refund_needs_one_target_and_a_reason(house: RunningGateway) -> None:
+async def test_refund_needs_one_target_and_a_reason(gateway: RunningGateway) -> None:
     for body in ({}, {"task": "x", "submission": "y"}, {"task": None, "submission": None}):
-        document = expect_problem(await post_refund(house, **body, reason="x"), 422, "invalid-options")
+        document = expect_problem(await post_refund(gateway, **body, reason="x"), 422, "invalid-options")
         assert document["errors"] == [{"field": "submission", "detail": "must be given, or `task`, but not both"}]
-    document = expect_problem(await post_refund(house, task="x"), 422, "invalid-options")
+    document = expect_problem(await post_refund(gateway, task="x"), 422, "invalid-options")
     assert document["errors"] == [{"field": "reason", "detail": "is required"}]
-    expect_problem(await house.call_admin("POST", "/refunds", content=b"{"), 400, "malformed-request")
+    expect_problem(await gateway.call_admin("POST", "/refunds", content=b"{"), 400, "malformed-request")
 
 
-async def test_unknown_target_is_404(house: RunningGateway) -> None:
-    task = (await house.submit()).json()
+async def test_unknown_target_is_404(gateway: RunningGateway) -> None:
+    task = (await gateway.submit()).json()
     forged = task["id"][:-4] + ("AAAA" if task["id"][-4:] != "AAAA" else "BBBB")
     for wrong in ("", "task_", "x", forged, task["id"].upper(), task["id"] + "=", "商店"):
-        expect_problem(await post_refund(house, task=wrong, reason="x"), 404, "not-found")
+        expect_problem(await post_refund(gateway, task=wrong, reason="x"), 404, "not-found")
     for wrong in ("", "x", "0" * 32, "0" * 31, "G" * 32, "../../x", task["id"], "0" * 32 + "\n"):
-        expect_problem(await post_refund(house, submission=wrong, reason="x"), 404, "not-found")
+        expect_problem(await post_refund(gateway, submission=wrong, reason="x"), 404, "not-found")
 
 
 async def test_lost_reservation() -> None:
-    async with run_fake_gateway() as (house, ledger, _):
-        task = await run_task(house)
+    async with run_fake_gateway() as (gateway, ledger, _):
+        task = await run_task(gateway)
         ledger.reservations.clear()
-        expect_problem(await post_refund(house, task=task["id"], reason="x"), 404, "not-found")
+        expect_problem(await post_refund(gateway, task=task["id"], reason="x"), 404, "not-found")
 
 
-async def test_refunds_are_logged(house: RunningGateway) -> None:
-    task = await run_task(house)
+async def test_refunds_are_logged(gateway: RunningGateway) -> None:
+    task = await run_task(gateway)
     with structlog.testing.capture_logs() as events:
-        told = expect_json(await post_refund(house, task=task["id"], reason="It came out blank."), 201)
-        expect_problem(await post_refund(house, task=task["id"], reason="again"), 409, "conflict")
-    (event,) = [each for each in events if each["event"] == "submission.refunded"]
+        told = expect_json(await post_refund(gateway, task=task["id"], reason="It came out blank."), 201)
+        expect_problem(await post_refund(gateway, task=task["id"], reason="again"), 409, "conflict")
+    (event,) = [item for item in events if item["event"] == "submission.refunded"]
     assert (event["tenant"], event["reservation"]) == ("shop", told["id"])
     assert (event["kind"], event["reason"], event["uses"], event["yuan"]) == (
         "face-enhance",
@@ -208,30 +208,34 @@ async def test_refunds_are_logged(house: RunningGateway) -> None:
     )
 
 
-async def test_refund_of_a_deleted_tenant(house: RunningGateway) -> None:
-    task = await run_task(house)
-    await house.call_admin("DELETE", "/tenants/shop")
-    told = expect_json(await post_refund(house, task=task["id"], reason="a farewell"), 201)
+async def test_refund_of_a_deleted_tenant(gateway: RunningGateway) -> None:
+    task = await run_task(gateway)
+    await gateway.call_admin("DELETE", "/tenants/shop")
+    told = expect_json(await post_refund(gateway, task=task["id"], reason="a farewell"), 201)
     assert told["tenant"] == "shop"
-    found = await read_all_usage(house)
+    found = await read_all_usage(gateway)
     assert (found["total"]["charged"]["tasks"], found["refunds"][0]["tenant"]) == (0, "shop")
 
 
 async def test_money_is_refunded_to_the_fen(valkey: Valkey) -> None:
     async with open_balance_harness(valkey) as books:
-        house = books.gateway
+        gateway = books.gateway
         await books.set_balance(0, 100)
-        await house.call_admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE_YUAN}})
-        await house.put_tenant(**UNREACHABLE_POLICIES)
+        await gateway.call_admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE_YUAN}})
+        await gateway.put_tenant(**UNREACHABLE_POLICIES)
         await books.run_task()
         task = await books.expect_accepted()
         assert (await books.wait_for_cost(task))["money"] == PRICE_YUAN
-        unknown = await submit_and_lose_response(house, "vectorize")
-        assert await read_charged_today(house) == (3, 3 * PRICE_YUAN)
-        assert (await read_submission(house, unknown))["cost"] == {"count": 0, "money": PRICE_YUAN, "basis": "unknown"}
-        expect_json(await post_refund(house, task=task["id"], reason="x"), 201)
-        assert await read_charged_today(house) == (2, 2 * PRICE_YUAN)
-        told = expect_json(await post_refund(house, submission=unknown, reason="x"), 201)
+        unknown = await submit_and_lose_response(gateway, "vectorize")
+        assert await read_charged_today(gateway) == (3, 3 * PRICE_YUAN)
+        assert (await read_submission(gateway, unknown))["cost"] == {
+            "count": 0,
+            "money": PRICE_YUAN,
+            "basis": "unknown",
+        }
+        expect_json(await post_refund(gateway, task=task["id"], reason="x"), 201)
+        assert await read_charged_today(gateway) == (2, 2 * PRICE_YUAN)
+        told = expect_json(await post_refund(gateway, submission=unknown, reason="x"), 201)
         assert (told["refund"]["count"], told["refund"]["money"]) == (0, PRICE_YUAN)
-        assert await read_charged_today(house) == (1, PRICE_YUAN)
-        assert (await read_usage(house))["total"]["refunded"] == {"tasks": 2, "count": 0, "money": 2 * PRICE_YUAN}
+        assert await read_charged_today(gateway) == (1, PRICE_YUAN)
+        assert (await read_usage(gateway))["total"]["refunded"] == {"tasks": 2, "count": 0, "money": 2 * PRICE_YUAN}

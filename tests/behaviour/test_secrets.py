@@ -18,28 +18,28 @@ from tests.support.valkey import Valkey
 KEYS = [USER_KEY, "upstream-key-of-before-0123"]
 
 
-async def call_every_operation(house: RunningGateway) -> AsyncIterator[Response]:
+async def call_every_operation(gateway: RunningGateway) -> AsyncIterator[Response]:
     """Call all routes, with errors too; return the responses except those that show a new token."""
     for key in (*KEYS, KEYS[0]):
-        yield await house.call_admin("PUT", "/accounts/main", json={"user_key": key})
-        yield await house.call_admin("PUT", "/accounts/main", json={"user_key": key, "nonsense": key})
-    yield await house.call_admin("PUT", "/accounts/main", json={"user_key": KEYS[0], "floor_count": "x"})
-    yield await house.call_admin("PUT", "/accounts/main", content=b'{"user_key": "' + KEYS[0].encode())
-    yield await house.call_admin("PUT", "/accounts/main", json={"user_key": [KEYS[0]]})
+        yield await gateway.call_admin("PUT", "/accounts/main", json={"user_key": key})
+        yield await gateway.call_admin("PUT", "/accounts/main", json={"user_key": key, "nonsense": key})
+    yield await gateway.call_admin("PUT", "/accounts/main", json={"user_key": KEYS[0], "floor_count": "x"})
+    yield await gateway.call_admin("PUT", "/accounts/main", content=b'{"user_key": "' + KEYS[0].encode())
+    yield await gateway.call_admin("PUT", "/accounts/main", json={"user_key": [KEYS[0]]})
     for path in ("/accounts", "/accounts/main", "/tenants", "/tenants/shop"):
-        yield await house.call_admin("GET", path)
-    yield await house.call_admin("POST", "/accounts/main/reopen")
-    submitted = await house.submit("upscale", {"prompt": "a prompt"})
+        yield await gateway.call_admin("GET", path)
+    yield await gateway.call_admin("POST", "/accounts/main/reopen")
+    submitted = await gateway.submit("upscale", {"prompt": "a prompt"})
     yield submitted
-    await house.wait_for_task(submitted.json()["id"])
+    await gateway.wait_for_task(submitted.json()["id"])
     for path in ("/v1/tasks", f"/v1/tasks/{submitted.json()['id']}", "/v1/quota", "/v1/nowhere", "/openapi.json"):
-        yield await house.call("GET", path)
-    yield await house.call("GET", "/v1/quota", token=house.token[:-1])
-    yield await house.http.get(f"{house.ops_url}/metrics")
-    yield await house.call_admin("GET", "/nowhere")
-    yield await house.call_admin("DELETE", "/tenants/shop?force=true")
-    yield await house.call("GET", "/v1/quota")
-    yield await house.call_admin("DELETE", "/accounts/main")
+        yield await gateway.call("GET", path)
+    yield await gateway.call("GET", "/v1/quota", token=gateway.token[:-1])
+    yield await gateway.http.get(f"{gateway.ops_url}/metrics")
+    yield await gateway.call_admin("GET", "/nowhere")
+    yield await gateway.call_admin("DELETE", "/tenants/shop?force=true")
+    yield await gateway.call("GET", "/v1/quota")
+    yield await gateway.call_admin("DELETE", "/accounts/main")
 
 
 def encode_secret(secret: str) -> set[bytes]:
@@ -48,32 +48,32 @@ def encode_secret(secret: str) -> set[bytes]:
     return {plain, base64.b64encode(plain).rstrip(b"="), plain.hex().encode(), plain[:-1]}
 
 
-async def test_no_response_or_log_contains_a_secret(house: RunningGateway) -> None:
+async def test_no_response_or_log_contains_a_secret(gateway: RunningGateway) -> None:
     with structlog.testing.capture_logs() as events:
-        answers = [answer async for answer in call_every_operation(house)]
-    told = [repr((dict(answer.headers), answer.content)).encode() for answer in answers]
-    assert {answer.status_code for answer in answers} >= {200, 201, 204, 400, 401, 404, 422}
+        responses = [item async for item in call_every_operation(gateway)]
+    told = [repr((dict(response.headers), response.content)).encode() for response in responses]
+    assert {response.status_code for response in responses} >= {200, 201, 204, 400, 401, 404, 422}
     assert {"account.updated", "tenant.deleted", "account.deleted", "account.reopened"} <= {
-        each["event"] for each in events
+        event["event"] for event in events
     }
-    for secret in (*KEYS, house.token, ADMIN_TOKEN):
+    for secret in (*KEYS, gateway.token, ADMIN_TOKEN):
         for spelling in encode_secret(secret):
             assert [text for text in told if spelling in text] == []
             assert [event for event in events if spelling in repr(event).encode()] == []
 
 
-async def test_changes_are_logged(house: RunningGateway) -> None:
+async def test_changes_are_logged(gateway: RunningGateway) -> None:
     with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logged:
-        await house.call_admin("PUT", "/accounts/main", json={"floor_count": 2})
-        await house.put_tenant(max_active=4)
-        made = (await house.call_admin("POST", "/tenants/shop/tokens", json={"label": "a label"})).json()
-        await house.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=60")
-        await house.call_admin("POST", "/accounts/main/reopen")
-        await house.call_admin("DELETE", "/accounts/main")
-        await house.call_admin("DELETE", "/tenants/shop")
-        await house.call_admin("DELETE", "/accounts/main")
-    changes = [each for each in logged if each["event"].partition(".")[0] in {"account", "tenant", "token"}]
-    assert [(each["event"], each.get("account") or each.get("tenant")) for each in changes] == [
+        await gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 2})
+        await gateway.put_tenant(max_active=4)
+        made = (await gateway.call_admin("POST", "/tenants/shop/tokens", json={"label": "a label"})).json()
+        await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=60")
+        await gateway.call_admin("POST", "/accounts/main/reopen")
+        await gateway.call_admin("DELETE", "/accounts/main")
+        await gateway.call_admin("DELETE", "/tenants/shop")
+        await gateway.call_admin("DELETE", "/accounts/main")
+    changes = [item for item in logged if item["event"].partition(".")[0] in {"account", "tenant", "token"}]
+    assert [(change["event"], change.get("account") or change.get("tenant")) for change in changes] == [
         ("account.updated", "main"),
         ("tenant.updated", "shop"),
         ("token.created", "shop"),
@@ -86,23 +86,23 @@ async def test_changes_are_logged(house: RunningGateway) -> None:
     assert changes[1]["policy"]["max_active"] == 4
     assert (changes[2]["id"], changes[2]["label"]) == (made["id"], "a label")
     assert (changes[3]["id"], changes[3]["grace"]) == (made["id"], 60)
-    assert all(each["request_id"] for each in changes)
+    assert all(change["request_id"] for change in changes)
 
 
 @pytest.mark.parametrize("moment", ["while it runs", "once it has ended"])
 async def test_redis_holds_no_secret(valkey: Valkey, moment: str) -> None:
-    async with run_real_gateway(valkey) as house:
-        other = await house.new_token(label="another")
-        await house.call_admin("PUT", "/accounts/spare", json={"user_key": KEYS[1]})
-        task = (await house.submit("upscale", {"prompt": "a prompt"})).json()
+    async with run_real_gateway(valkey) as gateway:
+        other = await gateway.new_token(label="another")
+        await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": KEYS[1]})
+        task = (await gateway.submit("upscale", {"prompt": "a prompt"})).json()
         if moment == "once it has ended":
-            await house.wait_for_task(task["id"])
-        found = [each async for each in _dump_keys(valkey)]
-        assert any(b"spare" in each for each in found), "the registry was not looked at"
-        assert any(b"a prompt" in each for each in found), "the tasks were not looked at"
-        for secret in (*KEYS, house.token, other, ADMIN_TOKEN):
+            await gateway.wait_for_task(task["id"])
+        found = [dump_key async for dump_key in _dump_keys(valkey)]
+        assert any(b"spare" in item for item in found), "the registry was not looked at"
+        assert any(b"a prompt" in item for item in found), "the tasks were not looked at"
+        for secret in (*KEYS, gateway.token, other, ADMIN_TOKEN):
             for spelling in encode_secret(secret):
-                assert [each for each in found if spelling in each] == []
+                assert [item for item in found if spelling in item] == []
 
 
 async def _dump_keys(valkey: Valkey) -> AsyncIterator[bytes]:
@@ -120,8 +120,8 @@ async def _dump_keys(valkey: Valkey) -> AsyncIterator[bytes]:
         async for key in client.scan_iter():
             yield key
             content = await readers[await client.type(key)](key)
-            for each in _flatten(content):
-                yield each
+            for item in _flatten(content):
+                yield item
     finally:
         await connections.aclose()
 

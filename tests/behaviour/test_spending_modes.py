@@ -16,147 +16,147 @@ MISSING_BALANCES = Fault(wrong={"remaining_count": "missing", "remaining_money":
 
 
 @pytest.fixture(params=product(("submit", "end"), ("now", "then")), ids="-".join)
-async def books(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
+async def harness(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
     charge, checked_balance = request.param
     async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as found:
         yield found
 
 
-async def test_configured_price_protects_the_floor(books: BalanceHarness) -> None:
-    await books.gateway.call_admin(
+async def test_configured_price_protects_the_floor(harness: BalanceHarness) -> None:
+    await harness.gateway.call_admin(
         "PUT", "/accounts/main", json={"floor_money": 4 * PRICE_YUAN, "max_price": {"vectorize": PRICE_YUAN}}
     )
-    await books.set_balance(3, 6 * PRICE_YUAN)
+    await harness.set_balance(3, 6 * PRICE_YUAN)
     for _ in range(2):
-        await books.run_task()
-    tasks, refused = await books.submit_concurrently(6)
+        await harness.run_task()
+    tasks, refused = await harness.submit_concurrently(6)
     assert (len(tasks), refused) == (3, {402: 3})
     for task in tasks:
-        await books.wait_for_cost(task)
-    assert await books.upstream_balance() == (0, 4 * PRICE_YUAN)
+        await harness.wait_for_cost(task)
+    assert await harness.upstream_balance() == (0, 4 * PRICE_YUAN)
 
 
-async def test_unknown_outcome_may_have_taken_the_last_use(books: BalanceHarness) -> None:
-    await books.gateway.put_tenant(purse="count_only")
-    await books.set_balance(3, 50)
+async def test_unknown_outcome_may_have_taken_the_last_use(harness: BalanceHarness) -> None:
+    await harness.gateway.put_tenant(purse="count_only")
+    await harness.set_balance(3, 50)
     for _ in range(2):
-        await books.run_task()
-    await books.set_behaviour(faults=(Fault(on="submit", times=1, reply="reset"),))
-    assert (await books.submit()).status_code == 504
-    await books.control.wait_until_idle()
-    await books.expect_refused_locally()
-    assert await books.upstream_balance() == (0, 50)
+        await harness.run_task()
+    await harness.set_behaviour(faults=(Fault(on="submit", times=1, reply="reset"),))
+    assert (await harness.submit()).status_code == 504
+    await harness.control.wait_until_idle()
+    await harness.expect_refused_locally()
+    assert await harness.upstream_balance() == (0, 50)
 
 
-async def test_unknown_outcome_counts_against_the_floor(books: BalanceHarness) -> None:
-    await books.gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 5})
-    await books.set_balance(8, 0)
+async def test_unknown_outcome_counts_against_the_floor(harness: BalanceHarness) -> None:
+    await harness.gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 5})
+    await harness.set_balance(8, 0)
     for _ in range(2):
-        await books.run_task()
-    await books.set_behaviour(faults=(Fault(on="submit", times=1, reply="reset"),))
-    assert (await books.submit()).status_code == 504
-    await books.control.wait_until_idle()
-    await books.expect_refused_locally()
-    assert await books.upstream_balance() == (5, 0)
+        await harness.run_task()
+    await harness.set_behaviour(faults=(Fault(on="submit", times=1, reply="reset"),))
+    assert (await harness.submit()).status_code == 504
+    await harness.control.wait_until_idle()
+    await harness.expect_refused_locally()
+    assert await harness.upstream_balance() == (5, 0)
 
 
-async def test_finished_task_took_a_use_without_any_balance(books: BalanceHarness) -> None:
-    await books.gateway.put_tenant(purse="count_only")
-    await books.set_balance(4, 50)
+async def test_finished_task_took_a_use_without_any_balance(harness: BalanceHarness) -> None:
+    await harness.gateway.put_tenant(purse="count_only")
+    await harness.set_balance(4, 50)
     for _ in range(2):
-        await books.run_task()
-    await books.set_behaviour(faults=(MISSING_BALANCES,))
+        await harness.run_task()
+    await harness.set_behaviour(faults=(MISSING_BALANCES,))
     for _ in range(2):
-        await books.run_task()
-    await books.expect_refused_locally()
-    assert await books.upstream_balance() == (0, 50)
+        await harness.run_task()
+    await harness.expect_refused_locally()
+    assert await harness.upstream_balance() == (0, 50)
 
 
-async def test_finished_task_took_a_use_without_check_balances(books: BalanceHarness) -> None:
-    await books.gateway.put_tenant(purse="count_only")
-    await books.set_balance(5, 50)
+async def test_finished_task_took_a_use_without_check_balances(harness: BalanceHarness) -> None:
+    await harness.gateway.put_tenant(purse="count_only")
+    await harness.set_balance(5, 50)
     for _ in range(2):
-        await books.run_task()
-    await books.set_behaviour(
+        await harness.run_task()
+    await harness.set_behaviour(
         faults=(Fault(on="check", wrong={"remaining_count": "missing", "remaining_money": "missing"}),)
     )
     for _ in range(3):
-        await books.run_task()
-    await books.expect_refused_locally()
-    assert await books.upstream_balance() == (0, 50)
+        await harness.run_task()
+    await harness.expect_refused_locally()
+    assert await harness.upstream_balance() == (0, 50)
 
 
-async def test_overtaken_prepaid_only_task_pays_no_money(books: BalanceHarness) -> None:
-    await books.gateway.put_tenant("thrifty", purse="count_only")
-    thrifty = await books.gateway.new_token("thrifty")
-    await books.set_balance(3, 50)
+async def test_overtaken_prepaid_only_task_pays_no_money(harness: BalanceHarness) -> None:
+    await harness.gateway.put_tenant("thrifty", purse="count_only")
+    thrifty = await harness.gateway.new_token("thrifty")
+    await harness.set_balance(3, 50)
     for _ in range(2):
-        await books.run_task()
-    asked = await books.sandbox.count_submits()
-    await books.set_behaviour(faults=(Fault(on="submit", times=1, latency=1.0),))
-    slow = asyncio.create_task(books.gateway.submit(KIND, token=thrifty))
-    await books.control.wait_for_requests(lambda seen: sum(each.operation == "submit" for each in seen) == asked + 1)
-    other = await books.submit()
+        await harness.run_task()
+    asked = await harness.sandbox.count_submits()
+    await harness.set_behaviour(faults=(Fault(on="submit", times=1, latency=1.0),))
+    slow = asyncio.create_task(harness.gateway.submit(KIND, token=thrifty))
+    await harness.control.wait_for_requests(lambda seen: sum(item.operation == "submit" for item in seen) == asked + 1)
+    other = await harness.submit()
     thriftys = await slow
     assert thriftys.status_code == 201
-    cost = await books.wait_for_cost(thriftys.json(), token=thrifty)
-    spent = 50 - (await books.upstream_balance())[1]
+    cost = await harness.wait_for_cost(thriftys.json(), token=thrifty)
+    spent = 50 - (await harness.upstream_balance())[1]
     assert cost["money"] == 0
     assert other.status_code == 402
     assert spent == 0
 
 
-async def check_out_of_order(books: BalanceHarness, number: int) -> None:
+async def check_out_of_order(harness: BalanceHarness, number: int) -> None:
     """Run two tasks; check the first after a later balance is known."""
-    house, watch = books.gateway, books.gateway.services.task_poller
+    gateway, watch = harness.gateway, harness.gateway.services.task_poller
 
     async def checks_after(seconds: float) -> None:
-        await house.advance(seconds)
+        await gateway.advance(seconds)
         while await watch.start_due():
             pass
         await watch.wait_idle()
 
-    first = await books.expect_accepted()
-    await books.control.wait_until_idle()
+    first = await harness.expect_accepted()
+    await harness.control.wait_until_idle()
     await checks_after(1.5)
-    second = await books.expect_accepted()
-    await books.control.wait_until_idle()
-    await books.set_behaviour(faults=(Fault(on="check", times=1, reply="page", status=500),))
+    second = await harness.expect_accepted()
+    await harness.control.wait_until_idle()
+    await harness.set_behaviour(faults=(Fault(on="check", times=1, reply="page", status=500),))
     await checks_after(1)
     await checks_after(1.5)
-    states = [(await house.call("GET", f"/v1/tasks/{each['id']}")).json()["state"] for each in (first, second)]
+    states = [(await gateway.call("GET", f"/v1/tasks/{item['id']}")).json()["state"] for item in (first, second)]
     assert states == ["queued", "succeeded"]
-    assert await books.upstream_balance() == (number, 50)
-    await books.wait_for_cost(first)
+    assert await harness.upstream_balance() == (number, 50)
+    await harness.wait_for_cost(first)
 
 
-async def test_older_check_balance_restores_nothing(books: BalanceHarness) -> None:
-    await books.set_balance(6, 50)
+async def test_older_check_balance_restores_nothing(harness: BalanceHarness) -> None:
+    await harness.set_balance(6, 50)
     for _ in range(2):
-        await books.run_task()
-    await check_out_of_order(books, 2)
-    assert await books.shown_balance() == await books.upstream_balance()
+        await harness.run_task()
+    await check_out_of_order(harness, 2)
+    assert await harness.shown_balance() == await harness.upstream_balance()
 
 
-async def test_older_balance_does_not_unlock_money(books: BalanceHarness) -> None:
-    await books.gateway.put_tenant(purse="count_only")
-    await books.set_balance(5, 50)
+async def test_older_balance_does_not_unlock_money(harness: BalanceHarness) -> None:
+    await harness.gateway.put_tenant(purse="count_only")
+    await harness.set_balance(5, 50)
     for _ in range(2):
-        await books.run_task()
-    await check_out_of_order(books, 1)
-    tasks, refused = await books.submit_concurrently(3)
+        await harness.run_task()
+    await check_out_of_order(harness, 1)
+    tasks, refused = await harness.submit_concurrently(3)
     for task in tasks:
-        await books.wait_for_cost(task)
+        await harness.wait_for_cost(task)
     assert (len(tasks), refused) == (1, {402: 2})
-    assert await books.upstream_balance() == (0, 50)
+    assert await harness.upstream_balance() == (0, 50)
 
 
-async def test_running_tasks_count_against_the_floor(books: BalanceHarness) -> None:
+async def test_running_tasks_count_against_the_floor(harness: BalanceHarness) -> None:
     """While the time of charging is unknown, a running task may yet be charged: one use too many stays."""
-    await books.set_behaviour(seconds=3_600)
-    await books.gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 5})
-    await books.set_balance(8, 0)
+    await harness.set_behaviour(seconds=3_600)
+    await harness.gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 5})
+    await harness.set_balance(8, 0)
     taken = 0
     for _ in range(8):
-        taken += (await books.submit()).status_code == 201
-    assert taken == (3 if (await books.control.get_behaviour()).charge == "end" else 2)
+        taken += (await harness.submit()).status_code == 201
+    assert taken == (3 if (await harness.control.get_behaviour()).charge == "end" else 2)

@@ -24,20 +24,20 @@ from tests.behaviour.usage_requests import (
 from tests.support.valkey import Valkey
 
 
-async def submit_with_status(house: RunningGateway, status: int) -> str:
+async def submit_with_status(gateway: RunningGateway, status: int) -> str:
     """Submit and assert the status; return the submission id from the log."""
     with structlog.testing.capture_logs() as events:
-        assert (await house.submit()).status_code == status
-    return str([each["reservation"] for each in events if each["event"] == "reservation.settled"][-1])
+        assert (await gateway.submit()).status_code == status
+    return str([event["reservation"] for event in events if event["event"] == "reservation.settled"][-1])
 
 
-async def test_accepted_submission_links_its_task(house: RunningGateway) -> None:
-    await house.upstream.keep_running()
-    task = (await house.submit()).json()
-    name = submission_id_of(house, task)
-    answer = await house.call("GET", f"/v1/submissions/{name}")
-    assert answer.headers["cache-control"] == "private, no-cache"
-    told = expect_json(answer)
+async def test_accepted_submission_links_its_task(gateway: RunningGateway) -> None:
+    await gateway.upstream.keep_running()
+    task = (await gateway.submit()).json()
+    name = submission_id_of(gateway, task)
+    response = await gateway.call("GET", f"/v1/submissions/{name}")
+    assert response.headers["cache-control"] == "private, no-cache"
+    told = expect_json(response)
     settled_at = told.pop("settled_at")
     assert settled_at >= task["created_at"]
     expected: dict[str, Any] = {
@@ -51,50 +51,50 @@ async def test_accepted_submission_links_its_task(house: RunningGateway) -> None
         "refund": None,
     }
     assert told == expected
-    operators = expect_json(await house.call_admin("GET", f"/submissions/{name}"))
+    operators = expect_json(await gateway.call_admin("GET", f"/submissions/{name}"))
     assert operators == expected | {"settled_at": settled_at, "tenant": "shop", "account": "main"}
 
 
-async def test_finished_submission_shows_its_cost(house: RunningGateway) -> None:
+async def test_finished_submission_shows_its_cost(gateway: RunningGateway) -> None:
     for _ in range(2):
-        task = await house.wait_for_task((await house.submit()).json()["id"])
-        told = await read_submission(house, submission_id_of(house, task))
+        task = await gateway.wait_for_task((await gateway.submit()).json()["id"])
+        told = await read_submission(gateway, submission_id_of(gateway, task))
         assert (told["task"]["state"], told["cost"]) == ("succeeded", task["cost"])
 
 
-async def test_unknown_outcome(house: RunningGateway) -> None:
-    name = await submit_and_lose_response(house)
-    told = await read_submission(house, name)
+async def test_unknown_outcome(gateway: RunningGateway) -> None:
+    name = await submit_and_lose_response(gateway)
+    told = await read_submission(gateway, name)
     assert (told["outcome"], told["task"], told["refund"]) == ("unknown", None, None)
     assert told["cost"] == {"count": 0, "money": 0, "basis": "unknown"}
     assert told["balance_suggests"] == "cannot-tell"
-    task_id = await recover_task(house, name)
-    told = await read_submission(house, name)
+    task_id = await recover_task(gateway, name)
+    told = await read_submission(gateway, name)
     assert (told["outcome"], told["balance_suggests"]) == ("accepted", None)
     assert told["task"] == {"id": task_id, "state": "succeeded", "link": f"/v1/tasks/{task_id}"}
 
 
-async def test_refused_submissions_are_free(house: RunningGateway) -> None:
-    await house.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
-    refused = await submit_with_status(house, 502)
+async def test_refused_submissions_are_free(gateway: RunningGateway) -> None:
+    await gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
+    refused = await submit_with_status(gateway, 502)
     dead = {"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"}
-    await house.call_admin("PUT", "/accounts/dead", json=dead)
-    await house.put_tenant(accounts=["dead"])
-    await house.upstream.refuse_next(SubmitOutcome.NOT_SENT)
-    not_sent = await submit_with_status(house, 503)
+    await gateway.call_admin("PUT", "/accounts/dead", json=dead)
+    await gateway.put_tenant(accounts=["dead"])
+    await gateway.upstream.refuse_next(SubmitOutcome.NOT_SENT)
+    not_sent = await submit_with_status(gateway, 503)
     for name, outcome in ((refused, "refused"), (not_sent, "not-sent")):
-        told = await read_submission(house, name)
+        told = await read_submission(gateway, name)
         assert (told["outcome"], told["task"], told["cost"], told["balance_suggests"]) == (outcome, None, None, None)
         assert told["settled_at"] >= told["created_at"]
-    await house.put_tenant()
-    await house.call_admin("DELETE", "/accounts/dead")
-    assert expect_json(await house.call_admin("GET", f"/submissions/{not_sent}"))["account"] is None
+    await gateway.put_tenant()
+    await gateway.call_admin("DELETE", "/accounts/dead")
+    assert expect_json(await gateway.call_admin("GET", f"/submissions/{not_sent}"))["account"] is None
 
 
-async def test_tombstone_has_no_creation_time(house: RunningGateway) -> None:
-    registry = house.services.registry.current
+async def test_tombstone_has_no_creation_time(gateway: RunningGateway) -> None:
+    registry = gateway.services.registry.current
     name = "5" * 32
-    ledger: Any = house.services.quota._ledger
+    ledger: Any = gateway.services.quota._ledger
     await ledger.settle(
         Settlement(
             reservation=name,
@@ -105,7 +105,7 @@ async def test_tombstone_has_no_creation_time(house: RunningGateway) -> None:
             outcome=ReservationState.NOT_SENT,
         )
     )
-    told = await read_submission(house, name)
+    told = await read_submission(gateway, name)
     assert (told["outcome"], told["created_at"], told["settled_at"], told["cost"]) == ("not-sent", None, None, None)
 
 
@@ -120,43 +120,43 @@ async def test_balance_suggests_charged(valkey: Valkey) -> None:
 
 
 async def test_balance_suggests_not_charged() -> None:
-    async with run_fake_gateway() as (house, _, _):
+    async with run_fake_gateway() as (gateway, _, _):
         for _ in range(2):
-            await house.wait_for_task((await house.submit()).json()["id"])
-        name = await submit_and_lose_response(house)
-        await house.advance(1)
-        assert (await house.submit()).status_code == 201
-        assert (await read_submission(house, name))["balance_suggests"] == "not-charged"
+            await gateway.wait_for_task((await gateway.submit()).json()["id"])
+        name = await submit_and_lose_response(gateway)
+        await gateway.advance(1)
+        assert (await gateway.submit()).status_code == 201
+        assert (await read_submission(gateway, name))["balance_suggests"] == "not-charged"
 
 
 @pytest.mark.parametrize("what", ["another's", "none", "malformed"])
-async def test_not_found(house: RunningGateway, what: str) -> None:
-    name = submission_id_of(house, (await house.submit()).json())
-    await house.put_tenant("other")
-    other = await house.new_token("other")
-    never = expect_problem(await house.call("GET", f"/v1/submissions/{'0' * 32}", token=other), 404, "not-found")
+async def test_not_found(gateway: RunningGateway, what: str) -> None:
+    name = submission_id_of(gateway, (await gateway.submit()).json())
+    await gateway.put_tenant("other")
+    other = await gateway.new_token("other")
+    never = expect_problem(await gateway.call("GET", f"/v1/submissions/{'0' * 32}", token=other), 404, "not-found")
     wrong = {
         "another's": [name],
         "none": ["f" * 32],
         "malformed": ["x", name[:-1], f"{name}0", name.upper(), f"{name}%0A", f"%00{name}", "%E5%95%86", "*", "%2E%2E"],
     }
-    for each in wrong[what]:
-        found = expect_problem(await house.call("GET", f"/v1/submissions/{each}", token=other), 404, "not-found")
-        assert found | {"instance": ""} == never | {"instance": ""}, each
+    for item in wrong[what]:
+        found = expect_problem(await gateway.call("GET", f"/v1/submissions/{item}", token=other), 404, "not-found")
+        assert found | {"instance": ""} == never | {"instance": ""}, item
         if what != "another's":
-            expect_problem(await house.call_admin("GET", f"/submissions/{each}"), 404, "not-found")
-    assert expect_json(await house.call_admin("GET", f"/submissions/{name}"))["tenant"] == "shop"
+            expect_problem(await gateway.call_admin("GET", f"/submissions/{item}"), 404, "not-found")
+    assert expect_json(await gateway.call_admin("GET", f"/submissions/{name}"))["tenant"] == "shop"
 
 
 async def test_unavailable_store_is_503() -> None:
-    async with run_fake_gateway() as (house, ledger, _):
-        name = submission_id_of(house, (await house.submit()).json())
+    async with run_fake_gateway() as (gateway, ledger, _):
+        name = submission_id_of(gateway, (await gateway.submit()).json())
         ledger.is_unavailable = True
-        expect_problem(await house.call("GET", f"/v1/submissions/{name}"), 503, "ledger-unavailable")
-        expect_problem(await house.call_admin("GET", f"/submissions/{name}"), 503, "ledger-unavailable")
+        expect_problem(await gateway.call("GET", f"/v1/submissions/{name}"), 503, "ledger-unavailable")
+        expect_problem(await gateway.call_admin("GET", f"/submissions/{name}"), 503, "ledger-unavailable")
         for malformed in ("x", f"{name}0", name[1:]):
-            expect_problem(await house.call("GET", f"/v1/submissions/{malformed}"), 404, "not-found")
-        refund = await house.call_admin("POST", "/refunds", json={"submission": name, "reason": "x"})
+            expect_problem(await gateway.call("GET", f"/v1/submissions/{malformed}"), 404, "not-found")
+        refund = await gateway.call_admin("POST", "/refunds", json={"submission": name, "reason": "x"})
         expect_problem(refund, 503, "ledger-unavailable")
-        expect_problem(await house.call("GET", "/v1/usage"), 503, "ledger-unavailable")
-        expect_problem(await house.call_admin("GET", "/usage"), 503, "ledger-unavailable")
+        expect_problem(await gateway.call("GET", "/v1/usage"), 503, "ledger-unavailable")
+        expect_problem(await gateway.call_admin("GET", "/usage"), 503, "ledger-unavailable")

@@ -27,15 +27,15 @@ def collector() -> Iterator[TraceCollector]:
 async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: TraceCollector) -> None:
     async with (
         run_receiver() as receiver,
-        run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url, GATEWAY_TRACES_SHARE="0") as house,
+        run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url, GATEWAY_TRACES_SHARE="0") as gateway,
     ):
-        await house.put_tenant(webhook={"url": receiver.url, "secret": make_secret(), "allow": ["127.0.0.0/8"]})
-        submitted = await house.submit(headers=CALLER_TRACEPARENT)
+        await gateway.put_tenant(webhook={"url": receiver.url, "secret": make_secret(), "allow": ["127.0.0.0/8"]})
+        submitted = await gateway.submit(headers=CALLER_TRACEPARENT)
         assert submitted.status_code == 201
-        task = await house.wait_for_task(submitted.json()["id"])
-        while await house.services.webhook_dispatcher.start_due():
-            await house.services.webhook_dispatcher.wait_idle()
-        result = await house.call("GET", task["artifacts"][0]["href"], headers=CALLER_TRACEPARENT)
+        task = await gateway.wait_for_task(submitted.json()["id"])
+        while await gateway.services.webhook_dispatcher.start_due():
+            await gateway.services.webhook_dispatcher.wait_idle()
+        result = await gateway.call("GET", task["artifacts"][0]["href"], headers=CALLER_TRACEPARENT)
         assert result.status_code == 200
     request = collector.get_span("POST /v1/tasks/face-enhance")
     assert (request.trace_id, request.parent_id, request.trace_state) == (TRACE, SPAN, "tool=of-the-caller")
@@ -62,22 +62,22 @@ async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: Trace
 async def test_unsampled_work_is_not_recorded(valkey: Valkey, collector: TraceCollector) -> None:
     async with (
         run_receiver() as receiver,
-        run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url, GATEWAY_TRACES_SHARE="0") as house,
+        run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url, GATEWAY_TRACES_SHARE="0") as gateway,
     ):
-        await house.put_tenant(webhook={"url": receiver.url, "secret": make_secret(), "allow": ["127.0.0.0/8"]})
-        await house.wait_for_task((await house.submit()).json()["id"])
-        while await house.services.webhook_dispatcher.start_due():
-            await house.services.webhook_dispatcher.wait_idle()
+        await gateway.put_tenant(webhook={"url": receiver.url, "secret": make_secret(), "allow": ["127.0.0.0/8"]})
+        await gateway.wait_for_task((await gateway.submit()).json()["id"])
+        while await gateway.services.webhook_dispatcher.start_due():
+            await gateway.services.webhook_dispatcher.wait_idle()
         assert "traceparent" not in receiver.requests[0].headers
     assert collector.spans == []
 
 
 async def test_idle_gateway_sends_no_spans(valkey: Valkey, collector: TraceCollector) -> None:
-    async with run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url) as house:
+    async with run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url) as gateway:
         for _ in range(3):
-            await house.services.task_poller.start_due()
-            await house.services.webhook_dispatcher.start_due()
-            await house.services.balance_refresher.refresh_due()
+            await gateway.services.task_poller.start_due()
+            await gateway.services.webhook_dispatcher.start_due()
+            await gateway.services.balance_refresher.refresh_due()
     assert [span.name for span in collector.spans if not span.parent_id] == [
         "PUT /admin/v1/accounts/{name}",
         "PUT /admin/v1/tenants/{name}",
@@ -90,14 +90,14 @@ async def test_no_secret_is_exported(valkey: Valkey, collector: TraceCollector) 
     redactor = Redactor([ADMIN_TOKEN])
     async with run_real_gateway(
         valkey, redactor.register_secrets, redactor.redact_text, GATEWAY_TRACES_URL=collector.url
-    ) as house:
-        await house.submit("upscale", {"prompt": "a prompt", "metadata": '{"order": "order-of-a-customer"}'})
-        await house.call("GET", f"/v1/tasks/{house.token}")
-        await house.call("GET", f"/v1/tasks?token={house.token}", headers={"User-Agent": f"curl {house.token}"})
-        await house.http.get(f"{house.ops_url}/admin/v1/{ADMIN_TOKEN}")
-        answers = [answer async for answer in call_every_operation(house)]
-        assert answers
-        token = house.token
+    ) as gateway:
+        await gateway.submit("upscale", {"prompt": "a prompt", "metadata": '{"order": "order-of-a-customer"}'})
+        await gateway.call("GET", f"/v1/tasks/{gateway.token}")
+        await gateway.call("GET", f"/v1/tasks?token={gateway.token}", headers={"User-Agent": f"curl {gateway.token}"})
+        await gateway.http.get(f"{gateway.ops_url}/admin/v1/{ADMIN_TOKEN}")
+        responses = [item async for item in call_every_operation(gateway)]
+        assert responses
+        token = gateway.token
     sent = b"".join(collector.bodies)
     assert len(collector.spans) > 40
     for secret in (*KEYS, USER_KEY, token, ADMIN_TOKEN, SECRET_KEY.decode(), *private):

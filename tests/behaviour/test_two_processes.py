@@ -34,7 +34,7 @@ class TwoProcesses:
 
 
 @pytest.fixture
-async def pair(valkey: Valkey) -> AsyncIterator[TwoProcesses]:
+async def processes(valkey: Valkey) -> AsyncIterator[TwoProcesses]:
     async with AsyncExitStack() as stack:
         own = await stack.enter_async_context(run_real_gateway(valkey))
         given = {
@@ -59,26 +59,26 @@ async def pair(valkey: Valkey) -> AsyncIterator[TwoProcesses]:
         )
 
 
-async def test_end_recorded_elsewhere_wakes_waiters(pair: TwoProcesses) -> None:
-    task = (await pair.poller.submit()).json()
-    reading = await start_waiting_read(pair.reader, task["links"]["self"])
-    async with open_event_stream(pair.reader, task) as stream:
+async def test_end_recorded_elsewhere_wakes_waiters(processes: TwoProcesses) -> None:
+    task = (await processes.poller.submit()).json()
+    reading = await start_waiting_read(processes.reader, task["links"]["self"])
+    async with open_event_stream(processes.reader, task) as stream:
         await stream.next_event()
-        assert pair.reader.services.task_cache.subscription_count == 2
-        await pair.poller.poll_due_tasks()
+        assert processes.reader.services.task_cache.subscription_count == 2
+        await processes.poller.poll_due_tasks()
         recorded = time.monotonic()
         assert [event.task["state"] for event in await stream.read_remaining()] == ["succeeded"]
     assert (await reading).json()["state"] == "succeeded"
     assert time.monotonic() - recorded < POLL_SECONDS / 10
 
 
-async def test_change_recorded_elsewhere_updates_the_cache(pair: TwoProcesses) -> None:
-    task = (await pair.poller.submit()).json()
-    read = await pair.reader.call("GET", task["links"]["self"])
+async def test_change_recorded_elsewhere_updates_the_cache(processes: TwoProcesses) -> None:
+    task = (await processes.poller.submit()).json()
+    read = await processes.reader.call("GET", task["links"]["self"])
     assert read.json()["state"] == "queued"
-    board = pair.reader.services.task_cache
+    board = processes.reader.services.task_cache
     (reservation,) = board._tasks
-    await pair.poller.poll_due_tasks()
+    await processes.poller.poll_due_tasks()
     await wait_until(lambda: board._tasks[reservation].task.state.is_final)
-    assert (await pair.reader.call("GET", task["links"]["self"])).json()["state"] == "succeeded"
+    assert (await processes.reader.call("GET", task["links"]["self"])).json()["state"] == "succeeded"
     assert list(board.durations._seconds) == [Kind.FACE_ENHANCE]

@@ -21,8 +21,8 @@ PREFERS = {"Prefer": "wait=60"}
 
 
 @pytest.fixture
-async def task(house: RunningGateway) -> dict[str, Any]:
-    task: dict[str, Any] = (await house.submit()).json()
+async def task(gateway: RunningGateway) -> dict[str, Any]:
+    task: dict[str, Any] = (await gateway.submit()).json()
     return task
 
 
@@ -31,144 +31,144 @@ def task_path(task: dict[str, Any]) -> str:
     return found
 
 
-async def test_end_wakes_the_waiting_read(house: RunningGateway, task: dict[str, Any]) -> None:
-    reading = await start_waiting_read(house, task_path(task))
-    await poll_with_outcomes(house, RUNNING)
+async def test_end_wakes_the_waiting_read(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    reading = await start_waiting_read(gateway, task_path(task))
+    await poll_with_outcomes(gateway, RUNNING)
     assert not reading.done()
-    await poll_with_outcomes(house, SUCCEEDED)
-    answer = await reading
-    assert (answer.status_code, answer.json()["state"]) == (200, "succeeded")
-    assert answer.headers["preference-applied"] == "wait=60"
-    assert "retry-after" not in answer.headers
-    assert answer.json() == (await house.call("GET", task_path(task))).json()
-    assert house.services.task_cache.subscription_count == 0
+    await poll_with_outcomes(gateway, SUCCEEDED)
+    response = await reading
+    assert (response.status_code, response.json()["state"]) == (200, "succeeded")
+    assert response.headers["preference-applied"] == "wait=60"
+    assert "retry-after" not in response.headers
+    assert response.json() == (await gateway.call("GET", task_path(task))).json()
+    assert gateway.services.task_cache.subscription_count == 0
 
 
-async def test_finished_task_is_returned_at_once(house: RunningGateway, task: dict[str, Any]) -> None:
-    await poll_with_outcomes(house, SUCCEEDED)
+async def test_finished_task_is_returned_at_once(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    await poll_with_outcomes(gateway, SUCCEEDED)
     async with asyncio.timeout(20):
-        answer = await house.call("GET", task_path(task), headers=PREFERS)
-    assert answer.json()["state"] == "succeeded"
-    assert answer.headers["preference-applied"] == "wait=60"
+        response = await gateway.call("GET", task_path(task), headers=PREFERS)
+    assert response.json()["state"] == "succeeded"
+    assert response.headers["preference-applied"] == "wait=60"
 
 
-async def test_timeout_returns_the_current_state(house: RunningGateway, task: dict[str, Any]) -> None:
-    await poll_with_outcomes(house, RUNNING)
-    tag = (await house.call("GET", task_path(task))).headers["etag"]
-    reading = await start_waiting_read(house, task_path(task), 1)
-    answer = await reading
-    assert (answer.status_code, answer.json()["state"]) == (200, "running")
-    assert answer.headers["preference-applied"] == "wait=1"
-    assert answer.headers["etag"] == tag
-    assert int(answer.headers["retry-after"]) > 0
+async def test_timeout_returns_the_current_state(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    await poll_with_outcomes(gateway, RUNNING)
+    tag = (await gateway.call("GET", task_path(task))).headers["etag"]
+    reading = await start_waiting_read(gateway, task_path(task), 1)
+    response = await reading
+    assert (response.status_code, response.json()["state"]) == (200, "running")
+    assert response.headers["preference-applied"] == "wait=1"
+    assert response.headers["etag"] == tag
+    assert int(response.headers["retry-after"]) > 0
 
 
 @pytest.mark.parametrize("prefer", ["wait=0", "wait=soon", "respond-async"])
-async def test_other_preferences_are_ignored(house: RunningGateway, task: dict[str, Any], prefer: str) -> None:
-    answer = await house.call("GET", task_path(task), headers={"Prefer": prefer})
-    assert (answer.status_code, answer.json()["state"]) == (200, "queued")
-    assert "preference-applied" not in answer.headers
+async def test_other_preferences_are_ignored(gateway: RunningGateway, task: dict[str, Any], prefer: str) -> None:
+    response = await gateway.call("GET", task_path(task), headers={"Prefer": prefer})
+    assert (response.status_code, response.json()["state"]) == (200, "queued")
+    assert "preference-applied" not in response.headers
 
 
-async def test_unchanged_task_after_a_wait_is_304(house: RunningGateway, task: dict[str, Any]) -> None:
-    tag = (await house.call("GET", task_path(task))).headers["etag"]
-    readings = [await start_waiting_read(house, task_path(task), 1, if_none_match=tag) for _ in range(2)]
+async def test_unchanged_task_after_a_wait_is_304(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    tag = (await gateway.call("GET", task_path(task))).headers["etag"]
+    readings = [await start_waiting_read(gateway, task_path(task), 1, if_none_match=tag) for _ in range(2)]
     for reading in readings:
-        answer = await reading
-        assert (answer.status_code, answer.content) == (304, b"")
-        assert answer.headers["preference-applied"] == "wait=1"
-    reading = await start_waiting_read(house, task_path(task), if_none_match=tag)
-    await poll_with_outcomes(house, SUCCEEDED)
+        response = await reading
+        assert (response.status_code, response.content) == (304, b"")
+        assert response.headers["preference-applied"] == "wait=1"
+    reading = await start_waiting_read(gateway, task_path(task), if_none_match=tag)
+    await poll_with_outcomes(gateway, SUCCEEDED)
     assert (await reading).status_code == 200
 
 
-async def test_waiting_submission_returns_the_end(house: RunningGateway) -> None:
-    submitting = asyncio.create_task(house.submit(headers=PREFERS))
-    await wait_until(lambda: house.services.task_cache.subscription_count == 1)
-    await poll_with_outcomes(house, SUCCEEDED)
-    answer = await submitting
-    task = answer.json()
-    assert (answer.status_code, task["state"]) == (201, "succeeded")
-    assert answer.headers["location"] == task_path(task)
-    assert answer.headers["preference-applied"] == "wait=60"
-    assert answer.headers["etag"] == (await house.call("GET", task_path(task))).headers["etag"]
-    assert not {"retry-after", "age"} & answer.headers.keys()
+async def test_waiting_submission_returns_the_end(gateway: RunningGateway) -> None:
+    submitting = asyncio.create_task(gateway.submit(headers=PREFERS))
+    await wait_until(lambda: gateway.services.task_cache.subscription_count == 1)
+    await poll_with_outcomes(gateway, SUCCEEDED)
+    response = await submitting
+    task = response.json()
+    assert (response.status_code, task["state"]) == (201, "succeeded")
+    assert response.headers["location"] == task_path(task)
+    assert response.headers["preference-applied"] == "wait=60"
+    assert response.headers["etag"] == (await gateway.call("GET", task_path(task))).headers["etag"]
+    assert not {"retry-after", "age"} & response.headers.keys()
 
 
-async def test_replay_waits_by_its_own_preference(house: RunningGateway) -> None:
+async def test_replay_waits_by_its_own_preference(gateway: RunningGateway) -> None:
     key = {"Idempotency-Key": KEY}
-    first = await house.submit(headers=key)
+    first = await gateway.submit(headers=key)
     assert first.json()["state"] == "queued"
-    repeating = asyncio.create_task(house.submit(headers=key | PREFERS))
-    await wait_until(lambda: house.services.task_cache.subscription_count == 1)
-    assert (await house.submit(headers=key)).json()["state"] == "queued"
-    await poll_with_outcomes(house, SUCCEEDED)
-    answer = await repeating
-    assert (answer.status_code, answer.json()["state"]) == (201, "succeeded")
-    assert answer.headers["idempotent-replayed"] == "true"
-    assert answer.headers["preference-applied"] == "wait=60"
+    repeating = asyncio.create_task(gateway.submit(headers=key | PREFERS))
+    await wait_until(lambda: gateway.services.task_cache.subscription_count == 1)
+    assert (await gateway.submit(headers=key)).json()["state"] == "queued"
+    await poll_with_outcomes(gateway, SUCCEEDED)
+    response = await repeating
+    assert (response.status_code, response.json()["state"]) == (201, "succeeded")
+    assert response.headers["idempotent-replayed"] == "true"
+    assert response.headers["preference-applied"] == "wait=60"
 
 
-async def test_shutdown_answers_all_waiters(house: RunningGateway, task: dict[str, Any]) -> None:
-    readings = [await start_waiting_read(house, task_path(task)) for _ in range(3)]
-    house.services.lifecycle.start_draining()
+async def test_shutdown_answers_all_waiters(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    readings = [await start_waiting_read(gateway, task_path(task)) for _ in range(3)]
+    gateway.services.lifecycle.start_draining()
     async with asyncio.timeout(20):
-        answers = [*await asyncio.gather(*readings), await house.call("GET", task_path(task), headers=PREFERS)]
-    for answer in answers:
-        assert (answer.status_code, answer.json()["state"]) == (200, "queued")
-        assert answer.headers["preference-applied"] == "wait=60"
-        assert answer.headers["retry-after"] == "3"
+        responses = [*await asyncio.gather(*readings), await gateway.call("GET", task_path(task), headers=PREFERS)]
+    for response in responses:
+        assert (response.status_code, response.json()["state"]) == (200, "queued")
+        assert response.headers["preference-applied"] == "wait=60"
+        assert response.headers["retry-after"] == "3"
 
 
-async def test_disconnect_releases_the_waiter(house: RunningGateway, task: dict[str, Any]) -> None:
-    reading = await start_waiting_read(house, task_path(task))
-    submitting = asyncio.create_task(house.submit(headers=PREFERS))
-    await wait_until(lambda: house.services.task_cache.subscription_count == 2)
+async def test_disconnect_releases_the_waiter(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    reading = await start_waiting_read(gateway, task_path(task))
+    submitting = asyncio.create_task(gateway.submit(headers=PREFERS))
+    await wait_until(lambda: gateway.services.task_cache.subscription_count == 2)
     for call in (reading, submitting):
         call.cancel()
     await asyncio.gather(reading, submitting, return_exceptions=True)
-    await wait_until(lambda: house.services.task_cache.subscription_count == 0)
-    assert house.services.task_cache.subscribed_ids() == []
+    await wait_until(lambda: gateway.services.task_cache.subscription_count == 0)
+    assert gateway.services.task_cache.subscribed_ids() == []
 
 
-async def test_waits_beyond_the_limit(house: RunningGateway, task: dict[str, Any]) -> None:
-    house.services.task_cache._max_subscriptions = 1
-    reading = await start_waiting_read(house, task_path(task))
-    refused = await house.call("GET", task_path(task), headers=PREFERS)
+async def test_waits_beyond_the_limit(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    gateway.services.task_cache._max_subscriptions = 1
+    reading = await start_waiting_read(gateway, task_path(task))
+    refused = await gateway.call("GET", task_path(task), headers=PREFERS)
     expect_problem(refused, 503, "overloaded")
     assert int(refused.headers["retry-after"]) > 0
-    accepted = await house.submit(headers=PREFERS)
+    accepted = await gateway.submit(headers=PREFERS)
     assert (accepted.status_code, accepted.json()["state"]) == (201, "queued")
     assert "preference-applied" not in accepted.headers
-    assert (await house.call("GET", task_path(task))).status_code == 200
-    await poll_with_outcomes(house, SUCCEEDED)
+    assert (await gateway.call("GET", task_path(task))).status_code == 200
+    await poll_with_outcomes(gateway, SUCCEEDED)
     assert (await reading).json()["state"] == "succeeded"
 
 
-async def test_tenant_removed_during_a_wait(house: RunningGateway, task: dict[str, Any]) -> None:
-    reading = await start_waiting_read(house, task_path(task))
-    assert (await house.call_admin("DELETE", "/tenants/shop?force=true")).status_code == 204
-    await poll_with_outcomes(house, SUCCEEDED)
+async def test_tenant_removed_during_a_wait(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    reading = await start_waiting_read(gateway, task_path(task))
+    assert (await gateway.call_admin("DELETE", "/tenants/shop?force=true")).status_code == 204
+    await poll_with_outcomes(gateway, SUCCEEDED)
     assert (await reading).status_code == 200
 
 
 @pytest.mark.parametrize("head", [False, True])
-async def test_unauthorized_wait_is_refused_at_once(house: RunningGateway, task: dict[str, Any], head: bool) -> None:
-    await house.put_tenant("other")
+async def test_unauthorized_wait_is_refused_at_once(gateway: RunningGateway, task: dict[str, Any], head: bool) -> None:
+    await gateway.put_tenant("other")
     method = "HEAD" if head else "GET"
     async with asyncio.timeout(20):
-        other = await house.call(method, task_path(task), token=await house.new_token("other"), headers=PREFERS)
-        nobody = await house.call(method, task_path(task), token="", headers=PREFERS)
+        other = await gateway.call(method, task_path(task), token=await gateway.new_token("other"), headers=PREFERS)
+        nobody = await gateway.call(method, task_path(task), token="", headers=PREFERS)
     assert (other.status_code, nobody.status_code) == (404, 401)
 
 
-async def test_waits_are_counted_separately(house: RunningGateway, task: dict[str, Any]) -> None:
-    reading = await start_waiting_read(house, task_path(task))
-    assert "gateway_waiting_clients 1.0" in (await house.http.get(f"{house.ops_url}/metrics")).text
-    await poll_with_outcomes(house, SUCCEEDED)
+async def test_waits_are_counted_separately(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    reading = await start_waiting_read(gateway, task_path(task))
+    assert "gateway_waiting_clients 1.0" in (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
+    await poll_with_outcomes(gateway, SUCCEEDED)
     await reading
-    await house.call("GET", task_path(task))
-    metrics = (await house.http.get(f"{house.ops_url}/metrics")).text
+    await gateway.call("GET", task_path(task))
+    metrics = (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
     labels = '{method="GET",port="tenants",route="/v1/tasks/{task_id}"}'
     for name in ("gateway_http_stream_duration_seconds", "gateway_http_request_duration_seconds"):
         assert f"{name}_count{labels} 1.0" in metrics
@@ -176,38 +176,38 @@ async def test_waits_are_counted_separately(house: RunningGateway, task: dict[st
 
 
 async def test_waiting_submission_releases_the_image() -> None:
-    async with run_fake_gateway() as (house, _, upstream):
-        submitting = asyncio.create_task(house.submit(image=make_png(), headers=PREFERS))
-        await wait_until(lambda: house.services.task_cache.subscription_count == 1)
+    async with run_fake_gateway() as (gateway, _, upstream):
+        submitting = asyncio.create_task(gateway.submit(image=make_png(), headers=PREFERS))
+        await wait_until(lambda: gateway.services.task_cache.subscription_count == 1)
         upstream.submits.clear()
         gc.collect()
-        assert not [each for each in gc.get_objects() if type(each) is Upload]
-        await poll_with_outcomes(house, SUCCEEDED)
+        assert not [item for item in gc.get_objects() if type(item) is Upload]
+        await poll_with_outcomes(gateway, SUCCEEDED)
         assert (await submitting).status_code == 201
 
 
 async def test_wait_survives_an_outage_of_the_store() -> None:
-    async with run_fake_gateway() as (house, ledger, _):
-        task = (await house.submit()).json()
-        reading = await start_waiting_read(house, task_path(task))
-        in_vain = await start_waiting_read(house, task_path(task), 1)
+    async with run_fake_gateway() as (gateway, ledger, _):
+        task = (await gateway.submit()).json()
+        reading = await start_waiting_read(gateway, task_path(task))
+        in_vain = await start_waiting_read(gateway, task_path(task), 1)
         ledger.is_unavailable = True
-        answer = await in_vain
-        assert (answer.status_code, answer.json()["state"]) == (200, "queued")
-        assert answer.headers["preference-applied"] == "wait=1"
+        response = await in_vain
+        assert (response.status_code, response.json()["state"]) == (200, "queued")
+        assert response.headers["preference-applied"] == "wait=1"
         assert not reading.done()
         ledger.is_unavailable = False
-        await poll_with_outcomes(house, SUCCEEDED)
+        await poll_with_outcomes(gateway, SUCCEEDED)
         assert (await reading).json()["state"] == "succeeded"
 
 
 async def test_lost_task_ends_the_wait() -> None:
-    async with run_fake_gateway() as (house, ledger, _):
-        task = (await house.submit()).json()
-        reading = await start_waiting_read(house, task_path(task), 1)
-        board = house.services.task_cache
+    async with run_fake_gateway() as (gateway, ledger, _):
+        task = (await gateway.submit()).json()
+        reading = await start_waiting_read(gateway, task_path(task), 1)
+        board = gateway.services.task_cache
         await wait_until(lambda: all(map(board.latest, board.subscribed_ids())))  # it has seen what is about to vanish
         for kept in (ledger.tasks, ledger.reservations, ledger.due_checks, ledger.tenants):
             kept.clear()
-        answer = await reading
-        assert (answer.status_code, answer.json()["state"]) == (200, "queued")
+        response = await reading
+        assert (response.status_code, response.json()["state"]) == (200, "queued")

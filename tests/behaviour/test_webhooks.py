@@ -28,64 +28,64 @@ async def receiver() -> AsyncIterator[WebhookReceiver]:
         yield found
 
 
-async def set_webhook(house: RunningGateway, receiver: WebhookReceiver, *more: str, secret: str = SECRET) -> None:
+async def set_webhook(gateway: RunningGateway, receiver: WebhookReceiver, *more: str, secret: str = SECRET) -> None:
     hook = {"url": f"{receiver.url}?key=hidden", "secret": secret, "allow": ["127.0.0.0/8", *more]}
-    await house.put_tenant(webhook=hook)
+    await gateway.put_tenant(webhook=hook)
 
 
-async def deliver_due(house: RunningGateway) -> None:
-    while await house.services.webhook_dispatcher.start_due():
-        await house.services.webhook_dispatcher.wait_idle()
+async def deliver_due(gateway: RunningGateway) -> None:
+    while await gateway.services.webhook_dispatcher.start_due():
+        await gateway.services.webhook_dispatcher.wait_idle()
 
 
-async def finish_task(house: RunningGateway, **fields: str) -> str:
+async def finish_task(gateway: RunningGateway, **fields: str) -> str:
     """Run a task to its end and deliver its webhook; return its id."""
-    answer = await house.submit(fields=fields)
-    assert answer.status_code == 201, answer.text
-    task = await house.wait_for_task(answer.json()["id"])
-    await deliver_due(house)
+    response = await gateway.submit(fields=fields)
+    assert response.status_code == 201, response.text
+    task = await gateway.wait_for_task(response.json()["id"])
+    await deliver_due(gateway)
     return str(task["id"])
 
 
-async def test_webhook_is_sent_once_and_signed(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    await set_webhook(house, receiver)
-    task_id = await finish_task(house)
-    await deliver_due(house)
+async def test_webhook_is_sent_once_and_signed(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    await set_webhook(gateway, receiver)
+    task_id = await finish_task(gateway)
+    await deliver_due(gateway)
     (told,) = receiver.requests
     assert told.path == "/ended?key=hidden"
     assert told.event["type"] == "task.succeeded"
-    assert told.event["data"] == (await house.call("GET", f"/v1/tasks/{task_id}")).json()
+    assert told.event["data"] == (await gateway.call("GET", f"/v1/tasks/{task_id}")).json()
     assert told.is_signed_with(SECRET)
     assert not told.is_signed_with(make_secret(b"x"))
 
 
-async def test_webhook_matches_the_document(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    await set_webhook(house, receiver)
-    await finish_task(house)
-    document = (await house.call("GET", "/openapi.json", token="")).json()
+async def test_webhook_matches_the_document(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    await set_webhook(gateway, receiver)
+    await finish_task(gateway)
+    document = (await gateway.call("GET", "/openapi.json", token="")).json()
     operation = resolve_reference(document, document["webhooks"]["task-ended"])["post"]
     content = operation["requestBody"]["content"]["application/json"]
     for event in (receiver.requests[0].event, content["example"]):
         assert_matches_schema(document, event, content["schema"], "event")
-    assert {each["name"] for each in operation["parameters"]} <= receiver.requests[0].headers.keys()
+    assert {parameter["name"] for parameter in operation["parameters"]} <= receiver.requests[0].headers.keys()
 
 
-async def test_failed_task_sends_a_webhook(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    await set_webhook(house, receiver)
-    await house.upstream.fail_next_task()
-    await finish_task(house)
+async def test_failed_task_sends_a_webhook(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    await set_webhook(gateway, receiver)
+    await gateway.upstream.fail_next_task()
+    await finish_task(gateway)
     assert receiver.requests[0].event["type"] == "task.failed"
 
 
-async def test_webhook_url_per_task(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    await set_webhook(house, receiver)
-    await finish_task(house, webhook_url="", metadata="")  # both are optional, and not given
+async def test_webhook_url_per_task(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    await set_webhook(gateway, receiver)
+    await finish_task(gateway, webhook_url="", metadata="")  # both are optional, and not given
     (at_the_usual,) = receiver.requests
     assert at_the_usual.event["data"]["metadata"] == {}
     receiver.requests.clear()
     async with run_receiver() as other:
-        await finish_task(house, webhook_url=f"{other.url}/4711")
-        assert [each.path for each in other.requests] == ["/ended/4711"]
+        await finish_task(gateway, webhook_url=f"{other.url}/4711")
+        assert [request.path for request in other.requests] == ["/ended/4711"]
         assert other.requests[0].is_signed_with(SECRET)
     assert not receiver.requests
 
@@ -93,50 +93,50 @@ async def test_webhook_url_per_task(house: RunningGateway, receiver: WebhookRece
 @pytest.mark.parametrize(
     "url", ["http://169.254.169.254/latest", "https://hooks.elsewhere.test/", "ftp://127.0.0.1/", " ", "/ended"]
 )
-async def test_disallowed_url_is_refused(house: RunningGateway, receiver: WebhookReceiver, url: str) -> None:
-    await set_webhook(house, receiver)
-    answer = await house.submit(fields={"webhook_url": url})
-    assert answer.status_code == 422
-    assert [each["field"] for each in answer.json()["errors"]] == ["webhook_url"]
-    assert await house.upstream.count_submits() == 0
+async def test_disallowed_url_is_refused(gateway: RunningGateway, receiver: WebhookReceiver, url: str) -> None:
+    await set_webhook(gateway, receiver)
+    response = await gateway.submit(fields={"webhook_url": url})
+    assert response.status_code == 422
+    assert [error["field"] for error in response.json()["errors"]] == ["webhook_url"]
+    assert await gateway.upstream.count_submits() == 0
 
 
-async def test_tenant_without_a_webhook_cannot_name_a_url(house: RunningGateway) -> None:
-    answer = await house.submit(fields={"webhook_url": "https://hooks.test/"})
-    assert answer.json()["code"] == "invalid-options"
+async def test_tenant_without_a_webhook_cannot_name_a_url(gateway: RunningGateway) -> None:
+    response = await gateway.submit(fields={"webhook_url": "https://hooks.test/"})
+    assert response.json()["code"] == "invalid-options"
 
 
-async def test_other_url_is_other_content(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    await set_webhook(house, receiver)
+async def test_other_url_is_other_content(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    await set_webhook(gateway, receiver)
     key = {"Idempotency-Key": '"once"'}
     codes = [
-        (await house.submit(fields=fields, headers=key)).status_code
+        (await gateway.submit(fields=fields, headers=key)).status_code
         for fields in ({}, {}, {"webhook_url": f"{receiver.url}/4711"})
     ]
     assert codes == [201, 201, 422]
 
 
-async def test_failed_delivery_is_retried_unchanged(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    await set_webhook(house, receiver)
+async def test_failed_delivery_is_retried_unchanged(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    await set_webhook(gateway, receiver)
     receiver.statuses = [500]
-    await finish_task(house)
-    await deliver_due(house)
+    await finish_task(gateway)
+    await deliver_due(gateway)
     assert len(receiver.requests) == 1
-    await house.advance(5)
-    await deliver_due(house)
+    await gateway.advance(5)
+    await deliver_due(gateway)
     first, second = receiver.requests
     assert (first.body, first.headers["webhook-id"]) == (second.body, second.headers["webhook-id"])
 
 
-async def test_secret_is_shown_once(house: RunningGateway, receiver: WebhookReceiver) -> None:
+async def test_secret_is_shown_once(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
     body = {"accounts": ["main"], "webhook": {"url": receiver.url, "allow": ["127.0.0.0/8"]}}
-    made = (await house.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"]["secret"]
+    made = (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"]["secret"]
     assert made.startswith("whsec_")
     shown = {"url": receiver.url, "allow": ["127.0.0.0/8"], "switched_off": []}
-    assert (await house.call_admin("GET", "/tenants/shop")).json()["webhook"] == shown
-    assert (await house.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"]})).json()["webhook"] is None
-    assert (await house.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"] == shown
-    await finish_task(house)
+    assert (await gateway.call_admin("GET", "/tenants/shop")).json()["webhook"] == shown
+    assert (await gateway.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"]})).json()["webhook"] is None
+    assert (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"] == shown
+    await finish_task(gateway)
     assert receiver.requests[0].is_signed_with(made)
 
 
@@ -150,77 +150,77 @@ async def test_secret_is_shown_once(house: RunningGateway, receiver: WebhookRece
         ({"url": "https://hooks.test/", "secret": "c" * 44}, "webhook.secret"),
     ],
 )
-async def test_invalid_settings_are_named(house: RunningGateway, webhook: dict[str, object], field: str) -> None:
-    answer = await house.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"], "webhook": webhook})
-    assert answer.status_code == 422
-    assert [each["field"] for each in answer.json()["errors"]] == [field]
-    assert str(webhook.get("secret")) not in answer.text
+async def test_invalid_settings_are_named(gateway: RunningGateway, webhook: dict[str, object], field: str) -> None:
+    response = await gateway.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"], "webhook": webhook})
+    assert response.status_code == 422
+    assert [error["field"] for error in response.json()["errors"]] == [field]
+    assert str(webhook.get("secret")) not in response.text
 
 
-async def test_secret_rotation(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    await set_webhook(house, receiver)
-    answer = await house.call_admin("POST", "/tenants/shop/webhook-secret?grace=3600")
-    assert answer.status_code == 201
-    new = answer.json()["secret"]
-    await finish_task(house)
+async def test_secret_rotation(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    await set_webhook(gateway, receiver)
+    response = await gateway.call_admin("POST", "/tenants/shop/webhook-secret?grace=3600")
+    assert response.status_code == 201
+    new = response.json()["secret"]
+    await finish_task(gateway)
     assert receiver.requests[0].is_signed_with(SECRET)
     assert receiver.requests[0].is_signed_with(new)
-    newer = (await house.call_admin("POST", "/tenants/shop/webhook-secret")).json()["secret"]
-    await finish_task(house)
+    newer = (await gateway.call_admin("POST", "/tenants/shop/webhook-secret")).json()["secret"]
+    await finish_task(gateway)
     assert receiver.requests[1].is_signed_with(newer)
     assert not receiver.requests[1].is_signed_with(new)
 
 
-async def test_rotation_without_a_secret(house: RunningGateway) -> None:
-    assert (await house.call_admin("POST", "/tenants/shop/webhook-secret")).status_code == 409
-    assert (await house.call_admin("POST", "/tenants/nobody/webhook-secret")).status_code == 404
+async def test_rotation_without_a_secret(gateway: RunningGateway) -> None:
+    assert (await gateway.call_admin("POST", "/tenants/shop/webhook-secret")).status_code == 409
+    assert (await gateway.call_admin("POST", "/tenants/nobody/webhook-secret")).status_code == 404
 
 
-async def test_gone_url_is_disabled_until_redelivery(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    await set_webhook(house, receiver)
+async def test_gone_url_is_disabled_until_redelivery(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    await set_webhook(gateway, receiver)
     receiver.statuses = [410]
-    task_id = await finish_task(house)
-    await finish_task(house)
+    task_id = await finish_task(gateway)
+    await finish_task(gateway)
     assert len(receiver.requests) == 1
-    assert (await house.call_admin("GET", "/tenants/shop")).json()["webhook"]["switched_off"] == [receiver.url]
-    items = (await house.call_admin("GET", "/webhooks/failed")).json()["items"]
-    assert [each["state"] for each in items] == ["off", "off"]
+    assert (await gateway.call_admin("GET", "/tenants/shop")).json()["webhook"]["switched_off"] == [receiver.url]
+    items = (await gateway.call_admin("GET", "/webhooks/failed")).json()["items"]
+    assert [item["state"] for item in items] == ["off", "off"]
     oldest = items[-1]
     assert (oldest["tenant"], oldest["task"], oldest["url"]) == ("shop", task_id, receiver.url)
     assert (oldest["attempts"], oldest["status"], oldest["answer"]) == (1, 410, "no")
-    assert len((await house.call_admin("GET", "/webhooks/failed?limit=1")).json()["items"]) == 1
-    await set_webhook(house, receiver)
-    again = await house.call_admin("POST", f"/webhooks/{oldest['id']}/redeliver")
+    assert len((await gateway.call_admin("GET", "/webhooks/failed?limit=1")).json()["items"]) == 1
+    await set_webhook(gateway, receiver)
+    again = await gateway.call_admin("POST", f"/webhooks/{oldest['id']}/redeliver")
     assert (again.status_code, again.json()["state"], again.json()["attempts"]) == (200, "pending", 0)
-    await deliver_due(house)
+    await deliver_due(gateway)
     first, second = receiver.requests
     assert (first.body, first.headers["webhook-id"]) == (second.body, oldest["id"])
-    assert len((await house.call_admin("GET", "/webhooks/failed")).json()["items"]) == 1
+    assert len((await gateway.call_admin("GET", "/webhooks/failed")).json()["items"]) == 1
 
 
-async def test_unknown_delivery(house: RunningGateway) -> None:
+async def test_unknown_delivery(gateway: RunningGateway) -> None:
     for event in ("msg_" + "0" * 32, "nonsense"):
-        assert (await house.call_admin("POST", f"/webhooks/{event}/redeliver")).status_code == 404
+        assert (await gateway.call_admin("POST", f"/webhooks/{event}/redeliver")).status_code == 404
 
 
-async def test_legacy_tasks_use_the_tenants_url(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    await set_webhook(house, receiver)
-    client = LegacyClient(house.http, house.url, house.token)
+async def test_legacy_tasks_use_the_tenants_url(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    await set_webhook(gateway, receiver)
+    client = LegacyClient(gateway.http, gateway.url, gateway.token)
     task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
-    await client.wait_for_end(task_id, house.poll_due_tasks)
-    await deliver_due(house)
-    assert [each.event["data"]["id"] for each in receiver.requests] == [task_id]
+    await client.wait_for_end(task_id, gateway.poll_due_tasks)
+    await deliver_due(gateway)
+    assert [request.event["data"]["id"] for request in receiver.requests] == [task_id]
 
 
 async def test_delivery_of_a_killed_process_is_repeated(valkey: Valkey, receiver: WebhookReceiver) -> None:
     environment = ENVIRONMENT | {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": "http://localhost:1"}
-    async with run_real_gateway(valkey) as house, open_container(Settings.load(environment)) as other:
-        await set_webhook(house, receiver)
+    async with run_real_gateway(valkey) as gateway, open_container(Settings.load(environment)) as other:
+        await set_webhook(gateway, receiver)
         await other.registry.refresh()
-        task_id = (await house.submit()).json()["id"]
-        await house.wait_for_task(task_id)
+        task_id = (await gateway.submit()).json()["id"]
+        await gateway.wait_for_task(task_id)
         receiver.is_silent = True
-        job = asyncio.create_task(house.services.webhook_dispatcher.run())
+        job = asyncio.create_task(gateway.services.webhook_dispatcher.run())
         await receiver.request_received.wait()
         job.cancel()
         await asyncio.wait([job])
@@ -228,7 +228,7 @@ async def test_delivery_of_a_killed_process_is_repeated(valkey: Valkey, receiver
         while await other.webhook_dispatcher.start_due():
             await other.webhook_dispatcher.wait_idle()
         assert len(receiver.requests) == 1
-        await house.advance(LEASE_MS / 1000)
+        await gateway.advance(LEASE_MS / 1000)
         while await other.webhook_dispatcher.start_due():
             await other.webhook_dispatcher.wait_idle()
     first, second = receiver.requests
@@ -236,42 +236,42 @@ async def test_delivery_of_a_killed_process_is_repeated(valkey: Valkey, receiver
 
 
 async def test_task_lost_by_the_store_uses_the_tenants_url(valkey: Valkey, receiver: WebhookReceiver) -> None:
-    async with run_real_gateway(valkey) as house:
-        await set_webhook(house, receiver)
-        task_id = (await house.submit()).json()["id"]
+    async with run_real_gateway(valkey) as gateway:
+        await set_webhook(gateway, receiver)
+        task_id = (await gateway.submit()).json()["id"]
         async with Redis.from_url(valkey.url) as client:
             gone = [key async for key in client.scan_iter() if b":task" in key or b":reservation" in key]
             await client.delete(*gone, Keys("gw").poll_due)
-        await house.advance(0)
-        await house.call("GET", f"/v1/tasks/{task_id}")
-        await house.wait_for_task(task_id)
-        await deliver_due(house)
-    assert [each.event["data"]["id"] for each in receiver.requests] == [task_id]
+        await gateway.advance(0)
+        await gateway.call("GET", f"/v1/tasks/{task_id}")
+        await gateway.wait_for_task(task_id)
+        await deliver_due(gateway)
+    assert [request.event["data"]["id"] for request in receiver.requests] == [task_id]
 
 
-async def test_tasks_with_webhooks_are_polled_often(house: RunningGateway, receiver: WebhookReceiver) -> None:
-    await set_webhook(house, receiver)
-    await house.upstream.keep_running()
-    assert (await house.submit()).status_code == 201
-    await house.advance(600)
-    await house.poll_due_tasks()
-    before = await house.upstream.count_checks()
-    await house.advance(POLL_SECONDS)
-    await house.poll_due_tasks()
-    assert await house.upstream.count_checks() > before
+async def test_tasks_with_webhooks_are_polled_often(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    await set_webhook(gateway, receiver)
+    await gateway.upstream.keep_running()
+    assert (await gateway.submit()).status_code == 201
+    await gateway.advance(600)
+    await gateway.poll_due_tasks()
+    before = await gateway.upstream.count_checks()
+    await gateway.advance(POLL_SECONDS)
+    await gateway.poll_due_tasks()
+    assert await gateway.upstream.count_checks() > before
 
 
 async def test_secrets_are_neither_stored_nor_logged(valkey: Valkey, receiver: WebhookReceiver) -> None:
     with structlog.testing.capture_logs() as logged:
-        async with run_real_gateway(valkey) as house:
-            await set_webhook(house, receiver)
-            made = (await house.call_admin("POST", "/tenants/shop/webhook-secret?grace=60")).json()["secret"]
+        async with run_real_gateway(valkey) as gateway:
+            await set_webhook(gateway, receiver)
+            made = (await gateway.call_admin("POST", "/tenants/shop/webhook-secret?grace=60")).json()["secret"]
             receiver.statuses = [500]
-            await finish_task(house)
+            await finish_task(gateway)
             async with Redis.from_url(valkey.url) as client:
                 stored = b"".join([key + (await client.dump(key) or b"") async for key in client.scan_iter()])
     assert b"shop" in stored
-    assert any(each["event"] == "webhook.attempted" for each in logged)
+    assert any(item["event"] == "webhook.attempted" for item in logged)
     for secret in (SECRET, made):
         assert secret.removeprefix("whsec_") not in str(logged)
         assert secret.removeprefix("whsec_").encode() not in stored

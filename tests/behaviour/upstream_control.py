@@ -101,10 +101,10 @@ class SandboxUpstreamControl(UpstreamControl):
         await self.update_behaviour(faults=(fault,))  # one that was set before, and may be used up, would begin anew
 
     async def count_submits(self) -> int:
-        return sum(each.operation == "submit" for each in await self.control.list_requests())
+        return sum(request.operation == "submit" for request in await self.control.list_requests())
 
     async def count_checks(self) -> int:
-        return sum(each.operation == "check" for each in await self.control.list_requests())
+        return sum(request.operation == "check" for request in await self.control.list_requests())
 
     async def set_balance(self, count: int, money: int) -> None:
         await self.control.set_account(USER_KEY, AccountBalance(count=count, money=money))

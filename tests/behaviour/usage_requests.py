@@ -22,45 +22,45 @@ NO_SUBMISSIONS: Mapping[str, int] = dict.fromkeys(
 )
 
 
-async def read_usage(house: RunningGateway, query: str = "", *, token: str | None = None) -> dict[str, Any]:
-    return expect_json(await house.call("GET", f"/v1/usage?{query}", token=token))
+async def read_usage(gateway: RunningGateway, query: str = "", *, token: str | None = None) -> dict[str, Any]:
+    return expect_json(await gateway.call("GET", f"/v1/usage?{query}", token=token))
 
 
-async def read_all_usage(house: RunningGateway, query: str = "") -> dict[str, Any]:
-    return expect_json(await house.call_admin("GET", f"/usage?{query}"))
+async def read_all_usage(gateway: RunningGateway, query: str = "") -> dict[str, Any]:
+    return expect_json(await gateway.call_admin("GET", f"/usage?{query}"))
 
 
-async def read_submission(house: RunningGateway, name: str) -> dict[str, Any]:
-    return expect_json(await house.call("GET", f"/v1/submissions/{name}"))
+async def read_submission(gateway: RunningGateway, name: str) -> dict[str, Any]:
+    return expect_json(await gateway.call("GET", f"/v1/submissions/{name}"))
 
 
-async def post_refund(house: RunningGateway, **body: object) -> Response:
-    return await house.call_admin("POST", "/refunds", json=body)
+async def post_refund(gateway: RunningGateway, **body: object) -> Response:
+    return await gateway.call_admin("POST", "/refunds", json=body)
 
 
-def submission_id_of(house: RunningGateway, task: Mapping[str, Any]) -> str:
+def submission_id_of(gateway: RunningGateway, task: Mapping[str, Any]) -> str:
     """Return the submission id that is encrypted in the task's id."""
-    return house.services.submissions.submission_of_task(task["id"])
+    return gateway.services.submissions.submission_of_task(task["id"])
 
 
-def expect_json(answer: Response, status: int = 200) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    content: dict[str, Any] = answer.json()
+def expect_json(response: Response, status: int = 200) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    content: dict[str, Any] = response.json()
     return content
 
 
-async def request_media_type(house: RunningGateway, path: str, accept: str) -> Response:
+async def request_media_type(gateway: RunningGateway, path: str, accept: str) -> Response:
     """Request a media type from the port that serves the path."""
-    port, token = (house.ops_url, ADMIN_TOKEN) if path.startswith("/admin/") else (house.url, house.token)
-    return await house.http.get(port + path, headers={"Authorization": f"Bearer {token}", "Accept": accept})
+    port, token = (gateway.ops_url, ADMIN_TOKEN) if path.startswith("/admin/") else (gateway.url, gateway.token)
+    return await gateway.http.get(port + path, headers={"Authorization": f"Bearer {token}", "Accept": accept})
 
 
-async def read_csv_rows(house: RunningGateway, path: str) -> list[dict[str, str]]:
+async def read_csv_rows(gateway: RunningGateway, path: str) -> list[dict[str, str]]:
     """Read usage as CSV with the parser of the standard library."""
-    answer = await request_media_type(house, path, "text/csv")
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"].startswith("text/csv; header=present")
-    text = answer.content.decode()
+    response = await request_media_type(gateway, path, "text/csv")
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/csv; header=present")
+    text = response.content.decode()
     assert text.count("\n") == text.count("\r\n")
     return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
 
@@ -70,62 +70,64 @@ def flatten_item(item: Mapping[str, Any]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for name, value in item.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}_{inner}": each for inner, each in flatten_item(value).items()}
+            flat |= {f"{name}_{inner}": entry for inner, entry in flatten_item(value).items()}
         else:
             flat[name] = "" if value is None else str(value)
     return flat
 
 
-async def read_windows(house: RunningGateway) -> dict[str, tuple[float, float]]:
+async def read_windows(gateway: RunningGateway) -> dict[str, tuple[float, float]]:
     """Return tasks and yuan of `shop` by window; needs limits on all of them."""
-    policies = expect_json(await house.call("GET", "/v1/quota"))["policies"]
-    used = {each["policy"]: each["used"] for each in policies}
+    policies = expect_json(await gateway.call("GET", "/v1/quota"))["policies"]
+    used = {policy["policy"]: policy["used"] for policy in policies}
     return {name: (used[f"{name}-tasks"], used[f"{name}-money"]) for name in ("day", "month", "total")}
 
 
-async def read_charged_today(house: RunningGateway) -> tuple[float, float]:
+async def read_charged_today(gateway: RunningGateway) -> tuple[float, float]:
     """Return tasks and yuan charged today; assert that usage and windows agree."""
-    today = (await read_usage(house))["to"]
+    today = (await read_usage(gateway))["to"]
     charged = [
-        (await read_usage(house, query))["total"]["charged"]
+        (await read_usage(gateway, query))["total"]["charged"]
         for query in (f"from={today}", f"from={today}&interval=total&group_by=none", "interval=month")
     ]
-    found = [(each["tasks"], each["money"]) for each in charged]
-    in_windows = await read_windows(house)
+    found = [(item["tasks"], item["money"]) for item in charged]
+    in_windows = await read_windows(gateway)
     assert found == [in_windows["day"], in_windows["day"], in_windows["month"]]
     return found[0]
 
 
-async def advance_to_next_window(house: RunningGateway, window: str = "day") -> date:
+async def advance_to_next_window(gateway: RunningGateway, window: str = "day") -> date:
     """Advance to noon of the first day of the next window; return that day."""
-    await house.put_tenant(**UNREACHABLE_POLICIES)
-    policies = expect_json(await house.call("GET", "/v1/quota"))["policies"]
-    ends = {each["policy"]: each["resets_at"] for each in policies}
+    await gateway.put_tenant(**UNREACHABLE_POLICIES)
+    policies = expect_json(await gateway.call("GET", "/v1/quota"))["policies"]
+    ends = {policy["policy"]: policy["resets_at"] for policy in policies}
     end, minute = (datetime.fromisoformat(ends[f"{name}-tasks"]) for name in (window, "minute"))
-    await house.advance((end - minute + timedelta(hours=12)).total_seconds())
+    await gateway.advance((end - minute + timedelta(hours=12)).total_seconds())
     return end.astimezone(UTC).date()
 
 
-async def run_task(house: RunningGateway, kind: str = "face-enhance", *, token: str | None = None) -> dict[str, Any]:
-    return await house.wait_for_task((await house.submit(kind, token=token)).json()["id"], token=token)
+async def run_task(gateway: RunningGateway, kind: str = "face-enhance", *, token: str | None = None) -> dict[str, Any]:
+    return await gateway.wait_for_task((await gateway.submit(kind, token=token)).json()["id"], token=token)
 
 
-async def submit_and_lose_response(house: RunningGateway, kind: str = "face-enhance") -> str:
-    await house.upstream.lose_next_response()
-    return str(expect_problem(await house.submit(kind), 504, "submission-unknown")["submission_id"])
+async def submit_and_lose_response(gateway: RunningGateway, kind: str = "face-enhance") -> str:
+    await gateway.upstream.lose_next_response()
+    return str(expect_problem(await gateway.submit(kind), 504, "submission-unknown")["submission_id"])
 
 
-async def recover_task(house: RunningGateway, name: str) -> str:
+async def recover_task(gateway: RunningGateway, name: str) -> str:
     """Read a task whose submit response was lost by its id; return the id."""
-    known = house.services.registry.current
+    known = gateway.services.registry.current
     tenant, account = known.tenants["shop"], known.accounts["main"]
-    told = await read_submission(house, name)
+    told = await read_submission(gateway, name)
     created = int(datetime.fromisoformat(told["created_at"]).timestamp() * 1000)
     upstream_id = "up"
-    if isinstance(house.upstream, SandboxUpstreamControl):
-        upstream_id = [each.task_id for each in await house.upstream.control.list_requests() if each.task_id][-1]
+    if isinstance(gateway.upstream, SandboxUpstreamControl):
+        upstream_id = [
+            request.task_id for request in await gateway.upstream.control.list_requests() if request.task_id
+        ][-1]
     reference = TaskReference(tenant.id, account.id, Kind(told["kind"]), created, name, upstream_id)
     task_id = TaskIdCodec(Keyring([SECRET_KEY]).derive(TASK_ID_PURPOSE)).encode(reference)
-    await house.upstream.wait_until_idle()
-    expect_json(await house.call("GET", f"/v1/tasks/{task_id}"))
+    await gateway.upstream.wait_until_idle()
+    expect_json(await gateway.call("GET", f"/v1/tasks/{task_id}"))
     return task_id

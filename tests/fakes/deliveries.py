@@ -26,23 +26,23 @@ class FakeDeliveryQueue:
         self.store._raise_if_unavailable()
         held, now = self.store, self.store.clock.read_times().ledger_ms
         claimed: list[ClaimedDelivery] = []
-        for _, each in sorted((at, name) for name, at in held.receiver_turns.items() if at <= now)[:limit]:
-            for name in self._select_for_receiver(each, held.leased_deliveries):
+        for _, item in sorted((at, name) for name, at in held.receiver_turns.items() if at <= now)[:limit]:
+            for name in self._select_for_receiver(item, held.leased_deliveries):
                 if held.leased_deliveries[name] <= now:
                     del held.leased_deliveries[name]
                     held.queued_deliveries[name] = now
             room = min(
-                self._max_parallel(each) - len(self._select_for_receiver(each, held.leased_deliveries)),
+                self._max_parallel(item) - len(self._select_for_receiver(item, held.leased_deliveries)),
                 limit - len(claimed),
             )
             waiting = sorted(
-                (held.queued_deliveries[name], name) for name in self._select_for_receiver(each, held.queued_deliveries)
+                (held.queued_deliveries[name], name) for name in self._select_for_receiver(item, held.queued_deliveries)
             )
             for _, name in [pair for pair in waiting if pair[0] <= now][: max(room, 0)]:
                 del held.queued_deliveries[name]
                 held.leased_deliveries[name] = now + LEASE_MS
                 claimed.append(ClaimedDelivery(held.deliveries[name], now + LEASE_MS))
-            self._schedule_receiver(each)
+            self._schedule_receiver(item)
         return claimed
 
     async def record_attempt(self, claimed: ClaimedDelivery, result: DeliveryResult) -> bool:
@@ -77,7 +77,9 @@ class FakeDeliveryQueue:
         elif not delivered:
             held.failed_deliveries[name] = at.server_ms
             held.failed_deliveries = {
-                each: when for each, when in held.failed_deliveries.items() if when > at.server_ms - KEEP_MS
+                failed_delivery: when
+                for failed_delivery, when in held.failed_deliveries.items()
+                if when > at.server_ms - KEEP_MS
             }
         self._schedule_receiver(to)
         return True
@@ -111,7 +113,7 @@ class FakeDeliveryQueue:
 
     def _select_for_receiver(self, to: str, among: Mapping[str, int]) -> list[str]:
         found = {name: self.store.deliveries[name] for name in among}
-        return [name for name, each in found.items() if queue_name(each.tenant, each.url) == to]
+        return [name for name, item in found.items() if queue_name(item.tenant, item.url) == to]
 
     def _max_parallel(self, to: str) -> int:
         return 1 if self.store.failing_until.get(to, 0) > self.store.clock.read_times().ledger_ms else MAX_CONCURRENT

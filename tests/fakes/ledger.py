@@ -197,20 +197,20 @@ class FakeLedger(FakeTaskStore):
         self._raise_if_unavailable()
         now = self.clock.read_times().ledger_ms
         lapsed = [
-            (each.lease_expires_at, name, each)
-            for name, each in self.reservations.items()
-            if each.state is ReservationState.RESERVED and each.lease_expires_at <= now
+            (reservation.lease_expires_at, name, reservation)
+            for name, reservation in self.reservations.items()
+            if reservation.state is ReservationState.RESERVED and reservation.lease_expires_at <= now
         ]
         settled = [
             Settlement(
                 reservation=name,
-                tenant=each.tenant,
-                account=each.account,
-                kind=each.kind,
-                created_at=each.created_at,
+                tenant=item.tenant,
+                account=item.account,
+                kind=item.kind,
+                created_at=item.created_at,
                 outcome=ReservationState.UNKNOWN,
             )
-            for _, name, each in sorted(lapsed)[:limit]
+            for _, name, item in sorted(lapsed)[:limit]
         ]
         for settlement in settled:
             await self.settle(settlement)
@@ -222,12 +222,12 @@ class FakeLedger(FakeTaskStore):
 
     async def tenant_states(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
         self._raise_if_unavailable()
-        return {each: copy.deepcopy(self._tenant_state(each)) for each in ids}, self.clock.now_ms
+        return {item: copy.deepcopy(self._tenant_state(item)) for item in ids}, self.clock.now_ms
 
     async def account_states(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         self._raise_if_unavailable()
         offset = self.clock.read_times().offset_ms
-        return {each: self._account_state(each).to_server_time(offset) for each in ids}
+        return {item: self._account_state(item).to_server_time(offset) for item in ids}
 
     async def reopen_account(self, account: int) -> None:
         self._raise_if_unavailable()
@@ -242,14 +242,14 @@ class FakeLedger(FakeTaskStore):
     async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
         self._raise_if_unavailable()
         offset = self.clock.read_times().offset_ms
-        for name, each in self.reservations.items():
+        for name, reservation in self.reservations.items():
             reserved, runs = (
-                each.state is ReservationState.RESERVED,
+                reservation.state is ReservationState.RESERVED,
                 name in self.due_checks or name in self.claimed_checks,
             )
-            unknown = each.state is ReservationState.UNKNOWN and each.tenant in tenants
-            if reserved or unknown or (runs and each.state is ReservationState.ACCEPTED):
-                self.reservations[name] = each.to_server_time(offset)
+            unknown = reservation.state is ReservationState.UNKNOWN and reservation.tenant in tenants
+            if reserved or unknown or (runs and reservation.state is ReservationState.ACCEPTED):
+                self.reservations[name] = reservation.to_server_time(offset)
         for account in set(accounts) & self.states_by_account.keys():
             self.states_by_account[account] = self.states_by_account[account].to_server_time(offset)
         self.failure_stopwatches = {

@@ -27,9 +27,9 @@ class FakeRegistry:
         now = self.current
         if change.version != now.version:
             return False
-        tenants = dict(now.tenants) | {each.name: each for each in change.tenants}
-        accounts = dict(now.accounts) | {each.name: each for each in change.accounts}
-        tokens = dict(now.tokens) | {each.id: each for each in change.tokens}
+        tenants = dict(now.tenants) | {item.name: item for item in change.tenants}
+        accounts = dict(now.accounts) | {item.name: item for item in change.accounts}
+        tokens = dict(now.tokens) | {item.id: item for item in change.tokens}
         for tenant in change.drop_tenants:
             del tenants[tenant.name]
         for account in change.drop_accounts:
@@ -40,9 +40,9 @@ class FakeRegistry:
             self.ledger.tenant_policies.pop(gone.id, None)
         for left in change.drop_accounts:
             self.ledger.account_policies.pop(left.id, None)
-        self.ledger.tenant_policies |= {each.id: each.policy for each in change.tenants}
-        self.ledger.account_policies |= {each.id: each.policy for each in change.accounts}
-        names = {each.id: each.name for each in change.drop_tenants}
+        self.ledger.tenant_policies |= {item.id: item.policy for item in change.tenants}
+        self.ledger.account_policies |= {item.id: item.policy for item in change.accounts}
+        names = {drop_tenant.id: drop_tenant.name for drop_tenant in change.drop_tenants}
         former = {**now.deleted_tenant_names, **change.deleted_tenant_names, **names}
         version = max(now.version, change.newer_than) + 1
         self.current = Registry(version, change.next_id, tenants, accounts, tokens, former)

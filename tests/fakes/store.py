@@ -61,7 +61,7 @@ class InMemoryStore:
         return Candidate(account, self.account_policies.get(account, AccountPolicy()), self._account_state(account))
 
     def _candidates(self, accounts: Sequence[int]) -> list[Candidate]:
-        return [self._candidate(each) for each in accounts if each in self.account_policies]
+        return [self._candidate(account) for account in accounts if account in self.account_policies]
 
     def _usage_day(self, reservation: Reservation) -> DayUsage:
         return self.usage_days.setdefault((reservation.tenant, reservation.created_at // DAY_MS), DayUsage())

@@ -34,8 +34,8 @@ def capture_log(*, json: bool = True) -> Iterator[CapturedLog]:
     manager.handlers.clear()  # they would be closed
     try:
         written.logger = configure_logging(json=json, level="DEBUG", stream=written.stream, redactor=written.redactor)
-        for each in (manager, *map(logging.getLogger, levels)):
-            each.setLevel(logging.DEBUG)
+        for item in (manager, *map(logging.getLogger, levels)):
+            item.setLevel(logging.DEBUG)
         yield written
     finally:
         manager.handlers[:] = handlers

@@ -33,8 +33,8 @@ class ResettingProxy:
         forwarding.add_done_callback(self._connections.discard)
 
     async def close(self) -> None:
-        for each in self._connections:
-            each.cancel()
+        for connection in self._connections:
+            connection.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

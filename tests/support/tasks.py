@@ -39,4 +39,4 @@ def make_task(**changes: Any) -> Task:
 def make_succeeded_task(seconds: float, **changes: Any) -> Task:
     """Make a task that succeeded after so many seconds."""
     end = CREATED_AT + int(seconds * 1000)
-    return make_task(state=State.SUCCEEDED, updated=end, finished=end, version=3, **changes)
+    return make_task(state=State.SUCCEEDED, updated_at=end, finished_at=end, version=3, **changes)

@@ -61,7 +61,7 @@ def read_spans(request: ExportTraceServiceRequest) -> Iterator[RecordedSpan]:
                     parent_id=span.parent_span_id.hex(),
                     trace_state=span.trace_state,
                     attributes=_attribute_values(span.attributes),
-                    links=[(each.trace_id.hex(), each.span_id.hex()) for each in span.links],
+                    links=[(link.trace_id.hex(), link.span_id.hex()) for link in span.links],
                     is_error=span.status.code == 2,
                     status_message=span.status.message,
                     event_count=len(span.events),
@@ -70,7 +70,9 @@ def read_spans(request: ExportTraceServiceRequest) -> Iterator[RecordedSpan]:
 
 
 def _attribute_values(attributes: Sequence[KeyValue]) -> dict[str, Any]:
-    return {each.key: getattr(each.value, str(each.value.WhichOneof("value"))) for each in attributes}
+    return {
+        attribute.key: getattr(attribute.value, str(attribute.value.WhichOneof("value"))) for attribute in attributes
+    }
 
 
 class SpanRecorder:

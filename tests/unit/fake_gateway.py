@@ -100,18 +100,18 @@ class SlowUpstream(FakeUpstream):
 
     async def submit(self, account: Account, options: Options, image: Image, *, timeout_seconds: float) -> SubmitResult:
         self.timeouts.append(timeout_seconds)
-        answer = await super().submit(account, options, image, timeout_seconds=timeout_seconds)
+        result = await super().submit(account, options, image, timeout_seconds=timeout_seconds)
         if self.errors:
             raise self.errors.pop(0)
         await self.may_respond.wait()
-        return answer
+        return result
 
     async def check(self, account: Account, upstream_id: str) -> CheckResult:
-        answer = await super().check(account, upstream_id)
+        result = await super().check(account, upstream_id)
         if self.errors:
             raise self.errors.pop(0)
         await self.may_respond.wait()
-        return answer
+        return result
 
 
 class FakeGateway:
@@ -123,7 +123,7 @@ class FakeGateway:
         known = Registry(version=1, next_id=4, tenants={"shop": self.tenant}, accounts=dict(ACCOUNTS), tokens={})
         self.registry = FakeRegistry(self.ledger, known)
         self.ledger.tenant_policies[1] = self.tenant.policy
-        self.ledger.account_policies |= {each.id: each.policy for each in ACCOUNTS.values()}
+        self.ledger.account_policies |= {account.id: account.policy for account in ACCOUNTS.values()}
         self.task_ids = TaskIdCodec(Keyring([b"k" * 32]).derive("task-id"))
         self.metrics = metrics = Metrics(CollectorRegistry())
         metrics.set_registry_source(lambda: self.registry.current)

@@ -201,9 +201,9 @@ class FaultyUpstream:
         """Check that the account is reserved until after the timeout and that nothing was charged before."""
         expect = self._store.check_rule
         held = self._store.reservations.get(caller.reservation_ids[-1])
-        expect(request.account not in [each.account for each in caller.requests], "an account was asked twice")
+        expect(request.account not in [item.account for item in caller.requests], "an account was asked twice")
         expect(
-            {each.outcome for each in caller.requests} <= FAILOVER_OUTCOMES,
+            {item.outcome for item in caller.requests} <= FAILOVER_OUTCOMES,
             "sent again although it may have been charged",
         )
         if seconds > 0:
@@ -218,9 +218,9 @@ class FaultyUpstream:
             return
         now, sent = self._store.clock.now_ms, self._sent_by_key.setdefault((caller.tenant.id, caller.key), [])
         charged = [
-            each.outcome
-            for at, each in sent
-            if each.outcome not in _UNCHARGED_OUTCOMES
+            item.outcome
+            for at, item in sent
+            if item.outcome not in _UNCHARGED_OUTCOMES
             and now < at + KEEP_IDEMPOTENCY_KEY_MS - self._store.retention.lease_ms
         ]
         self._store.check_rule(charged == [], "a key was sent again although it may have been charged")

@@ -98,18 +98,18 @@ class FaultyStore(FakeLedger):
         """Count the tenant's reservations of this window by state."""
         now = ledger.window_bounds(window, self.clock.now_ms)
         return Counter(
-            each.state
-            for each in self.reservations.values()
-            if each.tenant == tenant and ledger.window_bounds(window, each.created_at) == now
+            reservation.state
+            for reservation in self.reservations.values()
+            if reservation.tenant == tenant and ledger.window_bounds(window, reservation.created_at) == now
         )
 
     def count_active(self, tenant: int) -> int:
         """Count the tenant's submissions that are reserved or have a running task."""
         return sum(
-            each.tenant == tenant
-            and each.state in {ReservationState.RESERVED, ReservationState.ACCEPTED}
-            and each.cost is None
-            for each in self.reservations.values()
+            reservation.tenant == tenant
+            and reservation.state in {ReservationState.RESERVED, ReservationState.ACCEPTED}
+            and reservation.cost is None
+            for reservation in self.reservations.values()
         )
 
     def tenant_counters(self, tenant: int) -> TenantState:
@@ -124,7 +124,7 @@ class FaultyStore(FakeLedger):
                 self.count_states(ask.tenant, limit.window),
                 self.tenant_counters(ask.tenant).windows[limit.window],
             )
-            if limit.tasks is not None and sum(outcomes[each] for each in COUNTED) > limit.tasks:
+            if limit.tasks is not None and sum(outcomes[item] for item in COUNTED) > limit.tasks:
                 return False
             spent = counter.money_fen + counter.money_reserved_fen
             if limit.money_fen is not None and holds.get(limit.window) and spent > limit.money_fen:
@@ -132,7 +132,10 @@ class FaultyStore(FakeLedger):
         return policy.max_active is None or self.count_active(ask.tenant) <= policy.max_active
 
     def _snapshot(self, tenant: int) -> tuple[TenantState, dict[int, AccountState], int]:
-        accounts = {each: copy.deepcopy(self._account_state(each)) for each in self.account_policies}
+        accounts = {
+            account_policy: copy.deepcopy(self._account_state(account_policy))
+            for account_policy in self.account_policies
+        }
         return self.tenant_counters(tenant), accounts, len(self.reservations)
 
 
@@ -158,15 +161,15 @@ class CallQueue:
         try:
             if fate in {CallOutcome.LOST, CallOutcome.LATE}:
                 raise LedgerUnavailable("no connection", retry_after=1)
-            answer = await letter.execute()
+            result = await letter.execute()
             if fate is CallOutcome.REPEATED:
-                answer = await letter.execute()
+                result = await letter.execute()
             if fate is CallOutcome.UNANSWERED:
                 raise LedgerUnavailable("no answer", retry_after=1)
         except LedgerUnavailable as error:
             letter.result.set_exception(error)
         else:
-            letter.result.set_result(answer)
+            letter.result.set_result(result)
         if fate is CallOutcome.LATE:
             self.delayed.append(letter)
 
@@ -265,14 +268,14 @@ class StoreConnection:
     async def _call(self, work: Callable[[], Coroutine[Any, Any, T]], fate: CallOutcome | None = None) -> T:
         if self._is_closed:
             raise asyncio.CancelledError
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        letter = PendingCall(work, answer)
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        letter = PendingCall(work, result)
         self._queue.pending.append(letter)
         if fate:
             await self._queue.resolve(letter, fate)
         self._open_calls.append(letter)
         try:
-            return await answer
+            return await result
         except asyncio.CancelledError:  # whoever asked has gone, but not what was asked for
             if letter in self._queue.pending:
                 self._queue.pending.remove(letter)

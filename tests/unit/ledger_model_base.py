@@ -73,7 +73,9 @@ class LedgerModelBase(RuleBasedStateMachine):
     def initialize_ledger(
         self, count: int, money: int, floor_count: int, floor_money: int, *, late: bool, now: bool, priced: bool
     ) -> None:
-        self.vendor = VendorModel(late, now, PRICES, {each: VendorAccount(count, money * 100) for each in ACCOUNTS})
+        self.vendor = VendorModel(
+            late, now, PRICES, {account: VendorAccount(count, money * 100) for account in ACCOUNTS}
+        )
         self.ledger = FakeLedger()
         self.ledger.tenant_policies = {
             MONEY_TENANT: TenantPolicy(),
@@ -93,15 +95,19 @@ class LedgerModelBase(RuleBasedStateMachine):
         try:
             work.send(None)
         except StopIteration as done:
-            answer: T = done.value
-            return answer
+            result: T = done.value
+            return result
         raise AssertionError("it waited")
 
     def account_state(self, account: int) -> AccountState:
         return self.ledger.states_by_account.get(account, AccountState())
 
     def pick_submission(self, number: int, **wanted: bool) -> SimulatedSubmission | None:
-        found = [each for each in self.submissions.values() if all(getattr(each, k) == v for k, v in wanted.items())]
+        found = [
+            submission
+            for submission in self.submissions.values()
+            if all(getattr(submission, k) == v for k, v in wanted.items())
+        ]
         return pick_item(found, number)
 
     def record_grant(self, name: str, tenant: int, kind: Kind, verdict: Verdict) -> None:
@@ -125,13 +131,13 @@ class LedgerModelBase(RuleBasedStateMachine):
     def settle_with_response(self, sent: SimulatedSubmission) -> None:
         if sent.accepted:
             draft = NewTask(f"task_{sent.name}", msgspec.Raw(b"{}"), msgspec.Raw(b"{}"))
-            self.settle_submission(sent, ReservationState.ACCEPTED, figures=sent.figures, draft=draft)
+            self.settle_submission(sent, ReservationState.ACCEPTED, balance=sent.figures, new_task=draft)
         elif sent.deadline or not self.try_failover(sent, AccountStatus.EXHAUSTED):
-            self.settle_submission(sent, ReservationState.REFUSED, closes=AccountStatus.EXHAUSTED)
+            self.settle_submission(sent, ReservationState.REFUSED, account_status=AccountStatus.EXHAUSTED)
 
     def try_failover(self, sent: SimulatedSubmission, closes: AccountStatus | None) -> bool:
         """Return whether the submission moved to the other account."""
-        other = tuple(each for each in ACCOUNTS if each != sent.account)
+        other = tuple(account for account in ACCOUNTS if account != sent.account)
         verdict = self.run_call(
             self.ledger.change_account(ReserveRequest(sent.name, sent.tenant, other, sent.kind), sent.account, closes)
         )

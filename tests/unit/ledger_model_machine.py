@@ -57,7 +57,7 @@ class LedgerModelMachine(LedgerModelBase):
             self.finish_task(name, succeeds=succeeds)
         self.ledger.clock.now_ms += 3_000
         while claimed := self.run_call(self.ledger.claim_checks(9)):
-            self.claimed_checks += [(each, None) for each in claimed]
+            self.claimed_checks += [(item, None) for item in claimed]
         for _ in range(len(self.claimed_checks)):
             self.run_check(0, tells=True)
             self.record_check(0, lost=False)
@@ -96,7 +96,7 @@ class LedgerModelMachine(LedgerModelBase):
 
     @rule()
     def claim_check(self) -> None:
-        self.claimed_checks += [(each, None) for each in self.run_call(self.ledger.claim_checks(1))]
+        self.claimed_checks += [(item, None) for item in self.run_call(self.ledger.claim_checks(1))]
 
     @rule(number=numbers, tells=mostly_true)
     def run_check(self, number: int, *, tells: bool) -> None:

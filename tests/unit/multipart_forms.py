@@ -35,7 +35,7 @@ def encode_part(disposition: str, content: bytes, content_type: str | None = Non
 def encode_form(*parts: bytes, is_closed: bool = True) -> bytes:
     """Encode a multipart body of these parts."""
     delimiter = f"--{BOUNDARY}".encode()
-    body = b"".join(delimiter + b"\r\n" + each + b"\r\n" for each in parts)
+    body = b"".join(delimiter + b"\r\n" + part + b"\r\n" for part in parts)
     return body + (delimiter + b"--\r\n" if is_closed else b"")
 
 

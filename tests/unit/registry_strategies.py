@@ -50,12 +50,12 @@ def plan_document(registry: Registry, body: RegistryBody, *, prune: bool = False
 
 def without_secrets(body: RegistryBody) -> RegistryBody:
     return RegistryBody(
-        {name: replace(each, user_key=_without_value(each.user_key)) for name, each in body.accounts.items()},
+        {name: replace(account, user_key=_without_value(account.user_key)) for name, account in body.accounts.items()},
         {
             name: replace(
-                each, webhook=each.webhook and replace(each.webhook, secret=_without_value(each.webhook.secret))
+                tenant, webhook=tenant.webhook and replace(tenant.webhook, secret=_without_value(tenant.webhook.secret))
             )
-            for name, each in body.tenants.items()
+            for name, tenant in body.tenants.items()
         },
     )
 
@@ -70,7 +70,7 @@ def _secrets(choices: dict[str, str]) -> st.SearchStrategy[SecretEntry]:
 
 def _limits(windows: Sequence[Window]) -> st.SearchStrategy[list[LimitBody]]:
     limits: list[st.SearchStrategy[LimitBody]] = [
-        st.builds(LimitBody, st.just(each), _counts, st.none() | _yuan) for each in windows
+        st.builds(LimitBody, st.just(window), _counts, st.none() | _yuan) for window in windows
     ]
     return st.tuples(*limits).map(list)
 

@@ -64,7 +64,7 @@ def check_response(store: FaultyStore, caller: Caller, callers: Sequence[Caller]
         return
     error = caller.response.exception()
     if caller.was_refused:
-        same = {each.reservation_ids[0] for each in callers if (each.tenant, each.key) == (caller.tenant, caller.key)}
+        same = {item.reservation_ids[0] for item in callers if (item.tenant, item.key) == (caller.tenant, caller.key)}
         _check_refusal(store, caller, error, same if caller.key else set())
     elif error is None:
         told, booked = caller.response.result().task, store.tasks[caller.reservation_ids[0]]

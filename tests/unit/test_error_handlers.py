@@ -72,11 +72,11 @@ def app(logger: CapturingLogger) -> App:
 
 async def send_request(app: App, method: str, path: str, body: bytes = b"", **headers: str) -> AsgiResponse:
     sent = {"content-type": "application/json", "content-length": str(len(body)), **headers}
-    answer = await call_app(app, method, path, headers=sent, messages=make_body_messages([body]))
-    assert answer is not None
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert answer.json()["status"] == answer.status
-    return answer
+    response = await call_app(app, method, path, headers=sent, messages=make_body_messages([body]))
+    assert response is not None
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["status"] == response.status
+    return response
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ async def send_request(app: App, method: str, path: str, body: bytes = b"", **he
     ],
 )
 async def test_all_errors_are_problems(app: App, method: str, path: str, status: int, code: str) -> None:
-    answer = await send_request(app, method, path)
-    assert (answer.status, answer.json()["code"]) == (status, code)
+    response = await send_request(app, method, path)
+    assert (response.status, response.json()["code"]) == (status, code)
 
 
 async def test_method_not_allowed_lists_methods(app: App) -> None:
@@ -103,8 +103,8 @@ async def test_method_not_allowed_lists_methods(app: App) -> None:
 
 @pytest.mark.parametrize("name", ["crash", "base", "framework"])
 async def test_internal_error_is_logged_and_hidden(app: App, logger: CapturingLogger, name: str) -> None:
-    answer = await send_request(app, "GET", f"/faults/{name}")
-    assert b"hunter2" not in answer.body
+    response = await send_request(app, "GET", f"/faults/{name}")
+    assert b"hunter2" not in response.body
     ((logged),) = logger.calls
     assert logged.method_name == "error"
     assert "hunter2" in str(logged.kwargs["exc_info"])
@@ -130,31 +130,31 @@ async def test_missing_and_invalid_token_challenges_differ(app: App) -> None:
     ],
 )
 async def test_invalid_body_field_is_named(app: App, body: bytes, expected: dict[str, str]) -> None:
-    answer = await send_request(app, "PUT", "/bodies", body)
-    assert (answer.status, answer.json()["code"]) == (422, "invalid-options")
-    assert {each["field"]: each["detail"] for each in answer.json()["errors"]} == expected
+    response = await send_request(app, "PUT", "/bodies", body)
+    assert (response.status, response.json()["code"]) == (422, "invalid-options")
+    assert {error["field"]: error["detail"] for error in response.json()["errors"]} == expected
 
 
 @pytest.mark.parametrize(
     ("path", "field"), [("/queries", "must"), ("/queries?must=a", "must"), ("/queries?must=1&limit=0", "limit")]
 )
 async def test_invalid_query_parameter_is_named(app: App, path: str, field: str) -> None:
-    answer = await send_request(app, "GET", f"{path}{'&' if '?' in path else '?'}key=hunter2")
-    assert (answer.status, [each["field"] for each in answer.json()["errors"]]) == (422, [field])
-    assert b"hunter2" not in answer.body
+    response = await send_request(app, "GET", f"{path}{'&' if '?' in path else '?'}key=hunter2")
+    assert (response.status, [error["field"] for error in response.json()["errors"]]) == (422, [field])
+    assert b"hunter2" not in response.body
 
 
 @pytest.mark.parametrize("body", [b"{", b'{"accounts": ["\xff"]}', b"x" * 2000])
 async def test_unreadable_body_is_400(app: App, body: bytes) -> None:
-    answer = await send_request(app, "PUT", "/bodies", body)
-    assert (answer.status, answer.json()["code"]) == (400, "malformed-request")
+    response = await send_request(app, "PUT", "/bodies", body)
+    assert (response.status, response.json()["code"]) == (400, "malformed-request")
 
 
 async def test_form_over_the_framework_limit_is_413(app: App) -> None:
-    answer = await send_request(
+    response = await send_request(
         app, "POST", "/forms", b"x" * 2000, **{"content-type": "multipart/form-data; boundary=x"}
     )
-    assert (answer.status, answer.json()["code"]) == (413, "image-too-large")
+    assert (response.status, response.json()["code"]) == (413, "image-too-large")
 
 
 async def test_client_disconnect_passes_through(app: App, logger: CapturingLogger) -> None:

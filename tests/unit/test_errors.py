@@ -14,11 +14,11 @@ from tests.unit.asgi_client import AsgiResponse
 
 def leaf_errors(cls: type[errors.GatewayError]) -> Iterator[type[errors.GatewayError]]:
     """Return the error classes without subclasses."""
-    children = [each for each in cls.__subclasses__() if each.__module__ == errors.__name__]
+    children = [subclass for subclass in cls.__subclasses__() if subclass.__module__ == errors.__name__]
     if not children:
         yield cls
-    for each in children:
-        yield from leaf_errors(each)
+    for item in children:
+        yield from leaf_errors(item)
 
 
 def make_error(cls: type[errors.GatewayError]) -> errors.GatewayError:
@@ -36,7 +36,9 @@ def make_error(cls: type[errors.GatewayError]) -> errors.GatewayError:
 
 
 def make_quota_error(*violations: tuple[str, int, int | None], retry_after: float | None = None) -> errors.QuotaDenied:
-    return errors.QuotaDenied("Later.", violations=[Violation(*each) for each in violations], retry_after=retry_after)
+    return errors.QuotaDenied(
+        "Later.", violations=[Violation(*violation) for violation in violations], retry_after=retry_after
+    )
 
 
 STATUS = {
@@ -94,9 +96,9 @@ def test_unknown_error_is_a_silent_500(error: errors.GatewayError) -> None:
 
 def test_document_members() -> None:
     _, headers, body = render(to_problem(make_error(errors.SubmissionUnknown)), "req-1")
-    answer = AsgiResponse(504, headers, body)
+    response = AsgiResponse(504, headers, body)
     assert headers["Content-Type"] == "application/problem+json"
-    assert answer.json() == {
+    assert response.json() == {
         "type": "urn:imaging-gateway:problem:submission-unknown",
         "title": "Submission unknown",
         "status": 504,

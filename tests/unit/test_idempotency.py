@@ -121,9 +121,9 @@ def test_every_field_counts() -> None:
     metadata = [{"order": "17"}, {"order": "18"}, {"17": "order"}, {"order": ""}, {"order": "17", "more": ""}]
     images = [bytes(32), b"\1" + bytes(31), bytes(31) + b"\1"]
     digests = [
-        *(content_digest(each) for each in (*kinds, *named, *changed, FULL)),
-        *(content_digest(UpscaleOptions(), each) for each in metadata),
-        *(content_digest(UpscaleOptions(), image=each) for each in images),
+        *(content_digest(item) for item in (*kinds, *named, *changed, FULL)),
+        *(content_digest(UpscaleOptions(), item) for item in metadata),
+        *(content_digest(UpscaleOptions(), image=image) for image in images),
     ]
     assert len(set(digests)) == len(digests)
 

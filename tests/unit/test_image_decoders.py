@@ -63,7 +63,7 @@ def header_offsets(data: bytes | bytearray) -> list[int]:
     found = [20, 24, 27] if data[12:16] == b"VP8X" else []
     for kind, coded in ((b"VP8 ", (3, 4, 5, 6, 8)), (b"VP8L", (0, 1, 4))):
         if b"ANMF" not in data and (at := data.find(kind)) > 0:
-            found += [at + 8 + each for each in coded]
+            found += [at + 8 + item for item in coded]
     return found
 
 
@@ -87,7 +87,7 @@ def altered_images(draw: st.DrawFn) -> bytes:
 @given(altered_images())
 def test_inspection_agrees_with_decoders(data: bytes) -> None:
     told, sizes = inspected_size(data), decoded_sizes(data)
-    assert {each for each in sizes if each} <= {told}
+    assert {size for size in sizes if size} <= {told}
     # Where a PNG or JPEG says that its pixels are coded otherwise, only decoding all of them shows that they are not.
     if told == SIZE and data.startswith(b"RIFF"):
         assert any(sizes)

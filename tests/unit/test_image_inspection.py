@@ -149,7 +149,7 @@ def vp8x(width: int, height: int, flags: int = 0) -> tuple[bytes, bytes]:
 
 
 def anmf(left: int, top: int, width: int, height: int, *chunks: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
-    head = b"".join(each.to_bytes(3, "little") for each in (left // 2, top // 2, width - 1, height - 1, 100))
+    head = b"".join(item.to_bytes(3, "little") for item in (left // 2, top // 2, width - 1, height - 1, 100))
     return b"ANMF", head + b"\0" + webp(*chunks)[12:]
 
 
@@ -367,7 +367,7 @@ def test_png_chunks_are_unlimited() -> None:
     whole = encode(make_noise("RGB", 80, 80, 1), "PNG")
     at = whole.index(b"IDAT") + 4
     pixels = whole[at : at + struct.unpack(">I", whole[at - 8 : at - 4])[0]]
-    split = png(header(80, 80), *((b"IDAT", pixels[each : each + 1]) for each in range(len(pixels))), END)
+    split = png(header(80, 80), *((b"IDAT", pixels[number : number + 1]) for number in range(len(pixels))), END)
     assert split.count(b"IDAT") > 10_000
     with Image.open(io.BytesIO(split)) as picture:
         picture.load()

@@ -1,4 +1,4 @@
-"""Log lines of settlements and finished tasks."""
+"""Log log_lines of settlements and finished tasks."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Lines = list[MutableMapping[str, Any]]
 
 
 @pytest.fixture
-def lines() -> Iterator[Lines]:
+def log_lines() -> Iterator[Lines]:
     with capture_logs() as found:
         yield found
 
 
-def select_lines(lines: Lines, event: str) -> Lines:
-    return [each for each in lines if each["event"] == event]
+def select_lines(log_lines: Lines, event: str) -> Lines:
+    return [line for line in log_lines if line["event"] == event]
 
 
-async def test_settlement_is_logged_with_the_balance(lines: Lines) -> None:
+async def test_settlement_is_logged_with_the_balance(log_lines: Lines) -> None:
     gateway = FakeGateway()
     gateway.upstream.next_submits.append(
         SubmitResult(outcome=SubmitOutcome.ACCEPTED, upstream_id="u1", balance=Balance(count=4, money_fen=150))
     )
     task = (await gateway.submit_image()).task
-    (line,) = select_lines(lines, "reservation.settled")
+    (line,) = select_lines(log_lines, "reservation.settled")
     assert line == {
         "event": "reservation.settled",
         "log_level": "info",
@@ -54,25 +54,25 @@ async def test_settlement_is_logged_with_the_balance(lines: Lines) -> None:
     }
 
 
-async def test_unknown_outcome_is_a_warning(lines: Lines) -> None:
+async def test_unknown_outcome_is_a_warning(log_lines: Lines) -> None:
     gateway = FakeGateway()
     gateway.upstream.next_submits.append(SubmitResult(outcome=SubmitOutcome.UNKNOWN))
     with pytest.raises(Exception, match=r"submission|upstream"):
         await gateway.submit_image()
-    (line,) = select_lines(lines, "reservation.settled")
+    (line,) = select_lines(log_lines, "reservation.settled")
     assert (line["log_level"], line["outcome"], line["by"]) == ("warning", "unknown", "sender")
 
 
-async def test_delayed_settlement_is_logged_twice(lines: Lines) -> None:
+async def test_delayed_settlement_is_logged_twice(log_lines: Lines) -> None:
     gateway = FakeGateway()
     gateway.ledger.errors_before["settle"] = [UNAVAILABLE]
     task = (await gateway.submit_image()).task
     await gateway.background.drain(5)
-    assert [each["event"] for each in lines] == ["settlement.retrying", "reservation.settled"]
-    assert {each["reservation"] for each in lines} == {task.reservation}
+    assert [line["event"] for line in log_lines] == ["settlement.retrying", "reservation.settled"]
+    assert {line["reservation"] for line in log_lines} == {task.reservation}
 
 
-async def test_expired_submission_is_logged(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_expired_submission_is_logged(log_lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "EXPIRY_INTERVAL_SECONDS", 0)
     gateway = FakeGateway()
     gateway.upstream.may_respond.clear()
@@ -80,17 +80,17 @@ async def test_expired_submission_is_logged(lines: Lines, monkeypatch: pytest.Mo
     await wait_until(lambda: len(gateway.upstream.submits) == 2)
     gateway.ledger.clock.now_ms += gateway.ledger.retention.lease_ms
     expiring = asyncio.create_task(gateway.poller.expire_leases())
-    await wait_until(lambda: len(select_lines(lines, "reservation.settled")) == 2)
+    await wait_until(lambda: len(select_lines(log_lines, "reservation.settled")) == 2)
     expiring.cancel()
-    assert {each["reservation"] for each in lines} == set(gateway.ledger.reservations)
-    for line in lines:
+    assert {item["reservation"] for item in log_lines} == set(gateway.ledger.reservations)
+    for line in log_lines:
         assert (line["log_level"], line["by"], line["outcome"]) == ("warning", "expiry", "unknown")
         assert (line["tenant"], line["account"]) == ("shop", "main")
     gateway.upstream.may_respond.set()
     await asyncio.gather(*callers)
 
 
-async def test_finished_task_is_logged_once_with_its_cost(lines: Lines) -> None:
+async def test_finished_task_is_logged_once_with_its_cost(log_lines: Lines) -> None:
     gateway = FakeGateway()
     task = (await gateway.submit_image()).task
     gateway.ledger.clock.now_ms += gateway.ledger.retention.check_interval_ms
@@ -99,7 +99,7 @@ async def test_finished_task_is_logged_once_with_its_cost(lines: Lines) -> None:
         await gateway.poller.start_due()
         await gateway.poller.wait_idle()
         gateway.ledger.clock.now_ms += gateway.ledger.retention.claim_lease_ms
-    (line,) = select_lines(lines, "task.finished")
+    (line,) = select_lines(log_lines, "task.finished")
     ended = gateway.ledger.tasks[task.reservation]
     assert line == {
         "event": "task.finished",
@@ -126,7 +126,7 @@ def test_policies_are_logged_in_yuan() -> None:
     limits = (Limit(Window.DAY, tasks=5), Limit(Window.TOTAL, money_fen=250))
     shown = logging.log_tenant_policy(TenantPolicy(limits=limits, max_active=3))
     assert (shown["max_active"], shown["purse"]) == (3, "count_then_money")
-    assert [(each["window"], each["tasks"], each["money"]) for each in shown["limits"]] == [
+    assert [(limit["window"], limit["tasks"], limit["money"]) for limit in shown["limits"]] == [
         ("day", 5, None),
         ("total", None, 2.5),
     ]

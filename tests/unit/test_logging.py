@@ -174,8 +174,8 @@ def iter_texts(value: Any) -> Iterator[str]:
         yield from value
         value = list(value.values())
     if isinstance(value, list):
-        for each in value:
-            yield from iter_texts(each)
+        for item in value:
+            yield from iter_texts(item)
     if isinstance(value, str):
         yield value
 

@@ -131,11 +131,11 @@ def test_denials_are_counted_by_tenant_and_policy(metrics: Metrics) -> None:
 def test_tenants_beyond_the_cap_share_a_label() -> None:
     metrics = Metrics(CollectorRegistry(), max_named_tenants=2)
     metrics.set_registry_source(lambda: make_registry("third", "first", "second", ids=(9, 3, 5)))
-    assert [metrics.tenant_label(each) for each in (3, 5, 9, 77)] == ["first", "second", "other", "other"]
+    assert [metrics.tenant_label(value) for value in (3, 5, 9, 77)] == ["first", "second", "other", "other"]
     for tenant in (3, 5, 9, 77):
         metrics.record_submitted_task(tenant, Kind.UPSCALE)
     counted = {
-        each: read_sample(metrics, "gateway_tasks_submitted_total", tenant=each) for each in ("first", "other", "third")
+        name: read_sample(metrics, "gateway_tasks_submitted_total", tenant=name) for name in ("first", "other", "third")
     }
     assert counted == {"first": 1, "other": 2, "third": None}
 
@@ -152,7 +152,7 @@ def test_deleted_tenant_loses_its_series() -> None:
     metrics.record_submitted_task(2, Kind.UPSCALE)
     names = ("first", "second", "other")
     counted = {
-        each: read_sample(metrics, "gateway_tasks_submitted_total", tenant=each, kind="upscale") for each in names
+        name: read_sample(metrics, "gateway_tasks_submitted_total", tenant=name, kind="upscale") for name in names
     }
     assert counted == {"first": None, "second": 1, "other": 2}
 
@@ -160,8 +160,8 @@ def test_deleted_tenant_loses_its_series() -> None:
 def test_finished_delivery_observes_its_age(metrics: Metrics) -> None:
     metrics.record_delivery(DeliveryState.PENDING, 3)
     metrics.record_delivery(DeliveryState.FAILED, 40)
-    attempts = [read_sample(metrics, "gateway_webhook_attempts_total", state=each) for each in ("pending", "failed")]
-    ages = [read_sample(metrics, "gateway_webhook_age_seconds_sum", state=each) for each in ("pending", "failed")]
+    attempts = [read_sample(metrics, "gateway_webhook_attempts_total", state=name) for name in ("pending", "failed")]
+    ages = [read_sample(metrics, "gateway_webhook_age_seconds_sum", state=name) for name in ("pending", "failed")]
     assert (attempts, ages) == ([1, 1], [None, 40])
 
 
@@ -194,8 +194,12 @@ def test_all_metrics_are_described(metrics: Metrics) -> None:
     metrics.set_registry_source(lambda: REGISTRY)
     metrics.ledger_collector.set_snapshot(SNAPSHOT)
     metrics.refresh_labels()
-    collectors = [each for each in metrics.registry._collector_to_names if isinstance(each, GATEWAY_COLLECTORS)]
-    described = {family.name: family for each in collectors for family in each.describe()}
+    collectors = [
+        collector_to_name
+        for collector_to_name in metrics.registry._collector_to_names
+        if isinstance(collector_to_name, GATEWAY_COLLECTORS)
+    ]
+    described = {family.name: family for collector in collectors for family in collector.describe()}
     shown = [family for family in metrics.registry.collect() if family.name.startswith("gateway_")]
     assert {family.name for family in shown} <= set(described)
     for family in shown:
@@ -213,7 +217,7 @@ def test_ledger_metrics_disappear_with_the_ledger(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_redis_up") == 0
     metrics.ledger_collector.set_snapshot(SNAPSHOT)
     of_day = {"tenant": "shop", "policy": "day-money", "unit": "yuan"}
-    found = [read_sample(metrics, f"gateway_quota_{each}", **of_day) for each in ("used", "reserved", "limit")]
+    found = [read_sample(metrics, f"gateway_quota_{name}", **of_day) for name in ("used", "reserved", "limit")]
     assert (found, read_sample(metrics, "gateway_redis_up")) == ([1.5, 0.5, 10], 1)
     assert read_sample(metrics, "gateway_tasks_active", tenant="shop", kind="upscale") == 2
     assert read_sample(metrics, "gateway_tenant_spent_yuan", tenant="shop", window="day") == 1.5
@@ -241,7 +245,7 @@ def test_account_shows_only_known_balances(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_account_unexplained_yuan_total", account="main") == 0.4
     assert read_sample(metrics, "gateway_account_unknown_submissions", account="main") == 1
     states = [
-        read_sample(metrics, "gateway_account_state", account="main", state=each) for each in ("open", "exhausted")
+        read_sample(metrics, "gateway_account_state", account="main", state=name) for name in ("open", "exhausted")
     ]
     assert states == [1, 0]
 

@@ -81,7 +81,7 @@ def test_inexact_balance_gives_no_observed_cost() -> None:
     ("use", "left", "cost"), [(True, 0, (1, 0)), (None, 4, (1, 0)), (None, 0, (0, 70)), (False, 4, (0, 70))]
 )
 def test_cost_of_a_prepaid_use(use: bool | None, left: int, cost: tuple[int, int]) -> None:
-    reservation = make_reservation(alone=False, use=use)
+    reservation = make_reservation(alone=False, expects_prepaid=use)
     assert compute_cost(AccountState(last_price={KIND: 70}), reservation, Balance(left, 100)) == Cost(
         *cost, CostBasis.ESTIMATED
     )
@@ -96,13 +96,13 @@ def test_cost_without_balance_or_price() -> None:
 @pytest.mark.parametrize(("late", "taken"), [(False, 80), (None, 80), (True, 70)])
 def test_cost_of_a_failed_task(late: bool | None, taken: int) -> None:
     state = AccountState(last_price={KIND: 70}, charges_on_completion=late)
-    reservation = make_reservation(BalanceSnapshot(0, 900), after=Balance(0, 820))
+    reservation = make_reservation(BalanceSnapshot(0, 900), balance_after=Balance(0, 820))
     assert compute_cost(state, reservation, Balance(), succeeded=False) == Cost(0, taken, CostBasis.ESTIMATED)
     assert compute_cost(state, reservation, Balance(0, 820), succeeded=False) == Cost(0, 80, CostBasis.OBSERVED)
 
 
 def test_cost_of_a_failed_task_without_balance() -> None:
-    reservation = make_reservation(BalanceSnapshot(0, 900), after=Balance(0, 900))
+    reservation = make_reservation(BalanceSnapshot(0, 900), balance_after=Balance(0, 900))
     state = AccountState(last_price={KIND: 70})
     assert compute_cost(state, reservation, Balance(), succeeded=False) == Cost(0, 70, CostBasis.ESTIMATED)
 
@@ -120,21 +120,23 @@ def test_charge_timing_is_learned() -> None:
     assert state.charges_on_completion is True
     ledger_model.learn_charge_timing(state, make_reservation(BalanceSnapshot(0, 1_200), alone=False), Balance(0, 1_100))
     assert state.charges_on_completion is True
-    ledger_model.learn_charge_timing(state, make_reservation(BalanceSnapshot(0, 1_200), use=False), Balance(0, 1_100))
+    ledger_model.learn_charge_timing(
+        state, make_reservation(BalanceSnapshot(0, 1_200), expects_prepaid=False), Balance(0, 1_100)
+    )
     assert state.charges_on_completion is False
 
 
 @pytest.mark.parametrize(("use", "after"), [(True, Balance(3, 1_100)), (False, Balance(2, 1_200))])
 def test_unrelated_drop_reveals_no_charge_timing(use: bool, after: Balance) -> None:
     state = AccountState()
-    ledger_model.learn_charge_timing(state, make_reservation(BalanceSnapshot(3, 1_200), use=use), after)
+    ledger_model.learn_charge_timing(state, make_reservation(BalanceSnapshot(3, 1_200), expects_prepaid=use), after)
     assert state.charges_on_completion is None
 
 
 def test_response_from_before_a_reopening_is_missing_from_the_balance() -> None:
     state, reservation = (
         AccountState(pending_charges=1, reopened_at=NOW + 1, charges_on_completion=False),
-        make_reservation(owes=True),
+        make_reservation(charge_pending=True),
     )
     ledger_model.learn_charge_timing(state, reservation, Balance(3, 0))
     assert state.unaccounted_charges == 1
@@ -171,7 +173,7 @@ def test_drop_is_attributed_to_tasks_up_to_their_price(
 def test_late_refusal_cancels_the_expected_charge(caught_up: int, unexplained: int) -> None:
     state, late = (
         AccountState(pending_charges=1, untracked_charges=1, reconciled_at=caught_up),
-        make_reservation(owes=True, settled=NOW),
+        make_reservation(charge_pending=True, settled_at=NOW),
     )
     ledger_model.add_expected_charge(state, POLICY, KIND, 1)
     ledger_model.cancel_expected_charge(state, POLICY, late, still_expected=ledger_model.resolve_untracked(state, late))

@@ -60,7 +60,7 @@ def test_refusal_changes_nothing() -> None:
     policy = TenantPolicy(limits=(Limit(Window.DAY, tasks=0),))
     assert reserve_place(tenant, policy, paying) == PolicyDenial((Violation("day-tasks", 0, DAY_ENDS),), NOW)
     assert tenant.active_tasks == 0
-    assert all(each.tasks_reserved == 0 for each in tenant.windows.values())
+    assert all(window.tasks_reserved == 0 for window in tenant.windows.values())
     assert paying.state == AccountState(count=make_reading(5))
 
 
@@ -70,7 +70,7 @@ def test_policies_precede_accounts() -> None:
 
 
 def test_first_available_account_is_used() -> None:
-    broke, paying = make_candidate(1, status=AccountStatus.EXHAUSTED, probe_at=NOW + 1), make_candidate(2)
+    broke, paying = make_candidate(1, status=AccountStatus.EXHAUSTED, next_probe_at=NOW + 1), make_candidate(2)
     granted = reserve_place(TenantState(), TenantPolicy(), broke, paying)
     assert isinstance(granted, Grant)
     assert granted.account == 2
@@ -78,7 +78,7 @@ def test_first_available_account_is_used() -> None:
 
 
 def test_retry_time_without_an_available_account() -> None:
-    soon, late = (make_candidate(status=AccountStatus.EXHAUSTED, probe_at=NOW + wait) for wait in (20_000, 50_000))
+    soon, late = (make_candidate(status=AccountStatus.EXHAUSTED, next_probe_at=NOW + wait) for wait in (20_000, 50_000))
     invalid = make_candidate(status=AccountStatus.INVALID)
     assert reserve_place(TenantState(), TenantPolicy(), late, invalid, soon) == NoAccount(NOW + 20_000, NOW)
     assert reserve_place(TenantState(), TenantPolicy(), invalid) == NoAccount(None, NOW)
@@ -86,7 +86,7 @@ def test_retry_time_without_an_available_account() -> None:
 
 
 def test_one_probe_at_a_time() -> None:
-    exhausted = make_candidate(status=AccountStatus.EXHAUSTED, probe_at=NOW)
+    exhausted = make_candidate(status=AccountStatus.EXHAUSTED, next_probe_at=NOW)
     assert isinstance(reserve_place(TenantState(), TenantPolicy(), exhausted), Grant)
     assert isinstance(reserve_place(TenantState(), TenantPolicy(), exhausted), NoAccount)
 
@@ -94,7 +94,7 @@ def test_one_probe_at_a_time() -> None:
 def test_probe_cost_is_not_observed() -> None:
     made, topped_up = (
         make_reservation(),
-        make_candidate(status=AccountStatus.EXHAUSTED, probe_at=NOW, count=make_reading(0), money=make_reading(0)),
+        make_candidate(status=AccountStatus.EXHAUSTED, next_probe_at=NOW, count=make_reading(0), money=make_reading(0)),
     )
     assert isinstance(reserve_place(TenantState(), TenantPolicy(), topped_up, made=made), Grant)
     assert made.balance_before is None
@@ -112,7 +112,7 @@ def test_unknown_price_holds_the_whole_limit() -> None:
 def test_overrun() -> None:
     policy = TenantPolicy(limits=(Limit(Window.MONTH, money_fen=100),))
     tenant = TenantState()
-    paying = make_candidate(count=make_reading(0), money=make_reading(1_000), highest={Kind.UPSCALE: 80})
+    paying = make_candidate(count=make_reading(0), money=make_reading(1_000), max_observed_price={Kind.UPSCALE: 80})
     made = make_reservation()
     reserve_place(tenant, policy, paying, made=made)
     ledger_model.settle_reservation(
@@ -221,7 +221,7 @@ def test_settlement_after_the_window() -> None:
         tenant, paying, "r", made, ReservationState.ACCEPTED, Balance(), None, DayUsage(), make_moment(later)
     )
     roll_windows(tenant, later)
-    used = {window: (each.tasks, each.tasks_reserved) for window, each in tenant.windows.items()}
+    used = {window: (item.tasks, item.tasks_reserved) for window, item in tenant.windows.items()}
     assert used[Window.DAY] == used[Window.MINUTE] == (0, 0)
     assert used[Window.MONTH] == used[Window.TOTAL] == (1, 0)
 

@@ -21,7 +21,7 @@ from service.domain.tasks import (
 def option_errors(kind: Kind, *fields: tuple[str, str]) -> dict[str, str]:
     with pytest.raises(InvalidOptions) as caught:
         parse_options(kind, fields, DEFAULT_CATALOGUE)
-    return {each.field: each.detail for each in caught.value.errors}
+    return {error.field: error.detail for error in caught.value.errors}
 
 
 @pytest.mark.parametrize(

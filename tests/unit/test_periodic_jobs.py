@@ -14,13 +14,13 @@ from service.usecases import background
 async def test_job_survives_an_outage_without_logging_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "UNAVAILABLE_SECONDS", 0)
     monkeypatch.setattr(background, "IDLE_SECONDS", 0)
-    answers = iter(["away", "away", "away", "here", "away", "away"])
+    states = iter(["away", "away", "away", "here", "away", "away"])
 
     async def begin() -> bool:
-        answer = next(answers, None)
-        if answer is None:
+        state = next(states, None)
+        if state is None:
             raise asyncio.CancelledError
-        if answer == "away":
+        if state == "away":
             raise make_unavailable_error()
         return False
 

@@ -175,9 +175,9 @@ async def test_expiry_survives_outages_and_errors(gateway: FakeGateway) -> None:
     assert gateway.task_counts == (1, 0, 1)
 
 
-async def check_repeatedly(gateway: FakeGateway, *answers: CheckOutcome, interval_ms: int) -> None:
+async def check_repeatedly(gateway: FakeGateway, *responses: CheckOutcome, interval_ms: int) -> None:
     """Check the only task repeatedly at this interval."""
-    for answered in answers:
+    for answered in responses:
         gateway.ledger.clock.now_ms += interval_ms
         gateway.upstream.next_checks.append(CheckResult(outcome=answered))
         await gateway.poller.start_due()

@@ -109,14 +109,14 @@ def test_urls_and_prompts_in_text(text: str, shown: str) -> None:
 
 def iter_texts(value: Any) -> list[str]:
     if isinstance(value, dict):
-        return [*value, *(text for each in value.values() for text in iter_texts(each))]
+        return [*value, *(text for item in value.values() for text in iter_texts(item))]
     if isinstance(value, list):
-        return [text for each in value for text in iter_texts(each)]
+        return [text for item in value for text in iter_texts(item)]
     return [value] if isinstance(value, str) else []
 
 
 @given(
-    st.recursive(st.text() | st.floats() | st.binary() | st.integers(), lambda each: st.lists(each) | st.tuples(each))
+    st.recursive(st.text() | st.floats() | st.binary() | st.integers(), lambda item: st.lists(item) | st.tuples(item))
 )
 def test_any_value_can_be_logged(value: Any) -> None:
     event = Redactor([SECRET])(None, "info", {"event": "x", "value": value, "odd": "\ud800"})

@@ -36,7 +36,7 @@ KEY = SecretEntry(value="a-key")
 def plan_errors(registry: Registry, body: RegistryBody, *, prune: bool = False) -> dict[str, str]:
     with pytest.raises(InvalidOptions) as raised:
         plan_document(registry, body, prune=prune)
-    return {each.field: each.detail for each in raised.value.errors}
+    return {error.field: error.detail for error in raised.value.errors}
 
 
 def make_registry(**tenants: TenantEntry) -> Registry:
@@ -65,19 +65,19 @@ def test_differences_match_the_changes(one: RegistryBody, other: RegistryBody, p
     told = render_registry(plan.after, NOW)
     strangers = [*(told.accounts.keys() - other.accounts), *(told.tenants.keys() - other.tenants)]
     assert not (prune and strangers)
-    assert len([each for each in plan.unmanaged if ".tokens." not in each]) == len(strangers)
-    for name, each in without_secrets(other).accounts.items():
-        assert told.accounts[name] == each
+    assert len([item for item in plan.unmanaged if ".tokens." not in item]) == len(strangers)
+    for name, account in without_secrets(other).accounts.items():
+        assert told.accounts[name] == account
 
 
 @given(registry_documents(), registry_documents())
 def test_ids_and_version_advance(one: RegistryBody, other: RegistryBody) -> None:
     plan = plan_document(plan_document(Registry(), one).after, other)
     accounts, tenants = plan.after.accounts.values(), plan.after.tenants.values()
-    ids = {*(each.id for each in accounts), *(each.id for each in tenants)}
+    ids = {*(account.id for account in accounts), *(tenant.id for tenant in tenants)}
     assert len(ids) == len(accounts) + len(tenants)
-    assert all(each < plan.after.next_id for each in ids)
-    assert all(plan.after.tenants[name].id == each.id for name, each in plan.before.tenants.items())
+    assert all(item < plan.after.next_id for item in ids)
+    assert all(plan.after.tenants[name].id == tenant.id for name, tenant in plan.before.tenants.items())
 
 
 def test_new_ids_are_unique() -> None:
@@ -146,12 +146,12 @@ def test_account_keys_kept_and_changed() -> None:
     assert plan_document(registry, with_key(None)).change is None
     assert plan_document(registry, with_key(KEY)).change is None
     plan = plan_document(registry, with_key(SecretEntry(value="another-key")))
-    assert [(each.path, each.before, each.after) for each in diff_registry(plan, NOW)] == [
+    assert [(item.path, item.before, item.after) for item in diff_registry(plan, NOW)] == [
         ("accounts.main.user_key.value", None, None)
     ]
     assert USER_KEYS.decrypt(plan.after.accounts["main"].user_key) == b"another-key"
     moved = plan_document(registry, with_key(SecretEntry(env="ELSEWHERE", value="a-key")))
-    assert [each.path for each in diff_registry(moved, NOW)] == ["accounts.main.user_key"]
+    assert [item.path for item in diff_registry(moved, NOW)] == ["accounts.main.user_key"]
     assert moved.after.accounts["main"].user_key == stored
 
 
@@ -201,7 +201,7 @@ def test_expired_tokens() -> None:
     assert plan_document(make_registry(shop=TenantEntry(accounts=[])), with_end(past)).change is None
     registry = plan_document(make_registry(), with_end(future)).after
     ended = plan_document(registry, with_end(past))
-    assert [(each.path, each.action) for each in diff_registry(ended, NOW)] == [("tenants.shop.tokens", "removed")]
+    assert [(item.path, item.action) for item in diff_registry(ended, NOW)] == [("tenants.shop.tokens", "removed")]
     assert not ended.after.tokens["0" * 12].is_valid_at(NOW)
     assert plan_document(ended.after, RegistryBody({}, {"shop": TenantEntry(accounts=[])})).unmanaged == (
         "accounts.main",
@@ -220,7 +220,7 @@ def test_webhook_secret_kept_and_changed() -> None:
     assert plan_document(registry, with_secret(one)).change is None
     assert plan_document(registry, with_secret(None)).change is None
     plan = plan_document(registry, with_secret(other))
-    assert [(each.path, each.action, each.before, each.after) for each in diff_registry(plan, NOW)] == [
+    assert [(item.path, item.action, item.before, item.after) for item in diff_registry(plan, NOW)] == [
         ("tenants.shop.webhook.secret.value", "changed", None, None)
     ]
     assert plan.after.tenants["shop"].webhook.secrets != registry.tenants["shop"].webhook.secrets

@@ -211,7 +211,7 @@ def test_binary_secret_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [b"accounts = 3\ntenants = []", b"accounts.main = 3\ntenants.shop = 'x'"])
 def test_expected_tables(text: bytes) -> None:
-    assert [each.partition(": ")[2] for each in read_errors(text.decode())] == ["must be a table", "must be a table"]
+    assert [error.partition(": ")[2] for error in read_errors(text.decode())] == ["must be a table", "must be a table"]
 
 
 @pytest.mark.parametrize(

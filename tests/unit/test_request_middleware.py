@@ -95,11 +95,11 @@ class ObservedApp:
 
 
 async def send_request(watched: ObservedApp, path: str, method: str = "GET", **headers: str) -> AsgiResponse:
-    answer = await call_app(
+    response = await call_app(
         watched.app, method, path, headers={name.replace("_", "-"): headers[name] for name in headers}
     )
-    assert answer is not None
-    return answer
+    assert response is not None
+    return response
 
 
 async def test_request_is_logged_once_without_its_query() -> None:
@@ -158,9 +158,9 @@ async def test_all_outcomes_are_counted_and_logged(
     method: str, path: str, route: str, status: int, outcome: str
 ) -> None:
     watched = ObservedApp()
-    answer = await send_request(watched, path, method)
+    response = await send_request(watched, path, method)
     line = watched.access_line
-    assert answer.status == status
+    assert response.status == status
     assert (line["route"], line["status"], line["outcome"]) == (route, status, outcome)
     assert watched.samples("gateway_http_requests_total") == {(method, route, str(status)): 1}
     assert watched.samples("gateway_http_request_duration_seconds_count") == {(method, route, ""): 1}
@@ -185,9 +185,9 @@ async def test_valid_request_id_is_kept(path: str) -> None:
 
 @pytest.mark.parametrize("given", ["", "a b", "a" * 129, "x\r\ny", "{}", "é"])
 async def test_invalid_request_id_is_replaced(given: str) -> None:
-    answer = await send_request(ObservedApp(), "/things/one", x_request_id=given)
-    assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
-    assert answer.body.decode() == answer.headers["x-request-id"]
+    response = await send_request(ObservedApp(), "/things/one", x_request_id=given)
+    assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
+    assert response.body.decode() == response.headers["x-request-id"]
 
 
 async def test_requests_do_not_share_state() -> None:
@@ -225,9 +225,9 @@ async def test_error_outside_the_handlers_is_a_problem() -> None:
         raise ZeroDivisionError
 
     watched = ObservedApp(broken)
-    answer = await send_request(watched, "/")
-    assert (answer.status, answer.headers["content-type"]) == (500, "application/problem+json")
-    assert answer.json()["instance"] == answer.headers["x-request-id"]
+    response = await send_request(watched, "/")
+    assert (response.status, response.headers["content-type"]) == (500, "application/problem+json")
+    assert response.json()["instance"] == response.headers["x-request-id"]
     crash, line = watched.events
     assert (crash["event"], crash["request_id"], crash["exc_info"]) == ("request.error", line["request_id"], True)
     assert (line["status"], line["outcome"], line["route"]) == (500, "internal-error", "unmatched")

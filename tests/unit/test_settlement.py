@@ -33,7 +33,7 @@ async def test_late_settlements_have_no_request_context(monkeypatch: pytest.Monk
                 )
         ledger.is_unavailable = False
         assert await background.drain(10) == 0
-    told = [(each["event"], each["reservation"], each.get("request_id")) for each in logged]
+    told = [(item["event"], item["reservation"], item.get("request_id")) for item in logged]
     assert told == [
         ("settlement.retrying", "one", "request-one"),
         ("settlement.retrying", "two", "request-two"),

@@ -51,10 +51,10 @@ class SlowReader:
 
 @pytest.fixture
 async def reader() -> AsyncIterator[SlowReader]:
-    async with run_fake_gateway() as (house, ledger, _):
-        await house.submit()
+    async with run_fake_gateway() as (gateway, ledger, _):
+        await gateway.submit()
         (task,) = ledger.tasks.values()
-        yield SlowReader(house, CachedTask(task, ledger.clock.now_ms, 0))
+        yield SlowReader(gateway, CachedTask(task, ledger.clock.now_ms, 0))
 
 
 async def test_only_the_newest_event_is_queued(reader: SlowReader) -> None:

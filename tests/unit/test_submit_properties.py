@@ -59,10 +59,10 @@ policies = st.builds(
             Limit, st.sampled_from(Window), tasks=st.none() | st.integers(0, 4), money=st.sampled_from([None, 100])
         ),
         max_size=2,
-        unique_by=lambda each: each.window,
+        unique_by=lambda item: item.window,
     ).map(tuple),
     max_active=st.none() | st.integers(1, 3),
-    purse=st.sampled_from(SpendingMode),
+    spending_mode=st.sampled_from(SpendingMode),
 )
 checks = st.sampled_from(
     [CheckResult(outcome=CheckOutcome.RUNNING), SUCCEEDED, FAILED, CheckResult(outcome=CheckOutcome.NO_RESPONSE)]
@@ -87,10 +87,10 @@ class SubmitMachine(RuleBasedStateMachine):
         runner.get_loop()
         self.loop.set_exception_handler(lambda _, context: self.store.violations.append(str(context)))
         self.upstream = FaultyUpstream(self.store)
-        known = Registry(1, 20, {each.name: each for each in TENANTS}, ACCOUNTS)
+        known = Registry(1, 20, {tenant.name: tenant for tenant in TENANTS}, ACCOUNTS)
         self.registry = FakeRegistry(self.store, known)
-        self.store.account_policies |= {each.id: each.policy for each in ACCOUNTS.values()}
-        self.store.tenant_policies |= {each.id: each.policy for each in TENANTS}
+        self.store.account_policies |= {account.id: account.policy for account in ACCOUNTS.values()}
+        self.store.tenant_policies |= {tenant.id: tenant.policy for tenant in TENANTS}
         self.callers: list[Caller] = []
         self.readers: list[asyncio.Task[CachedTask]] = []
         self.stops: list[asyncio.Task[None]] = []
@@ -106,16 +106,16 @@ class SubmitMachine(RuleBasedStateMachine):
 
     @property
     def accepting_processes(self) -> list[GatewayProcess]:
-        return [each for each in self.processes if not each.is_stopping]
+        return [process for process in self.processes if not process.is_stopping]
 
     @property
     def running_processes(self) -> list[GatewayProcess]:
-        return [each for each in self.processes if not each.is_dead]
+        return [process for process in self.processes if not process.is_dead]
 
     @property
     def accepted_submissions(self) -> list[tuple[Caller, Submission]]:
-        ended = [each for each in self.callers if each.response.done() and not each.response.cancelled()]
-        return [(each, each.response.result()) for each in ended if not each.response.exception()]
+        ended = [caller for caller in self.callers if caller.response.done() and not caller.response.cancelled()]
+        return [(item, item.response.result()) for item in ended if not item.response.exception()]
 
     # What people and time do
 
@@ -232,7 +232,7 @@ class SubmitMachine(RuleBasedStateMachine):
             for window, counter in counted.windows.items():
                 outcomes = self.store.count_states(tenant.id, window)
                 assert counter.tasks_reserved == outcomes[ReservationState.RESERVED]
-                assert counter.tasks == sum(outcomes[each] for each in CHARGED)
+                assert counter.tasks == sum(outcomes[item] for item in CHARGED)
                 assert min(counter.money_fen, counter.money_reserved_fen) >= 0
 
     @invariant()
@@ -273,14 +273,16 @@ class SubmitMachine(RuleBasedStateMachine):
         for tenant in TENANTS:
             counted = self.store.tenant_counters(tenant.id)
             assert counted.active_tasks == 0
-            assert {(each.tasks_reserved, each.money_reserved_fen) for each in counted.windows.values()} == {(0, 0)}
-        assert {(each.open_submissions, each.unsettled) for each in self.store.states_by_account.values()} <= {(0, 0)}
-        assert [each for each in (*self.stops, *self.readers) if not each.done()] == []
+            assert {(window.tasks_reserved, window.money_reserved_fen) for window in counted.windows.values()} == {
+                (0, 0)
+            }
+        assert {(item.open_submissions, item.unsettled) for item in self.store.states_by_account.values()} <= {(0, 0)}
+        assert [stop for stop in (*self.stops, *self.readers) if not stop.done()] == []
         for reader in self.readers:
             assert reader.cancelled() or isinstance(reader.exception(), UpstreamUnavailable | None)
-        assert [self.run_to_idle(each.background.drain(0)) for each in self.running_processes] == [0] * len(
-            self.running_processes
-        )
+        assert [
+            self.run_to_idle(running_process.background.drain(0)) for running_process in self.running_processes
+        ] == [0] * len(self.running_processes)
         crashes = {entry["event"] for entry in self.logs if entry["event"].endswith(".error")}
         assert crashes <= {"submission.error"}
 

@@ -43,8 +43,8 @@ async def test_one_upstream_query_per_interval(gateway: FakeGateway) -> None:
     gateway.ledger.is_unavailable = True
     seen = await asyncio.gather(*(reads.read(gateway.tenant, task.id) for _ in range(5)))
     seen.append(await reads.read(gateway.tenant, task.id))
-    assert {each.task.state for each in seen} == {State.SUCCEEDED}
-    assert all(each.task.artifacts and each.age_seconds < 5 for each in seen)
+    assert {item.task.state for item in seen} == {State.SUCCEEDED}
+    assert all(item.task.artifacts and item.age_seconds < 5 for item in seen)
     assert len(gateway.upstream.checks) == 1
 
 
@@ -92,7 +92,7 @@ async def test_lost_task_is_recreated_once(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway, lost=True), gateway.make_reader(interval=0)
     gateway.upstream.next_checks.append(CheckResult(outcome=CheckOutcome.RUNNING))
     seen = await asyncio.gather(*(reads.read(gateway.tenant, task.id) for _ in range(3)))
-    assert [each.task.id for each in seen] == [task.id] * 3
+    assert [item.task.id for item in seen] == [task.id] * 3
     assert gateway.task_counts == (1, 0, 1)
     gateway.ledger.clock.now_ms += gateway.ledger.retention.check_interval_ms
     await gateway.poller.start_due()

@@ -29,7 +29,7 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> FakeGateway:
 
 
 @pytest.fixture
-def attended(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+def store_reads(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Delay and record every read of the store."""
     calls: list[Sequence[str]] = []
     attend = gateway.ledger.touch
@@ -51,7 +51,7 @@ async def advance_interval(gateway: FakeGateway) -> None:
 
 
 async def test_many_waiters_cost_one_read_and_one_check_per_interval(
-    gateway: FakeGateway, attended: list[Sequence[str]]
+    gateway: FakeGateway, store_reads: list[Sequence[str]]
 ) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=LONG_SECONDS)
     gateway.upstream.next_checks += [CheckResult(outcome=CheckOutcome.RUNNING)] * 2
@@ -63,20 +63,20 @@ async def test_many_waiters_cost_one_read_and_one_check_per_interval(
     for _ in range(3):
         await advance_interval(gateway)
     seen = await asyncio.gather(*waits)
-    assert {each.task.state for each in seen} == {State.SUCCEEDED}
+    assert {item.task.state for item in seen} == {State.SUCCEEDED}
     assert len(gateway.upstream.checks) == 3
-    assert attended == [[task.reservation]]
+    assert store_reads == [[task.reservation]]
 
 
-async def test_cancelled_reader_does_not_cancel_others(gateway: FakeGateway, attended: list[Sequence[str]]) -> None:
+async def test_cancelled_reader_does_not_cancel_others(gateway: FakeGateway, store_reads: list[Sequence[str]]) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=LONG_SECONDS)
     first, second = (asyncio.create_task(follow.read(gateway.tenant, task.id)) for _ in range(2))
-    await wait_until(lambda: bool(attended))
+    await wait_until(lambda: bool(store_reads))
     first.cancel()
     assert (await second).task == task
-    assert len(attended) == 1
+    assert len(store_reads) == 1
     await follow.read(gateway.tenant, task.id)
-    assert len(attended) == 2
+    assert len(store_reads) == 2
 
 
 async def test_end_recorded_during_the_read_wakes_the_waiter(
@@ -120,31 +120,31 @@ async def run_touching(follow: TaskReader) -> AsyncIterator[None]:
         await asyncio.gather(looking, return_exceptions=True)
 
 
-async def test_missed_notification_is_found_later(gateway: FakeGateway, attended: list[Sequence[str]]) -> None:
+async def test_missed_notification_is_found_later(gateway: FakeGateway, store_reads: list[Sequence[str]]) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=0)
     wait = asyncio.create_task(follow.read(gateway.tenant, task.id, wait_seconds=LONG_SECONDS))
-    await wait_until(lambda: gateway.ledger.cache.subscription_count == 1 and len(attended) == 1)
+    await wait_until(lambda: gateway.ledger.cache.subscription_count == 1 and len(store_reads) == 1)
     gateway.ledger.cache = gateway.poller._cache = task_cache.TaskCache(gateway.ledger.cache.durations)
     await advance_interval(gateway)
     gateway.ledger.is_unavailable = True
     async with run_touching(follow):
-        await wait_until(lambda: len(attended) >= 4)
+        await wait_until(lambda: len(store_reads) >= 4)
         assert not wait.done()
         gateway.ledger.is_unavailable = False
         assert (await wait).task.state is State.SUCCEEDED
 
 
-async def test_only_watched_tasks_are_touched(gateway: FakeGateway, attended: list[Sequence[str]]) -> None:
+async def test_only_watched_tasks_are_touched(gateway: FakeGateway, store_reads: list[Sequence[str]]) -> None:
     tasks = [(await gateway.submit_image()).task for _ in range(150)]
     follow = gateway.make_reader(interval=0)
     for task in tasks[:5]:
         await follow.read(gateway.tenant, task.id)
     waits = [asyncio.create_task(follow.read(gateway.tenant, task.id, wait_seconds=LONG_SECONDS)) for task in tasks[5:]]
-    await wait_until(lambda: len(attended) == len(tasks))
-    attended.clear()
+    await wait_until(lambda: len(store_reads) == len(tasks))
+    store_reads.clear()
     async with run_touching(follow):
-        await wait_until(lambda: len(attended) >= 2)
-    assert sorted(name for batch in attended[:2] for name in batch) == sorted(t.reservation for t in tasks[5:])
+        await wait_until(lambda: len(store_reads) >= 2)
+    assert sorted(name for batch in store_reads[:2] for name in batch) == sorted(t.reservation for t in tasks[5:])
     gateway.ledger.cache.close()
     await asyncio.gather(*waits)
 
@@ -203,7 +203,7 @@ async def test_task_lost_during_the_wait_still_ends(gateway: FakeGateway, ends: 
             await advance_interval(gateway)
         async with asyncio.timeout(20):
             seen = await asyncio.gather(wait, stream)
-    assert [each and each.task.state for each in seen] == [State.SUCCEEDED] * 2
+    assert [item and item.task.state for item in seen] == [State.SUCCEEDED] * 2
     assert gateway.task_counts == (1, 0, 0)
     await changes.aclose()
     assert follow._subscribed == {}

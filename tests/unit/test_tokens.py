@@ -21,7 +21,7 @@ def test_new_tokens_are_unique_and_valid() -> None:
 def test_typos_are_detected(data: st.DataObject) -> None:
     token = TOKEN
     place = data.draw(st.integers(4, len(token) - 1))
-    letter = data.draw(st.sampled_from("aZ09-é").filter(lambda each: each != token[place]))
+    letter = data.draw(st.sampled_from("aZ09-é").filter(lambda item: item != token[place]))
     assert not tenants.has_valid_checksum(token[:place] + letter + token[place + 1 :])
     assert not tenants.has_valid_checksum(token[:place] + token[place + 1 :])
     assert not tenants.has_valid_checksum(token[:place] + letter + token[place:])

@@ -115,10 +115,10 @@ async def test_unavailable_collector_is_logged_once(monkeypatch: pytest.MonkeyPa
             await asyncio.to_thread(wait_until, lambda: bool(events), "a line in the log")
             begun = time.monotonic()
         assert time.monotonic() - begun < 3
-    troubles = [each for each in events if each["event"] == "tracing.export_failed"]
+    troubles = [event for event in events if event["event"] == "tracing.export_failed"]
     assert troubles
-    assert all(each["log_level"] == "warning" for each in events)
-    templates = {each["detail"].split()[0] for each in troubles}
+    assert all(event["log_level"] == "warning" for event in events)
+    templates = {trouble["detail"].split()[0] for trouble in troubles}
     assert len(templates) == len(troubles)
 
 
@@ -128,7 +128,7 @@ async def test_silent_collector_delays_the_end_by_the_timeout(monkeypatch: pytes
         begun = time.monotonic()
         await export_requests(f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert 0.2 <= time.monotonic() - begun < 3
-    assert "tracing.flush_timeout" in [each["event"] for each in events]
+    assert "tracing.flush_timeout" in [event["event"] for event in events]
 
 
 async def test_refused_spans_are_lost_and_logged_once(
@@ -155,5 +155,5 @@ async def test_full_queue_drops_spans(collector: TraceCollector, monkeypatch: py
             record_requests(tracer, times=100)
             collector.status = 200
     assert 8 <= len(collector.spans) < 100
-    full = [each for each in events if "full" in each.get("detail", "")]
+    full = [event for event in events if "full" in event.get("detail", "")]
     assert len(full) == 1

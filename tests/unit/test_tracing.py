@@ -12,7 +12,7 @@ TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
 
 
 def _headers(*given: str) -> list[tuple[bytes, bytes]]:
-    return [(b"host", b"gateway"), *((b"traceparent", each.encode()) for each in given)]
+    return [(b"host", b"gateway"), *((b"traceparent", item.encode()) for item in given)]
 
 
 @pytest.mark.parametrize("flags", ["00", "01", "02", "ff"])

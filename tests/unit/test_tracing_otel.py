@@ -62,9 +62,9 @@ async def send_request(
 
 async def read_bound_context(tracer: Tracer, **headers: str) -> dict[str, str]:
     """Return the context variables of the log during a request."""
-    answer = await send_request(tracer, "/things/one", headers=headers)
-    assert answer is not None
-    names: dict[str, str] = answer.json()
+    response = await send_request(tracer, "/things/one", headers=headers)
+    assert response is not None
+    names: dict[str, str] = response.json()
     return names
 
 

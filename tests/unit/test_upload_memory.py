@@ -75,11 +75,11 @@ async def run_until_idle() -> None:
 
 async def test_announced_lengths_reserve_nothing() -> None:
     line = UploadQueue()
-    for each in range(50):
-        await line.begin(f"silent {each}", 10 * RESERVATION_STEP_BYTES)
-    for each in range(3):
-        await line.begin(f"slow {each}", 5 * RESERVATION_STEP_BYTES)
-        await line.receive_bytes(f"slow {each}", 1)
+    for number in range(50):
+        await line.begin(f"silent {number}", 10 * RESERVATION_STEP_BYTES)
+    for item in range(3):
+        await line.begin(f"slow {item}", 5 * RESERVATION_STEP_BYTES)
+        await line.receive_bytes(f"slow {item}", 1)
     await line.arrive("real", 5 * RESERVATION_STEP_BYTES)
     assert line.held == {
         "slow 0": RESERVATION_STEP_BYTES,

@@ -103,8 +103,8 @@ async def test_announced_lengths_block_no_other_upload() -> None:
         make_upload_scope(800_000), make_receive(make_body_messages([LARGE])), part="image"
     ) as submission:
         assert submission.image.width == 5
-    for each in connections:
-        each.cancel()
+    for connection in connections:
+        connection.cancel()
     await asyncio.wait(connections)
 
 

@@ -61,8 +61,8 @@ def encode_chunk(data: bytes) -> bytes:
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
-def problem_code(answer: AsgiResponse) -> tuple[int, str]:
-    return answer.status, answer.json()["code"]
+def problem_code(response: AsgiResponse) -> tuple[int, str]:
+    return response.status, response.json()["code"]
 
 
 async def test_two_submissions_on_one_connection() -> None:
@@ -105,9 +105,9 @@ async def test_idle_client_is_answered_and_disconnected() -> None:
         open_raw_connection(port) as (reader, writer),
     ):
         writer.write(make_request_head(len(body)) + body[:100])
-        answer = await read_response(reader)
-        assert problem_code(answer) == (400, "malformed-request")
-        assert answer.headers["connection"] == "close"
+        response = await read_response(reader)
+        assert problem_code(response) == (400, "malformed-request")
+        assert response.headers["connection"] == "close"
         assert await reader.read() == b""
 
 

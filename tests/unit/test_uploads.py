@@ -65,7 +65,7 @@ async def read_upload(
 @given(st.lists(st.integers(0, 1200), max_size=30), st.booleans(), st.permutations(range(3)))
 async def test_any_chunking_gives_the_same_upload(cuts: list[int], announced: bool, order: list[int]) -> None:
     parts = [encode_file("image", PNG), encode_field("prompt", "a café\r\n--\r\nwith 猫"), encode_field("scale", "")]
-    body = encode_form(*[parts[each] for each in order])
+    body = encode_form(*[parts[item] for item in order])
     submission = await read_upload(split_body(body, cuts), has_length=announced)
     image = submission.image
     assert (image.data, image.sha256) == (PNG, hashlib.sha256(PNG).digest())
@@ -225,7 +225,7 @@ async def test_fields_are_decoded_by_their_charset(content_type: str, value: byt
 async def test_undecodable_fields_are_named(headers: str, value: bytes) -> None:
     with pytest.raises(InvalidOptions) as caught:
         await read_upload(encode_form(encode_part('name="prompt"', value, headers), encode_file("image", PNG)))
-    assert [each.field for each in caught.value.errors] == ["prompt"]
+    assert [error.field for error in caught.value.errors] == ["prompt"]
 
 
 @pytest.mark.parametrize("encoding", ["7bit", "8bit", "binary"])
@@ -239,7 +239,7 @@ def pad_boundaries(*parts: bytes, paddings: list[bytes]) -> bytes:
     """Encode a form with padding after each boundary."""
     delimiter = f"--{BOUNDARY}".encode()
     first, *others = (delimiter + padding for padding in paddings)
-    body = b"".join(each + b"\r\n" + content + b"\r\n" for each, content in zip([first, *others], parts, strict=False))
+    body = b"".join(item + b"\r\n" + content + b"\r\n" for item, content in zip([first, *others], parts, strict=False))
     return body + delimiter + b"--" + paddings[-1] + b"\r\n"
 
 
@@ -259,7 +259,7 @@ async def test_padding_after_a_boundary(paddings: list[bytes], cuts: list[int]) 
 
 async def test_padding_byte_by_byte() -> None:
     body = pad_boundaries(encode_file("image", PNG), encode_field("scale", "2"), paddings=[b" \t ", b"   ", b" "])
-    assert (await read_upload([bytes([each]) for each in body])).fields == [("scale", "2")]
+    assert (await read_upload([bytes([item]) for item in body])).fields == [("scale", "2")]
 
 
 @pytest.mark.parametrize("padding", [b" x", b" --", b"x", b" " * 2_000, b" \n", b"\x0b"])
@@ -290,7 +290,7 @@ async def test_content_encoding_is_not_supported(codings: list[str], fine: bool)
             else encode_form(encode_field("a", "b"), *([] if form_only else [encode_file("image", PNG)]))
         )
         scope: Any = make_upload_scope(content_type=content_type)
-        scope["headers"] += [(b"content-encoding", each.encode()) for each in codings]
+        scope["headers"] += [(b"content-encoding", coding.encode()) for coding in codings]
         receive = make_receive(make_body_messages([body])) if fine else make_failing_receive()
         with nullcontext() if fine else pytest.raises(UnsupportedCoding):
             if form_only:
@@ -328,7 +328,7 @@ async def test_plain_form_in_both_encodings(cuts: list[int]) -> None:
     expected = [("user_key", "k +&"), ("task_id", "任务"), ("empty", "")]
     for body, content_type in (
         (b"user_key=k+%2B%26&task_id=%E4%BB%BB%E5%8A%A1&empty=", f"{URLENCODED}; charset=utf-8"),
-        (encode_form(*[encode_field(*each) for each in expected]), CONTENT_TYPE),
+        (encode_form(*[encode_field(*item) for item in expected]), CONTENT_TYPE),
     ):
         receive = make_receive(make_body_messages(split_body(body, cuts)))
         assert await make_uploads().read_form(make_upload_scope(content_type=content_type), receive) == expected

@@ -147,7 +147,7 @@ def test_url_normalization(text: str, url: str) -> None:
 def test_invalid_urls(text: str) -> None:
     with pytest.raises(InvalidOptions) as refused:
         webhooks.parse_url("webhook_url", text)
-    assert [each.field for each in refused.value.errors] == ["webhook_url"]
+    assert [error.field for error in refused.value.errors] == ["webhook_url"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_allow_list() -> None:
     assert webhooks.parse_allow_list("webhook.allow", entries) == expected
     with pytest.raises(InvalidOptions) as refused:
         webhooks.parse_allow_list("webhook.allow", ["fine.test", "10.0.0.1/8", "http://x.test", "*.test", "a.test/x"])
-    assert [each.field for each in refused.value.errors] == [f"webhook.allow[{place}]" for place in (1, 2, 3, 4)]
+    assert [error.field for error in refused.value.errors] == [f"webhook.allow[{place}]" for place in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_total_window_is_unbounded() -> None:
     assert window_bounds(Window.TOTAL, parse_ms("2026-01-01T00:00:00")) == (0, None)
 
 
-@given(CENTURY, st.sampled_from([each for each in Window if each is not Window.TOTAL]))
+@given(CENTURY, st.sampled_from([item for item in Window if item is not Window.TOTAL]))
 def test_windows_are_contiguous(moment: int, window: Window) -> None:
     start, end = window_bounds(window, moment)
     assert end is not None
@@ -56,10 +56,10 @@ def test_windows_are_contiguous(moment: int, window: Window) -> None:
 def test_expired_windows_are_cleared() -> None:
     state = TenantState()
     roll_windows(state, parse_ms("2026-12-31T23:59:59"))
-    for each in state.windows.values():
-        each.tasks = 1
+    for window in state.windows.values():
+        window.tasks = 1
     roll_windows(state, parse_ms("2027-01-01T00:00:00"))
-    assert {window: each.tasks for window, each in state.windows.items()} == {
+    assert {window: item.tasks for window, item in state.windows.items()} == {
         Window.MINUTE: 0,
         Window.HOUR: 0,
         Window.DAY: 0,
