@@ -27,7 +27,7 @@ FULL_REGISTRY: dict[str, Any] = {
             "accounts": ["spare", "main"],
             "limits": [{"window": "day", "tasks": 5, "money": None}],
             "max_active": 4,
-            "purse": "count_only",
+            "spending_mode": "count_only",
             "kinds": ["upscale"],
             "disabled": True,
             "webhook": {

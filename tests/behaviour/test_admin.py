@@ -69,7 +69,7 @@ async def test_put_replaces_a_tenant(gateway: RunningGateway) -> None:
     full = {
         "limits": [{"window": "day", "tasks": 5, "money": 2.5}],
         "max_active": 3,
-        "purse": "count_only",
+        "spending_mode": "count_only",
         "kinds": ["upscale"],
         "disabled": True,
     }
@@ -81,7 +81,7 @@ async def test_put_replaces_a_tenant(gateway: RunningGateway) -> None:
     defaults: dict[str, Any] = {
         "limits": [],
         "max_active": None,
-        "purse": "count_then_money",
+        "spending_mode": "count_then_money",
         "kinds": None,
         "disabled": False,
     }

@@ -54,7 +54,7 @@ INVALID_TENANTS: Mapping[str, Sequence[Any]] = {
     "limits[0].money": [[{"window": "day", "money": value}] for value in (-1, 0.005, 1e11, True, "sNaN")],
     "limits[0].nonsense": [[{"window": "day", "tasks": 1, "nonsense": 1}]],
     "max_active": [-1, 0.5, 10**13, "many", True],
-    "purse": ["all", "", None, 5],
+    "spending_mode": ["all", "", None, 5],
     "kinds": [5, "upscale", ["upscale", "upscale"]],
     "kinds[0]": [["nonsense"], [None]],
     "disabled": [None, "perhaps", []],

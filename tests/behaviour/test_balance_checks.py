@@ -79,7 +79,7 @@ async def test_open_account_is_not_checked(harness: BalanceHarness) -> None:
 
 
 async def test_top_up_of_uses_serves_prepaid_only_tenants(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant(purse="count_only")
+    await harness.gateway.put_tenant(spending_mode="count_only")
     await harness.set_balance(2, 50)
     for _ in range(2):
         await harness.run_task()

@@ -84,7 +84,7 @@ async def test_upstream_without_balances(valkey: Valkey) -> None:
         for task in tasks:
             await harness.wait_for_cost(task)
         assert (await harness.read_policies())["total-money"] == (0, 0)
-        await harness.gateway.put_tenant(purse="count_only")
+        await harness.gateway.put_tenant(spending_mode="count_only")
         tasks, refused = await harness.submit_concurrently(3)
         assert (len(tasks), refused) == (1, {402: 2})
         assert await harness.wait_for_cost(tasks[0]) == {"count": 0, "money": 0, "basis": "unknown"}

@@ -154,7 +154,7 @@ async def test_floors_include_running_tasks(
 
 
 async def test_prepaid_only_tenant_takes_all_uses_and_no_money(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant(purse="count_only")
+    await harness.gateway.put_tenant(spending_mode="count_only")
     await harness.set_balance(6, 50)
     tasks, refused = await harness.submit_concurrently(4)
     assert (len(tasks), refused) == (1, {402: 3})
@@ -171,7 +171,7 @@ async def test_prepaid_only_tenant_takes_all_uses_and_no_money(harness: BalanceH
 
 
 async def test_running_task_keeps_its_use_for_prepaid_only(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant(purse="count_only")
+    await harness.gateway.put_tenant(spending_mode="count_only")
     await harness.set_balance(7, 50)
     costs = [await harness.run_task() for _ in range(2)]
     while (await harness.upstream_balance())[0]:
@@ -186,7 +186,7 @@ async def test_running_task_keeps_its_use_for_prepaid_only(harness: BalanceHarne
 
 
 async def test_spending_modes_side_by_side(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant("thrifty", purse="count_only")
+    await harness.gateway.put_tenant("thrifty", spending_mode="count_only")
     thrifty = await harness.gateway.new_token("thrifty")
     await harness.set_balance(3, 5 * PRICE_YUAN)
     costs = [await harness.run_task(), await harness.run_task(token=thrifty), await harness.run_task()]

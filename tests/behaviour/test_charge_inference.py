@@ -133,7 +133,7 @@ async def test_last_use_is_spent_if_the_lost_submit_took_none(end_charging: Bala
 
 async def test_prepaid_only_tenant_waits_for_a_balance_check(valkey: Valkey) -> None:
     async with open_balance_harness(valkey, charge="submit", checked_balance="now") as harness:
-        await harness.gateway.put_tenant(purse="count_only")
+        await harness.gateway.put_tenant(spending_mode="count_only")
         await harness.set_balance(1, 50)
         await harness.run_task()
         await harness.expect_refused_locally()

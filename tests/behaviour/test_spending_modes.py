@@ -37,7 +37,7 @@ async def test_configured_price_protects_the_floor(harness: BalanceHarness) -> N
 
 
 async def test_unknown_outcome_may_have_taken_the_last_use(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant(purse="count_only")
+    await harness.gateway.put_tenant(spending_mode="count_only")
     await harness.set_balance(3, 50)
     for _ in range(2):
         await harness.run_task()
@@ -61,7 +61,7 @@ async def test_unknown_outcome_counts_against_the_floor(harness: BalanceHarness)
 
 
 async def test_finished_task_took_a_use_without_any_balance(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant(purse="count_only")
+    await harness.gateway.put_tenant(spending_mode="count_only")
     await harness.set_balance(4, 50)
     for _ in range(2):
         await harness.run_task()
@@ -73,7 +73,7 @@ async def test_finished_task_took_a_use_without_any_balance(harness: BalanceHarn
 
 
 async def test_finished_task_took_a_use_without_check_balances(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant(purse="count_only")
+    await harness.gateway.put_tenant(spending_mode="count_only")
     await harness.set_balance(5, 50)
     for _ in range(2):
         await harness.run_task()
@@ -87,7 +87,7 @@ async def test_finished_task_took_a_use_without_check_balances(harness: BalanceH
 
 
 async def test_overtaken_prepaid_only_task_pays_no_money(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant("thrifty", purse="count_only")
+    await harness.gateway.put_tenant("thrifty", spending_mode="count_only")
     thrifty = await harness.gateway.new_token("thrifty")
     await harness.set_balance(3, 50)
     for _ in range(2):
@@ -139,7 +139,7 @@ async def test_older_check_balance_restores_nothing(harness: BalanceHarness) -> 
 
 
 async def test_older_balance_does_not_unlock_money(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant(purse="count_only")
+    await harness.gateway.put_tenant(spending_mode="count_only")
     await harness.set_balance(5, 50)
     for _ in range(2):
         await harness.run_task()

@@ -101,7 +101,7 @@ async def test_check_of_a_running_task_finds_the_top_up(harness: BalanceHarness)
 
 
 async def test_money_top_up_serves_money_tenants_only(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant("thrifty", purse="count_only")
+    await harness.gateway.put_tenant("thrifty", spending_mode="count_only")
     thrifty = await harness.gateway.new_token("thrifty")
     await exhaust_main(harness)
     await harness.set_balance(0, 3 * PRICE_YUAN)

@@ -49,7 +49,7 @@ STATUS = {
     "TenantDisabled": (403, "tenant-disabled"),
     "NotFound": (404, "not-found"),
     "Conflict": (409, "conflict"),
-    "Outdated": (412, "outdated"),
+    "VersionConflict": (412, "outdated"),
     "ImageTooLarge": (413, "image-too-large"),
     "RangeNotSatisfiable": (416, "range-not-satisfiable"),
     "UnsupportedMediaType": (415, "unsupported-media-type"),

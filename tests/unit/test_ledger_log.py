@@ -125,7 +125,7 @@ def test_policies_are_logged_in_yuan() -> None:
     }
     limits = (Limit(Window.DAY, tasks=5), Limit(Window.TOTAL, money_fen=250))
     shown = logging.log_tenant_policy(TenantPolicy(limits=limits, max_active=3))
-    assert (shown["max_active"], shown["purse"]) == (3, "count_then_money")
+    assert (shown["max_active"], shown["spending_mode"]) == (3, "count_then_money")
     assert [(limit["window"], limit["tasks"], limit["money"]) for limit in shown["limits"]] == [
         ("day", 5, None),
         ("total", None, 2.5),

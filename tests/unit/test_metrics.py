@@ -112,8 +112,9 @@ def test_known_series_start_at_zero(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_redis_errors_total", error="connection") == 0
     assert read_sample(metrics, "gateway_webhook_attempts_total", state="failed") == 0
     assert read_sample(metrics, "gateway_account_spent_yuan_total", account="main") == 0
-    for policy in ("day-tasks", "month-money", "max-active", "balance"):
+    for policy in ("day-tasks", "month-money", "max-active"):
         assert read_sample(metrics, "gateway_quota_denials_total", tenant="shop", policy=policy) == 0
+    assert read_sample(metrics, "gateway_balance_denials_total", tenant="shop") == 0
     assert read_sample(metrics, "gateway_quota_denials_total", policy="day-money") is None
     for name in ("tasks_submitted", "tasks_finished", "spent_uses", "spent_yuan"):
         assert read_sample(metrics, f"gateway_{name}_total", tenant="shop", kind="upscale") == 0

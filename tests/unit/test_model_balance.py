@@ -25,9 +25,9 @@ def make_account_state(
 
 
 def check_availability(
-    state: AccountState, *, purse: SpendingMode = MONEY, policy: AccountPolicy = POLICY, now: int = 100
+    state: AccountState, *, mode: SpendingMode = MONEY, policy: AccountPolicy = POLICY, now: int = 100
 ) -> Availability:
-    return availability.account_availability(state, policy, purse, Kind.UPSCALE, now)[0]
+    return availability.account_availability(state, policy, mode, Kind.UPSCALE, now)[0]
 
 
 def test_later_balance_replaces() -> None:
@@ -98,7 +98,7 @@ def test_probes_are_limited() -> None:
     assert check_availability(state, now=60) is Availability.EXHAUSTED
     assert check_availability(state, now=60 + PROBE_INTERVAL_MS) is Availability.PROBE
     assert (
-        check_availability(state, now=60 + PROBE_INTERVAL_MS, purse=SpendingMode.COUNT_ONLY) is Availability.EXHAUSTED
+        check_availability(state, now=60 + PROBE_INTERVAL_MS, mode=SpendingMode.COUNT_ONLY) is Availability.EXHAUSTED
     )
 
 
@@ -110,12 +110,12 @@ def test_no_probe_below_a_floor() -> None:
 
 
 def test_prepaid_only_needs_a_use_per_open_submission() -> None:
-    assert check_availability(make_account_state(count=1), purse=SpendingMode.COUNT_ONLY) is Availability.AVAILABLE
+    assert check_availability(make_account_state(count=1), mode=SpendingMode.COUNT_ONLY) is Availability.AVAILABLE
     one_open = make_account_state(count=1)
     one_open.open_submissions = 1
-    assert check_availability(one_open, purse=SpendingMode.COUNT_ONLY) is Availability.EXHAUSTED
-    assert check_availability(AccountState(), purse=SpendingMode.COUNT_ONLY) is Availability.AVAILABLE
-    assert check_availability(AccountState(open_submissions=1), purse=SpendingMode.COUNT_ONLY) is Availability.EXHAUSTED
+    assert check_availability(one_open, mode=SpendingMode.COUNT_ONLY) is Availability.EXHAUSTED
+    assert check_availability(AccountState(), mode=SpendingMode.COUNT_ONLY) is Availability.AVAILABLE
+    assert check_availability(AccountState(open_submissions=1), mode=SpendingMode.COUNT_ONLY) is Availability.EXHAUSTED
 
 
 def test_unsettled_submissions_count_against_the_balance() -> None:

@@ -57,7 +57,7 @@ async def test_outages_and_errors_do_not_end_the_loop(gateway: FakeGateway, faul
 @pytest.mark.parametrize("fault", [UNAVAILABLE, UNEXPECTED_ERROR])
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_unrecorded_check_is_repeated_after_its_lease(gateway: FakeGateway, fault: Exception, when: str) -> None:
-    getattr(gateway.ledger, when)["record_check"] = [fault]
+    getattr(gateway.ledger, f"errors_{when}")["record_check"] = [fault]
     await make_due_tasks(gateway)
     await gateway.poller.start_due()
     await gateway.poller.wait_idle()

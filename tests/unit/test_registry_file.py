@@ -31,7 +31,7 @@ id = 18
 accounts = ["main"]
 limits = [{ window = "day", tasks = 5 }, { window = "month", money = 99.99 }]
 max_active = 4
-purse = "count_only"
+spending_mode = "count_only"
 kinds = ["upscale"]
 disabled = true
 webhook = { url = "https://hooks.example/", allow = ["10.0.0.0/8"], secret = { env = "HOOK_ONE" } }

@@ -51,14 +51,14 @@ async def test_error_after_the_acceptance_is_unknown(gateway: FakeGateway, monke
 @pytest.mark.parametrize(
     "fault", [KeyError("x"), OSError("x"), asyncio.CancelledError(), ExceptionGroup("x", [ValueError()])]
 )
-@pytest.mark.parametrize("step", ["submission", "settle", "settled", "submitted"])
+@pytest.mark.parametrize("step", ["record_submission", "settle", "settled", "record_submitted_task"])
 async def test_any_exception_after_the_acceptance_returns_the_task(
     gateway: FakeGateway, step: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object) -> None:
         raise fault
 
-    if step in {"submission", "submitted"}:
+    if step in {"record_submission", "record_submitted_task"}:
         if isinstance(fault, asyncio.CancelledError):
             fault = RuntimeError("what counts is never cancelled")
         monkeypatch.setattr(gateway.metrics, step, failing)
@@ -90,7 +90,7 @@ async def test_shutdown_while_settling_returns_the_task(gateway: FakeGateway, mo
 @pytest.mark.parametrize("fault", [UNAVAILABLE, RuntimeError("a fault of ours")])
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_failed_reserve_sends_nothing(gateway: FakeGateway, fault: Exception, when: str) -> None:
-    getattr(gateway.ledger, when)["reserve"] = [fault]
+    getattr(gateway.ledger, f"errors_{when}")["reserve"] = [fault]
     gateway.ledger.errors_before["settle"] = [UNAVAILABLE, UNAVAILABLE]
     with pytest.raises(type(fault)):
         await gateway.submit_image()
@@ -118,7 +118,7 @@ async def test_error_before_sending_frees_the_place(gateway: FakeGateway, monkey
 @pytest.mark.parametrize("fault", [UNAVAILABLE, RuntimeError("a fault of ours")])
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_failed_settlement_is_retried(gateway: FakeGateway, fault: Exception, when: str) -> None:
-    getattr(gateway.ledger, when)["settle"] = [fault, UNAVAILABLE, RuntimeError("again"), UNAVAILABLE]
+    getattr(gateway.ledger, f"errors_{when}")["settle"] = [fault, UNAVAILABLE, RuntimeError("again"), UNAVAILABLE]
     submission = await gateway.submit_image()
     assert bytes(submission.task.metadata) == b'{"order":"17"}'
     assert await gateway.background.drain(5) == 0
@@ -208,7 +208,7 @@ async def test_failed_retarget_sends_nothing(
     gateway: FakeGateway, when: str, outcome: SubmitOutcome, error: type[Exception]
 ) -> None:
     gateway.upstream.next_submits.append(SubmitResult(outcome=outcome))
-    getattr(gateway.ledger, when)["change_account"] = [UNAVAILABLE]
+    getattr(gateway.ledger, f"errors_{when}")["change_account"] = [UNAVAILABLE]
     with pytest.raises(error):
         await gateway.submit_image()
     assert [name for name, _, _ in gateway.upstream.submits] == ["main"]

@@ -22,7 +22,7 @@ references = st.builds(
     tenant=st.integers(0, 2**53),
     account=st.integers(0, 2**53),
     kind=st.sampled_from(Kind),
-    created=st.integers(0, 2**53),
+    created_at=st.integers(0, 2**53),
     reservation=st.text(max_size=40, alphabet=st.characters(exclude_categories=["Cs"])),
     upstream_id=st.text(max_size=256, alphabet=st.characters(exclude_categories=["Cs"])),
 )

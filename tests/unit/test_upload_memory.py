@@ -253,7 +253,7 @@ async def test_every_interleaving_finishes_within_the_budget(
 
 
 async def test_every_failure_releases_the_memory() -> None:
-    reader = make_uploads(in_flight_bytes=WHOLE_STEPS, idle_seconds=0.01, max_image_bytes=WHOLE_STEPS)
+    reader = make_uploads(memory_bytes=WHOLE_STEPS, idle_seconds=0.01, max_image_bytes=WHOLE_STEPS)
     good = encode_form(encode_file("image", PNG))
     for messages in (
         make_body_messages([good[:-9]]),

@@ -55,7 +55,7 @@ def make_slow_receive(body: bytes, size: int, seconds: float) -> Any:
 
 
 LARGE = encode_form(encode_file("image", PNG + b"\0" * 99_000))
-MIN_RATE_LIMITS: dict[str, Any] = {"grace_seconds": 0.01, "least_rate": 1_000_000, "max_image_bytes": 100_000}
+MIN_RATE_LIMITS: dict[str, Any] = {"grace_seconds": 0.01, "min_bytes_per_second": 1_000_000, "max_image_bytes": 100_000}
 
 
 @pytest.mark.parametrize("length", [len(LARGE), None])
@@ -68,7 +68,7 @@ async def test_large_body_below_the_minimum_rate_times_out(length: int | None) -
 
 
 async def test_small_body_needs_no_rate() -> None:
-    reader = make_uploads(**MIN_RATE_LIMITS | {"least_rate": 1e9})
+    reader = make_uploads(**MIN_RATE_LIMITS | {"min_bytes_per_second": 1e9})
     body = encode_form(encode_file("image", PNG))
     async with reader.receive(
         make_upload_scope(len(body)), make_slow_receive(body, 50, 0.005), part="image"
@@ -79,7 +79,7 @@ async def test_small_body_needs_no_rate() -> None:
 
 
 async def test_waiting_for_memory_does_not_count() -> None:
-    reader = make_uploads(total_seconds=0.25, max_image_bytes=100_000, in_flight_bytes=100_000, wait_seconds=60)
+    reader = make_uploads(total_seconds=0.25, max_image_bytes=100_000, memory_bytes=100_000, wait_seconds=60)
     second: Any = reader.receive(make_upload_scope(), make_slow_receive(LARGE, 50_000, 0), part="image")
     async with reader.receive(make_upload_scope(), make_receive(make_body_messages([LARGE])), part="image"):
         waiting = asyncio.create_task(second.__aenter__())
@@ -90,7 +90,7 @@ async def test_waiting_for_memory_does_not_count() -> None:
 
 
 async def test_announced_lengths_block_no_other_upload() -> None:
-    reader = make_uploads(in_flight_bytes=1_000_000, max_image_bytes=800_000, idle_seconds=60)
+    reader = make_uploads(memory_bytes=1_000_000, max_image_bytes=800_000, idle_seconds=60)
 
     async def slow() -> None:
         sent = make_body_messages([LARGE[:100]])[:-1]

@@ -143,7 +143,7 @@ async def test_client_disconnect_is_499() -> None:
 async def test_upload_without_memory_is_503() -> None:
     body = encode_form(encode_file("image", PNG))
     slow = encode_form(encode_file("image", PNG), encode_field("scale", "2"))
-    gateway = UploadServer(in_flight_bytes=len(slow), wait_seconds=0.05)
+    gateway = UploadServer(memory_bytes=len(slow), wait_seconds=0.05)
     async with (
         serve_on_port(gateway.app) as port,
         open_raw_connection(port) as (first_reader, first),
