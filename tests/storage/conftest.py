@@ -1,4 +1,4 @@
-"""What the tests of the storage share."""
+"""Fixtures of the storage tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tests.support.valkey import Valkey
 
 @pytest.fixture
 async def store(valkey: Valkey) -> AsyncIterator[SeededStore]:
-    """A store with a tenant and two accounts."""
+    """Yield a store with a tenant and two accounts."""
     async with open_seeded_store(valkey) as found:
         yield found

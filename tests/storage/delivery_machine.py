@@ -1,4 +1,4 @@
-"""As for the ledger: does the same to the deliveries on a real server and to their model."""
+"""A state machine that runs deliveries on Redis and in the model and compares them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ delivery_results = st.one_of(
 
 
 class DeliveryMachine(LedgerMachine):
-    """Delivers, beside all else, and compares who is handed what and when."""
+    """Runs deliveries beside the ledger's rules and compares what is claimed and when."""
 
     deliveries: Bundle[ClaimedDelivery] = Bundle("deliveries")
 
@@ -59,7 +59,7 @@ class DeliveryMachine(LedgerMachine):
 
     @rule(succeeds=st.booleans())
     def finish_tasks(self, *, succeeds: bool) -> None:
-        """Without these, few sequences would come to a delivery."""
+        """Finish six tasks, since few random sequences get as far as a delivery."""
         for _ in range(6):
             if name := self.reserve(kind=KINDS[0], accounts=ACCOUNTS, idempotency=None):
                 self.settle(name, ReservationState.ACCEPTED, Balance())

@@ -1,4 +1,4 @@
-"""What can be done to a ledger, done to the scripts and to their model alike."""
+"""The ledger's operations, run in Redis and in the model."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ FAILED = TaskError("failed", "It failed.")
 
 
 class LedgerActions(LedgerInvariants):
-    """Does the same to both, with the figures that an upstream would tell.
+    """Runs each operation on both sides, with the balances that the simulated upstream reports.
 
-    `claimed` are the checks under way, `looks` the looks.
+    `claimed_checks` and `balance_checks` are those in progress.
     """
 
     def __init__(self, url: str) -> None:
@@ -45,24 +45,23 @@ class LedgerActions(LedgerInvariants):
         self.write_policies(TenantPolicy(), AccountPolicy(), AccountPolicy())
 
     def set_upstream(self, *, late: bool, now: bool, count: int, money: int) -> None:
-        """Let the upstream charge at the end or at once, and tell the balance of now or of then."""
+        """Choose when the upstream charges (`late`: at the end), and whether it reports the current balance."""
         self.upstream = SimulatedUpstream(
             late, now, dict.fromkeys(KINDS, 100), dict.fromkeys(ACCOUNTS, Balance(count, money))
         )
 
     def write_policies(self, tenant: TenantPolicy, first: AccountPolicy, second: AccountPolicy) -> None:
-        """Write limits, of a tenant and accounts that may have been gone."""
+        """Write the policies of the tenant and both accounts, which are created again if they were deleted."""
         self._write_registry(
             tenants=(Tenant(TENANT, "t", ("a", "b"), tenant),),
             accounts=(Account(2, "a", b"sealed", None, first), Account(3, "b", b"sealed", None, second)),
         )
 
     def write_tenant_policy(self, policy: TenantPolicy) -> None:
-        """Write the limits of the tenant alone."""
         self._write_registry(tenants=(Tenant(TENANT, "t", ("a", "b"), policy),))
 
     def delete_from_registry(self, name: str) -> None:
-        """Remove the tenant or the account of a name."""
+        """Delete the tenant or the account with this name."""
         now = self.model_registry.current
         self._write_registry(
             drop_tenants=tuple(each for each in now.tenants.values() if each.name == name),
@@ -89,12 +88,12 @@ class LedgerActions(LedgerInvariants):
         assert vars(self.run(self.registry_store.load())) == vars(self.model_registry.current)
 
     def choose_reservation(self, number: int, predicate: Callable[[Reservation], bool]) -> str | None:
-        """One of the reservations that are wanted, counted from the newest."""
+        """Choose one of the matching reservations, counted from the newest."""
         found = [name for name, each in reversed(self.model.reservations.items()) if predicate(each)]
         return found[number % len(found)] if found else None
 
     def reserve(self, kind: Kind, accounts: tuple[int, ...], idempotency: Idempotency | None) -> str | None:
-        """Reserve under a new name; None if it was refused, which must not change anything."""
+        """Reserve under a new name. Returns None if refused; a refusal must not change anything."""
         self.reservation_count += 1
         ask = ReserveRequest(f"r{self.reservation_count}", TENANT, accounts, kind, idempotency)
         before = self.take_snapshot()
@@ -106,7 +105,7 @@ class LedgerActions(LedgerInvariants):
         return None
 
     def ensure_reserved(self, number: int, accounts: tuple[int, ...]) -> str | None:
-        """A reservation without an outcome, a new one if there is none."""
+        """Return a reservation without an outcome; reserve if there is none."""
         return self.choose_reservation(number, is_reserved) or self.reserve(KINDS[0], accounts, None)
 
     def reserve_again(self, reservation: str, kind: Kind) -> None:
@@ -133,9 +132,9 @@ class LedgerActions(LedgerInvariants):
         late: bool = False,
         wrong_account: bool = False,
     ) -> None:
-        """Give it an outcome; `charged` if the upstream took it although the outcome is unknown.
+        """Settle a reservation. `charged`: the upstream charged it although the outcome is unknown.
 
-        `elsewhere` names another account than the one it is on, as after a retarget whose answer was lost.
+        `wrong_account` names the other account, as after a change of account whose response was lost.
         """
         known = self.model.reservations.get(reservation)
         account, kind = (known.account, known.kind) if known else (ACCOUNTS[0], Kind.UPSCALE)
@@ -163,11 +162,10 @@ class LedgerActions(LedgerInvariants):
         self.compare_calls(self.ledger.settle(settlement), self.model.settle(settlement))
 
     def webhook_url(self, _reservation: str) -> str | None:
-        """Where the end of a task is told: nowhere, unless a test of that says so."""
+        """Return the webhook URL of a task; None unless overridden."""
         return None
 
     def touch_task(self, reservation: str) -> None:
-        """Look at a task."""
         names = [reservation]
         (found,), (expected,) = self.run(self.tasks.touch(names)), self.run(self.model.touch(names))
         assert normalize_task(found and found[0]) == normalize_task(expected and expected[0])
@@ -180,7 +178,7 @@ class LedgerActions(LedgerInvariants):
         self.claimed_checks = [*found, *self.claimed_checks]
 
     def record_check(self, due: ClaimedCheck, answered: CheckOutcome, reported: Balance | None = None) -> None:
-        """Record a check; what ends a task tells figures, the true ones unless `told`."""
+        """Record a check. A final answer reports the upstream's balance, unless `reported` is given."""
         task, succeeds = due.task, answered is CheckOutcome.SUCCEEDED
         figures, ends = Balance(), answered in {CheckOutcome.SUCCEEDED, CheckOutcome.FAILED}
         if ends:
@@ -224,9 +222,9 @@ class LedgerActions(LedgerInvariants):
         )
 
     def run_submission(self, account: int, plan: SubmissionPlan, milliseconds: int) -> None:
-        """A submission from its beginning to the first check of its task, each step of it after a while.
+        """Run a submission up to the first check of its task, with a pause between steps.
 
-        Where the account can't pay it is looked at, if it can be, and tried once more.
+        If the account cannot pay, check its balance if allowed and retry once.
         """
         self.advance_clock(plan.pause_ms)
         self.upstream.prices[plan.kind] = plan.price_fen
@@ -260,7 +258,7 @@ class LedgerActions(LedgerInvariants):
         self.advance_clock(milliseconds)
 
     def finish_all(self, *, succeeds: bool) -> None:
-        """Once all has ended nothing is held any more. The ledger's time may run more slowly than the server's."""
+        """Finish everything and require that nothing is held. The ledger's clock may run slower than the server's."""
         self.advance_clock(2 * self.retention.lease_ms)
         while self.compare_calls(self.ledger.settle_expired(3), self.model.settle_expired(3)):
             pass
@@ -276,7 +274,7 @@ class LedgerActions(LedgerInvariants):
         assert self.has_lost_data or (state.active_tasks, held) == (0, [0] * len(state.windows))
 
     def delete_reservation(self, reservation: str) -> None:
-        """Let the store forget a settled reservation and its task, as after a restore of older data."""
+        """Delete a settled reservation and its task, as a restore of older data would."""
         known = self.model.reservations.pop(reservation)
         assert not is_reserved(known)
         self.has_lost_data = True

@@ -1,4 +1,4 @@
-"""The scripts on a real server beside their model, which is asked the same and has to answer and hold the same."""
+"""The scripts on Redis beside their model: the same calls must give the same answers and state."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 TENANT, ACCOUNTS = 1, (2, 3)
 START_MS = 2_524_607_999_000
-"""The server's time at first, a second before the year 2050: every window ends in the next second."""
+"""The server's clock at the start, one second before 2050: every window ends within the next second."""
 
 
 class LedgerComparison(RuleBasedStateMachine):
-    """Asks both, and compares what they answer and what they hold."""
+    """Calls Redis and the model and compares answers and stored data."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class LedgerComparison(RuleBasedStateMachine):
         model: Coroutine[Any, Any, T],
         normalize: Callable[[T | None], Any] = lambda answer: answer,
     ) -> T | None:
-        """What both answered, or None if both refused to."""
+        """Return the answer of both, or None if both raised LedgerUnavailable."""
 
         async def outcome(work: Coroutine[Any, Any, T]) -> T | None:
             try:
@@ -77,7 +77,7 @@ class LedgerComparison(RuleBasedStateMachine):
         return found
 
     def advance_clock(self, milliseconds: int) -> None:
-        """Move the server's clock, back too, and take away what Redis would have forgotten by then."""
+        """Move the server's clock, in either direction, and delete the keys that Redis would have expired."""
         if milliseconds:
             self.model.clock.now_ms += milliseconds
             self.latest_ms = max(self.latest_ms, self.model.clock.now_ms)
@@ -134,7 +134,7 @@ class LedgerComparison(RuleBasedStateMachine):
         assert found == expected
 
     async def _compare_indexes(self) -> None:
-        """Neither a lease, a check to come nor a key is kept for longer than for what it stands."""
+        """Require that no lease, check or key is kept longer than its purpose."""
         model, keys = self.model, self.keys
         leases, watch, claims, names = await self.scripts.read(
             ("ZRANGE", keys.leases, 0, -1, "WITHSCORES"),

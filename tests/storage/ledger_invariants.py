@@ -1,4 +1,4 @@
-"""What the books must obey whatever happens, counted anew from the reservations alone."""
+"""Ledger invariants, recomputed from the reservations alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ from tests.storage.ledger_views import (
 
 
 class LedgerInvariants(LedgerComparison):
-    """Invariants of both ledgers. Those of counters end with the loss of a reservation, which can't be subtracted."""
+    """Checks the counters of both sides.
+
+    `has_lost_data` is set once a reservation was deleted: its charges can no longer be recomputed.
+    """
 
     def __init__(self, url: str) -> None:
         self.has_lost_data = False
@@ -43,14 +46,14 @@ class LedgerInvariants(LedgerComparison):
         return roll_state(self.model.tenants.get(TENANT, TenantState()), self.model.clock.now_ms)
 
     def take_snapshot(self) -> Any:
-        """All that a call could change, to tell whether it did."""
+        """Return everything that a call could change."""
         model = self.model
         accounts = [model.states_by_account.get(each, AccountState()) for each in ACCOUNTS]
         kept = accounts, model.reservations, model.tasks, model.due_checks, list(model.usage_days.items())
         return self.tenant_state(), dict(model.idempotency_keys), msgspec.msgpack.encode(kept)
 
     def check_limits(self) -> None:
-        """Nothing was granted past a limit in force, counted from the reservations of each window alone."""
+        """Require that no limit in force is exceeded, counted from the reservations of each window."""
         policy, state = self.model.tenant_policies[TENANT], self.tenant_state()
         held = [each for each in self.model.reservations.values() if is_charged(each) or is_open(each)]
         if self.has_lost_data:
@@ -69,7 +72,7 @@ class LedgerInvariants(LedgerComparison):
 
     @invariant()
     def outcomes_are_final(self) -> None:
-        """What a reservation became is never undone, but for an unknown that is found out."""
+        """Require that an outcome never changes, except an unknown one that is resolved."""
         for name, reservation in self.model.reservations.items():
             assert self.final_states.get(name, reservation.state) is reservation.state
             if not is_provisional(reservation):
@@ -77,7 +80,7 @@ class LedgerInvariants(LedgerComparison):
 
     @invariant()
     def counters_add_up(self) -> None:
-        """What is reserved, used and active follows from the reservations alone, and nothing is ever negative."""
+        """Require that all counters follow from the reservations and none is negative."""
         held, state = list(self.model.reservations.values()), self.tenant_state()
         for counter in state.windows.values():
             assert min(counter.tasks_reserved, counter.money_reserved_fen, counter.overrun_fen) >= 0
@@ -109,7 +112,7 @@ class LedgerInvariants(LedgerComparison):
 
     @invariant()
     def usage_matches_windows(self) -> None:
-        """A day's usage comes to what its window counted, and all days to the total."""
+        """Require that a day's usage equals its window, and the sum of all days the total."""
         state, now = self.tenant_state(), self.model.clock.now_ms
         days = {day: usage for (_, day), usage in self.model.usage_days.items()}
         today = days.get(now // DAY_MS, DayUsage())

@@ -1,4 +1,4 @@
-"""Does the same to the scripts on a real server and to their model, in every order."""
+"""A state machine that runs the scripts and their model in any order."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def nth_newest(items: list[T], number: int) -> T:
 
 
 class LedgerMachine(LedgerActions):
-    """What can happen to a ledger. The fewer the rules, the more often each is drawn: some do several things."""
+    """The rules of the ledger. Fewer rules are drawn more often each, so some combine several operations."""
 
     @initialize(
         late=st.booleans(),
@@ -65,7 +65,7 @@ class LedgerMachine(LedgerActions):
     def run_first_submissions(
         self, count: int, money: int, tenant: TenantPolicy, wholes: list[SubmissionPlan], *, late: bool, now: bool
     ) -> None:
-        """Some submissions that do not overlap teach the ledger most about an account."""
+        """Run submissions that do not overlap: these reveal most about an account."""
         self.set_upstream(late=late, now=now, count=count, money=money)
         self.write_policies(tenant, AccountPolicy(), AccountPolicy())
         for each in wholes:
@@ -79,7 +79,7 @@ class LedgerMachine(LedgerActions):
 
     @rule(account=accounts, count=counts, money=amounts, opens=mostly_false)
     def change_balance(self, account: int, count: int, money: int, *, opens: bool) -> None:
-        """Somebody else tops the account up, or uses it; an operator may have it looked at."""
+        """Change the balance from outside; an operator may reopen the account."""
         self.upstream.balances[account] = Balance(count, money)
         if opens:
             self.compare_calls(self.ledger.reopen_account(account), self.model.reopen_account(account))
@@ -102,7 +102,7 @@ class LedgerMachine(LedgerActions):
     def submit_at_limits(
         self, policy: TenantPolicy, kind: Kind, order: tuple[int, ...], times: int, *, moves: bool
     ) -> None:
-        """Come up against limits with all at once; what an account does not take is moved to another."""
+        """Submit many at once at the limits, and move those that an account does not take to the other."""
         self.write_tenant_policy(policy)
         for _ in range(times):
             name = self.reserve(kind, order, None)
@@ -112,7 +112,7 @@ class LedgerMachine(LedgerActions):
 
     @rule(account=accounts, kind=kinds, after=answer_delays)
     def mix_spending_modes(self, account: int, kind: Kind, after: int) -> None:
-        """Whoever must not take money has as many under way as there are uses, and then comes who may."""
+        """Submit prepaid-only tasks up to the number of uses, then one that may spend money."""
         self.write_tenant_policy(TenantPolicy(spending_mode=SpendingMode.COUNT_ONLY))
         for _ in range(3):
             self.reserve(kind, (account,), None)
@@ -130,7 +130,7 @@ class LedgerMachine(LedgerActions):
     def run_submissions(
         self, account: int, wholes: list[SubmissionPlan], after: int, quiet: bool | None, policy: TenantPolicy | None
     ) -> None:
-        """Submissions to one account that do not overlap, nor (if all is made to end) overlap with others."""
+        """Run submissions on one account without overlap, after finishing all others if `quiet` says so."""
         if quiet is not None:
             self.finish_all(succeeds=quiet)
         if policy:
@@ -196,7 +196,7 @@ class LedgerMachine(LedgerActions):
         *,
         lost: bool,
     ) -> None:
-        """Do all that can be done once more to what has an outcome, or was never heard of."""
+        """Repeat every operation on a settled or unknown reservation."""
         name = self.choose_reservation(number, is_settled)
         if name is None or number == 0:
             self.reservation_count += 1
@@ -211,7 +211,7 @@ class LedgerMachine(LedgerActions):
     def claim_and_record_check(
         self, most: int, number: int, answered: CheckOutcome, told: Balance | None, after: int
     ) -> None:
-        """Claim checks that are due, and hear of one that is under way."""
+        """Claim due checks, and record one in progress."""
         if most:
             self.claim_checks(most)
         self.advance_clock(after)
@@ -220,7 +220,6 @@ class LedgerMachine(LedgerActions):
 
     @rule(number=numbers)
     def touch_any_task(self, number: int) -> None:
-        """Look at a task, whatever became of it."""
         if name := self.choose_reservation(number, lambda _: True):
             self.touch_task(name)
 
@@ -235,7 +234,7 @@ class LedgerMachine(LedgerActions):
     def check_balance(
         self, account: int, number: int, told: Balance | None, after: int, *, count_only: bool, waits: bool
     ) -> None:
-        """Claim a look if it is due, and hear of one that is under way."""
+        """Claim a balance check if it is due, and record one in progress."""
         if waits:
             self.advance_clock(60_000)
         self.claim_balance_check(account, count_only=count_only)
@@ -245,14 +244,14 @@ class LedgerMachine(LedgerActions):
 
     @rule(milliseconds=clock_steps, most=st.integers(0, 3))
     def pass_time(self, milliseconds: int, most: int) -> None:
-        """Wait, and expire the leases that have run out."""
+        """Advance the clock, and expire leases."""
         self.advance_clock(milliseconds)
         if most:
             self.compare_calls(self.ledger.settle_expired(most), self.model.settle_expired(most))
 
     @rule(milliseconds=st.sampled_from([1, 700, 1_200_000, 90_000_000]), forth=st.sampled_from([0, 0, 500, 1_200_000]))
     def step_clock_back(self, milliseconds: int, forth: int) -> None:
-        """The server's clock steps back, which the calls before and after it see."""
+        """Step the server's clock back, with calls before and after."""
         self.touch_task("nothing")
         self.advance_clock(-milliseconds)
         self.touch_task("nothing")
@@ -260,7 +259,7 @@ class LedgerMachine(LedgerActions):
 
     @rule(tenants=st.sampled_from([(TENANT,), ()]))
     def reset_clock(self, tenants: tuple[int, ...]) -> None:
-        """An operator has the ledger's time be the server's again."""
+        """Reset the ledger's clock to the server's."""
         self.compare_calls(self.ledger.reset_clock(tenants, ACCOUNTS), self.model.reset_clock(tenants, ACCOUNTS))
 
     @precondition(lambda self: self.model.reservations)

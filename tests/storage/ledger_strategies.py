@@ -1,4 +1,4 @@
-"""What may be asked of a ledger: the limits, figures, outcomes and checks that its property tests draw from."""
+"""Hypothesis strategies for limits, balances, outcomes and checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.usecases.ports import CheckOutcome
 KINDS = (Kind.UPSCALE, Kind.SEAMLESS)
 
 numbers = st.integers(0, 7)
-"""Which of the things in question is meant, counted from the newest."""
+"""The index of the item to use, counted from the newest."""
 
 idempotencies = st.none() | st.builds(
     Idempotency, st.sampled_from(["k1", "k2", "k3"]), st.sampled_from(["c1", "c1", "c1", "c2"])
@@ -49,7 +49,7 @@ balances = st.builds(Balance, count=st.none() | counts, money_fen=st.none() | am
 reported_balances: st.SearchStrategy[Balance | None] = st.integers(0, 11).flatmap(
     lambda number: st.none() if number < 10 else st.just(Balance()) if number == 10 else balances
 )
-"""What an answer tells of the balance: mostly (None) what it is."""
+"""The balance that an answer reports; mostly None, which stands for the true one."""
 
 outcomes = st.sampled_from([each for each in ReservationState if each is not ReservationState.RESERVED])
 likely_outcomes = st.sampled_from(
@@ -65,17 +65,17 @@ account_orders = st.sampled_from([(2,), (3,), (2, 3), (2, 3), (3, 2), ()])
 answers = st.sampled_from([CheckOutcome.SUCCEEDED] * 6 + [CheckOutcome.FAILED] * 2 + list(CheckOutcome))
 
 answer_delays = st.sampled_from([0, 1, 1, 700])
-"""How long an answer takes, in milliseconds."""
+"""The duration of an answer, in milliseconds."""
 clock_steps = st.sampled_from(
     [1, 999, 2_500, 30_000, 60_000, 180_000, 600_000, 600_000, 3_600_000, 86_400_000, 31 * 86_400_000]
 )
 
 
 class SubmissionPlan(NamedTuple):
-    """A submission after a pause, at a price: its outcome, its end, and what is told.
+    """A submission after a pause, at a price, with its outcome, its end and the balances reported.
 
-    Of an unknown outcome `charged` says whether it was taken, and `found` what it turns out to be, after it was
-    refunded if it is `given_back`.
+    For an unknown outcome, `is_charged` is whether the vendor charged it, and `later_outcome` the final outcome,
+    after a refund if `is_refunded`.
     """
 
     pause_ms: int
@@ -91,7 +91,7 @@ class SubmissionPlan(NamedTuple):
 
 
 def usual_plan(kind: Kind) -> SubmissionPlan:
-    """A submission that succeeds, of which all is told as it is."""
+    """Return a plan that succeeds and reports true balances."""
     return SubmissionPlan(1, 100, kind, ReservationState.ACCEPTED, True, None, CheckOutcome.SUCCEEDED, None)
 
 
@@ -124,4 +124,4 @@ unknown_plans = usual_plans.flatmap(
 )
 inference_sequences = st.tuples(usual_plans, usual_plans, unknown_plans, plans | usual_plans).map(list)
 plan_sequences = st.lists(plans, min_size=1, max_size=6) | inference_sequences
-"""Submissions that do not overlap; among them such as raise a doubt, and may settle it."""
+"""Submissions that do not overlap; some of them start a charge inference and may resolve it."""

@@ -1,4 +1,4 @@
-"""What a ledger holds in a form that can be compared, and what its reservations stand for."""
+"""Comparable forms of what a ledger stores, and predicates on reservations."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from service.domain.tenants import Window
 from tests.model import ledger_model
 
 PROVISIONAL = frozenset({ReservationState.RESERVED, ReservationState.UNKNOWN})
-"""The outcomes that another can follow."""
+"""The outcomes that can still change."""
 
 
 def normalize_task(task: Task | None) -> Any:
-    """A task whose raw JSON can be compared, without what a patience that ran out says of it."""
+    """Return a task with comparable raw JSON, and without the detail of a timeout error."""
     if task is None:
         return None
     if task.error and task.error.code in {"task-lost", "result-unusable"}:
@@ -29,14 +29,14 @@ def normalize_task(task: Task | None) -> Any:
 
 
 def roll_state(state: TenantState, now: int) -> TenantState:
-    """A tenant's state with its windows as they are at a time, which neither side writes down before it has to."""
+    """Return a copy of a tenant's state with its windows at `now`; neither side stores that before it must."""
     state = copy.deepcopy(state)
     ledger_model.roll_windows(state, now)
     return state
 
 
 def normalize_reservation(found: Any) -> Any:
-    """A reservation, alone or in an answer, without what stands for nothing."""
+    """Drop an empty balance after a reservation, also within an answer."""
     if isinstance(found, tuple):
         return tuple(map(normalize_reservation, found))
     if not isinstance(found, Reservation) or found.balance_after != Balance():
@@ -45,42 +45,39 @@ def normalize_reservation(found: Any) -> Any:
 
 
 def normalize_day(day: DayUsage) -> Any:
-    """A day's usage without what counts nothing."""
+    """Drop the zero counters of a day's usage."""
     tallies = {kind: {each: number for each, number in tally.items() if number} for kind, tally in day.tallies.items()}
     return {kind: tally for kind, tally in tallies.items() if tally}, day.unknown, day.refunds
 
 
 def sum_charges(charged: Callable[[Tally], int], days: Iterable[DayUsage]) -> int:
-    """What some days come to, over all kinds."""
+    """Sum the charges of some days over all kinds."""
     return sum(charged(tally) for day in days for tally in day.tallies.values())
 
 
 def is_reserved(reservation: Reservation) -> bool:
-    """Whether it has no outcome yet."""
     return reservation.state is ReservationState.RESERVED
 
 
 def is_provisional(reservation: Reservation) -> bool:
-    """Whether an outcome can still come."""
     return reservation.state in PROVISIONAL
 
 
 def is_settled(reservation: Reservation) -> bool:
-    """Whether it has an outcome, be it a provisional one."""
+    """Return whether it has an outcome, final or not."""
     return not is_reserved(reservation)
 
 
 def is_open(reservation: Reservation) -> bool:
-    """Whether it holds an active place."""
+    """Return whether it counts as an active task."""
     running = reservation.state is ReservationState.ACCEPTED and reservation.cost is None
     return running or is_reserved(reservation)
 
 
 def is_charged(reservation: Reservation) -> bool:
-    """Whether it counts as used."""
     return reservation.state in {ReservationState.ACCEPTED, ReservationState.UNKNOWN}
 
 
 def charge_in_window(reservation: Reservation, window: Window) -> int:
-    """The money it counts for in a window, used or held."""
+    """Return the money it counts for in a window, used or held."""
     return reservation.cost.money_fen if reservation.cost else reservation.money_holds.get(window, 0)

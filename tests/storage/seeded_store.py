@@ -1,4 +1,4 @@
-"""A store with a tenant and two accounts, whose clock the tests move, and the ports over it."""
+"""A store with a tenant and two accounts, a clock that tests set, and the ports on it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.server_time import install_server_time, set_server_time
 from tests.support.valkey import Valkey
 
 START_MS = 2_524_607_999_000
-"""The server's time at first: a second before the year 2050."""
+"""The server's clock at the start: one second before 2050."""
 RETENTION = Retention()
 TENANT, FIRST, SECOND = 1, 2, 3
 TENANTS = (Tenant(TENANT, "t", ("a", "b")),)
@@ -31,7 +31,7 @@ ACCOUNTS = (Account(FIRST, "a", b"sealed"), Account(SECOND, "b", b"sealed"))
 
 @dataclass
 class SeededStore:
-    """A store with a tenant and two accounts, and the ports over it."""
+    """A store with a tenant and two accounts, and the ports on it."""
 
     client: Any
     scripts: RedisScripts
@@ -42,7 +42,7 @@ class SeededStore:
     now: int = START_MS
 
     async def advance_clock(self, milliseconds: int) -> None:
-        """Move the server's clock, but not that by which it forgets."""
+        """Move the server's clock. Key expiry is not affected."""
         self.now += milliseconds
         await set_server_time(self.client, self.keys, self.now)
 
@@ -62,7 +62,7 @@ class SeededStore:
         created: int | None = None,
         webhook: str | None = None,
     ) -> None:
-        """Settle with a count of uses that is left, if it is told; `created` if it was before now."""
+        """Settle, with a remaining count if given; `created` if not now."""
         settlement = Settlement(
             reservation=name,
             tenant=TENANT,
@@ -86,19 +86,19 @@ class SeededStore:
         assert await self.tasks.record_check(due, check)
 
     async def ttl_ms(self, key: str) -> int | None:
-        """For how long a key is still kept, to the minute; None if for ever."""
+        """Return the time to live of a key, rounded up to minutes; None without expiry."""
         found = int(await self.client.pttl(key))
         assert found != -2, f"{key} is gone"
         return None if found < 0 else -(-found // 60_000) * 60_000
 
     async def shorten_ttl(self, key: str) -> None:
-        """Let a key be kept for a minute only, as if the rest had passed."""
+        """Reduce the time to live of a key to one minute."""
         assert await self.client.pexpire(key, 60_000)
 
 
 @asynccontextmanager
 async def open_seeded_store(valkey: Valkey) -> AsyncIterator[SeededStore]:
-    """The store of a server, of which nothing else is left."""
+    """Open an emptied server with the seed data."""
     install_server_time()
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands

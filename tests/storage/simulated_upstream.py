@@ -1,4 +1,4 @@
-"""Accounts at an upstream, as far as a ledger hears of them. Money is in fen."""
+"""A simulated upstream with accounts. Money is in fen."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from service.domain.tasks import Kind
 
 @dataclass
 class SimulatedUpstream:
-    """Charges at the submit or (`late`) at the end of a task, and tells with a check the balance of `now` or of then.
+    """Charges at submit, or at the end if `charges_at_end`.
 
-    What it took is in `charged`, by name; what it told with the end of a task in `told`.
+    A check reports the current balance if `reports_current_balance`, otherwise that at the task's end.
+    `charged_tasks` and `final_balances` are keyed by task name.
     """
 
     charges_at_end: bool
@@ -27,12 +28,11 @@ class SimulatedUpstream:
         return bool(balance.count) or (balance.money_fen or 0) >= self.prices[kind]
 
     def submit(self, name: str, account: int, kind: Kind) -> None:
-        """Take a submission."""
         if not self.charges_at_end:
             self._charge(name, account, kind)
 
     def finish_task(self, name: str, account: int, kind: Kind, *, succeeds: bool) -> Balance:
-        """End a task, or ask about one that has ended; one that failed takes nothing then, and tells nothing."""
+        """End a task, or check one that has ended. A failed task charges nothing and reports nothing."""
         if not succeeds:
             return Balance()
         if self.charges_at_end:
@@ -41,7 +41,7 @@ class SimulatedUpstream:
         return self.balances[account] if self.reports_current_balance else told
 
     def _charge(self, name: str, account: int, kind: Kind) -> None:
-        """Take a use, else the price, once."""
+        """Charge a prepaid use, otherwise the price, once."""
         balance, price = self.balances[account], self.prices[kind]
         count, money = balance.count or 0, balance.money_fen or 0
         if name in self.charged_tasks:

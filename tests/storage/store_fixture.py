@@ -1,4 +1,4 @@
-"""A tenant with tasks on a real store."""
+"""A tenant with tasks in a real Redis."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEYS = Keys("gw")
 
 @dataclass
 class StoreFixture:
-    """The tenant 1 on the account 2, and the store it is kept in."""
+    """Tenant 1 on account 2, and its store."""
 
     connections: Connections
     ledger: RedisLedger
@@ -34,11 +34,9 @@ class StoreFixture:
 
     @property
     def client(self) -> Any:
-        """The store itself."""
         return self.connections.commands
 
     async def accept_tasks(self, *names: str) -> None:
-        """Make these tasks."""
         for name in names:
             granted, _ = await self.ledger.reserve(ReserveRequest(name, 1, (2,), Kind.SEAMLESS))
             assert isinstance(granted, Grant)
@@ -55,15 +53,14 @@ class StoreFixture:
             )
 
     async def now(self) -> int:
-        """The ledger's time."""
+        """Return the ledger's clock in milliseconds."""
         return await read_ledger_time(self.client, KEYS)
 
     async def advance(self, milliseconds: int) -> None:
-        """Let time pass for the ledger."""
         await set_server_time(self.client, KEYS, await self.now() + milliseconds)
 
     async def check_due_task(self, *answers: CheckOutcome) -> Task | None:
-        """Check the task that is due next, again and again, each time when it is due; the last record."""
+        """Check the task that is due next, once for each answer, when it is due. Returns the last record."""
         recorded = None
         for answered in answers:
             ((_, at),) = await self.client.zrange(KEYS.poll_due, 0, 0, withscores=True)
@@ -73,14 +70,14 @@ class StoreFixture:
         return recorded[0] if recorded else None
 
     async def next_check_ms(self, name: str) -> int | None:
-        """In how many milliseconds the next check of a task is due; None if it does not wait for one."""
+        """Return the milliseconds until the next check of a task; None if none is scheduled."""
         at = await self.client.zscore(KEYS.poll_due, name)
         return None if at is None else int(at) - await self.now()
 
 
 @asynccontextmanager
 async def open_store(url: str) -> AsyncIterator[StoreFixture]:
-    """A shop on an emptied store."""
+    """Open an emptied store with the tenant and the account."""
     install_server_time()
     connections, spans = connect(url, timeout=5), Retention()
     scripts: Any = RedisScripts(connections.commands)

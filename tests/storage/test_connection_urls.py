@@ -1,4 +1,4 @@
-"""Addresses of stores: what a Redis URL says, and what is said about one that can't be used."""
+"""Parsing and redaction of Redis URLs."""
 
 from __future__ import annotations
 
@@ -82,8 +82,7 @@ from service.storage.connections import (
         ),
     ],
 )
-def test_read(url: str, address: RedisAddress) -> None:
-    """Each kind of URL says where the store is."""
+def test_parse_url(url: str, address: RedisAddress) -> None:
     assert parse_redis_url(url) == address
 
 
@@ -119,8 +118,7 @@ def test_read(url: str, address: RedisAddress) -> None:
         ("rediss://store?ssl_check_hostname=1", "must have true or false as ssl_check_hostname"),
     ],
 )
-def test_refused(url: str, fault: str) -> None:
-    """A URL that can't be used is refused with what it must be."""
+def test_invalid_url(url: str, fault: str) -> None:
     with pytest.raises(InvalidRedisUrl) as caught:
         parse_redis_url(url)
     assert str(caught.value).startswith(fault)
@@ -130,8 +128,8 @@ def test_refused(url: str, fault: str) -> None:
     st.text("0123456789/@:#?%é[]", min_size=10),
     st.sampled_from(["{}", "redis://:{}@store", "redis://{}", "rediss://store?{}={}"]),
 )
-def test_secrets_stay(secret: str, pattern: str) -> None:
-    """Whatever the text is, it is read or refused, and neither the message nor the address shows a password."""
+def test_passwords_are_never_shown(secret: str, pattern: str) -> None:
+    """For any text, neither the error nor the parsed URL shows a password."""
     try:
         shown = repr(parse_redis_url(f"redis://:{secret}@store").credentials)
     except InvalidRedisUrl as error:
@@ -156,6 +154,5 @@ def test_secrets_stay(secret: str, pattern: str) -> None:
         ),
     ],
 )
-def test_shown_without_secrets(url: str, shown: str) -> None:
-    """A URL is shown whole but for its secrets."""
+def test_redaction(url: str, shown: str) -> None:
     assert redact_url(url) == shown

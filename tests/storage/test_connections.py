@@ -1,4 +1,4 @@
-"""Connecting: every kind of store behind a URL, each command sent once, and subscriptions that wait."""
+"""Connections to every topology: commands are sent once, and subscriptions wait."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ INCREMENT = "return redis.call('INCR', KEYS[1])"
 
 @dataclass
 class Proxy:
-    """What a proxy saw."""
+    """Counters of a proxy."""
 
     dropped_requests: int = 0
 
@@ -49,7 +49,7 @@ class Proxy:
 async def run_proxy(
     server: Valkey, port: int, *, dropped: bytes = b"\xff", tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[Proxy]:
-    """A TCP port that leads to a server, but for requests that hold certain bytes."""
+    """Run a TCP proxy to a server that drops requests containing the given bytes."""
     proxy = Proxy()
 
     async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
@@ -89,7 +89,7 @@ async def run_proxy(
     scope="module", params=[run_single, run_on_socket, run_with_sentinel, run_cluster], ids=lambda made: made.__name__
 )
 def store(request: pytest.FixtureRequest) -> Iterator[RunningStore]:
-    """A store of each kind."""
+    """Yield a store of each topology."""
     with request.param() as made:
         yield made
 
@@ -108,12 +108,10 @@ async def ping(connections: Connections) -> Any:
 
 
 async def block_on_pop(connections: Connections) -> Any:
-    """Keep a connection busy until something is pushed."""
     return await connections.commands.execute_command("BLPOP", "{gw}:list", "0")
 
 
-async def test_scripts_and_bytes(store: RunningStore) -> None:
-    """Scripts run, and answers are bytes."""
+async def test_scripts_return_bytes(store: RunningStore) -> None:
     store.execute("DEL", "{gw}:count")
     async with open_connections(store.url) as connections:
         assert await connections.commands.eval(INCREMENT, 1, "{gw}:count") == 1
@@ -122,7 +120,7 @@ async def test_scripts_and_bytes(store: RunningStore) -> None:
 
 @pytest.mark.parametrize("scheme", ["redis", "redis+sentinel", "redis+cluster"])
 async def test_unanswered_command_is_sent_once(scheme: str) -> None:
-    """A command that is not answered in time is not sent again, whatever the kind of store."""
+    """Without an answer in time, a command is not retried on any topology."""
     port = find_free_port()
     with ExitStack() as servers:
         if scheme == "redis+cluster":
@@ -142,7 +140,7 @@ async def test_unanswered_command_is_sent_once(scheme: str) -> None:
 
 
 async def test_broken_connections_are_replaced(store: RunningStore) -> None:
-    """Connections that the server has closed since they were last used fail no command."""
+    """Commands succeed on connections that the server has closed since their last use."""
     async with open_connections(store.url) as connections:
         await asyncio.gather(*(ping(connections) for _ in range(5)))
         store.execute("CLIENT", "KILL", "TYPE", "normal")
@@ -152,7 +150,7 @@ async def test_broken_connections_are_replaced(store: RunningStore) -> None:
 
 
 async def test_pool_is_bounded(store: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More commands than connections wait a while for one, and then say so."""
+    """More commands than connections fail after the pool's wait time."""
     monkeypatch.setattr(connections_module, "POOL_SIZE", 2)
     monkeypatch.setattr(connections_module, "POOL_WAIT_SECONDS", 0.1)
     async with open_connections(store.url) as connections:
@@ -167,7 +165,6 @@ async def test_pool_is_bounded(store: RunningStore, monkeypatch: pytest.MonkeyPa
 
 
 async def test_waiting_for_a_connection(store: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that had to wait for a connection is carried out when one is free."""
     monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
     async with open_connections(store.url) as connections:
         blocked = asyncio.create_task(block_on_pop(connections))
@@ -181,7 +178,7 @@ async def test_waiting_for_a_connection(store: RunningStore, monkeypatch: pytest
 
 
 async def test_subscription(store: RunningStore) -> None:
-    """A subscription outlasts the timeout of commands, and hears what any of them publishes."""
+    """A subscription outlasts the command timeout and receives what any node publishes."""
     async with open_connections(store.url, timeout=0.1) as connections, await connections.open_pubsub() as subscription:
         await subscription.subscribe("{gw}:news")
         assert (await subscription.get_message(timeout=5) or {})["type"] == "subscribe"
@@ -192,7 +189,7 @@ async def test_subscription(store: RunningStore) -> None:
 
 
 async def test_broken_subscription(store: RunningStore) -> None:
-    """A subscription that broke says so, since messages were missed, and another one can be had."""
+    """A broken subscription raises, since messages may be lost, and can be reopened."""
     async with open_connections(store.url) as connections:
         async with await connections.open_pubsub() as subscription:
             await subscription.subscribe("{gw}:news")
@@ -207,7 +204,7 @@ async def test_broken_subscription(store: RunningStore) -> None:
 
 @pytest.mark.parametrize("made", [run_single, run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
 def test_reset_connections(made: Any) -> None:
-    """Whatever uvloop raises of connections that are reset is one of AWAY, and nothing is left of it afterwards."""
+    """Every error that uvloop raises for reset connections is in AWAY, and leaves nothing behind."""
 
     async def calls(connections: Connections, proxy: ResettingProxy, seen: Counter[str]) -> None:
         while proxy.resets < 100:
@@ -249,10 +246,10 @@ def test_reset_connections(made: Any) -> None:
 @pytest.mark.parametrize(
     "error", [RuntimeError("closed"), asyncio.IncompleteReadError(b"", 1), KeyError("of a library")]
 )
-async def test_any_error_of_a_connection(
+async def test_errors_while_sending(
     store: RunningStore, method: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the event loop raises while bytes are sent is one of AWAY, and the next command is carried out."""
+    """Every error of the event loop while sending is in AWAY, and the next command succeeds."""
     async with open_connections(store.url) as connections:
         await ping(connections)
 
@@ -267,8 +264,8 @@ async def test_any_error_of_a_connection(
         await ping(connections)
 
 
-async def test_fault_of_the_gateway(store: RunningStore) -> None:
-    """An argument that can't be sent is not taken for a store that is away."""
+async def test_invalid_argument(store: RunningStore) -> None:
+    """An argument that cannot be encoded is not reported as an outage."""
     async with open_connections(store.url) as connections:
         scripts = RedisScripts(connections.commands)
         with pytest.raises(DataError):
@@ -278,7 +275,7 @@ async def test_fault_of_the_gateway(store: RunningStore) -> None:
 
 
 async def test_frozen_cluster() -> None:
-    """All commands to a Cluster that does not answer fail after one timeout, not one after the other."""
+    """All commands to a frozen Cluster fail after one timeout, not one after the other."""
     with run_cluster() as store:
         async with open_connections(store.url, timeout=0.5) as connections:
             await ping(connections)
@@ -297,7 +294,6 @@ async def test_frozen_cluster() -> None:
 
 
 async def test_pipelines_wait_for_a_connection(store: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More reads than connections wait for one."""
     monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
     async with open_connections(store.url) as connections:
         found = await asyncio.gather(*(RedisScripts(connections.commands).read(("GET", "{gw}:x")) for _ in range(20)))
@@ -309,7 +305,6 @@ async def test_pipelines_wait_for_a_connection(store: RunningStore, monkeypatch:
     ["redis://127.0.0.1:1", "unix:///nowhere", "redis+sentinel://127.0.0.1:1/main", "redis+cluster://127.0.0.1:1"],
 )
 async def test_unreachable(url: str) -> None:
-    """A store that is not there is one of AWAY, for commands and subscriptions."""
     async with open_connections(url) as connections:
         with pytest.raises(UNAVAILABLE_ERRORS):
             await ping(connections)
@@ -318,8 +313,7 @@ async def test_unreachable(url: str) -> None:
                 await subscription.subscribe("x")
 
 
-async def test_stranger_to_sentinel() -> None:
-    """A service that Sentinel does not know is one of AWAY."""
+async def test_unknown_sentinel_service() -> None:
     with run_with_sentinel() as store:
         async with open_connections(store.url.replace("main", "other")) as connections:
             with pytest.raises(UNAVAILABLE_ERRORS):
@@ -327,7 +321,7 @@ async def test_stranger_to_sentinel() -> None:
 
 
 async def test_password() -> None:
-    """A password is used, however it is spelled, and a wrong one is one of AWAY."""
+    """A password is used in any spelling; a wrong one raises an error in AWAY."""
     with run_valkey("--requirepass", "a b/c@d:e", port=find_free_port()) as server:
         async with open_connections(f"redis://:a%20b%2Fc%40d%3Ae@127.0.0.1:{server.port}/2") as connections:
             assert await connections.commands.client_info()
@@ -337,7 +331,6 @@ async def test_password() -> None:
 
 
 async def test_sentinel_password() -> None:
-    """Sentinel has a password of its own."""
     with run_valkey(port=find_free_port()) as server, run_sentinel(server.port, "--requirepass", "own") as watching:
         address = f"redis+sentinel://127.0.0.1:{watching.port}/main/1"
         async with open_connections(f"{address}?sentinel_password=own") as connections:
@@ -349,7 +342,7 @@ async def test_sentinel_password() -> None:
 
 
 async def test_failover() -> None:
-    """When the primary has died, commands go to the one that Sentinel made of its replica."""
+    """After the primary fails, commands go to the replica that Sentinel promotes."""
     with (
         run_valkey("--repl-diskless-sync-delay", "0", port=find_free_port()) as old,
         run_valkey("--replicaof", "127.0.0.1", str(old.port), port=find_free_port()) as new,
@@ -371,7 +364,7 @@ async def test_failover() -> None:
 
 
 async def test_tls(tmp_path: Path) -> None:
-    """Over TLS the server has to show a certificate that is trusted."""
+    """Over TLS the server must present a trusted certificate."""
     trusted, context = create_certificate(tmp_path)
     port = find_free_port()
     with run_valkey() as server:
@@ -385,7 +378,7 @@ async def test_tls(tmp_path: Path) -> None:
 
 
 async def test_redirected_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipeline some of whose commands have to go to another node needs no second place for them."""
+    """A redirected pipeline needs no second connection."""
     monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
     monkeypatch.setattr(connections_module, "POOL_WAIT_SECONDS", 0.1)
     moved = [MovedError(f"{key_slot(b'gw')} 127.0.0.1:1")]
@@ -408,7 +401,7 @@ async def test_redirected_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("scheme", ["redis+sentinel", "rediss+sentinel"])
 async def test_sentinel_over_tls(tmp_path: Path, scheme: str) -> None:
-    """Sentinels that are reached over TLS only name the primary, be that reached over TLS or not."""
+    """Sentinels over TLS name the primary, with or without TLS on it."""
     trusted, context = create_certificate(tmp_path)
     outer, announced = find_free_port(), find_free_port()
     with run_valkey(port=find_free_port()) as server, run_sentinel(announced) as watching:
@@ -425,6 +418,5 @@ async def test_sentinel_over_tls(tmp_path: Path, scheme: str) -> None:
                     await ping(connections)
 
 
-def test_parser() -> None:
-    """Answers are parsed by hiredis, which redis-py takes when it is installed."""
+def test_hiredis_is_used() -> None:
     assert HIREDIS_AVAILABLE

@@ -1,4 +1,4 @@
-"""No gateway reads or writes data of another version than its own."""
+"""A gateway reads and writes only data of its own version."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ CHANGE = RegistryChange(version=0, next_id=2, tenants=(Tenant(1, "shop", ()),))
 
 @pytest.fixture(scope="module", params=[run_single, run_cluster], ids=lambda made: made.__name__)
 def server(request: pytest.FixtureRequest) -> Iterator[RunningStore]:
-    """A server alone, and one in a Cluster."""
+    """Yield a single server and one in a Cluster."""
     with request.param() as made:
         yield made
 
 
 @pytest.fixture
 def store(server: RunningStore) -> RunningStore:
-    """An empty store."""
     server.execute("FLUSHALL")
     return server
 
 
 class Gateway:
-    """What a gateway has open to a store; `refusals` are the errors it would end for."""
+    """The connections of one gateway to a store; `errors` are those that would end it."""
 
     def __init__(self, store: RunningStore, version: int = DATA_VERSION) -> None:
         self.errors: list[DataVersionError] = []
@@ -57,12 +56,11 @@ class Gateway:
 
 
 def read_all_keys(store: RunningStore) -> dict[bytes, Any]:
-    """All that a store holds."""
     return {key: store.execute("DUMP", key) for key in store.execute("KEYS", "*")}
 
 
 async def test_empty_store(store: RunningStore) -> None:
-    """An empty store is marked by the first read, and the mark is kept."""
+    """The first read marks an empty store, and the mark stays."""
     async with Gateway(store) as gateway:
         assert (await gateway.registry.load()).version == 0
     assert read_all_keys(store).keys() == {KEYS.data_version.encode()}
@@ -87,7 +85,7 @@ async def test_unmarked_data(store: RunningStore) -> None:
 
 @pytest.mark.parametrize("found", ["0", "1", "3", "11", "", "x" * 100, "\xff"])
 async def test_other_version(store: RunningStore, found: str) -> None:
-    """Nothing is read from or written to data of another version, and the reason names both."""
+    """Data of another version is neither read nor written, and the error names both versions."""
     store.execute("SET", KEYS.data_version, found)
     before = read_all_keys(store)
     async with Gateway(store) as gateway:
@@ -107,7 +105,7 @@ async def test_other_version(store: RunningStore, found: str) -> None:
 
 
 async def test_two_versions_at_once(store: RunningStore) -> None:
-    """Of gateways of two versions that start on an empty store at once, those of one version go on."""
+    """Of gateways of two versions that start on an empty store at once, those of one version continue."""
     async with AsyncExitStack() as stack:
         gateways = [await stack.enter_async_context(Gateway(store, version)) for version in [1, 2] * 5]
         await asyncio.gather(*(each.registry.load() for each in gateways), return_exceptions=True)
@@ -116,7 +114,7 @@ async def test_two_versions_at_once(store: RunningStore) -> None:
 
 
 async def test_replaced_while_it_runs(store: RunningStore) -> None:
-    """No script writes to data of another version that took the place of its own, and the registry is not restored."""
+    """No script writes to data of another version that replaced its own, and the registry is not restored."""
     async with Gateway(store) as gateway:
         live = CachedRegistry(gateway.registry, gateway.connections.open_pubsub, KEYS.registry_channel)
         await gateway.registry.write(CHANGE)
@@ -133,8 +131,8 @@ async def test_replaced_while_it_runs(store: RunningStore) -> None:
 
 
 @pytest.mark.parametrize("job", ["refresh", "expire"])
-async def test_replaced_while_it_is_idle(store: RunningStore, job: str) -> None:
-    """A gateway that is not called notices it too, by what it does regularly."""
+async def test_replaced_while_idle(store: RunningStore, job: str) -> None:
+    """An idle gateway detects the replacement through its periodic jobs."""
     async with Gateway(store) as gateway:
         live = CachedRegistry(gateway.registry, gateway.connections.open_pubsub, KEYS.registry_channel)
         await gateway.registry.write(CHANGE)
@@ -151,7 +149,7 @@ async def test_replaced_while_it_is_idle(store: RunningStore, job: str) -> None:
 
 
 async def test_emptied_while_it_runs(store: RunningStore) -> None:
-    """A store that lost everything is marked again by the first script that writes to it."""
+    """The first script that writes to an emptied store marks it again."""
     async with Gateway(store) as gateway:
         await gateway.registry.load()
         store.execute("FLUSHALL")
@@ -165,7 +163,7 @@ async def test_emptied_while_it_runs(store: RunningStore) -> None:
 
 
 async def test_store_that_refuses_writes(store: RunningStore) -> None:
-    """Data that can't be marked now is read all the same, and marked when it can."""
+    """Data that cannot be marked now is read, and marked later."""
     store.execute("CONFIG", "SET", "min-replicas-to-write", "1")
     async with Gateway(store) as gateway:
         try:
@@ -178,7 +176,7 @@ async def test_store_that_refuses_writes(store: RunningStore) -> None:
 
 
 async def test_check_costs_no_command(store: RunningStore) -> None:
-    """Once a store was checked, a call sends no further command, and a script reads the mark itself."""
+    """After the check a call sends no further command; scripts read the mark themselves."""
 
     async def commands(ledger: RedisLedger) -> dict[str, int]:
         await ledger.reopen_account(1)

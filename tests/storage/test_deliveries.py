@@ -1,4 +1,4 @@
-"""The deliveries on a real server: nobody waits for a receiver that is dead, and nothing is lost with a process."""
+"""Deliveries on a real server: a dead receiver delays no other, and none are lost with a process."""
 
 from __future__ import annotations
 
@@ -27,14 +27,19 @@ class DeliveryStore:
         self.queue = RedisDeliveryQueue(RedisScripts(client), KEYS)
 
     async def add_delivery(self, reservation: str, tenant: int, url: str) -> None:
+<<<<<<< HEAD
         """One delivery more that is due."""
         kept = {"task_id": "task_x", "tenant": tenant, "url": url, "state": "failed"}
         packed = msgspec.msgpack.encode(kept | {"created_at": 1, "updated_at": 1, "attempts": 11})
+=======
+        """Add a delivery that is due."""
+        kept = {"task": "task_x", "tenant": tenant, "url": url, "state": "failed"}
+        packed = msgspec.msgpack.encode(kept | {"created": 1, "updated": 1, "attempts": 11})
+>>>>>>> 303aa4e (Use plain words in the storage tests)
         await self.client.set(KEYS.delivery(reservation), packed, px=LEASE_MS)
         assert await self.queue.redeliver(reservation)
 
     async def advance_clock(self, milliseconds: int) -> None:
-        """Let time pass for the scripts."""
         await self.client.set(KEYS.clock, int(await self.client.get(KEYS.clock)) + milliseconds)
 
 
@@ -49,7 +54,7 @@ async def store(valkey: Valkey) -> AsyncIterator[DeliveryStore]:
 
 
 async def test_dead_receiver(store: DeliveryStore) -> None:
-    """Of a thousand deliveries to one receiver a few are handed out, and the one of another tenant with them."""
+    """Of a thousand deliveries to one receiver only a few are claimed, so another tenant's is claimed too."""
     for number in range(1_000):
         await store.add_delivery(f"dead-{number}", 1, f"https://dead.test/{number}")
     await store.add_delivery("alive", 2, "https://alive.test/")
@@ -62,7 +67,7 @@ async def test_dead_receiver(store: DeliveryStore) -> None:
 
 
 async def test_failing_receiver(store: DeliveryStore) -> None:
-    """A receiver that has failed gets one delivery at a time until it takes one."""
+    """After a failure a receiver gets one delivery at a time until one succeeds."""
     for number in range(3 * MAX_CONCURRENT):
         await store.add_delivery(f"d{number}", 1, "https://failing.test/")
     for each in await store.queue.claim(64):
@@ -73,7 +78,7 @@ async def test_failing_receiver(store: DeliveryStore) -> None:
 
 
 async def test_process_killed(store: DeliveryStore) -> None:
-    """What a process claimed and never recorded is handed out again once its lease is over, and not before."""
+    """An unrecorded delivery is claimed again after its lease ends, and not before."""
     await store.add_delivery("one", 1, "https://hooks.test/")
     (first,) = await store.queue.claim(64)
     await store.advance_clock(LEASE_MS - 1_000)
@@ -91,8 +96,8 @@ async def test_process_killed(store: DeliveryStore) -> None:
     assert not await store.queue.claim(64)
 
 
-async def test_redelivery_of_what_is_under_way(store: DeliveryStore) -> None:
-    """What is being sent just now is not sent a second time beside that."""
+async def test_redelivery_in_progress(store: DeliveryStore) -> None:
+    """A delivery in progress is not sent a second time."""
     await store.add_delivery("one", 1, "https://hooks.test/")
     assert len(await store.queue.claim(64)) == 1
     assert await store.queue.redeliver("one")

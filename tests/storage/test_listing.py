@@ -1,4 +1,4 @@
-"""Whatever is added or lost while a list is read page by page, each task that stays is listed once, in order."""
+"""Pagination is stable while tasks are added or lost: each remaining task is listed once, in order."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.storage.store_fixture import KEYS, StoreFixture, open_store
 from tests.support.valkey import Valkey
 
 TASKS = 230
-"""More than are read in one go."""
+"""More than one page."""
 
 
 @pytest.fixture
 async def kept(valkey: Valkey) -> AsyncIterator[StoreFixture]:
-    """A tenant whose tasks were all created in the same millisecond."""
+    """Yield a tenant whose tasks were all created in the same millisecond."""
     async with open_store(valkey.url) as found:
         await found.advance(3_600_000)
         await found.accept_tasks(*(f"r{number:03}" for number in range(TASKS)))
@@ -25,12 +25,10 @@ async def kept(valkey: Valkey) -> AsyncIterator[StoreFixture]:
 
 
 async def read_page(kept: StoreFixture, cursor: str | None, limit: int, state: State | None = None) -> TaskPage:
-    """A page of the list."""
     return await kept.tasks.list_page(1, state=state, kind=None, limit=limit, cursor=cursor)
 
 
 async def read_all_pages(kept: StoreFixture, limit: int, state: State | None = None) -> list[str]:
-    """The whole list, page by page."""
     names, cursor = list[str](), None
     while True:
         found = await read_page(kept, cursor, limit, state)
@@ -42,13 +40,13 @@ async def read_all_pages(kept: StoreFixture, limit: int, state: State | None = N
 
 
 @pytest.mark.parametrize("limit", [1, 7, 100, TASKS - 1, TASKS, TASKS + 1])
-async def test_one_moment(kept: StoreFixture, limit: int) -> None:
-    """Tasks of the same millisecond have an order too, on whatever pages they come to stand."""
+async def test_same_millisecond(kept: StoreFixture, limit: int) -> None:
+    """Tasks created in the same millisecond have a stable order across pages."""
     assert await read_all_pages(kept, limit) == [f"r{number:03}" for number in reversed(range(TASKS))]
 
 
 async def test_added_meanwhile(kept: StoreFixture) -> None:
-    """Tasks that are added move none of the others to another page, be they newer or of the same moment."""
+    """Added tasks move no other task to another page."""
     names, cursor = list[str](), None
     for added in range(TASKS):
         found = await read_page(kept, cursor, 10)
@@ -64,7 +62,7 @@ async def test_added_meanwhile(kept: StoreFixture) -> None:
 
 
 async def test_lost_meanwhile(kept: StoreFixture) -> None:
-    """Where a page has ended is found again though that very task and its neighbours are gone."""
+    """A cursor stays valid when its task and its neighbours are deleted."""
     first = await read_page(kept, None, 10)
     for name in [task.reservation for task in first.tasks] + ["r219", "r218"]:
         await kept.client.delete(KEYS.task(name))
@@ -74,7 +72,7 @@ async def test_lost_meanwhile(kept: StoreFixture) -> None:
 
 
 async def test_few_that_match(kept: StoreFixture) -> None:
-    """What does not match is passed over, however much it is."""
+    """Tasks that do not match the filter are skipped, however many there are."""
     assert await read_all_pages(kept, 5, State.SUCCEEDED) == []
     ended = await kept.check_due_task(CheckOutcome.SUCCEEDED)
     assert ended

@@ -1,4 +1,4 @@
-"""What becomes of a submission of which the store has lost a part, as after a restore of older data."""
+"""Submissions with partly lost data, as after a restore of older data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNKNOWN_COST = Cost(0, 0, CostBasis.UNKNOWN)
 
 @pytest.mark.parametrize("owner", ["tenant", "account"])
 async def test_lost_owner(store: SeededStore, owner: str) -> None:
-    """A task ends with a receipt although the counters of its tenant, or what was known of its account, are gone."""
+    """A task ends with a cost although the state of its tenant or account is lost."""
     await store.accept("r")
     await store.client.delete(store.keys.tenant(TENANT) if owner == "tenant" else store.keys.account(FIRST))
     await store.record_check(SUCCEEDED_CHECK)
@@ -26,7 +26,7 @@ async def test_lost_owner(store: SeededStore, owner: str) -> None:
 
 
 async def test_lost_reservation(store: SeededStore) -> None:
-    """A task of which the reservation is gone ends at an unknown cost, and what its windows hold stays as it is."""
+    """A task without its reservation ends at an unknown cost, and its windows stay unchanged."""
     await store.accept("r")
     await store.client.delete(store.keys.reservation("r"))
     before = await store.ledger.tenant_snapshot(TENANT)
@@ -37,8 +37,8 @@ async def test_lost_reservation(store: SeededStore) -> None:
     assert (await store.ledger.tenant_snapshot(TENANT)).state == before.state
 
 
-async def test_reservation_lost_and_found_unknown(store: SeededStore) -> None:
-    """A task whose reservation was lost, and then settled as unknown, ends without a second charge."""
+async def test_lost_and_settled_as_unknown(store: SeededStore) -> None:
+    """A task whose reservation was lost and then settled as unknown is charged once."""
     await store.accept("r")
     await store.client.delete(store.keys.reservation("r"))
     await store.settle("r", ReservationState.UNKNOWN)
@@ -51,7 +51,7 @@ async def test_reservation_lost_and_found_unknown(store: SeededStore) -> None:
 
 
 async def test_lost_task(store: SeededStore) -> None:
-    """A task that is gone is no longer watched, and keeps no other from its check."""
+    """A lost task is dropped from the checks and delays no other."""
     await store.accept("gone")
     await store.accept("kept")
     await store.client.delete(store.keys.task("gone"))
@@ -62,7 +62,7 @@ async def test_lost_task(store: SeededStore) -> None:
 
 
 async def test_lost_behind_a_lease(store: SeededStore) -> None:
-    """A lease of which the reservation is gone is forgotten, and keeps no other from its end."""
+    """A lease without its reservation is dropped and delays no other."""
     await store.reserve("gone")
     await store.reserve("kept")
     await store.client.delete(store.keys.reservation("gone"))
@@ -75,7 +75,7 @@ async def test_lost_behind_a_lease(store: SeededStore) -> None:
 
 
 async def test_windows_of_the_creation(store: SeededStore) -> None:
-    """A submission that was lost is charged in the windows of its creation: those that are over by then lack it."""
+    """A lost submission is charged in the windows of its creation, except those that have ended."""
     created = store.now
     await store.advance_clock(60_000)
     await store.settle("r", ReservationState.ACCEPTED, created=created)

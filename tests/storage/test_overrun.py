@@ -1,4 +1,4 @@
-"""What passes a limit on money since nobody knew the price: the script and the model count it alike."""
+"""Money spent beyond a limit because the price was unknown: script and model agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.valkey import Valkey
 @example(window=Window.TOTAL, room=100, price=101)
 @example(window=Window.MONTH, room=250, price=250)
 def test_overrun(valkey: Valkey, window: Window, room: int, price: int) -> None:
-    """A price that has risen since is booked in full, and as much of it as passes the limit is called an overrun."""
+    """A risen price is charged in full; the part beyond the limit counts as overrun."""
     machine = LedgerMachine(valkey.url)
     try:
         machine.set_upstream(late=True, now=True, count=0, money=2_000)

@@ -1,4 +1,4 @@
-"""What is followed is tried again for as long as Redis is away, and an outage is logged once."""
+"""Subscriptions reconnect for as long as Redis is unavailable, and an outage is logged once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FAILURES = 5
 
 
 class Subscriber(Protocol):
-    """What follows announcements for ever."""
+    """Follows announcements until cancelled."""
 
     async def run(self) -> None: ...
 
@@ -46,8 +46,8 @@ def _make_registry(connections: Connections, failed: OnError) -> Subscriber:
 
 
 @pytest.mark.parametrize("make", [_make_task_events, _make_registry])
-async def test_an_outage_is_followed_through(make: MakeSubscriber, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often it is tried while the store is away, it is heard again when it is back, and logs nothing itself."""
+async def test_reconnect(make: MakeSubscriber, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subscription retries without logging, and receives again once Redis is back."""
     for module in (tasks, registry):
         monkeypatch.setattr(module, "RECONNECT_SECONDS", 0.01)
     port, failures = find_free_port(), asyncio.Queue[RedisErrorKind]()
@@ -68,8 +68,8 @@ async def test_an_outage_is_followed_through(make: MakeSubscriber, monkeypatch: 
             await connections.aclose()
 
 
-async def test_an_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line when it begins and one when it ends, however much fails in between, of calls and of subscriptions."""
+async def test_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line at the start and one at the end, whatever fails in between."""
     monkeypatch.setattr(redis, "QUIET_SECONDS", 0)
     port, counted, calls = find_free_port(), list[RedisErrorKind](), list[RedisOutcome]()
     connections = connect(f"redis://127.0.0.1:{port}", timeout=5)
@@ -89,8 +89,8 @@ async def test_an_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert calls == ([RedisOutcome.UNAVAILABLE] * 20 + [RedisOutcome.OK] * 20) * 2
 
 
-def test_an_outage_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls that are answered among others that fail do not end an outage; a refusal by Redis begins one too."""
+def test_outage_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Successful calls among failing ones do not end an outage; an error response starts one too."""
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     outages = OutageLogger(lambda *_: None, lambda _: None)
@@ -110,7 +110,6 @@ def test_an_outage_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def _wait_for_failures(failures: asyncio.Queue[RedisErrorKind]) -> None:
-    """Wait until it has failed several times from now on."""
     while not failures.empty():
         failures.get_nowait()
     for _ in range(_FAILURES):
@@ -118,7 +117,7 @@ async def _wait_for_failures(failures: asyncio.Queue[RedisErrorKind]) -> None:
 
 
 async def _wait_for_message(connections: Connections, follower: Subscriber, logs: Sequence[Mapping[str, Any]]) -> None:
-    """Wait until it hears again, which it shows by the registry it took, or by what it says of nonsense."""
+    """Wait until it receives again: shown by the loaded registry, or by a log line about an invalid message."""
     while not (isinstance(follower, CachedRegistry) and follower.is_ready):
         await connections.commands.publish(KEYS.task_events_channel, b"nonsense")
         if any(each["event"] == "pubsub.invalid_message" for each in logs):

@@ -1,4 +1,4 @@
-"""How long what is kept in Redis is kept: all that belongs to a submission goes by itself, late enough to be of use."""
+"""Retention: everything about a submission expires by itself, but not too early."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ KEY = Idempotency("k", "c")
 SUCCEEDED_CHECK = CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(8, 0))
 
 
-async def test_all_goes_by_itself(store: SeededStore) -> None:
-    """Nothing is kept for ever but the registry, what it names, the clock, and what leads to that which is kept."""
+async def test_everything_expires(store: SeededStore) -> None:
+    """Only the registry, its references and the clock have no expiry."""
     await store.accept("r", KEY)
     await store.reserve("s")
     keys = store.keys
@@ -37,7 +37,7 @@ async def test_all_goes_by_itself(store: SeededStore) -> None:
 @pytest.mark.parametrize("outcome", [each for each in ReservationState if each is not ReservationState.RESERVED])
 @pytest.mark.parametrize("known", [True, False])
 async def test_outcomes(store: SeededStore, outcome: ReservationState, *, known: bool) -> None:
-    """A reservation is kept for the whole span from its outcome on, whether or not it was known before."""
+    """A reservation is kept for the whole retention from its outcome on, even if reserved long before."""
     if known:
         await store.reserve("r")
         await store.shorten_ttl(store.keys.reservation("r"))
@@ -46,13 +46,13 @@ async def test_outcomes(store: SeededStore, outcome: ReservationState, *, known:
 
 
 async def test_lost(store: SeededStore) -> None:
-    """The key of a submission that was lost is remembered for a day again."""
+    """The idempotency key of a lost submission is kept for another day."""
     await store.settle("r", ReservationState.ACCEPTED, idempotency=KEY)
     assert await store.ttl_ms(store.keys.idempotency(TENANT, "k")) == DAY_MS
 
 
 async def test_moved(store: SeededStore) -> None:
-    """A reservation that moves to another account is kept for the whole span from then on."""
+    """A change of account restarts the retention."""
     await store.reserve("r")
     await store.shorten_ttl(store.keys.reservation("r"))
     ask = ReserveRequest("r", TENANT, (SECOND,), Kind.UPSCALE)
@@ -61,7 +61,7 @@ async def test_moved(store: SeededStore) -> None:
 
 
 async def test_running(store: SeededStore) -> None:
-    """A task is kept for the whole span from its last check on, for as long as it runs."""
+    """A running task is kept for the whole retention from its last check on."""
     await store.accept("r")
     await store.shorten_ttl(store.keys.task("r"))
     await store.record_check(CheckResult(outcome=CheckOutcome.RUNNING))
@@ -69,7 +69,7 @@ async def test_running(store: SeededStore) -> None:
 
 
 async def test_ended(store: SeededStore) -> None:
-    """A task can be read for thirty days after its end; its reservation and its day are kept from then on too."""
+    """A task is kept for thirty days after its end, and so are its reservation and its day."""
     await store.accept("r")
     day = store.keys.usage(TENANT, START_MS // DAY_MS)
     await store.shorten_ttl(store.keys.reservation("r"))
@@ -81,7 +81,7 @@ async def test_ended(store: SeededStore) -> None:
 
 
 async def test_refunded(store: SeededStore) -> None:
-    """A refund keeps a reservation no longer than it was to be kept, but its day, which tells of the refund, is."""
+    """A refund does not extend a reservation, but does extend the day that records it."""
     await store.accept("r")
     await store.record_check(SUCCEEDED_CHECK)
     day = store.keys.usage(TENANT, START_MS // DAY_MS)
@@ -94,8 +94,8 @@ async def test_refunded(store: SeededStore) -> None:
     assert await store.ttl_ms(day) == 400 * DAY_MS
 
 
-async def test_told(store: SeededStore) -> None:
-    """What the balance tells of a doubtful submission keeps it no longer than it was to be kept."""
+async def test_inferred(store: SeededStore) -> None:
+    """An inferred charge does not extend the retention of a submission."""
     for count in (9, 8):
         await store.reserve(f"r{count}")
         await store.settle(f"r{count}", ReservationState.ACCEPTED, count)
@@ -113,7 +113,7 @@ async def test_told(store: SeededStore) -> None:
 
 
 async def test_list(store: SeededStore) -> None:
-    """The list of a tenant's tasks forgets those that nobody can read any more, and them only."""
+    """The list drops exactly the tasks that have expired."""
     await store.accept("old")
     await store.advance_clock(1)
     await store.accept("kept")
@@ -125,7 +125,7 @@ async def test_list(store: SeededStore) -> None:
 
 
 async def test_deleted(store: SeededStore) -> None:
-    """What is known of a deleted tenant or account stays for as long as its last tasks may need it, from each on."""
+    """State of a deleted tenant or account is kept for as long as its last tasks may need it."""
     await store.accept("r")
     owners = store.keys.tenant(TENANT), store.keys.account(FIRST)
     await store.write_registry(1, drop_tenants=TENANTS, drop_accounts=ACCOUNTS)
@@ -137,7 +137,7 @@ async def test_deleted(store: SeededStore) -> None:
 
 
 async def test_restored(store: SeededStore) -> None:
-    """A tenant or an account that is given back to a store is kept for ever again."""
+    """A restored tenant or account has no expiry again."""
     await store.accept("r")
     await store.write_registry(1, drop_tenants=TENANTS, drop_accounts=ACCOUNTS)
     await store.write_registry(2, tenants=TENANTS, accounts=ACCOUNTS)

@@ -1,4 +1,4 @@
-"""The Lua scripts on a real server do what the pure functions of the domain say, whatever happens in whatever order."""
+"""The Lua scripts agree with the model for any sequence of calls."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from tests.storage.delivery_machine import DeliveryMachine
 from tests.support.valkey import Valkey
 
 
-def test_scripts_do_what_the_model_says(valkey: Valkey) -> None:
-    """Every sequence of calls gives the same answers and leaves the same state in Redis and in the model."""
+def test_scripts_and_model(valkey: Valkey) -> None:
     run_state_machine_as_test(
         cast("type[RuleBasedStateMachine]", lambda: DeliveryMachine(valkey.url)),
         settings=settings(

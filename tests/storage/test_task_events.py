@@ -1,4 +1,4 @@
-"""What one process records is known to all at once, also after the connection was lost."""
+"""Task events reach all processes at once, also after a lost connection."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TIMEOUT_SECONDS = 20.0
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[Valkey]:
-    """A server on which connections may be cut."""
+    """Yield a server whose connections may be cut."""
     with run_valkey() as server:
         yield server
 
 
 @pytest.fixture
 async def kept(own: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoreFixture]:
-    """A tenant with one running task."""
+    """Yield a tenant with one running task."""
     monkeypatch.setattr(tasks, "RECONNECT_SECONDS", 0.01)
     async with open_store(own.url) as found:
         await found.accept_tasks("r1")
@@ -39,19 +39,17 @@ async def kept(own: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[St
 
 
 async def count_subscribers(client: Redis) -> int:
-    """How many listen on the channel of changes."""
     ((_, number),) = await client.pubsub_numsub(KEYS.task_events_channel)
     return int(number)
 
 
 async def subscriber_ids(client: Redis) -> set[str]:
-    """The connections that listen to anything."""
     return {each["id"] for each in await client.client_list(_type="pubsub")}
 
 
 @asynccontextmanager
 async def open_cache(url: str, client: Redis | None = None) -> AsyncIterator[TaskCache]:
-    """The board of another process, on which changes are posted as they come."""
+    """Open the task cache of another process, subscribed to the task events."""
     board, connections = TaskCache(DurationEstimator(2.5)), connect(url, timeout=5)
     following = asyncio.create_task(TaskEventSubscriber(connections.open_pubsub, KEYS.task_events_channel, board).run())
     try:
@@ -65,8 +63,8 @@ async def open_cache(url: str, client: Redis | None = None) -> AsyncIterator[Tas
         await connections.aclose()
 
 
-async def test_told_to_all(own: Valkey, kept: StoreFixture) -> None:
-    """A change wakes who waits for it in another process, with the task as it was recorded."""
+async def test_wakes_subscribers(own: Valkey, kept: StoreFixture) -> None:
+    """A change wakes subscribers in another process, with the recorded task."""
     async with open_cache(own.url, kept.client) as board:
         with board.subscribe("r1") as watcher:
             recorded = await kept.check_due_task(CheckOutcome.RUNNING)
@@ -80,8 +78,8 @@ async def test_told_to_all(own: Valkey, kept: StoreFixture) -> None:
         assert abs(last.known_at - await kept.now()) < TIMEOUT_SECONDS * 1000
 
 
-async def test_only_what_can_be_seen(kept: StoreFixture) -> None:
-    """Checks that change nothing are not announced."""
+async def test_only_visible_changes(kept: StoreFixture) -> None:
+    """Checks without a visible change are not published."""
     subscription = await kept.connections.open_pubsub()
     async with subscription as channel:
         await channel.subscribe(KEYS.task_events_channel)
@@ -95,8 +93,8 @@ async def test_only_what_can_be_seen(kept: StoreFixture) -> None:
     assert versions == [2, 3]
 
 
-async def test_a_lost_connection(own: Valkey, kept: StoreFixture) -> None:
-    """When the connection is lost a new one is made, and changes are heard again."""
+async def test_lost_connection(own: Valkey, kept: StoreFixture) -> None:
+    """A lost connection is replaced, and events are received again."""
     async with open_cache(own.url, kept.client) as board:
         with board.subscribe("r1") as watcher:
             (lost,) = await subscriber_ids(kept.client)
@@ -110,8 +108,8 @@ async def test_a_lost_connection(own: Valkey, kept: StoreFixture) -> None:
     assert seen.task.state is State.SUCCEEDED
 
 
-async def test_what_can_not_be_read(own: Valkey, kept: StoreFixture) -> None:
-    """An announcement of another version of the gateway is passed over, and the next one is heard."""
+async def test_invalid_message(own: Valkey, kept: StoreFixture) -> None:
+    """A message of another gateway version is skipped, and the next one is received."""
     async with open_cache(own.url, kept.client) as board:
         with board.subscribe("r1") as watcher:
             for odd in (b"", b"\xc1", b"\x93\xa2r1\x01\x80"):
@@ -120,8 +118,8 @@ async def test_what_can_not_be_read(own: Valkey, kept: StoreFixture) -> None:
             assert await watcher.wait_for_change(1, TIMEOUT_SECONDS)
 
 
-async def test_a_store_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who begins while the store is away hears of changes as soon as it is there."""
+async def test_store_starts_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subscription that starts during an outage receives events once Redis is up."""
     monkeypatch.setattr(tasks, "RECONNECT_SECONDS", 0.01)
     port = find_free_port()
     url = f"redis://127.0.0.1:{port}"

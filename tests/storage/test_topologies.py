@@ -1,4 +1,4 @@
-"""The ledger, the tasks and the registry work alike on one server, behind Sentinel and on a Cluster."""
+"""Ledger, tasks and registry on a single server, behind Sentinel and on a Cluster."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ ACCOUNT = Account(2, "main", b"sealed")
     scope="module", params=[run_single, run_on_socket, run_with_sentinel, run_cluster], ids=lambda made: made.__name__
 )
 def store(request: pytest.FixtureRequest) -> Iterator[RunningStore]:
-    """A store of each kind."""
+    """Yield a store of each topology."""
     with request.param() as made:
         yield made
 
 
-async def test_a_submission_from_reserve_to_receipt(store: RunningStore) -> None:
-    """Every script and every read does its work on every kind of store."""
+async def test_submission_from_reserve_to_cost(store: RunningStore) -> None:
     store.execute("FLUSHALL")
     connections = connect(store.url, timeout=5)
     scripts = RedisScripts(connections.commands)
@@ -95,8 +94,8 @@ async def test_a_submission_from_reserve_to_receipt(store: RunningStore) -> None
     await connections.aclose()
 
 
-async def test_a_lease_without_its_reservation(store: RunningStore) -> None:
-    """A lease whose reservation is gone is dropped, and does not hold up the others."""
+async def test_lease_without_reservation(store: RunningStore) -> None:
+    """A lease without its reservation is dropped and delays no other."""
     store.execute("FLUSHALL")
     connections = connect(store.url, timeout=5)
     client: Any = connections.commands
@@ -114,8 +113,7 @@ async def test_a_lease_without_its_reservation(store: RunningStore) -> None:
     await connections.aclose()
 
 
-async def test_a_change_of_the_registry_is_heard(store: RunningStore) -> None:
-    """What one process changes, another knows without being asked to look."""
+async def test_registry_change_is_received(store: RunningStore) -> None:
     store.execute("FLUSHALL")
     connections = connect(store.url, timeout=5)
     registry = RedisRegistry(RedisScripts(connections.commands), KEYS)

@@ -1,4 +1,4 @@
-"""Tasks that somebody looks at are checked often, the others ever more rarely, and each by one process at a time."""
+"""Watched tasks are checked often, others ever more rarely, each by one process at a time."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from tests.support.valkey import Valkey
 
 RUNNING, NO_RESPONSE, SUCCEEDED = CheckOutcome.RUNNING, CheckOutcome.NO_RESPONSE, CheckOutcome.SUCCEEDED
 SLACK_MS = 1_000
-"""Milliseconds that a test may take between two looks at the clock."""
+"""Milliseconds that a test may take between two reads of the clock."""
 HOUR = 3_600_000
 
 
 @pytest.fixture
 async def kept(valkey: Valkey) -> AsyncIterator[StoreFixture]:
-    """A tenant with one running task."""
+    """Yield a tenant with one running task."""
     async with open_store(valkey.url) as found:
         await found.accept_tasks("r1")
         yield found
 
 
 async def next_check_ms(kept: StoreFixture) -> int:
-    """In how many milliseconds the task is checked again."""
     due = await kept.next_check_ms("r1")
     assert due is not None
     return due
 
 
-async def test_what_is_known(kept: StoreFixture) -> None:
-    """Each task is given in the order asked for, with the time now; what is not known is None."""
+async def test_order(kept: StoreFixture) -> None:
+    """Tasks are returned in the requested order, with the current time; unknown ones are None."""
     await kept.accept_tasks("r2")
     found = await kept.tasks.touch(["r2", "never", "r1"])
     assert [each and each[0].reservation for each in found] == ["r2", None, "r1"]
@@ -41,8 +40,8 @@ async def test_what_is_known(kept: StoreFixture) -> None:
     assert abs(found[0][1] - await kept.now()) < SLACK_MS
 
 
-async def test_a_look_brings_the_check_forward(kept: StoreFixture) -> None:
-    """A task that nobody looked at for long is checked at once when somebody does, and then at every interval."""
+async def test_touch_brings_the_check_forward(kept: StoreFixture) -> None:
+    """Touching a task that was long unwatched schedules a check at once, then at every interval."""
     await kept.check_due_task(RUNNING)
     await kept.advance(HOUR)
     await kept.check_due_task(RUNNING)
@@ -55,8 +54,8 @@ async def test_a_look_brings_the_check_forward(kept: StoreFixture) -> None:
     assert await next_check_ms(kept) > kept.retention.check_interval_ms - SLACK_MS
 
 
-async def test_a_look_during_a_check(kept: StoreFixture) -> None:
-    """Who looks while the task is being checked has the next check come soon too."""
+async def test_touch_during_a_check(kept: StoreFixture) -> None:
+    """Touching a task during its check schedules the next one soon."""
     await kept.check_due_task(RUNNING)
     await kept.advance(HOUR)
     (due,) = await kept.tasks.claim_checks(1)
@@ -65,8 +64,7 @@ async def test_a_look_during_a_check(kept: StoreFixture) -> None:
     assert await next_check_ms(kept) <= kept.retention.check_interval_ms
 
 
-async def test_interest_wanes(kept: StoreFixture) -> None:
-    """A while after the last look the interval grows again."""
+async def test_interval_grows_again(kept: StoreFixture) -> None:
     await kept.tasks.touch(["r1"])
     assert 0 < await kept.client.pttl(KEYS.poll_watched("r1")) <= kept.retention.watched_ms
     await kept.client.pexpire(KEYS.poll_watched("r1"), 0)
@@ -75,8 +73,8 @@ async def test_interest_wanes(kept: StoreFixture) -> None:
     assert MAX_CHECK_INTERVAL_MS - SLACK_MS < await next_check_ms(kept) <= MAX_CHECK_INTERVAL_MS
 
 
-async def test_no_interest_in_the_past(kept: StoreFixture) -> None:
-    """A look at a task that has ended, or never was, leaves nothing behind and has nothing checked."""
+async def test_touch_of_ended_tasks(kept: StoreFixture) -> None:
+    """Touching an ended or unknown task stores nothing and schedules nothing."""
     await kept.check_due_task(SUCCEEDED)
     before = sorted(await kept.client.keys())
     await kept.tasks.touch(["r1", "never"])
@@ -85,7 +83,7 @@ async def test_no_interest_in_the_past(kept: StoreFixture) -> None:
 
 
 async def test_failing_checks(kept: StoreFixture) -> None:
-    """Checks that fail come ever more rarely, up to a minute, however many look on; one that works ends that."""
+    """Failing checks back off to a minute however often the task is touched; a success resets that."""
     intervals = []
     for _ in range(6):
         await kept.check_due_task(NO_RESPONSE)
@@ -98,7 +96,6 @@ async def test_failing_checks(kept: StoreFixture) -> None:
 
 
 async def test_claims(kept: StoreFixture) -> None:
-    """A task that is being checked is given to nobody else until the claim runs out."""
     await kept.advance(kept.retention.check_interval_ms)
     assert len(await kept.tasks.claim_checks(5)) == 1
     await kept.advance(kept.retention.claim_lease_ms - SLACK_MS)
@@ -107,8 +104,8 @@ async def test_claims(kept: StoreFixture) -> None:
     assert len(await kept.tasks.claim_checks(5)) == 1
 
 
-async def test_a_claim_that_ran_out(kept: StoreFixture) -> None:
-    """A slow check and the one that took its place record one end, and the task is not checked again."""
+async def test_expired_claim(kept: StoreFixture) -> None:
+    """A slow check and its replacement record one end, and the task is not checked again."""
     await kept.advance(kept.retention.check_interval_ms)
     (slow,) = await kept.tasks.claim_checks(5)
     await kept.advance(kept.retention.claim_lease_ms)
@@ -120,8 +117,8 @@ async def test_a_claim_that_ran_out(kept: StoreFixture) -> None:
     assert await kept.client.zcard(KEYS.poll_claimed) == 0
 
 
-async def test_a_task_that_vanished(kept: StoreFixture) -> None:
-    """A task whose key is gone is dropped from the watch and holds up no other."""
+async def test_lost_task(kept: StoreFixture) -> None:
+    """A task without its key is dropped and delays no other."""
     await kept.accept_tasks("r2")
     await kept.client.delete(KEYS.task("r1"))
     await kept.advance(kept.retention.check_interval_ms)

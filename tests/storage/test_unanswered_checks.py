@@ -1,4 +1,4 @@
-"""How long a task is waited for of which nothing usable is told: the script and the model agree on every sequence."""
+"""How long a task without a usable answer is checked: script and model agree."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ answers = st.tuples(
 )
 @example(told=[(INVALID, 50_000)] * 4 + [(NO_RESPONSE, 50_000), (RUNNING, 1)] + [(INVALID, 50_000)] * 2)
 @example(told=[(INVALID, 50_000)] * 4 + [(NO_RESPONSE, 50_000)] * 2 + [(INVALID, 50_000)] * 2)
-def test_patience(valkey: Valkey, told: list[tuple[CheckOutcome, int]]) -> None:
-    """Whatever is answered when, a task ends at the same check in Redis as in the model, with the same error."""
+def test_give_up(valkey: Valkey, told: list[tuple[CheckOutcome, int]]) -> None:
+    """For any sequence of answers, a task ends at the same check with the same error on both sides."""
     machine = LedgerMachine(valkey.url)
     try:
         name = machine.reserve(Kind.UPSCALE, ACCOUNTS, None)
