@@ -1,4 +1,4 @@
-"""Servers of results, good and bad, and a client that fetches from them."""
+"""Artifact servers, good and bad, and a client that fetches from them."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ SVG = b'<?xml version="1.0"?>\n<!-- made -->\n<svg xmlns="http://www.w3.org/2000
 
 
 def response_head(status: int = 200, **headers: str) -> bytes:
-    """The head of an answer; without other words a PNG of unknown length."""
+    """Return a response head, by default that of a PNG of unknown length."""
     fields = {"Content-Type": "image/png"} | {name.replace("_", "-"): text for name, text in headers.items()}
     lines = "".join(f"{name}: {text}\r\n" for name, text in fields.items() if text)
     return f"HTTP/1.1 {status} x\r\n{lines}\r\n".encode()
 
 
 def file_response(content: bytes = PNG_IMAGE, status: int = 200, **headers: str) -> bytes:
-    """An answer with its length."""
+    """Return a response with its length."""
     return response_head(status, **({"Content_Length": str(len(content))} | headers)) + content
 
 
 def chunked_body(*chunks: bytes, end: bool = True) -> bytes:
-    """Content in chunks."""
     return b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in chunks) + (b"0\r\n\r\n" if end else b"")
 
 
 async def read_request(connection: Connection) -> str:
-    """Read one request without content; its head."""
+    """Read one request without a body; returns its head."""
     found = await connection.reader.readuntil(b"\r\n\r\n")
     connection.server.requests.append((found, b""))
     connection.server.request_received.set()
@@ -52,7 +51,7 @@ async def read_request(connection: Connection) -> str:
 
 
 def send_pieces(*pieces: bytes) -> Handler:
-    """Send the pieces to each who asks, and close."""
+    """Send the pieces to each client, then close."""
 
     async def serve(connection: Connection) -> None:
         await read_request(connection)
@@ -63,7 +62,7 @@ def send_pieces(*pieces: bytes) -> Handler:
 
 
 def send_and_hold(*pieces: bytes, disconnected: asyncio.Event | None = None) -> Handler:
-    """Send the pieces, and then nothing until the client goes, which `left` tells."""
+    """Send the pieces, then nothing until the client disconnects, which sets `disconnected`."""
 
     async def serve(connection: Connection) -> None:
         await read_request(connection)
@@ -77,7 +76,7 @@ def send_and_hold(*pieces: bytes, disconnected: asyncio.Event | None = None) -> 
 
 
 def send_range(*pieces: bytes, content: bytes = PNG_IMAGE) -> Handler:
-    """Send the pieces to a request for a part of `content`, and its beginning to a request for that."""
+    """Send the pieces to a range request for `content`, and the real first bytes to a request for those."""
 
     async def serve(connection: Connection) -> None:
         request = await read_request(connection)
@@ -95,7 +94,7 @@ def send_range(*pieces: bytes, content: bytes = PNG_IMAGE) -> Handler:
 
 @dataclass
 class Fetcher:
-    """A client, and what it told its observer."""
+    """A client, and the outcomes that it reported."""
 
     client: ArtifactClient
     outcomes: list[StrEnum] = field(default_factory=list)
@@ -110,7 +109,6 @@ class Fetcher:
         requested: RangeRequest | None = None,
         recent: bool = False,
     ) -> AsyncIterator[ArtifactStream]:
-        """Fetch a result within the block."""
         async with self.client.fetch(
             account, Artifact(name, url), requested or RangeRequest(), is_recent=recent
         ) as fetched:
@@ -124,20 +122,18 @@ class Fetcher:
         requested: RangeRequest | None = None,
         recent: bool = False,
     ) -> tuple[ArtifactStream, bytes]:
-        """Fetch a result to its end."""
         async with self.fetch(url, name, requested=requested, recent=recent) as fetched:
             return fetched, b"".join([chunk async for chunk in fetched.chunks])
 
     @property
     def outcome(self) -> StrEnum:
-        """What became of the only fetch."""
         (outcome,) = self.outcomes
         return outcome
 
 
 @cache
 def _tls_context() -> ssl.SSLContext:
-    """Made once, since it takes a while."""
+    """Return a shared context: creating one is slow."""
     return httpx2.create_ssl_context()
 
 
@@ -148,7 +144,7 @@ def make_fetcher(
     timeouts: FetchTimeouts | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> Fetcher:
-    """A client whose upstream is this machine."""
+    """Return a client whose upstream is on localhost."""
     outcomes: list[StrEnum] = []
 
     def observe(operation: StrEnum, outcome: StrEnum, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The upstream's client as the tests of its contract use it."""
+"""The upstream client, set up for its contract tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FACE = FaceEnhanceOptions()
 
 @dataclass
 class Caller:
-    """A client, and what it told its observer."""
+    """A client, and what it reported to its observer."""
 
     client: UpstreamClient
     observations: list[tuple[StrEnum, StrEnum]] = field(default_factory=list)
@@ -31,17 +31,14 @@ class Caller:
     async def submit(
         self, *, account: Account = ACCOUNT, options: Options = _FACE, image: Image = IMAGE, seconds: float = 10
     ) -> SubmitResult:
-        """Submit something."""
         return await self.client.submit(account, options, image, timeout_seconds=seconds)
 
     async def check(self, upstream_id: str = "t-1", *, account: Account = ACCOUNT) -> CheckResult:
-        """Ask about a task."""
         return await self.client.check(account, upstream_id)
 
 
 @asynccontextmanager
 async def open_caller(base_url: str) -> AsyncIterator[Caller]:
-    """A client of an upstream."""
     seen: list[tuple[StrEnum, StrEnum]] = []
 
     def observe(operation: StrEnum, outcome: StrEnum, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Servers and clients meet on the event loop of production."""
+"""Run the contract tests on uvloop, the event loop of production."""
 
 from __future__ import annotations
 
@@ -12,6 +12,5 @@ import uvloop
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], AbstractEventLoop]]:
-    """Run these tests on uvloop."""
     del config, item
     return {"uvloop": uvloop.new_event_loop}

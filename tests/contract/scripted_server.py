@@ -1,4 +1,4 @@
-"""A server that answers as badly as a test wants, and remembers what it was sent."""
+"""A scripted server that records the requests it receives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 @dataclass
 class ScriptedServer:
-    """What a server was sent: connections made, and requests with their heads and bodies."""
+    """Connections made to the server, and requests received with heads and bodies."""
 
     url: str = ""
     connections: int = 0
@@ -25,14 +25,12 @@ class ScriptedServer:
 
 @dataclass
 class Connection:
-    """One connection to a server."""
-
     server: ScriptedServer
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
     async def receive(self) -> bool:
-        """Read one request; False where no other comes."""
+        """Read one request. Returns False at the end of the connection."""
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
@@ -44,18 +42,17 @@ class Connection:
         return True
 
     async def send(self, data: bytes) -> None:
-        """Send some bytes at once."""
         self.writer.write(data)
         await self.writer.drain()
 
     def reset(self) -> None:
-        """End it by a TCP reset."""
+        """Close with a TCP reset."""
         linger = struct.pack("ii", 1, 0)
         self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.writer.transport.abort()
 
     async def wait_closed(self) -> None:
-        """Answer nothing until the client goes."""
+        """Send nothing until the client disconnects."""
         while await self.reader.read(65_536):
             pass
 
@@ -64,23 +61,23 @@ Handler: TypeAlias = Callable[[Connection], Awaitable[None]]
 
 
 def http_response(body: bytes, status: int = 200, **headers: str) -> bytes:
-    """An HTTP answer with its length."""
+    """Return an HTTP response with its length."""
     fields = {"Content-Length": str(len(body))} | {name.replace("_", "-"): text for name, text in headers.items()}
     head = "".join(f"{name}: {text}\r\n" for name, text in fields.items())
     return f"HTTP/1.1 {status} x\r\n{head}\r\n".encode() + body
 
 
 def vendor_response(**content: Any) -> bytes:
-    """An HTTP answer as the vendor gives it."""
+    """Return an HTTP response in the vendor's format."""
     return http_response(json.dumps(content).encode(), Content_Type="application/json")
 
 
 ACCEPTED_RESPONSE = vendor_response(err_code=0, task_id="t-1", remaining_count=4, remaining_money=2)
-"""The answer to a submit that was accepted."""
+"""The response to an accepted submit."""
 
 
 def reply_with(*pieces: bytes) -> Handler:
-    """Read each request, and send the pieces as the answer."""
+    """Read each request, and send the pieces as its response."""
 
     async def serve(connection: Connection) -> None:
         while await connection.receive():
@@ -91,7 +88,7 @@ def reply_with(*pieces: bytes) -> Handler:
 
 
 def reply_and_close(data: bytes = b"") -> Handler:
-    """Read a request, send some bytes, and close."""
+    """Read a request, send the data, and close."""
 
     async def serve(connection: Connection) -> None:
         await connection.receive()
@@ -107,18 +104,18 @@ async def reset_after_request(connection: Connection) -> None:
 
 
 async def reset_immediately(connection: Connection) -> None:
-    """Reset the connection with nothing read."""
+    """Reset the connection without reading."""
     connection.reset()
 
 
 async def redirect_to_self(connection: Connection) -> None:
-    """Send the client to the same place again."""
+    """Redirect to the same URL."""
     await connection.receive()
     await connection.send(http_response(b"", 307, Location=f"{connection.server.url}/api/submit_task"))
 
 
 async def never_reply(connection: Connection) -> None:
-    """Read a request and never answer."""
+    """Read a request and never respond."""
     await connection.receive()
     await connection.wait_closed()
 
@@ -127,7 +124,7 @@ async def never_reply(connection: Connection) -> None:
 async def run_server(
     serve: Handler, *, port: int = 0, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[ScriptedServer]:
-    """A server on 127.0.0.1 that does the same with every connection; at the end all of them are cut."""
+    """Run a server on 127.0.0.1 that handles every connection alike; all are cut at the end."""
     peer = ScriptedServer()
     tasks: set[asyncio.Task[None]] = set()
 

@@ -1,4 +1,4 @@
-"""Results come from their servers as they are, or not at all."""
+"""Artifacts are passed on unchanged, or not at all."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ IMAGE, VECTOR, GRID = ArtifactName.IMAGE, ArtifactName.VECTOR, ArtifactName.GRID
 LAST_MODIFIED = "Sat, 31 Jan 2026 12:00:00 GMT"
 
 
-async def test_whole() -> None:
-    """A result comes whole, with its length and its version, over a plain request."""
+async def test_complete() -> None:
+    """An artifact arrives complete, with its length and version, over a plain request."""
     content = PNG_IMAGE * 500
     caller = make_fetcher()
     answer = file_response(content, ETag='"v1"', Last_Modified=LAST_MODIFIED, Accept_Ranges="bytes", Set_Cookie="a=b")
@@ -68,7 +68,7 @@ async def test_whole() -> None:
     ],
 )
 async def test_types(name: ArtifactName, said: str, content: bytes, media_type: str) -> None:
-    """A result is of the type of its bytes, whatever its server calls it and however little comes first."""
+    """The type is that of the bytes, whatever the server claims and however small the first chunk is."""
     caller = make_fetcher()
     answer = response_head(Content_Type=said, Transfer_Encoding="chunked")
     pieces = chunked_body(content[:1], content[1:2], content[2:])
@@ -96,8 +96,8 @@ async def test_types(name: ArtifactName, said: str, content: bytes, media_type: 
         (IMAGE, file_response(b"400;chunk-signature=0a\r\n" + PNG_IMAGE, Content_Encoding="aws-chunked")),
     ],
 )
-async def test_something_else(name: ArtifactName, answer: bytes) -> None:
-    """What is no image, or not the kind of image that the result is, is not passed on."""
+async def test_wrong_type(name: ArtifactName, answer: bytes) -> None:
+    """Content that is no image, or of the wrong kind, is not passed on."""
     caller = make_fetcher()
     async with run_server(send_pieces(answer)) as peer:
         with pytest.raises(UpstreamInvalidResponse):
@@ -107,7 +107,7 @@ async def test_something_else(name: ArtifactName, answer: bytes) -> None:
 
 @pytest.mark.parametrize("coding", ["aws-chunked", "utf-8", "none", "identity", "gzip", "br, x", ""])
 async def test_codings_of_plain_bytes(coding: str) -> None:
-    """A content coding that its server names over plain bytes is ignored."""
+    """A content coding declared for plain bytes is ignored."""
     async with run_server(send_pieces(file_response(Content_Encoding=coding))) as peer:
         _, found = await make_fetcher().fetch_all(peer.url)
     assert found == PNG_IMAGE
@@ -115,7 +115,7 @@ async def test_codings_of_plain_bytes(coding: str) -> None:
 
 @pytest.mark.parametrize("status", [201, 204, 206, 300, 304, 401, 403, 404, 410, 416, 418])
 async def test_refused(status: int) -> None:
-    """A server that does not have the result any more, or answers out of order, gives nothing to pass on."""
+    """A server that lost the artifact, or violates HTTP, yields nothing."""
     async with run_server(send_pieces(file_response(PNG_IMAGE if status not in {204, 304} else b"", status))) as peer:
         with pytest.raises(UpstreamInvalidResponse):
             await make_fetcher().fetch_all(peer.url)
@@ -126,8 +126,8 @@ async def test_refused(status: int) -> None:
     [(status, False) for status in (408, 425, 429, 500, 502, 503, 504)]
     + [(status, True) for status in (403, 404, 408, 425)],
 )
-async def test_not_now(status: int, recent: bool) -> None:
-    """A server that has trouble of its own may be asked again, and so may one that lacks what was just finished."""
+async def test_temporary_errors(status: int, recent: bool) -> None:
+    """Server errors, and a 404 for a result just finished, may be retried."""
     caller = make_fetcher()
     async with run_server(send_pieces(file_response(b"<html>", status))) as peer:
         with pytest.raises(UpstreamUnavailable) as caught:
@@ -137,7 +137,7 @@ async def test_not_now(status: int, recent: bool) -> None:
 
 
 async def test_range() -> None:
-    """A range is asked for, and comes as a part that says where it belongs."""
+    """A range is requested, and the part states its position."""
     caller = make_fetcher()
     answer = file_response(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
     async with run_server(send_range(answer)) as peer:
@@ -154,7 +154,7 @@ async def test_range() -> None:
 
 
 async def test_type_of_a_part() -> None:
-    """A part from the middle is preceded by the first bytes of the file once, and by nothing once those were seen."""
+    """A middle part is preceded once by a fetch of the first bytes."""
     caller, asked = make_fetcher(), RangeRequest(range="bytes=2-5")
     answer = file_response(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
     async with run_server(send_range(answer)) as peer:
@@ -169,8 +169,8 @@ async def test_type_of_a_part() -> None:
     assert len(caller.client._type_cache._types) == 2
 
 
-async def test_type_of_a_whole_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a whole file was seen to be holds for its parts, for the latest files of so many."""
+async def test_type_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The type of a complete file is remembered for its parts, for a bounded number of files."""
     monkeypatch.setattr(artifacts, "MAX_CACHED_TYPES", 1)
     caller, asked = make_fetcher(), RangeRequest(range="bytes=2-")
     part = file_response(PNG_IMAGE[2:], 206, Content_Range=f"bytes 2-{len(PNG_IMAGE) - 1}/{len(PNG_IMAGE)}")
@@ -193,8 +193,8 @@ async def test_type_of_a_whole_is_remembered(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("content", [b"<html></html>", artifact_server.SVG, b""])
 @pytest.mark.parametrize("content_range", ["bytes 0-3/10", "bytes 2-5/10", "bytes 2-5/*"])
-async def test_part_of_something_else(content: bytes, content_range: str) -> None:
-    """A part of what is no image by its first bytes is refused, whatever it is called, and each time."""
+async def test_part_of_wrong_type(content: bytes, content_range: str) -> None:
+    """A part of a file that is no image is refused, each time."""
     caller = make_fetcher()
     async with run_server(
         send_range(file_response(b"<htm", 206, Content_Range=content_range), content=content)
@@ -204,8 +204,8 @@ async def test_part_of_something_else(content: bytes, content_range: str) -> Non
                 await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=0-"))
 
 
-async def test_short_part_of_the_beginning() -> None:
-    """A part that is too short to tell what it is part of is judged by more of the file, of which it has to be part."""
+async def test_short_first_part() -> None:
+    """A part too short for its type is checked against more of the file."""
     for beginning, fits in ((PNG_IMAGE[:2], True), (b"<h", False)):
         answer = file_response(beginning, 206, Content_Range="bytes 0-1/10")
         async with run_server(send_range(answer)) as peer:
@@ -232,7 +232,7 @@ async def test_short_part_of_the_beginning() -> None:
     ],
 )
 async def test_wrong_ranges(content_range: str) -> None:
-    """A part that is not the one it says, says nothing, or is of too large a whole, is not passed on."""
+    """A part that does not match its range, has none, or is of too large a file is not passed on."""
     async with run_server(send_pieces(file_response(b"cdef", 206, Content_Range=content_range))) as peer:
         with pytest.raises(UpstreamInvalidResponse):
             await make_fetcher().fetch_all(peer.url, requested=RangeRequest(range="bytes=2-5"))
@@ -240,7 +240,7 @@ async def test_wrong_ranges(content_range: str) -> None:
 
 @pytest.mark.parametrize(("told", "passed_on"), [("bytes */10", "bytes */10"), ("", None), ("x", None)])
 async def test_no_such_range(told: str, passed_on: str | None) -> None:
-    """A range beyond the end is told with the size of the whole, if that is told."""
+    """A range beyond the end is reported with the total size, if that is known."""
     caller = make_fetcher()
     async with run_server(send_pieces(file_response(b"", 416, Content_Range=told))) as peer:
         with pytest.raises(RangeNotSatisfiable) as caught:
@@ -250,8 +250,7 @@ async def test_no_such_range(told: str, passed_on: str | None) -> None:
 
 
 @pytest.mark.parametrize("asked", [RangeRequest(if_none_match='"v1"'), RangeRequest(if_modified_since=LAST_MODIFIED)])
-async def test_known_already(asked: RangeRequest) -> None:
-    """What is known already does not come again."""
+async def test_not_modified(asked: RangeRequest) -> None:
     caller = make_fetcher()
     async with run_server(send_pieces(response_head(304, ETag='"v1"'))) as peer:
         fetched, found = await caller.fetch_all(peer.url, requested=asked)
@@ -260,7 +259,6 @@ async def test_known_already(asked: RangeRequest) -> None:
 
 
 async def test_malformed_versions() -> None:
-    """A version that has not the form of one is not passed on."""
     async with run_server(
         send_pieces(file_response(ETag='"a\x01"', Last_Modified="a\tb", Accept_Ranges="none"))
     ) as peer:
@@ -269,7 +267,7 @@ async def test_malformed_versions() -> None:
 
 
 async def test_announced_as_too_large() -> None:
-    """A result that is announced as larger than allowed is refused, and not read."""
+    """An artifact announced as too large is refused without reading it."""
     caller, left = make_fetcher(), asyncio.Event()
     serve = send_and_hold(response_head(Content_Length=str(MAX_BYTES + 1)), PNG_IMAGE, disconnected=left)
     async with run_server(serve) as peer, asyncio.timeout(10):
@@ -278,8 +276,8 @@ async def test_announced_as_too_large() -> None:
         await left.wait()
 
 
-async def test_leaving() -> None:
-    """Who wants no more of a result ends the fetch, and with it the connection."""
+async def test_disconnect() -> None:
+    """Closing the stream ends the fetch and its connection."""
     caller, left = make_fetcher(), asyncio.Event()
     serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=left)
     async with run_server(serve) as peer, asyncio.timeout(10):
@@ -289,8 +287,8 @@ async def test_leaving() -> None:
     assert caller.outcome == FetchOutcome.CANCELLED
 
 
-async def test_leaving_early() -> None:
-    """Who leaves before anything came ends the fetch, and with it the connection."""
+async def test_early_disconnect() -> None:
+    """Closing before the first byte ends the fetch and its connection."""
     caller, left = make_fetcher(), asyncio.Event()
     async with run_server(send_and_hold(disconnected=left)) as peer, asyncio.timeout(10):
         reading = asyncio.create_task(caller.fetch_all(peer.url))
@@ -303,7 +301,7 @@ async def test_leaving_early() -> None:
 
 
 async def test_too_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are only so many fetches at once, and each that ends makes room for another."""
+    """Fetches are bounded; each that ends admits another."""
     monkeypatch.setattr(artifacts, "MAX_CONCURRENT_FETCHES", 1)
     caller = make_fetcher()
     async with run_server(send_pieces(file_response())) as peer:

@@ -1,4 +1,4 @@
-"""Results that break off, never end, or can't be reached."""
+"""Artifacts that are cut off, never end, or cannot be fetched."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHORT_TIMEOUTS = FetchTimeouts(first_byte_seconds=0.2, idle_seconds=0.2)
 
 
 async def test_dead_address() -> None:
-    """Where nobody listens, the reader is told to try again, and not where that is."""
+    """A refused connection may be retried; the error does not show the address."""
     caller, port = make_fetcher(), find_free_port()
     with capture_logs() as logs, pytest.raises(UpstreamUnavailable) as caught:
         await caller.fetch_all(f"http://127.0.0.1:{port}/secret?signature=secret")
@@ -44,7 +44,7 @@ async def test_dead_address() -> None:
 
 
 async def test_no_descriptor() -> None:
-    """For want of a descriptor the reader is asked to come again, and the upstream is not to blame."""
+    """Without a file descriptor the client is asked to retry, and the upstream is not blamed."""
     caller = make_fetcher()
     async with run_server(send_pieces(file_response())) as peer:
         with exhaust_descriptors(), pytest.raises(Overloaded) as caught:
@@ -55,14 +55,13 @@ async def test_no_descriptor() -> None:
 
 @pytest.mark.parametrize("url", ["http://two..dots/1.png", f"http://{'x' * 64}.example/1.png"])
 async def test_unknown_host(url: str) -> None:
-    """A name without an address can't be reached either."""
     with pytest.raises((UpstreamUnavailable, UpstreamInvalidResponse)):
         await make_fetcher().fetch_all(url)
 
 
 @pytest.mark.parametrize("pieces", [(), (CHUNKED,), (response_head(Content_Length="9", Content_Type=""), b"12345678")])
 async def test_slow_first_byte(pieces: tuple[bytes, ...]) -> None:
-    """A server that does not come to the point is given up, and let go."""
+    """The fetch times out without a first byte."""
     caller, left = make_fetcher(timeouts=SHORT_TIMEOUTS), asyncio.Event()
     async with run_server(send_and_hold(*pieces, disconnected=left)) as peer, asyncio.timeout(10):
         with pytest.raises(UpstreamUnavailable):
@@ -84,14 +83,12 @@ async def test_slow_first_byte(pieces: tuple[bytes, ...]) -> None:
     ],
 )
 async def test_broken_before_the_first_byte(answer: bytes) -> None:
-    """A server that breaks off before the first byte gives nothing to pass on."""
     async with run_server(send_pieces(answer)) as peer:
         with pytest.raises(UpstreamInvalidResponse):
             await make_fetcher().fetch_all(peer.url, requested=RangeRequest(range="bytes=2-5"))
 
 
 async def test_reset() -> None:
-    """A connection that is reset gives nothing to pass on."""
     async with run_server(reset_immediately) as peer:
         with pytest.raises(UpstreamInvalidResponse):
             await make_fetcher().fetch_all(peer.url)
@@ -109,7 +106,7 @@ async def test_reset() -> None:
     ids=["length", "chunked", "nonsense", "short part", "short part until the end of the connection"],
 )
 async def test_cut_off(pieces: tuple[bytes, ...]) -> None:
-    """A result of which the end is missing is not taken for whole."""
+    """A truncated artifact is reported as such."""
     caller = make_fetcher()
     async with run_server(send_pieces(*pieces)) as peer:
         with pytest.raises(TransferAborted):
@@ -118,7 +115,7 @@ async def test_cut_off(pieces: tuple[bytes, ...]) -> None:
 
 
 async def test_idle() -> None:
-    """A server that stops in the middle is given up, and let go."""
+    """A fetch that stalls in the middle times out."""
     caller, left = make_fetcher(timeouts=SHORT_TIMEOUTS), asyncio.Event()
     serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=left)
     async with run_server(serve) as peer, asyncio.timeout(10):
@@ -128,7 +125,7 @@ async def test_idle() -> None:
 
 
 async def test_endless() -> None:
-    """A result that does not end is broken off at the limit."""
+    """An endless artifact is cut off at the size limit."""
     caller, left = make_fetcher(), asyncio.Event()
 
     async def serve(connection: Connection) -> None:
@@ -151,7 +148,7 @@ async def test_endless() -> None:
 
 
 async def test_longer_part() -> None:
-    """Of a part that goes on beyond its range nothing more is passed on."""
+    """Bytes beyond the requested range are not passed on."""
     answer = response_head(206, Content_Range="bytes 2-5/10", Transfer_Encoding="chunked")
     async with run_server(send_range(answer, chunked_body(b"cd", b"efgh"))) as peer:
         with pytest.raises(TransferAborted):
@@ -162,7 +159,7 @@ async def test_longer_part() -> None:
 
 
 async def test_two_lengths() -> None:
-    """Where content comes in chunks, a length beside it is not passed on, for it means nothing."""
+    """With chunked transfer, a Content-Length is not passed on."""
     async with run_server(
         send_pieces(response_head(Content_Length="3", Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE))
     ) as peer:

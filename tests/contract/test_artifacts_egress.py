@@ -1,4 +1,4 @@
-"""Where results are fetched from, whatever the upstream and its servers say."""
+"""Artifacts are fetched only from allowed addresses, whatever the upstream and its servers answer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PRIVATE_URLS = [
 
 
 def make_resolver(names: Mapping[str, Sequence[IpAddress]]) -> Resolver:
-    """A name server that knows these."""
+    """Return a resolver for these names."""
 
     async def resolver(host: str) -> Sequence[IpAddress]:
         if host not in names:
@@ -46,7 +46,7 @@ def make_resolver(names: Mapping[str, Sequence[IpAddress]]) -> Resolver:
 
 
 def redirect_through(*locations: str) -> Handler:
-    """Send who asks on to one location after the other, and then give the result."""
+    """Redirect through the locations, then send the artifact."""
     left = iter(locations)
 
     async def serve(connection: Connection) -> None:
@@ -63,7 +63,7 @@ def redirect_through(*locations: str) -> Handler:
 
 @pytest.mark.parametrize("url", PRIVATE_URLS)
 async def test_private_address(url: str) -> None:
-    """A result at a private address is not fetched for an account whose upstream is elsewhere."""
+    """An artifact at a private address is refused for an account whose upstream is elsewhere."""
     caller = make_fetcher("http://upstream.example")
     async with run_server(send_pieces(file_response())) as peer:
         with pytest.raises(UpstreamInvalidResponse) as caught:
@@ -75,7 +75,6 @@ async def test_private_address(url: str) -> None:
 
 @pytest.mark.parametrize("url", PRIVATE_URLS[:-1])
 async def test_redirect_to_private_address(url: str) -> None:
-    """A server can't send the gateway on to a private address."""
     resolver = make_resolver(
         {"upstream.example": [LOOPBACK], "localhost": [LOOPBACK], "2130706433": [LOOPBACK]}
         | {text: [ip_address(text)] for text in ("127.0.0.1", "::1", "::ffff:127.0.0.1", "10.0.0.1", "169.254.169.254")}
@@ -91,7 +90,7 @@ async def test_redirect_to_private_address(url: str) -> None:
 
 
 async def test_own_upstream() -> None:
-    """A private address is fetched from for the account whose own upstream is there, and for no other."""
+    """A private address is allowed only for the account whose upstream has it."""
     caller = make_fetcher(
         "http://other.example", resolver=make_resolver({"files.internal": [LOOPBACK], "other.example": [LOOPBACK]})
     )
@@ -114,7 +113,7 @@ async def test_own_upstream() -> None:
 
 
 async def test_changing_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that means a private address the second time is not followed there."""
+    """A name that resolves to a private address the second time is refused."""
     monkeypatch.setattr(artifacts, "is_public", lambda ip: ip == LOOPBACK)
     answers = iter([[LOOPBACK], [OTHER_LOOPBACK]])
 
@@ -129,7 +128,7 @@ async def test_changing_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_redirects() -> None:
-    """Redirects are followed, relative ones too, with what was asked for; each connection is closed before the next."""
+    """Redirects, relative ones too, keep the request; each connection closes before the next opens."""
     caller = make_fetcher()
     async with run_server(redirect_through("/2.png", "{url}/3.png?a=b", "4.png")) as peer:
         _, found = await caller.fetch_all(
@@ -142,15 +141,14 @@ async def test_redirects() -> None:
     assert caller.outcome == FetchOutcome.DONE
 
 
-async def test_key_in_the_address() -> None:
-    """The key of the account is put back into an address that is kept without it."""
+async def test_key_in_the_url() -> None:
+    """The account's key is put back into a URL stored without it."""
     async with run_server(send_pieces(file_response())) as peer:
         await make_fetcher().fetch_all(f"{peer.url}/1.png?k=%7Buser_key%7D")
     assert peer.requests[0][0].startswith(f"GET /1.png?k={USER_KEY} HTTP/1.1\r\n".encode())
 
 
 async def test_too_many_redirects() -> None:
-    """Who is sent on too often gives up."""
     async with run_server(redirect_through(*["/"] * MAX_REDIRECTS)) as peer:
         await make_fetcher().fetch_all(peer.url)
     async with run_server(redirect_through(*["/"] * (MAX_REDIRECTS + 1))) as peer:
@@ -173,21 +171,20 @@ async def test_too_many_redirects() -> None:
     ],
 )
 async def test_redirects_to_nowhere(location: str) -> None:
-    """A redirect to what can't be fetched over HTTP leads to nothing, or back to where it came from."""
+    """A redirect to a non-HTTP URL, or in a circle, fails."""
     async with run_server(redirect_through(*[location] * 9)) as peer:
         with pytest.raises((UpstreamInvalidResponse, UpstreamUnavailable)):
             await make_fetcher().fetch_all(peer.url)
 
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/1.png", "http://", "http://[/", "x", "http://a:b/"])
-async def test_no_address(url: str) -> None:
-    """What is no address of HTTP is not fetched."""
+async def test_invalid_url(url: str) -> None:
     with pytest.raises((UpstreamInvalidResponse, UpstreamUnavailable)):
         await make_fetcher().fetch_all(url)
 
 
 async def test_downgrade(tmp_path: Path) -> None:
-    """From a safe connection nobody is sent on to one that is not safe; the other way round is welcome."""
+    """A redirect from HTTPS to HTTP is refused; the other direction is followed."""
     trusted, context = create_certificate(tmp_path)
     tls = ssl.create_default_context(cafile=str(trusted))
     async with (
@@ -205,7 +202,6 @@ async def test_downgrade(tmp_path: Path) -> None:
 
 
 async def test_certificate(tmp_path: Path) -> None:
-    """A server with a certificate that is not trusted gives nothing."""
     _, context = create_certificate(tmp_path)
     async with run_server(send_pieces(file_response()), tls=context) as peer, asyncio.timeout(10):
         with pytest.raises(UpstreamUnavailable):

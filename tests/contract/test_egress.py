@@ -1,4 +1,4 @@
-"""Connections go to checked addresses, whatever names resolve to."""
+"""Connections go only to checked addresses, whatever names resolve to."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.support.certificates import create_certificate
 
 LOOPBACK = ip_address("127.0.0.1")
 UNUSED_ADDRESS = ip_address("127.0.0.2")
-"""Belongs to this machine too, but the servers of these tests do not listen there."""
+"""A loopback address on which no server of these tests listens."""
 
 
 @pytest.mark.parametrize("text", ["8.8.8.8", "1.1.1.1", "172.32.0.1", "2606:4700::1111", "64:ff9b::808:808"])
 def test_public(text: str) -> None:
-    """Addresses of the internet are public, also as IPv4 seen from an IPv6 network."""
+    """Addresses of the internet are public, also as IPv4 mapped into IPv6."""
     assert is_public(ip_address(text))
 
 
@@ -84,7 +84,7 @@ def test_public(text: str) -> None:
     ],
 )
 def test_not_public(text: str) -> None:
-    """Addresses of this machine or its network are not public, nor such that lead to IPv4, nor reserved ones."""
+    """Private, reserved and IPv4-translating addresses are not public."""
     assert not is_public(ip_address(text))
 
 
@@ -93,19 +93,18 @@ def test_not_public(text: str) -> None:
     [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("127.1", "127.0.0.1"), ("0x7f000001", "127.0.0.1")],
 )
 async def test_literals(host: str, address: str) -> None:
-    """An address in any of its spellings resolves to itself."""
+    """An address in any spelling resolves to itself."""
     assert await resolve_host(host) == [ip_address(address)]
 
 
 @pytest.mark.parametrize("host", ["", "two..dots", f"{'x' * 64}.example"])
 async def test_unknown_hosts(host: str) -> None:
-    """A host without an address is unknown."""
     with pytest.raises(UnknownHost):
         await resolve_host(host)
 
 
 def make_resolver(*answers: Sequence[IpAddress]) -> Resolver:
-    """A name server that gives other answers each time."""
+    """Return a resolver that gives the next of these answers each time."""
     left = iter(answers)
 
     async def resolver(_: str) -> Sequence[IpAddress]:
@@ -115,7 +114,6 @@ def make_resolver(*answers: Sequence[IpAddress]) -> Resolver:
 
 
 def allow_any(_host: str, _ip: IpAddress) -> bool:
-    """Allow everything."""
     return True
 
 
@@ -123,7 +121,6 @@ def allow_any(_host: str, _ip: IpAddress) -> bool:
 async def open_client(
     resolver: Resolver, allow: AllowAddress = allow_any, *, tls: ssl.SSLContext | None = None, seconds: float = 10
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client that resolves names so."""
     transport = GuardedTransport(allow, tls=tls or httpx2.create_ssl_context(), resolver=resolver)
     timeout = httpx2.Timeout(10, connect=seconds)
     async with httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout) as found:
@@ -131,12 +128,12 @@ async def open_client(
 
 
 def with_hostname(url: str) -> str:
-    """The URL of a server under a name."""
+    """Return a server's URL with another hostname."""
     return url.replace("127.0.0.1", "Files.Example")
 
 
 async def test_resolved_once() -> None:
-    """What was checked is what is connected to, though the name server would say something else by then."""
+    """The checked address is the one connected to, although the next resolution would differ."""
     asked: list[tuple[str, IpAddress]] = []
 
     def allow(host: str, ip: IpAddress) -> bool:
@@ -155,7 +152,7 @@ async def test_resolved_once() -> None:
 
 
 async def test_each_request_is_checked() -> None:
-    """Nothing is sent over a connection that an earlier request was allowed to make."""
+    """A connection that an earlier request was allowed to make is not reused unchecked."""
     verdicts = iter([True, False])
     async with (
         run_server(reply_with(http_response(b""))) as peer,
@@ -168,8 +165,8 @@ async def test_each_request_is_checked() -> None:
         assert len(peer.requests) == 1
 
 
-async def test_only_allowed_ones() -> None:
-    """Of several addresses only those are tried which are allowed."""
+async def test_only_allowed_addresses() -> None:
+    """Of several addresses only the allowed ones are tried."""
     async with (
         run_server(reply_with(http_response(b""))) as peer,
         open_client(make_resolver([LOOPBACK, UNUSED_ADDRESS]), lambda _host, ip: ip == UNUSED_ADDRESS) as caller,
@@ -180,7 +177,7 @@ async def test_only_allowed_ones() -> None:
 
 
 async def test_next_address() -> None:
-    """Where one address does not take the connection, the next one gets the whole request, under the name."""
+    """If an address refuses the connection, the next one gets the whole request with the hostname."""
     async with (
         run_server(reply_with(http_response(b"fine"))) as peer,
         open_client(make_resolver([UNUSED_ADDRESS, LOOPBACK])) as caller,
@@ -193,8 +190,8 @@ async def test_next_address() -> None:
         assert body == b"content"
 
 
-async def test_address_that_swallows() -> None:
-    """An address at which connections never come about leaves time for the others."""
+async def test_address_without_answer() -> None:
+    """An address that never answers leaves time for the others."""
     with socket.create_server((str(UNUSED_ADDRESS), 0), backlog=0) as deaf:
         port = deaf.getsockname()[1]
         waiting = [socket.socket() for _ in range(3)]
@@ -213,8 +210,8 @@ async def test_address_that_swallows() -> None:
                 each.close()
 
 
-async def test_slow_name_server() -> None:
-    """A name server that does not answer is waited for no longer than for a connection."""
+async def test_slow_resolver() -> None:
+    """Resolution shares the connect timeout."""
 
     async def resolver(_: str) -> Sequence[IpAddress]:
         await asyncio.Event().wait()
@@ -226,7 +223,7 @@ async def test_slow_name_server() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "localhost", "2130706433"])
-async def test_this_machine(host: str) -> None:
+async def test_loopback(host: str) -> None:
     """This machine is not public under any of its names."""
     async with open_client(resolve_host, lambda _host, ip: is_public(ip)) as caller:
         with pytest.raises(AddressRefused):
@@ -234,7 +231,7 @@ async def test_this_machine(host: str) -> None:
 
 
 async def test_certificates(tmp_path: Path) -> None:
-    """A server shows a certificate for its name; one for its address is not enough."""
+    """The certificate must match the hostname; one for the address is not enough."""
     for subject, trusted in (("files.example", True), ("127.0.0.1", False)):
         public_part, context = create_certificate(tmp_path, subject)
         tls = ssl.create_default_context(cafile=str(public_part))

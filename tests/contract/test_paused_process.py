@@ -1,4 +1,4 @@
-"""A process that was stopped for longer than its time limits reads what has arrived before it gives up."""
+"""A process that was stopped for longer than its timeouts reads what has arrived before it times out."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ LIMIT_SECONDS = 0.4
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process does nothing until it is told to go on."""
+    """Return whether a process is stopped by a signal."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize(("read", "seconds"), [(LIMIT_SECONDS, 30), (30, LIMIT_SECONDS)])
-async def test_response_that_arrived_in_a_pause(loop: str, read: float, seconds: float) -> None:
-    """A response that arrived while the process was stopped counts, whichever time limit has passed meanwhile."""
+async def test_response_during_a_pause(loop: str, read: float, seconds: float) -> None:
+    """A response that arrived while the process was stopped counts, whatever timeout has passed."""
     child: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def stopping(connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP server over real connections: framing, limits, deadlines, refusals, and its end."""
+"""The HTTP server on real connections: framing, limits, deadlines, rejections and shutdown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _frequent_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Application:
-    """Responds by path; `requests` are the methods and paths it was called with."""
+    """Responds by path; `requests` holds the methods and paths received."""
 
     def __init__(self) -> None:
         self.requests: list[str] = []
@@ -90,7 +90,6 @@ class Application:
 
 @asynccontextmanager
 async def open_connection(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """Open a raw connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
     try:
         yield reader, writer
@@ -99,7 +98,7 @@ async def open_connection(url: str) -> AsyncIterator[tuple[asyncio.StreamReader,
 
 
 async def exchange(url: str, *pieces: bytes) -> bytes:
-    """Send pieces, each to be read on its own, and read until the server closes."""
+    """Send pieces, each in a packet of its own, and read until the server closes."""
     async with open_connection(url) as (reader, writer):
         for piece in pieces:
             writer.write(piece)
@@ -110,18 +109,15 @@ async def exchange(url: str, *pieces: bytes) -> bytes:
 
 
 def build_request(target: str = "/", *fields: str, method: str = "GET", version: str = "1.1") -> bytes:
-    """Build the head of a request."""
     host = () if version == "1.0" else ("Host: x",)
     return "\r\n".join([f"{method} {target} HTTP/{version}", *host, *fields, "", ""]).encode()
 
 
 def chunked_body(*pieces: bytes, trailer: bytes = b"") -> bytes:
-    """Frame a body in chunks."""
     return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n" + trailer + b"\r\n"
 
 
 def parse_statuses(received: bytes) -> list[int]:
-    """Find the statuses of the responses."""
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
 
 
@@ -191,7 +187,7 @@ async def test_trailer_fields_are_bounded_and_no_header_fields() -> None:
 
 
 async def test_a_trailer_field_does_not_silence_a_connection() -> None:
-    """Requests behind it would never be answered: to the parser the connection is closed."""
+    """Otherwise the requests behind it would never be answered: to the parser the connection is closed."""
     fields = ("Transfer-Encoding: chunked",)
     body = chunked_body(b"x", trailer=b"Connection: close\r\n")
     async with serve_app(Application(), limits=IDLE_LIMITS) as url:
@@ -397,7 +393,7 @@ async def test_connections_beyond_the_cap_replace_idle_ones_or_wait() -> None:
 
 
 class ExhaustedSocket(socket.socket):
-    """A listening socket that twice finds no descriptor for a connection."""
+    """A listening socket that fails twice for lack of a descriptor."""
 
     faults = 2
 
@@ -418,7 +414,7 @@ async def test_connections_wait_while_descriptors_are_missing() -> None:
 
 
 async def test_many_new_connections_are_accepted_at_once() -> None:
-    """Of connections that wait together, all are accepted before the loop turns to what they send."""
+    """All pending connections are accepted before the loop handles their data."""
     accepted_at_first_request = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -472,7 +468,7 @@ async def test_a_server_that_stops_cuts_off_what_does_not_end() -> None:
     assert app.disconnected.is_set()
 
 
-async def test_a_client_that_leaves_is_noticed_also_with_requests_behind_the_first() -> None:
+async def test_a_client_that_disconnects_is_noticed_also_with_requests_behind_the_first() -> None:
     app = Application()
     async with serve_app(app) as url:
         async with open_connection(url) as (_, writer):

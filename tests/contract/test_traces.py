@@ -1,4 +1,4 @@
-"""What is recorded of calls to others, and what these are told of it."""
+"""Spans of outgoing calls, and the trace context that these send."""
 
 from __future__ import annotations
 
@@ -42,13 +42,11 @@ def _ignore(*_: object) -> None:
 
 
 async def submit(url: str, tracer: Tracer, *, seconds: float = 10) -> None:
-    """Submit an image."""
     async with UpstreamClient(url, CIPHER, DEFAULT_CATALOGUE, on_call=_ignore, tracer=tracer) as client:
         await client.submit(ACCOUNT, FaceEnhanceOptions(), IMAGE, timeout_seconds=seconds)
 
 
 async def send_webhook(url: str, tracer: Tracer) -> WebhookResponse:
-    """Tell a tenant's server something."""
     hook = Webhook(url, ("127.0.0.0/8",))
     return await WebhookClient(tracer=tracer, timeout_seconds=5).post(
         f"{url}/secret-path?{RECEIVER_QUERY}", {}, b"{}", hook
@@ -56,7 +54,6 @@ async def send_webhook(url: str, tracer: Tracer) -> WebhookResponse:
 
 
 async def fetch(url: str, tracer: Tracer) -> None:
-    """Fetch a result."""
     client = ArtifactClient(url, max_bytes=1_000_000, on_call=_ignore, tracer=tracer)
     artifact = Artifact(ArtifactName.IMAGE, f"{url}/files/secret-path.png?signature=of-the-file")
     async with client.fetch(ACCOUNT, artifact, RangeRequest()) as fetched:
@@ -64,7 +61,7 @@ async def fetch(url: str, tracer: Tracer) -> None:
 
 
 def request_headers(peer: ScriptedServer) -> list[dict[str, str]]:
-    """The headers of the requests that a server got."""
+    """Return the headers of the requests that a server received."""
     return [
         {name.lower(): value for name, _, value in (line.partition(": ") for line in sent.decode().split("\r\n")[1:])}
         for sent, _ in peer.requests
@@ -72,7 +69,7 @@ def request_headers(peer: ScriptedServer) -> list[dict[str, str]]:
 
 
 def child_spans(recorder: SpanRecorder) -> list[RecordedSpan]:
-    """All spans but the request's own, whose parts they have to be."""
+    """Return all spans but the request's own, and require them to be its children."""
     *found, request = recorder.spans
     assert {each.parent_id for each in found} <= {request.span_id}
     assert {each.trace_id for each in found} <= {request.trace_id}
@@ -81,7 +78,7 @@ def child_spans(recorder: SpanRecorder) -> list[RecordedSpan]:
 
 
 async def test_submit() -> None:
-    """A submit is recorded as a request to the upstream, which is told nothing of the trace."""
+    """A submit is recorded as a request to the upstream, without trace headers."""
     recorder = SpanRecorder()
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer:
         with recorder.tracer.start_request_span(make_http_scope()):
@@ -110,7 +107,7 @@ async def test_submit() -> None:
     ],
 )
 async def test_failures(serve: Handler, seconds: float, attributes: Mapping[str, Any]) -> None:
-    """A call that fails tells how, by a status or the sort of the fault, without its words."""
+    """A failed call records a status or an error type, without its message."""
     recorder = SpanRecorder()
     async with run_server(serve) as peer:
         with recorder.tracer.start_request_span(make_http_scope()):
@@ -120,8 +117,7 @@ async def test_failures(serve: Handler, seconds: float, attributes: Mapping[str,
     assert {name: span.attributes.get(name) for name in attributes} == attributes
 
 
-async def test_nobody_there() -> None:
-    """A call that makes no connection is recorded as well."""
+async def test_connection_refused() -> None:
     recorder = SpanRecorder()
     with recorder.tracer.start_request_span(make_http_scope()):
         await submit(f"http://127.0.0.1:{find_free_port()}", recorder.tracer)
@@ -129,8 +125,8 @@ async def test_nobody_there() -> None:
     assert span.attributes["error.type"] == "httpx2.ConnectError"
 
 
-async def test_receivers_are_told() -> None:
-    """A tenant's server is told the trace, and of its address no more than the host is recorded."""
+async def test_webhook_trace_headers() -> None:
+    """A webhook carries the trace context; only the host of its URL is recorded."""
     recorder = SpanRecorder()
     async with run_server(reply_with(http_response(b"", 204))) as peer:
         with recorder.tracer.start_request_span(make_http_scope()):
@@ -143,8 +139,7 @@ async def test_receivers_are_told() -> None:
     assert RECEIVER_QUERY not in str(recorder.spans)
 
 
-async def test_receivers_of_what_is_not_recorded() -> None:
-    """Where nothing is recorded nothing is told."""
+async def test_no_trace_headers_when_not_recorded() -> None:
     recorder = SpanRecorder()
     async with run_server(reply_with(http_response(b"", 204))) as peer:
         await send_webhook(peer.url, recorder.tracer)
@@ -152,8 +147,8 @@ async def test_receivers_of_what_is_not_recorded() -> None:
     assert recorder.spans == []
 
 
-async def test_results() -> None:
-    """Each hop to a result is recorded; where it is kept is not told of it, and recorded by its host alone."""
+async def test_artifacts() -> None:
+    """Each hop to an artifact is recorded by its host, without trace headers."""
     recorder = SpanRecorder()
     async with run_server(send_pieces(file_response())) as there:
         moved = send_pieces(response_head(302, Location=f"{there.url}/secret-path", Content_Length="0"))
@@ -172,8 +167,7 @@ async def test_results() -> None:
     assert "signature" not in str(recorder.spans)
 
 
-async def test_missing_result() -> None:
-    """A result that is not there is an error of the call."""
+async def test_missing_artifact() -> None:
     recorder = SpanRecorder()
     async with run_server(send_pieces(response_head(404, Content_Length="0"))) as peer:
         with recorder.tracer.start_request_span(make_http_scope()), pytest.raises(GatewayError):
@@ -182,8 +176,8 @@ async def test_missing_result() -> None:
     assert span.attributes["error.type"] == "404"
 
 
-async def test_work_goes_on() -> None:
-    """What goes on when its request has ended, as when a client has left, is recorded as a part of it all the same."""
+async def test_work_after_the_request() -> None:
+    """Work that continues after its request has ended is recorded as part of it."""
     recorder = SpanRecorder()
     go = asyncio.Event()
 
@@ -204,7 +198,7 @@ async def test_work_goes_on() -> None:
 
 
 async def test_scripts(valkey: Valkey) -> None:
-    """A script of the store is recorded by its name, and nothing that it was given is."""
+    """A script is recorded by its name, without its arguments."""
     recorder = SpanRecorder()
     async with Redis.from_url(valkey.url) as client:
         with recorder.tracer.start_request_span(make_http_scope()):
@@ -222,7 +216,7 @@ async def test_scripts(valkey: Valkey) -> None:
 
 
 async def test_reads(valkey: Valkey) -> None:
-    """Plain commands are recorded by the name of the only one, or as so many, without what they are about."""
+    """Plain commands are recorded by the name of the only one, or their number, without keys."""
     recorder = SpanRecorder()
     async with Redis.from_url(valkey.url) as client:
         scripts = RedisScripts(client, tracer=recorder.tracer)
@@ -235,8 +229,8 @@ async def test_reads(valkey: Valkey) -> None:
     assert "a-key" not in str(recorder.spans)
 
 
-async def test_store_away() -> None:
-    """A store that is away is an error of the call, by what the client met and not by what callers are told."""
+async def test_store_unavailable() -> None:
+    """The error recorded is the client's own, not the one that callers get."""
     recorder = SpanRecorder()
     async with Redis.from_url(f"redis://127.0.0.1:{find_free_port()}") as client:
         with recorder.tracer.start_request_span(make_http_scope()), pytest.raises(LedgerUnavailable):
@@ -247,7 +241,7 @@ async def test_store_away() -> None:
 
 
 async def test_follow_up() -> None:
-    """What follows later has a trace of its own that points to its cause, whatever the share, or is not recorded."""
+    """Later work has a trace of its own with a link to its cause, whatever the sampling ratio."""
     recorder, none = SpanRecorder(), SpanRecorder(share=0.0)
     with recorder.tracer.start_request_span(make_http_scope()):
         cause = recorder.tracer.current_traceparent()
@@ -268,8 +262,8 @@ async def test_follow_up() -> None:
     assert work.trace_id != request.trace_id
 
 
-async def test_unusable_addresses() -> None:
-    """Whatever an address looks like, recording it never fails, and what identifies somebody in it is left out."""
+async def test_unusual_urls() -> None:
+    """Any URL can be recorded, and credentials in it are left out."""
     recorder = SpanRecorder()
     for url in ("http://user:password@host:1/x?y#z", "http://[::1/x", "http://host:port/", "", "http://höst/\ud800"):
         with (

@@ -1,4 +1,4 @@
-"""Checks of tasks, and what the client of the upstream keeps to itself."""
+"""Checks of tasks, and secrets of the upstream client."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ from tests.contract.scripted_server import (
 )
 
 
-async def test_checks_keep_their_connection() -> None:
-    """Checks are small forms, and share a connection."""
+async def test_checks_reuse_their_connection() -> None:
     async with (
         run_server(reply_with(vendor_response(err_code=0, status="Pending"))) as peer,
         open_caller(peer.url) as caller,
@@ -58,7 +57,7 @@ async def test_checks_keep_their_connection() -> None:
     ],
 )
 async def test_checks(serve: Handler, answered: CheckOutcome) -> None:
-    """A check tells what was answered, or that nothing was, and is made once."""
+    """A check is sent once, and returns the answer, or that there was none."""
     async with run_server(serve) as peer, open_caller(peer.url) as caller:
         assert (await caller.check()).outcome is answered
         assert caller.observations == [(UpstreamOperation.CHECK, answered)]
@@ -66,7 +65,7 @@ async def test_checks(serve: Handler, answered: CheckOutcome) -> None:
 
 
 async def test_unusable_links_are_logged_once() -> None:
-    """A link that leads nowhere is logged once per task and field, without what it is."""
+    """A bad link is logged once per task and field, without the link."""
     first = vendor_response(err_code=0, status="Completed", images_url="ftp://secret/y", vector_url={"a": 1})
     with capture_logs() as logs:
         async with run_server(reply_with(first)) as peer, open_caller(peer.url) as caller:
@@ -80,7 +79,7 @@ async def test_unusable_links_are_logged_once() -> None:
 
 
 async def test_links_with_the_key() -> None:
-    """A link that holds the key of the account is returned without it, or not at all."""
+    """A link that contains the account's key is returned without it, or not at all."""
     finished = vendor_response(
         err_code=0, status="Completed", images_url=f"/1.png?k={USER_KEY}", grid_url=f"/{USER_KEY.encode().hex()}.png"
     )
@@ -93,7 +92,7 @@ async def test_links_with_the_key() -> None:
 
 
 async def test_relative_links() -> None:
-    """A link is relative to the address that was called, of the account's own upstream."""
+    """A link is relative to the URL called, of the account's own upstream."""
     finished = vendor_response(err_code=0, status="Completed", images_url="/files/1.png", grid_url="2.png")
     async with run_server(reply_with(finished)) as peer, open_caller("http://127.0.0.1:1") as caller:
         account = Account(1, "other", ACCOUNT.user_key, base_url=f"{peer.url}/deep/")
@@ -101,15 +100,13 @@ async def test_relative_links() -> None:
     assert [each.url for each in found] == [f"{peer.url}/files/1.png", f"{peer.url}/deep/api/2.png"]
 
 
-async def test_check_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check that is not answered ends by itself."""
+async def test_check_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "CHECK_SECONDS", 0.1)
     async with run_server(never_reply) as peer, open_caller(peer.url) as caller, asyncio.timeout(5):
         assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
 
 
 async def test_no_cookies() -> None:
-    """Cookies that the other side sets are not sent back."""
     pending = http_response(b'{"err_code": 0, "status": "x"}', Set_Cookie="a=b; Path=/")
     async with run_server(reply_with(pending)) as peer, open_caller(peer.url) as caller:
         await caller.check()
@@ -129,7 +126,7 @@ async def test_no_cookies() -> None:
     ],
 )
 async def test_key_stays_secret(serve: Handler, caplog: pytest.LogCaptureFixture) -> None:
-    """The key is in no log, not even at the finest level, in no result, and in nothing that can be printed."""
+    """The key is in no log line, even at debug level, in no result and in no repr."""
     caplog.set_level(logging.DEBUG)
     with capture_logs() as logs:
         async with run_server(serve) as peer, open_caller(peer.url) as caller:
@@ -139,8 +136,8 @@ async def test_key_stays_secret(serve: Handler, caplog: pytest.LogCaptureFixture
     assert USER_KEY.encode().hex() not in repr(shown)
 
 
-async def test_broken_observer() -> None:
-    """A fault in counting a call does not lose what the call returned."""
+async def test_failing_observer() -> None:
+    """A failure while counting a call does not lose its result."""
 
     def observe(*_: object) -> None:
         raise RuntimeError("a broken observer")

@@ -1,4 +1,4 @@
-"""Submits of which nothing was sent: no connection, no turn, no use in trying."""
+"""Submits that were certainly not sent: no connection, no free slot, open circuit breaker."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ ACCEPTED, UNKNOWN, NOT_SENT = SubmitOutcome.ACCEPTED, SubmitOutcome.UNKNOWN, Sub
 
 
 async def test_refused() -> None:
-    """Where nobody listens, nothing was sent."""
     async with open_caller(f"http://127.0.0.1:{find_free_port()}") as caller:
         assert (await caller.submit()).outcome is NOT_SENT
         assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
@@ -54,7 +53,7 @@ async def test_refused() -> None:
 
 @contextmanager
 def unreachable_address() -> Iterator[str]:
-    """An address where connections are never made: the queue of its listener is full."""
+    """Yield an address where connections time out: the listener's queue is full."""
     with ExitStack() as sockets:
         listener = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(3):
@@ -65,14 +64,13 @@ def unreachable_address() -> Iterator[str]:
 
 
 async def test_deadline_while_connecting() -> None:
-    """A deadline that passes before there is a connection means that nothing was sent."""
     with unreachable_address() as url:
         async with open_caller(url) as caller:
             assert (await caller.submit(seconds=0.2)).outcome is NOT_SENT
 
 
 async def test_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that takes too long means that nothing was sent, well before the deadline."""
+    """A slow connect ends well before the deadline, with nothing sent."""
     monkeypatch.setattr(http, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1).as_dict())
     with unreachable_address() as url:
         async with open_caller(url) as caller, asyncio.timeout(5):
@@ -93,8 +91,7 @@ async def test_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
         f"http://{'é' * 90}",
     ],
 )
-async def test_unusable_address(url: str) -> None:
-    """An address that is none means that nothing was sent."""
+async def test_unusable_url(url: str) -> None:
     async with open_caller(url) as caller:
         assert (await caller.submit()).outcome is NOT_SENT
         assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
@@ -102,14 +99,13 @@ async def test_unusable_address(url: str) -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1.5])
 async def test_no_time_left(seconds: float) -> None:
-    """Without any time left nothing is sent."""
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         assert (await caller.submit(seconds=seconds)).outcome is NOT_SENT
     assert peer.connections == 0
 
 
 async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over TLS nothing is sent to a server whose certificate is not trusted."""
+    """Nothing is sent to a server with an untrusted certificate."""
     trusted, context = create_certificate(tmp_path)
     async with run_server(reply_with(ACCEPTED_RESPONSE), tls=context) as peer:
         async with open_caller(peer.url) as caller:
@@ -121,19 +117,18 @@ async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def reply_in_plain_http(connection: Connection) -> None:
-    """Answer in plain HTTP whatever comes."""
+    """Respond in plain HTTP to a TLS client."""
     await connection.send(b"HTTP/1.1 400 Bad\r\n\r\n")
 
 
 @pytest.mark.parametrize("serve", [reply_in_plain_http, reset_immediately])
 async def test_no_tls(serve: Handler) -> None:
-    """Where the handshake of TLS fails, nothing was sent."""
     async with run_server(serve) as peer, open_caller(peer.url.replace("http://", "https://")) as caller:
         assert (await caller.submit()).outcome is NOT_SENT
 
 
 async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits in vain for a turn sent nothing; checks have turns of their own."""
+    """A submit that waits for a slot until its deadline is not sent; checks have slots of their own."""
     monkeypatch.setattr(http, "MAX_REQUESTS", 1)
 
     async def serve(connection: Connection) -> None:
@@ -152,8 +147,8 @@ async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await first).outcome is UNKNOWN
 
 
-async def test_turn_that_comes_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A submit whose turn comes when its time is over is not sent, although what has arrived would still be read."""
+async def test_slot_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submit that gets a slot after its deadline is not sent, although data already received would still be read."""
     monkeypatch.setattr(http, "MAX_REQUESTS", 1)
     async with run_server(never_reply) as peer, open_caller(peer.url) as caller:
         first = asyncio.create_task(caller.submit())
@@ -166,8 +161,8 @@ async def test_turn_that_comes_after_a_pause(monkeypatch: pytest.MonkeyPatch) ->
     assert peer.connections == 1
 
 
-async def test_gate_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A submit that was cancelled, before or after it was sent, gives its turn to the next."""
+async def test_slot_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancelled submit, sent or not, releases its slot."""
     monkeypatch.setattr(http, "MAX_REQUESTS", 1)
     async with run_server(never_reply) as peer, open_caller(peer.url) as caller:
         sent, waiting = asyncio.create_task(caller.submit()), asyncio.create_task(caller.submit())
@@ -184,7 +179,7 @@ async def test_gate_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_breaker() -> None:
-    """After failures to connect in a row nobody tries for a while, neither to submit nor to check."""
+    """After consecutive connection failures neither submits nor checks are tried for a while."""
     port = find_free_port()
     async with open_caller(f"http://127.0.0.1:{port}") as caller:
         for _ in range(BREAKER_THRESHOLD):
@@ -200,8 +195,7 @@ async def test_breaker() -> None:
             assert (await caller.submit(account=elsewhere)).outcome is ACCEPTED
 
 
-async def test_breaker_counts_in_a_row() -> None:
-    """A connection that was made ends the row of failures."""
+async def test_breaker_counts_consecutive_failures() -> None:
     port = find_free_port()
     async with open_caller(f"http://127.0.0.1:{port}") as caller:
         for _ in range(2):
@@ -211,8 +205,8 @@ async def test_breaker_counts_in_a_row() -> None:
                 assert (await caller.submit()).outcome is ACCEPTED
 
 
-async def test_trial_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As soon as a trial has its connection others are admitted, however long its answer takes."""
+async def test_trial_admits_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as a trial is connected others are admitted, however slow its response is."""
     monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.0)
     port = find_free_port()
     async with open_caller(f"http://127.0.0.1:{port}") as caller:
@@ -226,8 +220,8 @@ async def test_trial_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) ->
         assert len(peer.requests) == 2
 
 
-async def test_breaker_ignores_what_was_sent() -> None:
-    """Answers that can't be used, and waits that were given up, do not open the breaker."""
+async def test_breaker_ignores_sent_requests() -> None:
+    """Unusable responses and timeouts after sending do not open the breaker."""
     async with run_server(reset_after_request) as peer, open_caller(peer.url) as caller:
         for _ in range(2 * BREAKER_THRESHOLD):
             assert (await caller.submit()).outcome is UNKNOWN
@@ -242,7 +236,7 @@ async def test_breaker_ignores_what_was_sent() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 async def test_no_descriptor(host: str) -> None:
-    """What fails for want of a descriptor was not sent, and does not count against the upstream."""
+    """A failure for lack of a descriptor counts as not sent, and not against the upstream."""
     async with (
         run_server(reply_with(ACCEPTED_RESPONSE)) as peer,
         open_caller(peer.url.replace("127.0.0.1", host)) as caller,
@@ -256,8 +250,8 @@ async def test_no_descriptor(host: str) -> None:
     assert len(peer.requests) == 1
 
 
-async def test_no_descriptor_for_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first call of a process may lack the descriptor to import what it needs, before it connects."""
+async def test_no_descriptor_for_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call may lack the descriptor to import a module before it connects."""
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         for name in [name for name in sys.modules if name.startswith("anyio._backends")]:
             monkeypatch.delitem(sys.modules, name)
@@ -271,7 +265,7 @@ async def test_no_descriptor_for_a_module(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_no_buffer_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once sending has begun, an error of this machine leaves it unknown whether the request arrived."""
+    """A local error once sending has begun leaves the outcome unknown."""
 
     async def send(_: SocketStream, _item: bytes) -> None:
         raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
@@ -281,8 +275,8 @@ async def test_no_buffer_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await caller.submit()).outcome is UNKNOWN
 
 
-async def test_no_descriptor_while_answered() -> None:
-    """A request that is under way needs no further descriptor."""
+async def test_no_descriptor_while_waiting() -> None:
+    """A request in progress needs no further descriptor."""
 
     async def serve(connection: Connection) -> None:
         with exhaust_descriptors():
@@ -295,7 +289,6 @@ async def test_no_descriptor_while_answered() -> None:
 
 
 async def test_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proxies that the environment names are not used: images and keys go where they are meant to go."""
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as proxy, run_server(reply_with(ACCEPTED_RESPONSE)) as peer:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         monkeypatch.setenv("ALL_PROXY", proxy.url)
@@ -304,8 +297,8 @@ async def test_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert (proxy.connections, peer.connections) == (0, 1)
 
 
-async def test_key_that_can_not_be_opened() -> None:
-    """An account whose key was sealed by a secret key that is gone sends nothing, and is told from one out of reach."""
+async def test_undecryptable_key() -> None:
+    """An account whose key was encrypted with a lost secret key sends nothing, and is reported apart."""
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         account = Account(1, "main", b"sealed by another")
         with capture_logs() as logs:

@@ -1,4 +1,4 @@
-"""The upstream's client against the sandbox, another reading of the vendor's document."""
+"""The upstream client against the sandbox, an independent reading of the vendor's document."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IMAGE, VECTOR, GRID = ArtifactName.IMAGE, ArtifactName.VECTOR, ArtifactName.GRID
 
 @pytest.fixture
 async def sandbox() -> AsyncIterator[RunningSandbox]:
-    """An upstream that works at once."""
+    """Yield an upstream whose tasks take no time."""
     accounts = {USER_KEY: AccountBalance(2, 10), "empty": AccountBalance(0, 0)}
     async with open_sandbox(SandboxConfig(accounts=accounts, seconds=0)) as sandbox:
         yield sandbox
@@ -64,7 +64,7 @@ LOGO = png_image(encode_image(draw_logo()))
 async def test_kinds(
     sandbox: RunningSandbox, caller: Caller, options: Options, content: bytes, artifacts: set[ArtifactName]
 ) -> None:
-    """Each kind is accepted, paid for, carried out, and its results can be fetched."""
+    """Each kind is accepted, charged and finished, and its artifacts can be fetched."""
     submitted = await caller.submit(options=options, image=png_image(content))
     assert submitted.outcome is SubmitOutcome.ACCEPTED
     assert submitted.balance == Balance(1, 1000)
@@ -82,7 +82,7 @@ async def test_kinds(
 
 
 async def test_refusals(caller: Caller) -> None:
-    """The three refusals of a submit are told apart."""
+    """The three refusals of a submit are distinguished."""
     assert (await caller.submit(account=UNKNOWN_ACCOUNT)).outcome is SubmitOutcome.INVALID_ACCOUNT
     assert (await caller.submit(account=EMPTY, image=LOGO)).outcome is SubmitOutcome.EXHAUSTED
     broken = await caller.submit(image=png_image(b"no image at all"))
@@ -92,7 +92,7 @@ async def test_refusals(caller: Caller) -> None:
 
 @pytest.mark.parametrize("spelling", ["Completed", "COMPLETED", "completed"])
 async def test_spellings(sandbox: RunningSandbox, caller: Caller, spelling: str) -> None:
-    """States are read in every spelling, those of running, finished, failed and unknown tasks."""
+    """States are parsed in every letter case."""
     dials = msgspec.convert({"spelling": spelling, "faults": [{"on": "submit", "fail": "x", "times": 1}]}, Behaviour)
     await sandbox.control.set_behaviour(dials)
     failed, finished = [(await caller.submit(image=LOGO)).upstream_id for _ in range(2)]
@@ -105,7 +105,7 @@ async def test_spellings(sandbox: RunningSandbox, caller: Caller, spelling: str)
 
 @pytest.mark.parametrize("colon", [":", "："])
 async def test_colons(sandbox: RunningSandbox, caller: Caller, colon: str) -> None:
-    """The reason of a rejection is read behind a colon of either width."""
+    """The reason of a rejection is parsed behind an ASCII or a full-width colon."""
     await sandbox.control.set_behaviour(msgspec.convert({"colon": colon, "faults": [{"reject": "坏"}]}, Behaviour))
     rejected = await caller.submit(image=LOGO)
     assert (rejected.outcome, rejected.reason) == (SubmitOutcome.REJECTED, "坏")
@@ -134,7 +134,7 @@ async def test_colons(sandbox: RunningSandbox, caller: Caller, colon: str) -> No
 async def test_faults(
     sandbox: RunningSandbox, caller: Caller, fault: Fault, outcome: SubmitOutcome, charged: bool
 ) -> None:
-    """Whatever goes wrong with a submit, it arrives once, and is called free only where nothing was charged."""
+    """Whatever fails, a submit arrives once, and is free only if nothing was charged."""
     await sandbox.control.set_behaviour(Behaviour(faults=(fault,)))
     submitted = await caller.submit(image=LOGO, seconds=1)
     assert submitted.outcome is outcome
@@ -153,8 +153,8 @@ async def test_faults(
         ("missing", Balance()),
     ],
 )
-async def test_figures(sandbox: RunningSandbox, caller: Caller, way: str, figures: Balance) -> None:
-    """Figures of a wrong type are read where they can be, and are none otherwise."""
+async def test_balances(sandbox: RunningSandbox, caller: Caller, way: str, figures: Balance) -> None:
+    """Balances of a wrong type are parsed if possible, otherwise absent."""
     fault = msgspec.convert({"wrong": {"remaining_count": way, "remaining_money": way}}, Fault)
     await sandbox.control.set_behaviour(Behaviour(faults=(fault,)))
     submitted = await caller.submit(image=LOGO)
@@ -162,7 +162,6 @@ async def test_figures(sandbox: RunningSandbox, caller: Caller, way: str, figure
 
 
 async def test_null_state(sandbox: RunningSandbox, caller: Caller) -> None:
-    """A state that is null says nothing about the task."""
     submitted = await caller.submit(image=LOGO)
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(on="check", wrong={"status": "null"}, times=1),)))
     assert (await caller.check(submitted.upstream_id)).outcome is CheckOutcome.NOT_FOUND

@@ -1,4 +1,4 @@
-"""Submits to servers that misbehave on the wire: sent once, and judged by whether they may have been charged."""
+"""Submits to misbehaving servers: sent once, and classified by whether they may have been charged."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 async def drip_reply(connection: Connection) -> None:
-    """Send an answer byte by byte, and never come to its end."""
+    """Send a response byte by byte, without an end."""
     await connection.receive()
     await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n")
     for _ in range(60_000):
@@ -61,7 +61,7 @@ async def drip_reply(connection: Connection) -> None:
 
 
 async def reject_early(connection: Connection) -> None:
-    """Refuse a request before its body has come, as proxies do with large ones."""
+    """Reject a request before its body has arrived, as proxies do with large ones."""
     await connection.reader.readuntil(b"\r\n\r\n")
     connection.server.requests.append((b"", b""))
     await connection.send(http_response(b"too large", 413, Connection="close"))
@@ -159,7 +159,7 @@ async def reject_early(connection: Connection) -> None:
     ],
 )
 async def test_outcomes(serve: Handler, outcome: SubmitOutcome) -> None:
-    """Whatever becomes of a submit, it is sent once, judged by whether it may have been charged, and logged if so."""
+    """Every submit is sent once, classified by whether it may have been charged, and logged if so."""
     with capture_logs() as logs:
         async with run_server(serve) as peer, open_caller(peer.url) as caller:
             submitted = await caller.submit(image=LARGE)
@@ -173,7 +173,7 @@ async def test_outcomes(serve: Handler, outcome: SubmitOutcome) -> None:
 
 
 async def test_refused_with_a_message() -> None:
-    """The body of an HTTP 4xx is read for the vendor's message, in whatever character set, but for secrets."""
+    """The body of an HTTP 4xx is parsed for the vendor's message, in any charset, without secrets."""
     body = json.dumps({"err_code": 1, "err_msg": f"任务提交失败:图片太小 {USER_KEY}"}, ensure_ascii=False).encode("gbk")
     async with run_server(reply_with(http_response(body, 422))) as peer, open_caller(peer.url) as caller:
         submitted = await caller.submit()
@@ -184,7 +184,7 @@ async def test_refused_with_a_message() -> None:
     ("retry_after", "seconds"), [("30", 30), ("0", 0), ("soon", None), ("", None), (NO_DATE, None)]
 )
 async def test_busy(retry_after: str, seconds: float | None) -> None:
-    """An upstream that is busy says when to submit again, or does not."""
+    """The retry delay of a busy upstream is returned, if there is one."""
     async with (
         run_server(reply_with(http_response(b"busy", 429, Retry_After=retry_after))) as peer,
         open_caller(peer.url) as caller,
@@ -193,7 +193,6 @@ async def test_busy(retry_after: str, seconds: float | None) -> None:
 
 
 async def test_refused_with_a_body_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refusal is one although its body does not come."""
     monkeypatch.setattr(http_module, "ERROR_BODY_SECONDS", 0.1)
 
     async def stopping(connection: Connection) -> None:
@@ -206,14 +205,13 @@ async def test_refused_with_a_body_that_hangs(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_accepted() -> None:
-    """An accepted submit tells the task's id and the balance."""
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         assert await caller.submit() == SubmitResult(outcome=ACCEPTED, upstream_id="t-1", balance=Balance(4, 200))
 
 
 @pytest.mark.parametrize("status", [200, 403])
-async def test_body_without_an_end(status: int) -> None:
-    """A body that holds all that is needed counts, though the rest that was announced never comes."""
+async def test_incomplete_body(status: int) -> None:
+    """A body with all that is needed counts, although its announced rest never arrives."""
 
     async def stalling(connection: Connection) -> None:
         await connection.receive()
@@ -226,8 +224,8 @@ async def test_body_without_an_end(status: int) -> None:
     assert outcome is (ACCEPTED if status == 200 else SubmitOutcome.INVALID_ACCOUNT)
 
 
-async def test_body_that_stalls_for_longer_than_a_part_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same where the limit on each part ends the wait, well before the deadline."""
+async def test_stalled_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same when the timeout between chunks ends the wait, well before the deadline."""
     monkeypatch.setattr(http_module, "READ_SECONDS", 0.2)
 
     async def stalling(connection: Connection) -> None:
@@ -246,7 +244,7 @@ async def test_body_that_stalls_for_longer_than_a_part_may_take(monkeypatch: pyt
 async def test_faults_after_the_response(
     where: Any, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fails once the response was read, such as closing the connection, does not lose the task."""
+    """A failure after the response, such as while closing, does not lose the task."""
 
     def failing(*_: Any, **__: Any) -> NoReturn:
         raise error("a fault after the response")
@@ -258,9 +256,7 @@ async def test_faults_after_the_response(
     assert len(peer.requests) == 1
 
 
-async def test_fault_in_counting() -> None:
-    """An accepted submit is returned though it can't be counted."""
-
+async def test_failing_observer() -> None:
     def failing(*_: Any) -> NoReturn:
         raise KeyError("a fault of the gateway")
 
@@ -274,7 +270,7 @@ async def test_fault_in_counting() -> None:
 
 @pytest.mark.parametrize("serve", [reset_immediately, reply_and_close()])
 async def test_reset_before_anything_was_read(serve: Handler) -> None:
-    """A connection that stood and then broke is unknown, even if the other side read nothing."""
+    """A connection that breaks once it is established leaves the outcome unknown."""
     async with run_server(serve) as peer, open_caller(peer.url) as caller:
         assert (await caller.submit(image=LARGE)).outcome is UNKNOWN
     assert peer.connections == 1
@@ -282,7 +278,7 @@ async def test_reset_before_anything_was_read(serve: Handler) -> None:
 
 @pytest.mark.parametrize("serve", [never_reply, drip_reply])
 async def test_deadline(serve: Handler) -> None:
-    """A submit ends within its time, and is unknown if it was sent by then."""
+    """A submit ends by its deadline, with unknown outcome if it was sent."""
     async with run_server(serve) as peer, open_caller(peer.url) as caller:
         async with asyncio.timeout(5):
             assert (await caller.submit(seconds=0.2)).outcome is UNKNOWN
@@ -290,8 +286,6 @@ async def test_deadline(serve: Handler) -> None:
 
 
 async def test_deadline_while_sending() -> None:
-    """A submit whose body could not be sent in time is unknown."""
-
     async def reading_nothing(_: Connection) -> None:
         await asyncio.Event().wait()
 
@@ -302,14 +296,14 @@ async def test_deadline_while_sending() -> None:
 
 
 async def test_read_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that takes too long to begin is unknown, well before the deadline."""
+    """A late response leaves the outcome unknown, well before the deadline."""
     monkeypatch.setattr(http_module, "_TIMEOUTS", httpx2.Timeout(0.1).as_dict())
     async with run_server(never_reply) as peer, open_caller(peer.url) as caller, asyncio.timeout(5):
         assert (await caller.submit(seconds=60)).outcome is UNKNOWN
 
 
-async def test_account_elsewhere() -> None:
-    """An account's own address takes the place of the default one, with or without a slash at its end."""
+async def test_account_base_url() -> None:
+    """An account's own URL replaces the default one, with or without a trailing slash."""
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller("http://127.0.0.1:1") as caller:
         account = Account(1, "other", ACCOUNT.user_key, base_url=f"{peer.url}/deep/")
         assert (await caller.submit(account=account)).outcome is ACCEPTED
@@ -325,8 +319,8 @@ async def test_account_elsewhere() -> None:
         (SeamlessOptions(), b"/api/submit_seamless_task"),
     ],
 )
-async def test_what_is_sent(options: Options, path: bytes) -> None:
-    """A submit is a form with the key, the options, and the image as a file, on a connection of its own."""
+async def test_request(options: Options, path: bytes) -> None:
+    """A submit is a form with key, options and image file, on a connection of its own."""
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         await caller.submit(options=options)
         await caller.submit(options=options)

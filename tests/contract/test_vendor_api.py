@@ -1,4 +1,4 @@
-"""The vendor's wire: what goes into the forms of a submit, and what is made of its answer."""
+"""The vendor's API: forms of submits and parsing of responses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def parse_check(**answer: Any) -> CheckResult:
 
 
 def test_upscale_fields() -> None:
-    """Every option of an upscale has its field, in the vendor's words and spelling."""
     assert build_form_fields(UpscaleOptions(), DEFAULT_CATALOGUE) == {
         "sdxl_model_dropdown": "通用模型",
         "style_dropdown": "通用风格",
@@ -51,8 +50,7 @@ def test_upscale_fields() -> None:
     }
 
 
-def test_chosen_fields() -> None:
-    """What was chosen is what is sent."""
+def test_chosen_options() -> None:
     catalogue = Catalogue(models={"general": "通用模型", "anime": "动漫"}, styles={"general": "通用风格"})
     options = UpscaleOptions(
         model="anime", style="gone", steps=20, high_fidelity=True, inpaint_strength=1e-05, prompt="猫\n", vector=True
@@ -67,7 +65,6 @@ def test_chosen_fields() -> None:
 
 
 def test_other_fields() -> None:
-    """The other kinds have the fields that the vendor names, and no more."""
     assert build_form_fields(VectorizeOptions(colors=16), DEFAULT_CATALOGUE) == {"color_count": "16"}
     assert build_form_fields(FaceEnhanceOptions(), DEFAULT_CATALOGUE) == {}
     assert build_form_fields(SeamlessOptions(fit=0.9), DEFAULT_CATALOGUE) == {"fit": "0.9"}
@@ -75,7 +72,7 @@ def test_other_fields() -> None:
 
 @pytest.mark.parametrize("code", [0, "0", 0.0, "0.0", False, " 0 "])
 def test_accepted(code: object) -> None:
-    """A success with a task id is accepted, in whatever type its code comes."""
+    """A success with a task id is accepted, whatever the type of its code."""
     assert parse_submit(err_code=code, task_id="t-1", remaining_count=5, remaining_money=300) == SubmitResult(
         outcome=ACCEPTED, upstream_id="t-1", balance=Balance(5, 30_000)
     )
@@ -83,7 +80,7 @@ def test_accepted(code: object) -> None:
 
 @pytest.mark.parametrize("code", [None, "ok", [], 0.5, {}])
 def test_task_id_without_a_code(code: object) -> None:
-    """A task id is believed where no error is declared: it is all that is left of a task that was paid for."""
+    """A task id without an error counts: the task may have been charged."""
     assert parse_submit(err_code=code, task_id="t-1").upstream_id == "t-1"
     assert parse_submit(task_id="t-1").outcome is ACCEPTED
 
@@ -112,7 +109,6 @@ def test_task_ids(task_id: object, found: str) -> None:
     [None, "", "  ", 0, -1, 0.0, "a\nb", "\x00", "x" * 257, True, 1.5, 1e20, 10**256, [], {}, ["t"], "\u202e"],
 )
 def test_success_without_a_usable_task_id(task_id: object) -> None:
-    """A success whose task id can't be used may have been charged."""
     assert parse_submit(err_code=0, task_id=task_id) == SubmitResult(outcome=UNKNOWN)
     assert parse_submit(err_code=0, err_msg="任务提交失败:坏", task_id=task_id).outcome is UNKNOWN
 
@@ -139,20 +135,19 @@ def test_success_without_a_usable_task_id(task_id: object) -> None:
     ],
 )
 def test_refusals(code: object, message: object, outcome: SubmitOutcome, reason: str) -> None:
-    """An error is a refusal by its message, of which nothing about the balance or an address is passed on."""
+    """An error is classified by its message, which is passed on without balances and addresses."""
     expected = SubmitResult(outcome=outcome, reason=reason, reason_en=translate_reason(reason))
     assert parse_submit(err_code=code, err_msg=message) == expected
 
 
 @pytest.mark.parametrize("code", [1, None])
 @pytest.mark.parametrize("task_id", [None, "", 0, -1])
-def test_refusal_with_a_task_id_that_is_none(code: object, task_id: object) -> None:
-    """What stands for no task beside a refusal does not make it a charge."""
+def test_refusal_with_an_unusable_task_id(code: object, task_id: object) -> None:
     assert parse_submit(err_code=code, err_msg="账户剩余次数不足", task_id=task_id).outcome is EXHAUSTED
 
 
 def test_message_without_a_code() -> None:
-    """A message stands for an error where no code says otherwise."""
+    """A message without a code counts as an error."""
     assert parse_submit(err_msg="账户不存在").outcome is INVALID
     assert parse_submit(err_code="?", err_msg="任务提交失败:坏") == SubmitResult(outcome=REJECTED, reason="坏")
 
@@ -160,7 +155,7 @@ def test_message_without_a_code() -> None:
 @pytest.mark.parametrize("message", [None, "账户剩余次数不足", "账户不存在", "任务提交失败:图片损坏", "?"])
 @pytest.mark.parametrize("code", [1, "1", True, -1])
 def test_contradiction(code: object, message: object) -> None:
-    """An error beside a task id may have been charged, whatever its message says."""
+    """An error with a task id may have been charged, whatever its message."""
     assert parse_submit(err_code=code, task_id="t-1", err_msg=message) == SubmitResult(outcome=UNKNOWN)
 
 
@@ -178,7 +173,7 @@ TASK_TEXT = '{"err_code": 0, "task_id": "任务", "remaining_count": 4}'
     ],
 )
 def test_codings(body: bytes) -> None:
-    """A response is read in whatever character set and content coding it comes."""
+    """A response is parsed in any charset and content coding."""
     assert parse_submit_response(body) == SubmitResult(outcome=ACCEPTED, upstream_id="任务", balance=Balance(4))
 
 
@@ -197,21 +192,20 @@ def test_codings(body: bytes) -> None:
     ],
 )
 def test_odd_fields(odd: bytes) -> None:
-    """A field that makes no sense is no observation, and the others count."""
+    """A malformed field is ignored, and the others count."""
     found = parse_submit_response(
         b'{"err_code": 0, "task_id": 12345678901234567890123, "remaining_count": 4, %b}' % odd
     )
     assert found == SubmitResult(outcome=ACCEPTED, upstream_id="12345678901234567890123", balance=Balance(4))
 
 
-def test_refusal_in_another_character_set() -> None:
-    """A refusal in GBK is a refusal."""
+def test_refusal_in_gbk() -> None:
     body = json.dumps({"err_code": 1, "err_msg": "账户剩余次数不足"}, ensure_ascii=False).encode("gbk")
     assert parse_submit_response(body).outcome is EXHAUSTED
 
 
 def test_inflated_size() -> None:
-    """What inflates to more than a response may have is not read."""
+    """A response is not decompressed beyond the size limit."""
     assert parse_submit_response(gzip.compress(TASK_TEXT.encode() + b" " * 100_000)) == SubmitResult(outcome=UNKNOWN)
 
 
@@ -253,8 +247,8 @@ def test_inflated_size() -> None:
         ({}, None, None),
     ],
 )
-def test_figures(value: object, count: int | None, money: int | None) -> None:
-    """A figure is taken only if it is exactly one: never guessed, and never zero for want of better."""
+def test_balances(value: object, count: int | None, money: int | None) -> None:
+    """A balance is taken only if it is an exact number: never guessed, never zero by default."""
     figures = Balance(count, money)
     assert parse_submit(err_code=0, task_id="t", remaining_count=value, remaining_money=value).balance == figures
     assert parse_check(err_code=0, status="x", remaining_count=value, remaining_money=value).balance == figures
@@ -262,12 +256,12 @@ def test_figures(value: object, count: int | None, money: int | None) -> None:
 
 @pytest.mark.parametrize("reason", ["图片文件已损坏", "无法识别的图片格式", "参数steps超出范围(20-40)"])
 def test_english(reason: str) -> None:
-    """Reasons that are known are told in English too."""
+    """Known reasons are also returned in English."""
     english = translate_reason(reason)
     assert english
     assert english.isascii()
 
 
 def test_no_english() -> None:
-    """A reason that is not known is left in its own words."""
+    """Unknown reasons stay in Chinese."""
     assert translate_reason("天气不好") is None

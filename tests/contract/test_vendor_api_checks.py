@@ -1,4 +1,4 @@
-"""The vendor's wire: what is made of the answer to a check, and of anything at all."""
+"""The vendor's API: parsing of checks, and of arbitrary input."""
 
 from __future__ import annotations
 
@@ -56,14 +56,12 @@ def parse_check(**answer: Any) -> CheckResult:
     ],
 )
 def test_unusable_bodies(body: bytes) -> None:
-    """What is no JSON object says nothing, whatever it is."""
     assert parse_submit_response(body) == SubmitResult(outcome=SubmitOutcome.UNKNOWN)
     assert parse_check_response(body) == CheckResult(outcome=CheckOutcome.NO_RESPONSE)
 
 
 @pytest.mark.parametrize("task_id", [b"\xff", b"t\xff", b"\\ud800"])
 def test_undecodable_ids(task_id: bytes) -> None:
-    """A task id that can't be decoded is none."""
     body = b'{"err_code": 0, "status": "Pending", "task_id": "%b"}' % task_id
     assert parse_submit_response(body) == SubmitResult(outcome=SubmitOutcome.UNKNOWN)
     assert parse_check_response(body) == CheckResult(outcome=CheckOutcome.RUNNING)
@@ -71,7 +69,7 @@ def test_undecodable_ids(task_id: bytes) -> None:
 
 @pytest.mark.parametrize("odd", [b"NaN", b"-Infinity", b'"\\ud83d"', b'"\xd5\xcb"', b'"a\nb"'])
 def test_odd_fields(odd: bytes) -> None:
-    """A field that makes no sense does not keep a task from ending."""
+    """A malformed field does not keep a task from ending."""
     body = b'{"err_code": 0, "status": "Completed", "images_url": "http://x/y.png", "remaining_count": %b}' % odd
     assert parse_check_response(body) == CheckResult(
         outcome=CheckOutcome.SUCCEEDED, artifacts=(Artifact(ArtifactName.IMAGE, "http://x/y.png"),)
@@ -80,7 +78,6 @@ def test_odd_fields(odd: bytes) -> None:
 
 @pytest.mark.parametrize("status", ["Completed", "COMPLETED", "completed", " completed "])
 def test_completed(status: str) -> None:
-    """A finished task has the results it names, and the figures."""
     assert parse_check(
         err_code=0,
         status=status,
@@ -127,8 +124,8 @@ def test_completed(status: str) -> None:
         ([{"file": None}, {"file": {"href": "//x/1.png"}}], "https://x/1.png"),
     ],
 )
-def test_result_addresses(value: object, url: str) -> None:
-    """The first usable address is taken, whether one comes or several."""
+def test_artifact_urls(value: object, url: str) -> None:
+    """The first usable URL is taken, whether one is given or several."""
     assert parse_check(err_code=0, status="completed", images_url=value).artifacts == (
         Artifact(ArtifactName.IMAGE, url),
     )
@@ -142,15 +139,14 @@ def test_result_addresses(value: object, url: str) -> None:
         *("null", "None", "N/A", "pending", "Generation failed.", "生成失败", "C:\\out\\x.png", [[[[["http://x/y"]]]]]),
     ],
 )
-def test_finished_without_results(url: object) -> None:
-    """A finished task whose results can't be had is not taken for finished yet, since an end is never undone."""
+def test_finished_without_artifacts(url: object) -> None:
+    """A finished task without usable artifacts is not ended yet, since an end is final."""
     assert parse_check(err_code=0, status="Completed", images_url=url, remaining_count=1) == CheckResult(
         outcome=CheckOutcome.INVALID, balance=Balance(1)
     )
 
 
 def test_failed() -> None:
-    """A failed task says why, as far as anybody does."""
     assert parse_check(err_code=0, status="Failed", remaining_count=4) == CheckResult(
         outcome=CheckOutcome.FAILED, error=TaskError("task-failed", "The upstream gave no reason."), balance=Balance(4)
     )
@@ -160,12 +156,12 @@ def test_failed() -> None:
 
 @pytest.mark.parametrize("status", ["Pending", "processing", "排队中", "canceled", "complete"])
 def test_unnamed_states(status: str) -> None:
-    """A state that the vendor does not name means that the task still runs."""
+    """A state outside the vendor's document means that the task is running."""
     assert parse_check(err_code=0, status=status) == CheckResult(outcome=CheckOutcome.RUNNING)
 
 
-def test_silence() -> None:
-    """A null, empty or missing state says nothing of the task, and neither does an unknown one."""
+def test_no_state() -> None:
+    """A null, empty, missing or unknown state is no information about the task."""
     for answer in ({"err_code": 0}, {"err_code": 0, "status": None}, {"status": ""}, {"err_code": 0, "status": " "}):
         assert parse_check(**answer) == CheckResult(outcome=CheckOutcome.NOT_FOUND)
     assert parse_check(err_code=1, err_msg="任务未找到或状态未知") == CheckResult(outcome=CheckOutcome.NOT_FOUND)
@@ -187,14 +183,14 @@ def test_silence() -> None:
     ],
 )
 def test_unusable_checks(answer: dict[str, Any]) -> None:
-    """An error, or a state that is none, was answered but can't be used."""
+    """An error, or a malformed state, is an invalid answer."""
     assert parse_check(**answer) == CheckResult(outcome=CheckOutcome.INVALID)
 
 
 @given(answers)
 @example({"err_code": 0, "task_id": "t", "remaining_money": float("1e308")})
-def test_any_answer(answer: Any) -> None:
-    """Any JSON is read without an error, and all that is taken from it is within its bounds."""
+def test_any_json(answer: Any) -> None:
+    """Any JSON is parsed without an exception, into values within their bounds."""
     body = json.dumps(answer).encode()
     submitted, checked = parse_submit_response(body), parse_check_response(body)
     assert (submitted.outcome is SubmitOutcome.ACCEPTED) == bool(submitted.upstream_id)
@@ -211,6 +207,6 @@ def test_any_answer(answer: Any) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes(body: bytes) -> None:
-    """Any bytes are read without an error, and are no success."""
+    """Any bytes are parsed without an exception, and are no success."""
     assert parse_submit_response(body).outcome is not SubmitOutcome.ACCEPTED
     assert parse_check_response(body).outcome not in {CheckOutcome.SUCCEEDED, CheckOutcome.FAILED}

@@ -1,4 +1,4 @@
-"""The vendor's messages: which of them close an account, and what of them a tenant reads."""
+"""The vendor's messages: which ones close an account, and what tenants see of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PRIVATE_MESSAGES = [
     "requests.exceptions.ConnectionError: refused by worker",
     "/data/x.png",
 ]
-"""Messages about the paying account, or of which nothing is left without a program's insides."""
+"""Messages about the account, or of which nothing remains without internals."""
 
 PARTS = {
     "图片损坏10.1.2.3处理": "图片损坏…处理",
@@ -57,7 +57,7 @@ PARTS = {
     "参数steps超出范围(20-40)": "参数steps超出范围(20-40)",
     "a ratio of 3:2": "a ratio of 3:2",
 }
-"""Messages, and what a tenant reads of them."""
+"""Messages, and what tenants see of them."""
 
 
 def parse_rejection(message: str) -> SubmitResult:
@@ -91,26 +91,26 @@ KEY = "hush/hush+key"
     ],
 )
 def test_links_with_the_key(link: str, shown: str, fetched: str | None) -> None:
-    """A link that holds the key is kept and shown without it, and followed with it; or not used at all."""
+    """A link with the key is stored and shown without it and followed with it, or not used."""
     assert mask_key(KEY, link) == shown
     assert unmask_key(KEY, shown) == (fetched or shown)
 
 
 def test_short_keys_in_links() -> None:
-    """A key that may be an ordinary word does not spoil a link."""
+    """A key that may be an ordinary word does not corrupt a link."""
     assert mask_key("png", "http://x/1.png") == "http://x/1.png"
 
 
 @pytest.mark.parametrize("message", PRIVATE_MESSAGES)
 def test_private(message: str) -> None:
-    """Nothing of such a message reaches a tenant, neither in a refusal nor in a failed task."""
+    """Such a message never reaches a tenant, neither in a rejection nor in a failed task."""
     assert parse_rejection(message).reason == ""
     assert parse_failure(message) == "The upstream gave no reason."
 
 
 @pytest.mark.parametrize(("message", "shown"), PARTS.items())
-def test_places(message: str, shown: str) -> None:
-    """Addresses, hosts and paths are taken out of a message, and the rest of it is told."""
+def test_addresses(message: str, shown: str) -> None:
+    """Addresses, hosts and paths are removed from a message; the rest is shown."""
     assert parse_rejection(message) == SubmitResult(outcome=REJECTED, reason=shown)
     assert parse_failure(message) == f"The upstream could not carry out this task: {shown}"
 
@@ -122,11 +122,11 @@ def test_places(message: str, shown: str) -> None:
     [("账户不存在", INVALID), ("账号不存在", INVALID), ("账户剩余次数不足", EXHAUSTED), ("余额不足", EXHAUSTED)],
 )
 def test_closing(prefix: str, words: str, end: str, outcome: SubmitOutcome) -> None:
-    """A message that says no more than that the account can't be used closes it."""
+    """A message that only states that the account is unusable closes it."""
     assert parse_rejection(prefix + words + end) == SubmitResult(outcome=outcome)
 
 
 @pytest.mark.parametrize("message", ["账户不存在的图片", "图片所属账户不存在", "重试次数不足", "采样次数不足,参数错误"])
 def test_not_closing(message: str) -> None:
-    """A sentence that has such words in it closes no account."""
+    """A sentence that merely contains such words closes no account."""
     assert parse_rejection(message).outcome is REJECTED

@@ -1,4 +1,4 @@
-"""Calls to receivers that behave badly in every way."""
+"""Webhooks to receivers that misbehave in every way."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADERS = {"webhook-id": "msg_1", "webhook-signature": "v1,x", "webhook-timestam
 async def send_webhook(
     serve: Handler, *, allow: str = "127.0.0.0/8", seconds: float = 15
 ) -> tuple[WebhookResponse, ScriptedServer]:
-    """What comes of a call to a receiver, and what it was sent."""
+    """Send a webhook; returns the result and the requests that the receiver got."""
     async with run_server(serve) as peer:
         hook = Webhook(f"{peer.url}/ended?key=1", (allow,))
         reply = await WebhookClient(timeout_seconds=seconds).post(f"{peer.url}/ended?key=1", HEADERS, BODY, hook)
@@ -34,7 +34,7 @@ async def send_webhook(
 
 
 async def test_request() -> None:
-    """The body is posted as it is, with its signature, under the gateway's name and without credentials of any kind."""
+    """The body is sent unchanged, with its signature and User-Agent, and without credentials."""
     reply, peer = await send_webhook(reply_with(http_response(b"thanks", 202, Set_Cookie="a=b")))
     assert reply == WebhookResponse(status=202)
     ((head, body),) = peer.requests
@@ -47,7 +47,7 @@ async def test_request() -> None:
 
 
 async def test_no_descriptor() -> None:
-    """What this machine lacks is no failure of the receiver."""
+    """A local lack of resources is no failure of the receiver."""
     async with run_server(reply_with(http_response(b"thanks"))) as peer:
         client, hook = WebhookClient(), Webhook(peer.url, ("127.0.0.0/8",))
         with exhaust_descriptors(), pytest.raises(Overloaded):
@@ -57,14 +57,14 @@ async def test_no_descriptor() -> None:
 
 
 async def test_redirect() -> None:
-    """A redirect is an answer like others, and leads nowhere."""
+    """A redirect is a response like others and is not followed."""
     async with run_server(reply_with(http_response(b"stolen"))) as elsewhere:
         reply, _ = await send_webhook(reply_with(http_response(b"go on", 307, Location=elsewhere.url)))
         assert (reply.status, elsewhere.connections) == (307, 0)
 
 
-async def test_huge_answer() -> None:
-    """Of an answer without end only its beginning is read."""
+async def test_huge_response() -> None:
+    """Of an endless response only the beginning is read."""
 
     async def endless(connection: Connection) -> None:
         await connection.receive()
@@ -78,7 +78,7 @@ async def test_huge_answer() -> None:
 
 
 async def test_success_is_not_read() -> None:
-    """Who says that it took it took it, whatever else it goes on to say."""
+    """A status of success counts whatever the body."""
 
     async def talkative(connection: Connection) -> None:
         await connection.receive()
@@ -89,7 +89,7 @@ async def test_success_is_not_read() -> None:
 
 
 async def test_slow() -> None:
-    """A receiver that answers byte by byte is given up at the time limit for all of it."""
+    """A response sent byte by byte fails at the total timeout."""
 
     async def slow(connection: Connection) -> None:
         await connection.receive()
@@ -103,8 +103,6 @@ async def test_slow() -> None:
 
 
 async def test_silent() -> None:
-    """A receiver that answers nothing is given up at the time limit."""
-
     async def silent(connection: Connection) -> None:
         await connection.wait_closed()
 
@@ -113,7 +111,7 @@ async def test_silent() -> None:
 
 @pytest.mark.parametrize("beginning", [b"", b"HTTP/1.1 20", b"SSH-2.0-OpenSSH\r\n"])
 async def test_broken(beginning: bytes) -> None:
-    """A connection that breaks, and a server of another kind, are failures."""
+    """Broken connections and servers of other protocols are failures."""
 
     async def broken(connection: Connection) -> None:
         await connection.receive()
@@ -124,7 +122,7 @@ async def test_broken(beginning: bytes) -> None:
 
 
 async def test_broken_body() -> None:
-    """What was answered before the connection broke counts."""
+    """A status received before the connection broke counts."""
 
     async def broken(connection: Connection) -> None:
         await connection.receive()
@@ -136,7 +134,7 @@ async def test_broken_body() -> None:
 
 
 async def test_slow_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was answered counts, even if the rest never comes."""
+    """A status counts even if the body never ends."""
     monkeypatch.setattr(webhooks, "ERROR_BODY_SECONDS", 0.1)
 
     async def slow(connection: Connection) -> None:
@@ -147,8 +145,7 @@ async def test_slow_body(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (await send_webhook(slow))[0] == WebhookResponse(status=410, excerpt="gone")
 
 
-async def test_nobody_there() -> None:
-    """A port on which nobody listens is a failure."""
+async def test_connection_refused() -> None:
     async with run_server(reply_with(b"")) as peer:
         url = peer.url
     reply = await WebhookClient().post(url, HEADERS, BODY, Webhook(url, ("127.0.0.0/8",)))
@@ -156,14 +153,14 @@ async def test_nobody_there() -> None:
 
 
 async def test_loopback_is_refused() -> None:
-    """This machine is not called unless a network of the tenant's list has it, though the host is on that list."""
+    """Loopback is refused unless the tenant's networks include it, even if its host is allowed."""
     reply, peer = await send_webhook(reply_with(http_response(b"")), allow="127.0.0.1.example")
     assert reply.error == "Its host is at an address that may not be reached."
     assert peer.connections == 0
 
 
 async def test_rebinding() -> None:
-    """A name is looked up for every call, and one that has come to lead elsewhere is not called there."""
+    """A name is resolved for every call, and refused once it resolves to a private address."""
     answers: list[Sequence[IpAddress]] = [[ip_address("127.0.0.1")], [ip_address("127.0.0.2")]]
 
     async def resolver(host: str) -> Sequence[IpAddress]:
@@ -181,8 +178,6 @@ async def test_rebinding() -> None:
 
 
 async def test_unknown_host() -> None:
-    """A name that does not exist is a failure."""
-
     async def resolver(host: str) -> Sequence[IpAddress]:
         raise UnknownHost(f"there is no {host}")
 
@@ -190,8 +185,8 @@ async def test_unknown_host() -> None:
     assert reply == WebhookResponse(error="Its host has no address.")
 
 
-async def test_own_fault() -> None:
-    """A fault of the gateway's own is one more failure, and is tried again."""
+async def test_internal_error() -> None:
+    """An internal error is a failure that is retried."""
 
     async def resolver(host: str) -> Sequence[IpAddress]:
         raise RuntimeError(host)
@@ -212,6 +207,6 @@ async def test_own_fault() -> None:
     ],
 )
 async def test_retry_after(retry_after: str, seconds: float | None) -> None:
-    """What a receiver that is busy asks for is told, if it can be understood."""
+    """A valid Retry-After is returned."""
     reply, _ = await send_webhook(reply_with(http_response(b"busy", 503, Retry_After=retry_after)))
     assert (reply.status, reply.retry_after_seconds, reply.excerpt) == (503, seconds, "busy")
