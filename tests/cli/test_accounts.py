@@ -1,5 +1,3 @@
-"""`gateway account`."""
-
 from __future__ import annotations
 
 import asyncio
@@ -18,7 +16,7 @@ from tests.cli.conftest import Shell
 
 
 def stored_user_key(shell: Shell, name: str) -> str:
-    """The key that the gateway has of an account."""
+    """Return the decrypted user_key of an account."""
     opened = (
         Keyring([SECRET_KEY])
         .derive("user-key")
@@ -29,14 +27,13 @@ def stored_user_key(shell: Shell, name: str) -> str:
 
 
 async def test_key_from_the_environment(shell: Shell) -> None:
-    """The key can be in an environment variable that the command line names."""
     shell.environ["OUR_KEY"] = "key-in-a-variable"
     await shell.run("account", "set", "new", "--user-key-env", "OUR_KEY")
     assert stored_user_key(shell, "new") == "key-in-a-variable"
 
 
 async def test_key_from_a_file(shell: Shell, tmp_path: Path) -> None:
-    """The key can be in a file or come from standard input, without the line break at its end."""
+    """The key is read from a file or standard input, without the trailing newline."""
     file = tmp_path / "key"
     file.write_text("key-in-a-file\n")
     await shell.run("account", "set", "new", "--user-key-file", str(file))
@@ -46,15 +43,15 @@ async def test_key_from_a_file(shell: Shell, tmp_path: Path) -> None:
 
 
 async def test_key_is_kept(shell: Shell) -> None:
-    """Without a key an account keeps the one it has, and a new one is refused."""
+    """Without a key an account keeps its own, and a new account is refused."""
     await shell.run("account", "set", "main", "--floor-count", "3")
     assert stored_user_key(shell, "main") == USER_KEY
     refused = await shell.run("account", "set", "new", code=1)
     assert refused.stderr == "Invalid options:\n  user_key: is required for a new account\n"
 
 
-async def test_key_from_a_person(shell: Shell) -> None:
-    """On a terminal the key of a new account is asked for, and not shown when it is typed."""
+async def test_key_from_a_terminal(shell: Shell) -> None:
+    """The key of a new account is prompted for, without echo."""
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "service", "account", "set", "new"),
@@ -77,8 +74,8 @@ async def test_key_from_a_person(shell: Shell) -> None:
     assert b"key-of-a-person" not in seen + printed
 
 
-async def test_key_asked_for_in_vain(shell: Shell) -> None:
-    """Asked for a key, one can decline, and nothing changes."""
+async def test_declined_prompt(shell: Shell) -> None:
+    """Declining the prompt changes nothing."""
     result = await shell.run("account", "set", "new", "--user-key-prompt", code=1)
     assert "Aborted" in result.stderr
     assert "new" not in shell.gateway.services.registry.current.accounts
@@ -99,22 +96,21 @@ async def test_key_asked_for_in_vain(shell: Shell) -> None:
         (("--max-price", "enlarge=1"), "must begin with a kind of task"),
     ],
 )
-async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
-    """What can't be meant is said before the gateway is asked."""
+async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+    """Usage errors are reported without a request."""
     before = shell.gateway.services.registry.current.version
     result = await shell.run("account", "set", "main", *arguments, code=2)
     assert says in result.stderr
     assert shell.gateway.services.registry.current.version == before
 
 
-async def test_file_that_is_no_text(shell: Shell) -> None:
-    """A file of other bytes than text holds no key."""
+async def test_binary_key_file(shell: Shell) -> None:
     result = await shell.run("account", "set", "main", "--user-key-file", "-", code=2, stdin=b"\xff\xfe\x00")
     assert "must be a file that holds a key" in result.stderr
 
 
-async def test_everything_about_an_account(shell: Shell) -> None:
-    """Every property of an account can be given, in yuan where it is money, and is shown again."""
+async def test_all_properties(shell: Shell) -> None:
+    """Every property of an account can be set, money in yuan, and is shown."""
     address = "http://127.0.0.1:9/api"
     await shell.run(
         *("account", "set", "main", "--base-url", address, "--floor-count", "3", "--floor-money", "0.50"),
@@ -132,14 +128,14 @@ async def test_everything_about_an_account(shell: Shell) -> None:
 
 
 async def test_put_replaces(shell: Shell) -> None:
-    """What is left out gets its default."""
+    """Omitted properties get their defaults."""
     await shell.run("account", "set", "main", "--floor-count", "3", "--max-price", "upscale=1")
     stored = await shell.run_json("account", "set", "main")
     assert (stored["floor_count"], stored["max_price"]) == (0, {})
 
 
 async def test_list(shell: Shell) -> None:
-    """Accounts are listed with what is known of their balance, numbers under each other."""
+    """Accounts are listed with their balances, numbers aligned to the right."""
     assert (await shell.run_table("account", "list"))[1] == ["main", "open", "-", "-", "-", "0", "0", "-"]
     await shell.gateway.upstream.set_balance(count=1_000, money=7)
     await shell.gateway.submit()
@@ -150,7 +146,6 @@ async def test_list(shell: Shell) -> None:
 
 
 async def test_reopen(shell: Shell) -> None:
-    """An exhausted account is reopened."""
     await shell.gateway.upstream.set_balance(count=1, money=0)
     await shell.gateway.submit()
     assert dict(await shell.run_table("account", "show", "main"))["state:"] == "exhausted"
@@ -158,7 +153,7 @@ async def test_reopen(shell: Shell) -> None:
 
 
 async def test_delete(shell: Shell) -> None:
-    """An account that is used is deleted by force only, and what stands in the way is said."""
+    """An account in use is deleted with --force only, and the error names its users."""
     refused = await shell.run("account", "delete", "main", code=1)
     assert refused.stderr == "Conflict: Account main is used by shop. Change them first, or force it.\n"
     assert (await shell.run("account", "delete", "main", "--force")).stdout == "The account main is deleted.\n"
@@ -166,7 +161,7 @@ async def test_delete(shell: Shell) -> None:
 
 
 def _read_until(terminal: int, words: bytes) -> bytes:
-    """What is written to a terminal until these words are."""
+    """Read a terminal until these words appear."""
     seen = b""
     while words not in seen:
         seen += os.read(terminal, 1_000)
@@ -174,7 +169,7 @@ def _read_until(terminal: int, words: bytes) -> bytes:
 
 
 def _read_rest(terminal: int) -> bytes:
-    """What is left on a terminal whose other end was closed."""
+    """Read a terminal to its end."""
     seen = b""
     try:
         while part := os.read(terminal, 1_000):

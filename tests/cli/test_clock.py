@@ -1,5 +1,3 @@
-"""`gateway clock`."""
-
 from __future__ import annotations
 
 from structlog.testing import capture_logs
@@ -8,7 +6,7 @@ from tests.cli.conftest import Shell
 
 
 async def test_reset(shell: Shell) -> None:
-    """A reset tells how far the ledger's time was ahead, and who asked for it is logged; after it nothing is left."""
+    """A reset prints and logs the offset of the ledger's clock; afterwards it is zero."""
     await shell.gateway.submit()
     await shell.gateway.advance(-1_200)
     with capture_logs() as events:

@@ -1,4 +1,4 @@
-"""What commands print."""
+"""The output of commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.cli.formatting import format_record, format_table, format_value
 
 
 def test_columns_are_aligned() -> None:
-    """Words begin under each other and numbers end under each other, also after Chinese characters."""
+    """Text is left-aligned and numbers are right-aligned, also after Chinese characters."""
     rows = [("main", 5, "生产服务", "x"), ("a-longer-name", 1_000, "web", "y"), ("b", None, None, "z")]
     assert format_table(("name", "uses", "label", "end"), rows).splitlines() == [
         "NAME           USES  LABEL     END",
@@ -20,13 +20,11 @@ def test_columns_are_aligned() -> None:
     ]
 
 
-def test_nothing_to_show() -> None:
-    """A table without rows is its head."""
+def test_empty_table() -> None:
     assert format_table(("name", "state"), []) == "NAME  STATE"
 
 
-def test_card() -> None:
-    """Properties stand under each other."""
+def test_record() -> None:
     assert format_record(("name", "main"), ("seen at", None)) == "name:     main\nseen at:  -"
 
 
@@ -47,5 +45,5 @@ def test_card() -> None:
     ],
 )
 def test_values(value: object, shown: str) -> None:
-    """A value takes one line and steers no terminal."""
+    """A value is printed on one line without control characters."""
     assert format_value(value) == shown

@@ -1,5 +1,3 @@
-"""`gateway export` and `gateway apply`."""
-
 from __future__ import annotations
 
 import tomllib
@@ -18,23 +16,21 @@ UNCHANGED = "All is as the file says: there is nothing to change.\n"
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A file for a registry."""
     return tmp_path / "registry.toml"
 
 
 async def export_registry(shell: Shell, file: Path) -> dict[str, Any]:
-    """Export into a file; what it says."""
+    """Export into the file; returns the output."""
     file.write_text((await shell.run("export")).stdout)
     return tomllib.loads(file.read_text())
 
 
 def append_text(file: Path, text: str) -> None:
-    """Write something more into a file."""
     file.write_text(f"{file.read_text()}\n{text}\n")
 
 
 async def test_export(shell: Shell, file: Path) -> None:
-    """What is printed is the registry as TOML, with a head that explains it, without secrets."""
+    """The output is the registry as TOML with an explanatory head and without secrets."""
     await shell.gateway.put_tenant(limits=[{"window": "day", "tasks": 5, "money": 1.5}], kinds=[])
     found = await export_registry(shell, file)
     assert file.read_text().startswith("# The registry of an Imaging Gateway.")
@@ -47,14 +43,14 @@ async def test_export(shell: Shell, file: Path) -> None:
 
 
 async def test_export_and_apply(shell: Shell, file: Path) -> None:
-    """What was exported is applied without a difference, also with --prune, and a dry run of it ends with 0."""
+    """Applying an export changes nothing, also with --prune, and a dry run exits with 0."""
     await export_registry(shell, file)
     for options in ((), ("--prune",), ("--dry-run",)):
         assert (await shell.run("apply", str(file), *options)).stdout == UNCHANGED
 
 
 async def test_apply(shell: Shell, file: Path) -> None:
-    """The difference is shown and made; a second time there is none; and what is exported then is what was applied."""
+    """Differences are printed and applied; a second run finds none; an export returns what was applied."""
     shell.environ["PRESS_KEY"] = "key-of-press"
     file.write_text(
         """
@@ -86,7 +82,7 @@ async def test_apply(shell: Shell, file: Path) -> None:
 
 
 async def test_dry_run(shell: Shell, file: Path) -> None:
-    """A dry run shows what would be different, changes nothing, and ends with 2."""
+    """A dry run prints the differences, changes nothing and exits with 2."""
     shell.environ |= {"MAIN_KEY": USER_KEY, "OTHER_KEY": "another-key"}
     await export_registry(shell, file)
     append_text(file, '[accounts.main.user_key]\nenv = "MAIN_KEY"')
@@ -107,7 +103,7 @@ async def test_dry_run(shell: Shell, file: Path) -> None:
 
 
 async def test_prune(shell: Shell, file: Path) -> None:
-    """What is not in the file is removed with --prune, and under running tasks with --force only."""
+    """--prune deletes what is not in the file, under running tasks only with --force."""
     await shell.gateway.upstream.keep_running()
     await shell.gateway.submit()
     file.write_text("")
@@ -121,7 +117,7 @@ async def test_prune(shell: Shell, file: Path) -> None:
 
 
 async def test_secret_of_a_webhook(shell: Shell, file: Path) -> None:
-    """A webhook's secret is taken from where the file says; where it does not, one is made and shown once."""
+    """A webhook's secret comes from its source; without one it is generated and printed once."""
     (file.parent / "hook").write_text("whsec_" + "a" * 40 + "\n")
     file.write_text(
         'tenants.shop = { accounts = ["main"], webhook = { url = "https://h.example/", secret = { file = "hook" } } }'
@@ -138,7 +134,7 @@ async def test_secret_of_a_webhook(shell: Shell, file: Path) -> None:
 
 
 async def test_json(shell: Shell, file: Path) -> None:
-    """For scripts the gateway's own answer is printed, the one that says what was done."""
+    """The JSON is the response of the gateway that applied the file."""
     file.write_text('tenants.press = { accounts = ["main"] }')
     (difference,) = (await shell.run_json("apply", str(file)))["differences"]
     assert difference == {"path": "tenants.press", "what": "added", "after": {"accounts": ["main"]}}
@@ -146,13 +142,12 @@ async def test_json(shell: Shell, file: Path) -> None:
 
 
 async def test_standard_input(shell: Shell) -> None:
-    """The file may come from standard input."""
     text = (await shell.run("export")).stdout
     assert (await shell.run("apply", "-", stdin=text)).stdout == UNCHANGED
 
 
-async def test_faults(shell: Shell, file: Path) -> None:
-    """A file with faults ends with 1 and all of them, those that only the gateway can know too, and changes nothing."""
+async def test_errors(shell: Shell, file: Path) -> None:
+    """All errors are printed, also those found by the gateway; it exits with 1 and changes nothing."""
     version = shell.gateway.services.registry.current.version
     file.write_text("tenants.shop = { accounts = ['main'], max_activ = 3 }\naccounts.main = 7")
     assert (await shell.run("apply", str(file), code=1)).stderr.splitlines() == [
@@ -180,14 +175,14 @@ async def test_faults(shell: Shell, file: Path) -> None:
         (("-", "--dry-run", "--url", "http://127.0.0.1:9"), {}),
     ],
 )
-async def test_exit_code_of_misuse(shell: Shell, arguments: tuple[str, ...], environ: dict[str, str]) -> None:
-    """Whatever is wrong ends with 1 and is said, so that 2 means a difference."""
+async def test_exit_code_of_usage_errors(shell: Shell, arguments: tuple[str, ...], environ: dict[str, str]) -> None:
+    """Usage errors exit with 1, since 2 means a difference."""
     shell.environ |= environ
     assert (await shell.run("apply", *arguments, code=1)).stderr
 
 
-async def test_somebody_was_faster(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is applied is what was shown: if the registry was changed in between, nothing is."""
+async def test_concurrent_change(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the registry changed after the differences were printed, nothing is applied."""
     file.write_text("tenants.shop = { accounts = ['main'], max_active = 3 }")
     ask = AdminClient.request
 

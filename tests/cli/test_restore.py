@@ -1,4 +1,4 @@
-"""What a file restores when a store has lost what it had, and no process remembers it."""
+"""Restoring from a file after the store has lost data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ accounts = ["main"]
 
 
 class Deployment:
-    """A store, a sandbox, a folder with secrets, and one process of a gateway after another."""
+    """A store, a sandbox and a folder with secrets, for successive gateway processes."""
 
     def __init__(self, valkey: Valkey, upstream: str, control: SandboxUpstreamControl, folder: Path) -> None:
         self._valkey = valkey
@@ -52,7 +52,7 @@ class Deployment:
 
     @asynccontextmanager
     async def run_process(self) -> AsyncIterator[Shell]:
-        """A process that knows nothing but what is in the store."""
+        """Run a process with no state but that of the store."""
         where = {"GATEWAY_REDIS_URL": self._valkey.url, "GATEWAY_UPSTREAM_URL": self._upstream}
 
         async def pass_time(_: float) -> None:
@@ -76,20 +76,20 @@ class Deployment:
             )
 
     async def delete_keys(self, *keys: str) -> None:
-        """Let the store lose some keys, or everything."""
+        """Delete some keys, or everything."""
         connections = connect(self._valkey.url, timeout=5)
         client: Any = connections.commands
         await (client.delete(*keys) if keys else client.flushall())
         await connections.aclose()
 
     async def apply_file(self, shell: Shell) -> str:
-        """Apply the file; what is printed."""
+        """Apply the file; returns the output."""
         return (await shell.run("apply", str(self.file))).stdout
 
 
 @asynccontextmanager
 async def open_deployment(valkey: Valkey, folder: Path) -> AsyncIterator[Deployment]:
-    """An empty world."""
+    """Open an empty deployment."""
     config = SandboxConfig(accounts={USER_KEY: AccountBalance(count=10, money=0)}, seconds=0)
     with structlog.testing.capture_logs():
         async with open_sandbox(config) as sandbox:
@@ -99,7 +99,7 @@ async def open_deployment(valkey: Valkey, folder: Path) -> AsyncIterator[Deploym
 
 
 async def create_tenants(deployment: Deployment, shell: Shell) -> dict[str, str]:
-    """Two tenants, of which one has had a task; their tokens. The file is what was exported then."""
+    """Create two tenants, one of them with a task, and export them to the file. Returns their tokens."""
     deployment.file.write_text(INITIAL_FILE)
     await deployment.apply_file(shell)
     tokens = {name: (await shell.run("token", "create", name)).stdout.strip() for name in ("shop", "press")}
@@ -108,7 +108,7 @@ async def create_tenants(deployment: Deployment, shell: Shell) -> dict[str, str]
 
 
 async def test_everything_lost(valkey: Valkey, tmp_path: Path) -> None:
-    """From the file alone tokens are valid again, tasks belong to whom they did, and what is spent is counted apart."""
+    """The file restores tokens and the ownership of tasks; usage is counted per tenant again."""
     async with open_deployment(valkey, tmp_path) as found:
         async with found.run_process() as shell:
             tokens = await create_tenants(found, shell)
@@ -137,7 +137,7 @@ async def test_everything_lost(valkey: Valkey, tmp_path: Path) -> None:
 
 
 async def test_registry_lost(valkey: Valkey, tmp_path: Path) -> None:
-    """Where only the registry was lost, what was spent before is found under its tenant again, and its limits hold."""
+    """Usage and limits continue under the same tenants when only the registry was lost."""
     async with open_deployment(valkey, tmp_path) as found:
         async with found.run_process() as shell:
             tokens = await create_tenants(found, shell)

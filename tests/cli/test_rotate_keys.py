@@ -1,4 +1,4 @@
-"""`gateway reseal`, after which a secret key can be taken away."""
+"""`gateway rotate-keys`, which makes an old secret key removable."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ URL = "https://hooks.example/"
 
 @pytest.fixture(autouse=True)
 def old_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gateway has an old secret key behind the first one."""
+    """Add an old secret key behind the first one."""
     both = ",".join(base64.b64encode(each).decode() for each in (SECRET_KEY, OLD_KEY))
     monkeypatch.setitem(ENVIRONMENT, "GATEWAY_SECRET_KEYS", both)
 
 
 def current_registry(shell: Shell) -> Any:
-    """The registry as it is."""
     return shell.gateway.services.registry.current
 
 
 def decrypt_with_new_key(shell: Shell) -> tuple[bytes | None, ...]:
-    """What the first key alone opens: the user_key of main, and the webhook secrets of shop."""
+    """Decrypt with the first key alone: the user_key of main and the webhook secrets of shop."""
     signing: WebhookSecrets = current_registry(shell).tenants["shop"].webhook.signing
     hooks = NEW_ONLY.derive(WEBHOOK_SECRET_PURPOSE)
     key = NEW_ONLY.derive(USER_KEY_PURPOSE).decrypt(current_registry(shell).accounts["main"].user_key)
@@ -44,13 +43,13 @@ def decrypt_with_new_key(shell: Shell) -> tuple[bytes | None, ...]:
 
 
 async def write_registry(shell: Shell, change: RegistryChange) -> None:
-    """Write a change past the gateway."""
+    """Write a change directly into the store."""
     store: Any = shell.gateway.services.registry
     assert await store.write(change)
 
 
 async def encrypt_with(shell: Shell, key: bytes, *, expires_at: float = 4e9) -> None:
-    """Have all secrets of the registry sealed with a key, the former one of a webhook in force until some time."""
+    """Encrypt all secrets of the registry with a key; the previous webhook secret expires at `expires_at`."""
     hooks, now = Keyring([key]).derive(WEBHOOK_SECRET_PURPOSE), current_registry(shell)
     main, shop = now.accounts["main"], now.tenants["shop"]
     signing = WebhookSecrets(hooks.encrypt(b"secret"), hooks.encrypt(b"former"), expires_at)
@@ -63,8 +62,8 @@ async def encrypt_with(shell: Shell, key: bytes, *, expires_at: float = 4e9) -> 
     await write_registry(shell, change)
 
 
-async def test_sealed_anew(shell: Shell) -> None:
-    """All that an old key sealed, the first one alone opens then; nothing else of it is another, and it is logged."""
+async def test_rotation(shell: Shell) -> None:
+    """All secrets are encrypted with the first key afterwards, nothing else changes, and it is logged."""
     await encrypt_with(shell, OLD_KEY)
     before = (await shell.run("export")).stdout
     assert decrypt_with_new_key(shell) == (None, None, None)
@@ -78,8 +77,8 @@ async def test_sealed_anew(shell: Shell) -> None:
     assert [each["event"] for each in logged if each["event"].startswith("registry.")] == ["registry.reencrypted"]
 
 
-async def test_again(shell: Shell) -> None:
-    """A second time there is nothing to do, and nothing is written."""
+async def test_second_run(shell: Shell) -> None:
+    """A second run writes nothing."""
     await encrypt_with(shell, OLD_KEY)
     await shell.run("reseal")
     version = current_registry(shell).version
@@ -88,15 +87,15 @@ async def test_again(shell: Shell) -> None:
     assert current_registry(shell).version == version
 
 
-async def test_former_secret_that_has_ended(shell: Shell) -> None:
-    """A former secret of a webhook that signs no more is not kept, whatever opens it."""
+async def test_expired_previous_secret(shell: Shell) -> None:
+    """An expired previous webhook secret is dropped."""
     await encrypt_with(shell, OLD_KEY, expires_at=1)
     await shell.run("reseal")
     assert decrypt_with_new_key(shell) == (USER_KEY.encode(), b"secret", None)
 
 
-async def test_lost(shell: Shell) -> None:
-    """What no key opens is named and left as it is, the command ends with 1, and the rest is sealed anew."""
+async def test_undecryptable(shell: Shell) -> None:
+    """Secrets that no key decrypts are named and kept; the rest is rotated, and it exits with 1."""
     await encrypt_with(shell, OLD_KEY)
     stolen = Keyring([UNKNOWN_KEY]).derive(USER_KEY_PURPOSE).encrypt(b"key")
     now = current_registry(shell)
@@ -109,8 +108,7 @@ async def test_lost(shell: Shell) -> None:
     assert decrypt_with_new_key(shell) == (None, b"secret", b"former")
 
 
-async def test_lost_secret_of_a_webhook(shell: Shell) -> None:
-    """A webhook secret that no key opens is named as well, and so for scripts."""
+async def test_undecryptable_webhook_secret(shell: Shell) -> None:
     await encrypt_with(shell, UNKNOWN_KEY)
     failed = await shell.run("reseal", "--json", code=1)
     assert '"tenants.shop.webhook.secret"' in failed.stdout

@@ -1,5 +1,3 @@
-"""`gateway tenant` and `gateway quota`."""
-
 from __future__ import annotations
 
 import pytest
@@ -7,8 +5,8 @@ import pytest
 from tests.cli.conftest import Shell
 
 
-async def test_everything_about_a_tenant(shell: Shell) -> None:
-    """Every property of a tenant can be given, and is shown again."""
+async def test_all_properties(shell: Shell) -> None:
+    """Every property of a tenant can be set, and is shown."""
     await shell.run("account", "set", "spare", "--user-key-file", "-", stdin="spare-key")
     await shell.run(
         *("tenant", "set", "shop", "--account", "spare", "--account", "main"),
@@ -30,7 +28,7 @@ async def test_everything_about_a_tenant(shell: Shell) -> None:
 
 
 async def test_put_replaces(shell: Shell) -> None:
-    """What is left out gets its default, and the tokens stay."""
+    """Omitted properties get their defaults; tokens stay."""
     await shell.run(
         "tenant", "set", "shop", "--account", "main", "--max-active", "0", "--kind", "upscale", "--disabled"
     )
@@ -53,15 +51,15 @@ async def test_put_replaces(shell: Shell) -> None:
         (("--account", "main", "--purse", "all"), "must be count_only or count_then_money"),
     ],
 )
-async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
-    """What can't be meant is said before the gateway is asked."""
+async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+    """Usage errors are reported without a request."""
     before = shell.gateway.services.registry.current.version
     assert says in (await shell.run("tenant", "set", "shop", *arguments, code=2)).stderr
     assert shell.gateway.services.registry.current.version == before
 
 
 async def test_quota(shell: Shell) -> None:
-    """The quota shows each policy with what is left of it, money in yuan."""
+    """Each policy is shown with what remains, money in yuan."""
     assert (await shell.run("quota", "shop")).stdout == "Nothing limits it.\n"
     limits = ("--limit", "total:tasks=5,money=0.5", "--max-active", "3")
     await shell.run("tenant", "set", "shop", "--account", "main", *limits)
@@ -76,7 +74,6 @@ async def test_quota(shell: Shell) -> None:
 
 
 async def test_show(shell: Shell) -> None:
-    """A tenant is shown with its policies and its tokens."""
     await shell.run("tenant", "set", "shop", "--account", "main", "--max-active", "3")
     shown = (await shell.run("tenant", "show", "shop")).stdout
     (token,) = (await shell.get_admin("/tenants/shop"))["tokens"]
@@ -84,7 +81,7 @@ async def test_show(shell: Shell) -> None:
 
 
 async def test_delete(shell: Shell) -> None:
-    """A tenant whose tasks run is deleted by force only, and then neither it nor its token is there."""
+    """A tenant with running tasks is deleted with --force only, together with its tokens."""
     await shell.gateway.submit()
     refused = await shell.run("tenant", "delete", "shop", code=1)
     assert refused.stderr == "Conflict: 1 tasks of tenant shop are active. Wait for them, or force it.\n"

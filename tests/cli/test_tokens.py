@@ -1,5 +1,3 @@
-"""`gateway token`."""
-
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
@@ -14,7 +12,7 @@ async def is_accepted(shell: Shell, token: str) -> bool:
 
 
 async def test_create(shell: Shell) -> None:
-    """The token alone is printed on standard output, so that a script can take it, and the rest beside it."""
+    """Standard output is the token alone, for scripts; the rest goes to standard error."""
     result = await shell.run("token", "create", "shop", "--label", "生产")
     token = result.stdout.removesuffix("\n")
     assert await is_accepted(shell, token)
@@ -22,8 +20,8 @@ async def test_create(shell: Shell) -> None:
     assert result.stderr == f"Token {made['id']} of shop, valid until it is revoked. It is not shown again.\n"
 
 
-async def test_create_for_a_time(shell: Shell) -> None:
-    """A token can be made for a time, given as a duration or as a moment in any time zone."""
+async def test_create_with_expiry(shell: Shell) -> None:
+    """The expiry is a duration or a time in any time zone."""
     made = await shell.run_json("token", "create", "shop", "--expires-in", "90d")
     left = datetime.fromisoformat(made["expires_at"]) - datetime.now(UTC)
     assert timedelta(days=90) - timedelta(minutes=1) < left <= timedelta(days=90)
@@ -44,15 +42,15 @@ async def test_create_for_a_time(shell: Shell) -> None:
         (("--expires-at", "2999-01-01T00:00:00Z", "--expires-in", "1d"), "Say either"),
     ],
 )
-async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
-    """What can't be meant is said before the gateway is asked."""
+async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+    """Usage errors are reported without a request."""
     before = shell.gateway.services.registry.current.version
     assert says in (await shell.run("token", "create", "shop", *arguments, code=2)).stderr
     assert shell.gateway.services.registry.current.version == before
 
 
 async def test_list(shell: Shell) -> None:
-    """Tokens are listed by what is known of them, on one line each whatever their label."""
+    """Tokens are listed one per line, whatever their label."""
     await shell.run("token", "create", "shop", "--label", "two\nlines \x1b[31mred", "--expires-at", "2999-01-01T00:00Z")
     stored = (await shell.get_admin("/tenants/shop"))["tokens"]
     lines = {line[0]: line for line in await shell.run_table("token", "list", "shop")}
@@ -64,7 +62,7 @@ async def test_list(shell: Shell) -> None:
 
 
 async def test_revoke(shell: Shell) -> None:
-    """A token is revoked at once, or after a grace."""
+    """A token is revoked at once, or after a grace period."""
     first, second = [await shell.run_json("token", "create", "shop") for _ in range(2)]
     result = await shell.run("token", "revoke", "shop", first["id"])
     assert result.stdout == f"The token {first['id']} of shop is revoked.\n"
@@ -76,8 +74,7 @@ async def test_revoke(shell: Shell) -> None:
     assert refused.stderr == f"Not found: There is no token {first['id']}.\n"
 
 
-async def test_none_left(shell: Shell) -> None:
-    """A tenant without a token is said to have none."""
+async def test_no_tokens(shell: Shell) -> None:
     (token,) = (await shell.get_admin("/tenants/shop"))["tokens"]
     await shell.run("token", "revoke", "shop", token["id"])
     assert (await shell.run("token", "list", "shop")).stdout == "It has no token.\n"

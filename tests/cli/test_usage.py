@@ -1,5 +1,3 @@
-"""`gateway usage`, `gateway submission` and `gateway refund`."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -11,7 +9,7 @@ from tests.cli.conftest import Shell
 
 
 async def create_usage(shell: Shell) -> tuple[dict[str, Any], str]:
-    """A task that has ended, and a submission whose outcome nobody knows."""
+    """Create a finished task and a submission of unknown outcome."""
     house = shell.gateway
     task = await house.wait_for_task((await house.submit()).json()["id"])
     await house.upstream.lose_next_response()
@@ -19,7 +17,7 @@ async def create_usage(shell: Shell) -> tuple[dict[str, Any], str]:
 
 
 async def test_usage(shell: Shell) -> None:
-    """Usage is shown by day, tenant and kind, with its sum and the submissions of unknown outcome."""
+    """Usage is shown by day, tenant and kind, with a sum and unknown outcomes."""
     _, unknown = await create_usage(shell)
     first, _, head, vector, face, total, _, marked_head, marked = await shell.run_table("usage")
     assert first == ["From 2026-09-01 to 2026-09-21, in UTC."]
@@ -31,8 +29,8 @@ async def test_usage(shell: Shell) -> None:
     assert (marked_head[0], marked) == ("UNKNOWN SUBMISSION", [unknown, "shop", "vectorize", "2026-09-21"])
 
 
-async def test_usage_as_asked(shell: Shell) -> None:
-    """Days, interval, groups and tenant are passed on, and JSON is what the gateway answers."""
+async def test_usage_options(shell: Shell) -> None:
+    """The options are passed on, and JSON is the gateway's response."""
     await create_usage(shell)
     shown = await shell.run_json(
         *("usage", "--from", "2026-09-20", "--to", "2026-09-21", "--interval", "month"),
@@ -44,7 +42,7 @@ async def test_usage_as_asked(shell: Shell) -> None:
 
 
 async def test_usage_as_csv(shell: Shell) -> None:
-    """CSV is printed as the gateway answers it, for spreadsheets."""
+    """CSV is the gateway's response."""
     await create_usage(shell)
     printed = (await shell.run("usage", "--csv", "--interval", "total", "--group-by", "none")).stdout_bytes
     head, row, end = printed.split(b"\r\n")
@@ -52,8 +50,8 @@ async def test_usage_as_csv(shell: Shell) -> None:
     assert (row, end) == (b"2026-09-01/2026-09-21,,,,0,1,0,1,0,0,2,0,0,0,1,0,0,0,0,0,0", b"")
 
 
-async def test_name_given_anew(shell: Shell) -> None:
-    """Tenants of one name, of which all but one were deleted, are told apart by their ids."""
+async def test_reused_name(shell: Shell) -> None:
+    """Deleted tenants of the same name are distinguished by their ids."""
     await shell.run("tenant", "set", "other", "--account", "main")
     other = await shell.gateway.new_token("other")
     await shell.gateway.submit(token=other)
@@ -68,13 +66,13 @@ async def test_name_given_anew(shell: Shell) -> None:
     assert tenants == ["other", f"shop ({ids[0]})", f"shop ({ids[1]})"]
 
 
-async def test_nothing_used(shell: Shell) -> None:
-    """Without any usage there is its head and its sum."""
+async def test_no_usage(shell: Shell) -> None:
+    """Without usage the head and the sum are printed."""
     assert len(await shell.run_table("usage")) == 4
 
 
 async def test_refund_of_a_task(shell: Shell) -> None:
-    """A task is refunded once, and its submission and the usage show why."""
+    """A task is refunded once, and its submission and usage show the reason."""
     task, _ = await create_usage(shell)
     shown = dict(await shell.run_table("refund", "--task", task["id"], "--reason", "It came out\nblank."))
     assert (shown["task:"], shown["state of the task:"]) == (task["id"], "succeeded")
@@ -91,7 +89,7 @@ async def test_refund_of_a_task(shell: Shell) -> None:
 
 
 async def test_refund_of_a_submission(shell: Shell) -> None:
-    """A submission of unknown outcome is refunded by its id, and JSON is what the gateway answers."""
+    """A submission of unknown outcome is refunded by its id."""
     _, unknown = await create_usage(shell)
     shown = await shell.run_json("refund", "--submission", unknown, "--reason", "nobody knows")
     assert shown["refund"]["reason"] == "nobody knows"
@@ -99,8 +97,8 @@ async def test_refund_of_a_submission(shell: Shell) -> None:
     assert dict(await shell.run_table("submission", unknown))["balance suggests:"] == "cannot-tell"
 
 
-async def test_submission_that_cost_nothing(shell: Shell) -> None:
-    """A refused submission shows that it cost nothing, and can't be refunded."""
+async def test_free_submission(shell: Shell) -> None:
+    """A rejected submission cost nothing and cannot be refunded."""
     await shell.gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
     await shell.gateway.submit()
     ledger: Any = shell.gateway.services.submissions._ledger
@@ -122,8 +120,8 @@ async def test_submission_that_cost_nothing(shell: Shell) -> None:
         (("submission",), "ID is required"),
     ],
 )
-async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
-    """What can't be meant is said before the gateway is asked."""
+async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+    """Usage errors are reported without a request."""
     assert says in (await shell.run(*arguments, code=2)).stderr
 
 
@@ -139,5 +137,5 @@ async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> No
     ],
 )
 async def test_refused(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
-    """What the gateway refuses is told in its words."""
+    """The gateway's error detail is printed."""
     assert says in (await shell.run(*arguments, code=1)).stderr

@@ -1,4 +1,4 @@
-"""`gateway webhook`, and the webhook of `gateway tenant set`."""
+"""`gateway webhook`, and the webhook options of `gateway tenant set`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ async def receiver() -> AsyncIterator[WebhookReceiver]:
 
 
 async def finish_task(shell: Shell) -> None:
-    """Let a task end, and its tenant be told."""
+    """Finish a task, which sends its webhook."""
     await shell.gateway.wait_for_task((await shell.gateway.submit()).json()["id"])
     while await shell.gateway.services.webhook_dispatcher.start_due():
         await shell.gateway.services.webhook_dispatcher.wait_idle()
 
 
 async def test_webhook_of_a_tenant(shell: Shell, receiver: WebhookReceiver, tmp_path: Path) -> None:
-    """An address, hosts and a secret out of a file can be given, and all but the secret are shown."""
+    """URL, hosts and a secret from a file can be set, and all but the secret are shown."""
     file = tmp_path / "secret"
     file.write_text(make_secret() + "\n")
     hook = ("--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8", "--webhook-allow", "hooks.test")
@@ -40,8 +40,8 @@ async def test_webhook_of_a_tenant(shell: Shell, receiver: WebhookReceiver, tmp_
     assert receiver.requests[0].is_signed_with(make_secret())
 
 
-async def test_secret_that_is_made(shell: Shell, receiver: WebhookReceiver) -> None:
-    """A secret that is made is printed that once."""
+async def test_generated_secret(shell: Shell, receiver: WebhookReceiver) -> None:
+    """A generated secret is printed once."""
     hook = ("--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8")
     printed = (await shell.run(*SET_TENANT, *hook)).stdout
     made = re.search(r"whsec_\S+", printed)
@@ -55,7 +55,7 @@ async def test_secret_that_is_made(shell: Shell, receiver: WebhookReceiver) -> N
 
 
 async def test_rotation(shell: Shell, receiver: WebhookReceiver) -> None:
-    """A new secret is printed alone, and says beside it how long the one before signs too."""
+    """Standard output is the new secret alone; standard error says until when the previous one signs too."""
     await shell.run(*SET_TENANT, "--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8")
     rotated = await shell.run("webhook", "rotate", "shop", "--grace", "7d")
     assert "signs too until" in rotated.stderr
@@ -67,7 +67,7 @@ async def test_rotation(shell: Shell, receiver: WebhookReceiver) -> None:
 
 
 async def test_failed(shell: Shell, receiver: WebhookReceiver) -> None:
-    """What could not be delivered is listed, and sent again by its id."""
+    """Failed deliveries are listed, and redelivered by id."""
     await shell.run(*SET_TENANT, "--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8")
     receiver.statuses = [410]
     await finish_task(shell)
@@ -88,6 +88,6 @@ async def test_failed(shell: Shell, receiver: WebhookReceiver) -> None:
         (("--webhook-url", "https://hooks.test/", "--webhook-secret-file", "-"), "must be a file that holds a key"),
     ],
 )
-async def test_misuse(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
-    """What can't be meant is said before the gateway is asked."""
+async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+    """Usage errors are reported without a request."""
     assert says in (await shell.run(*SET_TENANT, *arguments, code=2)).stderr

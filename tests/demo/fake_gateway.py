@@ -1,4 +1,4 @@
-"""A stand-in for the gateway that keeps its HTTP contract towards the demo, and says what it was asked."""
+"""A fake gateway with the HTTP contract that the demo uses; it records its requests."""
 
 import asyncio
 import time
@@ -28,15 +28,15 @@ class ReceivedSubmission:
 
 @dataclass
 class FakeGateway:
-    """Set the fields before the demo runs; read `submissions`, `looks` and `tokens` afterwards."""
+    """Set the fields before the demo runs; read `submissions`, `polls` and `tokens` afterwards."""
 
     states: dict[str, list[str]] = field(
         default_factory=lambda: defaultdict(lambda: ["queued", "running", "succeeded"])
     )
-    """What each look shows, the answer to the submission first; the last state stays."""
+    """The states returned by successive reads, beginning with the submission; the last one repeats."""
     results: dict[str, dict[str, Body]] = field(default_factory=good_results)
     problems: dict[str, Response[Any]] = field(default_factory=dict)
-    """Answers in place of the ordinary ones: by kind for a submission, else `quota`, `look` or `artifact`."""
+    """Responses in place of the ordinary ones: by kind for a submission, else `quota`, `read` or `artifact`."""
     costs: dict[str, Any] = field(
         default_factory=lambda: defaultdict(lambda: {"count": 1, "money": 0, "basis": "observed"})
     )
@@ -44,17 +44,16 @@ class FakeGateway:
     retry_after: str | None = "0"
     address: str = ""
     blocked_kind: str | None = None
-    """A kind whose submission is answered only once `unstick` is set."""
+    """A kind whose submission is answered only once `unblock` is set."""
     unblock: asyncio.Event = field(default_factory=asyncio.Event)
     submissions: dict[str, ReceivedSubmission] = field(default_factory=dict)
     polls: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """When each kind was looked at, in seconds of the monotonic clock, the submission first."""
+    """When each kind was read, in seconds of the monotonic clock, beginning with its submission."""
     tokens: dict[str, str | None] = field(default_factory=dict)
-    """The `Authorization` of the last request to each path."""
     request_received: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until requests have made it hold."""
+        """Wait until requests make the condition true."""
         async with asyncio.timeout(20):
             while not condition():
                 self.request_received.clear()
@@ -133,7 +132,7 @@ class FakeGateway:
 
 @asynccontextmanager
 async def serve(gateway: FakeGateway) -> AsyncIterator[FakeGateway]:
-    """Serve on a free port of this machine until the block is left."""
+    """Serve on a free port of localhost."""
     async with serve_app(gateway.create_app()) as gateway.address:
         yield gateway
 

@@ -1,4 +1,4 @@
-"""Results of every kind as a good gateway gives them, made from the demo's own pictures."""
+"""Valid results of every kind, made from the demo's images."""
 
 import io
 from functools import cache
@@ -13,11 +13,10 @@ SVG = (
 )
 
 Body = tuple[str, bytes]
-"""Content type and content."""
 
 
 def good_results() -> dict[str, dict[str, Body]]:
-    """Content by kind and name of result, to be changed at will."""
+    """Return results by kind and name, for the caller to change."""
     return {kind: dict(results) for kind, results in _make_results().items()}
 
 
@@ -35,7 +34,7 @@ def _make_results() -> dict[str, dict[str, Body]]:
 
 
 def tile_mirrored(image: Image.Image) -> Image.Image:
-    """Lay the image and its reflections beside each other, twice as large: its edges meet by construction."""
+    """Tile the image with its reflections, so that opposite edges match."""
     whole = Image.new(image.mode, (image.width * 2, image.height * 2))
     flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for x, part in ((0, image), (image.width, flipped)):

@@ -1,4 +1,4 @@
-"""The demo's client keeps its side of the contract."""
+"""The demo's HTTP client."""
 
 import time
 from email.utils import formatdate
@@ -24,7 +24,7 @@ from tests.demo.results import SVG
     ids=["seconds", "none", "absent", "unreadable", "a date to come", "a date gone by"],
 )
 async def test_pause(gateway: FakeGateway, retry_after: str | None, least: float, most: float) -> None:
-    """The pause between two looks is what `Retry-After` asks, in seconds or as a date, but never none."""
+    """The pause follows `Retry-After`, in seconds or as a date, and is never zero."""
     gateway.retry_after = retry_after
     async with open_client(gateway.address, TOKEN, 5) as client:
         sighting = await client.get_task("task_upscale")
@@ -32,7 +32,7 @@ async def test_pause(gateway: FakeGateway, retry_after: str | None, least: float
 
 
 async def test_fetch(gateway: FakeGateway) -> None:
-    """A result is fetched through the gateway, with the token."""
+    """A result is fetched through the gateway with the token."""
     path = "/v1/tasks/task_vectorize/artifacts/vector"
     async with open_client(gateway.address, TOKEN, 5) as client:
         file = await client.fetch_artifact(Artifact("vector", path))
@@ -41,7 +41,7 @@ async def test_fetch(gateway: FakeGateway) -> None:
 
 
 async def test_artifact_refused(gateway: FakeGateway) -> None:
-    """A result that the gateway can't get hold of is told with the gateway's reason."""
+    """The gateway's reason is shown."""
     gateway.problems["artifact"] = problem_response(502, "Invalid upstream response", "It is gone.")
     async with open_client(gateway.address, TOKEN, 5) as client:
         with pytest.raises(GatewayError, match=r"^Invalid upstream response: It is gone\.$"):
@@ -49,7 +49,7 @@ async def test_artifact_refused(gateway: FakeGateway) -> None:
 
 
 async def test_control_characters(gateway: FakeGateway) -> None:
-    """What the gateway says comes on one line and cannot steer the terminal."""
+    """Text of the gateway is shown on one line without control characters."""
     gateway.problems["quota"] = problem_response(503, "Overloaded", "Wait\n\x1b[2J a moment.")
     async with open_client(gateway.address, TOKEN, 5) as client:
         with pytest.raises(GatewayError) as caught:
@@ -68,7 +68,6 @@ async def test_control_characters(gateway: FakeGateway) -> None:
     ids=["no state", "a name that leaves the folder", "an address that leaves the gateway", "another such address"],
 )
 async def test_not_a_task(gateway: FakeGateway, answer: object) -> None:
-    """An answer that is no task of the contract is called so."""
     gateway.problems["look"] = Response(answer)
     async with open_client(gateway.address, TOKEN, 5) as client:
         with pytest.raises(GatewayError, match="The answer is not a task: "):

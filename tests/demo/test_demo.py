@@ -1,4 +1,4 @@
-"""The demo as a whole, against a server that keeps the gateway's contract."""
+"""The demo as a whole, against a fake gateway."""
 
 import asyncio
 import io
@@ -20,7 +20,7 @@ ALL = "upscale, vectorize, face-enhance, seamless"
 
 
 def make_options(gateway: FakeGateway, folder: Path, **changes: Any) -> DemoOptions:
-    """Options that fit, with the changes given."""
+    """Return valid options with changes."""
     usual: dict[str, Any] = {
         "base_url": gateway.address,
         "token": TOKEN,
@@ -33,14 +33,14 @@ def make_options(gateway: FakeGateway, folder: Path, **changes: Any) -> DemoOpti
 
 
 async def run_and_capture(chosen: DemoOptions) -> tuple[int, list[str]]:
-    """Run the demo; its exit code and the lines it wrote, durations of less than 10 s as 0.0."""
+    """Run the demo; returns exit code and output lines, durations below 10 s shown as 0.0."""
     code = await run_demo(chosen)
     assert isinstance(chosen.output, io.StringIO)
     return code, re.sub(r" \d\.\d  ", " 0.0  ", chosen.output.getvalue()).splitlines()
 
 
 async def test_table(gateway: FakeGateway, tmp_path: Path) -> None:
-    """Tasks that go well make a table of what they cost and what came back, and exit code 0."""
+    """Successful tasks give a table of costs and results, and exit code 0."""
     gateway.costs["vectorize"] = {"count": 0, "money": 0.5, "basis": "estimated"}
     gateway.costs["seamless"] = {"count": 1, "money": 0, "basis": "unknown"}
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
@@ -58,7 +58,7 @@ async def test_table(gateway: FakeGateway, tmp_path: Path) -> None:
 
 
 async def test_files(gateway: FakeGateway, tmp_path: Path) -> None:
-    """Every result is written as it came, under a name that tells its kind and what it is."""
+    """Every result is written unchanged, under a name with its kind and type."""
     await run_and_capture(make_options(gateway, tmp_path))
     results = good_results()
     assert {file.name: file.read_bytes() for file in (tmp_path / "results").iterdir()} == {
@@ -71,7 +71,7 @@ async def test_files(gateway: FakeGateway, tmp_path: Path) -> None:
 
 
 async def test_submissions(gateway: FakeGateway, tmp_path: Path) -> None:
-    """Each kind gets its own picture and options, once, with the token."""
+    """Each kind is submitted once, with its own image and options and the token."""
     await run_and_capture(make_options(gateway, tmp_path))
     sent = {kind: (s.filename, s.content, s.fields) for kind, s in gateway.submissions.items()}
     assert sent == {job.kind: (job.image_name, job.read_image(), job.options) for job in JOBS}
@@ -86,8 +86,8 @@ async def test_changes(gateway: FakeGateway, tmp_path: Path) -> None:
     assert states == [f"upscale: {state}" for state in ("submitting", "queued", "running", "succeeded")]
 
 
-async def test_pause(gateway: FakeGateway, tmp_path: Path) -> None:
-    """Looks at a task are as far apart as `Retry-After` asks."""
+async def test_poll_interval(gateway: FakeGateway, tmp_path: Path) -> None:
+    """Polls follow `Retry-After`."""
     gateway.retry_after = "1"
     await run_and_capture(make_options(gateway, tmp_path))
     looks = gateway.polls["upscale"]
@@ -95,7 +95,7 @@ async def test_pause(gateway: FakeGateway, tmp_path: Path) -> None:
 
 
 async def test_terminal(gateway: FakeGateway, tmp_path: Path) -> None:
-    """On a terminal the lines of the tasks give way to the table."""
+    """On a terminal the table replaces the progress lines."""
     code, lines = await run_and_capture(make_options(gateway, tmp_path, interactive=True))
     assert code == 0
     assert "\x1b[4F\x1b[Jkind          state      seconds  cost" in "\n".join(lines)
@@ -111,7 +111,7 @@ async def test_terminal(gateway: FakeGateway, tmp_path: Path) -> None:
     ],
 )
 async def test_failed(gateway: FakeGateway, tmp_path: Path, error: object, reason: str) -> None:
-    """A task that failed is told with its reason, beside the others' results, and makes the exit code 1."""
+    """A failed task is shown with its reason beside the other results; exit code 1."""
     gateway.states["face-enhance"] = ["running", "failed"]
     gateway.error = error
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
@@ -121,7 +121,7 @@ async def test_failed(gateway: FakeGateway, tmp_path: Path, error: object, reaso
 
 
 async def test_wrong(gateway: FakeGateway, tmp_path: Path) -> None:
-    """A result that is not what its kind promises is named, and makes the exit code 1."""
+    """A result that violates its kind's promise is named; exit code 1."""
     gateway.results["upscale"]["image"] = ("image/jpeg", JOBS[0].read_image())
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
@@ -130,7 +130,7 @@ async def test_wrong(gateway: FakeGateway, tmp_path: Path) -> None:
 
 
 async def test_unknown_type(gateway: FakeGateway, tmp_path: Path) -> None:
-    """A result of a type that is not expected is kept, under a name that claims nothing."""
+    """A result of unexpected type is stored under a neutral name."""
     gateway.results["upscale"]["image"] = ("text/html", b"<html></html>")
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
@@ -138,21 +138,20 @@ async def test_unknown_type(gateway: FakeGateway, tmp_path: Path) -> None:
     assert lines[-1] == "upscale: the image is XML, but no SVG"
 
 
-async def test_nobody(gateway: FakeGateway, tmp_path: Path) -> None:
-    """Where no gateway answers, one line says so and how to start one."""
+async def test_no_gateway(gateway: FakeGateway, tmp_path: Path) -> None:
+    """One line reports that no gateway answers, and how to start one."""
     code, lines = await run_and_capture(make_options(gateway, tmp_path, base_url="http://127.0.0.1:1/"))
     assert (code, lines) == (1, ["No gateway answers at http://127.0.0.1:1 — start it with `make run`"])
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8080", "http://a:b", "ftp://127.0.0.1"])
-async def test_no_address(gateway: FakeGateway, tmp_path: Path, address: str) -> None:
-    """What cannot be the address of a gateway is called so."""
+async def test_invalid_url(gateway: FakeGateway, tmp_path: Path, address: str) -> None:
     code, lines = await run_and_capture(make_options(gateway, tmp_path, base_url=address))
     assert (code, lines) == (1, [f"{address} is not the address of a gateway"])
 
 
 async def test_unauthenticated(gateway: FakeGateway, tmp_path: Path) -> None:
-    """A token that the gateway does not take is told once, before anything is submitted."""
+    """A rejected token is reported once, before any submission."""
     gateway.problems["quota"] = problem_response(401, "Not authenticated", "Send a valid token.")
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert (code, lines) == (1, ["Not authenticated: Send a valid token."])
@@ -167,7 +166,7 @@ async def test_unauthenticated(gateway: FakeGateway, tmp_path: Path) -> None:
     ],
 )
 async def test_refused(gateway: FakeGateway, tmp_path: Path, status: int, title: str, detail: str) -> None:
-    """A refusal that all tasks share is told once, with its title and detail."""
+    """A refusal that all tasks share is shown once, with title and detail."""
     gateway.problems |= {job.kind: problem_response(status, title, detail) for job in JOBS}
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
@@ -176,14 +175,14 @@ async def test_refused(gateway: FakeGateway, tmp_path: Path, status: int, title:
 
 
 async def test_not_a_gateway(gateway: FakeGateway, tmp_path: Path) -> None:
-    """A server that answers without problem documents is suspected not to be a gateway."""
+    """Errors without problem documents suggest another server."""
     gateway.problems["quota"] = Response(b"<html>", status_code=404)
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert (code, lines) == (1, ["HTTP 404 without a problem document: is this a gateway?"])
 
 
-async def test_torn(tmp_path: Path) -> None:
-    """A connection that breaks before the answer is told as that, and not as a gateway that is not there."""
+async def test_broken_connection(tmp_path: Path) -> None:
+    """A connection that breaks before the response is not reported as an absent gateway."""
 
     async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
@@ -197,7 +196,7 @@ async def test_torn(tmp_path: Path) -> None:
 
 
 async def test_lost_while_running(gateway: FakeGateway, tmp_path: Path) -> None:
-    """A task that can no longer be looked at keeps the state it was last seen in."""
+    """A task that can no longer be read keeps its last state."""
     gateway.problems["look"] = problem_response(503, "Overloaded", "Come back later.")
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
@@ -206,7 +205,7 @@ async def test_lost_while_running(gateway: FakeGateway, tmp_path: Path) -> None:
 
 
 async def test_timeout(gateway: FakeGateway, tmp_path: Path) -> None:
-    """A task that takes too long is given up, and told to go on at the gateway."""
+    """A timeout reports that the task continues at the gateway."""
     gateway.states["upscale"] = ["running"]
     code, lines = await run_and_capture(make_options(gateway, tmp_path, timeout_seconds=1.5))
     assert code == 1
@@ -214,7 +213,7 @@ async def test_timeout(gateway: FakeGateway, tmp_path: Path) -> None:
 
 
 async def test_timeout_of_a_submission(gateway: FakeGateway, tmp_path: Path) -> None:
-    """A submission that is not answered in time is given up without claiming a task."""
+    """A submission without a response in time reports no task."""
     gateway.blocked_kind = "upscale"
     code, lines = await run_and_capture(make_options(gateway, tmp_path, timeout_seconds=1.5))
     gateway.unblock.set()
@@ -222,16 +221,16 @@ async def test_timeout_of_a_submission(gateway: FakeGateway, tmp_path: Path) -> 
     assert "upscale: not done after 1.5 s" in lines
 
 
-async def test_folder_taken(gateway: FakeGateway, tmp_path: Path) -> None:
-    """Results that have no place are told before anything is submitted."""
+async def test_unusable_folder(gateway: FakeGateway, tmp_path: Path) -> None:
+    """An unusable folder is reported before any submission."""
     (tmp_path / "results").write_text("a file")
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert (code, lines) == (1, [f"The results cannot be put into {tmp_path / 'results'}: File exists"])
     assert not gateway.submissions
 
 
-async def test_file_taken(gateway: FakeGateway, tmp_path: Path) -> None:
-    """A result that cannot be written is told, and the others are."""
+async def test_unwritable_file(gateway: FakeGateway, tmp_path: Path) -> None:
+    """A result that cannot be written is reported, and the others are written."""
     (tmp_path / "results" / "upscale-image.png").mkdir(parents=True)
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
@@ -240,7 +239,7 @@ async def test_file_taken(gateway: FakeGateway, tmp_path: Path) -> None:
 
 
 async def test_interrupted(gateway: FakeGateway, tmp_path: Path) -> None:
-    """An interrupted demo names the tasks that go on, and no others, and ends as a cancelled coroutine does."""
+    """An interrupted demo names exactly the tasks that continue, and raises CancelledError."""
     gateway.states |= {job.kind: ["running"] for job in JOBS} | {"vectorize": ["succeeded"]}
     chosen = make_options(gateway, tmp_path)
     running = asyncio.create_task(run_demo(chosen))
@@ -257,7 +256,7 @@ async def test_interrupted(gateway: FakeGateway, tmp_path: Path) -> None:
 
 
 async def test_without_pillow(gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the image library one line says what to install."""
+    """One line names what to install."""
     for name in [name for name in sys.modules if name.startswith("service.demo.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "PIL", None)
@@ -266,7 +265,7 @@ async def test_without_pillow(gateway: FakeGateway, tmp_path: Path, monkeypatch:
 
 
 async def test_without_another_module(gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that is missing for any other reason is not taken for Pillow."""
+    """Another missing module is not reported as Pillow."""
     monkeypatch.setitem(sys.modules, "service.demo.run", None)
     with pytest.raises(ModuleNotFoundError):
         await run_and_capture(make_options(gateway, tmp_path))

@@ -1,4 +1,4 @@
-"""The demo's pictures are fit for the kinds they are sent to."""
+"""The demo's images suit their kinds."""
 
 from importlib import resources
 
@@ -20,13 +20,13 @@ def open_example(name: str) -> Image.Image:
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.kind)
 def test_small(job: Job) -> None:
-    """A picture weighs less than 120 KB, so that the demo is quick and the package light."""
+    """Each image is below 120 KB, to keep the demo fast and the package small."""
     assert len(job.read_image()) < 120_000
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.kind)
 def test_origin(job: Job) -> None:
-    """Every picture has its origin and licence told beside it."""
+    """Every image has its origin and licence documented."""
     told = (IMAGES / "PICTURES.md").read_text(encoding="utf-8")
     lines = [line for line in told.splitlines() if line.startswith(f"| `{job.image_name}`")]
     assert [f"`{job.kind}`" in line and ("CC0" in line or "public domain" in line) for line in lines] == [True]
@@ -40,7 +40,7 @@ def test_face() -> None:
 
 
 def test_logo() -> None:
-    """Five colours cover the logo but for the smoothing of its edges."""
+    """Five colours cover the logo except for smoothed edges."""
     logo = open_example("logo.png").convert("RGB")
     counts = sorted((count for count, _ in logo.getcolors() or []), reverse=True)
     assert sum(counts[:5]) / (logo.width * logo.height) > 0.98
@@ -48,15 +48,14 @@ def test_logo() -> None:
 
 
 def test_texture() -> None:
-    """The texture does not tile by itself: its seam is far harder than the demo lets pass."""
+    """The texture does not tile by itself: its seam is far above the demo's limit."""
     assert seam_strength(open_example("texture.jpg")) > 2 * MAX_SEAM
 
 
 def test_photo() -> None:
-    """The photograph has the many colours of a photograph."""
     assert len(open_example("photo.jpg").getcolors(maxcolors=1 << 24) or []) > 10_000
 
 
 def test_nothing_else() -> None:
-    """Only the pictures that are used, and their description, are shipped."""
+    """Only images in use and their description are shipped."""
     assert {item.name for item in IMAGES.iterdir()} == {job.image_name for job in JOBS} | {"PICTURES.md"}

@@ -1,4 +1,4 @@
-"""What the demo shows while the tasks run."""
+"""The demo's progress report."""
 
 import io
 
@@ -22,12 +22,12 @@ from service.demo.run import LineProgress, LiveProgress, format_cost
     ],
 )
 def test_cost(cost: Cost | None, text: str) -> None:
-    """A cost is written as uses, yuan or both, and marked where it is not certain."""
+    """A cost is shown as uses, yuan or both, and marked if uncertain."""
     assert format_cost(cost) == text
 
 
 def test_lines() -> None:
-    """A log gets one line for each change and none for a look that shows nothing new."""
+    """A log gets one line for each change, and none for an unchanged read."""
     output = io.StringIO()
     progress = LineProgress(output)
     for state in ("queued", "queued", "running"):
@@ -36,7 +36,7 @@ def test_lines() -> None:
 
 
 def render_terminal(written: str) -> list[str]:
-    """Play what was written on a terminal that knows `up n lines` and `clear below`."""
+    """Render output on a terminal that supports cursor-up and clear-below."""
     lines = [""]
     for chunk in written.replace("\x1b[J", "").split("\x1b["):
         up, found, rest = chunk.partition("F")
@@ -50,7 +50,7 @@ def render_terminal(written: str) -> list[str]:
 
 
 def test_live() -> None:
-    """A terminal shows one line for each task, in place, with its state and the seconds until it ended."""
+    """A terminal shows one line per task, updated in place, with state and seconds."""
     output, now = io.StringIO(), [100.0]
     progress = LiveProgress(output, ["upscale", "seamless"], clock=lambda: now[0])
     progress.set_state("upscale", "running")
@@ -66,7 +66,6 @@ def test_live() -> None:
 
 
 def test_clear() -> None:
-    """The lines of a terminal make room for the table."""
     output = io.StringIO()
     progress = LiveProgress(output, ["upscale"])
     progress.set_state("upscale", "running")

@@ -1,4 +1,4 @@
-"""A result that is not what its kind promises is found out."""
+"""Checks of results against the promise of their kind."""
 
 import pytest
 from PIL import Image
@@ -38,7 +38,7 @@ def make_svg(attributes: str, inner: str = "") -> bytes:
     ],
 )
 def test_real(kind: str, findings: list[CheckResult]) -> None:
-    """Real results of every kind pass, with what makes them real."""
+    """Valid results of every kind pass, with a description."""
     assert list(verify_results(kind, SENT[kind], contents_only(good_results()[kind]))) == findings
 
 
@@ -92,19 +92,19 @@ def test_real(kind: str, findings: list[CheckResult]) -> None:
     ],
 )
 def test_wrong(kind: str, files: dict[str, bytes], complaints: list[str]) -> None:
-    """A result that breaks the promise of its kind is called wrong, and why."""
+    """An invalid result is reported with the reason."""
     findings = verify_results(kind, SENT[kind], files)
     assert [finding.text for finding in findings if not finding.is_valid] == complaints
 
 
 def test_cut_short() -> None:
-    """An image that lost its end is not taken for one, though its header is whole."""
+    """A truncated image is invalid although its header is complete."""
     with pytest.raises(UnreadableError):
         open_image(SENT["upscale"][:-2000])
 
 
-def test_beside() -> None:
-    """A result beyond the promised ones passes if it can be read."""
+def test_extra_result() -> None:
+    """A result beyond the promised ones passes if it can be decoded."""
     files = {"image": flat_image(720, 480), "vector": SVG}
     assert verify_results("upscale", SENT["upscale"], files)[1] == CheckResult(
         "vector", (320, 320), "readable", is_valid=True
@@ -129,19 +129,19 @@ def test_one_path() -> None:
     ],
 )
 def test_drawing_size(attributes: str, size: tuple[int, int] | None) -> None:
-    """A drawing's size is its width and height in pixels, else that of its view box, else unknown."""
+    """The size is width and height in pixels, otherwise that of the view box, otherwise unknown."""
     assert read_image(make_svg(attributes)).size == size
 
 
 def test_entities() -> None:
-    """An SVG that declares entities is refused before they can grow."""
+    """An SVG with entity declarations is refused."""
     bomb = b'<!DOCTYPE svg [<!ENTITY a "aaaa">]><svg xmlns="http://www.w3.org/2000/svg">&a;</svg>'
     with pytest.raises(UnreadableError, match="entities"):
         read_image(bomb)
 
 
 def test_seam() -> None:
-    """The seam is that of the worse direction, and none where the edges meet."""
+    """The seam is that of the worse direction, and zero if the edges match."""
     ramp = Image.linear_gradient("L")
     assert seam_strength(ramp) > 100
     assert seam_strength(ramp.transpose(Image.Transpose.ROTATE_90)) > 100
@@ -149,5 +149,5 @@ def test_seam() -> None:
 
 
 def test_thin_tile() -> None:
-    """A tile of one pixel's width has no inside and meets itself."""
+    """A tile one pixel wide matches itself."""
     assert seam_strength(Image.new("L", (1, 8), 90)) == 0

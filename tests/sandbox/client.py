@@ -1,4 +1,4 @@
-"""A client of the vendor's API that hides nothing: forms out, the answer in, whatever it is."""
+"""A client of the vendor's API that returns raw responses."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ UPSCALE: dict[str, Any] = {
 
 
 class SandboxClient:
-    """Calls one sandbox."""
-
     def __init__(self, client: httpx2.AsyncClient) -> None:
         self.http = client
 
@@ -36,7 +34,7 @@ class SandboxClient:
         image: bytes | None = None,
         user_key: str = "key",
     ) -> httpx2.Response:
-        """Submit a task, by default the quickest, and give the raw answer."""
+        """Submit a task, by default the quickest, and return the raw response."""
         content = images.plain_png() if image is None else image
         data = {"user_key": user_key, **(UPSCALE if call == "submit_task" else {}), **fields}
         return await self.http.post(f"/api/{call}", data=data, files={"input_image": ("x.png", content)})
@@ -49,7 +47,7 @@ class SandboxClient:
         image: bytes | None = None,
         user_key: str = "key",
     ) -> str:
-        """Submit a task that is accepted, and give its id."""
+        """Submit a task that must be accepted, and return its id."""
         answer = (await self.submit(call, fields, image=image, user_key=user_key)).json()
         assert answer["err_code"] == 0, answer
         task_id = answer["task_id"]
@@ -57,7 +55,6 @@ class SandboxClient:
         return task_id
 
     async def check(self, task_id: str, user_key: str = "key") -> dict[str, Any]:
-        """Check a task."""
         response = await self.http.post("/api/check_task_status", data={"user_key": user_key, "task_id": task_id})
         answer: dict[str, Any] = response.json()
         return answer
@@ -65,6 +62,5 @@ class SandboxClient:
 
 @contextlib.asynccontextmanager
 async def open_client(url: str) -> AsyncIterator[SandboxClient]:
-    """Open a caller of the sandbox at this address."""
     async with httpx2.AsyncClient(base_url=url, timeout=10) as client:
         yield SandboxClient(client)

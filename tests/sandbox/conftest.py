@@ -1,4 +1,4 @@
-"""A sandbox that works at once, and a caller of its API."""
+"""A sandbox whose tasks take no time, and a client."""
 
 from __future__ import annotations
 

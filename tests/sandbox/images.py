@@ -1,4 +1,4 @@
-"""Pictures drawn for the tests: each has what its kind of task looks for."""
+"""Images drawn for the tests, each suited to its kind of task."""
 
 from __future__ import annotations
 
@@ -15,19 +15,17 @@ RED, WHITE, BLUE = (200, 30, 40), (255, 255, 255), (20, 60, 180)
 
 
 def encode_image(image: MatLike, suffix: str = ".png") -> bytes:
-    """Encode a picture in the format of a suffix."""
     return bytes(cv2.imencode(suffix, image)[1])
 
 
 def plain_png(width: int = 64, height: int = 48) -> bytes:
-    """Make a small plain picture, for tests that are not about pictures."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), RED).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def png_claiming_size(width: int, height: int) -> bytes:
-    """Make a small file that claims to be a picture of this size."""
+    """Return a small file whose header declares this size."""
     content = plain_png()
     header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
     return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
@@ -42,7 +40,7 @@ def draw_logo() -> MatLike:
 
 
 def draw_scene(height: int = 240, width: int = 320) -> MatLike:
-    """Paint a slope of colour with soft texture, whose opposite edges do not match at all."""
+    """Draw a colour gradient with soft texture, whose opposite edges differ."""
     random = np.random.default_rng(3)
     down, across = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     slope = np.dstack((255 * across, 120 + 100 * down, 255 * (1 - across)))
@@ -51,7 +49,7 @@ def draw_scene(height: int = 240, width: int = 320) -> MatLike:
 
 
 def draw_face(size: int = 360) -> MatLike:
-    """Paint a face in plain light on a plain wall, with grain."""
+    """Draw a face in even light on a plain wall, with grain."""
     picture = np.full((size, size, 3), (150, 140, 120), np.uint8)
     scale = size / 360
 

@@ -1,4 +1,4 @@
-"""The vendor's calls, as its document has them."""
+"""The vendor's calls, as documented by the vendor."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ SUBMITS: dict[str, Kind] = {
 
 
 @pytest.mark.parametrize("call", SUBMITS)
-async def test_submit_answers_an_id_and_what_is_left(caller: SandboxClient, call: str) -> None:
-    """A submit is answered with the id as text and both figures as numbers, and with nothing else."""
+async def test_submit_returns_id_and_balance(caller: SandboxClient, call: str) -> None:
     response = await caller.submit(call)
     answer = response.json()
     assert response.status_code == 200
@@ -44,7 +43,7 @@ async def test_submit_answers_an_id_and_what_is_left(caller: SandboxClient, call
 async def test_finished_task_has_its_own_results(
     sandbox: RunningSandbox, caller: SandboxClient, call: str, fields: dict[str, str], urls: set[str]
 ) -> None:
-    """A finished task names the results of its kind, each at an absolute address of the sandbox, and the figures."""
+    """A finished task has absolute URLs of its kind's results, and the balance."""
     task_id = await caller.submit_accepted(call, fields)
     await sandbox.control.wait_until_idle()
     answer = await caller.check(task_id)
@@ -54,16 +53,15 @@ async def test_finished_task_has_its_own_results(
     assert answer == {"err_code": 0, "status": "Completed", "remaining_count": 2, "remaining_money": 10}
 
 
-async def test_running_task_tells_its_state_alone(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A task that still runs is neither finished nor failed, and carries neither results nor figures."""
+async def test_running_task_has_a_state_only(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     await sandbox.control.set_behaviour(Behaviour(seconds=3600))
     answer = await caller.check(await caller.submit_accepted())
     assert answer.pop("status") in {"Pending", "Processing"}
     assert answer == {"err_code": 0}
 
 
-async def test_task_that_waits_for_its_time_holds_nobody_up(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A task takes as long as was dialled when it was submitted, while later ones overtake it."""
+async def test_task_durations(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+    """A task takes the duration set when it was submitted; later, shorter ones overtake it."""
     await sandbox.control.set_account("key", AccountBalance(9, 0))
     await sandbox.control.set_behaviour(Behaviour(seconds=3600))
     waiting = [await caller.submit_accepted() for _ in range(4)]
@@ -75,15 +73,13 @@ async def test_task_that_waits_for_its_time_holds_nobody_up(sandbox: RunningSand
     assert {(await caller.check(task_id))["status"] for task_id in waiting} == {"Processing"}
 
 
-async def test_failed_task_tells_its_state_alone(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A task that failed carries neither results nor figures."""
+async def test_failed_task_has_a_state_only(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     task_id = await caller.submit_accepted(image=images.plain_png(400, 400)[:100])
     await sandbox.control.wait_until_idle()
     assert await caller.check(task_id) == {"err_code": 0, "status": "Failed"}
 
 
-async def test_check_takes_multipart_too(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A check may be sent as multipart form data."""
+async def test_check_accepts_multipart(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     task_id = await caller.submit_accepted()
     await sandbox.control.wait_until_idle()
     parts = {"user_key": (None, b"key"), "task_id": (None, task_id.encode())}
@@ -92,7 +88,7 @@ async def test_check_takes_multipart_too(sandbox: RunningSandbox, caller: Sandbo
 
 
 async def test_unknown_account(caller: SandboxClient) -> None:
-    """Every call without a known account is refused with the vendor's words."""
+    """Every call with an unknown account is refused with the vendor's message."""
     refused = {"err_code": 1, "err_msg": "账户不存在"}
     assert (await caller.submit(user_key="nobody")).json() == refused
     assert await caller.check("1", user_key="nobody") == refused
@@ -100,7 +96,6 @@ async def test_unknown_account(caller: SandboxClient) -> None:
 
 
 async def test_task_of_another_account_is_unknown(caller: SandboxClient) -> None:
-    """An account sees its own tasks only; all others look like those that never were."""
     unknown = {"err_code": 1, "err_msg": "任务未找到或状态未知"}
     task_id = await caller.submit_accepted(user_key="other")
     assert await caller.check(task_id) == unknown
@@ -109,7 +104,7 @@ async def test_task_of_another_account_is_unknown(caller: SandboxClient) -> None
 
 @pytest.mark.parametrize("call", SUBMITS)
 async def test_prepaid_uses_go_before_money(sandbox: RunningSandbox, caller: SandboxClient, call: str) -> None:
-    """A prepaid use is taken first, then the price of the kind, then the account is refused and keeps what it has."""
+    """Prepaid uses are charged first, then the price of the kind, then the account is refused."""
     await sandbox.control.set_behaviour(Behaviour(prices={SUBMITS[call]: 4}))
     await sandbox.control.set_account("key", AccountBalance(1, 7))
     answers = [(await caller.submit(call)).json() for _ in range(3)]
@@ -120,7 +115,7 @@ async def test_prepaid_uses_go_before_money(sandbox: RunningSandbox, caller: San
 
 
 async def test_nothing_is_spent_twice(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """Of many submits at once, an account pays for exactly as many as it holds."""
+    """Concurrent submits are accepted exactly as far as the balance goes."""
     await sandbox.control.set_account("key", AccountBalance(3, 4))
     answers = [answer.json() for answer in await asyncio.gather(*(caller.submit() for _ in range(20)))]
     accepted = [answer for answer in answers if answer["err_code"] == 0]
@@ -131,10 +126,10 @@ async def test_nothing_is_spent_twice(sandbox: RunningSandbox, caller: SandboxCl
     assert (await sandbox.control.list_accounts())["key"] == AccountBalance(0, 0)
 
 
-async def test_mishap_fails_the_task(
+async def test_error_fails_the_task(
     sandbox: RunningSandbox, caller: SandboxClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A task whose work breaks down ends as failed, and the log says why."""
+    """A task whose operation raises ends as failed, and the error is logged."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
     task_id = await caller.submit_accepted("submit_vector_task")
     await sandbox.control.wait_until_idle()
@@ -142,8 +137,8 @@ async def test_mishap_fails_the_task(
     assert "/bin/false" in caplog.text
 
 
-async def test_task_that_failed_stays_charged(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A task charged at its submit is not paid back when it fails."""
+async def test_failed_task_stays_charged(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+    """A task charged at submit is not refunded when it fails."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(fail="内部错误"),)))
     task_id = await caller.submit_accepted()
     await sandbox.control.wait_until_idle()
@@ -172,7 +167,7 @@ async def test_task_that_failed_stays_charged(sandbox: RunningSandbox, caller: S
 async def test_field_out_of_range_is_rejected(
     sandbox: RunningSandbox, caller: SandboxClient, call: str, field: str, value: str
 ) -> None:
-    """A field outside its range is rejected by name, and costs nothing."""
+    """A field out of range is named in the rejection, and costs nothing."""
     answer = (await caller.submit(call, {field: value})).json()
     assert answer["err_code"] == 1
     assert answer["err_msg"].startswith(f"任务提交失败:参数{field}")
@@ -181,7 +176,6 @@ async def test_field_out_of_range_is_rejected(
 
 @pytest.mark.parametrize("name", UPSCALE)
 async def test_field_without_default_is_required(caller: SandboxClient, name: str) -> None:
-    """A field for which the document names no default must be there."""
     fields = {"user_key": "key", **UPSCALE}
     del fields[name]
     response = await caller.http.post("/api/submit_task", data=fields, files={"input_image": images.plain_png()})
@@ -198,10 +192,8 @@ async def test_field_without_default_is_required(caller: SandboxClient, name: st
         images.png_claiming_size(30000, 30000),
     ],
 )
-async def test_what_is_no_bearable_image_is_rejected(
-    sandbox: RunningSandbox, caller: SandboxClient, image: bytes
-) -> None:
-    """Empty files, files that are no image and images of too many pixels are rejected and cost nothing."""
+async def test_invalid_image_is_rejected(sandbox: RunningSandbox, caller: SandboxClient, image: bytes) -> None:
+    """Empty files, files of other types and images with too many pixels are rejected and cost nothing."""
     answer = (await caller.submit(image=image)).json()
     assert answer["err_code"] == 1
     assert answer["err_msg"].startswith("任务提交失败:图片") or answer["err_msg"] == "任务提交失败:无法识别的图片格式"
@@ -209,7 +201,6 @@ async def test_what_is_no_bearable_image_is_rejected(
 
 
 async def test_submit_without_a_file_is_rejected(caller: SandboxClient) -> None:
-    """A submit without its file part is rejected, be it multipart or not."""
     missing = {"err_code": 1, "err_msg": "任务提交失败:缺少参数input_image"}
     response = await caller.http.post("/api/submit_seamless_task", data={"user_key": "key"})
     assert response.json() == missing
@@ -233,27 +224,26 @@ async def test_submit_without_a_file_is_rejected(caller: SandboxClient) -> None:
     ],
 )
 async def test_malformed_body_is_refused(caller: SandboxClient, content_type: str, body: bytes, message: str) -> None:
-    """A body that is no form is answered like any other mistake: 200 and a message."""
+    """A malformed form gets status 200 and an error message, as the vendor responds."""
     response = await caller.http.post("/api/submit_seamless_task", content=body, headers={"content-type": content_type})
     assert response.status_code == 200
     assert response.json() == {"err_code": 1, "err_msg": message}
 
 
 async def test_overlong_text_is_rejected(caller: SandboxClient) -> None:
-    """A text field of hundreds of kilobytes is rejected."""
     answer = (await caller.submit("submit_task", {"prompt": "x" * 300_000})).json()
     assert answer == {"err_code": 1, "err_msg": "任务提交失败:请求内容过大"}
 
 
 async def test_overlong_file_is_rejected(caller: SandboxClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file beyond the bound is rejected, and the account that sent it still named."""
+    """A file above the limit is rejected, and the request record names its account."""
     monkeypatch.setattr(forms, "MAX_FILE_BYTES", 1_000)
     answer = (await caller.submit(image=bytes(1_001))).json()
     assert answer == {"err_code": 1, "err_msg": "任务提交失败:请求格式错误或文件过大"}
 
 
 async def test_other_routes_do_not_exist(caller: SandboxClient) -> None:
-    """What the vendor does not offer is 404, and a call by another method 405."""
+    """Other paths get 404, and other methods 405."""
     assert (await caller.http.get("/")).status_code == 404
     assert (await caller.http.post("/api/cancel_task")).status_code == 404
     assert (await caller.http.get("/api/submit_task")).status_code == 405

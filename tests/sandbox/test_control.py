@@ -1,4 +1,4 @@
-"""The dials themselves, and the control side over HTTP."""
+"""Fault injection and the control API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.sandbox.client import SandboxClient
 
 
 def test_faults_are_a_script() -> None:
-    """The first fault that matches applies alone, until it is used up and the next one gets its turn."""
+    """The first matching fault applies alone until it is used up; then the next one applies."""
     dials = Behaviour(
         faults=(Fault(times=1, reply="reset"), Fault(on="check", reply="hang"), Fault(times=2, status=500))
     )
@@ -35,8 +35,8 @@ def test_faults_are_a_script() -> None:
         (Fault(reply="hang", on="file", user_key="b"), {("file", "b")}),
     ],
 )
-def test_fault_hits_whom_it_names(fault: Fault, hits: set[tuple[str, str]]) -> None:
-    """A fault hits the operation and the key it names; one that names no operation hits calls but not files."""
+def test_fault_scope(fault: Fault, hits: set[tuple[str, str]]) -> None:
+    """A fault applies to its operation and key; without an operation it applies to calls but not to files."""
     dials = Behaviour(faults=(fault,))
     operations: list[Literal["submit", "check", "file"]] = ["submit", "check", "file"]
     struck = {(on, key) for on in operations for key in "ab" if dials.next_fault(on, key)[0] is fault}
@@ -58,18 +58,18 @@ def test_fault_hits_whom_it_names(fault: Fault, hits: set[tuple[str, str]]) -> N
         ({"faults": [{"on": "file", "status": 500}]}, "is a `page`"),
     ],
 )
-async def test_wrong_dial_is_refused(
+async def test_invalid_behaviour_is_refused(
     sandbox: RunningSandbox, caller: SandboxClient, content: dict[str, Any], reason: str
 ) -> None:
-    """A dial that does not exist, or not like this, is answered 400 with the reason and changes nothing."""
+    """An invalid setting gets 400 with the reason and changes nothing."""
     response = await caller.http.put("/_control/dials", json=content)
     assert response.status_code == 400
     assert reason in response.json()["error"]
     assert await sandbox.control.get_behaviour() == Behaviour()
 
 
-async def test_dials_over_http(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """Dials put over HTTP are in force, and what is left of them can be read."""
+async def test_behaviour_over_http(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+    """Faults set over HTTP apply, and the remaining ones can be read."""
     content = {"seconds": 1.5, "faults": [{"on": "submit", "times": 2, "reply": "page", "status": 502}]}
     assert (await caller.http.put("/_control/dials", json=content)).status_code == 200
     assert (await caller.submit()).status_code == 502
@@ -79,7 +79,7 @@ async def test_dials_over_http(sandbox: RunningSandbox, caller: SandboxClient) -
 
 
 async def test_accounts_over_http(caller: SandboxClient) -> None:
-    """An account can be made over HTTP and is listed with the others; one with a negative figure is refused."""
+    """Accounts can be created over HTTP and are listed; a negative balance is refused."""
     made = await caller.http.put("/_control/accounts/新", json={"count": 0, "money": 5})
     assert made.status_code == 200
     assert (await caller.submit(user_key="新")).json()["remaining_money"] == 4
@@ -90,8 +90,8 @@ async def test_accounts_over_http(caller: SandboxClient) -> None:
     assert accounts["key"] == {"count": 3, "money": 10}
 
 
-async def test_journal_over_http(caller: SandboxClient) -> None:
-    """The journal tells of each request what it was, what it carried and what became of it."""
+async def test_request_records_over_http(caller: SandboxClient) -> None:
+    """Each request record has operation, fields and outcome."""
     task_id = await caller.submit_accepted(fields={"fit": "0.3"})
     await caller.check("1")
     submit, check = (await caller.http.get("/_control/requests")).json()
@@ -110,8 +110,8 @@ async def test_journal_over_http(caller: SandboxClient) -> None:
     assert (check["outcome"], check["detail"]) == ("refused", "任务未找到或状态未知")
 
 
-async def test_journal_that_was_read_stands_still(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """Entries that were read do not change when their request goes on."""
+async def test_read_records_do_not_change(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+    """Records already read do not change while their request continues."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(latency=0.1),)))
     submit = asyncio.ensure_future(caller.submit())
     (early,) = await sandbox.control.wait_for_requests(lambda entries: len(entries) == 1)
@@ -120,8 +120,8 @@ async def test_journal_that_was_read_stands_still(sandbox: RunningSandbox, calle
     assert (early.outcome, late.outcome) == ("arrived", "accepted")
 
 
-async def test_reset_leads_back_to_the_beginning(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A reset forgets tasks, results and requests, and sets dials and accounts back, even while a task runs."""
+async def test_reset(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+    """A reset drops tasks, results and records, and restores faults and accounts, even while a task runs."""
     done = await caller.submit_accepted()
     await sandbox.control.wait_until_idle()
     url = (await caller.check(done))["images_url"]
@@ -136,8 +136,7 @@ async def test_reset_leads_back_to_the_beginning(sandbox: RunningSandbox, caller
     assert (await caller.http.get(url)).status_code == 404
 
 
-async def test_unknown_control(caller: SandboxClient) -> None:
-    """What the control side does not have is 404."""
+async def test_unknown_control_path(caller: SandboxClient) -> None:
     assert (await caller.http.get("/_control/knobs")).status_code == 404
     assert (await caller.http.post("/_control/dials")).status_code == 404
 
@@ -146,7 +145,7 @@ async def test_unknown_control(caller: SandboxClient) -> None:
 async def test_spelling_of_states(
     sandbox: RunningSandbox, caller: SandboxClient, spelling: Literal["Completed", "COMPLETED", "completed"]
 ) -> None:
-    """Every state comes in the letter case that was dialled."""
+    """States have the letter case that was set."""
     await sandbox.control.set_behaviour(Behaviour(spelling=spelling))
     task_id = await caller.submit_accepted()
     await sandbox.control.wait_until_idle()
@@ -154,7 +153,7 @@ async def test_spelling_of_states(
 
 
 async def test_charge_at_the_end(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """Charged at the end, a submit costs nothing yet, a completed task its price, and a failed one nothing."""
+    """When charging at the end, a submit is free, a finished task costs its price, a failed one nothing."""
     doom = Fault(on="submit", user_key="other", fail="内部错误")
     await sandbox.control.set_behaviour(Behaviour(charge="end", faults=(doom,)))
     assert (await caller.submit()).json()["remaining_count"] == 3
@@ -164,8 +163,8 @@ async def test_charge_at_the_end(sandbox: RunningSandbox, caller: SandboxClient)
     assert (accounts["key"].count, accounts["other"].count) == (2, 1)
 
 
-async def test_account_that_ran_dry_keeps_what_it_has(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """Charged at the end, a task completes although its account can no longer pay."""
+async def test_empty_account_keeps_its_balance(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+    """When charging at the end, a task finishes although its account can no longer pay."""
     await sandbox.control.set_behaviour(Behaviour(charge="end", seconds=0.1))
     task_id = await caller.submit_accepted()
     await sandbox.control.set_account("key", AccountBalance(0, 0))
@@ -178,7 +177,7 @@ async def test_account_that_ran_dry_keeps_what_it_has(sandbox: RunningSandbox, c
 async def test_checked_balance(
     sandbox: RunningSandbox, caller: SandboxClient, dial: Literal["now", "then"], expected: int
 ) -> None:
-    """A check of a finished task tells the balance of now or that of the task's end, as dialled."""
+    """A check of a finished task returns the current balance or that at its end, as set."""
     await sandbox.control.set_behaviour(Behaviour(checked_balance=dial))
     task_id = await caller.submit_accepted()
     await sandbox.control.wait_until_idle()

@@ -1,4 +1,4 @@
-"""What goes wrong on demand, as it looks on the wire and in the journal."""
+"""Injected faults, on the wire and in the request records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAULT_TIMINGS: list[tuple[When, RequestOutcome, AccountBalance]] = [
 
 
 async def send_raw_submit(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send a submit over a bare connection and leave its answer to be read."""
+    """Send a submit on a raw connection, without reading the response."""
     request = httpx2.Request(
         "POST", f"{url}/api/submit_seamless_task", data={"user_key": "key"}, files={"input_image": images.plain_png()}
     )
@@ -34,10 +34,10 @@ async def send_raw_submit(url: str) -> tuple[asyncio.StreamReader, asyncio.Strea
 
 
 @pytest.mark.parametrize(("when", "outcome", "left"), FAULT_TIMINGS)
-async def test_reset_is_one_on_the_wire(
+async def test_reset_on_the_wire(
     sandbox: RunningSandbox, when: When, outcome: RequestOutcome, left: AccountBalance
 ) -> None:
-    """A reset reaches the client as a TCP reset, and comes before the account is charged or after, as dialled."""
+    """A reset is a TCP reset, before or after the charge, as set."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="reset", when=when),)))
     reader, writer = await send_raw_submit(sandbox.url)
     with pytest.raises(ConnectionResetError):
@@ -54,7 +54,7 @@ async def test_reset_is_one_on_the_wire(
 async def test_hang_never_answers(
     sandbox: RunningSandbox, when: When, outcome: RequestOutcome, left: AccountBalance
 ) -> None:
-    """A request that hangs shows in the journal while it does, charged or not, and its connection stays open."""
+    """A hanging request is in the records while it hangs, and its connection stays open."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="hang", when=when),)))
     reader, writer = await send_raw_submit(sandbox.url)
     await sandbox.control.wait_for_requests(lambda entries: [entry.outcome for entry in entries] == [outcome])
@@ -77,7 +77,7 @@ async def test_page_is_html(
     outcome: RequestOutcome,
     left: AccountBalance,
 ) -> None:
-    """A page is HTML with the status that was dialled, in place of an answer."""
+    """A page is HTML with the status that was set."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="page", when=when, status=status),)))
     response = await caller.submit()
     assert response.status_code == status
@@ -87,8 +87,8 @@ async def test_page_is_html(
     assert (await sandbox.control.list_accounts())["key"] == left
 
 
-async def test_cut_answer_ends_early(sandbox: RunningSandbox) -> None:
-    """A cut answer closes the connection, in order, halfway through the length it announced."""
+async def test_cut_response_ends_early(sandbox: RunningSandbox) -> None:
+    """A cut response closes the connection halfway through its Content-Length."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="cut"),)))
     reader, writer = await send_raw_submit(sandbox.url)
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
@@ -99,8 +99,8 @@ async def test_cut_answer_ends_early(sandbox: RunningSandbox) -> None:
     assert len(body) == announced // 2
 
 
-async def test_garbled_answer_is_whole_but_no_json(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A garbled answer has the length it announced, calls itself JSON, and is none."""
+async def test_garbled_response_is_invalid_json(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+    """A garbled response has its full length and the JSON content type, and invalid JSON."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="garbled"),)))
     response = await caller.submit()
     assert response.headers["content-type"] == "application/json"
@@ -124,10 +124,10 @@ async def test_garbled_answer_is_whole_but_no_json(sandbox: RunningSandbox, call
         ("status", "string", msgspec.UNSET),
     ],
 )
-async def test_field_comes_wrong(
+async def test_wrong_field(
     sandbox: RunningSandbox, caller: SandboxClient, field: Field, wrong: FieldDefect, expected: object
 ) -> None:
-    """A field is spoiled in the way that was dialled, and the fields beside it stay right."""
+    """A field is altered as set; other fields stay correct."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(wrong={field: wrong}),)))
     answer: dict[str, Any] = (await caller.submit()).json()
     assert answer.pop(field, msgspec.UNSET) == expected
@@ -136,8 +136,8 @@ async def test_field_comes_wrong(
     }.items()  # fmt: skip
 
 
-async def test_id_as_a_number_can_be_asked_for(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A task id that comes as a number is the number that its digits say, exact even as a double."""
+async def test_numeric_task_id(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+    """A numeric task id has the value of its digits, exact even as a double."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(on="submit", wrong={"task_id": "int"}),)))
     number = (await caller.submit()).json()["task_id"]
     assert isinstance(number, int)
@@ -145,14 +145,12 @@ async def test_id_as_a_number_can_be_asked_for(sandbox: RunningSandbox, caller: 
     assert (await caller.check(str(int(float(number)))))["status"] == "Completed"
 
 
-async def test_status_without_a_task(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A check can be made to tell that a state is null."""
+async def test_null_state(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     await sandbox.control.set_behaviour(Behaviour(seconds=3600, faults=(Fault(on="check", wrong={"status": "null"}),)))
     assert await caller.check(await caller.submit_accepted()) == {"err_code": 0, "status": None}
 
 
-async def test_refusal_word_for_word(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A check or submit can be refused with any message, although nothing is wrong with it."""
+async def test_refusal_with_any_message(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     task_id = await caller.submit_accepted()
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(refuse="任务未找到或状态未知", times=1),)))
     assert await caller.check(task_id) == {"err_code": 1, "err_msg": "任务未找到或状态未知"}
@@ -160,18 +158,18 @@ async def test_refusal_word_for_word(sandbox: RunningSandbox, caller: SandboxCli
 
 
 @pytest.mark.parametrize("colon", [":", "："])
-async def test_rejection_for_a_reason(
+async def test_rejection_with_any_reason(
     sandbox: RunningSandbox, caller: SandboxClient, colon: Literal[":", "："]
 ) -> None:
-    """A submit can be rejected for any reason, behind either colon, and is not charged."""
+    """A submit can be rejected with any reason and either colon, uncharged."""
     await sandbox.control.set_behaviour(Behaviour(colon=colon, faults=(Fault(reject="图片内容违规"),)))
     answer = (await caller.submit()).json()
     assert answer == {"err_code": 1, "err_msg": f"任务提交失败{colon}图片内容违规"}
     assert (await sandbox.control.list_accounts())["key"] == AccountBalance(3, 10)
 
 
-async def test_status_of_an_answer(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """An answer keeps its JSON when only its HTTP status is dialled."""
+async def test_status_of_a_response(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+    """With only the HTTP status set, a response keeps its JSON."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(status=503),)))
     response = await caller.submit()
     assert response.status_code == 503
@@ -179,7 +177,7 @@ async def test_status_of_an_answer(sandbox: RunningSandbox, caller: SandboxClien
 
 
 async def test_latency_outlasts_the_client(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    """A slow upstream carries out the request of a client that has given up meanwhile."""
+    """A slow request is carried out although its client has disconnected."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(latency=0.5),)))
     with pytest.raises(httpx2.ReadTimeout):
         await caller.http.post(
@@ -191,8 +189,8 @@ async def test_latency_outlasts_the_client(sandbox: RunningSandbox, caller: Sand
     await sandbox.control.wait_for_requests(lambda entries: entries[0].outcome == "accepted")
 
 
-async def test_client_that_leaves_midway(sandbox: RunningSandbox) -> None:
-    """A request whose body breaks off is written down as such, and nothing is done about it."""
+async def test_client_that_disconnects(sandbox: RunningSandbox) -> None:
+    """A request whose body is cut off is recorded as such, and has no effect."""
     host, port = sandbox.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /api/submit_task HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nhalf")

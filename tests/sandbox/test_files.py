@@ -1,4 +1,4 @@
-"""Results over HTTP."""
+"""Artifacts over HTTP."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ async def urls(sandbox: RunningSandbox, caller: SandboxClient) -> dict[str, str]
 
 
 @pytest.mark.parametrize("content_type", ["image/png", "image/svg+xml"])
-async def test_result_is_whole(caller: SandboxClient, urls: dict[str, str], content_type: str) -> None:
-    """A result comes with its type and length, and HEAD tells the same without the bytes."""
+async def test_complete_file(caller: SandboxClient, urls: dict[str, str], content_type: str) -> None:
+    """A file has type and length, and HEAD returns the same without a body."""
     url = urls[content_type]
     response = await caller.http.get(url)
     head = await caller.http.head(url)
@@ -42,7 +42,7 @@ async def test_result_is_whole(caller: SandboxClient, urls: dict[str, str], cont
     ],
 )
 async def test_range(caller: SandboxClient, urls: dict[str, str], asked: str, first: int, end: int | None) -> None:
-    """A range of bytes is answered 206 with those bytes and their place."""
+    """A range gets 206 with its bytes and position."""
     whole = (await caller.http.get(urls["image/png"])).content
     response = await caller.http.get(urls["image/png"], headers={"range": f"bytes={asked}"})
     assert response.status_code == 206
@@ -52,36 +52,34 @@ async def test_range(caller: SandboxClient, urls: dict[str, str], asked: str, fi
 
 
 @pytest.mark.parametrize("asked", ["999999999-", "9-5", "-0", "-"])
-async def test_range_that_holds_no_byte(caller: SandboxClient, urls: dict[str, str], asked: str) -> None:
-    """A range without a byte of the file is answered 416 with the file's length."""
+async def test_unsatisfiable_range(caller: SandboxClient, urls: dict[str, str], asked: str) -> None:
+    """A range beyond the file gets 416 with the file's length."""
     length = (await caller.http.head(urls["image/png"])).headers["content-length"]
     response = await caller.http.get(urls["image/png"], headers={"range": f"bytes={asked}"})
     assert response.status_code == 416
     assert response.headers["content-range"] == f"bytes */{length}"
 
 
-async def test_range_that_is_not_understood(caller: SandboxClient, urls: dict[str, str]) -> None:
-    """A range of another kind, several ranges, and one of another version get the whole file."""
+async def test_unsupported_range(caller: SandboxClient, urls: dict[str, str]) -> None:
+    """Other units, several ranges, and a range of another version get the complete file."""
     for headers in ({"range": "lines=1-2"}, {"range": "bytes=0-1,4-5"}, {"range": "bytes=0-1", "if-range": '"old"'}):
         assert (await caller.http.get(urls["image/png"], headers=headers)).status_code == 200
 
 
 async def test_range_of_the_same_version(caller: SandboxClient, urls: dict[str, str]) -> None:
-    """A range under the condition that the file is the same is given."""
     etag = (await caller.http.head(urls["image/png"])).headers["etag"]
     headers = {"range": "bytes=0-1", "if-range": etag}
     assert (await caller.http.get(urls["image/png"], headers=headers)).status_code == 206
 
 
 @pytest.mark.parametrize("name", ["grid.png", "input", "../../sandbox.sqlite3", "%2e%2e/input", ""])
-async def test_only_results_are_handed_out(caller: SandboxClient, urls: dict[str, str], name: str) -> None:
-    """Nothing but the results of a task is handed out."""
+async def test_only_results_are_served(caller: SandboxClient, urls: dict[str, str], name: str) -> None:
     folder = urls["image/png"].rpartition("/")[0]
     assert (await caller.http.get(f"{folder}/{name}")).status_code == 404
 
 
-async def test_address_follows_the_client(caller: SandboxClient, urls: dict[str, str]) -> None:
-    """Results are named at the host by which the client reached the sandbox."""
+async def test_url_follows_the_client(caller: SandboxClient, urls: dict[str, str]) -> None:
+    """Result URLs have the host that the client used."""
     task_id = urls["image/png"].split("/")[-2]
     response = await caller.http.post(
         "/api/check_task_status",
@@ -92,7 +90,7 @@ async def test_address_follows_the_client(caller: SandboxClient, urls: dict[str,
 
 
 async def test_faults_of_files(sandbox: RunningSandbox, caller: SandboxClient, urls: dict[str, str]) -> None:
-    """A file can be cut off or replaced by a page, and then comes whole again."""
+    """A file can be cut or replaced by a page once, and is complete afterwards."""
     faults = (
         Fault(on="file", times=1, reply="cut"),
         Fault(on="file", times=1, reply="page", when="before", status=503),
@@ -106,10 +104,8 @@ async def test_faults_of_files(sandbox: RunningSandbox, caller: SandboxClient, u
     assert served == ["served", "not_reached", "served"]
 
 
-async def test_page_after_a_file_was_found(
-    sandbox: RunningSandbox, caller: SandboxClient, urls: dict[str, str]
-) -> None:
-    """A page in place of a file that was found is written down as served."""
+async def test_page_instead_of_a_file(sandbox: RunningSandbox, caller: SandboxClient, urls: dict[str, str]) -> None:
+    """A page in place of an existing file is recorded as served."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(on="file", reply="page", status=500),)))
     assert (await caller.http.get(urls["image/svg+xml"])).status_code == 500
     assert (await sandbox.control.list_requests())[-1].outcome == "served"

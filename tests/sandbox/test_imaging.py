@@ -1,4 +1,4 @@
-"""The work itself: each result is what its kind claims."""
+"""The imaging operations: each result has the properties of its kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATH = "{http://www.w3.org/2000/svg}path"
 
 
 def run_operation(kind: Kind, options: Options, image: bytes, folder: Path) -> dict[str, Path]:
-    """Do a task's work and give its results by name."""
+    """Run an operation and return its results by name."""
     (folder / "input").write_bytes(image)
     return {path.name: path for path in apply_operation(kind, options, folder / "input", folder)}
 
@@ -39,29 +39,29 @@ def sharpness(picture: MatLike) -> float:
 
 
 def edge_difference(first: MatLike, second: MatLike) -> float:
-    """Say how much two neighbouring lines of pixels differ."""
+    """Return the mean difference between two adjacent lines of pixels."""
     return float(np.abs(first.astype(int) - second.astype(int)).mean())
 
 
 @pytest.mark.parametrize("factor", [1, 1.5, 4])
-def test_upscaled_picture_is_larger_and_the_same(factor: float) -> None:
-    """An upscaled picture is larger by the factor and, seen small again, still the picture it was."""
+def test_upscaled_image_is_larger_and_the_same(factor: float) -> None:
+    """An upscaled image is larger by the factor, and equals the original when scaled down."""
     scene = images.draw_scene()
     large = imaging.upscale(scene, Options(upscale=factor))
     assert large.shape == (round(240 * factor), round(320 * factor), 3)
     assert edge_difference(cv2.resize(large, (320, 240), interpolation=cv2.INTER_AREA), scene) < 8
 
 
-def test_upscaled_picture_is_sharper_than_a_stretched_one() -> None:
-    """Upscaling gives sharper edges than enlarging alone, and more steps give sharper ones."""
+def test_upscaled_image_is_sharper_than_a_resized_one() -> None:
+    """Upscaling gives sharper edges than resizing, and more steps sharper ones."""
     logo = images.draw_logo()
     stretched = cv2.resize(logo, None, fx=3, fy=3, interpolation=cv2.INTER_LANCZOS4)
     few, many = (imaging.upscale(logo, Options(upscale=3, steps=steps)) for steps in (20, 40))
     assert sharpness(stretched) < sharpness(few) < sharpness(many)
 
 
-def test_noise_is_taken_out_unless_fidelity_is_asked_for() -> None:
-    """Upscaling smooths grain, more with a larger `s_noise`, and leaves it with `high_fidelity`."""
+def test_noise_reduction() -> None:
+    """Upscaling smooths grain, more with a larger `s_noise`, and not with `high_fidelity`."""
     grain = np.random.default_rng(2).normal(128, 6, (120, 120, 3)).astype(np.uint8)
     strong, weak = (imaging.upscale(grain, Options(s_noise=noise)) for noise in (1.1, 1.0))
     faithful = imaging.upscale(grain, Options(high_fidelity=True))
@@ -69,7 +69,6 @@ def test_noise_is_taken_out_unless_fidelity_is_asked_for() -> None:
 
 
 def test_strong_inpaint_changes_more_with_its_intensity() -> None:
-    """The intensity of the strong repair is how far it goes."""
     scene = images.draw_scene()
     plain = imaging.upscale(scene, Options())
     half, full = (
@@ -78,15 +77,14 @@ def test_strong_inpaint_changes_more_with_its_intensity() -> None:
     assert 0 < edge_difference(half, plain) < edge_difference(full, plain)
 
 
-def test_result_beyond_all_bounds_is_refused(tmp_path: Path) -> None:
-    """A picture that would grow beyond what memory bears is rejected with a reason."""
+def test_oversized_result_is_refused(tmp_path: Path) -> None:
+    """An image that would exceed the memory limit is rejected with a reason."""
     with pytest.raises(RejectedError, match="像素过大"):
         run_operation("upscale", Options(upscale=8), images.plain_png(700, 700), tmp_path)
 
 
 @pytest.mark.parametrize("color_count", [2, 3, 16])
-def test_vectorised_picture_has_no_more_colours_than_asked(tmp_path: Path, color_count: int) -> None:
-    """The SVG fills its paths with at most as many colours as were asked for."""
+def test_vectorized_image_has_no_more_colours_than_requested(tmp_path: Path, color_count: int) -> None:
     results = run_operation(
         "vector", Options(color_count=color_count), images.encode_image(images.draw_scene()), tmp_path
     )
@@ -94,8 +92,8 @@ def test_vectorised_picture_has_no_more_colours_than_asked(tmp_path: Path, color
     assert 2 <= len(set(fills)) <= color_count
 
 
-def test_vectorised_logo_keeps_shapes_and_colours(tmp_path: Path) -> None:
-    """A logo of three flat colours becomes a few paths in those colours, of the logo's size."""
+def test_vectorized_logo_keeps_shapes_and_colours(tmp_path: Path) -> None:
+    """A logo of three flat colours becomes a few paths in those colours, of the same size."""
     results = run_operation("vector", Options(color_count=3), images.encode_image(images.draw_logo()), tmp_path)
     root = ET.fromstring(results["vector.svg"].read_text())  # noqa: S314  # it was made here
     paths = root.findall(PATH)
@@ -109,8 +107,8 @@ def test_vectorised_logo_keeps_shapes_and_colours(tmp_path: Path) -> None:
     assert len(np.unique(preview.reshape(-1, 3), axis=0)) == 3
 
 
-def test_large_picture_is_traced_small_and_drawn_large(tmp_path: Path) -> None:
-    """The SVG of a picture too large to trace is still as large as the picture."""
+def test_large_image_is_traced_small_and_drawn_large(tmp_path: Path) -> None:
+    """An SVG traced at reduced size still has the image's size."""
     large = cv2.resize(images.draw_logo(), (1600, 1200))
     results = run_operation("vector", Options(), images.encode_image(large), tmp_path)
     root = ET.fromstring(results["vector.svg"].read_text())  # noqa: S314  # it was made here
@@ -120,7 +118,7 @@ def test_large_picture_is_traced_small_and_drawn_large(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fit", [0.1, 0.5, 0.9])
 def test_tile_continues_across_its_edges(fit: float) -> None:
-    """Opposite edges of a tile follow on each other as its inner lines do, whatever the picture's edges were."""
+    """Opposite edges of a tile match as well as its inner lines."""
     scene = images.draw_scene()
     tile = imaging.make_seamless(scene, fit)
     assert tile.shape == scene.shape
@@ -130,28 +128,27 @@ def test_tile_continues_across_its_edges(fit: float) -> None:
     assert edge_difference(tile[0], tile[-1]) < 2 * inside
 
 
-def test_wider_fit_keeps_less_of_the_picture() -> None:
-    """A larger fit changes more of the picture, and its middle stays in any case."""
+def test_wider_fit_keeps_less_of_the_image() -> None:
+    """A larger fit changes more of the image, but never its middle."""
     scene = images.draw_scene()
     narrow, wide = (imaging.make_seamless(scene, fit) for fit in (0.1, 0.9))
     assert edge_difference(narrow, scene) < edge_difference(wide, scene)
     assert edge_difference(wide[120, 160], scene[120, 160]) <= 1
 
 
-def test_grid_is_the_tile_laid_out(tmp_path: Path) -> None:
-    """The grid shows the tile two by two."""
+def test_grid_is_the_tile_two_by_two(tmp_path: Path) -> None:
     results = run_operation("seamless", Options(), images.encode_image(images.draw_scene()), tmp_path)
     tile, grid = (read_image(results[name]) for name in ("image.png", "grid.png"))
     assert np.array_equal(grid, np.block([[[tile], [tile]], [[tile], [tile]]]))
 
 
 def test_grid_of_a_large_tile_is_bounded() -> None:
-    """The grid of a large tile is made smaller rather than four times as large."""
+    """The grid of a large tile is scaled down."""
     assert imaging.make_grid(np.zeros((3000, 3000, 3), np.uint8)).shape == (4000, 4000, 3)
 
 
-def test_face_is_found_cleaned_and_sharpened() -> None:
-    """A face is found; its skin becomes smoother, its eyes sharper, and what is far from it stays untouched."""
+def test_face_is_cleaned_and_sharpened() -> None:
+    """A face gets smoother skin and sharper eyes; distant pixels stay unchanged."""
     picture = np.full((600, 800, 3), (150, 140, 120), np.uint8)
     picture[100:460, 200:560] = images.draw_face()
     ((left, top, width, height),) = imaging.find_faces(picture)
@@ -167,8 +164,7 @@ def test_face_is_found_cleaned_and_sharpened() -> None:
     assert np.array_equal(restored[:, :150], picture[:, :150])
 
 
-def test_picture_without_a_face_is_treated_gently() -> None:
-    """Without a face the whole picture is sharpened a little."""
+def test_image_without_a_face_is_sharpened_a_little() -> None:
     scene = images.draw_scene()
     assert imaging.find_faces(scene) == []
     assert 0 < edge_difference(imaging.enhance_faces(scene), scene) < 10
@@ -179,8 +175,8 @@ def test_picture_without_a_face_is_treated_gently() -> None:
     ("mode", "suffix"),
     [("RGBA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("1", "PNG"), ("LA", "PNG"), ("RGB", "WEBP"), ("L", "TIFF")],
 )
-def test_every_kind_of_file_is_taken(tmp_path: Path, kind: Kind, mode: str, suffix: str) -> None:
-    """Pictures in any common format and mode of colours are worked on, and keep their size."""
+def test_common_formats_are_accepted(tmp_path: Path, kind: Kind, mode: str, suffix: str) -> None:
+    """Images in any common format and colour mode are processed and keep their size."""
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), images.RED).convert(mode).save(buffer, suffix)
     results = run_operation(kind, Options(), buffer.getvalue(), tmp_path)
@@ -188,30 +184,26 @@ def test_every_kind_of_file_is_taken(tmp_path: Path, kind: Kind, mode: str, suff
 
 
 @pytest.mark.parametrize("kind", ["upscale", "vector", "face", "seamless"])
-def test_single_pixel_is_taken(tmp_path: Path, kind: Kind) -> None:
-    """The smallest picture of all is worked on."""
+def test_single_pixel_is_accepted(tmp_path: Path, kind: Kind) -> None:
     assert run_operation(kind, Options(), images.plain_png(1, 1), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["upscale", "vector", "face", "seamless"])
 def test_transparency_is_kept(tmp_path: Path, kind: Kind) -> None:
-    """What is clear in a picture is clear in its result."""
     picture = np.zeros((40, 40, 4), np.uint8)
     picture[10:30, 10:30] = 255
     alpha = read_image(run_operation(kind, Options(), images.encode_image(picture), tmp_path)["image.png"])[:, :, 3]
     assert (alpha.min(), alpha.max()) == (0, 255)
 
 
-def test_deep_grey_is_not_clipped(tmp_path: Path) -> None:
-    """A picture of 16 bits keeps its shades."""
+def test_16_bit_grey_is_not_clipped(tmp_path: Path) -> None:
     shades = np.tile(np.linspace(0, 65535, 64, dtype=np.uint16), (64, 1))
     result = run_operation("upscale", Options(high_fidelity=True), images.encode_image(shades), tmp_path)["image.png"]
     row = read_image(result)[32, :, 0]
     assert np.abs(row.astype(int) - (shades[32] >> 8)).max() < 10
 
 
-def test_picture_is_turned_upright(tmp_path: Path) -> None:
-    """A photograph that its camera marked as lying on its side is stood up."""
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What outlives a restart, and what does not grow."""
+"""Persistence across restarts, and bounded storage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_task(number: int, state: State = "open") -> Task:
 
 
 async def test_finished_task_outlives_a_restart(tmp_path: Path) -> None:
-    """After a restart a finished task, its results and the balance are what they were."""
+    """A finished task, its results and the balance survive a restart."""
     async with run_sandbox(tmp_path) as (sandbox, caller):
         task_id = await caller.submit_accepted()
         await sandbox.control.wait_until_idle()
@@ -43,8 +43,8 @@ async def test_finished_task_outlives_a_restart(tmp_path: Path) -> None:
         assert (await caller.http.get(answer["grid_url"])).content == whole
 
 
-async def test_unfinished_task_is_taken_up_again(tmp_path: Path) -> None:
-    """A task that a restart interrupted ends after it, and is charged once."""
+async def test_unfinished_task_is_resumed(tmp_path: Path) -> None:
+    """A task interrupted by a restart ends after it, and is charged once."""
     async with run_sandbox(tmp_path) as (sandbox, caller):
         await sandbox.control.set_behaviour(Behaviour(seconds=0.3))
         task_id = await caller.submit_accepted()
@@ -55,7 +55,6 @@ async def test_unfinished_task_is_taken_up_again(tmp_path: Path) -> None:
 
 
 async def test_task_without_its_input_fails(tmp_path: Path) -> None:
-    """A task whose files were lost fails instead of running for ever."""
     async with run_sandbox(tmp_path, seconds=0.1) as (_, caller):
         task_id = await caller.submit_accepted()
     (tmp_path / "tasks" / task_id / "input").unlink()
@@ -64,8 +63,8 @@ async def test_task_without_its_input_fails(tmp_path: Path) -> None:
         assert (await caller.check(task_id))["status"] == "Failed"
 
 
-async def test_input_goes_when_the_task_ends(tmp_path: Path) -> None:
-    """Of an ended task only the results are kept, and of a refused submit nothing."""
+async def test_input_is_deleted_when_the_task_ends(tmp_path: Path) -> None:
+    """An ended task keeps only its results, and a refused submit nothing."""
     async with run_sandbox(tmp_path) as (sandbox, caller):
         task_id = await caller.submit_accepted()
         await sandbox.control.set_account("key", AccountBalance(0, 0))
@@ -78,7 +77,6 @@ async def test_input_goes_when_the_task_ends(tmp_path: Path) -> None:
 
 
 async def test_killed_process_loses_no_accepted_task(tmp_path: Path) -> None:
-    """A task that was answered is there after the process was killed."""
     program = (
         "import asyncio, pathlib, sys\n"
         "from service.sandbox.app import Balance, SandboxConfig\n"
@@ -102,7 +100,6 @@ async def test_killed_process_loses_no_accepted_task(tmp_path: Path) -> None:
 
 
 async def test_temporary_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a folder a temporary one is used, and nothing is left behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     async with (
         open_sandbox(SandboxConfig(accounts={"key": AccountBalance(1, 0)}, seconds=0)) as sandbox,
@@ -115,8 +112,8 @@ async def test_temporary_folder_is_removed(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("most_tasks", "most_bytes", "kept"), [(2, 1000, {3, 4}), (9, 25, {3, 4}), (9, 5, {4})])
-def test_oldest_ended_tasks_are_forgotten(tmp_path: Path, most_tasks: int, most_bytes: int, kept: set[int]) -> None:
-    """Beyond a number of tasks or bytes the oldest ended ones go; the newest and those that run stay."""
+def test_oldest_ended_tasks_are_deleted(tmp_path: Path, most_tasks: int, most_bytes: int, kept: set[int]) -> None:
+    """Beyond a number of tasks or bytes the oldest ended ones are deleted; running ones stay."""
     store = Store(tmp_path, {}, max_tasks=most_tasks, max_bytes=most_bytes)
     for number in range(5):
         store.add_task(make_task(number), AccountBalance(0, 0))
@@ -128,8 +125,7 @@ def test_oldest_ended_tasks_are_forgotten(tmp_path: Path, most_tasks: int, most_
     store.close()
 
 
-async def test_files_of_forgotten_tasks_are_removed(tmp_path: Path) -> None:
-    """With its task, the files of a result go too."""
+async def test_files_of_deleted_tasks_are_deleted(tmp_path: Path) -> None:
     config = SandboxConfig(folder=tmp_path, accounts={"key": AccountBalance(3, 0)}, seconds=0, max_tasks=1)
     async with open_sandbox(config) as sandbox, open_client(sandbox.url) as caller:
         task_ids = []
@@ -140,8 +136,8 @@ async def test_files_of_forgotten_tasks_are_removed(tmp_path: Path) -> None:
     assert [folder.name for folder in (tmp_path / "tasks").iterdir()] == task_ids[-1:]
 
 
-def test_stray_files_are_swept(tmp_path: Path) -> None:
-    """Files of a submit that never became a task are removed at the next start."""
+def test_orphaned_files_are_deleted(tmp_path: Path) -> None:
+    """Files of a submit that never became a task are deleted at the next start."""
     stray, kept = tmp_path / "tasks" / "9", tmp_path / "tasks" / "1"
     store = Store(tmp_path, {})
     store.add_task(make_task(1), AccountBalance(0, 0))

@@ -1,4 +1,4 @@
-"""The sandbox as a server: how it starts, ends and shares a process."""
+"""The sandbox as a server: start, end, and several in one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = SandboxConfig(accounts={"key": AccountBalance(9, 0)}, seconds=0)
 
 
 async def test_sandboxes_share_a_process() -> None:
-    """Several sandboxes run beside each other, each with its own accounts and dials."""
+    """Several sandboxes run side by side, each with its own accounts and behaviour."""
     async with open_sandbox(CONFIG) as first, open_sandbox(CONFIG) as second:
         await first.control.set_account("key", AccountBalance(1, 0))
         await first.control.set_behaviour(Behaviour(faults=(Fault(reject="忙"),)))
@@ -29,8 +29,8 @@ async def test_sandboxes_share_a_process() -> None:
             assert (await caller.submit()).json()["remaining_count"] == 8
 
 
-async def test_closing_cuts_what_hangs() -> None:
-    """A sandbox closes at once although requests hang, wait out a latency, or keep their connection open."""
+async def test_closing_cuts_hanging_requests() -> None:
+    """A sandbox closes at once although requests hang, are delayed, or keep their connection open."""
     threads = threading.active_count()
     faults = (Fault(times=1, reply="hang"), Fault(times=1, latency=3600), Fault(times=1))
     async with asyncio.timeout(10):
@@ -44,15 +44,14 @@ async def test_closing_cuts_what_hangs() -> None:
     assert threading.active_count() == threads
 
 
-async def test_running_leaves_signals_alone() -> None:
-    """A sandbox inside a process installs no handlers of signals."""
+async def test_running_installs_no_signal_handlers() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     async with open_sandbox(CONFIG):
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 async def test_port_can_be_chosen() -> None:
-    """A sandbox listens on the port it is told, and fails where that is taken."""
+    """A sandbox listens on the given port, and fails if that is in use."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match="in use"):
@@ -63,8 +62,8 @@ async def test_port_can_be_chosen() -> None:
 
 
 @pytest.mark.parametrize(("host", "named"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")])
-async def test_address_can_be_called(host: str, named: str) -> None:
-    """The address that is given is one that can be called, whatever is listened on."""
+async def test_url_can_be_called(host: str, named: str) -> None:
+    """The printed URL is callable, whatever address is listened on."""
     async with open_sandbox(CONFIG, host) as sandbox, open_client(sandbox.url) as caller:
         assert sandbox.url.startswith(f"http://{named}:")
         assert (await caller.check("1"))["err_code"] == 1
@@ -72,7 +71,7 @@ async def test_address_can_be_called(host: str, named: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_serving_ends_with_a_signal(number: signal.Signals) -> None:
-    """As a process of its own the sandbox tells its address, and ends in order when it is told to."""
+    """As a process the sandbox prints its URL, and exits with 0 on a signal."""
     program = (
         "import asyncio\n"
         "from service.sandbox.app import SandboxConfig\n"
@@ -91,7 +90,6 @@ async def test_serving_ends_with_a_signal(number: signal.Signals) -> None:
 
 
 async def test_serving_ends_when_cancelled() -> None:
-    """Serving can be cancelled, which frees its port."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(serve(CONFIG, "127.0.0.1", 0, on_ready=ready.set_result))
     url = await ready
@@ -102,8 +100,8 @@ async def test_serving_ends_when_cancelled() -> None:
         pass
 
 
-async def test_nothing_heavy_before_the_first_image() -> None:
-    """Listening needs none of the image libraries, which take most of a second to import."""
+async def test_no_image_library_before_the_first_image() -> None:
+    """Starting imports none of the image libraries, which take most of a second."""
     program = (
         "import sys, service.sandbox.app\nprint({'cv2', 'numpy', 'PIL', 'vtracer', 'litestar'} & set(sys.modules))\n"
     )
@@ -113,7 +111,7 @@ async def test_nothing_heavy_before_the_first_image() -> None:
 
 
 async def test_any_asgi_server_can_run_it() -> None:
-    """The application opens and closes with the lifespan of whatever server runs it."""
+    """The application opens and closes with the ASGI lifespan."""
     sandbox = create_sandbox(CONFIG)
     told: asyncio.Queue[Message] = asyncio.Queue()
     asked: asyncio.Queue[Message] = asyncio.Queue()
