@@ -1,7 +1,7 @@
-"""Many requests at the same moment.
+"""Send many requests at the same moment.
 
-HTTP clients queue for connections and take more time than the gateways that are asked. Here every request has a
-connection of its own, made beforehand, and all are sent before the first answer is read.
+HTTP clients queue for connections and take more time than the gateways. Here every request has an open connection of
+its own, and all are sent before the first response is read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TIMEOUT_SECONDS = 60.0
 
 
 async def send_concurrently(requests: Sequence[httpx2.Request]) -> list[httpx2.Response]:
-    """The answers to requests that were all sent at once, in the same order."""
+    """Send all requests at once; returns the responses in the same order."""
     async with asyncio.timeout(TIMEOUT_SECONDS):
         streams = await asyncio.gather(
             *(asyncio.open_connection(request.url.host, request.url.port) for request in requests)
@@ -31,7 +31,7 @@ async def send_concurrently(requests: Sequence[httpx2.Request]) -> list[httpx2.R
 
 
 def _encode_request(request: httpx2.Request) -> bytes:
-    """A request that asks for its connection to be closed, so that its answer ends there."""
+    """Encode a request with `Connection: close`, so that the response ends with the connection."""
     lines = [b"%s %s HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
     lines += [b"%s: %s" % pair for pair in request.headers.raw if pair[0].lower() != b"connection"]
     return b"\r\n".join([*lines, b"Connection: close", b"", request.read()])

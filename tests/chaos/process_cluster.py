@@ -1,7 +1,7 @@
-"""Several gateways on one store and one upstream; each test has a tenant and an account of its own on them.
+"""Several gateways on one store and one upstream; each test has a tenant and an account of its own.
 
-Once it was set, the ledger's clock stands still until it is moved on: so the time to a window's end is known exactly,
-and nothing is checked in the meantime.
+Once set, the ledger's clock stands still until it is advanced: the time to the end of a window is known exactly, and
+nothing is checked meanwhile.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ _CHECK_SECONDS = 0.1
 
 
 def call_admin(gateway: GatewayProcess, method: str, path: str, **more: Any) -> Any:
-    """Call the operators' port."""
     headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
     answer = httpx2.request(
         method, f"{gateway.ops_url}/admin/v1{path}", headers=headers, timeout=TIMEOUT_SECONDS, **more
@@ -48,7 +47,7 @@ def call_admin(gateway: GatewayProcess, method: str, path: str, **more: Any) -> 
 
 @dataclass(frozen=True)
 class ProcessCluster:
-    """Gateways that have started, with the store and the upstream they share."""
+    """Running gateways with their shared store and upstream."""
 
     gateways: Sequence[GatewayProcess]
     upstream: SandboxProcess
@@ -58,7 +57,7 @@ class ProcessCluster:
     def create_tenant(
         self, policy: Mapping[str, Any], balance: Mapping[str, int], max_price: Mapping[str, int]
     ) -> TenantClient:
-        """A new tenant with some policy, alone on a new account with a balance; every gateway knows it."""
+        """Create a tenant with a policy, alone on a new account with a balance, and wait until every gateway has it."""
         name, first = f"shop-{secrets.token_hex(4)}", self.gateways[0]
         httpx2.put(f"{self.upstream.url}/_control/accounts/{name}", json=balance).raise_for_status()
         call_admin(first, "PUT", f"/accounts/{name}", json={"user_key": name, "max_price": max_price})
@@ -68,17 +67,15 @@ class ProcessCluster:
         return shop
 
     def set_clock_to_noon(self) -> None:
-        """Let it become noon of the next day, exactly."""
+        """Set the ledger's clock to noon of the next day."""
         day = asyncio.run(self._load_counters("demo")).now // 1000 // DAY_SECONDS
         with Redis(unix_socket_path=str(self.store.socket_path)) as client:
             client.set(Keys(self.prefix).clock + ":server", int((day + 1.5) * DAY_SECONDS) * 1000)
 
     def advance_clock(self, seconds: float) -> None:
-        """Let time pass for the ledger."""
         advance_clock(self.store, self.prefix, seconds)
 
     def read_counters(self, tenant: str) -> TenantState:
-        """What the ledger counts for a tenant now."""
         found = asyncio.run(self._load_counters(tenant))
         roll_windows(found.state, found.now)
         return found.state
@@ -95,18 +92,18 @@ class ProcessCluster:
 
 @dataclass(frozen=True)
 class TenantClient:
-    """A tenant, which uses the account of the same name."""
+    """A tenant on an account of the same name."""
 
     cluster: ProcessCluster
     name: str
     token: str
 
     def is_known_to(self, gateway: GatewayProcess) -> bool:
-        """Whether a gateway has heard of it."""
+        """Return whether a gateway has loaded the tenant."""
         return httpx2.get(f"{gateway.url}/v1/quota", headers=self._headers).status_code == 200
 
     def submit(self, times: int) -> list[httpx2.Response]:
-        """Submit a small picture so many times at once, to one gateway after the other."""
+        """Submit a small image so many times at once, to the gateways in turn."""
         files = {"image": ("a.png", make_png(), "image/png")}
         requests = [
             httpx2.Request("POST", f"{gateway.url}/v1/tasks/face-enhance", headers=self._headers, files=files)
@@ -115,21 +112,20 @@ class TenantClient:
         return asyncio.run(send_concurrently(list(islice(cycle(requests), times))))
 
     def count_submits(self) -> int:
-        """How many of its submits have reached the upstream."""
+        """Return how many of its submits have reached the upstream."""
         received = httpx2.get(f"{self.cluster.upstream.url}/_control/requests", timeout=TIMEOUT_SECONDS).json()
         return sum(each["operation"] == "submit" and each["user_key"] == self.name for each in received)
 
     def read_balance(self) -> dict[str, int]:
-        """What its account holds at the upstream."""
+        """Return its account's balance at the upstream."""
         found: dict[str, dict[str, int]] = httpx2.get(f"{self.cluster.upstream.url}/_control/accounts").json()
         return found[self.name]
 
     def read_counters(self) -> TenantState:
-        """What the ledger counts for it now."""
         return self.cluster.read_counters(self.name)
 
     def finish_tasks(self) -> TenantState:
-        """Let time pass until its tasks were checked and have all ended; the counters then."""
+        """Advance the clock until all its tasks have ended; returns the counters."""
 
         def ended() -> bool:
             self.cluster.advance_clock(_CHECK_SECONDS)
@@ -145,7 +141,7 @@ class TenantClient:
 
 @contextmanager
 def run_cluster(folder: Path, size: int) -> Iterator[ProcessCluster]:
-    """So many gateways, started at once."""
+    """Start several gateways at once."""
     install_server_time()
     with ExitStack() as opened:
         store, upstream = opened.enter_context(run_valkey()), opened.enter_context(run_sandbox())

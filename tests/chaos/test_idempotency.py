@@ -1,4 +1,4 @@
-"""One key, many copies: over several processes, past a killed one, a frozen one, and a store that goes away."""
+"""Copies of one submission with one key: over several processes, with a killed or frozen one, and during an outage."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ LEASE_SECONDS = 180
 
 @pytest.fixture(scope="module")
 def gateways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
-    """Three gateways, for the tests of this module that kill none."""
+    """Yield three gateways, for the tests that kill none."""
     with run_cluster(tmp_path_factory.mktemp("fleet"), 3) as found:
         yield found
 
 
 def slow_tenant(gateways: ProcessCluster, *faults: dict[str, Any], seconds: float = 0.3) -> TenantClient:
-    """A tenant of an upstream that takes its time over submits; the ledger's clock stands, so no task goes on."""
+    """Create a tenant with a slow upstream; the ledger's clock stands still, so that no task ends."""
     gateways.set_clock_to_noon()
     slow = {"on": "submit", "latency": seconds}
     gateways.upstream.set_faults(*(slow | each for each in (*faults, {})))
@@ -56,20 +56,20 @@ def slow_tenant(gateways: ProcessCluster, *faults: dict[str, Any], seconds: floa
 
 
 def build_submission(shop: TenantClient, gateway: GatewayProcess, image: bytes) -> httpx2.Request:
-    """A submission under a key."""
+    """Build a submission with the idempotency key."""
     headers = {"Authorization": f"Bearer {shop.token}", "Idempotency-Key": KEY}
     files = {"image": ("a.jpg", image, "image/jpeg")}
     return httpx2.Request("POST", f"{gateway.url}/v1/tasks/face-enhance", headers=headers, files=files)
 
 
 def build_copies(shop: TenantClient, *images: bytes) -> list[httpx2.Request]:
-    """Many copies of one submission, or of several in turn, to one gateway after the other."""
+    """Build copies of one submission, or of several in turn, for the gateways in turn."""
     pairs = zip(cycle(shop.cluster.gateways), cycle(images), strict=False)
     return [build_submission(shop, *pair) for pair in islice(pairs, COPIES)]
 
 
 def send_until_final(requests: Sequence[httpx2.Request]) -> list[httpx2.Response]:
-    """What all who send at once are told in the end: they send again as long as there is no outcome."""
+    """Send all requests at once, and repeat those in flight until each has a final response."""
     found: dict[int, httpx2.Response] = {}
 
     def told() -> bool:
@@ -89,13 +89,13 @@ def send_until_final(requests: Sequence[httpx2.Request]) -> list[httpx2.Response
 
 
 def total_counters(state: TenantState) -> tuple[int, int, int]:
-    """Of all there ever was: used, held, and what is active."""
+    """Return the used, held and active tasks in total."""
     counter = state.windows[Window.TOTAL]
     return counter.tasks, counter.tasks_reserved, state.active_tasks
 
 
 def expect_one_task(found: Sequence[httpx2.Response]) -> dict[str, Any]:
-    """The task that all were told of: exactly one that it was new, all others that it was there before."""
+    """Require that one response is new and all others replay it; returns the task."""
     (first,) = [each for each in found if "idempotent-replayed" not in each.headers]
     task = expect_created(first)
     for each in found:
@@ -104,16 +104,16 @@ def expect_one_task(found: Sequence[httpx2.Response]) -> dict[str, Any]:
     return task
 
 
-def test_copies_at_once(gateways: ProcessCluster) -> None:
-    """Of 50 copies sent at once to three processes one is sent on, and all are told of the same task."""
+def test_concurrent_copies(gateways: ProcessCluster) -> None:
+    """Of 50 concurrent copies to three processes one is sent, and all responses have the same task."""
     shop = slow_tenant(gateways)
     expect_one_task(send_until_final(build_copies(shop, make_jpeg())))
     assert (shop.count_submits(), shop.read_balance()["count"]) == (1, 99)
     assert total_counters(shop.read_counters()) == (1, 0, 1)
 
 
-def test_two_contents_at_once(gateways: ProcessCluster) -> None:
-    """Of two different submissions under one key, 25 copies of each sent at once, one wins; the other is refused."""
+def test_two_contents(gateways: ProcessCluster) -> None:
+    """Of two submissions with one key, 25 copies each, one wins and the other is rejected."""
     shop = slow_tenant(gateways)
     found = send_until_final(build_copies(shop, make_jpeg(b"a"), make_jpeg(b"b")))
     of_each = [found[::2], found[1::2]]
@@ -125,8 +125,8 @@ def test_two_contents_at_once(gateways: ProcessCluster) -> None:
     assert (shop.count_submits(), total_counters(shop.read_counters())) == (1, (1, 0, 1))
 
 
-def test_copies_of_what_is_refused(gateways: ProcessCluster) -> None:
-    """Of copies of what the upstream rejects at first all are told of the one task that it took in the end."""
+def test_copies_of_a_rejected_submission(gateways: ProcessCluster) -> None:
+    """Copies are sent until the upstream accepts one; all others replay it."""
     shop = slow_tenant(gateways, {"reject": "no", "times": 3})
     found = send_until_final(build_copies(shop, make_jpeg()))
     rejected = [each for each in found if each.status_code == 502]
@@ -139,7 +139,7 @@ def test_copies_of_what_is_refused(gateways: ProcessCluster) -> None:
 
 @contextmanager
 def submit_in_background(shop: TenantClient) -> Iterator[Future[httpx2.Response]]:
-    """A submission that the first gateway has sent on."""
+    """Submit to the first gateway in a thread, and wait until the upstream has it."""
     with ThreadPoolExecutor() as threads:
         call = threads.submit(send_request, build_submission(shop, shop.cluster.gateways[0], make_jpeg()))
         wait_until(lambda: shop.count_submits() == 1, "a submit")
@@ -147,25 +147,24 @@ def submit_in_background(shop: TenantClient) -> Iterator[Future[httpx2.Response]
 
 
 def send_request(request: httpx2.Request) -> httpx2.Response:
-    """The answer to a request."""
     with httpx2.Client(timeout=TIMEOUT_SECONDS, trust_env=False) as http:
         return http.send(request)
 
 
 def send_to_second(shop: TenantClient, image: bytes | None = None) -> httpx2.Response:
-    """What the second gateway answers to the same submission, or to one with another image."""
+    """Send the same submission, or another image, to the second gateway."""
     return send_request(build_submission(shop, shop.cluster.gateways[1], image or make_jpeg()))
 
 
 def expect_abandoned(shop: TenantClient) -> dict[str, Any]:
-    """What the second gateway tells of a submission once its lease has run out."""
+    """Require that the submission is unknown once its lease has expired."""
     wait_until(lambda: send_to_second(shop).status_code != 409, "the end of the lease")
     told = send_to_second(shop)
     return expect_unknown(told, told.json())
 
 
 def test_killed_process(tmp_path: Path) -> None:
-    """What a killed process was sending is in flight until its lease has run out, and an unknown submission then."""
+    """A killed process's submission is in flight until its lease expires, then unknown."""
     with run_cluster(tmp_path, 2) as two:
         shop = slow_tenant(two, {"reply": "hang"})
         with submit_in_background(shop) as call:
@@ -182,7 +181,7 @@ def test_killed_process(tmp_path: Path) -> None:
 
 
 def test_frozen_process(gateways: ProcessCluster) -> None:
-    """What a process accepted that slept through its lease is told as unknown, and as its task once it woke up."""
+    """A submission accepted by a process that was stopped beyond its lease is unknown, then its task once it continues."""
     shop, accepted = slow_tenant(gateways, seconds=1), gateways.upstream.count_requests("submit", "accepted")
     sleeper = gateways.gateways[0].process
     with submit_in_background(shop) as call:
@@ -200,14 +199,14 @@ def test_frozen_process(gateways: ProcessCluster) -> None:
 
 @pytest.fixture
 def store() -> Iterator[Valkey]:
-    """A server of the test's own, which can be told to refuse."""
+    """Yield a server of the test's own, which can be made to reject commands."""
     with run_valkey() as server:
         yield server
 
 
 @pytest.fixture
 async def house(store: Valkey) -> AsyncIterator[RunningGateway]:
-    """A gateway on that server, which takes everything again at the end: the gateway would wait for it."""
+    """Yield a gateway on that server, which accepts all commands again at the end: otherwise the shutdown would wait."""
     async with run_real_gateway(store) as found:
         try:
             yield found
@@ -216,16 +215,16 @@ async def house(store: Valkey) -> AsyncIterator[RunningGateway]:
 
 
 def restore_store(store: Valkey) -> None:
-    """Let the server take everything again."""
+    """Make the server accept all commands again."""
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         client.config_set("min-replicas-to-write", 0)
         client.execute_command("ACL", "SETUSER", "default", "allkeys")
 
 
 async def test_away_when_settling(house: RunningGateway, store: Valkey) -> None:
-    """What was accepted while the store was away is in flight once it is back, until it is booked, and then replayed.
+    """An acceptance during an outage is in flight afterwards until it is settled, then replayed.
 
-    Between the two the store takes all but what would begin to watch the task: so it reserves, but does not settle.
+    In between the store rejects only keys of checks, so that it reserves but does not settle.
     """
     await sandbox_control(house).delay_next_response(0.5)
     submitting = asyncio.create_task(submit_with_key(house))

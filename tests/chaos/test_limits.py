@@ -1,4 +1,4 @@
-"""Many submits at once to several processes: what a limit lets through is exact, and so is what the others are told."""
+"""Concurrent submits to several processes: limits are exact, and so are the rejections."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ HALF_DAY_SECONDS = DAY_SECONDS // 2
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
-    """Three gateways, for all tests of this module."""
+    """Yield three gateways for all tests of this module."""
     with run_cluster(tmp_path_factory.mktemp("fleet"), 3) as found:
         yield found
 
 
 @pytest.fixture
 def gateways(three: ProcessCluster) -> ProcessCluster:
-    """The same, at noon, with an upstream that does all at once."""
+    """Return them at noon, with an upstream that answers at once."""
     three.upstream.set_faults()
     three.set_clock_to_noon()
     return three
 
 
 def split_by_status(answers: list[httpx2.Response]) -> tuple[list[httpx2.Response], list[httpx2.Response]]:
-    """Those that were taken, and those that a limit refused: there must be no others."""
+    """Split into accepted and rate-limited responses; there must be no others."""
     taken, refused = ([each for each in answers if each.status_code == status] for status in (201, 429))
     assert len(taken) + len(refused) == len(answers), {each.status_code: each.text for each in answers}
     return taken, refused
 
 
 def expect_same_policy(answers: list[httpx2.Response], code: str, policy: str, limit: int) -> None:
-    """See that all refusals name one policy."""
+    """Require that all rejections name one policy."""
     assert {each.json()["code"] for each in answers} == {code}
     violated = [violation for each in answers for violation in each.json()["violated_policies"]]
     assert {(each["policy"], each["limit"]) for each in violated} == {(policy, limit)}
@@ -49,12 +49,12 @@ def expect_same_policy(answers: list[httpx2.Response], code: str, policy: str, l
 
 
 def has_checked(gateways: ProcessCluster, times: int) -> bool:
-    """Whether the upstream was asked about tasks so many times."""
+    """Return whether the upstream has received so many checks."""
     return gateways.upstream.count_requests("check") >= times
 
 
 def test_tasks_per_window(gateways: ProcessCluster) -> None:
-    """Of 500 submits exactly 20 get through a limit of 20 per day; the next day, and not before, 20 more."""
+    """Of 500 submits exactly 20 pass a limit of 20 per day; the next day, and not before, another 20."""
     shop = gateways.create_tenant({"limits": [{"window": "day", "tasks": 20}]}, MONEY_ONLY, {})
     taken, refused = split_by_status(shop.submit(500))
     assert (len(taken), len(refused), shop.count_submits()) == (20, 480, 20)
@@ -80,7 +80,7 @@ def test_tasks_per_window(gateways: ProcessCluster) -> None:
 
 
 def test_active_tasks(gateways: ProcessCluster) -> None:
-    """Of 500 submits exactly as many get through as may be active; once those have ended, as many again."""
+    """Of 500 submits exactly as many pass as may be active; once those have ended, as many again."""
     shop = gateways.create_tenant({"max_active": 8}, MONEY_ONLY, {})
     for reached in (8, 16):
         gateways.upstream.set_faults({"on": "check", "reply": "page", "status": 503})
@@ -97,7 +97,7 @@ def test_active_tasks(gateways: ProcessCluster) -> None:
 
 
 def test_known_price(gateways: ProcessCluster) -> None:
-    """A limit on money lets exactly as many through as it could pay for at the highest price; so again the next day."""
+    """A money limit admits exactly as many submits as it covers at the highest price; again the next day."""
     shop = gateways.create_tenant({"limits": [{"window": "day", "money": 10}]}, MONEY_ONLY, {"face-enhance": 3})
     for reached in (3, 6):
         taken, refused = split_by_status(shop.submit(100))
@@ -110,7 +110,7 @@ def test_known_price(gateways: ProcessCluster) -> None:
 
 
 def test_unknown_price(gateways: ProcessCluster) -> None:
-    """Until a price was seen, a limit on money lets one through at a time; then as many as what remains can pay for."""
+    """Until a price is known, a money limit admits one submit at a time, then as many as it covers."""
     shop = gateways.create_tenant({"limits": [{"window": "month", "money": 10}]}, MONEY_ONLY, {})
     for reached in (1, 2):
         assert (len(split_by_status(shop.submit(60))[0]), shop.count_submits()) == (1, reached)
@@ -124,7 +124,7 @@ def test_unknown_price(gateways: ProcessCluster) -> None:
 
 
 def test_price_that_rose(gateways: ProcessCluster) -> None:
-    """A receipt above what was held is booked in full; what passes the limit is overrun, and no more gets through."""
+    """A cost above the held amount is charged in full; the excess is overrun, and no more submits pass."""
     shop = gateways.create_tenant({"limits": [{"window": "month", "money": 2}]}, MONEY_ONLY, {})
     for _ in range(2):
         assert len(split_by_status(shop.submit(1))[0]) == 1
@@ -137,7 +137,7 @@ def test_price_that_rose(gateways: ProcessCluster) -> None:
 
 
 def test_prepaid_uses(gateways: ProcessCluster) -> None:
-    """Prepaid uses are spent whatever the limit on money, and of the money no more than the limit."""
+    """Prepaid uses are spent regardless of the money limit, and money only within it."""
     shop = gateways.create_tenant(
         {"limits": [{"window": "month", "money": 2}]}, {"count": 9, "money": 100}, {"face-enhance": 1}
     )

@@ -1,4 +1,4 @@
-"""What one process promised, the next keeps, also when it was killed."""
+"""A process takes over what a killed one left behind."""
 
 from __future__ import annotations
 
@@ -23,30 +23,28 @@ LEASE_SECONDS = 180
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[SandboxProcess]:
-    """An upstream for all tests of this module."""
     with run_sandbox() as found:
         yield found
 
 
 def limit_tenant(gateway: GatewayProcess, tasks: int) -> None:
-    """Let the demo tenant submit so many tasks."""
+    """Limit the tasks of the demo tenant."""
     body = {"accounts": ["demo"], "limits": [{"window": "total", "tasks": tasks}], "max_active": 50}
     call_admin(gateway, "PUT", "/tenants/demo", json=body)
 
 
 def read_usage(gateway: GatewayProcess) -> tuple[int, int, int]:
-    """What the demo tenant has used, holds and has active."""
+    """Return the used, held and active tasks of the demo tenant."""
     tasks, active = gateway.call("GET", "/v1/quota").json()["policies"]
     return tasks["used"], tasks["reserved"], active["used"]
 
 
 def submit(gateway: GatewayProcess) -> httpx2.Response:
-    """Submit a small picture."""
     return gateway.call("POST", "/v1/tasks/face-enhance", files={"image": ("a.png", make_png(), "image/png")})
 
 
 def test_killed_process(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """What a killed process was sending is settled as unknown, and what it watched is watched by the next."""
+    """A killed process's submission is settled as unknown, and its tasks are checked by the next."""
     shared, before = upstream.gateway_settings(valkey), upstream.count_requests("submit")
     with run_gateway(tmp_path / "victim", **shared) as victim, ThreadPoolExecutor() as threads:
         limit_tenant(victim, 7)

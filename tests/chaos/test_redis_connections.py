@@ -1,4 +1,4 @@
-"""Connections to Redis are reset under load, and a Cluster goes away altogether."""
+"""Connections to Redis are reset under load, and a whole Cluster is unavailable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESET_SHARE = 0.15
 
 
 async def _submit_under_resets(house: RunningGateway, proxy: ResettingProxy) -> None:
-    """Submit much at once while connections are reset; all that the upstream accepted is answered and booked."""
+    """Submit concurrently while connections are reset; every accepted task is returned and settled."""
     await house.upstream.set_balance(10_000, 0)
     statuses: Counter[int] = Counter()
     accepted: set[str] = set()
@@ -56,7 +56,7 @@ async def _submit_under_resets(house: RunningGateway, proxy: ResettingProxy) -> 
 
 
 def test_resets_while_submitting() -> None:
-    """On uvloop nothing is answered with 500, and nothing that the upstream accepted with anything but 201."""
+    """On uvloop no response is a 500, and everything that the upstream accepted gets a 201."""
 
     async def run(proxy: ResettingProxy) -> None:
         async with run_real_gateway(server, GATEWAY_REDIS_URL=f"redis://127.0.0.1:{proxy.port}") as house:
@@ -70,8 +70,8 @@ def test_resets_while_submitting() -> None:
         runner.run(run(proxy))
 
 
-def test_cluster_that_is_away() -> None:
-    """Without its Cluster a gateway refuses submissions and still reads tasks, and logs two lines about all of it."""
+def test_cluster_unavailable() -> None:
+    """Without its Cluster a gateway rejects submissions, still reads tasks, and logs two lines in all."""
 
     async def run() -> None:
         async with run_real_gateway(store.server, GATEWAY_REDIS_URL=store.url) as house:

@@ -1,4 +1,4 @@
-"""The store is killed in the middle of a submission, and started again on what it had acknowledged."""
+"""The store is killed during a submission, and restarted with its acknowledged data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.valkey import Valkey, run_valkey
 
 @contextmanager
 def restart_store(store: Valkey) -> Iterator[None]:
-    """The same server again, on the same data."""
+    """Restart the server on the same data."""
     with subprocess.Popen(store.process.args, stdout=subprocess.DEVNULL) as process:
         try:
             yield
@@ -27,7 +27,7 @@ def restart_store(store: Valkey) -> Iterator[None]:
 
 
 async def is_ready(store: Valkey) -> bool:
-    """Whether the server has read its data."""
+    """Return whether the server has loaded its data."""
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         try:
             return bool(client.ping())
@@ -36,7 +36,7 @@ async def is_ready(store: Valkey) -> bool:
 
 
 async def test_killed_when_settling() -> None:
-    """An acceptance that could not be booked before the store was killed is booked once after its restart."""
+    """An acceptance that could not be settled before the store was killed is settled once after its restart."""
     with run_valkey("--appendonly", "yes", "--appendfsync", "always") as store, ExitStack() as again:
         async with run_real_gateway(store) as house:
             assert isinstance(house.upstream, SandboxUpstreamControl)

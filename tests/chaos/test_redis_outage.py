@@ -1,4 +1,4 @@
-"""The store goes away at every step of a submission, and comes back, or comes back empty."""
+"""Outages of the store at every step of a submission, with and without loss of data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.valkey import Valkey, run_valkey
 
 @pytest.fixture
 def store() -> Iterator[Valkey]:
-    """A server of the test's own, to be frozen."""
+    """Yield a server of the test's own, which can be frozen."""
     with run_valkey() as server:
         yield server
         server.resume()
@@ -28,35 +28,32 @@ def store() -> Iterator[Valkey]:
 
 @pytest.fixture
 async def house(store: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RunningGateway]:
-    """A gateway on that server, which is quick to take silence for absence."""
+    """Yield a gateway on that server with a short Redis timeout."""
     monkeypatch.setattr(container, "REDIS_TIMEOUT_SECONDS", 0.3)
     async with run_real_gateway(store) as found:
         yield found
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Wait for a condition."""
     async with asyncio.timeout(20):
         while not await condition():
             await asyncio.sleep(0.01)
 
 
 async def read_counters(house: RunningGateway) -> TenantState:
-    """What the ledger counts for the tenant `shop`."""
+    """Return the counters of the tenant `shop`."""
     tenant = house.services.registry.current.tenants["shop"]
     return (await house.services.quota._ledger.tenant_snapshot(tenant.id)).state
 
 
 def reservation_states(store: Valkey) -> list[ReservationState]:
-    """The state of every reservation there is."""
+    """Return the state of every reservation."""
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         packed = [client.get(key) for key in client.scan_iter(match="*:reservation:*")]
     return [msgspec.msgpack.decode(each, type=Reservation).state for each in packed if isinstance(each, bytes)]
 
 
 async def wait_for_submits(house: RunningGateway, submits: int) -> None:
-    """Wait until so many submits have reached the upstream."""
-
     async def enough() -> bool:
         return await house.upstream.count_submits() >= submits
 
@@ -68,8 +65,8 @@ def sandbox_control(house: RunningGateway) -> SandboxUpstreamControl:
     return house.upstream
 
 
-async def test_away_when_reserving(house: RunningGateway, store: Valkey) -> None:
-    """Without the store nothing is sent; and the reservation that it carries out once it is back is given up."""
+async def test_outage_while_reserving(house: RunningGateway, store: Valkey) -> None:
+    """Without the store nothing is sent, and a reservation made after the timeout is cancelled."""
     store.suspend()
     refused = await house.submit()
     assert (refused.status_code, refused.json()["code"]) == (503, "ledger-unavailable")
@@ -86,8 +83,8 @@ async def test_away_when_reserving(house: RunningGateway, store: Valkey) -> None
     assert (await house.submit()).status_code == 201
 
 
-async def test_away_when_settling(house: RunningGateway, store: Valkey) -> None:
-    """An accepted submission is answered all the same, and booked exactly once when the store is back."""
+async def test_outage_while_settling(house: RunningGateway, store: Valkey) -> None:
+    """An accepted submission gets its 201, and is settled exactly once after the outage."""
     await sandbox_control(house).delay_next_response(0.5)
     submitting = asyncio.create_task(house.submit())
     await wait_for_submits(house, 1)
@@ -107,8 +104,8 @@ async def test_away_when_settling(house: RunningGateway, store: Valkey) -> None:
     assert await house.upstream.count_submits() == 1
 
 
-async def test_reading_while_it_is_away(house: RunningGateway, store: Valkey) -> None:
-    """A task is read from the upstream by what its id holds, once per interval, however many ask."""
+async def test_reading_during_an_outage(house: RunningGateway, store: Valkey) -> None:
+    """A task is read from the upstream by its id alone, once per interval for all readers."""
     task = (await house.submit()).json()
     await house.upstream.wait_until_idle()
     store.suspend()
@@ -122,8 +119,8 @@ async def test_reading_while_it_is_away(house: RunningGateway, store: Valkey) ->
     store.resume()
 
 
-async def test_store_that_lost_everything(house: RunningGateway, store: Valkey) -> None:
-    """A task that only its id is left of is read, booked again in full, and watched to its end."""
+async def test_all_data_lost(house: RunningGateway, store: Valkey) -> None:
+    """A task of which only the id is left is read, settled again and checked to its end."""
     task = (await house.submit("seamless", {"fit": "0.4"})).json()
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         client.flushall()
@@ -138,8 +135,8 @@ async def test_store_that_lost_everything(house: RunningGateway, store: Valkey) 
     assert await house.upstream.count_submits() == 1
 
 
-async def test_registry_that_was_lost(house: RunningGateway, store: Valkey) -> None:
-    """A store that lost the registry gets it back from a process that still holds it, limits and all."""
+async def test_registry_lost(house: RunningGateway, store: Valkey) -> None:
+    """A lost registry is restored from a process that still has it, limits included."""
     await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         client.flushall()
@@ -149,8 +146,8 @@ async def test_registry_that_was_lost(house: RunningGateway, store: Valkey) -> N
     await house.put_tenant("another")
 
 
-async def test_client_that_leaves(house: RunningGateway) -> None:
-    """A submission whose client hung up is sent, settled and listed."""
+async def test_client_disconnects(house: RunningGateway) -> None:
+    """A submission whose client disconnects is sent, settled and listed."""
     await sandbox_control(house).delay_next_response(0.3)
     submitting = asyncio.create_task(house.submit())
     await wait_for_submits(house, 1)
@@ -171,7 +168,7 @@ async def test_client_that_leaves(house: RunningGateway) -> None:
 
 
 async def test_rolled_back_registry(house: RunningGateway, store: Valkey) -> None:
-    """A store that a failover took back in time does not bring back what was revoked or deleted since."""
+    """A failover to older data does not bring back revoked tokens or deleted tenants."""
     await house.put_tenant("gone")
     revoked = await house.new_token()
     with Redis(unix_socket_path=str(store.socket_path)) as client:
@@ -186,8 +183,8 @@ async def test_rolled_back_registry(house: RunningGateway, store: Valkey) -> Non
     assert (await house.call_admin("GET", "/tenants/gone")).status_code == 404
 
 
-async def test_store_that_refuses_writes(house: RunningGateway, store: Valkey) -> None:
-    """A store that may not write, for want of replicas, is as good as away: nothing is sent, and 503 says so."""
+async def test_store_that_rejects_writes(house: RunningGateway, store: Valkey) -> None:
+    """A store without enough replicas counts as unavailable: nothing is sent, and the response is 503."""
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         client.config_set("min-replicas-to-write", 1)
         refused = await house.submit()

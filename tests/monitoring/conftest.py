@@ -1,4 +1,4 @@
-"""One plant with its Prometheus, on which there was traffic of every sort, for all tests of this folder."""
+"""A monitored gateway with its Prometheus and a workload of every kind, shared by all tests of this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SERIES = pytest.StashKey[list[int]]()
 
 
 class MonitoredSystem(NamedTuple):
-    """What runs, and who looked on."""
+    """The gateway and its Prometheus."""
 
     gateway: monitored_gateway.MonitoredGateway
     prometheus: prometheus_server.Prometheus
@@ -21,7 +21,7 @@ class MonitoredSystem(NamedTuple):
 
 @pytest.fixture(scope="session")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredSystem]:
-    """Both, after everything has happened and was seen."""
+    """Yield both after the workload has run and was scraped."""
     folder = tmp_path_factory.mktemp("monitoring")
     with (
         monitored_gateway.run_monitored_gateway(folder) as site,
@@ -42,6 +42,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredSystem]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say how much each process exports."""
+    """Print the number of series of each process."""
     for series in config.stash.get(SERIES, []):
         terminalreporter.write_line(f"A scrape has {series} series.")

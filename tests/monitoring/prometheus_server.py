@@ -1,4 +1,4 @@
-"""A real Prometheus with the shipped rules, for which time passes more quickly."""
+"""A real Prometheus with the shipped rules, sped up."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from tests.support.valkey import find_free_port
 NAMESPACE = "imaging"
 SCRAPE_SECONDS = 1
 _LONGEST_CHAIN = 4
-"""So many rules ask each for what the next one records, at the most."""
+"""The longest chain of rules that depend on each other."""
 
 Sample = Mapping[str, Any]
-"""A series: its labels as `metric`, and its `value`, or `values` where it was asked for over a time."""
+"""A series: its labels as `metric`, and its `value`, or its `values` over a range."""
 
 
 @dataclass
 class Prometheus:
-    """A server that runs since `began`; `seen` is the last moment that matters. Both in seconds since the epoch."""
+    """A running server. `started_at` and `evaluated_at`, the time of the final evaluation, are in seconds of the epoch."""
 
     url: str
     http: httpx2.Client
@@ -42,37 +42,37 @@ class Prometheus:
     evaluated_at: float = 0
 
     def query_final(self, query: str) -> list[Sample]:
-        """What a query answered at the last moment that matters."""
+        """Return the result of a query at the final evaluation."""
         return self._query_at(self.evaluated_at, query)
 
     def query_value(self, query: str) -> float | None:
-        """The one value that a query answers now, if any."""
+        """Return the single current value of a query, or None."""
         found = self._query_at(time.time(), query)
         assert len(found) <= 1, found
         return float(found[0]["value"][1]) if found else None
 
     def query_history(self, query: str) -> list[float]:
-        """All that a query has answered at any second until then, but for what is not a number."""
+        """Return all values of a query at any second up to the final evaluation, without NaN."""
         found = self._get("query_range", query=query, start=self.started_at, end=self.evaluated_at, step=1)["result"]
         values = (float(value) for series in found for _, value in series["values"])
         return [value for value in values if not math.isnan(value)]
 
     def label_values(self, label: str, series: str) -> list[str]:
-        """The values that a label of some series has."""
+        """Return the values of a label of some series."""
         return cast("list[str]", self._get(f"label/{label}/values", **{"match[]": series}))
 
     def rules(self) -> list[Mapping[str, Any]]:
-        """All rules as they went when they were last evaluated."""
+        """Return all rules with their last evaluation."""
         return [rule for group in self._get("rules")["groups"] for rule in group["rules"]]
 
     def wait_for_scrape(self) -> None:
-        """Wait until all targets have told how they are after now."""
+        """Wait until all targets have been scraped from now on."""
         since = time.time() + SCRAPE_SECONDS
         last = "min(timestamp(gateway_build_info)) and on () count(up == 1) == "
         wait_until(lambda: (self.query_value(f"{last}{self.targets}") or 0) > since, "a scrape of all targets")
 
     def wait_for_rules(self) -> None:
-        """Wait until all is scraped, and every rule is evaluated on that: this is then the moment that matters."""
+        """Wait until everything is scraped and every rule is evaluated on that; this is the final evaluation."""
         self.wait_for_scrape()
         for _ in range(_LONGEST_CHAIN):
             wait_until(partial(self._is_evaluated, time.time()), "an evaluation of all rules")
@@ -95,7 +95,7 @@ class Prometheus:
 
 @contextmanager
 def run_prometheus(folder: Path, targets: list[str]) -> Iterator[Prometheus]:
-    """A server that scrapes these targets, as the shipped example has it set up."""
+    """Run a server that scrapes these targets with the shipped example configuration."""
     folder.mkdir()
     for file in RULES:
         (folder / file.name).write_text(speed_up_rules(file.read_text("utf-8")))
@@ -116,7 +116,7 @@ def run_prometheus(folder: Path, targets: list[str]) -> Iterator[Prometheus]:
 
 
 def speed_up_rules(rules: str) -> str:
-    """Rules that do not wait: all are evaluated at once, and what is looked at hourly is so every few seconds."""
+    """Evaluate all rules at once, and shorten windows of an hour to a few seconds."""
     return re.sub(r":1h\]", ":5s]", re.sub(r"^ +interval: \w+\n", "", rules, flags=re.MULTILINE))
 
 

@@ -1,4 +1,4 @@
-"""Every query that is shipped: of the panels and variables of the dashboards, and of the rules of Prometheus."""
+"""All shipped queries: of dashboard panels and variables, and of Prometheus rules."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RULES = sorted((DEPLOY / "prometheus").glob("*.yaml"))
 DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 
 RATE_INTERVAL = "10s"
-"""What Grafana would take for scrapes as frequent as here, and somewhat more for a machine that is busy."""
+"""Grafana's interval for scrapes as frequent as here, with some reserve for a busy machine."""
 
 _OPERATORS = {"MatchOp.Equal": "=", "MatchOp.NotEqual": "!=", "MatchOp.Re": "=~", "MatchOp.NotRe": "!~"}
 _POSITIVE_OPERATORS = {"=", "=~"}
 
 
 class Query(NamedTuple):
-    """A query, and where it stands. An `instant` one is shown as it is now, others over a time."""
+    """A query and its location. An `instant` one shows the current value, others a range."""
 
     location: str
     text: str
@@ -31,7 +31,7 @@ class Query(NamedTuple):
 
 
 class VariableQuery(NamedTuple):
-    """A variable of a dashboard: the values of a label of some series."""
+    """A dashboard variable: the values of a label of some series."""
 
     location: str
     series: str
@@ -39,7 +39,7 @@ class VariableQuery(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A rule: what it is called, and the series that it records if it is no alert."""
+    """A rule: its name, and the series that it records, None for an alert."""
 
     name: str
     text: str
@@ -47,7 +47,7 @@ class Rule(NamedTuple):
 
 
 def panel_queries() -> list[Query]:
-    """The queries of all panels, with everything chosen that can be."""
+    """Return the queries of all panels, with every variable set to all."""
     return [
         Query(
             f"{board['title']}: {panel['title']} ({number})", fill_variables(board, target["expr"]), target["instant"]
@@ -59,7 +59,7 @@ def panel_queries() -> list[Query]:
 
 
 def variable_queries() -> list[VariableQuery]:
-    """The variables of all dashboards that are read from series."""
+    """Return the dashboard variables that are queried from series."""
     found = []
     for board in _load_dashboards():
         for variable in board["templating"]["list"]:
@@ -73,7 +73,6 @@ def variable_queries() -> list[VariableQuery]:
 
 
 def rules() -> list[Rule]:
-    """All rules."""
     return [
         _parse_rule(rule)
         for file in RULES
@@ -83,12 +82,12 @@ def rules() -> list[Rule]:
 
 
 def all_query_texts() -> list[str]:
-    """The text of every query, wherever it stands."""
+    """Return the text of every query of panels and rules."""
     return [each.text for each in panel_queries()] + [each.text for each in rules()]
 
 
 def fill_variables(board: Mapping[str, Any], query: str) -> str:
-    """A query as Grafana sends it where all is chosen for each variable."""
+    """Fill in a query's variables as Grafana does for the choice `All`."""
     query = query.replace("$__rate_interval", RATE_INTERVAL)
     for variable in board["templating"]["list"]:
         if variable["type"] == "query":
@@ -97,7 +96,7 @@ def fill_variables(board: Mapping[str, Any], query: str) -> str:
 
 
 def split_or(query: str) -> Iterator[str]:
-    """A query, and each side of every `or` in it: what stands in for something else would hide that it is missing."""
+    """Yield a query and each side of every `or`: a fallback would hide that the other side is missing."""
     yield query
     found: list[str] = []
 
@@ -110,7 +109,7 @@ def split_or(query: str) -> Iterator[str]:
 
 
 def list_selectors(query: str) -> Iterator[str]:
-    """What a query selects, once for each of the values that it names for a label."""
+    """Yield the selectors of a query, once for each label value that they name."""
     found: list[VectorSelector] = []
 
     def enter(part: Any) -> None:
@@ -128,7 +127,7 @@ def list_selectors(query: str) -> Iterator[str]:
 
 
 def expand_alternatives(pattern: str) -> list[str]:
-    """What a regular expression lets one choose from, such as both of `a-.+` and `b-.+` for `(a|b)-.+`."""
+    """Expand the alternatives of a regular expression, such as `(a|b)-.+` into `a-.+` and `b-.+`."""
     group = re.search(r"\(([^()]*)\)", pattern)
     if group is None:
         return pattern.split("|")

@@ -1,4 +1,4 @@
-"""What both processes export is well-formed, bounded, used, and fits together."""
+"""The metrics of both processes are well-formed, bounded, used and consistent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.process.gateway import wait_until
 
 OPENAPI = Path(__file__).parents[2] / "openapi"
 MAX_SERIES = 4_000
-"""For a score of tenants, eight accounts, and all that can happen."""
+"""For twenty tenants, eight accounts and every event."""
 
 UNBOUNDED_LABELS = {
     "le",
@@ -42,7 +42,7 @@ UNBOUNDED_LABELS = {
     "minor",
     "patchlevel",
 }
-"""Labels whose values are those of the code itself: buckets, versions and the names of scripts."""
+"""Labels with values from the code: buckets, versions and script names."""
 _OUTCOMES = {
     "gateway_submissions": frozenset(SubmitOutcome),
     "gateway_upstream_requests": frozenset[str]({*SubmitOutcome, *CheckOutcome, *artifacts.FetchOutcome}),
@@ -83,28 +83,27 @@ UNREACHED_VALUES: Mapping[tuple[str, str, str], str] = {
     ("gateway_upstream_requests", "outcome", "misconfigured"): "it takes a key that was lost",
     ("gateway_upstream_requests", "outcome", "stopped"): "it takes a result that no buffer can hold",
 }
-"""What the traffic does not bring about: a family, a label, its value, and why."""
+"""Label values that the workload does not reach: family, label, value, and the reason."""
 UNUSED_METRICS: Mapping[str, str] = {}
-"""Families that no panel and no rule asks for, and why they are exported."""
+"""Families that no panel and no rule uses, and the reason to export them."""
 
 
 @pytest.fixture(scope="session")
 def scrapes(seen: MonitoredSystem, pytestconfig: pytest.Config) -> Sequence[str]:
-    """What both export in the end."""
+    """Return the final metrics of both processes."""
     found = seen.gateway.scrape_all()
     pytestconfig.stash[SERIES] = [len(list(parse_samples(each))) for each in found]
     return found
 
 
 def parse_samples(scrape: str) -> Iterator[tuple[str, Sample]]:
-    """All samples of a scrape, each with the name of its family."""
+    """Return all samples of a scrape with the names of their families."""
     for family in text_string_to_metric_families(scrape):
         for sample in family.samples:
             yield family.name, sample
 
 
-def test_promtool_has_nothing_to_criticise(scrapes: Sequence[str]) -> None:
-    """The names, types and texts of help are as Prometheus wants them."""
+def test_promtool_accepts_the_metrics(scrapes: Sequence[str]) -> None:
     for scrape in scrapes:
         done = subprocess.run(
             [find_promtool(), "check", "metrics"], input=scrape, capture_output=True, text=True, check=False
@@ -112,16 +111,15 @@ def test_promtool_has_nothing_to_criticise(scrapes: Sequence[str]) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_each_series_once(scrapes: Sequence[str]) -> None:
-    """No series is told twice in a scrape, and there are not too many."""
+def test_series_are_unique_and_bounded(scrapes: Sequence[str]) -> None:
     for scrape in scrapes:
         told = Counter((sample.name, tuple(sorted(sample.labels.items()))) for _, sample in parse_samples(scrape))
         assert max(told.values()) == 1
         assert len(told) < MAX_SERIES
 
 
-def test_values_of_labels(seen: MonitoredSystem, scrapes: Sequence[str]) -> None:
-    """Labels have only values that are known beforehand, or that operators have made."""
+def test_label_values(seen: MonitoredSystem, scrapes: Sequence[str]) -> None:
+    """Labels have only known values, or values that operators have created."""
     known = _VALUES | {
         "status": frozenset(map(str, range(200, 600))),
         "route": _routes(),
@@ -142,14 +140,14 @@ def test_values_of_labels(seen: MonitoredSystem, scrapes: Sequence[str]) -> None
 
 
 def _routes() -> frozenset[str]:
-    """The documented ones, those that document them, that of the metrics, and that of all others."""
+    """Return the documented routes, those of the documentation and metrics, and the one for all others."""
     documents = [yaml.safe_load(file.read_text("utf-8")) for file in OPENAPI.glob("*.yaml")]
     undocumented = {"/metrics", "/docs", "/openapi.json", "unmatched"}
     return frozenset({path for each in documents for path in each["paths"]} | undocumented)
 
 
-def test_everything_happened(scrapes: Sequence[str]) -> None:
-    """Each way that things can go was gone at least once, so that it is known to be counted."""
+def test_every_label_value_occurs(scrapes: Sequence[str]) -> None:
+    """Every known label value occurs at least once, so that counting it is tested."""
     counted: Counter[tuple[str, str, str]] = Counter()
     for family, sample in (each for scrape in scrapes for each in parse_samples(scrape)):
         if sample.name == f"{family}_total" and family.startswith("gateway_"):
@@ -159,7 +157,7 @@ def test_everything_happened(scrapes: Sequence[str]) -> None:
     assert {each for each, times in counted.items() if not times} == UNREACHED_VALUES.keys()
 
 
-def test_none_is_dead(scrapes: Sequence[str]) -> None:
+def test_every_family_is_used(scrapes: Sequence[str]) -> None:
     """Each family is on a panel or in a rule."""
     asked = {name for text in all_query_texts() for name in series_names(text)}
     asked |= {re.sub("_(total|bucket|sum|count)$", "", name) for name in asked}
@@ -167,8 +165,8 @@ def test_none_is_dead(scrapes: Sequence[str]) -> None:
     assert there - asked == UNUSED_METRICS.keys()
 
 
-def test_what_is_read_from_the_ledger_is_the_same(seen: MonitoredSystem) -> None:
-    """Both processes tell the same of the ledger, whichever of them did the work."""
+def test_ledger_metrics_agree(seen: MonitoredSystem) -> None:
+    """Both processes export the same values from the ledger."""
 
     def read(scrape: str) -> Mapping[tuple[str, str], float]:
         return {
@@ -184,8 +182,8 @@ def test_what_is_read_from_the_ledger_is_the_same(seen: MonitoredSystem) -> None
     wait_until(agree, "agreement of both processes")
 
 
-def test_what_each_counts_adds_up(seen: MonitoredSystem) -> None:
-    """The tasks that both processes have counted are, added up, those that there are."""
+def test_task_counts_add_up(seen: MonitoredSystem) -> None:
+    """The tasks counted by both processes add up to all tasks."""
 
     def add_up() -> bool:
         tasks = seen.gateway.call("steady", "GET", "/v1/tasks?limit=100").json()

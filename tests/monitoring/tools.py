@@ -1,4 +1,4 @@
-"""Where Prometheus' own programs are, which are no packages of Python."""
+"""Paths of the programs of Prometheus, which are no Python packages."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 def find_promtool() -> Path:
-    """What checks configuration and rules. Raises FileNotFoundError that says how to install it."""
+    """Return the path of promtool. Raises FileNotFoundError that names the package."""
     return _find_program("promtool")
 
 
 def find_prometheus() -> Path:
-    """The server. Raises FileNotFoundError that says how to install it."""
+    """Return the path of the server. Raises FileNotFoundError that names the package."""
     return _find_program("prometheus")
 
 
 def _find_program(name: str) -> Path:
-    """A program, at the place that the variable of its name in capitals says, else on the path."""
+    """Find a program by the variable of its name in capitals, otherwise on the PATH."""
     found = shutil.which(os.environ.get(name.upper(), name))
     if found is None:
         raise FileNotFoundError(f"there is no {name}: apt-get install prometheus")

@@ -1,4 +1,4 @@
-"""Traffic of every sort, each bit of it only as much as leaves a mark."""
+"""A workload with every kind of event, each only as often as its metrics need."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ DENYING_POLICIES: Mapping[str, Mapping[str, Any]] = {
     "max-active": {"max_active": 1},
     "balance": {},
 }
-"""A tenant for each reason to refuse, named after it; a task at the highest price fills up its limit."""
+"""A tenant for each reason to deny, of the same name; one task at the highest price uses up its limit."""
 RECEIVER_STATUSES = {"told": 204, "busy": 500, "gone": 410}
-"""Tenants by what their receivers answer."""
+"""Tenants, with the status that their webhook receivers return."""
 CHECK_FAULTS: Mapping[str, Mapping[str, Any]] = {
     "no_response": {"reply": "page", "status": 502},
     "not_found": {"wrong": {"status": "null"}},
     "invalid": {"wrong": {"images_url": "missing", "vector_url": "missing", "grid_url": "missing"}},
 }
-"""What the upstream does wrong with checks of tasks, by what the watch makes of it."""
+"""Faults in checks of tasks, by the resulting outcome."""
 FILE_FAULTS: Sequence[Mapping[str, Any]] = (
     {"reply": "page", "status": 404},
     {"reply": "page", "status": 500},
     {"reply": "cut"},
 )
-"""What it does wrong with results."""
+"""Faults in artifacts."""
 _ACCOUNT = {"max-active": "main", "balance": "empty"}
 
 
 def create_tenants(plant: MonitoredGateway) -> None:
-    """Make all accounts and tenants, and wait until the gateway knows them."""
+    """Create all accounts and tenants, and wait until the gateway has them."""
     plant.create_account("main", 1_000, 1_000, floor_count=5, floor_money=10)
     plant.create_account("money", 0, 1_000)
     plant.create_account("leaky", 20, 50)
@@ -67,7 +67,7 @@ def create_tenants(plant: MonitoredGateway) -> None:
 
 
 def run_tasks(plant: MonitoredGateway) -> None:
-    """Every kind of task, to its end, as every sort of client follows it."""
+    """Run every kind of task to its end, followed in every way."""
     tasks = [plant.run_task("steady", kind) for kind in Kind]
     tasks += [plant.run_task("money", kind) for kind in Kind]
     task = tasks[0]
@@ -95,7 +95,7 @@ def run_tasks(plant: MonitoredGateway) -> None:
 
 
 def send_refused(plant: MonitoredGateway) -> None:
-    """What the gateway refuses, and what clients do wrong."""
+    """Send requests that are denied or invalid."""
     for name in DENYING_POLICIES:
         if name == "max-active":
             plant.upstream.set_faults(seconds=2)
@@ -114,7 +114,7 @@ def send_refused(plant: MonitoredGateway) -> None:
 
 
 def inject_upstream_faults(plant: MonitoredGateway) -> None:
-    """What the vendor does wrong, with submits, checks and results."""
+    """Run tasks while the vendor's submits, checks and artifacts fail."""
     _with_fault(plant, {"on": "submit", "fail": "it could not be done"}, lambda: _expect_state(plant, "failed"))
     _with_fault(plant, {"on": "submit", "reject": "too dark"}, lambda: _expect_status(plant, "steady", [502]))
     _with_fault(plant, {"on": "submit", "reply": "reset"}, lambda: _expect_status(plant, "steady", [504]))
@@ -136,7 +136,7 @@ def inject_upstream_faults(plant: MonitoredGateway) -> None:
 
 
 def spend_outside(plant: MonitoredGateway) -> None:
-    """Somebody else spends, both uses and money."""
+    """Spend prepaid uses and money outside the gateway."""
     plant.run_task("leaky")
     plant.set_balance("leaky", 15, 50)
     plant.run_task("leaky")
@@ -148,13 +148,13 @@ def spend_outside(plant: MonitoredGateway) -> None:
 
 
 def deliver_webhooks(plant: MonitoredGateway) -> None:
-    """Tell receivers of ends: one that hears it, one that fails, and one that is gone."""
+    """Send webhooks to a receiver that accepts, one that fails and one that is gone."""
     for name in RECEIVER_STATUSES:
         plant.run_task(name)
 
 
 def interrupt_store(plant: MonitoredGateway, is_noticed: Callable[[], bool]) -> None:
-    """The store refuses writes; then it is away, until that was noticed."""
+    """Let the store reject writes, then stop it until the metrics show that."""
     task = plant.start_task("steady")
     with Redis(unix_socket_path=str(plant.store.socket_path)) as client:
         client.config_set("min-replicas-to-write", 1)
@@ -169,7 +169,7 @@ def interrupt_store(plant: MonitoredGateway, is_noticed: Callable[[], bool]) -> 
 
 
 def abandon_requests(plant: MonitoredGateway) -> None:
-    """A client leaves, and a submission takes longer than its lease: it is given up."""
+    """Disconnect a client, and let a submission outlast its lease."""
     _hang_up(plant, plant.start_task("steady"))
     before = plant.upstream.count_requests("submit")
     plant.upstream.set_faults({"on": "submit", "times": 1, "latency": 8, "reply": "reset"})
@@ -182,7 +182,7 @@ def abandon_requests(plant: MonitoredGateway) -> None:
 
 
 def exhaust_webhook_retries(plant: MonitoredGateway) -> None:
-    """Let time pass until the receiver that fails was tried for the last time."""
+    """Advance the clock until the failing receiver's last retry."""
     while not plant.sum_samples("gateway_webhook_attempts_total", state="failed"):
         before = plant.sum_samples("gateway_webhook_attempts_total")
         plant.advance_clock(2 * max(RETRY_SECONDS))
@@ -196,7 +196,7 @@ def _was_attempted(plant: MonitoredGateway, before: float) -> bool:
 
 
 def _is_denied(plant: MonitoredGateway, tenant: str) -> bool:
-    """Submit, and say whether that was refused. At the turn of a minute, the limit of minutes begins anew."""
+    """Submit, and return whether it was denied. At the turn of a minute the limit of minutes starts anew."""
     return plant.submit(tenant).status_code in {402, 429}
 
 
@@ -207,7 +207,7 @@ def _with_fault(plant: MonitoredGateway, fault: Mapping[str, Any], act: Callable
 
 
 def _wait_for_check(plant: MonitoredGateway, answer: str) -> None:
-    """Have a task checked until that had some answer."""
+    """Run a task until a check has this outcome."""
     plant.submit_accepted("steady")
     wait_until(lambda: plant.sum_samples("gateway_poll_checks_total", outcome=answer) > 0, f"a check that is {answer}")
 
@@ -222,13 +222,13 @@ def _expect_status(plant: MonitoredGateway, tenant: str, statuses: Sequence[int]
 
 
 def _expect_unavailable(plant: MonitoredGateway, path: str) -> None:
-    """A result that can't be had: that is said, or it breaks off."""
+    """Require an error response or a connection that is cut."""
     with suppress(httpx2.RemoteProtocolError):
         assert plant.call("steady", "GET", path).status_code in UNAVAILABLE_STATUSES
 
 
 def _hang_up(plant: MonitoredGateway, path: str) -> None:
-    """Wait for the end of a task, and leave before it."""
+    """Wait for the end of a task, and disconnect before it."""
     url = httpx2.URL(plant.api.url)
     request = f"GET {path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {plant.tokens['steady']}\r\n"
     with socket.create_connection((url.host, url.port)) as client:

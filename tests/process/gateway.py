@@ -1,4 +1,4 @@
-"""The command `gateway` as a process of its own."""
+"""The command `gateway` as a process."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ TIMEOUT_SECONDS = 30.0
 
 
 def gateway_command(*words: str) -> list[str]:
-    """A command line of `gateway`, whose time can be set."""
+    """Return a command line of `gateway` with a clock that tests can set."""
     return [sys.executable, "-m", "tests.support.server_time", *words]
 
 
 def gateway_environment(folder: Path, **settings: str) -> dict[str, str]:
-    """The environment of a gateway with its data in a folder, on free ports, and with none of our own settings."""
+    """Return the environment of a gateway with its data in a folder and on free ports, without our own settings."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
     ports = {f"GATEWAY_{name}": str(find_free_port()) for name in ("PORT", "OPS_PORT", "SANDBOX_PORT")}
     return own | ports | {"GATEWAY_DATA_DIR": str(folder)} | settings
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come about"
@@ -42,7 +41,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs (and is no zombie)."""
+    """Return whether a process runs and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except FileNotFoundError:
@@ -51,7 +50,7 @@ def is_alive(pid: int) -> bool:
 
 @dataclass
 class GatewayProcess:
-    """A `gateway serve` that was started."""
+    """A running `gateway serve`."""
 
     process: subprocess.Popen[bytes]
     environ: Mapping[str, str]
@@ -69,7 +68,7 @@ class GatewayProcess:
         return f"http://127.0.0.1:{self.environ['GATEWAY_OPS_PORT']}"
 
     def wait_ready(self) -> None:
-        """Wait until it takes requests, and in development until it has said how to try it."""
+        """Wait until it is ready, and in development until it has printed the token."""
         wait_until(self._is_ready, "readiness")
         found = re.search(r"token: (igw_\w+)", self.stdout_path.read_text())
         self.token = found[1] if found else ""
@@ -87,7 +86,7 @@ class GatewayProcess:
         return not introduces or "Ctrl-C ends it." in self.stdout_path.read_text()
 
     def run_curl_example(self) -> httpx2.Response:
-        """Send what the printed `curl` line would."""
+        """Send the request of the printed `curl` line."""
         (line,) = re.findall(r"^ +(curl .*)$", self.stdout_path.read_text(), re.MULTILINE)
         words = shlex.split(line)
         header = words[words.index("-H") + 1].split(": ", 1)
@@ -96,12 +95,12 @@ class GatewayProcess:
             return httpx2.post(words[-1], headers=dict([header]), data=fields, files={"image": image}, timeout=30)
 
     def call(self, method: str, path: str, **more: object) -> httpx2.Response:
-        """Call it as the demo tenant."""
+        """Send a request as the demo tenant."""
         headers = {"Authorization": f"Bearer {self.token}"}
         return httpx2.request(method, self.url + path, headers=headers, timeout=30, **more)  # type: ignore[arg-type]
 
     def wait_finished(self, path: str) -> dict[str, object]:
-        """Wait until a task has ended."""
+        """Wait until a task has ended; returns it."""
         found: dict[str, object] = {}
 
         def ended() -> bool:
@@ -112,14 +111,14 @@ class GatewayProcess:
         return found
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send it a signal and wait for it; its exit code."""
+        """Send a signal and wait for the exit code."""
         self.process.send_signal(number)
         return self.process.wait(TIMEOUT_SECONDS)
 
 
 @contextmanager
 def run_gateway(folder: Path, words: Sequence[str] = (), **settings: str) -> Iterator[GatewayProcess]:
-    """A gateway that has started; ended, whatever became of it."""
+    """Run a gateway until the block ends."""
     with start_gateway(folder, words, **settings) as gateway:
         gateway.wait_ready()
         yield gateway
@@ -127,7 +126,7 @@ def run_gateway(folder: Path, words: Sequence[str] = (), **settings: str) -> Ite
 
 @contextmanager
 def start_gateway(folder: Path, words: Sequence[str] = (), **settings: str) -> Iterator[GatewayProcess]:
-    """A gateway that has not started yet, by the command line of `words` if they are given."""
+    """Start a gateway without waiting for readiness, with the command line `words` if given."""
     folder.mkdir(exist_ok=True, parents=True)
     environ = gateway_environment(folder, **settings)
     out, log = folder / "out.txt", folder / "log.txt"

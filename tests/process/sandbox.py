@@ -1,4 +1,4 @@
-"""`gateway sandbox` as a process of its own: an upstream that several gateways share, and that outlives them."""
+"""`gateway sandbox` as a process, shared by several gateways."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ ADMIN_TOKEN = "an-admin-token-of-forty-characters-or-so"
 
 @dataclass(frozen=True)
 class SandboxProcess:
-    """An upstream, and what a test can ask of it."""
+    """A running sandbox."""
 
     url: str
 
     def set_faults(self, *faults: dict[str, Any], seconds: float = 0) -> None:
-        """Replace all faults, and how long tasks take from now on."""
+        """Replace all faults, and set the duration of tasks from now on."""
         body = {"seconds": seconds, "faults": faults}
         httpx2.put(f"{self.url}/_control/dials", json=body).raise_for_status()
 
     def count_requests(self, operation: str, outcome: str | None = None) -> int:
-        """How many submits or checks arrived, or of how many it has made this."""
+        """Count the submits or checks received, optionally those with an outcome."""
         found = httpx2.get(f"{self.url}/_control/requests").json()
         return sum(each["operation"] == operation and outcome in {None, each["outcome"]} for each in found)
 
     def gateway_settings(self, store: Valkey) -> dict[str, str]:
-        """Settings of gateways that share this upstream and a place of their own in a store."""
+        """Return settings for gateways on this upstream with a new key prefix in a store."""
         return {
             "GATEWAY_REDIS_URL": store.url,
             "GATEWAY_KEY_PREFIX": f"t-{secrets.token_hex(4)}",
@@ -52,7 +52,7 @@ class SandboxProcess:
 
 @contextmanager
 def run_sandbox() -> Iterator[SandboxProcess]:
-    """A sandbox that listens, and whose tasks take no time; it has to end well when it is told to."""
+    """Run a sandbox whose tasks take no time; it must exit with 0."""
     process = subprocess.Popen(
         gateway_command("sandbox", "--port", "0"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     )
@@ -70,7 +70,7 @@ def run_sandbox() -> Iterator[SandboxProcess]:
 
 
 def advance_clock(store: Valkey, prefix: str, seconds: float) -> None:
-    """Let time pass for the ledger of a prefix, whose clock stands still from then on."""
+    """Advance the ledger's clock of a prefix, which stands still from then on."""
     key = f"{{{prefix}}}:clock:server"
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         seen = client.get(key)

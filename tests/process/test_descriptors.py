@@ -18,7 +18,7 @@ CONCURRENT_REQUESTS = 8
 
 
 def test_submissions(tmp_path: Path, valkey: Valkey) -> None:
-    """What can't be sent for want of a descriptor costs nothing, frees its key, and is sent as soon as there is one."""
+    """A submission that fails for lack of a descriptor costs nothing, frees its key, and succeeds once there is one."""
     with run_sandbox() as upstream, run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway:
         headers = {"Authorization": f"Bearer {gateway.environ['GATEWAY_ADMIN_TOKEN']}"}
         policy = {"accounts": ["demo"], "limits": [{"window": "total", "tasks": 100}]}

@@ -1,4 +1,4 @@
-"""`gateway serve` as somebody starts it: on this machine alone, or with everything given."""
+"""`gateway serve` in development and in production."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ ADMIN_TOKEN = "an-admin-token-of-forty-characters-or-so"
 
 
 def run_command(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
     return subprocess.run(gateway_command(*words), env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_first_start_and_second(tmp_path: Path) -> None:
-    """The printed line works as pasted; a second start knows the token, the task and what was used."""
+    """The printed command works as pasted; a second start keeps the token, the task and the usage."""
     with run_gateway(tmp_path) as gateway:
         token, answer = gateway.token, gateway.run_curl_example()
         assert answer.status_code == 201, answer.text
@@ -55,7 +54,7 @@ def test_first_start_and_second(tmp_path: Path) -> None:
 
 
 def test_production(tmp_path: Path, valkey: Valkey) -> None:
-    """With everything given nothing is generated or started, and the log is one JSON object per line."""
+    """With all settings nothing is generated or started, and the log is one JSON object per line."""
     key = generate_secret_key()
     given = {
         "GATEWAY_ENV": "production",
@@ -95,8 +94,8 @@ def test_production(tmp_path: Path, valkey: Valkey) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "out.txt"]
 
 
-def test_worker_watches_what_the_api_took(tmp_path: Path) -> None:
-    """A process that answers and one that watches do the main job together; the worker has no tenants' port."""
+def test_worker_checks_tasks_of_the_api(tmp_path: Path) -> None:
+    """An api and a worker process do the main job together; the worker has no tenants' port."""
     with run_gateway(tmp_path / "all") as local:
         sandbox = f"http://127.0.0.1:{local.environ['GATEWAY_SANDBOX_PORT']}"
         shared = {
@@ -119,8 +118,8 @@ def test_worker_watches_what_the_api_took(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["GATEWAY_PORT", "GATEWAY_OPS_PORT", "GATEWAY_SANDBOX_PORT"])
-def test_port_that_is_taken(tmp_path: Path, name: str) -> None:
-    """A port that somebody else has is named in one line."""
+def test_port_in_use(tmp_path: Path, name: str) -> None:
+    """The error names the port in one line."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with start_gateway(tmp_path, **{name: port}) as gateway:
@@ -131,8 +130,8 @@ def test_port_that_is_taken(tmp_path: Path, name: str) -> None:
         assert "Traceback" not in gateway.log_path.read_text()
 
 
-def test_every_fault_of_the_settings_is_named(tmp_path: Path) -> None:
-    """Faulty settings are told all at once, a line each, and nothing is started."""
+def test_all_settings_errors(tmp_path: Path) -> None:
+    """Invalid settings are reported at once, one per line, and nothing is started."""
     done = run_command(
         "serve", env=gateway_environment(tmp_path, GATEWAY_PORT="http", GATEWAY_POLL_SECONDS="0", GATEWAY_PROT="1")
     )
@@ -145,7 +144,7 @@ def test_every_fault_of_the_settings_is_named(tmp_path: Path) -> None:
 
 
 def test_small_commands(tmp_path: Path) -> None:
-    """The version, the help, and the documents, which are what the code says."""
+    """Version, help and OpenAPI documents."""
     env = gateway_environment(tmp_path)
     assert run_command("--version", env=env).stdout == f"gateway, version {__version__}\n"
     for name in ("serve", "demo", "sandbox", "openapi", "account", "tenant", "token"):
@@ -159,7 +158,7 @@ def test_small_commands(tmp_path: Path) -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
-    """The demo does the whole job; without a gateway it says in one line how to start one."""
+    """The demo succeeds; without a gateway it prints one line that names how to start one."""
     alone = run_command("demo", "--folder", str(tmp_path / "results"), env=gateway_environment(tmp_path))
     assert alone.returncode == 1
     assert "make run" in alone.stdout + alone.stderr
@@ -177,6 +176,6 @@ def test_demo(tmp_path: Path) -> None:
 
 
 def test_help_is_quick() -> None:
-    """`gateway --help` imports none of what only serving needs."""
+    """`gateway --help` imports no module that only serving needs."""
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

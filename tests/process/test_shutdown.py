@@ -1,4 +1,4 @@
-"""How a gateway ends, and what it says where it can't begin."""
+"""Shutdown of a gateway, and errors that prevent its start."""
 
 from __future__ import annotations
 
@@ -37,13 +37,12 @@ main(["serve"])
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[SandboxProcess]:
-    """An upstream for all tests of this module."""
     with run_sandbox() as found:
         yield found
 
 
 def is_closed(url: str) -> bool:
-    """Whether nobody listens there any more; who comes in the very moment of the close is cut off instead."""
+    """Return whether the port refuses connections; one accepted while it closes is cut off instead."""
     try:
         httpx2.get(f"{url}/healthz")
     except httpx2.TransportError as error:
@@ -52,13 +51,13 @@ def is_closed(url: str) -> bool:
 
 
 def read_usage(gateway: GatewayProcess) -> tuple[int, int, int]:
-    """What the demo tenant has used, holds and has active, where its policies are those of `limited`."""
+    """Return the used, held and active tasks of the demo tenant with the policies of `limited`."""
     tasks, active = gateway.call("GET", "/v1/quota").json()["policies"]
     return tasks["used"], tasks["reserved"], active["used"]
 
 
-def test_what_was_begun_is_finished(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """A gateway that is told to end takes nothing new, says so to operators, and answers what it was sent before."""
+def test_requests_are_finished(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    """On SIGTERM a gateway accepts nothing new, turns unready, and finishes its requests."""
     with run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway, ThreadPoolExecutor() as threads:
         before = upstream.count_requests("submit")
         upstream.set_faults({"on": "submit", "times": 1, "latency": 1.2})
@@ -73,7 +72,7 @@ def test_what_was_begun_is_finished(tmp_path: Path, valkey: Valkey, upstream: Sa
 
 
 def test_second_signal(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """The second signal ends a gateway at once, and the lease settles as unknown what was under way."""
+    """A second signal ends it at once; the lease settles its submissions as unknown."""
     shared = upstream.gateway_settings(valkey)
     with run_gateway(tmp_path / "first", **shared) as gateway, ThreadPoolExecutor() as threads:
         limits = {"accounts": ["demo"], "limits": [{"window": "total", "tasks": 5}], "max_active": 5}
@@ -95,8 +94,8 @@ def test_second_signal(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess)
 
 
 @pytest.mark.parametrize("away", ["dead", "hanging"])
-def test_ends_without_the_store(tmp_path: Path, upstream: SandboxProcess, away: str) -> None:
-    """A gateway ends in good order while its store is dead or hangs, if nothing is left to be booked."""
+def test_shutdown_without_the_store(tmp_path: Path, upstream: SandboxProcess, away: str) -> None:
+    """A gateway ends cleanly although its store is unavailable, if nothing is left to settle."""
     with run_valkey() as store, run_gateway(tmp_path, **upstream.gateway_settings(store)) as gateway:
         if away == "dead":
             store.kill()
@@ -106,8 +105,8 @@ def test_ends_without_the_store(tmp_path: Path, upstream: SandboxProcess, away: 
         assert "Traceback" not in gateway.log_path.read_text()
 
 
-def test_ends_in_time(tmp_path: Path, upstream: SandboxProcess) -> None:
-    """What can't be booked holds up the end of a gateway for so long, and no longer."""
+def test_shutdown_timeout(tmp_path: Path, upstream: SandboxProcess) -> None:
+    """Pending settlements delay the shutdown only for a limited time."""
     with run_valkey() as store, ThreadPoolExecutor() as threads:
         settings = upstream.gateway_settings(store) | {"GATEWAY_LEASE_SECONDS": "90"}
         with run_gateway(tmp_path, [sys.executable, "-c", SHORT_SHUTDOWN_PROGRAM], **settings) as gateway:
@@ -121,8 +120,8 @@ def test_ends_in_time(tmp_path: Path, upstream: SandboxProcess) -> None:
             assert "shutdown.overdue" in gateway.log_path.read_text()
 
 
-def test_told_to_end_while_it_starts(tmp_path: Path) -> None:
-    """A gateway that is told to end before it serves ends without a word, with what it has started by then."""
+def test_signal_during_start(tmp_path: Path) -> None:
+    """A signal during the start ends it silently, with everything started so far."""
     with start_gateway(tmp_path) as gateway:
         listed = Path(f"/proc/{gateway.process.pid}/task/{gateway.process.pid}/children")
         wait_until(lambda: bool(listed.read_text()), "a child")
@@ -133,7 +132,7 @@ def test_told_to_end_while_it_starts(tmp_path: Path) -> None:
 
 
 def test_folder_in_use(tmp_path: Path) -> None:
-    """A data folder that another gateway has is named in one line."""
+    """The error names the data folder in one line."""
     with (tmp_path / "valkey.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         env = gateway_environment(tmp_path, GATEWAY_PORT="0", GATEWAY_OPS_PORT="0")
@@ -145,7 +144,7 @@ def test_folder_in_use(tmp_path: Path) -> None:
 
 
 def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """A first start waits for a store that is away, and introduces itself once it is there."""
+    """A first start waits for the store, then prints the token."""
     port = find_free_port()
     shared = upstream.gateway_settings(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
     with start_gateway(tmp_path, **shared) as gateway:
@@ -160,7 +159,7 @@ def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream:
 
 @contextmanager
 def run_store_with_version(version: int, prefix: str, *, port: int = 0) -> Iterator[tuple[Valkey, Redis]]:
-    """A store with data of a version under a prefix, and a client of it."""
+    """Run a store with data of a version under a prefix; yields a client."""
     with run_valkey(port=port) as store, Redis(unix_socket_path=str(store.socket_path)) as client:
         client.set(Keys(prefix).data_version, version)
         client.set(f"{{{prefix}}}:registry", "of another form")
@@ -168,19 +167,18 @@ def run_store_with_version(version: int, prefix: str, *, port: int = 0) -> Itera
 
 
 def read_all_keys(client: Redis) -> dict[bytes, bytes]:
-    """All that a store holds."""
     return {key: client.dump(key) for key in client.scan_iter()}  # type: ignore[misc] # redis-py's own
 
 
 def is_version_error(line: str) -> bool:
-    """Whether a line tells which data a gateway does not use, and what to do."""
+    """Return whether a line reports the data version and the remedy."""
     words = ("has version 1,", "uses version 2:", "`gateway export`", "`gateway apply`", "deploy/OPERATIONS.md")
     return line.startswith("gateway: ") and all(each in line for each in words)
 
 
 @pytest.mark.parametrize("role", ["all", "api", "worker"])
 def test_store_of_another_version(tmp_path: Path, upstream: SandboxProcess, role: str) -> None:
-    """A store of another version is refused in one line before anything is served, and stays as it was."""
+    """A store of another version is refused in one line before serving, and stays unchanged."""
     with run_store_with_version(1, "gw") as (store, client):
         before = read_all_keys(client)
         shared = upstream.gateway_settings(store) | {"GATEWAY_KEY_PREFIX": "gw", "GATEWAY_ROLE": role}
@@ -192,8 +190,8 @@ def test_store_of_another_version(tmp_path: Path, upstream: SandboxProcess, role
     assert gateway.stdout_path.read_text() == ""
 
 
-def test_store_of_another_version_that_comes_later(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """A store that is away at the start is refused when it answers, before anything is written to it."""
+def test_store_of_another_version_after_an_outage(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    """An unavailable store of another version is refused once it answers, before any write."""
     port = find_free_port()
     shared = upstream.gateway_settings(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
     with start_gateway(tmp_path, **shared) as gateway:
@@ -205,8 +203,8 @@ def test_store_of_another_version_that_comes_later(tmp_path: Path, valkey: Valke
     assert "Traceback" not in gateway.log_path.read_text()
 
 
-def test_store_that_is_replaced(tmp_path: Path, upstream: SandboxProcess) -> None:
-    """A gateway whose store is replaced by one of another version writes nothing to it, and ends."""
+def test_replaced_store(tmp_path: Path, upstream: SandboxProcess) -> None:
+    """A gateway whose store is replaced by one of another version writes nothing to it, and exits."""
     with run_valkey() as store, Redis(unix_socket_path=str(store.socket_path)) as client:
         shared = upstream.gateway_settings(store)
         mark = Keys(shared["GATEWAY_KEY_PREFIX"]).data_version
@@ -225,7 +223,7 @@ def test_store_that_is_replaced(tmp_path: Path, upstream: SandboxProcess) -> Non
 
 
 def test_two_starts_at_once(tmp_path: Path, upstream: SandboxProcess) -> None:
-    """Gateways that start at once on an empty store take it both."""
+    """Gateways that start at once on an empty store both run."""
     with run_valkey() as store, ExitStack() as stack, Redis(unix_socket_path=str(store.socket_path)) as client:
         shared = upstream.gateway_settings(store)
         gateways = [stack.enter_context(start_gateway(tmp_path / name, **shared)) for name in ("first", "second")]
@@ -236,7 +234,7 @@ def test_two_starts_at_once(tmp_path: Path, upstream: SandboxProcess) -> None:
 
 
 def test_damaged_sandbox(tmp_path: Path) -> None:
-    """Why the sandbox can't start is told in one line, and nothing is left running."""
+    """The error of a sandbox that cannot start is one line, and nothing is left running."""
     (tmp_path / "sandbox").mkdir()
     (tmp_path / "sandbox" / "sandbox.sqlite3").write_bytes(b"no database at all" * 100)
     with start_gateway(tmp_path) as gateway:

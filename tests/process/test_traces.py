@@ -1,4 +1,4 @@
-"""Traces of `gateway serve`, for those who want them."""
+"""Traces of `gateway serve`."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ sys.meta_path.insert(0, Watch())
 
 @pytest.fixture
 def without(tmp_path: Path) -> dict[str, str]:
-    """The environment of a Python without OpenTelemetry, for which redis-py looks too; what is ours leaves a mark."""
+    """Return the environment of a Python without OpenTelemetry, in which importing our tracing module leaves a file."""
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(IMPORT_HOOK.replace("MARK", repr(str(tmp_path / "mark"))))
     return {"PYTHONPATH": str(folder)}
 
 
-def test_followed(tmp_path: Path) -> None:
-    """A task is followed from its submission over its checks, and what was recorded last is sent at the end."""
+def test_task_is_traced(tmp_path: Path) -> None:
+    """A task is traced from submission to checks, and the last spans are sent at shutdown."""
     with run_collector() as collector:
         with run_gateway(tmp_path, GATEWAY_SANDBOX_PORT="0", GATEWAY_TRACES_URL=collector.url) as gateway:
             answer = gateway.run_curl_example()
@@ -55,8 +55,8 @@ def test_followed(tmp_path: Path) -> None:
         assert "traces." not in log
 
 
-def test_collector_away(tmp_path: Path) -> None:
-    """A gateway whose collector is away serves as ever, says so in few words, and ends soon."""
+def test_collector_unavailable(tmp_path: Path) -> None:
+    """Without its collector a gateway serves as usual, logs little and exits soon."""
     with run_gateway(
         tmp_path, GATEWAY_SANDBOX_PORT="0", GATEWAY_TRACES_URL=f"http://127.0.0.1:{find_free_port()}"
     ) as gateway:
@@ -70,8 +70,8 @@ def test_collector_away(tmp_path: Path) -> None:
     assert log.count("traces.") < 5
 
 
-def test_not_wanted(tmp_path: Path, without: dict[str, str]) -> None:
-    """Without a collector nothing of what sends traces is loaded, and OpenTelemetry need not be installed."""
+def test_tracing_off(tmp_path: Path, without: dict[str, str]) -> None:
+    """Without a collector no tracing module is imported, and OpenTelemetry need not be installed."""
     with run_gateway(tmp_path / "data", GATEWAY_SANDBOX_PORT="0", **without) as gateway:
         answer = gateway.run_curl_example()
         assert answer.status_code == 201, answer.text
@@ -81,7 +81,7 @@ def test_not_wanted(tmp_path: Path, without: dict[str, str]) -> None:
 
 
 def test_not_installed(tmp_path: Path, without: dict[str, str]) -> None:
-    """With a collector but without OpenTelemetry the gateway does not start, and says what to install."""
+    """With a collector but without OpenTelemetry the gateway names the package and does not start."""
     env = gateway_environment(tmp_path / "data", GATEWAY_TRACES_URL="http://127.0.0.1:4318", **without)
     done = subprocess.run(gateway_command("serve"), env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
@@ -94,8 +94,7 @@ def test_not_installed(tmp_path: Path, without: dict[str, str]) -> None:
     ("setting", "value"),
     [("GATEWAY_TRACES_URL", "collector:4318"), ("GATEWAY_TRACES_SHARE", "2"), ("GATEWAY_TRACES_SHARE", "some")],
 )
-def test_unusable(tmp_path: Path, setting: str, value: str) -> None:
-    """A setting that can't be used is refused with what it must be."""
+def test_invalid_settings(tmp_path: Path, setting: str, value: str) -> None:
     env = gateway_environment(tmp_path, **{setting: value})
     done = subprocess.run(gateway_command("serve"), env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""A gateway that is told to end lets nobody wait any longer, and keeps nobody else waiting."""
+"""Waiting clients at shutdown and after they disconnect."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.support.valkey import Valkey
 
 CLIENTS = 50
 PROMPT_SECONDS = 10.0
-"""Seconds that are enough for a hundred answers on a busy machine, and far less than any of them would wait."""
+"""Enough seconds for a hundred responses on a busy machine, and far less than any client would wait."""
 
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[SandboxProcess]:
-    """An upstream for all tests of this module, whose tasks take an hour."""
+    """Yield an upstream whose tasks take an hour."""
     with run_sandbox() as found:
         found.set_faults(seconds=3_600)
         yield found
 
 
 def send_request(gateway: GatewayProcess, stack: ExitStack, path: str, *headers: str) -> socket.socket:
-    """A connection on which a request was sent."""
+    """Open a connection and send a request."""
     client = stack.enter_context(socket.create_connection(("127.0.0.1", int(gateway.environ["GATEWAY_PORT"])), 30))
     lines = [f"GET {path} HTTP/1.1", "Host: gateway", f"Authorization: Bearer {gateway.token}", *headers, "", ""]
     client.sendall("\r\n".join(lines).encode())
@@ -38,7 +38,7 @@ def send_request(gateway: GatewayProcess, stack: ExitStack, path: str, *headers:
 
 
 def read_response(client: socket.socket) -> bytes:
-    """All that comes on a connection until it is closed."""
+    """Read a connection to its end."""
     received = b""
     while chunk := client.recv(65_536):
         received += chunk
@@ -46,7 +46,7 @@ def read_response(client: socket.socket) -> bytes:
 
 
 def count_waiting(gateway: GatewayProcess) -> int:
-    """How many wait or follow, as the gateway tells its operators."""
+    """Return the number of waiting clients from the metrics."""
     for line in httpx2.get(f"{gateway.ops_url}/metrics").text.splitlines():
         if line.startswith("gateway_waiting_clients "):
             return int(float(line.split()[1]))
@@ -54,7 +54,7 @@ def count_waiting(gateway: GatewayProcess) -> int:
 
 
 def count_sockets(gateway: GatewayProcess) -> int:
-    """How many sockets the gateway has open."""
+    """Return the number of the gateway's open sockets."""
     found = 0
     for each in Path(f"/proc/{gateway.process.pid}/fd").iterdir():
         try:
@@ -64,8 +64,8 @@ def count_sockets(gateway: GatewayProcess) -> int:
     return found
 
 
-def test_told_to_end(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """All waits and streams are answered and ended in good order at once, and the process is gone."""
+def test_shutdown(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    """All waits and streams end cleanly at once, and the process exits."""
     with run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway, ExitStack() as stack:
         links = gateway.run_curl_example().json()["links"]
         waits = [send_request(gateway, stack, links["self"], "Prefer: wait=60") for _ in range(CLIENTS)]
@@ -85,8 +85,8 @@ def test_told_to_end(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -
     assert "returned without" not in gateway.log_path.read_text()
 
 
-def test_clients_that_leave(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """Clients that are gone are forgotten, with all their connections."""
+def test_disconnected_clients(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    """Disconnected clients leave no waits and no sockets."""
     with run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway:
         links = gateway.run_curl_example().json()["links"]
         count_waiting(gateway)
