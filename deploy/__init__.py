@@ -1,1 +1,1 @@
-"""What runs the gateway and watches over it, as far as it is made by code."""
+"""Code for deployment: image health check, chart, dashboards, reference of settings."""

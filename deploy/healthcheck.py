@@ -1,6 +1,6 @@
-"""Whether the gateway in this container lives: what the image's HEALTHCHECK runs, since the image has no curl.
+"""The HEALTHCHECK of the image, which has no curl.
 
-It asks the operators' port, on which every role listens. Exit code 0 if it does, 1 if not.
+Sends a request to the operators' port, on which every role listens. Exits with 0 if it succeeds, otherwise 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SECONDS = 4.0
 
 
 def main() -> int:
-    """Ask once; the exit code."""
+    """Send one request; returns the exit code."""
     settings = load_settings()
     host = _LOOPBACK_OF.get(settings.ops_host, settings.ops_host)
     connection = HTTPConnection(host, settings.ops_port, timeout=_SECONDS)

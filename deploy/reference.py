@@ -1,4 +1,4 @@
-"""What the code says of its settings, written down for people: all in SETTINGS.md, the first ones in the README.
+"""Generate the reference of settings: all in SETTINGS.md, the main ones in the README.
 
 python -m deploy.reference
 """
@@ -29,7 +29,7 @@ _README_SETTINGS = (
     "GATEWAY_DATA_DIR",
     "GATEWAY_LOG_LEVEL",
 )
-"""What nobody gets around who installs a gateway."""
+"""The settings that every installation needs."""
 _INTRODUCTION = """# Settings
 
 <!-- written by `make settings` from service/settings.py -->
@@ -44,11 +44,11 @@ amounts to; `--production` judges it as production does, and `--connect` tries t
 
 
 class MarkersError(Exception):
-    """The README has no place for the settings; the message says what it needs."""
+    """The README lacks the markers of the settings table."""
 
 
 def render_all(root: Path) -> Mapping[str, str]:
-    """The text of each file with settings, by its path below `root`, whose README is read for what surrounds them."""
+    """Return the text of each file by its path; the README keeps what surrounds its table."""
     before, begun, rest = (root / _README_FILE).read_text("utf-8").partition(_BEGIN)
     _, ended, after = rest.partition(_END)
     if not begun or not ended:
@@ -61,7 +61,7 @@ def render_all(root: Path) -> Mapping[str, str]:
 
 
 def find_drift(root: Path) -> Sequence[str]:
-    """The files that are not what would be written."""
+    """Return the files that are out of date."""
     return [name for name, text in render_all(root).items() if _read_text(root / name) != text]
 
 
@@ -75,7 +75,7 @@ def _format_entry(setting: Setting) -> str:
 
 
 def _format_default(setting: Setting) -> str:
-    """A default that could be given as it is stands as code; one that says what happens without it, as words."""
+    """Format a literal default as code, and a described one as text."""
     return f"`{setting.default}`" if setting.is_literal else setting.default
 
 

@@ -1,6 +1,6 @@
-"""The dashboards of the gateway: what is imported into Grafana is written from here.
+"""Generates the Grafana dashboards.
 
     python -m deploy.grafana
 
-Every dashboard chooses its data source by a variable, and works with or without namespaces.
+Every dashboard has a variable for its data source, and works with and without namespaces.
 """

@@ -1,4 +1,4 @@
-"""Write the dashboards, or check that those that are there are what would be written."""
+"""Write the dashboards, or check that the files are up to date."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ FOLDER = Path(__file__).parent / "dashboards"
 
 
 def render_all() -> dict[str, str]:
-    """The text of each dashboard, by the name of its file."""
+    """Return the text of each dashboard by file name."""
     return {f"{board.name}.json": board.render() for board in (SERVICE, TENANTS, UPSTREAM, TASKS)}
 
 
 def find_drift(folder: Path) -> Iterable[str]:
-    """The names of files in a folder that are not what would be written: missing, different, or no longer wanted."""
+    """Return the names of files that are missing, different or superfluous."""
     wanted = render_all()
     there = {each.name: each.read_text("utf-8") for each in folder.glob("*.json")}
     return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
 
 
 def write_dashboards(folder: Path) -> None:
-    """Make a folder hold the dashboards, and no others."""
+    """Write the dashboards, and delete all others in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in find_drift(folder):
         if text := render_all().get(name):
@@ -41,7 +41,7 @@ def write_dashboards(folder: Path) -> None:
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, help="Where the dashboards are.")
 @click.option("--check", is_flag=True, help="Write nothing; fail if anything would be written.")
 def main(*, folder: Path, check: bool) -> None:
-    """Write the dashboards of the gateway as Grafana imports them."""
+    """Write the Grafana dashboards of the gateway."""
     if not check:
         write_dashboards(folder)
         return

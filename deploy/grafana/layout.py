@@ -1,4 +1,4 @@
-"""What all dashboards share: variables, links, and how their panels are put in rows."""
+"""Layout of the dashboards: variables, links and rows."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from deploy.grafana.panels import SOURCE, Panel
 from deploy.grafana.queries import series
 
 TAG = "imaging-gateway"
-"""Which dashboards belong together: each links to all that have it."""
+"""The tag of all dashboards; each links to all others that have it."""
 RUNBOOK = "https://imaging-gateway.example/RUNBOOK.md"
-"""Where deploy/RUNBOOK.md is published, until the variable `runbook` of a dashboard says otherwise."""
+"""The address of the published RUNBOOK.md, the default of the dashboard variable `runbook`."""
 
 
 class Variable(Struct, frozen=True):
-    """One more thing to choose on a dashboard: a label of a metric."""
+    """A variable with the values of a metric's label."""
 
     name: str
     metric: str
@@ -36,14 +36,14 @@ class Variable(Struct, frozen=True):
 
 
 class Row(Struct, frozen=True):
-    """Panels under a heading, from left to right and then downwards."""
+    """A heading with panels, from left to right and then downwards."""
 
     title: str
     panels: tuple[Panel, ...]
 
 
 class Dashboard(Struct, frozen=True):
-    """A dashboard: `name` is that of its file and of its uid, by which alerts and bookmarks know it."""
+    """A dashboard. `name` is that of its file and its uid, which alerts and bookmarks use."""
 
     name: str
     title: str
@@ -53,7 +53,7 @@ class Dashboard(Struct, frozen=True):
     time_from: str = "now-6h"
 
     def render(self) -> str:
-        """The JSON that Grafana imports; the same on every machine."""
+        """Return the JSON that Grafana imports; the same on every machine."""
         board = (
             dashboard.Dashboard(f"Imaging gateway: {self.title}")
             .uid(f"gateway-{self.name}")

@@ -1,6 +1,6 @@
-"""What the gateway promises, and how much of the room for error is used.
+"""Service level objectives and their error budgets.
 
-The events are counted by the recording rules in deploy/prometheus, for the alerts and for these dashboards alike.
+The events are counted by recording rules in deploy/prometheus, for alerts and dashboards alike.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from deploy.grafana.panels import COUNT, QUARTER, RATIO, Panel, falling_threshol
 from deploy.grafana.queries import or_zero, series
 
 PERIOD = "30d"
-"""Over which time a promise is kept."""
+"""The period of the objectives."""
 FAST_WINDOW, SLOW_WINDOW = "1h", "6h"
-"""The spans that show a budget burning away quickly, and steadily."""
+"""The windows of a fast and a slow burn."""
 
 
 class Objective(Struct, frozen=True):
-    """Of all events this share shall be good, over the period; `sli` is what the recording rules call it."""
+    """The target share of good events over the period. `sli` is the label value of its recording rules."""
 
     title: str
     description: str
@@ -27,19 +27,19 @@ class Objective(Struct, frozen=True):
     sli: str
 
     def good_ratio(self) -> str:
-        """The share of good events over the period; all were good if there were none."""
+        """Return a query for the share of good events over the period, 1 without events."""
         return f"1 - ({self._bad_ratio(PERIOD)})"
 
     def budget_left(self) -> str:
-        """What is left of the error budget of the period: 1 if nothing is used, below 0 if it is overdrawn."""
+        """Return a query for the remaining error budget: 1 if unused, negative if overdrawn."""
         return f"1 - ({self._bad_ratio(PERIOD)}) / {self._error_budget}"
 
     def burn_rate(self, over: str) -> str:
-        """How many times faster than it may the budget is used; 1 uses it up just at the end of the period."""
+        """Return a query for the burn rate; at 1 the budget lasts exactly for the period."""
         return f"({self._bad_ratio(over)}) / {self._error_budget}"
 
     def panels(self) -> Iterable[Panel]:
-        """The promise, what is left of its budget, and how that burns away: one line of a dashboard."""
+        """Yield the panels of one line: good share, remaining budget, burn rate."""
         promise = f"Promised over 30 days: {100 * self.target_ratio:g}% of {self.description}."
         yield figure(
             f"{self.title}: good",
@@ -78,7 +78,7 @@ class Objective(Struct, frozen=True):
         return f"{1 - self.target_ratio:.4g}"
 
     def _bad_ratio(self, over: str) -> str:
-        """The share of bad events, of the worst gateway if there are several; 0 where there were no events."""
+        """Return a query for the share of bad events of the worst gateway, 0 without events."""
         ratio = f"namespace_sli:gateway_sli_bad_requests_per_requests:ratio_rate{over}"
         of_this = series(ratio, f'sli="{self.sli}"')
         return or_zero(f"max({of_this} >= 0)")

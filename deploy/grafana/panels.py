@@ -1,4 +1,4 @@
-"""The few kinds of panel that the dashboards consist of, each with all that makes it readable."""
+"""The kinds of panels of the dashboards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DAYS = units.Days
 BYTES = units.BytesIEC
 RATIO = units.PercentUnit
 YUAN = "prefix:¥"
-"""Grafana has no unit for yuan; with a prefix of our own an amount is also shown in full, not in thousands."""
+"""Grafana has no unit for yuan, and a prefix shows an amount in full, not in thousands."""
 
 SIXTH, QUARTER, THIRD, HALF = 4, 6, 8, 12
 """Widths of panels, of the 24 columns of a dashboard."""
@@ -51,20 +51,20 @@ _LIMIT = "/(limit|floor)$/"
 
 Panel = timeseries.Panel | stat.Panel | bargauge.Panel | statetimeline.Panel
 Queries = Mapping[str, str]
-"""Queries by the legend of what they find; a legend that ends in `limit` or `floor` is drawn as such."""
+"""Queries by legend; a legend that ends in `limit` or `floor` is drawn as such."""
 Steps = tuple[tuple[float | None, str], ...]
-"""From which value on which colour holds; None is below all values."""
+"""The colour from each value on; None is the lowest."""
 
 _P = TypeVar("_P", timeseries.Panel, stat.Panel, bargauge.Panel, statetimeline.Panel)
 
 
 def rising_thresholds(warning: float, critical: float) -> Steps:
-    """Green, yellow from `worry` on, and red from `alarm` on."""
+    """Green, yellow from `warning`, red from `critical`."""
     return (None, "green"), (warning, "yellow"), (critical, "red")
 
 
 def falling_thresholds(critical: float, warning: float) -> Steps:
-    """Red below `alarm`, yellow below `worry`, then green."""
+    """Red below `critical`, yellow below `warning`, then green."""
     return (None, "red"), (critical, "yellow"), (warning, "green")
 
 
@@ -84,7 +84,7 @@ def graph(
     maximum: float | None = None,
     empty: str = "",
 ) -> timeseries.Panel:
-    """Lines over time, from zero up; beyond the first of the steps there are dashed lines."""
+    """A line chart from zero; thresholds above the first are dashed lines."""
     panel = _panel(timeseries.Panel(), title, text, unit, queries, width, steps, empty).height(_TALL).min(0)
     panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC))
     panel.legend(_legend()).tooltip(_tooltip()).show_points(VisibilityMode.NEVER).fill_opacity(8).line_width(1)
@@ -111,7 +111,7 @@ def figure(
     decimals: int | None = None,
     empty: str = "",
 ) -> stat.Panel:
-    """The latest value, large, on the colour that it has by the steps."""
+    """The latest value, large, with the colour of its threshold."""
     panel = _panel(stat.Panel(), title, text, unit, queries, width, steps, empty).height(_SHORT).min(0)
     panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
     panel.reduce_options(_last_value()).graph_mode(BigValueGraphMode.NONE)
@@ -132,7 +132,7 @@ def bars(
     maximum: float | None = None,
     empty: str = "",
 ) -> bargauge.Panel:
-    """The latest values side by side, to be compared."""
+    """The latest values as bars."""
     panel = _panel(bargauge.Panel(), title, text, unit, queries, width, steps, empty).height(_TALL).min(0)
     panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS))
     panel.reduce_options(_last_value()).orientation(VizOrientation.HORIZONTAL).display_mode(BarGaugeDisplayMode.BASIC)
@@ -144,7 +144,7 @@ def bars(
 def states(
     title: str, text: str, queries: Queries, names: Mapping[int, tuple[str, str]], *, width: int = HALF
 ) -> statetimeline.Panel:
-    """Which state held when, by the numbers that stand for the states: their names and colours."""
+    """A timeline of states, with names and colours by number."""
     panel = _panel(statetimeline.Panel(), title, text, units.NoUnit, queries, width, GREEN, "").height(_TALL)
     results = {str(each): ValueMappingResult(*names[each], index=place) for place, each in enumerate(names)}
     panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS)).mappings([ValueMap(results)])
@@ -153,7 +153,7 @@ def states(
 
 
 def _panel(panel: _P, title: str, text: str, unit: str, queries: Queries, width: int, steps: Steps, empty: str) -> _P:
-    """What all panels have; only lines and states need more than the latest value of a query."""
+    """Set the properties of all panels. Only line charts and timelines query a range."""
     past = isinstance(panel, timeseries.Panel | statetimeline.Panel)
     panel.title(title).description(text).datasource(SOURCE).unit(unit).span(width)
     thresholds = [Threshold(value, colour) for value, colour in steps]

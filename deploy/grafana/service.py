@@ -1,4 +1,4 @@
-"""Is the gateway well: what it promises, what it is asked, and how much room it has left."""
+"""The dashboard of the service: objectives, requests and saturation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of tasks, and whether those who wait for them are told."""
+"""The dashboard of tasks and webhooks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SUCCEEDED = 'state="succeeded"'
 
 
 def _active_tasks() -> str:
-    """Active tasks by kind: what every process reads of each tenant, added up."""
+    """Sum the active tasks of all tenants by kind; every process exports the same."""
     return f"sum by (kind) ({max_by('gateway_tasks_active', 'tenant', 'kind', where=(_TENANT,))})"
 
 

@@ -1,4 +1,4 @@
-"""Who spends what, and who is about to be stopped by a limit."""
+"""The dashboard of tenants: quota and spending."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _used_ratio() -> str:
 
 
 def _time_until_limit(window: str, over: str, before: str) -> str:
-    """In how many seconds the limits of a window are reached at the pace of late, where that is before they reset."""
+    """Seconds until a limit is reached at the recent rate, if that is before its window resets."""
     where = f'policy=~"{window}-.*"'
     left = f"clamp_min({_quota('limit', where)} - {_quota('used', where)} - {_quota('reserved', where)}, 0)"
     used = series("gateway_quota_used", _TENANT, where)
@@ -51,11 +51,11 @@ _FORECASTS = (
     ("month", "6h", "(scalar(days_in_month()) + 1 - scalar(day_of_month())) * 86400 - time() % 86400"),
     ("total", "6h", "30 * 86400"),
 )
-"""Windows, over which time their pace is taken, and the seconds until they reset."""
+"""Windows, the range of their rate, and the seconds until they reset."""
 
 
 def _spent(window: str) -> str:
-    """What all chosen tenants have spent in the current window; zero if the ledger says of none that it has."""
+    """The money spent in the current window by the chosen tenants, or zero."""
     return or_zero_if_redis_up(f"sum({_per_tenant(window)})")
 
 

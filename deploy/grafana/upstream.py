@@ -1,4 +1,4 @@
-"""What there is to spend at the vendor, and how the vendor behaves."""
+"""The dashboard of the upstream: balances, spending and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NO_BALANCE = "No balance has been seen yet"
 _REQUESTS = "gateway_upstream_requests_total"
 _DURATION = "gateway_upstream_request_duration_seconds"
 _ERROR_OUTCOMES = "unknown|not-sent|misconfigured|redirected|no_response|invalid|not_found|unreachable|transfer-aborted"
-"""Outcomes of requests to the upstream without an answer that can be used; a refusal is one."""
+"""Outcomes of requests without a usable response; a refusal is usable."""
 
 
 def _account(name: str, *where: str) -> str:

@@ -1,1 +1,1 @@
-"""The chart for Kubernetes, and what renders it: Helm itself, which needs no cluster for that."""
+"""The Helm chart, and code that renders it with Helm, without a cluster."""

@@ -1,4 +1,4 @@
-"""Write what the chart comes to with each of its examples, or check that it is still what is there."""
+"""Render the chart's examples, or check that the files are up to date."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COPIED_FROM = "as in deploy/"
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as such."""
+    """Dumps multi-line strings as blocks."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
@@ -25,18 +25,18 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def render_all() -> Mapping[str, str]:
-    """The text of each file, by its name: the resources in an order of their own, not in that of the templates."""
+    """Return the text of each file by name, its resources sorted by kind and name."""
     return {f"{name}.yaml": _format_resources(render(values)) for name, values in EXAMPLES.items()}
 
 
 def find_drift(folder: Path, wanted: Mapping[str, str]) -> Iterable[str]:
-    """The names of files in a folder that are not what would be written: missing, different, or no longer wanted."""
+    """Return the names of files that are missing, different or superfluous."""
     there = {each.name: each.read_text("utf-8") for each in folder.glob("*.yaml")}
     return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
 
 
 def write_examples(folder: Path, wanted: Mapping[str, str]) -> None:
-    """Make a folder hold these files, and no others."""
+    """Write these files, and delete all others in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in find_drift(folder, wanted):
         if name in wanted:
@@ -55,7 +55,7 @@ def _format_resources(resources: Iterable[Resource]) -> str:
 
 
 def _omit_copies(resource: Resource) -> Resource:
-    """A resource without what it takes from another folder, which changes for reasons of its own."""
+    """Shorten a resource whose content is copied from another folder and changes with that."""
     if resource["kind"] == "PrometheusRule":
         return {**resource, "spec": f"{_COPIED_FROM}prometheus"}
     if "-dashboard-" in resource["metadata"]["name"]:
@@ -67,7 +67,7 @@ def _omit_copies(resource: Resource) -> Resource:
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, help="Where the files are.")
 @click.option("--check", is_flag=True, help="Write nothing; fail if anything would be written.")
 def main(*, folder: Path, check: bool) -> None:
-    """Render the chart with each of its examples, for people to read what a change of it comes to."""
+    """Render the chart with each of its examples, to review changes of the result."""
     wanted = render_all()
     if not check:
         write_examples(folder, wanted)

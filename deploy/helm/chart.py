@@ -1,4 +1,4 @@
-"""The chart, rendered and packed by Helm, without a cluster and without a network."""
+"""Run Helm on the chart, without cluster and network."""
 
 from __future__ import annotations
 
@@ -13,28 +13,25 @@ import yaml
 FOLDER = Path(__file__).parent
 CHART = FOLDER / "imaging-gateway"
 EXAMPLES: Mapping[str, Path] = {path.stem: path for path in sorted((FOLDER / "examples").glob("*.yaml"))}
-"""Values that the chart is shown and tested with, by name."""
+"""Example values for documentation and tests, by name."""
 RELEASE, NAMESPACE = "photos", "images"
 
 Resource = Mapping[str, Any]
 
 
 class HelmError(Exception):
-    """Helm did not do it; the message is what it says to a person."""
+    """Helm failed; the message is its output."""
 
 
 def render(values: Path, *settings: str, chart: Path = CHART) -> Sequence[Resource]:
-    """The resources of a release with these values, over which go `settings` such as `api.replicas=3`.
-
-    Raises RefusedError.
-    """
+    """Render a release with these values, overridden by `settings` such as `api.replicas=3`. Raises HelmError."""
     chosen = [f"--set-json={each}" for each in settings]
     text = helm("template", RELEASE, chart, f"--namespace={NAMESPACE}", f"--values={values}", *chosen)
     return [each for each in yaml.safe_load_all(text) if each]
 
 
 def helm(*arguments: str | Path) -> str:
-    """What Helm prints. It sees no environment, so that it finds no cluster and no plug-ins. Raises RefusedError."""
+    """Run Helm in an empty environment, without clusters or plug-ins; returns its output. Raises HelmError."""
     program = Path(sys.executable).with_name("helm")
     done = subprocess.run([program, *arguments], capture_output=True, text=True, env={}, check=False)
     if done.returncode:

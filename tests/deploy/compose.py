@@ -1,4 +1,4 @@
-"""The compose file as an engine reads it: with the variables of somebody's environment put in."""
+"""The compose files with variables interpolated."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _NAME = re.compile(r"(?P<name>[A-Z_]+)(?:(?P<how>:[-?])(?P<rest>.*))?", re.DOTAL
 
 
 class MissingVariableError(Exception):
-    """A variable that has to be given is not; the message is what compose would say."""
+    """A required variable is missing; the message is that of compose."""
 
 
 def load_compose(*files: Path, **environ: str) -> Mapping[str, Any]:
-    """The whole file, with others over it. Raises MissingError."""
+    """Load the compose file, with others merged over it. Raises MissingVariableError."""
     found: Mapping[str, Any] = {}
     for file in (FILE, *files):
         found = _merge(found, _interpolate_all(yaml.safe_load(file.read_text("utf-8")), environ))
@@ -30,15 +30,15 @@ def load_compose(*files: Path, **environ: str) -> Mapping[str, Any]:
 
 
 def container_settings(service: Mapping[str, Any]) -> Mapping[str, str]:
-    """The environment of a container of our image: what the image has, and what the file puts over it."""
+    """Return the settings of a container: those of the image, overridden by the file."""
     image = re.findall(r"(GATEWAY_\w+)=(\S+)", (ROOT / "Dockerfile").read_text("utf-8"))
     return {**dict(image), **service.get("environment", {})}
 
 
 def interpolate(text: str, environ: Mapping[str, str]) -> str:
-    """A text with `${NAME}`, `${NAME:-otherwise}` and `${NAME:?complaint}` replaced, also in one another.
+    """Replace `${NAME}`, `${NAME:-default}` and `${NAME:?error}`, also nested.
 
-    As in most versions of compose, what follows a name is looked at whether it is needed or not. Raises MissingError.
+    Like compose, evaluate the part after a name even if unused. Raises MissingVariableError.
     """
     before, begun, rest = text.partition("${")
     if not begun:
@@ -59,7 +59,7 @@ def _resolve(words: str, environ: Mapping[str, str]) -> str:
 
 
 def _merge(below: Any, above: Any) -> Any:
-    """What compose makes of two files: tables are merged, and all else is replaced."""
+    """Merge mappings, and replace everything else."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     return below | {name: _merge(below.get(name), each) for name, each in above.items()}

@@ -1,4 +1,4 @@
-"""The procedures of OPERATIONS.md, taken out of it, and a shell to carry them out in."""
+"""The procedures of OPERATIONS.md, and a shell to run them in."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _PORT = re.compile(r"(?<=[ :=])(8080|8081|8083|8090|8091|6390|6391)\b")
 _KEYS = ("the-user-key", "the-second-key", "the-key-of-another", "the-real-key")
 _TOKEN_ID = "0123456789ab"
-"""As in the document."""
+"""The token id used in the document."""
 _STORE = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")
 
 _COMMANDS = Path(__file__).with_name("commands")
 _REPLACEMENTS = {"curl": "curl", "openssl": "openssl", "redis-cli": "redis_cli"}
-"""Commands that a machine may not have, with the modules that stand in for them."""
+"""Commands that may be missing, and the modules that replace them."""
 
 _HELPERS = """
 used() {
@@ -57,14 +57,14 @@ read_task() {
 
 @dataclass(frozen=True)
 class Block:
-    """What is to be typed, and how it is marked."""
+    """A code block and its language."""
 
     language: str
     text: str
 
 
 def read_procedures() -> Mapping[str, Sequence[Block]]:
-    """The blocks of each procedure, by its heading."""
+    """Return the blocks of each procedure by heading."""
     parts = _HEADING.split(FILE.read_text("utf-8"))[1:]
     return {
         heading: [Block(found[2], found[3]) for found in _BLOCK.finditer(text)]
@@ -73,13 +73,13 @@ def read_procedures() -> Mapping[str, Sequence[Block]]:
 
 
 def shell_blocks(heading: str) -> Sequence[str]:
-    """The blocks of a procedure that are carried out here."""
+    """Return the blocks of a procedure that are run here."""
     return [each.text for each in read_procedures()[heading] if each.language == RUN]
 
 
 @dataclass
 class ProcedureShell:
-    """A folder of an installation, with a store, an upstream, and another store to move to."""
+    """A folder of an installation, with a store, an upstream, and a second store."""
 
     folder: Path
     upstream: SandboxProcess
@@ -89,7 +89,7 @@ class ProcedureShell:
     ports: dict[str, str] = field(default_factory=dict)
 
     def run(self, *parts: str) -> str:
-        """Carry parts out in one shell, which ends with the first that fails; all that is printed."""
+        """Run scripts in one shell that stops at the first error; returns the output."""
         begin = ["set -euo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || :; wait' EXIT"]
         script = "\n".join([*begin, *map(self._localize, parts)])
         process = subprocess.Popen(
@@ -112,7 +112,7 @@ class ProcedureShell:
         return printed
 
     def installation_steps(self) -> Sequence[str]:
-        """What makes an installation, up to its first process, which has an account and a tenant by other ways."""
+        """Return the steps of an installation up to its first process, with an account and a tenant."""
         return [
             shell_blocks("First install")[0],
             *shell_blocks("Words"),
@@ -122,7 +122,7 @@ class ProcedureShell:
         ]
 
     def _registry_request(self) -> str:
-        """The arguments of a `curl` that makes the registry what it is after the first installation."""
+        """Return `curl` arguments that write the registry of a first installation."""
         digest = hashlib.sha256(self.token.encode()).hexdigest()
         (self.folder / "shop.token").write_text(self.token)
         main = {"user_key": {"file": "secrets/main.key", "value": _KEYS[0]}}
@@ -139,7 +139,7 @@ class ProcedureShell:
         )
 
     def _localize(self, text: str) -> str:
-        """Put what is on this machine in the place of what stands for it in the document."""
+        """Replace the document's addresses and keys with local ones."""
         first, second = self.stores
         for name, address in {
             "new-redis.example:6380": f"127.0.0.1:{second}",
@@ -159,7 +159,7 @@ class ProcedureShell:
 
     @staticmethod
     def _kill_session(session: int) -> None:
-        """End whatever the shell has left running."""
+        """Kill every process that the shell has left."""
         try:
             os.killpg(session, signal.SIGKILL)
         except ProcessLookupError:
@@ -168,7 +168,7 @@ class ProcedureShell:
 
 @contextmanager
 def open_shell(folder: Path, upstream: SandboxProcess) -> Iterator[ProcedureShell]:
-    """A shell in a folder with what the procedures need, and with accounts at the upstream that nobody else has."""
+    """Open a shell in a folder prepared for the procedures, with upstream accounts of its own."""
     commands = {
         "gateway": f"{sys.executable} -m service",
         **{name: f"{sys.executable} -S {_COMMANDS / file}.py" for name, file in _REPLACEMENTS.items()},
@@ -188,11 +188,10 @@ def open_shell(folder: Path, upstream: SandboxProcess) -> Iterator[ProcedureShel
 
 
 def set_balance(upstream: SandboxProcess, key: str, **held: int) -> None:
-    """Let an account of the upstream hold something."""
     httpx2.put(f"{upstream.url}/_control/accounts/{key}", json=held).raise_for_status()
 
 
 def count_submits(upstream: SandboxProcess, key: str) -> int:
-    """How many submits came with a key."""
+    """Return how many submits had this key."""
     found: list[dict[str, Any]] = httpx2.get(f"{upstream.url}/_control/requests").json()
     return sum(each["operation"] == "submit" and each["user_key"] == key for each in found)

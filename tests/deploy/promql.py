@@ -1,7 +1,7 @@
-"""What queries ask for, held against what the gateway exports.
+"""Static checks of PromQL against the exported series.
 
-A query over a name that nobody exports, or over a label that a series does not have, is no error to Prometheus: it
-just never answers. So the labels of every part of a query are worked out here, as Prometheus would.
+A query with an unknown name or label is no error to Prometheus but never returns data. So the labels of every part of a
+query are computed here, by Prometheus' rules.
 """
 
 from __future__ import annotations
@@ -37,20 +37,16 @@ _LABELLING = frozenset({"label_replace", "label_join"})
 
 
 class SeriesUse(NamedTuple):
-    """One place where a query asks for a series."""
+    """A selector within a query."""
 
     name: str
     matched_labels: frozenset[str]
-    """The labels that it is chosen by."""
     enclosing: tuple[str, ...]
-    """The functions and aggregations around it, from the innermost outwards."""
+    """The functions and aggregations around it, from the inside out."""
 
 
 def series_uses(query: str) -> list[SeriesUse]:
-    """Every place where a query asks for a series, from left to right.
-
-    Raises ValueError if it does not parse.
-    """
+    """Return every selector of a query from left to right. Raises ValueError if it does not parse."""
     found: list[SeriesUse] = []
     around: list[str] = []
 
@@ -72,15 +68,12 @@ def series_uses(query: str) -> list[SeriesUse]:
 
 
 def series_names(query: str) -> frozenset[str]:
-    """The names of all series that a query asks for.
-
-    Raises ValueError if it does not parse.
-    """
+    """Return the names of all series in a query. Raises ValueError if it does not parse."""
     return frozenset(use.name for use in series_uses(query))
 
 
 def find_errors(query: str, exported: Mapping[str, Labels]) -> list[str]:
-    """Why a query can't answer, or not as it was meant; empty if nothing is wrong with it."""
+    """Return why a query cannot return the intended data; empty if it is correct."""
     try:
         part = parse(query)
     except ValueError as error:
@@ -91,22 +84,19 @@ def find_errors(query: str, exported: Mapping[str, Labels]) -> list[str]:
 
 
 def result_labels(query: str, exported: Mapping[str, Labels]) -> Labels:
-    """The labels that what a query answers may have.
-
-    Raises ValueError if it does not parse.
-    """
+    """Return the possible labels of a query's result. Raises ValueError if it does not parse."""
     return _LabelChecker(exported).labels(parse(query)) or _NONE
 
 
 class _LabelChecker:
-    """Works out the labels of each part of one query, and collects what is wrong on the way."""
+    """Computes the labels of each part of a query and collects errors."""
 
     def __init__(self, exported: Mapping[str, Labels]) -> None:
         self._exported = exported
         self.errors: list[str] = []
 
     def labels(self, part: Any) -> Labels | None:
-        """The labels of a vector, or None for a number or a string."""
+        """Return the labels of a vector, or None for a number or a string."""
         if isinstance(part, NumberLiteral | StringLiteral):
             return None
         if isinstance(part, ParenExpr | UnaryExpr | SubqueryExpr):
@@ -193,7 +183,7 @@ class _LabelChecker:
 
 
 def _matching_labels(modifier: BinModifier, labels: Labels) -> Labels:
-    """What one-to-one matching leaves of the labels."""
+    """Return the labels that one-to-one matching keeps."""
     if modifier.matching is None:
         return labels
     named = frozenset(modifier.matching.labels)

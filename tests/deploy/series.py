@@ -1,4 +1,4 @@
-"""Every series that Prometheus has of the gateway, and its labels."""
+"""All series of the gateway in Prometheus, with their labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.deploy.promql import Labels, result_labels, series_names
 RULES = Path(__file__).parents[2] / "deploy" / "prometheus"
 
 TARGET_LABELS: Labels = frozenset({"job", "instance", "namespace", "pod"})
-"""What Prometheus adds to each series of a target; the last two where it finds its targets in Kubernetes."""
+"""Labels that Prometheus adds to each series; the last two only in Kubernetes."""
 
 _SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "counter": ("_total",),
@@ -27,13 +27,13 @@ _SUFFIXES: Mapping[str, tuple[str, ...]] = {
 
 @cache
 def ledger_series() -> frozenset[str]:
-    """Names of the series that all processes read from the ledger alike, so that adding them up is wrong."""
+    """Return the names of series that all processes read from the ledger, so that summing them is wrong."""
     return frozenset(name for name, _ in _collector_series(Metrics(CollectorRegistry()).ledger_collector))
 
 
 @cache
 def exported_series() -> Mapping[str, Labels]:
-    """Names of series and their labels: those of the gateway, of its process, of Prometheus, and of recording rules."""
+    """Return all series with their labels: of the gateway, the process, Prometheus and the recording rules."""
     registry = Metrics(CollectorRegistry()).registry
     series = {"up": TARGET_LABELS}
     for collector in registry._collector_to_names:
@@ -51,7 +51,7 @@ def exported_series() -> Mapping[str, Labels]:
 
 
 def _collector_series(collector: Any) -> Iterator[tuple[str, Labels]]:
-    """What one collector exports; the client keeps the names of the labels to itself until there are values."""
+    """Yield the series of a collector. The client library shows label names only once there are values."""
     describe = getattr(collector, "describe", collector.collect)
     for family in describe():
         labels = TARGET_LABELS | set(getattr(family, "_labelnames", getattr(collector, "_labelnames", ())))
@@ -60,7 +60,7 @@ def _collector_series(collector: Any) -> Iterator[tuple[str, Labels]]:
 
 
 def _recording_rules(document: Any) -> Iterator[dict[str, Any]]:
-    """The recording rules within a document, wherever in it they stand."""
+    """Yield the recording rules anywhere within a document."""
     if isinstance(document, dict):
         if "record" in document:
             yield document

@@ -1,4 +1,4 @@
-"""The compose file, as far as it can be judged without an engine."""
+"""The compose file, checked without an engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ def read_yaml(name: str) -> Any:
 
 
 def list_mounts(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is mounted, and where."""
     for volume in service.get("volumes", ()):
         source, target = volume.split(":")[:2]
         yield source, target
@@ -54,12 +53,12 @@ def list_mounts(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     [("a", "a"), ("${A:-x}${B:-y}", "1y"), ("${B:-x${A:?no}z}", "x1z"), ("-${A}-", "-1-")],
 )
 def test_interpolation(text: str, wanted: str) -> None:
-    """Variables are put in as compose does it, so that the other tests mean something."""
+    """Interpolation follows compose."""
     assert interpolate(text, {"A": "1"}) == wanted
 
 
-def test_the_settings_are_good() -> None:
-    """Each container of the gateway has settings that it takes, and spends the sandbox's money."""
+def test_settings() -> None:
+    """Each gateway container has valid settings, and uses the sandbox."""
     for name, role in GATEWAY_ROLES.items():
         found = Settings.load(container_settings(SERVICES[name]))
         assert (found.role, found.redis_url, found.ops_host) == (role, "redis://store:6379", "0.0.0.0")
@@ -67,8 +66,8 @@ def test_the_settings_are_good() -> None:
         assert (found.upstream_url, found.upstream_user_key) == ("http://sandbox:8082", SANDBOX_USER_KEY)
 
 
-def test_the_real_upstream() -> None:
-    """With two variables it is the real upstream, for both roles, and no sandbox is started or waited for."""
+def test_real_upstream() -> None:
+    """Two variables select the real upstream for both roles, without the sandbox."""
     services = load_compose(UPSTREAM, **REQUIRED_VARIABLES)["services"]
     for name, role in GATEWAY_ROLES.items():
         found = Settings.load(container_settings(services[name]))
@@ -83,15 +82,15 @@ def test_the_real_upstream() -> None:
 
 
 @pytest.mark.parametrize("name", REQUIRED_VARIABLES)
-def test_the_real_upstream_needs_both(name: str) -> None:
-    """Without one of the variables compose refuses, and says what is missing."""
+def test_real_upstream_needs_both(name: str) -> None:
+    """Without one of the variables compose fails and names it."""
     given = {other: text for other, text in REQUIRED_VARIABLES.items() if other != name}
     with pytest.raises(MissingVariableError, match=rf"^required variable {name} is missing a value: the "):
         load_compose(UPSTREAM, **given)
 
 
-def test_the_sandbox_is_where_it_is_looked_for() -> None:
-    """The sandbox listens, with a command that exists, where the gateway calls it."""
+def test_sandbox() -> None:
+    """The sandbox listens where the gateway calls it, and its command exists."""
     words = SERVICES["sandbox"]["command"]
     assert CliRunner().invoke(main, [words[0], "--help"]).exit_code == 0
     assert words[words.index("--port") + 1] == "8082"
@@ -100,7 +99,7 @@ def test_the_sandbox_is_where_it_is_looked_for() -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_confined(name: str) -> None:
-    """No container is root, can become more than it is, or can write to its root; each is asked whether it lives."""
+    """No container runs as root, gains privileges or writes to its root; each has a health check."""
     service = SERVICES[name]
     assert re.fullmatch(r"[1-9]\d*:\d+", service["user"])
     assert service["read_only"] is True
@@ -112,7 +111,7 @@ def test_confined(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_pinned(name: str) -> None:
-    """Each image has a version, and can be replaced by a variable; ours are built from this repository."""
+    """Each image has a version and can be overridden; ours is built from this repository."""
     assert not SERVICES[name]["image"].endswith(":latest")
     assert re.fullmatch(r"[a-z/-]+:[\w.-]+", SERVICES[name]["image"])
     raw = yaml.safe_load(FILE.read_text("utf-8"))["services"][name]
@@ -121,23 +120,23 @@ def test_pinned(name: str) -> None:
         assert (DEPLOY / raw["build"]["context"]).resolve() == ROOT
 
 
-def test_nobody_else_is_listened_to() -> None:
-    """Every port is one of this machine alone, and no two are the same."""
+def test_ports() -> None:
+    """Every port is published on localhost only, and ports are unique."""
     ports = [port.split(":") for service in SERVICES.values() for port in service.get("ports", ())]
     assert {address for address, _, _ in ports} == {"127.0.0.1"}
     assert len({published for _, published, _ in ports}) == len(ports)
 
 
-def test_only_the_gateway_reaches_the_store() -> None:
-    """The store is in a network without a way out, with the gateway alone."""
+def test_store_network() -> None:
+    """The store shares an internal network with the gateway only."""
     inside = {name for name, service in SERVICES.items() if "store" in service["networks"]}
     assert inside == {"store", *GATEWAY_ROLES}
     assert SERVICES["store"]["networks"] == ["store"]
     assert load_compose()["networks"]["store"] == {"internal": True}
 
 
-def test_what_is_mounted_is_there() -> None:
-    """Every mounted file or folder exists and can't be written to; every volume is declared and used."""
+def test_mounts() -> None:
+    """Every mount exists and is read-only; every volume is declared and used."""
     used = set()
     for service in SERVICES.values():
         for volume in service.get("volumes", ()):
@@ -150,8 +149,8 @@ def test_what_is_mounted_is_there() -> None:
     assert used == set(load_compose()["volumes"])
 
 
-async def test_the_store_keeps_what_it_is_told() -> None:
-    """A server with the store's own options passes the check of stores without a doubt."""
+async def test_store_options() -> None:
+    """The store's options pass the check of stores without a warning."""
     program, *options = SERVICES["store"]["command"]
     place = options.index("--dir")
     assert program == "valkey-server"
@@ -161,8 +160,8 @@ async def test_the_store_keeps_what_it_is_told() -> None:
     assert (found.errors, found.warnings) == ([], [])
 
 
-def test_prometheus_finds_everybody() -> None:
-    """What Prometheus asks, and whom it tells, are services of the file, under names that it can look up."""
+def test_prometheus() -> None:
+    """Targets and the Alertmanager of Prometheus are services of the file."""
     config = read_yaml("prometheus/prometheus.yaml")
     (names,) = [each["names"] for job in config["scrape_configs"] for each in job["dns_sd_configs"]]
     assert names == ["gateway"]
@@ -174,15 +173,15 @@ def test_prometheus_finds_everybody() -> None:
 
 
 @pytest.mark.parametrize("name", ["prometheus", "alertmanager"])
-def test_configurations_are_where_they_are_looked_for(name: str) -> None:
-    """The file that a program is told to read is mounted there."""
+def test_configuration_files(name: str) -> None:
+    """Each configuration file is mounted where its program reads it."""
     (file,) = [word.partition("=")[2] for word in SERVICES[name]["command"] if word.startswith("--config.file=")]
     folders = {target: source for source, target in list_mounts(SERVICES[name])}
     assert (DEPLOY / folders[str(Path(file).parent)] / Path(file).name).exists()
 
 
-def test_grafana_is_provisioned() -> None:
-    """Grafana has Prometheus as its data source, and reads the dashboards from where they are mounted."""
+def test_grafana() -> None:
+    """Grafana is provisioned with Prometheus and the dashboards."""
     (source,) = read_yaml("grafana/provisioning/datasources/prometheus.yaml")["datasources"]
     address = urlsplit(source["url"])
     assert (source["type"], source["isDefault"], address.hostname, address.port) == (
@@ -201,8 +200,8 @@ def test_grafana_is_provisioned() -> None:
     assert folders["/etc/grafana/provisioning"] == "./grafana/provisioning"
 
 
-def test_every_severity_has_a_receiver() -> None:
-    """Each alert is sent to the receiver that is named as its severity."""
+def test_receivers() -> None:
+    """Each alert has a receiver named after its severity."""
     config = read_yaml("alertmanager/alertmanager.yaml")
     routes = {tuple(route["matchers"]): route["receiver"] for route in config["route"]["routes"]}
     severities = {alert["labels"]["severity"] for alert in alerts()}
@@ -210,8 +209,8 @@ def test_every_severity_has_a_receiver() -> None:
     assert {each["name"] for each in config["receivers"]} == severities
 
 
-def test_inhibitions_are_of_alerts_that_exist() -> None:
-    """Each rule that mutes alerts names some of ours and no others', and a page is muted by GatewayAbsent alone."""
+def test_inhibitions() -> None:
+    """Inhibition rules name existing alerts, and only GatewayAbsent mutes a page."""
     names = {alert["alert"] for alert in alerts()}
     for rule in read_yaml("alertmanager/alertmanager.yaml")["inhibit_rules"]:
         matchers = [*rule["source_matchers"], *rule["target_matchers"]]
@@ -226,8 +225,7 @@ def test_inhibitions_are_of_alerts_that_exist() -> None:
         ]
 
 
-def test_build_arguments_exist() -> None:
-    """The Dockerfile knows every argument that an image is built with."""
+def test_build_arguments() -> None:
     known = set(re.findall(r"^ARG (\w+)", (DEPLOY.parent / "Dockerfile").read_text("utf-8"), re.MULTILINE))
     given = {name for service in SERVICES.values() for name in service.get("build", {}).get("args", {})}
     assert given

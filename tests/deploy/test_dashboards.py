@@ -1,4 +1,4 @@
-"""The dashboards ask for what there is, add up what can be added, and can be read by whoever imports them."""
+"""The dashboards query existing series, aggregate correctly and are readable."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ UNITS = {unit for name, unit in vars(units).items() if not name.startswith("_")}
 
 
 class Query(NamedTuple):
-    """A query of a panel, with the spans that Grafana fills in filled in."""
+    """A query of a panel with Grafana's intervals filled in."""
 
     text: str
     legend: str
 
     @property
     def labels(self) -> Labels:
-        """The labels by which the lines of its answer differ."""
+        """Return the labels that distinguish the lines of its result."""
         return result_labels(self.text, exported_series())
 
 
@@ -72,20 +72,20 @@ parametrize_query = pytest.mark.parametrize(
 
 
 @parametrize_query
-def test_asks_for_what_there_is(query: Query) -> None:
-    """A query parses, and every series and label in it is exported or recorded."""
+def test_series_and_labels_exist(query: Query) -> None:
+    """A query parses, and all its series and labels are exported or recorded."""
     assert find_errors(query.text, exported_series()) == []
 
 
 @parametrize_query
-def test_keeps_to_the_chosen_namespace(query: Query) -> None:
-    """A query looks nowhere but into the namespace that was chosen."""
+def test_namespace(query: Query) -> None:
+    """Every selector has the chosen namespace."""
     assert [use.name for use in series_uses(query.text) if "namespace" not in use.matched_labels] == []
 
 
 @parametrize_query
-def test_adds_up_only_what_each_process_counts_itself(query: Query) -> None:
-    """What all processes read alike is reduced to one value before anything else is done with it."""
+def test_ledger_series_are_not_summed(query: Query) -> None:
+    """Series that all processes export alike are reduced to one value first."""
     spans = {"rate", "increase", "deriv"}
     for use in series_uses(query.text):
         if use.name in ledger_series():
@@ -93,22 +93,20 @@ def test_adds_up_only_what_each_process_counts_itself(query: Query) -> None:
 
 
 @parametrize_query
-def test_takes_the_rate_of_counters(query: Query) -> None:
-    """What only ever grows is shown by how fast it does."""
+def test_counters_have_a_rate(query: Query) -> None:
     for use in series_uses(query.text):
         if use.name.endswith(("_total", "_bucket", "_sum", "_count")):
             assert use.enclosing[0] in {"rate", "increase"}
 
 
 @parametrize_query
-def test_lines_can_be_told_apart(query: Query) -> None:
-    """Each label by which the lines of a query differ is in its legend; of a process it is the instance."""
+def test_legends(query: Query) -> None:
+    """The legend has every label that distinguishes lines; for a process that is the instance."""
     shown = set(re.findall(r"{{(\w+)}}", query.legend))
     assert shown == (query.labels - TARGET_LABELS) | ({"instance"} & query.labels)
 
 
 def test_every_metric_is_on_a_dashboard() -> None:
-    """Nothing is exported that nobody can look at."""
     shown = {name for board in DASHBOARDS.values() for query in queries(board) for name in series_names(query.text)}
     unseen = {
         name
@@ -119,8 +117,8 @@ def test_every_metric_is_on_a_dashboard() -> None:
 
 
 @parametrize_panel
-def test_says_what_it_shows(panel: dict[str, Any]) -> None:
-    """A panel has a title, a text of at least a sentence, a unit that Grafana knows, and thresholds."""
+def test_panels_are_described(panel: dict[str, Any]) -> None:
+    """A panel has a title, at least a sentence of text, a unit known to Grafana, and thresholds."""
     defaults = panel["fieldConfig"]["defaults"]
     assert panel["title"]
     assert panel["description"].endswith(".")
@@ -130,15 +128,14 @@ def test_says_what_it_shows(panel: dict[str, Any]) -> None:
 
 
 @parametrize_panel
-def test_leaves_the_data_source_to_whoever_imports_it(panel: dict[str, Any]) -> None:
-    """A panel and its queries know their data source by a variable only."""
+def test_data_source_is_a_variable(panel: dict[str, Any]) -> None:
     assert panel["datasource"] == SOURCE
     assert {json.dumps(each["datasource"], sort_keys=True) for each in panel["targets"]} == {json.dumps(SOURCE)}
 
 
 @parametrize_dashboard
-def test_defines_what_it_uses(board: dict[str, Any]) -> None:
-    """The variables of a dashboard are those that its queries and links name, and no others."""
+def test_variables_are_used(board: dict[str, Any]) -> None:
+    """The variables of a dashboard are exactly those in its queries and links."""
     defined = {each["name"] for each in board["templating"]["list"]}
     rest = {**board, "templating": None}
     used = set(re.findall(r"\$\{?([a-z]\w*)", json.dumps(rest)))
@@ -146,8 +143,8 @@ def test_defines_what_it_uses(board: dict[str, Any]) -> None:
 
 
 @parametrize_dashboard
-def test_all_means_also_without_the_label(board: dict[str, Any]) -> None:
-    """To choose all matches series that lack the label: a pattern that matches nothing matches what is not there."""
+def test_all_matches_missing_labels(board: dict[str, Any]) -> None:
+    """The choice `All` also matches series without the label."""
     chosen = [each for each in board["templating"]["list"] if each["type"] == "query"]
     assert "namespace" in {each["name"] for each in chosen}
     for variable in chosen:
@@ -157,8 +154,8 @@ def test_all_means_also_without_the_label(board: dict[str, Any]) -> None:
 
 
 @parametrize_dashboard
-def test_choices_are_read_from_what_there_is(board: dict[str, Any]) -> None:
-    """The values of a variable are those of a label that its series have."""
+def test_variable_values_exist(board: dict[str, Any]) -> None:
+    """The values of a variable are those of an existing label."""
     for variable in board["templating"]["list"]:
         if variable["type"] == "query":
             assert variable["datasource"] == SOURCE
@@ -169,8 +166,8 @@ def test_choices_are_read_from_what_there_is(board: dict[str, Any]) -> None:
 
 
 @parametrize_dashboard
-def test_rows_are_full_and_nothing_overlaps(board: dict[str, Any]) -> None:
-    """Panels lie side by side over all columns, none on top of another, and none without a heading."""
+def test_rows_are_full(board: dict[str, Any]) -> None:
+    """Panels fill all columns without overlap, under a heading."""
     places = [each["gridPos"] for each in board["panels"]]
     for one, other in combinations(places, 2):
         beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
@@ -182,29 +179,28 @@ def test_rows_are_full_and_nothing_overlaps(board: dict[str, Any]) -> None:
 
 
 @parametrize_dashboard
-def test_no_two_panels_have_a_name_or_number_in_common(board: dict[str, Any]) -> None:
-    """A panel can be spoken of, and linked to."""
+def test_titles_and_ids_are_unique(board: dict[str, Any]) -> None:
     assert len({each["title"] for each in panels(board)}) == len(panels(board))
     assert len({each["id"] for each in board["panels"]}) == len(board["panels"])
 
 
 @parametrize_dashboard
-def test_can_be_imported_anywhere(board: dict[str, Any]) -> None:
-    """A dashboard brings no number of its own, which another Grafana may have given to something else."""
+def test_no_numeric_id(board: dict[str, Any]) -> None:
+    """A dashboard has no numeric id, which could collide with another one."""
     assert "id" not in board
     assert "version" not in board
 
 
 @parametrize_dashboard
-def test_is_read_back_as_it_was_written(board: dict[str, Any]) -> None:
-    """A dashboard that is read by the schema of Grafana and written again has lost nothing, and gained nothing."""
+def test_round_trip(board: dict[str, Any]) -> None:
+    """Reading a dashboard with Grafana's schema and writing it again changes nothing."""
     register_default_plugins()
     assert json.loads(json.dumps(Dashboard.from_json(board), cls=JSONEncoder)) == board
 
 
 @parametrize_dashboard
-def test_leads_to_the_others_and_to_the_runbook(board: dict[str, Any]) -> None:
-    """From each dashboard one gets to the others, in the same time and namespace, and to what to do."""
+def test_links(board: dict[str, Any]) -> None:
+    """Each dashboard links to the others, with time and namespace, and to the runbook."""
     others, runbook = board["links"]
     assert board["tags"] == others["tags"] == [TAG]
     assert others["type"] == "dashboards"
@@ -213,20 +209,20 @@ def test_leads_to_the_others_and_to_the_runbook(board: dict[str, Any]) -> None:
     assert runbook["url"] == "${runbook}"
 
 
-def test_dashboards_keep_their_addresses() -> None:
-    """Bookmarks find each dashboard where it has been."""
+def test_uids_are_stable() -> None:
+    """Bookmarks depend on the uids."""
     assert dashboard_uids() == {"gateway-service", "gateway-tenants", "gateway-upstream", "gateway-tasks"}
 
 
-def test_alerts_lead_to_dashboards() -> None:
-    """Each dashboard that an alert names is one of these."""
+def test_alerts_link_to_dashboards() -> None:
+    """Each dashboard linked from an alert exists."""
     alerts = "".join(each.read_text("utf-8") for each in RULES.glob("alerts-*.yaml"))
     assert set(re.findall(r"dashboard: .*/d/(\S+)", alerts)) <= dashboard_uids()
     assert alerts.count("dashboard: ") == alerts.count("alert: ")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda each: each.sli)
-def test_promises_are_those_that_are_alerted_on(objective: Any) -> None:
-    """A budget that is shown as burning at 14.4 times its pace is one that an alert fires on."""
+def test_burn_rate_of_the_alerts(objective: Any) -> None:
+    """The burn rate shown as critical is the one that an alert fires on."""
     alerts = (RULES / "alerts-slo.yaml").read_text("utf-8")
     assert f'ratio_rate1h{{sli="{objective.sli}"}} > 14.4 * {1 - objective.share:.4g}\n' in alerts

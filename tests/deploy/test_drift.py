@@ -1,4 +1,4 @@
-"""The dashboards in the repository are what the code says."""
+"""The dashboard files are up to date."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from deploy.grafana.__main__ import FOLDER, main, render_all
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with all dashboards as they should be."""
+    """Return a folder with up-to-date dashboards."""
     assert CliRunner().invoke(main, ["--folder", str(tmp_path)]).exit_code == 0
     return tmp_path
 
 
-def test_what_is_there_is_what_would_be_written() -> None:
-    """The files in the repository are those that the code writes, to the letter."""
+def test_repository_is_up_to_date() -> None:
     assert {each.name: each.read_text("utf-8") for each in FOLDER.iterdir()} == render_all()
 
 
-def test_nothing_to_complain_of(folder: Path) -> None:
-    """What was just written passes the check."""
+def test_no_drift(folder: Path) -> None:
     assert CliRunner().invoke(main, ["--folder", str(folder), "--check"]).exit_code == 0
 
 
 @pytest.mark.parametrize("how", ["changed", "missing", "unwanted"])
-def test_drift_is_named_and_mended(folder: Path, how: str) -> None:
-    """A file that is not as it should be fails the check, which names it and the command that mends it."""
+def test_drift(folder: Path, how: str) -> None:
+    """Changed files fail the check, which names them and the command that fixes them."""
     file = folder / ("unwanted.json" if how == "unwanted" else "tasks.json")
     if how == "missing":
         file.unlink()

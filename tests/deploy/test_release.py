@@ -1,4 +1,4 @@
-"""What a wheel is refused for; `make release-check` builds one and tries it."""
+"""The checks of a wheel; `make release-check` builds one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GOOD_FILES = {
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout with a package of two files, and what is no part of it."""
+    """Return a checkout with a package of two files, and others beside it."""
     for name in (
         "service/app.py",
         "service/storage/lua/settle.lua",
@@ -68,23 +68,20 @@ def expect_failure(words: str) -> Iterator[None]:
         yield
 
 
-def test_a_good_wheel(checkout: Path, wheel: Path) -> None:
-    """A wheel with the whole package and its description passes."""
+def test_valid_wheel(checkout: Path, wheel: Path) -> None:
     write_wheel(wheel, GOOD_FILES)
     assert expect_complete(wheel, checkout) == len(GOOD_FILES)
     expect_metadata(wheel, "1.2.3", README)
 
 
-def test_a_script_is_missing(checkout: Path, wheel: Path) -> None:
-    """A wheel without a file of the package fails, by its name: it would serve, until that is needed."""
+def test_missing_file(checkout: Path, wheel: Path) -> None:
     write_wheel(wheel, {name: text for name, text in GOOD_FILES.items() if not name.endswith(".lua")})
     with expect_failure("the wheel lacks service/storage/lua/settle.lua"):
         expect_complete(wheel, checkout)
 
 
 @pytest.mark.parametrize("name", ["tests/test_app.py", "deploy/compose.yaml", "service/__pycache__/app.pyc", "secret"])
-def test_what_does_not_belong(checkout: Path, wheel: Path, name: str) -> None:
-    """A wheel with anything else fails, by its name."""
+def test_superfluous_file(checkout: Path, wheel: Path, name: str) -> None:
     write_wheel(wheel, {**GOOD_FILES, name: ""})
     with expect_failure(f"no part of the package: {name}"):
         expect_complete(wheel, checkout)
@@ -100,30 +97,28 @@ def test_what_does_not_belong(checkout: Path, wheel: Path, name: str) -> None:
         ("a second line", "another line", "is not the README"),
     ],
 )
-def test_a_wrong_description(wheel: Path, was: str, is_: str, words: str) -> None:
-    """A wheel that says something else of itself than the checkout fails."""
+def test_wrong_metadata(wheel: Path, was: str, is_: str, words: str) -> None:
     write_wheel(wheel, {**GOOD_FILES, f"{DIST_INFO}/METADATA": METADATA.replace(was, is_)})
     with expect_failure(words):
         expect_metadata(wheel, "1.2.3", README)
 
 
-def test_no_command(wheel: Path) -> None:
-    """A wheel that brings no command `gateway` fails."""
+def test_missing_command(wheel: Path) -> None:
     write_wheel(wheel, {**GOOD_FILES, f"{DIST_INFO}/entry_points.txt": ""})
     with expect_failure("no command `gateway`"):
         expect_metadata(wheel, "1.2.3", README)
 
 
-def test_the_version_is_said_once() -> None:
-    """The package's version is read from the code, which has one that can be compared."""
+def test_version() -> None:
+    """The version is taken from the code, and has three numbers."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     assert "version" not in project["project"]
     assert project["tool"]["hatch"]["version"] == {"path": "service/__init__.py"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
 
 
-def test_the_changelog_is_in_order() -> None:
-    """The changelog begins with what is not released, then has each version once, the newest first, with its day."""
+def test_changelog_order() -> None:
+    """The changelog starts with the unreleased part, then has each version once, newest first, with its date."""
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     unreleased, *released = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert unreleased == "[Unreleased]"

@@ -1,4 +1,4 @@
-"""The rules for Prometheus, as far as they can be checked without it."""
+"""The Prometheus rules, checked without Prometheus."""
 
 from __future__ import annotations
 
@@ -28,26 +28,23 @@ parametrize_alert = pytest.mark.parametrize("alert", ALERTS, ids=rule_id)
 
 
 @pytest.mark.parametrize("rule", rules.rules(), ids=rule_id)
-def test_queries_can_answer(rule: Rule) -> None:
-    """Every rule asks only for series that there are, by labels that they have."""
+def test_series_and_labels_exist(rule: Rule) -> None:
     assert find_errors(rule["expr"], exported_series()) == []
 
 
-def test_rules_differ() -> None:
-    """No two rules make the same alert, or record the same series."""
+def test_rules_are_unique() -> None:
     made = [(rule.get("alert") or rule["record"], *sorted(rule.get("labels", {}).items())) for rule in rules.rules()]
     assert len(made) == len(set(made))
 
 
 @parametrize_alert
 def test_severity(alert: Rule) -> None:
-    """Every alert says whether it wants a person now."""
     assert alert["labels"]["severity"] in {"page", "ticket"}
 
 
 @parametrize_alert
 def test_annotations(alert: Rule) -> None:
-    """Every alert says what is going on, in a line and in sentences, and where to read on."""
+    """Every alert has a summary, a description and links."""
     said = alert["annotations"]
     assert set(said) == {"summary", "description", "runbook_url", "dashboard"}
     assert said["runbook_url"] == RUNBOOK + alert["alert"].lower()
@@ -57,15 +54,14 @@ def test_annotations(alert: Rule) -> None:
 
 
 @parametrize_alert
-def test_values_are_readable(alert: Rule) -> None:
-    """No alert shows a bare number with all its digits."""
+def test_values_are_formatted(alert: Rule) -> None:
+    """No alert shows a number with all its digits."""
     templates = TEMPLATE.findall("".join(alert["annotations"].values()))
     assert all("humanize" in each or "printf" in each for each in templates if "$value" in each)
 
 
 @parametrize_alert
-def test_dashboard(alert: Rule) -> None:
-    """Every alert leads to a dashboard that there is."""
+def test_dashboard_exists(alert: Rule) -> None:
     known = {json.loads(file.read_text("utf-8"))["uid"] for file in (rules.DEPLOY / "grafana").rglob("*.json")}
     uid = DASHBOARD.fullmatch(alert["annotations"]["dashboard"])
     assert uid is not None
@@ -73,20 +69,20 @@ def test_dashboard(alert: Rule) -> None:
 
 
 def test_runbook() -> None:
-    """The runbook has one entry for each alert, and none for anything else."""
+    """The runbook has exactly one entry for each alert."""
     assert sorted(rules.runbook_entries()) == sorted({alert["alert"] for alert in ALERTS})
 
 
 @parametrize_alert
 def test_cases(alert: Rule) -> None:
-    """Every alert is tested with a case in which it must fire, and with one in which it must not."""
+    """Every alert has a case in which it fires and one in which it does not."""
     own = [fired for named, fired in rules.cases() if named == alert["alert"]]
     assert any(alert["labels"].items() <= labels.items() for fired in own for labels in fired)
     assert [] in own
 
 
-def test_example_takes_all_rules() -> None:
-    """The example for Prometheus takes every file of rules, and finds the gateway by the job that the rules know."""
+def test_example_configuration() -> None:
+    """The example loads every rule file, and has the job name used in the rules."""
     example = yaml.safe_load((rules.FOLDER / "prometheus.yaml").read_text("utf-8"))
     taken = {file for pattern in example["rule_files"] for file in rules.FOLDER.glob(pattern)}
     assert taken == set(rules.FILES)
@@ -94,8 +90,8 @@ def test_example_takes_all_rules() -> None:
     assert {each["job_name"] for each in example["scrape_configs"]} == known
 
 
-def test_example_for_kubernetes() -> None:
-    """What the example says of Kubernetes, in a comment, finds pods by the label and the port that the chart gives."""
+def test_kubernetes_example() -> None:
+    """The commented Kubernetes example finds pods by the chart's label and port."""
     text = (rules.FOLDER / "prometheus.yaml").read_text("utf-8")
     commented = [line.removeprefix("    #   ") for line in text.splitlines() if line.startswith("    #   ")]
     config = yaml.safe_load("\n".join(commented))

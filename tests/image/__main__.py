@@ -1,4 +1,4 @@
-"""The check's first half: the image is built and looked at from outside; then it is tried in a cell."""
+"""The first half of the check: build the image, check it from outside, then run the smoke test in namespaces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MEGABYTE = 1_000_000
 
 
 def main() -> int:
-    """Build the image and check it; the exit code."""
+    """Build and check the image; returns the exit code."""
     with step("image: the machine has what the check takes"):
         require_tools()
         release = detect_debian()
@@ -84,7 +84,7 @@ def _expect_configuration(config: Config, labels: dict[str, str]) -> None:
 
 
 def _expect_files(config: Config, base: Path, root: Path) -> str:
-    """Check the files; what they hold, in words."""
+    """Check the files; returns a summary of their size."""
     before, after = rootfs_check.scan_tree(base), rootfs_check.scan_tree(root)
     rootfs_check.expect_only_app_added(before, after)
     rootfs_check.expect_nothing_writable(after, *parse_user(config.user))

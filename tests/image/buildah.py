@@ -1,6 +1,6 @@
-"""Buildah, with a store of the check's own: the base, the build, and what came of it.
+"""Runs buildah with a store of its own.
 
-The store's driver is vfs and the isolation chroot: slower than others, but they work in a container too.
+The driver vfs and the isolation chroot are slower than others, but also work in a container.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _IMAGE = "localhost/imaging-gateway:check"
 
 
 class Healthcheck(Struct, rename="pascal"):
-    """How an engine asks whether the container lives: `CMD` and its words, in exec form."""
+    """The health check of an image, in exec form: `CMD` and its words."""
 
     test: list[str]
 
 
 class Config(Struct, rename="pascal"):
-    """An image's configuration, as far as running it needs it. A shell form would show as the words of a shell."""
+    """The configuration that running an image needs. Commands in shell form would start with a shell."""
 
     user: str = ""
     env: list[str] = field(default_factory=list)
@@ -55,14 +55,14 @@ class ImageStore:
         self._buildah = ("buildah", *storage)
 
     def clean_up(self) -> None:
-        """Drop what a run has left but for the base, also of one that was interrupted."""
+        """Delete what a previous run has left, except for the base image."""
         self._run("rm", "--all")
         if self._has_image(_IMAGE):
             self._run("rmi", "--force", _IMAGE)
         self._run("rmi", "--prune")
 
     def build_base(self, debian: Debian) -> str:
-        """The base image's name; made once, which takes a minute."""
+        """Build the base image once, which takes a minute; returns its name."""
         name = f"localhost/python:{debian.suite}"
         if not self._has_image(name):
             container = self._run("from", "scratch")
@@ -74,7 +74,7 @@ class ImageStore:
         return name
 
     def build(self, context: Path, arguments: Mapping[str, str]) -> str:
-        """Build the Dockerfile of a folder; the image's name."""
+        """Build the Dockerfile of a folder; returns the image's name."""
         words = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
         if _CERTIFICATES.exists():
             words += ["--secret", f"id=certificates,src={_CERTIFICATES}"]
@@ -84,14 +84,14 @@ class ImageStore:
         return _IMAGE
 
     def read_config(self, image: str) -> Config:
-        """An image's configuration. Raises Fault if it lacks what running it needs."""
+        """Return an image's configuration. Raises CheckFailed if it is incomplete."""
         try:
             return json.decode(self._run("inspect", "--type", "image", image), type=_Inspection).docker.config
         except ValidationError as error:
             raise CheckFailed(f"the image's configuration is not what it must be: {error}") from None
 
     def mount(self, image: str) -> Path:
-        """An image's files, in a folder that is there until the shop is tidied."""
+        """Mount an image's files; returns the folder, which exists until `clean_up`."""
         return Path(self._run("mount", self._run("from", "--pull-never", image)))
 
     def _has_image(self, image: str) -> bool:

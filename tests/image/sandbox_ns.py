@@ -1,4 +1,4 @@
-"""Namespaces of the check's own: mounts, network and processes that end with it, whatever becomes of it."""
+"""Namespaces for mounts, network and processes that end with the check."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pathlib import Path
 from tests.image.host import run_command
 
 SECRETS = Path("/run/secrets")
-"""Where a container finds its secrets, as files."""
+"""The folder of a container's secrets."""
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 _DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)}
 
 
 def run_in_namespaces(module: str, document: bytes) -> int:
-    """Run a module of the check in a new cell, with a document as its standard input; the exit code.
+    """Run a module in new namespaces with a document as its standard input; returns the exit code.
 
-    The cell ends with the check, and all that is in it with the cell, also where the check is killed.
+    Everything in the namespaces ends with the check, even if it is killed.
     """
     tied = (shutil.which("setpriv") or "setpriv", "--pdeathsig", "KILL")
     isolation = ("unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child", "--")
@@ -34,16 +34,16 @@ def run_in_namespaces(module: str, document: bytes) -> int:
 
 
 def connect_loopback() -> None:
-    """Bring up the loopback interface, the only one of a new network namespace."""
+    """Bring up the loopback interface of a new network namespace."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
 
 
 def mount_rootfs(tree: Path, root: Path, secrets: Mapping[str, str], user: int, group: int) -> None:
-    """Mount at `root`, an empty folder, what a container sees.
+    """Mount a container's root at `root`, an empty folder.
 
-    That is the tree, which nobody can write to, devices, secrets and a scratch folder. The mounts are
-    seen in this cell alone, and end with it: what is below `root` must not be cleared away from within.
+    That is the read-only tree with devices, secrets and a scratch folder. The mounts exist only in this namespace: the
+    folder must not be deleted from within.
     """
     run_command(["mount", "--bind", str(tree), str(root)])
     run_command(["mount", "--options", "remount,bind,ro,nosuid,nodev", str(root)])

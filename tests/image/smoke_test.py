@@ -1,4 +1,4 @@
-"""The check's second half, inside a cell: the image is started, does the main job, and is told to end."""
+"""The second half of the check, inside the namespaces: start the image, do the main job, stop it."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _STOP_SECONDS = 10.0
 
 
 class SmokeTestInput(Struct):
-    """What is tried.
+    """The input of the smoke test.
 
     Attributes:
         config: of the image.
-        tree: the folder that holds its files.
-        folder: an empty one, to be cleared away when the cell has ended.
+        tree: the folder with its files.
+        folder: an empty folder, deleted after the namespaces have ended.
 
     """
 
@@ -72,7 +72,7 @@ class _Line(Struct):
 
 
 def main() -> None:
-    """Read an Exhibit from standard input and try it; exit code 1 at the first check that fails."""
+    """Read the input from standard input and run all checks; exits with 1 at the first failure."""
     exhibit = json.decode(sys.stdin.buffer.read(), type=SmokeTestInput)
     with ExitStack() as opened:
         folder = Path(exhibit.folder)
@@ -130,7 +130,7 @@ def _settings(store: int, upstream: str) -> Mapping[str, str]:
 
 
 def _expect_confined(container: Container, root: Path, config: Config) -> None:
-    """The confinement is what it claims to be: the other checks mean nothing otherwise."""
+    """Require the confinement itself, without which the other checks are meaningless."""
     user, group = parse_user(config.user)
     seen = container.check_output("python", "-c", _IDENTITY_PROGRAM).split()
     expected = [str(user), str(group), "[]", "0000000000000000", "1"]
@@ -144,7 +144,7 @@ def _expect_confined(container: Container, root: Path, config: Config) -> None:
 
 
 def _expect_bytecode(container: Container) -> None:
-    """Where the root is read-only, a module without bytecode that fits is compiled at every start."""
+    """With a read-only root, a module without valid bytecode would be compiled at every start."""
     said = container.check_output("python", "-v", "-c", _IMPORT_PROGRAM)
     loaded = re.findall(r"^# code object from '?(/app/.*?)'?$", said, re.MULTILINE)
     compiled = [path for path in loaded if path.endswith(".py")]
@@ -165,7 +165,7 @@ def _expect_clear_errors(container: Container) -> None:
 
 
 def _run_main_job(container: Container, gateway: RunningContainer, results: Path) -> None:
-    """Make an account, a tenant and a token with the image's own command, and let the demo spend them."""
+    """Create an account, a tenant and a token with the image's command, and run the demo with them."""
     container.check_output("gateway", "account", "set", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY)
     limit = f"total:tasks={len(JOBS)}"
     container.check_output("gateway", "tenant", "set", "shop", "--account", "main", "--limit", limit)
@@ -181,7 +181,7 @@ def _run_main_job(container: Container, gateway: RunningContainer, results: Path
 
 
 def _expect_clean_log(gateway: RunningContainer) -> None:
-    """Each line of the log is JSON, and none complains."""
+    """Require that each log line is JSON without warnings."""
     for line in gateway.log.read_text().splitlines():
         try:
             said = json.decode(line, type=_Line)
@@ -209,7 +209,7 @@ def _get_status(url: str) -> int:
 
 @contextmanager
 def _idle_connection() -> Iterator[None]:
-    """A client that keeps its connection open, as clients and load balancers do."""
+    """Keep an idle connection open, as clients and load balancers do."""
     with httpx2.Client(trust_env=False) as client:
         client.get(f"{_TENANTS}/healthz").raise_for_status()
         yield

@@ -1,6 +1,6 @@
-"""The check of a release: the wheel is built, looked at, and installed far from the checkout, where it has to serve.
+"""Check of a release: the wheel is built, inspected, and installed outside the checkout, where it must serve.
 
     make release-check
 
-What is published is what was checked: the wheel is left in dist/.
+The checked wheel is left in dist/ for publication.
 """

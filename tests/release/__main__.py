@@ -1,4 +1,4 @@
-"""The steps of the check, one line for each."""
+"""The steps of the check, one line each."""
 
 from __future__ import annotations
 
@@ -31,16 +31,14 @@ _FAILING_COMMANDS: tuple[tuple[str, Mapping[str, str], int, tuple[str, ...]], ..
     ("sandbox", {}, 1, (_EXTRA,)),
     ("demo", {}, 1, ()),
 )
-"""Commands that can't do their work without extras or settings: with these settings they end with this code, and say
-these words.
-"""
+"""Commands that fail without extras or settings: command, settings, exit code, and words in the output."""
 
 
 @click.command("python -m tests.release")
 @click.option("--uv", type=click.Path(exists=True, path_type=Path), required=True, help="The program uv.")
 @click.option("--dist", type=click.Path(path_type=Path), default=_ROOT / "dist", help="Where the wheel is left.")
 def main(uv: Path, dist: Path) -> None:
-    """Build the wheel, look at it, install it elsewhere, and serve with it."""
+    """Build the wheel, inspect it, install it elsewhere, and serve with it."""
     with TemporaryDirectory(prefix="release-check-") as temporary:
         folder = Path(temporary)
         with step("release: wheel") as figures:
@@ -76,7 +74,7 @@ def _expect_clear_error(
 
 
 def _run_main_job(installed: Installation) -> None:
-    """Serve against a real store and the checkout's sandbox, from the account to the result."""
+    """Serve with a real store and the checkout's sandbox, from the account to the result."""
     port, ops_port = find_free_port(), find_free_port()
     tenants, operators = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ops_port}"
     with run_valkey("--appendonly", "yes") as store, run_sandbox() as upstream:

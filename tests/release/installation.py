@@ -1,4 +1,4 @@
-"""A wheel that was installed into a virtual environment of its own, with an empty folder to run in."""
+"""A wheel installed in a virtual environment, with an empty working folder."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tests.image.report import CheckFailed, expect
 
 @dataclass(frozen=True)
 class Installation:
-    """`environ` is what its commands see beside their own settings: nothing that leads back to the checkout."""
+    """`environ` is the environment of its commands, which has no reference to the checkout."""
 
     program: Path
     folder: Path
     environ: Mapping[str, str]
 
     def check_output(self, *words: str, stdin: str = "", **settings: str) -> str:
-        """What a command prints. Raises Fault with all that it said if it fails."""
+        """Run a command that must succeed; returns its output. Raises CheckFailed with it otherwise."""
         code, said = self.execute(*words, stdin=stdin, **settings)
         expect(code == 0, f"{said}`gateway {' '.join(words[:2])}` ended with exit code {code}")
         return said
 
     def execute(self, *words: str, stdin: str = "", **settings: str) -> tuple[int, str]:
-        """Run a command to its end; its exit code, and all that it said."""
+        """Run a command; returns the exit code and all output."""
         done = subprocess.run(
             [self.program, *words],
             cwd=self.folder,
@@ -48,7 +48,7 @@ class Installation:
 
     @contextmanager
     def serve(self, ready: str, **settings: str) -> Iterator[None]:
-        """`gateway serve`, from when `ready` answers; it has to end well when it is told to. Raises Fault."""
+        """Run `gateway serve` from readiness on; it must stop cleanly. Raises CheckFailed."""
         log = self.folder / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -75,7 +75,7 @@ class Installation:
 
 
 def install(wheel: Path, uv: Path, checkout: Path, folder: Path) -> Installation:
-    """Install a wheel without extras, with the packages of the lock file, as they are in production. Raises Fault."""
+    """Install a wheel without extras, with the packages of the lock file, as in production. Raises CheckFailed."""
     venv, locked, empty = folder / "venv", folder / "locked.txt", folder / "empty"
     command = [str(uv), "--quiet", "--project", str(checkout)]
     run_command([*command, "export", "--locked", "--no-dev", "--no-emit-project", "--output-file", str(locked)])
@@ -89,7 +89,7 @@ def install(wheel: Path, uv: Path, checkout: Path, folder: Path) -> Installation
 
 
 def is_reachable(url: str) -> bool:
-    """Whether there is a good answer at an address."""
+    """Return whether a URL responds with 200."""
     with suppress(httpx2.TransportError):
         return httpx2.get(url, trust_env=False).status_code == 200
     return False

@@ -1,4 +1,4 @@
-"""What a wheel holds, and says of itself."""
+"""Files and metadata of a wheel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PACKAGE = "service"
 
 
 def expect_complete(wheel: Path, checkout: Path) -> int:
-    """All files of the package are in it, and nothing else; how many there are. Raises Fault."""
+    """Require exactly the files of the package; returns their number. Raises CheckFailed."""
     with ZipFile(wheel) as opened:
         held = {PurePosixPath(name) for name in opened.namelist()}
     wanted = {
@@ -28,7 +28,7 @@ def expect_complete(wheel: Path, checkout: Path) -> int:
 
 
 def expect_metadata(wheel: Path, version: str, readme: str) -> None:
-    """It has the name, the version, the README and the command that it is known by. Raises Fault."""
+    """Require name, version, README and command. Raises CheckFailed."""
     with ZipFile(wheel) as opened:
         names = {PurePosixPath(name).name: name for name in opened.namelist() if ".dist-info/" in name}
         told = message_from_string(opened.read(names["METADATA"]).decode())

@@ -1,6 +1,6 @@
-"""As much of `curl` as OPERATIONS.md uses, so that its procedures can be tried on machines that have none.
+"""The subset of `curl` that OPERATIONS.md uses, for machines without it.
 
-It starts in no time: it imports nothing that has to be installed.
+It starts fast since it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FAILED, _NOT_CONNECTED = 22, 7
 
 
 def main() -> int:
-    """Send one request and print the answer; the exit code is curl's own."""
+    """Send one request and print the response; returns curl's exit code."""
     parser = argparse.ArgumentParser(prog="curl")
     for flag in ("-f", "-s", "-S"):
         parser.add_argument(flag, action="store_true", dest=f"flag_{flag[1]}")
@@ -60,7 +60,7 @@ def _answer(request: Request) -> tuple[int, bytes]:
 
 
 def _encode_form(name: str, path: Path) -> tuple[bytes, str]:
-    """A form with one file."""
+    """Encode a form with one file."""
     boundary = uuid.uuid4().hex
     head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"; filename="{path.name}"\r\n\r\n'
     return (

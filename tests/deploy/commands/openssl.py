@@ -1,4 +1,4 @@
-"""As much of `openssl` as OPERATIONS.md uses: `openssl rand -base64 N` and `openssl rand -hex N`."""
+"""The subset of `openssl` that OPERATIONS.md uses: `openssl rand -base64 N` and `openssl rand -hex N`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 
 
 def main() -> int:
-    """Print random bytes."""
     rand, form, number = sys.argv[1:]
     written = {"-base64": lambda data: base64.b64encode(data).decode(), "-hex": bytes.hex}
     if rand != "rand":

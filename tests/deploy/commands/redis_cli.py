@@ -1,6 +1,6 @@
-"""As much of `redis-cli` as OPERATIONS.md uses, for machines that have none.
+"""The subset of `redis-cli` that OPERATIONS.md uses, for machines without it.
 
-It starts in no time: it imports nothing that has to be installed.
+It starts fast since it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SECONDS = 30.0
 
 
 def main() -> int:
-    """Send one command and print the answer, or save a snapshot; the exit code."""
+    """Send one command and print the reply, or save a snapshot; returns the exit code."""
     parser = argparse.ArgumentParser(prog="redis-cli")
     parser.add_argument("-u", dest="url")
     parser.add_argument("-p", dest="port", type=int, default=6379)
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def _save_snapshot(stream: io.BufferedRWPair) -> bytes:
-    """What a replica that has just come would be sent first; the server says when it is ready by empty lines."""
+    """Receive a snapshot as a new replica does; the server sends empty lines until it is ready."""
     stream.write(b"SYNC\r\n")
     stream.flush()
     while not (line := stream.readline()).startswith(b"$"):
@@ -46,7 +46,7 @@ def _save_snapshot(stream: io.BufferedRWPair) -> bytes:
 
 
 def _print_reply(stream: io.BufferedRWPair) -> int:
-    """Print the answer; none is one too, from a server that was told to end."""
+    """Print the reply; a server that shuts down sends none."""
     line = stream.readline()
     if line.startswith(b"$"):
         sys.stdout.buffer.write(stream.read(max(0, int(line[1:]))) + b"\n")

@@ -1,4 +1,4 @@
-"""Releases of the chart as plain data, and what their pods find when they start."""
+"""Rendered releases of the chart, and the environment of their pods."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ REDIS_URLS: Mapping[str, str] = {
     "sentinel": "redis+sentinel://gateway:pass@sentinel-0,sentinel-1,sentinel-2/main",
     "cluster": "rediss+cluster://gateway:pass@node-0,node-1,node-2",
 }
-"""What the Secret of each release holds, by the name of its example."""
+"""The Redis URL in the Secret of each release."""
 
 
 @cache
 def render_release(name: str, *settings: str) -> Sequence[Resource]:
-    """The resources of an example, over which go `settings` such as `api.replicas=3`."""
+    """Render an example, overridden by `settings` such as `api.replicas=3`."""
     return render(EXAMPLES[name], *settings)
 
 
 def resources_of_kind(resources: Sequence[Resource], wanted: str) -> Sequence[Resource]:
-    """The resources of a kind."""
     return [each for each in resources if each["kind"] == wanted]
 
 
 def get_resource(resources: Sequence[Resource], wanted: str, suffix: str = "") -> Any:
-    """The one resource of a kind whose name is the release's, with a suffix."""
+    """Return the resource of a kind that is named after the release, with a suffix."""
     (found,) = [
         each
         for each in resources_of_kind(resources, wanted)
@@ -46,19 +45,19 @@ def get_resource(resources: Sequence[Resource], wanted: str, suffix: str = "") -
 
 
 def pod_templates(resources: Sequence[Resource]) -> Iterator[tuple[str, Any]]:
-    """The templates of all pods, with the names of what makes them."""
+    """Yield the pod templates with the names of their owners."""
     for each in resources:
         if "template" in each.get("spec", {}):
             yield each["metadata"]["name"], each["spec"]["template"]
 
 
 def matches_selector(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether labels are what a selector asks for; one that asks for nothing selects by mistake, and does not count."""
+    """Return whether labels match a selector; an empty selector is a mistake and matches nothing."""
     return bool(selector) and selector.items() <= labels.items()
 
 
 def pod_environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]:
-    """What a pod's container finds in its environment; its secrets are made up, and mounted below `folder`."""
+    """Return a container's environment, with generated secrets mounted below `folder`."""
     made_up = {
         "redis-url": redis_url,
         "secret-keys": base64.b64encode(secrets.token_bytes(32)).decode(),
@@ -85,5 +84,4 @@ def pod_environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]
 
 @cache
 def chart_values() -> Any:
-    """The values of the chart itself."""
     return yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""The rules and dashboards of the repository, as the chart brings them to a cluster."""
+"""The rules and dashboards in the chart."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ CUSTOM_LINKS = ("https://wiki.example/imaging-gateway/runbook", "https://graphs.
 
 
 def rule_groups(text: str) -> Any:
-    """The groups of a file of rules."""
     return yaml.safe_load(text)["groups"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_rules(file: Path) -> None:
-    """Every rule is brought as it is, but for the addresses that alerts link to."""
+    """Every rule is included unchanged, except for the links of alerts."""
     found = get_resource(render_release("production"), "PrometheusRule", f"-{file.stem}")
     text = file.read_text("utf-8")
     for default, chosen in zip(DEFAULT_LINKS, CUSTOM_LINKS, strict=True):
@@ -33,20 +32,20 @@ def test_rules(file: Path) -> None:
 
 
 def test_links() -> None:
-    """No alert leads to an address that nobody has."""
+    """Alerts link only to configured addresses."""
     found = [str(each) for each in resources_of_kind(render_release("production"), "PrometheusRule")]
     assert not [each for each in found for default in DEFAULT_LINKS if default in each]
     assert [each for each in found for chosen in CUSTOM_LINKS if chosen in each]
 
 
 def test_all_rules() -> None:
-    """All files of rules are brought, and nothing else of their folder."""
+    """Exactly the rule files are included."""
     found = {each["metadata"]["name"] for each in resources_of_kind(render_release("production"), "PrometheusRule")}
     assert found == {f"photos-imaging-gateway-{file.stem}" for file in FILES}
 
 
 def test_dashboards() -> None:
-    """All dashboards are brought to the letter, where Grafana's sidecar looks for them."""
+    """All dashboards are included unchanged, with the label for Grafana's sidecar."""
     found = [
         each
         for each in resources_of_kind(render_release("production"), "ConfigMap")
@@ -57,7 +56,7 @@ def test_dashboards() -> None:
 
 
 def test_monitor() -> None:
-    """Prometheus finds the operators' port of all replicas, as the job by which the rules know the gateway."""
+    """Prometheus scrapes the operators' port of all replicas under the job name used in the rules."""
     resources = render_release("production")
     monitor = get_resource(resources, "ServiceMonitor")
     selector = monitor["spec"]["selector"]["matchLabels"]
@@ -72,13 +71,13 @@ def test_monitor() -> None:
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
 
 
-def test_job_has_its_name_whatever_the_release_is_called() -> None:
-    """The rules find a gateway whose resources have another name."""
+def test_job_name_is_fixed() -> None:
+    """The job name does not depend on the release's name."""
     for each in resources_of_kind(render_release("production", 'fullnameOverride="other"'), "Service"):
         assert each["metadata"]["labels"]["app.kubernetes.io/name"] == "imaging-gateway"
 
 
-def test_nothing_of_it_by_default() -> None:
-    """A cluster without the Prometheus operator takes the chart as it is."""
+def test_disabled_by_default() -> None:
+    """The default values need no Prometheus operator."""
     found = {each["kind"] for each in render_release("default")}
     assert not found & {"ServiceMonitor", "PrometheusRule", "ConfigMap", "Ingress", "Job"}

@@ -1,4 +1,4 @@
-"""What whoever installed the chart is told."""
+"""The notes that the chart prints after installation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ data:
 
 @pytest.fixture
 def chart(tmp_path: Path) -> Path:
-    """The chart, with what it tells as one more resource: Helm prints it only to those who really install it."""
+    """Return a copy of the chart with its notes as a resource, since Helm prints them only on installation."""
     copied = tmp_path / CHART.name
     shutil.copytree(CHART, copied)
     (copied / "templates" / "shown.yaml").write_text(NOTES_CONFIGMAP)
@@ -29,27 +29,26 @@ def chart(tmp_path: Path) -> Path:
 
 
 def render_notes(chart: Path, name: str, *settings: str) -> str:
-    """What is told about a release."""
     text: str = get_resource(render(EXAMPLES[name], *settings, chart=chart), "ConfigMap", "-notes")["data"]["notes"]
     return text
 
 
-def test_addresses(chart: Path) -> None:
-    """It is said where tenants and operators find the gateway, by the names and ports of the Services."""
+def test_urls(chart: Path) -> None:
+    """The notes show the URLs of both Services."""
     tenants, operators = resources_of_kind(render_release("default"), "Service")
     told = render_notes(chart, "default")
     assert f"http://{tenants['metadata']['name']}.images:{tenants['spec']['ports'][0]['port']};" in told
     assert f"service/{operators['metadata']['name']} {operators['spec']['ports'][0]['port']}" in told
 
 
-def test_end(chart: Path) -> None:
-    """It is said how long a pod may take to end, which is what it is given."""
+def test_grace_period(chart: Path) -> None:
+    """The notes show the termination grace period of the pods."""
     pod = get_resource(render_release("default"), "Deployment", "-api")["spec"]["template"]
     assert f"up to {pod['spec']['terminationGracePeriodSeconds']} s" in render_notes(chart, "default")
 
 
 def test_closed(chart: Path) -> None:
-    """Who has let nobody in is told so, and nobody else is."""
+    """A release without peers is pointed out, and no other."""
     warning = "NOBODY may reach it yet"
     assert warning in render_notes(chart, "default", "networkPolicy.tenants=[]")
     assert warning not in render_notes(chart, "default")
@@ -57,7 +56,7 @@ def test_closed(chart: Path) -> None:
 
 
 def test_registry(chart: Path) -> None:
-    """Where accounts and tenants come from a file, it is said where to read what was changed."""
+    """With a registry file the notes show where the changes are logged."""
     job = get_resource(render_release("production"), "Job", "-registry")["metadata"]["name"]
     assert f"logs job/{job}" in render_notes(chart, "production")
     assert "gateway account list" in render_notes(chart, "default")

@@ -1,4 +1,4 @@
-"""What runs in the chart's pods: as whom, with what settings, and how it starts and ends."""
+"""The pods of the chart: user, settings, start and end."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ TOPOLOGIES = {
 
 
 def pod_template(name: str, role: str, *settings: str) -> Any:
-    """The template of a role's pods."""
     return get_resource(render_release(name, *settings), "Deployment", f"-{role}")["spec"]["template"]
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_restricted(name: str) -> None:
-    """Every pod keeps to the restricted profile of the pod security standards, and can't write to its own image."""
+    """Every pod fulfils the restricted security standard, with a read-only root."""
     for _, pod in pod_templates(render_release(name)):
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
@@ -60,8 +59,8 @@ def test_restricted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_account_has_no_rights(name: str) -> None:
-    """The pods' account exists, has no token of its own accord, and nothing gives it rights."""
+def test_service_account_has_no_rights(name: str) -> None:
+    """The service account exists, mounts no token and has no role."""
     resources = render_release(name)
     account = get_resource(resources, "ServiceAccount")
     assert account["automountServiceAccountToken"] is False
@@ -70,8 +69,7 @@ def test_account_has_no_rights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_user_is_the_image_s(name: str) -> None:
-    """The pods run as the user that the image was made for."""
+def test_user_of_the_image(name: str) -> None:
     dockerfile = (Path(__file__).parents[3] / "Dockerfile").read_text("utf-8")
     for _, pod in pod_templates(render_release(name)):
         context = pod["spec"]["securityContext"]
@@ -81,7 +79,7 @@ def test_user_is_the_image_s(name: str) -> None:
 @pytest.mark.parametrize("name", RELEASES)
 @pytest.mark.parametrize("role", ROLES)
 def test_settings(name: str, role: str, tmp_path: Path) -> None:
-    """With what is in the Secrets, the gateway takes its environment in production, on the ports of the chart."""
+    """With its Secrets, a pod's environment is valid in production, on the chart's ports."""
     pod = pod_template(name, role)
     settings = Settings.load(pod_environment(pod, tmp_path, REDIS_URLS[name]))
     assert settings.is_production
@@ -95,8 +93,8 @@ def test_settings(name: str, role: str, tmp_path: Path) -> None:
     assert settings.host == settings.ops_host == "0.0.0.0"
 
 
-def test_settings_that_were_given(tmp_path: Path) -> None:
-    """What the values say arrives: numbers as they are written, and names with the upstream's words."""
+def test_given_settings(tmp_path: Path) -> None:
+    """Given settings arrive unchanged: numbers as written, and the upstream's names."""
     settings = Settings.load(pod_environment(pod_template("production", "api"), tmp_path, REDIS_URLS["production"]))
     assert settings.upstream_url == "https://upstream.example/api"
     assert settings.max_image_bytes == 20 << 20
@@ -108,21 +106,20 @@ def test_settings_that_were_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("3", 3.0)])
 def test_fractions(tmp_path: Path, text: str, value: float) -> None:
-    """A number that is not whole stays what it is."""
     pod = pod_template("default", "worker", f"settings.pollSeconds={text}")
     assert Settings.load(pod_environment(pod, tmp_path, REDIS_URLS["default"])).poll_seconds == value
 
 
-def test_all_of_ipv6(tmp_path: Path) -> None:
-    """Where both ports are listened to is said once."""
+def test_ipv6(tmp_path: Path) -> None:
+    """The wildcard address of both ports is set once."""
     pod = pod_template("default", "api", 'settings.host="::"')
     settings = Settings.load(pod_environment(pod, tmp_path, REDIS_URLS["default"]))
     assert settings.host == settings.ops_host == "::"
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_no_stranger_in_the_environment(name: str) -> None:
-    """Every variable of the gateway's is a setting, given once; none holds a secret."""
+def test_only_known_variables(name: str) -> None:
+    """Every GATEWAY variable is a setting, given once, and holds no secret."""
     secret = {each.name for each in SETTINGS if each.is_secret}
     for _, pod in pod_templates(render_release(name)):
         names = [each["name"] for each in pod["spec"]["containers"][0]["env"]]
@@ -131,8 +128,8 @@ def test_no_stranger_in_the_environment(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_no_secrets_in_it(name: str) -> None:
-    """The chart makes no Secret, and names those that exist."""
+def test_no_secrets(name: str) -> None:
+    """The chart creates no Secret, and references existing ones."""
     resources = render_release(name)
     assert resources_of_kind(resources, "Secret") == []
     for _, pod in pod_templates(resources):
@@ -145,8 +142,8 @@ def test_no_secrets_in_it(name: str) -> None:
 
 @pytest.mark.parametrize("lease", [90, 180, 3600])
 @pytest.mark.parametrize("role", ROLES)
-def test_end(tmp_path: Path, role: str, lease: int) -> None:
-    """A pod has as long to end as requests may be answered and then what they sent be booked: a lease for each."""
+def test_termination(tmp_path: Path, role: str, lease: int) -> None:
+    """The grace period covers open requests and then the settlement of their leases."""
     pod = pod_template("default", role, f"settings.leaseSeconds={lease}")
     spec, (container,) = pod["spec"], pod["spec"]["containers"]
     settings = Settings.load(pod_environment(pod, tmp_path, REDIS_URLS["default"]))
@@ -154,8 +151,8 @@ def test_end(tmp_path: Path, role: str, lease: int) -> None:
     assert spec["terminationGracePeriodSeconds"] > before + 2 * settings.lease_seconds
 
 
-def test_requests_come_to_their_end() -> None:
-    """A replica that answers tenants goes on to do so until all have heard that it ends, without a shell for that."""
+def test_pre_stop() -> None:
+    """A terminating replica keeps serving until the endpoints are updated, without needing a shell."""
     assert pod_template("default", "api")["spec"]["containers"][0]["lifecycle"] == {
         "preStop": {"sleep": {"seconds": 10}}
     }
@@ -164,7 +161,7 @@ def test_requests_come_to_their_end() -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_probes(role: str) -> None:
-    """A pod is ready when the port that it is there for says so, and alive as long as the last of its ports answers."""
+    """Readiness probes the role's own port, liveness the one that closes last."""
     (container,) = pod_template("default", role)["spec"]["containers"]
     served = "tenants" if role == "api" else "operators"
     assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": served}
@@ -173,15 +170,15 @@ def test_probes(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_no_replica_is_missed_in_an_upgrade(role: str) -> None:
-    """An upgrade takes no replica away before the one in its place is ready."""
+def test_rolling_update(role: str) -> None:
+    """An upgrade stops no replica before its replacement is ready."""
     strategy = get_resource(render_release("default"), "Deployment", f"-{role}")["spec"]["strategy"]
     assert strategy == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_memory_is_bounded(role: str) -> None:
-    """A process that grows ends alone, not with its node; CPU is not throttled."""
+def test_memory_limit(role: str) -> None:
+    """Memory is limited; CPU is not throttled."""
     resources = pod_template("default", role)["spec"]["containers"][0]["resources"]
     assert resources["limits"].keys() == {"memory"}
     assert resources["requests"].keys() == {"cpu", "memory"}

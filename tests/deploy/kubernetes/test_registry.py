@@ -1,4 +1,4 @@
-"""The Job that makes the registry what a file says."""
+"""The Job that applies a registry file."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ __all__ = ["shell"]
 
 
 def registry_job(*settings: str) -> Any:
-    """The Job of the example that has one."""
     return get_resource(render_release("production", *settings), "Job", "-registry")
 
 
 def job_container() -> Any:
-    """What runs in it."""
     (found,) = registry_job()["spec"]["template"]["spec"]["containers"]
     return found
 
 
-def test_after_every_change() -> None:
-    """The Job runs when a release was installed or changed, in the place of the one before."""
+def test_runs_after_every_change() -> None:
+    """The Job runs after each installation or upgrade, and replaces the previous one."""
     assert registry_job()["metadata"]["annotations"] == {
         "helm.sh/hook": "post-install,post-upgrade",
         "helm.sh/hook-delete-policy": "before-hook-creation",
     }
 
 
-def test_it_asks_the_operators(tmp_path: Path) -> None:
-    """It asks the operators' Service by its name and port, and has no secret but their token."""
+def test_operators_api(tmp_path: Path) -> None:
+    """It calls the operators' Service, and has no secret but their token."""
     service = get_resource(render_release("production"), "Service", "-operators")
     (port,) = service["spec"]["ports"]
     assert f"--url=http://{service['metadata']['name']}:{port['port']}" in job_container()["args"]
@@ -46,14 +44,14 @@ def test_it_asks_the_operators(tmp_path: Path) -> None:
 
 
 def test_secrets_of_the_file() -> None:
-    """The secrets that the file speaks of come from the Secrets that hold them."""
+    """Secrets that the file references are mounted from their Secrets."""
     (given,) = [each for each in job_container()["env"] if "valueFrom" in each]
     assert given["name"] == "MAIN_USER_KEY"
     assert given["valueFrom"] == {"secretKeyRef": {"name": "gateway-accounts", "key": "main"}}
 
 
-def test_file_is_where_it_looks() -> None:
-    """The file that the command names is that of the ConfigMap, which may be somebody else's."""
+def test_file() -> None:
+    """The file is in the ConfigMap, which may be an existing one."""
     args, spec = job_container()["args"], registry_job()["spec"]["template"]["spec"]
     (mount,) = [each for each in job_container()["volumeMounts"] if each["name"] == "registry"]
     (volume,) = [each for each in spec["volumes"] if each["name"] == "registry"]
@@ -69,8 +67,8 @@ def test_file_is_where_it_looks() -> None:
     assert "{'name': 'theirs', 'items':" in str(registry_job(*theirs))
 
 
-async def test_it_applies(shell: Shell, tmp_path: Path) -> None:
-    """What the Job runs makes the registry of a gateway what the file says, and a second time finds nothing to do."""
+async def test_apply(shell: Shell, tmp_path: Path) -> None:
+    """The Job's command applies the file, and a second run changes nothing."""
     file = tmp_path / "registry.toml"
     file.write_text(get_resource(render_release("production"), "ConfigMap", "-registry")["data"]["registry.toml"])
     shell.environ["MAIN_USER_KEY"] = "key-of-main"
@@ -84,6 +82,5 @@ async def test_it_applies(shell: Shell, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("prune", "given"), [("true", True), ("false", False)])
 def test_prune(prune: str, given: bool) -> None:
-    """What is not in the file is removed only if that is said."""
     (found,) = registry_job(f"registry.prune={prune}")["spec"]["template"]["spec"]["containers"]
     assert ("--prune" in found["args"]) is given

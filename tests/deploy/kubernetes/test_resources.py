@@ -1,4 +1,4 @@
-"""What the chart comes to fits Kubernetes, and fits together."""
+"""The rendered resources are valid and consistent."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ OLDEST_KUBERNETES = re.sub(r"^>=(\d+\.\d+)\..*", r"\1", CHART_METADATA["kubeVers
 
 @pytest.mark.parametrize("version", [OLDEST_KUBERNETES, kubernetes_validate.latest_version()])
 @pytest.mark.parametrize("name", RELEASES)
-def test_kubernetes_takes_it(name: str, version: str) -> None:
-    """Every resource is what the oldest and the newest Kubernetes know, to the last field."""
+def test_kubernetes_schemas(name: str, version: str) -> None:
+    """Every resource is valid for the oldest and the newest Kubernetes, without unknown fields."""
     for each in render_release(name):
         if not each["apiVersion"].startswith("monitoring.coreos.com/"):
             assert version.startswith(kubernetes_validate.validate(dict(each), version, strict=True))
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_helm_has_nothing_to_criticise(name: str) -> None:
-    """Helm's own checks pass, warnings included."""
+def test_helm_lint(name: str) -> None:
+    """Helm's own checks pass without warnings."""
     assert helm("lint", "--strict", "--quiet", CHART, f"--values={EXAMPLES[name]}") == ""
 
 
 def test_golden() -> None:
-    """What is there for people to read is what the chart comes to; `python -m deploy.helm` writes it."""
+    """The rendered examples are up to date; `python -m deploy.helm` writes them."""
     assert list(find_drift(FOLDER, render_all())) == []
 
 
-def test_drift_is_named_and_mended(tmp_path: Path) -> None:
-    """A file that is not as it should be fails the check, which names it; files that are missing or too many do too."""
+def test_drift(tmp_path: Path) -> None:
+    """Missing, different and superfluous files fail the check, which names them."""
     (tmp_path / "default.yaml").write_text("--- {}\n")
     (tmp_path / "unwanted.yaml").write_text("--- {}\n")
     found = CliRunner().invoke(main, ["--folder", str(tmp_path), "--check"])
@@ -62,7 +62,7 @@ def test_drift_is_named_and_mended(tmp_path: Path) -> None:
 
 
 def test_version() -> None:
-    """The chart installs the version of the gateway beside which it lies."""
+    """The chart has the version of the gateway."""
     assert CHART_METADATA["appVersion"] == __version__
     assert get_resource(render_release("default"), "Deployment", "-api")["spec"]["template"]["spec"]["containers"][0][
         "image"
@@ -70,7 +70,7 @@ def test_version() -> None:
 
 
 def test_digest_goes_before_tag() -> None:
-    """An image can be pinned by its digest, of which a tag takes nothing away."""
+    """An image can be pinned by digest, which overrides the tag."""
     digest = f"sha256:{'0' * 64}"
     pinned = render_release("default", f'image.digest="{digest}"', 'image.tag="2"')
     assert {pod["spec"]["containers"][0]["image"] for _, pod in pod_templates(pinned)} == {
@@ -80,14 +80,14 @@ def test_digest_goes_before_tag() -> None:
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_names(name: str) -> None:
-    """No two resources of a kind have the same name, and all belong to the release."""
+    """Names are unique by kind, and start with the release's name."""
     names = [(each["kind"], each["metadata"]["name"]) for each in render_release(name)]
     assert len(set(names)) == len(names)
     assert all(each.startswith("photos-imaging-gateway") for _, each in names)
 
 
 def test_long_names() -> None:
-    """With the longest name that a release may have, no name is longer than Kubernetes takes."""
+    """The longest release name gives valid names."""
     long = f'fullnameOverride="{"a" * 63}"'
     assert max(len(each["metadata"]["name"]) for each in render_release("production", long)) <= 63
 
@@ -95,7 +95,7 @@ def test_long_names() -> None:
 @pytest.mark.parametrize("name", RELEASES)
 @pytest.mark.parametrize("role", ROLES)
 def test_selectors(name: str, role: str) -> None:
-    """What is there for a role selects the pods of that role, and no others."""
+    """The selectors of a role match exactly its pods."""
     resources = render_release(name)
     labels = {each: pod["metadata"]["labels"] for each, pod in pod_templates(resources)}
     policies = [get_resource(resources, each, f"-{role}") for each in ("Deployment", "PodDisruptionBudget")]
@@ -113,8 +113,8 @@ def test_selectors(name: str, role: str) -> None:
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_operators_reach_every_replica(name: str) -> None:
-    """The operators' Service stands for the pods of both roles, and not for the Job."""
+def test_operators_service(name: str) -> None:
+    """The operators' Service selects the pods of both roles, but not the Job."""
     resources = render_release(name)
     selector = get_resource(resources, "Service", "-operators")["spec"]["selector"]
     found = [each for each, pod in pod_templates(resources) if matches_selector(selector, pod["metadata"]["labels"])]
@@ -123,7 +123,7 @@ def test_operators_reach_every_replica(name: str) -> None:
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_ports(name: str) -> None:
-    """Every port that is named is one of the pods behind it; tenants are led to theirs alone."""
+    """Every referenced port exists on its pods; tenants reach only theirs."""
     resources = render_release(name)
     for service in resources_of_kind(resources, "Service"):
         selector = service["spec"]["selector"]
@@ -140,8 +140,8 @@ def test_ports(name: str) -> None:
         assert path["backend"]["service"] == {"name": "photos-imaging-gateway", "port": {"name": "tenants"}}
 
 
-def test_ingress_waits_for_the_answer() -> None:
-    """The ingress of the example waits as long as a submission may take, and never sends it a second time."""
+def test_ingress_timeouts() -> None:
+    """The example's ingress waits for a submission, and never retries it."""
     resources = render_release("production")
     (container,) = get_resource(resources, "Deployment", "-api")["spec"]["template"]["spec"]["containers"]
     (lease,) = [int(each["value"]) for each in container["env"] if each["name"] == "GATEWAY_LEASE_SECONDS"]
@@ -153,7 +153,7 @@ def test_ingress_waits_for_the_answer() -> None:
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("scales", [True, False])
 def test_replicas(role: str, scales: bool) -> None:
-    """Either the autoscaler or the Deployment says how many there are, and one of them may always be taken away."""
+    """Either the autoscaler or the Deployment sets the replicas, and one may always be evicted."""
     flag = str(scales).lower()
     resources = render_release("default", f"{role}.autoscaling.enabled={flag}")
     deployment = get_resource(resources, "Deployment", f"-{role}")
@@ -174,8 +174,8 @@ def test_replicas(role: str, scales: bool) -> None:
         assert deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]
 
 
-def test_packed(tmp_path: Path) -> None:
-    """An archive of the chart comes to the same as its folder, with what its links lead to, and no more."""
+def test_package(tmp_path: Path) -> None:
+    """The packaged chart renders like its folder, with its links resolved."""
     helm("package", CHART, f"--destination={tmp_path}")
     (archive,) = tmp_path.iterdir()
     values = f"--values={EXAMPLES['production']}"

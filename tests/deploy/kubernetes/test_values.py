@@ -1,4 +1,4 @@
-"""What may be said to the chart, and what is said about values that it can't use."""
+"""The values of the chart, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECRETS = {each.name for each in SETTINGS if each.is_secret} - DEVELOPMENT_VARIA
 
 
 def render_error(*settings: str) -> str:
-    """What is said about the least of values with these over them."""
+    """Return Helm's error for the minimal values with these overrides."""
     with pytest.raises(HelmError) as caught:
         render(EXAMPLES["default"], *settings)
     return str(caught.value)
@@ -78,8 +78,8 @@ def render_error(*settings: str) -> str:
         ),
     ],
 )
-def test_refusals(setting: str, said: str) -> None:
-    """What can't be used is refused before anything is installed, in words that say where it is and what is wrong."""
+def test_errors(setting: str, said: str) -> None:
+    """Invalid values fail with an error that names the place and the reason."""
     assert said in render_error(setting)
 
 
@@ -94,14 +94,14 @@ def test_refusals(setting: str, said: str) -> None:
     ],
 )
 def test_upstream_on_another_port(policy: object) -> None:
-    """An upstream on a port of its own is taken where a policy lets pods reach it, or may do so."""
+    """An upstream on another port is accepted if a policy allows it."""
     assert render_release(
         "default", 'settings.upstreamUrl="https://upstream.example:8443"', f"networkPolicy={json.dumps(policy)}"
     )
 
 
 def find_mappings(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every part of the schema that describes a mapping, by where it is."""
+    """Yield the path and content of every mapping in the schema."""
     if schema.get("type") == "object":
         yield path, schema
     for key in ("properties", "definitions"):
@@ -112,15 +112,15 @@ def find_mappings(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from find_mappings(schema[key], f"{path}/{key}")
 
 
-def test_nothing_is_taken_unseen() -> None:
-    """A mapping whose keys are known takes no others; the rest is Kubernetes' own to judge."""
+def test_unknown_keys_are_refused() -> None:
+    """A mapping with known keys allows no others, except those of Kubernetes."""
     closed = [(path, each) for path, each in find_mappings(SCHEMA) if "properties" in each]
     assert len(closed) > 20
     assert [path for path, each in closed if each.get("additionalProperties") is not False] == []
 
 
 def pair_keys(values: Any, schema: Any) -> Iterator[tuple[set[str], set[str]]]:
-    """The keys of the values, and those that the schema knows, mapping by mapping."""
+    """Yield the keys of the values and of the schema, by mapping."""
     if "$ref" in schema:
         schema = SCHEMA["definitions"][schema["$ref"].rsplit("/", 1)[1]]
     if isinstance(values, dict) and "properties" in schema:
@@ -129,8 +129,8 @@ def pair_keys(values: Any, schema: Any) -> Iterator[tuple[set[str], set[str]]]:
             yield from pair_keys(each, schema["properties"][key])
 
 
-def test_all_values_are_shown() -> None:
-    """All that may be said is in values.yaml with its default, but for settings, whose defaults are the gateway's."""
+def test_all_values_are_documented() -> None:
+    """Every value is in values.yaml with its default, except settings."""
     (root, *nested) = pair_keys(chart_values(), SCHEMA)
     assert root[1] - root[0] == {"global"}
     unsaid = [known - there for there, known in nested if known != there]
@@ -138,12 +138,12 @@ def test_all_values_are_shown() -> None:
 
 
 def variable_name(key: str) -> str:
-    """The variable that a key of `settings` becomes."""
+    """Return the variable of a key of `settings`."""
     return "GATEWAY_" + re.sub(r"([A-Z])", r"_\1", key).upper()
 
 
 def test_every_setting() -> None:
-    """Every setting is for the values, for a Secret, for the chart itself, or for development alone."""
+    """Every setting belongs to the values, a Secret, the chart or development."""
     said = {variable_name(key) for key in SCHEMA["properties"]["settings"]["properties"]}
     mounted = {variable_name(key) for key in SCHEMA["properties"]["secrets"]["properties"]}
     groups = [said, mounted, CHART_VARIABLES, DEVELOPMENT_VARIABLES]
@@ -152,7 +152,6 @@ def test_every_setting() -> None:
 
 
 def is_valid_setting(variable: str, text: str) -> bool:
-    """Whether the gateway takes a setting so."""
     try:
         Settings.load({variable: text})
     except SettingsError:
@@ -161,7 +160,7 @@ def is_valid_setting(variable: str, text: str) -> bool:
 
 
 def test_ranges() -> None:
-    """The chart takes the numbers that the gateway takes, and no others."""
+    """The schema has the gateway's ranges of numbers."""
     bounds = {
         variable_name(key): (each["minimum"], each["maximum"], 1 if each["type"] == "integer" else 0.01)
         for key, each in SCHEMA["properties"]["settings"]["properties"].items()
@@ -176,21 +175,21 @@ def test_ranges() -> None:
 
 
 def test_choices() -> None:
-    """The chart knows the words that the gateway knows."""
+    """The schema has the gateway's choices."""
     for key in ("logLevel", "upstreamCleartext"):
         for word in SCHEMA["properties"]["settings"]["properties"][key]["enum"]:
             assert is_valid_setting(variable_name(key), word)
 
 
-def test_defaults_are_the_gateway_s() -> None:
-    """A value that the chart writes down itself is the gateway's own default, but for where it listens."""
+def test_defaults() -> None:
+    """The chart's defaults are those of the gateway, except for addresses."""
     told = {variable_name(key): str(value) for key, value in chart_values()["settings"].items() if value}
     own = {each.name: each.default for each in SETTINGS}
     assert told == {"GATEWAY_HOST": "0.0.0.0", "GATEWAY_LEASE_SECONDS": own["GATEWAY_LEASE_SECONDS"]}
 
 
-def test_what_is_added(tmp_path: Path) -> None:
-    """What is said beyond settings arrives in both roles: variables, volumes, where to run."""
+def test_extras(tmp_path: Path) -> None:
+    """Additional variables, volumes and node selectors apply to both roles."""
     resources = render_release(
         "default",
         'extraEnv=[{"name":"OTEL_RESOURCE_ATTRIBUTES","value":"team=images"}]',
@@ -216,8 +215,7 @@ def test_what_is_added(tmp_path: Path) -> None:
     assert not api["spec"].keys() & {"nodeSelector", "tolerations", "affinity"}
 
 
-def test_an_account_that_exists() -> None:
-    """Pods can run under an account that somebody else made."""
+def test_existing_service_account() -> None:
     resources = render_release("default", "serviceAccount.create=false", 'serviceAccount.name="theirs"')
     assert {pod["spec"]["serviceAccountName"] for _, pod in pod_templates(resources)} == {"theirs"}
     assert not [each for each in resources if each["kind"] == "ServiceAccount"]
