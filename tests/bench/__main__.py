@@ -1,4 +1,4 @@
-"""Compares the gateway with what a team would run instead, or runs the single benchmarks that are named."""
+"""Compare the gateway with what a team would run instead, or run single benchmarks."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def main(
 
 
 def _command() -> str:
-    """The command that was given, without the path of another checkout."""
+    """Return the command line, without the path of another checkout."""
     words = [OTHER if before == "--against" else word for before, word in zip(sys.argv, sys.argv[1:], strict=False)]
     return shlex.join(["python", "-m", "tests.bench", *words]) if words != ["--save"] else "make bench"
 

@@ -1,4 +1,4 @@
-"""Workloads with many requests at the same time: large uploads, clients that wait, and more than the server can do."""
+"""Workloads with many simultaneous requests: large uploads, waiting clients, overload."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SAMPLE_DELAY_SECONDS = 30
 _WAITERS = 1_000
 _ARRIVALS_PER_SECOND = 50
 _WAIT_SECONDS = 20
-"""When the vendor is asked for the first time, which ends a task: by then all clients wait."""
+"""The time of the first check, which ends a task: by then all clients wait."""
 _OVERLOAD_FACTOR = 3
 _MAX_PER_SECOND = 6_000
 _OVERLOAD_SECONDS = 8
 _TIMEOUT_SECONDS = 30
-"""When a client of the overload gives up."""
+"""The timeout of a client in the overload."""
 
 
 def large_at_once(comparison: Comparison) -> None:
@@ -144,7 +144,7 @@ def _measure_overload(comparison: Comparison, size: int) -> None:
 
 
 async def _send_overload(target: Target, request: Request, rate: float) -> tuple[Answers, list[Answers]]:
-    """Offer more than can be taken, while both ports are asked for their health."""
+    """Offer more than the server can take, while both ports are probed."""
     health, done = [Answers(), Answers()], asyncio.Event()
     async with asyncio.TaskGroup() as group:
         for url, answers in zip((target.url, target.ops_url), health, strict=True):

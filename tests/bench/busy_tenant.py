@@ -1,4 +1,4 @@
-"""A ledger on a server of its own, and a tenant that keeps all its limits busy."""
+"""A ledger on a server of its own, and a tenant near all its limits."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ _SUCCEEDED_CHECK = CheckResult(
 
 @dataclass(frozen=True)
 class CallCost:
-    """What some calls cost, on average: microseconds of the server in scripts, and round trips."""
+    """The average cost of a call: microseconds of the server in scripts, and round trips."""
 
     micros: float
     round_trips: float
 
 
 class MeasuredServer:
-    """What a server says of itself, asked on a connection that nobody else uses."""
+    """Statistics of a server, read on a separate connection."""
 
     def __init__(self, client: Redis) -> None:
         self.client = client
 
     async def measure(self, calls: int, work: Coroutine[Any, Any, T]) -> tuple[T, CallCost]:
-        """What comes of something that makes so many calls, and what one of them costs."""
+        """Await work that makes so many calls; returns its result and the cost of a call."""
         await self.client.config_resetstat()
         done = await work
         told = await self.client.info("stats", "commandstats")
@@ -77,17 +77,17 @@ class MeasuredServer:
         return done, CallCost(told["cmdstat_evalsha"]["usec"] / calls, reads / calls)
 
     async def run_noop(self, times: int) -> None:
-        """Run a script that does nothing so many times."""
+        """Run an empty script so many times."""
         script = await self.client.script_load("return 1")
         for _ in range(times):
             await self.client.evalsha(script, 0)
 
     async def memory(self) -> int:
-        """The bytes in use."""
+        """Return the bytes in use."""
         return int((await self.client.info("memory"))["used_memory"])
 
     async def memory_by_kind(self) -> dict[str, int]:
-        """The bytes in use by keys of each kind, which is the word behind the prefix."""
+        """Return the bytes in use by kind of key, the word after the prefix."""
         found: dict[str, int] = {}
         async for key in self.client.scan_iter(count=1_000):
             kind = str(key, "ascii").split(":")[1]
@@ -96,7 +96,7 @@ class MeasuredServer:
 
 
 class BusyTenant:
-    """A tenant under limits on tasks and money in every window, and on active tasks; each submission goes by itself."""
+    """A tenant with limits on tasks, money and active tasks, and operations on many submissions, one by one."""
 
     def __init__(self, ledger: Ledger, tasks: TaskStore, server: MeasuredServer) -> None:
         self.server = server
@@ -105,7 +105,7 @@ class BusyTenant:
         self._ids = TaskIdCodec(Keyring([bytes(KEY_BYTES)]).derive("bench"))
 
     async def reserve(self, times: int) -> list[tuple[ReserveRequest, Grant]]:
-        """Hold so many places."""
+        """Reserve so many submissions."""
         held = []
         for _ in range(times):
             ask = ReserveRequest(secrets.token_hex(16), _TENANT, (_ACCOUNT,), _KIND)
@@ -116,7 +116,7 @@ class BusyTenant:
         return held
 
     async def accept(self, held: list[tuple[ReserveRequest, Grant]]) -> None:
-        """Settle places as accepted, which makes them tasks."""
+        """Settle reservations as accepted tasks."""
         for ask, verdict in held:
             sealed = TaskReference(_TENANT, _ACCOUNT, _KIND, verdict.now, ask.reservation, _UPSTREAM_ID)
             await self._ledger.settle(
@@ -133,18 +133,18 @@ class BusyTenant:
             )
 
     async def claim(self, most: int) -> list[ClaimedCheck]:
-        """Take tasks to be checked, which nobody gets again."""
+        """Claim checks; their lease lasts for a day."""
         return list(await self._tasks.claim_checks(most))
 
     async def finish(self, due: list[ClaimedCheck]) -> None:
-        """Record that tasks have succeeded."""
+        """Record the tasks as succeeded."""
         for each in due:
             await self._tasks.record_check(each, _SUCCEEDED_CHECK)
 
 
 @asynccontextmanager
 async def open_busy_tenant() -> AsyncIterator[BusyTenant]:
-    """A house on an empty server, whose tasks are due for a check at once."""
+    """Open a tenant on an empty server; its tasks are due for a check at once."""
     spans, keys = Retention(check_interval_ms=0, claim_lease_ms=DAY_MS), Keys("bench")
     with run_valkey() as store:
         connections = connect(store.url, timeout=60)

@@ -1,4 +1,4 @@
-"""The gateway as it runs in production: its processes, a store and a vendor of their own, and a tenant at work."""
+"""The servers to compare: production gateways and references, with a store, a vendor and a tenant."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _START_SECONDS = 30.0
 
 @dataclass
 class Environment:
-    """What a server under test works with: two CPUs, a vendor, and a store that may hold a tenant already."""
+    """The environment of a server under test: two CPUs, a vendor, and a store that may have a tenant already."""
 
     server_cpu: int
     load_cpu: int
@@ -48,12 +48,12 @@ class Environment:
     secret_key: str = field(default_factory=lambda: base64.b64encode(secrets.token_bytes(32)).decode())
     token: str = ""
     settings: dict[str, str] = field(default_factory=dict)
-    """More settings of the gateway."""
+    """Additional settings of the gateway."""
 
 
 @contextmanager
 def open_environment(server_cpu: int, load_cpu: int, **stub: Any) -> Iterator[Environment]:
-    """A vendor and an empty store that keeps what it acknowledged, both on the CPU of the load."""
+    """Open a vendor and an empty durable store, both on the CPU of the load."""
     with run_valkey("--appendonly", "yes") as store, vendor_stub(load_cpu, **stub) as vendor:
         for thread in Path(f"/proc/{store.process.pid}/task").iterdir():
             os.sched_setaffinity(int(thread.name), {load_cpu})
@@ -78,15 +78,15 @@ class Target:
         return ("Authorization", f"Bearer {self.server.token or 'none'}")  # the plain proxy checks no token
 
     def submit_request(self, image: bytes) -> Request:
-        """A submission of an image, with options as callers give them."""
+        """Return a submission of an image with typical options."""
         return upscale_request("/v1/tasks/upscale", image, self.authorization)
 
     def read_request(self, *task_ids: str) -> Request:
-        """Reads of these tasks in turn."""
+        """Return a request that reads these tasks in turn."""
         return Request("GET", tuple(f"/v1/tasks/{each}" for each in task_ids), (self.authorization,))
 
     def submit(self, image: bytes) -> str:
-        """Submit an image; the id of its task."""
+        """Submit an image; returns the task id."""
         request = self.submit_request(image)
         answer = httpx2.post(self.url + request.paths[0], headers=dict(request.headers), content=request.body)
         found = answer.raise_for_status().json()
@@ -94,7 +94,7 @@ class Target:
 
 
 def upscale_request(path: str, image: bytes, *headers: tuple[str, str]) -> Request:
-    """The form of a submission, to whichever server."""
+    """Return a submission to any server."""
     content_type, body = encode_form(_OPTIONS, ("image", image))
     return Request("POST", (path,), (*headers, ("Content-Type", content_type)), body)
 
@@ -113,7 +113,7 @@ class Candidate:
 
     @property
     def data_format(self) -> str:
-        """What servers have in common that can take over each other's stores."""
+        """Return a key shared by servers that can use each other's stores."""
         return f"gateway {self.label}" if self.checkout else self.kind
 
     def start(self, env: Environment) -> AbstractContextManager[Target]:
@@ -151,7 +151,7 @@ def _run_gateway(candidate: Candidate, env: Environment) -> Iterator[Target]:
 
 @contextmanager
 def run_reader_gateway(candidate: Candidate, env: Environment) -> Iterator[Target]:
-    """A gateway in role `api` on the same store, but on the CPU of the load: it makes and reads tasks for others."""
+    """Run a gateway in role `api` on the same store, but on the CPU of the load, to create and read tasks."""
     aside = Environment(env.load_cpu, env.load_cpu, env.stub, env.redis_url, env.admin_token, env.secret_key, env.token)
     with _run_gateway(Candidate(API, candidate.checkout, candidate.label), aside) as target:
         env.token = aside.token
@@ -160,7 +160,7 @@ def run_reader_gateway(candidate: Candidate, env: Environment) -> Iterator[Targe
 
 @contextmanager
 def _run_process(candidate: Candidate, role: str, env: Environment, cpu: int) -> Iterator[tuple[Server, str]]:
-    """One process of the gateway, and the address of its operators' port."""
+    """Run one process of the gateway; yields it with the address of its operators' port."""
     assert candidate.checkout
     port, ops_port = find_free_port(), find_free_port()
     url, ops_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ops_port}"
@@ -187,7 +187,7 @@ def _run_process(candidate: Candidate, role: str, env: Environment, cpu: int) ->
 
 
 def _make_tenant(ops_url: str, env: Environment) -> str:
-    """Make an account, and a tenant whose limits count but never refuse; a token of the tenant."""
+    """Create an account, and a tenant with limits that are counted but never reached; returns its token."""
     headers = {"Authorization": f"Bearer {env.admin_token}"}
     with httpx2.Client(base_url=f"{ops_url}/admin/v1", headers=headers, trust_env=False) as http:
         http.put("/accounts/main", json={"user_key": USER_KEY}).raise_for_status()
@@ -205,7 +205,7 @@ def _wait_for_token(url: str, token: str) -> None:
 
 
 def describe_commit(checkout: Path) -> str:
-    """The commit of a checkout, marked if its files differ from it."""
+    """Return the commit of a checkout, marked if files differ from it."""
     head = _git(checkout, "rev-parse", "--short=12", "HEAD")
     results = ":(exclude)tests/bench/results"  # what the run before this one wrote
     changed = _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", ".", results)

@@ -1,4 +1,4 @@
-"""Workloads in which each connection sends its next request once it has the answer to the one before."""
+"""Closed loops: each connection sends its next request after the response to the previous one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _load(
     prepare: Callable[[Target], Request],
     seconds: int = 0,
 ) -> None:
-    """Load each server with more and more connections; a server is started anew for each round."""
+    """Load each server with more and more connections; it is restarted for each round."""
     seconds = seconds or comparison.seconds
     for candidate in comparison.alternate(candidates):
         with run_candidate(comparison, candidate) as (_, target):

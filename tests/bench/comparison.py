@@ -1,4 +1,4 @@
-"""A run of the comparison: its servers, the CPUs they are pinned to, and the results so far."""
+"""A run of the comparison: servers, pinned CPUs, and results."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.bench.load import Load, Request, closed_loop
 
 _FILES = 16_384
 OTHER = "other"
-"""The label of the checkout that is compared with this one."""
+"""The label of the other checkout."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The medians of what was measured of a server in a workload; errors are the sum over all rounds."""
+    """The medians of a server in a workload; errors are the sum over all rounds."""
 
     row: str
     server: str
@@ -38,7 +38,7 @@ class Result:
 
 @dataclass
 class Comparison:
-    """What the workloads of one run share. Closed loops take `seconds` each, and have so many `rounds`."""
+    """The state of a run, shared by its workloads. Closed loops take `seconds` each, and run `rounds` times."""
 
     against: Path | None = None
     rounds: int = 3
@@ -64,7 +64,7 @@ class Comparison:
         self._stack.close()
 
     def gateways(self, *roles: str) -> list[Candidate]:
-        """The gateway in these roles; that of the other checkout as well, if there is one."""
+        """Return the gateway in these roles, and that of the other checkout if there is one."""
         own = [Candidate(role, HERE) for role in roles]
         return own + [Candidate(role, self.against, OTHER) for role in roles if self.against]
 
@@ -73,27 +73,27 @@ class Comparison:
         return [Candidate(kind) for kind in kinds]
 
     def environment(self, **stub: Any) -> AbstractContextManager[Environment]:
-        """An empty store and a vendor for one server."""
+        """Open an empty store and a vendor for one server."""
         return open_environment(self.server_cpu, self.load_cpu, **stub)
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:
-        """Open something that stays open until the end of the run."""
+        """Open a context until the end of the run."""
         return self._stack.enter_context(context)
 
     @property
     def seeded(self) -> dict[str, Any]:
-        """Stores with many tasks, by what kind of server made them; they serve several workloads."""
+        """Stores with many tasks by kind of server, shared by several workloads."""
         return self._seeded
 
     def alternate(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-        """The servers in turn, as often as there are rounds."""
+        """Yield the servers in turn, once per round."""
         for _ in range(self.rounds):
             yield from candidates
 
     def add(
         self, row: str, server: str, figures: dict[str, float], errors: Counter[str], *, connections: int = 0
     ) -> None:
-        """Note what was measured of a server in a workload."""
+        """Record the figures of a server in a workload, and print them."""
         self._runs.setdefault((row, server, connections), []).append((figures, errors))
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in figures.items())
         at = f" at {connections}" if connections else ""
@@ -101,7 +101,7 @@ class Comparison:
         click.echo(f"  {time.strftime('%H:%M:%S')} {row:<18} {server + at:<24} {shown}{failed}", file=sys.stderr)
 
     def results(self) -> list[Result]:
-        """The medians, in the order in which they were first measured."""
+        """Return the medians in the order of the first measurements."""
         return [
             Result(
                 row,
@@ -116,7 +116,7 @@ class Comparison:
     def measure(
         self, row: str, candidate: Candidate, target: Target, request: Request, *, connections: int, seconds: int
     ) -> Load:
-        """Load a server in a closed loop and note the figures of that."""
+        """Load a server in a closed loop and record the figures."""
         server = target.server
         server.reset_peak()
         used = server.cpu_seconds()
@@ -135,13 +135,13 @@ class Comparison:
 
 @contextmanager
 def run_candidate(comparison: Comparison, candidate: Candidate, **stub: Any) -> Iterator[tuple[Environment, Target]]:
-    """A server with an empty store and a vendor of its own."""
+    """Run a server with an empty store and a vendor of its own."""
     with comparison.environment(**stub) as env, candidate.start(env) as target:
         yield env, target
 
 
 def commit_ids(comparison: Comparison) -> dict[str, str]:
-    """The commits that are compared."""
+    """Return the commits compared."""
     return {"commit": describe_commit(HERE)} | (
         {OTHER: describe_commit(comparison.against)} if comparison.against else {}
     )

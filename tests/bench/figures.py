@@ -1,4 +1,4 @@
-"""Figures and how they are printed."""
+"""Figures and their table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Figure:
-    """Something that was measured; `most` is the target, which it may reach but not pass, if there is one."""
+    """A measured value; `target`, if given, is its upper bound."""
 
     name: str
     value: float
@@ -18,7 +18,7 @@ class Figure:
 
     @property
     def is_reached(self) -> bool | None:
-        """Whether the target is reached; None without one."""
+        """Whether the value is within its target; None without one."""
         return None if self.target is None else self.value <= self.target
 
 
@@ -26,7 +26,7 @@ Benchmark = Callable[[], Coroutine[Any, Any, Sequence[Figure]]]
 
 
 def format_table(figures: Sequence[Figure]) -> str:
-    """The figures below each other, with their targets beside them."""
+    """Format the figures as lines, with their targets."""
     width = max(len(each.name) for each in figures)
     return "\n".join(
         f"  {each.name:<{width}} {each.value:>9,.1f} {each.unit:<6} {_format_target(each)}".rstrip() for each in figures

@@ -1,4 +1,4 @@
-"""A gateway as a process, with a store and an upstream of its own, and many tasks that run."""
+"""A gateway process with a store and an upstream of its own, and many running tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class BenchGateway:
-    """What a benchmark works with: the process, the tasks as the store has them, and what is beside them."""
+    """The process under test, its store and the other servers."""
 
     gateway: GatewayProcess
     upstream: str
@@ -41,7 +41,7 @@ class BenchGateway:
     http: AsyncClient
 
     async def submit(self, number: int) -> list[Task]:
-        """Submit so many images, and have their tasks checked as often as if somebody looked at each of them."""
+        """Submit so many images, and keep their tasks watched, so that they are checked at the full rate."""
         headers = {"Authorization": f"Bearer {self.gateway.token}"}
         gate = asyncio.Semaphore(_CONCURRENCY)
 
@@ -65,13 +65,13 @@ class BenchGateway:
 
     @property
     def cpu_seconds(self) -> float:
-        """The time of a core that the process has used so far."""
+        """The CPU time of the process so far."""
         fields = Path(f"/proc/{self.gateway.process.pid}/stat").read_text().rpartition(") ")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
     @property
     def resident_mib(self) -> float:
-        """The memory that the process has."""
+        """The resident memory of the process."""
         status = Path(f"/proc/{self.gateway.process.pid}/status").read_text()
         (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
         return int(line.split()[1]) / 1024
@@ -85,7 +85,6 @@ class BenchGateway:
 
     @property
     def metrics_url(self) -> str:
-        """Where the process tells of itself."""
         return f"{self.gateway.ops_url}/metrics"
 
 
@@ -93,7 +92,7 @@ class BenchGateway:
 async def run_bench_gateway(
     *, role: str, latency: float, state: str = "Running", **settings: str
 ) -> AsyncIterator[BenchGateway]:
-    """A gateway that has started, with an upstream that takes so many seconds to tell this state of each task."""
+    """Run a gateway with an upstream of this latency that reports this state of each task."""
     async with AsyncExitStack() as stack:
         store = stack.enter_context(run_valkey())
         address = stack.enter_context(run_upstream(latency, state))

@@ -1,4 +1,4 @@
-"""PNGs of random pixels, which no compression makes smaller: the same ones each time."""
+"""Incompressible PNGs of random pixels, the same each time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SMALL = 300_000
 LARGE = 10_000_000
 _BYTES_PER_PIXEL = 3
 _FRAME = 57
-"""Bytes of a PNG beside its data: the signature, and the three chunks with their lengths and checksums."""
+"""Bytes of a PNG beside its data: the signature, and three chunks with lengths and checksums."""
 
 
 @cache
 def random_png(size: int) -> bytes:
-    """A PNG of about so many bytes."""
+    """Return a PNG of about this size."""
     side = int(((size - _FRAME) / _BYTES_PER_PIXEL) ** 0.5)
     source = random.Random(size)
     rows = b"".join(b"\0" + source.randbytes(side * _BYTES_PER_PIXEL) for _ in range(side))

@@ -1,4 +1,4 @@
-"""What the server does for a submission, while its tenant has many tasks running."""
+"""Cost of a submission in the Redis server while its tenant has many running tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_MICROS = 100
 
 
 async def ledger() -> Sequence[Figure]:
-    """The time in each script, and the round trips of the two that a client waits for."""
+    """Time in each script, and round trips of the two that clients wait for."""
     async with open_busy_tenant() as tenant:
         await tenant.accept(await tenant.reserve(ACTIVE))
         await tenant.claim(ACTIVE)
@@ -36,7 +36,7 @@ async def ledger() -> Sequence[Figure]:
 
 
 async def _measure_round(tenant: BusyTenant) -> tuple[CallCost, CallCost, CallCost, CallCost]:
-    """What a batch of submissions costs at each step; they have all ended when it is over."""
+    """Return the cost of each step for a batch of submissions, all of which end."""
     watch = tenant.server.measure
     held, reserve = await watch(BATCH, tenant.reserve(BATCH))
     _, accept = await watch(BATCH, tenant.accept(held))
@@ -46,7 +46,7 @@ async def _measure_round(tenant: BusyTenant) -> tuple[CallCost, CallCost, CallCo
 
 
 def _micros(batches: Sequence[CallCost]) -> float:
-    """What is usual: a batch during which the machine did something else is left out of account."""
+    """Return the median, which ignores a batch that was disturbed."""
     return median(each.micros for each in batches)
 
 

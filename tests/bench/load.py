@@ -1,4 +1,4 @@
-"""Requests, and the two ways of sending them: `wrk` in a closed loop, and asyncio where that is not enough."""
+"""Requests, and two load generators: `wrk` in a closed loop, and asyncio for the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TIMEOUT_SECONDS = 60
 
 @dataclass(frozen=True)
 class Request:
-    """A request; sent to several paths in turn if there are several."""
+    """A request; several paths are used in turn."""
 
     method: str
     paths: tuple[str, ...]
@@ -28,11 +28,11 @@ class Request:
     body: bytes = b""
 
     def with_headers(self, **headers: str) -> Request:
-        """The same with more headers."""
+        """Return a copy with more headers."""
         return replace(self, headers=(*self.headers, *headers.items()))
 
     def encode(self, number: int = 0) -> tuple[bytes, bytes]:
-        """The head and the body, as they are sent on a connection of their own."""
+        """Return head and body for a connection of its own."""
         lines = [f"{self.method} {self.paths[number % len(self.paths)]} HTTP/1.1", "Host: gateway", "Connection: close"]
         lines += [f"{name}: {value}" for name, value in self.headers]
         if self.body:
@@ -41,7 +41,7 @@ class Request:
 
 
 def encode_form(fields: Iterable[tuple[str, str]], file: tuple[str, bytes]) -> tuple[str, bytes]:
-    """A multipart form with one PNG: its content type and its bytes."""
+    """Return the content type and the bytes of a multipart form with one PNG."""
     parts = [
         f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
         for name, value in fields
@@ -54,7 +54,7 @@ def encode_form(fields: Iterable[tuple[str, str]], file: tuple[str, bytes]) -> t
 
 @dataclass(frozen=True)
 class Load:
-    """What came of a closed loop: `succeeded` requests, their latencies in milliseconds, and what went wrong."""
+    """The result of a closed loop: successful requests, latencies in milliseconds, errors."""
 
     seconds: float
     succeeded: int
@@ -68,7 +68,7 @@ class Load:
 
 
 def closed_loop(url: str, request: Request, *, connections: int, seconds: int) -> Load:
-    """Have each of so many connections send its next request as soon as it has the answer to the one before."""
+    """Let each connection send its next request as soon as it has the response to the previous one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "paths").write_text("".join(f"{path}\n" for path in request.paths))
@@ -92,37 +92,37 @@ def closed_loop(url: str, request: Request, *, connections: int, seconds: int) -
 
 @dataclass
 class Answers:
-    """What came of requests that were sent one by one: by status, in how many seconds each was answered."""
+    """The responses to single requests: durations in seconds by status."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     bodies: list[bytes] = field(default_factory=list)
     sending_seconds: float = 0
-    """How long it took to send all of an open loop."""
+    """The duration of sending in an open loop."""
 
     def add(self, status: str, seconds: float) -> None:
         self.seconds.setdefault(status, []).append(seconds)
 
     def counts(self) -> Counter[str]:
-        """How many there were of each status."""
+        """Return the number of responses by status."""
         return Counter({status: len(each) for status, each in self.seconds.items()})
 
     def succeeded(self) -> Sequence[float]:
-        """In how many seconds each answer of success came, the quickest first."""
+        """Return the durations of successful responses in seconds, sorted."""
         return sorted(each for status, times in self.seconds.items() if status.startswith("2") for each in times)
 
     def errors(self) -> Counter[str]:
-        """How many there were of each other status."""
+        """Return the number of other responses by status."""
         return Counter({status: count for status, count in self.counts().items() if not status.startswith("2")})
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value that so many percent of them do not exceed; NaN without any."""
+    """Return the value below which this percentage lies; NaN if empty."""
     ordered = sorted(values)
     return ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)] if ordered else float("nan")
 
 
 async def send_request(url: str, request: Request, number: int, answers: Answers, *, timeout: float) -> None:
-    """Send one request on a connection of its own; what goes wrong counts as a status of that name."""
+    """Send one request on a connection of its own; an error counts as a status of that name."""
     begun = time.perf_counter()
     writer = None
     status = "timeout"
@@ -147,7 +147,7 @@ async def send_request(url: str, request: Request, number: int, answers: Answers
 
 
 async def send_all(url: str, request: Request, number: int, *, connections: int, timeout: float = 120) -> Answers:
-    """Send so many requests, never more than so many at a time."""
+    """Send so many requests with bounded concurrency."""
     answers, gate = Answers(), asyncio.Semaphore(connections)
 
     async def one(index: int) -> None:
@@ -161,7 +161,7 @@ async def send_all(url: str, request: Request, number: int, *, connections: int,
 
 
 async def open_loop(url: str, request: Request, *, rate: float, seconds: float, timeout: float) -> Answers:
-    """Send so many requests a second for so long, whatever becomes of those before; then wait for all answers."""
+    """Send requests at a rate, whatever the responses; then wait for all of them."""
     answers = Answers()
     begun = time.perf_counter()
     async with asyncio.TaskGroup() as group:
@@ -173,7 +173,7 @@ async def open_loop(url: str, request: Request, *, rate: float, seconds: float, 
 
 
 async def probe(url: str, path: str, answers: Answers, done: Callable[[], bool], *, timeout: float) -> None:
-    """Send a GET ten times a second, one after the other, until it is done."""
+    """Send a GET ten times a second, one after the other, until `done`."""
     request = Request("GET", (path,))
     while not done():
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a task leaves in the server once it has ended."""
+"""Memory of a finished task in the Redis server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_BYTES = 2_048
 
 
 async def memory() -> Sequence[Figure]:
-    """The bytes that each of many finished tasks takes, all told and by kind of key."""
+    """Bytes of each of many finished tasks, in total and by kind of key."""
     async with open_busy_tenant() as tenant:
         server = tenant.server
         await _finish_tasks(tenant, FIRST)  # what is there once is not counted

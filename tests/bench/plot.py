@@ -1,4 +1,4 @@
-"""The main figures of a run as a picture."""
+"""The plot of a run's main figures."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _COLOURS = {
     LUA: ("#4a9a57", ""),
     FASTAPI: ("#d9822b", ""),
 }
-"""Of each server, and of the same gateway of the other checkout."""
+"""Colours by server, for this and the other checkout."""
 
 
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
-    """Draw throughput, CPU time, latency and memory of all servers beside each other into a PNG."""
+    """Draw throughput, CPU time, latency and memory of all servers into a PNG."""
     mpl.use("agg")
     measured = [each for each in results if each.row in {*_MAIN, *LARGE_ROWS.values()} and each.server != DIRECT]
     servers = list(dict.fromkeys(each.server for each in measured))
@@ -63,7 +63,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
 
 
 def _bars(axis: Any, groups: Sequence[str], values: dict[str, list[float | None]], colours: dict[str, str]) -> None:
-    """Draw a group of bars for each name, one bar for each server that has a value, with the value above it."""
+    """Draw a group of bars for each name, one bar per server with its value above."""
     shown = {server: found for server, found in values.items() if any(found)}
     width = 0.86 / max(len(shown), 1)
     for place, (server, found) in enumerate(shown.items()):

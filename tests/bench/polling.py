@@ -1,4 +1,4 @@
-"""What it costs to watch many tasks, and how late they are checked."""
+"""CPU time and lateness of polling many tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEASURED_SECONDS = 20.0
 
 
 async def polling() -> Sequence[Figure]:
-    """2,000 running tasks that somebody looks at, watched by one process every 2.5 s, at an upstream 50 ms away."""
+    """2,000 watched tasks, polled by one process every 2.5 s at an upstream with 50 ms latency."""
     async with run_bench_gateway(role="all", latency=LATENCY_SECONDS) as work:
         await work.submit(TASKS)
         await asyncio.sleep(SETTLING_SECONDS)

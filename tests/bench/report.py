@@ -1,4 +1,4 @@
-"""What a run of the comparison found, as tables, as JSON, and as a results file."""
+"""The results of a run as tables, JSON, and a results file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HEADINGS = {
     "start_ms": "start ms",
 }
 _COMPARED_FIGURES = ("per_second", "p99_ms", "late_p99_ms", "cpu_ms", "peak_mib")
-"""What is shown as ratio to the other checkout."""
+"""Figures shown as a ratio to the other checkout."""
 _METHOD = """The server under test is pinned to one CPU; the load generator, the vendor's stand-in, Valkey (with an
 append-only file) and the worker of `api + worker` share another. Servers alternate, each round starts them anew, and
 the figures are medians of {rounds} rounds where there are several. Images are PNGs of random pixels. *done/s* counts
@@ -45,7 +45,7 @@ fifth on a shared machine: compare within a run only.
 
 
 def describe_run(commits: Mapping[str, str], versions: Mapping[str, str], command: str, rounds: int) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the figures depend on."""
     return {
         **commits,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -57,7 +57,7 @@ def describe_run(commits: Mapping[str, str], versions: Mapping[str, str], comman
 
 
 def add_ratios(results: Sequence[Result]) -> list[Result]:
-    """The results with the added latency, and the ratios to the references and to the other checkout."""
+    """Add the latency compared with a direct request, and the ratios to the references and the other checkout."""
     by_key = {(each.row, each.server, each.connections): each.figures for each in results}
     found = []
     for each in results:
@@ -76,7 +76,7 @@ def add_ratios(results: Sequence[Result]) -> list[Result]:
 
 
 def format_tables(results: Sequence[Result], titles: Mapping[str, str]) -> str:
-    """A table for each workload, which is Markdown and can be read on a terminal."""
+    """Format a table for each workload as Markdown that is readable on a terminal."""
     rows: dict[str, list[Result]] = {}
     for each in results:
         rows.setdefault(each.row, []).append(each)
@@ -84,7 +84,7 @@ def format_tables(results: Sequence[Result], titles: Mapping[str, str]) -> str:
 
 
 def format_results(facts: Mapping[str, Any], results: Sequence[Result], titles: Mapping[str, str], plot: str) -> str:
-    """The results as a page in Markdown."""
+    """Format the results as a page in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     others = f", compared with commit `{facts[OTHER]}` as *({OTHER})*" if OTHER in facts else ""
     return "\n".join(
@@ -105,7 +105,7 @@ def format_results(facts: Mapping[str, Any], results: Sequence[Result], titles: 
 
 
 def format_json(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
-    """The results for programs. A figure that could not be measured is null."""
+    """Format the results as JSON. A figure that could not be measured is null."""
     listed = [
         {
             "workload": each.row,
@@ -155,7 +155,7 @@ def _format_number(value: float | None) -> str:
 
 
 def _describe_machine() -> dict[str, Any]:
-    """The machine, without anything that names it."""
+    """Describe the machine without identifying it."""
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Workloads over a store with thousands of running tasks."""
+"""Workloads on a store with thousands of running tasks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WARM_UP_SECONDS = 1
 _LONGEST_READING_SECONDS = 13
 _SETTLING_SECONDS = 5
 _MEASURED_SECONDS = 12
-"""These three together are the 30 s for which a task is checked at the full rate after a read."""
+"""Together with the two above, the 30 s for which a task is checked at the full rate after a read."""
 _ID = re.compile(rb'"(?:id|task_id)"\s*:\s*"([^"]+)"')
 
 
@@ -119,7 +119,7 @@ def _measure_poller(comparison: Comparison, number: int) -> None:
 
 
 def _read_all_once(aside: Target, store: SeededStore) -> Counter[str]:
-    """Read each task once, as callers would who wait for it; how many could not be read."""
+    """Read each task once, so that all are watched; returns the number of errors."""
     request, number = aside.read_request(*store.task_ids), len(store.task_ids)
     sample = closed_loop(aside.url, request, connections=_CONCURRENCY, seconds=_WARM_UP_SECONDS)
     seconds = min(math.ceil(number / max(sample.per_second, 1) * 1.2), _LONGEST_READING_SECONDS)
@@ -128,7 +128,7 @@ def _read_all_once(aside: Target, store: SeededStore) -> Counter[str]:
 
 
 def _seed(comparison: Comparison, candidate: Candidate, number: int) -> SeededStore:
-    """A store with so many running tasks, which servers of this kind made through their API."""
+    """Return a store with so many running tasks, created through the API of this kind of server."""
     store: SeededStore = comparison.seeded.setdefault(candidate.data_format, None) or SeededStore(
         comparison.enter(comparison.environment(tasks="running"))
     )

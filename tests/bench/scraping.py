@@ -1,4 +1,4 @@
-"""What it costs to be watched: each scrape, and each request."""
+"""The cost of observability: scrapes, and the overhead of each request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LIMITS = [{"window": "day", "tasks": 1_000, "money": 100}, {"window": "month", 
 
 
 async def scraping() -> Sequence[Figure]:
-    """How long a scrape takes with 200 tenants who have used every kind, and what reads notice of it."""
+    """Duration of a scrape with 200 tenants of every kind, and its effect on reads."""
     async with run_bench_gateway(
         role="all", latency=0, state="Failed", GATEWAY_POLL_SECONDS="0.1", GATEWAY_ADMIN_TOKEN=ADMIN_TOKEN
     ) as work:
@@ -56,7 +56,7 @@ async def scraping() -> Sequence[Figure]:
 
 
 async def _create_tenants(work: BenchGateway) -> list[str]:
-    """Make tenants with limits; their tokens."""
+    """Create tenants with limits; returns their tokens."""
     headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
     prices = {"max_price": {str(kind): 0.5 for kind in Kind}}
     account = f"{work.gateway.ops_url}/admin/v1/accounts/demo"
@@ -72,7 +72,7 @@ async def _create_tenants(work: BenchGateway) -> list[str]:
 
 
 async def _submit_all_kinds(work: BenchGateway, tokens: Sequence[str]) -> str:
-    """Have every tenant submit every kind, and wait for the ends; one of the tasks."""
+    """Submit every kind for every tenant and wait for the ends; returns one of the tasks."""
     gate = asyncio.Semaphore(_CONCURRENCY)
 
     async def one(token: str, kind: Kind) -> str:
@@ -86,7 +86,7 @@ async def _submit_all_kinds(work: BenchGateway, tokens: Sequence[str]) -> str:
 
 
 async def _time_reads(work: BenchGateway, token: str, task: str) -> list[float]:
-    """How long reads of a task take, one after the other."""
+    """Return the durations of successive reads of a task."""
     headers, taken = {"Authorization": f"Bearer {token}"}, []
     for _ in range(READS):
         begun = time.perf_counter()
@@ -103,7 +103,7 @@ async def _time_scrape(work: BenchGateway) -> float:
 
 @asynccontextmanager
 async def _scrape_continuously(work: BenchGateway, taken: list[float]) -> AsyncIterator[None]:
-    """Scrape all the time within the block."""
+    """Scrape continuously within the block."""
 
     async def scrape() -> None:
         while True:
@@ -122,7 +122,7 @@ def _p99(taken: Sequence[float]) -> float:
 
 
 async def request_overhead() -> Sequence[Figure]:
-    """What counting, timing and logging add to a request."""
+    """Overhead of metrics, timing and logging for a request."""
     with Path("/dev/null").open("wb") as nowhere:
         logger = configure_logging(json=True, level="info", stream=nowhere, redactor=Redactor())
         metrics = Metrics(CollectorRegistry())
@@ -143,7 +143,7 @@ async def _app(scope: Any, _receive: Any, send: Any) -> None:
 
 
 async def _time_request(app: Any) -> float:
-    """Microseconds that a request to an application takes."""
+    """Return the microseconds of a request to an application."""
 
     async def receive() -> Any:
         return {"type": "http.request", "body": b"", "more_body": False}
@@ -166,7 +166,7 @@ async def _time_request(app: Any) -> float:
 
 
 def _time_metrics(metrics: Metrics) -> float:
-    """Microseconds that the metrics alone take."""
+    """Return the microseconds of the metrics alone."""
     begun = time.perf_counter()
     for _ in range(REQUESTS):
         with metrics.track_request(Port.TENANTS):

@@ -1,4 +1,4 @@
-"""What a gateway costs beside its requests: scrapes, the start, and doing nothing."""
+"""The cost of a gateway beside its requests: scrapes, start, idling."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _time_scrape(http: httpx2.Client, target: Target) -> float:
 
 
 def _make_tenants(target: Target) -> list[float]:
-    """Make tenants with limits; how long each took."""
+    """Create tenants with limits; returns the duration of each request."""
     headers, times = {"Authorization": f"Bearer {target.admin_token}"}, []
     limits = [{"window": "day", "tasks": 1_000, "money": 100}, {"window": "month", "tasks": 10_000}]
     body = {"accounts": ["main"], "limits": limits, "max_active": 100}

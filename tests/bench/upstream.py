@@ -1,8 +1,8 @@
-"""An upstream that costs next to nothing, in a process of its own, and measures how late it is asked.
+"""A minimal upstream in a process of its own that measures the lateness of checks.
 
-Every task stays in the same state. Only as much of HTTP is understood as the gateway speaks. `GET /lateness` tells
-the lateness of all checks since it was last asked for: by how many milliseconds the time between two checks of a task
-was longer than what the path's last part says in milliseconds.
+Every task stays in the same state. Only the HTTP that the gateway sends is understood. `GET /lateness/INTERVAL` returns
+the lateness of all checks since the previous call: the time between two checks of a task less INTERVAL, in
+milliseconds.
 """
 
 from __future__ import annotations
@@ -22,27 +22,26 @@ _TASK = re.compile(rb"task_id=([^&]*)")
 
 
 class _CheckTimes:
-    """When each task was last asked about, and how late that was."""
+    """The time of the last check of each task, and the intervals."""
 
     def __init__(self) -> None:
         self._last_checked_at: dict[bytes, float] = {}
         self._intervals_ms: list[float] = []
 
     def record(self, task: bytes) -> None:
-        """A task is asked about."""
         now = time.monotonic()
         if task in self._last_checked_at:
             self._intervals_ms.append((now - self._last_checked_at[task]) * 1000)
         self._last_checked_at[task] = now
 
     def take_lateness(self, interval: float) -> list[float]:
-        """What was noted since the last time, in milliseconds."""
+        """Return and clear the recorded lateness in milliseconds."""
         between, self._intervals_ms = self._intervals_ms, []
         return [each - interval for each in between]
 
 
 class _Connection(asyncio.Protocol):
-    """Answers requests one after the other, after a latency in seconds."""
+    """Responds to requests in order, after a latency in seconds."""
 
     def __init__(self, checks: _CheckTimes, latency: float, state: str) -> None:
         self._checks = checks
@@ -82,7 +81,7 @@ class _Connection(asyncio.Protocol):
 
 @contextmanager
 def run_upstream(latency: float, state: str) -> Iterator[str]:
-    """Run one that takes so many seconds for each answer, and shows all tasks in this state; its address."""
+    """Run an upstream with this latency and this state of all tasks; yields its URL."""
     command = [sys.executable, "-m", __name__, str(latency), state]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout

@@ -1,4 +1,4 @@
-"""What it costs to let many clients wait, and how soon they are told the end."""
+"""Memory and latency of many waiting clients."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.bench.gateway import BenchGateway, run_bench_gateway
 WAITERS = 5_000
 TASKS = 500
 ENDS_PER_SECOND = 25
-"""So that 250 clients are answered each second."""
+"""With ten clients a task, 250 clients are answered each second."""
 _CONNECT_CONCURRENCY = 200
 
 
 async def waiting() -> Sequence[Figure]:
-    """5,000 clients, each on a connection of its own, wait for 500 tasks of one process, whose ends another records."""
+    """5,000 clients, each on its own connection, wait for 500 tasks whose ends another process records."""
     async with run_bench_gateway(role="api", latency=0) as work:
         tasks = await work.submit(TASKS)
         before = work.resident_mib
@@ -49,7 +49,7 @@ async def waiting() -> Sequence[Figure]:
 
 
 async def _wait_for_task(work: BenchGateway, task: Task, gate: asyncio.Semaphore) -> tuple[str, float]:
-    """Wait for a task; its id, and when the answer with its end came."""
+    """Wait for a task; returns its id and the time of the response."""
     url = urlsplit(work.gateway.url)
     async with gate:
         reader, writer = await asyncio.open_connection(url.hostname, url.port)

@@ -1,4 +1,4 @@
-"""The workloads of the comparison, in the order in which they run."""
+"""The workloads of the comparison, in their order."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ WORKLOADS: Mapping[str, tuple[Workload, tuple[str, ...]]] = {
     "scrape": (upkeep.scrape, (upkeep.SCRAPE, upkeep.READ_SCRAPED)),
     "idle": (upkeep.start_and_idle, (upkeep.IDLE,)),
 }
-"""By name: what runs, and the headings of what it measures."""
+"""By name: the function, and the headings of its measurements."""
 QUICK = ("read", "submit-small", "submit-large")
 
 
 def row_titles() -> dict[str, str]:
-    """What each heading is about."""
+    """Return the description of each heading."""
     return {heading: (workload.__doc__ or "") for workload, headings in WORKLOADS.values() for heading in headings}

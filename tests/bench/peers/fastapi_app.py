@@ -1,4 +1,4 @@
-"""A gateway of FastAPI and httpx as teams usually write it: idiomatic, neither tuned nor crippled.
+"""A gateway with FastAPI and httpx as teams usually write it: idiomatic, neither tuned nor crippled.
 
 `uvicorn tests.bench.peers.fastapi_app:app` runs it; VENDOR_URL, VENDOR_USER_KEY, REDIS_URL and TOKEN configure it.
 """

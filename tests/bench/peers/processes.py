@@ -1,4 +1,4 @@
-"""Servers as processes that are pinned to one CPU, measured from outside, and never outlive the benchmark."""
+"""Servers as processes pinned to one CPU and measured from outside; they never outlive the benchmark."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Server:
     token: str
 
     def cpu_seconds(self) -> float:
-        """Return the CPU time used so far by the processes and their children, those that have ended included."""
+        """Return the CPU time so far of the processes and their children, ended ones included."""
         return sum(_cpu_ticks(pid) for pid in self._processes()) / _TICKS
 
     def resident_mib(self) -> float:
@@ -43,11 +43,11 @@ class Server:
         return self._memory_mib("VmRSS")
 
     def peak_mib(self) -> float:
-        """Return the largest resident memory since the start or the last `reset_peak`, summed over the processes."""
+        """Return the peak resident memory since the last `reset_peak`, summed over the processes."""
         return self._memory_mib("VmHWM")
 
     def reset_peak(self) -> None:
-        """Begin to measure the largest resident memory anew."""
+        """Reset the peak of the resident memory."""
         for pid in self._processes():
             with suppress(FileNotFoundError, ProcessLookupError):
                 Path(f"/proc/{pid}/clear_refs").write_text("5")
@@ -70,10 +70,10 @@ def serving(
     ready_path: str = "",
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Run a server on one CPU from when it answers at `url` until the context ends.
+    """Run a server on one CPU from when it responds at `url` until the context ends.
 
-    With `ready_path` it has to answer `GET` of that path (or whole URL) with 2xx, else only to accept connections.
-    Raise RuntimeError with the end of its output if it ends before, or does not answer in time.
+    With `ready_path` it must respond to `GET` of that path (or URL) with 2xx, otherwise only accept connections.
+    Raises RuntimeError with the end of its output if it exits or does not respond in time.
     """
     taskset = shutil.which("taskset") or "/usr/bin/taskset"
     program = shutil.which(command[0]) or command[0]
@@ -98,7 +98,7 @@ def serving(
 
 
 def process_tree(pid: int) -> list[int]:
-    """Return a process and its children at any depth, as far as they run."""
+    """Return a running process and its running children at any depth."""
     children: list[int] = []
     with suppress(FileNotFoundError, ProcessLookupError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -107,7 +107,7 @@ def process_tree(pid: int) -> list[int]:
 
 
 class _NotReady(Exception):
-    """Why a server cannot be used."""
+    """The reason why a server cannot be used."""
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, ready_path: str) -> None:

@@ -1,8 +1,8 @@
-"""What a team would run instead of the gateway; each answers the gateway's requests as far as the benchmark sends them.
+"""What a team would run instead of the gateway; each implements the requests that the benchmark sends.
 
-`POST /v1/tasks/{kind}` takes the image and forwards it to the vendor, `GET /v1/tasks/{id}` reads the task. The last
-two check the bearer token, hold and settle a quota in Valkey, store the task there, and answer 201. The proxy only
-passes on (a read is a check of the vendor's), and answers what the vendor does.
+`POST /v1/tasks/{kind}` forwards the image to the vendor, `GET /v1/tasks/{id}` reads the task. The last two check the
+bearer token, hold and settle a quota in Valkey, store the task there, and respond with 201. The proxy only forwards:
+a read is a check at the vendor, and responses are the vendor's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ROOT = _HERE.parents[2]
 
 @contextmanager
 def nginx_proxy(stub: Server, cpu: int) -> Iterator[Server]:
-    """Run nginx that only passes on: the least that any server in front of the vendor costs."""
+    """Run nginx as a plain proxy: the minimal cost of any server in front of the vendor."""
     with _nginx("nginx", "nginx_proxy.conf", {"VENDOR": urlsplit(stub.url).netloc}, cpu, token="") as server:
         yield server
 
@@ -70,7 +70,7 @@ def fastapi_gateway(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
 
 @contextmanager
 def _nginx(name: str, template: str, values: Mapping[str, str], cpu: int, *, token: str) -> Iterator[Server]:
-    """Run nginx as the current user, with all that it writes in a folder of its own."""
+    """Run nginx as the current user, with all its files in a temporary folder."""
     port = find_free_port()
     # The master of nginx gives its rights away unless it has none, or is told to keep them.
     user = "user root;" if os.geteuid() == 0 else ""

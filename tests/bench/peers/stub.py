@@ -1,4 +1,4 @@
-"""The vendor's stand-in as a process: see `stub.c`."""
+"""The vendor's stub as a process: see `stub.c`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
 def vendor_stub(
     cpu: int, *, tasks: Literal["finished", "running"] = "running", delay_seconds: float = 0
 ) -> Iterator[Server]:
-    """Run a stand-in for the vendor on one CPU, whose checks find all tasks finished, or running for ever.
+    """Run a stub of the vendor on one CPU; its checks find all tasks finished, or running for ever.
 
-    Submits and checks are answered after the delay. It takes any `user_key`.
+    Submits and checks are answered after the delay. It accepts any `user_key`.
     """
     port = find_free_port()
     command = [str(_program()), str(port), tasks, str(round(delay_seconds * 1000))]
@@ -45,11 +45,11 @@ def vendor_stub(
 
 
 def stub_stats(stub: Server, *, reset: bool = False) -> dict[str, Any]:
-    """Return what the stub has counted since its start, and the peak and intervals since the last reset.
+    """Return the stub's counters since its start, and its peak and intervals since the last reset.
 
-    `submits`, `checks`, `files`, `bytes` received, `connections` now, `in_flight` and `peak_in_flight` (submits and
-    checks that wait for the delay), `check_intervals` and `check_interval_ms` (p50, p99, max of the time between two
-    checks of one task; to 10 ms).
+    `submits`, `checks`, `files`, `bytes` received, current `connections`, `in_flight` and `peak_in_flight` (submits and
+    checks within the delay), `check_intervals` and `check_interval_ms` (p50, p99, max of the time between two checks of
+    one task; to 10 ms).
     """
     path = "/stats?reset" if reset else "/stats"
     stats: dict[str, Any] = httpx2.get(stub.url + path, timeout=10, trust_env=False).json()
@@ -58,7 +58,7 @@ def stub_stats(stub: Server, *, reset: bool = False) -> dict[str, Any]:
 
 @cache
 def _program() -> Path:
-    """Compile the stub, once per process of the benchmark."""
+    """Compile the stub, once per process."""
     folder = Path(tempfile.mkdtemp(prefix="gateway-bench-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program = folder / "stub"

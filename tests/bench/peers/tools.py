@@ -1,4 +1,4 @@
-"""The programs that the benchmark needs beside Python, and the versions of all that takes part."""
+"""Required programs, and the versions of all participants."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from service.devstack import find_server_binary
 
 _PROGRAMS = {"wrk": "wrk", "nginx": "nginx", "cc": "gcc libc6-dev", "taskset": "util-linux"}
-"""Program: the Debian packages that have it."""
+"""Debian packages by program."""
 _FILES = {
     "usr/lib/nginx/modules/ngx_http_lua_module.so": "libnginx-mod-http-lua",
     "usr/lib/*/lua/5.1/cjson.so": "lua-cjson",
 }
-"""Pattern of a file: the Debian package that has it."""
+"""Debian packages by pattern of a file."""
 _PYTHON_PACKAGES = (
     "fastapi",
     "granian",
@@ -42,7 +42,7 @@ _LOCK_SECONDS = 120
 
 
 def require_tools() -> None:
-    """Make sure that all programs are there: as root on Debian install what is missing, else exit naming it."""
+    """Require all programs: as root on Debian install missing ones, otherwise exit naming them."""
     missing = _missing()
     if not missing:
         return
@@ -59,7 +59,7 @@ def require_tools() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the version of each program and Python package that takes part, and of the kernel."""
+    """Return the version of each program, Python package and the kernel."""
     found = {
         "wrk": _version("wrk", "-v"),
         "nginx": _version("nginx", "-v"),
@@ -77,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def find_program(name: str) -> str | None:
-    """Return the path of a program, if it is there; nginx is in a folder that is not in the PATH of every user."""
+    """Return the path of a program, or None; nginx may be in a folder outside the PATH."""
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
 
 
@@ -96,7 +96,7 @@ def _install(packages: list[str]) -> None:
 
 @contextmanager
 def _services_stay_off() -> Iterator[None]:
-    """Keep packages from starting the services that they bring, as nginx would."""
+    """Keep packages from starting services, as nginx would."""
     if _POLICY.exists():
         yield
         return
@@ -114,7 +114,7 @@ def _run(command: list[str]) -> None:
 
 
 def _version(program: str, option: str) -> str:
-    """Return the first version number in what a program prints of itself, or an empty string."""
+    """Return the first version number in a program's output, or an empty string."""
     path = find_program(program)
     if path is None:
         return ""
