@@ -137,7 +137,7 @@ async def test_json(shell: Shell, file: Path) -> None:
     """The JSON is the response of the gateway that applied the file."""
     file.write_text('tenants.press = { accounts = ["main"] }')
     (difference,) = (await shell.run_json("apply", str(file)))["differences"]
-    assert difference == {"path": "tenants.press", "what": "added", "after": {"accounts": ["main"]}}
+    assert difference == {"path": "tenants.press", "action": "added", "after": {"accounts": ["main"]}}
     assert (await shell.run_json("apply", str(file)))["differences"] == []
 
 

@@ -36,7 +36,7 @@ def current_registry(shell: Shell) -> Any:
 
 def decrypt_with_new_key(shell: Shell) -> tuple[bytes | None, ...]:
     """Decrypt with the first key alone: the user_key of main and the webhook secrets of shop."""
-    signing: WebhookSecrets = current_registry(shell).tenants["shop"].webhook.signing
+    signing: WebhookSecrets = current_registry(shell).tenants["shop"].webhook.secrets
     hooks = NEW_ONLY.derive(WEBHOOK_SECRET_PURPOSE)
     key = NEW_ONLY.derive(USER_KEY_PURPOSE).decrypt(current_registry(shell).accounts["main"].user_key)
     return (key, hooks.decrypt(signing.current), signing.previous and hooks.decrypt(signing.previous))

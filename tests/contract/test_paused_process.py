@@ -16,12 +16,12 @@ from tests.process.gateway import is_alive
 
 PROGRAM = """
 import asyncio, sys, uvloop
-from service.clients import exchange
-from tests.contract.client import calling
+from service.clients import http
+from tests.contract.client import open_caller
 
 async def main(url, loop, read, seconds):
-    exchange.READ_SECONDS = float(read)
-    async with calling(url) as caller:
+    http.READ_SECONDS = float(read)
+    async with open_caller(url) as caller:
         print((await caller.submit(seconds=float(seconds))).outcome)
 
 (uvloop if sys.argv[2] == "uvloop" else asyncio).run(main(*sys.argv[1:]))

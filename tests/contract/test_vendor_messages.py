@@ -111,7 +111,8 @@ def test_private(message: str) -> None:
 @pytest.mark.parametrize(("message", "shown"), PARTS.items())
 def test_addresses(message: str, shown: str) -> None:
     """Addresses, hosts and paths are removed from a message; the rest is shown."""
-    assert parse_rejection(message) == SubmitResult(outcome=REJECTED, reason=shown)
+    rejection = parse_rejection(message)
+    assert (rejection.outcome, rejection.reason) == (REJECTED, shown)
     assert parse_failure(message) == f"The upstream could not carry out this task: {shown}"
 
 

@@ -135,7 +135,7 @@ async def test_broken_body() -> None:
 
 async def test_slow_body(monkeypatch: pytest.MonkeyPatch) -> None:
     """A status counts even if the body never ends."""
-    monkeypatch.setattr(webhooks, "ERROR_BODY_SECONDS", 0.1)
+    monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.1)
 
     async def slow(connection: Connection) -> None:
         await connection.receive()

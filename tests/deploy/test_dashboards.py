@@ -225,4 +225,4 @@ def test_alerts_link_to_dashboards() -> None:
 def test_burn_rate_of_the_alerts(objective: Any) -> None:
     """The burn rate shown as critical is the one that an alert fires on."""
     alerts = (RULES / "alerts-slo.yaml").read_text("utf-8")
-    assert f'ratio_rate1h{{sli="{objective.sli}"}} > 14.4 * {1 - objective.share:.4g}\n' in alerts
+    assert f'ratio_rate1h{{sli="{objective.sli}"}} > 14.4 * {1 - objective.target_ratio:.4g}\n' in alerts

@@ -48,12 +48,12 @@ def _call_events(call: ast.Call, function: ast.Attribute) -> Iterator[tuple[str,
     words = {each.arg for each in call.keywords if each.arg}
     told = frozenset("exception" if each == "exc_info" else each for each in words)
     more = any(each.arg is None for each in call.keywords)
-    if function.attr == "_change":
+    if function.attr in {"update_registry", "_update_registry"}:
         yield _literal_text(call.args[0]), Event(frozenset({"info"}), told | {"version"}, open=more)
     elif logger in {"_log", "logger", "_logger"} and function.attr == "log":
         levels = frozenset(each.lower() for each in re.findall(r"logging\.([A-Z]+)", ast.unparse(call.args[0])))
         yield _literal_text(call.args[1]), Event(levels, told, open=more)
-    elif logger in {"_log", "logger", "_logger"} and function.attr in _LEVELS and ast.unparse(call.args[0]) != "what":
+    elif logger in {"_log", "logger", "_logger"} and function.attr in _LEVELS and ast.unparse(call.args[0]) != "event":
         traceback = frozenset({"exception"} if function.attr == "exception" else ())
         yield _literal_text(call.args[0]), Event(frozenset({_LEVELS[function.attr]}), told | traceback, open=more)
 
