@@ -34,12 +34,12 @@ _INTRODUCTION = """# Settings
 
 <!-- written by `make settings` from service/settings.py -->
 
-Environment variables, read once, at the start. Each can also be given as `..._FILE`, the name of a file that holds it,
-as secrets are best given; what is around it in blanks and line ends does not count. An empty variable counts as not
-given, and one that begins with `GATEWAY_` and is none of these is a fault, which is most often a misspelling.
+Environment variables, read once at the start. Each can also be given as `..._FILE`, the path of a file with its value,
+which suits secrets; surrounding whitespace is ignored. An empty variable counts as absent, and an unknown one that
+starts with `GATEWAY_` is an error, since it is most often a misspelling.
 
-`gateway check-config` tells all faults of an environment at once, without starting anything, and of a good one what it
-amounts to; `--production` judges it as production does, and `--connect` tries the store and the upstream.
+`gateway check-config` reports all errors of an environment at once without starting anything, and prints the effective
+settings of a valid one; `--production` applies production's rules, and `--connect` checks the store and the upstream.
 """
 
 
@@ -49,14 +49,14 @@ class MarkersError(Exception):
 
 def render_all(root: Path) -> Mapping[str, str]:
     """Return the text of each file by its path; the README keeps what surrounds its table."""
-    before, begun, rest = (root / _README_FILE).read_text("utf-8").partition(_BEGIN)
-    _, ended, after = rest.partition(_END)
-    if not begun or not ended:
+    before, begin, rest = (root / _README_FILE).read_text("utf-8").partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
         raise MarkersError(f"{_README_FILE} must have the lines {_BEGIN.strip()} and {_END.strip()}")
     table = _format_table(setting for setting in SETTINGS if setting.name in _README_SETTINGS)
     return {
         _README_FILE: f"{before}{_BEGIN}{table}{_END}{after}",
-        _REFERENCE_FILE: "\n".join([_INTRODUCTION, *(_format_entry(each) for each in SETTINGS)]),
+        _REFERENCE_FILE: "\n".join([_INTRODUCTION, *(_format_entry(setting) for setting in SETTINGS)]),
     }
 
 
@@ -80,7 +80,7 @@ def _format_default(setting: Setting) -> str:
 
 
 def _format_table(settings: Iterable[Setting]) -> str:
-    rows = [(f"`{each.name}`", _format_default(each), each.description) for each in settings]
+    rows = [(f"`{setting.name}`", _format_default(setting), setting.description) for setting in settings]
     lines = [("variable", "default", "meaning"), ("---",) * 3, *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -99,7 +99,7 @@ def main(*, root: Path, check: bool) -> None:
     except MarkersError as error:
         raise click.ClickException(str(error)) from None
     if check and names:
-        raise click.ClickException(f"not what the code says: {', '.join(names)}; `make settings` rewrites them")
+        raise click.ClickException(f"not up to date: {', '.join(names)}; `make settings` rewrites them")
     for name in names:
         (root / name).write_text(render_all(root)[name], "utf-8")
 

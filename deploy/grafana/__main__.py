@@ -17,14 +17,14 @@ FOLDER = Path(__file__).parent / "dashboards"
 
 def render_all() -> dict[str, str]:
     """Return the text of each dashboard by file name."""
-    return {f"{board.name}.json": board.render() for board in (SERVICE, TENANTS, UPSTREAM, TASKS)}
+    return {f"{dashboard.name}.json": dashboard.render() for dashboard in (SERVICE, TENANTS, UPSTREAM, TASKS)}
 
 
 def find_drift(folder: Path) -> Iterable[str]:
     """Return the names of files that are missing, different or superfluous."""
-    wanted = render_all()
-    there = {each.name: each.read_text("utf-8") for each in folder.glob("*.json")}
-    return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+    expected = render_all()
+    actual = {path.name: path.read_text("utf-8") for path in folder.glob("*.json")}
+    return sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
 
 
 def write_dashboards(folder: Path) -> None:
@@ -47,9 +47,7 @@ def main(*, folder: Path, check: bool) -> None:
         return
     names = find_drift(folder)
     if names:
-        raise click.ClickException(
-            f"not what the code says: {', '.join(names)}; python -m deploy.grafana rewrites them"
-        )
+        raise click.ClickException(f"not up to date: {', '.join(names)}; python -m deploy.grafana rewrites them")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Dashboard(Struct, frozen=True):
 
     def render(self) -> str:
         """Return the JSON that Grafana imports; the same on every machine."""
-        board = (
+        builder = (
             dashboard.Dashboard(f"Imaging gateway: {self.title}")
             .uid(f"gateway-{self.name}")
             .description(self.description)
@@ -65,30 +65,30 @@ class Dashboard(Struct, frozen=True):
             .tooltip(DashboardCursorSync.CROSSHAIR)
         )
         for variable in self._variables():
-            board.with_variable(variable)
+            builder.with_variable(variable)
         for link in _links():
-            board.link(link)
+            builder.link(link)
         number = 0
         for row in self.rows:
             number += 1
-            board.with_row(dashboard.Row(row.title).id(number))
+            builder.with_row(dashboard.Row(row.title).id(number))
             for panel in row.panels:
                 number += 1
-                board.with_panel(panel.id(number))
-        return json.dumps(board.build(), cls=JSONEncoder, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+                builder.with_panel(panel.id(number))
+        return json.dumps(builder.build(), cls=JSONEncoder, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
 
     def _variables(self) -> Iterable[Builder[VariableModel]]:
         yield dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus")
-        # All must also fit where there are no namespaces: a pattern that matches nothing matches what is not there.
+        # `.*` as the value of All also matches series without a namespace.
         yield (
             _query_variable("namespace", "label_values(gateway_build_info, namespace)")
-            .description("The gateway to look at, where several are watched by one Prometheus.")
+            .description("The gateway to show, if one Prometheus scrapes several.")
             .current(VariableOption(selected=True, text="All", value="$__all"))
         )
-        for each in self.variables:
+        for variable in self.variables:
             yield (
-                _query_variable(each.name, f"label_values({series(each.metric)}, {each.name})")
-                .description(each.description)
+                _query_variable(variable.name, f"label_values({series(variable.metric)}, {variable.name})")
+                .description(variable.description)
                 .multi(multi=True)
                 .current(VariableOption(selected=True, text=["All"], value=["$__all"]))
             )
@@ -122,6 +122,6 @@ def _links() -> Iterable[dashboard.DashboardLink]:
         .type(DashboardLinkType.LINK)
         .url("${runbook}")
         .icon("doc")
-        .tooltip("What each alert means, and what to do then")
+        .tooltip("The meaning of each alert, and what to do")
         .target_blank(target_blank=True)
     )

@@ -66,8 +66,8 @@ class Objective(Struct, frozen=True):
         )
         yield graph(
             f"{self.title}: burn rate",
-            f"{promise} 1 uses the budget up just at the end of the period. Worry when both lines are above 6, and drop"
-            " everything else when both are above 14.4: then a fiftieth of the budget goes within the hour.",
+            f"{promise} 1 uses the budget up exactly at the end of the period. Worry when both lines are above 6,"
+            " and act at once when both are above 14.4: then a fiftieth of the budget is used within the hour.",
             COUNT,
             {FAST_WINDOW: self.burn_rate(FAST_WINDOW), SLOW_WINDOW: self.burn_rate(SLOW_WINDOW)},
             steps=rising_thresholds(6, 14.4),
@@ -87,19 +87,19 @@ class Objective(Struct, frozen=True):
 OBJECTIVES = (
     Objective(
         "Availability",
-        "the tenants' requests are answered without a fault (a status of 500 or more), whoever is to blame",
+        "the tenants' requests are answered without an error (a status of 500 or more), whatever its cause",
         0.999,
         "availability",
     ),
     Objective(
         "Submissions",
-        "the submissions are answered within 10 seconds, the upload to the vendor included",
+        "the submissions are answered within 10 seconds, including the upload to the vendor",
         0.95,
         "submission-latency",
     ),
     Objective(
         "Reads",
-        "all other requests that do not wait on purpose are answered within 250 milliseconds",
+        "all other requests, except those held open on purpose, are answered within 250 milliseconds",
         0.99,
         "read-latency",
     ),

@@ -146,7 +146,7 @@ def states(
 ) -> statetimeline.Panel:
     """A timeline of states, with names and colours by number."""
     panel = _panel(statetimeline.Panel(), title, text, units.NoUnit, queries, width, GREEN, "").height(_TALL)
-    results = {str(each): ValueMappingResult(*names[each], index=place) for place, each in enumerate(names)}
+    results = {str(state): ValueMappingResult(*names[state], index=index) for index, state in enumerate(names)}
     panel.color_scheme(dashboard.FieldColor().mode(FieldColorModeId.THRESHOLDS)).mappings([ValueMap(results)])
     panel.fill_opacity(70).line_width(0)
     return panel.legend(_legend()).tooltip(_tooltip()).show_value(VisibilityMode.NEVER).merge_values(merge_values=True)
@@ -158,8 +158,8 @@ def _panel(panel: _P, title: str, text: str, unit: str, queries: Queries, width:
     panel.title(title).description(text).datasource(SOURCE).unit(unit).span(width)
     thresholds = [Threshold(value, colour) for value, colour in steps]
     panel.thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(thresholds))
-    for place, (legend, expression) in enumerate(queries.items()):
-        query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(chr(ord("A") + place))
+    for index, (legend, expression) in enumerate(queries.items()):
+        query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(chr(ord("A") + index))
         query.editor_mode(QueryEditorMode.CODE)
         panel.with_target((query.range() if past else query.instant()).datasource(SOURCE))
     if empty:

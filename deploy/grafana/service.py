@@ -38,33 +38,34 @@ _REQUESTS_ROW = Row(
     (
         graph(
             "Requests by port",
-            "How much is asked of the gateway, by tenants and by operators (probes and scrapes are among the latter)."
-            " Worry when the tenants' line falls to nothing while they say that they work.",
+            "Requests per second by tenants and by operators (probes and scrapes included). Worry when the tenants'"
+            " line drops to zero although they send requests.",
             PER_SECOND,
             {"{{port}}": rate(_REQUESTS, "port")},
             width=THIRD,
         ),
         graph(
-            "Answers by status",
-            "What tenants are answered. 402 and 429 are limits at work, 499 is a client that left. Worry about any"
-            " lasting 5xx: 502 and 504 come from the vendor, 503 from Redis or the vendor, 500 is a fault of ours.",
+            "Responses by status",
+            "Responses to tenants. 402 and 429 are limits, 499 is a client that disconnected. Worry about any"
+            " lasting 5xx: 502 and 504 come from the vendor, 503 from Redis or the vendor, 500 is a bug in the"
+            " gateway.",
             PER_SECOND,
             {"{{status}}": rate(_REQUESTS, "status", where=('port="tenants"',))},
             width=THIRD,
             stacked=True,
         ),
         graph(
-            "Faults by route",
-            "Answers of 500 and above a minute, on either port. Zero is right; one route alone points at its own"
-            " collaborator, all of them at Redis or the process.",
+            "Errors by route",
+            "Responses of 500 and above a minute, on either port. Zero is normal; one route alone points at its own"
+            " dependency, all of them at Redis or the process.",
             PER_MINUTE,
             {"{{route}} {{status}}": per_minute(_REQUESTS, "route", "status", where=('status=~"5.."',))},
             width=THIRD,
         ),
         graph(
             "Duration",
-            "How long requests of tenants take that are not held open on purpose. Most of the highest line is the"
-            " vendor taking submissions: look at the next panel before worrying about the gateway.",
+            "Duration of tenants' requests, except those held open on purpose. Most of the highest line is the"
+            " vendor taking submissions: check the next panel before suspecting the gateway.",
             SECONDS,
             {f"{percent}%": quantile(percent / 100, _DURATION, where=('port="tenants"',)) for percent in (50, 95, 99)},
             width=THIRD,
@@ -72,17 +73,17 @@ _REQUESTS_ROW = Row(
         ),
         graph(
             "Duration by route, 95%",
-            "How long requests of tenants take on each route. Reads come from memory or Redis and stay below a quarter"
-            " of a second; submissions wait for the vendor. Worry when reads are slow: Redis or the event loop is.",
+            "Duration of tenants' requests by route. Reads come from memory or Redis and stay below a quarter of a"
+            " second; submissions wait for the vendor. Slow reads point at Redis or the event loop.",
             SECONDS,
             {"{{method}} {{route}}": quantile(0.95, _DURATION, "method", "route", where=('port="tenants"',))},
             width=THIRD,
             empty=_NO_REQUESTS,
         ),
         graph(
-            "Held open, 95%",
-            "How long streams, downloads and waits for the end of a task are held. They are long on purpose; worry when"
-            " they all end early, which is what a proxy does that cuts them off.",
+            "Streams, 95%",
+            "Duration of streams, downloads and waits for the end of a task. They are long on purpose; if all of"
+            " them end early, a proxy cuts them off.",
             SECONDS,
             {"{{route}}": quantile(0.95, "gateway_http_stream_duration_seconds", "route")},
             width=THIRD,
@@ -96,24 +97,24 @@ _SATURATION_ROW = Row(
     (
         graph(
             "Requests in progress",
-            "Requests under way at once, in all processes. Worry when it climbs while the rate of requests does not:"
-            " something behind the gateway got slow.",
+            "Concurrent requests in all processes. Worry when they increase while the rate of requests does not: a"
+            " dependency has become slow.",
             COUNT,
             {"{{port}}": sum_by("gateway_http_requests_in_progress", "port")},
             width=THIRD,
         ),
         graph(
             "Waiting clients",
-            "Clients that wait for a task or follow one. Each costs an open connection and little else; worry when it"
-            " grows without end, since then tasks do not end.",
+            "Clients that wait for a task or follow one. Each costs little more than an open connection; worry when"
+            " the number keeps growing, since then tasks do not end.",
             COUNT,
             {"waiting": sum_by("gateway_waiting_clients")},
             width=THIRD,
         ),
         graph(
             "Uploads in memory",
-            "Bytes of images held until the vendor has them, in all processes, and what they may hold together. At the"
-            " limit uploads wait, and get 503 if that lasts: add processes, or see why the vendor is slow.",
+            "Bytes of images held until the vendor has them, in all processes, and their limit. At the limit"
+            " uploads wait, and get 503 if that lasts: add processes, or find out why the vendor is slow.",
             BYTES,
             {
                 "held": sum_by("gateway_upload_bytes"),
@@ -123,8 +124,8 @@ _SATURATION_ROW = Row(
         ),
         graph(
             "Connections to the vendor in use",
-            "Busy connections as a share of their limit, by operation. At 100% calls wait for their turn; if it lasts,"
-            " the vendor got slow or the limit is too low.",
+            "Busy connections as a share of their limit, by operation. At 100% calls wait; if that lasts, the"
+            " vendor has become slow or the limit is too low.",
             RATIO,
             {
                 "{{operation}}": (
@@ -137,9 +138,9 @@ _SATURATION_ROW = Row(
             maximum=1,
         ),
         graph(
-            "Checks of tasks in use",
-            "Checks under way as a share of how many may be at once. At 100% checks begin late, and so do webhooks and"
-            " answers to those who wait.",
+            "Capacity of checks in use",
+            "Concurrent checks as a share of their limit. At 100% checks start late, and so do webhooks and the"
+            " responses to waiting clients.",
             RATIO,
             {"checks": (f"{sum_by('gateway_poll_checks_in_progress')} / ({sum_by('gateway_poll_checks_limit')} > 0)")},
             width=THIRD,
@@ -148,8 +149,8 @@ _SATURATION_ROW = Row(
         ),
         graph(
             "Event loop lag, 99%",
-            "How late each process gets to what it wanted to do. Above 100 ms everything in it is late: it has too"
-            " little CPU, or something blocks it.",
+            "Delay of scheduled work in each process. Above 100 ms everything in it is late: it has too little CPU,"
+            " or something blocks it.",
             SECONDS,
             {"{{instance}}": quantile(0.99, "gateway_event_loop_lag_seconds", "instance")},
             width=THIRD,
@@ -163,22 +164,23 @@ _PROCESSES_ROW = Row(
     (
         graph(
             "Processes by version",
-            "Processes that are seen, by what they run. Two versions at once is a rollout; worry when it does not end,"
-            " or when there are fewer than were started.",
+            "Running processes by version. Two versions at once are a rollout; worry when it does not end, or when"
+            " processes are missing.",
             COUNT,
             {"{{version}} on Python {{python}}": f"count by (version, python) ({series('gateway_build_info')})"},
             width=QUARTER,
         ),
         graph(
             "Memory",
-            "Resident memory of each process. It follows the uploads it holds; worry when it only ever grows.",
+            "Resident memory of each process. It follows the uploads that it holds; worry when it only ever grows.",
             BYTES,
             {"{{instance}}": only_gateways(series("process_resident_memory_bytes"))},
             width=QUARTER,
         ),
         graph(
             "CPU",
-            "Cores used by each process. One process uses one core at most: near 1 it is the bottleneck, so add more.",
+            "Cores used by each process. A process uses at most one core: near 1 it is the bottleneck, so add"
+            " processes.",
             COUNT,
             {"{{instance}}": only_gateways(f"rate({series('process_cpu_seconds_total')}[{RATE}])")},
             width=QUARTER,
@@ -186,7 +188,7 @@ _PROCESSES_ROW = Row(
         ),
         graph(
             "Open files",
-            "Files and connections of each process as a share of what it may open. At 100% it can accept no more.",
+            "Open files and connections of each process as a share of its limit. At 100% it accepts no more.",
             RATIO,
             {"{{instance}}": only_gateways(f"{series('process_open_fds')} / {series('process_max_fds')}")},
             width=QUARTER,
@@ -197,28 +199,28 @@ _PROCESSES_ROW = Row(
 )
 
 _REDIS_ROW = Row(
-    "Ledger (Redis)",
+    "Redis",
     (
         figure(
-            "Ledger readable",
-            "1 if every process could read the ledger when last scraped. At 0 submissions are refused with 503, while"
-            " reads go on; what dashboards show of quota, balances and queues is missing meanwhile.",
+            "Redis readable",
+            "1 if every process could read the ledger at the last scrape. At 0 submissions get 503 while reads"
+            " continue; quota, balances and queues are missing from the dashboards meanwhile.",
             COUNT,
             {"readable": f"min({series('gateway_redis_up')})"},
             steps=((None, "red"), (1, "green")),
         ).height(8),
         graph(
             "Calls",
-            "Calls of the ledger by what they are for: reserve and settle for each submission, claim and record for"
-            " each check, read for the rest. They follow the load; a call that alone runs away is a loop.",
+            "Redis calls by command: reserve and settle for each submission, claim and record for each check, read"
+            " for the rest. They follow the load; a single command out of proportion is a loop.",
             PER_SECOND,
             {"{{command}}": rate("gateway_redis_calls_total", "command")},
             width=20,
         ),
         graph(
             "Failed calls",
-            "Calls a minute that did not succeed: `unavailable` is Redis being away or too slow, `fault` is a script"
-            " that failed, which is a fault of ours. Zero is right, but for a moment during a failover.",
+            "Failed calls a minute: `unavailable` is an outage or a timeout, `fault` a failed script, which is a"
+            " bug in the gateway. Zero is normal, except for a moment during a failover.",
             PER_MINUTE,
             {
                 "{{outcome}} {{command}}": per_minute(
@@ -229,8 +231,8 @@ _REDIS_ROW = Row(
         ),
         graph(
             "Duration of calls, 99%",
-            "How long calls of the ledger take. A script takes a few milliseconds; worry above 50, where submissions"
-            " and reads become slow with it.",
+            "Duration of Redis calls. A script takes a few milliseconds; worry above 50, since submissions and"
+            " reads become slow with it.",
             SECONDS,
             {"{{command}}": quantile(0.99, "gateway_redis_call_duration_seconds", "command")},
             width=QUARTER,
@@ -239,8 +241,8 @@ _REDIS_ROW = Row(
         ),
         graph(
             "Clock offset",
-            "How far the ledger's time is ahead of the clock of Redis. Zero is right; more means that this clock has"
-            " stepped back. It shrinks by a tenth of the time that passes, and work goes on meanwhile.",
+            "How far the ledger's clock is ahead of the clock of Redis. Zero is normal; more means that the"
+            " server's clock has stepped back. It shrinks by a tenth of the elapsed time while work continues.",
             SECONDS,
             {"offset": f"max({series('gateway_ledger_clock_offset_seconds')})"},
             width=QUARTER,
@@ -248,8 +250,8 @@ _REDIS_ROW = Row(
         ),
         graph(
             "Redis errors",
-            "Errors a minute on the way to Redis or from it, by what was wrong. A few are a failover; `readonly` that"
-            " stays is a replica taken for the primary.",
+            "Errors a minute of connections and responses, by type. A few are a failover; a lasting `readonly` is a"
+            " replica used as primary.",
             PER_MINUTE,
             {"{{error}}": per_minute("gateway_redis_errors_total", "error")},
             width=QUARTER,
@@ -260,8 +262,7 @@ _REDIS_ROW = Row(
 SERVICE = Dashboard(
     "service",
     "service",
-    "Start here: whether the gateway keeps what it promises, and if not, whether it is asked too much, has too little"
-    " room, or misses something it depends on.",
+    "Start here: objectives, load, saturation and dependencies of the gateway.",
     (
         Row("Objectives", tuple(panel for each in OBJECTIVES for panel in each.panels())),
         _REQUESTS_ROW,

@@ -23,8 +23,8 @@ _NO_LIMITS = "No tenant has a limit"
 _SPENT_METRIC = "gateway_tenant_spent_yuan"
 _EXACT_NOTE = "Exact, from the ledger, refunds taken off; calendar time in UTC."
 _RATE_NOTE = (
-    "Counted by the processes when tasks end, so only a pace: a restart begins anew, and the exact sums are in the row"
-    " above."
+    "Counted by the processes when tasks end, so only a rate: a restart starts from zero, and the exact sums are in"
+    " the row above."
 )
 
 
@@ -67,9 +67,9 @@ _QUOTA_ROW = Row(
     "Quota",
     (
         bars(
-            "How full each limit is",
-            "Used and reserved, as a share of the limit, by tenant and policy. At 100% the tenant gets 429 until the"
-            " window resets; raise the limit before, or let it stop where that is what it is for.",
+            "Use of each limit",
+            "Used and reserved as a share of the limit, by tenant and policy. At 100% the tenant gets 429 until the"
+            " window resets; raise the limit before, unless it is meant to stop the tenant.",
             RATIO,
             {"{{tenant}} {{policy}}": f"topk(20, {_used_ratio()})"},
             steps=rising_thresholds(0.8, 0.95),
@@ -77,30 +77,34 @@ _QUOTA_ROW = Row(
             empty=_NO_LIMITS,
         ),
         graph(
-            "How full each limit was",
-            "Used and reserved as a share of the limit, over time. Windows fall back to zero when they reset; a line"
-            " that reaches 100% day after day is a limit that no longer fits.",
+            "Use of each limit over time",
+            "Used and reserved as a share of the limit, over time. Windows drop to zero when they reset; a line"
+            " that reaches 100% every day is a limit that is too low.",
             RATIO,
             {"{{tenant}} {{policy}}": _used_ratio()},
             steps=rising_thresholds(0.8, 0.95),
             empty=_NO_LIMITS,
         ),
         graph(
-            "Limits that run out before they reset",
-            "In how long a limit is reached at the pace of late: of the last 10 minutes for an hour's limit, of the"
-            " last hour for a day's, of the last 6 hours for a month's and for a total. Only what runs out before its"
-            " window resets is shown, and of totals what does within 30 days. Just after a reset the pace is not"
-            " known yet.",
+            "Limits reached before they reset",
+            "Time until a limit is reached at the recent rate: that of the last 10 minutes for limits per hour, of"
+            " the last hour per day, of the last 6 hours per month and in total. Shown only if the window does not"
+            " reset before, and for totals within 30 days. Just after a reset the rate is unknown.",
             SECONDS,
             {"{{tenant}} {{policy}}": " or ".join(_time_until_limit(*each) for each in _FORECASTS)},
-            empty="No limit runs out at this pace",
+            empty="No limit is reached at this rate",
         ),
         graph(
             "Denials",
-            "Submissions a minute that were refused, by tenant and the policy that refused; `balance` is that no"
-            " account could pay, which is ours to mend. A tenant that stays here retries without heeding Retry-After.",
+            "Submissions a minute that were denied, by tenant and policy; `balance` means that no account could"
+            " pay, which the operators must fix. A tenant that stays here retries without respecting Retry-After.",
             PER_MINUTE,
-            {"{{tenant}} {{policy}}": per_minute("gateway_quota_denials_total", "tenant", "policy", where=(_TENANT,))},
+            {
+                "{{tenant}} {{policy}}": per_minute(
+                    "gateway_quota_denials_total", "tenant", "policy", where=(_TENANT,)
+                ),
+                "{{tenant}} balance": per_minute("gateway_balance_denials_total", "tenant", where=(_TENANT,)),
+            },
         ),
     ),
 )
@@ -110,7 +114,7 @@ _SPENDING_ROW = Row(
     (
         figure(
             "Tenants",
-            "Tenants that the gateway knows, chosen or not. Worry when it falls: their tokens are refused.",
+            "All tenants, chosen or not. Worry when the number drops: their tokens are rejected.",
             COUNT,
             {"tenants": or_zero_if_redis_up(max_by("gateway_tenants"))},
             width=QUARTER,
@@ -118,8 +122,8 @@ _SPENDING_ROW = Row(
         *(
             figure(
                 title,
-                f"Money that the chosen tenants have spent {text}. {_EXACT_NOTE} Worry when it is more than"
-                " is meant to be spent, whatever the limits say.",
+                f"Money spent by the chosen tenants {text}. {_EXACT_NOTE} Worry when it exceeds what is planned,"
+                " whatever the limits are.",
                 YUAN,
                 {"spent": _spent(window)},
                 width=QUARTER,
@@ -134,7 +138,7 @@ _SPENDING_ROW = Row(
         *(
             bars(
                 f"{title} by tenant",
-                f"The 15 tenants that spent the most {text}. {_EXACT_NOTE} Worry about one that is not usually here.",
+                f"The 15 tenants with the highest spending {text}. {_EXACT_NOTE} Worry about an unusual one.",
                 YUAN,
                 {"{{tenant}}": or_zero_if_redis_up(f"topk(15, {_per_tenant(window)})", "tenant")},
             )
@@ -144,52 +148,52 @@ _SPENDING_ROW = Row(
 )
 
 _RATES_ROW = Row(
-    "Pace",
+    "Rates",
     (
         graph(
             "Money by tenant",
-            f"Yuan an hour that ended tasks took. {_RATE_NOTE} Worry about a step up that nobody announced.",
+            f"Yuan per hour spent by finished tasks. {_RATE_NOTE} Worry about an unexpected increase.",
             YUAN,
             {"{{tenant}}": per_hour("gateway_spent_yuan_total", "tenant", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Money by kind",
-            f"Yuan an hour that ended tasks of each kind took. {_RATE_NOTE} Worry when a kind costs more while"
-            " there are no more tasks of it: the vendor has raised its price.",
+            f"Yuan per hour spent by finished tasks of each kind. {_RATE_NOTE} Worry when a kind costs more without"
+            " more tasks: the vendor has raised its price.",
             YUAN,
             {"{{kind}}": per_hour("gateway_spent_yuan_total", "kind", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Prepaid uses by tenant",
-            f"Prepaid uses an hour that ended tasks took; while there are some left, tasks cost these and no money."
-            f" {_RATE_NOTE} Worry about a step up that nobody announced.",
+            f"Prepaid uses per hour spent by finished tasks; while some are left, tasks cost no money. {_RATE_NOTE}"
+            " Worry about an unexpected increase.",
             COUNT,
             {"{{tenant}}": per_hour("gateway_spent_uses_total", "tenant", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Prepaid uses by kind",
-            f"Prepaid uses an hour that ended tasks of each kind took. {_RATE_NOTE} Worry when they end sooner than"
-            " planned.",
+            f"Prepaid uses per hour spent by finished tasks of each kind. {_RATE_NOTE} Worry when they will be used"
+            " up sooner than planned.",
             COUNT,
             {"{{kind}}": per_hour("gateway_spent_uses_total", "kind", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Tasks submitted",
-            "Accepted tasks a minute by tenant. Worry when a tenant sends much more, or nothing, without having said"
-            " so.",
+            "Accepted tasks a minute by tenant. Worry when a tenant unexpectedly submits much more, or nothing.",
             PER_MINUTE,
             {"{{tenant}}": per_minute("gateway_tasks_submitted_total", "tenant", where=(_TENANT,))},
             width=THIRD,
             stacked=True,
         ),
         graph(
-            "Receipts by basis",
-            "How the cost of ended tasks is known, of all tenants: seen in the balance, estimated from an earlier price"
-            " where tasks overlapped, or unknown. Many unknown ones: the vendor has ceased to tell its balance.",
+            "Costs by basis",
+            "The source of the cost of finished tasks, of all tenants: observed in the balance, estimated from an"
+            " earlier price when tasks overlapped, or unknown. If many are unknown, the vendor no longer reports its"
+            " balance.",
             PER_MINUTE,
             {"{{basis}}": per_minute("gateway_task_costs_total", "basis")},
             width=THIRD,
@@ -197,8 +201,8 @@ _RATES_ROW = Row(
         ),
         graph(
             "Idempotent replays",
-            "Submissions a minute, of all tenants, that repeated a key and were answered without paying again. Some are"
-            " clients that retry as they should; a lot is a client in a loop.",
+            "Submissions a minute, of all tenants, that repeated a key and got the stored response without a"
+            " charge. Some are normal retries; many are a client in a loop.",
             PER_MINUTE,
             {"replays": per_minute("gateway_idempotent_replays_total")},
             width=THIRD,
@@ -209,9 +213,8 @@ _RATES_ROW = Row(
 TENANTS = Dashboard(
     "tenants",
     "tenants and spend",
-    "Who spends what, how full their limits are, and when they run out. Tenants beyond the first 200 are together"
-    " as `other`.",
+    "Spending and quota by tenant. Tenants beyond the first 200 are combined as `other`.",
     (_QUOTA_ROW, _SPENDING_ROW, _RATES_ROW),
-    variables=(Variable("tenant", "gateway_tenant_spent_yuan", "Which tenants to show."),),
+    variables=(Variable("tenant", "gateway_tenant_spent_yuan", "Tenants to show."),),
     time_from="now-24h",
 )

@@ -34,7 +34,7 @@ from deploy.grafana.queries import (
 )
 
 _ACCOUNT = 'account=~"$account"'
-_NO_BALANCE = "No balance has been seen yet"
+_NO_BALANCE = "No balance reported yet"
 _REQUESTS = "gateway_upstream_requests_total"
 _DURATION = "gateway_upstream_request_duration_seconds"
 _ERROR_OUTCOMES = "unknown|not-sent|misconfigured|redirected|no_response|invalid|not_found|unreachable|transfer-aborted"
@@ -69,44 +69,44 @@ _BALANCES_ROW = Row(
     (
         graph(
             "Prepaid uses left",
-            "What the vendor last said is left of each account's prepaid uses, and the floor at which the gateway stops"
-            " using it. Top up before the lines meet, unless the account may go on with money.",
+            "The remaining prepaid uses of each account, as last reported by the vendor, and the floor at which the"
+            " gateway stops using it. Top up before the lines meet, unless the account may spend money.",
             COUNT,
             {"{{account}}": _account("remaining_uses"), "{{account}} floor": _account("floor_uses")},
             empty=_NO_BALANCE,
         ),
         graph(
             "Money left",
-            "What the vendor last said is left of each account's money, and its floor. Where neither uses nor money"
-            " are left, tenants of that account get 402.",
+            "The remaining money of each account, as last reported by the vendor, and its floor. Without uses and"
+            " money, tenants of that account get 402.",
             YUAN,
             {"{{account}}": _account("remaining_yuan"), "{{account}} floor": _account("floor_yuan")},
             empty=_NO_BALANCE,
         ),
         bars(
             "Days left, prepaid uses",
-            "For how long the prepaid uses above the floor last, if each day is as the last 7 were in the mean. Top up"
-            " below a week, at once below a day. Accounts that nothing was taken from are not shown.",
+            "Days until the prepaid uses above the floor are spent, at the mean of the last 7 days. Top up below a"
+            " week, at once below a day. Accounts without spending are not shown.",
             DAYS,
             {"{{account}}": _days_left("uses")},
             width=QUARTER,
             steps=falling_thresholds(1, 7),
-            empty="Nothing was taken in the last 7 days",
+            empty="No spending in the last 7 days",
         ),
         bars(
             "Days left, money",
-            "For how long the money above the floor lasts, if each day is as the last 7 were in the mean. Money is"
-            " taken only when no prepaid uses are left. Top up below a week, at once below a day.",
+            "Days until the money above the floor is spent, at the mean of the last 7 days. Money is spent only"
+            " when no prepaid uses are left. Top up below a week, at once below a day.",
             DAYS,
             {"{{account}}": _days_left("yuan")},
             width=QUARTER,
             steps=falling_thresholds(1, 7),
-            empty="Nothing was taken in the last 7 days",
+            empty="No spending in the last 7 days",
         ),
         states(
             "State of accounts",
-            "When each account was open, exhausted (nothing left to spend: top up, and it opens by itself), or invalid"
-            " (the vendor does not know its key: nobody can use it until an operator reopens it).",
+            "When each account was open, exhausted (top up, and it reopens by itself), or invalid (the vendor does"
+            " not know its key: it is closed until an operator reopens it).",
             {"{{account}}": f"{_state('exhausted')} + 2 * {_state('invalid')}"},
             {0: ("open", "green"), 1: ("exhausted", "yellow"), 2: ("invalid", "red")},
         ),
@@ -114,28 +114,27 @@ _BALANCES_ROW = Row(
 )
 
 _SPENDING_ROW = Row(
-    "Books",
+    "Spending",
     (
         graph(
             "Spent by tasks",
-            "Prepaid uses an hour that ended tasks of the gateway took from each account. Worry when the balance falls"
-            " faster than that.",
+            "Prepaid uses per hour spent by finished tasks on each account. Worry when the balance drops faster.",
             COUNT,
             {"{{account}}": per_hour("gateway_account_spent_uses_total", "account", where=(_ACCOUNT,))},
             width=QUARTER,
         ),
         graph(
             "Money spent by tasks",
-            "Yuan an hour that ended tasks of the gateway took from each account. Worry when it begins where prepaid"
-            " uses should have lasted.",
+            "Yuan per hour spent by finished tasks on each account. Worry when it starts although prepaid uses"
+            " should be left.",
             YUAN,
             {"{{account}}": per_hour("gateway_account_spent_yuan_total", "account", where=(_ACCOUNT,))},
             width=QUARTER,
         ),
         graph(
             "Unexplained uses",
-            "Prepaid uses that vanished within an hour and that no task of the gateway explains. Anything above zero:"
-            " somebody else uses the key. Find out who, or have the key changed.",
+            "Prepaid uses per hour that left the account without a task of the gateway. Above zero the key is used"
+            " elsewhere: find out where, or have the key changed.",
             COUNT,
             {"{{account}}": _unexplained_drop("uses")},
             width=QUARTER,
@@ -143,17 +142,17 @@ _SPENDING_ROW = Row(
         ),
         graph(
             "Unexplained money",
-            "Yuan that vanished within an hour and that no task of the gateway explains. Anything above zero: somebody"
-            " else uses the key, or the vendor has raised its prices.",
+            "Yuan per hour that left the account without a task of the gateway. Above zero the key is used"
+            " elsewhere, or the vendor has raised its prices.",
             YUAN,
             {"{{account}}": _unexplained_drop("yuan")},
             width=QUARTER,
             steps=RED_FROM_ONE,
         ),
         graph(
-            "Balance last seen",
-            "How long ago an answer told the balance. The vendor tells it only with tasks, so it is old when nothing is"
-            " done; worry when tasks run and it grows: answers have lost their figures.",
+            "Age of the balance",
+            "Time since the vendor last reported the balance. It does so only with tasks, so the balance is old"
+            " without load; worry when it grows while tasks run: responses have lost their balances.",
             SECONDS,
             {"{{account}}": _account("balance_age_seconds")},
             width=THIRD,
@@ -161,16 +160,16 @@ _SPENDING_ROW = Row(
         ),
         graph(
             "Open submissions",
-            "Submissions of each account that have not ended. They follow the load; worry when they stay while nothing"
-            " is submitted, since each holds a use or money of its account.",
+            "Unfinished submissions of each account. They follow the load; worry when they stay without new"
+            " submissions, since each holds a use or money of its account.",
             COUNT,
             {"{{account}}": or_zero_if_redis_up(_account("open_submissions"), "account")},
             width=THIRD,
         ),
         graph(
             "Submissions of unknown outcome",
-            "Sent, but no usable answer came: nobody knows whether they were paid for. Each stays charged to its tenant"
-            " until an operator looks at it; the runbook says how.",
+            "Sent without a usable response, so possibly charged. Each stays charged to its tenant until an"
+            " operator resolves it; see the runbook.",
             COUNT,
             {"{{account}}": or_zero_if_redis_up(_account("unknown_submissions"), "account")},
             width=THIRD,
@@ -184,16 +183,16 @@ _VENDOR_ROW = Row(
     (
         graph(
             "Requests",
-            "Requests to the vendor by operation: submit a task, check one, fetch a result. It follows the tasks;"
+            "Requests to the vendor by operation: submit a task, check one, fetch a result. They follow the tasks;"
             " worry when checks stop while tasks are active.",
             PER_SECOND,
             {"{{operation}}": rate(_REQUESTS, "operation")},
             width=THIRD,
         ),
         graph(
-            "Requests that went wrong",
-            "Requests a minute that got no answer which can be used, by operation and outcome. `unknown` may have been"
-            " paid for and is the worst; `not-sent` and `unreachable` are the network.",
+            "Failed requests",
+            "Requests a minute without a usable response, by operation and outcome. `unknown` may have been charged"
+            " and is the worst; `not-sent` and `unreachable` are the network.",
             PER_MINUTE,
             {
                 "{{operation}} {{outcome}}": per_minute(
@@ -203,9 +202,8 @@ _VENDOR_ROW = Row(
             width=THIRD,
         ),
         graph(
-            "Share that went wrong",
-            "Requests that got no answer which can be used, as a share of all, over 10 minutes. Worry when it stays"
-            " above 5%.",
+            "Share of failed requests",
+            "Requests without a usable response as a share of all, over 10 minutes. Worry when it stays above 5%.",
             RATIO,
             {"{{operation}}": _error_rate()},
             width=THIRD,
@@ -214,8 +212,8 @@ _VENDOR_ROW = Row(
         *(
             graph(
                 f"Duration of requests, {percent}%",
-                "How long requests took that were answered, by operation. A submission includes the upload"
-                " and takes seconds; a check takes well under one. Worry when either doubles.",
+                "Duration of requests with a response, by operation. A submission includes the upload and takes"
+                " seconds; a check takes well under one. Worry when either doubles.",
                 SECONDS,
                 {
                     "{{operation}}": quantile(
@@ -229,8 +227,8 @@ _VENDOR_ROW = Row(
         ),
         graph(
             "Duration by outcome, 95%",
-            "How long requests took by what came of them. A failure that takes long is a time limit, a quick one a"
-            " refusal; worry when both become usual.",
+            "Duration of requests by outcome. A slow failure is a timeout, a fast one a refusal; worry when both"
+            " become common.",
             SECONDS,
             {"{{operation}} {{outcome}}": quantile(0.95, _DURATION, "operation", "outcome")},
             width=THIRD,
@@ -238,8 +236,7 @@ _VENDOR_ROW = Row(
         ),
         graph(
             "Connections in use",
-            "Busy connections of all processes and how many there may be, by operation. At the limit requests"
-            " wait for their turn.",
+            "Busy connections of all processes and their limit, by operation. At the limit requests wait.",
             COUNT,
             {
                 "{{operation}}": sum_by("gateway_upstream_connections", "operation", where=('state="busy"',)),
@@ -249,16 +246,16 @@ _VENDOR_ROW = Row(
         ),
         graph(
             "Waiting for a connection",
-            "Requests that wait for their turn, by operation. Above zero for long: the vendor got slow, or the limit on"
-            " connections is too low for the load.",
+            "Requests that wait for a connection, by operation. If above zero for long, the vendor has become slow,"
+            " or the limit on connections is too low for the load.",
             COUNT,
             {"{{operation}}": sum_by("gateway_upstream_waiting", "operation")},
             width=THIRD,
         ),
         graph(
-            "Breakers open",
-            "Processes that give up requests to an address at once, since it could not be reached. Above zero"
-            " submissions get 503 there; it closes by itself when the address answers again.",
+            "Open circuit breakers",
+            "Processes that reject requests to an unreachable address at once. Above zero submissions get 503"
+            " there; the breaker closes by itself when the address responds again.",
             COUNT,
             {"{{upstream}}": or_zero(sum_by("gateway_upstream_breaker_open", "upstream"), "upstream")},
             width=THIRD,
@@ -270,9 +267,8 @@ _VENDOR_ROW = Row(
 UPSTREAM = Dashboard(
     "upstream",
     "upstream and accounts",
-    "What is left to spend at the vendor and for how long, whether the books agree with the balances, and how the"
-    " vendor behaves.",
+    "Remaining balances, spending by task and outside the gateway, and the vendor's responses.",
     (_BALANCES_ROW, _SPENDING_ROW, _VENDOR_ROW),
-    variables=(Variable("account", "gateway_account_open_submissions", "Which accounts to show."),),
+    variables=(Variable("account", "gateway_account_open_submissions", "Accounts to show."),),
     time_from="now-24h",
 )

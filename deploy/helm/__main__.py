@@ -29,25 +29,25 @@ def render_all() -> Mapping[str, str]:
     return {f"{name}.yaml": _format_resources(render(values)) for name, values in EXAMPLES.items()}
 
 
-def find_drift(folder: Path, wanted: Mapping[str, str]) -> Iterable[str]:
+def find_drift(folder: Path, expected: Mapping[str, str]) -> Iterable[str]:
     """Return the names of files that are missing, different or superfluous."""
-    there = {each.name: each.read_text("utf-8") for each in folder.glob("*.yaml")}
-    return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+    actual = {path.name: path.read_text("utf-8") for path in folder.glob("*.yaml")}
+    return sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
 
 
-def write_examples(folder: Path, wanted: Mapping[str, str]) -> None:
+def write_examples(folder: Path, expected: Mapping[str, str]) -> None:
     """Write these files, and delete all others in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in find_drift(folder, wanted):
-        if name in wanted:
-            (folder / name).write_text(wanted[name], "utf-8")
+    for name in find_drift(folder, expected):
+        if name in expected:
+            (folder / name).write_text(expected[name], "utf-8")
         else:
             (folder / name).unlink()
 
 
 def _format_resources(resources: Iterable[Resource]) -> str:
-    ordered = sorted(resources, key=lambda each: (each["kind"], each["metadata"]["name"]))
-    shortened = [_omit_copies(each) for each in ordered]
+    ordered = sorted(resources, key=lambda resource: (resource["kind"], resource["metadata"]["name"]))
+    shortened = [_omit_copies(resource) for resource in ordered]
     text: str = yaml.dump_all(
         shortened, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, explicit_start=True
     )
@@ -68,13 +68,13 @@ def _omit_copies(resource: Resource) -> Resource:
 @click.option("--check", is_flag=True, help="Write nothing; fail if anything would be written.")
 def main(*, folder: Path, check: bool) -> None:
     """Render the chart with each of its examples, to review changes of the result."""
-    wanted = render_all()
+    expected = render_all()
     if not check:
-        write_examples(folder, wanted)
+        write_examples(folder, expected)
         return
-    names = find_drift(folder, wanted)
+    names = find_drift(folder, expected)
     if names:
-        raise click.ClickException(f"not what the chart says: {', '.join(names)}; python -m deploy.helm rewrites them")
+        raise click.ClickException(f"not up to date: {', '.join(names)}; python -m deploy.helm rewrites them")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ class HelmError(Exception):
 
 def render(values: Path, *settings: str, chart: Path = CHART) -> Sequence[Resource]:
     """Render a release with these values, overridden by `settings` such as `api.replicas=3`. Raises HelmError."""
-    chosen = [f"--set-json={each}" for each in settings]
-    text = helm("template", RELEASE, chart, f"--namespace={NAMESPACE}", f"--values={values}", *chosen)
-    return [each for each in yaml.safe_load_all(text) if each]
+    overrides = [f"--set-json={setting}" for setting in settings]
+    text = helm("template", RELEASE, chart, f"--namespace={NAMESPACE}", f"--values={values}", *overrides)
+    return [resource for resource in yaml.safe_load_all(text) if resource]
 
 
 def helm(*arguments: str | Path) -> str:
@@ -35,7 +35,7 @@ def helm(*arguments: str | Path) -> str:
     program = Path(sys.executable).with_name("helm")
     done = subprocess.run([program, *arguments], capture_output=True, text=True, env={}, check=False)
     if done.returncode:
-        said = f"{done.stdout}{done.stderr}".splitlines()
-        # It remarks on the links in the chart, which are meant.
-        raise HelmError("\n".join(line for line in said if "found symbolic link" not in line).strip())
+        output = f"{done.stdout}{done.stderr}".splitlines()
+        # Helm warns about the symbolic links in the chart, which are intended.
+        raise HelmError("\n".join(line for line in output if "found symbolic link" not in line).strip())
     return done.stdout

@@ -239,7 +239,8 @@ async def test_stalled_body(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyError])
 @pytest.mark.parametrize(
-    ("where", "name"), [(httpx2.Response, "aclose"), (httpx2.AsyncHTTPTransport, "aclose"), (NoopSpan, "record_response")]
+    ("where", "name"),
+    [(httpx2.Response, "aclose"), (httpx2.AsyncHTTPTransport, "aclose"), (NoopSpan, "record_response")],
 )
 async def test_faults_after_the_response(
     where: Any, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch

@@ -51,7 +51,7 @@ def test_drift(repository: Path, name: str) -> None:
     file.write_text(right.replace("`8081`", "`8084`"), "utf-8")
     found = run_command(repository, "--check")
     assert found.exit_code == 1
-    assert found.output == f"Error: not what the code says: {name}; `make settings` rewrites them\n"
+    assert found.output == f"Error: not up to date: {name}; `make settings` rewrites them\n"
     assert run_command(repository).exit_code == 0
     assert file.read_text("utf-8") == right
 

@@ -23,7 +23,7 @@ EMPTY_QUERIES: Mapping[str, str] = {}
 """Queries that may be empty, and the reason."""
 
 
-@pytest.mark.parametrize("query", panel_queries(), ids=lambda query: query.place)
+@pytest.mark.parametrize("query", panel_queries(), ids=lambda query: query.location)
 def test_panel(seen: MonitoredSystem, query: Query) -> None:
     """A panel shows data, and so does each side of its fallbacks."""
     for part in split_or(query.text):
@@ -38,7 +38,7 @@ def test_selectors(seen: MonitoredSystem, query: str) -> None:
         assert seen.prometheus.query_history(f"count({each})") or each in EMPTY_QUERIES, each
 
 
-@pytest.mark.parametrize("choice", variable_queries(), ids=lambda choice: choice.place)
+@pytest.mark.parametrize("choice", variable_queries(), ids=lambda choice: choice.location)
 def test_variable(seen: MonitoredSystem, choice: VariableQuery) -> None:
     """A dashboard variable has values."""
     assert seen.prometheus.label_values(choice.label, choice.series)
