@@ -264,7 +264,7 @@ SERVICE = Dashboard(
     "service",
     "Start here: objectives, load, saturation and dependencies of the gateway.",
     (
-        Row("Objectives", tuple(panel for each in OBJECTIVES for panel in each.panels())),
+        Row("Objectives", tuple(panel for objective in OBJECTIVES for panel in objective.panels())),
         _REQUESTS_ROW,
         _SATURATION_ROW,
         _PROCESSES_ROW,

@@ -91,7 +91,7 @@ _QUOTA_ROW = Row(
             " the last hour per day, of the last 6 hours per month and in total. Shown only if the window does not"
             " reset before, and for totals within 30 days. Just after a reset the rate is unknown.",
             SECONDS,
-            {"{{tenant}} {{policy}}": " or ".join(_time_until_limit(*each) for each in _FORECASTS)},
+            {"{{tenant}} {{policy}}": " or ".join(_time_until_limit(*forecast) for forecast in _FORECASTS)},
             empty="No limit is reached at this rate",
         ),
         graph(

@@ -155,4 +155,4 @@ async def _send_overload(target: Target, request: Request, rate: float) -> tuple
 
 
 def _longest_ms(answers: Answers) -> float:
-    return max((each for times in answers.seconds.values() for each in times), default=0) * 1000
+    return max((item for times in answers.seconds.values() for item in times), default=0) * 1000

@@ -138,8 +138,8 @@ class BusyTenant:
 
     async def finish(self, due: list[ClaimedCheck]) -> None:
         """Record the tasks as succeeded."""
-        for each in due:
-            await self._tasks.record_check(each, _SUCCEEDED_CHECK)
+        for item in due:
+            await self._tasks.record_check(item, _SUCCEEDED_CHECK)
 
 
 @asynccontextmanager

@@ -83,7 +83,7 @@ class Target:
 
     def read_request(self, *task_ids: str) -> Request:
         """Return a request that reads these tasks in turn."""
-        return Request("GET", tuple(f"/v1/tasks/{each}" for each in task_ids), (self.authorization,))
+        return Request("GET", tuple(f"/v1/tasks/{task_id}" for task_id in task_ids), (self.authorization,))
 
     def submit(self, image: bytes) -> str:
         """Submit an image; returns the task id."""

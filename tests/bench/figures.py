@@ -27,9 +27,10 @@ Benchmark = Callable[[], Coroutine[Any, Any, Sequence[Figure]]]
 
 def format_table(figures: Sequence[Figure]) -> str:
     """Format the figures as lines, with their targets."""
-    width = max(len(each.name) for each in figures)
+    width = max(len(figure.name) for figure in figures)
     return "\n".join(
-        f"  {each.name:<{width}} {each.value:>9,.1f} {each.unit:<6} {_format_target(each)}".rstrip() for each in figures
+        f"  {figure.name:<{width}} {figure.value:>9,.1f} {figure.unit:<6} {_format_target(figure)}".rstrip()
+        for figure in figures
     )
 
 

@@ -22,7 +22,7 @@ async def ledger() -> Sequence[Figure]:
         await _measure_round(tenant)  # loads the scripts, and is not counted
         rounds = [await _measure_round(tenant) for _ in range(ROUNDS)]
         nothing = [(await tenant.server.measure(BATCH, tenant.server.run_noop(BATCH)))[1] for _ in range(ROUNDS)]
-    reserve, accept, claim, end = ([each[step] for each in rounds] for step in range(4))
+    reserve, accept, claim, end = ([item[step] for item in rounds] for step in range(4))
     return [
         Figure("a script that does nothing, to compare machines", _micros(nothing), "us"),
         Figure("reserve: time of the server", _micros(reserve), "us", target=MAX_MICROS),
@@ -47,8 +47,8 @@ async def _measure_round(tenant: BusyTenant) -> tuple[CallCost, CallCost, CallCo
 
 def _micros(batches: Sequence[CallCost]) -> float:
     """Return the median, which ignores a batch that was disturbed."""
-    return median(each.micros for each in batches)
+    return median(batch.micros for batch in batches)
 
 
 def _round_trips(batches: Sequence[CallCost]) -> float:
-    return max(each.round_trips for each in batches)
+    return max(batch.round_trips for batch in batches)

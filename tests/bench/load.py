@@ -104,11 +104,11 @@ class Answers:
 
     def counts(self) -> Counter[str]:
         """Return the number of responses by status."""
-        return Counter({status: len(each) for status, each in self.seconds.items()})
+        return Counter({status: len(second) for status, second in self.seconds.items()})
 
     def succeeded(self) -> Sequence[float]:
         """Return the durations of successful responses in seconds, sorted."""
-        return sorted(each for status, times in self.seconds.items() if status.startswith("2") for each in times)
+        return sorted(item for status, times in self.seconds.items() if status.startswith("2") for item in times)
 
     def errors(self) -> Counter[str]:
         """Return the number of other responses by status."""

@@ -31,12 +31,14 @@ _COLOURS = {
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
     """Draw throughput, CPU time, latency and memory of all servers into a PNG."""
     mpl.use("agg")
-    measured = [each for each in results if each.row in {*_MAIN, *LARGE_ROWS.values()} and each.server != DIRECT]
-    servers = list(dict.fromkeys(each.server for each in measured))
+    measured = [
+        result for result in results if result.row in {*_MAIN, *LARGE_ROWS.values()} and result.server != DIRECT
+    ]
+    servers = list(dict.fromkeys(item.server for item in measured))
     colours = {server: _COLOURS[server.removesuffix(_OTHER)][server.endswith(_OTHER)] for server in servers}
     figure = Figure(figsize=(15, 9), layout="constrained", dpi=100)
     axes = figure.subplots(2, 3)
-    at = {(each.row, each.server, each.connections): each.figures for each in results}
+    at = {(result.row, result.server, result.connections): result.figures for result in results}
     for axis, row in zip(axes[0], _MAIN, strict=True):
         values = {
             server: [at.get((row, server, number), {}).get("per_second") for number in CONNECTIONS]

@@ -58,28 +58,28 @@ def describe_run(commits: Mapping[str, str], versions: Mapping[str, str], comman
 
 def add_ratios(results: Sequence[Result]) -> list[Result]:
     """Add the latency compared with a direct request, and the ratios to the references and the other checkout."""
-    by_key = {(each.row, each.server, each.connections): each.figures for each in results}
+    by_key = {(item.row, item.server, item.connections): item.figures for item in results}
     found = []
-    for each in results:
-        figures = dict(each.figures)
-        direct = by_key.get((each.row, DIRECT, 1))
-        if direct and each.connections == 1 and each.server != DIRECT:
+    for result in results:
+        figures = dict(result.figures)
+        direct = by_key.get((result.row, DIRECT, 1))
+        if direct and result.connections == 1 and result.server != DIRECT:
             figures["added_ms"] = figures["p50_ms"] - direct["p50_ms"]
         for reference in REFERENCES:
-            other = by_key.get((each.row, reference, each.connections))
-            if other and each.server not in {*REFERENCES, DIRECT} and other.get("per_second"):
+            other = by_key.get((result.row, reference, result.connections))
+            if other and result.server not in {*REFERENCES, DIRECT} and other.get("per_second"):
                 figures[f"x {reference}"] = figures["per_second"] / other["per_second"]
-        other = by_key.get((each.row, f"{each.server} ({OTHER})", each.connections), {})
+        other = by_key.get((result.row, f"{result.server} ({OTHER})", result.connections), {})
         figures |= {f"{name} x {OTHER}": figures[name] / other[name] for name in _COMPARED_FIGURES if other.get(name)}
-        found.append(Result(each.row, each.server, each.connections, figures, each.errors))
+        found.append(Result(result.row, result.server, result.connections, figures, result.errors))
     return found
 
 
 def format_tables(results: Sequence[Result], titles: Mapping[str, str]) -> str:
     """Format a table for each workload as Markdown that is readable on a terminal."""
     rows: dict[str, list[Result]] = {}
-    for each in results:
-        rows.setdefault(each.row, []).append(each)
+    for result in results:
+        rows.setdefault(result.row, []).append(result)
     return "\n".join(f"### {row}\n\n{titles.get(row, '')}\n\n{_format_table(found)}" for row, found in rows.items())
 
 
@@ -108,27 +108,27 @@ def format_json(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
     """Format the results as JSON. A figure that could not be measured is null."""
     listed = [
         {
-            "workload": each.row,
-            "server": each.server,
-            "connections": each.connections or None,
-            "figures": {name: None if math.isnan(value) else round(value, 4) for name, value in each.figures.items()},
-            "errors": each.errors,
+            "workload": result.row,
+            "server": result.server,
+            "connections": result.connections or None,
+            "figures": {name: None if math.isnan(value) else round(value, 4) for name, value in result.figures.items()},
+            "errors": result.errors,
         }
-        for each in results
+        for result in results
     ]
     return json.dumps({**facts, "results": listed}, indent=1) + "\n"
 
 
 def _format_table(results: Sequence[Result]) -> str:
-    several = any(each.connections for each in results)
-    names = list(dict.fromkeys(name for each in results for name in each.figures))
-    ordered = sorted(results, key=lambda each: each.connections)  # stable: servers stay in their order
+    several = any(result.connections for result in results)
+    names = list(dict.fromkeys(name for result in results for name in result.figures))
+    ordered = sorted(results, key=lambda entry: entry.connections)  # stable: servers stay in their order
     lines = [["server", *(["connections"] if several else []), *(_format_heading(name) for name in names), "errors"]]
-    for each in ordered:
-        cells = [_format_number(each.figures.get(name)) for name in names]
-        errors = ", ".join(f"{count} {what}" for what, count in each.errors.items())
-        lines.append([each.server, *([str(each.connections)] if several else []), *cells, errors])
-    if not any(each.errors for each in results):
+    for item in ordered:
+        cells = [_format_number(item.figures.get(name)) for name in names]
+        errors = ", ".join(f"{count} {what}" for what, count in item.errors.items())
+        lines.append([item.server, *([str(item.connections)] if several else []), *cells, errors])
+    if not any(result.errors for result in results):
         lines = [line[:-1] for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths[:1]] + ["-" * (width - 1) + ":" for width in widths[1:]])

@@ -37,7 +37,7 @@ class _CheckTimes:
     def take_lateness(self, interval: float) -> list[float]:
         """Return and clear the recorded lateness in milliseconds."""
         between, self._intervals_ms = self._intervals_ms, []
-        return [each - interval for each in between]
+        return [item - interval for item in between]
 
 
 class _Connection(asyncio.Protocol):

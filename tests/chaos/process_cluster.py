@@ -114,7 +114,7 @@ class TenantClient:
     def count_submits(self) -> int:
         """Return how many of its submits have reached the upstream."""
         received = httpx2.get(f"{self.cluster.upstream.url}/_control/requests", timeout=TIMEOUT_SECONDS).json()
-        return sum(each["operation"] == "submit" and each["user_key"] == self.name for each in received)
+        return sum(item["operation"] == "submit" and item["user_key"] == self.name for item in received)
 
     def read_balance(self) -> dict[str, int]:
         """Return its account's balance at the upstream."""

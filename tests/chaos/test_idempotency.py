@@ -51,7 +51,7 @@ def slow_tenant(gateways: ProcessCluster, *faults: dict[str, Any], seconds: floa
     """Create a tenant with a slow upstream; the ledger's clock stands still, so that no task ends."""
     gateways.set_clock_to_noon()
     slow = {"on": "submit", "latency": seconds}
-    gateways.upstream.set_faults(*(slow | each for each in (*faults, {})))
+    gateways.upstream.set_faults(*(slow | item for item in (*faults, {})))
     return gateways.create_tenant(UNREACHABLE_LIMITS, {"count": 100, "money": 0}, {})
 
 
@@ -75,7 +75,7 @@ def send_until_final(requests: Sequence[httpx2.Request]) -> list[httpx2.Response
     def told() -> bool:
         waiting = [index for index in range(len(requests)) if index not in found]
         for index, answer in zip(
-            waiting, asyncio.run(send_concurrently([requests[each] for each in waiting])), strict=True
+            waiting, asyncio.run(send_concurrently([requests[item] for item in waiting])), strict=True
         ):
             if answer.status_code == 409:
                 expect_refused(answer, 409, "idempotency-in-flight")
@@ -96,11 +96,11 @@ def total_counters(state: TenantState) -> tuple[int, int, int]:
 
 def expect_one_task(found: Sequence[httpx2.Response]) -> dict[str, Any]:
     """Require that one response is new and all others replay it; returns the task."""
-    (first,) = [each for each in found if "idempotent-replayed" not in each.headers]
+    (first,) = [entry for entry in found if "idempotent-replayed" not in entry.headers]
     task = expect_created(first)
-    for each in found:
-        if each is not first:
-            expect_replayed(each, task)
+    for item in found:
+        if item is not first:
+            expect_replayed(item, task)
     return task
 
 
@@ -117,8 +117,8 @@ def test_two_contents(gateways: ProcessCluster) -> None:
     shop = slow_tenant(gateways)
     found = send_until_final(build_copies(shop, make_jpeg(b"a"), make_jpeg(b"b")))
     of_each = [found[::2], found[1::2]]
-    (winners,) = [each for each in of_each if {answer.status_code for answer in each} == {201}]
-    (losers,) = [each for each in of_each if each is not winners]
+    (winners,) = [item for item in of_each if {answer.status_code for answer in item} == {201}]
+    (losers,) = [item for item in of_each if item is not winners]
     expect_one_task(winners)
     for answer in losers:
         expect_refused(answer, 422, "idempotency-key-reused")
@@ -129,10 +129,10 @@ def test_copies_of_a_rejected_submission(gateways: ProcessCluster) -> None:
     """Copies are sent until the upstream accepts one; all others replay it."""
     shop = slow_tenant(gateways, {"reject": "no", "times": 3})
     found = send_until_final(build_copies(shop, make_jpeg()))
-    rejected = [each for each in found if each.status_code == 502]
+    rejected = [item for item in found if item.status_code == 502]
     for answer in rejected:
         expect_refused(answer, 502, "upstream-rejected")
-    expect_one_task([each for each in found if each not in rejected])
+    expect_one_task([item for item in found if item not in rejected])
     assert (len(rejected), shop.count_submits()) == (3, 4)
     assert total_counters(shop.read_counters()) == (1, 0, 1)
 

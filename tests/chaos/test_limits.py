@@ -35,16 +35,16 @@ def gateways(three: ProcessCluster) -> ProcessCluster:
 
 def split_by_status(answers: list[httpx2.Response]) -> tuple[list[httpx2.Response], list[httpx2.Response]]:
     """Split into accepted and rate-limited responses; there must be no others."""
-    taken, refused = ([each for each in answers if each.status_code == status] for status in (201, 429))
-    assert len(taken) + len(refused) == len(answers), {each.status_code: each.text for each in answers}
+    taken, refused = ([answer for answer in answers if answer.status_code == status] for status in (201, 429))
+    assert len(taken) + len(refused) == len(answers), {answer.status_code: answer.text for answer in answers}
     return taken, refused
 
 
 def expect_same_policy(answers: list[httpx2.Response], code: str, policy: str, limit: int) -> None:
     """Require that all rejections name one policy."""
-    assert {each.json()["code"] for each in answers} == {code}
-    violated = [violation for each in answers for violation in each.json()["violated_policies"]]
-    assert {(each["policy"], each["limit"]) for each in violated} == {(policy, limit)}
+    assert {answer.json()["code"] for answer in answers} == {code}
+    violated = [violation for answer in answers for violation in answer.json()["violated_policies"]]
+    assert {(item["policy"], item["limit"]) for item in violated} == {(policy, limit)}
     assert len(violated) == len(answers)
 
 
@@ -59,24 +59,24 @@ def test_tasks_per_window(gateways: ProcessCluster) -> None:
     taken, refused = split_by_status(shop.submit(500))
     assert (len(taken), len(refused), shop.count_submits()) == (20, 480, 20)
     expect_same_policy(refused, "quota-exceeded", "day-tasks", 20)
-    assert {each.headers["retry-after"] for each in refused} == {str(HALF_DAY_SECONDS)}
-    assert {each.headers["ratelimit"] for each in refused} == {f'"day-tasks";r=0;t={HALF_DAY_SECONDS}'}
-    left = {each.headers["ratelimit"] for each in taken}
+    assert {item.headers["retry-after"] for item in refused} == {str(HALF_DAY_SECONDS)}
+    assert {item.headers["ratelimit"] for item in refused} == {f'"day-tasks";r=0;t={HALF_DAY_SECONDS}'}
+    left = {item.headers["ratelimit"] for item in taken}
     assert left == {f'"day-tasks";r={number};t={HALF_DAY_SECONDS}' for number in range(20)}
-    assert {each.headers["ratelimit-policy"] for each in taken + refused} == {f'"day-tasks";q=20;w={DAY_SECONDS}'}
-    (resets,) = {each.json()["violated_policies"][0]["resets_at"] for each in refused}
+    assert {item.headers["ratelimit-policy"] for item in taken + refused} == {f'"day-tasks";q=20;w={DAY_SECONDS}'}
+    (resets,) = {item.json()["violated_policies"][0]["resets_at"] for item in refused}
     assert resets.endswith("T00:00:00Z")
 
     gateways.advance_clock(HALF_DAY_SECONDS - 1)
     taken, refused = split_by_status(shop.submit(20))
-    assert (len(taken), {each.headers["retry-after"] for each in refused}) == (0, {"1"})
+    assert (len(taken), {item.headers["retry-after"] for item in refused}) == (0, {"1"})
     gateways.advance_clock(1)
     taken, refused = split_by_status(shop.submit(500))
     assert (len(taken), len(refused), shop.count_submits()) == (20, 480, 40)
-    assert {each.headers["retry-after"] for each in refused} == {str(DAY_SECONDS)}
+    assert {item.headers["retry-after"] for item in refused} == {str(DAY_SECONDS)}
     windows = shop.finish_tasks().windows
     assert (windows[Window.DAY].tasks, windows[Window.TOTAL].tasks) == (20, 40)
-    assert {each.tasks_reserved for each in windows.values()} == {0}
+    assert {window.tasks_reserved for window in windows.values()} == {0}
 
 
 def test_active_tasks(gateways: ProcessCluster) -> None:
@@ -88,7 +88,7 @@ def test_active_tasks(gateways: ProcessCluster) -> None:
         taken, refused = split_by_status(shop.submit(500))
         assert (len(taken), len(refused), shop.count_submits()) == (8, 492, reached)
         expect_same_policy(refused, "too-many-active-tasks", "max-active", 8)
-        assert not any("retry-after" in each.headers for each in refused)
+        assert not any("retry-after" in item.headers for item in refused)
         gateways.advance_clock(60)
         wait_until(partial(has_checked, gateways, checks + 8), "a check of every task")
         assert (split_by_status(shop.submit(20))[0], shop.read_counters().active_tasks) == ([], 8)

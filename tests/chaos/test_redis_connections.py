@@ -49,8 +49,8 @@ async def _submit_under_resets(house: RunningGateway, proxy: ResettingProxy) -> 
     page = "/v1/tasks?limit=100"
     while page:
         found = (await house.call("GET", page)).json()
-        assert listed.isdisjoint(each["id"] for each in found["items"])
-        listed |= {each["id"] for each in found["items"]}
+        assert listed.isdisjoint(item["id"] for item in found["items"])
+        listed |= {item["id"] for item in found["items"]}
         page = found["next_cursor"] and f"/v1/tasks?limit=100&cursor={found['next_cursor']}"
     assert listed == accepted
 
@@ -81,25 +81,25 @@ def test_cluster_unavailable() -> None:
                 async with house.services.run_jobs():
                     store.server.kill()
                     refused = await asyncio.gather(*(house.submit() for _ in range(CONCURRENT_REQUESTS)))
-                    assert {(each.status_code, each.json()["code"]) for each in refused} == {
+                    assert {(item.status_code, item.json()["code"]) for item in refused} == {
                         (503, "ledger-unavailable")
                     }
                     house.services.task_cache._tasks.clear()
                     read = await asyncio.gather(
                         *(house.call("GET", task["links"]["self"]) for _ in range(CONCURRENT_REQUESTS))
                     )
-                    assert {(each.status_code, each.json()["state"]) for each in read} == {(200, "succeeded")}
+                    assert {(item.status_code, item.json()["state"]) for item in read} == {(200, "succeeded")}
                     again.enter_context(restart_store(store.server))
                     await wait_until(lambda: is_ready(store.server))
 
                     async def logged() -> bool:
-                        return any(each["event"] == "redis.available" for each in logs)
+                        return any(log["event"] == "redis.available" for log in logs)
 
                     await wait_until(logged)
                     assert (await house.submit()).status_code == 201
-            told = [each["event"] for each in logs if each["event"].startswith("redis.")]
+            told = [log["event"] for log in logs if log["event"].startswith("redis.")]
             assert told == ["redis.unavailable", "redis.available"]
-            assert [each for each in logs if each["log_level"] in {"error", "critical"}] == []
+            assert [log for log in logs if log["log_level"] in {"error", "critical"}] == []
             assert await house.upstream.count_submits() == 2
 
     with (

@@ -55,7 +55,7 @@ async def test_killed_when_settling() -> None:
 
             async def booked() -> bool:
                 listed = (await house.call("GET", "/v1/tasks")).json()["items"]
-                return accepted.json()["id"] in {each["id"] for each in listed}
+                return accepted.json()["id"] in {item["id"] for item in listed}
 
             await wait_until(booked)
             assert (await house.submit()).json()["code"] == "quota-exceeded"

@@ -50,7 +50,7 @@ def reservation_states(store: Valkey) -> list[ReservationState]:
     """Return the state of every reservation."""
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         packed = [client.get(key) for key in client.scan_iter(match="*:reservation:*")]
-    return [msgspec.msgpack.decode(each, type=Reservation).state for each in packed if isinstance(each, bytes)]
+    return [msgspec.msgpack.decode(item, type=Reservation).state for item in packed if isinstance(item, bytes)]
 
 
 async def wait_for_submits(house: RunningGateway, submits: int) -> None:
@@ -78,7 +78,7 @@ async def test_outage_while_reserving(house: RunningGateway, store: Valkey) -> N
 
     await wait_until(given_up)
     state = await read_counters(house)
-    assert (state.active_tasks, sum(each.tasks_reserved for each in state.windows.values())) == (0, 0)
+    assert (state.active_tasks, sum(window.tasks_reserved for window in state.windows.values())) == (0, 0)
     assert await house.upstream.count_submits() == 0
     assert (await house.submit()).status_code == 201
 

@@ -39,7 +39,7 @@ def file_response(content: bytes = PNG_IMAGE, status: int = 200, **headers: str)
 
 
 def chunked_body(*chunks: bytes, end: bool = True) -> bytes:
-    return b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in chunks) + (b"0\r\n\r\n" if end else b"")
+    return b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + (b"0\r\n\r\n" if end else b"")
 
 
 async def read_request(connection: Connection) -> str:

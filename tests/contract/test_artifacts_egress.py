@@ -136,8 +136,8 @@ async def test_redirects() -> None:
         )
     lines = [sent.split(b"\r\n") for sent, _ in peer.requests]
     assert found == PNG_IMAGE
-    assert [each[0].split()[1] for each in lines] == [b"/a/1.png", b"/2.png", b"/3.png?a=b", b"/4.png"]
-    assert all(b'If-Range: "v1"' in each for each in lines)
+    assert [line[0].split()[1] for line in lines] == [b"/a/1.png", b"/2.png", b"/3.png?a=b", b"/4.png"]
+    assert all(b'If-Range: "v1"' in line for line in lines)
     assert caller.outcome == FetchOutcome.DONE
 
 

@@ -196,9 +196,9 @@ async def test_address_without_answer() -> None:
         port = deaf.getsockname()[1]
         waiting = [socket.socket() for _ in range(3)]
         try:
-            for each in waiting:
-                each.setblocking(False)
-                each.connect_ex((str(UNUSED_ADDRESS), port))
+            for item in waiting:
+                item.setblocking(False)
+                item.connect_ex((str(UNUSED_ADDRESS), port))
             async with run_server(reply_with(http_response(b"fine")), port=port) as peer:
                 async with open_client(make_resolver([UNUSED_ADDRESS, LOOPBACK]), seconds=0.4) as caller:
                     assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
@@ -206,8 +206,8 @@ async def test_address_without_answer() -> None:
                     with pytest.raises(httpx2.ConnectTimeout):
                         await caller.post(with_hostname(peer.url), content=b"x")
         finally:
-            for each in waiting:
-                each.close()
+            for entry in waiting:
+                entry.close()
 
 
 async def test_slow_resolver() -> None:

@@ -486,10 +486,10 @@ async def test_an_ended_connection_leaves_nothing_to_the_garbage_collector() -> 
         async with open_connection(base_url(listening)) as (reader, writer):
             writer.write(build_request())
             await reader.readuntil(b"ok")
-            connections = [weakref.ref(each) for each in running.connections]
+            connections = [weakref.ref(connection) for connection in running.connections]
         while running.connections:
             await asyncio.sleep(0)
-        assert [each() for each in connections] == [None]
+        assert [connection() for connection in connections] == [None]
     finally:
         gc.enable()
     await running.stop()
@@ -548,7 +548,7 @@ async def test_an_idle_connection_holds_no_body() -> None:
     async with open_connection(base_url(listening)) as (reader, writer):
         writer.write(build_request("/refuse", "Content-Length: 50000", method="POST") + bytes(50_000))
         await reader.readuntil(b"too large")
-        assert [len(each.cycle.body) for each in running.connections] == [0]
+        assert [len(connection.cycle.body) for connection in running.connections] == [0]
     await running.stop()
 
 

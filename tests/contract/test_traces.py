@@ -71,9 +71,9 @@ def request_headers(peer: ScriptedServer) -> list[dict[str, str]]:
 def child_spans(recorder: SpanRecorder) -> list[RecordedSpan]:
     """Return all spans but the request's own, and require them to be its children."""
     *found, request = recorder.spans
-    assert {each.parent_id for each in found} <= {request.span_id}
-    assert {each.trace_id for each in found} <= {request.trace_id}
-    assert {each.kind for each in found} <= {"client"}
+    assert {item.parent_id for item in found} <= {request.span_id}
+    assert {item.trace_id for item in found} <= {request.trace_id}
+    assert {item.kind for item in found} <= {"client"}
     return found
 
 
@@ -156,12 +156,12 @@ async def test_artifacts() -> None:
             async with run_server(moved) as here:
                 await fetch(here.url, recorder.tracer)
     first, second = child_spans(recorder)
-    assert [each.attributes["url.full"] for each in (first, second)] == [
+    assert [item.attributes["url.full"] for item in (first, second)] == [
         f"{here.url}/REDACTED",
         f"{there.url}/REDACTED",
     ]
-    assert [each.attributes["http.response.status_code"] for each in (first, second)] == [302, 200]
-    assert [each.attributes.get("http.request.resend_count") for each in (first, second)] == [None, 1]
+    assert [item.attributes["http.response.status_code"] for item in (first, second)] == [302, 200]
+    assert [item.attributes.get("http.request.resend_count") for item in (first, second)] == [None, 1]
     assert not {"traceparent", "tracestate"} & {name for peer in (here, there) for name in request_headers(peer)[0]}
     assert "secret-path" not in str(recorder.spans)
     assert "signature" not in str(recorder.spans)

@@ -71,7 +71,7 @@ async def test_unusable_links_are_logged_once() -> None:
         async with run_server(reply_with(first)) as peer, open_caller(peer.url) as caller:
             for upstream_id in ("t-1", "t-1", "t-2"):
                 assert (await caller.check(upstream_id)).outcome is CheckOutcome.INVALID
-    assert [(each["event"], each["field"], each["type"]) for each in logs] == [
+    assert [(log["event"], log["field"], log["type"]) for log in logs] == [
         ("artifact.invalid_link", "images_url", "str"),
         ("artifact.invalid_link", "vector_url", "dict"),
     ] * 2
@@ -86,8 +86,8 @@ async def test_links_with_the_key() -> None:
     with capture_logs() as logs:
         async with run_server(reply_with(finished)) as peer, open_caller(peer.url) as caller:
             check = await caller.check()
-    assert [each.url for each in check.artifacts] == [f"{peer.url}/1.png?k=%7Buser_key%7D"]
-    assert [(each["event"], each["field"]) for each in logs] == [("artifact.invalid_link", "grid_url")]
+    assert [artifact.url for artifact in check.artifacts] == [f"{peer.url}/1.png?k=%7Buser_key%7D"]
+    assert [(log["event"], log["field"]) for log in logs] == [("artifact.invalid_link", "grid_url")]
     assert USER_KEY not in repr(check)
 
 
@@ -97,7 +97,7 @@ async def test_relative_links() -> None:
     async with run_server(reply_with(finished)) as peer, open_caller("http://127.0.0.1:1") as caller:
         account = Account(1, "other", ACCOUNT.user_key, base_url=f"{peer.url}/deep/")
         found = (await caller.check(account=account)).artifacts
-    assert [each.url for each in found] == [f"{peer.url}/files/1.png", f"{peer.url}/deep/api/2.png"]
+    assert [item.url for item in found] == [f"{peer.url}/files/1.png", f"{peer.url}/deep/api/2.png"]
 
 
 async def test_check_times_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ async def test_no_descriptor(host: str) -> None:
             for _ in range(BREAKER_THRESHOLD + 1):
                 assert (await caller.submit()).outcome is NOT_SENT
                 assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
-        assert {(each["sent"], each["error"]) for each in logs} == {(False, os.strerror(errno.EMFILE))}
+        assert {(log["sent"], log["error"]) for log in logs} == {(False, os.strerror(errno.EMFILE))}
         assert (await caller.submit()).outcome is ACCEPTED
     assert len(peer.requests) == 1
 
@@ -305,4 +305,4 @@ async def test_undecryptable_key() -> None:
             assert (await caller.submit(account=account)).outcome is SubmitOutcome.MISCONFIGURED
             assert (await caller.check(account=account)).outcome is CheckOutcome.NO_RESPONSE
     assert peer.connections == 0
-    assert [each["log_level"] for each in logs] == ["error", "error"]
+    assert [log["log_level"] for log in logs] == ["error", "error"]

@@ -76,7 +76,7 @@ async def test_kinds(
     async with httpx2.AsyncClient(trust_env=False) as http:
         for artifact in check.artifacts:
             assert (await http.get(artifact.url)).status_code == 200
-    (received, _) = (each for each in await sandbox.control.list_requests() if each.operation != "file")
+    (received, _) = (request for request in await sandbox.control.list_requests() if request.operation != "file")
     assert received.image_bytes == len(content)
     assert options.kind is not Kind.UPSCALE or len(received.fields) == 12
 
@@ -99,7 +99,7 @@ async def test_spellings(sandbox: RunningSandbox, caller: Caller, spelling: str)
     await sandbox.control.wait_until_idle()
     await sandbox.control.set_behaviour(msgspec.structs.replace(dials, seconds=60, faults=()))
     still = (await caller.submit(image=LOGO)).upstream_id
-    answered = [(await caller.check(each)).outcome for each in (failed, finished, still, "never-was")]
+    answered = [(await caller.check(item)).outcome for item in (failed, finished, still, "never-was")]
     assert answered == [CheckOutcome.FAILED, CheckOutcome.SUCCEEDED, CheckOutcome.RUNNING, CheckOutcome.NOT_FOUND]
 
 

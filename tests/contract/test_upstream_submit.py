@@ -165,8 +165,8 @@ async def test_outcomes(serve: Handler, outcome: SubmitOutcome) -> None:
             submitted = await caller.submit(image=LARGE)
             assert submitted.outcome is outcome
             assert caller.observations == [(UpstreamOperation.SUBMIT, outcome)]
-    failed = [each for each in logs if each["event"] == "upstream.request_failed"]
-    assert [each["sent"] and bool(each["error"]) for each in failed] == [True] * (
+    failed = [log for log in logs if log["event"] == "upstream.request_failed"]
+    assert [item["sent"] and bool(item["error"]) for item in failed] == [True] * (
         outcome in {UNKNOWN, SubmitOutcome.REDIRECTED}
     )
     assert len(peer.requests) == peer.connections == 1

@@ -43,7 +43,7 @@ def interpolate(text: str, environ: Mapping[str, str]) -> str:
     before, begun, rest = text.partition("${")
     if not begun:
         return text
-    depths = accumulate(({"{": 1, "}": -1}.get(each, 0) for each in rest), initial=1)
+    depths = accumulate(({"{": 1, "}": -1}.get(item, 0) for item in rest), initial=1)
     end = list(depths).index(0) - 1
     return before + _resolve(rest[:end], environ) + interpolate(rest[end + 1 :], environ)
 
@@ -62,7 +62,7 @@ def _merge(below: Any, above: Any) -> Any:
     """Merge mappings, and replace everything else."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    return below | {name: _merge(below.get(name), each) for name, each in above.items()}
+    return below | {name: _merge(below.get(name), item) for name, item in above.items()}
 
 
 def _interpolate_all(value: Any, environ: Mapping[str, str]) -> Any:
@@ -70,7 +70,7 @@ def _interpolate_all(value: Any, environ: Mapping[str, str]) -> Any:
         case str():
             return interpolate(value, environ)
         case list():
-            return [_interpolate_all(each, environ) for each in value]
+            return [_interpolate_all(item, environ) for item in value]
         case dict():
-            return {name: _interpolate_all(each, environ) for name, each in value.items()}
+            return {name: _interpolate_all(item, environ) for name, item in value.items()}
     return value

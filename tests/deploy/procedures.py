@@ -74,7 +74,7 @@ def read_procedures() -> Mapping[str, Sequence[Block]]:
 
 def shell_blocks(heading: str) -> Sequence[str]:
     """Return the blocks of a procedure that are run here."""
-    return [each.text for each in read_procedures()[heading] if each.language == RUN]
+    return [item.text for item in read_procedures()[heading] if item.language == RUN]
 
 
 @dataclass
@@ -107,7 +107,7 @@ class ProcedureShell:
         finally:
             self._kill_session(process.pid)
             process.wait()
-        logs = "\n".join(f"{each.name}: {each.read_text()[-2_000:]}" for each in self.folder.glob("*.log"))
+        logs = "\n".join(f"{item.name}: {item.read_text()[-2_000:]}" for item in self.folder.glob("*.log"))
         assert process.returncode == 0, f"{script}\n\n{printed}\n\n{logs}"
         return printed
 
@@ -194,4 +194,4 @@ def set_balance(upstream: SandboxProcess, key: str, **held: int) -> None:
 def count_submits(upstream: SandboxProcess, key: str) -> int:
     """Return how many submits had this key."""
     found: list[dict[str, Any]] = httpx2.get(f"{upstream.url}/_control/requests").json()
-    return sum(each["operation"] == "submit" and each["user_key"] == key for each in found)
+    return sum(item["operation"] == "submit" and item["user_key"] == key for item in found)

@@ -52,7 +52,7 @@ def series_uses(query: str) -> list[SeriesUse]:
 
     def enter(part: Any) -> None:
         if isinstance(part, VectorSelector):
-            matched = frozenset(each.name for each in _matchers(part))
+            matched = frozenset(matcher.name for matcher in _matchers(part))
             found.append(SeriesUse(_series_name(part), matched, tuple(reversed(around))))
         elif isinstance(part, AggregateExpr):
             around.append(str(part.op))
@@ -113,12 +113,12 @@ class _LabelChecker:
             self.errors.append(f"{name} is not exported")
             return _NONE
         labels = self._exported[name]
-        self._require_labels({each.name for each in _matchers(part)} - {"__name__"}, labels, f"matcher of {name}")
+        self._require_labels({matcher.name for matcher in _matchers(part)} - {"__name__"}, labels, f"matcher of {name}")
         return labels
 
     def _call_labels(self, part: Call) -> Labels | None:
-        of_arguments = [self.labels(each) for each in part.args]
-        labels = next((each for each in of_arguments if each is not None), None)
+        of_arguments = [self.labels(arg) for arg in part.args]
+        labels = next((of_argument for of_argument in of_arguments if of_argument is not None), None)
         name = part.func.name
         if labels is None:
             return None if name in {"time", "pi", "scalar"} else _NONE
@@ -197,7 +197,7 @@ def _matchers(part: VectorSelector) -> Iterator[Any]:
 
 
 def _series_name(part: VectorSelector) -> str:
-    named = (each.value for each in _matchers(part) if each.name == "__name__")
+    named = (matcher.value for matcher in _matchers(part) if matcher.name == "__name__")
     return part.name or next(named, "a series of any name")
 
 

@@ -34,8 +34,8 @@ def alerts() -> Sequence[Rule]:
 def cases() -> Sequence[tuple[str, Sequence[Mapping[str, str]]]]:
     """Return the expected alerts of each test: the name, and the labels of those that fire."""
     tests = [test for file in CASES for test in yaml.safe_load(file.read_text("utf-8"))["tests"]]
-    moments = [each for test in tests for each in test.get("alert_rule_test", ())]
-    return [(each["alertname"], [fired["exp_labels"] for fired in each["exp_alerts"]]) for each in moments]
+    moments = [item for test in tests for item in test.get("alert_rule_test", ())]
+    return [(moment["alertname"], [fired["exp_labels"] for fired in moment["exp_alerts"]]) for moment in moments]
 
 
 def runbook_entries() -> Sequence[str]:

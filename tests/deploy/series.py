@@ -38,7 +38,7 @@ def exported_series() -> Mapping[str, Labels]:
     series = {"up": TARGET_LABELS}
     for collector in registry._collector_to_names:
         series.update(_collector_series(collector))
-    documents = (each for file in sorted(RULES.glob("*.y*ml")) for each in yaml.safe_load_all(file.read_text("utf-8")))
+    documents = (item for file in sorted(RULES.glob("*.y*ml")) for item in yaml.safe_load_all(file.read_text("utf-8")))
     rules = [rule for document in documents for rule in _recording_rules(document)]
     while rules:
         # A rule may ask for what another one records, in whatever order they stand.

@@ -163,10 +163,14 @@ async def test_store_options() -> None:
 def test_prometheus() -> None:
     """Targets and the Alertmanager of Prometheus are services of the file."""
     config = read_yaml("prometheus/prometheus.yaml")
-    (names,) = [each["names"] for job in config["scrape_configs"] for each in job["dns_sd_configs"]]
+    (names,) = [dns_sd_config["names"] for job in config["scrape_configs"] for dns_sd_config in job["dns_sd_configs"]]
     assert names == ["gateway"]
     assert SERVICES["worker"]["networks"]["watch"]["aliases"] == names
-    told = [target for each in config["alerting"]["alertmanagers"] for target in each["static_configs"][0]["targets"]]
+    told = [
+        target
+        for alertmanager in config["alerting"]["alertmanagers"]
+        for target in alertmanager["static_configs"][0]["targets"]
+    ]
     assert told == ["alertmanager:9093"]
     for name in ("gateway", "worker", "prometheus", "alertmanager", "grafana"):
         assert "watch" in SERVICES[name]["networks"]
@@ -206,7 +210,7 @@ def test_receivers() -> None:
     routes = {tuple(route["matchers"]): route["receiver"] for route in config["route"]["routes"]}
     severities = {alert["labels"]["severity"] for alert in alerts()}
     assert routes == {(f'severity="{severity}"',): severity for severity in severities}
-    assert {each["name"] for each in config["receivers"]} == severities
+    assert {receiver["name"] for receiver in config["receivers"]} == severities
 
 
 def test_inhibitions() -> None:
@@ -218,7 +222,7 @@ def test_inhibitions() -> None:
             for part in pattern.split("|"):
                 assert [name for name in names if re.fullmatch(part, name)], part
         assert "namespace" in rule["equal"]
-        ours = [each for each in rule["target_matchers"] if re.fullmatch(r'alertname=~?"Gateway.+"', each)]
+        ours = [matcher for matcher in rule["target_matchers"] if re.fullmatch(r'alertname=~?"Gateway.+"', matcher)]
         assert ours or "alertname" in rule["equal"]
         assert 'severity="ticket"' in rule["target_matchers"] or rule["source_matchers"] == [
             'alertname="GatewayAbsent"'

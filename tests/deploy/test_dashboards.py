@@ -43,7 +43,7 @@ def dashboard_uids() -> set[str]:
 
 
 def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
-    return [each for each in board["panels"] if each["type"] != "row"]
+    return [item for item in board["panels"] if item["type"] != "row"]
 
 
 def queries(board: dict[str, Any]) -> Iterator[Query]:
@@ -89,7 +89,7 @@ def test_ledger_series_are_not_summed(query: Query) -> None:
     spans = {"rate", "increase", "deriv"}
     for use in series_uses(query.text):
         if use.name in ledger_series():
-            assert next(each for each in use.enclosing if each not in spans) in {"max", "min"}
+            assert next(item for item in use.enclosing if item not in spans) in {"max", "min"}
 
 
 @parametrize_query
@@ -130,13 +130,13 @@ def test_panels_are_described(panel: dict[str, Any]) -> None:
 @parametrize_panel
 def test_data_source_is_a_variable(panel: dict[str, Any]) -> None:
     assert panel["datasource"] == SOURCE
-    assert {json.dumps(each["datasource"], sort_keys=True) for each in panel["targets"]} == {json.dumps(SOURCE)}
+    assert {json.dumps(target["datasource"], sort_keys=True) for target in panel["targets"]} == {json.dumps(SOURCE)}
 
 
 @parametrize_dashboard
 def test_variables_are_used(board: dict[str, Any]) -> None:
     """The variables of a dashboard are exactly those in its queries and links."""
-    defined = {each["name"] for each in board["templating"]["list"]}
+    defined = {item["name"] for item in board["templating"]["list"]}
     rest = {**board, "templating": None}
     used = set(re.findall(r"\$\{?([a-z]\w*)", json.dumps(rest)))
     assert used == defined
@@ -145,8 +145,8 @@ def test_variables_are_used(board: dict[str, Any]) -> None:
 @parametrize_dashboard
 def test_all_matches_missing_labels(board: dict[str, Any]) -> None:
     """The choice `All` also matches series without the label."""
-    chosen = [each for each in board["templating"]["list"] if each["type"] == "query"]
-    assert "namespace" in {each["name"] for each in chosen}
+    chosen = [item for item in board["templating"]["list"] if item["type"] == "query"]
+    assert "namespace" in {item["name"] for item in chosen}
     for variable in chosen:
         assert variable["includeAll"]
         assert variable["current"]["value"] in ("$__all", ["$__all"])
@@ -168,20 +168,20 @@ def test_variable_values_exist(board: dict[str, Any]) -> None:
 @parametrize_dashboard
 def test_rows_are_full(board: dict[str, Any]) -> None:
     """Panels fill all columns without overlap, under a heading."""
-    places = [each["gridPos"] for each in board["panels"]]
+    places = [item["gridPos"] for item in board["panels"]]
     for one, other in combinations(places, 2):
         beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         assert beside or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
-    for top in {each["y"] for each in places}:
-        assert sum(each["w"] for each in places if each["y"] == top) == COLUMNS
-        assert len({each["h"] for each in places if each["y"] == top}) == 1
+    for top in {item["y"] for item in places}:
+        assert sum(item["w"] for item in places if item["y"] == top) == COLUMNS
+        assert len({item["h"] for item in places if item["y"] == top}) == 1
     assert board["panels"][0]["type"] == "row"
 
 
 @parametrize_dashboard
 def test_titles_and_ids_are_unique(board: dict[str, Any]) -> None:
-    assert len({each["title"] for each in panels(board)}) == len(panels(board))
-    assert len({each["id"] for each in board["panels"]}) == len(board["panels"])
+    assert len({item["title"] for item in panels(board)}) == len(panels(board))
+    assert len({item["id"] for item in board["panels"]}) == len(board["panels"])
 
 
 @parametrize_dashboard
@@ -216,12 +216,12 @@ def test_uids_are_stable() -> None:
 
 def test_alerts_link_to_dashboards() -> None:
     """Each dashboard linked from an alert exists."""
-    alerts = "".join(each.read_text("utf-8") for each in RULES.glob("alerts-*.yaml"))
+    alerts = "".join(item.read_text("utf-8") for item in RULES.glob("alerts-*.yaml"))
     assert set(re.findall(r"dashboard: .*/d/(\S+)", alerts)) <= dashboard_uids()
     assert alerts.count("dashboard: ") == alerts.count("alert: ")
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda each: each.sli)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda item: item.sli)
 def test_burn_rate_of_the_alerts(objective: Any) -> None:
     """The burn rate shown as critical is the one that an alert fires on."""
     alerts = (RULES / "alerts-slo.yaml").read_text("utf-8")

@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_repository_is_up_to_date() -> None:
-    assert {each.name: each.read_text("utf-8") for each in FOLDER.iterdir()} == render_all()
+    assert {item.name: item.read_text("utf-8") for item in FOLDER.iterdir()} == render_all()
 
 
 def test_no_drift(folder: Path) -> None:
@@ -39,4 +39,4 @@ def test_drift(folder: Path, how: str) -> None:
     assert "service.json" not in found.output
     assert "python -m deploy.grafana" in found.output
     CliRunner().invoke(main, ["--folder", str(folder)])
-    assert {each.name: each.read_text("utf-8") for each in folder.iterdir()} == render_all()
+    assert {item.name: item.read_text("utf-8") for item in folder.iterdir()} == render_all()

@@ -45,13 +45,13 @@ def logged_events() -> dict[str, Event]:
 def _call_events(call: ast.Call, function: ast.Attribute) -> Iterator[tuple[str, Event]]:
     """Yield the event of a logging call. Registry changes are logged where they are written."""
     logger = ast.unparse(function.value).rpartition(".")[2]
-    words = {each.arg for each in call.keywords if each.arg}
-    told = frozenset("exception" if each == "exc_info" else each for each in words)
-    more = any(each.arg is None for each in call.keywords)
+    words = {keyword.arg for keyword in call.keywords if keyword.arg}
+    told = frozenset("exception" if word == "exc_info" else word for word in words)
+    more = any(keyword.arg is None for keyword in call.keywords)
     if function.attr in {"update_registry", "_update_registry"}:
         yield _literal_text(call.args[0]), Event(frozenset({"info"}), told | {"version"}, open=more)
     elif logger in {"_log", "logger", "_logger"} and function.attr == "log":
-        levels = frozenset(each.lower() for each in re.findall(r"logging\.([A-Z]+)", ast.unparse(call.args[0])))
+        levels = frozenset(item.lower() for item in re.findall(r"logging\.([A-Z]+)", ast.unparse(call.args[0])))
         yield _literal_text(call.args[1]), Event(levels, told, open=more)
     elif logger in {"_log", "logger", "_logger"} and function.attr in _LEVELS and ast.unparse(call.args[0]) != "event":
         traceback = frozenset({"exception"} if function.attr == "exception" else ())
@@ -92,8 +92,8 @@ def test_levels_and_fields_are_documented() -> None:
 def test_runbook_events_exist() -> None:
     text = (_ROOT / "deploy" / "RUNBOOK.md").read_text()
     named = set(re.findall(r'event="([^"]+)"', text))
-    named |= {each for each in re.findall(r"`([a-z0-9_.-]+)`", text) if _STYLE.fullmatch(each)}
-    named = {each for each in named if not each.endswith(_FILES)}
+    named |= {item for item in re.findall(r"`([a-z0-9_.-]+)`", text) if _STYLE.fullmatch(item)}
+    named = {item for item in named if not item.endswith(_FILES)}
     assert {"request.error", "settlement.retrying"} <= named
     assert named <= set(logged_events())
 

@@ -67,7 +67,7 @@ def test_tenants_and_tokens(here: ProcedureShell) -> None:
     assert "The token 0123456789ab of shop ends in 604800 seconds." in printed
     tenants = tomllib.loads((here.folder / "registry.toml").read_text())["tenants"]
     assert tenants.keys() == {"press", "shop"}
-    assert [(each.get("label"), "expires_at" in each) for each in tenants["shop"]["tokens"].values()] == [
+    assert [(token.get("label"), "expires_at" in token) for token in tenants["shop"]["tokens"].values()] == [
         (None, True),
         ("web shop, second", False),
     ]
@@ -78,7 +78,7 @@ def test_rotate_a_user_key(here: ProcedureShell, upstream: SandboxProcess) -> No
     renewed, another = shell_blocks("Rotate a user_key")
     printed = here.run(*here.installation_steps(), "submit", renewed, "submit", another, "submit")
     assert "accounts.main.user_key: the secret is another one" in printed
-    assert [count_submits(upstream, each) for each in here.keys.values()] == [1, 1, 1, 0]
+    assert [count_submits(upstream, key) for key in here.keys.values()] == [1, 1, 1, 0]
     assert "[accounts.main]" not in (here.folder / "registry.toml").read_text()
 
 
@@ -225,14 +225,14 @@ def test_registry_file_alone(here: ProcedureShell) -> None:
 def test_real_upstream(here: ProcedureShell, upstream: SandboxProcess) -> None:
     """The tenant continues with its token and spends with the real key."""
     here.run(*here.installation_steps(), "submit", *shell_blocks("From the sandbox to the real upstream"), "submit")
-    assert [count_submits(upstream, here.keys[each]) for each in ("the-user-key", "the-real-key")] == [1, 1]
+    assert [count_submits(upstream, here.keys[name]) for name in ("the-user-key", "the-real-key")] == [1, 1]
 
 
 def test_monitoring(here: ProcedureShell) -> None:
     """The metrics show that the store is readable, and no alert links to an example address."""
     printed = here.run(*here.installation_steps(), *shell_blocks("Monitoring"))
     assert "gateway_redis_up 1" in printed
-    alerts = "".join(each.read_text() for each in (here.folder / "prometheus").glob("alerts-*.yaml"))
+    alerts = "".join(item.read_text() for item in (here.folder / "prometheus").glob("alerts-*.yaml"))
     assert "https://wiki.example/RUNBOOK.md#" in alerts
     assert not re.search(r"https://(imaging-gateway|grafana)\.example/(?!RUNBOOK.md<)", re.sub(r"^#.*", "", alerts))
 
@@ -241,7 +241,7 @@ def test_every_procedure_is_tested() -> None:
     """Every block is run by a test of this module, or has a reason why not."""
     source = Path(__file__).read_text()
     for heading, blocks in read_procedures().items():
-        marks = {each.language for each in blocks}
+        marks = {block.language for block in blocks}
         assert marks <= {RUN, OUTPUT}, heading
         assert (OUTPUT in marks) == (heading in UNTESTED_PROCEDURES), heading
         assert RUN not in marks or f'typed("{heading}")' in source or heading == "Words", heading
@@ -254,6 +254,6 @@ def test_links() -> None:
         path = (FILE.parent / name) if name else FILE
         assert path.exists(), target
         headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE) if anchor else []
-        assert not anchor or anchor in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}, (
-            target
-        )
+        assert not anchor or anchor in {
+            re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings
+        }, target

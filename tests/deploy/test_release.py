@@ -122,8 +122,8 @@ def test_changelog_order() -> None:
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     unreleased, *released = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert unreleased == "[Unreleased]"
-    found = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", each) for each in released]
-    versions = [tuple(map(int, each.groups())) for each in found if each]
+    found = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", item) for item in released]
+    versions = [tuple(map(int, item.groups())) for item in found if item]
     assert len(versions) == len(released)
     assert versions == sorted(set(versions), reverse=True)
     assert released[0].startswith(f"[{__version__}] ")

@@ -57,7 +57,7 @@ def test_annotations(alert: Rule) -> None:
 def test_values_are_formatted(alert: Rule) -> None:
     """No alert shows a number with all its digits."""
     templates = TEMPLATE.findall("".join(alert["annotations"].values()))
-    assert all("humanize" in each or "printf" in each for each in templates if "$value" in each)
+    assert all("humanize" in template or "printf" in template for template in templates if "$value" in template)
 
 
 @parametrize_alert
@@ -87,7 +87,7 @@ def test_example_configuration() -> None:
     taken = {file for pattern in example["rule_files"] for file in rules.FOLDER.glob(pattern)}
     assert taken == set(rules.FILES)
     known = {job for rule in rules.rules() for job in re.findall(r'job="([^"]*)"', rule["expr"])}
-    assert {each["job_name"] for each in example["scrape_configs"]} == known
+    assert {scrape_config["job_name"] for scrape_config in example["scrape_configs"]} == known
 
 
 def test_kubernetes_example() -> None:
@@ -95,9 +95,13 @@ def test_kubernetes_example() -> None:
     text = (rules.FOLDER / "prometheus.yaml").read_text("utf-8")
     commented = [line.removeprefix("    #   ") for line in text.splitlines() if line.startswith("    #   ")]
     config = yaml.safe_load("\n".join(commented))
-    kept = {(each["source_labels"][0], each["regex"]) for each in config["relabel_configs"] if "regex" in each}
-    for pod in (each["spec"]["template"] for each in resources_of_kind(render_release("default"), "Deployment")):
-        ports = [port["name"] for each in pod["spec"]["containers"] for port in each["ports"]]
+    kept = {
+        (relabel_config["source_labels"][0], relabel_config["regex"])
+        for relabel_config in config["relabel_configs"]
+        if "regex" in relabel_config
+    }
+    for pod in (item["spec"]["template"] for item in resources_of_kind(render_release("default"), "Deployment")):
+        ports = [port["name"] for container in pod["spec"]["containers"] for port in container["ports"]]
         told = {("__meta_kubernetes_pod_container_port_name", port) for port in ports}
         for name, value in pod["metadata"]["labels"].items():
             told.add((f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', name)}", value))

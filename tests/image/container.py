@@ -64,7 +64,7 @@ class Container:
         self._root = root
         self._config = config
         self._user, self._group = parse_user(config.user)
-        self._image_environ = dict(each.split("=", 1) for each in config.env)
+        self._image_environ = dict(item.split("=", 1) for item in config.env)
         self._environ = {**self._image_environ, **settings}
 
     def execute(self, *words: str, stdin: str = "", without_settings: bool = False) -> tuple[int, str]:

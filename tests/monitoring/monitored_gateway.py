@@ -59,11 +59,11 @@ class MonitoredGateway:
     @property
     def targets(self) -> list[str]:
         """Return the addresses of both operators' ports."""
-        return [f"127.0.0.1:{each.environ['GATEWAY_OPS_PORT']}" for each in (self.api, self.worker)]
+        return [f"127.0.0.1:{item.environ['GATEWAY_OPS_PORT']}" for item in (self.api, self.worker)]
 
     def scrape_all(self) -> list[str]:
         """Scrape both processes."""
-        return [self.http.get(f"http://{each}/metrics").raise_for_status().text for each in self.targets]
+        return [self.http.get(f"http://{target}/metrics").raise_for_status().text for target in self.targets]
 
     def sum_samples(self, name: str, **labels: str) -> float:
         """Sum the samples of a metric with these labels over both processes."""

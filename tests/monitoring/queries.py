@@ -83,7 +83,7 @@ def rules() -> list[Rule]:
 
 def all_query_texts() -> list[str]:
     """Return the text of every query of panels and rules."""
-    return [each.text for each in panel_queries()] + [each.text for each in rules()]
+    return [panel_query.text for panel_query in panel_queries()] + [rule.text for rule in rules()]
 
 
 def fill_variables(board: Mapping[str, Any], query: str) -> str:
@@ -118,12 +118,14 @@ def list_selectors(query: str) -> Iterator[str]:
 
     walk(parse(query), enter, lambda _: None)
     for part in found:
-        matchers = [(each.name, _OPERATORS[str(each.op)], each.value) for each in part.matchers.matchers]
+        matchers = [(matcher.name, _OPERATORS[str(matcher.op)], matcher.value) for matcher in part.matchers.matchers]
         name = part.name or ""
         yield _format_selector(name, matchers)
         for place, (label, operator, value) in enumerate(matchers):
-            for each in expand_alternatives(value) if operator in _POSITIVE_OPERATORS else ():
-                yield _format_selector(name, [*matchers[:place], (label, operator, each), *matchers[place + 1 :]])
+            for alternative in expand_alternatives(value) if operator in _POSITIVE_OPERATORS else ():
+                yield _format_selector(
+                    name, [*matchers[:place], (label, operator, alternative), *matchers[place + 1 :]]
+                )
 
 
 def expand_alternatives(pattern: str) -> list[str]:
@@ -132,7 +134,9 @@ def expand_alternatives(pattern: str) -> list[str]:
     if group is None:
         return pattern.split("|")
     before, after = pattern[: group.start()], pattern[group.end() :]
-    return [each for choice in group[1].split("|") for each in expand_alternatives(before + choice + after)]
+    return [
+        alternative for choice in group[1].split("|") for alternative in expand_alternatives(before + choice + after)
+    ]
 
 
 def _parse_rule(rule: Mapping[str, Any]) -> Rule:

@@ -92,7 +92,7 @@ UNUSED_METRICS: Mapping[str, str] = {}
 def scrapes(seen: MonitoredSystem, pytestconfig: pytest.Config) -> Sequence[str]:
     """Return the final metrics of both processes."""
     found = seen.gateway.scrape_all()
-    pytestconfig.stash[SERIES] = [len(list(parse_samples(each))) for each in found]
+    pytestconfig.stash[SERIES] = [len(list(parse_samples(item))) for item in found]
     return found
 
 
@@ -125,7 +125,7 @@ def test_label_values(seen: MonitoredSystem, scrapes: Sequence[str]) -> None:
         "route": _routes(),
         "upstream": frozenset({seen.gateway.upstream.url, seen.gateway.unreachable_url}),
         "tenant": frozenset({*seen.gateway.tokens, "demo"}),
-        "account": frozenset(each["name"] for each in seen.gateway.call_admin("GET", "/accounts")["items"]),
+        "account": frozenset(item["name"] for item in seen.gateway.call_admin("GET", "/accounts")["items"]),
     }
     by_family = {"outcome": _OUTCOMES, "state": _STATES}
     strange = {
@@ -143,18 +143,18 @@ def _routes() -> frozenset[str]:
     """Return the documented routes, those of the documentation and metrics, and the one for all others."""
     documents = [yaml.safe_load(file.read_text("utf-8")) for file in OPENAPI.glob("*.yaml")]
     undocumented = {"/metrics", "/docs", "/openapi.json", "unmatched"}
-    return frozenset({path for each in documents for path in each["paths"]} | undocumented)
+    return frozenset({path for document in documents for path in document["paths"]} | undocumented)
 
 
 def test_every_label_value_occurs(scrapes: Sequence[str]) -> None:
     """Every known label value occurs at least once, so that counting it is tested."""
     counted: Counter[tuple[str, str, str]] = Counter()
-    for family, sample in (each for scrape in scrapes for each in parse_samples(scrape)):
+    for family, sample in (parse_sample for scrape in scrapes for parse_sample in parse_samples(scrape)):
         if sample.name == f"{family}_total" and family.startswith("gateway_"):
             counted[family, "", ""] += int(sample.value > 0)
             for label in sample.labels.keys() & (_VALUES.keys() | {"outcome", "state"}) - {"method"}:
                 counted[family, label, sample.labels[label]] += int(sample.value > 0)
-    assert {each for each, times in counted.items() if not times} == UNREACHED_VALUES.keys()
+    assert {item for item, times in counted.items() if not times} == UNREACHED_VALUES.keys()
 
 
 def test_every_family_is_used(scrapes: Sequence[str]) -> None:
@@ -170,9 +170,9 @@ def test_ledger_metrics_agree(seen: MonitoredSystem) -> None:
 
     def read(scrape: str) -> Mapping[tuple[str, str], float]:
         return {
-            (each.name, str(each.labels)): each.value
-            for _, each in parse_samples(scrape)
-            if each.name in ledger_series()
+            (parse_sample.name, str(parse_sample.labels)): parse_sample.value
+            for _, parse_sample in parse_samples(scrape)
+            if parse_sample.name in ledger_series()
         }
 
     def agree() -> bool:
@@ -188,7 +188,7 @@ def test_task_counts_add_up(seen: MonitoredSystem) -> None:
     def add_up() -> bool:
         tasks = seen.gateway.call("steady", "GET", "/v1/tasks?limit=100").json()
         assert tasks["next_cursor"] is None
-        states = Counter(each["state"] for each in tasks["items"])
+        states = Counter(item["state"] for item in tasks["items"])
         counted = {
             state: seen.gateway.sum_samples("gateway_tasks_finished_total", tenant="steady", state=state)
             for state in FINAL_STATES

@@ -34,8 +34,8 @@ def test_panel(seen: MonitoredSystem, query: Query) -> None:
 @pytest.mark.parametrize("query", sorted(set(all_query_texts())), ids=lambda text: text[:100])
 def test_selectors(seen: MonitoredSystem, query: str) -> None:
     """Each selected series exists, with every label value that is named."""
-    for each in list_selectors(query):
-        assert seen.prometheus.query_history(f"count({each})") or each in EMPTY_QUERIES, each
+    for selector in list_selectors(query):
+        assert seen.prometheus.query_history(f"count({selector})") or selector in EMPTY_QUERIES, selector
 
 
 @pytest.mark.parametrize("choice", variable_queries(), ids=lambda choice: choice.location)
@@ -44,7 +44,7 @@ def test_variable(seen: MonitoredSystem, choice: VariableQuery) -> None:
     assert seen.prometheus.label_values(choice.label, choice.series)
 
 
-@pytest.mark.parametrize("rule", [each for each in rules() if each.recorded_series], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [item for item in rules() if item.recorded_series], ids=lambda rule: rule.name)
 def test_record(seen: MonitoredSystem, rule: Rule) -> None:
     assert seen.prometheus.query_history(str(rule.recorded_series))
 
@@ -52,12 +52,12 @@ def test_record(seen: MonitoredSystem, rule: Rule) -> None:
 def test_rules_are_evaluated(seen: MonitoredSystem) -> None:
     """No rule has failed on the metrics of two replicas, and none is missing."""
     found = seen.prometheus.rules()
-    assert {each["name"]: each["lastError"] for each in found if each["health"] != "ok"} == {}
+    assert {item["name"]: item["lastError"] for item in found if item["health"] != "ok"} == {}
     assert len(found) == len(rules())
 
 
 def test_empty_queries_exist() -> None:
     """Every entry of EMPTY_QUERIES is still in use."""
     asked = {part for query in panel_queries() for part in split_or(query.text)}
-    asked |= {each for text in all_query_texts() for each in list_selectors(text)}
+    asked |= {selector for text in all_query_texts() for selector in list_selectors(text)}
     assert EMPTY_QUERIES.keys() <= asked

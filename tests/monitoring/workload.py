@@ -54,7 +54,7 @@ def create_tenants(plant: MonitoredGateway) -> None:
     plant.create_account("unknown", 5, 5)
     plant.create_account("blind", 5, 5, max_price={})
     plant.create_account("away", 5, 5, base_url=plant.unreachable_url)
-    plant.create_tenant("steady", "main", limits=[{"window": each, "tasks": 500, "money": 500} for each in WINDOWS])
+    plant.create_tenant("steady", "main", limits=[{"window": item, "tasks": 500, "money": 500} for item in WINDOWS])
     for name in ("money", "leaky", "unknown", "blind", "away"):
         plant.create_tenant(name, name)
     plant.create_tenant("two-accounts", "unknown", "main")
@@ -108,7 +108,7 @@ def send_refused(plant: MonitoredGateway) -> None:
         ("steady", "DELETE", "/v1/quota"): 405,
         ("steady", "POST", "/v1/tasks/upscale"): 415,
     }
-    found = {each: plant.call(*each).status_code for each in expected}
+    found = {item: plant.call(*item).status_code for item in expected}
     assert found == expected, found
     assert plant.http.get(f"{plant.api.ops_url}/admin/v1/accounts").status_code == 401
 

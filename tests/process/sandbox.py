@@ -35,7 +35,7 @@ class SandboxProcess:
     def count_requests(self, operation: str, outcome: str | None = None) -> int:
         """Count the submits or checks received, optionally those with an outcome."""
         found = httpx2.get(f"{self.url}/_control/requests").json()
-        return sum(each["operation"] == operation and outcome in {None, each["outcome"]} for each in found)
+        return sum(item["operation"] == operation and outcome in {None, item["outcome"]} for item in found)
 
     def gateway_settings(self, store: Valkey) -> dict[str, str]:
         """Return settings for gateways on this upstream with a new key prefix in a store."""

@@ -40,8 +40,8 @@ def test_submissions(tmp_path: Path, valkey: Valkey) -> None:
             client.get("/v1/quota").raise_for_status()
             with exhaust_descriptors(gateway.process.pid):
                 refused = [submit() for _ in range(BREAKER_THRESHOLD + 1)]
-            assert {(each.status_code, each.json()["code"]) for each in refused} == {(503, "upstream-unavailable")}
-            assert all("retry-after" in each.headers for each in refused)
+            assert {(item.status_code, item.json()["code"]) for item in refused} == {(503, "upstream-unavailable")}
+            assert all("retry-after" in item.headers for item in refused)
             (tasks,) = client.get("/v1/quota").json()["policies"]
             assert (tasks["used"], tasks["reserved"]) == (1, 0)
             accepted = submit()

@@ -173,7 +173,7 @@ def read_all_keys(client: Redis) -> dict[bytes, bytes]:
 def is_version_error(line: str) -> bool:
     """Return whether a line reports the data version and the remedy."""
     words = ("has version 1,", "uses version 2:", "`gateway export`", "`gateway apply`", "deploy/OPERATIONS.md")
-    return line.startswith("gateway: ") and all(each in line for each in words)
+    return line.startswith("gateway: ") and all(word in line for word in words)
 
 
 @pytest.mark.parametrize("role", ["all", "api", "worker"])
@@ -227,10 +227,10 @@ def test_two_starts_at_once(tmp_path: Path, upstream: SandboxProcess) -> None:
     with run_valkey() as store, ExitStack() as stack, Redis(unix_socket_path=str(store.socket_path)) as client:
         shared = upstream.gateway_settings(store)
         gateways = [stack.enter_context(start_gateway(tmp_path / name, **shared)) for name in ("first", "second")]
-        for each in gateways:
-            each.wait_ready()
+        for gateway in gateways:
+            gateway.wait_ready()
         assert client.get(Keys(shared["GATEWAY_KEY_PREFIX"]).data_version) == b"2"
-        assert [each.stop() for each in gateways] == [0, 0]
+        assert [item.stop() for item in gateways] == [0, 0]
 
 
 def test_damaged_sandbox(tmp_path: Path) -> None:

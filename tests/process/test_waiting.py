@@ -56,9 +56,9 @@ def count_waiting(gateway: GatewayProcess) -> int:
 def count_sockets(gateway: GatewayProcess) -> int:
     """Return the number of the gateway's open sockets."""
     found = 0
-    for each in Path(f"/proc/{gateway.process.pid}/fd").iterdir():
+    for item in Path(f"/proc/{gateway.process.pid}/fd").iterdir():
         try:
-            found += str(each.readlink()).startswith("socket:")
+            found += str(item.readlink()).startswith("socket:")
         except FileNotFoundError:
             continue
     return found

@@ -64,8 +64,8 @@ class LedgerActions(LedgerInvariants):
         """Delete the tenant or the account with this name."""
         now = self.model_registry.current
         self._write_registry(
-            drop_tenants=tuple(each for each in now.tenants.values() if each.name == name),
-            drop_accounts=tuple(each for each in now.accounts.values() if each.name == name),
+            drop_tenants=tuple(tenant for tenant in now.tenants.values() if tenant.name == name),
+            drop_accounts=tuple(account for account in now.accounts.values() if account.name == name),
         )
 
     def _write_registry(
@@ -89,7 +89,7 @@ class LedgerActions(LedgerInvariants):
 
     def choose_reservation(self, number: int, predicate: Callable[[Reservation], bool]) -> str | None:
         """Choose one of the matching reservations, counted from the newest."""
-        found = [name for name, each in reversed(self.model.reservations.items()) if predicate(each)]
+        found = [name for name, reservation in reversed(self.model.reservations.items()) if predicate(reservation)]
         return found[number % len(found)] if found else None
 
     def reserve(self, kind: Kind, accounts: tuple[int, ...], idempotency: Idempotency | None) -> str | None:
@@ -172,8 +172,8 @@ class LedgerActions(LedgerInvariants):
 
     def claim_checks(self, max_count: int) -> None:
         found, expected = self.run(self.tasks.claim_checks(max_count)), self.run(self.model.claim_checks(max_count))
-        assert [(normalize_task(each.task), each.claimed_at) for each in found] == [
-            (normalize_task(each.task), each.claimed_at) for each in expected
+        assert [(normalize_task(item.task), item.claimed_at) for item in found] == [
+            (normalize_task(item.task), item.claimed_at) for item in expected
         ]
         self.claimed_checks = [*found, *self.claimed_checks]
 
@@ -193,7 +193,9 @@ class LedgerActions(LedgerInvariants):
         assert normalize_task(found and found[0]) == normalize_task(expected and expected[0])
         if ends:
             self.claimed_checks = [
-                each for each in self.claimed_checks if each.task.reservation != task.reservation
+                claimed_check
+                for claimed_check in self.claimed_checks
+                if claimed_check.task.reservation != task.reservation
             ] + [due]
 
     def refund(self, tenant: int, reservation: str, reason: str) -> None:
@@ -270,7 +272,7 @@ class LedgerActions(LedgerInvariants):
             for due in self.claimed_checks:
                 self.record_check(due, CheckOutcome.SUCCEEDED if succeeds else CheckOutcome.FAILED)
         state = self.tenant_state()
-        held = [each.tasks_reserved + each.money_reserved_fen for each in state.windows.values()]
+        held = [window.tasks_reserved + window.money_reserved_fen for window in state.windows.values()]
         assert self.has_lost_data or (state.active_tasks, held) == (0, [0] * len(state.windows))
 
     def delete_reservation(self, reservation: str) -> None:

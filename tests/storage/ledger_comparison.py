@@ -86,11 +86,13 @@ class LedgerComparison(RuleBasedStateMachine):
     async def _expire_keys(self) -> None:
         await set_server_time(self.client, self.keys, self.model.clock.now_ms)
         for tenant, key in [
-            each for each, (_, _, until) in self.model.idempotency_keys.items() if until <= self.model.clock.now_ms
+            idempotency_key
+            for idempotency_key, (_, _, until) in self.model.idempotency_keys.items()
+            if until <= self.model.clock.now_ms
         ]:
             del self.model.idempotency_keys[tenant, key]
             await self.client.delete(self.keys.idempotency(tenant, key))
-        for name in [each for each, until in self.model.watched_until.items() if until <= self.model.clock.now_ms]:
+        for name in [item for item, until in self.model.watched_until.items() if until <= self.model.clock.now_ms]:
             del self.model.watched_until[name]
             await self.client.delete(self.keys.poll_watched(name))
 
@@ -105,7 +107,7 @@ class LedgerComparison(RuleBasedStateMachine):
         assert clock.advance(model.clock.now_ms) == model.clock.ledger_clock.advance(model.clock.now_ms)
         names, days = list(model.reservations), [day for _, day in model.usage_days]
         tenant, *accounts = await self.scripts.read(
-            *(("HGET", each, "state") for each in (keys.tenant(TENANT), *map(keys.account, ACCOUNTS)))
+            *(("HGET", item, "state") for item in (keys.tenant(TENANT), *map(keys.account, ACCOUNTS)))
         )
         state = decode(tenant, TenantState) or TenantState()
         assert roll_state(state, model.clock.now_ms) == roll_state(
@@ -114,7 +116,7 @@ class LedgerComparison(RuleBasedStateMachine):
         for account, packed in zip(ACCOUNTS, accounts, strict=True):
             known = decode(packed, AccountState) or AccountState()
             assert known == model.states_by_account.get(account, AccountState()), account
-        stored = await self.scripts.read(*(("GET", keys.reservation(each)) for each in names))
+        stored = await self.scripts.read(*(("GET", keys.reservation(item)) for item in names))
         for name, packed in zip(names, stored, strict=True):
             assert normalize_reservation(decode(packed, Reservation)) == normalize_reservation(
                 model.reservations[name]
@@ -127,8 +129,8 @@ class LedgerComparison(RuleBasedStateMachine):
     async def _compare_tasks(self) -> None:
         oldest = self.latest_ms - self.retention.keep_ms
         pages = [
-            await each.list_page(TENANT, state=None, kind=None, limit=99, cursor=None)
-            for each in (self.tasks, self.model)
+            await item.list_page(TENANT, state=None, kind=None, limit=99, cursor=None)
+            for item in (self.tasks, self.model)
         ]
         found, expected = ([normalize_task(task) for task in page.tasks if task.created_at > oldest] for page in pages)
         assert found == expected
@@ -143,7 +145,9 @@ class LedgerComparison(RuleBasedStateMachine):
             ("KEYS", keys.idempotency(TENANT, "*").replace("{", "\\{")),
         )
         assert dict(parse_withscores(leases)) == {
-            name: each.lease_expires_at for name, each in model.reservations.items() if is_reserved(each)
+            name: reservation.lease_expires_at
+            for name, reservation in model.reservations.items()
+            if is_reserved(reservation)
         }
         assert dict(parse_withscores(watch)) == model.due_checks
         assert dict(parse_withscores(claims)) == model.claimed_checks
@@ -151,7 +155,7 @@ class LedgerComparison(RuleBasedStateMachine):
             keys.idempotency(TENANT, key): f"{name} {content}"
             for (_, key), (name, content, _) in model.idempotency_keys.items()
         }
-        texts = await self.scripts.read(*(("GET", each) for each in names))
+        texts = await self.scripts.read(*(("GET", name) for name in names))
         assert {str(name, "utf-8"): str(text, "utf-8") for name, text in zip(names, texts, strict=True)} == kept
 
 

@@ -48,26 +48,30 @@ class LedgerInvariants(LedgerComparison):
     def take_snapshot(self) -> Any:
         """Return everything that a call could change."""
         model = self.model
-        accounts = [model.states_by_account.get(each, AccountState()) for each in ACCOUNTS]
+        accounts = [model.states_by_account.get(account, AccountState()) for account in ACCOUNTS]
         kept = accounts, model.reservations, model.tasks, model.due_checks, list(model.usage_days.items())
         return self.tenant_state(), dict(model.idempotency_keys), msgspec.msgpack.encode(kept)
 
     def check_limits(self) -> None:
         """Require that no limit in force is exceeded, counted from the reservations of each window."""
         policy, state = self.model.tenant_policies[TENANT], self.tenant_state()
-        held = [each for each in self.model.reservations.values() if is_charged(each) or is_open(each)]
+        held = [
+            reservation
+            for reservation in self.model.reservations.values()
+            if is_charged(reservation) or is_open(reservation)
+        ]
         if self.has_lost_data:
             return
         assert policy.max_active is None or sum(map(is_open, held)) <= policy.max_active
         for limit in policy.limits:
             key = state.windows[limit.window].key
-            mine = [each for each in held if each.window_starts.get(limit.window) == key and not each.refund]
+            mine = [item for item in held if item.window_starts.get(limit.window) == key and not item.refund]
             assert limit.tasks is None or len(mine) <= limit.tasks
             if (
                 limit.money_fen is not None
-                and sum(charge_in_window(each, limit.window) for each in mine) > limit.money_fen
+                and sum(charge_in_window(item, limit.window) for item in mine) > limit.money_fen
             ):
-                newest = max(mine, key=lambda each: (each.lease_expires_at, each.submission_seq))
+                newest = max(mine, key=lambda item: (item.lease_expires_at, item.submission_seq))
                 assert not newest.money_holds, "it held money that was not there"
 
     @invariant()
@@ -88,27 +92,27 @@ class LedgerInvariants(LedgerComparison):
             return
         assert state.active_tasks == sum(map(is_open, held))
         assert {kind: tasks for kind, tasks in state.active_by_kind.items() if tasks} == Counter(
-            each.kind for each in held if is_open(each)
+            item.kind for item in held if is_open(item)
         )
         aside = [(window, counter) for window, counters in state.retained_counters.items() for counter in counters]
         for window, counter in (*state.windows.items(), *aside):
-            mine = [each for each in held if each.window_starts.get(window) == counter.key]
-            charged = [each for each in mine if is_charged(each) and not each.refund]
+            mine = [item for item in held if item.window_starts.get(window) == counter.key]
+            charged = [item for item in mine if is_charged(item) and not item.refund]
             assert counter.tasks_reserved == sum(map(is_reserved, mine))
             assert counter.tasks == len(charged)
-            assert counter.money_reserved_fen == sum(each.money_holds.get(window, 0) for each in mine if is_open(each))
-            assert counter.money_fen == sum(charge_in_window(each, window) for each in charged if not is_open(each))
+            assert counter.money_reserved_fen == sum(item.money_holds.get(window, 0) for item in mine if is_open(item))
+            assert counter.money_fen == sum(charge_in_window(item, window) for item in charged if not is_open(item))
         for account in self.model.states_by_account:
-            self._check_account(account, [each for each in held if each.account == account])
+            self._check_account(account, [item for item in held if item.account == account])
 
     def _check_account(self, account: int, mine: list[Reservation]) -> None:
         known = self.model.states_by_account[account]
         assert known.open_submissions == sum(map(is_open, mine))
         assert known.unsettled == sum(map(is_reserved, mine))
-        assert known.unknown_outcomes == sum(each.state is ReservationState.UNKNOWN for each in mine)
-        assert known.pending_prepaid_only == sum(each.prepaid_only for each in mine)
-        assert known.pending_charges == sum(each.charge_pending for each in mine if is_open(each))
-        assert 0 <= known.untracked_charges <= sum(each.charge_pending for each in mine if not is_open(each))
+        assert known.unknown_outcomes == sum(item.state is ReservationState.UNKNOWN for item in mine)
+        assert known.pending_prepaid_only == sum(item.prepaid_only for item in mine)
+        assert known.pending_charges == sum(item.charge_pending for item in mine if is_open(item))
+        assert 0 <= known.untracked_charges <= sum(item.charge_pending for item in mine if not is_open(item))
 
     @invariant()
     def usage_matches_windows(self) -> None:

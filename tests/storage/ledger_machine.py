@@ -68,8 +68,8 @@ class LedgerMachine(LedgerActions):
         """Run submissions that do not overlap: these reveal most about an account."""
         self.set_upstream(late=late, now=now, count=count, money=money)
         self.write_policies(tenant, AccountPolicy(), AccountPolicy())
-        for each in wholes:
-            self.run_submission(ACCOUNTS[0], each, 1)
+        for whole in wholes:
+            self.run_submission(ACCOUNTS[0], whole, 1)
 
     @rule(tenant=tenant_policies, first=account_policies, second=account_policies, gone=deleted_names)
     def change_limits(self, tenant: TenantPolicy, first: AccountPolicy, second: AccountPolicy, gone: str) -> None:
@@ -108,7 +108,7 @@ class LedgerMachine(LedgerActions):
             name = self.reserve(kind, order, None)
             if name and moves:
                 left = self.model.reservations[name].account
-                self.change_account(name, left, tuple(each for each in ACCOUNTS if each != left), None)
+                self.change_account(name, left, tuple(account for account in ACCOUNTS if account != left), None)
 
     @rule(account=accounts, kind=kinds, after=answer_delays)
     def mix_spending_modes(self, account: int, kind: Kind, after: int) -> None:
@@ -135,8 +135,8 @@ class LedgerMachine(LedgerActions):
             self.finish_all(succeeds=quiet)
         if policy:
             self.write_tenant_policy(policy)
-        for each in wholes:
-            self.run_submission(account, each, after)
+        for whole in wholes:
+            self.run_submission(account, whole, after)
 
     @rule(number=numbers, order=account_orders, closes=close_statuses, repeats=st.booleans())
     def move_submission(
@@ -146,7 +146,7 @@ class LedgerMachine(LedgerActions):
         if name is None:
             return
         left = self.model.reservations[name].account
-        others = tuple(each for each in (order if len(order) > 1 else ACCOUNTS) if each != left)
+        others = tuple(item for item in (order if len(order) > 1 else ACCOUNTS) if item != left)
         for _ in range(1 + repeats):
             self.change_account(name, left, others, closes)
 

@@ -28,7 +28,7 @@ limits = st.builds(
 unlimited_policies = st.builds(TenantPolicy, spending_mode=st.sampled_from(SpendingMode))
 limited_policies = st.builds(
     TenantPolicy,
-    limits=st.lists(limits, min_size=1, max_size=2, unique_by=lambda each: each.window).map(tuple),
+    limits=st.lists(limits, min_size=1, max_size=2, unique_by=lambda item: item.window).map(tuple),
     max_active=st.sampled_from([None, None, None, 0, 1, 2]),
     spending_mode=st.sampled_from(SpendingMode),
 )
@@ -51,7 +51,7 @@ reported_balances: st.SearchStrategy[Balance | None] = st.integers(0, 11).flatma
 )
 """The balance that an answer reports; mostly None, which stands for the true one."""
 
-outcomes = st.sampled_from([each for each in ReservationState if each is not ReservationState.RESERVED])
+outcomes = st.sampled_from([item for item in ReservationState if item is not ReservationState.RESERVED])
 likely_outcomes = st.sampled_from(
     [
         *[ReservationState.ACCEPTED] * 8,
@@ -113,8 +113,8 @@ plans = st.builds(
 )
 usual_plans = st.builds(usual_plan, kinds)
 unknown_plans = usual_plans.flatmap(
-    lambda each: st.builds(
-        each._replace,
+    lambda item: st.builds(
+        item._replace,
         outcome=st.just(ReservationState.UNKNOWN),
         is_charged=st.booleans(),
         later_outcome=later_outcomes,

@@ -46,7 +46,7 @@ def normalize_reservation(found: Any) -> Any:
 
 def normalize_day(day: DayUsage) -> Any:
     """Drop the zero counters of a day's usage."""
-    tallies = {kind: {each: number for each, number in tally.items() if number} for kind, tally in day.tallies.items()}
+    tallies = {kind: {item: number for item, number in tally.items() if number} for kind, tally in day.tallies.items()}
     return {kind: tally for kind, tally in tallies.items() if tally}, day.unknown, day.refunds
 
 

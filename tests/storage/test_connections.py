@@ -80,8 +80,8 @@ async def run_proxy(
         try:
             yield proxy
         finally:  # before the server waits for its connections
-            for each in forwarding:
-                each.cancel()
+            for item in forwarding:
+                item.cancel()
             await asyncio.gather(*forwarding, return_exceptions=True)
 
 
@@ -284,7 +284,7 @@ async def test_frozen_cluster() -> None:
                 async with asyncio.timeout(8):
                     for _ in range(2):
                         failed = await asyncio.gather(*(ping(connections) for _ in range(40)), return_exceptions=True)
-                        assert all(isinstance(each, UNAVAILABLE_ERRORS) for each in failed)
+                        assert all(isinstance(item, UNAVAILABLE_ERRORS) for item in failed)
             finally:
                 store.server.resume()
             while pause_unless(

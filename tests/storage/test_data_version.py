@@ -108,9 +108,9 @@ async def test_two_versions_at_once(store: RunningStore) -> None:
     """Of gateways of two versions that start on an empty store at once, those of one version continue."""
     async with AsyncExitStack() as stack:
         gateways = [await stack.enter_async_context(Gateway(store, version)) for version in [1, 2] * 5]
-        await asyncio.gather(*(each.registry.load() for each in gateways), return_exceptions=True)
+        await asyncio.gather(*(gateway.registry.load() for gateway in gateways), return_exceptions=True)
     marked = int(store.execute("GET", KEYS.data_version))
-    assert [not each.errors for each in gateways] == [version == marked for version in [1, 2] * 5]
+    assert [not gateway.errors for gateway in gateways] == [version == marked for version in [1, 2] * 5]
 
 
 async def test_replaced_while_it_runs(store: RunningStore) -> None:

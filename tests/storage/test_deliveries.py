@@ -58,20 +58,20 @@ async def test_dead_receiver(store: DeliveryStore) -> None:
     for number in range(1_000):
         await store.add_delivery(f"dead-{number}", 1, f"https://dead.test/{number}")
     await store.add_delivery("alive", 2, "https://alive.test/")
-    claimed = [each.delivery.reservation for each in await store.queue.claim(64)]
+    claimed = [item.delivery.reservation for item in await store.queue.claim(64)]
     assert len(claimed) == MAX_CONCURRENT + 1
     assert "alive" in claimed
     assert not await store.queue.claim(64)
     await store.add_delivery("newer", 3, "https://dead.test/")
-    assert [each.delivery.reservation for each in await store.queue.claim(1)] == ["newer"]
+    assert [item.delivery.reservation for item in await store.queue.claim(1)] == ["newer"]
 
 
 async def test_failing_receiver(store: DeliveryStore) -> None:
     """After a failure a receiver gets one delivery at a time until one succeeds."""
     for number in range(3 * MAX_CONCURRENT):
         await store.add_delivery(f"d{number}", 1, "https://failing.test/")
-    for each in await store.queue.claim(64):
-        await store.queue.record_attempt(each, DeliveryResult(state=DeliveryState.PENDING, retry_delay_ms=5_000))
+    for item in await store.queue.claim(64):
+        await store.queue.record_attempt(item, DeliveryResult(state=DeliveryState.PENDING, retry_delay_ms=5_000))
     (alone,) = await store.queue.claim(64)
     await store.queue.record_attempt(alone, DeliveryResult(state=DeliveryState.DELIVERED))
     assert len(await store.queue.claim(64)) == MAX_CONCURRENT

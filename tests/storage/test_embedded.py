@@ -85,7 +85,7 @@ async def test_killed_server(tmp_path: Path) -> None:
                 os.kill(killed, signal.SIGKILL)
                 await wait_until(lambda: server.pid != killed)  # noqa: B023 - within its round
                 await wait_for_answer(server)
-            assert [(each["event"], each["exit_code"]) for each in logs] == [("valkey.restarted", -signal.SIGKILL)]
+            assert [(log["event"], log["exit_code"]) for log in logs] == [("valkey.restarted", -signal.SIGKILL)]
             assert has_exited(killed)
             assert await read_value(server, "k") == number
     assert has_exited(server.pid or 0)
@@ -103,7 +103,7 @@ async def test_restart_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         file.write_bytes(b"*not what a server writes\r\n" * 3)
         with capture_logs() as logs:
             os.kill(server.pid or 0, signal.SIGKILL)
-            await wait_until(lambda: [each["event"] for each in logs].count("valkey.failed") > 1)
+            await wait_until(lambda: [log["event"] for log in logs].count("valkey.failed") > 1)
         file.write_bytes(whole)
         await wait_for_answer(server)
         assert await read_value(server, "k") == b"v"

@@ -66,7 +66,7 @@ async def read_refusal(url: str, *times: int) -> tuple[PolicyDenial, TenantSnaps
     await connections.aclose()
     assert isinstance(verdict, PolicyDenial)
     assert snapshot
-    return verdict, snapshot, [parse_server_time(each) for each in (began, ended)]
+    return verdict, snapshot, [parse_server_time(item) for item in (began, ended)]
 
 
 @settings(max_examples=50, deadline=None)
@@ -81,10 +81,10 @@ def test_calendar(valkey: Valkey, now: int) -> None:
     """Windows agree with the domain in every century, month and leap year."""
     verdict, snapshot, _ = asyncio.run(read_refusal(valkey.url, now))
     assert verdict.violations == tuple(
-        Violation(ledger.policy_name(each, ledger.UNIT_TASKS), 0, ledger.window_bounds(each, now)[1]) for each in Window
+        Violation(ledger.policy_name(item, ledger.UNIT_TASKS), 0, ledger.window_bounds(item, now)[1]) for item in Window
     )
-    assert {window: each.window_start for window, each in snapshot.state.windows.items()} == {
-        each: ledger.window_bounds(each, now)[0] for each in Window
+    assert {window: item.window_start for window, item in snapshot.state.windows.items()} == {
+        item: ledger.window_bounds(item, now)[0] for item in Window
     }
 
 
@@ -99,7 +99,7 @@ async def test_windows_after_a_step_back(valkey: Valkey) -> None:
     stepped = utc_ms("2050-01-01") - STEP_MS
     verdict, snapshot, _ = await read_refusal(valkey.url, utc_ms("2050-01-01"), stepped)
     assert verdict.now == stepped
-    resets = {each.policy: each.resets_at for each in verdict.violations}
+    resets = {violation.policy: violation.resets_at for violation in verdict.violations}
     assert resets["day-tasks"] == utc_ms("2050-01-01")
     assert snapshot.state.windows[Window.MINUTE].window_start == stepped
 
@@ -144,9 +144,9 @@ async def test_work_goes_on_after_a_step_back(store: SeededStore) -> None:
     await store.advance_clock(40_000)  # of which the ledger's time makes nine tenths
     (again,) = await agenda.claim(1)
     assert again.delivery.next_attempt_at == store.now - 40_000 + STEP_MS + 30_000
-    assert [each.task.reservation for each in await store.tasks.claim_checks(9)] == ["runs"]
+    assert [claim_check.task.reservation for claim_check in await store.tasks.claim_checks(9)] == ["runs"]
     await store.advance_clock(RETENTION.lease_ms)
-    assert [each.reservation for each in await store.ledger.settle_expired(9)] == ["dies"]
+    assert [item.reservation for item in await store.ledger.settle_expired(9)] == ["dies"]
     before = (await store.ledger.tenant_snapshot(TENANT)).state.windows[Window.TOTAL].tasks
     await store.accept("later")
     found = await store.tasks.get("later")

@@ -56,7 +56,7 @@ async def test_lost_task(store: SeededStore) -> None:
     await store.accept("kept")
     await store.client.delete(store.keys.task("gone"))
     await store.advance_clock(RETENTION.claim_lease_ms)
-    assert [each.task.reservation for each in await store.tasks.claim_checks(9)] == ["kept"]
+    assert [claim_check.task.reservation for claim_check in await store.tasks.claim_checks(9)] == ["kept"]
     assert await store.client.zrange(store.keys.poll_due, 0, -1) == []
     assert await store.client.zrange(store.keys.poll_claimed, 0, -1) == [b"kept"]
 
@@ -80,5 +80,5 @@ async def test_windows_of_the_creation(store: SeededStore) -> None:
     await store.advance_clock(60_000)
     await store.settle("r", ReservationState.ACCEPTED, created=created)
     snapshot = await store.ledger.tenant_snapshot(TENANT)
-    charged = {window: each.tasks for window, each in snapshot.state.windows.items()}
-    assert charged == {each: int(each is Window.TOTAL) for each in Window}
+    charged = {window: item.tasks for window, item in snapshot.state.windows.items()}
+    assert charged == {item: int(item is Window.TOTAL) for item in Window}

@@ -78,13 +78,13 @@ async def test_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with capture_logs() as logs:
         for _ in range(2):
             failed = await asyncio.gather(*(reader.read(("GET", "x")) for _ in range(20)), return_exceptions=True)
-            assert all(isinstance(each, LedgerUnavailable) for each in failed)
+            assert all(isinstance(item, LedgerUnavailable) for item in failed)
             outages.on_error(RedisErrorKind.CONNECTION)
             with run_valkey(port=port):
                 await asyncio.gather(*(reader.read(("GET", "x")) for _ in range(20)))
     await connections.aclose()
-    assert [each["event"] for each in logs] == ["redis.unavailable", "redis.available"] * 2
-    assert [each.get("failed_calls") for each in logs] == [None, 20, None, 20]
+    assert [log["event"] for log in logs] == ["redis.unavailable", "redis.available"] * 2
+    assert [log.get("failed_calls") for log in logs] == [None, 20, None, 20]
     assert len(counted) == 42
     assert calls == ([RedisOutcome.UNAVAILABLE] * 20 + [RedisOutcome.OK] * 20) * 2
 
@@ -106,7 +106,7 @@ def test_outage_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
         outages.on_call("reserve", RedisOutcome.OK, 0)
         outages.on_error(RedisErrorKind.RESPONSE)
         outages.on_call("reserve", RedisOutcome.ERROR, 0)
-    assert [each["event"] for each in logs] == ["redis.unavailable", "redis.available"]
+    assert [log["event"] for log in logs] == ["redis.unavailable", "redis.available"]
 
 
 async def _wait_for_failures(failures: asyncio.Queue[RedisErrorKind]) -> None:
@@ -120,6 +120,6 @@ async def _wait_for_message(connections: Connections, follower: Subscriber, logs
     """Wait until it receives again: shown by the loaded registry, or by a log line about an invalid message."""
     while not (isinstance(follower, CachedRegistry) and follower.is_ready):
         await connections.commands.publish(KEYS.task_events_channel, b"nonsense")
-        if any(each["event"] == "pubsub.invalid_message" for each in logs):
+        if any(log["event"] == "pubsub.invalid_message" for log in logs):
             return
         await asyncio.sleep(0.01)

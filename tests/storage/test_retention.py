@@ -20,7 +20,7 @@ async def test_everything_expires(store: SeededStore) -> None:
     await store.accept("r", KEY)
     await store.reserve("s")
     keys = store.keys
-    found = {str(each, "ascii"): await store.ttl_ms(str(each, "ascii")) for each in await store.client.keys()}
+    found = {str(item, "ascii"): await store.ttl_ms(str(item, "ascii")) for item in await store.client.keys()}
     owners = dict.fromkeys([keys.tenant(TENANT), keys.account(FIRST), keys.account(SECOND)])
     assert found == owners | dict.fromkeys(
         [keys.clock, f"{keys.clock}:server", keys.registry, keys.leases, keys.poll_due]
@@ -34,7 +34,7 @@ async def test_everything_expires(store: SeededStore) -> None:
     }
 
 
-@pytest.mark.parametrize("outcome", [each for each in ReservationState if each is not ReservationState.RESERVED])
+@pytest.mark.parametrize("outcome", [item for item in ReservationState if item is not ReservationState.RESERVED])
 @pytest.mark.parametrize("known", [True, False])
 async def test_outcomes(store: SeededStore, outcome: ReservationState, *, known: bool) -> None:
     """A reservation is kept for the whole retention from its outcome on, even if reserved long before."""
@@ -129,11 +129,11 @@ async def test_deleted(store: SeededStore) -> None:
     await store.accept("r")
     owners = store.keys.tenant(TENANT), store.keys.account(FIRST)
     await store.write_registry(1, drop_tenants=TENANTS, drop_accounts=ACCOUNTS)
-    assert [await store.ttl_ms(each) for each in owners] == [2 * MONTH_MS] * 2
-    for each in owners:
-        await store.shorten_ttl(each)
+    assert [await store.ttl_ms(item) for item in owners] == [2 * MONTH_MS] * 2
+    for owner in owners:
+        await store.shorten_ttl(owner)
     await store.record_check(SUCCEEDED_CHECK)
-    assert [await store.ttl_ms(each) for each in owners] == [2 * MONTH_MS] * 2
+    assert [await store.ttl_ms(item) for item in owners] == [2 * MONTH_MS] * 2
 
 
 async def test_restored(store: SeededStore) -> None:
@@ -143,4 +143,4 @@ async def test_restored(store: SeededStore) -> None:
     await store.write_registry(2, tenants=TENANTS, accounts=ACCOUNTS)
     await store.record_check(SUCCEEDED_CHECK)
     owners = store.keys.tenant(TENANT), store.keys.account(FIRST)
-    assert [await store.ttl_ms(each) for each in owners] == [None] * 2
+    assert [await store.ttl_ms(owner) for owner in owners] == [None] * 2

@@ -44,7 +44,7 @@ async def count_subscribers(client: Redis) -> int:
 
 
 async def subscriber_ids(client: Redis) -> set[str]:
-    return {each["id"] for each in await client.client_list(_type="pubsub")}
+    return {item["id"] for item in await client.client_list(_type="pubsub")}
 
 
 @asynccontextmanager
@@ -89,7 +89,7 @@ async def test_only_visible_changes(kept: StoreFixture) -> None:
             message = await channel.get_message(timeout=TIMEOUT_SECONDS)
             assert message
             heard.append(message)
-    versions = [decode_task_event(each["data"])[0].version for each in heard if each["type"] == "message"]
+    versions = [decode_task_event(item["data"])[0].version for item in heard if item["type"] == "message"]
     assert versions == [2, 3]
 
 

@@ -35,7 +35,7 @@ async def test_order(kept: StoreFixture) -> None:
     """Tasks are returned in the requested order, with the current time; unknown ones are None."""
     await kept.accept_tasks("r2")
     found = await kept.tasks.touch(["r2", "never", "r1"])
-    assert [each and each[0].reservation for each in found] == ["r2", None, "r1"]
+    assert [item and item[0].reservation for item in found] == ["r2", None, "r1"]
     assert found[0]
     assert abs(found[0][1] - await kept.now()) < SLACK_MS
 

@@ -56,7 +56,7 @@ class Server:
         return sum(_status_kib(pid, field) for pid in self._processes()) / 1024
 
     def _processes(self) -> list[int]:
-        return [each for pid in self.pids for each in process_tree(pid)]
+        return [item for pid in self.pids for item in process_tree(pid)]
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def process_tree(pid: int) -> list[int]:
     with suppress(FileNotFoundError, ProcessLookupError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
             children += map(int, (thread / "children").read_text().split())
-    return [pid, *(each for child in children for each in process_tree(child))]
+    return [pid, *(item for child in children for item in process_tree(child))]
 
 
 class _NotReady(Exception):

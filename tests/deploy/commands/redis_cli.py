@@ -30,7 +30,7 @@ def main() -> int:
             given.rdb.write_bytes(_save_snapshot(stream))
             return 0
         parts = [word.encode() for word in given.words]
-        stream.write(b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(each), each) for each in parts))
+        stream.write(b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts))
         stream.flush()
         return _print_reply(stream)
 

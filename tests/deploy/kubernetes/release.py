@@ -31,24 +31,24 @@ def render_release(name: str, *settings: str) -> Sequence[Resource]:
 
 
 def resources_of_kind(resources: Sequence[Resource], wanted: str) -> Sequence[Resource]:
-    return [each for each in resources if each["kind"] == wanted]
+    return [resource for resource in resources if resource["kind"] == wanted]
 
 
 def get_resource(resources: Sequence[Resource], wanted: str, suffix: str = "") -> Any:
     """Return the resource of a kind that is named after the release, with a suffix."""
     (found,) = [
-        each
-        for each in resources_of_kind(resources, wanted)
-        if each["metadata"]["name"] == f"photos-imaging-gateway{suffix}"
+        item
+        for item in resources_of_kind(resources, wanted)
+        if item["metadata"]["name"] == f"photos-imaging-gateway{suffix}"
     ]
     return found
 
 
 def pod_templates(resources: Sequence[Resource]) -> Iterator[tuple[str, Any]]:
     """Yield the pod templates with the names of their owners."""
-    for each in resources:
-        if "template" in each.get("spec", {}):
-            yield each["metadata"]["name"], each["spec"]["template"]
+    for resource in resources:
+        if "template" in resource.get("spec", {}):
+            yield resource["metadata"]["name"], resource["spec"]["template"]
 
 
 def matches_selector(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
@@ -64,7 +64,7 @@ def pod_environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]
         "admin-token": secrets.token_hex(32),
     }
     (container,) = pod["spec"]["containers"]
-    volumes = {each["name"]: each for each in pod["spec"]["volumes"]}
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
     mounted = {
         f"{mount['mountPath']}/{item['path']}": made_up[item["path"]]
         for mount in container["volumeMounts"]
@@ -72,13 +72,13 @@ def pod_environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]
         for item in source["secret"]["items"]
     }
     found = {}
-    for each in container["env"]:
-        value = each.get("value", "from a Secret")
+    for item in container["env"]:
+        value = item.get("value", "from a Secret")
         if value in mounted:
             file = folder / Path(value).name
             file.write_text(f"{mounted[value]}\n")
             value = str(file)
-        found[each["name"]] = value
+        found[item["name"]] = value
     return found
 
 

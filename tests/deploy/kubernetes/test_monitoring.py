@@ -33,25 +33,25 @@ def test_rules(file: Path) -> None:
 
 def test_links() -> None:
     """Alerts link only to configured addresses."""
-    found = [str(each) for each in resources_of_kind(render_release("production"), "PrometheusRule")]
-    assert not [each for each in found for default in DEFAULT_LINKS if default in each]
-    assert [each for each in found for chosen in CUSTOM_LINKS if chosen in each]
+    found = [str(item) for item in resources_of_kind(render_release("production"), "PrometheusRule")]
+    assert not [item for item in found for default in DEFAULT_LINKS if default in item]
+    assert [item for item in found for chosen in CUSTOM_LINKS if chosen in item]
 
 
 def test_all_rules() -> None:
     """Exactly the rule files are included."""
-    found = {each["metadata"]["name"] for each in resources_of_kind(render_release("production"), "PrometheusRule")}
+    found = {item["metadata"]["name"] for item in resources_of_kind(render_release("production"), "PrometheusRule")}
     assert found == {f"photos-imaging-gateway-{file.stem}" for file in FILES}
 
 
 def test_dashboards() -> None:
     """All dashboards are included unchanged, with the label for Grafana's sidecar."""
     found = [
-        each
-        for each in resources_of_kind(render_release("production"), "ConfigMap")
-        if "grafana_dashboard" in each["metadata"]["labels"]
+        item
+        for item in resources_of_kind(render_release("production"), "ConfigMap")
+        if "grafana_dashboard" in item["metadata"]["labels"]
     ]
-    texts = {name: text for each in found for name, text in each["data"].items()}
+    texts = {name: text for item in found for name, text in item["data"].items()}
     assert texts == {f"imaging-gateway-{file.name}": file.read_text("utf-8") for file in DASHBOARDS.glob("*.json")}
 
 
@@ -61,10 +61,10 @@ def test_monitor() -> None:
     monitor = get_resource(resources, "ServiceMonitor")
     selector = monitor["spec"]["selector"]["matchLabels"]
     services = resources_of_kind(resources, "Service")
-    (service,) = [each for each in services if matches_selector(selector, each["metadata"]["labels"])]
+    (service,) = [item for item in services if matches_selector(selector, item["metadata"]["labels"])]
     (endpoint,) = monitor["spec"]["endpoints"]
     assert service["metadata"]["name"] == "photos-imaging-gateway-operators"
-    assert endpoint["port"] in {each["name"] for each in service["spec"]["ports"]}
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
     assert endpoint["path"] == "/metrics"
     assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == "imaging-gateway"
     assert 'job="imaging-gateway"' in FILES[0].with_name("alerts-service.yaml").read_text("utf-8")
@@ -73,11 +73,11 @@ def test_monitor() -> None:
 
 def test_job_name_is_fixed() -> None:
     """The job name does not depend on the release's name."""
-    for each in resources_of_kind(render_release("production", 'fullnameOverride="other"'), "Service"):
-        assert each["metadata"]["labels"]["app.kubernetes.io/name"] == "imaging-gateway"
+    for item in resources_of_kind(render_release("production", 'fullnameOverride="other"'), "Service"):
+        assert item["metadata"]["labels"]["app.kubernetes.io/name"] == "imaging-gateway"
 
 
 def test_disabled_by_default() -> None:
     """The default values need no Prometheus operator."""
-    found = {each["kind"] for each in render_release("default")}
+    found = {item["kind"] for item in render_release("default")}
     assert not found & {"ServiceMonitor", "PrometheusRule", "ConfigMap", "Ingress", "Job"}

@@ -30,7 +30,11 @@ def policy_rules(role: str, direction: str, *settings: str, name: str = "default
 
 def allowed_peers(role: str, port: str, *settings: str, name: str = "default") -> Sequence[Any] | None:
     """Return the peers allowed to reach a role's port; None without a rule. Fails for a rule without peers."""
-    found = [each for each in policy_rules(role, "ingress", *settings, name=name) if each["ports"] == [{"port": port}]]
+    found = [
+        policy_rule
+        for policy_rule in policy_rules(role, "ingress", *settings, name=name)
+        if policy_rule["ports"] == [{"port": port}]
+    ]
     assert len(found) <= 1
     return found[0]["from"] if found else None
 
@@ -42,7 +46,7 @@ def test_every_pod_has_a_policy(name: str) -> None:
     policies = resources_of_kind(resources, "NetworkPolicy")
     for _, pod in pod_templates(resources):
         labels = pod["metadata"]["labels"]
-        (policy,) = [each for each in policies if matches_selector(each["spec"]["podSelector"]["matchLabels"], labels)]
+        (policy,) = [item for item in policies if matches_selector(item["spec"]["podSelector"]["matchLabels"], labels)]
         assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
 
 
@@ -65,7 +69,7 @@ def test_tenants_reach_their_port_only() -> None:
         {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}},
     ]
     assert operators
-    assert not [each for each in operators if each in tenants]
+    assert not [operator for operator in operators if operator in tenants]
 
 
 def test_no_peers() -> None:
@@ -95,7 +99,7 @@ def test_prometheus(role: str) -> None:
 
 
 def rule_ports(rule: Rule) -> list[int]:
-    return sorted({each["port"] for each in rule["ports"]})
+    return sorted({port["port"] for port in rule["ports"]})
 
 
 @pytest.mark.parametrize(("name", "redis"), [("default", [6379]), ("sentinel", [6379, 26379]), ("cluster", [6379])])
@@ -104,8 +108,8 @@ def test_egress(name: str, redis: list[int]) -> None:
     dns, store, upstream = policy_rules("api", "egress", name=name)
     assert policy_rules("worker", "egress", name=name)[:3] == [dns, store, upstream]
     assert len(policy_rules("worker", "egress", name=name)) == 4
-    assert [rule_ports(each) for each in (dns, store, upstream)] == [[53], redis, [443]]
-    assert {each["protocol"] for each in dns["ports"]} == {"TCP", "UDP"}
+    assert [rule_ports(item) for item in (dns, store, upstream)] == [[53], redis, [443]]
+    assert {port["protocol"] for port in dns["ports"]} == {"TCP", "UDP"}
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -113,7 +117,7 @@ def test_egress(name: str, redis: list[int]) -> None:
 def test_private_networks_are_excluded(role: str, network: str) -> None:
     """Egress to the internet excludes private networks and the cloud's metadata."""
     for rule in policy_rules(role, "egress")[2:]:
-        assert network in [each for block in rule["to"] for each in block["ipBlock"]["except"]]
+        assert network in [item for block in rule["to"] for item in block["ipBlock"]["except"]]
 
 
 def test_traces() -> None:

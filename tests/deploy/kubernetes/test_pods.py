@@ -20,7 +20,7 @@ from tests.deploy.kubernetes.release import (
     resources_of_kind,
 )
 
-VARIABLE_NAMES = {each.name for each in SETTINGS} | {each.name + FILE_SUFFIX for each in SETTINGS}
+VARIABLE_NAMES = {setting.name for setting in SETTINGS} | {setting.name + FILE_SUFFIX for setting in SETTINGS}
 TOPOLOGIES = {
     "default": Topology.SINGLE,
     "production": Topology.SINGLE,
@@ -51,7 +51,7 @@ def test_restricted(name: str) -> None:
                 "readOnlyRootFilesystem": True,
             }
             assert not any("hostPort" in port for port in container.get("ports", ()))
-        assert {next(iter(each.keys() - {"name"})) for each in spec["volumes"]} <= {
+        assert {next(iter(volume.keys() - {"name"})) for volume in spec["volumes"]} <= {
             "projected",
             "emptyDir",
             "configMap",
@@ -65,7 +65,7 @@ def test_service_account_has_no_rights(name: str) -> None:
     account = get_resource(resources, "ServiceAccount")
     assert account["automountServiceAccountToken"] is False
     assert {pod["spec"]["serviceAccountName"] for _, pod in pod_templates(resources)} == {account["metadata"]["name"]}
-    assert not {each["kind"] for each in resources if "rbac" in each["apiVersion"]}
+    assert not {resource["kind"] for resource in resources if "rbac" in resource["apiVersion"]}
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -86,7 +86,7 @@ def test_settings(name: str, role: str, tmp_path: Path) -> None:
     assert settings.role is Role(role)
     assert settings.redis_url == REDIS_URLS[name]
     assert parse_redis_url(settings.redis_url).topology is TOPOLOGIES[name]
-    ports = {each["name"]: each["containerPort"] for each in pod["spec"]["containers"][0]["ports"]}
+    ports = {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
     expected = {"operators": settings.ops_port} | ({"tenants": settings.port} if role == "api" else {})
     assert ports == expected
     # On every address, since others than the pod itself have to reach them.
@@ -120,11 +120,11 @@ def test_ipv6(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RELEASES)
 def test_only_known_variables(name: str) -> None:
     """Every GATEWAY variable is a setting, given once, and holds no secret."""
-    secret = {each.name for each in SETTINGS if each.is_secret}
+    secret = {setting.name for setting in SETTINGS if setting.is_secret}
     for _, pod in pod_templates(render_release(name)):
-        names = [each["name"] for each in pod["spec"]["containers"][0]["env"]]
+        names = [item["name"] for item in pod["spec"]["containers"][0]["env"]]
         assert len(set(names)) == len(names)
-        assert {each for each in names if each.startswith("GATEWAY_")} <= VARIABLE_NAMES - secret
+        assert {item for item in names if item.startswith("GATEWAY_")} <= VARIABLE_NAMES - secret
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -133,7 +133,7 @@ def test_no_secrets(name: str) -> None:
     resources = render_release(name)
     assert resources_of_kind(resources, "Secret") == []
     for _, pod in pod_templates(resources):
-        (volume,) = [each for each in pod["spec"]["volumes"] if each["name"] == "secrets"]
+        (volume,) = [item for item in pod["spec"]["volumes"] if item["name"] == "secrets"]
         assert all(source["secret"]["name"] for source in volume["projected"]["sources"])
         # Group-readable: the group is fsGroup, since the files belong to root.
         assert volume["projected"]["defaultMode"] == 0o440

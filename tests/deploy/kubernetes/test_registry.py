@@ -45,7 +45,7 @@ def test_operators_api(tmp_path: Path) -> None:
 
 def test_secrets_of_the_file() -> None:
     """Secrets that the file references are mounted from their Secrets."""
-    (given,) = [each for each in job_container()["env"] if "valueFrom" in each]
+    (given,) = [item for item in job_container()["env"] if "valueFrom" in item]
     assert given["name"] == "MAIN_USER_KEY"
     assert given["valueFrom"] == {"secretKeyRef": {"name": "gateway-accounts", "key": "main"}}
 
@@ -53,16 +53,16 @@ def test_secrets_of_the_file() -> None:
 def test_file() -> None:
     """The file is in the ConfigMap, which may be an existing one."""
     args, spec = job_container()["args"], registry_job()["spec"]["template"]["spec"]
-    (mount,) = [each for each in job_container()["volumeMounts"] if each["name"] == "registry"]
-    (volume,) = [each for each in spec["volumes"] if each["name"] == "registry"]
+    (mount,) = [volumemount for volumemount in job_container()["volumeMounts"] if volumemount["name"] == "registry"]
+    (volume,) = [entry for entry in spec["volumes"] if entry["name"] == "registry"]
     (item,) = volume["configMap"]["items"]
     assert args[:2] == ["apply", f"{mount['mountPath']}/{item['path']}"]
     assert item["key"] in get_resource(render_release("production"), "ConfigMap", "-registry")["data"]
     theirs = ('registry.toml=""', 'registry.existingConfigMap="theirs"')
     assert not [
-        each
-        for each in resources_of_kind(render_release("production", *theirs), "ConfigMap")
-        if "registry" in str(each["data"])
+        entry
+        for entry in resources_of_kind(render_release("production", *theirs), "ConfigMap")
+        if "registry" in str(entry["data"])
     ]
     assert "{'name': 'theirs', 'items':" in str(registry_job(*theirs))
 

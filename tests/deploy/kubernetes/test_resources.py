@@ -32,9 +32,9 @@ OLDEST_KUBERNETES = re.sub(r"^>=(\d+\.\d+)\..*", r"\1", CHART_METADATA["kubeVers
 @pytest.mark.parametrize("name", RELEASES)
 def test_kubernetes_schemas(name: str, version: str) -> None:
     """Every resource is valid for the oldest and the newest Kubernetes, without unknown fields."""
-    for each in render_release(name):
-        if not each["apiVersion"].startswith("monitoring.coreos.com/"):
-            assert version.startswith(kubernetes_validate.validate(dict(each), version, strict=True))
+    for item in render_release(name):
+        if not item["apiVersion"].startswith("monitoring.coreos.com/"):
+            assert version.startswith(kubernetes_validate.validate(dict(item), version, strict=True))
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -58,7 +58,7 @@ def test_drift(tmp_path: Path) -> None:
     assert "python -m deploy.helm" in found.output
     assert CliRunner().invoke(main, ["--folder", str(tmp_path)]).exit_code == 0
     assert CliRunner().invoke(main, ["--folder", str(tmp_path), "--check"]).exit_code == 0
-    assert {each.stem for each in tmp_path.iterdir()} == set(RELEASES)
+    assert {item.stem for item in tmp_path.iterdir()} == set(RELEASES)
 
 
 def test_version() -> None:
@@ -81,15 +81,15 @@ def test_digest_goes_before_tag() -> None:
 @pytest.mark.parametrize("name", RELEASES)
 def test_names(name: str) -> None:
     """Names are unique by kind, and start with the release's name."""
-    names = [(each["kind"], each["metadata"]["name"]) for each in render_release(name)]
+    names = [(item["kind"], item["metadata"]["name"]) for item in render_release(name)]
     assert len(set(names)) == len(names)
-    assert all(each.startswith("photos-imaging-gateway") for _, each in names)
+    assert all(item.startswith("photos-imaging-gateway") for _, item in names)
 
 
 def test_long_names() -> None:
     """The longest release name gives valid names."""
     long = f'fullnameOverride="{"a" * 63}"'
-    assert max(len(each["metadata"]["name"]) for each in render_release("production", long)) <= 63
+    assert max(len(item["metadata"]["name"]) for item in render_release("production", long)) <= 63
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -97,17 +97,17 @@ def test_long_names() -> None:
 def test_selectors(name: str, role: str) -> None:
     """The selectors of a role match exactly its pods."""
     resources = render_release(name)
-    labels = {each: pod["metadata"]["labels"] for each, pod in pod_templates(resources)}
-    policies = [get_resource(resources, each, f"-{role}") for each in ("Deployment", "PodDisruptionBudget")]
-    selectors = [each["spec"]["selector"]["matchLabels"] for each in policies]
+    labels = {pod_template: pod["metadata"]["labels"] for pod_template, pod in pod_templates(resources)}
+    policies = [get_resource(resources, item, f"-{role}") for item in ("Deployment", "PodDisruptionBudget")]
+    selectors = [policy["spec"]["selector"]["matchLabels"] for policy in policies]
     selectors.append(get_resource(resources, "NetworkPolicy", f"-{role}")["spec"]["podSelector"]["matchLabels"])
     template = get_resource(resources, "Deployment", f"-{role}")["spec"]["template"]
     spread = template["spec"]["topologySpreadConstraints"]
-    selectors += [each["labelSelector"]["matchLabels"] for each in spread]
+    selectors += [item["labelSelector"]["matchLabels"] for item in spread]
     if role == "api":
         selectors.append(get_resource(resources, "Service")["spec"]["selector"])
     for selector in selectors:
-        assert [each for each, found in labels.items() if matches_selector(selector, found)] == [
+        assert [label for label, found in labels.items() if matches_selector(selector, found)] == [
             f"photos-imaging-gateway-{role}"
         ]
 
@@ -117,7 +117,11 @@ def test_operators_service(name: str) -> None:
     """The operators' Service selects the pods of both roles, but not the Job."""
     resources = render_release(name)
     selector = get_resource(resources, "Service", "-operators")["spec"]["selector"]
-    found = [each for each, pod in pod_templates(resources) if matches_selector(selector, pod["metadata"]["labels"])]
+    found = [
+        pod_template
+        for pod_template, pod in pod_templates(resources)
+        if matches_selector(selector, pod["metadata"]["labels"])
+    ]
     assert found == [f"photos-imaging-gateway-{role}" for role in ROLES]
 
 
@@ -131,7 +135,7 @@ def test_ports(name: str) -> None:
         (port,) = service["spec"]["ports"]
         for pod in behind:
             (container,) = pod["spec"]["containers"]
-            assert port["targetPort"] in {each["name"] for each in container["ports"]}
+            assert port["targetPort"] in {item["name"] for item in container["ports"]}
     assert get_resource(resources, "Service")["spec"]["ports"][0]["targetPort"] == "tenants"
     operators = get_resource(resources, "Service", "-operators")["spec"]
     assert (operators["type"], operators["ports"][0]["targetPort"]) == ("ClusterIP", "operators")
@@ -144,7 +148,7 @@ def test_ingress_timeouts() -> None:
     """The example's ingress waits for a submission, and never retries it."""
     resources = render_release("production")
     (container,) = get_resource(resources, "Deployment", "-api")["spec"]["template"]["spec"]["containers"]
-    (lease,) = [int(each["value"]) for each in container["env"] if each["name"] == "GATEWAY_LEASE_SECONDS"]
+    (lease,) = [int(item["value"]) for item in container["env"] if item["name"] == "GATEWAY_LEASE_SECONDS"]
     annotations = get_resource(resources, "Ingress")["metadata"]["annotations"]
     assert int(annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"]) >= lease
     assert annotations["nginx.ingress.kubernetes.io/proxy-next-upstream"] == "off"
@@ -158,9 +162,9 @@ def test_replicas(role: str, scales: bool) -> None:
     resources = render_release("default", f"{role}.autoscaling.enabled={flag}")
     deployment = get_resource(resources, "Deployment", f"-{role}")
     scalers = [
-        each
-        for each in resources_of_kind(resources, "HorizontalPodAutoscaler")
-        if each["metadata"]["name"].endswith(role)
+        item
+        for item in resources_of_kind(resources, "HorizontalPodAutoscaler")
+        if item["metadata"]["name"].endswith(role)
     ]
     assert ("replicas" in deployment["spec"]) is not scales
     assert len(scalers) == scales

@@ -29,8 +29,8 @@ CHART_VARIABLES = {
     "GATEWAY_OPS_HOST",
     "GATEWAY_OPS_PORT",
 }
-DEVELOPMENT_VARIABLES = {each.name for each in SETTINGS if each.scope is Scope.DEVELOPMENT}
-SECRETS = {each.name for each in SETTINGS if each.is_secret} - DEVELOPMENT_VARIABLES
+DEVELOPMENT_VARIABLES = {setting.name for setting in SETTINGS if setting.scope is Scope.DEVELOPMENT}
+SECRETS = {setting.name for setting in SETTINGS if setting.is_secret} - DEVELOPMENT_VARIABLES
 
 
 def render_error(*settings: str) -> str:
@@ -105,8 +105,8 @@ def find_mappings(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if schema.get("type") == "object":
         yield path, schema
     for key in ("properties", "definitions"):
-        for name, each in schema.get(key, {}).items():
-            yield from find_mappings(each, f"{path}/{name}")
+        for name, item in schema.get(key, {}).items():
+            yield from find_mappings(item, f"{path}/{name}")
     for key in ("items", "additionalProperties"):
         if isinstance(schema.get(key), dict):
             yield from find_mappings(schema[key], f"{path}/{key}")
@@ -114,9 +114,9 @@ def find_mappings(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def test_unknown_keys_are_refused() -> None:
     """A mapping with known keys allows no others, except those of Kubernetes."""
-    closed = [(path, each) for path, each in find_mappings(SCHEMA) if "properties" in each]
+    closed = [(path, mapping) for path, mapping in find_mappings(SCHEMA) if "properties" in mapping]
     assert len(closed) > 20
-    assert [path for path, each in closed if each.get("additionalProperties") is not False] == []
+    assert [path for path, item in closed if item.get("additionalProperties") is not False] == []
 
 
 def pair_keys(values: Any, schema: Any) -> Iterator[tuple[set[str], set[str]]]:
@@ -125,8 +125,8 @@ def pair_keys(values: Any, schema: Any) -> Iterator[tuple[set[str], set[str]]]:
         schema = SCHEMA["definitions"][schema["$ref"].rsplit("/", 1)[1]]
     if isinstance(values, dict) and "properties" in schema:
         yield set(values), set(schema["properties"])
-        for key, each in values.items():
-            yield from pair_keys(each, schema["properties"][key])
+        for key, value in values.items():
+            yield from pair_keys(value, schema["properties"][key])
 
 
 def test_all_values_are_documented() -> None:
@@ -148,7 +148,7 @@ def test_every_setting() -> None:
     mounted = {variable_name(key) for key in SCHEMA["properties"]["secrets"]["properties"]}
     groups = [said, mounted, CHART_VARIABLES, DEVELOPMENT_VARIABLES]
     assert mounted == SECRETS
-    assert sorted(name for group in groups for name in group) == sorted(each.name for each in SETTINGS)
+    assert sorted(name for group in groups for name in group) == sorted(setting.name for setting in SETTINGS)
 
 
 def is_valid_setting(variable: str, text: str) -> bool:
@@ -162,9 +162,9 @@ def is_valid_setting(variable: str, text: str) -> bool:
 def test_ranges() -> None:
     """The schema has the gateway's ranges of numbers."""
     bounds = {
-        variable_name(key): (each["minimum"], each["maximum"], 1 if each["type"] == "integer" else 0.01)
-        for key, each in SCHEMA["properties"]["settings"]["properties"].items()
-        if "minimum" in each
+        variable_name(key): (item["minimum"], item["maximum"], 1 if item["type"] == "integer" else 0.01)
+        for key, item in SCHEMA["properties"]["settings"]["properties"].items()
+        if "minimum" in item
     }
     assert len(bounds) == 6
     for name, (least, most, step) in bounds.items():
@@ -184,7 +184,7 @@ def test_choices() -> None:
 def test_defaults() -> None:
     """The chart's defaults are those of the gateway, except for addresses."""
     told = {variable_name(key): str(value) for key, value in chart_values()["settings"].items() if value}
-    own = {each.name: each.default for each in SETTINGS}
+    own = {setting.name: setting.default for setting in SETTINGS}
     assert told == {"GATEWAY_HOST": "0.0.0.0", "GATEWAY_LEASE_SECONDS": own["GATEWAY_LEASE_SECONDS"]}
 
 
@@ -218,4 +218,4 @@ def test_extras(tmp_path: Path) -> None:
 def test_existing_service_account() -> None:
     resources = render_release("default", "serviceAccount.create=false", 'serviceAccount.name="theirs"')
     assert {pod["spec"]["serviceAccountName"] for _, pod in pod_templates(resources)} == {"theirs"}
-    assert not [each for each in resources if each["kind"] == "ServiceAccount"]
+    assert not [resource for resource in resources if resource["kind"] == "ServiceAccount"]
