@@ -64,11 +64,11 @@ class _MemorySampler(threading.Timer):
 def _submit_at_once(target: Target, number: int) -> tuple[dict[str, float], Counter[str]]:
     idle = target.server.resident_mib()
     target.server.reset_peak()
-    begun = time.monotonic()
+    started_at = time.monotonic()
     request = target.submit_request(random_png(LARGE))
     answers = uvloop.run(send_all(target.url, request, number, connections=number))
     figures = {
-        "per_second": len(answers.succeeded()) / (time.monotonic() - begun),
+        "per_second": len(answers.succeeded()) / (time.monotonic() - started_at),
         "idle_mib": idle,
         "peak_mib": target.server.peak_mib(),
     }
@@ -123,9 +123,9 @@ def _measure_overload(comparison: Comparison, size: int) -> None:
             capacity = closed_loop(target.url, request, connections=16, seconds=3).per_second
             rate = min(_OVERLOAD_FACTOR * capacity, _MAX_PER_SECOND)
             target.server.reset_peak()
-            begun = time.monotonic()
+            started_at = time.monotonic()
             answers, health = uvloop.run(_send_overload(target, request, rate))
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - started_at
             times, counts = answers.succeeded(), answers.counts()
             figures = {
                 "capacity_per_second": capacity,
@@ -138,9 +138,9 @@ def _measure_overload(comparison: Comparison, size: int) -> None:
                 "ops_health_max_ms": _longest_ms(health[1]),
             }
             # A refusal is what is expected here.
-            shown = {f"answers {status}": float(count) for status, count in sorted(counts.items()) if status.isdigit()}
+            text = {f"answers {status}": float(count) for status, count in sorted(counts.items()) if status.isdigit()}
             errors = Counter({status: count for status, count in counts.items() if not status.isdigit()})
-            comparison.add(OVERLOAD_ROWS[size], candidate.name, figures | shown, errors)
+            comparison.add(OVERLOAD_ROWS[size], candidate.name, figures | text, errors)
 
 
 async def _send_overload(target: Target, request: Request, rate: float) -> tuple[Answers, list[Answers]]:

@@ -72,9 +72,9 @@ class MeasuredServer:
         """Await work that makes so many calls; returns its result and the cost of a call."""
         await self.client.config_resetstat()
         done = await work
-        told = await self.client.info("stats", "commandstats")
-        reads = told["total_reads_processed"] - 1  # without the question
-        return done, CallCost(told["cmdstat_evalsha"]["usec"] / calls, reads / calls)
+        result = await self.client.info("stats", "commandstats")
+        reads = result["total_reads_processed"] - 1  # without the question
+        return done, CallCost(result["cmdstat_evalsha"]["usec"] / calls, reads / calls)
 
     async def run_noop(self, times: int) -> None:
         """Run an empty script so many times."""
@@ -88,11 +88,11 @@ class MeasuredServer:
 
     async def memory_by_kind(self) -> dict[str, int]:
         """Return the bytes in use by kind of key, the word after the prefix."""
-        found: dict[str, int] = {}
+        results: dict[str, int] = {}
         async for key in self.client.scan_iter(count=1_000):
             kind = str(key, "ascii").split(":")[1]
-            found[kind] = found.get(kind, 0) + (await self.client.memory_usage(key, samples=0) or 0)
-        return found
+            results[kind] = results.get(kind, 0) + (await self.client.memory_usage(key, samples=0) or 0)
+        return results
 
 
 class BusyTenant:

@@ -89,8 +89,8 @@ class Target:
         """Submit an image; returns the task id."""
         request = self.submit_request(image)
         answer = httpx2.post(self.url + request.paths[0], headers=dict(request.headers), content=request.body)
-        found = answer.raise_for_status().json()
-        return str(found.get("id") or found["task_id"])
+        body = answer.raise_for_status().json()
+        return str(body.get("id") or body["task_id"])
 
 
 def upscale_request(path: str, image: bytes, *headers: tuple[str, str]) -> Request:
@@ -123,7 +123,7 @@ class Candidate:
 
 @contextmanager
 def _run_reference(kind: str, env: Environment) -> Iterator[Target]:
-    begun = time.monotonic()
+    started_at = time.monotonic()
     if kind == PROXY:
         started = nginx_proxy(env.stub, env.server_cpu)
     elif kind == LUA:
@@ -131,16 +131,16 @@ def _run_reference(kind: str, env: Environment) -> Iterator[Target]:
     else:
         started = fastapi_gateway(env.stub, env.redis_url, env.server_cpu)
     with started as server:
-        yield Target(server, time.monotonic() - begun)
+        yield Target(server, time.monotonic() - started_at)
 
 
 @contextmanager
 def _run_gateway(candidate: Candidate, env: Environment) -> Iterator[Target]:
     with ExitStack() as stack:
         role = candidate.kind if candidate.kind != API_AND_WORKER else API
-        begun = time.monotonic()
+        started_at = time.monotonic()
         server, ops_url = stack.enter_context(_run_process(candidate, role, env, env.server_cpu))
-        taken = time.monotonic() - begun
+        taken = time.monotonic() - started_at
         if role != "worker":
             env.token = env.token or _make_tenant(ops_url, env)
             _wait_for_token(server.url, env.token)
@@ -152,9 +152,11 @@ def _run_gateway(candidate: Candidate, env: Environment) -> Iterator[Target]:
 @contextmanager
 def run_reader_gateway(candidate: Candidate, env: Environment) -> Iterator[Target]:
     """Run a gateway in role `api` on the same store, but on the CPU of the load, to create and read tasks."""
-    aside = Environment(env.load_cpu, env.load_cpu, env.stub, env.redis_url, env.admin_token, env.secret_key, env.token)
-    with _run_gateway(Candidate(API, candidate.checkout, candidate.label), aside) as target:
-        env.token = aside.token
+    reader = Environment(
+        env.load_cpu, env.load_cpu, env.stub, env.redis_url, env.admin_token, env.secret_key, env.token
+    )
+    with _run_gateway(Candidate(API, candidate.checkout, candidate.label), reader) as target:
+        env.token = reader.token
         yield target
 
 

@@ -95,10 +95,10 @@ class Comparison:
     ) -> None:
         """Record the figures of a server in a workload, and print them."""
         self._runs.setdefault((row, server, connections), []).append((figures, errors))
-        shown = "  ".join(f"{name} {value:,.5g}" for name, value in figures.items())
+        text = "  ".join(f"{name} {value:,.5g}" for name, value in figures.items())
         at = f" at {connections}" if connections else ""
         failed = f"  ERRORS {dict(errors)}" if errors else ""
-        click.echo(f"  {time.strftime('%H:%M:%S')} {row:<18} {server + at:<24} {shown}{failed}", file=sys.stderr)
+        click.echo(f"  {time.strftime('%H:%M:%S')} {row:<18} {server + at:<24} {text}{failed}", file=sys.stderr)
 
     def results(self) -> list[Result]:
         """Return the medians in the order of the first measurements."""

@@ -54,14 +54,14 @@ class BenchGateway:
         async with asyncio.TaskGroup() as group:
             for _ in range(number):
                 group.create_task(one())
-        found = []
+        results = []
         async for key in self.store.scan_iter(KEYS.task("*"), count=1_000):
             reservation = key.decode().removeprefix(KEYS.task(""))
             await self.store.set(KEYS.poll_watched(reservation), "", px=_HOUR_MS)
             task = await self.tasks.get(reservation)
             assert task
-            found.append(task[0])
-        return found
+            results.append(task[0])
+        return results
 
     @property
     def cpu_seconds(self) -> float:
@@ -97,7 +97,7 @@ async def run_bench_gateway(
         store = stack.enter_context(run_valkey())
         address = stack.enter_context(run_upstream(latency, state))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        given = {
+        base_settings = {
             "GATEWAY_REDIS_URL": store.url,
             "GATEWAY_KEY_PREFIX": "bench",
             "GATEWAY_UPSTREAM_URL": address,
@@ -105,7 +105,7 @@ async def run_bench_gateway(
             "GATEWAY_ROLE": role,
             "GATEWAY_LOG_LEVEL": "warning",
         }
-        gateway = stack.enter_context(run_gateway(folder, **given, **settings))
+        gateway = stack.enter_context(run_gateway(folder, **base_settings, **settings))
         connections = connect(store.url, timeout=60)
         stack.push_async_callback(connections.aclose)
         tasks = RedisTaskStore(RedisScripts(connections.commands), KEYS, Retention())

@@ -79,13 +79,13 @@ def closed_loop(url: str, request: Request, *, connections: int, seconds: int) -
         command += [f"{name}: {value}" for name, value in request.headers]
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30, check=True)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    found = json.loads(line.removeprefix("RESULT "))
-    errors = Counter({"4xx or 5xx": found["refused"], "broken connection": found["broken"]})
+    result = json.loads(line.removeprefix("RESULT "))
+    errors = Counter({"4xx or 5xx": result["refused"], "broken connection": result["broken"]})
     return Load(
-        found["microseconds"] / 1e6,
-        found["requests"] - found["refused"],
-        found["p50"] / 1000 if found["requests"] else float("nan"),
-        found["p99"] / 1000 if found["requests"] else float("nan"),
+        result["microseconds"] / 1e6,
+        result["requests"] - result["refused"],
+        result["p50"] / 1000 if result["requests"] else float("nan"),
+        result["p99"] / 1000 if result["requests"] else float("nan"),
         +errors,
     )
 
@@ -123,7 +123,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 async def send_request(url: str, request: Request, number: int, answers: Answers, *, timeout: float) -> None:
     """Send one request on a connection of its own; an error counts as a status of that name."""
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
     writer = None
     status = "timeout"
     try:
@@ -141,7 +141,7 @@ async def send_request(url: str, request: Request, number: int, answers: Answers
     except (OSError, asyncio.IncompleteReadError, IndexError):
         status = "broken connection"
     finally:
-        answers.add(status, time.perf_counter() - begun)
+        answers.add(status, time.perf_counter() - started_at)
         if writer:
             writer.transport.abort()
 
@@ -163,12 +163,12 @@ async def send_all(url: str, request: Request, number: int, *, connections: int,
 async def open_loop(url: str, request: Request, *, rate: float, seconds: float, timeout: float) -> Answers:
     """Send requests at a rate, whatever the responses; then wait for all of them."""
     answers = Answers()
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for index in range(int(rate * seconds)):
-            await asyncio.sleep(max(begun + index / rate - time.perf_counter(), 0))
+            await asyncio.sleep(max(started_at + index / rate - time.perf_counter(), 0))
             group.create_task(send_request(url, request, index, answers, timeout=timeout))
-        answers.sending_seconds = time.perf_counter() - begun
+        answers.sending_seconds = time.perf_counter() - started_at
     return answers
 
 
@@ -176,6 +176,6 @@ async def probe(url: str, path: str, answers: Answers, done: Callable[[], bool],
     """Send a GET ten times a second, one after the other, until `done`."""
     request = Request("GET", (path,))
     while not done():
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         await send_request(url, request, 0, answers, timeout=timeout)
-        await asyncio.sleep(max(0.1 - (time.perf_counter() - begun), 0))
+        await asyncio.sleep(max(0.1 - (time.perf_counter() - started_at), 0))

@@ -66,12 +66,12 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
 
 def _bars(axis: Any, groups: Sequence[str], values: dict[str, list[float | None]], colours: dict[str, str]) -> None:
     """Draw a group of bars for each name, one bar per server with its value above."""
-    shown = {server: found for server, found in values.items() if any(found)}
-    width = 0.86 / max(len(shown), 1)
-    for place, (server, found) in enumerate(shown.items()):
-        for group, value in enumerate(found):
+    text = {server: found for server, found in values.items() if any(found)}
+    width = 0.86 / max(len(text), 1)
+    for place, (server, result) in enumerate(text.items()):
+        for group, value in enumerate(result):
             if value:
-                x = group + (place - (len(shown) - 1) / 2) * width
+                x = group + (place - (len(text) - 1) / 2) * width
                 axis.bar(x, value, width * 0.94, color=colours[server])
                 axis.annotate(
                     _format_value(value),

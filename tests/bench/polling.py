@@ -24,9 +24,9 @@ async def polling() -> Sequence[Figure]:
         await asyncio.sleep(SETTLING_SECONDS)
         url = f"{work.upstream}/lateness/{POLL_SECONDS * 1000}"
         await work.http.get(url)
-        begun, used = time.monotonic(), work.cpu_seconds
+        started_at, used = time.monotonic(), work.cpu_seconds
         await asyncio.sleep(MEASURED_SECONDS)
-        share = (work.cpu_seconds - used) / (time.monotonic() - begun)
+        share = (work.cpu_seconds - used) / (time.monotonic() - started_at)
         late: list[float] = (await work.http.get(url)).json()
     cuts = quantiles(late, n=100)
     return [

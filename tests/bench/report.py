@@ -59,7 +59,7 @@ def describe_run(commits: Mapping[str, str], versions: Mapping[str, str], comman
 def add_ratios(results: Sequence[Result]) -> list[Result]:
     """Add the latency compared with a direct request, and the ratios to the references and the other checkout."""
     by_key = {(item.row, item.server, item.connections): item.figures for item in results}
-    found = []
+    derived = []
     for result in results:
         figures = dict(result.figures)
         direct = by_key.get((result.row, DIRECT, 1))
@@ -71,8 +71,8 @@ def add_ratios(results: Sequence[Result]) -> list[Result]:
                 figures[f"x {reference}"] = figures["per_second"] / other["per_second"]
         other = by_key.get((result.row, f"{result.server} ({OTHER})", result.connections), {})
         figures |= {f"{name} x {OTHER}": figures[name] / other[name] for name in _COMPARED_FIGURES if other.get(name)}
-        found.append(Result(result.row, result.server, result.connections, figures, result.errors))
-    return found
+        derived.append(Result(result.row, result.server, result.connections, figures, result.errors))
+    return derived
 
 
 def format_tables(results: Sequence[Result], titles: Mapping[str, str]) -> str:

@@ -87,8 +87,8 @@ def beside_running(comparison: Comparison) -> None:
     """A task is read, and images of 300 KB are submitted, while 10,000 tasks are checked."""
     for candidate in comparison.alternate(comparison.gateways(ALL, API_AND_WORKER)):
         store = _seed(comparison, candidate, MANY)
-        with run_reader_gateway(candidate, store.env) as aside, candidate.start(store.env) as target:
-            _read_all_once(aside, store)
+        with run_reader_gateway(candidate, store.env) as reader, candidate.start(store.env) as target:
+            _read_all_once(reader, store)
             request = target.read_request(store.task_ids[0])
             comparison.measure(READ_BESIDE, candidate, target, request, connections=16, seconds=comparison.seconds)
             request = target.submit_request(random_png(SMALL))
@@ -98,13 +98,13 @@ def beside_running(comparison: Comparison) -> None:
 def _measure_poller(comparison: Comparison, number: int) -> None:
     for candidate in comparison.gateways(ALL):
         store = _seed(comparison, candidate, number)
-        with run_reader_gateway(candidate, store.env) as aside, candidate.start(store.env) as target:
-            errors = _read_all_once(aside, store)
+        with run_reader_gateway(candidate, store.env) as reader, candidate.start(store.env) as target:
+            errors = _read_all_once(reader, store)
             time.sleep(_SETTLING_SECONDS)
             before = stub_stats(store.env.stub, reset=True)
-            begun, used = time.monotonic(), target.server.cpu_seconds()
+            started_at, used = time.monotonic(), target.server.cpu_seconds()
             time.sleep(_MEASURED_SECONDS)
-            after, seconds = stub_stats(store.env.stub), time.monotonic() - begun
+            after, seconds = stub_stats(store.env.stub), time.monotonic() - started_at
             used = target.server.cpu_seconds() - used
         checks = after["checks"] - before["checks"]
         between = after["check_interval_ms"]
@@ -118,12 +118,12 @@ def _measure_poller(comparison: Comparison, number: int) -> None:
         comparison.add(POLLER[number], candidate.name, figures, errors)
 
 
-def _read_all_once(aside: Target, store: SeededStore) -> Counter[str]:
+def _read_all_once(reader: Target, store: SeededStore) -> Counter[str]:
     """Read each task once, so that all are watched; returns the number of errors."""
-    request, number = aside.read_request(*store.task_ids), len(store.task_ids)
-    sample = closed_loop(aside.url, request, connections=_CONCURRENCY, seconds=_WARM_UP_SECONDS)
+    request, number = reader.read_request(*store.task_ids), len(store.task_ids)
+    sample = closed_loop(reader.url, request, connections=_CONCURRENCY, seconds=_WARM_UP_SECONDS)
     seconds = min(math.ceil(number / max(sample.per_second, 1) * 1.2), _LONGEST_READING_SECONDS)
-    load = closed_loop(aside.url, request, connections=_CONCURRENCY, seconds=seconds)
+    load = closed_loop(reader.url, request, connections=_CONCURRENCY, seconds=seconds)
     return +(load.errors + Counter({"tasks not read": max(number - load.succeeded, 0)}))
 
 

@@ -66,8 +66,8 @@ async def _create_tenants(work: BenchGateway) -> list[str]:
         url = f"{work.gateway.ops_url}/admin/v1/tenants/tenant-{number:03}"
         body = {"accounts": ["demo"], "limits": _LIMITS, "max_active": 100}
         (await work.http.put(url, headers=headers, json=body)).raise_for_status()
-        made = await work.http.post(f"{url}/tokens", headers=headers, json={})
-        tokens.append(made.raise_for_status().json()["token"])
+        created = await work.http.post(f"{url}/tokens", headers=headers, json={})
+        tokens.append(created.raise_for_status().json()["token"])
     return tokens
 
 
@@ -89,16 +89,16 @@ async def _time_reads(work: BenchGateway, token: str, task: str) -> list[float]:
     """Return the durations of successive reads of a task."""
     headers, taken = {"Authorization": f"Bearer {token}"}, []
     for _ in range(READS):
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         (await work.http.get(f"{work.gateway.url}/v1/tasks/{task}", headers=headers)).raise_for_status()
-        taken.append(time.perf_counter() - begun)
+        taken.append(time.perf_counter() - started_at)
     return taken
 
 
 async def _time_scrape(work: BenchGateway) -> float:
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
     (await work.http.get(work.metrics_url)).raise_for_status()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started_at
 
 
 @asynccontextmanager
@@ -129,10 +129,10 @@ async def request_overhead() -> Sequence[Figure]:
         metrics.set_registry_source(lambda: Registry(tenants={"shop": Tenant(1, "shop", ())}))
         edge = RequestMiddleware(_app, metrics, logger, Port.TENANTS)
         bare = min([await _time_request(_app) for _ in range(ROUNDS)])
-        whole = min([await _time_request(edge) for _ in range(ROUNDS)])
+        complete = min([await _time_request(edge) for _ in range(ROUNDS)])
     return [
         Figure("metrics of a read, of a task", min(_time_metrics(metrics) for _ in range(ROUNDS)), "us"),
-        Figure("all that stands around a request: its id, log line and metrics", whole - bare, "us", target=50),
+        Figure("all that stands around a request: its id, log line and metrics", complete - bare, "us", target=50),
     ]
 
 
@@ -152,7 +152,7 @@ async def _time_request(app: Any) -> float:
         pass
 
     headers = [(b"host", b"localhost"), (b"authorization", b"Bearer t"), (b"accept", b"*/*")]
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
     for _ in range(REQUESTS):
         scope = {
             "type": "http",
@@ -162,14 +162,14 @@ async def _time_request(app: Any) -> float:
             "state": {"tenant": "shop"},
         }
         await app(scope, receive, send)
-    return (time.perf_counter() - begun) / REQUESTS * 1e6
+    return (time.perf_counter() - started_at) / REQUESTS * 1e6
 
 
 def _time_metrics(metrics: Metrics) -> float:
     """Return the microseconds of the metrics alone."""
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
     for _ in range(REQUESTS):
         with metrics.track_request(Port.TENANTS):
             metrics.record_task_read(ReadSource.MEMORY)
         metrics.record_request(Port.TENANTS, "GET", "/v1/tasks/{task_id}", 200, 0.001)
-    return (time.perf_counter() - begun) / REQUESTS * 1e6
+    return (time.perf_counter() - started_at) / REQUESTS * 1e6

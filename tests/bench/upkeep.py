@@ -56,8 +56,8 @@ def start_and_idle(comparison: Comparison) -> None:
         time.sleep(_SETTLING_SECONDS)
         before = [(time.monotonic(), target.server.cpu_seconds()) for target in targets]
         time.sleep(_IDLE_SECONDS)
-        for candidate, target, (begun, used) in zip(candidates, targets, before, strict=True):
-            share = (target.server.cpu_seconds() - used) / (time.monotonic() - begun)
+        for candidate, target, (started_at, used) in zip(candidates, targets, before, strict=True):
+            share = (target.server.cpu_seconds() - used) / (time.monotonic() - started_at)
             figures = {
                 "start_ms": target.start_seconds * 1000,
                 "cpu_percent": share * 100,
@@ -94,9 +94,9 @@ class _Scraper(threading.Thread):
 
 
 def _time_scrape(http: httpx2.Client, target: Target) -> float:
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
     http.get(f"{target.ops_url}/metrics").raise_for_status()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started_at
 
 
 def _make_tenants(target: Target) -> list[float]:
@@ -106,7 +106,7 @@ def _make_tenants(target: Target) -> list[float]:
     body = {"accounts": ["main"], "limits": limits, "max_active": 100}
     with httpx2.Client(base_url=f"{target.ops_url}/admin/v1/tenants", headers=headers, trust_env=False) as http:
         for number in range(TENANTS):
-            begun = time.perf_counter()
+            started_at = time.perf_counter()
             http.put(f"/tenant-{number:04}", json=body).raise_for_status()
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - started_at)
     return times

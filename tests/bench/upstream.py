@@ -56,9 +56,9 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        head, found, body = self._received.partition(b"\r\n\r\n")
+        head, result, body = self._received.partition(b"\r\n\r\n")
         length = _LENGTH.search(head)
-        if not found or len(body) < (int(length[1]) if length else 0):
+        if not result or len(body) < (int(length[1]) if length else 0):
             return
         self._received = b""
         asyncio.get_running_loop().call_later(self._latency, self._send_answer, head.split(b" ")[1].decode(), body)

@@ -30,11 +30,11 @@ async def waiting() -> Sequence[Figure]:
         await work.wait_for_waiters(WAITERS)
         during = work.resident_mib
         for task in tasks:
-            began = time.monotonic()
+            started_at = time.monotonic()
             check = CheckResult(outcome=CheckOutcome.SUCCEEDED)
             assert await work.tasks.record_check(ClaimedCheck(task, task.created_at, task.created_at), check)
             ended[task.id] = time.monotonic()
-            await asyncio.sleep(1 / ENDS_PER_SECOND - (ended[task.id] - began))
+            await asyncio.sleep(1 / ENDS_PER_SECOND - (ended[task.id] - started_at))
         answers = await asyncio.gather(*clients)
         after = work.resident_mib
     cuts = quantiles(((at - ended[task]) * 1000 for task, at in answers), n=100)

@@ -76,9 +76,9 @@ class ProcessCluster:
         advance_clock(self.store, self.prefix, seconds)
 
     def read_counters(self, tenant: str) -> TenantState:
-        found = asyncio.run(self._load_counters(tenant))
-        roll_windows(found.state, found.now)
-        return found.state
+        result = asyncio.run(self._load_counters(tenant))
+        roll_windows(result.state, result.now)
+        return result.state
 
     async def _load_counters(self, tenant: str) -> TenantSnapshot:
         connections, keys = connect(self.store.url, timeout=TIMEOUT_SECONDS), Keys(self.prefix)
@@ -118,8 +118,8 @@ class TenantClient:
 
     def read_balance(self) -> dict[str, int]:
         """Return its account's balance at the upstream."""
-        found: dict[str, dict[str, int]] = httpx2.get(f"{self.cluster.upstream.url}/_control/accounts").json()
-        return found[self.name]
+        body: dict[str, dict[str, int]] = httpx2.get(f"{self.cluster.upstream.url}/_control/accounts").json()
+        return body[self.name]
 
     def read_counters(self) -> TenantState:
         return self.cluster.read_counters(self.name)

@@ -41,18 +41,18 @@ LEASE_SECONDS = 180
 
 
 @pytest.fixture(scope="module")
-def gateways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
     """Yield three gateways, for the tests that kill none."""
-    with run_cluster(tmp_path_factory.mktemp("fleet"), 3) as found:
-        yield found
+    with run_cluster(tmp_path_factory.mktemp("cluster"), 3) as running:
+        yield running
 
 
-def slow_tenant(gateways: ProcessCluster, *faults: dict[str, Any], seconds: float = 0.3) -> TenantClient:
+def slow_tenant(cluster: ProcessCluster, *faults: dict[str, Any], seconds: float = 0.3) -> TenantClient:
     """Create a tenant with a slow upstream; the ledger's clock stands still, so that no task ends."""
-    gateways.set_clock_to_noon()
+    cluster.set_clock_to_noon()
     slow = {"on": "submit", "latency": seconds}
-    gateways.upstream.set_faults(*(slow | item for item in (*faults, {})))
-    return gateways.create_tenant(UNREACHABLE_LIMITS, {"count": 100, "money": 0}, {})
+    cluster.upstream.set_faults(*(slow | item for item in (*faults, {})))
+    return cluster.create_tenant(UNREACHABLE_LIMITS, {"count": 100, "money": 0}, {})
 
 
 def build_submission(shop: TenantClient, gateway: GatewayProcess, image: bytes) -> httpx2.Request:
@@ -70,10 +70,10 @@ def build_copies(shop: TenantClient, *images: bytes) -> list[httpx2.Request]:
 
 def send_until_final(requests: Sequence[httpx2.Request]) -> list[httpx2.Response]:
     """Send all requests at once, and repeat those in flight until each has a final response."""
-    found: dict[int, httpx2.Response] = {}
+    responses: dict[int, httpx2.Response] = {}
 
-    def told() -> bool:
-        waiting = [index for index in range(len(requests)) if index not in found]
+    def are_final() -> bool:
+        waiting = [index for index in range(len(requests)) if index not in responses]
         for index, answer in zip(
             waiting, asyncio.run(send_concurrently([requests[item] for item in waiting])), strict=True
         ):
@@ -81,11 +81,11 @@ def send_until_final(requests: Sequence[httpx2.Request]) -> list[httpx2.Response
                 expect_refused(answer, 409, "idempotency-in-flight")
                 assert answer.headers["retry-after"]
             else:
-                found[index] = answer
-        return len(found) == len(requests)
+                responses[index] = answer
+        return len(responses) == len(requests)
 
-    wait_until(told, "an answer for each")
-    return [found[index] for index in range(len(requests))]
+    wait_until(are_final, "an answer for each")
+    return [responses[index] for index in range(len(requests))]
 
 
 def total_counters(state: TenantState) -> tuple[int, int, int]:
@@ -94,29 +94,29 @@ def total_counters(state: TenantState) -> tuple[int, int, int]:
     return counter.tasks, counter.tasks_reserved, state.active_tasks
 
 
-def expect_one_task(found: Sequence[httpx2.Response]) -> dict[str, Any]:
+def expect_one_task(responses: Sequence[httpx2.Response]) -> dict[str, Any]:
     """Require that one response is new and all others replay it; returns the task."""
-    (first,) = [entry for entry in found if "idempotent-replayed" not in entry.headers]
+    (first,) = [entry for entry in responses if "idempotent-replayed" not in entry.headers]
     task = expect_created(first)
-    for item in found:
+    for item in responses:
         if item is not first:
             expect_replayed(item, task)
     return task
 
 
-def test_concurrent_copies(gateways: ProcessCluster) -> None:
+def test_concurrent_copies(cluster: ProcessCluster) -> None:
     """Of 50 concurrent copies to three processes one is sent, and all responses have the same task."""
-    shop = slow_tenant(gateways)
+    shop = slow_tenant(cluster)
     expect_one_task(send_until_final(build_copies(shop, make_jpeg())))
     assert (shop.count_submits(), shop.read_balance()["count"]) == (1, 99)
     assert total_counters(shop.read_counters()) == (1, 0, 1)
 
 
-def test_two_contents(gateways: ProcessCluster) -> None:
+def test_two_contents(cluster: ProcessCluster) -> None:
     """Of two submissions with one key, 25 copies each, one wins and the other is rejected."""
-    shop = slow_tenant(gateways)
-    found = send_until_final(build_copies(shop, make_jpeg(b"a"), make_jpeg(b"b")))
-    of_each = [found[::2], found[1::2]]
+    shop = slow_tenant(cluster)
+    result = send_until_final(build_copies(shop, make_jpeg(b"a"), make_jpeg(b"b")))
+    of_each = [result[::2], result[1::2]]
     (winners,) = [item for item in of_each if {answer.status_code for answer in item} == {201}]
     (losers,) = [item for item in of_each if item is not winners]
     expect_one_task(winners)
@@ -125,14 +125,14 @@ def test_two_contents(gateways: ProcessCluster) -> None:
     assert (shop.count_submits(), total_counters(shop.read_counters())) == (1, (1, 0, 1))
 
 
-def test_copies_of_a_rejected_submission(gateways: ProcessCluster) -> None:
+def test_copies_of_a_rejected_submission(cluster: ProcessCluster) -> None:
     """Copies are sent until the upstream accepts one; all others replay it."""
-    shop = slow_tenant(gateways, {"reject": "no", "times": 3})
-    found = send_until_final(build_copies(shop, make_jpeg()))
-    rejected = [item for item in found if item.status_code == 502]
+    shop = slow_tenant(cluster, {"reject": "no", "times": 3})
+    result = send_until_final(build_copies(shop, make_jpeg()))
+    rejected = [item for item in result if item.status_code == 502]
     for answer in rejected:
         expect_refused(answer, 502, "upstream-rejected")
-    expect_one_task([item for item in found if item not in rejected])
+    expect_one_task([item for item in result if item not in rejected])
     assert (len(rejected), shop.count_submits()) == (3, 4)
     assert total_counters(shop.read_counters()) == (1, 0, 1)
 
@@ -159,8 +159,8 @@ def send_to_second(shop: TenantClient, image: bytes | None = None) -> httpx2.Res
 def expect_abandoned(shop: TenantClient) -> dict[str, Any]:
     """Require that the submission is unknown once its lease has expired."""
     wait_until(lambda: send_to_second(shop).status_code != 409, "the end of the lease")
-    told = send_to_second(shop)
-    return expect_unknown(told, told.json())
+    result = send_to_second(shop)
+    return expect_unknown(result, result.json())
 
 
 def test_killed_process(tmp_path: Path) -> None:
@@ -180,15 +180,15 @@ def test_killed_process(tmp_path: Path) -> None:
         assert (shop.count_submits(), total_counters(shop.read_counters())) == (1, (1, 0, 0))
 
 
-def test_frozen_process(gateways: ProcessCluster) -> None:
-    """A submission accepted by a process that was stopped beyond its lease is unknown, then its task once it continues."""
-    shop, accepted = slow_tenant(gateways, seconds=1), gateways.upstream.count_requests("submit", "accepted")
-    sleeper = gateways.gateways[0].process
+def test_frozen_process(cluster: ProcessCluster) -> None:
+    """A submission accepted by a process stopped beyond its lease is unknown until the process continues."""
+    shop, accepted = slow_tenant(cluster, seconds=1), cluster.upstream.count_requests("submit", "accepted")
+    sleeper = cluster.gateways[0].process
     with submit_in_background(shop) as call:
         sleeper.send_signal(signal.SIGSTOP)
         try:
-            wait_until(lambda: gateways.upstream.count_requests("submit", "accepted") > accepted, "the acceptance")
-            gateways.advance_clock(LEASE_SECONDS)
+            wait_until(lambda: cluster.upstream.count_requests("submit", "accepted") > accepted, "the acceptance")
+            cluster.advance_clock(LEASE_SECONDS)
             expect_abandoned(shop)
         finally:
             sleeper.send_signal(signal.SIGCONT)
@@ -205,11 +205,11 @@ def store() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-async def house(store: Valkey) -> AsyncIterator[RunningGateway]:
-    """Yield a gateway on that server, which accepts all commands again at the end: otherwise the shutdown would wait."""
-    async with run_real_gateway(store) as found:
+async def gateway(store: Valkey) -> AsyncIterator[RunningGateway]:
+    """Yield a gateway on that server; restore the server at the end, or the shutdown would wait."""
+    async with run_real_gateway(store) as running:
         try:
-            yield found
+            yield running
         finally:
             restore_store(store)
 
@@ -221,27 +221,27 @@ def restore_store(store: Valkey) -> None:
         client.execute_command("ACL", "SETUSER", "default", "allkeys")
 
 
-async def test_away_when_settling(house: RunningGateway, store: Valkey) -> None:
+async def test_away_when_settling(gateway: RunningGateway, store: Valkey) -> None:
     """An acceptance during an outage is in flight afterwards until it is settled, then replayed.
 
     In between the store rejects only keys of checks, so that it reserves but does not settle.
     """
-    await sandbox_control(house).delay_next_response(0.5)
-    submitting = asyncio.create_task(submit_with_key(house))
-    await wait_for_submits(house, 1)
+    await sandbox_control(gateway).delay_next_response(0.5)
+    submitting = asyncio.create_task(submit_with_key(gateway))
+    await wait_for_submits(gateway, 1)
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         client.config_set("min-replicas-to-write", 1)
         task = expect_created(await submitting)
-        expect_refused(await submit_with_key(house), 503, "ledger-unavailable")
+        expect_refused(await submit_with_key(gateway), 503, "ledger-unavailable")
         client.execute_command("ACL", "SETUSER", "default", "resetkeys", "~{gw}:[^w]*")
         client.config_set("min-replicas-to-write", 0)
         for _ in range(3):
-            expect_refused(await submit_with_key(house), 409, "idempotency-in-flight")
+            expect_refused(await submit_with_key(gateway), 409, "idempotency-in-flight")
     restore_store(store)
     async with asyncio.timeout(20):
-        while (again := await submit_with_key(house)).status_code != 201:
+        while (again := await submit_with_key(gateway)).status_code != 201:
             expect_refused(again, 409, "idempotency-in-flight")
             await asyncio.sleep(0.01)
     expect_replayed(again, task)
-    assert await house.upstream.count_submits() == 1
-    assert total_counters(await read_counters(house)) == (1, 0, 1)
+    assert await gateway.upstream.count_submits() == 1
+    assert total_counters(await read_counters(gateway)) == (1, 0, 1)

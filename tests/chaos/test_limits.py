@@ -19,18 +19,18 @@ HALF_DAY_SECONDS = DAY_SECONDS // 2
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
+def module_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
     """Yield three gateways for all tests of this module."""
-    with run_cluster(tmp_path_factory.mktemp("fleet"), 3) as found:
-        yield found
+    with run_cluster(tmp_path_factory.mktemp("cluster"), 3) as running:
+        yield running
 
 
 @pytest.fixture
-def gateways(three: ProcessCluster) -> ProcessCluster:
+def cluster(module_cluster: ProcessCluster) -> ProcessCluster:
     """Return them at noon, with an upstream that answers at once."""
-    three.upstream.set_faults()
-    three.set_clock_to_noon()
-    return three
+    module_cluster.upstream.set_faults()
+    module_cluster.set_clock_to_noon()
+    return module_cluster
 
 
 def split_by_status(answers: list[httpx2.Response]) -> tuple[list[httpx2.Response], list[httpx2.Response]]:
@@ -48,14 +48,14 @@ def expect_same_policy(answers: list[httpx2.Response], code: str, policy: str, l
     assert len(violated) == len(answers)
 
 
-def has_checked(gateways: ProcessCluster, times: int) -> bool:
+def has_checked(cluster: ProcessCluster, times: int) -> bool:
     """Return whether the upstream has received so many checks."""
-    return gateways.upstream.count_requests("check") >= times
+    return cluster.upstream.count_requests("check") >= times
 
 
-def test_tasks_per_window(gateways: ProcessCluster) -> None:
+def test_tasks_per_window(cluster: ProcessCluster) -> None:
     """Of 500 submits exactly 20 pass a limit of 20 per day; the next day, and not before, another 20."""
-    shop = gateways.create_tenant({"limits": [{"window": "day", "tasks": 20}]}, MONEY_ONLY, {})
+    shop = cluster.create_tenant({"limits": [{"window": "day", "tasks": 20}]}, MONEY_ONLY, {})
     taken, refused = split_by_status(shop.submit(500))
     assert (len(taken), len(refused), shop.count_submits()) == (20, 480, 20)
     expect_same_policy(refused, "quota-exceeded", "day-tasks", 20)
@@ -67,10 +67,10 @@ def test_tasks_per_window(gateways: ProcessCluster) -> None:
     (resets,) = {item.json()["violated_policies"][0]["resets_at"] for item in refused}
     assert resets.endswith("T00:00:00Z")
 
-    gateways.advance_clock(HALF_DAY_SECONDS - 1)
+    cluster.advance_clock(HALF_DAY_SECONDS - 1)
     taken, refused = split_by_status(shop.submit(20))
     assert (len(taken), {item.headers["retry-after"] for item in refused}) == (0, {"1"})
-    gateways.advance_clock(1)
+    cluster.advance_clock(1)
     taken, refused = split_by_status(shop.submit(500))
     assert (len(taken), len(refused), shop.count_submits()) == (20, 480, 40)
     assert {item.headers["retry-after"] for item in refused} == {str(DAY_SECONDS)}
@@ -79,26 +79,26 @@ def test_tasks_per_window(gateways: ProcessCluster) -> None:
     assert {window.tasks_reserved for window in windows.values()} == {0}
 
 
-def test_active_tasks(gateways: ProcessCluster) -> None:
+def test_active_tasks(cluster: ProcessCluster) -> None:
     """Of 500 submits exactly as many pass as may be active; once those have ended, as many again."""
-    shop = gateways.create_tenant({"max_active": 8}, MONEY_ONLY, {})
+    shop = cluster.create_tenant({"max_active": 8}, MONEY_ONLY, {})
     for reached in (8, 16):
-        gateways.upstream.set_faults({"on": "check", "reply": "page", "status": 503})
-        checks = gateways.upstream.count_requests("check")
+        cluster.upstream.set_faults({"on": "check", "reply": "page", "status": 503})
+        checks = cluster.upstream.count_requests("check")
         taken, refused = split_by_status(shop.submit(500))
         assert (len(taken), len(refused), shop.count_submits()) == (8, 492, reached)
         expect_same_policy(refused, "too-many-active-tasks", "max-active", 8)
         assert not any("retry-after" in item.headers for item in refused)
-        gateways.advance_clock(60)
-        wait_until(partial(has_checked, gateways, checks + 8), "a check of every task")
+        cluster.advance_clock(60)
+        wait_until(partial(has_checked, cluster, checks + 8), "a check of every task")
         assert (split_by_status(shop.submit(20))[0], shop.read_counters().active_tasks) == ([], 8)
-        gateways.upstream.set_faults()
+        cluster.upstream.set_faults()
         assert shop.finish_tasks().windows[Window.TOTAL].tasks == reached
 
 
-def test_known_price(gateways: ProcessCluster) -> None:
+def test_known_price(cluster: ProcessCluster) -> None:
     """A money limit admits exactly as many submits as it covers at the highest price; again the next day."""
-    shop = gateways.create_tenant({"limits": [{"window": "day", "money": 10}]}, MONEY_ONLY, {"face-enhance": 3})
+    shop = cluster.create_tenant({"limits": [{"window": "day", "money": 10}]}, MONEY_ONLY, {"face-enhance": 3})
     for reached in (3, 6):
         taken, refused = split_by_status(shop.submit(100))
         assert (len(taken), shop.count_submits()) == (3, reached)
@@ -106,12 +106,12 @@ def test_known_price(gateways: ProcessCluster) -> None:
         day = shop.finish_tasks().windows[Window.DAY]
         assert (day.money_fen, day.money_reserved_fen, day.overrun_fen) == (900, 0, 0)
         assert split_by_status(shop.submit(20))[0] == []
-        gateways.set_clock_to_noon()
+        cluster.set_clock_to_noon()
 
 
-def test_unknown_price(gateways: ProcessCluster) -> None:
+def test_unknown_price(cluster: ProcessCluster) -> None:
     """Until a price is known, a money limit admits one submit at a time, then as many as it covers."""
-    shop = gateways.create_tenant({"limits": [{"window": "month", "money": 10}]}, MONEY_ONLY, {})
+    shop = cluster.create_tenant({"limits": [{"window": "month", "money": 10}]}, MONEY_ONLY, {})
     for reached in (1, 2):
         assert (len(split_by_status(shop.submit(60))[0]), shop.count_submits()) == (1, reached)
         shop.finish_tasks()
@@ -123,22 +123,22 @@ def test_unknown_price(gateways: ProcessCluster) -> None:
     assert (month.money_fen, month.money_reserved_fen, month.overrun_fen) == (1_000, 0, 0)
 
 
-def test_price_that_rose(gateways: ProcessCluster) -> None:
+def test_price_that_rose(cluster: ProcessCluster) -> None:
     """A cost above the held amount is charged in full; the excess is overrun, and no more submits pass."""
-    shop = gateways.create_tenant({"limits": [{"window": "month", "money": 2}]}, MONEY_ONLY, {})
+    shop = cluster.create_tenant({"limits": [{"window": "month", "money": 2}]}, MONEY_ONLY, {})
     for _ in range(2):
         assert len(split_by_status(shop.submit(1))[0]) == 1
         shop.finish_tasks()
-    httpx2.put(f"{gateways.upstream.url}/_control/dials", json={"seconds": 0, "prices": {"face": 5}}).raise_for_status()
+    httpx2.put(f"{cluster.upstream.url}/_control/dials", json={"seconds": 0, "prices": {"face": 5}}).raise_for_status()
     assert len(split_by_status(shop.submit(60))[0]) == 1
     month = shop.finish_tasks().windows[Window.MONTH]
     assert (month.money_fen, month.money_reserved_fen, month.overrun_fen) == (600, 0, 400)
     assert (len(split_by_status(shop.submit(60))[0]), shop.count_submits()) == (0, 3)
 
 
-def test_prepaid_uses(gateways: ProcessCluster) -> None:
+def test_prepaid_uses(cluster: ProcessCluster) -> None:
     """Prepaid uses are spent regardless of the money limit, and money only within it."""
-    shop = gateways.create_tenant(
+    shop = cluster.create_tenant(
         {"limits": [{"window": "month", "money": 2}]}, {"count": 9, "money": 100}, {"face-enhance": 1}
     )
     assert len(split_by_status(shop.submit(1))[0]) == 1

@@ -23,8 +23,8 @@ LEASE_SECONDS = 180
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[SandboxProcess]:
-    with run_sandbox() as found:
-        yield found
+    with run_sandbox() as sandbox:
+        yield sandbox
 
 
 def limit_tenant(gateway: GatewayProcess, tasks: int) -> None:

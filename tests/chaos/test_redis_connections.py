@@ -22,14 +22,14 @@ ROUNDS = 3
 RESET_SHARE = 0.15
 
 
-async def _submit_under_resets(house: RunningGateway, proxy: ResettingProxy) -> None:
+async def _submit_under_resets(gateway: RunningGateway, proxy: ResettingProxy) -> None:
     """Submit concurrently while connections are reset; every accepted task is returned and settled."""
-    await house.upstream.set_balance(10_000, 0)
+    await gateway.upstream.set_balance(10_000, 0)
     statuses: Counter[int] = Counter()
     accepted: set[str] = set()
     proxy.reset_probability = RESET_SHARE
     for _ in range(ROUNDS):
-        for answer in await asyncio.gather(*(house.submit() for _ in range(CONCURRENT_REQUESTS))):
+        for answer in await asyncio.gather(*(gateway.submit() for _ in range(CONCURRENT_REQUESTS))):
             statuses[answer.status_code] += 1
             if answer.status_code == 201:
                 accepted.add(answer.json()["id"])
@@ -38,20 +38,20 @@ async def _submit_under_resets(house: RunningGateway, proxy: ResettingProxy) -> 
     proxy.reset_probability = 0
     assert proxy.resets > ROUNDS
     assert statuses[503] > 0
-    assert statuses[201] == len(accepted) == await house.upstream.count_submits() > 0
+    assert statuses[201] == len(accepted) == await gateway.upstream.count_submits() > 0
 
     async def booked() -> bool:
-        total = (await read_counters(house)).windows[Window.TOTAL]
+        total = (await read_counters(gateway)).windows[Window.TOTAL]
         return (total.tasks, total.tasks_reserved) == (len(accepted), 0)
 
     await wait_until(booked)
     listed: set[str] = set()
     page = "/v1/tasks?limit=100"
     while page:
-        found = (await house.call("GET", page)).json()
-        assert listed.isdisjoint(item["id"] for item in found["items"])
-        listed |= {item["id"] for item in found["items"]}
-        page = found["next_cursor"] and f"/v1/tasks?limit=100&cursor={found['next_cursor']}"
+        body = (await gateway.call("GET", page)).json()
+        assert listed.isdisjoint(item["id"] for item in body["items"])
+        listed |= {item["id"] for item in body["items"]}
+        page = body["next_cursor"] and f"/v1/tasks?limit=100&cursor={body['next_cursor']}"
     assert listed == accepted
 
 
@@ -59,8 +59,8 @@ def test_resets_while_submitting() -> None:
     """On uvloop no response is a 500, and everything that the upstream accepted gets a 201."""
 
     async def run(proxy: ResettingProxy) -> None:
-        async with run_real_gateway(server, GATEWAY_REDIS_URL=f"redis://127.0.0.1:{proxy.port}") as house:
-            await _submit_under_resets(house, proxy)
+        async with run_real_gateway(server, GATEWAY_REDIS_URL=f"redis://127.0.0.1:{proxy.port}") as gateway:
+            await _submit_under_resets(gateway, proxy)
 
     with (
         run_valkey(port=find_free_port()) as server,
@@ -74,19 +74,19 @@ def test_cluster_unavailable() -> None:
     """Without its Cluster a gateway rejects submissions, still reads tasks, and logs two lines in all."""
 
     async def run() -> None:
-        async with run_real_gateway(store.server, GATEWAY_REDIS_URL=store.url) as house:
-            task = (await house.submit()).json()
-            await house.upstream.wait_until_idle()
+        async with run_real_gateway(store.server, GATEWAY_REDIS_URL=store.url) as gateway:
+            task = (await gateway.submit()).json()
+            await gateway.upstream.wait_until_idle()
             with capture_logs() as logs:
-                async with house.services.run_jobs():
+                async with gateway.services.run_jobs():
                     store.server.kill()
-                    refused = await asyncio.gather(*(house.submit() for _ in range(CONCURRENT_REQUESTS)))
+                    refused = await asyncio.gather(*(gateway.submit() for _ in range(CONCURRENT_REQUESTS)))
                     assert {(item.status_code, item.json()["code"]) for item in refused} == {
                         (503, "ledger-unavailable")
                     }
-                    house.services.task_cache._tasks.clear()
+                    gateway.services.task_cache._tasks.clear()
                     read = await asyncio.gather(
-                        *(house.call("GET", task["links"]["self"]) for _ in range(CONCURRENT_REQUESTS))
+                        *(gateway.call("GET", task["links"]["self"]) for _ in range(CONCURRENT_REQUESTS))
                     )
                     assert {(item.status_code, item.json()["state"]) for item in read} == {(200, "succeeded")}
                     again.enter_context(restart_store(store.server))
@@ -96,11 +96,11 @@ def test_cluster_unavailable() -> None:
                         return any(log["event"] == "redis.available" for log in logs)
 
                     await wait_until(logged)
-                    assert (await house.submit()).status_code == 201
-            told = [log["event"] for log in logs if log["event"].startswith("redis.")]
-            assert told == ["redis.unavailable", "redis.available"]
+                    assert (await gateway.submit()).status_code == 201
+            result = [log["event"] for log in logs if log["event"].startswith("redis.")]
+            assert result == ["redis.unavailable", "redis.available"]
             assert [log for log in logs if log["log_level"] in {"error", "critical"}] == []
-            assert await house.upstream.count_submits() == 2
+            assert await gateway.upstream.count_submits() == 2
 
     with (
         run_cluster("--appendonly", "yes", "--appendfsync", "always") as store,

@@ -38,26 +38,26 @@ async def is_ready(store: Valkey) -> bool:
 async def test_killed_when_settling() -> None:
     """An acceptance that could not be settled before the store was killed is settled once after its restart."""
     with run_valkey("--appendonly", "yes", "--appendfsync", "always") as store, ExitStack() as again:
-        async with run_real_gateway(store) as house:
-            assert isinstance(house.upstream, SandboxUpstreamControl)
-            await house.put_tenant(limits=[{"window": "total", "tasks": 2}], max_active=2)
-            assert (await house.submit()).status_code == 201
-            await house.upstream.delay_next_response(0.3)
-            submitting = asyncio.create_task(house.submit())
-            await wait_for_submits(house, 2)
+        async with run_real_gateway(store) as gateway:
+            assert isinstance(gateway.upstream, SandboxUpstreamControl)
+            await gateway.put_tenant(limits=[{"window": "total", "tasks": 2}], max_active=2)
+            assert (await gateway.submit()).status_code == 201
+            await gateway.upstream.delay_next_response(0.3)
+            submitting = asyncio.create_task(gateway.submit())
+            await wait_for_submits(gateway, 2)
             store.kill()
             accepted = await submitting
             assert accepted.status_code == 201
-            assert (await house.submit()).json()["code"] == "ledger-unavailable"
+            assert (await gateway.submit()).json()["code"] == "ledger-unavailable"
 
             again.enter_context(restart_store(store))
             await wait_until(lambda: is_ready(store))
 
             async def booked() -> bool:
-                listed = (await house.call("GET", "/v1/tasks")).json()["items"]
+                listed = (await gateway.call("GET", "/v1/tasks")).json()["items"]
                 return accepted.json()["id"] in {item["id"] for item in listed}
 
             await wait_until(booked)
-            assert (await house.submit()).json()["code"] == "quota-exceeded"
-            assert (await read_counters(house)).active_tasks == 2
-            assert await house.upstream.count_submits() == 2
+            assert (await gateway.submit()).json()["code"] == "quota-exceeded"
+            assert (await read_counters(gateway)).active_tasks == 2
+            assert await gateway.upstream.count_submits() == 2

@@ -27,11 +27,11 @@ def store() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-async def house(store: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RunningGateway]:
+async def gateway(store: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RunningGateway]:
     """Yield a gateway on that server with a short Redis timeout."""
     monkeypatch.setattr(container, "REDIS_TIMEOUT_SECONDS", 0.3)
-    async with run_real_gateway(store) as found:
-        yield found
+    async with run_real_gateway(store) as running:
+        yield running
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -40,10 +40,10 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def read_counters(house: RunningGateway) -> TenantState:
+async def read_counters(gateway: RunningGateway) -> TenantState:
     """Return the counters of the tenant `shop`."""
-    tenant = house.services.registry.current.tenants["shop"]
-    return (await house.services.quota._ledger.tenant_snapshot(tenant.id)).state
+    tenant = gateway.services.registry.current.tenants["shop"]
+    return (await gateway.services.quota._ledger.tenant_snapshot(tenant.id)).state
 
 
 def reservation_states(store: Valkey) -> list[ReservationState]:
@@ -53,22 +53,22 @@ def reservation_states(store: Valkey) -> list[ReservationState]:
     return [msgspec.msgpack.decode(item, type=Reservation).state for item in packed if isinstance(item, bytes)]
 
 
-async def wait_for_submits(house: RunningGateway, submits: int) -> None:
+async def wait_for_submits(gateway: RunningGateway, submits: int) -> None:
     async def enough() -> bool:
-        return await house.upstream.count_submits() >= submits
+        return await gateway.upstream.count_submits() >= submits
 
     await wait_until(enough)
 
 
-def sandbox_control(house: RunningGateway) -> SandboxUpstreamControl:
-    assert isinstance(house.upstream, SandboxUpstreamControl)
-    return house.upstream
+def sandbox_control(gateway: RunningGateway) -> SandboxUpstreamControl:
+    assert isinstance(gateway.upstream, SandboxUpstreamControl)
+    return gateway.upstream
 
 
-async def test_outage_while_reserving(house: RunningGateway, store: Valkey) -> None:
+async def test_outage_while_reserving(gateway: RunningGateway, store: Valkey) -> None:
     """Without the store nothing is sent, and a reservation made after the timeout is cancelled."""
     store.suspend()
-    refused = await house.submit()
+    refused = await gateway.submit()
     assert (refused.status_code, refused.json()["code"]) == (503, "ledger-unavailable")
     assert refused.headers["retry-after"]
     store.resume()
@@ -77,117 +77,117 @@ async def test_outage_while_reserving(house: RunningGateway, store: Valkey) -> N
         return reservation_states(store) == [ReservationState.NOT_SENT]
 
     await wait_until(given_up)
-    state = await read_counters(house)
+    state = await read_counters(gateway)
     assert (state.active_tasks, sum(window.tasks_reserved for window in state.windows.values())) == (0, 0)
-    assert await house.upstream.count_submits() == 0
-    assert (await house.submit()).status_code == 201
+    assert await gateway.upstream.count_submits() == 0
+    assert (await gateway.submit()).status_code == 201
 
 
-async def test_outage_while_settling(house: RunningGateway, store: Valkey) -> None:
+async def test_outage_while_settling(gateway: RunningGateway, store: Valkey) -> None:
     """An accepted submission gets its 201, and is settled exactly once after the outage."""
-    await sandbox_control(house).delay_next_response(0.5)
-    submitting = asyncio.create_task(house.submit())
-    await wait_for_submits(house, 1)
+    await sandbox_control(gateway).delay_next_response(0.5)
+    submitting = asyncio.create_task(gateway.submit())
+    await wait_for_submits(gateway, 1)
     store.suspend()
     accepted: Response = await submitting
     assert accepted.status_code == 201
     store.resume()
 
     async def booked() -> bool:
-        total = (await read_counters(house)).windows[Window.TOTAL]
+        total = (await read_counters(gateway)).windows[Window.TOTAL]
         return (total.tasks, total.tasks_reserved) == (1, 0)
 
     await wait_until(booked)
-    ended = await house.wait_for_task(accepted.json()["id"])
+    ended = await gateway.wait_for_task(accepted.json()["id"])
     assert ended["state"] == "succeeded"
-    assert (await read_counters(house)).active_tasks == 0
-    assert await house.upstream.count_submits() == 1
+    assert (await read_counters(gateway)).active_tasks == 0
+    assert await gateway.upstream.count_submits() == 1
 
 
-async def test_reading_during_an_outage(house: RunningGateway, store: Valkey) -> None:
+async def test_reading_during_an_outage(gateway: RunningGateway, store: Valkey) -> None:
     """A task is read from the upstream by its id alone, once per interval for all readers."""
-    task = (await house.submit()).json()
-    await house.upstream.wait_until_idle()
+    task = (await gateway.submit()).json()
+    await gateway.upstream.wait_until_idle()
     store.suspend()
-    answers = await asyncio.gather(*(house.call("GET", task["links"]["self"]) for _ in range(5)))
+    answers = await asyncio.gather(*(gateway.call("GET", task["links"]["self"]) for _ in range(5)))
     assert [answer.status_code for answer in answers] == [200] * 5
     assert {answer.json()["state"] for answer in answers} == {"succeeded"}
     assert all(answer.json()["artifacts"] for answer in answers)
-    assert await house.upstream.count_checks() == 1
-    assert (await house.call("GET", "/v1/tasks")).status_code == 503
-    assert (await house.call("GET", "/readyz", token="")).status_code == 200
+    assert await gateway.upstream.count_checks() == 1
+    assert (await gateway.call("GET", "/v1/tasks")).status_code == 503
+    assert (await gateway.call("GET", "/readyz", token="")).status_code == 200
     store.resume()
 
 
-async def test_all_data_lost(house: RunningGateway, store: Valkey) -> None:
+async def test_all_data_lost(gateway: RunningGateway, store: Valkey) -> None:
     """A task of which only the id is left is read, settled again and checked to its end."""
-    task = (await house.submit("seamless", {"fit": "0.4"})).json()
+    task = (await gateway.submit("seamless", {"fit": "0.4"})).json()
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         client.flushall()
-    found = await house.call("GET", task["links"]["self"])
-    assert (found.status_code, found.json()["kind"]) == (200, "seamless")
-    state = await read_counters(house)
-    runs = found.json()["state"] != "succeeded"
+    result = await gateway.call("GET", task["links"]["self"])
+    assert (result.status_code, result.json()["kind"]) == (200, "seamless")
+    state = await read_counters(gateway)
+    runs = result.json()["state"] != "succeeded"
     assert (state.windows[Window.TOTAL].tasks, state.active_tasks) == (1, int(runs))
-    assert (await house.wait_for_task(task["id"]))["state"] == "succeeded"
-    state = await read_counters(house)
+    assert (await gateway.wait_for_task(task["id"]))["state"] == "succeeded"
+    state = await read_counters(gateway)
     assert (state.windows[Window.TOTAL].tasks, state.active_tasks) == (1, 0)
-    assert await house.upstream.count_submits() == 1
+    assert await gateway.upstream.count_submits() == 1
 
 
-async def test_registry_lost(house: RunningGateway, store: Valkey) -> None:
+async def test_registry_lost(gateway: RunningGateway, store: Valkey) -> None:
     """A lost registry is restored from a process that still has it, limits included."""
-    await house.put_tenant(limits=[{"window": "day", "tasks": 1}])
+    await gateway.put_tenant(limits=[{"window": "day", "tasks": 1}])
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         client.flushall()
-    await house.services.registry.refresh()
-    assert [(await house.submit()).status_code for _ in range(2)] == [201, 429]
-    assert (await house.call_admin("GET", "/tenants/shop")).json()["limits"][0]["tasks"] == 1
-    await house.put_tenant("another")
+    await gateway.services.registry.refresh()
+    assert [(await gateway.submit()).status_code for _ in range(2)] == [201, 429]
+    assert (await gateway.call_admin("GET", "/tenants/shop")).json()["limits"][0]["tasks"] == 1
+    await gateway.put_tenant("another")
 
 
-async def test_client_disconnects(house: RunningGateway) -> None:
+async def test_client_disconnects(gateway: RunningGateway) -> None:
     """A submission whose client disconnects is sent, settled and listed."""
-    await sandbox_control(house).delay_next_response(0.3)
-    submitting = asyncio.create_task(house.submit())
-    await wait_for_submits(house, 1)
+    await sandbox_control(gateway).delay_next_response(0.3)
+    submitting = asyncio.create_task(gateway.submit())
+    await wait_for_submits(gateway, 1)
     submitting.cancel()
     await asyncio.gather(submitting, return_exceptions=True)
 
     async def listed() -> bool:
-        return len((await house.call("GET", "/v1/tasks")).json()["items"]) == 1
+        return len((await gateway.call("GET", "/v1/tasks")).json()["items"]) == 1
 
     await wait_until(listed)
-    state = await read_counters(house)
+    state = await read_counters(gateway)
     assert (state.windows[Window.TOTAL].tasks, state.windows[Window.TOTAL].tasks_reserved, state.active_tasks) == (
         1,
         0,
         1,
     )
-    assert await house.upstream.count_submits() == 1
+    assert await gateway.upstream.count_submits() == 1
 
 
-async def test_rolled_back_registry(house: RunningGateway, store: Valkey) -> None:
+async def test_rolled_back_registry(gateway: RunningGateway, store: Valkey) -> None:
     """A failover to older data does not bring back revoked tokens or deleted tenants."""
-    await house.put_tenant("gone")
-    revoked = await house.new_token()
+    await gateway.put_tenant("gone")
+    revoked = await gateway.new_token()
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         before = client.dump("{gw}:registry")
-        tokens = (await house.call_admin("GET", "/tenants/shop")).json()["tokens"]
-        assert (await house.call_admin("DELETE", f"/tenants/shop/tokens/{tokens[-1]['id']}")).status_code == 204
-        assert (await house.call_admin("DELETE", "/tenants/gone")).status_code == 204
+        tokens = (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"]
+        assert (await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{tokens[-1]['id']}")).status_code == 204
+        assert (await gateway.call_admin("DELETE", "/tenants/gone")).status_code == 204
         client.restore("{gw}:registry", 0, before, replace=True)
-    await house.services.registry.refresh()
-    assert (await house.call("GET", "/v1/quota", token=revoked)).status_code == 401
-    assert (await house.call("GET", "/v1/quota")).status_code == 200
-    assert (await house.call_admin("GET", "/tenants/gone")).status_code == 404
+    await gateway.services.registry.refresh()
+    assert (await gateway.call("GET", "/v1/quota", token=revoked)).status_code == 401
+    assert (await gateway.call("GET", "/v1/quota")).status_code == 200
+    assert (await gateway.call_admin("GET", "/tenants/gone")).status_code == 404
 
 
-async def test_store_that_rejects_writes(house: RunningGateway, store: Valkey) -> None:
+async def test_store_that_rejects_writes(gateway: RunningGateway, store: Valkey) -> None:
     """A store without enough replicas counts as unavailable: nothing is sent, and the response is 503."""
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         client.config_set("min-replicas-to-write", 1)
-        refused = await house.submit()
+        refused = await gateway.submit()
         assert (refused.status_code, refused.json()["code"]) == (503, "ledger-unavailable")
         client.config_set("min-replicas-to-write", 0)
-    assert await house.upstream.count_submits() == 0
+    assert await gateway.upstream.count_submits() == 0

@@ -44,10 +44,10 @@ def chunked_body(*chunks: bytes, end: bool = True) -> bytes:
 
 async def read_request(connection: Connection) -> str:
     """Read one request without a body; returns its head."""
-    found = await connection.reader.readuntil(b"\r\n\r\n")
-    connection.server.requests.append((found, b""))
+    head = await connection.reader.readuntil(b"\r\n\r\n")
+    connection.server.requests.append((head, b""))
     connection.server.request_received.set()
-    return found.decode()
+    return head.decode()
 
 
 def send_pieces(*pieces: bytes) -> Handler:

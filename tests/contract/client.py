@@ -39,11 +39,11 @@ class Caller:
 
 @asynccontextmanager
 async def open_caller(base_url: str) -> AsyncIterator[Caller]:
-    seen: list[tuple[StrEnum, StrEnum]] = []
+    event: list[tuple[StrEnum, StrEnum]] = []
 
     def observe(operation: StrEnum, outcome: StrEnum, seconds: float) -> None:
         assert 0 <= seconds < 60
-        seen.append((operation, outcome))
+        event.append((operation, outcome))
 
     async with UpstreamClient(base_url, CIPHER, DEFAULT_CATALOGUE, on_call=observe) as client:
-        yield Caller(client, seen)
+        yield Caller(client, event)

@@ -39,17 +39,17 @@ async def test_complete() -> None:
     caller = make_fetcher()
     answer = file_response(content, ETag='"v1"', Last_Modified=LAST_MODIFIED, Accept_Ranges="bytes", Set_Cookie="a=b")
     async with run_server(send_pieces(answer)) as peer:
-        fetched, found = await caller.fetch_all(f"{peer.url}/files/1.png?signature=x%2Fy")
-    assert found == content
+        fetched, received = await caller.fetch_all(f"{peer.url}/files/1.png?signature=x%2Fy")
+    assert received == content
     assert (fetched.name, fetched.coverage, fetched.media_type) == (IMAGE, Coverage.FULL, PNG)
     assert (fetched.length, fetched.content_range) == (len(content), None)
     assert (fetched.etag, fetched.last_modified, fetched.accept_ranges) == ('"v1"', LAST_MODIFIED, "bytes")
     assert caller.outcome == FetchOutcome.DONE
-    ((sent, _),) = peer.requests
-    assert sent.startswith(b"GET /files/1.png?signature=x%2Fy HTTP/1.1\r\n")
-    assert b"\r\naccept-encoding: identity\r\n" in sent.lower()
+    ((head, _),) = peer.requests
+    assert head.startswith(b"GET /files/1.png?signature=x%2Fy HTTP/1.1\r\n")
+    assert b"\r\naccept-encoding: identity\r\n" in head.lower()
     assert not {b"range", b"if-range", b"if-none-match", b"if-modified-since", b"cookie", b"authorization"} & {
-        line.partition(b":")[0].lower() for line in sent.split(b"\r\n")
+        line.partition(b":")[0].lower() for line in head.split(b"\r\n")
     }
 
 
@@ -67,14 +67,14 @@ async def test_complete() -> None:
         (VECTOR, "", artifact_server.SVG, SVG),
     ],
 )
-async def test_types(name: ArtifactName, said: str, content: bytes, media_type: str) -> None:
+async def test_types(name: ArtifactName, output: str, content: bytes, media_type: str) -> None:
     """The type is that of the bytes, whatever the server claims and however small the first chunk is."""
     caller = make_fetcher()
-    answer = response_head(Content_Type=said, Transfer_Encoding="chunked")
+    answer = response_head(Content_Type=output, Transfer_Encoding="chunked")
     pieces = chunked_body(content[:1], content[1:2], content[2:])
     async with run_server(send_pieces(answer, pieces)) as peer:
-        fetched, found = await caller.fetch_all(peer.url, name)
-    assert (fetched.media_type, found, fetched.length) == (media_type, content, None)
+        fetched, received = await caller.fetch_all(peer.url, name)
+    assert (fetched.media_type, received, fetched.length) == (media_type, content, None)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ async def test_wrong_type(name: ArtifactName, answer: bytes) -> None:
 async def test_codings_of_plain_bytes(coding: str) -> None:
     """A content coding declared for plain bytes is ignored."""
     async with run_server(send_pieces(file_response(Content_Encoding=coding))) as peer:
-        _, found = await make_fetcher().fetch_all(peer.url)
-    assert found == PNG_IMAGE
+        _, content = await make_fetcher().fetch_all(peer.url)
+    assert content == PNG_IMAGE
 
 
 @pytest.mark.parametrize("status", [201, 204, 206, 300, 304, 401, 403, 404, 410, 416, 418])
@@ -141,30 +141,30 @@ async def test_range() -> None:
     caller = make_fetcher()
     answer = file_response(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
     async with run_server(send_range(answer)) as peer:
-        fetched, found = await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=2-5", if_range='"v1"'))
-    assert (fetched.coverage, fetched.length, fetched.content_range, found) == (
+        fetched, content = await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=2-5", if_range='"v1"'))
+    assert (fetched.coverage, fetched.length, fetched.content_range, content) == (
         Coverage.PARTIAL,
         4,
         "bytes 2-5/10",
         b"cdef",
     )
     assert fetched.media_type == PNG
-    sent = peer.requests[0][0]
-    assert b'\r\nrange: bytes=2-5\r\nif-range: "v1"\r\n' in sent.lower()
+    head = peer.requests[0][0]
+    assert b'\r\nrange: bytes=2-5\r\nif-range: "v1"\r\n' in head.lower()
 
 
 async def test_type_of_a_part() -> None:
     """A middle part is preceded once by a fetch of the first bytes."""
-    caller, asked = make_fetcher(), RangeRequest(range="bytes=2-5")
+    caller, requested = make_fetcher(), RangeRequest(range="bytes=2-5")
     answer = file_response(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v1"')
     async with run_server(send_range(answer)) as peer:
         for _ in range(3):
-            assert (await caller.fetch_all(peer.url, requested=asked))[0].media_type == PNG
+            assert (await caller.fetch_all(peer.url, requested=requested))[0].media_type == PNG
         assert len(peer.requests) == 1 + 3
         assert b"if-range" not in peer.requests[1][0].lower()
     changed = file_response(b"cdef", 206, Content_Range="bytes 2-5/10", ETag='"v2"')
     async with run_server(send_range(changed), port=int(peer.url.rpartition(":")[2])) as peer:
-        await caller.fetch_all(peer.url, requested=asked)
+        await caller.fetch_all(peer.url, requested=requested)
         assert len(peer.requests) == 2
     assert len(caller.client._type_cache._types) == 2
 
@@ -172,7 +172,7 @@ async def test_type_of_a_part() -> None:
 async def test_type_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The type of a complete file is remembered for its parts, for a bounded number of files."""
     monkeypatch.setattr(artifacts, "MAX_CACHED_TYPES", 1)
-    caller, asked = make_fetcher(), RangeRequest(range="bytes=2-")
+    caller, requested = make_fetcher(), RangeRequest(range="bytes=2-")
     part = file_response(PNG_IMAGE[2:], 206, Content_Range=f"bytes 2-{len(PNG_IMAGE) - 1}/{len(PNG_IMAGE)}")
     first = iter([file_response(), part, file_response(), part, part])
 
@@ -182,12 +182,12 @@ async def test_type_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async with run_server(serve) as peer:
         await caller.fetch_all(f"{peer.url}/1")
-        await caller.fetch_all(f"{peer.url}/1", requested=asked)
+        await caller.fetch_all(f"{peer.url}/1", requested=requested)
         assert len(peer.requests) == 2
         await caller.fetch_all(f"{peer.url}/2")
-        await caller.fetch_all(f"{peer.url}/2", requested=asked)
+        await caller.fetch_all(f"{peer.url}/2", requested=requested)
         assert len(peer.requests) == 4
-        await caller.fetch_all(f"{peer.url}/1", requested=asked)
+        await caller.fetch_all(f"{peer.url}/1", requested=requested)
         assert len(peer.requests) == 6
 
 
@@ -239,10 +239,10 @@ async def test_wrong_ranges(content_range: str) -> None:
 
 
 @pytest.mark.parametrize(("told", "passed_on"), [("bytes */10", "bytes */10"), ("", None), ("x", None)])
-async def test_no_such_range(told: str, passed_on: str | None) -> None:
+async def test_no_such_range(content_range: str, passed_on: str | None) -> None:
     """A range beyond the end is reported with the total size, if that is known."""
     caller = make_fetcher()
-    async with run_server(send_pieces(file_response(b"", 416, Content_Range=told))) as peer:
+    async with run_server(send_pieces(file_response(b"", 416, Content_Range=content_range))) as peer:
         with pytest.raises(RangeNotSatisfiable) as caught:
             await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=20-"))
     assert caught.value.content_range == passed_on
@@ -250,11 +250,11 @@ async def test_no_such_range(told: str, passed_on: str | None) -> None:
 
 
 @pytest.mark.parametrize("asked", [RangeRequest(if_none_match='"v1"'), RangeRequest(if_modified_since=LAST_MODIFIED)])
-async def test_not_modified(asked: RangeRequest) -> None:
+async def test_not_modified(requested: RangeRequest) -> None:
     caller = make_fetcher()
     async with run_server(send_pieces(response_head(304, ETag='"v1"'))) as peer:
-        fetched, found = await caller.fetch_all(peer.url, requested=asked)
-    assert (fetched.coverage, fetched.etag, found) == (Coverage.NOT_MODIFIED, '"v1"', b"")
+        fetched, content = await caller.fetch_all(peer.url, requested=requested)
+    assert (fetched.coverage, fetched.etag, content) == (Coverage.NOT_MODIFIED, '"v1"', b"")
     assert caller.outcome == FetchOutcome.DONE
 
 

@@ -163,5 +163,5 @@ async def test_two_lengths() -> None:
     async with run_server(
         send_pieces(response_head(Content_Length="3", Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE))
     ) as peer:
-        fetched, found = await make_fetcher().fetch_all(peer.url)
-    assert (fetched.length, found) == (None, PNG_IMAGE)
+        fetched, content = await make_fetcher().fetch_all(peer.url)
+    assert (fetched.length, content) == (None, PNG_IMAGE)

@@ -131,11 +131,11 @@ async def test_redirects() -> None:
     """Redirects, relative ones too, keep the request; each connection closes before the next opens."""
     caller = make_fetcher()
     async with run_server(redirect_through("/2.png", "{url}/3.png?a=b", "4.png")) as peer:
-        _, found = await caller.fetch_all(
+        _, content = await caller.fetch_all(
             f"{peer.url}/a/1.png", requested=RangeRequest(range="bytes=0-", if_range='"v1"')
         )
     lines = [sent.split(b"\r\n") for sent, _ in peer.requests]
-    assert found == PNG_IMAGE
+    assert content == PNG_IMAGE
     assert [line[0].split()[1] for line in lines] == [b"/a/1.png", b"/2.png", b"/3.png?a=b", b"/4.png"]
     assert all(b'If-Range: "v1"' in line for line in lines)
     assert caller.outcome == FetchOutcome.DONE

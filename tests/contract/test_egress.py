@@ -123,8 +123,8 @@ async def open_client(
 ) -> AsyncIterator[httpx2.AsyncClient]:
     transport = GuardedTransport(allow, tls=tls or httpx2.create_ssl_context(), resolver=resolver)
     timeout = httpx2.Timeout(10, connect=seconds)
-    async with httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout) as found:
-        yield found
+    async with httpx2.AsyncClient(transport=transport, trust_env=False, timeout=timeout) as client:
+        yield client
 
 
 def with_hostname(url: str) -> str:
@@ -134,10 +134,10 @@ def with_hostname(url: str) -> str:
 
 async def test_resolved_once() -> None:
     """The checked address is the one connected to, although the next resolution would differ."""
-    asked: list[tuple[str, IpAddress]] = []
+    requested: list[tuple[str, IpAddress]] = []
 
     def allow(host: str, ip: IpAddress) -> bool:
-        asked.append((host, ip))
+        requested.append((host, ip))
         return ip == LOOPBACK
 
     async with (
@@ -147,7 +147,7 @@ async def test_resolved_once() -> None:
         assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
         with pytest.raises(AddressRefused):
             await caller.post(with_hostname(peer.url), content=b"x")
-        assert asked == [("files.example", LOOPBACK), ("files.example", UNUSED_ADDRESS)]
+        assert requested == [("files.example", LOOPBACK), ("files.example", UNUSED_ADDRESS)]
         assert peer.connections == 1
 
 

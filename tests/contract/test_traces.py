@@ -70,11 +70,11 @@ def request_headers(peer: ScriptedServer) -> list[dict[str, str]]:
 
 def child_spans(recorder: SpanRecorder) -> list[RecordedSpan]:
     """Return all spans but the request's own, and require them to be its children."""
-    *found, request = recorder.spans
-    assert {item.parent_id for item in found} <= {request.span_id}
-    assert {item.trace_id for item in found} <= {request.trace_id}
-    assert {item.kind for item in found} <= {"client"}
-    return found
+    *children, request = recorder.spans
+    assert {item.parent_id for item in children} <= {request.span_id}
+    assert {item.trace_id for item in children} <= {request.trace_id}
+    assert {item.kind for item in children} <= {"client"}
+    return children
 
 
 async def test_submit() -> None:
@@ -150,19 +150,19 @@ async def test_no_trace_headers_when_not_recorded() -> None:
 async def test_artifacts() -> None:
     """Each hop to an artifact is recorded by its host, without trace headers."""
     recorder = SpanRecorder()
-    async with run_server(send_pieces(file_response())) as there:
-        moved = send_pieces(response_head(302, Location=f"{there.url}/secret-path", Content_Length="0"))
+    async with run_server(send_pieces(file_response())) as server:
+        moved = send_pieces(response_head(302, Location=f"{server.url}/secret-path", Content_Length="0"))
         with recorder.tracer.start_request_span(make_http_scope()):
             async with run_server(moved) as here:
                 await fetch(here.url, recorder.tracer)
     first, second = child_spans(recorder)
     assert [item.attributes["url.full"] for item in (first, second)] == [
         f"{here.url}/REDACTED",
-        f"{there.url}/REDACTED",
+        f"{server.url}/REDACTED",
     ]
     assert [item.attributes["http.response.status_code"] for item in (first, second)] == [302, 200]
     assert [item.attributes.get("http.request.resend_count") for item in (first, second)] == [None, 1]
-    assert not {"traceparent", "tracestate"} & {name for peer in (here, there) for name in request_headers(peer)[0]}
+    assert not {"traceparent", "tracestate"} & {name for peer in (here, server) for name in request_headers(peer)[0]}
     assert "secret-path" not in str(recorder.spans)
     assert "signature" not in str(recorder.spans)
 

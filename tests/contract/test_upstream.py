@@ -96,8 +96,8 @@ async def test_relative_links() -> None:
     finished = vendor_response(err_code=0, status="Completed", images_url="/files/1.png", grid_url="2.png")
     async with run_server(reply_with(finished)) as peer, open_caller("http://127.0.0.1:1") as caller:
         account = Account(1, "other", ACCOUNT.user_key, base_url=f"{peer.url}/deep/")
-        found = (await caller.check(account=account)).artifacts
-    assert [item.url for item in found] == [f"{peer.url}/files/1.png", f"{peer.url}/deep/api/2.png"]
+        result = (await caller.check(account=account)).artifacts
+    assert [item.url for item in result] == [f"{peer.url}/files/1.png", f"{peer.url}/deep/api/2.png"]
 
 
 async def test_check_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +130,10 @@ async def test_key_stays_secret(serve: Handler, caplog: pytest.LogCaptureFixture
     caplog.set_level(logging.DEBUG)
     with capture_logs() as logs:
         async with run_server(serve) as peer, open_caller(peer.url) as caller:
-            shown = [await caller.submit(), await caller.check(), vars(caller.client), logs, caplog.text]
+            text = [await caller.submit(), await caller.check(), vars(caller.client), logs, caplog.text]
     assert len(peer.requests) == 2
-    assert USER_KEY not in repr(shown).lower()
-    assert USER_KEY.encode().hex() not in repr(shown)
+    assert USER_KEY not in repr(text).lower()
+    assert USER_KEY.encode().hex() not in repr(text)
 
 
 async def test_failing_observer() -> None:

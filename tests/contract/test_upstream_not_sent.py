@@ -165,9 +165,9 @@ async def test_slot_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cancelled submit, sent or not, releases its slot."""
     monkeypatch.setattr(http, "MAX_REQUESTS", 1)
     async with run_server(never_reply) as peer, open_caller(peer.url) as caller:
-        sent, waiting = asyncio.create_task(caller.submit()), asyncio.create_task(caller.submit())
+        head, waiting = asyncio.create_task(caller.submit()), asyncio.create_task(caller.submit())
         await peer.request_received.wait()
-        for task in (waiting, sent):
+        for task in (waiting, head):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

@@ -99,9 +99,9 @@ def test_task_id_without_a_code(code: object) -> None:
         ("x" * 256, "x" * 256),
     ],
 )
-def test_task_ids(task_id: object, found: str) -> None:
+def test_task_ids(task_id: object, parsed: str) -> None:
     """A task id is any short printable text, or a number."""
-    assert parse_submit(err_code=0, task_id=task_id).upstream_id == found
+    assert parse_submit(err_code=0, task_id=task_id).upstream_id == parsed
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_codings(body: bytes) -> None:
 )
 def test_odd_fields(odd: bytes) -> None:
     """A malformed field is ignored, and the others count."""
-    found = parse_submit_response(
+    result = parse_submit_response(
         b'{"err_code": 0, "task_id": 12345678901234567890123, "remaining_count": 4, %b}' % odd
     )
-    assert found == SubmitResult(outcome=ACCEPTED, upstream_id="12345678901234567890123", balance=Balance(4))
+    assert result == SubmitResult(outcome=ACCEPTED, upstream_id="12345678901234567890123", balance=Balance(4))
 
 
 def test_refusal_in_gbk() -> None:

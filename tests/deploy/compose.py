@@ -23,10 +23,10 @@ class MissingVariableError(Exception):
 
 def load_compose(*files: Path, **environ: str) -> Mapping[str, Any]:
     """Load the compose file, with others merged over it. Raises MissingVariableError."""
-    found: Mapping[str, Any] = {}
+    results: Mapping[str, Any] = {}
     for file in (FILE, *files):
-        found = _merge(found, _interpolate_all(yaml.safe_load(file.read_text("utf-8")), environ))
-    return found
+        results = _merge(results, _interpolate_all(yaml.safe_load(file.read_text("utf-8")), environ))
+    return results
 
 
 def container_settings(service: Mapping[str, Any]) -> Mapping[str, str]:
@@ -40,8 +40,8 @@ def interpolate(text: str, environ: Mapping[str, str]) -> str:
 
     Like compose, evaluate the part after a name even if unused. Raises MissingVariableError.
     """
-    before, begun, rest = text.partition("${")
-    if not begun:
+    before, started_at, rest = text.partition("${")
+    if not started_at:
         return text
     depths = accumulate(({"{": 1, "}": -1}.get(item, 0) for item in rest), initial=1)
     end = list(depths).index(0) - 1
@@ -49,13 +49,13 @@ def interpolate(text: str, environ: Mapping[str, str]) -> str:
 
 
 def _resolve(words: str, environ: Mapping[str, str]) -> str:
-    found = _NAME.fullmatch(words)
-    if not found:
+    match = _NAME.fullmatch(words)
+    if not match:
         raise ValueError(f"${{{words}}} is not understood")
-    given, otherwise = environ.get(found["name"], ""), interpolate(found["rest"] or "", environ)
-    if found["how"] == ":?" and not given:
-        raise MissingVariableError(f"required variable {found['name']} is missing a value: {otherwise}")
-    return given or otherwise
+    value, otherwise = environ.get(match["name"], ""), interpolate(match["rest"] or "", environ)
+    if match["how"] == ":?" and not value:
+        raise MissingVariableError(f"required variable {match['name']} is missing a value: {otherwise}")
+    return value or otherwise
 
 
 def _merge(below: Any, above: Any) -> Any:

@@ -193,5 +193,5 @@ def set_balance(upstream: SandboxProcess, key: str, **held: int) -> None:
 
 def count_submits(upstream: SandboxProcess, key: str) -> int:
     """Return how many submits had this key."""
-    found: list[dict[str, Any]] = httpx2.get(f"{upstream.url}/_control/requests").json()
-    return sum(item["operation"] == "submit" and item["user_key"] == key for item in found)
+    records: list[dict[str, Any]] = httpx2.get(f"{upstream.url}/_control/requests").json()
+    return sum(item["operation"] == "submit" and item["user_key"] == key for item in records)

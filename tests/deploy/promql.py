@@ -47,13 +47,13 @@ class SeriesUse(NamedTuple):
 
 def series_uses(query: str) -> list[SeriesUse]:
     """Return every selector of a query from left to right. Raises ValueError if it does not parse."""
-    found: list[SeriesUse] = []
+    results: list[SeriesUse] = []
     around: list[str] = []
 
     def enter(part: Any) -> None:
         if isinstance(part, VectorSelector):
             matched = frozenset(matcher.name for matcher in _matchers(part))
-            found.append(SeriesUse(_series_name(part), matched, tuple(reversed(around))))
+            results.append(SeriesUse(_series_name(part), matched, tuple(reversed(around))))
         elif isinstance(part, AggregateExpr):
             around.append(str(part.op))
         elif isinstance(part, Call):
@@ -64,7 +64,7 @@ def series_uses(query: str) -> list[SeriesUse]:
             around.pop()
 
     walk(parse(query), enter, leave)
-    return found
+    return results
 
 
 def series_names(query: str) -> frozenset[str]:
@@ -176,10 +176,10 @@ class _LabelChecker:
                 f"{how} never matches {_format_labels(left - ignored)} with {_format_labels(right - ignored)}"
             )
 
-    def _require_labels(self, wanted: frozenset[str] | set[str] | list[str], there: Labels, what: str) -> None:
-        missing = frozenset(wanted) - there
+    def _require_labels(self, expected: frozenset[str] | set[str] | list[str], actual: Labels, what: str) -> None:
+        missing = frozenset(expected) - actual
         if missing:
-            self.errors.append(f"{what}: no label {_format_labels(missing)} among {_format_labels(there)}")
+            self.errors.append(f"{what}: no label {_format_labels(missing)} among {_format_labels(actual)}")
 
 
 def _matching_labels(modifier: BinModifier, labels: Labels) -> Labels:

@@ -52,29 +52,29 @@ def list_mounts(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ("text", "wanted"),
     [("a", "a"), ("${A:-x}${B:-y}", "1y"), ("${B:-x${A:?no}z}", "x1z"), ("-${A}-", "-1-")],
 )
-def test_interpolation(text: str, wanted: str) -> None:
+def test_interpolation(text: str, expected: str) -> None:
     """Interpolation follows compose."""
-    assert interpolate(text, {"A": "1"}) == wanted
+    assert interpolate(text, {"A": "1"}) == expected
 
 
 def test_settings() -> None:
     """Each gateway container has valid settings, and uses the sandbox."""
     for name, role in GATEWAY_ROLES.items():
-        found = Settings.load(container_settings(SERVICES[name]))
-        assert (found.role, found.redis_url, found.ops_host) == (role, "redis://store:6379", "0.0.0.0")
-        assert (found.port, found.ops_port) == (8080, 8081)
-        assert (found.upstream_url, found.upstream_user_key) == ("http://sandbox:8082", SANDBOX_USER_KEY)
+        settings = Settings.load(container_settings(SERVICES[name]))
+        assert (settings.role, settings.redis_url, settings.ops_host) == (role, "redis://store:6379", "0.0.0.0")
+        assert (settings.port, settings.ops_port) == (8080, 8081)
+        assert (settings.upstream_url, settings.upstream_user_key) == ("http://sandbox:8082", SANDBOX_USER_KEY)
 
 
 def test_real_upstream() -> None:
     """Two variables select the real upstream for both roles, without the sandbox."""
     services = load_compose(UPSTREAM, **REQUIRED_VARIABLES)["services"]
     for name, role in GATEWAY_ROLES.items():
-        found = Settings.load(container_settings(services[name]))
-        assert (found.role, found.redis_url) == (role, "redis://store:6379")
+        result = Settings.load(container_settings(services[name]))
+        assert (result.role, result.redis_url) == (role, "redis://store:6379")
         assert {
-            "GATEWAY_UPSTREAM_URL": found.upstream_url,
-            "GATEWAY_UPSTREAM_USER_KEY": found.upstream_user_key,
+            "GATEWAY_UPSTREAM_URL": result.upstream_url,
+            "GATEWAY_UPSTREAM_USER_KEY": result.upstream_user_key,
         } == REQUIRED_VARIABLES
         assert services[name]["depends_on"]["sandbox"]["required"] is False
     assert services["sandbox"]["profiles"] == ["sandbox"]
@@ -84,9 +84,9 @@ def test_real_upstream() -> None:
 @pytest.mark.parametrize("name", REQUIRED_VARIABLES)
 def test_real_upstream_needs_both(name: str) -> None:
     """Without one of the variables compose fails and names it."""
-    given = {other: text for other, text in REQUIRED_VARIABLES.items() if other != name}
+    value = {other: text for other, text in REQUIRED_VARIABLES.items() if other != name}
     with pytest.raises(MissingVariableError, match=rf"^required variable {name} is missing a value: the "):
-        load_compose(UPSTREAM, **given)
+        load_compose(UPSTREAM, **value)
 
 
 def test_sandbox() -> None:
@@ -156,8 +156,8 @@ async def test_store_options() -> None:
     assert program == "valkey-server"
     assert options[place + 1] in dict(list_mounts(SERVICES["store"])).values()
     with run_valkey(*options[:place], *options[place + 2 :]) as store:
-        found = await check_server(store.url, "gw", timeout=5)
-    assert (found.errors, found.warnings) == ([], [])
+        result = await check_server(store.url, "gw", timeout=5)
+    assert (result.errors, result.warnings) == ([], [])
 
 
 def test_prometheus() -> None:
@@ -166,12 +166,12 @@ def test_prometheus() -> None:
     (names,) = [dns_sd_config["names"] for job in config["scrape_configs"] for dns_sd_config in job["dns_sd_configs"]]
     assert names == ["gateway"]
     assert SERVICES["worker"]["networks"]["watch"]["aliases"] == names
-    told = [
+    result = [
         target
         for alertmanager in config["alerting"]["alertmanagers"]
         for target in alertmanager["static_configs"][0]["targets"]
     ]
-    assert told == ["alertmanager:9093"]
+    assert result == ["alertmanager:9093"]
     for name in ("gateway", "worker", "prometheus", "alertmanager", "grafana"):
         assert "watch" in SERVICES[name]["networks"]
 
@@ -231,6 +231,6 @@ def test_inhibitions() -> None:
 
 def test_build_arguments() -> None:
     known = set(re.findall(r"^ARG (\w+)", (DEPLOY.parent / "Dockerfile").read_text("utf-8"), re.MULTILINE))
-    given = {name for service in SERVICES.values() for name in service.get("build", {}).get("args", {})}
-    assert given
-    assert given <= known
+    value = {name for service in SERVICES.values() for name in service.get("build", {}).get("args", {})}
+    assert value
+    assert value <= known

@@ -102,16 +102,16 @@ def test_counters_have_a_rate(query: Query) -> None:
 @parametrize_query
 def test_legends(query: Query) -> None:
     """The legend has every label that distinguishes lines; for a process that is the instance."""
-    shown = set(re.findall(r"{{(\w+)}}", query.legend))
-    assert shown == (query.labels - TARGET_LABELS) | ({"instance"} & query.labels)
+    legend = set(re.findall(r"{{(\w+)}}", query.legend))
+    assert legend == (query.labels - TARGET_LABELS) | ({"instance"} & query.labels)
 
 
 def test_every_metric_is_on_a_dashboard() -> None:
-    shown = {name for board in DASHBOARDS.values() for query in queries(board) for name in series_names(query.text)}
+    used = {name for board in DASHBOARDS.values() for query in queries(board) for name in series_names(query.text)}
     unseen = {
         name
         for name in exported_series()
-        if name.startswith("gateway_") and name not in shown and re.sub("_(sum|count)$", "_bucket", name) not in shown
+        if name.startswith("gateway_") and name not in used and re.sub("_(sum|count)$", "_bucket", name) not in used
     }
     assert unseen == set()
 
@@ -159,10 +159,10 @@ def test_variable_values_exist(board: dict[str, Any]) -> None:
     for variable in board["templating"]["list"]:
         if variable["type"] == "query":
             assert variable["datasource"] == SOURCE
-            asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
-            assert asked
-            assert find_errors(asked[1], exported_series()) == []
-            assert asked[2] in result_labels(asked[1], exported_series())
+            requested = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
+            assert requested
+            assert find_errors(requested[1], exported_series()) == []
+            assert requested[2] in result_labels(requested[1], exported_series())
 
 
 @parametrize_dashboard

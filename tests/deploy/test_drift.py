@@ -33,10 +33,10 @@ def test_drift(folder: Path, how: str) -> None:
         file.unlink()
     else:
         file.write_text("{}\n", "utf-8")
-    found = CliRunner().invoke(main, ["--folder", str(folder), "--check"])
-    assert found.exit_code == 1
-    assert file.name in found.output
-    assert "service.json" not in found.output
-    assert "python -m deploy.grafana" in found.output
+    result = CliRunner().invoke(main, ["--folder", str(folder), "--check"])
+    assert result.exit_code == 1
+    assert file.name in result.output
+    assert "service.json" not in result.output
+    assert "python -m deploy.grafana" in result.output
     CliRunner().invoke(main, ["--folder", str(folder)])
     assert {item.name: item.read_text("utf-8") for item in folder.iterdir()} == render_all()

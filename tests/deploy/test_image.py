@@ -57,8 +57,8 @@ def image(tmp_path: Path) -> Path:
 def test_one_version_of_uv() -> None:
     """The Dockerfile and the Makefile have the same version of uv."""
     (here,) = re.findall(r"^ARG UV_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)
-    (there,) = re.findall(r"^UV_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert here == there
+    (actual,) = re.findall(r"^UV_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert here == actual
 
 
 def test_base_image_is_an_argument() -> None:
@@ -109,9 +109,9 @@ def test_leftovers_are_refused(image: Path, name: str) -> None:
 @pytest.mark.parametrize(("mode", "group"), [(0o666, 0), (0o664, USER_ID)])
 def test_writable_files_are_refused(image: Path, mode: int, group: int) -> None:
     """A file that the user or its group can write to fails."""
-    seen = {**scan_tree(image), PurePosixPath("app/open"): (stat.S_IFREG | mode, 0, group, 0, 0)}
+    event = {**scan_tree(image), PurePosixPath("app/open"): (stat.S_IFREG | mode, 0, group, 0, 0)}
     with expect_failure(f"user {USER_ID} can write to"):
-        expect_nothing_writable(seen, USER_ID, USER_ID)
+        expect_nothing_writable(event, USER_ID, USER_ID)
 
 
 def test_changed_base_is_refused(image: Path) -> None:
@@ -142,10 +142,10 @@ def test_failed_step(capsys: pytest.CaptureFixture[str]) -> None:
 def test_health_check(tmp_path: Path) -> None:
     with run_gateway(tmp_path) as gateway:
         command = [sys.executable, healthcheck.__file__]
-        asked = subprocess.run(command, env=dict(gateway.environ), cwd=ROOT, check=False)
+        requested = subprocess.run(command, env=dict(gateway.environ), cwd=ROOT, check=False)
         alone = {**gateway.environ, "GATEWAY_OPS_PORT": str(find_free_port())}
         unanswered = subprocess.run(command, env=alone, cwd=ROOT, check=False)
-    assert (asked.returncode, unanswered.returncode) == (0, 1)
+    assert (requested.returncode, unanswered.returncode) == (0, 1)
 
 
 def test_sandbox_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

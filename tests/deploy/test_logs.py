@@ -31,31 +31,31 @@ class Event(Struct, frozen=True):
 
 def logged_events() -> dict[str, Event]:
     """Return all events that the code logs."""
-    found: dict[str, Event] = {}
+    results: dict[str, Event] = {}
     for path in (_ROOT / "service").rglob("*.py"):
         if path.is_relative_to(_ROOT / "service" / "sandbox"):  # it logs as a library does
             continue
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
                 for name, event in _call_events(call, call.func):
-                    found[name] = found.get(name, event) | event
-    return found
+                    results[name] = results.get(name, event) | event
+    return results
 
 
 def _call_events(call: ast.Call, function: ast.Attribute) -> Iterator[tuple[str, Event]]:
     """Yield the event of a logging call. Registry changes are logged where they are written."""
     logger = ast.unparse(function.value).rpartition(".")[2]
     words = {keyword.arg for keyword in call.keywords if keyword.arg}
-    told = frozenset("exception" if word == "exc_info" else word for word in words)
+    result = frozenset("exception" if word == "exc_info" else word for word in words)
     more = any(keyword.arg is None for keyword in call.keywords)
     if function.attr in {"update_registry", "_update_registry"}:
-        yield _literal_text(call.args[0]), Event(frozenset({"info"}), told | {"version"}, open=more)
+        yield _literal_text(call.args[0]), Event(frozenset({"info"}), result | {"version"}, open=more)
     elif logger in {"_log", "logger", "_logger"} and function.attr == "log":
         levels = frozenset(item.lower() for item in re.findall(r"logging\.([A-Z]+)", ast.unparse(call.args[0])))
-        yield _literal_text(call.args[1]), Event(levels, told, open=more)
+        yield _literal_text(call.args[1]), Event(levels, result, open=more)
     elif logger in {"_log", "logger", "_logger"} and function.attr in _LEVELS and ast.unparse(call.args[0]) != "event":
         traceback = frozenset({"exception"} if function.attr == "exception" else ())
-        yield _literal_text(call.args[0]), Event(frozenset({_LEVELS[function.attr]}), told | traceback, open=more)
+        yield _literal_text(call.args[0]), Event(frozenset({_LEVELS[function.attr]}), result | traceback, open=more)
 
 
 def _literal_text(node: ast.expr) -> str:

@@ -36,8 +36,8 @@ ENCRYPTED_MESSAGE = "All secrets of the registry are sealed with the first secre
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[SandboxProcess]:
     """Yield an upstream whose tasks take no time."""
-    with run_sandbox() as found:
-        yield found
+    with run_sandbox() as sandbox:
+        yield sandbox
 
 
 @pytest.fixture

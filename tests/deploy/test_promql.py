@@ -48,9 +48,9 @@ def test_valid_query(query: str) -> None:
 )
 def test_invalid_query(query: str, wrong: str) -> None:
     """An unknown series or label is reported by name."""
-    found = find_errors(query, EXPORTED)
-    assert len(found) == 1
-    assert wrong in found[0]
+    result = find_errors(query, EXPORTED)
+    assert len(result) == 1
+    assert wrong in result[0]
 
 
 def test_result_labels() -> None:

@@ -49,9 +49,9 @@ def test_drift(repository: Path, name: str) -> None:
     file, right = repository / name, (repository / name).read_text("utf-8")
     assert run_command(repository, "--check").exit_code == 0
     file.write_text(right.replace("`8081`", "`8084`"), "utf-8")
-    found = run_command(repository, "--check")
-    assert found.exit_code == 1
-    assert found.output == f"Error: not up to date: {name}; `make settings` rewrites them\n"
+    result = run_command(repository, "--check")
+    assert result.exit_code == 1
+    assert result.output == f"Error: not up to date: {name}; `make settings` rewrites them\n"
     assert run_command(repository).exit_code == 0
     assert file.read_text("utf-8") == right
 
@@ -72,7 +72,7 @@ def test_readme_markers(repository: Path) -> None:
     run_command(repository)
     assert file.read_text("utf-8") == f"Before.\n{text}After.\n"
     file.write_text("No markers.\n", "utf-8")
-    found = run_command(repository)
-    assert found.exit_code == 1
-    assert "README.md must have the lines <!-- settings" in found.output
+    result = run_command(repository)
+    assert result.exit_code == 1
+    assert "README.md must have the lines <!-- settings" in result.output
     assert file.read_text("utf-8") == "No markers.\n"

@@ -122,8 +122,8 @@ def test_changelog_order() -> None:
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     unreleased, *released = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert unreleased == "[Unreleased]"
-    found = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", item) for item in released]
-    versions = [tuple(map(int, item.groups())) for item in found if item]
+    match = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", item) for item in released]
+    versions = [tuple(map(int, item.groups())) for item in match if item]
     assert len(versions) == len(released)
     assert versions == sorted(set(versions), reverse=True)
     assert released[0].startswith(f"[{__version__}] ")

@@ -33,8 +33,8 @@ def test_series_and_labels_exist(rule: Rule) -> None:
 
 
 def test_rules_are_unique() -> None:
-    made = [(rule.get("alert") or rule["record"], *sorted(rule.get("labels", {}).items())) for rule in rules.rules()]
-    assert len(made) == len(set(made))
+    created = [(rule.get("alert") or rule["record"], *sorted(rule.get("labels", {}).items())) for rule in rules.rules()]
+    assert len(created) == len(set(created))
 
 
 @parametrize_alert
@@ -45,12 +45,12 @@ def test_severity(alert: Rule) -> None:
 @parametrize_alert
 def test_annotations(alert: Rule) -> None:
     """Every alert has a summary, a description and links."""
-    said = alert["annotations"]
-    assert set(said) == {"summary", "description", "runbook_url", "dashboard"}
-    assert said["runbook_url"] == RUNBOOK + alert["alert"].lower()
-    assert len(TEMPLATE.sub("", said["summary"])) <= 80
-    assert "\n" not in said["summary"]
-    assert said["description"].endswith(".")
+    output = alert["annotations"]
+    assert set(output) == {"summary", "description", "runbook_url", "dashboard"}
+    assert output["runbook_url"] == RUNBOOK + alert["alert"].lower()
+    assert len(TEMPLATE.sub("", output["summary"])) <= 80
+    assert "\n" not in output["summary"]
+    assert output["description"].endswith(".")
 
 
 @parametrize_alert
@@ -102,8 +102,8 @@ def test_kubernetes_example() -> None:
     }
     for pod in (item["spec"]["template"] for item in resources_of_kind(render_release("default"), "Deployment")):
         ports = [port["name"] for container in pod["spec"]["containers"] for port in container["ports"]]
-        told = {("__meta_kubernetes_pod_container_port_name", port) for port in ports}
+        result = {("__meta_kubernetes_pod_container_port_name", port) for port in ports}
         for name, value in pod["metadata"]["labels"].items():
-            told.add((f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', name)}", value))
+            result.add((f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', name)}", value))
         assert len(kept) == 2
-        assert kept <= told
+        assert kept <= result

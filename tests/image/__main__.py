@@ -77,8 +77,8 @@ def _expect_configuration(config: Config, labels: dict[str, str]) -> None:
     expect(config.stop_signal == "SIGTERM", f"the signal to stop is {config.stop_signal!r}")
     expect("GATEWAY_ENV=production" in config.env, "the environment is not production")
     for name, value in labels.items():
-        found = config.labels.get(_LABEL + name)
-        expect(found == value, f"the label {_LABEL}{name} is {found!r}, not {value!r}")
+        result = config.labels.get(_LABEL + name)
+        expect(result == value, f"the label {_LABEL}{name} is {result!r}, not {value!r}")
     for name in ("title", "description", "source"):
         expect(config.labels.get(_LABEL + name), f"the label {_LABEL}{name} is missing")
 
@@ -89,8 +89,10 @@ def _expect_files(config: Config, base: Path, root: Path) -> str:
     rootfs_check.expect_only_app_added(before, after)
     rootfs_check.expect_nothing_writable(after, *parse_user(config.user))
     rootfs_check.expect_production_only(root)
-    whole, app = (rootfs_check.total_size(after, folder) // _MEGABYTE for folder in (PurePosixPath(), rootfs_check.APP))
-    return f"{whole} MB, {app} MB without its base"
+    complete, app = (
+        rootfs_check.total_size(after, folder) // _MEGABYTE for folder in (PurePosixPath(), rootfs_check.APP)
+    )
+    return f"{complete} MB, {app} MB without its base"
 
 
 if __name__ == "__main__":

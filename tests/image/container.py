@@ -89,9 +89,9 @@ class Container:
 
     def check_output(self, *words: str, stdin: str = "") -> str:
         """Run another command that must succeed; returns its output."""
-        code, said = self.execute(*words, stdin=stdin)
-        expect(code == 0, f"{said}`{' '.join(words)}` ended with exit code {code}")
-        return said
+        code, output = self.execute(*words, stdin=stdin)
+        expect(code == 0, f"{output}`{' '.join(words)}` ended with exit code {code}")
+        return output
 
     @contextmanager
     def start(self, log: Path) -> Iterator[RunningContainer]:

@@ -40,8 +40,8 @@ def require_tools() -> None:
     """Raise CheckFailed if the check cannot run here."""
     expect(os.geteuid() == 0, "this check makes a base image, namespaces and mounts: run it as root")
     missing = sorted({package for tool, package in _PACKAGES.items() if not shutil.which(tool)})
-    wanted = " ".join(missing)
-    expect(not missing, f"tools are missing: apt-get install --no-install-recommends --yes {wanted}")
+    expected = " ".join(missing)
+    expect(not missing, f"tools are missing: apt-get install --no-install-recommends --yes {expected}")
 
 
 def detect_debian() -> Debian:

@@ -29,13 +29,13 @@ def step(name: str) -> Iterator[list[str]]:
     CheckFailed is printed and exits with 1.
     """
     figures: list[str] = []
-    began = time.monotonic()
+    started_at = time.monotonic()
     try:
         yield figures
     except CheckFailed as fault:
         click.echo(f"{fault}\nFAILED  {name}")
         sys.exit(1)
-    took = time.monotonic() - began
+    took = time.monotonic() - started_at
     if took >= _MIN_SHOWN_SECONDS:
         figures.append(f"{took:.0f} s")
     click.echo(f"ok      {name}: {', '.join(figures)}" if figures else f"ok      {name}")

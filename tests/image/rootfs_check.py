@@ -20,12 +20,12 @@ FileState = tuple[int, int, int, int, int]
 
 def scan_tree(root: Path) -> Mapping[PurePosixPath, FileState]:
     """Return mode, owner, group, size and mtime of all files; size and mtime of folders are zero."""
-    found = {}
+    results = {}
     for path in _walk(root):
-        seen = path.lstat()
-        changes = (0, 0) if stat.S_ISDIR(seen.st_mode) else (seen.st_size, int(seen.st_mtime))
-        found[PurePosixPath(path.relative_to(root))] = (seen.st_mode, seen.st_uid, seen.st_gid, *changes)
-    return found
+        event = path.lstat()
+        changes = (0, 0) if stat.S_ISDIR(event.st_mode) else (event.st_size, int(event.st_mtime))
+        results[PurePosixPath(path.relative_to(root))] = (event.st_mode, event.st_uid, event.st_gid, *changes)
+    return results
 
 
 def expect_only_app_added(base: Mapping[PurePosixPath, FileState], image: Mapping[PurePosixPath, FileState]) -> None:
@@ -66,8 +66,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield from _walk(path)
 
 
-def _may_write(seen: FileState, user: int, group: int) -> bool:
-    mode, owner, owning, *_ = seen
+def _may_write(event: FileState, user: int, group: int) -> bool:
+    mode, owner, owning, *_ = event
     everybodys = stat.S_ISDIR(mode) and mode & stat.S_ISVTX
     harmless = stat.S_ISLNK(mode) or stat.S_ISCHR(mode)
     if everybodys or harmless:

@@ -103,11 +103,12 @@ def main() -> None:
             left = [path.name for path in (root / "tmp").iterdir()]
             expect(not left, f"left in the scratch folder: {', '.join(left)}")
         with step("image: ends in good order when told to"), _idle_connection():
-            began = time.monotonic()
+            started_at = time.monotonic()
             code = gateway.stop(signal.Signals[exhibit.config.stop_signal])
             expect(code == 0, f"{_read_log(gateway)}it ended with exit code {code}")
             expect(
-                time.monotonic() - began < _STOP_SECONDS, f"{_read_log(gateway)}it took more than {_STOP_SECONDS:g} s"
+                time.monotonic() - started_at < _STOP_SECONDS,
+                f"{_read_log(gateway)}it took more than {_STOP_SECONDS:g} s",
             )
             _expect_clean_log(gateway)
 
@@ -132,9 +133,9 @@ def _settings(store: int, upstream: str) -> Mapping[str, str]:
 def _expect_confined(container: Container, root: Path, config: Config) -> None:
     """Require the confinement itself, without which the other checks are meaningless."""
     user, group = parse_user(config.user)
-    seen = container.check_output("python", "-c", _IDENTITY_PROGRAM).split()
+    event = container.check_output("python", "-c", _IDENTITY_PROGRAM).split()
     expected = [str(user), str(group), "[]", "0000000000000000", "1"]
-    expect(seen == expected, f"user, group, groups, capabilities and no-new-privileges are {seen}, not {expected}")
+    expect(event == expected, f"user, group, groups, capabilities and no-new-privileges are {event}, not {expected}")
     try:
         (root / "app" / "written").touch()
     except OSError as error:
@@ -145,23 +146,25 @@ def _expect_confined(container: Container, root: Path, config: Config) -> None:
 
 def _expect_bytecode(container: Container) -> None:
     """With a read-only root, a module without valid bytecode would be compiled at every start."""
-    said = container.check_output("python", "-v", "-c", _IMPORT_PROGRAM)
-    loaded = re.findall(r"^# code object from '?(/app/.*?)'?$", said, re.MULTILINE)
+    output = container.check_output("python", "-v", "-c", _IMPORT_PROGRAM)
+    loaded = re.findall(r"^# code object from '?(/app/.*?)'?$", output, re.MULTILINE)
     compiled = [path for path in loaded if path.endswith(".py")]
     expect(loaded, "Python tells of no module that it loads")
     expect(not compiled, f"{len(compiled)} modules are compiled at the start, such as {compiled[:1]}")
 
 
 def _expect_clear_errors(container: Container) -> None:
-    said = container.check_output("gateway", "--version").strip()
-    expect(said.endswith(f" {__version__}"), f"its version is {said!r}, not {__version__}")
+    output = container.check_output("gateway", "--version").strip()
+    expect(output.endswith(f" {__version__}"), f"its version is {output!r}, not {__version__}")
     for words, code, names in (
         (("serve",), 2, ("GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL", "GATEWAY_SECRET_KEYS", "GATEWAY_ADMIN_TOKEN")),
         (("sandbox",), 1, ("imaging-gateway[local]",)),
     ):
-        found, said = container.execute("gateway", *words, without_settings=True)
-        plain = all(name in said for name in names) and "Traceback" not in said
-        expect(found == code and plain, f"{said}`gateway {words[0]}` ended with exit code {found}, not in plain words")
+        result, output = container.execute("gateway", *words, without_settings=True)
+        plain = all(name in output for name in names) and "Traceback" not in output
+        expect(
+            result == code and plain, f"{output}`gateway {words[0]}` ended with exit code {result}, not in plain words"
+        )
 
 
 def _run_main_job(container: Container, gateway: RunningContainer, results: Path) -> None:
@@ -169,10 +172,21 @@ def _run_main_job(container: Container, gateway: RunningContainer, results: Path
     container.check_output("gateway", "account", "set", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY)
     limit = f"total:tasks={len(JOBS)}"
     container.check_output("gateway", "tenant", "set", "shop", "--account", "main", "--limit", limit)
-    made = json.decode(container.check_output("gateway", "token", "create", "shop", "--json"), type=_Token)
+    created = json.decode(container.check_output("gateway", "token", "create", "shop", "--json"), type=_Token)
     own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
     # The demo judges the results by looking at them, for which it needs what the image does not have.
-    demo = [sys.executable, "-m", "service", "demo", "--url", _TENANTS, "--token", made.token, "--folder", str(results)]
+    demo = [
+        sys.executable,
+        "-m",
+        "service",
+        "demo",
+        "--url",
+        _TENANTS,
+        "--token",
+        created.token,
+        "--folder",
+        str(results),
+    ]
     done = subprocess.run(demo, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     expect(done.returncode == 0, f"{_read_log(gateway)}{done.stdout}the demo ended with exit code {done.returncode}")
     quota = json.decode(container.check_output("gateway", "quota", "shop", "--json"), type=_Quota)
@@ -184,10 +198,10 @@ def _expect_clean_log(gateway: RunningContainer) -> None:
     """Require that each log line is JSON without warnings."""
     for line in gateway.log.read_text().splitlines():
         try:
-            said = json.decode(line, type=_Line)
+            output = json.decode(line, type=_Line)
         except MsgspecError:
             raise CheckFailed(f"{_read_log(gateway)}a line of the log is not JSON: {line}") from None
-        expect(said.level in {"debug", "info"}, f"the log complains: {line}")
+        expect(output.level in {"debug", "info"}, f"the log complains: {line}")
 
 
 def _run_healthcheck(container: Container, config: Config) -> int:

@@ -20,7 +20,7 @@ class MonitoredSystem(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredSystem]:
+def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredSystem]:
     """Yield both after the workload has run and was scraped."""
     folder = tmp_path_factory.mktemp("monitoring")
     with (
@@ -28,7 +28,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredSystem]:
         prometheus_server.run_prometheus(folder / "prometheus", site.targets) as prometheus,
     ):
         workload.create_tenants(site)
-        prometheus.wait_for_scrape()  # an increase is seen only of what was seen before
+        prometheus.wait_for_scrape()  # an increase is monitored only of what was monitored before
         workload.run_tasks(site)
         workload.send_refused(site)
         workload.inject_upstream_faults(site)

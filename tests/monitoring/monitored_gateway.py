@@ -116,14 +116,14 @@ class MonitoredGateway:
 
     def run_task(self, tenant: str, kind: str = "face-enhance") -> dict[str, Any]:
         """Run a task to its end, waiting with `Prefer: wait`."""
-        path, found = self.submit_accepted(tenant, kind), {}
+        path, result = self.submit_accepted(tenant, kind), {}
 
         def has_ended() -> bool:
-            found.update(self.call(tenant, "GET", path, headers={"Prefer": "wait=5"}).json())
-            return found.get("state") in {"succeeded", "failed"}
+            result.update(self.call(tenant, "GET", path, headers={"Prefer": "wait=5"}).json())
+            return result.get("state") in {"succeeded", "failed"}
 
         wait_until(has_ended, "the end of a task")
-        return found
+        return result
 
     def advance_clock(self, seconds: float) -> None:
         """Advance the ledger's clock, which stands still from then on."""

@@ -47,14 +47,14 @@ class Prometheus:
 
     def query_value(self, query: str) -> float | None:
         """Return the single current value of a query, or None."""
-        found = self._query_at(time.time(), query)
-        assert len(found) <= 1, found
-        return float(found[0]["value"][1]) if found else None
+        result = self._query_at(time.time(), query)
+        assert len(result) <= 1, result
+        return float(result[0]["value"][1]) if result else None
 
     def query_history(self, query: str) -> list[float]:
         """Return all values of a query at any second up to the final evaluation, without NaN."""
-        found = self._get("query_range", query=query, start=self.started_at, end=self.evaluated_at, step=1)["result"]
-        values = (float(value) for series in found for _, value in series["values"])
+        result = self._get("query_range", query=query, start=self.started_at, end=self.evaluated_at, step=1)["result"]
+        values = (float(value) for series in result for _, value in series["values"])
         return [value for value in values if not math.isnan(value)]
 
     def label_values(self, label: str, series: str) -> list[str]:
@@ -107,9 +107,9 @@ def run_prometheus(folder: Path, targets: list[str]) -> Iterator[Prometheus]:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         with httpx2.Client(timeout=TIMEOUT_SECONDS, trust_env=False) as http:
-            found = Prometheus(f"http://{address}", http, time.time(), len(targets))
-            wait_until(lambda: _is_ready(found, process, folder / "log.txt"), "the start of Prometheus")
-            yield found
+            result = Prometheus(f"http://{address}", http, time.time(), len(targets))
+            wait_until(lambda: _is_ready(result, process, folder / "log.txt"), "the start of Prometheus")
+            yield result
     finally:
         process.kill()
         process.wait()

@@ -60,16 +60,16 @@ def panel_queries() -> list[Query]:
 
 def variable_queries() -> list[VariableQuery]:
     """Return the dashboard variables that are queried from series."""
-    found = []
+    results = []
     for board in _load_dashboards():
         for variable in board["templating"]["list"]:
             if variable["type"] != "query":
                 continue
-            asked = re.fullmatch(r"label_values\((.+), (\w+)\)", fill_variables(board, variable["query"]["query"]))
-            if asked is None:
+            requested = re.fullmatch(r"label_values\((.+), (\w+)\)", fill_variables(board, variable["query"]["query"]))
+            if requested is None:
                 raise AssertionError(variable)
-            found.append(VariableQuery(f"{board['title']}: {variable['name']}", asked[1], asked[2]))
-    return found
+            results.append(VariableQuery(f"{board['title']}: {variable['name']}", requested[1], requested[2]))
+    return results
 
 
 def rules() -> list[Rule]:
@@ -98,26 +98,26 @@ def fill_variables(board: Mapping[str, Any], query: str) -> str:
 def split_or(query: str) -> Iterator[str]:
     """Yield a query and each side of every `or`: a fallback would hide that the other side is missing."""
     yield query
-    found: list[str] = []
+    results: list[str] = []
 
     def enter(part: Any) -> None:
         if isinstance(part, BinaryExpr) and str(part.op) == "or":
-            found.extend((str(part.lhs), str(part.rhs)))
+            results.extend((str(part.lhs), str(part.rhs)))
 
     walk(parse(query), enter, lambda _: None)
-    yield from found
+    yield from results
 
 
 def list_selectors(query: str) -> Iterator[str]:
     """Yield the selectors of a query, once for each label value that they name."""
-    found: list[VectorSelector] = []
+    results: list[VectorSelector] = []
 
     def enter(part: Any) -> None:
         if isinstance(part, VectorSelector):
-            found.append(part)
+            results.append(part)
 
     walk(parse(query), enter, lambda _: None)
-    for part in found:
+    for part in results:
         matchers = [(matcher.name, _OPERATORS[str(matcher.op)], matcher.value) for matcher in part.matchers.matchers]
         name = part.name or ""
         yield _format_selector(name, matchers)

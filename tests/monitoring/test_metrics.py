@@ -89,11 +89,11 @@ UNUSED_METRICS: Mapping[str, str] = {}
 
 
 @pytest.fixture(scope="session")
-def scrapes(seen: MonitoredSystem, pytestconfig: pytest.Config) -> Sequence[str]:
+def scrapes(monitored: MonitoredSystem, pytestconfig: pytest.Config) -> Sequence[str]:
     """Return the final metrics of both processes."""
-    found = seen.gateway.scrape_all()
-    pytestconfig.stash[SERIES] = [len(list(parse_samples(item))) for item in found]
-    return found
+    result = monitored.gateway.scrape_all()
+    pytestconfig.stash[SERIES] = [len(list(parse_samples(item))) for item in result]
+    return result
 
 
 def parse_samples(scrape: str) -> Iterator[tuple[str, Sample]]:
@@ -113,19 +113,19 @@ def test_promtool_accepts_the_metrics(scrapes: Sequence[str]) -> None:
 
 def test_series_are_unique_and_bounded(scrapes: Sequence[str]) -> None:
     for scrape in scrapes:
-        told = Counter((sample.name, tuple(sorted(sample.labels.items()))) for _, sample in parse_samples(scrape))
-        assert max(told.values()) == 1
-        assert len(told) < MAX_SERIES
+        result = Counter((sample.name, tuple(sorted(sample.labels.items()))) for _, sample in parse_samples(scrape))
+        assert max(result.values()) == 1
+        assert len(result) < MAX_SERIES
 
 
-def test_label_values(seen: MonitoredSystem, scrapes: Sequence[str]) -> None:
+def test_label_values(monitored: MonitoredSystem, scrapes: Sequence[str]) -> None:
     """Labels have only known values, or values that operators have created."""
     known = _VALUES | {
         "status": frozenset(map(str, range(200, 600))),
         "route": _routes(),
-        "upstream": frozenset({seen.gateway.upstream.url, seen.gateway.unreachable_url}),
-        "tenant": frozenset({*seen.gateway.tokens, "demo"}),
-        "account": frozenset(item["name"] for item in seen.gateway.call_admin("GET", "/accounts")["items"]),
+        "upstream": frozenset({monitored.gateway.upstream.url, monitored.gateway.unreachable_url}),
+        "tenant": frozenset({*monitored.gateway.tokens, "demo"}),
+        "account": frozenset(item["name"] for item in monitored.gateway.call_admin("GET", "/accounts")["items"]),
     }
     by_family = {"outcome": _OUTCOMES, "state": _STATES}
     strange = {
@@ -159,13 +159,13 @@ def test_every_label_value_occurs(scrapes: Sequence[str]) -> None:
 
 def test_every_family_is_used(scrapes: Sequence[str]) -> None:
     """Each family is on a panel or in a rule."""
-    asked = {name for text in all_query_texts() for name in series_names(text)}
-    asked |= {re.sub("_(total|bucket|sum|count)$", "", name) for name in asked}
-    there = {family for scrape in scrapes for family, _ in parse_samples(scrape) if family.startswith("gateway_")}
-    assert there - asked == UNUSED_METRICS.keys()
+    requested = {name for text in all_query_texts() for name in series_names(text)}
+    requested |= {re.sub("_(total|bucket|sum|count)$", "", name) for name in requested}
+    actual = {family for scrape in scrapes for family, _ in parse_samples(scrape) if family.startswith("gateway_")}
+    assert actual - requested == UNUSED_METRICS.keys()
 
 
-def test_ledger_metrics_agree(seen: MonitoredSystem) -> None:
+def test_ledger_metrics_agree(monitored: MonitoredSystem) -> None:
     """Both processes export the same values from the ledger."""
 
     def read(scrape: str) -> Mapping[tuple[str, str], float]:
@@ -176,26 +176,26 @@ def test_ledger_metrics_agree(seen: MonitoredSystem) -> None:
         }
 
     def agree() -> bool:
-        one, other = map(read, seen.gateway.scrape_all())
+        one, other = map(read, monitored.gateway.scrape_all())
         return one == other and len({name for name, _ in one}) == len(ledger_series())
 
     wait_until(agree, "agreement of both processes")
 
 
-def test_task_counts_add_up(seen: MonitoredSystem) -> None:
+def test_task_counts_add_up(monitored: MonitoredSystem) -> None:
     """The tasks counted by both processes add up to all tasks."""
 
     def add_up() -> bool:
-        tasks = seen.gateway.call("steady", "GET", "/v1/tasks?limit=100").json()
+        tasks = monitored.gateway.call("steady", "GET", "/v1/tasks?limit=100").json()
         assert tasks["next_cursor"] is None
         states = Counter(item["state"] for item in tasks["items"])
         counted = {
-            state: seen.gateway.sum_samples("gateway_tasks_finished_total", tenant="steady", state=state)
+            state: monitored.gateway.sum_samples("gateway_tasks_finished_total", tenant="steady", state=state)
             for state in FINAL_STATES
         }
-        submitted = seen.gateway.sum_samples("gateway_tasks_submitted_total", tenant="steady")
+        submitted = monitored.gateway.sum_samples("gateway_tasks_submitted_total", tenant="steady")
         return submitted == states.total() and counted == {state: states[state] for state in FINAL_STATES}
 
     wait_until(add_up, "agreement of what is counted with what there is")
-    total = seen.prometheus.query_value('sum(gateway_tasks_submitted_total{tenant="steady"})')
-    assert total == seen.gateway.sum_samples("gateway_tasks_submitted_total", tenant="steady")
+    total = monitored.prometheus.query_value('sum(gateway_tasks_submitted_total{tenant="steady"})')
+    assert total == monitored.gateway.sum_samples("gateway_tasks_submitted_total", tenant="steady")

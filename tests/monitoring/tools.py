@@ -19,7 +19,7 @@ def find_prometheus() -> Path:
 
 def _find_program(name: str) -> Path:
     """Find a program by the variable of its name in capitals, otherwise on the PATH."""
-    found = shutil.which(os.environ.get(name.upper(), name))
-    if found is None:
+    result = shutil.which(os.environ.get(name.upper(), name))
+    if result is None:
         raise FileNotFoundError(f"there is no {name}: apt-get install prometheus")
-    return Path(found)
+    return Path(result)

@@ -108,8 +108,8 @@ def send_refused(plant: MonitoredGateway) -> None:
         ("steady", "DELETE", "/v1/quota"): 405,
         ("steady", "POST", "/v1/tasks/upscale"): 415,
     }
-    found = {item: plant.call(*item).status_code for item in expected}
-    assert found == expected, found
+    results = {item: plant.call(*item).status_code for item in expected}
+    assert results == expected, results
     assert plant.http.get(f"{plant.api.ops_url}/admin/v1/accounts").status_code == 401
 
 

@@ -70,8 +70,8 @@ class GatewayProcess:
     def wait_ready(self) -> None:
         """Wait until it is ready, and in development until it has printed the token."""
         wait_until(self._is_ready, "readiness")
-        found = re.search(r"token: (igw_\w+)", self.stdout_path.read_text())
-        self.token = found[1] if found else ""
+        match = re.search(r"token: (igw_\w+)", self.stdout_path.read_text())
+        self.token = match[1] if match else ""
         listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         self.child_pids = [int(pid) for pid in listed.split()]
 
@@ -101,14 +101,14 @@ class GatewayProcess:
 
     def wait_finished(self, path: str) -> dict[str, object]:
         """Wait until a task has ended; returns it."""
-        found: dict[str, object] = {}
+        results: dict[str, object] = {}
 
         def ended() -> bool:
-            found.update(self.call("GET", path).json())
-            return found.get("state") in {"succeeded", "failed"}
+            results.update(self.call("GET", path).json())
+            return results.get("state") in {"succeeded", "failed"}
 
         wait_until(ended, "the end of the task")
-        return found
+        return results
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and wait for the exit code."""

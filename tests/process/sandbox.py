@@ -34,8 +34,8 @@ class SandboxProcess:
 
     def count_requests(self, operation: str, outcome: str | None = None) -> int:
         """Count the submits or checks received, optionally those with an outcome."""
-        found = httpx2.get(f"{self.url}/_control/requests").json()
-        return sum(item["operation"] == operation and outcome in {None, item["outcome"]} for item in found)
+        records = httpx2.get(f"{self.url}/_control/requests").json()
+        return sum(item["operation"] == operation and outcome in {None, item["outcome"]} for item in records)
 
     def gateway_settings(self, store: Valkey) -> dict[str, str]:
         """Return settings for gateways on this upstream with a new key prefix in a store."""
@@ -60,9 +60,9 @@ def run_sandbox() -> Iterator[SandboxProcess]:
         raise AssertionError
     with process.stdout as output:
         try:
-            found = SandboxProcess(output.readline().decode().strip())
-            found.set_faults()
-            yield found
+            result = SandboxProcess(output.readline().decode().strip())
+            result.set_faults()
+            yield result
         finally:
             process.terminate()
             ended = process.wait(TIMEOUT_SECONDS)
@@ -73,6 +73,6 @@ def advance_clock(store: Valkey, prefix: str, seconds: float) -> None:
     """Advance the ledger's clock of a prefix, which stands still from then on."""
     key = f"{{{prefix}}}:clock:server"
     with Redis(unix_socket_path=str(store.socket_path)) as client:
-        seen = client.get(key)
-        now = int(seen) if isinstance(seen, bytes) else int(time.time() * 1000)
+        event = client.get(key)
+        now = int(event) if isinstance(event, bytes) else int(time.time() * 1000)
         client.set(key, now + int(seconds * 1000))

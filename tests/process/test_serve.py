@@ -56,7 +56,7 @@ def test_first_start_and_second(tmp_path: Path) -> None:
 def test_production(tmp_path: Path, valkey: Valkey) -> None:
     """With all settings nothing is generated or started, and the log is one JSON object per line."""
     key = generate_secret_key()
-    given = {
+    settings = {
         "GATEWAY_ENV": "production",
         "GATEWAY_REDIS_URL": valkey.url,
         "GATEWAY_UPSTREAM_URL": "http://127.0.0.1:9",
@@ -65,7 +65,7 @@ def test_production(tmp_path: Path, valkey: Valkey) -> None:
         "GATEWAY_KEY_PREFIX": "production-test",
         "GATEWAY_ROLE": "api",
     }
-    with run_gateway(tmp_path, **given) as gateway:
+    with run_gateway(tmp_path, **settings) as gateway:
         assert gateway.child_pids == []
         env = dict(gateway.environ) | {"UPSTREAM_KEY": "the-user-key-of-the-account"}
         for words in (
@@ -80,7 +80,7 @@ def test_production(tmp_path: Path, valkey: Valkey) -> None:
         assert gateway.stop() == 0
     lines = gateway.log_path.read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    told = {event["event"] for event in events}
+    result = {event["event"] for event in events}
     assert {
         "gateway.started",
         "account.updated",
@@ -88,7 +88,7 @@ def test_production(tmp_path: Path, valkey: Valkey) -> None:
         "token.created",
         "request.ended",
         "shutdown.begun",
-    } <= told
+    } <= result
     for secret in (ADMIN_TOKEN, key, "the-user-key-of-the-account", gateway.token):
         assert all(secret not in line for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "out.txt"]

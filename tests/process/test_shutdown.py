@@ -37,8 +37,8 @@ main(["serve"])
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[SandboxProcess]:
-    with run_sandbox() as found:
-        yield found
+    with run_sandbox() as sandbox:
+        yield sandbox
 
 
 def is_closed(url: str) -> bool:
@@ -211,14 +211,14 @@ def test_replaced_store(tmp_path: Path, upstream: SandboxProcess) -> None:
         with run_gateway(tmp_path, **shared) as gateway:
             assert gateway.run_curl_example().status_code == 201
             assert client.get(mark) == b"2"
-            sent = upstream.count_requests("submit")
+            submits = upstream.count_requests("submit")
             client.pipeline(transaction=True).flushall().set(mark, 1).execute()
             with suppress(httpx2.TransportError):  # a job in the background may have ended it by now
                 answer = gateway.run_curl_example()
                 assert (answer.status_code, answer.json()["code"]) == (503, "ledger-unavailable")
             assert gateway.process.wait(30) == 1
             assert read_all_keys(client).keys() == {mark.encode()}
-            assert upstream.count_requests("submit") == sent
+            assert upstream.count_requests("submit") == submits
     assert is_version_error(gateway.log_path.read_text().splitlines()[-1])
 
 

@@ -27,7 +27,7 @@ sys.meta_path.insert(0, Watch())
 
 
 @pytest.fixture
-def without(tmp_path: Path) -> dict[str, str]:
+def env_without_otel(tmp_path: Path) -> dict[str, str]:
     """Return the environment of a Python without OpenTelemetry, in which importing our tracing module leaves a file."""
     folder = tmp_path / "site"
     folder.mkdir()
@@ -70,9 +70,9 @@ def test_collector_unavailable(tmp_path: Path) -> None:
     assert log.count("traces.") < 5
 
 
-def test_tracing_off(tmp_path: Path, without: dict[str, str]) -> None:
+def test_tracing_off(tmp_path: Path, env_without_otel: dict[str, str]) -> None:
     """Without a collector no tracing module is imported, and OpenTelemetry need not be installed."""
-    with run_gateway(tmp_path / "data", GATEWAY_SANDBOX_PORT="0", **without) as gateway:
+    with run_gateway(tmp_path / "data", GATEWAY_SANDBOX_PORT="0", **env_without_otel) as gateway:
         answer = gateway.run_curl_example()
         assert answer.status_code == 201, answer.text
         gateway.wait_finished(answer.json()["links"]["self"])
@@ -80,9 +80,9 @@ def test_tracing_off(tmp_path: Path, without: dict[str, str]) -> None:
     assert not (tmp_path / "mark").exists()
 
 
-def test_not_installed(tmp_path: Path, without: dict[str, str]) -> None:
+def test_not_installed(tmp_path: Path, env_without_otel: dict[str, str]) -> None:
     """With a collector but without OpenTelemetry the gateway names the package and does not start."""
-    env = gateway_environment(tmp_path / "data", GATEWAY_TRACES_URL="http://127.0.0.1:4318", **without)
+    env = gateway_environment(tmp_path / "data", GATEWAY_TRACES_URL="http://127.0.0.1:4318", **env_without_otel)
     done = subprocess.run(gateway_command("serve"), env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert "GATEWAY_TRACES_URL" in done.stderr

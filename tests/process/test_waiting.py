@@ -24,9 +24,9 @@ PROMPT_SECONDS = 10.0
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[SandboxProcess]:
     """Yield an upstream whose tasks take an hour."""
-    with run_sandbox() as found:
-        found.set_faults(seconds=3_600)
-        yield found
+    with run_sandbox() as sandbox:
+        sandbox.set_faults(seconds=3_600)
+        yield sandbox
 
 
 def send_request(gateway: GatewayProcess, stack: ExitStack, path: str, *headers: str) -> socket.socket:
@@ -55,13 +55,13 @@ def count_waiting(gateway: GatewayProcess) -> int:
 
 def count_sockets(gateway: GatewayProcess) -> int:
     """Return the number of the gateway's open sockets."""
-    found = 0
+    result = 0
     for item in Path(f"/proc/{gateway.process.pid}/fd").iterdir():
         try:
-            found += str(item.readlink()).startswith("socket:")
+            result += str(item.readlink()).startswith("socket:")
         except FileNotFoundError:
             continue
-    return found
+    return result
 
 
 def test_shutdown(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
@@ -71,9 +71,9 @@ def test_shutdown(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> N
         waits = [send_request(gateway, stack, links["self"], "Prefer: wait=60") for _ in range(CLIENTS)]
         streams = [send_request(gateway, stack, links["events"]) for _ in range(CLIENTS)]
         wait_until(lambda: count_waiting(gateway) == 2 * CLIENTS, "the waiting")
-        told = time.monotonic()
+        result = time.monotonic()
         assert gateway.stop(signal.SIGTERM) == 0
-        assert time.monotonic() - told < PROMPT_SECONDS
+        assert time.monotonic() - result < PROMPT_SECONDS
         for answer in map(read_response, waits):
             assert answer.startswith(b"HTTP/1.1 200 ")
             assert b"preference-applied: wait=60" in answer

@@ -49,8 +49,8 @@ def main(uv: Path, dist: Path) -> None:
             expect_metadata(wheel, __version__, (_ROOT / "README.md").read_text("utf-8"))
         with step("release: installed, without extras"):
             installed = install(wheel, uv.absolute(), _ROOT, folder)
-            said = installed.check_output("--version").strip()
-            expect(said.endswith(f" {__version__}"), f"its version is {said!r}, not {__version__}")
+            output = installed.check_output("--version").strip()
+            expect(output.endswith(f" {__version__}"), f"its version is {output!r}, not {__version__}")
             installed.check_output("openapi")
             for name in ("gateway.yaml", "operators.yaml"):
                 same = (installed.folder / "openapi" / name).read_bytes() == (_ROOT / "openapi" / name).read_bytes()
@@ -68,9 +68,9 @@ def main(uv: Path, dist: Path) -> None:
 def _expect_clear_error(
     installed: Installation, command: str, settings: Mapping[str, str], code: int, words: tuple[str, ...]
 ) -> None:
-    found, said = installed.execute(command, **settings)
-    plain = "Traceback" not in said and all(word in said for word in words)
-    expect(found == code and plain, f"{said}`gateway {command}` ended with exit code {found}, not in plain words")
+    result, output = installed.execute(command, **settings)
+    plain = "Traceback" not in output and all(word in output for word in words)
+    expect(result == code and plain, f"{output}`gateway {command}` ended with exit code {result}, not in plain words")
 
 
 def _run_main_job(installed: Installation) -> None:

@@ -27,9 +27,9 @@ class Installation:
 
     def check_output(self, *words: str, stdin: str = "", **settings: str) -> str:
         """Run a command that must succeed; returns its output. Raises CheckFailed with it otherwise."""
-        code, said = self.execute(*words, stdin=stdin, **settings)
-        expect(code == 0, f"{said}`gateway {' '.join(words[:2])}` ended with exit code {code}")
-        return said
+        code, output = self.execute(*words, stdin=stdin, **settings)
+        expect(code == 0, f"{output}`gateway {' '.join(words[:2])}` ended with exit code {code}")
+        return output
 
     def execute(self, *words: str, stdin: str = "", **settings: str) -> tuple[int, str]:
         """Run a command; returns the exit code and all output."""

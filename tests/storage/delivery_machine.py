@@ -71,9 +71,9 @@ class DeliveryMachine(LedgerMachine):
 
     @rule(target=deliveries, most=st.integers(1, 12))
     def claim_deliveries(self, most: int) -> Any:
-        found, expected = self.run(self.queue.claim(most)), self.run(self.model_queue.claim(most))
-        assert found == expected
-        return multiple(*found)
+        actual, expected = self.run(self.queue.claim(most)), self.run(self.model_queue.claim(most))
+        assert actual == expected
+        return multiple(*actual)
 
     @rule(claimed=deliveries, outcome=delivery_results)
     def record_delivery(self, claimed: ClaimedDelivery, outcome: DeliveryResult) -> None:

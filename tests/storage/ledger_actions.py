@@ -89,8 +89,8 @@ class LedgerActions(LedgerInvariants):
 
     def choose_reservation(self, number: int, predicate: Callable[[Reservation], bool]) -> str | None:
         """Choose one of the matching reservations, counted from the newest."""
-        found = [name for name, reservation in reversed(self.model.reservations.items()) if predicate(reservation)]
-        return found[number % len(found)] if found else None
+        results = [name for name, reservation in reversed(self.model.reservations.items()) if predicate(reservation)]
+        return results[number % len(results)] if results else None
 
     def reserve(self, kind: Kind, accounts: tuple[int, ...], idempotency: Idempotency | None) -> str | None:
         """Reserve under a new name. Returns None if refused; a refusal must not change anything."""
@@ -167,15 +167,15 @@ class LedgerActions(LedgerInvariants):
 
     def touch_task(self, reservation: str) -> None:
         names = [reservation]
-        (found,), (expected,) = self.run(self.tasks.touch(names)), self.run(self.model.touch(names))
-        assert normalize_task(found and found[0]) == normalize_task(expected and expected[0])
+        (actual,), (expected,) = self.run(self.tasks.touch(names)), self.run(self.model.touch(names))
+        assert normalize_task(actual and actual[0]) == normalize_task(expected and expected[0])
 
     def claim_checks(self, max_count: int) -> None:
-        found, expected = self.run(self.tasks.claim_checks(max_count)), self.run(self.model.claim_checks(max_count))
-        assert [(normalize_task(item.task), item.claimed_at) for item in found] == [
+        actual, expected = self.run(self.tasks.claim_checks(max_count)), self.run(self.model.claim_checks(max_count))
+        assert [(normalize_task(item.task), item.claimed_at) for item in actual] == [
             (normalize_task(item.task), item.claimed_at) for item in expected
         ]
-        self.claimed_checks = [*found, *self.claimed_checks]
+        self.claimed_checks = [*actual, *self.claimed_checks]
 
     def record_check(self, due: ClaimedCheck, answered: CheckOutcome, reported: Balance | None = None) -> None:
         """Record a check. A final answer reports the upstream's balance, unless `reported` is given."""
@@ -189,8 +189,8 @@ class LedgerActions(LedgerInvariants):
             error=FAILED if answered is CheckOutcome.FAILED else None,
             balance=figures if reported is None else reported,
         )
-        found, expected = self.run(self.tasks.record_check(due, check)), self.run(self.model.record_check(due, check))
-        assert normalize_task(found and found[0]) == normalize_task(expected and expected[0])
+        actual, expected = self.run(self.tasks.record_check(due, check)), self.run(self.model.record_check(due, check))
+        assert normalize_task(actual and actual[0]) == normalize_task(expected and expected[0])
         if ends:
             self.claimed_checks = [
                 claimed_check

@@ -72,9 +72,9 @@ class LedgerComparison(RuleBasedStateMachine):
             except LedgerUnavailable:
                 return None
 
-        found, expected = self.run(outcome(real)), self.run(outcome(model))
-        assert normalize(found) == normalize(expected)
-        return found
+        actual, expected = self.run(outcome(real)), self.run(outcome(model))
+        assert normalize(actual) == normalize(expected)
+        return actual
 
     def advance_clock(self, milliseconds: int) -> None:
         """Move the server's clock, in either direction, and delete the keys that Redis would have expired."""
@@ -132,8 +132,8 @@ class LedgerComparison(RuleBasedStateMachine):
             await item.list_page(TENANT, state=None, kind=None, limit=99, cursor=None)
             for item in (self.tasks, self.model)
         ]
-        found, expected = ([normalize_task(task) for task in page.tasks if task.created_at > oldest] for page in pages)
-        assert found == expected
+        actual, expected = ([normalize_task(task) for task in page.tasks if task.created_at > oldest] for page in pages)
+        assert actual == expected
 
     async def _compare_indexes(self) -> None:
         """Require that no lease, check or key is kept longer than its purpose."""

@@ -94,8 +94,8 @@ class LedgerInvariants(LedgerComparison):
         assert {kind: tasks for kind, tasks in state.active_by_kind.items() if tasks} == Counter(
             item.kind for item in held if is_open(item)
         )
-        aside = [(window, counter) for window, counters in state.retained_counters.items() for counter in counters]
-        for window, counter in (*state.windows.items(), *aside):
+        folder = [(window, counter) for window, counters in state.retained_counters.items() for counter in counters]
+        for window, counter in (*state.windows.items(), *folder):
             mine = [item for item in held if item.window_starts.get(window) == counter.key]
             charged = [item for item in mine if is_charged(item) and not item.refund]
             assert counter.tasks_reserved == sum(map(is_reserved, mine))

@@ -68,8 +68,8 @@ class LedgerMachine(LedgerActions):
         """Run submissions that do not overlap: these reveal most about an account."""
         self.set_upstream(late=late, now=now, count=count, money=money)
         self.write_policies(tenant, AccountPolicy(), AccountPolicy())
-        for whole in wholes:
-            self.run_submission(ACCOUNTS[0], whole, 1)
+        for plan in wholes:
+            self.run_submission(ACCOUNTS[0], plan, 1)
 
     @rule(tenant=tenant_policies, first=account_policies, second=account_policies, gone=deleted_names)
     def change_limits(self, tenant: TenantPolicy, first: AccountPolicy, second: AccountPolicy, gone: str) -> None:
@@ -135,8 +135,8 @@ class LedgerMachine(LedgerActions):
             self.finish_all(succeeds=quiet)
         if policy:
             self.write_tenant_policy(policy)
-        for whole in wholes:
-            self.run_submission(account, whole, after)
+        for plan in wholes:
+            self.run_submission(account, plan, after)
 
     @rule(number=numbers, order=account_orders, closes=close_statuses, repeats=st.booleans())
     def move_submission(
@@ -164,7 +164,7 @@ class LedgerMachine(LedgerActions):
         self,
         number: int,
         outcome: ReservationState,
-        told: Balance | None,
+        reported: Balance | None,
         closes: AccountStatus | None,
         after: int,
         *,
@@ -176,7 +176,7 @@ class LedgerMachine(LedgerActions):
         self.advance_clock(after)
         if name:
             outcome = ReservationState.REFUSED if closes else outcome
-            self.settle(name, outcome, told, closes, charged=charged, late=late, wrong_account=elsewhere)
+            self.settle(name, outcome, reported, closes, charged=charged, late=late, wrong_account=elsewhere)
 
     @rule(
         number=numbers,
@@ -190,7 +190,7 @@ class LedgerMachine(LedgerActions):
         self,
         number: int,
         outcome: ReservationState,
-        told: Balance | None,
+        reported: Balance | None,
         closes: AccountStatus | None,
         idempotency: Idempotency | None,
         *,
@@ -204,19 +204,19 @@ class LedgerMachine(LedgerActions):
         elif lost:
             self.delete_reservation(name)
         self.change_account(name, ACCOUNTS[0], ACCOUNTS, closes)
-        self.settle(name, outcome, told, closes, idempotency)
+        self.settle(name, outcome, reported, closes, idempotency)
         self.reserve_again(name, Kind.UPSCALE)
 
     @rule(most=st.integers(0, 3), number=numbers, answered=answers, told=reported_balances, after=answer_delays)
     def claim_and_record_check(
-        self, most: int, number: int, answered: CheckOutcome, told: Balance | None, after: int
+        self, most: int, number: int, answered: CheckOutcome, reported: Balance | None, after: int
     ) -> None:
         """Claim due checks, and record one in progress."""
         if most:
             self.claim_checks(most)
         self.advance_clock(after)
         if self.claimed_checks:
-            self.record_check(nth_newest(self.claimed_checks, number), answered, told)
+            self.record_check(nth_newest(self.claimed_checks, number), answered, reported)
 
     @rule(number=numbers)
     def touch_any_task(self, number: int) -> None:
@@ -232,7 +232,7 @@ class LedgerMachine(LedgerActions):
         after=answer_delays,
     )
     def check_balance(
-        self, account: int, number: int, told: Balance | None, after: int, *, count_only: bool, waits: bool
+        self, account: int, number: int, reported: Balance | None, after: int, *, count_only: bool, waits: bool
     ) -> None:
         """Claim a balance check if it is due, and record one in progress."""
         if waits:
@@ -240,7 +240,7 @@ class LedgerMachine(LedgerActions):
         self.claim_balance_check(account, count_only=count_only)
         self.advance_clock(after)
         if self.balance_checks and number < len(self.balance_checks):
-            self.record_balance_check(self.balance_checks[number], told)
+            self.record_balance_check(self.balance_checks[number], reported)
 
     @rule(milliseconds=clock_steps, most=st.integers(0, 3))
     def pass_time(self, milliseconds: int, most: int) -> None:

@@ -35,13 +35,13 @@ def roll_state(state: TenantState, now: int) -> TenantState:
     return state
 
 
-def normalize_reservation(found: Any) -> Any:
+def normalize_reservation(result: Any) -> Any:
     """Drop an empty balance after a reservation, also within an answer."""
-    if isinstance(found, tuple):
-        return tuple(map(normalize_reservation, found))
-    if not isinstance(found, Reservation) or found.balance_after != Balance():
-        return found
-    return msgspec.structs.replace(found, balance_after=None)
+    if isinstance(result, tuple):
+        return tuple(map(normalize_reservation, result))
+    if not isinstance(result, Reservation) or result.balance_after != Balance():
+        return result
+    return msgspec.structs.replace(result, balance_after=None)
 
 
 def normalize_day(day: DayUsage) -> Any:

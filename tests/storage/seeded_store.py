@@ -87,9 +87,9 @@ class SeededStore:
 
     async def ttl_ms(self, key: str) -> int | None:
         """Return the time to live of a key, rounded up to minutes; None without expiry."""
-        found = int(await self.client.pttl(key))
-        assert found != -2, f"{key} is gone"
-        return None if found < 0 else -(-found // 60_000) * 60_000
+        result = int(await self.client.pttl(key))
+        assert result != -2, f"{key} is gone"
+        return None if result < 0 else -(-result // 60_000) * 60_000
 
     async def shorten_ttl(self, key: str) -> None:
         """Reduce the time to live of a key to one minute."""

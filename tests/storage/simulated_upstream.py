@@ -37,8 +37,8 @@ class SimulatedUpstream:
             return Balance()
         if self.charges_at_end:
             self._charge(name, account, kind)
-        told = self.final_balances.setdefault(name, self.balances[account])
-        return self.balances[account] if self.reports_current_balance else told
+        reported = self.final_balances.setdefault(name, self.balances[account])
+        return self.balances[account] if self.reports_current_balance else reported
 
     def _charge(self, name: str, account: int, kind: Kind) -> None:
         """Charge a prepaid use, otherwise the price, once."""

@@ -131,15 +131,15 @@ def test_invalid_url(url: str, fault: str) -> None:
 def test_passwords_are_never_shown(secret: str, pattern: str) -> None:
     """For any text, neither the error nor the parsed URL shows a password."""
     try:
-        shown = repr(parse_redis_url(f"redis://:{secret}@store").credentials)
+        text = repr(parse_redis_url(f"redis://:{secret}@store").credentials)
     except InvalidRedisUrl as error:
-        shown = str(error)
-    assert secret not in shown
+        text = str(error)
+    assert secret not in text
     try:
         parse_redis_url(pattern.format(secret, secret))
     except InvalidRedisUrl as error:
-        shown = str(error)
-    assert secret not in shown
+        text = str(error)
+    assert secret not in text
 
 
 @pytest.mark.parametrize(
@@ -154,5 +154,5 @@ def test_passwords_are_never_shown(secret: str, pattern: str) -> None:
         ),
     ],
 )
-def test_redaction(url: str, shown: str) -> None:
-    assert redact_url(url) == shown
+def test_redaction(url: str, text: str) -> None:
+    assert redact_url(url) == text

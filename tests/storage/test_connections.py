@@ -90,8 +90,8 @@ async def run_proxy(
 )
 def store(request: pytest.FixtureRequest) -> Iterator[RunningStore]:
     """Yield a store of each topology."""
-    with request.param() as made:
-        yield made
+    with request.param() as running:
+        yield running
 
 
 @asynccontextmanager
@@ -203,41 +203,41 @@ async def test_broken_subscription(store: RunningStore) -> None:
 
 
 @pytest.mark.parametrize("made", [run_single, run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
-def test_reset_connections(made: Any) -> None:
+def test_reset_connections(created: Any) -> None:
     """Every error that uvloop raises for reset connections is in AWAY, and leaves nothing behind."""
 
-    async def calls(connections: Connections, proxy: ResettingProxy, seen: Counter[str]) -> None:
+    async def calls(connections: Connections, proxy: ResettingProxy, counts: Counter[str]) -> None:
         while proxy.resets < 100:
             with suppress(*UNAVAILABLE_ERRORS):
                 await connections.commands.eval(INCREMENT, 1, "{gw}:count")
-                seen["done"] += 1
+                counts["done"] += 1
             with suppress(*UNAVAILABLE_ERRORS):
                 pipeline = connections.commands.pipeline(transaction=False)
                 pipeline.execute_command("GET", "{gw}:count")
                 await pipeline.execute()
 
     async def run(url: str, proxy: ResettingProxy) -> None:
-        seen: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         async with open_connections(url) as connections:
             await ping(connections)
             proxy.reset_probability = 0.05
-            await asyncio.gather(*(calls(connections, proxy, seen) for _ in range(80)))
+            await asyncio.gather(*(calls(connections, proxy, counts) for _ in range(80)))
             proxy.reset_probability = 0
             await asyncio.gather(*(ping(connections) for _ in range(80)), return_exceptions=True)
             assert int(await ping(connections) or 0) == 0
-            assert int(await connections.commands.execute_command("GET", "{gw}:count")) >= seen["done"] > 0
+            assert int(await connections.commands.execute_command("GET", "{gw}:count")) >= counts["done"] > 0
 
     port = find_free_port()
     with ExitStack() as servers, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        if made is run_cluster:
+        if created is run_cluster:
             server = servers.enter_context(run_cluster("--cluster-announce-port", str(port))).server
         else:
             server = servers.enter_context(run_valkey(port=find_free_port()))
         proxy = servers.enter_context(run_resetting_proxy(server.port, seed=12, port=port))
         url = f"redis://127.0.0.1:{port}"
-        if made is run_cluster:
+        if created is run_cluster:
             url = f"redis+cluster://127.0.0.1:{port}"
-        elif made is run_with_sentinel:
+        elif created is run_with_sentinel:
             url = f"redis+sentinel://127.0.0.1:{servers.enter_context(run_sentinel(port)).port}/main"
         runner.run(run(url, proxy))
 
@@ -296,8 +296,8 @@ async def test_frozen_cluster() -> None:
 async def test_pipelines_wait_for_a_connection(store: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
     async with open_connections(store.url) as connections:
-        found = await asyncio.gather(*(RedisScripts(connections.commands).read(("GET", "{gw}:x")) for _ in range(20)))
-    assert found == [[None]] * 20
+        result = await asyncio.gather(*(RedisScripts(connections.commands).read(("GET", "{gw}:x")) for _ in range(20)))
+    assert result == [[None]] * 20
 
 
 @pytest.mark.parametrize(

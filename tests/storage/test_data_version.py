@@ -25,8 +25,8 @@ CHANGE = RegistryChange(version=0, next_id=2, tenants=(Tenant(1, "shop", ()),))
 @pytest.fixture(scope="module", params=[run_single, run_cluster], ids=lambda made: made.__name__)
 def server(request: pytest.FixtureRequest) -> Iterator[RunningStore]:
     """Yield a single server and one in a Cluster."""
-    with request.param() as made:
-        yield made
+    with request.param() as running:
+        yield running
 
 
 @pytest.fixture
@@ -83,10 +83,10 @@ async def test_unmarked_data(store: RunningStore) -> None:
     assert "has version 1," in gateway.errors[0].reason
 
 
-@pytest.mark.parametrize("found", ["0", "1", "3", "11", "", "x" * 100, "\xff"])
-async def test_other_version(store: RunningStore, found: str) -> None:
+@pytest.mark.parametrize("version", ["0", "1", "3", "11", "", "x" * 100, "\xff"])
+async def test_other_version(store: RunningStore, version: str) -> None:
     """Data of another version is neither read nor written, and the error names both versions."""
-    store.execute("SET", KEYS.data_version, found)
+    store.execute("SET", KEYS.data_version, version)
     before = read_all_keys(store)
     async with Gateway(store) as gateway:
         for call in (
@@ -100,8 +100,8 @@ async def test_other_version(store: RunningStore, found: str) -> None:
     (error,) = gateway.errors
     assert f"version {MARK}:" in error.reason
     assert len(error.reason.splitlines()) == 1
-    if found.isdigit():
-        assert f"version {found}," in error.reason
+    if version.isdigit():
+        assert f"version {version}," in error.reason
 
 
 async def test_two_versions_at_once(store: RunningStore) -> None:

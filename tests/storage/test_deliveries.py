@@ -27,15 +27,9 @@ class DeliveryStore:
         self.queue = RedisDeliveryQueue(RedisScripts(client), KEYS)
 
     async def add_delivery(self, reservation: str, tenant: int, url: str) -> None:
-<<<<<<< HEAD
-        """One delivery more that is due."""
+        """Add a delivery that is due."""
         kept = {"task_id": "task_x", "tenant": tenant, "url": url, "state": "failed"}
         packed = msgspec.msgpack.encode(kept | {"created_at": 1, "updated_at": 1, "attempts": 11})
-=======
-        """Add a delivery that is due."""
-        kept = {"task": "task_x", "tenant": tenant, "url": url, "state": "failed"}
-        packed = msgspec.msgpack.encode(kept | {"created": 1, "updated": 1, "attempts": 11})
->>>>>>> 303aa4e (Use plain words in the storage tests)
         await self.client.set(KEYS.delivery(reservation), packed, px=LEASE_MS)
         assert await self.queue.redeliver(reservation)
 

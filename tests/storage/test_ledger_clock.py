@@ -54,7 +54,7 @@ async def read_refusal(url: str, *times: int) -> tuple[PolicyDenial, TenantSnaps
     await client.flushall()
     registry = RedisRegistry(scripts, KEYS)
     assert await registry.write(RegistryChange(version=0, next_id=2, tenants=(Tenant(1, "t", (), NO_TASKS_POLICY),)))
-    began = await client.time()
+    started_at = await client.time()
     verdict, snapshot = None, None
     for now in times or (None,):
         if now is not None:
@@ -66,7 +66,7 @@ async def read_refusal(url: str, *times: int) -> tuple[PolicyDenial, TenantSnaps
     await connections.aclose()
     assert isinstance(verdict, PolicyDenial)
     assert snapshot
-    return verdict, snapshot, [parse_server_time(item) for item in (began, ended)]
+    return verdict, snapshot, [parse_server_time(item) for item in (started_at, ended)]
 
 
 @settings(max_examples=50, deadline=None)
@@ -90,8 +90,8 @@ def test_calendar(valkey: Valkey, now: int) -> None:
 
 async def test_clock(valkey: Valkey) -> None:
     """Answers contain the server's time, to the millisecond."""
-    verdict, _, (began, ended) = await read_refusal(valkey.url)
-    assert began <= verdict.now <= ended
+    verdict, _, (started_at, ended) = await read_refusal(valkey.url)
+    assert started_at <= verdict.now <= ended
 
 
 async def test_windows_after_a_step_back(valkey: Valkey) -> None:
@@ -149,9 +149,9 @@ async def test_work_goes_on_after_a_step_back(store: SeededStore) -> None:
     assert [item.reservation for item in await store.ledger.settle_expired(9)] == ["dies"]
     before = (await store.ledger.tenant_snapshot(TENANT)).state.windows[Window.TOTAL].tasks
     await store.accept("later")
-    found = await store.tasks.get("later")
-    assert found
-    assert found[0].created_at == found[1] == store.now
+    record = await store.tasks.get("later")
+    assert record
+    assert record[0].created_at == record[1] == store.now
     snapshot = await store.ledger.tenant_snapshot(TENANT)
     assert snapshot.state.windows[Window.MINUTE].window_start == ledger.window_bounds(Window.MINUTE, store.now)[0]
     assert snapshot.state.windows[Window.TOTAL].tasks == before + 1

@@ -20,9 +20,9 @@ async def test_lost_owner(store: SeededStore, owner: str) -> None:
     await store.accept("r")
     await store.client.delete(store.keys.tenant(TENANT) if owner == "tenant" else store.keys.account(FIRST))
     await store.record_check(SUCCEEDED_CHECK)
-    found = await store.tasks.get("r")
-    assert found
-    assert (found[0].state, found[0].cost) == (State.SUCCEEDED, Cost(1, 0, CostBasis.ESTIMATED))
+    record = await store.tasks.get("r")
+    assert record
+    assert (record[0].state, record[0].cost) == (State.SUCCEEDED, Cost(1, 0, CostBasis.ESTIMATED))
 
 
 async def test_lost_reservation(store: SeededStore) -> None:
@@ -31,9 +31,9 @@ async def test_lost_reservation(store: SeededStore) -> None:
     await store.client.delete(store.keys.reservation("r"))
     before = await store.ledger.tenant_snapshot(TENANT)
     await store.record_check(SUCCEEDED_CHECK)
-    found = await store.tasks.get("r")
-    assert found
-    assert (found[0].state, found[0].cost) == (State.SUCCEEDED, UNKNOWN_COST)
+    record = await store.tasks.get("r")
+    assert record
+    assert (record[0].state, record[0].cost) == (State.SUCCEEDED, UNKNOWN_COST)
     assert (await store.ledger.tenant_snapshot(TENANT)).state == before.state
 
 

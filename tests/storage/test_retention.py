@@ -20,9 +20,9 @@ async def test_everything_expires(store: SeededStore) -> None:
     await store.accept("r", KEY)
     await store.reserve("s")
     keys = store.keys
-    found = {str(item, "ascii"): await store.ttl_ms(str(item, "ascii")) for item in await store.client.keys()}
+    results = {str(item, "ascii"): await store.ttl_ms(str(item, "ascii")) for item in await store.client.keys()}
     owners = dict.fromkeys([keys.tenant(TENANT), keys.account(FIRST), keys.account(SECOND)])
-    assert found == owners | dict.fromkeys(
+    assert results == owners | dict.fromkeys(
         [keys.clock, f"{keys.clock}:server", keys.registry, keys.leases, keys.poll_due]
     ) | {
         keys.reservation("r"): RETENTION.keep_ms,
@@ -106,9 +106,9 @@ async def test_inferred(store: SeededStore) -> None:
     await store.advance_clock(1)
     await store.reserve("next")
     await store.settle("next", ReservationState.ACCEPTED, 6)
-    told = await store.ledger.get_reservation("doubtful")
-    assert told
-    assert told.inferred_charge is InferredCharge.CHARGED
+    reported = await store.ledger.get_reservation("doubtful")
+    assert reported
+    assert reported.inferred_charge is InferredCharge.CHARGED
     assert await store.ttl_ms(store.keys.reservation("doubtful")) == 60_000
 
 

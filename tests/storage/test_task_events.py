@@ -23,19 +23,19 @@ TIMEOUT_SECONDS = 20.0
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[Valkey]:
+def own_server() -> Iterator[Valkey]:
     """Yield a server whose connections may be cut."""
     with run_valkey() as server:
         yield server
 
 
 @pytest.fixture
-async def kept(own: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoreFixture]:
+async def task_store(own_server: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoreFixture]:
     """Yield a tenant with one running task."""
     monkeypatch.setattr(tasks, "RECONNECT_SECONDS", 0.01)
-    async with open_store(own.url) as found:
-        await found.accept_tasks("r1")
-        yield found
+    async with open_store(own_server.url) as store:
+        await store.accept_tasks("r1")
+        yield store
 
 
 async def count_subscribers(client: Redis) -> int:
@@ -63,58 +63,60 @@ async def open_cache(url: str, client: Redis | None = None) -> AsyncIterator[Tas
         await connections.aclose()
 
 
-async def test_wakes_subscribers(own: Valkey, kept: StoreFixture) -> None:
+async def test_wakes_subscribers(own_server: Valkey, task_store: StoreFixture) -> None:
     """A change wakes subscribers in another process, with the recorded task."""
-    async with open_cache(own.url, kept.client) as board:
+    async with open_cache(own_server.url, task_store.client) as board:
         with board.subscribe("r1") as watcher:
-            recorded = await kept.check_due_task(CheckOutcome.RUNNING)
+            recorded = await task_store.check_due_task(CheckOutcome.RUNNING)
             first = await watcher.wait_for_change(1, TIMEOUT_SECONDS)
             assert first
             assert first.task == recorded
-            await kept.check_due_task(CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED)
+            await task_store.check_due_task(CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED)
             last = await watcher.wait_for_change(first.task.version, TIMEOUT_SECONDS)
         assert last
         assert (last.task.version, last.task.state) == (3, State.SUCCEEDED)
-        assert abs(last.known_at - await kept.now()) < TIMEOUT_SECONDS * 1000
+        assert abs(last.known_at - await task_store.now()) < TIMEOUT_SECONDS * 1000
 
 
-async def test_only_visible_changes(kept: StoreFixture) -> None:
+async def test_only_visible_changes(task_store: StoreFixture) -> None:
     """Checks without a visible change are not published."""
-    subscription = await kept.connections.open_pubsub()
+    subscription = await task_store.connections.open_pubsub()
     async with subscription as channel:
         await channel.subscribe(KEYS.task_events_channel)
-        await kept.check_due_task(*[CheckOutcome.RUNNING] * 3, CheckOutcome.NO_RESPONSE, CheckOutcome.SUCCEEDED)
-        heard: list[dict[str, Any]] = []
-        while len(heard) < 3:
+        await task_store.check_due_task(*[CheckOutcome.RUNNING] * 3, CheckOutcome.NO_RESPONSE, CheckOutcome.SUCCEEDED)
+        messages: list[dict[str, Any]] = []
+        while len(messages) < 3:
             message = await channel.get_message(timeout=TIMEOUT_SECONDS)
             assert message
-            heard.append(message)
-    versions = [decode_task_event(item["data"])[0].version for item in heard if item["type"] == "message"]
+            messages.append(message)
+    versions = [decode_task_event(item["data"])[0].version for item in messages if item["type"] == "message"]
     assert versions == [2, 3]
 
 
-async def test_lost_connection(own: Valkey, kept: StoreFixture) -> None:
+async def test_lost_connection(own_server: Valkey, task_store: StoreFixture) -> None:
     """A lost connection is replaced, and events are received again."""
-    async with open_cache(own.url, kept.client) as board:
+    async with open_cache(own_server.url, task_store.client) as board:
         with board.subscribe("r1") as watcher:
-            (lost,) = await subscriber_ids(kept.client)
-            await kept.client.client_kill_filter(_id=lost)
+            (lost,) = await subscriber_ids(task_store.client)
+            await task_store.client.client_kill_filter(_id=lost)
             async with asyncio.timeout(TIMEOUT_SECONDS):
-                while await subscriber_ids(kept.client) in (set(), {lost}) or not await count_subscribers(kept.client):
+                while await subscriber_ids(task_store.client) in (set(), {lost}) or not await count_subscribers(
+                    task_store.client
+                ):
                     await asyncio.sleep(0)
-            await kept.check_due_task(CheckOutcome.SUCCEEDED)
-            seen = await watcher.wait_for_change(1, TIMEOUT_SECONDS)
-    assert seen
-    assert seen.task.state is State.SUCCEEDED
+            await task_store.check_due_task(CheckOutcome.SUCCEEDED)
+            event = await watcher.wait_for_change(1, TIMEOUT_SECONDS)
+    assert event
+    assert event.task.state is State.SUCCEEDED
 
 
-async def test_invalid_message(own: Valkey, kept: StoreFixture) -> None:
+async def test_invalid_message(own_server: Valkey, task_store: StoreFixture) -> None:
     """A message of another gateway version is skipped, and the next one is received."""
-    async with open_cache(own.url, kept.client) as board:
+    async with open_cache(own_server.url, task_store.client) as board:
         with board.subscribe("r1") as watcher:
             for odd in (b"", b"\xc1", b"\x93\xa2r1\x01\x80"):
-                await kept.client.publish(KEYS.task_events_channel, odd)
-            await kept.check_due_task(CheckOutcome.SUCCEEDED)
+                await task_store.client.publish(KEYS.task_events_channel, odd)
+            await task_store.check_due_task(CheckOutcome.SUCCEEDED)
             assert await watcher.wait_for_change(1, TIMEOUT_SECONDS)
 
 

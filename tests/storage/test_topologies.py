@@ -31,8 +31,8 @@ ACCOUNT = Account(2, "main", b"sealed")
 )
 def store(request: pytest.FixtureRequest) -> Iterator[RunningStore]:
     """Yield a store of each topology."""
-    with request.param() as made:
-        yield made
+    with request.param() as running:
+        yield running
 
 
 async def test_submission_from_reserve_to_cost(store: RunningStore) -> None:
@@ -78,9 +78,9 @@ async def test_submission_from_reserve_to_cost(store: RunningStore) -> None:
         ),
     )
     assert ended is not None
-    found = await tasks.get("r1")
-    assert found is not None
-    assert found[0].artifacts == ended[0].artifacts
+    record = await tasks.get("r1")
+    assert record is not None
+    assert record[0].artifacts == ended[0].artifacts
     page = await tasks.list_page(1, state=State.SUCCEEDED, kind=None, limit=5, cursor=None)
     assert [task.id for task in page.tasks] == ["task_1"]
     assert page.next_cursor is None

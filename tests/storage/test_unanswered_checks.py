@@ -40,7 +40,7 @@ answers = st.tuples(
 )
 @example(told=[(INVALID, 50_000)] * 4 + [(NO_RESPONSE, 50_000), (RUNNING, 1)] + [(INVALID, 50_000)] * 2)
 @example(told=[(INVALID, 50_000)] * 4 + [(NO_RESPONSE, 50_000)] * 2 + [(INVALID, 50_000)] * 2)
-def test_give_up(valkey: Valkey, told: list[tuple[CheckOutcome, int]]) -> None:
+def test_give_up(valkey: Valkey, reported: list[tuple[CheckOutcome, int]]) -> None:
     """For any sequence of answers, a task ends at the same check with the same error on both sides."""
     machine = LedgerMachine(valkey.url)
     try:
@@ -49,7 +49,7 @@ def test_give_up(valkey: Valkey, told: list[tuple[CheckOutcome, int]]) -> None:
         machine.settle(name, ReservationState.ACCEPTED, Balance())
         machine.advance_clock(machine.retention.check_interval_ms)
         (due,) = machine.run(machine.model.claim_checks(1))
-        for answered, milliseconds in told:
+        for answered, milliseconds in reported:
             machine.advance_clock(milliseconds)
             machine.record_check(due, answered)
     finally:

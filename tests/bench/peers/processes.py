@@ -91,8 +91,8 @@ def serving(
             yield Server(name, url, (process.pid,), token)
         except _NotReady as reason:
             output.seek(0)
-            shown = output.read().decode(errors="replace").splitlines()[-_SHOWN_LINES:]
-            raise RuntimeError("\n".join([f"{name} did not start: {reason}", *shown])) from None
+            text = output.read().decode(errors="replace").splitlines()[-_SHOWN_LINES:]
+            raise RuntimeError("\n".join([f"{name} did not start: {reason}", *text])) from None
         finally:
             _end(process)
 

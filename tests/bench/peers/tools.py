@@ -60,7 +60,7 @@ def require_tools() -> None:
 
 def versions() -> dict[str, str]:
     """Return the version of each program, Python package and the kernel."""
-    found = {
+    results = {
         "wrk": _version("wrk", "-v"),
         "nginx": _version("nginx", "-v"),
         "gcc": _version("cc", "-dumpfullversion"),
@@ -70,10 +70,10 @@ def versions() -> dict[str, str]:
     }
     for package in _PYTHON_PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            results[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return results
 
 
 def find_program(name: str) -> str | None:
@@ -120,5 +120,5 @@ def _version(program: str, option: str) -> str:
         return ""
     # wrk exits with an error after its version.
     done = subprocess.run([path, option], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    found = re.search(r"\d+(\.\d+)+(-[\w.+~]+)?", done.stdout.decode(errors="replace"))
-    return found[0] if found else ""
+    match = re.search(r"\d+(\.\d+)+(-[\w.+~]+)?", done.stdout.decode(errors="replace"))
+    return match[0] if match else ""

@@ -28,26 +28,26 @@ def main() -> int:
     parser.add_argument("-F", dest="form")
     parser.add_argument("-H", dest="headers", action="append", default=[])
     parser.add_argument("url")
-    given = parser.parse_args()
-    headers = dict(header.split(": ", 1) for header in given.headers)
-    body = given.data.encode() if given.data else None
-    if given.form:
-        name, _, path = given.form.partition("=@")
+    arguments = parser.parse_args()
+    headers = dict(header.split(": ", 1) for header in arguments.headers)
+    body = arguments.data.encode() if arguments.data else None
+    if arguments.form:
+        name, _, path = arguments.form.partition("=@")
         body, headers["Content-Type"] = _encode_form(name, Path(path))
     try:
-        request = Request(given.url, body, headers, method=given.method)  # noqa: S310 - as it was typed
+        request = Request(arguments.url, body, headers, method=arguments.method)  # noqa: S310 - as it was typed
         status, answer = _answer(request)
     except URLError as error:
         sys.stderr.write(f"curl: (7) {error.reason}\n")
         return _NOT_CONNECTED
-    if given.flag_f and status >= 400:
+    if arguments.flag_f and status >= 400:
         sys.stderr.write(f"curl: (22) The requested URL returned error: {status}\n")
         return _FAILED
-    if given.output:
-        Path(given.output).write_bytes(answer)
+    if arguments.output:
+        Path(arguments.output).write_bytes(answer)
     else:
         sys.stdout.buffer.write(answer)
-    sys.stdout.write((given.write_out or "").replace("%{http_code}", str(status)))
+    sys.stdout.write((arguments.write_out or "").replace("%{http_code}", str(status)))
     return 0
 
 

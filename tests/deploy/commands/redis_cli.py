@@ -22,14 +22,14 @@ def main() -> int:
     parser.add_argument("-p", dest="port", type=int, default=6379)
     parser.add_argument("--rdb", type=Path)
     parser.add_argument("words", nargs=argparse.REMAINDER)
-    given = parser.parse_args()
-    address = urlsplit(given.url or f"redis://127.0.0.1:{given.port}")
+    arguments = parser.parse_args()
+    address = urlsplit(arguments.url or f"redis://127.0.0.1:{arguments.port}")
     place = (str(address.hostname), address.port or 6379)
     with socket.create_connection(place, _SECONDS) as client, client.makefile("rwb") as stream:
-        if given.rdb:
-            given.rdb.write_bytes(_save_snapshot(stream))
+        if arguments.rdb:
+            arguments.rdb.write_bytes(_save_snapshot(stream))
             return 0
-        parts = [word.encode() for word in given.words]
+        parts = [word.encode() for word in arguments.words]
         stream.write(b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts))
         stream.flush()
         return _print_reply(stream)

@@ -30,18 +30,18 @@ def render_release(name: str, *settings: str) -> Sequence[Resource]:
     return render(EXAMPLES[name], *settings)
 
 
-def resources_of_kind(resources: Sequence[Resource], wanted: str) -> Sequence[Resource]:
-    return [resource for resource in resources if resource["kind"] == wanted]
+def resources_of_kind(resources: Sequence[Resource], expected: str) -> Sequence[Resource]:
+    return [resource for resource in resources if resource["kind"] == expected]
 
 
-def get_resource(resources: Sequence[Resource], wanted: str, suffix: str = "") -> Any:
+def get_resource(resources: Sequence[Resource], expected: str, suffix: str = "") -> Any:
     """Return the resource of a kind that is named after the release, with a suffix."""
-    (found,) = [
+    (resource,) = [
         item
-        for item in resources_of_kind(resources, wanted)
+        for item in resources_of_kind(resources, expected)
         if item["metadata"]["name"] == f"photos-imaging-gateway{suffix}"
     ]
-    return found
+    return resource
 
 
 def pod_templates(resources: Sequence[Resource]) -> Iterator[tuple[str, Any]]:
@@ -71,15 +71,15 @@ def pod_environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]
         for source in volumes[mount["name"]].get("projected", {}).get("sources", ())
         for item in source["secret"]["items"]
     }
-    found = {}
+    results = {}
     for item in container["env"]:
         value = item.get("value", "from a Secret")
         if value in mounted:
             file = folder / Path(value).name
             file.write_text(f"{mounted[value]}\n")
             value = str(file)
-        found[item["name"]] = value
-    return found
+        results[item["name"]] = value
+    return results
 
 
 @cache

@@ -23,35 +23,35 @@ def rule_groups(text: str) -> Any:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_rules(file: Path) -> None:
     """Every rule is included unchanged, except for the links of alerts."""
-    found = get_resource(render_release("production"), "PrometheusRule", f"-{file.stem}")
+    result = get_resource(render_release("production"), "PrometheusRule", f"-{file.stem}")
     text = file.read_text("utf-8")
     for default, chosen in zip(DEFAULT_LINKS, CUSTOM_LINKS, strict=True):
         text = text.replace(default, chosen)
-    assert found["spec"] == {"groups": rule_groups(text)}
-    assert found["metadata"]["labels"]["release"] == "prometheus"
+    assert result["spec"] == {"groups": rule_groups(text)}
+    assert result["metadata"]["labels"]["release"] == "prometheus"
 
 
 def test_links() -> None:
     """Alerts link only to configured addresses."""
-    found = [str(item) for item in resources_of_kind(render_release("production"), "PrometheusRule")]
-    assert not [item for item in found for default in DEFAULT_LINKS if default in item]
-    assert [item for item in found for chosen in CUSTOM_LINKS if chosen in item]
+    results = [str(item) for item in resources_of_kind(render_release("production"), "PrometheusRule")]
+    assert not [item for item in results for default in DEFAULT_LINKS if default in item]
+    assert [item for item in results for chosen in CUSTOM_LINKS if chosen in item]
 
 
 def test_all_rules() -> None:
     """Exactly the rule files are included."""
-    found = {item["metadata"]["name"] for item in resources_of_kind(render_release("production"), "PrometheusRule")}
-    assert found == {f"photos-imaging-gateway-{file.stem}" for file in FILES}
+    results = {item["metadata"]["name"] for item in resources_of_kind(render_release("production"), "PrometheusRule")}
+    assert results == {f"photos-imaging-gateway-{file.stem}" for file in FILES}
 
 
 def test_dashboards() -> None:
     """All dashboards are included unchanged, with the label for Grafana's sidecar."""
-    found = [
+    results = [
         item
         for item in resources_of_kind(render_release("production"), "ConfigMap")
         if "grafana_dashboard" in item["metadata"]["labels"]
     ]
-    texts = {name: text for item in found for name, text in item["data"].items()}
+    texts = {name: text for item in results for name, text in item["data"].items()}
     assert texts == {f"imaging-gateway-{file.name}": file.read_text("utf-8") for file in DASHBOARDS.glob("*.json")}
 
 
@@ -79,5 +79,5 @@ def test_job_name_is_fixed() -> None:
 
 def test_disabled_by_default() -> None:
     """The default values need no Prometheus operator."""
-    found = {item["kind"] for item in render_release("default")}
-    assert not found & {"ServiceMonitor", "PrometheusRule", "ConfigMap", "Ingress", "Job"}
+    results = {item["kind"] for item in render_release("default")}
+    assert not results & {"ServiceMonitor", "PrometheusRule", "ConfigMap", "Ingress", "Job"}

@@ -22,21 +22,21 @@ Rule = dict[str, Any]
 
 def policy_rules(role: str, direction: str, *settings: str, name: str = "default") -> Sequence[Rule]:
     """Return the rules of a role for `ingress` or `egress`."""
-    found: Sequence[Rule] = get_resource(render_release(name, *settings), "NetworkPolicy", f"-{role}")["spec"][
+    rules: Sequence[Rule] = get_resource(render_release(name, *settings), "NetworkPolicy", f"-{role}")["spec"][
         direction
     ]
-    return found
+    return rules
 
 
 def allowed_peers(role: str, port: str, *settings: str, name: str = "default") -> Sequence[Any] | None:
     """Return the peers allowed to reach a role's port; None without a rule. Fails for a rule without peers."""
-    found = [
+    results = [
         policy_rule
         for policy_rule in policy_rules(role, "ingress", *settings, name=name)
         if policy_rule["ports"] == [{"port": port}]
     ]
-    assert len(found) <= 1
-    return found[0]["from"] if found else None
+    assert len(results) <= 1
+    return results[0]["from"] if results else None
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -90,12 +90,12 @@ def test_workers_serve_no_tenants() -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_prometheus(role: str) -> None:
-    found = allowed_peers(role, "operators", name="production")
-    assert found is not None
+    result = allowed_peers(role, "operators", name="production")
+    assert result is not None
     assert {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
         "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
-    } in found
+    } in result
 
 
 def rule_ports(rule: Rule) -> list[int]:
@@ -124,9 +124,9 @@ def test_traces() -> None:
     """The collector is reachable only if there is one."""
     for role, others in (("api", 3), ("worker", 4)):
         assert len(policy_rules(role, "egress")) == others
-        *_, found = policy_rules(role, "egress", name="production")
-        assert rule_ports(found) == [4318]
-        assert found["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "tracing"}}}]
+        *_, result = policy_rules(role, "egress", name="production")
+        assert rule_ports(result) == [4318]
+        assert result["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "tracing"}}}]
 
 
 def test_more_egress() -> None:

@@ -36,9 +36,9 @@ def render_notes(chart: Path, name: str, *settings: str) -> str:
 def test_urls(chart: Path) -> None:
     """The notes show the URLs of both Services."""
     tenants, operators = resources_of_kind(render_release("default"), "Service")
-    told = render_notes(chart, "default")
-    assert f"http://{tenants['metadata']['name']}.images:{tenants['spec']['ports'][0]['port']};" in told
-    assert f"service/{operators['metadata']['name']} {operators['spec']['ports'][0]['port']}" in told
+    notes = render_notes(chart, "default")
+    assert f"http://{tenants['metadata']['name']}.images:{tenants['spec']['ports'][0]['port']};" in notes
+    assert f"service/{operators['metadata']['name']} {operators['spec']['ports'][0]['port']}" in notes
 
 
 def test_grace_period(chart: Path) -> None:

@@ -19,8 +19,8 @@ def registry_job(*settings: str) -> Any:
 
 
 def job_container() -> Any:
-    (found,) = registry_job()["spec"]["template"]["spec"]["containers"]
-    return found
+    (container,) = registry_job()["spec"]["template"]["spec"]["containers"]
+    return container
 
 
 def test_runs_after_every_change() -> None:
@@ -36,8 +36,8 @@ def test_operators_api(tmp_path: Path) -> None:
     service = get_resource(render_release("production"), "Service", "-operators")
     (port,) = service["spec"]["ports"]
     assert f"--url=http://{service['metadata']['name']}:{port['port']}" in job_container()["args"]
-    found = pod_environment(registry_job()["spec"]["template"], tmp_path, "")
-    settings = Settings.load({name: text for name, text in found.items() if name.startswith("GATEWAY_")})
+    result = pod_environment(registry_job()["spec"]["template"], tmp_path, "")
+    settings = Settings.load({name: text for name, text in result.items() if name.startswith("GATEWAY_")})
     assert settings.admin_token
     assert settings.redis_url is None
     assert settings.secret_keys == ()
@@ -45,9 +45,9 @@ def test_operators_api(tmp_path: Path) -> None:
 
 def test_secrets_of_the_file() -> None:
     """Secrets that the file references are mounted from their Secrets."""
-    (given,) = [item for item in job_container()["env"] if "valueFrom" in item]
-    assert given["name"] == "MAIN_USER_KEY"
-    assert given["valueFrom"] == {"secretKeyRef": {"name": "gateway-accounts", "key": "main"}}
+    (value,) = [item for item in job_container()["env"] if "valueFrom" in item]
+    assert value["name"] == "MAIN_USER_KEY"
+    assert value["valueFrom"] == {"secretKeyRef": {"name": "gateway-accounts", "key": "main"}}
 
 
 def test_file() -> None:
@@ -75,12 +75,12 @@ async def test_apply(shell: Shell, tmp_path: Path) -> None:
     command, _, _, *options = job_container()["args"]
     assert "Applied" in (await shell.run(command, str(file), *options)).stdout
     assert "nothing to change" in (await shell.run(command, str(file), *options)).stdout
-    found = await shell.get_admin("/registry")
-    assert found["tenants"]["shop"]["max_active"] == 10
-    assert found["accounts"]["main"]["max_price"]["upscale"] == 3
+    result = await shell.get_admin("/registry")
+    assert result["tenants"]["shop"]["max_active"] == 10
+    assert result["accounts"]["main"]["max_price"]["upscale"] == 3
 
 
 @pytest.mark.parametrize(("prune", "given"), [("true", True), ("false", False)])
-def test_prune(prune: str, given: bool) -> None:
-    (found,) = registry_job(f"registry.prune={prune}")["spec"]["template"]["spec"]["containers"]
-    assert ("--prune" in found["args"]) is given
+def test_prune(prune: str, value: bool) -> None:
+    (container,) = registry_job(f"registry.prune={prune}")["spec"]["template"]["spec"]["containers"]
+    assert ("--prune" in container["args"]) is value

@@ -52,10 +52,10 @@ def test_drift(tmp_path: Path) -> None:
     """Missing, different and superfluous files fail the check, which names them."""
     (tmp_path / "default.yaml").write_text("--- {}\n")
     (tmp_path / "unwanted.yaml").write_text("--- {}\n")
-    found = CliRunner().invoke(main, ["--folder", str(tmp_path), "--check"])
-    assert found.exit_code == 1
-    assert "cluster.yaml, default.yaml, production.yaml, sentinel.yaml, unwanted.yaml" in found.output
-    assert "python -m deploy.helm" in found.output
+    result = CliRunner().invoke(main, ["--folder", str(tmp_path), "--check"])
+    assert result.exit_code == 1
+    assert "cluster.yaml, default.yaml, production.yaml, sentinel.yaml, unwanted.yaml" in result.output
+    assert "python -m deploy.helm" in result.output
     assert CliRunner().invoke(main, ["--folder", str(tmp_path)]).exit_code == 0
     assert CliRunner().invoke(main, ["--folder", str(tmp_path), "--check"]).exit_code == 0
     assert {item.stem for item in tmp_path.iterdir()} == set(RELEASES)
@@ -117,12 +117,12 @@ def test_operators_service(name: str) -> None:
     """The operators' Service selects the pods of both roles, but not the Job."""
     resources = render_release(name)
     selector = get_resource(resources, "Service", "-operators")["spec"]["selector"]
-    found = [
+    results = [
         pod_template
         for pod_template, pod in pod_templates(resources)
         if matches_selector(selector, pod["metadata"]["labels"])
     ]
-    assert found == [f"photos-imaging-gateway-{role}" for role in ROLES]
+    assert results == [f"photos-imaging-gateway-{role}" for role in ROLES]
 
 
 @pytest.mark.parametrize("name", RELEASES)

@@ -78,9 +78,9 @@ def render_error(*settings: str) -> str:
         ),
     ],
 )
-def test_errors(setting: str, said: str) -> None:
+def test_errors(setting: str, output: str) -> None:
     """Invalid values fail with an error that names the place and the reason."""
-    assert said in render_error(setting)
+    assert output in render_error(setting)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def variable_name(key: str) -> str:
 
 def test_every_setting() -> None:
     """Every setting belongs to the values, a Secret, the chart or development."""
-    said = {variable_name(key) for key in SCHEMA["properties"]["settings"]["properties"]}
+    output = {variable_name(key) for key in SCHEMA["properties"]["settings"]["properties"]}
     mounted = {variable_name(key) for key in SCHEMA["properties"]["secrets"]["properties"]}
-    groups = [said, mounted, CHART_VARIABLES, DEVELOPMENT_VARIABLES]
+    groups = [output, mounted, CHART_VARIABLES, DEVELOPMENT_VARIABLES]
     assert mounted == SECRETS
     assert sorted(name for group in groups for name in group) == sorted(setting.name for setting in SETTINGS)
 
@@ -183,9 +183,9 @@ def test_choices() -> None:
 
 def test_defaults() -> None:
     """The chart's defaults are those of the gateway, except for addresses."""
-    told = {variable_name(key): str(value) for key, value in chart_values()["settings"].items() if value}
+    result = {variable_name(key): str(value) for key, value in chart_values()["settings"].items() if value}
     own = {setting.name: setting.default for setting in SETTINGS}
-    assert told == {"GATEWAY_HOST": "0.0.0.0", "GATEWAY_LEASE_SECONDS": own["GATEWAY_LEASE_SECONDS"]}
+    assert result == {"GATEWAY_HOST": "0.0.0.0", "GATEWAY_LEASE_SECONDS": own["GATEWAY_LEASE_SECONDS"]}
 
 
 def test_extras(tmp_path: Path) -> None:
@@ -202,8 +202,8 @@ def test_extras(tmp_path: Path) -> None:
     )
     for _, pod in pod_templates(resources):
         (container,) = pod["spec"]["containers"]
-        found = pod_environment(pod, tmp_path, REDIS_URLS["default"])
-        assert found["OTEL_RESOURCE_ATTRIBUTES"] == "team=images"
+        result = pod_environment(pod, tmp_path, REDIS_URLS["default"])
+        assert result["OTEL_RESOURCE_ATTRIBUTES"] == "team=images"
         assert {"name": "ca", "mountPath": "/etc/ca"} in container["volumeMounts"]
         assert {"name": "ca", "configMap": {"name": "ca"}} in pod["spec"]["volumes"]
     worker = get_resource(resources, "Deployment", "-worker")["spec"]["template"]
