@@ -54,7 +54,7 @@ async def test_complete() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said", "content", "media_type"),
+    ("name", "declared", "content", "media_type"),
     [
         (IMAGE, "image/png", PNG_IMAGE, PNG),
         (VECTOR, "image/svg+xml; charset=utf-8", b"<svg/>", SVG),
@@ -67,10 +67,10 @@ async def test_complete() -> None:
         (VECTOR, "", artifact_server.SVG, SVG),
     ],
 )
-async def test_types(name: ArtifactName, output: str, content: bytes, media_type: str) -> None:
+async def test_types(name: ArtifactName, declared: str, content: bytes, media_type: str) -> None:
     """The type is that of the bytes, whatever the server claims and however small the first chunk is."""
     caller = make_fetcher()
-    answer = response_head(Content_Type=output, Transfer_Encoding="chunked")
+    answer = response_head(Content_Type=declared, Transfer_Encoding="chunked")
     pieces = chunked_body(content[:1], content[1:2], content[2:])
     async with run_server(send_pieces(answer, pieces)) as peer:
         fetched, received = await caller.fetch_all(peer.url, name)
@@ -238,7 +238,7 @@ async def test_wrong_ranges(content_range: str) -> None:
             await make_fetcher().fetch_all(peer.url, requested=RangeRequest(range="bytes=2-5"))
 
 
-@pytest.mark.parametrize(("told", "passed_on"), [("bytes */10", "bytes */10"), ("", None), ("x", None)])
+@pytest.mark.parametrize(("content_range", "passed_on"), [("bytes */10", "bytes */10"), ("", None), ("x", None)])
 async def test_no_such_range(content_range: str, passed_on: str | None) -> None:
     """A range beyond the end is reported with the total size, if that is known."""
     caller = make_fetcher()
@@ -249,7 +249,9 @@ async def test_no_such_range(content_range: str, passed_on: str | None) -> None:
     assert caller.outcome == FetchOutcome.DONE
 
 
-@pytest.mark.parametrize("asked", [RangeRequest(if_none_match='"v1"'), RangeRequest(if_modified_since=LAST_MODIFIED)])
+@pytest.mark.parametrize(
+    "requested", [RangeRequest(if_none_match='"v1"'), RangeRequest(if_modified_since=LAST_MODIFIED)]
+)
 async def test_not_modified(requested: RangeRequest) -> None:
     caller = make_fetcher()
     async with run_server(send_pieces(response_head(304, ETag='"v1"'))) as peer:

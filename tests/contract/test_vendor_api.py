@@ -86,7 +86,7 @@ def test_task_id_without_a_code(code: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task_id", "found"),
+    ("task_id", "parsed"),
     [
         ("a b", "a b"),
         (42, "42"),

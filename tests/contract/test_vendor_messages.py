@@ -90,10 +90,10 @@ KEY = "hush/hush+key"
         ("http://x/%7Buser_key%7D/1.png", "", None),
     ],
 )
-def test_links_with_the_key(link: str, text: str, fetched: str | None) -> None:
+def test_links_with_the_key(link: str, shown: str, fetched: str | None) -> None:
     """A link with the key is stored and shown without it and followed with it, or not used."""
-    assert mask_key(KEY, link) == text
-    assert unmask_key(KEY, text) == (fetched or text)
+    assert mask_key(KEY, link) == shown
+    assert unmask_key(KEY, shown) == (fetched or shown)
 
 
 def test_short_keys_in_links() -> None:
@@ -109,11 +109,11 @@ def test_private(message: str) -> None:
 
 
 @pytest.mark.parametrize(("message", "shown"), PARTS.items())
-def test_addresses(message: str, text: str) -> None:
+def test_addresses(message: str, shown: str) -> None:
     """Addresses, hosts and paths are removed from a message; the rest is shown."""
     rejection = parse_rejection(message)
-    assert (rejection.outcome, rejection.reason) == (REJECTED, text)
-    assert parse_failure(message) == f"The upstream could not carry out this task: {text}"
+    assert (rejection.outcome, rejection.reason) == (REJECTED, shown)
+    assert parse_failure(message) == f"The upstream could not carry out this task: {shown}"
 
 
 @pytest.mark.parametrize("prefix", ["", "错误:", "任务提交失败：", "任务提交失败: 错误:", "Error: "])

@@ -49,7 +49,7 @@ def list_mounts(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [("a", "a"), ("${A:-x}${B:-y}", "1y"), ("${B:-x${A:?no}z}", "x1z"), ("-${A}-", "-1-")],
 )
 def test_interpolation(text: str, expected: str) -> None:

@@ -39,34 +39,34 @@ class Query(NamedTuple):
 
 
 def dashboard_uids() -> set[str]:
-    return {board["uid"] for board in DASHBOARDS.values()}
+    return {dashboard["uid"] for dashboard in DASHBOARDS.values()}
 
 
-def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
-    return [item for item in board["panels"] if item["type"] != "row"]
+def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    return [item for item in dashboard["panels"] if item["type"] != "row"]
 
 
-def queries(board: dict[str, Any]) -> Iterator[Query]:
-    for panel in panels(board):
+def queries(dashboard: dict[str, Any]) -> Iterator[Query]:
+    for panel in panels(dashboard):
         for target in panel["targets"]:
             yield Query(target["expr"].replace("$__rate_interval", "5m"), target["legendFormat"])
 
 
-parametrize_dashboard = pytest.mark.parametrize("board", DASHBOARDS.values(), ids=DASHBOARDS)
+parametrize_dashboard = pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=DASHBOARDS)
 parametrize_panel = pytest.mark.parametrize(
     "panel",
     [
         pytest.param(panel, id=f"{name}-{panel['title']}")
-        for name, board in DASHBOARDS.items()
-        for panel in panels(board)
+        for name, dashboard in DASHBOARDS.items()
+        for panel in panels(dashboard)
     ],
 )
 parametrize_query = pytest.mark.parametrize(
     "query",
     [
         pytest.param(query, id=f"{name}-{place}")
-        for name, board in DASHBOARDS.items()
-        for place, query in enumerate(queries(board))
+        for name, dashboard in DASHBOARDS.items()
+        for place, query in enumerate(queries(dashboard))
     ],
 )
 
@@ -107,7 +107,9 @@ def test_legends(query: Query) -> None:
 
 
 def test_every_metric_is_on_a_dashboard() -> None:
-    used = {name for board in DASHBOARDS.values() for query in queries(board) for name in series_names(query.text)}
+    used = {
+        name for dashboard in DASHBOARDS.values() for query in queries(dashboard) for name in series_names(query.text)
+    }
     unseen = {
         name
         for name in exported_series()
@@ -134,18 +136,18 @@ def test_data_source_is_a_variable(panel: dict[str, Any]) -> None:
 
 
 @parametrize_dashboard
-def test_variables_are_used(board: dict[str, Any]) -> None:
+def test_variables_are_used(dashboard: dict[str, Any]) -> None:
     """The variables of a dashboard are exactly those in its queries and links."""
-    defined = {item["name"] for item in board["templating"]["list"]}
-    rest = {**board, "templating": None}
+    defined = {item["name"] for item in dashboard["templating"]["list"]}
+    rest = {**dashboard, "templating": None}
     used = set(re.findall(r"\$\{?([a-z]\w*)", json.dumps(rest)))
     assert used == defined
 
 
 @parametrize_dashboard
-def test_all_matches_missing_labels(board: dict[str, Any]) -> None:
+def test_all_matches_missing_labels(dashboard: dict[str, Any]) -> None:
     """The choice `All` also matches series without the label."""
-    chosen = [item for item in board["templating"]["list"] if item["type"] == "query"]
+    chosen = [item for item in dashboard["templating"]["list"] if item["type"] == "query"]
     assert "namespace" in {item["name"] for item in chosen}
     for variable in chosen:
         assert variable["includeAll"]
@@ -154,9 +156,9 @@ def test_all_matches_missing_labels(board: dict[str, Any]) -> None:
 
 
 @parametrize_dashboard
-def test_variable_values_exist(board: dict[str, Any]) -> None:
+def test_variable_values_exist(dashboard: dict[str, Any]) -> None:
     """The values of a variable are those of an existing label."""
-    for variable in board["templating"]["list"]:
+    for variable in dashboard["templating"]["list"]:
         if variable["type"] == "query":
             assert variable["datasource"] == SOURCE
             requested = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
@@ -166,43 +168,43 @@ def test_variable_values_exist(board: dict[str, Any]) -> None:
 
 
 @parametrize_dashboard
-def test_rows_are_full(board: dict[str, Any]) -> None:
+def test_rows_are_full(dashboard: dict[str, Any]) -> None:
     """Panels fill all columns without overlap, under a heading."""
-    places = [item["gridPos"] for item in board["panels"]]
+    places = [item["gridPos"] for item in dashboard["panels"]]
     for one, other in combinations(places, 2):
         beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         assert beside or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
     for top in {item["y"] for item in places}:
         assert sum(item["w"] for item in places if item["y"] == top) == COLUMNS
         assert len({item["h"] for item in places if item["y"] == top}) == 1
-    assert board["panels"][0]["type"] == "row"
+    assert dashboard["panels"][0]["type"] == "row"
 
 
 @parametrize_dashboard
-def test_titles_and_ids_are_unique(board: dict[str, Any]) -> None:
-    assert len({item["title"] for item in panels(board)}) == len(panels(board))
-    assert len({item["id"] for item in board["panels"]}) == len(board["panels"])
+def test_titles_and_ids_are_unique(dashboard: dict[str, Any]) -> None:
+    assert len({item["title"] for item in panels(dashboard)}) == len(panels(dashboard))
+    assert len({item["id"] for item in dashboard["panels"]}) == len(dashboard["panels"])
 
 
 @parametrize_dashboard
-def test_no_numeric_id(board: dict[str, Any]) -> None:
+def test_no_numeric_id(dashboard: dict[str, Any]) -> None:
     """A dashboard has no numeric id, which could collide with another one."""
-    assert "id" not in board
-    assert "version" not in board
+    assert "id" not in dashboard
+    assert "version" not in dashboard
 
 
 @parametrize_dashboard
-def test_round_trip(board: dict[str, Any]) -> None:
+def test_round_trip(dashboard: dict[str, Any]) -> None:
     """Reading a dashboard with Grafana's schema and writing it again changes nothing."""
     register_default_plugins()
-    assert json.loads(json.dumps(Dashboard.from_json(board), cls=JSONEncoder)) == board
+    assert json.loads(json.dumps(Dashboard.from_json(dashboard), cls=JSONEncoder)) == dashboard
 
 
 @parametrize_dashboard
-def test_links(board: dict[str, Any]) -> None:
+def test_links(dashboard: dict[str, Any]) -> None:
     """Each dashboard links to the others, with time and namespace, and to the runbook."""
-    others, runbook = board["links"]
-    assert board["tags"] == others["tags"] == [TAG]
+    others, runbook = dashboard["links"]
+    assert dashboard["tags"] == others["tags"] == [TAG]
     assert others["type"] == "dashboards"
     assert others["keepTime"]
     assert others["includeVars"]

@@ -32,32 +32,32 @@ def main() -> int:
     with step("image: the machine has what the check takes"):
         require_tools()
         release = detect_debian()
-    with _open_store() as shop:
+    with _open_store() as store:
         with step("image: base") as figures:
-            base = shop.build_base(release)
+            base = store.build_base(release)
             figures.append(release.suite)
         with step("image: build"):
             labels = _labels(base)
             arguments = {"VERSION": labels["version"], "REVISION": labels["revision"], "CREATED": labels["created"]}
-            image = shop.build(_ROOT, {"PYTHON_IMAGE": base, **arguments})
+            image = store.build(_ROOT, {"PYTHON_IMAGE": base, **arguments})
         with step("image: configuration"):
-            config = shop.read_config(image)
+            config = store.read_config(image)
             _expect_configuration(config, labels)
         with step("image: files") as figures:
-            root = shop.mount(image)
-            figures.append(_expect_files(config, shop.mount(base), root))
+            root = store.mount(image)
+            figures.append(_expect_files(config, store.mount(base), root))
         with TemporaryDirectory(prefix="image-check-") as folder:
             return run_in_namespaces("tests.image.smoke_test", json.encode(SmokeTestInput(config, str(root), folder)))
 
 
 @contextmanager
 def _open_store() -> Iterator[ImageStore]:
-    shop = ImageStore(_STORE)
-    shop.clean_up()
+    store = ImageStore(_STORE)
+    store.clean_up()
     try:
-        yield shop
+        yield store
     finally:
-        shop.clean_up()
+        store.clean_up()
 
 
 def _labels(base: str) -> dict[str, str]:

@@ -24,21 +24,21 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredSys
     """Yield both after the workload has run and was scraped."""
     folder = tmp_path_factory.mktemp("monitoring")
     with (
-        monitored_gateway.run_monitored_gateway(folder) as site,
-        prometheus_server.run_prometheus(folder / "prometheus", site.targets) as prometheus,
+        monitored_gateway.run_monitored_gateway(folder) as gateway,
+        prometheus_server.run_prometheus(folder / "prometheus", gateway.targets) as prometheus,
     ):
-        workload.create_tenants(site)
-        prometheus.wait_for_scrape()  # an increase is monitored only of what was monitored before
-        workload.run_tasks(site)
-        workload.send_refused(site)
-        workload.inject_upstream_faults(site)
-        workload.spend_outside(site)
-        workload.deliver_webhooks(site)
-        workload.interrupt_store(site, lambda: prometheus.query_value("max(gateway_redis_up)") == 0)
-        workload.abandon_requests(site)
-        workload.exhaust_webhook_retries(site)
+        workload.create_tenants(gateway)
+        prometheus.wait_for_scrape()  # an increase needs an earlier sample
+        workload.run_tasks(gateway)
+        workload.send_refused(gateway)
+        workload.inject_upstream_faults(gateway)
+        workload.spend_outside(gateway)
+        workload.deliver_webhooks(gateway)
+        workload.interrupt_store(gateway, lambda: prometheus.query_value("max(gateway_redis_up)") == 0)
+        workload.abandon_requests(gateway)
+        workload.exhaust_webhook_retries(gateway)
         prometheus.wait_for_rules()
-        yield MonitoredSystem(site, prometheus)
+        yield MonitoredSystem(gateway, prometheus)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -152,7 +152,7 @@ def run_monitored_gateway(folder: Path) -> Iterator[MonitoredGateway]:
         server = ThreadingHTTPServer(("127.0.0.1", 0), _WebhookReceiver)
         receiving = Thread(target=server.serve_forever)
         receiving.start()
-        plant = MonitoredGateway(
+        gateway = MonitoredGateway(
             api=api,
             worker=worker,
             upstream=upstream,
@@ -165,11 +165,11 @@ def run_monitored_gateway(folder: Path) -> Iterator[MonitoredGateway]:
         try:
             api.wait_ready()
             worker.wait_ready()
-            yield plant
+            yield gateway
         finally:
             server.shutdown()
             receiving.join()
             server.server_close()
-            for process in plant.restarted_stores:
+            for process in gateway.restarted_stores:
                 opened.callback(process.wait)
                 opened.callback(process.kill)

@@ -50,10 +50,12 @@ def panel_queries() -> list[Query]:
     """Return the queries of all panels, with every variable set to all."""
     return [
         Query(
-            f"{board['title']}: {panel['title']} ({number})", fill_variables(board, target["expr"]), target["instant"]
+            f"{dashboard['title']}: {panel['title']} ({number})",
+            fill_variables(dashboard, target["expr"]),
+            target["instant"],
         )
-        for board in _load_dashboards()
-        for panel in board["panels"]
+        for dashboard in _load_dashboards()
+        for panel in dashboard["panels"]
         for number, target in enumerate(panel.get("targets", ()), 1)
     ]
 
@@ -61,14 +63,16 @@ def panel_queries() -> list[Query]:
 def variable_queries() -> list[VariableQuery]:
     """Return the dashboard variables that are queried from series."""
     results = []
-    for board in _load_dashboards():
-        for variable in board["templating"]["list"]:
+    for dashboard in _load_dashboards():
+        for variable in dashboard["templating"]["list"]:
             if variable["type"] != "query":
                 continue
-            requested = re.fullmatch(r"label_values\((.+), (\w+)\)", fill_variables(board, variable["query"]["query"]))
+            requested = re.fullmatch(
+                r"label_values\((.+), (\w+)\)", fill_variables(dashboard, variable["query"]["query"])
+            )
             if requested is None:
                 raise AssertionError(variable)
-            results.append(VariableQuery(f"{board['title']}: {variable['name']}", requested[1], requested[2]))
+            results.append(VariableQuery(f"{dashboard['title']}: {variable['name']}", requested[1], requested[2]))
     return results
 
 
@@ -86,10 +90,10 @@ def all_query_texts() -> list[str]:
     return [panel_query.text for panel_query in panel_queries()] + [rule.text for rule in rules()]
 
 
-def fill_variables(board: Mapping[str, Any], query: str) -> str:
+def fill_variables(dashboard: Mapping[str, Any], query: str) -> str:
     """Fill in a query's variables as Grafana does for the choice `All`."""
     query = query.replace("$__rate_interval", RATE_INTERVAL)
-    for variable in board["templating"]["list"]:
+    for variable in dashboard["templating"]["list"]:
         if variable["type"] == "query":
             query = query.replace(f"${variable['name']}", variable["allValue"])
     return query

@@ -45,194 +45,198 @@ FILE_FAULTS: Sequence[Mapping[str, Any]] = (
 _ACCOUNT = {"max-active": "main", "balance": "empty"}
 
 
-def create_tenants(plant: MonitoredGateway) -> None:
+def create_tenants(gateway: MonitoredGateway) -> None:
     """Create all accounts and tenants, and wait until the gateway has them."""
-    plant.create_account("main", 1_000, 1_000, floor_count=5, floor_money=10)
-    plant.create_account("money", 0, 1_000)
-    plant.create_account("leaky", 20, 50)
-    plant.create_account("empty", 0, 0)
-    plant.create_account("unknown", 5, 5)
-    plant.create_account("blind", 5, 5, max_price={})
-    plant.create_account("away", 5, 5, base_url=plant.unreachable_url)
-    plant.create_tenant("steady", "main", limits=[{"window": item, "tasks": 500, "money": 500} for item in WINDOWS])
+    gateway.create_account("main", 1_000, 1_000, floor_count=5, floor_money=10)
+    gateway.create_account("money", 0, 1_000)
+    gateway.create_account("leaky", 20, 50)
+    gateway.create_account("empty", 0, 0)
+    gateway.create_account("unknown", 5, 5)
+    gateway.create_account("blind", 5, 5, max_price={})
+    gateway.create_account("away", 5, 5, base_url=gateway.unreachable_url)
+    gateway.create_tenant("steady", "main", limits=[{"window": item, "tasks": 500, "money": 500} for item in WINDOWS])
     for name in ("money", "leaky", "unknown", "blind", "away"):
-        plant.create_tenant(name, name)
-    plant.create_tenant("two-accounts", "unknown", "main")
+        gateway.create_tenant(name, name)
+    gateway.create_tenant("two-accounts", "unknown", "main")
     for name, policy in DENYING_POLICIES.items():
-        plant.create_tenant(name, _ACCOUNT.get(name, "money"), **policy)
+        gateway.create_tenant(name, _ACCOUNT.get(name, "money"), **policy)
     for name, status in RECEIVER_STATUSES.items():
-        hook = {"url": f"{plant.receiver_url}/{status}", "allow": ["127.0.0.0/8"]}
-        plant.create_tenant(name, "main", webhook=hook)
-    wait_until(lambda: plant.call(name, "GET", "/v1/quota").status_code == 200, "the news of the last tenant")
+        hook = {"url": f"{gateway.receiver_url}/{status}", "allow": ["127.0.0.0/8"]}
+        gateway.create_tenant(name, "main", webhook=hook)
+    wait_until(lambda: gateway.call(name, "GET", "/v1/quota").status_code == 200, "the update of the registry")
 
 
-def run_tasks(plant: MonitoredGateway) -> None:
+def run_tasks(gateway: MonitoredGateway) -> None:
     """Run every kind of task to its end, followed in every way."""
-    tasks = [plant.run_task("steady", kind) for kind in Kind]
-    tasks += [plant.run_task("money", kind) for kind in Kind]
+    tasks = [gateway.run_task("steady", kind) for kind in Kind]
+    tasks += [gateway.run_task("money", kind) for kind in Kind]
     task = tasks[0]
     for path in ("", "?limit=5", f"/{task['id']}", f"/{task['id']}/artifacts/image"):
-        assert plant.call("steady", "GET", f"/v1/tasks{path}").status_code == 200, path
+        assert gateway.call("steady", "GET", f"/v1/tasks{path}").status_code == 200, path
     for path in ("/v1/usage", "/v1/quota"):
-        assert plant.call("steady", "GET", path).status_code == 200
+        assert gateway.call("steady", "GET", path).status_code == 200
     for kind in ("task", "vector_task", "face_enhance_task", "seamless_task"):
-        form = {"user_key": plant.tokens["steady"]}, {"input_image": ("a.png", make_png(), "image/png")}
-        old = plant.http.post(f"{plant.api.url}/api/submit_{kind}", data=form[0], files=form[1]).json()
-        check = {"user_key": plant.tokens["steady"], "task_id": old["task_id"]}
-        assert plant.http.post(f"{plant.api.url}/api/check_task_status", data=check).json()["err_code"] == 0
-    refund = plant.call_admin("POST", "/refunds", json={"task": task["id"], "reason": "It came out blank."})
+        form = {"user_key": gateway.tokens["steady"]}, {"input_image": ("a.png", make_png(), "image/png")}
+        old = gateway.http.post(f"{gateway.api.url}/api/submit_{kind}", data=form[0], files=form[1]).json()
+        check = {"user_key": gateway.tokens["steady"], "task_id": old["task_id"]}
+        assert gateway.http.post(f"{gateway.api.url}/api/check_task_status", data=check).json()["err_code"] == 0
+    refund = gateway.call_admin("POST", "/refunds", json={"task": task["id"], "reason": "It came out blank."})
     assert refund["refund"]
     key = {"Idempotency-Key": '"once-and-no-more-than-once"'}
-    ids = {plant.submit("steady", headers=key).json()["id"] for _ in range(2)}
+    ids = {gateway.submit("steady", headers=key).json()["id"] for _ in range(2)}
     assert len(ids) == 1
     with ThreadPoolExecutor() as threads:
-        running = plant.start_task("steady", seconds=1.5)
-        followed = threads.submit(plant.call, "steady", "GET", f"{running}/events")
-        waited = threads.submit(plant.call, "steady", "GET", running, headers={"Prefer": "wait=10"})
+        running = gateway.start_task("steady", seconds=1.5)
+        followed = threads.submit(gateway.call, "steady", "GET", f"{running}/events")
+        waited = threads.submit(gateway.call, "steady", "GET", running, headers={"Prefer": "wait=10"})
         assert waited.result().json()["state"] == "succeeded"
         assert "succeeded" in followed.result().text
-    plant.upstream.set_faults()
+    gateway.upstream.set_faults()
 
 
-def send_refused(plant: MonitoredGateway) -> None:
+def send_refused(gateway: MonitoredGateway) -> None:
     """Send requests that are denied or invalid."""
     for name in DENYING_POLICIES:
         if name == "max-active":
-            plant.upstream.set_faults(seconds=2)
-        plant.submit(name)
-        wait_until(partial(_is_denied, plant, name), f"a refusal by {name}")
-        plant.upstream.set_faults()
+            gateway.upstream.set_faults(seconds=2)
+        gateway.submit(name)
+        wait_until(partial(_is_denied, gateway, name), f"a refusal by {name}")
+        gateway.upstream.set_faults()
     expected = {
         ("nobody", "GET", "/v1/quota"): 401,
         ("steady", "GET", "/v1/nothing"): 404,
         ("steady", "DELETE", "/v1/quota"): 405,
         ("steady", "POST", "/v1/tasks/upscale"): 415,
     }
-    results = {item: plant.call(*item).status_code for item in expected}
+    results = {item: gateway.call(*item).status_code for item in expected}
     assert results == expected, results
-    assert plant.http.get(f"{plant.api.ops_url}/admin/v1/accounts").status_code == 401
+    assert gateway.http.get(f"{gateway.api.ops_url}/admin/v1/accounts").status_code == 401
 
 
-def inject_upstream_faults(plant: MonitoredGateway) -> None:
+def inject_upstream_faults(gateway: MonitoredGateway) -> None:
     """Run tasks while the vendor's submits, checks and artifacts fail."""
-    _with_fault(plant, {"on": "submit", "fail": "it could not be done"}, lambda: _expect_state(plant, "failed"))
-    _with_fault(plant, {"on": "submit", "reject": "too dark"}, lambda: _expect_status(plant, "steady", [502]))
-    _with_fault(plant, {"on": "submit", "reply": "reset"}, lambda: _expect_status(plant, "steady", [504]))
+    _with_fault(gateway, {"on": "submit", "fail": "it could not be done"}, lambda: _expect_state(gateway, "failed"))
+    _with_fault(gateway, {"on": "submit", "reject": "too dark"}, lambda: _expect_status(gateway, "steady", [502]))
+    _with_fault(gateway, {"on": "submit", "reply": "reset"}, lambda: _expect_status(gateway, "steady", [504]))
     for status in (301, 429):
         refused = {"on": "submit", "reply": "page", "status": status, "when": "before"}
-        _with_fault(plant, refused, lambda: _expect_status(plant, "steady", [503]))
+        _with_fault(gateway, refused, lambda: _expect_status(gateway, "steady", [503]))
     for tenant, status in (("unknown", 503), ("two-accounts", 201)):
-        plant.call_admin("POST", "/accounts/unknown/reopen")
-        _with_fault(plant, {"on": "submit", "refuse": "账户不存在"}, partial(_expect_status, plant, tenant, [status]))
+        gateway.call_admin("POST", "/accounts/unknown/reopen")
+        _with_fault(
+            gateway, {"on": "submit", "refuse": "账户不存在"}, partial(_expect_status, gateway, tenant, [status])
+        )
     nothing = {"remaining_count": "missing", "remaining_money": "missing"}
-    _with_fault(plant, {"times": None, "wrong": nothing}, lambda: _expect_state(plant, "succeeded", "blind"))
+    _with_fault(gateway, {"times": None, "wrong": nothing}, lambda: _expect_state(gateway, "succeeded", "blind"))
     for answer, fault in CHECK_FAULTS.items():
-        _with_fault(plant, {"on": "check", "times": None, **fault}, partial(_wait_for_check, plant, answer))
-    result = f"/v1/tasks/{plant.run_task('steady')['id']}/artifacts/image"
+        _with_fault(gateway, {"on": "check", "times": None, **fault}, partial(_wait_for_check, gateway, answer))
+    result = f"/v1/tasks/{gateway.run_task('steady')['id']}/artifacts/image"
     for fault in FILE_FAULTS:
-        _with_fault(plant, {"on": "file", **fault}, lambda: _expect_unavailable(plant, result))
+        _with_fault(gateway, {"on": "file", **fault}, lambda: _expect_unavailable(gateway, result))
     for _ in range(BREAKER_THRESHOLD + 1):
-        _expect_status(plant, "away", [503])
+        _expect_status(gateway, "away", [503])
 
 
-def spend_outside(plant: MonitoredGateway) -> None:
+def spend_outside(gateway: MonitoredGateway) -> None:
     """Spend prepaid uses and money outside the gateway."""
-    plant.run_task("leaky")
-    plant.set_balance("leaky", 15, 50)
-    plant.run_task("leaky")
-    plant.set_balance("leaky", 14, 40)
-    plant.run_task("leaky")
-    unexplained = plant.call_admin("GET", "/accounts/leaky")["unexplained"]
+    gateway.run_task("leaky")
+    gateway.set_balance("leaky", 15, 50)
+    gateway.run_task("leaky")
+    gateway.set_balance("leaky", 14, 40)
+    gateway.run_task("leaky")
+    unexplained = gateway.call_admin("GET", "/accounts/leaky")["unexplained"]
     assert unexplained["count"] > 0, unexplained
     assert unexplained["money"] > 0, unexplained
 
 
-def deliver_webhooks(plant: MonitoredGateway) -> None:
+def deliver_webhooks(gateway: MonitoredGateway) -> None:
     """Send webhooks to a receiver that accepts, one that fails and one that is gone."""
     for name in RECEIVER_STATUSES:
-        plant.run_task(name)
+        gateway.run_task(name)
 
 
-def interrupt_store(plant: MonitoredGateway, is_noticed: Callable[[], bool]) -> None:
+def interrupt_store(gateway: MonitoredGateway, is_noticed: Callable[[], bool]) -> None:
     """Let the store reject writes, then stop it until the metrics show that."""
-    task = plant.start_task("steady")
-    with Redis(unix_socket_path=str(plant.store.socket_path)) as client:
+    task = gateway.start_task("steady")
+    with Redis(unix_socket_path=str(gateway.store.socket_path)) as client:
         client.config_set("min-replicas-to-write", 1)
-        _expect_status(plant, "steady", [503])
+        _expect_status(gateway, "steady", [503])
         client.config_set("min-replicas-to-write", 0)
-    with plant.stop_store():
-        assert plant.call("steady", "GET", task).status_code == 200
-        _expect_status(plant, "steady", [503])
+    with gateway.stop_store():
+        assert gateway.call("steady", "GET", task).status_code == 200
+        _expect_status(gateway, "steady", [503])
         wait_until(is_noticed, "word of a store that is away")
-    wait_until(lambda: plant.call("steady", "GET", "/v1/tasks").status_code == 200, "the return of the store")
-    plant.upstream.set_faults()
+    wait_until(lambda: gateway.call("steady", "GET", "/v1/tasks").status_code == 200, "the return of the store")
+    gateway.upstream.set_faults()
 
 
-def abandon_requests(plant: MonitoredGateway) -> None:
+def abandon_requests(gateway: MonitoredGateway) -> None:
     """Disconnect a client, and let a submission outlast its lease."""
-    _hang_up(plant, plant.start_task("steady"))
-    before = plant.upstream.count_requests("submit")
-    plant.upstream.set_faults({"on": "submit", "times": 1, "latency": 8, "reply": "reset"})
+    _hang_up(gateway, gateway.start_task("steady"))
+    before = gateway.upstream.count_requests("submit")
+    gateway.upstream.set_faults({"on": "submit", "times": 1, "latency": 8, "reply": "reset"})
     with ThreadPoolExecutor() as threads:
-        submitting = threads.submit(plant.submit, "steady")
-        wait_until(lambda: plant.upstream.count_requests("submit") > before, "the submit")
-        plant.advance_clock(LEASE_SECONDS)
-        wait_until(lambda: plant.sum_samples("gateway_reservations_expired_total") > 0, "the end of a lease")
+        submitting = threads.submit(gateway.submit, "steady")
+        wait_until(lambda: gateway.upstream.count_requests("submit") > before, "the submit")
+        gateway.advance_clock(LEASE_SECONDS)
+        wait_until(lambda: gateway.sum_samples("gateway_reservations_expired_total") > 0, "the end of a lease")
         assert submitting.result().status_code == 504
 
 
-def exhaust_webhook_retries(plant: MonitoredGateway) -> None:
+def exhaust_webhook_retries(gateway: MonitoredGateway) -> None:
     """Advance the clock until the failing receiver's last retry."""
-    while not plant.sum_samples("gateway_webhook_attempts_total", state="failed"):
-        before = plant.sum_samples("gateway_webhook_attempts_total")
-        plant.advance_clock(2 * max(RETRY_SECONDS))
-        wait_until(partial(_was_attempted, plant, before), "another attempt")
-    given_up = plant.call_admin("GET", "/webhooks/failed")["items"]
-    plant.call_admin("POST", f"/webhooks/{given_up[0]['id']}/redeliver")
+    while not gateway.sum_samples("gateway_webhook_attempts_total", state="failed"):
+        before = gateway.sum_samples("gateway_webhook_attempts_total")
+        gateway.advance_clock(2 * max(RETRY_SECONDS))
+        wait_until(partial(_was_attempted, gateway, before), "another attempt")
+    given_up = gateway.call_admin("GET", "/webhooks/failed")["items"]
+    gateway.call_admin("POST", f"/webhooks/{given_up[0]['id']}/redeliver")
 
 
-def _was_attempted(plant: MonitoredGateway, before: float) -> bool:
-    return plant.sum_samples("gateway_webhook_attempts_total") > before
+def _was_attempted(gateway: MonitoredGateway, before: float) -> bool:
+    return gateway.sum_samples("gateway_webhook_attempts_total") > before
 
 
-def _is_denied(plant: MonitoredGateway, tenant: str) -> bool:
+def _is_denied(gateway: MonitoredGateway, tenant: str) -> bool:
     """Submit, and return whether it was denied. At the turn of a minute the limit of minutes starts anew."""
-    return plant.submit(tenant).status_code in {402, 429}
+    return gateway.submit(tenant).status_code in {402, 429}
 
 
-def _with_fault(plant: MonitoredGateway, fault: Mapping[str, Any], act: Callable[[], None]) -> None:
-    plant.upstream.set_faults({"times": 1, **fault})
+def _with_fault(gateway: MonitoredGateway, fault: Mapping[str, Any], act: Callable[[], None]) -> None:
+    gateway.upstream.set_faults({"times": 1, **fault})
     act()
-    plant.upstream.set_faults()
+    gateway.upstream.set_faults()
 
 
-def _wait_for_check(plant: MonitoredGateway, answer: str) -> None:
+def _wait_for_check(gateway: MonitoredGateway, answer: str) -> None:
     """Run a task until a check has this outcome."""
-    plant.submit_accepted("steady")
-    wait_until(lambda: plant.sum_samples("gateway_poll_checks_total", outcome=answer) > 0, f"a check that is {answer}")
+    gateway.submit_accepted("steady")
+    wait_until(
+        lambda: gateway.sum_samples("gateway_poll_checks_total", outcome=answer) > 0, f"a check that is {answer}"
+    )
 
 
-def _expect_state(plant: MonitoredGateway, state: str, tenant: str = "steady") -> None:
-    assert plant.run_task(tenant)["state"] == state
+def _expect_state(gateway: MonitoredGateway, state: str, tenant: str = "steady") -> None:
+    assert gateway.run_task(tenant)["state"] == state
 
 
-def _expect_status(plant: MonitoredGateway, tenant: str, statuses: Sequence[int]) -> None:
-    answer = plant.submit(tenant)
+def _expect_status(gateway: MonitoredGateway, tenant: str, statuses: Sequence[int]) -> None:
+    answer = gateway.submit(tenant)
     assert answer.status_code in statuses, answer.text
 
 
-def _expect_unavailable(plant: MonitoredGateway, path: str) -> None:
+def _expect_unavailable(gateway: MonitoredGateway, path: str) -> None:
     """Require an error response or a connection that is cut."""
     with suppress(httpx2.RemoteProtocolError):
-        assert plant.call("steady", "GET", path).status_code in UNAVAILABLE_STATUSES
+        assert gateway.call("steady", "GET", path).status_code in UNAVAILABLE_STATUSES
 
 
-def _hang_up(plant: MonitoredGateway, path: str) -> None:
+def _hang_up(gateway: MonitoredGateway, path: str) -> None:
     """Wait for the end of a task, and disconnect before it."""
-    url = httpx2.URL(plant.api.url)
-    request = f"GET {path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {plant.tokens['steady']}\r\n"
+    url = httpx2.URL(gateway.api.url)
+    request = f"GET {path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {gateway.tokens['steady']}\r\n"
     with socket.create_connection((url.host, url.port)) as client:
         client.sendall(f"{request}Prefer: wait=60\r\n\r\n".encode())
-        wait_until(lambda: plant.sum_samples("gateway_waiting_clients") > 0, "a client that waits")
-    wait_until(lambda: plant.sum_samples("gateway_http_requests_total", status="499") > 0, "word that it left")
-    plant.upstream.set_faults()
+        wait_until(lambda: gateway.sum_samples("gateway_waiting_clients") > 0, "a client that waits")
+    wait_until(lambda: gateway.sum_samples("gateway_http_requests_total", status="499") > 0, "word that it left")
+    gateway.upstream.set_faults()

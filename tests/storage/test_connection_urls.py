@@ -143,7 +143,7 @@ def test_passwords_are_never_shown(secret: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "shown"),
+    ("url", "redacted"),
     [
         ("redis://store", "redis://store"),
         ("rediss://me:hush@store:1/2?ssl_cert_reqs=none", "rediss://***@store:1/2?ssl_cert_reqs=none"),
@@ -154,5 +154,5 @@ def test_passwords_are_never_shown(secret: str, pattern: str) -> None:
         ),
     ],
 )
-def test_redaction(url: str, text: str) -> None:
-    assert redact_url(url) == text
+def test_redaction(url: str, redacted: str) -> None:
+    assert redact_url(url) == redacted

@@ -202,8 +202,8 @@ async def test_broken_subscription(store: RunningStore) -> None:
             assert (await subscription.get_message(timeout=5) or {})["type"] == "subscribe"
 
 
-@pytest.mark.parametrize("made", [run_single, run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
-def test_reset_connections(created: Any) -> None:
+@pytest.mark.parametrize("error", [run_single, run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
+def test_reset_connections(error: Any) -> None:
     """Every error that uvloop raises for reset connections is in AWAY, and leaves nothing behind."""
 
     async def calls(connections: Connections, proxy: ResettingProxy, counts: Counter[str]) -> None:
@@ -229,15 +229,15 @@ def test_reset_connections(created: Any) -> None:
 
     port = find_free_port()
     with ExitStack() as servers, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        if created is run_cluster:
+        if error is run_cluster:
             server = servers.enter_context(run_cluster("--cluster-announce-port", str(port))).server
         else:
             server = servers.enter_context(run_valkey(port=find_free_port()))
         proxy = servers.enter_context(run_resetting_proxy(server.port, seed=12, port=port))
         url = f"redis://127.0.0.1:{port}"
-        if created is run_cluster:
+        if error is run_cluster:
             url = f"redis+cluster://127.0.0.1:{port}"
-        elif created is run_with_sentinel:
+        elif error is run_with_sentinel:
             url = f"redis+sentinel://127.0.0.1:{servers.enter_context(run_sentinel(port)).port}/main"
         runner.run(run(url, proxy))
 

@@ -80,7 +80,7 @@ async def test_apply(shell: Shell, tmp_path: Path) -> None:
     assert result["accounts"]["main"]["max_price"]["upscale"] == 3
 
 
-@pytest.mark.parametrize(("prune", "given"), [("true", True), ("false", False)])
-def test_prune(prune: str, value: bool) -> None:
+@pytest.mark.parametrize(("prune", "is_given"), [("true", True), ("false", False)])
+def test_prune(prune: str, is_given: bool) -> None:
     (container,) = registry_job(f"registry.prune={prune}")["spec"]["template"]["spec"]["containers"]
-    assert ("--prune" in container["args"]) is value
+    assert ("--prune" in container["args"]) is is_given

@@ -41,7 +41,7 @@ def render_error(*settings: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("replicas=3", "(root): Additional property replicas is not allowed"),
         ("api.replica=3", "api: Additional property replica is not allowed"),
@@ -78,9 +78,9 @@ def render_error(*settings: str) -> str:
         ),
     ],
 )
-def test_errors(setting: str, output: str) -> None:
+def test_errors(setting: str, message: str) -> None:
     """Invalid values fail with an error that names the place and the reason."""
-    assert output in render_error(setting)
+    assert message in render_error(setting)
 
 
 @pytest.mark.parametrize(
