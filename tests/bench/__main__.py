@@ -69,7 +69,7 @@ def main(
             click.echo(format_table(asyncio.run(BENCHMARKS[name]())))
         return
     require_tools()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all that was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all servers are stopped
     chosen = rows or (QUICK if quick else tuple(WORKLOADS))
     failed = []
     comparison = Comparison(against=against, rounds=rounds, seconds=seconds or (2 if quick else 3), quick=quick)

@@ -137,7 +137,7 @@ def _measure_overload(comparison: Comparison, size: int) -> None:
                 "health_max_ms": _longest_ms(health[0]),
                 "ops_health_max_ms": _longest_ms(health[1]),
             }
-            # A refusal is what is expected here.
+            # Rejections are expected here.
             text = {f"answers {status}": float(count) for status, count in sorted(counts.items()) if status.isdigit()}
             errors = Counter({status: count for status, count in counts.items() if not status.isdigit()})
             comparison.add(OVERLOAD_ROWS[size], candidate.name, figures | text, errors)

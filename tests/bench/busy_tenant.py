@@ -73,7 +73,7 @@ class MeasuredServer:
         await self.client.config_resetstat()
         done = await work
         result = await self.client.info("stats", "commandstats")
-        reads = result["total_reads_processed"] - 1  # without the question
+        reads = result["total_reads_processed"] - 1  # without this command itself
         return done, CallCost(result["cmdstat_evalsha"]["usec"] / calls, reads / calls)
 
     async def run_noop(self, times: int) -> None:
@@ -118,7 +118,7 @@ class BusyTenant:
     async def accept(self, held: list[tuple[ReserveRequest, Grant]]) -> None:
         """Settle reservations as accepted tasks."""
         for ask, verdict in held:
-            sealed = TaskReference(_TENANT, _ACCOUNT, _KIND, verdict.now, ask.reservation, _UPSTREAM_ID)
+            reference = TaskReference(_TENANT, _ACCOUNT, _KIND, verdict.now, ask.reservation, _UPSTREAM_ID)
             await self._ledger.settle(
                 Settlement(
                     reservation=ask.reservation,
@@ -128,7 +128,7 @@ class BusyTenant:
                     created_at=verdict.now,
                     outcome=ReservationState.ACCEPTED,
                     balance=_BALANCE,
-                    new_task=NewTask(self._ids.encode(sealed), msgspec.Raw(_OPTIONS), msgspec.Raw(_METADATA)),
+                    new_task=NewTask(self._ids.encode(reference), msgspec.Raw(_OPTIONS), msgspec.Raw(_METADATA)),
                 )
             )
 

@@ -209,7 +209,7 @@ def _wait_for_token(url: str, token: str) -> None:
 def describe_commit(checkout: Path) -> str:
     """Return the commit of a checkout, marked if files differ from it."""
     head = _git(checkout, "rev-parse", "--short=12", "HEAD")
-    results = ":(exclude)tests/bench/results"  # what the run before this one wrote
+    results = ":(exclude)tests/bench/results"  # written by the previous run
     changed = _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", ".", results)
     return head + (" with changes" if changed else "")
 

@@ -74,5 +74,5 @@ def _load(
             request = prepare(target)
             closed_loop(target.url, request, connections=16, seconds=_WARM_UP_SECONDS)
             for connections in QUICK_CONNECTIONS if comparison.quick else CONNECTIONS:
-                shorter = max(seconds - 1, 1) if connections == 1 else seconds  # its figures vary least
+                shorter = max(seconds - 1, 1) if connections == 1 else seconds  # it varies least
                 comparison.measure(row, candidate, target, request, connections=connections, seconds=shorter)

@@ -19,7 +19,7 @@ async def ledger() -> Sequence[Figure]:
     async with open_busy_tenant() as tenant:
         await tenant.accept(await tenant.reserve(ACTIVE))
         await tenant.claim(ACTIVE)
-        await _measure_round(tenant)  # loads the scripts, and is not counted
+        await _measure_round(tenant)  # not counted, since it loads the scripts
         rounds = [await _measure_round(tenant) for _ in range(ROUNDS)]
         nothing = [(await tenant.server.measure(BATCH, tenant.server.run_noop(BATCH)))[1] for _ in range(ROUNDS)]
     reserve, accept, claim, end = ([item[step] for item in rounds] for step in range(4))

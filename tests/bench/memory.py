@@ -16,7 +16,7 @@ async def memory() -> Sequence[Figure]:
     """Bytes of each of many finished tasks, in total and by kind of key."""
     async with open_busy_tenant() as tenant:
         server = tenant.server
-        await _finish_tasks(tenant, FIRST)  # what is there once is not counted
+        await _finish_tasks(tenant, FIRST)  # not counted: one-time allocations
         before, kinds_before = await server.memory(), await server.memory_by_kind()
         await _finish_tasks(tenant, TASKS)
         after, kinds_after = await server.memory(), await server.memory_by_kind()

@@ -35,7 +35,7 @@ _HEADINGS = {
 _COMPARED_FIGURES = ("per_second", "p99_ms", "late_p99_ms", "cpu_ms", "peak_mib")
 """Figures shown as a ratio to the other checkout."""
 _METHOD = """The server under test is pinned to one CPU; the load generator, the vendor's stand-in, Valkey (with an
-append-only file) and the worker of `api + worker` share another. Servers alternate, each round starts them anew, and
+append-only file) and the worker of `api + worker` share another. Servers alternate and restart in each round, and
 the figures are medians of {rounds} rounds where there are several. Images are PNGs of random pixels. *done/s* counts
 answers of success only; what else came is in the column *errors*, summed over all rounds. *CPU ms each* is the CPU time
 of the server for one of them. *added ms* is the median at one connection less that of the same request sent straight to

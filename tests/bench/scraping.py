@@ -50,7 +50,7 @@ async def scraping() -> Sequence[Figure]:
         Figure("a scrape: median", median(scrapes) * 1000, "ms", target=100),
         Figure("a scrape: longest", max(scrapes) * 1000, "ms"),
         Figure("a scrape while tasks are read without a pause: median", median(busy) * 1000, "ms"),
-        Figure("a read of a task, nobody scrapes: 99 of 100", _p99(alone) * 1000, "ms"),
+        Figure("a read of a task, without scrapes: 99 of 100", _p99(alone) * 1000, "ms"),
         Figure("a read of a task, scrapes without a pause: 99 of 100", _p99(beside) * 1000, "ms"),
     ]
 
@@ -132,7 +132,7 @@ async def request_overhead() -> Sequence[Figure]:
         complete = min([await _time_request(edge) for _ in range(ROUNDS)])
     return [
         Figure("metrics of a read, of a task", min(_time_metrics(metrics) for _ in range(ROUNDS)), "us"),
-        Figure("all that stands around a request: its id, log line and metrics", complete - bare, "us", target=50),
+        Figure("overhead of a request: id, log line and metrics", complete - bare, "us", target=50),
     ]
 
 

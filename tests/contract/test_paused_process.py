@@ -47,7 +47,7 @@ async def test_response_during_a_pause(loop: str, read: float, seconds: float) -
         while not is_stopped(pid):
             await asyncio.sleep(0)
         await connection.send(ACCEPTED_RESPONSE)
-        await asyncio.sleep(2 * LIMIT_SECONDS)  # the limit itself, which passes while nothing can be read
+        await asyncio.sleep(2 * LIMIT_SECONDS)  # past the timeout, while nothing can be read
         os.kill(pid, signal.SIGCONT)
         await connection.wait_closed()
 

@@ -103,7 +103,7 @@ async def exchange(url: str, *pieces: bytes) -> bytes:
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
-            for _ in range(10):  # the server reads it alone
+            for _ in range(10):  # the server reads it separately
                 await asyncio.sleep(0)
         return await reader.read()
 

@@ -155,7 +155,7 @@ async def test_slot_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
         await peer.request_received.wait()
         second = asyncio.create_task(caller.submit(seconds=0.05))
         await asyncio.sleep(0)
-        time.sleep(0.2)  # a process that is stopped, as far as the event loop can tell
+        time.sleep(0.2)  # to the event loop the same as a stopped process
         first.cancel()
         assert (await second).outcome is NOT_SENT
     assert peer.connections == 1
@@ -300,7 +300,7 @@ async def test_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_undecryptable_key() -> None:
     """An account whose key was encrypted with a lost secret key sends nothing, and is reported apart."""
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
-        account = Account(1, "main", b"sealed by another")
+        account = Account(1, "main", b"encrypted by another")
         with capture_logs() as logs:
             assert (await caller.submit(account=account)).outcome is SubmitOutcome.MISCONFIGURED
             assert (await caller.check(account=account)).outcome is CheckOutcome.NO_RESPONSE

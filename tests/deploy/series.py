@@ -41,10 +41,10 @@ def exported_series() -> Mapping[str, Labels]:
     documents = (item for file in sorted(RULES.glob("*.y*ml")) for item in yaml.safe_load_all(file.read_text("utf-8")))
     rules = [rule for document in documents for rule in _recording_rules(document)]
     while rules:
-        # A rule may ask for what another one records, in whatever order they stand.
+        # A rule may depend on another one, in any order.
         records = {rule["record"] for rule in rules}
         ready = [rule for rule in rules if not series_names(rule["expr"]) & records]
-        assert ready, f"recording rules that wait for each other: {records}"
+        assert ready, f"circular recording rules: {records}"
         series |= {rule["record"]: result_labels(rule["expr"], series) | set(rule.get("labels", ())) for rule in ready}
         rules = [rule for rule in rules if rule not in ready]
     return series

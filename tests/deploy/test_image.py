@@ -102,7 +102,7 @@ def test_development_packages_are_refused(image: Path, package: str) -> None:
 def test_leftovers_are_refused(image: Path, name: str) -> None:
     """An image with tests, a checkout or build files fails."""
     add_file(image, name)
-    with expect_failure("no use for"):
+    with expect_failure("does not need"):
         expect_production_only(image)
 
 

@@ -69,7 +69,7 @@ def documented_events() -> dict[str, Event]:
     """Return all events of the document, in its order."""
     rows = list(_ROW.finditer((_ROOT / "deploy" / "LOGS.md").read_text()))
     events = {row["event"]: _parse_row(row) for row in rows}
-    assert len(events) == len(rows), "an event is told of twice"
+    assert len(events) == len(rows), "an event is documented twice"
     return events
 
 

@@ -83,7 +83,7 @@ def test_missing_file(checkout: Path, wheel: Path) -> None:
 @pytest.mark.parametrize("name", ["tests/test_app.py", "deploy/compose.yaml", "service/__pycache__/app.pyc", "secret"])
 def test_superfluous_file(checkout: Path, wheel: Path, name: str) -> None:
     write_wheel(wheel, {**GOOD_FILES, name: ""})
-    with expect_failure(f"no part of the package: {name}"):
+    with expect_failure(f"outside the package: {name}"):
         expect_complete(wheel, checkout)
 
 

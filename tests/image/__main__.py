@@ -29,7 +29,7 @@ _MEGABYTE = 1_000_000
 
 def main() -> int:
     """Build and check the image; returns the exit code."""
-    with step("image: the machine has what the check takes"):
+    with step("image: requirements"):
         require_tools()
         release = detect_debian()
     with _open_store() as store:

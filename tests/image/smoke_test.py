@@ -73,38 +73,38 @@ class _Line(Struct):
 
 def main() -> None:
     """Read the input from standard input and run all checks; exits with 1 at the first failure."""
-    exhibit = json.decode(sys.stdin.buffer.read(), type=SmokeTestInput)
+    inputs = json.decode(sys.stdin.buffer.read(), type=SmokeTestInput)
     with ExitStack() as opened:
-        folder = Path(exhibit.folder)
+        folder = Path(inputs.folder)
         root = folder / "root"
         root.mkdir()
-        with step("image: a cell without a network, a store and an upstream beside it"):
+        with step("image: isolated namespaces, with a store and an upstream"):
             connect_loopback()
-            mount_rootfs(Path(exhibit.tree), root, _secrets(), *parse_user(exhibit.config.user))
+            mount_rootfs(Path(inputs.tree), root, _secrets(), *parse_user(inputs.config.user))
             store = opened.enter_context(run_valkey(port=find_free_port()))
             upstream = opened.enter_context(run_sandbox())
-        container = Container(root, exhibit.config, _settings(store.port, upstream.url))
-        with step("image: runs as its user, on a root that nobody can write to"):
-            _expect_confined(container, root, exhibit.config)
-        with step("image: loads bytecode alone"):
+        container = Container(root, inputs.config, _settings(store.port, upstream.url))
+        with step("image: runs as its user on a read-only root"):
+            _expect_confined(container, root, inputs.config)
+        with step("image: loads bytecode only"):
             _expect_bytecode(container)
-        with step("image: says in plain words what is missing"):
+        with step("image: names missing settings and modules"):
             _expect_clear_errors(container)
-        with step("image: starts, and its health check tells"):
-            expect(_run_healthcheck(container, exhibit.config) == 1, "the health check does not fail without a gateway")
+        with step("image: starts, and its health check reports that"):
+            expect(_run_healthcheck(container, inputs.config) == 1, "the health check does not fail without a gateway")
             gateway = opened.enter_context(container.start(folder / "log"))
             wait_until(lambda: _is_ready(gateway), "readiness")
-            expect(_run_healthcheck(container, exhibit.config) == 0, f"{_read_log(gateway)}the health check fails")
+            expect(_run_healthcheck(container, inputs.config) == 0, f"{_read_log(gateway)}the health check fails")
             expect(_get_status(f"{_TENANTS}/healthz") == 200, "the tenants' port has no /healthz")
         with step("image: does the main job") as figures:
-            figures.append(f"{len(JOBS)} pictures")
+            figures.append(f"{len(JOBS)} images")
             _run_main_job(container, gateway, folder / "results")
         with step("image: leaves nothing behind"):
             left = [path.name for path in (root / "tmp").iterdir()]
             expect(not left, f"left in the scratch folder: {', '.join(left)}")
-        with step("image: ends in good order when told to"), _idle_connection():
+        with step("image: stops cleanly on its signal"), _idle_connection():
             started_at = time.monotonic()
-            code = gateway.stop(signal.Signals[exhibit.config.stop_signal])
+            code = gateway.stop(signal.Signals[inputs.config.stop_signal])
             expect(code == 0, f"{_read_log(gateway)}it ended with exit code {code}")
             expect(
                 time.monotonic() - started_at < _STOP_SECONDS,
@@ -139,7 +139,7 @@ def _expect_confined(container: Container, root: Path, config: Config) -> None:
     try:
         (root / "app" / "written").touch()
     except OSError as error:
-        expect(error.errno == errno.EROFS, f"the root can't be written to, but not for being read-only: {error}")
+        expect(error.errno == errno.EROFS, f"the root can't be written to, but for another reason: {error}")
     else:
         raise CheckFailed("the root can be written to")
 
@@ -149,7 +149,7 @@ def _expect_bytecode(container: Container) -> None:
     output = container.check_output("python", "-v", "-c", _IMPORT_PROGRAM)
     loaded = re.findall(r"^# code object from '?(/app/.*?)'?$", output, re.MULTILINE)
     compiled = [path for path in loaded if path.endswith(".py")]
-    expect(loaded, "Python tells of no module that it loads")
+    expect(loaded, "Python reports no loaded module")
     expect(not compiled, f"{len(compiled)} modules are compiled at the start, such as {compiled[:1]}")
 
 
@@ -163,7 +163,7 @@ def _expect_clear_errors(container: Container) -> None:
         result, output = container.execute("gateway", *words, without_settings=True)
         plain = all(name in output for name in names) and "Traceback" not in output
         expect(
-            result == code and plain, f"{output}`gateway {words[0]}` ended with exit code {result}, not in plain words"
+            result == code and plain, f"{output}`gateway {words[0]}` ended with exit code {result} or without the names"
         )
 
 
@@ -174,7 +174,7 @@ def _run_main_job(container: Container, gateway: RunningContainer, results: Path
     container.check_output("gateway", "tenant", "set", "shop", "--account", "main", "--limit", limit)
     created = json.decode(container.check_output("gateway", "token", "create", "shop", "--json"), type=_Token)
     own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-    # The demo judges the results by looking at them, for which it needs what the image does not have.
+    # The demo checks the images with a library that the image does not have.
     demo = [
         sys.executable,
         "-m",
@@ -201,7 +201,7 @@ def _expect_clean_log(gateway: RunningContainer) -> None:
             output = json.decode(line, type=_Line)
         except MsgspecError:
             raise CheckFailed(f"{_read_log(gateway)}a line of the log is not JSON: {line}") from None
-        expect(output.level in {"debug", "info"}, f"the log complains: {line}")
+        expect(output.level in {"debug", "info"}, f"the log has a warning: {line}")
 
 
 def _run_healthcheck(container: Container, config: Config) -> int:

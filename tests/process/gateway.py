@@ -36,7 +36,7 @@ def gateway_environment(folder: Path, **settings: str) -> dict[str, str]:
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come about"
+        assert time.monotonic() < deadline, f"{what} was not reached"
         time.sleep(0.01)
 
 
@@ -143,6 +143,6 @@ def start_gateway(folder: Path, words: Sequence[str] = (), **settings: str) -> I
         try:
             process.wait(TIMEOUT_SECONDS)
         finally:
-            process.kill()  # one that does not end when it is told to fails its test, and is not left behind
+            process.kill()  # a gateway that does not stop fails its test, and must not be left running
             process.wait()
         wait_until(lambda: not any(is_alive(pid) for pid in gateway.child_pids), "the end of its children")

@@ -213,7 +213,7 @@ def test_replaced_store(tmp_path: Path, upstream: SandboxProcess) -> None:
             assert client.get(mark) == b"2"
             submits = upstream.count_requests("submit")
             client.pipeline(transaction=True).flushall().set(mark, 1).execute()
-            with suppress(httpx2.TransportError):  # a job in the background may have ended it by now
+            with suppress(httpx2.TransportError):  # a background job may have stopped it already
                 answer = gateway.run_curl_example()
                 assert (answer.status_code, answer.json()["code"]) == (503, "ledger-unavailable")
             assert gateway.process.wait(30) == 1

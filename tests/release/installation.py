@@ -66,9 +66,7 @@ class Installation:
             process.send_signal(signal.SIGTERM)
             expect(process.wait(TIMEOUT_SECONDS) == 0, f"{log.read_text()}it ended with exit code {process.returncode}")
         except subprocess.TimeoutExpired:
-            raise CheckFailed(
-                f"{log.read_text()}it still runs {TIMEOUT_SECONDS:g} s after it was told to end"
-            ) from None
+            raise CheckFailed(f"{log.read_text()}it still runs {TIMEOUT_SECONDS:g} s after SIGTERM") from None
         finally:
             process.kill()
             process.wait()
@@ -80,7 +78,7 @@ def install(wheel: Path, uv: Path, checkout: Path, folder: Path) -> Installation
     command = [str(uv), "--quiet", "--project", str(checkout)]
     run_command([*command, "export", "--locked", "--no-dev", "--no-emit-project", "--output-file", str(locked)])
     run_command([*command, "venv", str(venv)])
-    # The lock file's hashes hold for all but the wheel, which has just been made.
+    # The lock file has hashes for all packages but the new wheel.
     run_command([*command, "pip", "install", "--python", str(venv), "--no-deps", "--requirements", str(locked)])
     run_command([*command, "pip", "install", "--python", str(venv), "--no-deps", str(wheel)])
     run_command([*command, "pip", "check", "--python", str(venv)])

@@ -22,7 +22,7 @@ def expect_complete(wheel: Path, checkout: Path) -> int:
     }
     strange = sorted(map(str, {path for path in held - expected if not path.parts[0].endswith(".dist-info")}))
     missing = sorted(map(str, expected - held))
-    expect(not strange, f"the wheel holds what is no part of the package: {', '.join(strange)}")
+    expect(not strange, f"the wheel has files outside the package: {', '.join(strange)}")
     expect(not missing, f"the wheel lacks {', '.join(missing)}")
     return len(held)
 
@@ -41,4 +41,4 @@ def expect_metadata(wheel: Path, version: str, readme: str) -> None:
         expect(result[field] == expected, f"the wheel's {field} is {result[field]!r}, not {expected!r}")
     expect(result["Summary"], "the wheel has no summary")
     expect(str(result.get_payload()).strip() == readme.strip(), "the wheel's description is not the README")
-    expect("gateway" in commands, "the wheel brings no command `gateway`")
+    expect("gateway" in commands, "the wheel has no command `gateway`")

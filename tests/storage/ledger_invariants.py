@@ -121,7 +121,7 @@ class LedgerInvariants(LedgerComparison):
         days = {day: usage for (_, day), usage in self.model.usage_days.items()}
         today = days.get(now // DAY_MS, DayUsage())
         day = state.windows[Window.DAY]
-        if day.replacement_key is None:  # else the day was counted before, by a counter that is gone
+        if day.replacement_key is None:  # otherwise an earlier, deleted counter counted the day
             assert (day.tasks, day.money_fen) == (
                 sum_charges(count_charged_tasks, [today]),
                 sum_charges(sum_charged_fen, [today]),

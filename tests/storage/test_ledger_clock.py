@@ -141,7 +141,7 @@ async def test_work_goes_on_after_a_step_back(store: SeededStore) -> None:
     assert await agenda.record_attempt(claimed, DeliveryResult(state=DeliveryState.PENDING, retry_delay_ms=30_000))
     await store.advance_clock(-STEP_MS)
     assert await agenda.claim(1) == []
-    await store.advance_clock(40_000)  # of which the ledger's time makes nine tenths
+    await store.advance_clock(40_000)  # the ledger's clock advances by nine tenths of it
     (again,) = await agenda.claim(1)
     assert again.delivery.next_attempt_at == store.now - 40_000 + STEP_MS + 30_000
     assert [claim_check.task.reservation for claim_check in await store.tasks.claim_checks(9)] == ["runs"]

@@ -119,7 +119,7 @@ async def test_registry_change_is_received(store: RunningStore) -> None:
     registry = RedisRegistry(RedisScripts(connections.commands), KEYS)
     live = CachedRegistry(registry, connections.open_pubsub, KEYS.registry_channel)
     following = asyncio.create_task(live.run())
-    async with asyncio.timeout(4):  # less than the interval at which it looks by itself
+    async with asyncio.timeout(4):  # less than the interval at which it reloads anyway
         while not live.is_ready:
             await asyncio.sleep(0)
         token = Token("t1", 1, b"digest", None, created_at=0)

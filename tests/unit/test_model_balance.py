@@ -97,9 +97,7 @@ def test_probes_are_limited() -> None:
     ledger_model.close_on_refusal(state, AccountStatus.EXHAUSTED, sent_at=50, received_at=60)
     assert check_availability(state, now=60) is Availability.EXHAUSTED
     assert check_availability(state, now=60 + PROBE_INTERVAL_MS) is Availability.PROBE
-    assert (
-        check_availability(state, now=60 + PROBE_INTERVAL_MS, mode=SpendingMode.COUNT_ONLY) is Availability.EXHAUSTED
-    )
+    assert check_availability(state, now=60 + PROBE_INTERVAL_MS, mode=SpendingMode.COUNT_ONLY) is Availability.EXHAUSTED
 
 
 def test_no_probe_below_a_floor() -> None:

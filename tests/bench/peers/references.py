@@ -72,7 +72,7 @@ def fastapi_gateway(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
 def _nginx(name: str, template: str, values: Mapping[str, str], cpu: int, *, token: str) -> Iterator[Server]:
     """Run nginx as the current user, with all its files in a temporary folder."""
     port = find_free_port()
-    # The master of nginx gives its rights away unless it has none, or is told to keep them.
+    # nginx drops the privileges of root unless `user` keeps them.
     user = "user root;" if os.geteuid() == 0 else ""
     config = (_HERE / template).read_text()
     for key, value in {"PORT": str(port), "USER": user, "USER_KEY": USER_KEY, **values}.items():

@@ -89,7 +89,7 @@ def test_settings(name: str, role: str, tmp_path: Path) -> None:
     ports = {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
     expected = {"operators": settings.ops_port} | ({"tenants": settings.port} if role == "api" else {})
     assert ports == expected
-    # On every address, since others than the pod itself have to reach them.
+    # On every address, for clients outside the pod.
     assert settings.host == settings.ops_host == "0.0.0.0"
 
 

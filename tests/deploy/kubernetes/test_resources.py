@@ -174,7 +174,7 @@ def test_replicas(role: str, scales: bool) -> None:
     for scaler in scalers:
         assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
         assert scaler["spec"]["minReplicas"] <= scaler["spec"]["maxReplicas"]
-        # What the autoscaler measures is a share of what is requested.
+        # The autoscaler measures usage as a share of the request.
         assert deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]
 
 
