@@ -118,12 +118,12 @@ def test_version() -> None:
 
 
 def test_changelog_order() -> None:
-    """The changelog starts with the unreleased part, then has each version once, newest first, with its date."""
+    """The changelog has an optional unreleased part, then each version once, newest first, with its date."""
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
-    unreleased, *released = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    assert unreleased == "[Unreleased]"
-    match = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", item) for item in released]
-    versions = [tuple(map(int, item.groups())) for item in match if item]
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    released = headings[1:] if headings[0] == "[Unreleased]" else headings
+    matches = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", heading) for heading in released]
+    versions = [tuple(map(int, match.groups())) for match in matches if match]
     assert len(versions) == len(released)
     assert versions == sorted(set(versions), reverse=True)
     assert released[0].startswith(f"[{__version__}] ")
