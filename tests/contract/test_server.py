@@ -154,9 +154,9 @@ async def test_http_1_0_gets_no_chunks() -> None:
 
 async def test_a_head_of_just_the_limit_is_served_and_a_larger_one_refused() -> None:
     limits = Limits(head_bytes=1_000, head_fields=10)
-    room = limits.head_bytes - len("/") - len("Host: x\r\n") - len("Connection: close\r\n") - len("A: \r\n")
+    size_limit = limits.head_bytes - len("/") - len("Host: x\r\n") - len("Connection: close\r\n") - len("A: \r\n")
     async with serve_app(Application(), limits=limits) as url:
-        for size, status in ((room, 200), (room + 1, 431)):
+        for size, status in ((size_limit, 200), (size_limit + 1, 431)):
             head = build_request("/", "Connection: close", "A: " + "a" * size)
             assert parse_statuses(await exchange(url, head)) == [status]
             assert parse_statuses(await exchange(url, head[:-1], head[-1:])) == [status]

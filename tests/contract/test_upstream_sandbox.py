@@ -26,7 +26,7 @@ from tests.contract.client import CIPHER, USER_KEY, Caller, open_caller
 from tests.sandbox.images import draw_face, draw_logo, draw_scene, encode_image
 
 EMPTY = Account(2, "empty", CIPHER.encrypt(b"empty"))
-UNKNOWN_ACCOUNT = Account(3, "stranger", CIPHER.encrypt(b"stranger"))
+UNKNOWN_ACCOUNT = Account(3, "unknown", CIPHER.encrypt(b"unknown"))
 IMAGE, VECTOR, GRID = ArtifactName.IMAGE, ArtifactName.VECTOR, ArtifactName.GRID
 
 
@@ -93,11 +93,13 @@ async def test_refusals(caller: Caller) -> None:
 @pytest.mark.parametrize("spelling", ["Completed", "COMPLETED", "completed"])
 async def test_spellings(sandbox: RunningSandbox, caller: Caller, spelling: str) -> None:
     """States are parsed in every letter case."""
-    dials = msgspec.convert({"spelling": spelling, "faults": [{"on": "submit", "fail": "x", "times": 1}]}, Behaviour)
-    await sandbox.control.set_behaviour(dials)
+    behaviour = msgspec.convert(
+        {"spelling": spelling, "faults": [{"on": "submit", "fail": "x", "times": 1}]}, Behaviour
+    )
+    await sandbox.control.set_behaviour(behaviour)
     failed, finished = [(await caller.submit(image=LOGO)).upstream_id for _ in range(2)]
     await sandbox.control.wait_until_idle()
-    await sandbox.control.set_behaviour(msgspec.structs.replace(dials, seconds=60, faults=()))
+    await sandbox.control.set_behaviour(msgspec.structs.replace(behaviour, seconds=60, faults=()))
     still = (await caller.submit(image=LOGO)).upstream_id
     answered = [(await caller.check(item)).outcome for item in (failed, finished, still, "never-was")]
     assert answered == [CheckOutcome.FAILED, CheckOutcome.SUCCEEDED, CheckOutcome.RUNNING, CheckOutcome.NOT_FOUND]

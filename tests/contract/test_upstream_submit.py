@@ -71,7 +71,7 @@ async def reject_early(connection: Connection) -> None:
 @pytest.mark.parametrize(
     ("serve", "outcome"),
     [
-        pytest.param(reply_with(ACCEPTED_RESPONSE), ACCEPTED, id="whole"),
+        pytest.param(reply_with(ACCEPTED_RESPONSE), ACCEPTED, id="complete"),
         pytest.param(
             reply_with(*(ACCEPTED_RESPONSE[n : n + 1] for n in range(len(ACCEPTED_RESPONSE)))), ACCEPTED, id="in-pieces"
         ),

@@ -94,7 +94,7 @@ class MonitoredGateway:
 
     def call(self, tenant: str, method: str, path: str, **more: Any) -> httpx2.Response:
         """Call the tenants' port as a tenant, or with an unknown token."""
-        headers = {"Authorization": f"Bearer {self.tokens.get(tenant, 'nobody')}"} | dict(more.pop("headers", {}))
+        headers = {"Authorization": f"Bearer {self.tokens.get(tenant, 'unknown')}"} | dict(more.pop("headers", {}))
         return self.http.request(method, self.api.url + path, headers=headers, **more)
 
     def submit(

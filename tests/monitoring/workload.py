@@ -28,7 +28,7 @@ DENYING_POLICIES: Mapping[str, Mapping[str, Any]] = {
     "balance": {},
 }
 """A tenant for each reason to deny, of the same name; one task at the highest price uses up its limit."""
-RECEIVER_STATUSES = {"told": 204, "busy": 500, "gone": 410}
+RECEIVER_STATUSES = {"accepting": 204, "busy": 500, "gone": 410}
 """Tenants, with the status that their webhook receivers return."""
 CHECK_FAULTS: Mapping[str, Mapping[str, Any]] = {
     "no_response": {"reply": "page", "status": 502},
@@ -103,7 +103,7 @@ def send_refused(gateway: MonitoredGateway) -> None:
         wait_until(partial(_is_denied, gateway, name), f"a refusal by {name}")
         gateway.upstream.set_faults()
     expected = {
-        ("nobody", "GET", "/v1/quota"): 401,
+        ("unknown-token", "GET", "/v1/quota"): 401,
         ("steady", "GET", "/v1/nothing"): 404,
         ("steady", "DELETE", "/v1/quota"): 405,
         ("steady", "POST", "/v1/tasks/upscale"): 415,
@@ -198,7 +198,7 @@ def _was_attempted(gateway: MonitoredGateway, before: float) -> bool:
 
 
 def _is_denied(gateway: MonitoredGateway, tenant: str) -> bool:
-    """Submit, and return whether it was denied. At the turn of a minute the limit of minutes starts anew."""
+    """Submit, and return whether it was denied. At the turn of a minute the limit of minutes starts again."""
     return gateway.submit(tenant).status_code in {402, 429}
 
 

@@ -54,7 +54,7 @@ class LedgerActions(LedgerInvariants):
         """Write the policies of the tenant and both accounts, which are created again if they were deleted."""
         self._write_registry(
             tenants=(Tenant(TENANT, "t", ("a", "b"), tenant),),
-            accounts=(Account(2, "a", b"sealed", None, first), Account(3, "b", b"sealed", None, second)),
+            accounts=(Account(2, "a", b"encrypted", None, first), Account(3, "b", b"encrypted", None, second)),
         )
 
     def write_tenant_policy(self, policy: TenantPolicy) -> None:
@@ -206,21 +206,21 @@ class LedgerActions(LedgerInvariants):
         )
 
     def claim_balance_check(self, account: int, *, count_only: bool) -> None:
-        look = self.compare_calls(
+        check = self.compare_calls(
             self.ledger.claim_balance_check(account, count_only=count_only),
             self.model.claim_balance_check(account, count_only=count_only),
         )
-        if look:
-            self.balance_checks = [look, *self.balance_checks]
+        if check:
+            self.balance_checks = [check, *self.balance_checks]
 
-    def record_balance_check(self, look: BalanceCheck, reported: Balance | None = None) -> None:
+    def record_balance_check(self, check: BalanceCheck, reported: Balance | None = None) -> None:
         figures = (
-            self.upstream.finish_task(look.reservation, look.account, Kind.UPSCALE, succeeds=True)
+            self.upstream.finish_task(check.reservation, check.account, Kind.UPSCALE, succeeds=True)
             if reported is None
             else reported
         )
         self.compare_calls(
-            self.ledger.record_balance_check(look, figures), self.model.record_balance_check(look, figures)
+            self.ledger.record_balance_check(check, figures), self.model.record_balance_check(check, figures)
         )
 
     def run_submission(self, account: int, plan: SubmissionPlan, milliseconds: int) -> None:
@@ -235,10 +235,10 @@ class LedgerActions(LedgerInvariants):
             self.advance_clock(PROBE_INTERVAL_MS)
             self.claim_balance_check(account, count_only=True)
             self.advance_clock(milliseconds)
-            for look in [
+            for check in [
                 one for one in self.balance_checks[:1] if one.claimed_at + milliseconds == self.model.clock.now_ms
             ]:
-                self.record_balance_check(look)
+                self.record_balance_check(check)
             name = self.reserve(plan.kind, (account,), None)
         if name is None:
             return

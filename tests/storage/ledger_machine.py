@@ -60,15 +60,15 @@ class LedgerMachine(LedgerActions):
         count=counts,
         money=amounts,
         tenant=unlimited_policies,
-        wholes=plan_sequences,
+        plans=plan_sequences,
     )
     def run_first_submissions(
-        self, count: int, money: int, tenant: TenantPolicy, wholes: list[SubmissionPlan], *, late: bool, now: bool
+        self, count: int, money: int, tenant: TenantPolicy, plans: list[SubmissionPlan], *, late: bool, now: bool
     ) -> None:
         """Run submissions that do not overlap: these reveal most about an account."""
         self.set_upstream(late=late, now=now, count=count, money=money)
         self.write_policies(tenant, AccountPolicy(), AccountPolicy())
-        for plan in wholes:
+        for plan in plans:
             self.run_submission(ACCOUNTS[0], plan, 1)
 
     @rule(tenant=tenant_policies, first=account_policies, second=account_policies, gone=deleted_names)
@@ -122,20 +122,20 @@ class LedgerMachine(LedgerActions):
 
     @rule(
         account=accounts,
-        wholes=plan_sequences,
+        plans=plan_sequences,
         after=short_delays,
         quiet=finish_choices,
         policy=st.none() | money_limited_policies,
     )
     def run_submissions(
-        self, account: int, wholes: list[SubmissionPlan], after: int, quiet: bool | None, policy: TenantPolicy | None
+        self, account: int, plans: list[SubmissionPlan], after: int, quiet: bool | None, policy: TenantPolicy | None
     ) -> None:
         """Run submissions on one account without overlap, after finishing all others if `quiet` says so."""
         if quiet is not None:
             self.finish_all(succeeds=quiet)
         if policy:
             self.write_tenant_policy(policy)
-        for plan in wholes:
+        for plan in plans:
             self.run_submission(account, plan, after)
 
     @rule(number=numbers, order=account_orders, closes=close_statuses, repeats=st.booleans())
@@ -153,7 +153,7 @@ class LedgerMachine(LedgerActions):
     @rule(
         number=numbers,
         outcome=likely_outcomes,
-        told=reported_balances,
+        reported=reported_balances,
         closes=close_statuses,
         after=answer_delays,
         charged=st.booleans(),
@@ -181,7 +181,7 @@ class LedgerMachine(LedgerActions):
     @rule(
         number=numbers,
         outcome=outcomes,
-        told=reported_balances,
+        reported=reported_balances,
         closes=close_statuses,
         idempotency=idempotencies,
         lost=mostly_false,
@@ -207,7 +207,7 @@ class LedgerMachine(LedgerActions):
         self.settle(name, outcome, reported, closes, idempotency)
         self.reserve_again(name, Kind.UPSCALE)
 
-    @rule(most=st.integers(0, 3), number=numbers, answered=answers, told=reported_balances, after=answer_delays)
+    @rule(most=st.integers(0, 3), number=numbers, answered=answers, reported=reported_balances, after=answer_delays)
     def claim_and_record_check(
         self, most: int, number: int, answered: CheckOutcome, reported: Balance | None, after: int
     ) -> None:
@@ -228,7 +228,7 @@ class LedgerMachine(LedgerActions):
         count_only=st.booleans(),
         waits=st.booleans(),
         number=numbers,
-        told=reported_balances,
+        reported=reported_balances,
         after=answer_delays,
     )
     def check_balance(

@@ -26,7 +26,7 @@ START_MS = 2_524_607_999_000
 RETENTION = Retention()
 TENANT, FIRST, SECOND = 1, 2, 3
 TENANTS = (Tenant(TENANT, "t", ("a", "b")),)
-ACCOUNTS = (Account(FIRST, "a", b"sealed"), Account(SECOND, "b", b"sealed"))
+ACCOUNTS = (Account(FIRST, "a", b"encrypted"), Account(SECOND, "b", b"encrypted"))
 
 
 @dataclass

@@ -88,7 +88,7 @@ async def open_store(url: str) -> AsyncIterator[StoreFixture]:
             version=0,
             next_id=3,
             tenants=(Tenant(1, "shop", ("main",), TenantPolicy()),),
-            accounts=(Account(2, "main", b"sealed"),),
+            accounts=(Account(2, "main", b"encrypted"),),
         )
         await RedisRegistry(scripts, KEYS).write(change)
         ledger, tasks = RedisLedger(scripts, KEYS, spans), RedisTaskStore(scripts, KEYS, spans)

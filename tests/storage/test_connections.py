@@ -348,12 +348,12 @@ async def test_failover() -> None:
         run_valkey("--replicaof", "127.0.0.1", str(old.port), port=find_free_port()) as new,
         run_sentinel(old.port) as watching,
     ):
-        replica, watcher = RunningStore("", new), RunningStore("", watching)
-        watcher.execute("SENTINEL", "DEBUG", "info-period", "50", "ping-period", "50")
-        watcher.execute("SENTINEL", "SET", "main", "down-after-milliseconds", "200")
+        replica, sentinel = RunningStore("", new), RunningStore("", watching)
+        sentinel.execute("SENTINEL", "DEBUG", "info-period", "50", "ping-period", "50")
+        sentinel.execute("SENTINEL", "SET", "main", "down-after-milliseconds", "200")
         while pause_unless(replica.execute("INFO", "replication")["master_link_status"] == "up"):
             pass
-        while pause_unless(watcher.execute("INFO", "sentinel")["master0"]["slaves"] == 1):
+        while pause_unless(sentinel.execute("INFO", "sentinel")["master0"]["slaves"] == 1):
             pass
         async with open_connections(f"redis+sentinel://127.0.0.1:{watching.port}/main") as connections:
             await connections.commands.set("k", "before")

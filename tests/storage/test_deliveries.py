@@ -81,7 +81,7 @@ async def test_process_killed(store: DeliveryStore) -> None:
     (second,) = await store.queue.claim(64)
     assert second.delivery == first.delivery
     failure = DeliveryResult(state=DeliveryState.FAILED)
-    assert not await store.queue.record_attempt(first, failure), "the claim was somebody else's by then"
+    assert not await store.queue.record_attempt(first, failure), "the claim had passed to another process"
     assert await store.queue.record_attempt(first, DeliveryResult(state=DeliveryState.DELIVERED)), (
         "but what is there is there"
     )

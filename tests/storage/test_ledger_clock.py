@@ -132,17 +132,17 @@ async def test_settled_after_its_day_and_before_a_step_back(store: SeededStore) 
 
 async def test_work_goes_on_after_a_step_back(store: SeededStore) -> None:
     """Checks, leases, retries and windows continue after the clock steps back by 20 minutes."""
-    agenda = RedisDeliveryQueue(store.scripts, store.keys)
-    await store.accept("told", webhook="http://shop.test/")
+    queue = RedisDeliveryQueue(store.scripts, store.keys)
+    await store.accept("delivered", webhook="http://shop.test/")
     await store.record_check(SUCCEEDED_CHECK)
     await store.accept("runs")
     await store.reserve("dies")
-    (claimed,) = await agenda.claim(1)
-    assert await agenda.record_attempt(claimed, DeliveryResult(state=DeliveryState.PENDING, retry_delay_ms=30_000))
+    (claimed,) = await queue.claim(1)
+    assert await queue.record_attempt(claimed, DeliveryResult(state=DeliveryState.PENDING, retry_delay_ms=30_000))
     await store.advance_clock(-STEP_MS)
-    assert await agenda.claim(1) == []
+    assert await queue.claim(1) == []
     await store.advance_clock(40_000)  # the ledger's clock advances by nine tenths of it
-    (again,) = await agenda.claim(1)
+    (again,) = await queue.claim(1)
     assert again.delivery.next_attempt_at == store.now - 40_000 + STEP_MS + 30_000
     assert [claim_check.task.reservation for claim_check in await store.tasks.claim_checks(9)] == ["runs"]
     await store.advance_clock(RETENTION.lease_ms)

@@ -50,13 +50,13 @@ async def subscriber_ids(client: Redis) -> set[str]:
 @asynccontextmanager
 async def open_cache(url: str, client: Redis | None = None) -> AsyncIterator[TaskCache]:
     """Open the task cache of another process, subscribed to the task events."""
-    board, connections = TaskCache(DurationEstimator(2.5)), connect(url, timeout=5)
-    following = asyncio.create_task(TaskEventSubscriber(connections.open_pubsub, KEYS.task_events_channel, board).run())
+    cache, connections = TaskCache(DurationEstimator(2.5)), connect(url, timeout=5)
+    following = asyncio.create_task(TaskEventSubscriber(connections.open_pubsub, KEYS.task_events_channel, cache).run())
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             while client and not await count_subscribers(client):
                 await asyncio.sleep(0)
-        yield board
+        yield cache
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
@@ -65,14 +65,14 @@ async def open_cache(url: str, client: Redis | None = None) -> AsyncIterator[Tas
 
 async def test_wakes_subscribers(own_server: Valkey, task_store: StoreFixture) -> None:
     """A change wakes subscribers in another process, with the recorded task."""
-    async with open_cache(own_server.url, task_store.client) as board:
-        with board.subscribe("r1") as watcher:
+    async with open_cache(own_server.url, task_store.client) as cache:
+        with cache.subscribe("r1") as subscription:
             recorded = await task_store.check_due_task(CheckOutcome.RUNNING)
-            first = await watcher.wait_for_change(1, TIMEOUT_SECONDS)
+            first = await subscription.wait_for_change(1, TIMEOUT_SECONDS)
             assert first
             assert first.task == recorded
             await task_store.check_due_task(CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED)
-            last = await watcher.wait_for_change(first.task.version, TIMEOUT_SECONDS)
+            last = await subscription.wait_for_change(first.task.version, TIMEOUT_SECONDS)
         assert last
         assert (last.task.version, last.task.state) == (3, State.SUCCEEDED)
         assert abs(last.known_at - await task_store.now()) < TIMEOUT_SECONDS * 1000
@@ -95,8 +95,8 @@ async def test_only_visible_changes(task_store: StoreFixture) -> None:
 
 async def test_lost_connection(own_server: Valkey, task_store: StoreFixture) -> None:
     """A lost connection is replaced, and events are received again."""
-    async with open_cache(own_server.url, task_store.client) as board:
-        with board.subscribe("r1") as watcher:
+    async with open_cache(own_server.url, task_store.client) as cache:
+        with cache.subscribe("r1") as subscription:
             (lost,) = await subscriber_ids(task_store.client)
             await task_store.client.client_kill_filter(_id=lost)
             async with asyncio.timeout(TIMEOUT_SECONDS):
@@ -105,19 +105,19 @@ async def test_lost_connection(own_server: Valkey, task_store: StoreFixture) -> 
                 ):
                     await asyncio.sleep(0)
             await task_store.check_due_task(CheckOutcome.SUCCEEDED)
-            event = await watcher.wait_for_change(1, TIMEOUT_SECONDS)
+            event = await subscription.wait_for_change(1, TIMEOUT_SECONDS)
     assert event
     assert event.task.state is State.SUCCEEDED
 
 
 async def test_invalid_message(own_server: Valkey, task_store: StoreFixture) -> None:
     """A message of another gateway version is skipped, and the next one is received."""
-    async with open_cache(own_server.url, task_store.client) as board:
-        with board.subscribe("r1") as watcher:
+    async with open_cache(own_server.url, task_store.client) as cache:
+        with cache.subscribe("r1") as subscription:
             for odd in (b"", b"\xc1", b"\x93\xa2r1\x01\x80"):
                 await task_store.client.publish(KEYS.task_events_channel, odd)
             await task_store.check_due_task(CheckOutcome.SUCCEEDED)
-            assert await watcher.wait_for_change(1, TIMEOUT_SECONDS)
+            assert await subscription.wait_for_change(1, TIMEOUT_SECONDS)
 
 
 async def test_store_starts_later(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,12 +125,12 @@ async def test_store_starts_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "RECONNECT_SECONDS", 0.01)
     port = find_free_port()
     url = f"redis://127.0.0.1:{port}"
-    async with open_cache(url) as board:
-        with board.subscribe("r1") as watcher, run_valkey(port=port) as late:
+    async with open_cache(url) as cache:
+        with cache.subscribe("r1") as subscription, run_valkey(port=port) as late:
             async with open_store(late.url) as other:
                 await other.accept_tasks("r1")
                 async with asyncio.timeout(TIMEOUT_SECONDS):
                     while not await count_subscribers(other.client):
                         await asyncio.sleep(0)
                 await other.check_due_task(CheckOutcome.SUCCEEDED)
-                assert await watcher.wait_for_change(1, TIMEOUT_SECONDS)
+                assert await subscription.wait_for_change(1, TIMEOUT_SECONDS)

@@ -23,7 +23,7 @@ from tests.support.stores import RunningStore, run_cluster, run_on_socket, run_s
 KEYS = Keys("gw")
 RETENTION = Retention(check_interval_ms=0)
 TENANT = Tenant(1, "shop", ("main",), TenantPolicy(limits=(Limit(Window.DAY, tasks=2),)))
-ACCOUNT = Account(2, "main", b"sealed")
+ACCOUNT = Account(2, "main", b"encrypted")
 
 
 @pytest.fixture(

@@ -25,11 +25,11 @@ answers = st.tuples(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(told=st.lists(answers, min_size=3, max_size=10))
-@example(told=[(INVALID, 50_000)] * 6)
-@example(told=[(NOT_FOUND, 50_000), (INVALID, 50_000)] * 3)
+@given(reported=st.lists(answers, min_size=3, max_size=10))
+@example(reported=[(INVALID, 50_000)] * 6)
+@example(reported=[(NOT_FOUND, 50_000), (INVALID, 50_000)] * 3)
 @example(
-    told=[
+    reported=[
         (NOT_FOUND, 50_000),
         (NOT_FOUND, 50_000),
         (NO_RESPONSE, 1),
@@ -38,8 +38,8 @@ answers = st.tuples(
         (NOT_FOUND, 50_000),
     ]
 )
-@example(told=[(INVALID, 50_000)] * 4 + [(NO_RESPONSE, 50_000), (RUNNING, 1)] + [(INVALID, 50_000)] * 2)
-@example(told=[(INVALID, 50_000)] * 4 + [(NO_RESPONSE, 50_000)] * 2 + [(INVALID, 50_000)] * 2)
+@example(reported=[(INVALID, 50_000)] * 4 + [(NO_RESPONSE, 50_000), (RUNNING, 1)] + [(INVALID, 50_000)] * 2)
+@example(reported=[(INVALID, 50_000)] * 4 + [(NO_RESPONSE, 50_000)] * 2 + [(INVALID, 50_000)] * 2)
 def test_give_up(valkey: Valkey, reported: list[tuple[CheckOutcome, int]]) -> None:
     """For any sequence of answers, a task ends at the same check with the same error on both sides."""
     machine = LedgerMachine(valkey.url)
