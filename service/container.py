@@ -346,9 +346,13 @@ async def open_container(
     metrics = Metrics(CollectorRegistry(), max_named_tenants=settings.metrics_tenants)
     metrics.preregister_scripts([READ_COMMAND, *SCRIPT_NAMES])
     user_keys = RecordingCipher(Keyring(settings.secret_keys).derive(USER_KEY_PURPOSE), register_secret)
-    spans = Retention(
+    retention = Retention(
         lease_ms=settings.lease_seconds * 1000,
         check_interval_ms=int(settings.poll_seconds * 1000),
+        claim_lease_ms=30_000,
+        watched_ms=30_000,
+        lost_after_ms=1_800_000,
+        unusable_after_ms=DAY_MS,
         keep_finished_ms=settings.task_retention_days * DAY_MS,
     )
     async with AsyncExitStack() as opened:
@@ -397,8 +401,8 @@ async def open_container(
 
         opened.push_async_callback(drain)
         ports = Adapters(
-            ledger=RedisLedger(scripts, keys, spans),
-            task_store=RedisTaskStore(scripts, keys, spans),
+            ledger=RedisLedger(scripts, keys, retention),
+            task_store=RedisTaskStore(scripts, keys, retention),
             task_cache=board,
             registry_store=store,
             registry=registry,

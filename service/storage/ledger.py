@@ -57,20 +57,20 @@ KEEP_USAGE_MS = 400 * DAY_MS
 """For how long the usage of a day is kept, in milliseconds: 13 months at the least."""
 
 
-class Retention(Struct, frozen=True):
-    """How long things last, in milliseconds: a lease, the time between checks, and how long things are kept.
+class Retention(Struct, frozen=True, kw_only=True):
+    """How long things last and are kept.
 
-    A running task is given up once answers that do not know it add up to `lost_after`, or all that can't be used,
-    these included, to `unusable_after`.
+    A running task fails once responses that do not know it add up to `lost_after_ms`, or all unusable ones, these
+    included, to `unusable_after_ms`.
     """
 
-    lease_ms: int = 180_000
-    check_interval_ms: int = 2_500
-    claim_lease_ms: int = 30_000
-    watched_ms: int = 30_000
-    lost_after_ms: int = 1_800_000
-    unusable_after_ms: int = DAY_MS
-    keep_finished_ms: int = 30 * DAY_MS
+    lease_ms: int
+    check_interval_ms: int
+    claim_lease_ms: int
+    watched_ms: int
+    lost_after_ms: int
+    unusable_after_ms: int
+    keep_finished_ms: int
 
     @property
     def keep_ms(self) -> int:

@@ -16,7 +16,7 @@ from service.domain.ledger import Balance, Grant, ReservationState
 from service.domain.tasks import Artifact, ArtifactName, Kind, TaskIdCodec, TaskReference, UpscaleOptions
 from service.domain.tenants import Account, AccountPolicy, Limit, Tenant, TenantPolicy, Window
 from service.storage.connections import connect
-from service.storage.ledger import DAY_MS, RedisLedger, Retention
+from service.storage.ledger import DAY_MS, RedisLedger
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
@@ -31,6 +31,7 @@ from service.usecases.ports import (
     Settlement,
     TaskStore,
 )
+from tests.support.retention import make_retention
 from tests.support.valkey import run_valkey
 
 T = TypeVar("T")
@@ -144,8 +145,8 @@ class BusyTenant:
 
 @asynccontextmanager
 async def open_busy_tenant() -> AsyncIterator[BusyTenant]:
-    """Open a tenant on an empty server; its tasks are due for a check at once."""
-    spans, keys = Retention(check_interval_ms=0, claim_lease_ms=DAY_MS), Keys("bench")
+    """A house on an empty server, whose tasks are due for a check at once."""
+    spans, keys = make_retention(check_interval_ms=0, claim_lease_ms=DAY_MS), Keys("bench")
     with run_valkey() as store:
         connections = connect(store.url, timeout=60)
         scripts = RedisScripts(connections.commands)

@@ -16,12 +16,12 @@ from httpx2 import AsyncClient
 
 from service.domain.tasks import Task
 from service.storage.connections import connect
-from service.storage.ledger import Retention
 from service.storage.redis import Keys, RedisScripts
 from service.storage.tasks import RedisTaskStore
 from tests.bench.upstream import run_upstream
 from tests.process.gateway import GatewayProcess, run_gateway
 from tests.support.images import make_png
+from tests.support.retention import make_retention
 from tests.support.valkey import run_valkey
 
 KEYS = Keys("bench")
@@ -108,6 +108,6 @@ async def run_bench_gateway(
         gateway = stack.enter_context(run_gateway(folder, **base_settings, **settings))
         connections = connect(store.url, timeout=60)
         stack.push_async_callback(connections.aclose)
-        tasks = RedisTaskStore(RedisScripts(connections.commands), KEYS, Retention())
+        tasks = RedisTaskStore(RedisScripts(connections.commands), KEYS, make_retention())
         http = await stack.enter_async_context(AsyncClient(timeout=60, trust_env=False))
         yield BenchGateway(gateway, address, connections.commands, tasks, http)

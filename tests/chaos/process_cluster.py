@@ -20,7 +20,7 @@ from redis import Redis
 
 from service.domain.ledger import TenantState
 from service.storage.connections import connect
-from service.storage.ledger import RedisLedger, Retention
+from service.storage.ledger import RedisLedger
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.usecases.ports import TenantSnapshot
@@ -29,6 +29,7 @@ from tests.model.ledger_model import roll_windows
 from tests.process.gateway import TIMEOUT_SECONDS, GatewayProcess, start_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, advance_clock, run_sandbox
 from tests.support.images import make_png
+from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time
 from tests.support.valkey import Valkey, run_valkey
 
@@ -85,7 +86,7 @@ class ProcessCluster:
         scripts = RedisScripts(connections.commands)
         try:
             registry = await RedisRegistry(scripts, keys).load()
-            return await RedisLedger(scripts, keys, Retention()).tenant_snapshot(registry.tenants[tenant].id)
+            return await RedisLedger(scripts, keys, make_retention()).tenant_snapshot(registry.tenants[tenant].id)
         finally:
             await connections.aclose()
 

@@ -14,6 +14,7 @@ from service.usecases.ports import Delivery
 from service.usecases.task_cache import DurationEstimator, TaskCache
 from tests.fakes.clock import FakeClock, Stopwatch
 from tests.model import ledger_model
+from tests.support.retention import make_retention
 
 
 @dataclass
@@ -21,7 +22,7 @@ class InMemoryStore:
     """What Redis would store; calls raise LedgerUnavailable while `is_unavailable`."""
 
     clock: FakeClock = field(default_factory=FakeClock)
-    retention: Retention = field(default_factory=Retention)
+    retention: Retention = field(default_factory=make_retention)
     is_unavailable: bool = False
     tenant_policies: dict[int, TenantPolicy] = field(default_factory=dict)
     account_policies: dict[int, AccountPolicy] = field(default_factory=dict)

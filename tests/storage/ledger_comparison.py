@@ -12,12 +12,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import AccountState, LedgerClock, Reservation, TenantState
 from service.storage.connections import connect
-from service.storage.ledger import RedisLedger, Retention
+from service.storage.ledger import RedisLedger
 from service.storage.redis import Keys, RedisScripts, parse_withscores
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
 from tests.fakes import FakeClock, FakeLedger, FakeRegistry
 from tests.storage.ledger_views import is_reserved, normalize_day, normalize_reservation, normalize_task, roll_state
+from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ class LedgerComparison(RuleBasedStateMachine):
         super().__init__()
         install_server_time()
         self.loop = uvloop.new_event_loop()
-        self.retention = Retention(lost_after_ms=90_000, unusable_after_ms=200_000)
+        self.retention = make_retention(lost_after_ms=90_000, unusable_after_ms=200_000)
         self.model = FakeLedger(clock=FakeClock(START_MS), retention=self.retention)
         self.model_registry = FakeRegistry(self.model)
         self.latest_ms = START_MS

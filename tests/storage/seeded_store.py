@@ -13,17 +13,18 @@ from service.domain.ledger import Balance, Grant, Idempotency, ReservationState
 from service.domain.tasks import Kind
 from service.domain.tenants import Account, Tenant
 from service.storage.connections import connect
-from service.storage.ledger import RedisLedger, Retention
+from service.storage.ledger import RedisLedger
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
 from service.usecases.ports import CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
+from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
 from tests.support.valkey import Valkey
 
 START_MS = 2_524_607_999_000
-"""The server's clock at the start: one second before 2050."""
-RETENTION = Retention()
+"""The server's time at first: a second before the year 2050."""
+RETENTION = make_retention()
 TENANT, FIRST, SECOND = 1, 2, 3
 TENANTS = (Tenant(TENANT, "t", ("a", "b")),)
 ACCOUNTS = (Account(FIRST, "a", b"encrypted"), Account(SECOND, "b", b"encrypted"))

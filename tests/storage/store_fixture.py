@@ -18,6 +18,7 @@ from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
 from service.usecases.ports import CheckOutcome, CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
+from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, read_ledger_time, set_server_time
 
 KEYS = Keys("gw")
@@ -79,7 +80,7 @@ class StoreFixture:
 async def open_store(url: str) -> AsyncIterator[StoreFixture]:
     """Open an emptied store with the tenant and the account."""
     install_server_time()
-    connections, spans = connect(url, timeout=5), Retention()
+    connections, spans = connect(url, timeout=5), make_retention()
     scripts: Any = RedisScripts(connections.commands)
     client: Any = connections.commands
     try:

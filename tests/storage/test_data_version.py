@@ -11,10 +11,11 @@ import pytest
 
 from service.domain.tenants import Tenant
 from service.storage.connections import connect
-from service.storage.ledger import RedisLedger, Retention
+from service.storage.ledger import RedisLedger
 from service.storage.redis import DATA_VERSION, DataVersionError, DataVersionGuard, Keys, RedisScripts
 from service.storage.registry import CachedRegistry, RedisRegistry
 from service.usecases.ports import RegistryChange
+from tests.support.retention import make_retention
 from tests.support.stores import RunningStore, run_cluster, run_single
 
 KEYS = Keys("versioned")
@@ -46,7 +47,7 @@ class Gateway:
             version_guard=DataVersionGuard(KEYS, self.errors.append, version=version),
         )
         self.registry = RedisRegistry(self.scripts, KEYS)
-        self.ledger = RedisLedger(self.scripts, KEYS, Retention())
+        self.ledger = RedisLedger(self.scripts, KEYS, make_retention())
 
     async def __aenter__(self) -> Self:
         return self
@@ -187,6 +188,6 @@ async def test_check_costs_no_command(store: RunningStore) -> None:
         return {name: statistics[f"cmdstat_{name}"]["calls"] for name in ("evalsha", "get", "hget")}
 
     async with Gateway(store) as gateway:
-        unguarded = await commands(RedisLedger(RedisScripts(gateway.connections.commands), KEYS, Retention()))
+        unguarded = await commands(RedisLedger(RedisScripts(gateway.connections.commands), KEYS, make_retention()))
         guarded = await commands(gateway.ledger)
     assert guarded == unguarded | {"get": unguarded["get"] + 1}

@@ -17,7 +17,7 @@ from service.domain.tenants import Limit, Tenant, TenantPolicy, Window
 from service.domain.webhooks import DeliveryState
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue
-from service.storage.ledger import RedisLedger, Retention
+from service.storage.ledger import RedisLedger
 from service.storage.redis import Keys, RedisScripts, parse_server_time
 from service.storage.registry import RedisRegistry
 from service.usecases.ports import (
@@ -29,6 +29,7 @@ from service.usecases.ports import (
     TenantSnapshot,
 )
 from tests.storage.seeded_store import FIRST, RETENTION, SECOND, TENANT, TENANTS, SeededStore
+from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
 from tests.support.valkey import Valkey
 
@@ -59,7 +60,7 @@ async def read_refusal(url: str, *times: int) -> tuple[PolicyDenial, TenantSnaps
     for now in times or (None,):
         if now is not None:
             await set_server_time(client, KEYS, now)
-        verdict, snapshot = await RedisLedger(scripts, KEYS, Retention()).reserve(
+        verdict, snapshot = await RedisLedger(scripts, KEYS, make_retention()).reserve(
             ReserveRequest("r", 1, (), Kind.UPSCALE)
         )
     ended = await client.time()

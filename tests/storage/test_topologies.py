@@ -13,15 +13,16 @@ from service.domain.ledger import Balance, Grant, NoAccount, PolicyDenial, Reser
 from service.domain.tasks import Artifact, ArtifactName, Kind, State
 from service.domain.tenants import Account, Limit, Tenant, TenantPolicy, Token, Window
 from service.storage.connections import connect
-from service.storage.ledger import RedisLedger, Retention
+from service.storage.ledger import RedisLedger
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import CachedRegistry, RedisRegistry
 from service.storage.tasks import RedisTaskStore
 from service.usecases.ports import CheckOutcome, CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
+from tests.support.retention import make_retention
 from tests.support.stores import RunningStore, run_cluster, run_on_socket, run_single, run_with_sentinel
 
 KEYS = Keys("gw")
-RETENTION = Retention(check_interval_ms=0)
+RETENTION = make_retention(check_interval_ms=0)
 TENANT = Tenant(1, "shop", ("main",), TenantPolicy(limits=(Limit(Window.DAY, tasks=2),)))
 ACCOUNT = Account(2, "main", b"encrypted")
 
