@@ -35,37 +35,25 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from service.storage.redis import Keys, find_version_error, read_data_version
 
 _SCHEME_PATTERN = re.compile(r"redis(?P<tls>s)?(\+(?P<kind>sentinel|cluster))?|unix")
-
-
 _HOST_PATTERN = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?")
-
-
 _TLS_FILE_OPTIONS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
-
-
 _CERT_REQ_VALUES = frozenset({"none", "optional", "required"})
-
-
 _DEFAULT_SENTINEL_PORT = 26379
-
-
 _DEFAULT_PORT = 6379
 
 
 class InvalidRedisUrl(ValueError):
-    """The URL can't be used; the message says what it must be, and never repeats it."""
+    """The URL can't be used. The message describes what it must be, without repeating it."""
 
 
 class Topology(StrEnum):
-    """What answers behind the address."""
-
     SINGLE = "single"
     SENTINEL = "sentinel"
     CLUSTER = "cluster"
 
 
 class Credentials(Struct, frozen=True):
-    """Who connects; None leaves it to the server's default user, or to no password."""
+    """Name and password; None for the server's default user, and for no password."""
 
     username: str | None = None
     password: str | None = None
@@ -75,7 +63,7 @@ class Credentials(Struct, frozen=True):
 
 
 class RedisAddress(Struct, frozen=True, kw_only=True):
-    """A store: its hosts, or the path of a socket; `tls` and `sentinel_tls` are None without TLS, else its options."""
+    """The address of a store: its hosts, or the path of a socket. Options of TLS are None without TLS."""
 
     topology: Topology
     hosts: tuple[tuple[str, int], ...] = ()
@@ -89,7 +77,17 @@ class RedisAddress(Struct, frozen=True, kw_only=True):
 
 
 def parse_redis_url(url: str) -> RedisAddress:
-    """Read a Redis URL. Raises InvalidRedisUrl."""
+    """Parse the URL of a store. Raises InvalidRedisUrl.
+
+    redis://[user:password@]host[:port][/db]                      one server
+    unix:///path/to/socket[?db=N]                                 one server on this machine
+    redis+sentinel://[user:password@]host[:port],.../service[/db] the primary that Sentinel names
+    redis+cluster://[user:password@]host[:port],...               a Cluster, found through any of its nodes
+
+    With `rediss` instead of `redis` it is TLS, with `ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`, `ssl_cert_reqs` and
+    `ssl_check_hostname` in the query. Sentinels have accounts of their own, `sentinel_username` and
+    `sentinel_password`; with `sentinel_ssl=true` they use TLS with the same options.
+    """
     try:
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
@@ -132,12 +130,12 @@ def parse_redis_url(url: str) -> RedisAddress:
 
 
 def redact_url(url: str) -> str:
-    """A URL that `parse_url` takes, for people to read: its secrets are left out."""
+    """Return a URL that `parse_redis_url` takes, without its secrets."""
     parts = urlsplit(url)
     userinfo, _, hosts = parts.netloc.rpartition("@")
     query = [f"{name}={'***' if 'password' in name else value}" for name, value in parse_qsl(parts.query)]
-    place = f"***@{hosts}" if userinfo else hosts
-    return f"{parts.scheme}://{place}{parts.path}{'?' if query else ''}{'&'.join(query)}"
+    authority = f"***@{hosts}" if userinfo else hosts
+    return f"{parts.scheme}://{authority}{parts.path}{'?' if query else ''}{'&'.join(query)}"
 
 
 def _parse_credentials(userinfo: str) -> Credentials:
@@ -146,10 +144,10 @@ def _parse_credentials(userinfo: str) -> Credentials:
 
 
 def _parse_hosts(text: str, topology: Topology) -> tuple[tuple[str, int], ...]:
-    found = [_HOST_PATTERN.fullmatch(each) for each in text.split(",")]
+    matches = [_HOST_PATTERN.fullmatch(entry) for entry in text.split(",")]
     default = _DEFAULT_SENTINEL_PORT if topology is Topology.SENTINEL else _DEFAULT_PORT
-    hosts = tuple((each["host"].strip("[]"), int(each["port"] or default)) for each in found if each)
-    if len(hosts) < len(found) or any(not 0 < port < 1 << 16 for _, port in hosts):
+    hosts = tuple((match["host"].strip("[]"), int(match["port"] or default)) for match in matches if match)
+    if len(hosts) < len(matches) or any(not 0 < port < 1 << 16 for _, port in hosts):
         raise InvalidRedisUrl("must name its hosts as host or host:port")
     if topology is Topology.SINGLE and len(hosts) > 1:
         raise InvalidRedisUrl("must name one host; several need redis+sentinel:// or redis+cluster://")
@@ -157,7 +155,7 @@ def _parse_hosts(text: str, topology: Topology) -> tuple[tuple[str, int], ...]:
 
 
 def _parse_path(parts: SplitResult, topology: Topology) -> tuple[str, str]:
-    """The service and the database that the path names."""
+    """Return the service and the database."""
     first, _, rest = parts.path.removeprefix("/").partition("/")
     if topology is Topology.SENTINEL:
         if not first:
@@ -169,7 +167,6 @@ def _parse_path(parts: SplitResult, topology: Topology) -> tuple[str, str]:
 
 
 def _pop_tls_options(query: dict[str, str]) -> Mapping[str, str | bool]:
-    """Take the options of TLS out of the query."""
     options: dict[str, str | bool] = {name: query.pop(name) for name in sorted(_TLS_FILE_OPTIONS & query.keys())}
     if "ssl_cert_reqs" in query:
         options["ssl_cert_reqs"] = query.pop("ssl_cert_reqs")
@@ -181,7 +178,6 @@ def _pop_tls_options(query: dict[str, str]) -> Mapping[str, str | bool]:
 
 
 def _pop_bool(query: dict[str, str], name: str) -> bool | None:
-    """Take a boolean out of the query; None if it is not there."""
     value = query.pop(name, None)
     if value not in {None, "true", "false"}:
         raise InvalidRedisUrl(f"must have true or false as {name}")
@@ -194,31 +190,21 @@ UNAVAILABLE_ERRORS: tuple[type[Exception], ...] = (
     ReadOnlyError,
     ClusterDownError,
 )
-"""What a client raises while the store can't be reached or can't be written to."""
-
-
+"""Raised by a client while the store can't be reached or can't be written to."""
 POOL_SIZE = 64
-
-
 POOL_WAIT_SECONDS = 1.0
-"""Seconds that a command waits for a connection when all are in use, before it raises one of AWAY."""
-
-
+"""How long a command waits for a connection when all are in use, before it raises one of UNAVAILABLE_ERRORS."""
 _PUBSUB_PING_SECONDS = 15
-
-
 _CLUSTER_OWN_CONNECTIONS = 4
-"""Connections that a Cluster's client needs for itself, to learn which node holds what."""
-
-
+"""Connections that a Cluster's client needs for itself, to discover the nodes."""
 _IO_METHODS = ("connect", "connect_check_health", "send_packed_command", "read_response", "can_read", "disconnect")
 
 
 def _with_translated_errors(kind: type[AbstractConnection]) -> type[AbstractConnection]:
-    """A class of connections that raises a RedisError whatever the event loop raises.
+    """Return a class of connections that raises a RedisError whatever the event loop raises.
 
     A connection that was reset raises RuntimeError on uvloop (MagicStack/uvloop#506), and EOFError or others elsewhere.
-    Commands are packed before they come here, so that no fault of the gateway's own is taken for one of the network.
+    Commands were packed before, so that no error of the gateway's own is taken for one of the network.
     """
 
     def translated(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -236,68 +222,62 @@ def _with_translated_errors(kind: type[AbstractConnection]) -> type[AbstractConn
 
 
 _PLAIN, _TLS, _UNIX = (
-    _with_translated_errors(each) for each in (Connection, SSLConnection, UnixDomainSocketConnection)
+    _with_translated_errors(kind) for kind in (Connection, SSLConnection, UnixDomainSocketConnection)
 )
-
-
 _SENTINEL_PLAIN, _SENTINEL_TLS = (
-    _with_translated_errors(each) for each in (SentinelManagedConnection, SentinelManagedSSLConnection)
+    _with_translated_errors(kind) for kind in (SentinelManagedConnection, SentinelManagedSSLConnection)
 )
 
 
 class Connections(ABC):
-    """The open clients of one store, for their owner to close.
+    """The open clients of one store; the owner closes them.
 
-    `commands` is for scripts and reads. It sends each command at most once: one that was not answered may have been
-    carried out, and only the caller knows whether sending it again is harmless. Answers are bytes.
+    `commands` sends each command at most once: one without an answer may have been carried out, and only the caller
+    knows whether sending it again is harmless. redis-py by default sends it up to eleven times. Answers are bytes.
     """
 
     commands: Redis | RedisCluster
 
     @abstractmethod
     async def open_pubsub(self) -> PubSub:
-        """A new subscription, for the caller to close; it waits for messages as long as it takes.
+        """Open a subscription, which the caller closes. It waits for messages without a time limit.
 
-        A connection that breaks raises one of AWAY instead of being mended silently: messages were missed, and only
-        the caller can look at what they would have told. Then ask for another subscription.
+        A broken connection raises one of UNAVAILABLE_ERRORS instead of reconnecting silently: messages were missed,
+        and only the caller can read what they were about. It then opens another subscription.
         """
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Close all connections, those of subscriptions too."""
+        """Close all connections, including those of subscriptions."""
 
 
 def connect(url: str, *, timeout: float) -> Connections:
-    """Clients for the store at a URL; they connect when they are first used.
+    """Create clients for the store at a URL, which connect when they are first used.
 
-    `timeout`, in seconds, bounds connecting, and the answer to each command. Raises InvalidRedisUrl.
+    `timeout` (seconds) bounds connecting and the answer to each command. Raises InvalidRedisUrl.
     """
     address = parse_redis_url(url)
-    return (
-        _ClusterConnections(address, timeout)
-        if address.topology is Topology.CLUSTER
-        else _PrimaryConnections(address, timeout)
-    )
+    kind = _ClusterConnections if address.topology is Topology.CLUSTER else _PrimaryConnections
+    return kind(address, timeout)
 
 
 class _PrimaryConnections(Connections):
-    """One server, named by its address or by Sentinel."""
+    """Clients of one server, found by its address or by Sentinel."""
 
     def __init__(self, address: RedisAddress, timeout: float) -> None:
         self._sentinel: Sentinel | None = None
         if address.topology is Topology.SENTINEL:
             self._sentinel = _create_sentinel(address, timeout)
-        commands = self._server_options(address) | _connection_options(
-            address.credentials, address.tls_options, timeout
-        )
+        server = self._server_options(address)
+        commands = server | _connection_options(address.credentials, address.tls_options, timeout)
         commands |= {"socket_timeout": timeout, "max_connections": POOL_SIZE, "timeout": POOL_WAIT_SECONDS}
-        listening = self._server_options(address) | _pubsub_connection_options(address, timeout)
+        pubsub = server | _pubsub_connection_options(address, timeout)
         if self._sentinel:
             self.commands = Redis.from_pool(_BlockingSentinelPool(address.sentinel_service, self._sentinel, **commands))
-            self._pubsub_client = Redis.from_pool(_SentinelPool(address.sentinel_service, self._sentinel, **listening))
+            self._pubsub_client = Redis.from_pool(_SentinelPool(address.sentinel_service, self._sentinel, **pubsub))
         else:
             self.commands = Redis.from_pool(BlockingConnectionPool(**commands))
-            self._pubsub_client = Redis.from_pool(ConnectionPool(**listening))
+            self._pubsub_client = Redis.from_pool(ConnectionPool(**pubsub))
 
     async def open_pubsub(self) -> PubSub:
         return self._pubsub_client.pubsub()
@@ -310,21 +290,19 @@ class _PrimaryConnections(Connections):
 
     @staticmethod
     def _server_options(address: RedisAddress) -> dict[str, Any]:
-        """What the pool needs to know of the server's whereabouts."""
-        place: dict[str, Any] = {"db": address.database}
+        database: dict[str, Any] = {"db": address.database}
         if address.topology is Topology.SENTINEL:
-            return place | {"connection_class": _SENTINEL_PLAIN if address.tls_options is None else _SENTINEL_TLS}
+            return database | {"connection_class": _SENTINEL_PLAIN if address.tls_options is None else _SENTINEL_TLS}
         if address.path:
-            return place | {"path": address.path, "connection_class": _UNIX}
+            return database | {"path": address.path, "connection_class": _UNIX}
         host, port = address.hosts[0]
-        return place | {"host": host, "port": port, "connection_class": _PLAIN if address.tls_options is None else _TLS}
+        connection_class = _PLAIN if address.tls_options is None else _TLS
+        return database | {"host": host, "port": port, "connection_class": connection_class}
 
 
 def _create_sentinel(address: RedisAddress, timeout: float) -> Sentinel:
-    """Clients of the Sentinels."""
-    options = _connection_options(address.sentinel_credentials, address.sentinel_tls_options, timeout) | {
-        "socket_timeout": timeout
-    }
+    options = _connection_options(address.sentinel_credentials, address.sentinel_tls_options, timeout)
+    options["socket_timeout"] = timeout
     options["connection_class"] = _PLAIN if address.sentinel_tls_options is None else _TLS
     sentinel = Sentinel(())  # type: ignore[no-untyped-call] # redis-py's own
     sentinel.sentinels = [
@@ -345,7 +323,7 @@ class _BlockingSentinelPool(_SentinelPool, BlockingConnectionPool):
 
 
 class _ClusterConnections(Connections):
-    """A Cluster. A published message arrives on all of its nodes, so that one of them is enough to listen to."""
+    """Clients of a Cluster. A published message arrives on all nodes, so that one subscription is enough."""
 
     commands: _BoundedCluster
 
@@ -375,32 +353,32 @@ class _ClusterConnections(Connections):
             await node.aclose()
 
 
-_holds_slot: ContextVar[bool] = ContextVar("placed", default=False)
+_holds_slot: ContextVar[bool] = ContextVar("holds_slot", default=False)
 
 
 class _BoundedCluster(RedisCluster):
-    """A Cluster's client that waits for a connection when all are in use, where redis-py's own refuses at once."""
+    """A Cluster's client that waits for a connection when all are in use; redis-py's own refuses at once."""
 
     def __init__(self, *, startup_nodes: list[ClusterNode], ssl: bool, socket_timeout: float, **options: Any) -> None:
         super().__init__(startup_nodes=startup_nodes, ssl=ssl, socket_timeout=socket_timeout, **options)
-        secured: Any = _TLS if ssl else _PLAIN
-        self.connection_kwargs["connection_class"] = secured  # of the nodes that are found
+        connection_class: Any = _TLS if ssl else _PLAIN
+        self.connection_kwargs["connection_class"] = connection_class  # of the nodes that are discovered
         for node in self.startup_nodes:
-            node.connection_class = secured
+            node.connection_class = connection_class
         self._timeout = socket_timeout
         self._slots = asyncio.Semaphore(POOL_SIZE)
         self._initialization: asyncio.Task[RedisCluster] | None = None
 
     async def initialize(self, *args: Any, **kwargs: Any) -> RedisCluster:
-        """Find the nodes, if that is due: in one attempt that all commands share, each for as long as its timeout.
+        """Discover the nodes if that is due, in one attempt that all commands share within their own timeouts.
 
-        Else each would make an attempt of its own, one after the other, while a Cluster is away.
+        Otherwise each command would make its own attempt, one after the other, while a Cluster is away.
         """
         if not self._initialize:
             return self
         if self._initialization is None or self._initialization.done():
             self._initialization = asyncio.create_task(super().initialize(*args, **kwargs))
-            self._initialization.add_done_callback(lambda found: found.cancelled() or found.exception())
+            self._initialization.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             async with asyncio.timeout(2 * self._timeout):  # to connect, and to be answered
                 return await asyncio.shield(self._initialization)
@@ -408,7 +386,7 @@ class _BoundedCluster(RedisCluster):
             raise RedisTimeoutError("The nodes of the Cluster were not found in time.") from None
         except RedisError:
             raise
-        except Exception as error:  # it takes nothing of the gateway's that could be wrong
+        except Exception as error:  # no input of the gateway can cause it
             raise ClusterDownError(str(error)) from error
 
     async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
@@ -421,8 +399,8 @@ class _BoundedCluster(RedisCluster):
 
     @asynccontextmanager
     async def acquire_slot(self) -> AsyncIterator[None]:
-        """A connection to use within the block, where what redis-py raises of a Cluster becomes a RedisError."""
-        if _holds_slot.get():  # a command of a pipeline that another node has to answer
+        """Hold a connection within the block; redis-py's exceptions of a Cluster become RedisErrors."""
+        if _holds_slot.get():  # a command of a pipeline that was redirected to another node
             yield
             return
         try:
@@ -430,28 +408,25 @@ class _BoundedCluster(RedisCluster):
                 await self._slots.acquire()
         except TimeoutError:
             raise RedisConnectionError("No connection available.") from None
-        within = _holds_slot.set(True)
+        token = _holds_slot.set(True)
         try:
             await self._renew_closed_connections()
             yield
         except RedisClusterException as error:
             raise ClusterDownError(str(error)) from error
         finally:
-            _holds_slot.reset(within)
+            _holds_slot.reset(token)
             self._slots.release()
 
     async def _renew_closed_connections(self) -> None:
-        """Have idle connections renewed that the other side has closed.
-
-        The pools of other clients look before they lend one. Here a command would be sent into it, and fail.
-        """
+        """Renew idle connections that the server has closed, which redis-py's other pools check before use."""
         for node in self.get_nodes():
             for connection in tuple(node._free):  # noqa: SLF001 - redis-py does not offer its idle connections
                 if connection.is_connected and await connection.can_read():
                     connection.mark_for_reconnect()  # type: ignore[no-untyped-call] # redis-py's own
 
     async def aclose(self) -> None:
-        """Close the connections to all nodes, which redis-py leaves open if it was about to look for the nodes anew."""
+        """Close the connections to all nodes, which redis-py leaves open if a new discovery was due."""
         if self._initialization:
             self._initialization.cancel()
             await asyncio.wait([self._initialization])
@@ -461,7 +436,7 @@ class _BoundedCluster(RedisCluster):
 
 
 class _BoundedPipeline(ClusterPipeline):
-    """Commands that are sent together, and wait for a connection as one."""
+    """A pipeline that waits for a connection once."""
 
     cluster_client: _BoundedCluster
 
@@ -473,7 +448,7 @@ class _BoundedPipeline(ClusterPipeline):
 def _connection_options(
     credentials: Credentials, tls: Mapping[str, str | bool] | None, timeout: float
 ) -> dict[str, Any]:
-    """What all connections have in common.
+    """Return the options of every connection.
 
     RESP2, since with RESP3 redis-py begins each connection with a handshake that only its own vendor's server answers.
     """
@@ -488,19 +463,19 @@ def _connection_options(
 
 
 def _pubsub_connection_options(address: RedisAddress, timeout: float) -> dict[str, Any]:
-    """What connections have that wait for messages; a ping now and then tells whether somebody is still there."""
+    """Return the options of subscriptions, which use pings instead of a timeout."""
     options = _connection_options(address.credentials, address.tls_options, timeout)
     return options | {"socket_timeout": None, "health_check_interval": _PUBSUB_PING_SECONDS}
 
 
 _MIN_REDIS_VERSION = (6, 2)
-"""`ZRANGE` with `BYSCORE`, and scripts that may look at the clock before they write."""
+"""Has `ZRANGE` with `BYSCORE`, and scripts that read the clock before they write."""
 
 
 class ServerCheck(Struct, frozen=True):
-    """What came of it: `server` is its name and version, if it said so; for its `faults` it can't be used.
+    """The result of a check. With `errors` the store can't be used; with `warnings` it may lose acknowledged data.
 
-    For its `doubts` it can, but could lose what it acknowledged: in this ledger that is money.
+    `server` is its name and version, empty if it did not report them.
     """
 
     server: str = ""
@@ -509,55 +484,50 @@ class ServerCheck(Struct, frozen=True):
 
 
 async def check_server(url: str, prefix: str, *, timeout: float) -> ServerCheck:  # noqa: ASYNC109 - for each connection too
-    """Examine a store and the data under a prefix within `timeout` seconds, and change nothing.
-
-    Raises InvalidRedisUrl.
-    """
+    """Check a store and the data under a prefix within `timeout` seconds, without writing. Raises InvalidRedisUrl."""
     connections = connect(url, timeout=timeout)
     try:
         async with asyncio.timeout(timeout):
-            told = await _read_server_info(connections)
-            other = find_version_error(await read_data_version(connections.commands, Keys(prefix)))
+            infos = await _read_server_info(connections)
+            version_error = find_version_error(await read_data_version(connections.commands, Keys(prefix)))
     except TimeoutError:
         return ServerCheck(errors=[f"did not answer within {timeout:g} s"])
     except RedisError as error:
         return ServerCheck(errors=[_describe_error(error)])
     finally:
         await connections.aclose()
-    faults = [fault for each in told for fault in _find_errors(each)]
-    return ServerCheck(
-        _server_name(told[0]),
-        list(dict.fromkeys(faults or ([f"can't be used: {other.reason}"] if other else []))),
-        list(dict.fromkeys(doubt for each in told for doubt in _find_warnings(each))),
-    )
+    errors = [error for info in infos for error in _find_errors(info)]
+    if version_error and not errors:
+        errors = [f"can't be used: {version_error.reason}"]
+    warnings = [warning for info in infos for warning in _find_warnings(info)]
+    return ServerCheck(_server_name(infos[0]), list(dict.fromkeys(errors)), list(dict.fromkeys(warnings)))
 
 
 def describe_os_error(error: OSError) -> str:
-    """Why there is no connection, in the words that people know."""
+    """Return why a connection failed, in the operating system's words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
-    # Asyncio and OpenSSL put words of their own in the place of the system's, and OpenSSL numbers too.
-    known = type(error) is not ssl.SSLError and not isinstance(error, socket.gaierror) and error.errno
-    return os.strerror(known) if known else error.strerror or str(error)
+    # Asyncio and OpenSSL replace the system's words by their own, and OpenSSL its numbers too.
+    number = type(error) is not ssl.SSLError and not isinstance(error, socket.gaierror) and error.errno
+    return os.strerror(number) if number else error.strerror or str(error)
 
 
 def _describe_error(error: Exception) -> str:
-    """What a client raised, or the error of the system that it hides in its own."""
     if isinstance(error, MasterNotFoundError):
         return "can't be reached: no Sentinel names a primary of the service"
-    below: BaseException | None = error
-    while below is not None and not isinstance(below, OSError):
-        below = below.__cause__ or below.__context__
-    if isinstance(below, OSError):
-        return f"can't be reached: {describe_os_error(below)}"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OSError):
+        return f"can't be reached: {describe_os_error(cause)}"
     return f"can't be used: {str(error).rstrip('.') or type(error).__name__}"
 
 
 async def _read_server_info(connections: Connections) -> Sequence[Mapping[str, Any]]:
-    """What each server that holds data says of itself."""
+    """Return the INFO of each primary."""
     if isinstance(connections.commands, RedisCluster):
-        found = await connections.commands.execute_command("INFO", "everything", target_nodes=RedisCluster.PRIMARIES)
-        return [found] if "redis_version" in found else list(found.values())
+        infos = await connections.commands.execute_command("INFO", "everything", target_nodes=RedisCluster.PRIMARIES)
+        return [infos] if "redis_version" in infos else list(infos.values())
     return [await connections.commands.info("everything")]
 
 

@@ -16,18 +16,10 @@ from service.usecases.ports import ClaimedDelivery, Delivery, DeliveryResult
 
 LEASE_MS = 60_000
 """How long a claimed delivery is its process's, in milliseconds: longer than any attempt takes."""
-
-
 MAX_CONCURRENT = 4
 """How many deliveries to one receiver are under way at once; one, for `FAILING` milliseconds after one has failed."""
-
-
 FAILING_MS = 600_000
-
-
 KEEP_MS = 30 * DAY_MS
-
-
 KEEP_DELIVERED_MS = 3 * DAY_MS
 
 

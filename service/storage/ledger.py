@@ -44,15 +44,9 @@ from service.storage.redis import (
 from service.usecases.ports import BalanceCheck, ReserveRequest, Settlement, TenantSnapshot
 
 DAY_MS = 86_400_000
-
-
 KEEP_IDEMPOTENCY_KEY_MS = DAY_MS
 """For how long an idempotency key is remembered, in milliseconds."""
-
-
 _BATCH_SIZE = 100
-
-
 KEEP_USAGE_MS = 400 * DAY_MS
 """For how long the usage of a day is kept, in milliseconds: 13 months at the least."""
 

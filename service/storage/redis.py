@@ -24,134 +24,137 @@ from service.domain.tenants import Window
 from service.telemetry.metrics import RedisErrorKind, RedisOutcome
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 
+_log = structlog.get_logger(__name__)
 Client = Redis | RedisCluster
+DATA_VERSION = 2
+"""Rises with every change after which an older gateway could misread the data, or this one the older data."""
+LATE_CHARGE_MS = 600_000
+"""A submission may still be charged this long after its outcome became unknown."""
+MAX_CHECK_INTERVAL_MS = 30_000
+MAX_CHECK_BACKOFF_MS = 60_000
+AGE_PER_CHECK_INTERVAL = 20
+"""The older a task is, the less often it is checked: an interval is this part of its age."""
+RETRY_AFTER_SECONDS = 2.0
+QUIET_SECONDS = 5.0
+"""An outage has ended when Redis responds and nothing has failed for this long."""
+READ_COMMAND = "read"
+"""The metrics label of plain commands, beside the names of the scripts."""
+_DAY_MS = 86_400_000
+_CONSTANTS: Mapping[str, int | Sequence[str]] = {
+    "WINDOWS": tuple(Window),
+    "MINUTE_MS": 60_000,
+    "HOUR_MS": 3_600_000,
+    "DAY_MS": _DAY_MS,
+    "CLOCK_OFFSET_UNITS": OFFSET_UNITS_PER_MS,
+    "PROBE_INTERVAL_MS": PROBE_INTERVAL_MS,
+    "MAX_FAILED_BALANCE_CHECKS": MAX_FAILED_BALANCE_CHECKS,
+    "EXCLUSIVE_RETRY_MS": EXCLUSIVE_RETRY_MS,
+    "LATE_CHARGE_MS": LATE_CHARGE_MS,
+    "MAX_CHECK_INTERVAL_MS": MAX_CHECK_INTERVAL_MS,
+    "MAX_CHECK_BACKOFF_MS": MAX_CHECK_BACKOFF_MS,
+    "AGE_PER_CHECK_INTERVAL": AGE_PER_CHECK_INTERVAL,
+    "KEEP_DELETED_MS": 60 * _DAY_MS,  # longer than any task of a deleted tenant or account runs
+}
+"""The constants of the scripts: those that a script uses are put before its text."""
+_LUA_FOLDER = resources.files("service.storage") / "lua"
+_USES = re.compile(r"^-- USES: (.+)$", re.MULTILINE)
+_VERSION_ERROR_PREFIX = "DATAVERSION "
+_ERROR_KINDS: Sequence[tuple[tuple[type[Exception], ...], RedisErrorKind]] = (
+    ((RedisTimeoutError,), RedisErrorKind.TIMEOUT),
+    ((ReadOnlyError,), RedisErrorKind.READONLY),
+    ((ClusterDownError,), RedisErrorKind.CLUSTER),
+    ((RedisConnectionError,), RedisErrorKind.CONNECTION),
+    ((ResponseError,), RedisErrorKind.RESPONSE),
+)
+SCRIPT_NAMES = tuple(
+    sorted(file.name.removesuffix(".lua") for file in _LUA_FOLDER.iterdir() if file.name.endswith(".lua"))
+)
+OnCall = Callable[[str, RedisOutcome, float], None]
+"""Receives the script (or READ_COMMAND), the outcome and the duration (seconds) of each call."""
+OnError = Callable[[RedisErrorKind], None]
 
 
 class Keys:
-    """Builds keys under one prefix."""
+    """Builds keys under one prefix, so that several gateways can share a Redis.
+
+    All begin with the prefix in braces, the hash tag of a Cluster: a script may only touch keys of one node. A method
+    that takes an id returns the prefix of its keys for an empty one.
+    """
 
     def __init__(self, prefix: str) -> None:
         self._root = f"{{{prefix}}}:"
-
-    @property
-    def data_version(self) -> str:
-        """The version of all that is kept under the other keys."""
-        return self._root + "version"
-
-    @property
-    def clock(self) -> str:
-        """The ledger's time as a script last saw it, so that a failover can't step it back."""
-        return self._root + "clock"
-
-    @property
-    def clock_offset(self) -> str:
-        """By how much it was ahead of the server's time then, in tenths of a millisecond; only there while it is."""
-        return self._root + "clock:offset"
+        self.data_version = self._root + "version"
+        self.clock = self._root + "clock"
+        """The ledger's time when a script last read it, so that a failover can't step it back."""
+        self.clock_offset = self._root + "clock:offset"
+        """How far the ledger's time is ahead of the server's (tenths of a millisecond); missing if it is not."""
+        self.registry = self._root + "registry"
+        self.registry_channel = self._root + "registry:changed"
+        self.leases = self._root + "leases"
+        """The reservations without an outcome, by the end of their lease."""
+        self.poll_due = self._root + "poll:due"
+        """The running tasks by the time of their next check."""
+        self.poll_claimed = self._root + "poll:claimed"
+        """The running tasks that a process is checking, by the end of its claim."""
+        self.task_events_channel = self._root + "tasks:changed"
+        self.webhook_queues = self._root + "webhook:queues"
+        """The queues of deliveries by the time when their next delivery can be claimed."""
+        self.failed_deliveries = self._root + "webhook:failed"
+        """The failed deliveries by the time of their failure."""
 
     @property
     def server_time_command(self) -> tuple[str, ...]:
-        """The command that reads the server's time."""
         return ("TIME",)
 
     @property
     def clock_commands(self) -> tuple[tuple[str, ...], ...]:
-        """The commands that read the ledger's time and the server's."""
+        """The commands whose answers `parse_ledger_time` takes."""
         return ("GET", self.clock), ("GET", self.clock_offset), self.server_time_command
 
-    @property
-    def registry(self) -> str:
-        """Accounts, tenants and tokens, in one hash with their version."""
-        return self._root + "registry"
-
-    @property
-    def registry_channel(self) -> str:
-        """Where a change of the registry is announced."""
-        return self._root + "registry:changed"
-
-    @property
-    def leases(self) -> str:
-        """The open reservations by the end of their lease."""
-        return self._root + "leases"
-
-    @property
-    def poll_due(self) -> str:
-        """The running tasks by the time of their next check."""
-        return self._root + "poll:due"
-
-    @property
-    def poll_claimed(self) -> str:
-        """The running tasks that a process checks just now, by the time when another one may."""
-        return self._root + "poll:claimed"
-
-    @property
-    def task_events_channel(self) -> str:
-        """Where the changes of tasks are announced."""
-        return self._root + "tasks:changed"
-
     def poll_watched(self, reservation: str) -> str:
-        """Says that somebody looked at a task lately. Without an id, how all of these keys begin."""
+        """The mark of a task that a caller has read lately."""
         return f"{self._root}poll:watched:{reservation}"
 
-    @property
-    def webhook_queues(self) -> str:
-        """The receivers that something is to be delivered to, by the time when it is their turn."""
-        return self._root + "webhook:queues"
-
-    @property
-    def failed_deliveries(self) -> str:
-        """The deliveries that were given up, by the time of that."""
-        return self._root + "webhook:failed"
-
     def delivery(self, reservation: str) -> str:
-        """How the end of a task is told to its tenant. Without an id, how all of these keys begin."""
         return f"{self._root}webhook:delivery:{reservation}"
 
     def deliveries_due(self, queue: str) -> str:
-        """What waits to be delivered to a receiver, by when. Without one, how all of these keys begin."""
+        """The deliveries of a queue by the time when they are due."""
         return f"{self._root}webhook:due:{queue}"
 
     def deliveries_claimed(self, queue: str) -> str:
-        """What is delivered to a receiver just now, by the time when another process may. Without one, as above."""
+        """The deliveries of a queue that a process is sending, by the end of its claim."""
         return f"{self._root}webhook:claimed:{queue}"
 
     def webhook_failing(self, queue: str) -> str:
-        """Says that a receiver failed lately. Without one, how all of these keys begin."""
+        """The mark of a queue whose receiver failed lately."""
         return f"{self._root}webhook:failing:{queue}"
 
     def tenant(self, tenant: int) -> str:
-        """A tenant's limits and counters. Ids are never reused, so neither are counters."""
+        """The policy and counters of a tenant. Ids are never reused, so neither are counters."""
         return f"{self._root}tenant:{tenant}"
 
     def account(self, account: int) -> str:
-        """An account's floors, prices and figures."""
+        """The policy and state of an account."""
         return f"{self._root}account:{account}"
 
     def reservation(self, reservation: str) -> str:
-        """One submission's reservation and outcome. Without an id, how all of these keys begin."""
         return f"{self._root}reservation:{reservation}"
 
     def idempotency(self, tenant: int, key: str) -> str:
-        """What was first submitted under an idempotency key of a tenant. Without a key, how all of these begin."""
+        """The submission that first used an idempotency key."""
         return f"{self._root}idempotency:{tenant}:{key}"
 
     def usage(self, tenant: int, day: int | str) -> str:
-        """What a tenant used on a day, counted from the epoch. With an empty day, how all of these keys begin."""
+        """The usage of a tenant on a day, counted from the epoch."""
         return f"{self._root}usage:{tenant}:{day}"
 
     def task(self, reservation: str) -> str:
-        """The task a submission became, by the id of its reservation: there is at most one.
-
-        Without an id, how all of these keys begin.
-        """
         return f"{self._root}task:{reservation}"
 
     def tenant_tasks(self, tenant: int) -> str:
-        """A tenant's tasks by the time of their creation."""
+        """The tasks of a tenant by the time of their creation."""
         return f"{self._root}tasks:{tenant}"
-
-
-DATA_VERSION = 2
-"""Rises with every change after which an older gateway could misread the data, or this one the older data."""
 
 
 class DataVersionError(LedgerUnavailable):
@@ -200,24 +203,23 @@ class DataVersionGuard:
 
     @property
     def is_mismatched(self) -> bool:
-        """Whether the store is not to be used any more."""
         return self._error is not None
 
     async def check(self, client: Client) -> None:
-        """Compare the version, and mark a store without one; needed until `is_checked`. Raises DataVersionError."""
+        """Compare the version, and mark an empty store; needed until `is_checked`. Raises DataVersionError."""
         if self._error:
             raise self._error
         stored = await read_data_version(client, self.keys)
         if stored is None:
-            # Of several processes that start on an empty store the first one decides. Where nothing can be written, the
-            # data can be read all the same, and the first script marks it.
+            # The first of several processes that start on an empty store decides. Data can be read even if nothing
+            # can be written: the first script marks it then.
             with suppress(RedisError):
                 await client.set(self.keys.data_version, self.version, nx=True)
             stored = await client.execute_command("GET", self.keys.data_version)
         self.compare(stored)
 
     def compare(self, stored: bytes | None) -> None:
-        """Take in the version as it was just read. Raises DataVersionError, from now on with every `check`."""
+        """Compare the version that was just read. Raises DataVersionError, then and with every later `check`."""
         error = find_version_error(stored, self.version)
         if error:
             self.is_checked = False
@@ -228,82 +230,8 @@ class DataVersionGuard:
         self.is_checked = stored is not None
 
 
-_log = structlog.get_logger(__name__)
-
-
-RETRY_AFTER_SECONDS = 2.0
-
-
-_LUA_FOLDER = resources.files("service.storage") / "lua"
-
-
-SCRIPT_NAMES = tuple(
-    sorted(each.name.removesuffix(".lua") for each in _LUA_FOLDER.iterdir() if each.name.endswith(".lua"))
-)
-"""All scripts, by the names of their files."""
-
-
-_ERROR_KINDS: Sequence[tuple[tuple[type[Exception], ...], RedisErrorKind]] = (
-    ((RedisTimeoutError,), RedisErrorKind.TIMEOUT),
-    ((ReadOnlyError,), RedisErrorKind.READONLY),
-    ((ClusterDownError,), RedisErrorKind.CLUSTER),
-    ((RedisConnectionError,), RedisErrorKind.CONNECTION),
-    ((ResponseError,), RedisErrorKind.RESPONSE),
-)
-
-
-_VERSION_ERROR_PREFIX = "DATAVERSION "
-
-
-_USES = re.compile(r"^-- USES: (.+)$", re.MULTILINE)
-LATE_CHARGE_MS = 600_000
-"""How long after its outcome became unknown a submission may still be charged."""
-MAX_CHECK_INTERVAL_MS = 30_000
-"""The longest time between two checks of a task that is not watched."""
-MAX_CHECK_BACKOFF_MS = 60_000
-"""The longest time between two checks after checks that failed."""
-AGE_PER_CHECK_INTERVAL = 20
-"""A task that is not watched is checked again after this part of its age."""
-_DAY_MS = 86_400_000
-_CONSTANTS: Mapping[str, int | Sequence[str]] = {
-    "WINDOWS": tuple(Window),
-    "MINUTE_MS": 60_000,
-    "HOUR_MS": 3_600_000,
-    "DAY_MS": _DAY_MS,
-    "CLOCK_OFFSET_UNITS": OFFSET_UNITS_PER_MS,
-    "PROBE_INTERVAL_MS": PROBE_INTERVAL_MS,
-    "MAX_FAILED_BALANCE_CHECKS": MAX_FAILED_BALANCE_CHECKS,
-    "EXCLUSIVE_RETRY_MS": EXCLUSIVE_RETRY_MS,
-    "LATE_CHARGE_MS": LATE_CHARGE_MS,
-    "MAX_CHECK_INTERVAL_MS": MAX_CHECK_INTERVAL_MS,
-    "MAX_CHECK_BACKOFF_MS": MAX_CHECK_BACKOFF_MS,
-    "AGE_PER_CHECK_INTERVAL": AGE_PER_CHECK_INTERVAL,
-    "KEEP_DELETED_MS": 60 * _DAY_MS,  # longer than any task of a deleted tenant or account runs
-}
-"""What the scripts may use by these names; each is written before a script that does."""
-
-
-READ_COMMAND = "read"
-"""What plain commands are called where calls are counted."""
-
-
-OnCall = Callable[[str, RedisOutcome, float], None]
-"""Is told of every call: its script (or READ), its outcome, and the seconds it took."""
-
-
-OnError = Callable[[RedisErrorKind], None]
-"""Is told of every error of Redis."""
-
-
-QUIET_SECONDS = 5.0
-"""An outage has ended when Redis answers and nothing has failed for so long."""
-
-
 class OutageLogger:
-    """Logs one line when Redis goes away and one when it is back, whatever fails meanwhile in this process.
-
-    It passes on to `observe` and `failed` what it is called with.
-    """
+    """Logs one line when Redis becomes unavailable and one when it is back; forwards calls and errors."""
 
     def __init__(self, on_call: OnCall, on_error: OnError) -> None:
         self._on_call = on_call
@@ -313,7 +241,6 @@ class OutageLogger:
         self._failure_count = 0
 
     def on_call(self, call: str, outcome: RedisOutcome, seconds: float) -> None:
-        """Take in a call."""
         self._on_call(call, outcome, seconds)
         if outcome is RedisOutcome.UNAVAILABLE:
             self._failure_count += 1
@@ -322,9 +249,8 @@ class OutageLogger:
             self._mark_available()
 
     def on_error(self, error: RedisErrorKind) -> None:
-        """Take in an error of a call or of a subscription."""
         self._on_error(error)
-        if error is not RedisErrorKind.RESPONSE:  # which may be a fault of a script
+        if error is not RedisErrorKind.RESPONSE:  # which may be an error in a script
             self._mark_unavailable(error)
 
     def _mark_unavailable(self, error: RedisErrorKind) -> None:
@@ -335,19 +261,16 @@ class OutageLogger:
 
     def _mark_available(self) -> None:
         if self._started_at is not None and time.monotonic() - self._last_failure_at >= QUIET_SECONDS:
-            _log.info(
-                "redis.available",
-                seconds=round(self._last_failure_at - self._started_at, 3),
-                failed_calls=self._failure_count,
-            )
+            duration = round(self._last_failure_at - self._started_at, 3)
+            _log.info("redis.available", seconds=duration, failed_calls=self._failure_count)
             self._started_at, self._failure_count = None, 0
 
 
 class RedisScripts:
-    """Calls the scripts over a client that never retries: an unanswered call may have moved money.
+    """Calls the scripts over a client that never retries: a call without an answer may have moved money.
 
-    Where `version` is given, nothing is read or written before the store was found to hold data of that version, and
-    no script writes to any other.
+    With a `version_guard` nothing is read or written before the data version was compared, and no script writes to data
+    of another version.
     """
 
     def __init__(
@@ -367,12 +290,14 @@ class RedisScripts:
         self._sources: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
 
-    async def call(self, name: str, keys: Sequence[str], arguments: Mapping[str, Any], *more: bytes | str) -> list[Any]:
-        """Run the script `name`; `more` are arguments that MessagePack in Lua can't hold.
+    async def call(
+        self, name: str, keys: Sequence[str], arguments: Mapping[str, Any], *extra: bytes | str
+    ) -> list[Any]:
+        """Run a script; `extra` are arguments that MessagePack in Lua can't hold.
 
-        Raises LedgerUnavailable if Redis did not answer: it may have run or not.
+        Raises LedgerUnavailable if Redis did not answer: the script may have run or not.
         """
-        values = (msgspec.msgpack.encode(arguments), *more)
+        values = (msgspec.msgpack.encode(arguments), *extra)
         if self._version_guard:
             guarded = self._version_guard.keys
             keys = (*keys, guarded.registry, guarded.data_version)
@@ -388,7 +313,7 @@ class RedisScripts:
                 return await self._run(name, keys, values)
 
     async def read(self, *commands: tuple[Any, ...]) -> list[Any]:
-        """The answers to some plain commands, in one round trip. Raises LedgerUnavailable if Redis does not answer."""
+        """Run plain commands in one round trip. Raises LedgerUnavailable."""
         pipeline = self._client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
@@ -398,7 +323,7 @@ class RedisScripts:
             return await pipeline.execute()
 
     def compare_version(self, stored: bytes | None) -> None:
-        """Take in the data version, as one of the commands of a `read` returned it. Raises DataVersionError."""
+        """Compare the data version that a `read` returned. Raises DataVersionError."""
         if self._version_guard:
             self._version_guard.compare(stored)
 
@@ -408,8 +333,7 @@ class RedisScripts:
 
     @contextmanager
     def _observe_call(self, call: str) -> Iterator[None]:
-        """Tell of a call, and turn the errors of Redis into LedgerUnavailable."""
-        outcome, begun = RedisOutcome.ERROR, time.perf_counter()
+        outcome, started_at = RedisOutcome.ERROR, time.perf_counter()
         try:
             yield
             outcome = RedisOutcome.OK
@@ -417,7 +341,7 @@ class RedisScripts:
             if self._on_error:
                 self._on_error(classify_error(error))
             if isinstance(error, DataError) or (type(error) is ResponseError and str(error).startswith("user_script")):
-                raise  # a fault of ours, not Redis being away
+                raise  # an error of the gateway's own: Redis is not away
             if type(error) is ResponseError and str(error).startswith(_VERSION_ERROR_PREFIX):
                 self.compare_version(str(error).removeprefix(_VERSION_ERROR_PREFIX).encode())
             outcome = RedisOutcome.UNAVAILABLE
@@ -427,7 +351,7 @@ class RedisScripts:
             raise
         finally:
             if self._on_call:
-                self._on_call(call, outcome, time.perf_counter() - begun)
+                self._on_call(call, outcome, time.perf_counter() - started_at)
 
     async def _run(self, name: str, keys: Sequence[str], values: Sequence[bytes | str]) -> list[Any]:
         result = await self._client.evalsha(self._hashes[name], len(keys), *keys, *values)
@@ -440,27 +364,19 @@ class RedisScripts:
 
 
 def _assemble(name: str, *, has_version: bool) -> str:
-    """Return the text of a script, after the constants and the shared parts that it uses.
-
-    First of all comes the check of the version, if there is one.
-    """
+    """Return a script after what it uses: constants, the check of the data version, shared parts."""
     parts: dict[str, str] = {}
     if has_version:
         _add_part("version", parts)
     script = (_LUA_FOLDER / f"{name}.lua").read_text(encoding="utf-8")
     _add_parts_of(script, parts)
     text = "\n".join([*parts.values(), script])
-    return "".join(_constants_of(text)) + text
-
-
-def _constants_of(text: str) -> Iterator[str]:
-    for name, value in _CONSTANTS.items():
-        if re.search(rf"\b{name}\b", text):
-            yield f"local {name} = {_literal(value)}\n"
-
-
-def _literal(value: int | Sequence[str]) -> str:
-    return str(value) if isinstance(value, int) else "{" + ", ".join(f"'{each}'" for each in value) + "}"
+    constants = [
+        f"local {constant} = {_to_lua(value)}\n"
+        for constant, value in _CONSTANTS.items()
+        if re.search(rf"\b{constant}\b", text)
+    ]
+    return "".join(constants) + text
 
 
 def _add_part(name: str, parts: dict[str, str]) -> None:
@@ -471,49 +387,49 @@ def _add_part(name: str, parts: dict[str, str]) -> None:
 
 
 def _add_parts_of(text: str, parts: dict[str, str]) -> None:
-    """Add the shared parts that a text names as used, each after those that it uses itself."""
     uses = _USES.search(text)
     for name in uses[1].split(", ") if uses else ():
         _add_part(name, parts)
 
 
+def _to_lua(value: int | Sequence[str]) -> str:
+    return str(value) if isinstance(value, int) else "{" + ", ".join(f"'{item}'" for item in value) + "}"
+
+
 def classify_error(error: RedisError) -> RedisErrorKind:
-    """Which of the errors this is that are counted apart."""
-    for kinds, sort in _ERROR_KINDS:
-        if isinstance(error, kinds):
-            return sort
+    for classes, kind in _ERROR_KINDS:
+        if isinstance(error, classes):
+            return kind
     return RedisErrorKind.OTHER
 
 
 def drop_none(**values: Any) -> dict[str, Any]:
-    """Arguments of a script, in which what is not known is not there."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def parse_withscores(rows: Sequence[bytes]) -> list[tuple[str, int]]:
-    """The members of a sorted set with their scores, out of an answer WITHSCORES."""
+    """Return the members of a sorted set and their scores, from an answer WITHSCORES."""
     return [(str(member, "ascii"), int(float(score))) for member, score in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def overdue_ms(first: Sequence[tuple[str, int]], now: int) -> int:
-    """For how many milliseconds the first of a queue has been due at `now`; 0 if it is not, or there is none."""
+    """Return for how long the first member of a queue has been due; 0 if it is not, or there is none."""
     return max(now - first[0][1], 0) if first else 0
 
 
 def parse_server_time(time: tuple[int, int]) -> int:
-    """The server's time in milliseconds, out of the answer to TIME."""
+    """Return the server's time (ms) from the answer to TIME."""
     seconds, micros = time
     return seconds * 1000 + micros // 1000
 
 
 def parse_ledger_time(last: bytes | None, offset: bytes | None, time: tuple[int, int]) -> ClockReading:
-    """The time now, out of the answers to `Keys.moment`."""
-    wall = parse_server_time(time)
-    return ClockReading(LedgerClock(int(last or 0), int(offset or 0)).advance(wall).last_ms, wall)
+    """Return the time now from the answers to `Keys.clock_commands`."""
+    server_ms = parse_server_time(time)
+    return ClockReading(LedgerClock(int(last or 0), int(offset or 0)).advance(server_ms).last_ms, server_ms)
 
 
 def make_unavailable_error() -> LedgerUnavailable:
-    """What a caller is told when Redis does not answer."""
     return LedgerUnavailable(
         "The gateway can't reach its store just now. Nothing was sent; try again in a moment.",
         retry_after=RETRY_AFTER_SECONDS,

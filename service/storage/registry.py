@@ -16,7 +16,6 @@ from service.storage.redis import Keys, OnError, RedisScripts, classify_error
 from service.usecases.ports import RegistryChange
 
 _log = structlog.get_logger(__name__)
-
 REFRESH_SECONDS = 5.0
 """A change that was announced while a process was not listening is seen after at most this long."""
 RECONNECT_SECONDS = 1.0

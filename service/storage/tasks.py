@@ -32,14 +32,8 @@ from service.usecases.ports import CheckResult, ClaimedCheck, TaskPage
 from service.usecases.task_cache import TaskCache
 
 _BATCH_SIZE = 100
-
-
 _MAX_SCANNED = 2_000
-
-
 _LOST_ERROR = TaskError("task-lost", "The upstream no longer knows this task. It may have been charged.")
-
-
 _UNUSABLE_ERROR = TaskError(
     "result-unusable", "The upstream told nothing of this task that can be used. It may have been charged."
 )
@@ -255,11 +249,7 @@ def _decode_cursor(cursor: str, tenant: int) -> tuple[str, int]:
 
 
 _log = structlog.get_logger(__name__)
-
-
 RECONNECT_SECONDS = 1.0
-
-
 _MESSAGE_WAIT_SECONDS = 5.0
 
 
