@@ -26,8 +26,9 @@ from service.domain.tasks import Catalogue, TaskIdCodec
 from service.settings import Role, Settings
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue
-from service.storage.ledger import DAY_MS, RedisLedger, Retention
+from service.storage.ledger import RedisLedger, Retention
 from service.storage.redis import (
+    DAY_MS,
     READ_COMMAND,
     SCRIPT_NAMES,
     DataVersionError,

@@ -10,22 +10,19 @@ from msgspec import Struct
 
 from service.domain.tasks import Backlog
 from service.domain.webhooks import DeliveryState
-from service.storage.ledger import DAY_MS
-from service.storage.redis import Keys, RedisScripts, drop_none, overdue_ms, parse_ledger_time, parse_withscores
+from service.storage.redis import DAY_MS, Keys, RedisScripts, drop_none, overdue_ms, parse_ledger_time, parse_withscores
 from service.usecases.ports import ClaimedDelivery, Delivery, DeliveryResult
 
 LEASE_MS = 60_000
-"""How long a claimed delivery is its process's, in milliseconds: longer than any attempt takes."""
+"""Longer than any attempt takes."""
 MAX_CONCURRENT = 4
-"""How many deliveries to one receiver are under way at once; one, for `FAILING` milliseconds after one has failed."""
+"""How many deliveries of a queue are sent at once; one, for FAILING_MS after a failure."""
 FAILING_MS = 600_000
 KEEP_MS = 30 * DAY_MS
 KEEP_DELIVERED_MS = 3 * DAY_MS
 
 
 class _StoredDelivery(Struct):
-    """A delivery as the scripts keep it."""
-
     task_id: str
     tenant: int
     url: str
@@ -40,21 +37,17 @@ class _StoredDelivery(Struct):
 
 
 class RedisDeliveryQueue:
-    """Hands out the deliveries that are due, and keeps those that failed."""
-
     def __init__(self, scripts: RedisScripts, keys: Keys) -> None:
         self._scripts = scripts
         self._keys = keys
 
     async def claim(self, limit: int) -> Sequence[ClaimedDelivery]:
-        """Up to `most` deliveries that are due, of all receivers in turn."""
         now, *rows = await self._call_script("claim_deliveries", limit=limit, lease_ms=LEASE_MS)
         return [
             ClaimedDelivery(_decode_delivery(str(member, "ascii"), packed), now + LEASE_MS) for member, packed in rows
         ]
 
     async def record_attempt(self, claimed: ClaimedDelivery, result: DeliveryResult) -> bool:
-        """Write what became of an attempt; False if it had its outcome, or is somebody else's by now."""
         status, _ = await self._call_script(
             "record_delivery",
             id=claimed.delivery.reservation,
@@ -68,34 +61,33 @@ class RedisDeliveryQueue:
         return bool(status == b"recorded")
 
     async def backlog(self) -> tuple[Backlog, int]:
-        """How many receivers wait for something, how late the first is, and how many deliveries failed in 30 days."""
-        *time, receivers, first, failed = await self._scripts.read(
+        *time, queues, first, failed = await self._scripts.read(
             *self._keys.clock_commands,
             ("ZCARD", self._keys.webhook_queues),
             ("ZRANGE", self._keys.webhook_queues, 0, 0, "WITHSCORES"),
             ("ZCARD", self._keys.failed_deliveries),
         )
-        return Backlog(receivers, overdue_ms(parse_withscores(first), parse_ledger_time(*time).ledger_ms)), failed
+        return Backlog(queues, overdue_ms(parse_withscores(first), parse_ledger_time(*time).ledger_ms)), failed
 
     async def list_failed(self, limit: int) -> Sequence[Delivery]:
-        """Up to `most` deliveries that were given up, the newest first."""
         (rows,) = await self._scripts.read(("ZRANGE", self._keys.failed_deliveries, 0, limit - 1, "REV"))
-        ids = [str(each, "ascii") for each in rows]
-        found = await self._scripts.read(*(("GET", self._keys.delivery(each)) for each in ids))
-        return [_decode_delivery(each, packed) for each, packed in zip(ids, found, strict=True) if packed]
+        ids = [str(member, "ascii") for member in rows]
+        deliveries = await self._scripts.read(*(("GET", self._keys.delivery(reservation)) for reservation in ids))
+        return [
+            _decode_delivery(reservation, packed) for reservation, packed in zip(ids, deliveries, strict=True) if packed
+        ]
 
     async def redeliver(self, reservation: str) -> Delivery | None:
-        """Begin a delivery anew; None if it is not known (any more)."""
         status, _, *rest = await self._call_script("redeliver", id=reservation)
         return _decode_delivery(reservation, rest[0]) if status == b"redelivered" else None
 
-    async def _call_script(self, script: str, **ask: Any) -> list[Any]:
+    async def _call_script(self, script: str, **arguments: Any) -> list[Any]:
         keys = [self._keys.clock, self._keys.webhook_queues]
-        return await self._scripts.call(script, keys, ask | {"deliveries": delivery_arguments(self._keys)})
+        return await self._scripts.call(script, keys, arguments | {"deliveries": delivery_arguments(self._keys)})
 
 
 def delivery_arguments(keys: Keys) -> dict[str, Any]:
-    """Where the scripts keep deliveries, and for how long."""
+    """Return the argument `deliveries` of scripts (shared/deliveries.lua)."""
     return {
         "queues": keys.webhook_queues,
         "failed": keys.failed_deliveries,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -33,6 +33,7 @@ from service.domain.ledger import (
 )
 from service.domain.tasks import Kind
 from service.storage.redis import (
+    DAY_MS,
     RETRY_AFTER_SECONDS,
     Keys,
     RedisScripts,
@@ -43,12 +44,18 @@ from service.storage.redis import (
 )
 from service.usecases.ports import BalanceCheck, ReserveRequest, Settlement, TenantSnapshot
 
-DAY_MS = 86_400_000
+T = TypeVar("T")
 KEEP_IDEMPOTENCY_KEY_MS = DAY_MS
-"""For how long an idempotency key is remembered, in milliseconds."""
 _BATCH_SIZE = 100
+_UNKNOWN_FIELD, _REFUND_FIELD = "unknown", "refund"
 KEEP_USAGE_MS = 400 * DAY_MS
-"""For how long the usage of a day is kept, in milliseconds: 13 months at the least."""
+"""13 months at least."""
+
+
+class _StoredRefund(Refund):
+    """A refund in the usage of a day."""
+
+    kind: Kind
 
 
 class Retention(Struct, frozen=True, kw_only=True):
@@ -68,12 +75,12 @@ class Retention(Struct, frozen=True, kw_only=True):
 
     @property
     def keep_ms(self) -> int:
-        """How long a reservation and a running task are kept: longer than any task can run."""
+        """How long a reservation and a running task are kept: longer than any task runs."""
         return self.keep_finished_ms + 30 * DAY_MS
 
 
 class RedisLedger:
-    """Holds places and books outcomes, each in one call."""
+    """The ledger, each call of which runs one script."""
 
     def __init__(self, scripts: RedisScripts, keys: Keys, retention: Retention) -> None:
         self._scripts = scripts
@@ -81,7 +88,6 @@ class RedisLedger:
         self._retention = retention
 
     async def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
-        """Hold a place, or say who refused."""
         keys = self._keys
         answer = await self._scripts.call(
             "reserve",
@@ -108,7 +114,6 @@ class RedisLedger:
     async def change_account(
         self, request: ReserveRequest, previous: int, account_status: AccountStatus | None
     ) -> Verdict:
-        """Move the reservation from account `left` to the next of `ask.accounts`."""
         keys = self._keys
         answer = await self._scripts.call(
             "change_account",
@@ -125,9 +130,8 @@ class RedisLedger:
         return _parse_verdict(answer)
 
     async def settle(self, settlement: Settlement) -> bool:
-        """Book an outcome; False if a final one was booked before."""
         keys = self._keys
-        ask: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "reservation": settlement.reservation,
             "tenant": settlement.tenant,
             "account": settlement.account,
@@ -143,7 +147,7 @@ class RedisLedger:
             "idempotency_prefix": keys.idempotency(settlement.tenant, ""),
         } | drop_none(idempotency=self._idempotency_argument(settlement.tenant, settlement.idempotency))
         if settlement.new_task:
-            ask["new_task"] = {
+            arguments["new_task"] = {
                 "id": settlement.new_task.id,
                 "options": str(settlement.new_task.options, "utf-8"),
                 "metadata": str(settlement.new_task.metadata, "utf-8"),
@@ -161,7 +165,7 @@ class RedisLedger:
                 keys.tenant_tasks(settlement.tenant),
                 keys.poll_due,
             ],
-            ask | drop_none(account_status=settlement.account_status),
+            arguments | drop_none(account_status=settlement.account_status),
         )
         if status == b"wrong-account":  # the answer to a change of account was lost; the balance is the other account's
             moved = msgspec.structs.replace(settlement, account=account[0], balance=Balance(), account_status=None)
@@ -169,24 +173,23 @@ class RedisLedger:
         return bool(status == b"settled")
 
     async def settle_expired(self, limit: int) -> Sequence[Settlement]:
-        """Settle as unknown the reservations whose process died before it could."""
         *time, rows, data_version = await self._scripts.read(
             *self._keys.clock_commands,
             ("ZRANGE", self._keys.leases, 0, limit - 1, "WITHSCORES"),
             ("GET", self._keys.data_version),
         )
-        self._scripts.compare_version(data_version)  # what follows also removes members, by no script
+        self._scripts.compare_version(data_version)  # no script does it before the removal below
         now = parse_ledger_time(*time).ledger_ms
-        ids = [reservation for reservation, lease in parse_withscores(rows) if lease <= now]
-        found = await self._scripts.read(*(("GET", self._keys.reservation(each)) for each in ids))
+        ids = [reservation for reservation, lease_expires_at in parse_withscores(rows) if lease_expires_at <= now]
+        reservations = await self._scripts.read(*(("GET", self._keys.reservation(reservation)) for reservation in ids))
         settled: list[Settlement] = []
-        for each, packed in zip(ids, found, strict=True):
-            if packed is None:  # it outlived its reservation, which nobody can settle any more
-                await self._scripts.read(("ZREM", self._keys.leases, each))
+        for reservation_id, packed in zip(ids, reservations, strict=True):
+            if packed is None:  # the reservation has expired before its lease, and can't be settled any more
+                await self._scripts.read(("ZREM", self._keys.leases, reservation_id))
                 continue
             reservation = msgspec.msgpack.decode(packed, type=Reservation)
             settlement = Settlement(
-                reservation=each,
+                reservation=reservation_id,
                 tenant=reservation.tenant,
                 account=reservation.account,
                 kind=reservation.kind,
@@ -198,7 +201,6 @@ class RedisLedger:
         return settled
 
     async def tenant_snapshot(self, tenant: int) -> TenantSnapshot:
-        """The counters of a tenant, and the server's time."""
         packed, time = await self._scripts.read(
             ("HGET", self._keys.tenant(tenant), "state"), self._keys.server_time_command
         )
@@ -206,37 +208,29 @@ class RedisLedger:
         return TenantSnapshot(state, parse_server_time(time))
 
     async def tenant_states(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
-        """The counters of all these tenants, and the server's time."""
         (time,) = await self._scripts.read(self._keys.server_time_command)
-        found = await self._read_states([self._keys.tenant(each) for each in ids])
-        states = {
-            each: msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
-            for each, packed in zip(ids, found, strict=True)
-        }
-        return states, parse_server_time(time)
+        states = await self._read_states([self._keys.tenant(tenant) for tenant in ids], TenantState)
+        return dict(zip(ids, states, strict=True)), parse_server_time(time)
 
-    async def _read_states(self, keys: Sequence[str]) -> list[bytes | None]:
-        """What stands under each key, a few at a time, so that other work comes in between."""
-        found: list[bytes | None] = []
+    async def _read_states(self, keys: Sequence[str], kind: type[T]) -> list[T]:
+        """Read the state under each key, in batches, so that other calls come in between."""
+        states: list[T] = []
         for start in range(0, len(keys), _BATCH_SIZE):
-            found += await self._scripts.read(*(("HGET", key, "state") for key in keys[start : start + _BATCH_SIZE]))
-        return found
+            rows = await self._scripts.read(*(("HGET", key, "state") for key in keys[start : start + _BATCH_SIZE]))
+            states += [msgspec.msgpack.decode(packed, type=kind) if packed else kind() for packed in rows]
+        return states
 
     async def account_states(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
-        """What is known of each account, with all times in the server's time."""
-        offset = await self.clock_offset()
-        found = await self._read_states([self._keys.account(each) for each in ids])
-        states = (msgspec.msgpack.decode(packed, type=AccountState) if packed else AccountState() for packed in found)
-        return {
-            each: state.to_server_time(offset) if offset else state for each, state in zip(ids, states, strict=True)
-        }
+        offset_ms = await self.clock_offset()
+        states = await self._read_states([self._keys.account(account) for account in ids], AccountState)
+        if offset_ms:
+            states = [state.to_server_time(offset_ms) for state in states]
+        return dict(zip(ids, states, strict=True))
 
     async def clock_offset(self) -> int:
-        """By how many milliseconds the ledger's time is ahead of the server's."""
         return parse_ledger_time(*await self._scripts.read(*self._keys.clock_commands)).offset_ms
 
     async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
-        """Make the ledger's time the server's again, and all that is kept in it earlier by as much; by how much."""
         keys = self._keys
         (offset,) = await self._scripts.call(
             "reset_clock",
@@ -262,11 +256,9 @@ class RedisLedger:
         return int(offset)
 
     async def reopen_account(self, account: int) -> None:
-        """Let the next submission find out whether the account can pay."""
         await self._scripts.call("reopen", [self._keys.clock, self._keys.account(account)], {"account": account})
 
     async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
-        """Claim the turn to look at an account's balance, if that is due."""
         status, now, *rest = await self._scripts.call(
             "claim_balance_check",
             [self._keys.clock, self._keys.account(account)],
@@ -275,7 +267,6 @@ class RedisLedger:
         return BalanceCheck(account, str(rest[0], "ascii"), now) if status == b"due" else None
 
     async def record_balance_check(self, check: BalanceCheck, balance: Balance) -> None:
-        """Take in what a second check of a finished task told."""
         await self._scripts.call(
             "record_balance_check",
             [self._keys.clock, self._keys.account(check.account)],
@@ -289,14 +280,12 @@ class RedisLedger:
         )
 
     async def get_reservation(self, reservation: str) -> Reservation | None:
-        """A submission; None if it is not known (any more)."""
         packed, *time = await self._scripts.read(
             ("GET", self._keys.reservation(reservation)), *self._keys.clock_commands
         )
         return _decode_reservation(packed, parse_ledger_time(*time).offset_ms) if packed else None
 
     async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
-        """Give back what a submission was charged for, once."""
         keys = self._keys
         status, *rest = await self._scripts.call(
             "refund",
@@ -314,12 +303,10 @@ class RedisLedger:
         return RefundResult(str(status, "ascii")), _decode_reservation(*rest)
 
     async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
-        """What a tenant used on each of the days."""
-        found = await self._scripts.read(*(("HGETALL", self._keys.usage(tenant, day)) for day in days))
-        return [_parse_day_usage(fields) for fields in found]
+        rows = await self._scripts.read(*(("HGETALL", self._keys.usage(tenant, day)) for day in days))
+        return [_parse_day_usage(fields) for fields in rows]
 
     async def current_day(self) -> int:
-        """The day of the server's clock, counted from the epoch."""
         (time,) = await self._scripts.read(self._keys.server_time_command)
         return parse_server_time(time) // DAY_MS
 
@@ -354,29 +341,14 @@ def _parse_verdict(answer: list[Any]) -> Verdict:
         raise LedgerUnavailable(
             "The gateway's store does not know this tenant. Try again.", retry_after=RETRY_AFTER_SECONDS
         )
-    raise LedgerUnavailable("This submission was given up before it could be sent. Submit it again.", retry_after=1)
+    raise LedgerUnavailable("This submission expired before it could be sent. Submit it again.", retry_after=1)
 
 
 def pack_balance(balance: Balance) -> dict[str, int]:
-    """Figures for a script, in which what is not known is not there."""
     return drop_none(count=balance.count, money_fen=balance.money_fen)
 
 
-_UNKNOWN_FIELD, _REFUND_FIELD = "unknown", "refund"
-
-
-class _StoredRefund(Struct):
-    """A refund as the scripts write it into the usage of a day."""
-
-    kind: Kind
-    refunded_at: int
-    reason: str
-    count: int
-    money_fen: int
-
-
 def _decode_reservation(packed: bytes, offset: int) -> Reservation:
-    """A reservation whose times are shown, where the ledger's time is ahead by `offset`."""
     return msgspec.msgpack.decode(packed, type=Reservation).to_server_time(offset)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import resources
 from typing import Any
@@ -26,6 +26,7 @@ from service.telemetry.tracing import NOOP_TRACER, Tracer
 
 _log = structlog.get_logger(__name__)
 Client = Redis | RedisCluster
+DAY_MS = 86_400_000
 DATA_VERSION = 2
 """Rises with every change after which an older gateway could misread the data, or this one the older data."""
 LATE_CHARGE_MS = 600_000
@@ -35,16 +36,16 @@ MAX_CHECK_BACKOFF_MS = 60_000
 AGE_PER_CHECK_INTERVAL = 20
 """The older a task is, the less often it is checked: an interval is this part of its age."""
 RETRY_AFTER_SECONDS = 2.0
+RECONNECT_SECONDS = 1.0
 QUIET_SECONDS = 5.0
 """An outage has ended when Redis responds and nothing has failed for this long."""
 READ_COMMAND = "read"
 """The metrics label of plain commands, beside the names of the scripts."""
-_DAY_MS = 86_400_000
 _CONSTANTS: Mapping[str, int | Sequence[str]] = {
     "WINDOWS": tuple(Window),
     "MINUTE_MS": 60_000,
     "HOUR_MS": 3_600_000,
-    "DAY_MS": _DAY_MS,
+    "DAY_MS": DAY_MS,
     "CLOCK_OFFSET_UNITS": OFFSET_UNITS_PER_MS,
     "PROBE_INTERVAL_MS": PROBE_INTERVAL_MS,
     "MAX_FAILED_BALANCE_CHECKS": MAX_FAILED_BALANCE_CHECKS,
@@ -53,7 +54,7 @@ _CONSTANTS: Mapping[str, int | Sequence[str]] = {
     "MAX_CHECK_INTERVAL_MS": MAX_CHECK_INTERVAL_MS,
     "MAX_CHECK_BACKOFF_MS": MAX_CHECK_BACKOFF_MS,
     "AGE_PER_CHECK_INTERVAL": AGE_PER_CHECK_INTERVAL,
-    "KEEP_DELETED_MS": 60 * _DAY_MS,  # longer than any task of a deleted tenant or account runs
+    "KEEP_DELETED_MS": 60 * DAY_MS,  # longer than any task of a deleted tenant or account runs
 }
 """The constants of the scripts: those that a script uses are put before its text."""
 _LUA_FOLDER = resources.files("service.storage") / "lua"
@@ -401,6 +402,17 @@ def classify_error(error: RedisError) -> RedisErrorKind:
         if isinstance(error, classes):
             return kind
     return RedisErrorKind.OTHER
+
+
+async def run_subscription(receive: Callable[[], Awaitable[None]], on_error: OnError | None) -> None:
+    """Run `receive` for ever, again after each error."""
+    while True:
+        try:
+            await receive()
+        except (RedisError, LedgerUnavailable) as error:
+            if on_error and isinstance(error, RedisError):  # a LedgerUnavailable was counted before
+                on_error(classify_error(error))
+            await asyncio.sleep(RECONNECT_SECONDS)
 
 
 def drop_none(**values: Any) -> dict[str, Any]:

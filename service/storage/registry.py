@@ -1,35 +1,28 @@
-"""The registry on Redis: one hash, written by compare-and-set and announced to every process."""
+"""The registry in Redis: one hash, written by compare-and-set. Every change is published to all processes."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 
 import msgspec
 import structlog
 from redis.asyncio.client import PubSub
-from redis.exceptions import RedisError
 
-from service.domain.errors import LedgerUnavailable
 from service.domain.tenants import Account, Registry, Tenant, Token
-from service.storage.redis import Keys, OnError, RedisScripts, classify_error
+from service.storage.redis import Keys, OnError, RedisScripts, drop_none, run_subscription
 from service.usecases.ports import RegistryChange
 
 _log = structlog.get_logger(__name__)
 REFRESH_SECONDS = 5.0
-"""A change that was announced while a process was not listening is seen after at most this long."""
-RECONNECT_SECONDS = 1.0
+"""A process that missed the publication of a change reads it after at most this long."""
 
 
 class RedisRegistry:
-    """Reads the whole registry, and writes changes that were made from the newest version."""
-
     def __init__(self, scripts: RedisScripts, keys: Keys) -> None:
         self._scripts = scripts
         self._keys = keys
 
     async def load(self) -> Registry:
-        """The registry as it is now."""
         (fields,) = await self._scripts.read(("HGETALL", self._keys.registry))
         tenants, accounts, tokens, deleted = {}, {}, {}, {}
         for field, packed in fields.items():
@@ -46,7 +39,7 @@ class RedisRegistry:
         return Registry(version, next_id, tenants, accounts, tokens, deleted)
 
     async def read_version(self) -> int:
-        """The number of the newest version. Raises DataVersionError where the data is of another data version."""
+        """Return the version of the registry. Raises DataVersionError."""
         version, data_version = await self._scripts.read(
             ("HGET", self._keys.registry, "version"), ("GET", self._keys.data_version)
         )
@@ -54,55 +47,55 @@ class RedisRegistry:
         return int(version or 0)
 
     async def write(self, change: RegistryChange) -> bool:
-        """Carry out a change; False if the registry is no longer the version it was made from."""
-        keys, put, policies = self._keys, {}, {}
+        """Write a change. Returns False if the registry is not the version that the change was made from."""
+        keys, fields, policies = self._keys, {}, {}
         for tenant in change.tenants:
-            put[f"tenant:{tenant.name}"] = msgspec.msgpack.encode(tenant)
+            fields[f"tenant:{tenant.name}"] = msgspec.msgpack.encode(tenant)
             policies[keys.tenant(tenant.id)] = _pack_policy(tenant)
         for account in change.accounts:
-            put[f"account:{account.name}"] = msgspec.msgpack.encode(account)
+            fields[f"account:{account.name}"] = msgspec.msgpack.encode(account)
             policies[keys.account(account.id)] = _pack_policy(account)
         for token in change.tokens:
-            put[f"token:{token.id}"] = msgspec.msgpack.encode(token)
-        gone = dict(change.deleted_tenant_names) | {each.id: each.name for each in change.drop_tenants}
-        put |= {f"deleted:{tenant_id}": name.encode() for tenant_id, name in gone.items()}
-        put["next_id"] = str(change.next_id).encode()
-        drop = [f"tenant:{each.name}" for each in change.drop_tenants]
-        drop += [f"account:{each.name}" for each in change.drop_accounts]
-        drop += [f"token:{each.id}" for each in change.drop_tokens]
-        forget = [keys.tenant(each.id) for each in change.drop_tenants]
-        forget += [keys.account(each.id) for each in change.drop_accounts]
+            fields[f"token:{token.id}"] = msgspec.msgpack.encode(token)
+        deleted_names = dict(change.deleted_tenant_names) | {tenant.id: tenant.name for tenant in change.drop_tenants}
+        fields |= {f"deleted:{tenant_id}": name.encode() for tenant_id, name in deleted_names.items()}
+        fields["next_id"] = str(change.next_id).encode()
+        deleted_fields = [f"tenant:{tenant.name}" for tenant in change.drop_tenants]
+        deleted_fields += [f"account:{account.name}" for account in change.drop_accounts]
+        deleted_fields += [f"token:{token.id}" for token in change.drop_tokens]
+        deleted_owners = [keys.tenant(tenant.id) for tenant in change.drop_tenants]
+        deleted_owners += [keys.account(account.id) for account in change.drop_accounts]
         answer = await self._scripts.call(
             "write_registry",
-            [keys.registry, *policies, *forget],
+            [keys.registry, *policies, *deleted_owners],
             {
                 "version": change.version,
                 "newer_than": change.newer_than,
                 "channel": keys.registry_channel,
-                "deleted_fields": drop,
-                "field_count": len(put),
+                "deleted_fields": deleted_fields,
+                "field_count": len(fields),
                 "policy_count": len(policies),
-                "deleted_count": len(forget),
+                "deleted_count": len(deleted_owners),
             },
-            *(each for pair in put.items() for each in pair),
+            *(value for field in fields.items() for value in field),
             *policies.values(),
         )
         return bool(answer[0] == b"written")
 
 
 def _pack_policy(owner: Tenant | Account) -> bytes:
-    """The policy of a tenant or account as the scripts read it: what is not limited is not there."""
-    plain = msgspec.to_builtins(owner.policy)
+    """Encode a policy for the scripts, without what is None."""
+    policy = msgspec.to_builtins(owner.policy)
     if isinstance(owner, Tenant):
-        plain["limits"] = [{k: v for k, v in each.items() if v is not None} for each in plain["limits"]]
-    return msgspec.msgpack.encode({key: value for key, value in plain.items() if value is not None})
+        policy["limits"] = [drop_none(**limit) for limit in policy["limits"]]
+    return msgspec.msgpack.encode(drop_none(**policy))
 
 
 class CachedRegistry:
-    """The registry of this process, kept up to date in the background.
+    """The registry in the memory of this process, kept up to date by `run`.
 
-    Reading it never waits. Until `refresh` succeeded once it is empty and not `ready`; after that it stays what it was
-    for as long as Redis is away, and is given back to a Redis that has lost it.
+    Reading `current` never waits. It is empty and not ready until `refresh` has succeeded once. While Redis is away it
+    stays as it was, and it is written back to a Redis that has lost it.
     """
 
     def __init__(
@@ -121,7 +114,7 @@ class CachedRegistry:
         self.current = Registry()
 
     async def refresh(self) -> None:
-        """Take over the newest version. Raises LedgerUnavailable."""
+        """Load the newest version. Raises LedgerUnavailable."""
         if self.is_ready:
             held, version = self.current, await self._store.read_version()
             if version == held.version:
@@ -132,12 +125,12 @@ class CachedRegistry:
         self.is_ready = True
 
     async def _restore(self, held: Registry) -> None:
-        """Give back what the store has lost: tokens stay valid, limits in force, and what was revoked stays revoked.
+        """Write back what the store has lost: tokens and limits stay in force, revoked tokens stay revoked.
 
-        Only a loss makes versions go back; of several processes that notice it, the first one does this.
+        Only a loss makes versions go back. The first of several processes that notice it restores the registry.
         """
         stored = await self._store.load()
-        replaced = {each.id: name for name, each in stored.tenants.items() if held.tenant_by_id(each.id) is None}
+        replaced = {tenant.id: name for name, tenant in stored.tenants.items() if held.tenant_by_id(tenant.id) is None}
         change = RegistryChange(
             version=stored.version,
             next_id=held.next_id,
@@ -145,25 +138,19 @@ class CachedRegistry:
             tenants=tuple(held.tenants.values()),
             accounts=tuple(held.accounts.values()),
             tokens=tuple(held.tokens.values()),
-            drop_tenants=tuple(each for name, each in stored.tenants.items() if name not in held.tenants),
-            drop_accounts=tuple(each for name, each in stored.accounts.items() if name not in held.accounts),
-            drop_tokens=tuple(each for name, each in stored.tokens.items() if name not in held.tokens),
+            drop_tenants=tuple(tenant for name, tenant in stored.tenants.items() if name not in held.tenants),
+            drop_accounts=tuple(account for name, account in stored.accounts.items() if name not in held.accounts),
+            drop_tokens=tuple(token for name, token in stored.tokens.items() if name not in held.tokens),
             deleted_tenant_names={**replaced, **held.deleted_tenant_names},
         )
         restored = await self._store.write(change)
         _log.error("registry.restored_from_memory", stored=stored.version, held=held.version, restored=restored)
 
     async def run(self) -> None:
-        """Keep up with announced changes for ever, through any loss of the connection."""
-        while True:
-            try:
-                await self._listen()
-            except (RedisError, LedgerUnavailable) as error:
-                if self._on_error and isinstance(error, RedisError):  # the other one was counted where it came up
-                    self._on_error(classify_error(error))
-                await asyncio.sleep(RECONNECT_SECONDS)
+        """Load each published change for ever."""
+        await run_subscription(self._receive, self._on_error)
 
-    async def _listen(self) -> None:
+    async def _receive(self) -> None:
         async with await self._open_pubsub() as channel:
             await channel.subscribe(self._channel)
             while True:

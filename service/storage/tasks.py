@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,7 +11,6 @@ import msgspec
 import structlog
 from msgspec import MsgspecError, Struct
 from redis.asyncio.client import PubSub
-from redis.exceptions import RedisError
 
 from service.domain.errors import MalformedRequest
 from service.domain.tasks import Artifact, Backlog, Cost, CostBasis, Kind, State, Task, TaskError
@@ -22,11 +20,11 @@ from service.storage.redis import (
     Keys,
     OnError,
     RedisScripts,
-    classify_error,
     overdue_ms,
     parse_ledger_time,
     parse_server_time,
     parse_withscores,
+    run_subscription,
 )
 from service.usecases.ports import CheckResult, ClaimedCheck, TaskPage
 from service.usecases.task_cache import TaskCache
@@ -35,12 +33,12 @@ _BATCH_SIZE = 100
 _MAX_SCANNED = 2_000
 _LOST_ERROR = TaskError("task-lost", "The upstream no longer knows this task. It may have been charged.")
 _UNUSABLE_ERROR = TaskError(
-    "result-unusable", "The upstream told nothing of this task that can be used. It may have been charged."
+    "result-unusable", "The upstream returned no usable status of this task. It may have been charged."
 )
 
 
 class _StoredTask(Struct):
-    """A task as the scripts keep it, in which JSON is text: Lua does not tell an empty list from an empty map."""
+    """A task in Redis. Its JSON is text, since Lua does not distinguish an empty list from an empty map."""
 
     id: str
     tenant: int
@@ -62,22 +60,18 @@ class _StoredTask(Struct):
 
 
 class RedisTaskStore:
-    """Reads tasks, lists them, and hands out those whose check is due."""
-
     def __init__(self, scripts: RedisScripts, keys: Keys, retention: Retention) -> None:
         self._scripts = scripts
         self._keys = keys
         self._retention = retention
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
-        """A task and the time now, in one round trip."""
         packed, time = await self._scripts.read(("GET", self._keys.task(reservation)), self._keys.server_time_command)
         return (_decode_task(reservation, packed), parse_server_time(time)) if packed else None
 
     async def touch(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
-        """Tasks that somebody looks at or waits for, each with the time now; these are checked often for a while."""
         keys = self._keys
-        now, *found = await self._scripts.call(
+        now, *rows = await self._scripts.call(
             "touch_tasks",
             [keys.clock, keys.poll_due, keys.poll_claimed],
             {
@@ -90,56 +84,59 @@ class RedisTaskStore:
         )
         return [
             (_decode_task(reservation, packed), now) if packed else None
-            for reservation, packed in zip(reservations, found, strict=True)
+            for reservation, packed in zip(reservations, rows, strict=True)
         ]
 
     async def list_page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
     ) -> TaskPage:
-        """A tenant's tasks, newest first.
+        """List a tenant's tasks, newest first. Raises MalformedRequest for an invalid cursor.
 
-        Where few of many tasks match, a page may hold fewer than `limit` and still have a cursor: what one request
-        reads is bounded.
+        If few of many tasks match, a page may have fewer than `limit` and still a cursor: what a request reads is
+        bounded.
         """
         position = _decode_cursor(cursor, tenant) if cursor else None
-        found: list[Task] = []
-        read = 0
-        while len(found) <= limit and read < _MAX_SCANNED:
+        matches: list[Task] = []
+        scanned = 0
+        while len(matches) <= limit and scanned < _MAX_SCANNED:
             ids = await self._read_ids_after(tenant, position)
             if not ids:
-                return TaskPage(tuple(found), None)
-            for task in await self._get_many([each for each, _ in ids]):
+                return TaskPage(tuple(matches), None)
+            for task in await self._get_many([reservation for reservation, _ in ids]):
                 if task and state in {None, task.state} and kind in {None, task.kind}:
-                    found.append(task)
-                    if len(found) > limit:
+                    matches.append(task)
+                    if len(matches) > limit:
                         break
-            read += len(ids)
+            scanned += len(ids)
             position = ids[-1]
-        kept = tuple(found[:limit])
-        last = (kept[-1].reservation, kept[-1].created_at) if len(found) > limit else position
-        return TaskPage(kept, _encode_cursor(last, tenant) if last else None)
+        page = tuple(matches[:limit])
+        last = (page[-1].reservation, page[-1].created_at) if len(matches) > limit else position
+        return TaskPage(page, _encode_cursor(last, tenant) if last else None)
 
     async def _read_ids_after(self, tenant: int, position: tuple[str, int] | None) -> list[tuple[str, int]]:
-        """The next batch of ids with their times, after a position in the order newest first, larger id first."""
-        top: int | str = position[1] if position else "+inf"
+        """Read the next batch of ids and creation times, newest first and larger id first."""
+        newest: int | str = position[1] if position else "+inf"
         offset = 0
         while True:
             page = ("LIMIT", offset, _BATCH_SIZE)
             (rows,) = await self._scripts.read(
-                ("ZREVRANGEBYSCORE", self._keys.tenant_tasks(tenant), top, "-inf", "WITHSCORES", *page)
+                ("ZREVRANGEBYSCORE", self._keys.tenant_tasks(tenant), newest, "-inf", "WITHSCORES", *page)
             )
             ids = parse_withscores(rows)
-            fresh = [each for each in ids if not position or (each[1], each[0]) < (position[1], position[0])]
-            if fresh or len(ids) < _BATCH_SIZE:
-                return fresh
+            # Many tasks may have the same time: those up to the position are skipped by their ids.
+            following = [row for row in ids if not position or (row[1], row[0]) < (position[1], position[0])]
+            if following or len(ids) < _BATCH_SIZE:
+                return following
             offset += _BATCH_SIZE
 
     async def _get_many(self, reservations: Sequence[str]) -> list[Task | None]:
-        rows = await self._scripts.read(*(("GET", self._keys.task(each)) for each in reservations))
-        return [_decode_task(each, packed) if packed else None for each, packed in zip(reservations, rows, strict=True)]
+        rows = await self._scripts.read(*(("GET", self._keys.task(reservation)) for reservation in reservations))
+        return [
+            _decode_task(reservation, packed) if packed else None
+            for reservation, packed in zip(reservations, rows, strict=True)
+        ]
 
     async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
-        """Up to `most` tasks whose check is due."""
         now, *rows = await self._scripts.call(
             "claim_checks",
             [self._keys.clock, self._keys.poll_due, self._keys.poll_claimed],
@@ -148,7 +145,6 @@ class RedisTaskStore:
         return [ClaimedCheck(_decode_task(str(member, "ascii"), packed), now, due) for member, packed, due in rows]
 
     async def backlog(self) -> Backlog:
-        """How many tasks are watched, and how late the first check is that nobody has claimed."""
         *time, waiting, claimed, first = await self._scripts.read(
             *self._keys.clock_commands,
             ("ZCARD", self._keys.poll_due),
@@ -158,9 +154,8 @@ class RedisTaskStore:
         return Backlog(waiting + claimed, overdue_ms(parse_withscores(first), parse_ledger_time(*time).ledger_ms))
 
     async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
-        """Write what a check said, and when to check again; None if the task had ended or is gone."""
         task, keys = claimed.task, self._keys
-        ask: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "reservation": task.reservation,
             "account": task.account,
             "claimed_at": claimed.claimed_at,
@@ -182,7 +177,7 @@ class RedisTaskStore:
             "deliveries": delivery_arguments(keys),
         }
         if result.error:
-            ask["error"] = msgspec.json.encode(result.error).decode()
+            arguments["error"] = msgspec.json.encode(result.error).decode()
         status, now, *rest = await self._scripts.call(
             "record_check",
             [
@@ -195,13 +190,13 @@ class RedisTaskStore:
                 keys.poll_claimed,
                 keys.poll_watched(task.reservation),
             ],
-            ask,
+            arguments,
         )
         return (_decode_task(task.reservation, rest[0]), now) if status == b"recorded" else None
 
 
 def decode_task_event(message: bytes) -> tuple[Task, int]:
-    """A task and the server's time when it became so, as changes are announced."""
+    """Return the task of a published change, and the server's time of the change."""
     reservation, now, stored = msgspec.msgpack.decode(message, type=tuple[str, int, _StoredTask])
     return _to_task(reservation, stored), now
 
@@ -244,17 +239,16 @@ def _decode_cursor(cursor: str, tenant: int) -> tuple[str, int]:
     except (binascii.Error, msgspec.DecodeError, ValueError):
         owner, reservation, created = 0, "", 0
     if owner != tenant:
-        raise MalformedRequest("The cursor is none of this list. Take it from `next_cursor` of the page before.")
+        raise MalformedRequest("The cursor is not one of this list. Take it from `next_cursor` of the previous page.")
     return reservation, created
 
 
 _log = structlog.get_logger(__name__)
-RECONNECT_SECONDS = 1.0
 _MESSAGE_WAIT_SECONDS = 5.0
 
 
 class TaskEventSubscriber:
-    """Posts announced changes on the board of this process."""
+    """Puts published changes of tasks into the cache of this process."""
 
     def __init__(
         self,
@@ -270,16 +264,10 @@ class TaskEventSubscriber:
         self._cache = cache
 
     async def run(self) -> None:
-        """Listen for ever, through any loss of the connection; what is missed meanwhile, waiters read by themselves."""
-        while True:
-            try:
-                await self._listen()
-            except RedisError as error:
-                if self._on_error:
-                    self._on_error(classify_error(error))
-                await asyncio.sleep(RECONNECT_SECONDS)
+        """Put changes into the cache for ever. Waiting callers read by themselves what is missed meanwhile."""
+        await run_subscription(self._receive, self._on_error)
 
-    async def _listen(self) -> None:
+    async def _receive(self) -> None:
         async with await self._open_pubsub() as channel:
             await channel.subscribe(self._channel)
             while True:
@@ -290,7 +278,7 @@ class TaskEventSubscriber:
     def _handle_message(self, message: bytes) -> None:
         try:
             change = decode_task_event(message)
-        except MsgspecError:  # of another version of the gateway; waiters read by themselves
+        except MsgspecError:  # of another version of the gateway
             _log.warning("pubsub.invalid_message")
         else:
             self._cache.on_published(*change)

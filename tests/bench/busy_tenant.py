@@ -16,8 +16,8 @@ from service.domain.ledger import Balance, Grant, ReservationState
 from service.domain.tasks import Artifact, ArtifactName, Kind, TaskIdCodec, TaskReference, UpscaleOptions
 from service.domain.tenants import Account, AccountPolicy, Limit, Tenant, TenantPolicy, Window
 from service.storage.connections import connect
-from service.storage.ledger import DAY_MS, RedisLedger
-from service.storage.redis import Keys, RedisScripts
+from service.storage.ledger import RedisLedger
+from service.storage.redis import DAY_MS, Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
 from service.usecases.ports import (

@@ -25,7 +25,8 @@ from service.domain.ledger import (
     Verdict,
 )
 from service.domain.tasks import Cost, CostBasis, State, Task
-from service.storage.ledger import DAY_MS, KEEP_IDEMPOTENCY_KEY_MS
+from service.storage.ledger import KEEP_IDEMPOTENCY_KEY_MS
+from service.storage.redis import DAY_MS
 from service.usecases.ports import BalanceCheck, ReserveRequest, Settlement, TenantSnapshot
 from tests.fakes.tasks import FakeTaskStore
 from tests.model import ledger_model

@@ -9,7 +9,8 @@ from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import AccountState, Candidate, DayUsage, Reservation, TenantState
 from service.domain.tasks import Task
 from service.domain.tenants import AccountPolicy, TenantPolicy
-from service.storage.ledger import DAY_MS, Retention
+from service.storage.ledger import Retention
+from service.storage.redis import DAY_MS
 from service.usecases.ports import Delivery
 from service.usecases.task_cache import DurationEstimator, TaskCache
 from tests.fakes.clock import FakeClock, Stopwatch

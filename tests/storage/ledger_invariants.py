@@ -18,7 +18,7 @@ from service.domain.ledger import (
     sum_charged_fen,
 )
 from service.domain.tenants import Window
-from service.storage.ledger import DAY_MS
+from service.storage.redis import DAY_MS
 from tests.storage.ledger_comparison import ACCOUNTS, TENANT, LedgerComparison
 from tests.storage.ledger_views import (
     charge_in_window,

@@ -6,7 +6,7 @@ import pytest
 
 from service.domain.ledger import Balance, Grant, Idempotency, InferredCharge, RefundResult, ReservationState
 from service.domain.tasks import Kind
-from service.storage.ledger import DAY_MS
+from service.storage.redis import DAY_MS
 from service.usecases.ports import CheckOutcome, CheckResult, ReserveRequest
 from tests.storage.seeded_store import ACCOUNTS, FIRST, RETENTION, SECOND, START_MS, TENANT, TENANTS, SeededStore
 

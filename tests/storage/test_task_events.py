@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from service.domain.tasks import State
-from service.storage import tasks
+from service.storage import redis
 from service.storage.connections import connect
 from service.storage.tasks import TaskEventSubscriber, decode_task_event
 from service.usecases.ports import CheckOutcome
@@ -30,12 +30,12 @@ def own_server() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-async def task_store(own_server: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoreFixture]:
-    """Yield a tenant with one running task."""
-    monkeypatch.setattr(tasks, "RECONNECT_SECONDS", 0.01)
-    async with open_store(own_server.url) as store:
-        await store.accept_tasks("r1")
-        yield store
+async def kept(own: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoreFixture]:
+    """A tenant with one running task."""
+    monkeypatch.setattr(redis, "RECONNECT_SECONDS", 0.01)
+    async with open_store(own.url) as found:
+        await found.accept_tasks("r1")
+        yield found
 
 
 async def count_subscribers(client: Redis) -> int:
@@ -120,9 +120,9 @@ async def test_invalid_message(own_server: Valkey, task_store: StoreFixture) -> 
             assert await subscription.wait_for_change(1, TIMEOUT_SECONDS)
 
 
-async def test_store_starts_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A subscription that starts during an outage receives events once Redis is up."""
-    monkeypatch.setattr(tasks, "RECONNECT_SECONDS", 0.01)
+async def test_a_store_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who begins while the store is away hears of changes as soon as it is there."""
+    monkeypatch.setattr(redis, "RECONNECT_SECONDS", 0.01)
     port = find_free_port()
     url = f"redis://127.0.0.1:{port}"
     async with open_cache(url) as cache:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from service.storage.ledger import DAY_MS, Retention
+from service.storage.ledger import Retention
+from service.storage.redis import DAY_MS
 
 
 def make_retention(**changes: int) -> Retention:
