@@ -98,13 +98,13 @@ def tenants_app(services: Container) -> Litestar:
         return services.tenant_auth.authenticate(request)
 
     task_routes = tasks.task_routes(
-        submit=services.submit,
+        submitter=services.submitter,
         reader=services.task_reader,
         uploads=services.uploads,
         catalogue=services.catalogue,
         estimator=services.task_cache.durations,
     )
-    artifact_routes = artifacts.artifact_routes(services.open_artifact)
+    artifact_routes = artifacts.artifact_routes(services.artifact_reader)
     event_routes = tasks.event_routes(reader=services.task_reader, tenant_auth=services.tenant_auth)
     usage_routes = [*usage.usage_routes(services.usage), *usage.submission_routes(services.submissions)]
     v1 = Router(
@@ -120,7 +120,7 @@ def tenants_app(services: Container) -> Litestar:
         "/api",
         route_handlers=legacy.legacy_routes(
             tenant_auth=services.tenant_auth,
-            submit=services.submit,
+            submitter=services.submitter,
             reader=services.task_reader,
             quota=services.quota,
             uploads=services.uploads,
@@ -144,7 +144,7 @@ def operators_app(services: Container) -> Litestar:
 
     registry_routes = [
         *admin.resource_routes(registry_admin=services.registry_admin, quota=services.quota),
-        *admin.registry_routes(services.apply_registry, services.reencrypt_secrets),
+        *admin.registry_routes(services.registry_apply, services.registry_admin),
     ]
     usage_routes = [
         *usage.operator_usage_routes(services.usage),

@@ -43,14 +43,13 @@ from service.telemetry.gauges import GaugeName
 from service.telemetry.metrics import EventLoopMonitor, Metrics
 from service.telemetry.redaction import RecordingCipher, Redactor, RegisterSecret, noop
 from service.telemetry.tracing import NOOP_TRACER, Tracer, open_tracer
-from service.usecases.admin import RegistryAdmin, RegistryUpdater, SecretReencryption, WebhookAdmin
+from service.usecases.admin import RegistryAdmin, RegistryUpdater, WebhookAdmin
 from service.usecases.background import TaskSupervisor, cancel_and_wait
 from service.usecases.ledger_snapshot import LedgerSnapshot
 from service.usecases.poller import BalanceRefresher, TaskPoller
 from service.usecases.ports import (
     Artifacts,
     CheckOutcome,
-    Clock,
     DeliveryQueue,
     Ledger,
     RegistryStore,
@@ -104,16 +103,15 @@ class Container:
 
     tenant_auth: TenantAuth
     admin_auth: AdminAuth
-    submit: Submitter
+    submitter: Submitter
     task_reader: TaskReader
-    open_artifact: ArtifactReader
+    artifact_reader: ArtifactReader
     quota: QuotaReports
     usage: UsageReports
     ledger_snapshot: LedgerSnapshot
     submissions: SubmissionReports
     registry_admin: RegistryAdmin
-    apply_registry: RegistryApply
-    reencrypt_secrets: SecretReencryption
+    registry_apply: RegistryApply
     webhook_admin: WebhookAdmin
     uploads: UploadReader
     catalogue: Catalogue
@@ -155,14 +153,6 @@ TASK_ID_PURPOSE, USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE = "task-id", "user-key
 REDIS_TIMEOUT_SECONDS = 5.0
 
 
-class SystemClock:
-    """The time of this machine."""
-
-    def now(self) -> float:
-        """Seconds since the epoch."""
-        return time.time()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
     """An implementation of each port."""
@@ -176,7 +166,7 @@ class Adapters:
     artifact_client: Artifacts
     delivery_queue: DeliveryQueue
     webhook_client: WebhookSender
-    clock: Clock
+    now: Callable[[], float]
 
 
 def build_services(
@@ -220,11 +210,11 @@ def build_services(
     )
     change = RegistryUpdater(adapters.registry_store, adapters.registry)
     webhooks = WebhookAdmin(
-        update_registry=change,
+        updater=change,
         registry=adapters.registry,
         deliveries=adapters.delivery_queue,
         cipher=secrets,
-        clock=adapters.clock,
+        now=adapters.now,
     )
     deliver = WebhookDispatcher(
         deliveries=adapters.delivery_queue,
@@ -233,8 +223,8 @@ def build_services(
         registry=adapters.registry,
         cipher=secrets,
         disable_url=webhooks.disable_url,
-        render=encode_task_event,
-        clock=adapters.clock,
+        encode_task_event=encode_task_event,
+        now=adapters.now,
         metrics=metrics,
         tracer=tracer,
     )
@@ -245,7 +235,7 @@ def build_services(
         registry=adapters.registry,
         task_ids=task_ids,
         cache=adapters.task_cache,
-        clock=adapters.clock,
+        now=adapters.now,
         metrics=metrics,
         interval_seconds=settings.poll_seconds,
     )
@@ -266,9 +256,9 @@ def build_services(
     watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire_leases, looks.run, deliver.run]
     answering: list[Job] = [] if settings.role is Role.WORKER else [follow.touch_watched]
     return Container(
-        tenant_auth=TenantAuth(adapters.registry, adapters.clock),
+        tenant_auth=TenantAuth(adapters.registry, adapters.now),
         admin_auth=AdminAuth(settings.admin_token),
-        submit=Submitter(
+        submitter=Submitter(
             ledger=adapters.ledger,
             settlements=settle,
             tasks=adapters.task_store,
@@ -280,7 +270,7 @@ def build_services(
             tracer=tracer,
         ),
         task_reader=follow,
-        open_artifact=ArtifactReader(reader=follow, artifacts=adapters.artifact_client, registry=adapters.registry),
+        artifact_reader=ArtifactReader(reader=follow, artifacts=adapters.artifact_client, registry=adapters.registry),
         quota=QuotaReports(ledger=adapters.ledger, registry=adapters.registry),
         ledger_snapshot=survey,
         usage=UsageReports(ledger=adapters.ledger, registry=adapters.registry),
@@ -288,27 +278,20 @@ def build_services(
             ledger=adapters.ledger, tasks=adapters.task_store, registry=adapters.registry, task_ids=task_ids
         ),
         registry_admin=RegistryAdmin(
-            update_registry=change,
+            updater=change,
             registry=adapters.registry,
             ledger=adapters.ledger,
             user_key_cipher=user_keys,
             webhook_cipher=secrets,
-            clock=adapters.clock,
+            now=adapters.now,
         ),
-        apply_registry=RegistryApply(
-            update_registry=change,
+        registry_apply=RegistryApply(
+            updater=change,
             registry=adapters.registry,
             ledger=adapters.ledger,
             user_key_cipher=user_keys,
             webhook_cipher=secrets,
-            clock=adapters.clock,
-        ),
-        reencrypt_secrets=SecretReencryption(
-            update_registry=change,
-            registry=adapters.registry,
-            user_key_cipher=user_keys,
-            webhook_cipher=secrets,
-            clock=adapters.clock,
+            now=adapters.now,
         ),
         webhook_admin=webhooks,
         uploads=uploads,
@@ -411,7 +394,7 @@ async def open_container(
             artifact_client=artifacts,
             delivery_queue=RedisDeliveryQueue(scripts, keys),
             webhook_client=WebhookClient(tracer=tracer),
-            clock=SystemClock(),
+            now=time.time,
         )
         jobs = [registry.run, changes.run]
         yield build_services(ports, settings, metrics, background, jobs, register_secret=register_secret, tracer=tracer)

@@ -42,7 +42,7 @@ from service.api.admin_schemas import (
 )
 from service.domain.errors import FieldError, InvalidOptions, field_path
 from service.domain.tenants import NAME_RULE, Account, Tenant, strip_query
-from service.usecases.admin import RegistryAdmin, SecretReencryption, WebhookAdmin
+from service.usecases.admin import RegistryAdmin, WebhookAdmin
 from service.usecases.registry_apply import RegistryApply, RegistryPlan
 from service.usecases.reports import QuotaReports
 
@@ -282,7 +282,7 @@ IfMatch = Annotated[
 ]
 
 
-def registry_routes(apply: RegistryApply, reencrypt_secrets: SecretReencryption) -> Sequence[HTTPRouteHandler]:
+def registry_routes(registry_apply: RegistryApply, registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/admin/v1` for the registry as a whole."""
 
     @get(
@@ -294,8 +294,10 @@ def registry_routes(apply: RegistryApply, reencrypt_secrets: SecretReencryption)
         responses=openapi.problem_responses(401, "ledger-unavailable"),
     )
     async def read_registry() -> Response[RegistryBody]:
-        current = await apply.load_current()
-        return Response(render_registry(current, apply.now()), headers={"ETag": _registry_etag(current.version)})
+        current = await registry_apply.load_current()
+        return Response(
+            render_registry(current, registry_apply.now()), headers={"ETag": _registry_etag(current.version)}
+        )
 
     @put(
         "/registry",
@@ -317,8 +319,10 @@ def registry_routes(apply: RegistryApply, reencrypt_secrets: SecretReencryption)
         force: ForceApply = False,
     ) -> Response[ApplyResult]:
         wanted = data.to_desired(prune=prune)
-        plan = await apply(wanted, force=force, dry_run=dry_run, version_matches=partial(etag_matches, known))
-        view = render_apply_result(plan, diff_registry(plan, apply.now()), dry_run=dry_run)
+        plan = await registry_apply.apply(
+            wanted, force=force, dry_run=dry_run, version_matches=partial(etag_matches, known)
+        )
+        view = render_apply_result(plan, diff_registry(plan, registry_apply.now()), dry_run=dry_run)
         version = plan.after.version if view.applied else plan.before.version
         return Response(view, headers={"ETag": _registry_etag(version)})
 
@@ -332,7 +336,7 @@ def registry_routes(apply: RegistryApply, reencrypt_secrets: SecretReencryption)
         status_code=200,
     )
     async def reseal_registry() -> ReencryptResult:
-        return render_reencrypt_result(await reencrypt_secrets())
+        return render_reencrypt_result(await registry_admin.reencrypt_secrets())
 
     return [read_registry, put_registry, reseal_registry]
 

@@ -50,7 +50,7 @@ _ETAG_OR_DATE = re.compile(rf"{_ETAG}|{_DATE.pattern}")
 ArtifactContext = AbstractAsyncContextManager[tuple[Task, ArtifactStream]]
 
 
-def artifact_routes(open_artifact: ArtifactReader) -> list[HTTPRouteHandler]:
+def artifact_routes(reader: ArtifactReader) -> list[HTTPRouteHandler]:
     """The handler under `/v1/tasks/{id}/artifacts`."""
 
     @get(
@@ -86,7 +86,7 @@ def artifact_routes(open_artifact: ArtifactReader) -> list[HTTPRouteHandler]:
     ) -> Response[bytes]:
         del range_, if_range, if_none_match, if_modified_since  # declared for the API's document
         wanted = _parse_range_request(request.headers, is_head=HEAD_KEY in request.scope)
-        return ArtifactResponse(request, open_artifact(tenant, task_id, name, wanted))
+        return ArtifactResponse(request, reader.open_artifact(tenant, task_id, name, wanted))
 
     return [read]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 from typing import Any
 
 from litestar.connection import ASGIConnection
@@ -11,7 +12,7 @@ from litestar.connection import ASGIConnection
 from service.domain import tenants
 from service.domain.errors import Unauthenticated
 from service.domain.tenants import Tenant
-from service.usecases.ports import Clock, RegistryView
+from service.usecases.ports import RegistryView
 
 _MISSING_TOKEN = "Send your token as `Authorization: Bearer TOKEN`."  # noqa: S105 - a message
 _INVALID_TOKEN = "This token is not valid (any more). Ask the operators of the gateway for a new one."  # noqa: S105 - a message
@@ -20,9 +21,9 @@ _INVALID_TOKEN = "This token is not valid (any more). Ask the operators of the g
 class TenantAuth:
     """Finds the tenant of a request, in memory."""
 
-    def __init__(self, registry: RegistryView, clock: Clock) -> None:
+    def __init__(self, registry: RegistryView, now: Callable[[], float]) -> None:
         self._registry = registry
-        self._clock = clock
+        self._now = now
 
     def authenticate(self, request: ASGIConnection[Any, Any, Any, Any]) -> Tenant:
         """The tenant whose token the request bears. Raises Unauthenticated."""
@@ -35,7 +36,7 @@ class TenantAuth:
         if not tenants.has_valid_checksum(token):
             raise Unauthenticated(_INVALID_TOKEN)
         found = self._registry.current.tenant_by_token(tenants.hash_token(token))
-        if found is None or not found[1].is_valid_at(self._clock.now()):
+        if found is None or not found[1].is_valid_at(self._now()):
             raise Unauthenticated(_INVALID_TOKEN)
         return found[0]
 

@@ -120,7 +120,7 @@ A = TypeVar("A", Submitted, Checked)
 def legacy_routes(
     *,
     tenant_auth: TenantAuth,
-    submit: Submitter,
+    submitter: Submitter,
     reader: TaskReader,
     quota: QuotaReports,
     uploads: UploadReader,
@@ -142,14 +142,14 @@ def legacy_routes(
             def admit(name: str, value: str) -> None:
                 # Programs send their fields before the file, so who may not submit is told before the image is taken.
                 if name == _USER_KEY_FIELD:
-                    submit.check_allowed(_authenticate_key(request, tenant_auth, value), kind)
+                    submitter.check_allowed(_authenticate_key(request, tenant_auth, value), kind)
 
             async def answer() -> Submitted:
                 async with uploads.receive(request.scope, request.receive, part=_IMAGE_PART, on_field=admit) as upload:
                     tenant = _authenticate_form(request, tenant_auth, upload.fields)
-                    submit.check_allowed(tenant, kind)
+                    submitter.check_allowed(tenant, kind)
                     options = _parse_fields(kind, upload.fields, catalogue)
-                    accepted = await submit(tenant, options, {}, upload.image)
+                    accepted = await submitter.submit(tenant, options, {}, upload.image)
                 return Submitted(0, accepted.task.id, **await _remaining_fields(quota, tenant))
 
             return await _respond(answer, _submit_message)

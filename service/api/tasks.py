@@ -256,7 +256,12 @@ _SUBMIT_PROBLEMS = (
 
 
 def task_routes(
-    *, submit: Submitter, reader: TaskReader, uploads: UploadReader, catalogue: Catalogue, estimator: DurationEstimator
+    *,
+    submitter: Submitter,
+    reader: TaskReader,
+    uploads: UploadReader,
+    catalogue: Catalogue,
+    estimator: DurationEstimator,
 ) -> Sequence[HTTPRouteHandler]:
     """The handlers under `/v1/tasks`."""
 
@@ -275,7 +280,9 @@ def task_routes(
             options = parse_options(kind, fields, catalogue)
             metadata = parse_metadata(beside.get(_METADATA_FIELD))
             webhook = resolve_webhook_url(tenant.webhook, beside.get(_WEBHOOK_FIELD))
-            return await submit(tenant, options, metadata, upload.image, idempotency_key=key, webhook_url=webhook)
+            return await submitter.submit(
+                tenant, options, metadata, upload.image, idempotency_key=key, webhook_url=webhook
+            )
 
     def submitting(kind: Kind) -> HTTPRouteHandler:
         @post(
@@ -308,7 +315,7 @@ def task_routes(
             prefer: Annotated[str | None, HeaderParameter(name="Prefer", description=_PREFER_DESCRIPTION)] = None,
         ) -> Response[TaskView]:
             del idempotency_key, prefer  # declared for the API's document; there may be several of each
-            submit.check_allowed(tenant, kind)
+            submitter.check_allowed(tenant, kind)
             key = parse_idempotency_key(request.headers.getall("idempotency-key", []))
             if request.query_params:
                 raise InvalidOptions([FieldError(name, "goes into the form") for name in request.query_params])

@@ -37,7 +37,7 @@ from service.domain.tenants import (
     strip_query,
 )
 from service.telemetry import logging
-from service.usecases.ports import Clock, Delivery, DeliveryQueue, Ledger, RegistryChange, RegistryStore, RegistryView
+from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange, RegistryStore, RegistryView
 
 _log = structlog.get_logger(__name__)
 
@@ -56,7 +56,7 @@ class RegistryUpdater:
         self._registry = registry
         self._lock = asyncio.Lock()
 
-    async def __call__(
+    async def update_registry(
         self, event: str, make_change: Callable[[Registry], tuple[RegistryChange, R]], **log_fields: Any
     ) -> R:
         """Write what `make` makes of the newest version, again if another process was faster, and log it.
@@ -81,65 +81,6 @@ class ReencryptedSecrets(Struct, frozen=True):
     accounts: tuple[str, ...]
     tenants: tuple[str, ...]
     undecryptable: tuple[str, ...]
-
-
-class SecretReencryption:
-    """Brings under the first secret key what was sealed with others."""
-
-    def __init__(
-        self,
-        *,
-        update_registry: RegistryUpdater,
-        registry: RegistryView,
-        user_key_cipher: Cipher,
-        webhook_cipher: Cipher,
-        clock: Clock,
-    ) -> None:
-        self._update_registry = update_registry
-        self._registry = registry
-        self._user_key_cipher = user_key_cipher
-        self._webhook_cipher = webhook_cipher
-        self._clock = clock
-
-    async def __call__(self) -> ReencryptedSecrets:
-        """Seal anew what is not sealed with the first key, and leave what no key opens as it is.
-
-        Where all is, nothing is written. Raises LedgerUnavailable or Overloaded.
-        """
-        await self._registry.refresh()
-        change, found = self._make_change(self._registry.current)
-        if not change.accounts and not change.tenants:
-            return found
-        return await self._update_registry("registry.reencrypted", self._make_change)
-
-    def _make_change(self, now: Registry) -> tuple[RegistryChange, ReencryptedSecrets]:
-        lost: list[str] = []
-        accounts, tenants = list[Account](), list[Tenant]()
-        for name, account in sorted(now.accounts.items()):
-            sealed = _reencrypt(self._user_key_cipher, account.user_key)
-            if sealed is None:
-                lost.append(field_path("accounts", name, "user_key"))
-            elif sealed != account.user_key:
-                accounts.append(replace(account, user_key=sealed))
-        for name, tenant in sorted(now.tenants.items()):
-            before = tenant.webhook.secrets
-            signing = before and self._reencrypt_webhook(before)
-            if before and signing is None:
-                lost.append(field_path("tenants", name, "webhook", "secret"))
-            elif signing != before:
-                tenants.append(replace(tenant, webhook=replace(tenant.webhook, secrets=signing)))
-        change = RegistryChange(
-            version=now.version, next_id=now.next_id, accounts=tuple(accounts), tenants=tuple(tenants)
-        )
-        names = (tuple(each.name for each in accounts), tuple(each.name for each in tenants))
-        return change, ReencryptedSecrets(*names, tuple(lost))
-
-    def _reencrypt_webhook(self, before: WebhookSecrets) -> WebhookSecrets | None:
-        """The secrets that are in force, sealed anew; one that is no longer goes. None if no key opens one of them."""
-        secret, *former = [_reencrypt(self._webhook_cipher, each) for each in before.active_secrets(self._clock.now())]
-        if secret is None or None in former:
-            return None
-        return replace(before, current=secret, previous=former[0] if former else None)
 
 
 def _reencrypt(cipher: Cipher, sealed: bytes) -> bytes | None:
@@ -174,19 +115,19 @@ class RegistryAdmin:
     def __init__(
         self,
         *,
-        update_registry: RegistryUpdater,
+        updater: RegistryUpdater,
         registry: RegistryView,
         ledger: Ledger,
         user_key_cipher: Cipher,
         webhook_cipher: Cipher,
-        clock: Clock,
+        now: Callable[[], float],
     ) -> None:
-        self._update_registry = update_registry
+        self._updater = updater
         self._registry = registry
         self._ledger = ledger
         self._user_key_cipher = user_key_cipher
         self._webhook_cipher = webhook_cipher
-        self._clock = clock
+        self.now = now
 
     async def put_account(
         self, name: str, user_key: str | None, base_url: str | None, policy: AccountPolicy
@@ -210,7 +151,7 @@ class RegistryAdmin:
             return made, (account, known is not None and affects_availability(known, account))
 
         about = {"base_url": base_url, "policy": logging.log_account_policy(policy), "key_given": user_key is not None}
-        account, reopens = await self._update_registry("account.updated", change, account=name, **about)
+        account, reopens = await self._updater.update_registry("account.updated", change, account=name, **about)
         closed = (await self._ledger.account_states([account.id]))[account.id].status is not AccountStatus.OPEN
         if reopens or (user_key is not None and closed):
             await self._ledger.reopen_account(account.id)
@@ -247,7 +188,7 @@ class RegistryAdmin:
         about["policy"] = logging.log_tenant_policy(tenant.policy)
         url = tenant.webhook.url and strip_query(tenant.webhook.url)
         about["webhook"] = {"url": url, "allow": tenant.webhook.allow, "key_given": given is not None}
-        return await self._update_registry("tenant.updated", change, tenant=tenant.name, **about)
+        return await self._updater.update_registry("tenant.updated", change, tenant=tenant.name, **about)
 
     async def delete_account(self, name: str, *, force: bool) -> None:
         """Take an account out. Unless forced it must have nothing open and no tenant that uses it.
@@ -275,7 +216,9 @@ class RegistryAdmin:
             made = RegistryChange(version=now.version, next_id=now.next_id, tenants=left, drop_accounts=(account,))
             return made, None
 
-        await self._update_registry("account.deleted", change, account=name, force=force, open=state.open_submissions)
+        await self._updater.update_registry(
+            "account.deleted", change, account=name, force=force, open=state.open_submissions
+        )
 
     async def delete_tenant(self, name: str, *, force: bool) -> None:
         """Take a tenant and its tokens out. Unless forced it must have no active task. Raises Conflict or NotFound."""
@@ -290,14 +233,14 @@ class RegistryAdmin:
             made = RegistryChange(version=now.version, next_id=now.next_id, drop_tenants=(found,), drop_tokens=tokens)
             return made, None
 
-        await self._update_registry("tenant.deleted", change, tenant=name, force=force, active=active)
+        await self._updater.update_registry("tenant.deleted", change, tenant=name, force=force, active=active)
 
     async def create_token(self, tenant_name: str, label: str | None, expires_at: float | None) -> NewToken:
         """Make a token for a tenant, whose expired ones go; `expires` in seconds since the epoch.
 
         Raises NotFound.
         """
-        text, token_id, created = generate_token(), secrets.token_hex(_TOKEN_ID_BYTES), self._clock.now()
+        text, token_id, created = generate_token(), secrets.token_hex(_TOKEN_ID_BYTES), self.now()
 
         def change(now: Registry) -> tuple[RegistryChange, Token]:
             tenant = _require(now.tenants, tenant_name, "tenant")
@@ -307,11 +250,11 @@ class RegistryAdmin:
             return made, token
 
         about = {"id": token_id, "label": label, "expires": expires_at}
-        return NewToken(await self._update_registry("token.created", change, tenant=tenant_name, **about), text)
+        return NewToken(await self._updater.update_registry("token.created", change, tenant=tenant_name, **about), text)
 
     async def revoke_token(self, tenant_name: str, token_id: str, grace_seconds: float) -> None:
         """Let a token expire in `grace` seconds, at once if 0; never later than it would. Raises NotFound."""
-        end = self._clock.now() + grace_seconds
+        end = self.now() + grace_seconds
 
         def change(now: Registry) -> tuple[RegistryChange, None]:
             tenant = _require(now.tenants, tenant_name, "tenant")
@@ -319,11 +262,13 @@ class RegistryAdmin:
             if not grace_seconds:
                 return RegistryChange(version=now.version, next_id=now.next_id, drop_tokens=(token,)), None
             left = msgspec.structs.replace(
-                token, expires=end if token.expires_at is None else min(end, token.expires_at)
+                token, expires_at=end if token.expires_at is None else min(end, token.expires_at)
             )
             return RegistryChange(version=now.version, next_id=now.next_id, tokens=(left,)), None
 
-        await self._update_registry("token.revoked", change, tenant=tenant_name, id=token_id, grace=grace_seconds)
+        await self._updater.update_registry(
+            "token.revoked", change, tenant=tenant_name, id=token_id, grace=grace_seconds
+        )
 
     async def reopen_account(self, name: str) -> Account:
         """Let the next submission find out whether an exhausted or invalid account can be used. Raises NotFound."""
@@ -361,22 +306,58 @@ class RegistryAdmin:
         await self._registry.refresh()
         return tuple(tenant for _, tenant in sorted(self._registry.current.tenants.items()))
 
-    def now(self) -> float:
-        """The time, in seconds since the epoch, that tokens expire by."""
-        return self._clock.now()
-
     def list_tokens(self, tenant: Tenant) -> tuple[Token, ...]:
         """The tokens of a tenant that have not expired."""
-        now = self._clock.now()
+        now = self.now()
         return tuple(token for token in self._registry.current.tokens_of(tenant) if token.is_valid_at(now))
 
     async def account_states(self, accounts: tuple[Account, ...]) -> Mapping[int, AccountState]:
         """What the ledger knows of each account, by id."""
         return await self._ledger.account_states([account.id for account in accounts])
 
+    async def reencrypt_secrets(self) -> ReencryptedSecrets:
+        """Encrypt all secrets with the first key; those that no key decrypts stay as they are.
+
+        Nothing is written if nothing changes. Raises LedgerUnavailable or Overloaded.
+        """
+        await self._registry.refresh()
+        change, result = self._reencrypt_all(self._registry.current)
+        if not change.accounts and not change.tenants:
+            return result
+        return await self._updater.update_registry("registry.reencrypted", self._reencrypt_all)
+
+    def _reencrypt_all(self, registry: Registry) -> tuple[RegistryChange, ReencryptedSecrets]:
+        undecryptable: list[str] = []
+        accounts, tenants = list[Account](), list[Tenant]()
+        for name, account in sorted(registry.accounts.items()):
+            user_key = _reencrypt(self._user_key_cipher, account.user_key)
+            if user_key is None:
+                undecryptable.append(field_path("accounts", name, "user_key"))
+            elif user_key != account.user_key:
+                accounts.append(replace(account, user_key=user_key))
+        for name, tenant in sorted(registry.tenants.items()):
+            before = tenant.webhook.secrets
+            after = before and self._reencrypt_webhook(before)
+            if before and after is None:
+                undecryptable.append(field_path("tenants", name, "webhook", "secret"))
+            elif after != before:
+                tenants.append(replace(tenant, webhook=replace(tenant.webhook, secrets=after)))
+        change = RegistryChange(
+            version=registry.version, next_id=registry.next_id, accounts=tuple(accounts), tenants=tuple(tenants)
+        )
+        names = (tuple(account.name for account in accounts), tuple(tenant.name for tenant in tenants))
+        return change, ReencryptedSecrets(*names, tuple(undecryptable))
+
+    def _reencrypt_webhook(self, before: WebhookSecrets) -> WebhookSecrets | None:
+        """Reencrypt the secrets in force and drop an expired one. Returns None if no key decrypts one of them."""
+        current, *previous = [_reencrypt(self._webhook_cipher, secret) for secret in before.active_secrets(self.now())]
+        if current is None or None in previous:
+            return None
+        return replace(before, current=current, previous=previous[0] if previous else None)
+
     def _new_id(self, now: Registry) -> int:
         """An id that was never used, not even by a registry that was lost with all it knew: ids follow the clock."""
-        return max(now.next_id, int(self._clock.now() * 1000))
+        return max(now.next_id, int(self.now() * 1000))
 
 
 def affects_availability(old: Account, new: Account) -> bool:
@@ -423,24 +404,24 @@ class WebhookAdmin:
     def __init__(
         self,
         *,
-        update_registry: RegistryUpdater,
+        updater: RegistryUpdater,
         registry: RegistryView,
         deliveries: DeliveryQueue,
         cipher: Cipher,
-        clock: Clock,
+        now: Callable[[], float],
     ) -> None:
-        self._update_registry = update_registry
+        self._updater = updater
         self._registry = registry
         self._deliveries = deliveries
         self._cipher = cipher
-        self._clock = clock
+        self._now = now
 
     async def rotate_secret(self, name: str, grace_seconds: float) -> NewSecret:
         """Give a tenant a new secret, beside which the one it has signs for `grace` seconds more.
 
         Raises NotFound, or Conflict if it has none.
         """
-        text, until = webhooks.generate_secret(), self._clock.now() + grace_seconds
+        text, until = webhooks.generate_secret(), self._now() + grace_seconds
         sealed = self._cipher.encrypt(webhooks.parse_secret(text))
 
         def change(now: Registry) -> tuple[RegistryChange, None]:
@@ -452,7 +433,7 @@ class WebhookAdmin:
             signing = WebhookSecrets(sealed, tenant.webhook.secrets.current if grace_seconds else None, until)
             return _replace_tenant(now, replace(tenant, webhook=replace(tenant.webhook, secrets=signing))), None
 
-        await self._update_registry("webhook.secret_rotated", change, tenant=name, grace=grace_seconds)
+        await self._updater.update_registry("webhook.secret_rotated", change, tenant=name, grace=grace_seconds)
         return NewSecret(text, until)
 
     async def disable_url(self, tenant_id: int, url: str) -> None:
@@ -464,7 +445,7 @@ class WebhookAdmin:
                 return RegistryChange(version=now.version, next_id=now.next_id), None
             return _replace_tenant(now, replace(tenant, webhook=tenant.webhook.with_disabled_url(url))), None
 
-        await self._update_registry(
+        await self._updater.update_registry(
             "webhook.disabled",
             change,
             tenant=self._registry.current.tenant_name(tenant_id),

@@ -43,13 +43,13 @@ class LedgerSnapshot:
         self._metrics = metrics
         self._refresh_task: asyncio.Task[None] | None = None
 
-    async def __call__(self) -> None:
+    async def refresh(self) -> None:
         """Look now, or share the look that is under way. Never raises: what can't be seen is not shown."""
         if self._refresh_task is None or self._refresh_task.done():
-            self._refresh_task = asyncio.create_task(self._refresh())
+            self._refresh_task = asyncio.create_task(self._take())
         await asyncio.shield(self._refresh_task)
 
-    async def _refresh(self) -> None:
+    async def _take(self) -> None:
         self._metrics.refresh_labels()
         seen = None
         try:

@@ -180,14 +180,6 @@ class WebhookSender(Protocol):
         ...
 
 
-class Clock(Protocol):
-    """The time of this process."""
-
-    def now(self) -> float:
-        """Seconds since the epoch."""
-        ...
-
-
 class ReserveRequest(Struct, frozen=True):
     """A wish to reserve: made once per submission, under an id of the caller's making."""
 

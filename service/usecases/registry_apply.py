@@ -17,7 +17,7 @@ from service.domain.tasks import Cipher
 from service.domain.tenants import Account, Registry, SecretRef, Tenant, Token, Webhook, WebhookSecrets
 from service.telemetry import logging
 from service.usecases.admin import RegistryUpdater, affects_availability
-from service.usecases.ports import Clock, Ledger, RegistryChange, RegistryView
+from service.usecases.ports import Ledger, RegistryChange, RegistryView
 
 _DAY_MS = 86_400_000
 
@@ -290,30 +290,26 @@ class RegistryApply:
     def __init__(
         self,
         *,
-        update_registry: RegistryUpdater,
+        updater: RegistryUpdater,
         registry: RegistryView,
         ledger: Ledger,
         user_key_cipher: Cipher,
         webhook_cipher: Cipher,
-        clock: Clock,
+        now: Callable[[], float],
     ) -> None:
-        self._update_registry = update_registry
+        self._updater = updater
         self._registry = registry
         self._ledger = ledger
         self._user_key_cipher = user_key_cipher
         self._webhook_cipher = webhook_cipher
-        self._clock = clock
-
-    def now(self) -> float:
-        """The time, in seconds since the epoch."""
-        return self._clock.now()
+        self.now = now
 
     async def load_current(self) -> Registry:
         """The newest version."""
         await self._registry.refresh()
         return self._registry.current
 
-    async def __call__(
+    async def apply(
         self, desired: DesiredRegistry, *, force: bool, dry_run: bool, version_matches: Callable[[int], bool]
     ) -> RegistryPlan:
         """Make the registry what is wanted, all of it or nothing; a dry run only says what that would be.
@@ -327,7 +323,7 @@ class RegistryApply:
                 "The registry was changed since you read it. Read it again, and see what is different now."
             )
         planner = RegistryPlanner(
-            now, self._clock.now(), user_key_cipher=self._user_key_cipher, webhook_cipher=self._webhook_cipher
+            now, self.now(), user_key_cipher=self._user_key_cipher, webhook_cipher=self._webhook_cipher
         )
         plan = planner.plan(desired)
         if plan.change is None:
@@ -367,7 +363,7 @@ class RegistryApply:
             "removed_tenants": [each.name for each in change.drop_tenants],
             "removed": [each.id for each in change.drop_tokens],
         }
-        await self._update_registry("registry.applied", make, force=force, **removed)
+        await self._updater.update_registry("registry.applied", make, force=force, **removed)
         self._log_changes(plan, change)
         for account in change.accounts:
             known = plan.before.accounts.get(account.name)

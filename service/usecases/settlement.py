@@ -42,7 +42,7 @@ class SettlementQueue:
         """How many outcomes are still to be booked."""
         return len(self._pending)
 
-    async def __call__(self, settlement: Settlement) -> None:
+    async def settle(self, settlement: Settlement) -> None:
         """Book an outcome; when this returns it is booked or will be, so the caller can have its answer.
 
         That holds for faults of the gateway's own too: an image that was accepted is not answered with a crash.

@@ -245,7 +245,7 @@ class Submitter:
         if not tenant.can_submit(kind):
             raise KindNotAllowed(f"This tenant may not submit {kind} tasks. Ask the operators of the gateway.")
 
-    async def __call__(
+    async def submit(
         self,
         tenant: Tenant,
         options: Options,
@@ -292,18 +292,18 @@ class Submitter:
             sent, place = await self._send_with_failover(place, accounts, options, image)
             task = self._make_task(place, sent.upstream_id) if _is_accepted(sent) else None
         except asyncio.CancelledError:  # the process ends, and has waited for long enough
-            await self._settlements(self._make_settlement(place, _UNKNOWN_RESULT))
+            await self._settlements.settle(self._make_settlement(place, _UNKNOWN_RESULT))
             raise
         except Exception:  # noqa: BLE001 - a fault of our own, and it may have come after the image was sent
             _log.exception("submission.error", reservation=place.request.reservation)
             sent, task = _UNKNOWN_RESULT, None
         self._count_safely(ask, self._metrics.record_submission, options.kind, sent.outcome)
         if task is None:
-            await self._settlements(self._make_settlement(place, sent))
+            await self._settlements.settle(self._make_settlement(place, sent))
             raise self._count_denial(ask, _error_of(sent, ask.reservation))
         draft = NewTask(task.id, task.options, task.metadata, webhook or tenant.webhook.url, trace)
         with suppress(asyncio.CancelledError):  # the process ends; what was accepted is answered all the same
-            await self._settlements(msgspec.structs.replace(self._make_settlement(place, sent), new_task=draft))
+            await self._settlements.settle(msgspec.structs.replace(self._make_settlement(place, sent), new_task=draft))
         self._count_safely(ask, self._metrics.record_submitted_task, tenant.id, options.kind)
         return Submission(task, task.created_at, limits)
 

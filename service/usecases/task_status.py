@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 import msgspec
@@ -25,7 +25,6 @@ from service.usecases.ports import (
     CheckOutcome,
     CheckResult,
     ClaimedCheck,
-    Clock,
     Ledger,
     NewTask,
     RangeRequest,
@@ -77,7 +76,7 @@ class TaskReader:
         registry: RegistryView,
         task_ids: TaskIdCodec,
         cache: TaskCache,
-        clock: Clock,
+        now: Callable[[], float],
         metrics: Metrics,
         interval_seconds: float,
     ) -> None:
@@ -88,7 +87,7 @@ class TaskReader:
         self._upstream = upstream
         self._registry = registry
         self._task_ids = task_ids
-        self._clock = clock
+        self._now = now
         self._interval_seconds = interval_seconds
         self._queries: OrderedDict[str, _Query] = OrderedDict()
         self._reads: dict[str, asyncio.Task[Sequence[tuple[Task, int] | None]]] = {}
@@ -286,7 +285,7 @@ class TaskReader:
 
         Not one that is as old as what the ledger forgets by itself, which would be booked twice.
         """
-        if self._clock.now() - reference.created_at / 1000 >= MAX_RECREATE_AGE_SECONDS:
+        if self._now() - reference.created_at / 1000 >= MAX_RECREATE_AGE_SECONDS:
             return False
         tenant = self._registry.current.tenant_by_id(reference.tenant)
         settlement = Settlement(
@@ -354,7 +353,7 @@ class ArtifactReader:
         self._registry = registry
 
     @asynccontextmanager
-    async def __call__(
+    async def open_artifact(
         self, tenant: Tenant, task_id: str, name: str, range_request: RangeRequest
     ) -> AsyncIterator[tuple[Task, ArtifactStream]]:
         """A task with one of its results, which is fetched as long as the block lasts.

@@ -19,7 +19,6 @@ from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.background import cancel_and_wait, run_periodically
 from service.usecases.ports import (
     ClaimedDelivery,
-    Clock,
     Delivery,
     DeliveryQueue,
     DeliveryResult,
@@ -46,8 +45,8 @@ class WebhookDispatcher:
         registry: RegistryView,
         cipher: Cipher,
         disable_url: Callable[[int, str], Awaitable[None]],
-        render: Callable[[Task], bytes],
-        clock: Clock,
+        encode_task_event: Callable[[Task], bytes],
+        now: Callable[[], float],
         metrics: Metrics,
         tracer: Tracer = NOOP_TRACER,
         max_concurrent: int = 64,
@@ -59,8 +58,8 @@ class WebhookDispatcher:
         self._registry = registry
         self._cipher = cipher
         self._disable_url = disable_url
-        self._render = render
-        self._clock = clock
+        self._encode_task_event = encode_task_event
+        self._now = now
         self._metrics = metrics
         self._tracer = tracer
         self._max_concurrent = max_concurrent
@@ -113,7 +112,7 @@ class WebhookDispatcher:
             await self._disable_url(delivery.tenant, delivery.url)
         if not await self._deliveries.record_attempt(claimed, outcome):
             return
-        self._metrics.record_delivery(outcome.state, self._clock.now() - delivery.created_at / 1000)
+        self._metrics.record_delivery(outcome.state, self._now() - delivery.created_at / 1000)
         _log.log(
             logging.INFO if outcome.state is DeliveryState.DELIVERED else logging.WARNING,
             "webhook.attempted",
@@ -140,10 +139,10 @@ class WebhookDispatcher:
             return _failed_result("The task is not known any more.")
         task = found[0]
         with self._tracer.start_linked_span("deliver webhook", task.trace_context, delivery.reservation):
-            return await self._send(delivery, tenant, self._render(task))
+            return await self._send(delivery, tenant, self._encode_task_event(task))
 
     async def _send(self, delivery: Delivery, tenant: Tenant, body: bytes) -> DeliveryResult:
-        now, signing = self._clock.now(), tenant.webhook.secrets
+        now, signing = self._now(), tenant.webhook.secrets
         sealed = signing.active_secrets(now) if signing else ()
         keys = [key for key in map(self._cipher.decrypt, sealed) if key is not None]
         if not keys:  # what sealed them was taken away, and may come back

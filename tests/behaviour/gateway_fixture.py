@@ -157,7 +157,7 @@ async def run_fake_gateway(
         artifact_client=artifacts or FakeArtifacts(),
         delivery_queue=FakeDeliveryQueue(ledger),
         webhook_client=WebhookClient(),
-        clock=ledger.clock,
+        now=ledger.clock.now,
     )
     services = build_services(ports, Settings.load(ENVIRONMENT), Metrics(CollectorRegistry()), background)
 

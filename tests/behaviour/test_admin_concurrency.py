@@ -54,14 +54,14 @@ async def test_concurrent_changes_are_all_kept(valkey: Valkey) -> None:
 
 async def test_conflicting_change_is_retried(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_two_processes(valkey) as (one, other):
-        write = one._update_registry._store.write
+        write = one._updater._store.write
 
         async def forestalled(change: RegistryChange) -> bool:
             monkeypatch.undo()
             await other.put_tenant(make_tenant("theirs"))
             return await write(change)
 
-        monkeypatch.setattr(one._update_registry._store, "write", forestalled)
+        monkeypatch.setattr(one._updater._store, "write", forestalled)
         await one.put_tenant(make_tenant("ours"))
         found = await one.list_tenants()
         assert {item.name for item in found} == {"shop", "theirs", "ours"}

@@ -127,7 +127,7 @@ class FakeGateway:
         self.task_ids = TaskIdCodec(Keyring([b"k" * 32]).derive("task-id"))
         self.metrics = metrics = Metrics(CollectorRegistry())
         metrics.set_registry_source(lambda: self.registry.current)
-        self.submit = Submitter(
+        self.submitter = Submitter(
             ledger=self.ledger,
             settlements=SettlementQueue(self.ledger, self.background, self.registry),
             tasks=self.ledger,
@@ -156,13 +156,13 @@ class FakeGateway:
             registry=self.registry,
             task_ids=self.task_ids,
             cache=self.ledger.cache,
-            clock=self.ledger.clock,
+            now=self.ledger.clock.now,
             metrics=self.metrics,
             interval_seconds=interval,
         )
 
     async def submit_image(self) -> Submission:
-        return await self.submit(self.tenant, FaceEnhanceOptions(), {"order": "17"}, IMAGE)
+        return await self.submitter.submit(self.tenant, FaceEnhanceOptions(), {"order": "17"}, IMAGE)
 
     def remove_accounts(self) -> None:
         self.registry.current = Registry(tenants=self.registry.current.tenants)

@@ -239,7 +239,7 @@ class GatewayProcess:
         self.background = TaskSupervisor()
         self._connection = CallerConnection(store, post)
         task_ids = TaskIdCodec(Keyring([b"k" * 32]).derive("task-id"))
-        self._submit = Submitter(
+        self._submitter = Submitter(
             ledger=self._connection,
             settlements=SettlementQueue(self._connection, self.background, registry),
             tasks=self._connection,
@@ -256,7 +256,7 @@ class GatewayProcess:
             registry=registry,
             task_ids=task_ids,
             cache=TaskCache(DurationEstimator(0)),
-            clock=store.clock,
+            now=store.clock.now,
             metrics=_METRICS,
             interval_seconds=0,
         )
@@ -274,7 +274,7 @@ class GatewayProcess:
 
     async def submit(self, caller: Caller) -> Submission:
         _CALLER.set(caller)
-        return await self._submit(caller.tenant, FaceEnhanceOptions(), {}, IMAGE, idempotency_key=caller.key)
+        return await self._submitter.submit(caller.tenant, FaceEnhanceOptions(), {}, IMAGE, idempotency_key=caller.key)
 
     async def read(self, tenant: Tenant, task_id: str) -> CachedTask:
         return await self._reader.read(tenant, task_id)

@@ -30,7 +30,7 @@ def make_fake_adapters() -> Adapters:
         artifact_client=FakeArtifacts(),
         delivery_queue=FakeDeliveryQueue(ledger),
         webhook_client=FakeWebhookClient(),
-        clock=ledger.clock,
+        now=ledger.clock.now,
     )
 
 

@@ -21,7 +21,7 @@ async def test_late_settlements_have_no_request_context(monkeypatch: pytest.Monk
     with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logged:
         for name in ("one", "two"):
             with structlog.contextvars.bound_contextvars(request_id=f"request-{name}"):
-                await book(
+                await book.settle(
                     Settlement(
                         reservation=name,
                         tenant=1,

@@ -51,7 +51,7 @@ class WebhookGateway:
         clock = self.ledger.clock
         change = RegistryUpdater(self.registry, self.registry)
         self.webhooks = WebhookAdmin(
-            update_registry=change, registry=self.registry, deliveries=self.deliveries, cipher=CIPHER, clock=clock
+            updater=change, registry=self.registry, deliveries=self.deliveries, cipher=CIPHER, now=clock.now
         )
         self.dispatcher = self.make_dispatcher()
         self.set_webhook(Webhook(URL, ("other.test",), WebhookSecrets(encrypt_secret(b"s" * 32))))
@@ -64,8 +64,8 @@ class WebhookGateway:
             registry=self.registry,
             cipher=CIPHER,
             disable_url=self.webhooks.disable_url,
-            render=encode_task_event,
-            clock=self.ledger.clock,
+            encode_task_event=encode_task_event,
+            now=self.ledger.clock.now,
             metrics=self.metrics,
             max_concurrent=8,
             jitter=lambda: 0.0,
