@@ -1,1 +1,1 @@
-"""What the gateway decides, without I/O and without a clock of its own."""
+"""Rules and value types, without I/O and without a clock."""

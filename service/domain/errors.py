@@ -1,4 +1,8 @@
-"""The errors of the gateway, and the collection of several in one answer."""
+"""Errors of the gateway, and the validation that collects several at once.
+
+Messages are public instructions to the caller: they never contain secrets, figures of accounts or upstream addresses.
+`service.api.errors` maps each class to its HTTP response; anything else becomes a generic 500.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class GatewayError(Exception):
-    """The root: `detail` tells the caller what to do, `retry_after` (seconds) when it may help."""
+    """The root: `detail` is for the caller, `retry_after` in seconds."""
 
     def __init__(self, detail: str, *, retry_after: float | None = None) -> None:
         super().__init__(detail)
@@ -28,47 +32,47 @@ class GatewayError(Exception):
 
 
 class CallerFault(GatewayError):
-    """The caller can mend the request."""
+    """The caller can correct the request."""
 
 
 class MalformedRequest(CallerFault):
-    """The request can't be read: broken multipart, a body that stopped half-way, a wrong query."""
+    """Broken multipart, a body that ended early, a wrong query."""
 
 
 class Unauthenticated(CallerFault):
-    """No token, or one that is wrong, expired or revoked."""
+    """The token is missing, wrong, expired or revoked."""
 
 
 class Forbidden(CallerFault):
-    """The token is good, but not for this."""
+    """The token is valid, but does not permit this."""
 
 
 class KindNotAllowed(Forbidden):
-    """The tenant may not submit tasks of this kind."""
+    pass
 
 
 class TenantDisabled(Forbidden):
-    """The tenant was switched off by an operator."""
+    pass
 
 
 class NotFound(CallerFault):
-    """There is no such thing, or it belongs to somebody else: the two are not told apart."""
+    """It does not exist, or belongs to another tenant: the response is the same."""
 
 
 class Conflict(CallerFault):
-    """An operator's change was refused because of what stands in its way."""
+    """The state of other objects forbids an operator's change."""
 
 
 class VersionConflict(CallerFault):
-    """What was to be changed has been changed by somebody else since it was read."""
+    """The object has changed since the caller read it."""
 
 
 class ImageTooLarge(CallerFault):
-    """The image exceeds the limit on bytes or on pixels."""
+    """Too many bytes or pixels."""
 
 
 class RangeNotSatisfiable(CallerFault):
-    """A result has no bytes in the range asked for; `content_range` says how many it has, in HTTP's words."""
+    """The result has no bytes in the requested range; `content_range` is the header with its length."""
 
     def __init__(self, detail: str, *, content_range: str | None) -> None:
         super().__init__(detail)
@@ -76,31 +80,31 @@ class RangeNotSatisfiable(CallerFault):
 
 
 class UnsupportedMediaType(CallerFault):
-    """The request is of the wrong media type, or the image is by its bytes."""
+    """Of the request, or of the image by its bytes."""
 
 
 class UnsupportedCoding(UnsupportedMediaType):
-    """The body of the request is compressed, or encoded otherwise."""
+    """The request body has a `Content-Encoding`."""
 
 
 class InvalidImage(CallerFault):
-    """The bytes claim to be an image that they are not."""
+    """The image is broken or incomplete."""
 
 
 class IdempotencyKeyInvalid(CallerFault):
-    """The idempotency key is malformed, too long, or given more than once."""
+    pass
 
 
 class IdempotencyKeyReused(CallerFault):
-    """The idempotency key was used before for something else."""
+    """The key was used for other content."""
 
 
 class IdempotencyInFlight(CallerFault):
-    """What was submitted first under the idempotency key has no outcome yet."""
+    """The first submission under the key has no outcome yet."""
 
 
 class FieldError(Exception):
-    """One faulty field, and what it must be instead."""
+    """One invalid field, and what it must be."""
 
     def __init__(self, field: str, detail: str) -> None:
         super().__init__(f"{field}: {detail}")
@@ -109,7 +113,7 @@ class FieldError(Exception):
 
 
 class InvalidOptions(CallerFault):
-    """At least one field is unknown, repeated, mistyped or out of range; `errors` names each of them."""
+    """At least one field is unknown, repeated, mistyped or out of range."""
 
     def __init__(self, errors: Sequence[FieldError]) -> None:
         super().__init__("; ".join(str(error) for error in errors))
@@ -117,11 +121,11 @@ class InvalidOptions(CallerFault):
 
 
 class Denial(GatewayError):
-    """The request is in order, but may not be spent on now."""
+    """The request is valid, but nothing may be spent on it now."""
 
 
 class QuotaDenied(Denial):
-    """At least one policy of the tenant refused; `violations` names each that did, `limits` what is left of all."""
+    """At least one policy of the tenant refused."""
 
     def __init__(
         self,
@@ -137,15 +141,15 @@ class QuotaDenied(Denial):
 
 
 class BalanceExhausted(Denial):
-    """No account of the tenant can pay at the moment."""
+    """No account of the tenant can pay now."""
 
 
 class UpstreamFault(GatewayError):
-    """The upstream, or the way to it, failed."""
+    """The upstream or the connection to it failed."""
 
 
 class UpstreamRejected(UpstreamFault):
-    """The upstream refused the submission: nothing was charged. `reason` is in its own words."""
+    """The upstream refused the submission, nothing was charged; `reason` in its words."""
 
     def __init__(self, detail: str, *, reason: str) -> None:
         super().__init__(detail)
@@ -153,22 +157,19 @@ class UpstreamRejected(UpstreamFault):
 
 
 class UpstreamInvalidResponse(UpstreamFault):
-    """The upstream answered a read with something that can't be used."""
+    """The response to a read is unusable."""
 
 
 class UpstreamUnavailable(UpstreamFault):
-    """The upstream can't be reached, or can't take or give this now: nothing was charged."""
+    """The upstream is unreachable or busy; nothing was charged."""
 
 
 class AccountMisconfigured(UpstreamFault):
-    """The tenant's account is not known upstream, or the tenant has none: an operator has to act."""
+    """The upstream does not know the account, or the tenant has none: an operator must act."""
 
 
 class SubmissionUnknown(UpstreamFault):
-    """The submission was sent and no usable answer came: it may have been charged and is never sent again.
-
-    `replayed` if that is what became of an earlier one under the same idempotency key.
-    """
+    """Sent without a usable response: possibly charged, and never sent again."""
 
     def __init__(self, detail: str, *, submission_id: str, is_replay: bool = False) -> None:
         super().__init__(detail)
@@ -177,113 +178,110 @@ class SubmissionUnknown(UpstreamFault):
 
 
 class Unavailable(GatewayError):
-    """The gateway itself can't serve this now."""
+    """The gateway can't serve this now."""
 
 
 class LedgerUnavailable(Unavailable):
-    """Redis is away, so nothing can be reserved."""
+    """Redis is away."""
 
 
 class Overloaded(Unavailable):
-    """Too much is in flight already."""
+    pass
 
 
 P = ParamSpec("P")
-
-
 R = TypeVar("R")
-
-
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def field_path(*keys: str) -> str:
-    """Where something stands, as TOML says it: `tenants.shop.max_active`, with quotes around what needs them."""
-    return ".".join(each if _BARE_KEY.fullmatch(each) else f'"{each}"' for each in keys)
+    """Join keys to a path as in TOML, quoted where necessary: `tenants.shop.max_active`."""
+    return ".".join(key if _BARE_KEY.fullmatch(key) else f'"{key}"' for key in keys)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """A question to end a sentence with, about the word that was probably meant; empty if none comes near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f": did you mean {near[0]}?" if near else ""
+    """Return `: did you mean ...?` for the closest known word; empty if none is close."""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f": did you mean {matches[0]}?" if matches else ""
 
 
 class ErrorCollector:
-    """Gathers faults, to tell them together."""
+    """Collects field errors, to report them together."""
 
     def __init__(self) -> None:
         self.errors: list[FieldError] = []
 
     def add(self, field: str, detail: str) -> None:
-        """There is a fault."""
         self.errors.append(FieldError(field, detail))
 
-    def collect(self, prefix: str, default: R, make: Callable[P, R], *args: P.args, **more: P.kwargs) -> R:
-        """What `make` makes, or `instead` if it raises InvalidOptions, whose fields stand below `where` if given."""
+    def collect(self, prefix: str, default: R, make: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Return the result of `make`, or collect its InvalidOptions below `prefix` and return the default."""
         try:
-            return make(*args, **more)
+            return make(*args, **kwargs)
         except InvalidOptions as error:
-            for each in error.errors:
-                self.add(f"{prefix}.{each.field}" if prefix else each.field, each.detail)
+            for field_error in error.errors:
+                self.add(f"{prefix}.{field_error.field}" if prefix else field_error.field, field_error.detail)
             return default
 
     def raise_if_any(self) -> None:
-        """Raise InvalidOptions if there is a fault."""
+        """Raise InvalidOptions if an error was collected."""
         if self.errors:
             raise InvalidOptions(self.errors)
 
 
 def validate_tree(value: Any, type_: Any, path: str) -> list[FieldError]:
-    """What is wrong with a value, which stands at `path`, that is to become one of a type."""
+    """Return all errors of a tree of plain values against a type; decoding would stop at the first."""
     return list(_find_errors(value, inspect.type_info(type_), path))
 
 
 def expected_format(type_: Any) -> str:
-    """What a plain value that is to become one of a type must be."""
+    """Describe the value that a type expects."""
     return validate_tree(object(), type_, "")[0].detail
 
 
 def check_json(text: str) -> None:
-    """Raise ValueError for what is no JSON, nested too deep, or has a name twice in one object."""
+    """Raise ValueError if the text is not JSON, nested too deeply, or repeats a name in an object."""
 
-    def once(pairs: list[tuple[str, Any]]) -> None:
+    def reject_duplicates(pairs: list[tuple[str, Any]]) -> None:
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a name is repeated")
 
     try:
-        json.loads(text, object_pairs_hook=once)
+        json.loads(text, object_pairs_hook=reject_duplicates)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
 
-def _find_errors(value: Any, kind: inspect.Type, path: str) -> Iterator[FieldError]:
-    match kind:
+def _find_errors(value: Any, type_: inspect.Type, path: str) -> Iterator[FieldError]:
+    match type_:
         case inspect.Metadata():
-            if not any(_find_errors(value, kind.type, path)):
+            if not any(_find_errors(value, type_.type, path)):
                 return
-            must = (kind.extra or {}).get("must")
-            yield from [FieldError(path, f"must {must}")] if must else _find_errors(value, kind.type, path)
-        case inspect.UnionType() if value is None and any(isinstance(each, inspect.NoneType) for each in kind.types):
+            must = (type_.extra or {}).get("must")
+            yield from [FieldError(path, f"must {must}")] if must else _find_errors(value, type_.type, path)
+        case inspect.UnionType() if value is None and any(
+            isinstance(option, inspect.NoneType) for option in type_.types
+        ):
             return
         case inspect.UnionType():
-            (only,) = [each for each in kind.types if not isinstance(each, inspect.NoneType)]
+            (only,) = [option for option in type_.types if not isinstance(option, inspect.NoneType)]
             yield from _find_errors(value, only, path)
         case inspect.StructType():
-            yield from _struct_errors(value, kind, path)
+            yield from _struct_errors(value, type_, path)
         case inspect.DictType():
-            yield from _mapping_errors(value, kind, path)
+            yield from _mapping_errors(value, type_, path)
         case inspect.ListType() | inspect.VarTupleType():
-            yield from _list_errors(value, kind, path)
+            yield from _list_errors(value, type_, path)
         case _:
-            if fault := _scalar_error(value, kind):
-                yield FieldError(path, fault)
+            if detail := _scalar_error(value, type_):
+                yield FieldError(path, detail)
 
 
-def _struct_errors(value: Any, kind: inspect.StructType, path: str) -> Iterator[FieldError]:
+def _struct_errors(value: Any, type_: inspect.StructType, path: str) -> Iterator[FieldError]:
     if not isinstance(value, dict):
         yield FieldError(path, "must be a table")
         return
-    fields = {each.encode_name: each for each in kind.fields}
+    fields = {field.encode_name: field for field in type_.fields}
     for name in value:
         if name not in fields:
             yield FieldError(_child_path(path, name), f"is unknown{suggest(name, fields)}")
@@ -294,59 +292,66 @@ def _struct_errors(value: Any, kind: inspect.StructType, path: str) -> Iterator[
             yield FieldError(_child_path(path, name), "is required")
 
 
-def _mapping_errors(value: Any, kind: inspect.DictType, path: str) -> Iterator[FieldError]:
+def _mapping_errors(value: Any, type_: inspect.DictType, path: str) -> Iterator[FieldError]:
     if not isinstance(value, dict):
         yield FieldError(path, "must be a table")
         return
-    for name, each in value.items():
-        below = _child_path(path, name)
-        if wrong := list(_find_errors(name, kind.key_type, below)):
-            yield from (FieldError(below, f"as a name {fault.detail}") for fault in wrong)
-        yield from _find_errors(each, kind.value_type, below)
+    for name, entry in value.items():
+        child = _child_path(path, name)
+        if errors := list(_find_errors(name, type_.key_type, child)):
+            yield from (FieldError(child, f"as a name {error.detail}") for error in errors)
+        yield from _find_errors(entry, type_.value_type, child)
 
 
-def _list_errors(value: Any, kind: inspect.ListType | inspect.VarTupleType, path: str) -> Iterator[FieldError]:
+def _list_errors(value: Any, type_: inspect.ListType | inspect.VarTupleType, path: str) -> Iterator[FieldError]:
     if not isinstance(value, list):
         yield FieldError(path, "must be a list")
         return
-    if kind.max_length is not None and len(value) > kind.max_length:
-        yield FieldError(path, f"must have at most {kind.max_length} entries")
-    for place, each in enumerate(value):
-        yield from _find_errors(each, kind.item_type, f"{path}[{place}]")
+    if type_.max_length is not None and len(value) > type_.max_length:
+        yield FieldError(path, f"must have at most {type_.max_length} entries")
+    for index, entry in enumerate(value):
+        yield from _find_errors(entry, type_.item_type, f"{path}[{index}]")
 
 
-def _scalar_error(value: Any, kind: inspect.Type) -> str | None:
-    match kind:
+def _scalar_error(value: Any, type_: inspect.Type) -> str | None:
+    match type_:
         case inspect.EnumType():
-            words = [str(each.value) for each in kind.cls]
-            fits, wanted = value in words, f"must be {' or '.join(words)}"
-            wanted += "" if fits or not isinstance(value, str) else suggest(value, words)
+            values = [str(member.value) for member in type_.cls]
+            is_valid, expected = value in values, f"must be {' or '.join(values)}"
+            expected += "" if is_valid or not isinstance(value, str) else suggest(value, values)
         case inspect.IntType() | inspect.FloatType():
-            fits, wanted = _check_number(value, kind)
+            is_valid, expected = _check_number(value, type_)
         case inspect.StrType():
-            fits, wanted = _check_text(value, kind)
+            is_valid, expected = _check_text(value, type_)
         case inspect.BoolType():
-            fits, wanted = isinstance(value, bool), "must be true or false"
+            is_valid, expected = isinstance(value, bool), "must be true or false"
         case inspect.DateTimeType():
-            fits = _is_timestamp(value)
-            wanted = "must be a moment with a time zone, such as 2030-01-31T12:00:00Z"
+            is_valid = _is_timestamp(value)
+            expected = "must be a time with a time zone, such as 2030-01-31T12:00:00Z"
         case _:
-            raise TypeError(f"nothing says what is wrong with {kind}")
-    return None if fits else wanted
+            raise TypeError(f"no validation for {type_}")
+    return None if is_valid else expected
 
 
-def _check_number(value: Any, kind: inspect.IntType | inspect.FloatType) -> tuple[bool, str]:
-    least, most = kind.ge or 0, kind.le or math.inf
-    whole = isinstance(kind, inspect.IntType)
-    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and least <= value <= most
-    bounds = (
-        f" from {least} to {most}" if kind.le is not None else f" of at least {least}" if kind.ge is not None else ""
+def _check_number(value: Any, type_: inspect.IntType | inspect.FloatType) -> tuple[bool, str]:
+    minimum, maximum = type_.ge or 0, type_.le or math.inf
+    is_integer = isinstance(type_, inspect.IntType)
+    is_valid = (
+        isinstance(value, int if is_integer else int | float)
+        and not isinstance(value, bool)
+        and minimum <= value <= maximum
     )
-    return fits, f"must be a {'whole ' if whole else ''}number{bounds}"
+    bounds = (
+        f" from {minimum} to {maximum}"
+        if type_.le is not None
+        else f" of at least {minimum}"
+        if type_.ge is not None
+        else ""
+    )
+    return is_valid, f"must be a {'whole ' if is_integer else ''}number{bounds}"
 
 
 def _is_timestamp(value: Any) -> bool:
-    """Whether it is a moment with a time zone, as TOML holds it, or as JSON writes it."""
     if isinstance(value, str):
         try:
             value = datetime.fromisoformat(value)
@@ -355,11 +360,11 @@ def _is_timestamp(value: Any) -> bool:
     return isinstance(value, datetime) and value.tzinfo is not None
 
 
-def _check_text(value: Any, kind: inspect.StrType) -> tuple[bool, str]:
-    least, most = kind.min_length or 0, kind.max_length or math.inf
-    fits = isinstance(value, str) and least <= len(value) <= most
-    fits = fits and (kind.pattern is None or re.search(kind.pattern, value) is not None)
-    return fits, "must be text" if most == math.inf else f"must be text of {least} to {most} characters"
+def _check_text(value: Any, type_: inspect.StrType) -> tuple[bool, str]:
+    minimum, maximum = type_.min_length or 0, type_.max_length or math.inf
+    is_valid = isinstance(value, str) and minimum <= len(value) <= maximum
+    is_valid = is_valid and (type_.pattern is None or re.search(type_.pattern, value) is not None)
+    return is_valid, "must be text" if maximum == math.inf else f"must be text of {minimum} to {maximum} characters"
 
 
 def _child_path(path: str, name: str) -> str:

@@ -1,4 +1,8 @@
-"""Types of the ledger as they are stored in Redis, and how they are read."""
+"""Types of the ledger as Redis stores them, and functions that read them.
+
+Times are milliseconds. Times of accounts, leases and settlements are ledger time (it never goes back); windows, refunds
+and `created_at` are server time (the clock of Redis). Money is in fen.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +21,28 @@ from service.domain.tasks import Cost, Kind, Options
 from service.domain.tenants import AccountPolicy, TenantPolicy, Window
 
 OFFSET_UNITS_PER_MS = 10
-"""The offset is counted in so many parts of a millisecond: it loses one part in each millisecond."""
+"""The offset shrinks by one of these units per millisecond of server time, so ledger time runs at 90 % until it is 0.
+"""
 
 
 class ClockReading(Struct, frozen=True):
-    """The same moment in the ledger's time (`now`) and in the server's (`wall`)."""
+    """One moment in ledger time and in server time."""
 
     ledger_ms: int
     server_ms: int
 
     @property
     def offset_ms(self) -> int:
-        """By how many milliseconds the ledger's time is ahead."""
         return self.ledger_ms - self.server_ms
 
 
 class LedgerClock(Struct, frozen=True):
-    """The ledger's time when it was last read, and its offset then, in parts of a millisecond."""
+    """The ledger time at the last reading, and how far it was ahead of server time then."""
 
     last_ms: int = 0
     offset_units: int = 0
 
     def advance(self, server_ms: int) -> LedgerClock:
-        """The clock when the server's time is `wall`."""
         elapsed = server_ms - (self.last_ms - _to_ms(self.offset_units))
         offset = (
             max(self.offset_units - elapsed, 0) if elapsed >= 0 else (self.last_ms - server_ms) * OFFSET_UNITS_PER_MS
@@ -48,23 +51,19 @@ class LedgerClock(Struct, frozen=True):
 
 
 def _to_ms(offset_units: int) -> int:
-    """An offset in milliseconds, rounded up, so that the ledger's time does not go back where the offset shrinks."""
+    # Rounded up, so that ledger time does not go back where the offset shrinks.
     return -(-offset_units // OFFSET_UNITS_PER_MS)
 
 
 UNIT_MONEY = "money"
-
-
 UNIT_TASKS = "tasks"
-
-
 MAX_ACTIVE_POLICY = "max-active"
 
 
 class WindowCounter(Struct):
-    """What a tenant used and holds in the window that began at `period`; `overrun` is what passed its limit.
+    """Use of one tenant in one calendar window; `overrun_fen` is the money spent beyond its limit.
 
-    `name` tells it from an earlier counter of the same period, where the server's clock stepped back into that.
+    `replacement_key` is set where the server clock stepped back into a window whose former counter is gone.
     """
 
     window_start: int = 0
@@ -77,16 +76,15 @@ class WindowCounter(Struct):
 
     @property
     def key(self) -> int:
-        """What reservations that were counted in it know it by."""
+        """The key by which reservations refer to this counter."""
         return self.window_start if self.replacement_key is None else self.replacement_key
 
 
 class TenantState(Struct):
-    """The ledger's counters of one tenant: every window is counted, whether or not a limit stands on it.
+    """Counters of one tenant. Every window is counted, with or without a limit, so that a later limit starts right.
 
-    `active` counts what was reserved and has not ended, `kinds` the same by kind. `aside` keeps the counter of the last
-    period, as the server's clock may step back into that, and of later periods where it has, until these come again;
-    `names` counts those that got a name.
+    `active_tasks` are reserved or accepted and have not ended. `retained_counters` holds the previous window, and later
+    ones after the server clock stepped back, until they become current again.
     """
 
     active_tasks: int = 0
@@ -97,7 +95,7 @@ class TenantState(Struct):
 
 
 def window_bounds(window: Window, now: int) -> tuple[int, int | None]:
-    """When the calendar window around `now` began and when it ends, in UTC; `total` neither began nor ends."""
+    """Return start and end of the calendar window (UTC) around `now`; `total` starts at 0 and has no end."""
     if window is Window.TOTAL:
         return 0, None
     start = datetime.fromtimestamp(now // 1000, UTC).replace(second=0)
@@ -116,37 +114,35 @@ def window_bounds(window: Window, now: int) -> tuple[int, int | None]:
 
 
 def current_counter(state: TenantState, window: Window, now: int) -> WindowCounter:
-    """The counter of the window around `now`, which what was counted in other periods is no part of."""
-    period, _ = window_bounds(window, now)
-    found = (each for each in _all_counters(state, window) if each.window_start == period)
-    return next(found, WindowCounter(window_start=period))
+    """Return the counter of the window around `now`, or a new one."""
+    start, _ = window_bounds(window, now)
+    counters = (counter for counter in _all_counters(state, window) if counter.window_start == start)
+    return next(counters, WindowCounter(window_start=start))
 
 
 def _all_counters(state: TenantState, window: Window) -> list[WindowCounter]:
-    """The counters of a window: those that were set aside, then that of now."""
-    now = state.windows.get(window)
-    return [*state.retained_counters.get(window, []), *([now] if now else [])]
+    current = state.windows.get(window)
+    return [*state.retained_counters.get(window, []), *([current] if current else [])]
 
 
 def policy_name(window: Window, unit: str) -> str:
-    """What a policy is called in answers and metrics, such as `day-tasks`."""
+    """Return the public name of a policy, such as `day-tasks`."""
     return f"{window}-{unit}"
 
 
 def policy_names(policy: TenantPolicy) -> tuple[str, ...]:
-    """The names of all limits of a tenant."""
-    counted = ((limit.window, limit.tasks, limit.money_fen) for limit in policy.limits)
+    limits = ((limit.window, limit.tasks, limit.money_fen) for limit in policy.limits)
     names = [
         policy_name(window, unit)
-        for window, tasks, money in counted
-        for unit, most in ((UNIT_TASKS, tasks), (UNIT_MONEY, money))
-        if most is not None
+        for window, tasks, money in limits
+        for unit, maximum in ((UNIT_TASKS, tasks), (UNIT_MONEY, money))
+        if maximum is not None
     ]
     return (*names, MAX_ACTIVE_POLICY) if policy.max_active is not None else tuple(names)
 
 
 class RateLimit(Struct, frozen=True):
-    """A limit on tasks in one window as headers tell it, in seconds: the window's length, and until it resets."""
+    """The rest of a limit on tasks, with the window's length and the time to its reset."""
 
     policy: str
     limit: int
@@ -156,57 +152,53 @@ class RateLimit(Struct, frozen=True):
 
 
 def compute_rate_limits(policy: TenantPolicy, state: TenantState, now: int) -> tuple[RateLimit, ...]:
-    """What is left of each limit on tasks at `now`."""
-    found = []
+    rate_limits = []
     for limit in policy.limits:
         if limit.tasks is None:
             continue
-        each, (start, end) = current_counter(state, limit.window, now), window_bounds(limit.window, now)
-        left = compute_remaining(limit.tasks, each.tasks, each.tasks_reserved)
+        counter, (start, end) = current_counter(state, limit.window, now), window_bounds(limit.window, now)
+        remaining = compute_remaining(limit.tasks, counter.tasks, counter.tasks_reserved)
         name = policy_name(limit.window, UNIT_TASKS)
         if end is None:
-            found.append(RateLimit(name, limit.tasks, left, None, None))
+            rate_limits.append(RateLimit(name, limit.tasks, remaining, None, None))
         else:
-            found.append(RateLimit(name, limit.tasks, left, (end - start) // 1000, -((now - end) // 1000)))
-    return tuple(found)
+            rate_limits.append(RateLimit(name, limit.tasks, remaining, (end - start) // 1000, -((now - end) // 1000)))
+    return tuple(rate_limits)
 
 
 def compute_remaining(limit: int, used: int, reserved: int) -> int:
-    """What is left of a limit, never below zero."""
     return max(limit - used - reserved, 0)
 
 
 class AccountStatus(StrEnum):
-    """Whether an account may be used."""
-
     OPEN = "open"
     EXHAUSTED = "exhausted"
     INVALID = "invalid"
 
 
 class ReadingSource(StrEnum):
-    """The call whose answer told a figure."""
+    """The call whose response carried a reading."""
 
     SUBMIT = "submit"
     CHECK = "check"
 
 
 class InferredCharge(StrEnum):
-    """What the balance suggests of a submission whose outcome is unknown."""
+    """Inference from the balance for a submission of unknown outcome."""
 
     CHARGED = "charged"
     NOT_CHARGED = "not-charged"
 
 
 class Balance(Struct, frozen=True):
-    """What one answer told of the balance; a missing or mistyped figure is None. Money is in fen."""
+    """The figures of one response; None where a figure is missing or invalid."""
 
     count: int | None = None
     money_fen: int | None = None
 
 
 class BalanceReading(Struct):
-    """An observed figure: when its request was sent, when its answer was received, and which call it was."""
+    """One figure with the times of its request and its response."""
 
     value: int
     sent_at: int
@@ -215,17 +207,17 @@ class BalanceReading(Struct):
 
 
 class BalanceSnapshot(Struct):
-    """The figures known when a submission was reserved."""
+    """The balance known when a submission was reserved."""
 
     count: int
     money_fen: int
 
 
 class ExpectedDrop(Struct):
-    """The drop that the gateway's own submissions may yet cause, as far as it was not seen.
+    """The drop that submissions of the gateway may still cause.
 
-    Each of the `tasks` takes a use or money: at most `money` fen together, but for `unpriced` ones of no known limit.
-    `taken` is the money that was put down to them so far.
+    Each of `charges` takes a prepaid use or money: together at most `max_fen`, apart from `unpriced` ones without a
+    known maximum. `attributed_fen` is the money already attributed to them.
     """
 
     charges: int = 0
@@ -235,10 +227,7 @@ class ExpectedDrop(Struct):
 
 
 class ChargeInference(Struct):
-    """A submission of unknown outcome that had the account to itself, with the figures known before it.
-
-    `seq` is its number on the account, `since` when it became unknown. `suggests` is what was found out.
-    """
+    """A submission of unknown outcome that was alone on its account, with the balance before it."""
 
     reservation: str
     submission_seq: int
@@ -249,7 +238,7 @@ class ChargeInference(Struct):
 
 
 class FinishedTaskCheck(Struct):
-    """The finished task that was checked last: when that check was sent, and what it told."""
+    """The latest check of a finished task; checking it again may read the balance at no cost."""
 
     reservation: str
     sent_at: int
@@ -260,21 +249,19 @@ class FinishedTaskCheck(Struct):
 class AccountState(Struct):
     """The ledger's knowledge of one account.
 
-    `open` counts submissions that were reserved and have not ended, `sending` those not yet settled. `seq` numbers the
-    reservations, so that a receipt can tell whether anything else happened on the account in the meantime. `closed` is
-    when the request was sent whose refusal closed the account, `reopened` when an operator had it looked at again: what
-    was sent before says nothing any more. `charged_late` says that a submit was seen to leave the balance as it was,
-    so that accepted tasks are not in the figures before they end; None until it was seen either way. `rose` is when a
-    figure was first known, or last seen to rise.
-
-    `uncharged` counts the open submissions that may not be in the known figures yet, `thrifty` those of them that must
-    not take money; `astray` counts those that ended without telling figures, or whose outcome is unknown: what is asked
-    for from `astray_until` on shows them, as was last seen at `caught_up`. `expected` tells a drop that is the
-    gateway's own from one that is not; the latter adds up in `unexplained_count` and `unexplained_money`. `unknown`
-    counts the submissions of unknown outcome. `looks` says that re-checking a finished task, which costs nothing, was
-    seen to tell the balance of now; `looked` is when the account was last closed or looked at, `in_vain` how
-    many looks told nothing since one did. `prices` are the last that were paid in money, by kind, `highest` the
-    highest.
+    closed_at                 when the request was sent whose refusal closed the account
+    reopened_at               older readings and refusals count for nothing any more
+    charges_on_completion     whether the vendor charges at the end of a task; None until observed
+    last_increase_at          when a figure became known or rose; older requests explain no drop
+    unsettled                 reservations without an outcome
+    submission_seq            number of the latest submission, to detect others in between
+    pending_charges           open submissions that the balance may not include yet
+    pending_prepaid_only      those of them that must not take money
+    untracked_charges         ended or unknown submissions that the balance may not include;
+                              requests sent from `untracked_until` on include them (reconciled_at)
+    live_balance_checks       whether checks of a finished task return the current balance
+    failed_balance_checks     balance checks without a result since the last one that had one
+    last_price                last observed price by kind, in fen (max_observed_price: the highest)
     """
 
     status: AccountStatus = AccountStatus.OPEN
@@ -307,20 +294,21 @@ class AccountState(Struct):
 
     @property
     def unaccounted_charges(self) -> int:
-        """How many submissions the figures may lack."""
+        """Submissions that the known balance may not include."""
         return self.pending_charges + self.untracked_charges
 
     def to_server_time(self, offset_ms: int) -> AccountState:
-        """The same with all times earlier by so many milliseconds; 0 stands for never, and stays so."""
+        """Return a copy with all times moved back by the offset; 0 means never and stays 0."""
 
-        def figure(known: BalanceReading | None) -> BalanceReading | None:
-            moves = {"sent_at", "received_at"}
-            return known and msgspec.structs.replace(known, **{each: earlier(getattr(known, each)) for each in moves})
+        def shift_reading(reading: BalanceReading | None) -> BalanceReading | None:
+            return reading and msgspec.structs.replace(
+                reading, sent_at=shift(reading.sent_at), received_at=shift(reading.received_at)
+            )
 
-        def earlier(at: int) -> int:
+        def shift(at: int) -> int:
             return at and max(at - offset_ms, 1)
 
-        moves = (
+        times = (
             "next_probe_at",
             "closed_at",
             "reopened_at",
@@ -331,18 +319,18 @@ class AccountState(Struct):
         )
         return msgspec.structs.replace(
             self,
-            **{each: earlier(getattr(self, each)) for each in moves},
-            count=figure(self.count),
-            money=figure(self.money),
+            **{name: shift(getattr(self, name)) for name in times},
+            count=shift_reading(self.count),
+            money=shift_reading(self.money),
             pending_inference=self.pending_inference
-            and msgspec.structs.replace(self.pending_inference, unknown_at=earlier(self.pending_inference.unknown_at)),
+            and msgspec.structs.replace(self.pending_inference, unknown_at=shift(self.pending_inference.unknown_at)),
             last_finished_task=self.last_finished_task
-            and msgspec.structs.replace(self.last_finished_task, sent_at=earlier(self.last_finished_task.sent_at)),
+            and msgspec.structs.replace(self.last_finished_task, sent_at=shift(self.last_finished_task.sent_at)),
         )
 
 
 class ReservationState(StrEnum):
-    """What became of a reservation. `reserved` is open, `unknown` provisional, the others are final."""
+    """State of a reservation: `unknown` is provisional, all after `reserved` but it are final."""
 
     RESERVED = "reserved"
     ACCEPTED = "accepted"
@@ -352,14 +340,14 @@ class ReservationState(StrEnum):
 
 
 class Idempotency(Struct, frozen=True):
-    """What makes a repeated submission known: digests of the key and of the content it was first sent with."""
+    """Digests that identify a repeated submission."""
 
     key_digest: str
     content_digest: str
 
 
 class Refund(Struct):
-    """What an operator gave back to the tenant's windows, when (ms) and why."""
+    """An operator's refund to the tenant's windows."""
 
     refunded_at: int
     reason: str
@@ -368,17 +356,17 @@ class Refund(Struct):
 
 
 class Reservation(Struct):
-    """A place held in the windows of a tenant and on an account, until `lease`.
+    """A place in the windows of a tenant and on an account.
 
-    `sent` is when it was last aimed at an account; `before` what was known of that account then, `alone` whether
-    nothing else was open on it, `clean` whether those figures lacked nothing, `seq` its number there. `use` says
-    whether it was to take a prepaid use, or money (None where nobody knew). It `owes` while it may not be in the
-    figures, and is `thrifty` while it is under way and must not take money.
-
-    `settled` is when it got its outcome. `cost` is what its task took and `succeeded` how it went, known once that has
-    ended. `key` is the digest of its idempotency key. Of an unknown outcome `suggests` says what the balance suggests.
-    A `refund` makes it count for nothing in the windows, whatever else becomes of it. `periods` are the keys of the
-    counters it was counted in.
+    dispatched_at             when it was assigned to its account, before sending
+    exclusive                 no other submission was open on the account
+    balance_exact             the balance then included every charge (balance_before)
+    expects_prepaid           whether it takes a prepaid use (or money); None if unknown
+    charge_pending            the known balance may not include its charge
+    prepaid_only              it is open and must not take money
+    succeeded, cost           result of its task, None until that ended
+    window_starts             keys of the counters it is counted in
+    money_holds               money held in each window, in fen
     """
 
     state: ReservationState
@@ -406,14 +394,13 @@ class Reservation(Struct):
     money_holds: dict[Window, int] = field(default_factory=dict)
 
     def to_server_time(self, offset_ms: int) -> Reservation:
-        """The same with all times of the ledger earlier by so many milliseconds; 0 stands for never, and stays so."""
-        moves = {each: getattr(self, each) for each in ("dispatched_at", "lease_expires_at", "settled_at")}
-        earlier = {each: at and max(at - offset_ms, 1) for each, at in moves.items()}
-        return msgspec.structs.replace(self, **earlier)
+        """Return a copy with all ledger times moved back by the offset; 0 means never and stays 0."""
+        times = {name: getattr(self, name) for name in ("dispatched_at", "lease_expires_at", "settled_at")}
+        return msgspec.structs.replace(self, **{name: at and max(at - offset_ms, 1) for name, at in times.items()})
 
 
 class Violation(Struct, frozen=True):
-    """A policy that refused: its name, its limit, and when it resets (None if it never does by itself)."""
+    """A policy that refused, and when it resets (None: never by itself)."""
 
     policy: str
     limit: int
@@ -421,7 +408,7 @@ class Violation(Struct, frozen=True):
 
 
 class Candidate(Struct):
-    """An account that a submission may use; `probes` if that is to find out whether it can pay."""
+    """An account that a submission may use; a probe finds out whether an exhausted one can pay again."""
 
     id: int
     policy: AccountPolicy
@@ -430,7 +417,7 @@ class Candidate(Struct):
 
 
 class Grant(Struct, frozen=True):
-    """A place is held on `account` until `lease`; both times are the server's, as in all verdicts."""
+    """A place is held on `account`. Times of verdicts are server time."""
 
     account: int
     now: int
@@ -445,14 +432,14 @@ class PolicyDenial(Struct, frozen=True):
 
 
 class NoAccount(Struct, frozen=True):
-    """No account can take it: all are exhausted until `look_at`, or (if None) none is valid."""
+    """No account can take the submission; `retry_at` is None if none is valid."""
 
     retry_at: int | None
     now: int
 
 
 class Replay(Struct, frozen=True):
-    """It was submitted before under the same idempotency key: `reservation` became a task, or is unknown."""
+    """An earlier submission under the same idempotency key became a task, or is unknown."""
 
     reservation: str
     state: ReservationState
@@ -460,13 +447,13 @@ class Replay(Struct, frozen=True):
 
 
 class InFlight(Struct, frozen=True):
-    """It was submitted before under the same idempotency key, and nobody knows yet what became of it."""
+    """An earlier submission under the same idempotency key has no outcome yet."""
 
     now: int
 
 
 class KeyReuse(Struct, frozen=True):
-    """Something else was submitted before under the same idempotency key."""
+    """The idempotency key was used for other content."""
 
     now: int
 
@@ -475,19 +462,15 @@ Verdict = Grant | PolicyDenial | NoAccount | Replay | InFlight | KeyReuse
 
 
 class RefundResult(StrEnum):
-    """What became of a wish to refund a submission."""
-
     REFUNDED = "refunded"
     ALREADY_REFUNDED = "already-refunded"
-    """It was refunded before."""
     RUNNING = "running"
-    """It has not ended, so that nobody knows yet what it costs."""
+    """The task has not ended, so its cost is unknown."""
     NOTHING_CHARGED = "nothing-charged"
-    """It cost nothing."""
 
 
 class Measure(StrEnum):
-    """What is counted of each kind: submissions by outcome, then what they took by the basis it is known on."""
+    """A number of the usage: submissions by outcome, then costs by their basis."""
 
     RUNNING = "running"
     SUCCEEDED = "succeeded"
@@ -500,9 +483,9 @@ class Measure(StrEnum):
     ESTIMATED_COUNT = "estimated-count"
     ESTIMATED_MONEY = "estimated-money"
     UNKNOWN_COST = "unknown-cost"
-    """Ended tasks of which nobody knows what they took."""
+    """Ended tasks of unknown cost."""
     UNKNOWN_MONEY = "unknown-money"
-    """What submissions of unknown outcome are charged for."""
+    """Money charged for submissions of unknown outcome."""
     REFUNDED = "refunded"
     REFUNDED_COUNT = "refunded-count"
     REFUNDED_MONEY = "refunded-money"
@@ -512,7 +495,7 @@ Tally = Counter[Measure]
 
 
 class DayUsage(Struct):
-    """One day of one tenant: the tally of each kind, and by reservation those that are unknown or were refunded."""
+    """Usage of a tenant on one UTC day. A submission counts on the day of its reservation, as in the windows."""
 
     tallies: dict[Kind, Tally] = field(default_factory=dict)
     unknown: dict[str, Kind] = field(default_factory=dict)
@@ -520,7 +503,6 @@ class DayUsage(Struct):
 
 
 def count_charged_tasks(tally: Tally) -> int:
-    """How many submissions the tenant's windows count."""
     return (
         tally[Measure.RUNNING]
         + tally[Measure.SUCCEEDED]
@@ -531,7 +513,6 @@ def count_charged_tasks(tally: Tally) -> int:
 
 
 def sum_charged_fen(tally: Tally) -> int:
-    """How much money the tenant's windows count."""
     return (
         tally[Measure.OBSERVED_MONEY]
         + tally[Measure.ESTIMATED_MONEY]
@@ -541,20 +522,17 @@ def sum_charged_fen(tally: Tally) -> int:
 
 
 MAX_IDEMPOTENCY_KEY_CHARS = 255
-
-
 _DIGEST_CHARS = 32
-
-
 _QUOTED_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
-
-
 _BARE_KEY = re.compile(r"[!#-+\--:<-\[\]-~]+")
-"""Visible ASCII, but for what would make it more than one plain string: quotes, backslashes, commas and semicolons."""
+"""Visible ASCII without quotes, backslashes, commas and semicolons: one plain string."""
 
 
 def parse_idempotency_key(values: Sequence[str]) -> str | None:
-    """The key that the header was given with; None without one. Raises IdempotencyKeyInvalid."""
+    """Parse the header: a string of RFC 8941, or the same without quotes, as most clients send it.
+
+    Returns None without a header. Raises IdempotencyKeyInvalid.
+    """
     if not values:
         return None
     if len(values) > 1:
@@ -575,11 +553,9 @@ def parse_idempotency_key(values: Sequence[str]) -> str | None:
 def digest_submission(
     key: str, options: Options, metadata: Mapping[str, str], image_sha256: bytes, webhook_url: str | None = None
 ) -> Idempotency:
-    """The digests under which a submission is known: its content is its kind, every field, and the image's bytes.
+    """Digest the key and the content: kind, options that differ from their defaults, metadata and image.
 
-    A field that is left out is the same as one with its default. Keys are kept across upgrades, so the digests must not
-    change with one: an option that is added leaves those of all who do not use it as they were. So does `webhook`, the
-    address that was given for this task.
+    Keys outlive upgrades, so a digest must not change with one: a new option, or no `webhook_url`, leaves it as it was.
     """
     content: tuple[object, ...] = (options.kind, _non_default_options(options), sorted(metadata.items()), image_sha256)
     if webhook_url is not None:
@@ -588,13 +564,12 @@ def digest_submission(
 
 
 def _non_default_options(options: Options) -> Sequence[tuple[str, object]]:
-    """The options that are not at their defaults, by name."""
-    chosen = []
+    values = []
     for option in msgspec.structs.fields(options):
         value = getattr(options, option.name)
         if value != option.default:
-            chosen.append((option.name, value or 0))  # -0.0 is the number 0.0, but is written differently
-    return sorted(chosen)
+            values.append((option.name, value or 0))  # -0.0 is the number 0.0, but is written differently
+    return sorted(values)
 
 
 def _short_digest(data: bytes) -> str:

@@ -1,11 +1,16 @@
-"""Inspection of images and the types of artifacts."""
+"""Inspection of images by their bytes, and the media types of artifacts.
+
+A submission is paid for even if the upload is cut off or no decoder reads it, so images are checked to their end, but
+only their structure, never their pixels. What some decoder reads is not refused. Sizes are those that decoders
+allocate. Every pass goes forward only: time is linear in the bytes.
+"""
 
 from __future__ import annotations
 
 import re
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from struct import Struct as Layout
 from typing import NoReturn
 
@@ -15,46 +20,37 @@ from service.domain.errors import InvalidImage, UnsupportedMediaType
 from service.domain.tasks import ArtifactName
 
 PNG = "image/png"
-
-
 JPEG = "image/jpeg"
-
-
 WEBP = "image/webp"
-
-
 MAX_SEGMENTS = 10_000
-"""How many segments a JPEG, or chunks a WebP may consist of: ordinary software writes far fewer, whatever the size."""
+"""Segments of a JPEG or chunks of a WebP: ordinary encoders write far fewer, whatever the size."""
 
 
 class ImageInfo(Struct, frozen=True):
-    """What an image is, and its size in pixels."""
-
     media_type: str
     width: int
     height: int
 
 
 def inspect_image(data: bytes) -> ImageInfo:
-    """Tell a PNG, JPEG or WebP image and its size.
+    """Return media type and size of a PNG, JPEG or WebP image.
 
-    Raises UnsupportedMediaType for bytes that are neither, InvalidImage for one that is broken or cut off.
+    Raises UnsupportedMediaType for other formats, InvalidImage for a broken or incomplete image.
     """
     if not data:
         raise InvalidImage("The image is empty: send the bytes of a PNG, JPEG or WebP image.")
-    if data.startswith(_PNG_SIGNATURE):
-        return _inspect_png(data)
-    if data.startswith(b"\xff\xd8\xff"):
-        return _inspect_jpeg(data)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _inspect_webp(data)
-    known = next((f"The file is {name}" for name, told in _OTHER_FORMATS if told(data)), "The file's type is not known")
-    raise UnsupportedMediaType(f"{known}; send a PNG, JPEG or WebP image.")
+    inspectors = {PNG: _inspect_png, JPEG: _inspect_jpeg, WEBP: _inspect_webp}
+    if inspector := inspectors.get(sniff_type(data[:BITMAP_SNIFF_BYTES])):
+        return inspector(data)
+    found = next(
+        (f"The file is {name}" for pattern, name in _OTHER_FORMATS if pattern.match(data[:256])), _UNKNOWN_FORMAT
+    )
+    raise UnsupportedMediaType(f"{found}; send a PNG, JPEG or WebP image.")
 
 
 def _image_info(media_type: str, width: int, height: int) -> ImageInfo:
     if width < 1 or height < 1:
-        _raise_broken(media_type, f"it says its size is {width} x {height} pixels")
+        _raise_broken(media_type, f"its size would be {width} x {height} pixels")
     return ImageInfo(media_type, width, height)
 
 
@@ -73,38 +69,29 @@ def _raise_too_many_segments(media_type: str) -> NoReturn:
 
 
 _FORMAT_NAMES = {PNG: "PNG", JPEG: "JPEG", WEBP: "WebP"}
+_OTHER_FORMATS = (
+    (re.compile(rb"GIF8[79]a"), "a GIF image"),
+    (re.compile(rb"....ftyp(?:hei[cxms]|hevc|mif1|msf1)", re.DOTALL), "a HEIC image"),
+    (re.compile(rb"%PDF"), "a PDF document"),
+    (re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<svg|<\?xml|<!doctype|<html)", re.IGNORECASE), "SVG, XML or HTML"),
+)
+_UNKNOWN_FORMAT = "The file's type is not known"
 
 
 # PNG: a signature, then chunks of length, type, content and checksum, from IHDR to IEND.
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
 _PNG_CHUNK = Layout(">I4s")
-
-
 _PNG_HEADER = Layout(">I4sIIBBBBBI")
-
-
 _PNG_FRAME = 12
 """Bytes of a chunk beside its content."""
-
-
 _PNG_DEPTHS = {0: {1, 2, 4, 8, 16}, 2: {8, 16}, 3: {1, 2, 4, 8}, 4: {8, 16}, 6: {8, 16}}
 """Bits of a sample, by colour type."""
-
-
 _PNG_MAX_SIDE = 0x7FFFFFFF
-
-
 _PNG_FILTERS = 5
-
-
 _APNG_FRAME = Layout(">IIIII")
-
-
 _CHUNKS_PER_YIELD = 1_000
-"""After so many chunks other threads get a turn: an image may have millions, since encoders choose their size."""
+"""Other threads run after so many chunks: an image may have millions."""
 
 
 def _inspect_png(data: bytes) -> ImageInfo:
@@ -126,7 +113,6 @@ def _inspect_png(data: bytes) -> ImageInfo:
 
 
 def _read_png_size(data: bytes) -> tuple[int, int]:
-    """Width and height that the header tells."""
     at = len(_PNG_SIGNATURE)
     if len(data) < at + _PNG_HEADER.size:
         _raise_truncated(PNG)
@@ -138,24 +124,24 @@ def _read_png_size(data: bytes) -> tuple[int, int]:
     if depth not in _PNG_DEPTHS.get(colour, ()) or methods not in ([0, 0, 0], [0, 0, 1]):
         _raise_broken(PNG, "its header describes no such image")
     if max(width, height) > _PNG_MAX_SIDE:
-        _raise_broken(PNG, f"it says its size is {width} x {height} pixels")
+        _raise_broken(PNG, f"its size would be {width} x {height} pixels")
     return width, height
 
 
 def _iterate_png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The kind of each chunk that matters here, and where its content begins and how long it is."""
+    """Yield type, offset and length of the content of each relevant chunk."""
     at = len(_PNG_SIGNATURE) + _PNG_HEADER.size
-    last, chunks, looked_at = len(data) - _PNG_FRAME, 0, {b"IDAT", b"IHDR", b"fcTL"}
+    last, chunks, relevant = len(data) - _PNG_FRAME, 0, {b"IDAT", b"IHDR", b"fcTL"}
     while at <= last:
         length, kind = _PNG_CHUNK.unpack_from(data, at)
         if kind == b"IEND":
             if at + length > last:
                 break
             return
-        if kind in looked_at:
+        if kind in relevant:
             yield kind, at + _PNG_CHUNK.size, length
             if kind == b"IDAT" and length:
-                looked_at.discard(kind)
+                relevant.discard(kind)
         elif not kind.isalpha():
             _raise_broken(PNG, "it holds a chunk of no type")
         at += _PNG_FRAME + length
@@ -166,7 +152,7 @@ def _iterate_png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _check_png_pixels(start: bytes) -> None:
-    """Refuse pixels that do not begin as they must: compressed, with the filter of the first row."""
+    """Raise InvalidImage unless the pixels begin as compressed data with the filter of the first row."""
     try:
         first = zlib.decompressobj().decompress(start, 1)
     except zlib.error:
@@ -180,54 +166,26 @@ def _check_png_pixels(start: bytes) -> None:
 # thumbnail with an end of its own may lie within a segment, hence segments are skipped by their length.
 
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe]")
-
-
 _JPEG_LENGTH = Layout(">H")
-
-
 _JPEG_FRAME = Layout(">BHHB")
-
-
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-
-
 _JPEG_PROGRESSIVE = frozenset({0xC2, 0xCA})
-
-
 _JPEG_ARITHMETIC = frozenset({0xC9, 0xCA})
-
-
 _JPEG_LOSSLESS = 0xC3
-
-
 _JPEG_SUPPORTED = _JPEG_PROGRESSIVE | {0xC0, 0xC1, 0xC9, _JPEG_LOSSLESS}
-"""The ways to code pixels that decoders know: not the hierarchical ones."""
-
-
+"""Codings that decoders support: not the hierarchical ones."""
 _JPEG_END = 0xD9
-
-
 _JPEG_PARSED = _JPEG_FRAMES | {0xDA, 0xDB, 0xDC}
-
-
 _JPEG_COMPONENTS = frozenset({1, 3, 4})
-
-
 _JPEG_SAMPLES = range(1, 5)
-
-
 _JPEG_MAX_SIDE = 65_500
-
-
 _JPEG_MAX_BLOCKS = 10
-
-
 _JPEG_SEARCH_BYTES = 1024 * 1024
-"""How many bytes are searched at a time: other threads get no turn within one search."""
+"""Bytes per search: other threads do not run within one search."""
 
 
 class _JpegFrame(Struct, frozen=True):
-    """The header of a frame; of each component by its id, how many blocks it has in an unit, and its table."""
+    """A frame header; per component id: blocks in a unit, and its table."""
 
     marker: int
     width: int
@@ -261,7 +219,7 @@ def _inspect_jpeg(data: bytes) -> ImageInfo:
             case 0xDB:  # tables of quantization
                 tables.update(_read_jpeg_tables(content))
             case 0xDC if frame and content != frame.height.to_bytes(2, "big"):  # the number of lines
-                _raise_broken(JPEG, "it says twice how high it is, and not the same")
+                _raise_broken(JPEG, "two of its headers differ in the height")
             case _ if marker in _JPEG_FRAMES:
                 frame = _read_jpeg_frame(marker, content, frame)
     _raise_too_many_segments(JPEG)
@@ -275,21 +233,20 @@ def _read_jpeg_frame(marker: int, content: bytes, previous: _JpegFrame | None) -
     bits, height, width, count = _JPEG_FRAME.unpack_from(content)
     if marker not in _JPEG_SUPPORTED or bits != 8 or count not in _JPEG_COMPONENTS:
         _raise_broken(JPEG, "it is coded in a way that no decoder knows")
-    described = content[_JPEG_FRAME.size :]
+    description = content[_JPEG_FRAME.size :]
     components = {
-        name: ((each >> 4) * (each & 15), table)
-        for name, each, table in zip(described[::3], described[1::3], described[2::3], strict=False)
-        if each >> 4 in _JPEG_SAMPLES and each & 15 in _JPEG_SAMPLES
+        name: ((sampling >> 4) * (sampling & 15), table)
+        for name, sampling, table in zip(description[::3], description[1::3], description[2::3], strict=False)
+        if sampling >> 4 in _JPEG_SAMPLES and sampling & 15 in _JPEG_SAMPLES
     }
-    if len(described) != 3 * count or len(components) < len(set(described[::3])):
+    if len(description) != 3 * count or len(components) < len(set(description[::3])):
         _raise_broken(JPEG, "the header of its frame contradicts itself")
     if max(width, height) > _JPEG_MAX_SIDE:
-        _raise_broken(JPEG, f"it says its size is {width} x {height} pixels")
+        _raise_broken(JPEG, f"its size would be {width} x {height} pixels")
     return _JpegFrame(marker, width, height, components)
 
 
 def _read_jpeg_tables(content: bytes) -> Iterator[int]:
-    """The numbers of the tables that a segment defines."""
     at = 0
     while at < len(content):
         yield content[at] & 15
@@ -297,32 +254,32 @@ def _read_jpeg_tables(content: bytes) -> Iterator[int]:
 
 
 def _check_jpeg_scan(content: bytes, frame: _JpegFrame | None, tables: Collection[int]) -> None:
-    """Refuse a scan that does not go with its frame, as every decoder does."""
+    """Raise InvalidImage if a scan contradicts its frame, as every decoder does."""
     if frame is None:
         _raise_broken(JPEG, "its pixels come before the header of their frame")
     count = content[0] if content else 0
     names, (first, last, bits) = content[1 : 1 + 2 * count : 2], (*content[-3:], 0, 0, 0)[:3]
-    fits = 0 < count <= 4 and len(content) == 4 + 2 * count and all(each in frame.components for each in names)
-    if not fits or (count > 1 and sum(frame.components[each][0] for each in names) > _JPEG_MAX_BLOCKS):
+    is_consistent = 0 < count <= 4 and len(content) == 4 + 2 * count and all(name in frame.components for name in names)
+    if not is_consistent or (count > 1 and sum(frame.components[name][0] for name in names) > _JPEG_MAX_BLOCKS):
         _raise_broken(JPEG, "the header of its pixels contradicts that of its frame")
     if frame.marker == _JPEG_LOSSLESS:
-        known = 0 < first < 8 and last == 0
+        is_known = 0 < first < 8 and last == 0
     else:
-        known = all(frame.components[each][1] in tables for each in names)
-        known = known and (
-            frame.marker in _JPEG_ARITHMETIC or not any(each & 0xCC for each in content[2 : 2 + 2 * count : 2])
+        is_known = all(frame.components[name][1] in tables for name in names)
+        is_known = is_known and (
+            frame.marker in _JPEG_ARITHMETIC
+            or not any(selectors & 0xCC for selectors in content[2 : 2 + 2 * count : 2])
         )
         if frame.marker in _JPEG_PROGRESSIVE:
-            known = known and (last == 0 if first == 0 else first <= last < 64 and count == 1) and bits & 15 < 14
-    if not known:
+            is_known = is_known and (last == 0 if first == 0 else first <= last < 64 and count == 1) and bits & 15 < 14
+    if not is_known:
         _raise_broken(JPEG, "it is coded in a way that no decoder knows")
 
 
 def _find_jpeg_marker_end(data: bytes, at: int) -> int:
-    """Where the next marker from `at` on ends."""
     for start in range(at, len(data), _JPEG_SEARCH_BYTES):
-        if found := _JPEG_MARKER.search(data, start, start + _JPEG_SEARCH_BYTES + 1):
-            return found.end()
+        if match := _JPEG_MARKER.search(data, start, start + _JPEG_SEARCH_BYTES + 1):
+            return match.end()
     _raise_truncated(JPEG)
 
 
@@ -330,23 +287,11 @@ def _find_jpeg_marker_end(data: bytes, at: int) -> int:
 # which the frames of an animation lie.
 
 _RIFF_CHUNK = Layout("<4sI")
-
-
 _WEBP_CANVAS = 10
-
-
 _WEBP_ANIMATED = 0x02
-
-
 _WEBP_RESERVED = 0xC1
-
-
 _WEBP_FRAME = 16
-
-
 _WEBP_MAX_PIXELS = 2**32
-
-
 _WEBP_PIXELS = frozenset({b"VP8 ", b"VP8L"})
 
 
@@ -379,7 +324,7 @@ def _inspect_webp(data: bytes) -> ImageInfo:
 
 
 def _iterate_riff_chunks(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The kind of each chunk, and where its content begins and how long it is."""
+    """Yield type, offset and length of the content of each chunk."""
     for _ in range(MAX_SEGMENTS):
         if at + _RIFF_CHUNK.size > end:
             return
@@ -394,12 +339,12 @@ def _iterate_riff_chunks(data: bytes, at: int, end: int) -> Iterator[tuple[bytes
 
 
 def _read_webp_canvas(kind: bytes, content: bytes) -> tuple[tuple[int, int], bool]:
-    """The size of the canvas, and whether it is one of an animation."""
+    """Return the size of the canvas, and whether it is animated."""
     if kind != b"VP8X" or len(content) != _WEBP_CANVAS:
         _raise_broken(WEBP, "it does not begin with its header")
     width, height = 1 + int.from_bytes(content[4:7], "little"), 1 + int.from_bytes(content[7:10], "little")
     if width * height >= _WEBP_MAX_PIXELS:
-        _raise_broken(WEBP, f"it says its size is {width} x {height} pixels")
+        _raise_broken(WEBP, f"its size would be {width} x {height} pixels")
     animated = bool(content[0] & _WEBP_ANIMATED)
     if animated and content[0] & _WEBP_RESERVED:
         _raise_broken(WEBP, "its header describes no such image")
@@ -407,10 +352,12 @@ def _read_webp_canvas(kind: bytes, content: bytes) -> tuple[tuple[int, int], boo
 
 
 def _check_webp_frame(data: bytes, at: int, length: int, canvas: tuple[int, int]) -> None:
-    """Refuse a frame of an animation that does not lie within its canvas, or whose pixels are of another size."""
+    """Raise InvalidImage if a frame lies outside its canvas or its pixels have another size."""
     if length < _WEBP_FRAME:
         _raise_broken(WEBP, "the header of a frame is too short")
-    left, top, width, height = (int.from_bytes(data[at + each : at + each + 3], "little") for each in (0, 3, 6, 9))
+    left, top, width, height = (
+        int.from_bytes(data[at + offset : at + offset + 3], "little") for offset in (0, 3, 6, 9)
+    )
     if 2 * left + width + 1 > canvas[0] or 2 * top + height + 1 > canvas[1]:
         _raise_broken(WEBP, f"it has a frame that does not lie within its {canvas[0]} x {canvas[1]} pixels")
     for kind, start, size in _iterate_riff_chunks(data, at + _WEBP_FRAME, at + length):
@@ -422,7 +369,7 @@ def _check_webp_frame(data: bytes, at: int, length: int, canvas: tuple[int, int]
 
 
 def _read_webp_size(kind: bytes, head: bytes, length: int) -> tuple[int, int]:
-    """The size that the first ten bytes of compressed pixels tell."""
+    """Return the size in the first ten bytes of compressed pixels."""
     if kind == b"VP8L" and len(head) >= 5 and head[0] == 0x2F:
         bits = int.from_bytes(head[1:5], "little")
         if bits >> 29 == 0:
@@ -435,63 +382,14 @@ def _read_webp_size(kind: bytes, head: bytes, length: int) -> tuple[int, int]:
     _raise_broken(WEBP, "its pixels do not begin with their header")
 
 
-# What people send instead.
-
-
-def _has_prefix(*prefixes: bytes) -> Callable[[bytes], bool]:
-    return lambda data: data.startswith(prefixes)
-
-
-def _has_brand(*brands: bytes) -> Callable[[bytes], bool]:
-    """Whether it is a file of the ISO base media family with one of these brands."""
-    return lambda data: data[4:8] == b"ftyp" and data[8:12] in brands
-
-
-def _is_markup(data: bytes) -> bool:
-    return (
-        data[:256]
-        .removeprefix(b"\xef\xbb\xbf")
-        .lstrip()
-        .lower()
-        .startswith((b"<svg", b"<?xml", b"<!doctype", b"<html"))
-    )
-
-
-_OTHER_FORMATS: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
-    ("a GIF image", _has_prefix(b"GIF87a", b"GIF89a")),
-    ("a BMP image", _has_prefix(b"BM")),
-    ("a TIFF image", _has_prefix(b"II*\0", b"MM\0*")),
-    ("a HEIC image", _has_brand(b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")),
-    ("an AVIF image", _has_brand(b"avif", b"avis")),
-    ("a JPEG XL image", _has_prefix(b"\xff\x0a", b"\0\0\0\x0cJXL ")),
-    ("a JPEG 2000 image", _has_prefix(b"\0\0\0\x0cjP  ")),
-    ("a Photoshop document", _has_prefix(b"8BPS")),
-    ("an icon", _has_prefix(b"\0\0\1\0")),
-    ("a PDF document", _has_prefix(b"%PDF")),
-    ("a ZIP archive", _has_prefix(b"PK\3\4")),
-    ("SVG, XML or HTML", _is_markup),
-)
-
 SVG = "image/svg+xml"
-
-
 OCTET_STREAM = "application/octet-stream"
-
-
 SNIFF_BYTES = 65_536
-"""So many bytes are enough to tell what a result is; of an SVG, comments and declarations may fill most of them."""
-
-
+"""Bytes that suffice to recognise a result; comments and declarations may fill most of them in an SVG."""
 BITMAP_SNIFF_BYTES = 12
-"""So many bytes are enough to tell a bitmap."""
-
-
+"""Bytes that suffice to recognise a bitmap."""
 EXTENSIONS: Mapping[str, str] = {PNG: "png", JPEG: "jpg", WEBP: "webp", SVG: "svg", OCTET_STREAM: "bin"}
-"""How a file of each media type is called."""
-
-
 _BITMAPS = frozenset({PNG, JPEG, WEBP})
-
 
 _ALLOWED_TYPES: Mapping[ArtifactName, frozenset[str]] = {
     ArtifactName.IMAGE: _BITMAPS,
@@ -500,7 +398,7 @@ _ALLOWED_TYPES: Mapping[ArtifactName, frozenset[str]] = {
 }
 
 
-# Blanks, declarations and comments in any number, then the root. Nothing is tried twice: that would take for ever.
+# Blanks, declarations and comments in any number, then the root. No backtracking, which could take exponential time.
 _SVG_START = re.compile(
     rb"(?:\xef\xbb\xbf)?"
     rb"(?>\s+|<\?.*?\?>|<!--.*?-->|<!DOCTYPE\s+(?:\w+:)?svg\b[^<>\[]*(?:\[.*?\]\s*)?>)*+"
@@ -510,8 +408,8 @@ _SVG_START = re.compile(
 
 
 def sniff_type(head: bytes) -> str:
-    """The media type of a result that begins so; OPAQUE for any that no result may have."""
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    """Return the media type of a result by its first bytes, never by its label."""
+    if head.startswith(_PNG_SIGNATURE):
         return PNG
     if head.startswith(b"\xff\xd8\xff"):
         return JPEG
@@ -521,5 +419,4 @@ def sniff_type(head: bytes) -> str:
 
 
 def is_allowed_type(name: ArtifactName, media_type: str) -> bool:
-    """Whether a result of this name may be of this type."""
     return media_type in _ALLOWED_TYPES[name]

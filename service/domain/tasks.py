@@ -14,13 +14,11 @@ from msgspec import Meta, Struct
 from service.domain.errors import FieldError, InvalidOptions, NotFound, check_json
 
 MAX_PROMPT_CHARS = 2_000
-
-
 MAX_METADATA_BYTES = 2_048
 
 
 class Kind(StrEnum):
-    """What can be done with an image; the values are part of the HTTP contract."""
+    """An operation on an image; the values are part of the HTTP contract."""
 
     UPSCALE = "upscale"
     VECTORIZE = "vectorize"
@@ -38,20 +36,17 @@ class State(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """No further change can come."""
         return self in {State.SUCCEEDED, State.FAILED}
 
 
 class ArtifactName(StrEnum):
-    """The results a task can have."""
-
     IMAGE = "image"
     VECTOR = "vector"
     GRID = "grid"
 
 
 class CostBasis(StrEnum):
-    """How a cost is known: seen in the balance, taken from an earlier price, or not at all."""
+    """How a cost is known: observed in the balance, estimated from an earlier price, or unknown."""
 
     OBSERVED = "observed"
     ESTIMATED = "estimated"
@@ -59,13 +54,11 @@ class CostBasis(StrEnum):
 
 
 Colors = Annotated[int, Meta(ge=2, le=16, description="How many colours the vector image has.")]
-
-
 Prompt = Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)]
 
 
 class Options(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a caller may choose; one subclass per kind, its ranges in the annotations."""
+    """Options of a kind; one subclass per kind, with the ranges in the annotations."""
 
     kind: ClassVar[Kind]
 
@@ -116,16 +109,13 @@ OPTIONS: Mapping[Kind, type[Options]] = {
 
 
 class Catalogue(Struct, frozen=True):
-    """The names of models and styles, each with the upstream's own word for it."""
+    """Names of models and styles, each with the vendor's word."""
 
     models: Mapping[str, str]
     styles: Mapping[str, str]
 
     def find_name(self, field: str, value: str) -> str:
-        """The catalogue's name for a name or a word of the upstream.
-
-        Raises FieldError for one it does not hold.
-        """
+        """Return the catalogue's name for a name or a vendor word. Raises FieldError."""
         words = self._vendor_words(field)
         if value in words:
             return value
@@ -135,7 +125,7 @@ class Catalogue(Struct, frozen=True):
         raise FieldError(field, f"must be one of {', '.join(words)}")
 
     def vendor_word(self, field: str, name: str) -> str:
-        """The upstream's word for a name; a name that has left the catalogue since stands for itself."""
+        """Return the vendor's word for a name; a name that left the catalogue stands for itself."""
         return self._vendor_words(field).get(name, name)
 
     def _vendor_words(self, field: str) -> Mapping[str, str]:
@@ -146,9 +136,9 @@ DEFAULT_CATALOGUE = Catalogue(models={"general": "通用模型"}, styles={"gener
 
 
 def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:
-    """Read the options of a kind from form fields, in which every value is text. An empty one is not given.
+    """Parse the options of a kind from form fields; an empty value counts as absent.
 
-    Raises InvalidOptions that names every field which is unknown, repeated, mistyped or out of range.
+    Raises InvalidOptions with every field that is unknown, repeated, mistyped or out of range.
     """
     cls = OPTIONS[kind]
     known = {field.name: field.type for field in msgspec.structs.fields(cls)}
@@ -166,7 +156,7 @@ def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
             values[name] = _parse_value(name, text, known[name])
             if name in {"model", "style"}:
                 values[name] = catalogue.find_name(name, text)
-        except FieldError as error:  # whose traceback holds this frame, which would hold it
+        except FieldError as error:  # a copy: its traceback would hold this frame, and the frame holds it
             errors.append(FieldError(error.field, error.detail))
     if errors:
         raise InvalidOptions(errors)
@@ -174,7 +164,7 @@ def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
 
 
 def parse_metadata(text: str | None) -> dict[str, str]:
-    """Read the caller's own labels: a JSON object of strings, given back untouched. Raises InvalidOptions."""
+    """Parse the caller's labels: a JSON object of strings. Raises InvalidOptions."""
     if text is None:
         return {}
     if len(text.encode()) > MAX_METADATA_BYTES:
@@ -182,7 +172,7 @@ def parse_metadata(text: str | None) -> dict[str, str]:
     try:
         check_json(text)
         return msgspec.json.decode(text, type=dict[str, str])
-    except ValueError:  # also of msgspec, and of text that is no Unicode
+    except ValueError:  # includes msgspec.DecodeError and UnicodeError
         raise InvalidOptions([FieldError("metadata", "must be a JSON object of strings, each name once")]) from None
 
 
@@ -194,7 +184,6 @@ def _parse_value(name: str, text: str, type_: Any) -> Any:
 
 
 def _expected_format(type_: Any) -> str:
-    """What a value must be, in words, from the annotation that checks it."""
     info = msgspec.inspect.type_info(type_)
     while isinstance(info, msgspec.inspect.Metadata):
         info = info.type
@@ -212,21 +201,19 @@ def _expected_format(type_: Any) -> str:
 
 
 class Artifact(Struct, frozen=True):
-    """One result of a task, where the upstream keeps it."""
+    """A result of a task, at the upstream's URL."""
 
     name: ArtifactName
     url: str
 
 
 class TaskError(Struct, frozen=True):
-    """Why a task failed."""
-
     code: str
     detail: str
 
 
 class Cost(Struct, frozen=True):
-    """What a task took from its account: prepaid uses, and money in fen."""
+    """The cost of a task: prepaid uses and money in fen."""
 
     count: int
     money_fen: int
@@ -234,10 +221,9 @@ class Cost(Struct, frozen=True):
 
 
 class Task(Struct, frozen=True, kw_only=True):
-    """A task as the gateway knows it; times in milliseconds since the epoch.
+    """A task; times in milliseconds of server time.
 
-    `version` grows with every visible change; `checked` is when the upstream last told of it. Its end is told to
-    `webhook`, if there is one; `trace` is the context in which its submission was recorded, if it was.
+    `version` grows with every visible change; `last_checked_at` is when the upstream last reported on it.
     """
 
     id: str
@@ -271,12 +257,12 @@ class Cipher(Protocol):
         ...
 
     def decrypt(self, ciphertext: bytes) -> bytes | None:
-        """Decrypt under whichever key fits; None if none does or the bytes were altered."""
+        """Decrypt under any key; None if none fits or the bytes were altered."""
         ...
 
 
 class TaskReference(Struct, frozen=True, array_like=True):
-    """What an id stands for: ids of tenant and account that are never reused, `created` in ms since the epoch."""
+    """The content of a task id, which suffices to query the upstream; `created_at` in milliseconds."""
 
     tenant: int
     account: int
@@ -287,31 +273,30 @@ class TaskReference(Struct, frozen=True, array_like=True):
 
 
 class TaskIdCodec:
-    """Turns references into ids and back."""
+    """Encrypts references to task ids and back."""
 
     def __init__(self, cipher: Cipher) -> None:
         self._cipher = cipher
 
     def encode(self, reference: TaskReference) -> str:
-        """The id of a reference; the same reference has the same id under the same keys."""
-        sealed = self._cipher.encrypt(msgspec.msgpack.encode(reference))
-        return TASK_ID_PREFIX + base64.urlsafe_b64encode(sealed).rstrip(b"=").decode()
+        ciphertext = self._cipher.encrypt(msgspec.msgpack.encode(reference))
+        return TASK_ID_PREFIX + base64.urlsafe_b64encode(ciphertext).rstrip(b"=").decode()
 
     def decode(self, task_id: str) -> TaskReference:
-        """The reference of an id. Raises NotFound for anything that is not exactly an id made by `seal`."""
+        """Return the reference of an id. Raises NotFound for anything that `encode` did not return."""
         text = task_id.removeprefix(TASK_ID_PREFIX)
         try:
-            sealed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-            plain = self._cipher.decrypt(sealed) if TASK_ID_PREFIX + text == task_id else None
-            if plain is not None and base64.urlsafe_b64encode(sealed).rstrip(b"=").decode() == text:
-                return msgspec.msgpack.decode(plain, type=TaskReference)
+            ciphertext = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+            plaintext = self._cipher.decrypt(ciphertext) if TASK_ID_PREFIX + text == task_id else None
+            if plaintext is not None and base64.urlsafe_b64encode(ciphertext).rstrip(b"=").decode() == text:
+                return msgspec.msgpack.decode(plaintext, type=TaskReference)
         except (binascii.Error, msgspec.DecodeError, ValueError):
             pass
         raise NotFound("There is no such task.")
 
 
 class Backlog(Struct, frozen=True):
-    """How much waits, and for how many milliseconds the first of it has been due without being taken; 0 if none has."""
+    """How many items wait, and how late the first unclaimed one is (0 if none is)."""
 
     length: int
     overdue_ms: int

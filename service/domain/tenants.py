@@ -19,24 +19,16 @@ from service.domain.tasks import Kind
 
 
 class SecretRef(Struct, frozen=True, omit_defaults=True):
-    """Where whoever applies the registry finds a secret: in a variable of the environment, or in a file.
-
-    The gateway never looks there: it only remembers, so that the registry it writes out can be applied again.
-    """
+    """Where the operator who applies the registry finds a secret. The gateway never reads it, only exports it again."""
 
     env: str | None = None
     file: str | None = None
 
 
 MAX_DISABLED_URLS = 100
-"""So many addresses of a tenant are remembered as switched off: the ones of the last."""
-
-
+"""The latest disabled URLs of a tenant that are remembered."""
 IPAddress = IPv4Address | IPv6Address
-
-
 IPNetwork = IPv4Network | IPv6Network
-
 
 _PRIVATE_NETWORKS: tuple[IPNetwork, ...] = (
     IPv4Network("10.0.0.0/8"),
@@ -47,10 +39,7 @@ _PRIVATE_NETWORKS: tuple[IPNetwork, ...] = (
 
 
 class WebhookSecrets(Struct, frozen=True):
-    """The sealed secrets of a tenant: the one in force, and the one before, which signs too until `until` (seconds).
-
-    `origin` is where the one in force came from, if the registry was applied from a file.
-    """
+    """Encrypted signing secrets; the previous one signs too until `previous_expires_at` (seconds since the epoch)."""
 
     current: bytes
     previous: bytes | None = None
@@ -58,15 +47,14 @@ class WebhookSecrets(Struct, frozen=True):
     secret_ref: SecretRef | None = None
 
     def active_secrets(self, now: float) -> tuple[bytes, ...]:
-        """The sealed secrets that sign at a time, the newer one first."""
+        """Return the encrypted secrets that sign at `now`, the newest first."""
         return (self.current, self.previous) if self.previous and now < self.previous_expires_at else (self.current,)
 
 
 class Webhook(Struct, frozen=True):
-    """Where a tenant is told: at `url` by default, or wherever a task says, at a host of `allow`.
+    """Where a tenant receives events: at `url`, or where a task asks for it at a host of `allow`.
 
-    Without a `url` it is told nothing; the secrets stay for the day when it has one again. `off` has the addresses
-    that have said that they are gone.
+    Without a `url` nothing is sent; the secrets are kept. `disabled_urls` answered 410.
     """
 
     url: str | None = None
@@ -75,18 +63,17 @@ class Webhook(Struct, frozen=True):
     disabled_urls: tuple[str, ...] = ()
 
     def allows_url(self, url: str) -> bool:
-        """Whether the tenant may be told at an address."""
         host = _host_of(url)
         if self.url is None or host is None:
             return False
         return host in {_host_of(self.url), *self.allow} or _covers_host(self.allow, host)
 
     def allows_address(self, ip: IPAddress) -> bool:
-        """Whether a host of the tenant may be at an address that is not public: a private one, or one of `allow`."""
+        """Whether a host may resolve to an address that is not public: a private one, or one of `allow`."""
         return any(ip in network for network in (*_PRIVATE_NETWORKS, *_parse_networks(self.allow)))
 
     def with_secret(self, current: WebhookSecrets | None, new_secret: bytes | None, generated_secret: bytes) -> Webhook:
-        """The same with the sealed secret that was given, else what it had before, else a fresh one if it needs one."""
+        """Return a copy with the new secret, else the current one, else the generated one if it has a URL."""
         if new_secret is not None and (current is None or current.current != new_secret):
             current = WebhookSecrets(new_secret)
         elif current is None and self.url is not None:
@@ -94,17 +81,15 @@ class Webhook(Struct, frozen=True):
         return replace(self, secrets=current)
 
     def is_disabled(self, url: str) -> bool:
-        """Whether an address was switched off."""
         return strip_query(url) in self.disabled_urls
 
     def with_disabled_url(self, url: str) -> Webhook:
-        """The same with one address more that is not asked any longer."""
-        off = tuple(each for each in self.disabled_urls if each != strip_query(url))
-        return replace(self, disabled_urls=(*off, strip_query(url))[-MAX_DISABLED_URLS:])
+        others = tuple(disabled for disabled in self.disabled_urls if disabled != strip_query(url))
+        return replace(self, disabled_urls=(*others, strip_query(url))[-MAX_DISABLED_URLS:])
 
 
 def strip_query(url: str) -> str:
-    """An address as far as it may be shown: what identifies somebody tends to stand in the query."""
+    """Return a URL as it may be logged and shown: queries tend to hold credentials."""
     return url.partition("?")[0]
 
 
@@ -124,7 +109,6 @@ def _parse_networks(allow: Sequence[str]) -> list[IPNetwork]:
 
 
 def _covers_host(allow: Sequence[str], host: str) -> bool:
-    """Whether a host is an address in one of the networks."""
     try:
         ip = ip_address(host)
     except ValueError:
@@ -134,27 +118,19 @@ def _covers_host(allow: Sequence[str], host: str) -> bool:
 
 NAME_RULE = "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
 
-
 Name = Annotated[
     str,
     Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z", description="A name of your choice.", extra={"must": NAME_RULE}),
 ]
 
-
-TOKEN_PREFIX = "igw_"  # noqa: S105 - what makes a leaked token recognisable, not a secret
-
-
+TOKEN_PREFIX = "igw_"  # noqa: S105 - a public prefix by which scanners recognise a leaked token
 _TOKEN_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # noqa: S105 - an alphabet
-
-
 _TOKEN_SECRET_CHARS = 32
-
-
 _TOKEN_CHECKSUM_CHARS = 6
 
 
 class Window(StrEnum):
-    """A span of calendar time in UTC in which spending is counted; `total` never resets."""
+    """A calendar window in UTC; `total` never resets."""
 
     MINUTE = "minute"
     HOUR = "hour"
@@ -164,14 +140,14 @@ class Window(StrEnum):
 
 
 class SpendingMode(StrEnum):
-    """What of an account a tenant may spend."""
+    """Whether a tenant may spend prepaid uses only, or money too."""
 
     COUNT_ONLY = "count_only"
     COUNT_THEN_MONEY = "count_then_money"
 
 
 class Limit(Struct, frozen=True):
-    """How much may be spent in one window: tasks, and money in fen. None is no limit."""
+    """A limit in one window; None means unlimited."""
 
     window: Window
     tasks: int | None = None
@@ -179,15 +155,13 @@ class Limit(Struct, frozen=True):
 
 
 class TenantPolicy(Struct, frozen=True):
-    """What a tenant may spend."""
-
     limits: tuple[Limit, ...] = ()
     max_active: int | None = None
     spending_mode: SpendingMode = SpendingMode.COUNT_THEN_MONEY
 
 
 class Tenant(Struct, frozen=True):
-    """A service that may submit tasks. The id is never reused, the name can be; accounts are used in order."""
+    """A service that submits tasks. Ids are never reused, names can be; accounts are tried in order."""
 
     id: int
     name: str
@@ -198,12 +172,11 @@ class Tenant(Struct, frozen=True):
     webhook: Webhook = Webhook()
 
     def can_submit(self, kind: Kind) -> bool:
-        """Whether the tenant is allowed this kind; without a list it is allowed all."""
         return self.kinds is None or kind in self.kinds
 
 
 class AccountPolicy(Struct, frozen=True):
-    """What must stay in an account, and the highest price of each kind, in fen."""
+    """Floors of an account, and the maximum price per kind in fen."""
 
     floor_count: int = 0
     floor_money_fen: int = 0
@@ -211,10 +184,7 @@ class AccountPolicy(Struct, frozen=True):
 
 
 class Account(Struct, frozen=True):
-    """An account at an upstream. `user_key` is sealed; without `base_url` it is at the default upstream.
-
-    `origin` is where its key came from, if the registry was applied from a file.
-    """
+    """An account at an upstream: an encrypted key; without `base_url`, at the default upstream."""
 
     id: int
     name: str
@@ -225,7 +195,7 @@ class Account(Struct, frozen=True):
 
 
 class Token(Struct, frozen=True):
-    """A bearer token of a tenant, of which only the hash is kept; times in seconds since the epoch."""
+    """A bearer token of a tenant, of which only the hash is stored; times in seconds since the epoch."""
 
     id: str
     tenant: int
@@ -235,18 +205,17 @@ class Token(Struct, frozen=True):
     expires_at: float | None = None
 
     def is_valid_at(self, now: float) -> bool:
-        """Whether it has not expired yet; revoking with a grace sets the expiry too."""
         return self.expires_at is None or now < self.expires_at
 
 
 def generate_token() -> str:
-    """Make a token: a recognisable prefix, 190 random bits, and a checksum that tells a typo from a guess."""
+    """Generate a token: a recognisable prefix, 190 random bits and a checksum."""
     secret = "".join(secrets.choice(_TOKEN_ALPHABET) for _ in range(_TOKEN_SECRET_CHARS))
     return f"{TOKEN_PREFIX}{secret}{_token_checksum(secret)}"
 
 
 def has_valid_checksum(token: str) -> bool:
-    """Whether the prefix and the checksum fit, which needs no look-up."""
+    """Whether prefix and checksum match, which needs no lookup."""
     body = token.removeprefix(TOKEN_PREFIX)
     secret, check = body[:_TOKEN_SECRET_CHARS], body[_TOKEN_SECRET_CHARS:]
     if body == token or len(body) != _TOKEN_SECRET_CHARS + _TOKEN_CHECKSUM_CHARS or not body.isascii():
@@ -255,7 +224,7 @@ def has_valid_checksum(token: str) -> bool:
 
 
 def hash_token(token: str) -> bytes:
-    """The hash under which a token is kept. It has enough entropy of its own to need no salt."""
+    """Hash a token for storage. It has enough entropy to need no salt."""
     return hashlib.sha256(token.encode()).digest()
 
 
@@ -268,10 +237,7 @@ def _token_checksum(secret: str) -> str:
 
 
 class Registry:
-    """One version of the registry, indexed for the questions that requests ask. Never changes.
-
-    `former` has the name of each deleted tenant by its id, so that what it spent stays explained.
-    """
+    """One immutable version of accounts, tenants and tokens, indexed for requests."""
 
     def __init__(
         self,
@@ -293,30 +259,31 @@ class Registry:
         self._tokens_by_digest = {token.digest: token for token in self.tokens.values()}
 
     def tenant_by_token(self, digest: bytes) -> tuple[Tenant, Token] | None:
-        """Whose token has this hash, whether or not it has expired."""
+        """Find a token by its hash, expired ones too."""
         token = self._tokens_by_digest.get(digest)
         tenant = self._tenants_by_id.get(token.tenant) if token else None
         return (tenant, token) if tenant and token else None
 
     def tenant_by_id(self, tenant_id: int) -> Tenant | None:
-        """A tenant by its id."""
         return self._tenants_by_id.get(tenant_id)
 
     def tenant_name(self, tenant_id: int) -> str | None:
-        """What a tenant is or was called; None if it never was in this registry."""
-        found = self.tenant_by_id(tenant_id)
-        return found.name if found else self.deleted_tenant_names.get(tenant_id)
+        """Return the name of a tenant, also of a deleted one; None if it never existed."""
+        tenant = self.tenant_by_id(tenant_id)
+        return tenant.name if tenant else self.deleted_tenant_names.get(tenant_id)
 
     def account_by_id(self, account_id: int) -> Account | None:
-        """An account by its id."""
         return self._accounts_by_id.get(account_id)
 
     def accounts_of(self, tenant: Tenant) -> tuple[Account, ...]:
-        """The accounts a tenant may use, in order; those that were deleted since are left out."""
+        """Return the accounts of a tenant in order, without deleted ones."""
         return tuple(self.accounts[name] for name in tenant.accounts if name in self.accounts)
 
     def tokens_of(self, tenant: Tenant) -> tuple[Token, ...]:
-        """The tokens of a tenant, oldest first."""
+        """Return the tokens of a tenant, oldest first."""
         return tuple(
-            sorted((t for t in self.tokens.values() if t.tenant == tenant.id), key=lambda t: (t.created_at, t.id))
+            sorted(
+                (token for token in self.tokens.values() if token.tenant == tenant.id),
+                key=lambda token: (token.created_at, token.id),
+            )
         )

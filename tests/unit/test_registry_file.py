@@ -156,7 +156,7 @@ created_at = 1960-01-01T00:00:00Z }
             "tenants.shop.tokens.short.sha256: must be 64 hexadecimal digits in lower case",
             "tenants.shop.tokens.0123456789ab.sha256: must be 64 hexadecimal digits in lower case",
             (
-                "tenants.shop.tokens.0123456789ab.expires_at: must be a moment with a time zone, such as "
+                "tenants.shop.tokens.0123456789ab.expires_at: must be a time with a time zone, such as "
                 "2030-01-31T12:00:00Z"
             ),
             "tenants.shop.tokens.0123456789ab.label: must be text of 0 to 200 characters",
