@@ -1,4 +1,8 @@
-"""Changes of accounts, tenants, tokens, webhooks and secrets."""
+"""Changes of accounts, tenants, tokens, webhooks and secrets.
+
+A PUT replaces: what is left out gets its default, only secrets are kept. Everything raises LedgerUnavailable while
+Redis is away.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from service.domain import tenants, webhooks
+from service.domain import webhooks
 from service.domain.errors import (
     Conflict,
     FieldError,
@@ -40,16 +44,14 @@ from service.telemetry import logging
 from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange, RegistryStore, RegistryView
 
 _log = structlog.get_logger(__name__)
-
-
 _MAX_TRIES = 10
-
-
+_TOKEN_ID_BYTES = 6
 R = TypeVar("R")
+AccountOrTenant = TypeVar("AccountOrTenant", Account, Tenant)
 
 
 class RegistryUpdater:
-    """Changes the registry. There is one of it in a process."""
+    """Writes changes of the registry; one per process."""
 
     def __init__(self, store: RegistryStore, registry: RegistryView) -> None:
         self._store = store
@@ -59,58 +61,46 @@ class RegistryUpdater:
     async def update_registry(
         self, event: str, make_change: Callable[[Registry], tuple[RegistryChange, R]], **log_fields: Any
     ) -> R:
-        """Write what `make` makes of the newest version, again if another process was faster, and log it.
+        """Write what `make_change` returns for the latest version, and log it; retry if another process was faster.
 
-        Raises LedgerUnavailable or Overloaded, and what `make` raises.
+        Raises LedgerUnavailable, Overloaded, and what `make_change` raises.
         """
-        async with self._lock:  # those of one process need not race each other
+        async with self._lock:  # changes of one process need not race
             for _ in range(_MAX_TRIES):
                 await self._registry.refresh()
                 change, result = make_change(self._registry.current)
                 if await self._store.write(change):
                     _log.info(event, version=change.version + 1, **log_fields)
-                    with suppress(LedgerUnavailable):  # it was done all the same, and is followed in the background
+                    with suppress(LedgerUnavailable):  # the change is written; this copy follows in the background
                         await self._registry.refresh()
                     return result
         raise Overloaded("The registry is being changed by others. Try again.", retry_after=1)
 
 
-class ReencryptedSecrets(Struct, frozen=True):
-    """The accounts and tenants whose secrets were sealed anew, by name; and where there is what no key opens."""
-
-    accounts: tuple[str, ...]
-    tenants: tuple[str, ...]
-    undecryptable: tuple[str, ...]
-
-
-def _reencrypt(cipher: Cipher, sealed: bytes) -> bytes | None:
-    """The same sealed with the first key; None if no key opens it."""
-    plain = cipher.decrypt(sealed)
-    return None if plain is None else cipher.encrypt(plain)
-
-
-_TOKEN_ID_BYTES = 6
-
-
-Owner = TypeVar("Owner", Account, Tenant)
-
-
 class NewToken(Struct, frozen=True):
-    """A token that was just made: the only time its text is known."""
+    """A new token: the only time its text is known."""
 
     token: Token
     text: str
 
 
 class SavedTenant(Struct, frozen=True):
-    """A tenant that was put, and the secret of its webhook if one was made for it: the only time it is known."""
+    """A saved tenant, with its webhook secret if one was generated: the only time it is known."""
 
     tenant: Tenant
     generated_secret: str | None
 
 
+class ReencryptedSecrets(Struct, frozen=True):
+    """Names of accounts and tenants whose secrets were encrypted again, and paths of those that no key decrypts."""
+
+    accounts: tuple[str, ...]
+    tenants: tuple[str, ...]
+    undecryptable: tuple[str, ...]
+
+
 class RegistryAdmin:
-    """Changes the registry."""
+    """Changes accounts, tenants and tokens."""
 
     def __init__(
         self,
@@ -132,69 +122,63 @@ class RegistryAdmin:
     async def put_account(
         self, name: str, user_key: str | None, base_url: str | None, policy: AccountPolicy
     ) -> Account:
-        """Make or replace an account; without a key the one it has is kept.
+        """Create or replace an account; without a key it keeps its own.
 
-        What changed so that the account may be able to pay again gets it looked at anew, as `reopen` does.
-        Raises InvalidOptions if a new account has no key.
+        Reopens the account if the change may allow it to pay again. Raises InvalidOptions if a new account has no key.
         """
-        sealed = self._user_key_cipher.encrypt(user_key.encode()) if user_key is not None else None
+        new_key = self._user_key_cipher.encrypt(user_key.encode()) if user_key is not None else None
 
-        def change(now: Registry) -> tuple[RegistryChange, tuple[Account, bool]]:
-            known = now.accounts.get(name)
-            key = sealed or (known.user_key if known else None)
+        def change(registry: Registry) -> tuple[RegistryChange, tuple[Account, bool]]:
+            before = registry.accounts.get(name)
+            key = new_key or (before.user_key if before else None)
             if key is None:
                 raise InvalidOptions([FieldError("user_key", "is required for a new account")])
-            origin = known.secret_ref if known and key == known.user_key else None
-            account = Account(known.id if known else self._new_id(now), name, key, base_url, policy, origin)
-            next_id = max(now.next_id, account.id + 1)
-            made = RegistryChange(version=now.version, next_id=next_id, accounts=(account,))
-            return made, (account, known is not None and affects_availability(known, account))
+            secret_ref = before.secret_ref if before and key == before.user_key else None
+            account = Account(before.id if before else self._new_id(registry), name, key, base_url, policy, secret_ref)
+            next_id = max(registry.next_id, account.id + 1)
+            reopens = before is not None and affects_availability(before, account)
+            return replace(no_change(registry), next_id=next_id, accounts=(account,)), (account, reopens)
 
-        about = {"base_url": base_url, "policy": logging.log_account_policy(policy), "key_given": user_key is not None}
-        account, reopens = await self._updater.update_registry("account.updated", change, account=name, **about)
-        closed = (await self._ledger.account_states([account.id]))[account.id].status is not AccountStatus.OPEN
-        if reopens or (user_key is not None and closed):
+        log_fields = account_log_fields(base_url, policy, key_given=user_key is not None)
+        account, reopens = await self._updater.update_registry("account.updated", change, account=name, **log_fields)
+        is_closed = (await self._ledger.account_states([account.id]))[account.id].status is not AccountStatus.OPEN
+        if reopens or (user_key is not None and is_closed):
             await self._ledger.reopen_account(account.id)
         return account
 
     def has_user_key(self, name: str, user_key: str) -> bool:
-        """Whether there is an account of this name with this key."""
         account = self._registry.current.accounts.get(name)
         return account is not None and account.user_key == self._user_key_cipher.encrypt(user_key.encode())
 
     async def put_tenant(self, tenant: Tenant, secret: str | None = None) -> SavedTenant:
-        """Make or replace a tenant; the id of the argument does not matter. Raises InvalidOptions.
+        """Create or replace a tenant, whatever the id of the argument. Raises InvalidOptions.
 
-        Its webhooks are signed with `secret`; without one, as they were, or with one that is made. Those that were
-        switched off are sent again.
+        Without `secret` its webhook keeps its own, or gets a generated one. Disabled URLs are enabled.
         """
-        given = None if secret is None else self._webhook_cipher.encrypt(webhooks.parse_secret(secret))
-        made = webhooks.generate_secret()
-        fresh = self._webhook_cipher.encrypt(webhooks.parse_secret(made))
+        new_secret = None if secret is None else self._webhook_cipher.encrypt(webhooks.parse_secret(secret))
+        text = webhooks.generate_secret()
+        generated = self._webhook_cipher.encrypt(webhooks.parse_secret(text))
 
-        def change(now: Registry) -> tuple[RegistryChange, SavedTenant]:
-            missing = [each for each in tenant.accounts if each not in now.accounts]
+        def change(registry: Registry) -> tuple[RegistryChange, SavedTenant]:
+            missing = [name for name in tenant.accounts if name not in registry.accounts]
             if missing:
                 raise InvalidOptions([FieldError("accounts", f"there is no account {', '.join(missing)}")])
-            known = now.tenants.get(tenant.name)
-            signed = tenant.webhook.with_secret(known.webhook.secrets if known else None, given, fresh)
-            put = msgspec.structs.replace(tenant, id=known.id if known else self._new_id(now), webhook=signed)
-            shown = made if signed.secrets and signed.secrets.current == fresh else None
-            next_id = max(now.next_id, put.id + 1)
-            return RegistryChange(version=now.version, next_id=next_id, tenants=(put,)), SavedTenant(put, shown)
+            before = registry.tenants.get(tenant.name)
+            webhook = tenant.webhook.with_secret(before.webhook.secrets if before else None, new_secret, generated)
+            saved = replace(tenant, id=before.id if before else self._new_id(registry), webhook=webhook)
+            is_generated = webhook.secrets is not None and webhook.secrets.current == generated
+            next_id = max(registry.next_id, saved.id + 1)
+            result = SavedTenant(saved, text if is_generated else None)
+            return replace(no_change(registry), next_id=next_id, tenants=(saved,)), result
 
-        about = msgspec.to_builtins(tenant)
-        del about["id"], about["name"]
-        about["policy"] = logging.log_tenant_policy(tenant.policy)
-        url = tenant.webhook.url and strip_query(tenant.webhook.url)
-        about["webhook"] = {"url": url, "allow": tenant.webhook.allow, "key_given": given is not None}
-        return await self._updater.update_registry("tenant.updated", change, tenant=tenant.name, **about)
+        log_fields = tenant_log_fields(tenant, key_given=new_secret is not None)
+        return await self._updater.update_registry("tenant.updated", change, tenant=tenant.name, **log_fields)
 
     async def delete_account(self, name: str, *, force: bool) -> None:
-        """Take an account out. Unless forced it must have nothing open and no tenant that uses it.
+        """Delete an account. Unless forced, it must have no open submission and no tenant.
 
-        By force it is taken from its tenants too, so that none of them spends from another account that is given the
-        name later. Raises Conflict or NotFound.
+        Force removes it from its tenants too, so that none of them uses a later account of this name. Raises Conflict
+        or NotFound.
         """
         account = await self.get_account(name)
         state = (await self.account_states((account,)))[account.id]
@@ -203,116 +187,103 @@ class RegistryAdmin:
                 f"{state.open_submissions} submissions of account {name} have not ended. Wait for them, or force it."
             )
 
-        def change(now: Registry) -> tuple[RegistryChange, None]:
-            _require_same_id(now.accounts, account, "account")
-            users = [tenant for tenant in now.tenants.values() if name in tenant.accounts]
+        def change(registry: Registry) -> tuple[RegistryChange, None]:
+            _require_same_id(registry.accounts, account, "account")
+            users = [tenant for tenant in registry.tenants.values() if name in tenant.accounts]
             if users and not force:
                 names = ", ".join(tenant.name for tenant in users)
                 raise Conflict(f"Account {name} is used by {names}. Change them first, or force it.")
-            left = tuple(
-                msgspec.structs.replace(each, accounts=tuple(other for other in each.accounts if other != name))
-                for each in users
+            changed = tuple(
+                replace(tenant, accounts=tuple(other for other in tenant.accounts if other != name)) for tenant in users
             )
-            made = RegistryChange(version=now.version, next_id=now.next_id, tenants=left, drop_accounts=(account,))
-            return made, None
+            return replace(no_change(registry), tenants=changed, drop_accounts=(account,)), None
 
         await self._updater.update_registry(
             "account.deleted", change, account=name, force=force, open=state.open_submissions
         )
 
     async def delete_tenant(self, name: str, *, force: bool) -> None:
-        """Take a tenant and its tokens out. Unless forced it must have no active task. Raises Conflict or NotFound."""
+        """Delete a tenant and its tokens. Unless forced, it must have no active task. Raises Conflict or NotFound."""
         tenant = await self.get_tenant(name)
         active = (await self._ledger.tenant_snapshot(tenant.id)).state.active_tasks
         if active and not force:
             raise Conflict(f"{active} tasks of tenant {name} are active. Wait for them, or force it.")
 
-        def change(now: Registry) -> tuple[RegistryChange, None]:
-            found = _require_same_id(now.tenants, tenant, "tenant")
-            tokens = now.tokens_of(found)
-            made = RegistryChange(version=now.version, next_id=now.next_id, drop_tenants=(found,), drop_tokens=tokens)
-            return made, None
+        def change(registry: Registry) -> tuple[RegistryChange, None]:
+            current = _require_same_id(registry.tenants, tenant, "tenant")
+            dropped = registry.tokens_of(current)
+            return replace(no_change(registry), drop_tenants=(current,), drop_tokens=dropped), None
 
         await self._updater.update_registry("tenant.deleted", change, tenant=name, force=force, active=active)
 
     async def create_token(self, tenant_name: str, label: str | None, expires_at: float | None) -> NewToken:
-        """Make a token for a tenant, whose expired ones go; `expires` in seconds since the epoch.
+        """Create a token and delete expired ones; `expires_at` in seconds since the epoch. Raises NotFound."""
+        text, token_id, created_at = generate_token(), secrets.token_hex(_TOKEN_ID_BYTES), self.now()
 
-        Raises NotFound.
-        """
-        text, token_id, created = generate_token(), secrets.token_hex(_TOKEN_ID_BYTES), self.now()
+        def change(registry: Registry) -> tuple[RegistryChange, Token]:
+            tenant = _require(registry.tenants, tenant_name, "tenant")
+            expired = tuple(token for token in registry.tokens_of(tenant) if not token.is_valid_at(created_at))
+            token = Token(token_id, tenant.id, hash_token(text), label, created_at, expires_at)
+            return replace(no_change(registry), tokens=(token,), drop_tokens=expired), token
 
-        def change(now: Registry) -> tuple[RegistryChange, Token]:
-            tenant = _require(now.tenants, tenant_name, "tenant")
-            expired = tuple(each for each in now.tokens_of(tenant) if not each.is_valid_at(created))
-            token = Token(token_id, tenant.id, hash_token(text), label, created, expires_at)
-            made = RegistryChange(version=now.version, next_id=now.next_id, tokens=(token,), drop_tokens=expired)
-            return made, token
-
-        about = {"id": token_id, "label": label, "expires": expires_at}
-        return NewToken(await self._updater.update_registry("token.created", change, tenant=tenant_name, **about), text)
+        token = await self._updater.update_registry(
+            "token.created", change, tenant=tenant_name, id=token_id, label=label, expires=expires_at
+        )
+        return NewToken(token, text)
 
     async def revoke_token(self, tenant_name: str, token_id: str, grace_seconds: float) -> None:
-        """Let a token expire in `grace` seconds, at once if 0; never later than it would. Raises NotFound."""
+        """Let a token expire after the grace, at once if 0, never later than before. Raises NotFound."""
         end = self.now() + grace_seconds
 
-        def change(now: Registry) -> tuple[RegistryChange, None]:
-            tenant = _require(now.tenants, tenant_name, "tenant")
-            token = _require({each.id: each for each in now.tokens_of(tenant)}, token_id, "token")
+        def change(registry: Registry) -> tuple[RegistryChange, None]:
+            tenant = _require(registry.tenants, tenant_name, "tenant")
+            token = _require({token.id: token for token in registry.tokens_of(tenant)}, token_id, "token")
             if not grace_seconds:
-                return RegistryChange(version=now.version, next_id=now.next_id, drop_tokens=(token,)), None
-            left = msgspec.structs.replace(
-                token, expires_at=end if token.expires_at is None else min(end, token.expires_at)
-            )
-            return RegistryChange(version=now.version, next_id=now.next_id, tokens=(left,)), None
+                return replace(no_change(registry), drop_tokens=(token,)), None
+            expires_at = end if token.expires_at is None else min(end, token.expires_at)
+            return replace(no_change(registry), tokens=(replace(token, expires_at=expires_at),)), None
 
         await self._updater.update_registry(
             "token.revoked", change, tenant=tenant_name, id=token_id, grace=grace_seconds
         )
 
     async def reopen_account(self, name: str) -> Account:
-        """Let the next submission find out whether an exhausted or invalid account can be used. Raises NotFound."""
+        """Let the next submission try an exhausted or invalid account. Raises NotFound."""
         account = await self.get_account(name)
         await self._ledger.reopen_account(account.id)
         _log.info("account.reopened", account=name)
         return account
 
     async def reset_clock(self, actor: str) -> int:
-        """Make the ledger's time that of Redis again, and with it all that is due; by how many milliseconds."""
-        await self._registry.refresh()
-        now = self._registry.current
-        tenants = [*(each.id for each in now.tenants.values()), *now.deleted_tenant_names]
-        offset = await self._ledger.reset_clock(tenants, [each.id for each in now.accounts.values()])
+        """Set ledger time to server time, and all due times with it; return the offset in milliseconds."""
+        registry = await self._load_registry()
+        tenant_ids = [*(tenant.id for tenant in registry.tenants.values()), *registry.deleted_tenant_names]
+        offset = await self._ledger.reset_clock(tenant_ids, [account.id for account in registry.accounts.values()])
         _log.warning("clock.reset", seconds=offset / 1000, actor=actor)
         return offset
 
     async def get_account(self, name: str) -> Account:
-        """An account by its name. Raises NotFound."""
-        await self._registry.refresh()
-        return _require(self._registry.current.accounts, name, "account")
+        """Return an account. Raises NotFound."""
+        return _require((await self._load_registry()).accounts, name, "account")
 
     async def list_accounts(self) -> tuple[Account, ...]:
-        """All accounts, by name."""
-        await self._registry.refresh()
-        return tuple(account for _, account in sorted(self._registry.current.accounts.items()))
+        """Return all accounts by name."""
+        return tuple(account for _, account in sorted((await self._load_registry()).accounts.items()))
 
     async def get_tenant(self, name: str) -> Tenant:
-        """A tenant by its name. Raises NotFound."""
-        await self._registry.refresh()
-        return _require(self._registry.current.tenants, name, "tenant")
+        """Return a tenant. Raises NotFound."""
+        return _require((await self._load_registry()).tenants, name, "tenant")
 
     async def list_tenants(self) -> tuple[Tenant, ...]:
-        """All tenants, by name."""
-        await self._registry.refresh()
-        return tuple(tenant for _, tenant in sorted(self._registry.current.tenants.items()))
+        """Return all tenants by name."""
+        return tuple(tenant for _, tenant in sorted((await self._load_registry()).tenants.items()))
 
     def list_tokens(self, tenant: Tenant) -> tuple[Token, ...]:
-        """The tokens of a tenant that have not expired."""
+        """Return the tokens of a tenant that have not expired."""
         now = self.now()
         return tuple(token for token in self._registry.current.tokens_of(tenant) if token.is_valid_at(now))
 
     async def account_states(self, accounts: tuple[Account, ...]) -> Mapping[int, AccountState]:
-        """What the ledger knows of each account, by id."""
         return await self._ledger.account_states([account.id for account in accounts])
 
     async def reencrypt_secrets(self) -> ReencryptedSecrets:
@@ -320,8 +291,7 @@ class RegistryAdmin:
 
         Nothing is written if nothing changes. Raises LedgerUnavailable or Overloaded.
         """
-        await self._registry.refresh()
-        change, result = self._reencrypt_all(self._registry.current)
+        change, result = self._reencrypt_all(await self._load_registry())
         if not change.accounts and not change.tenants:
             return result
         return await self._updater.update_registry("registry.reencrypted", self._reencrypt_all)
@@ -342,9 +312,7 @@ class RegistryAdmin:
                 undecryptable.append(field_path("tenants", name, "webhook", "secret"))
             elif after != before:
                 tenants.append(replace(tenant, webhook=replace(tenant.webhook, secrets=after)))
-        change = RegistryChange(
-            version=registry.version, next_id=registry.next_id, accounts=tuple(accounts), tenants=tuple(tenants)
-        )
+        change = replace(no_change(registry), accounts=tuple(accounts), tenants=tuple(tenants))
         names = (tuple(account.name for account in accounts), tuple(tenant.name for tenant in tenants))
         return change, ReencryptedSecrets(*names, tuple(undecryptable))
 
@@ -355,13 +323,36 @@ class RegistryAdmin:
             return None
         return replace(before, current=current, previous=previous[0] if previous else None)
 
-    def _new_id(self, now: Registry) -> int:
-        """An id that was never used, not even by a registry that was lost with all it knew: ids follow the clock."""
-        return max(now.next_id, int(self.now() * 1000))
+    async def _load_registry(self) -> Registry:
+        await self._registry.refresh()
+        return self._registry.current
+
+    def _new_id(self, registry: Registry) -> int:
+        # Ids follow the clock, so that one is never used again, not even if the registry was lost.
+        return max(registry.next_id, int(self.now() * 1000))
+
+
+def no_change(registry: Registry) -> RegistryChange:
+    """Return an empty change of a version, to be filled with `replace`."""
+    return RegistryChange(version=registry.version, next_id=registry.next_id)
+
+
+def account_log_fields(base_url: str | None, policy: AccountPolicy, *, key_given: bool) -> dict[str, Any]:
+    """Return the log fields of `account.updated`."""
+    return {"base_url": base_url, "policy": logging.log_account_policy(policy), "key_given": key_given}
+
+
+def tenant_log_fields(tenant: Tenant, *, key_given: bool) -> dict[str, Any]:
+    """Return the log fields of `tenant.updated`: everything but secrets."""
+    fields: dict[str, Any] = msgspec.to_builtins(tenant)
+    del fields["id"], fields["name"]
+    url = tenant.webhook.url and strip_query(tenant.webhook.url)
+    webhook = {"url": url, "allow": tenant.webhook.allow, "key_given": key_given}
+    return fields | {"policy": logging.log_tenant_policy(tenant.policy), "webhook": webhook}
 
 
 def affects_availability(old: Account, new: Account) -> bool:
-    """Whether an account that was found unable to pay deserves a new look: another key, place, or a lower floor."""
+    """Whether a change may let an account pay again: another key or URL, or a lower floor."""
     return (
         new.user_key != old.user_key
         or new.base_url != old.base_url
@@ -370,36 +361,41 @@ def affects_availability(old: Account, new: Account) -> bool:
     )
 
 
-def _require(table: Mapping[str, R], name: str, what: str) -> R:
+def _require(table: Mapping[str, R], name: str, kind: str) -> R:
     if name not in table:
-        raise NotFound(f"There is no {what} {name}.")
+        raise NotFound(f"There is no {kind} {name}.")
     return table[name]
 
 
-def _require_same_id(table: Mapping[str, Owner], expected: Owner, what: str) -> Owner:
-    """The owner that was looked at, as it is now, and not another one that was given its name since."""
-    found = _require(table, expected.name, what)
-    if found.id != expected.id:
-        raise Conflict(f"The {what} {expected.name} was deleted and made anew meanwhile. Look at it again.")
-    return found
+def _require_same_id(table: Mapping[str, AccountOrTenant], expected: AccountOrTenant, kind: str) -> AccountOrTenant:
+    """Return the current object. Raises Conflict if its name belongs to another one since `expected` was read."""
+    current = _require(table, expected.name, kind)
+    if current.id != expected.id:
+        raise Conflict(f"The {kind} {expected.name} was deleted and created again meanwhile. Read it again.")
+    return current
+
+
+def _reencrypt(cipher: Cipher, ciphertext: bytes) -> bytes | None:
+    plaintext = cipher.decrypt(ciphertext)
+    return None if plaintext is None else cipher.encrypt(plaintext)
 
 
 class NewSecret(Struct, frozen=True):
-    """A secret that was just made, the only time its text is known. The one before signs until `until` (seconds)."""
+    """A new secret: the only time its text is known. Times in seconds since the epoch."""
 
     text: str
     previous_expires_at: float
 
 
 class TenantDelivery(Struct, frozen=True):
-    """A delivery, and what its tenant is or was called; None if nobody remembers."""
+    """A delivery with the name of its tenant, None if unknown."""
 
     delivery: Delivery
     tenant: str | None
 
 
 class WebhookAdmin:
-    """Everything raises LedgerUnavailable while Redis is away."""
+    """Changes of webhook secrets and URLs, and failed deliveries."""
 
     def __init__(
         self,
@@ -417,58 +413,51 @@ class WebhookAdmin:
         self._now = now
 
     async def rotate_secret(self, name: str, grace_seconds: float) -> NewSecret:
-        """Give a tenant a new secret, beside which the one it has signs for `grace` seconds more.
+        """Generate a new secret; the current one signs too during the grace. Raises NotFound or Conflict."""
+        text, previous_expires_at = webhooks.generate_secret(), self._now() + grace_seconds
+        secret = self._cipher.encrypt(webhooks.parse_secret(text))
 
-        Raises NotFound, or Conflict if it has none.
-        """
-        text, until = webhooks.generate_secret(), self._now() + grace_seconds
-        sealed = self._cipher.encrypt(webhooks.parse_secret(text))
-
-        def change(now: Registry) -> tuple[RegistryChange, None]:
-            tenant = now.tenants.get(name)
-            if tenant is None:
-                raise NotFound(f"There is no tenant {name}.")
+        def change(registry: Registry) -> tuple[RegistryChange, None]:
+            tenant = _require(registry.tenants, name, "tenant")
             if tenant.webhook.secrets is None:
                 raise Conflict(f"Tenant {name} has no webhook secret. It gets one with its webhook.")
-            signing = WebhookSecrets(sealed, tenant.webhook.secrets.current if grace_seconds else None, until)
-            return _replace_tenant(now, replace(tenant, webhook=replace(tenant.webhook, secrets=signing))), None
+            previous = tenant.webhook.secrets.current if grace_seconds else None
+            webhook = replace(tenant.webhook, secrets=WebhookSecrets(secret, previous, previous_expires_at))
+            return replace(no_change(registry), tenants=(replace(tenant, webhook=webhook),)), None
 
         await self._updater.update_registry("webhook.secret_rotated", change, tenant=name, grace=grace_seconds)
-        return NewSecret(text, until)
+        return NewSecret(text, previous_expires_at)
 
     async def disable_url(self, tenant_id: int, url: str) -> None:
-        """Send no more to an address of a tenant, until the tenant is put again. Raises Overloaded."""
+        """Send nothing to a URL until its tenant is updated. Raises Overloaded."""
 
-        def change(now: Registry) -> tuple[RegistryChange, None]:
-            tenant = now.tenant_by_id(tenant_id)
-            if tenant is None:  # it was deleted meanwhile
-                return RegistryChange(version=now.version, next_id=now.next_id), None
-            return _replace_tenant(now, replace(tenant, webhook=tenant.webhook.with_disabled_url(url))), None
+        def change(registry: Registry) -> tuple[RegistryChange, None]:
+            tenant = registry.tenant_by_id(tenant_id)
+            if tenant is None:  # deleted meanwhile
+                return no_change(registry), None
+            tenant = replace(tenant, webhook=tenant.webhook.with_disabled_url(url))
+            return replace(no_change(registry), tenants=(tenant,)), None
 
         await self._updater.update_registry(
             "webhook.disabled",
             change,
             tenant=self._registry.current.tenant_name(tenant_id),
-            address=tenants.strip_query(url),
+            address=strip_query(url),
         )
 
     async def list_failed(self, limit: int) -> Sequence[TenantDelivery]:
-        """Up to `most` deliveries that were given up in the last 30 days, the newest first."""
-        return [self._with_tenant_name(each) for each in await self._deliveries.list_failed(limit)]
+        """Return up to `limit` deliveries that failed in the last 30 days, newest first."""
+        return [self._with_tenant_name(delivery) for delivery in await self._deliveries.list_failed(limit)]
 
     async def redeliver(self, event: str) -> TenantDelivery:
-        """Send an event again from the start, now. Raises NotFound if it is not known (any more)."""
+        """Send an event again now. Raises NotFound."""
         reservation = webhooks.parse_event_id(event)
         delivery = await self._deliveries.redeliver(reservation) if reservation else None
         if delivery is None:
-            raise NotFound(f"There is no delivery {event}, or it was forgotten since.")
-        owned = self._with_tenant_name(delivery)
-        _log.info("webhook.redelivered", delivery=event, tenant=owned.tenant)
-        return owned
+            raise NotFound(f"There is no delivery {event} (any more).")
+        result = self._with_tenant_name(delivery)
+        _log.info("webhook.redelivered", delivery=event, tenant=result.tenant)
+        return result
 
     def _with_tenant_name(self, delivery: Delivery) -> TenantDelivery:
         return TenantDelivery(delivery, self._registry.current.tenant_name(delivery.tenant))
-
-
-def _replace_tenant(now: Registry, tenant: Tenant) -> RegistryChange:
-    return RegistryChange(version=now.version, next_id=now.next_id, tenants=(tenant,))
