@@ -44,6 +44,7 @@ from service.telemetry import logging
 from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange, RegistryStore, RegistryView
 
 _log = structlog.get_logger(__name__)
+
 _MAX_TRIES = 10
 _TOKEN_ID_BYTES = 6
 R = TypeVar("R")

@@ -13,19 +13,15 @@ from service.domain.errors import LedgerUnavailable
 
 _log = structlog.get_logger(__name__)
 
-
 T = TypeVar("T")
-
-
 CANCEL_RETRY_SECONDS = 1.0
 
 
 async def cancel_and_wait(tasks: Iterable[asyncio.Task[Any]], *, retry_seconds: float = CANCEL_RETRY_SECONDS) -> None:
     """Cancel tasks and wait for their end.
 
-    They are cancelled again until they have ended: a cancellation that comes just as what a task waits for is done is
-    lost in `asyncio.wait_for` before Python 3.12 (https://github.com/python/cpython/issues/86296), through which every
-    command to Redis goes.
+    A cancellation that arrives just as `asyncio.wait_for` completes is lost before Python 3.12
+    (https://github.com/python/cpython/issues/86296), and every Redis command goes through it: hence the repetition.
     """
     tasks = set(tasks)
     pending = {task for task in tasks if not task.done()}
@@ -33,19 +29,19 @@ async def cancel_and_wait(tasks: Iterable[asyncio.Task[Any]], *, retry_seconds: 
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=retry_seconds)
-    await asyncio.gather(*tasks, return_exceptions=True)  # nobody else asks how they ended
+    await asyncio.gather(*tasks, return_exceptions=True)  # their errors are not needed
 
 
 class TaskSupervisor:
-    """Keeps hold of tasks until they are done, so that none is lost when its request goes away."""
+    """Holds tasks until they are done, independent of the requests that started them."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, T], *, detached: bool = False) -> asyncio.Task[T]:
-        """Start `work`; it is not cancelled with whoever awaits it through `asyncio.shield`.
+        """Start `work`, to be awaited through `asyncio.shield`.
 
-        It belongs to the request that starts it, in the log and in traces, unless it is set `apart`.
+        Unless `detached`, it belongs to the current request in logs and traces.
         """
         task = Context().run(asyncio.create_task, work) if detached else asyncio.create_task(work)
         self._tasks.add(task)
@@ -55,13 +51,10 @@ class TaskSupervisor:
     def _on_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever awaited it may have left, and what went wrong was dealt with in it
+            task.exception()  # marks it as retrieved: its caller may be gone, and the task handles its errors
 
     async def drain(self, seconds: float) -> int:
-        """Wait up to `seconds` for what is running and what that starts, then cancel the rest.
-
-        The number of those that had to be cancelled.
-        """
+        """Wait up to `seconds` for tasks and those they start, then cancel the rest; return the number cancelled."""
         clock = asyncio.get_running_loop().time
         end = clock() + seconds
         while self._tasks and (left := end - clock()) > 0:
@@ -77,25 +70,23 @@ class TaskSupervisor:
 
 
 IDLE_SECONDS = 0.25
-"""How long a round waits that found nothing more to do. What is due is late by at most this."""
-
-
+"""Delay after a run that found nothing more to do: due work starts late by at most this."""
 UNAVAILABLE_SECONDS = 1.0
 
 
 async def run_periodically(job: str, run_once: Callable[[], Awaitable[bool]]) -> NoReturn:
-    """Begin one round after the other until cancelled; `begin` says whether there may be more to do at once.
+    """Run a job until cancelled; `run_once` returns whether to run again at once.
 
-    Neither the store being away, which is logged elsewhere, nor a fault of ours ends it.
+    Errors are logged and the loop continues.
     """
     while True:
         try:
-            more = await run_once()
+            has_more = await run_once()
         except LedgerUnavailable:
             await asyncio.sleep(UNAVAILABLE_SECONDS)
-        except Exception:  # noqa: BLE001 - one fault must not end all that is to come
+        except Exception:  # noqa: BLE001 - one error must not end the job
             _log.exception("job.error", job=job)
             await asyncio.sleep(UNAVAILABLE_SECONDS)
         else:
-            if not more:
+            if not has_more:
                 await asyncio.sleep(IDLE_SECONDS)

@@ -19,19 +19,14 @@ from service.usecases.reports import PolicyReport, report_policies
 
 _log = structlog.get_logger(__name__)
 
-
 SNAPSHOT_TIMEOUT_SECONDS = 3.0
-"""A look takes no longer: a scrape without the ledger tells more than one that Prometheus gave up."""
-
-
+"""A scrape without the ledger is better than one that Prometheus gives up."""
 _REPORTED_WINDOWS = (Window.DAY, Window.MONTH, Window.TOTAL)
-
-
 _YUAN = "yuan"
 
 
 class LedgerSnapshot:
-    """Has the metrics show the ledger as it is."""
+    """Reads the ledger for `/metrics`."""
 
     def __init__(
         self, *, ledger: Ledger, tasks: TaskStore, deliveries: DeliveryQueue, registry: RegistryView, metrics: Metrics
@@ -44,27 +39,27 @@ class LedgerSnapshot:
         self._refresh_task: asyncio.Task[None] | None = None
 
     async def refresh(self) -> None:
-        """Look now, or share the look that is under way. Never raises: what can't be seen is not shown."""
+        """Read the ledger, or share a read in progress. Never raises: missing values are left out."""
         if self._refresh_task is None or self._refresh_task.done():
             self._refresh_task = asyncio.create_task(self._take())
         await asyncio.shield(self._refresh_task)
 
     async def _take(self) -> None:
         self._metrics.refresh_labels()
-        seen = None
+        snapshot = None
         try:
             async with asyncio.timeout(SNAPSHOT_TIMEOUT_SECONDS):
-                seen = await self._read_ledger(self._registry.current)
+                snapshot = await self._read_ledger(self._registry.current)
         except (LedgerUnavailable, TimeoutError):
-            pass  # the metrics say so
-        except Exception:  # noqa: BLE001 - all other metrics can be shown
+            pass  # counted by the storage metrics
+        except Exception:  # noqa: BLE001 - all other metrics are still valid
             _log.exception("metrics.snapshot_error")
-        self._metrics.ledger_collector.set_snapshot(seen)
+        self._metrics.ledger_collector.set_snapshot(snapshot)
 
     async def _read_ledger(self, registry: Registry) -> MetricsSnapshot:
         tenants = tuple(registry.tenants.values())
-        states, now = await self._ledger.tenant_states([each.id for each in tenants])
-        accounts = await self._ledger.account_states([each.id for each in registry.accounts.values()])
+        states, now = await self._ledger.tenant_states([tenant.id for tenant in tenants])
+        accounts = await self._ledger.account_states([account.id for account in registry.accounts.values()])
         webhooks, failed = await self._deliveries.backlog()
         return MetricsSnapshot(
             tenant_count=len(tenants),
@@ -72,8 +67,8 @@ class LedgerSnapshot:
             active_tasks=self._active_tasks(tenants, states),
             spent_fen=self._spent_fen(tenants, states, now),
             accounts=[
-                AccountSample(each.name, each.policy, accounts.get(each.id, AccountState()), now)
-                for each in registry.accounts.values()
+                AccountSample(account.name, account.policy, accounts.get(account.id, AccountState()), now)
+                for account in registry.accounts.values()
             ],
             poll_queue=await self._tasks.backlog(),
             webhook_queue=webhooks,
@@ -84,48 +79,48 @@ class LedgerSnapshot:
     def _quota_usage(
         self, tenants: tuple[Tenant, ...], states: Mapping[int, TenantState], now: int
     ) -> tuple[QuotaSample, ...]:
-        """Each policy of each tenant; of those that share a name, the one that is nearest to its limit."""
-        found: dict[tuple[str, str], PolicyReport] = {}
+        """Report each policy; of tenants with one label, the one nearest to its limit."""
+        reports: dict[tuple[str, str], PolicyReport] = {}
         for tenant in tenants:
             for report in report_policies(tenant, states[tenant.id], now):
                 key = self._metrics.tenant_label(tenant.id), report.policy
-                found[key] = max(found.get(key, report), report, key=_used_ratio)
-        return tuple(_to_quota_usage(tenant, report) for (tenant, _), report in found.items())
+                reports[key] = max(reports.get(key, report), report, key=_used_ratio)
+        return tuple(_to_quota_usage(tenant, report) for (tenant, _), report in reports.items())
 
     def _active_tasks(
         self, tenants: tuple[Tenant, ...], states: Mapping[int, TenantState]
     ) -> Mapping[tuple[str, str], int]:
-        found: Counter[tuple[str, str]] = Counter()
+        counts: Counter[tuple[str, str]] = Counter()
         for tenant in tenants:
             name, kinds = self._metrics.tenant_label(tenant.id), states[tenant.id].active_by_kind
             for kind in Kind:
                 if kind in kinds or tenant.can_submit(kind):
-                    found[name, kind.value] += kinds.get(kind, 0)
-        return found
+                    counts[name, kind.value] += kinds.get(kind, 0)
+        return counts
 
     def _spent_fen(
         self, tenants: tuple[Tenant, ...], states: Mapping[int, TenantState], now: int
     ) -> Mapping[tuple[str, str], int]:
-        found: Counter[tuple[str, str]] = Counter()
+        spent: Counter[tuple[str, str]] = Counter()
         for tenant in tenants:
             for window in _REPORTED_WINDOWS:
                 money = current_counter(states[tenant.id], window, now).money_fen
-                found[self._metrics.tenant_label(tenant.id), window.value] += money
-        return found
+                spent[self._metrics.tenant_label(tenant.id), window.value] += money
+        return spent
 
 
 def _used_ratio(report: PolicyReport) -> float:
-    """The share of a limit that is used or held; a limit of zero is always reached."""
+    # A limit of 0 is always reached.
     return (report.used + report.reserved) / report.limit if report.limit else 1.0
 
 
 def _to_quota_usage(tenant: str, report: PolicyReport) -> QuotaSample:
-    money = report.unit == UNIT_MONEY
-    scale = 100 if money else 1
+    is_money = report.unit == UNIT_MONEY
+    scale = 100 if is_money else 1
     return QuotaSample(
         tenant=tenant,
         policy=report.policy,
-        unit=_YUAN if money else report.unit,
+        unit=_YUAN if is_money else report.unit,
         used=report.used / scale,
         reserved=report.reserved / scale,
         limit=report.limit / scale,

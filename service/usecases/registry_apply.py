@@ -29,6 +29,7 @@ from service.usecases.admin import (
 from service.usecases.ports import Ledger, RegistryChange, RegistryView
 
 _log = structlog.get_logger(__name__)
+
 _DAY_MS = 86_400_000
 
 

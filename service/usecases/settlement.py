@@ -18,17 +18,13 @@ from service.usecases.ports import Ledger, RegistryView, ReserveRequest, Settlem
 
 _log = structlog.get_logger(__name__)
 
-
-SENDER, READER, EXPIRY = "sender", "reader", "expiry"
-"""Who found an outcome out: who sent the submission, who read the task that came of it, or nobody before its lease."""
-
-
+SENDER, READER, EXPIRY = "sender", "reader", "expiry"  # what determined an outcome
 RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0, 5.0)
-"""Seconds between tries to book an outcome; the last goes on until it is booked."""
+"""Delays between attempts to settle; the last one repeats."""
 
 
 class SettlementQueue:
-    """Books what became of reservations. An outcome that can't be written now is tried again in the background."""
+    """Settles reservations; an outcome that can't be written now is retried in the background."""
 
     def __init__(self, ledger: Ledger, supervisor: TaskSupervisor, registry: RegistryView) -> None:
         self._ledger = ledger
@@ -39,13 +35,12 @@ class SettlementQueue:
 
     @property
     def pending_count(self) -> int:
-        """How many outcomes are still to be booked."""
         return len(self._pending)
 
     async def settle(self, settlement: Settlement) -> None:
-        """Book an outcome; when this returns it is booked or will be, so the caller can have its answer.
+        """Settle now or later; never raises but for a cancellation, so the caller can answer.
 
-        That holds for faults of the gateway's own too: an image that was accepted is not answered with a crash.
+        Errors of the gateway itself are retried too: an accepted image is not answered with a 500.
         """
         try:
             await self._write(settlement)
@@ -54,16 +49,16 @@ class SettlementQueue:
             raise
         except LedgerUnavailable:
             _log.warning("settlement.retrying", reservation=settlement.reservation, outcome=settlement.outcome)
-        except Exception:  # noqa: BLE001 - whatever it is, the outcome has to be booked
+        except Exception:  # noqa: BLE001 - the outcome must be settled in any case
             _log.exception("settlement.retrying", reservation=settlement.reservation, outcome=settlement.outcome)
         else:
             return
         self._retry_later(settlement)
 
     def write_tombstone(self, request: ReserveRequest) -> None:
-        """Leave a tombstone for a reservation whose verdict never came: it may be held, or still be on its way."""
+        """Refuse a reservation whose verdict never arrived: it may be held, or still arrive."""
         if not request.accounts:
-            return  # nothing can be held where there is no account
+            return  # nothing can be held without an account
         settlement = Settlement(
             reservation=request.reservation,
             tenant=request.tenant,
@@ -77,26 +72,25 @@ class SettlementQueue:
     def _retry_later(self, settlement: Settlement) -> None:
         self._pending.append(settlement)
         if self._retry_task is None or self._retry_task.done():
-            self._retry_task = self._supervisor.spawn(self._retry_pending(), detached=True)  # of many requests
+            self._retry_task = self._supervisor.spawn(self._retry_pending(), detached=True)  # serves many requests
 
     async def _retry_pending(self) -> None:
-        """Book what is late, one after the other: however long the store is away, this is a single task."""
-        pauses = chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1]))
+        delays = chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1]))
         try:
-            await asyncio.sleep(next(pauses))
+            await asyncio.sleep(next(delays))
             while self._pending:
                 try:
                     await self._write(self._pending[0])
-                except Exception:  # noqa: BLE001 - said once, and tried until it is booked
-                    self._pending.rotate(-1)  # a fault that only one of them has must not hold up the others
-                    await asyncio.sleep(next(pauses))
+                except Exception:  # noqa: BLE001 - logged once, retried until it succeeds
+                    self._pending.rotate(-1)  # an error of one must not block the others
+                    await asyncio.sleep(next(delays))
                 else:
                     self._pending.popleft()
-                    pauses = chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1]))
+                    delays = chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1]))
         except asyncio.CancelledError:
-            # Their leases settle them as unknown; an accepted one is put right when its task is first read.
-            for each in self._pending:
-                _log.error("settlement.abandoned", reservation=each.reservation, outcome=each.outcome)
+            # Their leases settle them as unknown; the first read of an accepted task corrects that.
+            for settlement in self._pending:
+                _log.error("settlement.abandoned", reservation=settlement.reservation, outcome=settlement.outcome)
             raise
 
     async def _write(self, settlement: Settlement) -> None:
@@ -105,11 +99,11 @@ class SettlementQueue:
 
 
 def log_settlement(registry: Registry, settlement: Settlement, *, source: str, booked: bool) -> None:
-    """Log an outcome; a warning if it has to be looked into, since nobody knows it or its sender did not tell it."""
-    account, figures = registry.account_by_id(settlement.account), settlement.balance
-    told = source == SENDER and settlement.outcome is not ReservationState.UNKNOWN
+    """Log an outcome; as a warning if it is unknown or was not settled by its sender."""
+    account, balance = registry.account_by_id(settlement.account), settlement.balance
+    is_expected = source == SENDER and settlement.outcome is not ReservationState.UNKNOWN
     _log.log(
-        logging.INFO if told else logging.WARNING,
+        logging.INFO if is_expected else logging.WARNING,
         "reservation.settled",
         reservation=settlement.reservation,
         tenant=registry.tenant_name(settlement.tenant),
@@ -118,7 +112,7 @@ def log_settlement(registry: Registry, settlement: Settlement, *, source: str, b
         outcome=settlement.outcome,
         booked=booked,
         by=source,
-        remaining_uses=figures.count,
-        remaining_yuan=None if figures.money_fen is None else fen_to_yuan(figures.money_fen),
+        remaining_uses=balance.count,
+        remaining_yuan=None if balance.money_fen is None else fen_to_yuan(balance.money_fen),
         closes=settlement.account_status,
     )

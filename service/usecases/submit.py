@@ -1,4 +1,8 @@
-"""Submissions: reserve, send, settle."""
+"""Submissions: reserve, send, settle. Money is spent nowhere else.
+
+The order makes it safe: nothing is sent that is not reserved; what was sent is settled, even if the client has left or
+Redis is away by then; and another account is tried only after an outcome that certainly cost nothing.
+"""
 
 from __future__ import annotations
 
@@ -61,112 +65,15 @@ from service.usecases.ports import (
 )
 from service.usecases.settlement import SettlementQueue
 
-CONNECT_RETRY_SECONDS = 5.0
-
-
-BUSY_RETRY_SECONDS = 5.0
-"""Where the upstream itself does not say when."""
-
-
-IN_FLIGHT_RETRY_SECONDS = 2.0
-
-
-def _quota_denied(verdict: PolicyDenial, limits: tuple[RateLimit, ...]) -> QuotaDenied:
-    names = ", ".join(each.policy for each in verdict.violations)
-    resets = [each.resets_at for each in verdict.violations]
-    known = [each for each in resets if each is not None]
-    wait = (max(known) - verdict.now) / 1000 if known and not _has_total_violation(verdict) else None
-    return QuotaDenied(
-        f"Not within the limits of this tenant: {names}.",
-        violations=verdict.violations,
-        limits=limits,
-        retry_after=wait,
-    )
-
-
-def _has_total_violation(verdict: PolicyDenial) -> bool:
-    """Whether a policy on the total refused, which no waiting helps."""
-    return any(each.policy.startswith("total-") for each in verdict.violations)
-
-
-def _no_account(verdict: NoAccount) -> GatewayError:
-    return (
-        _account_misconfigured()
-        if verdict.retry_at is None
-        else _balance_exhausted((verdict.retry_at - verdict.now) / 1000)
-    )
-
-
-def _balance_exhausted(seconds: float) -> BalanceExhausted:
-    return BalanceExhausted(
-        "The upstream account behind this tenant can't pay at the moment. Its owner has to top it up; it is "
-        "looked at again after Retry-After.",
-        retry_after=seconds,
-    )
-
-
-def _account_misconfigured() -> AccountMisconfigured:
-    return AccountMisconfigured(
-        "The upstream account behind this tenant can't be used. The operators of the gateway have to act."
-    )
-
-
-def _error_of(result: SubmitResult, reservation: str) -> GatewayError:
-    """What a caller is told of an outcome that is not an acceptance."""
-    if result.outcome is SubmitOutcome.REJECTED:
-        gist = result.reason_en or result.reason or "It gave no reason."
-        return UpstreamRejected(
-            f"The upstream refused this submission, and nothing was charged: {gist}", reason=result.reason
-        )
-    if result.outcome is SubmitOutcome.EXHAUSTED:
-        return _balance_exhausted(PROBE_INTERVAL_MS / 1000)
-    if result.outcome in {SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED, SubmitOutcome.REDIRECTED}:
-        return _account_misconfigured()
-    if result.outcome is SubmitOutcome.BUSY:
-        return UpstreamUnavailable(
-            "The upstream takes no more submissions at the moment. Nothing was charged; try again after Retry-After.",
-            retry_after=BUSY_RETRY_SECONDS if result.retry_after_seconds is None else result.retry_after_seconds,
-        )
-    if result.outcome is SubmitOutcome.NOT_SENT:
-        return UpstreamUnavailable(
-            "The upstream can't be reached. Nothing was sent; try again.", retry_after=CONNECT_RETRY_SECONDS
-        )
-    return _unknown_outcome(reservation)
-
-
-def _unknown_outcome(reservation: str, *, is_replay: bool = False) -> SubmissionUnknown:
-    return SubmissionUnknown(
-        "The image was sent, but no usable answer came. It may have been charged and is not sent again. "
-        f"GET /v1/submissions/{reservation} says what is known of it: look there before you submit it anew.",
-        submission_id=reservation,
-        is_replay=is_replay,
-    )
-
-
-def _in_flight() -> IdempotencyInFlight:
-    return IdempotencyInFlight(
-        "What was first submitted under this Idempotency-Key has no outcome yet. Send the same again after "
-        "Retry-After to be told of it.",
-        retry_after=IN_FLIGHT_RETRY_SECONDS,
-    )
-
-
-def _key_reused() -> IdempotencyKeyReused:
-    return IdempotencyKeyReused(
-        "Something else was submitted under this Idempotency-Key before. Take a new key for each submission, and an "
-        "old one only to send the very same again."
-    )
-
-
 _log = structlog.get_logger(__name__)
 
-
+CONNECT_RETRY_SECONDS = 5.0
+BUSY_RETRY_SECONDS = 5.0
+"""Used if the upstream sends no `Retry-After`."""
+IN_FLIGHT_RETRY_SECONDS = 2.0
 _UNKNOWN_RESULT = SubmitResult(outcome=SubmitOutcome.UNKNOWN)
-
-
 LEASE_MARGIN_SECONDS = 60.0
-"""Sending ends this many seconds before the lease does, so that its outcome is booked before it counts as unknown."""
-
+"""Sending ends this long before the lease, so that its outcome is settled before it counts as unknown."""
 
 _FAILOVER_STATUS = {
     SubmitOutcome.EXHAUSTED: AccountStatus.EXHAUSTED,
@@ -174,7 +81,6 @@ _FAILOVER_STATUS = {
     SubmitOutcome.MISCONFIGURED: None,
     SubmitOutcome.NOT_SENT: None,
 }
-
 
 _RESERVATION_STATES = {
     SubmitOutcome.ACCEPTED: ReservationState.ACCEPTED,
@@ -185,9 +91,9 @@ _RESERVATION_STATES = {
 
 
 class Submission(Struct, frozen=True):
-    """An accepted submission: its task as it is `now` (the ledger's time), and what is left of the tenant's limits.
+    """An accepted submission: its task as of `known_at` (server time, ms) and the rest of the tenant's limits.
 
-    `replayed` if it is an earlier one under the same idempotency key, with its task as it is now.
+    A replay is an earlier submission under the same idempotency key, with its task as it is now.
     """
 
     task: Task
@@ -197,10 +103,10 @@ class Submission(Struct, frozen=True):
 
 
 class _PendingSubmission(Struct, frozen=True):
-    """A reservation under way: where it stands, and by when (of the monotonic clock) sending has to end.
+    """A reservation before its settlement; sending ends at `deadline_at` (monotonic).
 
-    It is `astray` if a retarget was not answered: it may stand on the next account, though nothing was sent there.
-    `options` and `metadata` are JSON, made before anything is sent: what can fail fails then.
+    `retarget_unconfirmed`: a change of account was not answered, so the reservation may be on the next account, though
+    nothing was sent there. `options` and `metadata` are encoded before sending, when errors are still harmless.
     """
 
     request: ReserveRequest
@@ -213,8 +119,6 @@ class _PendingSubmission(Struct, frozen=True):
 
 
 class Submitter:
-    """Submits an image for a tenant."""
-
     def __init__(
         self,
         *,
@@ -239,9 +143,9 @@ class Submitter:
         self._tracer = tracer
 
     def check_allowed(self, tenant: Tenant, kind: Kind) -> None:
-        """Refuse what needs no look at the image. Raises TenantDisabled or KindNotAllowed."""
+        """Raise TenantDisabled or KindNotAllowed, which needs no image."""
         if tenant.disabled:
-            raise TenantDisabled("This tenant was switched off. Ask the operators of the gateway.")
+            raise TenantDisabled("This tenant is disabled. Ask the operators of the gateway.")
         if not tenant.can_submit(kind):
             raise KindNotAllowed(f"This tenant may not submit {kind} tasks. Ask the operators of the gateway.")
 
@@ -255,18 +159,17 @@ class Submitter:
         idempotency_key: str | None = None,
         webhook_url: str | None = None,
     ) -> Submission:
-        """Submit once, even if it is called again with the same `key`. What has begun is finished if the caller leaves.
+        """Submit once, also if called again with the same idempotency key; goes on if the client leaves.
 
-        The end of the task is told to `webhook`, an address that the tenant may have, else to its own.
-        Raises the errors of `Denied` and `UpstreamFault`, IdempotencyKeyReused, IdempotencyInFlight and
-        LedgerUnavailable.
+        Events go to `webhook_url`, or to the tenant's default. Raises the errors of `Denial` and `UpstreamFault`,
+        IdempotencyKeyReused, IdempotencyInFlight and LedgerUnavailable.
         """
         self.check_allowed(tenant, options.kind)
         work = self._supervisor.spawn(self._submit(tenant, options, metadata, image, idempotency_key, webhook_url))
         try:
             return await asyncio.shield(work)
         finally:
-            del work  # it holds its error, whose traceback holds this frame, and with it the image
+            del work  # breaks the cycle error -> traceback -> this frame, which would keep the image
 
     async def _submit(
         self,
@@ -274,162 +177,242 @@ class Submitter:
         options: Options,
         metadata: dict[str, str],
         image: Image,
-        key: str | None,
-        webhook: str | None,
+        idempotency_key: str | None,
+        webhook_url: str | None,
     ) -> Submission:
         accounts = self._registry.current.accounts_of(tenant)
-        idempotency = None if key is None else digest_submission(key, options, metadata, image.sha256, webhook)
-        ask = ReserveRequest(
-            secrets.token_hex(16), tenant.id, tuple(each.id for each in accounts), options.kind, idempotency
+        idempotency = (
+            None
+            if idempotency_key is None
+            else digest_submission(idempotency_key, options, metadata, image.sha256, webhook_url)
         )
-        written = msgspec.Raw(msgspec.json.encode(options)), msgspec.Raw(msgspec.json.encode(metadata))
-        trace = self._tracer.current_traceparent()
-        verdict, limits, asked = await self._reserve(ask, tenant.policy)
+        request = ReserveRequest(
+            secrets.token_hex(16), tenant.id, tuple(account.id for account in accounts), options.kind, idempotency
+        )
+        encoded = msgspec.Raw(msgspec.json.encode(options)), msgspec.Raw(msgspec.json.encode(metadata))
+        traceparent = self._tracer.current_traceparent()
+        verdict, limits, requested_at = await self._reserve(request, tenant.policy)
         if isinstance(verdict, Replay):
             return await self._load_replay(verdict, limits)
-        place = self._require_grant(verdict, ask, written, accounts, limits, asked)
+        pending = self._require_grant(verdict, request, encoded, accounts, limits, requested_at)
         try:
-            sent, place = await self._send_with_failover(place, accounts, options, image)
-            task = self._make_task(place, sent.upstream_id) if _is_accepted(sent) else None
-        except asyncio.CancelledError:  # the process ends, and has waited for long enough
-            await self._settlements.settle(self._make_settlement(place, _UNKNOWN_RESULT))
+            result, pending = await self._send_with_failover(pending, accounts, options, image)
+            task = self._make_task(pending, result.upstream_id) if result.outcome is SubmitOutcome.ACCEPTED else None
+        except asyncio.CancelledError:  # the process ends, and its drain period is over
+            await self._settlements.settle(self._make_settlement(pending, _UNKNOWN_RESULT))
             raise
-        except Exception:  # noqa: BLE001 - a fault of our own, and it may have come after the image was sent
-            _log.exception("submission.error", reservation=place.request.reservation)
-            sent, task = _UNKNOWN_RESULT, None
-        self._count_safely(ask, self._metrics.record_submission, options.kind, sent.outcome)
+        except Exception:  # noqa: BLE001 - the image may have been sent already
+            _log.exception("submission.error", reservation=pending.request.reservation)
+            result, task = _UNKNOWN_RESULT, None
+        self._count_safely(request, self._metrics.record_submission, options.kind, result.outcome)
         if task is None:
-            await self._settlements.settle(self._make_settlement(place, sent))
-            raise self._count_denial(ask, _error_of(sent, ask.reservation))
-        draft = NewTask(task.id, task.options, task.metadata, webhook or tenant.webhook.url, trace)
-        with suppress(asyncio.CancelledError):  # the process ends; what was accepted is answered all the same
-            await self._settlements.settle(msgspec.structs.replace(self._make_settlement(place, sent), new_task=draft))
-        self._count_safely(ask, self._metrics.record_submitted_task, tenant.id, options.kind)
+            await self._settlements.settle(self._make_settlement(pending, result))
+            raise self._count_denial(request, _error_of(result, request.reservation))
+        new_task = NewTask(task.id, task.options, task.metadata, webhook_url or tenant.webhook.url, traceparent)
+        with suppress(asyncio.CancelledError):  # the process ends; an acceptance is answered all the same
+            await self._settlements.settle(
+                msgspec.structs.replace(self._make_settlement(pending, result), new_task=new_task)
+            )
+        self._count_safely(request, self._metrics.record_submitted_task, tenant.id, options.kind)
         return Submission(task, task.created_at, limits)
 
-    def _count_safely(self, ask: ReserveRequest, count: Callable[..., None], *labels: Any) -> None:
-        """Count an outcome. A fault in that is no reason to tell the caller of another one."""
+    def _count_safely(self, request: ReserveRequest, count: Callable[..., None], *labels: Any) -> None:
         try:
             count(*labels)
-        except Exception:  # noqa: BLE001 - whatever it is
-            _log.exception("submission.response_error", reservation=ask.reservation)
+        except Exception:  # noqa: BLE001 - an error in a metric must not change the response
+            _log.exception("submission.response_error", reservation=request.reservation)
 
-    async def _reserve(self, ask: ReserveRequest, policy: TenantPolicy) -> tuple[Verdict, tuple[RateLimit, ...], float]:
-        """Ask for a place; the verdict, what is left, and when (of the monotonic clock) it was asked for."""
-        asked = time.monotonic()
+    async def _reserve(
+        self, request: ReserveRequest, policy: TenantPolicy
+    ) -> tuple[Verdict, tuple[RateLimit, ...], float]:
+        """Reserve; return the verdict, the rate limits, and the monotonic time of the request."""
+        requested_at = time.monotonic()
         try:
-            verdict, snapshot = await self._ledger.reserve(ask)
-            return verdict, compute_rate_limits(policy, snapshot.state, snapshot.now), asked
+            verdict, snapshot = await self._ledger.reserve(request)
+            return verdict, compute_rate_limits(policy, snapshot.state, snapshot.now), requested_at
         except BaseException:
-            self._settlements.write_tombstone(ask)
+            self._settlements.write_tombstone(request)
             raise
 
     def _require_grant(
         self,
         verdict: Verdict,
-        ask: ReserveRequest,
-        written: tuple[msgspec.Raw, msgspec.Raw],
+        request: ReserveRequest,
+        encoded: tuple[msgspec.Raw, msgspec.Raw],
         accounts: Sequence[Account],
         limits: tuple[RateLimit, ...],
-        asked: float,
+        requested_at: float,
     ) -> _PendingSubmission:
-        """The place that was granted. Raises what a caller is told if none was."""
+        """Return the granted reservation. Raises the caller's error for any other verdict."""
         match verdict:
             case PolicyDenial():
                 for violation in verdict.violations:
-                    self._metrics.record_quota_denial(ask.tenant, violation.policy)
+                    self._metrics.record_quota_denial(request.tenant, violation.policy)
                 raise _quota_denied(verdict, limits)
             case NoAccount():
-                raise self._count_denial(ask, _no_account(verdict))
+                raise self._count_denial(request, _no_account(verdict))
             case InFlight():
                 raise _in_flight()
             case Grant():
-                deadline = asked + (verdict.lease_expires_at - verdict.now) / 1000 - LEASE_MARGIN_SECONDS
-                account = next(each for each in accounts if each.id == verdict.account)
-                return _PendingSubmission(ask, *written, account, verdict.now, deadline)
+                deadline = requested_at + (verdict.lease_expires_at - verdict.now) / 1000 - LEASE_MARGIN_SECONDS
+                account = next(candidate for candidate in accounts if candidate.id == verdict.account)
+                return _PendingSubmission(request, *encoded, account, verdict.now, deadline)
             case _:
                 raise _key_reused()
 
-    def _count_denial(self, ask: ReserveRequest, error: GatewayError) -> GatewayError:
-        """What a caller is told, counted if it is that no account can pay, whoever said so."""
+    def _count_denial(self, request: ReserveRequest, error: GatewayError) -> GatewayError:
         if isinstance(error, BalanceExhausted):
-            self._metrics.record_balance_denial(ask.tenant)
+            self._metrics.record_balance_denial(request.tenant)
         return error
 
     async def _load_replay(self, verdict: Replay, limits: tuple[RateLimit, ...]) -> Submission:
-        """What became of the first submission under the key, as it is now."""
         self._metrics.record_replay()
-        found = await self._tasks.get(verdict.reservation) if verdict.state is ReservationState.ACCEPTED else None
-        if found is None:
+        stored = await self._tasks.get(verdict.reservation) if verdict.state is ReservationState.ACCEPTED else None
+        if stored is None:
             raise _unknown_outcome(verdict.reservation, is_replay=True)
-        return Submission(*found, limits, is_replay=True)
+        return Submission(*stored, limits, is_replay=True)
 
     async def _send_with_failover(
-        self, place: _PendingSubmission, accounts: Sequence[Account], options: Options, image: Image
+        self, pending: _PendingSubmission, accounts: Sequence[Account], options: Options, image: Image
     ) -> tuple[SubmitResult, _PendingSubmission]:
-        """Send to one account after the other for as long as that surely costs nothing."""
+        """Send to one account after the other while outcomes certainly cost nothing."""
         while True:
-            left = place.deadline_at - time.monotonic()
-            sent = await self._upstream.submit(place.account, options, image, timeout_seconds=left)
-            if sent.outcome not in _FAILOVER_STATUS:
-                return sent, place
-            _log.warning("account.failover", account=place.account.name, outcome=sent.outcome)
-            following = accounts[accounts.index(place.account) + 1 :]
+            timeout = pending.deadline_at - time.monotonic()
+            result = await self._upstream.submit(pending.account, options, image, timeout_seconds=timeout)
+            if result.outcome not in _FAILOVER_STATUS:
+                return result, pending
+            _log.warning("account.failover", account=pending.account.name, outcome=result.outcome)
+            next_accounts = accounts[accounts.index(pending.account) + 1 :]
             try:
-                verdict = await self._change_account(place, following, _FAILOVER_STATUS[sent.outcome])
+                verdict = await self._change_account(pending, next_accounts, _FAILOVER_STATUS[result.outcome])
             except LedgerUnavailable:
-                return sent, msgspec.structs.replace(place, retarget_unconfirmed=True)
+                return result, msgspec.structs.replace(pending, retarget_unconfirmed=True)
             if not isinstance(verdict, Grant):
-                return sent, place
-            account = next(each for each in following if each.id == verdict.account)
-            place = msgspec.structs.replace(place, account=account)
+                return result, pending
+            account = next(candidate for candidate in next_accounts if candidate.id == verdict.account)
+            pending = msgspec.structs.replace(pending, account=account)
 
     async def _change_account(
-        self, place: _PendingSubmission, following: Sequence[Account], closes: AccountStatus | None
+        self, pending: _PendingSubmission, next_accounts: Sequence[Account], account_status: AccountStatus | None
     ) -> Verdict | None:
-        if not following:
+        if not next_accounts:
             return None
-        ask = msgspec.structs.replace(place.request, accounts=tuple(each.id for each in following))
-        return await self._ledger.change_account(ask, place.account.id, closes)
+        request = msgspec.structs.replace(pending.request, accounts=tuple(account.id for account in next_accounts))
+        return await self._ledger.change_account(request, pending.account.id, account_status)
 
-    def _make_settlement(self, place: _PendingSubmission, sent: SubmitResult) -> Settlement:
-        """The outcome to book. Where nobody knows on which account, none is closed for another's refusal."""
+    def _make_settlement(self, pending: _PendingSubmission, result: SubmitResult) -> Settlement:
+        """Build the settlement. If the account is uncertain, neither figures nor refusal are applied to it."""
         return Settlement(
-            reservation=place.request.reservation,
-            tenant=place.request.tenant,
-            account=place.account.id,
-            kind=place.request.kind,
-            created_at=place.created_at,
-            outcome=_RESERVATION_STATES.get(sent.outcome, ReservationState.REFUSED),
-            balance=Balance() if place.retarget_unconfirmed else sent.balance,
-            account_status=None if place.retarget_unconfirmed else _FAILOVER_STATUS.get(sent.outcome),
-            idempotency=place.request.idempotency,
+            reservation=pending.request.reservation,
+            tenant=pending.request.tenant,
+            account=pending.account.id,
+            kind=pending.request.kind,
+            created_at=pending.created_at,
+            outcome=_RESERVATION_STATES.get(result.outcome, ReservationState.REFUSED),
+            balance=Balance() if pending.retarget_unconfirmed else result.balance,
+            account_status=None if pending.retarget_unconfirmed else _FAILOVER_STATUS.get(result.outcome),
+            idempotency=pending.request.idempotency,
         )
 
-    def _make_task(self, place: _PendingSubmission, upstream_id: str) -> Task:
-        ask = place.request
+    def _make_task(self, pending: _PendingSubmission, upstream_id: str) -> Task:
+        request = pending.request
         reference = TaskReference(
-            ask.tenant, place.account.id, ask.kind, place.created_at, ask.reservation, upstream_id
+            request.tenant, pending.account.id, request.kind, pending.created_at, request.reservation, upstream_id
         )
         return Task(
             id=self._task_ids.encode(reference),
-            reservation=ask.reservation,
-            tenant=ask.tenant,
-            account=place.account.id,
-            kind=ask.kind,
+            reservation=request.reservation,
+            tenant=request.tenant,
+            account=pending.account.id,
+            kind=request.kind,
             state=State.QUEUED,
-            created_at=place.created_at,
-            updated_at=place.created_at,
+            created_at=pending.created_at,
+            updated_at=pending.created_at,
             finished_at=None,
-            options=place.options,
-            metadata=place.metadata,
+            options=pending.options,
+            metadata=pending.metadata,
             artifacts=(),
             error=None,
             cost=Cost(0, 0, CostBasis.UNKNOWN),
             version=1,
-            last_checked_at=place.created_at,
+            last_checked_at=pending.created_at,
         )
 
 
-def _is_accepted(sent: SubmitResult) -> bool:
-    return sent.outcome is SubmitOutcome.ACCEPTED
+def _quota_denied(verdict: PolicyDenial, limits: tuple[RateLimit, ...]) -> QuotaDenied:
+    names = ", ".join(violation.policy for violation in verdict.violations)
+    resets = [violation.resets_at for violation in verdict.violations if violation.resets_at is not None]
+    never_resets = any(violation.policy.startswith("total-") for violation in verdict.violations)
+    wait = (max(resets) - verdict.now) / 1000 if resets and not never_resets else None
+    return QuotaDenied(
+        f"Not within the limits of this tenant: {names}.",
+        violations=verdict.violations,
+        limits=limits,
+        retry_after=wait,
+    )
+
+
+def _no_account(verdict: NoAccount) -> GatewayError:
+    if verdict.retry_at is None:
+        return _account_misconfigured()
+    return _balance_exhausted((verdict.retry_at - verdict.now) / 1000)
+
+
+def _balance_exhausted(seconds: float) -> BalanceExhausted:
+    return BalanceExhausted(
+        "The upstream account behind this tenant can't pay at the moment. Its owner has to top it up; try "
+        "again after Retry-After.",
+        retry_after=seconds,
+    )
+
+
+def _account_misconfigured() -> AccountMisconfigured:
+    return AccountMisconfigured(
+        "The upstream account behind this tenant can't be used. The operators of the gateway have to act."
+    )
+
+
+def _error_of(result: SubmitResult, reservation: str) -> GatewayError:
+    """Return the caller's error for an outcome other than an acceptance."""
+    if result.outcome is SubmitOutcome.REJECTED:
+        reason = result.reason_en or result.reason or "It gave no reason."
+        return UpstreamRejected(
+            f"The upstream refused this submission, and nothing was charged: {reason}", reason=result.reason
+        )
+    if result.outcome is SubmitOutcome.EXHAUSTED:
+        return _balance_exhausted(PROBE_INTERVAL_MS / 1000)
+    if result.outcome in {SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED, SubmitOutcome.REDIRECTED}:
+        return _account_misconfigured()
+    if result.outcome is SubmitOutcome.BUSY:
+        return UpstreamUnavailable(
+            "The upstream takes no more submissions at the moment. Nothing was charged; try again after Retry-After.",
+            retry_after=BUSY_RETRY_SECONDS if result.retry_after_seconds is None else result.retry_after_seconds,
+        )
+    if result.outcome is SubmitOutcome.NOT_SENT:
+        return UpstreamUnavailable(
+            "The upstream can't be reached. Nothing was sent; try again.", retry_after=CONNECT_RETRY_SECONDS
+        )
+    return _unknown_outcome(reservation)
+
+
+def _unknown_outcome(reservation: str, *, is_replay: bool = False) -> SubmissionUnknown:
+    return SubmissionUnknown(
+        "The image was sent, but no usable response came. It may have been charged and is not sent again. "
+        f"GET /v1/submissions/{reservation} returns its state: check it before you submit the image again.",
+        submission_id=reservation,
+        is_replay=is_replay,
+    )
+
+
+def _in_flight() -> IdempotencyInFlight:
+    return IdempotencyInFlight(
+        "The first submission under this Idempotency-Key has no outcome yet. Send the same again after Retry-After.",
+        retry_after=IN_FLIGHT_RETRY_SECONDS,
+    )
+
+
+def _key_reused() -> IdempotencyKeyReused:
+    return IdempotencyKeyReused(
+        "This Idempotency-Key was used for other content. Use a new key for each submission, and an old one only to "
+        "repeat the same submission."
+    )

@@ -15,60 +15,47 @@ from service.domain.errors import Overloaded
 from service.domain.tasks import Kind, State, Task
 
 _NEWEST_WEIGHT = 0.2
-"""How much the newest end counts against all before it."""
-
-
+"""Weight of the latest duration in the moving average."""
 _MAX_RETRY_AFTER_SECONDS = 30
 
 
 class DurationEstimator:
-    """Learns from every end that this process hears of."""
+    """Learns how long tasks of each kind take, for `Retry-After`."""
 
     def __init__(self, poll_seconds: float) -> None:
         self._poll_seconds = poll_seconds
         self._seconds: dict[Kind, float] = {}
 
     def record_end(self, task: Task) -> None:
-        """A task has ended. One that failed tells nothing of how long the others take."""
         if task.state is not State.SUCCEEDED:
             return
-        took = (task.updated_at - task.created_at) / 1000
-        known = self._seconds.get(task.kind, took)
-        self._seconds[task.kind] = known + _NEWEST_WEIGHT * (took - known)
+        seconds = (task.updated_at - task.created_at) / 1000
+        average = self._seconds.get(task.kind, seconds)
+        self._seconds[task.kind] = average + _NEWEST_WEIGHT * (seconds - average)
 
     def retry_after(self, task: Task, now: int) -> int:
-        """After how many whole seconds to ask again about a task that runs, at the ledger's time `now`."""
-        left = self._seconds.get(task.kind, 0.0) - (now - task.created_at) / 1000
-        return math.ceil(min(max(left, self._poll_seconds), _MAX_RETRY_AFTER_SECONDS))
+        """Return whole seconds after which to ask for a running task again; `now` in milliseconds."""
+        remaining = self._seconds.get(task.kind, 0.0) - (now - task.created_at) / 1000
+        return math.ceil(min(max(remaining, self._poll_seconds), _MAX_RETRY_AFTER_SECONDS))
 
 
 MAX_CACHED_TASKS = 10_000
-"""How many tasks are held at the most, beside those that are waited for: the ones asked for last."""
-
-
+"""Cached tasks beside those with subscriptions; the least recently read are evicted."""
 RUNNING_TTL_SECONDS = 1.0
-"""For how long a task that runs is shown from memory. One that has ended does not change any more."""
-
-
+"""How long a running task is served from the cache."""
 FINISHED_TTL_SECONDS = 1.0
-"""For how long a task that has ended is shown from memory before the store is asked whether it still knows it."""
-
-
+"""How long a finished task is served before the store is asked whether it still has it."""
 _MAX_REORDER_MS = 60_000
-"""Reads overtake each other by less: what was checked longer ago was so by a clock that has stepped back since."""
-
-
+"""Concurrent reads are reordered by less; a greater difference means that the server clock stepped back."""
 MAX_SUBSCRIPTIONS = 10_000
-"""How many may wait in one process, each of whom holds a connection and some memory."""
-
-
+"""Waiting clients of one process; each holds a connection and some memory."""
 _FULL_RETRY_SECONDS = 5.0
 
 
 class CachedTask(Struct, frozen=True):
-    """A task, the server's time (ms) when it was known to be so, and when that was by the monotonic clock.
+    """A task with the server time (ms) and the monotonic time at which it was current.
 
-    It is not `recorded` if the upstream told an end that the store has not confirmed.
+    Not `is_recorded`: the upstream reported an end that the store has not confirmed.
     """
 
     task: Task
@@ -78,31 +65,29 @@ class CachedTask(Struct, frozen=True):
 
     @property
     def age_seconds(self) -> float:
-        """How many seconds ago the upstream last told of the task."""
+        """Seconds since the upstream last reported on the task."""
         return (self.known_at - self.task.last_checked_at) / 1000 + time.monotonic() - self.monotonic_at
 
 
 class Subscription:
-    """Waits for the changes of one task."""
-
     def __init__(self, cache: TaskCache, reservation: str) -> None:
         self._cache = cache
         self._reservation = reservation
         self._wakeup: asyncio.Future[None] | None = None
 
     async def wait_for_change(self, version: int, seconds: float) -> CachedTask | None:
-        """The task once it has ended or is later than `version`; None if not within `seconds`, or at the close."""
+        """Return the task once it has ended or is later than `version`; None on timeout or when the process ends."""
         deadline = time.monotonic() + seconds
         while True:
-            seen = self._cache.latest(self._reservation)
-            if seen and (seen.task.version > version or seen.task.state.is_final):
-                return seen
-            left = deadline - time.monotonic()
-            if self._cache.is_closed or left <= 0:
+            cached = self._cache.latest(self._reservation)
+            if cached and (cached.task.version > version or cached.task.state.is_final):
+                return cached
+            remaining = deadline - time.monotonic()
+            if self._cache.is_closed or remaining <= 0:
                 return None
             self._wakeup = asyncio.get_running_loop().create_future()
             try:
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(remaining):
                     await self._wakeup
             except TimeoutError:
                 return None
@@ -110,15 +95,15 @@ class Subscription:
                 self._wakeup = None
 
     def notify(self) -> None:
-        """Look again."""
         if self._wakeup and not self._wakeup.done():
             self._wakeup.set_result(None)
 
 
 class TaskCache:
-    """Tasks by the ids of their reservations, watched by at most so many at once.
+    """Tasks by the ids of their reservations, and the subscriptions to them.
 
-    `pace` learns from every end that is announced, `closed` says that the process ends, `waiting` how many wait now.
+    Every process receives every change, so repeated reads cost nothing. Only the latest version is held: a slow reader
+    finds that, and no queue grows.
     """
 
     def __init__(self, durations: DurationEstimator, *, max_subscriptions: int = MAX_SUBSCRIPTIONS) -> None:
@@ -130,89 +115,93 @@ class TaskCache:
         self._subscriptions: dict[str, set[Subscription]] = {}
 
     def put(self, task: Task, known_at: int, *, is_recorded: bool = True) -> CachedTask:
-        """Take in what was known of a task at the server's time `now`, and give what is: it may be known better.
+        """Store a version of a task and return the latest one, which may be a different one.
 
-        An end is never taken back, not even where the store has lost it and counts the versions anew.
+        An end is never undone, not even if the store lost it and counts versions anew.
         """
-        known = self._tasks.get(task.reservation)
-        if known and (_version_rank(known.task), _is_stale_read(known.task, task)) > (_version_rank(task), False):
-            return known
-        seen = self._tasks[task.reservation] = CachedTask(task, known_at, time.monotonic(), is_recorded)
+        cached = self._tasks.get(task.reservation)
+        if cached and (_version_rank(cached.task), _is_stale_read(cached.task, task)) > (_version_rank(task), False):
+            return cached
+        updated = self._tasks[task.reservation] = CachedTask(task, known_at, time.monotonic(), is_recorded)
         self._tasks.move_to_end(task.reservation)
         while len(self._tasks) > MAX_CACHED_TASKS + len(self._subscriptions):
             self._evict_oldest()
-        if known is None or _version_rank(known.task) < _version_rank(task):
-            for watcher in self._subscriptions.get(task.reservation, ()):
-                watcher.notify()
-        return seen
+        if cached is None or _version_rank(cached.task) < _version_rank(task):
+            for subscription in self._subscriptions.get(task.reservation, ()):
+                subscription.notify()
+        return updated
 
     def on_published(self, task: Task, now: int) -> None:
-        """Take in a change that every process is told, and learn from it."""
+        """Apply a change that was published to every process."""
         if task.state.is_final:
             self.durations.record_end(task)
         self.on_recorded(task, now)
 
     def on_recorded(self, task: Task, now: int) -> None:
-        """Take in a change before it is announced; one of a task that nobody has asked for here is not kept."""
+        """Apply a change ahead of its publication; a task without interest here is not cached."""
         if task.reservation in self._tasks or task.reservation in self._subscriptions:
             self.put(task, now)
 
     def latest(self, reservation: str) -> CachedTask | None:
-        """What was last known of a task, however long ago."""
         return self._tasks.get(reservation)
 
     def get_fresh(self, reservation: str) -> CachedTask | None:
-        """What is known of a task, if that is good enough to be shown."""
-        seen = self._tasks.get(reservation)
-        if seen is None or not seen.is_recorded:
+        """Return a task if it is recent enough to be served."""
+        cached = self._tasks.get(reservation)
+        if cached is None or not cached.is_recorded:
             return None
-        if not seen.task.state.is_final and time.monotonic() - seen.monotonic_at > RUNNING_TTL_SECONDS:
+        if not cached.task.state.is_final and time.monotonic() - cached.monotonic_at > RUNNING_TTL_SECONDS:
             return None
         self._tasks.move_to_end(reservation)
-        return seen
+        return cached
 
     def claim_verification(self, reservation: str) -> bool:
-        """Whether to ask the store about a task that has ended: once per interval, for the first that asks this."""
-        seen = self._tasks.get(reservation)
-        if seen is None or not seen.task.state.is_final or time.monotonic() - seen.monotonic_at <= FINISHED_TTL_SECONDS:
+        """Return True once per interval for a finished task: the caller then checks that the store has it."""
+        cached = self._tasks.get(reservation)
+        if (
+            cached is None
+            or not cached.task.state.is_final
+            or time.monotonic() - cached.monotonic_at <= FINISHED_TTL_SECONDS
+        ):
             return False
-        age = seen.age_seconds * 1000
-        self._tasks[reservation] = CachedTask(seen.task, seen.task.last_checked_at + int(age), time.monotonic())
+        age_ms = int(cached.age_seconds * 1000)
+        self._tasks[reservation] = CachedTask(cached.task, cached.task.last_checked_at + age_ms, time.monotonic())
         return True
 
     @contextmanager
     def subscribe(self, reservation: str) -> Iterator[Subscription]:
-        """A watcher of a task: what it waits for is told to it until the end of the block.
-
-        Raises Overloaded if too many wait already.
-        """
+        """Subscribe to a task within the block. Raises Overloaded if there are too many subscriptions."""
         if self.subscription_count >= self._max_subscriptions:
-            raise Overloaded("Too many wait for tasks already. Try again later.", retry_after=_FULL_RETRY_SECONDS)
-        watcher = Subscription(self, reservation)
-        self._subscriptions.setdefault(reservation, set()).add(watcher)
+            raise Overloaded(
+                "Too many clients are waiting for tasks. Try again later.", retry_after=_FULL_RETRY_SECONDS
+            )
+        subscription = Subscription(self, reservation)
+        self._subscriptions.setdefault(reservation, set()).add(subscription)
         self.subscription_count += 1
         try:
-            yield watcher
+            yield subscription
         finally:
             self.subscription_count -= 1
-            self._subscriptions[reservation].discard(watcher)
+            self._subscriptions[reservation].discard(subscription)
             if not self._subscriptions[reservation]:
                 del self._subscriptions[reservation]
 
     def count_subscriptions(self, reservation: str) -> int:
-        """How many wait for a task."""
         return len(self._subscriptions.get(reservation, ()))
 
     def subscribed_ids(self) -> Sequence[str]:
-        """The tasks that somebody waits for."""
         return list(self._subscriptions)
 
+    def clear(self) -> None:
+        """Forget all tasks, as a process that just started."""
+        self._tasks.clear()
+
     def close(self) -> None:
-        """Let nobody wait any longer: the process ends."""
+        """End all subscriptions: the process ends."""
         self.is_closed = True
-        for watchers in self._subscriptions.values():
-            for watcher in watchers:
-                watcher.notify()
+        for subscriptions in self._subscriptions.values():
+            for subscription in subscriptions:
+                subscription.notify()
 
     def _evict_oldest(self) -> None:
         for reservation in self._tasks:
@@ -222,10 +211,8 @@ class TaskCache:
 
 
 def _version_rank(task: Task) -> tuple[bool, int]:
-    """Which of two states of a task is the later one."""
     return task.state.is_final, task.version
 
 
 def _is_stale_read(known: Task, task: Task) -> bool:
-    """Whether a read tells what was known before another one did."""
     return 0 < known.last_checked_at - task.last_checked_at < _MAX_REORDER_MS
