@@ -21,10 +21,12 @@ from service.api.schemas import REPLAYED_HEADERS, to_yuan
 from service.domain import errors
 from service.domain.errors import (
     MalformedRequest,
+    RateLimit,
+    Violation,
     expected_format,
     validate_tree,
 )
-from service.domain.ledger import MAX_ACTIVE_POLICY, UNIT_MONEY, UNIT_TASKS, RateLimit, Violation, policy_name
+from service.domain.ledger import MAX_ACTIVE_POLICY, UNIT_MONEY, UNIT_TASKS, policy_name
 from service.domain.tenants import Window
 
 

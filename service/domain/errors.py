@@ -10,16 +10,11 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from msgspec import inspect
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from service.domain.ledger import RateLimit, Violation
+from msgspec import Struct, inspect
 
 
 class GatewayError(Exception):
@@ -122,6 +117,24 @@ class InvalidOptions(CallerFault):
 
 class Denial(GatewayError):
     """The request is valid, but nothing may be spent on it now."""
+
+
+class Violation(Struct, frozen=True):
+    """A policy that refused, and when it resets (None: never by itself)."""
+
+    policy: str
+    limit: int
+    resets_at: int | None
+
+
+class RateLimit(Struct, frozen=True):
+    """The rest of a limit on tasks, with the window's length and the time to its reset."""
+
+    policy: str
+    limit: int
+    remaining: int
+    window_seconds: int | None
+    resets_in_seconds: int | None
 
 
 class QuotaDenied(Denial):

@@ -16,7 +16,7 @@ from enum import StrEnum
 import msgspec
 from msgspec import Struct, field
 
-from service.domain.errors import IdempotencyKeyInvalid
+from service.domain.errors import IdempotencyKeyInvalid, RateLimit, Violation
 from service.domain.tasks import Cost, Kind, Options
 from service.domain.tenants import AccountPolicy, TenantPolicy, Window
 
@@ -139,16 +139,6 @@ def policy_names(policy: TenantPolicy) -> tuple[str, ...]:
         if maximum is not None
     ]
     return (*names, MAX_ACTIVE_POLICY) if policy.max_active is not None else tuple(names)
-
-
-class RateLimit(Struct, frozen=True):
-    """The rest of a limit on tasks, with the window's length and the time to its reset."""
-
-    policy: str
-    limit: int
-    remaining: int
-    window_seconds: int | None
-    resets_in_seconds: int | None
 
 
 def compute_rate_limits(policy: TenantPolicy, state: TenantState, now: int) -> tuple[RateLimit, ...]:
@@ -397,14 +387,6 @@ class Reservation(Struct):
         """Return a copy with all ledger times moved back by the offset; 0 means never and stays 0."""
         times = {name: getattr(self, name) for name in ("dispatched_at", "lease_expires_at", "settled_at")}
         return msgspec.structs.replace(self, **{name: at and max(at - offset_ms, 1) for name, at in times.items()})
-
-
-class Violation(Struct, frozen=True):
-    """A policy that refused, and when it resets (None: never by itself)."""
-
-    policy: str
-    limit: int
-    resets_at: int | None
 
 
 class Candidate(Struct):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from service.domain.errors import LedgerUnavailable
+from service.domain.errors import LedgerUnavailable, Violation
 from service.domain.ledger import (
     AccountState,
     AccountStatus,
@@ -29,7 +29,6 @@ from service.domain.ledger import (
     Tally,
     TenantState,
     Verdict,
-    Violation,
 )
 from service.domain.tasks import Kind
 from service.storage.redis import (

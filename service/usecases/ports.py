@@ -1,4 +1,7 @@
-"""Interfaces of the stores and clients, and their value types."""
+"""Interfaces of the stores and clients, and their value types.
+
+Calls that can't reach their store raise LedgerUnavailable; nothing retries unless it says so.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,10 @@ from service.domain.webhooks import DeliveryState
 
 
 class Delivery(Struct, frozen=True, kw_only=True):
-    """The end of `task`, by its public id, to be told at `url`. Times are milliseconds of the server's clock.
+    """The end of a task, to be sent to `url`. Times are milliseconds of server time.
 
-    `due` is when it is tried next, `attempts` counts the tries since it was last sent from the start. Of the last one:
-    the `status` of its answer and how that begins, and the `error` if it was no success.
+    `attempts` counts since the last (re)delivery; `status`, `error` and `response_excerpt` are those of the last
+    attempt.
     """
 
     reservation: str
@@ -49,16 +52,16 @@ class Delivery(Struct, frozen=True, kw_only=True):
 
 
 class ClaimedDelivery(Struct, frozen=True):
-    """A delivery that is this process's until `leased`, the ledger's time when its lease ends."""
+    """A delivery leased by this process, in ledger time."""
 
     delivery: Delivery
     lease_expires_at: int
 
 
 class DeliveryResult(Struct, frozen=True, kw_only=True):
-    """What became of a delivery. If it is still pending, it is tried again after `wait` milliseconds.
+    """The result of a delivery; PENDING is retried after the delay.
 
-    It was `attempted` if something was sent, or should have been.
+    `attempted` is False if nothing was or should have been sent.
     """
 
     state: DeliveryState
@@ -70,42 +73,34 @@ class DeliveryResult(Struct, frozen=True, kw_only=True):
 
 
 class DeliveryQueue(Protocol):
-    """The deliveries: each end of a task that has a webhook begins one, in the call that records the end."""
+    """Deliveries; recording the end of a task with a webhook URL creates one."""
 
     async def claim(self, limit: int) -> Sequence[ClaimedDelivery]:
-        """Up to `most` deliveries that are due, which nobody else gets until their lease runs out.
+        """Lease up to `limit` due deliveries.
 
-        Of each receiver (a tenant's deliveries to one host) a few at a time, and one alone if it has failed lately:
-        the others never wait for it.
+        Few at a time of each queue (a tenant's deliveries to one host), one if it failed lately: no queue delays
+        another.
         """
-        ...
 
     async def record_attempt(self, claimed: ClaimedDelivery, result: DeliveryResult) -> bool:
-        """Write what became of an attempt; False if it had its outcome, or is somebody else's by now.
-
-        What was delivered is delivered, though, whoever has it by now.
-        """
-        ...
+        """Record a result; return False if there is a final one or the lease was lost. DELIVERED is recorded anyway."""
 
     async def backlog(self) -> tuple[Backlog, int]:
-        """How many receivers wait for something, how late the first is, and how many deliveries failed in 30 days."""
-        ...
+        """Return the backlog of queues, and the number of deliveries that failed in the last 30 days."""
 
     async def list_failed(self, limit: int) -> Sequence[Delivery]:
-        """Up to `most` deliveries that were given up in the last 30 days, the newest first."""
-        ...
+        """Return up to `limit` deliveries that failed in the last 30 days, newest first."""
 
     async def redeliver(self, reservation: str) -> Delivery | None:
-        """Begin a delivery anew, unless it is under way just now; None if it is not known (any more)."""
-        ...
+        """Restart a delivery unless it is in progress; None if it is unknown."""
 
 
 class TransferAborted(Exception):
-    """The rest of a result can't be had, or there is more of it than there may be: what came is not the result."""
+    """The rest of a result is unavailable or too long: the received part is not the result."""
 
 
 class RangeRequest(Struct, frozen=True, kw_only=True):
-    """What of a file is asked for, in HTTP's own words (RFC 9110); `range` is one range of bytes."""
+    """Request headers of RFC 9110 for a file; `range` is one range of bytes."""
 
     range: str | None = None
     if_range: str | None = None
@@ -114,20 +109,13 @@ class RangeRequest(Struct, frozen=True, kw_only=True):
 
 
 class Coverage(StrEnum):
-    """How much of a file is given."""
-
-    FULL = "whole"
-    PARTIAL = "part"
-    NOT_MODIFIED = "nothing"
-    """It is still the one that is known."""
+    FULL = "full"
+    PARTIAL = "partial"
+    NOT_MODIFIED = "not-modified"
 
 
 class ArtifactStream(Struct, frozen=True, kw_only=True):
-    """A file as it comes. `length` in bytes is of what is given, where it is known beforehand.
-
-    What has no description here is in HTTP's own words. `chunks` never holds more than a few of them, so that who reads
-    slowly is waited for. It raises BrokenOff.
-    """
+    """A file with its response headers. Its `chunks` are read on demand and raise TransferAborted."""
 
     name: ArtifactName
     coverage: Coverage
@@ -141,26 +129,20 @@ class ArtifactStream(Struct, frozen=True, kw_only=True):
 
 
 class Artifacts(Protocol):
-    """Where results are kept."""
+    """The vendor's store of results."""
 
     def fetch(
         self, account: Account | None, artifact: Artifact, range_request: RangeRequest, *, is_recent: bool = False
     ) -> AbstractAsyncContextManager[ArtifactStream]:
-        """A result of a task of this account, None if that is gone. The fetch ends with the block at the latest.
+        """Open a result of an account's task within the block; the account is None if deleted.
 
-        A result that is `recent` may not have arrived where it is kept: until it has, UpstreamUnavailable is raised.
-
-        Goes to public addresses only, and to the account's own upstream. Entering raises UpstreamInvalidResponse,
-        UpstreamUnavailable, RangeNotSatisfiable or Overloaded, always before anything is given.
+        Connects to public addresses and to the account's own upstream only. A missing result that `is_recent` raises
+        UpstreamUnavailable. Entering may also raise UpstreamInvalidResponse, RangeNotSatisfiable or Overloaded.
         """
-        ...
 
 
 class WebhookResponse(Struct, frozen=True, kw_only=True):
-    """What came of a call: the status of the answer and how that begins, or in `error` why there is none.
-
-    `retry_after` is in how many seconds the receiver wants to be called again.
-    """
+    """The response to a webhook, or in `error` why there is none."""
 
     status: int | None = None
     retry_after_seconds: float | None = None
@@ -169,19 +151,15 @@ class WebhookResponse(Struct, frozen=True, kw_only=True):
 
 
 class WebhookSender(Protocol):
-    """Calls addresses that tenants chose. Never raises for anything that the network or a receiver does."""
-
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> WebhookResponse:
-        """Send once, within a time limit, to an address of the host that `webhook` lets be reached.
+        """Send once, within a time limit; the host is resolved and checked on every call, redirects are not followed.
 
-        The host is resolved and checked anew for every call. Redirects are not followed. Raises Overloaded if this
-        machine could not make the call.
+        Raises Overloaded if this machine can't send, and nothing else.
         """
-        ...
 
 
 class ReserveRequest(Struct, frozen=True):
-    """A wish to reserve: made once per submission, under an id of the caller's making."""
+    """A request to reserve, once per submission, with a generated id."""
 
     reservation: str
     tenant: int
@@ -191,10 +169,7 @@ class ReserveRequest(Struct, frozen=True):
 
 
 class NewTask(Struct, frozen=True):
-    """What a new task is told to the ledger with its acceptance; `webhook` is where its end is told.
-
-    `trace` is the context in which its submission was recorded, if it was.
-    """
+    """What an acceptance adds to its reservation to create the task."""
 
     id: str
     options: msgspec.Raw
@@ -204,7 +179,7 @@ class NewTask(Struct, frozen=True):
 
 
 class Settlement(Struct, frozen=True, kw_only=True):
-    """The outcome of a reservation, with all that is needed to book it even if the reservation was lost."""
+    """The outcome of a reservation, complete even if Redis lost the reservation."""
 
     reservation: str
     tenant: int
@@ -216,20 +191,19 @@ class Settlement(Struct, frozen=True, kw_only=True):
     account_status: AccountStatus | None = None
     new_task: NewTask | None = None
     idempotency: Idempotency | None = None
-    """As it was asked for, so that the key is kept even if the reservation was lost."""
     is_late: bool = False
-    """Found out by somebody else than the sender, whose own settlement goes first while its lease runs."""
+    """Not by the sender, whose own settlement goes first while its lease is valid."""
 
 
 class TenantSnapshot(Struct, frozen=True):
-    """A tenant's counters at a moment of the server's clock."""
+    """A tenant's counters, and the server time."""
 
     state: TenantState
     now: int
 
 
 class BalanceCheck(Struct, frozen=True):
-    """A wish to see an account's balance: by checking the task of `reservation` again, as of `claimed`."""
+    """A claimed check of a finished task that reads the balance of its account."""
 
     account: int
     reservation: str
@@ -237,91 +211,65 @@ class BalanceCheck(Struct, frozen=True):
 
 
 class Ledger(Protocol):
-    """Holds places and books outcomes. Every call is atomic, and idempotent by the reservation's id."""
+    """Reservations, settlements, balances and usage. Calls are atomic, and idempotent by the reservation id."""
 
     async def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
-        """Hold a place, or say who refused; a known idempotency key decides first. The same id gets one place."""
-        ...
+        """Reserve, or return who refused. A known idempotency key decides first; a repeated id reserves once."""
 
     async def change_account(
         self, request: ReserveRequest, previous: int, account_status: AccountStatus | None
     ) -> Verdict:
-        """Move the reservation from account `left` to the next of `ask.accounts`; a refusal leaves it there."""
-        ...
+        """Move a reservation from account `previous` to the next of the request; a refusal leaves it in place."""
 
     async def settle(self, settlement: Settlement) -> bool:
-        """Book an outcome; False if a final one was booked before.
+        """Settle; return False if there is a final outcome.
 
-        A reservation nobody knows of is booked too if it was accepted, and leaves a tombstone otherwise, which
-        refuses it should it arrive later.
+        An unknown reservation is recreated if accepted; otherwise a tombstone refuses it should it arrive later.
         """
-        ...
 
     async def settle_expired(self, limit: int) -> Sequence[Settlement]:
-        """Settle as unknown up to `most` reservations whose lease ran out; what was booked."""
-        ...
+        """Settle up to `limit` reservations with expired leases as unknown."""
 
-    async def tenant_snapshot(self, tenant: int) -> TenantSnapshot:
-        """The counters of a tenant; those of an unknown one are zero."""
-        ...
+    async def tenant_snapshot(self, tenant: int) -> TenantSnapshot: ...
 
     async def tenant_states(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
-        """The counters of all these tenants, and the server's time."""
-        ...
+        """Return the counters of tenants, and the server time."""
 
     async def account_states(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
-        """What is known of each account, with all times in the server's time."""
-        ...
+        """Return the states of accounts; times are server time."""
 
     async def clock_offset(self) -> int:
-        """By how many milliseconds the ledger's time is ahead of the server's: 0 unless that has stepped back."""
-        ...
+        """Return how far ledger time is ahead of server time, in milliseconds."""
 
     async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
-        """Make the ledger's time the server's again, and with it all that is due; by how many milliseconds.
+        """Set ledger time to server time, with all due times; return the former offset.
 
-        `tenants` and `accounts` are all there are: what is known of them is kept in the ledger's time too.
+        Takes the ids of all tenants and accounts, whose states hold ledger times.
         """
-        ...
 
     async def reopen_account(self, account: int) -> None:
-        """Forget that an account was closed, and its figures, so that the next submission tries it."""
-        ...
+        """Forget that an account was closed, and its balance, so that the next submission tries it."""
 
     async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
-        """Claim the turn to look at an account's balance, if that is due; `count_only` if such a tenant uses it."""
-        ...
+        """Claim a balance check if one is due; `count_only` if a tenant of that mode uses the account."""
 
     async def record_balance_check(self, check: BalanceCheck, balance: Balance) -> None:
-        """Take in what a second check of a finished task told; without figures it is not asked again."""
-        ...
+        """Record a balance check; without figures the task is not checked again."""
 
-    async def get_reservation(self, reservation: str) -> Reservation | None:
-        """A submission; None if it is not known (any more)."""
-        ...
+    async def get_reservation(self, reservation: str) -> Reservation | None: ...
 
     async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
-        """Give back what a submission of a tenant was charged for, once; None if it is not known (any more).
-
-        What was refunded before, has not ended, or cost nothing is left as it is.
-        """
-        ...
+        """Refund a submission once, unless it has not ended or cost nothing; None if it is unknown."""
 
     async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
-        """What a tenant used on each of the days, which are counted from the epoch. Kept for 13 months."""
-        ...
+        """Return the usage of a tenant on days since the epoch, for the last 13 months."""
 
     async def current_day(self) -> int:
-        """The day, counted from the epoch, that it is by the server's clock, by which submissions get theirs."""
-        ...
+        """Return the current day since the epoch, by server time."""
 
 
 class RegistryChange(Struct, frozen=True, kw_only=True):
-    """What is written over and taken out of version `version` of the registry, in one go.
-
-    The version that comes of it is the next one, and later than `later_than`. The names of dropped tenants are kept by
-    their ids, beside those of `former`.
-    """
+    """An atomic change of one version of the registry; the next version is greater than `newer_than`."""
 
     version: int
     next_id: int
@@ -336,34 +284,25 @@ class RegistryChange(Struct, frozen=True, kw_only=True):
 
 
 class RegistryStore(Protocol):
-    """Where the registry is kept."""
-
     async def write(self, change: RegistryChange) -> bool:
-        """Carry out a change; False, with nothing done, if `change.version` is no longer the newest."""
-        ...
+        """Write a change; return False if its version is no longer the latest."""
 
 
 class RegistryView(Protocol):
-    """The registry as this process holds it in memory: reading `current` never waits."""
+    """The registry in the memory of this process; reading `current` never waits."""
 
     @property
-    def current(self) -> Registry:
-        """The version held now."""
-        ...
+    def current(self) -> Registry: ...
 
     @property
     def is_ready(self) -> bool:
-        """Whether it was loaded at all."""
-        ...
+        """Whether it was loaded at least once."""
 
     async def refresh(self) -> None:
-        """Take over the newest version."""
-        ...
+        """Load the latest version."""
 
 
 class Image(Struct, frozen=True):
-    """An uploaded image: its bytes, their SHA-256, what they are, and how many pixels they hold."""
-
     data: bytes
     sha256: bytes
     media_type: str
@@ -372,22 +311,18 @@ class Image(Struct, frozen=True):
 
 
 class CheckOutcome(StrEnum):
-    """What a check of a task amounted to."""
-
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     NOT_FOUND = "not_found"
-    """It was answered, but with nothing about the task: not found, or a null state."""
+    """A response without information on the task: not found, or a null state."""
     INVALID = "invalid"
-    """It was answered, but with something that can't be used, as an end without its results."""
+    """An unusable response, such as an end without results."""
     NO_RESPONSE = "no_response"
-    """It was not answered, or not by the vendor."""
+    """No response, or not from the vendor."""
 
 
 class CheckResult(Struct, frozen=True, kw_only=True):
-    """The result of asking the upstream about a task. Settling its balance is part of recording it."""
-
     outcome: CheckOutcome
     artifacts: tuple[Artifact, ...] = ()
     error: TaskError | None = None
@@ -395,28 +330,24 @@ class CheckResult(Struct, frozen=True, kw_only=True):
 
 
 class SubmitOutcome(StrEnum):
-    """What became of a submit, as far as money is concerned."""
+    """The outcome of a submission, as far as money is concerned."""
 
     ACCEPTED = "accepted"
     REJECTED = "rejected"
     EXHAUSTED = "exhausted"
     INVALID_ACCOUNT = "invalid-account"
     MISCONFIGURED = "misconfigured"
-    """Nothing was sent, since the account's key can't be opened, which no waiting helps."""
+    """Not sent: the account's key can't be decrypted."""
     REDIRECTED = "redirected"
-    """Refused with a redirect, which is not followed: the base address of the account is wrong."""
+    """Refused with a redirect, which is not followed: the base URL is wrong."""
     BUSY = "busy"
-    """Refused for now with HTTP 429."""
+    """Refused with HTTP 429."""
     NOT_SENT = "not-sent"
     UNKNOWN = "unknown"
 
 
 class SubmitResult(Struct, frozen=True, kw_only=True):
-    """The outcome of a submit, with the upstream's task id if accepted and its reason if rejected.
-
-    `reason_en` is the reason in English, for reasons that are known.
-    `retry_after` is in seconds, where a busy upstream names them.
-    """
+    """The result of a submission: the upstream's task id, or its reason (`reason_en`: in English, if known)."""
 
     outcome: SubmitOutcome
     upstream_id: str = ""
@@ -427,22 +358,16 @@ class SubmitResult(Struct, frozen=True, kw_only=True):
 
 
 class Upstream(Protocol):
-    """The vendor's API, one verb per operation. Neither call raises for anything the network or the vendor does."""
+    """The vendor's API. Calls raise nothing for what the network or the vendor does."""
 
     async def submit(self, account: Account, options: Options, image: Image, *, timeout_seconds: float) -> SubmitResult:
-        """Send an image once, within `seconds` all told. Never sends twice; NOT_SENT only if no connection was made."""
-        ...
+        """Send an image once, within the timeout; NOT_SENT only if no connection was made."""
 
-    async def check(self, account: Account, upstream_id: str) -> CheckResult:
-        """Ask about a task."""
-        ...
+    async def check(self, account: Account, upstream_id: str) -> CheckResult: ...
 
 
 class ClaimedCheck(Struct, frozen=True):
-    """A task claimed for a check that was `due` then; `claimed` is the time of the claim, and so of the check.
-
-    Both are the ledger's time.
-    """
+    """A task leased for a check; times are ledger time."""
 
     task: Task
     claimed_at: int
@@ -450,40 +375,32 @@ class ClaimedCheck(Struct, frozen=True):
 
 
 class TaskPage(Struct, frozen=True):
-    """Tasks, newest first, and where to go on (None at the end)."""
-
     tasks: tuple[Task, ...]
     next_cursor: str | None
 
 
 class TaskStore(Protocol):
-    """The tasks the ledger accepted, and which of them are to be checked when."""
+    """Accepted tasks, and when to check them."""
 
     async def get(self, reservation: str) -> tuple[Task, int] | None:
-        """A task and the server's time now; None if it is not known (any more)."""
-        ...
+        """Return a task and the server time; None if it is unknown."""
 
     async def touch(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
-        """As `get`, for somebody who looks at tasks or waits for them: they are checked often for a while."""
-        ...
+        """As `get`, and check the tasks often for a while: a client reads or awaits them."""
 
     async def list_page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
     ) -> TaskPage:
-        """A tenant's tasks, newest first. Raises MalformedRequest for a cursor that is none."""
-        ...
+        """List a tenant's tasks, newest first. Raises MalformedRequest for an invalid cursor."""
 
     async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
-        """Up to `most` tasks whose check is due, which nobody else gets until their lease runs out."""
-        ...
+        """Lease up to `limit` tasks whose check is due."""
 
-    async def backlog(self) -> Backlog:
-        """How many tasks are watched, and how late the first check is that nobody has claimed."""
-        ...
+    async def backlog(self) -> Backlog: ...
 
     async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
-        """Write what a check said, and when to check again; the task and the time now, None if it had ended or is gone.
+        """Record a check and schedule the next; return the task and the server time, None if it had ended or is
+        unknown.
 
-        An end is recorded once, with its receipt, and never undone. What can be seen of a task is announced.
+        An end is recorded once, with its cost. Visible changes are published.
         """
-        ...

@@ -379,7 +379,7 @@ class RegistryApply:
             _log.info("tenant.updated", tenant=tenant.name, **fields)
         for token in change.tokens:
             owner = plan.after.tenant_name(token.tenant)
-            _log.info("token.updated", tenant=owner, id=token.id, label=token.label, expires_at=token.expires_at)
+            _log.info("token.updated", tenant=owner, id=token.id, label=token.label, expires=token.expires_at)
 
 
 def _require_remaining(after: Registry) -> None:

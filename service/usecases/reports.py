@@ -1,4 +1,4 @@
-"""Quota, usage and submissions as reports."""
+"""Reports on quota, usage and submissions."""
 
 from __future__ import annotations
 
@@ -35,13 +35,20 @@ from service.domain.tenants import Tenant, Window
 from service.telemetry.logging import fen_to_yuan
 from service.usecases.ports import Ledger, RegistryView, TaskStore
 
+_log = structlog.get_logger(__name__)
+
 UNIT_ACTIVE = "active"
+MAX_DAYS = 400
+"""The span of a report, and how far from today it may lie: older usage is not kept."""
+_EPOCH = date(1970, 1, 1)
+_KIND_ORDER = {kind: index for index, kind in enumerate(Kind)}
+_SUBMISSION_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class PolicyReport(Struct, frozen=True):
-    """How a policy stands: in tasks, or in fen where `unit` is money; `resets_at` in milliseconds.
+    """The state of a policy, in tasks, or in fen where `unit` is money; `resets_at` in milliseconds.
 
-    `overrun` is what was spent beyond a limit on money, since a price is known only afterwards; None for tasks.
+    `overrun` is the money spent beyond a limit, since prices are known only afterwards; None for tasks.
     """
 
     policy: str
@@ -56,7 +63,7 @@ class PolicyReport(Struct, frozen=True):
 
 
 class QuotaReport(Struct, frozen=True):
-    """All policies of a tenant, and whether an account can pay now or when that is looked at again."""
+    """All policies of a tenant, and whether an account can pay now, or when that is checked again."""
 
     policies: tuple[PolicyReport, ...]
     can_pay: bool
@@ -64,40 +71,35 @@ class QuotaReport(Struct, frozen=True):
 
 
 class RemainingQuota(Struct, frozen=True):
-    """What is left in the old protocol's terms: uses, and money in fen; None where nobody knows."""
+    """What is left in terms of the old protocol; None if unknown."""
 
     count: int | None
     money_fen: int | None
 
 
 class QuotaReports:
-    """Reports on quota, from the ledger as it is now."""
-
     def __init__(self, *, ledger: Ledger, registry: RegistryView) -> None:
         self._ledger = ledger
         self._registry = registry
 
     async def for_tenant(self, tenant: Tenant) -> QuotaReport:
-        """How the tenant's policies and accounts stand. Raises LedgerUnavailable."""
+        """Report on a tenant's policies and accounts. Raises LedgerUnavailable."""
         snapshot = await self._ledger.tenant_snapshot(tenant.id)
         candidates = await self._load_candidates(tenant)
         kinds = [kind for kind in Kind if tenant.can_submit(kind)]
-        outlooks = [
+        choices = [
             availability.choose_account(candidates, tenant.policy.spending_mode, kind, snapshot.now) for kind in kinds
         ]
-        waits = [at for chosen, at in outlooks if chosen is None and at is not None]
-        can_pay = any(chosen for chosen, _ in outlooks)
+        retry_times = [retry_at for chosen, retry_at in choices if chosen is None and retry_at is not None]
+        can_pay = any(chosen for chosen, _ in choices)
         return QuotaReport(
             policies=report_policies(tenant, snapshot.state, snapshot.now),
             can_pay=can_pay,
-            next_check_at=None if can_pay else min(waits, default=None),
+            next_check_at=None if can_pay else min(retry_times, default=None),
         )
 
     async def remaining(self, tenant: Tenant) -> RemainingQuota:
-        """The least that any policy leaves, or the account's figures where no policy limits it.
-
-        Raises LedgerUnavailable.
-        """
+        """Return the least that a policy leaves, or the accounts' balance without one. Raises LedgerUnavailable."""
         snapshot = await self._ledger.tenant_snapshot(tenant.id)
         reports = report_policies(tenant, snapshot.state, snapshot.now)
         states = [candidate.state for candidate in await self._load_candidates(tenant)]
@@ -108,72 +110,59 @@ class QuotaReports:
 
     async def _load_candidates(self, tenant: Tenant) -> list[Candidate]:
         accounts = self._registry.current.accounts_of(tenant)
-        states = await self._ledger.account_states([each.id for each in accounts])
-        return [Candidate(each.id, each.policy, states[each.id]) for each in accounts]
+        states = await self._ledger.account_states([account.id for account in accounts])
+        return [Candidate(account.id, account.policy, states[account.id]) for account in accounts]
 
 
 def report_policies(tenant: Tenant, state: TenantState, now: int) -> tuple[PolicyReport, ...]:
-    """How each policy of a tenant stands at `now`."""
+    """Report on each policy of a tenant at `now`."""
     reports = []
     for limit in tenant.policy.limits:
         counter = current_counter(state, limit.window, now)
         resets_at = window_bounds(limit.window, now)[1]
-        for unit, most, used, reserved, overrun in (
+        for unit, maximum, used, reserved, overrun in (
             (UNIT_TASKS, limit.tasks, counter.tasks, counter.tasks_reserved, None),
             (UNIT_MONEY, limit.money_fen, counter.money_fen, counter.money_reserved_fen, counter.overrun_fen),
         ):
-            if most is not None:
-                name, left = policy_name(limit.window, unit), compute_remaining(most, used, reserved)
-                reports.append(PolicyReport(name, unit, limit.window, most, used, reserved, left, overrun, resets_at))
-    most = tenant.policy.max_active
-    if most is not None:
-        left = compute_remaining(most, state.active_tasks, 0)
+            if maximum is not None:
+                name, remaining = policy_name(limit.window, unit), compute_remaining(maximum, used, reserved)
+                reports.append(
+                    PolicyReport(name, unit, limit.window, maximum, used, reserved, remaining, overrun, resets_at)
+                )
+    maximum = tenant.policy.max_active
+    if maximum is not None:
+        remaining = compute_remaining(maximum, state.active_tasks, 0)
         reports.append(
-            PolicyReport(MAX_ACTIVE_POLICY, UNIT_ACTIVE, None, most, state.active_tasks, 0, left, None, None)
+            PolicyReport(MAX_ACTIVE_POLICY, UNIT_ACTIVE, None, maximum, state.active_tasks, 0, remaining, None, None)
         )
     return tuple(reports)
 
 
 def _min_remaining(reports: tuple[PolicyReport, ...], unit: str, default: int | None) -> int | None:
-    return min((each.remaining for each in reports if each.unit == unit), default=default)
+    return min((report.remaining for report in reports if report.unit == unit), default=default)
 
 
 def _sum_readings(states: list[AccountState], figure: str) -> int | None:
-    known = [state.count if figure == "count" else state.money for state in states]
-    values = [each.value for each in known if each]
+    readings = [state.count if figure == "count" else state.money for state in states]
+    values = [reading.value for reading in readings if reading]
     return sum(values) if values else None
 
 
-MAX_DAYS = 400
-"""How many days a report may span, and how far from today they may lie: older ones are not kept."""
-
-
-_EPOCH = date(1970, 1, 1)
-
-
-_KIND_ORDER = {kind: place for place, kind in enumerate(Kind)}
-
-
 class Interval(StrEnum):
-    """How long the period of a row is."""
-
     DAY = "day"
     MONTH = "month"
     TOTAL = "total"
 
 
 class Group(StrEnum):
-    """What rows of one period are told apart by."""
+    """A grouping of rows within one period."""
 
     TENANT = "tenant"
     KIND = "kind"
 
 
 class UsageQuery(Struct, frozen=True):
-    """Which days, the first and the last included, and what becomes a row.
-
-    Without a last day they go to today; without a first one they begin with the month of the last.
-    """
+    """Days, first and last included, and grouping. Defaults: up to today, from the first day of the last month."""
 
     first: date | None = None
     last: date | None = None
@@ -182,17 +171,14 @@ class UsageQuery(Struct, frozen=True):
 
 
 class TenantRef(Struct, frozen=True):
-    """A tenant by its id, which is never reused, and what it is or was called."""
+    """A tenant's id, which is never reused, and its (former) name."""
 
     id: int
     name: str
 
 
 class UsageRow(Struct, frozen=True):
-    """What one period came to: a day, a month, or an interval of days, as ISO 8601 has them.
-
-    Owner and kind are None where they are not told apart.
-    """
+    """Usage of one period (a day, a month or an interval in ISO 8601); None where rows are not grouped."""
 
     period: str
     tenant: TenantRef | None
@@ -201,7 +187,7 @@ class UsageRow(Struct, frozen=True):
 
 
 class FlaggedSubmission(Struct, frozen=True):
-    """A submission that the report names, and the day on which it was made."""
+    """A submission that a report names, with its day."""
 
     submission: str
     tenant: TenantRef
@@ -210,10 +196,7 @@ class FlaggedSubmission(Struct, frozen=True):
 
 
 class UsageReport(Struct):
-    """What was spent from `first` to `last`. There is no row for what nothing was submitted in.
-
-    Submissions of unknown outcome are named, and those that were refunded.
-    """
+    """Usage from `first` to `last`, without empty rows; unknown and refunded submissions are named."""
 
     first: date
     last: date
@@ -226,33 +209,34 @@ class UsageReport(Struct):
 
 
 class UsageReports:
-    """Reports on usage. Everything raises InvalidOptions for days that can't be reported on, or LedgerUnavailable."""
+    """Reports on usage. Everything raises InvalidOptions for unavailable days, or LedgerUnavailable."""
 
     def __init__(self, *, ledger: Ledger, registry: RegistryView) -> None:
         self._ledger = ledger
         self._registry = registry
 
     async def for_tenant(self, tenant: Tenant, query: UsageQuery) -> UsageReport:
-        """The usage of one tenant."""
         return await self._build_report([TenantRef(tenant.id, tenant.name)], query)
 
     async def for_all_tenants(self, query: UsageQuery, name: str | None = None) -> UsageReport:
-        """The usage of all tenants, or of those called `name`: deleted ones are among them. Raises InvalidOptions."""
+        """Report on all tenants, or on those named `name`, deleted ones included. Raises InvalidOptions."""
         await self._registry.refresh()
-        known = self._registry.current
-        owners = [TenantRef(each.id, each.name) for each in known.tenants.values()]
-        owners += [TenantRef(tenant_id, former) for tenant_id, former in known.deleted_tenant_names.items()]
-        chosen = [owner for owner in owners if name in {None, owner.name}]
-        if name is not None and not chosen:
+        registry = self._registry.current
+        owners = [TenantRef(tenant.id, tenant.name) for tenant in registry.tenants.values()]
+        owners += [
+            TenantRef(tenant_id, deleted_name) for tenant_id, deleted_name in registry.deleted_tenant_names.items()
+        ]
+        selected = [owner for owner in owners if name in {None, owner.name}]
+        if name is not None and not selected:
             raise InvalidOptions([FieldError("tenant", "there is and was no tenant of this name")])
-        return await self._build_report(chosen, query)
+        return await self._build_report(selected, query)
 
-    async def _build_report(self, owners: Sequence[TenantRef], question: UsageQuery) -> UsageReport:
-        first, last = _resolve_range(question, _EPOCH + timedelta(days=await self._ledger.current_day()))
-        report = UsageReport(first, last, question.interval, question.groups)
+    async def _build_report(self, owners: Sequence[TenantRef], query: UsageQuery) -> UsageReport:
+        first, last = _resolve_range(query, _EPOCH + timedelta(days=await self._ledger.current_day()))
+        report = UsageReport(first, last, query.interval, query.groups)
         rows: dict[tuple[str, TenantRef | None, Kind | None], Tally] = {}
         days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
-        for owner in sorted(owners, key=lambda each: (each.name, each.id)):
+        for owner in sorted(owners, key=lambda tenant: (tenant.name, tenant.id)):
             for day, usage in zip(
                 days, await self._ledger.get_usage(owner.id, [(day - _EPOCH).days for day in days]), strict=True
             ):
@@ -269,22 +253,21 @@ class UsageReports:
         return report
 
 
-def _resolve_range(question: UsageQuery, today: date) -> tuple[date, date]:
-    """The first and the last day. Raises InvalidOptions."""
+def _resolve_range(query: UsageQuery, today: date) -> tuple[date, date]:
     oldest = today - timedelta(days=MAX_DAYS - 1)
-    faults = [
+    errors = [
         FieldError(name, f"must lie less than {MAX_DAYS} days from today, {today}: older usage is not kept")
-        for name, day in (("from", question.first), ("to", question.last))
+        for name, day in (("from", query.first), ("to", query.last))
         if day and abs(day - today) >= timedelta(days=MAX_DAYS)
     ]
-    last = question.last or today
-    first = question.first or max(last.replace(day=1), oldest)
-    if not faults and first > last:
-        faults = [FieldError("from", f"must not be later than the last day, {last}")]
-    elif not faults and last - first >= timedelta(days=MAX_DAYS):
-        faults = [FieldError("from", f"must not lie more than {MAX_DAYS} days before the last day, {last}")]
-    if faults:
-        raise InvalidOptions(faults)
+    last = query.last or today
+    first = query.first or max(last.replace(day=1), oldest)
+    if not errors and first > last:
+        errors = [FieldError("from", f"must not be later than the last day, {last}")]
+    elif not errors and last - first >= timedelta(days=MAX_DAYS):
+        errors = [FieldError("from", f"must not lie more than {MAX_DAYS} days before the last day, {last}")]
+    if errors:
+        raise InvalidOptions(errors)
     return first, last
 
 
@@ -314,14 +297,8 @@ def _row_order(row: tuple[tuple[str, TenantRef | None, Kind | None], Tally]) -> 
     return period, owner.name if owner else "", owner.id if owner else 0, _KIND_ORDER[kind] if kind else 0
 
 
-_log = structlog.get_logger(__name__)
-
-
-_SUBMISSION_ID = re.compile(r"[0-9a-f]{32}")
-
-
 class BalanceSuggestion(StrEnum):
-    """What the balance suggests of a submission whose outcome is unknown."""
+    """What the balance implies about a submission of unknown outcome."""
 
     CHARGED = "charged"
     NOT_CHARGED = "not-charged"
@@ -329,10 +306,7 @@ class BalanceSuggestion(StrEnum):
 
 
 class SubmissionStatus(Struct, frozen=True):
-    """What became of the submission `id`, and its task if it has one that is still known.
-
-    `tenant` and `account` are their names; None for one that nobody remembers.
-    """
+    """The state of a submission; tenant and account by name, None if unknown."""
 
     id: str
     reservation: Reservation
@@ -342,25 +316,27 @@ class SubmissionStatus(Struct, frozen=True):
 
     @property
     def cost(self) -> Cost | None:
-        """What it took, as far as it is known, or is held for it while nobody knows its outcome; None for nothing."""
-        known = self.reservation
-        if known.state is ReservationState.ACCEPTED:
-            return known.cost or Cost(0, 0, CostBasis.UNKNOWN)
-        if known.state is ReservationState.UNKNOWN:
-            return Cost(0, known.money_holds.get(Window.DAY, 0), CostBasis.UNKNOWN)
+        """Its known cost, or what is held while the outcome is unknown; None for nothing."""
+        reservation = self.reservation
+        if reservation.state is ReservationState.ACCEPTED:
+            return reservation.cost or Cost(0, 0, CostBasis.UNKNOWN)
+        if reservation.state is ReservationState.UNKNOWN:
+            return Cost(0, reservation.money_holds.get(Window.DAY, 0), CostBasis.UNKNOWN)
         return None
 
     @property
     def balance_suggests(self) -> BalanceSuggestion | None:
-        """Whether the account seems to have been charged; None if the outcome is known."""
-        known = self.reservation
-        if known.state is not ReservationState.UNKNOWN:
+        """Whether the account was charged, by its balance; None if the outcome is known."""
+        reservation = self.reservation
+        if reservation.state is not ReservationState.UNKNOWN:
             return None
-        return BalanceSuggestion(known.inferred_charge) if known.inferred_charge else BalanceSuggestion.UNKNOWN
+        return (
+            BalanceSuggestion(reservation.inferred_charge) if reservation.inferred_charge else BalanceSuggestion.UNKNOWN
+        )
 
 
 class SubmissionReports:
-    """Tells of submissions, and refunds them. Everything raises NotFound or LedgerUnavailable."""
+    """Reports on submissions, and refunds. Everything raises NotFound or LedgerUnavailable."""
 
     def __init__(self, *, ledger: Ledger, tasks: TaskStore, registry: RegistryView, task_ids: TaskIdCodec) -> None:
         self._ledger = ledger
@@ -369,72 +345,69 @@ class SubmissionReports:
         self._task_ids = task_ids
 
     async def for_tenant(self, tenant: Tenant, submission: str) -> SubmissionStatus:
-        """What became of a submission of this tenant; that of another one is not found."""
-        known = await self._load_reservation(submission)
-        if known.tenant != tenant.id:
+        reservation = await self._load_reservation(submission)
+        if reservation.tenant != tenant.id:
             raise _submission_not_found()
-        return await self._build_status(submission, known)
+        return await self._build_status(submission, reservation)
 
     async def any_tenant(self, submission: str) -> SubmissionStatus:
-        """What became of a submission of whichever tenant."""
         return await self._build_status(submission, await self._load_reservation(submission))
 
     def submission_of_task(self, task_id: str) -> str:
-        """The id of the submission that became a task."""
         return self._task_ids.decode(task_id).reservation
 
     async def refund(self, submission: str, reason: str) -> SubmissionStatus:
-        """Give what a submission was charged for back to the windows of its tenant, once.
+        """Refund a submission to its tenant's windows, once.
 
         Raises Conflict if it was refunded before, has not ended, or cost nothing.
         """
-        known = await self._load_reservation(submission)
-        done = await self._ledger.refund(known.tenant, submission, reason)
-        if done is None:
+        reservation = await self._load_reservation(submission)
+        result = await self._ledger.refund(reservation.tenant, submission, reason)
+        if result is None:
             raise _submission_not_found()
-        became, known = done
-        if became is RefundResult.ALREADY_REFUNDED and known.refund:
-            raise Conflict(f"Submission {submission} {_describe_refund(known.refund)}")
-        if became is RefundResult.RUNNING:
-            raise Conflict(f"Submission {submission} has not ended, so that nobody knows yet what it costs. Try later.")
-        if became is RefundResult.NOTHING_CHARGED:
-            raise Conflict(f"Submission {submission} cost nothing: it is {known.state}.")
-        fate = await self._build_status(submission, known)
-        given = known.refund
+        outcome, reservation = result
+        if outcome is RefundResult.ALREADY_REFUNDED and reservation.refund:
+            raise Conflict(f"Submission {submission} {_describe_refund(reservation.refund)}")
+        if outcome is RefundResult.RUNNING:
+            raise Conflict(f"Submission {submission} has not ended, so its cost is unknown. Try later.")
+        if outcome is RefundResult.NOTHING_CHARGED:
+            raise Conflict(f"Submission {submission} cost nothing: it is {reservation.state}.")
+        status = await self._build_status(submission, reservation)
+        refund = reservation.refund
         _log.info(
             "submission.refunded",
-            tenant=fate.tenant,
-            account=fate.account,
+            tenant=status.tenant,
+            account=status.account,
             reservation=submission,
-            kind=known.kind,
+            kind=reservation.kind,
             reason=reason,
-            uses=given and given.count,
-            yuan=given and fen_to_yuan(given.money_fen),
+            uses=refund and refund.count,
+            yuan=refund and fen_to_yuan(refund.money_fen),
         )
-        return fate
+        return status
 
     async def _load_reservation(self, submission: str) -> Reservation:
-        known = await self._ledger.get_reservation(submission) if _SUBMISSION_ID.fullmatch(submission) else None
-        if known is None:
+        reservation = await self._ledger.get_reservation(submission) if _SUBMISSION_ID.fullmatch(submission) else None
+        if reservation is None:
             raise _submission_not_found()
-        return known
+        return reservation
 
-    async def _build_status(self, submission: str, known: Reservation) -> SubmissionStatus:
-        found = await self._tasks.get(submission) if known.state is ReservationState.ACCEPTED else None
+    async def _build_status(self, submission: str, reservation: Reservation) -> SubmissionStatus:
+        stored = await self._tasks.get(submission) if reservation.state is ReservationState.ACCEPTED else None
         registry = self._registry.current
-        account = registry.account_by_id(known.account)
+        account = registry.account_by_id(reservation.account)
         return SubmissionStatus(
             id=submission,
-            reservation=known,
-            task=found[0] if found else None,
-            tenant=registry.tenant_name(known.tenant),
+            reservation=reservation,
+            task=stored[0] if stored else None,
+            tenant=registry.tenant_name(reservation.tenant),
             account=account.name if account else None,
         )
 
 
 def _describe_refund(refund: Refund) -> str:
-    at = datetime.fromtimestamp(refund.refunded_at // 1000, UTC).isoformat().replace("+00:00", "Z")
-    return f"was refunded before, at {at}, with this reason: {refund.reason}"
+    time = datetime.fromtimestamp(refund.refunded_at // 1000, UTC).isoformat().replace("+00:00", "Z")
+    return f"was refunded before, at {time}, with this reason: {refund.reason}"
 
 
 def _submission_not_found() -> NotFound:

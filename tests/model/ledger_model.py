@@ -15,6 +15,7 @@ from service.domain.availability import (
     _stays_above_floors,
     choose_account,
 )
+from service.domain.errors import Violation
 from service.domain.ledger import (
     MAX_ACTIVE_POLICY,
     UNIT_MONEY,
@@ -43,7 +44,6 @@ from service.domain.ledger import (
     Tally,
     TenantState,
     Verdict,
-    Violation,
     WindowCounter,
     _all_counters,
     current_counter,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from service.domain import ledger
-from service.domain.ledger import Balance, PolicyDenial, ReservationState, Violation
+from service.domain.errors import Violation
+from service.domain.ledger import Balance, PolicyDenial, ReservationState
 from service.domain.tasks import Kind
 from service.domain.tenants import Limit, Tenant, TenantPolicy, Window
 from service.domain.webhooks import DeliveryState

@@ -8,7 +8,7 @@ import pytest
 
 from service.api.errors import PROBLEMS, BodyTimeout, render, to_problem
 from service.domain import errors
-from service.domain.ledger import RateLimit, Violation
+from service.domain.errors import RateLimit, Violation
 from tests.unit.asgi_client import AsgiResponse
 
 

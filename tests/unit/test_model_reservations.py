@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from service.domain.errors import Violation
 from service.domain.ledger import (
     AccountState,
     AccountStatus,
@@ -18,7 +19,6 @@ from service.domain.ledger import (
     ReservationState,
     TenantState,
     Verdict,
-    Violation,
     window_bounds,
 )
 from service.domain.tasks import Cost, CostBasis, Kind

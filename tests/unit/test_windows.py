@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.domain.errors import RateLimit
 from service.domain.ledger import (
-    RateLimit,
     TenantState,
     WindowCounter,
     compute_rate_limits,
