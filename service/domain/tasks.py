@@ -272,6 +272,30 @@ class TaskReference(Struct, frozen=True, array_like=True):
     upstream_id: str
 
 
+def new_task(
+    reference: TaskReference, task_id: str, *, state: State, options: msgspec.Raw, metadata: msgspec.Raw, version: int
+) -> Task:
+    """Build a task without results; its cost is unknown."""
+    return Task(
+        id=task_id,
+        reservation=reference.reservation,
+        tenant=reference.tenant,
+        account=reference.account,
+        kind=reference.kind,
+        state=state,
+        created_at=reference.created_at,
+        updated_at=reference.created_at,
+        finished_at=None,
+        options=options,
+        metadata=metadata,
+        artifacts=(),
+        error=None,
+        cost=Cost(0, 0, CostBasis.UNKNOWN),
+        version=version,
+        last_checked_at=reference.created_at,
+    )
+
+
 class TaskIdCodec:
     """Encrypts references to task ids and back."""
 

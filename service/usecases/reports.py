@@ -244,8 +244,8 @@ class UsageReports:
                 for kind, tally in usage.tallies.items():
                     row = (
                         _row_period(report, day),
-                        owner if _groups_by_tenant(report) else None,
-                        kind if _groups_by_kind(report) else None,
+                        owner if Group.TENANT in report.groups else None,
+                        kind if Group.KIND in report.groups else None,
                     )
                     rows.setdefault(row, Tally()).update(tally)
                     report.total.update(tally)
@@ -275,14 +275,6 @@ def _row_period(report: UsageReport, day: date) -> str:
     if report.interval is Interval.TOTAL:
         return f"{report.first}/{report.last}"
     return str(day) if report.interval is Interval.DAY else f"{day:%Y-%m}"
-
-
-def _groups_by_tenant(report: UsageReport) -> bool:
-    return Group.TENANT in report.groups
-
-
-def _groups_by_kind(report: UsageReport) -> bool:
-    return Group.KIND in report.groups
 
 
 def _add_flagged(report: UsageReport, owner: TenantRef, day: date, usage: DayUsage) -> None:

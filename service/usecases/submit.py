@@ -46,7 +46,7 @@ from service.domain.ledger import (
     compute_rate_limits,
     digest_submission,
 )
-from service.domain.tasks import Cost, CostBasis, Kind, Options, State, Task, TaskIdCodec, TaskReference
+from service.domain.tasks import Kind, Options, State, Task, TaskIdCodec, TaskReference, new_task
 from service.domain.tenants import Account, Tenant, TenantPolicy
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import NOOP_TRACER, Tracer
@@ -208,11 +208,9 @@ class Submitter:
         if task is None:
             await self._settlements.settle(self._make_settlement(pending, result))
             raise self._count_denial(request, _error_of(result, request.reservation))
-        new_task = NewTask(task.id, task.options, task.metadata, webhook_url or tenant.webhook.url, traceparent)
+        draft = NewTask(task.id, task.options, task.metadata, webhook_url or tenant.webhook.url, traceparent)
         with suppress(asyncio.CancelledError):  # the process ends; an acceptance is answered all the same
-            await self._settlements.settle(
-                msgspec.structs.replace(self._make_settlement(pending, result), new_task=new_task)
-            )
+            await self._settlements.settle(self._make_settlement(pending, result, draft))
         self._count_safely(request, self._metrics.record_submitted_task, tenant.id, options.kind)
         return Submission(task, task.created_at, limits)
 
@@ -252,13 +250,20 @@ class Submitter:
             case NoAccount():
                 raise self._count_denial(request, _no_account(verdict))
             case InFlight():
-                raise _in_flight()
+                raise IdempotencyInFlight(
+                    "The first submission under this Idempotency-Key has no outcome yet. "
+                    "Send the same again after Retry-After.",
+                    retry_after=IN_FLIGHT_RETRY_SECONDS,
+                )
             case Grant():
                 deadline = requested_at + (verdict.lease_expires_at - verdict.now) / 1000 - LEASE_MARGIN_SECONDS
                 account = next(candidate for candidate in accounts if candidate.id == verdict.account)
                 return _PendingSubmission(request, *encoded, account, verdict.now, deadline)
             case _:
-                raise _key_reused()
+                raise IdempotencyKeyReused(
+                    "This Idempotency-Key was used for other content. Use a new key for each submission, and an old "
+                    "one only to repeat the same submission."
+                )
 
     def _count_denial(self, request: ReserveRequest, error: GatewayError) -> GatewayError:
         if isinstance(error, BalanceExhausted):
@@ -300,7 +305,9 @@ class Submitter:
         request = msgspec.structs.replace(pending.request, accounts=tuple(account.id for account in next_accounts))
         return await self._ledger.change_account(request, pending.account.id, account_status)
 
-    def _make_settlement(self, pending: _PendingSubmission, result: SubmitResult) -> Settlement:
+    def _make_settlement(
+        self, pending: _PendingSubmission, result: SubmitResult, draft: NewTask | None = None
+    ) -> Settlement:
         """Build the settlement. If the account is uncertain, neither figures nor refusal are applied to it."""
         return Settlement(
             reservation=pending.request.reservation,
@@ -311,6 +318,7 @@ class Submitter:
             outcome=_RESERVATION_STATES.get(result.outcome, ReservationState.REFUSED),
             balance=Balance() if pending.retarget_unconfirmed else result.balance,
             account_status=None if pending.retarget_unconfirmed else _FAILOVER_STATUS.get(result.outcome),
+            new_task=draft,
             idempotency=pending.request.idempotency,
         )
 
@@ -319,23 +327,13 @@ class Submitter:
         reference = TaskReference(
             request.tenant, pending.account.id, request.kind, pending.created_at, request.reservation, upstream_id
         )
-        return Task(
-            id=self._task_ids.encode(reference),
-            reservation=request.reservation,
-            tenant=request.tenant,
-            account=pending.account.id,
-            kind=request.kind,
+        return new_task(
+            reference,
+            self._task_ids.encode(reference),
             state=State.QUEUED,
-            created_at=pending.created_at,
-            updated_at=pending.created_at,
-            finished_at=None,
             options=pending.options,
             metadata=pending.metadata,
-            artifacts=(),
-            error=None,
-            cost=Cost(0, 0, CostBasis.UNKNOWN),
             version=1,
-            last_checked_at=pending.created_at,
         )
 
 
@@ -401,18 +399,4 @@ def _unknown_outcome(reservation: str, *, is_replay: bool = False) -> Submission
         f"GET /v1/submissions/{reservation} returns its state: check it before you submit the image again.",
         submission_id=reservation,
         is_replay=is_replay,
-    )
-
-
-def _in_flight() -> IdempotencyInFlight:
-    return IdempotencyInFlight(
-        "The first submission under this Idempotency-Key has no outcome yet. Send the same again after Retry-After.",
-        retry_after=IN_FLIGHT_RETRY_SECONDS,
-    )
-
-
-def _key_reused() -> IdempotencyKeyReused:
-    return IdempotencyKeyReused(
-        "This Idempotency-Key was used for other content. Use a new key for each submission, and an old one only to "
-        "repeat the same submission."
     )

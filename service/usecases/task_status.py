@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from service.domain.errors import GatewayError, LedgerUnavailable, NotFound, UpstreamUnavailable
 from service.domain.ledger import ReservationState
-from service.domain.tasks import Artifact, Cost, CostBasis, Kind, State, Task, TaskIdCodec, TaskReference
+from service.domain.tasks import Artifact, Kind, State, Task, TaskIdCodec, TaskReference, new_task
 from service.domain.tenants import Tenant
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, ReadSource
@@ -241,7 +241,10 @@ class TaskReader:
             await self._record_end(reference, check)
         cached = self._cache.latest(reference.reservation)
         if cached is None:
-            cached = CachedTask(_task_from_id(reference, task_id), reference.created_at, query.started_at)
+            task = new_task(  # the id does not contain the options
+                reference, task_id, state=State.RUNNING, options=_EMPTY_JSON, metadata=_EMPTY_JSON, version=0
+            )
+            cached = CachedTask(task, reference.created_at, query.started_at)
         if cached.task.state.is_final and cached.is_recorded:  # recorded meanwhile
             return cached
         task = _apply_check(cached.task, check, cached.known_at)
@@ -309,28 +312,6 @@ def _apply_check(task: Task, check: CheckResult, now: int) -> Task:
         check.outcome, State.RUNNING
     )
     return msgspec.structs.replace(task, state=state, artifacts=check.artifacts, error=check.error, last_checked_at=now)
-
-
-def _task_from_id(reference: TaskReference, task_id: str) -> Task:
-    """Build a task from its id, which does not contain the options."""
-    return Task(
-        id=task_id,
-        reservation=reference.reservation,
-        tenant=reference.tenant,
-        account=reference.account,
-        kind=reference.kind,
-        state=State.RUNNING,
-        created_at=reference.created_at,
-        updated_at=reference.created_at,
-        finished_at=None,
-        options=_EMPTY_JSON,
-        metadata=_EMPTY_JSON,
-        artifacts=(),
-        error=None,
-        cost=Cost(0, 0, CostBasis.UNKNOWN),
-        version=0,
-        last_checked_at=reference.created_at,
-    )
 
 
 class ArtifactReader:

@@ -67,7 +67,7 @@ class FaultyLedger(FakeLedger):
     async def change_account(
         self, request: ReserveRequest, previous: int, account_status: AccountStatus | None
     ) -> Verdict:
-        async with self._inject_errors("retarget"):
+        async with self._inject_errors("change_account"):
             return await super().change_account(request, previous, account_status)
 
     async def settle(self, settlement: Settlement) -> bool:
@@ -75,15 +75,15 @@ class FaultyLedger(FakeLedger):
             return await super().settle(settlement)
 
     async def settle_expired(self, limit: int) -> Sequence[Settlement]:
-        async with self._inject_errors("expire"):
+        async with self._inject_errors("settle_expired"):
             return await super().settle_expired(limit)
 
     async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
-        async with self._inject_errors("claim"):
+        async with self._inject_errors("claim_checks"):
             return await super().claim_checks(limit)
 
     async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
-        async with self._inject_errors("record"):
+        async with self._inject_errors("record_check"):
             return await super().record_check(claimed, result)
 
 

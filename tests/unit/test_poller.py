@@ -48,7 +48,7 @@ async def run_poller(gateway: FakeGateway) -> AsyncIterator[asyncio.Task[None]]:
 
 @pytest.mark.parametrize("fault", [UNAVAILABLE, UNEXPECTED_ERROR])
 async def test_outages_and_errors_do_not_end_the_loop(gateway: FakeGateway, fault: Exception) -> None:
-    gateway.ledger.errors_before["claim"] = [fault, fault]
+    gateway.ledger.errors_before["claim_checks"] = [fault, fault]
     await make_due_tasks(gateway)
     async with run_poller(gateway):
         await wait_until(lambda: task_states(gateway) == [State.SUCCEEDED])
@@ -166,7 +166,7 @@ async def test_expiry_survives_outages_and_errors(gateway: FakeGateway) -> None:
     caller = asyncio.create_task(gateway.submit_image())
     await wait_until(lambda: bool(gateway.upstream.submits))
     gateway.ledger.clock.now_ms += gateway.ledger.retention.lease_ms
-    gateway.ledger.errors_before["expire"] = [UNAVAILABLE, UNEXPECTED_ERROR]
+    gateway.ledger.errors_before["settle_expired"] = [UNAVAILABLE, UNEXPECTED_ERROR]
     expiring = asyncio.create_task(gateway.poller.expire_leases())
     await wait_until(lambda: gateway.task_counts == (1, 0, 0))
     expiring.cancel()

@@ -231,7 +231,7 @@ async def test_each_account_is_tried_once(gateway: FakeGateway) -> None:
 @pytest.mark.parametrize("outcome", [SubmitOutcome.REJECTED, SubmitOutcome.UNKNOWN])
 async def test_charged_or_rejected_submissions_do_not_fail_over(gateway: FakeGateway, outcome: SubmitOutcome) -> None:
     gateway.upstream.next_submits.append(SubmitResult(outcome=outcome, reason="too dark"))
-    with pytest.raises(Exception, match=r"nothing was charged|no usable answer"):
+    with pytest.raises(Exception, match=r"nothing was charged|no usable response"):
         await gateway.submit_image()
     assert [name for name, _, _ in gateway.upstream.submits] == ["main"]
 
