@@ -27,7 +27,7 @@ class Kind(StrEnum):
 
 
 class State(StrEnum):
-    """Where a task stands: queued until the upstream was first asked about it, then running, then ended."""
+    """The state of a task: queued until the first check, then running, then final."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -46,7 +46,7 @@ class ArtifactName(StrEnum):
 
 
 class CostBasis(StrEnum):
-    """How a cost is known: observed in the balance, estimated from an earlier price, or unknown."""
+    """The basis of a cost: observed in the balance, estimated from an earlier price, or unknown."""
 
     OBSERVED = "observed"
     ESTIMATED = "estimated"
@@ -141,19 +141,19 @@ def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
     Raises InvalidOptions with every field that is unknown, repeated, mistyped or out of range.
     """
     cls = OPTIONS[kind]
-    known = {field.name: field.type for field in msgspec.structs.fields(cls)}
+    types = {field.name: field.type for field in msgspec.structs.fields(cls)}
     values: dict[str, Any] = {}
     errors: list[FieldError] = []
     for name, text in fields:
         try:
-            if name not in known:
-                options = f"this kind takes {', '.join(known)}" if known else "this kind takes no options"
+            if name not in types:
+                options = f"this kind takes {', '.join(types)}" if types else "this kind takes no options"
                 raise FieldError(name, f"is not an option; {options}")
             if not text:
                 continue
             if name in values:
                 raise FieldError(name, "is given more than once")
-            values[name] = _parse_value(name, text, known[name])
+            values[name] = _parse_value(name, text, types[name])
             if name in {"model", "style"}:
                 values[name] = catalogue.find_name(name, text)
         except FieldError as error:  # a copy: its traceback would hold this frame, and the frame holds it
@@ -320,7 +320,7 @@ class TaskIdCodec:
 
 
 class Backlog(Struct, frozen=True):
-    """How many items wait, and how late the first unclaimed one is (0 if none is)."""
+    """A number of waiting items, and the delay of the first unclaimed one (0 if none is due)."""
 
     length: int
     overdue_ms: int

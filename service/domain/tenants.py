@@ -19,7 +19,7 @@ from service.domain.tasks import Kind
 
 
 class SecretRef(Struct, frozen=True, omit_defaults=True):
-    """Where the operator who applies the registry finds a secret. The gateway never reads it, only exports it again."""
+    """The operator's source of a secret. The gateway never reads it, only exports it again."""
 
     env: str | None = None
     file: str | None = None
@@ -52,7 +52,7 @@ class WebhookSecrets(Struct, frozen=True):
 
 
 class Webhook(Struct, frozen=True):
-    """Where a tenant receives events: at `url`, or where a task asks for it at a host of `allow`.
+    """A tenant's webhook: events go to `url`, or where a task asks for it at a host of `allow`.
 
     Without a `url` nothing is sent; the secrets are kept. `disabled_urls` answered 410.
     """

@@ -1,1 +1,1 @@
-"""What the gateway does, written over ports: no HTTP, no Redis."""
+"""Operations of the gateway over ports: no HTTP, no Redis."""

@@ -1,6 +1,6 @@
 """Interfaces of the stores and clients, and their value types.
 
-Calls that can't reach their store raise LedgerUnavailable; nothing retries unless it says so.
+Calls that can't reach their store raise LedgerUnavailable; nothing is retried unless stated.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class ReserveRequest(Struct, frozen=True):
 
 
 class NewTask(Struct, frozen=True):
-    """What an acceptance adds to its reservation to create the task."""
+    """The part of an acceptance that becomes the task."""
 
     id: str
     options: msgspec.Raw

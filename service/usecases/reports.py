@@ -71,7 +71,7 @@ class QuotaReport(Struct, frozen=True):
 
 
 class RemainingQuota(Struct, frozen=True):
-    """What is left in terms of the old protocol; None if unknown."""
+    """The rest in terms of the old protocol; None if unknown."""
 
     count: int | None
     money_fen: int | None
@@ -290,7 +290,7 @@ def _row_order(row: tuple[tuple[str, TenantRef | None, Kind | None], Tally]) -> 
 
 
 class BalanceSuggestion(StrEnum):
-    """What the balance implies about a submission of unknown outcome."""
+    """Inference from the balance for a submission of unknown outcome, as contracted."""
 
     CHARGED = "charged"
     NOT_CHARGED = "not-charged"

@@ -42,9 +42,9 @@ class DurationEstimator:
 MAX_CACHED_TASKS = 10_000
 """Cached tasks beside those with subscriptions; the least recently read are evicted."""
 RUNNING_TTL_SECONDS = 1.0
-"""How long a running task is served from the cache."""
+"""Time for which a running task is served from the cache."""
 FINISHED_TTL_SECONDS = 1.0
-"""How long a finished task is served before the store is asked whether it still has it."""
+"""Time for which a finished task is served before the store must confirm it."""
 _MAX_REORDER_MS = 60_000
 """Concurrent reads are reordered by less; a greater difference means that the server clock stepped back."""
 MAX_SUBSCRIPTIONS = 10_000
@@ -214,5 +214,5 @@ def _version_rank(task: Task) -> tuple[bool, int]:
     return task.state.is_final, task.version
 
 
-def _is_stale_read(known: Task, task: Task) -> bool:
-    return 0 < known.last_checked_at - task.last_checked_at < _MAX_REORDER_MS
+def _is_stale_read(cached: Task, task: Task) -> bool:
+    return 0 < cached.last_checked_at - task.last_checked_at < _MAX_REORDER_MS

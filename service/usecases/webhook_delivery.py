@@ -133,7 +133,7 @@ class WebhookDispatcher:
             return DeliveryResult(state=DeliveryState.DISABLED, attempted=False, error=_DISABLED_ERROR)
         stored = await self._tasks.get(delivery.reservation)
         if stored is None:
-            return _failed_result("The task is not known any more.")
+            return _failed_result("The task has expired.")
         task = stored[0]
         with self._tracer.start_linked_span("deliver webhook", task.trace_context, delivery.reservation):
             return await self._send(delivery, tenant, self._encode_task_event(task))

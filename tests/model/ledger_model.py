@@ -1,4 +1,8 @@
-"""The ledger's rules in Python: the oracle of the property tests of the Lua scripts."""
+"""The ledger's rules in Python: the oracle of the property tests of the Lua scripts.
+
+Functions change the state they are given. Times are milliseconds (`at` holds ledger time and server time), money is in
+fen.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from service.domain import availability
 from service.domain.availability import (
     PROBE_INTERVAL_MS,
     _max_price_any_kind,
@@ -61,7 +64,7 @@ _COST_MEASURES = {
 
 
 def apply_to_usage(day: DayUsage, name: str, reservation: Reservation, sign: int) -> None:
-    """Put in what the reservation `name` counts for, or (with a sign of -1) take it out."""
+    """Add what the reservation `name` counts for in its day; with a sign of -1 remove it."""
     tally = day.tallies.setdefault(reservation.kind, Tally())
     for measure, change in _usage_of(reservation).items():
         tally[measure] += sign * change
@@ -76,7 +79,6 @@ def apply_to_usage(day: DayUsage, name: str, reservation: Reservation, sign: int
 
 
 def _usage_of(reservation: Reservation) -> Tally:
-    """What a reservation counts for, which follows from it alone."""
     tally = Tally()
     match reservation.state:
         case ReservationState.RESERVED:
@@ -107,53 +109,50 @@ def _usage_of(reservation: Reservation) -> Tally:
 
 
 def roll_windows(state: TenantState, now: int) -> None:
-    """Begin the windows anew whose period is over.
+    """Start the windows whose bounds no longer contain `now`.
 
-    The clock may step back into an earlier period, so the counter of the last one is set aside, as are those of later
-    ones where it has. An earlier one whose counter is not kept, and which may have been counted before, is counted
-    under another name.
+    The server clock may step back into an earlier window, so the previous counter is retained, and later ones after a
+    step. An earlier window whose counter is gone gets a replacement key: it may have been counted before.
     """
     for window in Window:
-        period, _ = window_bounds(window, now)
-        if window in state.windows and state.windows[window].window_start == period:
+        start, _ = window_bounds(window, now)
+        if window in state.windows and state.windows[window].window_start == start:
             continue
-        known = _all_counters(state, window)
-        later = [each for each in known if each.window_start > period]
-        last = max(
-            (each for each in known if each.window_start < period), key=lambda each: each.window_start, default=None
+        counters = _all_counters(state, window)
+        later = [counter for counter in counters if counter.window_start > start]
+        previous = max(
+            (counter for counter in counters if counter.window_start < start),
+            key=lambda counter: counter.window_start,
+            default=None,
         )
-        begun = current_counter(state, window, now)
-        if later and begun not in known:
+        current = current_counter(state, window, now)
+        if later and current not in counters:
             state.replacement_key_seq += 1
-            begun.replacement_key = -state.replacement_key_seq
-        aside = [*later, last] if last else later
-        state.windows[window] = begun
-        state.retained_counters = {
-            each: kept for each, kept in (state.retained_counters | {window: aside}).items() if kept
-        }
+            current.replacement_key = -state.replacement_key_seq
+        retained = [*later, previous] if previous else later
+        state.windows[window] = current
+        state.retained_counters = state.retained_counters | {window: retained}
+        if not retained:
+            del state.retained_counters[window]
 
 
 def find_counter(state: TenantState, window: Window, key: int | None) -> WindowCounter | None:
-    """The counter of a window that reservations know by a key, if there still is one."""
-    return next((each for each in _all_counters(state, window) if each.key == key), None)
+    return next((counter for counter in _all_counters(state, window) if counter.key == key), None)
 
 
 def to_server_time(moment: ClockReading, ledger_time: int) -> int:
-    """A time of the ledger in the server's time; 0 stands for never, and stays so."""
+    """Convert a ledger time; 0 means never and stays 0."""
     return ledger_time and ledger_time - moment.offset_ms
 
 
 _URL_HOST = re.compile(r"[a-z]+://([^/:?]+)")
-
-
 _DIGITS = re.compile(r"[0-9.]+")
 
 
 def queue_name(tenant: int, url: str) -> str:
-    """Whom the deliveries to an address may keep waiting: a tenant's others at the same host.
+    """Return the delivery queue of a URL: one per tenant and host, whatever the port, one for all IP addresses.
 
-    Ports make no difference, and addresses without a name are all one, so that a tenant has no more receivers than
-    hosts on its list: each of them may occupy a part of what is sent at once.
+    Thus a tenant has at most as many queues as hosts on its allow list.
     """
     host = _URL_HOST.match(url)
     name = host[1] if host else ""
@@ -161,7 +160,7 @@ def queue_name(tenant: int, url: str) -> str:
 
 
 def add_expected_charge(state: AccountState, policy: AccountPolicy, kind: Kind, sign: int) -> None:
-    """Count a submission among those that the balance may drop for, or (with a sign of -1) no longer."""
+    """Expect a charge of this kind; with a sign of -1 no longer."""
     price = policy.max_price.get(kind)
     expected = state.expected_drop
     expected.charges = max(expected.charges + sign, 0)
@@ -172,9 +171,9 @@ def add_expected_charge(state: AccountState, policy: AccountPolicy, kind: Kind, 
 
 
 def attribute_drop(state: AccountState, count: int, money: int) -> None:
-    """Set a drop against what the gateway's own submissions may have taken; what is left was taken by somebody else.
+    """Attribute a drop to the gateway's submissions; the rest is unexplained.
 
-    Once each of them is seen to have taken a use, none has taken money.
+    Once each of them has taken a prepaid use, none has taken money.
     """
     expected = state.expected_drop
     state.unexplained_count += max(count - expected.charges, 0)
@@ -183,21 +182,21 @@ def attribute_drop(state: AccountState, count: int, money: int) -> None:
         state.unexplained_money_fen += money + expected.attributed_fen
         state.expected_drop = ExpectedDrop()
         return
-    own = money if expected.unpriced else min(money, expected.max_fen)
-    state.unexplained_money_fen += money - own
-    expected.max_fen = max(expected.max_fen - own, 0)
-    expected.attributed_fen += own
+    attributed = money if expected.unpriced else min(money, expected.max_fen)
+    state.unexplained_money_fen += money - attributed
+    expected.max_fen = max(expected.max_fen - attributed, 0)
+    expected.attributed_fen += attributed
 
 
 def mark_charge_pending(state: AccountState, reservation: Reservation) -> None:
-    """From now on the figures may lack this submission, which is under way."""
+    """The balance may lack this open submission from now on."""
     state.pending_charges += 1
     state.pending_prepaid_only += reservation.prepaid_only
     reservation.charge_pending = True
 
 
 def clear_pending_charge(state: AccountState, reservation: Reservation) -> None:
-    """The figures show what this submission, which was under way, took if it took anything."""
+    """The balance includes the charge of this open submission."""
     if reservation.charge_pending:
         state.pending_charges -= 1
         reservation.charge_pending = False
@@ -208,14 +207,14 @@ def clear_pending_charge(state: AccountState, reservation: Reservation) -> None:
 def cancel_expected_charge(
     state: AccountState, policy: AccountPolicy, reservation: Reservation, *, still_expected: bool
 ) -> None:
-    """This submission takes nothing; the figures might have `lacked` it until now, so that it was still expected to."""
+    """This submission costs nothing. `still_expected`: the balance may have lacked it until now."""
     if still_expected:
         add_expected_charge(state, policy, reservation.kind, -1)
     clear_pending_charge(state, reservation)
 
 
 def mark_untracked(state: AccountState, reservation: Reservation, until_ms: int) -> None:
-    """This submission is no longer under way, and may be missing in the figures until they are asked for at `until`."""
+    """This submission is no longer open; readings requested from `until_ms` on include it."""
     if reservation.charge_pending:
         state.pending_charges -= 1
         state.untracked_charges += 1
@@ -224,17 +223,17 @@ def mark_untracked(state: AccountState, reservation: Reservation, until_ms: int)
 
 
 def resolve_untracked(state: AccountState, reservation: Reservation) -> bool:
-    """What became of a stray submission is known; whether the figures might have lacked it until now."""
-    lacked = reservation.charge_pending and reservation.settled_at > state.reconciled_at
-    if lacked:
+    """Resolve an untracked submission. Return whether the balance may not yet have included it."""
+    was_untracked = reservation.charge_pending and reservation.settled_at > state.reconciled_at
+    if was_untracked:
         state.untracked_charges -= 1
     reservation.charge_pending = False
     _clear_expected_drop(state)
-    return lacked
+    return was_untracked
 
 
 def reconcile_balance(state: AccountState, balance: Balance, sent_at: int, received_at: int) -> None:
-    """See whether figures that were asked for at `sent` show all the strays."""
+    """Clear the untracked charges if a reading includes them all."""
     if (
         state.untracked_charges
         and balance.count is not None
@@ -251,13 +250,12 @@ def _clear_prepaid_only(state: AccountState, reservation: Reservation) -> None:
 
 
 def _clear_expected_drop(state: AccountState) -> None:
-    """Where the figures lack nothing, no drop is to be expected any more."""
     if state.unaccounted_charges == 0:
         state.expected_drop = ExpectedDrop()
 
 
 def start_inference(state: AccountState, name: str, reservation: Reservation, now: int) -> None:
-    """A submission became unknown. If it had the account to itself, the next figures may tell what became of it."""
+    """Start charge inference: possible only if no other submission was open on the account."""
     mark_untracked(state, reservation, now + LATE_CHARGE_MS)
     before = reservation.balance_before
     if _was_exclusive(state, reservation) and reservation.balance_exact and before:
@@ -267,42 +265,42 @@ def start_inference(state: AccountState, name: str, reservation: Reservation, no
 def infer_unknown_charge(
     state: AccountState, balance: Balance, source: ReadingSource, sent_at: int, kind: Kind | None
 ) -> None:
-    """See from the first figures after a submission in doubt whether it was charged.
+    """Infer from the first reading after an unknown submission whether it was charged.
 
-    Nothing else may have happened since, but for the one submission (of `kind`) whose answer this is.
+    Nothing else may have happened since, apart from the one submission (of `kind`) whose response this is.
     """
-    doubt = state.pending_inference
+    inference = state.pending_inference
     if (
-        doubt is None
-        or doubt.inferred_charge
+        inference is None
+        or inference.inferred_charge
         or balance.count is None
         or balance.money_fen is None
-        or sent_at <= doubt.unknown_at
+        or sent_at <= inference.unknown_at
     ):
         return
     count, money, others = (
-        doubt.count - balance.count,
-        doubt.money_fen - balance.money_fen,
-        state.submission_seq - doubt.submission_seq,
+        inference.count - balance.count,
+        inference.money_fen - balance.money_fen,
+        state.submission_seq - inference.submission_seq,
     )
-    own: tuple[int, int] | None = (0, 0)
+    own_drop: tuple[int, int] | None = (0, 0)
     if others == 1 and source is ReadingSource.SUBMIT and not state.charges_on_completion:
         price = state.last_price.get(kind) if kind else None
-        own = (1, 0) if count > 0 else None if price is None else (0, price)
+        own_drop = (1, 0) if count > 0 else None if price is None else (0, price)
     elif others > 1 or (others == 1 and source is ReadingSource.CHECK):
-        own = None
-    if own is None or not _is_single_charge(count - own[0], money - own[1]):
+        own_drop = None
+    if own_drop is None or not _is_single_charge(count - own_drop[0], money - own_drop[1]):
         state.pending_inference = None
-    elif (count, money) != own:
-        doubt.inferred_charge = InferredCharge.CHARGED
+    elif (count, money) != own_drop:
+        inference.inferred_charge = InferredCharge.CHARGED
     elif state.charges_on_completion is False:
-        doubt.inferred_charge = InferredCharge.NOT_CHARGED
+        inference.inferred_charge = InferredCharge.NOT_CHARGED
     elif others:
         state.pending_inference = None
 
 
 def store_inference(state: AccountState, policy: AccountPolicy, reservation: Reservation) -> None:
-    """Write to the submission in doubt what was found out of it."""
+    """Store the inferred charge in its reservation."""
     if state.pending_inference and state.pending_inference.inferred_charge:
         reservation.inferred_charge = state.pending_inference.inferred_charge
         if reservation.inferred_charge is InferredCharge.NOT_CHARGED:
@@ -312,10 +310,7 @@ def store_inference(state: AccountState, policy: AccountPolicy, reservation: Res
 
 
 def learn_charge_timing(state: AccountState, reservation: Reservation, balance_after: Balance) -> None:
-    """See from the answer to a submission when it is charged, once that answer is observed.
-
-    If it took nothing it is at the task's end; if it had the account to itself and took something, at once.
-    """
+    """Learn from the observed response to a submission whether it is charged at once or at the task's end."""
     if balance_after.count is None or balance_after.money_fen is None or reservation.dispatched_at < state.reopened_at:
         return
     before = reservation.balance_before
@@ -335,7 +330,7 @@ def learn_charge_timing(state: AccountState, reservation: Reservation, balance_a
 
 
 def finish_charge(state: AccountState, reservation: Reservation, balance: Balance, sent_at: int, now: int) -> None:
-    """A task has ended: its figures, which are observed, show what it took. Without them it is astray."""
+    """A task ended: its reading includes its charge; without figures the charge is untracked."""
     if balance.count is None or balance.money_fen is None or sent_at < state.reopened_at:
         mark_untracked(state, reservation, now)
     else:
@@ -345,45 +340,43 @@ def finish_charge(state: AccountState, reservation: Reservation, balance: Balanc
 def compute_cost(
     state: AccountState, policy: AccountPolicy, reservation: Reservation, balance: Balance, *, succeeded: bool
 ) -> Cost:
-    """What an ended task cost, remembering the price if it was observed; `figures` were told about its end.
+    """Return the cost of an ended task, and remember an observed price.
 
-    The drop is a receipt if nothing else of the account was open in between, if it is one that a task can cause, and
-    not above what the operator calls the highest price. A task that failed tells no figures; what it took shows in
-    those of its submission where tasks are charged at once, but is an estimate: it may have been given back since. Else
-    it is taken to be a use, if it was to take one, or the last price of its kind, or the operator's highest.
+    The drop is the cost if no other submission was open in between, a single task can cause it, and it does not exceed
+    `max_price`. A failed task has no figures at its end; the drop at its submission is an estimate then, since it may
+    have been given back. Otherwise the cost is estimated: a prepaid use, or the last price, or `max_price`.
     """
-    kind, before, told = reservation.kind, reservation.balance_before, balance
-    observed_end = balance.count is not None and balance.money_fen is not None
-    if not observed_end and not state.charges_on_completion and reservation.balance_after:
-        told = reservation.balance_after
-    by_itself = _was_exclusive(state, reservation) and reservation.balance_exact
-    if by_itself and before and told.count is not None and told.money_fen is not None:
-        count, money = before.count - told.count, before.money_fen - told.money_fen
+    kind, before, at_end = reservation.kind, reservation.balance_before, balance
+    has_end_balance = balance.count is not None and balance.money_fen is not None
+    if not has_end_balance and not state.charges_on_completion and reservation.balance_after:
+        at_end = reservation.balance_after
+    is_exclusive = _was_exclusive(state, reservation) and reservation.balance_exact
+    if is_exclusive and before and at_end.count is not None and at_end.money_fen is not None:
+        count, money = before.count - at_end.count, before.money_fen - at_end.money_fen
         if _is_single_charge(count, money) and money <= policy.max_price.get(kind, money):
             if money:
                 state.last_price[kind] = money
                 state.max_observed_price[kind] = max(state.max_observed_price.get(kind, 0), money)
-            if count or money or (observed_end and not succeeded):
-                return Cost(count, money, CostBasis.OBSERVED if succeeded or observed_end else CostBasis.ESTIMATED)
-    left = told.count if told.count is not None or state.count is None else state.count.value
-    if reservation.expects_prepaid or (reservation.expects_prepaid is None and left):
+            if count or money or (has_end_balance and not succeeded):
+                return Cost(count, money, CostBasis.OBSERVED if succeeded or has_end_balance else CostBasis.ESTIMATED)
+    uses_left = at_end.count if at_end.count is not None or state.count is None else state.count.value
+    if reservation.expects_prepaid or (reservation.expects_prepaid is None and uses_left):
         return Cost(1, 0, CostBasis.ESTIMATED)
-    price = state.last_price.get(kind, policy.max_price.get(kind) if left is not None else None)
+    price = state.last_price.get(kind, policy.max_price.get(kind) if uses_left is not None else None)
     return Cost(0, 0, CostBasis.UNKNOWN) if price is None else Cost(0, price, CostBasis.ESTIMATED)
 
 
 def _was_exclusive(state: AccountState, reservation: Reservation) -> bool:
-    """Whether nothing else was open on its account since it was sent."""
     return reservation.exclusive and state.submission_seq == reservation.submission_seq
 
 
 def _is_single_charge(count: int, money: int) -> bool:
-    """Whether a drop of the balance is one that a single task can cause: one use, or money, or nothing."""
+    """Whether one task can cause this drop: one prepaid use, or money, or nothing."""
     return (count, money) == (1, 0) or (count == 0 and money >= 0)
 
 
 def price_hold(state: AccountState, policy: AccountPolicy, kind: Kind) -> int | None:
-    """The money one more submission may take, in fen; None where no price is known at all."""
+    """Return the money that one more submission may take; None without a known price."""
     if state.count is not None and state.count.value > max(state.open_submissions, state.unaccounted_charges):
         return 0
     return policy.max_price.get(kind, state.max_observed_price.get(kind))
@@ -398,53 +391,48 @@ def observe_balance(
     received_at: int,
     kind: Kind | None = None,
 ) -> None:
-    """Take in what the answer to a submission of `kind`, or to a check, told.
+    """Apply the figures of a response to a submission of `kind`, or to a check.
 
-    A rise reopens an exhausted account, reaching the floors closes it. A drop that the gateway's own submissions can't
-    explain is somebody else's, but for one to what may have been the figures before they last rose. What became of a
-    submission in doubt may show.
+    A rise reopens an exhausted account, reaching the floors closes it. A drop that the gateway's submissions can't
+    explain is unexplained, unless its request is older than the last rise.
     """
     if sent_at < state.reopened_at:
         return
     infer_unknown_charge(state, balance, source, sent_at, kind)
-    begins = state.count is None or state.money is None
+    is_first = state.count is None or state.money is None
     count, state.count = _update_reading(state.count, balance.count, source, sent_at, received_at)
     money, state.money = _update_reading(state.money, balance.money_fen, source, sent_at, received_at)
     if sent_at > state.last_increase_at:
         attribute_drop(state, max(-count, 0), max(-money, 0))
     reconcile_balance(state, balance, sent_at, received_at)
-    rises = count > 0 or money > 0
-    if begins or rises:
+    has_increased = count > 0 or money > 0
+    if is_first or has_increased:
         state.last_increase_at = received_at
-    if state.status is AccountStatus.EXHAUSTED and rises:
+    if state.status is AccountStatus.EXHAUSTED and has_increased:
         state.status = AccountStatus.OPEN
     if state.status is AccountStatus.OPEN and not _stays_above_floors(state, policy, None, 0):
         _close_account(state, AccountStatus.EXHAUSTED, received_at)
 
 
 def close_on_refusal(state: AccountState, status: AccountStatus, sent_at: int, received_at: int) -> None:
-    """The upstream said that the account can't pay, or that it does not know it.
-
-    An answer whose request was sent before the known figures were asked for is too old to close anything.
-    """
-    newest = max((figure.sent_at for figure in (state.count, state.money) if figure), default=0)
-    if sent_at >= max(newest, state.reopened_at):
+    """Close an account that can't pay or is unknown, unless the refusal is older than the known balance."""
+    last_sent_at = max((reading.sent_at for reading in (state.count, state.money) if reading), default=0)
+    if sent_at >= max(last_sent_at, state.reopened_at):
         _close_account(state, status, received_at)
         state.closed_at = sent_at
 
 
 def open_on_acceptance(state: AccountState, sent_at: int) -> None:
-    """The upstream took a submission: the account is known and could pay, unless a later one was refused."""
+    """Open an account that accepted a submission, unless a later one was refused."""
     if sent_at > state.closed_at:
         state.status = AccountStatus.OPEN
 
 
 def is_balance_check_due(state: AccountState, policy: AccountPolicy, now: int, *, count_only: bool) -> bool:
-    """Whether the newest finished task is to be checked again, which tells the balance without spending any.
+    """Whether to check the last finished task again, which reads the balance at no cost.
 
-    That is so for an account that is exhausted, or too close to its floor for some task, for one whose figures may lack
-    submissions that have ended, and where a tenant that may spend nothing but uses (`count_only`) waits for some: once
-    per interval.
+    Once per interval for an account that is exhausted or too close to its floor for some task, whose balance lacks
+    ended submissions, or whose `count_only` tenant waits for prepaid uses.
     """
     if (
         state.last_finished_task is None
@@ -464,7 +452,6 @@ def is_balance_check_due(state: AccountState, policy: AccountPolicy, now: int, *
 
 
 def start_balance_check(state: AccountState, now: int) -> None:
-    """An account is being looked at, which may tell nothing."""
     state.last_balance_check_at = now
     state.failed_balance_checks += 1
 
@@ -477,29 +464,29 @@ def record_balance_check(
     sent_at: int,
     received_at: int,
 ) -> None:
-    """Take in what a second check of a finished task told.
+    """Record a repeated check of the last finished task.
 
-    Figures that differ from those of its first check are today's: from then on all such figures are believed. One that
-    tells none is not asked again.
+    Figures that differ from those of the first check prove that checks return the current balance. Without figures the
+    task is not checked again.
     """
-    newest = state.last_finished_task
-    if newest is None or newest.reservation != reservation:
+    last_check = state.last_finished_task
+    if last_check is None or last_check.reservation != reservation:
         return
     state.failed_balance_checks = 0
     if balance.count is None or balance.money_fen is None:
         state.last_finished_task = None
         return
-    if (balance.count, balance.money_fen) != (newest.count, newest.money_fen):
+    if (balance.count, balance.money_fen) != (last_check.count, last_check.money_fen):
         state.live_balance_checks = True
     if state.live_balance_checks:
         state.last_finished_task = FinishedTaskCheck(
-            reservation, max(sent_at, newest.sent_at), balance.count, balance.money_fen
+            reservation, max(sent_at, last_check.sent_at), balance.count, balance.money_fen
         )
         observe_balance(state, policy, balance, ReadingSource.CHECK, sent_at, received_at)
 
 
 def store_finished_task(state: AccountState, reservation: str, balance: Balance, sent_at: int) -> None:
-    """A task has ended: if it told figures and none was checked later, it is the one to check again."""
+    """Remember an ended task for balance checks if it had figures and none was checked later."""
     if (
         balance.count is None
         or balance.money_fen is None
@@ -513,25 +500,22 @@ def store_finished_task(state: AccountState, reservation: str, balance: Balance,
 
 
 def _update_reading(
-    known: BalanceReading | None, value: int | None, source: ReadingSource, sent_at: int, received_at: int
+    reading: BalanceReading | None, value: int | None, source: ReadingSource, sent_at: int, received_at: int
 ) -> tuple[int, BalanceReading | None]:
-    """By how much a figure rose (or dropped, below zero), and what is known of it after an observation."""
+    """Return the change of a figure (negative for a drop) and its reading after an observation."""
     if value is None:
-        return 0, known
-    if known is None or sent_at > known.received_at:
-        return (value - known.value if known else 0), BalanceReading(value, sent_at, received_at, source)
-    if value < known.value:
-        latest = max(received_at, known.received_at)
-        return value - known.value, BalanceReading(value, max(sent_at, known.sent_at), latest, source)
-    return 0, known
+        return 0, reading
+    if reading is None or sent_at > reading.received_at:
+        return (value - reading.value if reading else 0), BalanceReading(value, sent_at, received_at, source)
+    if value < reading.value:
+        latest = max(received_at, reading.received_at)
+        return value - reading.value, BalanceReading(value, max(sent_at, reading.sent_at), latest, source)
+    return 0, reading
 
 
 def _close_account(state: AccountState, status: AccountStatus, received_at: int) -> None:
-    state.status, state.next_probe_at, state.last_balance_check_at = (
-        status,
-        received_at + PROBE_INTERVAL_MS,
-        received_at,
-    )
+    state.status = status
+    state.next_probe_at, state.last_balance_check_at = received_at + PROBE_INTERVAL_MS, received_at
 
 
 _CHARGED_STATES = frozenset({ReservationState.ACCEPTED, ReservationState.UNKNOWN})
@@ -540,7 +524,7 @@ _CHARGED_STATES = frozenset({ReservationState.ACCEPTED, ReservationState.UNKNOWN
 def recreate_reservation(
     tenant: TenantState, account: AccountState, name: str, reservation: Reservation, day: DayUsage, at: ClockReading
 ) -> None:
-    """Charge a reservation the ledger has lost as unknown, in the windows of its creation, before it is settled."""
+    """Recreate a lost reservation as unknown, in the windows of its creation."""
     roll_windows(tenant, at.server_ms)
     reservation.state, reservation.settled_at = ReservationState.UNKNOWN, at.ledger_ms
     reservation.window_starts = {window: window_bounds(window, reservation.created_at)[0] for window in Window}
@@ -564,22 +548,19 @@ def settle_reservation(
     day: DayUsage,
     at: ClockReading,
 ) -> bool:
-    """Give the reservation `name` its outcome; False if it had a final one already, and nothing changes.
-
-    `figures` is what the answer told of the balance, `closes` what a refusal said of the account.
-    """
+    """Settle the reservation `name`; return False if it has a final outcome."""
     roll_windows(tenant, at.server_ms)
-    was, state, lacked = reservation.state, account.state, True
-    if was not in {ReservationState.RESERVED, ReservationState.UNKNOWN} or was is outcome:
+    previous, state, still_expected = reservation.state, account.state, True
+    if previous not in {ReservationState.RESERVED, ReservationState.UNKNOWN} or previous is outcome:
         return False
     apply_to_windows(tenant, reservation, -1)
     apply_to_usage(day, name, reservation, -1)
-    if was is ReservationState.RESERVED:
+    if previous is ReservationState.RESERVED:
         state.unsettled -= 1
         state.open_submissions -= 1
     else:
         state.unknown_outcomes -= 1
-        lacked = resolve_untracked(state, reservation)
+        still_expected = resolve_untracked(state, reservation)
         if state.pending_inference and state.pending_inference.reservation == name:
             state.pending_inference = None
     reservation.state, reservation.settled_at = outcome, at.ledger_ms
@@ -587,9 +568,9 @@ def settle_reservation(
         state.open_submissions += 1
         reservation.balance_after = balance
         if reservation.refund:
-            reservation.refund.count = reservation.refund.money_fen = 0  # until it has ended
+            reservation.refund.count = reservation.refund.money_fen = 0  # until its task has ended
         open_on_acceptance(state, reservation.dispatched_at)
-        if was is ReservationState.UNKNOWN:
+        if previous is ReservationState.UNKNOWN:
             mark_charge_pending(state, reservation)
             add_expected_charge(state, account.policy, reservation.kind, 1)
     elif outcome is ReservationState.UNKNOWN:
@@ -597,7 +578,7 @@ def settle_reservation(
         start_inference(state, name, reservation, at.ledger_ms)
     else:
         reservation.money_holds, reservation.refund = {}, None
-        cancel_expected_charge(state, account.policy, reservation, still_expected=lacked)
+        cancel_expected_charge(state, account.policy, reservation, still_expected=still_expected)
         if account_status:
             close_on_refusal(state, account_status, reservation.dispatched_at, at.ledger_ms)
     apply_to_windows(tenant, reservation, 1)
@@ -623,23 +604,23 @@ def complete_task(
     *,
     succeeded: bool,
 ) -> Cost:
-    """Book the receipt of an accepted submission whose task has ended; `figures` were asked for at `sent`.
+    """Finish an accepted submission whose task has ended.
 
-    A check may tell the balance as it was when the task ended, which may be as long ago as its submission: where
-    anything else has happened on the account since, its figures are as old, unless checks tell the balance of now.
+    A check may return the balance at the end of the task, which may be as old as its submission: if anything else
+    happened on the account since, the reading counts as that old, unless checks return the current balance.
     """
     roll_windows(tenant, at.server_ms)
     apply_to_windows(tenant, reservation, -1)
     apply_to_usage(day, name, reservation, -1)
     state = account.state
     state.open_submissions -= 1
-    alone = reservation.exclusive and state.submission_seq == reservation.submission_seq
-    asked = min(sent_at if alone or state.live_balance_checks else reservation.dispatched_at, at.ledger_ms)
-    observe_balance(state, account.policy, balance, ReadingSource.CHECK, asked, at.ledger_ms)
+    is_exclusive = reservation.exclusive and state.submission_seq == reservation.submission_seq
+    reading_at = min(sent_at if is_exclusive or state.live_balance_checks else reservation.dispatched_at, at.ledger_ms)
+    observe_balance(state, account.policy, balance, ReadingSource.CHECK, reading_at, at.ledger_ms)
     cost = compute_cost(state, account.policy, reservation, balance, succeeded=succeeded)
     if succeeded:
         store_finished_task(state, name, balance, min(sent_at, at.ledger_ms))
-    finish_charge(state, reservation, balance, asked, at.ledger_ms)
+    finish_charge(state, reservation, balance, reading_at, at.ledger_ms)
     reservation.money_holds, reservation.cost, reservation.succeeded = {}, cost, succeeded
     reservation.balance_before = reservation.balance_after = None
     if reservation.refund:
@@ -654,55 +635,51 @@ def complete_task(
 def refund_reservation(
     tenant: TenantState, name: str, reservation: Reservation, reason: str, day: DayUsage, at: ClockReading
 ) -> RefundResult:
-    """Give what a submission was charged for back to the windows of its tenant, once.
-
-    From then on it counts for nothing in them, whatever a late answer makes of it.
-    """
+    """Refund a submission to its tenant's windows, once; it counts for nothing in them from then on."""
     roll_windows(tenant, at.server_ms)
     if reservation.refund:
         return RefundResult.ALREADY_REFUNDED
     if reservation.state in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
         return RefundResult.NOTHING_CHARGED
     if reservation.state is ReservationState.UNKNOWN:
-        given = Refund(at.server_ms, reason, 0, reservation.money_holds.get(Window.DAY, 0))
+        refund = Refund(at.server_ms, reason, 0, reservation.money_holds.get(Window.DAY, 0))
     elif reservation.cost is None:
         return RefundResult.RUNNING
     else:
-        given = Refund(at.server_ms, reason, reservation.cost.count, reservation.cost.money_fen)
+        refund = Refund(at.server_ms, reason, reservation.cost.count, reservation.cost.money_fen)
     apply_to_windows(tenant, reservation, -1)
     apply_to_usage(day, name, reservation, -1)
-    reservation.refund = given
+    reservation.refund = refund
     apply_to_windows(tenant, reservation, 1)
     apply_to_usage(day, name, reservation, 1)
     return RefundResult.REFUNDED
 
 
 def apply_to_windows(tenant: TenantState, reservation: Reservation, sign: int) -> None:
-    """Put in what a reservation counts for in the windows it was counted in; with a sign of -1 take it out."""
-    holds_place = reservation.state is ReservationState.RESERVED
-    runs = reservation.state is ReservationState.ACCEPTED and reservation.cost is None
-    charged = reservation.state in _CHARGED_STATES and not reservation.refund
-    if holds_place or runs:
+    """Add what a reservation counts for in its windows; with a sign of -1 remove it."""
+    is_reserved = reservation.state is ReservationState.RESERVED
+    is_running = reservation.state is ReservationState.ACCEPTED and reservation.cost is None
+    is_charged = reservation.state in _CHARGED_STATES and not reservation.refund
+    if is_reserved or is_running:
         tenant.active_tasks += sign
         tenant.active_by_kind[reservation.kind] = tenant.active_by_kind.get(reservation.kind, 0) + sign
     for window in Window:
-        each = find_counter(tenant, window, reservation.window_starts.get(window))
-        if each is None:
+        counter = find_counter(tenant, window, reservation.window_starts.get(window))
+        if counter is None:
             continue
         held = reservation.money_holds.get(window, 0)
-        each.tasks_reserved += sign * holds_place
-        each.money_reserved_fen += sign * held * (holds_place or runs)
-        if charged:
-            each.tasks += sign
-            each.money_fen += sign * (reservation.cost.money_fen if reservation.cost else held * (not runs))
+        counter.tasks_reserved += sign * is_reserved
+        counter.money_reserved_fen += sign * held * (is_reserved or is_running)
+        if is_charged:
+            counter.tasks += sign
+            counter.money_fen += sign * (reservation.cost.money_fen if reservation.cost else held * (not is_running))
 
 
 def _count_overrun(tenant: TenantState, policy: TenantPolicy, reservation: Reservation, money_fen: int) -> None:
-    """Count how much of what was just charged lies beyond the limits."""
     for limit in policy.limits:
-        each = find_counter(tenant, limit.window, reservation.window_starts.get(limit.window))
-        if limit.money_fen is not None and each:
-            each.overrun_fen += min(max(each.money_fen - limit.money_fen, 0), money_fen)
+        counter = find_counter(tenant, limit.window, reservation.window_starts.get(limit.window))
+        if limit.money_fen is not None and counter:
+            counter.overrun_fen += min(max(counter.money_fen - limit.money_fen, 0), money_fen)
 
 
 def reserve_place(
@@ -712,12 +689,9 @@ def reserve_place(
     reservation: Reservation,
     at: ClockReading,
 ) -> Verdict:
-    """Hold a place for `reservation`, which says tenant, kind and lease, on the first account that can pay.
-
-    The tenant's policies are asked first. A refusal changes nothing.
-    """
+    """Reserve on the first account that can pay; the tenant's policies come first. A refusal changes nothing."""
     roll_windows(tenant, at.server_ms)
-    chosen, retry = choose_account(accounts, policy.spending_mode, reservation.kind, at.ledger_ms)
+    chosen, retry_at = choose_account(accounts, policy.spending_mode, reservation.kind, at.ledger_ms)
     violations = _find_violations(tenant, policy, at.server_ms)
     holds: dict[Window, int] = {}
     if chosen:
@@ -727,7 +701,7 @@ def reserve_place(
     if violations:
         return PolicyDenial(tuple(violations), at.server_ms)
     if chosen is None:
-        return NoAccount(retry and to_server_time(at, retry), at.server_ms)
+        return NoAccount(retry_at and to_server_time(at, retry_at), at.server_ms)
     reservation.window_starts = {window: tenant.windows[window].key for window in Window}
     _assign_account(chosen, reservation, holds, policy.spending_mode, at.ledger_ms)
     apply_to_windows(tenant, reservation, 1)
@@ -743,17 +717,13 @@ def change_account(
     reservation: Reservation,
     at: ClockReading,
 ) -> Verdict:
-    """Move a reservation that `left` did not take to the next of `accounts`, keeping its place in the windows.
-
-    `why` closes the account that was left; without it there was merely no connection. A refusal moves nothing: the
-    reservation stays where it is, to be settled.
-    """
+    """Move a reservation to the next account, with its place in the windows; a refusal moves nothing."""
     roll_windows(tenant, at.server_ms)
     if account_status:
         close_on_refusal(previous.state, account_status, reservation.dispatched_at, at.ledger_ms)
-    chosen, retry = choose_account(accounts, policy.spending_mode, reservation.kind, at.ledger_ms)
+    chosen, retry_at = choose_account(accounts, policy.spending_mode, reservation.kind, at.ledger_ms)
     if chosen is None:
-        return NoAccount(retry and to_server_time(at, retry), at.server_ms)
+        return NoAccount(retry_at and to_server_time(at, retry_at), at.server_ms)
     apply_to_windows(tenant, reservation, -1)
     price = price_hold(chosen.state, chosen.policy, reservation.kind)
     violations, holds = _compute_holds(tenant, policy.limits, price, at.server_ms)
@@ -769,39 +739,38 @@ def change_account(
 
 
 def _find_violations(tenant: TenantState, policy: TenantPolicy, now: int) -> list[Violation]:
-    found = []
+    violations = []
     for limit in policy.limits:
         if limit.tasks is None:
             continue
-        each = tenant.windows[limit.window]
-        if each.tasks + each.tasks_reserved >= limit.tasks:
-            found.append(_make_violation(limit.window, UNIT_TASKS, limit.tasks, now))
+        counter = tenant.windows[limit.window]
+        if counter.tasks + counter.tasks_reserved >= limit.tasks:
+            violations.append(_make_violation(limit.window, UNIT_TASKS, limit.tasks, now))
     if policy.max_active is not None and tenant.active_tasks >= policy.max_active:
-        found.append(Violation(MAX_ACTIVE_POLICY, policy.max_active, None))
-    return found
+        violations.append(Violation(MAX_ACTIVE_POLICY, policy.max_active, None))
+    return violations
 
 
 def _compute_holds(
     tenant: TenantState, limits: Sequence[Limit], price: int | None, now: int
 ) -> tuple[list[Violation], dict[Window, int]]:
-    """What each window has to hold for a price, and the limits on money that can't.
+    """Return the limits on money that refuse a price, and what each window holds for it.
 
-    Without a known price a limited window holds all that remains of it, and one without a limit the most of those: each
-    is counted, so that a limit added later starts right.
+    Without a known price a limited window holds all that remains, an unlimited one the most of those.
     """
     refused: list[Violation] = []
     holds: dict[Window, int] = {}
     for limit in limits:
         if limit.money_fen is None:
             continue
-        each = tenant.windows[limit.window]
-        remaining = limit.money_fen - each.money_fen - each.money_reserved_fen
-        wanted = max(remaining, 1) if price is None else price
-        if wanted > max(remaining, 0):
+        counter = tenant.windows[limit.window]
+        remaining = limit.money_fen - counter.money_fen - counter.money_reserved_fen
+        hold = max(remaining, 1) if price is None else price
+        if hold > max(remaining, 0):
             refused.append(_make_violation(limit.window, UNIT_MONEY, limit.money_fen, now))
-        holds[limit.window] = wanted
-    elsewhere = max(holds.values(), default=0) if price is None else price
-    holds = {window: holds.get(window, elsewhere) for window in Window}
+        holds[limit.window] = hold
+    unlimited_hold = max(holds.values(), default=0) if price is None else price
+    holds = {window: holds.get(window, unlimited_hold) for window in Window}
     return refused, holds if any(holds.values()) else {}
 
 
@@ -812,13 +781,13 @@ def _make_violation(window: Window, unit: str, limit: int, now: int) -> Violatio
 def _assign_account(
     account: Candidate, reservation: Reservation, holds: dict[Window, int], spending_mode: SpendingMode, now: int
 ) -> None:
-    """Point a reservation at an account, whose figures it remembers for its receipt.
+    """Assign a reservation to an account and remember its balance.
 
-    A probe remembers none: if it is taken, somebody has topped the account up since.
+    A probe remembers none: its acceptance means that the account was topped up.
     """
     state = account.state
     if account.is_probe:
-        state.next_probe_at = now + availability.PROBE_INTERVAL_MS
+        state.next_probe_at = now + PROBE_INTERVAL_MS
     state.submission_seq += 1
     reservation.account, reservation.dispatched_at, reservation.submission_seq = account.id, now, state.submission_seq
     reservation.exclusive, reservation.balance_exact = state.open_submissions == 0, state.unaccounted_charges == 0
@@ -835,10 +804,9 @@ def _assign_account(
 
 
 def next_check_delay(poll_ms: int, age_ms: int, failures: int, *, is_watched: bool) -> int:
-    """How long after a check the next one is due: `poll` at the least.
+    """Return the delay until the next check.
 
-    A task that somebody looks at or waits for (`interesting`) is checked each time; else the less often the older it
-    is, as what ran for minutes may run for more. Checks that failed in a row (`misses`) are repeated ever later.
+    A watched task is checked each time, another one less often with its age; failures back off.
     """
     if failures:
         return min(poll_ms << failures, max(MAX_CHECK_BACKOFF_MS, poll_ms))
