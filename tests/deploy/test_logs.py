@@ -45,17 +45,17 @@ def logged_events() -> dict[str, Event]:
 def _call_events(call: ast.Call, function: ast.Attribute) -> Iterator[tuple[str, Event]]:
     """Yield the event of a logging call. Registry changes are logged where they are written."""
     logger = ast.unparse(function.value).rpartition(".")[2]
-    words = {each.arg for each in call.keywords if each.arg}
-    told = frozenset("exception" if each == "exc_info" else each for each in words)
-    more = any(each.arg is None for each in call.keywords)
+    words = {keyword.arg for keyword in call.keywords if keyword.arg}
+    keys = frozenset("exception" if word == "exc_info" else word for word in words)
+    more = any(keyword.arg is None for keyword in call.keywords)
     if function.attr == "update_registry":
-        yield _literal_text(call.args[0]), Event(frozenset({"info"}), told | {"version"}, open=more)
+        yield _literal_text(call.args[0]), Event(frozenset({"info"}), keys | {"version"}, open=more)
     elif logger in {"_log", "logger", "_logger"} and function.attr == "log":
-        levels = frozenset(each.lower() for each in re.findall(r"logging\.([A-Z]+)", ast.unparse(call.args[0])))
-        yield _literal_text(call.args[1]), Event(levels, told, open=more)
+        levels = frozenset(level.lower() for level in re.findall(r"logging\.([A-Z]+)", ast.unparse(call.args[0])))
+        yield _literal_text(call.args[1]), Event(levels, keys, open=more)
     elif logger in {"_log", "logger", "_logger"} and function.attr in _LEVELS and ast.unparse(call.args[0]) != "event":
         traceback = frozenset({"exception"} if function.attr == "exception" else ())
-        yield _literal_text(call.args[0]), Event(frozenset({_LEVELS[function.attr]}), result | traceback, open=more)
+        yield _literal_text(call.args[0]), Event(frozenset({_LEVELS[function.attr]}), keys | traceback, open=more)
 
 
 def _literal_text(node: ast.expr) -> str:

@@ -33,7 +33,7 @@ Sample = Mapping[str, Any]
 
 @dataclass
 class Prometheus:
-    """A running server. `started_at` and `evaluated_at`, the time of the final evaluation, are in seconds of the epoch."""
+    """A running server. `started_at` and `evaluated_at` (the final evaluation) are in seconds of the epoch."""
 
     url: str
     http: httpx2.Client
