@@ -95,7 +95,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
     async def list_accounts() -> AccountList:
         accounts = await registry_admin.list_accounts()
         states = await registry_admin.account_states(accounts)
-        return AccountList([render_account(each, states[each.id]) for each in accounts])
+        return AccountList([render_account(account, states[account.id]) for account in accounts])
 
     @get(
         "/accounts/{name:str}",
@@ -210,7 +210,7 @@ _KEY_PATH, _SECRET_PATH, _URL_PATH = ("user_key", "value"), ("webhook", "secret"
 
 def diff_registry(plan: RegistryPlan, now: float) -> list[Difference]:
     """What a plan changes, at a time in seconds since the epoch; of secrets only that they change."""
-    before, after = (_to_plain(render_registry(each, now), plan.assigned_ids) for each in (plan.before, plan.after))
+    before, after = (_to_plain(render_registry(item, now), plan.assigned_ids) for item in (plan.before, plan.after))
     rekeyed, resigned = (
         plan.changed_keys & plan.before.accounts.keys(),
         plan.changed_secrets & plan.before.tenants.keys(),
@@ -224,7 +224,7 @@ def diff_registry(plan: RegistryPlan, now: float) -> list[Difference]:
             for name in plan.generated_secrets
         ),
     ]
-    return sorted(found, key=lambda each: each.path)
+    return sorted(found, key=lambda item: item.path)
 
 
 def _to_plain(body: RegistryBody, assigned_ids: Collection[int]) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _diff_mappings(before: Mapping[str, Any], after: Mapping[str, Any], *path: s
 def _redact_urls(value: Any, *path: str) -> Any:
     """A value as it may stand in the log of whatever applies a registry: of a webhook the address without its query."""
     if isinstance(value, dict):
-        return {key: _redact_urls(each, *path, key) for key, each in value.items()}
+        return {key: _redact_urls(item, *path, key) for key, item in value.items()}
     if path[-2:] == _URL_PATH and value is not None and strip_query(value) != value:
         return f"{strip_query(value)}?…"
     return value
@@ -347,7 +347,7 @@ def _registry_etag(version: int) -> str:
 
 def etag_matches(header: str | None, version: int) -> bool:
     """Whether If-Match names a version; without it every one will do."""
-    tags = [each.strip() for each in (header or _ANY_ETAG).split(",")]
+    tags = [part.strip() for part in (header or _ANY_ETAG).split(",")]
     return _ANY_ETAG in tags or _registry_etag(version) in tags
 
 
@@ -391,7 +391,7 @@ def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
         responses=openapi.problem_responses(401, "invalid-options", "ledger-unavailable"),
     )
     async def failed(limit: MaxListed = 100) -> DeliveryList:
-        return DeliveryList([render_delivery(each) for each in await webhooks.list_failed(limit)])
+        return DeliveryList([render_delivery(item) for item in await webhooks.list_failed(limit)])
 
     @post(
         "/webhooks/{delivery_id:str}/redeliver",

@@ -206,7 +206,7 @@ class AccountBody(Struct, frozen=True, forbid_unknown_fields=True):
         """The part that the ledger goes by. Raises InvalidOptions for amounts that are none."""
         faults = ErrorCollector()
         floor = faults.collect("", 0, _to_fen, "floor_money", self.floor_money)
-        prices = {kind: faults.collect("max_price", 0, _to_fen, kind, each) for kind, each in self.max_price.items()}
+        prices = {kind: faults.collect("max_price", 0, _to_fen, kind, item) for kind, item in self.max_price.items()}
         faults.raise_if_any()
         return AccountPolicy(self.floor_count, floor, prices)
 
@@ -239,11 +239,11 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
             *_find_repeated("kinds", "kind", self.kinds or []),
         ]
         limits = []
-        for place, each in enumerate(self.limits):
-            if each.tasks is None and each.money is None:
+        for place, limit in enumerate(self.limits):
+            if limit.tasks is None and limit.money is None:
                 faults.add(f"limits[{place}]", "must limit tasks, money or both")
-            money = each.money and faults.collect(f"limits[{place}]", 0, _to_fen, "money", each.money)
-            limits.append(Limit(each.window, each.tasks, None if money is None else int(money)))
+            money = limit.money and faults.collect(f"limits[{place}]", 0, _to_fen, "money", limit.money)
+            limits.append(Limit(limit.window, limit.tasks, None if money is None else int(money)))
         webhook = faults.collect("", Webhook(), self.webhook.to_webhook) if self.webhook else Webhook()
         faults.raise_if_any()
         return Tenant(
@@ -383,8 +383,8 @@ def render_tenant(
         name=tenant.name,
         accounts=list(tenant.accounts),
         limits=[
-            LimitView(each.window, each.tasks, None if each.money_fen is None else to_yuan(each.money_fen))
-            for each in limits
+            LimitView(limit.window, limit.tasks, None if limit.money_fen is None else to_yuan(limit.money_fen))
+            for limit in limits
         ],
         max_active=tenant.policy.max_active,
         spending_mode=tenant.policy.spending_mode,
@@ -553,7 +553,7 @@ class TenantEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         )
         tenant = faults.collect(where, Tenant(0, name, ()), body.to_tenant, name)
         secret = faults.collect(where, b"", webhooks.parse_secret, entry.value) if entry.value is not None else None
-        tokens = tuple(each.to_token(token_id, where, faults) for token_id, each in self.tokens.items())
+        tokens = tuple(token.to_token(token_id, where, faults) for token_id, token in self.tokens.items())
         return DesiredTenant(replace(tenant, id=self.id or 0), tokens, secret, entry.to_secret_ref())
 
 
@@ -566,8 +566,8 @@ class RegistryBody(Struct, frozen=True, forbid_unknown_fields=True, omit_default
     def to_desired(self, *, prune: bool) -> DesiredRegistry:
         """What it describes. Raises InvalidOptions with all faults."""
         faults = ErrorCollector()
-        accounts = tuple(each.to_desired(name, faults) for name, each in self.accounts.items())
-        tenants = tuple(each.to_desired(name, faults) for name, each in self.tenants.items())
+        accounts = tuple(account.to_desired(name, faults) for name, account in self.accounts.items())
+        tenants = tuple(tenant.to_desired(name, faults) for name, tenant in self.tenants.items())
         faults.raise_if_any()
         return DesiredRegistry(accounts, tenants, prune)
 
@@ -620,12 +620,12 @@ class ReencryptResult(Struct, frozen=True):
 def render_registry(registry: Registry, now: float) -> RegistryBody:
     """The registry as it is at a time (seconds since the epoch), by name; without tokens that have expired."""
     tokens = defaultdict[int, list[Token]](list)
-    for token in sorted(registry.tokens.values(), key=lambda each: (each.created_at, each.id)):
+    for token in sorted(registry.tokens.values(), key=lambda item: (item.created_at, item.id)):
         if token.is_valid_at(now):
             tokens[token.tenant].append(token)
     return RegistryBody(
-        {name: _account_entry(each) for name, each in sorted(registry.accounts.items())},
-        {name: _tenant_entry(each, tokens[each.id]) for name, each in sorted(registry.tenants.items())},
+        {name: _account_entry(account) for name, account in sorted(registry.accounts.items())},
+        {name: _tenant_entry(tenant, tokens[tenant.id]) for name, tenant in sorted(registry.tenants.items())},
     )
 
 
@@ -666,13 +666,13 @@ def _tenant_entry(tenant: Tenant, tokens: list[Token]) -> TenantEntry:
     return TenantEntry(
         id=tenant.id,
         accounts=list(tenant.accounts),
-        limits=[_limit_body(each) for each in tenant.policy.limits],
+        limits=[_limit_body(limit) for limit in tenant.policy.limits],
         max_active=tenant.policy.max_active,
         spending_mode=tenant.policy.spending_mode,
         kinds=None if tenant.kinds is None else list(tenant.kinds),
         webhook=None if told.url is None else WebhookEntry(told.url, list(told.allow), secret),
         disabled=tenant.disabled,
-        tokens={each.id: _token_entry(each) for each in tokens},
+        tokens={token.id: _token_entry(token) for token in tokens},
     )
 
 

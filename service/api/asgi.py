@@ -258,5 +258,5 @@ def HeadMiddleware(app: App) -> App:  # noqa: N802 - becomes a class
 
 def _add_head_to_allow(name: bytes, value: bytes) -> tuple[bytes, bytes]:
     """A header, and if it lists the methods allowed, with HEAD where it has GET."""
-    methods = [each.strip() for each in value.split(b",")] if name.lower() == _ALLOW_HEADER else []
+    methods = [part.strip() for part in value.split(b",")] if name.lower() == _ALLOW_HEADER else []
     return (name, b", ".join([*methods, b"HEAD"])) if b"GET" in methods and b"HEAD" not in methods else (name, value)

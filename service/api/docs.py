@@ -600,7 +600,7 @@ def docs_page(document: Mapping[str, Any]) -> bytes:
 
 def _group_operations(document: Node) -> dict[str, list[Operation]]:
     """The operations by their first tag, in the order in which the document declares the tags."""
-    groups: dict[str, list[Operation]] = {each["name"]: [] for each in document.get("tags", ())}
+    groups: dict[str, list[Operation]] = {entry["name"]: [] for entry in document.get("tags", ())}
     for path, item in document.get("paths", {}).items():
         for method in _METHODS:
             if method in item:
@@ -654,7 +654,7 @@ def _render_introduction(document: Node, schemas: Schemas) -> Html:
 
 
 def _render_group(document: Node, name: str, articles: Iterable[Html]) -> Html:
-    about = [each.get("description", "") for each in document.get("tags", ()) if each["name"] == name]
+    about = [item.get("description", "") for item in document.get("tags", ()) if item["name"] == name]
     return tag("section", tag("h2", name), *map(prose, about), *articles, id=anchor("group", name))
 
 

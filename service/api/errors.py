@@ -36,10 +36,10 @@ def rate_limit_headers(limits: Sequence[RateLimit]) -> dict[str, str]:
         return {}
     return {
         "RateLimit-Policy": ", ".join(
-            f'"{each.policy}";q={each.limit}{_format_parameter("w", each.window_seconds)}' for each in limits
+            f'"{limit.policy}";q={limit.limit}{_format_parameter("w", limit.window_seconds)}' for limit in limits
         ),
         "RateLimit": ", ".join(
-            f'"{each.policy}";r={each.remaining}{_format_parameter("t", each.resets_in_seconds)}' for each in limits
+            f'"{limit.policy}";r={limit.remaining}{_format_parameter("t", limit.resets_in_seconds)}' for limit in limits
         ),
     }
 
@@ -189,7 +189,7 @@ PROBLEMS: tuple[ProblemType, ...] = tuple(
             TOO_MANY_ACTIVE_TASKS,
             INTERNAL_ERROR,
         },
-        key=lambda each: (each.status, each.code),
+        key=lambda item: (item.status, item.code),
     )
 )
 """Every kind of problem there is, by status."""
@@ -226,12 +226,16 @@ def to_problem(error: errors.GatewayError) -> ProblemResponse:
         case errors.QuotaDenied():
             kind = _quota_problem_type({violation.policy for violation in error.violations})
             extras["violated_policies"] = [
-                {"policy": each.policy, "limit": _limit_in_unit(each), "resets_at": _format_rfc3339(each.resets_at)}
-                for each in error.violations
+                {
+                    "policy": violation.policy,
+                    "limit": _limit_in_unit(violation),
+                    "resets_at": _format_rfc3339(violation.resets_at),
+                }
+                for violation in error.violations
             ]
             headers |= rate_limit_headers(error.limits)
         case errors.InvalidOptions():
-            extras["errors"] = [{"field": each.field, "detail": each.detail} for each in error.errors]
+            extras["errors"] = [{"field": item.field, "detail": item.detail} for item in error.errors]
         case errors.SubmissionUnknown():
             extras["submission_id"] = error.submission_id
             headers |= REPLAYED_HEADERS if error.is_replay else {}
@@ -345,9 +349,9 @@ def _field_errors(request: Request[Any, Any, Any], error: ValidationException) -
     if missing := _MISSING_PARAMETER.match(error.detail):
         return [errors.FieldError(missing[1], "is required")]
     found: dict[str, errors.FieldError] = {}
-    for each in error.extra if isinstance(error.extra, list) else ():
-        key = str(each.get("key", _BODY_PARAMETER))
-        if key == _BODY_PARAMETER or each.get("source") == "body":
+    for item in error.extra if isinstance(error.extra, list) else ():
+        key = str(item.get("key", _BODY_PARAMETER))
+        if key == _BODY_PARAMETER or item.get("source") == "body":
             found |= {fault.field: fault for fault in _body_errors(request, key)}
         else:
             fault = _parameter_error(request, key)
@@ -365,8 +369,8 @@ def _body_errors(request: Request[Any, Any, Any], key: str) -> list[errors.Field
         return [errors.FieldError("body", "is required" if sent is Empty else "must be an object")]
     found = validate_tree(sent, request.route_handler.parsed_fn_signature.parameters[_BODY_PARAMETER].annotation, "")
     return [
-        errors.FieldError(each.field or "body", each.detail.replace("must be a table", "must be an object"))
-        for each in found
+        errors.FieldError(item.field or "body", item.detail.replace("must be a table", "must be an object"))
+        for item in found
     ] or [errors.FieldError("body" if key == _BODY_PARAMETER else key, "is not what it must be")]
 
 
@@ -374,7 +378,7 @@ def _parameter_error(request: Request[Any, Any, Any], name: str) -> errors.Field
     """What a parameter must be, under the name that callers know."""
     parameter = request.route_handler.parsed_fn_signature.parameters[name]
     about = parameter.kwarg_definition
-    least, most = (getattr(about, each, None) for each in ("ge", "le"))
+    least, most = (getattr(about, item, None) for item in ("ge", "le"))
     kind = parameter.annotation
     if least is not None or most is not None:
         kind = Annotated[kind, msgspec.Meta(ge=least, le=most)]

@@ -171,7 +171,7 @@ def legacy_routes(
             task = (await reader.read(tenant, dict(fields).get("task_id", ""))).task
             if task.state is not State.SUCCEEDED:
                 return Checked(0, _STATES[task.state])
-            urls: dict[str, Any] = {_URL_FIELDS[each.name]: each.url for each in task.artifacts}
+            urls: dict[str, Any] = {_URL_FIELDS[artifact.name]: artifact.url for artifact in task.artifacts}
             return Checked(0, _STATES[task.state], **urls, **await _remaining_fields(quota, tenant))
 
         return await _respond(answer, _check_message)
@@ -202,7 +202,7 @@ def _parse_fields(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
         return parse_options(kind, list(given.items()), catalogue)
     except InvalidOptions as error:
         theirs = {ours: name for name, ours in names.items()}
-        raise InvalidOptions([FieldError(theirs[each.field], each.detail) for each in error.errors]) from None
+        raise InvalidOptions([FieldError(theirs[item.field], item.detail) for item in error.errors]) from None
 
 
 def _normalize_value(option: str, text: str) -> str:
@@ -266,7 +266,9 @@ def _submit_message(error: GatewayError) -> str:
 
 
 def _is_active_limit_only(error: GatewayError) -> bool:
-    return isinstance(error, QuotaDenied) and {each.policy for each in error.violations} == {MAX_ACTIVE_POLICY}
+    return isinstance(error, QuotaDenied) and {violation.policy for violation in error.violations} == {
+        MAX_ACTIVE_POLICY
+    }
 
 
 def _check_message(error: GatewayError) -> str:

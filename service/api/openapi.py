@@ -88,9 +88,11 @@ FILE_TYPES = tuple(EXTENSIONS)
 
 def problem_responses(*codes_or_statuses: int | str) -> dict[int, ResponseSpec]:
     """The problems an operation may answer with: those of these codes, and all those of these statuses."""
-    found = [each for each in PROBLEMS if each.code in codes_or_statuses or each.status in codes_or_statuses]
+    found = [
+        problem for problem in PROBLEMS if problem.code in codes_or_statuses or problem.status in codes_or_statuses
+    ]
     return {
-        status: _problem_response([each for each in found if each.status == status])
+        status: _problem_response([item for item in found if item.status == status])
         for status in {e.status for e in found}
     }
 
@@ -98,10 +100,10 @@ def problem_responses(*codes_or_statuses: int | str) -> dict[int, ResponseSpec]:
 def _problem_response(kinds: Sequence[ProblemType]) -> ResponseSpec:
     return ResponseSpec(
         Problem,
-        description="\n".join(f"- `{each.code}`: {each.description}" for each in kinds),
+        description="\n".join(f"- `{kind.code}`: {kind.description}" for kind in kinds),
         media_type=MEDIA_TYPE,
         generate_examples=False,
-        examples=[Example(id=each.code) for each in kinds],  # shown by `service.api.document`
+        examples=[Example(id=kind.code) for kind in kinds],  # shown by `service.api.document`
     )
 
 
@@ -181,14 +183,14 @@ def _option_schemas(kind: Kind, catalogue: Catalogue | None) -> dict[str, Schema
     (plain,), components = msgspec.json.schema_components([options])
     described: dict[str, Any] = components[plain["$ref"].rpartition("/")[2]]["properties"]
     schemas = {}
-    for name, each in described.items():
+    for name, item in described.items():
         schemas[name] = Schema(
-            type=OpenAPIType(each["type"]),
-            description=each.get("description"),
-            default=each.get("default"),
-            minimum=each.get("minimum"),
-            maximum=each.get("maximum"),
-            max_length=each.get("maxLength"),
+            type=OpenAPIType(item["type"]),
+            description=item.get("description"),
+            default=item.get("default"),
+            minimum=item.get("minimum"),
+            maximum=item.get("maximum"),
+            max_length=item.get("maxLength"),
         )
     if catalogue and kind is Kind.UPSCALE:
         schemas["model"].examples = list(catalogue.models)

@@ -226,7 +226,7 @@ _PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
 
 def example_problem(code: str) -> dict[str, Any]:
     """An example of a problem."""
-    kind = next(each for each in PROBLEMS if each.code == code)
+    kind = next(problem for problem in PROBLEMS if problem.code == code)
     return {
         "type": f"urn:imaging-gateway:problem:{code}",
         "title": kind.title,
@@ -274,7 +274,7 @@ def _event_schema() -> dict[str, Any]:
         "type": "object",
         "description": "What a tenant is told when a task has ended.",
         "properties": {
-            "type": {"type": "string", "enum": [each.value for each in WebhookEvent]},
+            "type": {"type": "string", "enum": [item.value for item in WebhookEvent]},
             "timestamp": {"type": "string", "format": "date-time", "description": "When the task ended."},
             "data": {"$ref": "#/components/schemas/TaskView"},
         },
@@ -446,11 +446,11 @@ def _list_operations(document: Node) -> Iterator[Node]:
 
 def _complete_responses(responses: Node) -> Iterator[tuple[str, Node]]:
     """The responses by status, without those that Litestar assumes, with the headers each comes with."""
-    of_success = [_HEADER_NAMES[each.lower()] for each in responses.get("200", {}).get("headers", ())]
+    of_success = [_HEADER_NAMES[item.lower()] for item in responses.get("200", {}).get("headers", ())]
     for status, response in sorted(responses.items()):
         if _is_framework_error(response):
             continue
-        names = [_HEADER_NAMES[each.lower()] for each in response.get("headers", ())]
+        names = [_HEADER_NAMES[item.lower()] for item in response.get("headers", ())]
         if status == "206":
             names += [*of_success, "Content-Range"]
         if status == "304":
@@ -514,7 +514,7 @@ def _normalize_body(body: Node) -> None:
 
 def _without_null(schema: Node) -> Node:
     """What a value is where there is one at all: parameters and contents are never null."""
-    options: list[Node] = [each for each in schema.get("oneOf", ()) if each != {"type": "null"}]
+    options: list[Node] = [item for item in schema.get("oneOf", ()) if item != {"type": "null"}]
     if len(options) != 1:
         return schema
     return options[0] | {key: value for key, value in schema.items() if key != "oneOf"}
@@ -531,7 +531,7 @@ def _normalize(node: Any) -> Any:
             }
             return _normalize_schema(kept)
         case list():
-            return [_normalize(each) for each in node]
+            return [_normalize(item) for item in node]
         case Decimal() | float() if node == int(node):
             return int(node)
         case Decimal():
@@ -544,8 +544,8 @@ def _normalize_schema(node: Node) -> Node:
     """A schema said more simply; anything else as it is."""
     if {"type": "number"} in node.get("oneOf", ()):
         # A whole number would be both, which `oneOf` does not allow.
-        node = node | {"oneOf": [each for each in node["oneOf"] if each != {"type": "integer"}]}
-    if {each.get("type") for each in node.get("oneOf", ())} >= _JSON_TYPES:
+        node = node | {"oneOf": [item for item in node["oneOf"] if item != {"type": "integer"}]}
+    if {item.get("type") for item in node.get("oneOf", ())} >= _JSON_TYPES:
         # Client generators write invalid code for a choice of all types.
         node = {key: value for key, value in node.items() if key != "oneOf"}
     for choice in ("oneOf", "allOf"):
@@ -563,7 +563,7 @@ def _normalize_schema(node: Node) -> Node:
 def _rename_references(node: Any, names: Mapping[str, str]) -> Any:
     """A part of the document with its references to schemas under other names."""
     if isinstance(node, list):
-        return [_rename_references(each, names) for each in node]
+        return [_rename_references(item, names) for item in node]
     if not isinstance(node, dict):
         return node
     head, _, name = str(node.get("$ref", "")).rpartition("/")

@@ -44,10 +44,12 @@ def check_query(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
     A token whose mistyped grace was overlooked would be gone at once. Raises InvalidOptions.
     """
     query = connection.query_params
-    parameters = {name: each.kwarg_definition for name, each in handler.parsed_fn_signature.parameters.items()}
-    known = {each.name or name for name, each in parameters.items() if isinstance(each, QueryParameter)}
+    parameters = {
+        name: parameter.kwarg_definition for name, parameter in handler.parsed_fn_signature.parameters.items()
+    }
+    known = {parameter.name or name for name, parameter in parameters.items() if isinstance(parameter, QueryParameter)}
     errors = [FieldError(name, "is unknown") for name in sorted(query.keys() - known)]
-    errors += [FieldError(name, "is given more than once") for name, each in query.dict().items() if len(each) > 1]
+    errors += [FieldError(name, "is given more than once") for name, item in query.dict().items() if len(item) > 1]
     errors += [FieldError(name, "must not be null") for name, value in query.multi_items() if value == "null"]
     if errors:
         raise InvalidOptions(errors)
@@ -68,9 +70,9 @@ def parse_date(name: str, text: str | None) -> date | None:
 def parse_choices(name: str, text: str, choices: Collection[E]) -> tuple[E, ...]:
     """Some choices, separated by commas, or `none` of them. Raises InvalidOptions."""
     words = [] if text in {"", _NONE} else text.split(",")
-    if len(set(words)) < len(words) or not set(words) <= {str(each) for each in choices}:
+    if len(set(words)) < len(words) or not set(words) <= {str(choice) for choice in choices}:
         raise InvalidOptions([FieldError(name, f"must be {_NONE}, or some of {', '.join(choices)}, each once")])
-    return tuple(each for each in choices if each in words)
+    return tuple(choice for choice in choices if choice in words)
 
 
 MAX_WAIT_SECONDS = 60

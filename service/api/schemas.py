@@ -173,7 +173,8 @@ def render_task(task: Task) -> TaskView:
         options=msgspec.json.decode(task.options),
         metadata=msgspec.json.decode(task.metadata),
         artifacts=[
-            Artifact(each.name, each.url, f"{task_path(task)}/artifacts/{each.name}") for each in task.artifacts
+            Artifact(artifact.name, artifact.url, f"{task_path(task)}/artifacts/{artifact.name}")
+            for artifact in task.artifacts
         ],
         error=TaskError(task.error.code, task.error.detail) if task.error else None,
         cost=Cost(task.cost.count, to_yuan(task.cost.money_fen), task.cost.basis),
@@ -200,7 +201,7 @@ def task_etag(task: Task) -> str:
 def render_quota(report: QuotaReport) -> QuotaView:
     """A tenant's quota as JSON shows it."""
     return QuotaView(
-        policies=[_render_policy(each) for each in report.policies],
+        policies=[_render_policy(policy) for policy in report.policies],
         account=Availability(report.can_pay, to_datetime(report.next_check_at)),
     )
 
@@ -319,12 +320,12 @@ def prefers_csv(accept: str) -> bool:
 def _rank_media_type(accept: str, media_type: str) -> tuple[float, int]:
     """The quality that the most special range for a media type gives it, and how special that is."""
     qualities = {}
-    for each in accept.lower().split(","):
-        name, _, parameters = each.partition(";")
+    for part in accept.lower().split(","):
+        name, _, parameters = part.partition(";")
         quality = _QUALITY.search(parameters)
         qualities[name.strip()] = float(quality[1]) if quality else 1.0
     ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
-    return next(((qualities[each], -place) for place, each in enumerate(ranges) if each in qualities), (0.0, 0))
+    return next(((qualities[item], -place) for place, item in enumerate(ranges) if item in qualities), (0.0, 0))
 
 
 def render_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
@@ -338,8 +339,8 @@ def render_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested objects by their paths, such as `spent_observed_count`."""
     found: dict[str, Any] = {}
-    for name, each in value.items():
-        found |= flatten(each, f"{prefix}{name}_") if isinstance(each, Mapping) else {prefix + name: each}
+    for name, item in value.items():
+        found |= flatten(item, f"{prefix}{name}_") if isinstance(item, Mapping) else {prefix + name: item}
     return found
 
 
@@ -462,8 +463,8 @@ class UsageView(Struct, frozen=True, rename={"first": "from", "last": "to"}):
 def render_usage(report: UsageReport, *, for_operators: bool) -> UsageView:
     """A report as JSON shows it; only operators are told of tenants."""
     unknown = [
-        UnknownSubmission(id=each.submission, kind=each.kind, day=each.day, **_tenant_fields(each, for_operators))
-        for each in report.unknown
+        UnknownSubmission(id=item.submission, kind=item.kind, day=item.day, **_tenant_fields(item, for_operators))
+        for item in report.unknown
     ]
     return UsageView(
         first=report.first,

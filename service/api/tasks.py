@@ -424,10 +424,10 @@ def _split_fields(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, str], li
         taken[name] = value
     if errors:
         raise InvalidOptions(errors)
-    return taken, [each for each in fields if each[0] not in _NON_OPTION_FIELDS]
+    return taken, [field for field in fields if field[0] not in _NON_OPTION_FIELDS]
 
 
 def _matches_etag(condition: str, tag: str) -> bool:
     """Whether an If-None-Match names this entity tag (RFC 9110, weak comparison)."""
-    tags = [each.strip().removeprefix("W/") for each in condition.split(",")]
+    tags = [part.strip().removeprefix("W/") for part in condition.split(",")]
     return tag in tags or "*" in tags

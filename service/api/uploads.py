@@ -141,7 +141,7 @@ class UploadMemory:
     def _is_safe_to_grant(self, waiter: _Waiter) -> bool:
         """Whether all can still become whole after this step: those who lack least go first."""
         free = self._free_bytes - (waiter.requested_bytes - waiter.allocation.reserved_bytes)
-        others = [(each.missing_bytes, each.reserved_bytes) for each in self._active if each is not waiter.allocation]
+        others = [(item.missing_bytes, item.reserved_bytes) for item in self._active if item is not waiter.allocation]
         for rest, held in sorted(
             [*others, (waiter.allocation.needed_bytes - waiter.requested_bytes, waiter.requested_bytes)]
         ):
@@ -601,7 +601,7 @@ def _parse_form_type(scope: HTTPScope) -> tuple[str, str]:
 def refuse_content_encoding(scope: Scope) -> None:
     """Refuse a body that is compressed, or encoded otherwise (RFC 9110, 15.5.16). Raises UnsupportedCoding."""
     codings = b",".join(value for key, value in scope["headers"] if key == b"content-encoding")
-    if codings and any(each.strip().lower() not in {b"", b"identity"} for each in codings.split(b",")):
+    if codings and any(item.strip().lower() not in {b"", b"identity"} for item in codings.split(b",")):
         raise UnsupportedCoding("Send the body of the request as it is, without a Content-Encoding.")
 
 
