@@ -14,22 +14,22 @@ from litestar.params import FromPath, HeaderParameter, JSONBody, PathParameter, 
 
 from service.api import openapi
 from service.api.admin_schemas import (
+    Account,
     AccountBody,
     AccountList,
-    AccountView,
     ApplyResult,
     ClockReset,
     Delivery,
     DeliveryList,
     Difference,
     DifferenceKind,
-    NewSecretView,
+    NewSecret,
     NewToken,
     ReencryptResult,
     RegistryBody,
+    Tenant,
     TenantBody,
     TenantList,
-    TenantView,
     TokenBody,
     render_account,
     render_apply_result,
@@ -40,9 +40,10 @@ from service.api.admin_schemas import (
     render_tenant,
     token_expires_at,
 )
+from service.domain import tenants
 from service.domain.errors import FieldError, InvalidOptions, field_path
-from service.domain.tenants import NAME_RULE, Account, Tenant, strip_query
-from service.usecases.admin import RegistryAdmin, WebhookAdmin
+from service.domain.tenants import NAME_RULE, strip_query
+from service.usecases.admin import RegistryAdmin, SecretReencryption, WebhookAdmin
 from service.usecases.registry_apply import RegistryApply, RegistryPlan
 from service.usecases.reports import QuotaReports
 
@@ -70,7 +71,7 @@ def resource_routes(*, registry_admin: RegistryAdmin, quota: QuotaReports) -> Se
 
 
 def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
-    async def view(account: Account) -> AccountView:
+    async def view(account: tenants.Account) -> Account:
         return render_account(account, (await registry_admin.account_states((account,)))[account.id])
 
     @put(
@@ -79,7 +80,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         summary="Make or replace an account",
         responses=openapi.problem_responses(401, "malformed-request", *_CHANGE_PROBLEMS),
     )
-    async def put_account(name: NewName, data: JSONBody[AccountBody]) -> AccountView:
+    async def put_account(name: NewName, data: JSONBody[AccountBody]) -> Account:
         return await view(
             await registry_admin.put_account(
                 validate_name(name), data.checked_user_key(), data.checked_base_url(), data.to_policy()
@@ -103,7 +104,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         summary="Read an account: balance, state, what is under way",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
-    async def read_account(name: TenantName) -> AccountView:
+    async def read_account(name: TenantName) -> Account:
         return await view(await registry_admin.get_account(name))
 
     @delete(
@@ -122,14 +123,14 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
         status_code=200,
     )
-    async def reopen(name: TenantName) -> AccountView:
+    async def reopen(name: TenantName) -> Account:
         return await view(await registry_admin.reopen_account(name))
 
     return [put_account, list_accounts, read_account, delete_account, reopen]
 
 
 def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
-    async def view(tenant: Tenant, secret: str | None = None) -> TenantView:
+    async def view(tenant: tenants.Tenant, secret: str | None = None) -> Tenant:
         return render_tenant(tenant, registry_admin.list_tokens(tenant), await quota.for_tenant(tenant), secret)
 
     @put(
@@ -138,7 +139,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         summary="Make or replace a tenant",
         responses=openapi.problem_responses(401, "malformed-request", *_CHANGE_PROBLEMS),
     )
-    async def put_tenant(name: NewName, data: JSONBody[TenantBody]) -> TenantView:
+    async def put_tenant(name: NewName, data: JSONBody[TenantBody]) -> Tenant:
         put = await registry_admin.put_tenant(
             data.to_tenant(validate_name(name)), data.webhook.secret if data.webhook else None
         )
@@ -159,7 +160,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         summary="Read a tenant: policies, use, tokens",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
-    async def read_tenant(name: TenantName) -> TenantView:
+    async def read_tenant(name: TenantName) -> Tenant:
         return await view(await registry_admin.get_tenant(name))
 
     @delete(
@@ -380,7 +381,7 @@ def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
             401, 404, "conflict", "invalid-options", "ledger-unavailable", "overloaded"
         ),
     )
-    async def rotate(name: TenantName, grace: SecretGrace = 0) -> NewSecretView:
+    async def rotate(name: TenantName, grace: SecretGrace = 0) -> NewSecret:
         return render_new_secret(await webhooks.rotate_secret(name, grace))
 
     @get(

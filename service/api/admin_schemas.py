@@ -19,33 +19,29 @@ from service.api.schemas import (
     FEN_PER_YUAN,
     Amount,
     Policy,
-    TaskView,
+    Task,
     Yuan,
     render_quota,
     render_task,
     to_datetime,
     to_yuan,
 )
-from service.domain import tenants, webhooks
+from service.domain import tasks, tenants, webhooks
 from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, field_path
 from service.domain.ledger import AccountState, AccountStatus, BalanceReading, ReadingSource
-from service.domain.tasks import Kind, Task
+from service.domain.tasks import Kind
 from service.domain.tenants import (
-    Account,
     AccountPolicy,
-    Limit,
     Name,
     Registry,
     SecretRef,
     SpendingMode,
-    Tenant,
     TenantPolicy,
-    Token,
-    Webhook,
     Window,
 )
 from service.domain.webhooks import MAX_ALLOW_ENTRIES, MAX_URL_CHARS, DeliveryState, WebhookEvent
-from service.usecases.admin import NewSecret, ReencryptedSecrets, TenantDelivery
+from service.usecases import admin
+from service.usecases.admin import ReencryptedSecrets, TenantDelivery
 from service.usecases.registry_apply import DesiredAccount, DesiredRegistry, DesiredTenant, RegistryPlan
 from service.usecases.reports import QuotaReport
 
@@ -66,16 +62,16 @@ class WebhookBody(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = []
 
-    def to_webhook(self) -> Webhook:
+    def to_webhook(self) -> tenants.Webhook:
         """What it describes, without its secret. Raises InvalidOptions."""
         faults = ErrorCollector()
         url = faults.collect("", self.url, webhooks.parse_url, "webhook.url", self.url)
         allow = faults.collect("", (), webhooks.parse_allow_list, "webhook.allow", self.allow)
         faults.raise_if_any()
-        return Webhook(url, allow)
+        return tenants.Webhook(url, allow)
 
 
-class WebhookView(Struct, frozen=True):
+class Webhook(Struct, frozen=True):
     """Where a tenant is told of the ends of its tasks."""
 
     url: str
@@ -84,7 +80,7 @@ class WebhookView(Struct, frozen=True):
     secret: _SecretText | UnsetType = UNSET
 
 
-class NewSecretView(Struct, frozen=True):
+class NewSecret(Struct, frozen=True):
     """A secret that was just made. Until `former_until` the one before signs too."""
 
     secret: _SecretText
@@ -119,10 +115,10 @@ class TaskEvent(Struct, frozen=True):
 
     type: WebhookEvent
     timestamp: Annotated[datetime, Meta(description="When the task ended.")]
-    data: TaskView
+    data: Task
 
 
-def encode_task_event(task: Task) -> bytes:
+def encode_task_event(task: tasks.Task) -> bytes:
     """The body that tells of the end of a task: the same bytes whenever it is sent."""
     event = TaskEvent(
         WebhookEvent.for_state(task.state), to_datetime(task.finished_at or task.updated_at), render_task(task)
@@ -130,18 +126,16 @@ def encode_task_event(task: Task) -> bytes:
     return msgspec.json.encode(event)
 
 
-def render_webhook(webhook: Webhook, secret: str | None) -> WebhookView | None:
+def render_webhook(webhook: tenants.Webhook, secret: str | None) -> Webhook | None:
     """A webhook as operators see it, with its secret if it was just made."""
     if webhook.url is None:
         return None
-    return WebhookView(
-        webhook.url, list(webhook.allow), list(webhook.disabled_urls), UNSET if secret is None else secret
-    )
+    return Webhook(webhook.url, list(webhook.allow), list(webhook.disabled_urls), UNSET if secret is None else secret)
 
 
-def render_new_secret(generated: NewSecret) -> NewSecretView:
+def render_new_secret(generated: admin.NewSecret) -> NewSecret:
     """A secret as it is shown once."""
-    return NewSecretView(generated.text, datetime.fromtimestamp(generated.previous_expires_at, UTC))
+    return NewSecret(generated.text, datetime.fromtimestamp(generated.previous_expires_at, UTC))
 
 
 def render_delivery(owned: TenantDelivery) -> Delivery:
@@ -230,7 +224,7 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
     webhook: WebhookBody | None = None
     disabled: bool = False
 
-    def to_tenant(self, name: str) -> Tenant:
+    def to_tenant(self, name: str) -> tenants.Tenant:
         """The tenant it describes, without its id. Raises InvalidOptions."""
         faults = ErrorCollector()
         faults.errors += [
@@ -243,10 +237,10 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
             if limit.tasks is None and limit.money is None:
                 faults.add(f"limits[{place}]", "must limit tasks, money or both")
             money = limit.money and faults.collect(f"limits[{place}]", 0, _to_fen, "money", limit.money)
-            limits.append(Limit(limit.window, limit.tasks, None if money is None else int(money)))
-        webhook = faults.collect("", Webhook(), self.webhook.to_webhook) if self.webhook else Webhook()
+            limits.append(tenants.Limit(limit.window, limit.tasks, None if money is None else int(money)))
+        webhook = faults.collect("", tenants.Webhook(), self.webhook.to_webhook) if self.webhook else tenants.Webhook()
         faults.raise_if_any()
-        return Tenant(
+        return tenants.Tenant(
             id=0,
             name=name,
             accounts=tuple(self.accounts),
@@ -283,7 +277,7 @@ class NewToken(Struct, frozen=True):
     expires_at: datetime | None
 
 
-class TokenView(Struct, frozen=True):
+class Token(Struct, frozen=True):
     """A token of which only the hash is kept."""
 
     id: str
@@ -292,7 +286,7 @@ class TokenView(Struct, frozen=True):
     expires_at: datetime | None
 
 
-class FigureView(Struct, frozen=True):
+class Figure(Struct, frozen=True):
     """A figure the upstream told: when, and in the answer to which call."""
 
     value: int | float
@@ -300,7 +294,7 @@ class FigureView(Struct, frozen=True):
     source: ReadingSource
 
 
-class AccountView(Struct, frozen=True):
+class Account(Struct, frozen=True):
     """An account: what is known of its balance, whether it is used, and what is under way on it."""
 
     name: str
@@ -309,8 +303,8 @@ class AccountView(Struct, frozen=True):
     floor_count: int
     floor_money: Yuan
     max_price: dict[Kind, Yuan]
-    remaining_count: FigureView | None
-    remaining_money: FigureView | None
+    remaining_count: Figure | None
+    remaining_money: Figure | None
     look_again_at: datetime | None
     in_flight: Annotated[int, Meta(description="Submissions that have not ended.")]
     unknown: Annotated[int, Meta(description="Submissions of which nobody knows whether they were charged.")]
@@ -322,25 +316,25 @@ class AccountView(Struct, frozen=True):
 class AccountList(Struct, frozen=True):
     """All accounts, by name."""
 
-    items: list[AccountView]
+    items: list[Account]
 
 
-class TenantView(Struct, frozen=True):
+class Tenant(Struct, frozen=True):
     """A tenant: what it may do, what it used, and its tokens."""
 
     name: str
     accounts: list[str]
-    limits: list[LimitView]
+    limits: list[Limit]
     max_active: int | None
     spending_mode: SpendingMode
     kinds: list[Kind] | None
-    webhook: WebhookView | None
+    webhook: Webhook | None
     disabled: bool
     policies: list[Policy]
-    tokens: list[TokenView]
+    tokens: list[Token]
 
 
-class LimitView(Struct, frozen=True):
+class Limit(Struct, frozen=True):
     """What may be spent in one window."""
 
     window: Window
@@ -351,12 +345,12 @@ class LimitView(Struct, frozen=True):
 class TenantList(Struct, frozen=True):
     """All tenants, by name."""
 
-    items: list[TenantView]
+    items: list[Tenant]
 
 
-def render_account(account: Account, state: AccountState) -> AccountView:
+def render_account(account: tenants.Account, state: AccountState) -> Account:
     """An account as operators see it."""
-    return AccountView(
+    return Account(
         name=account.name,
         state=state.status,
         base_url=account.base_url,
@@ -375,15 +369,15 @@ def render_account(account: Account, state: AccountState) -> AccountView:
 
 
 def render_tenant(
-    tenant: Tenant, tokens: tuple[Token, ...], report: QuotaReport, secret: str | None = None
-) -> TenantView:
+    tenant: tenants.Tenant, tokens: tuple[tenants.Token, ...], report: QuotaReport, secret: str | None = None
+) -> Tenant:
     """A tenant as operators see it, with the secret of its webhook if that was just made."""
     limits = tenant.policy.limits
-    return TenantView(
+    return Tenant(
         name=tenant.name,
         accounts=list(tenant.accounts),
         limits=[
-            LimitView(limit.window, limit.tasks, None if limit.money_fen is None else to_yuan(limit.money_fen))
+            Limit(limit.window, limit.tasks, None if limit.money_fen is None else to_yuan(limit.money_fen))
             for limit in limits
         ],
         max_active=tenant.policy.max_active,
@@ -396,12 +390,12 @@ def render_tenant(
     )
 
 
-def render_token(token: Token) -> TokenView:
+def render_token(token: tenants.Token) -> Token:
     """A token as operators see it."""
-    return TokenView(token.id, token.label, _seconds_to_datetime(token.created_at), token_expires_at(token))
+    return Token(token.id, token.label, _seconds_to_datetime(token.created_at), token_expires_at(token))
 
 
-def token_expires_at(token: Token) -> datetime | None:
+def token_expires_at(token: tenants.Token) -> datetime | None:
     """When a token expires."""
     return None if token.expires_at is None else _seconds_to_datetime(token.expires_at)
 
@@ -410,10 +404,10 @@ def _seconds_to_datetime(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def _render_reading(reading: BalanceReading | None, divisor: int) -> FigureView | None:
+def _render_reading(reading: BalanceReading | None, divisor: int) -> Figure | None:
     if reading is None:
         return None
-    return FigureView(
+    return Figure(
         reading.value if divisor == 1 else to_yuan(reading.value), to_datetime(reading.received_at), reading.source
     )
 
@@ -497,7 +491,7 @@ class AccountEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_default
         key = faults.collect(where, None, body.checked_user_key)
         url = faults.collect(where, None, body.checked_base_url)
         policy = faults.collect(where, AccountPolicy(), body.to_policy)
-        account = Account(self.id or 0, name, b"", url, policy, entry.to_secret_ref())
+        account = tenants.Account(self.id or 0, name, b"", url, policy, entry.to_secret_ref())
         return DesiredAccount(account, None if key is None else key.encode())
 
 
@@ -509,12 +503,12 @@ class TokenEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     created_at: _Timestamp | None = None
     expires_at: _Timestamp | None = None
 
-    def to_token(self, token_id: str, where: str, faults: ErrorCollector) -> Token:
+    def to_token(self, token_id: str, where: str, faults: ErrorCollector) -> tenants.Token:
         """What it describes. Its tenant is to be said yet."""
         where = f"{where}.{field_path('tokens', token_id)}"
         created = faults.collect(where, None, _to_seconds, "created_at", self.created_at) or 0
         expires = faults.collect(where, None, _to_seconds, "expires_at", self.expires_at)
-        return Token(token_id, 0, bytes.fromhex(self.sha256), self.label, created, expires)
+        return tenants.Token(token_id, 0, bytes.fromhex(self.sha256), self.label, created, expires)
 
 
 class WebhookEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -551,7 +545,7 @@ class TenantEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
             webhook=WebhookBody(told.url, entry.value, told.allow) if told else None,
             disabled=self.disabled,
         )
-        tenant = faults.collect(where, Tenant(0, name, ()), body.to_tenant, name)
+        tenant = faults.collect(where, tenants.Tenant(0, name, ()), body.to_tenant, name)
         secret = faults.collect(where, b"", webhooks.parse_secret, entry.value) if entry.value is not None else None
         tokens = tuple(token.to_token(token_id, where, faults) for token_id, token in self.tokens.items())
         return DesiredTenant(replace(tenant, id=self.id or 0), tokens, secret, entry.to_secret_ref())
@@ -619,7 +613,7 @@ class ReencryptResult(Struct, frozen=True):
 
 def render_registry(registry: Registry, now: float) -> RegistryBody:
     """The registry as it is at a time (seconds since the epoch), by name; without tokens that have expired."""
-    tokens = defaultdict[int, list[Token]](list)
+    tokens = defaultdict[int, list[tenants.Token]](list)
     for token in sorted(registry.tokens.values(), key=lambda item: (item.created_at, item.id)):
         if token.is_valid_at(now):
             tokens[token.tenant].append(token)
@@ -648,7 +642,7 @@ def _to_seconds(field: str, moment: datetime | None) -> float | None:
     return seconds
 
 
-def _account_entry(account: Account) -> AccountEntry:
+def _account_entry(account: tenants.Account) -> AccountEntry:
     policy = account.policy
     return AccountEntry(
         id=account.id,
@@ -660,7 +654,7 @@ def _account_entry(account: Account) -> AccountEntry:
     )
 
 
-def _tenant_entry(tenant: Tenant, tokens: list[Token]) -> TenantEntry:
+def _tenant_entry(tenant: tenants.Tenant, tokens: list[tenants.Token]) -> TenantEntry:
     told, signing = tenant.webhook, tenant.webhook.secrets
     secret = _secret_entry(signing.secret_ref) if signing else None
     return TenantEntry(
@@ -676,11 +670,11 @@ def _tenant_entry(tenant: Tenant, tokens: list[Token]) -> TenantEntry:
     )
 
 
-def _limit_body(limit: Limit) -> LimitBody:
+def _limit_body(limit: tenants.Limit) -> LimitBody:
     return LimitBody(limit.window, limit.tasks, None if limit.money_fen is None else to_yuan(limit.money_fen))
 
 
-def _token_entry(token: Token) -> TokenEntry:
+def _token_entry(token: tenants.Token) -> TokenEntry:
     expires = None if token.expires_at is None else datetime.fromtimestamp(token.expires_at, UTC)
     return TokenEntry(token.digest.hex(), token.label, datetime.fromtimestamp(token.created_at, UTC), expires)
 

@@ -14,9 +14,8 @@ from litestar import Litestar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from service.api import admin_schemas, health, legacy, openapi
-from service.api import schemas as schemas_module
-from service.api.admin_schemas import Delivery, DeliveryList, NewSecretView, TaskEvent, WebhookView
+from service.api import admin_schemas, health, legacy, openapi, schemas
+from service.api.admin_schemas import Delivery, DeliveryList, NewSecret, TaskEvent, Webhook
 from service.api.errors import MEDIA_TYPE, PROBLEMS
 from service.api.schemas import (
     Artifact,
@@ -24,10 +23,10 @@ from service.api.schemas import (
     Cost,
     Links,
     Policy,
-    QuotaView,
+    Quota,
     Submission,
+    Task,
     TaskList,
-    TaskView,
     render_csv,
     render_usage,
     tabulate_usage,
@@ -56,7 +55,7 @@ _CREATED_AT = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 _FINISHED_AT = datetime(2026, 1, 31, 12, 0, 21, tzinfo=UTC)
 
 
-_TASK_EXAMPLE = TaskView(
+_TASK_EXAMPLE = Task(
     id=_TASK_ID,
     kind=Kind.UPSCALE,
     state=State.SUCCEEDED,
@@ -74,7 +73,7 @@ _TASK_EXAMPLE = TaskView(
 )
 
 
-_QUOTA_EXAMPLE = QuotaView(
+_QUOTA_EXAMPLE = Quota(
     policies=[
         Policy(
             policy="day-tasks",
@@ -171,8 +170,8 @@ EXAMPLES: Mapping[str, Struct] = {
         TaskList([_TASK_EXAMPLE], next_cursor=None),
         _QUOTA_EXAMPLE,
         _SUBMISSION_EXAMPLE,
-        WebhookView("https://hooks.example/ended", ["hooks.example", "10.20.0.0/16"], []),
-        NewSecretView("whsec_Zm9yIHRoZSBkb2N1bWVudCBvbmx5LCBub3QgYSBrZXk=", _FINISHED_AT),
+        Webhook("https://hooks.example/ended", ["hooks.example", "10.20.0.0/16"], []),
+        NewSecret("whsec_Zm9yIHRoZSBkb2N1bWVudCBvbmx5LCBub3QgYSBrZXk=", _FINISHED_AT),
         _DELIVERY_EXAMPLE,
         DeliveryList([_DELIVERY_EXAMPLE]),
         render_usage(_example_report(Group.KIND), for_operators=False),
@@ -276,14 +275,14 @@ def _event_schema() -> dict[str, Any]:
         "properties": {
             "type": {"type": "string", "enum": [item.value for item in WebhookEvent]},
             "timestamp": {"type": "string", "format": "date-time", "description": "When the task ended."},
-            "data": {"$ref": "#/components/schemas/TaskView"},
+            "data": {"$ref": "#/components/schemas/Task"},
         },
         "required": ["type", "timestamp", "data"],
     }
 
 
 def _webhook_operation() -> dict[str, Any]:
-    task = msgspec.convert(EXAMPLES["TaskView"], TaskView)
+    task = msgspec.convert(EXAMPLES["Task"], Task)
     example = TaskEvent(WebhookEvent.SUCCEEDED, task.finished_at or task.updated_at, task)
     schema = {"$ref": f"#/components/schemas/{TaskEvent.__name__}"}
     return {
@@ -368,7 +367,7 @@ _NOT_MODIFIED_HEADERS = frozenset({"ETag", "Age", "Retry-After", "Last-Modified"
 """What of a success's headers is told even if its content is not."""
 
 
-_SCHEMA_MODULES = (admin_schemas, health, legacy, openapi, schemas_module)
+_SCHEMA_MODULES = (admin_schemas, health, legacy, openapi, schemas)
 
 
 _STRUCTS: Mapping[str, type[Struct]] = {
@@ -395,10 +394,10 @@ _KEY_ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "webhoo
 
 def build_document(app: Litestar) -> Node:
     """The document of an application's routes, ready to be served."""
-    written = _normalize(app.openapi_schema.to_schema())
-    components = written["components"]
-    schemas = components["schemas"]
-    for name, schema in schemas.items():
+    document = _normalize(app.openapi_schema.to_schema())
+    components = document["components"]
+    objects = components["schemas"]
+    for name, schema in objects.items():
         schema.pop("title", None)
         if found := _STRUCTS.get(name):
             schema["description"] = inspect.getdoc(found)
@@ -408,21 +407,19 @@ def build_document(app: Litestar) -> Node:
             schema["examples"] = [_to_json(EXAMPLES[name])]
     components["responses"] = {"Problem": _default_problem()}
     used = {"X-Request-Id"}
-    for operation in _list_operations(written):
+    for operation in _list_operations(document):
         operation["responses"] = dict(_complete_responses(operation["responses"]))
         used = used.union(*(response.get("headers", ()) for response in operation["responses"].values()))
         _add_examples(operation["operationId"], operation["responses"])
         for parameter in operation.get("parameters", ()):
             _normalize_parameter(parameter)
         _normalize_body(operation.get("requestBody", {}))
-    if TaskView.__name__ in schemas:
-        add_webhooks(written)
+    if Task.__name__ in objects:
+        add_webhooks(document)
     components["headers"] = {name: header for name, header in _HEADER_COMPONENTS.items() if name in used}
-    names = {name: name.removesuffix("View") for name in schemas}
-    renamed = _rename_references(written, names)
-    components = renamed["components"]
-    components["schemas"] = dict(sorted((names[name], schema) for name, schema in components["schemas"].items()))
-    return {key: renamed[key] for key in _KEY_ORDER if key in renamed}
+    components["schemas"] = dict(sorted(objects.items()))
+    # A copy without shared parts, for which YAML would write anchors.
+    return dict(_to_json({key: document[key] for key in _KEY_ORDER if key in document}))
 
 
 def _add_examples(operation: str, responses: Node) -> None:
@@ -469,8 +466,8 @@ def _complete_responses(responses: Node) -> Iterator[tuple[str, Node]]:
     yield "default", {"$ref": "#/components/responses/Problem"}
 
 
-def _to_json(example: Struct) -> Any:
-    return msgspec.json.decode(msgspec.json.encode(example))
+def _to_json(value: Any) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def _is_framework_error(response: Node) -> bool:
@@ -558,15 +555,3 @@ def _normalize_schema(node: Node) -> Node:
     if isinstance(properties, dict) and isinstance(node.get("required"), list):
         node["required"] = [name for name in properties if name in node["required"]]
     return node
-
-
-def _rename_references(node: Any, names: Mapping[str, str]) -> Any:
-    """A part of the document with its references to schemas under other names."""
-    if isinstance(node, list):
-        return [_rename_references(item, names) for item in node]
-    if not isinstance(node, dict):
-        return node
-    head, _, name = str(node.get("$ref", "")).rpartition("/")
-    if head == "#/components/schemas":
-        return node | {"$ref": f"{head}/{names[name]}"}
-    return {key: _rename_references(value, names) for key, value in node.items()}

@@ -12,10 +12,12 @@ from typing import Annotated, Any, overload
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from service.domain import ledger, tasks
 from service.domain.errors import FieldError, InvalidOptions
-from service.domain.ledger import Measure, Refund, ReservationState, Tally, count_charged_tasks, sum_charged_fen
-from service.domain.tasks import ArtifactName, CostBasis, Kind, State, Task
+from service.domain.ledger import Measure, ReservationState, Tally, count_charged_tasks, sum_charged_fen
+from service.domain.tasks import ArtifactName, CostBasis, Kind, State
 from service.domain.tenants import Window
+from service.usecases import reports
 from service.usecases.reports import (
     BalanceSuggestion,
     FlaggedSubmission,
@@ -25,7 +27,6 @@ from service.usecases.reports import (
     QuotaReport,
     SubmissionStatus,
     UsageReport,
-    UsageRow,
 )
 from service.usecases.task_cache import CachedTask, DurationEstimator
 
@@ -79,7 +80,7 @@ class Links(Struct, frozen=True):
     events: Annotated[str, Meta(description="Where its changes are streamed.")]
 
 
-class TaskView(Struct, frozen=True):
+class Task(Struct, frozen=True):
     """A task: an image that the upstream accepted, and what became of it."""
 
     id: str
@@ -101,7 +102,7 @@ class TaskView(Struct, frozen=True):
 class TaskList(Struct, frozen=True):
     """Tasks, newest first. Go on with `next_cursor` until it is null."""
 
-    items: list[TaskView]
+    items: list[Task]
     next_cursor: str | None
 
 
@@ -126,7 +127,7 @@ class Availability(Struct, frozen=True):
     look_again_at: datetime | None
 
 
-class QuotaView(Struct, frozen=True):
+class Quota(Struct, frozen=True):
     """What the tenant may still spend."""
 
     policies: list[Policy]
@@ -151,19 +152,19 @@ def to_datetime(milliseconds: int | None) -> datetime | None:
     return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
-def task_path(task: Task) -> str:
+def task_path(task: tasks.Task) -> str:
     """Where a task is read."""
     return f"/v1/tasks/{task.id}"
 
 
-def events_path(task: Task) -> str:
+def events_path(task: tasks.Task) -> str:
     """Where the changes of a task are streamed."""
     return f"{task_path(task)}/events"
 
 
-def render_task(task: Task) -> TaskView:
+def render_task(task: tasks.Task) -> Task:
     """A task as JSON shows it."""
-    return TaskView(
+    return Task(
         id=task.id,
         kind=task.kind,
         state=task.state,
@@ -192,15 +193,15 @@ def task_headers(cached: CachedTask, estimator: DurationEstimator) -> dict[str, 
     )
 
 
-def task_etag(task: Task) -> str:
+def task_etag(task: tasks.Task) -> str:
     """The version of a task as an entity tag."""
     # A task that Redis has lost is told by the upstream's answer alone, under one version in every state.
     return f'"{task.reservation[:12]}-{task.version}-{task.state}"'
 
 
-def render_quota(report: QuotaReport) -> QuotaView:
+def render_quota(report: QuotaReport) -> Quota:
     """A tenant's quota as JSON shows it."""
-    return QuotaView(
+    return Quota(
         policies=[_render_policy(policy) for policy in report.policies],
         account=Availability(report.can_pay, to_datetime(report.next_check_at)),
     )
@@ -230,7 +231,7 @@ class TaskLink(Struct, frozen=True):
     link: Annotated[str, Meta(description="Where the task is read.")]
 
 
-class RefundView(Struct, frozen=True):
+class Refund(Struct, frozen=True):
     """What an operator gave back to the windows of the tenant, and why."""
 
     refunded_at: datetime
@@ -255,7 +256,7 @@ class Submission(Struct, frozen=True, kw_only=True):
         BalanceSuggestion | None,
         Meta(description="Of an `unknown` one: whether the account seems to have been charged for it."),
     ]
-    refund: RefundView | None
+    refund: Refund | None
 
 
 class RefundBody(Struct, frozen=True, forbid_unknown_fields=True):
@@ -294,7 +295,7 @@ def render_submission(status: SubmissionStatus, *, for_operators: bool) -> Submi
         task=TaskLink(task.id, task.state, task_path(task)) if task else None,
         cost=Cost(cost.count, to_yuan(cost.money_fen), cost.basis) if cost else None,
         balance_suggests=status.balance_suggests,
-        refund=RefundView(to_datetime(refund.refunded_at), refund.reason, refund.count, to_yuan(refund.money_fen))
+        refund=Refund(to_datetime(refund.refunded_at), refund.reason, refund.count, to_yuan(refund.money_fen))
         if refund
         else None,
     )
@@ -404,7 +405,7 @@ class UsageSum(Struct, frozen=True):
     refunded: Refunded
 
 
-class UsageRowView(Struct, frozen=True, kw_only=True):
+class UsageRow(Struct, frozen=True, kw_only=True):
     """What the submissions of one period came to. Each belongs to the period in which it was submitted."""
 
     period: Annotated[
@@ -447,26 +448,26 @@ class RefundedSubmission(Struct, frozen=True, kw_only=True):
     refunded_at: datetime
 
 
-class UsageView(Struct, frozen=True, rename={"first": "from", "last": "to"}):
+class Usage(Struct, frozen=True, rename={"first": "from", "last": "to"}):
     """What was spent from one day to another, both included, in UTC. Rows with nothing to count are left out."""
 
     first: date
     last: date
     interval: Interval
     group_by: list[Group]
-    items: list[UsageRowView]
+    items: list[UsageRow]
     total: UsageSum
     unknown_submissions: list[UnknownSubmission]
     refunds: Annotated[list[RefundedSubmission], Meta(description="Of what was submitted on these days.")]
 
 
-def render_usage(report: UsageReport, *, for_operators: bool) -> UsageView:
+def render_usage(report: UsageReport, *, for_operators: bool) -> Usage:
     """A report as JSON shows it; only operators are told of tenants."""
     unknown = [
         UnknownSubmission(id=item.submission, kind=item.kind, day=item.day, **_tenant_fields(item, for_operators))
         for item in report.unknown
     ]
-    return UsageView(
+    return Usage(
         first=report.first,
         last=report.last,
         interval=report.interval,
@@ -485,23 +486,21 @@ def tabulate_usage(report: UsageReport, *, for_operators: bool) -> tuple[list[st
     return list(head), [list(row.values()) for row in rows]
 
 
-_EMPTY_ROW = UsageRow(period="", tenant=None, kind=None, tally=Tally())
+_EMPTY_ROW = reports.UsageRow(period="", tenant=None, kind=None, tally=Tally())
 
 
-def _render_row(row: UsageRow, for_operators: bool) -> UsageRowView:
-    return UsageRowView(
-        period=row.period, kind=row.kind, **_sum_fields(row.tally), **_tenant_fields(row, for_operators)
-    )
+def _render_row(row: reports.UsageRow, for_operators: bool) -> UsageRow:
+    return UsageRow(period=row.period, kind=row.kind, **_sum_fields(row.tally), **_tenant_fields(row, for_operators))
 
 
-def _tenant_fields(source: UsageRow | FlaggedSubmission, for_operators: bool) -> dict[str, Any]:
+def _tenant_fields(source: reports.UsageRow | FlaggedSubmission, for_operators: bool) -> dict[str, Any]:
     if not for_operators:
         return {}
     owner = source.tenant
     return {"tenant": owner and owner.name, "tenant_id": owner and owner.id}
 
 
-def _render_refund(submission: FlaggedSubmission, refund: Refund, for_operators: bool) -> RefundedSubmission:
+def _render_refund(submission: FlaggedSubmission, refund: ledger.Refund, for_operators: bool) -> RefundedSubmission:
     return RefundedSubmission(
         submission=submission.submission,
         kind=submission.kind,

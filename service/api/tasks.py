@@ -30,8 +30,8 @@ from service.api.schemas import (
     PRIVATE_HEADERS,
     REPLAYED_HEADERS,
     Links,
+    Task,
     TaskList,
-    TaskView,
     events_path,
     render_task,
     task_headers,
@@ -119,7 +119,7 @@ def event_routes(*, reader: TaskReader, tenant_auth: TenantAuth) -> Sequence[HTT
     return [events]
 
 
-def encode_event(task: TaskView, version: int) -> bytes:
+def encode_event(task: Task, version: int) -> bytes:
     """A version of a task as an event. Its id tells a client that comes again with it whether that was the end."""
     return b"event: state\nid: %d-%s\ndata: %s\n\n" % (version, task.state.encode(), msgspec.json.encode(task))
 
@@ -313,7 +313,7 @@ def task_routes(
                 str | None, HeaderParameter(name="Idempotency-Key", description=_IDEMPOTENCY_KEY_DESCRIPTION)
             ] = None,
             prefer: Annotated[str | None, HeaderParameter(name="Prefer", description=_PREFER_DESCRIPTION)] = None,
-        ) -> Response[TaskView]:
+        ) -> Response[Task]:
             del idempotency_key, prefer  # declared for the API's document; there may be several of each
             submitter.check_allowed(tenant, kind)
             key = parse_idempotency_key(request.headers.getall("idempotency-key", []))
@@ -343,7 +343,7 @@ def task_routes(
             str | None, HeaderParameter(name="If-None-Match", description="The `ETag` of the version you know.")
         ] = None,
         prefer: Annotated[str | None, HeaderParameter(name="Prefer", description=_PREFER_DESCRIPTION)] = None,
-    ) -> Response[TaskView | None]:
+    ) -> Response[Task | None]:
         del prefer  # declared for the API's document; there may be several
         seen, headers = await waited_for(
             request, tenant, task_id, parse_wait_seconds(request.headers.getall("prefer", []))

@@ -14,10 +14,10 @@ from service.api import openapi, schemas
 from service.api.params import check_query, parse_choices, parse_date
 from service.api.schemas import (
     PRIVATE_HEADERS,
-    QuotaView,
+    Quota,
     RefundBody,
     Submission,
-    UsageView,
+    Usage,
     render_quota,
     render_submission,
     render_usage,
@@ -48,7 +48,7 @@ def quota_routes(quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
         response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(401, "ledger-unavailable"),
     )
-    async def read(tenant: NamedDependency[Tenant]) -> Response[QuotaView]:
+    async def read(tenant: NamedDependency[Tenant]) -> Response[Quota]:
         return Response(render_quota(await quota.for_tenant(tenant)), headers=PRIVATE_HEADERS)
 
     return [read]
@@ -104,7 +104,7 @@ def usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
         last: LastDay = None,
         interval: PeriodLength = Interval.DAY,
         group_by: Annotated[str, QueryParameter(description="`kind` or `none`.")] = "kind",
-    ) -> Response[UsageView]:
+    ) -> Response[Usage]:
         check_query(request, request.route_handler)
         groups = parse_choices("group_by", group_by, (Group.KIND,))
         report = await usage.for_tenant(
@@ -135,7 +135,7 @@ def operator_usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
             "tenant,kind"
         ),
         tenant: Annotated[str | None, QueryParameter(description="Only tenants of this name.")] = None,
-    ) -> Response[UsageView]:
+    ) -> Response[Usage]:
         groups = parse_choices("group_by", group_by, tuple(Group))
         report = await usage.for_all_tenants(
             UsageQuery(parse_date("from", first), parse_date("to", last), interval, groups), tenant

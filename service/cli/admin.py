@@ -10,20 +10,20 @@ from typing import Any, BinaryIO
 
 import click
 
+from service.api import admin_schemas
 from service.api.admin_schemas import (
+    Account,
     AccountList,
-    AccountView,
     ClockReset,
     Delivery,
     DeliveryList,
-    FigureView,
-    LimitView,
-    NewSecretView,
+    Figure,
+    NewSecret,
     NewToken,
+    Tenant,
     TenantList,
-    TenantView,
-    TokenView,
-    WebhookView,
+    Token,
+    Webhook,
 )
 from service.api.schemas import Policy
 from service.cli.client import NOT_FOUND, AdminClient, AdminResponse, ProblemError, json_option, with_admin_client
@@ -150,10 +150,10 @@ def _read_key_variable(name: str) -> str:
 
 
 def _print_account(answer: AdminResponse, *, as_json: bool) -> None:
-    click.echo(answer.format_json() if as_json else _format_account(answer.decode(AccountView)))
+    click.echo(answer.format_json() if as_json else _format_account(answer.decode(Account)))
 
 
-def _format_account(account: AccountView) -> str:
+def _format_account(account: Account) -> str:
     uses, yuan, seen_at = _latest_balance(account)
     return format_record(
         ("name", account.name),
@@ -179,9 +179,9 @@ def _format_prices(prices: Mapping[Kind, float]) -> Sequence[str]:
     return [f"{kind} {price} yuan" for kind, price in prices.items()]
 
 
-def _latest_balance(account: AccountView) -> tuple[object, object, object]:
+def _latest_balance(account: Account) -> tuple[object, object, object]:
     """The uses and the yuan left, and when the newer of them was seen."""
-    figures: list[FigureView | None] = [account.remaining_count, account.remaining_money]
+    figures: list[Figure | None] = [account.remaining_count, account.remaining_money]
     uses, yuan = (each.value if each else None for each in figures)
     return uses, yuan, max((each.seen_at for each in figures if each and each.seen_at), default=None)
 
@@ -237,7 +237,7 @@ def create_token(
 def list_tokens(port: AdminClient, *, tenant: str, as_json: bool) -> None:
     """List the tokens of TENANT that have not expired."""
     answer = port.request("GET", "tenants", tenant)
-    tokens = answer.decode(TenantView).tokens
+    tokens = answer.decode(Tenant).tokens
     click.echo(answer.with_members(items=tokens).format_json() if as_json else format_tokens(tokens))
 
 
@@ -253,7 +253,7 @@ def revoke_token(port: AdminClient, *, tenant: str, token_id: str, grace: float)
     click.echo(f"The token {token_id} of {tenant} {when}.")
 
 
-def format_tokens(tokens: Sequence[TokenView]) -> str:
+def format_tokens(tokens: Sequence[Token]) -> str:
     """The tokens of a tenant, by what is known of them."""
     if not tokens:
         return "It has no token."
@@ -293,7 +293,7 @@ def build_webhook_body(url: str | None, allow: Sequence[str], secret: BinaryIO |
     return body
 
 
-def webhook_fields(webhook: WebhookView | None) -> Sequence[tuple[str, object]]:
+def webhook_fields(webhook: Webhook | None) -> Sequence[tuple[str, object]]:
     """A webhook as lines of a card."""
     if webhook is None:
         return [("webhook", None)]
@@ -320,7 +320,7 @@ def rotate_webhook_secret(port: AdminClient, *, tenant: str, grace: float, as_js
     if as_json:
         click.echo(answer.format_json())
         return
-    made = answer.decode(NewSecretView)
+    made = answer.decode(NewSecret)
     both = f" The one before signs too until {format_value(made.previous_expires_at)}." if grace else ""
     click.echo(f"The new secret of {tenant}. It is not shown again.{both}", err=True)
     click.echo(made.secret)
@@ -405,7 +405,7 @@ def set_tenant(
     body |= {"accounts": accounts, "limits": limits, "kinds": kinds or None, "webhook": webhook}
     answer = port.request("PUT", "tenants", name, body=body)
     _print_tenant(answer, as_json=as_json)
-    made = answer.decode(TenantView).webhook
+    made = answer.decode(Tenant).webhook
     if made and made.secret and not as_json:
         click.echo(f"\nThe secret of its webhooks, which is not shown again: {made.secret}")
 
@@ -459,15 +459,15 @@ def delete_tenant(port: AdminClient, *, name: str, force: bool) -> None:
 def show_quota(port: AdminClient, *, name: str, as_json: bool) -> None:
     """Show how the policies of a tenant stand."""
     answer = port.request("GET", "tenants", name)
-    policies = answer.decode(TenantView).policies
+    policies = answer.decode(Tenant).policies
     click.echo(answer.with_members(policies=policies).format_json() if as_json else _format_policies(policies))
 
 
 def _print_tenant(answer: AdminResponse, *, as_json: bool) -> None:
-    click.echo(answer.format_json() if as_json else _format_tenant(answer.decode(TenantView)))
+    click.echo(answer.format_json() if as_json else _format_tenant(answer.decode(Tenant)))
 
 
-def _format_tenant(tenant: TenantView) -> str:
+def _format_tenant(tenant: Tenant) -> str:
     about = format_record(
         ("name", tenant.name),
         ("accounts", tenant.accounts),
@@ -505,16 +505,16 @@ def _display_unit(policy: Policy) -> str:
     return "yuan" if policy.unit == "money" else policy.unit
 
 
-def _format_limits(tenant: TenantView) -> Sequence[str]:
+def _format_limits(tenant: Tenant) -> Sequence[str]:
     return [_format_limit(each) for each in tenant.limits]
 
 
-def _format_limit(limit: LimitView) -> str:
+def _format_limit(limit: admin_schemas.Limit) -> str:
     parts = {"tasks": limit.tasks, "yuan": limit.money}
     return f"{limit.window} " + " + ".join(f"{most} {unit}" for unit, most in parts.items() if most is not None)
 
 
-def _format_kinds(tenant: TenantView) -> object:
+def _format_kinds(tenant: Tenant) -> object:
     return "all" if tenant.kinds is None else tenant.kinds or "none"
 
 

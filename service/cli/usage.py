@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from service.api.schemas import Submission, UsageRowView, UsageSum, UsageView
+from service.api.schemas import Submission, Usage, UsageRow, UsageSum
 from service.cli.client import AdminClient, with_admin_client
 from service.cli.formatting import format_record, format_table
 
@@ -26,7 +26,7 @@ def show_usage(port: AdminClient, *, as_json: bool, as_csv: bool, **asked: str |
         click.echo(port.request("GET", "usage", accept="text/csv", **query).text(), nl=False)
         return
     answer = port.request("GET", "usage", **query)
-    click.echo(answer.format_json() if as_json else _format_usage(answer.decode(UsageView)))
+    click.echo(answer.format_json() if as_json else _format_usage(answer.decode(Usage)))
 
 
 @with_admin_client
@@ -43,7 +43,7 @@ def refund_submission(port: AdminClient, *, as_json: bool, **body: str | None) -
     click.echo(answer.format_json() if as_json else _format_submission(answer.decode(Submission)))
 
 
-def _format_usage(usage: UsageView) -> str:
+def _format_usage(usage: Usage) -> str:
     parts = [f"From {usage.first} to {usage.last}, in UTC.", _format_rows(usage)]
     if usage.unknown_submissions:
         rows = [(each.id, each.tenant, each.kind, each.day) for each in usage.unknown_submissions]
@@ -58,7 +58,7 @@ def _format_usage(usage: UsageView) -> str:
     return "\n\n".join(parts)
 
 
-def _format_rows(usage: UsageView) -> str:
+def _format_rows(usage: Usage) -> str:
     """The items and their sum; tenants of one name, as of one that was deleted, are told apart by their ids."""
     tenants = {(row.tenant, row.tenant_id) for row in usage.items}
     names = Counter(name for name, _ in tenants)
@@ -75,7 +75,7 @@ def _format_rows(usage: UsageView) -> str:
     return format_table(("period", "tenant", "kind", *_COLUMNS), [*rows, total])
 
 
-def _row_values(row: UsageRowView | UsageSum) -> Sequence[int | float]:
+def _row_values(row: UsageRow | UsageSum) -> Sequence[int | float]:
     tasks, spent = row.tasks, row.spent
     return (
         *(tasks.running, tasks.succeeded, tasks.failed, tasks.unknown, tasks.refused, tasks.not_sent),
