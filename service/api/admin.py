@@ -48,20 +48,10 @@ from service.usecases.registry_apply import RegistryApply, RegistryPlan
 from service.usecases.reports import QuotaReports
 
 _NAME_PATTERN = r"\A[a-z0-9][a-z0-9._-]{0,62}\Z"
-
-
 NewName = Annotated[str, PathParameter(schema_extra={"pattern": _NAME_PATTERN}, description="A name of your choice.")]
-
-
 TenantName = Annotated[str, PathParameter(description="The name.")]
-
-
 ForceDelete = Annotated[bool, QueryParameter(description="Even though tasks run or others refer to it.")]
-
-
 TokenGrace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid yet.")]
-
-
 _CHANGE_PROBLEMS = ("invalid-options", "ledger-unavailable", "overloaded")
 
 
@@ -263,20 +253,10 @@ def _redact_urls(value: Any, *path: str) -> Any:
 
 
 _MAX_REGISTRY_BYTES = 32_000_000
-
-
 _ANY_ETAG = "*"
-
-
 ForceApply = Annotated[bool, QueryParameter(description="Remove even what has tasks running, and even all there is.")]
-
-
 Prune = Annotated[bool, QueryParameter(description="Remove the accounts, tenants and tokens that are not sent.")]
-
-
 DryRun = Annotated[bool, QueryParameter(description="Change nothing, only say what would be different.")]
-
-
 IfMatch = Annotated[
     str | None,
     HeaderParameter(name="If-Match", description="The `ETag` of what you have read: what is newer is not overwritten."),
@@ -353,18 +333,12 @@ def etag_matches(header: str | None, version: int) -> bool:
 
 
 _MAX_LISTED = 1_000
-
-
 SecretGrace = Annotated[
     float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which the secret before signs too.")
 ]
-
-
 DeliveryId = Annotated[
     str, PathParameter(description="The `id` of the delivery, which its receiver sees as `webhook-id`.")
 ]
-
-
 MaxListed = Annotated[int, QueryParameter(ge=1, le=_MAX_LISTED, description="How many at the most.")]
 
 

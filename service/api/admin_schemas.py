@@ -158,17 +158,9 @@ def render_delivery(owned: TenantDelivery) -> Delivery:
 
 
 _MAX_COUNT = 10**12
-
-
 _MAX_YUAN = 10**10
-
-
 MAX_TIMESTAMP = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
-
-
 Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
-
-
 YuanInput = Annotated[float, Meta(ge=0, le=_MAX_YUAN, description="Yuan, with at most two decimals.")]
 
 
@@ -437,11 +429,7 @@ def _find_repeated(field: str, what: str, values: Sequence[str]) -> Sequence[Fie
 
 
 _Id = Annotated[int, Meta(ge=1, le=2**53, description="Behind the name: tasks and usage belong to it. As it is.")]
-
-
 _TokenId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{12}\Z", extra={"must": "be 12 hexadecimal digits in lower case"})]
-
-
 _Hash = Annotated[
     str,
     Meta(
@@ -450,11 +438,7 @@ _Hash = Annotated[
         extra={"must": "be 64 hexadecimal digits in lower case"},
     ),
 ]
-
-
 _Timestamp = Annotated[datetime, Meta(tz=True)]
-
-
 _SecretLocation = Annotated[str, Meta(min_length=1, max_length=4_096)]
 
 

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from litestar import Request, Response, get
 from litestar.datastructures import Headers
@@ -27,14 +27,14 @@ from service.usecases.ports import ArtifactStream, Coverage, RangeRequest, Trans
 from service.usecases.task_status import ArtifactReader
 
 READER_TIMEOUT_SECONDS = 60.0
-"""A client that takes nothing for so long is given up, since it holds a connection to the upstream too."""
+"""A client that reads nothing for this long is dropped, since it also occupies a connection to the upstream."""
 
 _DESCRIPTION = (
-    "The bytes come through the gateway, from wherever the upstream keeps them, so that no other address has to be "
-    "within your reach. Fetch them soon and keep them; the upstream may remove them some day. A connection that breaks "
-    "off before the end says that this is not the whole: ask for the rest with `Range` and `If-Range`."
+    "The bytes come through the gateway, so that you need not be able to reach the upstream's store. Fetch them soon "
+    "and keep them: the upstream may remove them. If the connection closes before the end, the result is incomplete: "
+    "request the rest with `Range` and `If-Range`."
 )
-_RANGE_DESCRIPTION = "One range of bytes, such as `bytes=1000-`. Several are not understood, and the whole is answered."
+_RANGE_DESCRIPTION = "One range of bytes, such as `bytes=1000-`. With several ranges the whole result is sent."
 _STATUSES: Mapping[Coverage, int] = {Coverage.FULL: 200, Coverage.PARTIAL: 206, Coverage.NOT_MODIFIED: 304}
 _HEADERS = PRIVATE_HEADERS | {
     "X-Content-Type-Options": "nosniff",
@@ -50,9 +50,7 @@ _ETAG_OR_DATE = re.compile(rf"{_ETAG}|{_DATE.pattern}")
 ArtifactContext = AbstractAsyncContextManager[tuple[Task, ArtifactStream]]
 
 
-def artifact_routes(reader: ArtifactReader) -> list[HTTPRouteHandler]:
-    """The handler under `/v1/tasks/{id}/artifacts`."""
-
+def artifact_routes(open_artifact: ArtifactReader) -> list[HTTPRouteHandler]:
     @get(
         "/tasks/{task_id:str}/artifacts/{name:str}",
         operation_id="read-artifact",
@@ -64,7 +62,7 @@ def artifact_routes(reader: ArtifactReader) -> list[HTTPRouteHandler]:
             401, 404, 416, "upstream-invalid-response", "upstream-unavailable", "overloaded"
         )
         | openapi.NOT_MODIFIED
-        | {206: ResponseSpec(bytes, description="The range of it that was asked for", generate_examples=False)},
+        | {206: ResponseSpec(bytes, description="The requested range", generate_examples=False)},
     )
     async def read(
         request: Request[Any, Any, Any],
@@ -75,45 +73,41 @@ def artifact_routes(reader: ArtifactReader) -> list[HTTPRouteHandler]:
         ],
         range_: Annotated[str | None, HeaderParameter(name="Range", description=_RANGE_DESCRIPTION)] = None,
         if_range: Annotated[
-            str | None, HeaderParameter(name="If-Range", description="The `ETag` of what you have the beginning of.")
+            str | None, HeaderParameter(name="If-Range", description="The `ETag` of the part you have.")
         ] = None,
         if_none_match: Annotated[
-            str | None, HeaderParameter(name="If-None-Match", description="The `ETag` of what you have.")
+            str | None, HeaderParameter(name="If-None-Match", description="The `ETag` of the result you have.")
         ] = None,
         if_modified_since: Annotated[
-            str | None, HeaderParameter(name="If-Modified-Since", description="The `Last-Modified` of what you have.")
+            str | None,
+            HeaderParameter(name="If-Modified-Since", description="The `Last-Modified` of the result you have."),
         ] = None,
     ) -> Response[bytes]:
-        del range_, if_range, if_none_match, if_modified_since  # declared for the API's document
-        wanted = _parse_range_request(request.headers, is_head=HEAD_KEY in request.scope)
-        return ArtifactResponse(request, reader.open_artifact(tenant, task_id, name, wanted))
+        del range_, if_range, if_none_match, if_modified_since  # declared for the OpenAPI document
+        range_request = _parse_range_request(request.headers, is_head=HEAD_KEY in request.scope)
+        return ArtifactResponse(request, open_artifact(tenant, task_id, name, range_request))
 
     return [read]
 
 
 class ArtifactResponse(Response[bytes]):
-    """An answer that is opened only as it is sent, so that one block holds all that it keeps open."""
+    """Streams a result. Errors before its first byte are raised, and answered as a problem.
 
-    def __init__(self, request: Request[Any, Any, Any], opening: ArtifactContext) -> None:
-        super().__init__(b"")
-        self._sending = _ArtifactSender(request, opening)
-
-    def to_asgi_response(self, *_: Any, **__: Any) -> ASGIResponse:
-        return self._sending
-
-
-class _ArtifactSender(ASGIResponse):
-    """Sends a result. What goes wrong before its first byte is raised, and answered as a problem."""
+    The artifact is opened when it is sent, so that one block holds all that it keeps open.
+    """
 
     def __init__(self, request: Request[Any, Any, Any], artifact: ArtifactContext) -> None:
-        super().__init__()
+        super().__init__(b"")
         self._request = request
         self._artifact = artifact
         self._is_started = False
         self._is_complete = False
 
+    def to_asgi_response(self, *_: Any, **__: Any) -> ASGIResponse:
+        return cast("ASGIResponse", self)  # Litestar only calls it as an ASGI application
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        del receive  # the request has it
+        del receive  # the request reads it
         state = scope["state"]
         try:
             await run_until_disconnect(self._request, self._send(send))
@@ -123,23 +117,22 @@ class _ArtifactSender(ASGIResponse):
             if not self._is_started:
                 raise
             state[OUTCOME] = "client-disconnected"
-        # To return without the end of the body makes the server close the connection, which tells the client.
+        # Returning before the end of the body makes the server close the connection, which the client notices.
         except TransferAborted:
             state[OUTCOME] = "transfer-aborted"
         except TimeoutError:
             state[OUTCOME] = "client-too-slow"
 
     async def _send(self, send: Send) -> None:
-        async with self._artifact as (task, fetched):
-            headers = [
-                (name.lower().encode(), value.encode()) for name, value in _response_headers(task, fetched).items()
-            ]
+        async with self._artifact as (task, stream):
+            fields = _response_headers(task, stream)
+            headers = [(name.lower().encode(), value.encode()) for name, value in fields.items()]
             self._is_started = True
-            await send({"type": "http.response.start", "status": _STATUSES[fetched.coverage], "headers": headers})
-            if HEAD_KEY in self._request.scope or fetched.coverage is Coverage.NOT_MODIFIED:
+            await send({"type": "http.response.start", "status": _STATUSES[stream.coverage], "headers": headers})
+            if HEAD_KEY in self._request.scope or stream.coverage is Coverage.NOT_MODIFIED:
                 self._is_complete = True
             else:
-                async for chunk in fetched.chunks:
+                async for chunk in stream.chunks:
                     async with asyncio.timeout(READER_TIMEOUT_SECONDS):
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 self._is_complete = True
@@ -147,33 +140,33 @@ class _ArtifactSender(ASGIResponse):
 
 
 def _response_headers(task: Task, stream: ArtifactStream) -> dict[str, str]:
-    told = {
+    optional = {
         "Content-Range": stream.content_range,
         "ETag": stream.etag,
         "Last-Modified": stream.last_modified,
         "Accept-Ranges": stream.accept_ranges,
     }
-    headers = _HEADERS | {name: value for name, value in told.items() if value}
+    headers = _HEADERS | {name: value for name, value in optional.items() if value}
     if stream.coverage is Coverage.NOT_MODIFIED:
         return headers
     if stream.length is not None:
         headers["Content-Length"] = str(stream.length)
-    # Of words of the gateway's own alone: what the upstream calls the file is nothing to rely on.
+    # Made of the gateway's own words only: the upstream's name of the file can't be relied on.
     name = f"{task.kind}-{task.reservation[:12]}-{stream.name}.{EXTENSIONS[stream.media_type]}"
     return headers | {"Content-Type": stream.media_type, "Content-Disposition": f'attachment; filename="{name}"'}
 
 
 def _parse_range_request(headers: Headers, *, is_head: bool) -> RangeRequest:
-    """What is asked for, without what is malformed or has no meaning here, which HTTP lets a server ignore."""
+    """Read the conditional and range headers; malformed ones are ignored, as HTTP allows."""
 
-    def given(name: str, pattern: re.Pattern[str]) -> str | None:
+    def read(name: str, pattern: re.Pattern[str]) -> str | None:
         values = headers.getall(name, [])
         return values[0].strip() if len(values) == 1 and pattern.fullmatch(values[0].strip()) else None
 
-    wanted = None if is_head else given("range", _ONE_RANGE)
+    range_ = None if is_head else read("range", _ONE_RANGE)
     return RangeRequest(
-        range=wanted,
-        if_range=given("if-range", _ETAG_OR_DATE) if wanted else None,
-        if_none_match=given("if-none-match", _ETAGS),
-        if_modified_since=given("if-modified-since", _DATE),
+        range=range_,
+        if_range=read("if-range", _ETAG_OR_DATE) if range_ else None,
+        if_none_match=read("if-none-match", _ETAGS),
+        if_modified_since=read("if-modified-since", _DATE),
     )

@@ -1,4 +1,7 @@
-"""ASGI middleware: request ids, access log, metrics, HEAD, and cancellation when the client disconnects."""
+"""ASGI middleware: request ids, access log, metrics, HEAD, and cancellation when the client disconnects.
+
+The middleware wraps Litestar because unknown paths, unknown methods and crashes never reach Litestar's own middleware.
+"""
 
 from __future__ import annotations
 
@@ -30,30 +33,50 @@ from service.telemetry.logging import OUTCOME_ANSWERED, WaitTimer
 from service.telemetry.metrics import OTHER_LABEL, UNMATCHED_ROUTE, Metrics, Port
 from service.telemetry.tracing import NOOP_TRACER, RequestSpan, Tracer
 
-LONG_LIVED = "held"
-"""Where the state of an ASGI scope says that a request was held open on purpose, which tells nothing of our speed."""
-
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+"""An ASGI application. Each library types the three parameters in its own way."""
 
 T = TypeVar("T")
 
+TENANT = "tenant"
+LONG_LIVED = "held"
+"""Keys in the state of an ASGI scope: the tenant's name, and a mark of requests whose duration says nothing of ours."""
+HEAD_KEY = "imaging_gateway.head"
+"""Key in an ASGI scope: the request is a HEAD, so no content needs to be made."""
+
+CLIENT_DISCONNECTED_STATUS = 499
+"""Logged and counted for a request whose client disconnected before a response was sent."""
+REFUSAL_LOG_SECONDS = 60.0
+"""Refused requests of one address are logged at most once in this time."""
+
+_MAX_LOGGED_ADDRESSES = 1_000
+_MAX_PATH_CHARS = 500
+_REQUEST_ID_HEADER = b"x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_ALLOW_HEADER = b"allow"
+
 
 async def run_until_disconnect(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives, which may take its time and is cancelled if the client leaves before. Raises ClientLeft then.
+    """Return the result of `work`, which is cancelled if the client disconnects first. Raises ClientDisconnected.
 
-    The body of the request has to be read already.
+    The body of the request must have been read.
     """
     request.scope["state"][LONG_LIVED] = True
-    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(request))
+    running = asyncio.ensure_future(work)
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            return doing.result()
+        await asyncio.wait((running, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            return running.result()
         raise ClientDisconnected
     finally:
-        for task in (doing, leaving):
-            task.cancel()
-        await asyncio.gather(doing, leaving, return_exceptions=True)
-        del doing, task  # which hold their error, whose traceback holds this frame
+        for future in (running, disconnect):
+            future.cancel()
+        await asyncio.gather(running, disconnect, return_exceptions=True)
+        del running, future  # they hold their error, whose traceback holds this frame
 
 
 async def _wait_for_disconnect(request: Request[Any, Any, Any]) -> None:
@@ -61,45 +84,8 @@ async def _wait_for_disconnect(request: Request[Any, Any, Any]) -> None:
         pass
 
 
-TENANT = "tenant"
-"""Where the tenant's name stands in the state of an ASGI scope, once it is known."""
-
-
-CLIENT_DISCONNECTED_STATUS = 499
-"""The status that logs and metrics show for a request whose client left before it was answered."""
-
-
-Message = MutableMapping[str, Any]
-
-
-Receive = Callable[[], Awaitable[Message]]
-
-
-Send = Callable[[Message], Awaitable[None]]
-
-
-App = Callable[[Any, Any, Any], Awaitable[None]]
-"""An ASGI application; each library types the three in its own way, and the edge stands between all of them."""
-
-
-_REQUEST_ID_HEADER = b"x-request-id"
-
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-
-_MAX_PATH_CHARS = 500
-
-
-REFUSAL_LOG_SECONDS = 60.0
-"""Refused requests of one address are logged once in this time."""
-
-
-_MAX_LOGGED_ADDRESSES = 1_000
-
-
 class RequestMiddleware:
-    """Wraps an application that serves one port."""
+    """Gives every request of one port an id, a log line and its place in the metrics."""
 
     def __init__(
         self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port, tracer: Tracer = NOOP_TRACER
@@ -112,7 +98,6 @@ class RequestMiddleware:
         self._refusal_logged_at: dict[str, float] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one connection; what is not HTTP is passed through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -129,12 +114,12 @@ class RequestMiddleware:
                 await self._serve(scope, receive, _ResponseRecorder(send, request_id), upstream, span)
 
     def refuse(self, status: int, detail: str, client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
-        """Make the problem document for a request that the server can't parse; count it, and log one of many."""
+        """Return the headers and body that refuse a request which the server can't parse; count it, log a sample."""
         request_id = uuid4().hex
         self._metrics.record_request(self._port, OTHER_LABEL, UNMATCHED_ROUTE, status, 0)
         now, logged_at = time.monotonic(), self._refusal_logged_at
         if now - logged_at.get(client, -math.inf) >= REFUSAL_LOG_SECONDS:
-            logged_at.pop(client, None)  # the newest are last
+            logged_at.pop(client, None)  # keeps the newest last
             if len(logged_at) >= _MAX_LOGGED_ADDRESSES:
                 del logged_at[next(iter(logged_at))]
             logged_at[client] = now
@@ -149,9 +134,9 @@ class RequestMiddleware:
     async def _serve(
         self, scope: Message, receive: Receive, recorder: _ResponseRecorder, upstream_wait: WaitTimer, span: RequestSpan
     ) -> None:
-        method, path = scope["method"], quote(scope["path"])[:_MAX_PATH_CHARS]  # as Litestar changes the path
+        method, path = scope["method"], quote(scope["path"])[:_MAX_PATH_CHARS]  # read now: Litestar changes it
         state = scope["state"]
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         try:
             await self._app(scope, receive, recorder.send)
         except ClientDisconnected:
@@ -159,11 +144,11 @@ class RequestMiddleware:
         except Exception:
             self._logger.exception("request.error")
             state[OUTCOME] = INTERNAL_ERROR_RESPONSE.type.code
-            # With an answer begun, returning without its end makes the server close the connection.
+            # Once a response has started, returning without its end makes the server close the connection.
             if recorder.status is None:
                 await recorder.send_internal_error()
         finally:
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - started_at
             status = recorder.status or CLIENT_DISCONNECTED_STATUS
             route = scope.get("path_template") or UNMATCHED_ROUTE
             outcome, tenant = state.get(OUTCOME, OUTCOME_ANSWERED), state.get(TENANT)
@@ -184,7 +169,7 @@ class RequestMiddleware:
 
 
 class _ResponseRecorder:
-    """What was answered so far."""
+    """Sends the messages of a response and records its status."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
@@ -192,7 +177,7 @@ class _ResponseRecorder:
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
-        """Pass a message of the application on, with the request's id."""
+        """Send a message of the application, with the request's id in the headers."""
         if message["type"] == "http.response.start":
             headers = [header for header in message.get("headers", ()) if header[0].lower() != _REQUEST_ID_HEADER]
             message["headers"] = [*headers, (_REQUEST_ID_HEADER, self._request_id.encode())]
@@ -200,63 +185,56 @@ class _ResponseRecorder:
         await self._send(message)
 
     async def send_internal_error(self) -> None:
-        """Answer in place of an application that failed before it began to."""
+        """Respond in place of an application that failed before its response started."""
         status, headers, body = render(INTERNAL_ERROR_RESPONSE, self._request_id)
-        sent = {**headers, "Content-Length": str(len(body))}
+        fields = {**headers, "Content-Length": str(len(body))}
         await self.send(
             {
                 "type": "http.response.start",
                 "status": status,
-                "headers": [(name.lower().encode(), value.encode()) for name, value in sent.items()],
+                "headers": [(name.lower().encode(), value.encode()) for name, value in fields.items()],
             }
         )
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def _request_id(scope: Message) -> str:
-    """The id the client gave if it is one that can be told on, else a new one."""
-    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID_HEADER), "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+    """Return the client's request id if it is well formed, else a new one."""
+    sent = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID_HEADER), "")
+    return sent if _REQUEST_ID.fullmatch(sent) else uuid4().hex
 
 
-HEAD_KEY = "imaging_gateway.head"
-"""Stands in the scope where only the head of the answer is wanted, so that no content need be made for it."""
+class HeadMiddleware:
+    """Serves HEAD for an application that only has GET: the same headers without content (RFC 9110)."""
 
+    def __init__(self, app: App) -> None:
+        self._app = app
 
-_ALLOW_HEADER = b"allow"
-
-
-def HeadMiddleware(app: App) -> App:  # noqa: N802 - becomes a class
-    """Wrap an application that knows GET only."""
-
-    async def answering(scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
-            await app(scope, receive, send)
+            await self._app(scope, receive, send)
             return
-        asked_for_head = scope["method"] == "HEAD"
+        is_head = scope["method"] == "HEAD"
 
-        async def pass_on(message: Message) -> None:
+        async def send_head(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [_add_head_to_allow(*header) for header in message["headers"]]
-            elif asked_for_head and message["type"] == "http.response.body":
+            elif is_head and message["type"] == "http.response.body":
                 return
             await send(message)
-            if asked_for_head:
-                # At once, since what is streamed may take its time or never end.
+            if is_head:
+                # Sent at once: a stream may take long or never end.
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        # The server keeps its own scope, by which it knows that no content may follow.
-        inner = {**scope, "method": "GET", HEAD_KEY: True} if asked_for_head else scope
+        # The server keeps its own scope, which shows it that no content may follow.
+        inner = {**scope, "method": "GET", HEAD_KEY: True} if is_head else scope
         try:
-            await app(inner, receive, pass_on)
+            await self._app(inner, receive, send_head)
         finally:
             if "path_template" in inner:
                 scope["path_template"] = inner["path_template"]
 
-    return answering
-
 
 def _add_head_to_allow(name: bytes, value: bytes) -> tuple[bytes, bytes]:
-    """A header, and if it lists the methods allowed, with HEAD where it has GET."""
     methods = [part.strip() for part in value.split(b",")] if name.lower() == _ALLOW_HEADER else []
     return (name, b", ".join([*methods, b"HEAD"])) if b"GET" in methods and b"HEAD" not in methods else (name, value)

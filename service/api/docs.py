@@ -16,14 +16,8 @@ from typing import Any, Literal
 from msgspec import Struct, structs
 
 _VOID = frozenset({"input", "link", "meta", "wbr"})
-
-
 _CODE = re.compile(r"`([^`]+)`")
-
-
 _BULLET = re.compile(r"\s*[-*] ")
-
-
 _JSON_KEY = re.compile(r'( *)("(?:[^"\\]|\\.)*")(: .*)')
 
 
@@ -81,11 +75,7 @@ def _escape_part(part: str | None) -> str:
 
 
 Node = Mapping[str, Any]
-
-
 _FORMAT_SAMPLES = {"date-time": "2026-01-31T12:00:00Z", "date": "2026-01-31", "uri": "https://example.com/"}
-
-
 _TYPE_NAMES = {
     "array": "list",
     "boolean": "true or false",
@@ -95,8 +85,6 @@ _TYPE_NAMES = {
     "object": "object",
     "string": "string",
 }
-
-
 _LIMIT_PHRASES = (
     ("at least {}", "minimum"),
     ("above {}", "exclusiveMinimum"),
@@ -267,17 +255,9 @@ def _format_value(value: Any) -> str:
 
 
 ORIGIN = tag("i", "$GATEWAY", data_fill="origin")
-
-
 TOKEN = tag("i", "$TOKEN", data_fill="token")
-
-
 _PLACEHOLDER = re.compile(r"\{([^}]*)\}")
-
-
 _SPECIAL = re.compile(r'([\\"$`])')
-
-
 _FORM_OPTIONS = {"multipart/form-data": "-F", "application/x-www-form-urlencoded": "--data-urlencode"}
 
 
@@ -389,14 +369,8 @@ def _to_text(value: Any) -> str:
 
 
 _PARAMETER_TITLES = {"path": "Path", "query": "Query", "header": "Headers"}
-
-
 _FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
-
-
 _PROBLEM_TYPE = "application/problem+json"
-
-
 _PROBLEM_ITEM = re.compile(r"^- `([^`]+)`: (.*)$", re.MULTILINE)
 
 
@@ -556,8 +530,6 @@ DOCS_HEADERS: Mapping[str, str] = MappingProxyType(
     }
 )
 """To be sent with the page. The rest of its content security policy stands in the page, beside what it allows."""
-
-
 _METHODS = ("get", "post", "put", "patch", "delete")
 
 

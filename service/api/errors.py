@@ -57,11 +57,7 @@ class BodyTimeout(MalformedRequest):
 
 
 MEDIA_TYPE = "application/problem+json"
-
-
 REQUEST_ID = "request_id"
-
-
 OUTCOME = "outcome"
 """Where the request's id and the code of its problem stand in the state of an ASGI scope."""
 
@@ -85,43 +81,19 @@ class ProblemResponse(Struct, frozen=True):
 
 
 MALFORMED_REQUEST = ProblemType("malformed-request", 400, "Malformed request", "The request can't be read.")
-
-
 UNAUTHENTICATED = ProblemType("unauthenticated", 401, "Authentication required", "The token is missing or not valid.")
-
-
 FORBIDDEN = ProblemType("forbidden", 403, "Forbidden", "The token is good, but not for this.")
-
-
 NOT_FOUND = ProblemType("not-found", 404, "Not found", "There is no such thing, or it belongs to somebody else.")
-
-
 METHOD_NOT_ALLOWED = ProblemType("method-not-allowed", 405, "Method not allowed", "`Allow` names the methods.")
-
-
 IMAGE_TOO_LARGE = ProblemType("image-too-large", 413, "Image too large", "It exceeds the limit on bytes or on pixels.")
-
-
 INVALID_OPTIONS = ProblemType("invalid-options", 422, "Invalid options", "`errors` names each faulty field.")
-
-
 QUOTA_EXCEEDED = ProblemType("quota-exceeded", 429, "Quota exceeded", "A limit of the tenant is used up.")
-
-
 HEADERS_TOO_LARGE = ProblemType(
     "headers-too-large", 431, "Header fields too large", "The request line and the header fields exceed the limit."
 )
-
-
 RATE_LIMITED = ProblemType("rate-limited", 429, "Rate limited", "The limit of the current minute is used up.")
-
-
 TOO_MANY_ACTIVE_TASKS = ProblemType("too-many-active-tasks", 429, "Too many active tasks", "No more may run at once.")
-
-
 INTERNAL_ERROR = ProblemType("internal-error", 500, "Internal error", "A fault of the gateway; its operators see why.")
-
-
 _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
     errors.MalformedRequest: MALFORMED_REQUEST,
     errors.Unauthenticated: UNAUTHENTICATED,
@@ -177,8 +149,6 @@ _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
         "submission-unknown", 504, "Submission unknown", "It was sent and may have been charged; never send it again."
     ),
 }
-
-
 PROBLEMS: tuple[ProblemType, ...] = tuple(
     sorted(
         {
@@ -193,19 +163,11 @@ PROBLEMS: tuple[ProblemType, ...] = tuple(
     )
 )
 """Every kind of problem there is, by status."""
-
-
 INTERNAL_ERROR_RESPONSE = ProblemResponse(
     INTERNAL_ERROR, "The gateway failed. Its operators can find out why by the request id."
 )
-
-
 _MONEY_POLICIES = frozenset(policy_name(window, UNIT_MONEY) for window in Window)
-
-
 _MINUTE_POLICIES = frozenset(policy_name(Window.MINUTE, counted) for counted in (UNIT_TASKS, UNIT_MONEY))
-
-
 _ERROR_HEADERS: Mapping[type, Mapping[str, str]] = {
     errors.Unauthenticated: {"WWW-Authenticate": 'Bearer realm="imaging-gateway"'},
     errors.UnsupportedCoding: {"Accept-Encoding": "identity"},

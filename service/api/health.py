@@ -1,4 +1,4 @@
-"""Probes and metrics."""
+"""Routes for probes and metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from service.usecases.ledger_snapshot import LedgerSnapshot
 
 
 class Health(StrEnum):
-    """Whether the process takes requests."""
+    """Readiness of the process."""
 
     OK = "ok"
     STARTING = "starting"
@@ -24,22 +24,19 @@ class Health(StrEnum):
 
 
 class HealthReport(Struct, frozen=True):
-    """How the process is."""
+    """Report of a probe."""
 
     status: Health
 
 
 def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler]:
-    """`/healthz` and `/readyz`.
-
-    Neither touches Redis: reads go on without it, so a Redis that went away must not take the process out of service.
-    """
+    # Neither probe touches Redis: reads work without it, so losing Redis must not take the process out of service.
 
     @get(
         "/healthz",
         operation_id="healthz",
-        summary="Whether the process lives",
-        response_description="It does",
+        summary="Check that the process is alive",
+        response_description="It is alive",
     )
     async def healthz() -> HealthReport:
         return HealthReport(Health.OK)
@@ -47,23 +44,22 @@ def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler
     @get(
         "/readyz",
         operation_id="readyz",
-        summary="Whether the process takes requests",
-        response_description="It does",
-        responses={503: ResponseSpec(HealthReport, description="It is starting or ending", generate_examples=False)},
+        summary="Check that the process accepts requests",
+        response_description="It accepts requests",
+        responses={503: ResponseSpec(HealthReport, description="It is starting or draining", generate_examples=False)},
     )
     async def readyz() -> Response[HealthReport]:
-        found = get_health()
-        return Response(HealthReport(found), status_code=200 if found is Health.OK else 503)
+        status = get_health()
+        return Response(HealthReport(status), status_code=200 if status is Health.OK else 503)
 
     return [healthz, readyz]
 
 
-def metrics_route(metrics: Metrics, snapshot: LedgerSnapshot) -> HTTPRouteHandler:
-    """`/metrics`, for Prometheus. Writing it all out takes a while, and is done where no request waits for it."""
-
+def metrics_route(metrics: Metrics, update_snapshot: LedgerSnapshot) -> HTTPRouteHandler:
     @get("/metrics", operation_id="metrics", summary="Metrics for Prometheus", include_in_schema=False)
     async def scrape() -> Response[bytes]:
-        await snapshot.refresh()
+        await update_snapshot()
+        # In a thread: rendering takes tens of milliseconds.
         body, media_type = await asyncio.to_thread(metrics.render)
         return Response(body, media_type=media_type.partition("; charset")[0])
 

@@ -79,8 +79,6 @@ class Problem(Struct, frozen=True):
 NOT_MODIFIED: dict[int, ResponseSpec] = {
     304: ResponseSpec(None, description="It is still the version named by If-None-Match.", generate_examples=False)
 }
-
-
 FILE_HEADERS = ("Content-Disposition", "ETag", "Last-Modified", "Accept-Ranges", "Cache-Control")
 FILE_TYPES = tuple(EXTENSIONS)
 """What an answer that is a file comes with, and what it can be."""

@@ -47,14 +47,8 @@ from service.usecases.reports import (
 )
 
 _TASK_ID = "task_Zm9yIHRoZSBkb2N1bWVudCBvbmx5"
-
-
 _CREATED_AT = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
-
-
 _FINISHED_AT = datetime(2026, 1, 31, 12, 0, 21, tzinfo=UTC)
-
-
 _TASK_EXAMPLE = Task(
     id=_TASK_ID,
     kind=Kind.UPSCALE,
@@ -71,8 +65,6 @@ _TASK_EXAMPLE = Task(
     cost=Cost(count=1, money=0, basis=CostBasis.OBSERVED),
     links=Links(self=f"/v1/tasks/{_TASK_ID}", events=f"/v1/tasks/{_TASK_ID}/events"),
 )
-
-
 _QUOTA_EXAMPLE = Quota(
     policies=[
         Policy(
@@ -100,20 +92,10 @@ _QUOTA_EXAMPLE = Quota(
     ],
     account=Availability(can_pay=True, look_again_at=None),
 )
-
-
 _SUBMISSION_ID = "f3a1c09b6d5e4f708192a3b4c5d6e7f8"
-
-
 _OWNER = TenantRef(1_769_860_800_000, "shop")
-
-
 _DAY = date(2026, 1, 31)
-
-
 _TALLY = Tally({Measure.SUCCEEDED: 57, Measure.UNKNOWN: 1, Measure.OBSERVED_COUNT: 55, Measure.ESTIMATED_MONEY: 100})
-
-
 _REFUND = Refund(int(_FINISHED_AT.timestamp()) * 1000, "The result was blank.", count=1, money_fen=0)
 
 
@@ -145,8 +127,6 @@ _SUBMISSION_EXAMPLE = Submission(
     balance_suggests=BalanceSuggestion.NOT_CHARGED,
     refund=None,
 )
-
-
 _DELIVERY_EXAMPLE = Delivery(
     id=f"msg_{_SUBMISSION_ID}",
     tenant="shop",
@@ -161,8 +141,6 @@ _DELIVERY_EXAMPLE = Delivery(
     updated_at=datetime(2026, 2, 1, 11, 2, tzinfo=UTC),
     due_at=None,
 )
-
-
 EXAMPLES: Mapping[str, Struct] = {
     type(example).__name__: example
     for example in (
@@ -178,8 +156,6 @@ EXAMPLES: Mapping[str, Struct] = {
     )
 }
 """An example of each kind of answer that has one, by the name of its type."""
-
-
 CSV_EXAMPLES: Mapping[str, str] = {
     "read-usage": render_csv(*tabulate_usage(_example_report(Group.KIND), for_operators=False)).decode(),
     "read-all-usage": render_csv(
@@ -187,12 +163,8 @@ CSV_EXAMPLES: Mapping[str, str] = {
     ).decode(),
 }
 """What is answered as CSV to those who want it, by the operation's id."""
-
-
 STREAM_EXAMPLES: Mapping[str, str] = {"follow-task": encode_event(_TASK_EXAMPLE, 3).decode()}
 """What is answered as a stream of events, by the operation's id."""
-
-
 SUBMIT_EXAMPLES: Mapping[str, Struct] = {
     f"submit-{kind}": replace(
         _TASK_EXAMPLE,
@@ -207,8 +179,6 @@ SUBMIT_EXAMPLES: Mapping[str, Struct] = {
     for kind in Kind
 }
 """The task as it is answered to each submission, by the operation's id."""
-
-
 _PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
     "invalid-options": {"errors": [{"field": "scale", "detail": "must be a number from 1 to 8"}]},
     "quota-exceeded": {
@@ -238,11 +208,7 @@ def example_problem(code: str) -> dict[str, Any]:
 
 WEBHOOKS_TAG = "Webhooks"
 """The tag of the webhooks alone: client generators write one file for each tag."""
-
-
 _WEBHOOK_NAME = "task-ended"
-
-
 _WEBHOOK_DESCRIPTION = (
     "Sent to the address you have agreed on with the operators, or to the task's `webhook_url`, once the task has "
     "ended, signed as [Standard Webhooks](https://www.standardwebhooks.com/) 1.0.0 has it: verify it with any library "
@@ -250,8 +216,6 @@ _WEBHOOK_DESCRIPTION = (
     "within 15 seconds; anything else is tried again for a day, later and later, and 410 ends it for good. It comes "
     "at least once: what you have seen before has the same `webhook-id`."
 )
-
-
 _WEBHOOK_HEADERS = {
     "webhook-id": "The id of the event, the same whenever it is sent again.",
     "webhook-timestamp": "When this attempt was made, in seconds since the epoch.",
@@ -304,14 +268,8 @@ def _webhook_operation() -> dict[str, Any]:
 
 
 Node = dict[str, Any]
-
-
 _TEXT_SCHEMA, _SECONDS_SCHEMA = {"type": "string"}, {"type": "integer", "minimum": 0}
-
-
 _FILE_SCHEMA = _TEXT_SCHEMA | {"format": "binary"}
-
-
 _HEADER_COMPONENTS: Mapping[str, Node] = {
     "X-Request-Id": {
         "description": "The id of the request: yours, if you sent one of this form, else a new one.",
@@ -347,11 +305,7 @@ _HEADER_COMPONENTS: Mapping[str, Node] = {
     },
     "WWW-Authenticate": {"description": "How to authenticate: with a bearer token.", "schema": _TEXT_SCHEMA},
 }
-
-
 _HEADER_NAMES = {name.lower(): name for name in _HEADER_COMPONENTS}
-
-
 _PROBLEM_HEADERS: Mapping[str, tuple[str, ...]] = {
     "401": ("WWW-Authenticate",),
     "402": ("Retry-After",),
@@ -361,15 +315,9 @@ _PROBLEM_HEADERS: Mapping[str, tuple[str, ...]] = {
     "503": ("Retry-After",),
     "504": ("Idempotent-Replayed",),
 }
-
-
 _NOT_MODIFIED_HEADERS = frozenset({"ETag", "Age", "Retry-After", "Last-Modified", "Accept-Ranges", "Cache-Control"})
 """What of a success's headers is told even if its content is not."""
-
-
 _SCHEMA_MODULES = (admin_schemas, health, legacy, openapi, schemas)
-
-
 _STRUCTS: Mapping[str, type[Struct]] = {
     name: found
     for module in _SCHEMA_MODULES
@@ -377,18 +325,10 @@ _STRUCTS: Mapping[str, type[Struct]] = {
     if isinstance(found, type) and issubclass(found, Struct) and found.__module__ == module.__name__
 }
 """The objects that are sent. Litestar tells neither what the code says of them, nor that they are all there is."""
-
-
 _FILE_OPERATIONS = frozenset({"read-artifact"})
 """The operations whose answers are files."""
-
-
 _FALSE_BY_DEFAULT = ("deprecated", "allowEmptyValue", "allowReserved")
-
-
 _JSON_TYPES = frozenset({"object", "array", "string", "boolean", "number", "null"})
-
-
 _KEY_ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "webhooks", "components")
 
 

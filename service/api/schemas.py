@@ -31,14 +31,8 @@ from service.usecases.reports import (
 from service.usecases.task_cache import CachedTask, DurationEstimator
 
 FEN_PER_YUAN = 100
-
-
 Yuan = Annotated[int | float, Meta(description="Money in yuan (CNY).")]
-
-
 PRIVATE_HEADERS = {"Cache-Control": "private, no-cache"}
-
-
 REPLAYED_HEADERS = {"Idempotent-Replayed": "true"}
 """Says that an answer is about an earlier submission under the same idempotency key."""
 
@@ -302,14 +296,8 @@ def render_submission(status: SubmissionStatus, *, for_operators: bool) -> Submi
 
 
 CSV_MEDIA_TYPE = "text/csv; header=present"
-
-
 _JSON_TYPE, _CSV_TYPE = "application/json", "text/csv"
-
-
 _QUALITY = re.compile(r"(?:^|;)\s*q\s*=\s*(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)\s*(?:;|$)", re.ASCII)
-
-
 _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -350,8 +338,6 @@ def _escape_cell(value: Any) -> Any:
 
 
 Uses = Annotated[int, Meta(description="Prepaid uses.")]
-
-
 Day = Annotated[date, Meta(description="When it was submitted.")]
 
 

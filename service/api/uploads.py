@@ -152,33 +152,15 @@ class UploadMemory:
 
 
 MAX_FIELDS = 64
-
-
 MAX_NAME_CHARS = 128
-
-
 MAX_FIELD_BYTES = 64 * 1024
-
-
 MULTIPART = "multipart/form-data"
-
-
 URLENCODED = "application/x-www-form-urlencoded"
-
-
 OnField = Callable[[str, str], None]
 """Told the name and the value of a field; what it raises ends the reading."""
-
-
 _FILENAME_PARAMETER = re.compile(r";\s*filename\*?\s*=", re.IGNORECASE)
-
-
 _MAX_PADDING = 1_000
-
-
 _REFUSED_TRANSFER_ENCODINGS = frozenset({"base64", "quoted-printable", "x-uuencode"})
-
-
 _CHARSETS = frozenset(
     {
         *("ascii", "utf_8", "utf_16", "utf_16_be", "utf_16_le", "gbk", "gb2312", "gb18030", "big5", "big5hkscs"),
@@ -389,16 +371,10 @@ class _PaddingTolerantParser(PushMultipartParser):  # type: ignore[misc]
 
 
 _log = structlog.get_logger(__name__)
-
-
 FORM_OVERHEAD_BYTES = 256 * 1024
 """What a submission may have in bytes beside its image: fields, and what frames them."""
-
-
 MAX_FORM_BYTES = 64 * 1024
 """How large a form without a file may be."""
-
-
 _MAX_INLINE_INSPECT_BYTES = 64 * 1024
 """A larger image is inspected in a thread: one made of very many tiny pieces takes a while."""
 

@@ -58,30 +58,22 @@ _USAGE_DESCRIPTION = (
     "A submission counts on the day on which it was made, in UTC, and `charged` is what your limits count. "
     "As CSV, the names of columns are those of JSON, joined by `_`; the total and the lists are left out."
 )
-
-
 _OPERATOR_USAGE_DESCRIPTION = (
     "As tenants see their own, over all of them, deleted ones too, so that every yuan is explained. As CSV, the names "
     "of columns are those of JSON, joined by `_`; the total and the lists are left out."
 )
-
-
 FirstDay = Annotated[
     str | None,
     QueryParameter(
         name="from", format="date", description="The first day. Default: the first of the month of the last day."
     ),
 ]
-
-
 LastDay = Annotated[
     str | None,
     QueryParameter(
         name="to", format="date", description=f"The last day, included; at most {MAX_DAYS} in all. Default: today."
     ),
 ]
-
-
 PeriodLength = Annotated[Interval, QueryParameter(name="interval", description="How long the period of an item is.")]
 
 
