@@ -1,4 +1,7 @@
-"""Errors as problem details, and the rate-limit headers."""
+"""Errors as problem details (RFC 9457), and the rate-limit headers.
+
+One table maps errors to responses. An error that is not in it becomes a generic 500 that reveals nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,13 @@ from structlog.typing import FilteringBoundLogger
 
 from service.api.schemas import REPLAYED_HEADERS, to_yuan
 from service.domain import errors
-from service.domain.errors import (
-    MalformedRequest,
-    RateLimit,
-    Violation,
-    expected_format,
-    validate_tree,
-)
-from service.domain.ledger import MAX_ACTIVE_POLICY, UNIT_MONEY, UNIT_TASKS, policy_name
+from service.domain.errors import MalformedRequest, expected_format, validate_tree
+from service.domain.ledger import MAX_ACTIVE_POLICY, UNIT_MONEY, UNIT_TASKS, RateLimit, Violation, policy_name
 from service.domain.tenants import Window
 
 
 def rate_limit_headers(limits: Sequence[RateLimit]) -> dict[str, str]:
-    """Both headers, or none if nothing is limited. A limit that never resets has neither window nor reset."""
+    """Return `RateLimit` and `RateLimit-Policy`, or nothing without limits; `w` and `t` only if a limit resets."""
     if not limits:
         return {}
     return {
@@ -49,21 +46,21 @@ def _format_parameter(parameter: str, value: int | None) -> str:
 
 
 class ClientDisconnected(Exception):
-    """The client closed the connection, so there is nobody to answer."""
+    """The client closed the connection."""
 
 
 class BodyTimeout(MalformedRequest):
-    """The body did not arrive in time; the connection is of no more use."""
+    """The body did not arrive in time; the connection must be closed."""
 
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID = "request_id"
 OUTCOME = "outcome"
-"""Where the request's id and the code of its problem stand in the state of an ASGI scope."""
+"""Keys in the state of an ASGI scope: the request's id, and the code of its problem."""
 
 
 class ProblemType(Struct, frozen=True):
-    """A kind of problem: what it is called, its status and title, and when it occurs (for the API's document)."""
+    """A kind of problem; `description` is for the OpenAPI document."""
 
     code: str
     status: int
@@ -72,7 +69,7 @@ class ProblemType(Struct, frozen=True):
 
 
 class ProblemResponse(Struct, frozen=True):
-    """A problem that occurred: what to do about it, members beside the standard ones, and headers."""
+    """A problem to send; `extras` are members beside the standard ones."""
 
     type: ProblemType
     detail: str
@@ -82,8 +79,8 @@ class ProblemResponse(Struct, frozen=True):
 
 MALFORMED_REQUEST = ProblemType("malformed-request", 400, "Malformed request", "The request can't be read.")
 UNAUTHENTICATED = ProblemType("unauthenticated", 401, "Authentication required", "The token is missing or not valid.")
-FORBIDDEN = ProblemType("forbidden", 403, "Forbidden", "The token is good, but not for this.")
-NOT_FOUND = ProblemType("not-found", 404, "Not found", "There is no such thing, or it belongs to somebody else.")
+FORBIDDEN = ProblemType("forbidden", 403, "Forbidden", "The token does not allow this.")
+NOT_FOUND = ProblemType("not-found", 404, "Not found", "It does not exist, or belongs to another tenant.")
 METHOD_NOT_ALLOWED = ProblemType("method-not-allowed", 405, "Method not allowed", "`Allow` names the methods.")
 IMAGE_TOO_LARGE = ProblemType("image-too-large", 413, "Image too large", "It exceeds the limit on bytes or on pixels.")
 INVALID_OPTIONS = ProblemType("invalid-options", 422, "Invalid options", "`errors` names each faulty field.")
@@ -92,8 +89,12 @@ HEADERS_TOO_LARGE = ProblemType(
     "headers-too-large", 431, "Header fields too large", "The request line and the header fields exceed the limit."
 )
 RATE_LIMITED = ProblemType("rate-limited", 429, "Rate limited", "The limit of the current minute is used up.")
-TOO_MANY_ACTIVE_TASKS = ProblemType("too-many-active-tasks", 429, "Too many active tasks", "No more may run at once.")
-INTERNAL_ERROR = ProblemType("internal-error", 500, "Internal error", "A fault of the gateway; its operators see why.")
+TOO_MANY_ACTIVE_TASKS = ProblemType(
+    "too-many-active-tasks", 429, "Too many active tasks", "The tenant has as many active tasks as it may have."
+)
+INTERNAL_ERROR = ProblemType(
+    "internal-error", 500, "Internal error", "A fault of the gateway, which its operators find in the log."
+)
 _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
     errors.MalformedRequest: MALFORMED_REQUEST,
     errors.Unauthenticated: UNAUTHENTICATED,
@@ -104,36 +105,36 @@ _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
     errors.KindNotAllowed: ProblemType(
         "kind-not-allowed", 403, "Kind not allowed", "The tenant may not submit tasks of this kind."
     ),
-    errors.TenantDisabled: ProblemType("tenant-disabled", 403, "Tenant disabled", "An operator switched it off."),
+    errors.TenantDisabled: ProblemType("tenant-disabled", 403, "Tenant disabled", "An operator has disabled it."),
     errors.NotFound: NOT_FOUND,
-    errors.Conflict: ProblemType("conflict", 409, "Conflict", "What stands in the way of the change is named."),
+    errors.Conflict: ProblemType("conflict", 409, "Conflict", "`detail` names what conflicts with the change."),
     errors.VersionConflict: ProblemType(
-        "outdated", 412, "Outdated", "It was changed since it was read: read it again."
+        "outdated", 412, "Outdated", "It has changed since it was read: read it again."
     ),
     errors.ImageTooLarge: IMAGE_TOO_LARGE,
     errors.UnsupportedMediaType: ProblemType(
-        "unsupported-media-type", 415, "Unsupported media type", "Of the request, or of the image by its bytes."
+        "unsupported-media-type", 415, "Unsupported media type", "That of the request, or of the image by its bytes."
     ),
     errors.RangeNotSatisfiable: ProblemType(
         "range-not-satisfiable", 416, "Range not satisfiable", "The result has no bytes there."
     ),
     errors.InvalidOptions: INVALID_OPTIONS,
-    errors.InvalidImage: ProblemType("invalid-image", 422, "Invalid image", "It is broken or cut off."),
+    errors.InvalidImage: ProblemType("invalid-image", 422, "Invalid image", "It is damaged or incomplete."),
     errors.IdempotencyKeyInvalid: ProblemType(
-        "idempotency-key-invalid", 400, "Invalid idempotency key", "It is malformed, too long, or given twice."
+        "idempotency-key-invalid", 400, "Invalid idempotency key", "It is malformed, too long, or sent twice."
     ),
     errors.IdempotencyInFlight: ProblemType(
-        "idempotency-in-flight", 409, "Still in flight", "What was sent first under this key has no outcome yet."
+        "idempotency-in-flight", 409, "Still in flight", "The first submission under this key has no outcome yet."
     ),
     errors.IdempotencyKeyReused: ProblemType(
-        "idempotency-key-reused", 422, "Idempotency key reused", "Something else was sent under this key before."
+        "idempotency-key-reused", 422, "Idempotency key reused", "Other content was sent under this key before."
     ),
     errors.QuotaDenied: QUOTA_EXCEEDED,
     errors.UpstreamRejected: ProblemType(
-        "upstream-rejected", 502, "Rejected upstream", "`upstream_reason` says why; nothing was charged."
+        "upstream-rejected", 502, "Rejected upstream", "`upstream_reason` has the reason; nothing was charged."
     ),
     errors.UpstreamInvalidResponse: ProblemType(
-        "upstream-invalid-response", 502, "Invalid upstream response", "The upstream's answer can't be used."
+        "upstream-invalid-response", 502, "Invalid upstream response", "The upstream's response can't be used."
     ),
     errors.LedgerUnavailable: ProblemType(
         "ledger-unavailable", 503, "Ledger unavailable", "Nothing can be reserved now; nothing was charged."
@@ -142,11 +143,11 @@ _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
         "upstream-unavailable", 503, "Upstream unavailable", "It can't be reached; nothing was charged."
     ),
     errors.AccountMisconfigured: ProblemType(
-        "account-misconfigured", 503, "Account misconfigured", "An operator has to mend the tenant's account."
+        "account-misconfigured", 503, "Account misconfigured", "An operator has to correct the tenant's account."
     ),
     errors.Overloaded: ProblemType("overloaded", 503, "Overloaded", "Too much is in flight; nothing was charged."),
     errors.SubmissionUnknown: ProblemType(
-        "submission-unknown", 504, "Submission unknown", "It was sent and may have been charged; never send it again."
+        "submission-unknown", 504, "Submission unknown", "It was sent and may have been charged; do not send it again."
     ),
 }
 PROBLEMS: tuple[ProblemType, ...] = tuple(
@@ -159,24 +160,24 @@ PROBLEMS: tuple[ProblemType, ...] = tuple(
             TOO_MANY_ACTIVE_TASKS,
             INTERNAL_ERROR,
         },
-        key=lambda item: (item.status, item.code),
+        key=lambda problem: (problem.status, problem.code),
     )
 )
-"""Every kind of problem there is, by status."""
+"""All kinds of problems, by status."""
 INTERNAL_ERROR_RESPONSE = ProblemResponse(
-    INTERNAL_ERROR, "The gateway failed. Its operators can find out why by the request id."
+    INTERNAL_ERROR, "The gateway failed. Its operators can find the cause by the request id."
 )
 _MONEY_POLICIES = frozenset(policy_name(window, UNIT_MONEY) for window in Window)
-_MINUTE_POLICIES = frozenset(policy_name(Window.MINUTE, counted) for counted in (UNIT_TASKS, UNIT_MONEY))
+_MINUTE_POLICIES = frozenset(policy_name(Window.MINUTE, unit) for unit in (UNIT_TASKS, UNIT_MONEY))
 _ERROR_HEADERS: Mapping[type, Mapping[str, str]] = {
     errors.Unauthenticated: {"WWW-Authenticate": 'Bearer realm="imaging-gateway"'},
     errors.UnsupportedCoding: {"Accept-Encoding": "identity"},
-    BodyTimeout: {"Connection": "close"},  # else a client that trickles on keeps its connection for as long as it likes
+    BodyTimeout: {"Connection": "close"},  # else a client that keeps sending slowly would keep its connection
 }
 
 
 def to_problem(error: errors.GatewayError) -> ProblemResponse:
-    """What the caller is told about an error: the closest class in the table decides."""
+    """Return the response to an error: that of its closest class in the table."""
     kind = next((_PROBLEM_TYPES[cls] for cls in type(error).__mro__ if cls in _PROBLEM_TYPES), None)
     if kind is None:
         return INTERNAL_ERROR_RESPONSE
@@ -211,7 +212,7 @@ def to_problem(error: errors.GatewayError) -> ProblemResponse:
 
 
 def render(problem: ProblemResponse, request_id: str) -> tuple[int, dict[str, str], bytes]:
-    """The status, headers and body of the answer."""
+    """Return the status, headers and body of a response."""
     document = {
         "type": f"urn:imaging-gateway:problem:{problem.type.code}",
         "title": problem.type.title,
@@ -226,44 +227,44 @@ def render(problem: ProblemResponse, request_id: str) -> tuple[int, dict[str, st
 
 
 def exception_handlers(logger: FilteringBoundLogger) -> dict[int | type[Exception], Callable[[Any, Any], Any]]:
-    """What Litestar does with exceptions, also for addresses and methods it does not know.
+    """Return Litestar's exception handlers, which also serve unknown paths and methods.
 
-    A crash is logged with its traceback and answered without any of it.
+    An unexpected error is logged with its traceback, of which the response reveals nothing.
     """
 
-    def known(request: Request[Any, Any, Any], error: errors.GatewayError) -> Response[bytes]:
+    def gateway_error(request: Request[Any, Any, Any], error: errors.GatewayError) -> Response[bytes]:
         problem = to_problem(error)
         if problem is INTERNAL_ERROR_RESPONSE:
-            return crashed(request, error)
+            return internal_error(request, error)
         if problem.type is UNAUTHENTICATED and "authorization" in request.headers:
             challenge = problem.headers["WWW-Authenticate"] + ', error="invalid_token"'
             problem = msgspec.structs.replace(problem, headers={**problem.headers, "WWW-Authenticate": challenge})
         return _respond(request, problem)
 
-    def framework(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    def framework_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
         if error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            return crashed(request, error)
+            return internal_error(request, error)
         return _respond(request, _framework_problem(request, error))
 
-    def undecodable(request: Request[Any, Any, Any], error: UnicodeDecodeError) -> Response[bytes]:
-        # Litestar lets this one through for a JSON body; logged, should it ever come from elsewhere.
+    def decode_error(request: Request[Any, Any, Any], error: UnicodeDecodeError) -> Response[bytes]:
+        # Litestar raises this for a JSON body. It is logged in case it ever comes from elsewhere.
         logger.warning("request.invalid_utf8", exc_info=error)
         return _respond(request, ProblemResponse(MALFORMED_REQUEST, "The body of the request is not UTF-8."))
 
-    def crashed(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    def internal_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
         logger.error("request.error", exc_info=error)
         return _respond(request, INTERNAL_ERROR_RESPONSE)
 
-    def left(*_: object) -> NoReturn:
-        # A new one: frames of Litestar hold the other, which would hold them, and with them all that was uploaded.
+    def client_disconnected(*_: object) -> NoReturn:
+        # A new error: frames of Litestar hold the original, which would hold them and with them the upload.
         raise ClientDisconnected from None
 
     return {
-        errors.GatewayError: known,
-        HTTPException: framework,
-        UnicodeDecodeError: undecodable,
-        ClientDisconnected: left,
-        Exception: crashed,
+        errors.GatewayError: gateway_error,
+        HTTPException: framework_error,
+        UnicodeDecodeError: decode_error,
+        ClientDisconnected: client_disconnected,
+        Exception: internal_error,
     }
 
 
@@ -277,7 +278,7 @@ def _respond(request: Request[Any, Any, Any], problem: ProblemResponse) -> Respo
 _FRAMEWORK_PROBLEMS = {
     HTTPStatus.UNAUTHORIZED: to_problem(errors.Unauthenticated("Send a bearer token.")),
     HTTPStatus.FORBIDDEN: ProblemResponse(FORBIDDEN, "This is not allowed."),
-    HTTPStatus.NOT_FOUND: ProblemResponse(NOT_FOUND, "There is nothing at this address."),
+    HTTPStatus.NOT_FOUND: ProblemResponse(NOT_FOUND, "Nothing exists at this path."),
 }
 
 
@@ -288,63 +289,59 @@ def _framework_problem(request: Request[Any, Any, Any], error: HTTPException) ->
         allowed = (error.headers or {}).get("allow", "")
         return ProblemResponse(METHOD_NOT_ALLOWED, f"Use one of {allowed}.", headers={"Allow": allowed})
     if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        uploads = request.headers.get("content-type", "").startswith("multipart/")
-        return ProblemResponse(
-            IMAGE_TOO_LARGE if uploads else MALFORMED_REQUEST, "The body of the request is too large."
-        )
+        is_form = request.headers.get("content-type", "").startswith("multipart/")
+        kind = IMAGE_TOO_LARGE if is_form else MALFORMED_REQUEST
+        return ProblemResponse(kind, "The body of the request is too large.")
     if not isinstance(error, ValidationException):
         return ProblemResponse(MALFORMED_REQUEST, "The request can't be read.")
-    # The detail of a validation error repeats the query, which may hold anything.
-    faults = _field_errors(request, error)
-    return (
-        to_problem(errors.InvalidOptions(faults))
-        if faults
-        else ProblemResponse(MALFORMED_REQUEST, "The request is not valid.")
-    )
+    # The detail of a validation error is not used: it repeats the query, which may hold anything.
+    if field_errors := _field_errors(request, error):
+        return to_problem(errors.InvalidOptions(field_errors))
+    return ProblemResponse(MALFORMED_REQUEST, "The request is not valid.")
 
 
 _MISSING_PARAMETER = re.compile(r"Missing required \w+ parameter '([^']*)'")
 
 
 def _field_errors(request: Request[Any, Any, Any], error: ValidationException) -> list[errors.FieldError]:
-    """The faulty fields and parameters, each with what it must be."""
+    """Return the invalid fields and parameters, each with its expected format."""
     if missing := _MISSING_PARAMETER.match(error.detail):
         return [errors.FieldError(missing[1], "is required")]
-    found: dict[str, errors.FieldError] = {}
+    invalid: dict[str, errors.FieldError] = {}
     for item in error.extra if isinstance(error.extra, list) else ():
         key = str(item.get("key", _BODY_PARAMETER))
         if key == _BODY_PARAMETER or item.get("source") == "body":
-            found |= {fault.field: fault for fault in _body_errors(request, key)}
+            invalid |= {field_error.field: field_error for field_error in _body_errors(request, key)}
         else:
-            fault = _parameter_error(request, key)
-            found[fault.field] = fault
-    return list(found.values())
+            field_error = _parameter_error(request, key)
+            invalid[field_error.field] = field_error
+    return list(invalid.values())
 
 
 _BODY_PARAMETER = "data"
 
 
 def _body_errors(request: Request[Any, Any, Any], key: str) -> list[errors.FieldError]:
-    """What is wrong with a body in which something is, at `key` for one."""
-    sent = ScopeState.from_scope(request.scope).json
-    if sent is Empty or sent is None:
-        return [errors.FieldError("body", "is required" if sent is Empty else "must be an object")]
-    found = validate_tree(sent, request.route_handler.parsed_fn_signature.parameters[_BODY_PARAMETER].annotation, "")
+    """Return all errors of a body of which msgspec reported one, at `key`."""
+    body = ScopeState.from_scope(request.scope).json
+    if body is Empty or body is None:
+        return [errors.FieldError("body", "is required" if body is Empty else "must be an object")]
+    invalid = validate_tree(body, request.route_handler.parsed_fn_signature.parameters[_BODY_PARAMETER].annotation, "")
     return [
         errors.FieldError(item.field or "body", item.detail.replace("must be a table", "must be an object"))
-        for item in found
-    ] or [errors.FieldError("body" if key == _BODY_PARAMETER else key, "is not what it must be")]
+        for item in invalid
+    ] or [errors.FieldError("body" if key == _BODY_PARAMETER else key, "is not valid")]
 
 
 def _parameter_error(request: Request[Any, Any, Any], name: str) -> errors.FieldError:
-    """What a parameter must be, under the name that callers know."""
+    # Under the name in the request, which may differ from that of the handler's parameter.
     parameter = request.route_handler.parsed_fn_signature.parameters[name]
-    about = parameter.kwarg_definition
-    least, most = (getattr(about, item, None) for item in ("ge", "le"))
+    definition = parameter.kwarg_definition
+    minimum, maximum = (getattr(definition, bound, None) for bound in ("ge", "le"))
     kind = parameter.annotation
-    if least is not None or most is not None:
-        kind = Annotated[kind, msgspec.Meta(ge=least, le=most)]
-    return errors.FieldError(getattr(about, "name", None) or name, expected_format(kind))
+    if minimum is not None or maximum is not None:
+        kind = Annotated[kind, msgspec.Meta(ge=minimum, le=maximum)]
+    return errors.FieldError(getattr(definition, "name", None) or name, expected_format(kind))
 
 
 def _quota_problem_type(policies: set[str]) -> ProblemType:
@@ -354,7 +351,6 @@ def _quota_problem_type(policies: set[str]) -> ProblemType:
 
 
 def _limit_in_unit(violation: Violation) -> int | float:
-    """The limit in what callers count: tasks, or yuan."""
     return to_yuan(violation.limit) if violation.policy in _MONEY_POLICIES else violation.limit
 
 
