@@ -1,4 +1,8 @@
-"""Bounded reading of multipart uploads and the memory that they share."""
+"""Bounded reading of multipart uploads.
+
+Bodies are read only as far as memory is free, so that many large uploads wait in the network instead of in memory.
+An upload keeps its memory until its submission has been handled.
+"""
 
 from __future__ import annotations
 
@@ -32,36 +36,33 @@ from service.telemetry.gauges import GaugeCollector, GaugeName
 from service.usecases.ports import Image
 
 RESERVATION_STEP_BYTES = 64 * 1024
-"""What a share grows by, in bytes: with it goes how much an upload may hold that it has not filled yet."""
+"""Allocations grow by this, which bounds how much an upload reserves without having received it."""
 
 
 class Allocation(Struct, eq=False):
-    """What one upload may come to hold, and what it holds, in bytes."""
+    """Memory of one upload."""
 
     needed_bytes: int
     reserved_bytes: int = 0
 
     @property
     def missing_bytes(self) -> int:
-        """What it lacks to be whole."""
         return self.needed_bytes - self.reserved_bytes
 
 
 class _Waiter(Struct, eq=False):
-    """A place in the line: a share that waits to hold `wanted` bytes."""
-
     allocation: Allocation
     requested_bytes: int
     grant: asyncio.Future[None]
 
 
 class UploadMemory:
-    """Bytes that uploads share. Each takes them as it arrives, so that who only announces much keeps nobody out.
+    """Memory that uploads share, reserved as their bytes arrive: announcing a large body alone blocks no other upload.
 
-    It must never come to all waiting for the rest of their bytes while none can get them. Hence a share grows only as
-    long as there is some order in which all that have begun can become whole, each from what is free and what those
-    before it gave back (the banker's algorithm). Who does not fit waits in line, and is overtaken only by those that
-    have begun and can become whole at once: by no newcomer, else a large upload would wait forever under load.
+    Uploads must never all wait for memory that none can get. So a reservation is granted only if some order remains in
+    which all active uploads can complete, each from the free memory and that of those before it (banker's algorithm).
+    Others wait in order. A waiting upload is overtaken only by active ones that can complete at once, never by a new
+    one: else a large upload could wait forever under load.
     """
 
     def __init__(self, total_bytes: int, wait_seconds: float) -> None:
@@ -72,65 +73,60 @@ class UploadMemory:
 
     @property
     def reserved_bytes(self) -> int:
-        """How many bytes are held now."""
         return self.total_bytes - self._free_bytes
 
     @contextmanager
     def allocate(self, needed_bytes: int) -> Iterator[Allocation]:
-        """An empty share of an upload of at most `need` bytes, given back after the block.
+        """Yield an empty allocation for an upload of at most `needed_bytes`, released after the block.
 
-        What is larger than the whole can be whole once it holds everything.
+        An upload larger than all memory is complete once it has reserved all of it.
         """
-        share = Allocation(min(needed_bytes, self.total_bytes))
+        allocation = Allocation(min(needed_bytes, self.total_bytes))
         try:
-            yield share
+            yield allocation
         finally:
-            self._free_bytes += share.reserved_bytes
-            share.reserved_bytes = 0
-            self._active.discard(share)
+            self._free_bytes += allocation.reserved_bytes
+            allocation.reserved_bytes = 0
+            self._active.discard(allocation)
             self._grant_waiting()
 
     async def reserve(self, allocation: Allocation, size_bytes: int) -> None:
-        """Have a share hold at least `size` bytes, or all it needs.
-
-        Raises Overloaded if they did not come free in time.
-        """
-        wanted = min(-(-size_bytes // RESERVATION_STEP_BYTES) * RESERVATION_STEP_BYTES, allocation.needed_bytes)
-        if wanted <= allocation.reserved_bytes:
+        """Reserve at least `size_bytes`, or all the upload needs. Raises Overloaded if none come free in time."""
+        requested = min(-(-size_bytes // RESERVATION_STEP_BYTES) * RESERVATION_STEP_BYTES, allocation.needed_bytes)
+        if requested <= allocation.reserved_bytes:
             return
-        place = _Waiter(allocation, wanted, asyncio.get_running_loop().create_future())
-        self._waiters.append(place)
+        waiter = _Waiter(allocation, requested, asyncio.get_running_loop().create_future())
+        self._waiters.append(waiter)
         self._grant_waiting()
         try:
             async with asyncio.timeout(self._wait_seconds):
-                await place.grant
+                await waiter.grant
         except TimeoutError:
-            detail = "Too many uploads are under way. Send the image again later."
+            detail = "Too many uploads are in progress. Send the image again later."
             raise Overloaded(detail, retry_after=self._wait_seconds) from None
         finally:
-            if place in self._waiters:
-                self._waiters.remove(place)
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
                 self._grant_waiting()
 
     def shrink(self, allocation: Allocation, size_bytes: int) -> None:
-        """The upload is whole with `size` bytes: the share keeps those at most, and needs no more."""
+        """Release what a complete upload of `size_bytes` does not need."""
         kept = min(size_bytes, allocation.reserved_bytes)
         self._free_bytes += allocation.reserved_bytes - kept
         allocation.needed_bytes = allocation.reserved_bytes = kept
         self._grant_waiting()
 
     def _grant_waiting(self) -> None:
-        """Grant what can be granted, in the order of the line."""
         waiting: list[_Waiter] = []
-        for place in self._waiters:
-            if self._can_grant(place, is_overtaking=bool(waiting)):
-                self._free_bytes -= place.requested_bytes - place.allocation.reserved_bytes
-                place.allocation.reserved_bytes = place.requested_bytes
-                self._active.add(place.allocation)
-                if not place.grant.done():
-                    place.grant.set_result(None)
+        for waiter in self._waiters:
+            if self._can_grant(waiter, is_overtaking=bool(waiting)):
+                self._free_bytes -= waiter.requested_bytes - waiter.allocation.reserved_bytes
+                waiter.allocation.reserved_bytes = waiter.requested_bytes
+                self._active.add(waiter.allocation)
+                if not waiter.grant.done():
+                    waiter.grant.set_result(None)
             else:
-                waiting.append(place)
+                waiting.append(waiter)
         self._waiters = waiting
 
     def _can_grant(self, waiter: _Waiter, *, is_overtaking: bool) -> bool:
@@ -139,15 +135,16 @@ class UploadMemory:
         return waiter.allocation.missing_bytes <= self._free_bytes or self._is_safe_to_grant(waiter)
 
     def _is_safe_to_grant(self, waiter: _Waiter) -> bool:
-        """Whether all can still become whole after this step: those who lack least go first."""
+        # Completing those first that miss least is the best order there is.
         free = self._free_bytes - (waiter.requested_bytes - waiter.allocation.reserved_bytes)
-        others = [(item.missing_bytes, item.reserved_bytes) for item in self._active if item is not waiter.allocation]
-        for rest, held in sorted(
-            [*others, (waiter.allocation.needed_bytes - waiter.requested_bytes, waiter.requested_bytes)]
-        ):
-            if rest > free:
+        others = [
+            (other.missing_bytes, other.reserved_bytes) for other in self._active if other is not waiter.allocation
+        ]
+        granted = (waiter.allocation.needed_bytes - waiter.requested_bytes, waiter.requested_bytes)
+        for missing, reserved in sorted([*others, granted]):
+            if missing > free:
                 return False
-            free += held
+            free += reserved
         return True
 
 
@@ -157,7 +154,8 @@ MAX_FIELD_BYTES = 64 * 1024
 MULTIPART = "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
 OnField = Callable[[str, str], None]
-"""Told the name and the value of a field; what it raises ends the reading."""
+"""Called with the name and value of a field. What it raises ends the reading."""
+
 _FILENAME_PARAMETER = re.compile(r";\s*filename\*?\s*=", re.IGNORECASE)
 _MAX_PADDING = 1_000
 _REFUSED_TRANSFER_ENCODINGS = frozenset({"base64", "quoted-printable", "x-uuencode"})
@@ -169,15 +167,15 @@ _CHARSETS = frozenset(
         *(f"cp{page}" for page in range(1250, 1259)),
     }
 )
-"""The codecs that a field may be in. Python knows others that are no charsets, and tries to import what it is given."""
+"""The codecs of fields. Python has others that are no charsets, and would import a module of any name given."""
 
 
 class MultipartForm:
-    """A multipart form as it arrives: feed it every chunk, then finish it.
+    """Incremental parser of a multipart form: feed every chunk, then finish.
 
-    The only file it takes is of at most `max_file_bytes` in the part `file_part` (None: it takes none); all else
-    together may be `max_other_bytes`. What is wrong with a form is raised as soon as it is known; `on_field` is told
-    each field as soon as it is complete, and may find it wrong too.
+    The only file accepted is of at most `max_file_bytes` in the part `file_part` (None: no file); everything else
+    together may be `max_other_bytes`. Errors are raised as early as possible. `on_field` is called with each complete
+    field and may raise too.
     """
 
     def __init__(
@@ -189,8 +187,8 @@ class MultipartForm:
         max_other_bytes: int,
         on_field: OnField | None = None,
     ) -> None:
-        # Latin-1 decodes any header, so that a file's name in an odd encoding is no obstacle; names are told apart
-        # from it below. Strict parsing would depend on how the body is split into chunks.
+        # Latin-1 decodes any header, so a file name in another encoding does no harm; field names are decoded below.
+        # Strict parsing would depend on how the body is split into chunks.
         self._parser: Any = _PaddingTolerantParser(boundary, header_charset="latin-1")
         self._file_part = file_part
         self._max_file_bytes = max_file_bytes
@@ -206,11 +204,7 @@ class MultipartForm:
         self.fields: list[tuple[str, str]] = []
 
     def feed(self, chunk: bytes) -> None:
-        """Take the next bytes of the body.
-
-        Raises MalformedRequest for what is no form or exceeds its limits, InvalidOptions for a part that is not
-        welcome, ImageTooLarge.
-        """
+        """Parse the next bytes. Raises MalformedRequest, InvalidOptions, ImageTooLarge."""
         if not chunk:
             return
         self._received_bytes += len(chunk)
@@ -229,22 +223,22 @@ class MultipartForm:
             raise MalformedRequest(f"The form without its file is larger than {self._max_other_bytes} bytes.")
 
     def finish(self) -> None:
-        """The body has ended. Raises MalformedRequest if the form has not, InvalidOptions if its file is missing."""
+        """End the form. Raises MalformedRequest if it is incomplete, InvalidOptions if its file is missing."""
         try:
             self._parser.close()
         except MultipartError as error:
             error.__traceback__ = None
-            raise MalformedRequest("The form breaks off before its end. Send it again as a whole.") from None
+            raise MalformedRequest("The form is incomplete. Send it again.") from None
         if self._file_part is not None and not self._has_file:
             raise _field_error(self._file_part, "is required: send the image as a file in this part")
 
     def take_file(self) -> tuple[bytes, bytes]:
-        """The file of a finished form and its SHA-256; the form keeps nothing of it."""
+        """Return the file of a finished form and its SHA-256, and drop it from the form."""
         data, self._file = bytes(self._file), bytearray()
         return data, self._digest.digest()
 
     def discard(self) -> None:
-        """Keep nothing of the body: a traceback may hold this form."""
+        # A traceback may hold this form.
         self._parser, self._file, self._value = None, bytearray(), bytearray()
 
     def _begin_part(self, part: Any) -> None:
@@ -257,9 +251,9 @@ class MultipartForm:
             self._value.clear()
             return
         if self._file_part is None:
-            raise _field_error(name, "is a file, and this call takes none")
+            raise _field_error(name, "is a file, and this call accepts none")
         if name != self._file_part:
-            raise _field_error(name, f"is a file: the only file belongs into the part {self._file_part}")
+            raise _field_error(name, f"is a file: the only file belongs in the part {self._file_part}")
         if self._has_file:
             raise _field_error(name, "is given more than once")
         self._name = None
@@ -290,7 +284,7 @@ class MultipartForm:
 
 
 def parse_urlencoded(body: bytes) -> list[tuple[str, str]]:
-    """The fields of an urlencoded form. Raises MalformedRequest."""
+    """Parse an urlencoded form. Raises MalformedRequest."""
     try:
         return parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
     except UnicodeDecodeError:
@@ -300,33 +294,30 @@ def parse_urlencoded(body: bytes) -> list[tuple[str, str]]:
 
 
 def parse_form_type(content_type: str) -> tuple[str, str]:
-    """The media type of a form and its boundary, which is empty if there is none. Raises UnsupportedMediaType."""
-    found, options = parse_options_header(content_type)
+    """Return the media type of a form and its boundary, empty if there is none. Raises UnsupportedMediaType."""
+    media_type, options = parse_options_header(content_type)
     boundary = options.get("boundary", "")
-    if found == MULTIPART and not boundary:
-        raise UnsupportedMediaType(f"The content type {MULTIPART} lacks its boundary.")
-    return found, boundary
+    if media_type == MULTIPART and not boundary:
+        raise UnsupportedMediaType(f"The content type {MULTIPART} has no boundary.")
+    return media_type, boundary
 
 
 def _has_file_name(part: Any) -> bool:
-    """Whether a part has a file name.
-
-    The parser does not know `filename*`, which is all that some clients send of a name that is not ASCII.
-    """
+    # The parser does not know `filename*`, and some clients send only that for names that are not ASCII.
     return part.filename is not None or _FILENAME_PARAMETER.search(part.header("Content-Disposition")) is not None
 
 
 def _resolve_charset(name: str, part: Any) -> str:
-    """The codec that decodes a field (RFC 7578, 4.5). Raises InvalidOptions for a field that can't be decoded."""
+    """Return the codec of a field (RFC 7578, 4.5). Raises InvalidOptions for an unsupported one."""
     encoding = part.header("Content-Transfer-Encoding", "").strip().lower()
     if encoding in _REFUSED_TRANSFER_ENCODINGS:
-        raise _field_error(name, f"must be sent as it is, without the transfer encoding {encoding}")
+        raise _field_error(name, f"must be sent without the transfer encoding {encoding}")
     if not part.charset:
         return "utf_8"
     charset = part.charset.strip().lower().replace("-", "_")
     charset = aliases.get(charset, charset)
     if charset not in _CHARSETS:
-        raise _field_error(name, "must be in a charset that is known here, best UTF-8")
+        raise _field_error(name, "must be in a supported charset, best UTF-8")
     return str(charset)
 
 
@@ -345,24 +336,23 @@ def _field_error(field: str, detail: str) -> InvalidOptions:
 
 
 class _PaddingTolerantParser(PushMultipartParser):  # type: ignore[misc]
-    """Takes blanks after a boundary for padding (RFC 2046, 5.1.1), which the library calls an error."""
+    """Accepts padding after a boundary (RFC 2046, 5.1.1), which the library treats as an error."""
 
     _buffer: bytes
 
     def parse(self, chunk: bytes) -> Iterator[Any]:
-        """The events of a chunk."""
-        held = self._buffer
+        buffered = self._buffer
         try:
             yield from super().parse(chunk)
         except MultipartError:
-            self.error = None  # by its traceback it would keep the parser alive, and all that was uploaded
+            self.error = None  # its traceback would keep the parser alive, and with it the upload
             delimiter = self._delimiter
-            before = rb"\r\n" if self._segment_count else rb"(?:\A|\r\n)"
-            padded = re.search(before + re.escape(delimiter[2:]) + rb"([ \t]+)", held + chunk)
+            prefix = rb"\r\n" if self._segment_count else rb"(?:\A|\r\n)"
+            padded = re.search(prefix + re.escape(delimiter[2:]) + rb"([ \t]+)", buffered + chunk)
             rest = padded.string[padded.end() :] if padded else b""
             if padded is None or len(padded[1]) > _MAX_PADDING or rest[:1] not in {b"", b"\r"}:
                 raise
-            # What came before the boundary was parsed. It is parsed again without its padding, or with more bytes.
+            # Everything before the boundary was parsed. Parse the boundary again without padding, or with more bytes.
             self.closed = False
             if rest:
                 yield from self.parse(delimiter + rest)
@@ -371,16 +361,17 @@ class _PaddingTolerantParser(PushMultipartParser):  # type: ignore[misc]
 
 
 _log = structlog.get_logger(__name__)
+
 FORM_OVERHEAD_BYTES = 256 * 1024
-"""What a submission may have in bytes beside its image: fields, and what frames them."""
+"""Allowed for fields and framing beside the image."""
 MAX_FORM_BYTES = 64 * 1024
-"""How large a form without a file may be."""
+"""Allowed for a form without a file."""
 _MAX_INLINE_INSPECT_BYTES = 64 * 1024
-"""A larger image is inspected in a thread: one made of very many tiny pieces takes a while."""
+"""Larger images are inspected in a thread, since one of very many small segments takes long."""
 
 
 class Upload(Struct, frozen=True):
-    """What was uploaded: the image, and the form's fields in their order."""
+    """An image, and the form's fields in their order."""
 
     image: Image
     fields: Sequence[tuple[str, str]]
@@ -389,9 +380,9 @@ class Upload(Struct, frozen=True):
 class UploadReader:
     """Reads the bodies of submissions and of small forms.
 
-    `idle_seconds` may pass between two chunks, `total_seconds` until the end of the body, `wait_seconds` until there
-    is room among the `in_flight_bytes`. Of a submission that is not small, `least_rate` bytes a second have to come
-    once `grace_seconds` have passed. Only the time in which the client is waited for counts as its own.
+    `idle_seconds` may pass between two chunks, `total_seconds` until the end of the body, `wait_seconds` until some of
+    the `memory_bytes` are free. After `grace_seconds` a submission that is not small must average
+    `min_bytes_per_second`. Only the time spent waiting for the client counts.
     """
 
     def __init__(
@@ -414,27 +405,26 @@ class UploadReader:
         self._min_bytes_per_second = min_bytes_per_second
         self._memory = UploadMemory(memory_bytes, wait_seconds)
 
-    def register_metrics(self, levels: GaugeCollector) -> None:
-        """Show how many bytes are held in memory."""
-        levels.register(GaugeName.UPLOAD_BYTES, lambda: {(): self._memory.reserved_bytes})
-        levels.register(GaugeName.UPLOAD_LIMIT_BYTES, lambda: {(): self._memory.total_bytes})
+    def register_metrics(self, gauges: GaugeCollector) -> None:
+        gauges.register(GaugeName.UPLOAD_BYTES, lambda: {(): self._memory.reserved_bytes})
+        gauges.register(GaugeName.UPLOAD_LIMIT_BYTES, lambda: {(): self._memory.total_bytes})
 
     @asynccontextmanager
     async def receive(
         self, scope: HTTPScope, receive: Receive, *, part: str, on_field: OnField | None = None
     ) -> AsyncIterator[Upload]:
-        """Read a submission whose image is in the part named `part`; its memory is accounted for within the block.
+        """Read a submission whose image is in the part `part`. Its memory stays reserved within the block.
 
-        `on_field` is told each field as soon as it is there, and may refuse the rest of the body by raising.
-        Raises UnsupportedMediaType, ImageTooLarge, InvalidOptions, InvalidImage, MalformedRequest for what was sent,
-        Overloaded if there is no room for it, ClientLeft if the rest never came.
+        `on_field` is called with each field and may refuse the rest of the body by raising.
+        Raises UnsupportedMediaType, ImageTooLarge, InvalidOptions, InvalidImage, MalformedRequest, Overloaded,
+        ClientDisconnected.
         """
         kind, boundary = _parse_form_type(scope)
         if kind != MULTIPART:
             raise UnsupportedMediaType(f"Send the request as {MULTIPART}, with the image in the part {part}.")
-        most = self._max_image_bytes + FORM_OVERHEAD_BYTES
+        max_bytes = self._max_image_bytes + FORM_OVERHEAD_BYTES
         length = _parse_content_length(scope)
-        if length is not None and length > most:
+        if length is not None and length > max_bytes:
             raise ImageTooLarge(
                 f"The request has {length} bytes; an image may have at most {self._max_image_bytes} bytes."
             )
@@ -445,28 +435,27 @@ class UploadReader:
             max_other_bytes=FORM_OVERHEAD_BYTES,
             on_field=on_field,
         )
-        small = length is not None and length <= MAX_FORM_BYTES
-        body = self._body_reader(receive, min_bytes_per_second=0 if small else self._min_bytes_per_second)
+        is_small = length is not None and length <= MAX_FORM_BYTES
+        body = self._body_reader(receive, min_bytes_per_second=0 if is_small else self._min_bytes_per_second)
         chunk: bytes | None = b""
-        cleaning = ExitStack()
-        cleaning.callback(form.discard)
-        share = cleaning.enter_context(self._memory.allocate(most if length is None else length))
+        stack = ExitStack()
+        stack.callback(form.discard)
+        allocation = stack.enter_context(self._memory.allocate(max_bytes if length is None else length))
         try:
             while (chunk := await body.read_chunk()) is not None:
-                await self._memory.reserve(share, body.received_bytes)
+                await self._memory.reserve(allocation, body.received_bytes)
                 form.feed(chunk)
-            self._memory.shrink(share, body.received_bytes)
+            self._memory.shrink(allocation, body.received_bytes)
             form.finish()
             yield Upload(await self._inspect_file(form, part), form.fields)
         finally:
             del chunk
-            _close_quietly(cleaning)
+            _close_quietly(stack)
 
     async def read_form(self, scope: HTTPScope, receive: Receive) -> list[tuple[str, str]]:
         """Read a form without a file, urlencoded or multipart.
 
-        Raises UnsupportedMediaType, MalformedRequest, InvalidOptions for what was sent, ClientLeft if the rest never
-        came.
+        Raises UnsupportedMediaType, MalformedRequest, InvalidOptions, ClientDisconnected.
         """
         kind, boundary = _parse_form_type(scope)
         body = self._body_reader(receive)
@@ -495,15 +484,11 @@ class UploadReader:
         )
 
     async def _inspect_file(self, form: MultipartForm, part: str) -> Image:
-        """The file of a finished form, inspected."""
         data, sha256 = form.take_file()
         if not data:
             raise InvalidImage(f"The file in the part {part} is empty: send the bytes of a PNG, JPEG or WebP image.")
-        info = (
-            inspect_image(data)
-            if len(data) <= _MAX_INLINE_INSPECT_BYTES
-            else await asyncio.to_thread(inspect_image, data)
-        )
+        is_quick = len(data) <= _MAX_INLINE_INSPECT_BYTES
+        info = inspect_image(data) if is_quick else await asyncio.to_thread(inspect_image, data)
         if info.width * info.height > self._max_image_pixels:
             raise ImageTooLarge(
                 f"The image has {info.width} x {info.height} = {info.width * info.height} pixels;"
@@ -513,15 +498,15 @@ class UploadReader:
 
 
 def _close_quietly(stack: ExitStack) -> None:
-    """Close it. A fault in that is no reason to answer a submission that was accepted with an error."""
+    # An error here must not turn the response to an accepted submission into an error.
     try:
         stack.close()
-    except Exception:  # noqa: BLE001 - whatever it is
+    except Exception:  # noqa: BLE001 - logged
         _log.exception("upload.cleanup_error")
 
 
 class _BodyReader:
-    """A body as it comes, given up when it comes too slowly. A `least_rate` of 0 asks for none."""
+    """Reads a body in chunks and enforces its limits of time. A `min_bytes_per_second` of 0 is no limit."""
 
     def __init__(
         self,
@@ -542,11 +527,11 @@ class _BodyReader:
         self.received_bytes = 0
 
     async def read_chunk(self) -> bytes | None:
-        """The next bytes, None after the last. Raises TooSlow, ClientLeft."""
+        """Return the next bytes, None after the last. Raises BodyTimeout, ClientDisconnected."""
         if not self._has_more:
             return None
         clock = asyncio.get_running_loop().time
-        asked = clock()
+        started_at = clock()
         try:
             async with asyncio.timeout(self._chunk_timeout_seconds()):
                 message = await self._receive()
@@ -554,14 +539,14 @@ class _BodyReader:
             raise BodyTimeout("The body of the request did not arrive in time. Send it again.") from None
         if message["type"] != "http.request":
             raise ClientDisconnected
-        self._waited_seconds += clock() - asked
+        self._waited_seconds += clock() - started_at
         chunk: bytes = message.get("body", b"")
         self.received_bytes += len(chunk)
         self._has_more = message.get("more_body", False)
         return chunk
 
     def _chunk_timeout_seconds(self) -> float:
-        """How many seconds the next bytes may take; none if it is over already."""
+        # Zero or less if the time is already over.
         allowed = self._total_seconds
         if self._min_bytes_per_second:
             allowed = min(allowed, self._grace_seconds + self.received_bytes / self._min_bytes_per_second)
@@ -569,16 +554,15 @@ class _BodyReader:
 
 
 def _parse_form_type(scope: HTTPScope) -> tuple[str, str]:
-    """The media type of a form, which is not encoded, and its boundary. Raises UnsupportedMediaType."""
     refuse_content_encoding(scope)
     return parse_form_type(_get_header(scope, b"content-type"))
 
 
 def refuse_content_encoding(scope: Scope) -> None:
-    """Refuse a body that is compressed, or encoded otherwise (RFC 9110, 15.5.16). Raises UnsupportedCoding."""
+    """Reject a compressed or otherwise encoded body (RFC 9110, 15.5.16). Raises UnsupportedCoding."""
     codings = b",".join(value for key, value in scope["headers"] if key == b"content-encoding")
-    if codings and any(item.strip().lower() not in {b"", b"identity"} for item in codings.split(b",")):
-        raise UnsupportedCoding("Send the body of the request as it is, without a Content-Encoding.")
+    if codings and any(coding.strip().lower() not in {b"", b"identity"} for coding in codings.split(b",")):
+        raise UnsupportedCoding("Send the body of the request without a Content-Encoding.")
 
 
 def _get_header(scope: HTTPScope, name: bytes) -> str:
@@ -586,7 +570,7 @@ def _get_header(scope: HTTPScope, name: bytes) -> str:
 
 
 def _parse_content_length(scope: HTTPScope) -> int | None:
-    """The length of the body in bytes, None if it comes in chunks. Raises MalformedRequest."""
+    """Return the length of the body in bytes, None if it is chunked. Raises MalformedRequest."""
     text = _get_header(scope, b"content-length")
     if text and not (text.isascii() and text.isdigit() and len(text) < 20):
         raise MalformedRequest("The Content-Length is not a number.")
