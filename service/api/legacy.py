@@ -1,7 +1,7 @@
-"""The upstream's own protocol, for programs written against it: they change their base address and their key.
+"""The upstream's own protocol, for programs written against it: they change the base address and the key.
 
-Every answer is HTTP 200 with `err_code`, as theirs are; the `user_key` is a tenant's token. Fields that the upstream
-would ignore are ignored here too.
+Every response is HTTP 200 with `err_code`, as the upstream's are; the `user_key` is a tenant's token. Fields that the
+upstream would ignore are ignored here too.
 """
 
 from __future__ import annotations
@@ -82,19 +82,19 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", r
 _STATES = {State.QUEUED: "Queued", State.RUNNING: "Running", State.SUCCEEDED: "Completed", State.FAILED: "Failed"}
 _URL_FIELDS = {ArtifactName.IMAGE: "images_url", ArtifactName.VECTOR: "vector_url", ArtifactName.GRID: "grid_url"}
 
-Count = Annotated[int, Meta(description="The uses that are left, where that is known.")]
-Money = Annotated[int, Meta(description="The yuan that are left, where that is known.")]
+Count = Annotated[int, Meta(description="The uses left, if known.")]
+Money = Annotated[int, Meta(description="The yuan left, if known.")]
 
 
 class Failure(Struct, frozen=True):
-    """What went wrong, in the words of the upstream where they fit."""
+    """An error, in the words of the upstream where they fit."""
 
     err_code: Literal[1]
     err_msg: str
 
 
 class Submitted(Struct, frozen=True):
-    """A task was accepted."""
+    """An accepted task."""
 
     err_code: Literal[0]
     task_id: str
@@ -103,7 +103,7 @@ class Submitted(Struct, frozen=True):
 
 
 class Checked(Struct, frozen=True):
-    """Where a task stands; the results and what is left once it is `Completed`."""
+    """The state of a task; with results and the remaining quota once it is `Completed`."""
 
     err_code: Literal[0]
     status: Annotated[str, Meta(description=f"{', '.join(_STATES.values())}.")]
@@ -126,33 +126,33 @@ def legacy_routes(
     uploads: UploadReader,
     catalogue: Catalogue,
 ) -> Sequence[HTTPRouteHandler]:
-    """The handlers under `/api`."""
-
-    def submitting(kind: Kind) -> HTTPRouteHandler:
+    def make_submit_handler(kind: Kind) -> HTTPRouteHandler:
         @post(
             f"/{_ROUTES[kind]}",
             name=f"legacy-{kind}",
             operation_id=f"legacy-{kind}",
             summary=f"{openapi.SUBMIT_SUMMARIES[kind]}, in the upstream's protocol",
             operation_class=openapi.legacy_operation(_IMAGE_PART, _FIELDS[kind], kind),
-            response_description="The task, or why there is none",
+            response_description="The task, or an error",
             status_code=200,
         )
         async def handler(request: Request[Any, Any, Any]) -> Response[Submitted | Failure]:
-            def admit(name: str, value: str) -> None:
-                # Programs send their fields before the file, so who may not submit is told before the image is taken.
+            def check_key(name: str, value: str) -> None:
+                # Programs send their fields before the file, so a refusal comes before the image is received.
                 if name == _USER_KEY_FIELD:
                     submitter.check_allowed(_authenticate_key(request, tenant_auth, value), kind)
 
-            async def answer() -> Submitted:
-                async with uploads.receive(request.scope, request.receive, part=_IMAGE_PART, on_field=admit) as upload:
+            async def submit_upload() -> Submitted:
+                async with uploads.receive(
+                    request.scope, request.receive, part=_IMAGE_PART, on_field=check_key
+                ) as upload:
                     tenant = _authenticate_form(request, tenant_auth, upload.fields)
                     submitter.check_allowed(tenant, kind)
                     options = _parse_fields(kind, upload.fields, catalogue)
                     accepted = await submitter.submit(tenant, options, {}, upload.image)
                 return Submitted(0, accepted.task.id, **await _remaining_fields(quota, tenant))
 
-            return await _respond(answer, _submit_message)
+            return await _respond(submit_upload, _submit_message)
 
         return handler
 
@@ -161,11 +161,11 @@ def legacy_routes(
         operation_id="legacy-check",
         summary="Check a task, in the upstream's protocol",
         operation_class=openapi.legacy_operation(None, {"task_id": "task_id"}),
-        response_description="Where it stands, or why nobody knows",
+        response_description="The state of the task, or an error",
         status_code=200,
     )
     async def check(request: Request[Any, Any, Any]) -> Response[Checked | Failure]:
-        async def answer() -> Checked:
+        async def read() -> Checked:
             fields = await uploads.read_form(request.scope, request.receive)
             tenant = _authenticate_form(request, tenant_auth, fields)
             task = (await reader.read(tenant, dict(fields).get("task_id", ""))).task
@@ -174,9 +174,9 @@ def legacy_routes(
             urls: dict[str, Any] = {_URL_FIELDS[artifact.name]: artifact.url for artifact in task.artifacts}
             return Checked(0, _STATES[task.state], **urls, **await _remaining_fields(quota, tenant))
 
-        return await _respond(answer, _check_message)
+        return await _respond(read, _check_message)
 
-    return [*(submitting(kind) for kind in Kind), check]
+    return [*(make_submit_handler(kind) for kind in Kind), check]
 
 
 def _authenticate_form(
@@ -192,24 +192,27 @@ def _authenticate_key(request: Request[Any, Any, Any], tenant_auth: TenantAuth, 
 
 
 def _parse_fields(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:
-    """The upstream's fields as options; the last of a repeated field counts, and an empty one is its default.
+    """Parse the upstream's fields as options. Raises InvalidOptions, with the upstream's names.
 
-    Raises InvalidOptions, in the names of the upstream.
+    The last of a repeated field counts; an empty one is its default.
     """
     names = _FIELDS[kind]
-    given = {names[name]: _normalize_value(names[name], value) for name, value in dict(fields).items() if name in names}
+    options = {
+        names[name]: _normalize_value(names[name], value) for name, value in dict(fields).items() if name in names
+    }
     try:
-        return parse_options(kind, list(given.items()), catalogue)
+        return parse_options(kind, list(options.items()), catalogue)
     except InvalidOptions as error:
-        theirs = {ours: name for name, ours in names.items()}
-        raise InvalidOptions([FieldError(theirs[item.field], item.detail) for item in error.errors]) from None
+        fields_by_option = {option: name for name, option in names.items()}
+        raise InvalidOptions(
+            [FieldError(fields_by_option[invalid.field], invalid.detail) for invalid in error.errors]
+        ) from None
 
 
 def _normalize_value(option: str, text: str) -> str:
-    """A flag or a number in the spelling of options, from any that servers of such forms read.
+    """Return a flag or number in the spelling of options, from any spelling that form servers accept.
 
-    The upstream takes fractions of steps, so programs may send them, and would be refused after years for something
-    that no sampler can do half of. What is out of range, or no number, is left to be refused.
+    Fractions of steps are rounded, since the upstream accepts them. Invalid values are returned as they are.
     """
     if option in _TEXT_OPTIONS:
         return text
@@ -220,33 +223,34 @@ def _normalize_value(option: str, text: str) -> str:
     if not _NUMBER.fullmatch(text):
         return text
     number = float(text)
-    least, most = _STEPS_RANGE
-    if option == "steps" and least <= number <= most:
+    minimum, maximum = _STEPS_RANGE
+    if option == "steps" and minimum <= number <= maximum:
         number = float(math.floor(number + 0.5))
     return str(int(number)) if number.is_integer() else repr(number)
 
 
 async def _remaining_fields(quota: QuotaReports, tenant: Tenant) -> dict[str, Any]:
-    """What the tenant has left: whole uses, and whole yuan; what nobody knows is left out."""
+    """Return the remaining uses and whole yuan of a tenant, as far as they are known."""
     try:
-        left = await quota.remaining(tenant)
+        remaining = await quota.remaining(tenant)
     except GatewayError:
-        return {}  # the figures are not worth losing an accepted task over
-    except Exception:  # noqa: BLE001 - nor is any fault
+        return {}  # an error here must not lose an accepted task
+    except Exception:  # noqa: BLE001 - nor must any other
         _log.exception("submission.response_error")
         return {}
-    told = {"remaining_count": left.count, "remaining_money": None if left.money_fen is None else left.money_fen // 100}
-    return {name: value for name, value in told.items() if value is not None}
+    yuan = None if remaining.money_fen is None else remaining.money_fen // 100
+    fields = {"remaining_count": remaining.count, "remaining_money": yuan}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-async def _respond(answer: Callable[[], Awaitable[A]], message: Callable[[GatewayError], str]) -> Response[A | Failure]:
-    """An answer, or an error in the message of the upstream that fits it best."""
+async def _respond(handle: Callable[[], Awaitable[A]], message: Callable[[GatewayError], str]) -> Response[A | Failure]:
+    """Return the result of `handle`, or its error in the closest message of the upstream."""
     try:
-        return Response(await answer())
+        return Response(await handle())
     except Unauthenticated:
         return Response(Failure(1, NO_ACCOUNT))
     except BodyTimeout as error:
-        # Else a client that trickles on keeps its connection for as long as it likes.
+        # Else a client that keeps sending slowly would keep its connection.
         return Response(Failure(1, message(error)), headers={"Connection": "close"})
     except GatewayError as error:
         return Response(Failure(1, message(error)))
@@ -254,7 +258,7 @@ async def _respond(answer: Callable[[], Awaitable[A]], message: Callable[[Gatewa
 
 def _submit_message(error: GatewayError) -> str:
     match error:
-        # Too many active tasks pass by themselves, while a program told that nothing is left may never come back.
+        # A limit of active tasks passes by itself, whereas a program may stop for good at "nothing left".
         case BalanceExhausted() | QuotaDenied() if not _is_active_limit_only(error):
             return NOTHING_LEFT
         case UpstreamRejected():
@@ -266,9 +270,9 @@ def _submit_message(error: GatewayError) -> str:
 
 
 def _is_active_limit_only(error: GatewayError) -> bool:
-    return isinstance(error, QuotaDenied) and {violation.policy for violation in error.violations} == {
-        MAX_ACTIVE_POLICY
-    }
+    if not isinstance(error, QuotaDenied):
+        return False
+    return {violation.policy for violation in error.violations} == {MAX_ACTIVE_POLICY}
 
 
 def _check_message(error: GatewayError) -> str:

@@ -1,4 +1,4 @@
-"""What the code can't say of itself in the OpenAPI document: multipart bodies, problems, security."""
+"""Parts of the OpenAPI document that routes declare: form bodies, problems, headers, security."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from service.domain.tasks import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
 from service.domain.webhooks import MAX_URL_CHARS
 
 UNSERVED_PATH = "/schema"
-"""Where Litestar serves something of each document, whatever it is told: nothing is found there."""
+"""Litestar insists on serving something of each document: here, where every request is a 404."""
 
 SUBMIT_SUMMARIES: Mapping[Kind, str] = {
     Kind.UPSCALE: "Redraw an image in high definition",
@@ -47,14 +47,14 @@ SUBMIT_SUMMARIES: Mapping[Kind, str] = {
 
 
 class FieldFault(Struct, frozen=True):
-    """A faulty field, and what it must be instead."""
+    """An invalid field and its expected format."""
 
     field: str
     detail: str
 
 
 class ViolatedPolicy(Struct, frozen=True):
-    """A policy of the tenant that refused; `resets_at` is null where nothing resets by itself."""
+    """A violated policy of the tenant; `resets_at` is null if it never resets."""
 
     policy: Annotated[str, Meta(examples=["day-tasks"])]
     limit: Annotated[float, Meta(description="In tasks, or in yuan.", examples=[100])]
@@ -62,37 +62,38 @@ class ViolatedPolicy(Struct, frozen=True):
 
 
 class Problem(Struct, frozen=True):
-    """A problem document (RFC 9457). More members may come beside these."""
+    """A problem document (RFC 9457), possibly with more members."""
 
-    type: Annotated[str, Meta(description="Its kind, as an identifier that is not to be fetched.")]
-    title: Annotated[str, Meta(description="Its kind in words, always the same.")]
+    type: Annotated[str, Meta(description="Identifier of its kind, not to be fetched.")]
+    title: Annotated[str, Meta(description="Its kind in words, constant.")]
     status: int
     detail: Annotated[str, Meta(description="What to do about it.")]
     instance: Annotated[str, Meta(description="The id of the request, for questions to the operators.")]
-    code: Annotated[str, Meta(description="Its kind, to branch on.")]
+    code: Annotated[str, Meta(description="Its kind, for programs.")]
     errors: Annotated[list[FieldFault], Meta(description="Of `invalid-options`.")] | UnsetType = UNSET
     violated_policies: Annotated[list[ViolatedPolicy], Meta(description="Of status 429.")] | UnsetType = UNSET
-    upstream_reason: Annotated[str, Meta(description="Of `upstream-rejected`, in its words.")] | UnsetType = UNSET
+    upstream_reason: (
+        Annotated[str, Meta(description="Of `upstream-rejected`, in the upstream's words.")] | UnsetType
+    ) = UNSET
     submission_id: Annotated[str, Meta(description="Of `submission-unknown`.")] | UnsetType = UNSET
 
 
 NOT_MODIFIED: dict[int, ResponseSpec] = {
-    304: ResponseSpec(None, description="It is still the version named by If-None-Match.", generate_examples=False)
+    304: ResponseSpec(None, description="The version named by If-None-Match is current", generate_examples=False)
 }
+
 FILE_HEADERS = ("Content-Disposition", "ETag", "Last-Modified", "Accept-Ranges", "Cache-Control")
 FILE_TYPES = tuple(EXTENSIONS)
-"""What an answer that is a file comes with, and what it can be."""
+"""Headers and media types of responses that are files."""
 
 
 def problem_responses(*codes_or_statuses: int | str) -> dict[int, ResponseSpec]:
-    """The problems an operation may answer with: those of these codes, and all those of these statuses."""
-    found = [
-        problem for problem in PROBLEMS if problem.code in codes_or_statuses or problem.status in codes_or_statuses
-    ]
-    return {
-        status: _problem_response([item for item in found if item.status == status])
-        for status in {e.status for e in found}
-    }
+    """Return the problems of an operation, by codes, or by statuses for all of that status."""
+    by_status: dict[int, list[ProblemType]] = {}
+    for kind in PROBLEMS:
+        if kind.code in codes_or_statuses or kind.status in codes_or_statuses:
+            by_status.setdefault(kind.status, []).append(kind)
+    return {status: _problem_response(kinds) for status, kinds in by_status.items()}
 
 
 def _problem_response(kinds: Sequence[ProblemType]) -> ResponseSpec:
@@ -101,18 +102,18 @@ def _problem_response(kinds: Sequence[ProblemType]) -> ResponseSpec:
         description="\n".join(f"- `{kind.code}`: {kind.description}" for kind in kinds),
         media_type=MEDIA_TYPE,
         generate_examples=False,
-        examples=[Example(id=kind.code) for kind in kinds],  # shown by `service.api.document`
+        examples=[Example(id=kind.code) for kind in kinds],  # completed by `openapi_document`
     )
 
 
 def response_headers(*names: str) -> list[ResponseHeader]:
-    """The headers of an operation's success, by name; `service.api.document` says what each means."""
+    """Return the headers of a success; `openapi_document` describes them."""
     return [ResponseHeader(name=name, documentation_only=True) for name in names]
 
 
 @dataclass
 class _FormOperation(Operation):
-    """An operation whose body is read from the stream, so that Litestar does not know it."""
+    """An operation that reads its body from the stream, so that Litestar can't describe it."""
 
     body: ClassVar[RequestBody]
 
@@ -121,41 +122,40 @@ class _FormOperation(Operation):
 
 
 def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
-    """An operation that takes an image and the options of a kind."""
+    """Return an operation that takes an image and the options of a kind."""
     properties = {"image": _file_schema("The image: PNG, JPEG or WebP.")} | _option_schemas(kind, catalogue)
     properties["metadata"] = Schema(
         type=OpenAPIType.STRING,
         content_media_type="application/json",
-        description=f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, given back untouched.",
+        description=f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, returned unchanged.",
         examples=['{"order": "4711"}'],
     )
     properties["webhook_url"] = Schema(
         type=OpenAPIType.STRING,
         format=OpenAPIFormat.URI,
         max_length=MAX_URL_CHARS,
-        description="Where to tell the end of this task, instead of at your usual address. Its host has to be one that "
-        "the operators have allowed you.",
+        description="Receives the event of this task instead of your default address. The operators must have allowed "
+        "its host.",
     )
     return _form_operation(properties, ["image"], "multipart/form-data", strict=True)
 
 
 def legacy_operation(part: str | None, names: Mapping[str, str], kind: Kind | None = None) -> type[Operation]:
-    """An operation of the upstream's protocol, with its names for the options."""
-    # Litestar does not list this format of OpenAPI's.
+    """Return an operation of the upstream's protocol, with its names of the options."""
+    # Litestar lacks this format of OpenAPI.
     secret = cast("OpenAPIFormat", "password")
     properties = {"user_key": Schema(type=OpenAPIType.STRING, format=secret, description="Your token.")}
     if part is None or kind is None:
         properties |= {name: Schema(type=OpenAPIType.STRING) for name in names}
         return _form_operation(properties, ["user_key", *names], "application/x-www-form-urlencoded")
-    ours = _option_schemas(kind, None)
-    properties |= {part: _file_schema("The image.")} | {theirs: ours[option] for theirs, option in names.items()}
+    options = _option_schemas(kind, None)
+    properties |= {part: _file_schema("The image.")} | {name: options[option] for name, option in names.items()}
     return _form_operation(properties, ["user_key", part], "multipart/form-data")
 
 
 def _form_operation(
     properties: Mapping[str, Schema], required: list[str], media_type: str, *, strict: bool = False
 ) -> type[Operation]:
-    """An operation with a form; a strict one refuses fields that it does not name."""
     schema = Schema(
         type=OpenAPIType.OBJECT,
         properties=dict(properties),
@@ -169,26 +169,25 @@ def _form_operation(
 def _file_schema(description: str) -> Schema:
     return Schema(
         type=OpenAPIType.STRING,
-        format=OpenAPIFormat.BINARY,  # OpenAPI 3.0's mark of a file, the only one that most client generators know
+        format=OpenAPIFormat.BINARY,  # of OpenAPI 3.0, the only one that most client generators support
         content_media_type="application/octet-stream",
         description=description,
     )
 
 
 def _option_schemas(kind: Kind, catalogue: Catalogue | None) -> dict[str, Schema]:
-    """The options of a kind as schemas, from the annotations that check them."""
-    options = OPTIONS[kind]
-    (plain,), components = msgspec.json.schema_components([options])
-    described: dict[str, Any] = components[plain["$ref"].rpartition("/")[2]]["properties"]
+    """Return the schemas of the options of a kind, from the annotations that validate them."""
+    (reference,), components = msgspec.json.schema_components([OPTIONS[kind]])
+    properties: dict[str, Any] = components[reference["$ref"].rpartition("/")[2]]["properties"]
     schemas = {}
-    for name, item in described.items():
+    for name, schema in properties.items():
         schemas[name] = Schema(
-            type=OpenAPIType(item["type"]),
-            description=item.get("description"),
-            default=item.get("default"),
-            minimum=item.get("minimum"),
-            maximum=item.get("maximum"),
-            max_length=item.get("maxLength"),
+            type=OpenAPIType(schema["type"]),
+            description=schema.get("description"),
+            default=schema.get("default"),
+            minimum=schema.get("minimum"),
+            maximum=schema.get("maximum"),
+            max_length=schema.get("maxLength"),
         )
     if catalogue and kind is Kind.UPSCALE:
         schemas["model"].examples = list(catalogue.models)
@@ -197,8 +196,7 @@ def _option_schemas(kind: Kind, catalogue: Catalogue | None) -> dict[str, Schema
 
 
 def openapi_config(title: str, description: str, bearer: str, tags: Mapping[str, str]) -> OpenAPIConfig:
-    """The frame of a port's document. It is served by a route of its own, so that no renderer comes with it."""
-    made = OpenAPIConfig(
+    config = OpenAPIConfig(
         title=title,
         version=__version__,
         description=description,
@@ -206,15 +204,15 @@ def openapi_config(title: str, description: str, bearer: str, tags: Mapping[str,
         components=Components(
             security_schemes={"token": SecurityScheme(type="http", scheme="bearer", description=bearer)}
         ),
-        tags=[Tag(name=name, description=about) for name, about in tags.items()],
+        tags=[Tag(name=name, description=text) for name, text in tags.items()],
         openapi_router=Router(UNSERVED_PATH, route_handlers=[], include_in_schema=False, guards=[_refuse_request]),
         use_handler_docstrings=False,
     )
-    made.render_plugins = []  # given an empty list, Litestar takes all that it has, whose pages load scripts of others
-    return made
+    # Set afterwards: passed an empty list, Litestar adds all its renderers, whose pages load third-party scripts.
+    config.render_plugins = []
+    return config
 
 
 def _refuse_request(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-    """Refuse what Litestar serves of a document in any case: its JSON, and a page that says that nothing is found."""
-    connection.scope["path_template"] = ""  # it counts as unmatched, like all that is found nowhere
+    connection.scope["path_template"] = ""  # counted as an unmatched route
     raise NotFoundException
