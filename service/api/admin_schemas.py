@@ -1,4 +1,4 @@
-"""JSON of the operators' API."""
+"""JSON of the operators' API. Secrets can be set, never read."""
 
 from __future__ import annotations
 
@@ -45,73 +45,75 @@ from service.usecases.admin import ReencryptedSecrets, TenantDelivery
 from service.usecases.registry_apply import DesiredAccount, DesiredRegistry, DesiredTenant, RegistryPlan
 from service.usecases.reports import QuotaReport
 
-_SecretText = Annotated[str, Meta(description="`whsec_` and base64. Shown this once.")]
+_SecretText = Annotated[str, Meta(description="`whsec_` and base64, shown only once.")]
 
 
 class WebhookBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a tenant is told of the ends of its tasks. Without a secret it keeps the one it has, or one is made."""
+    """Webhook of a tenant. Without a secret the present one is kept, or one is generated."""
 
-    url: Annotated[str, Meta(max_length=MAX_URL_CHARS, description="By default.")]
+    url: Annotated[
+        str, Meta(max_length=MAX_URL_CHARS, description="Receives the events of tasks without a `webhook_url`.")
+    ]
     secret: Annotated[str, Meta(max_length=200, description="`whsec_` and the base64 of 24 to 64 bytes.")] | None = None
     allow: Annotated[
         list[Annotated[str, Meta(max_length=255)]],
         Meta(
             max_length=MAX_ALLOW_ENTRIES,
-            description="Hosts that a task may name in `webhook_url`, beside that of `url`. They may be at public and "
-            "private addresses; networks such as 127.0.0.0/8 let them be at other ones.",
+            description="Hosts allowed in the `webhook_url` of a task, beside that of `url`, at public and private "
+            "addresses; networks such as 127.0.0.0/8 allow other addresses.",
         ),
     ] = []
 
     def to_webhook(self) -> tenants.Webhook:
-        """What it describes, without its secret. Raises InvalidOptions."""
-        faults = ErrorCollector()
-        url = faults.collect("", self.url, webhooks.parse_url, "webhook.url", self.url)
-        allow = faults.collect("", (), webhooks.parse_allow_list, "webhook.allow", self.allow)
-        faults.raise_if_any()
+        """Return the webhook without its secret. Raises InvalidOptions."""
+        errors = ErrorCollector()
+        url = errors.collect("", self.url, webhooks.parse_url, "webhook.url", self.url)
+        allow = errors.collect("", (), webhooks.parse_allow_list, "webhook.allow", self.allow)
+        errors.raise_if_any()
         return tenants.Webhook(url, allow)
 
 
 class Webhook(Struct, frozen=True):
-    """Where a tenant is told of the ends of its tasks."""
+    """Webhook of a tenant."""
 
     url: str
     allow: list[str]
-    switched_off: Annotated[list[str], Meta(description="They answered 410. Put the tenant again to send there again.")]
+    disabled_urls: Annotated[list[str], Meta(description="They responded 410. To enable them, put the tenant again.")]
     secret: _SecretText | UnsetType = UNSET
 
 
 class NewSecret(Struct, frozen=True):
-    """A secret that was just made. Until `former_until` the one before signs too."""
+    """A generated secret. The previous one also signs until `previous_expires_at`."""
 
     secret: _SecretText
     previous_expires_at: datetime
 
 
 class Delivery(Struct, frozen=True):
-    """How the end of a task was told to its tenant."""
+    """Delivery of a webhook."""
 
-    id: Annotated[str, Meta(description="The `webhook-id`, the same however often it is sent.")]
+    id: Annotated[str, Meta(description="The `webhook-id`, the same for all attempts.")]
     tenant: str | None
     task: Annotated[str, Meta(description="The id of the task.")]
     url: Annotated[str, Meta(description="Without its query.")]
     state: DeliveryState
-    attempts: Annotated[int, Meta(description="Since it was last sent from the start.")]
-    status: Annotated[int | None, Meta(description="Of the last answer.")]
+    attempts: Annotated[int, Meta(description="Since the last redelivery.")]
+    status: Annotated[int | None, Meta(description="Of the last response.")]
     error: Annotated[str | None, Meta(description="Why the last attempt failed.")]
-    answer: Annotated[str | None, Meta(description="How the last answer began, if it was no success.")]
+    answer: Annotated[str | None, Meta(description="Beginning of the last response, if it was no success.")]
     created_at: datetime
     updated_at: datetime
-    due_at: Annotated[datetime | None, Meta(description="When it is tried next.")]
+    due_at: Annotated[datetime | None, Meta(description="Time of the next attempt.")]
 
 
 class DeliveryList(Struct, frozen=True):
-    """Deliveries that were given up, the newest first."""
+    """Failed deliveries, newest first."""
 
     items: list[Delivery]
 
 
 class TaskEvent(Struct, frozen=True):
-    """What a tenant is told when a task has ended."""
+    """Event that a task has ended."""
 
     type: WebhookEvent
     timestamp: Annotated[datetime, Meta(description="When the task ended.")]
@@ -119,7 +121,7 @@ class TaskEvent(Struct, frozen=True):
 
 
 def encode_task_event(task: tasks.Task) -> bytes:
-    """The body that tells of the end of a task: the same bytes whenever it is sent."""
+    """Return the body of a webhook, the same bytes for all attempts."""
     event = TaskEvent(
         WebhookEvent.for_state(task.state), to_datetime(task.finished_at or task.updated_at), render_task(task)
     )
@@ -127,33 +129,30 @@ def encode_task_event(task: tasks.Task) -> bytes:
 
 
 def render_webhook(webhook: tenants.Webhook, secret: str | None) -> Webhook | None:
-    """A webhook as operators see it, with its secret if it was just made."""
     if webhook.url is None:
         return None
     return Webhook(webhook.url, list(webhook.allow), list(webhook.disabled_urls), UNSET if secret is None else secret)
 
 
 def render_new_secret(generated: admin.NewSecret) -> NewSecret:
-    """A secret as it is shown once."""
     return NewSecret(generated.text, datetime.fromtimestamp(generated.previous_expires_at, UTC))
 
 
-def render_delivery(owned: TenantDelivery) -> Delivery:
-    """A delivery as operators see it."""
-    found = owned.delivery
+def render_delivery(entry: TenantDelivery) -> Delivery:
+    delivery = entry.delivery
     return Delivery(
-        id=webhooks.event_id(found.reservation),
-        tenant=owned.tenant,
-        task=found.task_id,
-        url=tenants.strip_query(found.url),
-        state=found.state,
-        attempts=found.attempts,
-        status=found.status,
-        error=found.error,
-        answer=found.response_excerpt,
-        created_at=to_datetime(found.created_at),
-        updated_at=to_datetime(found.updated_at),
-        due_at=to_datetime(found.next_attempt_at),
+        id=webhooks.event_id(delivery.reservation),
+        tenant=entry.tenant,
+        task=delivery.task_id,
+        url=tenants.strip_query(delivery.url),
+        state=delivery.state,
+        attempts=delivery.attempts,
+        status=delivery.status,
+        error=delivery.error,
+        answer=delivery.response_excerpt,
+        created_at=to_datetime(delivery.created_at),
+        updated_at=to_datetime(delivery.updated_at),
+        due_at=to_datetime(delivery.next_attempt_at),
     )
 
 
@@ -164,41 +163,44 @@ Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 YuanInput = Annotated[float, Meta(ge=0, le=_MAX_YUAN, description="Yuan, with at most two decimals.")]
 
 
+_BaseUrl = Annotated[str, Meta(max_length=512, description="Of the upstream, if not the default one.")]
+
+
 class AccountBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """An account at the upstream. What is left out gets its default; only the key is kept."""
+    """An account at the upstream. Omitted fields get their defaults; only the key is kept."""
 
     user_key: Annotated[str, Meta(min_length=1, max_length=512, description="Of printable ASCII.")] | None = None
-    base_url: Annotated[str, Meta(max_length=512, description="Where the upstream is, if not as usual.")] | None = None
+    base_url: _BaseUrl | None = None
     floor_count: Count = 0
     floor_money: YuanInput = 0
     max_price: Annotated[dict[Kind, YuanInput], Meta(description="The most a task of a kind can cost.")] = {}
 
     def checked_user_key(self) -> str | None:
-        """The key, if one is given. Raises InvalidOptions, without it, for what can't be one."""
+        """Return the key. Raises InvalidOptions, which does not contain it."""
         if self.user_key is not None and not re.fullmatch(r"[!-~]+", self.user_key):
             raise InvalidOptions([FieldError("user_key", "must be printable ASCII without spaces")])
         return self.user_key
 
     def checked_base_url(self) -> str | None:
-        """The base address without a slash at its end. Raises InvalidOptions for what is none."""
+        """Return the base URL without a trailing slash. Raises InvalidOptions."""
         if self.base_url is None:
             return None
         if not _is_base_url(self.base_url):
-            wanted = "must be a URL such as http://host or https://host/path, without credentials, query or fragment"
-            raise InvalidOptions([FieldError("base_url", wanted)])
+            rule = "must be a URL such as http://host or https://host/path, without credentials, query or fragment"
+            raise InvalidOptions([FieldError("base_url", rule)])
         return self.base_url.rstrip("/")
 
     def to_policy(self) -> AccountPolicy:
-        """The part that the ledger goes by. Raises InvalidOptions for amounts that are none."""
-        faults = ErrorCollector()
-        floor = faults.collect("", 0, _to_fen, "floor_money", self.floor_money)
-        prices = {kind: faults.collect("max_price", 0, _to_fen, kind, item) for kind, item in self.max_price.items()}
-        faults.raise_if_any()
+        """Return the policy in fen. Raises InvalidOptions."""
+        errors = ErrorCollector()
+        floor = errors.collect("", 0, _to_fen, "floor_money", self.floor_money)
+        prices = {kind: errors.collect("max_price", 0, _to_fen, kind, price) for kind, price in self.max_price.items()}
+        errors.raise_if_any()
         return AccountPolicy(self.floor_count, floor, prices)
 
 
 class LimitBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """How much may be spent in one window of calendar time in UTC."""
+    """Spending limit in one window of calendar time in UTC."""
 
     window: Window
     tasks: Count | None = None
@@ -206,7 +208,7 @@ class LimitBody(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """A tenant. What is left out gets its default."""
+    """A tenant. Omitted fields get their defaults."""
 
     accounts: Annotated[list[Name], Meta(max_length=100, description="The accounts it may use, in order.")]
     limits: Annotated[list[LimitBody], Meta(max_length=len(Window), description="At most one per window.")] = []
@@ -217,21 +219,21 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
     disabled: bool = False
 
     def to_tenant(self, name: str) -> tenants.Tenant:
-        """The tenant it describes, without its id. Raises InvalidOptions."""
-        faults = ErrorCollector()
-        faults.errors += [
+        """Return the tenant without its id. Raises InvalidOptions."""
+        errors = ErrorCollector()
+        errors.errors += [
             *_find_repeated("accounts", "account", self.accounts),
             *_find_repeated("limits", "window", [limit.window for limit in self.limits]),
             *_find_repeated("kinds", "kind", self.kinds or []),
         ]
         limits = []
-        for place, limit in enumerate(self.limits):
+        for index, limit in enumerate(self.limits):
             if limit.tasks is None and limit.money is None:
-                faults.add(f"limits[{place}]", "must limit tasks, money or both")
-            money = limit.money and faults.collect(f"limits[{place}]", 0, _to_fen, "money", limit.money)
+                errors.add(f"limits[{index}]", "must limit tasks, money or both")
+            money = limit.money and errors.collect(f"limits[{index}]", 0, _to_fen, "money", limit.money)
             limits.append(tenants.Limit(limit.window, limit.tasks, None if money is None else int(money)))
-        webhook = faults.collect("", tenants.Webhook(), self.webhook.to_webhook) if self.webhook else tenants.Webhook()
-        faults.raise_if_any()
+        webhook = errors.collect("", tenants.Webhook(), self.webhook.to_webhook) if self.webhook else tenants.Webhook()
+        errors.raise_if_any()
         return tenants.Tenant(
             id=0,
             name=name,
@@ -244,25 +246,21 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TokenBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """A token to be made."""
+    """Settings of a new token."""
 
-    label: Annotated[str, Meta(max_length=200, description="What it is for.")] | None = None
+    label: Annotated[str, Meta(max_length=200, description="Its purpose.")] | None = None
     expires_at: Annotated[datetime, Meta(tz=True, description="With a time zone.")] | None = None
 
     def checked_expires_at(self, now: float) -> float | None:
-        """When it expires, in seconds since the epoch. Raises InvalidOptions if it has, or if no clock will show it."""
-        if self.expires_at is None:
-            return None
-        seconds = self.expires_at.timestamp()
-        if not 0 <= seconds <= MAX_TIMESTAMP:
-            raise InvalidOptions([FieldError("expires_at", "must be between the years 1970 and 9999")])
-        if seconds <= now:
-            raise InvalidOptions([FieldError("expires_at", "must lie ahead")])
+        """Return the expiry time in seconds since the epoch. Raises InvalidOptions if it is past or out of range."""
+        seconds = _to_seconds("expires_at", self.expires_at)
+        if seconds is not None and seconds <= now:
+            raise InvalidOptions([FieldError("expires_at", "must be in the future")])
         return seconds
 
 
 class NewToken(Struct, frozen=True):
-    """A token that was just made. Its text is shown this once."""
+    """A generated token. Its text is shown only once."""
 
     id: str
     token: str
@@ -270,7 +268,7 @@ class NewToken(Struct, frozen=True):
 
 
 class Token(Struct, frozen=True):
-    """A token of which only the hash is kept."""
+    """A token, without its text, of which only the hash is stored."""
 
     id: str
     label: str | None
@@ -279,7 +277,7 @@ class Token(Struct, frozen=True):
 
 
 class Figure(Struct, frozen=True):
-    """A figure the upstream told: when, and in the answer to which call."""
+    """A balance, when it was received, and in the response to which call."""
 
     value: int | float
     seen_at: datetime | None
@@ -287,7 +285,7 @@ class Figure(Struct, frozen=True):
 
 
 class Account(Struct, frozen=True):
-    """An account: what is known of its balance, whether it is used, and what is under way on it."""
+    """An account with its state, balance and open submissions."""
 
     name: str
     state: AccountStatus
@@ -299,10 +297,14 @@ class Account(Struct, frozen=True):
     remaining_money: Figure | None
     look_again_at: datetime | None
     in_flight: Annotated[int, Meta(description="Submissions that have not ended.")]
-    unknown: Annotated[int, Meta(description="Submissions of which nobody knows whether they were charged.")]
-    unexplained: Annotated[Amount, Meta(description="Taken by no submission of the gateway: who else has the key?")]
-    prices: Annotated[dict[Kind, Yuan], Meta(description="What a task of each kind last took in money.")]
-    looks: Annotated[bool, Meta(description="Whether checking a finished task again tells the balance of now.")]
+    unknown: Annotated[int, Meta(description="Submissions that may have been charged.")]
+    unexplained: Annotated[
+        Amount, Meta(description="Charged by no submission of the gateway, so perhaps by others with the key.")
+    ]
+    prices: Annotated[dict[Kind, Yuan], Meta(description="Last price of a task, by kind.")]
+    live_balance_checks: Annotated[
+        bool, Meta(description="Whether checking a finished task again returns the current balance.")
+    ]
 
 
 class AccountList(Struct, frozen=True):
@@ -312,7 +314,7 @@ class AccountList(Struct, frozen=True):
 
 
 class Tenant(Struct, frozen=True):
-    """A tenant: what it may do, what it used, and its tokens."""
+    """A tenant with its use and its tokens."""
 
     name: str
     accounts: list[str]
@@ -327,7 +329,7 @@ class Tenant(Struct, frozen=True):
 
 
 class Limit(Struct, frozen=True):
-    """What may be spent in one window."""
+    """Spending limit in one window."""
 
     window: Window
     tasks: int | None
@@ -341,7 +343,6 @@ class TenantList(Struct, frozen=True):
 
 
 def render_account(account: tenants.Account, state: AccountState) -> Account:
-    """An account as operators see it."""
     return Account(
         name=account.name,
         state=state.status,
@@ -356,14 +357,14 @@ def render_account(account: tenants.Account, state: AccountState) -> Account:
         unknown=state.unknown_outcomes,
         unexplained=Amount(state.unexplained_count, to_yuan(state.unexplained_money_fen)),
         prices={kind: to_yuan(price) for kind, price in state.last_price.items()},
-        looks=state.live_balance_checks,
+        live_balance_checks=state.live_balance_checks,
     )
 
 
 def render_tenant(
     tenant: tenants.Tenant, tokens: tuple[tenants.Token, ...], report: QuotaReport, secret: str | None = None
 ) -> Tenant:
-    """A tenant as operators see it, with the secret of its webhook if that was just made."""
+    """Render a tenant, with the secret of its webhook if that was just generated."""
     limits = tenant.policy.limits
     return Tenant(
         name=tenant.name,
@@ -383,12 +384,10 @@ def render_tenant(
 
 
 def render_token(token: tenants.Token) -> Token:
-    """A token as operators see it."""
     return Token(token.id, token.label, _seconds_to_datetime(token.created_at), token_expires_at(token))
 
 
 def token_expires_at(token: tenants.Token) -> datetime | None:
-    """When a token expires."""
     return None if token.expires_at is None else _seconds_to_datetime(token.expires_at)
 
 
@@ -405,10 +404,8 @@ def _render_reading(reading: BalanceReading | None, divisor: int) -> Figure | No
 
 
 def _to_fen(field: str, amount: float) -> int:
-    """Yuan as fen. Raises InvalidOptions for fractions of a fen."""
-    fen = (
-        Decimal(repr(amount)) * FEN_PER_YUAN
-    )  # the digits that were sent, and not those of the nearest binary fraction
+    """Convert yuan to fen. Raises InvalidOptions for fractions of a fen."""
+    fen = Decimal(repr(amount)) * FEN_PER_YUAN  # exact: the digits that were sent
     if fen != int(fen):
         raise InvalidOptions([FieldError(field, "must be an amount in yuan with at most two decimals")])
     return int(fen)
@@ -417,24 +414,27 @@ def _to_fen(field: str, amount: float) -> int:
 def _is_base_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
-        host, _ = parts.hostname, parts.port  # reading them is what checks them
+        host, _ = parts.hostname, parts.port  # reading them validates them
     except ValueError:
         return False
-    plain = re.fullmatch(r"[!-~]+", text) and "@" not in parts.netloc and "?" not in text and "#" not in text
-    return bool(plain and host and parts.scheme in {"http", "https"})
+    is_plain = re.fullmatch(r"[!-~]+", text) and "@" not in parts.netloc and "?" not in text and "#" not in text
+    return bool(is_plain and host and parts.scheme in {"http", "https"})
 
 
-def _find_repeated(field: str, what: str, values: Sequence[str]) -> Sequence[FieldError]:
-    return [FieldError(field, f"must name each {what} at most once")] if len(set(values)) < len(values) else []
+def _find_repeated(field: str, noun: str, values: Sequence[str]) -> Sequence[FieldError]:
+    return [FieldError(field, f"must name each {noun} at most once")] if len(set(values)) < len(values) else []
 
 
-_Id = Annotated[int, Meta(ge=1, le=2**53, description="Behind the name: tasks and usage belong to it. As it is.")]
+_Id = Annotated[
+    int,
+    Meta(ge=1, le=2**53, description="Identifies it beyond its name: tasks and usage refer to it. Do not change it."),
+]
 _TokenId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{12}\Z", extra={"must": "be 12 hexadecimal digits in lower case"})]
 _Hash = Annotated[
     str,
     Meta(
         pattern=r"\A[0-9a-f]{64}\Z",
-        description="Of the token, in hexadecimal digits. It tells nobody the token.",
+        description="SHA-256 of the token, in hexadecimal digits.",
         extra={"must": "be 64 hexadecimal digits in lower case"},
     ),
 ]
@@ -443,60 +443,61 @@ _SecretLocation = Annotated[str, Meta(min_length=1, max_length=4_096)]
 
 
 class SecretEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A secret by where it is. The gateway remembers that, and takes the secret itself from `value` only."""
+    """The source of a secret. The gateway stores the source, and reads the secret only from `value`."""
 
     env: Annotated[
-        _SecretLocation | None, Meta(description="A variable of the environment of whoever applies this.")
+        _SecretLocation | None, Meta(description="An environment variable where the registry is applied.")
     ] = None
-    file: Annotated[_SecretLocation | None, Meta(description="A file there.")] = None
+    file: Annotated[_SecretLocation | None, Meta(description="A file where the registry is applied.")] = None
     value: (
-        Annotated[str, Meta(max_length=512, description="The secret itself; without it is kept. Never told.")] | None
+        Annotated[
+            str, Meta(max_length=512, description="The secret; the present one is kept without it. Never returned.")
+        ]
+        | None
     ) = None
 
     def to_secret_ref(self) -> SecretRef | None:
-        """Where it is."""
         return SecretRef(self.env, self.file) if self.env or self.file else None
 
 
 class AccountEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """An account at the upstream. What is left out gets its default, but for the id and the key."""
+    """An account at the upstream. Omitted fields get their defaults, except the id and the key."""
 
     id: _Id | None = None
     user_key: SecretEntry | None = None
-    base_url: Annotated[str, Meta(max_length=512, description="Where the upstream is, if not as usual.")] | None = None
+    base_url: _BaseUrl | None = None
     floor_count: Count = 0
     floor_money: YuanInput = 0
     max_price: Annotated[dict[Kind, YuanInput], Meta(description="The most a task of a kind can cost.")] = {}
 
-    def to_desired(self, name: str, faults: ErrorCollector) -> DesiredAccount:
-        """What it describes."""
-        where, entry = field_path("accounts", name), self.user_key or SecretEntry()
+    def to_desired(self, name: str, errors: ErrorCollector) -> DesiredAccount:
+        path, entry = field_path("accounts", name), self.user_key or SecretEntry()
         body = AccountBody(entry.value, self.base_url, self.floor_count, self.floor_money, self.max_price)
-        key = faults.collect(where, None, body.checked_user_key)
-        url = faults.collect(where, None, body.checked_base_url)
-        policy = faults.collect(where, AccountPolicy(), body.to_policy)
+        key = errors.collect(path, None, body.checked_user_key)
+        url = errors.collect(path, None, body.checked_base_url)
+        policy = errors.collect(path, AccountPolicy(), body.to_policy)
         account = tenants.Account(self.id or 0, name, b"", url, policy, entry.to_secret_ref())
         return DesiredAccount(account, None if key is None else key.encode())
 
 
 class TokenEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A token, of which only the hash is known."""
+    """A token by its hash."""
 
     sha256: _Hash
-    label: Annotated[str, Meta(max_length=200, description="What it is for.")] | None = None
+    label: Annotated[str, Meta(max_length=200, description="Its purpose.")] | None = None
     created_at: _Timestamp | None = None
     expires_at: _Timestamp | None = None
 
-    def to_token(self, token_id: str, where: str, faults: ErrorCollector) -> tenants.Token:
-        """What it describes. Its tenant is to be said yet."""
-        where = f"{where}.{field_path('tokens', token_id)}"
-        created = faults.collect(where, None, _to_seconds, "created_at", self.created_at) or 0
-        expires = faults.collect(where, None, _to_seconds, "expires_at", self.expires_at)
+    def to_token(self, token_id: str, path: str, errors: ErrorCollector) -> tenants.Token:
+        """Return the token without the id of its tenant."""
+        path = f"{path}.{field_path('tokens', token_id)}"
+        created = errors.collect(path, None, _to_seconds, "created_at", self.created_at) or 0
+        expires = errors.collect(path, None, _to_seconds, "expires_at", self.expires_at)
         return tenants.Token(token_id, 0, bytes.fromhex(self.sha256), self.label, created, expires)
 
 
 class WebhookEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where a tenant is told of the ends of its tasks."""
+    """Webhook of a tenant."""
 
     url: Annotated[str, Meta(max_length=MAX_URL_CHARS)]
     allow: Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=MAX_ALLOW_ENTRIES)] = []
@@ -504,7 +505,7 @@ class WebhookEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 class TenantEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A tenant and its tokens. What is left out gets its default, but for the id and the secret."""
+    """A tenant and its tokens. Omitted fields get their defaults, except the id and the secret."""
 
     id: _Id | None = None
     accounts: Annotated[list[Name], Meta(max_length=100, description="The accounts it may use, in order.")]
@@ -516,46 +517,58 @@ class TenantEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     disabled: bool = False
     tokens: Annotated[dict[_TokenId, TokenEntry], Meta(description="By their ids.")] = {}
 
-    def to_desired(self, name: str, faults: ErrorCollector) -> DesiredTenant:
-        """What it describes."""
-        where, told = field_path("tenants", name), self.webhook
-        entry = told.secret if told and told.secret else SecretEntry()
+    def to_desired(self, name: str, errors: ErrorCollector) -> DesiredTenant:
+        path, webhook = field_path("tenants", name), self.webhook
+        entry = webhook.secret if webhook and webhook.secret else SecretEntry()
         body = TenantBody(
             accounts=self.accounts,
             limits=self.limits,
             max_active=self.max_active,
             spending_mode=self.spending_mode,
             kinds=self.kinds,
-            webhook=WebhookBody(told.url, entry.value, told.allow) if told else None,
+            webhook=WebhookBody(webhook.url, entry.value, webhook.allow) if webhook else None,
             disabled=self.disabled,
         )
-        tenant = faults.collect(where, tenants.Tenant(0, name, ()), body.to_tenant, name)
-        secret = faults.collect(where, b"", webhooks.parse_secret, entry.value) if entry.value is not None else None
-        tokens = tuple(token.to_token(token_id, where, faults) for token_id, token in self.tokens.items())
+        tenant = errors.collect(path, tenants.Tenant(0, name, ()), body.to_tenant, name)
+        secret = errors.collect(path, b"", webhooks.parse_secret, entry.value) if entry.value is not None else None
+        tokens = tuple(token.to_token(token_id, path, errors) for token_id, token in self.tokens.items())
         return DesiredTenant(replace(tenant, id=self.id or 0), tokens, secret, entry.to_secret_ref())
 
 
 class RegistryBody(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The whole registry but for its history: accounts and tenants by their names."""
+    """The whole registry without its history: accounts and tenants by name."""
 
     accounts: dict[Name, AccountEntry] = {}
     tenants: dict[Name, TenantEntry] = {}
 
     def to_desired(self, *, prune: bool) -> DesiredRegistry:
-        """What it describes. Raises InvalidOptions with all faults."""
-        faults = ErrorCollector()
-        accounts = tuple(account.to_desired(name, faults) for name, account in self.accounts.items())
-        tenants = tuple(tenant.to_desired(name, faults) for name, tenant in self.tenants.items())
-        faults.raise_if_any()
-        return DesiredRegistry(accounts, tenants, prune)
+        """Return the desired registry. Raises InvalidOptions with all errors."""
+        errors = ErrorCollector()
+        desired_accounts = tuple(account.to_desired(name, errors) for name, account in self.accounts.items())
+        desired_tenants = tuple(tenant.to_desired(name, errors) for name, tenant in self.tenants.items())
+        errors.raise_if_any()
+        return DesiredRegistry(desired_accounts, desired_tenants, prune)
+
+
+def rename_purse(body: Any, errors: ErrorCollector) -> None:
+    """Rename `purse`, which 0.2 had for `spending_mode`, in a tenant or in all tenants of a registry."""
+    entries = body.get("tenants") if isinstance(body, dict) else None
+    places = {"purse": body}
+    if isinstance(entries, dict):
+        places |= {field_path("tenants", name, "purse"): entry for name, entry in entries.items()}
+    for path, tenant in places.items():
+        if isinstance(tenant, dict) and "purse" in tenant:
+            if "spending_mode" in tenant:
+                errors.add(path, "is the former name of spending_mode: send only one of them")
+            tenant["spending_mode"] = tenant.pop("purse")
 
 
 JsonValue = dict[str, Any] | list[Any] | str | bool | float | None
-"""A part of the registry, however small."""
+"""A part of the registry."""
 
 
 class DifferenceKind(StrEnum):
-    """What is different somewhere."""
+    """Kind of a difference."""
 
     ADDED = "added"
     CHANGED = "changed"
@@ -563,42 +576,40 @@ class DifferenceKind(StrEnum):
 
 
 class Difference(Struct, frozen=True, omit_defaults=True):
-    """What is different at one place; of secrets only that they are."""
+    """A difference at one path. Secrets are not shown."""
 
     path: Annotated[str, Meta(examples=["tenants.shop.max_active"])]
     action: DifferenceKind
-    before: Annotated[JsonValue, Meta(description="Absent if there was nothing.")] = None
-    after: Annotated[JsonValue, Meta(description="Absent if there is nothing any more.")] = None
+    before: Annotated[JsonValue, Meta(description="Absent if it is added.")] = None
+    after: Annotated[JsonValue, Meta(description="Absent if it is removed.")] = None
 
 
 class ApplyResult(Struct, frozen=True):
-    """How the registry became, or would become, what was sent."""
+    """Result of applying a registry, or of a dry run."""
 
-    applied: Annotated[bool, Meta(description="False for a dry run, and if there was nothing to do.")]
+    applied: Annotated[bool, Meta(description="False for a dry run, and if nothing changes.")]
     differences: list[Difference]
-    unmanaged: Annotated[
-        list[str], Meta(description="What was not sent and is there all the same: `prune` removes it.")
-    ]
+    unmanaged: Annotated[list[str], Meta(description="Present, but not in the request: `prune` removes it.")]
     generated_secrets: Annotated[
-        dict[str, str], Meta(description="Webhook secrets that were made, by tenant. They are shown this once.")
+        dict[str, str], Meta(description="Generated webhook secrets by tenant, shown only once.")
     ]
 
 
 class ReencryptResult(Struct, frozen=True):
-    """What was sealed with the first of the secret keys."""
+    """Secrets that were encrypted again with the first of the secret keys."""
 
-    accounts: Annotated[list[str], Meta(description="Whose keys were sealed anew.")]
-    tenants: Annotated[list[str], Meta(description="Whose webhook secrets were sealed anew.")]
-    lost: Annotated[
+    accounts: Annotated[list[str], Meta(description="Accounts whose keys were encrypted again.")]
+    tenants: Annotated[list[str], Meta(description="Tenants whose webhook secrets were encrypted again.")]
+    undecryptable: Annotated[
         list[str],
-        Meta(description="What no secret key opens, and is as it was.", examples=[["accounts.main.user_key"]]),
+        Meta(description="Unchanged, as no secret key decrypts them.", examples=[["accounts.main.user_key"]]),
     ]
 
 
 def render_registry(registry: Registry, now: float) -> RegistryBody:
-    """The registry as it is at a time (seconds since the epoch), by name; without tokens that have expired."""
+    """Render the registry by name, without tokens that have expired at `now` (seconds since the epoch)."""
     tokens = defaultdict[int, list[tenants.Token]](list)
-    for token in sorted(registry.tokens.values(), key=lambda item: (item.created_at, item.id)):
+    for token in sorted(registry.tokens.values(), key=lambda token: (token.created_at, token.id)):
         if token.is_valid_at(now):
             tokens[token.tenant].append(token)
     return RegistryBody(
@@ -608,19 +619,17 @@ def render_registry(registry: Registry, now: float) -> RegistryBody:
 
 
 def render_apply_result(plan: RegistryPlan, differences: list[Difference], *, dry_run: bool) -> ApplyResult:
-    """A plan as operators see it."""
     applied = plan.change is not None and not dry_run
     return ApplyResult(applied, differences, list(plan.unmanaged), dict(plan.generated_secrets) if applied else {})
 
 
 def render_reencrypt_result(reencrypted: ReencryptedSecrets) -> ReencryptResult:
-    """What was sealed anew, as operators see it."""
     return ReencryptResult(list(reencrypted.accounts), list(reencrypted.tenants), list(reencrypted.undecryptable))
 
 
-def _to_seconds(field: str, moment: datetime | None) -> float | None:
-    """A moment in seconds since the epoch. Raises InvalidOptions if not every clock can show it."""
-    seconds = moment.timestamp() if moment else None
+def _to_seconds(field: str, time: datetime | None) -> float | None:
+    """Convert to seconds since the epoch. Raises InvalidOptions for years that datetime can't represent."""
+    seconds = time.timestamp() if time else None
     if seconds is not None and not 0 <= seconds <= MAX_TIMESTAMP:
         raise InvalidOptions([FieldError(field, "must be between the years 1970 and 9999")])
     return seconds
@@ -639,8 +648,8 @@ def _account_entry(account: tenants.Account) -> AccountEntry:
 
 
 def _tenant_entry(tenant: tenants.Tenant, tokens: list[tenants.Token]) -> TenantEntry:
-    told, signing = tenant.webhook, tenant.webhook.secrets
-    secret = _secret_entry(signing.secret_ref) if signing else None
+    webhook, secrets = tenant.webhook, tenant.webhook.secrets
+    secret = _secret_entry(secrets.secret_ref) if secrets else None
     return TenantEntry(
         id=tenant.id,
         accounts=list(tenant.accounts),
@@ -648,7 +657,7 @@ def _tenant_entry(tenant: tenants.Tenant, tokens: list[tenants.Token]) -> Tenant
         max_active=tenant.policy.max_active,
         spending_mode=tenant.policy.spending_mode,
         kinds=None if tenant.kinds is None else list(tenant.kinds),
-        webhook=None if told.url is None else WebhookEntry(told.url, list(told.allow), secret),
+        webhook=None if webhook.url is None else WebhookEntry(webhook.url, list(webhook.allow), secret),
         disabled=tenant.disabled,
         tokens={token.id: _token_entry(token) for token in tokens},
     )
@@ -659,16 +668,16 @@ def _limit_body(limit: tenants.Limit) -> LimitBody:
 
 
 def _token_entry(token: tenants.Token) -> TokenEntry:
-    expires = None if token.expires_at is None else datetime.fromtimestamp(token.expires_at, UTC)
-    return TokenEntry(token.digest.hex(), token.label, datetime.fromtimestamp(token.created_at, UTC), expires)
+    created_at = _seconds_to_datetime(token.created_at)
+    return TokenEntry(token.digest.hex(), token.label, created_at, token_expires_at(token))
 
 
-def _secret_entry(origin: SecretRef | None) -> SecretEntry | None:
-    return SecretEntry(origin.env, origin.file) if origin else None
+def _secret_entry(ref: SecretRef | None) -> SecretEntry | None:
+    return SecretEntry(ref.env, ref.file) if ref else None
 
 
 class ClockReset(Struct, frozen=True):
-    """What a reset of the ledger's time changed."""
+    """Result of a reset of the ledger's time."""
 
     offset_seconds: Annotated[
         float, Meta(ge=0, description="How far the ledger's time was ahead of the clock of Redis.")

@@ -1,4 +1,4 @@
-"""JSON of the tenants' API."""
+"""JSON and CSV of the tenants' API."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FEN_PER_YUAN = 100
 Yuan = Annotated[int | float, Meta(description="Money in yuan (CNY).")]
 PRIVATE_HEADERS = {"Cache-Control": "private, no-cache"}
 REPLAYED_HEADERS = {"Idempotent-Replayed": "true"}
-"""Says that an answer is about an earlier submission under the same idempotency key."""
+"""For responses about an earlier submission under the same idempotency key."""
 
 
 class Amount(Struct, frozen=True):
@@ -45,7 +45,7 @@ class Amount(Struct, frozen=True):
 
 
 class Cost(Struct, frozen=True):
-    """What a task took from its account, and how that is known."""
+    """Cost of a task."""
 
     count: Annotated[int, Meta(description="Prepaid uses.")]
     money: Yuan
@@ -53,83 +53,81 @@ class Cost(Struct, frozen=True):
 
 
 class Artifact(Struct, frozen=True):
-    """One result: where the gateway hands it out, and where the upstream keeps it."""
+    """A result."""
 
     name: ArtifactName
-    url: Annotated[str, Meta(description="Of the upstream, which may remove it some day.")]
-    href: Annotated[str, Meta(description="Where to fetch it through the gateway.")]
+    url: Annotated[str, Meta(description="At the upstream, which may remove it.")]
+    href: Annotated[str, Meta(description="Path to fetch it through the gateway.")]
 
 
 class TaskError(Struct, frozen=True):
-    """Why a task failed."""
+    """Reason why a task failed."""
 
-    code: Annotated[str, Meta(description="The kind of failure, to branch on.", examples=["task-failed", "task-lost"])]
+    code: Annotated[str, Meta(description="The kind of failure, for programs.", examples=["task-failed", "task-lost"])]
     detail: Annotated[str, Meta(description="The reason in words.")]
 
 
 class Links(Struct, frozen=True):
-    """Where to go from here."""
+    """Paths of a task."""
 
-    self: Annotated[str, Meta(description="Where the task is read.")]
-    events: Annotated[str, Meta(description="Where its changes are streamed.")]
+    self: Annotated[str, Meta(description="To read the task.")]
+    events: Annotated[str, Meta(description="To stream its changes.")]
 
 
 class Task(Struct, frozen=True):
-    """A task: an image that the upstream accepted, and what became of it."""
+    """A task: an image that the upstream has accepted."""
 
     id: str
     kind: Kind
     state: State
     created_at: datetime
-    updated_at: Annotated[datetime, Meta(description="When anything of it last changed.")]
+    updated_at: Annotated[datetime, Meta(description="Time of its last change.")]
     finished_at: Annotated[datetime | None, Meta(description="Null until it has ended.")]
-    options: Annotated[
-        dict[str, Any], Meta(description="All options of its kind, those you left to their defaults too.")
-    ]
-    metadata: Annotated[dict[str, str], Meta(description="What you sent, untouched.")]
-    artifacts: Annotated[list[Artifact], Meta(description="The results, once it has succeeded.")]
+    options: Annotated[dict[str, Any], Meta(description="All options of its kind, including defaults.")]
+    metadata: Annotated[dict[str, str], Meta(description="As sent.")]
+    artifacts: Annotated[list[Artifact], Meta(description="The results, after success.")]
     error: Annotated[TaskError | None, Meta(description="Null unless it has failed.")]
     cost: Cost
     links: Links
 
 
 class TaskList(Struct, frozen=True):
-    """Tasks, newest first. Go on with `next_cursor` until it is null."""
+    """Tasks, newest first. Continue with `next_cursor` until it is null."""
 
     items: list[Task]
     next_cursor: str | None
 
 
 class Policy(Struct, frozen=True):
-    """One policy of the tenant; `window` and `resets_at` are null where nothing resets by itself."""
+    """A policy of the tenant; `window` and `resets_at` are null if it never resets."""
 
-    policy: Annotated[str, Meta(description="Its name, as problems and the `RateLimit` header have it.")]
+    policy: Annotated[str, Meta(description="Its name in problems and in the `RateLimit` header.")]
     unit: Annotated[str, Meta(description="`tasks`, `money` (yuan) or `active` (tasks at once).")]
     window: Window | None
     limit: int | float
     used: int | float
-    reserved: Annotated[int | float, Meta(description="Held by what is under way.")]
+    reserved: Annotated[int | float, Meta(description="Held for open submissions.")]
     remaining: int | float
-    overrun: Annotated[int | float | None, Meta(description="Spent beyond a limit on money, as prices came out.")]
+    overrun: Annotated[int | float | None, Meta(description="Spent beyond a limit on money by final prices.")]
     resets_at: datetime | None
 
 
 class Availability(Struct, frozen=True):
-    """Whether an upstream account of the tenant can pay for a task now, and if not when it is looked at again."""
+    """Whether an upstream account of the tenant can pay now, and if not, the time of the next check."""
 
     can_pay: bool
     look_again_at: datetime | None
 
 
 class Quota(Struct, frozen=True):
-    """What the tenant may still spend."""
+    """Remaining quota of the tenant."""
 
     policies: list[Policy]
     account: Availability
 
 
 def to_yuan(fen: int) -> int | float:
-    """Fen as yuan: whole where they are."""
+    """Convert fen to yuan, to an int if possible."""
     return fen // FEN_PER_YUAN if fen % FEN_PER_YUAN == 0 else fen / FEN_PER_YUAN
 
 
@@ -142,28 +140,24 @@ def to_datetime(milliseconds: int | None) -> datetime | None: ...
 
 
 def to_datetime(milliseconds: int | None) -> datetime | None:
-    """A time of the ledger."""
     return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
 def task_path(task: tasks.Task) -> str:
-    """Where a task is read."""
     return f"/v1/tasks/{task.id}"
 
 
 def events_path(task: tasks.Task) -> str:
-    """Where the changes of a task are streamed."""
     return f"{task_path(task)}/events"
 
 
 def render_task(task: tasks.Task) -> Task:
-    """A task as JSON shows it."""
     return Task(
         id=task.id,
         kind=task.kind,
         state=task.state,
-        created_at=datetime.fromtimestamp(task.created_at / 1000, UTC),
-        updated_at=datetime.fromtimestamp(task.updated_at / 1000, UTC),
+        created_at=to_datetime(task.created_at),
+        updated_at=to_datetime(task.updated_at),
         finished_at=to_datetime(task.finished_at),
         options=msgspec.json.decode(task.options),
         metadata=msgspec.json.decode(task.metadata),
@@ -178,23 +172,19 @@ def render_task(task: tasks.Task) -> Task:
 
 
 def task_headers(cached: CachedTask, estimator: DurationEstimator) -> dict[str, str]:
-    """What a reader of a task is told beside it: its version, its age, and when to ask again while it runs."""
+    """Return the ETag, the age in seconds and, unless the task has ended, when to repeat the request."""
     headers = PRIVATE_HEADERS | {"ETag": task_etag(cached.task), "Age": str(max(int(cached.age_seconds), 0))}
-    return (
-        headers
-        if cached.task.state.is_final
-        else headers | {"Retry-After": str(estimator.retry_after(cached.task, cached.known_at))}
-    )
+    if not cached.task.state.is_final:
+        headers["Retry-After"] = str(estimator.retry_after(cached.task, cached.known_at))
+    return headers
 
 
 def task_etag(task: tasks.Task) -> str:
-    """The version of a task as an entity tag."""
-    # A task that Redis has lost is told by the upstream's answer alone, under one version in every state.
+    # With the state: a task that Redis has lost is read from the upstream alone, under one version in every state.
     return f'"{task.reservation[:12]}-{task.version}-{task.state}"'
 
 
 def render_quota(report: QuotaReport) -> Quota:
-    """A tenant's quota as JSON shows it."""
     return Quota(
         policies=[_render_policy(policy) for policy in report.policies],
         account=Availability(report.can_pay, to_datetime(report.next_check_at)),
@@ -202,8 +192,8 @@ def render_quota(report: QuotaReport) -> Quota:
 
 
 def _render_policy(report: PolicyReport) -> Policy:
-    figures = report.limit, report.used, report.reserved, report.remaining
-    limit, used, reserved, remaining = map(to_yuan, figures) if report.unit == "money" else figures
+    amounts = report.limit, report.used, report.reserved, report.remaining
+    limit, used, reserved, remaining = map(to_yuan, amounts) if report.unit == "money" else amounts
     return Policy(
         policy=report.policy,
         unit=report.unit,
@@ -218,15 +208,15 @@ def _render_policy(report: PolicyReport) -> Policy:
 
 
 class TaskLink(Struct, frozen=True):
-    """The task that a submission became."""
+    """The task of a submission."""
 
     id: str
     state: State
-    link: Annotated[str, Meta(description="Where the task is read.")]
+    link: Annotated[str, Meta(description="To read the task.")]
 
 
 class Refund(Struct, frozen=True):
-    """What an operator gave back to the windows of the tenant, and why."""
+    """A refund to the windows of the tenant."""
 
     refunded_at: datetime
     reason: str
@@ -235,17 +225,17 @@ class Refund(Struct, frozen=True):
 
 
 class Submission(Struct, frozen=True, kw_only=True):
-    """A submission, and what became of it."""
+    """A submission and its outcome."""
 
     id: str
     tenant: Annotated[str | None, Meta(description="For operators.")] | UnsetType = UNSET
     account: Annotated[str | None, Meta(description="For operators. Null once it is deleted.")] | UnsetType = UNSET
     outcome: ReservationState
     kind: Kind
-    created_at: Annotated[datetime | None, Meta(description="Null if it was given up before it was made.")]
-    settled_at: Annotated[datetime | None, Meta(description="When it got its outcome.")]
-    task: Annotated[TaskLink | None, Meta(description="Null if it became none, or that is not kept any more.")]
-    cost: Annotated[Cost | None, Meta(description="Null if it cost nothing. Of an `unknown` one what is held.")]
+    created_at: Annotated[datetime | None, Meta(description="Null if it was abandoned before it was created.")]
+    settled_at: Annotated[datetime | None, Meta(description="Time of its outcome.")]
+    task: Annotated[TaskLink | None, Meta(description="Null if there is none, or it is no longer kept.")]
+    cost: Annotated[Cost | None, Meta(description="Null if it cost nothing. Of an `unknown` one the amount held.")]
     balance_suggests: Annotated[
         BalanceSuggestion | None,
         Meta(description="Of an `unknown` one: whether the account seems to have been charged for it."),
@@ -254,14 +244,14 @@ class Submission(Struct, frozen=True, kw_only=True):
 
 
 class RefundBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """A wish to refund a task, or the submission that became it or is unknown."""
+    """A refund of a task, or of a submission."""
 
     reason: Annotated[str, Meta(min_length=1, max_length=500, description="Shown in the usage of the tenant.")]
     task: Annotated[str, Meta(description="The `id` of a task.")] | None = None
     submission: Annotated[str, Meta(description="The `id` of a submission.")] | None = None
 
     def submission_id(self, find_by_task: Callable[[str], str]) -> str:
-        """The submission that is meant; `of_task` tells that of a task. Raises InvalidOptions unless it is one."""
+        """Return the id of the submission. Raises InvalidOptions unless exactly one is named."""
         if self.task is not None and self.submission is None:
             return find_by_task(self.task)
         if self.submission is None or self.task is not None:
@@ -269,30 +259,31 @@ class RefundBody(Struct, frozen=True, forbid_unknown_fields=True):
         return self.submission
 
     def checked_reason(self) -> str:
-        """The reason. Raises InvalidOptions for a blank one."""
+        """Return the reason. Raises InvalidOptions if it is blank."""
         if not self.reason.strip():
-            raise InvalidOptions([FieldError("reason", "must say why")])
+            raise InvalidOptions([FieldError("reason", "must not be blank")])
         return self.reason
 
 
 def render_submission(status: SubmissionStatus, *, for_operators: bool) -> Submission:
-    """A submission as JSON shows it; only operators are told whose it is."""
-    known, task, cost, refund = status.reservation, status.task, status.cost, status.reservation.refund
+    reservation, task, cost = status.reservation, status.task, status.cost
     return Submission(
         id=status.id,
         tenant=status.tenant if for_operators else UNSET,
         account=status.account if for_operators else UNSET,
-        outcome=known.state,
-        kind=known.kind,
-        created_at=to_datetime(known.created_at or None),
-        settled_at=to_datetime(known.settled_at or None),
+        outcome=reservation.state,
+        kind=reservation.kind,
+        created_at=to_datetime(reservation.created_at or None),
+        settled_at=to_datetime(reservation.settled_at or None),
         task=TaskLink(task.id, task.state, task_path(task)) if task else None,
         cost=Cost(cost.count, to_yuan(cost.money_fen), cost.basis) if cost else None,
         balance_suggests=status.balance_suggests,
-        refund=Refund(to_datetime(refund.refunded_at), refund.reason, refund.count, to_yuan(refund.money_fen))
-        if refund
-        else None,
+        refund=_render_refund(reservation.refund) if reservation.refund else None,
     )
+
+
+def _render_refund(refund: ledger.Refund) -> Refund:
+    return Refund(to_datetime(refund.refunded_at), refund.reason, refund.count, to_yuan(refund.money_fen))
 
 
 CSV_MEDIA_TYPE = "text/csv; header=present"
@@ -302,23 +293,23 @@ _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def prefers_csv(accept: str) -> bool:
-    """Whether an `Accept` header (RFC 9110) puts CSV before JSON: by its qualities, and else by naming it."""
+    """Return whether an `Accept` header prefers CSV to JSON: by quality, then by the more specific range (RFC 9110)."""
     return _rank_media_type(accept, _CSV_TYPE) > _rank_media_type(accept, _JSON_TYPE)
 
 
 def _rank_media_type(accept: str, media_type: str) -> tuple[float, int]:
-    """The quality that the most special range for a media type gives it, and how special that is."""
+    """Return the quality of a media type by its most specific range, and how specific that is."""
     qualities = {}
     for part in accept.lower().split(","):
         name, _, parameters = part.partition(";")
         quality = _QUALITY.search(parameters)
         qualities[name.strip()] = float(quality[1]) if quality else 1.0
     ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
-    return next(((qualities[item], -place) for place, item in enumerate(ranges) if item in qualities), (0.0, 0))
+    return next(((qualities[name], -index) for index, name in enumerate(ranges) if name in qualities), (0.0, 0))
 
 
 def render_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """Rows under their names. No text becomes a formula in a spreadsheet; None is an empty field."""
+    """Render CSV (RFC 4180). Texts that a spreadsheet would run as formulas are quoted; None is an empty field."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\r\n")
     writer.writerows([map(_escape_cell, row) for row in (head, *rows)])
@@ -326,11 +317,11 @@ def render_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested objects by their paths, such as `spent_observed_count`."""
-    found: dict[str, Any] = {}
+    """Return the leaves of nested objects by path, such as `spent_observed_count`."""
+    leaves: dict[str, Any] = {}
     for name, item in value.items():
-        found |= flatten(item, f"{prefix}{name}_") if isinstance(item, Mapping) else {prefix + name: item}
-    return found
+        leaves |= flatten(item, f"{prefix}{name}_") if isinstance(item, Mapping) else {prefix + name: item}
+    return leaves
 
 
 def _escape_cell(value: Any) -> Any:
@@ -338,44 +329,44 @@ def _escape_cell(value: Any) -> Any:
 
 
 Uses = Annotated[int, Meta(description="Prepaid uses.")]
-Day = Annotated[date, Meta(description="When it was submitted.")]
+Day = Annotated[date, Meta(description="Day of the submission.")]
 
 
 class Outcomes(Struct, frozen=True):
-    """Submissions by what became of them."""
+    """Submissions by outcome."""
 
     running: int
     succeeded: int
     failed: int
-    unknown: Annotated[int, Meta(description="Sent, but not answered usably: they may have been charged.")]
+    unknown: Annotated[int, Meta(description="Sent without a usable response: they may have been charged.")]
     refused: Annotated[int, Meta(description="By the upstream, at no cost.")]
     not_sent: Annotated[int, Meta(description="As the upstream could not be reached, at no cost.")]
 
 
 class Charged(Struct, frozen=True):
-    """What the tenant's limits count of them: less than was spent, where something was refunded."""
+    """Counted by the tenant's limits: spending without refunds."""
 
     tasks: int
     money: Yuan
 
 
 class Unclear(Struct, frozen=True):
-    """What nobody knows."""
+    """Spending of unknown amount."""
 
     tasks: Annotated[int, Meta(description="Ended tasks of unknown cost.")]
     money: Annotated[int | float, Meta(description="In yuan, held for submissions of unknown outcome.")]
 
 
 class Spending(Struct, frozen=True):
-    """What they took from the accounts, refunded or not, by how that is known."""
+    """Spending from the accounts, refunded or not, by its basis."""
 
-    observed: Annotated[Amount, Meta(description="Seen in the balance.")]
-    estimated: Annotated[Amount, Meta(description="Taken from an earlier price.")]
+    observed: Annotated[Amount, Meta(description="Observed in the balance.")]
+    estimated: Annotated[Amount, Meta(description="Estimated from an earlier price.")]
     unknown: Unclear
 
 
 class Refunded(Struct, frozen=True):
-    """What operators gave back of it."""
+    """Refunds by operators."""
 
     tasks: int
     count: Uses
@@ -383,7 +374,7 @@ class Refunded(Struct, frozen=True):
 
 
 class UsageSum(Struct, frozen=True):
-    """What all submissions came to."""
+    """Totals of all submissions."""
 
     tasks: Outcomes
     charged: Charged
@@ -392,12 +383,12 @@ class UsageSum(Struct, frozen=True):
 
 
 class UsageRow(Struct, frozen=True, kw_only=True):
-    """What the submissions of one period came to. Each belongs to the period in which it was submitted."""
+    """Totals of the submissions of one period."""
 
     period: Annotated[
         str,
         Meta(
-            description="A day, a month or the whole interval, as ISO 8601 has them.",
+            description="A day, a month or the whole interval, in ISO 8601.",
             examples=["2026-01-31", "2026-01", "2026-01-01/2026-01-31"],
         ),
     ]
@@ -421,7 +412,7 @@ class UnknownSubmission(Struct, frozen=True, kw_only=True):
 
 
 class RefundedSubmission(Struct, frozen=True, kw_only=True):
-    """A submission whose cost was given back to the windows of its tenant."""
+    """A submission that was refunded to the windows of its tenant."""
 
     submission: Annotated[str, Meta(description="The `submission_id`.")]
     tenant: Annotated[str, Meta(description="For operators.")] | UnsetType = UNSET
@@ -435,7 +426,7 @@ class RefundedSubmission(Struct, frozen=True, kw_only=True):
 
 
 class Usage(Struct, frozen=True, rename={"first": "from", "last": "to"}):
-    """What was spent from one day to another, both included, in UTC. Rows with nothing to count are left out."""
+    """Usage from one day to another, inclusive, in UTC. Empty rows are omitted."""
 
     first: date
     last: date
@@ -444,14 +435,13 @@ class Usage(Struct, frozen=True, rename={"first": "from", "last": "to"}):
     items: list[UsageRow]
     total: UsageSum
     unknown_submissions: list[UnknownSubmission]
-    refunds: Annotated[list[RefundedSubmission], Meta(description="Of what was submitted on these days.")]
+    refunds: Annotated[list[RefundedSubmission], Meta(description="Of submissions of these days.")]
 
 
 def render_usage(report: UsageReport, *, for_operators: bool) -> Usage:
-    """A report as JSON shows it; only operators are told of tenants."""
     unknown = [
-        UnknownSubmission(id=item.submission, kind=item.kind, day=item.day, **_tenant_fields(item, for_operators))
-        for item in report.unknown
+        UnknownSubmission(id=entry.submission, kind=entry.kind, day=entry.day, **_tenant_fields(entry, for_operators))
+        for entry in report.unknown
     ]
     return Usage(
         first=report.first,
@@ -461,12 +451,12 @@ def render_usage(report: UsageReport, *, for_operators: bool) -> Usage:
         items=[_render_row(row, for_operators) for row in report.rows],
         total=UsageSum(**_sum_fields(report.total)),
         unknown_submissions=unknown,
-        refunds=[_render_refund(marked, refund, for_operators) for marked, refund in report.refunds],
+        refunds=[_render_refunded(submission, refund, for_operators) for submission, refund in report.refunds],
     )
 
 
 def tabulate_usage(report: UsageReport, *, for_operators: bool) -> tuple[list[str], list[list[Any]]]:
-    """The rows of a report as CSV shows them, under the names they have in JSON."""
+    """Return the columns, named as in JSON, and the rows of a report."""
     head = flatten(msgspec.to_builtins(_render_row(_EMPTY_ROW, for_operators)))
     rows = [flatten(msgspec.to_builtins(_render_row(row, for_operators))) for row in report.rows]
     return list(head), [list(row.values()) for row in rows]
@@ -482,11 +472,11 @@ def _render_row(row: reports.UsageRow, for_operators: bool) -> UsageRow:
 def _tenant_fields(source: reports.UsageRow | FlaggedSubmission, for_operators: bool) -> dict[str, Any]:
     if not for_operators:
         return {}
-    owner = source.tenant
-    return {"tenant": owner and owner.name, "tenant_id": owner and owner.id}
+    tenant = source.tenant
+    return {"tenant": tenant and tenant.name, "tenant_id": tenant and tenant.id}
 
 
-def _render_refund(submission: FlaggedSubmission, refund: ledger.Refund, for_operators: bool) -> RefundedSubmission:
+def _render_refunded(submission: FlaggedSubmission, refund: ledger.Refund, for_operators: bool) -> RefundedSubmission:
     return RefundedSubmission(
         submission=submission.submission,
         kind=submission.kind,

@@ -37,13 +37,11 @@ from service.usecases.reports import (
 
 
 def quota_routes(quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
-    """The handlers under `/v1/quota`."""
-
     @get(
         "/quota",
         operation_id="read-quota",
         summary="Read your quota",
-        description="All your policies, as they stand now, and whether the account behind them can pay.",
+        description="The present state of your policies, and whether an account can pay.",
         response_description="Your policies",
         response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(401, "ledger-unavailable"),
@@ -54,38 +52,33 @@ def quota_routes(quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
     return [read]
 
 
-_USAGE_DESCRIPTION = (
-    "A submission counts on the day on which it was made, in UTC, and `charged` is what your limits count. "
-    "As CSV, the names of columns are those of JSON, joined by `_`; the total and the lists are left out."
-)
+_CSV_NOTE = "As CSV, columns are named as in JSON, joined by `_`; the total and the lists are omitted."
+_USAGE_DESCRIPTION = "A submission counts on its day in UTC, and `charged` is what your limits count. " + _CSV_NOTE
 _OPERATOR_USAGE_DESCRIPTION = (
-    "As tenants see their own, over all of them, deleted ones too, so that every yuan is explained. As CSV, the names "
-    "of columns are those of JSON, joined by `_`; the total and the lists are left out."
+    "The usage of all tenants, including deleted ones, so that every yuan is accounted for. " + _CSV_NOTE
 )
 FirstDay = Annotated[
     str | None,
     QueryParameter(
-        name="from", format="date", description="The first day. Default: the first of the month of the last day."
+        name="from", format="date", description="The first day. Default: the first of the last day's month."
     ),
 ]
 LastDay = Annotated[
     str | None,
     QueryParameter(
-        name="to", format="date", description=f"The last day, included; at most {MAX_DAYS} in all. Default: today."
+        name="to", format="date", description=f"The last day, inclusive; at most {MAX_DAYS} days. Default: today."
     ),
 ]
-PeriodLength = Annotated[Interval, QueryParameter(name="interval", description="How long the period of an item is.")]
+PeriodLength = Annotated[Interval, QueryParameter(name="interval", description="The period of an item.")]
 
 
 def usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
-    """The handlers under `/v1/usage`."""
-
     @get(
         "/usage",
         operation_id="read-usage",
-        summary="Read what you have spent",
+        summary="Read your usage",
         description=_USAGE_DESCRIPTION,
-        response_description="What you have spent",
+        response_description="Your usage",
         response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(401, "invalid-options", "ledger-unavailable"),
     )
@@ -108,14 +101,12 @@ def usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
 
 
 def operator_usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
-    """The handlers under `/admin/v1/usage`."""
-
     @get(
         "/usage",
         operation_id="read-all-usage",
-        summary="Read what tenants have spent",
+        summary="Read the usage of tenants",
         description=_OPERATOR_USAGE_DESCRIPTION,
-        response_description="What they have spent",
+        response_description="Their usage",
         responses=openapi.problem_responses(401, "invalid-options", "ledger-unavailable"),
     )
     async def read(
@@ -145,37 +136,31 @@ def _usage_response(request: Request[Any, Any, Any], report: UsageReport, *, for
     return Response(content, media_type=schemas.CSV_MEDIA_TYPE, headers=headers)
 
 
-SubmissionId = Annotated[
-    str, PathParameter(description="The `submission_id`, as the problem `submission-unknown` names it.")
-]
+SubmissionId = Annotated[str, PathParameter(description="The `submission_id` of the problem `submission-unknown`.")]
 
 
 def submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandler]:
-    """The handlers under `/v1/submissions`."""
-
     @get(
         "/submissions/{submission_id:str}",
         operation_id="read-submission",
-        summary="Read what became of a submission",
-        description="Its outcome may be provisional: an `unknown` one becomes `accepted` if its task turns up.",
+        summary="Read a submission and its outcome",
+        description="The outcome may be provisional: `unknown` becomes `accepted` if its task is discovered.",
         response_description="The submission",
         response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
     async def read(tenant: NamedDependency[Tenant], submission_id: SubmissionId) -> Response[Submission]:
-        fate = await submissions.for_tenant(tenant, submission_id)
-        return Response(render_submission(fate, for_operators=False), headers=PRIVATE_HEADERS)
+        status = await submissions.for_tenant(tenant, submission_id)
+        return Response(render_submission(status, for_operators=False), headers=PRIVATE_HEADERS)
 
     return [read]
 
 
 def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandler]:
-    """The handlers under `/admin/v1/submissions` and `/admin/v1/refunds`."""
-
     @get(
         "/submissions/{submission_id:str}",
         operation_id="read-any-submission",
-        summary="Read what became of a submission, and whose it is",
+        summary="Read any submission, its outcome and its tenant",
         response_description="The submission",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
@@ -185,8 +170,8 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
     @post(
         "/refunds",
         operation_id="refund",
-        summary="Give the cost of a submission back to its tenant's windows, once",
-        description="From then on it counts for nothing in them, whatever else becomes of it. The usage shows why.",
+        summary="Refund a submission to its tenant's windows, once",
+        description="Afterwards it no longer counts in them, whatever its outcome. The usage shows the reason.",
         response_description="The submission",
         responses=openapi.problem_responses(
             401, 404, "malformed-request", "conflict", "invalid-options", "ledger-unavailable"
@@ -194,7 +179,7 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
     )
     async def refund(data: JSONBody[RefundBody]) -> Submission:
         reason = data.checked_reason()
-        fate = await submissions.refund(data.submission_id(submissions.submission_of_task), reason)
-        return render_submission(fate, for_operators=True)
+        status = await submissions.refund(data.submission_id(submissions.submission_of_task), reason)
+        return render_submission(status, for_operators=True)
 
     return [read, refund]

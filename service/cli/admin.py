@@ -167,7 +167,7 @@ def _format_account(account: Account) -> str:
         ("unexplained uses", account.unexplained.count),
         ("unexplained yuan", account.unexplained.money),
         ("last price", _format_prices(account.prices)),
-        ("free looks", account.looks),
+        ("free looks", account.live_balance_checks),
         ("base URL", account.base_url),
         ("floor of uses", account.floor_count),
         ("floor of yuan", account.floor_money),
@@ -300,7 +300,7 @@ def webhook_fields(webhook: Webhook | None) -> Sequence[tuple[str, object]]:
     return [
         ("webhook", webhook.url),
         ("webhook hosts", webhook.allow),
-        ("switched off", webhook.switched_off),
+        ("switched off", webhook.disabled_urls),
     ]
 
 

@@ -21,6 +21,7 @@ from service.api.admin_schemas import (
     RegistryBody,
     SecretEntry,
     TenantEntry,
+    rename_purse,
 )
 from service.cli.client import AdminClient, AdminResponse, CommandError, with_admin_client
 from service.cli.common import read_environment
@@ -67,6 +68,7 @@ def read_registry_file(file: BinaryIO) -> RegistryBody:
         why = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "it is not UTF-8"
         raise CommandError(f"gateway: {name} is no TOML: {single_line(why)}") from None
     faults = ErrorCollector()
+    rename_purse(tree, faults)
     for where, holder, key in _secret_fields(tree):
         _resolve_secret(where, holder, key, folder, faults)
     _validate_registry(tree, faults)
@@ -226,7 +228,7 @@ def apply_file(port: AdminClient, *, file: BinaryIO, dry_run: bool, prune: bool,
 @with_admin_client
 def rotate_keys(port: AdminClient, *, as_json: bool) -> None:
     """Have all secrets sealed with the first secret key; what no key opens ends the command with 1."""
-    answer = port.request("POST", "registry", "reseal")
+    answer = port.request("POST", "registry", "rotate-keys")
     found = answer.decode(ReencryptResult)
     anew = [
         *(field_path("accounts", name, "user_key") for name in found.accounts),
@@ -236,8 +238,8 @@ def rotate_keys(port: AdminClient, *, as_json: bool) -> None:
         click.echo(answer.format_json())
     elif anew:
         click.echo(f"Sealed anew, with the first secret key: {single_line(', '.join(anew))}")
-    if found.lost:
-        raise CommandError(f"gateway: no secret key opens {single_line(', '.join(found.lost))}: give them anew")
+    if found.undecryptable:
+        raise CommandError(f"gateway: no secret key opens {single_line(', '.join(found.undecryptable))}: give them anew")
     if not as_json:
         click.echo("All secrets of the registry are sealed with the first secret key.")
 
