@@ -22,18 +22,17 @@ _JSON_KEY = re.compile(r'( *)("(?:[^"\\]|\\.)*")(: .*)')
 
 
 class Html(str):
-    """Markup; any other string is text."""
+    """Markup. Any other string is text, which is escaped when it is joined."""
 
     __slots__ = ()
 
 
 def join(parts: Iterable[str | None], separator: str = "") -> Html:
-    """Put parts one after the other; None is nothing."""
     return Html(_escape_part(separator).join(_escape_part(part) for part in parts if part is not None))
 
 
 def tag(name: str, /, *children: str | None, **attributes: str | Literal[True]) -> Html:
-    """Make an element; `class_` is the attribute class, `aria_label` is aria-label, and True needs no value."""
+    """Make an element; `class_` is the attribute class, `aria_label` is aria-label, True has no value."""
     head = name
     for key, value in attributes.items():
         attribute = key.rstrip("_").replace("_", "-")
@@ -42,32 +41,31 @@ def tag(name: str, /, *children: str | None, **attributes: str | Literal[True]) 
 
 
 def line(text: str) -> Html:
-    """Text with `code` in it."""
+    """Render text with `code` in it."""
     pieces = _CODE.split(text)
     return join(tag("code", piece) if index % 2 else piece for index, piece in enumerate(pieces))
 
 
 def prose(text: str) -> Html:
-    """Text of several paragraphs, with `code` and lists in it."""
+    """Render paragraphs and lists with `code` in them."""
     return join(_render_block(block) for block in re.split(r"\n\s*\n", text.strip()) if block)
 
 
 def json_lines(value: Any) -> Html:
-    """A value as indented JSON whose keys stand out."""
     lines = json.dumps(value, indent=2, ensure_ascii=False).split("\n")
-    return join((_highlight_key(written) for written in lines), "\n")
+    return join((_highlight_key(text) for text in lines), "\n")
 
 
 def _render_block(block: str) -> Html:
     lines = block.split("\n")
-    if not all(_BULLET.match(written) for written in lines):
-        return tag("p", line(" ".join(written.strip() for written in lines)))
-    return tag("ul", *(tag("li", line(_BULLET.sub("", written, count=1))) for written in lines))
+    if not all(_BULLET.match(text) for text in lines):
+        return tag("p", line(" ".join(text.strip() for text in lines)))
+    return tag("ul", *(tag("li", line(_BULLET.sub("", text, count=1))) for text in lines))
 
 
-def _highlight_key(written: str) -> Html:
-    key = _JSON_KEY.fullmatch(written)
-    return join([key[1], tag("b", key[2]), key[3]]) if key else join([written])
+def _highlight_key(text: str) -> Html:
+    key = _JSON_KEY.fullmatch(text)
+    return join([key[1], tag("b", key[2]), key[3]]) if key else join([text])
 
 
 def _escape_part(part: str | None) -> str:
@@ -99,7 +97,7 @@ _LIMIT_PHRASES = (
 
 
 class Field(Struct, frozen=True):
-    """One property of an object, or one field of a form."""
+    """A property of an object, or a field of a form."""
 
     name: str
     node: Node
@@ -107,10 +105,9 @@ class Field(Struct, frozen=True):
 
 
 class Schemas:
-    """Reads the schemas of one document, and its references.
+    """Reads the schemas of a document.
 
-    `linked` collects the objects that words point to: the page must show them. `security` is what an operation asks
-    for that does not say otherwise.
+    `linked_objects` collects the objects that the page refers to and must show.
     """
 
     def __init__(self, document: Node) -> None:
@@ -119,37 +116,35 @@ class Schemas:
         self.linked_objects: dict[str, Node] = {}
 
     def resolve(self, node: Node) -> Node:
-        """Follow a reference, and take the parts of an `allOf` for one."""
+        """Follow a reference, and merge the parts of an `allOf`."""
         while "$ref" in node:
             target: Any = self._document
             for step in node["$ref"].removeprefix("#/").split("/"):
                 target = target[step.replace("~1", "/").replace("~0", "~")]
             node = {**target, **{key: value for key, value in node.items() if key != "$ref"}}
-        whole = {key: value for key, value in node.items() if key != "allOf"}
+        merged = {key: value for key, value in node.items() if key != "allOf"}
         for part in map(self.resolve, node.get("allOf", ())):
-            whole = {**part, **whole, "properties": {**part.get("properties", {}), **whole.get("properties", {})}}
-        return whole
+            merged = {**part, **merged, "properties": {**part.get("properties", {}), **merged.get("properties", {})}}
+        return merged
 
     def fields(self, node: Node) -> list[Field]:
-        """The properties of an object, in the document's order."""
         schema = self.resolve(node)
         required = schema.get("required", ())
         return [Field(name, field, name in required) for name, field in schema.get("properties", {}).items()]
 
     def without_null(self, node: Node) -> Node:
-        """What a value may be where it is given at all: parameters and forms know no null."""
+        """Return the schema of a value that is present: parameters and forms have no null."""
         options = [option for option in _list_alternatives(node) if option.get("type") != "null"]
         if len(options) != 1:
             return node
         return {**options[0], **{key: value for key, value in node.items() if key not in {"oneOf", "anyOf"}}}
 
     def choices(self, node: Node) -> list[Any]:
-        """The values a schema lists, if it lists any."""
         schema = self.resolve(node)
         return [schema["const"]] if "const" in schema else list(schema.get("enum", ()))
 
     def describe(self, node: Node) -> Html:
-        """What a value may be: its type, range and default, with links to objects that are described elsewhere."""
+        """Describe type, range and default of a value, with links to objects."""
         schema = self.resolve(node)
         name = node.get("$ref", "").rpartition("/")[2]
         if name and schema.get("properties"):
@@ -165,12 +160,12 @@ class Schemas:
         return join(parts, ", ")
 
     def sample(self, node: Node, within: frozenset[str] = frozenset()) -> Any:
-        """A value the schema allows, for reading rather than for use: the document's own example where it has one."""
+        """Return a sample value, the document's own example if it has one."""
         schema = self.resolve(node)
-        given = [*schema.get("examples", ()), *self.choices(schema)]
-        given += [schema["default"]] if schema.get("default") is not None else []
-        if given:
-            return given[0]
+        values = [*schema.get("examples", ()), *self.choices(schema)]
+        values += [schema["default"]] if schema.get("default") is not None else []
+        if values:
+            return values[0]
         reference = node.get("$ref", "")
         if reference in within or "null" in [
             *_list_types(schema),
@@ -189,7 +184,6 @@ class Schemas:
         return {"boolean": True, "integer": number, "number": number}.get(type_, text)
 
     def media_sample(self, media: Node) -> Any:
-        """What a body or an answer of a media type looks like."""
         for example in media.get("examples", {}).values():
             return self.resolve(example)["value"]
         return self.sample(media.get("schema", {}))
@@ -204,24 +198,23 @@ class Schemas:
         return join((self._describe_type(type_, schema) for type_ in _list_types(schema)), " or ") or Html("any value")
 
     def _describe_type(self, type_: str, schema: Node) -> Html:
-        words = [_TYPE_NAMES.get(type_, type_)]
+        parts = [_TYPE_NAMES.get(type_, type_)]
         items = {"array": "items", "object": "additionalProperties"}.get(type_)
         if items and isinstance(schema.get(items), Mapping) and schema[items]:
-            return join([*words, " of ", self.describe(schema[items])])
+            return join([*parts, " of ", self.describe(schema[items])])
         shape = schema.get("format", schema.get("contentMediaType", "password"))
         if type_ == "string" and shape != "password":
-            return join([*words, ", ", shape])
-        return join(words)
+            return join([*parts, ", ", shape])
+        return join(parts)
 
 
 def is_file(schema: Node) -> bool:
-    """Whether a form field holds bytes rather than text."""
     media_type = schema.get("contentMediaType", "text/plain")
     return schema.get("format") == "binary" or not (media_type.startswith("text/") or media_type.endswith("json"))
 
 
 def anchor(*words: str) -> str:
-    """The place of something on the page, fit for an address."""
+    """Return the id of an element on the page."""
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
@@ -246,7 +239,6 @@ def _describe_limits(schema: Node) -> list[str]:
 
 
 def _format_value(value: Any) -> str:
-    """A value as one writes it: a whole number without its point, with thousands apart."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
@@ -262,7 +254,7 @@ _FORM_OPTIONS = {"multipart/form-data": "-F", "application/x-www-form-urlencoded
 
 
 def render_curl(schemas: Schemas, method: str, path: str, operation: Node) -> Html:
-    """The call with its credentials and all it requires, and with whatever else the document has an example for."""
+    """Render the call with credentials, required parameters and those that have examples."""
     parameters = [schemas.resolve(parameter) for parameter in operation.get("parameters", ())]
     body = list(_render_body(schemas, operation))
     verb = "" if method == ("post" if body else "get") else f"-X {method.upper()} "
@@ -277,9 +269,9 @@ def render_curl(schemas: Schemas, method: str, path: str, operation: Node) -> Ht
 
 
 def _output_option(schemas: Schemas, operation: Node) -> str:
-    """The option for an answer that is a stream, or that is not for a terminal."""
-    answers = [schemas.resolve(answer) for status, answer in operation.get("responses", {}).items() if status < "3"]
-    types = {media_type for answer in answers for media_type in answer.get("content", {})}
+    all_responses = operation.get("responses", {}).items()
+    successes = [schemas.resolve(response) for status, response in all_responses if status < "3"]
+    types = {media_type for response in successes for media_type in response.get("content", {})}
     if "text/event-stream" in types:
         return "-N "
     return "" if all(type_.startswith("text/") or type_.endswith("json") for type_ in types) else "-O "
@@ -311,8 +303,8 @@ def _render_body(schemas: Schemas, operation: Node) -> Iterator[Html]:
             return
     if "application/json" in content:
         yield _render_header("Content-Type", Html("application/json"))
-        written = json.dumps(schemas.media_sample(content["application/json"]), ensure_ascii=False)
-        yield join(["-d ", shlex.quote(written)])
+        body = json.dumps(schemas.media_sample(content["application/json"]), ensure_ascii=False)
+        yield join(["-d ", shlex.quote(body)])
 
 
 def _render_form_field(schemas: Schemas, option: str, field: Field) -> Iterator[Html]:
@@ -341,7 +333,6 @@ def _has_example(node: Node) -> bool:
 
 
 def _render_value(schemas: Schemas, parameter: Node) -> Html:
-    """A parameter's example, else a variable of its name."""
     schema = schemas.resolve(parameter.get("schema", {}))
     if parameter.get("examples"):
         first = next(iter(parameter["examples"].values()))
@@ -360,7 +351,7 @@ def _render_variable(name: str) -> Html:
 
 
 def _escape_quoted(text: str) -> str:
-    """Text as it stands between a shell's double quotes."""
+    """Escape text between double quotes of a shell."""
     return _SPECIAL.sub(r"\\\1", text)
 
 
@@ -375,7 +366,7 @@ _PROBLEM_ITEM = re.compile(r"^- `([^`]+)`: (.*)$", re.MULTILINE)
 
 
 class Operation(Struct, frozen=True):
-    """A path and a method, with what the document says of the two."""
+    """A path and a method with their part of the document."""
 
     method: str
     path: str
@@ -383,18 +374,16 @@ class Operation(Struct, frozen=True):
 
     @property
     def anchor(self) -> str:
-        """Its place on the page."""
         return anchor(self.method, self.path)
 
     @property
     def title(self) -> Html:
-        """How it is called, in short, with places where a long path may break."""
         path = join(re.split(r"(?=[/_])", self.path), tag("wbr"))
         return join([tag("span", self.method.upper(), class_=f"method {self.method}"), " ", tag("code", path)])
 
 
 class ProblemEntry(Struct, frozen=True):
-    """A kind of error: the status it comes with, its code, and what it means."""
+    """A kind of problem."""
 
     status: str
     code: str
@@ -402,24 +391,23 @@ class ProblemEntry(Struct, frozen=True):
 
 
 class Operations:
-    """Renders operations; `problems` collects the errors they answer with, by code."""
+    """Renders operations; `problems` collects their problems by code."""
 
     def __init__(self, schemas: Schemas) -> None:
         self._schemas = schemas
         self.problems: dict[str, ProblemEntry] = {}
 
     def render(self, operation: Operation) -> Html:
-        """The whole article on one operation."""
         node = operation.node
-        said = [
+        text = [
             tag("p", node["summary"], class_="summary") if "summary" in node else None,
             prose(node.get("description", "")),
             *self._render_parameters(node),
             *self._render_body(node),
-            tag("h4", "Answers"),
+            tag("h4", "Responses"),
             *self._render_responses(node),
         ]
-        shown = [
+        panels = [
             render_panel("Call", render_curl(self._schemas, operation.method, operation.path, node)),
             *self._render_sample(node),
         ]
@@ -430,16 +418,14 @@ class Operations:
                 tag("a", operation.title, href=f"#{operation.anchor}"),
                 tag("span", "deprecated", class_="note") if node.get("deprecated") else None,
             ),
-            tag("div", tag("div", *said), tag("div", *shown, class_="panels"), class_="pair"),
+            tag("div", tag("div", *text), tag("div", *panels, class_="panels"), class_="pair"),
             id=operation.anchor,
         )
 
     def render_fields(self, fields: Iterable[Field]) -> Html:
-        """The fields of an object with what each holds, and which of them may be missing."""
         return tag("dl", *(self._render_field(field, None if field.required else "optional") for field in fields))
 
     def _render_inputs(self, fields: Iterable[Field]) -> Html:
-        """Parameters or fields with what each may hold, and which of them must be given."""
         return tag("dl", *(self._render_field(field, "required" if field.required else None) for field in fields))
 
     def _render_field(self, field: Field, note: str | None) -> Html:
@@ -479,13 +465,13 @@ class Operations:
             headers = response.get("headers", {})
             if problems := self._collect_problems(status, response):
                 links = join((tag("a", code, href=f"#{anchor('problem', code)}") for code in problems), ", ")
-                named = join((tag("code", name) for name in headers), ", ")
-                what = [links, tag("small", " with ", named) if headers else None]
+                names = join((tag("code", name) for name in headers), ", ")
+                parts = [links, tag("small", " with ", names) if headers else None]
             else:
-                what = [line(response["description"]), *self._render_media_types(response if status < "4" else {})]
-                what += [self._render_header(name, header) for name, header in headers.items()]
+                parts = [line(response["description"]), *self._render_media_types(response if status < "4" else {})]
+                parts += [self._render_header(name, header) for name, header in headers.items()]
             label = "else" if status == "default" else status
-            rows.append(tag("li", tag("span", label, class_=f"status s{status[0]}"), " ", tag("div", *what)))
+            rows.append(tag("li", tag("span", label, class_=f"status s{status[0]}"), " ", tag("div", *parts)))
         yield tag("ul", *rows, class_="answers")
 
     def _render_header(self, name: str, header: Node) -> Html:
@@ -494,15 +480,15 @@ class Operations:
 
     def _render_media_types(self, response: Node) -> Iterator[Html]:
         for media_type, media in response.get("content", {}).items():
-            words = join([": ", self._schemas.describe(media["schema"])]) if media.get("schema") else None
-            yield join([words, " ", tag("small", media_type)])
+            description = join([": ", self._schemas.describe(media["schema"])]) if media.get("schema") else None
+            yield join([description, " ", tag("small", media_type)])
 
     def _collect_problems(self, status: str, response: Node) -> list[str]:
-        """The codes an answer can carry: its description lists each with what it means."""
-        listed = _PROBLEM_ITEM.findall(response["description"]) if _PROBLEM_TYPE in response.get("content", {}) else []
-        for code, meaning in listed:
+        # Their description lists the codes.
+        items = _PROBLEM_ITEM.findall(response["description"]) if _PROBLEM_TYPE in response.get("content", {}) else []
+        for code, meaning in items:
             self.problems.setdefault(code, ProblemEntry(status, code, meaning))
-        return [code for code, _ in listed]
+        return [code for code, _ in items]
 
     def _render_sample(self, node: Node) -> Iterator[Html]:
         for status, reference in node.get("responses", {}).items():
@@ -513,7 +499,7 @@ class Operations:
 
 
 def render_panel(title: str, code: Html) -> Html:
-    """A piece of code under a title, with a button that copies it where scripts run."""
+    """Render code under a title, with a button that copies it."""
     return tag(
         "figure",
         tag("figcaption", title, tag("button", "Copy", type="button", hidden=True)),
@@ -529,18 +515,21 @@ DOCS_HEADERS: Mapping[str, str] = MappingProxyType(
         "X-Content-Type-Options": "nosniff",
     }
 )
-"""To be sent with the page. The rest of its content security policy stands in the page, beside what it allows."""
+"""Headers of the page. The rest of its content security policy is in the page, with the hashes that it allows."""
 _METHODS = ("get", "post", "put", "patch", "delete")
 
 
 def docs_page(document: Mapping[str, Any]) -> bytes:
-    """Render an OpenAPI 3.1 document as an HTML page in UTF-8, to be served beside the document's `openapi.json`."""
+    """Render an OpenAPI 3.1 document as an HTML page in UTF-8.
+
+    It links to `openapi.json` beside it. Its content security policy lets it load and send nothing.
+    """
     info, schemas = document["info"], Schemas(document)
     operations, groups = Operations(schemas), _group_operations(document)
     articles = {name: [operations.render(operation) for operation in group] for name, group in groups.items()}
-    # After the operations, which say as they are rendered what there is to look up.
+    # Rendered after the operations, which collect the problems and objects they refer to.
     reference = {"Problems": _render_problems(operations), "Objects": _render_objects(schemas, operations)}
-    shown = {title: content for title, content in reference.items() if content is not None}
+    sections = {title: content for title, content in reference.items() if content is not None}
     style, script = _read_asset("docs.css"), _read_asset("docs.js")
     head = tag(
         "head",
@@ -557,13 +546,13 @@ def docs_page(document: Mapping[str, Any]) -> bytes:
         prose(info.get("description", "")),
         _render_introduction(document, schemas),
         *(_render_group(document, name, group) for name, group in articles.items()),
-        *(tag("section", tag("h2", title), content, id=anchor(title)) for title, content in shown.items()),
+        *(tag("section", tag("h2", title), content, id=anchor(title)) for title, content in sections.items()),
         id="content",
     )
     body = tag(
         "body",
         tag("a", "Skip to the content", class_="skip", href="#content"),
-        _render_contents(info["title"], groups, shown),
+        _render_contents(info["title"], groups, sections),
         main,
         tag("script", script),
     )
@@ -571,7 +560,6 @@ def docs_page(document: Mapping[str, Any]) -> bytes:
 
 
 def _group_operations(document: Node) -> dict[str, list[Operation]]:
-    """The operations by their first tag, in the order in which the document declares the tags."""
     groups: dict[str, list[Operation]] = {entry["name"]: [] for entry in document.get("tags", ())}
     for path, item in document.get("paths", {}).items():
         for method in _METHODS:
@@ -602,22 +590,22 @@ def _render_introduction(document: Node, schemas: Schemas) -> Html:
     schemes = document.get("components", {}).get("securitySchemes", {}).values()
     return tag(
         "section",
-        tag("h2", "Calling it"),
+        tag("h2", "Calls"),
         *(prose(schemas.resolve(scheme).get("description", "")) for scheme in schemes),
         tag(
             "p",
             line(
-                "Every example is a command for a shell, with variables for what only you know: `$GATEWAY` is the "
-                "address of this service, `$TOKEN` your token. "
+                "Every example is a shell command with variables: `$GATEWAY` is the address of this service, `$TOKEN` "
+                "your token. "
             ),
             tag("a", "The OpenAPI document", href="openapi.json"),
-            " says the same to programs.",
+            " is the same for programs.",
         ),
         tag(
             "div",
             tag("label", "Address", tag("input", id="origin", spellcheck="false")),
             tag("label", "Token", tag("input", id="token", placeholder="paste yours", autocomplete="off")),
-            tag("p", "They go into the examples on this page and nowhere else."),
+            tag("p", "Used in the examples on this page only, and sent nowhere."),
             class_="fill",
             hidden=True,
         ),
@@ -626,8 +614,8 @@ def _render_introduction(document: Node, schemas: Schemas) -> Html:
 
 
 def _render_group(document: Node, name: str, articles: Iterable[Html]) -> Html:
-    about = [item.get("description", "") for item in document.get("tags", ()) if item["name"] == name]
-    return tag("section", tag("h2", name), *map(prose, about), *articles, id=anchor("group", name))
+    texts = [entry.get("description", "") for entry in document.get("tags", ()) if entry["name"] == name]
+    return tag("section", tag("h2", name), *map(prose, texts), *articles, id=anchor("group", name))
 
 
 def _render_problems(operations: Operations) -> Html | None:
@@ -647,19 +635,19 @@ def _render_problems(operations: Operations) -> Html | None:
 
 
 def _render_objects(schemas: Schemas, operations: Operations) -> Html | None:
-    """Every object that something on the page points to; describing one may point to more."""
-    shown: dict[str, Html] = {}
-    while waiting := [name for name in schemas.linked_objects if name not in shown]:
+    rendered: dict[str, Html] = {}
+    # Rendering an object may link to more.
+    while waiting := [name for name in schemas.linked_objects if name not in rendered]:
         for name in waiting:
             schema = schemas.linked_objects[name]
-            shown[name] = tag(
+            rendered[name] = tag(
                 "article",
                 tag("h3", name),
                 prose(schema.get("description", "")),
                 operations.render_fields(schemas.fields(schema)),
                 id=anchor("schema", name),
             )
-    return join(shown.values()) if shown else None
+    return join(rendered.values()) if rendered else None
 
 
 def _read_asset(name: str) -> Html:
@@ -667,7 +655,6 @@ def _read_asset(name: str) -> Html:
 
 
 def _security_policy(style: str, script: str) -> str:
-    """Nothing may be loaded, sent or run but the style and the script of this very page."""
     return (
         f"default-src 'none'; style-src {_hash_source(style)}; script-src {_hash_source(script)}; img-src data:; "
         "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"

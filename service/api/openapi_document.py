@@ -95,15 +95,20 @@ _QUOTA_EXAMPLE = Quota(
 _SUBMISSION_ID = "f3a1c09b6d5e4f708192a3b4c5d6e7f8"
 _OWNER = TenantRef(1_769_860_800_000, "shop")
 _DAY = date(2026, 1, 31)
-_TALLY = Tally({Measure.SUCCEEDED: 57, Measure.UNKNOWN: 1, Measure.OBSERVED_COUNT: 55, Measure.ESTIMATED_MONEY: 100})
+_TALLY = Tally(
+    {
+        Measure.SUCCEEDED: 57,
+        Measure.UNKNOWN: 1,
+        Measure.OBSERVED_COUNT: 55,
+        Measure.ESTIMATED_MONEY: 100,
+        Measure.REFUNDED: 1,
+        Measure.REFUNDED_COUNT: 1,
+    }
+)
 _REFUND = Refund(int(_FINISHED_AT.timestamp()) * 1000, "The result was blank.", count=1, money_fen=0)
 
 
-_TALLY.update({Measure.REFUNDED: 1, Measure.REFUNDED_COUNT: 1})
-
-
 def _example_report(*groups: Group) -> UsageReport:
-    """The usage of one day, told apart by these groups."""
     return UsageReport(
         _DAY.replace(day=1),
         _DAY,
@@ -135,7 +140,7 @@ _DELIVERY_EXAMPLE = Delivery(
     state=DeliveryState.FAILED,
     attempts=11,
     status=500,
-    error="It answered 500.",
+    error="It responded 500.",
     answer="no space left",
     created_at=_FINISHED_AT,
     updated_at=datetime(2026, 2, 1, 11, 2, tzinfo=UTC),
@@ -155,16 +160,14 @@ EXAMPLES: Mapping[str, Struct] = {
         render_usage(_example_report(Group.KIND), for_operators=False),
     )
 }
-"""An example of each kind of answer that has one, by the name of its type."""
+"""Examples of responses by the name of their type."""
 CSV_EXAMPLES: Mapping[str, str] = {
     "read-usage": render_csv(*tabulate_usage(_example_report(Group.KIND), for_operators=False)).decode(),
     "read-all-usage": render_csv(
         *tabulate_usage(_example_report(Group.TENANT, Group.KIND), for_operators=True)
     ).decode(),
 }
-"""What is answered as CSV to those who want it, by the operation's id."""
 STREAM_EXAMPLES: Mapping[str, str] = {"follow-task": encode_event(_TASK_EXAMPLE, 3).decode()}
-"""What is answered as a stream of events, by the operation's id."""
 SUBMIT_EXAMPLES: Mapping[str, Struct] = {
     f"submit-{kind}": replace(
         _TASK_EXAMPLE,
@@ -178,7 +181,7 @@ SUBMIT_EXAMPLES: Mapping[str, Struct] = {
     )
     for kind in Kind
 }
-"""The task as it is answered to each submission, by the operation's id."""
+"""Examples of other media types and of submissions, by operation id."""
 _PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
     "invalid-options": {"errors": [{"field": "scale", "detail": "must be a number from 1 to 8"}]},
     "quota-exceeded": {
@@ -194,7 +197,6 @@ _PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
 
 
 def example_problem(code: str) -> dict[str, Any]:
-    """An example of a problem."""
     kind = next(problem for problem in PROBLEMS if problem.code == code)
     return {
         "type": f"urn:imaging-gateway:problem:{code}",
@@ -207,27 +209,27 @@ def example_problem(code: str) -> dict[str, Any]:
 
 
 WEBHOOKS_TAG = "Webhooks"
-"""The tag of the webhooks alone: client generators write one file for each tag."""
+"""A tag of their own, since client generators write one file for each tag."""
 _WEBHOOK_NAME = "task-ended"
 _WEBHOOK_DESCRIPTION = (
-    "Sent to the address you have agreed on with the operators, or to the task's `webhook_url`, once the task has "
-    "ended, signed as [Standard Webhooks](https://www.standardwebhooks.com/) 1.0.0 has it: verify it with any library "
-    "of theirs, your `whsec_` secret, and the bytes of the body as they came. Answer with a status from 200 to 299 "
-    "within 15 seconds; anything else is tried again for a day, later and later, and 410 ends it for good. It comes "
-    "at least once: what you have seen before has the same `webhook-id`."
+    "Sent to your webhook address, or to the task's `webhook_url`, when the task has ended, with signatures according "
+    "to [Standard Webhooks](https://www.standardwebhooks.com/) 1.0.0: verify them with one of its libraries, your "
+    "`whsec_` secret and the exact bytes of the body. Respond with a status from 200 to 299 within 15 seconds. Other "
+    "responses are retried with backoff for a day, except 410, which disables the address. Delivery is at least once: "
+    "repetitions have the same `webhook-id`."
 )
 _WEBHOOK_HEADERS = {
-    "webhook-id": "The id of the event, the same whenever it is sent again.",
-    "webhook-timestamp": "When this attempt was made, in seconds since the epoch.",
-    "webhook-signature": "A signature, or two separated by a space while your secret is replaced.",
+    "webhook-id": "The id of the event, the same for all attempts.",
+    "webhook-timestamp": "Time of the attempt, in seconds since the epoch.",
+    "webhook-signature": "A signature, or two separated by a space during a change of your secret.",
 }
 
 
 def add_webhooks(document: dict[str, Any]) -> None:
-    """Add the webhooks to a document, with the components that they refer to."""
+    """Add the webhooks and their components to a document."""
     components = document["components"]
     components["schemas"][TaskEvent.__name__] = _event_schema()
-    # Behind a reference: client generators take an operation that is written here for one of the gateway's.
+    # By reference: client generators would mistake an inline operation for one of the gateway.
     components["pathItems"] = {_WEBHOOK_NAME: {"post": _webhook_operation()}}
     document["webhooks"] = {_WEBHOOK_NAME: {"$ref": f"#/components/pathItems/{_WEBHOOK_NAME}"}}
 
@@ -235,9 +237,9 @@ def add_webhooks(document: dict[str, Any]) -> None:
 def _event_schema() -> dict[str, Any]:
     return {
         "type": "object",
-        "description": "What a tenant is told when a task has ended.",
+        "description": "Event that a task has ended.",
         "properties": {
-            "type": {"type": "string", "enum": [item.value for item in WebhookEvent]},
+            "type": {"type": "string", "enum": [event.value for event in WebhookEvent]},
             "timestamp": {"type": "string", "format": "date-time", "description": "When the task ended."},
             "data": {"$ref": "#/components/schemas/Task"},
         },
@@ -256,14 +258,14 @@ def _webhook_operation() -> dict[str, Any]:
         "tags": [WEBHOOKS_TAG],
         "security": [{}],
         "parameters": [
-            {"name": name, "in": "header", "required": True, "description": about, "schema": {"type": "string"}}
-            for name, about in _WEBHOOK_HEADERS.items()
+            {"name": name, "in": "header", "required": True, "description": text, "schema": {"type": "string"}}
+            for name, text in _WEBHOOK_HEADERS.items()
         ],
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": schema, "example": msgspec.to_builtins(example)}},
         },
-        "responses": {"2XX": {"description": "You have it."}},
+        "responses": {"2XX": {"description": "Received."}},
     }
 
 
@@ -272,38 +274,36 @@ _TEXT_SCHEMA, _SECONDS_SCHEMA = {"type": "string"}, {"type": "integer", "minimum
 _FILE_SCHEMA = _TEXT_SCHEMA | {"format": "binary"}
 _HEADER_COMPONENTS: Mapping[str, Node] = {
     "X-Request-Id": {
-        "description": "The id of the request: yours, if you sent one of this form, else a new one.",
+        "description": "The id of the request: yours if it has this form, else a new one.",
         "schema": _TEXT_SCHEMA | {"pattern": "^[A-Za-z0-9._-]{1,128}$"},
     },
-    "Location": {"description": "Where the task is read.", "schema": _TEXT_SCHEMA | {"format": "uri-reference"}},
-    "Content-Disposition": {"description": "A name for the file.", "schema": _TEXT_SCHEMA},
-    "Content-Range": {"description": "Which bytes these are, and of how many.", "schema": _TEXT_SCHEMA},
-    "ETag": {"description": "The version of what is answered, for If-None-Match or If-Match.", "schema": _TEXT_SCHEMA},
-    "Last-Modified": {"description": "When the result was made, for If-Modified-Since.", "schema": _TEXT_SCHEMA},
-    "Accept-Ranges": {"description": "`bytes` if a part can be asked for.", "schema": _TEXT_SCHEMA},
-    "Age": {"description": "How many seconds ago the upstream last told of the task.", "schema": _SECONDS_SCHEMA},
+    "Location": {"description": "Path of the task.", "schema": _TEXT_SCHEMA | {"format": "uri-reference"}},
+    "Content-Disposition": {"description": "Name of the file.", "schema": _TEXT_SCHEMA},
+    "Content-Range": {"description": "Position of these bytes, and total size.", "schema": _TEXT_SCHEMA},
+    "ETag": {"description": "The version, for If-None-Match or If-Match.", "schema": _TEXT_SCHEMA},
+    "Last-Modified": {"description": "Time of the result, for If-Modified-Since.", "schema": _TEXT_SCHEMA},
+    "Accept-Ranges": {"description": "`bytes` if ranges can be requested.", "schema": _TEXT_SCHEMA},
+    "Age": {"description": "Seconds since the upstream reported this state.", "schema": _SECONDS_SCHEMA},
     "Retry-After": {
-        "description": "After how many seconds to ask again. Absent where waiting does not help, and once a task has "
-        "ended.",
+        "description": "Seconds after which to repeat the request. Absent if waiting does not help, and once a task "
+        "has ended.",
         "schema": _SECONDS_SCHEMA,
     },
-    "Cache-Control": {"description": "Only you may keep it, if anybody.", "schema": _TEXT_SCHEMA},
+    "Cache-Control": {"description": "Whether and by whom it may be stored.", "schema": _TEXT_SCHEMA},
     "RateLimit-Policy": {
-        "description": "Your limits on tasks, each with its quota `q` and its window `w` in seconds. Absent without "
-        "limits.",
+        "description": "Your limits on tasks, each with quota `q` and window `w` in seconds. Absent without limits.",
         "schema": _TEXT_SCHEMA | {"examples": ['"day-tasks";q=100;w=86400, "total-tasks";q=5000']},
     },
     "RateLimit": {
-        "description": "What each limit on tasks leaves (`r`), and in how many seconds it resets (`t`). Absent without "
-        "limits.",
+        "description": "The rest `r` of each limit, and seconds to its reset `t`. Absent without limits.",
         "schema": _TEXT_SCHEMA | {"examples": ['"day-tasks";r=41;t=22980, "total-tasks";r=812']},
     },
-    "Preference-Applied": {"description": "How long was waited for at the most.", "schema": _TEXT_SCHEMA},
+    "Preference-Applied": {"description": "The longest wait that was applied.", "schema": _TEXT_SCHEMA},
     "Idempotent-Replayed": {
-        "description": "`true` if the answer is about what was submitted first under the same `Idempotency-Key`.",
+        "description": "`true` if this is about the first submission under the same `Idempotency-Key`.",
         "schema": _TEXT_SCHEMA | {"const": "true"},
     },
-    "WWW-Authenticate": {"description": "How to authenticate: with a bearer token.", "schema": _TEXT_SCHEMA},
+    "WWW-Authenticate": {"description": "The method of authentication: a bearer token.", "schema": _TEXT_SCHEMA},
 }
 _HEADER_NAMES = {name.lower(): name for name in _HEADER_COMPONENTS}
 _PROBLEM_HEADERS: Mapping[str, tuple[str, ...]] = {
@@ -316,32 +316,30 @@ _PROBLEM_HEADERS: Mapping[str, tuple[str, ...]] = {
     "504": ("Idempotent-Replayed",),
 }
 _NOT_MODIFIED_HEADERS = frozenset({"ETag", "Age", "Retry-After", "Last-Modified", "Accept-Ranges", "Cache-Control"})
-"""What of a success's headers is told even if its content is not."""
-_SCHEMA_MODULES = (admin_schemas, health, legacy, openapi, schemas)
+"""Headers of a success that a 304 has too."""
 _STRUCTS: Mapping[str, type[Struct]] = {
-    name: found
-    for module in _SCHEMA_MODULES
-    for name, found in vars(module).items()
-    if isinstance(found, type) and issubclass(found, Struct) and found.__module__ == module.__name__
+    name: value
+    for module in (admin_schemas, health, legacy, openapi, schemas)
+    for name, value in vars(module).items()
+    if isinstance(value, type) and issubclass(value, Struct) and value.__module__ == module.__name__
 }
-"""The objects that are sent. Litestar tells neither what the code says of them, nor that they are all there is."""
+"""All objects of the API. Litestar omits their docstrings, and that some forbid unknown fields."""
 _FILE_OPERATIONS = frozenset({"read-artifact"})
-"""The operations whose answers are files."""
 _FALSE_BY_DEFAULT = ("deprecated", "allowEmptyValue", "allowReserved")
 _JSON_TYPES = frozenset({"object", "array", "string", "boolean", "number", "null"})
 _KEY_ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "webhooks", "components")
 
 
 def build_document(app: Litestar) -> Node:
-    """The document of an application's routes, ready to be served."""
+    """Build the OpenAPI document of an application."""
     document = _normalize(app.openapi_schema.to_schema())
     components = document["components"]
     objects = components["schemas"]
     for name, schema in objects.items():
         schema.pop("title", None)
-        if found := _STRUCTS.get(name):
-            schema["description"] = inspect.getdoc(found)
-            if found.__struct_config__.forbid_unknown_fields:
+        if struct := _STRUCTS.get(name):
+            schema["description"] = inspect.getdoc(struct)
+            if struct.__struct_config__.forbid_unknown_fields:
                 schema["additionalProperties"] = False
         if name in EXAMPLES:
             schema["examples"] = [_to_json(EXAMPLES[name])]
@@ -363,7 +361,6 @@ def build_document(app: Litestar) -> Node:
 
 
 def _add_examples(operation: str, responses: Node) -> None:
-    """Show what the code can't say of the contents of an operation's successes."""
     if accepted := SUBMIT_EXAMPLES.get(operation):
         responses["201"]["content"]["application/json"]["examples"] = {"accepted": {"value": _to_json(accepted)}}
     if table := CSV_EXAMPLES.get(operation):
@@ -382,25 +379,25 @@ def _list_operations(document: Node) -> Iterator[Node]:
 
 
 def _complete_responses(responses: Node) -> Iterator[tuple[str, Node]]:
-    """The responses by status, without those that Litestar assumes, with the headers each comes with."""
-    of_success = [_HEADER_NAMES[item.lower()] for item in responses.get("200", {}).get("headers", ())]
+    """Yield the responses by status with their headers, without those that only Litestar assumes."""
+    success_names = [_HEADER_NAMES[name.lower()] for name in responses.get("200", {}).get("headers", ())]
     for status, response in sorted(responses.items()):
         if _is_framework_error(response):
             continue
-        names = [_HEADER_NAMES[item.lower()] for item in response.get("headers", ())]
+        names = [_HEADER_NAMES[name.lower()] for name in response.get("headers", ())]
         if status == "206":
-            names += [*of_success, "Content-Range"]
+            names += [*success_names, "Content-Range"]
         if status == "304":
-            names += _NOT_MODIFIED_HEADERS.intersection(of_success)
-        # A problem names the request in itself.
+            names += _NOT_MODIFIED_HEADERS.intersection(success_names)
+        # The body of a problem contains the request's id.
         is_problem = MEDIA_TYPE in response.get("content", {})
         names += _PROBLEM_HEADERS.get(status, ()) if is_problem else ("X-Request-Id",)
-        if response["description"] == _framework_description(status):
+        if response["description"] == HTTPStatus(int(status)).description:  # the default of Litestar
             response["description"] = HTTPStatus(int(status)).phrase
         for media in response.get("content", {}).values():
             media["schema"] = _without_null(media["schema"])
             if is_problem:
-                # Litestar's own examples lack what is null in them.
+                # Litestar's own examples lack null values.
                 media["examples"] = {code: {"value": example_problem(code)} for code in media["examples"]}
         yield status, response | ({"headers": _header_references(names)} if names else {})
     yield "default", {"$ref": "#/components/responses/Problem"}
@@ -411,54 +408,48 @@ def _to_json(value: Any) -> Any:
 
 
 def _is_framework_error(response: Node) -> bool:
-    """Whether it is the error that Litestar would answer to a faulty parameter, were it not for our own handlers."""
+    # The validation error of Litestar, which our exception handlers replace.
     media = response.get("content", {}).get("application/json", {})
     return "status_code" in media.get("schema", {}).get("properties", {})
-
-
-def _framework_description(status: str) -> str:
-    """What Litestar says of an answer of which the code says nothing."""
-    return HTTPStatus(int(status)).description
 
 
 def _default_problem() -> Node:
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
-        "description": "Any other problem: an unknown address (404) or method (405), or a fault of the gateway (500).",
+        "description": "Any other problem: an unknown path (404) or method (405), or a fault of the gateway (500).",
         "headers": _header_references(["X-Request-Id"]),
         "content": {MEDIA_TYPE: {"schema": schema}},
     }
 
 
 def _header_references(names: list[str]) -> Node:
-    # In an order of their own, since Litestar has them in none.
+    # In a fixed order, since Litestar's is random.
     return {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADER_COMPONENTS if name in names}
 
 
 def _normalize_parameter(parameter: Node) -> None:
-    """Say things once."""
     parameter["schema"].pop("description", None)
     parameter["schema"] = _without_null(parameter["schema"])
 
 
 def _normalize_body(body: Node) -> None:
-    """Tell a body that may be left out from one that may be null."""
+    # Litestar describes an optional body as one that may be null.
     for media in body.get("content", {}).values():
-        present = _without_null(media["schema"])
-        body["required"] = present == media["schema"]
-        media["schema"] = present
+        schema = _without_null(media["schema"])
+        body["required"] = schema == media["schema"]
+        media["schema"] = schema
 
 
 def _without_null(schema: Node) -> Node:
-    """What a value is where there is one at all: parameters and contents are never null."""
-    options: list[Node] = [item for item in schema.get("oneOf", ()) if item != {"type": "null"}]
+    """Return the schema of a value that is present: parameters and contents are never null."""
+    options: list[Node] = [option for option in schema.get("oneOf", ()) if option != {"type": "null"}]
     if len(options) != 1:
         return schema
     return options[0] | {key: value for key, value in schema.items() if key != "oneOf"}
 
 
 def _normalize(node: Any) -> Any:
-    """A part of the document without what says nothing, in JSON's own types."""
+    """Return a part of the document without defaults, in JSON types."""
     match node:
         case dict():
             kept = {
@@ -478,18 +469,18 @@ def _normalize(node: Any) -> Any:
 
 
 def _normalize_schema(node: Node) -> Node:
-    """A schema said more simply; anything else as it is."""
+    """Correct and simplify a schema; other nodes are unchanged."""
     if {"type": "number"} in node.get("oneOf", ()):
-        # A whole number would be both, which `oneOf` does not allow.
-        node = node | {"oneOf": [item for item in node["oneOf"] if item != {"type": "integer"}]}
-    if {item.get("type") for item in node.get("oneOf", ())} >= _JSON_TYPES:
-        # Client generators write invalid code for a choice of all types.
+        # An integer would match both, which `oneOf` forbids.
+        node = node | {"oneOf": [option for option in node["oneOf"] if option != {"type": "integer"}]}
+    if {option.get("type") for option in node.get("oneOf", ())} >= _JSON_TYPES:
+        # Client generators write invalid code for a union of all types.
         node = {key: value for key, value in node.items() if key != "oneOf"}
     for choice in ("oneOf", "allOf"):
         if len(node.get(choice, ())) == 1:
             node = node[choice][0] | {key: value for key, value in node.items() if key != choice}
     if isinstance(pattern := node.get("pattern"), str):
-        # Python's anchors are unknown to ECMA-262, whose `$` is the end of the text and nothing else.
+        # ECMA-262 lacks the anchors of Python; its `$` is only the end of the text.
         node = node | {"pattern": pattern.replace(r"\A", "^").replace(r"\Z", "$")}
     properties = node.get("properties")
     if isinstance(properties, dict) and isinstance(node.get("required"), list):
