@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from litestar import Litestar
+from litestar.openapi.config import OpenAPIConfig
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -486,3 +487,37 @@ def _normalize_schema(node: Node) -> Node:
     if isinstance(properties, dict) and isinstance(node.get("required"), list):
         node["required"] = [name for name in properties if name in node["required"]]
     return node
+
+
+def tenants_config() -> OpenAPIConfig:
+    return openapi.openapi_config(
+        title="Imaging Gateway",
+        description="Upscale, vectorise, restore faces, make seamless: submit an image, follow its task, fetch the "
+        "result. Send your token as `Authorization: Bearer TOKEN`. Errors are problem documents whose `detail` says "
+        "what to do.",
+        bearer="Your token, beginning with `igw_`. The operators of the gateway make and revoke it.",
+        tags={
+            "Tasks": "Submit an image, and follow its task.",
+            "Quota": "Your remaining quota.",
+            "Usage": "Your spending, and the outcome of each submission.",
+            WEBHOOKS_TAG: "Requests that the gateway sends to you when a task has ended.",
+            "Old clients": "The upstream's own protocol, for programs that were written against it: change the base "
+            "address, and the `user_key` to your token. Every response is HTTP 200.",
+            "Service": "State of the process.",
+        },
+    )
+
+
+def operators_config() -> OpenAPIConfig:
+    return openapi.openapi_config(
+        title="Imaging Gateway: operators",
+        description="Accounts at the upstream, the tenants that spend them, and their tokens. `PUT` replaces: omitted "
+        "fields get their defaults, only secrets are kept. Send the admin token as `Authorization: Bearer TOKEN`.",
+        bearer="The admin token.",
+        tags={
+            "Registry": "Accounts, tenants and tokens.",
+            "Usage": "Spending of tenants, the outcome of each submission, and refunds.",
+            "Webhooks": "Secrets that sign webhooks, and failed deliveries.",
+            "Service": "State of the process, and the time of the ledger.",
+        },
+    )

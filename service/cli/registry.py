@@ -239,7 +239,8 @@ def rotate_keys(port: AdminClient, *, as_json: bool) -> None:
     elif anew:
         click.echo(f"Sealed anew, with the first secret key: {single_line(', '.join(anew))}")
     if found.undecryptable:
-        raise CommandError(f"gateway: no secret key opens {single_line(', '.join(found.undecryptable))}: give them anew")
+        undecryptable = single_line(", ".join(found.undecryptable))
+        raise CommandError(f"gateway: no secret key opens {undecryptable}: give them anew")
     if not as_json:
         click.echo("All secrets of the registry are sealed with the first secret key.")
 
