@@ -33,7 +33,7 @@ async def put_json(gateway: RunningGateway, path: str, **body: Any) -> dict[str,
 
 async def test_account_shows_balance_and_state_without_its_key(gateway: RunningGateway) -> None:
     unseen = {"remaining_count": None, "remaining_money": None, "in_flight": 0, "unknown": 0}
-    nothing = {"unexplained": {"count": 0, "money": 0}, "prices": {}, "looks": False}
+    nothing = {"unexplained": {"count": 0, "money": 0}, "prices": {}, "live_balance_checks": False}
     assert await get_json(gateway, "/accounts/main") == {
         "name": "main",
         "state": "open",

@@ -47,7 +47,7 @@ async def test_top_up_is_found_by_a_balance_check(harness: BalanceHarness) -> No
     assert await harness.run_balance_checks(50) == 0
     assert await harness.run_balance_checks(10) == 1
     account = await harness.get_account()
-    assert (account["state"], account["looks"]) == ("open", True)
+    assert (account["state"], account["live_balance_checks"]) == ("open", True)
     assert await harness.shown_balance() == (3, 0)
     assert await harness.sandbox.count_submits() == asked
     await harness.run_task()
@@ -203,7 +203,7 @@ async def test_historic_balances_leave_probing_on(valkey: Valkey) -> None:
             before = await harness.shown_balance()
             await harness.run_balance_checks()
             account = await harness.get_account()
-            assert (account["state"], account["looks"]) == ("exhausted", False)
+            assert (account["state"], account["live_balance_checks"]) == ("exhausted", False)
             assert await harness.shown_balance() == before == (0, 0)
         await harness.run_task()
         assert await harness.shown_balance() == await harness.upstream_balance() == (2, 0)

@@ -60,7 +60,7 @@ async def test_reapplying_changes_nothing(gateway: RunningGateway) -> None:
     told = (await get_registry(gateway)).json()
     for document, query in ((FULL_REGISTRY, ""), (told, ""), (told, "?prune=true")):
         applied = await apply_registry(gateway, document, query)
-        assert (applied["applied"], applied["differences"], applied["secrets"]) == (False, [], {})
+        assert (applied["applied"], applied["differences"], applied["generated_secrets"]) == (False, [], {})
     assert gateway.services.registry.current.version == version
 
 
@@ -84,7 +84,7 @@ async def test_dry_run_reports_every_difference(gateway: RunningGateway) -> None
         ["tenants.shop.accounts", "changed", ["spare", "main"], ["main"]],
         ["tenants.shop.kinds", "removed", ["upscale"]],
     ]
-    assert (found["applied"], found["secrets"], found["kept"]) == (False, {}, [])
+    assert (found["applied"], found["generated_secrets"], found["unmanaged"]) == (False, {}, [])
     assert gateway.services.registry.current.version == version
 
 
@@ -100,7 +100,7 @@ async def test_webhook_query_is_hidden_in_differences(gateway: RunningGateway) -
     (difference,) = changed["differences"]
     assert difference == {
         "path": "tenants.press.webhook.url",
-        "what": "changed",
+        "action": "changed",
         "before": "https://hooks.example/a?…",
         "after": "https://hooks.example/a?…",
     }
@@ -113,7 +113,7 @@ async def test_unmanaged_objects_stay_without_prune(gateway: RunningGateway) -> 
     await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": ACCOUNT_KEY})
     await gateway.put_tenant("press")
     applied = await apply_registry(gateway, document)
-    assert applied["kept"] == ["accounts.spare", "tenants.press", f"tenants.shop.tokens.{token}"]
+    assert applied["unmanaged"] == ["accounts.spare", "tenants.press", f"tenants.shop.tokens.{token}"]
     assert (await gateway.call("GET", "/v1/quota")).status_code == 200
     applied = await apply_registry(gateway, document, "?prune=true")
     assert [difference["path"] for difference in applied["differences"]] == [
@@ -216,9 +216,9 @@ async def test_generated_secret_is_shown_once(gateway: RunningGateway) -> None:
         "tenants": {"shop": {"accounts": ["main"], "webhook": {"url": "https://hooks.example"}}}
     }
     applied = await apply_registry(gateway, document)
-    assert applied["secrets"]["shop"].startswith("whsec_")
+    assert applied["generated_secrets"]["shop"].startswith("whsec_")
     document["tenants"]["shop"]["max_active"] = 3
-    assert (await apply_registry(gateway, document))["secrets"] == {}
+    assert (await apply_registry(gateway, document))["generated_secrets"] == {}
 
 
 async def test_secret_reference_survives_while_the_secret_does(gateway: RunningGateway) -> None:

@@ -132,7 +132,7 @@ async def test_secret_is_shown_once(gateway: RunningGateway, receiver: WebhookRe
     body = {"accounts": ["main"], "webhook": {"url": receiver.url, "allow": ["127.0.0.0/8"]}}
     made = (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"]["secret"]
     assert made.startswith("whsec_")
-    shown = {"url": receiver.url, "allow": ["127.0.0.0/8"], "switched_off": []}
+    shown = {"url": receiver.url, "allow": ["127.0.0.0/8"], "disabled_urls": []}
     assert (await gateway.call_admin("GET", "/tenants/shop")).json()["webhook"] == shown
     assert (await gateway.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"]})).json()["webhook"] is None
     assert (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"] == shown
@@ -182,7 +182,7 @@ async def test_gone_url_is_disabled_until_redelivery(gateway: RunningGateway, re
     task_id = await finish_task(gateway)
     await finish_task(gateway)
     assert len(receiver.requests) == 1
-    assert (await gateway.call_admin("GET", "/tenants/shop")).json()["webhook"]["switched_off"] == [receiver.url]
+    assert (await gateway.call_admin("GET", "/tenants/shop")).json()["webhook"]["disabled_urls"] == [receiver.url]
     items = (await gateway.call_admin("GET", "/webhooks/failed")).json()["items"]
     assert [item["state"] for item in items] == ["off", "off"]
     oldest = items[-1]

@@ -83,7 +83,7 @@ async def test_second_run(shell: Shell) -> None:
     await shell.run("reseal")
     version = current_registry(shell).version
     assert (await shell.run("reseal")).stdout == DONE_MESSAGE
-    assert await shell.run_json("reseal") == {"accounts": [], "tenants": [], "lost": []}
+    assert await shell.run_json("reseal") == {"accounts": [], "tenants": [], "undecryptable": []}
     assert current_registry(shell).version == version
 
 

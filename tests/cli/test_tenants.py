@@ -19,7 +19,7 @@ async def test_all_properties(shell: Shell) -> None:
         {"window": "day", "tasks": 100, "money": 50.5},
         {"window": "total", "tasks": 0, "money": None},
     ]
-    assert (stored["max_active"], stored["purse"], stored["disabled"]) == (20, "count_only", True)
+    assert (stored["max_active"], stored["spending_mode"], stored["disabled"]) == (20, "count_only", True)
     assert stored["kinds"] == ["upscale", "face-enhance"]
     assert await shell.run_json("tenant", "show", "shop") == stored
     (_, line) = await shell.run_table("tenant", "list")
