@@ -91,7 +91,7 @@ def artifact_routes(open_artifact: ArtifactReader) -> list[HTTPRouteHandler]:
 
 
 class ArtifactResponse(Response[bytes]):
-    """Streams a result. Errors before its first byte are raised, and answered as a problem.
+    """Streams a result. Errors before its first byte are raised, and become problems.
 
     The artifact is opened when it is sent, so that one block holds all that it keeps open.
     """

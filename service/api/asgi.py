@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 TENANT = "tenant"
 LONG_LIVED = "held"
-"""Keys in the state of an ASGI scope: the tenant's name, and a mark of requests whose duration says nothing of ours."""
+"""Keys in the state of an ASGI scope: the tenant's name, and a mark of requests that last long on purpose."""
 HEAD_KEY = "imaging_gateway.head"
 """Key in an ASGI scope: the request is a HEAD, so no content needs to be made."""
 

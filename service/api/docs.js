@@ -39,8 +39,8 @@ for (const button of document.querySelectorAll("figcaption button")) {
 
 // Shows in the contents where the reader is.
 const links = new Map([...document.querySelectorAll("nav li a")].map((link) => [link.hash.slice(1), link]));
-const watch = new IntersectionObserver((seen) => {
-  for (const { target, isIntersecting } of seen) {
+const watch = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
     links.get(target.id).setAttribute("aria-current", isIntersecting ? "location" : "false");
   }
 }, { rootMargin: "-20% 0px -75% 0px" });

@@ -36,7 +36,7 @@ from service.domain.tasks import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
 from service.domain.webhooks import MAX_URL_CHARS
 
 UNSERVED_PATH = "/schema"
-"""Litestar insists on serving something of each document: here, where every request is a 404."""
+"""Path of the documents that Litestar always serves; every request to it is refused with 404."""
 
 SUBMIT_SUMMARIES: Mapping[Kind, str] = {
     Kind.UPSCALE: "Redraw an image in high definition",

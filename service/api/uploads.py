@@ -399,10 +399,7 @@ class UploadReader:
     ) -> None:
         self._max_image_bytes = max_image_bytes
         self._max_image_pixels = max_image_pixels
-        self._idle_seconds = idle_seconds
-        self._total_seconds = total_seconds
-        self._grace_seconds = grace_seconds
-        self._min_bytes_per_second = min_bytes_per_second
+        self._limits = _TimeLimits(idle_seconds, total_seconds, grace_seconds, min_bytes_per_second)
         self._memory = UploadMemory(memory_bytes, wait_seconds)
 
     def register_metrics(self, gauges: GaugeCollector) -> None:
@@ -436,7 +433,7 @@ class UploadReader:
             on_field=on_field,
         )
         is_small = length is not None and length <= MAX_FORM_BYTES
-        body = self._body_reader(receive, min_bytes_per_second=0 if is_small else self._min_bytes_per_second)
+        body = _BodyReader(receive, self._limits, has_min_rate=not is_small)
         chunk: bytes | None = b""
         stack = ExitStack()
         stack.callback(form.discard)
@@ -458,7 +455,7 @@ class UploadReader:
         Raises UnsupportedMediaType, MalformedRequest, InvalidOptions, ClientDisconnected.
         """
         kind, boundary = _parse_form_type(scope)
-        body = self._body_reader(receive)
+        body = _BodyReader(receive, self._limits)
         if kind == MULTIPART:
             form = MultipartForm(boundary, file_part=None, max_file_bytes=0, max_other_bytes=MAX_FORM_BYTES)
             while (chunk := await body.read_chunk()) is not None:
@@ -473,15 +470,6 @@ class UploadReader:
                 raise MalformedRequest(f"The form is larger than {MAX_FORM_BYTES} bytes.")
             text += chunk
         return parse_urlencoded(bytes(text))
-
-    def _body_reader(self, receive: Receive, min_bytes_per_second: float = 0) -> _BodyReader:
-        return _BodyReader(
-            receive,
-            idle_seconds=self._idle_seconds,
-            total_seconds=self._total_seconds,
-            grace_seconds=self._grace_seconds,
-            min_bytes_per_second=min_bytes_per_second,
-        )
 
     async def _inspect_file(self, form: MultipartForm, part: str) -> Image:
         data, sha256 = form.take_file()
@@ -505,23 +493,20 @@ def _close_quietly(stack: ExitStack) -> None:
         _log.exception("upload.cleanup_error")
 
 
-class _BodyReader:
-    """Reads a body in chunks and enforces its limits of time. A `min_bytes_per_second` of 0 is no limit."""
+class _TimeLimits(Struct, frozen=True):
+    idle_seconds: float
+    total_seconds: float
+    grace_seconds: float
+    min_bytes_per_second: float
 
-    def __init__(
-        self,
-        receive: Receive,
-        *,
-        idle_seconds: float,
-        total_seconds: float,
-        grace_seconds: float,
-        min_bytes_per_second: float,
-    ) -> None:
+
+class _BodyReader:
+    """Reads a body in chunks within its time limits."""
+
+    def __init__(self, receive: Receive, limits: _TimeLimits, *, has_min_rate: bool = False) -> None:
         self._receive = receive
-        self._idle_seconds = idle_seconds
-        self._total_seconds = total_seconds
-        self._grace_seconds = grace_seconds
-        self._min_bytes_per_second = min_bytes_per_second
+        self._limits = limits
+        self._has_min_rate = has_min_rate
         self._waited_seconds = 0.0
         self._has_more = True
         self.received_bytes = 0
@@ -547,10 +532,10 @@ class _BodyReader:
 
     def _chunk_timeout_seconds(self) -> float:
         # Zero or less if the time is already over.
-        allowed = self._total_seconds
-        if self._min_bytes_per_second:
-            allowed = min(allowed, self._grace_seconds + self.received_bytes / self._min_bytes_per_second)
-        return min(self._idle_seconds, allowed - self._waited_seconds)
+        limits, allowed = self._limits, self._limits.total_seconds
+        if self._has_min_rate:
+            allowed = min(allowed, limits.grace_seconds + self.received_bytes / limits.min_bytes_per_second)
+        return min(limits.idle_seconds, allowed - self._waited_seconds)
 
 
 def _parse_form_type(scope: HTTPScope) -> tuple[str, str]:
