@@ -125,6 +125,19 @@ async def test_invalid_token(gateway: RunningGateway, field: str) -> None:
     assert await read_state(gateway) == before
 
 
+async def test_former_name_of_the_spending_mode(gateway: RunningGateway) -> None:
+    tenant = {"accounts": ["main"], "purse": "count_only"}
+    response = await gateway.call_admin("PUT", "/tenants/shop", json=tenant)
+    assert (response.status_code, response.json()["spending_mode"]) == (200, "count_only")
+    both = tenant | {"spending_mode": "count_only"}
+    await assert_field_error(gateway, "PUT", "/tenants/shop", "purse", both)
+    path = "tenants.shop.purse"
+    await assert_field_error(gateway, "PUT", "/registry", path, {"tenants": {"shop": both}})
+    response = await gateway.call_admin("PUT", "/registry", json={"tenants": {"shop": tenant}})
+    assert response.status_code == 200
+    assert (await gateway.call_admin("GET", "/tenants/shop")).json()["spending_mode"] == "count_only"
+
+
 async def test_invalid_name(gateway: RunningGateway) -> None:
     before = await read_state(gateway)
     for name in INVALID_NAMES:

@@ -77,6 +77,15 @@ def test_full_file() -> None:
     assert tomllib.loads(format_registry_file(without_secrets(body))) == tomllib.loads(WHOLE)
 
 
+def test_former_name_of_the_spending_mode() -> None:
+    body = read_text(WHOLE.replace("spending_mode", "purse"))
+    assert body == read_text(WHOLE)
+    assert "purse" not in format_registry_file(without_secrets(body))
+    assert read_errors('[tenants.shop]\naccounts = []\npurse = "count_only"\nspending_mode = "count_only"') == [
+        "tenants.shop.purse: is the former name of spending_mode: send only one of them"
+    ]
+
+
 def test_empty_file() -> None:
     assert read_text("") == RegistryBody()
 
