@@ -45,7 +45,7 @@ from service.api.params import JsonRequest
 from service.domain import tenants
 from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, field_path
 from service.domain.tenants import NAME_RULE, strip_query
-from service.usecases.admin import RegistryAdmin, SecretReencryption, WebhookAdmin
+from service.usecases.admin import RegistryAdmin, WebhookAdmin
 from service.usecases.registry_apply import RegistryApply, RegistryPlan
 from service.usecases.reports import QuotaReports
 

@@ -50,7 +50,7 @@ _ETAG_OR_DATE = re.compile(rf"{_ETAG}|{_DATE.pattern}")
 ArtifactContext = AbstractAsyncContextManager[tuple[Task, ArtifactStream]]
 
 
-def artifact_routes(open_artifact: ArtifactReader) -> list[HTTPRouteHandler]:
+def artifact_routes(artifact_reader: ArtifactReader) -> list[HTTPRouteHandler]:
     @get(
         "/tasks/{task_id:str}/artifacts/{name:str}",
         operation_id="read-artifact",
@@ -85,7 +85,7 @@ def artifact_routes(open_artifact: ArtifactReader) -> list[HTTPRouteHandler]:
     ) -> Response[bytes]:
         del range_, if_range, if_none_match, if_modified_since  # declared for the OpenAPI document
         range_request = _parse_range_request(request.headers, is_head=HEAD_KEY in request.scope)
-        return ArtifactResponse(request, open_artifact(tenant, task_id, name, range_request))
+        return ArtifactResponse(request, artifact_reader.open_artifact(tenant, task_id, name, range_request))
 
     return [read]
 

@@ -36,7 +36,7 @@ class TenantAuth:
         if not tenants.has_valid_checksum(token):
             raise Unauthenticated(_INVALID_TOKEN)
         owner = self._registry.current.tenant_by_token(tenants.hash_token(token))
-        if owner is None or not owner[1].is_valid_at(self._clock.now()):
+        if owner is None or not owner[1].is_valid_at(self._now()):
             raise Unauthenticated(_INVALID_TOKEN)
         return owner[0]
 

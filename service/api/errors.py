@@ -22,8 +22,8 @@ from structlog.typing import FilteringBoundLogger
 
 from service.api.schemas import REPLAYED_HEADERS, to_yuan
 from service.domain import errors
-from service.domain.errors import MalformedRequest, expected_format, validate_tree
-from service.domain.ledger import MAX_ACTIVE_POLICY, UNIT_MONEY, UNIT_TASKS, RateLimit, Violation, policy_name
+from service.domain.errors import MalformedRequest, RateLimit, Violation, expected_format, validate_tree
+from service.domain.ledger import MAX_ACTIVE_POLICY, UNIT_MONEY, UNIT_TASKS, policy_name
 from service.domain.tenants import Window
 
 

@@ -55,10 +55,10 @@ def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler
     return [healthz, readyz]
 
 
-def metrics_route(metrics: Metrics, update_snapshot: LedgerSnapshot) -> HTTPRouteHandler:
+def metrics_route(metrics: Metrics, snapshot: LedgerSnapshot) -> HTTPRouteHandler:
     @get("/metrics", operation_id="metrics", summary="Metrics for Prometheus", include_in_schema=False)
     async def scrape() -> Response[bytes]:
-        await update_snapshot()
+        await snapshot.refresh()
         # In a thread: rendering takes tens of milliseconds.
         body, media_type = await asyncio.to_thread(metrics.render)
         return Response(body, media_type=media_type.partition("; charset")[0])

@@ -103,7 +103,12 @@ _STREAM_RESPONSES = {204: ResponseSpec(None, description="The task has ended", g
 
 
 def task_routes(
-    *, submit: Submitter, reader: TaskReader, uploads: UploadReader, catalogue: Catalogue, estimator: DurationEstimator
+    *,
+    submitter: Submitter,
+    reader: TaskReader,
+    uploads: UploadReader,
+    catalogue: Catalogue,
+    estimator: DurationEstimator,
 ) -> Sequence[HTTPRouteHandler]:
     async def read_with_wait(
         request: Request[Any, Any, Any], tenant: Tenant, task_id: str, wait: int
@@ -119,7 +124,9 @@ def task_routes(
             options = parse_options(kind, option_fields, catalogue)
             metadata = parse_metadata(extras.get(_METADATA_FIELD))
             webhook_url = resolve_webhook_url(tenant.webhook, extras.get(_WEBHOOK_FIELD))
-            return await submit(tenant, options, metadata, upload.image, idempotency_key=key, webhook_url=webhook_url)
+            return await submitter.submit(
+                tenant, options, metadata, upload.image, idempotency_key=key, webhook_url=webhook_url
+            )
 
     def make_submit_handler(kind: Kind) -> HTTPRouteHandler:
         @post(
@@ -143,7 +150,7 @@ def task_routes(
             prefer: Annotated[str | None, HeaderParameter(name="Prefer", description=_PREFER_DESCRIPTION)] = None,
         ) -> Response[Task]:
             del idempotency_key, prefer  # declared for the OpenAPI document; each may be sent several times
-            submit.check_allowed(tenant, kind)
+            submitter.check_allowed(tenant, kind)
             key = parse_idempotency_key(request.headers.getall("idempotency-key", []))
             if request.query_params:
                 raise InvalidOptions([FieldError(name, "goes into the form") for name in request.query_params])
