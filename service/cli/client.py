@@ -18,12 +18,10 @@ from service.cli.formatting import single_line
 from service.settings import Settings, parse_http_url, parse_printable
 
 T = TypeVar("T")
-
 NOT_FOUND = 404
 _JSON_TYPE = "application/json"
 _HTTP_TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
 _LOOPBACK_BY_WILDCARD = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the gateway's answer as it is, for scripts.")
 
 

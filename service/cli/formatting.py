@@ -72,8 +72,6 @@ def _display_width(words: str) -> int:
 
 
 MAX_SECRET_BYTES = 4_096
-
-
 _SECONDS_BY_UNIT = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 

@@ -30,19 +30,11 @@ from service.domain.errors import ErrorCollector, field_path, suggest, validate_
 from service.domain.tenants import Name
 
 _MAX_SECRET_BYTES = 4_096
-
-
 _ENTRY_TYPES: Mapping[str, type[AccountEntry | TenantEntry]] = {"accounts": AccountEntry, "tenants": TenantEntry}
-
-
 _REQUIRED_FIELDS: Mapping[str, dict[str, Any]] = {"accounts": {}, "tenants": {"accounts": []}}
-
-
 _INLINE_SECRET_ERROR = (
     'must be where the secret is, as in { env = "NAME" } or { file = "path" }: it does not belong in here itself'  # noqa: S105 - a message
 )
-
-
 FILE_HEADER = """\
 # The registry of an Imaging Gateway. `gateway export` writes it, `gateway apply` makes it so.
 #
@@ -191,11 +183,7 @@ def _to_toml_value(value: Any) -> Any:
 
 
 _EXIT_DIFFERENT = 2
-
-
 _DIFF_SIGNS = {DifferenceKind.ADDED: "+", DifferenceKind.CHANGED: "~", DifferenceKind.REMOVED: "-"}
-
-
 _SECRET_SUFFIX = ".value"  # noqa: S105 - the end of a path
 
 

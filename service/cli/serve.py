@@ -33,7 +33,6 @@ from service.telemetry import logging
 from service.telemetry.redaction import Redactor
 
 _log = structlog.get_logger(__name__)
-
 _TOKEN_FILE = "demo.token"  # noqa: S105 - the name of a file
 _STORE_RETRY_SECONDS = 1.0
 _MAX_TENANT_CONNECTIONS = 10_000

@@ -10,8 +10,6 @@ import httpx2
 import msgspec
 
 DEFAULT_PAUSE_SECONDS = 1.0
-
-
 MIN_PAUSE_SECONDS = 0.1
 
 

@@ -31,7 +31,6 @@ JOBS = (
     Job("face-enhance", "face.jpg"),
     Job("seamless", "texture.jpg", {"fit": "0.5"}),
 )
-
 _EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/svg+xml": "svg"}
 
 
@@ -131,14 +130,8 @@ def _failure_reason(error: Any) -> str:
 
 
 FINAL_STATES = frozenset({"succeeded", "failed", "no task", "timed out"})
-
-
 REDRAW_SECONDS = 0.2
-
-
 _SPINNER = "|/-\\"
-
-
 _CLEAR_LINES = "\x1b[{lines}F\x1b[J"
 
 
@@ -220,8 +213,6 @@ class LiveProgress:
 
 
 _COLUMNS = ("kind", "state", "seconds", "cost", "file", "pixels", "check")
-
-
 _RIGHT_ALIGNED = frozenset({"seconds"})
 
 

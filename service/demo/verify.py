@@ -11,11 +11,7 @@ from PIL import Image, ImageChops, ImageStat
 
 Size = tuple[int, int]
 """Width and height in pixels."""
-
-
 _SVG_NAMESPACE = "http://www.w3.org/2000/svg"
-
-
 _LENGTH_PATTERN = re.compile(r"\s*([0-9.]+)(?:px)?\s*")
 
 
@@ -115,8 +111,6 @@ def _parse_drawing_size(root: Mapping[str, str]) -> Size | None:
 
 MAX_SEAM = 1.5
 """A border this much harder than the inside of the tile is seen as a line."""
-
-
 MIN_CHANGE = 0.1
 """In levels of grey. Compressing a picture again changes it by more; sending it back as it was, by nothing."""
 

@@ -161,11 +161,7 @@ async def _read_body(exchange: Exchange) -> bytes:
 
 
 __all__ = ["AccountBalance", "Sandbox", "SandboxConfig", "create_sandbox"]
-
-
 _TEXT_TYPE: Final = "text/plain; charset=utf-8"
-
-
 _POST_ONLY: Final = frozenset({"POST"})
 
 

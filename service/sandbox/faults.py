@@ -11,17 +11,9 @@ from typing import Annotated, Final, Literal, TypeAlias
 import msgspec
 
 Kind: TypeAlias = Literal["upscale", "vector", "face", "seamless"]
-
-
 RequestType: TypeAlias = Literal["submit", "check", "file"]
-
-
 Reply: TypeAlias = Literal["json", "hang", "reset", "page", "cut", "garbled"]
-
-
 FieldDefect: TypeAlias = Literal["string", "int", "float", "negative", "null", "missing"]
-
-
 Field: TypeAlias = Literal[
     "err_code",
     "err_msg",
@@ -33,14 +25,8 @@ Field: TypeAlias = Literal[
     "remaining_count",
     "remaining_money",
 ]
-
-
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=3600)]
-
-
 Yuan: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
-
-
 DEFAULT_PRICES: Final[dict[Kind, int]] = {"upscale": 3, "vector": 2, "face": 1, "seamless": 1}
 """What a task of each kind costs in yuan unless the dials say otherwise. The vendor publishes no prices."""
 
@@ -141,8 +127,6 @@ class FaultInjector:
 
 
 _MAX_RECORDS: Final = 10_000
-
-
 RequestOutcome: TypeAlias = Literal["arrived", "not_reached", "accepted", "refused", "told", "served", "broken_off"]
 """What the upstream did with a request.
 

@@ -18,7 +18,6 @@ FILE_FIELD: Final = "input_image"
 MAX_FILE_BYTES: Final = 64 * 1024 * 1024
 _MAX_TEXT_BYTES: Final = 256 * 1024
 _MAX_PARTS: Final = 64
-
 Number = TypeVar("Number", int, float)
 
 

@@ -7,21 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, Final, Protocol, TypeAlias
 
 Scope: TypeAlias = MutableMapping[str, Any]
-
-
 Message: TypeAlias = MutableMapping[str, Any]
-
-
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
-
-
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
-
-
 CONNECTION_EXTENSION: Final = "service.sandbox.connection"
 """The extension of the scope that holds the request's `Connection`."""
-
-
 JSON_TYPE: Final = "application/json"
 
 

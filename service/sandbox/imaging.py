@@ -20,11 +20,7 @@ from service.sandbox.faults import Kind
 from service.sandbox.forms import Options, RejectedError
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-
-
 MAX_PIXELS: Final = 25_000_000
-
-
 _TOO_MANY_PIXELS_ERROR: Final = f"图片像素过大(最多{MAX_PIXELS // 1_000_000}百万像素)"
 
 
@@ -138,11 +134,7 @@ def check_size(width: float, height: float) -> tuple[int, int]:
 
 
 _CASCADE_PATH: Final = Path(cv2.__file__).parent / "data" / "haarcascade_frontalface_default.xml"
-
-
 _MAX_DETECTION_PIXELS: Final = 640_000
-
-
 _FACE_MARGIN: Final = 0.25
 
 
@@ -253,8 +245,6 @@ def upscale(image: MatLike, options: Options) -> MatLike:
 
 
 _MAX_VECTOR_PIXELS: Final = 1_000_000
-
-
 _SAMPLE_PIXELS: Final = 20_000
 
 
@@ -265,17 +255,9 @@ import sys, vtracer
 options = dict(color_precision=8, layer_difference=0, filter_speckle=4, path_precision=2)
 vtracer.convert_image_to_svg_py(*sys.argv[1:], **options)
 """
-
-
 _TRACE_TIMEOUT_SECONDS: Final = 120.0
-
-
 _SEED: Final = 5
-
-
 _FILL_PATTERN: Final = re.compile(r'fill="#([0-9A-Fa-f]{6})"')
-
-
 _SIZE_PATTERN: Final = re.compile(r'width="(\d+)" height="(\d+)"')
 
 

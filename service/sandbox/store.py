@@ -42,17 +42,9 @@ class AccountBalance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 State: TypeAlias = Literal["open", "completed", "failed"]
-
-
 MAX_TASKS: Final = 1_000
-
-
 MAX_BYTES: Final = 2 * 1024**3
-
-
 INPUT_NAME: Final = "input"
-
-
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS account (user_key TEXT PRIMARY KEY, count INTEGER NOT NULL, money INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS task (

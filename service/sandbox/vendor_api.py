@@ -23,14 +23,8 @@ from service.sandbox.store import AccountBalance, Store, Task, new_task_id
 from service.sandbox.worker import Worker
 
 UNKNOWN_ACCOUNT: Final = "账户不存在"
-
-
 NO_BALANCE: Final = "账户剩余次数不足"
-
-
 UNKNOWN_TASK: Final = "任务未找到或状态未知"
-
-
 _REJECTION_PREFIX: Final = "任务提交失败"
 
 
@@ -87,11 +81,7 @@ def _corrupt_value(value: str | int, way: FieldDefect) -> str | int | float:
 
 
 _CHUNK_BYTES: Final = 256 * 1024
-
-
 _RANGE_PATTERN: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
-
-
 _CONTENT_TYPES: Final = {".png": "image/png", ".svg": "image/svg+xml"}
 
 

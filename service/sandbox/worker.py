@@ -18,14 +18,8 @@ from service.sandbox.forms import Options, RejectedError
 from service.sandbox.store import INPUT_NAME, Store, Task
 
 _MAX_PARALLEL: Final = 2
-
-
 _INTERNAL_ERROR: Final = "图片处理失败"
-
-
 _log: Final = logging.getLogger(__name__)
-
-
 ResultSizes: TypeAlias = dict[str, int]
 """Size in bytes by the name of the file."""
 
