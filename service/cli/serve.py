@@ -204,7 +204,7 @@ async def _set_up_demo(services: Container, settings: Settings, url: str) -> Non
     hint = "No account was made: give GATEWAY_UPSTREAM_USER_KEY, or use `gateway account set`.\n\n"
     if settings.upstream_user_key:
         token = await _ensure_demo_token(services, settings.data_dir, settings.upstream_user_key)
-        image = shlex.quote(f"image=@{resources.files('service.demo') / 'pictures' / 'photo.jpg'}")
+        image = shlex.quote(f"image=@{resources.files('service.demo') / 'images' / 'photo.jpg'}")
         hint = f"""The demo tenant's token: {token}
 Try it:
 

@@ -17,12 +17,12 @@ from service.demo.verify import CheckResult, format_size, verify_results
 class Job:
     kind: str
     image_name: str
-    """Name of a file in `pictures`, fit for the kind."""
+    """Name of a file in `images`, fit for the kind."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Form fields that go with the picture."""
 
     def read_image(self) -> bytes:
-        return resources.files("service.demo").joinpath("pictures", self.image_name).read_bytes()
+        return resources.files("service.demo").joinpath("images", self.image_name).read_bytes()
 
 
 JOBS = (

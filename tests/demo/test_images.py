@@ -11,7 +11,7 @@ from PIL import Image
 from service.demo.run import JOBS, Job
 from service.demo.verify import MAX_SEAM, open_image, seam_strength
 
-IMAGES = resources.files("service.demo") / "pictures"
+IMAGES = resources.files("service.demo") / "images"
 
 
 def open_example(name: str) -> Image.Image:
@@ -27,7 +27,7 @@ def test_small(job: Job) -> None:
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.kind)
 def test_origin(job: Job) -> None:
     """Every image has its origin and licence documented."""
-    told = (IMAGES / "PICTURES.md").read_text(encoding="utf-8")
+    told = (IMAGES / "IMAGES.md").read_text(encoding="utf-8")
     lines = [line for line in told.splitlines() if line.startswith(f"| `{job.image_name}`")]
     assert [f"`{job.kind}`" in line and ("CC0" in line or "public domain" in line) for line in lines] == [True]
 
@@ -58,4 +58,4 @@ def test_photo() -> None:
 
 def test_nothing_else() -> None:
     """Only images in use and their description are shipped."""
-    assert {item.name for item in IMAGES.iterdir()} == {job.image_name for job in JOBS} | {"PICTURES.md"}
+    assert {item.name for item in IMAGES.iterdir()} == {job.image_name for job in JOBS} | {"IMAGES.md"}

@@ -99,7 +99,7 @@ def _run_main_job(installed: Installation) -> None:
 
 
 def _submit(url: str, token: str) -> None:
-    picture = (_ROOT / "service" / "demo" / "pictures" / "face.jpg").read_bytes()
+    picture = (_ROOT / "service" / "demo" / "images" / "face.jpg").read_bytes()
     with httpx2.Client(
         base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=30
     ) as client:
