@@ -14,7 +14,7 @@ from typing import BinaryIO
 import click
 
 from service import __version__
-from service.cli.common import DetailedExitCommand, FieldErrorGroup, LazyGroup, load_settings
+from service.cli.common import DetailedExitCommand, ExtraMissingError, FieldErrorGroup, LazyGroup, load_settings
 
 _url_option = click.option(
     "--url", help="The operators' port.  [default: as GATEWAY_OPS_HOST and GATEWAY_OPS_PORT say]"
@@ -181,8 +181,13 @@ def sandbox(folder: Path | None, host: str, port: int) -> None:
 def demo(folder: Path, url: str | None, token: str | None) -> None:
     """Submit a picture of each kind to a running gateway, and show what comes of it."""
     from service.cli.serve import read_demo_token
-    from service.demo import DemoOptions, run_demo
 
+    try:
+        from service.demo.run import DemoOptions, run_demo
+    except ModuleNotFoundError as error:
+        if error.name != "PIL":
+            raise
+        raise ExtraMissingError("the demo", error) from error
     settings = load_settings()
     token = token or read_demo_token(settings.data_dir)
     if token is None:

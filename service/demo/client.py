@@ -14,14 +14,14 @@ MIN_PAUSE_SECONDS = 0.1
 
 
 class GatewayError(Exception):
-    """The gateway could not be asked, or refused; the message is one line for a person."""
+    """A request failed or was refused; the message is one line."""
 
 
 class Artifact(msgspec.Struct, frozen=True):
     name: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
-    """Becomes part of a file's name, hence the narrow alphabet."""
+    """Part of a file name, hence the narrow alphabet."""
     href: Annotated[str, msgspec.Meta(pattern=r"^/(?!/)")]
-    """On the gateway: the token is for nobody else."""
+    """A path on the gateway: the token must not be sent elsewhere."""
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -44,7 +44,7 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class PollResult(msgspec.Struct, frozen=True):
-    """A task as one answer showed it, and how long to wait before asking again."""
+    """A task, and the pause before the next poll."""
 
     task: Task
     pause_seconds: float
@@ -62,27 +62,24 @@ class _ProblemDocument(msgspec.Struct, frozen=True):
 
 
 class GatewayClient:
-    """One tenant's view of a gateway. Every method raises `GatewayError`; none sends anything twice."""
+    """Client with a tenant's token. Every method raises `GatewayError`; none repeats a request."""
 
     def __init__(self, http: httpx2.AsyncClient, token: str) -> None:
         self._http = http
         self._authorization = {"Authorization": f"Bearer {token}"}
 
     async def ping(self) -> None:
-        """Find out, before anything is paid for, whether a gateway answers and takes the token."""
+        """Check the address and the token, at no cost."""
         await self._request("GET", "/v1/quota")
 
-    async def submit(self, kind: str, picture: tuple[str, bytes], options: Mapping[str, str]) -> PollResult:
-        """Submit a picture, given as its file name and content. This is what costs."""
-        return _parse_task(
-            await self._request("POST", f"/v1/tasks/{kind}", data=dict(options), files={"image": picture})
-        )
+    async def submit(self, kind: str, image: tuple[str, bytes], options: Mapping[str, str]) -> PollResult:
+        """Submit an image, given as its file name and content. This call costs money."""
+        return _parse_task(await self._request("POST", f"/v1/tasks/{kind}", data=dict(options), files={"image": image}))
 
     async def get_task(self, task_id: str) -> PollResult:
         return _parse_task(await self._request("GET", f"/v1/tasks/{task_id}"))
 
     async def fetch_artifact(self, artifact: Artifact) -> ResultFile:
-        """Fetch a result through the gateway."""
         response = await self._request("GET", artifact.href)
         content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         return ResultFile(response.content, content_type)
@@ -105,7 +102,7 @@ class GatewayClient:
 
 @asynccontextmanager
 async def open_client(base_url: str, token: str, timeout_seconds: float) -> AsyncIterator[GatewayClient]:
-    """Open a client of the gateway at `base_url`; no single answer may take longer than `timeout_seconds`."""
+    """Open a client; `timeout_seconds` limits each response. Raises GatewayError."""
     try:
         http = httpx2.AsyncClient(base_url=base_url, timeout=httpx2.Timeout(timeout_seconds, connect=5.0))
     except httpx2.InvalidURL as error:
@@ -115,7 +112,7 @@ async def open_client(base_url: str, token: str, timeout_seconds: float) -> Asyn
 
 
 def single_line(text: str) -> str:
-    """Bring text from elsewhere onto one line, without anything that steers a terminal."""
+    """Join text onto one line, without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -136,7 +133,7 @@ def _parse_task(response: httpx2.Response) -> PollResult:
 
 
 def _parse_retry_after(retry_after: str | None) -> float:
-    """Read `Retry-After`, which is a number of seconds or a date; unreadable is as good as absent."""
+    """Parse seconds or a date; a default replaces a missing or invalid value."""
     if retry_after is None:
         return DEFAULT_PAUSE_SECONDS
     try:

@@ -1,4 +1,7 @@
-"""The demo: one task of each kind at the same time."""
+"""The demo: submits one image for each kind of task and reports on the results.
+
+It uses the gateway's public HTTP API alone and imports nothing else of the service.
+"""
 
 import asyncio
 import time
@@ -8,9 +11,34 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from service.demo import DemoOptions
 from service.demo.client import Artifact, Cost, GatewayClient, GatewayError, ResultFile, Task, open_client, single_line
 from service.demo.verify import CheckResult, format_size, verify_results
+
+FINAL_STATES = frozenset({"succeeded", "failed", "no task", "timed out"})
+REDRAW_SECONDS = 0.2
+_SPINNER = "|/-\\"
+_CLEAR_LINES = "\x1b[{lines}F\x1b[J"
+_EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/svg+xml": "svg"}
+_COLUMNS = ("kind", "state", "seconds", "cost", "file", "pixels", "check")
+_RIGHT_ALIGNED = frozenset({"seconds"})
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """Options of a run."""
+
+    base_url: str
+    """Address of the tenants' port, such as `http://127.0.0.1:8080`."""
+    token: str
+    """A tenant's bearer token. The four tasks are charged to that tenant."""
+    folder: Path
+    """Receives the results; created if missing. Files of an earlier run are overwritten."""
+    output: TextIO
+    """Receives the progress and the report."""
+    interactive: bool
+    """Whether `output` is a terminal that can redraw lines; otherwise every change gets a line of its own."""
+    timeout_seconds: float = 120.0
+    """Limit for each task, from the upload to the last byte of its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +47,7 @@ class Job:
     image_name: str
     """Name of a file in `images`, fit for the kind."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """Form fields that go with the picture."""
+    """Form fields sent with the image."""
 
     def read_image(self) -> bytes:
         return resources.files("service.demo").joinpath("images", self.image_name).read_bytes()
@@ -31,11 +59,58 @@ JOBS = (
     Job("face-enhance", "face.jpg"),
     Job("seamless", "texture.jpg", {"fit": "0.5"}),
 )
-_EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/svg+xml": "svg"}
+
+
+async def run_demo(options: DemoOptions) -> int:
+    """Run one task of each kind at the same time and report on them. Return 0 if every result is valid, else 1.
+
+    Failures of the gateway and of the connection are reported on `output`. A cancelled run (Ctrl-C) first lists the
+    submitted tasks, which the gateway continues, then raises `CancelledError`.
+    """
+    try:
+        _create_folder(options.folder)
+        async with open_client(options.base_url, options.token, options.timeout_seconds) as gateway:
+            await gateway.ping()
+            tasks = await _run_all_tasks(options, gateway)
+    except GatewayError as error:
+        options.output.write(f"{error}\n")
+        return 1
+    return _print_report(options, tasks)
+
+
+async def _run_all_tasks(options: DemoOptions, gateway: GatewayClient) -> Sequence["DemoTask"]:
+    progress: Progress = LineProgress(options.output)
+    if options.interactive:
+        progress = LiveProgress(options.output, [job.kind for job in JOBS])
+    tasks = [
+        DemoTask(job, gateway, options.folder, timeout_seconds=options.timeout_seconds, on_state=progress.set_state)
+        for job in JOBS
+    ]
+    try:
+        async with asyncio.TaskGroup() as outer_group:
+            animation = outer_group.create_task(progress.animate())
+            async with asyncio.TaskGroup() as group:
+                for task in tasks:
+                    group.create_task(task.run())
+            animation.cancel()
+    except asyncio.CancelledError:
+        submitted = ", ".join(task.task_id for task in tasks if task.task_id and task.state not in FINAL_STATES)
+        options.output.write(f"Interrupted. The gateway continues: {submitted or 'nothing'}\n")
+        raise
+    progress.clear()
+    return tasks
+
+
+def _create_folder(folder: Path) -> None:
+    # Before anything is paid for.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GatewayError(f"The results can't be written to {folder}: {error.strerror}") from error
 
 
 class DemoTask:
-    """Runs one task; what it knows so far can be read at any time, also after it was cut short."""
+    """One task. Its attributes can be read at any time, also after a cancelled run."""
 
     def __init__(
         self,
@@ -46,11 +121,11 @@ class DemoTask:
         timeout_seconds: float,
         on_state: Callable[[str, str], None],
     ) -> None:
-        """`note` is told the kind and its state whenever the state was looked at."""
+        """`on_state` is called with the kind and its state after every poll."""
         self.kind = job.kind
         self.state = "waiting"
         self.elapsed_seconds = 0.0
-        """From the beginning to the last look."""
+        """From the start to the last poll."""
         self.task_id: str | None = None
         self.cost: Cost | None = None
         self.results: tuple[CheckResult, ...] = ()
@@ -65,15 +140,15 @@ class DemoTask:
         self._started_at = time.monotonic()
 
     async def run(self) -> None:
-        """Run to the end; whatever goes wrong on the way becomes a complaint."""
+        """Submit, poll, download and verify; failures end up in `errors`."""
         self._started_at = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 await self._submit_and_verify()
         except TimeoutError:
             self._set_state("timed out")
-            goes_on = f"; the gateway goes on with {self.task_id}" if self.task_id else ""
-            self.errors = (f"not done after {self._timeout_seconds:g} s{goes_on}",)
+            continued = f"; the gateway continues {self.task_id}" if self.task_id else ""
+            self.errors = (f"not done after {self._timeout_seconds:g} s{continued}",)
         except GatewayError as error:
             if self.task_id is None:
                 self._set_state("no task")
@@ -81,21 +156,21 @@ class DemoTask:
 
     async def _submit_and_verify(self) -> None:
         self._set_state("submitting")
-        picture = self._job.read_image()
-        sighting = await self._gateway.submit(self.kind, (self._job.image_name, picture), self._job.options)
-        self._update(sighting.task)
-        while not sighting.task.is_finished:
-            await asyncio.sleep(sighting.pause_seconds)
-            sighting = await self._gateway.get_task(sighting.task.id)
-            self._update(sighting.task)
-        if sighting.task.state == "failed":
-            self.errors = (f"the task failed: {_failure_reason(sighting.task.error)}",)
+        image = self._job.read_image()
+        poll = await self._gateway.submit(self.kind, (self._job.image_name, image), self._job.options)
+        self._update(poll.task)
+        while not poll.task.is_finished:
+            await asyncio.sleep(poll.pause_seconds)
+            poll = await self._gateway.get_task(poll.task.id)
+            self._update(poll.task)
+        if poll.task.state == "failed":
+            self.errors = (f"the task failed: {_failure_reason(poll.task.error)}",)
             return
-        fetched = await self._fetch_artifacts(sighting.task.artifacts)
-        self.files = await asyncio.to_thread(_write_files, self._folder, self.kind, fetched)
-        contents = {name: file.content for name, file in fetched.items()}
-        self.results = await asyncio.to_thread(verify_results, self.kind, picture, contents)
-        self.errors = tuple(finding.text for finding in self.results if not finding.is_valid)
+        files = await self._fetch_artifacts(poll.task.artifacts)
+        self.files = await asyncio.to_thread(_write_files, self._folder, self.kind, files)
+        contents = {name: file.content for name, file in files.items()}
+        self.results = await asyncio.to_thread(verify_results, self.kind, image, contents)
+        self.errors = tuple(result.text for result in self.results if not result.is_valid)
 
     async def _fetch_artifacts(self, artifacts: tuple[Artifact, ...]) -> Mapping[str, ResultFile]:
         return {artifact.name: await self._gateway.fetch_artifact(artifact) for artifact in artifacts}
@@ -111,10 +186,10 @@ class DemoTask:
         self._on_state(self.kind, state)
 
 
-def _write_files(folder: Path, kind: str, fetched: Mapping[str, ResultFile]) -> Mapping[str, str]:
-    names = {name: f"{kind}-{name}.{_EXTENSIONS.get(file.content_type, 'bin')}" for name, file in fetched.items()}
+def _write_files(folder: Path, kind: str, files: Mapping[str, ResultFile]) -> Mapping[str, str]:
+    names = {name: f"{kind}-{name}.{_EXTENSIONS.get(file.content_type, 'bin')}" for name, file in files.items()}
     try:
-        for name, file in fetched.items():
+        for name, file in files.items():
             (folder / names[name]).write_bytes(file.content)
     except OSError as error:
         raise GatewayError(f"the results cannot be written: {error}") from error
@@ -122,28 +197,21 @@ def _write_files(folder: Path, kind: str, fetched: Mapping[str, ResultFile]) -> 
 
 
 def _failure_reason(error: Any) -> str:
-    """Say why a task failed, whichever shape the reason has."""
     if isinstance(error, dict):
         parts = [error[key] for key in ("title", "detail", "message") if isinstance(error.get(key), str)]
         error = ": ".join(parts)
     return single_line(error) if isinstance(error, str) and error else "no reason is given"
 
 
-FINAL_STATES = frozenset({"succeeded", "failed", "no task", "timed out"})
-REDRAW_SECONDS = 0.2
-_SPINNER = "|/-\\"
-_CLEAR_LINES = "\x1b[{lines}F\x1b[J"
-
-
 class Progress(Protocol):
     def set_state(self, kind: str, state: str) -> None:
-        """Take in the state of a task, changed or not."""
+        """Store the state of a task, changed or not."""
 
     async def animate(self) -> None:
-        """Keep what is shown fresh; runs until cancelled, or returns at once where there is nothing to do."""
+        """Redraw until cancelled; returns at once if nothing is redrawn."""
 
     def clear(self) -> None:
-        """Make room for the table."""
+        """Make room for the report."""
 
 
 class LineProgress:
@@ -160,7 +228,7 @@ class LineProgress:
             self._output.flush()
 
     async def animate(self) -> None:
-        """Lines that were written stay as they are."""
+        pass
 
     def clear(self) -> None:
         self._output.write("\n")
@@ -198,10 +266,9 @@ class LiveProgress:
     def _draw(self) -> None:
         now = self._clock()
         width = max(map(len, self._states))
-        spinner = _SPINNER[self._frame % len(_SPINNER)]
         lines = [
-            f"{' ' if kind in self._finished_at else spinner} {kind:<{width}}  {state:<10}"
-            f" {self._finished_at.get(kind, now) - self._started_at:6.1f} s\n"
+            f"{' ' if kind in self._finished_at else _SPINNER[self._frame % len(_SPINNER)]} {kind:<{width}}"
+            f"  {state:<10} {self._finished_at.get(kind, now) - self._started_at:6.1f} s\n"
             for kind, state in self._states.items()
         ]
         self._output.write(self._rewind() + "".join(lines))
@@ -212,48 +279,33 @@ class LiveProgress:
         return _CLEAR_LINES.format(lines=self._drawn_lines) if self._drawn_lines else ""
 
 
-_COLUMNS = ("kind", "state", "seconds", "cost", "file", "pixels", "check")
-_RIGHT_ALIGNED = frozenset({"seconds"})
+def _print_report(options: DemoOptions, tasks: Sequence[DemoTask]) -> int:
+    options.output.write(f"{format_report(tasks)}\n")
+    errors = group_errors(tasks)
+    if errors:
+        options.output.writelines(f"{line}\n" for line in errors)
+        return 1
+    options.output.write(f"All results are valid. They are in {options.folder}\n")
+    return 0
 
 
-def format_report(errands: Iterable[DemoTask]) -> str:
-    """Draw one line for each result, and one for a task without any."""
+def format_report(tasks: Iterable[DemoTask]) -> str:
+    """Format a table with one line for each result, and one for a task without any."""
     rows: list[Sequence[str]] = [_COLUMNS]
-    for errand in errands:
-        first = (errand.kind, errand.state, f"{errand.elapsed_seconds:.1f}", format_cost(errand.cost))
+    for task in tasks:
+        first = (task.kind, task.state, f"{task.elapsed_seconds:.1f}", format_cost(task.cost))
         results = [
             (
-                errand.files.get(finding.name, ""),
-                format_size(finding.size),
-                finding.text if finding.is_valid else "wrong, see below",
+                task.files.get(result.name, ""),
+                format_size(result.size),
+                result.text if result.is_valid else "wrong, see below",
             )
-            for finding in errand.results
+            for result in task.results
         ] or [("", "", "")]
         rows.append((*first, *results[0]))
         rows.extend(("", "", "", "", *result) for result in results[1:])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "".join(_format_row(row, widths) for row in rows)
-
-
-def group_errors(errands: Iterable[DemoTask]) -> Sequence[str]:
-    """Say each complaint once, after the kinds that have it."""
-    kinds: dict[str, list[str]] = {}
-    for errand in errands:
-        for complaint in errand.errors:
-            kinds.setdefault(complaint, []).append(errand.kind)
-    return [f"{', '.join(those)}: {complaint}" for complaint, those in kinds.items()]
-
-
-def format_cost(cost: Cost | None) -> str:
-    """Write a cost as uses, yuan or both: `~` marks an estimate, `?` a cost that nobody knows."""
-    if cost is None or cost.basis == "unknown":
-        return "?"
-    parts = []
-    if cost.count:
-        parts.append(f"{cost.count} use{'' if cost.count == 1 else 's'}")
-    if cost.money:
-        parts.append(f"¥{cost.money:.2f}")
-    return ("~" if cost.basis == "estimated" else "") + (" + ".join(parts) or "nothing")
 
 
 def _format_row(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -264,61 +316,22 @@ def _format_row(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cells).rstrip() + "\n"
 
 
-async def run_tasks(options: DemoOptions) -> int:
-    """Run the demo as `run_demo` promises."""
-    try:
-        _create_folder(options.folder)
-        async with open_client(options.base_url, options.token, options.timeout_seconds) as gateway:
-            await gateway.ping()
-            errands = await _run_all_tasks(options, gateway)
-    except GatewayError as error:
-        options.output.write(f"{error}\n")
-        return 1
-    return _print_report(options, errands)
+def format_cost(cost: Cost | None) -> str:
+    """Format a cost as uses, yuan or both: `~` marks an estimate, `?` an unknown cost."""
+    if cost is None or cost.basis == "unknown":
+        return "?"
+    parts = []
+    if cost.count:
+        parts.append(f"{cost.count} use{'' if cost.count == 1 else 's'}")
+    if cost.money:
+        parts.append(f"¥{cost.money:.2f}")
+    return ("~" if cost.basis == "estimated" else "") + (" + ".join(parts) or "nothing")
 
 
-async def _run_all_tasks(options: DemoOptions, gateway: GatewayClient) -> Sequence[DemoTask]:
-    progress = _create_progress(options)
-    errands = [
-        DemoTask(job, gateway, options.folder, timeout_seconds=options.timeout_seconds, on_state=progress.set_state)
-        for job in JOBS
-    ]
-    try:
-        async with asyncio.TaskGroup() as around:
-            animation = around.create_task(progress.animate())
-            async with asyncio.TaskGroup() as group:
-                for errand in errands:
-                    group.create_task(errand.run())
-            animation.cancel()
-    except asyncio.CancelledError:
-        submitted = ", ".join(
-            errand.task_id for errand in errands if errand.task_id and errand.state not in FINAL_STATES
-        )
-        options.output.write(f"Interrupted. The gateway goes on with: {submitted or 'nothing'}\n")
-        raise
-    progress.clear()
-    return errands
-
-
-def _create_folder(folder: Path) -> None:
-    """Make sure, before anything is paid for, that there is a place for the results."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GatewayError(f"The results cannot be put into {folder}: {error.strerror}") from error
-
-
-def _create_progress(options: DemoOptions) -> Progress:
-    if options.interactive:
-        return LiveProgress(options.output, [job.kind for job in JOBS])
-    return LineProgress(options.output)
-
-
-def _print_report(options: DemoOptions, errands: Sequence[DemoTask]) -> int:
-    options.output.write(f"{format_report(errands)}\n")
-    wrong = group_errors(errands)
-    if wrong:
-        options.output.writelines(f"{line}\n" for line in wrong)
-        return 1
-    options.output.write(f"All results are real. They are in {options.folder}\n")
-    return 0
+def group_errors(tasks: Iterable[DemoTask]) -> Sequence[str]:
+    """Return each distinct error once, after the kinds that have it."""
+    kinds_by_error: dict[str, list[str]] = {}
+    for task in tasks:
+        for error in task.errors:
+            kinds_by_error.setdefault(error, []).append(task.kind)
+    return [f"{', '.join(kinds)}: {error}" for error, kinds in kinds_by_error.items()]

@@ -1,4 +1,4 @@
-"""Checks of the demo's results."""
+"""Checks of the demo's results against the images submitted."""
 
 import io
 import re
@@ -11,32 +11,31 @@ from PIL import Image, ImageChops, ImageStat
 
 Size = tuple[int, int]
 """Width and height in pixels."""
+MAX_SEAM = 1.5
+"""A border this much harder than the inside of the tile is visible as a line."""
+MIN_CHANGE = 0.1
+"""In levels of grey: compressing an image again changes it by more, returning it unchanged by 0."""
 _SVG_NAMESPACE = "http://www.w3.org/2000/svg"
 _LENGTH_PATTERN = re.compile(r"\s*([0-9.]+)(?:px)?\s*")
 
 
 class UnreadableError(Exception):
-    """The bytes are not what they should be; the message completes "it is ..."."""
+    """Bytes of another format; the message completes "it is ..."."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
     size: Size | None
-    """None if the drawing names no size of its own."""
     paths: int
 
 
 def read_image(content: bytes) -> Image.Image | Drawing:
-    """Decode a result whole, so that one cut short is found out.
-
-    Raises:
-        UnreadableError: it is neither an SVG nor a raster image.
-    """
+    """Decode all of a result, so that a truncated one fails. Raises UnreadableError."""
     return _SvgReader().read(content) if content.lstrip()[:1] == b"<" else open_image(content)
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Decode a raster image. Raises `UnreadableError`."""
+    """Decode a raster image. Raises UnreadableError."""
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
@@ -46,16 +45,13 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def mean_difference(one: Image.Image, other: Image.Image) -> float:
-    """Mean difference of two images in levels of grey (0 to 255), the first brought to the second's size."""
+    """Return the mean difference in levels of grey (0 to 255), the first image resized to the second."""
     grey = one.convert("L").resize(other.size)
     return float(ImageStat.Stat(ImageChops.difference(grey, other.convert("L"))).mean[0])
 
 
 def seam_strength(tile: Image.Image) -> float:
-    """How much harder the step across the border is than the steps inside, when the tile is laid beside itself.
-
-    About 1 for a seamless tile; the worse of the two directions counts.
-    """
+    """Return the step across the border of adjacent tiles, relative to the steps inside: about 1 if seamless."""
     return max(_side_seam_strength(tile), _side_seam_strength(tile.transpose(Image.Transpose.ROTATE_90)))
 
 
@@ -65,12 +61,12 @@ def _side_seam_strength(tile: Image.Image) -> float:
     if width == 1:
         return across
     inside = mean_difference(tile.crop((1, 0, width, height)), tile.crop((0, 0, width - 1, height)))
-    # A flat picture has no steps inside: one level of grey is what rounding alone may cause.
+    # A flat image has no steps inside; rounding alone may cause one level of grey.
     return across / max(inside, 1.0)
 
 
 class _SvgReader:
-    """Reads only as much of an SVG as the demo shows, and refuses entities, which can be made to explode."""
+    """Counts the paths of an SVG. Refuses entities, since they can expand without bound."""
 
     def __init__(self) -> None:
         self._parser = expat.ParserCreate(namespace_separator=" ")
@@ -109,25 +105,19 @@ def _parse_drawing_size(root: Mapping[str, str]) -> Size | None:
     return width, height
 
 
-MAX_SEAM = 1.5
-"""A border this much harder than the inside of the tile is seen as a line."""
-MIN_CHANGE = 0.1
-"""In levels of grey. Compressing a picture again changes it by more; sending it back as it was, by nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What was seen in one result, or that it is missing."""
+    """The outcome of the check of one result."""
 
     name: str
     size: Size | None
     text: str
-    """What makes it real, or a sentence on what is wrong."""
+    """A property that shows it is valid, or the error."""
     is_valid: bool
 
 
 class _MismatchError(Exception):
-    """A result is not what its kind promises; the message is a sentence for the user."""
+    """A result does not match its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +126,16 @@ class _TaskFiles:
     files: Mapping[str, bytes]
 
     def read_raster(self, name: str) -> Image.Image:
-        seen = self.read(name)
-        if isinstance(seen, Drawing):
+        image = self.read(name)
+        if isinstance(image, Drawing):
             raise _MismatchError(f"the {name} is a drawing, not made of pixels")
-        return seen
+        return image
 
     def read_drawing(self, name: str) -> Drawing:
-        seen = self.read(name)
-        if not isinstance(seen, Drawing):
+        drawing = self.read(name)
+        if not isinstance(drawing, Drawing):
             raise _MismatchError(f"the {name} is made of pixels, not a drawing")
-        return seen
+        return drawing
 
     def read(self, name: str) -> Image.Image | Drawing:
         if name not in self.files:
@@ -156,44 +146,45 @@ class _TaskFiles:
             raise _MismatchError(f"the {name} is {error}") from error
 
 
-def _check_upscale(evidence: _TaskFiles) -> str:
-    width, height = evidence.read_raster("image").size
-    least = min(width / evidence.original.width, height / evidence.original.height)
-    if least <= 1:
+def _check_upscale(task_files: _TaskFiles) -> str:
+    width, height = task_files.read_raster("image").size
+    factor = min(width / task_files.original.width, height / task_files.original.height)
+    if factor <= 1:
         raise _MismatchError(
-            f"the image is {format_size((width, height))}, not larger than what was sent,"
-            f" {format_size(evidence.original.size)}"
+            f"the image is {format_size((width, height))}, not larger than the original,"
+            f" {format_size(task_files.original.size)}"
         )
-    return f"{least:.1f} times as wide and high"
+    return f"{factor:.1f} times as wide and high"
 
 
-def _check_vector(evidence: _TaskFiles) -> str:
-    paths = evidence.read_drawing("vector").paths
+def _check_vector(task_files: _TaskFiles) -> str:
+    paths = task_files.read_drawing("vector").paths
     if not paths:
         raise _MismatchError("the vector holds no path")
     return f"{paths} path{'' if paths == 1 else 's'}"
 
 
-def _check_face(evidence: _TaskFiles) -> str:
-    image = evidence.read_raster("image")
-    if image.width < evidence.original.width or image.height < evidence.original.height:
+def _check_face(task_files: _TaskFiles) -> str:
+    image = task_files.read_raster("image")
+    if image.width < task_files.original.width or image.height < task_files.original.height:
         raise _MismatchError(
-            f"the image is {format_size(image.size)}, smaller than what was sent, {format_size(evidence.original.size)}"
+            f"the image is {format_size(image.size)}, smaller than the original,"
+            f" {format_size(task_files.original.size)}"
         )
-    if mean_difference(image, evidence.original) < MIN_CHANGE:
-        raise _MismatchError("the image is what was sent, nothing is restored")
-    return "changed, none of it lost"
+    if mean_difference(image, task_files.original) < MIN_CHANGE:
+        raise _MismatchError("the image is unchanged, nothing is restored")
+    return "changed, not smaller"
 
 
-def _check_tile(evidence: _TaskFiles) -> str:
-    strength = seam_strength(evidence.read_raster("image"))
+def _check_tile(task_files: _TaskFiles) -> str:
+    strength = seam_strength(task_files.read_raster("image"))
     if strength > MAX_SEAM:
         raise _MismatchError(f"the tile's edges do not meet: the seam is {strength:.1f} times as hard as the inside")
-    return f"edges meet (seam {strength:.1f}, was {seam_strength(evidence.original):.1f})"
+    return f"edges meet (seam {strength:.1f}, was {seam_strength(task_files.original):.1f})"
 
 
-def _check_grid(evidence: _TaskFiles) -> str:
-    grid, tile = evidence.read_raster("grid"), evidence.read_raster("image")
+def _check_grid(task_files: _TaskFiles) -> str:
+    grid, tile = task_files.read_raster("grid"), task_files.read_raster("image")
     if grid.width <= tile.width or grid.height <= tile.height:
         raise _MismatchError(
             f"the grid is {format_size(grid.size)}, not larger than the tile, {format_size(tile.size)}"
@@ -207,28 +198,28 @@ _CHECKS: Mapping[str, Mapping[str, Callable[[_TaskFiles], str]]] = {
     "face-enhance": {"image": _check_face},
     "seamless": {"image": _check_tile, "grid": _check_grid},
 }
-"""For each kind the results that must come, with what says or denies that they are real."""
+"""Required results by kind, each with its check."""
 
 
-def verify_results(kind: str, picture: bytes, files: Mapping[str, bytes]) -> tuple[CheckResult, ...]:
-    """Look at the results of a task, given by their names, against the picture that was sent.
+def verify_results(kind: str, image: bytes, files: Mapping[str, bytes]) -> tuple[CheckResult, ...]:
+    """Check the results of a task against the submitted image. A missing result gets an entry too.
 
-    A promised result that did not come gets a finding too. One that was not promised need only be readable.
+    Additional results need only be readable.
     """
-    promises = _CHECKS[kind]
-    evidence = _TaskFiles(open_image(picture), files)
-    return tuple(_check_result(name, promises.get(name), evidence) for name in dict.fromkeys((*promises, *files)))
+    checks = _CHECKS[kind]
+    task_files = _TaskFiles(open_image(image), files)
+    return tuple(_check_result(name, checks.get(name), task_files) for name in dict.fromkeys((*checks, *files)))
 
 
 def format_size(size: Size | None) -> str:
     return "" if size is None else f"{size[0]} x {size[1]}"
 
 
-def _check_result(name: str, promise: Callable[[_TaskFiles], str] | None, evidence: _TaskFiles) -> CheckResult:
+def _check_result(name: str, check: Callable[[_TaskFiles], str] | None, task_files: _TaskFiles) -> CheckResult:
     size = None
     try:
-        size = evidence.read(name).size
-        text = promise(evidence) if promise else "readable"
+        size = task_files.read(name).size
+        text = check(task_files) if check else "readable"
     except _MismatchError as error:
         return CheckResult(name, size, str(error), is_valid=False)
     return CheckResult(name, size, text, is_valid=True)

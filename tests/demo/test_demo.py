@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from litestar import Response
 
-from service.demo import DemoOptions, run_demo
-from service.demo.run import JOBS
+from service.cli import main
+from service.demo.run import JOBS, DemoOptions, run_demo
 from tests.demo.fake_gateway import TOKEN, FakeGateway, problem_response
 from tests.demo.results import SVG, good_results
 
@@ -49,11 +50,11 @@ async def test_table(gateway: FakeGateway, tmp_path: Path) -> None:
         "kind          state      seconds  cost    file                    pixels     check",
         "upscale       succeeded      0.0  1 use   upscale-image.png       720 x 480  2.0 times as wide and high",
         "vectorize     succeeded      0.0  ~¥0.50  vectorize-vector.svg    320 x 320  2 paths",
-        "face-enhance  succeeded      0.0  1 use   face-enhance-image.jpg  240 x 240  changed, none of it lost",
+        "face-enhance  succeeded      0.0  1 use   face-enhance-image.jpg  240 x 240  changed, not smaller",
         "seamless      succeeded      0.0  ?       seamless-image.png      256 x 256  edges meet (seam 0.0, was 3.7)",
         "                                          seamless-grid.webp      512 x 512  larger than the tile",
         "",
-        f"All results are real. They are in {tmp_path / 'results'}",
+        f"All results are valid. They are in {tmp_path / 'results'}",
     ]
 
 
@@ -126,7 +127,7 @@ async def test_wrong(gateway: FakeGateway, tmp_path: Path) -> None:
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
     assert "upscale       succeeded      0.0  1 use  upscale-image.jpg       360 x 240  wrong, see below" in lines
-    assert lines[-1] == "upscale: the image is 360 x 240, not larger than what was sent, 360 x 240"
+    assert lines[-1] == "upscale: the image is 360 x 240, not larger than the original, 360 x 240"
 
 
 async def test_unknown_type(gateway: FakeGateway, tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ async def test_timeout(gateway: FakeGateway, tmp_path: Path) -> None:
     gateway.states["upscale"] = ["running"]
     code, lines = await run_and_capture(make_options(gateway, tmp_path, timeout_seconds=1.5))
     assert code == 1
-    assert "upscale: not done after 1.5 s; the gateway goes on with task_upscale" in lines
+    assert "upscale: not done after 1.5 s; the gateway continues task_upscale" in lines
 
 
 async def test_timeout_of_a_submission(gateway: FakeGateway, tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ async def test_unusable_folder(gateway: FakeGateway, tmp_path: Path) -> None:
     """An unusable folder is reported before any submission."""
     (tmp_path / "results").write_text("a file")
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
-    assert (code, lines) == (1, [f"The results cannot be put into {tmp_path / 'results'}: File exists"])
+    assert (code, lines) == (1, [f"The results can't be written to {tmp_path / 'results'}: File exists"])
     assert not gateway.submissions
 
 
@@ -251,21 +252,23 @@ async def test_interrupted(gateway: FakeGateway, tmp_path: Path) -> None:
         await running
     assert isinstance(chosen.output, io.StringIO)
     assert chosen.output.getvalue().splitlines()[-1] == (
-        "Interrupted. The gateway goes on with: task_upscale, task_face-enhance, task_seamless"
+        "Interrupted. The gateway continues: task_upscale, task_face-enhance, task_seamless"
     )
 
 
-async def test_without_pillow(gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line names what to install."""
+def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the image library the command prints one line that names the extra."""
     for name in [name for name in sys.modules if name.startswith("service.demo.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    code, lines = await run_and_capture(make_options(gateway, tmp_path))
-    assert (code, lines) == (1, ["The demo needs Pillow: install the gateway with its `local` extra."])
+    result = CliRunner().invoke(main, ["demo"])
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "gateway: the demo needs PIL, which is not installed here: install imaging-gateway[local]\n",
+    )
 
 
-async def test_without_another_module(gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another missing module is not reported as Pillow."""
+def test_without_another_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other missing module is an error of the package."""
     monkeypatch.setitem(sys.modules, "service.demo.run", None)
-    with pytest.raises(ModuleNotFoundError):
-        await run_and_capture(make_options(gateway, tmp_path))
+    assert isinstance(CliRunner().invoke(main, ["demo"]).exception, ModuleNotFoundError)
