@@ -1,4 +1,40 @@
-"""Fault injection and the record of requests."""
+"""Behaviour of the sandbox, its faults, and the log of its requests.
+
+`Behaviour` applies to every request until it is replaced:
+
+| field             | values                                | meaning                                            |
+| ----------------- | ------------------------------------- | -------------------------------------------------- |
+| `seconds`         | number, or null: as configured        | minimum duration of a task                         |
+| `prices`          | yuan by kind                          | price of a task once the prepaid uses are spent    |
+| `charge`          | `submit`, `end`                       | time of the charge; at the end only if completed   |
+| `checked_balance` | `now`, `then`                         | balance of a finished task: current, or at its end |
+| `spelling`        | `Completed`, `COMPLETED`, `completed` | letter case of every state                         |
+| `colon`           | `:`, `：`                             | in 任务提交失败:{reason}                           |
+| `faults`          | list of faults                        | the first that matches a request applies, alone    |
+
+A `Fault` selects requests and changes their response:
+
+| field      | values                                            | meaning                                            |
+| ---------- | ------------------------------------------------- | -------------------------------------------------- |
+| `on`       | `submit`, `check`, `file`, or null                | null: submits and checks                           |
+| `user_key` | text, or null: any                                | for a file, the key of the task's owner            |
+| `times`    | number of requests, or null: unlimited            | the fault is removed afterwards                    |
+| `latency`  | seconds                                           | delay before the request is processed              |
+| `reply`    | `json`                                            | the response itself                                |
+|            | `hang`                                            | no response                                        |
+|            | `reset`                                           | TCP reset                                          |
+|            | `page`                                            | a web server's HTML page, mostly with `status`     |
+|            | `cut`                                             | half the body that `Content-Length` announced      |
+|            | `garbled`                                         | a complete body with half the JSON                 |
+| `when`     | `before`, `after`                                 | `hang`, `reset` and `page` come before or after    |
+|            |                                                   | the request is processed (charged, no response)    |
+| `status`   | HTTP status                                       | of the response                                    |
+| `refuse`   | text                                              | error response with this `err_msg`                 |
+| `reject`   | text                                              | submits only: 任务提交失败 with this reason        |
+| `fail`     | text                                              | submits only: the task is accepted and ends Failed |
+| `wrong`    | by field: `string`, `int`, `float`, `negative`,   | the field gets a wrong type or value               |
+|            | `null`, `missing`                                 |                                                    |
+"""
 
 from __future__ import annotations
 
@@ -28,11 +64,11 @@ Field: TypeAlias = Literal[
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 Yuan: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 DEFAULT_PRICES: Final[dict[Kind, int]] = {"upscale": 3, "vector": 2, "face": 1, "seamless": 1}
-"""What a task of each kind costs in yuan unless the dials say otherwise. The vendor publishes no prices."""
+"""In yuan. The vendor publishes no prices."""
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What goes wrong, and with which requests; the module's docstring explains every field."""
+    """A fault; the module docstring explains the fields."""
 
     on: RequestType | None = None
     user_key: str | None = None
@@ -48,12 +84,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     wrong: dict[Field, FieldDefect] = {}
 
     def __post_init__(self) -> None:
-        """Refuse combinations that would silently do nothing.
-
-        Raises:
-            ValueError: with the reason; while decoding, msgspec turns it into a `ValidationError`.
-
-        """
+        """Reject combinations without effect. Raises ValueError (ValidationError while decoding)."""
         if self.when == "before" and self.reply not in {"hang", "reset", "page"}:
             raise ValueError(f"`when: before` goes with hang, reset or page, not with {self.reply}")
         if self.on not in {"submit", None} and (self.reject is not None or self.fail is not None):
@@ -64,16 +95,15 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError("a file with another `status` is a `page`")
 
     def matches(self, operation: RequestType, user_key: str) -> bool:
-        """Say whether this fault is about such a request."""
-        concerns = operation != "file" if self.on is None else operation == self.on
-        return concerns and self.user_key in {None, user_key}
+        is_selected = operation != "file" if self.on is None else operation == self.on
+        return is_selected and self.user_key in {None, user_key}
 
 
 NO_FAULT: Final = Fault()
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the upstream behaves; the module's docstring explains every dial."""
+    """Behaviour of the sandbox; the module docstring explains the fields."""
 
     seconds: Seconds | None = None
     prices: dict[Kind, Yuan] = {}
@@ -87,56 +117,51 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     faults: tuple[Fault, ...] = ()
 
     def price_of(self, kind: Kind) -> int:
-        """Give the price of a task in yuan."""
         return self.prices.get(kind, DEFAULT_PRICES[kind])
 
     def format_state(self, state: str) -> str:
-        """Write a state in the letter case that is set."""
         if self.spelling == "COMPLETED":
             return state.upper()
         return state.lower() if self.spelling == "completed" else state.capitalize()
 
     def next_fault(self, operation: RequestType, user_key: str) -> tuple[Fault, Behaviour]:
-        """Give the fault that hits this request, and the dials as they are after it."""
-        for place, fault in enumerate(self.faults):
+        """Return the fault for a request, and the behaviour after it."""
+        for index, fault in enumerate(self.faults):
             if not fault.matches(operation, user_key):
                 continue
             if fault.times is None:
                 return fault, self
-            left = () if fault.times == 1 else (msgspec.structs.replace(fault, times=fault.times - 1),)
-            faults = self.faults[:place] + left + self.faults[place + 1 :]
+            remaining = () if fault.times == 1 else (msgspec.structs.replace(fault, times=fault.times - 1),)
+            faults = self.faults[:index] + remaining + self.faults[index + 1 :]
             return fault, msgspec.structs.replace(self, faults=faults)
         return NO_FAULT, self
 
 
 class FaultInjector:
-    """Holds the dials in force.
-
-    Attributes:
-        dials: may be replaced at any time.
-
-    """
+    """Holds the current behaviour, which may be replaced at any time."""
 
     def __init__(self, behaviour: Behaviour) -> None:
         self.behaviour = behaviour
 
     def next_fault(self, operation: RequestType, user_key: str) -> Fault:
-        """Give the fault that hits this request, and count it."""
+        """Return the fault for a request, and count it."""
         fault, self.behaviour = self.behaviour.next_fault(operation, user_key)
         return fault
 
 
 _MAX_RECORDS: Final = 10_000
-RequestOutcome: TypeAlias = Literal["arrived", "not_reached", "accepted", "refused", "told", "served", "broken_off"]
-"""What the upstream did with a request.
+RequestOutcome: TypeAlias = Literal[
+    "pending", "not_processed", "accepted", "refused", "reported", "served", "client_disconnected"
+]
+"""Outcome of a request.
 
-- `arrived`: nothing yet, it is still being looked at;
-- `not_reached`: nothing, a fault came before;
+- `pending`: still in progress;
+- `not_processed`: a fault came before;
 - `accepted`: a submit became a task;
-- `refused`: the answer is an error, and nothing else happened;
-- `told`: a check found its task;
-- `served`: a file was handed out;
-- `broken_off`: the client left in the middle of the request.
+- `refused`: an error response without any effect;
+- `reported`: a check returned the state of its task;
+- `served`: a file was sent;
+- `client_disconnected`: before the end of the request.
 """
 
 
@@ -144,12 +169,10 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     """One request.
 
     Attributes:
-        at: when it had been read, in seconds since the epoch.
-        path: it was sent to.
-        task_id: of the task that was accepted, asked for or whose file it is; empty if there is none.
-        outcome: what the upstream did with it.
-        detail: the error message, or the state that was told.
-        reply: how it was answered.
+        received_at: in seconds since the epoch.
+        task_id: of the task accepted, checked or downloaded; empty if there is none.
+        detail: the error message, or the state of the task.
+        reply: as the fault set it.
         image_bytes: size of the image; 0 if there was none.
         fields: the text fields, without the `user_key`.
 
@@ -160,7 +183,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     received_at: float = msgspec.field(default_factory=time.time)
     user_key: str = ""
     task_id: str = ""
-    outcome: RequestOutcome = "arrived"
+    outcome: RequestOutcome = "pending"
     detail: str = ""
     reply: Reply = "json"
     image_bytes: int = 0
@@ -168,37 +191,34 @@ class RequestRecord(msgspec.Struct, kw_only=True):
 
 
 class RequestLog:
-    """Keeps the newest requests, oldest first."""
+    """The newest requests, oldest first."""
 
     def __init__(self) -> None:
         self._records: deque[RequestRecord] = deque(maxlen=_MAX_RECORDS)
         self._change_event = asyncio.Event()
 
-    def add(self, entry: RequestRecord) -> None:
-        """Write a request down."""
-        self._records.append(entry)
+    def add(self, record: RequestRecord) -> None:
+        self._records.append(record)
         self._notify()
 
-    def record_outcome(self, entry: RequestRecord, outcome: RequestOutcome, detail: str = "") -> None:
-        """Write down what became of a request."""
-        entry.outcome = outcome
-        entry.detail = detail
+    def record_outcome(self, record: RequestRecord, outcome: RequestOutcome, detail: str = "") -> None:
+        record.outcome = outcome
+        record.detail = detail
         self._notify()
 
     def records(self) -> list[RequestRecord]:
-        """Give copies of all entries."""
-        return [msgspec.structs.replace(entry) for entry in self._records]
+        """Return copies, which do not change with their requests."""
+        return [msgspec.structs.replace(record) for record in self._records]
 
     def clear(self) -> None:
-        """Forget everything."""
         self._records.clear()
         self._notify()
 
     async def wait_until(self, predicate: Callable[[Sequence[RequestRecord]], bool]) -> list[RequestRecord]:
-        """Wait until something holds of the entries, and give them."""
-        while not predicate(entries := self.records()):
+        """Wait until the predicate is true of the records, and return them."""
+        while not predicate(records := self.records()):
             await self._change_event.wait()
-        return entries
+        return records
 
     def _notify(self) -> None:
         self._change_event.set()

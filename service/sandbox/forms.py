@@ -22,18 +22,11 @@ Number = TypeVar("Number", int, float)
 
 
 class RejectedError(Exception):
-    """A submit that the upstream does not take; the text is the reason, in Chinese."""
+    """A rejected submit; the text is the reason, in Chinese."""
 
 
 class Form(msgspec.Struct):
-    """What a body held.
-
-    Attributes:
-        fields: the text fields; of several with one name, the last.
-        image: the file part; None if there was none.
-        fault: why the body could not be read to its end, in Chinese; None if it could.
-
-    """
+    """A parsed body. Of several fields of one name, the last is kept; `error` is in Chinese."""
 
     fields: dict[str, str]
     image: bytes | None = None
@@ -41,10 +34,7 @@ class Form(msgspec.Struct):
 
 
 async def read_form(content_type: str, chunks: AsyncIterator[bytes]) -> Form:
-    """Read a body of form data, multipart or urlencoded, to its end.
-
-    Never fails: what was read before something was wrong with the body is in the form, beside the `fault`.
-    """
+    """Read multipart or urlencoded form data. Parse errors are returned in the form, with the fields before them."""
     media_type, options = parse_options_header(content_type)
     if media_type == "multipart/form-data":
         return await _read_multipart(options.get("boundary", ""), chunks)
@@ -93,7 +83,7 @@ def _add_part(form: Form, part: MultipartSegment, content: bytearray) -> None:
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What a task was asked to do; each kind reads the ones it knows."""
+    """Options of a task; each kind reads its own."""
 
     upscale: float = 1.0
     s_noise: float = 1.0
@@ -107,12 +97,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_options(kind: Kind, fields: Mapping[str, str]) -> Options:
-    """Read the fields that this kind of task takes; other fields are ignored.
-
-    Raises:
-        RejectedError: a field is missing that has no default, or one is not what it should be.
-
-    """
+    """Parse the fields of this kind; others are ignored. Raises RejectedError."""
     if kind == "vector":
         return Options(color_count=_parse_number(fields, "color_count", int, 2, 16, 5))
     if kind == "seamless":
@@ -137,9 +122,9 @@ def parse_options(kind: Kind, fields: Mapping[str, str]) -> Options:
 def _parse_number(
     fields: Mapping[str, str],
     name: str,
-    number: Callable[[str], Number],
-    least: float,
-    most: float,
+    convert: Callable[[str], Number],
+    minimum: float,
+    maximum: float,
     default: Number | None = None,
 ) -> Number:
     text = fields.get(name)
@@ -148,11 +133,11 @@ def _parse_number(
             raise RejectedError(f"缺少参数{name}")
         return default
     try:
-        value = number(text)
+        value = convert(text)
     except ValueError:
         raise RejectedError(f"参数{name}格式错误") from None
-    if not least <= value <= most:
-        raise RejectedError(f"参数{name}超出范围({least:g}-{most:g})")
+    if not minimum <= value <= maximum:
+        raise RejectedError(f"参数{name}超出范围({minimum:g}-{maximum:g})")
     return value
 
 

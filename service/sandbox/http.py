@@ -1,4 +1,4 @@
-"""The HTTP that the sandbox needs."""
+"""HTTP requests and responses on top of ASGI."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ JSON_TYPE: Final = "application/json"
 
 
 class Connection(Protocol):
-    """The TCP connection of a request, which plain ASGI hides."""
+    """The TCP connection of a request, which ASGI does not give access to."""
 
     def reset(self) -> None:
-        """Drop it so that the other side sees a reset."""
+        """Close it with a TCP reset."""
 
     def close_gracefully(self) -> None:
-        """Close it in order, after what was written so far."""
+        """Close it after the bytes written so far."""
 
 
 class ClientDisconnectedError(Exception):
@@ -30,7 +30,7 @@ class ClientDisconnectedError(Exception):
 
 
 class Exchange:
-    """One request and its answer."""
+    """One request and its response."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
@@ -40,34 +40,24 @@ class Exchange:
         self.path: str = scope["path"]
 
     def header(self, name: str) -> str:
-        """Give a header of the request; empty if it has none of this name."""
-        wanted = name.lower().encode()
-        return next((value.decode("latin-1") for key, value in self._scope["headers"] if key == wanted), "")
+        """Return a header of the request, empty if absent."""
+        encoded_name = name.lower().encode()
+        return next((value.decode("latin-1") for key, value in self._scope["headers"] if key == encoded_name), "")
 
     @property
     def base_url(self) -> str:
-        """The sandbox's own address as this client knows it."""
+        """The address of the sandbox as the client uses it."""
         host, port = self._scope["server"]
         return f"{self._scope['scheme']}://{self.header('host') or f'{host}:{port}'}"
 
     @property
     def connection(self) -> Connection:
-        """The connection of this request.
-
-        Raises:
-            KeyError: the server is not that of `service.sandbox.server`.
-
-        """
+        """The connection. Raises KeyError on any server but that of `service.sandbox.app`."""
         connection: Connection = self._scope["extensions"][CONNECTION_EXTENSION]
         return connection
 
     async def body(self) -> AsyncIterator[bytes]:
-        """Give the body piece by piece.
-
-        Raises:
-            ClientLeftError: it ended before it was whole.
-
-        """
+        """Yield the body in chunks. Raises ClientDisconnectedError."""
         more = True
         while more:
             message = await self._receive()
@@ -76,24 +66,26 @@ class Exchange:
             yield message.get("body", b"")
             more = message.get("more_body", False)
 
+    async def read_body(self) -> bytes:
+        """Return the complete body. Raises ClientDisconnectedError."""
+        return b"".join([chunk async for chunk in self.body()])
+
     async def wait_closed(self) -> None:
-        """Wait until the connection has ended."""
         with contextlib.suppress(ClientDisconnectedError):
             while True:
                 async for _ in self.body():
                     pass
 
     async def send_head(self, status: int, content_type: str, length: int, **headers: str) -> None:
-        """Send the head of the answer; an underscore in a header's name stands for a hyphen."""
+        """Send the status and the headers; an underscore in a header name becomes a hyphen."""
         fields = {"content-type": content_type, "content-length": str(length), **headers}
         raw = [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in fields.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def send_body(self, body: bytes, *, more: bool = False) -> None:
-        """Send a piece of the answer's body, by default the last."""
+        """Send a chunk of the body, by default the last."""
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def respond(self, status: int, content_type: str, body: bytes) -> None:
-        """Send a whole answer."""
         await self.send_head(status, content_type, len(body))
         await self.send_body(body)

@@ -1,4 +1,7 @@
-"""The four image operations."""
+"""The four image operations, without a model.
+
+Images are arrays of OpenCV: rows of blue, green, red and optionally alpha, in 8 bits each.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,15 @@ _TOO_MANY_PIXELS_ERROR: Final = f"图片像素过大(最多{MAX_PIXELS // 1_000_
 
 
 def check_image(image: bytes) -> None:
-    """Check that this is an image of a bearable size.
-
-    Raises:
-        RejectedError: it is not.
-
-    """
+    """Check the format and the size without decoding the image. Raises RejectedError."""
     if not image:
         raise RejectedError("图片文件为空")
     try:
-        with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
-            width, height = picture.size
+        with Image.open(io.BytesIO(image), formats=FORMATS) as header:
+            width, height = header.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RejectedError(_TOO_MANY_PIXELS_ERROR) from None
-    # Pillow's readers let their own mishaps with broken files through.
+    # Pillow's readers raise any of these on broken files.
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, struct.error, TypeError, KeyError):
         raise RejectedError("无法识别的图片格式") from None
     if width * height > MAX_PIXELS:
@@ -46,88 +44,64 @@ def check_image(image: bytes) -> None:
 
 
 def load_image(path: Path) -> MatLike:
-    """Decode an image, upright as its camera meant it.
-
-    Raises:
-        RejectedError: it is broken.
-
-    """
+    """Decode an image and apply its EXIF orientation. Raises RejectedError."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16"):
-                # Pillow would clip what is above 255 to white.
+                # Pillow would clip values above 255 to white.
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            clear = upright.has_transparency_data
-            pixels = np.asarray(upright.convert("RGBA" if clear else "RGB"))
+            has_alpha = upright.has_transparency_data
+            pixels = np.asarray(upright.convert("RGBA" if has_alpha else "RGB"))
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise RejectedError("图片文件已损坏") from error
-    return cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA if clear else cv2.COLOR_RGB2BGR)
+    return cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA if has_alpha else cv2.COLOR_RGB2BGR)
 
 
-def save_image(picture: MatLike, path: Path) -> Path:
-    """Write an image in the format that the path's suffix names, and give the path back.
-
-    Raises:
-        OSError: it can't be written.
-
-    """
-    written, data = cv2.imencode(path.suffix, picture)
-    if not written:
+def save_image(image: MatLike, path: Path) -> Path:
+    """Write an image in the format of the path's suffix, and return the path. Raises OSError."""
+    is_encoded, data = cv2.imencode(path.suffix, image)
+    if not is_encoded:
         raise OSError(f"{path.name} could not be encoded")
     path.write_bytes(data.tobytes())
     return path
 
 
-def split_alpha(picture: MatLike) -> tuple[MatLike, MatLike | None]:
-    """Give the colours and, where there is transparency, the alpha."""
-    if picture.shape[2] == 3:
-        return picture, None
-    return np.ascontiguousarray(picture[:, :, :3]), np.ascontiguousarray(picture[:, :, 3])
+def split_alpha(image: MatLike) -> tuple[MatLike, MatLike | None]:
+    """Return the colours and the alpha channel, if any."""
+    if image.shape[2] == 3:
+        return image, None
+    return np.ascontiguousarray(image[:, :, :3]), np.ascontiguousarray(image[:, :, 3])
 
 
 def join_alpha(colours: MatLike, alpha: MatLike | None) -> MatLike:
-    """Put back together what `split_alpha` took apart."""
     return colours if alpha is None else np.dstack((colours, alpha))
 
 
-def shrink(picture: MatLike, most_pixels: int) -> MatLike:
-    """Give the image with at most so many pixels, and at least one in each direction."""
-    height, width = picture.shape[:2]
-    if height * width <= most_pixels:
-        return picture
-    factor = math.sqrt(most_pixels / (height * width))
+def shrink(image: MatLike, max_pixels: int) -> MatLike:
+    height, width = image.shape[:2]
+    if height * width <= max_pixels:
+        return image
+    factor = math.sqrt(max_pixels / (height * width))
     size = max(1, int(width * factor)), max(1, int(height * factor))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def sharpen(colours: MatLike, radius: float, amount: float) -> MatLike:
-    """Sharpen with an unsharp mask.
-
-    Args:
-        colours: the image.
-        radius: of the blur that is taken away, in pixels.
-        amount: how much of the difference to the blur is added.
-
-    """
+    """Apply an unsharp mask: a blur radius in pixels, and the share of the difference to add."""
     blurred = cv2.GaussianBlur(colours, (0, 0), radius)
     return cv2.addWeighted(colours, 1 + amount, blurred, -amount, 0)
 
 
 def lift_contrast(colours: MatLike, limit: float) -> MatLike:
-    """Even out the light, locally (CLAHE on the lightness alone, so that colours stay)."""
+    """Equalize the contrast locally (CLAHE on the lightness, so that colours stay)."""
     lab = cv2.cvtColor(colours, cv2.COLOR_BGR2LAB)
     lab[:, :, 0] = cv2.createCLAHE(limit, (8, 8)).apply(lab[:, :, 0])
     return cv2.cvtColor(lab, cv2.COLOR_LAB2BGR)
 
 
 def check_size(width: float, height: float) -> tuple[int, int]:
-    """Round a size that is to be made.
-
-    Raises:
-        RejectedError: it has more pixels than can be worked on.
-
-    """
+    """Round a target size. Raises RejectedError if it is too large."""
     if width * height > MAX_PIXELS:
         raise RejectedError(f"放大后的图片像素过大(最多{MAX_PIXELS // 1_000_000}百万像素)")
     return max(1, round(width)), max(1, round(height))
@@ -139,7 +113,7 @@ _FACE_MARGIN: Final = 0.25
 
 
 def enhance_faces(image: MatLike) -> MatLike:
-    """Give the image with its faces cleaned and sharpened; one without a face is treated gently as a whole."""
+    """Denoise and sharpen the faces; without a face, the whole image slightly."""
     colours, alpha = split_alpha(image)
     faces = find_faces(colours)
     if not faces:
@@ -151,24 +125,24 @@ def enhance_faces(image: MatLike) -> MatLike:
 
 
 def find_faces(colours: MatLike) -> list[Rect]:
-    """Give the faces as left, top, width, height."""
+    """Return the faces as left, top, width, height."""
     small = shrink(colours, _MAX_DETECTION_PIXELS)
     grey = cv2.equalizeHist(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY))
-    # A classifier keeps state while it runs, so that each thread needs its own.
+    # A classifier is not thread-safe.
     cascade = cv2.CascadeClassifier(str(_CASCADE_PATH))
-    found = cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5, minSize=(32, 32))
+    rectangles = cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5, minSize=(32, 32))
     factor = math.sqrt(colours.shape[0] * colours.shape[1] / (small.shape[0] * small.shape[1]))
-    return [tuple(round(factor * int(length)) for length in face) for face in found]
+    return [tuple(round(factor * int(length)) for length in face) for face in rectangles]
 
 
 def _restore_face(colours: MatLike, face: Rect) -> None:
-    """Restore one face in place, fading into what surrounds it."""
+    """Restore one face in place, fading into its surroundings."""
     left, top, width, height = face
     rows = slice(max(0, top - round(_FACE_MARGIN * height)), top + round((1 + _FACE_MARGIN) * height))
     columns = slice(max(0, left - round(_FACE_MARGIN * width)), left + round((1 + _FACE_MARGIN) * width))
     region = colours[rows, columns]
     clean = cv2.bilateralFilter(region, 9, 40, 4)
-    # Half of it: all of it would draw a halo around dark hair.
+    # Half of the effect: all of it would draw a halo around dark hair.
     lit = cv2.addWeighted(lift_contrast(clean, 1.3), 0.5, clean, 0.5, 0)
     better = sharpen(lit, max(1.0, width / 160), 0.7)
     inside = _ellipse_weights(region.shape[0], region.shape[1])
@@ -176,7 +150,7 @@ def _restore_face(colours: MatLike, face: Rect) -> None:
 
 
 def _ellipse_weights(height: int, width: int) -> MatLike:
-    """Give the weights of an ellipse that reaches the middle of each side and fades out before it."""
+    """Return the weights of an ellipse inside the rectangle, fading to 0 at its border."""
     down = np.linspace(-1, 1, height, dtype=np.float32)[:, np.newaxis]
     across = np.linspace(-1, 1, width, dtype=np.float32)[np.newaxis, :]
     distance = np.sqrt(down * down + across * across)
@@ -187,21 +161,16 @@ _MAX_GRID_PIXELS: Final = 16_000_000
 
 
 def make_seamless(image: MatLike, fit: float) -> MatLike:
-    """Give a tile of the same size.
+    """Return a tile of the same size.
 
-    Towards each edge the image fades into itself shifted by half its size, in which the edge is the middle and so has
-    no seam; the shifted one's own seam lies where nothing of it is left.
-
-    Args:
-        image: to be made into a tile.
-        fit: share of the half image that fades: more hides the seam better and loses more of the image.
-
+    Towards each edge the image fades into a copy shifted by half its size, whose middle has no seam. `fit` is the
+    share of the half image that fades: more hides the seam better and loses more of the image.
     """
     return _blend_edges(_blend_edges(image, fit, axis=1), fit, axis=0)
 
 
 def make_grid(tile: MatLike) -> MatLike:
-    """Lay the tile out two by two, smaller if the whole would grow too large."""
+    """Repeat the tile two by two, within the limit of pixels."""
     small = shrink(tile, _MAX_GRID_PIXELS // 4)
     return np.tile(small, (2, 2, 1))
 
@@ -212,21 +181,17 @@ def _blend_edges(image: MatLike, fit: float, *, axis: int) -> MatLike:
     from_edge = np.minimum(np.arange(length), np.arange(length)[::-1])
     progress = np.clip(from_edge / max(1.0, fit * (length // 2 - 1)), 0, 1)
     # Smoothstep: the fade has no visible beginning.
-    kept = (progress * progress * (3 - 2 * progress)).astype(np.float32)
-    weights = np.broadcast_to(kept if axis == 1 else kept[:, np.newaxis], image.shape[:2])
-    keep = np.ascontiguousarray(weights)
-    return cv2.blendLinear(image, shifted, keep, 1 - keep)
+    share = (progress * progress * (3 - 2 * progress)).astype(np.float32)
+    weights = np.broadcast_to(share if axis == 1 else share[:, np.newaxis], image.shape[:2])
+    weights = np.ascontiguousarray(weights)
+    return cv2.blendLinear(image, shifted, weights, 1 - weights)
 
 
 def upscale(image: MatLike, options: Options) -> MatLike:
-    """Give the image enlarged by `upscale`.
+    """Enlarge an image by `options.upscale`. Raises RejectedError if the result would be too large.
 
-    `s_noise` smooths more before the enlargement, unless `high_fidelity` leaves the source as it is; `steps` sharpens
-    more behind it; `strong_inpaint` smooths wounds away and lifts what is left, as much as its intensity says.
-
-    Raises:
-        RejectedError: the result would have too many pixels.
-
+    `s_noise` smooths before the enlargement, unless `high_fidelity` is set; `steps` sharpens after it;
+    `strong_inpaint` removes specks and lifts the contrast, in proportion to its intensity.
     """
     height, width = image.shape[:2]
     size = check_size(width * options.upscale, height * options.upscale)
@@ -234,9 +199,9 @@ def upscale(image: MatLike, options: Options) -> MatLike:
     if not options.high_fidelity:
         colours = cv2.bilateralFilter(colours, 5, 12 + 200 * (options.s_noise - 1), 3)
     if options.strong_inpaint:
-        mended = lift_contrast(cv2.medianBlur(colours, 3), 1.5)
+        smooth = lift_contrast(cv2.medianBlur(colours, 3), 1.5)
         share = options.strong_inpaint_intensity
-        colours = cv2.addWeighted(mended, share, colours, 1 - share, 0)
+        colours = cv2.addWeighted(smooth, share, colours, 1 - share, 0)
     colours = cv2.resize(colours, size, interpolation=cv2.INTER_LANCZOS4)
     colours = sharpen(colours, 0.6 + 0.4 * options.upscale, 0.4 + (options.steps - 20) / 40)
     if alpha is not None:
@@ -262,23 +227,17 @@ _SIZE_PATTERN: Final = re.compile(r'width="(\d+)" height="(\d+)"')
 
 
 def reduce_colors(image: MatLike, color_count: int) -> MatLike:
-    """Give the image in at most so many colours, each pixel opaque or clear, and no larger than can be traced."""
+    """Reduce the colours, make each pixel opaque or clear, and limit the size for tracing."""
     colours, alpha = split_alpha(shrink(image, _MAX_VECTOR_PIXELS))
     pixels = cv2.bilateralFilter(colours, 5, 25, 3).reshape(-1, 3)
     opaque = None if alpha is None else np.where(alpha > 127, 255, 0).astype(np.uint8)
-    shown = pixels if opaque is None or not opaque.any() else pixels[opaque.reshape(-1) > 0]
-    flat = _nearest_colors(pixels, _choose_palette(shown, color_count)).reshape(colours.shape)
+    visible = pixels if opaque is None or not opaque.any() else pixels[opaque.reshape(-1) > 0]
+    flat = _nearest_colors(pixels, _choose_palette(visible, color_count)).reshape(colours.shape)
     return join_alpha(flat, opaque)
 
 
 def trace_paths(flat: MatLike, source: Path, target: Path, size: tuple[int, int]) -> None:
-    """Draw a flattened image as paths, each filled with one of its colours.
-
-    Args:
-        flat: the image.
-        source: the same, as a PNG.
-        target: the SVG to be written.
-        size: width and height that the SVG is to have, in pixels.
+    """Trace a flat image, stored as the PNG `source`, into the SVG `target` of a size in pixels.
 
     Raises:
         OSError: it could not be traced.
@@ -286,12 +245,12 @@ def trace_paths(flat: MatLike, source: Path, target: Path, size: tuple[int, int]
 
     """
     program = [sys.executable, "-c", _TRACE_PROGRAM, str(source), str(target)]
-    # Nothing of it comes from a client: the paths are the sandbox's own.
+    # The arguments are paths of the sandbox, not input of a client.
     subprocess.run(program, check=True, timeout=_TRACE_TIMEOUT_SECONDS, stdout=subprocess.DEVNULL)  # noqa: S603
     palette = np.unique(flat.reshape(-1, flat.shape[2])[:, :3], axis=0)
 
     def to_palette(fill: re.Match[str]) -> str:
-        # Where specks were swallowed, the tracer fills with a mean colour.
+        # The tracer fills areas of removed specks with a mean colour.
         red, green, blue = bytes.fromhex(fill[1])
         nearest = _nearest_colors(np.array([[blue, green, red]], np.uint8), palette)[0]
         return 'fill="#{:02x}{:02x}{:02x}"'.format(*nearest[::-1])
@@ -303,8 +262,8 @@ def trace_paths(flat: MatLike, source: Path, target: Path, size: tuple[int, int]
 
 
 def _choose_palette(pixels: MatLike, color_count: int) -> MatLike:
-    chosen = np.random.default_rng(_SEED).integers(0, len(pixels), min(_SAMPLE_PIXELS, len(pixels)))
-    sample = pixels[chosen]
+    indexes = np.random.default_rng(_SEED).integers(0, len(pixels), min(_SAMPLE_PIXELS, len(pixels)))
+    sample = pixels[indexes]
     distinct = np.unique(sample, axis=0)
     if len(distinct) <= color_count:
         return distinct
@@ -316,26 +275,21 @@ def _choose_palette(pixels: MatLike, color_count: int) -> MatLike:
 
 
 def _nearest_colors(pixels: MatLike, palette: MatLike) -> MatLike:
-    """Give for each pixel the nearest colour of the palette, one colour at a time to save memory."""
+    """Return the nearest colour of the palette for each pixel."""
     signed = pixels.astype(np.int32)
     best = np.full(len(pixels), np.iinfo(np.int32).max, np.int32)
     index = np.zeros(len(pixels), np.intp)
-    for place, colour in enumerate(palette.astype(np.int32)):
+    # One colour at a time, to save memory.
+    for number, colour in enumerate(palette.astype(np.int32)):
         distance = np.square(signed - colour).sum(axis=1, dtype=np.int32)
         closer = distance < best
         best[closer] = distance[closer]
-        index[closer] = place
+        index[closer] = number
     return palette[index]
 
 
 def apply_operation(kind: Kind, options: Options, image: Path, folder: Path) -> list[Path]:
-    """Do the work of a task and give the files of its results, all in this folder.
-
-    Raises:
-        RejectedError: the image can't be worked on, with the reason.
-        OSError: a file can't be read or written.
-
-    """
+    """Process a task and return the files of its results, all in the folder. Raises RejectedError and OSError."""
     source = load_image(image)
     if kind == "vector":
         return _vectorise(source, options, preview=folder / "image.png", target=folder / "vector.svg")
@@ -343,8 +297,7 @@ def apply_operation(kind: Kind, options: Options, image: Path, folder: Path) -> 
         return [save_image(enhance_faces(source), folder / "image.png")]
     if kind == "seamless":
         tile = make_seamless(source, options.fit)
-        laid = make_grid(tile)
-        return [save_image(tile, folder / "image.png"), save_image(laid, folder / "grid.png")]
+        return [save_image(tile, folder / "image.png"), save_image(make_grid(tile), folder / "grid.png")]
     enlarged = upscale(source, options)
     results = [save_image(enlarged, folder / "image.png")]
     if options.vector_switch:

@@ -16,24 +16,13 @@ from service.sandbox.forms import Options
 
 
 class AccountBalance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is left of an account.
-
-    Attributes:
-        count: prepaid uses.
-        money: yuan.
-
-    """
+    """Prepaid uses and yuan of an account."""
 
     count: Annotated[int, msgspec.Meta(ge=0)]
     money: Annotated[int, msgspec.Meta(ge=0)]
 
     def charge(self, price: int) -> AccountBalance | None:
-        """Give what is left after a task: a prepaid use goes first, then money; None if neither suffices.
-
-        Args:
-            price: of the task, in yuan.
-
-        """
+        """Return the balance after a task, which takes a prepaid use or else its price; None if neither suffices."""
         if self.count > 0:
             return AccountBalance(self.count - 1, self.money)
         if self.money >= price:
@@ -45,6 +34,8 @@ State: TypeAlias = Literal["open", "completed", "failed"]
 MAX_TASKS: Final = 1_000
 MAX_BYTES: Final = 2 * 1024**3
 INPUT_NAME: Final = "input"
+# The field names in existing databases.
+_STORED_NAMES: Final = {"ready_at": "ready", "is_charged": "charged", "planned_failure": "doomed"}
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS account (user_key TEXT PRIMARY KEY, count INTEGER NOT NULL, money INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS task (
@@ -54,16 +45,16 @@ CREATE TABLE IF NOT EXISTS task (
 """
 
 
-class Task(msgspec.Struct, frozen=True, kw_only=True):
+class Task(msgspec.Struct, frozen=True, kw_only=True, rename=_STORED_NAMES):
     """One task.
 
     Attributes:
-        ready: when it may end at the earliest, in seconds since the epoch, which a restart does not reset.
-        charged: whether it was paid for at its submit.
-        doomed: the reason for which it is to fail; None if it is to be tried.
-        reason: why it failed.
+        ready_at: earliest end, in seconds since the epoch, also after a restart.
+        is_charged: whether the submit was charged.
+        planned_failure: the reason of a planned failure.
+        reason: of its failure.
         files: names of the results.
-        balance: of its account when it ended.
+        balance: of its account at its end.
 
     """
 
@@ -81,12 +72,12 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def new_task_id() -> str:
-    """Make a task id: decimal and below 2**53, so that it stays itself where the dials turn it into a number."""
+    """Return a decimal id below 2**53, so that it is exact also as a JSON number."""
     return str(secrets.choice(range(10**15, 9 * 10**15)))
 
 
 class Store:
-    """Keeps everything that outlives a restart. Not for several threads, except for `folder_of`."""
+    """Persistent state in one folder: SQLite and a folder for each task. Thread-safe: `task_folder` alone."""
 
     def __init__(
         self,
@@ -96,13 +87,9 @@ class Store:
         max_tasks: int = MAX_TASKS,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        """Open the folder.
+        """Open the folder, and create the accounts that it does not have yet.
 
-        Args:
-            folder: made if it is missing.
-            accounts: to be made, except for those that the folder knows already.
-            most_tasks: ended tasks that are kept.
-            most_bytes: that their results may take together.
+        `max_tasks` and `max_bytes` limit the finished tasks and their results.
 
         Raises:
             OSError: the folder can't be used.
@@ -115,37 +102,32 @@ class Store:
         self._tasks_folder.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(folder / "sandbox.sqlite3")
         self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
-        known = self.list_accounts()
+        existing = self.list_accounts()
         for user_key, balance in accounts.items():
-            if user_key not in known:
+            if user_key not in existing:
                 self.set_account(user_key, balance)
         self._remove_orphans()
 
     def close(self) -> None:
-        """Let go of the folder."""
         self._db.close()
 
     def task_folder(self, task_id: str) -> Path:
-        """Name the folder of a task's files."""
         return self._tasks_folder / task_id
 
     def list_accounts(self) -> dict[str, AccountBalance]:
-        """Give all accounts."""
         rows = self._db.execute("SELECT user_key, count, money FROM account ORDER BY user_key")
         return {user_key: AccountBalance(count, money) for user_key, count, money in rows}
 
     def get_balance(self, user_key: str) -> AccountBalance | None:
-        """Give what an account holds; None if there is no such account."""
         row = self._db.execute("SELECT count, money FROM account WHERE user_key = ?", (user_key,)).fetchone()
         return None if row is None else AccountBalance(*row)
 
     def set_account(self, user_key: str, balance: AccountBalance) -> None:
-        """Make or replace an account."""
         with self._db:
             self._write_account(user_key, balance)
 
     def add_task(self, task: Task, balance: AccountBalance) -> None:
-        """Write a new task and what its account holds from now on."""
+        """Write a new task and the balance of its account in one transaction."""
         with self._db:
             self._db.execute(
                 "INSERT INTO task (id, state, bytes, record) VALUES (?, ?, 0, ?)",
@@ -154,13 +136,7 @@ class Store:
             self._write_account(task.user_key, balance)
 
     def finish_task(self, task: Task, size: int) -> None:
-        """Write the end of a task, and the balance it ended with to its account.
-
-        Args:
-            task: as it ended.
-            size: of its results, in bytes.
-
-        """
+        """Write a finished task, the size of its results in bytes, and the balance of its account."""
         with self._db:
             self._db.execute(
                 "UPDATE task SET state = ?, bytes = ?, record = ? WHERE id = ?",
@@ -170,29 +146,28 @@ class Store:
                 self._write_account(task.user_key, task.balance)
 
     def get_task(self, task_id: str) -> Task | None:
-        """Give a task; None if there is none of this id, or it was pruned."""
         row = self._db.execute("SELECT record FROM task WHERE id = ?", (task_id,)).fetchone()
         return None if row is None else _decode_task(row[0])
 
     def list_open_tasks(self) -> list[Task]:
-        """Give the tasks that have not ended, oldest first."""
+        """Return the unfinished tasks, oldest first."""
         rows = self._db.execute("SELECT record FROM task WHERE state = 'open' ORDER BY number")
         return [_decode_task(record) for (record,) in rows]
 
     def prune_tasks(self) -> list[Path]:
-        """Forget the oldest ended tasks beyond the bounds, but never the newest; give the folders to be removed."""
+        """Delete the oldest finished tasks beyond the limits, never the newest. Return the folders to remove."""
         rows = self._db.execute("SELECT id, bytes FROM task WHERE state != 'open' ORDER BY number DESC").fetchall()
-        total, gone = 0, []
-        for place, (task_id, size) in enumerate(rows):
-            total += size
-            if place > 0 and (place >= self._max_tasks or total > self._max_bytes):
-                gone.append(task_id)
+        total_bytes, pruned = 0, []
+        for index, (task_id, size) in enumerate(rows):
+            total_bytes += size
+            if index > 0 and (index >= self._max_tasks or total_bytes > self._max_bytes):
+                pruned.append(task_id)
         with self._db:
-            self._db.executemany("DELETE FROM task WHERE id = ?", [(task_id,) for task_id in gone])
-        return [self.task_folder(task_id) for task_id in gone]
+            self._db.executemany("DELETE FROM task WHERE id = ?", [(task_id,) for task_id in pruned])
+        return [self.task_folder(task_id) for task_id in pruned]
 
     def clear(self, accounts: Mapping[str, AccountBalance]) -> None:
-        """Forget all tasks and their files, and set the accounts to these."""
+        """Delete all tasks with their files, and replace the accounts."""
         with self._db:
             self._db.execute("DELETE FROM task")
             self._db.execute("DELETE FROM account")
@@ -207,10 +182,10 @@ class Store:
         )
 
     def _remove_orphans(self) -> None:
-        """Remove the files of submits that were cut off before their task was written."""
-        known = {task_id for (task_id,) in self._db.execute("SELECT id FROM task")}
+        """Remove the files of submits that were interrupted before their task was written."""
+        task_ids = {task_id for (task_id,) in self._db.execute("SELECT id FROM task")}
         for folder in self._tasks_folder.iterdir():
-            if folder.name not in known:
+            if folder.name not in task_ids:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Runs tasks outside the event loop."""
+"""Processing of tasks, in threads."""
 
 from __future__ import annotations
 
@@ -25,19 +25,12 @@ ResultSizes: TypeAlias = dict[str, int]
 
 
 class Worker:
-    """Works on the tasks of a store, two at a time, in the order of their submission."""
+    """Processes the tasks of a store, two at a time, in the order of their submission."""
 
-    def __init__(self, store: Store, panel: FaultInjector) -> None:
-        """Bind the workshop to its store.
-
-        Args:
-            store: holds the tasks.
-            panel: says the price of a task that was not charged at its submit.
-
-        """
+    def __init__(self, store: Store, fault_injector: FaultInjector) -> None:
         self._store = store
-        self._fault_injector = panel
-        # One thread more than benches: taking in a new image never waits for a task.
+        self._fault_injector = fault_injector
+        # One more thread, so that storing a new image never waits for a task.
         self._executor = ThreadPoolExecutor(_MAX_PARALLEL + 1, thread_name_prefix="sandbox")
         self._slots = asyncio.Semaphore(_MAX_PARALLEL)
         self._jobs: dict[str, asyncio.Task[None]] = {}
@@ -45,47 +38,41 @@ class Worker:
         self._running_ids: set[str] = set()
 
     def resume(self) -> None:
-        """Take up every task that has not ended."""
+        """Start every unfinished task of the store."""
         for task in self._store.list_open_tasks():
             self.start(task)
 
     def start(self, task: Task) -> None:
-        """Work on a task whose input lies in its folder."""
+        """Process a task whose input is stored."""
         job = asyncio.create_task(self._run_task(task), name=f"sandbox task {task.id}")
         self._jobs[task.id] = job
         job.add_done_callback(lambda _: self._jobs.pop(task.id, None))
 
     def is_running(self, task_id: str) -> bool:
-        """Say whether a task that has not ended is being worked on, or still waits for its turn."""
+        """Return whether an unfinished task is in progress; else it is queued."""
         return task_id in self._running_ids
 
     async def wait_until_idle(self) -> None:
-        """Wait until every task has ended."""
         while self._jobs:
             await asyncio.wait(self._jobs.values())
 
     async def store_image(self, task_id: str, image: bytes) -> None:
-        """Look at an image and lay it down as the input of a task that may follow.
-
-        Raises:
-            RejectedError: it is no image that could be worked on.
-
-        """
+        """Check an image and store it as the input of a task. Raises RejectedError."""
         await self._run_in_thread(lambda: _store_image(self._store.task_folder(task_id), image))
 
     async def discard_files(self, task_id: str) -> None:
-        """Remove the files of a task that does not exist."""
+        """Remove the files of a task that was not accepted."""
         await self._run_in_thread(lambda: shutil.rmtree(self._store.task_folder(task_id), ignore_errors=True))
 
     async def cancel_all(self) -> None:
-        """Leave all tasks where they are. Waits for threads in the middle of their work, which nothing can stop."""
+        """Interrupt all tasks. Waits for busy threads, which can't be interrupted."""
         jobs = [*self._jobs.values()]
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, *self._calls, return_exceptions=True)
 
     async def close(self) -> None:
-        """Leave all tasks where they are; a later workshop on the same store resumes them."""
+        """Interrupt all tasks; another worker on the same store can resume them."""
         await self.cancel_all()
         self._executor.shutdown()
 
@@ -99,8 +86,8 @@ class Worker:
         finally:
             self._running_ids.discard(task.id)
         self._finish_task(task, results, reason)
-        outdated = self._store.prune_tasks()
-        await self._run_in_thread(lambda: _remove_files(folder / INPUT_NAME, outdated))
+        pruned = self._store.prune_tasks()
+        await self._run_in_thread(lambda: _remove_files(folder / INPUT_NAME, pruned))
 
     async def _run_in_thread(self, function: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, function)
@@ -113,7 +100,7 @@ class Worker:
         )
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
-        # Unlike awaiting the call, this leaves it alone when the job is cancelled: `drop` waits for it.
+        # Unlike `await call`, this does not cancel the call with the job: `cancel_all` waits for it.
         await asyncio.wait({call})
         error = call.exception()
         if error is None:
@@ -124,23 +111,23 @@ class Worker:
         return {}, _INTERNAL_ERROR
 
     def _finish_task(self, task: Task, results: ResultSizes, reason: str | None) -> None:
-        """Write the end of a task. Awaits nothing: the balance that is read must still be the one that is replaced."""
+        """Write the end of a task. Must not await: no other task may change the balance between read and write."""
         balance = self._store.get_balance(task.user_key)
         if balance is not None and reason is None and not task.is_charged:
-            # An account that ran dry since the submit keeps the little it has.
+            # An account that can't pay any more keeps its balance.
             balance = balance.charge(self._fault_injector.behaviour.price_of(task.kind)) or balance
-        ended = msgspec.structs.replace(
+        finished = msgspec.structs.replace(
             task,
             state="completed" if reason is None else "failed",
             reason=reason,
             files=tuple(results),
             balance=balance,
         )
-        self._store.finish_task(ended, sum(results.values()))
+        self._store.finish_task(finished, sum(results.values()))
 
 
 def _store_image(folder: Path, image: bytes) -> None:
-    # Imported when needed, as below.
+    # Imported when needed: OpenCV and NumPy take most of a second, by which the server would start later.
     from service.sandbox.imaging import check_image  # noqa: PLC0415
 
     check_image(image)
@@ -149,7 +136,6 @@ def _store_image(folder: Path, image: bytes) -> None:
 
 
 def _process_image(folder: Path, kind: Kind, options: Options) -> ResultSizes:
-    # OpenCV and NumPy take most of a second to import, which nobody should wait for before the server listens.
     from service.sandbox.imaging import apply_operation  # noqa: PLC0415
 
     return {path.name: path.stat().st_size for path in apply_operation(kind, options, folder / INPUT_NAME, folder)}

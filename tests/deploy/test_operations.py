@@ -149,10 +149,10 @@ def test_upgrade_to_another_data_version(here: ProcedureShell, upstream: Sandbox
     other = f"redis-cli -p {here.stores[0]} set {{gw}}:version 1"
     refused = "if gateway check-config --connect; then exit 1; fi; if start one; then exit 1; fi"
     printed = here.run(
-        *(*here.installation_steps(), "submit", f"curl -fsS -X PUT -d '{LONG}' {upstream.url}/_control/dials", begin),
+        *(*here.installation_steps(), "submit", f"curl -fsS -X PUT -d '{LONG}' {upstream.url}/_control/behaviour", begin),
         *(old, other, refused, new, "used"),
         *("read_task task.json", "cp read.json finished.json", "read_task running.json", "used"),
-        *(f"curl -fsS -X PUT -d '{SHORT}' {upstream.url}/_control/dials", "submit", "used"),
+        *(f"curl -fsS -X PUT -d '{SHORT}' {upstream.url}/_control/behaviour", "submit", "used"),
     )
     assert printed.count("has version 1, and this gateway uses version 2: run `gateway export`") == 2
     assert re.findall(r'"used":(\d+)', printed) == ["0", "2", "3"]

@@ -30,7 +30,7 @@ class SandboxProcess:
     def set_faults(self, *faults: dict[str, Any], seconds: float = 0) -> None:
         """Replace all faults, and set the duration of tasks from now on."""
         body = {"seconds": seconds, "faults": faults}
-        httpx2.put(f"{self.url}/_control/dials", json=body).raise_for_status()
+        httpx2.put(f"{self.url}/_control/behaviour", json=body).raise_for_status()
 
     def count_requests(self, operation: str, outcome: str | None = None) -> int:
         """Count the submits or checks received, optionally those with an outcome."""

@@ -62,7 +62,7 @@ async def test_invalid_behaviour_is_refused(
     sandbox: RunningSandbox, caller: SandboxClient, content: dict[str, Any], reason: str
 ) -> None:
     """An invalid setting gets 400 with the reason and changes nothing."""
-    response = await caller.http.put("/_control/dials", json=content)
+    response = await caller.http.put("/_control/behaviour", json=content)
     assert response.status_code == 400
     assert reason in response.json()["error"]
     assert await sandbox.control.get_behaviour() == Behaviour()
@@ -71,9 +71,9 @@ async def test_invalid_behaviour_is_refused(
 async def test_behaviour_over_http(sandbox: RunningSandbox, caller: SandboxClient) -> None:
     """Faults set over HTTP apply, and the remaining ones can be read."""
     content = {"seconds": 1.5, "faults": [{"on": "submit", "times": 2, "reply": "page", "status": 502}]}
-    assert (await caller.http.put("/_control/dials", json=content)).status_code == 200
+    assert (await caller.http.put("/_control/behaviour", json=content)).status_code == 200
     assert (await caller.submit()).status_code == 502
-    response = await caller.http.get("/_control/dials")
+    response = await caller.http.get("/_control/behaviour")
     assert msgspec.json.decode(response.content, type=Behaviour) == await sandbox.control.get_behaviour()
     assert response.json()["faults"][0]["times"] == 1
 
@@ -95,7 +95,7 @@ async def test_request_records_over_http(caller: SandboxClient) -> None:
     task_id = await caller.submit_accepted(fields={"fit": "0.3"})
     await caller.check("1")
     submit, check = (await caller.http.get("/_control/requests")).json()
-    assert submit.pop("at") <= check.pop("at")
+    assert submit.pop("received_at") <= check.pop("received_at")
     assert submit.pop("image_bytes") > 0
     assert submit == {
         "operation": "submit",
@@ -117,7 +117,7 @@ async def test_read_records_do_not_change(sandbox: RunningSandbox, caller: Sandb
     (early,) = await sandbox.control.wait_for_requests(lambda entries: len(entries) == 1)
     await submit
     (late,) = await sandbox.control.list_requests()
-    assert (early.outcome, late.outcome) == ("arrived", "accepted")
+    assert (early.outcome, late.outcome) == ("pending", "accepted")
 
 
 async def test_reset(sandbox: RunningSandbox, caller: SandboxClient) -> None:
@@ -138,7 +138,7 @@ async def test_reset(sandbox: RunningSandbox, caller: SandboxClient) -> None:
 
 async def test_unknown_control_path(caller: SandboxClient) -> None:
     assert (await caller.http.get("/_control/knobs")).status_code == 404
-    assert (await caller.http.post("/_control/dials")).status_code == 404
+    assert (await caller.http.post("/_control/behaviour")).status_code == 404
 
 
 @pytest.mark.parametrize("spelling", ["Completed", "COMPLETED", "completed"])

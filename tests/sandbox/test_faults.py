@@ -16,7 +16,7 @@ from tests.sandbox.client import SandboxClient
 
 When = Literal["before", "after"]
 FAULT_TIMINGS: list[tuple[When, RequestOutcome, AccountBalance]] = [
-    ("before", "not_reached", AccountBalance(3, 10)),
+    ("before", "not_processed", AccountBalance(3, 10)),
     ("after", "accepted", AccountBalance(2, 10)),
 ]
 
@@ -198,6 +198,6 @@ async def test_client_that_disconnects(sandbox: RunningSandbox) -> None:
     writer.close()
     await writer.wait_closed()
     entries = await sandbox.control.wait_for_requests(
-        lambda entries: [entry.outcome for entry in entries] == ["broken_off"]
+        lambda entries: [entry.outcome for entry in entries] == ["client_disconnected"]
     )
     assert entries[0].path == "/api/submit_task"

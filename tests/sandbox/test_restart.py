@@ -79,9 +79,9 @@ async def test_input_is_deleted_when_the_task_ends(tmp_path: Path) -> None:
 async def test_killed_process_loses_no_accepted_task(tmp_path: Path) -> None:
     program = (
         "import asyncio, pathlib, sys\n"
-        "from service.sandbox.app import Balance, SandboxConfig\n"
+        "from service.sandbox.app import AccountBalance, SandboxConfig\n"
         "from service.sandbox.app import serve\n"
-        "config = SandboxConfig(folder=pathlib.Path(sys.argv[1]), accounts={'key': Balance(3, 10)}, seconds=0)\n"
+        "config = SandboxConfig(folder=pathlib.Path(sys.argv[1]), accounts={'key': AccountBalance(3, 10)}, seconds=0)\n"
         "asyncio.run(serve(config, '127.0.0.1', 0, on_ready=lambda url: print(url, flush=True)))\n"
     )
     process = await asyncio.create_subprocess_exec(

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from service.sandbox.app import AccountBalance, SandboxConfig, create_sandbox, open_sandbox, serve
+from service.sandbox.app import AccountBalance, Sandbox, SandboxConfig, open_sandbox, serve
 from service.sandbox.faults import Behaviour, Fault
 from service.sandbox.http import Message
 from tests.sandbox.client import open_client
@@ -112,7 +112,7 @@ async def test_no_image_library_before_the_first_image() -> None:
 
 async def test_any_asgi_server_can_run_it() -> None:
     """The application opens and closes with the ASGI lifespan."""
-    sandbox = create_sandbox(CONFIG)
+    sandbox = Sandbox(CONFIG)
     told: asyncio.Queue[Message] = asyncio.Queue()
     asked: asyncio.Queue[Message] = asyncio.Queue()
     life = asyncio.create_task(sandbox({"type": "lifespan"}, asked.get, told.put))
