@@ -1,4 +1,4 @@
-"""How commands ask a running gateway, on its operators' port: there is one way to change things, and it is logged."""
+"""Client of the operators' port, which all commands use, so that every change is logged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 import httpx2
 import msgspec
 
-from service.cli.common import load_settings
+from service.cli.common import load_settings, url_option
 from service.cli.formatting import single_line
 from service.settings import Settings, parse_http_url, parse_printable
 
@@ -22,19 +22,18 @@ NOT_FOUND = 404
 _JSON_TYPE = "application/json"
 _HTTP_TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
 _LOOPBACK_BY_WILDCARD = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the gateway's answer as it is, for scripts.")
 
 
 class CommandError(click.ClickException):
-    """What ends a command with exit code 1; the message says to a person why."""
+    """Ends a command with exit code 1."""
 
     def show(self, file: Any = None) -> None:
-        """Print the message, without the word `Error` that Click would put in front."""
+        # Without the prefix `Error:` of Click.
         click.echo(self.message, file=file, err=file is None)
 
 
 class ProblemError(CommandError):
-    """The gateway answered with a problem document, `title: detail` and a line for each of its `errors`."""
+    """A problem document: `title: detail` and a line for each of its `errors`."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -42,8 +41,6 @@ class ProblemError(CommandError):
 
 
 class FieldError(msgspec.Struct, frozen=True):
-    """What is wrong with one field."""
-
     field: str
     detail: str
 
@@ -52,20 +49,18 @@ class FieldError(msgspec.Struct, frozen=True):
 
 
 class ProblemDocument(msgspec.Struct, frozen=True):
-    """As much of a problem document as a person needs."""
-
     title: str
     detail: str
     errors: tuple[FieldError, ...] = ()
 
     def __str__(self) -> str:
-        faults = [str(each) for each in self.errors]
-        detail = "" if self.detail == "; ".join(faults) else f" {single_line(self.detail)}"
-        return "\n  ".join([f"{single_line(self.title)}:{detail}", *map(single_line, faults)])
+        errors = [str(error) for error in self.errors]
+        detail = "" if self.detail == "; ".join(errors) else f" {single_line(self.detail)}"
+        return "\n  ".join([f"{single_line(self.title)}:{detail}", *map(single_line, errors)])
 
 
 class AdminResponse:
-    """What the gateway answered at `url`, or a part of it; `version` is its ETag."""
+    """A response from `url`, or a part of it; `version` is its ETag."""
 
     def __init__(self, url: str, content: bytes, version: str | None = None) -> None:
         self._url = url
@@ -73,28 +68,26 @@ class AdminResponse:
         self.version = version
 
     def with_members(self, **members: Any) -> AdminResponse:
-        """Only these members of it."""
         return AdminResponse(self._url, msgspec.json.encode(members))
 
-    def decode(self, kind: type[T]) -> T:
-        """The answer as a value. Raises CommandError."""
+    def decode(self, schema: type[T]) -> T:
+        """Raises CommandError."""
         try:
-            return msgspec.json.decode(self._content, type=kind)
+            return msgspec.json.decode(self._content, type=schema)
         except msgspec.DecodeError as error:
             raise _unexpected_response(self._url, single_line(str(error))) from None
 
     def text(self) -> str:
-        """The answer as it is."""
         return self._content.decode()
 
     def format_json(self) -> str:
-        """The answer as indented JSON. Raises CommandError."""
+        """Return indented JSON. Raises CommandError."""
         self.decode(object)
         return msgspec.json.format(self._content, indent=2).decode()
 
 
 class AdminClient:
-    """The operators' port of a gateway. Every call raises CommandError, and none is sent twice."""
+    """Client of `/admin/v1`. Every call raises CommandError, and none is repeated."""
 
     def __init__(self, url: str, http: httpx2.Client) -> None:
         self._url = url
@@ -109,15 +102,12 @@ class AdminClient:
         version: str | None = None,
         **query: Any,
     ) -> AdminResponse:
-        """Call `/admin/v1` and the parts of a path, with a JSON body and a query, for an answer of a media type.
-
-        With a `version` it is refused if there is a newer one.
-        """
+        """Send a request to the parts of a path. `version` becomes `If-Match`."""
         for part in path:
             if part in {"", ".", ".."} or "/" in part:
-                # However it is quoted, a server takes it for another path.
-                raise ProblemError(NOT_FOUND, f"gateway: nothing has the name {single_line(part)!r}")
-        address = "/".join(["/admin/v1", *(quote(each, safe="") for each in path)])
+                # Servers normalize such a path even if it is quoted.
+                raise ProblemError(NOT_FOUND, f"gateway: there is no {single_line(part)!r}")
+        address = "/".join(["/admin/v1", *(quote(part, safe="") for part in path)])
         content = None if body is None else msgspec.json.encode(body)
         headers = {"Accept": accept} | ({} if body is None else {"Content-Type": _JSON_TYPE})
         headers |= {} if version is None else {"If-Match": version}
@@ -130,7 +120,7 @@ class AdminClient:
             and accept != _JSON_TYPE
             and response.headers.get("content-type", "").partition(";")[0] != accept
         ):
-            raise _unexpected_response(self._url, f"it has no {accept}")
+            raise _unexpected_response(self._url, f"no {accept}")
         if response.is_success:
             return AdminResponse(self._url, response.content, response.headers.get("etag"))
         try:
@@ -142,33 +132,33 @@ class AdminClient:
     def _map_transport_error(self, method: str, error: httpx2.RequestError) -> CommandError:
         why = single_line(str(error)) or type(error).__name__
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-            hint = "Start it, or name its operators' port with --url."
-            return CommandError(f"gateway: no gateway answers at {self._url}: {why}. {hint}")
-        hint = "" if method == "GET" else " It may have been done all the same: look before you repeat it."
-        return CommandError(f"gateway: no answer came from {self._url}: {why}.{hint}")
+            hint = "Start it, or use --url for its operators' port."
+            return CommandError(f"gateway: can't connect to {self._url}: {why}. {hint}")
+        hint = "" if method == "GET" else " The change may have been made: check before you repeat it."
+        return CommandError(f"gateway: no response from {self._url}: {why}.{hint}")
 
 
 def with_admin_client(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the operators' port as its first argument, and the option that says where it is."""
+    """Pass a client as the first argument, and add the option for its address."""
 
-    @click.option("--url", help="The operators' port.  [default: as GATEWAY_OPS_HOST and GATEWAY_OPS_PORT say]")
+    @url_option
     @functools.wraps(command)
-    def with_port(*, url: str | None, **arguments: Any) -> None:
-        with open_admin_client(url) as port:
-            command(port, **arguments)
+    def run_command(*, url: str | None, **arguments: Any) -> None:
+        with open_admin_client(url) as client:
+            command(client, **arguments)
 
-    return with_port
+    return run_command
 
 
 @contextmanager
 def open_admin_client(url: str | None) -> Iterator[AdminClient]:
-    """The operators' port at `url`, or where the settings say it is, with the operators' token. Raises CommandError."""
+    """Open a client with the operators' token, by default at the address of the settings. Raises CommandError."""
     settings = load_settings()
     base = (url or _admin_url(settings)).rstrip("/")
     headers = {"Authorization": f"Bearer {_read_admin_token(settings)}"}
     try:
         parse_http_url(base)
-        # A proxy out of the environment would be handed the token.
+        # A proxy from the environment would receive the token.
         http = httpx2.Client(base_url=base, headers=headers, timeout=_HTTP_TIMEOUT, trust_env=False)
     except (ValueError, httpx2.InvalidURL):
         raise CommandError(f"gateway: {single_line(base)} is no address such as http://127.0.0.1:8081") from None
@@ -178,13 +168,13 @@ def open_admin_client(url: str | None) -> Iterator[AdminClient]:
 
 def _admin_url(settings: Settings) -> str:
     if not settings.ops_port:
-        raise CommandError("gateway: GATEWAY_OPS_PORT is 0, so that nobody knows which it became: use --url")
+        raise CommandError("gateway: GATEWAY_OPS_PORT is 0, any free port: use --url")
     host = _LOOPBACK_BY_WILDCARD.get(settings.ops_host, settings.ops_host)
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.ops_port}"
 
 
 def _read_admin_token(settings: Settings) -> str:
-    """The operators' token: as set, or the one that a gateway in development made for itself."""
+    """Return the token of the settings, or the one that a gateway in development generated."""
     if settings.admin_token:
         return settings.admin_token
     file = settings.data_dir / "admin.token"
@@ -193,9 +183,9 @@ def _read_admin_token(settings: Settings) -> str:
     except (OSError, ValueError):
         raise CommandError(
             f"gateway: there is no operators' token: set GATEWAY_ADMIN_TOKEN or GATEWAY_ADMIN_TOKEN_FILE "
-            f"(a gateway in development keeps its own in {file})"
+            f"(a gateway in development generates {file})"
         ) from None
 
 
 def _unexpected_response(url: str, why: str) -> CommandError:
-    return CommandError(f"gateway: what answers at {url} is no operators' port of this version ({why})")
+    return CommandError(f"gateway: {url} is no operators' port of this version ({why})")

@@ -1,4 +1,4 @@
-"""Formatting of tables, records and values."""
+"""Formatting of output, and parsing of option values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EMPTY_CELL = "-"
 
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns under their names. A column is aligned to the right if all that is known in it are numbers."""
+    """Format columns with headings. A column of numbers is aligned to the right."""
     columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in head]
     return "\n".join(
         _join_columns([_format_column(name.upper(), cells) for name, cells in zip(head, columns, strict=True)])
@@ -25,13 +25,12 @@ def format_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def format_record(*pairs: tuple[str, object]) -> str:
-    """One thing: a line for each of its properties."""
+    """Format one line for each name and value."""
     names = [f"{name}:" for name, _ in pairs]
     return "\n".join(_join_columns([_pad_column(names, right=False), [format_value(value) for _, value in pairs]]))
 
 
 def format_value(value: object) -> str:
-    """A value on one line."""
     match value:
         case None | "" | () | []:
             return EMPTY_CELL
@@ -45,9 +44,9 @@ def format_value(value: object) -> str:
             return single_line(str(value))
 
 
-def single_line(words: str) -> str:
-    """Words from elsewhere on one line, without anything that steers a terminal."""
-    return " ".join("".join(each if each.isprintable() else " " for each in words).split())
+def single_line(text: str) -> str:
+    """Join text onto one line, without control characters."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def _join_columns(columns: Sequence[Sequence[str]]) -> Iterable[str]:
@@ -55,20 +54,20 @@ def _join_columns(columns: Sequence[Sequence[str]]) -> Iterable[str]:
 
 
 def _format_column(name: str, cells: Sequence[object]) -> Sequence[str]:
-    known = [each for each in cells if each is not None]
-    numbers = bool(known) and all(isinstance(each, int | float) and not isinstance(each, bool) for each in known)
-    return _pad_column([name, *map(format_value, cells)], right=numbers)
+    values = [cell for cell in cells if cell is not None]
+    is_numeric = bool(values) and all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in values)
+    return _pad_column([name, *map(format_value, cells)], right=is_numeric)
 
 
 def _pad_column(cells: Sequence[str], *, right: bool) -> Sequence[str]:
     width = max(map(_display_width, cells))
-    blanks = [" " * (width - _display_width(each)) for each in cells]
-    return [blank + each if right else each + blank for each, blank in zip(cells, blanks, strict=True)]
+    padding = [" " * (width - _display_width(cell)) for cell in cells]
+    return [blank + cell if right else cell + blank for cell, blank in zip(cells, padding, strict=True)]
 
 
-def _display_width(words: str) -> int:
-    """How many cells of a terminal words take: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in words)
+def _display_width(text: str) -> int:
+    # Chinese characters take two cells of a terminal.
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 MAX_SECRET_BYTES = 4_096
@@ -76,13 +75,13 @@ _SECONDS_BY_UNIT = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_80
 
 
 def read_secret(file: BinaryIO, option: str) -> str:
-    """The secret that a file holds. Raises BadParameter."""
+    """Read a secret of at most `MAX_SECRET_BYTES`. Raises BadParameter."""
     try:
         value = file.read(MAX_SECRET_BYTES).decode().strip()
     except UnicodeDecodeError:
         value = ""
     if not value:
-        raise click.BadParameter("must be a file that holds a key", param_hint=option)
+        raise click.BadParameter("must be a file with a key", param_hint=option)
     return value
 
 
@@ -92,50 +91,46 @@ class Yuan(click.ParamType[float]):
     name = "yuan"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Read it."""
         if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,2})?", value):
             self.fail("must be an amount in yuan such as 12 or 0.50", param, ctx)
         return float(value)
 
 
 class Duration(click.ParamType[float]):
-    """A time such as `90d`, `12h`, `30m` or, in seconds, `45`; as seconds."""
+    """A duration such as `90d`, `12h`, `30m` or `45`, in seconds."""
 
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Read it."""
         if isinstance(value, int | float):
             return float(value)
-        found = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value))
-        if not found:
+        match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value))
+        if not match:
             self.fail("must be a duration such as 90d, 12h, 30m or 45 (seconds)", param, ctx)
-        return float(int(found[1]) * _SECONDS_BY_UNIT[found[2]])
+        return float(int(match[1]) * _SECONDS_BY_UNIT[match[2]])
 
 
 class Timestamp(click.ParamType[datetime]):
-    """A moment such as `2030-01-31T12:00:00Z`: without a time zone it would be another one for each reader."""
+    """A timestamp with a time zone, such as `2030-01-31T12:00:00Z`."""
 
-    name = "moment"
+    name = "timestamp"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        """Read it."""
         try:
-            moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+            timestamp = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
         except ValueError:
-            moment = None
-        if moment is None or moment.tzinfo is None:
-            self.fail("must be a moment with a time zone, such as 2030-01-31T12:00:00Z", param, ctx)
-        return moment
+            timestamp = None
+        if timestamp is None or timestamp.tzinfo is None:
+            self.fail("must be a timestamp with a time zone, such as 2030-01-31T12:00:00Z", param, ctx)
+        return timestamp
 
 
 class Price(click.ParamType[tuple[str, float]]):
-    """A kind of task and the most it can cost, such as `upscale=0.50`."""
+    """A kind of task and its maximum price in yuan, such as `upscale=0.50`."""
 
     name = "kind=yuan"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
-        """Read it."""
         kind, _, amount = str(value).partition("=")
         if kind not in set(Kind):
             self.fail(f"must begin with a kind of task: {' or '.join(Kind)}", param, ctx)
@@ -143,20 +138,19 @@ class Price(click.ParamType[tuple[str, float]]):
 
 
 class Limit(click.ParamType[Mapping[str, Any]]):
-    """What may be spent in a window, such as `day:tasks=100,money=50`; as the operators' API takes it."""
+    """A limit of a window, such as `day:tasks=100,money=50`, in the form of the operators' API."""
 
     name = "window:tasks=n,money=yuan"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mapping[str, Any]:
-        """Read it."""
         if isinstance(value, Mapping):
             return value
         window, _, rest = str(value).partition(":")
         if window not in set(Window):
             self.fail(f"must begin with a window: {' or '.join(Window)}", param, ctx)
         limit: dict[str, Any] = {"window": window}
-        for each in rest.split(","):
-            name, _, amount = each.partition("=")
+        for part in rest.split(","):
+            name, _, amount = part.partition("=")
             if name in limit or name not in {"tasks", "money"}:
                 self.fail(f"must be a limit such as {window}:tasks=100,money=50", param, ctx)
             if name == "tasks" and not re.fullmatch(r"[0-9]{1,13}", amount):

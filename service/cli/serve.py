@@ -1,4 +1,4 @@
-"""`gateway serve`: both ports, the watch, and in development all that they need."""
+"""`gateway serve`: both ports, the background jobs, and in development the services that they need."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import uvloop
 
 from service import __version__
 from service.app import create_app, create_ops_app
+from service.cli.common import print_errors
 from service.container import Container, open_container
 from service.crypto import SecretFileError
 from service.devstack import DevServiceError, EmbeddedValkeyError, ensure_demo_token, start_dev_services
@@ -38,23 +39,22 @@ _STORE_RETRY_SECONDS = 1.0
 _MAX_TENANT_CONNECTIONS = 10_000
 _MAX_OPERATOR_CONNECTIONS = 500
 _SHUTDOWN_MARGIN_SECONDS = 10
-"""The process ends so long after two leases, whatever hangs: platforms are told to wait for 15 s more than those."""
+"""The process exits two leases and this margin after a signal; platforms wait for two leases and 15 s."""
 
 
 class PortTakenError(Exception):
-    """An address can't be listened on; the message is one line for whoever starts the gateway."""
+    """Listening on an address failed; the message is one line."""
 
 
 class _SignalHandler:
-    """What SIGINT and SIGTERM do: the first ends the gateway in good order, the next at once, as a kill would.
+    """Handler of SIGINT and SIGTERM.
 
-    In good order means that whatever was begun is finished; while the gateway still starts there is nothing to finish.
-    Nothing can hold the second one up. What was under way then is settled when its lease runs out. So it is after
-    `seconds`, should something hang until then, as Redis may.
+    The first signal starts a graceful shutdown, which finishes pending work; during startup it cancels the startup.
+    The second signal, or the deadline, ends the process at once: the leases of pending submissions expire.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._deadline_seconds = seconds
+    def __init__(self, deadline_seconds: float) -> None:
+        self._deadline_seconds = deadline_seconds
         self._startup_task = asyncio.current_task()
         self._stop_requested = asyncio.Event()
         self._has_signal = False
@@ -79,23 +79,21 @@ class _SignalHandler:
         os._exit(1)
 
     def stop_with_error(self, error: DataVersionError) -> None:
-        """End the gateway in good order, as a signal does, since it must not use its store."""
+        """Shut down gracefully, since the store has another data version."""
         self._store_error = error
         self._request_stop()
 
     def raise_store_error(self) -> None:
-        """Raise the DataVersionError of `refuse`."""
         if self._store_error:
             raise self._store_error
 
     async def wait_for_stop(self) -> None:
-        """The gateway has started: wait until it is told to end."""
-        self._startup_task = None
+        self._startup_task = None  # a signal must not cancel it any more
         await self._stop_requested.wait()
 
 
 def run(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM; the exit code. What can't be started is said in one line."""
+    """Serve until SIGINT or SIGTERM. Return the exit code; a failed start prints one line."""
     redactor = Redactor()
     logging.configure_logging(
         json=settings.is_production, level=settings.log_level, stream=sys.stderr.buffer, redactor=redactor
@@ -104,13 +102,13 @@ def run(settings: Settings) -> int:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, redactor))
     except (DevServiceError, EmbeddedValkeyError, SecretFileError, PortTakenError) as error:
-        click.echo(f"gateway: {error}", err=True)
+        print_errors([str(error)])
         return 1
     except DataVersionError as error:
-        click.echo(f"gateway: {error.reason}", err=True)
+        print_errors([error.reason])
         return 1
     except asyncio.CancelledError:
-        return 0  # told to end while it started
+        return 0  # a signal during startup
     return 0
 
 
@@ -118,23 +116,23 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
     signals = _SignalHandler(2 * settings.lease_seconds + _SHUTDOWN_MARGIN_SECONDS)
     operators = _open_socket(settings.ops_host, settings.ops_port, "GATEWAY_OPS_")
     tenants = None if settings.role is Role.WORKER else _open_socket(settings.host, settings.port, "GATEWAY_")
-    async with AsyncExitStack() as opened:
-        full = await opened.enter_async_context(start_dev_services(settings))
-        redactor.register_secrets(*_secret_values(full))
-        services = await opened.enter_async_context(
+    async with AsyncExitStack() as stack:
+        settings = await stack.enter_async_context(start_dev_services(settings))
+        redactor.register_secrets(*_secret_values(settings))
+        container = await stack.enter_async_context(
             open_container(
-                full,
+                settings,
                 register_secret=redactor.register_secrets,
                 redact=redactor.redact_text,
                 on_version_error=signals.stop_with_error,
             )
         )
-        with suppress(Unavailable, TimeoutError):  # a store that is away is checked when it first answers
+        with suppress(Unavailable, TimeoutError):  # an unavailable store is checked when it first responds
             async with asyncio.timeout(_STORE_RETRY_SECONDS):
-                await services.registry.refresh()
+                await container.registry.refresh()
         signals.raise_store_error()
-        await opened.enter_async_context(services.run_jobs())
-        servers = _start_servers(services, tenants, operators)
+        await stack.enter_async_context(container.run_jobs())
+        servers = _start_servers(container, tenants, operators)
         async with asyncio.TaskGroup() as tasks:
             _log.info(
                 "gateway.started",
@@ -143,52 +141,51 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
                 tenants=base_url(tenants) if tenants else None,
                 operators=base_url(operators),
             )
-            introducing = None
+            demo_setup = None
             if tenants and settings.env is Environment.DEVELOPMENT:
-                introducing = tasks.create_task(_set_up_demo(services, full, base_url(tenants)))
+                demo_setup = tasks.create_task(_set_up_demo(container, settings, base_url(tenants)))
             gc.collect()
-            gc.freeze()  # what lives now lives on: later collections need not look at it
+            gc.freeze()  # later collections skip the objects of the startup, which live until the end
             await signals.wait_for_stop()
             _log.info("shutdown.begun")
-            services.lifecycle.start_draining()
-            if introducing:
-                introducing.cancel()
+            container.lifecycle.start_draining()
+            if demo_setup:
+                demo_setup.cancel()
             for server in servers:
-                await server.stop(services.drain_seconds)
+                await server.stop(container.drain_seconds)
     signals.raise_store_error()
 
 
 def _start_servers(
-    services: Container, tenants: socket.socket | None, operators: socket.socket
+    container: Container, tenants: socket.socket | None, operators: socket.socket
 ) -> tuple[HttpServer, ...]:
-    """Start to serve, in the order to stop in: operators can watch while the last tenants' requests end.
+    """Start the servers, and return them in the order to stop: the operators' port serves until the last.
 
-    The rest of the descriptors is for Redis, the upstream, results and webhooks.
+    The limits leave descriptors for Redis, the upstream, results and webhooks.
     """
     descriptors = raise_descriptor_limit()
     started = []
     if tenants:
-        app = create_app(services)
+        app = create_app(container)
         limits = Limits(connections=min(_MAX_TENANT_CONNECTIONS, descriptors // 2))
         started.append((HttpServer(app, limits=limits, build_refusal=app.refuse), tenants))
-    ops_app = create_ops_app(services)
+    ops_app = create_ops_app(container)
     limits = Limits(connections=min(_MAX_OPERATOR_CONNECTIONS, descriptors // 8))
     started.append((HttpServer(ops_app, limits=limits, build_refusal=ops_app.refuse), operators))
-    for server, listening in started:
-        server.start(listening)
+    for server, sock in started:
+        server.start(sock)
     return tuple(server for server, _ in started)
 
 
 def _secret_values(settings: Settings) -> Iterator[str]:
-    """All that the settings hold which nobody may read in the log."""
-    yield from (each for each in (settings.admin_token, settings.upstream_user_key) if each)
+    yield from (secret for secret in (settings.admin_token, settings.upstream_user_key) if secret)
     for key in settings.secret_keys:
         yield base64.b64encode(key).decode()
         yield base64.urlsafe_b64encode(key).decode()
     if settings.redis_url:
         address = parse_redis_url(settings.redis_url)
-        for each in (address.credentials, address.sentinel_credentials):
-            yield each.password or ""
+        yield address.credentials.password or ""
+        yield address.sentinel_credentials.password or ""
 
 
 def _open_socket(host: str, port: int, prefix: str) -> socket.socket:
@@ -199,11 +196,11 @@ def _open_socket(host: str, port: int, prefix: str) -> socket.socket:
         raise PortTakenError(f"can't listen on {host}:{port} ({prefix}HOST, {prefix}PORT): {why}") from error
 
 
-async def _set_up_demo(services: Container, settings: Settings, url: str) -> None:
-    """Make the demo account and tenant, and print how to use them; where the store is away, once it is there."""
-    hint = "No account was made: give GATEWAY_UPSTREAM_USER_KEY, or use `gateway account set`.\n\n"
+async def _set_up_demo(container: Container, settings: Settings, url: str) -> None:
+    """Create the demo account and tenant, once the store is available, and print an example."""
+    hint = "No account was created: set GATEWAY_UPSTREAM_USER_KEY, or use `gateway account set`.\n\n"
     if settings.upstream_user_key:
-        token = await _ensure_demo_token(services, settings.data_dir, settings.upstream_user_key)
+        token = await _ensure_demo_token(container, settings.data_dir, settings.upstream_user_key)
         image = shlex.quote(f"image=@{resources.files('service.demo') / 'images' / 'photo.jpg'}")
         hint = f"""The demo tenant's token: {token}
 Try it:
@@ -211,20 +208,19 @@ Try it:
   curl -sS -H 'Authorization: Bearer {token}' -F {image} -F scale=2 {url}/v1/tasks/upscale
 
 """
-    click.echo(f"\nThe gateway is ready: {url} (documentation: {url}/docs)\n{hint}Ctrl-C ends it.\n")
+    click.echo(f"\nThe gateway is ready: {url} (documentation: {url}/docs)\n{hint}Ctrl-C stops it.\n")
 
 
-async def _ensure_demo_token(services: Container, folder: Path, user_key: str) -> str:
-    """The demo tenant's token, kept in the data folder for the next start."""
-    known = read_demo_token(folder)
-    delayed = False
+async def _ensure_demo_token(container: Container, folder: Path, user_key: str) -> str:
+    stored_token = read_demo_token(folder)
+    is_delayed = False
     while True:
         try:
-            token = await ensure_demo_token(services.registry_admin, services.registry, user_key, known)
+            token = await ensure_demo_token(container.registry_admin, container.registry, user_key, stored_token)
         except Unavailable as error:
-            if not delayed:  # logged once, as it may last for hours
+            if not is_delayed:  # logged once, as it may last for hours
                 _log.warning("demo.delayed", detail=str(error))
-            delayed = True
+            is_delayed = True
             await asyncio.sleep(_STORE_RETRY_SECONDS)
         else:
             _save_demo_token(folder, token)
@@ -238,13 +234,11 @@ def _save_demo_token(folder: Path, token: str) -> None:
         path.touch(mode=0o600)
         path.write_text(token + "\n")
     except OSError as error:
-        _log.warning(
-            "demo_token.write_failed", detail="It can't be kept: the next start makes another one.", error=str(error)
-        )
+        _log.warning("demo_token.write_failed", detail="The next start creates another one.", error=str(error))
 
 
 def read_demo_token(data_dir: Path) -> str | None:
-    """The demo tenant's token, if a gateway has been started on this data folder."""
+    """Return the token that a gateway stored in its data folder, or None."""
     with suppress(FileNotFoundError):
         return (data_dir / _TOKEN_FILE).read_text().strip() or None
     return None

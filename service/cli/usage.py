@@ -19,47 +19,46 @@ _COLUMNS = (
 
 
 @with_admin_client
-def show_usage(port: AdminClient, *, as_json: bool, as_csv: bool, **asked: str | None) -> None:
-    """Show what tenants have spent; `asked` is the query."""
-    query: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+def show_usage(client: AdminClient, *, as_json: bool, as_csv: bool, **options: str | None) -> None:
+    query: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if as_csv:
-        click.echo(port.request("GET", "usage", accept="text/csv", **query).text(), nl=False)
+        click.echo(client.request("GET", "usage", accept="text/csv", **query).text(), nl=False)
         return
-    answer = port.request("GET", "usage", **query)
-    click.echo(answer.format_json() if as_json else _format_usage(answer.decode(Usage)))
+    response = client.request("GET", "usage", **query)
+    click.echo(response.format_json() if as_json else _format_usage(response.decode(Usage)))
 
 
 @with_admin_client
-def show_submission(port: AdminClient, *, submission: str, as_json: bool) -> None:
-    """Show what became of a submission."""
-    answer = port.request("GET", "submissions", submission)
-    click.echo(answer.format_json() if as_json else _format_submission(answer.decode(Submission)))
+def show_submission(client: AdminClient, *, submission: str, as_json: bool) -> None:
+    response = client.request("GET", "submissions", submission)
+    click.echo(response.format_json() if as_json else _format_submission(response.decode(Submission)))
 
 
 @with_admin_client
-def refund_submission(port: AdminClient, *, as_json: bool, **body: str | None) -> None:
-    """Give the cost of a task or a submission back."""
-    answer = port.request("POST", "refunds", body={name: value for name, value in body.items() if value is not None})
-    click.echo(answer.format_json() if as_json else _format_submission(answer.decode(Submission)))
+def refund_submission(client: AdminClient, *, as_json: bool, **body: str | None) -> None:
+    response = client.request(
+        "POST", "refunds", body={name: value for name, value in body.items() if value is not None}
+    )
+    click.echo(response.format_json() if as_json else _format_submission(response.decode(Submission)))
 
 
 def _format_usage(usage: Usage) -> str:
     parts = [f"From {usage.first} to {usage.last}, in UTC.", _format_rows(usage)]
     if usage.unknown_submissions:
-        rows = [(each.id, each.tenant, each.kind, each.day) for each in usage.unknown_submissions]
+        rows = [(item.id, item.tenant, item.kind, item.day) for item in usage.unknown_submissions]
         parts.append(format_table(("unknown submission", "tenant", "kind", "day"), rows))
     if usage.refunds:
         head = ("refunded submission", "tenant", "kind", "day", "uses", "yuan", "refunded at", "reason")
         refunds = [
-            (each.submission, each.tenant, each.kind, each.day, each.count, each.money, each.refunded_at, each.reason)
-            for each in usage.refunds
+            (item.submission, item.tenant, item.kind, item.day, item.count, item.money, item.refunded_at, item.reason)
+            for item in usage.refunds
         ]
         parts.append(format_table(head, refunds))
     return "\n\n".join(parts)
 
 
 def _format_rows(usage: Usage) -> str:
-    """The items and their sum; tenants of one name, as of one that was deleted, are told apart by their ids."""
+    """Format the items and their total; tenants with the same name, such as a deleted one, get their ids."""
     tenants = {(row.tenant, row.tenant_id) for row in usage.items}
     names = Counter(name for name, _ in tenants)
     rows = [
@@ -86,7 +85,7 @@ def _row_values(row: UsageRow | UsageSum) -> Sequence[int | float]:
 
 
 def _format_submission(submission: Submission) -> str:
-    task, cost, given = submission.task, submission.cost, submission.refund
+    task, cost, refund = submission.task, submission.cost, submission.refund
     return format_record(
         ("submission", submission.id),
         ("tenant", submission.tenant),
@@ -99,9 +98,9 @@ def _format_submission(submission: Submission) -> str:
         ("task", task and task.id),
         ("state of the task", task and task.state),
         ("cost", cost and f"{_format_amount(cost.count, cost.money)}, {cost.basis}"),
-        ("refunded", given and _format_amount(given.count, given.money)),
-        ("refunded at", given and given.refunded_at),
-        ("reason", given and given.reason),
+        ("refunded", refund and _format_amount(refund.count, refund.money)),
+        ("refunded at", refund and refund.refunded_at),
+        ("reason", refund and refund.reason),
     )
 
 

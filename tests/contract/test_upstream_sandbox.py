@@ -19,8 +19,9 @@ from service.domain.tasks import (
     VectorizeOptions,
 )
 from service.domain.tenants import Account
-from service.sandbox.app import AccountBalance, RunningSandbox, SandboxConfig, open_sandbox
+from service.sandbox.app import RunningSandbox, SandboxConfig, open_sandbox
 from service.sandbox.faults import Behaviour, Fault
+from service.sandbox.store import AccountBalance
 from service.usecases.ports import CheckOutcome, Image, SubmitOutcome
 from tests.contract.client import CIPHER, USER_KEY, Caller, open_caller
 from tests.sandbox.images import draw_face, draw_logo, draw_scene, encode_image

@@ -264,7 +264,7 @@ def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, ["demo"])
     assert (result.exit_code, result.stderr) == (
         1,
-        "gateway: the demo needs PIL, which is not installed here: install imaging-gateway[local]\n",
+        "gateway: the demo needs PIL: install imaging-gateway[local]\n",
     )
 
 

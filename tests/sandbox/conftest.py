@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.sandbox.app import AccountBalance, RunningSandbox, SandboxConfig, open_sandbox
+from service.sandbox.app import RunningSandbox, SandboxConfig, open_sandbox
+from service.sandbox.store import AccountBalance
 from tests.sandbox.client import SandboxClient, open_client
 
 ACCOUNTS = {"key": AccountBalance(3, 10), "other": AccountBalance(1, 0), "empty": AccountBalance(0, 0)}

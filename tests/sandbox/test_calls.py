@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from service.sandbox import forms
-from service.sandbox.app import AccountBalance, RunningSandbox
+from service.sandbox.app import RunningSandbox
 from service.sandbox.faults import Behaviour, Fault, Kind
+from service.sandbox.store import AccountBalance
 from tests.sandbox import images
 from tests.sandbox.client import UPSCALE, SandboxClient
 

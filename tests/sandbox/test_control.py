@@ -8,8 +8,9 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
-from service.sandbox.app import AccountBalance, RunningSandbox
+from service.sandbox.app import RunningSandbox
 from service.sandbox.faults import Behaviour, Fault
+from service.sandbox.store import AccountBalance
 from tests.sandbox.client import SandboxClient
 
 

@@ -9,8 +9,9 @@ import httpx2
 import msgspec
 import pytest
 
-from service.sandbox.app import AccountBalance, RunningSandbox
+from service.sandbox.app import RunningSandbox
 from service.sandbox.faults import Behaviour, Fault, Field, FieldDefect, RequestOutcome
+from service.sandbox.store import AccountBalance
 from tests.sandbox import images
 from tests.sandbox.client import SandboxClient
 

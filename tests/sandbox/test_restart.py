@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from service.sandbox.app import AccountBalance, RunningSandbox, SandboxConfig, open_sandbox
+from service.sandbox.app import RunningSandbox, SandboxConfig, open_sandbox
 from service.sandbox.faults import Behaviour
 from service.sandbox.forms import Options
-from service.sandbox.store import State, Store, Task
+from service.sandbox.store import AccountBalance, State, Store, Task
 from tests.sandbox.client import SandboxClient, open_client
 
 
@@ -79,7 +79,7 @@ async def test_input_is_deleted_when_the_task_ends(tmp_path: Path) -> None:
 async def test_killed_process_loses_no_accepted_task(tmp_path: Path) -> None:
     program = (
         "import asyncio, pathlib, sys\n"
-        "from service.sandbox.app import AccountBalance, SandboxConfig\n"
+        "from service.sandbox.app import SandboxConfig, serve\n"
         "from service.sandbox.app import serve\n"
         "config = SandboxConfig(folder=pathlib.Path(sys.argv[1]), accounts={'key': AccountBalance(3, 10)}, seconds=0)\n"
         "asyncio.run(serve(config, '127.0.0.1', 0, on_ready=lambda url: print(url, flush=True)))\n"

@@ -10,9 +10,10 @@ import threading
 
 import pytest
 
-from service.sandbox.app import AccountBalance, Sandbox, SandboxConfig, open_sandbox, serve
+from service.sandbox.app import Sandbox, SandboxConfig, open_sandbox, serve
 from service.sandbox.faults import Behaviour, Fault
 from service.sandbox.http import Message
+from service.sandbox.store import AccountBalance
 from tests.sandbox.client import open_client
 
 CONFIG = SandboxConfig(accounts={"key": AccountBalance(9, 0)}, seconds=0)

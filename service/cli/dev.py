@@ -1,0 +1,107 @@
+"""Commands for development: the sandbox, the demo and the OpenAPI documents."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from service.cli.common import load_settings, print_errors
+
+# The sandbox loads its image libraries for the first task, so that a missing one would fail every task.
+SANDBOX_PACKAGES = ("PIL", "cv2", "numpy", "vtracer")
+_OFFLINE_SETTINGS = {
+    "GATEWAY_REDIS_URL": "redis://localhost",
+    "GATEWAY_UPSTREAM_URL": "http://localhost",
+    "GATEWAY_SECRET_KEYS": "A" * 43 + "=",
+    "GATEWAY_ADMIN_TOKEN": "unused-by-openapi",
+}
+
+
+def missing_packages_error(feature: str, packages: Sequence[str]) -> str | None:
+    """Return an error that names the packages that are not installed, or None."""
+    missing = [name for name in packages if find_spec(name) is None]
+    return f"{feature} needs {', '.join(missing)}: install imaging-gateway[local]" if missing else None
+
+
+def run_sandbox(folder: Path | None, host: str, port: int) -> int:
+    """Serve until SIGINT or SIGTERM. Print the address and return the exit code."""
+    if missing := missing_packages_error("the sandbox", SANDBOX_PACKAGES):
+        print_errors([missing])
+        return 1
+    from service.devstack import SANDBOX_USER_KEY
+    from service.sandbox.app import SandboxConfig, serve
+    from service.sandbox.store import AccountBalance
+
+    config = SandboxConfig(folder=folder, accounts={SANDBOX_USER_KEY: AccountBalance(count=100, money=100)})
+    try:
+        asyncio.run(serve(config, host, port, on_ready=click.echo))
+    except OSError as error:
+        print_errors([f"can't run the sandbox on {host}:{port}: {error.strerror or error}"])
+        return 1
+    except sqlite3.Error as error:
+        print_errors([f"can't run the sandbox in {folder}: {error}"])
+        return 1
+    return 0
+
+
+def run_demo(folder: Path, url: str | None, token: str | None) -> int:
+    """Run the demo against a running gateway and return the exit code."""
+    if missing := missing_packages_error("the demo", ("PIL",)):
+        print_errors([missing])
+        return 1
+    from service.cli.serve import read_demo_token
+    from service.demo import run
+
+    settings = load_settings()
+    token = token or read_demo_token(settings.data_dir)
+    if token is None:
+        print_errors([f"no demo token is in {settings.data_dir}: start a gateway with `make run`, or give --token"])
+        return 1
+    options = run.DemoOptions(
+        base_url=url or f"http://{settings.host}:{settings.port}",
+        token=token,
+        folder=folder,
+        output=sys.stdout,
+        interactive=sys.stdout.isatty(),
+    )
+    return asyncio.run(run.run_demo(options))
+
+
+def write_openapi(folder: Path, *, check: bool) -> int:
+    """Write the documents, or compare them with the existing files. Return the exit code."""
+    import yaml
+
+    outdated = []
+    for name, document in asyncio.run(_build_documents()).items():
+        path, text = folder / name, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        outdated.append(str(path))
+        if not check:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            click.echo(f"wrote {path}")
+    if check and outdated:
+        print_errors([f"{', '.join(outdated)} differs from the code: run `make openapi` and commit it"])
+        return 1
+    return 0
+
+
+async def _build_documents() -> Mapping[str, Mapping[str, Any]]:
+    from service.api.openapi_document import build_document
+    from service.app import operators_app, tenants_app
+    from service.container import open_container
+    from service.settings import Settings
+
+    async with open_container(Settings.load(_OFFLINE_SETTINGS)) as container:
+        return {
+            "gateway.yaml": build_document(tenants_app(container)),
+            "operators.yaml": build_document(operators_app(container)),
+        }
