@@ -13,7 +13,15 @@ from typing import BinaryIO
 import click
 
 from service import __version__
-from service.cli.common import DetailedExitCommand, FieldErrorGroup, LazyGroup, json_option, load_settings, url_option
+from service.cli.common import (
+    DetailedExitCommand,
+    FieldErrorGroup,
+    LazyGroup,
+    add_alias,
+    json_option,
+    load_settings,
+    url_option,
+)
 
 
 @click.group(cls=FieldErrorGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -136,11 +144,7 @@ def rotate_keys(url: str | None, *, as_json: bool) -> None:
     reencrypt_secrets(url=url, as_json=as_json)
 
 
-# The name in 0.2.0.
-_OLD_HELP = "Use `gateway rotate-keys`."
-main.add_command(
-    click.Command("reseal", callback=rotate_keys.callback, params=rotate_keys.params, help=_OLD_HELP, hidden=True)
-)
+add_alias(main, "reseal", rotate_keys)  # until 0.2.0
 
 
 @main.command()

@@ -26,8 +26,8 @@ from service.api.admin_schemas import (
     Webhook,
 )
 from service.api.schemas import Policy
-from service.cli.client import NOT_FOUND, AdminClient, AdminResponse, ProblemError, with_admin_client
-from service.cli.common import json_option, read_environment
+from service.cli.client import NOT_FOUND, AdminClient, AdminResponse, ProblemError, print_response, with_admin_client
+from service.cli.common import add_alias, json_option, read_environment
 from service.cli.formatting import (
     Duration,
     Limit,
@@ -100,7 +100,7 @@ def set_account(
         body["user_key"] = read_secret(user_key_file, "--user-key-file")
     elif user_key_prompt or (sys.stdin.isatty() and not _account_exists(client, name)):
         body["user_key"] = click.prompt(f"The user_key of {name}", hide_input=True, err=True)
-    _print_account(client.request("PUT", "accounts", name, body=body), as_json=as_json)
+    print_response(client.request("PUT", "accounts", name, body=body), Account, _format_account, as_json=as_json)
 
 
 @account.command("list")
@@ -108,16 +108,16 @@ def set_account(
 @with_admin_client
 def list_accounts(client: AdminClient, *, as_json: bool) -> None:
     """List the accounts with their balances and tasks in flight."""
-    response = client.request("GET", "accounts")
-    if as_json:
-        click.echo(response.format_json())
-        return
+    print_response(client.request("GET", "accounts"), AccountList, _format_accounts, as_json=as_json)
+
+
+def _format_accounts(accounts: AccountList) -> str:
     head = ("name", "state", "uses", "yuan", "balance at", "in flight", "unknown", "next check at")
     rows = [
         (item.name, item.state, *_latest_balance(item), item.in_flight, item.unknown, item.look_again_at)
-        for item in response.decode(AccountList).items
+        for item in accounts.items
     ]
-    click.echo(format_table(head, rows))
+    return format_table(head, rows)
 
 
 @account.command("show")
@@ -126,7 +126,7 @@ def list_accounts(client: AdminClient, *, as_json: bool) -> None:
 @with_admin_client
 def show_account(client: AdminClient, *, name: str, as_json: bool) -> None:
     """Show the account NAME."""
-    _print_account(client.request("GET", "accounts", name), as_json=as_json)
+    print_response(client.request("GET", "accounts", name), Account, _format_account, as_json=as_json)
 
 
 @account.command("reopen")
@@ -135,7 +135,7 @@ def show_account(client: AdminClient, *, name: str, as_json: bool) -> None:
 @with_admin_client
 def reopen_account(client: AdminClient, *, name: str, as_json: bool) -> None:
     """Use the account NAME again, though it was exhausted or invalid."""
-    _print_account(client.request("POST", "accounts", name, "reopen"), as_json=as_json)
+    print_response(client.request("POST", "accounts", name, "reopen"), Account, _format_account, as_json=as_json)
 
 
 @account.command("delete")
@@ -163,10 +163,6 @@ def _read_key_variable(name: str) -> str:
     if not value:
         raise click.BadParameter(f"there is no environment variable {name}", param_hint="--user-key-env")
     return value
-
-
-def _print_account(response: AdminResponse, *, as_json: bool) -> None:
-    click.echo(response.format_json() if as_json else _format_account(response.decode(Account)))
 
 
 def _format_account(account: Account) -> str:
@@ -324,16 +320,7 @@ def rotate_webhook_secret(client: AdminClient, *, tenant: str, grace: float, as_
     click.echo(rotated.secret)
 
 
-# The name in 0.2.0.
-webhook.add_command(
-    click.Command(
-        "rotate",
-        callback=rotate_webhook_secret.callback,
-        params=rotate_webhook_secret.params,
-        help="Use `gateway webhook rotate-secret`.",
-        hidden=True,
-    )
-)
+add_alias(webhook, "rotate", rotate_webhook_secret)  # until 0.2.0
 
 
 @webhook.command("failed")
@@ -343,7 +330,7 @@ webhook.add_command(
 def list_failed_deliveries(client: AdminClient, *, limit: int, as_json: bool) -> None:
     """List the failed deliveries of the last 30 days, newest first."""
     response = client.request("GET", "webhooks", "failed", limit=limit)
-    click.echo(response.format_json() if as_json else _format_deliveries(response.decode(DeliveryList).items))
+    print_response(response, DeliveryList, _format_deliveries, as_json=as_json)
 
 
 @webhook.command("redeliver")
@@ -353,14 +340,14 @@ def list_failed_deliveries(client: AdminClient, *, limit: int, as_json: bool) ->
 def redeliver_webhook(client: AdminClient, *, delivery: str, as_json: bool) -> None:
     """Repeat the delivery ID msg_..., with all its attempts."""
     response = client.request("POST", "webhooks", delivery, "redeliver")
-    click.echo(response.format_json() if as_json else _format_deliveries([response.decode(Delivery)]))
+    print_response(response, Delivery, lambda item: _format_deliveries(DeliveryList([item])), as_json=as_json)
 
 
-def _format_deliveries(items: Sequence[Delivery]) -> str:
+def _format_deliveries(deliveries: DeliveryList) -> str:
     head = ("id", "tenant", "state", "attempts", "status", "error", "url", "updated at")
     rows = [
         (item.id, item.tenant, item.state, item.attempts, item.status, item.error, item.url, item.updated_at)
-        for item in items
+        for item in deliveries.items
     ]
     return format_table(head, rows)
 
@@ -409,7 +396,7 @@ def set_tenant(
     body = {field: value for field, value in options.items() if value is not None}
     body |= {"accounts": accounts, "limits": limits, "kinds": kinds or None, "webhook": webhook}
     response = client.request("PUT", "tenants", name, body=body)
-    _print_tenant(response, as_json=as_json)
+    print_response(response, Tenant, _format_tenant, as_json=as_json)
     stored = response.decode(Tenant).webhook
     if stored and stored.secret and not as_json:
         click.echo(f"\nThe secret of its webhooks, which is not shown again: {stored.secret}")
@@ -420,10 +407,10 @@ def set_tenant(
 @with_admin_client
 def list_tenants(client: AdminClient, *, as_json: bool) -> None:
     """List the tenants."""
-    response = client.request("GET", "tenants")
-    if as_json:
-        click.echo(response.format_json())
-        return
+    print_response(client.request("GET", "tenants"), TenantList, _format_tenants, as_json=as_json)
+
+
+def _format_tenants(tenants: TenantList) -> str:
     head = ("name", "accounts", "limits", "max active", "spending mode", "kinds", "tokens", "disabled")
     rows = [
         (
@@ -436,9 +423,9 @@ def list_tenants(client: AdminClient, *, as_json: bool) -> None:
             len(item.tokens),
             item.disabled,
         )
-        for item in response.decode(TenantList).items
+        for item in tenants.items
     ]
-    click.echo(format_table(head, rows))
+    return format_table(head, rows)
 
 
 @tenant.command("show")
@@ -447,7 +434,7 @@ def list_tenants(client: AdminClient, *, as_json: bool) -> None:
 @with_admin_client
 def show_tenant(client: AdminClient, *, name: str, as_json: bool) -> None:
     """Show the tenant NAME, the use of its limits, and its tokens."""
-    _print_tenant(client.request("GET", "tenants", name), as_json=as_json)
+    print_response(client.request("GET", "tenants", name), Tenant, _format_tenant, as_json=as_json)
 
 
 @tenant.command("delete")
@@ -465,10 +452,6 @@ def show_quota(client: AdminClient, *, name: str, as_json: bool) -> None:
     response = client.request("GET", "tenants", name)
     policies = response.decode(Tenant).policies
     click.echo(response.with_members(policies=policies).format_json() if as_json else _format_policies(policies))
-
-
-def _print_tenant(response: AdminResponse, *, as_json: bool) -> None:
-    click.echo(response.format_json() if as_json else _format_tenant(response.decode(Tenant)))
 
 
 def _format_tenant(tenant: Tenant) -> str:

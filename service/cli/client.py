@@ -86,6 +86,10 @@ class AdminResponse:
         return msgspec.json.format(self._content, indent=2).decode()
 
 
+def print_response(response: AdminResponse, schema: type[T], format_text: Callable[[T], str], *, as_json: bool) -> None:
+    click.echo(response.format_json() if as_json else format_text(response.decode(schema)))
+
+
 class AdminClient:
     """Client of `/admin/v1`. Every call raises CommandError, and none is repeated."""
 

@@ -64,6 +64,14 @@ class LazyGroup(click.Group):
         return group
 
 
+def add_alias(group: click.Group, name: str, command: click.Command) -> None:
+    """Add an old name of a command, which the help does not list."""
+    help_text = f"The old name of {command.name}."
+    group.add_command(
+        click.Command(name, callback=command.callback, params=command.params, help=help_text, hidden=True)
+    )
+
+
 class FieldErrorGroup(click.Group):
     """A group whose commands report invalid values in the words of the API."""
 

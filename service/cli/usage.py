@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from service.api.schemas import Submission, Usage, UsageRow, UsageSum
-from service.cli.client import AdminClient, with_admin_client
+from service.cli.client import AdminClient, print_response, with_admin_client
 from service.cli.formatting import format_record, format_table
 
 _COLUMNS = (
@@ -25,13 +25,13 @@ def show_usage(client: AdminClient, *, as_json: bool, as_csv: bool, **options: s
         click.echo(client.request("GET", "usage", accept="text/csv", **query).text(), nl=False)
         return
     response = client.request("GET", "usage", **query)
-    click.echo(response.format_json() if as_json else _format_usage(response.decode(Usage)))
+    print_response(response, Usage, _format_usage, as_json=as_json)
 
 
 @with_admin_client
 def show_submission(client: AdminClient, *, submission: str, as_json: bool) -> None:
     response = client.request("GET", "submissions", submission)
-    click.echo(response.format_json() if as_json else _format_submission(response.decode(Submission)))
+    print_response(response, Submission, _format_submission, as_json=as_json)
 
 
 @with_admin_client
@@ -39,7 +39,7 @@ def refund_submission(client: AdminClient, *, as_json: bool, **body: str | None)
     response = client.request(
         "POST", "refunds", body={name: value for name, value in body.items() if value is not None}
     )
-    click.echo(response.format_json() if as_json else _format_submission(response.decode(Submission)))
+    print_response(response, Submission, _format_submission, as_json=as_json)
 
 
 def _format_usage(usage: Usage) -> str:

@@ -18,7 +18,7 @@ from tests.behaviour.upstream_control import USER_KEY
 from tests.cli.conftest import Shell
 
 OLD_KEY, UNKNOWN_KEY = b"o" * 32, b"x" * 32
-DONE_MESSAGE = "All secrets of the registry are sealed with the first secret key.\n"
+DONE_MESSAGE = "All secrets of the registry are encrypted with the first secret key.\n"
 NEW_ONLY = Keyring([SECRET_KEY])
 URL = "https://hooks.example/"
 
@@ -68,9 +68,9 @@ async def test_rotation(shell: Shell) -> None:
     before = (await shell.run("export")).stdout
     assert decrypt_with_new_key(shell) == (None, None, None)
     with structlog.testing.capture_logs() as logged:
-        printed = (await shell.run("reseal")).stdout
+        printed = (await shell.run("rotate-keys")).stdout
     assert printed == (
-        f"Sealed anew, with the first secret key: accounts.main.user_key, tenants.shop.webhook.secret\n{DONE_MESSAGE}"
+        f"Encrypted with the first secret key: accounts.main.user_key, tenants.shop.webhook.secret\n{DONE_MESSAGE}"
     )
     assert decrypt_with_new_key(shell) == (USER_KEY.encode(), b"secret", b"former")
     assert (await shell.run("export")).stdout == before
@@ -80,17 +80,17 @@ async def test_rotation(shell: Shell) -> None:
 async def test_second_run(shell: Shell) -> None:
     """A second run writes nothing."""
     await encrypt_with(shell, OLD_KEY)
-    await shell.run("reseal")
+    await shell.run("rotate-keys")
     version = current_registry(shell).version
-    assert (await shell.run("reseal")).stdout == DONE_MESSAGE
-    assert await shell.run_json("reseal") == {"accounts": [], "tenants": [], "undecryptable": []}
+    assert (await shell.run("rotate-keys")).stdout == DONE_MESSAGE
+    assert await shell.run_json("rotate-keys") == {"accounts": [], "tenants": [], "undecryptable": []}
     assert current_registry(shell).version == version
 
 
 async def test_expired_previous_secret(shell: Shell) -> None:
     """An expired previous webhook secret is dropped."""
     await encrypt_with(shell, OLD_KEY, expires_at=1)
-    await shell.run("reseal")
+    await shell.run("rotate-keys")
     assert decrypt_with_new_key(shell) == (USER_KEY.encode(), b"secret", None)
 
 
@@ -101,15 +101,15 @@ async def test_undecryptable(shell: Shell) -> None:
     now = current_registry(shell)
     main = replace(now.accounts["main"], user_key=stolen)
     await write_registry(shell, RegistryChange(version=now.version, next_id=now.next_id, accounts=(main,)))
-    failed = await shell.run("reseal", code=1)
-    assert failed.stdout == "Sealed anew, with the first secret key: tenants.shop.webhook.secret\n"
-    assert failed.stderr == "gateway: no secret key opens accounts.main.user_key: give them anew\n"
+    failed = await shell.run("rotate-keys", code=1)
+    assert failed.stdout == "Encrypted with the first secret key: tenants.shop.webhook.secret\n"
+    assert failed.stderr == "gateway: no secret key decrypts accounts.main.user_key: set them again\n"
     assert current_registry(shell).accounts["main"].user_key == stolen
     assert decrypt_with_new_key(shell) == (None, b"secret", b"former")
 
 
 async def test_undecryptable_webhook_secret(shell: Shell) -> None:
     await encrypt_with(shell, UNKNOWN_KEY)
-    failed = await shell.run("reseal", "--json", code=1)
+    failed = await shell.run("rotate-keys", "--json", code=1)
     assert '"tenants.shop.webhook.secret"' in failed.stdout
     assert "accounts.main.user_key, tenants.shop.webhook.secret" in failed.stderr

@@ -11,7 +11,7 @@ async def test_all_properties(shell: Shell) -> None:
     await shell.run(
         *("tenant", "set", "shop", "--account", "spare", "--account", "main"),
         *("--limit", "day:tasks=100,money=50.5", "--limit", "total:tasks=0", "--max-active", "20"),
-        *("--purse", "count_only", "--kind", "upscale", "--kind", "face-enhance", "--disabled"),
+        *("--spending-mode", "count_only", "--kind", "upscale", "--kind", "face-enhance", "--disabled"),
     )
     stored = await shell.get_admin("/tenants/shop")
     assert stored["accounts"] == ["spare", "main"]
@@ -48,7 +48,7 @@ async def test_put_replaces(shell: Shell) -> None:
         (("--account", "main", "--limit", "day:tasks=-1"), "must limit tasks to a whole number"),
         (("--account", "main", "--limit", "day:money=lots"), "must be an amount in yuan"),
         (("--account", "main", "--kind", "enlarge"), "must be upscale or"),
-        (("--account", "main", "--purse", "all"), "must be count_only or count_then_money"),
+        (("--account", "main", "--spending-mode", "all"), "must be count_only or count_then_money"),
     ],
 )
 async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:

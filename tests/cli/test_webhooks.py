@@ -57,10 +57,10 @@ async def test_generated_secret(shell: Shell, receiver: WebhookReceiver) -> None
 async def test_rotation(shell: Shell, receiver: WebhookReceiver) -> None:
     """Standard output is the new secret alone; standard error says until when the previous one signs too."""
     await shell.run(*SET_TENANT, "--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8")
-    rotated = await shell.run("webhook", "rotate", "shop", "--grace", "7d")
+    rotated = await shell.run("webhook", "rotate-secret", "shop", "--grace", "7d")
     assert "signs too until" in rotated.stderr
-    assert "signs too" not in (await shell.run("webhook", "rotate", "shop")).stderr
-    newest = await shell.run_json("webhook", "rotate", "shop")
+    assert "signs too" not in (await shell.run("webhook", "rotate-secret", "shop")).stderr
+    newest = await shell.run_json("webhook", "rotate-secret", "shop")
     await finish_task(shell)
     assert receiver.requests[0].is_signed_with(newest["secret"])
     assert not receiver.requests[0].is_signed_with(rotated.stdout.strip())
