@@ -26,8 +26,8 @@ from service.api.admin_schemas import (
     Webhook,
 )
 from service.api.schemas import Policy
-from service.cli.client import NOT_FOUND, AdminClient, AdminResponse, ProblemError, print_response, with_admin_client
-from service.cli.common import add_alias, json_option, read_environment
+from service.cli.client import NOT_FOUND, AdminClient, ProblemError, print_response, with_admin_client
+from service.cli.common import LazyCommand, get_environment, json_option
 from service.cli.formatting import (
     Duration,
     Limit,
@@ -159,7 +159,7 @@ def _account_exists(client: AdminClient, name: str) -> bool:
 
 
 def _read_key_variable(name: str) -> str:
-    value = read_environment(name)
+    value = get_environment().get(name)
     if not value:
         raise click.BadParameter(f"there is no environment variable {name}", param_hint="--user-key-env")
     return value
@@ -320,7 +320,8 @@ def rotate_webhook_secret(client: AdminClient, *, tenant: str, grace: float, as_
     click.echo(rotated.secret)
 
 
-add_alias(webhook, "rotate", rotate_webhook_secret)  # until 0.2.0
+# The name until 0.2.0.
+webhook.add_command(LazyCommand("rotate", "service.cli.admin", attribute="rotate_webhook_secret"))
 
 
 @webhook.command("failed")
@@ -447,9 +448,13 @@ def delete_tenant(client: AdminClient, *, name: str, force: bool) -> None:
     click.echo(f"The tenant {name} is deleted.")
 
 
+@click.command()
+@click.argument("tenant")
+@json_option
 @with_admin_client
-def show_quota(client: AdminClient, *, name: str, as_json: bool) -> None:
-    response = client.request("GET", "tenants", name)
+def quota(client: AdminClient, *, tenant: str, as_json: bool) -> None:
+    """Show the limits of TENANT and their use."""
+    response = client.request("GET", "tenants", tenant)
     policies = response.decode(Tenant).policies
     click.echo(response.with_members(policies=policies).format_json() if as_json else _format_policies(policies))
 

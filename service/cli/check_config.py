@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 import click
 import httpx2
 
-from service.cli.common import print_errors
+from service.cli.common import get_environment, print_errors
 from service.cli.dev import SANDBOX_PACKAGES, missing_packages_error
 from service.cli.formatting import format_table
 from service.devstack import EmbeddedValkeyError, find_server_binary
@@ -30,11 +31,19 @@ _TIMEOUT_SECONDS = 5.0
 _ENV_VARIABLE = f"{PREFIX}ENV"
 
 
-def check_settings(environ: Mapping[str, str], *, production: bool, connect: bool) -> int:
-    """Print the effective settings without secrets, or their errors. Return the exit code.
+@click.command()
+@click.option("--production", is_flag=True, help="Check the settings as with GATEWAY_ENV=production.")
+@click.option("--connect", is_flag=True, help="Connect to the store and the upstream, at no cost.")
+def check_config(*, production: bool, connect: bool) -> None:
+    """Print the effective settings, or all their errors, and start nothing.
 
-    `production` checks them as with GATEWAY_ENV=production; `connect` also connects to the store and the upstream.
+    Secrets are not shown. The exit code is 0 if the settings are valid, else 1.
     """
+    sys.exit(check_settings(get_environment(), production=production, connect=connect))
+
+
+def check_settings(environ: Mapping[str, str], *, production: bool, connect: bool) -> int:
+    """Check the settings and return the exit code."""
     if production:
         environ = {name: text for name, text in environ.items() if name != _ENV_VARIABLE + FILE_SUFFIX} | {
             _ENV_VARIABLE: "production"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -25,15 +25,14 @@ def load_settings() -> Settings:
     from service.settings import Settings, SettingsError
 
     try:
-        return Settings.load(os.environ)
+        return Settings.load(get_environment())
     except SettingsError as error:
         print_errors(error.errors)
         sys.exit(2)
 
 
-def read_environment(name: str) -> str | None:
-    """Return a variable that a command line or a registry file names."""
-    return os.environ.get(name)
+def get_environment() -> Mapping[str, str]:
+    return os.environ
 
 
 def print_errors(errors: Iterable[str]) -> None:
@@ -41,35 +40,19 @@ def print_errors(errors: Iterable[str]) -> None:
         click.echo(f"gateway: {error}", err=True)
 
 
-class LazyGroup(click.Group):
-    """A group defined under its name in a module, which is imported only for its commands.
+class LazyCommand(click.Command):
+    """A command or a group defined in a module that is imported when it runs. `gateway --help` does not wait for it."""
 
-    `gateway --help` does not wait for it.
-    """
-
-    def __init__(self, name: str, module: str, description: str) -> None:
-        super().__init__(name, help=description)
+    def __init__(self, name: str, module: str, summary: str = "", *, attribute: str = "") -> None:
+        super().__init__(name, help=summary, hidden=not summary)
         self._module = module
+        self._attribute = attribute or name.replace("-", "_")
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return self._load_group().list_commands(ctx)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return self._load_group().get_command(ctx, cmd_name)
-
-    def _load_group(self) -> click.Group:
-        group = getattr(import_module(self._module), str(self.name))
-        if not isinstance(group, click.Group):
-            raise TypeError(f"{self._module}.{self.name} is no group of commands")
-        return group
-
-
-def add_alias(group: click.Group, name: str, command: click.Command) -> None:
-    """Add an old name of a command, which the help does not list."""
-    help_text = f"The old name of {command.name}."
-    group.add_command(
-        click.Command(name, callback=command.callback, params=command.params, help=help_text, hidden=True)
-    )
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        command: click.Command = getattr(import_module(self._module), self._attribute)
+        return command.make_context(info_name, args, parent, **extra)
 
 
 class FieldErrorGroup(click.Group):

@@ -30,8 +30,16 @@ def missing_packages_error(feature: str, packages: Sequence[str]) -> str | None:
     return f"{feature} needs {', '.join(missing)}: install imaging-gateway[local]" if missing else None
 
 
-def run_sandbox(folder: Path | None, host: str, port: int) -> int:
-    """Serve until SIGINT or SIGTERM. Print the address and return the exit code."""
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder for persistent tasks.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8082, show_default=True, help="0 takes a free one.")
+def sandbox(folder: Path | None, host: str, port: int) -> None:
+    """Run a stand-in for the upstream: the vendor's API with real image processing."""
+    sys.exit(_run_sandbox(folder, host, port))
+
+
+def _run_sandbox(folder: Path | None, host: str, port: int) -> int:
     if missing := missing_packages_error("the sandbox", SANDBOX_PACKAGES):
         print_errors([missing])
         return 1
@@ -51,8 +59,16 @@ def run_sandbox(folder: Path | None, host: str, port: int) -> int:
     return 0
 
 
-def run_demo(folder: Path, url: str | None, token: str | None) -> int:
-    """Run the demo against a running gateway and return the exit code."""
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True)
+@click.option("--url", help="Address of the tenants' port.  [default: from GATEWAY_HOST and GATEWAY_PORT]")
+@click.option("--token", help="A tenant's token.  [default: the demo tenant's]")
+def demo(folder: Path, url: str | None, token: str | None) -> None:
+    """Submit an image of each kind to a running gateway, and check the results."""
+    sys.exit(_run_demo(folder, url, token))
+
+
+def _run_demo(folder: Path, url: str | None, token: str | None) -> int:
     if missing := missing_packages_error("the demo", ("PIL",)):
         print_errors([missing])
         return 1
@@ -74,8 +90,15 @@ def run_demo(folder: Path, url: str | None, token: str | None) -> int:
     return asyncio.run(run.run_demo(options))
 
 
-def write_openapi(folder: Path, *, check: bool) -> int:
-    """Write the documents, or compare them with the existing files. Return the exit code."""
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("openapi"), show_default=True)
+@click.option("--check", is_flag=True, help="Write nothing; fail if a file differs from the code.")
+def openapi(folder: Path, *, check: bool) -> None:
+    """Write the OpenAPI documents of both ports."""
+    sys.exit(_write_openapi(folder, check=check))
+
+
+def _write_openapi(folder: Path, *, check: bool) -> int:
     import yaml
 
     outdated = []

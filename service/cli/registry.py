@@ -24,7 +24,7 @@ from service.api.admin_schemas import (
     rename_purse,
 )
 from service.cli.client import AdminClient, AdminResponse, CommandError, with_admin_client
-from service.cli.common import read_environment
+from service.cli.common import DetailedExitCommand, get_environment, json_option
 from service.cli.formatting import MAX_SECRET_BYTES, single_line
 from service.domain.errors import ErrorCollector, field_path, suggest, validate_tree
 from service.domain.tenants import Name
@@ -124,7 +124,7 @@ def _resolve_secret(path: str, table: dict[str, Any], key: str, folder: Path, er
 def _read_secret_value(entry: Mapping[str, str], folder: Path) -> str:
     """Raises ValueError."""
     if "env" in entry:
-        if not (value := read_environment(entry["env"])):
+        if not (value := get_environment().get(entry["env"])):
             raise ValueError(f"there is no environment variable {entry['env']}")
         return value.strip()
     try:
@@ -183,15 +183,35 @@ def _to_toml_value(value: Any) -> Any:
             return value
 
 
+@click.command()
+@json_option
 @with_admin_client
-def export_registry(client: AdminClient, *, as_json: bool) -> None:
+def export(client: AdminClient, *, as_json: bool) -> None:
+    """Print the registry as TOML: accounts, tenants and tokens.
+
+    `gateway apply` restores all but history from it. It contains no secrets, only hashes of tokens and references to
+    the other secrets.
+    """
     response = client.request("GET", "registry")
     click.echo(response.format_json() if as_json else format_registry_file(response.decode(RegistryBody)), nl=as_json)
 
 
+@click.command(cls=DetailedExitCommand)
+@click.argument("file", type=click.File("rb"))
+@click.option("--dry-run", is_flag=True, help="Show the differences, and change nothing.")
+@click.option("--prune", is_flag=True, help="Delete the accounts, tenants and tokens that are not in the file.")
+@click.option("--force", is_flag=True, help="Delete even entries with running tasks, and even all entries.")
+@json_option
 @with_admin_client
-def apply_file(client: AdminClient, *, file: BinaryIO, dry_run: bool, prune: bool, force: bool, as_json: bool) -> None:
-    """Apply a file; the exit code of a dry run with differences is 2."""
+def apply(client: AdminClient, *, file: BinaryIO, dry_run: bool, prune: bool, force: bool, as_json: bool) -> None:
+    """Change the registry to match FILE, completely or not at all, and show the differences.
+
+    FILE is TOML as `gateway export` prints it, or `-`. Entries in it are replaced: omitted fields get their defaults,
+    only ids and secrets are kept. Other entries stay, unless --prune is given. FILE contains references to secrets
+    which this command reads: `user_key = { env = "MAIN_USER_KEY" }`, or `{ file = "main.key" }`, relative to FILE.
+
+    The exit code is 0 if the registry matches FILE, 1 after an error, and with --dry-run 2 if there are differences.
+    """
     body: dict[str, Any] = msgspec.to_builtins(read_registry_file(file))
     planned = client.request("PUT", "registry", body=body, dry_run=True, prune=prune, force=force)
     plan = planned.decode(ApplyResult)
@@ -208,9 +228,15 @@ def apply_file(client: AdminClient, *, file: BinaryIO, dry_run: bool, prune: boo
         click.get_current_context().exit(_EXIT_DIFFERENT)
 
 
+@click.command()
+@json_option
 @with_admin_client
-def reencrypt_secrets(client: AdminClient, *, as_json: bool) -> None:
-    """Encrypt all secrets with the first secret key. Raises CommandError if one can't be decrypted."""
+def rotate_keys(client: AdminClient, *, as_json: bool) -> None:
+    """Encrypt all secrets of the registry with the first of GATEWAY_SECRET_KEYS.
+
+    Run it when every process has the new first key, and before the other keys are removed. The exit code is 1 if a
+    secret can't be decrypted with any of the keys.
+    """
     response = client.request("POST", "registry", "rotate-keys")
     result = response.decode(ReencryptResult)
     paths = [

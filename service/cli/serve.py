@@ -21,7 +21,7 @@ import uvloop
 
 from service import __version__
 from service.app import create_app, create_ops_app
-from service.cli.common import print_errors
+from service.cli.common import load_settings, print_errors
 from service.container import Container, open_container
 from service.crypto import SecretFileError
 from service.devstack import DevServiceError, EmbeddedValkeyError, ensure_demo_token, start_dev_services
@@ -90,6 +90,12 @@ class _SignalHandler:
     async def wait_for_stop(self) -> None:
         self._startup_task = None  # a signal must not cancel it any more
         await self._stop_requested.wait()
+
+
+@click.command()
+def serve() -> None:
+    """Run the gateway until SIGINT or SIGTERM."""
+    sys.exit(run(load_settings()))
 
 
 def run(settings: Settings) -> int:

@@ -10,6 +10,7 @@ import click
 
 from service.api.schemas import Submission, Usage, UsageRow, UsageSum
 from service.cli.client import AdminClient, print_response, with_admin_client
+from service.cli.common import json_option
 from service.cli.formatting import format_record, format_table
 
 _COLUMNS = (
@@ -18,8 +19,22 @@ _COLUMNS = (
 )
 
 
+@click.command()
+@click.option("--from", "first", metavar="DAY", help="The first day, in UTC.  [default: the first of the month]")
+@click.option("--to", "last", metavar="DAY", help="The last day, included.  [default: today]")
+@click.option("--interval", type=click.Choice(["day", "month", "total"]), help="Period of a row.  [default: day]")
+@click.option("--group-by", metavar="WORDS", help="tenant, kind, both with a comma, or none.  [default: tenant,kind]")
+@click.option("--tenant", help="Only this tenant.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@json_option
 @with_admin_client
-def show_usage(client: AdminClient, *, as_json: bool, as_csv: bool, **options: str | None) -> None:
+def usage(
+    client: AdminClient, *, first: str | None, last: str | None, as_csv: bool, as_json: bool, **options: str | None
+) -> None:
+    """Show tasks and spending of tenants, including deleted ones."""
+    if as_csv and as_json:
+        raise click.UsageError("Use --csv or --json, not both.")
+    options |= {"from": first, "to": last}
     query: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if as_csv:
         click.echo(client.request("GET", "usage", accept="text/csv", **query).text(), nl=False)
@@ -28,14 +43,25 @@ def show_usage(client: AdminClient, *, as_json: bool, as_csv: bool, **options: s
     print_response(response, Usage, _format_usage, as_json=as_json)
 
 
+@click.command()
+@click.argument("submission", metavar="ID")
+@json_option
 @with_admin_client
-def show_submission(client: AdminClient, *, submission: str, as_json: bool) -> None:
+def submission(client: AdminClient, *, submission: str, as_json: bool) -> None:
     response = client.request("GET", "submissions", submission)
     print_response(response, Submission, _format_submission, as_json=as_json)
 
 
+@click.command()
+@click.option("--task", metavar="ID", help="The task to refund.")
+@click.option("--submission", metavar="ID", help="The submission to refund, if it has no task.")
+@click.option("--reason", required=True, help="The reason, which the usage shows.")
+@json_option
 @with_admin_client
-def refund_submission(client: AdminClient, *, as_json: bool, **body: str | None) -> None:
+def refund(client: AdminClient, *, as_json: bool, **body: str | None) -> None:
+    """Return the cost of a task or a submission to its tenant's limits, once."""
+    if (body["task"] is None) == (body["submission"] is None):
+        raise click.UsageError("Use --task or --submission, exactly one.")
     response = client.request(
         "POST", "refunds", body={name: value for name, value in body.items() if value is not None}
     )
