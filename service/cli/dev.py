@@ -73,21 +73,21 @@ def _run_demo(folder: Path, url: str | None, token: str | None) -> int:
         print_errors([missing])
         return 1
     from service.cli.serve import read_demo_token
-    from service.demo import run
+    from service.demo.run import DemoOptions, run_demo
 
     settings = load_settings()
     token = token or read_demo_token(settings.data_dir)
     if token is None:
         print_errors([f"no demo token is in {settings.data_dir}: start a gateway with `make run`, or give --token"])
         return 1
-    options = run.DemoOptions(
+    options = DemoOptions(
         base_url=url or f"http://{settings.host}:{settings.port}",
         token=token,
         folder=folder,
         output=sys.stdout,
         interactive=sys.stdout.isatty(),
     )
-    return asyncio.run(run.run_demo(options))
+    return asyncio.run(run_demo(options))
 
 
 @click.command()

@@ -89,7 +89,7 @@ class GatewayClient:
             response = await self._http.request(method, address, headers=self._authorization, **content)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise GatewayError(
-                f"No gateway answers at {_format_url(self._http.base_url)} — start it with `make run`"
+                f"Can't connect to {_format_url(self._http.base_url)} — start a gateway with `make run`"
             ) from error
         except httpx2.UnsupportedProtocol as error:
             raise GatewayError(f"{_format_url(self._http.base_url)} is not the address of a gateway") from error
@@ -128,7 +128,7 @@ def _parse_task(response: httpx2.Response) -> PollResult:
     try:
         task = msgspec.json.decode(response.content, type=Task)
     except msgspec.DecodeError as error:
-        raise GatewayError(f"The answer is not a task: {_error_text(error)}") from error
+        raise GatewayError(f"The response is not a task: {_error_text(error)}") from error
     return PollResult(task, _parse_retry_after(response.headers.get("retry-after")))
 
 

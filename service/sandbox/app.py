@@ -132,13 +132,8 @@ class _Route(NamedTuple):
 class SandboxConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Configuration of a sandbox.
 
-    Attributes:
-        folder: keeps tasks, balances and results; None: a temporary folder.
-        accounts: created at the start, by user key; existing ones keep their balance.
-        behaviour: at the start and after a reset.
-        seconds: minimum duration of a task, where `behaviour` has none.
-        max_tasks: finished tasks to keep.
-
+    Existing accounts of the folder keep their balance; without a folder, a temporary one is used. `seconds` is the
+    minimum duration of a task, where `behaviour` has none. `max_tasks` limits the finished tasks.
     """
 
     folder: Path | None = None
@@ -158,13 +153,7 @@ class Sandbox:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[SandboxControl]:
-        """Open the folder and resume its unfinished tasks; at the end interrupt them and close everything.
-
-        Raises:
-            OSError: the folder can't be used.
-            sqlite3.Error: likewise.
-
-        """
+        """Open the folder and resume its tasks; at the end interrupt them. Raises OSError and sqlite3.Error."""
         config = self._config
         with contextlib.ExitStack() as stack:
             folder = config.folder
@@ -243,12 +232,7 @@ class _SandboxProtocol(HttpProtocol):
 
 @contextlib.asynccontextmanager
 async def open_sandbox(config: SandboxConfig, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[RunningSandbox]:
-    """Run a sandbox in this event loop; at the end close its connections.
-
-    Raises:
-        OSError: the address or the folder can't be used.
-
-    """
+    """Run a sandbox in this event loop; at the end close its connections. Raises OSError and sqlite3.Error."""
     sandbox = Sandbox(config)
     async with sandbox.open() as control:
         server = HttpServer(sandbox, protocol=_SandboxProtocol)
@@ -263,12 +247,7 @@ async def open_sandbox(config: SandboxConfig, host: str = "127.0.0.1", port: int
 
 
 async def serve(config: SandboxConfig, host: str, port: int, *, on_ready: Callable[[str], None] | None = None) -> None:
-    """Run a sandbox until SIGINT, SIGTERM or cancellation. `on_ready` is called with the base address.
-
-    Raises:
-        OSError: the address or the folder can't be used.
-
-    """
+    """Run a sandbox until SIGINT, SIGTERM or cancellation. `on_ready` is called with the base address."""
     stop_requested = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

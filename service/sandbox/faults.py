@@ -153,30 +153,10 @@ _MAX_RECORDS: Final = 10_000
 RequestOutcome: TypeAlias = Literal[
     "pending", "not_processed", "accepted", "refused", "reported", "served", "client_disconnected"
 ]
-"""Outcome of a request.
-
-- `pending`: still in progress;
-- `not_processed`: a fault came before;
-- `accepted`: a submit became a task;
-- `refused`: an error response without any effect;
-- `reported`: a check returned the state of its task;
-- `served`: a file was sent;
-- `client_disconnected`: before the end of the request.
-"""
 
 
 class RequestRecord(msgspec.Struct, kw_only=True):
-    """One request.
-
-    Attributes:
-        received_at: in seconds since the epoch.
-        task_id: of the task accepted, checked or downloaded; empty if there is none.
-        detail: the error message, or the state of the task.
-        reply: as the fault set it.
-        image_bytes: size of the image; 0 if there was none.
-        fields: the text fields, without the `user_key`.
-
-    """
+    """One request. `detail` is the error message or the state of the task; `fields` omits the `user_key`."""
 
     operation: RequestType
     path: str

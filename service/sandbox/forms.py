@@ -1,7 +1,4 @@
-"""The vendor's forms: a body in, its fields and its file out; then the fields of each kind, typed and within range.
-
-Whatever is wrong with a form is a `RejectedError` whose text is the reason in the vendor's language.
-"""
+"""Parsing of the vendor's forms. The text of a `RejectedError` is the reason in the vendor's language."""
 
 from __future__ import annotations
 

@@ -239,10 +239,7 @@ def reduce_colors(image: MatLike, color_count: int) -> MatLike:
 def trace_paths(flat: MatLike, source: Path, target: Path, size: tuple[int, int]) -> None:
     """Trace a flat image, stored as the PNG `source`, into the SVG `target` of a size in pixels.
 
-    Raises:
-        OSError: it could not be traced.
-        subprocess.SubprocessError: likewise.
-
+    Raises OSError and subprocess.SubprocessError.
     """
     program = [sys.executable, "-c", _TRACE_PROGRAM, str(source), str(target)]
     # The arguments are paths of the sandbox, not input of a client.

@@ -46,17 +46,7 @@ CREATE TABLE IF NOT EXISTS task (
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, rename=_STORED_NAMES):
-    """One task.
-
-    Attributes:
-        ready_at: earliest end, in seconds since the epoch, also after a restart.
-        is_charged: whether the submit was charged.
-        planned_failure: the reason of a planned failure.
-        reason: of its failure.
-        files: names of the results.
-        balance: of its account at its end.
-
-    """
+    """One task. `ready_at` is its earliest end, `reason` that of its failure, `balance` its account's at its end."""
 
     id: str
     user_key: str
@@ -87,14 +77,9 @@ class Store:
         max_tasks: int = MAX_TASKS,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        """Open the folder, and create the accounts that it does not have yet.
+        """Open the folder and create its missing accounts. Raises OSError and sqlite3.Error.
 
         `max_tasks` and `max_bytes` limit the finished tasks and their results.
-
-        Raises:
-            OSError: the folder can't be used.
-            sqlite3.Error: likewise.
-
         """
         self._max_tasks = max_tasks
         self._max_bytes = max_bytes

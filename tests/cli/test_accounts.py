@@ -85,9 +85,9 @@ async def test_declined_prompt(shell: Shell) -> None:
     ("arguments", "says"),
     [
         (("--user-key-env", "NOBODY_SET_IT"), "there is no environment variable NOBODY_SET_IT"),
-        (("--user-key-file", "/dev/null"), "must be a file that holds a key"),
+        (("--user-key-file", "/dev/null"), "must be a file with a key"),
         (("--user-key-file", "no/such/file"), "No such file"),
-        (("--user-key-file", "-", "--user-key-prompt"), "Take the key from one place"),
+        (("--user-key-file", "-", "--user-key-prompt"), "Use one of --user-key-env"),
         (("--user-key", "sk-0123456789"), "No such option"),
         (("--floor-count", "-1"), "must be a whole number of at least 0"),
         (("--floor-money", "nan"), "must be an amount in yuan"),
@@ -106,7 +106,7 @@ async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str)
 
 async def test_binary_key_file(shell: Shell) -> None:
     result = await shell.run("account", "set", "main", "--user-key-file", "-", code=2, stdin=b"\xff\xfe\x00")
-    assert "must be a file that holds a key" in result.stderr
+    assert "must be a file with a key" in result.stderr
 
 
 async def test_all_properties(shell: Shell) -> None:
@@ -121,8 +121,8 @@ async def test_all_properties(shell: Shell) -> None:
     assert (stored["floor_count"], stored["floor_money"]) == (3, 0.5)
     assert stored["max_price"] == {"upscale": 1.25, "vectorize": 2}
     shown = dict(await shell.run_table("account", "show", "main"))
-    assert shown["highest price:"] == "upscale 1.25 yuan, vectorize 2 yuan"
-    assert (shown["floor of uses:"], shown["floor of yuan:"], shown["base URL:"]) == ("3", "0.5", address)
+    assert shown["maximum price:"] == "upscale 1.25 yuan, vectorize 2 yuan"
+    assert (shown["minimum uses:"], shown["minimum yuan:"], shown["base URL:"]) == ("3", "0.5", address)
     assert (shown["uses left:"], shown["last price:"], shown["unexplained yuan:"]) == ("-", "-", "0")
     assert await shell.run_json("account", "show", "main") == stored
 

@@ -73,7 +73,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert parse_settings(result)["GATEWAY_DATA_DIR"] == [str(folder), "environment"]
     assert parse_settings(result)["GATEWAY_SECRET_KEYS"] == ["generated into the data folder", "default"]
     assert parse_settings(result)["GATEWAY_UPSTREAM_URL"] == ["the built-in sandbox", "default"]
-    assert result.stdout.endswith("These settings are fit for development.\n")
+    assert result.stdout.endswith("These settings are valid for development.\n")
     assert not folder.exists()
 
 
@@ -125,7 +125,7 @@ def test_warnings() -> None:
         "GATEWAY_LOG_LEVEL",
         "GATEWAY_UPSTREAM_USER_KEY",
     ]
-    assert "does nothing in production" in result.stderr
+    assert "has no effect in production" in result.stderr
     assert run_command(more | {"GATEWAY_UPSTREAM_URL": "http://x"}).stderr == ""
 
 
@@ -149,7 +149,7 @@ def test_nothing_to_connect() -> None:
     """What the gateway starts itself is not checked."""
     result = run_command({}, "--connect")
     assert result.exit_code == 0
-    assert "The embedded Valkey server is started by `gateway serve`." in result.stdout
+    assert "`gateway serve` starts the embedded Valkey server." in result.stdout
 
 
 async def test_connect() -> None:
@@ -161,7 +161,7 @@ async def test_connect() -> None:
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     assert f" answers at {store.url}." in result.stdout
-    assert f"The upstream takes connections at 127.0.0.1:{port}; nothing was sent." in result.stdout
+    assert f"The upstream accepts connections at 127.0.0.1:{port}; nothing was sent." in result.stdout
     assert received == b""
 
 
@@ -274,7 +274,7 @@ def test_store_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_invalid_hostname() -> None:
     result = run_command({"GATEWAY_UPSTREAM_URL": f"http://{'a' * 64}.example"}, "--connect")
     assert result.exit_code == 1
-    assert result.stderr.endswith(": it is no name of a host\n")
+    assert result.stderr.endswith(": invalid host name\n")
 
 
 async def test_untrusted_upstream_certificate(tmp_path: Path) -> None:

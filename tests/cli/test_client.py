@@ -69,7 +69,7 @@ async def test_unexpected_response_without_tables(shell: Shell) -> None:
     async with run_raw_server(http_response("200 OK", b"{}", "application/json")) as url:
         result = await shell.run("usage", "--csv", "--url", url, code=1)
     (line,) = result.stderr.splitlines()
-    assert line.endswith("(it has no text/csv)")
+    assert line.endswith("(no text/csv)")
 
 
 async def test_no_gateway(shell: Shell) -> None:
@@ -77,8 +77,8 @@ async def test_no_gateway(shell: Shell) -> None:
     url = f"http://127.0.0.1:{find_free_port()}"
     result = await shell.run("tenant", "show", "shop", "--url", url, code=1)
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"gateway: no gateway answers at {url}: ")
-    assert line.endswith("Start it, or name its operators' port with --url.")
+    assert line.startswith(f"gateway: can't connect to {url}: ")
+    assert line.endswith("Start it, or use --url for its operators' port.")
 
 
 @pytest.mark.parametrize("kind", ["says nothing", "hangs up half-way"])
@@ -87,8 +87,8 @@ async def test_change_without_response(shell: Shell, kind: str) -> None:
     async with run_raw_server(UNEXPECTED_RESPONSES[kind]) as url:
         change = await shell.run("token", "create", "shop", "--url", url, code=1)
         question = await shell.run("account", "list", "--url", url, code=1)
-    assert change.stderr.startswith(f"gateway: no answer came from {url}: ")
-    assert change.stderr.endswith(" It may have been done all the same: look before you repeat it.\n")
+    assert change.stderr.startswith(f"gateway: no response from {url}: ")
+    assert change.stderr.endswith(" The change may have been made: check before you repeat it.\n")
     assert "may have been done" not in question.stderr
 
 
@@ -170,7 +170,7 @@ async def test_odd_names(shell: Shell) -> None:
     (token,) = (await shell.get_admin("/tenants/shop"))["tokens"]
     for name in ("", ".", "..", "../accounts/main", f"shop/tokens/{token['id']}"):
         result = await shell.run("tenant", "delete", name, code=1)
-        assert result.stderr == f"gateway: nothing has the name {name!r}\n"
+        assert result.stderr == f"gateway: there is no {name!r}\n"
     assert (await shell.get_admin("/tenants/shop"))["tokens"] == [token]
 
 

@@ -25,7 +25,7 @@ def test_empty_table() -> None:
 
 
 def test_record() -> None:
-    assert format_record(("name", "main"), ("seen at", None)) == "name:     main\nseen at:  -"
+    assert format_record(("name", "main"), ("balance at", None)) == "name:        main\nbalance at:  -"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tests.behaviour.upstream_control import USER_KEY
 from tests.cli.conftest import Shell
 from tests.cli.test_accounts import stored_user_key
 
-UNCHANGED = "All is as the file says: there is nothing to change.\n"
+UNCHANGED = "The registry matches the file: nothing to change.\n"
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ async def test_apply(shell: Shell, file: Path) -> None:
     token = next(iter(shell.gateway.services.registry.current.tokens))
     kept = "Not in the file, and kept without --prune: accounts.main, tenants.shop"
     printed = (await shell.run("apply", str(file))).stdout.splitlines()
-    assert printed == [*(f"+ {each}" for each in shown), kept, "Applied, with 2 differences."]
+    assert printed == [*(f"+ {each}" for each in shown), kept, "Applied 2 differences."]
     assert stored_user_key(shell, "press") == "key-of-press"
     assert token in shell.gateway.services.registry.current.tokens
     assert (await shell.run("apply", str(file))).stdout.splitlines() == [kept, UNCHANGED.strip()]
@@ -94,7 +94,7 @@ async def test_dry_run(shell: Shell, file: Path) -> None:
     lines = (await shell.run("apply", str(file), "--dry-run", code=2)).stdout.splitlines()
     assert lines[:2] == [
         '+ accounts.main.user_key.env = "OTHER_KEY"',
-        "~ accounts.main.user_key: the secret is another one",
+        "~ accounts.main.user_key: the secret is changed",
     ]
     assert shell.gateway.services.registry.current.version == version
     found = await shell.run("apply", str(file), "--dry-run", "--json", code=2)
@@ -127,7 +127,7 @@ async def test_secret_of_a_webhook(shell: Shell, file: Path) -> None:
     assert "https://h.example/" in printed
     file.write_text('tenants.press = { accounts = ["main"], webhook = { url = "https://h.example/" } }')
     planned = await shell.run("apply", str(file), "--dry-run", code=2)
-    assert "+ tenants.press.webhook.secret: one is made, to be shown once" in planned.stdout
+    assert "+ tenants.press.webhook.secret: a secret is generated and shown once" in planned.stdout
     assert "whsec_" not in planned.stdout
     assert (await shell.run("apply", str(file))).stdout.count("of press, which is not shown again: whsec_") == 1
     assert "whsec_" not in (await shell.run("apply", str(file))).stdout

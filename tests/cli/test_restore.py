@@ -150,4 +150,4 @@ async def test_registry_lost(valkey: Valkey, tmp_path: Path) -> None:
             assert await read_all_usage(shell.gateway) == spent
             assert [each["tenant"] for each in spent["items"]] == ["shop"]
             assert (await shell.gateway.call("GET", "/v1/quota", token=tokens["shop"])).json() == left
-            assert "there is nothing to change" in await found.apply_file(shell)
+            assert "nothing to change" in await found.apply_file(shell)

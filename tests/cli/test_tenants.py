@@ -60,7 +60,7 @@ async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str)
 
 async def test_quota(shell: Shell) -> None:
     """Each policy is shown with what remains, money in yuan."""
-    assert (await shell.run("quota", "shop")).stdout == "Nothing limits it.\n"
+    assert (await shell.run("quota", "shop")).stdout == "It has no limits.\n"
     limits = ("--limit", "total:tasks=5,money=0.5", "--max-active", "3")
     await shell.run("tenant", "set", "shop", "--account", "main", *limits)
     await shell.gateway.submit()
@@ -77,7 +77,7 @@ async def test_show(shell: Shell) -> None:
     await shell.run("tenant", "set", "shop", "--account", "main", "--max-active", "3")
     shown = (await shell.run("tenant", "show", "shop")).stdout
     (token,) = (await shell.get_admin("/tenants/shop"))["tokens"]
-    assert all(each in shown for each in ("max-active", token["id"], "kinds:     all\n"))
+    assert all(each in shown for each in ("max-active", token["id"], "kinds:          all\n"))
 
 
 async def test_delete(shell: Shell) -> None:

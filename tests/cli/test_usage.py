@@ -112,10 +112,10 @@ async def test_free_submission(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("usage", "--csv", "--json"), "Say either --csv or --json."),
+        (("usage", "--csv", "--json"), "Use --csv or --json, not both."),
         (("usage", "--interval", "week"), "must be day or month or total"),
-        (("refund", "--reason", "x"), "Say either --task or --submission."),
-        (("refund", "--task", "a", "--submission", "b", "--reason", "x"), "Say either --task or --submission."),
+        (("refund", "--reason", "x"), "Use --task or --submission, exactly one."),
+        (("refund", "--task", "a", "--submission", "b", "--reason", "x"), "Use --task or --submission, exactly one."),
         (("refund", "--task", "a"), "--reason is required"),
         (("submission",), "ID is required"),
     ],
@@ -133,7 +133,7 @@ async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str)
         (("submission", "f" * 32), "Not found: There is no such submission.\n"),
         (("refund", "--task", "task_x", "--reason", "x"), "Not found: There is no such task.\n"),
         (("refund", "--submission", "../x", "--reason", "x"), "Not found: There is no such submission.\n"),
-        (("refund", "--submission", "x", "--reason", " "), "Invalid options:\n  reason: must say why\n"),
+        (("refund", "--submission", "x", "--reason", " "), "Invalid options:\n  reason: must not be blank\n"),
     ],
 )
 async def test_refused(shell: Shell, arguments: tuple[str, ...], says: str) -> None:

@@ -85,7 +85,7 @@ async def test_failed(shell: Shell, receiver: WebhookReceiver) -> None:
     [
         (("--webhook-allow", "hooks.test"), "need a --webhook-url"),
         (("--webhook-secret-file", "-"), "need a --webhook-url"),
-        (("--webhook-url", "https://hooks.test/", "--webhook-secret-file", "-"), "must be a file that holds a key"),
+        (("--webhook-url", "https://hooks.test/", "--webhook-secret-file", "-"), "must be a file with a key"),
     ],
 )
 async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:

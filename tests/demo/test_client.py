@@ -70,5 +70,5 @@ async def test_control_characters(gateway: FakeGateway) -> None:
 async def test_not_a_task(gateway: FakeGateway, answer: object) -> None:
     gateway.problems["look"] = Response(answer)
     async with open_client(gateway.address, TOKEN, 5) as client:
-        with pytest.raises(GatewayError, match="The answer is not a task: "):
+        with pytest.raises(GatewayError, match="The response is not a task: "):
             await client.get_task("task_1")

@@ -51,7 +51,7 @@ def test_first_install(here: ProcedureShell) -> None:
     """A first installation ends with a successful task."""
     settings, begin, trial = shell_blocks("First install")
     printed = here.run(settings, *shell_blocks("Words"), begin, trial)
-    assert "These settings are fit for production." in printed
+    assert "These settings are valid for production." in printed
     assert '"state":"succeeded"' in printed
     assert re.search(r"^main +open +9 ", printed, re.MULTILINE)
     assert (here.folder / "secrets" / "secret-keys").stat().st_mode & 0o077 == 0
@@ -148,11 +148,12 @@ def test_upgrade_to_another_data_version(here: ProcedureShell, upstream: Sandbox
     )
     other = f"redis-cli -p {here.stores[0]} set {{gw}}:version 1"
     refused = "if gateway check-config --connect; then exit 1; fi; if start one; then exit 1; fi"
+    control = f"{upstream.url}/_control/behaviour"
     printed = here.run(
-        *(*here.installation_steps(), "submit", f"curl -fsS -X PUT -d '{LONG}' {upstream.url}/_control/behaviour", begin),
+        *(*here.installation_steps(), "submit", f"curl -fsS -X PUT -d '{LONG}' {control}", begin),
         *(old, other, refused, new, "used"),
         *("read_task task.json", "cp read.json finished.json", "read_task running.json", "used"),
-        *(f"curl -fsS -X PUT -d '{SHORT}' {upstream.url}/_control/behaviour", "submit", "used"),
+        *(f"curl -fsS -X PUT -d '{SHORT}' {control}", "submit", "used"),
     )
     assert printed.count("has version 1, and this gateway uses version 2: run `gateway export`") == 2
     assert re.findall(r'"used":(\d+)', printed) == ["0", "2", "3"]

@@ -80,7 +80,7 @@ async def test_killed_process_loses_no_accepted_task(tmp_path: Path) -> None:
     program = (
         "import asyncio, pathlib, sys\n"
         "from service.sandbox.app import SandboxConfig, serve\n"
-        "from service.sandbox.app import serve\n"
+        "from service.sandbox.store import AccountBalance\n"
         "config = SandboxConfig(folder=pathlib.Path(sys.argv[1]), accounts={'key': AccountBalance(3, 10)}, seconds=0)\n"
         "asyncio.run(serve(config, '127.0.0.1', 0, on_ready=lambda url: print(url, flush=True)))\n"
     )

@@ -143,7 +143,7 @@ created_at = 1960-01-01T00:00:00Z }
             f"accounts.main.max_price.upscal: as a name must be {kinds}: did you mean upscale?",
             "accounts.main.max_price.vectorize: must be a number from 0 to 10000000000",
             f"accounts.Loud: {name}",
-            "accounts.spare.user_key: must say one of env and file",
+            "accounts.spare.user_key: must have either env or file",
             (
                 "accounts.spare.base_url: must be a URL such as http://host or https://host/path, without credentials, "
                 "query or fragment"
@@ -189,8 +189,8 @@ def test_inline_secrets_are_refused(secret: str) -> None:
         webhook = {{ url = "https://hooks.example", secret = {secret} }}
         """
     )
-    assert key.startswith("accounts.main.user_key: must be where the secret is")
-    assert hook.startswith("tenants.shop.webhook.secret: must be where the secret is")
+    assert key.startswith("accounts.main.user_key: must be a reference such as")
+    assert hook.startswith("tenants.shop.webhook.secret: must be a reference such as")
     assert "sk-" not in key + hook
 
 
@@ -200,9 +200,9 @@ def test_inline_secrets_are_refused(secret: str) -> None:
         ('{ env = "" }', "accounts.main.user_key.env: must be text of 1 to 4096 characters"),
         ("{ env = 3 }", "accounts.main.user_key.env: must be text of 1 to 4096 characters"),
         ('{ envv = "X" }', "accounts.main.user_key.envv: is unknown: did you mean env?"),
-        ("{}", "accounts.main.user_key: must say one of env and file"),
+        ("{}", "accounts.main.user_key: must have either env or file"),
         ('{ file = "no/such/file" }', "accounts.main.user_key: no/such/file can't be read: No such file or directory"),
-        ('{ file = "/dev/null" }', "accounts.main.user_key: /dev/null holds no secret"),
+        ('{ file = "/dev/null" }', "accounts.main.user_key: /dev/null contains no secret"),
         ('{ env = "BLANKS" }', "accounts.main.user_key: must be printable ASCII without spaces"),
     ],
 )
@@ -214,7 +214,7 @@ def test_missing_secret_sources(monkeypatch: pytest.MonkeyPatch, entry: str, say
 def test_binary_secret_file(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(b"\xff\xfe")
     assert read_errors(f'accounts.main.user_key.file = "{tmp_path / "key"}"') == [
-        f"accounts.main.user_key: {tmp_path / 'key'} holds no secret"
+        f"accounts.main.user_key: {tmp_path / 'key'} contains no secret"
     ]
 
 
@@ -226,8 +226,8 @@ def test_expected_tables(text: bytes) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"x = ", "gateway: what was given is no TOML: Invalid value (at end of document)"),
-        (b"# \xff", "gateway: what was given is no TOML: it is not UTF-8"),
+        (b"x = ", "gateway: the input is not TOML: Invalid value (at end of document)"),
+        (b"# \xff", "gateway: the input is not TOML: not UTF-8"),
     ],
 )
 def test_invalid_toml(content: bytes, says: str) -> None:
