@@ -115,7 +115,7 @@ class ProcedureShell:
         """Return the steps of an installation up to its first process, with an account and a tenant."""
         return [
             shell_blocks("First install")[0],
-            *shell_blocks("Words"),
+            *shell_blocks("Setup"),
             _HELPERS,
             "start one",
             f"curl {self._registry_request()}",

@@ -50,8 +50,8 @@ def here(tmp_path: Path, upstream: SandboxProcess) -> Iterator[ProcedureShell]:
 def test_first_install(here: ProcedureShell) -> None:
     """A first installation ends with a successful task."""
     settings, begin, trial = shell_blocks("First install")
-    printed = here.run(settings, *shell_blocks("Words"), begin, trial)
-    assert "These settings are valid for production." in printed
+    printed = here.run(settings, *shell_blocks("Setup"), begin, trial)
+    assert "These settings are fit for production." in printed
     assert '"state":"succeeded"' in printed
     assert re.search(r"^main +open +9 ", printed, re.MULTILINE)
     assert (here.folder / "secrets" / "secret-keys").stat().st_mode & 0o077 == 0
@@ -164,7 +164,7 @@ def test_upgrade_to_another_data_version(here: ProcedureShell, upstream: Sandbox
 
 def test_redis_requirements(here: ProcedureShell) -> None:
     """A store with the documented options passes without errors and warnings."""
-    printed = here.run(shell_blocks("First install")[0], *shell_blocks("Words"), *shell_blocks("What Redis needs"))
+    printed = here.run(shell_blocks("First install")[0], *shell_blocks("Setup"), *shell_blocks("What Redis needs"))
     assert "answers at" in printed
     assert "warning" not in printed
 
@@ -245,7 +245,7 @@ def test_every_procedure_is_tested() -> None:
         marks = {block.language for block in blocks}
         assert marks <= {RUN, OUTPUT}, heading
         assert (OUTPUT in marks) == (heading in UNTESTED_PROCEDURES), heading
-        assert RUN not in marks or f'typed("{heading}")' in source or heading == "Words", heading
+        assert RUN not in marks or f'typed("{heading}")' in source or heading == "Setup", heading
 
 
 def test_links() -> None:
