@@ -1,22 +1,22 @@
 # syntax=docker/dockerfile:1
 #
-# The production image: the gateway, its locked packages, and nothing of the sandbox.
+# The production image: the gateway and its locked packages, without the sandbox.
 #
 #     docker build --tag imaging-gateway \
 #         --build-arg VERSION=0.2.0 --build-arg REVISION="$(git rev-parse HEAD)" \
 #         --build-arg CREATED="$(date --utc +%Y-%m-%dT%H:%M:%SZ)" --build-arg SOURCE=https://... .
 #
-# A tag moves. A release is built on a digest, which is looked up where the image is pulled from
-# (`docker buildx imagetools inspect python:3.13-slim`) and then stands in the label org.opencontainers.image.base.name:
+# A tag moves. Build a release on a digest of the base image (`docker buildx imagetools inspect python:3.13-slim`), which
+# the label org.opencontainers.image.base.name then contains:
 #
 #     --build-arg PYTHON_IMAGE=python:3.13-slim@sha256:...
 #
-# Behind a company's proxy: `--build-arg HTTPS_PROXY=...`, which no layer keeps, and where it inspects TLS its authority
-# among the certificates, which are mounted for the build and stay out of the layers as well:
+# Behind a company's proxy: `--build-arg HTTPS_PROXY=...`, which no layer keeps. If it inspects TLS, mount the certificates
+# with its authority for the build; no layer keeps them either:
 #
 #     --secret id=certificates,src=/etc/ssl/certs/ca-certificates.crt
 #
-# `make image-check` builds this file for real and does the gateway's main job with what comes of it.
+# `make image-check` builds this file and runs a smoke test in the image.
 
 # Any image with Python 3.11 or newer, its venv module, and the certificates of Debian's ca-certificates.
 ARG PYTHON_IMAGE=python:3.13-slim
@@ -27,10 +27,10 @@ FROM ${PYTHON_IMAGE} AS build
 # As in the Makefile.
 ARG UV_VERSION=0.13.9
 
-# What the image can do beside its job: `otel` sends traces, `local` is the sandbox, which no production needs.
+# Optional features: `otel` sends traces, `local` is the sandbox, which production does not need.
 ARG EXTRAS=otel
 
-# Bytecode is made here, once and for good: it is not held against the times of its sources, which a copy may round.
+# Compile bytecode once, without checks against the times of the sources: a copy of the layer may round them.
 ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
     PYC_INVALIDATION_MODE=UNCHECKED_HASH \
     SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
@@ -46,7 +46,7 @@ RUN --mount=type=secret,id=certificates,target=/etc/ssl/certs/ca-certificates.cr
 
 WORKDIR /source
 
-# The packages change less often than the code: their layer is built from the lock file alone.
+# The packages change less often than the code, so their layer depends on the lock file only.
 COPY pyproject.toml uv.lock ./
 RUN --mount=type=secret,id=certificates,target=/etc/ssl/certs/ca-certificates.crt \
     set -- && for extra in ${EXTRAS}; do set -- "$@" --extra "${extra}"; done && \
@@ -69,11 +69,11 @@ ENV PATH=/app/bin:$PATH \
     GATEWAY_HOST=0.0.0.0 \
     GATEWAY_OPS_HOST=0.0.0.0
 
-# Owned by root, so that the gateway can't write to itself.
+# Owned by root, so that the gateway can't change its own files.
 COPY --from=build /app /app
 COPY --chmod=0444 deploy/healthcheck.py /app/healthcheck.py
 
-# By number: Kubernetes' runAsNonRoot knows no names, and neither does the image.
+# A number: Kubernetes' runAsNonRoot can't resolve names, and the image has no such user.
 USER 65532:65532
 WORKDIR /
 
@@ -86,7 +86,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["pyt
 ENTRYPOINT ["gateway"]
 CMD ["serve"]
 
-# Last, since they differ in every build.
+# Last, since they change with every build.
 ARG PYTHON_IMAGE
 ARG VERSION=unknown
 ARG REVISION=unknown

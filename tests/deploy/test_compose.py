@@ -165,7 +165,7 @@ def test_prometheus() -> None:
     config = read_yaml("prometheus/prometheus.yaml")
     (names,) = [dns_sd_config["names"] for job in config["scrape_configs"] for dns_sd_config in job["dns_sd_configs"]]
     assert names == ["gateway"]
-    assert SERVICES["worker"]["networks"]["watch"]["aliases"] == names
+    assert SERVICES["worker"]["networks"]["monitoring"]["aliases"] == names
     result = [
         target
         for alertmanager in config["alerting"]["alertmanagers"]
@@ -173,7 +173,7 @@ def test_prometheus() -> None:
     ]
     assert result == ["alertmanager:9093"]
     for name in ("gateway", "worker", "prometheus", "alertmanager", "grafana"):
-        assert "watch" in SERVICES[name]["networks"]
+        assert "monitoring" in SERVICES[name]["networks"]
 
 
 @pytest.mark.parametrize("name", ["prometheus", "alertmanager"])
