@@ -49,7 +49,7 @@ def test_grace_period(chart: Path) -> None:
 
 def test_closed(chart: Path) -> None:
     """A release without peers is pointed out, and no other."""
-    warning = "NOBODY may reach it yet"
+    warning = "No client can reach it yet"
     assert warning in render_notes(chart, "default", "networkPolicy.tenants=[]")
     assert warning not in render_notes(chart, "default")
     assert warning not in render_notes(chart, "default", "networkPolicy.tenants=[]", "networkPolicy.enabled=false")

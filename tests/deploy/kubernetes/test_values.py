@@ -69,7 +69,7 @@ def render_error(*settings: str) -> str:
         ('settings.upstreamUrl="http://upstream.example"', "networkPolicy.upstream.ports must have 80"),
         ("networkPolicy.tenants=[{}]", "networkPolicy.tenants.0: Must have at least 1 properties"),
         ("ingress.enabled=true", "ingress.hosts must name at least one host"),
-        ("monitoring.serviceMonitor.enabled=true", "networkPolicy.operators must say where Prometheus runs"),
+        ("monitoring.serviceMonitor.enabled=true", "networkPolicy.operators must permit Prometheus"),
         ("registry.enabled=true", "registry needs either toml or existingConfigMap"),
         ('registry={"enabled":true,"toml":"x","existingConfigMap":"x"}', "registry needs either toml or"),
         (

@@ -40,7 +40,7 @@ spec:
     spec:
       serviceAccountName: {{ include "gateway.serviceAccount" . }}
       automountServiceAccountToken: false
-      # Kubernetes would set GATEWAY_SERVICE_HOST for a Service of the name gateway, which is not a setting.
+      # For a Service named gateway, Kubernetes would set GATEWAY_SERVICE_HOST, which is an unknown setting.
       enableServiceLinks: false
       terminationGracePeriodSeconds: {{ include "gateway.graceSeconds" . }}
       securityContext:
@@ -71,7 +71,7 @@ spec:
         - topologyKey: {{ . }}
           maxSkew: 1
           whenUnsatisfiable: ScheduleAnyway
-          # The pods of one version: those that a rollout is about to remove would distort the picture.
+          # Only pods of one version: pods of the previous one would distort the spread during a rollout.
           matchLabelKeys: [pod-template-hash]
           labelSelector:
             matchLabels:
@@ -113,7 +113,7 @@ spec:
             {{- end }}
             - name: operators
               containerPort: 8081
-          # The operators' port is the last to close, and every role has it.
+          # Every role has the operators' port, and it is the last to close.
           startupProbe:
             httpGet: {path: /healthz, port: operators}
             periodSeconds: 2
@@ -154,7 +154,7 @@ spec:
               {{- range $name, $secret := .Values.secrets }}
               {{- include "gateway.secretSource" (dict "name" $name "secret" $secret) | nindent 14 }}
               {{- end }}
-        # For libraries that want one. The gateway itself keeps uploads in memory.
+        # For libraries that need one. The gateway itself keeps uploads in memory.
         - name: scratch
           emptyDir: {sizeLimit: 64Mi}
         {{- with .Values.extraVolumes }}

@@ -104,12 +104,12 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- define "gateway.checked" -}}
 {{- range .Values.extraEnv }}
 {{- if hasPrefix "GATEWAY_" .name }}
-{{- fail (printf "extraEnv must not have %s: what can be set of the gateway is in settings and secrets" .name) }}
+{{- fail (printf "extraEnv must not have %s: use settings and secrets for the gateway's own variables" .name) }}
 {{- end }}
 {{- end }}
 {{- range .Values.registry.secretEnv }}
 {{- if hasPrefix "GATEWAY_" .name }}
-{{- fail (printf "registry.secretEnv must not have %s: the registry names its variables differently" .name) }}
+{{- fail (printf "registry.secretEnv must not have %s: it is a variable of the gateway itself" .name) }}
 {{- end }}
 {{- end }}
 {{- range $role := list "api" "worker" }}
@@ -127,7 +127,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- $open := list }}
 {{- range .upstream.ports }}{{ $open = append $open (int . | toString) }}{{ end }}
 {{- if not (has $port $open) }}
-{{- fail (printf "networkPolicy.upstream.ports must have %s, the port of settings.upstreamUrl, or else no pod reaches it" $port) }}
+{{- fail (printf "networkPolicy.upstream.ports must have %s, the port of settings.upstreamUrl, or no pod can reach it" $port) }}
 {{- end }}
 {{- end }}
 {{- end }}
