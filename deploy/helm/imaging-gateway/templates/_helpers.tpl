@@ -49,8 +49,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end }}
 
-{{- /* What submissions have when a pod is told to end: those under way are answered for as long as a lease, and what they
-have sent is booked within one more. Almost always it is much less. */ -}}
+{{- /* At the termination of a pod, submissions may take one lease to get a response, and one more to be stored. Usually it
+is much less. */ -}}
 {{- define "gateway.graceSeconds" -}}
 {{ add .Values.preStopSeconds (mul 2 .Values.settings.leaseSeconds) 15 }}
 {{- end }}
@@ -100,7 +100,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
   {{- end }}
 {{- end }}
 
-{{- /* What the values must not say, beyond what their schema can tell in plain words. */ -}}
+{{- /* Checks that the schema can't express, or not with a clear message. */ -}}
 {{- define "gateway.checked" -}}
 {{- range .Values.extraEnv }}
 {{- if hasPrefix "GATEWAY_" .name }}
@@ -120,7 +120,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 {{- end }}
 {{- with .Values.networkPolicy }}
-{{- /* Of pods in the cluster a policy means the port behind their Service, which no URL tells. */}}
+{{- /* For pods in the cluster a policy applies to the port behind their Service, which a URL does not contain. */}}
 {{- if and .enabled .upstream.to (not (contains "Selector" (toJson .upstream.to))) (not .extraEgress) $.Values.settings.upstreamUrl }}
 {{- $url := urlParse $.Values.settings.upstreamUrl }}
 {{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (eq $url.scheme "http" | ternary "80" "443") }}
