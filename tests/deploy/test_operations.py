@@ -245,7 +245,7 @@ def test_every_procedure_is_tested() -> None:
         marks = {block.language for block in blocks}
         assert marks <= {RUN, OUTPUT}, heading
         assert (OUTPUT in marks) == (heading in UNTESTED_PROCEDURES), heading
-        assert RUN not in marks or f'typed("{heading}")' in source or heading == "Setup", heading
+        assert RUN not in marks or f'shell_blocks("{heading}")' in source or heading == "Setup", heading
 
 
 def test_links() -> None:
