@@ -40,10 +40,10 @@ class Objective(Struct, frozen=True):
 
     def panels(self) -> Iterable[Panel]:
         """Yield the panels of one line: good share, remaining budget, burn rate."""
-        promise = f"Promised over 30 days: {100 * self.target_ratio:g}% of {self.description}."
+        target = f"Objective over 30 days: {100 * self.target_ratio:g}% of {self.description}."
         yield figure(
             f"{self.title}: good",
-            f"{promise} Yellow where that is missed, red where by as much again.",
+            f"{target} Yellow if it is missed, red if by twice the budget.",
             RATIO,
             {"good": self.good_ratio()},
             width=QUARTER,
@@ -53,8 +53,8 @@ class Objective(Struct, frozen=True):
         yield (
             figure(
                 f"{self.title}: budget left",
-                f"{promise} How much of what that allows to go wrong is left; below a quarter, put off what is"
-                " risky, and below zero the promise is broken.",
+                f"{target} The unused share of the error budget; below a quarter, postpone risky changes; below zero"
+                " the objective is missed.",
                 RATIO,
                 {"left": self.budget_left()},
                 width=QUARTER,
@@ -66,8 +66,8 @@ class Objective(Struct, frozen=True):
         )
         yield graph(
             f"{self.title}: burn rate",
-            f"{promise} 1 uses the budget up exactly at the end of the period. Worry when both lines are above 6,"
-            " and act at once when both are above 14.4: then a fiftieth of the budget is used within the hour.",
+            f"{target} At 1 the budget lasts exactly for the period. Worry when both lines are above 6; above 14.4,"
+            " drop everything else: a fiftieth of the budget is used within the hour.",
             COUNT,
             {FAST_WINDOW: self.burn_rate(FAST_WINDOW), SLOW_WINDOW: self.burn_rate(SLOW_WINDOW)},
             steps=rising_thresholds(6, 14.4),
@@ -87,19 +87,19 @@ class Objective(Struct, frozen=True):
 OBJECTIVES = (
     Objective(
         "Availability",
-        "the tenants' requests are answered without an error (a status of 500 or more), whatever its cause",
+        "the tenants' requests get a status below 500, whatever the cause",
         0.999,
         "availability",
     ),
     Objective(
         "Submissions",
-        "the submissions are answered within 10 seconds, including the upload to the vendor",
+        "the submissions get a response within 10 seconds, the upload to the vendor included",
         0.95,
         "submission-latency",
     ),
     Objective(
         "Reads",
-        "all other requests, except those held open on purpose, are answered within 250 milliseconds",
+        "all other requests, except long-lived ones, get a response within 250 milliseconds",
         0.99,
         "read-latency",
     ),

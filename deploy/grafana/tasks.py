@@ -27,7 +27,7 @@ from deploy.grafana.queries import (
 
 _TENANT = 'tenant=~"$tenant"'
 _LOW = 6
-_NO_FINISHED_TASKS = "No finished task"
+_NO_FINISHED_TASKS = "No task has ended"
 
 _SUCCEEDED = 'state="succeeded"'
 
@@ -42,16 +42,16 @@ _TASKS_ROW = Row(
     (
         graph(
             "Submitted",
-            "Tasks a minute that the vendor accepted, by kind. Worry when they drop to zero while tenants submit.",
+            "Tasks per minute that the vendor accepted, by kind. Worry when it falls to zero while tenants submit.",
             PER_MINUTE,
             {"{{kind}}": per_minute("gateway_tasks_submitted_total", "kind", where=(_TENANT,))},
             width=THIRD,
             stacked=True,
         ),
         graph(
-            "Ended",
-            "Tasks a minute that ended, by state. Worry when more than a few percent fail, or when fewer end than"
-            " are submitted: then the active ones grow.",
+            "Finished",
+            "Finished tasks per minute, by state. Worry when more than a few in a hundred fail, or when fewer finish"
+            " than are submitted: then the active ones grow.",
             PER_MINUTE,
             {"{{state}}": per_minute("gateway_tasks_finished_total", "state", where=(_TENANT,))},
             width=THIRD,
@@ -59,8 +59,8 @@ _TASKS_ROW = Row(
         ),
         graph(
             "Active",
-            "Accepted tasks that have not ended, by kind, from the ledger. Worry when they grow while submissions"
-            " do not.",
+            "Accepted tasks that have not ended, by kind, from Redis. Worry when it grows while the rate of"
+            " submissions does not.",
             COUNT,
             {"{{kind}}": or_zero_if_redis_up(_active_tasks(), "kind")},
             width=THIRD,
@@ -69,8 +69,8 @@ _TASKS_ROW = Row(
         *(
             graph(
                 f"Duration of tasks, {percent}%",
-                "From submit to a successful end, by kind, of all tenants. The vendor does the work: worry when it"
-                " grows while the checks below are not late.",
+                "From submission to a successful end, by kind, of all tenants. The vendor does the work: worry when it"
+                " rises although the checks below are not late.",
                 SECONDS,
                 {"{{kind}}": quantile(percent / 100, "gateway_task_duration_seconds", "kind", where=(_SUCCEEDED,))},
                 width=THIRD,
@@ -80,7 +80,8 @@ _TASKS_ROW = Row(
         ),
         graph(
             "Mean duration by tenant",
-            "From submit to any end, of any kind. A single slow tenant sends larger images, or other kinds.",
+            "From submission to end, for all states and kinds. A single slow tenant sends larger images, or other"
+            " kinds.",
             SECONDS,
             {"{{tenant}}": mean("gateway_tenant_task_duration_seconds", "tenant", where=(_TENANT,))},
             width=THIRD,
@@ -88,16 +89,16 @@ _TASKS_ROW = Row(
         ),
         graph(
             "Submissions by outcome",
-            "Outcomes of submissions at the vendor, a minute, of all tenants. `unknown` may have been charged and"
+            "Outcomes of submissions at the vendor per minute, of all tenants. `unknown` may have been charged and"
             " needs an operator; `exhausted` and `invalid-account` close an account; `misconfigured` is a key that"
-            " cannot be decrypted, `redirected` a wrong base URL, `busy` an HTTP 429.",
+            " can't be decrypted, `redirected` a wrong base address, `busy` an HTTP 429.",
             PER_MINUTE,
             {"{{outcome}}": per_minute("gateway_submissions_total", "outcome")},
         ),
         graph(
             "Reads by source",
-            "Reads of tasks from the memory of the process, from the store (Redis), or from the vendor. The vendor"
-            " is used for expired tasks and during an outage of Redis; worry when that lasts.",
+            "Where reads of tasks were served from: the memory of the process, Redis (store), or the vendor"
+            " (upstream). The last is for tasks that Redis has lost or while it is unavailable; worry when it lasts.",
             PER_SECOND,
             {"{{source}}": rate("gateway_task_reads_total", "source")},
         ),
@@ -105,20 +106,20 @@ _TASKS_ROW = Row(
 )
 
 _POLLER_ROW = Row(
-    "Poller and settlement",
+    "Polling and settlement",
     (
         graph(
             "Polled tasks",
-            "Tasks that the processes check in turns. Worry when they differ much from the active ones: the end of"
-            " an unpolled task is not noticed.",
+            "Tasks that the processes check at the vendor periodically. Worry when it differs much from the active"
+            " ones: the ends of unpolled tasks are not noticed.",
             COUNT,
-            {"watched": or_zero_if_redis_up(max_by("gateway_poll_tasks"))},
+            {"polled": or_zero_if_redis_up(max_by("gateway_poll_tasks"))},
             width=QUARTER,
         ),
         graph(
             "Checks overdue",
-            "How long the oldest unclaimed check has been due. Above a minute the processes do not keep up, or none"
-            " is polling.",
+            "How long the first unclaimed check has been overdue. Above a minute the processes do not keep up, or no"
+            " worker runs.",
             SECONDS,
             {"overdue": or_zero_if_redis_up(max_by("gateway_poll_overdue_seconds"))},
             width=QUARTER,
@@ -126,15 +127,15 @@ _POLLER_ROW = Row(
         ),
         graph(
             "Lateness of checks",
-            "How late checks start. Worry above a few seconds: every waiting client waits that much longer.",
+            "How late checks begin. Worry above a few seconds: all clients that wait for a task wait as much longer.",
             SECONDS,
-            {f"{percent}%": quantile(percent / 100, "gateway_poll_lag_seconds") for percent in (50, 95, 99)},
+            {f"{each}%": quantile(each / 100, "gateway_poll_lag_seconds") for each in (50, 95, 99)},
             width=QUARTER,
             empty="No checks",
         ),
         graph(
             "Checks in progress",
-            "Concurrent checks in all processes, and their limit. At the limit they start late.",
+            "Concurrent checks in all processes, and their limit. At the limit checks begin late.",
             COUNT,
             {
                 "checks": sum_by("gateway_poll_checks_in_progress"),
@@ -144,8 +145,8 @@ _POLLER_ROW = Row(
         ),
         graph(
             "Checks by outcome",
-            "Outcomes of checks, mostly `running`. `not_found` is a task unknown to the vendor, `invalid` an"
-            " unusable response, `no_response` none at all: worry when these last.",
+            "Outcomes of checks. Most are `running`. `not_found` is a task that the vendor reports as unknown,"
+            " `invalid` an end without usable results, `no_response` a timeout or failure: worry when these last.",
             PER_MINUTE,
             {"{{outcome}}": per_minute("gateway_poll_checks_total", "outcome")},
             width=THIRD,
@@ -153,8 +154,8 @@ _POLLER_ROW = Row(
         ),
         graph(
             "Checks claimed at once",
-            "Checks that a process claims in one call: mean and maximum. Constantly at the maximum, the processes"
-            " do not keep up.",
+            "How many checks a process claims in one call, mean and 95%. Always at the maximum: there are more checks"
+            " than the processes can make.",
             COUNT,
             {"mean": mean("gateway_poll_batch_size"), "95%": quantile(0.95, "gateway_poll_batch_size")},
             width=THIRD,
@@ -162,12 +163,13 @@ _POLLER_ROW = Row(
         ),
         graph(
             "Settlements",
-            "Settlements that wait for Redis, and reservations a minute whose process died before their outcome."
-            " Both should be zero; the latter are now of unknown outcome.",
+            "Outcomes of submissions that could not be stored yet, as when Redis is unavailable, and reservations per"
+            " minute whose process died before their settlement. Both should be zero; the latter are settled as"
+            " unknown.",
             COUNT,
             {
-                "waiting": sum_by("gateway_settlements_pending"),
-                "expired a minute": per_minute("gateway_reservations_expired_total"),
+                "pending": sum_by("gateway_settlements_pending"),
+                "expired per minute": per_minute("gateway_reservations_expired_total"),
             },
             width=THIRD,
             steps=RED_FROM_ONE,
@@ -179,45 +181,45 @@ _WEBHOOKS_ROW = Row(
     "Webhooks",
     (
         figure(
-            "Failed",
-            "Deliveries that failed for good in the last 30 days. Their tenants may not know that tasks ended; an"
-            " operator can redeliver them.",
+            "Failed deliveries",
+            "Deliveries that failed for good in the last 30 days. Their tenants may not have noticed the end of tasks;"
+            " an operator can send them again.",
             COUNT,
             {"failed": or_zero_if_redis_up(max_by("gateway_webhooks_failed"))},
             width=QUARTER,
             steps=RED_FROM_ONE,
         ).height(_LOW),
         figure(
-            "Receivers with deliveries",
-            "Receivers with pending deliveries. A lasting one is a tenant whose endpoint does not respond; many at"
-            " once are our network.",
+            "Queues",
+            "Webhook queues with pending deliveries, one per receiving host. One that stays is a tenant whose server"
+            " does not respond; many at once are our network.",
             COUNT,
-            {"receivers": or_zero_if_redis_up(max_by("gateway_webhook_queues"))},
+            {"queues": or_zero_if_redis_up(max_by("gateway_webhook_queues"))},
             width=QUARTER,
         ).height(_LOW),
         graph(
             "Deliveries overdue",
-            "How long the oldest unclaimed delivery has been due. Above five minutes the processes do not keep up,"
-            " or none delivers.",
+            "How long the first unclaimed delivery has been overdue. Above five minutes the processes do not keep up,"
+            " or no worker runs.",
             SECONDS,
             {"overdue": or_zero_if_redis_up(max_by("gateway_webhook_overdue_seconds"))},
             steps=rising_thresholds(60, 300),
         ).height(_LOW),
         graph(
             "Attempts by state",
-            "Attempts a minute by the resulting state: `pending` is retried later, `failed` has no retry left,"
-            " `off` is a URL that responded 410. Worry when `pending` outweighs `delivered`.",
+            "Attempts per minute by the state of the delivery after them: `pending` is retried later, `failed` is"
+            " final, `off` is a URL that responded with 410. Worry when `pending` outweighs `delivered`.",
             PER_MINUTE,
             {"{{state}}": per_minute("gateway_webhook_attempts_total", "state")},
             stacked=True,
         ),
         graph(
-            "Age at the last attempt, 95%",
-            "Time from the end of a task to the last attempt of its delivery. Successful ones take a second or two;"
-            " worry above a minute.",
+            "Age at the end, 95%",
+            "Time from the end of the task until its delivery was delivered, failed or disabled. Successful ones take"
+            " a second or two; worry above a minute.",
             SECONDS,
             {"{{state}}": quantile(0.95, "gateway_webhook_age_seconds", "state")},
-            empty="No finished delivery",
+            empty="No delivery has ended",
         ),
     ),
 )
@@ -225,7 +227,7 @@ _WEBHOOKS_ROW = Row(
 TASKS = Dashboard(
     "tasks",
     "tasks and webhooks",
-    "Outcome and duration of tasks, lateness of their checks, and webhooks.",
+    "Tasks, their duration, the checks of running tasks, and webhooks.",
     (_TASKS_ROW, _POLLER_ROW, _WEBHOOKS_ROW),
-    variables=(Variable("tenant", "gateway_tenant_spent_yuan", "Tenants to show, for metrics by tenant."),),
+    variables=(Variable("tenant", "gateway_tenant_spent_yuan", "The tenants to show on panels by tenant."),),
 )

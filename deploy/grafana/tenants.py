@@ -21,10 +21,9 @@ from deploy.grafana.queries import max_by, or_zero_if_redis_up, per_hour, per_mi
 _TENANT = 'tenant=~"$tenant"'
 _NO_LIMITS = "No tenant has a limit"
 _SPENT_METRIC = "gateway_tenant_spent_yuan"
-_EXACT_NOTE = "Exact, from the ledger, refunds taken off; calendar time in UTC."
+_EXACT_NOTE = "Exact, from the ledger, less refunds; calendar time in UTC."
 _RATE_NOTE = (
-    "Counted by the processes when tasks end, so only a rate: a restart starts from zero, and the exact sums are in"
-    " the row above."
+    "Counted by the processes when tasks end: a restart resets the counters, so the exact sums are in the row above."
 )
 
 
@@ -67,9 +66,9 @@ _QUOTA_ROW = Row(
     "Quota",
     (
         bars(
-            "Use of each limit",
-            "Used and reserved as a share of the limit, by tenant and policy. At 100% the tenant gets 429 until the"
-            " window resets; raise the limit before, unless it is meant to stop the tenant.",
+            "Limit usage",
+            "Used and reserved, as a share of the limit, by tenant and policy. At 100% the tenant gets 429 until the"
+            " window resets; raise the limit before, or let it take effect.",
             RATIO,
             {"{{tenant}} {{policy}}": f"topk(20, {_used_ratio()})"},
             steps=rising_thresholds(0.8, 0.95),
@@ -77,27 +76,28 @@ _QUOTA_ROW = Row(
             empty=_NO_LIMITS,
         ),
         graph(
-            "Use of each limit over time",
-            "Used and reserved as a share of the limit, over time. Windows drop to zero when they reset; a line"
-            " that reaches 100% every day is a limit that is too low.",
+            "Limit usage over time",
+            "Used and reserved as a share of the limit, over time. Windows reset to zero; a line that reaches 100%"
+            " every day is a limit that is too low.",
             RATIO,
             {"{{tenant}} {{policy}}": _used_ratio()},
             steps=rising_thresholds(0.8, 0.95),
             empty=_NO_LIMITS,
         ),
         graph(
-            "Limits reached before they reset",
-            "Time until a limit is reached at the recent rate: that of the last 10 minutes for limits per hour, of"
-            " the last hour per day, of the last 6 hours per month and in total. Shown only if the window does not"
-            " reset before, and for totals within 30 days. Just after a reset the rate is unknown.",
+            "Limits that run out before they reset",
+            "The time until a limit is reached at the recent rate: of the last 10 minutes for an hour's limit, of the"
+            " last hour for a day's, of the last 6 hours for a month's and for a total. Only limits that run out"
+            " before their reset are shown, and totals that run out within 30 days. Just after a reset the rate is not"
+            " known yet.",
             SECONDS,
-            {"{{tenant}} {{policy}}": " or ".join(_time_until_limit(*forecast) for forecast in _FORECASTS)},
-            empty="No limit is reached at this rate",
+            {"{{tenant}} {{policy}}": " or ".join(_time_until_limit(*each) for each in _FORECASTS)},
+            empty="No limit runs out at this rate",
         ),
         graph(
             "Denials",
-            "Submissions a minute that were denied, by tenant and policy; `balance` means that no account could"
-            " pay, which the operators must fix. A tenant that stays here retries without respecting Retry-After.",
+            "Refused submissions per minute, by tenant and policy; `balance` means that no account could pay, which"
+            " needs a top-up. A tenant that stays here retries without regard to Retry-After.",
             PER_MINUTE,
             {
                 "{{tenant}} {{policy}}": per_minute(
@@ -114,7 +114,7 @@ _SPENDING_ROW = Row(
     (
         figure(
             "Tenants",
-            "All tenants, chosen or not. Worry when the number drops: their tokens are rejected.",
+            "Number of tenants, selected or not. Worry when it falls: the tokens of deleted tenants are refused.",
             COUNT,
             {"tenants": or_zero_if_redis_up(max_by("gateway_tenants"))},
             width=QUARTER,
@@ -122,8 +122,8 @@ _SPENDING_ROW = Row(
         *(
             figure(
                 title,
-                f"Money spent by the chosen tenants {text}. {_EXACT_NOTE} Worry when it exceeds what is planned,"
-                " whatever the limits are.",
+                f"Money that the selected tenants have spent {text}. {_EXACT_NOTE} Worry when it is more than the"
+                " budget, whatever the limits.",
                 YUAN,
                 {"spent": _spent(window)},
                 width=QUARTER,
@@ -138,7 +138,7 @@ _SPENDING_ROW = Row(
         *(
             bars(
                 f"{title} by tenant",
-                f"The 15 tenants with the highest spending {text}. {_EXACT_NOTE} Worry about an unusual one.",
+                f"The 15 tenants that spent the most {text}. {_EXACT_NOTE} Worry about an unusual one.",
                 YUAN,
                 {"{{tenant}}": or_zero_if_redis_up(f"topk(15, {_per_tenant(window)})", "tenant")},
             )
@@ -152,38 +152,38 @@ _RATES_ROW = Row(
     (
         graph(
             "Money by tenant",
-            f"Yuan per hour spent by finished tasks. {_RATE_NOTE} Worry about an unexpected increase.",
+            f"Yuan per hour of finished tasks. {_RATE_NOTE} Worry about an unannounced rise.",
             YUAN,
             {"{{tenant}}": per_hour("gateway_spent_yuan_total", "tenant", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Money by kind",
-            f"Yuan per hour spent by finished tasks of each kind. {_RATE_NOTE} Worry when a kind costs more without"
-            " more tasks: the vendor has raised its price.",
+            f"Yuan per hour of finished tasks by kind. {_RATE_NOTE} Worry when a kind costs more without more tasks:"
+            " the vendor has raised its price.",
             YUAN,
             {"{{kind}}": per_hour("gateway_spent_yuan_total", "kind", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Prepaid uses by tenant",
-            f"Prepaid uses per hour spent by finished tasks; while some are left, tasks cost no money. {_RATE_NOTE}"
-            " Worry about an unexpected increase.",
+            "Prepaid uses per hour of finished tasks; while some are left, tasks cost these and no money."
+            f" {_RATE_NOTE} Worry about an unannounced rise.",
             COUNT,
             {"{{tenant}}": per_hour("gateway_spent_uses_total", "tenant", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Prepaid uses by kind",
-            f"Prepaid uses per hour spent by finished tasks of each kind. {_RATE_NOTE} Worry when they will be used"
-            " up sooner than planned.",
+            f"Prepaid uses per hour of finished tasks by kind. {_RATE_NOTE} Worry when they run out sooner than"
+            " planned.",
             COUNT,
             {"{{kind}}": per_hour("gateway_spent_uses_total", "kind", where=(_TENANT,))},
             stacked=True,
         ),
         graph(
             "Tasks submitted",
-            "Accepted tasks a minute by tenant. Worry when a tenant unexpectedly submits much more, or nothing.",
+            "Accepted tasks per minute by tenant. Worry when a tenant sends much more than announced, or nothing.",
             PER_MINUTE,
             {"{{tenant}}": per_minute("gateway_tasks_submitted_total", "tenant", where=(_TENANT,))},
             width=THIRD,
@@ -191,8 +191,8 @@ _RATES_ROW = Row(
         ),
         graph(
             "Costs by basis",
-            "The source of the cost of finished tasks, of all tenants: observed in the balance, estimated from an"
-            " earlier price when tasks overlapped, or unknown. If many are unknown, the vendor no longer reports its"
+            "How the cost of finished tasks is known, of all tenants: observed in the balance, estimated from an"
+            " earlier price if tasks overlapped, or unknown. Many unknown ones: the vendor has stopped reporting its"
             " balance.",
             PER_MINUTE,
             {"{{basis}}": per_minute("gateway_task_costs_total", "basis")},
@@ -201,8 +201,8 @@ _RATES_ROW = Row(
         ),
         graph(
             "Idempotent replays",
-            "Submissions a minute, of all tenants, that repeated a key and got the stored response without a"
-            " charge. Some are normal retries; many are a client in a loop.",
+            "Submissions per minute, of all tenants, that repeated a key and got the first submission's task without a"
+            " second charge. Some are normal retries; many are a client in a loop.",
             PER_MINUTE,
             {"replays": per_minute("gateway_idempotent_replays_total")},
             width=THIRD,
@@ -213,8 +213,8 @@ _RATES_ROW = Row(
 TENANTS = Dashboard(
     "tenants",
     "tenants and spend",
-    "Spending and quota by tenant. Tenants beyond the first 200 are combined as `other`.",
+    "Spending and limits by tenant. Tenants beyond the first 200 are combined as `other`.",
     (_QUOTA_ROW, _SPENDING_ROW, _RATES_ROW),
-    variables=(Variable("tenant", "gateway_tenant_spent_yuan", "Tenants to show."),),
+    variables=(Variable("tenant", "gateway_tenant_spent_yuan", "The tenants to show."),),
     time_from="now-24h",
 )

@@ -34,7 +34,7 @@ from deploy.grafana.queries import (
 )
 
 _ACCOUNT = 'account=~"$account"'
-_NO_BALANCE = "No balance reported yet"
+_NO_BALANCE = "No balance has been reported yet"
 _REQUESTS = "gateway_upstream_requests_total"
 _DURATION = "gateway_upstream_request_duration_seconds"
 _ERROR_OUTCOMES = "unknown|not-sent|misconfigured|redirected|no_response|invalid|not_found|unreachable|transfer-aborted"
@@ -69,24 +69,24 @@ _BALANCES_ROW = Row(
     (
         graph(
             "Prepaid uses left",
-            "The remaining prepaid uses of each account, as last reported by the vendor, and the floor at which the"
-            " gateway stops using it. Top up before the lines meet, unless the account may spend money.",
+            "The last reported prepaid uses of each account, and its floor. Top up before the lines meet, unless the"
+            " account may continue with money.",
             COUNT,
             {"{{account}}": _account("remaining_uses"), "{{account}} floor": _account("floor_uses")},
             empty=_NO_BALANCE,
         ),
         graph(
             "Money left",
-            "The remaining money of each account, as last reported by the vendor, and its floor. Without uses and"
-            " money, tenants of that account get 402.",
+            "The last reported money of each account, and its floor. Without uses and money left, tenants of that"
+            " account get 402.",
             YUAN,
             {"{{account}}": _account("remaining_yuan"), "{{account}} floor": _account("floor_yuan")},
             empty=_NO_BALANCE,
         ),
         bars(
             "Days left, prepaid uses",
-            "Days until the prepaid uses above the floor are spent, at the mean of the last 7 days. Top up below a"
-            " week, at once below a day. Accounts without spending are not shown.",
+            "How long the prepaid uses above the floor last, at the mean rate of the last 7 days. Top up below a week,"
+            " at once below a day. Accounts without spending are not shown.",
             DAYS,
             {"{{account}}": _days_left("uses")},
             width=QUARTER,
@@ -95,8 +95,8 @@ _BALANCES_ROW = Row(
         ),
         bars(
             "Days left, money",
-            "Days until the money above the floor is spent, at the mean of the last 7 days. Money is spent only"
-            " when no prepaid uses are left. Top up below a week, at once below a day.",
+            "How long the money above the floor lasts, at the mean rate of the last 7 days. Money is spent only"
+            " without prepaid uses left. Top up below a week, at once below a day.",
             DAYS,
             {"{{account}}": _days_left("yuan")},
             width=QUARTER,
@@ -105,8 +105,8 @@ _BALANCES_ROW = Row(
         ),
         states(
             "State of accounts",
-            "When each account was open, exhausted (top up, and it reopens by itself), or invalid (the vendor does"
-            " not know its key: it is closed until an operator reopens it).",
+            "When each account was open, exhausted (no balance left: it opens after a top-up), or invalid (the vendor"
+            " reports its key as unknown: it stays unusable until an operator reopens it).",
             {"{{account}}": f"{_state('exhausted')} + 2 * {_state('invalid')}"},
             {0: ("open", "green"), 1: ("exhausted", "yellow"), 2: ("invalid", "red")},
         ),
@@ -117,24 +117,25 @@ _SPENDING_ROW = Row(
     "Spending",
     (
         graph(
-            "Spent by tasks",
-            "Prepaid uses per hour spent by finished tasks on each account. Worry when the balance drops faster.",
+            "Uses spent by tasks",
+            "Prepaid uses per hour of each account that finished tasks of the gateway took. Worry when the balance"
+            " falls faster.",
             COUNT,
             {"{{account}}": per_hour("gateway_account_spent_uses_total", "account", where=(_ACCOUNT,))},
             width=QUARTER,
         ),
         graph(
             "Money spent by tasks",
-            "Yuan per hour spent by finished tasks on each account. Worry when it starts although prepaid uses"
-            " should be left.",
+            "Yuan per hour of each account that finished tasks of the gateway took. Worry when it starts although"
+            " prepaid uses should have lasted.",
             YUAN,
             {"{{account}}": per_hour("gateway_account_spent_yuan_total", "account", where=(_ACCOUNT,))},
             width=QUARTER,
         ),
         graph(
             "Unexplained uses",
-            "Prepaid uses per hour that left the account without a task of the gateway. Above zero the key is used"
-            " elsewhere: find out where, or have the key changed.",
+            "Prepaid uses that disappeared within an hour and that no task of the gateway explains. Above zero another"
+            " client uses the key. Find it, or have the key renewed.",
             COUNT,
             {"{{account}}": _unexplained_drop("uses")},
             width=QUARTER,
@@ -142,8 +143,8 @@ _SPENDING_ROW = Row(
         ),
         graph(
             "Unexplained money",
-            "Yuan per hour that left the account without a task of the gateway. Above zero the key is used"
-            " elsewhere, or the vendor has raised its prices.",
+            "Yuan that disappeared within an hour and that no task of the gateway explains. Above zero another client"
+            " uses the key, or the vendor has raised its prices.",
             YUAN,
             {"{{account}}": _unexplained_drop("yuan")},
             width=QUARTER,
@@ -151,8 +152,8 @@ _SPENDING_ROW = Row(
         ),
         graph(
             "Age of the balance",
-            "Time since the vendor last reported the balance. It does so only with tasks, so the balance is old"
-            " without load; worry when it grows while tasks run: responses have lost their balances.",
+            "Time since a response last reported the balance. The vendor reports it only with tasks, so it is old"
+            " without load; worry when it grows while tasks run: responses lack the balance.",
             SECONDS,
             {"{{account}}": _account("balance_age_seconds")},
             width=THIRD,
@@ -160,7 +161,7 @@ _SPENDING_ROW = Row(
         ),
         graph(
             "Open submissions",
-            "Unfinished submissions of each account. They follow the load; worry when they stay without new"
+            "Submissions of each account that have not ended. They follow the load; worry when they stay without new"
             " submissions, since each holds a use or money of its account.",
             COUNT,
             {"{{account}}": or_zero_if_redis_up(_account("open_submissions"), "account")},
@@ -168,8 +169,8 @@ _SPENDING_ROW = Row(
         ),
         graph(
             "Submissions of unknown outcome",
-            "Sent without a usable response, so possibly charged. Each stays charged to its tenant until an"
-            " operator resolves it; see the runbook.",
+            "Sent without a usable response: they may have been charged. Each stays charged to its tenant until an"
+            " operator refunds it, as described in the runbook.",
             COUNT,
             {"{{account}}": or_zero_if_redis_up(_account("unknown_submissions"), "account")},
             width=THIRD,
@@ -191,7 +192,7 @@ _VENDOR_ROW = Row(
         ),
         graph(
             "Failed requests",
-            "Requests a minute without a usable response, by operation and outcome. `unknown` may have been charged"
+            "Requests per minute without a usable response, by operation and outcome. `unknown` may have been charged"
             " and is the worst; `not-sent` and `unreachable` are the network.",
             PER_MINUTE,
             {
@@ -203,7 +204,7 @@ _VENDOR_ROW = Row(
         ),
         graph(
             "Share of failed requests",
-            "Requests without a usable response as a share of all, over 10 minutes. Worry when it stays above 5%.",
+            "Requests without a usable response, as a share of all, over 10 minutes. Worry when it stays above 5%.",
             RATIO,
             {"{{operation}}": _error_rate()},
             width=THIRD,
@@ -212,7 +213,7 @@ _VENDOR_ROW = Row(
         *(
             graph(
                 f"Duration of requests, {percent}%",
-                "Duration of requests with a response, by operation. A submission includes the upload and takes"
+                "Duration of requests with a usable response, by operation. A submission includes the upload and takes"
                 " seconds; a check takes well under one. Worry when either doubles.",
                 SECONDS,
                 {
@@ -227,8 +228,8 @@ _VENDOR_ROW = Row(
         ),
         graph(
             "Duration by outcome, 95%",
-            "Duration of requests by outcome. A slow failure is a timeout, a fast one a refusal; worry when both"
-            " become common.",
+            "Duration of requests by outcome. A slow failure is a timeout, a quick one a refusal; worry when both"
+            " become frequent.",
             SECONDS,
             {"{{operation}} {{outcome}}": quantile(0.95, _DURATION, "operation", "outcome")},
             width=THIRD,
@@ -246,16 +247,16 @@ _VENDOR_ROW = Row(
         ),
         graph(
             "Waiting for a connection",
-            "Requests that wait for a connection, by operation. If above zero for long, the vendor has become slow,"
-            " or the limit on connections is too low for the load.",
+            "Requests that wait for a connection, by operation. Above zero for long: the vendor has become slow, or"
+            " the limit on connections is too low for the load.",
             COUNT,
             {"{{operation}}": sum_by("gateway_upstream_waiting", "operation")},
             width=THIRD,
         ),
         graph(
-            "Open circuit breakers",
-            "Processes that reject requests to an unreachable address at once. Above zero submissions get 503"
-            " there; the breaker closes by itself when the address responds again.",
+            "Breakers open",
+            "Processes that refuse requests to an address at once, since it could not be reached. Above zero"
+            " submissions get 503 there; the breaker closes when the address responds again.",
             COUNT,
             {"{{upstream}}": or_zero(sum_by("gateway_upstream_breaker_open", "upstream"), "upstream")},
             width=THIRD,
@@ -267,8 +268,8 @@ _VENDOR_ROW = Row(
 UPSTREAM = Dashboard(
     "upstream",
     "upstream and accounts",
-    "Remaining balances, spending by task and outside the gateway, and the vendor's responses.",
+    "Balances of accounts and how long they last, spending, and requests to the vendor.",
     (_BALANCES_ROW, _SPENDING_ROW, _VENDOR_ROW),
-    variables=(Variable("account", "gateway_account_open_submissions", "Accounts to show."),),
+    variables=(Variable("account", "gateway_account_open_submissions", "The accounts to show."),),
     time_from="now-24h",
 )
