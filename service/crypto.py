@@ -1,4 +1,4 @@
-"""Encryption with derived AES-SIV keys, and their rotation."""
+"""Encryption with derived AES-SIV keys, and the generated secrets of development."""
 
 from __future__ import annotations
 
@@ -18,30 +18,26 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Struct
 
 KEY_BYTES = 32
-
-
 _DERIVED_BYTES = 64
-
-
 _ADMIN_TOKEN_BYTES = 32
 
 
 class SecretFileError(Exception):
-    """A secret in the data folder can't be read or made; the message names the file, never what it holds."""
+    """A secret in the data folder can't be read or created; the message contains no secret."""
 
 
 class AesSivCipher:
-    """Seals and opens for one purpose: what another purpose sealed stays closed."""
+    """A cipher for one purpose; ciphertexts of other purposes are not decrypted."""
 
     def __init__(self, ciphers: Sequence[AESSIV]) -> None:
         self._ciphers = tuple(ciphers)
 
     def encrypt(self, plaintext: bytes) -> bytes:
-        """Encrypt under the first key; the same bytes are always sealed the same."""
+        """Encrypt with the first key; deterministic."""
         return self._ciphers[0].encrypt(plaintext, None)
 
     def decrypt(self, ciphertext: bytes) -> bytes | None:
-        """Decrypt under whichever key fits; None if none does or the bytes were altered."""
+        """Decrypt with any of the keys; None if none matches or the bytes were altered."""
         for cipher in self._ciphers:
             with suppress(InvalidTag):
                 return cipher.decrypt(ciphertext, None)
@@ -49,10 +45,9 @@ class AesSivCipher:
 
 
 class Keyring:
-    """Secret keys in order: the first seals, all of them open, so that a new one can be put in front.
+    """Secret keys in order: the first encrypts, all decrypt, so that a new one can be put in front.
 
-    AES-SIV needs no nonce that could be repeated, and gives the same reference the same id. Each purpose has keys of
-    its own, derived from the secret ones.
+    AES-SIV needs no nonce that could be repeated, and gives the same reference the same id.
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
@@ -61,17 +56,13 @@ class Keyring:
         self._keys = tuple(keys)
 
     def derive(self, purpose: str) -> AesSivCipher:
-        """The sealer of one purpose, such as `task-id`."""
         info = f"imaging-gateway/{purpose}".encode()
-        return AesSivCipher([AESSIV(_derive(key, info)) for key in self._keys])
-
-
-def _derive(key: bytes, info: bytes) -> bytes:
-    return HKDF(algorithm=SHA256(), length=_DERIVED_BYTES, salt=None, info=info).derive(key)
+        derived = [HKDF(SHA256(), _DERIVED_BYTES, salt=None, info=info).derive(key) for key in self._keys]
+        return AesSivCipher([AESSIV(key) for key in derived])
 
 
 class GeneratedSecrets(Struct, frozen=True):
-    """What a development gateway makes for itself and keeps in its data folder."""
+    """Secrets of a development gateway, kept in its data folder."""
 
     secret_keys: tuple[bytes, ...]
     admin_token: str
@@ -81,15 +72,15 @@ class GeneratedSecrets(Struct, frozen=True):
 
 
 def generate_secret_key() -> str:
-    """A new secret key, as GATEWAY_SECRET_KEYS takes it."""
+    """Return a new key in the format of GATEWAY_SECRET_KEYS."""
     return base64.urlsafe_b64encode(secrets.token_bytes(KEY_BYTES)).decode()
 
 
 def parse_secret_key(text: str) -> bytes:
-    """A secret key from base64, in the standard or the URL-safe alphabet. Raises ValueError, without the text."""
+    """Decode standard or URL-safe base64. Raises ValueError without the text."""
     try:
-        bare = text.translate(_STANDARD_ALPHABET).rstrip("=")
-        key = base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True)
+        digits = text.translate(_STANDARD_ALPHABET).rstrip("=")
+        key = base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise ValueError("is not base64") from None
     if len(key) != KEY_BYTES:
@@ -101,10 +92,9 @@ _STANDARD_ALPHABET = str.maketrans("-_", "+/")
 
 
 def load_or_create_secrets(folder: Path) -> GeneratedSecrets:
-    """Read `secret.key` and `admin.token` in the data folder, making those that are missing. For development only.
+    """Read `secret.key` and `admin.token` in the data folder, creating missing ones; for development.
 
-    A file that is there is never replaced: without its key nothing that was sealed can be opened again.
-    Raises SecretFileError.
+    An existing file is never replaced: without its key nothing can be decrypted. Raises SecretFileError.
     """
     key_file, token_file = folder / "secret.key", folder / "admin.token"
     try:
@@ -112,9 +102,9 @@ def load_or_create_secrets(folder: Path) -> GeneratedSecrets:
         key_text = _load_or_create(key_file, generate_secret_key())
         token = _load_or_create(token_file, secrets.token_urlsafe(_ADMIN_TOKEN_BYTES))
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         name = getattr(error, "filename", None) or folder
-        raise SecretFileError(f"can't keep the gateway's secrets in {name}: {why}") from error
+        raise SecretFileError(f"can't keep the gateway's secrets in {name}: {reason}") from error
     try:
         key = parse_secret_key(key_text)
     except ValueError as error:
@@ -125,21 +115,21 @@ def load_or_create_secrets(folder: Path) -> GeneratedSecrets:
 
 
 def _load_or_create(path: Path, default: str) -> str:
-    """What a file holds, or `fresh`, once it is safely there under its name.
+    """Return the content of a file, creating it with `default` if missing.
 
-    It is written aside and linked, so that of two gateways that start at once both use the one that came first, and
-    neither sees half a file.
+    The file is written under another name and linked, so that of two gateways that start at once both use the first
+    one, and neither reads half a file.
     """
     with suppress(FileNotFoundError):
         return path.read_text().strip()
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
             file.write(f"{default}\n")
             file.flush()
             os.fsync(file.fileno())
         with suppress(FileExistsError):
-            os.link(aside, path)
+            os.link(temporary, path)
     finally:
-        Path(aside).unlink()
+        Path(temporary).unlink()
     return path.read_text().strip()

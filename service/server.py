@@ -1,8 +1,8 @@
-"""HTTP/1.1 server of an ASGI application: uvicorn's httptools protocol, bounded and guarded.
+"""HTTP/1.1 server for an ASGI application: uvicorn's httptools protocol with limits.
 
-uvicorn by itself takes the body of a request that offers an `Upgrade` for another request (Kludex/uvicorn#2722), sends
-chunks to clients of HTTP/1.0 (#1360), and bounds neither the head of a request nor its time. uvloop's own server
-accepts one connection per iteration of the loop. This module imports nothing of the package.
+uvicorn reads the body of a request that offers an `Upgrade` as another request (Kludex/uvicorn#2722), sends chunks to
+HTTP/1.0 clients (#1360), and limits neither size nor duration of a request head. uvloop's own server accepts one
+connection per iteration of the loop. This module imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
-
 BuildRefusal = Callable[[int, str, str], tuple[Iterable[tuple[bytes, bytes]], bytes]]
-"""Makes the response to a request that the application never sees: from status, detail and address of the client to
-header fields, without those of the connection, and body."""
+"""Builds the response to a request that never reaches the application.
 
+Takes status, detail and client address; returns header fields, without those of the connection, and body.
+"""
 _SWEEP_SECONDS = 1.0
 _MAX_ACCEPTS_PER_ITERATION = 128
 _BACKLOG = 1024
@@ -38,64 +38,58 @@ _USER_TIMEOUT_MS = 60_000
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one port.
-
-    Attributes:
-        connections: so many at once; further ones replace idle ones, or wait in the kernel's queue.
-        head_bytes: of a request line and its header fields together, and of the trailer fields.
-        head_fields: the number of header fields, and of trailer fields.
-        pipelined: so many requests may wait for the response to the one before them.
-        head_seconds: from the opening of a connection, or the first byte of a further request, to the end of the head.
-        idle_seconds: between two requests. Longer than clients and load balancers keep an idle connection, which would
-            send a request into its close.
-        discard_seconds: so long the rest of a refused body is received and dropped. Closing on unread bytes would
-            reset the connection, and the client would lose the response.
-        discard_idle_seconds: so long that goes on without a byte.
-
-    """
+    """Limits of one port."""
 
     connections: int = 10_000
+    """Further ones replace idle ones, or wait in the kernel's queue."""
     head_bytes: int = 32 * 1024
+    """Of request line and header fields together, and of the trailer fields."""
     head_fields: int = 100
+    """Number of header fields, and of trailer fields."""
     pipelined_requests: int = 100
+    """Requests that wait for the response to the one before them."""
     head_seconds: float = 10
+    """From the opening of a connection, or the first byte of a further request, to the end of the head."""
     idle_seconds: float = 75
+    """Longer than clients and load balancers keep an idle connection, which would send a request into its close."""
     discard_seconds: float = 30
+    """How long the rest of a refused body is discarded: closing on unread bytes resets the connection, and the client
+    would lose the response."""
     discard_idle_seconds: float = 5
+    """How long discarding goes on without a byte."""
 
 
 def build_text_refusal(_status: int, detail: str, _client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
-    """Refuse with a line of text."""
     return [(b"content-type", b"text/plain; charset=utf-8")], f"{detail}\n".encode()
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the number of descriptors that this process may open as far as the system lets it; return it."""
+    """Raise the limit of open descriptors as far as the system allows; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return most
+    limit = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Listen on an address. Raises OSError, or UnicodeError for what can't be a host name."""
+    """Listen on an address. Raises OSError, or UnicodeError for an invalid host name."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it: one whose client reads nothing ends
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it: ends those whose client reads nothing
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
     return listening
 
 
 def base_url(listener: socket.socket) -> str:
-    """The address under which this machine reaches a listening socket."""
+    """Return the URL at which this machine reaches a listening socket."""
     host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
 class HttpServer:
-    """Serves an application on one listening socket, in the running event loop."""
+    """A server of one application on one listening socket, in the running event loop."""
 
     def __init__(
         self,
@@ -130,18 +124,17 @@ class HttpServer:
 
     @property
     def connections(self) -> set[HttpProtocol]:
-        """The open connections."""
         return cast("set[HttpProtocol]", self.state.connections)
 
     def start(self, listener: socket.socket) -> None:
-        """Serve on a listening socket, which belongs to the server from now on."""
+        """Serve on a listening socket and take ownership of it."""
         listener.setblocking(False)
         self._listener = listener
         self._start_accepting()
         self._sweep()
 
     async def stop(self, grace_seconds: float = 0) -> None:
-        """Close the socket and the idle connections; let requests end within the grace period, then cut them off."""
+        """Close socket and idle connections, and cut off requests after the grace period."""
         self.is_stopping = True
         self._stop_accepting()
         if self._listener:
@@ -172,7 +165,6 @@ class HttpServer:
             await asyncio.wait(self.state.tasks)
 
     def on_connection_lost(self) -> None:
-        """Take note that there is room for another connection."""
         self._connection_lost.set()
         if not self.is_stopping:
             self._start_accepting()
@@ -188,11 +180,11 @@ class HttpServer:
             self._loop.remove_reader(self._listener)
 
     def _accept_connections(self) -> None:
-        """Accept what waits, many at once: under load an iteration of the loop takes long."""
+        """Accept many connections at once: under load an iteration of the loop takes long."""
         for accepted_before in range(_MAX_ACCEPTS_PER_ITERATION):
             if len(self.connections) + len(self._opening_tasks) >= self.limits.connections:
                 if accepted_before:
-                    return  # whether a further one waits, the next iteration of the loop knows
+                    return  # the next iteration continues
                 if not self._close_longest_idle():
                     self._stop_accepting()  # until a connection ends
                     return
@@ -200,31 +192,35 @@ class HttpServer:
                 accepted, _ = cast("socket.socket", self._listener).accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError as error:  # descriptors or memory are missing
+            except OSError as error:  # out of descriptors or memory
                 self._loop.call_exception_handler({"message": "A connection can't be accepted.", "exception": error})
                 self._close_longest_idle()
                 self._stop_accepting()  # until the next sweep: the socket stays readable
                 return
             accepted.setblocking(False)
-            opening = self._loop.create_task(self._open_connection(accepted))
-            self._opening_tasks.add(opening)
-            opening.add_done_callback(self._opening_tasks.discard)
+            opening_task = self._loop.create_task(self._open_connection(accepted))
+            self._opening_tasks.add(opening_task)
+            opening_task.add_done_callback(self._opening_tasks.discard)
 
     async def _open_connection(self, accepted: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: self._protocol(self), accepted)
-        except OSError:  # the client has left by now
+        except OSError:  # the client has disconnected
             accepted.close()
 
     def _close_longest_idle(self) -> bool:
-        """Close the connection that has been idle for longest; whether there is one."""
-        idle = min((each for each in self.connections if each.is_idle), key=lambda each: each.deadline, default=None)
+        """Close the connection that has been idle for longest; return whether there is one."""
+        idle = min(
+            (connection for connection in self.connections if connection.is_idle),
+            key=lambda connection: connection.deadline,
+            default=None,
+        )
         if idle:
             idle.transport.close()
         return idle is not None
 
     def _sweep(self) -> None:
-        """Once a second, so that a request sets a number and no timer."""
+        """Expire connections once a second, so that a request needs no timer."""
         self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
         self.state.default_headers[:] = [(b"date", formatdate(usegmt=True).encode())]  # also of open responses
         now = self._loop.time()
@@ -241,12 +237,11 @@ class _GuardedCycle(RequestResponseCycle):
     _ends_with_connection = False
 
     async def send(self, message: Any) -> None:
-        """Send a message of the application."""
         if not self.response_started:
             if self.waiting_for_100_continue:
-                self.keep_alive = False  # the client may send the body, or the next request
-            named = {name.lower() for name, _ in message.get("headers", ())}
-            if self.scope["http_version"] == "1.0" and b"content-length" not in named:
+                self.keep_alive = False  # the client may send the body or the next request
+            header_names = {name.lower() for name, _ in message.get("headers", ())}
+            if self.scope["http_version"] == "1.0" and b"content-length" not in header_names:
                 self.chunked_encoding = False
                 self._ends_with_connection = True
         elif self._ends_with_connection:
@@ -255,7 +250,7 @@ class _GuardedCycle(RequestResponseCycle):
 
 
 class _RefusedError(Exception):
-    """Carries the refusal of a request out of a callback of the parser."""
+    """A refusal on its way through the callbacks of the parser."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
@@ -264,13 +259,12 @@ class _RefusedError(Exception):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection; to a response, its transport."""
+    """One connection; also the transport of its responses."""
 
     def __init__(self, server: HttpServer) -> None:
         super().__init__(server.config, server.state, {})
         self.access_log = False
-        self.deadline = float("inf")
-        """When the connection expires, in seconds of the loop's clock."""
+        self.deadline = float("inf")  # expiry in seconds of the loop's clock
         self._server = server
         self._limits = server.limits
         self._active_cycle: RequestResponseCycle | None = None
@@ -281,12 +275,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_lingering = False
         self._discard_ends_at = float("inf")
         self._head_bytes = self._head_fields = 0
-        self._framing_bytes = 0  # received since a head ended or a piece of a body came
-        self._pending_refusal: tuple[int, str] | None = None  # to be sent after the responses that are under way
+        self._framing_bytes = 0  # received since the last head or part of a body
+        self._pending_refusal: tuple[int, str] | None = None  # sent after the responses in progress
 
     @property
     def is_idle(self) -> bool:
-        """Whether it waits between two requests."""
         return (
             self._has_had_request
             and self._active_cycle is None
@@ -294,7 +287,7 @@ class HttpProtocol(HttpToolsProtocol):
             and not self.transport.is_closing()
         )
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
         self.write = transport.write
         self.deadline = self.loop.time() + self._limits.head_seconds
@@ -304,10 +297,10 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.pipeline.clear()
-        if self._active_cycle:  # uvicorn knows only the last one that was received
+        if self._active_cycle:  # uvicorn handles only the last received cycle
             self._active_cycle.disconnected = True
             self._active_cycle.message_event.set()
-        self.cycle = self._active_cycle = None  # type: ignore[assignment] # they refer to this connection
+        self.cycle = self._active_cycle = None  # type: ignore[assignment] # break the reference cycle
         self._server.on_connection_lost()
 
     def data_received(self, data: bytes) -> None:
@@ -322,13 +315,13 @@ class HttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             self._decline_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
-            # A callback's own error is the context of the parser's.
+            # The error of a callback is the context of the parser's error.
             if isinstance(error.__context__, _RefusedError):
                 self._refuse_request(error.__context__.status, error.__context__.detail)
             else:
                 self._refuse_request(400, "The request is not valid HTTP/1.1.")
         else:
-            if self._framing_bytes > 2 * self._limits.head_bytes:  # a head has more bytes than those that count
+            if self._framing_bytes > 2 * self._limits.head_bytes:  # a head has more bytes than are counted
                 self._refuse_request(*self._head_too_large())
             elif self._active_cycle is None and not self._is_request_complete and not self._is_in_head:
                 self._extend_discard_deadline()
@@ -357,7 +350,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            self._offers_upgrade = True  # and the parser raises HttpParserUpgrade behind the head
+            self._offers_upgrade = True  # and the parser raises HttpParserUpgrade after the head
             return
         version, method = self.parser.get_http_version(), self.parser.get_method()
         self._check_head(version)
@@ -399,7 +392,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self._offers_upgrade:
             return
-        if self.cycle.keep_alive and not self.parser.should_keep_alive():  # the parser ignores whatever follows
+        if self.cycle.keep_alive and not self.parser.should_keep_alive():  # the parser would ignore further requests
             raise _RefusedError(400, "Connection must not be a trailer field.")
         self._framing_bytes = 0
         self._is_request_complete = True
@@ -409,7 +402,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         if self._active_cycle:
-            self._active_cycle.body.clear()  # which nothing will read
+            self._active_cycle.body.clear()  # nothing will read it
         self._active_cycle = None
         self.server_state.total_requests += 1
         if self.is_closing():
@@ -423,29 +416,27 @@ class HttpProtocol(HttpToolsProtocol):
             self._wait_for_client()
 
     def shutdown(self) -> None:
-        """Close as soon as no response is under way."""
+        """Close once no response is in progress."""
         if self._active_cycle:
             self.cycle.keep_alive = False
         elif self._is_request_complete or self._is_in_head:
             self.transport.close()
 
     def is_closing(self) -> bool:
-        """Whether a response can no longer be written."""
         return self._is_lingering or self.transport.is_closing()
 
     def close(self) -> None:
-        """Close behind a response."""
+        """Close after a response."""
         if self._is_request_complete:
             self.transport.close()
         else:
             self._linger()
 
     def abort(self) -> None:
-        """Drop the connection."""
         self.transport.abort()
 
     def expire(self) -> None:
-        """End a connection whose deadline has passed; once, as what was written may take its time to leave."""
+        """End a connection whose deadline has passed; once, since buffered data may take time to leave."""
         self.deadline = float("inf")
         if self._is_in_head and not self._is_lingering:
             seconds = f"{self._limits.head_seconds:g}"
@@ -457,11 +448,11 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._active_cycle = cycle
-        self.deadline = float("inf")  # the application bounds the time of a body and of a response
+        self.deadline = float("inf")  # the application limits the time of body and response
         super()._start_asgi_task(cycle, app)
 
     def _wait_for_client(self) -> None:
-        """No response is under way: set a deadline for what the client has to send."""
+        """Set a deadline for the client's next data while no response is in progress."""
         now = self.loop.time()
         if self._server.is_stopping:
             self.shutdown()
@@ -477,7 +468,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.deadline = min(self._discard_ends_at, self.loop.time() + self._limits.discard_idle_seconds)
 
     def _linger(self) -> None:
-        """Close behind what was written, and drop what still comes, so that the client can read that."""
+        """Close after the written data, discarding input so that the client can read the response."""
         if self.transport.is_closing():
             return
         self._is_lingering = True
@@ -491,7 +482,7 @@ class HttpProtocol(HttpToolsProtocol):
         return 431, f"The header fields exceed {limits.head_bytes} bytes or {limits.head_fields} fields."
 
     def _check_head(self, version: str) -> None:
-        """Refuse what a proxy in front might frame or route in another way, and too much. Raises _RefusedError."""
+        """Refuse excessive requests and those that a proxy in front might frame or route differently."""
         if len(self.pipeline) >= self._limits.pipelined_requests:
             raise _RefusedError(400, f"More than {self._limits.pipelined_requests} requests wait for their responses.")
         if version not in {"1.0", "1.1"}:
@@ -504,9 +495,9 @@ class HttpProtocol(HttpToolsProtocol):
             raise _RefusedError(400, "The only transfer coding supported is chunked, in HTTP/1.1.")
 
     def _decline_upgrade(self, rest: bytes) -> None:
-        """Read the request as one without the offer: it is an ordinary one then, with an ordinary body (RFC 9110, 7.8).
+        """Parse the head again without the offer, as an ordinary request (RFC 9110, 7.8).
 
-        httptools takes the body for the other protocol (MagicStack/httptools#124), so the head is parsed again.
+        httptools takes the body for the other protocol (MagicStack/httptools#124).
         """
         self._offers_upgrade = False
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
@@ -523,19 +514,18 @@ class HttpProtocol(HttpToolsProtocol):
             self.data_received(rest)
 
     def _refuse_request(self, status: int, detail: str) -> None:
-        """Respond to a faulty request in place of the application, after the responses to those before it."""
-        of_next = (
-            self._is_in_head or self._is_request_complete
-        )  # else the fault is in the body of the request received last
+        """Respond in place of the application, after the responses to earlier requests."""
+        # Otherwise the error is in the body of the last received request.
+        is_in_next = self._is_in_head or self._is_request_complete
         self._is_request_complete = False
-        if self._active_cycle and (of_next or self._active_cycle is not self.cycle):
-            if not of_next:
+        if self._active_cycle and (is_in_next or self._active_cycle is not self.cycle):
+            if not is_in_next:
                 self.pipeline.popleft()
             self._pending_refusal = status, detail
             self.flow.pause_reading()
-        elif not of_next and self.cycle.response_complete:
+        elif not is_in_next and self.cycle.response_complete:
             self._linger()
-        elif not of_next and self.cycle.response_started:
+        elif not is_in_next and self.cycle.response_started:
             self.transport.abort()
         else:
             if self._active_cycle:

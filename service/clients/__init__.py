@@ -1,1 +1,1 @@
-"""The gateway as a client of others."""
+"""HTTP clients: the vendor, its files, and tenants' webhooks."""

@@ -1,4 +1,4 @@
-"""Downloads of results."""
+"""HTTP client for the files that tasks result in."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 import ssl
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from typing import NoReturn
@@ -18,9 +19,8 @@ import structlog
 from httpx2 import Headers
 from msgspec import Struct
 
-from service import __version__
 from service.clients.egress import AddressRefused, GuardedTransport, IpAddress, Resolver, is_public, resolve_host
-from service.clients.http import local_error_reason
+from service.clients.http import USER_AGENT, OnCall, local_error_reason
 from service.clients.vendor_api import unmask_key
 from service.domain.errors import (
     GatewayError,
@@ -37,26 +37,20 @@ from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.ports import ArtifactStream, Coverage, RangeRequest, TransferAborted
 
+_log = structlog.get_logger(__name__)
+
 RETRY_AFTER_SECONDS = 5.0
-
-
 _RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
-
-
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/[0-9]{1,18}")
-
-
 _ETAG = re.compile(r'(?:W/)?"[!#-~]{0,200}"')
-
-
 _HTTP_DATE = re.compile(r"[A-Za-z0-9 ,:+-]{1,64}")
 
 
 class ArtifactMetadata(Struct, frozen=True, kw_only=True):
-    """A file that can be passed on, as far as its head tells.
+    """The description of a file in the head of a response.
 
-    `length` is of what is given, `exact` says the same where no Content-Length does. `from_start` says that the first
-    byte given is the first of the file.
+    `length` is the Content-Length of this response; `exact_length` is also known from a Content-Range. `is_from_start`
+    is True if the first byte of the response is the first of the file.
     """
 
     coverage: Coverage
@@ -72,26 +66,24 @@ class ArtifactMetadata(Struct, frozen=True, kw_only=True):
 def parse_metadata(
     status: int, headers: Headers, range_request: RangeRequest, *, max_bytes: int, is_recent: bool = False
 ) -> ArtifactMetadata:
-    """What an answer that is no redirect gives of a file, of at most so many bytes.
+    """Check the head of a response that is no redirect.
 
-    Labels are ignored: a Content-Encoding too, which stores replay though the bytes are plain. A `recent` file may not
-    have arrived in its store yet.
-
-    Raises UpstreamInvalidResponse, UpstreamUnavailable, RangeNotSatisfiable.
+    Content-Type and Content-Encoding are ignored: stores repeat them for bytes that are plain. A file that `is_recent`
+    may not have arrived in its store yet. Raises UpstreamInvalidResponse, UpstreamUnavailable or RangeNotSatisfiable.
     """
-    portion = _classify_status(status, headers, range_request, is_recent=is_recent)
-    # Beside a Transfer-Encoding, a Content-Length means nothing.
+    coverage = _classify_status(status, headers, range_request, is_recent=is_recent)
+    # Content-Length is void beside Transfer-Encoding (RFC 9112, 6.3).
     length = None if "transfer-encoding" in headers else _parse_length(headers.get("content-length"))
     exact, size, first, content_range = length, length, 0, None
-    if portion is Coverage.PARTIAL:
+    if coverage is Coverage.PARTIAL:
         content_range = headers.get("content-range", "")
         first, exact, size = _parse_content_range(content_range)
         if length not in {None, exact}:
-            raise UpstreamInvalidResponse("The upstream gives out another range of this result than it says.")
+            raise UpstreamInvalidResponse("The Content-Range of this result contradicts its Content-Length.")
     if max(size or 0, exact or 0) > max_bytes:
-        raise UpstreamInvalidResponse(f"This result is larger than the {max_bytes} bytes that are passed on.")
+        raise UpstreamInvalidResponse(f"This result is larger than the limit of {max_bytes} bytes.")
     return ArtifactMetadata(
-        coverage=portion,
+        coverage=coverage,
         length=length,
         exact_length=exact,
         is_from_start=first == 0,
@@ -117,28 +109,28 @@ def _classify_status(status: int, headers: Headers, range_request: RangeRequest,
             )
         case 403 | 404 if is_recent:
             raise UpstreamUnavailable(
-                f"The upstream does not give out this result yet (HTTP {status}): its task has just ended. Try again.",
+                f"This result is not available yet (HTTP {status}): its task has just ended. Try again.",
                 retry_after=RETRY_AFTER_SECONDS,
             )
         case 401 | 403 | 404 | 410:
             raise UpstreamInvalidResponse(
-                f"The upstream no longer gives out this result (HTTP {status}): it keeps results for a while only."
+                f"This result is no longer available (HTTP {status}): the upstream keeps results for a limited time."
             )
         case 408 | 425 | 429 | 500 | 502 | 503 | 504:
             raise UpstreamUnavailable(
-                f"The upstream can't give out this result just now (HTTP {status}). Try again.",
+                f"This result is temporarily unavailable (HTTP {status}). Try again.",
                 retry_after=RETRY_AFTER_SECONDS,
             )
         case _:
-            raise UpstreamInvalidResponse(f"The upstream answered with HTTP {status} in place of this result.")
+            raise UpstreamInvalidResponse(f"The upstream responded with HTTP {status} instead of this result.")
 
 
 def _parse_content_range(content_range: str) -> tuple[int, int, int | None]:
-    """The first byte of a range, how many it has, and how many the whole has if that is known."""
-    found = _RANGE.fullmatch(content_range)
-    if found is None or int(found[1]) > int(found[2]):
-        raise UpstreamInvalidResponse("The upstream gives out a part of this result without saying which.")
-    first, last, size = int(found[1]), int(found[2]), None if found[3] == "*" else int(found[3])
+    """Return first byte, length, and the size of the whole file if known."""
+    match = _RANGE.fullmatch(content_range)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UpstreamInvalidResponse("The upstream returned a part of this result without a valid Content-Range.")
+    first, last, size = int(match[1]), int(match[2]), None if match[3] == "*" else int(match[3])
     return first, last - first + 1, size
 
 
@@ -147,50 +139,32 @@ def _parse_length(text: str | None) -> int | None:
 
 
 def _match_or_none(pattern: re.Pattern[str], text: str | None) -> str | None:
-    """What is passed on to others has the form it must have, or is left out."""
     return text if text and pattern.fullmatch(text) else None
 
 
-_log = structlog.get_logger(__name__)
-
-
 MAX_CONCURRENT_FETCHES = 100
-"""So many fetches of a process are under way at once; more are refused, since each holds two connections or three."""
-
-
+"""Per process; each fetch holds two or three connections."""
 MAX_CACHED_TYPES = 10_000
-"""So many files are remembered by their types, so that a part of one is not preceded by its beginning again."""
-
-
+"""Files whose type is cached, so that a partial fetch need not read the start of the file again."""
 MAX_REDIRECTS = 5
-
-
 _REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 
 
-OnCall = Callable[[StrEnum, StrEnum, float], None]
-"""Is told of every fetch: its operation, its outcome, and the seconds it took."""
-
-
 class ArtifactOperation(StrEnum):
-    """What this client does."""
-
     FETCH = "fetch"
 
 
 class FetchOutcome(StrEnum):
-    """What became of a fetch."""
-
     DONE = "done"
     CANCELLED = "stopped"
-    """The reader wanted no more of it."""
+    """The reader stopped early."""
     INVALID = "invalid"
     UNREACHABLE = "unreachable"
     ABORTED = "transfer-aborted"
 
 
 class FetchTimeouts(Struct, frozen=True):
-    """How many seconds a connection may take, the first byte with all redirects before it, and each further chunk."""
+    """Limits for connecting, for the first byte including all redirects, and for each further chunk."""
 
     connect_seconds: float = 5
     first_byte_seconds: float = 30
@@ -198,10 +172,10 @@ class FetchTimeouts(Struct, frozen=True):
 
 
 class ArtifactClient:
-    """Fetches results of at most `max_bytes`, each over a connection of its own.
+    """Client for results of at most `max_bytes`, each over connections of its own.
 
-    Private addresses are for accounts whose own upstream is there: the one they name, else that of `upstream_url`.
-    `user_keys` opens the accounts' keys, which may belong into the addresses of their results.
+    A private address is allowed only if it is the host of the account's own upstream. `user_keys` decrypts the
+    accounts' keys, which the URL of a result may contain.
     """
 
     def __init__(
@@ -229,53 +203,59 @@ class ArtifactClient:
 
     @staticmethod
     def register_metrics(metrics: Metrics) -> None:
-        """Begin all outcomes of fetches at zero."""
         metrics.preregister_upstream_calls({ArtifactOperation.FETCH: FetchOutcome})
 
     @asynccontextmanager
     async def fetch(
         self, account: Account | None, artifact: Artifact, range_request: RangeRequest, *, is_recent: bool = False
     ) -> AsyncIterator[ArtifactStream]:
-        """A result, from its server as long as the block lasts; it may not be there yet if it is `recent`.
+        """Fetch a result; the connection stays open within the block.
 
-        Raises UpstreamInvalidResponse, UpstreamUnavailable, RangeNotSatisfiable or Overloaded before the block.
+        Raises UpstreamInvalidResponse, UpstreamUnavailable, RangeNotSatisfiable or Overloaded on entry.
         """
         if self._active_fetches >= MAX_CONCURRENT_FETCHES:
             raise Overloaded("Too many results are being fetched at the moment. Try again.", retry_after=1)
-        own = _url_host(account.base_url or self._upstream_url) if account else None
+        own_url = httpx2.URL(account.base_url or self._upstream_url) if account else None
+        own_host = own_url and own_url.raw_host.decode("ascii").lower()
         user_key = self._user_keys.decrypt(account.user_key) if account and self._user_keys else None
         url = unmask_key(user_key.decode(), artifact.url) if user_key else artifact.url
 
-        def allow(host: str, ip: IpAddress) -> bool:
-            return host == own or is_public(ip)
+        def is_allowed(host: str, ip: IpAddress) -> bool:
+            return host == own_host or is_public(ip)
 
-        started = time.monotonic()
+        started_at = time.monotonic()
         fetch = _Fetch(
-            range_request, self._max_bytes, self._timeouts, self._tracer, self._type_cache, is_recent=is_recent
+            range_request=range_request,
+            is_recent=is_recent,
+            max_bytes=self._max_bytes,
+            timeouts=self._timeouts,
+            tracer=self._tracer,
+            type_cache=self._type_cache,
         )
         self._active_fetches += 1
         try:
-            async with GuardedTransport(allow, tls=self._tls, resolver=self._resolver) as transport, fetch.exit_stack:
+            async with (
+                GuardedTransport(is_allowed, tls=self._tls, resolver=self._resolver) as transport,
+                fetch.exit_stack,
+            ):
                 yield await fetch.start(transport, Artifact(artifact.name, url))
         finally:
             self._active_fetches -= 1
-            self._on_call(ArtifactOperation.FETCH, fetch.outcome, time.monotonic() - started)
+            self._on_call(ArtifactOperation.FETCH, fetch.outcome, time.monotonic() - started_at)
 
 
 class _TypeCache:
-    """The media types of files whose first bytes were seen, by address and version."""
+    """Media types by URL and ETag."""
 
     def __init__(self) -> None:
         self._types: OrderedDict[bytes, str] = OrderedDict()
 
     def put(self, url: str, etag: str | None, media_type: str) -> None:
-        """Remember the type of a file."""
         self._types[_cache_key(url, etag)] = media_type
         if len(self._types) > MAX_CACHED_TYPES:
             self._types.popitem(last=False)
 
     def get(self, url: str, etag: str | None) -> str | None:
-        """Return the type of a file, if it is remembered."""
         return self._types.get(_cache_key(url, etag))
 
 
@@ -283,63 +263,54 @@ def _cache_key(url: str, etag: str | None) -> bytes:
     return blake2b(f"{url}\n{etag}".encode(), digest_size=16).digest()
 
 
+@dataclass(kw_only=True)
 class _Fetch:
-    """One fetch. What it opens is closed with `opened`."""
+    """One fetch; its responses are closed with `exit_stack`."""
 
-    def __init__(
-        self,
-        range_request: RangeRequest,
-        max_bytes: int,
-        timeouts: FetchTimeouts,
-        tracer: Tracer,
-        type_cache: _TypeCache,
-        *,
-        is_recent: bool,
-    ) -> None:
-        self._range_request = range_request
-        self._type_cache = type_cache
-        self._is_recent = is_recent
-        self._max_bytes = max_bytes
-        self._timeouts = timeouts
-        self._tracer = tracer
-        self._host = ""  # the rest of an address may be what gives access to the file, and is not logged
-        self.exit_stack = AsyncExitStack()
-        self.outcome = FetchOutcome.CANCELLED
+    range_request: RangeRequest
+    is_recent: bool
+    max_bytes: int
+    timeouts: FetchTimeouts
+    tracer: Tracer
+    type_cache: _TypeCache
+    host: str = ""  # only the host is logged: path and query may grant access
+    exit_stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    outcome: FetchOutcome = FetchOutcome.CANCELLED
 
     async def start(self, transport: GuardedTransport, artifact: Artifact) -> ArtifactStream:
-        """Fetch until the first bytes are there and found good. Raises what the reader is told instead."""
+        """Fetch up to the first bytes and check them."""
         try:
             with _map_transport_errors(), upstream_wait():
-                async with asyncio.timeout(self._timeouts.first_byte_seconds):
+                async with asyncio.timeout(self.timeouts.first_byte_seconds):
                     return await self._open_stream(transport, artifact)
-        except GatewayError as fault:
-            self.outcome = _OUTCOME_OF_ERROR[type(fault)]
+        except GatewayError as error:
+            self.outcome = _OUTCOME_OF_ERROR[type(error)]
             if self.outcome is not FetchOutcome.DONE:
-                why = fault.__cause__ or fault
-                _log.warning("artifact.fetch_failed", host=self._host, error=type(why).__name__, detail=str(why))
+                cause = error.__cause__ or error
+                _log.warning("artifact.fetch_failed", host=self.host, error=type(cause).__name__, detail=str(cause))
             raise
 
     async def _open_stream(self, transport: GuardedTransport, artifact: Artifact) -> ArtifactStream:
-        response, head = await self._request_metadata(transport, artifact, self._range_request)
+        response, metadata = await self._request_metadata(transport, artifact, self.range_request)
         body = await self.exit_stack.enter_async_context(aclosing(response.aiter_raw()))
-        beginning, media_type = b"", OCTET_STREAM
-        if head.coverage is Coverage.NOT_MODIFIED:
+        first_bytes, media_type = b"", OCTET_STREAM
+        if metadata.coverage is Coverage.NOT_MODIFIED:
             self.outcome = FetchOutcome.DONE
         else:
-            beginning = await _read_first_bytes(body, SNIFF_BYTES if head.is_from_start else 1)
-            _check_length(beginning, head, self._max_bytes)
-            media_type = await self._determine_type(transport, artifact, head, beginning)
-        chunks = await self.exit_stack.enter_async_context(aclosing(self._stream_chunks(beginning, body, head)))
+            first_bytes = await _read_first_bytes(body, SNIFF_BYTES if metadata.is_from_start else 1)
+            _check_length(first_bytes, metadata, self.max_bytes)
+            media_type = await self._determine_type(transport, artifact, metadata, first_bytes)
+        chunks = await self.exit_stack.enter_async_context(aclosing(self._stream_chunks(first_bytes, body, metadata)))
         return ArtifactStream(
             name=artifact.name,
-            coverage=head.coverage,
+            coverage=metadata.coverage,
             media_type=media_type,
             chunks=chunks,
-            length=head.length,
-            content_range=head.content_range,
-            etag=head.etag,
-            last_modified=head.last_modified,
-            accept_ranges=head.accept_ranges,
+            length=metadata.length,
+            content_range=metadata.content_range,
+            etag=metadata.etag,
+            last_modified=metadata.last_modified,
+            accept_ranges=metadata.accept_ranges,
         )
 
     async def _request_metadata(
@@ -347,46 +318,46 @@ class _Fetch:
     ) -> tuple[httpx2.Response, ArtifactMetadata]:
         response = await self._follow_redirects(transport, httpx2.URL(artifact.url), range_request)
         return response, parse_metadata(
-            response.status_code, response.headers, range_request, max_bytes=self._max_bytes, is_recent=self._is_recent
+            response.status_code, response.headers, range_request, max_bytes=self.max_bytes, is_recent=self.is_recent
         )
 
     async def _determine_type(
         self, transport: GuardedTransport, artifact: Artifact, metadata: ArtifactMetadata, first_bytes: bytes
     ) -> str:
-        """Return the type of a file by its first bytes. They are fetched for a part that lacks them.
+        """Return the type of a file by its first bytes, fetching them if this part lacks them.
 
-        Raises UpstreamInvalidResponse for what is no image, or not one that the result may be.
+        Raises UpstreamInvalidResponse unless it is an image type allowed for this artifact.
         """
-        found = sniff_type(first_bytes) if metadata.is_from_start else self._type_cache.get(artifact.url, metadata.etag)
-        if metadata.coverage is Coverage.PARTIAL and found in {None, OCTET_STREAM}:
-            first = await self._fetch_first_bytes(transport, artifact)
-            if metadata.is_from_start and not first.startswith(first_bytes[: len(first)]):
+        media_type = (
+            sniff_type(first_bytes) if metadata.is_from_start else self.type_cache.get(artifact.url, metadata.etag)
+        )
+        if metadata.coverage is Coverage.PARTIAL and media_type in {None, OCTET_STREAM}:
+            start = await self._fetch_first_bytes(transport, artifact)
+            if metadata.is_from_start and not start.startswith(first_bytes[: len(start)]):
                 raise UpstreamInvalidResponse("The upstream changed this result while it was fetched.")
-            found = sniff_type(first)
-        if found is None or not is_allowed_type(artifact.name, found):
-            raise UpstreamInvalidResponse(
-                "The upstream gives out something else than an image in place of this result."
-            )
-        self._type_cache.put(artifact.url, metadata.etag, found)
-        return found
+            media_type = sniff_type(start)
+        if media_type is None or not is_allowed_type(artifact.name, media_type):
+            raise UpstreamInvalidResponse("The upstream returned something other than an image for this result.")
+        self.type_cache.put(artifact.url, metadata.etag, media_type)
+        return media_type
 
     async def _fetch_first_bytes(self, transport: GuardedTransport, artifact: Artifact) -> bytes:
-        response, head = await self._request_metadata(
+        response, metadata = await self._request_metadata(
             transport, artifact, RangeRequest(range=f"bytes=0-{SNIFF_BYTES - 1}")
         )
         try:
             async with aclosing(response.aiter_raw()) as body:
-                return await _read_first_bytes(body, SNIFF_BYTES) if head.is_from_start else b""
+                return await _read_first_bytes(body, SNIFF_BYTES) if metadata.is_from_start else b""
         finally:
             await response.aclose()
 
     async def _follow_redirects(
         self, transport: GuardedTransport, url: httpx2.URL, range_request: RangeRequest
     ) -> httpx2.Response:
-        """The answer at the end of the redirects, each of which is checked by the transport like the first address."""
-        for resent in range(1 + MAX_REDIRECTS):
-            # As with all that is the upstream's, the context of the trace is not passed on.
-            with self._tracer.start_client_span("GET", str(url), resend_count=resent) as span:
+        """Return the final response; the transport checks the address of every hop."""
+        for resend_count in range(1 + MAX_REDIRECTS):
+            # No trace headers are sent to the upstream's servers.
+            with self.tracer.start_client_span("GET", str(url), resend_count=resend_count) as span:
                 response = await self._send_request(transport, url, range_request)
                 span.record_response(response.status_code)
             if response.status_code not in _REDIRECT_STATUSES:
@@ -394,23 +365,23 @@ class _Fetch:
             target = url.join(response.headers.get("location", ""))
             await response.aclose()
             if target.scheme != "https" and (url.scheme == "https" or target.scheme != "http"):
-                raise UpstreamInvalidResponse("The upstream sends on to an address that is less safe than its own.")
+                raise UpstreamInvalidResponse("The upstream redirects this result to an insecure URL.")
             url = target
-        raise UpstreamInvalidResponse(f"The upstream sends on more than {MAX_REDIRECTS} times for this result.")
+        raise UpstreamInvalidResponse(f"The upstream redirects more than {MAX_REDIRECTS} times for this result.")
 
     async def _send_request(
         self, transport: GuardedTransport, url: httpx2.URL, range_request: RangeRequest
     ) -> httpx2.Response:
-        self._host = url.host
+        self.host = url.host
         conditions = {
             "Range": range_request.range,
             "If-Range": range_request.if_range,
             "If-None-Match": range_request.if_none_match,
             "If-Modified-Since": range_request.if_modified_since,
         }
-        patience = {
-            "connect": self._timeouts.connect_seconds,
-            "write": self._timeouts.connect_seconds,
+        timeouts = {
+            "connect": self.timeouts.connect_seconds,
+            "write": self.timeouts.connect_seconds,
             "read": None,
             "pool": None,
         }
@@ -418,7 +389,7 @@ class _Fetch:
             "GET",
             url,
             headers=_HEADERS | {name: value for name, value in conditions.items() if value},
-            extensions={"timeout": patience},
+            extensions={"timeout": timeouts},
         )
         response = await transport.handle_async_request(request)
         self.exit_stack.push_async_callback(response.aclose)
@@ -427,36 +398,34 @@ class _Fetch:
     async def _stream_chunks(
         self, first_bytes: bytes, body: AsyncIterator[bytes], metadata: ArtifactMetadata
     ) -> AsyncGenerator[bytes]:
-        most = self._max_bytes if metadata.exact_length is None else metadata.exact_length
-        given, chunk = 0, first_bytes or None
+        max_bytes = self.max_bytes if metadata.exact_length is None else metadata.exact_length
+        received, chunk = 0, first_bytes or None
         while chunk is not None:
-            given += len(chunk)
-            if given > most:
-                self._abort(f"it is longer than {most} bytes")
+            received += len(chunk)
+            if received > max_bytes:
+                self._abort(f"it is longer than {max_bytes} bytes")
             yield chunk
             try:
                 with upstream_wait():
-                    async with asyncio.timeout(self._timeouts.idle_seconds):
+                    async with asyncio.timeout(self.timeouts.idle_seconds):
                         chunk = await anext(body, None)
             except (httpx2.HTTPError, OSError) as error:
                 self._abort(type(error).__name__)
-        if metadata.exact_length is not None and given < metadata.exact_length:
-            self._abort(f"it has {given} of {metadata.exact_length} bytes")
+        if metadata.exact_length is not None and received < metadata.exact_length:
+            self._abort(f"it has {received} of {metadata.exact_length} bytes")
         self.outcome = FetchOutcome.DONE
 
     def _abort(self, reason: str) -> NoReturn:
         self.outcome = FetchOutcome.ABORTED
-        _log.warning("artifact.transfer_aborted", host=self._host, detail=reason)
+        _log.warning("artifact.transfer_aborted", host=self.host, detail=reason)
         raise TransferAborted(reason)
 
 
 _HEADERS = {
-    "User-Agent": f"imaging-gateway/{__version__}",
+    "User-Agent": USER_AGENT,
     "Accept": "image/*",
     "Accept-Encoding": "identity",
 }
-
-
 _OUTCOME_OF_ERROR: Mapping[type[GatewayError], FetchOutcome] = {
     UpstreamInvalidResponse: FetchOutcome.INVALID,
     UpstreamUnavailable: FetchOutcome.UNREACHABLE,
@@ -467,7 +436,7 @@ _OUTCOME_OF_ERROR: Mapping[type[GatewayError], FetchOutcome] = {
 
 @contextmanager
 def _map_transport_errors() -> Iterator[None]:
-    """Say to the reader what went wrong on the way to the first byte, without any address."""
+    """Map errors before the first byte to errors for the tenant, without any address."""
     try:
         yield
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
@@ -476,33 +445,29 @@ def _map_transport_errors() -> Iterator[None]:
 
 def _to_gateway_error(error: Exception) -> GatewayError:
     if local_error_reason(error):
-        return Overloaded("The gateway can't fetch results just now. Try again.", retry_after=RETRY_AFTER_SECONDS)
+        return Overloaded("The gateway can't fetch results at the moment. Try again.", retry_after=RETRY_AFTER_SECONDS)
     if isinstance(error, AddressRefused):
-        return UpstreamInvalidResponse("The upstream keeps this result where the gateway does not fetch from.")
+        return UpstreamInvalidResponse("The URL of this result leads to an address that is not allowed.")
     if isinstance(error, httpx2.ConnectError | httpx2.TimeoutException | TimeoutError):
         return UpstreamUnavailable(
-            "Where the upstream keeps this result can't be reached just now. Try again.",
+            "The server of this result is unreachable at the moment. Try again.",
             retry_after=RETRY_AFTER_SECONDS,
         )
-    return UpstreamInvalidResponse("The upstream broke off before the first byte of this result.")
+    return UpstreamInvalidResponse("The connection was lost before the first byte of this result.")
 
 
 async def _read_first_bytes(body: AsyncIterator[bytes], min_bytes: int) -> bytes:
-    """The first bytes: at least so many, unless there are fewer, or fewer tell what it is."""
-    found = bytearray()
-    while len(found) < min_bytes and sniff_type(bytes(found[:BITMAP_SNIFF_BYTES])) == OCTET_STREAM:
+    """Read at least `min_bytes`, or fewer if they already show the type."""
+    data = bytearray()
+    while len(data) < min_bytes and sniff_type(bytes(data[:BITMAP_SNIFF_BYTES])) == OCTET_STREAM:
         if (chunk := await anext(body, None)) is None:
             break
-        found += chunk
-    return bytes(found)
+        data += chunk
+    return bytes(data)
 
 
 def _check_length(first_bytes: bytes, metadata: ArtifactMetadata, max_bytes: int) -> None:
     if not first_bytes:
-        raise UpstreamInvalidResponse("The upstream gives out nothing in place of this result.")
+        raise UpstreamInvalidResponse("The upstream returned an empty file for this result.")
     if len(first_bytes) > (max_bytes if metadata.exact_length is None else metadata.exact_length):
-        raise UpstreamInvalidResponse("The upstream gives out more of this result than it says, or than is passed on.")
-
-
-def _url_host(base_url: str) -> str:
-    return httpx2.URL(base_url).raw_host.decode("ascii").lower()
+        raise UpstreamInvalidResponse("This result is longer than the upstream announced, or than the limit.")

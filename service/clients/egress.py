@@ -1,4 +1,8 @@
-"""Protection against requests to addresses that are not public."""
+"""HTTP transport that connects only to checked addresses, against server-side request forgery.
+
+A name is resolved once per request, its addresses are checked, and the connection goes to a checked address: a second
+DNS response has no effect.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,15 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx2
 
 IpAddress = IPv4Address | IPv6Address
-
-
 Resolver = Callable[[str], Awaitable[Sequence[IpAddress]]]
-"""The addresses of a host, best first. Raises UnknownHost if there are none."""
-
-
+"""Returns the addresses of a host, best first. Raises UnknownHost."""
 AllowAddress = Callable[[str, IpAddress], bool]
-"""Whether a host, in lower case and as the URL has it, may be reached at one of its addresses."""
-
-
+"""Returns whether a host (lower case, as in the URL) may be reached at an address."""
 _NON_PUBLIC_IPV4 = tuple(
     IPv4Network(network)
     for network in (
@@ -31,7 +28,7 @@ _NON_PUBLIC_IPV4 = tuple(
         "10.0.0.0/8",
         "100.64.0.0/10",  # behind carrier-grade NAT; also the metadata service of one cloud
         "127.0.0.0/8",
-        "168.63.129.16/32",  # looks public, is the host agent of another cloud
+        "168.63.129.16/32",  # public range, but the host agent of another cloud
         "169.254.0.0/16",  # link-local, with the metadata services of most clouds
         "172.16.0.0/12",
         "192.0.0.0/24",
@@ -45,12 +42,8 @@ _NON_PUBLIC_IPV4 = tuple(
         "240.0.0.0/4",  # reserved, and broadcast
     )
 )
-
-
 _GLOBAL_IPV6 = IPv6Network("2000::/3")
-"""All that is handed out. Outside of it lie loopback, mapped, unique local, link-local, site-local, multicast, …"""
-
-
+"""All allocated addresses. Loopback, mapped, unique local, link-local, site-local and multicast lie outside."""
 _NON_PUBLIC_IPV6 = tuple(
     IPv6Network(network)
     for network in (
@@ -60,22 +53,20 @@ _NON_PUBLIC_IPV6 = tuple(
         "3fff::/20",
     )
 )
-
-
 _NAT64 = IPv6Network("64:ff9b::/96")
-"""Stands for the IPv4 address in its last 32 bits; in a network without IPv4 every other host has such an address."""
+"""Embeds an IPv4 address in the last 32 bits; common in networks without IPv4."""
 
 
 class UnknownHost(httpx2.ConnectError):
-    """The name has no address, or no name server told one."""
+    """The name does not resolve."""
 
 
 class AddressRefused(httpx2.ConnectError):
-    """None of the addresses of the host may be reached."""
+    """No address of the host is allowed."""
 
 
 def is_public(ip: IpAddress) -> bool:
-    """Whether an address is one of the public internet, and leads nowhere else."""
+    """Return whether an address is public and does not embed or tunnel to a private one."""
     if isinstance(ip, IPv4Address):
         return not any(ip in network for network in _NON_PUBLIC_IPV4)
     if ip in _NAT64:
@@ -84,21 +75,20 @@ def is_public(ip: IpAddress) -> bool:
 
 
 async def resolve_host(host: str) -> Sequence[IpAddress]:
-    """The addresses of a name, or of an address as text, in the order in which the system would try them.
-
-    Raises UnknownHost.
-    """
+    """Return the addresses of a name or literal in the system's order of preference. Raises UnknownHost."""
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        infos = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise UnknownHost(f"{host} has no address: {error}") from error
-    return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in found))
+    return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in infos))
 
 
 class GuardedTransport(httpx2.AsyncBaseTransport):
-    """Sends requests to allowed addresses only, each over a connection of its own.
+    """A transport to allowed addresses only, each request over a new connection.
 
-    A kept connection would be used again without a check, and for another name at the same address.
+    A kept connection would be reused without a check, and for another name at the same address. Raises AddressRefused
+    or UnknownHost, which are ConnectErrors: nothing was sent. `Host` and TLS server name remain those of the URL. The
+    connect timeout covers resolving and all attempts.
     """
 
     def __init__(self, allow: AllowAddress, *, tls: ssl.SSLContext, resolver: Resolver = resolve_host) -> None:
@@ -107,24 +97,10 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         self._inner = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False, limits=limits)
 
-    async def __aenter__(self) -> Self:
-        await self._inner.__aenter__()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc_value: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        await self._inner.__aexit__(exc_type, exc_value, traceback)
-
     async def aclose(self) -> None:
-        """Close what is still open."""
         await self._inner.aclose()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request to the first allowed address of its host that takes the connection."""
         host = request.url.raw_host.decode("ascii").lower()
         timeout: dict[str, Any] = request.extensions.get("timeout", {})
         seconds: float | None = timeout.get("connect")
@@ -138,25 +114,24 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
         if not allowed:
             raise AddressRefused(f"{host} has no address that may be reached")
         while True:
-            ip, *others = allowed
-            # An address that swallows all packets must leave time for those after it.
+            ip, *remaining = allowed
+            # An address that drops all packets must leave time for the others.
             share = None if deadline is None else max(deadline - time.monotonic(), 0) / len(allowed)
             try:
                 return await self._inner.handle_async_request(
                     _build_address_request(ip, host, request, timeout | {"connect": share})
                 )
             except (httpx2.ConnectError, httpx2.ConnectTimeout):
-                if not others:
+                if not remaining:
                     raise
-                allowed = others
+                allowed = remaining
 
 
 def _build_address_request(
     ip: IpAddress, host: str, request: httpx2.Request, timeout: dict[str, Any]
 ) -> httpx2.Request:
-    """A request as it goes to one address of its host."""
     headers = request.headers.copy()
-    # Without this a connection is free for the next request for a moment, before it is closed.
+    # Otherwise the pool could reuse the connection in the moment before it is closed.
     headers["Connection"] = "close"
     return httpx2.Request(
         request.method,

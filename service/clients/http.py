@@ -11,12 +11,11 @@ import socket
 import ssl
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
+from enum import StrEnum
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -28,19 +27,23 @@ from msgspec import Struct
 from service import __version__
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 
+_log = structlog.get_logger(__name__)
+
+USER_AGENT = f"imaging-gateway/{__version__}"
+
 _LOCAL_ERRNOS = frozenset(
     {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM},
 )
 
 
 def local_error_reason(error: BaseException | None) -> str | None:
-    """The reason, where a call failed for want of something on this machine alone; None for any other failure.
+    """Return why a call failed if only this machine is at fault, else None.
 
-    Of an error with causes the outermost one with an error number counts. Of several attempts all must have failed so:
-    a machine without IPv6 has no address to call one from, while IPv4 shows whether the other side answers.
+    Of chained errors the outermost with an error number counts. An exception group counts only if all its errors are
+    local: a machine without IPv6 has no address to call from, while IPv4 shows whether the server responds.
     """
     if isinstance(error, BaseExceptionGroup):
-        reasons = [local_error_reason(each) for each in error.exceptions]
+        reasons = [local_error_reason(inner) for inner in error.exceptions]
         return reasons[0] if all(reasons) else None
     if isinstance(error, MemoryError):
         return os.strerror(errno.ENOMEM)
@@ -52,7 +55,7 @@ def local_error_reason(error: BaseException | None) -> str | None:
 
 
 def _socket_error_reason() -> str | None:
-    """Why no socket can be opened just now. A resolver that lacks one may report an unknown name."""
+    # A resolver without a free descriptor may report an unknown name.
     try:
         socket.socket().close()
     except OSError as error:
@@ -61,17 +64,15 @@ def _socket_error_reason() -> str | None:
 
 
 GRACE_SECONDS = 0.1
-"""How long the event loop gets to read what has arrived by the end; longer if it was late for that too."""
-
-
+"""Time for the event loop to read what has arrived by the deadline; repeated if the loop was late again."""
 MAX_GRACES = 10
 
 
 class Deadline:
-    """As `asyncio.timeout`, but for a process that may be stopped for longer than its timers, or be short of CPU.
+    """A timeout like `asyncio.timeout` for a process that may be suspended or short of CPU.
 
-    When it goes on, all timers are due at once and run before anything is read: a response that arrived in the meantime
-    would be given up unread. So the end is put off until the event loop has had time to read it.
+    After a suspension all timers are due at once and run before any socket is read: a response that had arrived would
+    be discarded unread. The end is therefore postponed until the event loop has had time to read.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -95,11 +96,10 @@ class Deadline:
 
     @property
     def remaining_seconds(self) -> float:
-        """The seconds until its end; never below zero."""
         return max(self._ends_at - self._loop.time(), 0)
 
     def reset_idle_timeout(self, seconds: float) -> None:
-        """End already after so many seconds from now, unless this is called again before."""
+        """End after `seconds` from now at the latest, until this is called again."""
         now = self._loop.time()
         if now < self._ends_at:
             self._grace_count = 0
@@ -112,8 +112,8 @@ class Deadline:
 
     def _check_expiry(self, due: float) -> None:
         now = self._loop.time()
-        late = now - due > GRACE_SECONDS
-        if self._grace_count == 0 or (late and self._grace_count < MAX_GRACES):
+        is_late = now - due > GRACE_SECONDS
+        if self._grace_count == 0 or (is_late and self._grace_count < MAX_GRACES):
             self._grace_count += 1
             self._schedule_check(now + GRACE_SECONDS)
         else:
@@ -121,47 +121,35 @@ class Deadline:
 
 
 MAX_BODY_BYTES = 65_536
-"""A body is decoded up to this many bytes, before and after it was inflated."""
-
-
+"""Limit of a body, both before and after inflating."""
 _MAX_INTEGER_DIGITS = 300
-"""Digits of an integer; Python refuses to convert a few thousand."""
-
-
+"""Python refuses to convert integers of a few thousand digits."""
 _BOM = b"\xef\xbb\xbf"
-
-
 _GZIP = b"\x1f\x8b"
-
-
-_ZLIB, _RAW = zlib.MAX_WBITS, -zlib.MAX_WBITS
-
-
+_RAW_DEFLATE = -zlib.MAX_WBITS
 _ZLIB_OR_GZIP = zlib.MAX_WBITS | 32
-
-
 _IGNORED_PREFIX = "\ufeff\ufffd\x00 \t\r\n"
 
 
 def decode_object(body: bytes) -> Mapping[str, Any]:
-    """Return the JSON object of a body; empty where there is none.
+    """Return the JSON object of a body, or an empty mapping if there is none.
 
-    Only a body that is not strictly JSON takes the slow way: it is inflated if it is compressed (which a response is
-    although it was not requested, with or without a header that says so), decoded by its byte order mark, as UTF-8, as
-    GB18030 and with replacement characters, and parsed by the standard library, as the vendor's sample client does.
+    A body that is not strict JSON is decoded leniently: inflated if compressed (the vendor does so unrequested, with or
+    without a header), decoded by its byte order mark, as UTF-8, as GB18030 or with replacement characters, and parsed
+    by the standard library as the vendor's sample client does.
     """
     try:
-        found = msgspec.json.decode(body.removeprefix(_BOM))
+        value = msgspec.json.decode(body.removeprefix(_BOM))
     except (msgspec.DecodeError, ValueError, RecursionError):
-        found = _decode_leniently(body)
-    return found if isinstance(found, dict) else {}
+        value = _decode_leniently(body)
+    return value if isinstance(value, dict) else {}
 
 
 def _decode_leniently(body: bytes) -> Any:
     for data in _inflate_candidates(body):
         for text in _decode_candidates(data):
             try:
-                # Bytes behind the object, such as a trailing NUL, do not make it less of an object.
+                # Bytes after the object, such as a trailing NUL, are ignored.
                 return _LENIENT_DECODER.raw_decode(text.lstrip(_IGNORED_PREFIX))[0]
             except (ValueError, RecursionError):
                 continue
@@ -169,16 +157,16 @@ def _decode_leniently(body: bytes) -> Any:
 
 
 def _inflate_candidates(body: bytes) -> Iterator[bytes]:
-    """Yield the body, or what it may inflate to: no JSON begins like gzip, and none inflates."""
+    """Yield the body unless it is gzip, then what it inflates to: no JSON text inflates."""
     if not body.startswith(_GZIP):
         yield body
-    for window in (_ZLIB_OR_GZIP, _RAW):
+    for window in (_ZLIB_OR_GZIP, _RAW_DEFLATE):
         inflater = zlib.decompressobj(window)
         try:
             data = inflater.decompress(body, MAX_BODY_BYTES)
         except zlib.error:
             continue
-        if data and not inflater.unconsumed_tail:  # a bomb is not JSON
+        if data and not inflater.unconsumed_tail:  # else a decompression bomb
             yield data
 
 
@@ -199,29 +187,24 @@ def _parse_integer(digits: str) -> float:
 _LENIENT_DECODER = json.JSONDecoder(strict=False, parse_int=_parse_integer)
 
 BREAKER_THRESHOLD = 5
-"""So many failures to connect in a row open it."""
-
-
+"""Consecutive connection failures that open the breaker."""
 FIRST_PAUSE_SECONDS = 10.0
-
-
 MAX_PAUSE_SECONDS = 60.0
-"""Seconds that it stays open at first, and at most: each trial that fails doubles the pause."""
+"""Each failed trial doubles the pause, up to this."""
 
 
 class Attempt:
-    """One attempt to connect, for which `Breaker` wants to hear what became of it."""
+    """One connection attempt; its result is reported to the `Breaker`."""
 
 
 class Breaker:
-    """Whether it is worth trying to connect. It counts failures to connect only, since they alone cost nothing,
-    and of these not the ones that are the fault of this machine.
+    """Circuit breaker over connection failures, the only failures that cost nothing.
 
-    While it is open nobody is admitted. After the pause one attempt is, as a trial, and no other until it is known what
-    became of that. Attempts from before it opened may still be reported at any time.
+    Failures caused by this machine do not count. While open it admits no attempt; after the pause it admits a single
+    trial until the result of that is known. Attempts from before the opening may be reported at any time.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._failure_count = 0
         self._pause_seconds = FIRST_PAUSE_SECONDS
@@ -230,12 +213,12 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether an attempt is not admitted just now; no longer once the pause is over, though nobody may try then."""
-        until = self._open_until  # once, as another thread asks
+        """Return whether attempts are refused; False after the pause unless a trial is running."""
+        until = self._open_until  # read once: the metrics thread calls this too
         return until is not None and (self._trial is not None or self._clock() < until)
 
     def admit(self) -> Attempt | None:
-        """An attempt, to be reported once by one of the methods below; None where it is not worth trying."""
+        """Return an attempt whose result must be reported once, or None if the breaker is open."""
         if self.is_open:
             return None
         attempt = Attempt()
@@ -244,13 +227,11 @@ class Breaker:
         return attempt
 
     def on_connected(self, _: Attempt) -> None:
-        """A connection was made: all is well again, whoever made it."""
         self._failure_count = 0
         self._pause_seconds = FIRST_PAUSE_SECONDS
         self._open_until = self._trial = None
 
     def on_failed(self, attempt: Attempt) -> None:
-        """No connection could be made."""
         self._failure_count += 1
         if attempt is self._trial:
             self._pause_seconds = min(self._pause_seconds * 2, MAX_PAUSE_SECONDS)
@@ -260,51 +241,38 @@ class Breaker:
         self._open_until = self._clock() + self._pause_seconds
 
     def on_abandoned(self, attempt: Attempt) -> None:
-        """It was given up before it came to a connection or a failure, so another one may be the trial."""
+        """Release the trial of an attempt that neither connected nor failed."""
         if attempt is self._trial:
             self._trial = None
 
 
 def parse_retry_after(retry_after: str | None) -> float | None:
-    """Return what a `Retry-After` asks for, be it seconds or a date; None for anything else."""
+    """Return the seconds of a `Retry-After` header (number or HTTP date); None if it is neither."""
     if retry_after is None:
         return None
     if retry_after.isascii() and retry_after.isdigit():
         return float(retry_after[:9])
     try:
-        at = parsedate_to_datetime(retry_after)
+        date = parsedate_to_datetime(retry_after)
     except (ValueError, OverflowError):
         return None
-    return max((at - datetime.now(UTC)).total_seconds(), 0) if at.tzinfo else None
-
-
-_log = structlog.get_logger(__name__)
+    return max((date - datetime.now(UTC)).total_seconds(), 0) if date.tzinfo else None
 
 
 MAX_REQUESTS = 64
-"""So many requests of a line are under way at once; the others wait."""
-
-
+"""Concurrent requests of one pool; further ones wait."""
 ERROR_BODY_SECONDS = 5.0
-"""The body of a response whose status is no success is read for so long: it only explains the status."""
-
-
+"""Time limit of the body of an error response: it only explains the status."""
 KEEP_ALIVE_SECONDS = 15
-
-
 READ_SECONDS = 30.0
-"""An answer, and each part of it, has to come within this."""
-
-
+"""Time limit of the response head and of each part of the body."""
 _BODY_TIME_RATIO = 0.9
-"""Reading a body ends after this share of the time that is left, so that what came of it by then is still returned."""
-
-
+"""Share of the remaining time for the body, so that an incomplete body can still be returned."""
 _TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=None, pool=None).as_dict()
-
-
 FormFile = tuple[str, IO[bytes], str]
-"""A file of a form: its name, its bytes, its media type."""
+"""File name, content and media type of a form file."""
+OnCall = Callable[[StrEnum, StrEnum, float], None]
+"""Called after every call with its operation, outcome and duration in seconds."""
 
 
 class NotSent(Exception):
@@ -312,11 +280,11 @@ class NotSent(Exception):
 
 
 class ResponseLost(Exception):
-    """The request may have arrived, and no answer came that can be read."""
+    """The request may have arrived, but there is no readable response."""
 
 
 class UpstreamResponse(Struct, frozen=True):
-    """An answer. `cut` says why its body may lack its end; `retry_after` is in seconds."""
+    """A response. `truncation` is the reason why the body may be incomplete."""
 
     status: int
     body: bytes
@@ -324,34 +292,16 @@ class UpstreamResponse(Struct, frozen=True):
     retry_after_seconds: float | None = None
 
 
-class BreakerRegistry:
-    """The breaker of each base address."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._breakers: defaultdict[str, Breaker] = defaultdict(partial(Breaker, clock))
-
-    def get(self, base_url: str) -> Breaker:
-        """The breaker that all requests to an address share."""
-        return self._breakers[base_url]
-
-    def open_states(self) -> Mapping[str, bool]:
-        """Whether the breaker is open, of each address that was called."""
-        return {base_url: breaker.is_open for base_url, breaker in list(self._breakers.items())}
-
-
 class UpstreamPool:
-    """Requests of one sort, open within its context.
+    """A bounded pool of connections for one kind of request.
 
     Redirects, cookies and the proxies of the environment are not followed. Compression is not requested, and bodies are
-    returned as they came.
-
-    Each request has a pool of its own while it lasts: a pool looks at all of its connections for every request, which
-    with many at once costs more than the requests themselves. `busy` counts the requests under way, `waiting` those
-    that wait for their turn.
+    returned as received. Each request uses a transport of its own: the pool of httpx2 scans all of its connections for
+    every request, which costs more than the requests themselves when there are many.
     """
 
     def __init__(
-        self, breakers: BreakerRegistry, tls: ssl.SSLContext, *, keep_alive: bool, tracer: Tracer = NOOP_TRACER
+        self, breakers: Mapping[str, Breaker], tls: ssl.SSLContext, *, keep_alive: bool, tracer: Tracer = NOOP_TRACER
     ) -> None:
         self.busy_count = self.waiting_count = 0
         self._breakers = breakers
@@ -361,18 +311,13 @@ class UpstreamPool:
         self._keep_alive = keep_alive
         self._idle_transports: list[httpx2.AsyncHTTPTransport] = []
         self._headers = {
-            "User-Agent": f"imaging-gateway/{__version__}",
+            "User-Agent": USER_AGENT,
             "Accept": "application/json",
             "Accept-Encoding": "identity",
             "Connection": "keep-alive" if keep_alive else "close",
         }
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def aclose(self) -> None:
         while self._idle_transports:
             await self._idle_transports.pop().aclose()
 
@@ -383,43 +328,39 @@ class UpstreamPool:
         fields: Mapping[str, str],
         files: Mapping[str, FormFile] | None = None,
         *,
-        seconds: float,
+        timeout_seconds: float,
     ) -> UpstreamResponse:
-        """Send a form once, within `seconds` all told, waiting for its turn included.
-
-        Raises NotSent or Lost, whatever the network and the other side do.
-        """
-        if seconds <= 0:
+        """Send a form once, within `timeout_seconds` including the wait for a slot. Raises NotSent or ResponseLost."""
+        if timeout_seconds <= 0:
             raise NotSent("no time left")
-        sending, url = RequestTrace(self._breakers.get(base_url)), base_url + path
+        request_trace, url = RequestTrace(self._breakers[base_url]), base_url + path
         try:
-            # The context of the trace is not passed on: it tells a third party who belongs together, and in
-            # `tracestate` whatever the tools of our callers write there, for nothing that we would get of it.
+            # No trace headers: they would reveal to a third party which requests belong together, and in
+            # `tracestate` whatever the tools of our callers write there.
             with self._tracer.start_client_span("POST", url, hide_path=False) as span:
-                async with Deadline(seconds) as deadline, self._acquire_slot():
+                async with Deadline(timeout_seconds) as deadline, self._acquire_slot():
                     request = httpx2.Request(
                         "POST",
                         url,
                         data=fields,
                         files=files,
                         headers=self._headers,
-                        extensions={"trace": sending, "timeout": _TIMEOUTS},
+                        extensions={"trace": request_trace, "timeout": _TIMEOUTS},
                     )
-                    sending.start(deadline)
-                    answer = await self._send_request(request, deadline, sending)
-                span.record_response(answer.status)
-                return answer
-        except Exception as error:  # noqa: BLE001 - what is below lets through more than it declares
-            if sending.response is None:
-                raise sending.classify_error(error) from None
+                    request_trace.start(deadline)
+                    response = await self._send_request(request, deadline, request_trace)
+                span.record_response(response.status)
+                return response
+        except Exception as error:  # noqa: BLE001 - the libraries raise more than they declare
+            if request_trace.response is None:
+                raise request_trace.classify_error(error) from None
             _log.exception("upstream.close_error")
-            return sending.response
+            return request_trace.response
         finally:
-            sending.finish()
+            request_trace.finish()
 
     @property
     def idle_count(self) -> int:
-        """How many connections are kept to be used again."""
         return len(self._idle_transports)
 
     @asynccontextmanager
@@ -437,60 +378,59 @@ class UpstreamPool:
             self._slots.release()
 
     async def _send_request(
-        self, request: httpx2.Request, deadline: Deadline, sending: RequestTrace
+        self, request: httpx2.Request, deadline: Deadline, request_trace: RequestTrace
     ) -> UpstreamResponse:
-        # The one that was used last is the likeliest to be connected yet.
+        # The transport used last is the most likely to be still connected.
         transport = self._idle_transports.pop() if self._idle_transports else self._create_transport()
-        keeps = False
+        is_reusable = False
         try:
-            answer = await self._read_response(await transport.handle_async_request(request), deadline, sending)
-            keeps = self._keep_alive and not answer.truncation
-            return answer
+            response = await self._read_response(await transport.handle_async_request(request), deadline, request_trace)
+            is_reusable = self._keep_alive and not response.truncation
+            return response
         finally:
-            # What was broken off may have left its pool without a connection and without room for one.
-            if keeps:
+            # An aborted request may leave the pool of the transport full and without a connection.
+            if is_reusable:
                 self._idle_transports.append(transport)
             else:
                 await transport.aclose()
 
     async def _read_response(
-        self, response: httpx2.Response, deadline: Deadline, sending: RequestTrace
+        self, response: httpx2.Response, deadline: Deadline, request_trace: RequestTrace
     ) -> UpstreamResponse:
-        """Read a response. What came of a body that breaks off or stalls may be all that is needed of it."""
-        status, body, cut = response.status_code, bytearray(), ""
+        """Read a response; an incomplete body may still contain all that is needed."""
+        status, body, truncation = response.status_code, bytearray(), ""
         limit = deadline.remaining_seconds * _BODY_TIME_RATIO
-        deadline.reset_idle_timeout(deadline.remaining_seconds)  # the parts of the body have a limit of their own
+        deadline.reset_idle_timeout(deadline.remaining_seconds)  # `body_deadline` limits the parts of the body
         try:
             try:
-                async with Deadline(limit if response.is_success else min(limit, ERROR_BODY_SECONDS)) as parts:
-                    parts.reset_idle_timeout(READ_SECONDS)
+                async with Deadline(limit if response.is_success else min(limit, ERROR_BODY_SECONDS)) as body_deadline:
+                    body_deadline.reset_idle_timeout(READ_SECONDS)
                     async for chunk in response.aiter_raw():
-                        parts.reset_idle_timeout(READ_SECONDS)
+                        body_deadline.reset_idle_timeout(READ_SECONDS)
                         body += chunk
                         if len(body) > MAX_BODY_BYTES:
-                            cut = "the answer is too large"
+                            truncation = "the response is too large"
                             break
             except Exception as error:  # noqa: BLE001 - uvloop raises RuntimeError for a connection that was reset
-                cut = type(error).__name__
+                truncation = type(error).__name__
             retry_after = parse_retry_after(response.headers.get("retry-after"))
-            sending.response = UpstreamResponse(status, bytes(body[:MAX_BODY_BYTES]), cut, retry_after)
+            request_trace.response = UpstreamResponse(status, bytes(body[:MAX_BODY_BYTES]), truncation, retry_after)
         finally:
             await response.aclose()
-        return sending.response
+        return request_trace.response
 
     def _create_transport(self) -> httpx2.AsyncHTTPTransport:
-        kept = httpx2.Limits(
+        limits = httpx2.Limits(
             max_connections=1, max_keepalive_connections=int(self._keep_alive), keepalive_expiry=KEEP_ALIVE_SECONDS
         )
-        return httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=kept)
+        return httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=limits)
 
 
 class RequestTrace:
-    """Follows one request by its trace, and reports to the breaker.
+    """Trace callback of one request that decides whether it was sent and notifies the breaker.
 
-    Events are named for what they are about. `connection` is the only thing that comes before the request; whatever
-    else is named, or nothing at all, is taken for the request itself. `answer` is set once it was read: what fails
-    later, such as the closing of the connection, does not undo it.
+    Only `connection.*` events precede the request; any other event, even an unknown one, means that it may have been
+    sent. `response` is set once the body was read: a later failure, such as of closing, does not undo it.
     """
 
     response: UpstreamResponse | None = None
@@ -505,9 +445,9 @@ class RequestTrace:
         self._has_failed_to_connect = False
 
     def start(self, deadline: Deadline) -> None:
-        """The request is about to be sent. Raises NotSent where that is not worth trying."""
+        """Claim an attempt of the breaker. Raises NotSent if it is open or no time is left."""
         self._deadline = deadline
-        if not deadline.remaining_seconds:  # after a pause of the process, in which the lease may have run out
+        if not deadline.remaining_seconds:  # the process was suspended: the lease may have expired
             raise NotSent("no time left")
         self._attempt = self._breaker.admit()
         if self._attempt is None:
@@ -524,28 +464,29 @@ class RequestTrace:
             self._deadline.reset_idle_timeout(READ_SECONDS)
 
     def classify_error(self, error: Exception) -> NotSent | ResponseLost:
-        """What an error means for the request."""
+        """Return NotSent only if the trace proves it: a resent submission would be paid twice."""
         if isinstance(error, NotSent | ResponseLost):
             return error
         if self._is_sent or not (self._is_connecting or self._is_before_sending(error)):
             return ResponseLost(type(error).__name__)
-        lacking = local_error_reason(error)
-        # A want of this machine is no reason to stop calling the upstream.
-        self._has_failed_to_connect = not lacking and isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
-        return NotSent(lacking or type(error).__name__)
+        local_reason = local_error_reason(error)
+        # An error of this machine must not open the breaker.
+        self._has_failed_to_connect = not local_reason and isinstance(
+            error, httpx2.ConnectError | httpx2.ConnectTimeout
+        )
+        return NotSent(local_reason or type(error).__name__)
 
     def _is_before_sending(self, error: Exception) -> bool:
-        """Whether it comes before anything that is traced.
+        """Return whether an error occurred before any traced event.
 
-        What is imported at first use, before any connection, fails for want of a descriptor. Errors of the network are
-        translated by httpcore2, so that one that is not comes from elsewhere.
+        A lazy import before the connection fails if no descriptor is free. httpcore2 maps network errors, so an
+        unmapped local error does not come from the network.
         """
         if not self._is_admitted or isinstance(error, httpx2.UnsupportedProtocol):
             return True
         return not isinstance(error, httpx2.HTTPError) and local_error_reason(error) is not None
 
     def finish(self) -> None:
-        """The request has ended in whatever way."""
         self._notify_breaker(self._breaker.on_failed if self._has_failed_to_connect else self._breaker.on_abandoned)
 
     def _notify_breaker(self, notify: Callable[[Attempt], None]) -> None:

@@ -1,14 +1,13 @@
-"""The vendor's API, one verb per operation, over HTTP."""
+"""The vendor's API: submit a task, check a task."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from collections import defaultdict
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import partial
 from io import BytesIO
-from types import TracebackType
 from typing import Self
 
 import httpx2
@@ -16,7 +15,15 @@ import structlog
 from msgspec.structs import replace
 
 from service.clients import vendor_api
-from service.clients.http import MAX_REQUESTS, BreakerRegistry, NotSent, ResponseLost, UpstreamPool, UpstreamResponse
+from service.clients.http import (
+    MAX_REQUESTS,
+    Breaker,
+    NotSent,
+    OnCall,
+    ResponseLost,
+    UpstreamPool,
+    UpstreamResponse,
+)
 from service.clients.vendor_api import mask_key, remove_key
 from service.domain.tasks import Catalogue, Cipher, Options, TaskError
 from service.domain.tenants import Account
@@ -27,27 +34,21 @@ from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.ports import CheckOutcome, CheckResult, Image, SubmitOutcome, SubmitResult
 
 _log = structlog.get_logger(__name__)
-
-_DECRYPTION_FAILED = "None of the secret keys opens its user_key."
+_DECRYPTION_FAILED = "No secret key decrypts its user_key."
 _MAX_REPORTED_LINKS = 1_000
 CHECK_SECONDS = 20.0
-"""How long a check may take, waiting for its turn included."""
-
-OnCall = Callable[[StrEnum, StrEnum, float], None]
-"""Is told of every call: its operation, its outcome, and the seconds it took."""
+"""Time limit of a check, including the wait for a slot."""
 
 
 class UpstreamOperation(StrEnum):
-    """The calls of the upstream."""
-
     SUBMIT = "submit"
     CHECK = "check"
 
 
 class UpstreamClient:
-    """The upstreams of all accounts: the default one, and those that accounts name. Open within its context.
+    """Client for the upstreams of all accounts; an async context manager.
 
-    `user_keys` opens the accounts' keys; none of them appears in a log, an error, or a message for tenants.
+    `user_keys` decrypts the accounts' keys, which appear in no log, error or message for tenants.
     """
 
     def __init__(
@@ -63,104 +64,102 @@ class UpstreamClient:
         self._user_keys = user_keys
         self._catalogue = catalogue
         self._on_call = on_call
-        breakers = self._breakers = BreakerRegistry()
-        # A kept connection may be closed by the other side just as it is used. That is harmless for a check, but of a
-        # submit nobody would know any more whether it arrived.
-        breakers.get(base_url)  # so that it is shown from the start
+        breakers: defaultdict[str, Breaker] = defaultdict(Breaker)
+        breakers[base_url] = Breaker()  # so that its gauge exists from the start
+        self._breakers = breakers
+        # The server may close an idle connection just as it is reused. That is harmless for a check, but a submit
+        # would have an unknown outcome.
         tls = httpx2.create_ssl_context()
         self._submit_pool = UpstreamPool(breakers, tls, keep_alive=False, tracer=tracer)
         self._check_pool = UpstreamPool(breakers, tls, keep_alive=True, tracer=tracer)
-        self._exit_stack = AsyncExitStack()
         self._reported_links: dict[tuple[int, str, str], None] = {}
 
     async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as opened:
-            await opened.enter_async_context(self._submit_pool)
-            await opened.enter_async_context(self._check_pool)
-            self._exit_stack = opened.pop_all()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._exit_stack.aclose()
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await self._submit_pool.aclose()
+        finally:
+            await self._check_pool.aclose()
 
     def register_metrics(self, metrics: Metrics) -> None:
-        """Show the connections and the breakers in the metrics, and begin all outcomes of calls at zero."""
         metrics.preregister_upstream_calls(
             {UpstreamOperation.SUBMIT: SubmitOutcome, UpstreamOperation.CHECK: CheckOutcome}
         )
-        levels = metrics.gauges
-        lines = {UpstreamOperation.SUBMIT.value: self._submit_pool, UpstreamOperation.CHECK.value: self._check_pool}
+        gauges = metrics.gauges
+        pools = {UpstreamOperation.SUBMIT.value: self._submit_pool, UpstreamOperation.CHECK.value: self._check_pool}
 
-        def connections() -> Mapping[tuple[str, ...], float]:
+        def count_connections() -> Mapping[tuple[str, ...], float]:
             return {
-                (name, state): connections
-                for name, line in lines.items()
-                for state, connections in (("busy", line.busy_count), ("idle", line.idle_count))
+                (name, state): count
+                for name, pool in pools.items()
+                for state, count in (("busy", pool.busy_count), ("idle", pool.idle_count))
             }
 
-        levels.register(GaugeName.UPSTREAM_CONNECTIONS, connections)
-        levels.register(GaugeName.UPSTREAM_CONNECTIONS_LIMIT, lambda: {(name,): MAX_REQUESTS for name in lines})
-        levels.register(
-            GaugeName.UPSTREAM_WAITING, lambda: {(name,): line.waiting_count for name, line in lines.items()}
+        gauges.register(GaugeName.UPSTREAM_CONNECTIONS, count_connections)
+        gauges.register(GaugeName.UPSTREAM_CONNECTIONS_LIMIT, lambda: {(name,): MAX_REQUESTS for name in pools})
+        gauges.register(
+            GaugeName.UPSTREAM_WAITING, lambda: {(name,): pool.waiting_count for name, pool in pools.items()}
         )
-        levels.register(
+        gauges.register(
             GaugeName.UPSTREAM_BREAKER_OPEN,
-            lambda: {(url,): is_open for url, is_open in self._breakers.open_states().items()},
+            lambda: {(url,): breaker.is_open for url, breaker in list(self._breakers.items())},
         )
 
     async def submit(self, account: Account, options: Options, image: Image, *, timeout_seconds: float) -> SubmitResult:
-        """Send an image once, within `seconds` all told; NOT_SENT only if no connection was made."""
-        submitted = SubmitResult(outcome=SubmitOutcome.UNKNOWN)
-        started = time.monotonic()
+        """Send an image once, within `timeout_seconds`; NOT_SENT only if no connection was made."""
+        result = SubmitResult(outcome=SubmitOutcome.UNKNOWN)
+        started_at = time.monotonic()
         try:
             with upstream_wait():
-                submitted = await self._submit(account, options, image, timeout_seconds)
+                result = await self._submit(account, options, image, timeout_seconds)
         finally:
-            self._record_call(UpstreamOperation.SUBMIT, submitted.outcome, started)
-        return submitted
+            self._record_call(UpstreamOperation.SUBMIT, result.outcome, started_at)
+        return result
 
     async def check(self, account: Account, upstream_id: str) -> CheckResult:
-        """Ask about a task."""
-        check = CheckResult(outcome=CheckOutcome.NO_RESPONSE)
-        started = time.monotonic()
+        result = CheckResult(outcome=CheckOutcome.NO_RESPONSE)
+        started_at = time.monotonic()
         try:
             with upstream_wait():
-                check = await self._check(account, upstream_id)
+                result = await self._check(account, upstream_id)
         finally:
-            self._record_call(UpstreamOperation.CHECK, check.outcome, started)
-        return check
+            self._record_call(UpstreamOperation.CHECK, result.outcome, started_at)
+        return result
 
-    def _record_call(self, operation: UpstreamOperation, outcome: StrEnum, started: float) -> None:
-        """Count a call. A fault in that must not lose what the call returned."""
+    def _record_call(self, operation: UpstreamOperation, outcome: StrEnum, started_at: float) -> None:
         try:
-            self._on_call(operation, outcome, time.monotonic() - started)
-        except Exception:  # noqa: BLE001 - whatever it is
+            self._on_call(operation, outcome, time.monotonic() - started_at)
+        except Exception:  # noqa: BLE001 - must not lose the result of the call
             _log.exception("upstream.close_error")
 
-    async def _submit(self, account: Account, options: Options, image: Image, seconds: float) -> SubmitResult:
+    async def _submit(self, account: Account, options: Options, image: Image, timeout_seconds: float) -> SubmitResult:
         user_key = self._decrypt_user_key(account)
         if user_key is None:
             return SubmitResult(outcome=SubmitOutcome.MISCONFIGURED)
         fields = {vendor_api.USER_KEY_FIELD: user_key, **vendor_api.build_form_fields(options, self._catalogue)}
-        # As a file it is sent in pieces, each with the whole write timeout; as bytes it would have that only once.
+        # A file object is sent in chunks, each with the full write timeout; bytes would get a single timeout.
         file = (f"image.{image.media_type.rpartition('/')[2]}", BytesIO(image.data), image.media_type)
         path = vendor_api.SUBMIT_PATHS[options.kind]
         try:
-            answer = await self._submit_pool.post(
-                self._account_url(account), path, fields, {vendor_api.IMAGE_FIELD: file}, seconds=seconds
+            response = await self._submit_pool.post(
+                self._account_url(account),
+                path,
+                fields,
+                {vendor_api.IMAGE_FIELD: file},
+                timeout_seconds=timeout_seconds,
             )
-        except NotSent as fault:
-            self._log_failure(UpstreamOperation.SUBMIT, account, fault)
+        except NotSent as error:
+            self._log_failure(UpstreamOperation.SUBMIT, account, error)
             return SubmitResult(outcome=SubmitOutcome.NOT_SENT)
-        except ResponseLost as fault:
-            self._log_failure(UpstreamOperation.SUBMIT, account, fault)
+        except ResponseLost as error:
+            self._log_failure(UpstreamOperation.SUBMIT, account, error)
             return SubmitResult(outcome=SubmitOutcome.UNKNOWN)
-        submitted = vendor_api.parse_submit_response(answer.body, answer.status, answer.retry_after_seconds)
-        if submitted.outcome in {SubmitOutcome.UNKNOWN, SubmitOutcome.REDIRECTED}:
-            self._log_failure(UpstreamOperation.SUBMIT, account, _describe_unusable(answer))
-        return replace(submitted, reason=remove_key(user_key, submitted.reason))
+        result = vendor_api.parse_submit_response(response.body, response.status, response.retry_after_seconds)
+        if result.outcome in {SubmitOutcome.UNKNOWN, SubmitOutcome.REDIRECTED}:
+            self._log_failure(UpstreamOperation.SUBMIT, account, _describe_unusable(response))
+        return replace(result, reason=remove_key(user_key, result.reason))
 
     async def _check(self, account: Account, upstream_id: str) -> CheckResult:
         user_key = self._decrypt_user_key(account)
@@ -168,30 +167,32 @@ class UpstreamClient:
             return CheckResult(outcome=CheckOutcome.NO_RESPONSE)
         fields = {vendor_api.USER_KEY_FIELD: user_key, vendor_api.TASK_ID_FIELD: upstream_id}
         try:
-            answer = await self._check_pool.post(
-                self._account_url(account), vendor_api.CHECK_PATH, fields, seconds=CHECK_SECONDS
+            response = await self._check_pool.post(
+                self._account_url(account), vendor_api.CHECK_PATH, fields, timeout_seconds=CHECK_SECONDS
             )
-        except (NotSent, ResponseLost) as fault:
-            self._log_failure(UpstreamOperation.CHECK, account, fault)
+        except (NotSent, ResponseLost) as error:
+            self._log_failure(UpstreamOperation.CHECK, account, error)
             return CheckResult(outcome=CheckOutcome.NO_RESPONSE)
-        unusable: list[str] = []
+        unusable_fields: list[str] = []
 
         def report(field: str, value: object) -> None:
-            unusable.append(field)
+            unusable_fields.append(field)
             self._log_unusable_link(account, upstream_id, field, value)
 
-        body = answer.body if 200 <= answer.status < 300 else b""
-        mask = partial(mask_key, user_key)
-        check = vendor_api.parse_check_response(body, self._account_url(account) + vendor_api.CHECK_PATH, report, mask)
-        if check.outcome in {CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID} and not unusable:
-            self._log_failure(UpstreamOperation.CHECK, account, _describe_unusable(answer))
-        if check.error:
-            error = TaskError(check.error.code, remove_key(user_key, check.error.detail))
-            check = replace(check, error=error)
-        return check
+        body = response.body if 200 <= response.status < 300 else b""
+        mask_link = partial(mask_key, user_key)
+        result = vendor_api.parse_check_response(
+            body, self._account_url(account) + vendor_api.CHECK_PATH, report, mask_link
+        )
+        if result.outcome in {CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID} and not unusable_fields:
+            self._log_failure(UpstreamOperation.CHECK, account, _describe_unusable(response))
+        if result.error:
+            task_error = TaskError(result.error.code, remove_key(user_key, result.error.detail))
+            result = replace(result, error=task_error)
+        return result
 
     def _log_unusable_link(self, account: Account, upstream_id: str, field: str, value: object) -> None:
-        """Log a link that can't be used, once: its task is checked again and again."""
+        """Log an unusable link only once, though its task is checked repeatedly."""
         key = (account.id, upstream_id, field)
         if key in self._reported_links:
             return
@@ -204,19 +205,19 @@ class UpstreamClient:
         return (account.base_url or self._base_url).rstrip("/")
 
     def _decrypt_user_key(self, account: Account) -> str | None:
-        """The key of an account, which can't be opened if the secret key that sealed it was taken away."""
-        opened = self._user_keys.decrypt(account.user_key)
-        if opened is None:
+        user_key = self._user_keys.decrypt(account.user_key)
+        if user_key is None:
             _log.error("account.decryption_failed", account=account.name, detail=_DECRYPTION_FAILED)
             return None
-        return opened.decode()
+        return user_key.decode()
 
     @staticmethod
-    def _log_failure(operation: UpstreamOperation, account: Account, fault: NotSent | ResponseLost) -> None:
-        sent = isinstance(fault, ResponseLost)
-        _log.warning("upstream.request_failed", operation=operation, account=account.name, sent=sent, error=str(fault))
+    def _log_failure(operation: UpstreamOperation, account: Account, error: NotSent | ResponseLost) -> None:
+        is_sent = isinstance(error, ResponseLost)
+        _log.warning(
+            "upstream.request_failed", operation=operation, account=account.name, sent=is_sent, error=str(error)
+        )
 
 
-def _describe_unusable(answer: UpstreamResponse) -> ResponseLost:
-    """An answer that came, and can't be used."""
-    return ResponseLost(f"HTTP {answer.status}{answer.truncation and ', '}{answer.truncation}")
+def _describe_unusable(response: UpstreamResponse) -> ResponseLost:
+    return ResponseLost(f"HTTP {response.status}{response.truncation and ', '}{response.truncation}")

@@ -1,4 +1,7 @@
-"""The vendor's wire format and messages."""
+"""The vendor's wire format: form fields, responses, messages and links.
+
+Responses are parsed leniently: a slightly wrong type must neither lose a paid task nor be taken for an amount.
+"""
 
 from __future__ import annotations
 
@@ -21,43 +24,25 @@ from service.telemetry.redaction import encodings
 from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome, SubmitResult
 
 _MAX_MESSAGE_LENGTH = 500
-
-
 _PUNCTUATION = " ,.;:!…，。；：！、"
-
-
 _MESSAGE_PREFIX = re.compile(r"(?:任务提交失败|任务失败|提交失败|错误|失败|error)(?:\s*[:：,，]\s*|\s+)", re.IGNORECASE)
-
-
 _POLITE_SUFFIX = r"(?:[\s,，。;；!！]*请.*)?"
-
-
 _UNKNOWN_ACCOUNT = re.compile(rf"账[户号]不存在{_POLITE_SUFFIX}")
-
-
 _BALANCE_EXHAUSTED = re.compile(rf"(?:账[户号])?的?(?:剩余|可用)?的?(?:次数|余额)不足{_POLITE_SUFFIX}")
-
-
 _UNKNOWN_TASK = "任务未找到或状态未知"
-
-
 _ACCOUNT_TERMS = re.compile(
     r"账[户号]|余额|次数|金额|套餐|充值|欠费|扣费|密钥"
     r"|(?<![a-z])(?:accounts?|balances?|credits?|user[ _-]?keys?|api[ _-]?keys?)(?![a-z])",
     re.IGNORECASE,
 )
-"""Words about the account that pays, which is not the tenant's."""
-
-
+"""Terms about the paying account, which is not the tenant's."""
 _INTERNALS = re.compile(
     r"traceback|exception|errno|端口"
     r"|[a-z](?:error|pool)\b|[a-z_]\(.*=|<.*>|\bobject at\b|\bline \d|0x[0-9a-f]{4}"
     r"|(?<![a-z])(?:host|hostname|port)(?:\s*[=:'\"]|\s+\d)",
     re.IGNORECASE,
 )
-"""What only the words of a program hold, of which a tenant understands nothing, and which tell of its insides."""
-
-
+"""Program output, which is useless to tenants and reveals the vendor's internals."""
 _ADDRESS = re.compile(
     r"[a-z][a-z0-9+.-]*://\S+"
     r"|(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?!\d)(?::\d+)?"
@@ -67,19 +52,15 @@ _ADDRESS = re.compile(
     r"|(?<![\w.~])(?:[a-z]:|~|\.{1,2})?[\\/](?:[\w.@~-]+[\\/]?)+",
     re.IGNORECASE | re.ASCII,
 )
-"""A URL, IPv4, IPv6, name with a dot in it, name with a port, or path."""
-
-
+"""A URL, IPv4, IPv6, dotted name, name with a port, or path."""
 _KEY_PLACEHOLDER = "%7Buser_key%7D"
-"""Stands in a link for the key of the account, which the fetch of the result puts back."""
-
-
+"""Stands for the account's key in a stored link; put back when the result is fetched."""
 _MIN_ENCODING_LENGTH = 8
-"""A shorter spelling of a key may be part of an ordinary word, unless the key itself is as short."""
+"""A shorter encoding of a key may be part of an ordinary word, unless the key itself is as short."""
 
 
 def remove_key(user_key: str, text: str) -> str:
-    """Return a text without the key, in whatever spelling."""
+    """Return a text without the key, in any encoding."""
     if not user_key or not text:
         return text
     return _key_pattern(user_key).sub("…", text)
@@ -87,14 +68,15 @@ def remove_key(user_key: str, text: str) -> str:
 
 @lru_cache
 def _key_pattern(user_key: str) -> re.Pattern[str]:
-    found = {each for each in encodings(user_key) if len(each) >= min(len(user_key), _MIN_ENCODING_LENGTH)}
-    return re.compile("|".join(re.escape(each) for each in sorted(found, key=len, reverse=True)), re.IGNORECASE)
+    parts = {part for part in encodings(user_key) if len(part) >= min(len(user_key), _MIN_ENCODING_LENGTH)}
+    return re.compile("|".join(re.escape(part) for part in sorted(parts, key=len, reverse=True)), re.IGNORECASE)
 
 
 def mask_key(user_key: str, url: str) -> str:
-    """Return a link with a mark in place of the key; empty if it holds the key where or as it could not be put back.
+    """Return a link with a placeholder for the key.
 
-    One that holds the mark itself is not used either: the key would be sent to where it does not belong.
+    Returns an empty text if the key can't be put back later, or if the link contains the placeholder itself: the key
+    would be sent where it does not belong.
     """
     if _KEY_PLACEHOLDER in url:
         return ""
@@ -103,19 +85,19 @@ def mask_key(user_key: str, url: str) -> str:
     parts = urlsplit(url)
     start = len(f"{parts.scheme}://{parts.netloc}")
     rest = url[start:]
-    for spelling in (quote(user_key, safe=""), quote(user_key), user_key):
-        rest = rest.replace(spelling, _KEY_PLACEHOLDER)
+    for encoding in (quote(user_key, safe=""), quote(user_key), user_key):
+        rest = rest.replace(encoding, _KEY_PLACEHOLDER)
     masked = url[:start] + rest
     return masked if remove_key(user_key, masked) == masked else ""
 
 
 def unmask_key(user_key: str, url: str) -> str:
-    """Return a link that `mask_key` made, with the key in it again."""
+    """Return a link of `mask_key` with the key in it again."""
     return url.replace(_KEY_PLACEHOLDER, quote(user_key, safe=""))
 
 
 def clean_message(value: object) -> str:
-    """A message in one line without control characters; empty for what is no text."""
+    """Return a message as one printable line; empty if it is no text."""
     if not isinstance(value, str):
         return ""
     printable = "".join(character if character.isprintable() else " " for character in value[: 4 * _MAX_MESSAGE_LENGTH])
@@ -123,29 +105,21 @@ def clean_message(value: object) -> str:
 
 
 def parse_refusal(message: str) -> SubmitResult:
-    """A refusal by its message, which must not be empty.
+    """Return the refusal for a message that is not empty.
 
-    An account is closed only by a message that consists of nothing but that, since a reason may also just mention it.
+    Only a message that consists of nothing else closes an account: a reason may also just mention it.
     """
-    gist = _strip_message(message)
-    if _UNKNOWN_ACCOUNT.fullmatch(gist):
+    core = _strip_message(message)
+    if _UNKNOWN_ACCOUNT.fullmatch(core):
         return SubmitResult(outcome=SubmitOutcome.INVALID_ACCOUNT)
-    if _BALANCE_EXHAUSTED.fullmatch(gist):
+    if _BALANCE_EXHAUSTED.fullmatch(core):
         return SubmitResult(outcome=SubmitOutcome.EXHAUSTED)
     reason = tenant_message(message)
     return SubmitResult(outcome=SubmitOutcome.REJECTED, reason=reason, reason_en=translate_reason(reason))
 
 
-def is_unknown_task(message: str) -> bool:
-    """Whether it says that the task is not known, or not just now."""
-    return _strip_message(message).startswith(_UNKNOWN_TASK)
-
-
 def tenant_message(message: str) -> str:
-    """What a tenant may read of a message, without its prefix.
-
-    That is nothing of one about the paying account or from within a program, and of others all but addresses and paths.
-    """
+    """Return what a tenant may read: nothing about the account or internals, and no addresses."""
     if _INTERNALS.search(message):
         return ""
     reason = _ADDRESS.sub("…", _strip_prefix(message))
@@ -159,10 +133,10 @@ def _strip_message(message: str) -> str:
 
 
 def _strip_prefix(message: str) -> str:
-    while found := _MESSAGE_PREFIX.match(message):
-        if found.end() == len(message):
+    while match := _MESSAGE_PREFIX.match(message):
+        if match.end() == len(message):
             break
-        message = message[found.end() :]
+        message = message[match.end() :]
     return message
 
 
@@ -172,20 +146,10 @@ SUBMIT_PATHS: Mapping[Kind, str] = {
     Kind.FACE_ENHANCE: "/api/submit_face_enhance_task",
     Kind.SEAMLESS: "/api/submit_seamless_task",
 }
-
-
 CHECK_PATH = "/api/check_task_status"
-
-
 USER_KEY_FIELD = "user_key"
-
-
 IMAGE_FIELD = "input_image"
-
-
 TASK_ID_FIELD = "task_id"
-
-
 _FORM_FIELDS: Mapping[str, str] = {
     "model": "sdxl_model_dropdown",
     "style": "style_dropdown",
@@ -201,59 +165,31 @@ _FORM_FIELDS: Mapping[str, str] = {
     "colors": "color_count",
     "fit": "fit",
 }
-
-
 _RESULT_FIELDS: Mapping[str, ArtifactName] = {
     "images_url": ArtifactName.IMAGE,
     "vector_url": ArtifactName.VECTOR,
     "grid_url": ArtifactName.GRID,
 }
-
-
 _MAX_ID_LENGTH = 256
-
-
 _MAX_URL_LENGTH = 2_048
-
-
 _MAX_AMOUNT = 2**53
-
-
 _NUMBER = re.compile(r"\d{1,20}(\.\d{1,20})?", re.ASCII)
-
-
 _MAX_LINKS = 100
-
-
 _MAX_LINK_DEPTH = 4
-
-
 _LINK_SEPARATOR = re.compile(r"[,;\s]+(?=https?://)", re.IGNORECASE)
-
-
 _LINK_KEY = re.compile("url|uri|href|link|src|path", re.IGNORECASE)
-
-
 _LINE_BREAKS = re.compile(r"[\t\r\n]+")
-
-
 _ABSOLUTE_LINK = re.compile(r"\s*(?:https?:)?[/\\]{2}[^/\\]", re.IGNORECASE)
-
-
 _RELATIVE_LINK = re.compile(r"\.{0,2}[/\\][^/\\]|[^?#:]*\.\w{2,5}(?:[?#]|$)|[^\s?#:/\\]{2,}[/\\][^\s?#]")
-"""A path, or the name of a file; but neither a sentence nor a word that stands for nothing."""
-
-
+"""A path or file name, but neither a sentence nor a placeholder word."""
 _REPLACEMENT_CHARACTER = "\ufffd"
-"""Stands where a byte could not be decoded."""
-
-
+"""Marks an undecodable byte."""
 _MOVED_STATUSES = frozenset({301, 302, 307, 308})
-"""Redirects that mean that the service is elsewhere."""
+"""Redirects that show a wrong base address."""
 
 
 def build_form_fields(options: Options, catalogue: Catalogue) -> Mapping[str, str]:
-    """The form fields of a submit, without the key and the image."""
+    """Return the form fields of a submit, without key and image."""
     fields = {}
     for option, value in msgspec.structs.asdict(options).items():
         if option in {"model", "style"}:
@@ -269,15 +205,11 @@ def build_form_fields(options: Options, catalogue: Catalogue) -> Mapping[str, st
 
 
 OnUnusableLink = Callable[[str, object], None]
-"""Is called with the name and the value of a field that can't be used."""
-
-
-def _ignore_link(_field: str, _value: object) -> None:
-    pass
+"""Called with name and value of a field whose links are unusable."""
 
 
 class ErrCode(Enum):
-    """What `err_code` says, if anything."""
+    """Meaning of `err_code`."""
 
     SUCCESS = 0
     ERROR = 1
@@ -285,117 +217,117 @@ class ErrCode(Enum):
 
 
 def parse_submit_response(body: bytes, status: int = 200, retry_after: float | None = None) -> SubmitResult:
-    """Return the outcome of a submit from its response.
+    """Return the outcome of a submit.
 
-    A body that declares success and names a task is an acceptance, whatever its status. Otherwise a status that is no
-    success decides: 4xx is a refusal, with the vendor's message if the body holds one, and so is a redirect to where
-    the service is; of any other, as of a body without an object, the outcome is unknown.
+    A body that declares success and names a task is an acceptance, whatever its status. Otherwise a 4xx is a refusal,
+    with the vendor's message if there is one, and so is a redirect to another base address. Anything else has an
+    unknown outcome.
     """
-    answer = decode_object(body)
-    if 200 <= status < 300 or _declares_task(answer):
-        return _parse_successful_submit(answer)
+    response = decode_object(body)
+    if 200 <= status < 300 or _declares_task(response):
+        return _parse_successful_submit(response)
     if status in _MOVED_STATUSES:
         return SubmitResult(outcome=SubmitOutcome.REDIRECTED)
     if not 400 <= status < 500:
         return SubmitResult(outcome=SubmitOutcome.UNKNOWN)
-    message = clean_message(answer.get("err_msg"))
-    refused = parse_refusal(message) if message else SubmitResult(outcome=SubmitOutcome.REJECTED)
-    if refused.outcome is not SubmitOutcome.REJECTED:
-        return refused
+    message = clean_message(response.get("err_msg"))
+    refusal = parse_refusal(message) if message else SubmitResult(outcome=SubmitOutcome.REJECTED)
+    if refusal.outcome is not SubmitOutcome.REJECTED:
+        return refusal
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         return SubmitResult(outcome=SubmitOutcome.BUSY, retry_after_seconds=retry_after)
     return SubmitResult(
-        outcome=SubmitOutcome.REJECTED, reason=refused.reason or f"HTTP {status}", reason_en=refused.reason_en
+        outcome=SubmitOutcome.REJECTED, reason=refusal.reason or f"HTTP {status}", reason_en=refusal.reason_en
     )
 
 
-def _parse_successful_submit(answer: Mapping[str, Any]) -> SubmitResult:
-    """Return the outcome of a submit from a response with a status of success.
+def _parse_successful_submit(response: Mapping[str, Any]) -> SubmitResult:
+    """Return the outcome of a submit whose status is 2xx.
 
-    `err_code` and the rest may contradict each other. A task id is believed unless an error was declared, since it is
-    all that is left of a task that was paid for. A declared error is believed, and costs nothing, unless a task id
-    stands beside it: then the task may have been accepted, whatever the message says. So may what remains: unknown.
+    `err_code` may contradict the rest. A task id is trusted unless an error is declared, since it is all that is left
+    of a paid task. A declared error is trusted, and costs nothing, unless there is a task id: then the task may have
+    been accepted.
     """
-    said = _parse_err_code(answer.get("err_code"))
-    upstream_id = _parse_task_id(answer.get("task_id"))
-    message = clean_message(answer.get("err_msg"))
-    if upstream_id and said is ErrCode.ERROR:
+    err_code = _parse_err_code(response.get("err_code"))
+    upstream_id = _parse_task_id(response.get("task_id"))
+    message = clean_message(response.get("err_msg"))
+    if upstream_id and err_code is ErrCode.ERROR:
         return SubmitResult(outcome=SubmitOutcome.UNKNOWN)
     if upstream_id:
-        return SubmitResult(outcome=SubmitOutcome.ACCEPTED, upstream_id=upstream_id, balance=_parse_balance(answer))
-    if message and said is not ErrCode.SUCCESS:
+        return SubmitResult(outcome=SubmitOutcome.ACCEPTED, upstream_id=upstream_id, balance=_parse_balance(response))
+    if message and err_code is not ErrCode.SUCCESS:
         return parse_refusal(message)
-    if said is ErrCode.ERROR:
+    if err_code is ErrCode.ERROR:
         return SubmitResult(outcome=SubmitOutcome.REJECTED)
     return SubmitResult(outcome=SubmitOutcome.UNKNOWN)
 
 
-def _declares_task(answer: Mapping[str, Any]) -> bool:
-    return _parse_err_code(answer.get("err_code")) is ErrCode.SUCCESS and bool(_parse_task_id(answer.get("task_id")))
+def _declares_task(response: Mapping[str, Any]) -> bool:
+    return _parse_err_code(response.get("err_code")) is ErrCode.SUCCESS and bool(
+        _parse_task_id(response.get("task_id"))
+    )
 
 
 def parse_check_response(
     body: bytes,
     base_url: str = "",
-    on_unusable_link: OnUnusableLink = _ignore_link,
+    on_unusable_link: OnUnusableLink = lambda _field, _value: None,
     clean_link: Callable[[str], str] = str,
 ) -> CheckResult:
-    """What the answer to a check amounts to. One that holds no JSON object is not the vendor's, and so is none.
+    """Return the result of a check; a body without a JSON object is not the vendor's.
 
-    Links to results are relative to `base` and pass through `clean`, which returns an empty text for one that must not
-    be used; each field whose links can't be used is reported.
+    Links are resolved against `base_url` and passed through `clean_link`, which returns an empty text for a link that
+    must not be used.
     """
-    answer = decode_object(body)
-    said = _parse_err_code(answer.get("err_code"))
-    message = clean_message(answer.get("err_msg"))
-    if not answer:
+    response = decode_object(body)
+    err_code = _parse_err_code(response.get("err_code"))
+    message = clean_message(response.get("err_msg"))
+    if not response:
         return CheckResult(outcome=CheckOutcome.NO_RESPONSE)
-    if said is ErrCode.ERROR or (said is ErrCode.ABSENT and message):
-        return CheckResult(outcome=CheckOutcome.NOT_FOUND if is_unknown_task(message) else CheckOutcome.INVALID)
-    if said is ErrCode.ABSENT and "status" not in answer:
+    if err_code is ErrCode.ERROR or (err_code is ErrCode.ABSENT and message):
+        is_unknown_task = _strip_message(message).startswith(_UNKNOWN_TASK)
+        return CheckResult(outcome=CheckOutcome.NOT_FOUND if is_unknown_task else CheckOutcome.INVALID)
+    if err_code is ErrCode.ABSENT and "status" not in response:
         return CheckResult(outcome=CheckOutcome.INVALID)
     return _parse_status(
-        answer, message, lambda value: clean_link(_first_usable_link(value, base_url)), on_unusable_link
+        response, message, lambda value: clean_link(_first_usable_link(value, base_url)), on_unusable_link
     )
 
 
 def _parse_status(
-    answer: Mapping[str, Any], message: str, parse_link: Callable[[object], str], on_unusable_link: OnUnusableLink
+    response: Mapping[str, Any], message: str, parse_link: Callable[[object], str], on_unusable_link: OnUnusableLink
 ) -> CheckResult:
-    """What an answer that is no error tells of the task. A state that has no name here means that it still runs."""
-    status, figures = answer.get("status"), _parse_balance(answer)
+    """Parse a response that is no error; an unknown state means that the task still runs."""
+    status, balance = response.get("status"), _parse_balance(response)
     match status.strip().casefold() if isinstance(status, str) else status:
         case None | "":
-            return CheckResult(outcome=CheckOutcome.NOT_FOUND, balance=figures)
+            return CheckResult(outcome=CheckOutcome.NOT_FOUND, balance=balance)
         case "completed":
-            return _parse_results(answer, figures, parse_link, on_unusable_link)
+            return _parse_results(response, balance, parse_link, on_unusable_link)
         case "failed":
-            error = TaskError("task-failed", _failure_detail(tenant_message(message)))
-            return CheckResult(outcome=CheckOutcome.FAILED, error=error, balance=figures)
+            reason = tenant_message(message)
+            detail = f"The upstream could not process this task: {reason}" if reason else "The upstream gave no reason."
+            return CheckResult(outcome=CheckOutcome.FAILED, error=TaskError("task-failed", detail), balance=balance)
         case str():
-            return CheckResult(outcome=CheckOutcome.RUNNING, balance=figures)
+            return CheckResult(outcome=CheckOutcome.RUNNING, balance=balance)
         case _:
-            return CheckResult(outcome=CheckOutcome.INVALID, balance=figures)
+            return CheckResult(outcome=CheckOutcome.INVALID, balance=balance)
 
 
 def _parse_results(
-    answer: Mapping[str, Any], figures: Balance, parse_link: Callable[[object], str], on_unusable_link: OnUnusableLink
+    response: Mapping[str, Any], balance: Balance, parse_link: Callable[[object], str], on_unusable_link: OnUnusableLink
 ) -> CheckResult:
-    """A finished task; but one whose results can't be had is not taken for finished, since an end is never undone."""
-    found = []
+    """Return a finished task only if a result is usable, since a final state is never undone."""
+    artifacts = []
     for field, name in _RESULT_FIELDS.items():
-        value = answer.get(field)
+        value = response.get(field)
         if url := parse_link(value):
-            found.append(Artifact(name, url))
+            artifacts.append(Artifact(name, url))
         elif value:
             on_unusable_link(field, value)
-    if not found:
-        return CheckResult(outcome=CheckOutcome.INVALID, balance=figures)
-    return CheckResult(outcome=CheckOutcome.SUCCEEDED, artifacts=tuple(found), balance=figures)
-
-
-def _failure_detail(reason: str) -> str:
-    return f"The upstream could not carry out this task: {reason}" if reason else "The upstream gave no reason."
+    if not artifacts:
+        return CheckResult(outcome=CheckOutcome.INVALID, balance=balance)
+    return CheckResult(outcome=CheckOutcome.SUCCEEDED, artifacts=tuple(artifacts), balance=balance)
 
 
 def _parse_err_code(code: object) -> ErrCode:
@@ -405,14 +337,16 @@ def _parse_err_code(code: object) -> ErrCode:
     return ErrCode.ERROR if number else ErrCode.SUCCESS
 
 
-def _parse_balance(answer: Mapping[str, Any]) -> Balance:
-    return Balance(_parse_amount(answer.get("remaining_count"), 1), _parse_amount(answer.get("remaining_money"), 100))
+def _parse_balance(response: Mapping[str, Any]) -> Balance:
+    return Balance(
+        _parse_amount(response.get("remaining_count"), 1), _parse_amount(response.get("remaining_money"), 100)
+    )
 
 
 def _parse_amount(value: object, units: int) -> int | None:
-    """A figure in its smallest unit, of which one has so many parts; None for whatever is no such figure.
+    """Return an amount in its smallest unit (`units` per whole); None if it is not an amount.
 
-    Money is rounded to that unit, since it may come out of floating-point arithmetic; a count is whole.
+    Money is rounded, since it may come from floating-point arithmetic; a count must be an integer.
     """
     number = _parse_decimal(value)
     if number is None or (units == 1 and number % 1):
@@ -422,11 +356,10 @@ def _parse_amount(value: object, units: int) -> int | None:
 
 
 def _parse_decimal(value: object) -> Decimal | None:
-    """A finite number of a size that a figure can have, from a number or its decimal digits."""
     match value:
         case bool():
             return None
-        case int() | float() if abs(value) <= _MAX_AMOUNT:  # neither NaN nor infinite is
+        case int() | float() if abs(value) <= _MAX_AMOUNT:  # excludes NaN and infinity
             return Decimal(repr(value))
         case str() if _NUMBER.fullmatch(value.strip()):
             return Decimal(value.strip())
@@ -435,9 +368,9 @@ def _parse_decimal(value: object) -> Decimal | None:
 
 
 def _parse_task_id(value: object) -> str:
-    """A task id, without control characters around it; empty for whatever can't be one.
+    """Return a task id without surrounding control characters; empty if it is none.
 
-    A number that has passed through a float may have lost digits. One that is not positive stands for no task.
+    A large float may have lost digits. Numbers that are not positive are no ids.
     """
     if isinstance(value, float) and value.is_integer() and abs(value) < _MAX_AMOUNT:
         value = int(value)
@@ -451,13 +384,13 @@ def _parse_task_id(value: object) -> str:
 
 
 def _first_usable_link(value: object, base_url: str) -> str:
-    """The first usable address among those in a text, a list or an object; empty if there is none.
+    """Return the first usable link of a text, list or object; empty if there is none.
 
-    A relative one counts only if no other is complete: beside an address there may be a file's name.
+    Relative links come last: beside a URL there may be a file name.
     """
     links = list(islice(_iterate_links(value), _MAX_LINKS))
-    complete = (link for link in links if _ABSOLUTE_LINK.match(link))
-    return next(filter(None, (_resolve_link(link, base_url) for link in chain(complete, links))), "")
+    absolute = (link for link in links if _ABSOLUTE_LINK.match(link))
+    return next(filter(None, (_resolve_link(link, base_url) for link in chain(absolute, links))), "")
 
 
 def _iterate_links(value: object, depth: int = 0) -> Iterator[str]:
@@ -465,8 +398,8 @@ def _iterate_links(value: object, depth: int = 0) -> Iterator[str]:
         case str():
             yield from _LINK_SEPARATOR.split(value)
         case list() if depth < _MAX_LINK_DEPTH:
-            for each in value:
-                yield from _iterate_links(each, depth + 1)
+            for item in value:
+                yield from _iterate_links(item, depth + 1)
         case dict() if depth < _MAX_LINK_DEPTH:
             for key in sorted(value, key=lambda key: _LINK_KEY.search(key) is None):
                 yield from _iterate_links(value[key], depth + 1)
@@ -475,7 +408,7 @@ def _iterate_links(value: object, depth: int = 0) -> Iterator[str]:
 
 
 def _resolve_link(link: str, base_url: str) -> str:
-    """Return a link as a browser would follow it from `base`; empty for one that leads nowhere."""
+    """Return a link as a browser would follow it; empty if it leads nowhere."""
     link = _LINE_BREAKS.sub("", link).strip()
     if not _ABSOLUTE_LINK.match(link) and not _RELATIVE_LINK.match(link):
         return ""
@@ -500,8 +433,8 @@ def _is_http_url(url: str) -> bool:
 
 _ENGLISH_REASONS: Mapping[str, str] = {
     "缺少参数": "A parameter is missing.",
-    "参数": "A parameter has a value that is not taken.",
-    "格式": "The format of the image is not taken.",
+    "参数": "A parameter has an invalid value.",
+    "格式": "The format of the image is not supported.",
     "过大": "The image is too large.",
     "太大": "The image is too large.",
     "过小": "The image is too small.",
@@ -515,13 +448,12 @@ _ENGLISH_REASONS: Mapping[str, str] = {
     "繁忙": "The upstream is too busy. Try again later.",
     "排队": "The upstream is too busy. Try again later.",
     "超时": "The upstream took too long.",
-    "服务器": "The upstream has a fault of its own.",
+    "服务器": "The upstream has an internal error.",
     "处理失败": "The image could not be processed.",
-    "内部错误": "The upstream has a fault of its own.",
+    "内部错误": "The upstream has an internal error.",
 }
-"""By words that a reason holds; where several do, the first of them counts."""
+"""By keyword; the first match counts."""
 
 
 def translate_reason(reason: str) -> str | None:
-    """The gist of a reason; None for one that is not known."""
-    return next((english for words, english in _ENGLISH_REASONS.items() if words in reason), None)
+    return next((english for keyword, english in _ENGLISH_REASONS.items() if keyword in reason), None)

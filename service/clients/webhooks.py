@@ -1,4 +1,4 @@
-"""Requests of webhook deliveries."""
+"""HTTP client for webhook deliveries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import httpx2
 import structlog
 
-from service import __version__
 from service.clients.egress import (
     AddressRefused,
     GuardedTransport,
@@ -18,26 +17,18 @@ from service.clients.egress import (
     is_public,
     resolve_host,
 )
-from service.clients.http import Deadline, local_error_reason, parse_retry_after
+from service.clients.http import USER_AGENT, Deadline, local_error_reason, parse_retry_after
 from service.domain.errors import Overloaded
 from service.domain.tenants import Webhook
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.ports import WebhookResponse
 
 _log = structlog.get_logger(__name__)
-
-
 TIMEOUT_SECONDS = 15.0
-
-
 BODY_SECONDS = 1.0
-
-
 MAX_BODY_BYTES = 2_048
-
-
 _HEADERS = {
-    "User-Agent": f"imaging-gateway/{__version__}",
+    "User-Agent": USER_AGENT,
     "Content-Type": "application/json",
     "Accept": "*/*",
     "Accept-Encoding": "identity",
@@ -45,7 +36,11 @@ _HEADERS = {
 
 
 class WebhookClient:
-    """Posts to addresses that tenants chose, each within `seconds` all told."""
+    """Client for webhooks to URLs chosen by tenants, with one time limit per call.
+
+    Neither the URL nor the receiver is trusted: each call goes to a checked address and reads only the start of the
+    response.
+    """
 
     def __init__(
         self,
@@ -60,28 +55,30 @@ class WebhookClient:
         self._tls = httpx2.create_ssl_context()
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> WebhookResponse:
-        """Send once, to an address that is public or that `webhook` lets be reached.
+        """Send once, to an address that is public or allowed by `webhook`.
 
-        Raises Overloaded if this machine lacks what a call needs: that must not count against the receiver.
+        Raises Overloaded if this machine lacks a resource for the call: that must not count against the receiver.
         """
 
-        def allowed(_host: str, ip: IpAddress) -> bool:
+        def is_allowed(_host: str, ip: IpAddress) -> bool:
             return is_public(ip) or webhook.allows_address(ip)
 
         try:
             with self._tracer.start_client_span("POST", url) as span:
                 async with Deadline(self._timeout_seconds):
-                    # What may be reached is another matter for each tenant, and nothing is kept from call to call.
-                    transport = GuardedTransport(allowed, tls=self._tls, resolver=self._resolver)
+                    # The allowed addresses depend on the tenant; no connection is reused.
+                    transport = GuardedTransport(is_allowed, tls=self._tls, resolver=self._resolver)
                     async with self._create_client(transport) as client:
-                        # Whom a tenant has told the gateway to call may see what the call is a part of.
-                        reply = await _send(client, url, {**headers, **span.propagation_headers}, body)
-                if reply.status:
-                    span.record_response(reply.status)
-                return reply
+                        # The tenant chose the receiver, so it may join the trace.
+                        response = await _send(client, url, {**headers, **span.propagation_headers}, body)
+                if response.status:
+                    span.record_response(response.status)
+                return response
         except Exception as error:
-            if lacking := local_error_reason(error):
-                raise Overloaded(f"The gateway can't call others just now: {lacking}.", retry_after=1) from error
+            if local_reason := local_error_reason(error):
+                raise Overloaded(
+                    f"The gateway can't send requests at the moment: {local_reason}.", retry_after=1
+                ) from error
             return WebhookResponse(error=_describe_error(error, self._timeout_seconds))
 
     def _create_client(self, transport: GuardedTransport) -> httpx2.AsyncClient:
@@ -95,27 +92,26 @@ class WebhookClient:
 
 
 def _describe_error(error: Exception, seconds: float) -> str:
-    """Why there is no answer, for operators."""
     match error:
         case TimeoutError() | httpx2.TimeoutException():
             return f"It took longer than {seconds:g} seconds."
         case AddressRefused():
-            return "Its host is at an address that may not be reached."
+            return "The address of its host is not allowed."
         case UnknownHost():
             return "Its host has no address."
         case httpx2.ConnectError():
             return "No connection could be made."
         case httpx2.HTTPError():
-            return "The connection broke, or what came was no HTTP."
+            return "The connection was lost, or the response was not HTTP."
         case _:
             _log.error("webhook.client_error", exc_info=error)
-            return "It could not be called."
+            return "The request failed."
 
 
 async def _send(client: httpx2.AsyncClient, url: str, headers: Mapping[str, str], body: bytes) -> WebhookResponse:
     async with client.stream("POST", url, content=body, headers=dict(headers)) as response:
         retry_after = parse_retry_after(response.headers.get("retry-after"))
-        if response.is_success:  # whatever else it says, it took it
+        if response.is_success:  # accepted: the body does not matter
             return WebhookResponse(status=response.status_code)
         return WebhookResponse(
             status=response.status_code, retry_after_seconds=retry_after, excerpt=await _read_excerpt(response)
@@ -123,14 +119,14 @@ async def _send(client: httpx2.AsyncClient, url: str, headers: Mapping[str, str]
 
 
 async def _read_excerpt(response: httpx2.Response) -> str | None:
-    """How an answer begins; None if it has no body that can be read."""
-    read = bytearray()
+    """Return the start of the body; None if it is empty or unreadable."""
+    body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in response.aiter_raw():
-                read += chunk
-                if len(read) >= MAX_BODY_BYTES:
+                body += chunk
+                if len(body) >= MAX_BODY_BYTES:
                     break
-    except (TimeoutError, httpx2.HTTPError):  # its status is known, and that is what counts
+    except (TimeoutError, httpx2.HTTPError):  # the status is enough
         pass
-    return read[:MAX_BODY_BYTES].decode(errors="replace") or None
+    return body[:MAX_BODY_BYTES].decode(errors="replace") or None

@@ -1,4 +1,4 @@
-"""Gauges that are computed when metrics are collected."""
+"""Gauges that are read when Prometheus scrapes: of this process, and of the ledger."""
 
 from __future__ import annotations
 
@@ -12,69 +12,62 @@ from prometheus_client.registry import Collector
 from service.domain.ledger import AccountState, AccountStatus
 from service.domain.tasks import Backlog
 from service.domain.tenants import AccountPolicy
+from service.telemetry.logging import fen_to_yuan
 
 
 class GaugeSpec(Struct, frozen=True):
-    """A gauge: its name, its text of help, and its labels."""
-
     name: str
     help_text: str
     labels: tuple[str, ...] = ()
 
 
 class GaugeName(Enum):
-    """The gauges of one process."""
-
-    REQUESTS_IN_PROGRESS = GaugeSpec("gateway_http_requests_in_progress", "Requests under way, by port.", ("port",))
-    WAITING_CLIENTS = GaugeSpec("gateway_waiting_clients", "Clients that wait for a task or follow one.")
-    UPLOAD_BYTES = GaugeSpec("gateway_upload_bytes", "Bytes of uploads that are held in memory.")
-    UPLOAD_LIMIT_BYTES = GaugeSpec("gateway_upload_limit_bytes", "How many bytes of uploads may be held in memory.")
+    REQUESTS_IN_PROGRESS = GaugeSpec("gateway_http_requests_in_progress", "Requests in progress, by port.", ("port",))
+    WAITING_CLIENTS = GaugeSpec("gateway_waiting_clients", "Clients that wait for a task or stream its events.")
+    UPLOAD_BYTES = GaugeSpec("gateway_upload_bytes", "Bytes of uploads in memory.")
+    UPLOAD_LIMIT_BYTES = GaugeSpec("gateway_upload_limit_bytes", "Limit of the bytes of uploads in memory.")
     UPSTREAM_CONNECTIONS = GaugeSpec(
         "gateway_upstream_connections",
-        "Connections to the upstream, by operation and state (busy, or idle to be used again).",
+        "Connections to the upstream, by operation and state (busy or idle).",
         ("operation", "state"),
     )
     UPSTREAM_CONNECTIONS_LIMIT = GaugeSpec(
-        "gateway_upstream_connections_limit", "How many connections may be busy at once, by operation.", ("operation",)
+        "gateway_upstream_connections_limit", "Limit of busy connections, by operation.", ("operation",)
     )
     UPSTREAM_WAITING = GaugeSpec(
-        "gateway_upstream_waiting", "Requests to the upstream that wait for their turn, by operation.", ("operation",)
+        "gateway_upstream_waiting", "Requests to the upstream that wait for a connection, by operation.", ("operation",)
     )
     UPSTREAM_BREAKER_OPEN = GaugeSpec(
         "gateway_upstream_breaker_open",
-        "1 while requests to an upstream are given up at once, since it could not be reached; by base address.",
+        "1 while requests to an unreachable upstream fail at once, by base address.",
         ("upstream",),
     )
-    SETTLEMENTS_PENDING = GaugeSpec(
-        "gateway_settlements_pending", "Outcomes of submissions that are still to be booked."
-    )
-    POLL_CHECKS_IN_PROGRESS = GaugeSpec("gateway_poll_checks_in_progress", "Checks of tasks that are under way.")
-    POLL_CHECKS_LIMIT = GaugeSpec("gateway_poll_checks_limit", "How many checks may be under way at once.")
+    SETTLEMENTS_PENDING = GaugeSpec("gateway_settlements_pending", "Outcomes of submissions that are not yet settled.")
+    POLL_CHECKS_IN_PROGRESS = GaugeSpec("gateway_poll_checks_in_progress", "Checks of tasks in progress.")
+    POLL_CHECKS_LIMIT = GaugeSpec("gateway_poll_checks_limit", "Limit of checks in progress.")
 
 
 ReadGauge = Callable[[], Mapping[tuple[str, ...], float]]
-"""Tells the values of a gauge now, by the values of its labels."""
+"""Returns the current values of a gauge by its label values."""
 
 
 class GaugeCollector(Collector):
-    """Shows each gauge as those tell it who know; one that nobody told about is not there."""
+    """A collector of the gauges that have a reader."""
 
     def __init__(self) -> None:
         self._readers: dict[GaugeName, list[ReadGauge]] = {}
 
     def register(self, gauge: GaugeName, read: ReadGauge) -> None:
-        """Ask `read` for values of a gauge at every scrape, from whichever thread."""
+        """Call `read` at every scrape, from any thread."""
         self._readers.setdefault(gauge, []).append(read)
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
-        """All gauges, without values."""
-        return [_create_family(level) for level in GaugeName]
+        return [_create_family(gauge) for gauge in GaugeName]
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """All gauges that somebody knows of."""
-        for level, reads in self._readers.items():
-            family = _create_family(level)
-            for read in reads:
+        for gauge, readers in self._readers.items():
+            family = _create_family(gauge)
+            for read in readers:
                 for labels, value in read().items():
                     family.add_metric(labels, value)
             yield family
@@ -84,11 +77,8 @@ def _create_family(gauge: GaugeName) -> GaugeMetricFamily:
     return GaugeMetricFamily(gauge.value.name, gauge.value.help_text, labels=gauge.value.labels)
 
 
-_FEN_PER_YUAN = 100
-
-
 class QuotaSample(Struct, frozen=True):
-    """How a policy of a tenant stands, in tasks, yuan, or tasks that are active."""
+    """The state of one policy of a tenant, in tasks, yuan or active tasks."""
 
     tenant: str
     policy: str
@@ -99,7 +89,7 @@ class QuotaSample(Struct, frozen=True):
 
 
 class AccountSample(Struct, frozen=True):
-    """How an account stands at `now`, in milliseconds of the server's clock."""
+    """The state of an account at `now_ms`, by the clock of Redis."""
 
     name: str
     policy: AccountPolicy
@@ -108,9 +98,9 @@ class AccountSample(Struct, frozen=True):
 
 
 class MetricsSnapshot(Struct, frozen=True, kw_only=True):
-    """The ledger at one moment. Active tasks by tenant and kind, spent money (fen) by tenant and window.
+    """The ledger at one moment: active tasks by tenant and kind, money spent by tenant and window.
 
-    `clock_offset` is by how many milliseconds its time is ahead of the server's.
+    `clock_offset_ms` is by how much the ledger clock is ahead of the clock of Redis.
     """
 
     tenant_count: int
@@ -125,17 +115,16 @@ class MetricsSnapshot(Struct, frozen=True, kw_only=True):
 
 
 class LedgerCollector(Collector):
-    """Shows the ledger as it was last seen; without that it shows that it could not be."""
+    """A collector of the last snapshot of the ledger; without one only of `gateway_redis_up` 0."""
 
     def __init__(self) -> None:
         self._snapshot: MetricsSnapshot | None = None
 
     def set_snapshot(self, snapshot: MetricsSnapshot | None) -> None:
-        """Show this from now on; None if the ledger can't be read."""
+        """Replace the snapshot; None if the ledger can't be read."""
         self._snapshot = snapshot
 
     def describe(self) -> Iterable[Metric]:
-        """All families, without values."""
         return [
             _redis_up_metric(up=False),
             _clock_offset_metric(0),
@@ -145,23 +134,24 @@ class LedgerCollector(Collector):
         ]
 
     def collect(self) -> Iterable[Metric]:
-        """What was seen."""
-        seen = self._snapshot
-        yield _redis_up_metric(up=seen is not None)
-        if seen:
-            yield _clock_offset_metric(seen.clock_offset_ms)
-            yield from _tenant_metrics(seen.tenant_count, seen.quotas, seen.active_tasks, seen.spent_fen)
-            yield from _account_metrics(seen.accounts)
-            yield from _queue_metrics(seen.poll_queue, seen.webhook_queue, seen.failed_webhooks)
+        snapshot = self._snapshot
+        yield _redis_up_metric(up=snapshot is not None)
+        if snapshot:
+            yield _clock_offset_metric(snapshot.clock_offset_ms)
+            yield from _tenant_metrics(
+                snapshot.tenant_count, snapshot.quotas, snapshot.active_tasks, snapshot.spent_fen
+            )
+            yield from _account_metrics(snapshot.accounts)
+            yield from _queue_metrics(snapshot.poll_queue, snapshot.webhook_queue, snapshot.failed_webhooks)
 
 
 def _redis_up_metric(*, up: bool) -> Metric:
-    text = "1 if the ledger could be read for this scrape; what is read from it is not there otherwise."
+    text = "1 if the ledger could be read for this scrape; otherwise its metrics are absent."
     return GaugeMetricFamily("gateway_redis_up", text, value=float(up))
 
 
 def _clock_offset_metric(offset: int) -> Metric:
-    text = "By how much the ledger's time is ahead of the clock of Redis, which has stepped back; 0 if it has not."
+    text = "How far the ledger clock is ahead of the clock of Redis after that stepped back; 0 if it did not."
     return GaugeMetricFamily("gateway_ledger_clock_offset_seconds", text, value=offset / 1000)
 
 
@@ -175,113 +165,37 @@ def _tenant_metrics(
     policy = ("tenant", "policy", "unit")
     used = GaugeMetricFamily(
         "gateway_quota_used",
-        "What of a limit is used, by tenant, policy and unit (tasks, yuan, active).",
+        "Used part of a limit, by tenant, policy and unit (tasks, yuan, active).",
         labels=policy,
     )
     reserved = GaugeMetricFamily(
         "gateway_quota_reserved",
-        "What of a limit is held for tasks that run, by tenant, policy and unit.",
+        "Part of a limit reserved for running tasks, by tenant, policy and unit.",
         labels=policy,
     )
     limit = GaugeMetricFamily("gateway_quota_limit", "The limits, by tenant, policy and unit.", labels=policy)
-    for each in quotas:
-        labels = (each.tenant, each.policy, each.unit)
-        used.add_metric(labels, each.used)
-        reserved.add_metric(labels, each.reserved)
-        limit.add_metric(labels, each.limit)
+    for quota in quotas:
+        labels = (quota.tenant, quota.policy, quota.unit)
+        used.add_metric(labels, quota.used)
+        reserved.add_metric(labels, quota.reserved)
+        limit.add_metric(labels, quota.limit)
     yield from (used, reserved, limit)
     running = GaugeMetricFamily(
         "gateway_tasks_active",
-        "Tasks that were reserved and have not ended, by tenant and kind.",
+        "Reserved tasks that have not finished, by tenant and kind.",
         labels=("tenant", "kind"),
     )
-    for of_kind, tasks in active.items():
-        running.add_metric(of_kind, tasks)
+    for tenant_kind, tasks in active.items():
+        running.add_metric(tenant_kind, tasks)
     yield running
     money = GaugeMetricFamily(
         "gateway_tenant_spent_yuan",
-        "Money spent in the current window (day, month, total), by tenant, refunds taken off.",
+        "Money spent in the current window (day, month, total), by tenant, less refunds.",
         labels=("tenant", "window"),
     )
-    for of_window, fen in spent.items():
-        money.add_metric(of_window, fen / _FEN_PER_YUAN)
+    for tenant_window, spent_fen in spent.items():
+        money.add_metric(tenant_window, fen_to_yuan(spent_fen))
     yield money
-
-
-def _account_metrics(accounts: Sequence[AccountSample]) -> Iterable[Metric]:
-    def gauge(name: str, text: str, values: Iterable[tuple[str, float | None]]) -> Metric:
-        family = GaugeMetricFamily(f"gateway_account_{name}", text, labels=("account",))
-        for account, value in values:
-            if value is not None:
-                family.add_metric((account,), value)
-        return family
-
-    def total(name: str, text: str, values: Iterable[tuple[str, float]]) -> Metric:
-        family = CounterMetricFamily(f"gateway_account_{name}", text, labels=("account",))
-        for account, value in values:
-            family.add_metric((account,), value)
-        return family
-
-    yield gauge("remaining_uses", "Prepaid uses left, as last seen.", ((a.name, _remaining_uses(a)) for a in accounts))
-    yield gauge("remaining_yuan", "Money left, as last seen.", ((a.name, _remaining_yuan(a)) for a in accounts))
-    yield gauge("floor_uses", "Prepaid uses that shall stay.", ((a.name, a.policy.floor_count) for a in accounts))
-    yield gauge(
-        "floor_yuan", "Money that shall stay.", ((a.name, a.policy.floor_money_fen / _FEN_PER_YUAN) for a in accounts)
-    )
-    yield gauge(
-        "balance_age_seconds",
-        "How long ago the balance was last seen.",
-        ((a.name, _balance_age_seconds(a)) for a in accounts),
-    )
-    yield gauge(
-        "open_submissions",
-        "Submissions that were reserved and have not ended.",
-        ((a.name, a.state.open_submissions) for a in accounts),
-    )
-    yield gauge(
-        "unknown_submissions",
-        "Submissions whose outcome is unknown.",
-        ((a.name, a.state.unknown_outcomes) for a in accounts),
-    )
-    yield total(
-        "unexplained_uses",
-        "Prepaid uses that were taken, but by no task of the gateway.",
-        ((a.name, a.state.unexplained_count) for a in accounts),
-    )
-    yield total(
-        "unexplained_yuan",
-        "Money that was taken, but by no task of the gateway.",
-        ((a.name, a.state.unexplained_money_fen / _FEN_PER_YUAN) for a in accounts),
-    )
-    states = GaugeMetricFamily(
-        "gateway_account_state",
-        f"1 for the state an account is in ({', '.join(AccountStatus)}), 0 for the others.",
-        labels=("account", "state"),
-    )
-    for each in accounts:
-        for status in AccountStatus:
-            states.add_metric((each.name, status.value), float(each.state.status is status))
-    yield states
-
-
-def _queue_metrics(poll_queue: Backlog, webhook_queue: Backlog, failed: int) -> Iterable[Metric]:
-    yield GaugeMetricFamily("gateway_poll_tasks", "Tasks that are watched.", value=poll_queue.length)
-    yield GaugeMetricFamily(
-        "gateway_poll_overdue_seconds",
-        "For how long the first check that nobody took has been due; 0 if none is.",
-        value=poll_queue.overdue_ms / 1000,
-    )
-    yield GaugeMetricFamily(
-        "gateway_webhook_queues", "Receivers that something is to be delivered to.", value=webhook_queue.length
-    )
-    yield GaugeMetricFamily(
-        "gateway_webhook_overdue_seconds",
-        "For how long the first delivery that nobody took has been due; 0 if none is.",
-        value=webhook_queue.overdue_ms / 1000,
-    )
-    yield GaugeMetricFamily(
-        "gateway_webhooks_failed", "Deliveries that were given up in the last 30 days.", value=failed
-    )
 
 
 def _remaining_uses(account: AccountSample) -> float | None:
@@ -289,9 +203,75 @@ def _remaining_uses(account: AccountSample) -> float | None:
 
 
 def _remaining_yuan(account: AccountSample) -> float | None:
-    return account.state.money.value / _FEN_PER_YUAN if account.state.money else None
+    return fen_to_yuan(account.state.money.value) if account.state.money else None
 
 
 def _balance_age_seconds(account: AccountSample) -> float | None:
-    received = [each.received_at for each in (account.state.count, account.state.money) if each]
-    return max(account.now_ms - max(received), 0) / 1000 if received else None
+    received_times = [reading.received_at for reading in (account.state.count, account.state.money) if reading]
+    return max(account.now_ms - max(received_times), 0) / 1000 if received_times else None
+
+
+_ACCOUNT_GAUGES: Sequence[tuple[str, str, Callable[[AccountSample], float | None]]] = (
+    ("remaining_uses", "Prepaid uses left at the last reading.", _remaining_uses),
+    ("remaining_yuan", "Money left at the last reading.", _remaining_yuan),
+    ("floor_uses", "Prepaid uses kept in reserve.", lambda account: account.policy.floor_count),
+    ("floor_yuan", "Money kept in reserve.", lambda account: fen_to_yuan(account.policy.floor_money_fen)),
+    ("balance_age_seconds", "Age of the last reading of the balance.", _balance_age_seconds),
+    (
+        "open_submissions",
+        "Reserved submissions that have not finished.",
+        lambda account: account.state.open_submissions,
+    ),
+    ("unknown_submissions", "Submissions with an unknown outcome.", lambda account: account.state.unknown_outcomes),
+)
+_ACCOUNT_COUNTERS: Sequence[tuple[str, str, Callable[[AccountSample], float]]] = (
+    (
+        "unexplained_uses",
+        "Prepaid uses spent by no task of the gateway.",
+        lambda account: account.state.unexplained_count,
+    ),
+    (
+        "unexplained_yuan",
+        "Money spent by no task of the gateway.",
+        lambda account: fen_to_yuan(account.state.unexplained_money_fen),
+    ),
+)
+
+
+def _account_metrics(accounts: Sequence[AccountSample]) -> Iterable[Metric]:
+    for name, help_text, read in _ACCOUNT_GAUGES:
+        gauge = GaugeMetricFamily(f"gateway_account_{name}", help_text, labels=("account",))
+        for account in accounts:
+            if (value := read(account)) is not None:
+                gauge.add_metric((account.name,), value)
+        yield gauge
+    for name, help_text, read in _ACCOUNT_COUNTERS:
+        counter = CounterMetricFamily(f"gateway_account_{name}", help_text, labels=("account",))
+        for account in accounts:
+            counter.add_metric((account.name,), read(account))
+        yield counter
+    states = GaugeMetricFamily(
+        "gateway_account_state",
+        f"1 for the state of the account ({', '.join(AccountStatus)}), 0 for the others.",
+        labels=("account", "state"),
+    )
+    for account in accounts:
+        for status in AccountStatus:
+            states.add_metric((account.name, status.value), float(account.state.status is status))
+    yield states
+
+
+def _queue_metrics(poll_queue: Backlog, webhook_queue: Backlog, failed: int) -> Iterable[Metric]:
+    yield GaugeMetricFamily("gateway_poll_tasks", "Tasks that are polled.", value=poll_queue.length)
+    yield GaugeMetricFamily(
+        "gateway_poll_overdue_seconds",
+        "How long the oldest unclaimed check has been due; 0 if there is none.",
+        value=poll_queue.overdue_ms / 1000,
+    )
+    yield GaugeMetricFamily("gateway_webhook_queues", "Receivers with pending deliveries.", value=webhook_queue.length)
+    yield GaugeMetricFamily(
+        "gateway_webhook_overdue_seconds",
+        "How long the oldest unclaimed delivery has been due; 0 if there is none.",
+        value=webhook_queue.overdue_ms / 1000,
+    )
+    yield GaugeMetricFamily("gateway_webhooks_failed", "Deliveries abandoned in the last 30 days.", value=failed)

@@ -1,24 +1,22 @@
-"""Traces: what follows from a request, over processes and servers, for whoever has a collector for them.
+"""Traces of requests across processes and servers.
 
-The rest of the gateway reports to a `Tracer`. Without a collector that is `UNTRACED`, which does nothing; what is sent
-to one is made in `otel/`, which alone imports OpenTelemetry: that is not there unless it was asked for.
+The gateway reports to a `Tracer`. Without a collector that is NOOP_TRACER; only `tracing_otel` imports OpenTelemetry,
+which is an optional dependency.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 Headers = Iterable[tuple[bytes, bytes]]
-"""The headers of a request as ASGI gives them: their names in lower case."""
-
+"""The headers of an ASGI request; names in lower case."""
 CLIENT_OUTCOME_PREFIX = "client-"
-"""How the outcomes begin that are the client's doing."""
-
+"""Outcomes with this prefix are caused by the client."""
 _TRACEPARENT = re.compile(
     rb"(?P<version>(?!ff)[0-9a-f]{2})"
     rb"-(?P<trace>(?!0{32})[0-9a-f]{32})"
@@ -29,89 +27,75 @@ _TRACEPARENT = re.compile(
 
 
 def parse_trace_id(headers: Headers) -> str | None:
-    """The trace a request says it belongs to, as 32 hexadecimal digits; None if it does not say so as it should.
+    """Return the trace id of a valid `traceparent` as 32 hex digits, else None.
 
-    Of a later version than ours that part is read which every version has.
+    Of a later version only the part is parsed that all versions have.
     """
-    given = [value for name, value in headers if name == b"traceparent"]
-    if len(given) != 1:  # of several nobody knows which is meant
+    values = [value for name, value in headers if name == b"traceparent"]
+    if len(values) != 1:  # several are ambiguous
         return None
-    read = _TRACEPARENT.fullmatch(given[0].strip(b" \t"))
-    if read is None or (read["more"] is not None and read["version"] == b"00"):
+    match = _TRACEPARENT.fullmatch(values[0].strip(b" \t"))
+    if match is None or (match["more"] is not None and match["version"] == b"00"):
         return None
-    return read["trace"].decode()
+    return match["trace"].decode()
 
 
 class RequestSpan(Protocol):
-    """A request that is served."""
+    """The span of a request to the gateway."""
 
     @property
     def trace_id(self) -> str | None:
-        """The trace it belongs to: the one it is recorded in, else the one that its client named."""
-        ...
+        """Return the recorded trace, else the trace of the client."""
 
     def record_response(self, status: int | None, *, route: str | None, outcome: str, tenant: str | None) -> None:
-        """It has ended; `status` is None if nothing was answered."""
-        ...
+        """Record the end; `status` is None if there was no response."""
 
 
 class CallSpan(Protocol):
-    """A request to another server. Its failure is what is raised out of its block."""
+    """The span of a request to another server; fails with the exception of its block."""
 
     @property
     def propagation_headers(self) -> Mapping[str, str]:
-        """Headers by which the other server can make its work a part of this trace."""
-        ...
+        """Return the headers by which the other server can join the trace."""
 
-    def record_response(self, status: int) -> None:
-        """It was answered."""
-        ...
+    def record_response(self, status: int) -> None: ...
 
 
 class Tracer(Protocol):
-    """Records what is done, as spans that last as long as a block.
+    """A recorder of spans, each for the duration of a block.
 
-    Nothing here raises or waits, and what is raised in a block passes through. Nothing that was given or chosen by a
-    client, a tenant or the upstream is recorded, but for what a method says.
+    No method raises or waits. Values of clients, tenants and the upstream are recorded only where a method documents
+    it.
     """
 
     def start_request_span(self, scope: Mapping[str, Any]) -> AbstractContextManager[RequestSpan]:
-        """Serve a request, of an ASGI scope: all that is done in the block belongs to it.
-
-        Of what the client sent, its method, path, host and name are recorded, as far as they hold no secret.
-        """
-        ...
+        """Start the span of an ASGI request: method, path, host and user agent, redacted."""
 
     def start_linked_span(self, name: str, cause: str | None, reservation: str) -> AbstractContextManager[object]:
-        """Do what follows, later or elsewhere, from the work of which `cause` is the context.
+        """Start a trace of its own, linked to that of `cause` (a traceparent, or None if unrecorded).
 
-        It gets a trace of its own, with a link to that of its cause: a trace is not kept open for days. It is recorded
-        if its cause was, which otherwise is None.
+        Traces are not kept open for days, so later work gets a new one.
         """
-        ...
 
     def start_client_span(
         self, method: str, url: str, *, hide_path: bool = True, resend_count: int = 0
     ) -> AbstractContextManager[CallSpan]:
-        """Call another server, for the `resent`th time anew, if it is for something that is recorded.
+        """Start the span of a request to another server if its parent is recorded.
 
-        The path is recorded unless it is `private`, as where somebody else chose it and it may be what gives access.
+        The path is hidden where it may grant access.
         """
-        ...
 
     def start_redis_span(
         self, operation: str, *, script: str | None = None, batch_size: int = 1
     ) -> AbstractContextManager[object]:
-        """Have the store do something, in its own words, if it is for something that is recorded."""
-        ...
+        """Start the span of a Redis call if its parent is recorded."""
 
     def current_traceparent(self) -> str | None:
-        """The context of what is done now, for a later `follow_up`; None if that is not recorded."""
-        ...
+        """Return the current context for a later `start_linked_span`; None if unrecorded."""
 
 
 class NoopSpan:
-    """A span of any kind that is not recorded."""
+    """A span of any kind that records nothing."""
 
     propagation_headers: Mapping[str, str] = MappingProxyType({})
 
@@ -132,10 +116,7 @@ NOOP_SPAN = NoopSpan()
 
 
 class _NoopTracer:
-    """The tracer of a gateway without a collector."""
-
     def start_request_span(self, scope: Mapping[str, Any]) -> NoopSpan:
-        """Know which trace a request belongs to, for the log."""
         return NoopSpan(parse_trace_id(scope["headers"]))
 
     def start_linked_span(self, *_: object, **__: object) -> NoopSpan:
@@ -155,23 +136,7 @@ NOOP_TRACER: Tracer = _NoopTracer()
 
 
 def is_exporter_installed() -> bool:
-    """Whether that is installed which sends traces."""
     try:
         return find_spec("opentelemetry.exporter.otlp.proto.http.trace_exporter") is not None
     except ModuleNotFoundError:
         return False
-
-
-@asynccontextmanager
-async def open_tracer(url: str | None, sample_ratio: float, redact: Callable[[str], str]) -> AsyncIterator[Tracer]:
-    """A tracer, which sends to a collector at `url` if there is one: all that clients trace, and a share of the rest.
-
-    `clean` takes the secrets out of what clients sent. What was recorded last is sent as the block ends.
-    """
-    if url is None:
-        yield NOOP_TRACER
-        return
-    from service.telemetry.tracing_otel import open_exporting_tracer  # noqa: PLC0415 - need not be installed, and takes its time
-
-    async with open_exporting_tracer(url, sample_ratio, redact) as tracer:
-        yield tracer

@@ -151,7 +151,7 @@ def test_failed() -> None:
         outcome=CheckOutcome.FAILED, error=TaskError("task-failed", "The upstream gave no reason."), balance=Balance(4)
     )
     error = parse_check(err_code=0, status="FAILED", err_msg="坏\x00了").error
-    assert error == TaskError("task-failed", "The upstream could not carry out this task: 坏 了")
+    assert error == TaskError("task-failed", "The upstream could not process this task: 坏 了")
 
 
 @pytest.mark.parametrize("status", ["Pending", "processing", "排队中", "canceled", "complete"])

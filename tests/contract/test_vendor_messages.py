@@ -113,7 +113,7 @@ def test_addresses(message: str, shown: str) -> None:
     """Addresses, hosts and paths are removed from a message; the rest is shown."""
     rejection = parse_rejection(message)
     assert (rejection.outcome, rejection.reason) == (REJECTED, shown)
-    assert parse_failure(message) == f"The upstream could not carry out this task: {shown}"
+    assert parse_failure(message) == f"The upstream could not process this task: {shown}"
 
 
 @pytest.mark.parametrize("prefix", ["", "错误:", "任务提交失败：", "任务提交失败: 错误:", "Error: "])

@@ -118,7 +118,7 @@ async def test_broken(beginning: bytes) -> None:
         await connection.send(beginning)
         connection.reset()
 
-    assert (await send_webhook(broken))[0].error == "The connection broke, or what came was no HTTP."
+    assert (await send_webhook(broken))[0].error == "The connection was lost, or the response was not HTTP."
 
 
 async def test_broken_body() -> None:
@@ -155,7 +155,7 @@ async def test_connection_refused() -> None:
 async def test_loopback_is_refused() -> None:
     """Loopback is refused unless the tenant's networks include it, even if its host is allowed."""
     reply, peer = await send_webhook(reply_with(http_response(b"")), allow="127.0.0.1.example")
-    assert reply.error == "Its host is at an address that may not be reached."
+    assert reply.error == "The address of its host is not allowed."
     assert peer.connections == 0
 
 
@@ -172,7 +172,7 @@ async def test_rebinding() -> None:
         client, hook = WebhookClient(resolver=resolver), Webhook(url, ("127.0.0.1/32",))
         assert (await client.post(url, HEADERS, BODY, hook)).status == 200
         second = await client.post(url, HEADERS, BODY, hook)
-        assert second.error == "Its host is at an address that may not be reached."
+        assert second.error == "The address of its host is not allowed."
         assert peer.connections == 1
         assert b"host: hooks.test" in peer.requests[0][0].lower()
 
@@ -192,7 +192,7 @@ async def test_internal_error() -> None:
         raise RuntimeError(host)
 
     reply = await WebhookClient(resolver=resolver).post("http://hooks.test/", HEADERS, BODY, Webhook())
-    assert reply == WebhookResponse(error="It could not be called.")
+    assert reply == WebhookResponse(error="The request failed.")
 
 
 @pytest.mark.parametrize(

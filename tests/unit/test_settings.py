@@ -128,7 +128,7 @@ def test_invalid_files(tmp_path: Path) -> None:
         }
     ) == (
         f"GATEWAY_HOST can't be read from {missing}: No such file or directory",
-        "GATEWAY_PORT and GATEWAY_PORT_FILE are both given: keep one",
+        "GATEWAY_PORT and GATEWAY_PORT_FILE are both set: keep one",
         f"GATEWAY_KEY_PREFIX can't be read from {data}: it is not UTF-8 text",
         f"GATEWAY_MODELS can't be read from {large}: it is larger than 65536 bytes",
     )

@@ -12,7 +12,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from service import __version__
-from service.telemetry import tracing, tracing_otel
+from service.container import open_tracer
+from service.telemetry import tracing_otel
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from tests.support.traces import TraceCollector, run_collector, wait_until
 from tests.support.valkey import find_free_port
@@ -33,12 +34,12 @@ def record_requests(tracer: Tracer, times: int = 1) -> None:
 
 async def export_requests(url: str, share: float = 1.0, times: int = 1) -> None:
     """Record requests and shut the exporter down."""
-    async with tracing.open_tracer(url, share, str) as tracer:
+    async with open_tracer(url, share, str) as tracer:
         record_requests(tracer, times)
 
 
 async def test_no_collector() -> None:
-    async with tracing.open_tracer(None, 1.0, str) as tracer:
+    async with open_tracer(None, 1.0, str) as tracer:
         assert tracer is NOOP_TRACER
 
 
@@ -60,7 +61,7 @@ async def test_spans_are_flushed_at_the_end(collector: TraceCollector) -> None:
 
 async def test_spans_are_exported_periodically(collector: TraceCollector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing_otel, "EXPORT_INTERVAL_SECONDS", 0.01)
-    async with tracing.open_tracer(collector.url, 1.0, str) as tracer:
+    async with open_tracer(collector.url, 1.0, str) as tracer:
         record_requests(tracer)
         await asyncio.to_thread(wait_until, lambda: bool(collector.spans), "a span")
 
@@ -110,7 +111,7 @@ async def test_unavailable_collector_is_logged_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tracing_otel, "EXPORT_INTERVAL_SECONDS", 0.01)
     monkeypatch.setattr(tracing_otel, "FLUSH_SECONDS", 0.3)
     with capture_logs() as events:
-        async with tracing.open_tracer(f"http://127.0.0.1:{find_free_port()}", 1.0, str) as tracer:
+        async with open_tracer(f"http://127.0.0.1:{find_free_port()}", 1.0, str) as tracer:
             record_requests(tracer, times=tracing_otel.MAX_BATCH_SIZE * 3)
             await asyncio.to_thread(wait_until, lambda: bool(events), "a line in the log")
             begun = time.monotonic()
@@ -137,7 +138,7 @@ async def test_refused_spans_are_lost_and_logged_once(
     monkeypatch.setattr(tracing_otel, "EXPORT_INTERVAL_SECONDS", 0.01)
     collector.status = 401
     with capture_logs() as events:
-        async with tracing.open_tracer(collector.url, 1.0, str) as tracer:
+        async with open_tracer(collector.url, 1.0, str) as tracer:
             for count in (1, 2, 3):
                 record_requests(tracer)
                 await asyncio.to_thread(wait_until, partial(collector.has_received, count), "a try")
@@ -151,7 +152,7 @@ async def test_full_queue_drops_spans(collector: TraceCollector, monkeypatch: py
     monkeypatch.setattr(tracing_otel, "MAX_BATCH_SIZE", 8)
     collector.status = 503
     with capture_logs() as events:
-        async with tracing.open_tracer(collector.url, 1.0, str) as tracer:
+        async with open_tracer(collector.url, 1.0, str) as tracer:
             record_requests(tracer, times=100)
             collector.status = 200
     assert 8 <= len(collector.spans) < 100
