@@ -1,4 +1,4 @@
-"""The composition root: settings, adapters, use cases and jobs."""
+"""The composition root: settings in, adapters, use cases and jobs out; closed in reverse order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from service.storage.tasks import RedisTaskStore, TaskEventSubscriber
 from service.telemetry.gauges import GaugeName
 from service.telemetry.metrics import EventLoopMonitor, Metrics
 from service.telemetry.redaction import RecordingCipher, Redactor, RegisterSecret, noop
-from service.telemetry.tracing import NOOP_TRACER, Tracer, open_tracer
+from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.admin import RegistryAdmin, RegistryUpdater, WebhookAdmin
 from service.usecases.background import TaskSupervisor, cancel_and_wait
 from service.usecases.ledger_snapshot import LedgerSnapshot
@@ -68,14 +68,12 @@ from service.usecases.task_status import ArtifactReader, TaskReader
 from service.usecases.webhook_delivery import WebhookDispatcher
 
 Job = Callable[[], Coroutine[Any, Any, None]]
-"""What a process does in the background for as long as it lives."""
-
-
+"""A task that runs as long as the process."""
 JOB_RESTART_SECONDS = 1.0
 
 
 class Lifecycle:
-    """Where the process stands between its start and its end."""
+    """The state of the process between start and shutdown."""
 
     def __init__(self, registry: RegistryView, task_cache: TaskCache) -> None:
         self._registry = registry
@@ -83,12 +81,11 @@ class Lifecycle:
         self._is_draining = False
 
     def start_draining(self) -> None:
-        """From now on the process is not ready, so that no new requests come, and nobody waits for a task."""
+        """Become unready, so that no new requests arrive, and end all waits for tasks."""
         self._is_draining = True
         self._task_cache.close()
 
     def health(self) -> Health:
-        """Whether the process takes requests."""
         if self._is_draining:
             return Health.DRAINING
         return Health.OK if self._registry.is_ready else Health.STARTING
@@ -96,9 +93,9 @@ class Lifecycle:
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """What the two applications are made of.
+    """The parts of the two applications.
 
-    `drain_seconds` is how long a process that ends waits for what is under way: as long as a submission may take.
+    `drain_seconds` is how long shutdown waits for work in progress: as long as a submission may take.
     """
 
     tenant_auth: TenantAuth
@@ -129,7 +126,7 @@ class Container:
 
     @asynccontextmanager
     async def run_jobs(self) -> AsyncIterator[None]:
-        """Do the jobs of this process within the block."""
+        """Run the jobs of this process within the block."""
         running = [asyncio.create_task(self._restart_on_error(job)) for job in self.jobs]
         try:
             yield
@@ -137,7 +134,7 @@ class Container:
             await cancel_and_wait(running)
 
     async def _restart_on_error(self, job: Job) -> None:
-        """Begin a job again whenever it fails: a fault of ours must not end it silently."""
+        """Restart a job after an error, so that a bug does not end it silently."""
         while True:
             try:
                 await job()
@@ -147,9 +144,7 @@ class Container:
 
 
 TASK_ID_PURPOSE, USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE = "task-id", "user-key", "webhook-secret"
-"""What is sealed, each under keys of its own."""
-
-
+"""Purposes of encryption, each with derived keys of its own."""
 REDIS_TIMEOUT_SECONDS = 5.0
 
 
@@ -179,16 +174,16 @@ def build_services(
     register_secret: RegisterSecret = noop,
     tracer: Tracer = NOOP_TRACER,
 ) -> Container:
-    """The use cases over some ports, and all that stands around them.
+    """Build the use cases over the adapters.
 
-    `jobs` is what the ports have to do, and `learn` is told of every secret that is sealed or opened.
+    `jobs` are the adapters' own; `register_secret` is called with every secret that is encrypted or decrypted.
     """
     if settings.admin_token is None:
         raise ValueError("the settings are not complete")
     keyring = Keyring(settings.secret_keys)
     user_keys = RecordingCipher(keyring.derive(USER_KEY_PURPOSE), register_secret)
     task_ids = TaskIdCodec(keyring.derive(TASK_ID_PURPOSE))
-    watch = TaskPoller(
+    poller = TaskPoller(
         tasks=adapters.task_store,
         ledger=adapters.ledger,
         upstream=adapters.upstream,
@@ -198,37 +193,37 @@ def build_services(
         metrics=metrics,
         tracer=tracer,
     )
-    looks = BalanceRefresher(
+    balance_refresher = BalanceRefresher(
         ledger=adapters.ledger,
         tasks=adapters.task_store,
         upstream=adapters.upstream,
         registry=adapters.registry,
         task_ids=task_ids,
     )
-    secrets = RecordingCipher(
-        keyring.derive(WEBHOOK_SECRET_PURPOSE), register_secret, lambda plain: base64.b64encode(plain).decode()
+    webhook_cipher = RecordingCipher(
+        keyring.derive(WEBHOOK_SECRET_PURPOSE), register_secret, lambda plaintext: base64.b64encode(plaintext).decode()
     )
-    change = RegistryUpdater(adapters.registry_store, adapters.registry)
+    updater = RegistryUpdater(adapters.registry_store, adapters.registry)
     webhooks = WebhookAdmin(
-        updater=change,
+        updater=updater,
         registry=adapters.registry,
         deliveries=adapters.delivery_queue,
-        cipher=secrets,
+        cipher=webhook_cipher,
         now=adapters.now,
     )
-    deliver = WebhookDispatcher(
+    dispatcher = WebhookDispatcher(
         deliveries=adapters.delivery_queue,
         tasks=adapters.task_store,
         webhooks=adapters.webhook_client,
         registry=adapters.registry,
-        cipher=secrets,
+        cipher=webhook_cipher,
         disable_url=webhooks.disable_url,
         encode_task_event=encode_task_event,
         now=adapters.now,
         metrics=metrics,
         tracer=tracer,
     )
-    follow = TaskReader(
+    reader = TaskReader(
         tasks=adapters.task_store,
         ledger=adapters.ledger,
         upstream=adapters.upstream,
@@ -239,28 +234,30 @@ def build_services(
         metrics=metrics,
         interval_seconds=settings.poll_seconds,
     )
-    survey = LedgerSnapshot(
+    snapshot = LedgerSnapshot(
         ledger=adapters.ledger,
         tasks=adapters.task_store,
         deliveries=adapters.delivery_queue,
         registry=adapters.registry,
         metrics=metrics,
     )
-    settle = SettlementQueue(adapters.ledger, background, adapters.registry)
+    settlements = SettlementQueue(adapters.ledger, background, adapters.registry)
     uploads = UploadReader(max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels)
     uploads.register_metrics(metrics.gauges)
     metrics.gauges.register(GaugeName.WAITING_CLIENTS, lambda: {(): adapters.task_cache.subscription_count})
-    metrics.gauges.register(GaugeName.SETTLEMENTS_PENDING, lambda: {(): settle.pending_count})
+    metrics.gauges.register(GaugeName.SETTLEMENTS_PENDING, lambda: {(): settlements.pending_count})
     metrics.set_registry_source(lambda: adapters.registry.current)
     metrics.preregister_submissions(SubmitOutcome, CheckOutcome)
-    watching: list[Job] = [] if settings.role is Role.API else [watch.run, watch.expire_leases, looks.run, deliver.run]
-    answering: list[Job] = [] if settings.role is Role.WORKER else [follow.touch_watched]
+    worker_jobs: list[Job] = (
+        [] if settings.role is Role.API else [poller.run, poller.expire_leases, balance_refresher.run, dispatcher.run]
+    )
+    api_jobs: list[Job] = [] if settings.role is Role.WORKER else [reader.touch_watched]
     return Container(
         tenant_auth=TenantAuth(adapters.registry, adapters.now),
         admin_auth=AdminAuth(settings.admin_token),
         submitter=Submitter(
             ledger=adapters.ledger,
-            settlements=settle,
+            settlements=settlements,
             tasks=adapters.task_store,
             upstream=adapters.upstream,
             registry=adapters.registry,
@@ -269,28 +266,28 @@ def build_services(
             metrics=metrics,
             tracer=tracer,
         ),
-        task_reader=follow,
-        artifact_reader=ArtifactReader(reader=follow, artifacts=adapters.artifact_client, registry=adapters.registry),
+        task_reader=reader,
+        artifact_reader=ArtifactReader(reader=reader, artifacts=adapters.artifact_client, registry=adapters.registry),
         quota=QuotaReports(ledger=adapters.ledger, registry=adapters.registry),
-        ledger_snapshot=survey,
+        ledger_snapshot=snapshot,
         usage=UsageReports(ledger=adapters.ledger, registry=adapters.registry),
         submissions=SubmissionReports(
             ledger=adapters.ledger, tasks=adapters.task_store, registry=adapters.registry, task_ids=task_ids
         ),
         registry_admin=RegistryAdmin(
-            updater=change,
+            updater=updater,
             registry=adapters.registry,
             ledger=adapters.ledger,
             user_key_cipher=user_keys,
-            webhook_cipher=secrets,
+            webhook_cipher=webhook_cipher,
             now=adapters.now,
         ),
         registry_apply=RegistryApply(
-            updater=change,
+            updater=updater,
             registry=adapters.registry,
             ledger=adapters.ledger,
             user_key_cipher=user_keys,
-            webhook_cipher=secrets,
+            webhook_cipher=webhook_cipher,
             now=adapters.now,
         ),
         webhook_admin=webhooks,
@@ -302,12 +299,28 @@ def build_services(
         logger=structlog.get_logger("service"),
         lifecycle=Lifecycle(adapters.registry, adapters.task_cache),
         registry=adapters.registry,
-        task_poller=watch,
-        balance_refresher=looks,
-        webhook_dispatcher=deliver,
-        jobs=[*jobs, *watching, *answering, EventLoopMonitor(metrics).run],
+        task_poller=poller,
+        balance_refresher=balance_refresher,
+        webhook_dispatcher=dispatcher,
+        jobs=[*jobs, *worker_jobs, *api_jobs, EventLoopMonitor(metrics).run],
         drain_seconds=settings.lease_seconds,
     )
+
+
+@asynccontextmanager
+async def open_tracer(url: str | None, sample_ratio: float, redact: Callable[[str], str]) -> AsyncIterator[Tracer]:
+    """Open a tracer that exports to a collector at `url`, or the no-op tracer without one.
+
+    Traces of clients are always sampled, others by `sample_ratio`. `redact` cleans values of clients. The remaining
+    spans are sent as the block ends.
+    """
+    if url is None:
+        yield NOOP_TRACER
+        return
+    from service.telemetry.tracing_otel import open_exporting_tracer  # noqa: PLC0415 - optional and slow to import
+
+    async with open_exporting_tracer(url, sample_ratio, redact) as tracer:
+        yield tracer
 
 
 @asynccontextmanager
@@ -318,11 +331,11 @@ async def open_container(
     redact: Callable[[str], str] | None = None,
     on_version_error: Callable[[DataVersionError], None] = lambda _: None,
 ) -> AsyncIterator[Container]:
-    """The real gateway, out of settings that leave nothing open. Nothing is connected before it is first used.
+    """Open the gateway for complete settings; connections are made at first use.
 
-    `learn` is told of every secret that comes up, before anything can go wrong with it, and `clean` takes them out of
-    what is traced. `refused` is called if the store holds data of another version. At the end, submissions under way
-    are finished before anything is closed.
+    `register_secret` is called with every secret before it is used, `redact` removes them from traces, and
+    `on_version_error` is called if Redis holds data of another version. On exit, submissions in progress finish before
+    anything is closed.
     """
     if settings.redis_url is None or settings.upstream_url is None:
         raise ValueError("the settings are not complete")
@@ -339,28 +352,30 @@ async def open_container(
         unusable_after_ms=DAY_MS,
         keep_finished_ms=settings.task_retention_days * DAY_MS,
     )
-    async with AsyncExitStack() as opened:
-        # First, so that it ends last, and what was under way until then is sent too.
-        traced = open_tracer(settings.traces_url, settings.traces_share, redact or Redactor().redact_text)
-        tracer = await opened.enter_async_context(traced)
+    async with AsyncExitStack() as exit_stack:
+        # Opened first, so that it closes last and sends the spans of the shutdown.
+        tracer_context = open_tracer(settings.traces_url, settings.traces_share, redact or Redactor().redact_text)
+        tracer = await exit_stack.enter_async_context(tracer_context)
         connections = connect(settings.redis_url, timeout=REDIS_TIMEOUT_SECONDS)
-        opened.push_async_callback(connections.aclose)
-        version = DataVersionGuard(keys, on_version_error)
+        exit_stack.push_async_callback(connections.aclose)
+        version_guard = DataVersionGuard(keys, on_version_error)
         outages = OutageLogger(metrics.record_redis_call, metrics.record_redis_error)
         scripts = RedisScripts(
             connections.commands,
-            version_guard=version,
+            version_guard=version_guard,
             on_call=outages.on_call,
             on_error=outages.on_error,
             tracer=tracer,
         )
-        store = RedisRegistry(scripts, keys)
-        registry = CachedRegistry(store, connections.open_pubsub, keys.registry_channel, on_error=outages.on_error)
-        board = TaskCache(DurationEstimator(settings.poll_seconds))
-        changes = TaskEventSubscriber(
-            connections.open_pubsub, keys.task_events_channel, board, on_error=outages.on_error
+        registry_store = RedisRegistry(scripts, keys)
+        registry = CachedRegistry(
+            registry_store, connections.open_pubsub, keys.registry_channel, on_error=outages.on_error
         )
-        upstream = await opened.enter_async_context(
+        task_cache = TaskCache(DurationEstimator(settings.poll_seconds))
+        subscriber = TaskEventSubscriber(
+            connections.open_pubsub, keys.task_events_channel, task_cache, on_error=outages.on_error
+        )
+        upstream = await exit_stack.enter_async_context(
             UpstreamClient(
                 settings.upstream_url,
                 user_keys,
@@ -370,31 +385,33 @@ async def open_container(
             )
         )
         upstream.register_metrics(metrics)
-        artifacts = ArtifactClient(
+        artifact_client = ArtifactClient(
             settings.upstream_url,
             max_bytes=settings.max_artifact_bytes,
             on_call=metrics.record_upstream_call,
             user_keys=user_keys,
             tracer=tracer,
         )
-        artifacts.register_metrics(metrics)
+        artifact_client.register_metrics(metrics)
 
         async def drain() -> None:
-            # In a store that is refused nothing can be booked, however long that is tried.
-            await background.drain(0 if version.is_mismatched else settings.lease_seconds)
+            # With a mismatched data version no settlement can succeed.
+            await background.drain(0 if version_guard.is_mismatched else settings.lease_seconds)
 
-        opened.push_async_callback(drain)
-        ports = Adapters(
+        exit_stack.push_async_callback(drain)
+        adapters = Adapters(
             ledger=RedisLedger(scripts, keys, retention),
             task_store=RedisTaskStore(scripts, keys, retention),
-            task_cache=board,
-            registry_store=store,
+            task_cache=task_cache,
+            registry_store=registry_store,
             registry=registry,
             upstream=upstream,
-            artifact_client=artifacts,
+            artifact_client=artifact_client,
             delivery_queue=RedisDeliveryQueue(scripts, keys),
             webhook_client=WebhookClient(tracer=tracer),
             now=time.time,
         )
-        jobs = [registry.run, changes.run]
-        yield build_services(ports, settings, metrics, background, jobs, register_secret=register_secret, tracer=tracer)
+        jobs = [registry.run, subscriber.run]
+        yield build_services(
+            adapters, settings, metrics, background, jobs, register_secret=register_secret, tracer=tracer
+        )
